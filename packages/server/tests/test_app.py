@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import socket
 import threading
 import time
@@ -22,6 +23,7 @@ from candle_vllm.server.http import body as body_module
 from candle_vllm.server.http import protocol
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mailbox.service import Mailbox
+from candle_vllm.server.observing.request_log import log_formatter
 from candle_vllm.server.serve import bind, make_server
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -372,6 +374,25 @@ def test_request_ids(start) -> None:
         made = [client.get(path, headers={"x-request-id": "a b"}).headers["x-request-id"] for path in ("/health", "/x")]
     assert all(len(each) == 32 for each in made)
     assert made[0] != made[1]
+
+
+def test_the_log_of_requests_says_who_asked_and_never_the_key(start, caplog: pytest.LogCaptureFixture) -> None:
+    running = start(api_key=("first-secret", "second-secret"), log_requests=True)
+    with caplog.at_level("INFO", "candle_vllm.server.requests"), running.http() as client:
+        client.get("/v1/models", headers={"authorization": "Bearer second-secret", "x-request-id": "mine"})
+        client.get("/v1/models%0Ax", headers={"x-request-id": "other"})
+    known, stranger = caplog.records
+    assert re.fullmatch(r"GET '/v1/models' 200 \d\.\d{3} s mine from 127\.0\.0\.1 with key 2", known.getMessage())
+    assert "from 127.0.0.1" in stranger.getMessage()
+    assert "key" not in stranger.getMessage()
+    line = json.loads(log_formatter("json").format(known))
+    assert {name: line[name] for name in ("method", "path", "status", "http_request_id", "client", "key")} == {
+        "method": "GET", "path": "/v1/models", "status": 200, "http_request_id": "mine",
+        "client": "127.0.0.1", "key": "2",
+    }  # fmt: skip
+    assert 0 <= line["seconds"] < 30
+    assert "secret" not in caplog.text + str(line)
+    assert len(log_formatter("text").format(stranger).splitlines()) == 1
 
 
 class Broken(PacedEngine):

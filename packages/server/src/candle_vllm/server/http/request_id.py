@@ -1,7 +1,8 @@
 """Request ids, the request log, and what the sender should know (`x-warning`): the outermost ASGI layer.
 
 Steps 1 and 10 of a request's life. A client's own `x-request-id` is kept when it is harmless; every response
-carries one. The log has method, path, status, time and id, never content or headers.
+carries one. The log has method, path, status, time, id, the client's address and its key's label, never content or
+headers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections.abc import Awaitable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from candle_vllm.openai.remarks import collect_remarks
+from candle_vllm.server.http.routing import caller_of
+from candle_vllm.server.observing.request_log import FIELDS
 
 _HARMLESS = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
@@ -53,8 +56,18 @@ class RequestIdMiddleware:
             await self._app(scope, receive, send_with_id)
         finally:
             if self._log:
-                logger.info(
-                    "%s %r %s %.3f s %s",
-                    scope["method"], scope["path"][:200], status or "no answer", time.perf_counter() - start,
-                    request_id.decode(),
-                )  # fmt: skip
+                _log(scope, status, time.perf_counter() - start, request_id.decode())
+
+
+def _log(scope: Scope, status: int, seconds: float, request_id: str) -> None:
+    """One line, and in JSON the same as fields; of a key its label alone."""
+    key, client = caller_of(scope).label, (scope.get("client") or ("unknown",))[0]
+    fields = {
+        "method": scope["method"], "path": scope["path"][:200], "status": status or None,
+        "seconds": round(seconds, 3), "http_request_id": request_id, "client": client, "key": key or None,
+    }  # fmt: skip
+    logger.info(
+        "%s %r %s %.3f s %s from %s%s",
+        scope["method"], scope["path"][:200], status or "no answer", seconds, request_id, client,
+        f" with key {key}" if key else "", extra={FIELDS: fields},
+    )  # fmt: skip

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LogFormat = Literal["text", "json"]
 MAX_PROMPT = 2048  # characters
 MAX_FAILURE = 500
-_FIELDS = "candle_vllm_fields"  # attribute of a record that has them
+FIELDS = "candle_vllm_fields"  # attribute of a record that has them
 
 _PLAIN = re.compile(r"[A-Za-z0-9._:/+-]{1,256}")
 _DELETE = "\x7f"
@@ -46,7 +46,7 @@ class RequestLog:
             fields = request_fields(request)
             if self._log_prompts:
                 fields["prompt"] = request.info.prompt(self._max_prompt)
-            logger.info("%s", key_values(fields), extra={_FIELDS: fields})
+            logger.info("%s", key_values(fields), extra={FIELDS: fields})
 
 
 def request_fields(request: FinishedRequest) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname,
             "logger": record.name,
         }
-        fields = getattr(record, _FIELDS, None)
+        fields = getattr(record, FIELDS, None)
         line |= {"message": record.getMessage()} if fields is None else fields
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
@@ -100,7 +100,7 @@ class TextFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """The line of one record, without the traceback that may follow it."""
-        if not hasattr(record, _FIELDS):  # those are escaped already
+        if not hasattr(record, FIELDS):  # those are escaped already
             record.message = escaped(record.message)
         return super().formatMessage(record)
 
