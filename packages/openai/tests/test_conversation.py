@@ -32,7 +32,8 @@ MESSAGES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("field", [None, "arguments_as_text", "content_forbidden", "short_ids"])
 def test_both_write_the_same(field: str | None) -> None:
-    needs = TemplateNeeds(**({field: True} if field else {}))
+    given: dict[str, Any] = {field: True} if field else {}
+    needs = TemplateNeeds(**given)
     task = read_chat(ChatCompletionRequest.model_validate({"model": "m", "messages": MESSAGES}))
     theirs = template_messages(task.messages, needs)
     ours = of_core(one_conversation(MESSAGES))
