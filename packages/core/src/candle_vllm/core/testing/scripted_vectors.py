@@ -12,7 +12,7 @@ from candle_vllm.core.engine.request import EmbeddingOutput, ModelInfo, PoolingR
 from candle_vllm.core.engine.watching import RequestInfo, RequestWatcher, watched_pooling
 from candle_vllm.core.errors import CandleVllmError, RequestError
 from candle_vllm.core.pooling import ModelPooling, PoolingParams, PoolingPlan
-from candle_vllm.core.text.prompts import Prompt, as_prompts
+from candle_vllm.core.text.prompts import Prompt, as_prompts, read_prompt
 
 SIZE = 16
 
@@ -70,7 +70,8 @@ class ScriptedVectors:
         info = RequestInfo(request_id or "", "embed", inputs, None, self.detokenize)
         with watched_pooling(watcher, info) as answered:
             items = as_prompts(inputs)
-            texts = [self.tokenize(item, add_special_tokens) if isinstance(item, str) else list(item) for item in items]
+            read = map(read_prompt, items)
+            texts = [self.tokenize(text or "", add_special_tokens) if ids is None else ids for text, ids in read]
             self.pooling_calls.append(PoolingCall(items, params, request_id, priority))
             plan = ModelPooling(SIZE, "mean", matryoshka=True).plan(params or PoolingParams())
             for number, ids in enumerate(texts):
