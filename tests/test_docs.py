@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -21,7 +26,7 @@ SERVER = "http://127.0.0.1:2000"
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
-def python_blocks() -> list[object]:
+def python_blocks() -> list[Any]:
     """Every ```python block with the document and the line that it begins on."""
     found = []
     for path in WITH_CODE:
@@ -42,6 +47,32 @@ def test_python_runs(name: str, line: int, code: str, toy_model: Path, monkeypat
         source = "\n" * (line - 1) + code  # so that a traceback has the document's line
         program = compile(source, name, "exec", dont_inherit=True)
         exec(program, {"__name__": "__main__", "MODEL": str(toy_model)})
+
+
+def test_library_examples_run_without_torch(toy_model: Path, tmp_path: Path) -> None:
+    """As in an install without an extra, where there is no torch to import."""
+    blocks = [block.values for block in python_blocks() if str(block.values[0]).startswith("LIBRARY_API.md")]
+    with serving(ScriptedEngine("Hello!")) as url:
+        programs = [(name, FILES.sub(repr(str(toy_model)), str(code)).replace(SERVER, url)) for name, _, code in blocks]
+        (tmp_path / "programs.json").write_text(json.dumps(programs))
+        result = subprocess.run(
+            [sys.executable, "-c", WITHOUT_TORCH, str(toy_model)],
+            cwd=tmp_path, env={**os.environ, "no_proxy": "127.0.0.1"}, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("DONE LIBRARY_API.md") == len(programs) > 10
+
+
+WITHOUT_TORCH = """
+import importlib.machinery, json, sys
+from pathlib import Path
+find = importlib.machinery.PathFinder.find_spec
+hidden = ("torch", "triton")
+importlib.machinery.PathFinder.find_spec = lambda name, *rest: None if name in hidden else find(name, *rest)
+for name, code in json.loads(Path("programs.json").read_text()):
+    exec(compile(code, name, "exec", dont_inherit=True), {"__name__": "__main__", "MODEL": sys.argv[1]})
+    print("\\nDONE", name)
+"""
 
 
 def test_there_are_examples_in_every_document_that_promises_them() -> None:

@@ -103,6 +103,57 @@ def test_the_top_has_all_of_core_and_nothing_by_accident() -> None:
         candle_vllm.OpenAI  # noqa: B018
 
 
+@pytest.mark.parametrize("part", ["", *(f".{part}" for part in PARTS)])
+def test_a_package_lists_its_public_names(part: str) -> None:
+    package = importlib.import_module(f"candle_vllm{part}")
+    assert dir(package) == sorted(package.__all__)
+
+
+@pytest.mark.parametrize(
+    ("statement", "hint"),
+    [
+        ("from candle_vllm import LLM", ": the name here is InferenceEngine"),
+        ("from candle_vllm import GuidedDecodingParams", ": the name here is StructuredOutputsParams"),
+        ("from candle_vllm import InferenceEngin", r" \(did you mean InferenceEngine\?\)"),
+        ("from candle_vllm.core import Llama", ": the name here is InferenceEngine"),
+        ("from candle_vllm.responses import ResponseSession", r" \(did you mean ResponsesSession\?\)"),
+        ("from candle_vllm.server import Setting", r" \(did you mean Settings\?\)"),
+    ],
+)
+def test_importing_a_name_that_there_is_not(statement: str, hint: str) -> None:
+    module, name = statement.split()[1::2]
+    with pytest.raises(ImportError, match=f"^cannot import name '{name}' from '{module}'{hint}$"):
+        exec(statement)
+    assert not hasattr(importlib.import_module(module), name)
+    exec("from candle_vllm import core, openai, responses, server")  # near to names, and modules
+
+
+def test_type_checkers_know_the_names_and_the_settings(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from pathlib import Path\n"
+        "from candle_vllm import InferenceEngine, LLMM\n"
+        "from candle_vllm.responses import Approvals\n"
+        'InferenceEngine(Path("model"), max_model_len=5, device="cpu")\n'
+        'InferenceEngine("demo", max_model_length=5)\n'
+        'InferenceEngine("demo", max_model_len="5")\n'
+    )
+    (tmp_path / "pyrightconfig.json").write_text(
+        json.dumps({"extraPaths": [str(FOLDERS["candle-vllm"] / "src")], "typeCheckingMode": "standard"})
+    )
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, "-p", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    found = [
+        (each["range"]["start"]["line"] + 1, each["rule"]) for each in json.loads(result.stdout)["generalDiagnostics"]
+    ]
+    assert found == [
+        (2, "reportAttributeAccessIssue"),
+        (3, "reportAttributeAccessIssue"),
+        (5, "reportCallIssue"),
+        (6, "reportArgumentType"),
+    ]
+
+
 def test_importing_the_top_imports_no_package() -> None:
     code = (
         "import sys, candle_vllm\n"

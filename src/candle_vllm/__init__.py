@@ -116,17 +116,21 @@ __path__ += [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
+if not TYPE_CHECKING:  # to which every name would be one
 
-        return version("candle-vllm")
-    if name in __all__:
-        from importlib import import_module
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            from importlib.metadata import version
 
-        return getattr(import_module(f"{__name__}.{_NOT_OF_CORE.get(name, 'core')}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return version("candle-vllm")
+        if name in __all__:
+            from importlib import import_module
+
+            return getattr(import_module(f"{__name__}.{_NOT_OF_CORE.get(name, 'core')}"), name)
+        from candle_vllm.core.arguments import missing_name
+
+        raise missing_name(__name__, name, __all__)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return [*__all__]

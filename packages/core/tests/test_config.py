@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
+import pydoc
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, get_type_hints
 
 import pytest
 
-from candle_vllm.core import ConfigError, EngineConfig
+from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, RemoteEngine
+from candle_vllm.core.config import SETTINGS, EngineSettings
 
 WRONG: dict[str, list[Any]] = {
     "model": ["", 5, None, b"m"],
@@ -81,3 +84,22 @@ def test_a_token_is_not_shown() -> None:
     with pytest.raises(ConfigError) as caught:
         EngineConfig(model="m", hf_token=["secret"])  # type: ignore[arg-type]
     assert "secret" not in str(caught.value)
+
+
+def test_help_explains_every_setting() -> None:
+    parameters = inspect.signature(EngineConfig).parameters
+    told = pydoc.plain(pydoc.render_doc(EngineConfig))
+    assert list(parameters) == list(SETTINGS)
+    assert "Annotated" not in f"{EngineConfig.__doc__}{inspect.signature(EngineConfig.__init__)}"
+    for setting in SETTINGS.values():
+        assert str(parameters[setting.name]) in told
+        assert setting.help.split()[0] in told
+    assert "max_model_len: int | None = None\n |          longest prompt plus answer, in tokens. None is the" in told
+
+
+def test_settings_by_keyword_are_those_of_the_table() -> None:
+    assert get_type_hints(EngineSettings) == {
+        setting.name: setting.type for setting in SETTINGS.values() if setting.name != "model"
+    }
+    for engine in (InferenceEngine, RemoteEngine):
+        assert get_type_hints(engine.__init__)["settings"] == Unpack[EngineSettings]

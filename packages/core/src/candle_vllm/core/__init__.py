@@ -81,13 +81,21 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "InferenceEngine":
-        from candle_vllm.core.inference_engine import InferenceEngine
+if not TYPE_CHECKING:  # to which every name would be one
 
-        return InferenceEngine
-    if name == "RemoteEngine":
-        from candle_vllm.core.remote import RemoteEngine
+    def __getattr__(name: str) -> Any:
+        if name == "InferenceEngine":
+            from candle_vllm.core.inference_engine import InferenceEngine
 
-        return RemoteEngine
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return InferenceEngine
+        if name == "RemoteEngine":
+            from candle_vllm.core.remote import RemoteEngine
+
+            return RemoteEngine
+        from candle_vllm.core.arguments import missing_name
+
+        raise missing_name(__name__, name, __all__)
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

@@ -8,7 +8,9 @@ to that.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -116,6 +118,14 @@ _ARGUMENTS: tuple[tuple[str, str], ...] = (
      "agenerate, achat, stream, achat_stream, generate_stream and chat_stream have priority and request_id"),
 )  # fmt: skip
 
+_IMPORTED: tuple[tuple[str, str], ...] = (
+    ("LLM AsyncLLM LLMEngine AsyncLLMEngine Llama Engine LlamaCpp AutoModelForCausalLM pipeline", "InferenceEngine"),
+    ("GuidedDecodingParams", "StructuredOutputsParams"),
+    ("EngineArgs AsyncEngineArgs ModelConfig", "EngineConfig"),
+    ("GenerationConfig GenerationParams", "SamplingParams"),
+    ("RequestOutput", "GenerationOutput"),
+)  # fmt: skip
+
 
 @functools.cache
 def foreign_names(owner: str) -> Mapping[str, str]:
@@ -148,6 +158,27 @@ def unknown_name(owner: str, name: str, known: Iterable[str], within: Mapping[st
         if name in foreign_names(other):
             return f"{head}: {unknown_name(other, name, fields)}"
     return f"{head}{nearest(name[:60], known)}"
+
+
+def missing_name(module: str, name: str, known: Iterable[str]) -> Exception:
+    """What a package's `__getattr__` raises for a name that it does not have.
+
+    Python forgets what an `AttributeError` says when it turns it into the failure of `from module import name`. Where
+    a hint can be given, that statement, which looks for the name by a function of importlib first, gets its own.
+
+    Args:
+        module: the package.
+        name: what was looked for.
+        known: the names that it has.
+    """
+    known = list(known)
+    ours = dict(_told(_IMPORTED)).get(name)
+    hint = f": the name here is {ours}" if ours in known else nearest(name[:60], known)
+    if sys._getframe(2).f_code.co_name != "_handle_fromlist" or not hint:
+        return AttributeError(f"module {module!r} has no attribute {name[:60]!r}{hint}", name=name)
+    if importlib.util.find_spec(f"{module}.{name}") is not None:
+        return AttributeError(name)  # a module, which is imported next
+    return ImportError(f"cannot import name {name[:60]!r} from {module!r}{hint}", name=module)
 
 
 class _Explaining(type):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 import os
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict, get_args, get_type_hints
 
 from candle_vllm.core.arguments import ExplainedSettings
 from candle_vllm.core.errors import ConfigError
@@ -58,77 +60,73 @@ def is_demo(model: str) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class EngineConfig(ExplainedSettings):
-    """Settings of one engine. A value that cannot work is a `ConfigError` that names it and one that does.
-
-    Each says beside it what it does; the server's command line is made from the same lines. What more some of them need
-    said:
-
-    Attributes:
-        model: may be given as a `Path`.
-        hf_token: None uses the one of `hf auth login`.
-        download_dir: None is Hugging Face's own cache.
-        isq: q4_k stands for q4k. The embedding and the head get at least q6k, norms, biases and routers stay plain. Not
-            for GGUF files, for weights that are quantised already, or for encoders.
-        load_format: "dummy" needs the model's config.json and tokenizer alone.
-        device: "auto" is the first GPU that can be used, else the CPU.
-        dtype: on the CPU "auto" keeps the type of each matrix (F64 becomes f32) and quantised ones stay as they are. On
-            a GPU it is the type of activations too, "auto" being bf16, or f16 on Turing. With `enforce_eager`, of all
-            weights and activations, and "auto" is f32 on the CPU.
-        enforce_eager: on the CPU in torch, which is slow and what the kernels are compared with; on a GPU with the same
-            kernels.
-        attention_backend: "torch_flash" is the FlashAttention that torch carries, "flash_attn" the package of that
-            name, "torch" the reference.
-        kv_cache_dtype: "auto" is bf16 on the CPU; "fp8" is float8_e4m3fn, on GPUs from compute capability 8.9 on.
-        cuda_graphs: of the steps that only decode, of up to 512 sequences.
-        max_cudagraph_capture_size: so that a short prompt costs its neighbours one launch and not hundreds. By "triton"
-            alone.
-        deterministic: and of how the prompt was cut, and of what the prefix cache held. On the CPU they always are.
-        yarn_scaling_factor: short texts lose a little by it.
-        max_model_len: None is the model's own, or less where memory says so.
-        kv_cache_memory: None takes `kv_fraction` of what is free after loading.
-        threads: on a GPU of loading alone.
-    """
+    """Settings of one engine. A value that cannot work is a `ConfigError` that names it and one that does."""
 
     # fmt: off
-    model: Annotated[str, Text(), "a Hugging Face id, a folder, a .gguf file, or demo"]
+    model: Annotated[str, Text(), "a Hugging Face id, a folder, a .gguf file, or demo",
+                     "It may be given as a Path."]
     weight_file: Annotated[str | None, Text(),
                            "which weight file of the folder or repository, where there are several"] = None
     revision: Annotated[str | None, Text(), "branch, tag or commit on Hugging Face"] = None
-    hf_token: Annotated[str | None, Text(), "access token for Hugging Face"] = dataclasses.field(
+    hf_token: Annotated[str | None, Text(), "access token for Hugging Face",
+                        "None uses the one of `hf auth login`."] = dataclasses.field(
         default=None, repr=False)
-    download_dir: Annotated[Path | None, FilePath(), "where downloads are kept"] = None
+    download_dir: Annotated[Path | None, FilePath(), "where downloads are kept",
+                            "None is Hugging Face's own cache."] = None
     offline: Annotated[bool, Boolean(), "never use the network to find the model"] = False
     tokenizer: Annotated[Path | None, FilePath(), "folder with the tokenizer.json to use instead"] = None
     chat_template: Annotated[str | None, Text(), "Jinja source to use instead of the model's own template"] = None
     isq: Annotated[str | None, QuantisedType(ISQ_NAMES), "quantise plain weights while they are loaded "
-                   "(docs/quantisation.md): " + ", ".join(ISQ_NAMES)] = None
+                   "(docs/quantisation.md): " + ", ".join(ISQ_NAMES),
+                   "q4_k stands for q4k. The embedding and the head get at least q6k; norms, biases and routers stay "
+                   "plain. Not for GGUF files, for weights that are quantised already, or for encoders."] = None
     load_format: Annotated[LoadFormat, Choice(get_args(LoadFormat)), "auto reads the weights; dummy fills them with "
-                           "random numbers, to measure a model without its files"] = "auto"
-    device: Annotated[str, Device(), "auto, cpu, cuda or cuda:N"] = "auto"
+                           "random numbers, to measure a model without its files",
+                           '"dummy" needs config.json and the tokenizer alone.'] = "auto"
+    device: Annotated[str, Device(), "auto, cpu, cuda or cuda:N",
+                      '"auto" is the first GPU that can be used, else the CPU.'] = "auto"
     dtype: Annotated[DType, Choice(get_args(DType)), "type of plain matrices: auto (each one's own; on a GPU bf16, or "
-                     "f16 where it has none), f32, bf16 or f16"] = "auto"
+                     "f16 where it has none), f32, bf16 or f16",
+                     'On the CPU "auto" keeps the type of each matrix (F64 becomes f32), and quantised ones stay as '
+                     'they are. On a GPU it is the type of activations too, "auto" being bf16, or f16 on Turing. '
+                     'With enforce_eager it is that of all weights and activations, "auto" being f32 on the CPU.'
+                     ] = "auto"
     enforce_eager: Annotated[bool, Boolean(), "decode the weights and run the layers one by one, on a GPU without CUDA "
-                             "graphs: slow, for comparison"] = False
+                             "graphs: slow, for comparison",
+                             "On the CPU that is in torch, which the kernels are compared with; on a GPU with the "
+                             "same kernels."] = False
     attention_backend: Annotated[AttentionBackend, Choice(get_args(AttentionBackend)),
-                                 "attention on a GPU: auto (triton), triton, torch_flash, flash_attn or torch"] = "auto"
+                                 "attention on a GPU: auto (triton), triton, torch_flash, flash_attn or torch",
+                                 '"torch_flash" is the FlashAttention that torch carries, "flash_attn" the package '
+                                 'of that name, "torch" the reference.'] = "auto"
     kv_cache_dtype: Annotated[KvCacheDType, Choice(get_args(KvCacheDType)), "type of keys and values: auto (that of "
-                              "activations), or fp8 on a GPU, scaled as the checkpoint says, else by 1"] = "auto"
-    cuda_graphs: Annotated[bool, Boolean(), "capture decoding steps as CUDA graphs (on unless disabled)"] = True
+                              "activations), or fp8 on a GPU, scaled as the checkpoint says, else by 1",
+                              '"auto" is bf16 on the CPU; "fp8" is float8_e4m3fn, on GPUs from compute capability '
+                              "8.9 on."] = "auto"
+    cuda_graphs: Annotated[bool, Boolean(), "capture decoding steps as CUDA graphs (on unless disabled)",
+                           "Those are steps of up to 512 sequences."] = True
     max_cudagraph_capture_size: Annotated[int, Integer(0, 16384), "on a GPU, capture steps with prompts of up to so "
-                                          "many tokens, too; 0 for none"] = 0
+                                          "many tokens, too; 0 for none",
+                                          "So a short prompt costs its neighbours one launch and not hundreds. With "
+                                          'the attention backend "triton" alone.'] = 0
     deterministic: Annotated[bool, Boolean(),
-                             "on a GPU, make seeded answers independent of what else is in the batch"] = False
+                             "on a GPU, make seeded answers independent of what else is in the batch",
+                             "Also of how the prompt was cut, and of what the prefix cache held. On the CPU they "
+                             "always are."] = False
     yarn_scaling_factor: Annotated[float | None,
                                    Number(1, 1024, open_low=True, said="above 1 and at most 1024: try 4.0"),
                                    "stretch the context of a model without rotary scaling by YaRN, to this many times "
-                                   "its own"] = None
-    max_model_len: Annotated[int | None, Integer(1, 1 << 24), "longest prompt plus answer, in tokens"] = None
+                                   "its own",
+                                   "Short texts lose a little by it."] = None
+    max_model_len: Annotated[int | None, Integer(1, 1 << 24), "longest prompt plus answer, in tokens",
+                             "None is the model's own, or less where memory says so."] = None
     max_num_seqs: Annotated[int | None, Integer(1, 4096),
                             "most sequences in one step: 64 on the CPU, 256 on a GPU"] = None
     max_num_batched_tokens: Annotated[int | None, Integer(1, 1 << 20),
                                       "most tokens in one step, prompts included: 512 on the CPU, 8192 on a GPU"] = None
     block_size: Annotated[int, Integer(1, 1024, power_of_two=True), "tokens in one KV block, a power of two"] = 64
-    kv_cache_memory: Annotated[int | None, Integer(1 << 10, 1 << 50), "bytes for the KV cache"] = None
+    kv_cache_memory: Annotated[int | None, Integer(1 << 10, 1 << 50), "bytes for the KV cache",
+                               "None takes kv_fraction of what is free after loading."] = None
     kv_fraction: Annotated[float | None, Number(0, 1, open_low=True, open_high=True, said="between 0 and 1: try 0.4"),
                            "share of the memory left after loading that the KV cache takes: 0.4 on the CPU, 0.9 on a "
                            "GPU"] = None
@@ -136,7 +134,8 @@ class EngineConfig(ExplainedSettings):
                                      "reuse the KV blocks of equal prompt beginnings (on unless disabled)"] = True
     max_queued_requests: Annotated[int, Integer(1, 1 << 20),
                                    "most unfinished sequences before new requests are refused"] = 1024
-    threads: Annotated[int | None, Integer(1, 1024), "CPU threads; without it, one per allowed physical core"] = None
+    threads: Annotated[int | None, Integer(1, 1024), "CPU threads; without it, one per allowed physical core",
+                       "On a GPU they are those of loading alone."] = None
     seed: Annotated[int | None, Integer(-(1 << 63), (1 << 64) - 1),
                     "makes requests without a seed reproducible, in order of arrival"] = None
     # fmt: on
@@ -164,25 +163,91 @@ class EngineConfig(ExplainedSettings):
 
 
 class Setting(NamedTuple):
-    """One line of the table: what a field holds, what it is without a value, and what it does."""
+    """One line of the table: what a field holds, what it is without a value, and what it does.
+
+    Attributes:
+        help: a phrase, for the command line as well.
+        more: what else a program's author should know, in sentences.
+    """
 
     name: str
+    type: Any
     default: Any
     kind: EngineKind
-    help: str
     secret: bool
+    help: str
+    more: str = ""
 
 
 def _settings() -> Mapping[str, Setting]:
-    told = get_type_hints(EngineConfig, include_extras=True)
+    plain, told = get_type_hints(EngineConfig), get_type_hints(EngineConfig, include_extras=True)
     return MappingProxyType({
-        each.name: Setting(each.name, each.default, *told[each.name].__metadata__, secret=not each.repr)
+        each.name: Setting(each.name, plain[each.name], each.default, told[each.name].__metadata__[0], not each.repr,
+                           *told[each.name].__metadata__[1:])
         for each in dataclasses.fields(EngineConfig)
     })  # fmt: skip
 
 
 SETTINGS = _settings()
 """The table by name, for those who offer the same settings in another form."""
+
+
+class EngineSettings(TypedDict, total=False):
+    """The same fields without `model`, for type checkers and editors: what engines take by keyword."""
+
+    weight_file: str | None
+    revision: str | None
+    hf_token: str | None
+    download_dir: Path | None
+    offline: bool
+    tokenizer: Path | None
+    chat_template: str | None
+    isq: str | None
+    load_format: LoadFormat
+    device: str
+    dtype: DType
+    enforce_eager: bool
+    attention_backend: AttentionBackend
+    kv_cache_dtype: KvCacheDType
+    cuda_graphs: bool
+    max_cudagraph_capture_size: int
+    deterministic: bool
+    yarn_scaling_factor: float | None
+    max_model_len: int | None
+    max_num_seqs: int | None
+    max_num_batched_tokens: int | None
+    block_size: int
+    kv_cache_memory: int | None
+    kv_fraction: float | None
+    enable_prefix_caching: bool
+    max_queued_requests: int
+    threads: int | None
+    seed: int | None
+
+
+def _explain() -> None:
+    """Has `help` show the table, and not the annotations that it is made from."""
+    plain = [
+        inspect.Parameter(
+            each.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if each.default is dataclasses.MISSING else each.default,
+            annotation=each.type,
+        )
+        for each in SETTINGS.values()
+    ]
+    signature = inspect.Signature(plain)
+    this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    vars(EngineConfig.__init__)["__signature__"] = signature.replace(parameters=[this, *plain], return_annotation=None)
+    type.__setattr__(EngineConfig, "__signature__", signature)
+    told = [EngineConfig.__doc__ or "", "", "Args:"]
+    for each, parameter in zip(SETTINGS.values(), plain, strict=True):
+        text = f"{each.help}. {each.more}".strip()
+        told += [f"    {parameter}", *textwrap.wrap(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 8)]
+    EngineConfig.__doc__ = "\n".join(told)
+
+
+_explain()
 
 
 def _shown(value: object) -> str:

@@ -9,12 +9,13 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from pathlib import Path
+from typing import Unpack, cast
 
 from candle_vllm.core.arguments import explained
 from candle_vllm.core.assembly.encoder import LoadedEncoder, load_any_model
 from candle_vllm.core.assembly.model import LoadedModel
-from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.config import EngineConfig, EngineSettings
 from candle_vllm.core.devices import choose_device, give_back
 from candle_vllm.core.engine.build import build_engine, model_info
 from candle_vllm.core.engine.engine import Engine
@@ -50,9 +51,13 @@ class InferenceEngine(EngineFront):
     """
 
     def __init__(
-        self, model: str | EngineConfig, *, on_progress: Callable[[int, int], object] | None = None, **settings: Any
+        self,
+        model: str | Path | EngineConfig,
+        *,
+        on_progress: Callable[[int, int], object] | None = None,
+        **settings: Unpack[EngineSettings],
     ) -> None:
-        config = model if isinstance(model, EngineConfig) else EngineConfig(model=model, **settings)
+        config = model if isinstance(model, EngineConfig) else EngineConfig(model=cast("str", model), **settings)
         if isinstance(model, EngineConfig) and settings:
             raise ConfigError(f"pass an EngineConfig or settings, not both: {', '.join(settings)}")
         self.config = config

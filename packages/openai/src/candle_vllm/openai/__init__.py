@@ -65,3 +65,7 @@ __all__ = [
     "to_json_bytes",
     "to_sampling_params",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

@@ -16,17 +16,25 @@ if TYPE_CHECKING:
 __all__ = ["Settings", "create_app", "load_settings"]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "create_app":
-        from candle_vllm.server.app import create_app
+if not TYPE_CHECKING:  # to which every name would be one
 
-        return create_app
-    if name == "load_settings":
-        from candle_vllm.server.settings.configuration import load_settings
+    def __getattr__(name: str) -> Any:
+        if name == "create_app":
+            from candle_vllm.server.app import create_app
 
-        return load_settings
-    if name == "Settings":
-        from candle_vllm.server.settings import Settings
+            return create_app
+        if name == "load_settings":
+            from candle_vllm.server.settings.configuration import load_settings
 
-        return Settings
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return load_settings
+        if name == "Settings":
+            from candle_vllm.server.settings import Settings
+
+            return Settings
+        from candle_vllm.core.arguments import missing_name
+
+        raise missing_name(__name__, name, __all__)
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

@@ -6,11 +6,12 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Unpack, cast
 
 from tokenizers import Tokenizer as Backend
 
-from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.config import EngineConfig, EngineSettings
 from candle_vllm.core.engine.thread import EngineThread, StepEngine
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import ConfigError, EngineDeadError
@@ -39,8 +40,8 @@ class RemoteEngine(EngineFront):
     block) ends the process, and it ends with this one.
     """
 
-    def __init__(self, model: str | EngineConfig, **settings: Any) -> None:
-        config = model if isinstance(model, EngineConfig) else EngineConfig(model=model, **settings)
+    def __init__(self, model: str | Path | EngineConfig, **settings: Unpack[EngineSettings]) -> None:
+        config = model if isinstance(model, EngineConfig) else EngineConfig(model=cast("str", model), **settings)
         if isinstance(model, EngineConfig) and settings:
             raise ConfigError(f"pass an EngineConfig or settings, not both: {', '.join(settings)}")
         self.config = config

@@ -1,7 +1,7 @@
 """Stand-ins for tests of code that uses the engine; shipped, because users test their code as well.
 
 `ScriptedEngine` and `ByteTokenizer` need no model and no torch. `candle_vllm.core.testing.toy_model` writes a real
-checkpoint of a few hundred kilobytes for the real engine.
+checkpoint of a few hundred kilobytes for the real engine, without torch as well.
 """
 
 from candle_vllm.core.testing.byte_tokenizer import ByteTokenizer

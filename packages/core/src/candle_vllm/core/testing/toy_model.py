@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quants
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from candle_vllm.core.quantization.plain import read_plain
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TOY_VOCAB_SIZE = 272  # 256 bytes, the special tokens, and a few rows that no token uses, as real models have
@@ -27,6 +27,8 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+
+_TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def toy_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def write_toy_model(folder: Path, config: Mapping[str, Any] | None = None, *, se
 
     Args:
         folder: made where it does not exist.
-        config: as from `toy_config`; its "torch_dtype" is that of the weights.
+        config: as from `toy_config`; its "torch_dtype" is that of the weights: float64, float32, float16 or bfloat16.
         seed: of the random weights. Equal arguments give equal files.
 
     Returns:
@@ -67,11 +69,25 @@ def write_toy_model(folder: Path, config: Mapping[str, Any] | None = None, *, se
     config = dict(config or toy_config())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    dtype = getattr(torch, config["torch_dtype"])
-    weights = {name: weight.to(dtype) for name, weight in _weights(config, torch.Generator().manual_seed(seed)).items()}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    _save(folder / "model.safetensors", _weights(config, seed), _TYPES[config["torch_dtype"]])
     write_toy_tokenizer(folder)
     return folder
+
+
+def _save(path: Path, weights: Mapping[str, np.ndarray], type_name: str) -> None:
+    """A safetensors file of one type. The format's own writer takes numpy's types, and bfloat16 is none of those."""
+    data = {
+        name: read_plain(weight.view(np.uint8), "F32", weight.shape, type_name).tobytes()
+        for name, weight in weights.items()
+    }
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, held in data.items():
+        begin, end = end, end + len(held)
+        header[name] = {"dtype": type_name, "shape": weights[name].shape, "data_offsets": [begin, end]}
+    told = json.dumps(header).encode()
+    told += b" " * (-len(told) % 8)  # so that the tensors are aligned
+    path.write_bytes(len(told).to_bytes(8, "little") + told + b"".join(data.values()))
 
 
 def write_toy_tokenizer(folder: Path) -> None:
@@ -115,8 +131,7 @@ def write_toy_gguf(
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_theta"])
     add_toy_vocabulary(writer)
-    for hf_name, tensor in _weights(config, torch.Generator().manual_seed(seed)).items():
-        data = tensor.numpy()
+    for hf_name, data in _weights(config, seed).items():
         if name == "llama" and ("q_proj" in hf_name or "k_proj" in hf_name):
             data = _interleaved(data, config["head_dim"])
         gguf_name = _gguf_name(hf_name)
@@ -176,16 +191,17 @@ def _interleaved(data: np.ndarray, head_dim: int) -> np.ndarray:
     return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(data.shape)
 
 
-def _weights(config: Mapping[str, Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Random weights whose logits lie far apart, so that rounding never decides between two tokens."""
+def _weights(config: Mapping[str, Any], seed: int) -> dict[str, np.ndarray]:
+    """Random weights, float32, whose logits lie far apart, so that rounding never decides between two tokens."""
+    generator = np.random.default_rng(seed)
     hidden, feed, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     query, key = (config[n] * config["head_dim"] for n in ("num_attention_heads", "num_key_value_heads"))
 
-    def matrix(rows: int, columns: int, gain: float = 1.0) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=generator) * gain * columns**-0.5
+    def matrix(rows: int, columns: int, gain: float = 1.0) -> np.ndarray:
+        return generator.standard_normal((rows, columns), np.float32) * np.float32(gain * columns**-0.5)
 
-    def vector(size: int, centre: float) -> torch.Tensor:
-        return centre + 0.1 * torch.randn(size, generator=generator)
+    def vector(size: int, centre: float) -> np.ndarray:
+        return np.float32(centre) + np.float32(0.1) * generator.standard_normal(size, np.float32)
 
     weights = {"model.embed_tokens.weight": matrix(vocab, hidden, 3.0), "model.norm.weight": vector(hidden, 1.0)}
     if not config["tie_word_embeddings"]:
