@@ -11,6 +11,7 @@ import openai.types as official
 import openai.types.chat as official_chat
 import pytest
 
+from candle_vllm.core.config import DEMO_NAME
 from candle_vllm.core.errors import (
     ChatTemplateError,
     ConfigError,
@@ -260,6 +261,19 @@ async def test_served_names() -> None:
         assert (await adapter.chat(request)).model == used
     with pytest.raises(ModelNotServedError, match=r"'org/model' is not served here; served are: small, alias"):
         await adapter.chat(parse_chat_request({"messages": HI, "model": "org/model"}))
+
+
+async def test_the_demo_model_is_served_as_demo_too() -> None:
+    request = parse_chat_request({"messages": HI, "model": "demo"})
+    adapter = OpenAIAdapter(ScriptedEngine(name=DEMO_NAME))
+    assert (await adapter.chat(request)).model == "demo"
+    assert [card["id"] for card in wire(adapter.models())["data"]] == [DEMO_NAME]
+    for other in (
+        OpenAIAdapter(ScriptedEngine()),
+        OpenAIAdapter(ScriptedEngine(name=DEMO_NAME), served_model_names=["x"]),
+    ):
+        with pytest.raises(ModelNotServedError, match="'demo' is not served here"):
+            await other.chat(request)
 
 
 async def test_the_models_own_defaults_are_used_and_checked() -> None:

@@ -9,6 +9,7 @@ import pytest
 from server_fakes import FakeLoader, PacedEngine
 from waiting import until
 
+from candle_vllm.core.config import DEMO_NAME
 from candle_vllm.core.errors import EngineDeadError, ModelNotFoundError
 from candle_vllm.openai import ModelNotServedError
 from candle_vllm.server import Settings
@@ -58,6 +59,15 @@ async def test_unknown_names_are_refused_with_those_that_are_known() -> None:
 def test_two_models_cannot_share_a_name() -> None:
     with pytest.raises(UsageError, match="both called 'a'"):
         Catalogue([ModelEntry("a", Settings()), ModelEntry("b", Settings(), ("a",))])
+
+
+def test_the_demo_model_is_called_demo_too() -> None:
+    other = ModelEntry("a", Settings())
+    demo = ModelEntry(DEMO_NAME, Settings(), ("small",))
+    assert Catalogue([other, demo]).find("demo") is demo
+    assert Catalogue([demo, named := ModelEntry("demo", Settings())]).find("demo") is named
+    with pytest.raises(ModelNotServedError, match="'demo' is not served here; served are: a"):
+        Catalogue([other]).find("demo")
 
 
 async def test_models_stay_beside_each_other_while_there_is_room() -> None:

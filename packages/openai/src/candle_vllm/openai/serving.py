@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from candle_vllm.core.config import DEMO, DEMO_NAME
 from candle_vllm.core.errors import EngineOverloadedError
 from candle_vllm.openai.errors import ModelNotServedError
 
@@ -28,7 +29,7 @@ class ServedNames:
 
     def served(self, name: str | None) -> str:
         """The name to answer with; raises `ModelNotServedError`."""
-        if name is not None and name in self.all:
+        if name is not None and (name in self.all or (name == DEMO and DEMO_NAME in self.all)):
             return name
         if name is None or name == ANY_MODEL:
             return self.all[0]

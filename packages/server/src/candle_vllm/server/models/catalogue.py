@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from candle_vllm.core.config import is_demo
+from candle_vllm.core.config import DEMO, DEMO_NAME, is_demo
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import UsageError
 
@@ -70,6 +70,8 @@ class Catalogue:
             return self._by_name[name]
         if name is None or name == ANY_MODEL:
             return self.default
+        if name == DEMO and DEMO_NAME in self._by_name:
+            return self._by_name[DEMO_NAME]
         from candle_vllm.openai.errors import ModelNotServedError  # slow to import, and not needed before
 
         served = [entry.names[0] for entry in self.entries]
