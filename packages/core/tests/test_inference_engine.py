@@ -271,7 +271,7 @@ def test_a_full_queue_refuses_and_generate_feeds_it_slowly(toy_model: Path) -> N
 
         async def crowd() -> None:
             streams = [engine.stream([1], SamplingParams(max_tokens=300, ignore_eos=True)) for _ in range(2)]
-            with pytest.raises(EngineOverloadedError, match="--max-queued-requests"):
+            with pytest.raises(EngineOverloadedError, match="max_queued_requests"):
                 engine.stream([1], GREEDY)
             for stream in streams:
                 await stream.aclose()
@@ -537,15 +537,15 @@ def test_a_salt_keeps_caches_apart(toy_model: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_model_len": 513}, "--max-model-len 512"),
-        ({"kv_cache_memory": 1 << 45}, r"set --mem \d+ or less"),
-        ({"kv_cache_memory": 65536, "max_model_len": 512}, r"--max-model-len 128 or --mem 1"),
-        ({"max_num_batched_tokens": 4, "max_num_seqs": 8}, "--prefill-chunk-size 8 or --max-num-seqs 4"),
+        ({"max_model_len": 513}, "max_model_len=512"),
+        ({"kv_cache_memory": 1 << 45}, r"set kv_cache_memory=\d+ \(bytes\) or less"),
+        ({"kv_cache_memory": 65536, "max_model_len": 512}, r"max_model_len=128 or kv_cache_memory=1048576 \(bytes\)"),
+        ({"max_num_batched_tokens": 4, "max_num_seqs": 8}, "max_num_batched_tokens=8 or max_num_seqs=4"),
         ({"block_size": 24}, "power of two"),
-        ({"device": "cuda"}, "--device cpu"),
-        ({"attention_backend": "flash_attn"}, "--attention-backend flash_attn needs a GPU"),
-        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 needs a GPU"),
-        ({"max_cudagraph_capture_size": 64}, "--max-cudagraph-capture-size needs a GPU"),
+        ({"device": "cuda"}, "device='cpu'"),
+        ({"attention_backend": "flash_attn"}, "attention_backend='flash_attn' needs a GPU"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8' needs a GPU"),
+        ({"max_cudagraph_capture_size": 64}, "`max_cudagraph_capture_size` needs a GPU"),
         ({"kv_fraction": 1.5}, "between 0 and 1"),
         ({"dtype": "f64"}, "auto, f32, bf16, f16"),
         ({"max_num_seqs": 0}, "between 1 and 4096"),

@@ -164,12 +164,15 @@ def test_a_file_that_cannot_be_mapped_for_want_of_memory_says_so(
 @pytest.mark.parametrize(
     ("patched", "sentence"),
     [
-        ("candle_vllm.core.engine.recorded_runner._caches", r"for the KV cache \(.*; set --mem \d+"),
+        (
+            "candle_vllm.core.engine.recorded_runner._caches",
+            r"for the KV cache \(.*; set kv_cache_memory=\d+ \(bytes\)",
+        ),
         (
             "candle_vllm.core.engine.recorded_runner.Recorder",
-            r"a step of 512 tokens.*; set --prefill-chunk-size 128",
+            r"a step of 512 tokens.*; set max_num_batched_tokens=128",
         ),
-        ("candle_vllm.core.assembly.model.fill", r"for the weights of toy.*; quantise it while it is loaded \(--isq "),
+        ("candle_vllm.core.assembly.model.fill", r"for the weights of toy.*; quantise it while it is loaded \(isq='"),
     ],
 )
 def test_each_allocation_names_its_flag(
@@ -267,7 +270,7 @@ def test_a_limited_process_says_what_would_fit(kind: str, name: str, kib: int, t
         if found := re.search(rf"raise it \(ulimit -{name} (\d+)\)$", done):
             kib = int(found[1])
         else:
-            found = re.search(r"set --threads (\d)$", done)
+            found = re.search(r"set threads=(\d)$", done)
             assert found, done
             threads = int(found[1])
     assert said

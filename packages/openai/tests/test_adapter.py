@@ -23,11 +23,14 @@ from candle_vllm.core.errors import (
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.openai import (
     GenerationFailedError,
+    InvalidBodyError,
     ModelNotServedError,
     OpenAIAdapter,
+    SyncOpenAIAdapter,
     UnsupportedParameterError,
     parse_chat_request,
     parse_completion_request,
+    to_dict,
     to_json_bytes,
 )
 from candle_vllm.openai.protocol.fields import MAX_PROMPT_LOGPROBS
@@ -414,3 +417,37 @@ async def test_cancelling_a_whole_answer_aborts() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert engine.aborted == [engine.requests[0].request_id]
+
+
+# ---- requests that are none ------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_request_is_said_in_a_sentence() -> None:
+    with SyncOpenAIAdapter(OpenAIAdapter(ScriptedEngine())) as adapter:
+        for given in ("x", HI, None):
+            for call in (adapter.chat, adapter.chat_stream, adapter.complete, adapter.embed):
+                with pytest.raises(InvalidBodyError, match=r"one JSON object, as \{'messages'.* is, not "):
+                    call(given)  # pyright: ignore[reportArgumentType]
+        for call in (adapter.chat, adapter.chat_stream):
+            with pytest.raises(TypeError, match=r"'messages': it is a field of the request, as in chat\(\{...\}\)"):
+                call(messages=HI)  # pyright: ignore[reportCallIssue]
+        with pytest.raises(TypeError, match="'prompt': it is a field of the request"):
+            adapter.complete(prompt="x")  # pyright: ignore[reportCallIssue]
+
+
+def test_a_whole_answer_is_not_asked_for_as_a_stream() -> None:
+    with SyncOpenAIAdapter(OpenAIAdapter(ScriptedEngine())) as adapter:
+        for call, fields in ((adapter.chat, {"messages": HI}), (adapter.complete, {"prompt": "x"})):
+            with pytest.raises(InvalidParameterError, match=rf"call {call.__name__}_stream") as caught:
+                call({**fields, "stream": True})
+            assert caught.value.param == "stream"
+            assert call({**fields, "stream": False}).choices == call(fields).choices
+
+
+def test_answers_become_dicts() -> None:
+    with SyncOpenAIAdapter(OpenAIAdapter(ScriptedEngine("Hello!"))) as adapter:
+        answer = adapter.chat({"messages": HI})
+        assert json.loads(json.dumps(to_dict(answer))) == wire(answer)
+        assert not answer.choices[0].message.tool_calls
+        assert "tool_calls" not in to_dict(answer)["choices"][0]["message"]
+        assert isinstance(to_dict(adapter.embed({"input": "x"}))["data"][0]["embedding"], list)

@@ -23,6 +23,7 @@ from candle_vllm.responses import (
     McpConfig,
     McpServerConfig,
     ResponsesSession,
+    ToolError,
 )
 from candle_vllm.responses.conversation.chat_model import InProcessModel
 from candle_vllm.responses.conversation.events import ToolStarted
@@ -423,3 +424,49 @@ def test_every_public_name_is_there() -> None:
     assert ConversationFinished.__struct_fields__ == ("result", "messages")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = package.nothing  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# ---- what is meant, and what is told ---------------------------------------------------------------------------------
+
+
+async def test_options_that_cannot_be_meant_are_refused() -> None:
+    session = ResponsesSession(engine_of("ok"), tools=[add])
+    with pytest.raises(InvalidParameterError, match=r"options must be ConversationOptions, .* not dict"):
+        await session.run_conversation([user("x")], {"max_turns": 3})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InvalidParameterError, match=r"no tool 'ad' \(did you mean add\?\); there are: add"):
+        await session.run_conversation([user("x")], ConversationOptions(allowed_tools=("add", "ad")))
+    assert not session.messages
+    for allowed in (("add",), ("a*", "z*"), (), None):
+        assert (await session.run_conversation([user("x")], ConversationOptions(allowed_tools=allowed))).completed
+        session = ResponsesSession(engine_of("ok"), tools=[add])
+
+
+def test_arguments_that_there_are_not() -> None:
+    with pytest.raises(TypeError, match=r"'max_turn' \(did you mean max_turns\?\)"):
+        ConversationOptions(max_turn=3)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match=r"'nme' \(did you mean name\?\)"):
+        McpServerConfig(nme="x", command="x")  # pyright: ignore[reportCallIssue]
+
+
+async def test_a_session_says_what_it_is() -> None:
+    session = ResponsesSession(engine_of("ok"), tools=[add])
+    assert repr(session) == "<ResponsesSession: 0 messages, 1 tools>"
+    await session.run_conversation([user("x")])
+    await session.aclose()
+    assert repr(session) == "<ResponsesSession, closed: 2 messages, 1 tools>"
+    other = ResponsesSession("http://127.0.0.1:1/v1", mcp_servers=McpServerConfig(name="files", command="x"))
+    assert repr(other) == "<ResponsesSession, not entered: 0 messages, 0 tools, MCP servers files>"
+
+
+async def test_what_the_model_is_told_of_an_exception() -> None:
+    def bang() -> str:
+        raise ValueError("postgres://user:password@host")
+
+    def told() -> str:
+        raise ToolError("no such customer")
+
+    for tool, text in ((bang, "The tool failed (ValueError)."), (told, "no such customer")):
+        session = ResponsesSession(adapter_of(call_text(tool.__name__), "ok"), tools=[tool])
+        result = await session.run_conversation([user("x")])
+        assert [call.text for call in result.tool_calls] == [text]
+        assert "password" not in json.dumps(session.messages)

@@ -128,7 +128,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_llama_cpp_has_no_place_for_is_named(case: str, tmp_path: Path, words: Path) -> None:
     name, changes, lacks = REFUSED[case]
-    with pytest.raises(UnsupportedModelError, match=rf"config\.json: llama\.cpp's \w+ has no {lacks}; .*--isq"):
+    with pytest.raises(UnsupportedModelError, match=rf"config\.json: llama\.cpp's \w+ has no {lacks}; .*`isq`"):
         written(made(name, tmp_path / "m", **changes), words)
 
 

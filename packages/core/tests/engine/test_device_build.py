@@ -114,8 +114,8 @@ def test_it_answers(loaded: LoadedModel, memory: Memory) -> None:
 @pytest.mark.parametrize(
     ("changes", "settings", "message"),
     [
-        ({"peak": 600 * MIB}, {}, r"64 tokens and 8 sequences .* try --prefill-chunk-size 16 or --max-num-seqs 2"),
-        ({}, {"kv_cache_memory": 900 * MIB}, r"set --mem 604 or less"),
+        ({"peak": 600 * MIB}, {}, r"64 tokens and 8 sequences .* try max_num_batched_tokens=16 or max_num_seqs=2"),
+        ({}, {"kv_cache_memory": 900 * MIB}, rf"set kv_cache_memory={604 * MIB} \(bytes\) or less"),
         ({}, {"attention_backend": "flash_attn"}, r"attention_backend 'flash_attn' cannot serve this model"),
         ({}, {"attention_backend": "triton", "block_size": 8}, r"blocks of at least 16 tokens"),
         ({"capability": (8, 0)}, {"attention_backend": "triton", "kv_cache_dtype": "fp8"}, r"compute capability 8.9"),

@@ -82,7 +82,7 @@ def test_auto_is_triton_on_a_gpu_and_the_reference_elsewhere(triton_kernels: Mod
         ("torch_flash", change(capability=(7, 5), dtype=torch.float16), "8.0", "'triton'"),
         ("triton", change(capability=(7, 5), dtype=torch.float16, fp8_cache=True), "8.9", "'torch'"),
         ("auto", change(head_dim=512), "at most 256 numbers, not 512", "'torch'"),
-        ("triton", change(block_size=8), "block_size is 8", "--block-size 16"),
+        ("triton", change(block_size=8), "block_size is 8", "block_size=16"),
         ("triton", change(capability=(8, 6), fp8_cache=True), "8.9", "'torch'"),
         ("triton", change(dtype=torch.float64), "float64", "'torch'"),
         ("triton", change(dtype=torch.float64, deterministic=True), "float64", "without 'deterministic'"),
@@ -398,7 +398,7 @@ def test_the_flash_attention_of_torch_needs_its_pages(
     packages: dict[str, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", varlen_of_2_15)
-    with pytest.raises(ConfigError, match=r"multiples of 256 tokens, and block_size is 64; set --block-size 256"):
+    with pytest.raises(ConfigError, match=r"multiples of 256 tokens, and block_size is 64; set block_size=256"):
         choose("torch_flash", change(block_size=64))
     monkeypatch.setattr(varlen, "varlen_attn", lambda q, k, v, starts, ends, max_q, max_k, **_: q)
     with pytest.raises(ConfigError, match=r"torch 2\.13 is needed, whose FlashAttention reads pages"):

@@ -67,7 +67,7 @@ def test_activations_that_float16_is_too_small_for(
         assert choose_placement(config(), GPU, plain, model).dtype == "F32"
     assert f"activations of {model_type}" in caplog.text
     assert "computes in f32" in caplog.text
-    with pytest.raises(ConfigError, match=f"activations of {model_type} .* set --device cpu, or --dtype f16"):
+    with pytest.raises(ConfigError, match=f"activations of {model_type} .* set device='cpu', or dtype='f16'"):
         choose_placement(config(), GPU, quantised, model)
     caplog.clear()
     for checkpoint in (plain, quantised):
@@ -110,7 +110,7 @@ def test_plain_weights_beyond_float16_are_refused_by_name(name: str, tmp_path: P
     load("bf16")
     load("f32")
     with pytest.raises(
-        UnsupportedModelError, match=f"tensor {name}: weights are beyond the range of f16.*--dtype bf16"
+        UnsupportedModelError, match=f"tensor {name}: weights are beyond the range of f16.*dtype='bf16'"
     ):
         load("f16")
 

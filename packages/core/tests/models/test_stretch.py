@@ -51,7 +51,7 @@ def test_the_context_grows_by_the_factor(tmp_path: Path) -> None:
 
 def test_models_that_are_scaled_already_are_refused(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "scaled", "llama", head_dim=32, rope_parameters=LLAMA3)
-    with pytest.raises(ConfigError, match=r"--yarn-scaling-factor 2: .*scaled already \(llama3.*leave the setting out"):
+    with pytest.raises(ConfigError, match=r"yarn_scaling_factor=2: .*scaled already \(llama3.*leave the setting out"):
         load(folder, yarn_scaling_factor=2.0)
     path = export_gguf(folder, tmp_path / "model.gguf", "llama")
     with pytest.raises(ConfigError, match=r"scaled already \(by tensors of its file\)"):

@@ -385,7 +385,7 @@ async def test_cancelled_texts_are_not_run_and_a_full_queue_refuses(
             await asyncio.sleep(0.005)
             if len(engine._thread._clients) == 3:  # type: ignore[union-attr]
                 break
-        with pytest.raises(EngineOverloadedError, match="max-queued-requests"):
+        with pytest.raises(EngineOverloadedError, match="max_queued_requests"):
             await engine.aembed("fourth")
         second.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -268,7 +268,7 @@ async def test_a_gguf_engine_is_the_same_until_it_is_killed(tmp_path: Path) -> N
     assert [(await engine.agenerate("the hedge", unseeded)).text for _ in range(2)] == expected
     assert engine.tokenize("the hedge <|im_start|>") == tokens
     streams = [engine.stream(PROMPT, ENDLESS) for _ in range(4)]
-    with pytest.raises(EngineOverloadedError, match="max-queued-requests"):
+    with pytest.raises(EngineOverloadedError, match="max_queued_requests"):
         engine.stream(PROMPT, ENDLESS)
     await asyncio.gather(*(anext(stream) for stream in streams))
 

@@ -9,8 +9,8 @@ import pytest
 from server_fakes import FakeLoader, PacedEngine
 from waiting import until
 
-from candle_vllm.core.config import DEMO_NAME
-from candle_vllm.core.errors import EngineDeadError, ModelNotFoundError
+from candle_vllm.core.config import DEMO_NAME, SETTINGS
+from candle_vllm.core.errors import EngineDeadError, ModelNotFoundError, NoMemoryError
 from candle_vllm.openai import ModelNotServedError
 from candle_vllm.server import Settings
 from candle_vllm.server.http.errors import HttpError
@@ -21,6 +21,7 @@ from candle_vllm.server.models.manager import ModelManager, take_turn
 from candle_vllm.server.models.slot import ModelState
 from candle_vllm.server.models.switcher import ManagerLimits, NoRoomError
 from candle_vllm.server.observing.metrics import Metrics
+from candle_vllm.server.settings.derived import in_flags, told_in_flags
 from candle_vllm.server.settings.options import UsageError
 
 NAMES = ("a", "b", "c")
@@ -54,6 +55,21 @@ async def test_names(name: str | None, found: str) -> None:
 async def test_unknown_names_are_refused_with_those_that_are_known() -> None:
     with pytest.raises(ModelNotServedError, match="served are: a-alias, b-alias, c-alias"):
         await _manager(FakeLoader()).acquire("d")
+
+
+def test_advice_of_the_library_is_given_in_flags() -> None:
+    said = (
+        "set kv_cache_memory=1048577 (bytes), max_num_batched_tokens=8, device='cpu' or cuda_graphs=False; see `isq`."
+    )
+    assert in_flags(said) == "set --mem 2, --prefill-chunk-size 8, --device cpu or --disable-cuda-graph; see --isq."
+    for name in SETTINGS:
+        assert in_flags(f"a larger `{name}`").startswith("a larger --")
+    for other in ("size=5", "x-threads", "max_model_len 5"):
+        assert in_flags(other) == other
+    assert in_flags(f"kv_cache_memory={'9' * 5000}").startswith("--mem 9")  # no number that int would refuse
+    with pytest.raises(NoMemoryError, match=r"^set --threads 1$") as caught, told_in_flags():
+        raise NoMemoryError("set threads=1", "threads")
+    assert caught.value.setting == "threads"
 
 
 def test_two_models_cannot_share_a_name() -> None:

@@ -148,13 +148,14 @@ def unknown_name(owner: str, name: str, known: Iterable[str], within: Mapping[st
     """
     known = list(known)
     head = f"{owner} has no argument {name[:60]!r}"
+    for other, fields in (within or {}).items():
+        if name in fields:
+            return f"{head}: it is a field of {other}"
     answer = foreign_names(owner).get(name)
     if answer is not None:
         called = "it is called " if answer.partition(",")[0].partition(":")[0] in known else ""
         return f"{head}: {called}{answer}"
     for other, fields in (within or {}).items():
-        if name in fields:
-            return f"{head}: it is a field of {other}"
         if name in foreign_names(other):
             return f"{head}: {unknown_name(other, name, fields)}"
     return f"{head}{nearest(name[:60], known)}"

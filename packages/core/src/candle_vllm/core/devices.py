@@ -55,7 +55,7 @@ def choose_device(wanted: str) -> Device:
         return Device(f"cuda:{index}")
     if wanted != "auto":
         raise ConfigError(
-            f"device {wanted!r} cannot be used: {obstacle}. To compute on the CPU, set --device cpu", "device"
+            f"device {wanted!r} cannot be used: {obstacle}. To compute on the CPU, set device='cpu'", "device"
         )
     logger.warning("a GPU lies idle, and this is computed on the CPU: %s", obstacle)
     return CPU
@@ -154,7 +154,7 @@ def fitting(device: Device, what: str, size: int) -> Iterator[None]:
         free, total = torch.cuda.mem_get_info(device)
         raise NoMemoryError(
             f"{what} take about {size >> 20} MiB and {device} has {total >> 20} MiB, of which {free >> 20} are left: "
-            "take a model with fewer bits, another GPU (--device cuda:N) or --device cpu",
+            "take a model with fewer bits, another GPU (device='cuda:N') or device='cpu'",
             "device",
         ) from error
 

@@ -221,9 +221,7 @@ class EngineFront(ABC):
             except UnsupportedModelError as error:
                 raise InvalidParameterError(f"chat_template cannot be used: {error}", "chat_template") from None
         if texts.template is None:
-            raise ChatTemplateError(
-                f"{self._info.name} has no chat template: pass one (chat_template, --chat-template)", "messages"
-            )
+            raise ChatTemplateError(f"{self._info.name} has no chat template: pass one (`chat_template`)", "messages")
         return texts.template
 
     def _needs_of(self, template: ChatTemplate) -> TemplateNeeds:

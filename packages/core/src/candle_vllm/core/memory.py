@@ -106,7 +106,7 @@ def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, seque
     if config.kv_cache_memory is not None and config.kv_cache_memory > available:
         raise NoMemoryError(
             f"the KV cache was given {_size(config.kv_cache_memory)} and {_size(available)} are free: "
-            f"set --mem {int(available * 0.9) // MIB} or less",
+            f"set kv_cache_memory={int(available * 0.9) // MIB * MIB} (bytes) or less",
             "kv_cache_memory",
         )
     token_bytes = cache_bytes(model, 1, dtype_bytes)
@@ -118,7 +118,7 @@ def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, seque
     if affordable < per_sequence:
         context = _shrunk_context(config, context, affordable, block_bytes, room, budget)
     num_blocks = min(affordable, per_sequence * sequences)
-    source = "set by --mem" if config.kv_cache_memory else f"{share:g} of {_size(available)} free{room.kept}"
+    source = "as it was set" if config.kv_cache_memory else f"{share:g} of {_size(available)} free{room.kept}"
     whole = num_blocks == per_sequence * sequences
     several = f"{sequences} sequences" if sequences > 1 else "one sequence"
     needed = f"all that {several} of {context:,} tokens can need" if whole else f"of {_size(budget)}"
@@ -148,7 +148,7 @@ def refuse_longer(config: EngineConfig, model: ModelConfig) -> None:
     if config.max_model_len is not None and config.max_model_len > model.max_position:
         raise ConfigError(
             f"max_model_len {config.max_model_len} is beyond the model's context of {model.max_position} tokens: "
-            f"set --max-model-len {model.max_position} or leave it out",
+            f"set max_model_len={model.max_position} or leave it out",
             "max_model_len",
         )
 
@@ -174,11 +174,11 @@ def _shrunk_context(
     needed = -(-context // config.block_size) * block_bytes
     if config.max_model_len is None and fits >= config.block_size:
         return fits
-    ways = [f"--max-model-len {fits}"] if fits else []
+    ways = [f"max_model_len={fits}"] if fits else []
     if needed <= room.available or room.limit is None:
-        ways.append(f"--mem {-(-needed // MIB)}")
+        ways.append(f"kv_cache_memory={-(-needed // MIB) * MIB} (bytes)")
     if config.kv_cache_memory is None and needed < room.available * 0.95:
-        ways.append(f"--kv-fraction {min(0.99, needed / room.available + 0.01):.2f}")
+        ways.append(f"kv_fraction={min(0.99, needed / room.available + 0.01):.2f}")
     if needed > room.available and room.limit is not None:
         ways.append(f"to {room.limit.raised_by(needed - room.available)}")
     raise NoMemoryError(
@@ -301,7 +301,7 @@ def room_for(
         if "start new thread" not in str(error):
             raise
         if loading_threads() > 1:
-            setting, way = "threads", lambda _: "set --threads 1"
+            setting, way = "threads", lambda _: "set threads=1"
         raise _no_room(f"one more thread for {what}", STACK_BYTES, setting, way) from error
 
 

@@ -14,7 +14,7 @@ from candle_vllm.openai.errors import (
     UnsupportedParameterError,
     to_error,
 )
-from candle_vllm.openai.json_body import to_json_bytes
+from candle_vllm.openai.json_body import to_dict, to_json_bytes
 from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from candle_vllm.openai.protocol.completions import Completion, CompletionRequest
 from candle_vllm.openai.protocol.embeddings import EmbeddingList, EmbeddingRequest
@@ -61,6 +61,7 @@ __all__ = [
     "parse_embedding_request",
     "parse_rerank_request",
     "parse_score_request",
+    "to_dict",
     "to_error",
     "to_json_bytes",
     "to_sampling_params",

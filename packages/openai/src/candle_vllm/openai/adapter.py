@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import UNSET
 
+from candle_vllm.core.arguments import explained
 from candle_vllm.core.engine.request import ModelInfo
 from candle_vllm.core.engine.watching import RequestWatcher
 from candle_vllm.core.errors import InvalidParameterError
@@ -127,11 +128,13 @@ class OpenAIAdapter:
             )
         )
 
+    @explained(**{"the request, as in chat({...})": ChatCompletionRequest.wire_names()})
     async def chat(self, request: ChatCompletionRequest | Fields) -> ChatCompletion:
-        """The whole answer; `stream` of the request does not matter. Cancelling it aborts the request."""
+        """The whole answer; a request with `stream` is refused. Cancelling it aborts the request."""
         async with aclosing(await self._start_chat(request, whole=True)) as chunks:
             return join_chat([chunk async for chunk in chunks])
 
+    @explained(**{"the request, as in chat({...})": ChatCompletionRequest.wire_names()})
     async def chat_stream(self, request: ChatCompletionRequest | Fields) -> ChunkStream[ChatCompletionChunk]:
         """Submits the request and gives its chunks as they come; close the stream to abort it."""
         return await self._start_chat(request, whole=False)
@@ -151,11 +154,13 @@ class OpenAIAdapter:
         """Tokens of the prompt that `answer` would begin with; nothing is generated."""
         return len((await self._ready(read)).prepared.prompt)
 
+    @explained(**{"the request, as in complete({...})": CompletionRequest.wire_names()})
     async def complete(self, request: CompletionRequest | Fields) -> Completion:
-        """The whole answer; `stream` of the request does not matter. Cancelling it aborts the request."""
+        """The whole answer; a request with `stream` is refused. Cancelling it aborts the request."""
         async with aclosing(await self._start_completion(request, whole=True)) as chunks:
             return join_completion([chunk async for chunk in chunks])
 
+    @explained(**{"the request, as in complete({...})": CompletionRequest.wire_names()})
     async def complete_stream(self, request: CompletionRequest | Fields) -> ChunkStream[Completion]:
         """Submits the request and gives its chunks as they come; close the stream to abort it."""
         return await self._start_completion(request, whole=False)
@@ -191,6 +196,8 @@ class OpenAIAdapter:
         self, given: ChatCompletionRequest | Fields, *, whole: bool
     ) -> ChunkStream[ChatCompletionChunk]:
         request = _checked_chat(given)
+        if whole and request.stream:
+            raise InvalidParameterError(_STREAMED.format("chat"), "stream")
         ready = await self._ready(partial(read_chat, request))
         prompt, plan = ready.prepared.prompt, ready.prepared.answers
         return ChunkStream(self._submitted(ready), ChatWriter(request, prompt, calls=bool(plan.tools), whole=whole))
@@ -216,6 +223,8 @@ class OpenAIAdapter:
 
     async def _start_completion(self, given: CompletionRequest | Fields, *, whole: bool) -> ChunkStream[Completion]:
         request = given if isinstance(given, CompletionRequest) else parse_completion_request(given)
+        if whole and request.stream:
+            raise InvalidParameterError(_STREAMED.format("complete"), "stream")
         task = read_completion(request)
         head = self._head("cmpl-", task.request_id, self._names.served(task.model))
         prompts, params = await self._work.prepare(self._preparation.prompts, task)
@@ -247,6 +256,9 @@ class OpenAIAdapter:
             model=model,
             system_fingerprint=self._fingerprint,
         )
+
+
+_STREAMED = "stream is true, and {0} gives the answer when it is whole: call {0}_stream, or leave stream out"
 
 
 def _checked_chat(given: ChatCompletionRequest | Fields) -> ChatCompletionRequest:

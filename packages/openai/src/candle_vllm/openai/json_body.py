@@ -43,6 +43,11 @@ def to_json_bytes(value: msgspec.Struct) -> bytes:
     return msgspec.json.encode(value)
 
 
+def to_dict(value: msgspec.Struct) -> dict[str, Any]:
+    """An answer, chunk or error as dicts and lists, as its JSON is: without the fields that are UNSET."""
+    return msgspec.to_builtins(value)
+
+
 def decode_json(body: bytes | str, name: str = "The body") -> Any:
     """The JSON value in `body`; raises `InvalidBodyError`, which calls the body `name` and says where the fault is."""
     text = _decode_utf8(body) if isinstance(body, bytes) else body

@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import CancelledError
 from typing import Any, Generic, Self, TypeVar
 
+from candle_vllm.core.arguments import explained
 from candle_vllm.core.errors import EngineDeadError, RequestAbortedError
 from candle_vllm.openai.adapter import Fields, OpenAIAdapter
 from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
@@ -41,18 +42,22 @@ class SyncOpenAIAdapter:
         """Whether `close` was called."""
         return self._closed
 
+    @explained(**{"the request, as in chat({...})": ChatCompletionRequest.wire_names()})
     def chat(self, request: ChatCompletionRequest | Fields) -> ChatCompletion:
         """The whole answer."""
         return self.wait(self._adapter.chat, request)
 
+    @explained(**{"the request, as in chat({...})": ChatCompletionRequest.wire_names()})
     def chat_stream(self, request: ChatCompletionRequest | Fields) -> SyncChunks[ChatCompletionChunk]:
         """The chunks as they come; close it to abort the request."""
         return SyncChunks(self, self.wait(self._adapter.chat_stream, request))
 
+    @explained(**{"the request, as in complete({...})": CompletionRequest.wire_names()})
     def complete(self, request: CompletionRequest | Fields) -> Completion:
         """The whole answer."""
         return self.wait(self._adapter.complete, request)
 
+    @explained(**{"the request, as in complete({...})": CompletionRequest.wire_names()})
     def complete_stream(self, request: CompletionRequest | Fields) -> SyncChunks[Completion]:
         """The chunks as they come; close it to abort the request."""
         return SyncChunks(self, self.wait(self._adapter.complete_stream, request))

@@ -45,9 +45,11 @@ _SENTENCES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 
 def parse_body(kind: type[_Request], body: bytes | Mapping[str, Any]) -> _Request:
     """The request; raises `RequestError` with the field at fault."""
-    value = decode_json(body) if isinstance(body, bytes) else dict(body)
-    if not isinstance(value, dict):
-        raise InvalidBodyError("The body must be one JSON object.")
+    value = decode_json(body) if isinstance(body, bytes) else body
+    if not isinstance(value, Mapping):
+        given = "" if isinstance(body, bytes) else f", as {{'messages': [...]}} is, not {type(body).__name__}"
+        raise InvalidBodyError(f"The body must be one JSON object{given}.")
+    value = dict(value)
     try:
         return kind.model_validate(value)
     except ValidationError as error:

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, aclosing
 from typing import TYPE_CHECKING, Any, Self
 
 from candle_vllm.core.errors import ConfigError, InvalidParameterError, RequestError
+from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.responses.conversation.chat_form import ChatMessage, ChatTranscript, check_is_list
 from candle_vllm.responses.conversation.chat_model import ModelSource, http_model, local_model
 from candle_vllm.responses.conversation.events import ConversationFinished, Event
@@ -68,6 +69,11 @@ class ResponsesSession:
         self._entered = self._closed = False
         self._messages = ChatTranscript(messages).messages
         self._answers: dict[str, Approval] = {}
+
+    def __repr__(self) -> str:
+        state = ", closed" if self._closed else ", not entered" if self._needs_context and not self._entered else ""
+        servers = f", MCP servers {', '.join(self._servers):.80}" if self._servers else ""
+        return f"<ResponsesSession{state}: {len(self._messages)} messages, {len(self._tools)} tools{servers}>"
 
     async def __aenter__(self) -> Self:
         if self._entered or self._closed:
@@ -159,6 +165,7 @@ class ResponsesSession:
         check_is_list(messages)
         transcript = ChatTranscript([*self._messages, *messages])
         self._check_ready(messages)
+        self._check_options(options)
         loop = ConversationLoop(self._model, self._tools, options, auto_approve=self._is_auto_approved)
         answers = {call.id: self._answers.get(call.id) for call in transcript.open_calls}
         self._loop, finished = loop, False
@@ -232,6 +239,23 @@ class ResponsesSession:
             raise ConfigError("the session is closed: make another one, with the messages of this one")
         if self._needs_context and not self._entered:
             raise ConfigError("a session with MCP servers or a base URL is used inside `async with session:`")
+
+    def _check_options(self, options: ConversationOptions | None) -> None:
+        if not isinstance(options, (ConversationOptions, type(None))):
+            raise InvalidParameterError(
+                "options must be ConversationOptions, as ConversationOptions(max_turns=3) makes them, not "
+                f"{type(options).__name__}",
+                "options",
+            )
+        known = list(self._tools.names())
+        for name in (options and options.allowed_tools) or ():
+            if "*" not in name and name not in known:
+                there = ", ".join(sorted(known)[:20]) or "none"
+                raise InvalidParameterError(
+                    f"allowed_tools: there is no tool {name[:60]!r}{nearest(name[:60], known)}; there are: "
+                    f"{there:.500}",
+                    "allowed_tools",
+                )
 
     def _check_ready(self, messages: Sequence[Mapping[str, Any]]) -> None:
         self._check_open()

@@ -74,8 +74,10 @@ def _run(argv: Sequence[str]) -> int:
     except (CandleVllmError, MemoryError) as error:
         if debug:
             raise
+        from candle_vllm.server.settings.derived import in_flags
+
         reason = "the memory ran out; allow the process more, or take less: --mem, --max-num-seqs, --threads"
-        sys.stderr.write(f"candle-vllm: error: {reason if isinstance(error, MemoryError) else error}\n")
+        sys.stderr.write(f"candle-vllm: error: {reason if isinstance(error, MemoryError) else in_flags(str(error))}\n")
         return EXIT_USAGE
 
 

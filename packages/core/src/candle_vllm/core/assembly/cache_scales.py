@@ -72,7 +72,7 @@ def _values(scales: Mapping[str, StoredTensor]) -> Iterator[tuple[int, str, floa
             said = f"it is {value[0]}" if value else f"it has shape {list(tensor.shape)}"
             raise InvalidFileError(
                 f"{tensor.path}: tensor {name}: the scale of a layer's cache is one finite number above 0, and {said}: "
-                "leave out --kv-cache-dtype fp8"
+                "leave out kv_cache_dtype='fp8'"
             )
         match = _NAME.fullmatch(name)
         assert match is not None

@@ -135,7 +135,7 @@ def _longest(config: EngineConfig, files: ModelFiles, model: EncoderConfig) -> i
     if config.max_model_len > model.max_position:
         raise ConfigError(
             f"max_model_len {config.max_model_len} is beyond the model's {model.max_position} positions: set "
-            f"--max-model-len {model.max_position} or leave it out",
+            f"max_model_len={model.max_position} or leave it out",
             "max_model_len",
         )
     return config.max_model_len

@@ -52,7 +52,7 @@ class InSitu(Viewed):
             return quantise(self.source.raw(), self.source.dtype, self.shape[-1], self.kind)
         except ValueError as error:
             raise WeightsError(
-                f"{self.path}: tensor {self.name} cannot be quantised: {error}; load it without --isq"
+                f"{self.path}: tensor {self.name} cannot be quantised: {error}; load it without `isq`"
             ) from error
 
 

@@ -60,7 +60,8 @@ def choose_placement(config: EngineConfig, device: Device, checkpoint: Checkpoin
     if device.type == "cuda":
         if quantised and in_torch.dtype == "F32":
             raise ConfigError(
-                "dtype f32 cannot be had with quantised weights on a GPU: set --dtype bf16 or f16, or --enforce-eager",
+                "dtype f32 cannot be had with quantised weights on a GPU: set dtype='bf16' or dtype='f16', or "
+                "enforce_eager=True",
                 "dtype",
             )
         return _in_torch(config, dataclasses.replace(in_torch, keeps_quantised=quantised), f"{device} is a GPU")
@@ -123,12 +124,12 @@ def _beyond_f16(config: EngineConfig, device: Device, model: str, *, kept: bool)
     """What a model computes in for which float16 is too small, and which it would get."""
     known = f"activations of {model} are known to leave the range of float16"
     if config.dtype == "f16":
-        logger.warning("%s, and answers end in an error where they do: leave --dtype out, or set bf16 or f32", known)
+        logger.warning("%s, and answers end in an error where they do: leave dtype out, or set bf16 or f32", known)
         return "F16"
     if kept:
         raise ConfigError(
-            f"{known}, {device} does not multiply bfloat16, and f32 cannot be had with quantised weights: set --device "
-            "cpu, or --dtype f16 to try it all the same",
+            f"{known}, {device} does not multiply bfloat16, and f32 cannot be had with quantised weights: set "
+            "device='cpu', or dtype='f16' to try it all the same",
             "dtype",
         )
     logger.warning("%s, and %s does not multiply bfloat16: the model computes in f32", known, device)
@@ -145,9 +146,9 @@ def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: i
 
     if model.latent is not None:
         if not latent_supported(model.latent, block_size):
-            return f"latent attention of {model.latent} with blocks of {block_size} tokens (--block-size) has no kernel"
+            return f"latent attention of {model.latent} with blocks of {block_size} tokens (`block_size`) has no kernel"
     elif not supported(model.head_dim, block_size):
-        return f"heads of {model.head_dim} with blocks of {block_size} tokens (--block-size) have no kernel"
+        return f"heads of {model.head_dim} with blocks of {block_size} tokens (`block_size`) have no kernel"
     return None
 
 
@@ -190,7 +191,7 @@ def room_for_weights(name: str, placement: Placement, checkpoint: Checkpoint) ->
     def way(left: int) -> str:
         smaller = [kind for kind, bits in _SMALLER if bits < 8 * size / numbers - 1 and numbers * bits / 8 < left * 0.8]
         plain = all(tensor.dtype is not None for tensor in checkpoint.tensors.values())
-        return f"quantise it while it is loaded (--isq {smaller[0]})" if plain and smaller else _FEWER
+        return f"quantise it while it is loaded (isq={smaller[0]!r})" if plain and smaller else _FEWER
 
     with fitting(placement.device, what, size), room_for(what, size if placement.device.type == "cpu" else 0, way=way):
         yield

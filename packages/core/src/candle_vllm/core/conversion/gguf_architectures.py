@@ -210,6 +210,6 @@ def architecture(config: ModelConfig, path: Path) -> Architecture:
     if row is None:
         raise UnsupportedModelError(
             f"{path}: GGUF files are not written for {config.model_type} yet, but for {', '.join(ARCHITECTURES)}; "
-            "such a model can be quantised while it is loaded, with --isq"
+            "such a model can be quantised while it is loaded, with `isq`"
         )
     return row

@@ -77,5 +77,5 @@ class Architecture:
         if lacks:
             raise UnsupportedModelError(
                 f"{source}: llama.cpp's {self.name} has no {', no '.join(lacks)}; such a model can be served from its "
-                "folder, with --isq where that is wanted"
+                "folder, with `isq` where that is wanted"
             )

@@ -220,7 +220,7 @@ def cut_name(backend: Backend, ignore_merges: bool) -> str:
     if not alike:
         raise UnsupportedModelError(
             "this byte-pair tokenizer cuts texts into words as none of GGUF's named cuts does; "
-            "such a model can be served from its folder, with --isq where that is wanted"
+            "such a model can be served from its folder, with `isq` where that is wanted"
         )
     same = [name for name in alike if PRE_TOKENIZERS[name].ignore_merges == ignore_merges]
     return (same or alike)[0]

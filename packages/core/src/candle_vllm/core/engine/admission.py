@@ -19,8 +19,8 @@ def check_request(request: GenerationRequest, vocab_size: int, max_model_len: in
         raise InvalidParameterError(f"the prompt has token ids outside 0..{vocab_size - 1}", "prompt")
     if len(prompt) >= most:
         raise PromptTooLongError(
-            f"the prompt has {len(prompt)} tokens and the context is {most}: shorten the prompt, or start with a "
-            "larger --max-model-len where the model and the memory allow it",
+            f"the prompt has {len(prompt)} tokens and the context is {most}: shorten the prompt, or load the model "
+            "with a larger `max_model_len` where the model and the memory allow it",
             "prompt",
         )
     if len(prompt) + params.min_tokens > most:
@@ -60,7 +60,7 @@ def check_pooling_request(request: PoolingRequest, vocab_size: int, max_model_le
     if len(prompt) > max_model_len:
         raise PromptTooLongError(
             f"the text has {len(prompt)} tokens and the model takes {max_model_len}: shorten it or cut it into parts, "
-            "or start with a larger --max-model-len where the model allows it",
+            "or load the model with a larger `max_model_len` where the model allows it",
             "prompt",
         )
     types = request.token_type_ids

@@ -92,7 +92,7 @@ def step_size(config: EngineConfig, device: Device) -> tuple[int, int]:
     if budget < sequences:
         raise ConfigError(
             f"max_num_batched_tokens {budget} is below max_num_seqs {sequences}, so not every sequence could take a "
-            f"step: set --prefill-chunk-size {sequences} or --max-num-seqs {budget}",
+            f"step: set max_num_batched_tokens={sequences} or max_num_seqs={budget}",
             "max_num_batched_tokens",
         )
     return sequences, budget
@@ -153,13 +153,13 @@ def _plan_on_cpu(
     """The cache on the CPU, where `weights` bytes are yet to come; refuses what needs a GPU."""
     placement = model.placement
     if config.kv_cache_dtype != "auto":
-        raise ConfigError(f"--kv-cache-dtype {config.kv_cache_dtype} needs a GPU: leave it out", "kv_cache_dtype")
+        raise ConfigError(f"kv_cache_dtype={config.kv_cache_dtype!r} needs a GPU: leave it out", "kv_cache_dtype")
     if config.max_cudagraph_capture_size:
-        raise ConfigError("--max-cudagraph-capture-size needs a GPU: leave it out", "max_cudagraph_capture_size")
+        raise ConfigError("`max_cudagraph_capture_size` needs a GPU: leave it out", "max_cudagraph_capture_size")
     if config.attention_backend != "auto" and (placement.recorded or config.attention_backend != "torch"):
         raise ConfigError(
-            f"--attention-backend {config.attention_backend} needs a GPU: on the CPU leave it out, or take torch "
-            "together with --enforce-eager",
+            f"attention_backend={config.attention_backend!r} needs a GPU: on the CPU leave it out, or take torch "
+            "together with enforce_eager=True",
             "attention_backend",
         )
     dtype_bytes = 2 if placement.recorded else ELEMENTS[placement.dtype].itemsize  # the compiled kernels keep bfloat16
@@ -204,7 +204,7 @@ def _room_for_rows(limits: StepLimits) -> AbstractContextManager[None]:
     from candle_vllm.core.kernels.cpu_runtime.kernel_cache import is_first_start
 
     fewer = max(limits.sequences, limits.tokens // 4)
-    way = f"set --prefill-chunk-size {fewer}" if fewer < limits.tokens else "take fewer --threads"
+    way = f"set max_num_batched_tokens={fewer}" if fewer < limits.tokens else "take fewer `threads`"
     compiler = _COMPILER_BYTES if is_first_start() else 0  # which ends the process where memory runs out
     what = f"the rows of a step of {limits.tokens} tokens" + (", and for compiling its kernels" if compiler else "")
     return room_for(what, compiler, "max_num_batched_tokens", lambda _: way)

@@ -48,7 +48,7 @@ def build_on_gpu(
     if config.max_cudagraph_capture_size and not (graphs and backend.mixed):
         raise ConfigError(
             "max_cudagraph_capture_size needs CUDA graphs and attention by triton: leave it at 0, or leave out what "
-            "stands against it (--disable-cuda-graph, --enforce-eager, --attention-backend)",
+            "stands against it (cuda_graphs=False, enforce_eager=True, attention_backend)",
             "max_cudagraph_capture_size",
         )
     dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else loaded.placement.torch_dtype
@@ -86,8 +86,8 @@ def build_on_gpu(
     except torch.OutOfMemoryError as error:
         size = plan.num_blocks * plan.block_bytes // MIB
         raise NoMemoryError(
-            f"a KV cache of {size} MiB leaves too little of the GPU's memory for captured steps: set --mem "
-            f"{size * 3 // 4}, or --kv-fraction to a smaller share, or --disable-cuda-graph",
+            f"a KV cache of {size} MiB leaves too little of the GPU's memory for captured steps: set "
+            f"kv_cache_memory={size * 3 // 4 * MIB} (bytes), or a smaller `kv_fraction`, or cuda_graphs=False",
             "kv_cache_memory",
         ) from error
     return runner, plan
@@ -132,9 +132,9 @@ def _too_little(budget: int, sequences: int, device: Device) -> NoMemoryError:
     free, total = (size // MIB for size in torch.cuda.mem_get_info(device))
     ways = []
     if budget > sequences:
-        ways.append(f"--prefill-chunk-size {max(sequences, budget // 4)}")
+        ways.append(f"max_num_batched_tokens={max(sequences, budget // 4)}")
     if sequences > 1:
-        ways.append(f"--max-num-seqs {max(1, sequences // 4)}")
+        ways.append(f"max_num_seqs={max(1, sequences // 4)}")
     ways.append("a smaller model, or one with fewer bits")
     return NoMemoryError(
         f"the GPU's memory is too small for steps of {budget} tokens and {sequences} sequences beside the weights: "

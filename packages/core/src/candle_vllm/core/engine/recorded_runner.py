@@ -35,6 +35,10 @@ from candle_vllm.core.sampling.sampler import Draw, Sampler, drawn_tokens
 from candle_vllm.core.sampling.state import SamplingState
 
 
+def _less(left: int) -> str:
+    return f"set kv_cache_memory={max(1, left // 2 // MIB) * MIB} (bytes)"
+
+
 class RecordedRunner(StepwiseRunner):
     """Replays a decoder on the CPU; see `ModelRunner`.
 
@@ -48,7 +52,7 @@ class RecordedRunner(StepwiseRunner):
     def __init__(self, decoder: Decoder, num_blocks: int, limits: StepLimits, isa: Isa | None = None) -> None:
         config = decoder.config
         size = cache_bytes(config, num_blocks * limits.block_size, 2)
-        with room_for("the KV cache", size, "kv_cache_memory", lambda left: f"set --mem {max(1, left // 2 // MIB)}"):
+        with room_for("the KV cache", size, "kv_cache_memory", _less):
             keys, values = _caches(config, num_blocks, limits.block_size)
         super().__init__()
         self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)

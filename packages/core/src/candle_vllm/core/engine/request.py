@@ -280,7 +280,8 @@ class EmbeddingOutput(ShownStruct, frozen=True, kw_only=True):
 
     Attributes:
         request_id: of the text.
-        embedding: float32 numbers, `array("f")`: numpy takes them without copying, `tobytes` is little-endian.
+        embedding: float32 numbers, `array("f")`: numpy takes them without copying, `tobytes` is little-endian,
+            `tolist` for JSON.
         prompt_token_ids: the text's tokens, those that the tokenizer adds included.
         num_cached_tokens: how many of them came from the prefix cache.
     """

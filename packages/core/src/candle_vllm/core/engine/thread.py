@@ -169,7 +169,7 @@ class EngineThread:
             if self._clients and self._live_sequences + len(prepared) > self._max_sequences:
                 raise EngineOverloadedError(
                     f"{self._live_sequences} sequences are running or waiting and {self._max_sequences} may be "
-                    "(--max-queued-requests): try again later"
+                    "(`max_queued_requests`): try again later"
                 )
             self._clients[request_id] = _Client(sink, len(prepared))
             self._live_sequences += len(prepared)

@@ -26,20 +26,20 @@ def stretched(config: ModelConfig, factor: float | None, checkpoint: Checkpoint)
     if rope.kind != "default" or any(name in checkpoint.tensors for name in _SCALED_BY_TENSORS):
         how = "by tensors of its file" if rope.kind == "default" else f"{rope.kind}, in its files"
         raise ConfigError(
-            f"--yarn-scaling-factor {factor:g}: the rotary positions of this model are scaled already ({how}), for "
+            f"yarn_scaling_factor={factor:g}: the rotary positions of this model are scaled already ({how}), for "
             f"{config.max_position} tokens: leave the setting out",
             _SETTING,
         )
     if any(isinstance(getattr(config, field.name), RopeConfig) for field in _own_fields(config)):
         raise ConfigError(
-            f"--yarn-scaling-factor {factor:g}: the layers of {config.model_type} have rotary positions of two kinds, "
+            f"yarn_scaling_factor={factor:g}: the layers of {config.model_type} have rotary positions of two kinds, "
             "which one factor cannot stretch: leave the setting out",
             _SETTING,
         )
     length = int(config.max_position * factor)
     if length > MAX_COUNT:
         raise ConfigError(
-            f"--yarn-scaling-factor {factor:g}: {config.max_position} tokens would become {length}, and at most "
+            f"yarn_scaling_factor={factor:g}: {config.max_position} tokens would become {length}, and at most "
             f"{MAX_COUNT} are possible: set it to {MAX_COUNT // config.max_position} or less",
             _SETTING,
         )

@@ -123,7 +123,8 @@ class EngineProcess:
             if ended:
                 raise ModelLoadError(
                     f"the process that was loading {self._model} has ended ({self._fate()}); its last words are in "
-                    "the log. Where memory is short, the system kills it: take a smaller model or less cache (--mem)"
+                    "the log. Where memory is short, the system kills it: take a smaller model or less cache "
+                    "(`kv_cache_memory`)"
                 )
             ended = (self.alive in events or self._popen.poll() is not None) and not self.has_more()
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 from msgspec.structs import force_setattr
 
+from candle_vllm.core.arguments import ExplainedStruct
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.protocol.structured import format_of
 from candle_vllm.openai.validation import rules_below
@@ -59,12 +60,13 @@ _LIMITS = (
 )
 
 
-class ConversationOptions(msgspec.Struct, frozen=True, kw_only=True):
+class ConversationOptions(ExplainedStruct, frozen=True, kw_only=True):
     """How one call of `run_conversation` is answered.
 
     Attributes:
         max_turns: model turns, 1 to 1000.
-        allowed_tools: names that the model may see; None is all, patterns with "*" are understood.
+        allowed_tools: names that the model may see; None is all, patterns with "*" are understood. A session
+            refuses a name that it has no tool of.
         max_tool_calls: tools that may run in all, 0 to 10000; None is no limit beside `max_turns`.
         timeout: seconds for the whole; None is no limit.
         approval: who agrees before a tool runs.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import parse_qsl, urlsplit
 
+from candle_vllm.core.arguments import ExplainedSettings
 from candle_vllm.responses.mcp.server_keys import settings_of
 from candle_vllm.responses.mcp.server_values import (
     MASK,
@@ -32,7 +33,7 @@ _REMOTE = ("headers", "auth")  # settings of an address
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class McpServerConfig:
+class McpServerConfig(ExplainedSettings):
     """One server: a command that is started (`command`), or an address (`url`).
 
     `repr` and `masked()` hide what may be secret; the attributes hold the values as they are.

@@ -21,6 +21,7 @@ from candle_vllm.server.http.routing import route_path
 from candle_vllm.server.http.sse import data_event, named_event
 from candle_vllm.server.kept_access import store_refusal
 from candle_vllm.server.observing.request_context import current_request
+from candle_vllm.server.settings.derived import speak_in_flags
 
 CLIENT_CLOSED_REQUEST = 499  # for the log; nobody is left to read it
 ANTHROPIC = "/v1/messages"
@@ -70,6 +71,8 @@ async def answer_failure(request: Request, failure: Exception) -> Response:
     failure = store_refusal(failure) or failure
     if isinstance(failure, HttpError):
         return refusal(request.scope, failure)
+    if isinstance(failure, CandleVllmError):
+        speak_in_flags(failure)
     _log(f"{request.method} {request.scope['path'][:200]!r} failed", failure)
     if _speaks_anthropic(request.scope):
         theirs = to_anthropic_error(failure, request_id=_request_id(request.scope))

@@ -21,7 +21,7 @@ from candle_vllm.server.models.switcher import NoRoomError
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.model_metrics import EngineWatcher, ServedEngine
 from candle_vllm.server.settings import Settings
-from candle_vllm.server.settings.derived import engine_config
+from candle_vllm.server.settings.derived import engine_config, told_in_flags
 
 if TYPE_CHECKING:
     from candle_vllm.core import EngineConfig
@@ -66,7 +66,9 @@ class ModelLoader:
         changes = room_beside(entry.settings, beside) if beside else {}
         config = engine_config(entry.settings, **changes)
         start = self._start_engine or (remote_engine if entry.settings.engine_process else local_engine)
-        return serve_engine(start(config), entry, self._metrics)
+        with told_in_flags():
+            engine = start(config)
+        return serve_engine(engine, entry, self._metrics)
 
 
 def serve_engine(engine: ServedEngine, entry: ModelEntry, metrics: Metrics) -> ServedModel:

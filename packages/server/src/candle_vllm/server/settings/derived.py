@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from candle_vllm.core.config import demo_model, is_demo
+from candle_vllm.core.config import SETTINGS, demo_model, is_demo
+from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.responses.store.options import MEMORY, StoreOptions
 from candle_vllm.server.interrupts import leaving_at_once
 from candle_vllm.server.settings import Settings
@@ -39,6 +42,8 @@ _FROM_SETTINGS = {
     "webhook_allowed_hosts": "webhook_allowed_hosts",
     "webhook_allow_private": "webhook_allow_private",
 }
+
+MIB = 1 << 20
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +123,45 @@ def load_engine(settings: Settings, **changes: Any) -> InferenceEngine:
 
         refuse_wrong_formats(settings)
 
-        return InferenceEngine(engine_config(settings, **changes))
+        with told_in_flags():
+            return InferenceEngine(engine_config(settings, **changes))
+
+
+_ADVICE = re.compile(r"`([a-z_]+)`|\b([a-z_]+)=('[^']{0,60}'|[\w.]{0,60}\w)(?: \(bytes\))?", re.ASCII)
+
+
+def in_flags(text: str) -> str:
+    """What the library says of settings, as this command line spells them: `kv_cache_memory=1048576` is --mem 1."""
+    flags = {option.engine or option.name: option for option in OPTIONS}
+
+    def flag(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        value = (match[3] or "").strip("'")
+        if name not in flags or name not in SETTINGS:
+            return match[0]
+        if name == "kv_cache_memory":
+            return f"--mem {-(-int(value) // MIB)}" if value.isdigit() else "--mem"
+        option = flags[name]
+        constant = next((word for word, means in option.constants.items() if str(means) == (value or "True")), None)
+        word = max(option.flags, key=lambda word: word == "--" + option.name.replace("_", "-"), default="")
+        return f"{word} {value}".strip() if word else constant or match[0]
+
+    return _ADVICE.sub(flag, text)
+
+
+@contextmanager
+def told_in_flags() -> Iterator[None]:
+    """What an engine refuses within is said to somebody at a command line."""
+    try:
+        yield
+    except CandleVllmError as error:
+        speak_in_flags(error)
+        raise
+
+
+def speak_in_flags(error: CandleVllmError) -> None:
+    """Has an error of the library say what it says in flags."""
+    error.args = (in_flags(str(error)), *error.args[1:])
 
 
 def _template(path: Path | None) -> str | None:

@@ -100,7 +100,7 @@ def _advice(refused: str, needs: AttentionNeeds) -> str:
         if needs.block_size < size and isinstance(
             _MAKERS[refused](dataclasses.replace(needs, block_size=size)), Backend
         ):
-            return f"set --block-size {size}"
+            return f"set block_size={size}"
     if refused != "triton" and triton_refusal(needs) is None:
         return f"set {SETTING} to 'triton'"
     if refused != "torch" and isinstance(_torch(needs), Backend):
@@ -133,7 +133,7 @@ def choose_latent(name: str, needs: AttentionNeeds) -> Backend:
         )
     if needs.fp8_cache:
         raise ConfigError(
-            "--kv-cache-dtype fp8 cannot be had with latent attention, whose cache is small already: leave it out",
+            "kv_cache_dtype='fp8' cannot be had with latent attention, whose cache is small already: leave it out",
             "kv_cache_dtype",
         )
     if needs.capability is not None and needs.capability < (8, 0):

@@ -100,7 +100,7 @@ class ThreadTeam:
             self.close()
             raise ConfigError(
                 f"the system does not start {self.threads} threads ({error}), each of which takes a stack of "
-                f"{STACK_BYTES >> 20} MiB: set --threads {max(1, min(started, cpus))}",
+                f"{STACK_BYTES >> 20} MiB: set threads={max(1, min(started, cpus))}",
                 "threads",
             ) from error
 
