@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from candle_vllm.core.errors import EngineOverloadedError
+from candle_vllm.core.errors import EngineOverloadedError, PromptTooLongError
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import FailureMiddleware, anthropic_error_event, refusal
 from candle_vllm.server.observing.request_context import RequestContext, current_request
@@ -98,3 +98,12 @@ async def test_a_failed_start_is_told_in_short_where_the_user_can_help(failure: 
     assert await _through(app, {"type": "lifespan", "app": application}) == [
         {"type": "lifespan.startup.failed", "message": told}
     ]
+
+
+async def test_settings_are_spelt_as_the_operator_sets_them() -> None:
+    async def app(*_: Any) -> None:
+        raise PromptTooLongError("load the model with a larger `max_model_len`", "prompt")
+
+    start, body = await _through(app, _scope("/v1/completions"))
+    assert start["status"] == 400
+    assert json.loads(body["body"])["error"]["message"] == "load the model with a larger --max-model-len"

@@ -38,7 +38,7 @@ from candle_vllm.server.commands.changes import changes
 from candle_vllm.server.commands.interactive import answer_display, has_colour
 from candle_vllm.server.commands.terminal import Said, conversation, read_stdin
 from candle_vllm.server.settings import Settings
-from candle_vllm.server.settings.derived import load_engine
+from candle_vllm.server.settings.derived import in_flags, load_engine
 from candle_vllm.server.settings.options import UsageError
 
 EXIT_UNFINISHED = 1
@@ -108,7 +108,7 @@ async def _carry_out(
             raise
         except CandleVllmError as error:
             display.close()
-            note(f"error: {error}")
+            note(f"error: {in_flags(str(error))}")
     return EXIT_UNFINISHED
 
 

@@ -28,7 +28,7 @@ from candle_vllm.server.commands.terminal import Message, answer_pieces, termina
 from candle_vllm.server.loop_threads import run_stoppable
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.command_line import MAX_TOKENS
-from candle_vllm.server.settings.derived import load_engine, refuse_missing
+from candle_vllm.server.settings.derived import in_flags, load_engine, refuse_missing
 from candle_vllm.server.settings.options import SAMPLING, UsageError
 from candle_vllm.server.settings.sources import convert
 from candle_vllm.server.settings.table import OPTIONS
@@ -125,7 +125,7 @@ class Chat:
         except BrokenPipeError:
             raise  # nobody reads any more
         except CandleVllmError as error:
-            self.say(f"error: {error}")
+            self.say(f"error: {in_flags(str(error))}")
         except Exception as error:  # whatever it is: the conversation is worth more
             logger.debug("this input failed", exc_info=True)
             self.say(f"error: {' '.join(str(error).split()) or 'no reason given'} ({type(error).__name__})")
@@ -151,7 +151,7 @@ class Chat:
         try:
             self._runner.run(self._answer(self._engine, messages, parts))
         except RequestError as error:
-            self.say(f"error: {error}")
+            self.say(f"error: {in_flags(str(error))}")
             return
         except KeyboardInterrupt:
             self.say("(stopped)")
@@ -227,7 +227,7 @@ class Chat:
         try:
             refuse_missing(settings)
         except CandleVllmError as error:
-            self.say(f"error: {error}")
+            self.say(f"error: {in_flags(str(error))}")
             return
         if (failure := self._bring(settings)) is None:
             self._settings = settings
