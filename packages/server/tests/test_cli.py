@@ -97,6 +97,12 @@ def test_help_loads_neither_torch_nor_a_web_framework() -> None:
     ("arguments", "message"),
     [
         (["--modle", "x"], "unknown flag --modle (did you mean --model?); see candle-vllm --help"),
+        (["serve", "nowhere.gguf"], "there is no file or folder 'nowhere.gguf'"),
+        (["serve", "-m", "nowhere.gguf", "-p", "0"], "there is no file or folder 'nowhere.gguf'"),
+        (["generate", "hi", "-m", "nowhere.gguf"], "there is no file or folder 'nowhere.gguf'"),
+        (["serve", "-p", "none"], "--p"),
+        (["serve", "a", "--m", "b"], "unexpected argument 'a': a model is named with --m a"),
+        (["--p", "0", "demo"], "unexpected argument 'demo': a model is named with --m demo"),
         (["serv"], "unknown command 'serv' (did you mean serve?)"),
         (["--m", "x", "chat"], "the command comes first (candle-vllm chat ...)"),
         (["bench", "--temperature", "1"], "--temperature does not apply to `candle-vllm bench`"),

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from candle_vllm.server.settings import foreign_flags as foreign_module
-from candle_vllm.server.settings.command_line import flag_commands, parse, split_command
+from candle_vllm.server.settings.command_line import SHORT, flag_commands, parse, split_command
 from candle_vllm.server.settings.foreign_flags import COMMANDS as FOREIGN_COMMANDS
 from candle_vllm.server.settings.foreign_flags import foreign_flags
 from candle_vllm.server.settings.options import COMMANDS, UsageError
@@ -67,7 +67,7 @@ RUST = """
 
 @pytest.mark.parametrize("theirs", [VLLM, LLAMA, OLLAMA, RUST], ids=["vllm", "llama", "ollama", "rust"])
 def test_every_flag_of_theirs_exists_or_is_answered(theirs: str) -> None:
-    known = {*flag_commands(), "--version", "--help", "-h"}
+    known = {*flag_commands(), *SHORT, "--version", "--help", "-h"}
     assert [flag for flag in theirs.split() if flag not in known and flag not in foreign_flags()] == []
 
 
@@ -109,8 +109,8 @@ def test_every_flag_that_an_answer_names_exists() -> None:
         ),
         (["--log-jsonl"], "--log-jsonl is called --log-format json here"),
         (["run", "llama3"], "there is no command 'run': to talk with a model: candle-vllm chat"),
-        (["serve", "Qwen/Qwen3-4B"], "a model is named with --m Qwen/Qwen3-4B"),
-        (["serve", "model.gguf"], "a model is named with --m model.gguf"),
+        (["serve", "--p", "0", "Qwen/Qwen3-4B"], "a model is named with --m Qwen/Qwen3-4B"),
+        (["chat", "model.gguf"], "a model is named with --m model.gguf"),
     ],
 )
 def test_the_answer_has_the_name_here(arguments: list[str], message: str) -> None:
@@ -118,6 +118,20 @@ def test_the_answer_has_the_name_here(arguments: list[str], message: str) -> Non
         parse(*split_command(arguments))
     assert message in str(caught.value)
     assert "did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "settings"),
+    [
+        ("serve Qwen/Qwen3-4B", {"model": "Qwen/Qwen3-4B"}),
+        ("serve demo -p 0", {"model": "demo", "port": 0}),
+        ("serve -m model.gguf", {"model": "model.gguf"}),
+        ("chat -m demo", {"model": "demo"}),
+    ],
+)
+def test_short_forms_are_understood(line: str, settings: dict[str, object]) -> None:
+    source, _ = parse(*split_command(line.split()))
+    assert dict(source.values) == settings
 
 
 def test_values_and_texts_are_no_flags() -> None:

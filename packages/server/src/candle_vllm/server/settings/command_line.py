@@ -31,6 +31,9 @@ MAX_TOKENS = Option("max_tokens", "command", ("--max-tokens",), _TOKENS, "most t
 
 _AS_JSON = Option("as_json", "command", (), Boolean(), "print one JSON object, not a table", constants={"--json": True})
 
+SHORT: Mapping[str, str] = {"-m": "--m", "-p": "--p"}
+"""Flags of other programs that mean the same here; -p is a prompt to some, and so a port where we serve alone."""
+
 COMMAND_OPTIONS: Mapping[str, tuple[Option, ...]] = {
     "serve": (),
     "generate": (
@@ -118,6 +121,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[SettingsSource, dict[str, 
         UsageError: an unknown flag, a missing or a refused value.
         SystemExit: after `--help` or `--version`.
     """
+    argv = _in_full(command, argv)
     _refuse_foreign(command, argv)
     parser = build_parser(command)
     given, rest = parser.parse_known_args(argv)
@@ -208,6 +212,16 @@ def _value(option: Option, given: Any) -> Any:
     return convert(option.kind, given, spelled)
 
 
+def _in_full(command: str, argv: Sequence[str]) -> list[str]:
+    """The line with its short forms written out: -m, -p of a server, and `serve MODEL` as vLLM has it."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    found = [SHORT.get(text, text) if text != "-p" or command == "serve" else text for text in argv[:end]]
+    named = any(text.split("=", 1)[0] in BY_NAME["model"].flags for text in found)
+    if command == "serve" and found and not found[0].startswith("-") and found[0] not in COMMANDS and not named:
+        found.insert(0, "--m")
+    return [*found, *argv[end:]]
+
+
 def _refuse_foreign(command: str, argv: Sequence[str]) -> None:
     """UsageError for a flag of another program, before argparse takes -hf for -h."""
     asked = [text.split("=", 1)[0] for text in argv if text.startswith("-")]
@@ -231,7 +245,9 @@ def flag_commands() -> dict[str, list[str]]:
 def _unknown(command: str, text: str) -> str:
     if not text.startswith("-"):
         more = (
-            f": a model is named with --m {text}" if (command not in _TEXTS and "/" in text) or ".gguf" in text else ""
+            f": a model is named with --m {text}"
+            if command == "serve" or (command not in _TEXTS and "/" in text) or ".gguf" in text
+            else ""
         )
         if text in COMMANDS:
             more = f": the command comes first (candle-vllm {text} ...)"

@@ -23,7 +23,7 @@ _ALWAYS = "it is always so"
 
 _ROWS: tuple[tuple[str, str], ...] = (
     # ---- the model and its files
-    ("-m --hf-repo -hf -hfr --model-path --model-id --model-name", "--m"),
+    ("--hf-repo -hf -hfr --model-path --model-id --model-name", "--m"),
     ("-hff --hf-file", "--f"),
     ("-hft", "--hf-token, which takes the name of the variable"),
     ("-mu --model-url -dr --docker-repo", "--m, with a Hugging Face id or a file that you have downloaded"),
