@@ -265,7 +265,8 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> PacedEngine:
 def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *lines: str) -> str:
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
     assert main(["chat", "--m", "first", "--system", "S"]) == 0
-    return capsys.readouterr().out
+    captured = capsys.readouterr()
+    return captured.out + captured.err
 
 
 def asked(engine: PacedEngine) -> list[list[str]]:
@@ -280,6 +281,50 @@ def test_keys_that_are_no_utf8_can_be_kept(tmp_path: Path) -> None:
         assert read() is None
     assert text is not None
     assert (text.encode()[:1], text.encode()[-1:]) == (b"a", b"b")
+
+
+class TestFullContext:
+    @pytest.fixture
+    def small(self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch) -> PacedEngine:
+        small = PacedEngine("Yes.", max_model_len=300)
+        monkeypatch.setattr(chat_module, "load_engine", lambda *_, **__: small)
+        return small
+
+    def test_the_oldest_turns_are_left_out(
+        self, small: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        questions = [f"{number} " + "x" * 40 for number in range(8)]
+        out = talk(monkeypatch, capsys, *questions, "/save t.json")
+        assert out.count("Yes.\n") == 8
+        assert "(the context is full: the oldest 4 messages are left out from here on)" in out
+        assert 1 <= out.count("are left out") < 4
+        sent = [message["content"] for message in small.template_calls[-1].messages]
+        assert (sent[0], sent[-1]) == ("S", questions[-1])
+        assert questions[0] not in sent
+        assert len(json.loads((tmp_path / "t.json").read_text())["messages"]) == 17
+
+    def test_max_tokens_is_lowered_to_what_is_left(
+        self, small: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = talk(monkeypatch, capsys, "/set max_tokens 4000", "A")
+        (request,) = small.requests
+        assert request.params.max_tokens == 300 - len(request.prompt_token_ids)
+        assert f"(max_tokens is {request.params.max_tokens} for this answer" in out
+
+    def test_a_message_that_never_fits_is_told_what_helps(
+        self, small: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        out = talk(monkeypatch, capsys, "A", "x" * 400, "B")
+        assert "/clear starts over" in out
+        assert "/set max_tokens" in out
+        assert asked(small)[-1] == ["S", "A", "Yes.", "B"]
+
+
+def test_an_answer_that_was_cut_says_so(
+    engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = talk(monkeypatch, capsys, "A", "/set max_tokens 1", "B")
+    assert out.count("not finished: the answer was cut at max_tokens") == 1
 
 
 class TestCommands:

@@ -237,6 +237,18 @@ def test_generate_reads_standard_input_and_applies_the_template(
     ]
 
 
+@pytest.mark.parametrize("more", [[], ["--chat"]])
+def test_generate_says_where_the_answer_was_cut(
+    more: list[str], engine: PacedEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "Hi", *more]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["generate", "Hi", "--max-tokens", "1", *more]) == 0
+    assert capsys.readouterr().err == (
+        "not finished: the answer was cut at its token limit (--max-tokens, or the model's context)\n"
+    )
+
+
 def test_chat_keeps_the_conversation_until_reset(
     engine: PacedEngine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,7 +274,7 @@ def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(
     timer.start()
     assert main(["chat"]) == 0
     timer.join()
-    assert "(stopped)" in capsys.readouterr().out
+    assert "(stopped)" in capsys.readouterr().err
     assert len(engine.aborted) == 1
     assert [message["content"] for message in engine.template_calls[1].messages] == ["One", "Hel", "Two"]
 

@@ -36,7 +36,7 @@ from candle_vllm.responses.tools.names import SEPARATOR, matches
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolProgress
 from candle_vllm.server.commands.changes import changes
 from candle_vllm.server.commands.interactive import answer_display, has_colour
-from candle_vllm.server.commands.terminal import Said, conversation, read_stdin
+from candle_vllm.server.commands.terminal import CUT, Said, conversation, read_stdin
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import in_flags, load_engine
 from candle_vllm.server.settings.options import UsageError
@@ -212,7 +212,7 @@ async def read_terminal_line(question: str) -> str | None:
 _MOST = 300  # characters of arguments and of a result on one line
 
 _ENDS = {
-    "length": "the answer was cut at its token limit (--max-tokens, or the model's context)",
+    "length": CUT,
     "max_turns": "the model has had all its turns (--max-turns)",
     "loop": "the model asked for the same again and again",
     "timeout": "the time was over",

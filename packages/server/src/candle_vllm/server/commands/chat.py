@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from candle_vllm.core import InferenceEngine
-from candle_vllm.core.errors import CandleVllmError, RequestError
+from candle_vllm.core.errors import CandleVllmError, PromptTooLongError
 from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.server.commands.interactive import answer_display, keys_unseen, line_reader, sign_of_life
 from candle_vllm.server.commands.terminal import Message, answer_pieces, terminal_safe
@@ -82,6 +82,7 @@ class Chat:
         self._engine: InferenceEngine | None = load_engine(settings, max_num_seqs=1)
         self._max_tokens = max_tokens
         self._messages: list[Message] = []
+        self._left_out = 0  # of the messages behind the system message, for which the context has no room any more
         self._own_file: Path | None = None
         self._set_system(system)
         self._commands = {
@@ -118,6 +119,14 @@ class Chat:
         sys.stdout.write(terminal_safe(text) + "\n")
         sys.stdout.flush()
 
+    def remark(self, text: str) -> None:
+        """Writes a line that is no answer: to standard error where answers go into a pipe or a file."""
+        if sys.stdout.isatty():
+            self.say(text)
+        else:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+
     def take(self, line: str) -> None:
         """Carries out one input: a command, or a text for the model."""
         try:
@@ -148,29 +157,78 @@ class Chat:
         if self._engine is None:
             raise UsageError(_NO_MODEL)
         parts: list[str] = []
+        cut = False
         try:
-            self._runner.run(self._answer(self._engine, messages, parts))
-        except RequestError as error:
-            self.say(f"error: {in_flags(str(error))}")
-            return
+            try:
+                cut = self._runner.run(self._answer(self._engine, self._sent(messages), self._max_tokens, parts))
+            except PromptTooLongError:
+                sent, most = self._fitting(self._engine, messages)
+                cut = self._runner.run(self._answer(self._engine, sent, most, parts))
         except KeyboardInterrupt:
-            self.say("(stopped)")
+            self.remark("(stopped)")
+        if cut:
+            self.remark("(not finished: the answer was cut at max_tokens, which /set changes, or at the context's end)")
         self._messages = [*messages, {"role": "assistant", "content": "".join(parts)}]
 
-    async def _answer(self, engine: InferenceEngine, messages: list[Message], parts: list[str]) -> None:
+    def _sent(self, messages: list[Message]) -> list[Message]:
+        return [*self._start, *messages[len(self._start) + self._left_out :]]
+
+    def _fitting(self, engine: InferenceEngine, messages: list[Message]) -> tuple[list[Message], int | None]:
+        """What of a conversation the context has room for, with a quarter of it for the answer, and `max_tokens`.
+
+        Raises:
+            UsageError: the last message alone is too long.
+        """
+        context = engine.model_info.max_model_len
+        wanted = min(self._max_tokens or context, max(1, context // 4))
+        left_out, last = self._left_out, len(messages) - len(self._start) - 1
+        while (length := self._length(engine, self._sent(messages))) + wanted > context and self._left_out < last:
+            self._left_out += 1
+            while self._left_out < last and messages[len(self._start) + self._left_out]["role"] != "user":
+                self._left_out += 1
+        if length >= context:
+            self._left_out = left_out
+            raise UsageError(
+                f"this message, with what belongs to it, needs more than the context of {context} tokens: shorten it "
+                "or the message of /system; /clear starts over, and /set max_tokens says how long an answer may be"
+            )
+        if self._left_out > left_out:
+            self.remark(f"(the context is full: the oldest {self._left_out} messages are left out from here on)")
+        if self._max_tokens is None or length + self._max_tokens <= context:
+            return self._sent(messages), self._max_tokens
+        self.remark(
+            f"(max_tokens is {context - length} for this answer: the context of {context} has no room for more)"
+        )
+        return self._sent(messages), context - length
+
+    @staticmethod
+    def _length(engine: InferenceEngine, messages: list[Message]) -> int:
+        """Tokens of a prompt."""
+        try:
+            return len(engine.tokenize(engine.apply_chat_template(messages), add_special_tokens=False))
+        except PromptTooLongError:
+            return 1 << 62
+
+    async def _answer(
+        self, engine: InferenceEngine, messages: list[Message], max_tokens: int | None, parts: list[str]
+    ) -> bool:
+        """Shows an answer and adds its text to `parts`; whether it was cut at its limit."""
         first: float | None = None
-        answer = answer_pieces(engine, messages, self._settings, self._max_tokens)
+        cut = False
+        answer = answer_pieces(engine, messages, self._settings, max_tokens)
         with contextlib.closing(answer_display()) as display, sign_of_life() as no_more:
             async with contextlib.aclosing(answer) as pieces:
                 async for piece in pieces:
                     first = first or time.perf_counter()
                     if piece.text:
                         no_more()
+                    cut = piece.cut
                     if not piece.thought:
                         parts.append(piece.text)
                     display.show(piece)
                     if piece.tokens is not None:
                         display.tell_rate(piece.tokens, time.perf_counter() - first)
+        return cut
 
     # ---- commands ----------------------------------------------------------------------------------------------------
 
@@ -231,6 +289,7 @@ class Chat:
             return
         if (failure := self._bring(settings)) is None:
             self._settings = settings
+            self._left_out = 0
             self.say(f"{self.name} answers from here on")
             return
         self.say(f"{failure}; going back to the model before")
@@ -271,12 +330,14 @@ class Chat:
     def _load(self, rest: str) -> None:
         path = _path(rest, "/load")
         self._messages = read_saved(path)
+        self._left_out = 0
         self._start = [message for message in self._messages[:1] if message["role"] == "system"]
         self._own_file = path
         self.say(f"{len(self._messages)} messages of {path}")
 
     def _clear(self, _: str) -> None:
         self._messages = list(self._start)
+        self._left_out = 0
         self.say("(new conversation)")
 
     def _regenerate(self, _: str) -> None:

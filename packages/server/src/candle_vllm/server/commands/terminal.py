@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _MAX_TEXT = 64 << 20  # bytes read from standard input
 
+CUT = "the answer was cut at its token limit (--max-tokens, or the model's context)"
+
 Message = dict[str, str]
 
 
@@ -32,6 +34,7 @@ class Said(NamedTuple):
     text: str
     thought: bool = False
     tokens: int | None = None  # of the whole answer, thoughts among them, where it has ended
+    cut: bool = False  # the answer has ended at its limit
 
 
 async def answer_pieces(
@@ -43,7 +46,7 @@ async def answer_pieces(
 ) -> AsyncGenerator[Said, None]:
     """The pieces of the model's answer to a conversation; closing the iterator aborts the request."""
     from candle_vllm.openai import OpenAIAdapter  # which a plain prompt has no need of
-    from candle_vllm.openai.events import Text, Thought, Usage
+    from candle_vllm.openai.events import Ended, Text, Thought, Usage
 
     name = engine.model_info.name
     adapter = OpenAIAdapter(engine, served_model_names=[name], reasoning_parser=settings.reasoning_parser)
@@ -53,12 +56,15 @@ async def answer_pieces(
     if stop:
         wire["stop"] = list(stop)
     answer = await adapter.chat_events(wire)
+    cut = False
     try:
         async for event in answer:
             if isinstance(event, Thought | Text):
                 yield Said(event.text, thought=isinstance(event, Thought))
+            elif isinstance(event, Ended):
+                cut = event.reason == "length"
             elif isinstance(event, Usage) and event.final:
-                yield Said("", tokens=event.completion_tokens)
+                yield Said("", tokens=event.completion_tokens, cut=cut)
     finally:
         await answer.aclose()
 
