@@ -154,8 +154,10 @@ def test_a_signal_lets_the_stream_finish(tmp_path: Path, number: signal.Signals)
         assert rest.endswith("data: [DONE]")
         assert process.wait(20) == 0
         assert process.stderr is not None
-        said, ended = process.stderr.read().splitlines()
-        assert said.endswith("finishing 1 request, up to 30 s; Ctrl+C again to stop now")
+        said, stopped, ended = process.stderr.read().splitlines()
+        assert stopped.endswith(": stopped")
+        again = "Ctrl+C again to stop now" if number == signal.SIGINT else "a second signal stops at once"
+        assert said.endswith(f"finishing 1 request, up to 30 s; {again}")
         assert ended == "aborted 0 closed True"
 
 
@@ -175,6 +177,8 @@ def test_the_drain_has_a_limit(tmp_path: Path) -> None:
         log = process.stderr.read()
         assert log.endswith("aborted 1 closed True\n")
         assert "Traceback" not in log
+        assert "running task" not in log
+        assert "the time is over: 1 request is cut off\n" in log
 
 
 def test_a_second_signal_does_not_wait_and_the_unix_socket_goes(tmp_path: Path) -> None:
@@ -192,8 +196,8 @@ def test_a_second_signal_does_not_wait_and_the_unix_socket_goes(tmp_path: Path) 
             assert process.wait(20) == 0
             assert time.monotonic() - begin < 5
             assert process.stderr is not None
-            first, second, _ = process.stderr.read().splitlines()
-            assert first.endswith("finishing 1 request, up to 30 s; Ctrl+C again to stop now")
+            first, second, _, _ = process.stderr.read().splitlines()
+            assert first.endswith("finishing 1 request, up to 30 s; a second signal stops at once")
             assert second.endswith("stopping now: what still ran is cut off")
     assert not path.exists()
 

@@ -30,7 +30,9 @@ _LOOK_SECONDS = 0.05
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether nobody else says what uvicorn logs: the command tells why it cannot start, where that has a sentence."""
+    """Whether nobody else says what uvicorn logs: the command tells why it cannot start, the drain what is cut off."""
+    if str(record.msg).startswith("Cancel %s running task(s)"):  # which counts more than requests
+        return False
     told = record.module == "on" and record.levelno == logging.ERROR  # uvicorn.lifespan.on
     return not told or "\n" in record.getMessage()  # a traceback
 
@@ -48,6 +50,7 @@ class DrainingServer(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
+        self._signal = 0
         logging.getLogger("uvicorn.error").addFilter(_is_news)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -72,6 +75,7 @@ class DrainingServer(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self._signal = sig
         self.force_exit = self.should_exit
         self.should_exit = True
 
@@ -85,7 +89,8 @@ class DrainingServer(uvicorn.Server):
         else:
             return
         seconds = self.config.timeout_graceful_shutdown
-        logger.warning("finishing %s, up to %s s; Ctrl+C again to stop now", what, seconds)
+        again = "Ctrl+C again to stop now" if self._signal == signal.SIGINT else "a second signal stops at once"
+        logger.warning("finishing %s, up to %s s; %s", what, seconds, again)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if not self.force_exit:
@@ -94,10 +99,12 @@ class DrainingServer(uvicorn.Server):
         outlived = asyncio.create_task(self._outlived())
         self.server_state.tasks.add(outlived)
         outlived.add_done_callback(self.server_state.tasks.discard)
+        ended = asyncio.create_task(self._end_of_time(outlived))
         drained = asyncio.create_task(super().shutdown(sockets))
         forced = asyncio.create_task(self._forced())
         await asyncio.wait({drained, forced}, return_when=asyncio.FIRST_COMPLETED)
         forced.cancel()
+        ended.cancel()
         if self.force_exit and self.server_state.tasks - {outlived}:
             logger.warning("stopping now: what still ran is cut off")
         running = list(self.server_state.tasks)
@@ -111,10 +118,17 @@ class DrainingServer(uvicorn.Server):
         if self.force_exit:  # uvicorn leaves it out then
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.lifespan.shutdown(), _LAST_WORDS_SECONDS)
+        logger.info("stopped")
 
     async def _forced(self) -> None:
         while not self.force_exit:
             await asyncio.sleep(_LOOK_SECONDS)
+
+    async def _end_of_time(self, outlived: asyncio.Task[None]) -> None:
+        """Says what the drain's end cuts off, just before uvicorn does it."""
+        await asyncio.sleep(self.config.timeout_graceful_shutdown or 0)
+        if count := len(self.server_state.tasks - {outlived}):
+            logger.warning("the time is over: %d request%s cut off", count, "s are" if count > 1 else " is")
 
     async def _outlived(self) -> None:
         """Until no request runs and nothing is worked on for a client that has gone."""
