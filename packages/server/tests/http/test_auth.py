@@ -173,7 +173,12 @@ def test_keys_from_a_file(start, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("# none\n", "holds no key"), ("two words\n", "key 1 must be"), ("a\n" * 10_001, "more than")]
+    ("text", "message"),
+    [
+        ("# none\n", "holds no key"),
+        ("# people\n\na\ntwo words\n", "keys, line 4: a key must be"),
+        ("a\n" * 10_001, "more than"),
+    ],
 )
 def test_key_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "keys"

@@ -151,14 +151,15 @@ def read_keys(path: Path) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(f"cannot read the API keys in {path}: {reason}") from None
-    keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    stripped = [(number, line.strip()) for number, line in enumerate(lines, 1)]
+    keys = [(number, line) for number, line in stripped if line and not line.startswith("#")]
     if not keys:
         raise UsageError(f"the API key file {path} holds no key: the server would be open")
     if len(keys) > MAX_KEYS:
         raise UsageError(f"the API key file {path} holds more than {MAX_KEYS} keys")
-    for number, key in enumerate(keys, 1):
+    for number, key in keys:
         try:
             Secret().check(key)
         except ValueError as error:
-            raise UsageError(f"{path}: key {number} {error}") from None
-    return tuple(keys)
+            raise UsageError(f"{path}, line {number}: a key {error}") from None
+    return tuple(key for _, key in keys)
