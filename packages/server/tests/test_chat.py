@@ -263,9 +263,11 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> PacedEngine:
 
 
 def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *lines: str) -> str:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-    assert main(["chat", "--m", "first", "--system", "S"]) == 0
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
+    status = main(["chat", "--m", "first", "--system", "S"])
     captured = capsys.readouterr()
+    assert status == ("error: " in captured.err)
+    assert "error: " not in captured.out
     return captured.out + captured.err
 
 
@@ -281,6 +283,47 @@ def test_keys_that_are_no_utf8_can_be_kept(tmp_path: Path) -> None:
         assert read() is None
     assert text is not None
     assert (text.encode()[:1], text.encode()[-1:]) == (b"a", b"b")
+
+
+class TestOnAPipe:
+    def test_one_line_is_a_message_and_triple_quotes_hold_several(
+        self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        lines = ["/system -", "A", "/clear", '"""one', "", 'two"""', "/clear", '"""', "three", '"""', ""]
+        talk(monkeypatch, capsys, *lines)
+        assert asked(engine) == [["A"], ["one\n\ntwo"], ["three"]]
+
+    def test_what_begins_with_a_slash_can_be_said(
+        self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        texts = ["//help me", '"""/help"""', '"""//x"""', "/usr/bin/ls is what?"]
+        talk(monkeypatch, capsys, *texts)
+        last = asked(engine)[-1]
+        assert last[1::2] == ["/help me", "/help", "//x", "/usr/bin/ls is what?"]
+
+    def test_answers_alone_are_on_standard_output(
+        self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"A\n/nothing\n/load nowhere\nB\n")))
+        assert main(["chat", "--m", "first"]) == 1
+        captured = capsys.readouterr()
+        assert captured.out == "Hello!\nHello!\n"
+        assert [line.split(" ")[0] for line in captured.err.splitlines()] == ["scripted:", "error:", "error:"]
+
+    @pytest.mark.parametrize(
+        ("data", "why"), [(b"A\nx\xff\n", "message on standard input is not UTF-8: byte 1"), (b'"""A', "ended before")]
+    )
+    def test_what_cannot_be_read(
+        self,
+        data: bytes,
+        why: str,
+        engine: PacedEngine,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        assert main(["chat", "--m", "first"]) == 2
+        assert why in capsys.readouterr().err
 
 
 class TestFullContext:

@@ -201,7 +201,7 @@ def test_who_talks_alone_reserves_room_for_one(
     asked: list[dict[str, Any]] = []
     module = generate_module if command == "generate" else chat_module
     monkeypatch.setattr(module, "load_engine", lambda _, **changes: asked.append(changes) or engine)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     assert main([command, *(["Hi"] if command == "generate" else [])]) == 0
     assert asked == [{"max_num_seqs": 1}]
 
@@ -237,6 +237,25 @@ def test_generate_reads_standard_input_and_applies_the_template(
     ]
 
 
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        ("config > /dev/full", "No space left on device"),
+        ("generate hi --m {model} --max-tokens 1 > /dev/full", "No space left on device"),
+        ("generate - --m {model} <&-", "standard input is closed"),
+        ("chat --m {model} <&-", "standard input is closed"),
+    ],
+)
+def test_streams_that_cannot_be_used_are_one_line(command: str, why: str, tmp_path: Path) -> None:
+    model = write_toy_model(tmp_path / "toy")
+    line = f"{sys.executable} -m candle_vllm.server.cli {command.format(model=model)}"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"candle-vllm: error: {why}" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
 @pytest.mark.parametrize("more", [[], ["--chat"]])
 def test_generate_says_where_the_answer_was_cut(
     more: list[str], engine: PacedEngine, capsys: pytest.CaptureFixture[str]
@@ -252,14 +271,14 @@ def test_generate_says_where_the_answer_was_cut(
 def test_chat_keeps_the_conversation_until_reset(
     engine: PacedEngine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("One\n\nTwo\n/reset\n/what\nThree\n/exit\nNever\n"))
-    assert main(["chat", "--system", "S"]) == 0
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"One\n\nTwo\n/reset\n/what\nThree\n/exit\nNever\n")))
+    assert main(["chat", "--system", "S"]) == 1  # for /what
     turns = [[message["content"] for message in call.messages] for call in engine.template_calls]
     assert turns == [["S", "One"], ["S", "One", "Hello!", "Two"], ["S", "Three"]]
-    out = capsys.readouterr().out
-    assert out.count("Hello!\n") == 3
-    assert "unknown command /what" in out
-    assert "\x1b" not in out
+    out, err = capsys.readouterr()
+    assert out == "Hello!\n" * 3
+    assert "unknown command /what" in err
+    assert "\x1b" not in err
 
 
 def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(
@@ -269,7 +288,7 @@ def test_ctrl_c_stops_the_answer_and_the_conversation_goes_on(
     import threading
 
     engine.pause = 0.2
-    monkeypatch.setattr(sys, "stdin", io.StringIO("One\nTwo\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"One\nTwo\n")))
     timer = threading.Timer(0.3, _thread.interrupt_main)
     timer.start()
     assert main(["chat"]) == 0

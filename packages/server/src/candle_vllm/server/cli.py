@@ -63,11 +63,20 @@ def _run(argv: Sequence[str]) -> int:
             debug = settings.log_level == "debug"
             level = settings.log_level if command == "serve" else _quiet(given.values, settings)
             configure_logging(level, settings.log_format)
-        return run_command(command, configuration, own)
+        status = run_command(command, configuration, own)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # whose failure would be a traceback at exit
+        return status
     except BrokenPipeError:
-        # Whoever read our output has left: standard output must not be flushed again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _write_nowhere()  # whoever read our output has left
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if debug:
+            raise
+        _write_nowhere()
+        where = f": {error.filename}" if error.filename else ""
+        sys.stderr.write(f"candle-vllm: error: {error.strerror or error}{where}\n")
+        return EXIT_USAGE
     except KeyboardInterrupt:
         say_stopped()
         return EXIT_INTERRUPTED
@@ -79,6 +88,14 @@ def _run(argv: Sequence[str]) -> int:
         reason = "the memory ran out; allow the process more, or take less: --mem, --max-num-seqs, --threads"
         sys.stderr.write(f"candle-vllm: error: {reason if isinstance(error, MemoryError) else in_flags(str(error))}\n")
         return EXIT_USAGE
+
+
+def _write_nowhere() -> None:
+    """Standard output must not be flushed again at exit, where it failed."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_command(command: str, configuration: Configuration, own: dict[str, Any]) -> int:

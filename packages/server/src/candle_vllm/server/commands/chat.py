@@ -24,7 +24,7 @@ from candle_vllm.core import InferenceEngine
 from candle_vllm.core.errors import CandleVllmError, PromptTooLongError
 from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.server.commands.interactive import answer_display, keys_unseen, line_reader, sign_of_life
-from candle_vllm.server.commands.terminal import Message, answer_pieces, terminal_safe
+from candle_vllm.server.commands.terminal import Message, answer_pieces, require_stdin, terminal_safe
 from candle_vllm.server.loop_threads import run_stoppable
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.command_line import MAX_TOKENS
@@ -43,15 +43,22 @@ _OTHER_MODEL: dict[str, Any] = dict.fromkeys(
 )
 
 
+EXIT_FAILED = 1
+
+
 def chat(settings: Settings, system: str | None = None, max_tokens: int | None = None) -> int:
-    """Talks until /exit or the end of input; without a terminal, also until Ctrl+C between answers."""
+    """Talks until /exit or the end of input; without a terminal, also until Ctrl+C between answers.
+
+    The status is 1 where the input is no terminal and a part of it failed.
+    """
+    require_stdin()
     with contextlib.closing(Chat(settings, system, max_tokens)) as talk:
         read = line_reader(Path.home())
         talk.say(f"{talk.name}: /help says what can be done; Ctrl+C stops an answer, Ctrl+D leaves")
         while (line := read()) is not None and line != "/exit":
             with keys_unseen():
                 talk.take(line)
-    return 0
+    return EXIT_FAILED if talk.failed and not sys.stdin.isatty() else 0
 
 
 class _Command(NamedTuple):
@@ -74,9 +81,13 @@ class Chat:
         settings: of the model and its sampling.
         system: the system message that every conversation begins with.
         max_tokens: most tokens of an answer.
+
+    Attributes:
+        failed: something that was typed could not be done.
     """
 
     def __init__(self, settings: Settings, system: str | None, max_tokens: int | None) -> None:
+        self.failed = False
         self._runner = asyncio.Runner()
         self._settings = settings
         self._engine: InferenceEngine | None = load_engine(settings, max_num_seqs=1)
@@ -115,17 +126,14 @@ class Chat:
             self._engine.close()
 
     def say(self, text: str) -> None:
-        """Writes a line to standard output."""
-        sys.stdout.write(terminal_safe(text) + "\n")
-        sys.stdout.flush()
-
-    def remark(self, text: str) -> None:
         """Writes a line that is no answer: to standard error where answers go into a pipe or a file."""
-        if sys.stdout.isatty():
-            self.say(text)
-        else:
-            sys.stderr.write(text + "\n")
-            sys.stderr.flush()
+        stream = sys.stdout if sys.stdout.isatty() else sys.stderr
+        stream.write(terminal_safe(text) + "\n")
+        stream.flush()
+
+    def _fail(self, text: str) -> None:
+        self.failed = True
+        self.say(text)
 
     def take(self, line: str) -> None:
         """Carries out one input: a command, or a text for the model."""
@@ -134,22 +142,22 @@ class Chat:
         except BrokenPipeError:
             raise  # nobody reads any more
         except CandleVllmError as error:
-            self.say(f"error: {in_flags(str(error))}")
+            self._fail(f"error: {in_flags(str(error))}")
         except Exception as error:  # whatever it is: the conversation is worth more
             logger.debug("this input failed", exc_info=True)
-            self.say(f"error: {' '.join(str(error).split()) or 'no reason given'} ({type(error).__name__})")
+            self._fail(f"error: {' '.join(str(error).split()) or 'no reason given'} ({type(error).__name__})")
 
     def _carry_out(self, line: str) -> None:
-        if not line.startswith("/"):
-            if line:
-                self._turn([*self._messages, {"role": "user", "content": line}])
-            return
         word, _, rest = line.partition(" ")
+        if "/" in word[1:] or not line.startswith("/"):  # a path is no command
+            if line:
+                text = line[1:] if line.startswith("//") else line
+                self._turn([*self._messages, {"role": "user", "content": text}])
+            return
         command = self._commands.get("/clear" if word == "/reset" else word)
         if command is None:
             known = ", ".join(self._commands)
-            self.say(f"unknown command {word}{nearest(word, self._commands)}: there are {known}")
-            return
+            raise UsageError(f"unknown command {word}{nearest(word, self._commands)}: there are {known}")
         command.run(rest.strip())
 
     def _turn(self, messages: list[Message]) -> None:
@@ -165,9 +173,9 @@ class Chat:
                 sent, most = self._fitting(self._engine, messages)
                 cut = self._runner.run(self._answer(self._engine, sent, most, parts))
         except KeyboardInterrupt:
-            self.remark("(stopped)")
+            self.say("(stopped)")
         if cut:
-            self.remark("(not finished: the answer was cut at max_tokens, which /set changes, or at the context's end)")
+            self.say("(not finished: the answer was cut at max_tokens, which /set changes, or at the context's end)")
         self._messages = [*messages, {"role": "assistant", "content": "".join(parts)}]
 
     def _sent(self, messages: list[Message]) -> list[Message]:
@@ -193,12 +201,10 @@ class Chat:
                 "or the message of /system; /clear starts over, and /set max_tokens says how long an answer may be"
             )
         if self._left_out > left_out:
-            self.remark(f"(the context is full: the oldest {self._left_out} messages are left out from here on)")
+            self.say(f"(the context is full: the oldest {self._left_out} messages are left out from here on)")
         if self._max_tokens is None or length + self._max_tokens <= context:
             return self._sent(messages), self._max_tokens
-        self.remark(
-            f"(max_tokens is {context - length} for this answer: the context of {context} has no room for more)"
-        )
+        self.say(f"(max_tokens is {context - length} for this answer: the context of {context} has no room for more)")
         return self._sent(messages), context - length
 
     @staticmethod
@@ -235,8 +241,8 @@ class Chat:
     def _help(self, _: str) -> None:
         lines = [(f"{name} {command.usage}".rstrip(), command.help) for name, command in self._commands.items()]
         self.say("\n".join(f"{usage:<24}{text}" for usage, text in lines))
-        if sys.stdin.isatty():
-            self.say('Several lines: paste them, or put them between """ and """. Ctrl+C clears the line.')
+        pasted = "paste them, or " if sys.stdin.isatty() else ""
+        self.say(f'Several lines: {pasted}put them between """ and """. // begins a message that begins with /.')
 
     def _set(self, rest: str) -> None:
         name, _, text = rest.partition(" ")
@@ -282,19 +288,15 @@ class Chat:
             model = str(Path(model).expanduser())
         other = {**_OTHER_MODEL, "model": model, "weight_file": file[0] if file else None}
         settings = dataclasses.replace(self._settings, **other)
-        try:
-            refuse_missing(settings)
-        except CandleVllmError as error:
-            self.say(f"error: {in_flags(str(error))}")
-            return
+        refuse_missing(settings)
         if (failure := self._bring(settings)) is None:
             self._settings = settings
             self._left_out = 0
             self.say(f"{self.name} answers from here on")
             return
-        self.say(f"{failure}; going back to the model before")
+        self._fail(f"{failure}; going back to the model before")
         if (failure := self._bring(self._settings)) is not None:
-            self.say(f"{failure}; {_NO_MODEL}")
+            self._fail(f"{failure}; {_NO_MODEL}")
 
     def _bring(self, settings: Settings) -> str | None:
         """Loads a model in the place of what is there; says why, where there is none then."""

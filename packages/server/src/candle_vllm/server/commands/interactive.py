@@ -16,7 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
-from candle_vllm.server.commands.terminal import Display
+from candle_vllm.server.commands.terminal import MAX_TEXT, Display, read_line
+from candle_vllm.server.settings.options import UsageError
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
@@ -126,9 +127,9 @@ def keys_unseen() -> Iterator[None]:
 def line_reader(home: Path) -> ReadLine:
     """What gives the next text of a person, None at the end of input; `home` has the file of what was typed before."""
     if not sys.stdin.isatty():
-        return _next_line
+        return _next_text
     if not sys.stdout.isatty():
-        return _asked_line
+        return _asked_text
     return editor(home / HISTORY_FILE)
 
 
@@ -194,23 +195,35 @@ def _is_open(text: str) -> bool:
 
 
 def _unquoted(text: str) -> str:
+    """A text without its triple quotes; between them "/" begins no command, which a second one says."""
     text = text.strip()
-    return text[3:-3].strip("\n") if text.startswith(_QUOTES) and not _is_open(text) else text
+    if not text.startswith(_QUOTES) or _is_open(text):
+        return text
+    text = text[3:-3].strip("\n")
+    return f"/{text}" if text.startswith("/") else text
 
 
-def _next_line() -> str | None:
+def _next_text() -> str | None:
+    """A line of a pipe, or what stands between triple quotes."""
+    text = ""
     try:
-        return input().strip()
-    except (EOFError, KeyboardInterrupt):
+        while line := read_line("message"):
+            text += line
+            if len(text) > MAX_TEXT:
+                raise UsageError(f"a message on standard input is larger than {MAX_TEXT >> 20} MB")
+            if not _is_open(text):
+                return _unquoted(text)
+    except KeyboardInterrupt:
         return None
+    if text:
+        raise UsageError(f"standard input ended before the {_QUOTES} that closes a message")
+    return None
 
 
-def _asked_line() -> str | None:
-    """A line from a terminal while the answers go elsewhere."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives input() editing
-    try:
-        return input("> ").strip()
-    except (EOFError, KeyboardInterrupt):
-        sys.stdout.write("\n")
-        return None
+def _asked_text() -> str | None:
+    """A text from a terminal while the answers go elsewhere."""
+    sys.stderr.write("> ")
+    sys.stderr.flush()
+    if (text := _next_text()) is None:
+        sys.stderr.write("\n")
+    return text

@@ -15,7 +15,7 @@ from candle_vllm.server.settings.options import UsageError
 if TYPE_CHECKING:
     from candle_vllm.core import InferenceEngine
 
-_MAX_TEXT = 64 << 20  # bytes read from standard input
+MAX_TEXT = 64 << 20  # bytes read from standard input
 
 CUT = "the answer was cut at its token limit (--max-tokens, or the model's context)"
 
@@ -110,11 +110,26 @@ class Display:
         self._begun = self._thinking = False
 
 
+def require_stdin() -> None:
+    """UsageError where whoever started the process has closed standard input."""
+    if sys.stdin is None:
+        raise UsageError("standard input is closed: give it a text, or /dev/null")
+
+
 def read_stdin(name: str) -> str:
     """The whole standard input as the text that a command takes; `name` says what it is."""
-    data = sys.stdin.buffer.read(_MAX_TEXT + 1)
-    if len(data) > _MAX_TEXT:
-        raise UsageError(f"the {name} on standard input is larger than {_MAX_TEXT >> 20} MB")
+    require_stdin()
+    return _decoded(sys.stdin.buffer.read(MAX_TEXT + 1), name)
+
+
+def read_line(name: str) -> str:
+    """The next line of standard input with its end, empty where there is none; `name` says what it is."""
+    return _decoded(sys.stdin.buffer.readline(MAX_TEXT + 1), name)
+
+
+def _decoded(data: bytes, name: str) -> str:
+    if len(data) > MAX_TEXT:
+        raise UsageError(f"the {name} on standard input is larger than {MAX_TEXT >> 20} MB")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

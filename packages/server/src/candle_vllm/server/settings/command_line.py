@@ -23,6 +23,10 @@ _EPILOG = """\
 Settings may also come from the environment (CANDLE_VLLM_PORT=2000), from .env and from models.yaml.
 Whole numbers may end in k, m, g (powers of 1000) or K, M, G (powers of 1024).
 """
+_CHAT_EPILOG = """\
+On a pipe every line is a message or a command, and what stands between \"\"\" and \"\"\" is one message of several
+lines. Answers go to standard output, remarks and errors to standard error; the status is 1 where a message failed.
+"""
 _TOKENS = Integer(1, 1 << 24)
 _TEXTS = {"generate": "PROMPT", "agent": "REQUEST"}  # commands that take a text
 
@@ -148,7 +152,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
         description=COMMANDS[command],
         usage=_usage(command),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_EPILOG,
+        epilog=_EPILOG + (_CHAT_EPILOG if command == "chat" else ""),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         add_help=False,
