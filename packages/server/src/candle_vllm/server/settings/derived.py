@@ -88,6 +88,8 @@ def refuse_missing(settings: Settings) -> None:
 
 def refuse_wrong_formats(settings: Settings) -> None:
     """Raises a ConfigError where the names of the formats of calls and thoughts are none, before a model is loaded."""
+    if settings.tool_parser is None and settings.reasoning_parser is None:
+        return  # nor is what knows them imported
     from candle_vllm.openai.formats.choice import choose_layout
 
     choose_layout(tool_parser=settings.tool_parser, reasoning_parser=settings.reasoning_parser)
