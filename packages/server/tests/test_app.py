@@ -395,6 +395,24 @@ def test_the_log_of_requests_says_who_asked_and_never_the_key(start, caplog: pyt
     assert len(log_formatter("text").format(stranger).splitlines()) == 1
 
 
+def test_what_other_servers_have_is_answered_with_what_it_is_called_here(start) -> None:
+    with start().http() as client:
+        for path, here in (
+            ("/api/generate", "/v1/completions"), ("/completion", "/v1/completions"),
+            ("/chat/completions", "/v1/chat/completions"),
+        ):  # fmt: skip
+            assert f", {here} does here." in client.post(path, json={}).json()["error"]["message"]
+        assert client.get("/nothing").json()["error"]["message"].endswith("the API is under /v1.")
+        assert client.get("/v1/chat/completions").json()["error"]["message"].endswith("does not take GET, but POST.")
+        for field, said in (
+            ("n_predict", "'max_tokens'"), ("num_predict", "'max_tokens'"), ("options", "as max_tokens"),
+            ("num_ctx", "--max-model-len"),
+        ):  # fmt: skip
+            response = client.post("/v1/chat/completions", json={**CHAT, field: {} if field == "options" else 5})
+            assert response.status_code == 400
+            assert said in response.json()["error"]["message"]
+
+
 class Broken(PacedEngine):
     def stream(self, *_: object, **__: object) -> NoReturn:
         raise ZeroDivisionError("secret path /root")

@@ -189,8 +189,22 @@ class WireModel(BaseModel):
 
     @classmethod
     def _suggestion(cls, name: str) -> str:
+        if name in _OF_THE_OPERATOR:
+            return f"is not a known field: {_OF_THE_OPERATOR[name]}"
+        if _NAMES_HERE.get(name) in cls.wire_names():
+            return f"is not a known field; here it is called {_NAMES_HERE[name]!r}"
         near = difflib.get_close_matches(name[:MAX_NAME], sorted({*cls.wire_names(), *cls.refused_fields}), n=1)
         return f"is not a known field; did you mean {near[0]!r}?" if near else "is not a known field"
+
+
+_NAMES_HERE = {"n_predict": "max_tokens", "num_predict": "max_tokens", "max_new_tokens": "max_tokens",
+               "repeat_penalty": "repetition_penalty"}  # fmt: skip
+_OF_THE_OPERATOR = {
+    "options": "its values stand in the request itself, num_predict as max_tokens",
+    "num_ctx": "the context is the operator's, --max-model-len",
+    "n_ctx": "the context is the operator's, --max-model-len",
+}
+"""Fields of llama.cpp, Ollama and transformers."""
 
 
 def _plain_id(value: str) -> str:

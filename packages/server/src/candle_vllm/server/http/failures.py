@@ -119,16 +119,36 @@ def _log(what: str, failure: Exception) -> None:
         logger.error("%s", what, exc_info=failure)
 
 
+_ROUTES_HERE = {  # of Ollama, llama.cpp and of clients whose base URL lacks /v1
+    "/api/generate": "/v1/completions",
+    "/completion": "/v1/completions",
+    "/completions": "/v1/completions",
+    "/generate": "/v1/completions",
+    "/api/chat": "/v1/chat/completions",
+    "/chat/completions": "/v1/chat/completions",
+    "/api/tags": "/v1/models",
+    "/models": "/v1/models",
+    "/api/embed": "/v1/embeddings",
+    "/api/embeddings": "/v1/embeddings",
+    "/embedding": "/v1/embeddings",
+    "/embeddings": "/v1/embeddings",
+    "/responses": "/v1/responses",
+}
+
+
 def _routing_error(request: Request, failure: HTTPException) -> HttpError:
     path, method = request.scope["path"][:200], request.method
+    methods = request.app.state.document.methods(route_path(request.scope))
+    nearest = _ROUTES_HERE.get(path.rstrip("/"))
+    near = f"; what it does elsewhere, {nearest} does here" if nearest else "; the API is under /v1"
     messages = {
-        404: (f"There is no route {path!r} here; the API is under /v1.", "not_found"),
-        405: (f"{path!r} does not take {method}.", "method_not_allowed"),
+        404: (f"There is no route {path!r} here{near}.", "not_found"),
+        405: (f"{path!r} does not take {method}, but {' and '.join(methods)}.", "method_not_allowed"),
     }
     message, code = messages.get(failure.status_code, (failure.detail, "http_error"))
     headers = failure.headers
     if failure.status_code == 405:  # the router names the methods of one of the routes at this path
-        headers = {"allow": ", ".join(request.app.state.document.methods(route_path(request.scope)))}
+        headers = {"allow": ", ".join(methods)}
     return HttpError(failure.status_code, message, code, headers)
 
 
