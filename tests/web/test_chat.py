@@ -134,6 +134,42 @@ def test_regenerate_makes_a_sibling(chat: Any) -> None:
     chat.get_by_label("version 1 of 2").wait_for()
 
 
+def test_settings_of_unknown_defaults_and_in_german(site: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(site.url, locale="de-DE")
+    card = {"id": "m", "object": "model", "created": 0, "root": "m", "status": "unloaded", "default": True}
+    page.route("**/v1/models", lambda route: route.fulfill(json={"object": "list", "data": [card]}))
+    page.reload()
+    page.get_by_role("button", name="Modell: m").wait_for()
+    page.keyboard.press("Control+,")
+    slider = page.get_by_role("slider", name="Temperatur, Schieberegler")
+    field = page.get_by_role("textbox", name="Temperatur", exact=True)
+    assert slider.get_attribute("aria-valuetext") == "nicht gesetzt"
+    field.fill("0,7")
+    field.blur()
+    assert (slider.get_attribute("aria-valuetext"), slider.input_value(), field.input_value()) == (None, "0.7", "0,7")
+    field.fill("viel")
+    field.blur()
+    page.get_by_text("Muss zwischen 0 und 100 liegen.").wait_for()
+    assert slider.input_value() == "0.7"
+    heights = set()
+    for tab in ("Dieser Chat", "Alle Chats", "Zugang", "Daten"):
+        page.get_by_role("tab", name=tab).click()
+        heights.add(page.get_by_role("dialog").bounding_box()["height"])
+    assert len(heights) == 1
+
+
+def test_the_way_to_the_end_goes_where_there_is_none(chat: Any) -> None:
+    ask(chat, "markdown")
+    chat.locator(".messages-frame").evaluate("(frame) => frame.scrollTo({ top: 0 })")
+    button(chat, "Go to the newest message").wait_for()
+    chat.locator(".question").get_by_role("button", name="Edit").click()
+    chat.keyboard.press("Control+a")
+    chat.keyboard.type("short")
+    chat.keyboard.press("Enter")
+    said(chat, "You said: short")
+    button(chat, "Go to the newest message").wait_for(state="detached")
+
+
 def test_continue_appends(chat: Any) -> None:
     ask(chat, "One")
     chat.locator(".answer").get_by_role("button", name="Continue").click()

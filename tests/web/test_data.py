@@ -145,9 +145,9 @@ def test_delete_all(chat: Any) -> None:
     ask(chat, "One")
     chat.keyboard.press("Control+,")
     chat.get_by_role("tab", name="Data").click()
-    button(chat, "Delete all conversations").click()
+    button(chat, "Delete all conversations, prompts and folders").click()
     chat.get_by_text("will be gone for good").wait_for()
-    chat.get_by_role("dialog").get_by_role("button", name="Delete all conversations").click()
+    chat.get_by_role("dialog").get_by_role("button", name="Delete all conversations, prompts and folders").click()
     chat.get_by_text("Your conversations will appear here.").wait_for()
     chat.reload()
     chat.get_by_text("Your conversations will appear here.").wait_for()
@@ -209,7 +209,12 @@ def test_a_model_is_loaded_and_unloaded(chat: Any) -> None:
     button(chat, "Model: m").click()
     button(chat, "Load m").click()
     button(chat, "Unload m").click()
+    chat.get_by_text("Others may be using it.").wait_for()
+    button(chat, "Unload").click()
+    chat.get_by_role("dialog").wait_for(state="detached")
     button(chat, "Load m").wait_for()
+    chat.keyboard.press("Escape")  # the focus was on a button that has gone
+    button(chat, "Load m").wait_for(state="detached")
 
 
 def test_a_failed_load_is_said(chat: Any) -> None:

@@ -145,8 +145,8 @@ def test_prompts_go_out_and_come_in(site: Site, open_page: Callable[..., Any], t
     assert names(second) == ["Mine", "Sum up"]
     second.keyboard.press("Control+,")
     second.get_by_role("tab", name="Data").click()
-    button(second, "Delete all conversations").click()
-    second.get_by_role("dialog").get_by_role("button", name="Delete all conversations").click()
+    button(second, "Delete all conversations, prompts and folders").click()
+    second.get_by_role("dialog").get_by_role("button", name="Delete all conversations, prompts and folders").click()
     second.reload()
     second.get_by_text("What can I help with?").wait_for()
     assert names(second) == []

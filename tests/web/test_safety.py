@@ -71,11 +71,26 @@ def test_files_for_the_model_are_fenced(chat: Any) -> None:
     chat.locator(".composer-frame").wait_for()
     chat.evaluate("""() => {
         const transfer = new DataTransfer();
+        transfer.items.add(new File(["\\0"], "image.png"));
         transfer.items.add(new File(["a = 1\\n```\\n# not the end"], "x.py"));
         const drop = new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true });
         document.querySelector(".composer-frame").dispatchEvent(drop);
     }""")
     chat.locator("#composer").filter(has_text="````py").or_(chat.locator("#composer")).wait_for()
     chat.wait_for_timeout(200)
-    assert chat.locator("#composer").input_value() == "\nx.py:\n````py\na = 1\n```\n# not the end\n````\n"
-    button(chat, "Send").wait_for()
+    assert chat.locator("#composer").input_value() == "x.py:\n````py\na = 1\n```\n# not the end\n````\n"
+    refusal = chat.get_by_text("image.png: only text files of up to 512 KiB each can be attached.")
+    refusal.wait_for()
+    big = {"name": "big.txt", "mimeType": "text/plain", "buffer": b"a" * 600_000}
+    with chat.expect_file_chooser() as chooser:
+        button(chat, "Attach text files of up to 512 KiB each").click()
+    chooser.value.set_files([big])
+    chat.get_by_text("big.txt: only text files").wait_for()
+    assert refusal.count() == 0  # one takes the other's place
+    chat.locator("#attach-file").set_input_files([{"name": "y.md", "mimeType": "text/markdown", "buffer": b"hello"}])
+    chat.get_by_text("big.txt").wait_for(state="detached")
+    assert str(chat.locator("#composer").input_value()).endswith("````\ny.md:\n```md\nhello\n```\n")
+    chat.locator("#attach-file").set_input_files([big])
+    chat.get_by_text("big.txt").wait_for()
+    button(chat, "Send").click()
+    chat.get_by_text("big.txt").wait_for(state="detached")

@@ -53,6 +53,7 @@ class Mcp:
             lambda route: route.fulfill(json={"object": "list", "data": [tool("now"), tool("zones")]}),
         )
         page.route("**/v1/mcp/call", self._call)
+        page.evaluate("sessionStorage.setItem('candle-vllm.page-key', 'k'.repeat(32))")
         page.reload()
         page.get_by_text("Tools off").wait_for()
 
@@ -80,6 +81,15 @@ def page(plain: Any) -> Any:
     """The same with tools on in its new chat."""
     tools_on(plain)
     return plain
+
+
+def test_without_a_key_nothing_can_be_turned_on(plain: Any) -> None:
+    plain.evaluate("sessionStorage.clear()")
+    plain.reload()
+    button(plain, "Tools off").click()
+    plain.locator(".popover").get_by_text("which ends in #key=").wait_for()
+    assert plain.get_by_role("switch", name="Use tools in this chat").is_disabled()
+    assert plain.locator(".popover").get_by_role("checkbox", disabled=False).count() == 0
 
 
 def offered(site: Site) -> list[str]:

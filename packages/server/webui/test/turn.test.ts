@@ -2,11 +2,12 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { ApiError } from "../src/api/http.ts";
 import type { ChatChunk, McpResult, McpTool, ToolCallDelta } from "../src/api/types.ts";
+import { StepWriter } from "../src/chat/accumulate.ts";
 import { fingerprint, isAlwaysAllowed } from "../src/chat/approval.ts";
 import { chatRequest } from "../src/chat/request.ts";
 import { statisticsOf } from "../src/chat/statistics.ts";
 import { MAX_ROUNDS, recover, Turn, type TurnHost } from "../src/chat/turn.ts";
-import type { AssistantMessage } from "../src/chat/types.ts";
+import { type AssistantMessage, emptyStep } from "../src/chat/types.ts";
 
 type Script = (ChatChunk | Error)[];
 
@@ -207,6 +208,19 @@ test("a lost connection keeps the partial answer; continuing appends to it", asy
   assert.deepEqual([message.state, message.steps.length, message.steps[0]!.text, message.error], ["done", 1, "one two", undefined]);
   assert.deepEqual(seen.requests, [{ goOn: false }, { goOn: true }]);
   assert.deepEqual([message.steps[0]!.usage!.prompt_tokens, message.steps[0]!.usage!.completion_tokens], [5, 5]);
+});
+
+test("an answer that a reload cut and that goes on is as fast as it was", () => {
+  const chunk = (content: string, tokens: number) => ({ choices: [{ index: 0, delta: { content } }], usage: { prompt_tokens: 5, completion_tokens: tokens, total_tokens: 5 + tokens } }) as ChatChunk;
+  const step = emptyStep();
+  const first = new StepWriter(step, 0);
+  first.add(chunk("a", 1), 100);
+  first.add(chunk("b", 101), 10_100); // 10 tokens a second; then the page goes away
+  const second = new StepWriter(step, 50_000);
+  second.add(chunk("c", 10), 51_000);
+  second.close(51_000);
+  const { tokensPerSecond, generated } = statisticsOf({ id: "a", role: "assistant", parent: null, created: 1, model: "m", state: "done", steps: [step] })!;
+  assert.deepEqual([generated, Math.round(tokensPerSecond!)], [111, 10]);
 });
 
 test("an error before the first token: trying again begins anew", async () => {

@@ -16,6 +16,7 @@ export class StepWriter {
   }
 
   add(chunk: ChatChunk, now: number): void {
+    this.close(now); // time and tokens are kept together, also where the page goes away before the end
     if (chunk.usage) this.step.usage = summed(this.before.usage, chunk.usage);
     const choice = chunk.choices.find((one) => one.index === 0);
     if (!choice) return;
@@ -33,7 +34,7 @@ export class StepWriter {
     if (choice.finish_reason) this.step.finish = choice.finish_reason;
   }
 
-  /** Ends the step, however it ended. */
+  /** The time until now; at last, however the step ended. */
   close(now: number): void {
     this.step.totalMs = (this.before.totalMs ?? 0) + now - this.started;
   }

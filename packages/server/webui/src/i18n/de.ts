@@ -110,7 +110,7 @@ export const de: Texts = {
   tabs: { chat: "Dieser Chat", general: "Alle Chats", access: "Zugang", data: "Daten" },
   theme: "Farben", themes: { system: "Wie das System", light: "Hell", dark: "Dunkel" }, language: "Sprache", browserLanguage: "Wie der Browser",
   titles: "Das Modell benennt Unterhaltungen", titlesHint: "Mit einer kurzen Anfrage nach der ersten Antwort. Sonst ist die erste Zeile deiner Nachricht der Name.",
-  resetAll: "Alles zurücksetzen", resetOf: (name) => `${name} zurücksetzen`, modelDefault: "Vorgabe", on: "An", off: "Aus",
+  resetAll: "Alles zurücksetzen", resetOf: (name) => `${name} zurücksetzen`, modelDefault: "Vorgabe", notSet: "nicht gesetzt", on: "An", off: "Aus",
   defaultIs: (value) => `Vorgabe: ${value}`, ofAllChats: (value) => `Alle Chats: ${value}`, ofModel: "die des Modells",
   untold: { maxTokens: "bis zum Ende", seed: "zufällig" }, sliderOf: (name) => `${name}, Schieberegler`,
   between: (least, most) => `Muss zwischen ${least} und ${most} liegen.`,
@@ -141,8 +141,8 @@ export const de: Texts = {
   import: "Importieren", importText: "Fügt hinzu, was eine exportierte Datei hat und hier noch nicht ist. Was hier ist, bleibt, wie es ist.", chooseFile: "Datei wählen",
   imported: ({ added, grown, same, broken, prompts }) =>
     `${added || "Keine neue"} ${added > 1 ? "Unterhaltungen" : "Unterhaltung"}${prompts ? ` und ${prompts} ${prompts === 1 ? "Prompt" : "Prompts"}` : ""} importiert${grown ? `, ${grown} mit neuen Nachrichten` : ""}${same ? `, ${same} schon hier` : ""}${broken ? `, ${broken} nicht lesbar` : ""}.`,
-  notAnExport: (name) => `${name} ist kein Export dieser Seite.`, fileTooLarge: (name) => `${name} ist zu groß.`, fileNotText: (name) => `${name} ist keine Textdatei.`,
-  deleteAll: "Alle Unterhaltungen löschen", deleteAllText: "Entfernt alle Unterhaltungen, Ordner und Prompts aus diesem Browser.",
+  notAnExport: (name) => `${name} ist kein Export dieser Seite.`, fileTooLarge: (name) => `${name} ist zu groß.`, attachTip: (most) => `Textdateien anhängen, je bis ${most}`, filesNotTaken: (names, most) => `${names}: Angehängt werden können nur Textdateien, je bis ${most}.`,
+  deleteAll: "Alle Unterhaltungen, Prompts und Ordner löschen", deleteAllText: "Entfernt alle Unterhaltungen, Ordner und Prompts aus diesem Browser.",
   deleteAllSure: (count) => `${count} ${count === 1 ? "Unterhaltung" : "Unterhaltungen"} und alle Ordner und Prompts sind dann endgültig weg. Exportiere vorher, was du noch brauchen könntest.`,
   keys: {
     send: "Nachricht senden", newLine: "Neue Zeile", stopKey: "Antwort anhalten, Offenes schließen", editLast: "Letzte Nachricht bearbeiten (im leeren Feld)", promptKey: "Prompt wählen (im leeren Feld)",
@@ -168,6 +168,7 @@ export const de: Texts = {
     origin_not_allowed: "Von dieser Adresse aus laufen keine Werkzeuge. Öffne die Seite unter der eigenen Adresse des Servers.",
   },
   notUnderstood: "Die Antwort des Servers ist nicht zu verstehen. Läuft unter dieser Adresse etwas anderes?",
+  unloadSure: (name) => `${name} entladen?`, unloadText: "Vielleicht benutzen es andere. Wer ihm als Nächstes schreibt, wartet, bis es wieder geladen ist.",
   deletedElsewhere: "Diese Unterhaltung wurde in einem anderen Tab gelöscht.",
   replaced: "Ein anderer Tab hat eine neuere Version dieser Seite. Lade diese neu: Was du hier schreibst, wird nicht mehr aufbewahrt.",
   notSaved: "Der Browser konnte das nicht speichern. Vielleicht ist sein Speicher voll.", notPersistent: "Dieser Browser behält für diese Seite nichts: Unterhaltungen sind weg, wenn er schließt.",

@@ -113,7 +113,7 @@ export const en = {
   tabs: { chat: "This chat", general: "All chats", access: "Access", data: "Data" },
   theme: "Theme", themes: { system: "Like the system", light: "Light", dark: "Dark" }, language: "Language", browserLanguage: "Like the browser",
   titles: "Conversations are named by the model", titlesHint: "A short request after the first answer. Otherwise the first line of your message is the name.",
-  resetAll: "Reset all", resetOf: (name: string) => `Reset ${name}`, modelDefault: "default", on: "On", off: "Off",
+  resetAll: "Reset all", resetOf: (name: string) => `Reset ${name}`, modelDefault: "default", notSet: "not set", on: "On", off: "Off",
   defaultIs: (value: string) => `Default: ${value}`, ofAllChats: (value: string) => `All chats: ${value}`, ofModel: "the model's own",
   untold: { maxTokens: "until it ends", seed: "random" } as Record<string, string>, sliderOf: (name: string) => `${name}, slider`,
   between: (least: string, most: string) => `Must be between ${least} and ${most}.`,
@@ -144,8 +144,8 @@ export const en = {
   import: "Import", importText: "Adds what an exported file has and is not here yet. Nothing that is here is changed.", chooseFile: "Choose a file",
   imported: ({ added, grown, same, broken, prompts }: Imported) =>
     `${added || "No new"} ${added === 1 ? "conversation" : "conversations"}${prompts ? ` and ${prompts} ${prompts === 1 ? "prompt" : "prompts"}` : ""} imported${grown ? `, ${grown} had new messages` : ""}${same ? `, ${same} already here` : ""}${broken ? `, ${broken} could not be read` : ""}.`,
-  notAnExport: (name: string) => `${name} is not a file that was exported here.`, fileTooLarge: (name: string) => `${name} is too large.`, fileNotText: (name: string) => `${name} is not a text file.`,
-  deleteAll: "Delete all conversations", deleteAllText: "Removes every conversation, folder and prompt from this browser.",
+  notAnExport: (name: string) => `${name} is not a file that was exported here.`, fileTooLarge: (name: string) => `${name} is too large.`, attachTip: (most: string) => `Attach text files of up to ${most} each`, filesNotTaken: (names: string, most: string) => `${names}: only text files of up to ${most} each can be attached.`,
+  deleteAll: "Delete all conversations, prompts and folders", deleteAllText: "Removes every conversation, folder and prompt from this browser.",
   deleteAllSure: (count: number) => `${count} ${count === 1 ? "conversation" : "conversations"} and all folders and prompts will be gone for good. Export them first if you may want them again.`,
   keys: {
     send: "Send the message", newLine: "New line", stopKey: "Stop the answer, close what is open", editLast: "Edit the last message (in the empty field)", promptKey: "Choose a prompt (in the empty field)",
@@ -171,6 +171,7 @@ export const en = {
     origin_not_allowed: "Tools cannot be run from this address. Open the page at the server's own address.",
   },
   notUnderstood: "The server's answer could not be understood. Is something else running at this address?",
+  unloadSure: (name: string) => `Unload ${name}?`, unloadText: "Others may be using it. Whoever writes to it next waits until it is loaded again.",
   deletedElsewhere: "This conversation was deleted in another tab.",
   replaced: "Another tab has a newer version of this page. Reload this one: what you write here is not kept any more.",
   notSaved: "The browser could not save this. Its storage may be full.", notPersistent: "This browser keeps nothing for this page: conversations are gone when it closes.",

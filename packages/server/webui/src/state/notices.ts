@@ -7,6 +7,7 @@ export interface Notice {
   kind: "error" | "info";
   text: string;
   retry?: () => void;
+  about?: string; // a later one about the same takes its place
 }
 
 export const notices = signal<readonly Notice[]>([]);
@@ -19,6 +20,16 @@ export function notify(kind: Notice["kind"], text: string, retry?: () => void): 
   const notice: Notice = retry ? { id: ++last, kind, text, retry } : { id: ++last, kind, text };
   const others = notices.value.filter((one) => one.text !== text);
   notices.value = [...others, notice].slice(-MAX_NOTICES);
+}
+
+/** An error of a kind of which only the last one counts. */
+export function notifyAbout(about: string, text: string): void {
+  forgetAbout(about);
+  notices.value = [...notices.value, { id: ++last, kind: "error" as const, text, about }].slice(-MAX_NOTICES);
+}
+
+export function forgetAbout(about: string): void {
+  notices.value = notices.value.filter((one) => one.about !== about);
 }
 
 export function dismiss(id: number): void {

@@ -1,13 +1,13 @@
 // The input: Enter sends, Shift+Enter begins a line, Escape stops.
 
-import { useLayoutEffect, useRef, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { fenced } from "../chat/as-markdown.ts";
 import type { Prompt } from "../chat/types.ts";
-import { t } from "../i18n/index.ts";
+import { formatNumber, t } from "../i18n/index.ts";
 import type { OpenChat } from "../state/open-chat.ts";
 import { cardFor, connection, isLoading } from "../state/models.ts";
 import { sendMessage, shownStart } from "../state/new-chat.ts";
-import { notify } from "../state/notices.ts";
+import { forgetAbout, notifyAbout } from "../state/notices.ts";
 import { readDraft, writeDraft } from "../store/preferences.ts";
 import { NOT_LOADED } from "./errors.ts";
 import { Icon } from "./Icon.tsx";
@@ -17,6 +17,7 @@ import { ToolsSwitch } from "./ToolsSwitch.tsx";
 
 const MAX_HEIGHT = 240;
 const MAX_FILE = 512 * 1024;
+const FILES = "files"; // what the notice is about
 
 export function Composer({ chat }: { chat: OpenChat | null }) {
   const id = chat?.info.peek().id ?? "";
@@ -27,6 +28,7 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
   useLayoutEffect(() => {
     if (!matchMedia("(pointer: coarse)").matches) field.current?.focus({ preventScroll: true });
   }, []);
+  useEffect(() => () => forgetAbout(FILES), []);
   const write = (value: string) => {
     setText(value);
     writeDraft(id, value);
@@ -54,6 +56,18 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
       setSystemPrompt(prompt);
     }
   };
+  const attach = async (files: readonly File[]) => {
+    const more = await readFiles(files);
+    const before = field.current?.value ?? "";
+    if (more) write(before + (before && !before.endsWith("\n") ? "\n" : "") + more);
+    field.current?.focus();
+  };
+  const drop = (event: DragEvent) => {
+    const files = [...(event.dataTransfer?.files ?? [])];
+    if (!files.length) return;
+    event.preventDefault();
+    void attach(files);
+  };
   const suggestions = useSuggestions(text, take(true));
   const onKey = (event: KeyboardEvent) => {
     if (suggestions.onKey(event)) return;
@@ -69,12 +83,13 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
     }
   };
   return (
-    <div class="composer-frame" onDrop={(event) => dropped(event, (more) => write(text + more))} onDragOver={(event) => event.preventDefault()}>
+    <div class="composer-frame" onDrop={drop} onDragOver={(event) => event.preventDefault()}>
       <form class="composer" onSubmit={(event) => { event.preventDefault(); send(); }}>
         {suggestions.list}
         <textarea id="composer" ref={field} rows={1} value={text} placeholder={t.value.placeholder} aria-label={t.value.message} enterkeyhint="enter"
           onInput={(event) => write(event.currentTarget.value)} onKeyDown={onKey} {...suggestions.attributes} />
         <div class="composer-row">
+          <Attach onFiles={(files) => void attach(files)} />
           <PromptMenu onChoose={take(false)} />
           <ToolsSwitch />
           <span class="spring" />
@@ -115,23 +130,36 @@ function useHeight(field: { current: HTMLTextAreaElement | null }, text: string)
   }, [text]);
 }
 
-/** Text files become a block of code in the message. */
-function dropped(event: DragEvent, add: (text: string) => void): void {
-  const files = [...(event.dataTransfer?.files ?? [])];
-  if (!files.length) return;
-  event.preventDefault();
-  void Promise.all(files.map(readFile)).then((texts) => add(texts.filter(Boolean).join("")));
+const most = (): string => `${formatNumber(MAX_FILE / 1024)} KiB`;
+
+/** The button for text files, with what it takes. */
+function Attach({ onFiles }: { onFiles: (files: readonly File[]) => void }) {
+  const chooser = useRef<HTMLInputElement>(null);
+  const tip = t.value.attachTip(most());
+  const take = (input: HTMLInputElement) => {
+    onFiles([...(input.files ?? [])]);
+    input.value = "";
+  };
+  return (
+    <>
+      <input ref={chooser} id="attach-file" type="file" hidden multiple onChange={(event) => take(event.currentTarget)} />
+      <button type="button" class="icon-button" aria-label={tip} data-tip={tip} onClick={() => chooser.current?.click()}><Icon name="attach" /></button>
+    </>
+  );
 }
 
-async function readFile(file: File): Promise<string> {
-  if (file.size > MAX_FILE) {
-    notify("error", t.value.fileTooLarge(file.name));
-    return "";
-  }
+/** Text files as blocks of code; what is no text, or too much of it, is named. */
+async function readFiles(files: readonly File[]): Promise<string> {
+  const texts = await Promise.all(files.map(readFile));
+  const refused = files.filter((_, index) => texts[index] === undefined).map(({ name }) => name);
+  if (refused.length) notifyAbout(FILES, t.value.filesNotTaken(refused.join(", "), most()));
+  else forgetAbout(FILES);
+  return texts.filter((text) => text !== undefined).join("\n");
+}
+
+async function readFile(file: File): Promise<string | undefined> {
+  if (file.size > MAX_FILE) return undefined;
   const text = await file.text();
-  if (text.includes("\0") || text.includes("\ufffd")) {
-    notify("error", t.value.fileNotText(file.name));
-    return "";
-  }
-  return `\n${file.name}:\n${fenced(text, file.name.split(".").at(-1))}\n`;
+  if (text.includes("\0") || text.includes("\ufffd")) return undefined;
+  return `${file.name}:\n${fenced(text, file.name.split(".").at(-1))}\n`;
 }

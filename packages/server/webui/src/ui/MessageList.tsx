@@ -76,7 +76,7 @@ function useEnd(scroller: { current: HTMLDivElement | null }, chat: OpenChat) {
     };
     const grown = new ResizeObserver(() => {
       if (follows.current) frame.scrollTop = frame.scrollHeight;
-      else onScroll();
+      onScroll(); // what became shorter than the frame scrolls no more, and says nothing
     });
     grown.observe(content);
     grown.observe(frame);

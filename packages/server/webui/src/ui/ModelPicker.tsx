@@ -3,6 +3,7 @@
 import { useEffect, useState } from "preact/hooks";
 import type { ModelCard } from "../api/types.ts";
 import { formatBytes, formatCount, formatNumber, t } from "../i18n/index.ts";
+import { confirmFirst } from "../state/dialogs.ts";
 import { cardFor, connection, isBusy, models, refreshModels, statusOf } from "../state/models.ts";
 import { changeStart, shownStart } from "../state/new-chat.ts";
 import { prefer } from "../state/preferences.ts";
@@ -39,6 +40,9 @@ export function ModelPicker() {
 function Row({ card, isChosen, onChoose }: { card: ModelCard; isChosen: boolean; onChoose: () => void }) {
   const status = statusOf(card);
   const busy = isBusy(card);
+  const unload = () => confirmFirst({
+    title: t.value.unloadSure(card.id), text: t.value.unloadText, action: t.value.unload, onConfirm: () => change(card.id, "unloading"),
+  });
   const isAlias = card.root !== undefined && models.value.some((one) => one !== card && one.root === card.root && models.value.indexOf(one) < models.value.indexOf(card));
   return (
     <li class="model-row">
@@ -54,7 +58,7 @@ function Row({ card, isChosen, onChoose }: { card: ModelCard; isChosen: boolean;
       </button>
       {isChosen && <Icon name="check" />}
       {!busy && !isAlias && (status === "ready" ? (
-        <button type="button" class="button small" aria-label={t.value.unloadOf(card.id)} onClick={() => change(card.id, "unloading")}>{t.value.unload}</button>
+        <button type="button" class="button small" aria-label={t.value.unloadOf(card.id)} onClick={unload}>{t.value.unload}</button>
       ) : status !== "failed" && status !== "away" && (
         <button type="button" class="button small" aria-label={t.value.loadOf(card.id)} onClick={() => change(card.id, "loading")}>{t.value.load}</button>
       ))}

@@ -3,6 +3,9 @@
 import type { ComponentChildren } from "preact";
 import { useEffect, useId, useRef } from "preact/hooks";
 
+/** A question that the panel asked: it stays open below. */
+const isInDialog = (target: EventTarget | null): boolean => target instanceof Element && target.closest("dialog") !== null;
+
 interface PopoverProps {
   label: string; // of the button
   button: ComponentChildren;
@@ -20,20 +23,25 @@ export function Popover({ label, button, buttonClass, isOpen, onToggle, above = 
   useEffect(() => {
     if (!isOpen) return undefined;
     const outside = (event: Event) => {
-      if (!frame.current?.contains(event.target as Node)) onToggle(false);
+      if (!frame.current?.contains(event.target as Node) && !isInDialog(event.target)) onToggle(false);
+    };
+    const escape = (event: KeyboardEvent) => {
+      const isHere = event.target === document.body || frame.current?.contains(event.target as Node); // a button that went leaves the focus to the body
+      if (event.key !== "Escape" || event.defaultPrevented || !isHere) return;
+      event.preventDefault();
+      onToggle(false);
+      opener.current?.focus();
     };
     addEventListener("pointerdown", outside);
-    return () => removeEventListener("pointerdown", outside);
+    document.addEventListener("keydown", escape);
+    return () => {
+      removeEventListener("pointerdown", outside);
+      document.removeEventListener("keydown", escape);
+    };
   }, [isOpen]);
   return (
     <div ref={frame} class="popover-frame"
-      onFocusOut={(event) => event.relatedTarget && !frame.current?.contains(event.relatedTarget as Node) && onToggle(false)}
-      onKeyDown={(event) => {
-        if (event.key !== "Escape" || !isOpen) return;
-        event.preventDefault();
-        onToggle(false);
-        opener.current?.focus();
-      }}>
+      onFocusOut={(event) => event.relatedTarget && !frame.current?.contains(event.relatedTarget as Node) && !isInDialog(event.relatedTarget) && onToggle(false)}>
       <button ref={opener} type="button" class={buttonClass} aria-label={label} aria-expanded={isOpen} aria-controls={id} onClick={() => onToggle(!isOpen)}>
         {button}
       </button>

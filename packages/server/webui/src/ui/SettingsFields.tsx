@@ -49,6 +49,9 @@ function Reset({ name, settings, onChange }: FieldProps<keyof ChatSettings>) {
   );
 }
 
+/** A number as it is typed in the language of the page. */
+const written = (value: number): string => (value % 1 ? String(value).replace(".", formatNumber(0.5, 1)[1]!) : String(value));
+
 function NumberField(props: FieldProps<NumberSetting>) {
   const { name, settings, inherited, onChange } = props;
   const [typed, type] = useState<string>();
@@ -66,9 +69,9 @@ function NumberField(props: FieldProps<NumberSetting>) {
     <div class="field">
       <span class="field-head"><label for={id}>{t.value.fields[name]}</label><Default {...props} id={`${id}-default`} /></span>
       <div class="field-row">
-        <Slider name={name} shown={Number(typed ?? value ?? inherited[name])} isOwn={value !== undefined} onSlide={type} onRead={read} />
+        <Slider name={name} shown={Number((isWrong ? undefined : typed?.replace(",", ".")) ?? value ?? inherited[name])} isOwn={value !== undefined} onSlide={(text) => type(written(Number(text)))} onRead={read} />
         <input id={id} class="input" inputMode={range.min < 0 ? "text" : range.integer ? "numeric" : "decimal"} aria-invalid={isWrong}
-          aria-describedby={`${id}-hint ${id}-default`} value={typed ?? value ?? ""} placeholder={String(inherited[name] ?? "")}
+          aria-describedby={`${id}-hint ${id}-default`} value={typed ?? (value === undefined ? "" : written(value))} placeholder={inherited[name] === undefined ? "" : written(inherited[name])}
           onChange={(event) => read(event.currentTarget.value)} />
         <Reset {...props} />
       </div>
@@ -100,7 +103,7 @@ function Slider({ name, shown, isOwn, onSlide, onRead }: SliderProps) {
   const { least, most, step } = slider;
   const at = Number.isNaN(shown) ? least : Math.min(most, Math.max(least, shown));
   return (
-    <input type="range" class={isOwn ? "slider" : "slider unset"} aria-label={t.value.sliderOf(t.value.fields[name])} min={least} max={most} step={step} value={at}
+    <input type="range" class={`slider${isOwn ? "" : " unset"}${Number.isNaN(shown) ? " unknown" : ""}`} aria-valuetext={Number.isNaN(shown) ? t.value.notSet : undefined} aria-label={t.value.sliderOf(t.value.fields[name])} min={least} max={most} step={step} value={at}
       onInput={(event) => onSlide(event.currentTarget.value)} onChange={(event) => onRead(event.currentTarget.value)} />
   );
 }
