@@ -447,7 +447,6 @@ class EngineFront(ABC):
             RequestError, EngineOverloadedError, EngineDeadError: the request was not taken.
             RuntimeError: there is no event loop here.
         """
-        loop = _running_loop()
         params = self._filled(sampling_params)
         request_id = uuid.uuid4().hex if request_id is None else request_id
         info = RequestInfo(request_id, "generate", prompt, params, self.detokenize)
@@ -455,7 +454,7 @@ class EngineFront(ABC):
             request = self._request(prompt, params, request_id, priority, add_special_tokens)
             prepared = self._working().prepare(request)
             thread = self._running_thread()
-            inbox = Inbox(loop)
+            inbox = Inbox(_running_loop())
             thread.submit(prepared, inbox)
         return TokenStream(request, lambda: thread.abort(request_id, inbox), inbox, watch)
 
