@@ -41,7 +41,7 @@ SHARED = [
     ),
     *texts("user", "request_id", "safety_identifier", "prompt_cache_key", "session_id", "cache_salt"),
     Row("best_of", 2, code="unsupported_parameter"),
-    Row("priority", 1, code="unsupported_parameter"),
+    Row("priority", -1, code="unsupported_parameter"),
     Row("min_tokens", 100),
     Row("stop", 1),
     Row("stop", ""),

@@ -14,7 +14,7 @@ POOLING = [
     *texts("user", "request_id"),
     Row("request_id", "a b"),
     Row("priority", "1"),
-    Row("priority", 1, code="unsupported_parameter"),
+    Row("priority", -1, code="unsupported_parameter"),
     Row("priority", BIG),
     Row("encoding", "float"),
 ]

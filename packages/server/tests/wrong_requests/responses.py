@@ -195,7 +195,7 @@ ROUTES = [
             Row("service_tier", "cheap"),
             Row("prompt_cache_retention", "1h"),
             Row("stream_options", {}),  # without stream
-            Row("priority", 1, code="unsupported_parameter"),
+            Row("priority", -1, code="unsupported_parameter"),
             Row("max_output_tokens", BIG),
             Row("stop", [""], "stop.0"),
         ],
