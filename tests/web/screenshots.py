@@ -85,7 +85,7 @@ def prepared(browser: Any, url: str, folder: Path, **options: Any) -> Any:
     page = browser.new_context(**{"viewport": {"width": 1280, "height": 860}, "locale": "en-US", **options}).new_page()
     page.route("**/v1/mcp/servers", lambda route: route.fulfill(json={"object": "list", "data": SERVERS}))
     page.route("**/v1/mcp/tools", lambda route: route.fulfill(json={"object": "list", "data": [TOOL]}))
-    page.goto(url)
+    page.goto(f"{url}#key={'k' * 32}")
     many = [conversation(title, 2, 1_795_000_000_000 - at * 50_000_000) for at, title in enumerate(TITLES)]
     import_file(page, archive(folder / "shots.json", json.loads(json.dumps(many))))
     return page

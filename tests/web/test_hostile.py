@@ -61,6 +61,9 @@ def test_storage_that_is_blocked_or_full(site: Site, open_page: Callable[..., An
         page.get_by_text("could not save this").wait_for()
     else:
         page.get_by_text("keeps nothing for this page").wait_for()
+        page.get_by_role("link", name="New chat").click()
+        page.get_by_text("What can I help with?").wait_for()
+        assert page.get_by_text("Conversations are kept in this browser").count() == 0
     act(page, "Hello", "Delete")
     button(page, "Delete").click()
     page.locator(".conversation").wait_for(state="detached")
@@ -139,6 +142,14 @@ def test_tabs_tell_each_other(chat: Any) -> None:
     button(other, "Delete").click()
     chat.get_by_text("This conversation was deleted in another tab.").wait_for()
     chat.get_by_text("What can I help with?").wait_for()
+
+
+@pytest.mark.parametrize("name", ["unknown", "0" * 32])
+def test_a_conversation_that_is_not_here(site: Site, open_page: Callable[..., Any], name: str) -> None:
+    page = open_page(f"{site.url}#/chat/{name}")
+    page.get_by_text("This conversation is not in this browser.").wait_for()
+    page.get_by_text("What can I help with?").wait_for()
+    assert page.url == f"{site.url}#/"
 
 
 def test_a_clock_that_goes_back_keeps_the_order(chat: Any) -> None:

@@ -57,6 +57,23 @@ def test_a_prompt_is_made_changed_and_deleted(chat: Any) -> None:
     assert names(chat) == []
 
 
+def test_tab_goes_through_the_parts_of_a_prompt(chat: Any) -> None:
+    make(chat, "Translate", "Translate {{text}} into {{language}}.")
+    chat.locator("#composer").press_sequentially("/tra")
+    chat.get_by_role("option").wait_for()
+    chat.keyboard.press("Enter")
+    chat.keyboard.type("bread")
+    chat.keyboard.press("Enter")
+    chat.get_by_role("dialog").get_by_text("{{language}}").wait_for()
+    button(chat, "Cancel").click()
+    chat.locator("#composer").evaluate("(field) => field.setSelectionRange(12, 12)")
+    chat.locator("#composer").press("Tab")
+    chat.keyboard.type("German")
+    assert message(chat) == "Translate bread into German."
+    chat.keyboard.press("Enter")
+    said(chat, "You said: Translate bread into German.")
+
+
 def test_a_slash_chooses_by_keyboard(chat: Any) -> None:
     for name, text in (
         ("Sum up", "Sum up {{text}} in one line."),

@@ -169,6 +169,7 @@ export const de: Texts = {
   },
   notUnderstood: "Die Antwort des Servers ist nicht zu verstehen. Läuft unter dieser Adresse etwas anderes?",
   unloadSure: (name) => `${name} entladen?`, unloadText: "Vielleicht benutzen es andere. Wer ihm als Nächstes schreibt, wartet, bis es wieder geladen ist.",
+  notHere: "Diese Unterhaltung ist nicht in diesem Browser.", unfilled: "So senden?", unfilledText: (parts) => `Noch nicht ausgefüllt: ${parts}`,
   deletedElsewhere: "Diese Unterhaltung wurde in einem anderen Tab gelöscht.",
   replaced: "Ein anderer Tab hat eine neuere Version dieser Seite. Lade diese neu: Was du hier schreibst, wird nicht mehr aufbewahrt.",
   notSaved: "Der Browser konnte das nicht speichern. Vielleicht ist sein Speicher voll.", notPersistent: "Dieser Browser behält für diese Seite nichts: Unterhaltungen sind weg, wenn er schließt.",

@@ -172,6 +172,7 @@ export const en = {
   },
   notUnderstood: "The server's answer could not be understood. Is something else running at this address?",
   unloadSure: (name: string) => `Unload ${name}?`, unloadText: "Others may be using it. Whoever writes to it next waits until it is loaded again.",
+  notHere: "This conversation is not in this browser.", unfilled: "Send it like this?", unfilledText: (parts: string) => `Not filled in yet: ${parts}`,
   deletedElsewhere: "This conversation was deleted in another tab.",
   replaced: "Another tab has a newer version of this page. Reload this one: what you write here is not kept any more.",
   notSaved: "The browser could not save this. Its storage may be full.", notPersistent: "This browser keeps nothing for this page: conversations are gone when it closes.",

@@ -97,7 +97,9 @@ async function followRoute(): Promise<void> {
   const chat = await openChat(wanted.id);
   if (route.value !== wanted) return;
   current.value = chat ?? null;
-  if (!chat) go({ page: "chat", id: null }, true);
+  if (chat) return;
+  go({ page: "chat", id: null }, true);
+  notify("info", t.value.notHere);
 }
 
 async function openChat(id: string): Promise<OpenChat | undefined> {

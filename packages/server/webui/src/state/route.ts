@@ -9,8 +9,8 @@ export const route = signal<Route>(readRoute());
 function readRoute(): Route {
   const name = typeof location === "undefined" ? "" : location.hash.slice(1);
   if (name === "/server" || name === "/tools") return { page: name === "/server" ? "server" : "tools" };
-  const chat = /^\/chat\/([0-9a-f]{32})$/.exec(name);
-  return { page: "chat", id: chat ? chat[1]! : null };
+  const chat = /^\/chat\/(.+)$/.exec(name);
+  return { page: "chat", id: chat ? chat[1]! : null }; // whether there is such a chat is for others to say
 }
 
 export const hashOf = (wanted: Route): string =>

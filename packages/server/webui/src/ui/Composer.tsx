@@ -5,6 +5,7 @@ import { fenced } from "../chat/as-markdown.ts";
 import type { Prompt } from "../chat/types.ts";
 import { formatNumber, t } from "../i18n/index.ts";
 import type { OpenChat } from "../state/open-chat.ts";
+import { confirmFirst } from "../state/dialogs.ts";
 import { cardFor, connection, isLoading } from "../state/models.ts";
 import { sendMessage, shownStart } from "../state/new-chat.ts";
 import { forgetAbout, notifyAbout } from "../state/notices.ts";
@@ -33,8 +34,15 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
     setText(value);
     writeDraft(id, value);
   };
-  const send = () => {
+  const parts = useRef(new Set<string>()); // of prompts, to be written over
+  const send = (isSure = false) => {
     if (!text.trim() || isBusy) return;
+    const unfilled = [...parts.current].filter((one) => text.includes(one)).join(", ");
+    if (unfilled && !isSure) {
+      confirmFirst({ title: t.value.unfilled, text: t.value.unfilledText(unfilled), action: t.value.send, onConfirm: () => send(true) });
+      return;
+    }
+    parts.current.clear();
     const said = text.trim();
     write("");
     sendMessage(said);
@@ -43,9 +51,16 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
     const area = field.current;
     if (!area) return;
     write(area.value = text.slice(0, from) + more + text.slice(to));
-    const variable = /\{\{[^{}\n]{1,80}\}\}/.exec(more); // is there to be written over
+    for (const [part] of more.matchAll(/\{\{[^{}\n]{1,80}\}\}/g)) parts.current.add(part);
     area.focus();
-    area.setSelectionRange(from + (variable?.index ?? more.length), from + (variable ? variable.index + variable[0].length : more.length));
+    if (!selectPart(area, from)) area.setSelectionRange(from + more.length, from + more.length);
+  };
+  /** Selects the next part that is to be written over. */
+  const selectPart = (area: HTMLTextAreaElement, from: number): boolean => {
+    const found = [...parts.current].map((part) => [area.value.indexOf(part, from), part.length] as const).filter(([at]) => at >= 0);
+    const [at, length] = found.sort(([a], [b]) => a - b)[0] ?? [-1, 0];
+    if (at >= 0) area.setSelectionRange(at, at + length);
+    return at >= 0;
   };
   const take = (isQuery: boolean) => (prompt: Prompt) => {
     const { selectionStart, selectionEnd } = field.current ?? { selectionStart: text.length, selectionEnd: text.length };
@@ -71,6 +86,10 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
   const suggestions = useSuggestions(text, take(true));
   const onKey = (event: KeyboardEvent) => {
     if (suggestions.onKey(event)) return;
+    if (event.key === "Tab" && !event.shiftKey && field.current && selectPart(field.current, field.current.selectionEnd)) {
+      event.preventDefault(); // behind the last one, Tab leaves the field as ever
+      return;
+    }
     const sends = event.key === "Enter" && !event.shiftKey && !event.isComposing;
     if (sends && !matchMedia("(pointer: coarse)").matches) {
       event.preventDefault();

@@ -4,6 +4,7 @@ import type { ModelCard } from "../api/types.ts";
 import { t } from "../i18n/index.ts";
 import { cardFor, connection, isBusy } from "../state/models.ts";
 import { shownStart } from "../state/new-chat.ts";
+import { isPersistent } from "../state/storage.ts";
 import { change, FailureNote, LoadingLine } from "./ModelState.tsx";
 
 export function Welcome() {
@@ -21,7 +22,7 @@ export function Welcome() {
           </li>
         ))}
       </ul>
-      <p class="faint small">{t.value.privacy}</p>
+      {isPersistent.value && <p class="faint small">{t.value.privacy}</p>}
     </section>
   );
 }
