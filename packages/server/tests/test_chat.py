@@ -176,13 +176,37 @@ class TestOnATerminal:
         terminal.wait_for("Still here.")
         assert saved(terminal, tmp_path)[1]["content"] == "Still here."
 
-    def test_without_colour_the_text_is_as_it_was_written(self, tmp_path: Path) -> None:
-        terminal = Terminal(tmp_path, ["chat"], "Some **bold** text.\n", environment={"NO_COLOR": "1"})
+    def test_without_colour_markdown_keeps_its_shape(self, tmp_path: Path) -> None:
+        text = "# Title\n\nSome **bold** `code`.\n"
+        terminal = Terminal(tmp_path, ["chat"], text, environment={"NO_COLOR": "1"})
         terminal.wait_for_prompt()
         terminal.type("Go\r")
-        terminal.wait_for("Some **bold** text.")
+        terminal.wait_for("a second)")
         terminal.wait_for_prompt()
         terminal.type(CTRL_D)
+        assert terminal.end() == 0
+        assert "Some bold code." in terminal.screen
+        assert not re.search(r"\x1b\[[0-9;]*[34]\dm", terminal.shown.partition("Go")[2].partition("a second")[0])
+
+    def test_a_dumb_terminal_gets_no_escapes_with_an_answer(self, tmp_path: Path) -> None:
+        terminal = Terminal(tmp_path, ["chat"], "Some **bold** text.\n", environment={"TERM": "dumb"})
+        terminal.wait_for("/help says")
+        terminal.type("Go\r")
+        terminal.wait_for("a second)")
+        terminal.wait_for_prompt()
+        terminal.type("/exit\r")  # its prompt is there before its keys are
+        assert terminal.end() == 0
+        answer = terminal.shown[terminal.shown.index("Some") : terminal.shown.index("a second)")]
+        assert "Some **bold** text." in answer
+        assert "\x1b" not in answer
+
+    def test_ctrl_c_at_an_empty_prompt_names_ctrl_d(self, tmp_path: Path) -> None:
+        terminal = Terminal(tmp_path, ["chat"])
+        terminal.wait_for_prompt()
+        terminal.type(CTRL_C)
+        terminal.wait_for("(Ctrl+D or /exit leaves)")
+        terminal.wait_for_prompt()
+        terminal.type("exit\r")
         assert terminal.end() == 0
 
 
@@ -467,6 +491,22 @@ class TestCommands:
         assert "/save needs the name of a file" in out
         assert "cannot read nowhere: No such file" in out
         assert "other.txt is no conversation of /save" in out
+
+    def test_words_behind_a_command_that_takes_none(
+        self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        names = ["/help", "/clear", "/regenerate", "/exit", "/reset"]
+        out = talk(monkeypatch, capsys, "A", *[f"{name} now" for name in names], "/?", "B", "/bye", "C")
+        assert all(f"error: {name} takes nothing behind it, such as 'now'" in out for name in names)
+        assert "/regenerate             another answer" in out
+        assert asked(engine)[1:] == [["S", "A", "Hello!", "B"]]
+
+    def test_a_folder_is_no_file_and_what_is_loaded_is_shown(
+        self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        out = talk(monkeypatch, capsys, "A" * 300, f"/save {tmp_path}", "/save t.json", "/load t.json")
+        assert f"error: {tmp_path} is a folder: name a file in it" in out
+        assert f"user: {'A' * 200} ...\nassistant: Hello!\n3 messages of t.json" in out
 
     def test_a_quoted_file_name(
         self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path

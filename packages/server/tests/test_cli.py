@@ -114,6 +114,7 @@ def test_help_loads_neither_torch_nor_a_web_framework() -> None:
         (["generate", "x", "--max-num-seqs", "3"], "does not apply to `candle-vllm generate`"),
         (["generate", "x", "--disable-prefix-cache"], "does not apply to `candle-vllm generate`"),
         (["generate", "x", "--served-model-name", "n"], "does not apply to `candle-vllm generate`"),
+        (["chat", "hello"], "unexpected argument 'hello': one question is asked with candle-vllm generate --chat"),
         (["chat", "--served-model-name", "n"], "does not apply to `candle-vllm chat`"),
         (["bench", "--served-model-name", "n"], "does not apply to `candle-vllm bench`"),
         (["bench", "--enable-prefix-caching"], "does not apply to `candle-vllm bench`"),
@@ -266,6 +267,15 @@ def test_generate_says_where_the_answer_was_cut(
     assert capsys.readouterr().err == (
         "not finished: the answer was cut at its token limit (--max-tokens, or the model's context)\n"
     )
+
+
+@pytest.mark.parametrize("command", [["generate", "Hi", "--chat"], ["chat"]])
+def test_an_empty_system_message_is_none(
+    command: list[str], engine: PacedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hi")))
+    assert main([*command, "--system", ""]) == 0
+    assert engine.template_calls[0].messages == [{"role": "user", "content": "Hi"}]
 
 
 def test_chat_keeps_the_conversation_until_reset(

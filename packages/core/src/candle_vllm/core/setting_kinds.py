@@ -81,9 +81,10 @@ class Text:
 
 @dataclass(frozen=True)
 class FreeText:
-    """What a person writes for the model: anything but nothing, line ends and blanks included."""
+    """What a person writes for the model: anything but nothing (or that too), line ends and blanks included."""
 
     most: int = _MAX_FREE_TEXT
+    least: int = 1
 
     def from_text(self, text: str) -> str:
         return self.check(text)
@@ -91,8 +92,8 @@ class FreeText:
     def check(self, value: Any) -> str:
         if not isinstance(value, str):
             raise ValueError(f"must be a text, not {value!r:.60}")
-        if not 0 < len(value) <= self.most:
-            raise ValueError(f"must have 1 to {self.most} characters, not {len(value)}")
+        if not self.least <= len(value) <= self.most:
+            raise ValueError(f"must have {self.least} to {self.most} characters, not {len(value)}")
         try:
             value.encode()
         except UnicodeEncodeError as error:  # Python's stand-in for a byte of the command line that is not UTF-8

@@ -36,6 +36,8 @@ from candle_vllm.server.settings.table import OPTIONS
 logger = logging.getLogger(__name__)
 
 _MAX_SAVED = 64 << 20  # bytes of a saved conversation
+_ALIASES = {"/reset": "/clear", "/?": "/help", "/bye": "/exit", "/quit": "/exit"}
+_SHOWN_TURNS, _SHOWN = 4, 200  # messages of a conversation that /load shows, and characters of each
 _NO_MODEL = "no model is loaded: /model MODEL loads one"
 _SET = {option.name: option for option in (*OPTIONS, MAX_TOKENS) if option.group == SAMPLING or option is MAX_TOKENS}
 _OTHER_MODEL: dict[str, Any] = dict.fromkeys(
@@ -55,7 +57,7 @@ def chat(settings: Settings, system: str | None = None, max_tokens: int | None =
     with contextlib.closing(Chat(settings, system, max_tokens)) as talk:
         read = line_reader(Path.home())
         talk.say(f"{talk.name}: /help says what can be done; Ctrl+C stops an answer, Ctrl+D leaves")
-        while (line := read()) is not None and line != "/exit":
+        while (line := read()) is not None and not talk.ends_with(line):
             with keys_unseen():
                 talk.take(line)
     return EXIT_FAILED if talk.failed and not sys.stdin.isatty() else 0
@@ -79,7 +81,7 @@ class Chat:
 
     Args:
         settings: of the model and its sampling.
-        system: the system message that every conversation begins with.
+        system: the system message that every conversation begins with; an empty one is none.
         max_tokens: most tokens of an answer.
 
     Attributes:
@@ -95,7 +97,7 @@ class Chat:
         self._messages: list[Message] = []
         self._left_out = 0  # of the messages behind the system message, for which the context has no room any more
         self._own_file: Path | None = None
-        self._set_system(system)
+        self._set_system(system or None)
         self._commands = {
             "/help": _Command(self._help, "", "this list"),
             "/set": _Command(self._set, "[NAME VALUE]", f"how answers are drawn ({', '.join(_SET)}); default resets"),
@@ -105,7 +107,7 @@ class Chat:
             "/load": _Command(self._load, "FILE", "goes on with a kept one"),
             "/clear": _Command(self._clear, "", "starts over; /reset is the same"),
             "/regenerate": _Command(self._regenerate, "", "another answer in the place of the last"),
-            "/exit": _Command(lambda _: None, "", "ends; so does Ctrl+D"),
+            "/exit": _Command(lambda _: None, "", "ends; so do /bye and Ctrl+D"),
         }
 
     @property
@@ -131,6 +133,10 @@ class Chat:
         stream.write(terminal_safe(text) + "\n")
         stream.flush()
 
+    def ends_with(self, line: str) -> bool:
+        """Whether a person leaves with this; on a pipe `exit` alone is a message."""
+        return line in ("/exit", "/bye", "/quit") or (line in ("exit", "quit") and sys.stdin.isatty())
+
     def _fail(self, text: str) -> None:
         self.failed = True
         self.say(text)
@@ -154,10 +160,12 @@ class Chat:
                 text = line[1:] if line.startswith("//") else line
                 self._turn([*self._messages, {"role": "user", "content": text}])
             return
-        command = self._commands.get("/clear" if word == "/reset" else word)
+        command = self._commands.get(_ALIASES.get(word, word))
         if command is None:
             known = ", ".join(self._commands)
             raise UsageError(f"unknown command {word}{nearest(word, self._commands)}: there are {known}")
+        if rest.strip() and not command.usage:
+            raise UsageError(f"{word} takes nothing behind it, such as {rest.strip()!r:.60}")
         command.run(rest.strip())
 
     def _turn(self, messages: list[Message]) -> None:
@@ -318,6 +326,8 @@ class Chat:
     def _save(self, rest: str) -> None:
         path = _path(rest, "/save")
         data = msgspec.json.format(msgspec.json.encode(_Saved(self.name, self._messages)), indent=1)
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder: name a file in it")
         mode = os.O_TRUNC if path == self._own_file else os.O_EXCL  # what this conversation did not write stays
         try:
             with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | mode, 0o600), "wb") as file:
@@ -335,6 +345,9 @@ class Chat:
         self._left_out = 0
         self._start = [message for message in self._messages[:1] if message["role"] == "system"]
         self._own_file = path
+        for message in self._messages[len(self._start) :][-_SHOWN_TURNS:]:
+            text = " ".join(message["content"].split())
+            self.say(f"{message['role']}: {text[:_SHOWN]}{' ...' * (len(text) > _SHOWN)}")
         self.say(f"{len(self._messages)} messages of {path}")
 
     def _clear(self, _: str) -> None:

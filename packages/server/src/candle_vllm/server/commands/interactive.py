@@ -35,12 +35,13 @@ ReadLine = Callable[[], str | None]
 
 
 def answer_display() -> Display:
-    """What shows an answer on standard output: in colour on a terminal that has it and where nobody set NO_COLOR."""
-    if not has_colour(sys.stdout):
+    """What shows an answer on standard output: on a terminal that can, Markdown, in colour if nobody set NO_COLOR."""
+    if not sys.stdout.isatty():
         return Display()
     from candle_vllm.server.commands.markdown import MarkdownDisplay, colour_console
 
-    return MarkdownDisplay(colour_console(sys.stdout))
+    console = colour_console(sys.stdout)
+    return Display() if console.is_dumb_terminal else MarkdownDisplay(console)
 
 
 def has_colour(stream: TextIO) -> bool:
@@ -138,7 +139,7 @@ def editor(history: Path, source: Input | None = None, output: Output | None = N
 
     Ctrl+C clears what was typed, Ctrl+D on an empty line is the end of input.
     """
-    from prompt_toolkit import PromptSession
+    from prompt_toolkit import PromptSession, print_formatted_text
     from prompt_toolkit.filters import Condition
 
     session: PromptSession[str] = PromptSession(
@@ -156,7 +157,8 @@ def editor(history: Path, source: Input | None = None, output: Output | None = N
             try:
                 return _unquoted(session.prompt().encode(errors="replace").decode())  # keys that are no UTF-8
             except KeyboardInterrupt:
-                continue
+                if not session.default_buffer.text:
+                    print_formatted_text("(Ctrl+D or /exit leaves)", output=session.output)
             except EOFError:
                 return None
 

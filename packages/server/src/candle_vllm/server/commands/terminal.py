@@ -5,6 +5,7 @@ Step 2 and the first half of step 10 of a request's life, without HTTP.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,8 +24,8 @@ Message = dict[str, str]
 
 
 def conversation(system: str | None, text: str) -> list[Message]:
-    """A conversation that begins with one user message."""
-    start = [{"role": "system", "content": system}] if system is not None else []
+    """A conversation that begins with one user message; an empty system message is none."""
+    start = [{"role": "system", "content": system}] if system else []
     return [*start, {"role": "user", "content": text}]
 
 
@@ -84,7 +85,7 @@ class Display:
             return
         text = terminal_safe(piece.text)
         if piece.thought:
-            text = f"\x1b[2m{text}\x1b[0m"
+            text = dimmed(text)
         elif self._thinking:
             text = "\n\n" + text
         self._thinking = piece.thought
@@ -95,7 +96,7 @@ class Display:
         """Keeps for the end, on a terminal, how fast the answer came: `tokens`, of which the first was at 0 s."""
         if sys.stdout.isatty():
             rate = f", {(tokens - 1) / seconds:.1f} a second" if tokens > 1 and seconds > 0 else ""
-            self._rate = f"\x1b[2m({tokens} tokens{rate})\x1b[0m\n"
+            self._rate = dimmed(f"({tokens} tokens{rate})") + "\n"
 
     def close(self) -> None:
         """Ends the answer and its line, if there is one."""
@@ -134,6 +135,11 @@ def _decoded(data: bytes, name: str) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"the {name} on standard input is not UTF-8: byte {error.start}") from None
+
+
+def dimmed(text: str) -> str:
+    """A text in the terminal's faint letters, if it knows any."""
+    return text if os.environ.get("TERM", "dumb") == "dumb" else f"\x1b[2m{text}\x1b[0m"
 
 
 def terminal_safe(text: str) -> str:

@@ -30,7 +30,7 @@ lines. Answers go to standard output, remarks and errors to standard error; the 
 _TOKENS = Integer(1, 1 << 24)
 _TEXTS = {"generate": "PROMPT", "agent": "REQUEST"}  # commands that take a text
 
-_SYSTEM = Option("system", "command", ("--system",), FreeText(), "system message of the conversation", "TEXT")
+_SYSTEM = Option("system", "command", ("--system",), FreeText(least=0), "system message of the conversation", "TEXT")
 MAX_TOKENS = Option("max_tokens", "command", ("--max-tokens",), _TOKENS, "most tokens of an answer", "N")
 
 _AS_JSON = Option("as_json", "command", (), Boolean(), "print one JSON object, not a table", constants={"--json": True})
@@ -253,6 +253,8 @@ def _unknown(command: str, text: str) -> str:
             if command == "serve" or (command not in _TEXTS and "/" in text) or ".gguf" in text
             else ""
         )
+        if command == "chat" and not more:
+            more = ": one question is asked with candle-vllm generate --chat"
         if text in COMMANDS:
             more = f": the command comes first (candle-vllm {text} ...)"
         return f"unexpected argument {text!r:.60}{more:.200}"
