@@ -408,6 +408,16 @@ class TestCommands:
         assert "/set top_k needs a value (keep the K likeliest" in out
         assert "max_tokens 7" in out
 
+    def test_set_stop(
+        self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        lines = ["/set stop END", "A", "/set stop 'a b' c", "B", "/set", "/set stop default", "C"]
+        out = talk(monkeypatch, capsys, *lines, "/set stop", "/set stop ''")
+        assert [request.params.stop_strings for request in engine.requests] == [("END",), ("a b", "c"), ()]
+        assert "\nstop 'a b' c\n" in out
+        assert "error: /set stop needs a text" in out
+        assert "error: /set stop takes 1 to 4 texts of 1 to 1024 characters" in out
+
     def test_system_clear_and_regenerate(
         self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 _MAX_SAVED = 64 << 20  # bytes of a saved conversation
 _ALIASES = {"/reset": "/clear", "/?": "/help", "/bye": "/exit", "/quit": "/exit"}
 _SHOWN_TURNS, _SHOWN = 4, 200  # messages of a conversation that /load shows, and characters of each
+_MAX_STOPS, _MAX_STOP = 4, 1024  # texts that end an answer, and characters of one
 _NO_MODEL = "no model is loaded: /model MODEL loads one"
 _SET = {option.name: option for option in (*OPTIONS, MAX_TOKENS) if option.group == SAMPLING or option is MAX_TOKENS}
 _OTHER_MODEL: dict[str, Any] = dict.fromkeys(
@@ -95,12 +96,14 @@ class Chat:
         self._engine: InferenceEngine | None = load_engine(settings, max_num_seqs=1)
         self._max_tokens = max_tokens
         self._messages: list[Message] = []
+        self._stop: tuple[str, ...] = ()
         self._left_out = 0  # of the messages behind the system message, for which the context has no room any more
         self._own_file: Path | None = None
         self._set_system(system or None)
+        settable = ", ".join([*_SET, "stop"])
         self._commands = {
             "/help": _Command(self._help, "", "this list"),
-            "/set": _Command(self._set, "[NAME VALUE]", f"how answers are drawn ({', '.join(_SET)}); default resets"),
+            "/set": _Command(self._set, "[NAME VALUE]", f"how answers are drawn ({settable}); default resets"),
             "/system": _Command(self._system, "[TEXT]", "the system message from here on; - removes it"),
             "/model": _Command(self._model, "[MODEL [FILE]]", "another model: an id, a folder or a .gguf file"),
             "/save": _Command(self._save, "FILE", "keeps the conversation"),
@@ -229,7 +232,7 @@ class Chat:
         """Shows an answer and adds its text to `parts`; whether it was cut at its limit."""
         first: float | None = None
         cut = False
-        answer = answer_pieces(engine, messages, self._settings, max_tokens)
+        answer = answer_pieces(engine, messages, self._settings, max_tokens, self._stop)
         with contextlib.closing(answer_display()) as display, sign_of_life() as no_more:
             async with contextlib.aclosing(answer) as pieces:
                 async for piece in pieces:
@@ -255,11 +258,14 @@ class Chat:
     def _set(self, rest: str) -> None:
         name, _, text = rest.partition(" ")
         if not name:
-            self.say("\n".join(f"{each} {self._value(each)}" for each in _SET))
+            self.say("\n".join([*(f"{each} {self._value(each)}" for each in _SET), f"stop {self._shown_stop()}"]))
+            return
+        if name == "stop":
+            self._set_stop(text.strip())
             return
         option = _SET.get(name)
         if option is None:
-            raise UsageError(f"/set knows no {name}{nearest(name, _SET)}: there are {', '.join(_SET)}")
+            raise UsageError(f"/set knows no {name}{nearest(name, (*_SET, 'stop'))}: there are {', '.join(_SET)}, stop")
         if not text.strip():
             raise UsageError(f"/set {name} needs a value ({option.help}), or default; it is {self._value(name)}")
         value = None if text.strip() == "default" else convert(option.kind, text.strip(), name)
@@ -268,6 +274,20 @@ class Chat:
         else:
             self._settings = dataclasses.replace(self._settings, **{name: value})
         self.say(f"{name} is {self._value(name)}")
+
+    def _set_stop(self, text: str) -> None:
+        """One text that ends an answer, or several that a shell would tell apart."""
+        if not text:
+            raise UsageError(f"/set stop needs a text that ends the answer, or default; it is {self._shown_stop()}")
+        wanted = f"/set stop takes 1 to {_MAX_STOPS} texts"
+        stop = () if text == "default" else tuple(_words(text, _MAX_STOPS, wanted))
+        if not all(0 < len(each) <= _MAX_STOP for each in stop):
+            raise UsageError(f"{wanted} of 1 to {_MAX_STOP} characters")
+        self._stop = stop
+        self.say(f"stop is {self._shown_stop()}")
+
+    def _shown_stop(self) -> str:
+        return shlex.join(self._stop) or "default"
 
     def _value(self, name: str) -> Any:
         value = self._max_tokens if name == MAX_TOKENS.name else getattr(self._settings, name)
