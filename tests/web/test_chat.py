@@ -170,6 +170,19 @@ def test_the_way_to_the_end_goes_where_there_is_none(chat: Any) -> None:
     button(chat, "Go to the newest message").wait_for(state="detached")
 
 
+def test_an_answer_is_edited_as_a_version(chat: Any) -> None:
+    ask(chat, "One")
+    button(chat, "Edit answer").click()
+    chat.get_by_role("textbox", name="Edit", exact=True).fill("In my words")
+    button(chat, "Save").click()
+    said(chat, "In my words")
+    chat.get_by_label("version 2 of 2").wait_for()
+    chat.reload()
+    said(chat, "In my words")
+    button(chat, "Previous version").click()
+    said(chat, "You said: One")
+
+
 def test_continue_appends(chat: Any) -> None:
     ask(chat, "One")
     chat.locator(".answer").get_by_role("button", name="Continue").click()

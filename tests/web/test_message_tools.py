@@ -13,6 +13,7 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobil
 TIPS = {
     "Copy message": "Copy message",
     "Answer again": "Answer again. This answer stays as a version.",
+    "Edit answer": "Edit this answer. It stays as a version.",
     "Continue": "Continue where this answer stopped",
     "Delete message": "Delete message",
 }

@@ -64,11 +64,12 @@ export const de: Texts = {
   mayBeWrong: "Antworten können falsch sein. Prüfe, was wichtig ist.", toEnd: "Zur neuesten Nachricht",
   earlier: (count) => `${count} frühere Nachrichten zeigen`,
   copy: "Kopieren", copied: "Kopiert", copyFailed: "Kopieren ging nicht", copyCode: "Code kopieren", copyMessage: "Nachricht kopieren",
-  edit: "Bearbeiten", editHint: "Senden beginnt einen neuen Zweig; der alte bleibt.", sendEdited: "Senden", answer: "Antworten",
+  edit: "Bearbeiten", editAnswer: "Antwort bearbeiten", editAnswerHint: "Dein Text wird eine Fassung; die Antwort bleibt.", editHint: "Senden beginnt einen neuen Zweig; der alte bleibt.", sendEdited: "Senden", answer: "Antworten",
   regenerate: "Neu antworten", goOn: "Weiter", source: "Quelltext", probabilities: "Wahrscheinlichkeiten",
   actions: "Aktionen", numbersOf: "Zahlen dieser Antwort:",
   tips: {
     edit: "Bearbeiten. Senden beginnt einen neuen Zweig; der alte bleibt.", regenerate: "Neu antworten. Diese Antwort bleibt als Version.",
+    editAnswer: "Diese Antwort bearbeiten. Sie bleibt als Fassung.",
     goOn: "Fortsetzen, wo diese Antwort aufhörte", source: "Den Text zeigen, wie das Modell ihn schrieb",
     probabilities: "Zeigen, wie wahrscheinlich jedes Token war", numbers: "Alle Zahlen dieser Antwort zeigen",
   },

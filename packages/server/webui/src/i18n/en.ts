@@ -65,11 +65,12 @@ export const en = {
   mayBeWrong: "Answers can be wrong. Check what matters.", toEnd: "Go to the newest message",
   earlier: (count: number) => `Show ${count} earlier messages`,
   copy: "Copy", copied: "Copied", copyFailed: "Could not copy", copyCode: "Copy code", copyMessage: "Copy message",
-  edit: "Edit", editHint: "Sending begins a new branch; the old one stays.", sendEdited: "Send", answer: "Answer",
+  edit: "Edit", editAnswer: "Edit answer", editAnswerHint: "Your text becomes a version; the answer stays.", editHint: "Sending begins a new branch; the old one stays.", sendEdited: "Send", answer: "Answer",
   regenerate: "Answer again", goOn: "Continue", source: "Source", probabilities: "Probabilities",
   actions: "Actions", numbersOf: "Numbers of this answer:",
   tips: {
     edit: "Edit. Sending begins a new branch; the old one stays.", regenerate: "Answer again. This answer stays as a version.",
+    editAnswer: "Edit this answer. It stays as a version.",
     goOn: "Continue where this answer stopped", source: "Show the text as the model wrote it",
     probabilities: "Show how likely each token was", numbers: "Show all numbers of this answer",
   },

@@ -8,7 +8,7 @@ import { merged } from "../chat/settings.ts";
 import { titleOf, titleRequest } from "../chat/title.ts";
 import { MessageTree } from "../chat/tree.ts";
 import { type Decision, recover, Turn } from "../chat/turn.ts";
-import { type AssistantMessage, type Conversation, type Message, textOf, type UserMessage } from "../chat/types.ts";
+import { type AssistantMessage, type Conversation, emptyStep, type Message, textOf, type UserMessage } from "../chat/types.ts";
 import { t } from "../i18n/index.ts";
 import type { Store } from "../store/database.ts";
 import { newId } from "../store/ids.ts";
@@ -84,6 +84,14 @@ export class OpenChat {
   /** A changed question is a branch beside the old one. */
   edit(id: string, text: string): void {
     this.ask(text, this.tree.get(id)?.parent ?? null);
+  }
+
+  /** An answer in the user's words, beside the one that the model gave. */
+  rewrite(id: string, text: string): void {
+    const message = this.nodes.get(id)?.peek();
+    if (this.isBusy || message?.role !== "assistant") return;
+    const { role, parent, model } = message;
+    this.add({ id: newId(), role, parent, created: this.nextTime(), model, steps: [{ ...emptyStep(), text, finish: "stop" }], state: "done" });
   }
 
   /** Another answer to the same question. */

@@ -7,6 +7,7 @@ import { formatSeconds, t } from "../i18n/index.ts";
 import { Markdown } from "../markdown/Markdown.tsx";
 import { isLoading, models } from "../state/models.ts";
 import type { OpenChat } from "../state/open-chat.ts";
+import { Editor, useEditing } from "./Editor.tsx";
 import { describe, NOT_LOADED } from "./errors.ts";
 import { Icon } from "./Icon.tsx";
 import { Logprobs } from "./Logprobs.tsx";
@@ -28,6 +29,7 @@ interface AnswerProps {
 export function AnswerView({ chat, message, isLast }: AnswerProps) {
   const [raw, setRaw] = useState(false);
   const [tokens, setTokens] = useState(false);
+  const { frame, editing, edit, done } = useEditing(".edit-answer");
   const isWriting = chat.active.value === message.id;
   const hasTokens = message.steps.some((step) => step.logprobs?.length);
   const last = message.steps.length - 1;
@@ -37,8 +39,11 @@ export function AnswerView({ chat, message, isLast }: AnswerProps) {
     chat.goOn(message.id);
   };
   const isSilent = isWriting && !message.steps[last]?.text && !message.steps[last]?.reasoning && !message.steps[last]?.calls.length;
+  if (editing) {
+    return <Editor text={textOf(message)} hint={t.value.editAnswerHint} action={t.value.save} isBusy={chat.isBusy} onKeep={(text) => chat.rewrite(message.id, text)} onDone={done} />;
+  }
   return (
-    <article class="answer" aria-labelledby={`answer-${message.id}`} aria-busy={isWriting}>
+    <article ref={frame} class="answer" aria-labelledby={`answer-${message.id}`} aria-busy={isWriting}>
       <h2 class="off-screen" id={`answer-${message.id}`}>{t.value.answerOf(message.model)}</h2>
       {message.steps.map((step, index) => (
         <StepView key={index} chat={chat} id={message.id} step={step} raw={raw} tokens={tokens} isOpen={isWriting && index === last} />
@@ -55,6 +60,9 @@ export function AnswerView({ chat, message, isLast }: AnswerProps) {
         <>
           <CopyTool text={() => textOf(message)} />
           <Tool icon="refresh" label={t.value.regenerate} tip={t.value.tips.regenerate} disabled={chat.isBusy} onClick={() => { focusInput(); chat.regenerate(message.id); }} />
+          {textOf(message) && message.steps.every((step) => !step.calls.length) && (
+            <Tool kind="edit-answer" icon="edit" label={t.value.editAnswer} tip={t.value.tips.editAnswer} disabled={chat.isBusy} onClick={edit} />
+          )}
           {isLast && message.state !== "waiting" && !ending?.goesOn && textOf(message) && (
             <Tool icon="play" label={t.value.goOn} tip={t.value.tips.goOn} disabled={chat.isBusy} onClick={goOn} />
           )}
