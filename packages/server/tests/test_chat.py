@@ -309,6 +309,21 @@ def test_keys_that_are_no_utf8_can_be_kept(tmp_path: Path) -> None:
     assert (text.encode()[:1], text.encode()[-1:]) == (b"a", b"b")
 
 
+def test_tab_completes_commands_and_paths(tmp_path: Path) -> None:
+    (tmp_path / "talk.json").write_text("x")
+    terminal = Terminal(tmp_path, ["chat"])
+    terminal.wait_for_prompt()
+    terminal.type("/loa\t")
+    terminal.wait_for("/load")
+    terminal.type(" ta\t")
+    terminal.wait_for("/load talk.json")
+    terminal.type("\r")
+    terminal.wait_for("talk.json is no conversation of /save")
+    terminal.wait_for_prompt()
+    terminal.type(CTRL_D)
+    assert terminal.end() == 0
+
+
 class TestOnAPipe:
     def test_one_line_is_a_message_and_triple_quotes_hold_several(
         self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

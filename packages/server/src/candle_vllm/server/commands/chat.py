@@ -56,7 +56,7 @@ def chat(settings: Settings, system: str | None = None, max_tokens: int | None =
     """
     require_stdin()
     with contextlib.closing(Chat(settings, system, max_tokens)) as talk:
-        read = line_reader(Path.home())
+        read = line_reader(Path.home(), talk.commands)
         talk.say(f"{talk.name}: /help says what can be done; Ctrl+C stops an answer, Ctrl+D leaves")
         while (line := read()) is not None and not talk.ends_with(line):
             with keys_unseen():
@@ -123,6 +123,11 @@ class Chat:
         if self._engine is None:
             raise UsageError(_NO_MODEL)
         return self._engine.model_info.name
+
+    @property
+    def commands(self) -> list[str]:
+        """What may stand at the beginning of a line."""
+        return list(self._commands)
 
     def close(self) -> None:
         """Lets the model go."""

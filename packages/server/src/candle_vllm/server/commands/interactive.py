@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
@@ -20,6 +20,7 @@ from candle_vllm.server.commands.terminal import MAX_TEXT, Display, read_line
 from candle_vllm.server.settings.options import UsageError
 
 if TYPE_CHECKING:
+    from prompt_toolkit.completion import Completer
     from prompt_toolkit.history import History
     from prompt_toolkit.input import Input
     from prompt_toolkit.output import Output
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 HISTORY_FILE = ".candle-vllm/chat_history"
 MAX_HISTORY = 1 << 20  # bytes of the file; a start that finds more keeps the newer half
 _MAX_ENTRY = 1 << 16  # characters; what is longer is not kept
+_WITH_PATH = ("/load", "/model", "/save")
 _QUOTES = '"""'
 
 _PATIENCE = 0.15  # seconds until a sign of life is shown; most answers begin before
@@ -125,16 +127,21 @@ def keys_unseen() -> Iterator[None]:
         put(echo=True)
 
 
-def line_reader(home: Path) -> ReadLine:
-    """What gives the next text of a person, None at the end of input; `home` has the file of what was typed before."""
+def line_reader(home: Path, commands: Sequence[str] = ()) -> ReadLine:
+    """What gives the next text of a person, None at the end of input; `home` has the file of what was typed before.
+
+    Tab completes `commands`, and paths behind one.
+    """
     if not sys.stdin.isatty():
         return _next_text
     if not sys.stdout.isatty():
         return _asked_text
-    return editor(home / HISTORY_FILE)
+    return editor(home / HISTORY_FILE, commands=commands)
 
 
-def editor(history: Path, source: Input | None = None, output: Output | None = None) -> ReadLine:
+def editor(
+    history: Path, source: Input | None = None, output: Output | None = None, commands: Sequence[str] = ()
+) -> ReadLine:
     """Reads texts on a terminal: pasted lines are one text, and so is what stands between triple quotes.
 
     Ctrl+C clears what was typed, Ctrl+D on an empty line is the end of input.
@@ -150,6 +157,8 @@ def editor(history: Path, source: Input | None = None, output: Output | None = N
         input=source,
         output=output,
         enable_suspend=True,
+        completer=completer(commands),
+        complete_while_typing=False,
     )
 
     def read() -> str | None:
@@ -163,6 +172,24 @@ def editor(history: Path, source: Input | None = None, output: Output | None = N
                 return None
 
     return read
+
+
+def completer(commands: Sequence[str]) -> Completer:
+    """Completes commands, and paths behind those that take one."""
+    from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+    from prompt_toolkit.document import Document
+
+    paths = PathCompleter(expanduser=True)
+
+    class Commands(Completer):
+        def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+            word, blank, rest = document.text_before_cursor.partition(" ")
+            if not blank and word.startswith("/"):
+                yield from (Completion(name, -len(word)) for name in commands if name.startswith(word))
+            elif blank and word in _WITH_PATH:
+                yield from paths.get_completions(Document(rest.lstrip()), complete_event)
+
+    return Commands()
 
 
 def private_history(path: Path) -> History:
