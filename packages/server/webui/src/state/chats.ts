@@ -117,7 +117,9 @@ function adopt(info: Signal<Conversation>, chat: OpenChat): OpenChat {
 }
 
 function changed(id: string, change: Partial<Conversation>): void {
-  storage().changeConversation(id, change).then((isThere) => {
+  const now = known.value.get(id)?.value;
+  if (!now) return gone(id);
+  storage().changeConversation(id, change, now).then((isThere) => {
     if (!isThere) return gone(id);
     if (opened.get(id)?.isBusy) return tell(); // what is half written is shown where it is written
     if (changedElsewhere.delete(id)) void reopen(id);

@@ -10,7 +10,8 @@ export interface Store {
   conversations(): Promise<Conversation[]>;
   messages(conversation: string): Promise<StoredMessage[]>;
   /** Puts what was changed onto what is kept. Here and below false: the conversation is gone, and nothing was written. */
-  changeConversation(id: string, change: Partial<Conversation>): Promise<boolean>;
+  /** `known` is the whole record as the page has it. */
+  changeConversation(id: string, change: Partial<Conversation>, known: Conversation): Promise<boolean>;
   putMessage(message: StoredMessage): Promise<boolean>;
   messageIds(): Promise<readonly string[]>;
   /** A conversation with messages that are new: together or not at all. Fails where a message is there already. */
@@ -71,10 +72,21 @@ const answered = <T>(request: IDBRequest<T>): Promise<T> =>
     request.onerror = () => reject(request.error);
   });
 
+/** A change that waits for what it is put onto, and how it is made without that. */
+interface Waiting {
+  blindly: (at: (name: string) => IDBObjectStore) => unknown;
+  transaction?: IDBTransaction;
+  hurried: boolean;
+}
+
 class DatabaseStore implements Store {
   readonly persistent = true;
 
-  constructor(private readonly database: IDBDatabase) {}
+  private readonly pending = new Set<Waiting>();
+
+  constructor(private readonly database: IDBDatabase) {
+    addEventListener("pagehide", () => this.hurry());
+  }
 
   async conversations(): Promise<Conversation[]> {
     const kept: unknown[] = await answered(this.database.transaction(CHATS).objectStore(CHATS).getAll());
@@ -85,12 +97,13 @@ class DatabaseStore implements Store {
     return answered(this.database.transaction(MESSAGES).objectStore(MESSAGES).index(BY_CHAT).getAll(conversation));
   }
 
-  changeConversation(id: string, change: Partial<Conversation>): Promise<boolean> {
-    return this.changeWhereThere(id, (at, kept) => at(CHATS).put({ ...kept, ...change }));
+  changeConversation(id: string, change: Partial<Conversation>, known: Conversation): Promise<boolean> {
+    return this.changeWhereThere(id, (at, kept) => at(CHATS).put({ ...kept, ...change }), (at) => at(CHATS).put(known));
   }
 
   putMessage(message: StoredMessage): Promise<boolean> {
-    return this.changeWhereThere(message.conversation, (at) => at(MESSAGES).put(message));
+    const put = (at: (name: string) => IDBObjectStore) => at(MESSAGES).put(message);
+    return this.changeWhereThere(message.conversation, put, put);
   }
 
   async messageIds(): Promise<readonly string[]> {
@@ -133,12 +146,19 @@ class DatabaseStore implements Store {
     return this.change(all, (at) => all.forEach((name) => at(name).clear()));
   }
 
-  /** One transaction, so that no other tab comes between the reading and the writing. */
-  private async changeWhereThere(id: string, work: (at: (name: string) => IDBObjectStore, kept: Conversation) => unknown): Promise<boolean> {
+  /** One transaction, so that no other tab comes between the reading and the writing; `blindly` writes without reading. */
+  private async changeWhereThere(
+    id: string,
+    work: (at: (name: string) => IDBObjectStore, kept: Conversation) => unknown,
+    blindly: (at: (name: string) => IDBObjectStore) => unknown,
+  ): Promise<boolean> {
     let isThere = false;
-    await this.change([CHATS, MESSAGES], (at, transaction) => {
+    const waiting: Waiting = { blindly, hurried: false };
+    const change = this.change([CHATS, MESSAGES], (at, transaction) => {
+      waiting.transaction = transaction;
       const reading: IDBRequest<Conversation | undefined> = at(CHATS).get(id);
       reading.onsuccess = () => {
+        this.pending.delete(waiting);
         isThere = reading.result !== undefined;
         try {
           if (reading.result) work(at, reading.result);
@@ -148,7 +168,28 @@ class DatabaseStore implements Store {
         }
       };
     }, false);
+    this.pending.add(waiting);
+    try {
+      await change;
+    } catch (error) {
+      if (!waiting.hurried) throw error;
+      return true;
+    } finally {
+      this.pending.delete(waiting);
+    }
     return isThere;
+  }
+
+  /** Writes at once what still waits for its reading: a page that goes away hears of no reading any more. */
+  private hurry(): void {
+    const all = [...this.pending];
+    if (!all.length) return;
+    for (const waiting of all) {
+      waiting.hurried = true;
+      waiting.transaction?.abort();
+    }
+    this.pending.clear();
+    this.change([CHATS, MESSAGES], (at) => all.forEach(({ blindly }) => blindly(at))).catch(() => undefined);
   }
 
   /** With `whole` nothing follows what `work` asks for: it is kept even where the page goes away at once. */
