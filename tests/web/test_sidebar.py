@@ -166,9 +166,12 @@ def test_a_conversation_is_dragged_into_a_folder_and_out(chat: Any, tmp_path: Pa
 
 def test_the_menu_by_keyboard(chat: Any, tmp_path: Path) -> None:
     few(chat, tmp_path, "One")
+    # The dialog of the import gives the focus back as it closes, which may come after this.
+    chat.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     chat.get_by_role("link", name="One").focus()
     chat.keyboard.press("Tab")
     chat.keyboard.press("Enter")
+    chat.locator("[role=menuitem]:focus").wait_for()
     assert chat.locator(":focus").inner_text() == "Pin"
     chat.keyboard.press("End")
     chat.keyboard.press("ArrowDown")

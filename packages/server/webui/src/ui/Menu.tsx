@@ -40,19 +40,21 @@ interface ListProps {
 
 function List({ id, label, items, opener, onClose, onLeave }: ListProps) {
   const frame = useRef<HTMLDivElement>(null);
+  const placed = useRef<DOMRect | null>(null);
   useLayoutEffect(() => {
     const menu = frame.current;
     if (!menu || !opener) return;
     menu.showPopover();
-    place(menu, opener.getBoundingClientRect());
+    place(menu, (placed.current = opener.getBoundingClientRect()));
     menu.querySelector("button")?.focus({ preventScroll: true });
   }, []);
   useEffect(() => {
     const outside = (event: Event) => {
       if (!frame.current?.contains(event.target as Node) && !opener?.contains(event.target as Node)) onLeave();
     };
-    const movedAway = (event: Event) => {
-      if ((event.target as Node).contains(opener)) onClose();
+    const movedAway = () => {
+      const [was, is] = [placed.current, opener?.getBoundingClientRect()];
+      if (was?.top !== is?.top || was?.left !== is?.left) onClose(); // else it is told of a scroll from before it opened
     };
     addEventListener("pointerdown", outside);
     addEventListener("scroll", movedAway, { capture: true, passive: true });
