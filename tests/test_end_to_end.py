@@ -203,10 +203,8 @@ def test_chat_talks_through_a_pipe(tmp_path: Path) -> None:
         *("chat", *ONE_THREAD, "--temperature", "0", "--max-tokens", "8"),
         text=f"{QUESTION[0]['content']}\n/reset\nHow are you?\n/exit\n",
     )
-    greeting, first, reset, second = text.splitlines()[:4]
-    assert greeting.startswith(MODEL)
+    first, second = text.splitlines()[:2]  # what is no answer goes to standard error
     assert "Paris" in first
-    assert reset == "(new conversation)"
     assert second
 
 

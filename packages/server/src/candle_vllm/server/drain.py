@@ -118,7 +118,6 @@ class DrainingServer(uvicorn.Server):
         if self.force_exit:  # uvicorn leaves it out then
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.lifespan.shutdown(), _LAST_WORDS_SECONDS)
-        logger.info("stopped")
 
     async def _forced(self) -> None:
         while not self.force_exit:
