@@ -79,22 +79,22 @@ class DrainingServer(uvicorn.Server):
         self.force_exit = self.should_exit
         self.should_exit = True
 
-    def _announce(self) -> None:
-        """Says what is waited for, and how to wait no longer."""
+    def _announce(self) -> bool:
+        """Says what is waited for, and how to wait no longer; whether there was anything."""
         busy: Callable[[], bool] | None = self.lifespan.state.get("busy")
         if count := len(self.server_state.tasks):
             what = f"{count} request{'s' if count > 1 else ''}"
         elif busy is not None and busy():
             what = "answers that are kept for clients which left"
         else:
-            return
+            return False
         seconds = self.config.timeout_graceful_shutdown
         again = "Ctrl+C again to stop now" if self._signal == signal.SIGINT else "a second signal stops at once"
         logger.warning("finishing %s, up to %s s; %s", what, seconds, again)
+        return True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        if not self.force_exit:
-            self._announce()
+        announced = not self.force_exit and self._announce()
         # uvicorn waits for these tasks, as long as for a request.
         outlived = asyncio.create_task(self._outlived())
         self.server_state.tasks.add(outlived)
@@ -118,6 +118,8 @@ class DrainingServer(uvicorn.Server):
         if self.force_exit:  # uvicorn leaves it out then
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.lifespan.shutdown(), _LAST_WORDS_SECONDS)
+        if announced:
+            logger.info("stopped")
 
     async def _forced(self) -> None:
         while not self.force_exit:
