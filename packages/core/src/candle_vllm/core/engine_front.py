@@ -26,10 +26,9 @@ from candle_vllm.core.engine.request import (
     GenerationOutput,
     GenerationRequest,
     ModelInfo,
-    OutputCollector,
     ScoreOutput,
 )
-from candle_vllm.core.engine.stream import Inbox, TokenIterator, TokenStream, raise_failure, run_all
+from candle_vllm.core.engine.stream import Inbox, TokenIterator, TokenStream, run_all, whole
 from candle_vllm.core.engine.thread import EngineThread, StepEngine
 from candle_vllm.core.engine.watching import RequestInfo, RequestWatcher, watched_pooling, watched_submit
 from candle_vllm.core.errors import (
@@ -337,7 +336,7 @@ class EngineFront(ABC):
         add_special_tokens: bool = True,
     ) -> GenerationOutput:
         """`generate` for one prompt, in an event loop. Cancelling it aborts the request."""
-        return await _whole(
+        return await whole(
             self.stream(
                 prompt, sampling_params, request_id=request_id, priority=priority, add_special_tokens=add_special_tokens
             )
@@ -355,7 +354,7 @@ class EngineFront(ABC):
         """`chat` for one conversation, in an event loop. Cancelling it aborts the request."""
         prompt = self._chat_prompt(*self._rendered("achat", messages, options))
         params = self._chat_params(sampling_params)
-        return await _whole(self.stream(prompt, params, request_id=request_id, priority=priority))
+        return await whole(self.stream(prompt, params, request_id=request_id, priority=priority))
 
     # ---- vectors and scores ------------------------------------------------------------------------------------------
 
@@ -642,15 +641,3 @@ def _no_params(given: Any) -> InvalidParameterError:
     return InvalidParameterError(
         f"sampling_params must be SamplingParams, not {type(given).__name__}{hint}", "sampling_params"
     )
-
-
-async def _whole(stream: TokenStream) -> GenerationOutput:
-    """The pieces of a stream as one output; cancelling it aborts the request."""
-    collector = OutputCollector(stream.request)
-    try:
-        async for piece in stream:
-            raise_failure(piece)
-            collector.add(piece)
-    finally:
-        await stream.aclose()
-    return collector.result()

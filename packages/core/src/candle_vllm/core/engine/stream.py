@@ -302,6 +302,18 @@ class _Mailbox:
                 return position, collector.result()
 
 
+async def whole(stream: TokenStream) -> GenerationOutput:
+    """The pieces of a stream as one output; cancelling it aborts the request."""
+    collector = OutputCollector(stream.request)
+    try:
+        async for piece in stream:
+            raise_failure(piece)
+            collector.add(piece)
+    finally:
+        await stream.aclose()
+    return collector.result()
+
+
 def raise_failure(piece: TokenOutput) -> None:
     """Raises the error that a piece carries, if it does."""
     if piece.error is not None:

@@ -11,9 +11,8 @@ as `Sent`. No memory that the host writes may still be on its way to the device 
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -21,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from candle_vllm.core.devices import Device
+from candle_vllm.core.threads import collector_paused
 
 Work: TypeAlias = Callable[[], None]
 
@@ -111,7 +111,7 @@ class CudaStream:
     def capture(self, work: Work) -> Work:
         """See `DeviceStream`."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.stream(self._stream), _no_collection():
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream), collector_paused():
             # Not `torch.cuda.graph`: it empties caches each time, which takes longer than this. The generator's state,
             # which a capture registers, must not be made in inference mode.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -135,18 +135,6 @@ class CudaStream:
     def staged(self, size: int) -> torch.Tensor:
         """See `DeviceStream`."""
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Nothing is collected meanwhile: pinned memory that is freed records an event, which a capture would take up."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 class _CudaMark:

@@ -19,10 +19,9 @@ from candle_vllm.core.engine.request import (
     GenerationOutput,
     GenerationRequest,
     ModelInfo,
-    OutputCollector,
     TokenOutput,
 )
-from candle_vllm.core.engine.stream import Shortcut, TokenStream, raise_failure
+from candle_vllm.core.engine.stream import Shortcut, TokenStream, whole
 from candle_vllm.core.engine.watching import RequestInfo, RequestWatcher, watched_submit
 from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError, PromptTooLongError
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
@@ -206,17 +205,11 @@ class ScriptedEngine(ScriptedVectors):
         add_special_tokens: bool = True,
     ) -> GenerationOutput:
         """The whole answer. Cancelling it aborts the request."""
-        stream = self.stream(
-            prompt, sampling_params, request_id=request_id, priority=priority, add_special_tokens=add_special_tokens
+        return await whole(
+            self.stream(
+                prompt, sampling_params, request_id=request_id, priority=priority, add_special_tokens=add_special_tokens
+            )
         )
-        collector = OutputCollector(stream.request)
-        try:
-            async for piece in stream:
-                raise_failure(piece)
-                collector.add(piece)
-        finally:
-            await stream.aclose()
-        return collector.result()
 
     def stats(self) -> EngineStats:
         """Counts of requests and tokens; there are no blocks."""

@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import ctypes
 import enum
-import gc
 import importlib
 import os
 import platform
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import cache
 from threading import Thread
@@ -31,6 +30,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, get_type_hints
 import numpy as np
 
 from candle_vllm.core.kernels.cpu_runtime.kernel_cache import WANTED, compiled_address, is_first_start
+from candle_vllm.core.threads import collector_paused
 
 NUMBERS = 2  # where a row has the address of the step's numbers
 FIRST_ARGUMENT = 3
@@ -102,7 +102,7 @@ def compile_first(ask: Callable[[], object], later: Sequence[str] = ()) -> None:
         helper = None
     token = WANTED.set(tuple(named_function(*named)[0] for named in wanted))
     try:
-        with without_collection():
+        with collector_paused():
             for named in wanted:
                 _address(*named)
     except BaseException:
@@ -131,18 +131,6 @@ _COMING: dict[str, subprocess.Popen[bytes]] = {}
 def is_coming(code: str) -> bool:
     """Whether the second process of `compile_first` is still at work, and this is part of it."""
     return code in _COMING and _COMING[code].poll() is None
-
-
-@contextmanager
-def without_collection() -> Iterator[None]:
-    """Keeps Python from looking for garbage: a compiler's many small objects make that a sixth of its time."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def named_function(code: str, *constants: int) -> tuple[str, Callable[[], Callable[..., None]]]:

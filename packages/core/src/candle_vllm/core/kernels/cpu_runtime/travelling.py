@@ -22,12 +22,13 @@ from candle_vllm.core.kernels.activation_quant import Prologue
 from candle_vllm.core.kernels.activation_rows import RowForm
 from candle_vllm.core.kernels.cpu_runtime import kernel_cache
 from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, Level, host_level
-from candle_vllm.core.kernels.cpu_runtime.operation import named_function, without_collection
+from candle_vllm.core.kernels.cpu_runtime.operation import named_function
 from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.kernels.plain_linear.layout import PlainKind
 from candle_vllm.core.kernels.scaled_linear.layout import ScaledKind
 from candle_vllm.core.kernels.weight_quant.searches import TYPES
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
+from candle_vllm.core.threads import collector_paused
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256)
 LATENT = ((64, 512),)  # of rotation and latent vector: DeepSeek's
@@ -81,7 +82,7 @@ def keep_here(named: Sequence[str]) -> None:
     """Compiles operations for this machine, as far as they are not kept: code and constants, with commas between."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     folder = kernel_cache.kernel_cache()
-    with without_collection():
+    with collector_paused():
         for text in named:
             code, *constants = text.split(",")
             name, make = named_function(code, *map(int, constants))
@@ -104,7 +105,7 @@ def write(level: Level, folder: Path) -> None:
     for path in folder.iterdir():
         if path.name not in wanted:
             path.unlink()
-    with without_collection():
+    with collector_paused():
         for number, (name, make) in enumerate(wanted.items(), 1):
             kernel_cache.keep(folder / name, kernel_cache.compile_image(make(), level))
             if number % 20 == 0 or number == len(wanted):
