@@ -16,7 +16,7 @@ from typing import Any, Protocol, Self, overload
 import msgspec
 from msgspec.structs import replace
 
-from candle_vllm.core.arguments import explained, refuse_lost
+from candle_vllm.core.arguments import explained
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.admission import check_encoder_task
 from candle_vllm.core.engine.pooling_calls import MAX_TEXT, Pair, PoolingCalls
@@ -50,15 +50,11 @@ from candle_vllm.core.text.prompts import (
     as_conversations,
     as_prompts,
     one_conversation,
+    prompt_texts,
     read_prompt,
-    template_messages,
 )
-from candle_vllm.core.text.template_needs import TemplateNeeds, TemplateProbe, fit, template_needs
 from candle_vllm.core.text.tokenizer import Tokenizer
 
-_CHAT_OPTIONS = (
-    "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs",
-)  # fmt: skip
 _SAMPLING = {"SamplingParams": SamplingParams.__struct_fields__}
 
 
@@ -82,7 +78,6 @@ class EngineFront(ABC):
     config: EngineConfig
     _info: ModelInfo
     _owner: int  # the process that made it
-    _known_needs: tuple[ChatTemplate, TemplateNeeds] | None = None
 
     # ---- what is loaded ----------------------------------------------------------------------------------------------
 
@@ -177,35 +172,7 @@ class EngineFront(ABC):
 
     def _rendered(self, method: str, messages: Any, options: Mapping[str, Any]) -> list[str]:
         template = self._template(options.get("chat_template"))
-        return self._prompt_texts(method, [one_conversation(messages, template)], template, options)
-
-    def _prompt_texts(
-        self,
-        method: str,
-        conversations: Sequence[Sequence[Message]],
-        template: ChatTemplate,
-        options: Mapping[str, Any],
-    ) -> list[str]:
-        """The prompts of conversations that were checked."""
-        refuse_lost(method, options, (*_CHAT_OPTIONS, "use_tqdm"), template.variables, _SAMPLING)
-        variables = options.get("chat_template_kwargs") or {}
-        if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
-            raise InvalidParameterError("chat_template_kwargs must be variables by name", "chat_template_kwargs")
-        given = {name: value for name, value in options.items() if not name.startswith("chat_template")}
-        twice = variables.keys() & {*given, *_CHAT_OPTIONS, "messages"}
-        if twice:
-            raise InvalidParameterError(
-                f"chat_template_kwargs has {min(twice)!r:.60}, which is an argument of its own", "chat_template_kwargs"
-            )
-        # Whoever renders sees what is in the prompt, and may hold answers to tools that are not.
-        if options.get("tools") and not template.supports_tools and method != "apply_chat_template":
-            raise ChatTemplateError("the chat template does not read tools, so the model would not see them", "tools")
-        made = [template_messages(each) for each in conversations]
-        if any("tool_calls" in message or "tool_call_id" in message for each in made for message in each):
-            needs = self._needs_of(template)
-            for each in made:
-                fit(each, needs)
-        return [template.render(each, **given, **variables) for each in made]
+        return prompt_texts(method, [one_conversation(messages, template)], template, options, _SAMPLING)
 
     def _template(self, source: str | None = None) -> ChatTemplate:
         """The model's template, or what `source` is."""
@@ -222,12 +189,6 @@ class EngineFront(ABC):
         if texts.template is None:
             raise ChatTemplateError(f"{self._info.name} has no chat template: pass one (`chat_template`)", "messages")
         return texts.template
-
-    def _needs_of(self, template: ChatTemplate) -> TemplateNeeds:
-        known = self._known_needs
-        if known is None or known[0] is not template:
-            known = self._known_needs = template, template_needs(TemplateProbe(template))
-        return known[1]
 
     @abstractmethod
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
@@ -316,7 +277,8 @@ class EngineFront(ABC):
         """
         template = self._template(options.get("chat_template"))
         conversations, several = as_conversations(messages, template)
-        prompts = [self._chat_prompt(text) for text in self._prompt_texts("chat", conversations, template, options)]
+        texts = prompt_texts("chat", conversations, template, options, _SAMPLING)
+        prompts = [self._chat_prompt(text) for text in texts]
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = self._chat_params(sampling_params)
         else:

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from numbers import Integral
 from typing import Any
 
-from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.arguments import refuse_lost
+from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError
 from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.core.text.chat_template import ChatTemplate
+from candle_vllm.core.text.template_needs import TemplateNeeds, TemplateProbe, fit, template_needs
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+_CHAT_OPTIONS = (
+    "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs",
+)  # fmt: skip
 _KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking",
          "refusal", "parsed")  # fmt: skip
 _PART_KEYS = ("type", "text", "refusal", "cache_control", "prompt_cache_breakpoint")
@@ -130,6 +136,50 @@ def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
             new["name"] = names[new["tool_call_id"]]
         made.append(new)
     return made
+
+
+def prompt_texts(
+    method: str,
+    conversations: Sequence[Sequence[Message]],
+    template: ChatTemplate,
+    options: Mapping[str, Any],
+    within: Mapping[str, Iterable[str]],
+) -> list[str]:
+    """The prompts of conversations that were looked at.
+
+    Args:
+        method: what was called, with these options.
+        within: what else has arguments, as for `unknown_name`.
+
+    Raises:
+        TypeError: an option is none of a chat's, and the template does not read it.
+        InvalidParameterError: `chat_template_kwargs` are no variables by name.
+        ChatTemplateError: the template refused a conversation, or does not read its tools.
+    """
+    refuse_lost(method, options, (*_CHAT_OPTIONS, "use_tqdm"), template.variables, within)
+    variables = options.get("chat_template_kwargs") or {}
+    if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
+        raise InvalidParameterError("chat_template_kwargs must be variables by name", "chat_template_kwargs")
+    given = {name: value for name, value in options.items() if not name.startswith("chat_template")}
+    twice = variables.keys() & {*given, *_CHAT_OPTIONS, "messages"}
+    if twice:
+        raise InvalidParameterError(
+            f"chat_template_kwargs has {min(twice)!r:.60}, which is an argument of its own", "chat_template_kwargs"
+        )
+    # Whoever renders sees what is in the prompt, and may hold answers to tools that are not.
+    if options.get("tools") and not template.supports_tools and method != "apply_chat_template":
+        raise ChatTemplateError("the chat template does not read tools, so the model would not see them", "tools")
+    made = [template_messages(each) for each in conversations]
+    if any("tool_calls" in message or "tool_call_id" in message for each in made for message in each):
+        needs = _needs_of(template)
+        for each in made:
+            fit(each, needs)
+    return [template.render(each, **given, **variables) for each in made]
+
+
+@lru_cache(maxsize=4)
+def _needs_of(template: ChatTemplate) -> TemplateNeeds:
+    return template_needs(TemplateProbe(template))
 
 
 def _texts(content: Any) -> list[str] | None:
