@@ -143,7 +143,7 @@ class Chat:
 
     def ends_with(self, line: str) -> bool:
         """Whether a person leaves with this; on a pipe `exit` alone is a message."""
-        return line in ("/exit", "/bye", "/quit") or (line in ("exit", "quit") and sys.stdin.isatty())
+        return _ALIASES.get(line, line) == "/exit" or (line in ("exit", "quit") and sys.stdin.isatty())
 
     def _fail(self, text: str) -> None:
         self.failed = True
