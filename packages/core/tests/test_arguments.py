@@ -38,7 +38,7 @@ def engine(toy_model: Path) -> Iterator[InferenceEngine]:
         ("max_model_length", "did you mean max_model_len?"),
         ("n_gpu_layers", "nothing is divided"),
         ("tensor_parallel_size", "one device"),
-        ("gpu_memory_utilization", "it is called kv_fraction, a share of what is left"),
+        ("mem_fraction_static", "it is called gpu_memory_utilization"),
         ("temperature", r"generate\(prompts, SamplingParams"),
         ("trust_remote_code", "never run"),
     ],

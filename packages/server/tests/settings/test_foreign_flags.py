@@ -97,7 +97,7 @@ def test_every_flag_that_an_answer_names_exists() -> None:
         ),
         (["-ngl", "99"], "a model lies whole on a GPU or on the CPU (--device)"),
         (["--ctx-size=4096"], "--ctx-size is called --max-model-len here"),
-        (["--gpu-memory-utilization", "0.9"], "is called --kv-fraction here, which"),
+        (["--gpu-memory-fraction", "0.9"], "is called --gpu-memory-utilization here"),
         (["-hf", "org/name"], "-hf is called --m here"),
         (
             ["generate", "hi", "--n-predict", "5"],

@@ -132,6 +132,11 @@ class EngineConfig(ExplainedSettings):
     kv_fraction: Annotated[float | None, Number(0, 1, open_low=True, open_high=True, said="between 0 and 1: try 0.4"),
                            "share of the memory left after loading that the KV cache takes: 0.4 on the CPU, 0.9 on a "
                            "GPU"] = None
+    gpu_memory_utilization: Annotated[float | None, Number(0, 1, open_low=True, said="above 0 and at most 1: try 0.9"),
+                                      "share of a GPU's whole memory for weights, steps and the KV cache, whatever "
+                                      "else runs there; the CPU has kv_fraction alone",
+                                      "What others have taken of the GPU counts as taken. kv_cache_memory counts "
+                                      "before it, and kv_fraction not beside it."] = None
     enable_prefix_caching: Annotated[bool, Boolean(),
                                      "reuse the KV blocks of equal prompt beginnings (on unless disabled)"] = True
     max_queued_requests: Annotated[int, Integer(1, 1 << 20),
@@ -221,6 +226,7 @@ class EngineSettings(TypedDict, total=False):
     block_size: int
     kv_cache_memory: int | None
     kv_fraction: float | None
+    gpu_memory_utilization: float | None
     enable_prefix_caching: bool
     max_queued_requests: int
     threads: int | None

@@ -60,6 +60,7 @@ class Room:
         kept: what was put aside, for the message; may be empty.
         limit: what somebody set and bounds it, if anything.
         as_it_fills: a cache takes it only as it fills.
+        total: bytes of a GPU, used or not; 0 for main memory.
     """
 
     available: int
@@ -67,6 +68,7 @@ class Room:
     kept: str = ""
     limit: Limit | None = None
     as_it_fills: bool = False
+    total: int = 0
 
 
 def main_room(threads: int, share: float, weights: int = 0) -> Room:
@@ -112,6 +114,9 @@ def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, seque
     token_bytes = cache_bytes(model, 1, dtype_bytes)
     block_bytes = token_bytes * config.block_size
     budget = config.kv_cache_memory or int(available * share)
+    of_whole = config.gpu_memory_utilization is not None and room.total > 0 and not config.kv_cache_memory
+    if config.gpu_memory_utilization is not None and of_whole:
+        budget = max(0, available - int(room.total * (1 - config.gpu_memory_utilization)))
     per_sequence = -(-model.max_position // config.block_size)
     affordable = budget // block_bytes
     context = model.max_position
@@ -119,6 +124,8 @@ def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, seque
         context = _shrunk_context(config, context, affordable, block_bytes, room, budget)
     num_blocks = min(affordable, per_sequence * sequences)
     source = "as it was set" if config.kv_cache_memory else f"{share:g} of {_size(available)} free{room.kept}"
+    if of_whole:
+        source = f"{_size(available)} free{room.kept}, of {_size(room.total)} times {config.gpu_memory_utilization:g}"
     whole = num_blocks == per_sequence * sequences
     several = f"{sequences} sequences" if sequences > 1 else "one sequence"
     needed = f"all that {several} of {context:,} tokens can need" if whole else f"of {_size(budget)}"
@@ -131,7 +138,7 @@ def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, seque
     cut = ""
     if context < model.max_position:
         whole_bytes = per_sequence * block_bytes
-        if config.kv_cache_memory:
+        if config.kv_cache_memory or of_whole:
             more = f"all of it takes {-(-whole_bytes // MIB)} MiB of KV cache (--mem) in the place of {_size(budget)}"
         else:
             missing = -(-int(whole_bytes / share - available) // MIB)
@@ -177,7 +184,10 @@ def _shrunk_context(
     ways = [f"max_model_len={fits}"] if fits else []
     if needed <= room.available or room.limit is None:
         ways.append(f"kv_cache_memory={-(-needed // MIB) * MIB} (bytes)")
-    if config.kv_cache_memory is None and needed < room.available * 0.95:
+    if config.gpu_memory_utilization is not None and room.total:
+        least = 1 - (room.available - needed) / room.total
+        ways += [f"gpu_memory_utilization={least + 0.005:.2f}"] if least <= 0.99 else []
+    elif config.kv_cache_memory is None and needed < room.available * 0.95:
         ways.append(f"kv_fraction={min(0.99, needed / room.available + 0.01):.2f}")
     if needed > room.available and room.limit is not None:
         ways.append(f"to {room.limit.raised_by(needed - room.available)}")

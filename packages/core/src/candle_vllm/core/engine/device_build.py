@@ -73,11 +73,11 @@ def build_on_gpu(
     except torch.OutOfMemoryError as error:
         raise _too_little(budget, sequences, device) from error
     aside = sum(peaks) + runner.edit_bytes + runner.num_graphs * _GRAPH_BYTES + _SLACK
-    free = torch.cuda.mem_get_info(device)[0]
+    free, total = torch.cuda.mem_get_info(device)
     if aside >= free:
         raise _too_little(budget, sequences, device)
     kept = f" beside {torch.cuda.memory_allocated(device) // MIB} MiB of weights and {aside // MIB} MiB for steps"
-    plan = plan_cache(config, model, dtype.itemsize, sequences, Room(free - aside, share, kept))
+    plan = plan_cache(config, model, dtype.itemsize, sequences, Room(free - aside, share, kept, total=total))
     logger.info(plan.message)
     if plan.warning:
         logger.warning(plan.warning)

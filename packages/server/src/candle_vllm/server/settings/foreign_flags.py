@@ -59,8 +59,7 @@ _ROWS: tuple[tuple[str, str], ...] = (
     ("-sm --split-mode -ts --tensor-split -tp --tensor-parallel-size -pp --pipeline-parallel-size -dp "
      "--data-parallel-size --enable-expert-parallel --distributed-executor-backend --num-nodes --node-rank "
      "--master-addr --master-port --multithread --rpc --num-shards", _ONE_DEVICE),
-    ("--gpu-memory-utilization --gpu-memory-fraction",
-     "--kv-fraction, which is a share of what is left after loading; --mem says it in MB"),
+    ("--gpu-memory-fraction", "--gpu-memory-utilization"),
     ("--max-seq-len --max-model-length -c --ctx-size --num-ctx --max-seq-len-to-capture",
      "--max-model-len"),
     ("-ctk --cache-type-k -ctv --cache-type-v", "--kv-cache-dtype, for both"),

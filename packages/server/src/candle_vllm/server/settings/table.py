@@ -111,6 +111,7 @@ class Settings:
     kv_cache_memory_bytes: Annotated[int | None, engine(DEVICE,
         "BYTES", text="the same in bytes; 4G is 4 * 2^30", name="kv_cache_memory", rivals="KV cache size")] = None
     kv_fraction: Annotated[float | None, engine(DEVICE, "SHARE", rivals="KV cache size")] = None
+    gpu_memory_utilization: Annotated[float | None, engine(DEVICE, "SHARE", rivals="KV cache size")] = None
     block_size: Annotated[int | None, engine(DEVICE, "N")] = None
     engine_process: Annotated[bool, own(DEVICE,
         Boolean(), "run the engine in a process of its own, which is started again when it dies", in_yaml=True,
