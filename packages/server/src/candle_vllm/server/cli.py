@@ -1,4 +1,4 @@
-"""The `candle-vllm` command: serve, generate, chat, agent, bench, quantize, config.
+"""The `candle-vllm` command: serve, generate, chat, agent, bench, run-batch, quantize, config.
 
 Before step 1 of a request's life. Whatever a user can cause ends as one line on standard error and exit status 2;
 the traceback is shown only with `--log-level debug`. Nothing but the interpreter's own is imported where Ctrl+C is not
@@ -108,7 +108,7 @@ def run_command(command: str, configuration: Configuration, own: dict[str, Any])
 
             refuse_missing(configuration.settings)
         program = _program(command)
-    return program(configuration if command in ("serve", "config") else configuration.settings, **own)
+    return program(configuration if command in ("serve", "run-batch", "config") else configuration.settings, **own)
 
 
 def _program(command: str) -> Callable[..., int]:
@@ -118,6 +118,8 @@ def _program(command: str) -> Callable[..., int]:
     with collector_paused():  # modules are many objects, and none of them is garbage
         if command == "serve":
             from candle_vllm.server.serve import serve as program
+        elif command == "run-batch":
+            from candle_vllm.server.commands.run_batch import run_batch as program
         elif command == "config":
             from candle_vllm.server.commands.config import config as program
         elif command == "generate":

@@ -82,6 +82,19 @@ COMMAND_OPTIONS: Mapping[str, tuple[Option, ...]] = {
         Option("repeat", "command", ("--repeat",), Integer(1, 1000), "measured rounds; the median is reported", "N"),
         _AS_JSON,
     ),
+    "run-batch": (
+        Option(
+            "input_file", "command", ("-i", "--input-file"), FilePath(), "the requests, a line of JSON each", "FILE"
+        ),
+        Option(
+            "output_file",
+            "command",
+            ("-o", "--output-file"),
+            FilePath(),
+            "where the answers go, in the same order; it is written anew",
+            "FILE",
+        ),
+    ),
     "quantize": (
         Option("out", "command", ("--out",), FilePath(), "the file to write, which ends in .gguf", "FILE"),
         Option("force", "command", (), Boolean(), "replace a file of that name", constants={"--force": True}),
@@ -231,7 +244,8 @@ def _refuse_foreign(command: str, argv: Sequence[str]) -> None:
     asked = [text.split("=", 1)[0] for text in argv if text.startswith("-")]
     if "--" in asked:
         asked = asked[: asked.index("--")]
-    foreign = [flag for flag in asked if flag in foreign_flags()]
+    own = {flag for option in COMMAND_OPTIONS[command] for flag in (*option.flags, *option.constants)}
+    foreign = [flag for flag in asked if flag in foreign_flags() and flag not in own]
     if foreign:
         raise UsageError(hint(foreign[0], flag_commands(), command))
 

@@ -184,7 +184,6 @@ COMMANDS: Mapping[str, str] = {
     "rm": "downloads are Hugging Face's: hf cache",
     "launch": "to serve: candle-vllm --m MODEL",
     "collect-env": "to see every setting: candle-vllm config",
-    "run-batch": "the library takes many prompts at once: InferenceEngine.generate",
     "benchmark": "to measure: candle-vllm bench --m MODEL",
 }
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "chat": "talk with the model on the terminal",
     "agent": "carry out one request with the tools of MCP servers",
     "bench": "measure the model on this machine",
+    "run-batch": "answer the requests of a file into another file",
     "quantize": "write the model as a GGUF file, quantised or plain",
     "config": "show every setting, and where its value comes from",
 }
@@ -38,6 +39,7 @@ COMMAND_GROUPS: Mapping[str, tuple[str, ...]] = {
     "chat": (MODEL, DEVICE, LIMITS, SAMPLING, LOGGING),
     "agent": (MODEL, DEVICE, LIMITS, SAMPLING, TOOLS, LOGGING),
     "bench": (MODEL, DEVICE, LIMITS, LOGGING),
+    "run-batch": (MODEL, DEVICE, LIMITS, SAMPLING, LOGGING),
     "quantize": (MODEL, LOGGING),
     "config": GROUPS,
 }

@@ -38,11 +38,18 @@ from candle_vllm.server.settings.options import (
     parse_address,
 )  # fmt: skip
 
-_SERVE = ("serve", "config")  # bench sizes the batch itself, and one conversation has no batch
-_WITH_TEXT = ("serve", "generate", "chat", "agent", "config")  # bench has no text, and always takes the likeliest token
+_SERVE = ("serve", "run-batch", "config")  # bench sizes the batch itself, and one conversation has no batch
+_WITH_TEXT = (
+    "serve",
+    "generate",
+    "chat",
+    "agent",
+    "run-batch",
+    "config",
+)  # bench has no text, and always takes the likeliest token
 _LOADING = tuple(command for command in COMMANDS if command != "quantize")
-_REUSING = ("serve", "chat", "agent", "config")  # those with requests that begin alike
-_CALLING = ("serve", "agent", "config")  # those whose requests have tools
+_REUSING = ("serve", "chat", "agent", "run-batch", "config")  # those with requests that begin alike
+_CALLING = ("serve", "agent", "run-batch", "config")  # those whose requests have tools
 _LEVELS = Choice(("debug", "info", "warning", "error"), {"warn": "warning"})
 _ISQ_ALIASES = {name[:-1] + "_k": name for name in ISQ_NAMES if name.endswith("k")}
 

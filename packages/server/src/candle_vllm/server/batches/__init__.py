@@ -1,0 +1,1 @@
+"""Batches: many requests in a file, answered beside everybody else's or on a command line of their own."""

@@ -1,0 +1,227 @@
+"""One line of a batch, in OpenAI's format: read, asked of the application, and written as a line of its own.
+
+A line enters the life of a request at step 1, like any request that comes over HTTP: the application is asked in this
+process. So what a line may hold, what it costs and how it is refused cannot differ from what a client sees.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
+
+import httpx
+import msgspec
+from starlette.types import ASGIApp
+
+from candle_vllm.core.engine.request import MAX_PRIORITY
+from candle_vllm.openai.errors import InvalidBodyError
+from candle_vllm.openai.json_body import decode_json
+
+POOLING = ("/v1/embeddings", "/v1/score", "/score", "/v1/rerank", "/rerank", "/v2/rerank")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", *POOLING)
+MAX_CUSTOM_ID = 512  # characters
+PRIORITY = 1000  # added to a line's own: requests of clients go first
+LONGEST_PAUSE = 5.0  # seconds before a line that found the server full is asked again
+_FULL = frozenset({"overloaded", "rate_limit_exceeded", "model_not_ready"})
+_FIELDS = frozenset({"custom_id", "method", "url", "body"})
+
+
+class Line(NamedTuple):
+    """A request of a batch.
+
+    Attributes:
+        custom_id: what its sender calls it.
+        url: one of `URLS`.
+        body: as JSON.
+    """
+
+    custom_id: str
+    url: str
+    body: bytes
+
+
+class LineError(Exception):
+    """A line that is no request.
+
+    Attributes:
+        code: a word for programs.
+        custom_id: of the line, where it has one.
+    """
+
+    def __init__(self, message: str, code: str, custom_id: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.custom_id = custom_id
+
+
+class Answered(msgspec.Struct, frozen=True, kw_only=True):
+    """What the application said to a line."""
+
+    status_code: int
+    request_id: str
+    body: msgspec.Raw
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a line has no good answer."""
+
+    code: str
+    message: str
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """A line of an output file.
+
+    Attributes:
+        id: of this line.
+        custom_id: of the request; None where it had none.
+        response: what the application said; None where it was not asked.
+        error: why there is no good answer; None where there is one.
+    """
+
+    id: str
+    custom_id: str | None
+    response: Answered | None
+    error: Problem | None
+
+    @property
+    def line(self) -> bytes:
+        """As JSON, with its newline."""
+        return msgspec.json.encode(self) + b"\n"
+
+
+def failed(custom_id: str | None, code: str, message: str) -> Result:
+    """The result of a line that was not asked."""
+    return Result(id=_new_id(), custom_id=custom_id, response=None, error=Problem(code=code, message=message))
+
+
+def read_line(data: bytes, endpoint: str | None = None) -> Line:
+    """A line as a request.
+
+    Args:
+        data: without the newline.
+        endpoint: the one URL that its batch asks; None is any of `URLS`.
+
+    Raises:
+        LineError: it is none.
+    """
+    try:
+        value = decode_json(data, "The line")
+    except InvalidBodyError as error:
+        raise LineError(str(error), "invalid_json_line") from None
+    if not isinstance(value, dict):
+        raise LineError("A line must be a JSON object.", "invalid_json_line")
+    name = value.get("custom_id")
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_CUSTOM_ID:
+        raise LineError(f"custom_id must be a text of 1 to {MAX_CUSTOM_ID} characters.", "missing_required_parameter")
+    unknown = next((key for key in value if key not in _FIELDS), None)
+    if unknown is not None:
+        raise LineError(
+            f"{unknown!r:.80} is no field of a line: {', '.join(sorted(_FIELDS))}.", "invalid_request", name
+        )
+    if value.get("method") != "POST":
+        raise LineError(f"method must be POST, not {value.get('method')!r:.60}.", "invalid_method", name)
+    url, body = value.get("url"), value.get("body")
+    allowed = URLS if endpoint is None else (endpoint,)
+    if not isinstance(url, str) or url not in allowed:
+        raise LineError(f"url must be one of {', '.join(allowed)}, not {url!r:.80}.", "invalid_url", name)
+    if not isinstance(body, dict):
+        raise LineError("body must be an object.", "invalid_request", name)
+    for field in ("stream", "background"):
+        if body.get(field):
+            raise LineError(f"{field} must be left out: a line has one whole answer.", "invalid_request", name)
+    own = body.get("priority")
+    if own is None or (type(own) is int and 0 <= own <= MAX_PRIORITY - PRIORITY):  # others are refused by the route
+        body["priority"] = (own or 0) + PRIORITY
+    return Line(name, url, json.dumps(body).encode())
+
+
+class Application:
+    """The application as lines ask it.
+
+    Args:
+        client: of the application (`asked_here`).
+    """
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self._client = client
+
+    async def answer(self, data: bytes, *, key: str = "", endpoint: str | None = None) -> Result:
+        """The result of a line; one that finds the server full is asked again until it does not.
+
+        Args:
+            data: without the newline.
+            key: the API key of whoever sent it.
+            endpoint: as in `read_line`.
+        """
+        try:
+            line = await asyncio.to_thread(read_line, data, endpoint)
+        except LineError as error:
+            return failed(error.custom_id, error.code, str(error))
+        headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+        while True:
+            answer = await self._client.post(line.url, content=line.body, headers=headers)
+            problem = None if answer.is_success else problem_of(answer.content)
+            if problem is None or problem.code not in _FULL or answer.status_code not in (429, 503):
+                break
+            await asyncio.sleep(_pause(answer.headers))
+        response = Answered(
+            status_code=answer.status_code,
+            request_id=answer.headers.get("x-request-id", ""),
+            body=msgspec.Raw(answer.content or b"null"),
+        )
+        return Result(id=_new_id(), custom_id=line.custom_id, response=response, error=problem)
+
+
+@asynccontextmanager
+async def asked_here(app: ASGIApp) -> AsyncGenerator[Application]:
+    """An application that runs in this process and event loop."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://batch", timeout=None) as client:  # noqa: S113
+        yield Application(client)
+
+
+async def answered_in_order(
+    lines: AsyncIterator[bytes], answer: Callable[[bytes], Awaitable[Result]], width: int
+) -> AsyncGenerator[Result]:
+    """The results of lines in their order, `width` lines at a time; no more than that are held.
+
+    Closing it ends what is being answered.
+    """
+    working: deque[asyncio.Future[Result]] = deque()
+    try:
+        async for line in lines:
+            working.append(asyncio.ensure_future(answer(line)))
+            while len(working) >= width or (working and working[0].done()):
+                yield await working[0]
+                working.popleft()
+        while working:
+            yield await working[0]
+            working.popleft()
+    finally:
+        for each in working:
+            each.cancel()
+        await asyncio.gather(*working, return_exceptions=True)
+
+
+def problem_of(body: bytes) -> Problem:
+    """What an error envelope says, in short."""
+    try:
+        error: Any = msgspec.json.decode(body)["error"]
+        return Problem(code=str(error.get("code") or error.get("type") or "error"), message=str(error["message"]))
+    except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
+        return Problem(code="error", message="The request failed.")
+
+
+def _pause(headers: Mapping[str, str]) -> float:
+    text = headers.get("retry-after", "1")
+    return min(float(text) if text.isdigit() else 1.0, LONGEST_PAUSE)
+
+
+def _new_id() -> str:
+    return f"batch_req_{secrets.token_hex(16)}"
