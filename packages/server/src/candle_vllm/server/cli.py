@@ -13,6 +13,7 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
     from typing import Any
 
     from candle_vllm.server.settings import Settings
@@ -62,7 +63,8 @@ def _run(argv: Sequence[str]) -> int:
             settings = configuration.settings
             debug = settings.log_level == "debug"
             level = settings.log_level if command == "serve" else _quiet(given.values, settings)
-            configure_logging(level, settings.log_format)
+            configure_logging(level, settings.log_format, settings.log_file if command == "serve" else None)
+            say(configuration.remarks)
         status = run_command(command, configuration, own)
         if sys.stdout is not None:
             sys.stdout.flush()  # whose failure would be a traceback at exit
@@ -135,15 +137,28 @@ def _program(command: str) -> Callable[..., int]:
     return program
 
 
-def configure_logging(level: str, style: str = "text") -> None:
-    """Sends the log to standard error, one line per record: as text, or as one JSON object."""
+def say(remarks: Sequence[str]) -> None:
+    """Warns of what was given and has no effect."""
+    if remarks:
+        import logging
+
+        for remark in remarks:
+            logging.getLogger(__name__).warning("%s", remark)
+
+
+def configure_logging(level: str, style: str = "text", file: Path | None = None) -> None:
+    """Sends the log to standard error and to the file, one line per record: as text, or as one JSON object."""
     import logging
 
     from candle_vllm.server.observing.request_log import log_formatter
 
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(log_formatter("json" if style == "json" else "text"))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if file is not None:
+        os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))  # it may hold prompts: nobody else reads it
+        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(log_formatter("json" if style == "json" else "text"))
+    logging.basicConfig(level=level.upper(), handlers=handlers, force=True)
     if level != "debug":
         for noisy in ("httpx", "httpcore", "httpx2", "httpcore2", "urllib3", "filelock", "uvicorn.error", "asyncio"):
             logging.getLogger(noisy).setLevel(logging.WARNING)

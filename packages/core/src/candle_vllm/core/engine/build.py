@@ -69,7 +69,10 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
         return _build_encoder(config, loaded)
     placement = loaded.placement
     defaults = DEFAULTS[placement.device.type]
-    sequences, budget = step_size(config, placement.device)
+    longest = config.max_model_len or loaded.config.max_position
+    if config.max_num_batched_tokens == 0 and placement.device.type == "cpu":  # where the cache may cut the context
+        longest = _plan_on_cpu(config, loaded, config.max_num_seqs or defaults.sequences, defaults.share).max_model_len
+    sequences, budget = step_size(config, placement.device, longest)
     if placement.device.type == "cuda":
         from candle_vllm.core.engine.device_build import build_on_gpu
 
@@ -84,11 +87,15 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
     return engine
 
 
-def step_size(config: EngineConfig, device: Device) -> tuple[int, int]:
-    """Most sequences and most tokens of one step of a decoder; ConfigError where not every sequence could take one."""
+def step_size(config: EngineConfig, device: Device, longest: int = 0) -> tuple[int, int]:
+    """Most sequences and most tokens of one step of a decoder; ConfigError where not every sequence could take one.
+
+    `longest` is the longest prompt, which is not cut where `max_num_batched_tokens` is 0.
+    """
     defaults = DEFAULTS[device.type]
     sequences = config.max_num_seqs or defaults.sequences
-    budget = config.max_num_batched_tokens or max(defaults.tokens, sequences)
+    whole = longest if config.max_num_batched_tokens == 0 else 0
+    budget = config.max_num_batched_tokens or max(whole or defaults.tokens, sequences)
     if budget < sequences:
         raise ConfigError(
             f"max_num_batched_tokens {budget} is below max_num_seqs {sequences}, so not every sequence could take a "

@@ -90,7 +90,10 @@ def _no_configuration(given: object) -> ConfigError:
 
 
 def find_mcp_config(flag: Path | str | None, environ: Mapping[str, str], folder: Path) -> Path | None:
-    """The file that applies: the one given, else that of CANDLE_VLLM_MCP_CONFIG, else mcp.json in the folder, if any.
+    """The file that applies, if any.
+
+    It is the one given, else that of CANDLE_VLLM_MCP_CONFIG, else `.candle-vllm/mcp.json` in the home folder (HOME),
+    else `mcp.json` in the folder.
 
     Args:
         flag: the value of --mcp-config, or None.
@@ -106,8 +109,8 @@ def find_mcp_config(flag: Path | str | None, environ: Mapping[str, str], folder:
             if not _is_file(path):
                 raise ConfigError(f"{spelled}: the file {path!s:.300} does not exist", "mcp_config")
             return path
-    path = folder / FILE_NAME
-    return path if _is_file(path) else None
+    homes = [Path(environ["HOME"]) / ".candle-vllm"] if environ.get("HOME") else []
+    return next((base / FILE_NAME for base in (*homes, folder) if _is_file(base / FILE_NAME)), None)
 
 
 def _home_expanded(path: Path | str) -> Path:

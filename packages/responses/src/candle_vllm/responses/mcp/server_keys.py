@@ -28,6 +28,7 @@ TRANSPORTS = {
     "streamable_http": "http",
     "sse": "sse",
 }
+_RUNTIMES = frozenset({"node", "python", "command", "local", "npx", "uvx", "docker"})
 KEYS: Mapping[str, tuple[str, ...]] = {
     "transport": ("type", "transport"),
     "command": ("command",),
@@ -110,6 +111,9 @@ def nearest(name: str, known: Any) -> str:
 
 
 def _transport(checks: Checks, key: str, value: Any) -> str:
+    if isinstance(value, str) and value in _RUNTIMES:  # candle-vllm's, where nothing depends on it
+        logger.warning("MCP server %.100r: %s %r is what runs it, and no transport: stdio", checks.server, key, value)
+        return "stdio"
     if not isinstance(value, str) or value not in TRANSPORTS:
         checks.fail(key, f"must be one of {', '.join(TRANSPORTS)}, not {value!r:.40}")
     return TRANSPORTS[value]

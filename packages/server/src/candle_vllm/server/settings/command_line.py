@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from candle_vllm.core.setting_kinds import Boolean, FilePath, FreeText, Integer, Secret, Text, nearest
 from candle_vllm.server.settings.foreign_flags import COMMANDS as FOREIGN_COMMANDS
-from candle_vllm.server.settings.foreign_flags import foreign_flags, hint
+from candle_vllm.server.settings.foreign_flags import WITHOUT_EFFECT, foreign_flags, hint
 from candle_vllm.server.settings.options import COMMAND_GROUPS, COMMANDS, Option, UsageError, switch
 from candle_vllm.server.settings.sources import SettingsSource, convert
 from candle_vllm.server.settings.table import BY_NAME, OPTIONS, settings_of
@@ -138,7 +138,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[SettingsSource, dict[str, 
         UsageError: an unknown flag, a missing or a refused value.
         SystemExit: after `--help` or `--version`.
     """
-    argv = _in_full(command, argv)
+    argv, remarks = _without_idle(_in_full(command, argv))
     _refuse_foreign(command, argv)
     parser = build_parser(command)
     given, rest = parser.parse_known_args(argv)
@@ -155,7 +155,7 @@ def parse(command: str, argv: Sequence[str]) -> tuple[SettingsSource, dict[str, 
            for option in COMMAND_OPTIONS[command] if option.name in arguments}  # fmt: skip
     if command in _TEXTS:
         own["prompt"] = convert(FreeText(), arguments["prompt"], _TEXTS[command])
-    return SettingsSource("the command line", settings, spelled), own
+    return SettingsSource("the command line", settings, spelled, remarks), own
 
 
 def build_parser(command: str) -> argparse.ArgumentParser:
@@ -236,7 +236,34 @@ def _in_full(command: str, argv: Sequence[str]) -> list[str]:
     named = any(text.split("=", 1)[0] in BY_NAME["model"].flags for text in found)
     if command == "serve" and found and not found[0].startswith("-") and found[0] not in COMMANDS and not named:
         found.insert(0, "--m")
+    for place, text in enumerate(found[:-1]):  # what argparse would take for a flag: --mcp-args -m,server
+        if text == "--mcp-args" and found[place + 1].startswith("-") and _is_argument(found[place + 1]):
+            found[place : place + 2] = [f"{text}={found[place + 1]}"]
+            break
     return [*found, *argv[end:]]
+
+
+def _is_argument(text: str) -> bool:
+    name = text.split("=", 1)[0]
+    return name not in flag_commands() and name not in foreign_flags() and name not in SHORT.values()
+
+
+def _without_idle(argv: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """The line without candle-vllm's flags that set nothing here, and what is said of each."""
+    kept: list[str] = []
+    remarks: list[str] = []
+    rest = iter(argv)
+    for text in rest:
+        if text == "--":
+            return [*kept, text, *rest], tuple(remarks)
+        flag, given, _ = text.partition("=")
+        if flag not in WITHOUT_EFFECT:
+            kept.append(text)
+            continue
+        if WITHOUT_EFFECT[flag] and not given and next(rest, None) is None:
+            raise UsageError(f"{flag}: expected one argument")
+        remarks.append(f"{flag} has no effect here: {foreign_flags()[flag]}")
+    return kept, tuple(remarks)
 
 
 def _refuse_foreign(command: str, argv: Sequence[str]) -> None:

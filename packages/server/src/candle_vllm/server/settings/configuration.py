@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from candle_vllm.server.models.catalogue import Catalogue, ModelEntry, source_na
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import demo_model, mailbox_options
 from candle_vllm.server.settings.models_file import ModelsFile, find_models_file
-from candle_vllm.server.settings.options import UsageError, split_host
+from candle_vllm.server.settings.options import SOCKETS, UsageError, split_host
 from candle_vllm.server.settings.sources import SettingsSource, environment_source, merge, read_dotenv
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class Configuration:
         sources: where settings came from, the strongest first, for `candle-vllm config`.
         models_file: the models.yaml that was read, if any.
         mailbox: how answers are kept, or None.
+        remarks: what was given and has no effect, or another than its author may think; each in a sentence.
     """
 
     settings: Settings
@@ -45,6 +46,7 @@ class Configuration:
     sources: tuple[SettingsSource, ...]
     models_file: Path | None = None
     mailbox: MailboxOptions | None = None
+    remarks: tuple[str, ...] = ()
 
 
 def load_configuration(
@@ -98,7 +100,17 @@ def load_configuration(
         mailbox = mailbox_options(settings, section, variables, given=merge(sources), home=home)
     except UsageError as error:
         raise UsageError(f"{models_file.path}: {error}" if models_file and section else str(error)) from None
-    return Configuration(settings, catalogue, tuple(sources), models_file and models_file.path, mailbox)
+    remarks = [remark for source in sources for remark in source.remarks]
+    remarks += [remark for entry in entries for remark in _of_devices(entry)]
+    return Configuration(
+        settings, catalogue, tuple(sources), models_file and models_file.path, mailbox, tuple(dict.fromkeys(remarks))
+    )
+
+
+def _of_devices(entry: ModelEntry) -> Iterator[str]:
+    first, _, others = (entry.settings.device or "").partition(",")
+    if others:
+        yield f"{entry.name} is computed on one device: {first} is used, and {others} is not"
 
 
 def load_settings(command_line: SettingsSource, environ: Mapping[str, str], *, folder: Path, home: Path) -> Settings:
@@ -128,7 +140,7 @@ def _without(source: SettingsSource, names: frozenset[str]) -> SettingsSource:
 
 def _settle_port(merged: dict[str, Any], sources: Sequence[SettingsSource]) -> None:
     """Of a port inside `host` and a `port`, the one from the stronger source counts."""
-    if "host" not in merged or "port" not in merged or merged["host"].startswith("unix:"):
+    if "host" not in merged or "port" not in merged or merged["host"].startswith(SOCKETS):
         return
     name, inner = split_host(merged["host"])
     if inner is None or inner == merged["port"]:

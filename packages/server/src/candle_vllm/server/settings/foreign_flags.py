@@ -67,7 +67,7 @@ _ROWS: tuple[tuple[str, str], ...] = (
     ("--kvcache-compression-bits --kvcache-compression-policy --kvcache-compression-threshold-tokens "
      "--kvcache-compression-free-block-pct",
      "the cache is not compressed; --kv-cache-dtype fp8 halves it on a GPU"),
-    ("--mamba-fraction", "there are no models with a Mamba state"),
+    ("--mamba-fraction", "no model here has a Mamba state"),
     ("-fa --flash-attn --use-flash-attn", "--attention-backend, on a GPU; the CPU's is always the fused one"),
     ("--mlock --no-mmap --mmap --direct-io -dio --no-direct-io -lm --load-mode -lzm --lazy-mode --repack -nr "
      "--no-repack", _MAPPED),
@@ -164,12 +164,24 @@ _ROWS: tuple[tuple[str, str], ...] = (
     ("--otlp-traces-endpoint", "--otlp-endpoint"),
     ("--uvicorn-log-level -v --verbose --log-verbose -lv --verbosity --log-verbosity --log-disable --debug",
      "--log-level"),
-    ("--log --log-file --log-colors --log-prefix --no-log-prefix --log-timestamps --no-log-timestamps",
+    ("--log-colors --log-prefix --no-log-prefix --log-timestamps --no-log-timestamps",
      "the log goes to standard error: 2> FILE keeps it; --log-format json is for programs"),
     ("--log-jsonl --no-log-jsonl", "--log-format json"),
     ("--insecure", "downloads are checked always"),
     ("-cl --cache-list --completion-bash --usage", "there is no such list; candle-vllm --help shows every flag"),
 )  # fmt: skip
+
+_IDLE = (
+    "--verbose --record-conversation --multithread --prompt-cache",
+    "--holding-time --mamba-fraction --kvcache-mem-cpu --prefix-cache-max-tokens --prompt-cache-backend "
+    "--prompt-cache-path --prompt-cache-redis-url --prompt-cache-ttl --prompt-cache-max-prefixes "
+    "--prompt-cache-min-length --kvcache-compression-bits --kvcache-compression-policy "
+    "--kvcache-compression-threshold-tokens --kvcache-compression-free-block-pct",
+)  # without and with a value
+WITHOUT_EFFECT: Mapping[str, bool] = {
+    flag: takes for takes, flags in zip((False, True), _IDLE, strict=True) for flag in flags.split()
+}
+"""candle-vllm's flags that would change no answer: they are taken with a warning. True is one that has a value."""
 
 COMMANDS: Mapping[str, str] = {
     "run": "to talk with a model: candle-vllm chat --m MODEL",

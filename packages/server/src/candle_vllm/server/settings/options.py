@@ -170,10 +170,13 @@ class Address:
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
 
+SOCKETS = ("unix://", "file://", "socket://")  # the same; all three are candle-vllm's
+
+
 def parse_address(host: str, port: int) -> Address:
     """Reads the forms of `--host`; a port inside `host` wins over `port`."""
-    if host.startswith("unix://"):
-        path = Path(host.removeprefix("unix://"))
+    if host.startswith(SOCKETS):
+        path = Path(host.partition("://")[2])
         if not path.is_absolute() or len(str(path).encode()) > 100:
             raise UsageError(f"host {host!r} must be unix:///absolute/path of at most 100 bytes")
         return Address("", 0, path)

@@ -28,11 +28,13 @@ class SettingsSource:
         title: what the source is, for messages.
         values: typed values by setting name.
         given_as: how each setting was spelled there, for messages.
+        remarks: what stands there and has no effect, or another than its author may think, each in a sentence.
     """
 
     title: str
     values: Mapping[str, Any] = field(default_factory=dict)
     given_as: Mapping[str, str] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
 
 def convert(kind: Kind, value: Any, spelled: str) -> Any:

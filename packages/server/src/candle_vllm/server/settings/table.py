@@ -51,6 +51,11 @@ _LOADING = tuple(command for command in COMMANDS if command != "quantize")
 _REUSING = ("serve", "chat", "agent", "run-batch", "config")  # those with requests that begin alike
 _CALLING = ("serve", "agent", "run-batch", "config")  # those whose requests have tools
 _LEVELS = Choice(("debug", "info", "warning", "error"), {"warn": "warning"})
+_CACHE_ALIASES = {  # candle-vllm's bf16 means auto, too
+    "fp8_e4m3": "fp8", "e4m3": "fp8", "bf16": "auto", "bfloat16": "auto",
+    "k8v4": "turbo8", "4bit": "turbo4", "k3v4": "turbo3",
+}  # fmt: skip
+_TURBO = dict.fromkeys(("turbo8", "turbo4", "turbo3"), "the cache has 16 bits a number, or 8 on a GPU (fp8)")
 _ISQ_ALIASES = {name[:-1] + "_k": name for name in ISQ_NAMES if name.endswith("k")}
 
 
@@ -99,15 +104,15 @@ class Settings:
         "TYPE", reading={"aliases": _ISQ_ALIASES})] = None
     load_format: Annotated[str | None, engine(MODEL, "FORMAT", commands=_LOADING)] = None
     device: Annotated[str | None, engine(DEVICE,
-        "DEVICE", text="auto, cpu, cuda, cuda:N, or N alone for a GPU; --cpu is --device cpu",
+        "DEVICE", text="auto, cpu, cuda, cuda:N, or N alone for a GPU; of several (0,1) the first is used; --cpu is "
+        "--device cpu", reading={"several": True},
         flags=("--d", "--device"), constants={"--cpu": "cpu"})] = None
-    dtype: Annotated[str | None, engine(DEVICE,
-        "TYPE", reading={"aliases": {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}})] = None
+    dtype: Annotated[str | None, engine(DEVICE, "TYPE")] = None
     enforce_eager: Annotated[bool, engine(DEVICE)] = False
     attention_backend: Annotated[str | None, engine(DEVICE,
         "NAME", reading={"aliases": {"flash-attn": "flash_attn"}})] = None
     kv_cache_dtype: Annotated[str | None, engine(DEVICE,
-        "TYPE", more="; --fp8-kvcache is fp8", reading={"aliases": {"fp8_e4m3": "fp8"}},
+        "TYPE", more="; --fp8-kvcache is fp8", reading={"aliases": _CACHE_ALIASES, "absent": _TURBO},
         flags=("--kv-cache-dtype", "--kvcache-dtype"), constants={"--fp8-kvcache": "fp8"})] = None
     cuda_graphs: Annotated[bool | None, engine(DEVICE, off=("--disable-cuda-graph", "--no-cuda-graphs"))] = None
     max_cudagraph_capture_size: Annotated[int | None, engine(DEVICE, "N")] = None
@@ -173,7 +178,7 @@ class Settings:
     responses_max_mb: Annotated[int, own(RESPONSES,
         Integer(1, MAX_MB), "most of what they hold, in MB of 2^20 bytes; the oldest make room", "MB")] = 256
     mcp_config: Annotated[Path | None, own(TOOLS,
-        FilePath(), "file with the MCP servers (docs/mcp.md); without it ./mcp.json, where there is one",
+        FilePath(), "file with the MCP servers (docs/mcp.md); else ~/.candle-vllm/mcp.json, else ./mcp.json",
         "FILE")] = None
     mcp_command: Annotated[str | None, own(TOOLS,
         Text(), "program of one more MCP server, which is called default", "PROGRAM", commands=_SERVE)] = None
@@ -228,6 +233,9 @@ class Settings:
         commands=_SERVE)] = False
     log_format: Annotated[str, own(LOGGING,
         Choice(("text", "json")), "text, or json: one object per line", "FORMAT", commands=_SERVE)] = "text"
+    log_file: Annotated[Path | None, own(LOGGING,
+        FilePath(), "file that the log is written to as well, behind what stands there; --log is candle-vllm.log",
+        "FILE", constants={"--log": Path("candle-vllm.log")}, commands=_SERVE)] = None
     otlp_endpoint: Annotated[str | None, own(LOGGING,
         Text(2048), "OTLP/HTTP collector for traces, such as http://127.0.0.1:4318; needs "
         "candle-vllm[telemetry]", "URL", commands=_SERVE)] = None
