@@ -108,7 +108,6 @@ def refusal(parse: Any, **fields: Any) -> tuple[str | None, str]:
         ({"chat_template": "x" * (MAX_TEMPLATE + 1)}, "chat_template", f"at most {MAX_TEMPLATE} characters"),
         ({"include_reasoning": "no"}, "include_reasoning", "must be true or false"),
         ({"guided_json": {}}, "guided_json", "use structured_outputs"),
-        ({"thinking_token_budget": 5}, "thinking_token_budget", "not implemented"),
         ({"separate_reasoning": False}, "separate_reasoning", "include_reasoning"),
         ({"messages": []}, "messages", "must not be empty"),
         ({"messages": HI * (MAX_MESSAGES + 1)}, "messages", f"at most {MAX_MESSAGES}"),
@@ -235,8 +234,8 @@ def test_every_sampling_field_arrives() -> None:
     bias = {"logit_bias": {"7": -5}}
     assert to_sampling_params(chat(**fields, **bias, logprobs=True, top_logprobs=3), {}) == expected
     assert to_sampling_params(completion(**fields, **bias, logprobs=3), {}) == expected
-    # skip_reading_prefix_cache is the engine's own switch and no request field; structured output has tests of its own
-    others = {"logprobs", "logit_bias", "structured_outputs", "skip_reading_prefix_cache"}
+    # skip_reading_prefix_cache is no request field; structured output and thoughts have tests of their own
+    others = {"logprobs", "logit_bias", "structured_outputs", "thoughts", "skip_reading_prefix_cache"}
     assert set(SamplingParams.__struct_fields__) == {*fields, *others}
 
 

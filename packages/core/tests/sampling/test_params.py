@@ -24,6 +24,7 @@ from candle_vllm.core.sampling.params import (
     SamplingParams,
 )
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.core.sampling.thoughts import ThoughtBudget
 
 GOOD: dict[str, list[Any]] = {
     "n": [1, MAX_SEQUENCES],
@@ -49,6 +50,7 @@ GOOD: dict[str, list[Any]] = {
     "allowed_token_ids": [None, [0], (1, 2)],
     "bad_words": [None, [], ["x", "y" * MAX_STOP_LENGTH]],
     "structured_outputs": [None, StructuredOutputsParams(json_object=True)],
+    "thoughts": [None, ThoughtBudget(tokens=1, marks={"<a>": "</a>"})],
     "cache_salt": [None, "s", "s" * 256],
 }
 
@@ -81,6 +83,7 @@ BAD: dict[str, list[Any]] = {
     "allowed_token_ids": [[], *NO_IDS],
     "structured_outputs": [{"json_object": True}, "json", True],
     "bad_words": ["x", [""], ["y" * (MAX_STOP_LENGTH + 1)], [1], ["x"] * (MAX_TOKEN_LIST + 1), 5],
+    "thoughts": [5, {"tokens": 1, "marks": {"<a>": "</a>"}}],
     "cache_salt": ["", "s" * 257, 5],
 }
 

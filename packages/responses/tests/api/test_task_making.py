@@ -10,7 +10,7 @@ import pytest
 
 from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError, PromptTooLongError, RequestError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
-from candle_vllm.openai.task import Task, ToolUse
+from candle_vllm.openai.task import Task, ThinkingLimit, ToolUse
 from candle_vllm.responses.api.call_results import Placed
 from candle_vllm.responses.api.mcp_source import NoServers
 from candle_vllm.responses.api.task_making import TaskMaker
@@ -50,6 +50,8 @@ async def test_fields() -> None:
     assert (read.variables, read.priority, read.model) == ({"reasoning_effort": "high"}, 3, "m")
     assert ([tool.name for tool in read.tools.tools], read.tools.parallel) == (["f"], False)
     assert (await task()).tools == ToolUse()
+    assert (await task(reasoning={"max_tokens": 7})).thinking == ThinkingLimit(7)
+    assert (await task(reasoning={"max_tokens": 0})).variables == {"thinking": False, "enable_thinking": False}
     assert (await task(reasoning={"effort": "none"})).variables == {
         "reasoning_effort": "none", "thinking": False, "enable_thinking": False,
     }  # fmt: skip

@@ -466,7 +466,8 @@ def test_whatever_a_chat_request_asks_for_can_be_asked_of_another_server() -> No
         "continue_final_message": True, "add_generation_prompt": False, "add_special_tokens": True,
         "include_reasoning": False, "request_id": "r", "chat_template_kwargs": {"a": 1}, "priority": 1,
         "max_completion_tokens": 9, "logprobs": True, "top_logprobs": 2, "logit_bias": {"5": 1.0}, "stop": ["x"],
-        "structured_outputs": {"regex": "a+"}, "model": "m",
+        "structured_outputs": {"regex": "a+"}, "model": "m", "thinking_token_budget": 7,
+        "reasoning_budget_message": "Stop.",
     }  # fmt: skip
     for fields in (asked, {"messages": said[:1]}):
         task = read_chat(parse_chat_request(fields))

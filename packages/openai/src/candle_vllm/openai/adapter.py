@@ -45,7 +45,7 @@ from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.requests import parse_chat_request, parse_completion_request, read_chat, read_completion
 from candle_vllm.openai.serving import ServedNames, WorkerThreads
 from candle_vllm.openai.streams import AnswerStream, ChunkStream
-from candle_vllm.openai.task import Task
+from candle_vllm.openai.task import Task, ThinkingLimit
 from candle_vllm.openai.tokenizing import TokenizingAdapter, parse_detokenize_request, parse_tokenize_request
 
 Fields = Mapping[str, Any]  # a request as a plain object, checked when it is used
@@ -75,6 +75,8 @@ class OpenAIAdapter:
         allow_chat_template: bool = True,
         tool_parser: str | None = None,
         reasoning_parser: str | None = None,
+        reasoning_budget: int = -1,
+        reasoning_budget_message: str | None = None,
         watcher: RequestWatcher | None = None,
     ) -> None:
         """
@@ -84,6 +86,9 @@ class OpenAIAdapter:
             allow_priority: whether requests may go before others; False where strangers send them.
             allow_chat_template: whether requests may bring a chat template, which is a program in a sandbox.
             tool_parser, reasoning_parser: names of formats (docs/tool-calling.md); None is the model's own.
+            reasoning_budget: most tokens of thoughts where a request does not say it; -1 is no limit.
+            reasoning_budget_message: what the model is made to say where a budget ends its thoughts; None is what its
+                makers have it say.
             watcher: told of every request that the engine is given.
 
         Raises:
@@ -96,7 +101,11 @@ class OpenAIAdapter:
         self._created = int(time.time())
         self._fingerprint = _fingerprint(info)
         self.planner = AnswerPlanner(
-            engine.chat_conventions, info.architecture, tool_parser=tool_parser, reasoning_parser=reasoning_parser
+            engine.chat_conventions,
+            info.architecture,
+            tool_parser=tool_parser,
+            reasoning_parser=reasoning_parser,
+            thinking=ThinkingLimit(reasoning_budget, reasoning_budget_message, required=False),
         )
         self._preparation = TaskPreparation(
             engine, self.planner, allow_priority=allow_priority, allow_chat_template=allow_chat_template

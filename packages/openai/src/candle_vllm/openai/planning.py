@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.core.sampling.thoughts import ThoughtBudget
 from candle_vllm.core.text.chat_conventions import ChatConventions
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.openai.answers import AnswerPlan
@@ -23,18 +24,20 @@ from candle_vllm.openai.formats.elsewhere import COMMON
 from candle_vllm.openai.formats.grammar import answer_grammar, tool_grammar
 from candle_vllm.openai.formats.layout import Layout, ReasoningFormat, ToolFormat, bind
 from candle_vllm.openai.formats.reader import SPACE
-from candle_vllm.openai.formats.reasoning_table import open_mark
-from candle_vllm.openai.task import Task, ToolUse
+from candle_vllm.openai.formats.reasoning_table import LAST_WORDS, open_mark
+from candle_vllm.openai.task import Task, ThinkingLimit, ToolUse
 
 logger = logging.getLogger(__name__)
+NO_LIMIT = ThinkingLimit(-1, required=False)
 _TAIL = 1 << 14  # characters at a prompt's end in which its last marks are looked for
 
 
 class Planned(NamedTuple):
-    """A plan for the answers of one request, and the form that their text must have."""
+    """A plan for the answers of one request, the form that their text must have, and how much may be thought."""
 
     answers: AnswerPlan
     structured: StructuredOutputsParams | None
+    thoughts: ThoughtBudget | None = None
 
 
 class AnswerPlanner:
@@ -44,6 +47,7 @@ class AnswerPlanner:
         conventions: how the model was trained to chat.
         model_type: its architecture.
         tool_parser, reasoning_parser: names of formats; None is the model's own.
+        thinking: how much may be thought where a request does not say it, and what is said then; below 0 is no limit.
 
     Attributes:
         choice: the formats, and why.
@@ -59,6 +63,7 @@ class AnswerPlanner:
         *,
         tool_parser: str | None = None,
         reasoning_parser: str | None = None,
+        thinking: ThinkingLimit = NO_LIMIT,
     ) -> None:
         self.choice: Choice = choose_layout(
             tool_parser=tool_parser,
@@ -72,6 +77,7 @@ class AnswerPlanner:
         logger.debug("tool calls: %s (%s)", tools.name if tools else "none", self.choice.tools_reason)
         logger.debug("reasoning: %s (%s)", reasoning.name if reasoning else "none", self.choice.reasoning_reason)
         self._special = conventions.special_tokens
+        self._model_type, self._thinking = model_type, thinking
         frame = tools if tools is not None and tools.flow is not None else None  # of answers without calls too
         leads = reasoning.pairs if reasoning is not None else {}
         self._bound = {  # by the mark that opened the thoughts; "" where the prompt did not
@@ -106,8 +112,9 @@ class AnswerPlanner:
         )
         with_tools, without = self._bound.get(opening, self._bound[""])
         bound = with_tools if called else without
+        thoughts = self._budget(task, reasoning, opening, called)
         if bound.layout == Layout():
-            return Planned(AnswerPlan(), structured)
+            return Planned(AnswerPlan(), structured, thoughts)
         answers = AnswerPlan(
             bound=bound,
             tools={tool.name: tool.parameters for tool in use.tools} if called else None,
@@ -120,7 +127,37 @@ class AnswerPlanner:
             show_special_tokens=task.sampling.get("skip_special_tokens") is False,
             special_tokens=bool(bound.characters),
         )
-        return Planned(answers, structured)
+        return Planned(answers, structured, thoughts)
+
+    def _budget(
+        self, task: Task, reasoning: ReasoningFormat | None, opening: str, called: ToolFormat | None
+    ) -> ThoughtBudget | None:
+        """How much may be thought in an answer; `called` is how calls in it look, if there may be any."""
+        limit = self._thinking if task.thinking is None else task.thinking
+        if limit.tokens < 0:  # no limit
+            return None
+        if reasoning is None:
+            if not limit.required:
+                return None
+            raise UnsupportedParameterError(
+                "thinking_token_budget: it cannot be honoured: the server knows no marks of thoughts for this model; "
+                "start it with --reasoning-parser and the name of the format that the model writes",
+                "thinking_token_budget",
+            )
+        flow = reasoning.flow
+        ends = tuple(getattr(flow, "ends", ()))
+        if called is not None and called.ends_thoughts:
+            ends += tuple("\n" + mark if called.on_lines else mark for mark in called.opens)
+        words = self._thinking.message if limit.message is None else limit.message
+        if words is None:
+            words = LAST_WORDS.get(self._model_type, "")
+        return ThoughtBudget(
+            tokens=limit.tokens,
+            marks=reasoning.pairs or {reasoning.open: reasoning.close},
+            ends=ends,
+            opened=opening or None,
+            message=words,
+        )
 
 
 def constrain(

@@ -78,13 +78,14 @@ class TaskPreparation:
             self._check(task)
             params = sampling_params(task, self._defaults)
             text = self._render(task)
-            answers, structured = self._planned(task, text)
+            answers, structured, thoughts = self._planned(task, text)
             # Templates write the special tokens themselves.
             prompt = self._engine.tokenize(text, add_special_tokens=task.add_special_tokens)
             _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), len(prompt))
             if answers.special_tokens:
                 params = replace(params, skip_special_tokens=False)
-            return PreparedChat(prompt, replace(params, structured_outputs=structured), answers, text)
+            params = replace(params, structured_outputs=structured, thoughts=thoughts)
+            return PreparedChat(prompt, params, answers, text)
 
     def hold(self, task: Task, prepared: PreparedChat) -> PreparedChat:
         """The same with a form that was compiled; it may take seconds. Raises `RequestError`.
@@ -106,7 +107,7 @@ class TaskPreparation:
                 loose = self._loose(task, prepared.text)
                 if not loose:
                     raise
-            answers, form = self._planner.plan(task, prepared.text, loose=loose)
+            answers, form, _ = self._planner.plan(task, prepared.text, loose=loose)
             if form is not None:
                 self._engine.check_structured_outputs(form)
             params = replace(prepared.params, structured_outputs=form)
@@ -244,7 +245,7 @@ def _check_prompt_logprobs(field: str, asked: int | None, tokens: int, sequences
 
 def _checked_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The model's own sampling values, refused now rather than at every request."""
-    request_only = {"n", "logprobs", "prompt_logprobs", "logit_bias", "structured_outputs"}
+    request_only = {"n", "logprobs", "prompt_logprobs", "logit_bias", "structured_outputs", "thoughts"}
     unusable = sorted(name for name in defaults if name in request_only or name not in SamplingParams.__struct_fields__)
     if unusable:
         raise ConfigError(f"default_sampling has names that are no sampling defaults: {', '.join(unusable)}")

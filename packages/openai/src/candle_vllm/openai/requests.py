@@ -57,6 +57,7 @@ def read_chat(request: ChatCompletionRequest) -> Task:
     messages = tuple(map(_message, request.messages))
     use = request.tool_use()
     fields = {"prompt": "messages", "structured_outputs": _form_path(request, "tools")}
+    fields["thinking_token_budget"] = fields["thoughts"] = request.budget_field
     if request.max_completion_tokens is not None:
         fields["max_tokens"] = "max_completion_tokens"
     return Task(
@@ -73,6 +74,7 @@ def read_chat(request: ChatCompletionRequest) -> Task:
         documents=request.documents,
         chat_template=request.chat_template,
         add_special_tokens=bool(request.add_special_tokens),
+        thinking=request.thinking_limit(),
         show_thoughts=request.include_reasoning is not False,
         echo=text_of(messages[-1]) if request.echo else "",
         tell_ids=bool(request.return_token_ids),

@@ -138,6 +138,20 @@ class Choice(NamedTuple):
         )
 
 
+class ThinkingLimit(NamedTuple):
+    """How much a model may think.
+
+    Attributes:
+        tokens: of all its thoughts.
+        message: what it is made to say before it answers, where they end them; None is what its makers have it say.
+        required: where the marks of its thoughts are not known, that is an error.
+    """
+
+    tokens: int
+    message: str | None = None
+    required: bool = True
+
+
 class Paths(NamedTuple):
     """How a request spells what a task has, for errors.
 
@@ -185,6 +199,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
         documents: for the chat template.
         chat_template: instead of the model's own.
         add_special_tokens: around what the template writes.
+        thinking: a limit for thoughts alone; None is the server's.
         show_thoughts: they are part of the answer.
         echo: what every choice begins with.
         echo_prompts: every choice repeats its prompt, with its log-probabilities where there are any.
@@ -209,6 +224,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     documents: Sequence[Mapping[str, Any]] | None = None
     chat_template: str | None = None
     add_special_tokens: bool = False
+    thinking: ThinkingLimit | None = None
     show_thoughts: bool = True
     echo: str = ""
     echo_prompts: bool = False

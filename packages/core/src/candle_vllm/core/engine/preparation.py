@@ -24,6 +24,7 @@ from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.state import SamplingState
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.core.sampling.thoughts import ThoughtCount, ThoughtLimit
 from candle_vllm.core.text.tokenizer import Tokenizer
 
 
@@ -136,6 +137,7 @@ class DecoderPreparation(Preparation):
             eos_token_ids=self._eos_token_ids,
             bad_word_token_ids=self._bad_words(request.params.bad_words or ()),
             grammar=self._grammar(request.params),
+            thoughts=self._thoughts(request.params),
         )
         states = [state, *(state.sibling(index) for index in range(1, request.params.n))]
         return [
@@ -165,6 +167,19 @@ class DecoderPreparation(Preparation):
             return None
         held_back = self._eos_token_ids if params.ignore_eos else ()
         return GrammarState(self._grammars, params.structured_outputs, self._vocab_size, held_back)
+
+    def _thoughts(self, params: SamplingParams) -> ThoughtCount | None:
+        if params.thoughts is None:
+            return None
+        text = self._tokenizer
+        return ThoughtCount(
+            ThoughtLimit(
+                params.thoughts,
+                lambda said, special: text.encode(said, add_special_tokens=False, parse_special=special),
+                text.token_bytes,
+                text.special_token_ids,
+            )
+        )
 
     def _bad_words(self, words: Seq[str]) -> list[list[int]]:
         """Token sequences of each word, at the start of a text and behind a space."""

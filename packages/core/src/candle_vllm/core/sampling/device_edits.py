@@ -159,7 +159,7 @@ def apply_in_torch(logits: torch.Tensor, states: Sequence[SamplingState]) -> Non
 def _mask(logits: torch.Tensor, states: Sequence[SamplingState], rows: list[int]) -> None:
     flat = logits.view(-1)
     for row in rows:
-        if states[row].grammar is not None and (bits := states[row].mask_bits()) is not None:
+        if (states[row].grammar is not None or states[row].is_due) and (bits := states[row].mask_bits()) is not None:
             flags = torch.from_numpy(mask_flags(bits, logits.shape[1])).to(logits.device)
             logits[row].masked_fill_(~flags, -_INF)
     allowed = [(row, ids) for row in rows if (ids := states[row].allowed) is not None]

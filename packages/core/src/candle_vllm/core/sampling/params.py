@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from candle_vllm.core.arguments import ExplainedStruct
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.core.sampling.thoughts import ThoughtBudget
 from candle_vllm.core.text.stop_scanner import StopScanner
 
 MAX_SEQUENCES = 128  # most sequences of one prompt (`n`)
@@ -80,6 +81,8 @@ class SamplingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_
         bad_words: texts that must not be produced.
         structured_outputs: the form that the text must have. Where nothing but the end may follow, the sequence ends
             with `FinishReason.STOP`, also before `min_tokens` and with `ignore_eos`.
+        thoughts: how many tokens the model may think, and between which marks. Behind as many the closing mark is
+            forced; what `structured_outputs` or `allowed_token_ids` does not take there waits until it does.
         cache_salt: prefix-cache blocks are shared only between requests with the same salt.
         skip_reading_prefix_cache: compute the whole prompt even where cached blocks exist.
     """
@@ -106,6 +109,7 @@ class SamplingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
     structured_outputs: StructuredOutputsParams | None = None
+    thoughts: ThoughtBudget | None = None
     cache_salt: str | None = None
     skip_reading_prefix_cache: bool = False
 
@@ -177,6 +181,8 @@ class SamplingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_
                 )
         if not isinstance(self.structured_outputs, (StructuredOutputsParams, type(None))):
             raise InvalidParameterError("structured_outputs must be StructuredOutputsParams", "structured_outputs")
+        if not isinstance(self.thoughts, (ThoughtBudget, type(None))):
+            raise InvalidParameterError("thoughts must be a ThoughtBudget", "thoughts")
         if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and 0 < len(self.cache_salt) <= 256):
             raise InvalidParameterError("cache_salt must be a text of 1 to 256 characters", "cache_salt")
 

@@ -59,7 +59,7 @@ def apply_processors(logits: Value, states: Sequence[SamplingState]) -> None:
     table = kernels.host_rows(logits)
     if table is not None:
         for row, state in enumerate(states):
-            if state.grammar is not None and (bits := state.mask_bits()) is not None:
+            if (state.grammar is not None or state.is_due) and (bits := state.mask_bits()) is not None:
                 mask_row(table[row], bits)
             if state.masks_tokens or len(state.bias_ids) or state.counts is not None:
                 kernels.adjust(table[row], _adjustment(state))
@@ -73,7 +73,7 @@ def _adjustment(state: SamplingState) -> kernels.Adjustment:
     params, counts, masked = state.params, state.counts, state.masks_tokens
     return kernels.Adjustment(
         masked=masked,
-        allowed=state.allowed if masked and state.grammar is None else None,  # else it is in the grammar's mask
+        allowed=state.allowed if masked and state.grammar is None and not state.is_due else None,  # else in that mask
         forbidden=state.forbidden_ids() if masked else _NO_IDS,
         bias_ids=state.bias_ids,
         bias=state.bias_values,

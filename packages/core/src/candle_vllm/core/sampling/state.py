@@ -18,6 +18,7 @@ from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.grammar import GrammarState
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.random import fresh_seed, seed_words, uniforms
+from candle_vllm.core.sampling.thoughts import ThoughtCount
 
 _UNIFORMS = 64  # random numbers of a sequence that are made at a time
 
@@ -35,6 +36,7 @@ class SamplingState:
         bias_ids, bias_values: `logit_bias` as parallel arrays.
         counts: occurrences for the penalties, or None where there is no penalty.
         grammar: which tokens the form of the text leaves, or None where any text will do.
+        thoughts: how much was thought, where that has a limit; it has the end of thoughts forced.
         tokens: prompt and output so far. Who plans the steps may read the same list; `append` and `rollback` change it.
         reads_tokens: the tokens before the next one must be known on the host before it is drawn.
         notes_tokens: `append` does more than to append.
@@ -52,6 +54,7 @@ class SamplingState:
         index: int = 0,
         bad_word_token_ids: Sequence[Sequence[int]] = (),
         grammar: GrammarState | None = None,
+        thoughts: ThoughtCount | None = None,
     ) -> None:
         """Checks what depends on the vocabulary.
 
@@ -64,6 +67,7 @@ class SamplingState:
             index: which of the request's `n` sequences this is.
             bad_word_token_ids: `params.bad_words` as tokens, each at least one.
             grammar: of `params.structured_outputs`, at the start of a text.
+            thoughts: of `params.thoughts`, at the start of a text.
 
         Raises:
             InvalidParameterError: a token id lies outside the vocabulary.
@@ -77,6 +81,7 @@ class SamplingState:
         self.num_prompt_tokens = len(self.tokens)
         self.num_ahead = 0
         self.grammar = grammar
+        self.thoughts = thoughts
         self.allowed = self._allowed_ids()
         self.bias_ids, self.bias_values = self._bias()
         stop_ids = _checked("stop_token_ids", params.stop_token_ids or (), vocab_size)
@@ -88,10 +93,10 @@ class SamplingState:
         top_k = params.top_k if 0 < params.top_k < vocab_size else 0
         self.controls = (0.0 if params.greedy else params.temperature, params.min_p, top_k, params.top_p)
         self._always_masks = self.allowed is not None or bool(bad_word_token_ids) or grammar is not None
-        self.reads_tokens = self.bad_words.has_sequences or grammar is not None
+        self.reads_tokens = self.bad_words.has_sequences or grammar is not None or thoughts is not None
         edits = self.counts is not None or len(self.bias_ids) > 0
-        self.may_edit = self._always_masks or edits or params.min_tokens > 0
-        self.notes_tokens = self.counts is not None or grammar is not None
+        self.may_edit = self._always_masks or edits or params.min_tokens > 0 or thoughts is not None
+        self.notes_tokens = self.counts is not None or grammar is not None or thoughts is not None
 
     def sibling(self, index: int) -> SamplingState:
         """A fresh state of another sequence of the same request; what follows from the parameters alone is shared."""
@@ -102,6 +107,7 @@ class SamplingState:
         other.num_ahead = 0
         other.counts = copy.deepcopy(self.counts)
         other.grammar = None if self.grammar is None else self.grammar.sibling()
+        other.thoughts = None if self.thoughts is None else self.thoughts.sibling()
         other._uniforms = (0, [])
         return other
 
@@ -137,10 +143,23 @@ class SamplingState:
             self.counts.add(token_id)
         if self.grammar is not None:
             self.grammar.accept(token_id)
+        if self.thoughts is not None:
+            self.thoughts.add(token_id)
 
     def may_take(self, token_id: int) -> bool:
         """Whether the grammar takes this one as the next token. Waits for it."""
         return self.grammar is None or self.grammar.legal((token_id,)) == 1
+
+    @property
+    def forced(self) -> int | None:
+        """The token that must come next, as the thoughts are at their limit; None where any may. Waits for the grammar.
+
+        What the request allows at all wins: a token that `allowed_token_ids` or the grammar has not waits until it has.
+        """
+        token = None if self.thoughts is None else self.thoughts.next_token
+        if token is None or (bits := self._left()) is None or bits.view(np.uint32)[token // 32] >> token % 32 & 1:
+            return token
+        return None
 
     def rollback(self, count: int) -> None:
         """Forgets the last `count` tokens that were appended, as if they had not been."""
@@ -152,17 +171,34 @@ class SamplingState:
         del self.tokens[-count:]
         if self.grammar is not None:
             self.grammar.rollback(count)
+        if self.thoughts is not None:
+            self.thoughts.replay(self.output_token_ids)
 
     @property
     def masks_tokens(self) -> bool:
         """Whether the next token may not be just any of the vocabulary."""
-        return self._always_masks or self.position < self.params.min_tokens
+        return self._always_masks or self.position < self.params.min_tokens or self.is_due
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the thoughts are at their limit, so that their end is to be said."""
+        return self.thoughts is not None and self.thoughts.next_token is not None
 
     def mask_bits(self) -> NDArray[np.int32] | None:
-        """As `allowed_bits`, what `allowed` and the grammar leave; None where there is neither. Waits for the grammar.
+        """As `allowed_bits`, what `allowed`, the grammar and a limit of thoughts leave; None where there is none of
+        them. Waits for the grammar.
 
         Valid until the next `append`.
         """
+        token = self.forced
+        if token is None:
+            return self._left()
+        bits = np.zeros(-(-self.vocab_size // 32), np.uint32)
+        bits[token // 32] = 1 << token % 32
+        return bits.view(np.int32)
+
+    def _left(self) -> NDArray[np.int32] | None:
+        """What `allowed` and the grammar leave."""
         if self.grammar is None:
             return None if self.allowed is None else self.allowed_bits
         bits = self.grammar.bits()
@@ -180,8 +216,10 @@ class SamplingState:
         """Tokens that may not come next: ends of bad words, and every stop token before `min_tokens`.
 
         As in vLLM, `min_tokens` holds back the end-of-sequence tokens under `ignore_eos` too. The form of a text wins:
-        where it leaves nothing but these, they may come.
+        where it leaves nothing but these, they may come. So may the end of thoughts that are at their limit.
         """
+        if self.forced is not None:
+            return np.zeros(0, np.int64)
         words = self.bad_words.completions(
             self.tokens[max(self.num_prompt_tokens, len(self.tokens) - self.bad_words.longest) :]
         )

@@ -76,7 +76,7 @@ class ThinkingOn(WireModel):
     """The model thinks (`enabled`), or decides itself (`adaptive`); templates know one switch for both.
 
     Attributes:
-        budget_tokens: checked and without effect: thoughts have no limit of their own, `max_tokens` ends them.
+        budget_tokens: most tokens of thoughts; behind as many they are ended and the answer goes on.
         display: `omitted` leaves their text out of the answer; else they are shown as they come.
         block_binding: about signatures, which are not looked at; no effect.
     """

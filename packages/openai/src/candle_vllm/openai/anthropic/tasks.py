@@ -13,7 +13,7 @@ from candle_vllm.openai.anthropic.tools import Tool, ToolNameChoice
 from candle_vllm.openai.anthropic.turns import read_turns
 from candle_vllm.openai.conversation import TemplateHabits
 from candle_vllm.openai.protocol.tools import function_of, unknown_tool
-from candle_vllm.openai.task import Choice, Paths, Task, ToolUse
+from candle_vllm.openai.task import Choice, Paths, Task, ThinkingLimit, ToolUse
 
 _FORM = "output_config.format.schema"
 _CHOICES = {
@@ -62,6 +62,7 @@ def read_messages(
     """
     turns, prefilled = read_turns(request.system, request.messages, habits)
     form = _form(request)
+    budget = getattr(request.thinking, "budget_tokens", None)
     thinks = None if request.thinking is None else not isinstance(request.thinking, ThinkingOff)
     task = Task(
         messages=tuple(turn.message for turn in turns),
@@ -79,6 +80,8 @@ def read_messages(
         model=request.model,
         continued=prefilled,
         variables={} if thinks is None else {"thinking": thinks, "enable_thinking": thinks},
+        # Clients send a budget whatever model answers: where its thoughts have no marks there is nothing to limit.
+        thinking=None if budget is None else ThinkingLimit(budget, required=False),
         show_thoughts=thinks is not False,
     )
     return Reading(task, turns[-1].source)

@@ -123,6 +123,13 @@ REASONING_FORMATS: tuple[ReasoningFormat, ...] = (
     ),
 )
 
+# What Qwen's makers have their models say where a budget ends the thoughts (the model cards of Qwen3).
+_QWEN = (
+    "\n\nConsidering the limited time by the user, I have to give the solution based on the thinking directly now.\n"
+)
+LAST_WORDS: Mapping[str, str] = dict.fromkeys(words("qwen3 qwen3_moe qwen3_next qwen3_vl qwen3_vl_moe"), _QWEN)
+"""Model type -> what is said before the closing mark where a budget ends the thoughts."""
+
 
 def open_mark(prompt_tail: str, reasoning: ReasoningFormat | None, *, continued: bool = False) -> str:
     """The mark by which a prompt leaves the thoughts open, so that the model begins within them; "" where it does not.

@@ -69,7 +69,6 @@ REFUSED_FIELDS: Mapping[str, Refusal] = {
     "structural_tag": Refusal("use structured_outputs with structural_tag"),
     "separate_reasoning": Refusal(_ALWAYS_APART, (True,)),
     "stream_reasoning": Refusal("reasoning is streamed as it is generated", (True,)),
-    "thinking_token_budget": Refusal("a limit for reasoning alone is not implemented", (-1,)),
     "audio": Refusal("audio output is not implemented"),
     "prediction": Refusal("predicted output is not implemented"),
     "web_search_options": Refusal("the server searches no web"),
@@ -109,6 +108,7 @@ COMPLETION_REFUSED_FIELDS: Mapping[str, Refusal] = {
     "chat_template": Refusal(_CHAT_ONLY),
     "chat_template_kwargs": Refusal(_CHAT_ONLY, ({},)),
     "include_reasoning": Refusal(_CHAT_ONLY, (True,)),
+    "thinking_token_budget": Refusal(_CHAT_ONLY, (-1,)),
 }
 
 ADVISORY_FIELDS: Mapping[str, str] = {

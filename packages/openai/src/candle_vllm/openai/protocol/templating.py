@@ -1,14 +1,16 @@
-"""The fields of a chat request that its template sees (step 3)."""
+"""The fields of a chat request that its template sees (step 3), and how much may be thought."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from candle_vllm.core.sampling.thoughts import MAX_BUDGET, MAX_MESSAGE
 from candle_vllm.core.text.chat_template import MAX_TEMPLATE
 from candle_vllm.openai.protocol.fields import MAX_DOCUMENTS, MAX_TEMPLATE_KWARGS, WireModel, invalid
+from candle_vllm.openai.task import ThinkingLimit
 
 # Arguments of the template call, which `chat_template_kwargs` must not shadow.
 _TEMPLATE_ARGUMENTS = frozenset({
@@ -17,12 +19,42 @@ _TEMPLATE_ARGUMENTS = frozenset({
 })  # fmt: skip
 
 
+Budget = Annotated[int, Field(ge=-1, le=MAX_BUDGET)]
+# vLLM's name first, then llama.cpp's.
+_BUDGETS = ("thinking_token_budget", "reasoning_budget", "reasoning_budget_tokens", "thinking_budget_tokens")
+
+
+class ThinkingSwitch(WireModel):
+    """Anthropic's form of the switch, and of the budget."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Annotated[int, Field(ge=0, le=MAX_BUDGET)] | None = None
+
+    @model_validator(mode="after")
+    def _budget_of_its_kind(self) -> Self:
+        if self.budget_tokens is not None and self.type != "enabled":
+            raise invalid("budget_tokens", "belongs to the type 'enabled'")
+        return self
+
+
+def _thinking_form(value: Any) -> str:
+    return "<object>" if isinstance(value, (dict, ThinkingSwitch)) else "<switch>"
+
+
+# Tags in angle brackets are left out of the paths in error messages.
+Thinking = Annotated[
+    Annotated[bool, Tag("<switch>")] | Annotated[ThinkingSwitch, Tag("<object>")], Discriminator(_thinking_form)
+]
+
+
 class TemplateFields(WireModel):
-    """How the messages become one text. None always means absent.
+    """How the messages become one text, and how much may be thought. None always means absent.
 
     Attributes:
         chat_template: a template instead of the model's own; whether that is allowed is up to the adapter.
-        thinking: a template variable under two names, `thinking` and `enable_thinking`.
+        thinking: a template variable under two names, `thinking` and `enable_thinking`; or an object with a budget too.
+        thinking_token_budget: most tokens of thoughts; -1 is no limit. The other `..._budget...` mean the same.
+        reasoning_budget_message: what the model is made to say where the budget ends its thoughts.
     """
 
     add_generation_prompt: bool | None = None
@@ -30,9 +62,14 @@ class TemplateFields(WireModel):
     documents: Annotated[list[dict[str, Any]], Field(max_length=MAX_DOCUMENTS, fail_fast=True)] | None = None
     chat_template: Annotated[str, Field(min_length=1, max_length=MAX_TEMPLATE)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    thinking: bool | None = None
+    thinking: Thinking | None = None
     enable_thinking: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    thinking_token_budget: Budget | None = None
+    reasoning_budget: Budget | None = None
+    reasoning_budget_tokens: Budget | None = None
+    thinking_budget_tokens: Budget | None = None
+    reasoning_budget_message: Annotated[str, Field(max_length=MAX_MESSAGE)] | None = None
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -44,16 +81,42 @@ class TemplateFields(WireModel):
         """The template's variables: `chat_template_kwargs` and the fields that are variables too.
 
         Templates know the thinking switch under two names, so both are set; effort "none" turns it off as well,
-        for templates that know the switch only. Raises where two of these contradict each other.
+        for templates that know the switch only, and so does a budget of 0. Raises where two of these contradict each
+        other.
         """
         kwargs = dict(self.chat_template_kwargs or {})
         for field in ("thinking", "enable_thinking"):
             switch = getattr(self, field)
+            if isinstance(switch, ThinkingSwitch):
+                switch = {"enabled": True, "disabled": False}.get(switch.type)
             if switch is not None:
                 _agree(kwargs, field, "thinking", switch)
                 _agree(kwargs, field, "enable_thinking", switch)
         set_effort(kwargs, self.reasoning_effort, "reasoning_effort")
+        limit = self.thinking_limit()
+        if limit is not None:
+            close_thoughts(kwargs, limit.tokens)
         return kwargs
+
+    @property
+    def budget_field(self) -> str:
+        """The path of the budget."""
+        return next((name for name in _BUDGETS if getattr(self, name) is not None), "thinking.budget_tokens")
+
+    def thinking_limit(self) -> ThinkingLimit | None:
+        """How much may be thought; raises where the names of it contradict each other."""
+        given = {name: value for name in _BUDGETS if (value := getattr(self, name)) is not None}
+        if isinstance(self.thinking, ThinkingSwitch) and self.thinking.budget_tokens is not None:
+            given["thinking.budget_tokens"] = self.thinking.budget_tokens
+        names = list(given)
+        for name in names[1:]:
+            if given[name] != given[names[0]]:
+                raise invalid(name, f"contradicts {names[0]}; give one of them")
+        if names:
+            return ThinkingLimit(given[names[0]], self.reasoning_budget_message)
+        if self.reasoning_budget_message is not None:
+            raise invalid("reasoning_budget_message", "needs thinking_token_budget, which it speaks of")
+        return None
 
 
 def check_variables(kwargs: Mapping[str, Any]) -> None:
@@ -74,6 +137,13 @@ def set_effort(kwargs: dict[str, Any], effort: str | None, field: str) -> None:
     if effort == "none":
         _agree(kwargs, field, "thinking", False)
         _agree(kwargs, field, "enable_thinking", False)
+
+
+def close_thoughts(kwargs: dict[str, Any], budget: int) -> None:
+    """Turns the template's switch off where nothing may be thought and nobody has turned it on."""
+    if budget == 0:
+        kwargs.setdefault("thinking", False)
+        kwargs.setdefault("enable_thinking", False)
 
 
 def _agree(kwargs: dict[str, Any], field: str, name: str, value: Any) -> None:

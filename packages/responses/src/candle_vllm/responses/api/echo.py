@@ -95,7 +95,10 @@ def _text(request: ResponsesRequest) -> dict[str, Any]:
 
 def _reasoning(request: ResponsesRequest) -> dict[str, Any] | None:
     config = request.reasoning
-    return None if config is None else {"effort": config.effort, "summary": config.summary or config.generate_summary}
+    if config is None:
+        return None
+    said = {"effort": config.effort, "summary": config.summary or config.generate_summary}
+    return said if config.max_tokens is None else {**said, "max_tokens": config.max_tokens}
 
 
 def shown_tools(request: PromptFields) -> list[dict[str, Any]]:

@@ -15,9 +15,9 @@ from candle_vllm.openai.conversation import TemplateHabits
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOLS
 from candle_vllm.openai.protocol.structured import JsonObjectFormat
-from candle_vllm.openai.protocol.templating import check_variables, set_effort
+from candle_vllm.openai.protocol.templating import check_variables, close_thoughts, set_effort
 from candle_vllm.openai.protocol.tools import check_tools
-from candle_vllm.openai.task import Paths, Task, ToolUse
+from candle_vllm.openai.task import Paths, Task, ThinkingLimit, ToolUse
 from candle_vllm.openai.validation import rules_below, to_request_error
 from candle_vllm.responses.api.call_results import Placed
 from candle_vllm.responses.api.mcp_source import McpSource, OpenServer
@@ -71,11 +71,13 @@ class Prepared(NamedTuple):
             sampling={**self.defaults, **_sampling(request)} if sampled else {},
             model=request.model,
             variables=_variables(request),
+            thinking=_thinking(request),
             priority=(request.priority or 0) if sampled else 0,
         )
 
     def _paths(self, form: str, limit: int | None) -> Paths:
         own = {"messages": "input", "max_tokens": "max_output_tokens", "logprobs": "include"}
+        own |= dict.fromkeys(("thinking_token_budget", "thoughts"), "reasoning.max_tokens")
         to_lower = {} if limit is not None else {"max_tokens": "input"}  # without a limit the input is too long
         return Paths(
             {**own, "prompt": "input", "structured_outputs": form, **to_lower},
@@ -258,7 +260,14 @@ def _variables(request: PromptFields) -> dict[str, Any]:
         check_variables(variables)
     with rules_below(""):
         set_effort(variables, request.reasoning and request.reasoning.effort, "reasoning.effort")
+    if (limit := _thinking(request)) is not None:
+        close_thoughts(variables, limit.tokens)
     return variables
+
+
+def _thinking(request: PromptFields) -> ThinkingLimit | None:
+    tokens = None if request.reasoning is None else request.reasoning.max_tokens
+    return None if tokens is None else ThinkingLimit(tokens)
 
 
 def _check_length(request: PromptFields, count: int) -> None:

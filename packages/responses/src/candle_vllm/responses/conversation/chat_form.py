@@ -10,7 +10,7 @@ from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.conversation import text_of
 from candle_vllm.openai.errors import UnsupportedParameterError
-from candle_vllm.openai.task import Call, Message, Part, Task, TextPart, ToolUse
+from candle_vllm.openai.task import Call, Message, Part, Task, TextPart, ThinkingLimit, ToolUse
 from candle_vllm.responses.conversation.transcript import Transcript
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
@@ -58,6 +58,13 @@ class ChatTranscript(Transcript):
         return request
 
 
+def _limit(thinking: ThinkingLimit | None) -> dict[str, Any]:
+    if thinking is None:
+        return {}
+    message = {} if thinking.message is None else {"reasoning_budget_message": thinking.message}
+    return {"thinking_token_budget": thinking.tokens, **message}
+
+
 def chat_message(message: Message) -> ChatMessage:
     """A message of a task in OpenAI's form; the content is null where there are thoughts or calls alone."""
     content = _content(message.parts)
@@ -103,6 +110,7 @@ def chat_request(task: Task) -> dict[str, Any]:
         "parallel_tool_calls": None if use.parallel or use.named is not None else False,
         **_form(task.form),
         "reasoning_effort": effort,
+        **_limit(task.thinking),
         "chat_template_kwargs": variables or None,
         "chat_template": task.chat_template,
         "documents": None if task.documents is None else list(task.documents),

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from candle_vllm.core.sampling import params as caps
+from candle_vllm.core.sampling.thoughts import MAX_BUDGET
 from candle_vllm.openai.protocol.fields import (
     MAX_NAME,
     MAX_PRIORITY,
@@ -95,13 +96,17 @@ class TextConfig(WireModel):
 
 
 class ReasoningConfig(WireModel):
-    """How much the model thinks, where its template knows efforts. The other fields have no effect."""
+    """How much the model thinks: `effort` where its template knows efforts, `max_tokens` of thoughts at most.
+
+    The other fields have no effect.
+    """
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
     context: Literal["auto", "current_turn", "all_turns"] | None = None
     mode: Annotated[str, Field(max_length=64)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_BUDGET)] | None = None
 
 
 class ConversationReference(WireModel):

@@ -38,7 +38,7 @@ from candle_vllm.server.commands.changes import changes
 from candle_vllm.server.commands.interactive import answer_display, has_colour
 from candle_vllm.server.commands.terminal import CUT, Said, conversation, read_stdin
 from candle_vllm.server.settings import Settings
-from candle_vllm.server.settings.derived import in_flags, load_engine
+from candle_vllm.server.settings.derived import in_flags, load_engine, thinking_settings
 from candle_vllm.server.settings.options import UsageError
 
 EXIT_UNFINISHED = 1
@@ -85,6 +85,7 @@ def _model(settings: Settings, base_url: str | None) -> Iterator[ModelSource]:
             served_model_names=[engine.model_info.name],
             tool_parser=settings.tool_parser,
             reasoning_parser=settings.reasoning_parser,
+            **thinking_settings(settings),
         )
 
 

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.derived import thinking_settings
 from candle_vllm.server.settings.options import UsageError
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ async def answer_pieces(
     from candle_vllm.openai.events import Ended, Text, Thought, Usage
 
     name = engine.model_info.name
-    adapter = OpenAIAdapter(engine, served_model_names=[name], reasoning_parser=settings.reasoning_parser)
+    adapter = OpenAIAdapter(
+        engine, served_model_names=[name], reasoning_parser=settings.reasoning_parser, **thinking_settings(settings)
+    )
     wire: dict[str, Any] = {"model": name, "messages": list(messages), "stream": True, **settings.default_sampling}
     if max_tokens is not None:
         wire["max_completion_tokens"] = max_tokens

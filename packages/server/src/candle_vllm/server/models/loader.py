@@ -21,7 +21,7 @@ from candle_vllm.server.models.switcher import NoRoomError
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.model_metrics import EngineWatcher, ServedEngine
 from candle_vllm.server.settings import Settings
-from candle_vllm.server.settings.derived import engine_config, told_in_flags
+from candle_vllm.server.settings.derived import engine_config, thinking_settings, told_in_flags
 
 if TYPE_CHECKING:
     from candle_vllm.core import EngineConfig
@@ -90,6 +90,7 @@ def serve_engine(engine: ServedEngine, entry: ModelEntry, metrics: Metrics) -> S
             allow_chat_template=settings.trust_request_chat_template,
             tool_parser=settings.tool_parser,
             reasoning_parser=settings.reasoning_parser,
+            **thinking_settings(settings),
             watcher=watcher,
         )
     except BaseException:

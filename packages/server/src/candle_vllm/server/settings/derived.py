@@ -95,6 +95,12 @@ def refuse_wrong_formats(settings: Settings) -> None:
     choose_layout(tool_parser=settings.tool_parser, reasoning_parser=settings.reasoning_parser)
 
 
+def thinking_settings(settings: Settings) -> dict[str, Any]:
+    """How much a model may think, as an adapter takes it."""
+    limit = -1 if settings.reasoning_budget is None else settings.reasoning_budget
+    return {"reasoning_budget": limit, "reasoning_budget_message": settings.reasoning_budget_message}
+
+
 def engine_config(settings: Settings, **changes: Any) -> EngineConfig:
     """The engine's configuration; a setting that was not given is left to `EngineConfig`'s own default."""
     from candle_vllm.core import EngineConfig

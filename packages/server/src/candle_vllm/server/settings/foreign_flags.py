@@ -136,8 +136,7 @@ _ROWS: tuple[tuple[str, str], ...] = (
      f"{_REQUEST}: chat_template_kwargs"),
     ("--enable-auto-tool-choice --exclude-tools-when-tool-choice-none --tool-parser-plugin --tools",
      "tools are looked for wherever a request has some, in the model's own format; --tool-parser names another"),
-    ("--enable-reasoning --reasoning --reasoning-format -rea --reasoning-budget --reasoning-budget-message --think "
-     "--reasoning-config",
+    ("--enable-reasoning --reasoning --reasoning-format -rea --think --reasoning-config",
      "thoughts are told from the answer by the model's own format; --reasoning-parser names another, and a request "
      "says how much (reasoning_effort, thinking_token_budget)"),
     ("--prefill-assistant --no-prefill-assistant", f"{_REQUEST}: continue_final_message"),

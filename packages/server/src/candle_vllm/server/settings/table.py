@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, get_type_hints
 
 from candle_vllm.core.config import ISQ_NAMES
+from candle_vllm.core.sampling.thoughts import MAX_BUDGET, MAX_MESSAGE
 from candle_vllm.core.setting_kinds import Boolean, Choice, FilePath, Integer, Number, Secret, Text
 from candle_vllm.responses.store.options import MAX_DAYS, MAX_MB, MAX_RECORDS
 from candle_vllm.server.settings.options import (
@@ -87,6 +88,12 @@ class Settings:
         commands=_CALLING)] = None
     reasoning_parser: Annotated[str | None, own(MODEL,
         Text(128), "format of the model's reasoning; without it, chosen by the model's files", "NAME", in_yaml=True,
+        commands=_WITH_TEXT)] = None
+    reasoning_budget: Annotated[int | None, own(MODEL,
+        Integer(-1, MAX_BUDGET), "most tokens of thoughts where a request does not say it; -1 is no limit", "N",
+        in_yaml=True, commands=_WITH_TEXT)] = None
+    reasoning_budget_message: Annotated[str | None, own(MODEL,
+        Text(MAX_MESSAGE), "what the model is made to say where a budget ends its thoughts", "TEXT", in_yaml=True,
         commands=_WITH_TEXT)] = None
     served_model_name: Annotated[tuple[str, ...], own(MODEL,
         Text(512), "name of the model for clients; repeatable, the first is reported", "NAME", in_yaml=True,

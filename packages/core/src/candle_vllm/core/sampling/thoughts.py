@@ -1,0 +1,204 @@
+"""How long a model may think: a budget for thoughts, and the tokens that end them when it is spent (step 7 of ten).
+
+Thoughts stand between two marks of the model's own format. Tokens between them are counted; when there are as many as
+the budget allows, the closing mark is forced, token by token, and the answer goes on behind it. A mark that is the name
+of a special token means that token, as in `StructuredOutputsParams`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from candle_vllm.core.arguments import ExplainedStruct
+from candle_vllm.core.errors import InvalidParameterError
+
+MAX_BUDGET = 1 << 24  # tokens
+MAX_MARK = 256  # characters
+MAX_MARKS = 32
+MAX_MESSAGE = 2048  # characters
+_SPECIAL = b"\xff"  # begins a special token among bytes of text: UTF-8 has no such byte
+
+
+class ThoughtBudget(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How many tokens of thoughts may be drawn, all thoughts of a text together.
+
+    Attributes:
+        tokens: that many, the marks around thoughts not counted; at 0 thoughts end where they begin.
+        marks: opening mark -> the closing mark, which is forced.
+        ends: further marks that end thoughts when the model writes them.
+        opened: the opening mark that the prompt ends with; the text begins within thoughts then.
+        message: what is said before the closing mark where the budget ends thoughts that have begun.
+    """
+
+    tokens: int
+    marks: Mapping[str, str]
+    ends: Sequence[str] = ()
+    opened: str | None = None
+    message: str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tokens, bool) or not isinstance(self.tokens, int) or not 0 <= self.tokens <= MAX_BUDGET:
+            raise _refused(f"tokens must be an integer of 0 to {MAX_BUDGET}")
+        if not isinstance(self.marks, Mapping) or not 0 < len(self.marks) <= MAX_MARKS:
+            raise _refused(f"marks must map 1 to {MAX_MARKS} opening marks to their closing marks")
+        if isinstance(self.ends, (str, bytes)) or not isinstance(self.ends, Sequence) or len(self.ends) > MAX_MARKS:
+            raise _refused(f"ends must be a list of at most {MAX_MARKS} texts")
+        for mark in (*self.marks, *self.marks.values(), *self.ends):
+            if not isinstance(mark, str) or not 0 < len(mark) <= MAX_MARK:
+                raise _refused(f"marks must be texts of 1 to {MAX_MARK} characters")
+        if self.opened is not None and self.opened not in self.marks:
+            raise _refused("opened must be one of the opening marks")
+        if not isinstance(self.message, str) or len(self.message) > MAX_MESSAGE:
+            raise _refused(f"message must be a text of at most {MAX_MESSAGE} characters")
+
+
+def _refused(text: str) -> InvalidParameterError:
+    return InvalidParameterError(f"thoughts: {text}", "thoughts")
+
+
+class ThoughtLimit:
+    """A budget for one vocabulary; shared by the texts of a request.
+
+    Args:
+        budget: what is allowed.
+        encode: a text's tokens; the second argument says whether names of special tokens in it mean those.
+        token_bytes: the bytes that a token stands for.
+        special_tokens: by name.
+    """
+
+    def __init__(
+        self,
+        budget: ThoughtBudget,
+        encode: Callable[[str, bool], Sequence[int]],
+        token_bytes: Callable[[int], bytes],
+        special_tokens: Mapping[str, int],
+    ) -> None:
+        self.tokens = budget.tokens
+        self.message = tuple(encode(budget.message, False)) if budget.message and budget.tokens else ()
+        marks = (*budget.marks, *budget.marks.values(), *budget.ends)
+        names = [name for name in special_tokens if name and any(name in mark for mark in marks)]
+        names.sort(key=len, reverse=True)
+        self._special = {special_tokens[name]: _named(special_tokens[name]) for name in names}
+        written = {name: self._special[special_tokens[name]] for name in names}
+        self.starts = {_written(opening, written): tuple(encode(end, True)) for opening, end in budget.marks.items()}
+        self.ends = tuple(_written(mark, written) for mark in (*budget.marks.values(), *budget.ends))
+        self.longest = max(map(len, (*self.starts, *self.ends)))
+        self.opened = None if budget.opened is None else self.starts[_written(budget.opened, written)]
+        self._token_bytes = token_bytes
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token is in the bytes in which marks are looked for."""
+        return self._special.get(token) or self._token_bytes(token)
+
+
+def _named(token: int) -> bytes:
+    return _SPECIAL + token.to_bytes(4, "little")
+
+
+def _written(mark: str, names: Mapping[str, bytes]) -> bytes:
+    """A mark with its special tokens in the form of `_named`; `names` are sorted, the longest first."""
+    parts: list[str | bytes] = [mark]
+    for name, data in names.items():
+        cut: list[str | bytes] = []
+        for part in parts:
+            if isinstance(part, bytes):
+                cut.append(part)
+                continue
+            first, *rest = part.split(name)
+            cut.append(first)
+            for text in rest:
+                cut += [data, text]
+        parts = cut
+    return b"".join(part if isinstance(part, bytes) else part.encode() for part in parts)
+
+
+class ThoughtCount:
+    """The thoughts of one text so far.
+
+    Args:
+        limit: how long they may be.
+
+    Attributes:
+        inside: the next token stands within thoughts.
+        spent: tokens of thoughts, those that were forced not counted.
+    """
+
+    def __init__(self, limit: ThoughtLimit) -> None:
+        self._limit = limit
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self.inside = self._limit.opened is not None
+        self.spent = 0
+        self._closing = self._limit.opened or ()  # of these thoughts
+        self._tail = b""  # of the text, as long as no mark was found in it
+        self._said: list[int] = []  # the last tokens within these thoughts, as many as a mark may have
+        self._forced: tuple[int, ...] = ()  # what is left to be forced
+        self._decide()
+
+    def sibling(self) -> ThoughtCount:
+        """The same for another text of the request, at its start."""
+        return ThoughtCount(self._limit)
+
+    @property
+    def next_token(self) -> int | None:
+        """The token that must come next, or None where any may."""
+        return self._forced[0] if self._forced else None
+
+    def add(self, token: int) -> None:
+        """Takes note of the next token."""
+        if self.next_token == token:
+            self._forced = self._forced[1:]
+            if not self._forced:
+                self._leave(b"")
+            return
+        if 0 < len(self._forced) < len(self._closing):  # a form had the closing mark go on in another way
+            self._leave(b"")
+        self._see(token)
+        self._decide()
+
+    def replay(self, tokens: Sequence[int]) -> None:
+        """Goes back to where the text was these tokens."""
+        self._start_over()
+        for token in tokens:
+            self.add(token)
+
+    def _see(self, token: int) -> None:
+        """Looks for a mark that this token completes."""
+        limit = self._limit
+        data = limit.bytes_of(token)
+        text = self._tail[-limit.longest :] + data
+        if self.inside:
+            self.spent += 1
+            self._said = [*self._said, token][-limit.longest :]
+        marks = limit.ends if self.inside else limit.starts
+        place, mark = max((text.rfind(mark), mark) for mark in marks)
+        if place < 0:
+            self._tail = text
+            return
+        rest = text[place + len(mark) :]
+        if self.inside:
+            self.spent -= self._tokens_of(mark)  # a mark is no thought
+            self._leave(rest)
+        else:
+            self.inside, self._closing, self._tail = True, limit.starts[mark], rest
+
+    def _leave(self, rest: bytes) -> None:
+        self.inside, self._closing, self._tail, self._said, self._forced = False, (), rest, [], ()
+
+    def _tokens_of(self, mark: bytes) -> int:
+        """How many of the last tokens a closing mark took that the last one completed."""
+        left = len(mark)
+        for count, token in enumerate(reversed(self._said), 1):
+            left -= len(self._limit.bytes_of(token))
+            if left <= 0:
+                return count
+        return len(self._said)
+
+    def _decide(self) -> None:
+        """Has the closing mark forced where the budget is spent; as much of it as the model has not written itself."""
+        if not self.inside or self.spent < self._limit.tokens or self._forced:
+            return
+        closing = self._closing
+        begun = next((n for n in range(len(closing) - 1, 0, -1) if tuple(self._said[-n:]) == closing[:n]), 0)
+        self._forced = closing[begun:] if begun else (*self._limit.message, *closing)
