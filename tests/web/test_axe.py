@@ -18,11 +18,14 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobil
 on_every_screen = pytest.mark.parametrize(
     "options",
     [
-        {**screen, "color_scheme": scheme, "reduced_motion": "reduce"}
-        for screen in ({}, PHONE)
+        pytest.param(
+            {**screen, "color_scheme": scheme, "reduced_motion": "reduce"},
+            id=scheme + where,
+            marks=[] if common == scheme else [pytest.mark.every_case],
+        )
+        for screen, where, common in (({}, "", "light"), (PHONE, "-phone", "dark"))
         for scheme in ("light", "dark")
     ],
-    ids=["light", "dark", "light-phone", "dark-phone"],
 )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from actions import act, archive, ask, button, conversation, import_file, said
 from ui_server import Site, ui_server
 
@@ -153,6 +154,7 @@ def test_delete_all(chat: Any) -> None:
     chat.get_by_text("Your conversations will appear here.").wait_for()
 
 
+@pytest.mark.every_case
 def test_two_thousand_messages(chat: Any, tmp_path: Path) -> None:
     import_file(chat, archive(tmp_path / "long.json", [conversation("Long", 2000)]))
     chat.locator(".conversation-link").click()
@@ -167,6 +169,7 @@ def test_two_thousand_messages(chat: Any, tmp_path: Path) -> None:
     assert ask(chat, "Hello") == "You said: Hello"
 
 
+@pytest.mark.every_case
 def test_two_thousand_conversations(chat: Any, tmp_path: Path) -> None:
     import_file(
         chat,

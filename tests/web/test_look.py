@@ -12,6 +12,7 @@ from ui_server import Site
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("phone", [False, True])
 def test_axe_finds_nothing_in_the_list(
@@ -164,6 +165,20 @@ def test_the_focus_stays_where_the_work_is(chat: Any) -> None:
     chat.get_by_label("version 2 of 2").last.wait_for()
     wait_idle(chat)
     assert focused(chat) == "Message"
+
+
+def test_a_closing_dialog_takes_the_focus_from_nothing_else(chat: Any) -> None:
+    button(chat, "Settings of this chat").click()
+    chat.locator("dialog[open]").wait_for()
+    went = """async () => {
+        document.querySelector("dialog").dispatchEvent(new Event("cancel", { cancelable: true }));
+        await new Promise((done) => setTimeout(done));
+        const before = document.activeElement.getAttribute("aria-label");
+        document.getElementById("composer").focus();
+        await new Promise((done) => setTimeout(done, 400));
+        return [before, document.activeElement.id];
+    }"""
+    assert chat.evaluate(went) == ["Settings of this chat", "composer"]
 
 
 def test_the_focus_goes_everywhere(chat: Any) -> None:

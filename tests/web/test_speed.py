@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from actions import say
+from common_run import few
 from ui_server import MARKDOWN, Site, ui_server
 
 TOKENS = 20_000
@@ -45,7 +46,7 @@ def fast_site(browser: Any) -> Iterator[Site]:
         yield served
 
 
-@pytest.mark.parametrize("kind", ["mixed", "code", "list"])
+@pytest.mark.parametrize("kind", few(["mixed", "code", "list"], "mixed"))
 def test_frames_stay_short(fast_site: Site, open_page: Callable[..., Any], kind: str, record_property: Any) -> None:
     page = open_page(fast_site.url)
     page.evaluate(_MEASURE)

@@ -1,7 +1,7 @@
 // Dialogs: the browser's own, which keep the focus inside and close with Escape.
 
 import type { ComponentChildren } from "preact";
-import { useEffect, useId, useRef } from "preact/hooks";
+import { useId, useLayoutEffect, useRef } from "preact/hooks";
 import { t } from "../i18n/index.ts";
 import { Icon } from "./Icon.tsx";
 
@@ -15,7 +15,7 @@ interface DialogProps {
 export function Dialog({ title, onClose, children, wide = false }: DialogProps) {
   const frame = useRef<HTMLDialogElement>(null);
   const id = useId();
-  useEffect(() => {
+  useLayoutEffect(() => { // not a later effect: it would take the focus from what the user has gone to meanwhile
     const focused = document.activeElement;
     const dialog = frame.current;
     dialog?.showModal();

@@ -1,6 +1,6 @@
 // A button with a menu above everything else. Arrow keys, Home and End move in it; Escape, Tab or a click elsewhere close it.
 
-import { useEffect, useId, useLayoutEffect, useRef, useState } from "preact/hooks";
+import { useId, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { Icon, type IconName } from "./Icon.tsx";
 
 export interface MenuItem {
@@ -48,7 +48,7 @@ function List({ id, label, items, opener, onClose, onLeave }: ListProps) {
     place(menu, (placed.current = opener.getBoundingClientRect()));
     menu.querySelector("button")?.focus({ preventScroll: true });
   }, []);
-  useEffect(() => {
+  useLayoutEffect(() => {
     const outside = (event: Event) => {
       if (!frame.current?.contains(event.target as Node) && !opener?.contains(event.target as Node)) onLeave();
     };

@@ -1,7 +1,7 @@
 // A panel that opens below its button, or above it, and closes at Escape, a click elsewhere, or when the focus leaves.
 
 import type { ComponentChildren } from "preact";
-import { useEffect, useId, useRef } from "preact/hooks";
+import { useId, useLayoutEffect, useRef } from "preact/hooks";
 
 /** A question that the panel asked: it stays open below. */
 const isInDialog = (target: EventTarget | null): boolean => target instanceof Element && target.closest("dialog") !== null;
@@ -20,7 +20,7 @@ export function Popover({ label, button, buttonClass, isOpen, onToggle, above = 
   const frame = useRef<HTMLDivElement>(null);
   const opener = useRef<HTMLButtonElement>(null);
   const id = useId();
-  useEffect(() => {
+  useLayoutEffect(() => {
     if (!isOpen) return undefined;
     const outside = (event: Event) => {
       if (!frame.current?.contains(event.target as Node) && !isInDialog(event.target)) onToggle(false);

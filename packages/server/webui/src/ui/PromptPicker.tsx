@@ -1,6 +1,6 @@
 // Prompts at the input: a menu of them, and a list that opens where a message begins with "/".
 
-import { useEffect, useId, useState } from "preact/hooks";
+import { useEffect, useId, useLayoutEffect, useState } from "preact/hooks";
 import type { Prompt } from "../chat/types.ts";
 import { t } from "../i18n/index.ts";
 import { confirmFirst, open } from "../state/dialogs.ts";
@@ -36,7 +36,7 @@ export function useSuggestions(text: string, onChoose: (prompt: Prompt) => void)
   const id = useId();
   const found = text.startsWith("/") && !isDismissed ? findPrompts(text.slice(1)) : [];
   const active = Math.min(at, found.length - 1);
-  useEffect(() => {
+  useLayoutEffect(() => { // before the next key
     setAt(0);
     if (!text) dismiss(false);
   }, [text]);
