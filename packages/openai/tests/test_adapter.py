@@ -262,8 +262,12 @@ async def test_served_names() -> None:
     for given, used in ((None, "small"), ("default", "small"), ("alias", "alias")):
         request = parse_chat_request({"messages": HI, "model": given})
         assert (await adapter.chat(request)).model == used
-    with pytest.raises(ModelNotServedError, match=r"'org/model' is not served here; served are: small, alias"):
-        await adapter.chat(parse_chat_request({"messages": HI, "model": "org/model"}))
+    for other in ("org/model", ""):
+        request = parse_chat_request({"messages": HI, "model": other})
+        assert (await adapter.chat(request)).model == "small"
+        strict = OpenAIAdapter(ScriptedEngine(), served_model_names=["small", "alias"], strict_model_names=True)
+        with pytest.raises(ModelNotServedError, match=f"'{other}' is not served here; served are: small, alias"):
+            await strict.chat(request)
 
 
 async def test_the_demo_model_is_served_as_demo_too() -> None:
@@ -272,8 +276,8 @@ async def test_the_demo_model_is_served_as_demo_too() -> None:
     assert (await adapter.chat(request)).model == "demo"
     assert [card["id"] for card in wire(adapter.models())["data"]] == [DEMO_NAME]
     for other in (
-        OpenAIAdapter(ScriptedEngine()),
-        OpenAIAdapter(ScriptedEngine(name=DEMO_NAME), served_model_names=["x"]),
+        OpenAIAdapter(ScriptedEngine(), strict_model_names=True),
+        OpenAIAdapter(ScriptedEngine(name=DEMO_NAME), served_model_names=["x"], strict_model_names=True),
     ):
         with pytest.raises(ModelNotServedError, match="'demo' is not served here"):
             await other.chat(request)

@@ -351,8 +351,13 @@ async def test_models_are_served_by_name(name: str) -> None:
     call, fields = CALLS[name]
     for model in (None, "default", "scripted"):
         assert (await call(ScriptedEngine(), model=model, **fields))["model"] == "scripted"
+    assert (await call(ScriptedEngine(), model="other", **fields))["model"] == "scripted"
+
+
+async def test_names_of_models_may_be_strict() -> None:
+    strict = EmbeddingAdapter(ScriptedEngine(), strict_model_names=True)
     with pytest.raises(ModelNotServedError, match="'other' is not served here; served are: scripted"):
-        await call(ScriptedEngine(), model="other", **fields)
+        await strict.embed(parse_embedding_request({"input": "a", "model": "other"}))
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -79,8 +79,11 @@ def test_models(start) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.models.retrieve("third")
     assert missing.value.code == "model_not_found"
+    for name in ("third", ""):  # there is but one that can be meant
+        assert client.chat.completions.create(model=name, messages=MESSAGES).model == "org/name"
+    strict = start(served_model_name=("org/name",), strict_model_names=True).openai()
     with pytest.raises(openai.NotFoundError):
-        client.chat.completions.create(model="third", messages=MESSAGES)
+        strict.chat.completions.create(model="third", messages=MESSAGES)
 
 
 def test_root_and_version(start) -> None:

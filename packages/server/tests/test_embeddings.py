@@ -45,7 +45,7 @@ def test_every_route_answers_and_needs_the_key(start: Callable[..., Any], path: 
 
 @pytest.mark.parametrize("path", BODIES)
 def test_errors_are_in_the_envelope(start: Callable[..., Any], path: str) -> None:
-    with start(PacedEngine()).http() as client:
+    with start(PacedEngine(), strict_model_names=True).http() as client:
         for body, code in (
             (BODIES[path] | {"model": "other"}, "model_not_found"),
             (BODIES[path] | {"no_such_field": 1}, "unknown_parameter"),

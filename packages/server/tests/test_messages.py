@@ -61,7 +61,7 @@ def test_the_client_s_own_header_carries_the_key(start) -> None:
     ],
 )
 def test_wrong_requests_in_anthropic_s_envelope(start, change: Any, kind: type[Exception], param: str) -> None:
-    with _client(start()) as client, pytest.raises(kind) as refusal:
+    with _client(start(strict_model_names=True)) as client, pytest.raises(kind) as refusal:
         client.messages.create(**{**ASK, **change})
     error = refusal.value.body  # type: ignore[attr-defined]
     assert (error["type"], error["error"]["param"]) == ("error", param)

@@ -218,7 +218,7 @@ ANSWERS: list[tuple[str, dict[str, Any], str]] = [
 def test_answers_are_as_described(start: Callable[..., Any], path: str, body: dict[str, Any], name: str) -> None:
     script = CALL if "tools" in body else "Hello!"
     engine = PacedEngine(script, chat_template="{{ tools }}<tool_call>" if "tools" in body else None)
-    with start(engine).http() as client:
+    with start(engine, strict_model_names=True).http() as client:
         check_answer(name, client.post(path, json=body).json())
 
 

@@ -201,7 +201,7 @@ def test_a_key_is_needed_and_separates_owners(start: Start) -> None:
 @pytest.mark.parametrize("mode", [{}, {"stream": True}], ids=["whole", "stream"])
 def test_wrong_requests(start: Start, change: Any, kind: type[openai.APIStatusError], param: str, mode: Any) -> None:
     with pytest.raises(kind) as refusal:
-        start(calling()).openai().responses.create(**{**ASK, **change, **mode})
+        start(calling(), strict_model_names=True).openai().responses.create(**{**ASK, **change, **mode})
     assert refusal.value.body["param"] == param  # type: ignore[index]
 
 
@@ -219,7 +219,7 @@ def test_wrong_requests_in_the_background(
     start: Start, change: Any, kind: type[openai.APIStatusError], param: str
 ) -> None:
     with pytest.raises(kind) as refusal:
-        start(calling()).openai().responses.create(**{**ASK, **change, "background": True})
+        start(calling(), strict_model_names=True).openai().responses.create(**{**ASK, **change, "background": True})
     assert refusal.value.body["param"] == param  # type: ignore[index]
 
 
@@ -379,3 +379,10 @@ def test_pages_from_elsewhere_have_no_tools_run(start: Start) -> None:
     with start(PacedEngine("hi"), api_key=("k",)).http(headers={"authorization": "Bearer k"}) as client:
         answer = client.post("/v1/responses", json={**ASK, "tools": [tool]}, headers={"origin": "http://evil.example"})
         assert answer.json()["error"]["param"] == "tools.0.server_label", "whoever has the key is known"
+
+
+@pytest.mark.parametrize("name", ["gpt-4.1", ""])
+def test_the_only_model_answers_by_every_name_and_says_who_it_is(start: Start, name: str) -> None:
+    client = start().openai()
+    assert client.responses.create(**{**ASK, "model": name}).model == "scripted"
+    assert client.responses.create(**{**ASK, "model": "scripted"}).model == "scripted"

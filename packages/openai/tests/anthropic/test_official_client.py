@@ -39,7 +39,9 @@ async def sent(stream: Any) -> AsyncIterator[bytes]:
 
 
 def client(engine: ScriptedEngine, **options: Any) -> anthropic.AsyncAnthropic:
-    adapter = MessagesAdapter(OpenAIAdapter(engine, tool_parser="hermes", reasoning_parser="think"))
+    adapter = MessagesAdapter(
+        OpenAIAdapter(engine, tool_parser="hermes", reasoning_parser="think", strict_model_names=True)
+    )
 
     async def route(request: httpx2.Request) -> httpx2.Response:
         body = await request.aread()

@@ -202,7 +202,8 @@ WRONG: list[tuple[str, Any, str]] = [  # where, what, the field to blame
 
 
 async def failure(body: dict[str, Any] | bytes, **options: Any) -> tuple[int, dict[str, Any]]:
-    adapter = MessagesAdapter(OpenAIAdapter(ScriptedEngine("hello", **options), tool_parser="hermes"))
+    engine = ScriptedEngine("hello", **options)
+    adapter = MessagesAdapter(OpenAIAdapter(engine, tool_parser="hermes", strict_model_names=True))
     try:
         await adapter.create(parse_messages_request(body))
     except Exception as error:

@@ -81,9 +81,24 @@ def test_the_demo_model_is_called_demo_too() -> None:
     other = ModelEntry("a", Settings())
     demo = ModelEntry(DEMO_NAME, Settings(), ("small",))
     assert Catalogue([other, demo]).find("demo") is demo
-    assert Catalogue([demo, named := ModelEntry("demo", Settings())]).find("demo") is named
-    with pytest.raises(ModelNotServedError, match="'demo' is not served here; served are: a"):
-        Catalogue([other]).find("demo")
+    named = ModelEntry("demo", Settings())
+    assert Catalogue([demo, named]).find("demo") is named
+    with pytest.raises(ModelNotServedError, match="is not served here; served are: a, demo"):
+        Catalogue([other, named]).find(DEMO_NAME)
+
+
+def test_the_only_model_is_meant_by_every_name_unless_names_are_strict() -> None:
+    only = ModelEntry("a", Settings(), ("alias",))
+    strict = ModelEntry("a", Settings(strict_model_names=True))
+    for name in ("gpt-4", "", "default", None, "a", "alias"):
+        assert Catalogue([only]).find(name) is only
+    for catalogue, exact in ((Catalogue([only]), True), (Catalogue([strict]), False)):
+        assert catalogue.find(None, exact=exact).name == catalogue.find("default", exact=exact).name == "a"
+        for name in ("gpt-4", ""):
+            with pytest.raises(ModelNotServedError):
+                catalogue.find(name, exact=exact)
+    with pytest.raises(ModelNotServedError):
+        Catalogue([only, ModelEntry("b", Settings())]).find("gpt-4")
 
 
 async def test_models_stay_beside_each_other_while_there_is_room() -> None:

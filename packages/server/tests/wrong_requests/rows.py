@@ -105,7 +105,7 @@ def not_served(fields: Mapping[str, Any]) -> list[Row]:
 
 MODEL = [
     Row("model", 1),
-    Row("model", ""),
+    Row("model", "", status=404, code="model_not_found"),
     Row("model", LONG),
     Row("model", ["default"]),
     Row("model", "other", status=404, code="model_not_found"),

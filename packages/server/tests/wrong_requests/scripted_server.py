@@ -39,7 +39,7 @@ class BoundedEngine(PacedEngine):
 
 
 if __name__ == "__main__":
-    settings = Settings(port=0, shutdown_timeout=1, trust_request_chat_template=True)
+    settings = Settings(port=0, shutdown_timeout=1, trust_request_chat_template=True, strict_model_names=True)
     engine = BoundedEngine("Hello! ", pause=PAUSE, max_model_len=CONTEXT, chat_template="{{ tools }}<tool_call>")
     listener = bind(settings.address)
     sys.stdout.write(f"{listener.getsockname()[1]}\n")

@@ -18,7 +18,7 @@ LEAST_ROWS = 300
 @pytest.fixture
 def client(start: Callable[..., Any]) -> Iterator[httpx.Client]:
     # The template writes calls, so that a strict tool is one that can be called.
-    with start(PacedEngine(chat_template="{{ tools }}<tool_call>")).http() as client:
+    with start(PacedEngine(chat_template="{{ tools }}<tool_call>"), strict_model_names=True).http() as client:
         yield client
 
 

@@ -69,7 +69,7 @@ def engine() -> Iterator[Any]:
 
 @pytest.fixture
 def client(start: Callable[..., Any], engine: Any) -> Iterator[httpx.Client]:
-    with start(engine).http() as client:
+    with start(engine, strict_model_names=True).http() as client:
         yield client
 
 

@@ -71,6 +71,7 @@ class OpenAIAdapter:
         engine: EngineLike,
         *,
         served_model_names: Sequence[str] = (),
+        strict_model_names: bool = False,
         allow_priority: bool = True,
         allow_chat_template: bool = True,
         tool_parser: str | None = None,
@@ -83,6 +84,7 @@ class OpenAIAdapter:
         Args:
             engine: a loaded engine.
             served_model_names: default to the model's own name; the first one is used where a request names none.
+            strict_model_names: whether a request with another name is refused; it is answered with the first one.
             allow_priority: whether requests may go before others; False where strangers send them.
             allow_chat_template: whether requests may bring a chat template, which is a program in a sandbox.
             tool_parser, reasoning_parser: names of formats (docs/tool-calling.md); None is the model's own.
@@ -97,7 +99,7 @@ class OpenAIAdapter:
         info = engine.model_info
         self._engine = engine
         self._watcher = watcher
-        self._names = ServedNames(served_model_names or (info.name,))
+        self._names = ServedNames(served_model_names or (info.name,), strict=strict_model_names)
         self._created = int(time.time())
         self._fingerprint = _fingerprint(info)
         self.planner = AnswerPlanner(
@@ -112,7 +114,11 @@ class OpenAIAdapter:
         )
         self._work = WorkerThreads()
         self._embedding = EmbeddingAdapter(
-            engine, served_model_names=self._names.all, allow_priority=allow_priority, watcher=watcher
+            engine,
+            served_model_names=self._names.all,
+            strict_model_names=strict_model_names,
+            allow_priority=allow_priority,
+            watcher=watcher,
         )
         self._tokenizing = TokenizingAdapter(engine, self._preparation, self._names, self._work)
 

@@ -96,13 +96,14 @@ class EmbeddingAdapter:
         engine: EmbeddingEngineLike,
         *,
         served_model_names: Sequence[str] = (),
+        strict_model_names: bool = False,
         allow_priority: bool = True,
         watcher: RequestWatcher | None = None,
     ) -> None:
         """Arguments as of `OpenAIAdapter`."""
         self._engine = engine
         self._watcher = watcher
-        self._names = ServedNames(served_model_names or (engine.model_info.name,))
+        self._names = ServedNames(served_model_names or (engine.model_info.name,), strict=strict_model_names)
         self._allow_priority = allow_priority
 
     async def embed(self, request: EmbeddingRequest) -> EmbeddingList:

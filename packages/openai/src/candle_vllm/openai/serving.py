@@ -18,20 +18,22 @@ ANY_MODEL = "default"  # the name that always means the served model
 
 
 class ServedNames:
-    """One name or more; the first is used where a request names none.
+    """One name or more; the first is used where a request names none, or, unless `strict`, calls it otherwise.
 
     Attributes:
         all: the names.
+        strict: whether a request that names another model is refused.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], *, strict: bool = False) -> None:
         self.all = tuple(names)
+        self.strict = strict
 
     def served(self, name: str | None) -> str:
-        """The name to answer with; raises `ModelNotServedError`."""
+        """The name to answer with, which says who answers; raises `ModelNotServedError`."""
         if name is not None and (name in self.all or (name == DEMO and DEMO_NAME in self.all)):
             return name
-        if name is None or name == ANY_MODEL:
+        if name is None or name == ANY_MODEL or not self.strict:
             return self.all[0]
         raise ModelNotServedError(f"The model {name!r} is not served here; served are: {', '.join(self.all)}.", "model")
 

@@ -31,6 +31,7 @@ MAX_PRIORITY = (1 << 31) - 1
 TokenId = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+ModelName = Annotated[str, Field(max_length=MAX_NAME)]  # empty where a client has no name to give
 
 
 class Refusal(NamedTuple):

@@ -16,7 +16,7 @@ from candle_vllm.openai.protocol.fields import (
     MAX_NAME,
     MAX_PRIORITY,
     REFUSED_FIELDS,
-    Name,
+    ModelName,
     Refusal,
     RequestId,
     TokenId,
@@ -70,7 +70,7 @@ class GenerationFields(WireModel):
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_FIELDS
 
-    model: Name | None = None
+    model: ModelName | None = None
     n: Annotated[int, Field(ge=1, le=caps.MAX_SEQUENCES)] | None = None
     best_of: Annotated[int, Field(ge=1, le=caps.MAX_SEQUENCES)] | None = None
     stream: bool | None = None

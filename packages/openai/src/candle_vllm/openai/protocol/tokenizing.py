@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 from pydantic import Field
 
-from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOLS, Name, Refusal, TokenId, WireModel
+from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOLS, ModelName, Refusal, TokenId, WireModel
 from candle_vllm.openai.protocol.messages import Message
 from candle_vllm.openai.protocol.templating import TemplateFields
 from candle_vllm.openai.protocol.tools import Tool
@@ -31,7 +31,7 @@ class TokenizeTextRequest(WireModel):
         "messages": Refusal("a request has a prompt or messages"),
     }
 
-    model: Name | None = None
+    model: ModelName | None = None
     prompt: str
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
@@ -51,7 +51,7 @@ class TokenizeChatRequest(TemplateFields):
         "prompt": Refusal("a request has a prompt or messages"),
     }
 
-    model: Name | None = None
+    model: ModelName | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
@@ -68,7 +68,7 @@ TokenizeRequest = TokenizeTextRequest | TokenizeChatRequest
 class DetokenizeRequest(WireModel):
     """Token ids whose text is wanted."""
 
-    model: Name | None = None
+    model: ModelName | None = None
     tokens: Annotated[list[TokenId], Field(max_length=MAX_DETOKENIZED, fail_fast=True)]
 
 

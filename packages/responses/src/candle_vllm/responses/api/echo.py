@@ -28,7 +28,7 @@ def begin_response(request: ResponsesRequest, *, model: str, stored: bool, defau
 
     Args:
         request: checked.
-        model: the name that is told where the request has none.
+        model: the name that is told.
         stored: whether it will be kept.
         defaults: sampling values for fields that the request leaves open.
     """
@@ -37,7 +37,7 @@ def begin_response(request: ResponsesRequest, *, model: str, stored: bool, defau
         id=new_id("resp"),
         created_at=int(time.time()),
         status="queued" if request.background else "in_progress",
-        model=request.model or model,
+        model=model,
         previous_response_id=request.previous_response_id,
         conversation=None if conversation is None else ConversationOut(id=conversation),
         instructions=request.instructions,

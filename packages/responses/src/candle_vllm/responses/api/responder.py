@@ -48,7 +48,8 @@ class ResponderOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Limits of every response, and what it says where the request says nothing.
 
     Attributes:
-        model: the name that is told.
+        model: the name that is told, where the request has none of `names`.
+        names: those that the model is served by; empty where it is not known how it is called.
         sampling_defaults: for fields that a request leaves open; sent to the model.
         model_defaults: what the model uses where neither says something; only told.
         max_turns: of the model in one response, where tools run here.
@@ -57,6 +58,7 @@ class ResponderOptions(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     model: str = "default"
+    names: tuple[str, ...] = ()
     sampling_defaults: Mapping[str, Any] = msgspec.field(default_factory=dict)
     model_defaults: Mapping[str, Any] = msgspec.field(default_factory=dict)
     max_turns: int = 32
@@ -136,7 +138,10 @@ class Responder:
             else:
                 prepared, items = await self._ready(parsed, owner, stack, check=at_once)
             defaults = {**self._options.model_defaults, **self._options.sampling_defaults}
-            response = begin_response(parsed, model=self._options.model, stored=stored, defaults=defaults)
+            names, model = self._options.names, self._options.model
+            if parsed.model is not None and (parsed.model in names or not names):
+                model = parsed.model
+            response = begin_response(parsed, model=model, stored=stored, defaults=defaults)
             writer = EventWriter(response, encoded=parsed.wants_encrypted)
 
             async def work(stream: ResponseStream) -> None:

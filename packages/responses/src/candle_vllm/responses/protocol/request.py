@@ -14,7 +14,7 @@ from candle_vllm.openai.protocol.fields import (
     MAX_PRIORITY,
     MAX_TEMPLATE_KWARGS,
     MAX_TOOLS,
-    Name,
+    ModelName,
     Refusal,
     WireModel,
     invalid,
@@ -126,7 +126,7 @@ def _conversation_form(value: Any) -> str:
 class PromptFields(WireModel):
     """What the model sees. None always means absent."""
 
-    model: Name | None = None
+    model: ModelName | None = None
     input: (
         Annotated[
             Annotated[Text, Tag("<string>")]

@@ -60,15 +60,20 @@ class Catalogue:
         self._by_name: Mapping[str, ModelEntry] = by_name
         self.default = self.entries[0] if default is None else by_name[default]
 
-    def find(self, name: str | None) -> ModelEntry:
-        """The model that a request means.
+    def find(self, name: str | None, *, exact: bool = False) -> ModelEntry:
+        """The model that a request means: where there is but one, that one, however it is called.
+
+        Args:
+            name: what the request calls it, or None.
+            exact: whether it must be one of its names; it always must where names are strict.
 
         Raises:
             ModelNotServedError: there is none of that name.
         """
         if name is not None and name in self._by_name:
             return self._by_name[name]
-        if name is None or name == ANY_MODEL:
+        alone = len(self.entries) == 1 and not self.default.settings.strict_model_names
+        if name is None or name == ANY_MODEL or (alone and not exact):
             return self.default
         if name == DEMO and DEMO_NAME in self._by_name:
             return self._by_name[DEMO_NAME]

@@ -86,6 +86,7 @@ def serve_engine(engine: ServedEngine, entry: ModelEntry, metrics: Metrics) -> S
         adapter = OpenAIAdapter(
             engine,
             served_model_names=entry.names,
+            strict_model_names=settings.strict_model_names,
             allow_priority=settings.enable_request_priority,
             allow_chat_template=settings.trust_request_chat_template,
             tool_parser=settings.tool_parser,

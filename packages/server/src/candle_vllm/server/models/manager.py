@@ -70,9 +70,9 @@ class ModelManager:
 
     # ---- for requests ------------------------------------------------------------------------------------------------
 
-    def find(self, name: str | None) -> ModelSlot:
-        """The model that a request means; ModelNotServedError when there is none of that name."""
-        entry = self._catalogue.find(name)
+    def find(self, name: str | None, *, exact: bool = False) -> ModelSlot:
+        """The model that a request means; arguments and errors as `Catalogue.find`."""
+        entry = self._catalogue.find(name, exact=exact)
         chosen = self.active if entry is self._catalogue.default and name not in entry.names else entry.name
         return self.slots[chosen]
 
@@ -146,7 +146,7 @@ class ModelManager:
 
     async def load(self, name: str | None) -> ModelSlot:
         """Loads a model and waits for it, also one that has just failed; errors as `acquire`."""
-        slot = self.find(name)
+        slot = self.find(name, exact=True)
         slot.failed_at = None
         (await self.acquire(slot.entry.name)).release()
         return slot
@@ -156,7 +156,7 @@ class ModelManager:
 
         A request that names it later loads it again.
         """
-        slot = self.find(name)
+        slot = self.find(name, exact=True)
         if self._switcher is None:
             raise HttpError(409, "The model of this server stays loaded.", "model_stays", param="model")
         await self._switcher.unwant(slot)
@@ -164,7 +164,7 @@ class ModelManager:
 
     def select(self, name: str | None) -> ModelSlot:
         """Makes a model the one that requests without a name mean, once it is loaded; does not wait."""
-        slot = self.find(name)
+        slot = self.find(name, exact=True)
         if slot.state is ModelState.READY or self._switcher is None:
             self.active, self._chosen, self.switch_requested_at = slot.entry.name, None, None
         else:

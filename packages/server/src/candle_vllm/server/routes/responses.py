@@ -81,6 +81,7 @@ class Responders:
 
         options = ResponderOptions(
             model=model.entry.names[0],
+            names=model.entry.names,
             sampling_defaults=settings.default_sampling,
             model_defaults=model.engine.model_info.default_sampling,
             timeout=settings.request_timeout,

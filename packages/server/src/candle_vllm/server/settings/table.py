@@ -98,6 +98,9 @@ class Settings:
     served_model_name: Annotated[tuple[str, ...], own(MODEL,
         Text(512), "name of the model for clients; repeatable, the first is reported", "NAME", in_yaml=True,
         commands=_SERVE)] = ()
+    strict_model_names: Annotated[bool, own(MODEL,
+        Boolean(), "refuse requests that call the only model by a name that it is not served by",
+        commands=_SERVE)] = False
     models_config: Annotated[Path | None, own(MODEL,
         FilePath(), "models.yaml; else ~/.candle-vllm/models.yaml, else ./models.yaml", "FILE")] = None
     hf_token: Annotated[str | None, own(MODEL,
