@@ -74,6 +74,14 @@ def is_first_start() -> bool:
     return folder is not None and next(folder.iterdir(), None) is None
 
 
+def is_missing(name: str) -> bool:
+    """Whether a function has not been compiled yet, and can be compiled and kept."""
+    if importlib.util.find_spec("numba") is None or (_travelling() / name).exists():
+        return False
+    folder = kernel_cache()
+    return folder is not None and not (folder / name).exists()
+
+
 def compiled_address(name: str, make: Callable[[], Callable[..., None]]) -> int:
     """The address of a compiled function: of code that travels with the package, or is kept on disk, or is made now.
 

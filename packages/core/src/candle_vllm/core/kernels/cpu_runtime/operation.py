@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, get_type_hints
 
 import numpy as np
 
-from candle_vllm.core.kernels.cpu_runtime.kernel_cache import WANTED, compiled_address, is_first_start
+from candle_vllm.core.kernels.cpu_runtime.kernel_cache import WANTED, compiled_address, is_first_start, is_missing
 from candle_vllm.core.threads import collector_paused
 
 NUMBERS = 2  # where a row has the address of the step's numbers
@@ -75,16 +75,21 @@ _ASKED: ContextVar[list[_Named] | None] = ContextVar("_ASKED", default=None)
 
 
 def compile_first(ask: Callable[[], object], later: Sequence[str] = ()) -> None:
-    """Compiles operations in two processes, where nothing has been compiled on this machine yet; else does nothing.
+    """Compiles operations in two processes, where nothing has been compiled on this machine yet.
 
     They take what is left from both ends, so that one is compiled twice at most. A second process that cannot be
-    started, or fails, is not missed.
+    started, or fails, is not missed. At other starts it compiles what of `later` an earlier one did not live to see.
 
     Args:
         ask: asks for them as usual, but gets 0 for every address.
         later: what is not waited for: the second process goes on with it. See `is_coming`.
     """
-    if getattr(sys, "frozen", False) or not is_first_start():  # frozen: `sys.executable` is some program, not Python
+    if getattr(sys, "frozen", False):  # `sys.executable` is some program, not Python
+        return
+    if not is_first_start():
+        missing = [code for code in later if is_missing(named_function(*code.split(","))[0])]
+        if missing and (helper := _second_process(missing)) is not None:
+            _leave_alone(helper, missing)
         return
     token = _ASKED.set(asked := list[_Named]())
     try:
@@ -92,14 +97,7 @@ def compile_first(ask: Callable[[], object], later: Sequence[str] = ()) -> None:
     finally:
         _ASKED.reset(token)
     wanted = list(dict.fromkeys(asked))
-    names = [*(",".join(map(str, named)) for named in reversed(wanted)), *later]
-    program = [sys.executable, "-P", "-m", "candle_vllm.core.kernels.cpu_runtime.travelling", "--keep", *names]
-    try:
-        quiet = subprocess.DEVNULL
-        # It ends with this process, however that ends: by the other end of its standard input.
-        helper = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet)
-    except OSError:
-        helper = None
+    helper = _second_process([*(",".join(map(str, named)) for named in reversed(wanted)), *later])
     token = WANTED.set(tuple(named_function(*named)[0] for named in wanted))
     try:
         with collector_paused():
@@ -113,10 +111,23 @@ def compile_first(ask: Callable[[], object], later: Sequence[str] = ()) -> None:
     finally:
         WANTED.reset(token)
     if helper is not None:
-        with suppress(OSError, AttributeError):  # it may have ended; Windows has no such call
-            os.setpriority(os.PRIO_PROCESS, helper.pid, 10)
-        _COMING.update(dict.fromkeys(later, helper))
-        Thread(target=_await_end, args=(helper,), name="candle-vllm-compiling", daemon=True).start()
+        _leave_alone(helper, later)
+
+
+def _second_process(names: Sequence[str]) -> subprocess.Popen[bytes] | None:
+    program = [sys.executable, "-P", "-m", "candle_vllm.core.kernels.cpu_runtime.travelling", "--keep", *names]
+    quiet = subprocess.DEVNULL
+    with suppress(OSError):
+        # It ends with this process, however that ends: by the other end of its standard input.
+        return subprocess.Popen(program, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet)
+    return None
+
+
+def _leave_alone(helper: subprocess.Popen[bytes], later: Sequence[str]) -> None:
+    with suppress(OSError, AttributeError):  # it may have ended; Windows has no such call
+        os.setpriority(os.PRIO_PROCESS, helper.pid, 10)
+    _COMING.update(dict.fromkeys(later, helper))
+    Thread(target=_await_end, args=(helper,), name="candle-vllm-compiling", daemon=True).start()
 
 
 def _await_end(helper: subprocess.Popen[bytes]) -> None:
