@@ -87,7 +87,7 @@ def compile_first(ask: Callable[[], object], later: Sequence[str] = ()) -> None:
     if getattr(sys, "frozen", False):  # `sys.executable` is some program, not Python
         return
     if not is_first_start():
-        missing = [code for code in later if is_missing(named_function(*code.split(","))[0])]
+        missing = [named for named in later if is_missing(named.replace(":", ".").replace(",", "."))]
         if missing and (helper := _second_process(missing)) is not None:
             _leave_alone(helper, missing)
         return
