@@ -92,3 +92,14 @@ async def test_named_strict_calls_are_always_valid(adapter: OpenAIAdapter, numbe
         name, arguments, reason = one
         assert (name, reason) == ("add_task", "tool_calls")
         check.validate(json.loads(arguments))
+
+
+def test_a_gap_between_two_texts_is_filled(coder: InferenceEngine) -> None:
+    body = {
+        "prompt": "def add(a, b):\n    return ",
+        "suffix": "\n\nprint(add(1, 2))\n",
+        "max_tokens": 16,
+        "temperature": 0,
+    }
+    answer = asyncio.run(OpenAIAdapter(coder).complete(body))
+    assert answer.choices[0].text.startswith("a + b")

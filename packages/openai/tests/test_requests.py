@@ -138,7 +138,6 @@ def test_chat_refusals_name_the_field(fields: dict[str, Any], param: str, messag
         ({"logprobs": True}, "logprobs", "is a number here"),
         ({"logprobs": 21}, "logprobs", "must be at most 20"),
         ({"max_tokens": 0}, "max_tokens", "echo"),
-        ({"suffix": "x"}, "suffix", "not implemented"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "belongs to chat requests"),
         ({"tool_choice": "required"}, "tool_choice", "belongs to chat requests"),
         ({"messages": HI}, "messages", "belongs to chat requests"),

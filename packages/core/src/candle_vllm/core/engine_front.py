@@ -44,6 +44,7 @@ from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_conventions import ChatConventions, chat_conventions
 from candle_vllm.core.text.chat_template import ChatTemplate
+from candle_vllm.core.text.infill import InfillPrompt, infill_prompt
 from candle_vllm.core.text.prompts import (
     Message,
     Prompt,
@@ -131,15 +132,32 @@ class EngineFront(ABC):
         if not isinstance(text, str):
             raise InvalidParameterError(f"the text to tokenize must be a text, not {type(text).__name__}", "prompt")
         tokenizer = self._require()[1].tokenizer
-        most = self._info.max_model_len * tokenizer.longest_token
+        self._check_text_length(text, "prompt")
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def _check_text_length(self, text: str, name: str) -> None:
+        most = self._info.max_model_len * self._require()[1].tokenizer.longest_token
         most = most if "generate" in self._info.tasks else max(most, MAX_TEXT)
         if len(text) > most:
             raise PromptTooLongError(
                 f"the text has {len(text)} characters; a context of {self._info.max_model_len} tokens holds at most "
                 f"{most} of them",
-                "prompt",
+                name,
             )
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    @explained()
+    def infill(self, prefix: str | Sequence[int], suffix: str) -> InfillPrompt:
+        """A prompt whose answer belongs between `prefix` (a text or its tokens) and `suffix`, and where it ends.
+
+        Raises:
+            InvalidParameterError: the model was not trained to fill in the middle.
+            PromptTooLongError: a text is longer than any prompt could be.
+        """
+        tokenizer = self._require()[1].tokenizer
+        for text, name in ((prefix, "prompt"), (suffix, "suffix")):
+            if isinstance(text, str) and tokenizer.infill is not None:
+                self._check_text_length(text, name)
+        return infill_prompt(tokenizer, tokenizer.infill, prefix, suffix)
 
     @explained()
     def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:

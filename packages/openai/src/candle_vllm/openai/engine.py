@@ -10,6 +10,7 @@ from candle_vllm.core.engine.watching import RequestWatcher
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_conventions import ChatConventions
+from candle_vllm.core.text.infill import InfillPrompt
 from candle_vllm.openai.embedding import EmbeddingEngineLike
 
 
@@ -41,6 +42,8 @@ class EngineLike(EmbeddingEngineLike, Protocol):
         ...
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+    def infill(self, prefix: str | Sequence[int], suffix: str) -> InfillPrompt: ...
 
     def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 

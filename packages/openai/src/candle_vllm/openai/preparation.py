@@ -154,7 +154,13 @@ class TaskPreparation:
         with task.paths.blamed():
             self._check(task)
             params = sampling_params(task, self._defaults)
-            prompts = [self._prompt(task, prompt) for prompt in task.prompts]
+            if task.suffix:
+                filled = [self._engine.infill(self._known(prompt), task.suffix) for prompt in task.prompts]
+                ends = dict.fromkeys((*(params.stop_token_ids or ()), *filled[0].stop_token_ids))
+                params = replace(params, stop_token_ids=tuple(ends))
+                prompts = [EchoedPrompt("", "", one.token_ids) for one in filled]
+            else:
+                prompts = [self._prompt(task, prompt) for prompt in task.prompts]
             tokens = sum(len(prompt.token_ids) for prompt in prompts)
             _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), tokens)
             if task.echo_prompts:
@@ -221,6 +227,11 @@ class TaskPreparation:
             scored = task.sampling.get("logprobs") is not None
             first = engine.detokenize(ids[:1], skip_special_tokens=False) if scored else ""
         return EchoedPrompt(text, first, tuple(ids))
+
+    def _known(self, prompt: str | Sequence[int]) -> str | Sequence[int]:
+        if not isinstance(prompt, str):
+            self._check_known(prompt)
+        return prompt
 
     def _check_known(self, ids: Sequence[int]) -> None:
         """Refuses ids beyond the vocabulary before a detokenizer sees them."""

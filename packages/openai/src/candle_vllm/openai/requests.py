@@ -88,6 +88,7 @@ def read_completion(request: CompletionRequest) -> Task:
     """What a checked completion request asks for."""
     return Task(
         prompts=tuple(request.prompts),
+        suffix=request.suffix or "",
         paths=Paths({"structured_outputs": _form_path(request, "tools")}),
         form=request.structured(),
         sampling=_given(request),

@@ -188,6 +188,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         messages: at least one; or none where there are `prompts`.
         prompts: texts, or ids of tokens, that answers continue as they are.
+        suffix: what stands behind the answers, which are to fill the gap between prompt and this; "" is nothing.
         tools: those that may be called, and the choice among them.
         form: what the content of an answer must look like; None is any text.
         sampling: values that the request gives, by names of `SamplingParams`.
@@ -213,6 +214,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     paths: Paths
     messages: tuple[Message, ...] = ()
     prompts: tuple[str | Sequence[int], ...] = ()
+    suffix: str = ""
     tools: ToolUse = ToolUse()
     form: StructuredOutputsParams | None = None
     sampling: Mapping[str, Any] = {}

@@ -31,6 +31,7 @@ from candle_vllm.core.testing.byte_tokenizer import ByteTokenizer
 from candle_vllm.core.testing.scripted_sequence import ScriptedSequence, made_up_logprobs
 from candle_vllm.core.testing.scripted_vectors import SIZE, ScriptedVectors
 from candle_vllm.core.text.chat_conventions import ChatConventions
+from candle_vllm.core.text.infill import InfillPrompt, infill_marks, infill_prompt
 
 Pieces = str | Sequence[str | bytes]
 Script = Pieces | Callable[[str], Pieces]
@@ -145,6 +146,11 @@ class ScriptedEngine(ScriptedVectors):
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Bytes as token ids."""
         return self.tokenizer.encode(text, add_special_tokens)
+
+    def infill(self, prefix: str | Sequence[int], suffix: str) -> InfillPrompt:
+        """As an engine's, with the marks among its special tokens."""
+        marks = infill_marks(self.tokenizer.special_tokens.get, {})
+        return infill_prompt(self.tokenizer, marks, prefix, suffix)
 
     def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids."""

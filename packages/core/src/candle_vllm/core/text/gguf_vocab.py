@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.text.infill import GGUF_NAMES as INFILL_NAMES
 from candle_vllm.core.text.pretokenizers import DEFAULT, PRE_TOKENIZERS, PreTokenizer
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ _ID_NAMES = (
     "fim_pad",
     "fim_rep",
     "fim_sep",
+    *INFILL_NAMES,
 )
 
 

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Backend
 from candle_vllm.core.errors import InvalidFileError, InvalidParameterError
 from candle_vllm.core.text.gguf_backend import build_backend, marked_texts, refusing_panics
 from candle_vllm.core.text.gguf_vocab import GgufVocab, read_gguf_vocab
+from candle_vllm.core.text.infill import InfillMarks, infill_marks
 from candle_vllm.core.text.special_tokens import end_of_file_ids, end_of_turn_ids
 from candle_vllm.core.text.token_bytes import byte_rule
 
@@ -33,9 +34,11 @@ class Tokenizer:
         response_template: the form of an answer, where the tokenizer's configuration tells it.
         strips_leading_space: a text starts without the space that its first token carries (SentencePiece).
         longest_token: characters of the longest token text.
+        infill: the marks of filling in the middle, or None.
 
     Args:
         backend, bos_token_id, eos_token_ids, special_tokens, chat_template, response_template: as above.
+        named_ids: ids that a file tells by other names than the tokens' own.
         tokens: every token's text and id, where they are at hand: asking `backend` takes a start's time.
     """
 
@@ -48,6 +51,7 @@ class Tokenizer:
         special_tokens: Mapping[str, str] | None = None,
         chat_template: ChatTemplateSource | None = None,
         response_template: Mapping[str, Any] | None = None,
+        named_ids: Mapping[str, int] | None = None,
         tokens: Mapping[str, int] | None = None,
     ) -> None:
         self.backend = backend
@@ -66,6 +70,7 @@ class Tokenizer:
         self._bytes: list[bytes | None] = [None] * self.vocab_size
         self.plain_texts: dict[int, str] = {}  # what `plain_text` has been asked for and found
         self.longest_token = max(map(len, tokens), default=1)
+        self.infill: InfillMarks | None = infill_marks(tokens.get, named_ids or {})
         self._literal: Backend | None = None
         self._literal_lock = threading.Lock()
 
@@ -105,6 +110,7 @@ class Tokenizer:
             eos_token_ids=_gguf_eos_ids(vocab),
             special_tokens={names[name]: vocab.tokens[index] for name, index in vocab.ids.items() if name in names},
             chat_template=_gguf_chat_template(metadata),
+            named_ids=vocab.ids,
             tokens=vocab.numbers,
         )
 

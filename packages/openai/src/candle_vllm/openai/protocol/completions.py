@@ -35,12 +35,14 @@ Prompt = Annotated[
 class CompletionRequest(GenerationFields):
     """Prompts to continue: a text, several, token ids, or several lists of them.
 
+    With a `suffix` each answer is what belongs between its prompt and that, by a model that was trained to fill in.
     Choice `i * n + j` is sequence `j` of prompt `i`. `max_tokens: 0` with `echo` scores a prompt and adds nothing.
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = COMPLETION_REFUSED_FIELDS
 
     prompt: Prompt
+    suffix: str | None = None
     max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     logprobs: Logprobs | None = None
 
@@ -55,6 +57,8 @@ class CompletionRequest(GenerationFields):
     def _completion_rules(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
             raise invalid("max_tokens", "must be at least 1, or 0 together with echo: true")
+        if self.suffix and self.echo:
+            raise invalid("echo", "repeats a prompt before its continuation, and with suffix there is none")
         if len(self.prompts) * self.sequences > MAX_CHOICES:
             raise invalid("n", f"times the number of prompts must be at most {MAX_CHOICES}")
         return self

@@ -74,7 +74,7 @@ REFUSED_FIELDS: Mapping[str, Refusal] = {
     "prediction": Refusal("predicted output is not implemented"),
     "web_search_options": Refusal("the server searches no web"),
     "moderation": Refusal("the server moderates nothing"),
-    "suffix": Refusal("filling in the middle is not implemented", ("",)),
+    "suffix": Refusal("it belongs to text completions, /v1/completions", ("",)),
     "use_beam_search": Refusal("beam search is not implemented", (False,)),
     "length_penalty": Refusal("beam search is not implemented", (1, 1.0)),
     "repeat_last_n": Refusal("penalties look at the whole text"),
@@ -101,7 +101,7 @@ REFUSED_FIELDS: Mapping[str, Refusal] = {
 }
 
 COMPLETION_REFUSED_FIELDS: Mapping[str, Refusal] = {
-    **REFUSED_FIELDS,
+    **{name: refusal for name, refusal in REFUSED_FIELDS.items() if name != "suffix"},
     "messages": Refusal(_CHAT_ONLY),
     "tools": Refusal(_CHAT_ONLY, ([],)),
     "tool_choice": Refusal(_CHAT_ONLY, ("none", "auto")),
