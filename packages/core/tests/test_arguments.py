@@ -37,7 +37,7 @@ def engine(toy_model: Path) -> Iterator[InferenceEngine]:
         ("n_ctx", "it is called max_model_len"),
         ("max_model_length", "did you mean max_model_len?"),
         ("n_gpu_layers", "nothing is divided"),
-        ("tensor_parallel_size", "one device"),
+        ("tp_size", "one device"),
         ("mem_fraction_static", "it is called gpu_memory_utilization"),
         ("temperature", r"generate\(prompts, SamplingParams"),
         ("trust_remote_code", "never run"),
@@ -57,7 +57,7 @@ def test_settings(make: Callable[..., object], name: str, said: str) -> None:
         (SamplingParams, "do_sample", "it is called temperature: 0 takes the likeliest"),
         (SamplingParams, "temperatur", "did you mean temperature?"),
         (SamplingParams, "guided_json", r"structured_outputs=StructuredOutputsParams\(json="),
-        (SamplingParams, "num_beams", "no beam search"),
+        (SamplingParams, "best_of", "n of them are made and given"),
         (SamplingParams, "stop_strings", "it is called stop"),
         (SamplingParams, "n_ctx", "setting of the engine"),
         (PoolingParams, "dimension", "did you mean dimensions?"),
@@ -123,9 +123,14 @@ def test_variables_for_whatever_template_there_is(engine: InferenceEngine) -> No
 
 
 def test_a_priority_goes_where_one_is_taken(engine: InferenceEngine) -> None:
-    with pytest.raises(TypeError, match="chat has no argument 'priority': agenerate, achat, stream"):
-        engine.chat(MESSAGES, priority=3)
+    with pytest.raises(TypeError, match="embed has no argument 'priority': agenerate, achat, stream"):
+        engine.embed("hi", priority=3)  # type: ignore[call-arg]
     params = SamplingParams(temperature=0, max_tokens=2)
+    with pytest.raises(InvalidParameterError, match="2 prompts and 1 priorities"):
+        engine.generate(["a", "b"], params, priority=[1])
+    with pytest.raises(InvalidParameterError, match=r"prompts\[1\]: priority must be a whole number"):
+        engine.generate(["a", "b"], params, priority=[1, 1.5])  # type: ignore[list-item]
+    assert engine.chat(MESSAGES, params, priority=-3).token_ids
     assert engine.chat_stream(MESSAGES, params, priority=3, request_id="a").request.priority == 3
 
 
@@ -134,6 +139,7 @@ def test_explained_methods_keep_their_signatures_and_stay_awaitable(engine: Infe
         "prompts",
         "sampling_params",
         "use_tqdm",
+        "priority",
         "add_special_tokens",
     ]
     assert len(asyncio.run(engine.agenerate("hi", SamplingParams(max_tokens=2, ignore_eos=True))).token_ids) == 2
@@ -157,6 +163,28 @@ def test_the_tables_speak_of_what_is_there_and_what_is_not() -> None:
         assert meant <= set(called), "an answer of one word is a name of ours"
     ours = [name for name, answer in foreign_names("EngineConfig").items() if answer.startswith("requests have it")]
     assert set(ours) - {"max_new_tokens"} <= tables["SamplingParams"]
+
+
+def test_what_is_so_anyway_may_be_said() -> None:
+    settings: dict[str, Any] = {"tensor_parallel_size": 1, "enable_lora": False, "limit_mm_per_prompt": {}}
+    assert EngineConfig(model="m", **settings) == EngineConfig(model="m")
+    params: dict[str, Any] = {"detokenize": True, "skip_clone": True}
+    assert SamplingParams(**params) == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "said"),
+    [
+        (EngineConfig, {"model": "m", "tensor_parallel_size": 2}, "one device"),
+        (EngineConfig, {"model": "m", "tensor_parallel_size": True}, "one device"),
+        (EngineConfig, {"model": "m", "tensor_parallel_size": 1, "enable_lora": True}, "'enable_lora': adapters"),
+        (SamplingParams, {"detokenize": False}, "always so"),
+        (PoolingParams, {"task": "embed"}, "the method says it"),
+    ],
+)
+def test_what_is_not_so_is_refused(make: Callable[..., object], given: dict[str, Any], said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        make(**given)
 
 
 def test_positions_of_parameters_have_no_meaning() -> None:

@@ -233,8 +233,8 @@ def test_every_sampling_field_arrives() -> None:
     bias = {"logit_bias": {"7": -5}}
     assert to_sampling_params(chat(**fields, **bias, logprobs=True, top_logprobs=3), {}) == expected
     assert to_sampling_params(completion(**fields, **bias, logprobs=3), {}) == expected
-    # skip_reading_prefix_cache is no request field; structured output and thoughts have tests of their own
-    others = {"logprobs", "logit_bias", "structured_outputs", "thoughts", "skip_reading_prefix_cache"}
+    # the last two are the library's own; structured output and thoughts have tests of their own
+    others = {"logprobs", "logit_bias", "structured_outputs", "thoughts", "skip_reading_prefix_cache", "output_kind"}
     assert set(SamplingParams.__struct_fields__) == {*fields, *others}
 
 

@@ -264,7 +264,7 @@ def test_wrong_parameters_are_refused_by_name(field: str, value: Any) -> None:
         ([[1, 272]], "no token 272; .* 0 to 271"), (7, "prompts are"),
         ([[1], [-1]], "input 1: there is no token -1"), ([[1], [10**30]], "input 1: token ids are 0 to 271"),
         ([[1], 5.0], "input 1: a prompt is a text or a list"), ([["a"]], "a prompt is a text or a list"),
-        ([[1], [True]], "input 1: a prompt is a text or a list"), ({"a": 1}, "a prompt is a text or a list"),
+        ([[1], [True]], "input 1: a prompt is a text or a list"), ({"a": 1}, "a prompt has no .a.: a prompt has"),
         (["a", "\ud800"], "input 1: the text has half a surrogate"),
     ],
 )  # fmt: skip

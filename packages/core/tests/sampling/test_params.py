@@ -21,6 +21,7 @@ from candle_vllm.core.sampling.params import (
     MAX_TOKEN_LIST,
     MAX_TOKENS,
     MAX_TOP_K,
+    RequestOutputKind,
     SamplingParams,
 )
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
@@ -44,6 +45,7 @@ GOOD: dict[str, list[Any]] = {
     "include_stop_str_in_output": [True, False],
     "skip_special_tokens": [True, False],
     "skip_reading_prefix_cache": [True, False],
+    "output_kind": list(RequestOutputKind),
     "logprobs": [None, 0, MAX_LOGPROBS],
     "prompt_logprobs": [None, 0, MAX_LOGPROBS],
     "logit_bias": [None, {}, {0: -100, 5: 100.0}],
@@ -77,6 +79,7 @@ BAD: dict[str, list[Any]] = {
     "include_stop_str_in_output": NO_BOOL,
     "skip_special_tokens": NO_BOOL,
     "skip_reading_prefix_cache": NO_BOOL,
+    "output_kind": [0, 1, "delta", None],
     "logprobs": [-1, MAX_LOGPROBS + 1, "1", 1.0, True],
     "prompt_logprobs": [-1, MAX_LOGPROBS + 1, "1", 1.0, True],
     "logit_bias": [{0: 101}, {0: -101}, {0: math.nan}, {0: "1"}, {-1: 1}, {"0": 1}, {1 << 31: 1}, [1], "x"],
@@ -135,13 +138,33 @@ def test_stop_strings_and_greedy() -> None:
     assert not SamplingParams(temperature=1e-5).greedy
 
 
-def test_unknown_fields_and_changes_are_refused() -> None:
+def test_unknown_fields_are_refused() -> None:
     with pytest.raises(TypeError):
         SamplingParams(best_of=2)  # type: ignore[call-arg]
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert({"best_of": 2}, SamplingParams)
-    with pytest.raises(AttributeError):
-        SamplingParams().n = 2  # type: ignore[misc]
+
+
+def test_a_field_that_is_set_is_checked_like_one_that_is_given() -> None:
+    params = SamplingParams(max_tokens=4)
+    params.max_tokens = 5
+    params.temperature = 1.0
+    assert params == SamplingParams(max_tokens=5, temperature=1.0)
+    for name, wrong in (("max_tokens", 0), ("min_tokens", 6), ("top_p", 2.0)):
+        before = getattr(params, name)
+        with pytest.raises(InvalidParameterError) as caught:
+            setattr(params, name, wrong)
+        assert caught.value.param == name
+        assert getattr(params, name) == before
+    with pytest.raises(AttributeError, match="'max_new_tokens': it is called max_tokens"):
+        params.max_new_tokens = 5  # type: ignore[attr-defined]
+
+
+def test_what_an_engine_fills_is_a_copy() -> None:
+    params = SamplingParams(temperature=0, top_p=1, top_k=0, min_p=0, repetition_penalty=1, max_tokens=4)
+    filled = params.filled({})
+    params.max_tokens = 5
+    assert filled.max_tokens == 4
 
 
 def test_what_is_open_stays_open_in_json_and_in_copies() -> None:
@@ -164,5 +187,4 @@ def test_equal_parameters_sample_alike() -> None:
     assert SamplingParams(temperature=1.0) == SamplingParams(temperature=1)
     assert SamplingParams(max_tokens=16) != SamplingParams()
     assert SamplingParams() != 5
-    assert hash(SamplingParams(seed=1)) == hash(SamplingParams(seed=1))
     assert SamplingParams(seed=1).filled(DEFAULT_SAMPLING) == SamplingParams(seed=1).filled(DEFAULT_SAMPLING)

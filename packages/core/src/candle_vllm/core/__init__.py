@@ -1,9 +1,10 @@
 """The engine of candle-vllm: load a model, continue prompts, many at a time.
 
-`InferenceEngine` and `RemoteEngine` are imported when they are first used, because what computes takes a while to
-import, and the settings, errors and request types do not need it.
+Engines and vLLM's names are imported when they are first used, because what computes takes a while to import, and the
+settings, errors and request types do not need it.
 """
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.config import EngineConfig
@@ -38,19 +39,32 @@ from candle_vllm.core.errors import (
     WeightsError,
 )
 from candle_vllm.core.pooling import PoolingParams
-from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.sampling.params import RequestOutputKind, SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from candle_vllm.core.inference_engine import InferenceEngine
     from candle_vllm.core.remote import RemoteEngine
+    from candle_vllm.core.vllm.arguments import AsyncEngineArgs, EngineArgs
+    from candle_vllm.core.vllm.llm import LLM
+    from candle_vllm.core.vllm.outputs import (
+        EmbeddingRequestOutput,
+        Logprob,
+        PoolingRequestOutput,
+        RequestOutput,
+        ScoringRequestOutput,
+    )
 
 __all__ = [
+    "LLM",
+    "AsyncEngineArgs",
     "CandleVllmError",
     "ChatTemplateError",
     "CompletionOutput",
     "ConfigError",
     "EmbeddingOutput",
+    "EmbeddingRequestOutput",
+    "EngineArgs",
     "EngineConfig",
     "EngineDeadError",
     "EngineOverloadedError",
@@ -61,18 +75,23 @@ __all__ = [
     "InferenceEngine",
     "InvalidFileError",
     "InvalidParameterError",
+    "Logprob",
     "ModelInfo",
     "ModelLoadError",
     "ModelNotFoundError",
     "NoMemoryError",
     "PoolingParams",
+    "PoolingRequestOutput",
     "PositionLogprobs",
     "PromptTooLongError",
     "RemoteEngine",
     "RequestAbortedError",
     "RequestError",
+    "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "ScoreOutput",
+    "ScoringRequestOutput",
     "StructuredOutputsParams",
     "TokenLogprob",
     "TokenOutput",
@@ -81,17 +100,24 @@ __all__ = [
 ]
 
 
+_LATER = MappingProxyType({
+    "InferenceEngine": "inference_engine",
+    "RemoteEngine": "remote",
+    "LLM": "vllm.llm",
+    **dict.fromkeys(("EngineArgs", "AsyncEngineArgs"), "vllm.arguments"),
+    **dict.fromkeys(
+        ("EmbeddingRequestOutput", "Logprob", "PoolingRequestOutput", "RequestOutput", "ScoringRequestOutput"),
+        "vllm.outputs",
+    ),
+})  # fmt: skip
+
 if not TYPE_CHECKING:  # to which every name would be one
 
     def __getattr__(name: str) -> Any:
-        if name == "InferenceEngine":
-            from candle_vllm.core.inference_engine import InferenceEngine
+        if name in _LATER:
+            from importlib import import_module
 
-            return InferenceEngine
-        if name == "RemoteEngine":
-            from candle_vllm.core.remote import RemoteEngine
-
-            return RemoteEngine
+            return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
         from candle_vllm.core.arguments import missing_name
 
         raise missing_name(__name__, name, __all__)

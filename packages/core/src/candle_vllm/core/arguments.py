@@ -1,8 +1,8 @@
 """What is said to an argument that there is not: the nearest name, and to the names of other libraries ours.
 
 A row of the tables is the names and the answer: a name of ours that does the same, perhaps with what else there is to
-say, or a sentence that says why there is none. What exists here under that very name is not in the tables; a test sees
-to that.
+say, or a sentence that says why there is none. Behind them may stand the values that say what is so anyway: who gives
+one of these is let by. What exists here under that very name is not in the tables; a test sees to that.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import msgspec
@@ -27,17 +28,22 @@ _FORM = "structured_outputs, as in structured_outputs=StructuredOutputsParams("
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Rows = tuple[tuple[str, str] | tuple[str, str, tuple[object, ...]], ...]
 
-_SETTINGS: tuple[tuple[str, str], ...] = (
+_SETTINGS: Rows = (
     ("model_path model_name model_id model_name_or_path pretrained_model_name_or_path repo_id", "model"),
     ("filename gguf_file", "weight_file"),
     ("token use_auth_token", "hf_token"),
     ("cache_dir", "download_dir"),
     ("local_files_only", "offline"),
     ("tokenizer_path tokenizer_name", "tokenizer, which is a folder"),
-    ("tokenizer_mode tokenizer_revision skip_tokenizer_init hf_overrides hf_config_path generation_config",
-     "the model's files say it"),
-    ("trust_remote_code", "code of a model's repository is never run: its architecture is built in, or refused"),
+    ("tokenizer_mode tokenizer_revision hf_config_path model_impl config_format", "the model's files say it",
+     (None, "auto")),
+    ("hf_overrides override_generation_config", "the model's files say it", (None, {})),
+    ("generation_config", "the model's files say it", ("auto",)),
+    ("skip_tokenizer_init", "texts are always read and written", (False,)),
+    ("trust_remote_code", "code of a model's repository is never run: its architecture is built in, or refused",
+     (False,)),
     ("chat_format", "chat_template, which is Jinja source; without it the model's own counts"),
     ("n_ctx num_ctx ctx_size context_length context_size max_seq_len max_seq_length max_sequence_length",
      "max_model_len"),
@@ -53,24 +59,47 @@ _SETTINGS: tuple[tuple[str, str], ...] = (
     ("random_seed", "seed"),
     ("rope_scaling rope_freq_base rope_freq_scale rope_scaling_type yarn_ext_factor",
      "yarn_scaling_factor, for a longer context; else the model's files say it"),
-    ("n_gpu_layers gpu_layers offload_kqv cpu_offload_gb swap_space max_memory", _WHOLE),
-    ("tensor_parallel_size pipeline_parallel_size data_parallel_size enable_expert_parallel tp_size dp_size pp_size "
-     "tensor_split split_mode distributed_executor_backend", _ONE_DEVICE),
-    ("quantization quantization_config load_in_4bit load_in_8bit", _STORED),
-    ("enable_lora max_loras max_lora_rank lora_path lora_base lora_scale", _LORA),
-    ("speculative_config speculative_model num_speculative_tokens draft_model",
-     "no drafts are made, so there is nothing to set"),
-    ("limit_mm_per_prompt mm_processor_kwargs clip_model_path", "models read text alone here"),
+    ("n_gpu_layers gpu_layers offload_kqv max_memory", _WHOLE),
+    ("cpu_offload_gb swap_space offload_group_size", _WHOLE, (0, 0.0)),
+    ("tensor_parallel_size pipeline_parallel_size data_parallel_size decode_context_parallel_size "
+     "prefill_context_parallel_size nnodes", _ONE_DEVICE, (1,)),
+    ("enable_expert_parallel enable_eplb enable_dbo", _ONE_DEVICE, (False,)),
+    ("distributed_executor_backend", _ONE_DEVICE, (None, "uni")),
+    ("disable_custom_all_reduce", _ONE_DEVICE, (False, True)),
+    ("tp_size dp_size pp_size tensor_split split_mode", _ONE_DEVICE),
+    ("quantization quantization_config", _STORED, (None,)),
+    ("load_in_4bit load_in_8bit", _STORED, (False,)),
+    ("enable_lora", _LORA, (False,)),
+    ("max_loras max_lora_rank max_cpu_loras lora_path lora_base lora_scale", _LORA),
+    ("speculative_config speculative_model num_speculative_tokens draft_model spec_method spec_model spec_tokens",
+     "no drafts are made, so there is nothing to set", (None,)),
+    ("limit_mm_per_prompt mm_processor_kwargs clip_model_path", "models read text alone here", (None, {})),
+    ("allowed_local_media_path allowed_media_domains", "models read text alone here", (None, "", [])),
     ("use_mmap use_mlock low_cpu_mem_usage", "weights are mapped while they are loaded"),
-    ("enable_chunked_prefill", "it is always so"),
-    ("task runner embedding", "an engine generates, embeds and scores, as far as the model can"),
-    ("disable_log_stats verbose", "what is logged goes to Python's logging, by the name candle_vllm"),
+    ("enable_chunked_prefill", "it is always so", (True, None)),
+    ("task runner", "an engine generates, embeds and scores, as far as the model can",
+     (None, "auto", "generate", "pooling", "embed", "score")),
+    ("convert", "an engine generates, embeds and scores, as far as the model can", (None, "auto", "none", "embed")),
+    ("embedding", "an engine generates, embeds and scores, as far as the model can"),
+    ("disable_log_stats", "what is logged goes to Python's logging, by the name candle_vllm", (True, False)),
+    ("verbose", "what is logged goes to Python's logging, by the name candle_vllm"),
+    ("compilation_config optimization_level", "nothing of a model is compiled by torch", (None, 0, {})),
+    ("attention_config kernel_config profiler_config kv_transfer_config pooler_config worker_cls",
+     "it has no counterpart here", (None, {}, "auto")),
+    ("structured_outputs_config guided_decoding_backend", "forms of texts are held by llguidance",
+     (None, {}, {"backend": "auto"}, {"backend": "guidance"}, "auto", "guidance")),
+    ("logits_processors", "no code runs between steps", (None, [])),
+    ("scheduling_policy", "lower priorities run first, equal ones in order of arrival", ("fcfs", "priority")),
+    ("max_logprobs", "a request may ask for the 20 likeliest tokens", (20,)),
+    ("logprobs_mode", "log-probabilities are the model's own, before penalties and temperature", ("raw_logprobs",)),
+    ("async_scheduling enable_sleep_mode enable_prompt_embeds enable_return_routed_experts return_sampling_mask",
+     "there is no such thing here", (None, False)),
     ("n temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty max_tokens min_tokens stop "
      "stop_token_ids ignore_eos skip_special_tokens logprobs prompt_logprobs logit_bias allowed_token_ids bad_words "
      "structured_outputs max_new_tokens", "requests have it: generate(prompts, SamplingParams(...))"),
 )  # fmt: skip
 
-_PARAMETERS: tuple[tuple[str, str], ...] = (
+_PARAMETERS: Rows = (
     ("max_new_tokens max_length max_completion_tokens max_output_tokens max_gen_len n_predict num_predict",
      "max_tokens"),
     ("min_new_tokens min_length", "min_tokens"),
@@ -88,24 +117,46 @@ _PARAMETERS: tuple[tuple[str, str], ...] = (
     ("guided_regex", f"{_FORM}regex=...)"),
     ("guided_choice", f"{_FORM}choice=[...])"),
     ("guided_grammar grammar", f"{_FORM}grammar=...)"),
-    ("num_beams best_of use_beam_search beam_width length_penalty early_stopping", "there is no beam search"),
+    ("num_beams use_beam_search beam_width length_penalty early_stopping", "LLM.beam_search does it"),
+    ("best_of", "n of them are made and given, as in vLLM today"),
     ("typical_p tfs_z mirostat mirostat_mode mirostat_tau mirostat_eta epsilon_cutoff eta_cutoff top_a penalty_alpha "
      "no_repeat_ngram_size",
      "the samplers are temperature, top_p, top_k, min_p and penalties"),
-    ("logits_processors logits_processor",
-     "no code runs between steps: logit_bias, allowed_token_ids and structured_outputs are there"),
-    ("use_cache detokenize", "it is always so"),
+    ("logits_processors logits_processor extra_args",
+     "no code runs between steps: logit_bias, allowed_token_ids and structured_outputs are there", (None,)),
+    ("use_cache detokenize", "it is always so", (True,)),
+    ("spaces_between_special_tokens", "tokenizers of tokenizer.json and GGUF files put none between", (True, False)),
+    ("skip_clone", "an engine takes a copy of what was given", (False, True)),
+    ("flat_logprobs", "log-probabilities come in one form", (False,)),
+    ("logprob_token_ids prompt_logprob_token_ids prompt_logprob_start",
+     "logprobs and prompt_logprobs give the likeliest tokens, at every place", (None,)),
+    ("stream_interval", "a piece comes with every step that has something to say", (None, 1)),
+    ("thinking_token_budget", "thoughts, a ThoughtBudget with the marks around the model's thoughts", (None, -1)),
+    ("repetition_detection", "repetition_penalty is there, and max_tokens", (None,)),
+    ("watermarking", "texts are not marked", (None, False)),
+    ("routed_experts_prompt_start", "which experts were taken is not told", (0,)),
+    ("trace_decode_token_ids", "tokens are drawn, never dictated", (None,)),
+    ("truncate_prompt_tokens", "a prompt is run whole or refused: cut its token ids", (None,)),
     ("model max_model_len n_ctx max_num_seqs threads device dtype",
      "it is a setting of the engine: InferenceEngine(...)"),
-    ("output_kind", "generate gives whole outputs, stream and generate_stream pieces"),
 )  # fmt: skip
 
-_ARGUMENTS: tuple[tuple[str, str], ...] = (
+_POOLING: Rows = (
+    ("use_activation softmax activation", "normalize, of a vector"),
+    ("pooling_type seq_pooling_type", "pooling"),
+    ("task", "the method says it: embed, classify or score", (None,)),
+    ("step_tag_id returned_token_ids requires_token_ids late_interaction_params late_chunking_params extra_kwargs",
+     "a text gives one vector, or the numbers of its classes", (None,)),
+    ("truncate_prompt_tokens", "a text is run whole or refused: cut its token ids", (None,)),
+)  # fmt: skip
+
+_ARGUMENTS: Rows = (
     ("prompt inputs texts prompt_token_ids", "prompts, each a text or token ids"),
     ("params generation_config", "sampling_params"),
     ("conversation conversations", "messages"),
     ("stream streamer", "there are generate_stream and chat_stream, and stream in an event loop"),
     ("lora_request", _LORA),
+    ("mm_processor_kwargs", "models read text alone here"),
     ("progress show_progress", "use_tqdm"),
     ("functions", "tools"),
     ("tool_choice parallel_tool_calls tool_parser",
@@ -117,23 +168,38 @@ _ARGUMENTS: tuple[tuple[str, str], ...] = (
      "agenerate, achat, stream, achat_stream, generate_stream and chat_stream have priority and request_id"),
 )  # fmt: skip
 
-_IMPORTED: tuple[tuple[str, str], ...] = (
-    ("LLM AsyncLLM LLMEngine AsyncLLMEngine Llama Engine LlamaCpp AutoModelForCausalLM pipeline", "InferenceEngine"),
+_IMPORTED: Rows = (
+    ("LLMEngine Llama Engine LlamaCpp AutoModelForCausalLM pipeline", "InferenceEngine"),
+    ("AsyncLLMEngine", "AsyncLLM"),
     ("GuidedDecodingParams", "StructuredOutputsParams"),
-    ("EngineArgs AsyncEngineArgs ModelConfig", "EngineConfig"),
+    ("ModelConfig", "EngineConfig"),
     ("GenerationConfig GenerationParams", "SamplingParams"),
-    ("RequestOutput", "GenerationOutput"),
 )  # fmt: skip
+
+_TABLES: Mapping[str, Rows] = MappingProxyType(
+    {"EngineConfig": _SETTINGS, "SamplingParams": _PARAMETERS, "PoolingParams": _POOLING}
+)
 
 
 @functools.cache
 def foreign_names(owner: str) -> Mapping[str, str]:
-    """The answer to each name that `EngineConfig`, `SamplingParams` or (for any other owner) a method lacks.
+    """The answer to each name that a class of the tables or (for any other owner) a method lacks.
 
     It begins with a name of ours where that does the same.
     """
-    rows = {"EngineConfig": _SETTINGS, "SamplingParams": _PARAMETERS}.get(owner, _ARGUMENTS if owner.islower() else ())
-    return dict(_told(rows))
+    return dict(_told(_TABLES.get(owner, _ARGUMENTS if owner.islower() else ())))
+
+
+def says_what_is_so(owner: str, name: str, value: object) -> bool:
+    """Whether a name that `owner` lacks was given with a value by which nothing would change."""
+    agreeing = _agreeing(owner).get(name, ())
+    return any(type(value) is type(each) and value == each for each in agreeing)
+
+
+@functools.cache
+def _agreeing(owner: str) -> Mapping[str, tuple[object, ...]]:
+    rows = _TABLES.get(owner, ())
+    return {name: row[2] for row in rows if len(row) == 3 for name in row[0].split()}
 
 
 def unknown_name(owner: str, name: str, known: Iterable[str], within: Mapping[str, Iterable[str]] | None = None) -> str:
@@ -190,6 +256,11 @@ class _Explaining(type):
             try:
                 return super().__call__(*arguments, **named)
             except TypeError:
+                wanted = {
+                    name: value for name, value in named.items() if not says_what_is_so(cls.__name__, name, value)
+                }
+                if len(wanted) < len(named):
+                    return cls(*arguments, **wanted)
                 fields = getattr(cls, "__struct_fields__", None)
                 known = fields or inspect.signature(cls.__init__).parameters
                 for name in named:
@@ -280,7 +351,7 @@ def refuse_lost(
             raise TypeError(said)
 
 
-def _told(rows: tuple[tuple[str, str], ...]) -> Iterator[tuple[str, str]]:
-    for names, answer in rows:
-        for name in names.split():
-            yield name, answer
+def _told(rows: Rows) -> Iterator[tuple[str, str]]:
+    for row in rows:
+        for name in row[0].split():
+            yield name, row[1]

@@ -28,7 +28,7 @@ from candle_vllm.core.engine.request import (
     ModelInfo,
     ScoreOutput,
 )
-from candle_vllm.core.engine.stream import Inbox, TokenIterator, TokenStream, run_all, whole
+from candle_vllm.core.engine.stream import Bar, Inbox, TokenIterator, TokenStream, run_all, whole
 from candle_vllm.core.engine.thread import EngineThread, StepEngine
 from candle_vllm.core.engine.watching import RequestInfo, RequestWatcher, watched_pooling, watched_submit
 from candle_vllm.core.errors import (
@@ -40,7 +40,7 @@ from candle_vllm.core.errors import (
     UnsupportedModelError,
 )
 from candle_vllm.core.pooling import PoolingParams
-from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.sampling.params import RequestOutputKind, SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_conventions import ChatConventions, chat_conventions
 from candle_vllm.core.text.chat_template import ChatTemplate
@@ -100,7 +100,11 @@ class EngineFront(ABC):
         """
         if not isinstance(params, (SamplingParams, type(None))):
             raise _no_params(params)
-        return (params or SamplingParams()).filled(self._info.default_sampling)
+        params = params or SamplingParams()
+        if params.output_kind is not RequestOutputKind.CUMULATIVE:
+            said = "output_kind is for AsyncLLM: generate gives whole outputs, stream and generate_stream pieces"
+            raise InvalidParameterError(said, "output_kind")
+        return params.filled(self._info.default_sampling)
 
     @property
     def chat_conventions(self) -> ChatConventions:
@@ -227,7 +231,8 @@ class EngineFront(ABC):
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: Bar = True,
+        priority: int | Sequence[int] = 0,
         add_special_tokens: bool = True,
     ) -> list[GenerationOutput]:
         """Continues every prompt; outputs in the order of the prompts.
@@ -237,7 +242,8 @@ class EngineFront(ABC):
                 `prompt_token_ids`.
             sampling_params: one for all, or one each. What they leave open is the model's (`default_sampling_params`);
                 16 tokens where they leave `max_tokens` open.
-            use_tqdm: show a progress bar, on a terminal.
+            use_tqdm: show a progress bar, on a terminal; or what makes one, called as tqdm is.
+            priority: one for all, or one each; lower runs first.
             add_special_tokens: texts begin with the token that the model asks for.
 
         Raises:
@@ -246,7 +252,7 @@ class EngineFront(ABC):
             RequestAbortedError: the engine was closed meanwhile.
             CandleVllmError: the engine failed on a request.
         """
-        todo = self._requests("prompts", as_prompts(prompts), sampling_params, add_special_tokens)
+        todo = self._requests("prompts", as_prompts(prompts), sampling_params, add_special_tokens, priority)
         return [output for _, output in sorted(run_all(self._running_thread(), todo, use_tqdm))]
 
     @overload
@@ -255,7 +261,8 @@ class EngineFront(ABC):
         messages: Sequence[Message],
         sampling_params: SamplingParams | None = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: Bar = True,
+        priority: int = 0,
         **options: Any,
     ) -> GenerationOutput: ...
 
@@ -265,7 +272,8 @@ class EngineFront(ABC):
         messages: Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: Bar = True,
+        priority: int | Sequence[int] = 0,
         **options: Any,
     ) -> list[GenerationOutput]: ...
 
@@ -274,7 +282,8 @@ class EngineFront(ABC):
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: Bar = True,
+        priority: int | Sequence[int] = 0,
         **options: Any,
     ) -> GenerationOutput | list[GenerationOutput]:
         """Answers a conversation, or every one of a list; outputs in the order of the conversations.
@@ -284,7 +293,7 @@ class EngineFront(ABC):
         Args:
             messages: the messages of one conversation, or a list of conversations.
             sampling_params: one for all, or one each, as of `generate`.
-            use_tqdm: show a progress bar for a list.
+            use_tqdm, priority: as of `generate`; a bar is shown for a list.
             options: as of `apply_chat_template`; `documents`, `tools` and variables are those of all conversations.
 
         Raises:
@@ -301,8 +310,8 @@ class EngineFront(ABC):
             params = self._chat_params(sampling_params)
         else:
             params = [self._chat_params(each) for each in _each_params(sampling_params)]
-        todo = self._requests("messages", prompts, params, False)
-        outputs = [output for _, output in sorted(run_all(self._running_thread(), todo, use_tqdm and several))]
+        todo = self._requests("messages", prompts, params, False, priority)
+        outputs = [output for _, output in sorted(run_all(self._running_thread(), todo, several and use_tqdm))]
         return outputs if several else outputs[0]
 
     @explained(**_SAMPLING)
@@ -340,16 +349,20 @@ class EngineFront(ABC):
 
     @explained(PoolingParams=PoolingParams.__struct_fields__)
     def embed(
-        self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None = None, *, use_tqdm: bool = True
+        self,
+        inputs: Prompt | Sequence[Prompt],
+        params: PoolingParams | Sequence[PoolingParams] | None = None,
+        *,
+        use_tqdm: Bar = True,
     ) -> list[EmbeddingOutput]:
         """The vector of every text; outputs in the order of the inputs.
 
         A model that generates text gives vectors as well: its hidden states behind the last norm, pooled.
 
         Args:
-            inputs: one text or a list; a text may be a list of token ids.
-            params: how the vectors are made; None is as the model's files say.
-            use_tqdm: show a progress bar.
+            inputs: one text or a list; a text may be a list of token ids, or an object as of `generate`.
+            params: how the vectors are made, one for all or one each; None is as the model's files say.
+            use_tqdm: show a progress bar, as of `generate`.
 
         Raises:
             RequestError: an input or its parameters are wrong, or the model gives no vectors; nothing has run then.
@@ -379,7 +392,7 @@ class EngineFront(ABC):
         return outputs
 
     @explained()
-    def score(self, pairs: Sequence[Pair], *, use_tqdm: bool = True) -> list[ScoreOutput]:
+    def score(self, pairs: Sequence[Pair], *, use_tqdm: Bar = True) -> list[ScoreOutput]:
         """How well the two texts of each pair belong together.
 
         A cross-encoder reads both texts at once, and its head's number is the score (brought to 0..1 by a sigmoid where
@@ -575,6 +588,7 @@ class EngineFront(ABC):
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
         add_special_tokens: bool,
+        priority: int | Sequence[int] = 0,
     ) -> list[tuple[GenerationRequest, Sequence[Any]]]:
         """Requests that were checked; of several prompts the error says which one is wrong, as a place in `field`."""
         engine = self._working()
@@ -584,10 +598,13 @@ class EngineFront(ABC):
             each = _each_params(params)
         if len(each) != len(prompts):
             raise InvalidParameterError(f"{len(prompts)} prompts and {len(each)} sampling_params", "sampling_params")
+        orders = [priority] * len(prompts) if isinstance(priority, int) else list(priority)
+        if len(orders) != len(prompts):
+            raise InvalidParameterError(f"{len(prompts)} prompts and {len(orders)} priorities", "priority")
         todo: list[tuple[GenerationRequest, Sequence[Any]]] = []
-        for number, (prompt, one) in enumerate(zip(prompts, each)):
+        for number, (prompt, one, order) in enumerate(zip(prompts, each, orders)):
             try:
-                request = self._request(prompt, one, add_special_tokens=add_special_tokens)
+                request = self._request(prompt, one, priority=order, add_special_tokens=add_special_tokens)
                 todo.append((request, engine.prepare(request)))
             except RequestError as error:
                 if len(prompts) == 1:

@@ -36,7 +36,7 @@ from candle_vllm.core.memory import refuse_longer
 from candle_vllm.core.models.family import Decoder, Encoder, Family
 from candle_vllm.core.models.registry import family_from_gguf, family_from_hf
 from candle_vllm.core.pooling import ModelPooling, PoolingKind
-from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.sampling.params import MAX_TOKENS, SamplingParams
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.threads import collector_paused
@@ -59,7 +59,7 @@ class Loaded:
         tokenizer: words to tokens.
         template: the chat template, where the model has one.
         eos_token_ids: tokens that end a sequence: config, generation config and tokenizer together.
-        default_sampling: sampling defaults of the model's generation config.
+        default_sampling: sampling defaults of the model's generation config; its length of an answer as "max_tokens".
         pooling: how vectors are made of its hidden states; a cross-encoder has none.
         quantization: stored tensor types and how many tensors of each, where they are not plain.
         num_parameters: stored numbers.
@@ -251,6 +251,9 @@ def _default_sampling(generation: Fields) -> dict[str, float | int]:
         values[key] = int(value) if key == "top_k" and value.is_integer() else value
     if not generation.get("do_sample", bool, True):
         values["temperature"] = 0.0
+    length = generation.values.get("max_new_tokens")
+    if isinstance(length, int) and 0 < length <= MAX_TOKENS:  # anything else never kept a model from being served
+        values["max_tokens"] = length
     try:
         SamplingParams(**values)
     except InvalidParameterError as error:

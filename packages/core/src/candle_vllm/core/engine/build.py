@@ -223,6 +223,10 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
     """What callers may know of a model that an engine serves."""
     vectors = ("embed", "score") if loaded.pooling is not None else ("score",)
     generates = isinstance(loaded, LoadedModel) and loaded.config.has_head
+    sampling = {**DEFAULT_SAMPLING, **loaded.default_sampling}
+    sampling.pop(
+        "max_tokens", None
+    )  # without one a chat goes on to the end of the turn, whatever the model's file says
     return ModelInfo(
         name=loaded.name,
         architecture=loaded.config.model_type,
@@ -235,7 +239,8 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
         weight_bytes=loaded.weight_bytes,
         eos_token_ids=loaded.eos_token_ids,
         has_chat_template=loaded.template is not None,
-        default_sampling={**DEFAULT_SAMPLING, **loaded.default_sampling} if generates else {},
+        default_sampling=sampling if generates else {},
+        model_sampling=loaded.default_sampling if generates else {},
         tasks=("generate", *vectors) if generates else vectors,
         embedding_size=0 if loaded.pooling is None else loaded.pooling.size,
         max_num_seqs=engine.max_num_seqs,

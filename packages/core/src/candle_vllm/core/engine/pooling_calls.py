@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from candle_vllm.core.engine.request import EmbeddingOutput, ModelInfo, PoolingRequest, ScoreOutput, TokenOutput
-from candle_vllm.core.engine.stream import Entry, Window
+from candle_vllm.core.engine.stream import Bar, Entry, Window
 from candle_vllm.core.engine.thread import EngineThread, StepEngine
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError, RequestError
 from candle_vllm.core.pooling import PoolingParams
-from candle_vllm.core.text.prompts import Prompt, as_prompts, as_token_ids
+from candle_vllm.core.text.prompts import Prompt, as_prompts, read_prompt
 from candle_vllm.core.text.tokenizer import Tokenizer
 
 MAX_TEXT = 1 << 22
@@ -49,7 +49,11 @@ class PoolingCalls:
     # ---- vectors -----------------------------------------------------------------------------------------------------
 
     def embed(
-        self, inputs: Prompt | Sequence[Prompt], params: PoolingParams | None, *, use_tqdm: bool
+        self,
+        inputs: Prompt | Sequence[Prompt],
+        params: PoolingParams | Sequence[PoolingParams] | None,
+        *,
+        use_tqdm: Bar,
     ) -> list[EmbeddingOutput]:
         """See `InferenceEngine.embed`."""
         entries = self._texts(inputs, params, uuid.uuid4().hex, 0, True)
@@ -70,11 +74,11 @@ class PoolingCalls:
 
     # ---- scores ------------------------------------------------------------------------------------------------------
 
-    def score(self, pairs: Sequence[Pair], *, use_tqdm: bool) -> list[ScoreOutput]:
+    def score(self, pairs: Sequence[Pair], *, use_tqdm: Bar) -> list[ScoreOutput]:
         """See `InferenceEngine.score`."""
         if self._is_cross_encoder:
             entries = self._pairs(pairs, uuid.uuid4().hex, 0)
-            return _scores(self._window(entries).run(use_tqdm=use_tqdm))
+            return _scores(entries, self._window(entries).run(use_tqdm=use_tqdm))
         entries = self._distinct(pairs, uuid.uuid4().hex, 0)
         return _cosines(pairs, _vectors(entries, self._window(entries).run(use_tqdm=use_tqdm)))
 
@@ -82,7 +86,7 @@ class PoolingCalls:
         """See `InferenceEngine.ascore`."""
         if self._is_cross_encoder:
             entries = await asyncio.to_thread(self._pairs, pairs, request_id, priority)
-            return _scores(await self._window(entries).arun())
+            return _scores(entries, await self._window(entries).arun())
         entries = await asyncio.to_thread(self._distinct, pairs, request_id, priority)
         return _cosines(pairs, _vectors(entries, await self._window(entries).arun()))
 
@@ -98,26 +102,24 @@ class PoolingCalls:
     def _texts(
         self,
         inputs: Prompt | Sequence[Prompt],
-        params: PoolingParams | None,
+        params: PoolingParams | Sequence[PoolingParams] | None,
         request_id: str,
         priority: int,
         add_special_tokens: bool,
     ) -> list[Entry]:
         """The checked request of each text."""
-        params = PoolingParams() if params is None else params
-        if not isinstance(params, PoolingParams):
-            raise InvalidParameterError("params must be PoolingParams", "params")
         prompts = as_prompts(inputs)
+        each = _each_params(params, len(prompts))
         entries = []
-        for number, prompt in enumerate(prompts):
+        for number, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
             with _blaming(number, len(prompts)):
-                text = prompt if isinstance(prompt, str) else None
-                ids = as_token_ids(prompt) if text is None else self._encode(text, add_special_tokens)
+                text, ids = read_prompt(prompt)
+                ids = self._encode(text or "", add_special_tokens) if ids is None else ids
                 request = PoolingRequest(
                     request_id=_numbered(request_id, number, len(prompts)),
                     prompt=text,
                     prompt_token_ids=ids,
-                    pooling=params,
+                    pooling=one,
                     priority=priority,
                 )
                 entries.append(Entry(request, self._engine.prepare(request)))
@@ -176,6 +178,15 @@ class PoolingCalls:
             )
 
 
+def _each_params(params: Any, count: int) -> list[PoolingParams]:
+    each = [params] * count if params is None or isinstance(params, PoolingParams) else params
+    if not isinstance(each, (list, tuple)) or not all(isinstance(one, (PoolingParams, type(None))) for one in each):
+        raise InvalidParameterError("params must be PoolingParams", "params")
+    if len(each) != count:
+        raise InvalidParameterError(f"{count} inputs and {len(each)} params", "params")
+    return [one or PoolingParams() for one in each]
+
+
 def _check_pairs(pairs: Any) -> None:
     if isinstance(pairs, (str, bytes)) or not isinstance(pairs, Sequence):
         raise InvalidParameterError("pairs must be a list of pairs of texts", "pairs")
@@ -215,8 +226,15 @@ def _vectors(entries: Sequence[Entry], pieces: Sequence[TokenOutput]) -> list[Em
     ]
 
 
-def _scores(pieces: Sequence[TokenOutput]) -> list[ScoreOutput]:
-    return [ScoreOutput(score=_numbers(piece)[0], num_tokens=piece.num_prompt_tokens) for piece in pieces]
+def _scores(entries: Sequence[Entry], pieces: Sequence[TokenOutput]) -> list[ScoreOutput]:
+    return [
+        ScoreOutput(
+            score=_numbers(piece)[0],
+            num_tokens=piece.num_prompt_tokens,
+            prompt_token_ids=tuple(entry.request.prompt_token_ids),
+        )
+        for entry, piece in zip(entries, pieces, strict=True)
+    ]
 
 
 def _numbers(piece: TokenOutput) -> array[float]:
@@ -234,7 +252,8 @@ def _cosines(pairs: Sequence[Pair], outputs: Sequence[EmbeddingOutput]) -> list[
         counted |= new
         tokens = sum(len(vectors[text].prompt_token_ids) for text in new)
         first, second = (vectors[text].embedding for text in pair)
-        made.append(ScoreOutput(score=_cosine(first, second), num_tokens=tokens))
+        ids = tuple(token for text in pair for token in vectors[text].prompt_token_ids)
+        made.append(ScoreOutput(score=_cosine(first, second), num_tokens=tokens, prompt_token_ids=ids))
     return made
 
 

@@ -306,16 +306,22 @@ class ScoreOutput(ShownStruct, frozen=True, kw_only=True):
         score: what the model's head says (a cross-encoder), or the cosine of the texts' vectors.
         num_tokens: tokens that were run for the pair. A text that stands in several pairs is run once for its vector
             and counts in the first of them.
+        prompt_token_ids: the tokens of both texts, those that the tokenizer adds included.
     """
+
+    unshown: ClassVar[frozenset[str]] = frozenset({"prompt_token_ids"})
 
     score: float
     num_tokens: int
+    prompt_token_ids: tuple[int, ...] = ()
 
 
 class ModelInfo(ShownStruct, frozen=True, kw_only=True):
     """What is served, for people and for `/v1/models`.
 
     Attributes:
+        default_sampling: what counts where a request says nothing of it.
+        model_sampling: what the model's files say of it, and how many tokens an answer has ("max_tokens").
         tasks: what the model does: "generate", "embed", "score".
         embedding_size: length of its vectors; 0 where it gives none.
         max_num_seqs: most sequences in one step.
@@ -331,6 +337,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
             "embedding_size",
             "max_num_seqs",
             "kv_cache_bytes",
+            "model_sampling",
         }
     )
 
@@ -346,6 +353,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...]
     has_chat_template: bool
     default_sampling: Mapping[str, float | int]
+    model_sampling: Mapping[str, float | int] = msgspec.field(default_factory=dict)
     tasks: tuple[str, ...] = ("generate",)
     embedding_size: int = 0
     max_num_seqs: int = 1

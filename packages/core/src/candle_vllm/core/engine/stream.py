@@ -33,6 +33,10 @@ Shortcut = Callable[[TokenOutput], bool]
 """Takes a piece in the tick in which it comes, or leaves it to the reader: False."""
 
 
+Bar = bool | Callable[..., Any]
+"""Whether a progress bar is shown, on a terminal; or what makes one wherever it is, called as tqdm is."""
+
+
 class Source(Protocol):
     """Where a `TokenStream` has its pieces from.
 
@@ -226,7 +230,7 @@ class TokenIterator(Iterator[TokenOutput]):
 
 
 def run_all(
-    thread: EngineThread, todo: Sequence[tuple[GenerationRequest, Sequence[Any]]], use_tqdm: bool
+    thread: EngineThread, todo: Sequence[tuple[GenerationRequest, Sequence[Any]]], use_tqdm: Bar
 ) -> Iterator[tuple[int, GenerationOutput]]:
     """Runs requests with no more in the engine at a time than its queue takes; yields each with its number, as it ends.
 
@@ -254,14 +258,14 @@ def run_all(
 
 
 @contextmanager
-def _bar(what: str, total: int, shown: bool) -> Iterator[Callable[[], object]]:
-    """A progress bar where one is shown, on a terminal; what it gives moves it on by one."""
-    if not (shown and sys.stderr.isatty()):
+def _bar(what: str, total: int, shown: Bar) -> Iterator[Callable[[], object]]:
+    """A progress bar where one is shown; what it gives moves it on by one."""
+    if not (callable(shown) or (shown and sys.stderr.isatty())):
         yield lambda: None
         return
     from tqdm import tqdm  # whoever streams shows none
 
-    with tqdm(total=total, desc=what, dynamic_ncols=True) as bar:
+    with (shown if callable(shown) else tqdm)(total=total, desc=what, dynamic_ncols=True) as bar:
         yield bar.update
 
 
@@ -363,7 +367,7 @@ class Window:
         self._under_way: dict[str, int] = {}
         self._pieces: list[TokenOutput | None] = [None] * len(entries)
 
-    def run(self, *, use_tqdm: bool) -> list[TokenOutput]:
+    def run(self, *, use_tqdm: Bar) -> list[TokenOutput]:
         """The pieces in order, for a caller that waits.
 
         Raises:

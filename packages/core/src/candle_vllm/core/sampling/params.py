@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from msgspec.structs import replace
+from msgspec.structs import force_setattr, replace
 
-from candle_vllm.core.arguments import ExplainedStruct
+from candle_vllm.core.arguments import ExplainedStruct, unknown_name
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.sampling.thoughts import ThoughtBudget
@@ -48,13 +49,28 @@ class _OpenCount(int):
         return cls.known.setdefault(value, super().__new__(cls, value))
 
 
-class SamplingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class RequestOutputKind(enum.IntEnum):
+    """What each output of `AsyncLLM.generate` holds."""
+
+    CUMULATIVE = 0  # everything so far
+    DELTA = 1  # what is new
+    FINAL_ONLY = 2  # everything, once
+
+
+class SamplingParams(
+    ExplainedStruct,
+    frozen=False,  # type: ignore[misc]  # msgspec allows it: what is given is kept in copies
+    kw_only=True,
+    forbid_unknown_fields=True,
+    omit_defaults=True,
+):
     """How the tokens of one request are chosen.
 
     An engine fills what is left open of temperature, top_p, top_k, min_p and repetition_penalty from its
     `ModelInfo.default_sampling`; what was given stays, also where it is equal to the value that stands here, and two
-    are equal only where they leave the same open. They do not change: `msgspec.structs.replace(params, seed=1)` makes
-    others of them. msgspec's encoders leave out what has its default, so that what is open stays so.
+    are equal only where they leave the same open. A field that is set later is checked like one that is given, and an
+    engine keeps a copy, so that a request stays what it was; `msgspec.structs.replace(params, seed=1)` makes others of
+    them. msgspec's encoders leave out what has its default, so that what is open stays so.
 
     Attributes:
         n: sequences generated for the prompt, 1 to 128.
@@ -85,6 +101,7 @@ class SamplingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_
             forced; what `structured_outputs` or `allowed_token_ids` does not take there waits until it does.
         cache_salt: prefix-cache blocks are shared only between requests with the same salt.
         skip_reading_prefix_cache: compute the whole prompt even where cached blocks exist.
+        output_kind: of `AsyncLLM.generate` alone; elsewhere the method says whether it gives pieces or whole outputs.
     """
 
     n: int = 1
@@ -112,14 +129,26 @@ class SamplingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_
     thoughts: ThoughtBudget | None = None
     cache_salt: str | None = None
     skip_reading_prefix_cache: bool = False
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+
+    if not TYPE_CHECKING:  # the fields' own types are what is checked
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name not in self.__struct_fields__:
+                raise AttributeError(unknown_name("SamplingParams", name, self.__struct_fields__))
+            before = getattr(self, name)
+            force_setattr(self, name, value)
+            try:
+                self.__post_init__()
+            except InvalidParameterError:
+                force_setattr(self, name, before)
+                raise
 
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
             return NotImplemented
         pairs = ((getattr(self, name), getattr(other, name)) for name in self.__struct_fields__)
         return all(mine == theirs and _is_open(mine) == _is_open(theirs) for mine, theirs in pairs)
-
-    __hash__ = ExplainedStruct.__hash__
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -179,6 +208,8 @@ class SamplingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_
                 raise InvalidParameterError(
                     f"bad_words must be texts of 1 to {MAX_STOP_LENGTH} characters", "bad_words"
                 )
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise InvalidParameterError("output_kind must be a RequestOutputKind", "output_kind")
         if not isinstance(self.structured_outputs, (StructuredOutputsParams, type(None))):
             raise InvalidParameterError("structured_outputs must be StructuredOutputsParams", "structured_outputs")
         if not isinstance(self.thoughts, (ThoughtBudget, type(None))):
@@ -191,7 +222,7 @@ class SamplingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_
         return _is_open(getattr(self, name))
 
     def filled(self, defaults: Mapping[str, float | int]) -> SamplingParams:
-        """The same with `defaults` in the place of what was left open, and plain numbers everywhere.
+        """A copy with `defaults` in the place of what was left open, and plain numbers everywhere.
 
         Raises:
             InvalidParameterError: a default cannot be used.
@@ -203,7 +234,7 @@ class SamplingParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_
                 given[name] = defaults.get(name, float(value))
             elif isinstance(value, _OpenCount):
                 given[name] = defaults.get(name, int(value))
-        return replace(self, **given) if given else self
+        return replace(self, **given)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -1,0 +1,269 @@
+"""What vLLM's `LLM`, `EngineArgs` and `AsyncLLM` are made from, as settings of an engine.
+
+Three kinds of names: those of `EngineConfig`, which mean here what they mean there or are told apart below; those that
+stand in `core/arguments.py` with the values that say what is so anyway; and what is no engine's business but that of
+the defaults of requests. Everything else is refused by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from candle_vllm.core.config import SETTINGS, EngineConfig
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.pooling import PoolingParams
+from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.setting_kinds import Boolean
+
+_CACHE_DTYPES = {"fp8_e4m3": "fp8"}
+_ATTENTION = {"TRITON_ATTN": "triton", "FLASH_ATTN": "flash_attn", "TORCH_SDPA": "torch"}
+_LOAD_FORMATS = {"hf": "auto", "safetensors": "auto", "fastsafetensors": "auto", "gguf": "auto"}
+_POOLINGS = {"MEAN": "mean", "CLS": "cls", "LAST": "last"}
+_GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Translated:
+    """What vLLM's arguments come to.
+
+    Attributes:
+        config: the engine's settings.
+        pooling: how vectors are made where a call does not say it.
+        quantization: what the checkpoint is said to be quantised by; None where nothing was said.
+        model_sampling: whether the model's files give defaults of requests.
+        sampling: defaults that count before those.
+    """
+
+    config: EngineConfig
+    pooling: PoolingParams
+    quantization: str | None
+    model_sampling: bool
+    sampling: Mapping[str, Any]
+
+
+def translated(model: str | Path | EngineConfig, given: Mapping[str, Any]) -> Translated:
+    """vLLM's arguments, and those of `EngineConfig`, as what they mean here.
+
+    Raises:
+        ConfigError: a value cannot be used; the error names its argument.
+        TypeError: an argument has no counterpart here, and was not given with a value that changes nothing.
+    """
+    rest = dict(given)
+    pooling = _pooling_params(rest.pop("pooler_config", None))
+    quantization = rest.pop("quantization", None)
+    model_sampling = _uses_generation_config(rest.pop("generation_config", "auto"))
+    sampling = _overrides(rest.pop("override_generation_config", None))
+    if isinstance(model, EngineConfig):
+        if rest:
+            raise ConfigError(f"pass an EngineConfig or arguments, not both: {', '.join(rest)}")
+        return Translated(model, pooling, quantization, model_sampling, sampling)
+    settings: dict[str, Any] = {"seed": 0}
+    for name, value in rest.items():
+        translate = _TRANSLATED.get(name)
+        if translate is not None:
+            settings |= translate(value)
+        elif value is not None or name not in SETTINGS or SETTINGS[name].default is None:
+            settings[name] = value
+    if settings.get("tokenizer") == str(model):
+        del settings["tokenizer"]
+    return Translated(EngineConfig(model=str(model), **settings), pooling, quantization, model_sampling, sampling)
+
+
+def check_quantization(said: str | None, stored: str | None) -> None:
+    """Refuses a way of quantising that was said of a checkpoint of plain weights.
+
+    Of a quantised one its files say the way, and nothing else is done.
+
+    Args:
+        said: vLLM's name of a way.
+        stored: what `ModelInfo.quantization` tells of the checkpoint.
+
+    Raises:
+        ConfigError: its weights are plain.
+    """
+    if said is not None and stored is None:
+        raise ConfigError(
+            f"quantization {said!r:.60}: the checkpoint's weights are plain, and none are quantised by this name while "
+            "they are loaded. Leave it out, or use isq",
+            "quantization",
+        )
+
+
+class EngineArgs:
+    """Arguments of `LLM` and `AsyncLLM`, kept for later; `vars` gives what was given.
+
+    Args:
+        model: as of `InferenceEngine`.
+        arguments: vLLM's, or fields of `EngineConfig`.
+
+    Raises:
+        ConfigError, TypeError: as of `LLM`.
+    """
+
+    def __init__(self, model: str | Path = "demo", **arguments: Any) -> None:
+        translated(model, arguments)
+        vars(self).update(model=model, **arguments)
+
+    def __repr__(self) -> str:
+        secrets = {each.name for each in SETTINGS.values() if each.secret}
+        told = (f"{name}={value!r:.200}" for name, value in vars(self).items() if name not in secrets)
+        return f"{type(self).__name__}({', '.join(told)})"
+
+    @staticmethod
+    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        """Gives a parser one flag for each of the arguments, with none of them set."""
+        parser.add_argument("--model", default="demo", help=SETTINGS["model"].help)
+        for each in SETTINGS.values():
+            if each.name != "model":
+                _add_flag(parser, each.name, each.help, isinstance(each.kind, Boolean), _reader(each.name))
+        for name in _TRANSLATED.keys() - SETTINGS.keys():
+            _add_flag(parser, name, "vLLM's", False, _value)
+        for name in ("runner", "convert", "quantization", "generation_config"):
+            _add_flag(parser, name, "vLLM's", False, str)
+        for name in ("pooler_config", "override_generation_config"):
+            _add_flag(parser, name, "vLLM's, as JSON", False, json.loads)
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+            _add_flag(parser, name, "vLLM's: 1", False, int)
+        _add_flag(parser, "trust_remote_code", "vLLM's: never", True, str)
+        return parser
+
+    @classmethod
+    def from_cli_args(cls, args: argparse.Namespace) -> Self:
+        """The arguments that a parser of `add_cli_args` read; what else it read is left there."""
+        known = argparse.ArgumentParser()
+        cls.add_cli_args(known)
+        names = {action.dest for action in known._actions} - {"help"}
+        return cls(**{name: value for name, value in vars(args).items() if name in names})
+
+
+class AsyncEngineArgs(EngineArgs):
+    """`EngineArgs` by the name that programs with an event loop use."""
+
+
+def _add_flag(parser: argparse.ArgumentParser, name: str, told: str, switch: bool, read: Callable[[str], Any]) -> None:
+    flag, told = f"--{name.replace('_', '-')}", told.replace("%", "%%")
+    if switch:
+        parser.add_argument(
+            flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, dest=name, help=told
+        )
+    else:
+        parser.add_argument(flag, type=read, default=argparse.SUPPRESS, dest=name, help=told)
+
+
+def _reader(name: str) -> Callable[[str], Any]:
+    return _value if name in _TRANSLATED else SETTINGS[name].kind.from_text
+
+
+def _value(text: str) -> Any:
+    """A number where a text is one."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _by(name: str, names: Mapping[str, str]) -> Callable[[Any], dict[str, Any]]:
+    """A value under another name; torch's types by theirs."""
+
+    def translate(value: Any) -> dict[str, Any]:
+        if value is None:
+            return {}
+        said = value if isinstance(value, str) else str(value).removeprefix("torch.")
+        return {name: names.get(said, said)}
+
+    return translate
+
+
+def _eager(value: Any) -> dict[str, Any]:
+    """vLLM's `enforce_eager` leaves out CUDA graphs; ours decodes the weights as well, for comparison."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"enforce_eager must be true or false, not {value!r:.60}", "enforce_eager")
+    return {"cuda_graphs": False} if value else {}
+
+
+def _length(value: Any) -> dict[str, Any]:
+    return {} if value in (None, -1, "auto") else {"max_model_len": value}
+
+
+def _token(value: Any) -> dict[str, Any]:
+    return {} if value is None or value is True else {"hf_token": value}
+
+
+def _tokenizer(value: Any) -> dict[str, Any]:
+    return {} if value is None else {"tokenizer": str(value)}
+
+
+def _template(value: Any) -> dict[str, Any]:
+    """A file with a template, or the template itself."""
+    if value is None:
+        return {}
+    text = str(value)
+    if len(text) < 4096 and "{" not in text and "\n" not in text:
+        path = Path(text)
+        if not path.is_file():
+            raise ConfigError(f"chat_template {text!r:.200} is neither a file nor Jinja source", "chat_template")
+        text = path.read_text(encoding="utf-8")
+    return {"chat_template": text}
+
+
+_TRANSLATED: Mapping[str, Callable[[Any], dict[str, Any]]] = {
+    "dtype": _by("dtype", {}),
+    "kv_cache_dtype": _by("kv_cache_dtype", _CACHE_DTYPES),
+    "attention_backend": _by("attention_backend", _ATTENTION),
+    "load_format": _by("load_format", _LOAD_FORMATS),
+    "enforce_eager": _eager,
+    "max_model_len": _length,
+    "hf_token": _token,
+    "tokenizer": _tokenizer,
+    "chat_template": _template,
+    "kv_cache_memory_bytes": lambda value: {} if value is None else {"kv_cache_memory": value},
+}
+
+
+def _uses_generation_config(value: Any) -> bool:
+    if value not in ("auto", "vllm"):
+        raise ConfigError(
+            f"generation_config {value!r:.200} must be auto, for the model's own, or vllm, for none: what another file "
+            "says goes into override_generation_config",
+            "generation_config",
+        )
+    return value == "auto"
+
+
+def _overrides(value: Any) -> dict[str, Any]:
+    if not isinstance(value, (Mapping, type(None))):
+        raise ConfigError("override_generation_config must be values by name", "override_generation_config")
+    given = dict(value or {})
+    unknown = next((name for name in given if name not in _GENERATION), None)
+    if unknown is not None:
+        said = f"override_generation_config has {unknown!r:.60}; it may have {', '.join(_GENERATION)}"
+        raise ConfigError(said, "override_generation_config")
+    if "max_new_tokens" in given:
+        given["max_tokens"] = given.pop("max_new_tokens")
+    SamplingParams(**given)
+    return given
+
+
+def _pooling_params(value: Any) -> PoolingParams:
+    """vLLM's `PoolerConfig`, as a dict or an object."""
+    if value is None:
+        return PoolingParams()
+    given = dict(value) if isinstance(value, Mapping) else dict(vars(value))
+    made: dict[str, Any] = {}
+    for name, said in given.items():
+        if said is None:
+            continue
+        if name in ("pooling_type", "seq_pooling_type"):
+            made["pooling"] = _POOLINGS.get(str(said).upper(), said)
+        elif name in ("normalize", "use_activation"):
+            made["normalize"] = said
+        elif name == "dimensions":
+            made["dimensions"] = said
+        else:
+            raise ConfigError(f"pooler_config has {name!r:.60}, which has no counterpart here", "pooler_config")
+    return PoolingParams(**made)

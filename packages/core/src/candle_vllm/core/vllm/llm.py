@@ -1,0 +1,421 @@
+"""LLM: vLLM's class for programs without an event loop, over an engine of ours.
+
+What differs from `InferenceEngine` is what vLLM's users expect: its names and outputs, its sampling defaults (the
+model's own where nothing was given, else temperature 1 over the whole vocabulary), 16 tokens also in a chat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import numpy as np
+from msgspec.structs import replace
+
+from candle_vllm.core.arguments import explained, foreign_names
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.engine.request import GenerationOutput
+from candle_vllm.core.engine.stream import Bar
+from candle_vllm.core.engine_front import EngineFront
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.inference_engine import InferenceEngine
+from candle_vllm.core.pooling import PoolingParams
+from candle_vllm.core.sampling.params import RequestOutputKind, SamplingParams
+from candle_vllm.core.text.prompts import Message, Prompt
+from candle_vllm.core.vllm.arguments import EngineArgs, check_quantization, translated
+from candle_vllm.core.vllm.outputs import (
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    PoolingOutput,
+    PoolingRequestOutput,
+    RequestOutput,
+    ScoringOutput,
+    ScoringRequestOutput,
+    request_output,
+)
+
+_ABSENT = {
+    "llm_engine": "the engine is `engine`, an InferenceEngine: its methods are in LIBRARY_API.md",
+    "get_metrics": "what is counted is `engine.stats()`",
+    "enqueue": "generate takes all prompts at once; add_request and step are methods of InferenceEngine",
+    "enqueue_chat": "chat takes all conversations at once",
+    "wait_for_completion": "generate and chat wait",
+    "sleep": "close() gives the memory back",
+    "wake_up": "make another LLM",
+    "collective_rpc": "there are no workers, and no function of a caller's is run beside the model",
+    "apply_model": "no function of a caller's is run on a model",
+    "start_profile": "Python's profilers see what a step does",
+    "reset_mm_cache": "models read text alone here",
+    "reward": "use classify",
+}
+
+
+class Defaults:
+    """What counts where a call of `LLM` or `AsyncLLM` leaves something open.
+
+    Args:
+        engine: its model's files say it.
+        model_sampling: whether they do.
+        sampling: values that count before theirs.
+    """
+
+    def __init__(self, engine: EngineFront, model_sampling: bool = True, sampling: Mapping[str, Any] | None = None):
+        own = engine.model_info.model_sampling if model_sampling else {}
+        self._values: dict[str, Any] = {**own, **(sampling or {})}
+
+    def sampling_params(self) -> SamplingParams:
+        """vLLM's defaults, and those of the model before them."""
+        return SamplingParams(**self._values).filled({})
+
+    def filled(self, params: SamplingParams | None) -> SamplingParams:
+        """The parameters of a request: as given, with vLLM's defaults in the rest; as above without any.
+
+        Raises:
+            InvalidParameterError: they are none.
+        """
+        if params is None:
+            return self.sampling_params()
+        if not isinstance(params, SamplingParams):
+            said = f"sampling_params must be SamplingParams, not {type(params).__name__}"
+            raise InvalidParameterError(said, "sampling_params")
+        return replace(params.filled({}), output_kind=RequestOutputKind.CUMULATIVE)
+
+
+class LLM:
+    """A model for prompts that are there, with vLLM's names.
+
+    Args:
+        model: a Hugging Face id, a folder, a `.gguf` file, "demo", an `EngineConfig`, or an engine that is there
+            already and stays its owner's.
+        arguments: vLLM's arguments of the same class, or fields of `EngineConfig`. LIBRARY_API.md says of each whether
+            it is taken, translated or refused. `seed` is 0, as in vLLM.
+
+    Attributes:
+        engine: what it runs on.
+
+    Raises:
+        ConfigError, ModelNotFoundError, ModelLoadError: the model cannot be served as asked.
+        TypeError: an argument has no counterpart here.
+    """
+
+    def __init__(self, model: str | Path | EngineConfig | EngineFront, **arguments: Any) -> None:
+        self._owns = not isinstance(model, EngineFront)
+        if isinstance(model, EngineFront):
+            if arguments:
+                raise TypeError(f"an engine that is there takes no arguments: {', '.join(arguments)}")
+            self.engine, self._pooling = model, PoolingParams()
+            self._defaults = Defaults(model)
+            return
+        made = translated(model, arguments)
+        self.engine = InferenceEngine(made.config)
+        check_quantization(made.quantization, self.engine.model_info.quantization)
+        self._pooling = made.pooling
+        self._defaults = Defaults(self.engine, made.model_sampling, made.sampling)
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> Self:
+        """An `LLM` of arguments that were kept."""
+        return cls(**vars(engine_args))
+
+    # ---- texts -------------------------------------------------------------------------------------------------------
+
+    @explained(SamplingParams=SamplingParams.__struct_fields__)
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: Bar = True,
+        lora_request: None = None,
+        priority: int | Sequence[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: None = None,
+    ) -> list[RequestOutput]:
+        """Continues every prompt; outputs in the order of the prompts.
+
+        Args:
+            prompts: one prompt or a list; a prompt is a text, a list of token ids, or an object with `prompt` or
+                `prompt_token_ids`.
+            sampling_params: one for all, or one each; None is `get_default_sampling_params()`.
+            use_tqdm: show a progress bar on a terminal, or what makes one.
+            lora_request: refused: there are no adapters.
+            priority: one for all, or one each; lower runs first.
+            tokenization_kwargs: may have `add_special_tokens`.
+            mm_processor_kwargs: refused: models read text alone here.
+
+        Raises:
+            RequestError: a prompt or its parameters are wrong, with its place in a list; nothing has run then.
+            CandleVllmError: the engine failed on a request, or was closed meanwhile.
+        """
+        _refuse("generate", lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        outputs = self.engine.generate(
+            prompts,
+            self._params(sampling_params),
+            use_tqdm=use_tqdm,
+            priority=_priority(priority),
+            add_special_tokens=_adds_special(tokenization_kwargs),
+        )
+        return _outputs(outputs)
+
+    @explained(SamplingParams=SamplingParams.__struct_fields__)
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: Bar = True,
+        lora_request: None = None,
+        priority: int | Sequence[int] | None = None,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: None = None,
+    ) -> list[RequestOutput]:
+        """Answers a conversation, or every one of a list; a list of outputs either way.
+
+        Args:
+            messages: the messages of one conversation, or a list of conversations.
+            chat_template: Jinja source in the place of the model's.
+            chat_template_content_format: "auto" or "string": parts of a content are always joined to one text.
+            tokenization_kwargs: refused: a template writes the special tokens itself.
+
+        The other arguments and errors are as of `generate` and of `InferenceEngine.chat`.
+        """
+        _refuse("chat", lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        _refuse("chat", tokenization_kwargs=tokenization_kwargs or None)
+        if chat_template_content_format not in ("auto", "string"):
+            raise InvalidParameterError(
+                f"chat_template_content_format {chat_template_content_format!r:.60}: parts of a content are always "
+                'joined to one text, which is "string"',
+                "chat_template_content_format",
+            )
+        made: Any = self.engine.chat(
+            messages,  # type: ignore[arg-type]
+            self._params(sampling_params),  # type: ignore[arg-type]
+            use_tqdm=use_tqdm,
+            priority=_priority(priority),
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return _outputs(made if isinstance(made, list) else [made])
+
+    # ---- numbers -----------------------------------------------------------------------------------------------------
+
+    @explained(PoolingParams=PoolingParams.__struct_fields__)
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        use_tqdm: Bar = True,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        lora_request: None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """The vector of every text. A model that generates text gives vectors as well. Errors as of `generate`."""
+        _refuse("embed", lora_request=lora_request, tokenization_kwargs=tokenization_kwargs or None)
+        outputs = self.engine.embed(prompts, self._pooling_params(pooling_params), use_tqdm=use_tqdm)
+        return [
+            EmbeddingRequestOutput(
+                each.request_id,
+                EmbeddingOutput(each.embedding.tolist()),
+                list(each.prompt_token_ids),
+                each.num_cached_tokens,
+            )
+            for each in outputs
+        ]
+
+    @explained(PoolingParams=PoolingParams.__struct_fields__)
+    def encode(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        *,
+        use_tqdm: Bar = True,
+        lora_request: None = None,
+        pooling_task: str = "embed",
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """The numbers of every text, as arrays of numpy.
+
+        Args:
+            pooling_task: "embed", for vectors.
+
+        Raises:
+            InvalidParameterError: another task.
+        """
+        if pooling_task != "embed":
+            raise InvalidParameterError(
+                f"pooling_task {pooling_task!r:.60}: a text gives one vector, by 'embed'; there are none of single "
+                "tokens, and scores are asked of pairs, by score",
+                "pooling_task",
+            )
+        made = self.embed(
+            prompts,
+            use_tqdm=use_tqdm,
+            pooling_params=pooling_params,
+            lora_request=lora_request,
+            tokenization_kwargs=tokenization_kwargs,
+        )
+        return [
+            PoolingRequestOutput(
+                each.request_id,
+                PoolingOutput(np.array(each.outputs.embedding, np.float32)),
+                each.prompt_token_ids,
+                each.num_cached_tokens,
+            )
+            for each in made
+        ]
+
+    @explained()
+    def score(
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        /,
+        *,
+        use_tqdm: Bar = True,
+        pooling_params: None = None,
+        lora_request: None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        chat_template: None = None,
+    ) -> list[ScoringRequestOutput]:
+        """How well texts belong together: one with one, one with each of many, or many with as many others.
+
+        A cross-encoder reads both texts at once; of other models it is the cosine of their vectors.
+
+        Raises:
+            InvalidParameterError: an input is no text, or there are not as many of one as of the other.
+            CandleVllmError: as of `generate`.
+        """
+        _refuse("score", lora_request=lora_request, tokenization_kwargs=tokenization_kwargs or None)
+        _refuse("score", pooling_params=pooling_params, chat_template=chat_template)
+        first = [data_1] if isinstance(data_1, str) else list(data_1)
+        second = [data_2] if isinstance(data_2, str) else list(data_2)
+        if len(first) == 1:
+            first *= len(second)
+        if not second or len(first) != len(second):
+            raise InvalidParameterError(
+                f"score takes one text and any number of others, or as many of both: not {len(first)}, {len(second)}",
+                "data_2",
+            )
+        outputs = self.engine.score(list(zip(first, second, strict=True)), use_tqdm=use_tqdm)
+        return [
+            ScoringRequestOutput(str(number), ScoringOutput(each.score), list(each.prompt_token_ids))
+            for number, each in enumerate(outputs)
+        ]
+
+    # ---- the rest ----------------------------------------------------------------------------------------------------
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What counts without `sampling_params`: the model's defaults where its files say some, else vLLM's."""
+        return self._defaults.sampling_params()
+
+    def get_tokenizer(self) -> LlmTokenizer:
+        """The model's tokenizer and template."""
+        return LlmTokenizer(self.engine)
+
+    def close(self) -> None:
+        """Lets go of the model and its memory, as dropping the last name of it does."""
+        if self._owns:
+            self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"LLM({self.engine!r})"
+
+    def __getattr__(self, name: str) -> NoReturn:
+        said = f": {_ABSENT[name]}" if name in _ABSENT else ""
+        raise AttributeError(f"LLM has no {name[:60]!r}{said}", name=name, obj=self)
+
+    def _params(
+        self, given: SamplingParams | Sequence[SamplingParams] | None
+    ) -> SamplingParams | Sequence[SamplingParams]:
+        if isinstance(given, (list, tuple)):
+            return [self._defaults.filled(each) for each in given]
+        return self._defaults.filled(given)  # type: ignore[arg-type]
+
+    def _pooling_params(
+        self, given: PoolingParams | Sequence[PoolingParams] | None
+    ) -> PoolingParams | Sequence[PoolingParams]:
+        return self._pooling if given is None else given
+
+
+class LlmTokenizer:
+    """What programs ask of a tokenizer of transformers', answered by an engine's.
+
+    Args:
+        engine: whose it is.
+    """
+
+    def __init__(self, engine: EngineFront) -> None:
+        self._engine = engine
+        info = engine.model_info
+        self.vocab_size = info.vocab_size
+        self.eos_token_id = info.eos_token_ids[0] if info.eos_token_ids else None
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        """Token ids of a text as `input_ids`, and an `attention_mask` of ones."""
+        ids = self.encode(text, add_special_tokens)
+        return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        return self._engine.tokenize(text, add_special_tokens)
+
+    def decode(self, token_ids: int | Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The text of token ids."""
+        ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        return self._engine.detokenize(ids, skip_special_tokens)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Message],
+        tokenize: bool = True,
+        add_generation_prompt: bool = False,
+        **options: Any,
+    ) -> str | list[int]:
+        """A conversation as the model's prompt: its token ids, or its text."""
+        text = self._engine.apply_chat_template(conversation, add_generation_prompt=add_generation_prompt, **options)
+        return self._engine.tokenize(text, add_special_tokens=False) if tokenize else text
+
+
+def _outputs(given: Sequence[GenerationOutput]) -> list[RequestOutput]:
+    return [request_output(each) for each in given]
+
+
+def _priority(given: int | Sequence[int] | None) -> int | Sequence[int]:
+    return 0 if given is None else given
+
+
+def _adds_special(given: Mapping[str, Any] | None) -> bool:
+    options = dict(given or {})
+    adds = options.pop("add_special_tokens", True)
+    if options or not isinstance(adds, bool):
+        raise InvalidParameterError(
+            "tokenization_kwargs may have add_special_tokens, true or false: a prompt is run whole or refused",
+            "tokenization_kwargs",
+        )
+    return adds
+
+
+def _refuse(method: str, **given: object) -> None:
+    """Refuses arguments that are there to be refused with a reason."""
+    for name, value in given.items():
+        if value is not None:
+            said = foreign_names(method).get(name, "there is nothing that it could change here")
+            raise InvalidParameterError(f"{method} takes no {name}: {said}", name)

@@ -1,0 +1,219 @@
+"""vLLM's `LLM`: the same tokens as the engine's own calls, in vLLM's outputs and with its defaults."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from candle_vllm.core import (
+    LLM,
+    ConfigError,
+    EngineConfig,
+    InferenceEngine,
+    InvalidParameterError,
+    PoolingParams,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+)
+from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
+
+GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+USER = {"role": "user", "content": "hi"}
+
+
+@pytest.fixture(scope="module")
+def engine(toy_model: Path) -> Iterator[InferenceEngine]:
+    with InferenceEngine(str(toy_model), threads=1, enforce_eager=True) as made:
+        yield made
+
+
+@pytest.fixture
+def llm(engine: InferenceEngine) -> LLM:
+    return LLM(engine)
+
+
+def test_prompts_of_every_kind_in_their_order(llm: LLM, engine: InferenceEngine) -> None:
+    ids = engine.tokenize("abc")
+    prompts: list[Any] = ["abc", ids, {"prompt": "abc"}, {"prompt_token_ids": ids}, {"prompt": "z"}]
+    outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    wanted = engine.generate(["abc"] * 4 + ["z"], GREEDY, use_tqdm=False)
+    assert [each.outputs[0].token_ids for each in outputs] == [list(each.token_ids) for each in wanted]
+    assert [each.prompt for each in outputs] == ["abc", None, "abc", None, "z"]
+    assert outputs[0].prompt_token_ids == ids
+    first = outputs[0]
+    assert isinstance(first, RequestOutput)
+    assert first.finished
+    assert first.outputs[0].finished()
+    assert (first.outputs[0].finish_reason, first.outputs[0].text) == ("length", wanted[0].text)
+    assert llm.generate(ids, GREEDY)[0].outputs[0].token_ids == first.outputs[0].token_ids
+
+
+def test_log_probabilities_by_token(llm: LLM, engine: InferenceEngine) -> None:
+    params = SamplingParams(temperature=0, max_tokens=3, logprobs=2, prompt_logprobs=1, ignore_eos=True)
+    (output,), (wanted,) = llm.generate("abc", params), engine.generate("abc", params)
+    sequence, entries = output.outputs[0], wanted.outputs[0].logprobs
+    assert sequence.logprobs is not None
+    assert entries is not None
+    for token, found, entry in zip(sequence.token_ids, sequence.logprobs, entries, strict=True):
+        assert found[token].logprob == entry.chosen.logprob
+        assert list(found) == [top.token_id for top in entry.top]  # greedy: the chosen one is the likeliest
+        assert [each.rank for each in found.values()] == [1, 2]
+        assert found[token].decoded_token == entry.chosen.text
+    assert sequence.cumulative_logprob == wanted.outputs[0].cumulative_logprob
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None
+    assert set(output.prompt_token_ids[1:]) <= {token for entry in output.prompt_logprobs[1:] for token in entry or ()}
+
+
+def test_a_chat_gives_a_list_and_sixteen_tokens(llm: LLM, engine: InferenceEngine) -> None:
+    one = llm.chat([USER], SamplingParams(temperature=0, ignore_eos=True))
+    assert len(one) == 1
+    assert len(one[0].outputs[0].token_ids) == 16
+    several = llm.chat([[USER], [USER, {"role": "assistant", "content": "x"}, USER]], GREEDY, use_tqdm=False)
+    prompts = [engine.tokenize(engine.apply_chat_template([USER]), False), several[1].prompt_token_ids]
+    assert several[0].prompt_token_ids == prompts[0]
+    assert len(prompts[1]) > len(prompts[0])
+    short = llm.chat([USER], GREEDY, chat_template="{{ messages[0].content }}")
+    assert short[0].prompt_token_ids == engine.tokenize("hi", False)
+    with pytest.raises(InvalidParameterError, match=r"^messages\[1\]\.content"):
+        llm.chat([USER, {"role": "user"}])
+
+
+def test_what_is_left_open_is_vllms_and_not_ours(llm: LLM, engine: InferenceEngine) -> None:
+    assert engine.default_sampling_params.temperature == 0.8
+    params = llm.get_default_sampling_params()
+    assert (params.temperature, params.top_p, params.top_k, params.min_p, params.max_tokens) == (1, 1, 0, 0, 16)
+    plain = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, seed=5, ignore_eos=True)
+    wanted = engine.generate("abc", plain)[0].token_ids
+    assert wanted != engine.generate("abc", SamplingParams(seed=5, ignore_eos=True))[0].token_ids
+    assert tuple(llm.generate("abc", SamplingParams(seed=5, ignore_eos=True))[0].outputs[0].token_ids) == wanted
+    params.max_tokens = 3
+    params.ignore_eos = True
+    assert len(llm.generate("abc", params)[0].outputs[0].token_ids) == 3
+
+
+def test_the_models_own_defaults_count_without_parameters_alone(toy_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(toy_model, tmp_path / "toy")
+    said = {"temperature": 0.3, "top_k": 5, "max_new_tokens": 7, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(said))
+    with InferenceEngine(str(folder), threads=1, enforce_eager=True) as engine:
+        params = LLM(engine).get_default_sampling_params()
+        assert (params.temperature, params.top_k, params.top_p, params.max_tokens) == (0.3, 5, 1, 7)
+        assert "max_tokens" not in engine.model_info.default_sampling
+        assert len(LLM(engine).generate("abc")[0].outputs[0].token_ids) == 7
+    for given, wanted in (
+        ({"generation_config": "vllm"}, (1.0, 0, 16)),
+        ({"override_generation_config": {"top_k": 9, "max_new_tokens": 2}}, (0.3, 9, 2)),
+    ):
+        with LLM(str(folder), threads=1, max_model_len=64, **given) as llm:
+            params = llm.get_default_sampling_params()
+        assert (params.temperature, params.top_k, params.max_tokens) == wanted
+
+
+def test_vectors_and_scores(llm: LLM, engine: InferenceEngine) -> None:
+    params = [PoolingParams(pooling="mean"), PoolingParams(normalize=False)]
+    outputs = llm.embed(["abc", {"prompt": "z"}], pooling_params=params, use_tqdm=False)
+    for output, text, each in zip(outputs, ("abc", "z"), params, strict=True):
+        assert output.outputs.embedding == pytest.approx(engine.embed(text, each)[0].embedding, rel=1e-4, abs=1e-6)
+        assert output.prompt_token_ids == engine.tokenize(text)
+        assert output.outputs.hidden_size == engine.model_info.embedding_size
+    data = llm.encode("abc", params[0])[0].outputs.data
+    assert isinstance(data, np.ndarray)
+    assert data.tolist() == pytest.approx(outputs[0].outputs.embedding, rel=1e-4, abs=1e-6)
+    scores = [each.outputs.score for each in llm.score("a", ["b", "c"])]
+    wanted = [each.score for each in engine.score([("a", "b"), ("a", "c")])]
+    assert scores == pytest.approx(wanted, abs=1e-5)
+    assert [each.outputs.score for each in llm.score(["a", "a"], ["b", "c"])] == pytest.approx(wanted, abs=1e-5)
+    assert llm.score("a", "b")[0].prompt_token_ids == engine.tokenize("a") + engine.tokenize("b")
+    with pytest.raises(InvalidParameterError, match="not 2, 3"):
+        llm.score(["a", "b"], ["c", "d", "e"])
+    with pytest.raises(InvalidParameterError, match="2 inputs and 1 params"):
+        llm.embed(["a", "b"], pooling_params=params[:1])
+
+
+def test_a_cross_encoder_tells_the_tokens_of_its_pairs(tmp_path: Path) -> None:
+    folder = write_toy_encoder(tmp_path / "m", toy_encoder_config("BertForSequenceClassification"), pooling=None)
+    with LLM(str(folder), runner="pooling", threads=1) as llm:
+        (output,) = llm.score("a b", "c")
+        assert 0 < output.outputs.score < 1
+        assert len(output.prompt_token_ids) == 6  # with [CLS] and two [SEP]
+        with pytest.raises(InvalidParameterError, match="cross-encoder"):
+            llm.embed("a")
+
+
+def test_a_tokenizer_as_programs_use_it(llm: LLM, engine: InferenceEngine) -> None:
+    tokenizer = llm.get_tokenizer()
+    assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
+    assert tokenizer("abc")["input_ids"] == tokenizer.encode("abc")
+    assert tokenizer.eos_token_id == engine.model_info.eos_token_ids[0]
+    text = tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
+    assert text == engine.apply_chat_template([USER])
+    assert tokenizer.apply_chat_template([USER], add_generation_prompt=True) == engine.tokenize(str(text), False)
+
+
+def test_a_bar_of_the_callers_own_is_moved(llm: LLM) -> None:
+    made: list[tuple[dict[str, Any], list[int]]] = []
+
+    class Bar:
+        def __init__(self, **given: Any) -> None:
+            made.append((given, []))
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def update(self) -> None:
+            made[-1][1].append(1)
+
+    llm.generate(["a", "b"], GREEDY, use_tqdm=Bar)
+    assert [(given["total"], len(moved)) for given, moved in made] == [(2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda llm: llm.generate("a", lora_request=object()), "takes no lora_request: adapters are not loaded"),
+        (lambda llm: llm.chat([USER], lora_request=object()), "takes no lora_request: adapters are not loaded"),
+        (lambda llm: llm.generate("a", mm_processor_kwargs={}), "takes no mm_processor_kwargs: models read text alone"),
+        (lambda llm: llm.generate("a", tokenization_kwargs={"truncation": True}), "may have add_special_tokens"),
+        (lambda llm: llm.chat([USER], chat_template_content_format="openai"), "always joined to one text"),
+        (lambda llm: llm.encode("a", pooling_task="token_embed"), "none of single tokens"),
+        (lambda llm: llm.generate("a", {"temperature": 0}), "sampling_params must be SamplingParams, not dict"),
+        (lambda llm: llm.generate({"multi_modal_data": {}, "prompt": "a"}), "models read text alone"),
+    ],
+)
+def test_what_there_is_not_is_refused_by_name(llm: LLM, call: Any, said: str) -> None:
+    with pytest.raises(InvalidParameterError, match=said):
+        call(llm)
+
+
+def test_methods_and_arguments_that_there_are_not(llm: LLM) -> None:
+    with pytest.raises(AttributeError, match=r"no 'llm_engine': the engine is `engine`"):
+        llm.llm_engine  # noqa: B018
+    with pytest.raises(TypeError, match=r"^generate has no argument 'max_tokens': it is a field of SamplingParams"):
+        llm.generate("a", max_tokens=5)  # type: ignore[call-arg]
+
+
+def test_the_engine_itself_says_whose_output_kind_is(engine: InferenceEngine) -> None:
+    params = SamplingParams(output_kind=RequestOutputKind.DELTA, max_tokens=2)
+    with pytest.raises(InvalidParameterError, match="output_kind is for AsyncLLM"):
+        engine.generate("a", params)
+    assert LLM(engine).generate("a", params)[0].finished  # as vLLM's does
+
+
+def test_whose_an_engine_is(engine: InferenceEngine, toy_model: Path) -> None:
+    with LLM(engine):
+        pass
+    assert engine.is_alive
+    with pytest.raises(TypeError, match="takes no arguments: seed"):
+        LLM(engine, seed=1)
+    with pytest.raises(ConfigError, match="not both: dtype"):
+        LLM(EngineConfig(model=str(toy_model)), dtype="half")

@@ -1,0 +1,112 @@
+"""vLLM's arguments as settings of an engine: taken, translated, or refused by name."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from candle_vllm.core import LLM, AsyncEngineArgs, ConfigError, EngineArgs, EngineConfig
+from candle_vllm.core.vllm.arguments import translated
+
+
+@pytest.mark.parametrize(
+    ("given", "settings"),
+    [
+        ({}, {}),
+        ({"dtype": "bfloat16", "kv_cache_dtype": "fp8_e4m3"}, {"dtype": "bf16", "kv_cache_dtype": "fp8"}),
+        ({"dtype": "half"}, {"dtype": "f16"}),
+        ({"dtype": "float32", "load_format": "safetensors"}, {"dtype": "f32"}),
+        ({"enforce_eager": True}, {"cuda_graphs": False}),
+        ({"enforce_eager": False, "max_model_len": -1, "block_size": None}, {}),
+        ({"max_model_len": 100, "max_num_seqs": 4}, {"max_model_len": 100, "max_num_seqs": 4}),
+        ({"tokenizer": "m", "hf_token": True, "revision": None}, {}),
+        ({"tokenizer": "other"}, {"tokenizer": Path("other")}),
+        ({"kv_cache_memory_bytes": 1 << 20, "seed": 7}, {"kv_cache_memory": 1 << 20, "seed": 7}),
+        ({"attention_backend": "FLASH_ATTN"}, {"attention_backend": "flash_attn"}),
+        ({"tensor_parallel_size": 1, "trust_remote_code": False, "runner": "pooling", "disable_log_stats": False}, {}),
+        ({"chat_template": "{{ messages }}"}, {"chat_template": "{{ messages }}"}),
+        ({"device": "cpu", "threads": 1, "isq": "q4k"}, {"device": "cpu", "threads": 1, "isq": "q4k"}),
+    ],
+)
+def test_what_vllms_arguments_mean_here(given: dict[str, Any], settings: dict[str, Any]) -> None:
+    assert translated("m", given).config == EngineConfig(model="m", **{"seed": 0, **settings})
+
+
+def test_a_type_of_torchs_goes_by_its_name() -> None:
+    class Half:
+        def __str__(self) -> str:
+            return "torch.float16"
+
+    assert translated("m", {"dtype": Half()}).config == EngineConfig(model="m", seed=0, dtype="f16")
+
+
+def test_a_template_may_be_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "t.jinja"
+    path.write_text("{{ messages[0].content }}")
+    for given in (path, str(path)):
+        assert translated("m", {"chat_template": given}).config.chat_template == "{{ messages[0].content }}"
+    with pytest.raises(ConfigError, match="neither a file nor Jinja"):
+        translated("m", {"chat_template": "nowhere.jinja"})
+
+
+def test_how_vectors_are_made() -> None:
+    pooling = translated("m", {"pooler_config": {"seq_pooling_type": "MEAN", "use_activation": False}}).pooling
+    assert (pooling.pooling, pooling.normalize) == ("mean", False)
+    with pytest.raises(ConfigError, match="step_tag_id"):
+        translated("m", {"pooler_config": {"step_tag_id": 5}})
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        ({"tensor_parallel_size": 2}, TypeError, "an engine computes on one device"),
+        ({"enable_lora": True}, TypeError, "adapters are not loaded"),
+        ({"trust_remote_code": True}, TypeError, "never run"),
+        ({"speculative_config": {"method": "ngram"}}, TypeError, "no drafts"),
+        ({"limit_mm_per_prompt": {"image": 1}}, TypeError, "text alone"),
+        ({"logits_processors": [object]}, TypeError, "no code runs between steps"),
+        ({"temperature": 1}, TypeError, "requests have it"),
+        ({"max_modle_len": 5}, TypeError, "did you mean max_model_len"),
+        ({"dtype": "int8"}, ConfigError, "dtype 'int8'"),
+        ({"enforce_eager": "yes"}, ConfigError, "enforce_eager must be true or false"),
+        ({"generation_config": "/x"}, ConfigError, "auto, for the model's own, or vllm"),
+        ({"override_generation_config": {"beams": 2}}, ConfigError, "'beams'; it may have temperature"),
+    ],
+)
+def test_what_has_no_counterpart_is_refused_by_name(given: dict[str, Any], error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        translated("m", given)
+    with pytest.raises(error, match=said):
+        EngineArgs("m", **given)
+
+
+def test_a_quantisation_that_the_checkpoint_does_not_have(toy_model: Path) -> None:
+    with pytest.raises(ConfigError, match="quantization 'awq': the checkpoint's weights are plain"):
+        LLM(str(toy_model), quantization="awq", threads=1, max_model_len=64)
+
+
+def test_arguments_from_a_command_line(toy_model: Path) -> None:
+    parser = AsyncEngineArgs.add_cli_args(argparse.ArgumentParser())
+    parser.set_defaults(model="m", runner="pooling")
+    parser.add_argument("--top-k", type=int)
+    args = parser.parse_args(
+        ["--max-model-len", "64", "--no-enable-prefix-caching", "--dtype", "half", "--enforce-eager", "--threads", "1",
+         "--tensor-parallel-size", "1", "--no-trust-remote-code"]
+    )  # fmt: skip
+    wanted = EngineConfig(
+        model="m", seed=0, max_model_len=64, enable_prefix_caching=False, dtype="f16", cuda_graphs=False, threads=1
+    )
+    kept = AsyncEngineArgs.from_cli_args(args)
+    assert translated(vars(kept).pop("model"), {**vars(kept)}).config == wanted
+    plain = vars(args)
+    assert plain.pop("top_k") is None
+    assert translated(plain.pop("model"), plain).config == wanted
+    with LLM.from_engine_args(EngineArgs(str(toy_model), max_model_len=64, threads=1)) as llm:
+        assert llm.engine.model_info.max_model_len == 64
+
+
+def test_a_key_is_not_written_out() -> None:
+    assert "hf_secret" not in repr(EngineArgs("m", hf_token="hf_secret", max_model_len=5))
