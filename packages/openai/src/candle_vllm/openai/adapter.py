@@ -24,7 +24,7 @@ from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.openai.answers import AnswerPlan, AnswerReader
 from candle_vllm.openai.chat_answers import ChatWriter, join_chat
-from candle_vllm.openai.completion_answers import CompletionWriter, join_completion
+from candle_vllm.openai.completion_answers import CompletionWriter, EchoedPrompt, join_completion
 from candle_vllm.openai.embedding import (
     EmbeddingAdapter,
     parse_embedding_request,
@@ -124,6 +124,15 @@ class OpenAIAdapter:
 
     def __repr__(self) -> str:
         return f"<OpenAIAdapter of {', '.join(self._names.all):.80}>"
+
+    @property
+    def model_info(self) -> ModelInfo:
+        """The model's description."""
+        return self._engine.model_info
+
+    def tokens_of(self, text: str) -> list[int]:
+        """A text's tokens, with the special ones around it."""
+        return self._engine.tokenize(text)
 
     def models(self) -> ModelList:
         """The served names."""
@@ -234,13 +243,21 @@ class OpenAIAdapter:
         head = self._head("chatcmpl-", task.request_id, model)
         with task.paths.blamed():
             source = self._submit(prepared.prompt, prepared.params, head.id, task.priority, "messages")
-        return AnswerStream([source], AnswerReader(head, prepared.answers, task))
+        return AnswerStream([source], AnswerReader(head, prepared.answers, task), prepared.prompt)
 
     async def _start_completion(self, given: CompletionRequest | Fields, *, whole: bool) -> ChunkStream[Completion]:
         request = given if isinstance(given, CompletionRequest) else parse_completion_request(given)
         if whole and request.stream:
             raise InvalidParameterError(_STREAMED.format("complete"), "stream")
-        task = read_completion(request)
+        answer, prompts = await self._continued(read_completion(request))
+        return ChunkStream(answer, CompletionWriter(request, prompts, whole=whole))
+
+    async def continued(self, task: Task) -> AnswerStream:
+        """Submits a task of prompts and gives what happens while they are continued; close the stream to abort it."""
+        answer, _ = await self._continued(task)
+        return answer
+
+    async def _continued(self, task: Task) -> tuple[AnswerStream, Sequence[EchoedPrompt]]:
         head = self._head("cmpl-", task.request_id, self._names.served(task.model))
         prompts, params = await self._work.prepare(self._preparation.prompts, task)
         if task.form is not None:
@@ -249,13 +266,14 @@ class OpenAIAdapter:
         try:
             for number, prompt in enumerate(prompts):
                 request_id = head.id if len(prompts) == 1 else f"{head.id}-{number}"
-                sources.append(self._submit(prompt.token_ids, params, request_id, task.priority, "prompt"))
+                with task.paths.blamed():
+                    sources.append(self._submit(prompt.token_ids, params, request_id, task.priority, "prompt"))
         except BaseException:
             for source in sources:
                 await source.aclose()
             raise
         reader = AnswerReader(head, AnswerPlan(), task)
-        return ChunkStream(AnswerStream(sources, reader), CompletionWriter(request, prompts, whole=whole))
+        return AnswerStream(sources, reader, prompts[0].token_ids), prompts
 
     def _submit(
         self, prompt: Sequence[int], params: SamplingParams, request_id: str, priority: int, field: str

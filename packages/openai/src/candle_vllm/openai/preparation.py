@@ -80,7 +80,7 @@ class TaskPreparation:
             text = self._render(task)
             answers, structured, thoughts = self._planned(task, text)
             # Templates write the special tokens themselves.
-            prompt = self._engine.tokenize(text, add_special_tokens=task.add_special_tokens)
+            prompt = self._behind(task, text, add_special_tokens=task.add_special_tokens)
             _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), len(prompt))
             if answers.special_tokens:
                 params = replace(params, skip_special_tokens=False)
@@ -219,7 +219,7 @@ class TaskPreparation:
 
     def _prompt(self, task: Task, prompt: str | Sequence[int]) -> EchoedPrompt:
         engine, special = self._engine, task.add_special_tokens
-        ids = engine.tokenize(prompt, add_special_tokens=special) if isinstance(prompt, str) else prompt
+        ids = self._behind(task, prompt, add_special_tokens=special) if isinstance(prompt, str) else prompt
         self._check_known(ids)
         text = first = ""
         if task.echo_prompts:
@@ -233,13 +233,22 @@ class TaskPreparation:
             self._check_known(prompt)
         return prompt
 
-    def _check_known(self, ids: Sequence[int]) -> None:
+    def _behind(self, task: Task, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The tokens of a prompt behind those that the task begins with, where no token begins a text again."""
+        if not task.before:
+            return self._engine.tokenize(text, add_special_tokens=add_special_tokens)
+        self._check_known(task.before, "context")
+        beginning = self._engine.chat_conventions.token_names.get("bos_token")
+        text = text.removeprefix(beginning) if beginning else text
+        return [*task.before, *self._engine.tokenize(text, add_special_tokens=False)]
+
+    def _check_known(self, ids: Sequence[int], field: str = "prompt") -> None:
         """Refuses ids beyond the vocabulary before a detokenizer sees them."""
         vocabulary = self._engine.model_info.vocab_size
         largest = max(ids, default=0)
         if largest >= vocabulary:
             raise InvalidParameterError(
-                f"prompt has token id {largest}, but the model's vocabulary ends at {vocabulary - 1}", "prompt"
+                f"{field} has token id {largest}, but the model's vocabulary ends at {vocabulary - 1}", field
             )
 
 

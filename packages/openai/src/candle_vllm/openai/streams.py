@@ -28,9 +28,13 @@ class AnswerStream:
     away: that aborts the request.
 
     It closes itself when it ends or fails.
+
+    Attributes:
+        prompt: tokens of the first prompt.
     """
 
-    def __init__(self, sources: Sequence[TokenStream], reader: AnswerReader) -> None:
+    def __init__(self, sources: Sequence[TokenStream], reader: AnswerReader, prompt: Sequence[int] = ()) -> None:
+        self.prompt = prompt
         self._sources = sources
         self._reader = reader
         self._ready: deque[Event] = deque()

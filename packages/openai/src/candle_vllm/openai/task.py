@@ -189,6 +189,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
         messages: at least one; or none where there are `prompts`.
         prompts: texts, or ids of tokens, that answers continue as they are.
         suffix: what stands behind the answers, which are to fill the gap between prompt and this; "" is nothing.
+        before: ids of tokens that stand before the prompt, of an earlier one with its answer.
         tools: those that may be called, and the choice among them.
         form: what the content of an answer must look like; None is any text.
         sampling: values that the request gives, by names of `SamplingParams`.
@@ -215,6 +216,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     messages: tuple[Message, ...] = ()
     prompts: tuple[str | Sequence[int], ...] = ()
     suffix: str = ""
+    before: tuple[int, ...] = ()
     tools: ToolUse = ToolUse()
     form: StructuredOutputsParams | None = None
     sampling: Mapping[str, Any] = {}

@@ -49,6 +49,7 @@ class GenerationApi:
         done: what one that did not ends with.
         defaults: the model's sampling defaults in a request that leaves them open.
         kept: how its answers are kept for clients that have gone; None where they are not.
+        stream: what streams are sent as.
     """
 
     parse: Callable[[bytes], Any]
@@ -59,6 +60,7 @@ class GenerationApi:
     done: bytes = DONE
     defaults: Callable[[Any, Settings], Any] = with_defaults
     kept: KeptForm | None = None
+    stream: type[EventStream] = EventStream
 
 
 async def answer(request: Request, api: GenerationApi) -> Response:
@@ -125,9 +127,20 @@ async def answer_with(
         method: what a model answers.
         queued: it waits for its turn; False for what the engine need not do.
     """
+    deadline = deadline_of(request)
+    return await answer_parsed_with(request, await parsed(request, parse), method, deadline, queued=queued)
+
+
+async def answer_parsed_with(
+    request: Request,
+    wire: Any,
+    method: Callable[[ServedModel, Any], Awaitable[Any]],
+    deadline: float,
+    *,
+    queued: bool = True,
+) -> Response:
+    """The same for a request whose body has been read, until `deadline` (`time.monotonic()`)."""
     state = request.app.state
-    deadline = time.monotonic() + state.settings.request_timeout
-    wire = await parsed(request, parse)
     begin_generation(request.scope)
 
     async def work() -> Any:
@@ -156,7 +169,7 @@ async def answer_with(
 def _stream(
     api: GenerationApi, chunks: AsyncIterator[Any], deadline: float, released: Callable[[], object] | None = None
 ) -> EventStream:
-    return EventStream(
+    return api.stream(
         chunks,
         api.event,
         api.error_event,
@@ -172,9 +185,10 @@ def deadline_of(request: Request) -> float:
     return time.monotonic() + request.app.state.settings.request_timeout
 
 
-async def parsed(request: Request, parse: Callable[[bytes], Any]) -> Any:
-    """The checked body of a request."""
-    body = await read_body(request.scope, request.receive, request.app.state.settings.max_body_mb << 20)
+async def parsed(request: Request, parse: Callable[[bytes], Any], *, typed: bool = True) -> Any:
+    """The checked body of a request; `typed` as of `read_body`."""
+    most = request.app.state.settings.max_body_mb << 20
+    body = await read_body(request.scope, request.receive, most, typed=typed)
     return await asyncio.to_thread(parse, body) if len(body) > BIG_BODY else parse(body)
 
 

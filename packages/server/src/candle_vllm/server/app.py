@@ -40,6 +40,8 @@ from candle_vllm.server.routes import (
     generation,
     messages,
     models,
+    ollama,
+    ollama_models,
     responses,
     status,
     stored_responses,
@@ -57,7 +59,7 @@ if TYPE_CHECKING:
 
 _MODULES = (
     generation, messages, responses, stored_responses, conversations, embeddings, tokenizing, models, mailbox_routes,
-    mcp_routes, status, docs,
+    ollama, ollama_models, mcp_routes, status, docs,
 )  # fmt: skip
 ROUTERS = tuple(module.router for module in _MODULES)
 

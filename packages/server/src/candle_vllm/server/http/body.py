@@ -20,8 +20,10 @@ READING_SECONDS = 600.0  # for a whole body
 T = TypeVar("T")
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+async def read_body(scope: Scope, receive: Receive, limit: int, *, typed: bool = True) -> bytes:
     """The JSON body of a request, at most `limit` bytes; more is refused before it is held in memory.
+
+    `typed` wants its content type, which pages from elsewhere cannot send unasked; routes without it check the Origin.
 
     Raises:
         HttpError: 415 for another content type, 400 for a broken length, 413 when too large, 408 when too slow.
@@ -29,7 +31,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     """
     headers = dict(scope["headers"])
     media_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-    if media_type != b"application/json":
+    if typed and media_type != b"application/json":
         raise HttpError(415, "The body must be JSON: send the header `Content-Type: application/json`.",
                         "unsupported_media_type")  # fmt: skip
     if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b""):

@@ -1,6 +1,6 @@
 """Every failure of a request as an answer, in the envelope of the API that was asked (steps 1 and 10).
 
-Anthropic's routes answer in Anthropic's words, all others in OpenAI's.
+Anthropic's routes answer in Anthropic's words, Ollama's in Ollama's, all others in OpenAI's.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from candle_vllm.core.errors import CandleVllmError, EngineDeadError, RequestAbortedError
 from candle_vllm.openai import to_error, to_json_bytes
 from candle_vllm.openai.anthropic import anthropic_error, to_anthropic_error
+from candle_vllm.openai.ollama.answers import Failure
 from candle_vllm.server.http.errors import ClientGone, HttpError
 from candle_vllm.server.http.routing import route_path
 from candle_vllm.server.http.sse import data_event, named_event
@@ -25,6 +26,7 @@ from candle_vllm.server.settings.derived import speak_in_flags
 
 CLIENT_CLOSED_REQUEST = 499  # for the log; nobody is left to read it
 ANTHROPIC = "/v1/messages"
+OLLAMA = "/api/"
 JSON = "application/json"
 
 logger = logging.getLogger(__name__)
@@ -78,11 +80,14 @@ async def answer_failure(request: Request, failure: Exception) -> Response:
         theirs = to_anthropic_error(failure, request_id=_request_id(request.scope))
         return _response(to_json_bytes(theirs.body), theirs.status, theirs.headers)
     error = to_error(failure)
-    return _response(to_json_bytes(error.body), error.status, error.headers)
+    body = Failure(error.body.error.message) if speaks_ollama(request.scope) else error.body
+    return _response(to_json_bytes(body), error.status, error.headers)
 
 
 def refusal(scope: Scope, error: HttpError) -> Response:
     """The server's own refusal of a request."""
+    if speaks_ollama(scope):
+        return _response(to_json_bytes(Failure(str(error))), error.status, error.headers)
     if not _speaks_anthropic(scope):
         return error.response
     status = 529 if error.code == "overloaded" else error.status
@@ -112,6 +117,14 @@ def anthropic_error_event(failure: Exception) -> bytes:
     return named_event(body.event_name, to_json_bytes(body))
 
 
+def ollama_error_line(failure: Exception) -> bytes:
+    """The last line of a stream that failed, for Ollama's clients."""
+    if not isinstance(failure, HttpError):
+        _log("a stream failed", failure)
+    message = str(failure) if isinstance(failure, HttpError) else to_error(failure).body.error.message
+    return to_json_bytes(Failure(message)) + b"\n"
+
+
 def _log(what: str, failure: Exception) -> None:
     if isinstance(failure, EngineDeadError):
         logger.error("%s: %s", what, failure)  # it ends many requests at once, and has been logged where it happened
@@ -119,17 +132,12 @@ def _log(what: str, failure: Exception) -> None:
         logger.error("%s", what, exc_info=failure)
 
 
-_ROUTES_HERE = {  # of Ollama, llama.cpp and of clients whose base URL lacks /v1
-    "/api/generate": "/v1/completions",
+_ROUTES_HERE = {  # of llama.cpp and of clients whose base URL lacks /v1
     "/completion": "/v1/completions",
     "/completions": "/v1/completions",
     "/generate": "/v1/completions",
-    "/api/chat": "/v1/chat/completions",
     "/chat/completions": "/v1/chat/completions",
-    "/api/tags": "/v1/models",
     "/models": "/v1/models",
-    "/api/embed": "/v1/embeddings",
-    "/api/embeddings": "/v1/embeddings",
     "/embedding": "/v1/embeddings",
     "/embeddings": "/v1/embeddings",
     "/responses": "/v1/responses",
@@ -155,6 +163,11 @@ def _routing_error(request: Request, failure: HTTPException) -> HttpError:
 def _speaks_anthropic(scope: Scope) -> bool:
     path = route_path(scope)
     return path == ANTHROPIC or path.startswith(ANTHROPIC + "/")
+
+
+def speaks_ollama(scope: Scope) -> bool:
+    """Whether a route of Ollama's API was asked for."""
+    return route_path(scope).startswith(OLLAMA)
 
 
 def _request_id(scope: Scope) -> str | None:

@@ -78,6 +78,7 @@ class EventStream(Response):
     """
 
     media_type = "text/event-stream"
+    silence = KEEP_ALIVE
 
     def __init__(
         self,
@@ -187,7 +188,7 @@ class EventStream(Response):
             return
         silence = loop.time() - self._idle_since if self._idle is not None else 0.0
         if silence >= self._keep_alive:
-            self._push(KEEP_ALIVE)
+            self._push(self.silence)
             silence = 0.0
         self._timer = loop.call_later(min(left, self._keep_alive - silence), self._watch_time)
 
@@ -244,6 +245,13 @@ class EventStream(Response):
             with contextlib.suppress(RuntimeError):  # a generator that is being closed already
                 await close()
         self._release()
+
+
+class LineStream(EventStream):
+    """The same as lines of JSON. Silence is broken by a space, which readers of the next line skip."""
+
+    media_type = "application/x-ndjson"
+    silence = b" "
 
 
 async def _stop(tasks: Sequence[asyncio.Task[None]]) -> None:

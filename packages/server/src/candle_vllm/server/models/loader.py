@@ -14,6 +14,7 @@ from candle_vllm.core.config import SETTINGS
 from candle_vllm.core.errors import NoMemoryError
 from candle_vllm.openai import OpenAIAdapter
 from candle_vllm.openai.anthropic import MessagesAdapter
+from candle_vllm.openai.ollama import OllamaAdapter
 from candle_vllm.server.models.admission import Admission
 from candle_vllm.server.models.catalogue import ModelEntry
 from candle_vllm.server.models.slot import ServedModel
@@ -104,6 +105,7 @@ def serve_engine(engine: ServedEngine, entry: ModelEntry, metrics: Metrics) -> S
         watcher=watcher,
         adapter=adapter,
         messages=MessagesAdapter(adapter, sampling_defaults=settings.default_sampling),
+        ollama=OllamaAdapter(adapter, sampling_defaults=settings.default_sampling),
         admission=admission,
         memory=info.weight_bytes + info.kv_cache_bytes,
     )

@@ -172,6 +172,22 @@ class ModelManager:
             self._switcher.want(slot, asked=True)
         return slot
 
+    def keep(self, name: str | None, seconds: float) -> bool:
+        """Has a model stay so long after its last use, from now on; it may still have to make room for another.
+
+        False where models stay because somebody else has loaded them.
+        """
+        slot = self.find(name)
+        if self._switcher is None:
+            return False
+        self._switcher.keep(slot, seconds)
+        return True
+
+    def expires_at(self, slot: ModelSlot) -> float | None:
+        """Unix seconds at which a loaded model is unloaded unless somebody uses it; None where it stays."""
+        rest = None if self._switcher is None else self._switcher.rest_of(slot)
+        return None if rest is None else time.time() + rest - (time.monotonic() - slot.last_used)
+
     def died(self, slot: ModelSlot, model: ServedModel) -> None:
         """The engine of a model has died by itself: what it held is let go, and it is started again.
 

@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from candle_vllm.core.progress import Progress
 from candle_vllm.openai import OpenAIAdapter
 from candle_vllm.openai.anthropic import MessagesAdapter
+from candle_vllm.openai.ollama import OllamaAdapter
 from candle_vllm.server.models.admission import Admission
 from candle_vllm.server.models.catalogue import ModelEntry
+from candle_vllm.server.models.library import Description
 from candle_vllm.server.observing.model_metrics import EngineWatcher, ServedEngine
 
 MAX_DEATHS = 5  # of an engine within the manager's window, before it is not started again by itself
@@ -41,7 +43,7 @@ class ServedModel:
         entry: of the catalogue.
         engine: the engine; the server closes it when the model is unloaded.
         watcher: counts what it is asked.
-        adapter, messages: OpenAI's and Anthropic's requests answered by it.
+        adapter, messages, ollama: OpenAI's, Anthropic's and Ollama's requests answered by it.
         admission: who may use it when.
         memory: bytes that it holds, weights and cache, for the next decision about room.
     """
@@ -51,6 +53,7 @@ class ServedModel:
     watcher: EngineWatcher
     adapter: OpenAIAdapter
     messages: MessagesAdapter
+    ollama: OllamaAdapter
     admission: Admission
     memory: int = 0
 
@@ -76,6 +79,8 @@ class ModelSlot:
         progress: what is being done while it is loaded, and how far that is.
         awaited: the start waits for it, and says itself why it cannot be loaded.
         timer: runs until the model has rested long enough to be unloaded.
+        described: what its files say, once somebody has asked.
+        keep_seconds: how long the latest request that said so wants it to rest; None is the manager's `idle_seconds`.
     """
 
     entry: ModelEntry
@@ -94,6 +99,8 @@ class ModelSlot:
     progress: Progress | None = None
     awaited: bool = False
     timer: asyncio.TimerHandle | None = None
+    keep_seconds: float | None = None
+    described: Description | None = None
 
     @property
     def is_waited_for(self) -> bool:

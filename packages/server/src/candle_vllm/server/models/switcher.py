@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -136,9 +137,24 @@ class ModelSwitcher:
     def idle(self, slot: ModelSlot) -> None:
         """Nobody uses the model at the moment."""
         self._returned.set()
-        seconds = self._limits.idle_seconds
+        seconds = self.rest_of(slot)
         if seconds is not None and slot.timer is None and slot.state is ModelState.READY and not self.closing:
             slot.timer = asyncio.get_running_loop().call_later(seconds, self._unload_idle, slot)
+
+    def rest_of(self, slot: ModelSlot) -> float | None:
+        """Seconds after which an unused model is unloaded; None keeps it."""
+        if slot.keep_seconds is None:
+            return self._limits.idle_seconds
+        return None if slot.keep_seconds == math.inf else slot.keep_seconds
+
+    def keep(self, slot: ModelSlot, seconds: float | None) -> None:
+        """Says how long a model rests before it is unloaded, from now on; None is as the manager has it."""
+        slot.keep_seconds = seconds
+        if slot.timer is not None:
+            slot.timer.cancel()
+            slot.timer = None
+        if not slot.in_flight:
+            self.idle(slot)
 
     def let_go(self, model: ServedModel) -> None:
         """Closes the engine of a model that is in no slot any more, beside everything else."""
@@ -275,13 +291,15 @@ class ModelSwitcher:
             self._unwanted.append(_Unwanted(slot, asyncio.get_running_loop().create_future(), idle=True))
             self._work()
         else:
-            seconds = self._limits.idle_seconds or 0.0
+            seconds = self.rest_of(slot)
+            if seconds is None:
+                return
             left = seconds - (time.monotonic() - slot.last_used)
             slot.timer = asyncio.get_running_loop().call_later(max(left, 0.001), self._unload_idle, slot)
 
     def _rested(self, slot: ModelSlot) -> bool:
-        seconds = self._limits.idle_seconds or 0.0
-        return not slot.in_flight and time.monotonic() - slot.last_used >= seconds - 0.001
+        seconds = self.rest_of(slot)
+        return seconds is not None and not slot.in_flight and time.monotonic() - slot.last_used >= seconds - 0.001
 
 
 def load_failed(slot: ModelSlot, retry_seconds: float) -> HttpError:

@@ -132,7 +132,7 @@ def _schemas(operations: Sequence[Operation]) -> dict[str, Schema]:
         own = [each for each in operations if each.naming == naming]
         requests = dict.fromkeys(kind for each in own for kind in each.body)
         answers = dict.fromkeys(kind for each in own for kinds in each.answers.values() for kind in kinds)
-        others = dict.fromkeys(kind for each in own for kind in (*each.events, each.error))
+        others = dict.fromkeys(kind for each in own for kind in (*each.events, *each.lines, each.error))
         made |= naming.components([*requests], [*(answers | others)])
     return made
 
@@ -179,6 +179,8 @@ def _answer(operation: Operation, status: int) -> dict[str, Any]:
     content: dict[str, Any] = {operation.media: {"schema": as_list(schema) if operation.listed else schema}}
     if operation.events:
         content["text/event-stream"] = {"schema": _events(operation)}
+    if operation.lines:
+        content["application/x-ndjson"] = {"schema": _lines(operation)}
     return described | {"content": content}
 
 
@@ -188,6 +190,13 @@ def _events(operation: Operation) -> Schema:
         "description": "With stream: true, server-sent events whose data is JSON. A stream of OpenAI's form ends with "
         "the data [DONE]; one that fails ends with an error instead.",
         "x-event-data": operation.naming.one_of(operation.events),
+    }
+
+
+def _lines(operation: Operation) -> Schema:
+    return {
+        "description": "Without stream: false, lines of JSON. A stream that fails ends with an error.",
+        "x-line": operation.naming.one_of(operation.lines),
     }
 
 

@@ -31,6 +31,7 @@ class Operation:
         example: a body that works with any model of its kind.
         media: type of a good answer's body; those of JSON have types.
         events: types of an event's data, where the answer can be a stream.
+        lines: types of a line, where the answer can be lines of JSON.
         error: type of a refusal's body.
         naming: what these types are called in the document.
         listed: the answer is a list of objects of the types.
@@ -49,6 +50,7 @@ class Operation:
     example: Mapping[str, Any] | None = None
     media: str = "application/json"
     events: tuple[type[msgspec.Struct], ...] = ()
+    lines: tuple[type[msgspec.Struct], ...] = ()
     error: type[msgspec.Struct] = ErrorEnvelope
     naming: Naming = field(default_factory=Naming)
     listed: bool = False

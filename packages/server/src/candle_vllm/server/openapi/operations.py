@@ -55,6 +55,7 @@ from candle_vllm.server.models.cards import (
 )
 from candle_vllm.server.openapi.components import Naming
 from candle_vllm.server.openapi.kept_operations import KEPT_OPERATIONS, RESPONSES
+from candle_vllm.server.openapi.ollama_operations import OLLAMA_OPERATIONS
 from candle_vllm.server.openapi.operation import BODY_ERRORS, Key, Operation
 from candle_vllm.server.routes.mailbox import DEFAULT_LIST, MAX_LIST, Delivered, PushRequest
 
@@ -337,6 +338,7 @@ OPERATIONS: Mapping[Key, Operation] = {
         path_parameters=_RECORD,
     ),
     **KEPT_OPERATIONS,
+    **OLLAMA_OPERATIONS,
     ("GET", "/v1/mcp/servers"): Operation(
         id="list_mcp_servers",
         tag="mcp",

@@ -22,9 +22,9 @@ from candle_vllm.openai.validation import parse_body
 from candle_vllm.responses.tools.execution import check, run
 from candle_vllm.responses.tools.tool import ToolCall, ToolResult
 from candle_vllm.server.answering import deadline_of, in_time, parsed
+from candle_vllm.server.http.auth import check_origin
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.mcp.access import check_origin
 from candle_vllm.server.mcp.wire import McpCallRequest, McpCallResult, McpFunction, McpServerInfo, McpToolInfo
 from candle_vllm.server.settings import Settings
 

@@ -35,6 +35,7 @@ from candle_vllm.server.answering import (
     in_time,
     parsed,
 )
+from candle_vllm.server.http.auth import check_origin
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import Caller, caller_of
@@ -42,7 +43,6 @@ from candle_vllm.server.http.sse import DONE, named_event
 from candle_vllm.server.keeping import NOT_HERE
 from candle_vllm.server.kept_access import event_stream
 from candle_vllm.server.mailbox.policy import refuse_headers
-from candle_vllm.server.mcp.access import check_origin
 from candle_vllm.server.models.slot import Lease, ServedModel
 
 if TYPE_CHECKING:

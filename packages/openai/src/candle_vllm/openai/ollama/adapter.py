@@ -1,0 +1,282 @@
+"""OllamaAdapter: Ollama's API answered by an `OpenAIAdapter`, whole or streamed, without HTTP.
+
+A request is read as a task, and what happens while it is answered is written as Ollama's lines (steps 2 and 10).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, Literal, cast
+
+import msgspec
+
+from candle_vllm.core.errors import PromptTooLongError, RequestError
+from candle_vllm.openai.adapter import OpenAIAdapter
+from candle_vllm.openai.errors import UnsupportedParameterError
+from candle_vllm.openai.ollama.answers import (
+    ChatLine,
+    GenerateLine,
+    Line,
+    LineWriter,
+    Times,
+    Vector,
+    Vectors,
+    join_lines,
+)
+from candle_vllm.openai.ollama.request import (
+    ChatRequest,
+    EmbeddingsRequest,
+    EmbedRequest,
+    GenerateRequest,
+    Message,
+)
+from candle_vllm.openai.protocol.templating import set_effort
+from candle_vllm.openai.protocol.tools import tool_use
+from candle_vllm.openai.remarks import remark
+from candle_vllm.openai.streams import AnswerStream, ChunkStream
+from candle_vllm.openai.task import Call, Paths, Task, TextPart
+from candle_vllm.openai.task import Message as TaskMessage
+
+_Generating = ChatRequest | GenerateRequest
+
+_SPELLED = {
+    "max_tokens": "options.num_predict",
+    "repetition_penalty": "options.repeat_penalty",
+    "logprobs": "top_logprobs",
+    **{
+        name: f"options.{name}"
+        for name in (
+            "temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty"
+        )
+    },
+}  # fmt: skip
+"""What the engine's names are called in a request."""
+
+
+class LineStream(ChunkStream[Line]):
+    """The lines of one answer. Close it (`aclose`) when the reader goes away: that aborts the request."""
+
+
+class OllamaAdapter:
+    """Answers Ollama's requests.
+
+    Every method raises what `OpenAIAdapter` raises.
+
+    Args:
+        adapter: answers the tasks.
+        sampling_defaults: by names of `SamplingParams`, for what a request leaves open; before the model's own.
+    """
+
+    def __init__(self, adapter: OpenAIAdapter, *, sampling_defaults: Mapping[str, Any] | None = None) -> None:
+        self._adapter = adapter
+        self._defaults = dict(sampling_defaults or {})
+
+    async def chat(self, request: ChatRequest) -> ChatLine:
+        """The whole answer. Cancelling it aborts the request."""
+        return cast(ChatLine, await self._whole(await self.chat_stream(request)))
+
+    async def chat_stream(self, request: ChatRequest) -> LineStream:
+        """Submits the request and gives its lines as they come; close the stream to abort it."""
+        times = self._begun(request)
+        answer = await self._bounded(self._chat_task, request)
+        return LineStream(answer, LineWriter(times, chat=True))
+
+    async def generate(self, request: GenerateRequest) -> GenerateLine:
+        """The whole answer. Cancelling it aborts the request."""
+        return cast(GenerateLine, await self._whole(await self.generate_stream(request)))
+
+    async def generate_stream(self, request: GenerateRequest) -> LineStream:
+        """Submits the request and gives its lines as they come; close the stream to abort it."""
+        times = self._begun(request)
+        if request.raw or request.suffix or not self._adapter.model_info.has_chat_template:
+            answer = await self._raw(request)
+        else:
+            answer = await self._bounded(self._prompt_task, request)
+        return LineStream(
+            answer, LineWriter(times, chat=False, context=None if request.raw or request.suffix else answer.prompt)
+        )
+
+    async def _raw(self, request: GenerateRequest) -> AnswerStream:
+        task = _raw_task(request, self._defaults)
+        try:
+            return await self._adapter.continued(task)
+        except PromptTooLongError as error:
+            if error.param != _SPELLED["max_tokens"]:
+                raise
+        return await self._adapter.continued(_unbound(task))
+
+    async def _bounded(self, read: Callable[[Any], Task], request: _Generating) -> AnswerStream:
+        """An answer that ends at the context's end where `num_predict` lies behind it."""
+        try:
+            return await self._adapter.answer(lambda: read(request))
+        except PromptTooLongError as error:
+            if error.param != _SPELLED["max_tokens"]:
+                raise
+        return await self._adapter.answer(lambda: _unbound(read(request)))
+
+    async def embed(self, request: EmbedRequest) -> Vectors:
+        """The vectors of texts, each of length 1. Cancelling it aborts what has not been run."""
+        times = self._begun(request)
+        texts: Sequence[str | list[int]] = request.input
+        if request.truncate:
+            texts = await asyncio.to_thread(self._cut, request.input)
+        made = await self._vectors(texts, "input", normalize=True, dimensions=request.dimensions)
+        return Vectors(
+            model=made.model,
+            embeddings=tuple(cast("list[float]", each.embedding) for each in made.data),
+            **times.told(),
+            prompt_eval_count=made.usage.prompt_tokens,
+        )
+
+    async def embeddings(self, request: EmbeddingsRequest) -> Vector:
+        """The vector of one text, as the model gives it. Cancelling it aborts the request."""
+        self._begun(request)
+        made = await self._vectors([request.prompt or ""], "prompt", normalize=False)
+        return Vector(cast("list[float]", made.data[0].embedding))
+
+    async def _whole(self, stream: LineStream) -> Line:
+        async with aclosing(stream) as lines:
+            return join_lines([line async for line in lines])
+
+    def _begun(self, request: Any) -> Times:
+        asked = None if request.options is None else request.options.num_ctx
+        most = self._adapter.model_info.max_model_len
+        if asked is not None and asked > most:
+            remark([f"options.num_ctx is {asked}, and the context of this model is {most} here (--max-model-len)"])
+        return Times(request.received, time.perf_counter_ns())
+
+    async def _vectors(self, texts: Sequence[str | list[int]], field: str, **options: Any) -> Any:
+        given = {name: value for name, value in options.items() if value is not None}
+        try:
+            return await self._adapter.embed({"input": list(texts), **given})
+        except RequestError as error:
+            if error.param is not None and error.param.startswith("input"):
+                error.param = field + error.param.removeprefix("input")
+            raise
+
+    def _cut(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of texts, those that are too long without their ends; special tokens at the end stay."""
+        most, made = self._adapter.model_info.max_model_len, list[list[int]]()
+        around = self._adapter.tokens_of("")
+        for number, text in enumerate(texts):
+            ids = self._adapter.tokens_of(text)
+            if len(ids) > most:
+                tail = 1 if len(around) > 1 and ids[-1] == around[-1] else 0
+                remark([f"input.{number} has {len(ids)} tokens and was cut to {most}"])
+                ids = ids[: most - tail] + ids[len(ids) - tail :]
+            made.append(ids)
+        return made
+
+    def _chat_task(self, request: ChatRequest) -> Task:
+        use = tool_use(request.tools, None, None)
+        messages = read_messages(request.messages or ())
+        last = messages[-1]
+        return Task(
+            messages=messages,
+            paths=Paths(
+                {
+                    **_SPELLED,
+                    "prompt": "messages",
+                    "structured_outputs": "tools" if request.form() is None else "format",
+                },
+                [f"tools.{number}.function.parameters" for number in range(len(use.shown))],
+            ),
+            tools=use,
+            continued=last.role == "assistant" and bool(last.parts) and not last.calls,
+            **self._shared(request),
+        )
+
+    def _prompt_task(self, request: GenerateRequest) -> Task:
+        said: list[tuple[Literal["system", "user"], str | None]] = [
+            ("system", request.system),
+            ("user", request.prompt),
+        ]
+        return Task(
+            messages=tuple(TaskMessage(role=role, parts=(TextPart(text),)) for role, text in said if text),
+            paths=Paths({**_SPELLED, "structured_outputs": "format"}),
+            before=tuple(request.context or ()),
+            tell_ids=True,
+            **self._shared(request),
+        )
+
+    def _shared(self, request: _Generating) -> dict[str, Any]:
+        return {
+            "form": request.form(),
+            "sampling": {**self._defaults, **request.sampling()},
+            "variables": self._thinking(request),
+            "show_thoughts": request.think is not False,
+        }
+
+    def _thinking(self, request: _Generating) -> dict[str, Any]:
+        """Variables of the template; a model that does not think refuses to, as Ollama's do."""
+        think, variables = request.think, dict[str, Any]()
+        if think is None:
+            return variables
+        if think and self._adapter.planner.choice.reasoning is None:
+            name = self._adapter.model_info.name
+            raise UnsupportedParameterError(f"think is not supported: {name!r} does not support thinking", "think")
+        if isinstance(think, str):
+            set_effort(variables, think, "think")
+        return {**variables, "thinking": bool(think), "enable_thinking": bool(think)}
+
+
+def read_messages(messages: Sequence[Message]) -> tuple[TaskMessage, ...]:
+    """Messages as tasks have them. Calls have no ids in this API: a result belongs to the call that it names, or to the
+    first that is open.
+    """
+    made, count = list[TaskMessage](), 0
+    pending = deque[Call]()
+    for message in messages:
+        calls = list[Call]()
+        for call in message.tool_calls or ():
+            count += 1
+            text = json.dumps(call.function.arguments, ensure_ascii=False)
+            calls.append(Call(call.id or f"call{count:05d}", call.function.name, text))
+        if message.role == "assistant":
+            pending = deque(calls)
+        answered = _answered(pending, message) if message.role == "tool" else None
+        made.append(
+            TaskMessage(
+                role=message.role,
+                parts=() if message.role == "assistant" and not message.content else (TextPart(message.content or ""),),
+                thoughts=message.thinking,
+                calls=tuple(calls),
+                call_id=message.tool_call_id if answered is None else answered.id,
+                name=message.tool_name if answered is None else answered.name,
+            )
+        )
+    return tuple(made)
+
+
+def _answered(pending: deque[Call], message: Message) -> Call | None:
+    """The open call that a tool's message answers, which is not open any more."""
+    for call in pending:
+        if message.tool_call_id in (None, call.id) and message.tool_name in (None, call.name):
+            pending.remove(call)
+            return call
+    return None
+
+
+def _unbound(task: Task) -> Task:
+    return msgspec.structs.replace(task, sampling={**task.sampling, "max_tokens": None})
+
+
+def _raw_task(request: GenerateRequest, defaults: Mapping[str, Any]) -> Task:
+    prompt = request.prompt or ""
+    text = prompt if request.raw or not request.system else f"{request.system}\n{prompt}"
+    return Task(
+        prompts=(text,),
+        suffix=request.suffix or "",
+        before=tuple(request.context or ()),
+        paths=Paths({**_SPELLED, "structured_outputs": "format"}),
+        form=request.form(),
+        # A completion of OpenAI's has 16 tokens where nobody says; here it goes on.
+        sampling={"max_tokens": None, **defaults, **request.sampling()},
+        add_special_tokens=True,
+        tell_ids=True,
+    )

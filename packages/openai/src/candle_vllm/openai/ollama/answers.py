@@ -1,0 +1,243 @@
+"""Ollama's answers: events -> lines of a stream, and those -> the whole answer (step 10).
+
+There is one path: a whole answer is the sum of the lines that a stream would have had, so the two cannot differ.
+Durations are in nanoseconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from msgspec.structs import replace
+
+from candle_vllm.openai.anthropic.tool_input import ToolInput, parsed_input
+from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Text, Thought, Usage
+from candle_vllm.openai.logprobs import chat_logprobs
+from candle_vllm.openai.protocol.chat import ChatTokenLogprob
+
+_MS = 1_000_000  # nanoseconds
+
+
+class FunctionCalled(msgspec.Struct, frozen=True, kw_only=True):
+    """A function that the model calls; `index` counts the calls of an answer from 0."""
+
+    index: int
+    name: str
+    arguments: dict[str, Any]
+
+
+class CallMade(msgspec.Struct, frozen=True, kw_only=True):
+    """A call, whole."""
+
+    id: str
+    function: FunctionCalled
+
+
+class Said(msgspec.Struct, frozen=True, kw_only=True):
+    """A message of the model, or more of it."""
+
+    role: str = "assistant"
+    content: str = ""
+    thinking: str | UnsetType = UNSET
+    tool_calls: tuple[CallMade, ...] | UnsetType = UNSET
+
+
+class Line(msgspec.Struct, frozen=True, kw_only=True):
+    """What every line has, and the last one more of.
+
+    Attributes:
+        created_at: RFC 3339.
+        done: nothing follows.
+        done_reason: stop, length, load or unload.
+        total_duration: since the request came.
+        load_duration: of it, until the model was there and free.
+        prompt_eval_count: tokens of the prompt.
+        prompt_eval_duration: from first work on it to the first token.
+        eval_count: tokens of the answer.
+        eval_duration: from the first of them to the last.
+    """
+
+    model: str
+    created_at: str
+    done: bool = False
+    done_reason: str | UnsetType = UNSET
+    total_duration: int | UnsetType = UNSET
+    load_duration: int | UnsetType = UNSET
+    prompt_eval_count: int | UnsetType = UNSET
+    prompt_eval_duration: int | UnsetType = UNSET
+    eval_count: int | UnsetType = UNSET
+    eval_duration: int | UnsetType = UNSET
+    logprobs: tuple[ChatTokenLogprob, ...] | UnsetType = UNSET
+
+
+class ChatLine(Line, frozen=True, kw_only=True):
+    """One line of a chat's stream, or all of them as one."""
+
+    message: Said
+
+
+class GenerateLine(Line, frozen=True, kw_only=True):
+    """One line of a generated text, or all of them as one; `context` is what a next request may go on from."""
+
+    response: str
+    thinking: str | UnsetType = UNSET
+    context: tuple[int, ...] | UnsetType = UNSET
+
+
+class Vectors(msgspec.Struct, frozen=True, kw_only=True):
+    """The vectors of texts, in their order."""
+
+    model: str
+    embeddings: tuple[list[float], ...]
+    total_duration: int
+    load_duration: int
+    prompt_eval_count: int
+
+
+class Vector(msgspec.Struct, frozen=True):
+    """The vector of one text."""
+
+    embedding: list[float]
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """The whole body of a failed request, and the last line of a stream that failed."""
+
+    error: str
+
+
+class Times(NamedTuple):
+    """`time.perf_counter_ns()` when a request came, and when its model was there and free."""
+
+    received: int
+    loaded: int
+
+    def told(self) -> dict[str, int]:
+        """The durations so far."""
+        return {
+            "total_duration": time.perf_counter_ns() - self.received,
+            "load_duration": self.loaded - self.received,
+        }
+
+
+def rfc3339(seconds: float) -> str:
+    """Unix seconds as Ollama writes them."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
+
+
+def loaded_line(model: str, times: Times, reason: str, *, chat: bool) -> ChatLine | GenerateLine:
+    """The answer to a request that asks for nothing but that its model is loaded, or goes."""
+    told: dict[str, Any] = {"model": model, "created_at": rfc3339(time.time()), "done": True, "done_reason": reason}
+    told |= times.told()
+    return ChatLine(message=Said(), **told) if chat else GenerateLine(response="", **told)
+
+
+class LineWriter:
+    """The lines of one answer.
+
+    Args:
+        times: of the request.
+        chat: its lines are those of a chat.
+        context: tokens of the prompt, where the last line is to say them and those of the answer.
+    """
+
+    def __init__(self, times: Times, *, chat: bool, context: Sequence[int] | None = None) -> None:
+        self._times = times
+        self._chat = chat
+        self._context = None if context is None else list(context)
+        self._model = ""
+        self._call: CallBegun | None = None
+        self._input = ToolInput()
+        self._parts: list[str] = []
+        self._ended: Ended | None = None
+
+    def write(self, events: Sequence[Event]) -> list[Line]:
+        """The lines that events of an answer with one choice make."""
+        return [line for event in events for line in self._written(event)]
+
+    def _written(self, event: Event) -> list[Line]:
+        if isinstance(event, (Text, Thought, CallBegun, CallText)):
+            if self._context is not None:
+                self._context += event.ids or ()
+            logprobs = chat_logprobs(event.logprobs).content if event.logprobs else UNSET
+        else:
+            logprobs = UNSET
+        match event:
+            case Begun():
+                self._model = event.head.model
+                return []
+            case Text():
+                return self._say(logprobs, text=event.text)
+            case Thought():
+                return self._say(logprobs, thought=event.text)
+            case CallBegun():
+                lines = self._called(cut=False)
+                self._call, self._input, self._parts = event, ToolInput(), []
+                return [*lines, *self._say(logprobs)]
+            case CallText():
+                self._parts.append(self._input.feed(event.text))
+                return self._say(logprobs)
+            case Ended():
+                self._ended = event
+                return self._called(cut=event.reason != "tool_calls")
+            case Usage():
+                return [self._last(event)] if event.final else []
+
+    def _say(self, logprobs: Any, text: str = "", thought: str = "") -> list[Line]:
+        if not text and not thought and logprobs is UNSET:
+            return []
+        return [self._line(text, thought or UNSET, logprobs=logprobs)]
+
+    def _line(self, text: str = "", thought: Any = UNSET, calls: Any = UNSET, **more: Any) -> Line:
+        known = {"model": self._model, "created_at": rfc3339(time.time()), **more}
+        if self._chat:
+            return ChatLine(message=Said(content=text, thinking=thought, tool_calls=calls), **known)
+        return GenerateLine(response=text, thinking=thought, **known)
+
+    def _called(self, *, cut: bool) -> list[Line]:
+        """The call that is complete now, if there is one; `cut`: the answer ended within it."""
+        call, self._call = self._call, None
+        if call is None:
+            return []
+        arguments = parsed_input("".join([*self._parts, self._input.finish(cut=cut)]))
+        function = FunctionCalled(index=call.call, name=call.name, arguments=arguments)
+        return [self._line(calls=(CallMade(id=call.id, function=function),))]
+
+    def _last(self, usage: Usage) -> Line:
+        assert self._ended is not None
+        more: dict[str, Any] = {} if self._context is None else {"context": tuple(self._context)}
+        return self._line(
+            done=True,
+            done_reason="length" if self._ended.reason == "length" else "stop",
+            **self._times.told(),
+            prompt_eval_count=usage.prompt_tokens,
+            prompt_eval_duration=(usage.prompt_ms or 0) * _MS,
+            eval_count=usage.completion_tokens,
+            eval_duration=(usage.completion_ms or 0) * _MS,
+            **more,
+        )
+
+
+def join_lines(lines: Sequence[Line]) -> Line:
+    """The whole answer that `lines` amount to."""
+    last = lines[-1]
+    logprobs = tuple(entry for line in lines if line.logprobs is not UNSET for entry in line.logprobs)
+    last = replace(last, logprobs=logprobs or UNSET)
+    if isinstance(last, ChatLine):
+        said = [line.message for line in lines if isinstance(line, ChatLine)]
+        calls = tuple(call for one in said if one.tool_calls is not UNSET for call in one.tool_calls)
+        message = Said(
+            content="".join(one.content for one in said), thinking=_thoughts(said), tool_calls=calls or UNSET
+        )
+        return replace(last, message=message)
+    texts = [line for line in lines if isinstance(line, GenerateLine)]
+    return replace(last, response="".join(line.response for line in texts), thinking=_thoughts(texts))
+
+
+def _thoughts(lines: Sequence[Said] | Sequence[GenerateLine]) -> str | UnsetType:
+    return "".join(line.thinking for line in lines if line.thinking is not UNSET) or UNSET

@@ -1,0 +1,427 @@
+"""Ollama's requests: bytes to a checked object (step 2)."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, WithJsonSchema, field_validator
+
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.pooling import MAX_DIMENSIONS
+from candle_vllm.core.sampling import params as caps
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.openai.protocol.fields import (
+    MAX_MESSAGES,
+    MAX_TOOL_CALLS,
+    MAX_TOOLS,
+    Name,
+    Refusal,
+    TokenId,
+    WireModel,
+    invalid,
+)
+from candle_vllm.openai.protocol.generation import Logprobs, Stop
+from candle_vllm.openai.protocol.pooling import MAX_INPUTS
+from candle_vllm.openai.protocol.tools import Tool, check_tools
+from candle_vllm.openai.validation import parse_body
+
+MAX_CONTEXT = 1 << 20  # token ids in `context`
+_LONGEST = 1 << 31  # seconds in `keep_alive`; what is longer stays for ever
+_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_PART = re.compile(r"([0-9]{1,12}(?:\.[0-9]{0,12})?|\.[0-9]{1,12})(ns|us|µs|μs|ms|s|m|h)")
+_NUMBER = re.compile(r"[+-]?[0-9]{1,12}(?:\.[0-9]{1,12})?")
+_MAX_DURATION = 64  # characters
+
+# Options that say how Ollama runs a model: accepted, checked, and without effect.
+ADVISORY_OPTIONS: Mapping[str, str] = {
+    "num_ctx": "the context is the operator's (--max-model-len); a larger one is remarked on in x-warning",
+    "num_keep": "says what stays when a conversation is cut; prompts are never cut",
+    "num_batch": "steps are sized by the operator (--prefill-chunk-size)",
+    "num_gpu": "a model lies whole on one device (--device)",
+    "main_gpu": "a model lies whole on one device (--device)",
+    "num_thread": "threads are the operator's (--threads)",
+    "numa": "about memory of several processors",
+    "low_vram": "about memory of a GPU",
+    "f16_kv": "the cache's numbers are the operator's (--kv-cache-dtype)",
+    "use_mmap": "weights are mapped while they are loaded",
+    "use_mlock": "weights lie in memory",
+    "mirostat_tau": "belongs to mirostat, which is refused",
+    "mirostat_eta": "belongs to mirostat, which is refused",
+}
+
+_TEMPLATE = "Ollama's templates are Go's and the model's own is Jinja; send raw: true with a prompt that is written out"
+_IMAGES = "models read text alone here"
+REFUSED_OPTIONS: Mapping[str, Refusal] = {
+    "typical_p": Refusal("there is no such sampler", (1, 1.0)),
+    "tfs_z": Refusal("there is no such sampler", (1, 1.0)),
+    "mirostat": Refusal("there is no such sampler", (0,)),
+    "penalize_newline": Refusal("penalties look at every token", (True,)),
+    "logits_all": Refusal("use logprobs", (False,)),
+    "vocab_only": Refusal("a model is loaded whole", (False,)),
+    "embedding_only": Refusal("a model says itself what it does", (False,)),
+}
+REFUSED_CHAT_FIELDS: Mapping[str, Refusal] = {
+    "prompt": Refusal("it belongs to /api/generate; use messages"),
+    "truncate": Refusal("prompts are never cut", (False,)),
+    "shift": Refusal("prompts are never cut", (False,)),
+    "response_format": Refusal("it is OpenAI's; use format"),
+    "max_tokens": Refusal("it is OpenAI's; use options.num_predict"),
+    "tool_choice": Refusal("it is OpenAI's; the model chooses", ("auto",)),
+}
+REFUSED_GENERATE_FIELDS: Mapping[str, Refusal] = {
+    **{name: each for name, each in REFUSED_CHAT_FIELDS.items() if name not in ("prompt", "tool_choice")},
+    "messages": Refusal("they belong to /api/chat; use prompt"),
+    "tools": Refusal("they belong to /api/chat", ([],)),
+    "template": Refusal(_TEMPLATE, ("",)),
+    "images": Refusal(_IMAGES, ([],)),
+    "width": Refusal("models write text alone here", (0,)),
+    "height": Refusal("models write text alone here", (0,)),
+    "steps": Refusal("models write text alone here", (0,)),
+}
+
+
+def seconds_of(value: float | str) -> float:
+    """How long a model is kept, in seconds: a number of them, or a duration as Go writes it (`5m`, `1h30m`).
+
+    What is negative is infinite. Raises `ValueError` for anything else.
+    """
+    if isinstance(value, str):
+        text = value.strip()
+        if len(text) > _MAX_DURATION:
+            raise ValueError
+        if _NUMBER.fullmatch(text):
+            value = float(text)
+        else:
+            sign, unsigned = (-1 if text.startswith("-") else 1), text.removeprefix("-").removeprefix("+")
+            parts = _PART.findall(unsigned)
+            if not parts or "".join(number + unit for number, unit in parts) != unsigned:
+                raise ValueError
+            value = sign * math.fsum(float(number) * _UNITS[unit] for number, unit in parts)
+    elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError
+    return math.inf if value < 0 or value > _LONGEST else float(value)
+
+
+def _kept(value: Any) -> Any:
+    if value is not None:
+        try:
+            seconds_of(value)
+        except ValueError:
+            raise invalid(
+                "", f"must be seconds, or a duration such as '5m' or '1h30m'; 0 and -1 mean at once and never, "
+                f"not {value!r:.60}"
+            ) from None  # fmt: skip
+    return value
+
+
+def _formed(value: Any) -> Any:
+    if value not in (None, "", "json") and not isinstance(value, dict):
+        raise invalid("", f"must be 'json' or a JSON schema, not {value!r:.60}")
+    return value
+
+
+def _thought(value: Any) -> Any:
+    if value is not None and not isinstance(value, bool) and value not in ("low", "medium", "high", "max"):
+        raise invalid("", f"must be true, false, 'low', 'medium', 'high' or 'max', not {value!r:.60}")
+    return value
+
+
+def _streamed(value: Any) -> Any:
+    return True if value is None else value
+
+
+KeepAlive = Annotated[
+    Any, AfterValidator(_kept), WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "string"}, {"type": "null"}]})
+]
+Think = Annotated[
+    Any,
+    AfterValidator(_thought),
+    WithJsonSchema({"anyOf": [{"type": "boolean"}, {"enum": ["low", "medium", "high", "max", None]}]}),
+]
+Format = Annotated[
+    Any, AfterValidator(_formed), WithJsonSchema({"anyOf": [{"enum": ["", "json", None]}, {"type": "object"}]})
+]
+_Streams = Annotated[bool, BeforeValidator(_streamed), WithJsonSchema({"type": ["boolean", "null"]})]
+_Count = Annotated[int, Field(ge=-1, le=1 << 31)] | None
+
+
+class Options(WireModel):
+    """How tokens are drawn. None always means absent: the model's own default counts, then ours.
+
+    Attributes:
+        num_predict: most tokens of the answer; 0, -1 and -2 are as many as the context takes.
+        seed: -1 is none.
+        repeat_penalty: what others call repetition_penalty.
+        repeat_last_n: how far back it looks: -1 is the whole text, as here always, and 0 switches the penalty off.
+    """
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_OPTIONS
+
+    num_predict: Annotated[int, Field(ge=-2, le=caps.MAX_TOKENS)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=caps.MAX_TOP_K)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), le=(1 << 64) - 1)] | None = None
+    stop: Stop | None = None
+    repeat_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repeat_last_n: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+
+    # ADVISORY_OPTIONS: checked and without effect.
+    num_ctx: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
+    num_keep: _Count = None
+    num_batch: _Count = None
+    num_gpu: _Count = None
+    main_gpu: _Count = None
+    num_thread: _Count = None
+    numa: bool | None = None
+    low_vram: bool | None = None
+    f16_kv: bool | None = None
+    use_mmap: bool | None = None
+    use_mlock: bool | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
+
+    @field_validator("repeat_last_n")
+    @classmethod
+    def _whole_text(cls, value: int | None, info: Any) -> int | None:
+        penalty = info.data.get("repeat_penalty")
+        if value is not None and value > 0 and penalty not in (None, 1.0):
+            raise invalid(
+                "", f"must be -1 or 0 beside repeat_penalty: it looks at the whole text, not at {value} tokens"
+            )
+        return value
+
+    def sampling(self) -> dict[str, Any]:
+        """What is given, by the names of `SamplingParams`."""
+        given = {
+            name: getattr(self, name)
+            for name in (
+                "temperature", "top_k", "top_p", "min_p", "stop", "presence_penalty", "frequency_penalty"
+            )
+        }  # fmt: skip
+        given["repetition_penalty"] = 1.0 if self.repeat_last_n == 0 else self.repeat_penalty
+        given["seed"] = None if self.seed == -1 else self.seed
+        found = {name: value for name, value in given.items() if value not in (None, [])}
+        if self.num_predict is not None:
+            found["max_tokens"] = self.num_predict if self.num_predict > 0 else None
+        return found
+
+
+class _Asked(WireModel):
+    """What every request has.
+
+    Attributes:
+        keep_alive: how long the model stays loaded after the request: seconds, or a duration such as 5m.
+    """
+
+    model: Name
+    options: Options | None = None
+    keep_alive: KeepAlive = None
+
+    _received: int = PrivateAttr(default_factory=time.perf_counter_ns)
+
+    @property
+    def received(self) -> int:
+        """`time.perf_counter_ns()` when it was read."""
+        return self._received
+
+    @property
+    def keep_seconds(self) -> float | None:
+        """How long the model is to stay; None leaves it to the operator."""
+        return None if self.keep_alive is None else seconds_of(self.keep_alive)
+
+    def sampling(self) -> dict[str, Any]:
+        """The options by the names of `SamplingParams`."""
+        return {} if self.options is None else self.options.sampling()
+
+
+class _Generating(_Asked):
+    """What chat and generate share.
+
+    Attributes:
+        stream: true unless it is false.
+        format: the form of the answer: json, or a JSON schema.
+        think: whether the model thinks before it answers, or how much.
+        logprobs, top_logprobs: log-probabilities of the tokens, and how many likely ones beside each.
+    """
+
+    stream: _Streams = True
+    format: Format = None
+    think: Think = None
+    logprobs: bool | None = None
+    top_logprobs: Logprobs | None = None
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _needs_logprobs(cls, value: int | None, info: Any) -> int | None:
+        if value and not info.data.get("logprobs"):
+            raise invalid("", "needs logprobs: true")
+        return value
+
+    def form(self) -> StructuredOutputsParams | None:
+        """What the answer must look like; raises `InvalidParameterError`."""
+        if self.format in (None, ""):
+            return None
+        try:
+            json: dict[str, Any] = {"json_object": True} if self.format == "json" else {"json": self.format}
+            return StructuredOutputsParams(**json)
+        except InvalidParameterError as error:
+            reason = str(error).removeprefix("structured_outputs: ")
+            raise InvalidParameterError(f"format cannot be used: {reason}", "format") from None
+
+    def sampling(self) -> dict[str, Any]:
+        """As of every request, with log-probabilities where they are wanted."""
+        return {**super().sampling(), **({"logprobs": self.top_logprobs or 0} if self.logprobs else {})}
+
+
+class CalledFunction(WireModel):
+    """The function that an earlier answer called; `index` and `description` have no effect."""
+
+    name: Name
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    index: Annotated[int, Field(ge=0)] | None = None
+    description: str | None = None
+
+
+class ToolCall(WireModel):
+    """A call in an assistant's message; `type` has no effect."""
+
+    function: CalledFunction
+    id: Name | None = None
+    type: Literal["function"] | None = None
+
+
+class Message(WireModel):
+    """One message of a conversation.
+
+    Attributes:
+        tool_name, tool_call_id: which call a tool's message answers; without both, the first that is open.
+    """
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {"images": Refusal(_IMAGES, ([],))}
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | None = None
+    thinking: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None = None
+    tool_name: Name | None = None
+    tool_call_id: Name | None = None
+
+
+class ChatRequest(_Generating):
+    """A conversation to continue: `POST /api/chat`. Without messages, the model is loaded."""
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_CHAT_FIELDS
+
+    messages: Annotated[list[Message], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+
+    @field_validator("tools")
+    @classmethod
+    def _tools_fit(cls, tools: list[Tool] | None) -> list[Tool] | None:
+        check_tools((place, tool.function.name, tool.shown()) for place, tool in enumerate(tools or ()))
+        return tools
+
+    @property
+    def loads(self) -> bool:
+        """Whether nothing is asked but that the model is loaded."""
+        return not self.messages
+
+
+class GenerateRequest(_Generating):
+    """A prompt to answer: `POST /api/generate`. Without one, the model is loaded.
+
+    Attributes:
+        system: a system message before the prompt.
+        suffix: what stands behind the answer, which fills the gap; by a model that was trained to.
+        raw: the prompt is continued as it is, without the model's template.
+        context: what an earlier answer gave as `context`, which this one goes on from.
+    """
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_GENERATE_FIELDS
+
+    prompt: str | None = None
+    system: str | None = None
+    suffix: str | None = None
+    raw: bool | None = None
+    context: Annotated[list[TokenId], Field(max_length=MAX_CONTEXT, fail_fast=True)] | None = None
+
+    @field_validator("suffix")
+    @classmethod
+    def _alone(cls, value: str | None, info: Any) -> str | None:
+        if value and info.data.get("system"):
+            raise invalid("", "has no place beside system: a gap is filled without messages")
+        return value
+
+    @field_validator("context")
+    @classmethod
+    def _of_texts(cls, value: list[int] | None, info: Any) -> list[int] | None:
+        if value and info.data.get("suffix"):
+            raise invalid("", "has no place beside suffix: a gap is filled without an earlier answer")
+        return value
+
+    @property
+    def loads(self) -> bool:
+        """Whether nothing is asked but that the model is loaded."""
+        return not self.prompt and not self.suffix
+
+
+_Text = Annotated[str, Field(min_length=1)]
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class EmbedRequest(_Asked):
+    """Texts whose vectors are wanted: `POST /api/embed`.
+
+    Attributes:
+        input: a text or several.
+        truncate: texts that are too long are cut at their end; else they are refused.
+        dimensions: length of the vectors, where the model was trained to be cut.
+    """
+
+    input: Annotated[
+        list[_Text],
+        Field(max_length=MAX_INPUTS, fail_fast=True),
+        BeforeValidator(_listed),
+        WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+    ]
+    truncate: bool | None = None
+    dimensions: Annotated[int, Field(ge=1, le=MAX_DIMENSIONS)] | None = None
+
+    @property
+    def loads(self) -> bool:
+        """Whether nothing is asked but that the model is loaded."""
+        return not self.input
+
+
+class EmbeddingsRequest(_Asked):
+    """One text whose vector is wanted: `POST /api/embeddings`, the older route."""
+
+    prompt: str | None = None
+
+    @property
+    def loads(self) -> bool:
+        """Whether nothing is asked but that the model is loaded."""
+        return not self.prompt
+
+
+_Request = TypeVar("_Request", bound=WireModel)
+
+
+def ollama_parser(kind: type[_Request]) -> Any:
+    """A function that makes a checked request of the body's bytes or of an object; it raises `RequestError`."""
+
+    def parse(body: bytes | Mapping[str, Any]) -> _Request:
+        return parse_body(kind, body)
+
+    return parse

@@ -1,0 +1,100 @@
+"""The models on this machine: what their files say before they are loaded.
+
+Before step 1 of a request's life, in threads. What knows files is imported inside the functions, because that takes
+long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.derived import engine_config
+
+
+class Description(msgspec.Struct, frozen=True, kw_only=True):
+    """A model as its files describe it, its weights unread.
+
+    Attributes:
+        format: of the files: gguf, safetensors or dummy.
+        architecture, num_parameters: of the model; 0 parameters where that is not known.
+        quantization: how most of its weights are stored, or the type that they are in.
+        context: most tokens of a prompt and its answer.
+        file_bytes: size of the weight files.
+        tasks: generate, embed, score.
+        tools, thinks: whether its answers are looked through for calls, and for thoughts.
+        template: its chat template, in Jinja; None where it has none, or several.
+        sampling: the values by which its tokens are drawn, where its files say some.
+    """
+
+    format: str
+    architecture: str
+    num_parameters: int
+    quantization: str
+    context: int
+    file_bytes: int
+    tasks: tuple[str, ...] = ("generate",)
+    tools: bool = False
+    thinks: bool = False
+    template: str | None = None
+    sampling: Mapping[str, Any] = {}
+
+
+def file_bytes(settings: Settings) -> int:
+    """Size of a model's weight files; 0 where they are not on this machine."""
+    from candle_vllm.core.assembly.opening import model_files
+    from candle_vllm.core.errors import CandleVllmError
+
+    try:
+        return sum(path.stat().st_size for path in model_files(engine_config(settings, offline=True)).weights)
+    except (CandleVllmError, OSError):
+        return 0
+
+
+def describe(settings: Settings) -> Description:
+    """What a model's files say; nothing is downloaded.
+
+    Raises:
+        CandleVllmError: the model is not on this machine, or it cannot be served.
+    """
+    from candle_vllm.core.assembly.encoder import is_encoder
+    from candle_vllm.core.assembly.model import describe_model
+    from candle_vllm.core.assembly.opening import model_files, open_model
+    from candle_vllm.core.devices import CPU
+    from candle_vllm.core.fields import read_json
+    from candle_vllm.core.text.chat_conventions import chat_conventions
+    from candle_vllm.openai.planning import AnswerPlanner
+
+    config = engine_config(settings, offline=True)
+    files = model_files(config)
+    size = sum(path.stat().st_size for path in files.weights)
+    opened = open_model(files, CPU)
+    if is_encoder(files):
+        opened.checkpoint.close()
+        told = opened.metadata.get("general.architecture") or read_json(files.config or files.folder).get("model_type")
+        return Description(format=files.format, architecture=str(told), num_parameters=0, quantization="", context=0,
+                           file_bytes=size, tasks=("embed",))  # fmt: skip
+    with opened.checkpoint:
+        model = describe_model(config, CPU, opened)
+    template = None if model.template is None else model.template.source
+    choice = AnswerPlanner(
+        chat_conventions(model.tokenizer, template),
+        model.config.model_type,
+        tool_parser=settings.tool_parser,
+        reasoning_parser=settings.reasoning_parser,
+    ).choice
+    return Description(
+        format=files.format,
+        architecture=model.config.model_type,
+        num_parameters=model.num_parameters,
+        quantization=(model.quantization or str(model.dtype)).partition(" ")[0],
+        context=model.config.max_position,
+        file_bytes=size,
+        tools=choice.tools is not None,
+        thinks=choice.reasoning is not None,
+        template=template if isinstance(template, str) else None,
+        sampling=dict(model.default_sampling),
+    )

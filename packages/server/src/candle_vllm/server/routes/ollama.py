@@ -1,0 +1,178 @@
+"""`/api/chat` and its kin: Ollama's API for answers and vectors (steps 1 and 10 of a request's life).
+
+Its documented requests send no content type, so pages from elsewhere are kept out by their Origin.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from candle_vllm.openai import to_json_bytes
+from candle_vllm.openai.errors import ModelNotServedError
+from candle_vllm.openai.ollama import (
+    ChatRequest,
+    EmbeddingsRequest,
+    EmbedRequest,
+    GenerateRequest,
+    Times,
+    Vector,
+    Vectors,
+    loaded_line,
+    ollama_parser,
+)
+from candle_vllm.openai.protocol.fields import WireModel
+from candle_vllm.openai.remarks import remark
+from candle_vllm.server.answering import (
+    GenerationApi,
+    answer_parsed,
+    answer_parsed_with,
+    deadline_of,
+    in_time,
+    parsed,
+)
+from candle_vllm.server.http.auth import check_origin
+from candle_vllm.server.http.body import unless_disconnected
+from candle_vllm.server.http.failures import ollama_error_line
+from candle_vllm.server.http.sse import LineStream
+from candle_vllm.server.models.manager import ModelManager
+
+router = APIRouter()
+
+_LATEST = ":latest"
+
+
+async def ollama_body(request: Request, parse: Callable[[bytes], Any]) -> Any:
+    """The checked body of a request to one of Ollama's routes, whose model is named as it is here."""
+    check_origin(request.scope, request.app.state.settings.cors_origin)
+    wire = await parsed(request, parse, typed=False)
+    named = getattr(wire, "model", None)
+    if named is None:
+        return wire
+    manager: ModelManager = request.app.state.manager
+    return wire.model_copy(update={"model": served_name(manager, named)})
+
+
+def served_name(manager: ModelManager, name: str) -> str:
+    """A model's name here: as it is, or without `:latest`; raises `ModelNotServedError`."""
+    try:
+        manager.find(name)
+    except ModelNotServedError:
+        if not name.endswith(_LATEST):
+            raise
+        manager.find(name := name.removesuffix(_LATEST))
+    return name
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
+@router.post("/api/chat")
+async def chat(request: Request) -> Response:
+    """A conversation, whole or streamed."""
+    return await _generated(request, ChatRequest, CHAT)
+
+
+@router.post("/api/generate")
+async def generate(request: Request) -> Response:
+    """A prompt, whole or streamed."""
+    return await _generated(request, GenerateRequest, GENERATE)
+
+
+@router.post("/api/embed")
+async def embed(request: Request) -> Response:
+    """The vectors of texts."""
+    deadline = deadline_of(request)
+    wire = await ollama_body(request, ollama_parser(EmbedRequest))
+    _keep(request, wire)
+    if not wire.loads:
+        return await answer_parsed_with(request, wire, lambda model, asked: model.ollama.embed(asked), deadline)
+    times = await _loaded(request, wire, deadline)
+    return _json(Vectors(model=wire.model, embeddings=(), **times.told(), prompt_eval_count=0))
+
+
+@router.post("/api/embeddings")
+async def embeddings(request: Request) -> Response:
+    """The vector of one text: the older route."""
+    deadline = deadline_of(request)
+    wire = await ollama_body(request, ollama_parser(EmbeddingsRequest))
+    _keep(request, wire)
+    if not wire.loads:
+        return await answer_parsed_with(request, wire, lambda model, asked: model.ollama.embeddings(asked), deadline)
+    await _loaded(request, wire, deadline)
+    return _json(Vector([]))
+
+
+CHAT = GenerationApi(
+    parse=ollama_parser(ChatRequest),
+    whole=lambda model, wire: model.ollama.chat(wire),
+    streamed=lambda model, wire: model.ollama.chat_stream(wire),
+    event=lambda line: to_json_bytes(line) + b"\n",
+    error_event=ollama_error_line,
+    done=b"",
+    defaults=lambda wire, settings: wire,  # its adapter has them  # noqa: ARG005
+    stream=LineStream,
+)
+GENERATE = GenerationApi(
+    parse=ollama_parser(GenerateRequest),
+    whole=lambda model, wire: model.ollama.generate(wire),
+    streamed=lambda model, wire: model.ollama.generate_stream(wire),
+    event=CHAT.event,
+    error_event=ollama_error_line,
+    done=b"",
+    defaults=CHAT.defaults,
+    stream=LineStream,
+)
+
+
+async def _generated(request: Request, kind: type[WireModel], api: GenerationApi) -> Response:
+    deadline = deadline_of(request)
+    wire = await ollama_body(request, api.parse)
+    chats = kind is ChatRequest
+    if wire.loads and wire.keep_seconds == 0 and _may_keep(request):
+        await _manager(request).unload(wire.model)
+        now = time.perf_counter_ns()
+        return _json(loaded_line(wire.model, Times(wire.received, now), "unload", chat=chats))
+    _keep(request, wire)
+    if wire.loads:
+        times = await _loaded(request, wire, deadline)
+        return _json(loaded_line(wire.model, times, "load", chat=chats))
+    return await answer_parsed(request, api, wire, deadline)
+
+
+async def _loaded(request: Request, wire: Any, deadline: float) -> Times:
+    """Waits until the model is loaded."""
+    async with in_time(deadline):
+        lease = await unless_disconnected(
+            _manager(request).acquire(wire.model), request.receive, lambda lease: lease.release()
+        )
+    lease.release()
+    return Times(wire.received, time.perf_counter_ns())
+
+
+def _keep(request: Request, wire: Any) -> None:
+    """Has the model stay as long as the request wants."""
+    seconds = wire.keep_seconds
+    if seconds is None:
+        return
+    if not _may_keep(request):
+        remark(["keep_alive has no effect: models are unloaded by operators, who have keys of their own here"])
+    elif not _manager(request).keep(wire.model, seconds):
+        remark(["keep_alive has no effect: the model of this server stays loaded"])
+
+
+def _may_keep(request: Request) -> bool:
+    return not request.app.state.settings.management_key
+
+
+def _manager(request: Request) -> ModelManager:
+    return request.app.state.manager
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(content), status, media_type="application/json")

@@ -1,0 +1,281 @@
+"""`/api/tags` and its kin: Ollama's API for the models that there are (step 1 of a request's life)."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import msgspec
+from fastapi import APIRouter, Request
+from msgspec import UNSET, UnsetType
+from pydantic import model_validator
+from starlette.responses import Response
+
+from candle_vllm.openai.ollama import ollama_parser, rfc3339
+from candle_vllm.openai.protocol.fields import Name, Refusal, WireModel, invalid
+from candle_vllm.server.http.auth import check_origin
+from candle_vllm.server.models.library import Description, describe, file_bytes
+from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.models.slot import ModelSlot
+from candle_vllm.server.routes.ollama import ollama_body, served_name
+
+router = APIRouter()
+
+API_VERSION = "0.12.11"
+"""The version of Ollama whose API this is: clients choose by it what they ask for."""
+
+_FAR = 253370764800  # Unix seconds of the year 9999
+_CAN = {"generate": "completion", "embed": "embedding", "score": "rerank"}
+_AS_IT_IS = "a model is described as it is"
+
+
+class Details(msgspec.Struct, frozen=True, kw_only=True):
+    """What kind of model it is; empty where that is not known before it is loaded."""
+
+    parent_model: str = ""
+    format: str = ""
+    family: str = ""
+    families: tuple[str, ...] = ()
+    parameter_size: str = ""
+    quantization_level: str = ""
+
+
+class Tag(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that can be asked.
+
+    Attributes:
+        modified_at: when it was loaded, or asked about.
+        size: bytes of its weights; 0 where they are not on this machine yet.
+        digest: stands for the name, not for the weights.
+    """
+
+    name: str
+    model: str
+    modified_at: str
+    size: int
+    digest: str
+    details: Details
+
+
+class Tags(msgspec.Struct, frozen=True):
+    """All models."""
+
+    models: tuple[Tag, ...]
+
+
+class Resident(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that is loaded.
+
+    Attributes:
+        size: bytes of its weights and of a full cache.
+        size_vram: the part of them on a GPU.
+        expires_at: when it is unloaded unless somebody uses it; in the year 9999 where it stays.
+        context_length: most tokens of a prompt and its answer.
+    """
+
+    name: str
+    model: str
+    size: int
+    digest: str
+    details: Details
+    expires_at: str
+    size_vram: int
+    context_length: int
+
+
+class Residents(msgspec.Struct, frozen=True):
+    """The models that are loaded."""
+
+    models: tuple[Resident, ...]
+
+
+class ApiVersion(msgspec.Struct, frozen=True):
+    """The version of Ollama whose API this is."""
+
+    version: str
+
+
+class ShowRequest(WireModel):
+    """Which model is asked about; `name` is the older name of the field, and `verbose` has no effect."""
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        "system": Refusal(_AS_IT_IS, ("",)),
+        "template": Refusal(_AS_IT_IS, ("",)),
+        "options": Refusal(_AS_IT_IS, ({},)),
+    }
+
+    model: Name | None = None
+    name: Name | None = None
+    verbose: bool | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> ShowRequest:
+        if (self.model is None) == (self.name is None):
+            raise invalid("model", "is needed: the name of a model (or name, not both)")
+        return self
+
+
+class Shown(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a model.
+
+    Attributes:
+        modelfile: how it is served, in words.
+        parameters: the values by which its tokens are drawn, a line each.
+        template: its chat template, in Jinja.
+        model_info: names and numbers as Ollama calls them.
+        capabilities: completion, tools, thinking, embedding, rerank.
+    """
+
+    modelfile: str
+    parameters: str
+    details: Details
+    model_info: dict[str, str | int]
+    capabilities: tuple[str, ...]
+    modified_at: str
+    template: str | UnsetType = UNSET
+
+
+@router.get("/api/tags")
+async def tags(request: Request) -> Response:
+    """All models, loaded or not; the default first."""
+    _check(request)
+    manager = _manager(request)
+    slots = sorted(manager.slots.values(), key=lambda slot: slot.entry.name != manager.active)
+    sizes = await asyncio.to_thread(lambda: [_size(slot) for slot in slots])
+    found = (
+        Tag(name=name, model=name, modified_at=rfc3339(slot.loaded_at or time.time()), size=size, digest=digest(name),
+            details=details(slot))
+        for slot, size in zip(slots, sizes, strict=True) for name in slot.entry.names
+    )  # fmt: skip
+    return _json(Tags(tuple(found)))
+
+
+@router.get("/api/ps")
+async def ps(request: Request) -> Response:
+    """The models that are loaded."""
+    _check(request)
+    manager, found = _manager(request), list[Resident]()
+    for slot in manager.slots.values():
+        if slot.model is None:
+            continue
+        name, info = slot.entry.names[0], slot.model.engine.model_info
+        size, expires = info.weight_bytes + info.kv_cache_bytes, manager.expires_at(slot)
+        found.append(
+            Resident(name=name, model=name, size=size, digest=digest(name), details=details(slot),
+                     expires_at=rfc3339(_FAR if expires is None else expires),
+                     size_vram=0 if info.device == "cpu" else size, context_length=info.max_model_len)
+        )  # fmt: skip
+    return _json(Residents(tuple(found)))
+
+
+@router.post("/api/show")
+async def show(request: Request) -> Response:
+    """What is known of a model: of one that is not loaded, what its files say."""
+    wire = await ollama_body(request, ollama_parser(ShowRequest))
+    manager = _manager(request)
+    slot = manager.find(served_name(manager, wire.model or wire.name))
+    if slot.model is None and slot.described is None:
+        slot.described = await asyncio.to_thread(describe, slot.entry.settings)
+    return _json(_shown(slot))
+
+
+@router.get("/api/version")
+async def version(request: Request) -> Response:
+    """The version of Ollama whose API this is."""
+    _check(request)
+    return _json(ApiVersion(API_VERSION))
+
+
+def _shown(slot: ModelSlot) -> Shown:
+    known, settings, name = _description(slot), slot.entry.settings, slot.entry.names[0]
+    assert known is not None
+    drawn: Mapping[str, Any] = {**known.sampling, **settings.default_sampling}
+    about: dict[str, str | int] = {
+        "general.architecture": known.architecture,
+        "general.basename": name,
+        "general.parameter_count": known.num_parameters,
+    }
+    if known.context:
+        about[f"{known.architecture}.context_length"] = known.context
+    if slot.model is not None and (length := slot.model.engine.model_info.embedding_size):
+        about[f"{known.architecture}.embedding_length"] = length
+    can = [_CAN[task] for task in known.tasks] + ["tools"] * known.tools + ["thinking"] * known.thinks
+    return Shown(
+        modelfile=f"# {name} as it is served; its settings are flags, or stand in models.yaml\nFROM {name}\n",
+        parameters="\n".join(f"{field:30} {value}" for field, value in drawn.items()),
+        template=UNSET if known.template is None else known.template,
+        details=details(slot),
+        model_info=about,
+        capabilities=tuple(can),
+        modified_at=rfc3339(slot.loaded_at or time.time()),
+    )
+
+
+def _description(slot: ModelSlot) -> Description | None:
+    """What is known of a model: by itself once it is loaded, else by its files where they were asked."""
+    if slot.model is None:
+        return slot.described
+    engine, choice = slot.model.engine, slot.model.adapter.planner.choice
+    info, template = engine.model_info, engine.chat_conventions.chat_template
+    return Description(
+        format=_format(slot),
+        architecture=info.architecture,
+        num_parameters=info.num_parameters,
+        quantization=(info.quantization or info.dtype).partition(" ")[0],
+        context=info.max_model_len,
+        file_bytes=info.weight_bytes,
+        tasks=info.tasks,
+        tools=choice.tools is not None,
+        thinks=choice.reasoning is not None,
+        template=template if isinstance(template, str) else None,
+        sampling=info.default_sampling,
+    )
+
+
+def _format(slot: ModelSlot) -> str:
+    settings = slot.entry.settings
+    names = (settings.weight_file, settings.model)
+    return "gguf" if any((name or "").endswith(".gguf") for name in names) else ""
+
+
+def details(slot: ModelSlot) -> Details:
+    """What kind of model a slot has."""
+    known = _description(slot)
+    if known is None:
+        return Details(format=_format(slot))
+    return Details(
+        format=known.format,
+        family=known.architecture,
+        families=(known.architecture,),
+        parameter_size=size_of(known.num_parameters) if known.num_parameters else "",
+        quantization_level=known.quantization,
+    )
+
+
+def size_of(parameters: int) -> str:
+    """A count of parameters as Ollama writes it: 134.52M, 7.6B."""
+    return f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2f}M"
+
+
+def digest(name: str) -> str:
+    """What stands for a model's name."""
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def _size(slot: ModelSlot) -> int:
+    return file_bytes(slot.entry.settings) if slot.model is None else slot.model.engine.model_info.weight_bytes
+
+
+def _check(request: Request) -> None:
+    check_origin(request.scope, request.app.state.settings.cors_origin)
+
+
+def _manager(request: Request) -> ModelManager:
+    return request.app.state.manager
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(content), status, media_type="application/json")

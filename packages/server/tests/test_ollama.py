@@ -1,0 +1,264 @@
+"""Ollama's API over HTTP, with the official client: chat, texts, vectors, models, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ollama
+import pytest
+from server_fakes import FakeLoader, PacedEngine
+
+from candle_vllm.core.errors import EngineOverloadedError
+from candle_vllm.server import Settings
+from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
+from candle_vllm.server.models.manager import ModelManager
+
+HI: list[Any] = [{"role": "user", "content": "Hi"}]
+ASK: dict[str, Any] = {"model": "scripted", "messages": HI}
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>"
+    "{{ c.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}{{ tools }}<tool_call><|im_start|>"
+)
+
+
+def weather(city: str) -> str:
+    """The weather somewhere.
+
+    Args:
+        city: where.
+    """
+    return city
+
+
+@contextmanager
+def client_of(running: Any, **options: Any) -> Iterator[ollama.Client]:
+    with ollama.Client(host=running.url, trust_env=False, timeout=20, **options) as client:
+        yield client
+
+
+def test_whole_and_streamed_are_the_same(start: Callable[..., Any]) -> None:
+    with client_of(start(PacedEngine("Good day!"))) as client:
+        whole = client.chat(**ASK)
+        pieces = list(client.chat(**ASK, stream=True))
+        text, texts = client.generate("scripted", "Hi"), list(client.generate("scripted:latest", "Hi", stream=True))
+    assert whole.message.content == "".join(piece.message.content or "" for piece in pieces) == "Good day!"
+    assert text.response == "".join(piece.response or "" for piece in texts) == "Good day!"
+    assert text.context == texts[-1].context
+    for one, last in ((whole, pieces[-1]), (text, texts[-1])):
+        assert (one.done, one.done_reason, one.eval_count) == (True, "stop", 10)
+        assert (last.done, last.done_reason, last.prompt_eval_count) == (True, "stop", one.prompt_eval_count)
+        assert one.total_duration >= one.load_duration > 0  # type: ignore[operator]
+        assert one.eval_duration == 750_000_000  # nanoseconds
+    assert not any(piece.done for piece in (*pieces[:-1], *texts[:-1]))
+
+
+def test_a_context_is_gone_on_from(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine("Good day!"))
+    with client_of(running) as client:
+        first = client.generate("scripted", "One")
+        client.generate("scripted", "Two", context=first.context)
+        client.generate("scripted", "Raw", raw=True)
+    sent = [running.engine.detokenize(request.prompt_token_ids, False) for request in running.engine.requests]
+    assert list(first.context or ())[: len(running.engine.requests[0].prompt_token_ids)] == list(
+        running.engine.requests[0].prompt_token_ids
+    )
+    assert sent[1].startswith(sent[0] + "Good day!")
+    assert "Two" in sent[1]
+    assert sent[2].endswith("Raw")
+    assert "user" not in sent[2]
+
+
+def test_tools_are_called_and_answered(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine(["I look.", CALL], chat_template=TEMPLATE), tool_parser="hermes")
+    with client_of(running) as client:
+        whole = client.chat(**ASK, tools=[weather])
+        pieces = list(client.chat(**ASK, tools=[weather], stream=True))
+        (call,) = whole.message.tool_calls or ()
+        assert (call.function.name, call.function.arguments) == ("weather", {"city": "Köln"})
+        assert [each.function for p in pieces for each in p.message.tool_calls or ()] == [call.function]
+        result = {"role": "tool", "content": "22 C", "tool_name": "weather"}
+        client.chat(model="scripted", messages=[*HI, whole.message, result], tools=[weather])
+    prompt = running.engine.detokenize(running.engine.requests[-1].prompt_token_ids, False)
+    assert "K\\u00f6ln" in prompt
+    assert "22 C" in prompt
+
+
+def test_thoughts_stand_apart(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine("<think>Let me see.</think>Four."), reasoning_parser="qwen3")
+    with client_of(running) as client:
+        for whole in (client.chat(**ASK, think=True), client.chat(**ASK, think="high")):
+            assert (whole.message.thinking, whole.message.content) == ("Let me see.", "Four.")
+        pieces = list(client.chat(**ASK, think=True, stream=True))
+        assert "".join(piece.message.thinking or "" for piece in pieces) == "Let me see."
+        assert client.chat(**ASK, think=False).message.thinking is None
+        assert client.generate("scripted", "Hi", think=True).thinking == "Let me see."
+    with client_of(start()) as client, pytest.raises(ollama.ResponseError, match="does not support thinking"):
+        client.chat(**ASK, think=True)
+
+
+def test_the_form_of_an_answer(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine("{}"))
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    with client_of(running) as client:
+        client.chat(**ASK, format="json")
+        client.generate("scripted", "Hi", format=schema)
+    forms = [request.params.structured_outputs for request in running.engine.requests]
+    assert (forms[0].json_object, forms[1].json) == (True, schema)
+
+
+def test_a_gap_is_filled_by_a_model_that_can(start: Callable[..., Any]) -> None:
+    with client_of(start()) as client, pytest.raises(ollama.ResponseError, match="suffix") as refusal:
+        client.generate("scripted", "def f(", suffix="return 1")
+    assert refusal.value.status_code == 400
+
+
+def test_options_reach_the_engine(start: Callable[..., Any]) -> None:
+    running = start(temperature=0.25)
+    with client_of(running) as client:
+        client.chat(**ASK)
+        client.chat(**ASK, options={"temperature": 0.75, "num_predict": 3, "repeat_penalty": 1.5, "stop": ["x"]})
+        assert client.chat(**ASK, options={"num_predict": 1 << 20}).done_reason == "stop"
+        assert client.generate("scripted", "Hi", raw=True, options={"num_predict": 1 << 20}).done
+    first, second, *_ = (request.params for request in running.engine.requests)
+    assert (first.temperature, second.temperature) == (0.25, 0.75)
+    assert (second.max_tokens, second.repetition_penalty, second.stop) == (3, 1.5, ["x"])
+    with running.http() as client:
+        asked = {**ASK, "stream": False, "options": {"num_ctx": 1 << 20}}
+        assert "num_ctx is 1048576" in client.post("/api/chat", json=asked).headers["x-warning"]
+
+
+def test_log_probabilities(start: Callable[..., Any]) -> None:
+    with client_of(start(PacedEngine("ab"))) as client:
+        whole = client.chat(**ASK, logprobs=True, top_logprobs=2)
+        pieces = list(client.chat(**ASK, logprobs=True, top_logprobs=2, stream=True))
+    assert [each.token for each in whole.logprobs or ()][:2] == ["a", "b"]
+    assert [each for piece in pieces[:-1] for each in piece.logprobs or ()] == whole.logprobs
+
+
+def test_vectors(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine(max_model_len=8))
+    with client_of(running) as client:
+        made = client.embed("scripted", ["a", "b"])
+        assert len(made.embeddings) == 2
+        assert sum(x * x for x in made.embeddings[0]) == pytest.approx(1)
+        assert len(client.embeddings("scripted", "a").embedding) == len(made.embeddings[0])
+        assert client.embed("scripted", [made.model or ""][:0]).embeddings == []
+        with pytest.raises(ollama.ResponseError) as refusal:
+            client.embed("scripted", "too long a text")
+        assert refusal.value.status_code == 400
+        assert client.embed("scripted", "too long a text", truncate=True).prompt_eval_count == 8
+
+
+def test_what_there_is(start: Callable[..., Any]) -> None:
+    with client_of(start()) as client:
+        (listed,), (resident,) = client.list().models, client.ps().models
+        assert (listed.model, listed.details.family) == ("scripted", "scripted")  # type: ignore[union-attr]
+        assert (resident.model, resident.context_length, resident.expires_at.year) == ("scripted", 4096, 9999)  # type: ignore[union-attr]
+        shown = client.show("scripted")
+        assert shown.capabilities == ["completion", "embedding", "rerank"]
+        assert shown.modelinfo["general.architecture"] == "scripted"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "words"),
+    [
+        ({"model": "other"}, 404, "'other' is not served"),
+        ({"options": {"mirostat": 2}}, 400, "options.mirostat"),
+        ({"messages": [{"role": "user", "content": "x", "images": [b"x"]}]}, 400, "messages.0.images"),
+        ({"keep_alive": "5 minutes"}, 400, "keep_alive"),
+    ],
+)
+def test_wrong_requests_are_named(start: Callable[..., Any], change: Any, status: int, words: str) -> None:
+    manager = ModelManager(Catalogue([ModelEntry("scripted", Settings()), ModelEntry("b", Settings())]), FakeLoader())
+    with client_of(start(manager)) as client:
+        for stream in (False, True):
+            with pytest.raises(ollama.ResponseError, match=words) as refusal:
+                list(client.chat(**{**ASK, **change}, stream=stream))
+            assert refusal.value.status_code == status
+
+
+def test_refusals_of_the_server_itself(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine(submit_error=EngineOverloadedError("full")), max_body_mb=1)
+    with running.http() as client:
+        for response, status in [
+            (client.get("/api/chat"), 405),
+            (client.post("/api/nothing"), 404),
+            (client.post("/api/chat", content=b"{"), 400),
+            (client.post("/api/chat", json={"x": "y" * (2 << 20)}), 413),
+            (client.post("/api/chat", json=ASK), 503),
+        ]:
+            assert response.status_code == status
+            assert list(response.json()) == ["error"]
+            assert isinstance(response.json()["error"], str)
+
+
+def test_a_stream_that_fails_ends_with_an_error(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine("abcdef", fail_after=3))
+    with running.http() as client:
+        *_, last = client.post("/api/chat", json=ASK).text.splitlines()
+    assert list(json.loads(last)) == ["error"]
+    with client_of(running) as client, pytest.raises(ollama.ResponseError, match="failed"):
+        list(client.chat(**ASK, stream=True))
+
+
+def test_documented_curl_lines_work_and_pages_from_elsewhere_do_not(start: Callable[..., Any]) -> None:
+    running = start()
+
+    def curl(*arguments: str) -> str:
+        made = subprocess.run(["curl", "-s", "--noproxy", "*", *arguments], capture_output=True, text=True, timeout=20)
+        assert made.returncode == 0
+        return made.stdout
+
+    body = json.dumps({**ASK, "stream": False})
+    assert json.loads(curl(f"{running.url}/api/chat", "-d", body))["message"]["content"] == "Hello!"
+    lines = curl(f"{running.url}/api/generate", "-d", '{"model": "scripted", "prompt": "Hi"}').splitlines()
+    assert [json.loads(line)["done"] for line in lines] == [False] * (len(lines) - 1) + [True]
+    for path, more in (("/api/chat", ("-d", body)), ("/api/tags", ()), ("/api/ps", ()), ("/api/version", ())):
+        refused = curl(f"{running.url}{path}", *more, "-H", "Origin: http://elsewhere.example")
+        assert "--cors-origin" in json.loads(refused)["error"]
+    assert len(running.engine.requests) == 2
+    own = curl(f"{running.url}/api/chat", "-d", body, "-H", f"Origin: {running.url}")
+    assert json.loads(own)["done"]
+
+
+def test_keys_count_here_too(start: Callable[..., Any]) -> None:
+    running = start(api_key=("right",))
+    with client_of(running, headers={"authorization": "Bearer right"}) as client:
+        assert client.chat(**ASK).done
+    for path in ("/api/tags", "/api/ps", "/api/version"):
+        with running.http() as client:
+            refused = client.get(path)
+            assert (refused.status_code, list(refused.json())) == (401, ["error"])
+
+
+def test_a_model_stays_as_long_as_a_request_wants(start: Callable[..., Any]) -> None:
+    loader = FakeLoader()
+    manager = ModelManager(Catalogue([ModelEntry("scripted", Settings())]), loader)
+    running = start(manager)
+    with client_of(running) as client:
+        assert client.generate("scripted", "").done_reason == "load"
+        assert client.chat(model="scripted", messages=[], keep_alive="10m").done_reason == "load"
+        (resident,) = client.ps().models
+        assert resident.expires_at.year < 9999  # type: ignore[union-attr]
+        client.chat(**ASK, keep_alive=-1)
+        assert client.ps().models[0].expires_at.year == 9999  # type: ignore[union-attr]
+        client.chat(**ASK, keep_alive=0)
+        running.wait_for(lambda: not client.ps().models)
+        assert client.chat(**ASK).message.content == "Hello!"  # loaded again
+        assert client.generate("scripted", "", keep_alive=0).done_reason == "unload"
+        assert not client.ps().models
+    assert loader.loads == ["scripted"] * 2
+
+
+def test_who_cannot_unload_is_told(start: Callable[..., Any]) -> None:
+    manager = ModelManager(Catalogue([ModelEntry("scripted", Settings())]), FakeLoader())
+    asked = {**ASK, "stream": False, "keep_alive": 0}
+    for running in (start(manager, management_key=("operator",)), start()):
+        with running.http() as client:
+            assert "keep_alive has no effect" in client.post("/api/chat", json=asked).headers["x-warning"]
+            assert len(client.get("/api/ps").json()["models"]) == 1
