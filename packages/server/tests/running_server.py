@@ -11,6 +11,7 @@ from server_fakes import PacedEngine
 from waiting import wait_for
 
 from candle_vllm.server.app import create_app
+from candle_vllm.server.http.tls import tls_context
 from candle_vllm.server.mailbox.service import Mailbox
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.serve import bind, make_server
@@ -32,9 +33,10 @@ class Running:
     ) -> None:
         self.engine: Any = engine
         self._clients: list[openai.OpenAI] = []
-        self.server = make_server(create_app(engine, settings, mailbox=mailbox, mcp=mcp), settings)
+        tls = tls_context(settings)
+        self.server = make_server(create_app(engine, settings, mailbox=mailbox, mcp=mcp), settings, tls)
         listener = bind(settings.address)
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self.url = f"http{'' if tls is None else 's'}://127.0.0.1:{listener.getsockname()[1]}"
         self.port = int(listener.getsockname()[1])
         self._thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]}, daemon=True)
         self._thread.start()

@@ -102,7 +102,7 @@ def test_help_loads_neither_torch_nor_a_web_framework() -> None:
         (["generate", "hi", "-m", "nowhere.gguf"], "there is no file or folder 'nowhere.gguf'"),
         (["serve", "-p", "none"], "--p"),
         (["serve", "a", "--m", "b"], "unexpected argument 'a': a model is named with --m a"),
-        (["--p", "0", "demo"], "unexpected argument 'demo': a model is named with --m demo"),
+        (["--p", "0", "demo", "b"], "unexpected argument 'demo': a model is named with --m demo"),
         (["serv"], "unknown command 'serv' (did you mean serve?)"),
         (["--m", "x", "chat"], "the command comes first (candle-vllm chat ...)"),
         (["bench", "--temperature", "1"], "--temperature does not apply to `candle-vllm bench`"),

@@ -108,7 +108,7 @@ def test_secrets_do_not_show(load) -> None:
         ("--max-num-seqs 0", "--max-num-seqs must be between 1 and 4096, not 0"),
         ("--temperature nan", "--temperature must be a number"),
         ("--dtype fp8", "must be one of auto, f32, bf16, f16, not 'fp8'"),
-        ("--p 0 x", "unexpected argument 'x'"),
+        ("--p 0 x y", "unexpected argument 'x'"),
         ("--mem 1 --kv-fraction 0.2", "--mem and --kv-fraction both set the KV cache size: give one"),
         ("--m x --w y", "--m and --w both set the model source"),
         ("--max-tokens 3", "unknown flag --max-tokens"),

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import re
+import shlex
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings import foreign_flags as foreign_module
 from candle_vllm.server.settings.command_line import SHORT, flag_commands, parse, split_command
 from candle_vllm.server.settings.foreign_flags import COMMANDS as FOREIGN_COMMANDS
 from candle_vllm.server.settings.foreign_flags import foreign_flags
 from candle_vllm.server.settings.options import COMMANDS, UsageError
+from candle_vllm.server.settings.table import OPTIONS
+
+PAGE = Path(__file__).parents[4] / "docs" / "coming-from-vllm.md"
 
 # What their own lists of flags have, as far as people write them.
 VLLM = """
@@ -79,15 +86,144 @@ def test_what_exists_here_is_not_in_the_table() -> None:
 
 
 def test_no_flag_stands_in_two_rows() -> None:
-    told = [flag for flag, _ in foreign_module._told()]
+    told = [flag for flag, _ in foreign_module.told()]
     assert len(told) == len(set(told))
 
 
 def test_every_flag_that_an_answer_names_exists() -> None:
-    answers = [*foreign_flags().values(), *FOREIGN_COMMANDS.values()]
+    answers = [*(row.answer for row in foreign_flags().values()), *FOREIGN_COMMANDS.values()]
     named = {flag for answer in answers for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", answer)}
     assert len(named) > 20
     assert named - {*flag_commands(), "--help"} == set()
+
+
+def page_row(example: str) -> str:
+    """What the page has to say of an example, as the parser takes it."""
+    arguments = shlex.split(example)
+    flag = next((text.split("=")[0] for text in arguments if text.startswith("-")), "--m")
+    flag = SHORT.get(flag, flag)
+    row = foreign_flags().get(flag.split(".")[0])
+    option = next((each for each in OPTIONS if flag in (*each.flags, *each.constants)), None)
+    told = "" if row is None else row.answer
+    try:
+        source, _ = parse(*split_command(arguments))
+    except UsageError as error:
+        state = "refused" if re.split("[,;]", told)[0] in str(error) else f"refused otherwise: {error}"
+    else:
+        state = "no effect" if source.remarks else "taken" if row is None else "translated"
+        told = told if option is None else option.help
+        told = told or "YAML file of flags: those given beside it win"
+    return f"| `{example}` | {state} | {told} |"
+
+
+def _page_rows() -> list[str]:
+    return [line for line in PAGE.read_text().splitlines() if re.match(r"\| `(-|serve )", line)]
+
+
+@pytest.mark.parametrize("line", _page_rows())
+def test_the_page_says_what_the_parser_does(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "serve.yaml").write_text("port: 8000")
+    monkeypatch.chdir(tmp_path)
+    example = line.split("`")[1]
+    assert line == page_row(example)
+
+
+def test_the_page_has_every_flag_of_vllm() -> None:
+    shown = {flag for line in _page_rows() for flag in re.findall(r"`(-[^\s`]+)", line)}
+    assert [flag for flag in VLLM.split() if flag not in shown] == []
+
+
+TRANSLATED: dict[str, dict[str, Any]] = {
+    "--max_model_len 8K --gpu-memory-utilization=0.5": {"max_model_len": 8192, "gpu_memory_utilization": 0.5},
+    "--max-model-len -1": {"max_model_len": None},
+    "--port 1 Qwen/Qwen3-4B": {"port": 1, "model": "Qwen/Qwen3-4B"},
+    "--served-model-name a b --api-key k1 k2": {"served_model_name": ("a", "b"), "api_key": ("k1", "k2")},
+    "--api-key k1 --api-key k2": {"api_key": ("k1", "k2")},
+    "-tp 1 --tensor-parallel-size=1 -O3 --swap-space 4": {},
+    "--scheduling-policy priority --enable-log-requests": {"enable_request_priority": True, "log_requests": True},
+    "--disable-log-requests --uvicorn-log-level critical": {"log_requests": False, "log_level": "error"},
+    "--generation-config vllm": {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1},
+    """--override-generation-config '{"temperature": 0.5, "top_k": 20}'""": {"temperature": 0.5, "top_k": 20},
+    """--allowed-origins '["https://a.example", "*"]'""": {"cors_origin": ("https://a.example", "*")},
+    "--uds /run/v.sock": {"host": "unix:///run/v.sock"},
+    "-m a.gguf -c 4096 -ngl 99 -np 2 -t 4 --jinja --mlock -fa": {
+        "model": "a.gguf", "max_model_len": 4096, "max_num_seqs": 2, "threads": 4},
+    "-c 0 -ngl 0 -np -1 -fa auto --no-webui": {"max_model_len": None, "device": "cpu", "ui_server": False},
+    "-dev CUDA1 --reasoning-format none": {"device": "cuda:1", "reasoning_parser": "none"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", TRANSLATED)
+def test_what_flags_are_taken_for(line: str) -> None:
+    source, _ = parse("serve", shlex.split(line))
+    assert dict(source.values) == TRANSLATED[line]
+
+
+def test_a_flag_without_effect_is_named() -> None:
+    source, _ = parse("serve", ["-O3", "--swap-space", "4", "--jinja"])
+    assert [remark.split(" has no effect here: ")[0] for remark in source.remarks] == ["-O3", "--swap-space"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--tensor-parallel-size", "--tensor-parallel-size: expected one argument"),
+        ("-ngl 20", "-ngl must be 0, auto, all or at least 99: a model lies whole"),
+        ("--allowed-origins *", "--allowed-origins must be a JSON list, not '*'"),
+        ("""--override-generation-config '{"max_tokens": 5}'""", "'max_tokens' is none of the numbers temperature"),
+        ("""--override-generation-config '{"top_k": "a"}'""", "'top_k' is none of the numbers"),
+        ("--override-generation-config " + "[" * 99_999, "must be a JSON object"),
+        ("--scheduling-policy lifo", "--scheduling-policy lifo is not taken: priorities are for servers"),
+        ("--speculative-config.method ngram", "--speculative-config.method is not taken: no drafts are made"),
+        ("a b", "unexpected argument 'b'"),
+        ("--port 1 chat", "unexpected argument 'chat': the command comes first"),
+        ("--m a b", "unexpected argument 'b'"),
+        ("--root-path models", "root_path 'models' must begin with a slash"),
+    ],
+)
+def test_what_stands_for_nothing_is_refused(line: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Settings(**parse("serve", shlex.split(line))[0].values)
+    assert message in str(caught.value)
+
+
+def test_a_file_of_flags_stands_below_those_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(
+        "model: org/name\nport: 8000\nmax_model_len: 8K\ntensor-parallel-size: 1\nserved-model-name: [a, b]\n"
+        "enable-prefix-caching: false\nenforce-eager: true\nkv-fraction: 0.5\nswap-space: 4\n"
+        "override-generation-config: {temperature: 0.5}\n"
+    )
+    source, own = parse("serve", ["--config", str(path), "--port", "1", "--mem", "64", "other/name"])
+    assert own == {}
+    assert dict(source.values) == {
+        "model": "other/name", "port": 1, "mem": 64, "max_model_len": 8192, "served_model_name": ("a", "b"),
+        "enable_prefix_caching": False, "enforce_eager": True, "temperature": 0.5}  # fmt: skip
+    assert source.given_as["port"] == "--p"
+    assert source.given_as["max_model_len"] == f"--max-model-len in {path}"
+    assert [remark.split()[0] for remark in source.remarks] == ["--swap-space"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a", "serve.yaml must be a mapping"),
+        ("port: [", "serve.yaml is not YAML"),
+        ("port:", "serve.yaml: port has no value"),
+        ("prot: 1", "serve.yaml: unknown flag --prot"),
+        ("port: x", "serve.yaml: --p/--port must be a whole number"),
+        ("tensor-parallel-size: 2", "serve.yaml: --tensor-parallel-size 2 is not taken"),
+        ("trust-remote-code: false\nmax-loras: false", "serve.yaml: max-loras: leave it out"),
+        ("config: a.yaml", "serve.yaml: config stands on the command line alone"),
+        ("help: true", "serve.yaml: help stands on the command line alone"),
+    ],
+)
+def test_a_wrong_file_of_flags_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "serve.yaml").write_text(text)
+    with pytest.raises(UsageError) as caught:
+        parse("serve", ["--config", str(tmp_path / "serve.yaml")])
+    assert message in str(caught.value)
+    assert str(caught.value).count("serve.yaml") == 1
 
 
 @pytest.mark.parametrize(
@@ -95,23 +231,16 @@ def test_every_flag_that_an_answer_names_exists() -> None:
     [
         (
             ["--tensor-parallel-size", "2"],
-            "--tensor-parallel-size is not needed here",
+            "--tensor-parallel-size 2 is not taken: an engine computes on one device",
         ),
-        (["-ngl", "99"], "a model lies whole on a GPU or on the CPU (--device)"),
-        (["--ctx-size=4096"], "--ctx-size is called --max-model-len here"),
-        (["--gpu-memory-fraction", "0.9"], "is called --gpu-memory-utilization here"),
-        (["-hf", "org/name"], "-hf is called --m here"),
-        (
-            ["generate", "hi", "--n-predict", "5"],
-            "--n-predict is called --max-tokens here",
-        ),
+        (["-ngl", "20"], "a model lies whole on a GPU or on the CPU (--device)"),
+        (["bench", "--alias", "a"], "--alias is called --served-model-name here (of `candle-vllm serve, "),
         (
             ["-n", "5"],
             "is called --max-tokens here (of `candle-vllm generate, chat, agent`); clients of a server send max_tokens",
         ),
-        (["--log-jsonl"], "--log-jsonl is called --log-format json here"),
+        (["generate", "hi", "--log-jsonl"], "--log-jsonl is called --log-format json here"),
         (["run", "llama3"], "there is no command 'run': to talk with a model: candle-vllm chat"),
-        (["serve", "--p", "0", "Qwen/Qwen3-4B"], "a model is named with --m Qwen/Qwen3-4B"),
         (["chat", "model.gguf"], "a model is named with --m model.gguf"),
     ],
 )

@@ -137,12 +137,16 @@ class FilePath:
 
 @dataclass(frozen=True)
 class Integer:
-    """A whole number in a range. Sizes may end in k, m, g, t (powers of 1000) or K, M, G, T (powers of 1024)."""
+    """A whole number in a range. Sizes may end in k, m, g, t (powers of 1000) or K, M, G, T (powers of 1024).
+
+    Where it may be `auto`, people may write that, or -1, for None: that nobody says it.
+    """
 
     low: int
     high: int
     units: bool = True
     power_of_two: bool = False
+    auto: bool = False
 
     def taken(self, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not self.low <= value <= self.high:
@@ -151,7 +155,9 @@ class Integer:
             raise ValueError("is not a power of two: try 32")
         return value
 
-    def from_text(self, text: str) -> int:
+    def from_text(self, text: str) -> int | None:
+        if self.auto and text.strip() in ("auto", "-1"):
+            return None
         match = _SIZE.fullmatch(text.strip())
         if match is None or (match[2] and not self.units):
             raise ValueError(f"must be a whole number, not {text!r:.60}{self._hint()}")

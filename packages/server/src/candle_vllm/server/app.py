@@ -23,7 +23,7 @@ from candle_vllm.server.http.auth import ApiKeyMiddleware, read_keys
 from candle_vllm.server.http.errors import ClientGone, HttpError
 from candle_vllm.server.http.failures import FailureMiddleware, answer_failure
 from candle_vllm.server.http.request_id import RequestIdMiddleware
-from candle_vllm.server.http.routing import HeadMiddleware
+from candle_vllm.server.http.routing import HeadMiddleware, PrefixMiddleware
 from candle_vllm.server.keeping import Keeper
 from candle_vllm.server.mcp.access import response_servers
 from candle_vllm.server.models.catalogue import ModelEntry
@@ -174,7 +174,7 @@ def _describe(app: FastAPI, settings: Settings) -> None:
 
 
 def _add_layers(app: FastAPI, settings: Settings) -> None:
-    """Each layer goes around those before it: id > counts > CORS > cut-offs > failures > HEAD > key > routes."""
+    """Each layer goes around those before: prefix > id > counts > CORS > cut-offs > failures > HEAD > key > routes."""
     keys = settings.api_key + (read_keys(settings.api_key_file) if settings.api_key_file else ())
     if keys or settings.management_key:
         public = public_paths() if settings.ui_server else frozenset()
@@ -192,3 +192,5 @@ def _add_layers(app: FastAPI, settings: Settings) -> None:
         )
     app.add_middleware(HttpMetricsMiddleware, metrics=app.state.metrics)
     app.add_middleware(RequestIdMiddleware, log=settings.log_requests)
+    if settings.root_path:
+        app.add_middleware(PrefixMiddleware, prefix=settings.root_path)

@@ -47,6 +47,8 @@ class DrainingServer(uvicorn.Server):
 
     begin: Callable[[], Coroutine[Any, Any, None]] | None = None
     """What runs beside the server from its start on."""
+    beside: Callable[[], Coroutine[Any, Any, None]] | None = None
+    """What else does, and is cancelled at its end."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -61,6 +63,8 @@ class DrainingServer(uvicorn.Server):
             return
         if self.begin is not None:
             self._beginning = asyncio.create_task(self.begin())
+        if self.beside is not None:
+            self._companion = asyncio.create_task(self.beside())
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -8,16 +8,18 @@ requests finish for `--shutdown-timeout` seconds, then aborts them; a second sig
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import gc
 import logging
 import os
 import socket
+import ssl
 import stat
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -27,6 +29,7 @@ from candle_vllm.openai.formats.layout import ReasoningFormat, ToolFormat
 from candle_vllm.server.app import create_app
 from candle_vllm.server.drain import DrainingServer
 from candle_vllm.server.http.protocol import http_protocol
+from candle_vllm.server.http.tls import refresh, tls_context
 from candle_vllm.server.interrupts import say_stopped
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.models.catalogue import Catalogue
@@ -67,6 +70,7 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
     for entry in configuration.catalogue.entries:
         refuse_wrong_formats(entry.settings)
     mcp = open_mcp(settings)
+    tls = tls_context(settings)
     listener = bind(settings.address)
     warn_of_missing(configuration.catalogue)
     sys.setswitchinterval(SWITCH_SECONDS)
@@ -76,10 +80,12 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
         manager = ModelManager(configuration.catalogue, load, limits_of(settings), observation.metrics)
         app = create_app(manager, settings, mailbox=open_mailbox(configuration.mailbox), mcp=mcp)
         app.state.page_key = new_page_key(settings, mcp is not None)
-        server = make_server(app, settings)
+        server = make_server(app, settings, tls)
         app.state.stopping = lambda: server.should_exit
         starting = Start(app, server, _bound(settings.address, listener))
         server.begin = starting.run
+        if tls is not None and settings.enable_ssl_refresh:
+            server.beside = lambda: refresh(tls, settings)
         server.run(sockets=[listener])
         observation.close()
     finally:
@@ -181,8 +187,9 @@ def _warm_up(engine: ServedEngine) -> None:
         ).start()
 
 
-def make_server(app: FastAPI, settings: Settings) -> DrainingServer:
+def make_server(app: FastAPI, settings: Settings, tls: ssl.SSLContext | None = None) -> DrainingServer:
     """uvicorn around the application; it serves until `should_exit` is set."""
+    given: dict[str, Any] = {} if tls is None else {"ssl_context_factory": lambda *_: tls}
     config = uvicorn.Config(
         app,
         http=http_protocol(),
@@ -195,6 +202,7 @@ def make_server(app: FastAPI, settings: Settings) -> DrainingServer:
         proxy_headers=False,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=settings.shutdown_timeout,
+        **given,
     )
     return DrainingServer(config)
 
@@ -271,7 +279,9 @@ def _remove_socket(address: Address) -> None:
 
 def _bound(address: Address, listener: socket.socket) -> Address:
     """The address with the port that the system chose."""
-    return address if address.unix_path is not None else Address(address.host, listener.getsockname()[1])
+    if address.unix_path is not None:
+        return address
+    return dataclasses.replace(address, port=listener.getsockname()[1])
 
 
 def banner(app: FastAPI, address: Address, started: ModelSlot | None = None) -> str:

@@ -28,6 +28,7 @@ from candle_vllm.core.text.chat_conventions import chat_conventions
 from candle_vllm.core.threads import default_threads
 from candle_vllm.openai.planning import AnswerPlanner
 from candle_vllm.server.http.auth import read_keys
+from candle_vllm.server.http.tls import tls_context
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mcp.options import mcp_options
 from candle_vllm.server.settings import Settings
@@ -115,6 +116,7 @@ def check(configuration: Configuration) -> None:
     settings = configuration.settings
     store_options(settings)
     mcp_options(settings)
+    tls_context(settings)
     if settings.api_key_file is not None:
         read_keys(settings.api_key_file)
 
@@ -129,6 +131,7 @@ class Derived(NamedTuple):
 _UNSET = {  # what it means that nobody gave it, where that is not the engine's business
     "isq": "off",
     "yarn_scaling_factor": "off",
+    "gpu_memory_utilization": "kv_fraction counts",
     "seed": "another one for each request",
     "max_loaded_models": "as many as fit",
     "idle_unload_secs": "never",
@@ -183,7 +186,7 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
 _OF_MODEL = (
     "dtype", "kv_cache_dtype", "max_model_len", "mem", "kv_cache_memory_bytes", "tokenizer", "chat_template",
     "tool_parser", "reasoning_parser", "temperature", "top_p", "top_k", "min_p", "frequency_penalty",
-    "presence_penalty",
+    "presence_penalty", "repetition_penalty",
 )  # fmt: skip
 
 
@@ -234,7 +237,8 @@ def _of_model(settings: Settings, config: EngineConfig, files: ModelFiles, devic
 
 
 _SAMPLING = {name: getattr(SamplingParams().filled(DEFAULT_SAMPLING), name) for name in (
-    "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty")}  # fmt: skip
+    "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty",
+    "repetition_penalty")}  # fmt: skip
 
 
 def _plain(value: Any) -> Any:

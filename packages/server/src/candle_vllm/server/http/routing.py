@@ -39,6 +39,22 @@ class HeadMiddleware:
             scope["route"] = asked.get("route")  # for the layers that count
 
 
+class PrefixMiddleware:
+    """Takes paths with the prefix of a proxy in front as well as without it; every layer within sees them without."""
+
+    def __init__(self, app: ASGIApp, prefix: str) -> None:
+        self._app = app
+        self._prefix = prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        prefix = self._prefix
+        if scope["type"] != "lifespan" and scope["path"].startswith(prefix + "/"):
+            raw: bytes = scope.get("raw_path") or b""
+            begun = raw.startswith(prefix.encode() + b"/")
+            scope = {**scope, "path": scope["path"][len(prefix) :], "raw_path": raw[len(prefix) :] if begun else b""}
+        await self._app(scope, receive, send)
+
+
 class Caller(NamedTuple):
     """Who a request comes from; both are empty where no key is asked for.
 

@@ -10,14 +10,16 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from candle_vllm.core.setting_kinds import Boolean, FilePath, FreeText, Integer, Secret, Text, nearest
 from candle_vllm.server.settings.foreign_flags import COMMANDS as FOREIGN_COMMANDS
-from candle_vllm.server.settings.foreign_flags import WITHOUT_EFFECT, foreign_flags, hint
+from candle_vllm.server.settings.foreign_flags import foreign_flags
 from candle_vllm.server.settings.options import COMMAND_GROUPS, COMMANDS, Option, UsageError, switch
-from candle_vllm.server.settings.sources import SettingsSource, convert
+from candle_vllm.server.settings.sources import SettingsSource, convert, origins
 from candle_vllm.server.settings.table import BY_NAME, OPTIONS, settings_of
+from candle_vllm.server.settings.translation import lines_of, translated
 
 _EPILOG = """\
 Settings may also come from the environment (CANDLE_VLLM_PORT=2000), from .env and from models.yaml.
@@ -28,6 +30,7 @@ On a pipe every line is a message or a command, and what stands between \"\"\" a
 lines. Answers go to standard output, remarks and errors to standard error; the status is 1 where a message failed.
 """
 _TOKENS = Integer(1, 1 << 24)
+_SERVING = ("serve", "config")
 _TEXTS = {"generate": "PROMPT", "agent": "REQUEST"}  # commands that take a text
 
 _SYSTEM = Option("system", "command", ("--system",), FreeText(least=0), "system message of the conversation", "TEXT")
@@ -38,8 +41,12 @@ _AS_JSON = Option("as_json", "command", (), Boolean(), "print one JSON object, n
 SHORT: Mapping[str, str] = {"-m": "--m", "-p": "--p"}
 """Flags of other programs that mean the same here; -p is a prompt to some, and so a port where we serve alone."""
 
+_CONFIG = Option(
+    "config", "command", ("--config",), FilePath(), "YAML file of flags: those given beside it win", "FILE"
+)
+
 COMMAND_OPTIONS: Mapping[str, tuple[Option, ...]] = {
-    "serve": (),
+    "serve": (_CONFIG,),
     "generate": (
         switch("chat", "command", "put the prompt into the model's chat template as a user message"),
         _SYSTEM,
@@ -108,7 +115,7 @@ COMMAND_OPTIONS: Mapping[str, tuple[Option, ...]] = {
         ),
         dataclasses.replace(BY_NAME["threads"], group="command"),
     ),
-    "config": (_AS_JSON,),
+    "config": (_CONFIG, _AS_JSON),
 }
 """Options of single commands; they have no environment variable and no models.yaml key."""
 
@@ -138,13 +145,14 @@ def parse(command: str, argv: Sequence[str]) -> tuple[SettingsSource, dict[str, 
         UsageError: an unknown flag, a missing or a refused value.
         SystemExit: after `--help` or `--version`.
     """
-    argv, remarks = _without_idle(_in_full(command, argv))
-    _refuse_foreign(command, argv)
+    argv, remarks = translated(command, _in_full(command, argv), flag_commands())
     parser = build_parser(command)
     given, rest = parser.parse_known_args(argv)
+    arguments = vars(given)
+    if command == "serve" and len(rest) == 1 and "model" not in arguments and _may_be_model(rest[0]):
+        arguments["model"] = rest.pop()
     if rest:
         raise UsageError(_unknown(command, rest[0]))
-    arguments = vars(given)
     settings: dict[str, Any] = {}
     spelled: dict[str, str] = {}
     for option in settings_of(command):
@@ -155,7 +163,32 @@ def parse(command: str, argv: Sequence[str]) -> tuple[SettingsSource, dict[str, 
            for option in COMMAND_OPTIONS[command] if option.name in arguments}  # fmt: skip
     if command in _TEXTS:
         own["prompt"] = convert(FreeText(), arguments["prompt"], _TEXTS[command])
-    return SettingsSource("the command line", settings, spelled, remarks), own
+    source = SettingsSource("the command line", settings, spelled, tuple(remarks))
+    return _over_file(command, source, own.pop("config", None)), own
+
+
+def _over_file(command: str, given: SettingsSource, path: Path | None) -> SettingsSource:
+    """What was given above the flags of a YAML file."""
+    if path is None:
+        return given
+    try:
+        below, more = parse(command, lines_of(path, flag_commands()))
+    except UsageError as error:
+        raise UsageError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    if more:
+        raise UsageError(f"{path}: {next(iter(more))} stands on the command line alone")
+    deciding = origins([given, below])
+    return SettingsSource(
+        given.title,
+        {name: source.values[name] for name, source in deciding.items()},
+        {name: source.given_as[name] + ("" if source is given else f" in {path}") for name, source in deciding.items()},
+        (*given.remarks, *below.remarks),
+    )
+
+
+def _may_be_model(text: str) -> bool:
+    """vLLM takes the model anywhere on the line; a command's name is a mistake there."""
+    return not text.startswith("-") and text not in COMMANDS
 
 
 def build_parser(command: str) -> argparse.ArgumentParser:
@@ -181,18 +214,18 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     if COMMAND_OPTIONS[command]:
         own = parser.add_argument_group(command)
         for option in COMMAND_OPTIONS[command]:
-            _add(own, option)
+            _add(own, option, command)
     for name in COMMAND_GROUPS[command]:
         group = parser.add_argument_group(name)
         for option in settings_of(command):
             if option.group == name:
-                _add(group, option)
+                _add(group, option, command)
     return parser
 
 
 def _usage(command: str) -> str:
     if command == "serve":
-        return f"candle-vllm [{' | '.join(COMMANDS)}] [options]"
+        return f"candle-vllm [{' | '.join(COMMANDS)}] [options]\n       candle-vllm serve [MODEL] [options]"
     return f"candle-vllm {command} [options]" + (f" {_TEXTS[command]}" if command in _TEXTS else "")
 
 
@@ -204,12 +237,14 @@ class _Version(argparse.Action):
         parser.exit(0)
 
 
-def _add(group: argparse._ArgumentGroup, option: Option) -> None:
+def _add(group: argparse._ArgumentGroup, option: Option, command: str) -> None:
     default = option.default
     text = option.help + (f" (default: {default})" if option.flags and default not in (None, (), False) else "")
     if option.flags:
-        action = "append" if option.repeat else "store"
-        group.add_argument(*option.flags, dest=option.name, action=action, metavar=option.metavar, help=text)
+        # Several values behind one flag, as vLLM has it, where no text stands behind the flags.
+        several: dict[str, Any] = {"action": "extend", "nargs": "+"} if command in _SERVING else {"action": "append"}
+        given: dict[str, Any] = several if option.repeat else {"action": "store"}
+        group.add_argument(*option.flags, dest=option.name, metavar=option.metavar, help=text, **given)
     for value in dict.fromkeys(option.constants.values()):
         flags = [flag for flag, meaning in option.constants.items() if meaning == value]
         shown = text if value is True else f"the opposite of {_flag(option)}"
@@ -233,6 +268,7 @@ def _in_full(command: str, argv: Sequence[str]) -> list[str]:
     """The line with its short forms written out: -m, -p of a server, and `serve MODEL` as vLLM has it."""
     end = argv.index("--") if "--" in argv else len(argv)
     found = [SHORT.get(text, text) if text != "-p" or command == "serve" else text for text in argv[:end]]
+    found = ["--help" if text.startswith("--help=") else text for text in found]  # of a group or a flag, as vLLM has it
     named = any(text.split("=", 1)[0] in BY_NAME["model"].flags for text in found)
     if command == "serve" and found and not found[0].startswith("-") and found[0] not in COMMANDS and not named:
         found.insert(0, "--m")
@@ -246,35 +282,6 @@ def _in_full(command: str, argv: Sequence[str]) -> list[str]:
 def _is_argument(text: str) -> bool:
     name = text.split("=", 1)[0]
     return name not in flag_commands() and name not in foreign_flags() and name not in SHORT.values()
-
-
-def _without_idle(argv: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
-    """The line without candle-vllm's flags that set nothing here, and what is said of each."""
-    kept: list[str] = []
-    remarks: list[str] = []
-    rest = iter(argv)
-    for text in rest:
-        if text == "--":
-            return [*kept, text, *rest], tuple(remarks)
-        flag, given, _ = text.partition("=")
-        if flag not in WITHOUT_EFFECT:
-            kept.append(text)
-            continue
-        if WITHOUT_EFFECT[flag] and not given and next(rest, None) is None:
-            raise UsageError(f"{flag}: expected one argument")
-        remarks.append(f"{flag} has no effect here: {foreign_flags()[flag]}")
-    return kept, tuple(remarks)
-
-
-def _refuse_foreign(command: str, argv: Sequence[str]) -> None:
-    """UsageError for a flag of another program, before argparse takes -hf for -h."""
-    asked = [text.split("=", 1)[0] for text in argv if text.startswith("-")]
-    if "--" in asked:
-        asked = asked[: asked.index("--")]
-    own = {flag for option in COMMAND_OPTIONS[command] for flag in (*option.flags, *option.constants)}
-    foreign = [flag for flag in asked if flag in foreign_flags() and flag not in own]
-    if foreign:
-        raise UsageError(hint(foreign[0], flag_commands(), command))
 
 
 def flag_commands() -> dict[str, list[str]]:

@@ -1,13 +1,107 @@
 """Flags and commands of vLLM, llama.cpp, Ollama and candle-vllm that are called otherwise here, or are not needed.
 
-A row is the flags and the answer: a flag that does the same, with what else there is to say, or a sentence that says
-why there is none. What exists here under that very name is not in the table; a test sees to that.
+A row is the flags, the answer, and what they are taken for. The answer is a flag that does the same, with what else
+there is to say, or a sentence that says why there is none. What exists here under that very name is not in the table;
+a test sees to that, and another that docs/coming-from-vllm.md says what the rows say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Becomes = str | Callable[[str], list[str]]
+ANY = "*"
+
+
+class Row(NamedTuple):
+    """What is made of foreign flags.
+
+    Attributes:
+        flags: their names.
+        answer: what is said of them.
+        becomes: the arguments that stand for each value: a text, in which `{}` is the value and which may be empty
+            where it is so anyway, or what makes them (ValueError: why not). "" is the flag without a value, `ANY` every
+            other value; a value that is not there is refused with the answer.
+        idle: what is taken has no effect, and a start says so.
+    """
+
+    flags: str
+    answer: str
+    becomes: Mapping[str, Becomes] = {}
+    idle: bool = False
+
+
+def _called(flags: str, ours: str, more: str = "", **others: str) -> Row:
+    """Flags with a value that are called otherwise here; `others` are values of another meaning (`_1` is -1)."""
+    values = {name.replace("_", "-"): text for name, text in others.items()}
+    return Row(flags, ours + more, {ANY: f"{ours} {{}}", **values})
+
+
+def _so(flags: str, answer: str) -> Row:
+    """Switches for what is always so."""
+    return Row(flags, answer, {"": ""})
+
+
+def _idle(flags: str, answer: str, values: bool = False) -> Row:
+    """Flags that change nothing here, and no answer."""
+    return Row(flags, answer, {ANY: ""} if values else {"": ""}, idle=True)
+
+
+def _only(flags: str, answer: str, *values: str) -> Row:
+    """Flags of which some values are how it is here."""
+    return Row(flags, answer, dict.fromkeys(values, ""))
+
+
+def _origins(text: str) -> list[str]:
+    """`--allowed-origins '["https://a.example"]'`."""
+    return [argument for origin in _json(text, list) for argument in ("--cors-origin", str(origin))]
+
+
+_GENERATION = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def _generation(text: str) -> list[str]:
+    """`--override-generation-config '{"temperature": 0.5}'`."""
+    given = _json(text, dict)
+    for name, value in given.items():
+        if name not in _GENERATION or isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{str(name)[:40]!r} is none of the numbers {', '.join(_GENERATION)}")
+    return [argument for name, value in given.items() for argument in ("--" + name.replace("_", "-"), str(value))]
+
+
+def _json(text: str, kind: type[Any]) -> Any:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, kind):
+        raise ValueError(f"must be a JSON {'list' if kind is list else 'object'}, not {text!r:.60}")
+    return value
+
+
+def _socket(path: str) -> list[str]:
+    return ["--host", f"unix://{Path(path).expanduser().absolute()}"]
+
+
+def _layers(text: str) -> list[str]:
+    """`-ngl`: all layers or none; 99 and more is how people write all."""
+    if text in ("auto", "all", "-1") or (text.isdecimal() and len(text) < 9 and int(text) >= 99):
+        return []
+    if text == "0":
+        return ["--device", "cpu"]
+    raise ValueError(f"must be 0, auto, all or at least 99: {_WHOLE}")
+
+
+def _device(text: str) -> list[str]:
+    """llama.cpp's names of devices: CUDA0, none."""
+    name = text.lower()
+    return ["--device", f"cuda:{name[4:]}" if name.startswith("cuda") and name[4:].isdecimal() else
+            {"none": "cpu"}.get(name, text)]  # fmt: skip
+
 
 _ONE_DEVICE = "an engine computes on one device; for several GPUs start a server on each (--device cuda:N)"
 _WHOLE = "a model lies whole on a GPU or on the CPU (--device); nothing is divided between them"
@@ -16,171 +110,238 @@ _LORA = "adapters are not loaded beside a model: merge the adapter into its weig
 _IMAGES = "models read text alone here"
 _OWN = "the kernels are this project's own and chosen for the machine"
 _MAPPED = "weights are mapped while they are loaded, and then lie in memory in the kernels' order"
-_PROXY = "HTTPS needs a reverse proxy in front"
 _REQUEST = "it is a field of each request"
 _NO_CODE = "code of a model's repository is never run: its architecture is built in, or refused"
 _ALWAYS = "it is always so"
+_STORED = "the checkpoint says how it is quantised, and that counts; --isq quantises plain weights"
+_PRIORITY = "priorities are for servers with --enable-request-priority, and else requests are served in their order"
+_LOGGED = "the log goes to standard error: 2> FILE keeps it; --log-format json is for programs"
+_LEVEL = "--log-level"
+_NO_ACCESS_LOG = "nothing of it is logged"
 
-_ROWS: tuple[tuple[str, str], ...] = (
+ROWS: tuple[Row, ...] = (
     # ---- the model and its files
-    ("--hf-repo -hf -hfr --model-path --model-id --model-name", "--m"),
-    ("-hff --hf-file", "--f"),
-    ("-hft", "--hf-token, which takes the name of the variable"),
-    ("-mu --model-url -dr --docker-repo", "--m, with a Hugging Face id or a file that you have downloaded"),
-    ("-a --alias", "--served-model-name"),
-    ("--models-dir --models-preset --models-max --models-autoload --no-models-autoload",
-     "--models-config, with models.yaml; --max-loaded-models bounds how many stay"),
-    ("-q --quantization", "nothing to say: the checkpoint says how it is quantised; --isq quantises plain weights"),
-    ("--quantize", "--isq, or candle-vllm quantize, which writes a file"),
-    ("--trust-remote-code", _NO_CODE),
-    ("--tokenizer-mode --tokenizer-revision --hf-config-path --hf-overrides --config-format --override-kv "
-     "--skip-tokenizer-init", "the model's files say it; --tokenizer names another folder"),
-    ("--generation-config --override-generation-config",
-     "the model's generation_config.json counts; --temperature, --top-p, --top-k and --min-p stand above it"),
-    ("--config", "--models-config, or the environment (CANDLE_VLLM_PORT=2000), or .env"),
-    ("--runner --task --convert --embedding --embeddings --rerank --reranking",
-     "one server answers chat, embeddings and scores, as far as the model can"),
-    ("--pooling --override-pooler-config --pooler-config --embd-normalize",
-     "the model's files say how vectors are made"),
-    ("--lora --lora-scaled --lora-init-without-apply --enable-lora --lora-modules --max-loras --max-lora-rank "
-     "--max-cpu-loras --fully-sharded-loras", _LORA),
-    ("--control-vector --control-vector-scaled --control-vector-layer-range", "there are no control vectors"),
-    ("--mmproj --mmproj-url --mmproj-auto --no-mmproj --mmproj-offload --no-mmproj-offload --image --video --audio "
-     "--image-min-tokens --image-max-tokens --limit-mm-per-prompt --mm-processor-kwargs --mm-encoder-tp-mode "
-     "--allowed-local-media-path --allowed-media-domains --enable-vision --vision-model-path --vision-device "
-     "--vision-dtype", _IMAGES),
+    _called("--hf-repo -hf -hfr --model-path --model-id --model-name", "--m"),
+    _called("-hff --hf-file", "--f"),
+    _called("-hft", "--hf-token"),
+    Row("-mu --model-url -dr --docker-repo", "--m, with a Hugging Face id or a file that you have downloaded"),
+    _called("-a --alias", "--served-model-name"),
+    Row("--models-dir --models-preset --models-max --models-autoload --no-models-autoload",
+        "--models-config, with models.yaml; --max-loaded-models bounds how many stay"),
+    Row("-q --quantization", _STORED, dict.fromkeys((
+        "awq", "awq_marlin", "gptq", "gptq_marlin", "compressed-tensors", "fp8", "mxfp4", "modelopt", "modelopt_fp4",
+        "gguf"), ""), idle=True),
+    Row("--quantize", "--isq, or candle-vllm quantize, which writes a file"),
+    Row("--trust-remote-code", _NO_CODE),
+    _so("--no-trust-remote-code", _NO_CODE),
+    _only("--tokenizer-mode --config-format --model-impl", "the model's files say it", "auto", "hf"),
+    Row("--tokenizer-revision --hf-config-path --hf-overrides --override-kv --skip-tokenizer-init --code-revision",
+        "the model's files say it; --tokenizer names another folder"),
+    Row("--generation-config", "auto is the model's generation_config.json, vllm is none: --temperature 1, --top-p 1, "
+        "--top-k 0, --min-p 0 and --repetition-penalty 1 stand above it",
+        {"auto": "", "vllm": "--temperature 1 --top-p 1 --top-k 0 --min-p 0 --repetition-penalty 1"}),
+    Row("--override-generation-config", "--temperature, --top-p, --top-k, --min-p and --repetition-penalty",
+        {ANY: _generation}),
+    Row("--runner --task --convert", "one server answers chat, embeddings and scores, as far as the model can",
+        {ANY: ""}),
+    _so("--embedding --embeddings --rerank --reranking",
+        "one server answers chat, embeddings and scores, as far as the model can"),
+    Row("--pooling --override-pooler-config --pooler-config --embd-normalize",
+        "the model's files say how vectors are made"),
+    Row("--lora --lora-scaled --lora-init-without-apply --enable-lora --lora-modules --max-loras --max-lora-rank "
+        "--max-cpu-loras --fully-sharded-loras", _LORA),
+    Row("--control-vector --control-vector-scaled --control-vector-layer-range", "there are no control vectors"),
+    Row("--mmproj --mmproj-url --mmproj-auto --no-mmproj --mmproj-offload --no-mmproj-offload --image --video --audio "
+        "--image-min-tokens --image-max-tokens --limit-mm-per-prompt --mm-processor-kwargs --mm-encoder-tp-mode "
+        "--allowed-local-media-path --allowed-media-domains --enable-vision --vision-model-path --vision-device "
+        "--vision-dtype", _IMAGES),
     # ---- devices and memory
-    ("-ngl --gpu-layers --n-gpu-layers --num-gpu -ncmoe --n-cpu-moe -cmoe --cpu-moe -ot --override-tensor -ncffn "
-     "--n-cpu-ffn --moe-cache-mib --cpu-offload-gb -kvo --kv-offload -nkvo --no-kv-offload --op-offload "
-     "--no-op-offload --kv-offloading-size --kv-offloading-backend --swap-space --kvcache-mem-cpu --no-host "
-     "--num-experts-offload-per-rank -fit --fit -fitt --fit-target -fitc --fit-ctx", _WHOLE),
-    ("-dev --main-gpu -mg", "--device cuda:N"),
-    ("--list-devices", "candle-vllm config shows the device that is taken"),
-    ("-sm --split-mode -ts --tensor-split -tp --tensor-parallel-size -pp --pipeline-parallel-size -dp "
-     "--data-parallel-size --enable-expert-parallel --distributed-executor-backend --num-nodes --node-rank "
-     "--master-addr --master-port --multithread --rpc --num-shards", _ONE_DEVICE),
-    ("--gpu-memory-fraction", "--gpu-memory-utilization"),
-    ("--max-seq-len --max-model-length -c --ctx-size --num-ctx --max-seq-len-to-capture",
-     "--max-model-len"),
-    ("-ctk --cache-type-k -ctv --cache-type-v", "--kv-cache-dtype, for both"),
-    ("--calculate-kv-scales", "a checkpoint's own scales are used with --kv-cache-dtype fp8"),
-    ("--kvcache-compression-bits --kvcache-compression-policy --kvcache-compression-threshold-tokens "
-     "--kvcache-compression-free-block-pct",
-     "the cache is not compressed; --kv-cache-dtype fp8 halves it on a GPU"),
-    ("--mamba-fraction", "no model here has a Mamba state"),
-    ("-fa --flash-attn --use-flash-attn", "--attention-backend, on a GPU; the CPU's is always the fused one"),
-    ("--mlock --no-mmap --mmap --direct-io -dio --no-direct-io -lm --load-mode -lzm --lazy-mode --repack -nr "
-     "--no-repack", _MAPPED),
-    ("-tb --threads-batch", "--threads, for prompts and answers"),
-    ("-t --num-thread --n-threads", "--threads"),
-    ("-C --cpu-mask -Cr --cpu-range --cpu-strict -Cb --cpu-mask-batch -Crb --cpu-range-batch --cpu-strict-batch "
-     "--numa", "start it under taskset or numactl: threads are as many as the CPUs that it may use"),
-    ("--prio --prio-batch", "start it under nice"),
-    ("--poll --poll-batch", "threads spin for a fraction of a millisecond and then sleep"),
-    ("--check-tensors", "every number of a file's head is checked before it is used"),
-    ("--swa-full --defrag-thold -dt --keep --context-shift --no-context-shift -ctxcp --ctx-checkpoints "
-     "--swa-checkpoints --cache-ram -cram --kv-unified -kvu --no-kv-unified",
-     "the cache is in blocks, which no model shifts or defragments; a context that is full ends the answer"),
-    ("--rope-scaling --rope-scale --rope-freq-base --rope-freq-scale --yarn-orig-ctx --yarn-ext-factor "
-     "--yarn-attn-factor --yarn-beta-slow --yarn-beta-fast --rope-theta",
-     "--yarn-scaling-factor, for a longer context; else the model's files say it"),
+    Row("-ngl --gpu-layers --n-gpu-layers --num-gpu", _WHOLE, {ANY: _layers}),
+    _only("--cpu-offload-gb -ncmoe --n-cpu-moe", _WHOLE, "0"),
+    Row("-cmoe --cpu-moe -ot --override-tensor -ncffn --n-cpu-ffn --moe-cache-mib -nkvo --no-kv-offload "
+        "--kv-offloading-size --kv-offloading-backend --num-experts-offload-per-rank", _WHOLE),
+    _so("-kvo --kv-offload --op-offload", _ALWAYS),
+    _idle("--no-op-offload --no-host", _WHOLE),
+    _idle("-fit --fit -fitt --fit-target -fitc --fit-ctx",
+          "a context that was not asked for shrinks to what fits", values=True),
+    _idle("--swap-space --kvcache-mem-cpu", "a request that is put off is computed again, not swapped", values=True),
+    Row("-dev", "--device", {ANY: _device}),
+    Row("-mg --main-gpu", "--device cuda:N", {ANY: "--device cuda:{}"}),
+    Row("--list-devices", "candle-vllm config shows the device that is taken"),
+    _only("-tp --tensor-parallel-size -pp --pipeline-parallel-size -dp --data-parallel-size -dcp "
+          "--decode-context-parallel-size --num-nodes --nnodes --num-shards", _ONE_DEVICE, "1"),
+    _only("--node-rank -n-gpu --data-parallel-rank", _ONE_DEVICE, "0"),
+    _only("--distributed-executor-backend", _ONE_DEVICE, "uni", "mp"),
+    _only("-sm --split-mode", _ONE_DEVICE, "none"),
+    Row("-ts --tensor-split --enable-expert-parallel --master-addr --master-port --rpc --worker-use-ray",
+        _ONE_DEVICE),
+    _idle("--disable-custom-all-reduce --multithread", _ONE_DEVICE),
+    _called("--gpu-memory-fraction", "--gpu-memory-utilization"),
+    _called("--max-seq-len --max-model-length -c --ctx-size --num-ctx", "--max-model-len",
+            **{"0": "--max-model-len auto"}),
+    Row("-ctk --cache-type-k -ctv --cache-type-v", "--kv-cache-dtype, for both"),
+    Row("--calculate-kv-scales", "a checkpoint's own scales are used with --kv-cache-dtype fp8"),
+    _idle("--kvcache-compression-bits --kvcache-compression-policy --kvcache-compression-threshold-tokens "
+          "--kvcache-compression-free-block-pct",
+          "the cache is not compressed; --kv-cache-dtype fp8 halves it on a GPU", values=True),
+    _idle("--mamba-fraction", "no model here has a Mamba state", values=True),
+    Row("-fa --flash-attn --use-flash-attn", "attention never keeps its whole table of scores; --attention-backend "
+        "chooses among those of a GPU", {"": "", "on": "", "auto": "", "1": "", "true": ""}),
+    _idle("--mlock --no-mmap --mmap --direct-io -dio --no-direct-io --repack -nr --no-repack", _MAPPED),
+    _idle("-lm --load-mode -lzm --lazy-mode --max-parallel-loading-workers", _MAPPED, values=True),
+    _idle("-tb --threads-batch", "--threads is for prompts and answers", values=True),
+    _called("-t --num-thread --n-threads", "--threads", _1=""),
+    Row("-C --cpu-mask -Cr --cpu-range --cpu-strict -Cb --cpu-mask-batch -Crb --cpu-range-batch --cpu-strict-batch "
+        "--numa", "start it under taskset or numactl: threads are as many as the CPUs that it may use"),
+    Row("--prio --prio-batch", "start it under nice"),
+    _idle("--poll --poll-batch", "threads spin for a fraction of a millisecond and then sleep", values=True),
+    _so("--check-tensors", "every number of a file's head is checked before it is used"),
+    _so("--no-context-shift --kv-unified -kvu", "the cache is in blocks that all requests share, which no model "
+        "shifts; a context that is full ends the answer"),
+    Row("--swa-full --defrag-thold -dt --keep --context-shift -ctxcp --ctx-checkpoints --swa-checkpoints --cache-ram "
+        "-cram --no-kv-unified --num-gpu-blocks-override --disable-sliding-window",
+        "the cache is in blocks, which no model shifts or defragments; a context that is full ends the answer"),
+    Row("--rope-scaling --rope-scale --rope-freq-base --rope-freq-scale --yarn-orig-ctx --yarn-ext-factor "
+        "--yarn-attn-factor --yarn-beta-slow --yarn-beta-fast --rope-theta",
+        "--yarn-scaling-factor, for a longer context; else the model's files say it"),
     # ---- scheduling
-    ("-np --parallel --num-parallel --max-concurrency", "--max-num-seqs"),
-    ("-b --batch-size -ub --ubatch-size", "--prefill-chunk-size, which is what a step computes at most"),
-    ("-cb --cont-batching -nocb --no-cont-batching --enable-chunked-prefill --no-enable-chunked-prefill "
-     "--async-scheduling --holding-time --scheduling-policy",
-     "requests join and leave at every step, and long prompts come in chunks; priorities: --enable-request-priority"),
-    ("--max-num-queued-reqs --max-num-queued-tokens --max-queue", "--max-queued-requests"),
-    ("--cache-prompt --no-cache-prompt --cache-reuse --prompt-cache --prompt-cache-backend --prompt-cache-path "
-     "--prompt-cache-redis-url --prompt-cache-ttl --prompt-cache-max-prefixes --prompt-cache-min-length "
-     "--prompt-cache-all --prompt-cache-ro --prefix-cache --prefix-cache-max-tokens --prefix-caching-hash-algo "
-     "--slot-save-path --slot-prompt-similarity -sps",
-     "what prompts begin with is kept in the KV cache itself; --disable-prefix-cache turns that off"),
-    ("--speculative-config --spec-decode --num-speculative-tokens -md --model-draft --spec-draft-model -hfd "
-     "--hf-repo-draft -ngld --gpu-layers-draft --draft --draft-n --draft-max --draft-min --draft-n-min --draft-p-min "
-     "-cd --ctx-size-draft -devd --device-draft -ctkd --cache-type-k-draft -ctvd --cache-type-v-draft "
-     "--spec-draft-type-k --spec-draft-type-v -td --threads-draft -lcs --lookup-cache-static -lcd "
-     "--lookup-cache-dynamic --spec-type", _DRAFTS),
-    ("-O -O0 -O1 -O2 -O3 --compilation-config --cudagraph-capture-sizes",
-     f"{_OWN}; --disable-cuda-graph and --enforce-eager turn graphs off"),
-    ("--stream-interval", "every token is sent when it is there"),
-    ("--enable-sleep-mode --keepalive --sleep-idle-seconds", "--idle-unload-secs"),
-    ("--no-warmup --warmup --perf --no-perf", "a start has no run for warming; candle-vllm bench measures"),
+    _called("-np --parallel --num-parallel --max-concurrency", "--max-num-seqs", _1=""),
+    _called("-ub --ubatch-size", "--prefill-chunk-size", ", which is what a step computes at most"),
+    _idle("-b --batch-size", "-ub, which is --prefill-chunk-size, says what a step computes", values=True),
+    _so("-cb --cont-batching --enable-chunked-prefill --async-scheduling --disable-frontend-multiprocessing "
+        "--use-v2-block-manager",
+        "requests join and leave at every step, long prompts come in chunks, and steps of a GPU overlap"),
+    Row("-nocb --no-cont-batching --no-enable-chunked-prefill",
+        "requests join and leave at every step, and long prompts come in chunks"),
+    _idle("--holding-time", "requests join and leave at every step", values=True),
+    _idle("--no-async-scheduling", "steps of a GPU overlap; no answer depends on it"),
+    Row("--scheduling-policy", _PRIORITY, {"fcfs": "", "priority": "--enable-request-priority"}),
+    _only("--num-scheduler-steps --max-num-partial-prefills --max-long-partial-prefills",
+          "requests join and leave at every step", "1"),
+    _called("--max-num-queued-reqs --max-queue", "--max-queued-requests"),
+    Row("--max-num-queued-tokens", "--max-queued-requests, which counts sequences"),
+    _so("--cache-prompt", "what prompts begin with is kept in the KV cache itself"),
+    Row("--no-cache-prompt", "--disable-prefix-cache", {"": "--disable-prefix-cache"}),
+    _only("--prefix-caching-hash-algo", "blocks are known by SHA-256, and nothing else", "sha256"),
+    _only("--cache-reuse", "only what prompts begin with is kept", "0"),
+    _idle("--prompt-cache", "what prompts begin with is kept in the KV cache itself; --disable-prefix-cache turns "
+          "that off"),
+    _idle("--prompt-cache-backend --prompt-cache-path --prompt-cache-redis-url --prompt-cache-ttl "
+          "--prompt-cache-max-prefixes --prompt-cache-min-length --prefix-cache-max-tokens",
+          "what prompts begin with is kept in the KV cache itself; --disable-prefix-cache turns that off",
+          values=True),
+    Row("--prompt-cache-all --prompt-cache-ro --prefix-cache --prefix-cache-retention-interval --slot-save-path",
+        "what prompts begin with is kept in the KV cache itself; --disable-prefix-cache turns that off"),
+    _idle("--slot-prompt-similarity -sps", "there are no slots: blocks are shared by all requests", values=True),
+    Row("--speculative-config --spec-decode --num-speculative-tokens -md --model-draft --spec-draft-model -hfd "
+        "--hf-repo-draft -ngld --gpu-layers-draft --draft --draft-n --draft-max --draft-min --draft-n-min "
+        "--draft-p-min -cd --ctx-size-draft -devd --device-draft -ctkd --cache-type-k-draft -ctvd "
+        "--cache-type-v-draft --spec-draft-type-k --spec-draft-type-v -td --threads-draft -lcs --lookup-cache-static "
+        "-lcd --lookup-cache-dynamic --spec-type", _DRAFTS),
+    _idle("-O0 -O1 -O2 -O3", f"{_OWN}; --disable-cuda-graph and --enforce-eager turn graphs off"),
+    _idle("-O --optimization-level --compilation-config --max-seq-len-to-capture",
+          f"{_OWN}; --disable-cuda-graph and --enforce-eager turn graphs off", values=True),
+    Row("--cudagraph-capture-sizes", f"{_OWN}; --disable-cuda-graph and --enforce-eager turn graphs off"),
+    _only("--stream-interval", "every token is sent when it is there", "1"),
+    _called("--sleep-idle-seconds", "--idle-unload-secs", _1=""),
+    Row("--enable-sleep-mode --keepalive", "--idle-unload-secs, after which a model is unloaded; "
+        "/v1/models/unload does it at once"),
+    _idle("--no-warmup --warmup --perf --no-perf", "a start has no run for warming; candle-vllm bench measures"),
     # ---- sampling and prompts
-    ("--temp", "--temperature"),
-    ("-s", "--seed"),
-    ("-n --predict --n-predict --num-predict --max-gen-tokens", "--max-tokens"),
-    ("-p --prompt -bf -f --file", "the prompt stands by itself: candle-vllm generate PROMPT; - reads it from "
-     "standard input; the port is --p"),
-    ("-sys --system-prompt --system_prompt -sysf --system-prompt-file", "--system"),
-    ("-r --reverse-prompt", "--stop"),
-    ("-cnv --conversation -no-cnv --no-conversation -st --single-turn -i --interactive -if --interactive-first -mli "
-     "--multiline-input --in-prefix --in-suffix", "candle-vllm chat talks, candle-vllm generate answers once"),
-    ("-e --escape --no-escape -sp --special --verbose-prompt --no-display-prompt --display-prompt --simple-io "
-     "--color -co --nowordwrap --hidethinking",
-     "the answer alone goes to standard output, and thoughts, dimmed, to a terminal"),
-    ("--repeat-penalty --repetition-penalty --repeat-last-n --typical --typical-p --top-nsigma --top-n-sigma "
-     "--xtc-probability --xtc-threshold --dry-multiplier --dry-base --dry-allowed-length --dry-penalty-last-n "
-     "--dry-sequence-breaker --dynatemp-range --dynatemp-exp --mirostat --mirostat-lr --mirostat-ent --samplers "
-     "--sampler-seq --sampling-seq --adaptive-target --adaptive-decay --ignore-eos -l --logit-bias -bs "
-     "--backend-sampling",
-     "requests have repetition_penalty, ignore_eos and logit_bias; the samplers are temperature, top-p, top-k, "
-     "min-p and penalties"),
-    ("--grammar --grammar-file -j --json-schema -jf --json-schema-file --format --guided-decoding-backend "
-     "--structured-outputs-config", f"{_REQUEST}: response_format, or structured_outputs"),
-    ("--max-logprobs --logprobs-mode", f"{_REQUEST}: logprobs"),
+    _called("--temp", "--temperature"),
+    _called("-s", "--seed", _1=""),
+    _called("-n --predict --n-predict --num-predict --max-gen-tokens", "--max-tokens", _1=""),
+    Row("-p --prompt -bf -f --file", "the prompt stands by itself: candle-vllm generate PROMPT; - reads it from "
+        "standard input; the port is --p"),
+    _called("-sys --system-prompt --system_prompt", "--system"),
+    Row("-sysf --system-prompt-file", "--system, with the text itself"),
+    _called("-r --reverse-prompt", "--stop"),
+    Row("-cnv --conversation -no-cnv --no-conversation -st --single-turn -i --interactive -if --interactive-first -mli "
+        "--multiline-input --in-prefix --in-suffix", "candle-vllm chat talks, candle-vllm generate answers once"),
+    Row("-e --escape --no-escape -sp --special --verbose-prompt --no-display-prompt --display-prompt --simple-io "
+        "--color -co --nowordwrap --hidethinking",
+        "the answer alone goes to standard output, and thoughts, dimmed, to a terminal"),
+    _only("--repeat-penalty", "--repetition-penalty, over the whole text and not its last tokens", "1", "1.0"),
+    Row("--repeat-last-n --typical --typical-p --top-nsigma --top-n-sigma "
+        "--xtc-probability --xtc-threshold --dry-multiplier --dry-base --dry-allowed-length --dry-penalty-last-n "
+        "--dry-sequence-breaker --dynatemp-range --dynatemp-exp --mirostat --mirostat-lr --mirostat-ent --samplers "
+        "--sampler-seq --sampling-seq --adaptive-target --adaptive-decay --ignore-eos -l --logit-bias -bs "
+        "--backend-sampling",
+        "requests have repetition_penalty, ignore_eos and logit_bias; the samplers are temperature, top-p, top-k, "
+        "min-p and penalties"),
+    Row("--grammar --grammar-file -j --json-schema -jf --json-schema-file --format "
+        "--structured-outputs-config", f"{_REQUEST}: response_format, or structured_outputs"),
+    _only("--guided-decoding-backend", "grammars are llguidance's", "auto", "guidance"),
+    _only("--max-logprobs", "a request may ask for up to 20 alternatives (logprobs)", "20"),
+    _only("--logprobs-mode", "log-probabilities are those before any sampling parameter", "raw_logprobs"),
     # ---- chat, tools, thoughts
-    ("--jinja --no-jinja --skip-chat-parsing --no-skip-chat-parsing", f"{_ALWAYS}: the model's template is rendered"),
-    ("--chat-template-file", "--chat-template, which takes a file"),
-    ("--chat-template-kwargs --default-chat-template-kwargs --chat-template-content-format",
-     f"{_REQUEST}: chat_template_kwargs"),
-    ("--enable-auto-tool-choice --exclude-tools-when-tool-choice-none --tool-parser-plugin --tools",
-     "tools are looked for wherever a request has some, in the model's own format; --tool-parser names another"),
-    ("--enable-reasoning --reasoning --reasoning-format -rea --think --reasoning-config",
-     "thoughts are told from the answer by the model's own format; --reasoning-parser names another, and a request "
-     "says how much (reasoning_effort, thinking_token_budget)"),
-    ("--prefill-assistant --no-prefill-assistant", f"{_REQUEST}: continue_final_message"),
+    _so("--jinja", f"{_ALWAYS}: the model's template is rendered"),
+    Row("--no-jinja --skip-chat-parsing --no-skip-chat-parsing", f"{_ALWAYS}: the model's template is rendered"),
+    _called("--chat-template-file", "--chat-template"),
+    Row("--chat-template-kwargs --default-chat-template-kwargs", f"{_REQUEST}: chat_template_kwargs"),
+    _only("--chat-template-content-format", "what a template wants is found out from the template", "auto"),
+    _only("--response-role", "answers are the assistant's", "assistant"),
+    _so("--enable-auto-tool-choice --exclude-tools-when-tool-choice-none",
+        "tools are looked for wherever a request has some, in the model's own format; --tool-call-parser names "
+        "another; with tool_choice none they are not shown"),
+    Row("--tool-parser-plugin --reasoning-parser-plugin --tools",
+        "formats are built in (docs/tool-calling.md), and tools come with requests or from --mcp-config"),
+    _so("--enable-reasoning", "thoughts are told from the answer by the model's own format"),
+    Row("--reasoning-format", "thoughts are told from the answer by the model's own format; --reasoning-parser none "
+        "leaves them in it", {"auto": "", "deepseek": "", "none": "--reasoning-parser none"}),
+    _only("--reasoning -rea", f"{_REQUEST}: reasoning_effort, thinking_token_budget", "auto", "-1"),
+    Row("--think --reasoning-config",
+        f"{_REQUEST}: reasoning_effort, thinking_token_budget"),
+    Row("--prefill-assistant --no-prefill-assistant", f"{_REQUEST}: continue_final_message"),
     # ---- HTTP and logging
-    ("--uds", "--host unix:///path"),
-    ("--api-prefix --root-path --path --public-path", "paths are fixed; a reverse proxy may add to them"),
-    ("--ssl-key-file --ssl-cert-file --ssl-keyfile --ssl-certfile --ssl-ca-certs --ssl-cert-reqs --ssl-ciphers "
-     "--enable-ssl-refresh", _PROXY),
-    ("--allowed-origins --allowed-methods --allowed-headers --allow-credentials --cors", "--cors-origin"),
-    ("--timeout -to --timeout-keep-alive", "--request-timeout"),
-    ("--threads-http --api-server-count --workers --h11-max-incomplete-event-size --h11-max-header-count --middleware",
-     "one loop serves everybody, within fixed limits"),
-    ("--webui --ui --no-webui --no-ui --webui-config --webui-config-file", "--ui-server, without which there is none"),
-    ("--metrics --props --slots --no-slots --enable-server-load-tracking --kv-cache-metrics --enable-metrics "
-     "--enable-request-id-headers --enable-per-request-metrics --enable-prompt-tokens-details "
-     "--enable-force-include-usage",
-     "/metrics, /v1/models/status and request ids are always there, and usage is what the request asks for"),
-    ("--disable-fastapi-docs --enable-tokenizer-info-endpoint --fingerprint-mode --return-tokens-as-token-ids",
-     "there is nothing to switch"),
-    ("--enable-log-requests --disable-log-requests --enable-log-outputs",
-     "--log-requests, which is off unless asked for"),
-    ("--max-log-len --log-config-file --record-conversation", "--log-requests and --log-prompts"),
-    ("--disable-log-stats --disable-uvicorn-access-log --disable-access-log-for-endpoints", "nothing of it is logged"),
-    ("--otlp-traces-endpoint", "--otlp-endpoint"),
-    ("--uvicorn-log-level -v --verbose --log-verbose -lv --verbosity --log-verbosity --log-disable --debug",
-     "--log-level"),
-    ("--log-colors --log-prefix --no-log-prefix --log-timestamps --no-log-timestamps",
-     "the log goes to standard error: 2> FILE keeps it; --log-format json is for programs"),
-    ("--log-jsonl --no-log-jsonl", "--log-format json"),
-    ("--insecure", "downloads are checked always"),
-    ("-cl --cache-list --completion-bash --usage", "there is no such list; candle-vllm --help shows every flag"),
+    Row("--uds", "--host unix:///path", {ANY: _socket}),
+    _called("--api-prefix", "--root-path"),
+    Row("--path --public-path", "the pages are the web UI's own"),
+    _called("--ssl-key-file", "--ssl-keyfile"),
+    _called("--ssl-cert-file", "--ssl-certfile"),
+    Row("--allowed-origins", "--cors-origin, once for each", {ANY: _origins}),
+    _only("--allowed-methods --allowed-headers", "pages of --cors-origin may use every header, and every method that "
+          "a route has", '["*"]'),
+    Row("--cors", "--cors-origin"),
+    Row("--allow-credentials", "keys travel in a header, and there are no cookies"),
+    _idle("--timeout -to --timeout-keep-alive", "clients that stall are cut off within fixed times, and "
+          "--request-timeout ends requests", values=True),
+    _idle("--threads-http", "one loop serves everybody", values=True),
+    _only("--api-server-count -asc --workers", "one loop serves everybody", "1"),
+    Row("--h11-max-incomplete-event-size --h11-max-header-count --middleware",
+        "requests are read within fixed limits, and by nobody's code but this server's"),
+    Row("--webui --ui", "--ui-server", {"": "--ui-server"}),
+    Row("--no-webui --no-ui", "--no-ui-server", {"": "--no-ui-server"}),
+    Row("--webui-config --webui-config-file", "people set up the web UI on its own page"),
+    _so("--metrics --slots --enable-metrics --enable-server-load-tracking --enable-request-id-headers "
+        "--enable-prompt-tokens-details --enable-tokenizer-info-endpoint",
+        "/metrics, /load, /slots, /tokenizer_info, request ids and the details of usage are always there"),
+    Row("--no-slots --props", "/slots and /props are there to be read, with a key where the server has one"),
+    Row("--enable-per-request-metrics --kv-cache-metrics --kv-cache-metrics-sample", "/metrics has what is counted"),
+    Row("--enable-force-include-usage", f"{_REQUEST}: stream_options.include_usage"),
+    Row("--disable-fastapi-docs", "/docs needs a key where the server has one, and loads nothing from elsewhere"),
+    Row("--return-tokens-as-token-ids", f"{_REQUEST}: return_token_ids"),
+    Row("--fingerprint-mode", "system_fingerprint tells versions and settings of the model apart"),
+    Row("--enable-log-requests", "--log-requests", {"": "--log-requests"}),
+    Row("--disable-log-requests --no-enable-log-requests", "--no-log-requests, which it is unless asked for",
+        {"": "--no-log-requests"}),
+    Row("--enable-log-outputs --max-log-len --log-config-file",
+        "--log-requests and --log-prompts"),
+    _so("--disable-log-stats --disable-uvicorn-access-log", _NO_ACCESS_LOG),
+    Row("--disable-access-log-for-endpoints", _NO_ACCESS_LOG, {ANY: ""}),
+    _called("--otlp-traces-endpoint", "--otlp-endpoint"),
+    Row("--uvicorn-log-level", _LEVEL, {ANY: "--log-level {}", "critical": "--log-level error",
+                                        "trace": "--log-level debug"}),
+    _idle("--verbose --record-conversation", "--log-level debug and --log-requests say what is logged"),
+    Row("-v --log-verbose --debug", "--log-level debug", {"": "--log-level debug"}),
+    Row("-lv --verbosity --log-verbosity --log-disable", _LEVEL),
+    Row("--log-colors", _LOGGED, dict.fromkeys(("", "on", "off", "auto"), ""), idle=True),
+    _idle("--log-prefix --no-log-prefix --log-timestamps --no-log-timestamps", _LOGGED),
+    Row("--log-jsonl", "--log-format json", {"": "--log-format json"}),
+    Row("--no-log-jsonl", "--log-format text", {"": "--log-format text"}),
+    Row("--insecure", "downloads are checked always"),
+    Row("-cl --cache-list --completion-bash --usage", "there is no such list; candle-vllm --help shows every flag"),
 )  # fmt: skip
-
-_IDLE = (
-    "--verbose --record-conversation --multithread --prompt-cache",
-    "--holding-time --mamba-fraction --kvcache-mem-cpu --prefix-cache-max-tokens --prompt-cache-backend "
-    "--prompt-cache-path --prompt-cache-redis-url --prompt-cache-ttl --prompt-cache-max-prefixes "
-    "--prompt-cache-min-length --kvcache-compression-bits --kvcache-compression-policy "
-    "--kvcache-compression-threshold-tokens --kvcache-compression-free-block-pct",
-)  # without and with a value
-WITHOUT_EFFECT: Mapping[str, bool] = {
-    flag: takes for takes, flags in zip((False, True), _IDLE, strict=True) for flag in flags.split()
-}
-"""candle-vllm's flags that would change no answer: they are taken with a warning. True is one that has a value."""
 
 COMMANDS: Mapping[str, str] = {
     "run": "to talk with a model: candle-vllm chat --m MODEL",
@@ -200,31 +361,13 @@ COMMANDS: Mapping[str, str] = {
 
 
 @cache
-def foreign_flags() -> Mapping[str, str]:
-    """The answer to each flag: it begins with a flag of ours where that does the same."""
-    return dict(_told())
+def foreign_flags() -> Mapping[str, Row]:
+    """The row of each flag: its answer begins with a flag of ours where that does the same."""
+    return dict(told())
 
 
-def _told() -> Iterator[tuple[str, str]]:
-    for flags, answer in _ROWS:
-        for flag in flags.split():
-            yield flag, answer
-
-
-def hint(flag: str, known: Mapping[str, list[str]], command: str) -> str:
-    """What is said of a flag that stands in the table.
-
-    Args:
-        flag: as it was given.
-        known: the commands that each of our flags belongs to.
-        command: which was called.
-    """
-    answer = foreign_flags()[flag]
-    if not answer.startswith("--"):
-        return f"{flag} is not needed here: {answer}"
-    name, comma, more = answer.partition(",")
-    commands = known[name.split()[0]]
-    where = "" if command in commands else f" (of `candle-vllm {', '.join(commands)}`)"
-    if name == "--max-tokens" and where:
-        where += "; clients of a server send max_tokens"
-    return f"{flag} is called {name} here{where}{comma}{more}"
+def told() -> Iterator[tuple[str, Row]]:
+    """Every flag of the table with its row."""
+    for row in ROWS:
+        for flag in row.flags.split():
+            yield flag, row

@@ -155,11 +155,12 @@ def known_keys(keys: Iterable[Any], known: Iterable[str], where: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """A TCP address, or the path of a Unix socket."""
+    """A TCP address, or the path of a Unix socket, and whether HTTPS is spoken there."""
 
     host: str
     port: int
     unix_path: Path | None = None
+    tls: bool = False
 
     @property
     def url(self) -> str:
@@ -167,7 +168,7 @@ class Address:
         if self.unix_path is not None:
             return f"unix://{self.unix_path}"
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        return f"http{'s' * self.tls}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
 SOCKETS = ("unix://", "file://", "socket://")  # the same; all three are candle-vllm's
@@ -188,7 +189,7 @@ def split_host(host: str) -> tuple[str, int | None]:
     """Host name or address, and the port that stands in it, if any."""
     match = re.fullmatch(r"(?:(?P<scheme>[a-z]+)://)?(?P<rest>[^/]+)/?", host)
     if match is None or match["scheme"] not in (None, "tcp", "http"):
-        hint = ": HTTPS needs a reverse proxy in front" if host.startswith("https:") else ""
+        hint = ": HTTPS is what --ssl-certfile and --ssl-keyfile give" if host.startswith("https:") else ""
         raise UsageError(f"host {host!r} is none of host, host:port, [v6]:port, tcp://, http://, unix:///path{hint}")
     rest = match["rest"]
     if re.fullmatch(r"[0-9a-fA-F:.]*:[0-9a-fA-F:.]*:[0-9a-fA-F:.]*(%\w+)?", rest):

@@ -139,7 +139,8 @@ class Settings:
         Boolean(), "run the engine in a process of its own, which is started again when it dies", in_yaml=True,
         commands=_SERVE)] = False
     threads: Annotated[int | None, engine(DEVICE, "N")] = None
-    max_model_len: Annotated[int | None, engine(LIMITS, "N")] = None
+    max_model_len: Annotated[int | None, engine(LIMITS,
+        "N", more="; auto: as many as the model has and memory holds", reading={"auto": True})] = None
     yarn_scaling_factor: Annotated[float | None, engine(LIMITS, "FACTOR")] = None
     max_num_seqs: Annotated[int | None, engine(LIMITS, "N", commands=_SERVE)] = None
     prefill_chunk_size: Annotated[int | None, engine(LIMITS,
@@ -159,6 +160,9 @@ class Settings:
         Number(-2, 2), "penalty per earlier occurrence", "X", in_yaml=True)] = None
     presence_penalty: Annotated[float | None, own(SAMPLING,
         Number(-2, 2), "penalty for having occurred", "X", in_yaml=True)] = None
+    repetition_penalty: Annotated[float | None, own(SAMPLING,
+        Number(0, 100, open_low=True), "divides the odds of tokens that have occurred; 1 is none", "X",
+        in_yaml=True)] = None
     max_loaded_models: Annotated[int | None, own(MODELS,
         Integer(1, 1024), "most models in memory; without it, as many as fit", "N")] = None
     idle_unload_secs: Annotated[int | None, own(MODELS,
@@ -228,6 +232,22 @@ class Settings:
         Integer(1, 1 << 20), "seconds after which a request is ended, waiting included", "SECONDS")] = 3600
     cors_origin: Annotated[tuple[str, ...], own(HTTP,
         Text(512), "web origin whose pages may call this server, or *; repeatable", "ORIGIN")] = ()
+    root_path: Annotated[str | None, own(HTTP,
+        Text(256), "prefix that paths may have, where a proxy passes it on: /models/a", "PATH", commands=_SERVE)] = None
+    ssl_certfile: Annotated[Path | None, own(HTTP,
+        FilePath(), "certificate chain in PEM, for HTTPS", "FILE", commands=_SERVE)] = None
+    ssl_keyfile: Annotated[Path | None, own(HTTP,
+        FilePath(), "its private key in PEM, without a password; may stand in the same file", "FILE",
+        commands=_SERVE)] = None
+    ssl_ca_certs: Annotated[Path | None, own(HTTP,
+        FilePath(), "certificates in PEM that clients' certificates must come from", "FILE", commands=_SERVE)] = None
+    ssl_cert_reqs: Annotated[int, own(HTTP,
+        Integer(0, 2, units=False), "whether clients need certificates: 0 no, 1 those that have one show it, 2 all",
+        "N", commands=_SERVE)] = 0
+    ssl_ciphers: Annotated[str | None, own(HTTP,
+        Text(), "ciphers of TLS 1.2, as OpenSSL writes them", "CIPHERS", commands=_SERVE)] = None
+    enable_ssl_refresh: Annotated[bool, own(HTTP,
+        Boolean(), "read certificate and key again when their files change", commands=_SERVE)] = False
     max_body_mb: Annotated[int, own(HTTP, Integer(1, 1024), "largest request body, in MB of 2^20 bytes", "MB")] = 8
     enable_request_priority: Annotated[bool, own(HTTP,
         Boolean(), "let clients put their requests before those of others (`priority`)")] = False
@@ -265,11 +285,13 @@ class Settings:
         if self.log_prompts and not self.log_requests:
             raise UsageError("log_prompts adds to the request log, which is off: set log_requests as well")
         parse_address(self.host, self.port)
+        if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
+            raise UsageError(f"root_path {self.root_path!r} must begin with a slash and end without one: /models/a")
 
     @property
     def address(self) -> Address:
         """Where to listen: `host` and `port` together."""
-        return parse_address(self.host, self.port)
+        return dataclasses.replace(parse_address(self.host, self.port), tls=self.ssl_certfile is not None)
 
     @property
     def default_sampling(self) -> dict[str, float | int]:

@@ -1,0 +1,103 @@
+"""HTTPS: certificate and key as a context of TLS, checked before a model is loaded, and read again when they change.
+
+Below step 1 of a request's life.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import ssl
+from pathlib import Path
+
+from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.options import UsageError
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 5.0
+
+
+def tls_context(settings: Settings) -> ssl.SSLContext | None:
+    """TLS 1.2 and later with the operator's files; None where there shall be none.
+
+    Raises:
+        UsageError: a file cannot be read, or key and certificate do not belong together.
+    """
+    if settings.ssl_certfile is None:
+        for name in ("ssl_keyfile", "ssl_ca_certs", "ssl_cert_reqs", "ssl_ciphers", "enable_ssl_refresh"):
+            if getattr(settings, name):
+                raise UsageError(f"{name} is for HTTPS, which needs a certificate: set ssl_certfile as well")
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    load_chain(context, settings)
+    if settings.ssl_ca_certs is not None:
+        try:
+            context.load_verify_locations(settings.ssl_ca_certs)
+        except (OSError, ssl.SSLError) as error:
+            raise UsageError(f"ssl_ca_certs {settings.ssl_ca_certs} cannot be used: {_reason(error)}") from None
+    elif settings.ssl_cert_reqs:
+        raise UsageError("ssl_cert_reqs asks for certificates of clients: ssl_ca_certs says whose they may be")
+    context.verify_mode = ssl.VerifyMode(settings.ssl_cert_reqs)
+    if settings.ssl_ciphers is not None:
+        try:
+            context.set_ciphers(settings.ssl_ciphers)
+        except ssl.SSLError:
+            raise UsageError(f"ssl_ciphers {settings.ssl_ciphers!r:.60} names no cipher that OpenSSL has") from None
+    return context
+
+
+def load_chain(context: ssl.SSLContext, settings: Settings) -> None:
+    """Reads certificate and key; what was read before stays where that fails (UsageError)."""
+    certificate, key = settings.ssl_certfile, settings.ssl_keyfile
+    assert certificate is not None
+    try:
+        # A key with a password is refused; without an answer here OpenSSL would ask for it at the terminal.
+        context.load_cert_chain(certificate, key, password=lambda: "")
+    except (OSError, ssl.SSLError) as error:
+        for path in (certificate, key):
+            if path is not None and not os.access(path, os.R_OK):
+                raise UsageError(f"cannot read {path}") from None
+        files = f"{certificate}" + (f" with the key {key}" if key else "")
+        raise UsageError(f"ssl_certfile {files} cannot be used: {_reason(error)}") from None
+
+
+def _reason(error: OSError) -> str:
+    if not isinstance(error, ssl.SSLError):
+        return error.strerror or "it cannot be read"
+    if error.reason == "KEY_VALUES_MISMATCH":
+        return "the key belongs to another certificate"
+    # OpenSSL tells these apart in no way that stays the same from version to version.
+    return "it is not PEM, there is no private key in it (ssl_keyfile names its file), or the key has a password"
+
+
+async def refresh(context: ssl.SSLContext, settings: Settings) -> None:
+    """Reads certificate and key again when one of the files was replaced, for connections that come later."""
+    paths = [path for path in (settings.ssl_certfile, settings.ssl_keyfile) if path is not None]
+    known = _states(paths)
+    while True:
+        await asyncio.sleep(LOOK_SECONDS)
+        if (found := _states(paths)) == known:
+            continue
+        try:
+            load_chain(context, settings)
+        except UsageError as error:
+            logger.warning("the certificate stays as it was: %s", error)
+        else:
+            logger.info("the certificate was read again")
+        known = found
+
+
+def _states(paths: list[Path]) -> list[tuple[int, int] | None]:
+    states: list[tuple[int, int] | None] = []
+    for path in paths:
+        try:
+            found = path.stat()
+        except OSError:
+            states.append(None)
+        else:
+            states.append((found.st_mtime_ns, found.st_ino))
+    return states

@@ -1,0 +1,132 @@
+"""Command lines and YAML files of other programs' flags, as this command line has them.
+
+Read before step 1 of a request's life. What stands for what is told in `foreign_flags.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from candle_vllm.server.settings.foreign_flags import ANY, Row, foreign_flags
+from candle_vllm.server.settings.options import UsageError, mapping
+from candle_vllm.server.settings.sources import read_small
+
+_OURS = re.compile(r"--[\w-]+(?: [\w:/]+)?(?=[,;]|$)")  # an answer that begins with a flag of ours, and not a sentence
+
+Known = Mapping[str, list[str]]
+"""The commands that each flag of ours belongs to."""
+
+
+def translated(command: str, argv: Sequence[str], known: Known) -> tuple[list[str], list[str]]:
+    """The line with foreign flags replaced by what they stand for, and what is to be said of those without effect.
+
+    Raises:
+        UsageError: one stands for nothing here, or its value does not; it says why.
+    """
+    end = argv.index("--") if "--" in argv else len(argv)
+    left, line, remarks = list(argv[:end]), list[str](), list[str]()
+    while left:
+        text = left.pop(0)
+        flag, equals, value = text.partition("=")
+        flag = _spelled(flag, known)
+        row = foreign_flags().get(flag) or foreign_flags().get(flag.split(".")[0])
+        if row is None or command in known.get(flag, ()):
+            line.append(flag + equals + value)
+            continue
+        if not equals and not (value := _follows(row, left)) and "" not in row.becomes and row.becomes:
+            raise UsageError(f"{flag}: expected one argument")
+        ours = _ours(flag, value, row, known, command)
+        foreign = [each for each in ours if each.startswith("--") and command not in known[each]]
+        if foreign:
+            raise UsageError(hint(flag, known, command))
+        line += ours
+        if row.idle:
+            remarks.append(f"{flag} has no effect here: {row.answer}")
+    return [*line, *argv[end:]], remarks
+
+
+def _spelled(flag: str, known: Known) -> str:
+    """vLLM takes underscores for hyphens."""
+    hyphened = "--" + flag[2:].replace("_", "-")
+    return hyphened if flag.startswith("--") and flag not in foreign_flags() and flag not in known else flag
+
+
+def _follows(row: Row, left: list[str]) -> str:
+    """The value behind a flag, taken from what is left; "" where the flag has none."""
+    if left and set(row.becomes) - {""}:
+        optional = "" in row.becomes
+        if left[0] in row.becomes if optional else not left[0].startswith("-") or left[0][1:].isdecimal():
+            return left.pop(0)
+    return ""
+
+
+def _ours(flag: str, value: str, row: Row, known: Known, command: str) -> list[str]:
+    if value == "" and "" not in row.becomes:
+        raise UsageError(hint(flag, known, command))
+    becomes = row.becomes.get(value, row.becomes.get(ANY) if value else None)
+    if becomes is None:
+        raise UsageError(f"{flag} {value:.60} is not taken: {row.answer}")
+    if isinstance(becomes, str):
+        return [each.replace("{}", value) for each in becomes.split()]
+    try:
+        return becomes(value)
+    except ValueError as error:
+        raise UsageError(f"{flag} {error}") from None
+
+
+def hint(flag: str, known: Known, command: str) -> str:
+    """What is said of a flag that stands in the table.
+
+    Args:
+        flag: as it was given.
+        known: the commands that each of our flags belongs to.
+        command: which was called.
+    """
+    answer = foreign_flags()[flag.split(".")[0]].answer
+    called = _OURS.match(answer)
+    if called is None:
+        return f"{flag} is not taken: {answer}"
+    name, more = called[0], answer[called.end() :]
+    commands = known[name.split()[0]]
+    where = "" if command in commands else f" (of `candle-vllm {', '.join(commands)}`)"
+    if name == "--max-tokens" and where:
+        where += "; clients of a server send max_tokens"
+    return f"{flag} is called {name} here{where}{more}"
+
+
+def lines_of(path: Path, known: Known) -> list[str]:
+    """The flags of a YAML file, as vLLM's `--config` has it: names of flags without their hyphens, and values.
+
+    Raises:
+        UsageError: it cannot be read, or is no mapping of names to values.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(read_small(path))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from None
+    line: list[str] = []
+    for key, value in mapping(content, str(path)).items():
+        flag = "--" + str(key).replace("_", "-")
+        if flag in ("--config", "--help", "--version"):
+            raise UsageError(f"{path}: {str(key)[:60]} stands on the command line alone")
+        line += _argument("--m" if flag == "--model-tag" else flag, value, known, f"{path}: {str(key)[:60]}")
+    return line
+
+
+def _argument(flag: str, value: Any, known: Known, where: str) -> list[str]:
+    if value is None:
+        raise UsageError(f"{where} has no value")
+    if isinstance(value, bool):
+        off = f"--no-{flag[2:]}"
+        if not value and off not in known and off not in foreign_flags():
+            raise UsageError(f"{where}: leave it out, for there is no {off}")
+        return [flag if value else off]
+    if isinstance(value, list):
+        return [flag, *(str(each) for each in value)] if value else []
+    return [f"{flag}={json.dumps(value) if isinstance(value, dict) else value}"]

@@ -1,0 +1,197 @@
+"""HTTPS with real certificates and a real client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import ipaddress
+import logging
+import os
+import ssl
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from running_server import Running
+from server_fakes import PacedEngine
+
+from candle_vllm.server.http import tls
+from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.options import UsageError
+
+Issuer = tuple[x509.Certificate, ec.EllipticCurvePrivateKey]
+
+
+def issue(folder: Path, name: str, issuer: Issuer | None = None, password: bytes | None = None) -> Issuer:
+    """A certificate for 127.0.0.1 and its key as NAME.pem and NAME.key; without an issuer, an authority."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject if issuer is None else issuer[0].subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+    )
+    certificate = builder.sign(key if issuer is None else issuer[1], hashes.SHA256())
+    (folder / f"{name}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    encryption = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
+    (folder / f"{name}.key").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+    )
+    return certificate, key
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tls")
+    authority = issue(folder, "authority")
+    issue(folder, "server", authority)
+    issue(folder, "client", authority)
+    issue(folder, "stranger", issue(folder, "elsewhere"))
+    issue(folder, "locked", authority, password=b"word")
+    (folder / "text.pem").write_text("no certificate")
+    return folder
+
+
+def serving(files: Path, **more: object) -> Settings:
+    given = {"ssl_certfile": files / "server.pem", "ssl_keyfile": files / "server.key", "port": 0, **more}
+    return Settings(**given)  # type: ignore[arg-type]
+
+
+def trusting(files: Path, certificate: str = "") -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=str(files / "authority.pem"))
+    if certificate:
+        context.load_cert_chain(files / f"{certificate}.pem", files / f"{certificate}.key")
+    return context
+
+
+def test_a_real_client_checks_the_certificate(files: Path) -> None:
+    running = Running(PacedEngine(["Hel", "lo"]), serving(files, api_key=("key",)))
+    try:
+        http = openai.DefaultHttpxClient(trust_env=False, verify=trusting(files))
+        with openai.OpenAI(base_url=running.url + "/v1", api_key="key", max_retries=0, http_client=http) as client:
+            stream = client.chat.completions.create(
+                model="scripted", messages=[{"role": "user", "content": "Hi"}], stream=True
+            )
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "Hello"
+        with httpx.Client(trust_env=False) as stranger, pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY"):
+            stranger.get(running.url + "/health")
+        with httpx.Client(trust_env=False) as plain, pytest.raises(httpx.TransportError):
+            plain.get(running.url.replace("https", "http") + "/health")
+        old = trusting(files)
+        old.maximum_version = ssl.TLSVersion.TLSv1_2
+        with httpx.Client(trust_env=False, verify=old) as client:
+            assert client.get(running.url + "/health").status_code == 200
+    finally:
+        running.stop()
+
+
+def test_clients_show_certificates_where_they_have_to(files: Path) -> None:
+    running = Running(PacedEngine(["a"]), serving(files, ssl_ca_certs=files / "authority.pem", ssl_cert_reqs=2))
+    try:
+        with httpx.Client(trust_env=False, verify=trusting(files, "client")) as client:
+            assert client.get(running.url + "/health").status_code == 200
+        for certificate in ("", "stranger"):
+            context = trusting(files, certificate)
+            with httpx.Client(trust_env=False, verify=context) as client, pytest.raises(httpx.TransportError):
+                client.get(running.url + "/health")
+    finally:
+        running.stop()
+
+
+def test_the_address_is_https(files: Path) -> None:
+    assert serving(files).address.url == "https://127.0.0.1:0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ssl_certfile": "gone.pem"}, "cannot read .*gone.pem"),
+        ({"ssl_keyfile": "gone.key"}, "cannot read .*gone.key"),
+        ({"ssl_keyfile": "client.key"}, "cannot be used: the key belongs to another certificate"),
+        ({"ssl_keyfile": None}, "there is no private key in it .ssl_keyfile names its file"),
+        ({"ssl_certfile": "text.pem"}, "ssl_certfile .*text.pem with the key .* cannot be used"),
+        ({"ssl_certfile": "locked.pem", "ssl_keyfile": "locked.key"}, "cannot be used"),
+        ({"ssl_ca_certs": "text.pem"}, "ssl_ca_certs .*text.pem cannot be used"),
+        ({"ssl_cert_reqs": 2}, "ssl_ca_certs says whose they may be"),
+        ({"ssl_ciphers": "NONE-SUCH"}, "names no cipher"),
+        ({"ssl_certfile": None}, "ssl_keyfile is for HTTPS, which needs a certificate"),
+    ],
+)
+def test_wrong_files_are_named_before_anything_starts(files: Path, changes: dict[str, object], message: str) -> None:
+    paths = {
+        name: files / value if isinstance(value, str) and name != "ssl_ciphers" else value
+        for name, value in changes.items()
+    }
+    with pytest.raises(UsageError, match=message):
+        tls.tls_context(serving(files, **paths))
+
+
+def test_a_certificate_that_was_replaced_is_read_again(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tls, "LOOK_SECONDS", 0.01)
+    for name in ("server.pem", "server.key"):
+        (tmp_path / name).write_bytes((files / name).read_bytes())
+    settings = Settings(ssl_certfile=tmp_path / "server.pem", ssl_keyfile=tmp_path / "server.key")
+    context = tls.tls_context(settings)
+    assert context is not None
+
+    def shown() -> bytes:
+        """The certificate that a client is shown."""
+        ours, theirs = ssl.MemoryBIO(), ssl.MemoryBIO()
+        client_context = ssl.create_default_context()
+        client_context.check_hostname, client_context.verify_mode = False, ssl.CERT_NONE
+        server = context.wrap_bio(theirs, ours, server_side=True)
+        client = client_context.wrap_bio(ours, theirs)
+        for _ in range(4):
+            for side in (client, server):
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    side.do_handshake()
+        return client.getpeercert(binary_form=True) or b""
+
+    async def replaced(certificate: str, key: str, word: str) -> None:
+        task = asyncio.create_task(tls.refresh(context, settings))
+        await asyncio.sleep(0.03)
+        for name, source in (("server.key", key), ("server.pem", certificate)):
+            (tmp_path / f"{name}.new").write_bytes((files / source).read_bytes())
+            os.replace(tmp_path / f"{name}.new", tmp_path / name)
+        for _ in range(500):
+            if word in caplog.text:
+                break
+            await asyncio.sleep(0.01)
+        task.cancel()
+        assert word in caplog.text
+
+    first = shown()
+    with caplog.at_level(logging.INFO):
+        asyncio.run(replaced("client.pem", "client.key", "was read again"))
+        second = shown()
+        asyncio.run(replaced("text.pem", "client.key", "stays as it was"))
+    assert first != second
+    assert shown() == second
+
+
+def test_paths_may_have_the_prefix_of_a_proxy() -> None:
+    running = Running(PacedEngine(["a"]), Settings(port=0, root_path="/models/a", api_key=("key",)))
+    try:
+        with running.http() as client:
+            for path in ("/v1/models", "/models/a/v1/models"):
+                assert client.get(path).status_code == 401, path
+                assert client.get(path, headers={"authorization": "Bearer key"}).status_code == 200, path
+            assert client.get("/models/a/health").status_code == 200
+            assert client.get("/models/b/v1/models", headers={"authorization": "Bearer key"}).status_code == 404
+    finally:
+        running.stop()
