@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,14 @@ from pathlib import Path
 import pytest
 
 from candle_vllm.server.cli import configure_logging, say
+from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.command_line import parse
 from candle_vllm.server.settings.configuration import Configuration, load_configuration
 from candle_vllm.server.settings.derived import engine_config
 from candle_vllm.server.settings.options import UsageError
 
 Load = Callable[..., Configuration]
+FILES = Path(__file__).parent / "candle_vllm"
 
 
 @pytest.fixture
@@ -25,11 +28,16 @@ def load(tmp_path: Path) -> Load:
     folder.mkdir()
     home.mkdir()
 
-    def load(line: str = "", env: dict[str, str] | None = None, command: str = "serve", **files: str) -> Configuration:
-        for name, text in files.items():
-            (folder / {"env": ".env"}.get(name, f"{name}.yaml")).write_text(text)
-        given, _ = parse(command, line.split())
-        return load_configuration(given, env or {}, folder=folder, home=home)
+    def load(
+        line: str = "", env: dict[str, str] | None = None, *, command: str = "serve", prompt: str = "",
+        models: str | None = None, env_file: str | None = None,
+    ) -> Configuration:  # fmt: skip
+        for name, text in (("models.yaml", models), (".env", env_file)):
+            (folder / name).unlink(missing_ok=True)
+            if text is not None:
+                (folder / name).write_text(text)
+        given, _ = parse(command, [*line.split(), *([prompt] if prompt else [])])
+        return load_configuration(given, env or {}, folder=folder, home=home, command=command)
 
     return load
 
@@ -111,3 +119,149 @@ def test_the_log_goes_to_a_file_as_well_that_others_cannot_read(
     assert file.read_text().count("one thing has no effect") == 2
     assert "one thing has no effect" in capsys.readouterr().err
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+# ---- its files -------------------------------------------------------------------------------------------------------
+
+SAID = {
+    "example.models": [
+        "parking_lot.pool: worker_threads", "parking_lot.pool: max_blocking_threads",
+        "parking_lot.pool: thread_stack_size", "kvcache_mem_cpu", "multithread",
+        "prompt_cache: backend, cache_path, min_prefix_length", "device_ids: one device computes", "vision_mode proxy",
+        "parking_lot: timeout_secs", "quantization",
+    ],
+    "models": ["multithread"],
+    "models-minimal": [],
+    "models-optimized": ["multithread", "kvcache_compression", "prompt_cache: backend", "vision_mode native"],
+    "models-fixed": ["device_ids: one device computes a model, and that is 1; [2]"],
+    "sample.models": ["quantization", "worker_threads", "max_units", "parking_lot: mailbox has no effect"],
+    "test.models": [],
+    "parking-lot.models": ["worker_threads", "max_units", "queue: backend, persistence, postgres_url", "surrealdb"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_its_model_files_are_read_and_what_has_no_effect_is_named(load: Load, name: str) -> None:
+    made = load(models=(FILES / f"{name}.yaml").read_text())
+    left = list(made.remarks)
+    for part in SAID[name]:
+        (found,) = [remark for remark in left if part in remark]
+        left.remove(found)
+    assert left == []
+
+
+def test_no_model_file_of_it_is_left_out() -> None:
+    assert {path.name.removesuffix(".yaml") for path in FILES.glob("*.yaml")} == set(SAID)
+
+
+def _entries(load: Load, name: str) -> dict[str, Settings]:
+    made = load(models=(FILES / f"{name}.yaml").read_text())
+    return {entry.name: entry.settings for entry in made.catalogue.entries}
+
+
+def test_keys_with_a_meaning_are_honoured(load: Load) -> None:
+    example = _entries(load, "example.models")
+    mistral, vision, local = example["mistral"], example["qwen-vl"], example["local"]
+    assert (mistral.device, mistral.mem, mistral.isq, mistral.enable_prefix_caching) == ("auto", 4096, "q4k", True)
+    assert (vision.device, vision.mem, vision.dtype, vision.max_queued_requests) == ("auto", 8192, "f16", 32)
+    assert (local.isq, local.mem, mistral.max_queued_requests, mistral.request_timeout) == (None, 2048, 1000, 120)
+    optimized = _entries(load, "models-optimized")
+    assert [(one.mem, one.dtype, one.temperature) for one in optimized.values()] == [
+        (8192, "bf16", 0.2), (2048, "bf16", 0.2)
+    ]  # fmt: skip
+    fixed, sample = _entries(load, "models-fixed")["fixed"], _entries(load, "sample.models")["a"]
+    assert (fixed.device, fixed.isq, fixed.mem, sample.enable_prefix_caching) == ("cuda:1", None, 4096, False)
+    assert _entries(load, "models-minimal")["tiny"].device == "cpu"
+
+
+def test_the_mailbox_of_a_parking_lot(load: Load) -> None:
+    text = (FILES / "parking-lot.models.yaml").read_text()
+    made = load(models=text)
+    assert (made.settings.request_timeout, made.settings.max_queued_requests) == (60, 50)
+    assert made.mailbox is not None
+    assert made.mailbox.retention_secs == 600
+    assert made.mailbox.webhook.url is None  # it is not enabled, so its secrets need not be there either
+    on = text.replace("enabled: false", "enabled: true")
+    with pytest.raises(UsageError, match="SIGNING_SECRET, which is not set"):
+        load(models=on)
+    secrets = {"WEBHOOK_TOKEN": "t", "SIGNING_SECRET": "s"}
+    mailbox = load(models=on, env=secrets).mailbox
+    assert mailbox is not None
+    assert (mailbox.webhook.url, mailbox.webhook.signing_secret) == ("https://example.com/hook", "s")
+    mailbox = load(models=on.replace("sign_payload: true", "sign_payload: false"), env=secrets).mailbox
+    assert mailbox is not None
+    assert mailbox.webhook.signing_secret == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("device_ids: 0", "device_ids must be a list of whole numbers"),
+        ("device_ids: [-1]", "device_ids must be between 0 and 999"),
+        ("device_ids: [cpu]", "device_ids must be a whole number"),
+        ("device_ids: [0], device: cpu", "device_ids and device are the same setting"),
+        ("mem: 1, kvcache_mem_gpu: 2", "kvcache_mem_gpu and mem are the same setting"),
+        ("prompt_cache: {enabled: sometimes}", "prompt_cache.enabled must be true or false"),
+        ("prompt_cache: {enabld: true}", "unknown key 'enabld' (did you mean enabled?)"),
+        ("prompt_cache: true", "prompt_cache must be a mapping"),
+        ("kvcache_compression: 3", "kvcache_compression must be a mapping"),
+        ("parking_lot: {limit: {}}", "unknown key 'limit' (did you mean limits?)"),
+        ("mem: 1}\n    capabilities: {vision_mode: maybe", "vision_mode must be one of disabled, proxy, native"),
+        ("mem: 1}\n    capabilities: {vision: true", "unknown key 'vision'"),
+    ],
+)
+def test_wrong_values_of_its_keys_are_refused_by_name(load: Load, change: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        load(models=f"models:\n  - name: a\n    hf_id: b/c\n    params: {{{change}}}\n")
+
+
+def test_its_environment_is_read_and_what_has_no_effect_is_named(load: Load) -> None:
+    text = (FILES / "example.env").read_text()
+    made = load(env_file=text, models=(FILES / "models-minimal.yaml").read_text())
+    assert (made.settings.enable_prefix_caching, made.settings.hf_token) == (True, "hf_replace_me")
+    assert sorted(remark.split()[0] for remark in made.remarks) == sorted(
+        [f"CANDLE_VLLM_PROMPT_CACHE_{name}"
+         for name in ("BACKEND", "PATH", "REDIS_URL", "TTL", "MAX_PREFIXES", "MIN_LENGTH")]
+        + ["MCP_PROXY_PORT", "RUST_LOG", "KEEP_ALIVE_INTERVAL"]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("variables", "name", "value"),
+    [
+        ({"PROMPT_CACHE_ENABLED": "false"}, "enable_prefix_caching", False),
+        ({"PROMPT_CACHE_ENABLED": "false", "ENABLE_PREFIX_CACHING": "true"}, "enable_prefix_caching", True),
+        ({"STREAM_AS_REASONING_CONTENT": "0"}, "reasoning_parser", "none"),
+        ({"STREAM_AS_REASONING_CONTENT": "1"}, "reasoning_parser", None),
+    ],
+)
+def test_its_variables_with_a_meaning(load: Load, variables: dict[str, str], name: str, value: object) -> None:
+    made = load(env={f"CANDLE_VLLM_{key}": text for key, text in variables.items()})
+    assert getattr(made.settings, name) == value
+    with pytest.raises(UsageError, match="must be true or false"):
+        load(env={"CANDLE_VLLM_PROMPT_CACHE_ENABLED": "perhaps"})
+
+
+# ---- what lies in the working folder ---------------------------------------------------------------------------------
+
+
+def test_a_models_file_that_is_not_needed_ends_nothing(load: Load) -> None:
+    for line in ("--m ./some.gguf", "--m org/name", "--w folder", "--f some.gguf", "--m demo"):
+        made = load(line, command="generate", prompt="hi", models="models: broken\n")
+        assert made.models_file is None
+        assert "models must be a list" in made.remarks[0]
+        assert "nothing of that file is used" in made.remarks[0]
+    for line in ("", "--m small", "--m default", "--m x/y --models-config models.yaml"):
+        with pytest.raises(UsageError, match="models must be a list"):
+            load(line, command="generate", prompt="hi", models="models: broken\n")
+
+
+def test_what_is_wrong_in_dotenv_ends_commands_that_need_it(load: Load) -> None:
+    text = "CANDLE_VLLM_PORT=x\nCANDLE_VLLM_PROT=1\nnot a line\nCANDLE_VLLM_SEED=5\n"
+    made = load("", command="generate", prompt="hi", env_file=text)
+    assert made.settings.seed == 5
+    assert len(made.remarks) == 3
+    with pytest.raises(UsageError, match="CANDLE_VLLM_SEED"):
+        load("", command="generate", prompt="hi", env_file="CANDLE_VLLM_SEED=x\n")
+    with pytest.raises(UsageError, match="not a line of the form"):
+        load(env_file=text)

@@ -282,7 +282,7 @@ def test_settings_made_in_python_are_checked_too() -> None:
         ("models: []\nmodels: []\n", "line 2: .*the key 'models' stands twice"),
         ("models:\n  - {name: a, local_path: x}\nmailbox: {url: mysql://x}\n", "models.yaml: mailbox must be sqlite"),
         ("models:\n  - {name: a, local_path: x}\nmailbox: {retention_secs: 5}\n", "needs a mailbox"),
-        ("models:\n  - {name: a, local_path: x}\nparking_lot: {queue: {}}\n", "queue is not supported"),
+        ("models:\n  - {name: a, local_path: x}\nparking_lot: {quue: {}}\n", "unknown key 'quue'"),
     ],
 )
 def test_models_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -59,7 +59,7 @@ def _run(argv: Sequence[str]) -> int:
 
             command, rest = split_command(argv)
             given, own = parse(command, rest)
-            configuration = load_configuration(given, os.environ, folder=Path.cwd(), home=Path.home())
+            configuration = load_configuration(given, os.environ, folder=Path.cwd(), home=Path.home(), command=command)
             settings = configuration.settings
             debug = settings.log_level == "debug"
             level = settings.log_level if command == "serve" else _quiet(given.values, settings)

@@ -29,8 +29,7 @@ from candle_vllm.server.loop_threads import run_stoppable
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.command_line import MAX_TOKENS
 from candle_vllm.server.settings.derived import in_flags, load_engine, refuse_missing
-from candle_vllm.server.settings.options import SAMPLING, UsageError
-from candle_vllm.server.settings.sources import convert
+from candle_vllm.server.settings.options import SAMPLING, UsageError, convert
 from candle_vllm.server.settings.table import OPTIONS
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 from candle_vllm.core.setting_kinds import Boolean, FilePath, FreeText, Integer, Secret, Text, nearest
 from candle_vllm.server.settings.foreign_flags import COMMANDS as FOREIGN_COMMANDS
 from candle_vllm.server.settings.foreign_flags import foreign_flags
-from candle_vllm.server.settings.options import COMMAND_GROUPS, COMMANDS, Option, UsageError, switch
-from candle_vllm.server.settings.sources import SettingsSource, convert, origins
+from candle_vllm.server.settings.options import COMMAND_GROUPS, COMMANDS, Option, UsageError, convert, switch
+from candle_vllm.server.settings.sources import SettingsSource, origins
 from candle_vllm.server.settings.table import BY_NAME, OPTIONS, settings_of
 from candle_vllm.server.settings.translation import lines_of, translated
 

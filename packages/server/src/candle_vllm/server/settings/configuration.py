@@ -1,7 +1,8 @@
 """The configuration: every source merged into the settings of the process and a catalogue of models.
 
-Made before step 1 of a request's life. Precedence: command line > environment > `.env` > models.yaml > defaults. What
-stands above models.yaml holds for every model in it, but for the choice of the model and its served names.
+Made before step 1 of a request's life. Precedence: command line > environment > names of other deployments in it >
+`.env` > models.yaml > defaults. What stands above models.yaml holds for every model in it, but for the choice of the
+model and its served names. What lies in the working folder ends no command that does not need it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,17 @@ from typing import TYPE_CHECKING, Any
 from candle_vllm.server.models.catalogue import Catalogue, ModelEntry, source_name
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import demo_model, mailbox_options
+from candle_vllm.server.settings.foreign_variables import (
+    HUB_TOKENS,
+    deployment_source,
+    hub_token_source,
+    idle_remarks,
+    key_remarks,
+)
 from candle_vllm.server.settings.models_file import ModelsFile, find_models_file
 from candle_vllm.server.settings.options import SOCKETS, UsageError, split_host
 from candle_vllm.server.settings.sources import SettingsSource, environment_source, merge, read_dotenv
+from candle_vllm.server.settings.table import settings_of as settings_of_command
 
 if TYPE_CHECKING:
     from candle_vllm.server.mailbox.options import MailboxOptions
@@ -26,6 +35,8 @@ if TYPE_CHECKING:
 _CHOOSING = frozenset(
     {"model", "weight_path", "weight_file", "served_model_name"}
 )  # which model, and what it is called
+
+_SERVING = frozenset({"serve", "config"})
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,7 @@ class Configuration:
 
 
 def load_configuration(
-    command_line: SettingsSource, environ: Mapping[str, str], *, folder: Path, home: Path
+    command_line: SettingsSource, environ: Mapping[str, str], *, folder: Path, home: Path, command: str = "serve"
 ) -> Configuration:
     """Merges all sources.
 
@@ -59,21 +70,25 @@ def load_configuration(
         environ: the process's environment.
         folder: the working folder, where `.env` and models.yaml may lie.
         home: the home folder, where `.candle-vllm/models.yaml` may lie.
+        command: which it is for; those that serve nothing pass over what is wrong in files that they do not need.
 
     Raises:
         UsageError: something in them is wrong; it is named.
     """
-    dotenv = read_dotenv(folder / ".env")
+    serving, remarks = command in _SERVING, list[str]()
+    place = folder / ".env"
+    dotenv = read_dotenv(place, None if serving else remarks)
+    known = None if serving else {option.name for option in settings_of_command(command)}
     variables = {**dotenv, **environ}
-    upper = [
-        command_line,
-        environment_source(environ, "the environment"),
-        environment_source(dotenv, str(folder / ".env")),
-    ]
+    given = [command_line, environment_source(environ, "the environment")]
+    own = environment_source(dotenv, str(place), known)
+    keyed = bool(merge([*given, own]).keys() & {"api_key", "api_key_file"})
+    upper = [*given, deployment_source(environ, merge(given), serving=serving, keyed=keyed), own]
+    hub = hub_token_source(("the environment", environ), (str(place), dotenv))
     merged = merge(upper)
-    models_file = find_models_file(merged.get("models_config"), home, folder)
+    models_file = _found_models(merged, home, folder, remarks)
     name = _started(models_file, merged)
-    lower = [] if models_file is None else [models_file.globals]
+    lower = [hub] if models_file is None else [models_file.globals, hub]
 
     def settings_of(sources: Sequence[SettingsSource]) -> Settings:
         values = merge(sources)
@@ -89,19 +104,27 @@ def load_configuration(
         sources, entries = [], []
         for model, entry in models_file.models.items():
             kept = {"served_model_name"} if model == name else set[str]()  # others would have the same name
-            own = [*(_without(source, _CHOOSING - kept) for source in upper), entry, *lower]
-            sources = own if model == name else sources
-            settings = settings_of(own)
+            its = [*(_without(source, _CHOOSING - kept) for source in upper), entry, models_file.params, *lower]
+            sources = its if model == name else sources
+            settings = settings_of(its)
             entries.append(ModelEntry(model, settings, settings.served_model_name))
     catalogue = Catalogue(entries, name if models_file is not None and name is not None else None)
     settings = catalogue.default.settings
-    section = models_file.mailbox if models_file else None
-    try:
-        mailbox = mailbox_options(settings, section, variables, given=merge(sources), home=home)
-    except UsageError as error:
-        raise UsageError(f"{models_file.path}: {error}" if models_file and section else str(error)) from None
-    remarks = [remark for source in sources for remark in source.remarks]
+    mailbox = None
+    if serving:
+        section = models_file.mailbox if models_file else None
+        try:
+            mailbox = mailbox_options(settings, section, variables, given=merge(sources), home=home)
+        except UsageError as error:
+            raise UsageError(f"{models_file.path}: {error}" if models_file and section else str(error)) from None
+    remarks += [remark for source in upper for remark in source.remarks]
+    remarks += models_file.remarks if models_file is not None and name is not None else ()
     remarks += [remark for entry in entries for remark in _of_devices(entry)]
+    if serving:
+        remarks += idle_remarks(dotenv, ".env")
+        if "RUST_LOG" in dotenv:
+            remarks.append("RUST_LOG in .env is not read, but in the environment: here it is CANDLE_VLLM_LOG_LEVEL")
+        remarks += key_remarks(settings, environ, dotenv)
     return Configuration(
         settings, catalogue, tuple(sources), models_file and models_file.path, mailbox, tuple(dict.fromkeys(remarks))
     )
@@ -116,6 +139,21 @@ def _of_devices(entry: ModelEntry) -> Iterator[str]:
 def load_settings(command_line: SettingsSource, environ: Mapping[str, str], *, folder: Path, home: Path) -> Settings:
     """The settings alone, for a process that runs one model; arguments and errors as `load_configuration`."""
     return load_configuration(command_line, environ, folder=folder, home=home).settings
+
+
+def _found_models(merged: Mapping[str, Any], home: Path, folder: Path, remarks: list[str]) -> ModelsFile | None:
+    """The models.yaml that applies; one that merely lies there, and is wrong, is passed over where none is needed."""
+    explicit, model = merged.get("models_config"), merged.get("model")
+    elsewhere = model is not None and (model == "demo" or "/" in model or (folder / model).exists())
+    try:
+        return find_models_file(explicit, home, folder)
+    except UsageError as error:
+        if explicit is not None or not (
+            elsewhere or (model is None and merged.keys() & {"weight_path", "weight_file"})
+        ):
+            raise
+        remarks.append(f"{error}; nothing of that file is used")
+        return None
 
 
 def _started(models_file: ModelsFile | None, merged: Mapping[str, Any]) -> str | None:
@@ -164,9 +202,7 @@ def _token(merged: Mapping[str, Any], variables: Mapping[str, str], folder: Path
             raise UsageError(f"the Hugging Face token file {path} is empty")
         return token
     given = merged.get("hf_token")
-    if given is None:
-        return variables.get("HF_TOKEN") or None
-    if given.startswith("hf_"):
+    if given is None or given.startswith("hf_") or given in [variables.get(name) for name in HUB_TOKENS]:
         return given
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", given):
         raise UsageError("--hf-token must be a token that begins with hf_, or the name of an environment variable")

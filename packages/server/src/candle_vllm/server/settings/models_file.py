@@ -1,38 +1,35 @@
-"""models.yaml: named models with their settings, and what candle-vllm's own `parking_lot` section says there.
+"""models.yaml: named models with their settings; candle-vllm's own keys are read by `original_keys`.
 
-Read before step 1 of a request's life. A key that is not known is refused with the nearest one that is; what
-`parking_lot` has without a counterpart here is refused by name rather than ignored.
+Read before step 1 of a request's life. A key that is not known is refused with the nearest one that is, a key that is
+null gives nothing, and what has no effect here is named in a remark.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.setting_kinds import FilePath, Text, nearest
-from candle_vllm.server.settings.options import Option, UsageError, known_keys, mapping
-from candle_vllm.server.settings.sources import SettingsSource, convert, read_small
+from candle_vllm.server.settings.options import Option, UsageError, convert, known_keys, mapping
+from candle_vllm.server.settings.original_keys import (
+    MODEL_KEYS,
+    given,
+    lot_limits,
+    lot_mailbox,
+    model_params,
+    our_params,
+)
+from candle_vllm.server.settings.sources import SettingsSource, read_small
 from candle_vllm.server.settings.table import OPTIONS
 
 if TYPE_CHECKING:
     import yaml
 
-_MODEL_KEYS = ("name", "hf_id", "local_path", "weight_file", "params", "notes")
-_TOP_KEYS = ("models", "default_model", "idle_unload_secs", "mailbox", "parking_lot")
+_MODEL_KEYS = ("name", "hf_id", "local_path", "weight_file", "params", "notes", *MODEL_KEYS)
+_TOP_KEYS = ("models", "default_model", "idle_unload_secs", "mailbox", "parking_lot", "global_params")
 _GLOBAL = ("idle_unload_secs",)
-_LOT_KEYS = ("pool", "limits", "queue", "mailbox")
-_LOT_LIMITS = {"max_queue_depth": "max_queued_requests", "timeout_secs": "request_timeout"}
-_LOT_MAILBOX = ("backend", "retention_secs", "postgres_url", "sqlite_path", "webhook")
-_LOT_NOT_HERE = {
-    "worker_threads": "--threads sets the engine's threads",
-    "max_blocking_threads": "there is no such pool here",
-    "thread_stack_size": "there is no such pool here",
-    "max_units": "--mem sets the size of the KV cache",
-    "queue": "the queue is kept in memory",
-    "surreal_path": "the mailbox is kept in SQLite or PostgreSQL",
-}
 
 
 @dataclass(frozen=True)
@@ -44,14 +41,18 @@ class ModelsFile:
         models: the settings of each model by name.
         default_model: the one that is meant where none is named.
         globals: settings of the file that are not of one model.
+        params: settings of its models that do not say otherwise, `global_params`.
         mailbox: the section on the mailbox, as it stands there.
+        remarks: what stands there and has no effect.
     """
 
     path: Path
     models: Mapping[str, SettingsSource]
     default_model: str | None
     globals: SettingsSource
+    params: SettingsSource
     mailbox: Mapping[str, Any] | None = None
+    remarks: tuple[str, ...] = ()
 
 
 def find_models_file(explicit: Path | None, home: Path, folder: Path) -> ModelsFile | None:
@@ -82,41 +83,48 @@ def read_models_file(path: Path) -> ModelsFile:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         raise UsageError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    content = mapping(content, str(path))
+    content, remarks = given(content, str(path)), list[str]()
     known_keys(content, _TOP_KEYS, str(path))
     entries = content.get("models")
     if not isinstance(entries, list) or not entries:
         raise UsageError(f"{path}: models must be a list with at least one model")
     models: dict[str, SettingsSource] = {}
     for number, entry in enumerate(entries, 1):
-        name, source = _model_entry(mapping(entry, f"{path}: model {number}"), path, number)
+        name, source = _model_entry(given(entry, f"{path}: model {number}"), path, number, remarks)
         if name in models:
             raise UsageError(f"{path}: two models are called {name!r}")
         models[name] = source
     default = content.get("default_model")
     if default is not None and default not in models:
         raise UsageError(f"{path}: default_model {default!r} is not one of its models{nearest(str(default), models)}")
-    return ModelsFile(path, models, default, _globals(content, path), _mailbox(content, path))
+    title = f"global_params of {path}"
+    params = our_params(given(content.get("global_params", {}), title), title, remarks)
+    return ModelsFile(
+        path,
+        models,
+        default,
+        _globals(content, path, remarks),
+        SettingsSource(title, *_values(params, title, path.parent)),
+        _mailbox(content, path, remarks),
+        tuple(remarks),
+    )
 
 
-def _globals(content: Mapping[str, Any], path: Path) -> SettingsSource:
+def _globals(content: Mapping[str, Any], path: Path, remarks: list[str]) -> SettingsSource:
     """What is not of one model: keys of the top, and candle-vllm's limits."""
-    given = {name: content[name] for name in _GLOBAL if name in content}
+    told = {name: content[name] for name in _GLOBAL if name in content}
     if "parking_lot" in content:
-        given = {
-            **_lot_limits(mapping(content["parking_lot"], f"{path}: parking_lot"), f"{path}: parking_lot"),
-            **given,
-        }
+        told = {**lot_limits(content["parking_lot"], f"{path}: parking_lot", remarks), **told}
     values = {
-        option.name: convert(option.kind, given[option.name], f"{path}: {option.name}")
+        option.name: convert(option.kind, told[option.name], f"{path}: {option.name}")
         for option in OPTIONS
-        if option.name in given
+        if option.name in told
     }
     return SettingsSource(str(path), values, {name: name for name in values})
 
 
-def _mailbox(content: Mapping[str, Any], path: Path) -> Mapping[str, Any] | None:
-    lot = _lot_mailbox(content["parking_lot"], f"{path}: parking_lot") if "parking_lot" in content else None
+def _mailbox(content: Mapping[str, Any], path: Path, remarks: list[str]) -> Mapping[str, Any] | None:
+    lot = lot_mailbox(content["parking_lot"], f"{path}: parking_lot", remarks) if "parking_lot" in content else None
     if "mailbox" not in content:
         return lot
     if lot is not None:
@@ -143,7 +151,7 @@ def _unique_loader() -> type[yaml.SafeLoader]:
     return UniqueLoader
 
 
-def _model_entry(entry: Mapping[str, Any], path: Path, number: int) -> tuple[str, SettingsSource]:
+def _model_entry(entry: Mapping[str, Any], path: Path, number: int, remarks: list[str]) -> tuple[str, SettingsSource]:
     name = convert(Text(512), entry.get("name"), f"{path}: name of model {number}")
     if name == "default":
         raise UsageError(f"{path}: model {number} cannot be called 'default', which always means default_model")
@@ -160,11 +168,19 @@ def _model_entry(entry: Mapping[str, Any], path: Path, number: int) -> tuple[str
     given_as = {"model": "hf_id" if "hf_id" in entry else "local_path"}
     if "weight_file" in entry:
         values["weight_file"] = convert(Text(), entry["weight_file"], f"{title}: weight_file")
-    for key, value in mapping(entry.get("params", {}), f"{title}: params").items():
+    params, spelled = _values(model_params(entry, title, remarks), title, path.parent)
+    return name, SettingsSource(title, {**values, **params}, {**given_as, **spelled})
+
+
+def _values(params: Mapping[Any, Any], title: str, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Typed values by setting name, and how each is spelled there."""
+    values: dict[str, Any] = {}
+    given_as: dict[str, str] = {}
+    for key, value in params.items():
         option = _yaml_option(key, title)
-        values[option.name] = _yaml_value(option, value, f"{title}: {key}", path.parent)
+        values[option.name] = _yaml_value(option, value, f"{title}: {key}", folder)
         given_as[option.name] = key
-    return name, SettingsSource(title, values, given_as)
+    return values, given_as
 
 
 def _yaml_option(key: Any, title: str) -> Option:
@@ -183,44 +199,3 @@ def _yaml_value(option: Option, value: Any, spelled: str, folder: Path) -> Any:
         return tuple(convert(option.kind, item, spelled) for item in (value if isinstance(value, list) else [value]))
     converted = convert(option.kind, value, spelled)
     return folder / converted if isinstance(converted, Path) else converted
-
-
-def _lot_limits(section: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The settings that `limits` and `pool` of `parking_lot` give, by our names; `limits` wins."""
-    values: dict[str, Any] = {}
-    for part in ("pool", "limits"):
-        given = mapping(section.get(part, {}), f"{where}.{part}")
-        _known_in_lot(given, _LOT_LIMITS, f"{where}.{part}")
-        values |= {_LOT_LIMITS[key]: value for key, value in given.items()}
-    return values
-
-
-def _lot_mailbox(section: Mapping[str, Any], where: str) -> dict[str, Any] | None:
-    """The `mailbox` of `parking_lot` as `mailbox` of models.yaml has it: `url`, `retention_secs`, `webhook`."""
-    _known_in_lot(section, _LOT_KEYS, where)
-    given = section.get("mailbox")
-    if given is None:
-        return None
-    where = f"{where}.mailbox"
-    _known_in_lot(mapping(given, where), _LOT_MAILBOX, where)
-    values = {key: given[key] for key in ("retention_secs", "webhook") if key in given}
-    backend = given.get("backend", "memory")
-    if backend == "sqlite":
-        path = given.get("sqlite_path")
-        if not isinstance(path, str):
-            raise UsageError(f"{where}: backend sqlite needs its sqlite_path")
-        return {**values, "url": f"sqlite:///{path}"}
-    if backend == "postgres":
-        if not isinstance(given.get("postgres_url"), str):
-            raise UsageError(f"{where}: backend postgres needs its postgres_url")
-        return {**values, "url": given["postgres_url"]}
-    if backend == "memory":
-        return {**values, "url": "sqlite"}
-    raise UsageError(f"{where}: backend must be memory, sqlite or postgres, not {backend!r:.60}")
-
-
-def _known_in_lot(section: Mapping[Any, Any], known: Iterable[str], where: str) -> None:
-    for key in section:
-        if key in _LOT_NOT_HERE:
-            raise UsageError(f"{where}: {key} is not supported: {_LOT_NOT_HERE[key]}; leave it out")
-        known_keys((key,), known, where)

@@ -150,6 +150,18 @@ def known_keys(keys: Iterable[Any], known: Iterable[str], where: str) -> None:
             raise UsageError(f"{where}: unknown key {str(key)[:60]!r}{nearest(str(key), known)}")
 
 
+def convert(kind: Kind, value: Any, spelled: str) -> Any:
+    """`value` as its kind wants it, from text or from a typed YAML value; UsageError names how it was spelled."""
+    try:
+        if isinstance(value, str):
+            return kind.from_text(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return kind.from_text(str(value))
+        return kind.check(value)
+    except ValueError as error:
+        raise UsageError(f"{spelled} {error}") from None
+
+
 # ---- where the server listens ----------------------------------------------------------------------------------------
 
 

@@ -7,13 +7,14 @@ that is not in the table is an error with the nearest one that is.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from candle_vllm.core.setting_kinds import Kind, nearest
-from candle_vllm.server.settings.options import ENV_PREFIX, UsageError
+from candle_vllm.core.setting_kinds import nearest
+from candle_vllm.server.settings.options import ENV_PREFIX, Option, UsageError, convert
+from candle_vllm.server.settings.original_keys import original_variable
 from candle_vllm.server.settings.table import BY_NAME, OPTIONS
 
 _MAX_FILE = 1 << 20  # bytes of .env and models.yaml
@@ -37,23 +38,21 @@ class SettingsSource:
     remarks: tuple[str, ...] = ()
 
 
-def convert(kind: Kind, value: Any, spelled: str) -> Any:
-    """`value` as its kind wants it, from text or from a typed YAML value; UsageError names how it was spelled."""
-    try:
-        if isinstance(value, str):
-            return kind.from_text(value)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return kind.from_text(str(value))
-        return kind.check(value)
-    except ValueError as error:
-        raise UsageError(f"{spelled} {error}") from None
+def environment_source(variables: Mapping[str, str], title: str, known: Container[str] | None = None) -> SettingsSource:
+    """The `CANDLE_VLLM_*` variables; other variables are none of our business.
 
+    Args:
+        variables: by name.
+        title: what they are, for messages.
+        known: the settings that count: what is wrong elsewhere is remarked upon, not refused. None is all of them.
 
-def environment_source(variables: Mapping[str, str], title: str) -> SettingsSource:
-    """The `CANDLE_VLLM_*` variables; other variables are none of our business."""
+    Raises:
+        UsageError: an unknown variable, or a wrong value.
+    """
     options = {option.env: option for option in OPTIONS}
     values: dict[str, Any] = {}
     given_as: dict[str, str] = {}
+    remarks: list[str] = []
     for name, text in variables.items():
         if not name.startswith(ENV_PREFIX) or name.startswith(ENV_PREFIX + "TEST_"):
             continue
@@ -62,19 +61,38 @@ def environment_source(variables: Mapping[str, str], title: str) -> SettingsSour
                 f"{name} in {title} looks like a Kubernetes service link of a service called candle-vllm:"
                 " set enableServiceLinks: false in the pod, or name the service otherwise"
             )
-        if name not in options:
-            raise UsageError(f"unknown variable {name} in {title}{nearest(name, options)}")
-        option = options[name]
-        spelled = f"{name} in {title}"
-        parts = [part.strip() for part in text.split(",")] if option.repeat else [text]
-        converted = [convert(option.kind, part, spelled) for part in parts]
-        values[option.name] = tuple(converted) if option.repeat else converted[0]
-        given_as[option.name] = name
-    return SettingsSource(title, values, given_as)
+        spelled, option = f"{name} in {title}", options.get(name)
+        try:
+            if option is not None:
+                values[option.name] = _variable(option, text, spelled)
+                given_as[option.name] = name
+                continue
+            theirs = original_variable(name, text, spelled)
+            if theirs is None:
+                raise UsageError(f"unknown variable {spelled}{nearest(name, options)}")
+        except UsageError as error:
+            if known is None or (option is not None and option.name in known):
+                raise
+            remarks.append(str(error))
+            continue
+        if isinstance(theirs, str):
+            remarks.append(theirs)
+        elif BY_NAME[theirs[0]].env not in variables:
+            values[theirs[0]], given_as[theirs[0]] = theirs[1], name
+    return SettingsSource(title, values, given_as, tuple(remarks))
 
 
-def read_dotenv(path: Path) -> dict[str, str]:
-    """The assignments of a `.env` file; an empty mapping where there is no such file. `${...}` is not expanded."""
+def _variable(option: Option, text: str, spelled: str) -> Any:
+    parts = [part.strip() for part in text.split(",")] if option.repeat else [text]
+    converted = [convert(option.kind, part, spelled) for part in parts]
+    return tuple(converted) if option.repeat else converted[0]
+
+
+def read_dotenv(path: Path, wrong: list[str] | None = None) -> dict[str, str]:
+    """The assignments of a `.env` file; an empty mapping where there is no such file. `${...}` is not expanded.
+
+    A line that is none is a UsageError, or, where there is a list for them, is added to `wrong` and passed over.
+    """
     if not path.is_file():
         return {}
     import io
@@ -83,12 +101,14 @@ def read_dotenv(path: Path) -> dict[str, str]:
 
     assignments: dict[str, str] = {}
     for binding in parse_stream(io.StringIO(read_small(path))):
-        if binding.error:
-            raise UsageError(f"{path}, line {binding.original.line}: not a line of the form NAME=value")
-        if binding.key is not None:
-            if binding.value is None:
-                raise UsageError(f"{path}, line {binding.original.line}: {binding.key} has no value")
+        if binding.key is not None and binding.value is not None and not binding.error:
             assignments[binding.key] = binding.value
+        elif binding.error or binding.key is not None:
+            what = "not a line of the form NAME=value" if binding.error else f"{binding.key} has no value"
+            message = f"{path}, line {binding.original.line}: {what}"
+            if wrong is None:
+                raise UsageError(message)
+            wrong.append(message)
     return assignments
 
 

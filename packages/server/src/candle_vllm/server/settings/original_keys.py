@@ -1,0 +1,237 @@
+"""candle-vllm's own keys of models.yaml, and its variables: what each means here, or a remark that it means nothing.
+
+Read before step 1 of a request's life. A key with a meaning becomes the setting that means the same; of one without,
+a remark says so by name; one that is neither is refused as everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from candle_vllm.core.config import ISQ_NAMES
+from candle_vllm.core.setting_kinds import Boolean, Choice, Integer
+from candle_vllm.server.settings.options import ENV_PREFIX, UsageError, convert, known_keys, mapping
+
+_LOT = {
+    "pool": ("max_queue_depth", "timeout_secs", "worker_threads", "max_blocking_threads", "thread_stack_size"),
+    "limits": ("max_queue_depth", "timeout_secs", "max_units"),
+    "queue": ("backend", "persistence", "postgres_url", "sqlite_path", "surreal_path", "yaque_dir"),
+    "mailbox": ("backend", "retention_secs", "postgres_url", "sqlite_path", "surreal_path", "webhook"),
+}
+_LIMITS = {"max_queue_depth": "max_queued_requests", "timeout_secs": "request_timeout"}
+_IDLE = {
+    "worker_threads": "--threads sets the engine's threads",
+    "max_blocking_threads": "there is no such pool",
+    "thread_stack_size": "there is no such pool",
+    "max_units": "mem sets the size of the KV cache",
+    "multithread": "an engine computes in one process, with as many threads as there are cores",
+    "kvcache_mem_cpu": "no part of the KV cache is swapped out",
+}
+_PROMPT_CACHE = (
+    "enabled", "backend", "cache_path", "redis_url", "ttl_seconds", "max_cached_prefixes", "min_prefix_length",
+    "model_fingerprint",
+)  # fmt: skip
+_VISION_MODES = Choice(("disabled", "proxy", "native"))
+_DEVICE_ID = Integer(0, 999, units=False)
+
+MODEL_KEYS = ("capabilities", "parking_lot")
+"""Keys of a model, beside ours."""
+
+
+def given(section: Any, where: str) -> dict[Any, Any]:
+    """A section without the keys that are null, which give nothing; UsageError where it is no mapping."""
+    return {key: value for key, value in mapping(section, where).items() if value is not None}
+
+
+# ---- a model and its params ------------------------------------------------------------------------------------------
+
+
+def model_params(entry: Mapping[str, Any], title: str, remarks: list[str]) -> dict[str, Any]:
+    """The params of a model by our names, with what its `capabilities` and `parking_lot` say.
+
+    Args:
+        entry: the model, as it stands in the file.
+        title: how messages name it.
+        remarks: what has no effect is added to them.
+    """
+    params = given(entry.get("params") or {}, f"{title}: params")
+    if "capabilities" in entry:
+        _see(given(entry["capabilities"], f"{title}: capabilities"), f"{title}: capabilities", remarks)
+    lots = [section["parking_lot"] for section in (entry, params) if section.get("parking_lot") is not None]
+    params.pop("parking_lot", None)
+    weights = [entry.get(key) for key in ("weight_file", "local_path", "hf_id")]
+    found = our_params(params, title, remarks, stored=any(str(name).lower().endswith(".gguf") for name in weights))
+    for lot in lots:
+        found = {**_limits_of_model(lot, f"{title}: parking_lot", remarks), **found}
+    return found
+
+
+def our_params(params: Mapping[Any, Any], title: str, remarks: list[str], *, stored: bool = False) -> dict[Any, Any]:
+    """Params by our names; what is not candle-vllm's stays as it is. `stored`: the weights are a GGUF file's."""
+    found: dict[Any, Any] = {}
+    for key, value in given(params, f"{title}: params").items():
+        where = f"{title}: {key}"
+        if key == "device_ids":
+            name, means = "device", _device(value, where, remarks)
+        elif key == "kvcache_mem_gpu":
+            name, means = "mem", value
+        elif key == "prompt_cache":
+            name, means = "enable_prefix_caching", _prompt_cache(value, where, remarks)
+        elif key == "quantization":
+            name, means = "isq", _isq(value, where, remarks, stored)
+        elif key == "kvcache_compression":
+            name, means = key, None
+            if given(value, where).get("policy") != "disabled":
+                remarks.append(f"{where} has no effect: keys and values are not compressed (kv_cache_dtype: fp8)")
+        elif key in _IDLE:
+            name, means = key, None
+            if value != 0 or isinstance(value, bool):
+                remarks.append(f"{where} has no effect: {_IDLE[key]}")
+        else:
+            name, means = key, value
+        if means is None:
+            continue
+        if name in found or (name != key and name in params):
+            raise UsageError(f"{where} and {name} are the same setting: give one")
+        found[name] = means
+    return found
+
+
+def _device(value: Any, where: str, remarks: list[str]) -> str:
+    """`device` for a list of GPUs: none is the CPU, and the first GPU is the CPU where there is no GPU."""
+    if not isinstance(value, list):
+        raise UsageError(f"{where} must be a list of whole numbers, not {value!r:.60}")
+    numbers = [convert(_DEVICE_ID, number, where) for number in value]
+    if len(numbers) > 1:
+        remarks.append(f"{where}: one device computes a model, and that is {numbers[0]}; {numbers[1:]} are not used")
+    return "cpu" if not numbers else "auto" if numbers[0] == 0 else f"cuda:{numbers[0]}"
+
+
+def _prompt_cache(value: Any, where: str, remarks: list[str]) -> bool | None:
+    section = given(value, where)
+    known_keys(section, _PROMPT_CACHE, where)
+    enabled = convert(Boolean(), section.pop("enabled", False), f"{where}.enabled") if "enabled" in section else None
+    if section.get("backend") == "memory":
+        del section["backend"]
+    if section and enabled is not False:
+        remarks.append(
+            f"{where}: {', '.join(section)} have no effect: what prompts begin with is kept in the KV cache itself"
+        )
+    return enabled
+
+
+def _isq(value: Any, where: str, remarks: list[str], stored: bool) -> str | None:
+    name = str(value).strip().lower()
+    if name in ("none", "auto"):
+        return None
+    if name.replace("_k", "k") in ISQ_NAMES and not stored:
+        return name
+    remarks.append(f"{where} has no effect: the model's files say how they are quantised; isq quantises plain weights")
+    return None
+
+
+def _see(section: Mapping[str, Any], where: str, remarks: list[str]) -> None:
+    known_keys(section, ("vision_mode", "vision_proxy", "image_token"), where)
+    mode = convert(_VISION_MODES, section.get("vision_mode", "disabled"), f"{where}.vision_mode")
+    if mode != "disabled":
+        remarks.append(f"{where}: vision_mode {mode} has no effect: models read text alone here")
+
+
+# ---- parking_lot -----------------------------------------------------------------------------------------------------
+
+
+def _limits_of_model(section: Any, where: str, remarks: list[str]) -> dict[str, Any]:
+    found = lot_limits(section, where, remarks)
+    for key in ("request_timeout", "mailbox"):
+        if found.pop(key, None) is not None or key in section:
+            name = "timeout_secs" if key == "request_timeout" else key
+            remarks.append(f"{where}: {name} has no effect: it counts for all models, in parking_lot at the top")
+    return found
+
+
+def lot_limits(section: Any, where: str, remarks: list[str]) -> dict[str, Any]:
+    """The settings that `limits` and `pool` of a `parking_lot` give, by our names; `limits` wins."""
+    lot = given(section, where)
+    known_keys(lot, _LOT, where)
+    values: dict[str, Any] = {}
+    for part in ("pool", "limits"):
+        told = _part(lot, part, where)
+        values |= {_LIMITS[key]: value for key, value in told.items() if key in _LIMITS}
+        remarks += [f"{where}.{part}: {key} has no effect: {_IDLE[key]}" for key in told if key in _IDLE]
+    queue = _part(lot, "queue", where)
+    if queue.get("backend", "memory") != "memory" or queue.get("persistence"):
+        remarks.append(f"{where}.queue: {', '.join(queue)} have no effect: requests wait in memory")
+    return values
+
+
+def lot_mailbox(section: Any, where: str, remarks: list[str]) -> dict[str, Any] | None:
+    """The `mailbox` of `parking_lot` as `mailbox` of models.yaml has it: `url`, `retention_secs`, `webhook`."""
+    lot = given(section, where)
+    if "mailbox" not in lot:
+        return None
+    told, where = _part(lot, "mailbox", where), f"{where}.mailbox"
+    values = {key: told[key] for key in ("retention_secs",) if key in told}
+    if "webhook" in told:
+        values |= _webhook(given(told["webhook"], f"{where}.webhook"), f"{where}.webhook")
+    backend = told.get("backend", "memory")
+    if backend in ("postgres", "sqlite"):
+        key = "sqlite_path" if backend == "sqlite" else "postgres_url"
+        if not isinstance(told.get(key), str):
+            raise UsageError(f"{where}: backend {backend} needs its {key}")
+        return {**values, "url": f"sqlite:///{told[key]}" if backend == "sqlite" else told[key]}
+    if backend == "surrealdb":
+        remarks.append(f"{where}: backend surrealdb is not there: the mailbox is kept in SQLite, in ~/.candle-vllm")
+    elif backend != "memory":
+        raise UsageError(f"{where}: backend must be memory, sqlite, postgres or surrealdb, not {backend!r:.60}")
+    return {**values, "url": "sqlite"}
+
+
+def _part(lot: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    found = given(lot.get(name, {}), f"{where}.{name}")
+    known_keys(found, _LOT[name], f"{where}.{name}")
+    return found
+
+
+def _webhook(section: dict[str, Any], where: str) -> dict[str, Any]:
+    """The webhook as ours is written, or none where it is not enabled; nothing of it is looked at then."""
+    for key in ("enabled", "sign_payload"):
+        if key in section:
+            section[key] = convert(Boolean(), section[key], f"{where}: {key}")
+    if not section.pop("enabled", True):
+        return {}
+    if not section.pop("sign_payload", True):
+        section.pop("signing_secret", None)
+    return {"webhook": section}
+
+
+# ---- variables -------------------------------------------------------------------------------------------------------
+
+ORIGINAL: Mapping[str, str] = {
+    **dict.fromkeys(
+        (f"PROMPT_CACHE_{name}" for name in ("BACKEND", "PATH", "REDIS_URL", "TTL", "MAX_PREFIXES", "MIN_LENGTH")),
+        "what prompts begin with is kept in the KV cache itself",
+    ),
+    "SCHEDULER_CONFIG": "parking_lot in models.yaml, or max_queued_requests and request_timeout, say it",
+    "DIAG_INTERVAL_SECS": "/metrics and /v1/models/status say it",
+    "CHAT_LOGGER": "log_requests and log_prompts write the log of requests",
+    "STRICT_TOOL_CALL": "calls are held to their schema while they are written",
+    "SSE_BUFFER_SIZE": "what a slow client has not read is bounded by time",
+    "MAMBA_SNAPSHOT_STRIDE_BLOCKS": "no model here has a Mamba state",
+}
+"""candle-vllm's variables, behind the prefix, that change nothing here, and why."""
+
+_HONOURED = ("PROMPT_CACHE_ENABLED", "STREAM_AS_REASONING_CONTENT")
+
+
+def original_variable(name: str, text: str, spelled: str) -> tuple[str, Any] | str | None:
+    """What a variable of candle-vllm's means: a setting with its value, or a remark; None where it is none of its."""
+    inner = name.removeprefix(ENV_PREFIX)
+    if inner in ORIGINAL:
+        return f"{spelled} has no effect: {ORIGINAL[inner]}"
+    if inner not in _HONOURED:
+        return None
+    on = convert(Boolean(), text, spelled)
+    if inner == "PROMPT_CACHE_ENABLED":
+        return "enable_prefix_caching", on
+    return f"{spelled} is what happens without it" if on else ("reasoning_parser", "none")

@@ -1,0 +1,153 @@
+"""Names of other deployments in the environment: honoured in their place, and nobody's server opens by a spelling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from candle_vllm.server.commands.config import effective
+from candle_vllm.server.settings.command_line import parse
+from candle_vllm.server.settings.configuration import Configuration, load_configuration
+from candle_vllm.server.settings.options import UsageError
+
+Load = Callable[..., Configuration]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    def load(line: str = "", dotenv: str | None = None, *, command: str = "serve", **environ: str) -> Configuration:
+        (tmp_path / ".env").write_text(dotenv or "")
+        given, _ = parse(command, line.split())
+        return load_configuration(given, environ, folder=tmp_path, home=tmp_path, command=command)
+
+    return load
+
+
+def test_each_is_the_setting_that_means_the_same_and_config_says_whence(load: Load) -> None:
+    made = load(
+        MODEL_ID="org/name", MODEL_NAME="small", MAX_MODEL_LEN="4096", HOST="0.0.0.0", PORT="8080", API_KEY="a,b",
+        HF_HOME="/cache", HF_HUB_OFFLINE="1", HF_TOKEN="plain", RUST_LOG="debug",
+    )  # fmt: skip
+    settings = made.settings
+    assert (settings.model, settings.served_model_name, settings.max_model_len) == ("org/name", ("small",), 4096)
+    assert (settings.address.host, settings.address.port, settings.api_key) == ("0.0.0.0", 8080, ("a,b",))
+    assert (settings.download_dir, settings.offline) == (Path("/cache/hub"), True)
+    assert (settings.hf_token, settings.log_level) == ("plain", "debug")
+    told = {each.option.name: each.source for each in effective(made)}
+    for name, variable in (
+        ("model", "MODEL_ID"), ("served_model_name", "MODEL_NAME"), ("port", "PORT"), ("api_key", "API_KEY"),
+        ("download_dir", "HF_HOME"), ("hf_token", "HF_TOKEN"), ("log_level", "RUST_LOG"),
+    ):  # fmt: skip
+        assert told[name] == f"the environment ({variable})"
+    assert made.remarks == ()
+
+
+def test_the_order_is_flags_then_our_variables_then_these_then_dotenv(load: Load) -> None:
+    dotenv = "CANDLE_VLLM_PORT=4\n"
+    assert load("--p 1", dotenv, PORT="3", CANDLE_VLLM_PORT="2").settings.port == 1
+    assert load("", dotenv, PORT="3", CANDLE_VLLM_PORT="2").settings.port == 2
+    assert load("", dotenv, PORT="3").settings.port == 3
+    assert load("", dotenv).settings.port == 4
+    assert load("", "PORT=5\nMODEL_ID=x\nAPI_KEY=k\n").settings == load().settings
+
+
+def test_of_two_names_for_one_setting(load: Load) -> None:
+    assert load(MODEL_NAME="org/name").settings.model == "org/name"
+    made = load(API_KEY="a", VLLM_API_KEY="b")
+    assert made.settings.api_key == ("b",)
+    assert made.remarks == ("API_KEY in the environment is not used: VLLM_API_KEY is the key",)
+    assert load(API_KEY="a", VLLM_API_KEY="a").remarks == ()
+
+
+@pytest.mark.parametrize("line", ["--m other", "--w folder", "--f file.gguf"])
+def test_a_model_of_the_command_line_takes_the_name_as_well(load: Load, line: str) -> None:
+    settings = load(line, MODEL_ID="org/name", MODEL_NAME="small").settings
+    assert settings.model in ("other", None)
+    assert settings.served_model_name == ()
+
+
+@pytest.mark.parametrize("host", ["zsh-machine", "x86_64-linux-gnu", "example.org", "0.0.0.0:80", "tcp://10.0.0.1", ""])
+def test_host_counts_only_as_an_address(load: Load, host: str) -> None:
+    made = load(HOST=host, API_KEY="k")
+    assert made.settings.address.host == "127.0.0.1"
+    assert made.remarks == ()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5"])
+def test_host_opens_no_server_without_a_key(load: Load, host: str) -> None:
+    made = load(HOST=host)
+    assert made.settings.address.host == "127.0.0.1"
+    (remark,) = made.remarks
+    assert remark.startswith(f"HOST in the environment ({host}) is not used, for the server has no API key")
+    for keyed in (
+        load(HOST=host, API_KEY="k"),
+        load("--api-key k", HOST=host),
+        load("", "CANDLE_VLLM_API_KEY=k", HOST=host),
+    ):
+        assert (keyed.settings.address.host, keyed.remarks) == (host, ())
+    assert load(f"--h {host}", HOST=host).settings.address.host == host  # who says so means it
+    for inside in ("127.0.0.1", "::1", "localhost", "127.8.8.8"):
+        assert load(HOST=inside).settings.address.host == inside
+
+
+def test_an_empty_key_is_none_and_said_to_be(load: Load) -> None:
+    made = load(API_KEY="", MODEL_ID="", PORT="")
+    assert made.settings == load().settings
+    assert made.remarks == ("API_KEY in the environment is empty, and no key",)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["APIKEY", "API_TOKEN", "API_KEYS", "api_key", "VLLM_APIKEY", "LLAMA_API_KEY", "AUTH_TOKEN", "SERVER_KEY", "TOKEN",
+     "CANDLE_API_KEY", "OLLAMA_API_KEY", "ACCESS_TOKEN"],
+)  # fmt: skip
+def test_what_looks_like_a_key_and_is_none_is_warned_of(load: Load, name: str) -> None:
+    (remark,) = load(**{name: "secret"}).remarks
+    assert remark == f"{name} in the environment is no API key of this server, which has none: CANDLE_VLLM_API_KEY is"
+    assert load("--api-key k", **{name: "secret"}).remarks == ()
+    assert load(**{name: "secret"}, command="bench").remarks == ()
+
+
+def test_keys_in_dotenv_are_warned_of_as_they_are_not_read(load: Load) -> None:
+    (remark,) = load("", "API_KEY=secret\nGITHUB_TOKEN=x\n").remarks
+    assert remark == "API_KEY in .env is no API key of this server, which has none: CANDLE_VLLM_API_KEY is"
+
+
+def test_a_client_s_key_is_a_reason_to_warn_where_others_reach_the_server(load: Load) -> None:
+    assert load(OPENAI_API_KEY="sk-x", ANTHROPIC_API_KEY="x", HF_TOKEN="hf_x", GITHUB_TOKEN="x").remarks == ()
+    (remark,) = load("--h 0.0.0.0", OPENAI_API_KEY="sk-x").remarks
+    assert remark.startswith("OPENAI_API_KEY in the environment is no API key")
+
+
+def test_a_misspelt_key_of_ours_ends_the_start(load: Load) -> None:
+    with pytest.raises(UsageError, match=r"unknown variable CANDLE_VLLM_APIKEY .*did you mean CANDLE_VLLM_API_KEY"):
+        load(CANDLE_VLLM_APIKEY="secret")
+
+
+def test_values_that_are_none(load: Load) -> None:
+    for name, value in (("MAX_MODEL_LEN", "long"), ("API_KEY", "two words"), ("VLLM_API_KEY", "ä")):
+        with pytest.raises(UsageError, match=f"{name} in the environment must be") as caught:
+            load(**{name: value})
+        assert "two words" not in str(caught.value)
+    made = load(PORT="/dev/ttyUSB0", HF_HUB_OFFLINE="maybe")
+    assert made.settings == load().settings
+    assert [remark.split()[0] for remark in made.remarks] == ["PORT", "HF_HUB_OFFLINE"]
+
+
+@pytest.mark.parametrize(
+    ("text", "level"),
+    [
+        ("info", "info"), ("trace", "debug"), ("warn,candle_vllm=debug", "debug"), ("hyper=trace", "info"),
+        ("candle-vllm-server=error,warn", "error"), ("nonsense", "info"), ("WARN", "warning"), (",=,x=", "info"),
+    ],
+)  # fmt: skip
+def test_rust_log(load: Load, text: str, level: str) -> None:
+    assert load(RUST_LOG=text).settings.log_level == level
+    assert load("--log-level info", RUST_LOG="debug").settings.log_level == "info"
+
+
+def test_names_of_servers_mean_nothing_to_other_commands(load: Load) -> None:
+    made = load(command="bench", MODEL_NAME="gpt-4", MAX_MODEL_LEN="x", API_KEY="two words", HF_HUB_OFFLINE="1")
+    assert (made.settings.model, made.settings.max_model_len, made.settings.offline) == (None, None, True)
