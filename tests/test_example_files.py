@@ -15,7 +15,7 @@ ASK = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
 NOT_BOOTED = {
     "MODEL", "WEIGHT_PATH", "WEIGHT_FILE", "REVISION", "TOKENIZER", "CHAT_TEMPLATE", "MODELS_CONFIG", "HF_TOKEN",
     "HF_TOKEN_PATH", "API_KEY_FILE", "MEM", "KV_FRACTION", "PORT", "ATTENTION_BACKEND", "CUDA_GRAPHS", "THREADS",
-    "MCP_COMMAND", "MCP_ARGS", "ISQ",
+    "MCP_COMMAND", "MCP_ARGS", "ISQ", "GPU_MEMORY_UTILIZATION",
 }  # fmt: skip
 
 
