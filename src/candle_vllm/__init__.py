@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from candle_vllm.core import (
         LLM,
         AsyncEngineArgs,
+        AsyncLLM,
+        BeamSearchParams,
         CandleVllmError,
         ChatTemplateError,
         CompletionOutput,
@@ -65,6 +67,8 @@ if TYPE_CHECKING:
 __all__ = [
     "LLM",
     "AsyncEngineArgs",
+    "AsyncLLM",
+    "BeamSearchParams",
     "CandleVllmError",
     "ChatTemplateError",
     "CompletionOutput",

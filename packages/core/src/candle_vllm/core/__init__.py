@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from candle_vllm.core.inference_engine import InferenceEngine
     from candle_vllm.core.remote import RemoteEngine
     from candle_vllm.core.vllm.arguments import AsyncEngineArgs, EngineArgs
+    from candle_vllm.core.vllm.async_llm import AsyncLLM
+    from candle_vllm.core.vllm.beam_search import BeamSearchParams
     from candle_vllm.core.vllm.llm import LLM
     from candle_vllm.core.vllm.outputs import (
         EmbeddingRequestOutput,
@@ -58,6 +60,8 @@ if TYPE_CHECKING:
 __all__ = [
     "LLM",
     "AsyncEngineArgs",
+    "AsyncLLM",
+    "BeamSearchParams",
     "CandleVllmError",
     "ChatTemplateError",
     "CompletionOutput",
@@ -104,6 +108,8 @@ _LATER = MappingProxyType({
     "InferenceEngine": "inference_engine",
     "RemoteEngine": "remote",
     "LLM": "vllm.llm",
+    "AsyncLLM": "vllm.async_llm",
+    "BeamSearchParams": "vllm.beam_search",
     **dict.fromkeys(("EngineArgs", "AsyncEngineArgs"), "vllm.arguments"),
     **dict.fromkeys(
         ("EmbeddingRequestOutput", "Logprob", "PoolingRequestOutput", "RequestOutput", "ScoringRequestOutput"),

@@ -150,6 +150,16 @@ _POOLING: Rows = (
     ("truncate_prompt_tokens", "a text is run whole or refused: cut its token ids", (None,)),
 )  # fmt: skip
 
+_BEAMS: Rows = (
+    ("temperature", "beams are ranked by the model's own log-probabilities, and none are drawn", (0, 0.0)),
+    ("structured_outputs allowed_token_ids", "beams are continued by whatever tokens are likeliest", (None,)),
+    ("include_stop_str_in_output", "tokens end with the end token; skip_special_tokens=False writes it", (False,)),
+    ("watermarking", "texts are not marked", (None, False)),
+    ("num_beams n", "beam_width"),
+    ("max_new_tokens", "max_tokens"),
+    ("early_stopping", "a search goes on until no beam is left, or to max_tokens", (False,)),
+)  # fmt: skip
+
 _ARGUMENTS: Rows = (
     ("prompt inputs texts prompt_token_ids", "prompts, each a text or token ids"),
     ("params generation_config", "sampling_params"),
@@ -177,7 +187,12 @@ _IMPORTED: Rows = (
 )  # fmt: skip
 
 _TABLES: Mapping[str, Rows] = MappingProxyType(
-    {"EngineConfig": _SETTINGS, "SamplingParams": _PARAMETERS, "PoolingParams": _POOLING}
+    {
+        "EngineConfig": _SETTINGS,
+        "SamplingParams": _PARAMETERS,
+        "PoolingParams": _POOLING,
+        "BeamSearchParams": _BEAMS,
+    }
 )
 
 

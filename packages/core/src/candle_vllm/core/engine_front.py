@@ -213,6 +213,10 @@ class EngineFront(ABC):
         return texts.template
 
     @abstractmethod
+    def abort(self, request_id: str) -> None:
+        """Ends a request before the next step and frees its blocks; unknown ids are ignored."""
+
+    @abstractmethod
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
         """Checks a form of texts as a request with it would, and keeps what was compiled for that request.
 

@@ -242,7 +242,7 @@ def run_all(
     collectors: dict[str, tuple[int, OutputCollector]] = {}
     ahead = iter(enumerate(todo))
     try:
-        with _bar("prompts", len(todo), use_tqdm) as advance:
+        with shown_bar("prompts", len(todo), use_tqdm) as advance:
             waiting = next(ahead, None)
             while waiting or collectors:
                 if waiting is not None and _try_submit(thread, waiting, sink, collectors):
@@ -258,7 +258,7 @@ def run_all(
 
 
 @contextmanager
-def _bar(what: str, total: int, shown: Bar) -> Iterator[Callable[[], object]]:
+def shown_bar(what: str, total: int, shown: Bar) -> Iterator[Callable[[], object]]:
     """A progress bar where one is shown; what it gives moves it on by one."""
     if not (callable(shown) or (shown and sys.stderr.isatty())):
         yield lambda: None
@@ -376,7 +376,7 @@ class Window:
         """
         mailbox = _Mailbox()
         try:
-            with _bar("texts", len(self._entries), use_tqdm) as advance:
+            with shown_bar("texts", len(self._entries), use_tqdm) as advance:
                 while self._submit(mailbox, patient=True):
                     if self._under_way:
                         self._take(mailbox.items.get())

@@ -6,6 +6,7 @@ model's own where nothing was given, else temperature 1 over the whole vocabular
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -24,6 +25,7 @@ from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.sampling.params import RequestOutputKind, SamplingParams
 from candle_vllm.core.text.prompts import Message, Prompt
 from candle_vllm.core.vllm.arguments import EngineArgs, check_quantization, translated
+from candle_vllm.core.vllm.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from candle_vllm.core.vllm.outputs import (
     EmbeddingOutput,
     EmbeddingRequestOutput,
@@ -82,6 +84,38 @@ class Defaults:
         return replace(params.filled({}), output_kind=RequestOutputKind.CUMULATIVE)
 
 
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """What `LLM` and `AsyncLLM` are made of.
+
+    Attributes:
+        owned: the engine was made here, and goes with its holder.
+        pooling: how vectors are made where a call does not say it.
+    """
+
+    engine: EngineFront
+    owned: bool
+    pooling: PoolingParams
+    defaults: Defaults
+
+    @classmethod
+    def of(cls, model: str | Path | EngineConfig | EngineFront, arguments: Mapping[str, Any]) -> Self:
+        """An engine by vLLM's arguments, or around one that is there. Errors as of `LLM`."""
+        if isinstance(model, EngineFront):
+            if arguments:
+                raise TypeError(f"an engine that is there takes no arguments: {', '.join(arguments)}")
+            return cls(model, False, PoolingParams(), Defaults(model))
+        made = translated(model, arguments)
+        engine = InferenceEngine(made.config)
+        check_quantization(made.quantization, engine.model_info.quantization)
+        return cls(engine, True, made.pooling, Defaults(engine, made.model_sampling, made.sampling))
+
+    def close(self) -> None:
+        """Closes the engine where it was made here."""
+        if self.owned:
+            self.engine.close()
+
+
 class LLM:
     """A model for prompts that are there, with vLLM's names.
 
@@ -100,18 +134,8 @@ class LLM:
     """
 
     def __init__(self, model: str | Path | EngineConfig | EngineFront, **arguments: Any) -> None:
-        self._owns = not isinstance(model, EngineFront)
-        if isinstance(model, EngineFront):
-            if arguments:
-                raise TypeError(f"an engine that is there takes no arguments: {', '.join(arguments)}")
-            self.engine, self._pooling = model, PoolingParams()
-            self._defaults = Defaults(model)
-            return
-        made = translated(model, arguments)
-        self.engine = InferenceEngine(made.config)
-        check_quantization(made.quantization, self.engine.model_info.quantization)
-        self._pooling = made.pooling
-        self._defaults = Defaults(self.engine, made.model_sampling, made.sampling)
+        self._opened = Opened.of(model, arguments)
+        self.engine = self._opened.engine
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> Self:
@@ -148,13 +172,13 @@ class LLM:
             RequestError: a prompt or its parameters are wrong, with its place in a list; nothing has run then.
             CandleVllmError: the engine failed on a request, or was closed meanwhile.
         """
-        _refuse("generate", lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        refuse_given("generate", lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
         outputs = self.engine.generate(
             prompts,
             self._params(sampling_params),
             use_tqdm=use_tqdm,
             priority=_priority(priority),
-            add_special_tokens=_adds_special(tokenization_kwargs),
+            add_special_tokens=adds_special(tokenization_kwargs),
         )
         return _outputs(outputs)
 
@@ -185,8 +209,8 @@ class LLM:
 
         The other arguments and errors are as of `generate` and of `InferenceEngine.chat`.
         """
-        _refuse("chat", lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
-        _refuse("chat", tokenization_kwargs=tokenization_kwargs or None)
+        refuse_given("chat", lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        refuse_given("chat", tokenization_kwargs=tokenization_kwargs or None)
         if chat_template_content_format not in ("auto", "string"):
             raise InvalidParameterError(
                 f"chat_template_content_format {chat_template_content_format!r:.60}: parts of a content are always "
@@ -206,6 +230,32 @@ class LLM:
         )
         return _outputs(made if isinstance(made, list) else [made])
 
+    @explained(BeamSearchParams=BeamSearchParams.__struct_fields__)
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        lora_request: None = None,
+        use_tqdm: Bar = False,
+        concurrency_limit: int | None = None,
+        priority: int | Sequence[int] | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The best continuations of every prompt that a search of some width finds. Errors as of `generate`.
+
+        Args:
+            use_tqdm: show a progress bar of steps.
+            concurrency_limit: prompts that are searched for at a time; None is all of them.
+        """
+        refuse_given("beam_search", lora_request=lora_request)
+        return beam_search(
+            self.engine,
+            prompts,
+            params,
+            use_tqdm=use_tqdm,
+            concurrency_limit=concurrency_limit,
+            priority=_priority(priority),
+        )
+
     # ---- numbers -----------------------------------------------------------------------------------------------------
 
     @explained(PoolingParams=PoolingParams.__struct_fields__)
@@ -219,7 +269,7 @@ class LLM:
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[EmbeddingRequestOutput]:
         """The vector of every text. A model that generates text gives vectors as well. Errors as of `generate`."""
-        _refuse("embed", lora_request=lora_request, tokenization_kwargs=tokenization_kwargs or None)
+        refuse_given("embed", lora_request=lora_request, tokenization_kwargs=tokenization_kwargs or None)
         outputs = self.engine.embed(prompts, self._pooling_params(pooling_params), use_tqdm=use_tqdm)
         return [
             EmbeddingRequestOutput(
@@ -294,8 +344,8 @@ class LLM:
             InvalidParameterError: an input is no text, or there are not as many of one as of the other.
             CandleVllmError: as of `generate`.
         """
-        _refuse("score", lora_request=lora_request, tokenization_kwargs=tokenization_kwargs or None)
-        _refuse("score", pooling_params=pooling_params, chat_template=chat_template)
+        refuse_given("score", lora_request=lora_request, tokenization_kwargs=tokenization_kwargs or None)
+        refuse_given("score", pooling_params=pooling_params, chat_template=chat_template)
         first = [data_1] if isinstance(data_1, str) else list(data_1)
         second = [data_2] if isinstance(data_2, str) else list(data_2)
         if len(first) == 1:
@@ -315,7 +365,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What counts without `sampling_params`: the model's defaults where its files say some, else vLLM's."""
-        return self._defaults.sampling_params()
+        return self._opened.defaults.sampling_params()
 
     def get_tokenizer(self) -> LlmTokenizer:
         """The model's tokenizer and template."""
@@ -323,8 +373,7 @@ class LLM:
 
     def close(self) -> None:
         """Lets go of the model and its memory, as dropping the last name of it does."""
-        if self._owns:
-            self.engine.close()
+        self._opened.close()
 
     def __enter__(self) -> Self:
         return self
@@ -343,13 +392,13 @@ class LLM:
         self, given: SamplingParams | Sequence[SamplingParams] | None
     ) -> SamplingParams | Sequence[SamplingParams]:
         if isinstance(given, (list, tuple)):
-            return [self._defaults.filled(each) for each in given]
-        return self._defaults.filled(given)  # type: ignore[arg-type]
+            return [self._opened.defaults.filled(each) for each in given]
+        return self._opened.defaults.filled(given)  # type: ignore[arg-type]
 
     def _pooling_params(
         self, given: PoolingParams | Sequence[PoolingParams] | None
     ) -> PoolingParams | Sequence[PoolingParams]:
-        return self._pooling if given is None else given
+        return self._opened.pooling if given is None else given
 
 
 class LlmTokenizer:
@@ -402,7 +451,7 @@ def _priority(given: int | Sequence[int] | None) -> int | Sequence[int]:
     return 0 if given is None else given
 
 
-def _adds_special(given: Mapping[str, Any] | None) -> bool:
+def adds_special(given: Mapping[str, Any] | None) -> bool:
     options = dict(given or {})
     adds = options.pop("add_special_tokens", True)
     if options or not isinstance(adds, bool):
@@ -413,7 +462,7 @@ def _adds_special(given: Mapping[str, Any] | None) -> bool:
     return adds
 
 
-def _refuse(method: str, **given: object) -> None:
+def refuse_given(method: str, **given: object) -> None:
     """Refuses arguments that are there to be refused with a reason."""
     for name, value in given.items():
         if value is not None:

@@ -1,0 +1,223 @@
+"""AsyncLLM: vLLM's class for programs with an event loop, over an engine of ours."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from candle_vllm.core.arguments import explained
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.engine.request import FinishReason, TokenOutput
+from candle_vllm.core.engine.stream import TokenStream, raise_failure
+from candle_vllm.core.engine_front import EngineFront
+from candle_vllm.core.errors import EngineDeadError
+from candle_vllm.core.pooling import PoolingParams
+from candle_vllm.core.sampling.params import RequestOutputKind, SamplingParams
+from candle_vllm.core.text.prompts import Prompt
+from candle_vllm.core.vllm.arguments import EngineArgs
+from candle_vllm.core.vllm.llm import LlmTokenizer, Opened, adds_special, refuse_given
+from candle_vllm.core.vllm.outputs import (
+    CompletionOutput,
+    PoolingOutput,
+    PoolingRequestOutput,
+    RequestOutput,
+    by_token,
+    prompt_logprobs,
+)
+
+
+class AsyncLLM:
+    """A model for prompts that come while others are answered, with vLLM's names.
+
+    Args:
+        model, arguments: as of `LLM`. Loading holds up the event loop: make it before, or in a worker thread.
+
+    Attributes:
+        engine: what it runs on.
+
+    Raises:
+        ConfigError, ModelNotFoundError, ModelLoadError, TypeError: as of `LLM`.
+    """
+
+    def __init__(self, model: str | Path | EngineConfig | EngineFront, **arguments: Any) -> None:
+        self._opened = Opened.of(model, arguments)
+        self.engine = self._opened.engine
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> Self:
+        """An `AsyncLLM` of arguments that were kept."""
+        return cls(**vars(engine_args))
+
+    @explained(SamplingParams=SamplingParams.__struct_fields__)
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        lora_request: None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+        trace_headers: Mapping[str, str] | None = None,
+        priority: int = 0,
+        data_parallel_rank: int | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Continues a prompt; an output whenever there is more, as `sampling_params.output_kind` says.
+
+        Of several sequences (`n`) an output has the one that there is more of, by its index; with `FINAL_ONLY` the one
+        output has all. Leaving the iteration, or cancelling the task, aborts the request.
+
+        Args:
+            request_id: what `abort` knows it by; unique among the requests that are running.
+            priority: lower runs first.
+            trace_headers, data_parallel_rank, lora_request: refused.
+
+        Raises:
+            RequestError, EngineOverloadedError, EngineDeadError: the request was not taken.
+            CandleVllmError: the engine failed on it.
+        """
+        refuse_given(
+            "generate",
+            lora_request=lora_request,
+            trace_headers=trace_headers or None,
+            data_parallel_rank=data_parallel_rank or None,
+        )
+        kind = RequestOutputKind.CUMULATIVE if sampling_params is None else sampling_params.output_kind
+        stream = self.engine.stream(
+            prompt,
+            self._opened.defaults.filled(sampling_params),
+            request_id=request_id,
+            priority=priority,
+            add_special_tokens=adds_special(tokenization_kwargs),
+        )
+        told = _Telling(stream, kind)
+        try:
+            async for piece in stream:
+                if piece.finish_reason is not FinishReason.ABORT:
+                    raise_failure(piece)
+                output = told.take(piece)
+                if output is not None:
+                    yield output
+        finally:
+            await stream.aclose()
+
+    @explained(PoolingParams=PoolingParams.__struct_fields__)
+    async def encode(
+        self,
+        prompt: Prompt,
+        pooling_params: PoolingParams | None = None,
+        request_id: str | None = None,
+        lora_request: None = None,
+        trace_headers: Mapping[str, str] | None = None,
+        priority: int = 0,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+    ) -> AsyncIterator[PoolingRequestOutput[PoolingOutput]]:
+        """The vector of a text, as the only output. Arguments and errors as of `generate`."""
+        refuse_given("encode", lora_request=lora_request, trace_headers=trace_headers or None)
+        (made,) = await self.engine.aembed(
+            [prompt],
+            self._opened.pooling if pooling_params is None else pooling_params,
+            request_id=request_id or uuid.uuid4().hex,
+            priority=priority,
+            add_special_tokens=adds_special(tokenization_kwargs),
+        )
+        data = PoolingOutput(np.frombuffer(made.embedding, np.float32))
+        yield PoolingRequestOutput(made.request_id, data, list(made.prompt_token_ids), made.num_cached_tokens)
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """Ends requests; who iterates over one gets a last output with the finish reason "abort"."""
+        for each in [request_id] if isinstance(request_id, str) else request_id:
+            self.engine.abort(each)
+
+    async def check_health(self) -> None:
+        """Raises `EngineDeadError` where the engine is closed or has failed for good."""
+        if not self.engine.is_alive:
+            raise EngineDeadError("the engine is closed, or has failed")
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests are taken."""
+        return self.engine.is_alive
+
+    @property
+    def errored(self) -> bool:
+        """The opposite."""
+        return not self.engine.is_alive
+
+    async def get_default_sampling_params(self) -> SamplingParams:
+        """What counts without `sampling_params`, as of `LLM`."""
+        return self._opened.defaults.sampling_params()
+
+    def get_tokenizer(self) -> LlmTokenizer:
+        """The model's tokenizer and template."""
+        return LlmTokenizer(self.engine)
+
+    def shutdown(self) -> None:
+        """Aborts what is running and lets go of the model."""
+        self._opened.close()
+
+
+class _Telling:
+    """What is said of a stream's pieces.
+
+    Args:
+        stream: the request's.
+        kind: what an output has: what is new, everything so far, or everything once.
+    """
+
+    def __init__(self, stream: TokenStream, kind: RequestOutputKind) -> None:
+        self._request = stream.request
+        self._kind = kind
+        count = self._request.params.n
+        self._asked = self._request.params.logprobs is not None
+        self._so_far = [CompletionOutput(index, "", [], logprobs=self._new_logprobs()) for index in range(count)]
+        self._sums = [0.0] * count
+        self._unfinished = count
+        self._of_prompt = prompt_logprobs(None)
+
+    def _new_logprobs(self) -> list[Any] | None:
+        return [] if self._asked else None
+
+    def take(self, piece: TokenOutput) -> RequestOutput | None:
+        """The output that a piece makes, if it makes one."""
+        whole = self._so_far[piece.index]
+        if self._kind is RequestOutputKind.DELTA:
+            whole = self._so_far[piece.index] = CompletionOutput(piece.index, "", [], logprobs=self._new_logprobs())
+        whole.text += piece.text
+        whole.token_ids += piece.token_ids
+        if whole.logprobs is not None:
+            whole.logprobs += [by_token(entry) for entry in piece.logprobs or ()]
+            self._sums[piece.index] += sum(entry.chosen.logprob for entry in piece.logprobs or ())
+            whole.cumulative_logprob = self._sums[piece.index]
+        if piece.finish_reason is not None:
+            self._unfinished -= 1
+            whole.finish_reason, whole.stop_reason = str(piece.finish_reason), piece.stop_reason
+        if piece.prompt_logprobs is not None or self._kind is RequestOutputKind.DELTA:
+            self._of_prompt = prompt_logprobs(piece.prompt_logprobs)
+        if self._kind is RequestOutputKind.FINAL_ONLY:
+            return None if self._unfinished else self._output(piece, self._so_far)
+        return self._output(piece, [whole])
+
+    def _output(self, piece: TokenOutput, sequences: Iterable[CompletionOutput]) -> RequestOutput:
+        return RequestOutput(
+            request_id=self._request.request_id,
+            prompt=self._request.prompt,
+            prompt_token_ids=list(self._request.prompt_token_ids),
+            prompt_logprobs=self._of_prompt,
+            outputs=[_copied(each) for each in sequences],
+            finished=not self._unfinished,
+            metrics=None if self._unfinished else piece.metrics,
+            num_cached_tokens=piece.num_cached_tokens,
+        )
+
+
+def _copied(given: CompletionOutput) -> CompletionOutput:
+    """Of its own: what was told stays as it was when more comes."""
+    logprobs = None if given.logprobs is None else list(given.logprobs)
+    return CompletionOutput(
+        given.index, given.text, list(given.token_ids), given.cumulative_logprob, logprobs, given.finish_reason,
+        given.stop_reason,
+    )  # fmt: skip

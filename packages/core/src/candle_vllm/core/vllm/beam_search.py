@@ -1,0 +1,201 @@
+"""Beam search: the likeliest continuations of a prompt that a search of some width finds, as vLLM's `beam_search`.
+
+At every step each beam is continued by the 2w likeliest tokens of the model; what ends with an end token is complete,
+and of the rest the w best go on. The last word is with the score, a sum of log-probabilities divided by a power of the
+number of tokens, over complete sequences and those that the last step left (Wu et al., arXiv:1609.08144, section 7,
+with transformers' penalty in place of theirs).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from candle_vllm.core.arguments import ExplainedStruct
+from candle_vllm.core.engine.stream import Bar, shown_bar
+from candle_vllm.core.engine_front import EngineFront
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.sampling.params import MAX_LOGPROBS, MAX_TOKENS, SamplingParams
+from candle_vllm.core.text.prompts import Prompt, as_prompts, read_prompt
+from candle_vllm.core.vllm.outputs import Logprob, by_token
+
+MAX_BEAMS = MAX_LOGPROBS // 2  # as in vLLM, where nobody raises max_logprobs
+
+
+class BeamSearchParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How wide and how far to search.
+
+    Attributes:
+        beam_width: w, beams of a prompt, 1 to 10.
+        max_tokens: most tokens behind the prompt.
+        ignore_eos: end tokens are tokens like others.
+        length_penalty: the power of the number of tokens that a sum is divided by, -10 to 10: above 0 long sequences
+            are favoured, at 0 the sum alone counts.
+        skip_special_tokens: leave special tokens out of the text.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    length_penalty: float = 1.0
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        given: dict[str, Any] = {name: getattr(self, name) for name in self.__struct_fields__}
+        for name, most in (("beam_width", MAX_BEAMS), ("max_tokens", MAX_TOKENS)):
+            value = given[name]
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise InvalidParameterError(f"{name} must be a whole number from 1 to {most}, not {value!r:.60}", name)
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(given[name], bool):
+                raise InvalidParameterError(f"{name} must be true or false, not {given[name]!r:.60}", name)
+        power = given["length_penalty"]
+        if isinstance(power, bool) or not isinstance(power, (int, float)) or not -10 <= power <= 10:
+            raise InvalidParameterError(f"length_penalty must be from -10 to 10, not {power!r:.60}", "length_penalty")
+
+
+@dataclasses.dataclass
+class BeamSearchSequence:
+    """One continuation of a prompt.
+
+    Attributes:
+        orig_prompt: the prompt, as it was given.
+        tokens: those of the prompt and behind them the continuation's, the end token included.
+        logprobs: for each token of the continuation what the model gave there, by token id.
+        cum_logprob: the sum over the continuation.
+        text: prompt and continuation.
+        finish_reason: "stop" behind an end token, else "length".
+        stop_reason: always None: no stop strings are looked for.
+    """
+
+    orig_prompt: Prompt
+    tokens: list[int]
+    logprobs: list[dict[int, Logprob]]
+    cum_logprob: float = 0.0
+    text: str | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def score(self, length_penalty: float) -> float:
+        """What sequences are ranked by: the best has the greatest."""
+        return self.cum_logprob / max(len(self.logprobs), 1) ** length_penalty
+
+
+@dataclasses.dataclass
+class BeamSearchOutput:
+    """The best sequences of a prompt, the best one first; as many as beams, where there are as many."""
+
+    sequences: list[BeamSearchSequence]
+
+
+class _Search:
+    """The beams of one prompt."""
+
+    def __init__(self, first: BeamSearchSequence, params: BeamSearchParams, ends: frozenset[int], room: int) -> None:
+        self.beams = [first]
+        self.complete: list[BeamSearchSequence] = []
+        self._params = params
+        self._ends = ends
+        self._room = room  # tokens that may follow
+
+    def take(self, entries: Sequence[dict[int, Logprob]]) -> None:
+        """Continues every beam by what the model said behind it."""
+        going: list[BeamSearchSequence] = []
+        for beam, entry in zip(self.beams, entries, strict=True):
+            for token, said in entry.items():
+                longer = dataclasses.replace(
+                    beam,
+                    tokens=[*beam.tokens, token],
+                    logprobs=[*beam.logprobs, entry],
+                    cum_logprob=beam.cum_logprob + said.logprob,
+                )
+                if token in self._ends:
+                    longer.finish_reason = "stop"
+                    self.complete.append(longer)
+                else:
+                    going.append(longer)
+        self.beams = self._best(going)
+        self._room -= 1
+        if not self._room:
+            self.complete += self.beams
+            self.beams = []
+
+    def result(self, text: Callable[[list[int]], str]) -> BeamSearchOutput:
+        """The best of all."""
+        best = self._best(self.complete)
+        for each in best:
+            each.text = text(each.tokens)
+            each.finish_reason = each.finish_reason or "length"
+        return BeamSearchOutput(best)
+
+    def _best(self, sequences: list[BeamSearchSequence]) -> list[BeamSearchSequence]:
+        ranked = sorted(sequences, key=lambda each: each.score(self._params.length_penalty), reverse=True)
+        return ranked[: self._params.beam_width]
+
+
+def beam_search(
+    engine: EngineFront,
+    prompts: Prompt | Sequence[Prompt],
+    params: BeamSearchParams,
+    *,
+    use_tqdm: Bar = False,
+    concurrency_limit: int | None = None,
+    priority: int | Sequence[int] = 0,
+) -> list[BeamSearchOutput]:
+    """The best continuations of every prompt; outputs in the order of the prompts.
+
+    A step of the search is a request for each beam, whose beginning is in the prefix cache.
+
+    Args:
+        engine: continues the beams.
+        prompts: as of `EngineFront.generate`.
+        use_tqdm: show a progress bar of steps.
+        concurrency_limit: prompts that are searched for at a time; None is all of them.
+        priority: one for all prompts, or one each.
+
+    Raises:
+        RequestError: a prompt or an argument is wrong.
+        CandleVllmError: as of `EngineFront.generate`.
+    """
+    if not isinstance(params, BeamSearchParams):
+        raise InvalidParameterError(f"params must be BeamSearchParams, not {type(params).__name__}", "params")
+    given = as_prompts(prompts)
+    orders = [priority] * len(given) if isinstance(priority, int) else list(priority)
+    if len(orders) != len(given):
+        raise InvalidParameterError(f"{len(given)} prompts and {len(orders)} priorities", "priority")
+    if concurrency_limit is not None and concurrency_limit < 1:
+        raise InvalidParameterError("concurrency_limit must be at least 1", "concurrency_limit")
+    searches = [_search(engine, prompt, params) for prompt in given]
+    at_a_time = concurrency_limit or len(searches) or 1
+    for first in range(0, len(searches), at_a_time):
+        with shown_bar("tokens", params.max_tokens, use_tqdm) as advance:
+            last = first + at_a_time
+            while _step(engine, searches[first:last], orders[first:last], params):
+                advance()
+    skip = params.skip_special_tokens
+    return [each.result(lambda tokens: engine.detokenize(tokens, skip_special_tokens=skip)) for each in searches]
+
+
+def _search(engine: EngineFront, prompt: Prompt, params: BeamSearchParams) -> _Search:
+    text, ids = read_prompt(prompt)
+    tokens = engine.tokenize(text or "") if ids is None else ids
+    info = engine.model_info
+    ends = frozenset() if params.ignore_eos else frozenset(info.eos_token_ids)
+    room = max(1, min(params.max_tokens, info.max_model_len - len(tokens)))  # the engine refuses what is too long
+    return _Search(BeamSearchSequence(prompt, tokens, []), params, ends, room)
+
+
+def _step(engine: EngineFront, searches: Sequence[_Search], orders: Sequence[int], params: BeamSearchParams) -> bool:
+    """One token more for every beam; False where there are none."""
+    todo = [(beam, order) for search, order in zip(searches, orders, strict=True) for beam in search.beams]
+    if not todo:
+        return False
+    asked = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=2 * params.beam_width)
+    outputs = iter(
+        engine.generate([beam.tokens for beam, _ in todo], asked, use_tqdm=False, priority=[order for _, order in todo])
+    )
+    for search in searches:
+        said = [next(outputs).outputs[0].logprobs for _ in search.beams]
+        search.take([by_token(entry[0]) for entry in said if entry])
+    return True
