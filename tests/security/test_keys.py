@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 from guarded_server import HEALTH, KEY, OPERATOR, Guarded, guarded, parse_answer
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
@@ -29,6 +29,8 @@ def routes(server: Guarded) -> list[str]:
         inner = getattr(route, "original_router", None) or getattr(route, "app", None)
         if isinstance(route, Route):
             found.add(re.sub(r"\{.*?\}", "x", route.path))
+        elif isinstance(route, WebSocketRoute):
+            found.add(route.path)
         elif inner is not None:
             waiting += inner.routes
     return sorted(found)

@@ -43,6 +43,7 @@ from candle_vllm.server.routes import (
     ollama,
     ollama_models,
     responses,
+    responses_socket,
     status,
     stored_responses,
     tokenizing,
@@ -58,8 +59,8 @@ if TYPE_CHECKING:
     from candle_vllm.server.mcp.service import McpService
 
 _MODULES = (
-    generation, messages, responses, stored_responses, conversations, embeddings, tokenizing, models, mailbox_routes,
-    ollama, ollama_models, mcp_routes, status, docs,
+    generation, messages, responses, responses_socket, stored_responses, conversations, embeddings, tokenizing, models,
+    mailbox_routes, ollama, ollama_models, mcp_routes, status, docs,
 )  # fmt: skip
 ROUTERS = tuple(module.router for module in _MODULES)
 

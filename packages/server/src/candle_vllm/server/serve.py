@@ -29,6 +29,7 @@ from candle_vllm.openai.formats.layout import ReasoningFormat, ToolFormat
 from candle_vllm.server.app import create_app
 from candle_vllm.server.drain import DrainingServer
 from candle_vllm.server.http.protocol import http_protocol
+from candle_vllm.server.http.socket import WebSocketProtocol
 from candle_vllm.server.http.tls import refresh, tls_context
 from candle_vllm.server.interrupts import say_stopped
 from candle_vllm.server.mailbox.options import MailboxOptions
@@ -193,7 +194,8 @@ def make_server(app: FastAPI, settings: Settings, tls: ssl.SSLContext | None = N
     config = uvicorn.Config(
         app,
         http=http_protocol(),
-        ws="none",
+        ws=WebSocketProtocol,
+        ws_max_size=settings.max_body_mb << 20,
         lifespan="on",
         backlog=_BACKLOG,
         access_log=False,

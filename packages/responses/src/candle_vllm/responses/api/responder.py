@@ -15,6 +15,7 @@ from candle_vllm.openai.conversation import TemplateHabits
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.task import Task
 from candle_vllm.responses.api.call_results import Placed
+from candle_vllm.responses.api.connection import ConnectionMemory
 from candle_vllm.responses.api.echo import begin_response
 from candle_vllm.responses.api.event_writer import EventWriter
 from candle_vllm.responses.api.mcp_source import McpSource, NoServers
@@ -75,6 +76,7 @@ class Responder:
         habits: what the model's template takes; None is everything.
         servers: where MCP servers come from; None is none.
         kept: keeps responses; None keeps nothing.
+        memory: of the client's connection, for responses that are not kept; None is none.
         options: limits and defaults.
     """
 
@@ -86,11 +88,13 @@ class Responder:
         habits: Callable[[], Awaitable[TemplateHabits]] | None = None,
         servers: McpSource | None = None,
         kept: KeptResponses | None = None,
+        memory: ConnectionMemory | None = None,
         options: ResponderOptions | None = None,
     ) -> None:
         self._model = model
         self._count = count
         self._kept = kept
+        self._memory = memory
         self._options = options or ResponderOptions()
         self._task_maker = TaskMaker(servers or NoServers(), habits, self._options.sampling_defaults)
 
@@ -134,7 +138,7 @@ class Responder:
         late = at_once and (parsed.conversation_id is not None or has_servers(parsed))
         async with AsyncExitStack() as stack:
             if late:
-                prepared, items = None, await gather_items(parsed, self._kept, owner)
+                prepared, items = None, await gather_items(parsed, self._kept, owner, self._memory)
             else:
                 prepared, items = await self._ready(parsed, owner, stack, check=at_once)
             defaults = {**self._options.model_defaults, **self._options.sampling_defaults}
@@ -150,7 +154,7 @@ class Responder:
                 ready = prepared or (await self._ready(parsed, owner, stream.opened, check=False))[0]
                 await self._answer(stream, writer, parsed, ready, owner if stored and keep else None)
 
-            given = await asyncio.to_thread(_given, items) if stored else ()
+            given = await asyncio.to_thread(_given, items) if stored or self._memory is not None else ()
             return ResponseStream(writer, work, given, opened=stack.pop_all())
 
     async def count_input_tokens(self, request: InputTokensRequest | Fields, *, owner: str = "") -> InputTokens:
@@ -160,7 +164,7 @@ class Responder:
             raise UnsupportedParameterError("this model's tokens cannot be counted", None)
         self._task_maker.check_servers(parsed)
         async with AsyncExitStack() as stack:
-            items = await gather_items(parsed, self._kept, owner)
+            items = await gather_items(parsed, self._kept, owner, self._memory)
             prepared = await self._task_maker.prepare(parsed, items, stack, check=False)
             task = await asyncio.to_thread(prepared.task)
             if prepared.made.approved:  # what these calls will give is part of the prompt
@@ -182,7 +186,7 @@ class Responder:
         """Waits for the conversation's turn, reads the history, opens the servers; the stack gives them back."""
         if request.conversation_id is not None and self._kept is not None:
             await stack.enter_async_context(self._kept.turn(owner, request.conversation_id))
-        items = await gather_items(request, self._kept, owner)
+        items = await gather_items(request, self._kept, owner, self._memory)
         return await self._task_maker.prepare(request, items, stack, check=check), items
 
     async def _answer(

@@ -20,6 +20,7 @@ from candle_vllm.openai.protocol.tools import check_tools
 from candle_vllm.openai.task import Paths, Task, ThinkingLimit, ToolUse
 from candle_vllm.openai.validation import rules_below, to_request_error
 from candle_vllm.responses.api.call_results import Placed
+from candle_vllm.responses.api.connection import ConnectionMemory
 from candle_vllm.responses.api.mcp_source import McpSource, OpenServer
 from candle_vllm.responses.api.messages import Translated, translate
 from candle_vllm.responses.api.tool_plan import ToolPlan, plan_tools
@@ -27,6 +28,7 @@ from candle_vllm.responses.api.turn_model import check_number, fewer
 from candle_vllm.responses.protocol.items import InputItem, ItemReference
 from candle_vllm.responses.protocol.request import JsonSchemaFormat, PromptFields, ResponsesRequest
 from candle_vllm.responses.protocol.tools import McpTool
+from candle_vllm.responses.store.entries import Item, NotStoredError
 
 if TYPE_CHECKING:
     from candle_vllm.responses.api.kept import KeptResponses
@@ -165,8 +167,12 @@ class TaskMaker:
             raise
 
 
-async def gather_items(request: PromptFields, kept: KeptResponses | None, owner: str) -> list[Placed]:
+async def gather_items(
+    request: PromptFields, kept: KeptResponses | None, owner: str, memory: ConnectionMemory | None = None
+) -> list[Placed]:
     """History and input of a request. A reference to an item of the history stands for nothing more than that item.
+
+    What the connection remembers is looked for there first.
 
     Raises:
         RequestError: there is no store, or it does not have what the request refers to.
@@ -174,7 +180,7 @@ async def gather_items(request: PromptFields, kept: KeptResponses | None, owner:
     given = request.input or []
     if isinstance(given, str):
         given = [_ITEM.validate_python({"type": "message", "role": "user", "content": given})]
-    history = await _history(request, kept, owner)
+    history = await _history(request, kept, owner, memory)
     known = {item.id for item, _ in history}  # a reference to one of these says nothing new
     wanted = {
         item.id: f"input.{number}.id"
@@ -194,16 +200,27 @@ async def gather_items(request: PromptFields, kept: KeptResponses | None, owner:
     return [*history, *items]
 
 
-async def _history(request: PromptFields, kept: KeptResponses | None, owner: str) -> list[Placed]:
+async def _history(
+    request: PromptFields, kept: KeptResponses | None, owner: str, memory: ConnectionMemory | None
+) -> list[Placed]:
     field = "previous_response_id" if request.previous_response_id is not None else "conversation"
     if getattr(request, field) is None:
         return []
+    recent: list[Item] = []
+    previous = request.previous_response_id
+    if memory is not None and previous is not None:
+        recent, before = await memory.history(previous)
+        if before is None:
+            return await asyncio.to_thread(lambda: [Placed(_checked(item, field), field) for item in recent])
+        if kept is None:
+            raise NotStoredError("Previous response", before, field)
+        previous = before
     if kept is None:
         raise UnsupportedParameterError(
             f"{field} is not supported: this server keeps no responses; send the whole conversation as input", field
         )
-    if request.previous_response_id is not None:
-        items = await kept.history(owner, request.previous_response_id)
+    if previous is not None:
+        items = [*await kept.history(owner, previous), *recent]
     else:
         items = await kept.conversation_items(owner, request.conversation_id or "")
     return await asyncio.to_thread(lambda: [Placed(_checked(item, field), field) for item in items])

@@ -71,13 +71,11 @@ class ApiKeyMiddleware:
         path = route_path(scope)
         manages = path in MANAGEMENT_PATHS and bool(self._management_keys)
         keys = self._management_keys if manages else self._keys
-        if scope["type"] != "http":
-            await send({"type": "websocket.close", "code": 1008})
-        elif not keys or path in self._public:
+        if not keys or path in self._public:
             if path == READY and keys and _matching(self._keys + self._management_keys, scope, page=False) is None:
                 scope.setdefault("state", {})["stranger"] = True
             await self._app(scope, receive, send)
-        elif (caller := _matching(keys, scope, page := _is_page(scope["method"], path))) is not None:
+        elif (caller := _matching(keys, scope, page := _is_page(scope.get("method", ""), path))) is not None:
             scope.setdefault("state", {})["caller"] = caller
             await self._app(scope, receive, send)
         else:
@@ -208,5 +206,6 @@ def _own(scope: Scope) -> Iterator[str]:
         if address.is_loopback:
             names += ["localhost", "127.0.0.1", "[::1]"]
     scheme = scope.get("scheme", "http")
+    scheme = {"ws": "http", "wss": "https"}.get(scheme, scheme)  # as the page's own address has it
     end = "" if port == _PORTS.get(scheme) else f":{port}"
     yield from (f"{scheme}://{name}{end}" for name in names)

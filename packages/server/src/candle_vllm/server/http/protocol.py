@@ -65,6 +65,9 @@ def _timed(base: Any) -> type[asyncio.Protocol]:
             super().connection_lost(exc)
 
         def _watch(self) -> None:
+            if self not in self.connections:  # it became a WebSocket, whose protocol has limits of its own
+                self._unwatch()
+                return
             answering = self.cycle is not None and not self.cycle.response_complete
             if answering or self.timeout_keep_alive_task is not None or self.transport.is_closing():
                 self._unwatch()
@@ -127,7 +130,7 @@ def _limited() -> type[HttpToolsProtocol]:
                 return
             self._ended = False
             super().data_received(data)
-            if self._ended:
+            if self._ended or self not in self.connections:  # or it became a WebSocket
                 return
             self._seen += len(data)
             if self._seen - CHUNK_OVERHEAD * self._body > MAX_HEAD and not self.transport.is_closing():
@@ -135,6 +138,10 @@ def _limited() -> type[HttpToolsProtocol]:
 
         def on_headers_complete(self) -> None:
             super().on_headers_complete()
+            if self.parser.should_upgrade() and self._should_upgrade():
+                if self._unanswered():
+                    raise ValueError("a connection cannot be upgraded while an answer is written")  # 400
+                return
             extensions: dict[str, Any] = {DIRECT_BODY: _ChunkedBody(self.cycle)}
             self.cycle.scope["extensions"] = extensions
             if not self.pipeline:

@@ -178,7 +178,7 @@ OPERATIONS: Mapping[Key, Operation] = {
     ("POST", "/v1/responses"): Operation(
         id="create_response",
         tag="responses",
-        summary="Answer with tools and memory: whole, streamed, or in the background",
+        summary="Answer with tools and memory: whole, streamed, in the background, or over a WebSocket",
         body=(ResponsesRequest,),
         example={"input": "What is the capital of France?", "max_output_tokens": 64},
         answers={200: (Response,)},

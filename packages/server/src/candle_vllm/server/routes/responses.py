@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from fastapi import APIRouter, Request
+from starlette.requests import HTTPConnection
 from starlette.responses import Response as HttpResponse
 
 from candle_vllm.openai import OpenAIAdapter, to_json_bytes
@@ -46,6 +47,7 @@ from candle_vllm.server.mailbox.policy import refuse_headers
 from candle_vllm.server.models.slot import Lease, ServedModel
 
 if TYPE_CHECKING:
+    from candle_vllm.responses.api.connection import ConnectionMemory
     from candle_vllm.responses.api.kept import KeptResponses
     from candle_vllm.responses.api.mcp_source import McpSource
     from candle_vllm.responses.api.responder import Responder
@@ -67,8 +69,8 @@ class Responders:
         self.servers = servers
         self._habits: WeakKeyDictionary[OpenAIAdapter, TemplateHabits] = WeakKeyDictionary()
 
-    def of(self, model: ServedModel) -> Responder:
-        """Who answers with this model."""
+    def of(self, model: ServedModel, memory: ConnectionMemory | None = None) -> Responder:
+        """Who answers with this model; `memory` is that of the client's connection."""
         from candle_vllm.responses.api.responder import Responder, ResponderOptions
         from candle_vllm.responses.conversation.chat_model import InProcessModel
 
@@ -92,6 +94,7 @@ class Responders:
             habits=habits,
             servers=self.servers,
             kept=self.kept,
+            memory=memory,
             options=options,
         )
 
@@ -101,7 +104,7 @@ async def create_response(request: Request) -> HttpResponse:
     """OpenAI's responses: whole, streamed, or in the background."""
     deadline = deadline_of(request)
     wire = await parsed(request, parse_responses_request)
-    _check_page(request, wire)
+    check_page(request, wire)
     if wire.background:
         return await _in_background(request, wire, deadline)
     return await answer_parsed(request, _Exchange(request).api(), wire, deadline)
@@ -113,8 +116,8 @@ async def count_input_tokens(request: Request) -> HttpResponse:
     responders: Responders = request.app.state.responders
 
     async def count(model: ServedModel, wire: Any) -> InputTokens:
-        _check_page(request, wire)
-        return await responders.of(model).count_input_tokens(wire, owner=await _owner(request, wire))
+        check_page(request, wire)
+        return await responders.of(model).count_input_tokens(wire, owner=await owner_of(request, wire))
 
     return await answer_with(request, parse_input_tokens_request, count, queued=False)
 
@@ -139,10 +142,10 @@ class _Exchange:
         )
 
     async def _whole(self, model: ServedModel, wire: ResponsesRequest) -> Response:
-        return await self._responders.of(model).create(wire, owner=await _owner(self._request, wire))
+        return await self._responders.of(model).create(wire, owner=await owner_of(self._request, wire))
 
     async def _streamed(self, model: ServedModel, wire: ResponsesRequest) -> ResponseStream:
-        owner = await _owner(self._request, wire)
+        owner = await owner_of(self._request, wire)
         self._stream = await self._responders.of(model).create_stream(wire, owner=owner)
         return self._stream
 
@@ -167,7 +170,7 @@ async def _in_background(request: Request, wire: ResponsesRequest, deadline: flo
         )
         stream = None
         try:
-            owner = await _owner(request, wire)
+            owner = await owner_of(request, wire)
             stream = await responders.of(lease.model).prepare(wire, owner=owner, keep=False, at_once=True)
             queued = stream.response
             work = _work(stream, lease, caller_of(request.scope), wire.priority or 0)
@@ -204,7 +207,7 @@ async def _work(
         lease.release()
 
 
-def _check_page(request: Request, wire: PromptFields) -> None:
+def check_page(request: HTTPConnection, wire: PromptFields) -> None:
     """Where no key is needed, a web page from elsewhere must not have tools run."""
     settings = request.app.state.settings
     uses_tools = any(isinstance(tool, McpTool) for tool in wire.tools or ())
@@ -212,7 +215,7 @@ def _check_page(request: Request, wire: PromptFields) -> None:
         check_origin(request.scope, settings.cors_origin)
 
 
-async def _owner(request: Request, wire: PromptFields) -> str:
+async def owner_of(request: HTTPConnection, wire: PromptFields) -> str:
     """Whose response it is; nobody's where no store is needed, which takes a moment to open."""
     responders: Responders = request.app.state.responders
     stored = isinstance(wire, ResponsesRequest) and wire.store is not False

@@ -1,0 +1,258 @@
+"""`/v1/responses` over a WebSocket: steps 1 and 10 of responses that one connection asks for, one behind the other.
+
+A text message is a `response.create` event: the body of `POST /v1/responses` with that `type`. Its answer are the
+events of a stream, each a message. What is not kept can be continued by the connection that asked for it, from its own
+memory; a continuation that fails is forgotten with what it continued.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.openai import to_error, to_json_bytes
+from candle_vllm.openai.errors import InvalidBodyError, UnsupportedParameterError
+from candle_vllm.openai.json_body import decode_json
+from candle_vllm.responses.api.connection import ConnectionMemory
+from candle_vllm.responses.api.response_stream import ResponseStream, error_detail
+from candle_vllm.responses.api.stored_items import entry_of
+from candle_vllm.responses.conversation.channel import end_task
+from candle_vllm.responses.protocol.events import ErrorDetail, StreamEvent
+from candle_vllm.responses.protocol.request import ResponsesRequest, parse_responses_request
+from candle_vllm.server.answering import BIG_BODY, in_time
+from candle_vllm.server.http.auth import check_origin
+from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.failures import refusal
+from candle_vllm.server.http.protocol import STALL_SECONDS
+from candle_vllm.server.http.routing import caller_of
+from candle_vllm.server.http.socket import DRAINING
+from candle_vllm.server.kept_access import store_refusal
+from candle_vllm.server.models.manager import take_turn
+from candle_vllm.server.observing.request_context import RequestContext, begin_generation, current_request
+from candle_vllm.server.routes.responses import Responders, check_page, owner_of
+from candle_vllm.server.settings.derived import speak_in_flags
+
+router = APIRouter()
+MAX_WAITING = 16  # messages that wait for the response before theirs
+MAX_SECONDS = 3600.0  # of a connection; a response that has begun by then is finished
+_CREATE = "response.create"
+_RESTART, _TOO_OLD, _TOO_MANY = 1012, 1000, 1008  # codes of closes
+
+
+@router.websocket("/v1/responses")
+async def respond(websocket: WebSocket) -> None:
+    """OpenAI's responses over one connection."""
+    try:
+        check_origin(websocket.scope, websocket.app.state.settings.cors_origin)
+    except HttpError as error:
+        await websocket.send_denial_response(refusal(websocket.scope, error))
+        return
+    await websocket.accept()
+    with contextlib.suppress(WebSocketDisconnect):
+        await _Connection(websocket).run()
+
+
+class _Connection:
+    """One connection from its first message to its last."""
+
+    def __init__(self, websocket: WebSocket) -> None:
+        self._websocket = websocket
+        self._state = websocket.app.state
+        self._responders: Responders = self._state.responders
+        self._memory = ConnectionMemory()
+        self._waiting: deque[str] = deque()
+        self._news = asyncio.Event()
+        self._gone = False  # the client is
+        self._stream: ResponseStream | None = None
+        self._draining: asyncio.Event = websocket.scope.get("extensions", {}).get(DRAINING) or asyncio.Event()
+
+    async def run(self) -> None:
+        """Answers until the client leaves, the server stops, or the connection is too old."""
+        ends = time.monotonic() + MAX_SECONDS
+        reader = asyncio.create_task(self._read(), name="reader of a WebSocket")
+        stop = asyncio.create_task(self._draining.wait(), name="drain of a WebSocket")
+        stop.add_done_callback(lambda _: self._news.set())
+        try:
+            while await self._has_message(ends):
+                await self._answer_next()
+            if self._draining.is_set():
+                await self._websocket.close(_RESTART, "the server is stopping")
+            elif not self._gone:
+                error = HttpError(400, "The connection is an hour old: open another.", _OLD)
+                await self._send_error(error)
+                await self._websocket.close(_TOO_OLD)
+        except asyncio.CancelledError:  # the drain's time is over
+            await self._cut_off()
+        finally:
+            await end_task(stop)
+            await end_task(reader)
+
+    async def _read(self) -> None:
+        """Takes messages, also while a response is written, so that a client that leaves is noticed."""
+        try:
+            while True:
+                text = await self._websocket.receive_text()
+                if len(self._waiting) >= MAX_WAITING:
+                    message = f"More than {MAX_WAITING} messages wait for the response before theirs."
+                    await self._send_error(HttpError(429, message, "too_many_messages"))
+                    await self._websocket.close(_TOO_MANY)
+                    return
+                self._waiting.append(text)
+                self._news.set()
+        except (WebSocketDisconnect, RuntimeError, KeyError):  # it has left, or sent bytes that are no text
+            pass
+        finally:
+            self._gone = True
+            self._news.set()
+
+    async def _has_message(self, ends: float) -> bool:
+        """Waits for the next message; False where there is to be none."""
+        while not self._waiting or self._draining.is_set():
+            left = ends - time.monotonic()
+            if self._gone or self._draining.is_set() or left <= 0:
+                return False
+            self._news.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._news.wait()
+        return not self._gone and time.monotonic() < ends
+
+    async def _answer_next(self) -> None:
+        """Answers one message, or gives up when the client leaves."""
+        answering = asyncio.create_task(self._answer(self._waiting.popleft()), name="response over a WebSocket")
+        try:
+            while not answering.done() and not self._gone:
+                self._news.clear()
+                news = asyncio.create_task(self._news.wait())
+                await asyncio.wait({answering, news}, return_when=asyncio.FIRST_COMPLETED)
+                await end_task(news)
+        finally:
+            if not answering.done():
+                await end_task(answering)
+        if not answering.cancelled() and (failure := answering.exception()) is not None:
+            raise failure
+
+    async def _answer(self, text: str) -> None:
+        previous: str | None = None
+        try:
+            wire = await self._parsed(text)
+            previous = wire.previous_response_id
+            check_page(self._websocket, wire)
+            await self._generate(wire)
+        except (WebSocketDisconnect, asyncio.CancelledError):
+            raise
+        except Exception as failure:
+            await self._fail(failure)
+        if previous is not None and (self._stream is None or self._stream.failure is not None):
+            self._memory.forget(previous)
+        self._stream = None
+
+    async def _parsed(self, text: str) -> ResponsesRequest:
+        return await asyncio.to_thread(_request_of, text) if len(text) > BIG_BODY else _request_of(text)
+
+    async def _generate(self, wire: ResponsesRequest) -> None:
+        """The events of one response, sent as they come."""
+        scope = {**self._websocket.scope, "state": {**self._websocket.scope.get("state", {})}}
+        current_request.set(RequestContext(scope))  # each response is a request of its own to those who count
+        begin_generation(scope)
+        async with in_time(time.monotonic() + self._state.settings.request_timeout):
+            turn = await take_turn(
+                self._state.manager, wire.model, caller_of(scope), sequences=1, priority=wire.priority or 0
+            )
+            try:
+                owner = await owner_of(self._websocket, wire)
+                responder = self._responders.of(turn.model, self._memory)
+                async with aclosing(await responder.create_stream(wire, owner=owner)) as stream:
+                    self._stream = stream
+                    async for event in stream:
+                        await self._send(event)
+            finally:
+                turn.release()
+        if stream.failure is None:
+            entry = await asyncio.to_thread(entry_of, owner, stream.response, stream.input_items)
+            self._memory.remember(entry)
+
+    async def _fail(self, failure: Exception) -> None:
+        """Tells of a failure: of a response that has begun as its end, otherwise as an event of its own."""
+        stream, self._stream = self._stream, None
+        if stream is None:
+            await self._send_error(failure)
+            return
+        for event in stream.stop(_detail(failure)):
+            await self._send(event)
+
+    async def _cut_off(self) -> None:
+        """The last words of a connection that the end of the drain cancels."""
+        error = HttpError(503, "The server was stopped before the response was complete.", "shutting_down")
+        with contextlib.suppress(Exception):
+            if self._stream is not None:
+                await self._fail(error)
+            await self._websocket.close(_RESTART, "the server has stopped")
+
+    async def _send(self, event: StreamEvent) -> None:
+        await self._send_bytes(to_json_bytes(event))
+
+    async def _send_error(self, failure: Exception) -> None:
+        await self._send_bytes(_error_event(failure))
+
+    async def _send_bytes(self, data: bytes) -> None:
+        """Sends a message; a client that does not read for long is as good as gone."""
+        try:
+            async with asyncio.timeout(STALL_SECONDS):
+                await self._websocket.send_text(data.decode())
+        except (TimeoutError, RuntimeError):
+            self._gone = True
+            raise WebSocketDisconnect(1006) from None
+
+
+_OLD = "websocket_connection_limit_reached"
+
+
+def _request_of(text: str) -> ResponsesRequest:
+    body = decode_json(text.encode())
+    if not isinstance(body, dict):
+        raise InvalidBodyError("a message must be a JSON object with a type")
+    if body.get("type") != _CREATE:
+        raise UnsupportedParameterError(f"type must be {_CREATE!r}, not {body.get('type')!r:.80}", "type")
+    for name, neutral in (("stream", True), ("background", False), ("stream_options", None)):
+        if body.get(name) not in (None, neutral):
+            raise UnsupportedParameterError(
+                f"{name} belongs to POST /v1/responses: over a WebSocket every response is a stream", name
+            )
+    fields = {name: value for name, value in body.items() if name != "type"}
+    return parse_responses_request({**fields, "stream": True})
+
+
+def _refused(failure: Exception) -> Exception:
+    failure = store_refusal(failure) or failure
+    if isinstance(failure, CandleVllmError):
+        speak_in_flags(failure)
+    return failure
+
+
+def _detail(failure: Exception) -> ErrorDetail:
+    failure = _refused(failure)
+    if isinstance(failure, HttpError):
+        return ErrorDetail(type="server_error", code=failure.code, message=str(failure), param=failure.param)
+    return error_detail(failure)
+
+
+def _error_event(failure: Exception) -> bytes:
+    """An error as the message of its own that clients of this transport know."""
+    failure = _refused(failure)
+    if isinstance(failure, HttpError):
+        status, kind = failure.status, "invalid_request_error" if failure.status < 500 else "server_error"
+        error: dict[str, Any] = {"type": kind, "code": failure.code, "message": str(failure), "param": failure.param}
+    else:
+        told = to_error(failure)
+        status, body = told.status, told.body.error
+        error = {"type": body.type, "code": body.code or body.type, "message": body.message, "param": body.param}
+    return to_json_bytes({"type": "error", "status": status, "error": error})
