@@ -632,3 +632,49 @@ def test_chat_renders_the_models_template(engine: InferenceEngine) -> None:
     output = engine.chat(messages, GREEDY)
     assert output.prompt_token_ids[0] == 257
     assert engine.detokenize(engine.tokenize(text), skip_special_tokens=False) == text
+
+
+def test_processors_of_the_users_own(engine: InferenceEngine) -> None:
+    """They see the tokens so far and the model's own logits; forms and masks hold whatever they do."""
+    seen: list[tuple[int, ...]] = []
+
+    def only(token: int) -> Any:
+        def process(tokens: tuple[int, ...], row: np.ndarray) -> np.ndarray:
+            seen.append(tokens)
+            assert row.dtype == np.float32
+            assert np.isfinite(row).all()
+            row[:] = -np.inf
+            row[[token, 71]] = [5.0, 1.0]
+            return row
+
+        return process
+
+    prompt = [1, 2, 3]
+    (output,) = engine.generate([prompt], replace(GREEDY, max_tokens=3, logits_processors=[only(70)]))
+    assert output.outputs[0].token_ids == (70, 70, 70)
+    assert seen == [(1, 2, 3), (1, 2, 3, 70), (1, 2, 3, 70, 70)]
+    masked = replace(GREEDY, max_tokens=2, logits_processors=[only(70)], allowed_token_ids=[71, 72])
+    assert engine.generate([prompt], masked)[0].outputs[0].token_ids == (71, 71)
+
+
+@pytest.mark.parametrize(
+    ("process", "says"),
+    [
+        (lambda tokens, row: 1 / 0, "ZeroDivisionError"),
+        (lambda tokens, row: row[:5], "float32 array of"),
+        (lambda tokens, row: row.astype(np.float64), "float32 array of"),
+        (lambda tokens, row: None, "float32 array of"),
+    ],
+)
+def test_a_processor_that_fails_fails_its_own_request(engine: InferenceEngine, process: Any, says: str) -> None:
+    async def both() -> list[Any]:
+        wrong = replace(GREEDY, logits_processors=[process])
+        calls = [engine.agenerate([1, 2, 3], params) for params in (GREEDY, wrong, GREEDY)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    before, failed, after = asyncio.run(both())
+    assert isinstance(failed, RequestError)
+    assert says in str(failed)
+    assert str(failed).startswith("logits_processors: ")
+    assert before.outputs[0].token_ids == after.outputs[0].token_ids
+    assert engine.generate([[1, 2, 3]], GREEDY)[0].outputs[0].token_ids == before.outputs[0].token_ids

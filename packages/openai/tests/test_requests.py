@@ -227,14 +227,16 @@ def test_every_sampling_field_arrives() -> None:
         "frequency_penalty": -1, "repetition_penalty": 1.5, "seed": -3, "max_tokens": 9, "min_tokens": 2,
         "stop": ["x"], "stop_token_ids": [4], "ignore_eos": True, "include_stop_str_in_output": True,
         "skip_special_tokens": False, "prompt_logprobs": 2, "allowed_token_ids": [1, 2], "bad_words": ["no"],
-        "cache_salt": "salt",
+        "cache_salt": "salt", **SAMPLERS,
     }  # fmt: skip
     expected = SamplingParams(**fields, logprobs=3, logit_bias={7: -5.0})
     bias = {"logit_bias": {"7": -5}}
     assert to_sampling_params(chat(**fields, **bias, logprobs=True, top_logprobs=3), {}) == expected
     assert to_sampling_params(completion(**fields, **bias, logprobs=3), {}) == expected
-    # the last two are the library's own; structured output and thoughts have tests of their own
-    others = {"logprobs", "logit_bias", "structured_outputs", "thoughts", "skip_reading_prefix_cache", "output_kind"}
+    # skip_reading_prefix_cache and output_kind are the library's own, processors are code; structured output and
+    # thoughts have tests of their own
+    others = {"logprobs", "logit_bias", "structured_outputs", "thoughts", "skip_reading_prefix_cache", "output_kind",
+              "logits_processors"}  # fmt: skip
     assert set(SamplingParams.__struct_fields__) == {*fields, *others}
 
 
@@ -334,3 +336,38 @@ def test_one_odd_field_in_a_right_request(name: str, value: object) -> None:
 def test_a_million_wrong_entries_cost_one_error() -> None:
     blamed, text = refusal(completion, prompt=[1] + ["x"] * 300_000)
     assert (blamed, len(text) < 200) == ("prompt.1", True)
+
+
+SAMPLERS = {
+    "repeat_last_n": 64, "top_n_sigma": 1.5, "typical_p": 0.9, "xtc_probability": 0.5, "xtc_threshold": 0.2,
+    "dynatemp_range": 0.5, "dynatemp_exponent": 2.0, "mirostat": 2, "mirostat_tau": 4.0, "mirostat_eta": 0.2,
+    "dry_multiplier": 0.8, "dry_base": 1.5, "dry_allowed_length": 3, "dry_penalty_last_n": 128,
+    "dry_sequence_breakers": ["x"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [chat, completion])
+def test_llama_cpps_samplers(make: Any) -> None:
+    params = to_sampling_params(make(**SAMPLERS), {"top_k": 40, "temperature": 0.5})
+    assert {name: getattr(params, name) for name in SAMPLERS} == SAMPLERS
+    assert (params.top_k, params.temperature) == (0, 0.5)  # mirostat takes the place of the model's cuts
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_llama_cpps_samplers_are_refused_by_name(name: str) -> None:
+    for value in ("1", True, -5, 10**30, [1], {}):
+        param, _ = refusal(chat, **{name: value})
+        assert (param or "").split(".")[0] == name, value
+
+
+def test_names_of_other_servers() -> None:
+    params = to_sampling_params(chat(repeat_penalty=1.3, mirostat_mode=2, tfs_z=1, top_a=0), {})
+    assert (params.repetition_penalty, params.mirostat) == (1.3, 2)
+    assert chat(repeat_penalty=1.3, repetition_penalty=1.3).repetition_penalty == 1.3
+    assert refusal(chat, repeat_penalty=1.3, repetition_penalty=1.2)[0] == "repeat_penalty"
+    assert refusal(chat, top_a=0.5) == ("top_a", "top_a is not supported: there is no such sampler")
+    breakers = chat(dry_sequence_breakers='"\\n", ":", "\\"", "*"').dry_sequence_breakers
+    assert breakers == ["\n", ":", '"', "*"]
+    assert chat(dry_sequence_breakers='["a"]').dry_sequence_breakers == ["a"]
+    for wrong in ("\\n", '"a" "b"', "[" * 4000, "1", '""', "x" * 9999):
+        assert (refusal(chat, dry_sequence_breakers=wrong)[0] or "").startswith("dry_sequence_breakers")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from candle_vllm.core import EngineConfig, FinishReason, SamplingParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
@@ -45,6 +46,31 @@ EVERYTHING = [
     SamplingParams(temperature=0.0, max_tokens=12, prompt_logprobs=2),
     SamplingParams(temperature=1.0, seed=8, max_tokens=1),
     SamplingParams(temperature=1.0, seed=8, max_tokens=60, ignore_eos=True),
+]
+
+
+def reversed_row(tokens: Sequence[int], row: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Looks at the tokens so far, too: they must be there."""
+    return (-row + np.float32(len(tokens) % 3)).astype(np.float32)
+
+
+def refusing(tokens: Sequence[int], row: NDArray[np.float32]) -> NDArray[np.float32]:
+    if len(tokens) > 30:
+        raise ValueError("thirty is enough")
+    return row
+
+
+RARE = [
+    SamplingParams(temperature=0.9, seed=1, max_tokens=30, dry_multiplier=0.8, dry_allowed_length=1),
+    SamplingParams(temperature=0.9, seed=2, max_tokens=30, xtc_probability=0.5, xtc_threshold=0.01, logprobs=1),
+    SamplingParams(temperature=0.9, seed=3, max_tokens=30, mirostat=2, mirostat_tau=3.0, mirostat_eta=0.5),
+    SamplingParams(temperature=0.7, seed=4, max_tokens=30, mirostat=1, mirostat_tau=4.0, n=2),
+    SamplingParams(temperature=0.9, seed=5, max_tokens=30, repetition_penalty=1.5, repeat_last_n=4),
+    SamplingParams(temperature=0.0, max_tokens=30, dry_multiplier=2.0, presence_penalty=1.0, repeat_last_n=9),
+    SamplingParams(temperature=0.9, seed=6, max_tokens=30, typical_p=0.5, dynatemp_range=0.5, top_n_sigma=2.0),
+    SamplingParams(temperature=0.9, seed=7, max_tokens=30, logits_processors=[reversed_row]),
+    SamplingParams(temperature=0.9, seed=8, max_tokens=40, logits_processors=[refusing], ignore_eos=True),
+    SamplingParams(temperature=1.0, seed=9, max_tokens=40, ignore_eos=True),
 ]
 
 
@@ -153,6 +179,15 @@ def test_answers_are_those_of_the_engine_without_overlap(
     assert found == expected
     assert {len(found[name]) for name in found} == {2, 4}
     assert (stream.replayed > 0) == graphs
+
+
+@pytest.mark.parametrize(("graphs", "every"), [(True, 0), (False, 2)])
+def test_rare_samplers_are_those_of_the_engine_without_overlap(loaded: LoadedModel, graphs: bool, every: int) -> None:
+    runner, _ = device_runner(loaded, graphs=graphs)
+    found = drive(make(loaded, runner), asked(RARE), every=every)
+    assert found == stepwise(loaded, RARE)
+    reasons = [answers[0][2] for answers in found.values()]
+    assert reasons.count("error") == 1  # that of the processor which raises, and no neighbour's
 
 
 def test_steps_overlap(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,10 @@ PARAMS: list[dict[str, Any]] = [
     {"temperature": 1.0, "seed": 8, "max_tokens": 30, "bad_words": ["ab", "b{a"], "ignore_eos": True},
     {"temperature": 1.0, "seed": 9, "max_tokens": 40, "allowed_token_ids": [97, 98, EOS], "min_tokens": 9},
     {"temperature": 1.0, "seed": 10, "max_tokens": 50, "structured_outputs": FORM},
+    {"temperature": 1.0, "seed": 12, "max_tokens": 30, "mirostat": 2, "mirostat_eta": 0.5, "ignore_eos": True},
+    {"temperature": 1.0, "seed": 13, "max_tokens": 30, "dry_multiplier": 2.0, "dry_allowed_length": 1},
+    {"temperature": 1.0, "seed": 14, "max_tokens": 30, "xtc_probability": 0.5, "xtc_threshold": 0.0},
+    {"temperature": 1.0, "seed": 15, "max_tokens": 30, "repetition_penalty": 1.4, "repeat_last_n": 3},
     {
         "temperature": 1.0,
         "seed": 11,

@@ -125,6 +125,8 @@ KINDS: list[dict[str, Any]] = [
     {"temperature": 1.5, "stop": ["e", "qu", "  "], "min_tokens": 3},
     {"temperature": 0.0, "repetition_penalty": 1.3, "frequency_penalty": 0.5},
     {"temperature": 1.5, "stop_token_ids": [*range(40)]},
+    {"temperature": 1.5, "xtc_probability": 0.5, "dry_multiplier": 1.0},
+    {"temperature": 1.5, "mirostat": 2, "typical_p": 0.8},
     {"temperature": 1.5, "ignore_eos": True, "logprobs": 1},
     {"temperature": 2.0, "ignore_eos": True, "skip_special_tokens": False, "logit_bias": {257: 5.0}},
 ]
@@ -135,7 +137,7 @@ def any_requests(rng: random.Random) -> list[GenerationRequest]:
         GenerationRequest(
             request_id=str(index),
             prompt_token_ids=[rng.randrange(256) for _ in range(rng.randrange(1, 50))],
-            params=SamplingParams(seed=index, max_tokens=rng.randrange(1, 90), **rng.choice(KINDS)),
+            params=SamplingParams(seed=index, max_tokens=rng.randrange(3, 90), **rng.choice(KINDS)),
         )
         for index in range(14)
     ]

@@ -114,8 +114,20 @@ def gone(pid: int) -> bool:
                 }
             ),
         ),
+        SamplingParams(
+            temperature=0.9,
+            seed=4,
+            max_tokens=30,
+            typical_p=0.9,
+            xtc_probability=0.5,
+            mirostat=2,
+            dry_multiplier=1.0,
+            dry_sequence_breakers=["e"],
+            repetition_penalty=1.2,
+            repeat_last_n=8,
+        ),
     ],
-    ids=["greedy", "seeded", "n", "logprobs", "stop", "lists", "regex", "schema"],
+    ids=["greedy", "seeded", "n", "logprobs", "stop", "lists", "regex", "schema", "samplers"],
 )
 async def test_a_request_gives_what_it_gives_in_this_process(
     local: InferenceEngine, remote: RemoteEngine, params: SamplingParams
@@ -125,6 +137,12 @@ async def test_a_request_gives_what_it_gives_in_this_process(
     assert there.metrics is not None
     assert there.metrics.first_token_time is not None
     assert there.metrics.arrival_time <= there.metrics.first_token_time <= time.monotonic()
+
+
+async def test_processors_stay_in_their_process(remote: RemoteEngine) -> None:
+    with pytest.raises(InvalidParameterError, match="another process") as caught:
+        await remote.agenerate(PROMPT, SamplingParams(logits_processors=[lambda _, row: row]))
+    assert caught.value.param == "logits_processors"
 
 
 async def test_pieces_are_those_of_an_engine_here(local: InferenceEngine, remote: RemoteEngine) -> None:

@@ -14,7 +14,11 @@ from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.params import (
     DEFAULT_SAMPLING,
     MAX_ALLOWED_TOKENS,
+    MAX_BREAKER_LENGTH,
+    MAX_BREAKERS,
     MAX_LOGPROBS,
+    MAX_LOOKBACK,
+    MAX_PROCESSORS,
     MAX_SEQUENCES,
     MAX_STOP_LENGTH,
     MAX_STOP_STRINGS,
@@ -54,6 +58,22 @@ GOOD: dict[str, list[Any]] = {
     "structured_outputs": [None, StructuredOutputsParams(json_object=True)],
     "thoughts": [None, ThoughtBudget(tokens=1, marks={"<a>": "</a>"})],
     "cache_salt": [None, "s", "s" * 256],
+    "repeat_last_n": [-1, 0, 64, MAX_LOOKBACK],
+    "top_n_sigma": [-1, 0, 1.5, 100],
+    "typical_p": [1e-9, 0.5, 1],
+    "xtc_probability": [0, 0.5, 1],
+    "xtc_threshold": [0, 0.1, 1.0],
+    "dynatemp_range": [0, 100.0],
+    "dynatemp_exponent": [0, 1.5, 100],
+    "mirostat": [0, 1, 2],
+    "mirostat_tau": [0, 5.0, 100],
+    "mirostat_eta": [0, 0.1, 10],
+    "dry_multiplier": [0, 0.8, 1000],
+    "dry_base": [1, 1.75, 1000],
+    "dry_allowed_length": [1, 2, MAX_LOOKBACK],
+    "dry_penalty_last_n": [-1, 0, MAX_LOOKBACK],
+    "dry_sequence_breakers": [None, [], ["x", "y" * MAX_BREAKER_LENGTH], ["x"] * MAX_BREAKERS],
+    "logits_processors": [None, [], [lambda tokens, row: row]],
 }
 
 NO_INTEGER: list[Any] = ["1", 1.0, True, [1], None]
@@ -88,6 +108,22 @@ BAD: dict[str, list[Any]] = {
     "bad_words": ["x", [""], ["y" * (MAX_STOP_LENGTH + 1)], [1], ["x"] * (MAX_TOKEN_LIST + 1), 5],
     "thoughts": [5, {"tokens": 1, "marks": {"<a>": "</a>"}}],
     "cache_salt": ["", "s" * 257, 5],
+    "repeat_last_n": [-2, MAX_LOOKBACK + 1, *NO_INTEGER],
+    "top_n_sigma": [-1.1, 100.1, *NO_NUMBER],
+    "typical_p": [0, 1.1, *NO_NUMBER],
+    "xtc_probability": [-0.1, 1.1, *NO_NUMBER],
+    "xtc_threshold": [-0.1, 1.1, *NO_NUMBER],
+    "dynatemp_range": [-0.1, 100.1, *NO_NUMBER],
+    "dynatemp_exponent": [-0.1, 100.1, *NO_NUMBER],
+    "mirostat": [-1, 3, *NO_INTEGER],
+    "mirostat_tau": [-0.1, 100.1, *NO_NUMBER],
+    "mirostat_eta": [-0.1, 10.1, *NO_NUMBER],
+    "dry_multiplier": [-0.1, 1000.1, *NO_NUMBER],
+    "dry_base": [0.9, 1000.1, *NO_NUMBER],
+    "dry_allowed_length": [0, MAX_LOOKBACK + 1, *NO_INTEGER],
+    "dry_penalty_last_n": [-2, MAX_LOOKBACK + 1, *NO_INTEGER],
+    "dry_sequence_breakers": ["x", [""], ["y" * (MAX_BREAKER_LENGTH + 1)], [1], ["x"] * (MAX_BREAKERS + 1), 5],
+    "logits_processors": [["x"], [None], 5, [print] * (MAX_PROCESSORS + 1)],
 }
 
 
@@ -128,6 +164,21 @@ def test_min_tokens_against_max_tokens() -> None:
     with pytest.raises(InvalidParameterError, match="must not exceed max_tokens") as caught:
         SamplingParams(min_tokens=5, max_tokens=4)
     assert caught.value.param == "min_tokens"
+
+
+def test_mirostat_takes_the_place_of_cuts_that_are_left_open() -> None:
+    cuts = {"top_k": 40, "top_p": 0.9, "min_p": 0.05, "typical_p": 0.7, "temperature": 0.6}
+    filled = SamplingParams(mirostat=2, top_p=0.5).filled(cuts)
+    assert (filled.top_k, filled.top_p, filled.min_p, filled.typical_p, filled.temperature) == (0, 0.5, 0.0, 1.0, 0.6)
+    assert SamplingParams().filled(cuts).top_k == 40
+
+
+def test_what_asks_for_the_chain() -> None:
+    assert not SamplingParams(top_k=5, dry_multiplier=1, repeat_last_n=3, xtc_threshold=0.4, top_n_sigma=-1).chained
+    assert not SamplingParams(xtc_probability=1, xtc_threshold=0.51).chained
+    for name, value in (("top_n_sigma", 1), ("typical_p", 0.9), ("xtc_probability", 0.1), ("dynatemp_range", 1)):
+        assert SamplingParams(**{name: value}).chained, name
+    assert SamplingParams(mirostat=1).chained
 
 
 def test_stop_strings_and_greedy() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.sampling.params import SAMPLER_FIELDS, SamplingParams, without_cuts
 from candle_vllm.openai.conversation import text_of
 from candle_vllm.openai.protocol.chat import ChatCompletionRequest
 from candle_vllm.openai.protocol.completions import CompletionRequest
@@ -39,6 +39,7 @@ _SAME_NAMES = (
     "allowed_token_ids",
     "bad_words",
     "cache_salt",
+    *SAMPLER_FIELDS,
 )
 
 
@@ -117,6 +118,8 @@ def sampling_params(task: Task, defaults: Mapping[str, Any]) -> SamplingParams:
 
     `defaults` are the model's own values by field name. Raises `InvalidParameterError`.
     """
+    if task.sampling.get("mirostat"):
+        defaults = without_cuts(defaults)
     given: dict[str, Any] = {"max_tokens": COMPLETION_MAX_TOKENS if task.prompts else None, **defaults, **task.sampling}
     if task.echo_prompts:  # an echo with log-probabilities shows those of the prompt too
         asked = [given[name] for name in ("prompt_logprobs", "logprobs") if given[name] is not None]

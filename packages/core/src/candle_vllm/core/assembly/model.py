@@ -44,7 +44,7 @@ from candle_vllm.core.threads import collector_paused
 logger = logging.getLogger(__name__)
 
 # generation_config.json keys that are sampling defaults; their names are SamplingParams' own
-_SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

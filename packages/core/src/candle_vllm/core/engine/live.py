@@ -213,6 +213,7 @@ class LiveSequence(Live):
         failure = None if grammar is None else grammar.failure
         if failure is None and sampled.by_request:
             field = "allowed_token_ids" if grammar is None else "structured_outputs"
+            field = field if self.state.failure is None else "logits_processors"
             failure = RequestError(f"{field}: {sampled.error}", field)
         return self.end(FinishReason.ERROR, failure or sampled.error)
 

@@ -19,6 +19,7 @@ from candle_vllm.core.engine.sequence import Sequence
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.pooling import ModelPooling, PoolingPlan
+from candle_vllm.core.sampling.dry import BreakerTable, breakers_of
 from candle_vllm.core.sampling.grammar import GrammarState
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.params import SamplingParams
@@ -120,6 +121,7 @@ class DecoderPreparation(Preparation):
         self.max_model_len = max_model_len
         self._pooling = pooling
         self._grammars = LlguidanceBackend(tokenizer, vocab_size, self._eos_token_ids)
+        self._breakers = BreakerTable(tokenizer, vocab_size)
         self._seeds = random.Random(seed) if seed is not None else random.SystemRandom()  # noqa: S311
 
     def prepare(self, request: GenerationRequest) -> Seq[Live]:
@@ -138,6 +140,7 @@ class DecoderPreparation(Preparation):
             bad_word_token_ids=self._bad_words(request.params.bad_words or ()),
             grammar=self._grammar(request.params),
             thoughts=self._thoughts(request.params),
+            breakers=breakers_of(self._breakers, request.params),
         )
         states = [state, *(state.sibling(index) for index in range(1, request.params.n))]
         return [

@@ -76,6 +76,9 @@ class RequestWriter:
     def _checked_params(self, request: GenerationRequest) -> SamplingParams:
         """The request's parameters with nothing left to chance."""
         info, params = self._info, request.params
+        if params.logits_processors:
+            said = "logits_processors: the engine is in another process, to which no code is sent; use InferenceEngine"
+            raise InvalidParameterError(said, "logits_processors")
         if "generate" not in info.tasks:
             check_encoder_task(info.name, "generate", scores=self._pooling is None)
         check_request(request, info.vocab_size, info.max_model_len)

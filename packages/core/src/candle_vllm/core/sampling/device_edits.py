@@ -8,14 +8,17 @@ Occurrences for the penalties stay on the device, a row for each sequence that n
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.device_stream import DeviceStream, Sent
 from candle_vllm.core.kernels.sampling.contract import DeviceEdits
+from candle_vllm.core.sampling.rare_edits import is_rare, narrow_row, process_row
 from candle_vllm.core.sampling.state import SamplingState
 
 _FIRST_ROWS = 8
@@ -23,7 +26,7 @@ _FIRST_ROWS = 8
 
 def has_edits(state: SamplingState) -> bool:
     """Whether the logits of a sequence are changed before its next token is drawn."""
-    return state.masks_tokens or len(state.bias_ids) > 0 or state.counts is not None
+    return state.masks_tokens or len(state.bias_ids) > 0 or state.counts is not None or is_rare(state)
 
 
 class HostEdits:
@@ -61,6 +64,47 @@ class HostEdits:
         return DeviceEdits(**found, counts=counts if self.counts_tokens else None)
 
 
+class Narrowing:
+    """What DRY and llama.cpp's chain ask for in one step, worked out on the host and on its way to the device.
+
+    Args:
+        stream: whose work will apply it.
+        dry: what is added to logits, as in `DeviceEdits`; None where no row has DRY.
+        rows: those with a chain.
+        links: [R, 12] its numbers, one row for each of `rows`.
+    """
+
+    def __init__(
+        self,
+        stream: DeviceStream,
+        dry: tuple[NDArray[np.int32], NDArray[np.float32]] | None,
+        rows: list[int],
+        links: list[NDArray[np.float64]],
+    ) -> None:
+        self._dry = None if dry is None else [Sent(stream, part) for part in dry]
+        self._chain = [Sent(stream, np.array(rows, np.int64)), Sent(stream, np.stack(links))] if rows else None
+
+    @classmethod
+    def of(cls, stream: DeviceStream, states: Sequence[SamplingState]) -> Narrowing | None:
+        """Of these rows; None where none has either."""
+        dry = None
+        if any(state.dry is not None for state in states):
+            taken = [state.dry.penalties() if state.dry is not None else (_NO_IDS, _NO_IDS) for state in states]
+            dry = _padded([(ids, -values) for ids, values in taken])
+        rows = [row for row, state in enumerate(states) if state.chain is not None]
+        if dry is None and not rows:
+            return None
+        return cls(stream, dry, rows, [states[row].links() for row in rows])
+
+    def apply(self, logits: torch.Tensor) -> None:
+        """Changes [R, V] logits in place; work."""
+        if self._dry is not None:
+            ids, values = (sent.there() for sent in self._dry)
+            kernels.edit_tensors(logits, DeviceEdits(bias_ids=ids, bias=values))
+        if self._chain is not None:
+            kernels.narrow_tensors(logits, *(sent.there() for sent in self._chain))
+
+
 class OccurrenceTable:
     """Occurrences of every token in the sequences that have penalties: [S, V] int32 on the device.
 
@@ -76,19 +120,16 @@ class OccurrenceTable:
         self.counts: torch.Tensor | None = None
 
     def slot(self, state: SamplingState) -> int:
-        """The row of a state that has counts; work that fills it is given to the stream when it is new."""
+        """The row of a state that has counts.
+
+        Work that fills it is given to the stream when it is new, and at each step where only the last tokens count.
+        """
         known = self._slots.get(state)
-        if known is not None:
+        if known is not None and not state.windowed:
             return known
         assert state.counts is not None
-        assert not state.num_ahead
-        if not self._free:
-            grown = max(_FIRST_ROWS, 2 * self._rows)
-            self._free += range(self._rows, grown)
-            self._rows = grown
-        slot = self._free.pop()
-        self._slots[state] = slot
-        weakref.finalize(state, self._free.append, slot).atexit = False
+        assert not state.num_ahead or state.windowed
+        slot = self._new_slot(state) if known is None else known
         ids = Sent(self._stream, state.counts.ids)
         counts = Sent(self._stream, state.counts.counts.astype(np.int32) + 1)
 
@@ -98,6 +139,16 @@ class OccurrenceTable:
             row.index_copy_(0, ids.there(), counts.there())
 
         self._stream.run(fill)
+        return slot
+
+    def _new_slot(self, state: SamplingState) -> int:
+        if not self._free:
+            grown = max(_FIRST_ROWS, 2 * self._rows)
+            self._free += range(self._rows, grown)
+            self._rows = grown
+        slot = self._free.pop()
+        self._slots[state] = slot
+        weakref.finalize(state, self._free.append, slot).atexit = False
         return slot
 
     def _grown(self) -> torch.Tensor:
@@ -121,6 +172,11 @@ def _bias(states: Sequence[SamplingState]) -> tuple[NDArray[np.int32], NDArray[n
         kept = ~np.isin(state.bias_ids, banned)
         ids = np.concatenate((banned, state.bias_ids[kept]))
         rows.append((ids, np.concatenate((np.full(len(banned), -np.inf), state.bias_values[kept]))))
+    return _padded(rows)
+
+
+def _padded(rows: Sequence[tuple[NDArray[np.int64], NDArray[Any]]]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Ids and values of some rows as [R, N]."""
     most = max(len(ids) for ids, _ in rows)
     all_ids, all_values = np.full((len(rows), most), -1, np.int32), np.zeros((len(rows), most), np.float32)
     for row, (ids, values) in enumerate(rows):
@@ -140,7 +196,13 @@ def mask_flags(bits: NDArray[np.int32], vocab_size: int) -> NDArray[np.bool_]:
 
 
 def apply_in_torch(logits: torch.Tensor, states: Sequence[SamplingState]) -> None:
-    """As `apply_processors`, on any device: rows and ids are gathered over the batch."""
+    """As `apply_processors`, on any device: rows and ids are gathered over the batch.
+
+    What is rare is done on the host.
+    """
+    for row, state in enumerate(states):
+        if state.params.logits_processors:
+            on_host(logits[row], process_row, state)
     masked = [row for row, state in enumerate(states) if state.masks_tokens]
     if masked:
         broken = ~(logits[masked].amax(1) < _INF)
@@ -154,6 +216,18 @@ def apply_in_torch(logits: torch.Tensor, states: Sequence[SamplingState]) -> Non
     counted = [row for row, state in enumerate(states) if state.counts is not None]
     if counted:
         _penalise(logits, states, counted)
+    for row, state in enumerate(states):
+        if state.chain is not None or state.dry is not None:
+            on_host(logits[row], narrow_row, state)
+
+
+def on_host(
+    row: torch.Tensor, change: Callable[[NDArray[np.float32], SamplingState], None], state: SamplingState
+) -> None:
+    """Changes a row [V] as numpy does it."""
+    there = row.cpu().numpy().copy()
+    change(there, state)
+    row.copy_(torch.from_numpy(there))
 
 
 def _mask(logits: torch.Tensor, states: Sequence[SamplingState], rows: list[int]) -> None:

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, Sent, Work, copy
 from candle_vllm.core.kernels.sampling.contract import DeviceEdits
-from candle_vllm.core.sampling.device_edits import HostEdits, OccurrenceTable, has_edits
+from candle_vllm.core.sampling.device_edits import HostEdits, Narrowing, OccurrenceTable, has_edits, on_host
+from candle_vllm.core.sampling.rare_edits import process_row
 from candle_vllm.core.sampling.sampler import LogprobRow, SampledToken, Token, drawn_tokens
 from candle_vllm.core.sampling.state import SamplingState
 
@@ -80,7 +81,10 @@ class DeviceSampler:
         logprobs = None
         if asking is not None:
             logprobs = self._stand([states[row].params.logprobs or 0 for row in rows], rows, asking, raw)
-        return self._landed(len(states), logprobs)
+        surprises = Surprises.of(self._stream, states) if edited else None
+        if surprises is not None:
+            self._stream.run(lambda: surprises.take(self._logits, self.ids))
+        return self._landed(states, logprobs, surprises)
 
     def warm_up(self, rows: int) -> None:
         """Runs what draws of `rows`, edits and log-probabilities need, so that it is compiled."""
@@ -128,11 +132,18 @@ class DeviceSampler:
         self._largest[:rows] = largest
 
     def _edit(self, states: Sequence[SamplingState]) -> Work:
-        """Masks, bias and penalties, given to the stream; returns what counts the tokens that are drawn next."""
+        """All edits, given to the stream in their order; returns what counts the tokens that are drawn next."""
+        for row, state in enumerate(states):
+            if state.params.logits_processors:
+                self._stream.run(functools.partial(on_host, self._logits[row], process_row, state))
         slots = [-1 if state.counts is None else self._occurrences.slot(state) for state in states]
         edits, rows = HostEdits(self._stream, states, slots), len(states)
-        counted = Sent(self._stream, np.array(slots, np.int32)) if edits.counts_tokens else None
+        noted = [-1 if state.windowed else slot for state, slot in zip(states, slots)]
+        counted = Sent(self._stream, np.array(noted, np.int32)) if edits.counts_tokens else None
         self._stream.run(lambda: kernels.edit_tensors(self._logits[:rows], edits.there(self._occurrences.counts)))
+        narrowing = Narrowing.of(self._stream, states)
+        if narrowing is not None:
+            self._stream.run(lambda: narrowing.apply(self._logits[:rows]))
 
         def note() -> None:
             counts = self._occurrences.counts
@@ -158,11 +169,13 @@ class DeviceSampler:
         self._stream.run(work)
         return standing
 
-    def _landed(self, rows: int, logprobs: StandingRows | None) -> DrawnRows:
+    def _landed(
+        self, states: Sequence[SamplingState], logprobs: StandingRows | None, surprises: Surprises | None
+    ) -> DrawnRows:
         self._turn = (self._turn + 1) % _PIECES
         landing, result = self._landings[self._turn], self._result
         self._stream.run(lambda: copy(landing, result))
-        return DrawnRows(self._stream.mark(), self._landed_there[self._turn], rows, logprobs)
+        return DrawnRows(self._stream.mark(), self._landed_there[self._turn], states, logprobs, surprises)
 
 
 class StandingRows:
@@ -201,20 +214,65 @@ class StandingRows:
         return LogprobRow.of(token_id, logit, offset, int(self._ranks[place]), top)
 
 
+class Surprises:
+    """How surprising the tokens were that mirostat's rows drew, on the way to their states.
+
+    Args:
+        stream: where they come from.
+        told: each row, its state, and the position that is drawn.
+    """
+
+    def __init__(self, stream: DeviceStream, told: list[tuple[int, SamplingState, int]]) -> None:
+        self._told = told
+        self._rows = Sent(stream, np.array([row for row, _, _ in told], np.int64))
+        self._temperatures = Sent(stream, np.array([state.controls[0] for _, state, _ in told]))
+        self._bits = stream.staged(8 * len(told)).view(torch.float64)
+
+    @classmethod
+    def of(cls, stream: DeviceStream, states: Sequence[SamplingState]) -> Surprises | None:
+        """Of these rows; None where none has mirostat."""
+        told = [(row, state, state.position) for row, state in enumerate(states) if state.params.mirostat]
+        return cls(stream, told) if told else None
+
+    def take(self, logits: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """Reads them off the logits that were drawn from; work."""
+        rows = self._rows.there()
+        copy(self._bits, kernels.surprise_tensors(logits, rows, token_ids[rows], self._temperatures.there()))
+
+    def tell(self) -> None:
+        """Tells the states; behind the mark."""
+        for (_, state, position), bits in zip(self._told, self._bits.tolist()):
+            state.note_surprise(bits, position)
+
+
 class DrawnRows:
     """Tokens on their way to the host; see `engine/model_runner.Launched`."""
 
-    def __init__(self, mark: Mark, landing: Sequence[NDArray[Any]], rows: int, logprobs: StandingRows | None) -> None:
+    def __init__(
+        self,
+        mark: Mark,
+        landing: Sequence[NDArray[Any]],
+        states: Sequence[SamplingState],
+        logprobs: StandingRows | None,
+        surprises: Surprises | None,
+    ) -> None:
         self._mark = mark
         self._landing = landing
-        self._rows = rows
+        self._rows = len(states)
+        self._processed = [(row, state) for row, state in enumerate(states) if state.params.logits_processors]
         self._logprobs = logprobs
+        self._surprises = surprises
 
     def tokens(self) -> list[Token]:
         """One per row; waits for the step."""
         self._mark.wait()
         ids, largest = (part[: self._rows].tolist() for part in self._landing)
         drawn = drawn_tokens(ids, largest)
+        for row, state in self._processed:
+            if state.failure is not None:
+                drawn[row] = SampledToken(-1, error=state.failure, by_request=True)
+        if self._surprises is not None:
+            self._surprises.tell()
         if self._logprobs is not None:
             for place, row in enumerate(self._logprobs.rows):
                 if isinstance(token := drawn[row], int):

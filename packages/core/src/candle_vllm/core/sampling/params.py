@@ -23,6 +23,13 @@ MAX_TOKEN_LIST = 4096  # entries of logit_bias, stop_token_ids, bad_words
 MAX_ALLOWED_TOKENS = 1_000_000
 MAX_TOKENS = 1 << 24
 MAX_TOP_K = 1 << 24
+MAX_LOOKBACK = 1 << 24  # tokens of `repeat_last_n` and `dry_penalty_last_n`
+MAX_BREAKERS = 16  # of `dry_sequence_breakers`
+MAX_BREAKER_LENGTH = 40  # characters of one, as in llama.cpp
+MAX_PROCESSORS = 16
+
+DRY_BREAKERS = ("\n", ":", '"', "*")
+"""What ends a repetition for DRY where the request does not say it; llama.cpp's."""
 
 
 DEFAULT_SAMPLING: Mapping[str, float | int] = MappingProxyType(
@@ -81,6 +88,29 @@ class SamplingParams(
         presence_penalty: subtracted once from the logit of every token already generated, [-2, 2].
         frequency_penalty: subtracted per occurrence in the generated text, [-2, 2].
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output, (0, 100].
+        repeat_last_n: the three penalties look at this many of the last tokens, prompt and output; -1 at all.
+        top_n_sigma: keep logits within so many standard deviations of the largest, up to 100; 0 or less keeps all.
+        typical_p: keep the tokens whose surprise is nearest to the expected one, up to this probability, (0, 1].
+        xtc_probability: how often XTC takes away the likeliest tokens, [0, 1].
+        xtc_threshold: where it does, of the tokens at least this likely only the least likely stays, [0, 1]; above 0.5
+            there is never a second one.
+        dynatemp_range: the temperature varies by this much up and down, with the entropy of what is left, [0, 100].
+        dynatemp_exponent: of that entropy's share of the most it can be, [0, 100].
+        mirostat: 1 or 2 keep the text's surprise at `mirostat_tau` by cutting off less likely tokens; 0 does not. It
+            takes the place of what stands open of top_k, top_p, min_p and typical_p.
+        mirostat_tau: the surprise in bits, [0, 100].
+        mirostat_eta: how fast the cut follows what was drawn, [0, 10].
+        dry_multiplier: DRY takes this times `dry_base` ** (length - `dry_allowed_length`) off the logit of a token
+            that would continue a repetition of so many tokens, [0, 1000]; 0 is off.
+        dry_base: see there, [1, 1000].
+        dry_allowed_length: the shortest repetition that counts, 1 to 2 ** 24.
+        dry_penalty_last_n: it looks at this many of the last tokens, prompt and output; -1 at all.
+        dry_sequence_breakers: texts over which no repetition reaches; None for `DRY_BREAKERS`. At most 16, of up to
+            40 characters.
+        logits_processors: functions of the tokens so far, prompt included, and of a row of logits, an array [V] float32
+            that they may change, which return the row to use. They are called in turn for each token, before
+            anything else is done to its logits, in the engine's thread: what they take, every request of the batch
+            waits. Not over HTTP, and not with an engine in another process.
         seed: makes the request reproducible whatever else is in the batch; any 64-bit integer.
         max_tokens: most tokens to generate; None means up to the context length, as `chat` does where it is left open.
         min_tokens: no end-of-sequence or stop before this many tokens. The form of `structured_outputs` wins: where it
@@ -112,6 +142,22 @@ class SamplingParams(
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = _Open(1.0)
+    repeat_last_n: int = -1
+    top_n_sigma: float = 0.0
+    typical_p: float = _Open(1.0)
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    dynatemp_range: float = 0.0
+    dynatemp_exponent: float = 1.0
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1
+    dry_sequence_breakers: Sequence[str] | None = None
+    logits_processors: Sequence[Any] | None = None
     seed: int | None = None
     max_tokens: int | None = _OpenCount(16)
     min_tokens: int = 0
@@ -163,6 +209,10 @@ class SamplingParams(
         _number("presence_penalty", self.presence_penalty, -2, 2)
         _number("frequency_penalty", self.frequency_penalty, -2, 2)
         _number("repetition_penalty", self.repetition_penalty, 0, 100, above_low=True)
+        for name, (low, high) in _NUMBERS.items():
+            _number(name, getattr(self, name), low, high, above_low=name == "typical_p")
+        for name, (least, most) in _COUNTS.items():
+            _integer(name, getattr(self, name), least, most)
         if self.seed is not None:
             _integer("seed", self.seed, -(1 << 63), (1 << 64) - 1)
         if self.max_tokens is not None:
@@ -180,6 +230,17 @@ class SamplingParams(
                 raise InvalidParameterError(f"{name} must be true or false", name)
 
     def _check_lists(self) -> None:
+        for name, most, length in (
+            ("bad_words", MAX_TOKEN_LIST, MAX_STOP_LENGTH),
+            ("dry_sequence_breakers", MAX_BREAKERS, MAX_BREAKER_LENGTH),
+        ):
+            if (given := getattr(self, name)) is not None:
+                _texts(name, given, most, length)
+        if self.logits_processors is not None:
+            _count("logits_processors", self.logits_processors, MAX_PROCESSORS)
+            if not all(map(callable, self.logits_processors)):
+                said = "logits_processors must be functions of the tokens so far and a row of logits"
+                raise InvalidParameterError(said, "logits_processors")
         if self.stop is not None and (not isinstance(self.stop, Sequence) or isinstance(self.stop, bytes)):
             raise InvalidParameterError("stop must be a text or a list of texts", "stop")
         _count("stop", self.stop_strings, MAX_STOP_STRINGS)
@@ -200,14 +261,6 @@ class SamplingParams(
             _token_ids("logit_bias", list(self.logit_bias), MAX_TOKEN_LIST)
             for value in self.logit_bias.values():
                 _number("logit_bias", value, -100, 100)
-        if self.bad_words is not None:
-            if isinstance(self.bad_words, str):
-                raise InvalidParameterError("bad_words must be a list of texts", "bad_words")
-            _count("bad_words", self.bad_words, MAX_TOKEN_LIST)
-            if not all(isinstance(word, str) and 0 < len(word) <= MAX_STOP_LENGTH for word in self.bad_words):
-                raise InvalidParameterError(
-                    f"bad_words must be texts of 1 to {MAX_STOP_LENGTH} characters", "bad_words"
-                )
         if not isinstance(self.output_kind, RequestOutputKind):
             raise InvalidParameterError("output_kind must be a RequestOutputKind", "output_kind")
         if not isinstance(self.structured_outputs, (StructuredOutputsParams, type(None))):
@@ -228,6 +281,8 @@ class SamplingParams(
             InvalidParameterError: a default cannot be used.
         """
         given: dict[str, Any] = {}
+        if self.mirostat:
+            defaults = without_cuts(defaults)
         for name in self.__struct_fields__:
             value = getattr(self, name)
             if isinstance(value, _Open):
@@ -250,7 +305,45 @@ class SamplingParams(
     @property
     def greedy(self) -> bool:
         """True when the likeliest token is always taken."""
-        return self.temperature < 1e-5
+        return self.temperature < 1e-5 and not self.dynatemp_range
+
+    @property
+    def chained(self) -> bool:
+        """True when the tokens that may be drawn are found by llama.cpp's chain; see `kernels/sampling/chain.py`."""
+        cuts = self.top_n_sigma > 0 or self.typical_p < 1 or (self.xtc_probability > 0 and self.xtc_threshold <= 0.5)
+        return cuts or self.dynatemp_range > 0 or bool(self.mirostat)
+
+
+def without_cuts(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling defaults for a request with mirostat, which takes the place of the cuts that it leaves open."""
+    return {name: value for name, value in defaults.items() if name not in _CUTS}
+
+
+_CUTS = ("top_k", "top_p", "min_p", "typical_p")
+_NUMBERS: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {
+        "top_n_sigma": (-1, 100),
+        "typical_p": (0, 1),
+        "xtc_probability": (0, 1),
+        "xtc_threshold": (0, 1),
+        "dynatemp_range": (0, 100),
+        "dynatemp_exponent": (0, 100),
+        "mirostat_tau": (0, 100),
+        "mirostat_eta": (0, 10),
+        "dry_multiplier": (0, 1000),
+        "dry_base": (1, 1000),
+    }
+)
+_COUNTS: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {
+        "repeat_last_n": (-1, MAX_LOOKBACK),
+        "mirostat": (0, 2),
+        "dry_allowed_length": (1, MAX_LOOKBACK),
+        "dry_penalty_last_n": (-1, MAX_LOOKBACK),
+    }
+)
+SAMPLER_FIELDS = (*_NUMBERS, *_COUNTS, "dry_sequence_breakers")
+"""The fields of llama.cpp's samplers, which have the same names in requests."""
 
 
 def _is_open(value: object) -> bool:
@@ -280,6 +373,14 @@ def _shown(value: float) -> str:
 def _count(name: str, values: Any, most: int) -> None:
     if not isinstance(values, Sequence) or len(values) > most:
         raise InvalidParameterError(f"{name} must be a list of at most {most} entries", name)
+
+
+def _texts(name: str, values: Any, most: int, length: int) -> None:
+    if isinstance(values, str):
+        raise InvalidParameterError(f"{name} must be a list of texts", name)
+    _count(name, values, most)
+    if not all(isinstance(text, str) and 0 < len(text) <= length for text in values):
+        raise InvalidParameterError(f"{name} must be texts of 1 to {length} characters", name)
 
 
 def _token_ids(name: str, values: Any, most: int) -> None:

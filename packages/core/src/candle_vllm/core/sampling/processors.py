@@ -1,8 +1,9 @@
-"""What changes logits before a token is chosen: masks, bias and penalties (step 7 of ten).
+"""What changes logits before a token is chosen: processors, masks, bias, penalties, llama.cpp's chain (step 7 of ten).
 
-The order is vLLM's: structured_outputs, allowed_token_ids, bad_words, min_tokens, logit_bias, repetition_penalty,
-frequency_penalty, presence_penalty. Each feature touches only the entries it is about, and one that no row uses costs a
-test per row.
+The order: the request's own logits_processors, so that no form or mask can be undone by them; then as in vLLM
+structured_outputs, allowed_token_ids, bad_words, min_tokens, logit_bias, repetition_penalty, frequency_penalty,
+presence_penalty; then as in llama.cpp DRY and the chain (`kernels/sampling/chain.py`). Each feature touches only the
+entries it is about, and one that no row uses costs a test per row.
 
 Shapes: R rows, V vocabulary.
 """
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.sampling.rare_edits import narrow_row, process_row
 from candle_vllm.core.sampling.state import SamplingState
 
 
@@ -59,10 +61,13 @@ def apply_processors(logits: Value, states: Sequence[SamplingState]) -> None:
     table = kernels.host_rows(logits)
     if table is not None:
         for row, state in enumerate(states):
+            if state.params.logits_processors:
+                process_row(table[row], state)
             if (state.grammar is not None or state.is_due) and (bits := state.mask_bits()) is not None:
                 mask_row(table[row], bits)
             if state.masks_tokens or len(state.bias_ids) or state.counts is not None:
                 kernels.adjust(table[row], _adjustment(state))
+            narrow_row(table[row], state)
         return
     from candle_vllm.core.sampling.device_edits import apply_in_torch
 

@@ -6,10 +6,10 @@ preemption, or on how prompts are cut into chunks. The counter's layout, which i
 gives the same text:
 
     key      seed mod 2**64, low word first
-    counter  [position, sequence index, 1 where the seed is negative else 0, 0]
+    counter  [position, sequence index, 1 where the seed is negative else 0, stream]
 
-The sign has a word of its own because -1 and 2**64 - 1 are different seeds that share a key. Word 3 is kept for
-further streams of the same request.
+The sign has a word of its own because -1 and 2**64 - 1 are different seeds that share a key. Stream 0 draws tokens,
+stream 1 is XTC's: whether it takes something away at a position.
 """
 
 from __future__ import annotations
@@ -43,12 +43,15 @@ def seed_words(seed: int, index: int) -> tuple[int, int, int, int]:
     return key & 0xFFFF_FFFF, key >> 32, index, int(seed < 0)
 
 
-def uniforms(words: Sequence[tuple[int, int, int, int]], first: Sequence[int], count: int) -> NDArray[np.float64]:
+def uniforms(
+    words: Sequence[tuple[int, int, int, int]], first: Sequence[int], count: int, stream: int = 0
+) -> NDArray[np.float64]:
     """The numbers of some sequences, each at `count` positions from its first on; one by one they would be the same.
 
     Args:
         words: `seed_words` of R sequences.
         first: [R] how many tokens a sequence has generated when its first number is used; below 2**32 - `count`.
+        stream: whose numbers, see above.
 
     Returns:
         [R, count] float64, uniform on the open interval (0, 1): odd multiples of 2**-53, made of 52 random bits.
@@ -57,6 +60,7 @@ def uniforms(words: Sequence[tuple[int, int, int, int]], first: Sequence[int], c
     counter = np.zeros_like(given)
     counter[:, 0] = (np.array(first)[:, None] + np.arange(count)).reshape(-1)
     counter[:, 1:3] = given[:, 2:]
+    counter[:, 3] = stream
     block = philox4x32(counter, given[:, :2])
     bits = (block[:, 0].astype(np.uint64) << np.uint64(20)) | (block[:, 1] >> np.uint32(12))
     return ((bits.astype(np.float64) + 0.5) * 2.0**-52).reshape(-1, count)

@@ -2,6 +2,8 @@
 
     raw log-probabilities -> processors (masks, bias, penalties) -> greedy, or temperature, min_p, top_k, top_p, draw
 
+Where a request asks for a sampler of llama.cpp's, that chain comes before the draw, with top_k, top_p and min_p in it.
+
 The order and the meanings are vLLM's; `kernels/sampling` states the rules to the letter. A feature that a row does not
 use costs it nothing, and a row's token never depends on its neighbours.
 
@@ -24,6 +26,7 @@ from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import RequestError
 from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.kernels.sampling.chain import surprise
 from candle_vllm.core.kernels.sampling.contract import Control
 from candle_vllm.core.sampling.processors import apply_processors
 from candle_vllm.core.sampling.state import SamplingState, uniforms_ahead
@@ -200,6 +203,8 @@ class Sampler:
                 apply_processors(logits, states)
             ids, largest = self._draw(logits, rows.controls)
             tokens = drawn_tokens(ids.tolist(), largest.tolist())
+            if rows.settling:
+                settle_drawn(tokens, logits, rows.settling, states)
             if raw is not None:
                 _add_logprobs(tokens, raw, rows.asking, states)
             return tokens
@@ -271,6 +276,7 @@ class _Rows:
         vocab_size: V of all of them.
         asking: rows that want log-probabilities.
         may_edit: there may be masks, bias or penalties.
+        settling: rows whose draw has consequences, see `settle_drawn`.
         only_draws: neither is the case.
         controls: [R, 5] of their present positions.
 
@@ -286,6 +292,7 @@ class _Rows:
         self.vocab_size = max(sizes, default=0)
         self.asking = [row for row, state in enumerate(states) if state.params.logprobs is not None]
         self.may_edit = any(state.may_edit for state in states)
+        self.settling = [row for row, state in enumerate(states) if settles(state)]
         self.only_draws = not (self.asking or self.may_edit)
         self.controls = controls(states)
         if place is not None:
@@ -342,6 +349,22 @@ def drawn_tokens(token_ids: Sequence[int], largest: Sequence[float]) -> list[Tok
     if math.isfinite(sum(largest)):  # as all of them are then
         return list(token_ids)
     return [_drawn_token(token, peak) for token, peak in zip(token_ids, largest, strict=True)]
+
+
+def settles(state: SamplingState) -> bool:
+    """Whether something must be done behind each draw of a sequence."""
+    return state.params.mirostat > 0 or bool(state.params.logits_processors)
+
+
+def settle_drawn(tokens: list[Token], logits: Value, rows: Sequence[int], states: Sequence[SamplingState]) -> None:
+    """Tells mirostat what was drawn, and puts an error where a processor has failed."""
+    for row in rows:
+        state, token = states[row], tokens[row]
+        if state.failure is not None:
+            tokens[row] = SampledToken(-1, error=state.failure, by_request=True)
+        elif state.params.mirostat and isinstance(token, int):
+            bits = surprise(np.asarray(logits[row]), token, state.controls[0])
+            state.note_surprise(bits, state.position)
 
 
 def _drawn_token(token_id: int, largest: float) -> Token:

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.kernels.sampling.chain import Link
+from candle_vllm.core.sampling.dry import Breakers, DryState
 from candle_vllm.core.sampling.grammar import GrammarState
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.random import fresh_seed, seed_words, uniforms
@@ -31,10 +33,16 @@ class SamplingState:
         vocab_size: V, the width of the logits.
         index: which of the request's `n` sequences this is.
         seed: the request's, or 64 fresh bits.
-        controls: temperature (0 for greedy), min_p, top_k (0 where it would keep every token), top_p.
+        controls: temperature (0 for greedy), min_p, top_k (0 where it would keep every token), top_p; where the chain
+            has cut the row, nothing is left of the cuts.
+        chain: [12] the numbers of llama.cpp's chain, see `kernels/sampling/chain.py`; None where it is not asked for.
+        dry: the text as DRY sees it, or None.
         allowed: [N] distinct token ids, or None.
         bias_ids, bias_values: `logit_bias` as parallel arrays.
-        counts: occurrences for the penalties, or None where there is no penalty.
+        counts: occurrences for the penalties, or None where there is no penalty. Where they look at the last tokens
+            alone they are those of this step, valid until the next `append`.
+        windowed: the penalties look at the last tokens alone.
+        failure: what a processor of the request's own did wrong, or None.
         grammar: which tokens the form of the text leaves, or None where any text will do.
         thoughts: how much was thought, where that has a limit; it has the end of thoughts forced.
         tokens: prompt and output so far. Who plans the steps may read the same list; `append` and `rollback` change it.
@@ -55,6 +63,7 @@ class SamplingState:
         bad_word_token_ids: Sequence[Sequence[int]] = (),
         grammar: GrammarState | None = None,
         thoughts: ThoughtCount | None = None,
+        breakers: Breakers | None = None,
     ) -> None:
         """Checks what depends on the vocabulary.
 
@@ -68,6 +77,7 @@ class SamplingState:
             bad_word_token_ids: `params.bad_words` as tokens, each at least one.
             grammar: of `params.structured_outputs`, at the start of a text.
             thoughts: of `params.thoughts`, at the start of a text.
+            breakers: of DRY; needed where the request asks for it.
 
         Raises:
             InvalidParameterError: a token id lies outside the vocabulary.
@@ -89,14 +99,25 @@ class SamplingState:
         self._stop_ids = _distinct(np.concatenate((stop_ids, np.array(eos_ids, np.int64))))
         self.bad_words = BadWords(bad_word_token_ids, vocab_size)
         prompt_ids = _checked("prompt_token_ids", prompt_token_ids, vocab_size)
-        self.counts = _penalty_counts(params, prompt_ids)
+        self._counts = _penalty_counts(params, prompt_ids)
         top_k = params.top_k if 0 < params.top_k < vocab_size else 0
         self.controls = (0.0 if params.greedy else params.temperature, params.min_p, top_k, params.top_p)
+        self.chain = None
+        self._recent: RecentCounts | None = None
+        self._mus = [2 * params.mirostat_tau]  # of the tokens so far and the next one
+        self._chances: tuple[int, list[float]] = (0, [])  # XTC's random numbers from some position on
+        if params.chained:
+            self.chain, self.controls = _chain(self.controls, params)
+        self.dry = None if breakers is None else DryState(params, breakers, self.tokens)
+        self.failure: str | None = None
         self._always_masks = self.allowed is not None or bool(bad_word_token_ids) or grammar is not None
-        self.reads_tokens = self.bad_words.has_sequences or grammar is not None or thoughts is not None
-        edits = self.counts is not None or len(self.bias_ids) > 0
+        self.windowed = self._counts is not None and params.repeat_last_n >= 0
+        held = grammar is not None or thoughts is not None
+        reads = self.dry is not None or bool(params.logits_processors) or self.windowed or params.mirostat > 0
+        self.reads_tokens = self.bad_words.has_sequences or held or reads
+        edits = self._counts is not None or len(self.bias_ids) > 0 or self.chain is not None or reads
         self.may_edit = self._always_masks or edits or params.min_tokens > 0 or thoughts is not None
-        self.notes_tokens = self.counts is not None or grammar is not None or thoughts is not None
+        self.notes_tokens = self._counts is not None or held or self.dry is not None
 
     def sibling(self, index: int) -> SamplingState:
         """A fresh state of another sequence of the same request; what follows from the parameters alone is shared."""
@@ -105,7 +126,10 @@ class SamplingState:
         other.index = index
         other.tokens = list(self.tokens)
         other.num_ahead = 0
-        other.counts = copy.deepcopy(self.counts)
+        other._counts = copy.deepcopy(self._counts)
+        other.dry = None if self.dry is None else self.dry.sibling(other.tokens)
+        other._mus = list(self._mus)
+        other._chances = (0, [])
         other.grammar = None if self.grammar is None else self.grammar.sibling()
         other.thoughts = None if self.thoughts is None else self.thoughts.sibling()
         other._uniforms = (0, [])
@@ -139,8 +163,11 @@ class SamplingState:
         """
         assert 0 <= token_id < self.vocab_size
         self.tokens.append(token_id)
-        if self.counts is not None:
-            self.counts.add(token_id)
+        if self._counts is not None:
+            self._counts.add(token_id)
+            self._recent = None
+        if self.dry is not None:
+            self.dry.append(token_id)
         if self.grammar is not None:
             self.grammar.accept(token_id)
         if self.thoughts is not None:
@@ -165,14 +192,50 @@ class SamplingState:
         """Forgets the last `count` tokens that were appended, as if they had not been."""
         if not count:
             return
-        if self.counts is not None:
+        if self._counts is not None:
             for token_id in reversed(self.tokens[-count:]):
-                self.counts.remove(token_id)
+                self._counts.remove(token_id)
+            self._recent = None
+        if self.dry is not None:
+            self.dry.rollback(count)
         del self.tokens[-count:]
         if self.grammar is not None:
             self.grammar.rollback(count)
         if self.thoughts is not None:
             self.thoughts.replay(self.output_token_ids)
+
+    @property
+    def counts(self) -> TokenCounts | RecentCounts | None:
+        """See the class."""
+        last = self.params.repeat_last_n
+        if self._counts is None or not 0 <= last < len(self.tokens):
+            return self._counts
+        if self._recent is None:
+            first = len(self.tokens) - last
+            self._recent = RecentCounts(self.tokens[first:], max(self.num_prompt_tokens - first, 0))
+        return self._recent
+
+    def links(self) -> NDArray[np.float64]:
+        """`chain` as it is for the next token; a copy."""
+        assert self.chain is not None
+        numbers = self.chain.copy()
+        if self.params.xtc_probability and self._chance() > self.params.xtc_probability:
+            numbers[Link.XTC] = 1.0
+        numbers[Link.MU] = self._mus[min(self.position, len(self._mus) - 1)]
+        return numbers
+
+    def note_surprise(self, bits: float, position: int) -> None:
+        """Tells mirostat how surprising the token was that was drawn at a position."""
+        params = self.params
+        error = bits - params.mirostat_tau
+        self._mus[position + 1 :] = [self._mus[position] - params.mirostat_eta * error]
+
+    def _chance(self) -> float:
+        first, numbers = self._chances
+        if not 0 <= self.position - first < len(numbers):
+            drawn = uniforms([seed_words(self.seed, self.index)], [self.position], _UNIFORMS, stream=1)
+            self._chances = first, numbers = self.position, drawn[0].tolist()
+        return numbers[self.position - first]
 
     @property
     def masks_tokens(self) -> bool:
@@ -314,6 +377,20 @@ class TokenCounts:
         return self._counts[: self._size]
 
 
+class RecentCounts:
+    """As `TokenCounts`, of some tokens of which the first `prompt` are not the output's; not changed any more.
+
+    A token of the prompt has a count of 0, as there; where no penalty looks at the prompt that takes nothing off it.
+    """
+
+    def __init__(self, tokens: Sequence[int], prompt: int) -> None:
+        all_ids = np.array(tokens, np.int64)
+        self.ids = _distinct(all_ids)
+        self.counts = np.bincount(np.searchsorted(self.ids, all_ids[prompt:]), minlength=len(self.ids)).astype(
+            np.float32
+        )
+
+
 class BadWords:
     """Token sequences that must not be produced, indexed by the token before the last one."""
 
@@ -366,3 +443,26 @@ def _penalty_counts(params: SamplingParams, prompt_ids: NDArray[np.int64]) -> To
     if params.frequency_penalty or params.presence_penalty:
         return TokenCounts(prompt_ids[:0])  # these two look at the output only
     return None
+
+
+def _chain(controls: tuple[float, ...], params: SamplingParams) -> tuple[NDArray[np.float64], tuple[float, ...]]:
+    """The numbers of the chain, and the controls of what it leaves."""
+    temperature, min_p, top_k, top_p = controls
+    numbers = np.zeros(len(Link))
+    takes_away = params.xtc_probability > 0
+    dynamic = params.dynatemp_range
+    numbers[:] = (
+        max(params.top_n_sigma, 0.0),
+        top_k,
+        params.typical_p,
+        top_p,
+        min_p,
+        params.xtc_threshold if takes_away else 1.0,
+        temperature,
+        max(params.temperature - dynamic, 0.0) if dynamic else 0.0,
+        params.temperature + dynamic if dynamic else 0.0,
+        params.dynatemp_exponent,
+        params.mirostat,
+        0.0,
+    )
+    return numbers, (1.0 if dynamic else temperature, 0.0, 0.0, 1.0)

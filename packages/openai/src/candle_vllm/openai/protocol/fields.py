@@ -51,6 +51,8 @@ _INTERNAL = "it belongs to another server's internals"
 _TEXT_ONLY = "the server takes text only"
 _NEVER_CUT = "prompts are never cut"
 _ALWAYS_APART = "reasoning always stands apart from the answer; include_reasoning: false leaves it out"
+_ONE_ORDER = "samplers have one order"
+_NO_SAMPLER = "there is no such sampler"
 _CHAT_ONLY = "it belongs to chat requests"
 
 REFUSED_FIELDS: Mapping[str, Refusal] = {
@@ -77,7 +79,15 @@ REFUSED_FIELDS: Mapping[str, Refusal] = {
     "suffix": Refusal("it belongs to text completions, /v1/completions", ("",)),
     "use_beam_search": Refusal("beam search is not implemented", (False,)),
     "length_penalty": Refusal("beam search is not implemented", (1, 1.0)),
-    "repeat_last_n": Refusal("penalties look at the whole text"),
+    "samplers": Refusal(_ONE_ORDER),
+    "sampler_seq": Refusal(_ONE_ORDER),
+    "min_keep": Refusal("every sampler keeps at least one token", (0, 1)),
+    "tfs_z": Refusal(_NO_SAMPLER, (1, 1.0)),
+    "tfs": Refusal(_NO_SAMPLER, (1, 1.0)),
+    "top_a": Refusal(_NO_SAMPLER, (0, 0.0)),
+    "epsilon_cutoff": Refusal(_NO_SAMPLER, (0, 0.0)),
+    "eta_cutoff": Refusal(_NO_SAMPLER, (0, 0.0)),
+    "smoothing_factor": Refusal(_NO_SAMPLER, (0, 0.0)),
     "repetition_detection": Refusal("only stop, stop_token_ids and max_tokens end a text early"),
     "watermarking": Refusal("watermarks are not implemented", (False,)),
     "logprob_token_ids": Refusal("only the likeliest tokens are reported"),
@@ -199,7 +209,7 @@ class WireModel(BaseModel):
 
 
 _NAMES_HERE = {"n_predict": "max_tokens", "num_predict": "max_tokens", "max_new_tokens": "max_tokens",
-               "repeat_penalty": "repetition_penalty"}  # fmt: skip
+               "temp": "temperature"}  # fmt: skip
 _OF_THE_OPERATOR = {
     "options": "its values stand in the request itself, num_predict as max_tokens",
     "num_ctx": "the context is the operator's, --max-model-len",

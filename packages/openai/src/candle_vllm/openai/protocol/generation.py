@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -65,7 +66,62 @@ class StreamOptions(WireModel):
         return self
 
 
-class GenerationFields(WireModel):
+class SamplerFields(WireModel):
+    """llama.cpp's samplers, by its names; `SamplingParams` has the same fields and says what they mean."""
+
+    repeat_last_n: Annotated[int, Field(ge=-1, le=caps.MAX_LOOKBACK)] | None = None
+    top_n_sigma: Annotated[float, Field(ge=-1, le=100)] | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    xtc_probability: Annotated[float, Field(ge=0, le=1)] | None = None
+    xtc_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    dynatemp_range: Annotated[float, Field(ge=0, le=100)] | None = None
+    dynatemp_exponent: Annotated[float, Field(ge=0, le=100)] | None = None
+    mirostat: Annotated[int, Field(ge=0, le=2)] | None = None
+    mirostat_tau: Annotated[float, Field(ge=0, le=100)] | None = None
+    mirostat_eta: Annotated[float, Field(ge=0, le=10)] | None = None
+    dry_multiplier: Annotated[float, Field(ge=0, le=1000)] | None = None
+    dry_base: Annotated[float, Field(ge=1, le=1000)] | None = None
+    dry_allowed_length: Annotated[int, Field(ge=1, le=caps.MAX_LOOKBACK)] | None = None
+    dry_penalty_last_n: Annotated[int, Field(ge=-1, le=caps.MAX_LOOKBACK)] | None = None
+    dry_sequence_breakers: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=caps.MAX_BREAKER_LENGTH)]],
+            Field(max_length=caps.MAX_BREAKERS, fail_fast=True),
+        ]
+        | None
+    ) = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_names(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not any(name in data for name in OTHER_NAMES):
+            return data
+        renamed = {name: value for name, value in data.items() if name not in OTHER_NAMES}
+        for other, name in OTHER_NAMES.items():
+            if data.get(other) is None:
+                continue
+            if renamed.setdefault(name, data[other]) != data[other]:
+                raise invalid(other, f"and {name} are the same; give one of them")
+        return renamed
+
+    @field_validator("dry_sequence_breakers", mode="before")
+    @classmethod
+    def _listed_breakers(cls, value: Any) -> Any:
+        """text-generation-webui writes the list's inside as one text."""
+        if not isinstance(value, str) or len(value) > MAX_BREAKERS_TEXT:
+            return value
+        try:
+            return json.loads(value if value.lstrip().startswith("[") else f"[{value}]")
+        except (ValueError, RecursionError):
+            return value
+
+
+OTHER_NAMES: Mapping[str, str] = {"repeat_penalty": "repetition_penalty", "mirostat_mode": "mirostat"}
+"""Of llama.cpp, Ollama and text-generation-webui, with what they are called here."""
+MAX_BREAKERS_TEXT = 4096  # characters
+
+
+class GenerationFields(SamplerFields):
     """How to generate. None always means absent: the model's own default counts, then ours."""
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_FIELDS

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 
 from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.sampling.params import SAMPLER_FIELDS
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.conversation import TemplateHabits
 from candle_vllm.openai.errors import UnsupportedParameterError
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 _SAME_NAMES = (  # in a request and in `SamplingParams`
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
-    "stop", "cache_salt",
+    "stop", "cache_salt", *SAMPLER_FIELDS,
 )  # fmt: skip
 _ITEM = TypeAdapter[InputItem](InputItem)
 MAX_URLS = 16  # MCP servers that one request names by their URLs; each is a connection of its own

@@ -19,7 +19,7 @@ from candle_vllm.openai.protocol.fields import (
     WireModel,
     invalid,
 )
-from candle_vllm.openai.protocol.generation import MaxTokens, Stop
+from candle_vllm.openai.protocol.generation import MaxTokens, SamplerFields, Stop
 from candle_vllm.openai.protocol.structured import JsonObjectFormat, JsonSchema, TextFormat
 from candle_vllm.openai.validation import parse_body
 from candle_vllm.responses.protocol.fields import (
@@ -167,7 +167,7 @@ class PromptFields(WireModel):
         return named.id if isinstance(named, ConversationReference) else named
 
 
-class ResponsesRequest(PromptFields):
+class ResponsesRequest(PromptFields, SamplerFields):
     """Something to answer, with tools and memory: `POST /v1/responses`."""
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_RESPONSES_FIELDS

@@ -267,8 +267,7 @@ ROWS: tuple[Row, ...] = (
         "--dry-sequence-breaker --dynatemp-range --dynatemp-exp --mirostat --mirostat-lr --mirostat-ent --samplers "
         "--sampler-seq --sampling-seq --adaptive-target --adaptive-decay --ignore-eos -l --logit-bias -bs "
         "--backend-sampling",
-        "requests have repetition_penalty, ignore_eos and logit_bias; the samplers are temperature, top-p, top-k, "
-        "min-p and penalties"),
+        f"{_REQUEST}, by llama.cpp's names (docs/sampling.md); samplers have one order"),
     Row("--grammar --grammar-file -j --json-schema -jf --json-schema-file --format "
         "--structured-outputs-config", f"{_REQUEST}: response_format, or structured_outputs"),
     _only("--guided-decoding-backend", "grammars are llguidance's", "auto", "guidance"),

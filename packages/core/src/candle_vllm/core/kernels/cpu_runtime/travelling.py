@@ -48,6 +48,8 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         "sampling.cpu:adjust",
         "sampling.cpu:draw_rows",
         "sampling.cpu:stand",
+        "sampling.cpu_chain:narrow",
+        "sampling.cpu_chain:repeats",
         "whole_attention.cpu:lay_out",
     ):
         yield code, ()

@@ -22,6 +22,7 @@ wait for it, so that a captured step may hold them. Elsewhere than on a GPU the 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,6 +39,7 @@ from candle_vllm.core.kernels.cpu_runtime.operation import (
 )
 from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.kernels.sampling.chain import CHAIN, REPEATS
 from candle_vllm.core.kernels.sampling.contract import (
     Adjustment,
     Control,
@@ -61,8 +63,8 @@ _DRAW, _STAND, _ADJUST = _FUNCTIONS = (
     ("sampling.cpu:stand", 11),
     ("sampling.cpu:adjust", 15),
 )
-CODE, RARE_CODE = (_DRAW[0],), (_STAND[0], _ADJUST[0])
-"""What every answer needs, and what log-probabilities, penalties and masks do."""
+CODE, RARE_CODE = (_DRAW[0],), (_STAND[0], _ADJUST[0], CHAIN[0], REPEATS[0])
+"""What every answer needs, and what log-probabilities, penalties, masks and llama.cpp's samplers do."""
 
 
 def compiled() -> bool:
@@ -293,6 +295,41 @@ def edit_tensors(logits: torch.Tensor, edits: DeviceEdits) -> None:
         reference.mask(logits, edits.mask_rows, edits.masks)
     if edits.count_rows is not None and edits.counts is not None and edits.penalties is not None:
         reference.penalise(logits, edits.count_rows, edits.counts, edits.penalties)
+
+
+def narrow_tensors(logits: torch.Tensor, rows: torch.Tensor, links: torch.Tensor) -> None:
+    """llama.cpp's chain in place, see `chain.py`.
+
+    Args:
+        logits: [R, V] float32, each row contiguous, V up to 524,288.
+        rows: [N] int64, those that go through it.
+        links: [N, 12] float64, contiguous.
+    """
+    import torch
+
+    from candle_vllm.core.kernels.sampling.chain import narrow_in_numpy
+
+    for row, numbers in zip(rows.tolist(), links.cpu().numpy()):
+        there = logits[row].cpu().numpy().copy()
+        narrow_in_numpy(there, numbers)
+        logits[row] = torch.from_numpy(there)
+
+
+def surprise_tensors(
+    logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor, temperatures: torch.Tensor
+) -> torch.Tensor:
+    """[N] float64, how many bits tokens were among what the chain has left of their rows; 0 at temperature 0.
+
+    Args:
+        logits: [R, V] float32, as they were drawn from.
+        rows: [N] int64.
+        token_ids: [N] int64 below V.
+        temperatures: [N] float64.
+    """
+    kept, hot = logits[rows].double(), temperatures.clamp(min=1e-5).unsqueeze(1)
+    chosen = kept.gather(1, token_ids.unsqueeze(1))
+    bits = ((kept / hot).logsumexp(1) - (chosen / hot).squeeze(1)) / math.log(2)
+    return bits.masked_fill(temperatures < 1e-5, 0.0)
 
 
 def note_tokens(counts: torch.Tensor, count_rows: torch.Tensor, token_ids: torch.Tensor) -> None:

@@ -146,3 +146,13 @@ SUMS_AT = MAXIMA_AT + CHUNK_BYTES  # and behind the maxima
 def workspace_bytes(vocabulary: int) -> int:
     """Size of the workspace of a row of `vocabulary` logits."""
     return SUMS_AT + -(-vocabulary // CHUNK) * (MAXIMA_BYTES + 8 + CHUNK_BYTES) + CHUNK_BYTES
+
+
+BINS = 4096
+BINS_AT = 0  # of a chain's own workspace, behind that of the row: float64 masses, then float32 distances of a chunk
+DISTANCES_AT = 8 * BINS
+
+
+def chain_bytes(vocabulary: int) -> int:
+    """Size of the workspace of a row that goes through the chain."""
+    return workspace_bytes(vocabulary) + DISTANCES_AT + CHUNK_BYTES

@@ -1,0 +1,316 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
+"""llama.cpp's chain as a compiled function: each sampler hides tokens in the row itself, and nothing is sorted.
+
+Behind each that did, the row is surveyed anew: chunks in which nothing is left are then passed over. `chain.py` states
+the rules. (`float` of a float32 is a float32 to Numba, hence `np.float64`.)
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float64_at, int32_at, int64_at
+from candle_vllm.core.kernels.sampling.contract import (
+    BINS,
+    BINS_AT,
+    CHUNK,
+    DISTANCES_AT,
+    MAXIMA_AT,
+    MAXIMA_BYTES,
+    SUMS_AT,
+    TAIL_AT,
+    WEIGHTS_AT,
+)
+from candle_vllm.core.kernels.sampling.cpu_chunks import above, chunk_at, inner, reaches, weigh_chunk
+from candle_vllm.core.kernels.sampling.cpu_select import (
+    ALL,
+    INFINITE,
+    LOG2_E,
+    LOWEST,
+    first_at,
+    kth_largest,
+    min_p_bound,
+    nucleus,
+    survey,
+)
+
+_LIKELIEST = 100
+_LN_2 = math.log(2.0)
+_HIGH_BITS, _LOW_BITS = 19, 7  # of a distance's float32 bits: 12 above, 12 between, 7 below
+
+
+@inner
+def _there(work, number):
+    """Whether anything of a chunk is left."""
+    return reaches(work + MAXIMA_AT + number * MAXIMA_BYTES, LOWEST)
+
+
+@inner
+def _hide(row, vocabulary, work, cut, last_tie):
+    """Hides what is below the cut, and its equals behind the id `last_tie`."""
+    logits = float32_at(row)
+    for number in range((vocabulary + CHUNK - 1) // CHUNK):
+        if _there(work, number):
+            for token in range(number * CHUNK, min((number + 1) * CHUNK, vocabulary)):
+                value = logits[token]
+                logits[token] = value if value > cut or (value == cut and token <= last_tie) else -INFINITE
+    return survey(row, vocabulary, work)
+
+
+@inner
+def _at_least(value):
+    """The least float32 that is not below."""
+    near = np.float32(value)
+    return above(near) if np.float64(near) < value else near
+
+
+@inner
+def _sigma_bound(row, vocabulary, top, sigma):
+    logits, count, total, squares, largest = float32_at(row), 0, 0.0, 0.0, np.float64(top)
+    for token in range(vocabulary):
+        if logits[token] >= LOWEST:
+            difference = np.float64(logits[token]) - largest
+            count += 1
+            total += difference
+            squares += difference * difference
+    mean = total / count
+    return _at_least(largest - sigma * math.sqrt(max(squares / count - mean * mean, 0.0)))
+
+
+@inner
+def _mass(row, vocabulary, work, top, rate):
+    """The sum of exp((x - top) * rate)."""
+    chunks, mass, scale = (vocabulary + CHUNK - 1) // CHUNK, 0.0, np.float32(rate * LOG2_E)
+    for number in range(chunks):
+        if _there(work, number):
+            at = chunk_at(row, work + TAIL_AT, chunks, number)
+            mass += weigh_chunk(at, top, scale, LOWEST, work + WEIGHTS_AT)
+    return mass
+
+
+@inner
+def _entropy(row, vocabulary, work, top, mass):
+    """In nats, of exp(x - top) / mass."""
+    chunks, weights, weighted, largest = (
+        (vocabulary + CHUNK - 1) // CHUNK,
+        float32_at(work + WEIGHTS_AT),
+        0.0,
+        np.float64(top),
+    )
+    for number in range(chunks):
+        if _there(work, number):
+            at = chunk_at(row, work + TAIL_AT, chunks, number)
+            weigh_chunk(at, top, np.float32(LOG2_E), LOWEST, work + WEIGHTS_AT)
+            logits, even, odd = float32_at(at), 0.0, 0.0
+            for place in range(0, CHUNK, 2):  # two sums, which do not wait for each other
+                even += weights[place] * (np.float64(max(logits[place], LOWEST)) - largest)
+                odd += weights[place + 1] * (np.float64(max(logits[place + 1], LOWEST)) - largest)
+            weighted += even + odd
+    return math.log(mass) - weighted / mass
+
+
+@inner
+def _distances(row, vocabulary, work, own, number, shift):
+    """Stores the |shift - x| of a chunk, with the shift ln mass + top - entropy; a token that is hidden is far away."""
+    at = chunk_at(row, work + TAIL_AT, (vocabulary + CHUNK - 1) // CHUNK, number)
+    logits, to = float32_at(at), float32_at(own + DISTANCES_AT)
+    for place in range(CHUNK):
+        to[place] = np.float32(abs(shift - np.float64(logits[place])))
+    return at
+
+
+@inner
+def _typical(row, vocabulary, work, own, top, typical_p):
+    """Hides the tokens whose surprise is far from the expected one: the cut's bits are found from the highest on."""
+    mass = _mass(row, vocabulary, work, top, 1.0)
+    shift = math.log(mass) + np.float64(top) - _entropy(row, vocabulary, work, top, mass)
+    bins, keys, weights = float64_at(own + BINS_AT), int32_at(own + DISTANCES_AT), float32_at(work + WEIGHTS_AT)
+    chunks, before, target, known, cut = (vocabulary + CHUNK - 1) // CHUNK, 0.0, 0.0, 31, 0
+    for low in (_HIGH_BITS, _LOW_BITS, 0):
+        for place in range(BINS):
+            bins[place] = 0.0
+        for number in range(chunks):
+            if not _there(work, number):
+                continue
+            at = _distances(row, vocabulary, work, own, number, shift)
+            weigh_chunk(at, top, np.float32(LOG2_E), LOWEST, work + WEIGHTS_AT)
+            for place in range(CHUNK):
+                if keys[place] >> known == cut and weights[place] > 0:
+                    bins[(keys[place] >> low) & ((1 << (known - low)) - 1)] += weights[place]
+        if known == 31:
+            for place in range(BINS):
+                target += bins[place]
+            target *= typical_p
+        chosen = 0
+        for place in range(1 << (known - low)):
+            if bins[place] > 0:
+                chosen = place
+                if before + bins[place] >= target:
+                    break
+                before += bins[place]
+        cut, known = (cut << (known - low)) | chosen, low
+    logits = float32_at(row)
+    for number in range(chunks):
+        if _there(work, number):
+            _distances(row, vocabulary, work, own, number, shift)
+            for token in range(number * CHUNK, min((number + 1) * CHUNK, vocabulary)):
+                if keys[token - number * CHUNK] > cut:
+                    logits[token] = -INFINITE
+    return survey(row, vocabulary, work)
+
+
+@inner
+def _without_likeliest(row, vocabulary, work, top, threshold):
+    """XTC: hides what is at least as likely as the threshold but the last of it."""
+    mass = _mass(row, vocabulary, work, top, 1.0)
+    bound = math.log(threshold * mass) if threshold > 0 else -INFINITE
+    logits, least, stays, count = float32_at(row), INFINITE, -1, 0
+    for number in range((vocabulary + CHUNK - 1) // CHUNK):
+        if _there(work, number):
+            for token in range(number * CHUNK, min((number + 1) * CHUNK, vocabulary)):
+                value = logits[token]
+                if value >= LOWEST and np.float64(value) - np.float64(top) >= bound:
+                    count += 1
+                    if value <= least:
+                        least, stays = value, token
+    if count < 2:
+        return top
+    for token in range(vocabulary):
+        if token != stays and logits[token] >= least:
+            logits[token] = -INFINITE
+    return survey(row, vocabulary, work)
+
+
+@inner
+def _left(row, vocabulary):
+    """How many tokens are left."""
+    logits, count = float32_at(row), 0
+    for token in range(vocabulary):
+        count += logits[token] >= LOWEST
+    return count
+
+
+@inner
+def _first_alone(row, vocabulary, work, top):
+    first = first_at(row, (vocabulary + CHUNK - 1) // CHUNK, work, top, INFINITE, np.int64(0))
+    return _hide(row, vocabulary, work, top, first)
+
+
+@inner
+def _estimated_k(row, vocabulary, work, values, mu, rate):
+    """See the reference; `values` are the logits of the likeliest, which are sorted."""
+    logits, count = float32_at(row), 0
+    for number in range((vocabulary + CHUNK - 1) // CHUNK):
+        at = work + MAXIMA_AT + number * MAXIMA_BYTES
+        if not reaches(at, values[count - 1] if count == _LIKELIEST else LOWEST):
+            continue
+        for token in range(number * CHUNK, min((number + 1) * CHUNK, vocabulary)):
+            value = logits[token]
+            if value < LOWEST or (count == _LIKELIEST and value <= values[count - 1]):
+                continue
+            place = min(count, _LIKELIEST - 1)
+            count = place + 1
+            while place > 0 and values[place - 1] < value:
+                values[place] = values[place - 1]
+                place -= 1
+            values[place] = value
+    if count < 2:
+        return 1
+    products, squares = 0.0, 0.0
+    for place in range(count - 1):
+        step = math.log((place + 2.0) / (place + 1.0))
+        products += step * (np.float64(values[place]) - np.float64(values[place + 1])) * rate
+        squares += step * step
+    exponent, wide = products / squares, np.float64(vocabulary)
+    excess = exponent - 1.0
+    if exponent <= 0.0:
+        return vocabulary if mu * _LN_2 > math.log(wide - 1.0) else 1
+    rest = math.log(wide) if abs(excess) < 1e-9 else (1.0 - wide**-excess) / excess
+    logarithm = (mu * _LN_2 - math.log(rest)) / exponent
+    return vocabulary if logarithm >= math.log(wide) else max(int(math.exp(logarithm)), 1)
+
+
+@inner
+def _heated(row, vocabulary, work, top, low, high, exponent):
+    """Divides a row of two tokens or more by its dynamic temperature."""
+    mass = _mass(row, vocabulary, work, top, 1.0)
+    share = _entropy(row, vocabulary, work, top, mass) / math.log(np.float64(_left(row, vocabulary)))
+    temperature = low + (high - low) * min(max(share, 0.0), 1.0) ** exponent
+    if temperature < 1e-5:
+        return _first_alone(row, vocabulary, work, top)
+    logits, largest = float32_at(row), np.float64(top)
+    for token in range(vocabulary):
+        if logits[token] >= LOWEST:
+            logits[token] = np.float32(max((np.float64(logits[token]) - largest) / temperature, np.float64(LOWEST)))
+    return survey(row, vocabulary, work)
+
+
+@inner
+def _mirostat(row, vocabulary, work, top, mode, mu, rate):
+    chunks = (vocabulary + CHUNK - 1) // CHUNK
+    if mode == 1:
+        values = float32_at(work + SUMS_AT + chunks * (MAXIMA_BYTES + 8))
+        k = _estimated_k(row, vocabulary, work, values, mu, rate)
+        cut, _ = kth_largest(row, chunks, work, k, top)
+        _hide(row, vocabulary, work, cut, ALL)
+        return
+    mass = _mass(row, vocabulary, work, top, rate)
+    bound = math.log(mass) - mu * _LN_2  # (x - top) * rate of a token of mu bits
+    if bound > 0:
+        _first_alone(row, vocabulary, work, top)
+    else:
+        _hide(row, vocabulary, work, _at_least(max(bound / rate + np.float64(top), np.float64(LOWEST))), ALL)
+
+
+def narrow(row, vocabulary, numbers_at, work):
+    """See `chain.narrow`: a row of logits, its numbers, and a workspace of `chain_bytes`."""
+    numbers, chunks = float64_at(numbers_at), (vocabulary + CHUNK - 1) // CHUNK
+    own = work + SUMS_AT + chunks * (MAXIMA_BYTES + 8 + 4 * CHUNK) + 4 * CHUNK
+    top = survey(row, vocabulary, work)
+    if not -INFINITE < top < INFINITE:
+        return
+    cut = LOWEST
+    if numbers[0] > 0:
+        cut = max(cut, _sigma_bound(row, vocabulary, top, numbers[0]))
+    if numbers[1] > 0:
+        bound, _ = kth_largest(row, chunks, work, int(numbers[1]), top)
+        cut = max(cut, bound)
+    if cut > LOWEST:
+        top = _hide(row, vocabulary, work, cut, ALL)
+    if numbers[2] < 1:
+        top = _typical(row, vocabulary, work, own, top, numbers[2])
+    cut, last_tie = LOWEST, ALL
+    if numbers[3] < 1:
+        cut, ties = nucleus(row, chunks, work, LOWEST, numbers[3], top, 1.0)
+        if ties != ALL:
+            last_tie = first_at(row, chunks, work, cut, above(cut), ties - 1)
+    if numbers[4] > 0:
+        bound = min_p_bound(numbers[4], top, 1.0)
+        if bound > cut:
+            cut, last_tie = bound, ALL
+    if cut > LOWEST:
+        top = _hide(row, vocabulary, work, cut, last_tie)
+    if numbers[5] <= 0.5:
+        top = _without_likeliest(row, vocabulary, work, top, numbers[5])
+    rate = 1.0 / numbers[6] if numbers[6] > 0 else 0.0
+    if numbers[8] > 0:
+        rate = 1.0
+        if _left(row, vocabulary) > 1:
+            top = _heated(row, vocabulary, work, top, numbers[7], numbers[8], numbers[9])
+    if numbers[10] > 0 and rate > 0:
+        _mirostat(row, vocabulary, work, top, int(numbers[10]), numbers[11], rate)
+
+
+def repeats(tokens_at, size, lengths_at):
+    """See `chain.repeats`; the last of `size` lengths is `size` itself."""
+    tokens, lengths, left, right, end = int64_at(tokens_at), int64_at(lengths_at), 0, 0, size - 1
+    lengths[end] = size
+    for place in range(1, size):
+        length = min(lengths[end - place + left], right - place) if place < right else 0
+        while place + length < size and tokens[end - length] == tokens[end - place - length]:
+            length += 1
+        if place + length > right:
+            left, right = place, place + length
+        lengths[end - place] = length
