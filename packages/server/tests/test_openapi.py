@@ -164,12 +164,21 @@ def test_requests_are_taken_apart_as_the_schemas_say() -> None:
 
 
 def kept(client: Any) -> dict[str, str]:
-    """A response, a conversation and an item of it, as they stand in paths."""
+    """A response, a conversation and an item of it, a file and a batch, as they stand in paths."""
     response = client.post("/v1/responses", json={"input": "Hi"}).json()
     example = OPERATIONS["POST", "/v1/conversations"].example
     conversation = client.post("/v1/conversations", json=example).json()
     item = client.get(f"/v1/conversations/{conversation['id']}/items").json()["data"][0]
-    made = {"response_id": response, "conversation_id": conversation, "item_id": item}
+    file = client.post("/v1/files", data={"purpose": "batch"}, files={"file": ("in.jsonl", b"{}")}).json()
+    begun = {"input_file_id": file["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+    batch = client.post("/v1/batches", json=begun).json()
+    made = {
+        "response_id": response,
+        "conversation_id": conversation,
+        "item_id": item,
+        "file_id": file,
+        "batch_id": batch,
+    }
     return {"model_id": "scripted", **{name: each["id"] for name, each in made.items()}}
 
 
@@ -186,7 +195,8 @@ def test_each_example_works(start: Callable[..., Any]) -> None:
                 continue
             described = DOCUMENT["paths"][path][method.lower()]
             check(described["requestBody"]["content"]["application/json"]["schema"], operation.example)
-            answer = client.post(filled(path, names), json=operation.example)
+            there = {"input_file_id": names["file_id"]} if path == "/v1/batches" else {}
+            answer = client.post(filled(path, names), json={**(operation.example or {}), **there})
             assert answer.status_code == 200, (path, answer.text)
             check(described["responses"]["200"]["content"]["application/json"]["schema"], answer.json())
 
@@ -249,8 +259,9 @@ def test_gets_are_as_described(start: Callable[..., Any]) -> None:
                 continue
             answer = client.get(filled(path, names))
             assert answer.status_code == 200, path
-            if "text/plain" in operation["responses"]["200"]["content"]:
-                assert answer.headers["content-type"].startswith("text/plain")
+            [media] = [kind for kind in operation["responses"]["200"]["content"] if kind != "text/event-stream"]
+            assert answer.headers["content-type"].startswith(media)
+            if media != "application/json":
                 continue
             check(operation["responses"]["200"]["content"]["application/json"]["schema"], answer.json())
             assert re.fullmatch(

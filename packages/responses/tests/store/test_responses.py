@@ -16,7 +16,14 @@ from sqlalchemy import delete, func, select, update
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.responses.api.kept import LEASE_MS, KeptResponses
 from candle_vllm.responses.store.database import connect_to
-from candle_vllm.responses.store.entries import RESPONSE, Entry, NotStoredError, StoreLimitError, StoreUnavailableError
+from candle_vllm.responses.store.entries import (
+    RESPONSE,
+    Entry,
+    EntryItem,
+    NotStoredError,
+    StoreLimitError,
+    StoreUnavailableError,
+)
 from candle_vllm.responses.store.options import StoreOptions
 from candle_vllm.responses.store.tables import VERSION, tables_of
 
@@ -388,3 +395,14 @@ async def test_deleting_rows_behind_its_back_is_no_error(opener, shared_url: str
     engine.dispose()
     assert not await store.change("a", "resp_1", "completed", b'{"output":[]}')
     assert await store.renew([("a", "resp_1")]) == {("a", "resp_1")}
+
+
+async def test_what_an_entry_gathered_counts_when_it_has_ended(opener, store_url: str) -> None:
+    store = await (await opener(store_url)).store()
+    begun = Entry(kind="results", owner="a", id="file_1", created=store.now, status="in_progress")
+    await store.put(begun)
+    await store.append("results", "a", "file_1", [EntryItem(id=str(n), body=b"x" * 1000) for n in range(3)])
+    await store.put(msgspec.structs.replace(begun, kind="file", status="processed"))
+    assert [part.id for part in await store.parts("file", "a", "file_1")] == ["0", "1", "2"]
+    sizes = select(store.tables.entries.c.size)
+    assert await store.database.run(lambda connection: connection.execute(sizes).scalar_one()) > 3000

@@ -15,9 +15,12 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from candle_vllm.core.config import SETTINGS
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.responses.api.background import Background
 from candle_vllm.responses.api.kept import KeptResponses
+from candle_vllm.server.batches.service import Batches
+from candle_vllm.server.batches.store import FileOptions
 from candle_vllm.server.drain import CutOffMiddleware
 from candle_vllm.server.http.auth import ApiKeyMiddleware, read_keys
 from candle_vllm.server.http.errors import ClientGone, HttpError
@@ -34,9 +37,11 @@ from candle_vllm.server.observing.metrics import Metrics, Observation, Outcome
 from candle_vllm.server.observing.model_metrics import ServedEngine
 from candle_vllm.server.openapi.document import ApiDocument
 from candle_vllm.server.routes import (
+    batches,
     conversations,
     docs,
     embeddings,
+    files,
     generation,
     messages,
     models,
@@ -59,7 +64,8 @@ if TYPE_CHECKING:
     from candle_vllm.server.mcp.service import McpService
 
 _MODULES = (
-    generation, messages, responses, responses_socket, stored_responses, conversations, embeddings, tokenizing, models,
+    generation, messages, responses, responses_socket, stored_responses, conversations, files, batches, embeddings,
+    tokenizing, models,
     mailbox_routes, ollama, ollama_models, mcp_routes, status, docs,
 )  # fmt: skip
 ROUTERS = tuple(module.router for module in _MODULES)
@@ -99,6 +105,7 @@ def create_app(
         _count_pushes(mailbox, app.state.metrics)
     options = store_options(settings)
     app.state.kept = None if options is None else KeptResponses(options)
+    app.state.batches = None if options is None else _batches(app, options.url, settings)
     app.state.background = None if app.state.kept is None else Background(app.state.kept)
     app.state.mcp = mcp
     if mcp is not None:
@@ -134,14 +141,17 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
     kept: KeptResponses | None = app.state.kept
     background: Background | None = app.state.background
     mcp: McpService | None = app.state.mcp
+    kept_batches: Batches | None = app.state.batches
     try:
-        for each in (mailbox, kept):
+        for each in (mailbox, kept, kept_batches):
             if each is not None:
                 await _start(app, each)
         if mcp is not None:
             await mcp.start()
         yield {"busy": lambda: app.state.keeper.busy or (background is not None and background.busy)}
     finally:
+        if kept_batches is not None:
+            await kept_batches.close()
         await app.state.keeper.close()
         if background is not None:
             await background.close()
@@ -158,7 +168,26 @@ def _count_pushes(mailbox: Mailbox, metrics: Metrics) -> None:
     mailbox.pushed = lambda delivered: metrics.webhook_sent(Outcome.OK if delivered else Outcome.FAILED)
 
 
-async def _start(app: FastAPI, store: Mailbox | KeptResponses) -> None:
+def _batches(app: FastAPI, url: str, settings: Settings) -> Batches:
+    """Files and batches, beside the responses."""
+    options = FileOptions(
+        url, settings.files_max_mb << 20, settings.file_max_mb << 20, settings.responses_retention_days * 86400
+    )
+    manager: ModelManager = app.state.manager
+
+    def places() -> int:
+        """Sequences that run at a time, as far as it is known."""
+        loaded = [model.engine.model_info.max_num_seqs for model in manager.loaded]
+        return max(loaded, default=settings.max_num_seqs or SETTINGS["max_num_seqs"].default or 1)
+
+    return Batches(options, _client_keys(settings), settings.max_body_mb << 20, places, app)
+
+
+def _client_keys(settings: Settings) -> tuple[str, ...]:
+    return settings.api_key + (read_keys(settings.api_key_file) if settings.api_key_file else ())
+
+
+async def _start(app: FastAPI, store: Mailbox | KeptResponses | Batches) -> None:
     try:
         await store.start()
     except Exception as failure:
@@ -176,7 +205,7 @@ def _describe(app: FastAPI, settings: Settings) -> None:
 
 def _add_layers(app: FastAPI, settings: Settings) -> None:
     """Each layer goes around those before: prefix > id > counts > CORS > cut-offs > failures > HEAD > key > routes."""
-    keys = settings.api_key + (read_keys(settings.api_key_file) if settings.api_key_file else ())
+    keys = _client_keys(settings)
     if keys or settings.management_key:
         public = public_paths() if settings.ui_server else frozenset()
         app.add_middleware(ApiKeyMiddleware, keys=keys, management_keys=settings.management_key, public=public)

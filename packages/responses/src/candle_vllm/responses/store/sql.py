@@ -95,7 +95,9 @@ class SqlBackend:
             "about": msgspec.json.encode(entry.about), "body": entry.body, "given": entry.given,
         }  # fmt: skip
         if there is not None and there.active:
-            dropped = room.make(entry.owner, entry.size - there.size, keep=there.number)
+            held = select(func.coalesce(func.sum(self._parts.c.size), 0)).where(self._parts.c.entry == there.number)
+            values["size"] += int(connection.execute(held).scalar_one())  # its parts stay
+            dropped = room.make(entry.owner, values["size"] - there.size, keep=there.number)
             connection.execute(update(entries).where(entries.c.number == there.number).values(values))
             number = there.number
         else:

@@ -12,15 +12,17 @@ import secrets
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import httpx
 import msgspec
 from starlette.types import ASGIApp
 
 from candle_vllm.core.engine.request import MAX_PRIORITY
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.json_body import decode_json
+
+if TYPE_CHECKING:
+    import httpx
 
 POOLING = ("/v1/embeddings", "/v1/score", "/score", "/v1/rerank", "/rerank", "/v2/rerank")
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", *POOLING)
@@ -181,8 +183,11 @@ class Application:
 @asynccontextmanager
 async def asked_here(app: ASGIApp) -> AsyncGenerator[Application]:
     """An application that runs in this process and event loop."""
+    import httpx  # a server that never has a batch does without it
+
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://batch", timeout=None) as client:  # noqa: S113
+    # Without the environment's proxies, to which the requests would go instead.
+    async with httpx.AsyncClient(transport=transport, base_url="http://batch", timeout=None, trust_env=False) as client:  # noqa: S113
         yield Application(client)
 
 

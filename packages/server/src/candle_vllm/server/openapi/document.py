@@ -158,6 +158,12 @@ def _operation(operation: Operation, security: list[dict[str, list[str]]]) -> di
     if operation.body:
         content = {"schema": operation.naming.one_of(operation.body), "example": operation.example}
         entry["requestBody"] = {"required": True, "content": {"application/json": content}}
+    if operation.form:
+        needed = [name for name, schema in operation.form.items() if "default" not in schema]
+        schema = {
+            "type": "object", "properties": dict(operation.form), "required": needed, "additionalProperties": False,
+        }  # fmt: skip
+        entry["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
     return entry
 
 

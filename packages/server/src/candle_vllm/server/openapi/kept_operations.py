@@ -1,4 +1,4 @@
-"""The table of routes of kept responses and of conversations. Outside the ten steps."""
+"""The table of routes of kept responses, of conversations, and of files and batches. Outside the ten steps."""
 
 from __future__ import annotations
 
@@ -17,6 +17,18 @@ from candle_vllm.responses.protocol.events import ResponseEvent
 from candle_vllm.responses.protocol.request import INCLUDABLE
 from candle_vllm.responses.protocol.response import Response, ResponseDeleted
 from candle_vllm.responses.store.entries import MAX_ID
+from candle_vllm.server.batches.records import (
+    BATCH,
+    BATCH_OUTPUT,
+    LEAST_LIFE,
+    LONGEST_LIFE,
+    Batch,
+    BatchList,
+    BatchRequest,
+    FileDeleted,
+    FileList,
+    FileObject,
+)
 from candle_vllm.server.openapi.components import Naming
 from candle_vllm.server.openapi.operation import BODY_ERRORS, Key, Operation
 
@@ -36,6 +48,11 @@ _ITEM_PAGE: Mapping[str, Any] = {
     "limit": {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT},
     "order": {"enum": ["asc", "desc"], "default": "desc", "description": "Oldest or newest first."},
     "after": {"type": "string", "maxLength": MAX_ID, "description": "The last id of the page before."},
+}
+_FILE = {"file_id": "The id of a file."}
+_BATCH = {"batch_id": "The id of a batch."}
+_AFTER: Mapping[str, Any] = {
+    "after": {"type": "string", "maxLength": MAX_ID, "description": "The last id of the page before."}
 }
 
 KEPT_OPERATIONS: Mapping[Key, Operation] = {
@@ -167,5 +184,94 @@ KEPT_OPERATIONS: Mapping[Key, Operation] = {
         answers={200: (Conversation,)},
         errors=_KEPT,
         path_parameters=_CONVERSATION | _ITEM,
+    ),
+    ("POST", "/v1/files"): Operation(
+        id="upload_file",
+        tag="batches",
+        summary="Keep a file of requests for a batch",
+        form={
+            "file": {"type": "string", "format": "binary", "description": "Lines of JSON: docs/batches.md."},
+            "purpose": {"enum": [BATCH]},
+            "expires_after[anchor]": {"enum": ["created_at"], "default": "created_at"},
+            "expires_after[seconds]": {
+                "type": "integer",
+                "minimum": LEAST_LIFE,
+                "maximum": LONGEST_LIFE,
+                "default": LONGEST_LIFE,
+            },
+        },
+        answers={200: (FileObject,)},
+        errors=(*_KEPT, *BODY_ERRORS, 403),
+    ),
+    ("GET", "/v1/files"): Operation(
+        id="list_files",
+        tag="batches",
+        summary="Your files, newest first",
+        answers={200: (FileList,)},
+        errors=_KEPT,
+        query={
+            "limit": {"type": "integer", "minimum": 1, "maximum": 10_000, "default": 10_000},
+            "order": {"enum": ["desc"], "default": "desc"},
+            "purpose": {"enum": [BATCH, BATCH_OUTPUT]},
+            **_AFTER,
+        },
+    ),
+    ("GET", "/v1/files/{file_id}"): Operation(
+        id="get_file",
+        tag="batches",
+        summary="What is known of a file",
+        answers={200: (FileObject,)},
+        errors=_KEPT,
+        path_parameters=_FILE,
+    ),
+    ("GET", "/v1/files/{file_id}/content"): Operation(
+        id="get_file_content",
+        tag="batches",
+        summary="What is in a file",
+        media="application/octet-stream",
+        answers={200: ()},
+        errors=_KEPT,
+        path_parameters=_FILE,
+    ),
+    ("DELETE", "/v1/files/{file_id}"): Operation(
+        id="delete_file",
+        tag="batches",
+        summary="Delete a file",
+        answers={200: (FileDeleted,)},
+        errors=_KEPT,
+        path_parameters=_FILE,
+    ),
+    ("POST", "/v1/batches"): Operation(
+        id="create_batch",
+        tag="batches",
+        summary="Answer the requests of a file",
+        body=(BatchRequest,),
+        example={"input_file_id": "file_0", "endpoint": "/v1/chat/completions", "completion_window": "24h"},
+        answers={200: (Batch,)},
+        errors=(*_KEPT, *BODY_ERRORS),
+    ),
+    ("GET", "/v1/batches"): Operation(
+        id="list_batches",
+        tag="batches",
+        summary="Your batches, newest first",
+        answers={200: (BatchList,)},
+        errors=_KEPT,
+        query={"limit": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}, **_AFTER},
+    ),
+    ("GET", "/v1/batches/{batch_id}"): Operation(
+        id="get_batch",
+        tag="batches",
+        summary="How far a batch is",
+        answers={200: (Batch,)},
+        errors=_KEPT,
+        path_parameters=_BATCH,
+    ),
+    ("POST", "/v1/batches/{batch_id}/cancel"): Operation(
+        id="cancel_batch",
+        tag="batches",
+        summary="End a batch; what it has made stays",
+        answers={200: (Batch,)},
+        errors=(*_KEPT, 409),
+        path_parameters=_BATCH,
     ),
 }

@@ -29,6 +29,7 @@ class Operation:
         errors: statuses of refusals, besides 401 and 500.
         body: types of the request; several mean one of them.
         example: a body that works with any model of its kind.
+        form: the fields of a body that is a form, by name, each with its schema.
         media: type of a good answer's body; those of JSON have types.
         events: types of an event's data, where the answer can be a stream.
         lines: types of a line, where the answer can be lines of JSON.
@@ -48,6 +49,7 @@ class Operation:
     errors: tuple[int, ...] = ()
     body: tuple[type[WireModel], ...] = ()
     example: Mapping[str, Any] | None = None
+    form: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     media: str = "application/json"
     events: tuple[type[msgspec.Struct], ...] = ()
     lines: tuple[type[msgspec.Struct], ...] = ()

@@ -191,6 +191,11 @@ class Settings:
         Integer(1, MAX_RECORDS), "most responses and conversations of all keys; the oldest make room", "N")] = 10_000
     responses_max_mb: Annotated[int, own(RESPONSES,
         Integer(1, MAX_MB), "most of what they hold, in MB of 2^20 bytes; the oldest make room", "MB")] = 256
+    files_max_mb: Annotated[int, own(RESPONSES,
+        Integer(1, MAX_MB), "most of all files of batches (docs/batches.md), in MB of 2^20 bytes; the oldest make room",
+        "MB")] = 256
+    file_max_mb: Annotated[int, own(RESPONSES,
+        Integer(1, MAX_MB), "largest file of a batch, in MB of 2^20 bytes", "MB")] = 100
     mcp_config: Annotated[Path | None, own(TOOLS,
         FilePath(), "file with the MCP servers (docs/mcp.md); else ~/.candle-vllm/mcp.json, else ./mcp.json",
         "FILE")] = None

@@ -1,0 +1,315 @@
+"""BatchRun: the work on one batch, from the check of its input to the files of its results."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Any
+
+import msgspec
+
+from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.responses.store.backend import Held
+from candle_vllm.responses.store.entries import NotStoredError, StoreLimitError, StoreUnavailableError
+from candle_vllm.server.batches.lines import Application, LineError, Result, failed, read_line
+from candle_vllm.server.batches.records import WORKING, BatchError, BatchErrors, BatchRecord
+from candle_vllm.server.batches.store import FILE, MAX_LINES, BatchStore
+
+LEASE_MS = 30_000
+FLUSH_SECONDS = 1.0  # between two writings of results
+MAX_ERRORS = 20  # that are told of an input file
+CANCELLED = ("batch_cancelled", "This request was not answered: the batch was cancelled.")
+EXPIRED = ("batch_expired", "This request was not answered before the batch expired.")
+
+logger = logging.getLogger(__name__)
+
+
+class BatchRun:
+    """The work on one batch.
+
+    Args:
+        store: where it is.
+        held: the batch and this server.
+        longest: bytes of a line.
+        pause: seconds between two looks at whether it is still this server's, and wanted.
+
+    Attributes:
+        held: the batch and this server.
+        cancelled: somebody wishes that it ends.
+        task: that does it.
+        lost: another server has it.
+    """
+
+    def __init__(self, store: BatchStore, held: Held, longest: int, pause: float) -> None:
+        self.held = held
+        self.cancelled = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+        self.lost = False
+        self._store = store
+        self._longest = longest
+        self._pause = pause
+        self._unwritten: list[tuple[int, Result]] = []
+        self._record: BatchRecord | None = None
+
+    @property
+    def record(self) -> BatchRecord:
+        """How far it is."""
+        assert self._record is not None
+        return self._record
+
+    async def work(self, application: Application, key: str | None, places: asyncio.Semaphore, width: int) -> None:
+        """Checks the input, answers its lines and shows the results.
+
+        Args:
+            application: answers.
+            key: of whoever made the batch; None where that is none any more.
+            places: of all batches together.
+            width: lines that are held at a time.
+        """
+        owner, backend = self.held.owner, await self._store.backend()
+        self._record = await self._store.batch(owner, self.held.id)
+        if self.record.batch.cancelling_at is not None:
+            self.cancelled.set()
+        keeping = asyncio.create_task(self._keep())
+        try:
+            if key is None:
+                await self._fail([BatchError(code="invalid_api_key", message="Its API key is none of this server's.")])
+                return
+            try:
+                given = Held(owner, self.record.batch.input_file_id, self.held.id)
+                await backend.claim(FILE, given, backend.now + LEASE_MS)
+                if self.record.batch.status == "validating" and not await self._validate():
+                    return
+                await self._answer(lambda data: self._one(application, places, key, data), width)
+                await self._end()
+            except NotStoredError:
+                message = "The input file is not there any more."
+                await self._fail([BatchError(code="input_file_gone", message=message, param="input_file_id")])
+            except StoreLimitError as error:
+                await self._fail([BatchError(code="store_limit", message=str(error))])
+        finally:
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
+
+    async def give_back(self) -> None:
+        """Writes what there is, and lets another server go on."""
+        if self.lost:
+            return
+        try:
+            await self._flush()
+            now = (await self._store.backend()).now
+            await self._store.renew(self.held, self.record.batch.input_file_id, now)
+        except (CandleVllmError, AssertionError) as error:
+            logger.warning("the batch %s could not be given back: %s", self.held.id, error)
+
+    async def fail_for_good(self) -> None:
+        """Ends what would fail again."""
+        with contextlib.suppress(CandleVllmError, AssertionError):
+            await self._fail([BatchError(code="server_error", message="The server failed; its log says why.")])
+
+    async def _keep(self) -> None:
+        """Renews the lease and looks whether somebody wishes its end; a batch that was taken over stops here."""
+        while True:
+            await asyncio.sleep(self._pause)
+            with contextlib.suppress(StoreUnavailableError):
+                until = (await self._store.backend()).now + LEASE_MS
+                file_id = self.record.batch.input_file_id
+                if not await self._store.renew(self.held, file_id, until) and self.task is not None:
+                    self.lost = True
+                    self.task.cancel()
+                if (await self._store.batch(self.held.owner, self.held.id)).batch.cancelling_at is not None:
+                    self.cancelled.set()
+
+    # ---- the input ---------------------------------------------------------------------------------------------------
+
+    async def _lines(self) -> AsyncGenerator[list[tuple[int, bytes]]]:
+        """The lines of the input that are not empty with their numbers, from 1, some at a time."""
+        number, rest = 0, b""
+        parts = self._store.contents(self.held.owner, await self._input())
+        async for part in parts:
+            *lines, rest = (rest + part.body).split(b"\n")
+            if len(rest) > self._longest:
+                raise LineError(
+                    f"Line {number + len(lines) + 1} has more than {self._longest >> 20} MB.", "line_too_long"
+                )
+            yield [(number + at, line) for at, line in enumerate(lines, 1) if line.strip()]
+            number += len(lines)
+        if rest.strip():
+            yield [(number + 1, rest)]
+
+    async def _input(self) -> str:
+        """The id of the input, which must be there."""
+        batch = self.record.batch
+        return (await self._store.file(self.held.owner, batch.input_file_id)).id
+
+    async def _validate(self) -> bool:
+        """Whether the input is right; a batch with another one has failed."""
+        errors: list[BatchError] = []
+        names: set[str] = set()
+        total = 0
+        try:
+            async for lines in self._lines():
+                total += len(lines)
+                await asyncio.to_thread(self._check, lines, names, errors)
+                if len(errors) >= MAX_ERRORS or total > MAX_LINES:
+                    break
+        except LineError as error:
+            errors.append(BatchError(code=error.code, message=str(error)))
+        if total > MAX_LINES:
+            errors = [BatchError(code="too_many_requests", message=f"A batch has at most {MAX_LINES} lines.")]
+        elif not total and not errors:
+            errors = [BatchError(code="empty_file", message="The input file has no line.", param="input_file_id")]
+        if errors:
+            await self._fail(errors[:MAX_ERRORS])
+            return False
+        await self._change(status="in_progress", in_progress_at=await self._now(), total=total)
+        return True
+
+    def _check(self, lines: list[tuple[int, bytes]], names: set[str], errors: list[BatchError]) -> None:
+        for number, data in lines:
+            try:
+                name = read_line(data, self.record.batch.endpoint).custom_id
+            except LineError as error:
+                errors.append(BatchError(code=error.code, message=str(error), line=number))
+                continue
+            if name in names:
+                message = f"The custom_id {name!r:.80} stands on an earlier line as well."
+                errors.append(BatchError(code="duplicate_custom_id", message=message, line=number, param="custom_id"))
+            names.add(name)
+
+    # ---- the answers -------------------------------------------------------------------------------------------------
+
+    async def _answer(self, answer: Callable[[bytes], Coroutine[Any, Any, Result]], width: int) -> None:
+        """Answers the lines that have no result yet."""
+        owner, record = self.held.owner, self.record
+        done = await self._store.gather(owner, record.output_id)
+        wrong = await self._store.gather(owner, record.error_id)
+        await self._change(completed=len(done), failed=len(wrong))
+        done |= wrong
+        working: dict[asyncio.Task[Result], int] = {}
+        loop = asyncio.get_running_loop()
+        flushed = loop.time()
+        stopped: tuple[str, str] | None = None
+
+        async def take(timeout: float | None) -> None:
+            """What is ready, and writes it from time to time."""
+            nonlocal flushed
+            ready, _ = await asyncio.wait(working, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            self._unwritten += [(working.pop(task), task.result()) for task in ready]
+            if loop.time() - flushed >= FLUSH_SECONDS:
+                await self._flush()
+                flushed = loop.time()
+
+        try:
+            async for lines in self._lines():
+                for number, data in lines:
+                    if number in done:
+                        continue
+                    stopped = stopped or await self._stopped()
+                    if stopped is not None:
+                        await self._drop(working)
+                        self._unwritten.append((number, failed(read_line(data).custom_id, *stopped)))
+                        continue
+                    working[loop.create_task(answer(data))] = number
+                    while len(working) >= width:
+                        await take(FLUSH_SECONDS)
+                if stopped is not None:
+                    await self._flush()
+            while working:
+                await take(FLUSH_SECONDS)
+        finally:
+            for task in working:
+                task.cancel()
+            await asyncio.gather(*working, return_exceptions=True)
+        await self._flush()
+
+    async def _one(self, application: Application, places: asyncio.Semaphore, key: str, data: bytes) -> Result:
+        """The result of a line, unless somebody wishes the batch's end before it is there."""
+
+        async def placed() -> Result:
+            async with places:
+                return await application.answer(data, key=key, endpoint=self.record.batch.endpoint)
+
+        answer = asyncio.ensure_future(placed())
+        wish = asyncio.ensure_future(self.cancelled.wait())
+        try:
+            await asyncio.wait({answer, wish}, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                return answer.result()
+            return failed(read_line(data).custom_id, *CANCELLED)
+        finally:
+            wish.cancel()
+            answer.cancel()
+            await asyncio.gather(wish, answer, return_exceptions=True)
+
+    async def _drop(self, working: dict[asyncio.Task[Result], int]) -> None:
+        """Takes what is under way when a batch is to end: a cancelled one ends it, one out of time waits for it."""
+        if working:
+            await asyncio.wait(working)
+        self._unwritten += [(number, task.result()) for task, number in working.items()]
+        working.clear()
+
+    async def _stopped(self) -> tuple[str, str] | None:
+        """Why no further line is asked: code and message."""
+        if self.cancelled.is_set():
+            return CANCELLED
+        return EXPIRED if await self._now() >= self.record.batch.expires_at else None
+
+    async def _flush(self) -> None:
+        """Writes results, and how many there are."""
+        if not self._unwritten:
+            return
+        results, self._unwritten = self._unwritten, []
+        good = [(number, result.line) for number, result in results if result.error is None]
+        wrong = [(number, result.line) for number, result in results if result.error is not None]
+        owner, record, counts = self.held.owner, self.record, self.record.batch.request_counts
+        for file_id, some in ((record.output_id, good), (record.error_id, wrong)):
+            if some:
+                await self._store.add_results(owner, file_id, some)
+        await self._change(completed=counts.completed + len(good), failed=counts.failed + len(wrong))
+
+    # ---- how far it is -----------------------------------------------------------------------------------------------
+
+    async def _end(self) -> None:
+        """Shows the results."""
+        owner, record = self.held.owner, self.record
+        cancelled, expired = self.cancelled.is_set(), await self._now() >= record.batch.expires_at
+        if not cancelled:
+            await self._change(status="finalizing", finalizing_at=await self._now())
+        shown = []
+        for file_id, name in ((record.output_id, "output"), (record.error_id, "error")):
+            file = f"{record.batch.id}_{name}.jsonl"
+            shown.append(await self._store.show_results(owner, file_id, file, record.result_seconds))
+        now = await self._now()
+        how: dict[str, Any] = {"status": "completed", "completed_at": now}
+        if cancelled:
+            how = {"status": "cancelled", "cancelled_at": now}
+            seen = (await self._store.batch(owner, record.batch.id)).batch
+            how["cancelling_at"] = seen.cancelling_at or now
+        elif expired:
+            how = {"status": "expired", "expired_at": now}
+        await self._change(output_file_id=shown[0], error_file_id=shown[1], **how)
+
+    async def _fail(self, errors: list[BatchError]) -> None:
+        await self._change(status="failed", failed_at=await self._now(), errors=BatchErrors(data=errors))
+
+    async def _change(
+        self, total: int | None = None, completed: int | None = None, failed: int | None = None, **fields: Any
+    ) -> None:
+        """Writes the batch with other fields; one that has ended lets go of its lease and of its input."""
+        batch, now = self.record.batch, (await self._store.backend()).now
+        given = {"total": total, "completed": completed, "failed": failed}
+        counts = {name: value for name, value in given.items() if value is not None}
+        fields["request_counts"] = msgspec.structs.replace(batch.request_counts, **counts)
+        batch = msgspec.structs.replace(batch, **fields)
+        self._record = msgspec.structs.replace(self.record, batch=batch)
+        ended = batch.status not in WORKING
+        await self._store.write(self.held.owner, self._record, None if ended else now + LEASE_MS)
+        if ended:
+            given = Held(self.held.owner, batch.input_file_id, self.held.id)
+            await (await self._store.backend()).move([given], None)
+
+    async def _now(self) -> int:
+        return (await self._store.backend()).now // 1000

@@ -1,0 +1,159 @@
+"""Batches: answers the lines of batches beside everybody else's requests, at a lower priority, and in half of the
+places that a model has.
+
+Several servers may share a store: a batch is worked on by the one that has its lease. A server that stops gives it
+back, with the answers that it has; the next one goes on behind them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+
+from starlette.types import ASGIApp
+
+from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.responses.store.backend import Held
+from candle_vllm.responses.store.entries import NotStoredError, new_id
+from candle_vllm.responses.store.upkeep import Upkeep
+from candle_vllm.server.batches.lines import Application, asked_here
+from candle_vllm.server.batches.records import (
+    COMPLETION_SECONDS,
+    WORKING,
+    Batch,
+    BatchRecord,
+    BatchRequest,
+)
+from candle_vllm.server.batches.run import LEASE_MS, BatchRun
+from candle_vllm.server.batches.store import BATCHES, BatchStore, FileOptions, new_file_id, on_disk
+from candle_vllm.server.http.errors import HttpError
+
+RENEW_SECONDS = 5.0  # also how soon a batch of an earlier server is found, and a cancelling on another server
+AT_ONCE = 4  # batches that one server works on
+
+logger = logging.getLogger(__name__)
+
+
+class Batches:
+    """The batches of one application.
+
+    Args:
+        options: of the store.
+        keys: API keys that are valid; none where everybody may come.
+        longest: bytes of a line.
+        places: how many sequences run at a time in a model; half of them may be lines.
+        app: answers.
+
+    Attributes:
+        store: files and batches.
+    """
+
+    def __init__(
+        self, options: FileOptions, keys: Sequence[str], longest: int, places: Callable[[], int], app: ASGIApp
+    ) -> None:
+        self.store = BatchStore(options)
+        self._keys = tuple(keys) or ("",)
+        self._longest = longest
+        self._count_places = places
+        self._places: asyncio.Semaphore | None = None
+        self._app = app
+        self._name = secrets.token_hex(8)
+        self._width = 1
+        self._running: dict[str, BatchRun] = {}
+        self._upkeep: Upkeep | None = None
+        self._closing = contextlib.AsyncExitStack()
+        self._application: Application | None = None
+
+    async def start(self) -> None:
+        """Opens a store that is not in memory and goes on with what an earlier server left."""
+        if on_disk(self.store.options):
+            await self.store.backend()
+        self._upkeep = Upkeep(RENEW_SECONDS, self._look, "batches could not be looked for", at_once=True)
+
+    async def close(self) -> None:
+        """Gives back what is being worked on, and closes the store."""
+        if self._upkeep is not None:
+            await self._upkeep.close()
+        runs = [run.task for run in self._running.values() if run.task is not None]
+        for task in runs:
+            task.cancel()
+        await asyncio.gather(*runs, return_exceptions=True)
+        await self._closing.aclose()
+        await self.store.close()
+
+    async def create(self, owner: str, wire: BatchRequest) -> Batch:
+        """A new batch, which begins soon; NotStoredError where there is no such file."""
+        await self.store.file(owner, wire.input_file_id, "input_file_id")
+        now = (await self.store.backend()).now // 1000
+        batch = Batch(
+            id=new_id("batch"), endpoint=wire.endpoint, input_file_id=wire.input_file_id, created_at=now,
+            expires_at=now + COMPLETION_SECONDS, metadata=wire.metadata,
+        )  # fmt: skip
+        after, most = wire.output_expires_after, self.store.options.retention_seconds
+        seconds = min(after.seconds, most) if after is not None else most
+        record = BatchRecord(batch=batch, output_id=new_file_id(), error_id=new_id("file"), result_seconds=seconds)
+        await self.store.add_batch(owner, record)
+        await self._look()
+        return batch
+
+    async def cancel(self, owner: str, batch_id: str) -> Batch:
+        """Ends a batch soon; what it has made stays. HttpError 409 where it has ended."""
+        batch = (await self.store.batch(owner, batch_id)).batch
+        if batch.status not in WORKING:
+            raise HttpError(409, f"The batch has ended already: it is {batch.status}.", "batch_ended", param="batch_id")
+        await self.store.cancel(owner, batch_id)
+        if (run := self._running.get(batch_id)) is not None:
+            run.cancelled.set()
+        return (await self.store.batch(owner, batch_id)).batch
+
+    async def _look(self) -> None:
+        """Takes up batches that nobody works on."""
+        if not self.store.is_open:
+            return
+        backend = await self.store.backend()
+        await backend.expire()
+        for entry in await self.store.lapsed():
+            if len(self._running) >= AT_ONCE:
+                return
+            if entry.id in self._running:
+                continue
+            held = Held(entry.owner, entry.id, self._name)
+            try:
+                if await backend.claim(BATCHES, held, backend.now + LEASE_MS):
+                    self._begin(held)
+            except NotStoredError:
+                continue
+
+    def _begin(self, held: Held) -> None:
+        run = BatchRun(self.store, held, self._longest, RENEW_SECONDS)
+        self._running[held.id] = run
+        run.task = asyncio.create_task(self._work(run))
+
+    async def _work(self, run: BatchRun) -> None:
+        """One batch to its end, or until this server stops."""
+        again = False
+        try:
+            backend = await self.store.backend()
+            key = next((key for key in self._keys if backend.owner(key) == run.held.owner), None)
+            if self._application is None:
+                self._application = await self._closing.enter_async_context(asked_here(self._app))
+            if self._places is None:
+                self._width = max(1, self._count_places() // 2)
+                self._places = asyncio.Semaphore(self._width)
+            await run.work(self._application, key, self._places, self._width)
+            again = True
+        except asyncio.CancelledError:
+            await run.give_back()
+            raise
+        except CandleVllmError as error:
+            logger.warning("the batch %s stopped, and is taken up again: %s", run.held.id, error.__cause__ or error)
+        except Exception:
+            logger.exception("the batch %s failed", run.held.id)
+            await run.fail_for_good()
+        finally:
+            del self._running[run.held.id]
+        if again:
+            await self._look()

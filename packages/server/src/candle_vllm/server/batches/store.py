@@ -1,0 +1,305 @@
+"""BatchStore: files and batches in a store, each of them of one API key.
+
+A file is an entry whose parts are its contents: what was uploaded in pieces of one size, what batches made in lines.
+Its kind says how far it is. An `upload` is not whole yet, and goes where its server dies; the `results` of a batch are
+not shown before it has ended; a `file` is.
+
+A batch is an entry that is worked on until it has ended; its lease says which server does that, and one that has none
+is anybody's. Whoever cancels it leaves a part, so that no answer of a server that works on it is overwritten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from candle_vllm.responses.store.backend import MEMORY, Backend, Bounds, Held, Place
+from candle_vllm.responses.store.entries import (
+    Entry,
+    EntryItem,
+    NotStoredError,
+    StoreLimitError,
+    StoreUnavailableError,
+    is_id,
+)
+from candle_vllm.responses.store.options import SETTING, backend_at
+from candle_vllm.server.batches.records import BATCH, BATCH_OUTPUT, Batch, BatchRecord, FileObject
+
+FILE, UPLOAD, RESULTS, BATCHES = "file", "upload", "results", "batch"  # kinds of entry
+ACTIVE = "in_progress"  # the status of an entry that is worked on
+PIECE = 256 << 10  # bytes of a part of an upload
+AT_ONCE = 16  # parts that are read in one go
+UPLOAD_MS = 15 * 60_000  # that an upload may take
+MAX_LINES = 50_000
+_CANCEL = "cancel"  # the part of a batch that is to end
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """A store of files and batches.
+
+    Attributes:
+        url: as of `StoreOptions`.
+        max_bytes: of all files; the oldest of the key that has most makes room.
+        max_file_bytes: of one.
+        retention_seconds: how long files and ended batches are kept.
+        max_entries: files and batches.
+    """
+
+    url: str
+    max_bytes: int = 256 << 20
+    max_file_bytes: int = 100 << 20
+    retention_seconds: int = 30 * 86400
+    max_entries: int = 10_000
+
+
+class BatchStore:
+    """Files and batches; opened when they are first used, where the store is memory. Failures as of `Backend`.
+
+    Args:
+        options: of the store.
+        clock: seconds since 1970.
+    """
+
+    def __init__(self, options: FileOptions, clock: Callable[[], float] = time.time) -> None:
+        self.options = options
+        self._clock = clock
+        self._opening = asyncio.Lock()
+        self._backend: Backend | None = None
+        self._closed = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there can be something in it."""
+        return self._backend is not None
+
+    async def backend(self) -> Backend:
+        """What keeps it, opened."""
+        async with self._opening:
+            if self._backend is None:
+                self._backend = await self._open()
+        return self._backend
+
+    async def close(self) -> None:
+        """Closes it."""
+        self._closed = True
+        if self._backend is not None:
+            await self._backend.close()
+
+    async def owner(self, key: str) -> str:
+        """Whom what is made with an API key belongs to."""
+        return (await self.backend()).owner(key)
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    async def upload(self, owner: str, name: str, pieces: AsyncIterator[bytes], seconds: int | None) -> FileObject:
+        """Keeps a file for batches.
+
+        Args:
+            owner: whose it is.
+            name: what its sender calls it.
+            pieces: its contents, each of at most `PIECE` bytes.
+            seconds: how long it is kept; None is as long as the operator says.
+
+        Raises:
+            StoreLimitError: it is too large.
+        """
+        backend, file_id = await self.backend(), new_file_id()
+        now = backend.now
+        await backend.put(
+            Entry(
+                kind=UPLOAD, owner=owner, id=file_id, created=now, status=ACTIVE, lease=now + UPLOAD_MS, holder=file_id
+            )
+        )
+        size = 0
+        try:
+            async for piece in pieces:
+                await backend.append(UPLOAD, owner, file_id, [EntryItem(id=str(size), body=piece)])
+                size += len(piece)
+            life = min(seconds or self.options.retention_seconds, self.options.retention_seconds)
+            return await self._show(owner, file_id, now, BATCH, name, size, life)
+        except BaseException:
+            await asyncio.shield(backend.delete(UPLOAD, owner, file_id))
+            raise
+
+    async def file(self, owner: str, file_id: str, param: str = "file_id") -> FileObject:
+        """A file; NotStoredError where this owner has none, here and below."""
+        found = await (await self.backend()).get(FILE, owner, file_id) if is_id(file_id) else None
+        if found is None:
+            raise NotStoredError("File", file_id, param)
+        return _file(found)
+
+    async def files(self, owner: str, limit: int, after: str | None, purpose: str | None) -> list[FileObject]:
+        """At most `limit` files, newest first, behind `after`."""
+        backend = await self.backend()
+        made: list[FileObject] = []
+        while True:
+            page = await backend.page(FILE, owner, limit, after)
+            if page is None:
+                raise NotStoredError("File", after or "", "after")
+            made += [_file(entry) for entry in page if purpose is None or entry.about["purpose"] == purpose]
+            if len(page) < limit or len(made) >= limit:
+                return made[:limit]
+            after = page[-1].id
+
+    async def contents(self, owner: str, file_id: str, kind: str = FILE) -> AsyncGenerator[EntryItem]:
+        """The parts of a file, in their order."""
+        backend, after = await self.backend(), None
+        while page := await backend.parts(kind, owner, file_id, AT_ONCE, "asc", after):
+            for part in page:
+                yield part
+            after = page[-1].id
+
+    async def delete_file(self, owner: str, file_id: str) -> None:
+        """Deletes a file."""
+        if not is_id(file_id) or not await (await self.backend()).delete(FILE, owner, file_id):
+            raise NotStoredError("File", file_id, "file_id")
+
+    async def _show(
+        self, owner: str, file_id: str, created: int, purpose: str, name: str, size: int, seconds: int
+    ) -> FileObject:
+        """Makes a file of what was gathered in an entry with that id, whose parts stay."""
+        entry = Entry(
+            kind=FILE, owner=owner, id=file_id, created=created, status="processed",
+            expires=created + 1000 * seconds, about={"purpose": purpose, "filename": name, "bytes": size},
+        )  # fmt: skip
+        await (await self.backend()).put(entry)
+        return _file(entry)
+
+    # ---- what a batch makes ------------------------------------------------------------------------------------------
+
+    async def gather(self, owner: str, file_id: str) -> set[int]:
+        """Begins a file of results, or takes it up again: the numbers of the lines whose results it has."""
+        backend = await self.backend()
+        if await backend.get(RESULTS, owner, file_id) is None:
+            await backend.put(Entry(kind=RESULTS, owner=owner, id=file_id, created=backend.now, status=ACTIVE))
+            return set()
+        return {int(part.id) async for part in self.contents(owner, file_id, RESULTS)}
+
+    async def add_results(self, owner: str, file_id: str, results: Sequence[tuple[int, bytes]]) -> None:
+        """Adds the results of lines, by their numbers; one that is there already stays."""
+        parts = [EntryItem(id=str(number), body=line) for number, line in results]
+        await (await self.backend()).append(RESULTS, owner, file_id, parts, skip_known=True)
+
+    async def show_results(self, owner: str, file_id: str, name: str, seconds: int) -> str | None:
+        """Makes a file of results; its id, or None where there are none."""
+        backend, size = await self.backend(), 0
+        if await backend.get(RESULTS, owner, file_id) is None:  # it has been done before
+            return file_id if await backend.get(FILE, owner, file_id) is not None else None
+        async for part in self.contents(owner, file_id, RESULTS):
+            size += len(part.body)
+        if not size:
+            await backend.delete(RESULTS, owner, file_id)
+            return None
+        await self._show(owner, file_id, backend.now, BATCH_OUTPUT, name, size, seconds)
+        return file_id
+
+    # ---- batches -----------------------------------------------------------------------------------------------------
+
+    async def add_batch(self, owner: str, record: BatchRecord) -> None:
+        """Keeps a batch that anybody may work on from now on."""
+        backend = await self.backend()
+        body = msgspec.json.encode(record)
+        await backend.put(
+            Entry(
+                kind=BATCHES, owner=owner, id=record.batch.id, created=backend.now, status=ACTIVE, lease=backend.now,
+                body=body,
+            )
+        )  # fmt: skip
+
+    async def batch(self, owner: str, batch_id: str, param: str = "batch_id") -> BatchRecord:
+        """A batch, with a cancelling that nobody has noticed yet."""
+        backend = await self.backend()
+        found = await backend.get(BATCHES, owner, batch_id) if is_id(batch_id) else None
+        if found is None:
+            raise NotStoredError("Batch", batch_id, param)
+        record = msgspec.json.decode(found.body, type=BatchRecord)
+        if record.batch.status in ("validating", "in_progress"):
+            cancelled = await backend.part(BATCHES, owner, batch_id, _CANCEL)
+            if cancelled is not None:
+                batch = msgspec.structs.replace(record.batch, status="cancelling", cancelling_at=int(cancelled.body))
+                return msgspec.structs.replace(record, batch=batch)
+        return record
+
+    async def batches(self, owner: str, limit: int, after: str | None) -> list[Batch]:
+        """At most `limit` batches, newest first, behind `after`."""
+        page = await (await self.backend()).page(BATCHES, owner, limit, after)
+        if page is None:
+            raise NotStoredError("Batch", after or "", "after")
+        return [(await self.batch(owner, entry.id)).batch for entry in page]
+
+    async def cancel(self, owner: str, batch_id: str) -> None:
+        """Wishes that a batch ends."""
+        backend = await self.backend()
+        wish = EntryItem(id=_CANCEL, body=b"%d" % (backend.now // 1000))
+        await backend.append(BATCHES, owner, batch_id, [wish], skip_known=True)
+
+    async def write(self, owner: str, record: BatchRecord, lease: int | None) -> bool:
+        """Writes how far a batch is, or with no lease that it has ended; False where it is gone."""
+        backend, batch = await self.backend(), record.batch
+        status, expires = (batch.status, backend.now + 1000 * self.options.retention_seconds) if lease is None else (
+            ACTIVE, None)  # fmt: skip
+        body = msgspec.json.encode(record)
+        return await backend.change(BATCHES, owner, batch.id, body, status=status, lease=lease, expires=expires)
+
+    async def renew(self, held: Held, file_id: str, until: int | None) -> bool:
+        """Keeps a batch and its input for who works on it; False where somebody else has it."""
+        backend = await self.backend()
+        await backend.move([Held(held.owner, file_id, held.id)], until)
+        return not await backend.move([held], until)
+
+    async def lapsed(self) -> list[Entry]:
+        """Batches that nobody works on. Uploads whose server has died go."""
+        backend, found = await self.backend(), []
+        for entry in await backend.lapsed():
+            if entry.kind == BATCHES:
+                found.append(entry)
+            else:
+                await backend.delete(entry.kind, entry.owner, entry.id)
+        return sorted(found, key=lambda entry: entry.created)
+
+    async def _open(self) -> Backend:
+        if self._closed:
+            raise StoreUnavailableError("The store of files is closed: the server is stopping.", SETTING)
+        options = self.options
+        bounds = Bounds(
+            options.max_entries, size=options.max_bytes, entry_size=1 << 20, parts=MAX_LINES + 1,
+            parts_size=options.max_bytes, spares_leased=True,
+            advice="Delete files, or let its operator raise --files-max-mb.",
+        )  # fmt: skip
+        place = Place(options.url, "batches", "store of files", SETTING)
+        backend = await asyncio.to_thread(backend_at, place, bounds, self._clock)
+        try:
+            await backend.open()
+        except BaseException:
+            await backend.close()
+            raise
+        return backend
+
+
+def new_file_id() -> str:
+    """An id that nobody can guess, as OpenAI's files have it."""
+    return f"file-{secrets.token_hex(16)}"
+
+
+def too_large(most: int) -> StoreLimitError:
+    """For a file that is too large."""
+    return StoreLimitError(f"The file is larger than {most >> 20} MB (--file-max-mb).", "file")
+
+
+def on_disk(options: FileOptions) -> bool:
+    """Whether there may be something of an earlier server."""
+    return options.url != MEMORY
+
+
+def _file(entry: Entry) -> FileObject:
+    about = entry.about
+    return FileObject(
+        id=entry.id, bytes=about["bytes"], created_at=entry.created // 1000, expires_at=(entry.expires or 0) // 1000,
+        filename=about["filename"], purpose=about["purpose"],
+    )  # fmt: skip

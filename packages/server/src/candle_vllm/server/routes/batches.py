@@ -1,0 +1,63 @@
+"""`/v1/batches`: files of requests that are answered without a client. Each is of the caller's own API key."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.openai import to_json_bytes
+from candle_vllm.openai.validation import parse_body
+from candle_vllm.responses.store.entries import is_id
+from candle_vllm.server.batches.records import BatchList, BatchRequest
+from candle_vllm.server.http.body import read_body
+from candle_vllm.server.kept_access import number_of, query_of
+from candle_vllm.server.routes.files import batches_and_owner
+
+router = APIRouter()
+JSON = "application/json"
+DEFAULT_LIST, MAX_LIST = 20, 100
+MAX_BODY = 64 << 10
+
+
+@router.post("/v1/batches")
+async def create_batch(request: Request) -> Response:
+    """Begins a batch."""
+    batches, owner = await batches_and_owner(request)
+    query_of(request)
+    wire = parse_body(BatchRequest, await read_body(request.scope, request.receive, MAX_BODY))
+    return Response(to_json_bytes(await batches.create(owner, wire)), media_type=JSON)
+
+
+@router.get("/v1/batches")
+async def list_batches(request: Request) -> Response:
+    """The caller's batches, newest first."""
+    batches, owner = await batches_and_owner(request)
+    query = query_of(request, "limit", "after")
+    limit = number_of("limit", query.get("limit", str(DEFAULT_LIST)), 1, MAX_LIST)
+    after = query.get("after")
+    if after is not None and not is_id(after):
+        raise InvalidParameterError(f"after must be the id of a batch, not {after!r:.80}", "after")
+    found = await batches.store.batches(owner, limit + 1, after)
+    some = found[:limit]
+    page = BatchList(
+        data=some, first_id=some[0].id if some else None, last_id=some[-1].id if some else None,
+        has_more=len(found) > limit,
+    )  # fmt: skip
+    return Response(to_json_bytes(page), media_type=JSON)
+
+
+@router.get("/v1/batches/{batch_id}")
+async def get_batch(request: Request, batch_id: str) -> Response:
+    """How far a batch is."""
+    batches, owner = await batches_and_owner(request)
+    query_of(request)
+    return Response(to_json_bytes((await batches.store.batch(owner, batch_id)).batch), media_type=JSON)
+
+
+@router.post("/v1/batches/{batch_id}/cancel")
+async def cancel_batch(request: Request, batch_id: str) -> Response:
+    """Ends a batch; what it has made stays."""
+    batches, owner = await batches_and_owner(request)
+    query_of(request)
+    return Response(to_json_bytes(await batches.cancel(owner, batch_id)), media_type=JSON)

@@ -1,0 +1,202 @@
+"""`/v1/files`: files of requests for batches, and those of their answers. Each is of the caller's own API key."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, AsyncIterator
+from urllib.parse import quote
+
+from fastapi import APIRouter, Request
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Message, Receive
+
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.openai import to_json_bytes
+from candle_vllm.openai.errors import InvalidBodyError
+from candle_vllm.responses.store.entries import is_id
+from candle_vllm.server.batches.records import BATCH, BATCH_OUTPUT, LEAST_LIFE, LONGEST_LIFE, FileDeleted, FileList
+from candle_vllm.server.batches.service import Batches
+from candle_vllm.server.batches.store import PIECE, too_large
+from candle_vllm.server.http.auth import check_origin
+from candle_vllm.server.http.body import READING_SECONDS, SILENCE_SECONDS
+from candle_vllm.server.http.errors import ClientGone, HttpError
+from candle_vllm.server.http.routing import caller_of
+from candle_vllm.server.kept_access import number_of, query_of
+
+router = APIRouter()
+JSON = "application/json"
+MAX_LIST = 10_000
+FORM_OVERHEAD = 64 << 10  # bytes of a form beside its file
+_NAME = 200  # characters of a file's name
+_ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
+_FIELDS = ("file", "purpose", _ANCHOR, _SECONDS)
+
+
+@router.post("/v1/files")
+async def upload_file(request: Request) -> Response:
+    """Keeps a file, sent as a form."""
+    batches, owner = await batches_and_owner(request)
+    query_of(request)
+    # Any web page may send a form anywhere without being asked first, unlike JSON.
+    check_origin(request.scope, request.app.state.settings.cors_origin)
+    most = batches.store.options.max_file_bytes
+    form = await _form(request, most + FORM_OVERHEAD)
+    try:
+        unknown = next((name for name in form if name not in _FIELDS), None)
+        if unknown is not None:
+            raise InvalidParameterError(f"{unknown!r:.80} is not a field of this form: {', '.join(_FIELDS)}", "file")
+        file, purpose = form.get("file"), form.get("purpose")
+        if not isinstance(file, UploadFile):
+            raise InvalidParameterError("file is missing: the form needs one, with a file name", "file")
+        if purpose != BATCH:
+            raise InvalidParameterError(f"purpose must be {BATCH}, not {purpose!r:.60}", "purpose")
+        if (file.size or 0) > most:
+            raise too_large(most)
+        made = await batches.store.upload(owner, safe_name(file.filename or ""), _pieces(file), _seconds(form))
+    finally:
+        await form.close()
+    return Response(to_json_bytes(made), media_type=JSON)
+
+
+@router.get("/v1/files")
+async def list_files(request: Request) -> Response:
+    """The caller's files, newest first."""
+    batches, owner = await batches_and_owner(request)
+    query = query_of(request, "limit", "after", "purpose", "order")
+    limit = number_of("limit", query.get("limit", str(MAX_LIST)), 1, MAX_LIST)
+    purpose, after = query.get("purpose"), query.get("after")
+    if purpose not in (None, BATCH, BATCH_OUTPUT):
+        raise InvalidParameterError(f"purpose must be {BATCH} or {BATCH_OUTPUT}, not {purpose!r:.60}", "purpose")
+    if query.get("order", "desc") != "desc":
+        raise InvalidParameterError("order must be desc: lists begin with the newest", "order")
+    found = await batches.store.files(owner, limit + 1, _after(after), purpose)
+    some = found[:limit]
+    page = FileList(
+        data=some, first_id=some[0].id if some else None, last_id=some[-1].id if some else None,
+        has_more=len(found) > limit,
+    )  # fmt: skip
+    return Response(to_json_bytes(page), media_type=JSON)
+
+
+@router.get("/v1/files/{file_id}")
+async def get_file(request: Request, file_id: str) -> Response:
+    """What is known of a file."""
+    batches, owner = await batches_and_owner(request)
+    query_of(request)
+    return Response(to_json_bytes(await batches.store.file(owner, file_id)), media_type=JSON)
+
+
+@router.get("/v1/files/{file_id}/content")
+async def get_content(request: Request, file_id: str) -> Response:
+    """What is in a file."""
+    batches, owner = await batches_and_owner(request)
+    query_of(request)
+    file = await batches.store.file(owner, file_id)
+
+    async def contents() -> AsyncGenerator[bytes]:
+        async for part in batches.store.contents(owner, file_id):
+            yield part.body
+
+    headers = {
+        "content-disposition": f"attachment; filename*=UTF-8''{quote(file.filename, safe='')}",
+        "content-length": str(file.bytes),
+        "x-content-type-options": "nosniff",
+    }
+    return StreamingResponse(contents(), headers=headers, media_type="application/octet-stream")
+
+
+@router.delete("/v1/files/{file_id}")
+async def delete_file(request: Request, file_id: str) -> Response:
+    """Deletes a file."""
+    batches, owner = await batches_and_owner(request)
+    query_of(request)
+    await batches.store.delete_file(owner, file_id)
+    return Response(to_json_bytes(FileDeleted(id=file_id)), media_type=JSON)
+
+
+async def batches_and_owner(request: Request) -> tuple[Batches, str]:
+    """Who has files and batches, and the caller as an owner of them; 404 where nothing is kept."""
+    batches: Batches | None = request.app.state.batches
+    if batches is None:
+        raise HttpError(404, "This server keeps no files: it was started with --responses-store off.", "store_off")
+    return batches, await batches.store.owner(caller_of(request.scope).key)
+
+
+def safe_name(name: str) -> str:
+    """A file's name without folders and without what no name should have."""
+    last = re.split(r"[/\\]", name)[-1]
+    kept = "".join(character for character in last if character.isprintable()).strip(" .")
+    return kept[:_NAME] or "file.jsonl"
+
+
+def _after(after: str | None) -> str | None:
+    if after is not None and not is_id(after):
+        raise InvalidParameterError(f"after must be an id, not {after!r:.80}", "after")
+    return after
+
+
+def _seconds(form: FormData) -> int | None:
+    """How long a file is kept, of the fields `expires_after[...]`."""
+    anchor, seconds = form.get(_ANCHOR, "created_at"), form.get(_SECONDS)
+    if anchor != "created_at":
+        raise InvalidParameterError(f"{_ANCHOR} must be created_at, not {anchor!r:.60}", _ANCHOR)
+    if seconds is None:
+        return None
+    return number_of(_SECONDS, seconds if isinstance(seconds, str) else "", LEAST_LIFE, LONGEST_LIFE)
+
+
+async def _pieces(file: UploadFile) -> AsyncIterator[bytes]:
+    while piece := await file.read(PIECE):
+        yield piece
+
+
+async def _form(request: Request, limit: int) -> FormData:
+    """The form of a request; its file lies on the disk where it is not small.
+
+    Raises:
+        HttpError: 415 for another content type, 413 when it is too large, 408 when it is too slow.
+        InvalidBodyError: it is none.
+    """
+    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if kind != "multipart/form-data":
+        message = "The body must be a form: send it as `multipart/form-data` with the fields file and purpose."
+        raise HttpError(415, message, "unsupported_media_type")
+    length = request.headers.get("content-length", "0")
+    if not (length.isascii() and length.isdigit()):
+        raise HttpError(400, "The Content-Length header is not a number.", "invalid_content_length")
+    if len(length) > 15 or int(length) > limit:
+        raise _form_too_large(limit)
+    bounded = Request(request.scope, _bounded(request.receive, limit))
+    try:
+        async with asyncio.timeout(READING_SECONDS):
+            return await bounded.form(max_files=1, max_fields=len(_FIELDS))
+    except TimeoutError:
+        message = "The body did not arrive in time; send it without long pauses."
+        raise HttpError(408, message, "request_timeout", {"connection": "close"}) from None
+    except HTTPException as error:
+        raise InvalidBodyError(f"The form cannot be read: {error.detail}") from None
+
+
+def _bounded(receive: Receive, limit: int) -> Receive:
+    size = 0
+
+    async def bounded() -> Message:
+        nonlocal size
+        async with asyncio.timeout(SILENCE_SECONDS):
+            message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        size += len(message.get("body", b""))
+        if size > limit:
+            raise _form_too_large(limit)
+        return message
+
+    return bounded
+
+
+def _form_too_large(limit: int) -> HttpError:
+    message = f"The file is larger than {limit >> 20} MB. Send it in parts, or raise --file-max-mb."
+    return HttpError(413, message, "request_too_large", {"connection": "close"})
