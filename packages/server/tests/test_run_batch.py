@@ -74,10 +74,10 @@ def test_lines_are_answered_in_their_order(
     assert made[3]["response"]["status_code"] == 400
     assert made[3]["response"]["body"]["error"]["param"] == "max_tokens"
     assert made[3]["error"]["code"] == "invalid_value"
-    assert made[4]["response"]["status_code"] == 404
+    assert made[4]["response"]["status_code"] == 200  # the one model answers to any name
     assert made[5]["response"]["body"]["object"] == "response"
     assert len({line["id"] for line in made}) == 6
-    assert "done, 6 lines answered, 3 of them with an error" in capsys.readouterr().err
+    assert "done, 6 lines answered, 2 of them with an error" in capsys.readouterr().err
 
 
 def test_keys_of_the_environment_lock_nobody_out(
