@@ -168,7 +168,7 @@ def test_what_there_is(start: Callable[..., Any]) -> None:
     ("change", "status", "words"),
     [
         ({"model": "other"}, 404, "'other' is not served"),
-        ({"options": {"mirostat": 2}}, 400, "options.mirostat"),
+        ({"options": {"mirostat": 3}}, 400, "options.mirostat"),
         ({"messages": [{"role": "user", "content": "x", "images": [b"x"]}]}, 400, "messages.0.images"),
         ({"keep_alive": "5 minutes"}, 400, "keep_alive"),
     ],

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from candle_vllm.core.errors import RequestError
+from candle_vllm.core.sampling.params import SAMPLER_FIELDS
 from candle_vllm.openai.ollama import ADVISORY_OPTIONS, ChatRequest, Options, ollama_parser
 from candle_vllm.openai.ollama.adapter import read_messages
 from candle_vllm.openai.ollama.request import seconds_of
@@ -48,10 +49,10 @@ def test_hostile_durations_take_no_time() -> None:
         ({"num_predict": 0}, {"max_tokens": None}),
         ({"seed": -1, "stop": []}, {}),
         ({"seed": 7, "stop": "x"}, {"seed": 7, "stop": "x"}),
-        ({"repeat_penalty": 1.1, "repeat_last_n": -1}, {"repetition_penalty": 1.1}),
-        ({"repeat_penalty": 1.1, "repeat_last_n": 0}, {"repetition_penalty": 1.0}),
-        ({"repeat_penalty": 1.0, "repeat_last_n": 64}, {"repetition_penalty": 1.0}),
-        ({"mirostat": 0, "mirostat_tau": 5.0, "tfs_z": 1.0, "typical_p": 1, "num_gpu": -1, "numa": False}, {}),
+        ({"repeat_penalty": 1.1, "repeat_last_n": 64}, {"repetition_penalty": 1.1, "repeat_last_n": 64}),
+        ({"mirostat": 2, "mirostat_tau": 4, "typical_p": 0.9}, {"mirostat": 2, "mirostat_tau": 4.0, "typical_p": 0.9}),
+        ({"dry_sequence_breakers": []}, {"dry_sequence_breakers": []}),
+        ({"tfs_z": 1.0, "num_gpu": -1, "numa": False}, {}),
     ],
 )
 def test_options_are_sampling_parameters(options: dict[str, Any], sampling: dict[str, Any]) -> None:
@@ -61,10 +62,11 @@ def test_options_are_sampling_parameters(options: dict[str, Any], sampling: dict
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"options": {"mirostat": 1}}, "options.mirostat"),
-        ({"options": {"typical_p": 0.5}}, "options.typical_p"),
+        ({"options": {"mirostat": 3}}, "options.mirostat"),
+        ({"options": {"typical_p": 1.5}}, "options.typical_p"),
+        ({"options": {"tfs_z": 0.5}}, "options.tfs_z"),
         ({"options": {"temprature": 1}}, "options.temprature"),
-        ({"options": {"repeat_penalty": 1.1, "repeat_last_n": 64}}, "options.repeat_last_n"),
+        ({"options": {"repeat_penalty": 1.1, "repeat_last_n": -2}}, "options.repeat_last_n"),
         ({"options": {"num_predict": -3}}, "options.num_predict"),
         ({"options": {"top_p": 2}}, "options.top_p"),
         ({"format": "yaml"}, "format"),
@@ -88,7 +90,7 @@ def test_wrong_fields_are_named(change: dict[str, Any], param: str) -> None:
 def test_every_option_has_an_effect_or_a_reason() -> None:
     acting = {
         "num_predict", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "repeat_penalty", "repeat_last_n",
-        "presence_penalty", "frequency_penalty",
+        "presence_penalty", "frequency_penalty", *SAMPLER_FIELDS,
     }  # fmt: skip
     assert Options.wire_names() == acting | set(ADVISORY_OPTIONS)
 

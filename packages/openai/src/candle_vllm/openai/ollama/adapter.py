@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 import msgspec
 
 from candle_vllm.core.errors import PromptTooLongError, RequestError
+from candle_vllm.core.sampling.params import SAMPLER_FIELDS
 from candle_vllm.openai.adapter import OpenAIAdapter
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.ollama.answers import (
@@ -51,7 +52,8 @@ _SPELLED = {
     **{
         name: f"options.{name}"
         for name in (
-            "temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty"
+            "temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty",
+            *SAMPLER_FIELDS,
         )
     },
 }  # fmt: skip

@@ -24,7 +24,7 @@ from candle_vllm.openai.protocol.fields import (
     WireModel,
     invalid,
 )
-from candle_vllm.openai.protocol.generation import Logprobs, Stop
+from candle_vllm.openai.protocol.generation import Logprobs, SamplerFields, Stop
 from candle_vllm.openai.protocol.pooling import MAX_INPUTS
 from candle_vllm.openai.protocol.tools import Tool, check_tools
 from candle_vllm.openai.validation import parse_body
@@ -49,16 +49,12 @@ ADVISORY_OPTIONS: Mapping[str, str] = {
     "f16_kv": "the cache's numbers are the operator's (--kv-cache-dtype)",
     "use_mmap": "weights are mapped while they are loaded",
     "use_mlock": "weights lie in memory",
-    "mirostat_tau": "belongs to mirostat, which is refused",
-    "mirostat_eta": "belongs to mirostat, which is refused",
 }
 
 _TEMPLATE = "Ollama's templates are Go's and the model's own is Jinja; send raw: true with a prompt that is written out"
 _IMAGES = "models read text alone here"
 REFUSED_OPTIONS: Mapping[str, Refusal] = {
-    "typical_p": Refusal("there is no such sampler", (1, 1.0)),
     "tfs_z": Refusal("there is no such sampler", (1, 1.0)),
-    "mirostat": Refusal("there is no such sampler", (0,)),
     "penalize_newline": Refusal("penalties look at every token", (True,)),
     "logits_all": Refusal("use logprobs", (False,)),
     "vocab_only": Refusal("a model is loaded whole", (False,)),
@@ -149,14 +145,13 @@ _Streams = Annotated[bool, BeforeValidator(_streamed), WithJsonSchema({"type": [
 _Count = Annotated[int, Field(ge=-1, le=1 << 31)] | None
 
 
-class Options(WireModel):
+class Options(SamplerFields):
     """How tokens are drawn. None always means absent: the model's own default counts, then ours.
 
     Attributes:
         num_predict: most tokens of the answer; 0, -1 and -2 are as many as the context takes.
         seed: -1 is none.
         repeat_penalty: what others call repetition_penalty.
-        repeat_last_n: how far back it looks: -1 is the whole text, as here always, and 0 switches the penalty off.
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_OPTIONS
@@ -169,7 +164,6 @@ class Options(WireModel):
     seed: Annotated[int, Field(ge=-(1 << 63), le=(1 << 64) - 1)] | None = None
     stop: Stop | None = None
     repeat_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    repeat_last_n: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
 
@@ -185,30 +179,23 @@ class Options(WireModel):
     f16_kv: bool | None = None
     use_mmap: bool | None = None
     use_mlock: bool | None = None
-    mirostat_tau: float | None = None
-    mirostat_eta: float | None = None
-
-    @field_validator("repeat_last_n")
-    @classmethod
-    def _whole_text(cls, value: int | None, info: Any) -> int | None:
-        penalty = info.data.get("repeat_penalty")
-        if value is not None and value > 0 and penalty not in (None, 1.0):
-            raise invalid(
-                "", f"must be -1 or 0 beside repeat_penalty: it looks at the whole text, not at {value} tokens"
-            )
-        return value
 
     def sampling(self) -> dict[str, Any]:
         """What is given, by the names of `SamplingParams`."""
         given = {
             name: getattr(self, name)
             for name in (
-                "temperature", "top_k", "top_p", "min_p", "stop", "presence_penalty", "frequency_penalty"
+                "temperature", "top_k", "top_p", "min_p", "stop", "presence_penalty", "frequency_penalty",
+                *caps.SAMPLER_FIELDS,
             )
         }  # fmt: skip
-        given["repetition_penalty"] = 1.0 if self.repeat_last_n == 0 else self.repeat_penalty
+        given["repetition_penalty"] = self.repeat_penalty
         given["seed"] = None if self.seed == -1 else self.seed
-        found = {name: value for name, value in given.items() if value not in (None, [])}
+        found = {
+            name: value
+            for name, value in given.items()
+            if value is not None and (value != [] or name == "dry_sequence_breakers")
+        }
         if self.num_predict is not None:
             found["max_tokens"] = self.num_predict if self.num_predict > 0 else None
         return found

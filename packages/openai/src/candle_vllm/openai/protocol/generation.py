@@ -96,8 +96,9 @@ class SamplerFields(WireModel):
     def _own_names(cls, data: Any) -> Any:
         if not isinstance(data, dict) or not any(name in data for name in OTHER_NAMES):
             return data
-        renamed = {name: value for name, value in data.items() if name not in OTHER_NAMES}
-        for other, name in OTHER_NAMES.items():
+        others = {other: name for other, name in OTHER_NAMES.items() if other not in cls.wire_names()}
+        renamed = {name: value for name, value in data.items() if name not in others}
+        for other, name in others.items():
             if data.get(other) is None:
                 continue
             if renamed.setdefault(name, data[other]) != data[other]:
