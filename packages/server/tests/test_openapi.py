@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
@@ -72,6 +73,16 @@ def test_every_route_has_an_entry_and_every_entry_a_route() -> None:
     told = {key for key in found if key[1] not in FOR_PEOPLE}
     assert told == set(OPERATIONS), "the table in openapi/operations.py and the routes differ"
     assert {path for _, path in found} >= FOR_PEOPLE
+
+
+def test_the_page_of_routes_has_all_of_them() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "routes.md").read_text()
+    rows = [line for line in text.splitlines() if re.match(r"\| `(GET|POST|DELETE|PUT|PATCH|HEAD) ", line)]
+    wanted = [
+        f"| `{method} {re.sub(':path', '', path)}` | {operation.summary} |"
+        for (method, path), operation in OPERATIONS.items()
+    ]
+    assert sorted(rows) == sorted(wanted)
 
 
 def test_a_route_without_an_entry_is_left_out() -> None:
@@ -280,10 +291,11 @@ def test_keys_are_described_as_they_are() -> None:
 
     assert not any(secured().values())
     guarded = secured(api_key=("k",))
-    assert [path for path, needs in guarded.items() if not needs] == ["/health", "/ready"]
+    assert [path for path, needs in guarded.items() if not needs] == ["/health", "/ready", "/ping"]
     managed = secured(management_key=("k",))
     assert {path for path, needs in managed.items() if needs} == {
-        "/v1/models/status", "/v1/models/load", "/v1/models/unload", "/v1/models/select", "/metrics", "/v1/usage"
+        "/v1/models/status", "/v1/models/load", "/v1/models/unload", "/v1/models/select", "/metrics", "/v1/usage",
+        "/server_info",
     }  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def test_nothing_is_reached_without_a_key(start) -> None:
 
 def test_the_routes_are_known_and_only_two_are_public() -> None:
     assert {"/v1/chat/completions", "/v1/models/load", "/v1/models/x", "/"} <= set(ROUTES)
-    assert {"/health", "/ready"} == PUBLIC_PATHS
+    assert {"/health", "/ping", "/ready"} == PUBLIC_PATHS
 
 
 def test_health_needs_no_key(start) -> None:

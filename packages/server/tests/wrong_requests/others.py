@@ -146,6 +146,25 @@ MANAGED_ROWS = [
     Row("model_id", "default", "model"),  # both names of the field
     Row("force", True),
 ]
+TEMPLATE_ROWS = [
+    *MODEL,
+    Row("messages", []),
+    Row("messages", 1),
+    Row("chat_template", "{{ messages }}", code="unsupported_parameter"),
+    Row("prompt", "x"),
+]
+POOLING_ROWS = [
+    *MODEL,
+    Row("input", []),
+    Row("input", [1, "a"], "input.1"),
+    Row("task", "classify"),
+    Row("task", 1),
+    Row("messages", MESSAGES, code="unsupported_parameter"),
+    Row("dimensions", 0),
+    Row("dimensions", "4"),
+    Row("encoding_format", "hex"),
+    Row("pooling", "max"),
+]
 ROUTES = [
     Route("/v1/embeddings", {"model": "default", "input": "a", "pooling": "mean"}, EMBEDDING_ROWS),
     *[Route(path, {"text_1": ["a", "b"], "text_2": ["c", "d"]}, SCORE_ROWS) for path in ("/v1/score", "/score")],
@@ -156,6 +175,8 @@ ROUTES = [
     Route("/tokenize", {"prompt": "a"}, TOKENIZE_ROWS),
     Route("/tokenize", {"messages": MESSAGES}, TOKENIZE_CHAT_ROWS),
     Route("/detokenize", {"tokens": [1]}, DETOKENIZE_ROWS),
+    Route("/apply-template", {"messages": MESSAGES}, TEMPLATE_ROWS),
+    Route("/pooling", {"model": "default", "input": "a", "pooling": "mean", "task": "embed"}, POOLING_ROWS),
     *[Route(f"/v1/models/{verb}", {"model": "default"}, MANAGED_ROWS) for verb in ("load", "select")],
     Route(
         "/v1/models/unload",

@@ -37,10 +37,16 @@ from candle_vllm.openai.planning import AnswerPlanner
 from candle_vllm.openai.preparation import PreparedChat, TaskPreparation
 from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from candle_vllm.openai.protocol.completions import Completion, CompletionRequest
-from candle_vllm.openai.protocol.embeddings import EmbeddingList, EmbeddingRequest
+from candle_vllm.openai.protocol.embeddings import EmbeddingList, EmbeddingRequest, PooledList, PoolingRequest
 from candle_vllm.openai.protocol.models import ModelCard, ModelList
 from candle_vllm.openai.protocol.score import Ranking, RerankRequest, ScoreList, ScoreRequest
-from candle_vllm.openai.protocol.tokenizing import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+from candle_vllm.openai.protocol.tokenizing import (
+    Detokenized,
+    DetokenizeRequest,
+    RenderedPrompt,
+    Tokenized,
+    TokenizeRequest,
+)
 from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.requests import parse_chat_request, parse_completion_request, read_chat, read_completion
 from candle_vllm.openai.serving import ServedNames, WorkerThreads
@@ -178,6 +184,12 @@ class OpenAIAdapter:
         """Tokens of the prompt that `answer` would begin with; nothing is generated."""
         return len((await self._ready(read)).prepared.prompt)
 
+    async def apply_template(self, request: ChatCompletionRequest) -> RenderedPrompt:
+        """The text that a chat request begins with; nothing is generated."""
+        self._names.served(request.model)
+        ready = await self._ready(partial(read_chat, _checked_chat(request)))
+        return RenderedPrompt(prompt=ready.prepared.text)
+
     @explained(**{"the request, as in complete({...})": CompletionRequest.wire_names()})
     async def complete(self, request: CompletionRequest | Fields) -> Completion:
         """The whole answer; a request with `stream` is refused. Cancelling it aborts the request."""
@@ -193,6 +205,10 @@ class OpenAIAdapter:
         """The vectors of texts. Cancelling it aborts what has not been run."""
         parsed = request if isinstance(request, EmbeddingRequest) else parse_embedding_request(request)
         return await self._embedding.embed(parsed)
+
+    async def pool(self, request: PoolingRequest) -> PooledList:
+        """The vectors of texts, in vLLM's words."""
+        return await self._embedding.pool(request)
 
     async def score(self, request: ScoreRequest | Fields) -> ScoreList:
         """How well texts belong together. Cancelling it aborts what has not been run."""

@@ -33,7 +33,14 @@ from candle_vllm.openai.errors import (
     GenerationFailedError,
     no_priority,
 )
-from candle_vllm.openai.protocol.embeddings import Embedding, EmbeddingList, EmbeddingRequest
+from candle_vllm.openai.protocol.embeddings import (
+    Embedding,
+    EmbeddingList,
+    EmbeddingRequest,
+    Pooled,
+    PooledList,
+    PoolingRequest,
+)
 from candle_vllm.openai.protocol.pooling import MAX_POOLED_TOKENS, PoolingFields, PoolingUsage
 from candle_vllm.openai.protocol.score import Ranked, RankedText, Ranking, RerankRequest, Score, ScoreList, ScoreRequest
 from candle_vllm.openai.serving import ServedNames
@@ -72,6 +79,11 @@ class EmbeddingEngineLike(Protocol):
 def parse_embedding_request(body: bytes | Mapping[str, Any]) -> EmbeddingRequest:
     """A checked request for vectors from the body's bytes or from an object; raises `RequestError`."""
     return parse_body(EmbeddingRequest, body)
+
+
+def parse_pooling_request(body: bytes | Mapping[str, Any]) -> PoolingRequest:
+    """The same in vLLM's words."""
+    return parse_body(PoolingRequest, body)
 
 
 def parse_score_request(body: bytes | Mapping[str, Any]) -> ScoreRequest:
@@ -125,6 +137,17 @@ class EmbeddingAdapter:
             model=name,
             data=tuple(data),
             usage=_usage(sum(len(text) for text in texts)),
+        )
+
+    async def pool(self, request: PoolingRequest) -> PooledList:
+        """The same in vLLM's words."""
+        made = await self.embed(request)
+        return PooledList(
+            id=made.id,
+            created=made.created,
+            model=made.model,
+            data=tuple(Pooled(index=each.index, data=each.embedding) for each in made.data),
+            usage=made.usage,
         )
 
     async def score(self, request: ScoreRequest) -> ScoreList:

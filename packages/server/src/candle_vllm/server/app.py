@@ -47,6 +47,7 @@ from candle_vllm.server.routes import (
     models,
     ollama,
     ollama_models,
+    relatives,
     responses,
     responses_socket,
     status,
@@ -66,7 +67,7 @@ if TYPE_CHECKING:
 _MODULES = (
     generation, messages, responses, responses_socket, stored_responses, conversations, files, batches, embeddings,
     tokenizing, models,
-    mailbox_routes, ollama, ollama_models, mcp_routes, status, docs,
+    mailbox_routes, ollama, ollama_models, mcp_routes, status, relatives, docs,
 )  # fmt: skip
 ROUTERS = tuple(module.router for module in _MODULES)
 

@@ -1,4 +1,4 @@
-"""Wire types of `/v1/embeddings`."""
+"""Wire types of `/v1/embeddings`, and of `/pooling` as vLLM has it."""
 
 from __future__ import annotations
 
@@ -91,5 +91,38 @@ class EmbeddingList(msgspec.Struct, frozen=True, kw_only=True):
     created: int
     model: str
     data: tuple[Embedding, ...]
+    usage: PoolingUsage
+    object: str = "list"
+
+
+class PoolingRequest(EmbeddingRequest):
+    """The same in vLLM's words.
+
+    Attributes:
+        task: what is made of a text; vectors are the one thing.
+    """
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        name: refusal for name, refusal in EMBEDDING_REFUSED_FIELDS.items() if name != "task"
+    } | {"messages": Refusal("the texts are the input")}
+
+    task: Literal["embed"] | None = None
+
+
+class Pooled(msgspec.Struct, frozen=True, kw_only=True):
+    """One vector; a text where base64 was asked for."""
+
+    index: int
+    data: list[float] | str
+    object: str = "pooling"
+
+
+class PooledList(msgspec.Struct, frozen=True, kw_only=True):
+    """The vectors in the order of the texts, in vLLM's words."""
+
+    id: str
+    created: int
+    model: str
+    data: tuple[Pooled, ...]
     usage: PoolingUsage
     object: str = "list"

@@ -88,6 +88,12 @@ class Tokenized(msgspec.Struct, frozen=True, kw_only=True):
     token_strs: tuple[str, ...] | None = None
 
 
+class RenderedPrompt(msgspec.Struct, frozen=True, kw_only=True):
+    """The text that a template makes of a conversation, as llama.cpp's `/apply-template` gives it."""
+
+    prompt: str
+
+
 class Detokenized(msgspec.Struct, frozen=True, kw_only=True):
     """The text of token ids, with the names of special tokens in it."""
 

@@ -23,7 +23,6 @@ from candle_vllm.core.errors import ModelNotFoundError
 from candle_vllm.core.loading.source import HUB_ID, ModelFiles
 from candle_vllm.core.memory import cache_bytes
 from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
-from candle_vllm.core.setting_kinds import Secret
 from candle_vllm.core.text.chat_conventions import chat_conventions
 from candle_vllm.core.threads import default_threads
 from candle_vllm.openai.planning import AnswerPlanner
@@ -34,12 +33,11 @@ from candle_vllm.server.mcp.options import mcp_options
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.configuration import Configuration
 from candle_vllm.server.settings.derived import engine_config, refuse_wrong_formats, store_options
-from candle_vllm.server.settings.options import GROUPS, Option
+from candle_vllm.server.settings.options import GROUPS, HIDDEN, Option, shown
 from candle_vllm.server.settings.sources import origins
 from candle_vllm.server.settings.table import OPTIONS
 
 DEFAULT = "default"
-HIDDEN = "***"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +96,8 @@ def effective(configuration: Configuration, derived: Mapping[str, Derived] | Non
             found.append(Effective(option, *derived[option.name]))
             continue
         spelled = "" if source is None else f" ({source.given_as.get(option.name, option.name)})"
-        found.append(
-            Effective(
-                option, _shown(option, configuration.settings), DEFAULT if source is None else source.title + spelled
-            )
-        )
+        value = shown(option, getattr(configuration.settings, option.name))
+        found.append(Effective(option, value, DEFAULT if source is None else source.title + spelled))
     return found
 
 
@@ -243,15 +238,6 @@ _SAMPLING = {name: getattr(SamplingParams().filled(DEFAULT_SAMPLING), name) for 
 
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
-
-
-def _shown(option: Option, settings: Settings) -> Any:
-    value = getattr(settings, option.name)
-    if isinstance(option.kind, Secret) and value and value != getattr(Settings(), option.name):
-        return [HIDDEN] * len(value) if option.repeat else HIDDEN
-    if isinstance(value, Path):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _table(

@@ -1,4 +1,4 @@
-"""API keys: pure ASGI middleware before every route but /health and /ready.
+"""API keys: pure ASGI middleware before every route but /health, /ping and /ready.
 
 The pages for people are guarded too. A browser cannot send a key from its address bar, so these take it as the
 password of HTTP Basic as well.
@@ -28,10 +28,11 @@ from candle_vllm.server.http.routing import Caller, route_path
 from candle_vllm.server.settings.options import UsageError
 
 READY = "/ready"
-PUBLIC_PATHS = frozenset({"/health", READY})
-MANAGEMENT_PATHS = frozenset(
-    {"/metrics", "/v1/models/load", "/v1/models/unload", "/v1/models/select", "/v1/models/status", "/v1/usage"}
-)
+PUBLIC_PATHS = frozenset({"/health", "/ping", READY})
+MANAGEMENT_PATHS = frozenset({
+    "/metrics", "/v1/models/load", "/v1/models/unload", "/v1/models/select", "/v1/models/status", "/v1/usage",
+    "/server_info",
+})  # fmt: skip
 PAGES = ("/openapi.json", "/docs")  # and what is below /docs/
 MAX_KEYS = 10_000
 

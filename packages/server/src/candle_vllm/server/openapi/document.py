@@ -182,6 +182,8 @@ def _answer(operation: Operation, status: int) -> dict[str, Any]:
     schema: Schema = {"type": "string"}
     if kinds := operation.answers[status]:
         schema = operation.naming.one_of(kinds)
+    if operation.bare:
+        schema = {"type": "array", "items": schema}
     content: dict[str, Any] = {operation.media: {"schema": as_list(schema) if operation.listed else schema}}
     if operation.events:
         content["text/event-stream"] = {"schema": _events(operation)}

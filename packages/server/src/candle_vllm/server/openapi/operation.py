@@ -36,6 +36,7 @@ class Operation:
         error: type of a refusal's body.
         naming: what these types are called in the document.
         listed: the answer is a list of objects of the types.
+        bare: the answer is an array of them.
         manages: the route is for operators.
         public: the route needs no key.
         path_parameters: what stands in the path, by name.
@@ -56,6 +57,7 @@ class Operation:
     error: type[msgspec.Struct] = ErrorEnvelope
     naming: Naming = field(default_factory=Naming)
     listed: bool = False
+    bare: bool = False
     manages: bool = False
     public: bool = False
     path_parameters: Mapping[str, str] = field(default_factory=dict)

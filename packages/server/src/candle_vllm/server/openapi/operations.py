@@ -32,9 +32,11 @@ from candle_vllm.openai.anthropic import (
     MessagesRequest,
     TokenCount,
 )
+from candle_vllm.openai.protocol.embeddings import PooledList, PoolingRequest
 from candle_vllm.openai.protocol.tokenizing import (
     Detokenized,
     DetokenizeRequest,
+    RenderedPrompt,
     TokenizeChatRequest,
     Tokenized,
     TokenizeTextRequest,
@@ -58,6 +60,7 @@ from candle_vllm.server.openapi.kept_operations import KEPT_OPERATIONS, RESPONSE
 from candle_vllm.server.openapi.ollama_operations import OLLAMA_OPERATIONS
 from candle_vllm.server.openapi.operation import BODY_ERRORS, Key, Operation
 from candle_vllm.server.routes.mailbox import DEFAULT_LIST, MAX_LIST, Delivered, PushRequest
+from candle_vllm.server.routes.relatives import Load, Properties, ServerInfo, Slot, TokenizerInfo
 
 MODEL_ERRORS = (404, 503)
 QUEUE_ERRORS = (*MODEL_ERRORS, 429, 504)
@@ -128,6 +131,7 @@ _MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 _MAILBOX = (400, 404, 503)
 _RECORD = {"request_id": "The id of the answer."}
 _ANTHROPIC = Naming("Anthropic", "Out")
+_WHICH = {"model": {"type": "string", "description": "A served name; without it the default model."}}
 _CARDS = (LoadedCard, UnloadedCard)
 _MANAGED = (*BODY_ERRORS, *MODEL_ERRORS)
 
@@ -386,6 +390,66 @@ OPERATIONS: Mapping[Key, Operation] = {
         summary="200 while the process can do its work",
         answers={200: (Standing,), 503: (Standing,)},
         public=True,
+    ),
+    ("GET", "/ping"): Operation(
+        id="ping",
+        tag="server",
+        summary="The same as /health",
+        answers={200: (Standing,), 503: (Standing,)},
+        public=True,
+    ),
+    ("GET", "/load"): Operation(
+        id="load", tag="server", summary="How many sequences run or wait", answers={200: (Load,)}
+    ),
+    ("GET", "/server_info"): Operation(
+        id="server_info",
+        tag="operators",
+        summary="What the server was started with, without secrets",
+        answers={200: (ServerInfo,)},
+        manages=True,
+    ),
+    ("GET", "/tokenizer_info"): Operation(
+        id="tokenizer_info",
+        tag="tokens",
+        summary="What is known of the model's tokenizer",
+        answers={200: (TokenizerInfo,)},
+        errors=(*MODEL_ERRORS, 504),
+        query=_WHICH,
+    ),
+    ("GET", "/props"): Operation(
+        id="props",
+        tag="server",
+        summary="The model and its defaults, as llama.cpp's clients ask for them",
+        answers={200: (Properties,)},
+        errors=(*MODEL_ERRORS, 504),
+        query=_WHICH,
+    ),
+    ("GET", "/slots"): Operation(
+        id="slots",
+        tag="server",
+        summary="The sequences that may run at the same time, as llama.cpp's clients ask for them",
+        answers={200: (Slot,)},
+        errors=(*MODEL_ERRORS, 504),
+        query=_WHICH,
+        bare=True,
+    ),
+    ("POST", "/apply-template"): Operation(
+        id="apply_template",
+        tag="tokens",
+        summary="The text that a chat request with the same fields would begin with",
+        body=(ChatCompletionRequest,),
+        example={"messages": _MESSAGES},
+        answers={200: (RenderedPrompt,)},
+        errors=(*BODY_ERRORS, *MODEL_ERRORS, 504),
+    ),
+    ("POST", "/pooling"): Operation(
+        id="pool",
+        tag="vectors and scores",
+        summary="The vectors of texts, in vLLM's words",
+        body=(PoolingRequest,),
+        example={"input": "The sky is blue."},
+        answers={200: (PooledList,)},
+        errors=(*BODY_ERRORS, *QUEUE_ERRORS),
     ),
     ("GET", "/ready"): Operation(
         id="ready",

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from candle_vllm.core.config import SETTINGS
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.core.setting_kinds import Boolean, Integer, Kind, nearest
+from candle_vllm.core.setting_kinds import Boolean, Integer, Kind, Secret, nearest
 
 ENV_PREFIX = "CANDLE_VLLM_"
 COMMANDS = {
@@ -83,6 +83,18 @@ class Option:
     def env(self) -> str:
         """The environment variable."""
         return ENV_PREFIX + self.name.upper()
+
+
+HIDDEN = "***"
+
+
+def shown(option: Option, value: Any) -> Any:
+    """A setting's value as JSON has it, with secrets hidden."""
+    if isinstance(option.kind, Secret) and value and value != option.default:
+        return [HIDDEN] * len(value) if option.repeat else HIDDEN
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 Told = Callable[[str, Any], Option]

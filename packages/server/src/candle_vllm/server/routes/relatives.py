@@ -1,0 +1,218 @@
+"""What clients of vLLM and of llama.cpp's server ask besides OpenAI's API: what is served, and how busy it is.
+
+Outside the ten steps, but for `/apply-template` and `/pooling`, which are steps 1 to 3 and all of a request. Where
+several models are served, `?model=` or the body's `model` says which is meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
+from candle_vllm.openai.embedding import parse_pooling_request
+from candle_vllm.openai.requests import parse_chat_request
+from candle_vllm.server.answering import answer_parsed_with, answer_with, deadline_of
+from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.models.slot import ServedModel
+from candle_vllm.server.routes.status import health
+from candle_vllm.server.settings.options import shown
+from candle_vllm.server.settings.table import OPTIONS
+
+router = APIRouter()
+
+_SAMPLING = SamplingParams().filled(DEFAULT_SAMPLING)
+_SHOWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+class Load(msgspec.Struct, frozen=True):
+    """How busy the server is: the sequences of all requests, those included that wait for their turn or their model."""
+
+    server_load: int
+
+
+class ServerInfo(msgspec.Struct, frozen=True):
+    """What the server was started with; secrets are hidden."""
+
+    version: str
+    vllm_config: dict[str, Any]
+
+
+class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is known of the model's tokenizer.
+
+    Attributes:
+        model_max_length: most tokens of prompt and output together.
+        special_tokens: the id of each, by its text.
+        chat_template: Jinja; None where the model has none.
+    """
+
+    model_max_length: int
+    vocab_size: int
+    special_tokens: dict[str, int]
+    bos_token: str | None = None
+    eos_token: str | None = None
+    pad_token: str | None = None
+    unk_token: str | None = None
+    chat_template: str | None = None
+
+
+class GenerationSettings(msgspec.Struct, frozen=True):
+    """What a request of llama.cpp's kind has to go on with: context, and what counts where it says nothing."""
+
+    n_ctx: int
+    params: dict[str, float | int]
+
+
+class Modalities(msgspec.Struct, frozen=True):
+    """What a model reads besides text."""
+
+    vision: bool = False
+    audio: bool = False
+
+
+class Properties(msgspec.Struct, frozen=True, kw_only=True):
+    """What llama.cpp's clients look at first.
+
+    Attributes:
+        total_slots: most sequences in one step.
+        model_path: the model's name; where its files lie is nobody's business.
+    """
+
+    default_generation_settings: GenerationSettings
+    total_slots: int
+    model_alias: str
+    model_path: str
+    chat_template: str
+    bos_token: str
+    eos_token: str
+    modalities: Modalities
+    build_info: str
+
+
+class Slot(msgspec.Struct, frozen=True):
+    """One of the sequences that may run at the same time. There are no places here that keep a request."""
+
+    id: int
+    n_ctx: int
+    is_processing: bool
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request without a body."""
+
+    model: str | None
+
+
+async def _of_model(request: Request, describe: Callable[[ServedModel], Any]) -> Response:
+    """What is to be said of a model, which is loaded for it if need be."""
+
+    async def described(model: ServedModel, _: _Asked) -> Any:
+        return describe(model)
+
+    asked = _Asked(request.query_params.get("model") or None)
+    return await answer_parsed_with(request, asked, described, deadline_of(request), queued=False)
+
+
+@router.get("/ping")
+async def ping(request: Request) -> JSONResponse:
+    """The same as `/health`."""
+    return await health(request)
+
+
+@router.get("/load")
+async def load(request: Request) -> Response:
+    """How busy the server is."""
+    manager: ModelManager = request.app.state.manager
+    loaded = [slot.model.admission for slot in manager.slots.values() if slot.model is not None]
+    waiting = sum(len(slot.waiters) for slot in manager.slots.values())
+    busy = Load(waiting + sum(admission.running + admission.waiting for admission in loaded))
+    return Response(msgspec.json.encode(busy), media_type="application/json")
+
+
+@router.get("/server_info")
+async def server_info(request: Request) -> Response:
+    """What the server was started with."""
+    settings = request.app.state.settings
+    config = {option.name: shown(option, getattr(settings, option.name)) for option in OPTIONS}
+    told = ServerInfo(version("candle-vllm-server"), config)
+    return Response(msgspec.json.encode(told), media_type="application/json")
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> Response:
+    """What is known of the model's tokenizer."""
+    return await _of_model(request, _tokenizer)
+
+
+def _tokenizer(model: ServedModel) -> TokenizerInfo:
+    info, conventions = model.engine.model_info, model.engine.chat_conventions
+    names = {name: conventions.token_names.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return TokenizerInfo(
+        model_max_length=info.max_model_len,
+        vocab_size=info.vocab_size,
+        special_tokens=dict(conventions.special_tokens),
+        chat_template=_template(model),
+        **names,
+    )
+
+
+def _template(model: ServedModel) -> str | None:
+    source = model.engine.chat_conventions.chat_template
+    return source if source is None or isinstance(source, str) else source.get("default")
+
+
+@router.get("/props")
+async def props(request: Request) -> Response:
+    """What llama.cpp's clients look at first."""
+    return await _of_model(request, _properties)
+
+
+def _properties(model: ServedModel) -> Properties:
+    info, names = model.engine.model_info, model.engine.chat_conventions.token_names
+    counts = {**{name: getattr(_SAMPLING, name) for name in _SHOWN}, **info.default_sampling}
+    return Properties(
+        default_generation_settings=GenerationSettings(
+            info.max_model_len, counts | model.entry.settings.default_sampling
+        ),
+        total_slots=info.max_num_seqs,
+        model_alias=model.entry.names[0],
+        model_path=info.name,
+        chat_template=_template(model) or "",
+        bos_token=names.get("bos_token", ""),
+        eos_token=names.get("eos_token", ""),
+        modalities=Modalities(),
+        build_info=f"candle-vllm {version('candle-vllm-server')}",
+    )
+
+
+@router.get("/slots")
+async def slots(request: Request) -> Response:
+    """The sequences that may run at the same time, and how many do."""
+    return await _of_model(request, _slots)
+
+
+def _slots(model: ServedModel) -> list[Slot]:
+    info, running = model.engine.model_info, model.engine.stats().num_running
+    return [Slot(place, info.max_model_len, place < running) for place in range(info.max_num_seqs)]
+
+
+@router.post("/apply-template")
+async def apply_template(request: Request) -> Response:
+    """The text that a chat request with the same fields would begin with."""
+    return await answer_with(
+        request, parse_chat_request, lambda model, wire: model.adapter.apply_template(wire), queued=False
+    )
+
+
+@router.post("/pooling")
+async def pooling(request: Request) -> Response:
+    """The vectors of texts, in vLLM's words."""
+    return await answer_with(request, parse_pooling_request, lambda model, wire: model.adapter.pool(wire))

@@ -1,0 +1,98 @@
+"""Routes that clients of vLLM and of llama.cpp's server know."""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from server_fakes import PacedEngine
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+GETS = ("/ping", "/load", "/server_info", "/tokenizer_info", "/props", "/slots")
+
+
+@pytest.mark.parametrize("path", GETS)
+def test_every_route_but_ping_needs_the_key(start: Callable[..., Any], path: str) -> None:
+    with start(PacedEngine(), api_key=("secret",)).http() as client:
+        assert client.get(path).status_code == (200 if path == "/ping" else 401)
+        assert client.get(path, headers={"authorization": "Bearer secret"}).status_code == 200
+
+
+def test_ping_is_health(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine())
+    with running.http() as client:
+        assert client.get("/ping").json() == {"status": "ok"}
+        running.engine.die()
+        assert client.get("/ping").status_code == client.get("/health").status_code == 503
+
+
+def test_load_and_slots_count_what_runs(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine(["a"] * 400, pause=0.01))
+    body = {"messages": MESSAGES, "stream": True, "n": 2}
+    with running.http() as client, running.http() as other:
+        assert other.get("/load").json() == {"server_load": 0}
+        with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+            assert answer.status_code == 200, answer.read()
+            lines = answer.iter_lines()  # closed with it, the stream would end
+            next(lines)
+            assert other.get("/load").json() == {"server_load": 2}
+            slots = other.get("/slots").json()
+        assert [slot["id"] for slot in slots] == list(range(len(slots)))
+        assert slots[0]["is_processing"] is True
+        running.wait_for(lambda: other.get("/load").json() == {"server_load": 0})
+
+
+def test_what_is_told_of_a_model(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine(), temperature=0.25, served_model_name=("name", "other"))
+    info = running.engine.model_info
+    with running.http() as client:
+        props = client.get("/props").json()
+        assert props["default_generation_settings"]["n_ctx"] == info.max_model_len
+        assert props["default_generation_settings"]["params"]["temperature"] == 0.25
+        assert props["total_slots"] == info.max_num_seqs == len(client.get("/slots").json())
+        assert props["model_alias"] == "name"
+        assert props["chat_template"] == client.get("/tokenizer_info").json().get("chat_template", "")
+        assert client.get("/props", params={"model": "other"}).json() == props
+        told = client.get("/tokenizer_info").json()
+        assert (told["vocab_size"], told["model_max_length"]) == (info.vocab_size, info.max_model_len)
+
+
+def test_a_model_that_is_not_served_is_named(start: Callable[..., Any]) -> None:
+    with start(PacedEngine(), strict_model_names=True).http() as client:
+        for path in ("/props", "/slots", "/tokenizer_info"):
+            refused = client.get(path, params={"model": "none-such"})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found"), path
+
+
+def test_what_the_server_was_started_with_has_no_secrets(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine(), api_key=("secret-1",), management_key=("secret-2",), request_timeout=77)
+    with running.http() as client:
+        assert client.get("/server_info", headers={"authorization": "Bearer secret-1"}).status_code == 401
+        answer = client.get("/server_info", headers={"authorization": "Bearer secret-2"})
+        assert answer.json()["vllm_config"]["request_timeout"] == 77
+        assert answer.json()["vllm_config"]["api_key"] == ["***"]
+        assert "secret" not in answer.text.replace("secret-key", "")
+
+
+def test_a_template_is_what_a_chat_request_begins_with(start: Callable[..., Any]) -> None:
+    with start(PacedEngine()).http() as client:
+        prompt = client.post("/apply-template", json={"messages": MESSAGES}).json()["prompt"]
+        tokens = client.post("/tokenize", json={"messages": MESSAGES}).json()["tokens"]
+        assert "Hi" in prompt
+        assert client.post("/detokenize", json={"tokens": tokens}).json()["prompt"] == prompt
+
+
+def test_pooling_is_an_embedding_in_other_words(start: Callable[..., Any]) -> None:
+    with start(PacedEngine()).http() as client:
+        body = {"input": ["one", "two"]}
+        vectors = client.post("/v1/embeddings", json=body).json()
+        pooled = client.post("/pooling", json={**body, "task": "embed"}).json()
+        assert [each["data"] for each in pooled["data"]] == [each["embedding"] for each in vectors["data"]]
+        assert {each["object"] for each in pooled["data"]} == {"pooling"}
+        assert pooled["usage"] == vectors["usage"]
+        packed = client.post("/pooling", json={**body, "encoding_format": "base64"}).json()["data"][0]["data"]
+        numbers = struct.unpack(f"<{len(pooled['data'][0]['data'])}f", base64.b64decode(packed))
+        assert numbers == pytest.approx(pooled["data"][0]["data"])
