@@ -107,6 +107,13 @@ def test_another_connection_knows_what_was_kept_and_nothing_else(server: Running
         assert "zinc" in said(server)
 
 
+def test_a_compacted_conversation_begins_a_new_chain(server: Running) -> None:
+    with opened(server) as socket, server.http() as http:
+        made = http.post("/v1/responses/compact", json={"model": "scripted", "input": "The word is slate."}).json()
+        ask(socket, [*made["output"], {"type": "message", "role": "user", "content": "Go on."}], tools=[])
+        assert "slate" in said(server)
+
+
 def test_a_continuation_that_fails_is_forgotten(server: Running) -> None:
     output = [{"type": "function_call_output", "call_id": "call_missing", "output": "x"}]
     with opened(server) as socket:

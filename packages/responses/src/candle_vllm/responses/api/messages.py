@@ -21,6 +21,7 @@ from candle_vllm.openai.task import Call, Message, TextPart
 from candle_vllm.responses.api.call_results import CallResults, Placed
 from candle_vllm.responses.protocol.items import (
     CallOutputItem,
+    CompactionItem,
     CustomCallItem,
     FunctionCallItem,
     ItemReference,
@@ -35,6 +36,7 @@ from candle_vllm.responses.tools.names import tool_name
 
 CUSTOM_INPUT = "input"  # the one argument of the function that stands for a custom tool
 _ENCODED = "candle-vllm-1."  # how thoughts begin that an answer of ours encoded
+_SUMMARY = "<summary of the conversation before>\n{}\n</summary of the conversation before>"
 
 
 class ToolNames(Protocol):
@@ -109,6 +111,9 @@ class _Body:
         elif isinstance(item, ReasoningItem):
             if thoughts := _thoughts(item):
                 self._open(path, after_results=True).thoughts.append(thoughts)
+        elif isinstance(item, CompactionItem):
+            self._close()
+            self._say(_SUMMARY.format(_summary(item, path)))
         elif isinstance(item, FunctionCallItem):
             self._call(path, item.call_id, _flat(item), item.arguments)
         elif isinstance(item, CustomCallItem):
@@ -213,6 +218,14 @@ def _thoughts(item: ReasoningItem) -> str:
         if parts is item.content and (decoded := _decoded(item.encrypted_content)):
             return decoded
     return ""
+
+
+def _summary(item: CompactionItem, path: str) -> str:
+    if not item.encrypted_content.startswith(_ENCODED):
+        field = f"{path}.encrypted_content"
+        message = f"{field} is no compaction that a server of this kind made; leave the item out"
+        raise InvalidParameterError(message, field)
+    return _decoded(item.encrypted_content)
 
 
 def _decoded(encrypted: str | None) -> str:

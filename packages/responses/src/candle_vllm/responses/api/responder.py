@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec.structs import replace
 
-from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
 from candle_vllm.openai.conversation import TemplateHabits
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.task import Task
 from candle_vllm.responses.api.call_results import Placed
+from candle_vllm.responses.api.compaction import compacted, summary_request
 from candle_vllm.responses.api.connection import ConnectionMemory
 from candle_vllm.responses.api.echo import begin_response
 from candle_vllm.responses.api.event_writer import EventWriter
@@ -31,12 +32,14 @@ from candle_vllm.responses.conversation.loop import ConversationLoop
 from candle_vllm.responses.conversation.options import ConversationOptions
 from candle_vllm.responses.conversation.transcript import Transcript
 from candle_vllm.responses.protocol.request import (
+    CompactRequest,
     InputTokensRequest,
     ResponsesRequest,
+    parse_compact_request,
     parse_input_tokens_request,
     parse_responses_request,
 )
-from candle_vllm.responses.protocol.response import InputTokens, Response
+from candle_vllm.responses.protocol.response import CompactedResponse, InputTokens, Response
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
 
 if TYPE_CHECKING:
@@ -156,6 +159,20 @@ class Responder:
 
             given = await asyncio.to_thread(_given, items) if stored or self._memory is not None else ()
             return ResponseStream(writer, work, given, opened=stack.pop_all())
+
+    async def compact(self, request: CompactRequest | Fields, *, owner: str = "") -> CompactedResponse:
+        """A conversation in fewer words: what users said, and the model's summary of it all."""
+        parsed = request if isinstance(request, CompactRequest) else parse_compact_request(request)
+        asked = summary_request(parsed)
+        items = await gather_items(asked, self._kept, owner, self._memory)
+        try:
+            response = await self.create(asked, owner=owner)
+        except PromptTooLongError as error:
+            if error.param != "max_output_tokens":
+                raise
+            unbounded = asked.model_copy(update={"max_output_tokens": None})  # as much as there is room for
+            response = await self.create(unbounded, owner=owner)
+        return compacted(response, items[:-1])
 
     async def count_input_tokens(self, request: InputTokensRequest | Fields, *, owner: str = "") -> InputTokens:
         """The tokens of the prompt that `create` would make; nothing is generated."""

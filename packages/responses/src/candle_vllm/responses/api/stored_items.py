@@ -14,7 +14,9 @@ from candle_vllm.responses.protocol.items import ItemReference, MessageItem
 from candle_vllm.responses.protocol.response import Response
 from candle_vllm.responses.store.entries import RESPONSE, Entry, Item, new_item_id
 
-_WITHOUT_STATUS = frozenset({"reasoning", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response"})
+_WITHOUT_STATUS = frozenset(
+    {"reasoning", "compaction", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response"}
+)
 
 
 def stored_items(given: str | Sequence[Any] | None) -> list[Item]:

@@ -19,7 +19,7 @@ _HOSTED_ITEMS = frozenset({
     "file_search_call", "web_search_call", "computer_call", "computer_call_output", "code_interpreter_call",
     "image_generation_call", "local_shell_call", "local_shell_call_output", "shell_call", "shell_call_output",
     "apply_patch_call", "apply_patch_call_output", "tool_search_call", "tool_search_output", "additional_tools",
-    "configuration_update", "compaction", "compaction_trigger", "program", "program_output",
+    "configuration_update", "compaction_trigger", "program", "program_output",
 })  # fmt: skip
 
 
@@ -169,6 +169,15 @@ class ReasoningItem(WireModel):
     status: Status | None = None
 
 
+class CompactionItem(WireModel):
+    """What `/v1/responses/compact` made of a conversation: its summary, encoded."""
+
+    type: Literal["compaction"]
+    id: ItemId | None = None
+    encrypted_content: Text
+    created_by: str | None = None
+
+
 class ItemReference(WireModel):
     """An item that the store has, by its id."""
 
@@ -235,6 +244,7 @@ _KINDS = {
     "function_call_output": "<output>",
     "custom_tool_call_output": "<output>",
     "reasoning": "<reasoning>",
+    "compaction": "<compaction>",
     "item_reference": "<reference>",
     "mcp_list_tools": "<mcp_list_tools>",
     "mcp_call": "<mcp_call>",
@@ -272,6 +282,7 @@ InputItem = Annotated[
     | Annotated[CustomCallItem, Tag("<custom_tool_call>")]
     | Annotated[CallOutputItem, Tag("<output>")]
     | Annotated[ReasoningItem, Tag("<reasoning>")]
+    | Annotated[CompactionItem, Tag("<compaction>")]
     | Annotated[ItemReference, Tag("<reference>")]
     | Annotated[McpListToolsItem, Tag("<mcp_list_tools>")]
     | Annotated[McpCallItem, Tag("<mcp_call>")]

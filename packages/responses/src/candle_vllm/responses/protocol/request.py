@@ -123,18 +123,18 @@ def _conversation_form(value: Any) -> str:
     return "<object>" if isinstance(value, (dict, ConversationReference)) else "<id>"
 
 
+Input = Annotated[
+    Annotated[Text, Tag("<string>")]
+    | Annotated[list[InputItem], Field(max_length=MAX_ITEMS, fail_fast=True), Tag("<items>")],
+    Discriminator(_input_form),
+]
+
+
 class PromptFields(WireModel):
     """What the model sees. None always means absent."""
 
     model: ModelName | None = None
-    input: (
-        Annotated[
-            Annotated[Text, Tag("<string>")]
-            | Annotated[list[InputItem], Field(max_length=MAX_ITEMS, fail_fast=True), Tag("<items>")],
-            Discriminator(_input_form),
-        ]
-        | None
-    ) = None
+    input: Input | None = None
     instructions: Text | None = None
     previous_response_id: ItemId | None = None
     conversation: (
@@ -228,6 +228,37 @@ class InputTokensRequest(PromptFields):
     """A request whose prompt is counted: `POST /v1/responses/input_tokens`."""
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_COUNT_FIELDS
+
+
+class CompactRequest(WireModel):
+    """A conversation that is to become shorter: `POST /v1/responses/compact`. None always means absent."""
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        "image": REFUSED_RESPONSES_FIELDS["image"],
+        "stream": Refusal("a compaction is answered whole", (False,)),
+        "tools": Refusal("a compaction calls nothing", ([],)),
+    }
+
+    model: ModelName
+    input: Input | None = None
+    instructions: Text | None = None
+    previous_response_id: ItemId | None = None
+    # Checked and without effect, as in other requests.
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
+
+    @model_validator(mode="after")
+    def _has_something(self) -> Self:
+        if not self.input and self.previous_response_id is None:
+            raise invalid("input", "is required, or previous_response_id: there is nothing to compact")
+        return self
+
+
+def parse_compact_request(body: bytes | Mapping[str, Any]) -> CompactRequest:
+    """A checked request from the body's bytes or from an object; raises `RequestError`."""
+    return parse_body(CompactRequest, body)
 
 
 def parse_responses_request(body: bytes | Mapping[str, Any]) -> ResponsesRequest:

@@ -175,6 +175,20 @@ class ResponseUsage(msgspec.Struct, frozen=True, kw_only=True):
     total_tokens: int
 
 
+class CompactedResponse(msgspec.Struct, frozen=True, kw_only=True):
+    """A conversation made shorter.
+
+    Attributes:
+        output: what users said, and an item of type `compaction` with a summary; the input of what follows.
+    """
+
+    id: str
+    object: str = "response.compaction"
+    created_at: int
+    output: tuple[dict[str, Any], ...]
+    usage: ResponseUsage
+
+
 class IncompleteDetails(msgspec.Struct, frozen=True, kw_only=True):
     """Why a response is incomplete.
 

@@ -47,7 +47,7 @@ RESPONSE, CONVERSATION = "response", "conversation"  # kinds of entry
 Item = dict[str, Any]
 
 _PREFIXES = {
-    "message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs",
+    "message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs", "compaction": "cmp",
     "custom_tool_call": "ctc", "custom_tool_call_output": "ctco", "mcp_list_tools": "mcpl", "mcp_call": "mcp",
     "mcp_approval_request": "mcpr", "mcp_approval_response": "mcpa",
 }  # fmt: skip

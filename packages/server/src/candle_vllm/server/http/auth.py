@@ -206,7 +206,7 @@ def _own(scope: Scope) -> Iterator[str]:
         names = [f"[{host}]" if address.version == 6 else host]
         if address.is_loopback:
             names += ["localhost", "127.0.0.1", "[::1]"]
-    scheme = scope.get("scheme", "http")
+    scheme = str(scope.get("scheme", "http"))
     scheme = {"ws": "http", "wss": "https"}.get(scheme, scheme)  # as the page's own address has it
     end = "" if port == _PORTS.get(scheme) else f":{port}"
     yield from (f"{scheme}://{name}{end}" for name in names)

@@ -138,6 +138,7 @@ def _limited() -> type[HttpToolsProtocol]:
 
         def on_headers_complete(self) -> None:
             super().on_headers_complete()
+            assert self.parser is not None
             if self.parser.should_upgrade() and self._should_upgrade():
                 if self._unanswered():
                     raise ValueError("a connection cannot be upgraded while an answer is written")  # 400

@@ -42,8 +42,8 @@ from candle_vllm.openai.protocol.tokenizing import (
     TokenizeTextRequest,
 )
 from candle_vllm.responses.protocol.events import ResponseEvent
-from candle_vllm.responses.protocol.request import InputTokensRequest, ResponsesRequest
-from candle_vllm.responses.protocol.response import InputTokens, Response
+from candle_vllm.responses.protocol.request import CompactRequest, InputTokensRequest, ResponsesRequest
+from candle_vllm.responses.protocol.response import CompactedResponse, InputTokens, Response
 from candle_vllm.responses.store.entries import MAX_ID
 from candle_vllm.server.mailbox.record import Record, RecordList
 from candle_vllm.server.mcp.wire import McpCallRequest, McpCallResult, McpServerInfo, McpToolInfo
@@ -188,6 +188,16 @@ OPERATIONS: Mapping[Key, Operation] = {
         answers={200: (Response,)},
         events=get_args(ResponseEvent),
         errors=(*BODY_ERRORS, *QUEUE_ERRORS, 409),
+        naming=RESPONSES,
+    ),
+    ("POST", "/v1/responses/compact"): Operation(
+        id="compact_response",
+        tag="responses",
+        summary="Make a conversation shorter",
+        body=(CompactRequest,),
+        example={"model": "default", "input": [{"role": "user", "content": "We launch on Tuesday."}]},
+        answers={200: (CompactedResponse,)},
+        errors=(*BODY_ERRORS, *QUEUE_ERRORS),
         naming=RESPONSES,
     ),
     ("POST", "/v1/responses/input_tokens"): Operation(

@@ -21,8 +21,10 @@ from candle_vllm.responses.api.stored_items import entry_of
 from candle_vllm.responses.protocol.events import ErrorDetail, StreamEvent
 from candle_vllm.responses.protocol.items import ItemReference
 from candle_vllm.responses.protocol.request import (
+    CompactRequest,
     PromptFields,
     ResponsesRequest,
+    parse_compact_request,
     parse_input_tokens_request,
     parse_responses_request,
 )
@@ -44,7 +46,9 @@ from candle_vllm.server.http.sse import DONE, named_event
 from candle_vllm.server.keeping import NOT_HERE
 from candle_vllm.server.kept_access import event_stream
 from candle_vllm.server.mailbox.policy import refuse_headers
+from candle_vllm.server.models.manager import Turn, take_turn
 from candle_vllm.server.models.slot import Lease, ServedModel
+from candle_vllm.server.observing.request_context import begin_generation
 
 if TYPE_CHECKING:
     from candle_vllm.responses.api.connection import ConnectionMemory
@@ -120,6 +124,24 @@ async def count_input_tokens(request: Request) -> HttpResponse:
         return await responders.of(model).count_input_tokens(wire, owner=await owner_of(request, wire))
 
     return await answer_with(request, parse_input_tokens_request, count, queued=False)
+
+
+@router.post("/v1/responses/compact")
+async def compact_response(request: Request) -> HttpResponse:
+    """A conversation made shorter: the model writes a summary of it."""
+    responders: Responders = request.app.state.responders
+    deadline = deadline_of(request)
+    wire = await parsed(request, parse_compact_request)
+    begin_generation(request.scope)
+    async with in_time(deadline):
+        taken = take_turn(request.app.state.manager, wire.model, caller_of(request.scope), sequences=1)
+        turn = await unless_disconnected(taken, request.receive, Turn.release)
+        try:
+            made = responders.of(turn.model).compact(wire, owner=await owner_of(request, wire))
+            compacted = await unless_disconnected(made, request.receive)
+        finally:
+            turn.release()
+    return HttpResponse(to_json_bytes(compacted), media_type=JSON)
 
 
 class _Exchange:
@@ -215,12 +237,12 @@ def check_page(request: HTTPConnection, wire: PromptFields) -> None:
         check_origin(request.scope, settings.cors_origin)
 
 
-async def owner_of(request: HTTPConnection, wire: PromptFields) -> str:
+async def owner_of(request: HTTPConnection, wire: PromptFields | CompactRequest) -> str:
     """Whose response it is; nobody's where no store is needed, which takes a moment to open."""
     responders: Responders = request.app.state.responders
     stored = isinstance(wire, ResponsesRequest) and wire.store is not False
     given = wire.input if isinstance(wire.input, list) else ()
-    refers = wire.previous_response_id is not None or wire.conversation is not None
+    refers = wire.previous_response_id is not None or getattr(wire, "conversation", None) is not None
     refers = refers or any(isinstance(item, ItemReference) for item in given)
     if responders.kept is None or not (stored or refers):
         return ""

@@ -14,6 +14,7 @@ from collections import deque
 from contextlib import aclosing
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -255,4 +256,4 @@ def _error_event(failure: Exception) -> bytes:
         told = to_error(failure)
         status, body = told.status, told.body.error
         error = {"type": body.type, "code": body.code or body.type, "message": body.message, "param": body.param}
-    return to_json_bytes({"type": "error", "status": status, "error": error})
+    return msgspec.json.encode({"type": "error", "status": status, "error": error})
