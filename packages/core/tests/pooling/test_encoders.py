@@ -325,8 +325,6 @@ def test_what_a_config_may_not_say(change: dict[str, Any], error: Any, message: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"id2label": {"0": "a", "1": "b"}}, "tells 2 labels apart"),
-        ({"id2label": None}, "tells 2 labels apart"),
         ({"sbert_ce_default_activation_function": "os.system"}, "activation is 'os.system'"),
     ],
 )
@@ -443,3 +441,62 @@ def test_minilm_equals_transformers(minilm: Path) -> None:
         assert engine.embed(["hello"], use_tqdm=False)[0].prompt_token_ids == (101, 7592, 102)
     with InferenceEngine(str(minilm), dtype="bf16") as engine:
         assert ((vectors(engine, SENTENCES) * theirs).sum(-1) > 0.9999).all()
+
+
+LABELS = {"id2label": {"0": "sad", "1": "glad", "2": "mad"}, "label2id": {"sad": 0, "glad": 1, "mad": 2}}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind", "eager"),
+    [
+        (CROSS_ENCODERS[0], None, False),
+        (CROSS_ENCODERS[1], "single_label_classification", False),
+        (CROSS_ENCODERS[2], None, True),
+        *((CROSS_ENCODERS[0], kind, True) for kind in ("multi_label_classification", "regression")),
+    ],
+)
+def test_classes_equal_transformers(architecture: str, kind: str | None, eager: bool, tmp_path: Path) -> None:
+    folder = write_toy_encoder(tmp_path, toy_encoder_config(architecture, problem_type=kind, **LABELS), pooling=None)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = Tokenizer.from_folder(folder)
+    with torch.no_grad():
+        rows = torch.cat([model(torch.tensor([tokenizer.encode(word)])).logits for word in WORDS])
+    with_head = {"multi_label_classification": rows.sigmoid(), "regression": rows}.get(str(kind), rows.softmax(-1))
+    with InferenceEngine(str(folder), enforce_eager=eager) as engine:
+        assert (engine.model_info.tasks, engine.model_info.labels) == (("classify",), ("sad", "glad", "mad"))
+        outputs = engine.classify(WORDS, use_tqdm=False)
+        assert error(np.array([list(each.probs) for each in outputs]), with_head.numpy()) < 1e-5
+        assert [list(each.prompt_token_ids) for each in outputs] == [tokenizer.encode(word) for word in WORDS]
+        again = asyncio.run(engine.aclassify(WORDS[1]))
+        assert list(again[0].probs) == pytest.approx(list(outputs[1].probs), rel=1e-5)
+        for call in (lambda: engine.embed("a"), lambda: engine.score([("a", "b")]), lambda: engine.generate("a")):
+            with pytest.raises(InvalidParameterError, match=r"is a classifier and .*: ask it for classes"):
+                call()
+
+
+def test_a_cross_encoder_gives_its_one_class_and_others_none(tmp_path: Path, engine: InferenceEngine) -> None:
+    folder = write_toy_encoder(tmp_path, toy_encoder_config("BertForSequenceClassification"), pooling=None)
+    with InferenceEngine(str(folder)) as cross:
+        (output,) = cross.classify("what is it", use_tqdm=False)
+        assert len(output.probs) == 1
+        assert 0 < output.probs[0] < 1
+    with pytest.raises(InvalidParameterError, match="is an embedding model and has no head for classes"):
+        engine.classify("a")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"id2label": {}}, "id2label names 0 labels"),
+        ({"id2label": None}, r"classifier.weight has shape \[1, 32\]; the model's config asks for \[2, 32\]"),
+        ({"id2label": {"0": 5, "1": "b"}}, "id2label must name every label by a text"),
+        ({"num_labels": 1 << 30}, "num_labels"),
+        ({"id2label": {"0": "a", "1": "b"}, "problem_type": "guessing"}, "problem_type"),
+    ],
+)
+def test_heads_that_make_no_sense(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    config = toy_encoder_config("BertForSequenceClassification")
+    write_toy_encoder(tmp_path, config, pooling=None)
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises((InvalidFileError, UnsupportedModelError, WeightsError), match=said):
+        InferenceEngine(str(tmp_path))

@@ -148,6 +148,20 @@ def test_a_cross_encoder_tells_the_tokens_of_its_pairs(tmp_path: Path) -> None:
             llm.embed("a")
 
 
+def test_classes(tmp_path: Path, llm: LLM) -> None:
+    labels = {"id2label": {"0": "sad", "1": "glad", "2": "mad"}}
+    config = toy_encoder_config("BertForSequenceClassification", **labels)
+    with LLM(str(write_toy_encoder(tmp_path / "m", config, pooling=None)), runner="pooling", threads=1) as classifier:
+        outputs = classifier.classify(["a b", {"prompt": "c"}], use_tqdm=False)
+        assert [each.outputs.num_classes for each in outputs] == [3, 3]
+        assert sum(outputs[0].outputs.probs) == pytest.approx(1)
+        assert outputs[0].outputs.probs == list(classifier.engine.classify("a b")[0].probs)
+        data = classifier.encode("a b", pooling_task="classify")[0].outputs.data
+        assert data.tolist() == outputs[0].outputs.probs
+    with pytest.raises(InvalidParameterError, match="no scores or classes"):
+        llm.classify("a")
+
+
 def test_a_tokenizer_as_programs_use_it(llm: LLM, engine: InferenceEngine) -> None:
     tokenizer = llm.get_tokenizer()
     assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
@@ -185,7 +199,7 @@ def test_a_bar_of_the_callers_own_is_moved(llm: LLM) -> None:
         (lambda llm: llm.generate("a", mm_processor_kwargs={}), "takes no mm_processor_kwargs: models read text alone"),
         (lambda llm: llm.generate("a", tokenization_kwargs={"truncation": True}), "may have add_special_tokens"),
         (lambda llm: llm.chat([USER], chat_template_content_format="openai"), "always joined to one text"),
-        (lambda llm: llm.encode("a", pooling_task="token_embed"), "none of single tokens"),
+        (lambda llm: llm.encode("a", pooling_task="token_embed"), "no vectors of single tokens"),
         (lambda llm: llm.generate("a", {"temperature": 0}), "sampling_params must be SamplingParams, not dict"),
         (lambda llm: llm.generate({"multi_modal_data": {}, "prompt": "a"}), "models read text alone"),
     ],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.request import (
+    ClassificationOutput,
     CompletionOutput,
     EmbeddingOutput,
     EngineStats,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.vllm.beam_search import BeamSearchParams
     from candle_vllm.core.vllm.llm import LLM
     from candle_vllm.core.vllm.outputs import (
+        ClassificationRequestOutput,
         EmbeddingRequestOutput,
         Logprob,
         PoolingRequestOutput,
@@ -64,6 +66,8 @@ __all__ = [
     "BeamSearchParams",
     "CandleVllmError",
     "ChatTemplateError",
+    "ClassificationOutput",
+    "ClassificationRequestOutput",
     "CompletionOutput",
     "ConfigError",
     "EmbeddingOutput",
@@ -105,16 +109,18 @@ __all__ = [
 
 
 _LATER = MappingProxyType({
-    "InferenceEngine": "inference_engine",
-    "RemoteEngine": "remote",
-    "LLM": "vllm.llm",
-    "AsyncLLM": "vllm.async_llm",
-    "BeamSearchParams": "vllm.beam_search",
-    **dict.fromkeys(("EngineArgs", "AsyncEngineArgs"), "vllm.arguments"),
-    **dict.fromkeys(
-        ("EmbeddingRequestOutput", "Logprob", "PoolingRequestOutput", "RequestOutput", "ScoringRequestOutput"),
-        "vllm.outputs",
-    ),
+    name: module
+    for module, names in (
+        ("inference_engine", "InferenceEngine"),
+        ("remote", "RemoteEngine"),
+        ("vllm.llm", "LLM"),
+        ("vllm.async_llm", "AsyncLLM"),
+        ("vllm.beam_search", "BeamSearchParams"),
+        ("vllm.arguments", "EngineArgs AsyncEngineArgs"),
+        ("vllm.outputs", "ClassificationRequestOutput EmbeddingRequestOutput Logprob PoolingRequestOutput "
+                         "RequestOutput ScoringRequestOutput"),
+    )
+    for name in names.split()
 })  # fmt: skip
 
 if not TYPE_CHECKING:  # to which every name would be one

@@ -21,6 +21,7 @@ from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.admission import check_encoder_task
 from candle_vllm.core.engine.pooling_calls import MAX_TEXT, Pair, PoolingCalls
 from candle_vllm.core.engine.request import (
+    ClassificationOutput,
     EmbeddingOutput,
     EngineStats,
     GenerationOutput,
@@ -421,6 +422,28 @@ class EngineFront(ABC):
             answered(outputs)
         return outputs
 
+    @explained()
+    def classify(self, inputs: Prompt | Sequence[Prompt], *, use_tqdm: Bar = True) -> list[ClassificationOutput]:
+        """How likely each class (`ModelInfo.labels`) of a classifier is for every text; errors as `embed`."""
+        return self._pooling().classify(inputs, use_tqdm=use_tqdm)
+
+    @explained()
+    async def aclassify(
+        self,
+        inputs: Prompt | Sequence[Prompt],
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+    ) -> list[ClassificationOutput]:
+        """`classify` in an event loop. Cancelling it aborts what has not been run."""
+        return await self._pooling().aclassify(
+            inputs,
+            request_id=request_id or uuid.uuid4().hex,
+            priority=priority,
+            add_special_tokens=add_special_tokens,
+        )
+
     # ---- pieces as they come -----------------------------------------------------------------------------------------
 
     @explained(**_SAMPLING)
@@ -555,7 +578,7 @@ class EngineFront(ABC):
     def _check_generates(self) -> None:
         """Refuses work that an encoder cannot do before its input is looked at."""
         if "generate" not in self._info.tasks:
-            check_encoder_task(self._info.name, "generate", scores="embed" not in self._info.tasks)
+            check_encoder_task(self._info.name, "generate", self._info.tasks)
 
     def _chat_prompt(self, text: str) -> Prompt:
         """The prompt of a conversation, which has its special tokens already."""

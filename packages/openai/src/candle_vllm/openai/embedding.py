@@ -235,6 +235,7 @@ _ROUTES: Mapping[str, str] = {
     "generate": "/v1/chat/completions and /v1/completions",
     "embed": "/v1/embeddings",
     "score": "/v1/score and /v1/rerank",
+    "classify": "the library's classify",
 }
 
 

@@ -33,13 +33,13 @@ def encoder_tensors(
     RoBERTa's table of positions begins with rows that no text has; a BERT's begins with the first position.
 
     Raises:
-        UnsupportedModelError: the model is a cross-encoder, whose head GGUF files have otherwise.
+        UnsupportedModelError: the model has a head for scores or classes, which GGUF files have otherwise.
         WeightsError: tensors are missing, unexpected or misshapen.
     """
     if model.scores:
         raise UnsupportedModelError(
-            f"{path}: GGUF files are not written for cross-encoders, but for encoders that give vectors; use the "
-            "folder as it is"
+            f"{path}: GGUF files are not written for cross-encoders and classifiers, but for encoders that give "
+            "vectors; use the folder as it is"
         )
     table, ignored = family.weights(model, checkpoint.tensors), family.ignored(model)
     check_weights(lambda: family.build(model, SHAPES), table, checkpoint, model, ignored=ignored)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from candle_vllm.core.engine.request import GenerationRequest, PoolingRequest
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
+from candle_vllm.core.loading.config import EncoderConfig
 
 
 def check_request(request: GenerationRequest, vocab_size: int, max_model_len: int) -> int:
@@ -68,21 +71,40 @@ def check_pooling_request(request: PoolingRequest, vocab_size: int, max_model_le
         raise InvalidParameterError(f"{len(prompt)} tokens and {len(types)} token_type_ids", "token_type_ids")
 
 
-def check_encoder_task(name: str, wanted: str, *, scores: bool) -> None:
+def encoder_tasks(config: EncoderConfig) -> tuple[str, ...]:
+    """What an encoder does, for `ModelInfo.tasks`."""
+    if not config.labels:
+        return ("embed", "score")
+    return ("score",) if len(config.labels) == 1 else ("classify",)
+
+
+def check_encoder_task(name: str, wanted: str, tasks: Sequence[str]) -> None:
     """Refuses what an encoder does not do, and names what it does.
+
+    Args:
+        name: the model's.
+        wanted: the task of a request.
+        tasks: what `ModelInfo` says that it does. A cross-encoder gives the number of its one label as a class, too.
 
     Raises:
         InvalidParameterError: `wanted` is not its task.
     """
-    kind, task, way = (
-        ("a cross-encoder", "score", "score pairs of texts with it (/v1/score, /v1/rerank)")
-        if scores
-        else ("an embedding model", "embed", "ask it for vectors or scores (/v1/embeddings, /v1/score, /v1/rerank)")
-    )
-    if wanted != task:
+    if "embed" in tasks:
+        way = "ask it for vectors or scores (/v1/embeddings, /v1/score, /v1/rerank)"
+        kind, does = "an embedding model", ("embed",)
+    elif "score" in tasks:
+        kind, does, way = (
+            "a cross-encoder",
+            ("score", "classify"),
+            "score pairs of texts with it (/v1/score, /v1/rerank)",
+        )
+    else:
+        kind, does, way = "a classifier", ("classify",), "ask it for classes"
+    if wanted not in does:
         lacks = {
             "generate": "generates no text",
             "embed": "gives no vectors",
             "score": "it has no head for scores",
+            "classify": "has no head for classes",
         }
         raise InvalidParameterError(f"{name} is {kind} and {lacks[wanted]}: {way}", "model")

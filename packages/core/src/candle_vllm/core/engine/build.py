@@ -13,6 +13,7 @@ from candle_vllm.core.assembly.model import Described, LoadedModel
 from candle_vllm.core.assembly.placement import memory_of
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device, leave_cores_to_others
+from candle_vllm.core.engine.admission import encoder_tasks
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, ModelRunner
@@ -221,7 +222,7 @@ def _room_for_rows(limits: StepLimits) -> AbstractContextManager[None]:
 
 def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo:
     """What callers may know of a model that an engine serves."""
-    vectors = ("embed", "score") if loaded.pooling is not None else ("score",)
+    vectors = ("embed", "score") if isinstance(loaded, LoadedModel) else encoder_tasks(loaded.config)
     generates = isinstance(loaded, LoadedModel) and loaded.config.has_head
     sampling = {**DEFAULT_SAMPLING, **loaded.default_sampling}
     sampling.pop(
@@ -242,6 +243,7 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
         default_sampling=sampling if generates else {},
         model_sampling=loaded.default_sampling if generates else {},
         tasks=("generate", *vectors) if generates else vectors,
+        labels=() if isinstance(loaded, LoadedModel) else loaded.config.labels,
         embedding_size=0 if loaded.pooling is None else loaded.pooling.size,
         max_num_seqs=engine.max_num_seqs,
         kv_cache_bytes=engine.cache_bytes,

@@ -139,19 +139,19 @@ class StepwiseRunner(ABC):
 class EncoderRunner(StepwiseRunner):
     """Runs an encoder over whole texts; there is no cache, and nothing to draw.
 
-    A cross-encoder's hidden state of each position is the score of its text, [1].
+    Where a model has a head, the hidden state of each position is what that says of its text, [L].
     """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self._config = config
-        self._scores = np.empty((0, 1))
+        self._scores = np.empty((0, len(config.labels)))
 
     @abstractmethod
     def encode(self, token_ids: Ints, positions: Ints, types: Ints, query_start: Ints) -> NDArray[np.float32] | None:
         """Runs a step: numbers [T] of its tokens, as `Encoder.forward` takes them, and where texts begin [R + 1].
 
-        Returns logits [R, 1] of a cross-encoder.
+        Returns logits [R, L] of a model with L labels.
         """
 
     @abstractmethod
@@ -166,9 +166,12 @@ class EncoderRunner(StepwiseRunner):
         if logits is None:
             return
         scores = logits.astype(np.float64)
-        if self._config.sigmoid:
+        if self._config.likelihood == "sigmoid":
             with np.errstate(over="ignore"):
                 scores = 1 / (1 + np.exp(-scores))
+        elif self._config.likelihood == "softmax":
+            powers = np.exp(scores - scores.max(1, keepdims=True))
+            scores = powers / powers.sum(1, keepdims=True)
         self._scores = np.repeat(scores, np.diff(batch.query_start), axis=0)
 
     def score(self, rows: Ints) -> Value:

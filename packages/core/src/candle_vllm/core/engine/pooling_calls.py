@@ -11,11 +11,18 @@ import uuid
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from candle_vllm.core.engine.request import EmbeddingOutput, ModelInfo, PoolingRequest, ScoreOutput, TokenOutput
+from candle_vllm.core.engine.request import (
+    ClassificationOutput,
+    EmbeddingOutput,
+    ModelInfo,
+    PoolingRequest,
+    ScoreOutput,
+    TokenOutput,
+)
 from candle_vllm.core.engine.stream import Bar, Entry, Window
 from candle_vllm.core.engine.thread import EngineThread, StepEngine
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError, RequestError
@@ -72,6 +79,22 @@ class PoolingCalls:
         entries = await asyncio.to_thread(self._texts, inputs, params, request_id, priority, add_special_tokens)
         return _vectors(entries, await self._window(entries).arun())
 
+    # ---- classes -----------------------------------------------------------------------------------------------------
+
+    def classify(self, inputs: Prompt | Sequence[Prompt], *, use_tqdm: Bar) -> list[ClassificationOutput]:
+        """See `InferenceEngine.classify`."""
+        entries = self._texts(inputs, None, uuid.uuid4().hex, 0, True, "classify")
+        return _classes(entries, self._window(entries).run(use_tqdm=use_tqdm))
+
+    async def aclassify(
+        self, inputs: Prompt | Sequence[Prompt], *, request_id: str, priority: int, add_special_tokens: bool
+    ) -> list[ClassificationOutput]:
+        """See `InferenceEngine.aclassify`."""
+        entries = await asyncio.to_thread(
+            self._texts, inputs, None, request_id, priority, add_special_tokens, "classify"
+        )
+        return _classes(entries, await self._window(entries).arun())
+
     # ---- scores ------------------------------------------------------------------------------------------------------
 
     def score(self, pairs: Sequence[Pair], *, use_tqdm: Bar) -> list[ScoreOutput]:
@@ -106,6 +129,7 @@ class PoolingCalls:
         request_id: str,
         priority: int,
         add_special_tokens: bool,
+        task: Literal["embed", "classify"] = "embed",
     ) -> list[Entry]:
         """The checked request of each text."""
         prompts = as_prompts(inputs)
@@ -120,6 +144,7 @@ class PoolingCalls:
                     prompt=text,
                     prompt_token_ids=ids,
                     pooling=one,
+                    task=task,
                     priority=priority,
                 )
                 entries.append(Entry(request, self._engine.prepare(request)))
@@ -221,6 +246,17 @@ def _vectors(entries: Sequence[Entry], pieces: Sequence[TokenOutput]) -> list[Em
             embedding=_numbers(piece),
             prompt_token_ids=tuple(entry.request.prompt_token_ids),
             num_cached_tokens=piece.num_cached_tokens,
+        )
+        for entry, piece in zip(entries, pieces, strict=True)
+    ]
+
+
+def _classes(entries: Sequence[Entry], pieces: Sequence[TokenOutput]) -> list[ClassificationOutput]:
+    return [
+        ClassificationOutput(
+            request_id=entry.request.request_id,
+            probs=_numbers(piece),
+            prompt_token_ids=tuple(entry.request.prompt_token_ids),
         )
         for entry, piece in zip(entries, pieces, strict=True)
     ]

@@ -11,7 +11,7 @@ from collections.abc import Sequence as Seq
 
 import msgspec
 
-from candle_vllm.core.engine.admission import check_encoder_task, check_pooling_request, check_request
+from candle_vllm.core.engine.admission import check_encoder_task, check_pooling_request, check_request, encoder_tasks
 from candle_vllm.core.engine.live import Live, LiveSequence
 from candle_vllm.core.engine.pooled import PooledText
 from candle_vllm.core.engine.request import GenerationRequest, PoolingRequest
@@ -64,7 +64,7 @@ class EncoderPreparation(Preparation):
     Args:
         name: the model's name, for messages.
         config: its description.
-        pooling: how its vectors are made; None for a cross-encoder.
+        pooling: how its vectors are made; None where it has a head.
         max_model_len: longest text, in tokens.
     """
 
@@ -77,7 +77,7 @@ class EncoderPreparation(Preparation):
     def prepare(self, request: GenerationRequest) -> list[PooledText]:
         """See `Preparation`."""
         wanted = request.task if isinstance(request, PoolingRequest) else "generate"
-        check_encoder_task(self._name, wanted, scores=self._pooling is None)
+        check_encoder_task(self._name, wanted, encoder_tasks(self._config))
         assert isinstance(request, PoolingRequest)
         check_pooling_request(request, self._config.vocab_size, self.max_model_len)
         kinds = self._config.token_types
@@ -85,11 +85,12 @@ class EncoderPreparation(Preparation):
             request = msgspec.structs.replace(request, token_type_ids=None)
         if any(not 0 <= kind < kinds for kind in request.token_type_ids or ()):
             raise InvalidParameterError(f"token_type_ids must be 0 to {kinds - 1} for this model", "token_type_ids")
-        plan = _SCORE if self._pooling is None else self._pooling.plan(request.pooling)
+        plan = self._of_head() if self._pooling is None else self._pooling.plan(request.pooling)
         return [PooledText(Sequence(request, 0, order=-1), plan)]
 
-
-_SCORE = PoolingPlan("cls", normalize=False, dimensions=1)  # what `EncoderRunner` has of a text for a cross-encoder
+    def _of_head(self) -> PoolingPlan:
+        """What `EncoderRunner` has of a text where a model has a head."""
+        return PoolingPlan("cls", normalize=False, dimensions=len(self._config.labels))
 
 
 class DecoderPreparation(Preparation):
@@ -159,7 +160,9 @@ class DecoderPreparation(Preparation):
     def _prepare_pooled(self, request: PoolingRequest) -> PooledText:
         """The sequence of a text whose hidden states are pooled."""
         if request.task != "embed" or self._pooling is None:
-            raise InvalidParameterError("the model gives vectors and is no cross-encoder: it has no score", "task")
+            raise InvalidParameterError(
+                "the model gives vectors and is no cross-encoder: it has no scores or classes", "task"
+            )
         check_pooling_request(request, self._vocab_size, self.max_model_len)
         plan = self._pooling.plan(request.pooling)
         params = msgspec.structs.replace(request.params, seed=0, skip_reading_prefix_cache=plan.needs_every_position)

@@ -72,13 +72,13 @@ class PoolingRequest(GenerationRequest, frozen=True, kw_only=True):
 
     Attributes:
         pooling: how a vector is made of it.
-        task: "embed" for a vector, "score" for the number of a cross-encoder.
+        task: "embed" for a vector, "score" for the number of a cross-encoder, "classify" for those of a classifier.
         token_type_ids: which of a pair's texts each token belongs to, 0 or 1; None is 0 throughout.
     """
 
     params: SamplingParams = msgspec.field(default_factory=SamplingParams)
     pooling: PoolingParams = msgspec.field(default_factory=PoolingParams)
-    task: Literal["embed", "score"] = "embed"
+    task: Literal["embed", "score", "classify"] = "embed"
     token_type_ids: Sequence[int] | None = None
 
 
@@ -316,13 +316,31 @@ class ScoreOutput(ShownStruct, frozen=True, kw_only=True):
     prompt_token_ids: tuple[int, ...] = ()
 
 
+class ClassificationOutput(ShownStruct, frozen=True, kw_only=True):
+    """How likely each class is for one text.
+
+    Attributes:
+        request_id: of the text.
+        probs: float32 numbers in the order of `ModelInfo.labels`, `array("f")`; they add up to 1 unless a text may be
+            of several classes. A model of regression gives its numbers as they are.
+        prompt_token_ids: the text's tokens, those that the tokenizer adds included.
+    """
+
+    unshown: ClassVar[frozenset[str]] = frozenset({"request_id"})
+
+    request_id: str
+    probs: array[float]
+    prompt_token_ids: tuple[int, ...]
+
+
 class ModelInfo(ShownStruct, frozen=True, kw_only=True):
     """What is served, for people and for `/v1/models`.
 
     Attributes:
         default_sampling: what counts where a request says nothing of it.
         model_sampling: what the model's files say of it, and how many tokens an answer has ("max_tokens").
-        tasks: what the model does: "generate", "embed", "score".
+        tasks: what the model does: "generate", "embed", "score", "classify".
+        labels: names of what a classifier tells apart, or of a cross-encoder's score.
         embedding_size: length of its vectors; 0 where it gives none.
         max_num_seqs: most sequences in one step.
         kv_cache_bytes: size of the KV cache when it is full; memory of a CPU is taken as it fills.
@@ -338,6 +356,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
             "max_num_seqs",
             "kv_cache_bytes",
             "model_sampling",
+            "labels",
         }
     )
 
@@ -355,6 +374,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
     default_sampling: Mapping[str, float | int]
     model_sampling: Mapping[str, float | int] = msgspec.field(default_factory=dict)
     tasks: tuple[str, ...] = ("generate",)
+    labels: tuple[str, ...] = ()
     embedding_size: int = 0
     max_num_seqs: int = 1
     kv_cache_bytes: int = 0

@@ -8,7 +8,7 @@ the files again.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import MAX_COUNT, Fields
@@ -232,8 +232,9 @@ class EncoderConfig:
         first_position: row of the position table for a text's first token (RoBERTa's begin behind the padding token).
         token_types: rows of the table that tells a pair's texts apart; 1 where a model does not.
         activation: of the feed-forward layer.
-        scores: the model is a cross-encoder, whose head gives one number for a text or pair.
-        sigmoid: that number is brought to 0..1.
+        labels: names of the numbers that the model's head gives for a text or pair: one of a cross-encoder, several of
+            a classifier, none where there is no head.
+        likelihood: how those numbers are brought to 0..1: each by a sigmoid, all by a softmax, or not at all.
     """
 
     model_type: str
@@ -247,9 +248,14 @@ class EncoderConfig:
     first_position: int = 0
     token_types: int = 1
     activation: str = "gelu"
-    scores: bool = False
-    sigmoid: bool = False
+    labels: tuple[str, ...] = ()
+    likelihood: Literal["none", "sigmoid", "softmax"] = "none"
     num_experts: int = 0
+
+    @property
+    def scores(self) -> bool:
+        """Whether the model has a head, and gives its numbers rather than vectors."""
+        return bool(self.labels)
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:

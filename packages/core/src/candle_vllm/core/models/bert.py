@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Literal
 
-from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.activation import Activation, activation
 from candle_vllm.core.kernels.recorded import Value
@@ -28,6 +29,8 @@ from candle_vllm.core.models.family import EncoderFamily
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
+MAX_LABELS = 1 << 16
+
 _ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
     {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 )
@@ -40,8 +43,7 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> EncoderC
         raise UnsupportedModelError(f"{fields.path}: is_decoder is true, which is not implemented for {model_type}")
     positions = fields.count("max_position_embeddings")
     first = 0 if model_type == "bert" else fields.get("pad_token_id", int, 1) + 1
-    if scores:
-        _check_labels(fields)
+    labels = _labels(fields) if scores else ()
     return EncoderConfig(
         model_type=model_type,
         vocab_size=fields.count("vocab_size"),
@@ -54,18 +56,33 @@ def config_from_hf(fields: Fields, model_type: str, *, scores: bool) -> EncoderC
         first_position=first,
         token_types=fields.count("type_vocab_size", 2),
         activation=fields.choice("hidden_act", "gelu", *_ACTIVATIONS),
-        scores=scores,
-        sigmoid=scores and _sigmoid(fields),
+        labels=labels,
+        likelihood=_likelihood(fields, len(labels)) if scores else "none",
     )
 
 
-def _check_labels(fields: Fields) -> None:
-    labels = fields.get("num_labels", int, len(fields.get("id2label", dict, {"0": "", "1": ""})))
-    if labels != 1:
-        raise UnsupportedModelError(
-            f"{fields.path}: the model tells {labels} labels apart; of these only cross-encoders, which have one, "
-            "are implemented"
-        )
+def _labels(fields: Fields) -> tuple[str, ...]:
+    """Names of the head's numbers; transformers takes two where the file says nothing."""
+    named = fields.get("id2label", dict, {"0": "LABEL_0", "1": "LABEL_1"})
+    count = fields.count("num_labels", len(named), most=MAX_LABELS)
+    if not 0 < count <= MAX_LABELS:
+        raise InvalidFileError(f"{fields.path}: id2label names {count} labels; 1 to {MAX_LABELS} are possible")
+    names = [named.get(str(number), f"LABEL_{number}") for number in range(count)]
+    if not all(isinstance(name, str) for name in names):
+        raise InvalidFileError(f"{fields.path}: id2label must name every label by a text")
+    return tuple(names)
+
+
+def _likelihood(fields: Fields, labels: int) -> Literal["none", "sigmoid", "softmax"]:
+    """What problem_type says of several labels, as transformers reads it; else of one what is said below."""
+    if labels > 1:
+        kinds: Mapping[str, Literal["none", "sigmoid", "softmax"]] = {
+            "single_label_classification": "softmax",
+            "multi_label_classification": "sigmoid",
+            "regression": "none",
+        }
+        return kinds[fields.choice("problem_type", "single_label_classification", *kinds)]
+    return "sigmoid" if _sigmoid(fields) else "none"
 
 
 def _sigmoid(fields: Fields) -> bool:
@@ -135,7 +152,7 @@ class Block:
 
 
 class Bert:
-    """The encoder: token ids [T] of R texts behind each other -> hidden states [T, E], and scores [R]."""
+    """The encoder: token ids [T] of R texts behind each other -> hidden states [T, E], and scores [R, L]."""
 
     def __init__(self, config: EncoderConfig, placement: Placement) -> None:
         size = config.hidden_size
@@ -146,7 +163,7 @@ class Bert:
         self.norm = LayerNorm(size, config.norm_eps, placement)
         self.layers = [Block(config, placement) for _ in range(config.num_layers)]
         self.head = Linear(size, size, placement, bias=True) if config.scores else None
-        self.score = Linear(size, 1, placement, bias=True) if config.scores else None
+        self.score = Linear(size, len(config.labels), placement, bias=True) if config.scores else None
 
     def forward(self, token_ids: Value, positions: Value, types: Value, lengths: Sequence[int]) -> Value:
         """Hidden states [T, E] in fp32.
@@ -161,7 +178,7 @@ class Bert:
         return x
 
     def scores(self, first: Value) -> Value:
-        """Scores [R, 1] of the hidden states [R, E] of the texts' first tokens; of a cross-encoder."""
+        """Scores [R, L] of the hidden states [R, E] of the texts' first tokens, where there is a head of L labels."""
         assert self.head is not None
         assert self.score is not None
         return self.score(activation(self.head(first), "tanh"))

@@ -46,7 +46,7 @@ class Encoder(Protocol):
         ...
 
     def scores(self, first: Value) -> Value:
-        """Hidden states [R, E] of the texts' first tokens to scores [R, 1]; of a cross-encoder."""
+        """Hidden states [R, E] of the texts' first tokens to scores [R, L], of a model with L labels."""
         ...
 
 

@@ -68,7 +68,7 @@ class RequestWriter:
     def _check_pooled(self, request: PoolingRequest) -> None:
         info = self._info
         if "generate" not in info.tasks:
-            check_encoder_task(info.name, request.task, scores=self._pooling is None)
+            check_encoder_task(info.name, request.task, info.tasks)
         check_pooling_request(request, info.vocab_size, info.max_model_len)
         if self._pooling is not None:
             self._pooling.plan(request.pooling)
@@ -80,7 +80,7 @@ class RequestWriter:
             said = "logits_processors: the engine is in another process, to which no code is sent; use InferenceEngine"
             raise InvalidParameterError(said, "logits_processors")
         if "generate" not in info.tasks:
-            check_encoder_task(info.name, "generate", scores=self._pooling is None)
+            check_encoder_task(info.name, "generate", info.tasks)
         check_request(request, info.vocab_size, info.max_model_len)
         if params.seed is None:
             params = msgspec.structs.replace(params, seed=self._seeds.getrandbits(63))

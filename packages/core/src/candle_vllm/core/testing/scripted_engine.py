@@ -238,7 +238,7 @@ class ScriptedEngine(ScriptedVectors):
 
     def _check_generates(self) -> None:
         if "generate" not in self._info.tasks:
-            check_encoder_task(self._info.name, "generate", scores="embed" not in self._info.tasks)
+            check_encoder_task(self._info.name, "generate", self._info.tasks)
 
     def _check(self, request: GenerationRequest) -> None:
         if request.params.structured_outputs is not None:

@@ -27,6 +27,8 @@ from candle_vllm.core.text.prompts import Message, Prompt
 from candle_vllm.core.vllm.arguments import EngineArgs, check_quantization, translated
 from candle_vllm.core.vllm.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from candle_vllm.core.vllm.outputs import (
+    ClassificationOutput,
+    ClassificationRequestOutput,
     EmbeddingOutput,
     EmbeddingRequestOutput,
     PoolingOutput,
@@ -295,15 +297,26 @@ class LLM:
         """The numbers of every text, as arrays of numpy.
 
         Args:
-            pooling_task: "embed", for vectors.
+            pooling_task: "embed" for vectors, "classify" for those of a classifier.
 
         Raises:
             InvalidParameterError: another task.
         """
+        if pooling_task == "classify":
+            refuse_given("encode", pooling_params=pooling_params)
+            classes = self.classify(
+                prompts, use_tqdm=use_tqdm, lora_request=lora_request, tokenization_kwargs=tokenization_kwargs
+            )
+            return [
+                PoolingRequestOutput(
+                    each.request_id, PoolingOutput(np.array(each.outputs.probs, np.float32)), each.prompt_token_ids
+                )
+                for each in classes
+            ]
         if pooling_task != "embed":
             raise InvalidParameterError(
-                f"pooling_task {pooling_task!r:.60}: a text gives one vector, by 'embed'; there are none of single "
-                "tokens, and scores are asked of pairs, by score",
+                f"pooling_task {pooling_task!r:.60}: a text gives one vector, by 'embed', or its classes, by "
+                "'classify'; there are no vectors of single tokens, and scores are asked of pairs, by score",
                 "pooling_task",
             )
         made = self.embed(
@@ -321,6 +334,26 @@ class LLM:
                 each.num_cached_tokens,
             )
             for each in made
+        ]
+
+    @explained(PoolingParams=PoolingParams.__struct_fields__)
+    def classify(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling_params: None = None,
+        use_tqdm: Bar = True,
+        lora_request: None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[ClassificationRequestOutput]:
+        """How likely each class of a classifier is for every text. Errors as of `generate`."""
+        refuse_given("classify", lora_request=lora_request, tokenization_kwargs=tokenization_kwargs or None)
+        refuse_given("classify", pooling_params=pooling_params)
+        return [
+            ClassificationRequestOutput(
+                each.request_id, ClassificationOutput(each.probs.tolist()), list(each.prompt_token_ids)
+            )
+            for each in self.engine.classify(prompts, use_tqdm=use_tqdm)
         ]
 
     @explained()

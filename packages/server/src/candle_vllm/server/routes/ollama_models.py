@@ -202,7 +202,7 @@ def _shown(slot: ModelSlot) -> Shown:
         about[f"{known.architecture}.context_length"] = known.context
     if slot.model is not None and (length := slot.model.engine.model_info.embedding_size):
         about[f"{known.architecture}.embedding_length"] = length
-    can = [_CAN[task] for task in known.tasks] + ["tools"] * known.tools + ["thinking"] * known.thinks
+    can = [_CAN[task] for task in known.tasks if task in _CAN] + ["tools"] * known.tools + ["thinking"] * known.thinks
     return Shown(
         modelfile=f"# {name} as it is served; its settings are flags, or stand in models.yaml\nFROM {name}\n",
         parameters="\n".join(f"{field:30} {value}" for field, value in drawn.items()),
