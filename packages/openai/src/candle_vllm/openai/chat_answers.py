@@ -50,6 +50,7 @@ class AnswerWriter(ABC, Generic[Chunk]):
         self._usage_beside = request.continuous_usage
         self._usage: wire.Usage | UnsetType | None = None if request.include_usage else UNSET
         self._head: Head | None = None
+        self._predicted = False  # the request says what its answer will be
 
     def write(self, events: Sequence[Event]) -> list[Chunk]:
         """The chunks that events make."""
@@ -61,9 +62,11 @@ class AnswerWriter(ABC, Generic[Chunk]):
     def _counts(self, usage: Usage) -> Chunk | None:
         if usage.final:
             assert self._head is not None
-            return self._make(**self._head._asdict(), choices=(), usage=wire_usage(usage)) if self._usage_last else None
+            if not self._usage_last:
+                return None
+            return self._make(**self._head._asdict(), choices=(), usage=wire_usage(usage, predicted=self._predicted))
         if self._usage_beside:
-            self._usage = wire_usage(usage)
+            self._usage = wire_usage(usage, predicted=self._predicted)
         return None
 
     def _chunk(self, choice: object, **extras: Any) -> Chunk:
@@ -104,6 +107,7 @@ class ChatWriter(AnswerWriter[ChatCompletionChunk]):
         self._request = request
         # The official client adds the pieces up: a message of calls alone has no content, not an empty one.
         self._first_content = None if calls else ""
+        self._predicted = request.prediction is not None
         self._prompt_token_ids = tuple(prompt_token_ids) if request.return_token_ids else UNSET
 
     def _written(self, event: Event) -> ChatCompletionChunk | None:
@@ -147,15 +151,19 @@ class ChatWriter(AnswerWriter[ChatCompletionChunk]):
         return self._chunk(role, prompt_logprobs=shown, prompt_token_ids=token_ids)
 
 
-def wire_usage(usage: Usage) -> wire.Usage:
-    """Counts in OpenAI's words."""
-    reasoning = usage.reasoning_tokens
+def wire_usage(usage: Usage, *, predicted: bool = False) -> wire.Usage:
+    """Counts in OpenAI's words; `predicted` is whether the request said what its answer will be."""
+    details: wire.CompletionTokensDetails | UnsetType = UNSET
+    if predicted:
+        details = wire.CompletionTokensDetails(usage.reasoning_tokens or 0, 0, 0)
+    elif usage.reasoning_tokens is not None:
+        details = wire.CompletionTokensDetails(usage.reasoning_tokens)
     return wire.Usage(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         total_tokens=usage.prompt_tokens + usage.completion_tokens,
         prompt_tokens_details=wire.PromptTokensDetails(usage.cached_tokens),
-        completion_tokens_details=UNSET if reasoning is None else wire.CompletionTokensDetails(reasoning),
+        completion_tokens_details=details,
         prompt_time_costs=UNSET if usage.prompt_ms is None else usage.prompt_ms,
         completion_time_costs=UNSET if usage.completion_ms is None else usage.completion_ms,
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
-from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOLS, invalid, unsupported
+from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, WireModel, invalid, unsupported
 from candle_vllm.openai.protocol.generation import GenerationFields, Logprobs, MaxTokens
 from candle_vllm.openai.protocol.messages import AssistantMessage, Message, check_history
 from candle_vllm.openai.protocol.templating import TemplateFields
@@ -23,11 +23,30 @@ def _text_modality(value: Any) -> Any:
     return value
 
 
+class PredictionPart(WireModel):
+    """A text of a predicted answer."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Prediction(WireModel):
+    """What the answer will be for the most part. It changes no token, and makes none of them faster."""
+
+    type: Literal["content"]
+    content: Annotated[
+        Annotated[str, Tag("<string>")]
+        | Annotated[list[PredictionPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<parts>")],
+        Discriminator(lambda value: "<parts>" if isinstance(value, list) else "<string>"),
+    ]
+
+
 class ChatCompletionRequest(TemplateFields, GenerationFields):
     """A conversation to continue.
 
     `max_completion_tokens` and `max_tokens` are two names of one limit; neither means: up to the model's context.
     `include_reasoning: false` leaves the thoughts out of the answer; they are generated and counted all the same.
+    With a `prediction`, usage says that none of its tokens was accepted or rejected: none was tried.
     """
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
@@ -40,6 +59,7 @@ class ChatCompletionRequest(TemplateFields, GenerationFields):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
+    prediction: Prediction | None = None
 
     @field_validator("tools")
     @classmethod

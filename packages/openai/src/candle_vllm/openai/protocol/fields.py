@@ -73,7 +73,6 @@ REFUSED_FIELDS: Mapping[str, Refusal] = {
     "separate_reasoning": Refusal(_ALWAYS_APART, (True,)),
     "stream_reasoning": Refusal("reasoning is streamed as it is generated", (True,)),
     "audio": Refusal("audio output is not implemented"),
-    "prediction": Refusal("predicted output is not implemented"),
     "web_search_options": Refusal("the server searches no web"),
     "moderation": Refusal("the server moderates nothing"),
     "suffix": Refusal("it belongs to text completions, /v1/completions", ("",)),
@@ -120,6 +119,7 @@ COMPLETION_REFUSED_FIELDS: Mapping[str, Refusal] = {
     "chat_template_kwargs": Refusal(_CHAT_ONLY, ({},)),
     "include_reasoning": Refusal(_CHAT_ONLY, (True,)),
     "thinking_token_budget": Refusal(_CHAT_ONLY, (-1,)),
+    "prediction": Refusal(_CHAT_ONLY),
 }
 
 ADVISORY_FIELDS: Mapping[str, str] = {

@@ -13,9 +13,14 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
 
 
 class CompletionTokensDetails(msgspec.Struct, frozen=True):
-    """What the output's tokens were: `reasoning_tokens` are thoughts, with the marks around them."""
+    """What the output's tokens were: `reasoning_tokens` are thoughts, with the marks around them.
+
+    The other two are there where the request predicted its answer; both are 0, for predictions are not tried.
+    """
 
     reasoning_tokens: int
+    accepted_prediction_tokens: int | UnsetType = UNSET
+    rejected_prediction_tokens: int | UnsetType = UNSET
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):

@@ -41,12 +41,13 @@ _HOSTED = "it belongs to OpenAI's own service"
 REFUSED_RESPONSES_FIELDS: Mapping[str, Refusal] = {
     **{
         name: REFUSED_FIELDS[name]
-        for name in ("functions", "function_call", "audio", "prediction", "moderation", "web_search_options", "suffix")
+        for name in ("functions", "function_call", "audio", "moderation", "web_search_options", "suffix")
     },
     "prompt": Refusal("the server keeps no prompt templates; put the text into instructions and input"),
     "context_management": Refusal("prompts are never compacted; truncation: auto drops the oldest turns", ([],)),
     "image": Refusal("the server takes text only", ({},)),
     "messages": Refusal("it belongs to chat requests; use input"),
+    "prediction": Refusal("it belongs to chat requests"),
     "max_tokens": Refusal("it belongs to chat requests; use max_output_tokens"),
     "max_completion_tokens": Refusal("it belongs to chat requests; use max_output_tokens"),
     "response_format": Refusal("it belongs to chat requests; use text with format"),
