@@ -246,6 +246,26 @@ async def test_return_token_ids_of_completions() -> None:
     assert (choice["prompt_token_ids"], choice["token_ids"]) == ([256, 97, 98], [120, 121, 257])
 
 
+async def test_labels_of_the_client_are_repeated() -> None:
+    """candle-vllm's `conversation_id` and `resource_id`."""
+    labels = {"conversation_id": "c-1", "resource_id": "r/2"}
+    whole = await chat(ScriptedEngine("xy"), **labels)
+    assert labels.items() <= whole.items()
+    assert not labels.keys() & (await chat(ScriptedEngine("xy"))).keys()
+    adapter = OpenAIAdapter(ScriptedEngine("xy"))
+    request = parse_chat_request({"messages": HI, "stream": True, "n": 2, **labels})
+    chunks = [wire(chunk) async for chunk in await adapter.chat_stream(request)]
+    assert labels.items() <= chunks[0].items()
+    assert not any(labels.keys() & chunk.keys() for chunk in chunks[1:])
+
+
+async def test_a_text_is_a_conversation_of_one_message() -> None:
+    engines = [ScriptedEngine("xy") for _ in range(2)]
+    for engine, messages in zip(engines, ("Hi there", [{"role": "user", "content": "Hi there"}]), strict=True):
+        await OpenAIAdapter(engine).chat(parse_chat_request({"messages": messages}))
+    assert engines[0].requests[0].prompt_token_ids == engines[1].requests[0].prompt_token_ids
+
+
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 

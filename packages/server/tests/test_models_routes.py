@@ -249,3 +249,27 @@ def test_the_list_for_anthropic_s_clients(start) -> None:
         assert [model.id for model in client.models.list()] == ["small", "tiny", "org/large", "broken"]
         model = client.models.retrieve("tiny")
         assert (model.type, model.display_name, model.created_at.year) == ("model", "tiny", 1970)
+
+
+def test_who_waits_is_told_without_what_is_asked(start) -> None:
+    loader = FakeLoader(seconds=0.5)
+    running = start(_manager(loader), api_key=("secret",), management_key=("operator",))
+    key, operator = {"authorization": "Bearer secret"}, {"authorization": "Bearer operator"}
+    with ThreadPoolExecutor() as pool, running.http(headers=key) as client, running.http(headers=operator) as manager:
+        assert client.get("/v1/queues").status_code == client.get("/v1/queues/org/large").status_code == 401
+        empty = manager.get("/v1/queues").json()
+        assert empty == {"object": "list", "counts": {"small": 0, "org/large": 0, "broken": 0}, "data": []}
+        body = {"model": "org/large", "messages": [{"role": "user", "content": "Hi"}]}
+        asked = pool.submit(client.post, "/v1/chat/completions", json=body, headers={"x-request-id": "mine"})
+        running.wait_for(lambda: manager.get("/v1/queues").json()["data"])
+        (entry,) = manager.get("/v1/queues/org/large").json()["data"]
+        assert {**entry, "queued_at": 0} == {
+            "object": "queued_request", "id": "mine", "model": "org/large", "queued_at": 0, "waits_for": "model",
+            "key": "1", "sequences": 1, "priority": 0,
+        }  # fmt: skip
+        assert abs(entry["queued_at"] - time.time()) < 10
+        assert manager.get("/v1/queues").json()["counts"]["org/large"] == 1
+        assert manager.get("/v1/queues/small").json() == {"object": "list", "counts": {"small": 0}, "data": []}
+        assert asked.result().status_code == 200
+        assert manager.get("/v1/queues").json() == empty
+        assert manager.get("/v1/queues/other").status_code == 404

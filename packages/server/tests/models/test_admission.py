@@ -23,10 +23,11 @@ async def test_requests_enter_until_the_places_are_taken() -> None:
     third = asyncio.create_task(admission.enter("", 1))
     await _settled()
     assert (admission.running, admission.waiting, third.done()) == (2, 1, False)
+    assert [(one.key, one.sequences, one.priority) for one in admission.queue] == [("none", 1, 0)]
     first.leave()
     first.leave()  # once is enough
     assert (await third).sequences == 1
-    assert (admission.running, admission.waiting) == (2, 0)
+    assert (admission.running, admission.waiting, admission.queue) == (2, 0, [])
     second.leave()
 
 

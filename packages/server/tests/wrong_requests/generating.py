@@ -198,7 +198,7 @@ CHAT_ROWS = [
     Row("messages", None),
     Row("messages", []),
     Row("messages", {}),
-    Row("messages", "hi"),
+    Row("messages", ""),
     Row("messages", [{"role": "user", "content": "a"}] * 2049),
     Row("messages.0", "hi"),
     Row("messages.0", None),

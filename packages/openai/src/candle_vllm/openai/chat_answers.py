@@ -143,12 +143,13 @@ class ChatWriter(AnswerWriter[ChatCompletionChunk]):
 
     def _first(self, event: Begun) -> ChatCompletionChunk:
         token_ids = UNSET if self._head is not None else self._prompt_token_ids
+        labels = {} if self._head is not None else self._request.labels
         self._head = event.head
         shown: PromptLogprobs | UnsetType = UNSET
         if event.prompt_logprobs is not None and self._request.prompt_logprobs is not None:
             shown = prompt_logprobs(event.prompt_logprobs, self._request.prompt_logprobs)
         role = ChunkChoice(index=event.choice, delta=ChatDelta(role="assistant", content=self._first_content))
-        return self._chunk(role, prompt_logprobs=shown, prompt_token_ids=token_ids)
+        return self._chunk(role, prompt_logprobs=shown, prompt_token_ids=token_ids, **labels)
 
 
 def wire_usage(usage: Usage, *, predicted: bool = False) -> wire.Usage:
@@ -182,6 +183,8 @@ def join_chat(chunks: Sequence[ChatCompletionChunk]) -> ChatCompletion:
         usage=usage,
         prompt_logprobs=next((c.prompt_logprobs for c in chunks if c.prompt_logprobs is not UNSET), UNSET),
         prompt_token_ids=head.prompt_token_ids,
+        conversation_id=head.conversation_id,
+        resource_id=head.resource_id,
     )
 
 

@@ -17,10 +17,19 @@ from candle_vllm.openai.protocol.usage import Usage
 from candle_vllm.openai.task import ToolUse
 
 
+def _conversation(value: Any) -> Any:
+    """candle-vllm takes a text for a conversation of one message of the user."""
+    return [{"role": "user", "content": value}] if isinstance(value, str) and value else value
+
+
 def _text_modality(value: Any) -> Any:
     if value is not None and value != ["text"]:
         raise unsupported("", 'the server makes text only, so it can only be ["text"]')
     return value
+
+
+_Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+Label = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class PredictionPart(WireModel):
@@ -47,9 +56,12 @@ class ChatCompletionRequest(TemplateFields, GenerationFields):
     `max_completion_tokens` and `max_tokens` are two names of one limit; neither means: up to the model's context.
     `include_reasoning: false` leaves the thoughts out of the answer; they are generated and counted all the same.
     With a `prediction`, usage says that none of its tokens was accepted or rejected: none was tried.
+    `conversation_id` and `resource_id` are labels of the client: the answer repeats them, a stream in its first chunk.
     """
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    messages: Annotated[_Messages, BeforeValidator(_conversation)]
+    conversation_id: Label | None = None
+    resource_id: Label | None = None
     max_tokens: MaxTokens | None = None
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
@@ -81,6 +93,12 @@ class ChatCompletionRequest(TemplateFields, GenerationFields):
         self.template_kwargs()
         self.tool_use()
         return self
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """The client's own labels, which its answer repeats."""
+        given = {"conversation_id": self.conversation_id, "resource_id": self.resource_id}
+        return {name: value for name, value in given.items() if value is not None}
 
     def tool_use(self) -> ToolUse:
         """What the request says about tools, in one piece."""
@@ -195,6 +213,8 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     object: str = "chat.completion"
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
+    conversation_id: str | UnsetType = UNSET
+    resource_id: str | UnsetType = UNSET
 
 
 class FunctionCallDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -247,3 +267,5 @@ class ChatCompletionChunk(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage | UnsetType | None = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     prompt_token_ids: tuple[int, ...] | UnsetType = UNSET
+    conversation_id: str | UnsetType = UNSET
+    resource_id: str | UnsetType = UNSET

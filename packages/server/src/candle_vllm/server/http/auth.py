@@ -31,7 +31,7 @@ READY = "/ready"
 PUBLIC_PATHS = frozenset({"/health", "/ping", READY})
 MANAGEMENT_PATHS = frozenset({
     "/metrics", "/v1/models/load", "/v1/models/unload", "/v1/models/select", "/v1/models/status", "/v1/usage",
-    "/server_info",
+    "/server_info", "/v1/queues",
 })  # fmt: skip
 PAGES = ("/openapi.json", "/docs")  # and what is below /docs/
 MAX_KEYS = 10_000
@@ -70,7 +70,7 @@ class ApiKeyMiddleware:
             await self._app(scope, receive, send)
             return
         path = route_path(scope)
-        manages = path in MANAGEMENT_PATHS and bool(self._management_keys)
+        manages = (path in MANAGEMENT_PATHS or path.startswith("/v1/queues/")) and bool(self._management_keys)
         keys = self._management_keys if manages else self._keys
         if not keys or path in self._public:
             if path == READY and keys and _matching(self._keys + self._management_keys, scope, page=False) is None:

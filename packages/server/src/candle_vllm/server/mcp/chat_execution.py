@@ -89,6 +89,7 @@ class Execution:
         scope: of the HTTP request.
 
     Attributes:
+        labels: the client's own, which the answer repeats.
         state: what it has come to.
         turns: knows the answer's id.
     """
@@ -102,6 +103,7 @@ class Execution:
         scope: Scope,
     ) -> None:
         adapter, options = model.adapter, service.options
+        self.labels = wire.labels
         limit = wire.max_tokens if wire.max_completion_tokens is None else wire.max_completion_tokens
         self.state = ExecutionState(service.registry, reasons=adapter.planner.choice.reasoning is not None)
         self.turns = WatchedTurns(TurnModel(InProcessModel(adapter), max_tokens=limit), scope)
@@ -207,7 +209,7 @@ async def executed(execution: Execution) -> ChatCompletion:
         mcp_calls=state.calls,
         mcp_limit=state.limit,
     )
-    return ChatCompletion(**head._asdict(), choices=(choice,), usage=state.usage)
+    return ChatCompletion(**head._asdict(), **execution.labels, choices=(choice,), usage=state.usage)
 
 
 class ExecutedStream:
@@ -216,6 +218,7 @@ class ExecutedStream:
     def __init__(self, execution: Execution, *, include_usage: bool) -> None:
         self._execution = execution
         self._include_usage = include_usage
+        self._no_usage = None if include_usage else UNSET
         self._ready: deque[ChatCompletionChunk] = deque()
         self._begun = self._ended = False
         self._spoke = False  # an earlier turn has, so that the next one begins a paragraph
@@ -259,7 +262,8 @@ class ExecutedStream:
     def _begin(self) -> None:
         if not self._begun:
             self._begun = True
-            self._add(ChunkChoice(index=0, delta=ChatDelta(role="assistant", content="")))
+            role = ChunkChoice(index=0, delta=ChatDelta(role="assistant", content=""))
+            self._ready.append(self._chunk((role,), self._no_usage, **self._execution.labels))
 
     def _say(self, delta: ChatDelta, logprobs: ChatLogprobs | None = None) -> None:
         self._begin()
@@ -283,9 +287,9 @@ class ExecutedStream:
             self._ready.append(self._chunk((), usage=state.usage))
 
     def _add(self, choice: ChunkChoice) -> None:
-        self._ready.append(self._chunk((choice,), usage=None if self._include_usage else UNSET))
+        self._ready.append(self._chunk((choice,), self._no_usage))
 
-    def _chunk(self, choices: tuple[ChunkChoice, ...], usage: Any) -> ChatCompletionChunk:
+    def _chunk(self, choices: tuple[ChunkChoice, ...], usage: Any, **labels: Any) -> ChatCompletionChunk:
         head = self._execution.turns.head
         assert head is not None
-        return ChatCompletionChunk(**head._asdict(), choices=choices, usage=usage)
+        return ChatCompletionChunk(**head._asdict(), **labels, choices=choices, usage=usage)

@@ -13,9 +13,11 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.observing.metrics import Rejection
+from candle_vllm.server.observing.request_context import NO_KEY, current_request
 
 MAX_RETRY_AFTER = 60  # seconds
 _FADING = 0.9  # weight of the past in the mean time of a request
@@ -37,11 +39,37 @@ class Place:
             self.sequences = 0
 
 
+class Queued(NamedTuple):
+    """A request that waits, for operators; nothing of its content.
+
+    Attributes:
+        id: of the HTTP request; empty where there is none.
+        key: label of its API key, "none" where there is none.
+        sequences: how many it makes, as far as that counts where it waits.
+        priority: lower ones go first.
+        since: Unix seconds.
+    """
+
+    id: str
+    key: str
+    sequences: int
+    priority: int
+    since: float
+
+    @classmethod
+    def now(cls, sequences: int = 1, priority: int = 0) -> Queued:
+        """The request that is being answered begins to wait."""
+        context = current_request.get()
+        told = ("", NO_KEY) if context is None else (context.http_request_id, context.key_label)
+        return cls(*told, sequences, priority, time.time())
+
+
 @dataclass(eq=False)
 class _Waiting:
     key: str
     sequences: int
     entered: asyncio.Future[Place]
+    queued: Queued
 
 
 class RetiredError(Exception):
@@ -84,6 +112,12 @@ class Admission:
         """Sequences before it."""
         return self._unfinished.total() - self.running
 
+    @property
+    def queue(self) -> list[Queued]:
+        """The requests before it, in no order between keys."""
+        waiting = (one for queues in self._queues.values() for queue in queues.values() for one in queue)
+        return [one.queued for one in waiting]
+
     async def enter(self, key: str, sequences: int, priority: int = 0) -> Place:
         """Waits for a place. Cancelling it gives the wait up.
 
@@ -99,7 +133,8 @@ class Admission:
         self._unfinished[key] += sequences
         if not self._queues and self._fits(sequences):
             return self._begin(key, sequences)
-        waiting = _Waiting(key, sequences, asyncio.get_running_loop().create_future())
+        entered = asyncio.get_running_loop().create_future()
+        waiting = _Waiting(key, sequences, entered, Queued.now(sequences, priority))
         self._queues.setdefault(priority, OrderedDict()).setdefault(key, deque()).append(waiting)
         try:
             return await waiting.entered

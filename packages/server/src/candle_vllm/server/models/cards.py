@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -215,6 +215,61 @@ def failure_of(slot: ModelSlot) -> str | None:
     if slot.state is not ModelState.FAILED:
         return None
     return next(kind for failure, kind in FAILURES if isinstance(slot.error, failure))
+
+
+class QueuedRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that waits for a model, or for a place in one; nothing of its content.
+
+    Attributes:
+        id: its `x-request-id`.
+        model: first name of the model.
+        queued_at: Unix seconds.
+        waits_for: "model", until it is loaded, or "place", in its engine.
+        key: number of its API key, "none" where none is asked for.
+        sequences: how many it makes.
+        priority: lower ones go first.
+    """
+
+    id: str
+    model: str
+    queued_at: float
+    waits_for: str
+    key: str
+    sequences: int
+    priority: int
+    object: str = "queued_request"
+
+
+class Queues(msgspec.Struct, frozen=True, kw_only=True):
+    """The requests that wait, the longest first; `counts` has every model, by its first name."""
+
+    counts: dict[str, int]
+    data: tuple[QueuedRequest, ...]
+    object: str = "list"
+
+
+def queues(slots: Iterable[ModelSlot]) -> Queues:
+    """The requests that wait for models, for operators."""
+    counts: dict[str, int] = {}
+    data: list[QueuedRequest] = []
+    for slot in slots:
+        name = slot.entry.names[0]
+        places = slot.model.admission.queue if slot.model else ()
+        waiting = [("model", each) for each in slot.arrivals.values()] + [("place", each) for each in places]
+        counts[name] = len(waiting)
+        data += [
+            QueuedRequest(
+                id=each.id,
+                model=name,
+                queued_at=each.since,
+                waits_for=what,
+                key=each.key,
+                sequences=each.sequences,
+                priority=each.priority,
+            )
+            for what, each in waiting
+        ]
+    return Queues(counts=counts, data=tuple(sorted(data, key=lambda each: each.queued_at)))
 
 
 def status(manager: ModelManager) -> ManagerStatus:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from candle_vllm.core.errors import EngineDeadError
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import Caller
-from candle_vllm.server.models.admission import Place, RetiredError
+from candle_vllm.server.models.admission import Place, Queued, RetiredError
 from candle_vllm.server.models.catalogue import Catalogue
 from candle_vllm.server.models.slot import Lease, ModelSlot, ModelState, ServedModel
 from candle_vllm.server.models.switcher import Load, ManagerLimits, ModelSwitcher, load_failed
@@ -128,6 +128,7 @@ class ModelManager:
         began = time.monotonic()
         waiter: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         slot.waiters.append(waiter)
+        slot.arrivals[waiter] = Queued.now()
         self._switcher.want(slot)
         try:
             async with asyncio.timeout(patience):
@@ -139,6 +140,8 @@ class ModelManager:
             self.metrics.refused(slot.entry.names[0], Rejection.MODEL_NOT_READY)
             message = f"The model {slot.entry.name!r} was not ready within {patience:g} seconds."
             raise HttpError(503, message, "model_not_ready", {"retry-after": "10"}) from None
+        finally:
+            del slot.arrivals[waiter]
         self.metrics.model_waited_for(slot.entry.names[0], time.monotonic() - began)
         return lease
 

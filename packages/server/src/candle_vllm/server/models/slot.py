@@ -16,7 +16,7 @@ from candle_vllm.core.progress import Progress
 from candle_vllm.openai import OpenAIAdapter
 from candle_vllm.openai.anthropic import MessagesAdapter
 from candle_vllm.openai.ollama import OllamaAdapter
-from candle_vllm.server.models.admission import Admission
+from candle_vllm.server.models.admission import Admission, Queued
 from candle_vllm.server.models.catalogue import ModelEntry
 from candle_vllm.server.models.library import Description
 from candle_vllm.server.observing.model_metrics import EngineWatcher, ServedEngine
@@ -71,6 +71,7 @@ class ModelSlot:
         idle: called when the last lease comes back.
         in_flight: leases that are out.
         waiters: requests that wait for the model, in order.
+        arrivals: what is told of each of them.
         asked: it shall be loaded also if no request waits for it.
         error, failed_at: why it could not be loaded, or died; and `time.monotonic()` when loading failed.
         deaths: `time.monotonic()` of its engine's latest deaths.
@@ -89,6 +90,7 @@ class ModelSlot:
     model: ServedModel | None = None
     in_flight: int = 0
     waiters: deque[asyncio.Future[Lease]] = field(default_factory=deque)
+    arrivals: dict[asyncio.Future[Lease], Queued] = field(default_factory=dict)
     asked: bool = False
     error: Exception | None = None
     failed_at: float | None = None

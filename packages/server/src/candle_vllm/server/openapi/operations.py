@@ -52,6 +52,7 @@ from candle_vllm.server.models.cards import (
     LoadProgress,
     ManagerStatus,
     ModelRequest,
+    Queues,
     SlotStatus,
     UnloadedCard,
 )
@@ -281,6 +282,22 @@ OPERATIONS: Mapping[Key, Operation] = {
         tag="operators",
         summary="What is loaded, what waits, and what went wrong",
         answers={200: (ManagerStatus,)},
+        manages=True,
+    ),
+    ("GET", "/v1/queues"): Operation(
+        id="queues",
+        tag="operators",
+        summary="The requests that wait, for every model",
+        answers={200: (Queues,)},
+        manages=True,
+    ),
+    ("GET", "/v1/queues/{model_id:path}"): Operation(
+        id="queue_of_model",
+        tag="operators",
+        summary="The requests that wait for one model",
+        answers={200: (Queues,)},
+        errors=(404,),
+        path_parameters={"model_id": "A served name. It may hold slashes, percent-encoded or not."},
         manages=True,
     ),
     ("POST", "/v1/models/load"): Operation(

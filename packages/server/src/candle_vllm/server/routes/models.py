@@ -1,4 +1,4 @@
-"""`/v1/models`: which models there are, and how an operator loads, unloads and chooses them.
+"""`/v1/models` and `/v1/queues`: which models there are, how an operator loads, unloads and chooses them, who waits.
 
 Step 1 of a request's life.
 """
@@ -18,6 +18,7 @@ from candle_vllm.server.models.cards import (
     anthropic_list,
     cards,
     parse_model_request,
+    queues,
     slot_status,
     status,
 )
@@ -72,6 +73,19 @@ async def select_model(request: Request) -> Response:
     ready = slot.model is not None
     answer = {"status": "ready" if ready else "switching", "model": slot.entry.name, "queue_length": len(slot.waiters)}
     return _json(answer, 200 if ready else 202)
+
+
+@router.get("/v1/queues")
+async def list_queues(request: Request) -> Response:
+    """The requests that wait, for every model."""
+    return _json(queues(request.app.state.manager.slots.values()))
+
+
+@router.get("/v1/queues/{model_id:path}")
+async def get_queue(request: Request, model_id: str) -> Response:
+    """The requests that wait for one model; names may hold slashes."""
+    manager: ModelManager = request.app.state.manager
+    return _json(queues([manager.find(model_id, exact=True)]))
 
 
 @router.get("/v1/models/{model_id:path}")
