@@ -286,7 +286,14 @@ def test_the_tuned_length_holds_until_another_is_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", [{"kv_fraction": 0.3}, {"kv_cache_memory": 1 << 20}, {"chat_template": "x"}, {"deterministic": True}]
+    "setting",
+    [
+        {"kv_fraction": 0.3},
+        {"kv_cache_memory": 1 << 20},
+        {"chat_template": "x"},
+        {"deterministic": True},
+        {"speculative_config": {}},
+    ],
 )
 def test_settings_that_set_nothing_are_refused(folder: Path, setting: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"so {next(iter(setting))} sets nothing"):

@@ -71,7 +71,7 @@ _SETTINGS: Rows = (
     ("load_in_4bit load_in_8bit", _STORED, (False,)),
     ("enable_lora", _LORA, (False,)),
     ("max_loras max_lora_rank max_cpu_loras lora_path lora_base lora_scale", _LORA),
-    ("speculative_config speculative_model num_speculative_tokens draft_model spec_method spec_model spec_tokens",
+    ("speculative_model num_speculative_tokens draft_model spec_method spec_model spec_tokens",
      "no drafts are made, so there is nothing to set", (None,)),
     ("limit_mm_per_prompt mm_processor_kwargs clip_model_path", "models read text alone here", (None, {})),
     ("allowed_local_media_path allowed_media_domains", "models read text alone here", (None, "", [])),

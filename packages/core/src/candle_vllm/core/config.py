@@ -21,9 +21,11 @@ from candle_vllm.core.setting_kinds import (
     EngineKind,
     FilePath,
     Integer,
+    JsonObject,
     Number,
     QuantisedType,
     Text,
+    nearest,
 )
 
 DType = Literal[
@@ -65,6 +67,84 @@ def demo_model() -> Path | None:
 def is_demo(model: str) -> bool:
     """Whether the demo model is meant: by its name, which a file or folder of that name takes from it."""
     return model == DEMO and not os.path.exists(model)
+
+
+DraftMethod = Literal["none", "ngram", "suffix"]
+MAX_DRAFT = 31
+"""Most guessed tokens of one sequence in a step."""
+LONGEST_MATCH = 24
+"""Tokens of a match that are compared; a longer one says no more."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpeculativeConfig:
+    """How drafts are made; vLLM's names. `draft_settings` makes one of a mapping.
+
+    Attributes:
+        method: "suffix" guesses from the text so far and from past answers, "ngram" from the text so far, "none" not.
+        num_speculative_tokens: most drafts of a sequence in one step.
+        prompt_lookup_min, prompt_lookup_max: shortest match that counts, and how many tokens of it are compared.
+        suffix_decoding_max_cached_requests: 0 keeps no past answers.
+        suffix_decoding_max_spec_factor: most drafts for each token that matched; None is no limit.
+        suffix_decoding_min_token_prob: drafts end where the next is less likely right than this.
+    """
+
+    method: DraftMethod = "suffix"
+    num_speculative_tokens: int = 15
+    prompt_lookup_min: int = 2
+    prompt_lookup_max: int = LONGEST_MATCH
+    suffix_decoding_max_cached_requests: int = 10_000
+    suffix_decoding_max_spec_factor: float | None = None
+    suffix_decoding_min_token_prob: float = 0.08
+
+
+_DRAFT_LIMITS: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {
+        "num_speculative_tokens": (1, MAX_DRAFT),
+        "prompt_lookup_min": (2, LONGEST_MATCH),
+        "prompt_lookup_max": (2, LONGEST_MATCH),
+        "suffix_decoding_max_cached_requests": (0, 1 << 20),
+        "suffix_decoding_max_spec_factor": (0.1, 64.0),
+        "suffix_decoding_min_token_prob": (0.0, 1.0),
+    }
+)
+_DRAFT_SETTINGS = {each.name: each for each in dataclasses.fields(SpeculativeConfig)}
+
+
+def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
+    """What `speculative_config` asks for; None where no drafts are to be made.
+
+    Raises:
+        ConfigError: a name or value that there is not, or settings of another method.
+    """
+    if given is None:
+        return None
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in _DRAFT_SETTINGS:
+            raise _no_drafts(f"has no {name!r}{nearest(name, _DRAFT_SETTINGS)}: known are {', '.join(_DRAFT_SETTINGS)}")
+        if name == "method":
+            if value not in get_args(DraftMethod):
+                raise _no_drafts(f"the method {value!r:.60} is not there: {', '.join(get_args(DraftMethod))} are")
+        else:
+            least, most = _DRAFT_LIMITS[name]
+            whole = _DRAFT_SETTINGS[name].type == "int"
+            kinds = (int,) if whole else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+                sort = "a whole number" if whole else "a number"
+                raise _no_drafts(f"{name} must be {sort} from {least:g} to {most:g}, not {value!r:.60}")
+        values[name] = value
+    config = SpeculativeConfig(**values)
+    if config.prompt_lookup_min > config.prompt_lookup_max:
+        raise _no_drafts(f"prompt_lookup_min {config.prompt_lookup_min} is above prompt_lookup_max")
+    others = [name for name in values if config.method != "suffix" and name.startswith("suffix_")]
+    if others:
+        raise _no_drafts(f"{others[0]} belongs to the method suffix, not to {config.method}")
+    return None if config.method == "none" else config
+
+
+def _no_drafts(text: str) -> ConfigError:
+    return ConfigError(f"speculative_config: {text}", "speculative_config")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -150,6 +230,10 @@ class EngineConfig(ExplainedSettings):
                                       "before it, and kv_fraction not beside it."] = None
     enable_prefix_caching: Annotated[bool, Boolean(),
                                      "reuse the KV blocks of equal prompt beginnings (on unless disabled)"] = True
+    speculative_config: Annotated[Mapping[str, Any] | None, JsonObject(),
+                                  "guess several tokens at a time and check them in one step, on the CPU: "
+                                  'vLLM\'s JSON, as {"method": "suffix"}; answers stay the same',
+                                  "See `SpeculativeConfig` and docs/speculation.md. None guesses nothing."] = None
     max_queued_requests: Annotated[int, Integer(1, 1 << 20),
                                    "most unfinished sequences before new requests are refused"] = 1024
     threads: Annotated[int | None, Integer(1, 1024), "CPU threads; without it, one per allowed physical core",
@@ -170,6 +254,7 @@ class EngineConfig(ExplainedSettings):
             except ValueError as error:
                 shown = "" if each.secret else f" {_shown(value)}"
                 raise ConfigError(f"{each.name}{shown} {error}", each.name) from None
+        draft_settings(self.speculative_config)
         if not self.model:
             raise ConfigError("model is empty: pass a Hugging Face id, a folder or a .gguf file", "model")
 
@@ -239,6 +324,7 @@ class EngineSettings(TypedDict, total=False):
     kv_fraction: float | None
     gpu_memory_utilization: float | None
     enable_prefix_caching: bool
+    speculative_config: Mapping[str, Any] | None
     max_queued_requests: int
     threads: int | None
     seed: int | None

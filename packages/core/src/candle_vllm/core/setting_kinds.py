@@ -8,12 +8,14 @@ a `ValueError`: that of `taken` goes on after a name and a value, those of the o
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 _UNITS = {
@@ -230,6 +232,31 @@ class Boolean:
         if not isinstance(value, bool):
             raise ValueError(f"must be true or false, not {value!r:.60}")
         return value
+
+
+@dataclass(frozen=True)
+class JsonObject:
+    """An object of JSON; what may stand in it is told by whoever reads it."""
+
+    most: int = 1 << 16
+
+    def taken(self, value: Any) -> Mapping[str, Any]:
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+            raise ValueError("is not a dict with names")
+        return MappingProxyType(dict(value))
+
+    def from_text(self, text: str) -> Mapping[str, Any]:
+        if len(text) > self.most:
+            raise ValueError(f"must be at most {self.most} characters")
+        try:
+            return self.check(json.loads(text))
+        except (json.JSONDecodeError, RecursionError):
+            raise ValueError(f"must be a JSON object, not {text!r:.60}") from None
+
+    def check(self, value: Any) -> Mapping[str, Any]:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"must be a JSON object, not {value!r:.60}")
+        return dict(value)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence as Seq
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 
 from candle_vllm.core.engine.batch import Batch, BatchBuilder
+from candle_vllm.core.engine.drafting import Drafter
 from candle_vllm.core.engine.live import Live, LiveSequence
 from candle_vllm.core.engine.model_runner import Launched, ModelRunner
 from candle_vllm.core.engine.pooled import PooledText
@@ -46,9 +47,18 @@ class Engine:
         runner: the model, and its cache if it has one.
         scheduler: queues, and blocks where there is a cache.
         preparation: makes sequences of requests.
+        drafter: guesses tokens that may come next; None where nothing is guessed. The steps of `runner` are over when
+            they are drawn.
     """
 
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler | WholeTexts, preparation: Preparation) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler | WholeTexts,
+        preparation: Preparation,
+        drafter: Drafter | None = None,
+    ) -> None:
+        assert drafter is None or not runner.overlaps
         self.runner = runner
         self.scheduler = scheduler
         self.prepare = preparation.prepare
@@ -56,6 +66,7 @@ class Engine:
         self.max_model_len = preparation.max_model_len
         self.cache_bytes = 0  # of a full KV cache, where that is known
         self._preparation = preparation
+        self._drafter = drafter
         block_size = scheduler.blocks.block_size if scheduler.blocks.num_blocks else 0
         self._batches = BatchBuilder(block_size, runner.step_memory)
         self._drawing: tuple[list[LiveSequence], list[SamplingState]] = ([], [])  # those that the last step draws for
@@ -110,12 +121,23 @@ class Engine:
         settled when the model's part of this one has been launched, and the draw follows.
         """
         pieces: list[TokenOutput] = []
+        began = time.perf_counter()
         flight = self._launch(pieces)
         pieces += self._land()
         self._flight = flight
         if not self.runner.overlaps:
             pieces += self._land()
+            if self._drafter is not None and flight is not None:
+                self._guess(self._drafter, flight, time.perf_counter() - began)
         return pieces
+
+    def _guess(self, drafter: Drafter, flight: _Flight, seconds: float) -> None:
+        """Chooses the drafts of the next step; this one took so long."""
+        assert isinstance(self.scheduler, Scheduler)
+        rows = len(flight.batch.drawn_rows)
+        if flight.batch.tokens.shape[1] == rows:  # prompts have a time of their own
+            drafter.times.note(rows, seconds)
+        self.scheduler.has_drafts = drafter.propose([live for live in flight.lives if not live.is_over])
 
     def stats(self) -> EngineStats:
         """Counters and gauges of now."""
@@ -132,7 +154,19 @@ class Engine:
             finished=dict(self._finished),
             preemptions=self.scheduler.num_preemptions,
             steps=self._num_steps,
+            **self._draft_counts(),
         )
+
+    def _draft_counts(self) -> dict[str, Any]:
+        if self._drafter is None:
+            return {}
+        counts = self._drafter.counts
+        return {
+            "drafts": counts.drafts,
+            "draft_tokens": counts.draft_tokens,
+            "accepted_draft_tokens": counts.accepted_tokens,
+            "accepted_per_position": tuple(counts.accepted_per_position),
+        }
 
     def _launch(self, pieces: list[TokenOutput]) -> _Flight | None:
         """Schedules and starts a step. Pieces of what failed are added."""
@@ -244,6 +278,8 @@ class Engine:
         if run.drafts:
             assert isinstance(self.scheduler, Scheduler)
             self.scheduler.settle_drafts(run)
+            if self._drafter is not None:
+                self._drafter.tried(len(run.drafts), len(drawn) - 1)
         piece = joined(pieces)
         return self._finish(live, piece) if piece.finished else piece
 
@@ -251,6 +287,8 @@ class Engine:
         """Takes an ended sequence out of the engine."""
         self.scheduler.remove(live.sequence)
         live.is_over = True
+        if self._drafter is not None and isinstance(live, LiveSequence):
+            self._drafter.forget(live)
         del self._live[live.sequence]
         siblings = self._requests[piece.request_id]
         siblings.remove(live)

@@ -73,6 +73,7 @@ class RecordedRunner(StepwiseRunner):
         self._team = ThreadTeam(limits.threads)
         self._arrays = arrays = recorder.arrays
         self._draw_rows = RowDraw(recorder.logits, arrays.numbers, self._team, arrays)
+        self._draw_drafted = RowDraw(recorder.logits, arrays.numbers, self._team)
         self._sampler = Sampler(_drawing(self), self._draw_rows.controls)
         self._plan = np.array([*recorder.plan, *self._draw_rows.plan], np.int64)  # the draw is the last row
         self._num_rows = recorder.num_rows
@@ -139,6 +140,8 @@ class RecordedRunner(StepwiseRunner):
         """As `kernels.draw`; by the team, but for copies of some rows."""
         if logits is not self._wanted:
             return draw(logits, controls)
+        if self._drafts is not None:
+            return self._draw_drafted(controls)
         self._arrays.moved_on = True
         return self._draw_rows(controls)
 

@@ -390,6 +390,9 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
         generation_tokens: tokens sampled, since the start.
         finished: sequences by finish reason, since the start.
         preemptions, steps: since the start.
+        drafts, draft_tokens, accepted_draft_tokens: sequences' steps with guessed tokens, those tokens, and how many of
+            them were right, since the start.
+        accepted_per_position: of each place in a draft, how often it was right.
     """
 
     num_running: int
@@ -403,3 +406,7 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
     finished: Mapping[str, int]
     preemptions: int
     steps: int
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
+    accepted_per_position: tuple[int, ...] = ()

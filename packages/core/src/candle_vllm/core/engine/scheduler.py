@@ -59,6 +59,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.reproducible = reproducible
         self.draft_rows = draft_rows
+        self.has_drafts = False  # some of `running` have
         self.running: list[Sequence] = []  # both in order of rank
         self.waiting: list[Sequence] = []
         self.num_preemptions = 0
@@ -78,11 +79,11 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """What the step behind the one that was launched last runs; empty when there is nothing to do."""
-        if self._going is not None and (step := self._go_on(self._going)) is not None:
+        if self._going is not None and not self.has_drafts and (step := self._go_on(self._going)) is not None:
             return step
         step = self._schedule()
         decode = len(step) == len(self.running) and step and step[-1].decodes  # so do all before it
-        self._going = _Going(step, self.blocks.block_size) if decode and not self.draft_rows else None
+        self._going = _Going(step, self.blocks.block_size) if decode else None
         return step
 
     def _go_on(self, going: _Going) -> Step | None:
@@ -173,7 +174,7 @@ class Scheduler:
         Returns:
             Those, the running sequences that have more to run, and the rows of drafts behind the former.
         """
-        scheduled, prompts, tried, tries = [], [], 0, self.draft_rows > 0
+        scheduled, prompts, tried, tries = [], [], 0, self.draft_rows > 0 and self.has_drafts
         running, size = self.running, self.blocks.block_size
         position = 0
         while position < len(running):

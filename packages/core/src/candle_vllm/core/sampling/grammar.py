@@ -155,6 +155,11 @@ class GrammarState:
         self._filling.result()
         return 0 if self.exhausted else self._grammar.legal(token_ids)
 
+    def forced(self) -> list[int]:
+        """See `Grammar.ff_tokens`."""
+        self._filling.result()
+        return [] if self.exhausted or self._failure is not None else self._grammar.ff_tokens()
+
     def rollback(self, count: int) -> None:
         """Goes back by the last `count` tokens, and begins the mask that there was."""
         self._filling.result()

@@ -222,6 +222,8 @@ class Sampler:
             states: one per sequence; as they were when this returns.
             drafts: of each sequence, what is in its rows behind the first.
         """
+        if not any(state.may_edit or state.reads_tokens or state.params.logprobs is not None for state in states):
+            return self._draw_runs(logits, states, drafts)
         drawn: list[list[Token]] = [[] for _ in states]
         first = np.cumsum([0, *(1 + len(own) for own in drafts)])
         taken = [0] * len(states)
@@ -242,6 +244,28 @@ class Sampler:
         for state, count in zip(states, taken):
             state.rollback(count)
         return [tuple(tokens) for tokens in drawn]
+
+    def _draw_runs(
+        self, logits: Value, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]
+    ) -> list[tuple[Token, ...]]:
+        """As `sample_runs`, where rows are drawn from as they are: all at once: no row waits for another."""
+        controls = [
+            (*state.controls, number)
+            for state, own in zip(states, drafts)
+            for number in ([0.5] * (1 + len(own)) if state.params.greedy else state.uniforms(1 + len(own)))
+        ]
+        with _without_gradients(logits):
+            ids, largest = self._draw(_in_one_piece(logits), np.array(controls))
+            tokens = drawn_tokens(ids.tolist(), largest.tolist())
+        drawn: list[tuple[Token, ...]] = []
+        first = 0
+        for own in drafts:
+            right = 0
+            while right < len(own) and tokens[first + right] == own[right]:
+                right += 1
+            drawn.append(tuple(tokens[first : first + right + 1]))
+            first += 1 + len(own)
+        return drawn
 
     @staticmethod
     def prompt_logprobs(logits: Value, next_token_ids: Sequence[int], top: int) -> list[LogprobRow]:

@@ -144,6 +144,15 @@ class SamplingState:
         _make_uniforms([self])
         return self._uniforms[1][0]
 
+    def uniforms(self, count: int) -> list[float]:
+        """The same of the next `count` tokens, at most 64."""
+        first, numbers = self._uniforms
+        offset = self.position - first
+        if not 0 <= offset <= len(numbers) - count:
+            _make_uniforms([self])
+            offset, numbers = 0, self._uniforms[1]
+        return numbers[offset : offset + count]
+
     @property
     def position(self) -> int:
         """How many tokens were drawn before the next one."""

@@ -1,0 +1,348 @@
+"""Drafts: what may come next, guessed without a model, and how many guesses a step tries (behind step 9).
+
+A step reads the weights once, whatever its rows are, so trying a few guessed tokens costs little more than a plain
+token; each that was right is a step less. Guesses are what the grammar leaves no choice about, and what followed the
+end of the text where it stood before: in the prompt, in the answer, or in an answer of the past. A guess is tried in
+rows behind the sequence's last token and holds as far as it equals what is drawn, so answers stay what they are.
+
+How likely a guessed token is right follows from how such guesses fared, by the length of what matched and by sequence.
+A guess is judged whether it was tried or not: a sequence that begins to repeat itself is noticed for nothing. A step
+tries as many as make the most tokens a second, by the times that steps of so many rows took so far; where that is none,
+it is a plain step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from candle_vllm.core.config import LONGEST_MATCH, SpeculativeConfig
+from candle_vllm.core.engine.live import LiveSequence
+
+_CANDIDATES = 12  # places that are looked at
+_SEPARATOR = -1  # between answers of the past; no token
+_PAST_TOKENS = 1 << 18  # of each of two generations of past answers
+_SURE = 0.98  # most that is believed of any guess
+_FORCED = 0  # the bucket of what a grammar leaves no choice about
+
+# How long a match is, in buckets, and what is believed of the next token before any was judged: (hits, of tries).
+_BUCKETS = (0, 1, 1, 2, 3, 4, 4, 5, 5, 5, *[6] * 6, *[7] * (LONGEST_MATCH - 15))
+_PRIOR = ((7.6, 8.0), (1.6, 8.0), (2.4, 8.0), (3.6, 8.0), (4.8, 8.0), (5.6, 8.0), (6.4, 8.0), (7.2, 8.0))
+_FADING = 256.0  # tries after which old ones count half
+_OWN_WEIGHT = 6.0  # tries of a sequence's own that count as much as all others'
+
+
+class Text:
+    """Tokens that grow at their end, and where each pair of them stood before.
+
+    Args:
+        tokens: the list itself, which its owner goes on writing to; what is in it never changes.
+    """
+
+    __slots__ = ("_earlier", "_last", "tokens")
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+        self._last: dict[int, int] = {}  # where each pair ends that stood here last
+        self._earlier = [-1]  # of each place, where the pair that ends there ended before
+
+    def follow(self) -> None:
+        """Takes note of what the list has more since."""
+        tokens, last, earlier = self.tokens, self._last, self._earlier
+        for place in range(len(earlier), len(tokens)):
+            pair = tokens[place - 1] << 32 | tokens[place]
+            earlier.append(last.get(pair, -1))
+            last[pair] = place
+
+    def find(self, end: Sequence[int], least: int, most: int) -> tuple[int, int]:
+        """Where the end of a text stood here before: the place behind it, and how many tokens were the same.
+
+        The longest match counts, of equal ones the latest; (0, 0) where none has `least` tokens. Of this very text
+        the end itself is no match.
+        """
+        size = len(end)
+        if size < max(least, 2):
+            return 0, 0
+        tokens = self.tokens
+        own = end is tokens
+        place = self._earlier[size - 1] if own else self._last.get(end[-2] << 32 | end[-1], -1)
+        found, longest = 0, least - 1
+        for _ in range(_CANDIDATES):
+            if place < 0:
+                break
+            length, limit = 2, min(most, place + 1, size)
+            while length < limit and tokens[place - length] == end[size - 1 - length]:
+                length += 1
+            if length > longest:
+                found, longest = place + 1, length
+                if length >= most:
+                    break
+            place = self._earlier[place]
+        return (found, longest) if found else (0, 0)
+
+
+class Past:
+    """Answers of the past, in two generations: when the younger is full, the older one goes."""
+
+    def __init__(self, most: int = _PAST_TOKENS) -> None:
+        self._most = most
+        self._texts = [Text([_SEPARATOR]), Text([_SEPARATOR])]  # the younger first
+
+    def add(self, answer: Sequence[int]) -> None:
+        """Keeps an answer, or the end of it."""
+        if len(self._texts[0].tokens) + len(answer) >= self._most:
+            self._texts = [Text([_SEPARATOR]), self._texts[0]]
+        young = self._texts[0]
+        young.tokens += answer[-self._most // 2 :]
+        young.tokens.append(_SEPARATOR)
+        young.follow()
+
+    def find(self, end: Sequence[int], least: int, most: int) -> tuple[list[int], int, int]:
+        """As `Text.find`, in either; with the tokens there."""
+        best: tuple[list[int], int, int] = ([], 0, 0)
+        for text in self._texts:
+            place, length = text.find(end, least, most)
+            if length > best[2]:
+                best = text.tokens, place, length
+        return best
+
+
+class _Guess:
+    """What a sequence may go on with.
+
+    Attributes:
+        tokens, place: where it stands, and the next token's place there.
+        length: tokens before that which matched; 0 for what a grammar leaves no choice about.
+    """
+
+    __slots__ = ("length", "place", "tokens")
+
+    def __init__(self, tokens: list[int], place: int, length: int) -> None:
+        self.tokens, self.place, self.length = tokens, place, length
+
+    def upcoming(self, count: int) -> list[int]:
+        """The next tokens; where they are the end of the same text, what repeats there goes on."""
+        drafts = self.tokens[self.place : self.place + count]
+        if drafts and len(drafts) < count and self.length and self.tokens[-1] != _SEPARATOR:
+            period = len(drafts)
+            drafts += [drafts[i % period] for i in range(count - period)]
+        if _SEPARATOR in drafts:
+            del drafts[drafts.index(_SEPARATOR) :]
+        return drafts
+
+
+class _Record:
+    """What is known of one sequence."""
+
+    __slots__ = ("guess", "hits", "known", "text", "tries")
+
+    def __init__(self, live: LiveSequence) -> None:
+        self.text = Text(live.sequence.tokens)
+        self.known = len(live.sequence.tokens)  # tokens that the guess was judged by
+        self.guess: _Guess | None = None
+        self.hits = self.tries = 0.0
+
+
+class StepTimes:
+    """How long a step of so many rows takes, as far as steps were seen.
+
+    What was not seen lies on the line through its neighbours, or on one through a single neighbour by which reading
+    the weights takes as long as `FIXED` rows.
+    """
+
+    FIXED = 5.7
+
+    def __init__(self, most: int) -> None:
+        self._seen = np.zeros(most + 2)
+        self._curve: list[float] = []
+
+    def note(self, rows: int, seconds: float) -> None:
+        """A step of that many rows took so long; a machine that did something else meanwhile counts little."""
+        if rows >= len(self._seen):
+            return
+        old = self._seen[rows]
+        if not old:
+            self._seen[rows] = seconds
+        else:
+            change = min(max(seconds / old, 0.5), 2.0)
+            self._seen[rows] = old * (1 + 0.1 * (change - 1))
+            self._seen *= 1 + 0.02 * (change - 1)  # the others would be slower too: a context grows, a machine is busy
+        self._curve = []
+
+    def __call__(self, rows: int) -> float:
+        """Seconds; 0 where no step was seen."""
+        if not self._curve:
+            seen = np.flatnonzero(self._seen)
+            if not len(seen):
+                return 0.0
+            places, times = seen.astype(float), np.maximum.accumulate(self._seen[seen])
+            low, high = places[0], places[-1]
+            before = times[0] * self.FIXED / (self.FIXED + low)
+            slope = times[0] / (self.FIXED + low)
+            if len(seen) > 1:
+                slope = max(slope * 0.25, (times[-1] - times[-2]) / (high - places[-2]))
+            beyond = times[-1] + slope * (len(self._seen) - high)
+            self._curve = np.interp(
+                np.arange(len(self._seen)), [0, *places, len(self._seen)], [before, *times, beyond]
+            ).tolist()
+        return self._curve[min(rows, len(self._curve) - 1)]
+
+
+@dataclasses.dataclass
+class DraftCounts:
+    """Since the start: sequences' steps with drafts, drafts, those that were right, and those by their place."""
+
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_per_position: list[int] = dataclasses.field(default_factory=list)
+
+
+class Drafter:
+    """Guesses for the sequences of an engine; what is to be tried stands in `Sequence.drafts`.
+
+    Args:
+        config: how.
+        max_seqs: most sequences of a step.
+        rows: most drafts of a step.
+    """
+
+    def __init__(self, config: SpeculativeConfig, max_seqs: int, rows: int) -> None:
+        self.counts = DraftCounts(accepted_per_position=[0] * config.num_speculative_tokens)
+        self.times = StepTimes(max_seqs + rows)
+        self._config, self._rows = config, rows
+        keeps = config.method == "suffix" and config.suffix_decoding_max_cached_requests > 0
+        self._past = Past() if keeps else None
+        self._records: dict[LiveSequence, _Record] = {}
+        self._hits = [hits for hits, _ in _PRIOR]
+        self._tries = [tries for _, tries in _PRIOR]
+
+    def tried(self, drafts: int, right: int) -> None:
+        """Counts what came of one sequence's drafts in a step."""
+        counts = self.counts
+        counts.drafts += 1
+        counts.draft_tokens += drafts
+        counts.accepted_tokens += right
+        for place in range(right):
+            counts.accepted_per_position[place] += 1
+
+    def forget(self, live: LiveSequence) -> None:
+        """The sequence has ended."""
+        record = self._records.pop(live, None)
+        salted = live.sequence.request.params.cache_salt is not None  # what is salted is shared with nobody
+        if record is not None and self._past is not None and not salted:
+            self._past.add(live.sequence.tokens[live.sequence.num_prompt_tokens :])
+
+    def propose(self, lives: Iterable[LiveSequence]) -> bool:
+        """Chooses the drafts of the next step of sequences that all have a token to be run.
+
+        Returns:
+            Whether there are any.
+        """
+        guesses: list[tuple[LiveSequence, list[int], list[float]]] = []
+        rows = 0
+        for live in lives:
+            rows += 1
+            record = self._records.get(live)
+            if record is None:
+                record = self._records[live] = _Record(live)
+            guess = self._guess(live, record)
+            live.sequence.drafts = ()
+            if guess is not None and (offer := self._offer(live, record, guess)):
+                guesses.append((live, *offer))
+        return bool(guesses) and self._choose(guesses, rows)
+
+    def _guess(self, live: LiveSequence, record: _Record) -> _Guess | None:
+        """What the sequence may go on with; the last guess is judged before."""
+        tokens, guess = live.sequence.tokens, record.guess
+        for place in range(record.known, len(tokens)):
+            if guess is None:
+                break
+            if guess.place >= len(guess.tokens) or guess.tokens[guess.place] == _SEPARATOR:
+                guess = None
+                break
+            right = guess.tokens[guess.place] == tokens[place]
+            self._judge(record, guess.length, right)
+            if not right:
+                guess = None
+                break
+            guess.place += 1
+            if guess.length:
+                guess.length = min(guess.length + 1, LONGEST_MATCH)
+        record.known = len(tokens)
+        record.text.follow()
+        grammar = live.state.grammar
+        if grammar is not None and (forced := grammar.forced()):
+            guess = _Guess(forced, 0, 0)
+        elif guess is not None and not guess.length and guess.place >= len(guess.tokens):
+            guess = None
+        record.guess = guess or self._found(live, record.text)
+        return record.guess
+
+    def _found(self, live: LiveSequence, text: Text) -> _Guess | None:
+        least, most = self._config.prompt_lookup_min, self._config.prompt_lookup_max
+        place, length = text.find(text.tokens, least, most)
+        tokens = text.tokens
+        if self._past is not None and length < most and live.sequence.request.params.cache_salt is None:
+            other, there, longer = self._past.find(text.tokens, least, most)
+            if longer > length:
+                tokens, place, length = other, there, longer
+        return _Guess(tokens, place, length) if length else None
+
+    def _judge(self, record: _Record, length: int, right: bool) -> None:
+        bucket = _BUCKETS[length]
+        if self._tries[bucket] >= _FADING:
+            self._tries[bucket] *= 0.5
+            self._hits[bucket] *= 0.5
+        self._tries[bucket] += 1
+        record.tries = record.tries * 0.95 + 1
+        record.hits *= 0.95
+        if right:
+            self._hits[bucket] += 1
+            record.hits += 1
+
+    def _offer(self, live: LiveSequence, record: _Record, guess: _Guess) -> tuple[list[int], list[float]] | None:
+        """Drafts, and for each how likely it and all before it are right."""
+        config, sequence = self._config, live.sequence
+        most = min(config.num_speculative_tokens, self._rows, sequence.max_length - len(sequence.tokens) - 1)
+        if config.suffix_decoding_max_spec_factor is not None and guess.length:
+            most = min(most, int(guess.length * config.suffix_decoding_max_spec_factor))
+        chances: list[float] = []
+        chance, length = 1.0, guess.length
+        for _ in range(most):
+            bucket = _BUCKETS[length]
+            common = self._hits[bucket] / self._tries[bucket]
+            hits, tries = record.hits + _OWN_WEIGHT * common, record.tries + _OWN_WEIGHT
+            chance *= min(hits / tries if length else common, _SURE)
+            if chance < config.suffix_decoding_min_token_prob:
+                break
+            chances.append(chance)
+            length = min(length + 1, LONGEST_MATCH) if length else 0
+        if not chances:
+            return None
+        drafts = guess.upcoming(len(chances))
+        if live.state.grammar is not None and guess.length:
+            drafts = drafts[: live.state.grammar.legal(drafts)]
+        return (drafts, chances[: len(drafts)]) if drafts else None
+
+    def _choose(self, guesses: list[tuple[LiveSequence, list[int], list[float]]], rows: int) -> bool:
+        """Gives the step the drafts that make the most tokens a second."""
+        offers = sorted(
+            ((chance, place) for place, (_, _, chances) in enumerate(guesses) for chance in chances), reverse=True
+        )[: self._rows]
+        plain = self.times(rows)
+        if not plain:
+            return False
+        best, rate, tokens = 0, 1.02 * rows / plain, float(rows)
+        for count, (chance, _) in enumerate(offers, 1):
+            tokens += chance
+            if tokens > rate * self.times(rows + count):
+                best, rate = count, tokens / self.times(rows + count)
+        counts = [0] * len(guesses)
+        for _, place in offers[:best]:
+            counts[place] += 1
+        for (live, drafts, _), count in zip(guesses, counts, strict=True):
+            live.sequence.drafts = tuple(drafts[:count])
+        return best > 0

@@ -1,0 +1,220 @@
+"""Drafts that are guessed: what is found, how much of it is tried, and that answers stay what they are."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, SamplingParams, StructuredOutputsParams
+from candle_vllm.core.config import LONGEST_MATCH, draft_settings
+from candle_vllm.core.engine.drafting import Past, StepTimes, Text, _Guess
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+
+
+def naive(tokens: list[int], end: Sequence[int], least: int, most: int) -> int:
+    """The longest match of the end of a text that stands wholly in `tokens` and is not the end itself."""
+    own, best = end is tokens, 0
+    for place in range(len(tokens) - 1 if own else len(tokens)):
+        length = 0
+        while length < min(most, place + 1, len(end)) and tokens[place - length] == end[len(end) - 1 - length]:
+            length += 1
+        best = max(best, length)
+    return best if best >= max(least, 2) else 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=40), st.integers(2, 5), st.integers(5, LONGEST_MATCH), st.data())
+def test_a_match_is_one_and_no_longer_one_is_near(tokens: list[int], least: int, most: int, data: Any) -> None:
+    grown: list[int] = []
+    text = Text(grown)
+    for token in tokens:
+        grown.append(token)
+        if data.draw(st.booleans()):
+            text.follow()
+    text.follow()
+    for end in (grown, data.draw(st.lists(st.integers(0, 3), max_size=12))):
+        place, length = text.find(end, least, most)
+        best = naive(grown, end, least, most)
+        assert (length > 0) == (best > 0)
+        if length:
+            assert least <= length <= most
+            assert list(grown[place - length : place]) == list(end[len(end) - length :])
+            assert end is not grown or place < len(grown)
+            if len(grown) < 12:  # every place of the pair is looked at
+                assert length == best
+
+
+def test_what_repeats_goes_on_repeating() -> None:
+    tokens = [9, 1, 2, 3, 1, 2, 3]
+    text = Text(tokens)
+    text.follow()
+    place, length = text.find(tokens, 2, 24)
+    assert (place, length) == (4, 3)
+    assert _Guess(tokens, place, length).upcoming(8) == [1, 2, 3, 1, 2, 3, 1, 2]
+
+
+def test_past_answers_are_kept_in_two_generations_and_end_where_they_ended() -> None:
+    past = Past(most=100)
+    past.add([1, 2, 3, 4])
+    tokens, place, length = past.find([7, 1, 2], 2, 24)
+    assert length == 2
+    assert _Guess(tokens, place, length).upcoming(9) == [3, 4]
+    for number in range(40):
+        past.add([100 + number] * 5)
+    assert past.find([7, 1, 2], 2, 24)[2] == 0
+    assert past.find([129, 129, 129], 2, 24)[2] == 3
+    past.add([5] * 1000)
+    assert sum(len(text.tokens) for text in past._texts) < 300
+
+
+def test_times_of_steps_are_those_that_were_seen_and_lines_between_them() -> None:
+    times = StepTimes(20)
+    assert times(3) == 0
+    times.note(1, 0.010)
+    assert times(1) == pytest.approx(0.010)
+    assert 0.010 < times(4) < 0.020
+    assert times(4) < times(5)
+    times.note(9, 0.020)
+    assert times(5) == pytest.approx(0.015)
+    assert times(12) > times(9)
+    for _ in range(200):
+        times.note(1, 0.005)
+    assert times(1) == pytest.approx(0.005, rel=0.05)
+    assert times(9) < 0.020  # the machine has become faster
+    times.note(1, 100.0)
+    assert times(1) < 0.006
+    times.note(4000, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"methd": "suffix"}, "has no 'methd' (did you mean method?)"),
+        ({"method": "eagle"}, "the method 'eagle' is not there: none, ngram, suffix are"),
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens must be a whole number from 1 to 31, not 0"),
+        ({"num_speculative_tokens": True}, "num_speculative_tokens must be a whole number"),
+        ({"num_speculative_tokens": 2.0}, "num_speculative_tokens must be a whole number"),
+        ({"suffix_decoding_min_token_prob": 1.5}, "must be a number from 0 to 1, not 1.5"),
+        ({"suffix_decoding_min_token_prob": float("nan")}, "must be a number from 0 to 1, not nan"),
+        ({"prompt_lookup_min": 5, "prompt_lookup_max": 4}, "prompt_lookup_min 5 is above prompt_lookup_max"),
+        ({"method": "ngram", "suffix_decoding_min_token_prob": 0.5}, "belongs to the method suffix, not to ngram"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_by_name(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig(model="m", speculative_config=given)
+    assert said in str(caught.value)
+    assert caught.value.setting == "speculative_config"
+
+
+def test_settings() -> None:
+    assert draft_settings(None) is draft_settings({"method": "none"}) is None
+    assert draft_settings({}) == draft_settings({"method": "suffix"})
+
+
+# ---- with a model ----------------------------------------------------------------------------------------------------
+
+FORM = StructuredOutputsParams(
+    json={
+        "type": "object",
+        "properties": {"name_of_it": {"enum": ["first one", "second one"]}, "is_it_there": {"type": "boolean"}},
+        "required": ["name_of_it", "is_it_there"],
+        "additionalProperties": False,
+    }
+)
+PARAMS = [
+    {"temperature": 0.0, "logprobs": 2},
+    {"temperature": 0.9, "seed": 3, "n": 2},
+    {"temperature": 0.9, "seed": 4, "repetition_penalty": 1.2, "frequency_penalty": 0.5},
+    {"temperature": 0.7, "seed": 5, "logit_bias": {97: 4.0}, "min_p": 0.02, "logprobs": 0},
+    {"temperature": 0.8, "seed": 6, "structured_outputs": FORM, "logprobs": 1},
+    {"temperature": 0.0, "stop": ["ab"], "min_tokens": 5},
+    {"temperature": 0.0, "cache_salt": "mine"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_model(tmp_path_factory.mktemp("toy") / "toy", toy_config())
+
+
+def loaded(folder: Path, **settings: Any) -> InferenceEngine:
+    return InferenceEngine(folder, threads=1, max_model_len=256, block_size=16, **settings)
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> Iterator[InferenceEngine]:
+    with loaded(folder) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def drafting(folder: Path) -> Iterator[InferenceEngine]:
+    with loaded(folder, speculative_config={"suffix_decoding_min_token_prob": 0.0}) as engine:
+        yield engine
+
+
+def answers(engine: InferenceEngine, seed: int) -> list[Any]:
+    """Of texts that repeat themselves, so that there is something to be guessed, all parameters in one batch."""
+    rng = random.Random(seed)
+    prompts = [[rng.choice(b"abc") for _ in range(6)] * 4 for _ in PARAMS]
+    params = [SamplingParams(max_tokens=48, ignore_eos="stop" not in each, **each) for each in PARAMS]
+    found = engine.generate(prompts, params, use_tqdm=False)
+    return [
+        (out.token_ids, out.text, repr(out.logprobs), out.finish_reason, out.stop_reason)
+        for answer in found
+        for out in answer.outputs
+    ]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_guesses_change_no_answer(plain: InferenceEngine, drafting: InferenceEngine, seed: int) -> None:
+    assert answers(drafting, seed) == answers(plain, seed)
+
+
+def test_guesses_save_steps_and_are_counted(plain: InferenceEngine, drafting: InferenceEngine) -> None:
+    prompt = list(b"abcabcabcabc")
+    params = SamplingParams(temperature=0.0, max_tokens=150, ignore_eos=True)
+    steps = []
+    for engine in (plain, drafting):
+        before = engine.stats()
+        engine.generate([prompt], params, use_tqdm=False)
+        after = engine.stats()
+        steps.append(after.steps - before.steps)
+        if engine is drafting:
+            right = after.accepted_draft_tokens - before.accepted_draft_tokens
+            assert 0 < right <= after.draft_tokens - before.draft_tokens
+            assert steps[1] == steps[0] - right
+            assert sum(after.accepted_per_position) == after.accepted_draft_tokens
+        else:
+            assert after.drafts == after.draft_tokens == 0
+    assert drafting.stats().num_free_blocks == drafting.stats().num_blocks
+
+
+def test_what_a_form_leaves_no_choice_about_is_not_computed_token_by_token(
+    plain: InferenceEngine, drafting: InferenceEngine
+) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=100, structured_outputs=FORM)
+    found = []
+    for engine in (plain, drafting):
+        before = engine.stats().steps
+        (answer,) = engine.generate([list(b"tell")], params, use_tqdm=False)
+        found.append((answer.outputs[0].text, engine.stats().steps - before))
+    assert found[0][0] == found[1][0]
+    assert found[1][1] < found[0][1] / 2
+
+
+def test_salted_answers_are_no_guesses_of_others(folder: Path) -> None:
+    for salt, expected in (("mine", 0), (None, 1)):
+        with loaded(folder, speculative_config={}) as engine:
+            params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, cache_salt=salt)
+            engine.generate([[97, 98]], params, use_tqdm=False)
+            assert engine._engine is not None
+            past = engine._engine._drafter._past  # type: ignore[union-attr]
+            assert (sum(len(text.tokens) for text in past._texts) > 2) == bool(expected)
