@@ -42,6 +42,7 @@ WRONG: dict[str, list[Any]] = {
     "kv_fraction": ["a", 0, 1, 0.0, 1.0, True, math.nan],
     "gpu_memory_utilization": ["a", 0, 1.01, True, math.nan],
     "enable_prefix_caching": ["no", 0, None],
+    "speculative_config": [5, "suffix", [], {1: 2}, {"method": "fast"}],
     "max_queued_requests": [0, None],
     "threads": [0, "2", False],
     "seed": ["1", 1.0, 1 << 64],

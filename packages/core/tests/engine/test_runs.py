@@ -124,6 +124,7 @@ def drive(engine: Engine, drafter: Drafter | None = None) -> Found:
     while engine.has_work:
         for sequence in engine.scheduler.running:
             sequence.drafts = drafter(sequence) if drafter else ()
+        assert isinstance(engine.scheduler, Scheduler)
         engine.scheduler.has_drafts = drafter is not None
         for piece in engine.step():
             found[piece.request_id, piece.index].append(piece)
@@ -220,6 +221,7 @@ def test_any_number_of_accepted_tokens_leaves_the_cache_of_as_many_steps(
     first, second = plain.scheduler.running[0], drafted.scheduler.running[0]
     pieces = [piece for _ in range(accepted) for piece in plain.step()]
     right = [token for piece in pieces for token in piece.token_ids]
+    assert isinstance(drafted.scheduler, Scheduler)
     drafted.scheduler.has_drafts = True
     second.drafts = (*right[: accepted - 1], *[201] * (7 - accepted))
     (piece,) = drafted.step()
@@ -249,6 +251,7 @@ def test_drafts_give_way_to_length_budget_and_blocks(tokenizer: Tokenizer) -> No
         sequence = engine.scheduler.running[0]
         assert isinstance(sequence, Sequence)
         sequence.drafts = (1,) * 30
+        assert isinstance(engine.scheduler, Scheduler)
         engine.scheduler.has_drafts = True
         return engine
 

@@ -103,7 +103,7 @@ def page_row(example: str) -> str:
     flag = next((text.split("=")[0] for text in arguments if text.startswith("-")), "--m")
     flag = SHORT.get(flag, flag)
     row = foreign_flags().get(flag.split(".")[0])
-    option = next((each for each in OPTIONS if flag in (*each.flags, *each.constants)), None)
+    option = next((each for each in OPTIONS if flag.split(".")[0] in (*each.flags, *each.constants)), None)
     told = "" if row is None else row.answer
     try:
         source, _ = parse(*split_command(arguments))
@@ -149,6 +149,9 @@ TRANSLATED: dict[str, dict[str, Any]] = {
     "-m a.gguf -c 4096 -ngl 99 -np 2 -t 4 --jinja --mlock -fa": {
         "model": "a.gguf", "max_model_len": 4096, "max_num_seqs": 2, "threads": 4},
     "-c 0 -ngl 0 -np -1 -fa auto --no-webui": {"max_model_len": None, "device": "cpu", "ui_server": False},
+    "--speculative-config.method ngram --speculative-config.num-speculative-tokens=4": {
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 4}},
+    "--spec-type ngram-mod": {"speculative_config": {"method": "suffix"}},
     "-dev CUDA1 --reasoning-format none": {"device": "cuda:1", "reasoning_parser": "none"},
 }  # fmt: skip
 
@@ -174,7 +177,9 @@ def test_a_flag_without_effect_is_named() -> None:
         ("""--override-generation-config '{"top_k": "a"}'""", "'top_k' is none of the numbers"),
         ("--override-generation-config " + "[" * 99_999, "must be a JSON object"),
         ("--scheduling-policy lifo", "--scheduling-policy lifo is not taken: priorities are for servers"),
-        ("--speculative-config.method ngram", "--speculative-config.method is not taken: no drafts are made"),
+        ("--speculative-config.method", "--speculative-config.method: expected one argument"),
+        ("--speculative-config nothing", "must be a JSON object, not 'nothing'"),
+        ("--spec-type draft-eagle3", "--spec-type draft-eagle3 is not taken: --speculative-config says how"),
         ("a b", "unexpected argument 'b'"),
         ("--port 1 chat", "unexpected argument 'chat': the command comes first"),
         ("--m a b", "unexpected argument 'b'"),

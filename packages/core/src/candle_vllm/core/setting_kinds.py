@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Protocol
 
 _UNITS = {
@@ -243,7 +242,7 @@ class JsonObject:
     def taken(self, value: Any) -> Mapping[str, Any]:
         if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
             raise ValueError("is not a dict with names")
-        return MappingProxyType(dict(value))
+        return dict(value)
 
     def from_text(self, text: str) -> Mapping[str, Any]:
         if len(text) > self.most:

@@ -168,6 +168,9 @@ ENGINE_COUNTERS: tuple[Series, ...] = (
     _sum("vllm:num_preemptions_total", "Sequences that were stopped for want of cache and run again.", "preemptions"),
     _sum("vllm:prefix_cache_queries_total", "Tokens of prompts that the engine has run.", "prompt_tokens"),
     _sum("vllm:prefix_cache_hits_total", "Those of them that were in the prefix cache.", "cached_prompt_tokens"),
+    _sum("vllm:spec_decode_num_drafts_total", "Steps of sequences that tried guessed tokens.", "drafts"),
+    _sum("vllm:spec_decode_num_draft_tokens_total", "Guessed tokens that were tried.", "draft_tokens"),
+    _sum("vllm:spec_decode_num_accepted_tokens_total", "Those of them that were right.", "accepted_draft_tokens"),
     _sum("candle_vllm:engine_steps_total", "Steps of the engine.", "steps"),
 )
 """What the engine counts itself; the sum goes on when a model is unloaded and loaded again."""

@@ -105,7 +105,7 @@ def _device(text: str) -> list[str]:
 
 _ONE_DEVICE = "an engine computes on one device; for several GPUs start a server on each (--device cuda:N)"
 _WHOLE = "a model lies whole on a GPU or on the CPU (--device); nothing is divided between them"
-_DRAFTS = "no drafts are made, so there is nothing to set"
+_DRAFTS = "tokens are guessed without a draft model: --speculative-config says how"
 _LORA = "adapters are not loaded beside a model: merge the adapter into its weights first"
 _IMAGES = "models read text alone here"
 _OWN = "the kernels are this project's own and chosen for the machine"
@@ -233,11 +233,14 @@ ROWS: tuple[Row, ...] = (
     Row("--prompt-cache-all --prompt-cache-ro --prefix-cache --prefix-cache-retention-interval --slot-save-path",
         "what prompts begin with is kept in the KV cache itself; --disable-prefix-cache turns that off"),
     _idle("--slot-prompt-similarity -sps", "there are no slots: blocks are shared by all requests", values=True),
-    Row("--speculative-config --spec-decode --num-speculative-tokens -md --model-draft --spec-draft-model -hfd "
+    Row("--spec-type", "--speculative-config says how tokens are guessed; without a draft model", {
+        "none": '--speculative-config {"method":"none"}', "ngram-simple": '--speculative-config {"method":"ngram"}',
+        "ngram-mod": '--speculative-config {"method":"suffix"}'}),
+    Row("--spec-decode --num-speculative-tokens -md --model-draft --spec-draft-model -hfd "
         "--hf-repo-draft -ngld --gpu-layers-draft --draft --draft-n --draft-max --draft-min --draft-n-min "
         "--draft-p-min -cd --ctx-size-draft -devd --device-draft -ctkd --cache-type-k-draft -ctvd "
         "--cache-type-v-draft --spec-draft-type-k --spec-draft-type-v -td --threads-draft -lcs --lookup-cache-static "
-        "-lcd --lookup-cache-dynamic --spec-type", _DRAFTS),
+        "-lcd --lookup-cache-dynamic", _DRAFTS),
     _idle("-O0 -O1 -O2 -O3", f"{_OWN}; --disable-cuda-graph and --enforce-eager turn graphs off"),
     _idle("-O --optimization-level --compilation-config --max-seq-len-to-capture",
           f"{_OWN}; --disable-cuda-graph and --enforce-eager turn graphs off", values=True),

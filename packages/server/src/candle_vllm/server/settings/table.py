@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from candle_vllm.core.config import ISQ_NAMES
 from candle_vllm.core.sampling.thoughts import MAX_BUDGET, MAX_MESSAGE
@@ -147,6 +147,7 @@ class Settings:
         "N", name="max_num_batched_tokens", flags=("--prefill-chunk-size", "--max-num-batched-tokens"))] = None
     enable_prefix_caching: Annotated[bool | None, engine(LIMITS,
         off=("--disable-prefix-cache", "--no-enable-prefix-caching"), commands=_REUSING)] = None
+    speculative_config: Annotated[Mapping[str, Any] | None, engine(LIMITS, "JSON")] = None
     max_queued_requests: Annotated[int | None, engine(LIMITS, "N", more=" with 503", commands=_SERVE)] = None
     seed: Annotated[int | None, engine(LIMITS, "N", reading={"units": False}, commands=_WITH_TEXT)] = None
     temperature: Annotated[float | None, own(SAMPLING, Number(0, 100), "0 is greedy", "X", in_yaml=True)] = None

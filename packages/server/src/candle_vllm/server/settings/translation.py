@@ -17,6 +17,9 @@ from candle_vllm.server.settings.sources import read_small
 
 _OURS = re.compile(r"--[\w-]+(?: [\w:/]+)?(?=[,;]|$)")  # an answer that begins with a flag of ours, and not a sentence
 
+_OBJECTS = ("--speculative-config",)
+"""Flags of ours whose values are objects: `--flag.name VALUE` sets one name."""
+
 Known = Mapping[str, list[str]]
 """The commands that each flag of ours belongs to."""
 
@@ -29,10 +32,17 @@ def translated(command: str, argv: Sequence[str], known: Known) -> tuple[list[st
     """
     end = argv.index("--") if "--" in argv else len(argv)
     left, line, remarks = list(argv[:end]), list[str](), list[str]()
+    parts: dict[str, dict[str, Any]] = {}  # of objects, given by name
     while left:
         text = left.pop(0)
         flag, equals, value = text.partition("=")
         flag = _spelled(flag, known)
+        base, _, name = flag.partition(".")
+        if name and base in _OBJECTS:
+            if not equals and not left:
+                raise UsageError(f"{flag}: expected one argument")
+            parts.setdefault(base, {})[name.replace("-", "_")] = _read(value if equals else left.pop(0))
+            continue
         row = foreign_flags().get(flag) or foreign_flags().get(flag.split(".")[0])
         if row is None or command in known.get(flag, ()):
             line.append(flag + equals + value)
@@ -46,7 +56,16 @@ def translated(command: str, argv: Sequence[str], known: Known) -> tuple[list[st
         line += ours
         if row.idle:
             remarks.append(f"{flag} has no effect here: {row.answer}")
+    line += [f"{flag}={json.dumps(given)}" for flag, given in parts.items()]
     return [*line, *argv[end:]], remarks
+
+
+def _read(text: str) -> Any:
+    """A value behind a dotted name, as vLLM reads it: JSON, else the text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _spelled(flag: str, known: Known) -> str:
