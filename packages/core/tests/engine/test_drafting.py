@@ -136,6 +136,10 @@ PARAMS = [
     {"temperature": 0.8, "seed": 6, "structured_outputs": FORM, "logprobs": 1},
     {"temperature": 0.0, "stop": ["ab"], "min_tokens": 5},
     {"temperature": 0.0, "cache_salt": "mine"},
+    {"temperature": 0.9, "seed": 8, "mirostat": 2, "mirostat_tau": 3.0},
+    {"temperature": 0.9, "seed": 9, "mirostat": 1},
+    {"temperature": 0.9, "seed": 10, "dry_multiplier": 0.8, "xtc_probability": 0.5, "xtc_threshold": 0.05},
+    {"temperature": 0.9, "seed": 11, "top_n_sigma": 1.0, "repetition_penalty": 1.3, "repeat_last_n": 5, "logprobs": 1},
 ]
 
 
