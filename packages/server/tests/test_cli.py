@@ -24,10 +24,10 @@ from candle_vllm.server.cli import main
 from candle_vllm.server.commands import chat as chat_module
 from candle_vllm.server.commands import generate as generate_module
 from candle_vllm.server.settings import Settings, derived
-from candle_vllm.server.settings.command_line import parse
+from candle_vllm.server.settings.command_line import COMMAND_OPTIONS, parse
 from candle_vllm.server.settings.configuration import load_configuration
-from candle_vllm.server.settings.options import COMMANDS, UsageError
-from candle_vllm.server.settings.table import OPTIONS
+from candle_vllm.server.settings.options import COMMANDS, ONLY, UsageError
+from candle_vllm.server.settings.table import OPTIONS, settings_of
 
 
 @pytest.fixture(autouse=True)
@@ -74,11 +74,12 @@ def test_help_lists_what_the_command_takes(command: str, capsys: pytest.CaptureF
         main([command, "--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0
-    assert "--dtype" in text
+    assert ("--dtype" in text) == (command not in ONLY)
     if command == "serve":
         assert all(flag in text for option in OPTIONS if "serve" in option.commands for flag in option.flags)
-    assert all((command in option.commands) or f"{option.flags[0]} " not in text for option in OPTIONS if option.flags)
-    assert ("cuda:N" in text) == (command != "quantize")  # which runs no model
+    own = {flag for option in (*settings_of(command), *COMMAND_OPTIONS[command]) for flag in option.flags}
+    assert all(option.flags[0] in own or f"{option.flags[0]} " not in text for option in OPTIONS if option.flags)
+    assert ("cuda:N" in text) == (command not in ("quantize", "list", "rm", "ps"))  # which run no model
 
 
 def test_help_loads_neither_torch_nor_a_web_framework() -> None:

@@ -242,10 +242,10 @@ def test_a_wrong_file_of_flags_is_named(tmp_path: Path, text: str, message: str)
         (["bench", "--alias", "a"], "--alias is called --served-model-name here (of `candle-vllm serve, "),
         (
             ["-n", "5"],
-            "is called --max-tokens here (of `candle-vllm generate, chat, agent`); clients of a server send max_tokens",
+            "is called --max-tokens here (of `candle-vllm generate, chat, agent, run`); clients of a server send",
         ),
         (["generate", "hi", "--log-jsonl"], "--log-jsonl is called --log-format json here"),
-        (["run", "llama3"], "there is no command 'run': to talk with a model: candle-vllm chat"),
+        (["create", "llama3"], "there is no command 'create': several models and their settings: models.yaml"),
         (["chat", "model.gguf"], "a model is named with --m model.gguf"),
     ],
 )

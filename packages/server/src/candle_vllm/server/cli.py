@@ -1,4 +1,4 @@
-"""The `candle-vllm` command: serve, generate, chat, agent, bench, run-batch, quantize, config.
+"""The `candle-vllm` command: serve, generate, chat, agent, bench, run-batch, quantize, config, and those for downloads.
 
 Before step 1 of a request's life. Whatever a user can cause ends as one line on standard error and exit status 2;
 the traceback is shown only with `--log-level debug`. Nothing but the interpreter's own is imported where Ctrl+C is not
@@ -130,6 +130,10 @@ def _program(command: str) -> Callable[..., int]:
             from candle_vllm.server.commands.chat import chat as program
         elif command == "agent":
             from candle_vllm.server.commands.agent import agent as program
+        elif command in ("pull", "list", "show", "rm", "ps", "run"):
+            from candle_vllm.server.commands import library
+
+            program = getattr(library, "list_models" if command == "list" else command)
         elif command == "quantize":
             from candle_vllm.server.commands.quantize import quantize as program
         else:

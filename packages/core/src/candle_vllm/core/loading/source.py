@@ -229,7 +229,7 @@ def choose_weights(names: Sequence[str], weight_file: str | None, where: str) ->
     top = [name for name in names if "/" not in name]
     if weight_file is None and "config.json" in top and any(name.endswith(".safetensors") for name in top):
         return ()
-    models = _gguf_models(names)
+    models = gguf_models(names)
     if weight_file is not None:
         models = _matching(models, weight_file, where)
     if len(models) == 1:
@@ -245,7 +245,7 @@ def choose_weights(names: Sequence[str], weight_file: str | None, where: str) ->
     raise ModelNotFoundError(f"{where} holds neither config.json with *.safetensors nor a *.gguf file")
 
 
-def _gguf_models(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+def gguf_models(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """First part -> all parts, of every GGUF model; vision projectors and importance matrices are none."""
     models: dict[str, tuple[str, ...]] = {}
     for name in names:
@@ -303,7 +303,7 @@ def _download(
     if names is None:
         return _cached(model, revision, cache_dir, "connect to the network, without HF_HUB_OFFLINE,")
     if weights:
-        wanted = _wanted(names, choose_weights(names, weight_file, f"{model} on the hub"))
+        wanted = wanted_files(names, choose_weights(names, weight_file, f"{model} on the hub"))
     else:
         wanted = _patterns(_companions(names))
     try:
@@ -316,7 +316,7 @@ def _download(
             tqdm_class=_told_bar(f"downloading {model}"),
         )
     except (HTTPError, OSError, RuntimeError) as error:  # the hub's transfer library raises RuntimeError
-        raise _hub_refusal(model, revision, error) or ModelNotFoundError(
+        raise hub_refusal(model, revision, error) or ModelNotFoundError(
             f"the download of {model} did not finish: {error}; run it again to go on where it stopped, and look at the "
             "network and at the free space of the cache (cache_dir)"
         ) from error
@@ -357,7 +357,7 @@ def _listing(model: str, revision: str | None, token: str | None) -> list[str] |
     try:
         info = huggingface_hub.model_info(model, revision=revision, token=token, timeout=HUB_TIMEOUT_S)
     except (HTTPError, OfflineModeIsEnabled) as error:
-        refusal = _hub_refusal(model, revision, error)
+        refusal = hub_refusal(model, revision, error)
         if refusal is not None:
             raise refusal from error
         logger.warning("the hub cannot be reached (%s); looking for %s in the cache", error, model)
@@ -365,7 +365,7 @@ def _listing(model: str, revision: str | None, token: str | None) -> list[str] |
     return sorted(sibling.rfilename for sibling in info.siblings or ())
 
 
-def _wanted(names: Sequence[str], gguf_parts: Sequence[str]) -> list[str]:
+def wanted_files(names: Sequence[str], gguf_parts: Sequence[str]) -> list[str]:
     """What to fetch, as patterns: weights and what lies beside them."""
     top = [name for name in names if "/" not in name]
     if gguf_parts:
@@ -391,7 +391,7 @@ def _patterns(names: Sequence[str]) -> list[str]:
     return [name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]") for name in names]
 
 
-def _hub_refusal(model: str, revision: str | None, error: Exception) -> ModelNotFoundError | None:
+def hub_refusal(model: str, revision: str | None, error: Exception) -> ModelNotFoundError | None:
     """What the hub's answer means; None when there was no answer."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from candle_vllm.core.setting_kinds import Boolean, FilePath, FreeText, Integer, Secret, Text, nearest
 from candle_vllm.server.settings.foreign_flags import COMMANDS as FOREIGN_COMMANDS
 from candle_vllm.server.settings.foreign_flags import foreign_flags
-from candle_vllm.server.settings.options import COMMAND_GROUPS, COMMANDS, Option, UsageError, convert, switch
+from candle_vllm.server.settings.options import COMMAND_GROUPS, COMMANDS, NAMING, Option, UsageError, convert, switch
 from candle_vllm.server.settings.sources import SettingsSource, origins
 from candle_vllm.server.settings.table import BY_NAME, OPTIONS, settings_of
 from candle_vllm.server.settings.translation import lines_of, translated
@@ -56,6 +56,21 @@ COMMAND_OPTIONS: Mapping[str, tuple[Option, ...]] = {
         ),
     ),
     "chat": (_SYSTEM, MAX_TOKENS),
+    "run": (_SYSTEM, MAX_TOKENS),
+    "pull": (),
+    "list": (
+        Option(
+            "known",
+            "command",
+            (),
+            Boolean(),
+            "the names that are known, and what they take",
+            constants={"--known": True},
+        ),
+    ),
+    "show": (),
+    "rm": (),
+    "ps": (),
     "agent": (
         Option(
             "base_url",
@@ -161,8 +176,10 @@ def parse(command: str, argv: Sequence[str]) -> tuple[SettingsSource, dict[str, 
             spelled[option.name] = _flag(option)
     own = {option.name: _value(option, arguments[option.name])
            for option in COMMAND_OPTIONS[command] if option.name in arguments}  # fmt: skip
-    if command in _TEXTS:
-        own["prompt"] = convert(FreeText(), arguments["prompt"], _TEXTS[command])
+    if command in _TEXTS or "prompt" in arguments:
+        own["prompt"] = convert(FreeText(), arguments["prompt"], _TEXTS.get(command, "PROMPT"))
+    if command in NAMING:
+        own["name"] = convert(Text(), arguments["name"], "MODEL")
     source = SettingsSource("the command line", settings, spelled, tuple(remarks))
     return _over_file(command, source, own.pop("config", None)), own
 
@@ -211,6 +228,10 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     if command in _TEXTS:
         name = _TEXTS[command]
         parser.add_argument("prompt", metavar=name, help=f"the {name.lower()}; - reads it from standard input")
+    if command in NAMING:
+        parser.add_argument("name", metavar="MODEL", help="as organisation/name:Q4_K_M, or of `list --known`")
+    if command == "run":
+        parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="is answered, in the place of a conversation")
     if COMMAND_OPTIONS[command]:
         own = parser.add_argument_group(command)
         for option in COMMAND_OPTIONS[command]:
@@ -226,7 +247,8 @@ def build_parser(command: str) -> argparse.ArgumentParser:
 def _usage(command: str) -> str:
     if command == "serve":
         return f"candle-vllm [{' | '.join(COMMANDS)}] [options]\n       candle-vllm serve [MODEL] [options]"
-    return f"candle-vllm {command} [options]" + (f" {_TEXTS[command]}" if command in _TEXTS else "")
+    named = " MODEL" * (command in NAMING) + " [PROMPT]" * (command == "run")
+    return f"candle-vllm {command} [options]{named}" + (f" {_TEXTS[command]}" if command in _TEXTS else "")
 
 
 class _Version(argparse.Action):

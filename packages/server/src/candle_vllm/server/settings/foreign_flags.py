@@ -346,16 +346,10 @@ ROWS: tuple[Row, ...] = (
 )  # fmt: skip
 
 COMMANDS: Mapping[str, str] = {
-    "run": "to talk with a model: candle-vllm chat --m MODEL",
     "complete": "to continue a prompt: candle-vllm generate PROMPT --m MODEL",
-    "pull": "a model is downloaded when it is first used: candle-vllm --m MODEL",
-    "list": "the server says which models it has: GET /v1/models",
-    "ls": "the server says which models it has: GET /v1/models",
-    "ps": "the server says what is loaded: GET /v1/models/status",
-    "show": "what a model is served with: candle-vllm config --m MODEL",
+    "ls": "what was fetched: candle-vllm list; what a server has: GET /v1/models",
     "stop": "a model is unloaded by POST /v1/models/unload, or after --idle-unload-secs",
     "create": "several models and their settings: models.yaml (--models-config); a GGUF file: candle-vllm quantize",
-    "rm": "downloads are Hugging Face's: hf cache",
     "launch": "to serve: candle-vllm --m MODEL",
     "collect-env": "to see every setting: candle-vllm config",
     "benchmark": "to measure: candle-vllm bench --m MODEL",

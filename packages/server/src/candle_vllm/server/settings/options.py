@@ -25,6 +25,12 @@ COMMANDS = {
     "agent": "carry out one request with the tools of MCP servers",
     "bench": "measure the model on this machine",
     "run-batch": "answer the requests of a file into another file",
+    "run": "talk with a model of Hugging Face, which is fetched where it is not here",
+    "pull": "fetch a model of Hugging Face: what it takes, whether it fits, then its files",
+    "list": "show the models that were fetched",
+    "show": "show what is known of a model",
+    "rm": "remove a model that was fetched",
+    "ps": "show what a running server has in memory",
     "quantize": "write the model as a GGUF file, quantised or plain",
     "config": "show every setting, and where its value comes from",
 }
@@ -40,9 +46,27 @@ COMMAND_GROUPS: Mapping[str, tuple[str, ...]] = {
     "agent": (MODEL, DEVICE, LIMITS, SAMPLING, TOOLS, LOGGING),
     "bench": (MODEL, DEVICE, LIMITS, LOGGING),
     "run-batch": (MODEL, DEVICE, LIMITS, SAMPLING, LOGGING),
+    "run": (MODEL, DEVICE, LIMITS, SAMPLING, LOGGING),
+    "pull": (MODEL, DEVICE, LOGGING),
+    "list": (MODEL, LOGGING),
+    "show": (MODEL, DEVICE, LOGGING),
+    "rm": (MODEL, LOGGING),
+    "ps": (HTTP, LOGGING),
     "quantize": (MODEL, LOGGING),
     "config": GROUPS,
 }
+
+_FETCHING = ("revision", "hf_token", "hf_token_path", "download_dir", "offline", "log_level")
+ONLY: Mapping[str, tuple[str, ...]] = {
+    "pull": (*_FETCHING, "device"),
+    "list": ("download_dir", "log_level"),
+    "show": (*_FETCHING, "device"),
+    "rm": ("download_dir", "log_level"),
+    "ps": ("host", "port", "api_key", "log_level"),
+}
+"""Commands that have a few settings of their groups alone."""
+NAMING = ("run", "pull", "show", "rm")
+"""Commands whose model is an argument."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,8 @@ from candle_vllm.server.settings.options import (
     MAILBOX,
     MODEL,
     MODELS,
+    NAMING,
+    ONLY,
     RESPONSES,
     SAMPLING,
     TOOLS,
@@ -44,12 +46,13 @@ _WITH_TEXT = (
     "serve",
     "generate",
     "chat",
+    "run",
     "agent",
     "run-batch",
     "config",
 )  # bench has no text, and always takes the likeliest token
 _LOADING = tuple(command for command in COMMANDS if command != "quantize")
-_REUSING = ("serve", "chat", "agent", "run-batch", "config")  # those with requests that begin alike
+_REUSING = ("serve", "chat", "run", "agent", "run-batch", "config")  # those with requests that begin alike
 _CALLING = ("serve", "agent", "run-batch", "config")  # those whose requests have tools
 _LEVELS = Choice(("debug", "info", "warning", "error"), {"warn": "warning"})
 _CACHE_ALIASES = {  # candle-vllm's bf16 means auto, too
@@ -317,5 +320,12 @@ BY_NAME: Mapping[str, Option] = {option.name: option for option in OPTIONS}
 
 def settings_of(command: str) -> tuple[Option, ...]:
     """The settings that act on a command."""
-    groups = COMMAND_GROUPS[command]
-    return tuple(option for option in OPTIONS if option.group in groups and command in option.commands)
+    groups, only = COMMAND_GROUPS[command], ONLY.get(command)
+    named = ("model", "weight_path", "weight_file") if command in NAMING else ()
+    return tuple(
+        option
+        for option in OPTIONS
+        if option.group in groups
+        and option.name not in named
+        and (command in option.commands if only is None else option.name in only)
+    )

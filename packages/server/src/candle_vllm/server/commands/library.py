@@ -1,0 +1,177 @@
+"""`candle-vllm pull | list | rm | show | ps | run`: the models on this machine, and those of a server that runs.
+
+Outside the life of a request, but for `run`, which is `chat` or one answer with a model that is fetched first.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from candle_vllm.core.errors import CandleVllmError, ModelNotFoundError
+from candle_vllm.core.progress import progress_bar
+from candle_vllm.server.models.downloads import (
+    KNOWN,
+    Local,
+    downloaded,
+    find_downloaded,
+    plan_pull,
+    read_name,
+    remove,
+    room_of,
+)
+from candle_vllm.server.models.downloads import pull as fetch
+from candle_vllm.server.models.library import describe
+from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.options import UsageError
+
+_PATIENCE = 10.0  # seconds that a server has for its list
+
+
+def pull(settings: Settings, name: str) -> int:
+    """Says what a model takes and whether it fits, fetches it, and compares it with the hub's sums."""
+    _pulled(settings, name)
+    return 0
+
+
+def _pulled(settings: Settings, name: str) -> Local:
+    plan = plan_pull(settings, name)
+    room = room_of(settings, plan.weight_bytes)
+    _say(f"{plan.name}: {size(plan.total)} in {len(plan.files)} files")
+    _say(f"{plan.name}: {room}")
+    with progress_bar():
+        local = fetch(settings, plan)
+    _say(f"{local.name}: is here, and is what the hub has")
+    return local
+
+
+def list_models(settings: Settings, known: bool = False) -> int:
+    """The downloaded models; or the names that are known, with the memory that they take."""
+    if known:
+        rows = [(name, str(read_name(name)), f"{row.mib:,} MiB") for name, row in KNOWN.items()]
+        _table(("NAME", "MODEL", "MEMORY"), rows)
+        return 0
+    rows = [(local.name, size(local.size), _day(local.modified)) for local in downloaded(settings)]
+    _table(("NAME", "SIZE", "MODIFIED"), rows)
+    return 0
+
+
+def rm(settings: Settings, name: str) -> int:
+    """Removes a downloaded model."""
+    local = find_downloaded(settings, name)
+    _say(f"removed {local.name}: {size(remove(settings, local))} are free again")
+    return 0
+
+
+def show(settings: Settings, name: str) -> int:
+    """What is known of a model: of a downloaded one by its files, of another by what the hub says."""
+    rows: list[tuple[str, str]] = []
+    try:
+        local = find_downloaded(settings, name)
+    except ModelNotFoundError:
+        plan = plan_pull(settings, name)
+        rows += [("name", plan.name), ("on this machine", "no"), ("to fetch", size(plan.total))]
+        rows += [("memory", str(room_of(settings, plan.weight_bytes)))]
+        _table(None, rows)
+        return 0
+    rows += [
+        ("name", local.name),
+        ("on this machine", size(local.size)),
+        ("memory", str(room_of(settings, local.size))),
+    ]
+    try:
+        known = describe(local.settings(settings))
+    except CandleVllmError as error:
+        rows.append(("cannot be served", str(error)))
+    else:
+        can = [*known.tasks, *["tools"] * known.tools, *["thinking"] * known.thinks]
+        rows += [("architecture", known.architecture), ("format", known.format)]
+        rows += [("parameters", f"{known.num_parameters:,}"), ("quantization", known.quantization)]
+        rows += [("context", f"{known.context:,} tokens"), ("can", ", ".join(can))]
+        rows += [(field, str(value)) for field, value in known.sampling.items()]
+    _table(None, [(field, value) for field, value in rows if value not in ("", "0", "0 tokens")])
+    return 0
+
+
+def run(
+    settings: Settings,
+    name: str,
+    prompt: str | None = None,
+    system: str | None = None,
+    max_tokens: int | None = None,
+) -> int:
+    """Fetches a model where need be, and talks with it; with a prompt, answers that."""
+    try:
+        local = find_downloaded(settings, name)
+    except ModelNotFoundError:
+        local = _pulled(settings, name)
+    chosen = local.settings(settings)
+    if prompt is None:
+        from candle_vllm.server.commands.chat import chat
+
+        return chat(chosen, system, max_tokens)
+    from candle_vllm.server.commands.generate import DEFAULT_MAX_TOKENS, generate
+
+    return generate(chosen, prompt, chat=True, system=system, max_tokens=max_tokens or DEFAULT_MAX_TOKENS)
+
+
+def ps(settings: Settings) -> int:
+    """The models that a running server has in memory, asked at its address."""
+    import httpx
+
+    address = settings.address
+    headers = {"authorization": f"Bearer {settings.api_key[0]}"} if settings.api_key else {}
+    transport = None if address.unix_path is None else httpx.HTTPTransport(uds=str(address.unix_path))
+    base = "http://localhost" if address.unix_path is not None else address.url
+    try:
+        with httpx.Client(base_url=base, transport=transport, timeout=_PATIENCE, trust_env=False) as client:
+            answer = client.get("/api/ps", headers=headers)
+            told: Any = answer.json()
+    except (httpx.HTTPError, ValueError) as error:
+        raise UsageError(f"no server answers at {address.url} ({error}): name it with --host and --port") from None
+    if answer.status_code != 200:
+        raise UsageError(f"the server at {address.url} refuses: {told.get('error')}")
+    rows = [
+        (each["name"], size(each["size"]), _where(each), f"{each['context_length']:,}", _until(each["expires_at"]))
+        for each in told["models"]
+    ]
+    _table(("NAME", "SIZE", "DEVICE", "CONTEXT", "UNTIL"), rows)
+    return 0
+
+
+def size(count: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def _where(model: dict[str, Any]) -> str:
+    return "GPU" if model["size_vram"] else "CPU"
+
+
+def _until(expires: str) -> str:
+    return "stays" if expires.startswith("9999") else expires.replace("T", " ")[:16] + " UTC"
+
+
+def _day(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _table(head: Sequence[str] | None, rows: Iterable[Sequence[str]]) -> None:
+    """Columns of texts, as wide as what stands in them; control characters of names are not written."""
+    lines = [*([head] if head is not None else []), *rows]
+    clean = [["".join(char for char in cell if char.isprintable()) for cell in line] for line in lines]
+    widths = [max(len(line[place]) for line in clean) for place in range(len(clean[0]))] if clean else []
+    for line in clean:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        sys.stdout.write("  ".join(cells).rstrip() + "\n")

@@ -1,0 +1,399 @@
+"""Models on Hugging Face and in its cache here: their names, what they take, fetching and removing them.
+
+Before step 1 of a request's life, in threads. Everything goes through huggingface_hub, which is imported inside the
+functions, because that takes half a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError
+from candle_vllm.core.loading.source import (
+    HUB_ID,
+    HUB_TIMEOUT_S,
+    choose_weights,
+    gguf_models,
+    hub_refusal,
+    resolve,
+    wanted_files,
+)
+from candle_vllm.core.progress import tell
+from candle_vllm.core.setting_kinds import nearest
+from candle_vllm.server.settings import Settings
+
+if TYPE_CHECKING:
+    from huggingface_hub import CachedRepoInfo, CachedRevisionInfo
+    from huggingface_hub.hf_api import RepoSibling
+
+MIB = 1 << 20
+_HOSTS = ("https://", "http://", "hf.co/", "huggingface.co/")
+_QUANT = re.compile(r"(?:^|[-._])((?:UD-)?(?:I?Q[0-9][0-9A-Z_]*|TQ[0-9]_[0-9]|MXFP4(?:_MOE)?|BF16|F16|F32))$", re.I)
+_TAG = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
+_USUAL = "Q4_K_M"  # of several files, where none is named
+_PIECE = 1 << 20  # bytes
+
+
+class Known(NamedTuple):
+    """A model with a name of its own: where it is, and how much memory it takes at least, in MB of 2^20 bytes."""
+
+    repo: str
+    tag: str | None
+    mib: int
+
+
+KNOWN: Mapping[str, Known] = {
+    "smollm2:135m": Known("HuggingFaceTB/SmolLM2-135M-Instruct", None, 800),
+    "smollm2:360m": Known("HuggingFaceTB/SmolLM2-360M-Instruct", None, 1300),
+    "smollm2:1.7b": Known("HuggingFaceTB/SmolLM2-1.7B-Instruct-GGUF", "Q4_K_M", 1600),
+    "qwen2.5:0.5b": Known("Qwen/Qwen2.5-0.5B-Instruct-GGUF", "Q4_K_M", 1000),
+    "qwen2.5:1.5b": Known("Qwen/Qwen2.5-1.5B-Instruct-GGUF", "Q4_K_M", 1600),
+    "qwen2.5:3b": Known("Qwen/Qwen2.5-3B-Instruct-GGUF", "Q4_K_M", 2600),
+    "qwen2.5-coder:0.5b": Known("Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF", "Q4_K_M", 1000),
+    "qwen2.5-coder:1.5b": Known("Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF", "Q4_K_M", 1600),
+    "qwen3:0.6b": Known("Qwen/Qwen3-0.6B-GGUF", "Q8_0", 1200),
+    "qwen3:1.7b": Known("Qwen/Qwen3-1.7B-GGUF", "Q8_0", 2300),
+    "qwen3:4b": Known("Qwen/Qwen3-4B-GGUF", "Q4_K_M", 2900),
+    "qwen3:8b": Known("Qwen/Qwen3-8B-GGUF", "Q4_K_M", 5300),
+    "all-minilm:latest": Known("sentence-transformers/all-MiniLM-L6-v2", None, 400),
+}
+"""A list of names: what is behind them is what its authors published, and is not checked here."""
+
+
+class Named(NamedTuple):
+    """A repository, and which of its files is meant: a type as `Q4_K_M`, or a part of a name."""
+
+    repo: str
+    tag: str | None
+
+    def __str__(self) -> str:
+        return self.repo if self.tag is None else f"{self.repo}:{self.tag}"
+
+
+def read_name(name: str) -> Named:
+    """What a name means: `org/repo`, `org/repo:Q4_K_M`, either behind `hf.co/`, or a name of `KNOWN`.
+
+    Raises:
+        ModelNotFoundError: it has none of these forms, or is no known name.
+    """
+    given = name.strip()
+    for host in _HOSTS:
+        given = given.removeprefix(host)
+    repo, colon, tag = given.partition(":")
+    if "/" not in repo:
+        family = [known for known in KNOWN if known.partition(":")[0] == repo]
+        exact = given if colon and tag != "latest" else next(iter(family), given)
+        if exact not in KNOWN:
+            raise ModelNotFoundError(
+                f"there is no model {name!r:.200}{nearest(given, KNOWN)}: known names are {', '.join(KNOWN)}; others "
+                "are organisation/name of Hugging Face, with :Q4_K_M for one of several files"
+            )
+        return Named(KNOWN[exact].repo, KNOWN[exact].tag)
+    if not HUB_ID.fullmatch(repo) or (colon and not _TAG.fullmatch(tag)):
+        raise ModelNotFoundError(
+            f"{name!r:.200} is no name of a model: organisation/name of Hugging Face, with :Q4_K_M for one of several "
+            "files"
+        )
+    return Named(repo, None if tag in ("", "latest") else tag)
+
+
+def tag_of(weight_file: str) -> str:
+    """What tells a GGUF file from others of its repository: its type where its name ends with one, else the name."""
+    stem = re.sub(r"-00001-of-[0-9]{5}$", "", Path(weight_file).name.removesuffix(".gguf"))
+    match = _QUANT.search(stem)
+    return match[1] if match else stem
+
+
+def choose_file(names: Sequence[str], named: Named) -> str | None:
+    """Which GGUF file of a repository is meant, by its first part; None for safetensors.
+
+    Raises:
+        ModelNotFoundError: there is none of that tag, or several and none is named.
+        UnsupportedModelError: the weights are in a format that is not read.
+    """
+    models, tag = gguf_models(names), named.tag
+    if tag is None:
+        if not models or ("config.json" in names and any(name.endswith(".safetensors") for name in names)):
+            choose_weights(names, None, named.repo)
+            return None
+        usual = [first for first in models if tag_of(first).upper() == _USUAL]
+        found = usual if len(models) > 1 else list(models)
+    else:
+        found = [first for first in models if tag.lower() in (tag_of(first).lower(), Path(first).name.lower())]
+        found = found or [first for first in models if tag.lower() in Path(first).name.lower()]
+    if len(found) == 1:
+        return found[0]
+    tags = ", ".join(sorted(tag_of(first) for first in (found or models))[:40]) or "none"
+    said = "several files" if tag is None or found else f"no file {tag!r}"
+    raise ModelNotFoundError(f"{named.repo} has {said}: name one behind a colon, as {named.repo}:TAG; there are {tags}")
+
+
+# ---- on the hub ------------------------------------------------------------------------------------------------------
+
+
+class HubFile(msgspec.Struct, frozen=True):
+    """A file of a repository; `sha256` where the hub knows it, which is that of its weights."""
+
+    name: str
+    size: int
+    sha256: str | None
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What fetching a model will take.
+
+    Attributes:
+        named: what was asked for.
+        weight_file: the GGUF file, by its first part; None for safetensors.
+        files: all that is fetched.
+        weight_bytes: size of the weights.
+    """
+
+    named: Named
+    weight_file: str | None
+    files: tuple[HubFile, ...]
+    weight_bytes: int
+
+    @property
+    def name(self) -> str:
+        """What the model is called here."""
+        return full_name(self.named.repo, self.weight_file)
+
+    @property
+    def total(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+
+def full_name(repo: str, weight_file: str | None) -> str:
+    """A model's name by its repository and file."""
+    return repo if weight_file is None else f"{repo}:{tag_of(weight_file)}"
+
+
+def plan_pull(settings: Settings, name: str) -> Plan:
+    """Asks the hub what a model consists of; nothing is fetched.
+
+    Raises:
+        ModelNotFoundError: there is no such model, or the hub is not reached.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+    named = read_name(name)
+    if settings.offline:
+        raise ModelNotFoundError(f"{named} cannot be fetched: the hub is not asked (--offline)")
+    try:
+        info = huggingface_hub.model_info(
+            named.repo, revision=settings.revision, token=settings.hf_token, files_metadata=True, timeout=HUB_TIMEOUT_S
+        )
+    except (HTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise hub_refusal(named.repo, settings.revision, error) or ModelNotFoundError(
+            f"{named} cannot be fetched: the hub cannot be reached ({error})"
+        ) from error
+    siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    first = choose_file(list(siblings), named)
+    parts = () if first is None else gguf_models(list(siblings))[first]
+    names = [re.sub(r"\[(.)\]", r"\1", pattern) for pattern in wanted_files(sorted(siblings), parts)]
+    files = tuple(_file(siblings[each]) for each in names if each in siblings)
+    weights = [file for file in files if file.name.endswith((".gguf", ".safetensors"))]
+    return Plan(named=named, weight_file=first, files=files, weight_bytes=sum(file.size for file in weights))
+
+
+def _file(sibling: RepoSibling) -> HubFile:
+    return HubFile(sibling.rfilename, sibling.size or 0, None if sibling.lfs is None else sibling.lfs["sha256"])
+
+
+class Room(NamedTuple):
+    """Whether a model fits this machine: bytes of memory that it needs at least and that are free, and of the disk."""
+
+    needed: int
+    free: int
+    to_fetch: int
+    disk: int
+
+    def __str__(self) -> str:
+        fits = "fits" if self.needed <= self.free else "DOES NOT FIT"
+        return f"{fits}: needs at least {self.needed / MIB:,.0f} MiB of memory, {self.free / MIB:,.0f} MiB are free"
+
+
+def room_of(settings: Settings, weight_bytes: int, to_fetch: int = 0) -> Room:
+    """Whether weights of that size can be served here, with the smallest cache."""
+    from candle_vllm.core.devices import choose_device
+    from candle_vllm.core.memory import free_memory
+    from candle_vllm.server.models.loader import LEAST_CACHE, WORKSPACE
+
+    folder = _cache(settings)
+    while not folder.exists():
+        folder = folder.parent
+    free = free_memory(choose_device(settings.device or "auto"))
+    return Room(weight_bytes + WORKSPACE + LEAST_CACHE, free, to_fetch, shutil.disk_usage(folder).free)
+
+
+def pull(settings: Settings, plan: Plan) -> Local:
+    """Fetches what is missing, goes on where an earlier time stopped, and compares the weights with the hub's sums.
+
+    Its progress is told (`candle_vllm.core.progress`).
+
+    Raises:
+        ModelNotFoundError: the disk is too small, or the download did not finish.
+        InvalidFileError: a file is not what the hub has; it is removed.
+    """
+    missing = plan.total - sum(local.size for local in downloaded(settings) if local.name == plan.name)
+    disk = room_of(settings, 0).disk
+    if missing > disk:
+        raise ModelNotFoundError(
+            f"{plan.name} takes {missing // MIB:,} MiB more on the disk, and {disk // MIB:,} MiB are free in "
+            f"{_cache(settings)} (--download-dir)"
+        )
+    files = resolve(
+        plan.named.repo,
+        weight_file=plan.weight_file,
+        revision=settings.revision,
+        token=settings.hf_token,
+        cache_dir=settings.download_dir,
+    )
+    _verify(plan, files.folder)
+    return next(local for local in downloaded(settings) if local.name == plan.name)
+
+
+def _verify(plan: Plan, folder: Path) -> None:
+    summed = [file for file in plan.files if file.sha256 is not None]
+    done, total = 0, sum(file.size for file in summed)
+    for file in summed:
+        path, found = folder / file.name, hashlib.sha256()
+        with path.open("rb") as stream:
+            while piece := stream.read(_PIECE):
+                found.update(piece)
+                done += len(piece)
+                tell("verifying sha256 digest", done, total)
+        if found.hexdigest() != file.sha256:
+            path.resolve().unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            raise InvalidFileError(
+                f"{file.name} of {plan.name} is not what the hub has, and was removed: pull it again"
+            )
+
+
+# ---- on this machine -------------------------------------------------------------------------------------------------
+
+
+class Local(msgspec.Struct, frozen=True, kw_only=True):
+    """A model in the hub's cache.
+
+    Attributes:
+        name: its repository, with a tag where it is a GGUF file.
+        repo, weight_file: the same, apart.
+        size: bytes of its weights.
+        modified: Unix seconds.
+        digest: of its weights, where the cache knows it.
+    """
+
+    name: str
+    repo: str
+    weight_file: str | None
+    size: int
+    modified: float
+    digest: str | None
+
+    def settings(self, settings: Settings) -> Settings:
+        """Those with which it is served."""
+        changes: dict[str, Any] = {"model": self.repo, "weight_path": None, "weight_file": self.weight_file}
+        return dataclasses.replace(settings, **changes, served_model_name=())
+
+
+def downloaded(settings: Settings) -> list[Local]:
+    """The models in the cache, by name."""
+    return sorted((local for repo in _repos(settings) for local in _models_of(repo)), key=lambda local: local.name)
+
+
+def find_downloaded(settings: Settings, name: str) -> Local:
+    """The downloaded model that a name means.
+
+    Raises:
+        ModelNotFoundError: it is not on this machine.
+    """
+    named = read_name(name)
+    here = [local for local in downloaded(settings) if local.repo == named.repo]
+    names = [local.weight_file for local in here if local.weight_file is not None]
+    whole = named.tag is None and len(names) < len(here)  # its safetensors
+    with suppress(ModelNotFoundError):
+        first = choose_file(names, named) if names and not whole else None
+        found = [local for local in here if local.weight_file == first]
+        if found:
+            return found[0]
+    others = nearest(str(named), [local.name for local in here])
+    raise ModelNotFoundError(f"{named} is not on this machine{others}: candle-vllm pull {named} fetches it")
+
+
+def remove(settings: Settings, local: Local) -> int:
+    """Removes a model's files from the cache; returns how many bytes are free again."""
+    from huggingface_hub import scan_cache_dir
+
+    repo = next(repo for repo in _repos(settings) if repo.repo_id == local.repo)
+    if all(other.name == local.name for other in _models_of(repo)):
+        strategy = scan_cache_dir(settings.download_dir).delete_revisions(
+            *(revision.commit_hash for revision in repo.revisions)
+        )
+        strategy.execute()
+        return strategy.expected_freed_size
+    freed = 0
+    for revision in repo.revisions:
+        names = {_inside(revision, file): file for file in revision.files}
+        for part in gguf_models(list(names)).get(local.weight_file or "", ()):
+            if (file := names.get(part)) is not None:
+                freed += file.size_on_disk if file.blob_path.exists() else 0
+                file.blob_path.unlink(missing_ok=True)
+                file.file_path.unlink(missing_ok=True)
+    return freed
+
+
+def _cache(settings: Settings) -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(settings.download_dir or HF_HUB_CACHE).expanduser()
+
+
+def _repos(settings: Settings) -> Iterator[CachedRepoInfo]:
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        yield from (repo for repo in scan_cache_dir(settings.download_dir).repos if repo.repo_type == "model")
+    except CacheNotFound:
+        return
+
+
+def _models_of(repo: CachedRepoInfo) -> Iterator[Local]:
+    seen = set[str]()
+    for revision in sorted(repo.revisions, key=lambda each: ("main" in each.refs, each.last_modified), reverse=True):
+        files = {_inside(revision, file): file for file in revision.files}
+        models: dict[str | None, tuple[str, ...]] = {**gguf_models(list(files))}
+        weights = tuple(name for name in files if name.endswith(".safetensors") and "/" not in name)
+        if weights and "config.json" in files:
+            models[None] = weights
+        for first, parts in models.items():
+            name = full_name(repo.repo_id, first)
+            if name in seen or not all(part in files for part in parts):
+                continue
+            seen.add(name)
+            blob = files[parts[0]].blob_path.name
+            yield Local(
+                name=name,
+                repo=repo.repo_id,
+                weight_file=first,
+                size=sum(files[part].size_on_disk for part in parts),
+                modified=revision.last_modified,
+                digest=blob if len(blob) == 64 else None,
+            )
+
+
+def _inside(revision: CachedRevisionInfo, file: Any) -> str:
+    return file.file_path.relative_to(revision.snapshot_path).as_posix()

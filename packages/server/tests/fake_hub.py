@@ -1,0 +1,116 @@
+"""A hub on loopback: the routes of Hugging Face that fetching a model asks, over files in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import re
+import threading
+from typing import Any
+
+COMMIT = "a" * 40
+
+
+class FakeHub:
+    """Serves repositories of files by name.
+
+    Attributes:
+        repos: repository -> file -> content.
+        sums: repository and file -> the sum that is told in the place of the true one.
+        cut: bytes after which the next download breaks off; None is never.
+        asked: ranges of the downloads.
+    """
+
+    def __init__(self) -> None:
+        self.repos: dict[str, dict[str, bytes]] = {}
+        self.sums: dict[tuple[str, str], str] = {}
+        self.cut: int | None = None
+        self.asked: list[tuple[str, str | None]] = []
+        hub = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def do_HEAD(self) -> None:
+                self._answer(body=False)
+
+            def do_GET(self) -> None:
+                self._answer(body=True)
+
+            def _answer(self, *, body: bool) -> None:
+                path = self.path.partition("?")[0]
+                if (match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/[^/]+)?", path)) is not None:
+                    self._describe(match[1])
+                elif (match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/]+.*", path)) is not None:
+                    self._send(200, json.dumps([hub.sibling(match[1], name) for name in hub.repos[match[1]]]).encode())
+                elif (match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)) is not None:
+                    self._file(match[1], match[2], body=body)
+                else:
+                    self._send(404, b"{}")
+
+            def _describe(self, repo: str) -> None:
+                if repo not in hub.repos:
+                    self._send(404, b"{}", {"x-error-code": "RepoNotFound"})
+                    return
+                siblings = [hub.sibling(repo, name) for name in hub.repos[repo]]
+                self._send(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode())
+
+            def _file(self, repo: str, name: str, *, body: bool) -> None:
+                content = hub.repos.get(repo, {}).get(name)
+                if content is None:
+                    self._send(404, b"", {"x-error-code": "EntryNotFound"})
+                    return
+                headers = {"etag": f'"{hub.told(repo, name)}"', "x-repo-commit": COMMIT, "accept-ranges": "bytes"}
+                headers["x-linked-size"], headers["x-linked-etag"] = str(len(content)), headers["etag"]
+                if not body:
+                    self._send(200, content, headers, body=False)
+                    return
+                wanted = self.headers.get("range")
+                hub.asked.append((name, wanted))
+                start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
+                part = content[start:]
+                if wanted:
+                    headers["content-range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+                cut, hub.cut = hub.cut if name.endswith(".gguf") else None, None if name.endswith(".gguf") else hub.cut
+                self._send(206 if wanted else 200, part, headers, cut=cut)
+
+            def _send(
+                self, status: int, content: bytes, headers: dict[str, str] | None = None, *, body: bool = True,
+                cut: int | None = None,
+            ) -> None:  # fmt: skip
+                self.send_response(status)
+                for key, value in {"content-length": str(len(content)), **(headers or {})}.items():
+                    self.send_header(key, value)
+                self.end_headers()
+                if body and self.command != "HEAD":
+                    self.wfile.write(content[:cut])
+                if cut is not None:
+                    self.close_connection = True
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+
+    def told(self, repo: str, name: str) -> str:
+        """The sum that the hub tells of a file."""
+        return self.sums.get((repo, name)) or hashlib.sha256(self.repos[repo][name]).hexdigest()
+
+    def sibling(self, repo: str, name: str) -> dict[str, Any]:
+        """A file as the hub lists it; weights are large files with sums."""
+        content = self.repos[repo][name]
+        found: dict[str, Any] = {"rfilename": name, "path": name, "type": "file", "size": len(content), "oid": "0" * 40}
+        if name.endswith((".gguf", ".safetensors")):
+            told = self.told(repo, name)
+            found["lfs"] = {"sha256": told, "oid": told, "size": len(content), "pointerSize": 100}
+        return found | {"blobId": "0" * 40}
+
+    def stop(self) -> None:
+        """Ends it."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(10)

@@ -1,0 +1,249 @@
+"""Models of the hub by name: what they take, fetching, resuming, sums, lists, removing, and the commands for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from fake_hub import FakeHub
+from server_fakes import PacedEngine
+
+from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError
+from candle_vllm.core.progress import Progress, heard_by
+from candle_vllm.server.cli import main
+from candle_vllm.server.models import downloads
+from candle_vllm.server.models.downloads import (
+    KNOWN,
+    choose_file,
+    downloaded,
+    find_downloaded,
+    plan_pull,
+    read_name,
+    remove,
+    room_of,
+    tag_of,
+)
+from candle_vllm.server.settings import Settings
+
+BIG = os.urandom(3 << 20)
+REPO = "org/model-GGUF"
+FILES = {"README.md": b"x", "model-Q4_K_M.gguf": BIG, "model-Q8_0.gguf": BIG[:-9], "config.json": b"{}"}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub that huggingface_hub asks in the place of its own."""
+    from huggingface_hub import constants
+    from huggingface_hub.hf_api import api
+
+    fake = FakeHub()
+    fake.repos[REPO] = dict(FILES)
+    for name in ("HF_HUB_OFFLINE", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", fake.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "ENDPOINT", fake.url)
+    monkeypatch.setattr(api, "endpoint", fake.url)
+    yield fake
+    huggingface_hub.close_session()
+    fake.stop()
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(download_dir=tmp_path / "hub")
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "repo", "tag"),
+    [
+        ("org/model", "org/model", None),
+        ("org/model:latest", "org/model", None),
+        ("hf.co/org/model:Q4_K_M", "org/model", "Q4_K_M"),
+        ("https://huggingface.co/org/model", "org/model", None),
+        ("qwen3", "Qwen/Qwen3-0.6B-GGUF", "Q8_0"),
+        ("qwen3:4b", "Qwen/Qwen3-4B-GGUF", "Q4_K_M"),
+        ("all-minilm", "sentence-transformers/all-MiniLM-L6-v2", None),
+    ],
+)
+def test_names(given: str, repo: str, tag: str | None) -> None:
+    assert read_name(given) == (repo, tag)
+
+
+@pytest.mark.parametrize(
+    "given", ["", "qwen3:5b", "a/b/c", "../x", "org/model:a b", "org/model:", "org/..", "/etc/x:Q4"]
+)
+def test_names_that_are_none(given: str) -> None:
+    with pytest.raises(ModelNotFoundError):
+        read_name(given)
+
+
+def test_known_names_can_be_read() -> None:
+    assert {read_name(name).repo for name in KNOWN} == {row.repo for row in KNOWN.values()}
+    assert all(row.mib > 256 for row in KNOWN.values())
+    with pytest.raises(ModelNotFoundError, match="did you mean qwen3:4b"):
+        read_name("qwen3:4")
+
+
+@pytest.mark.parametrize(
+    ("file", "tag"),
+    [
+        ("m-Q4_K_M-00001-of-00003.gguf", "Q4_K_M"), ("sub/m.Q8_0.gguf", "Q8_0"), ("m-UD-Q4_K_XL.gguf", "UD-Q4_K_XL"),
+        ("qwen2.5-0.5b-instruct-q4_k_m.gguf", "q4_k_m"), ("m-IQ2_XXS.gguf", "IQ2_XXS"), ("m.gguf", "m"),
+    ],
+)  # fmt: skip
+def test_tags_of_files(file: str, tag: str) -> None:
+    assert tag_of(file) == tag
+
+
+@pytest.mark.parametrize(
+    ("tag", "chosen"),
+    [
+        (None, "m-Q4_K_M.gguf"), ("q4_k_m", "m-Q4_K_M.gguf"), ("UD-Q4_K_M", "m-UD-Q4_K_M.gguf"),
+        ("m-Q8_0.gguf", "m-Q8_0.gguf"), ("Q8", "m-Q8_0.gguf"),
+    ],
+)  # fmt: skip
+def test_one_of_several_files(tag: str | None, chosen: str) -> None:
+    names = ["m-Q4_K_M.gguf", "m-UD-Q4_K_M.gguf", "m-Q8_0.gguf", "mmproj-F16.gguf"]
+    assert choose_file(names, downloads.Named("org/m", tag)) == chosen
+
+
+def test_a_file_that_there_is_not_is_told_the_others() -> None:
+    for tag in ("Q2_K", "Q"):
+        with pytest.raises(ModelNotFoundError, match=r"name one behind a colon.*Q8_0"):
+            choose_file(["m-Q5_0.gguf", "m-Q8_0.gguf"], downloads.Named("org/m", tag))
+    assert choose_file(["config.json", "model.safetensors"], downloads.Named("org/m", None)) is None
+
+
+# ---- fetching --------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_fetched_listed_and_removed(hub: FakeHub, settings: Settings) -> None:
+    plan = plan_pull(settings, f"hf.co/{REPO}")
+    assert (plan.name, plan.weight_file, plan.total) == (f"{REPO}:Q4_K_M", "model-Q4_K_M.gguf", len(BIG) + 2)
+    assert downloaded(settings) == []
+    told: list[Progress] = []
+    with heard_by(told.append):
+        local = downloads.pull(settings, plan)
+    assert {progress.what for progress in told} >= {"verifying sha256 digest"}
+    assert (local.name, local.size) == (plan.name, len(BIG))
+    other = downloads.pull(settings, plan_pull(settings, f"{REPO}:Q8_0"))
+    assert [each.name for each in downloaded(settings)] == [local.name, other.name]
+    assert find_downloaded(settings, REPO).name == local.name
+    assert local.settings(settings).weight_file == "model-Q4_K_M.gguf"
+    assert remove(settings, local) == len(BIG)
+    assert [each.name for each in downloaded(settings)] == [other.name]
+    assert remove(settings, other) >= other.size
+    assert downloaded(settings) == []
+    with pytest.raises(ModelNotFoundError, match="is not on this machine: candle-vllm pull org/model-GGUF"):
+        find_downloaded(settings, REPO)
+
+
+def test_a_download_that_broke_off_goes_on(hub: FakeHub, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1 << 16)
+    plan = plan_pull(settings, REPO)
+    hub.cut = 1 << 20
+    downloads.pull(settings, plan)
+    ranges = [wanted for name, wanted in hub.asked if name == "model-Q4_K_M.gguf"]
+    assert len(ranges) == 2
+    assert ranges[0] is None
+    assert int((ranges[1] or "").removeprefix("bytes=").rstrip("-")) > 0
+    path = next(Path(settings.download_dir or "").glob("models--*/snapshots/*/model-Q4_K_M.gguf"))
+    assert path.read_bytes() == BIG
+
+
+def test_a_file_that_is_not_what_the_hub_has_is_removed(hub: FakeHub, settings: Settings) -> None:
+    hub.sums[REPO, "model-Q4_K_M.gguf"] = "0" * 64
+    plan = plan_pull(settings, REPO)
+    with pytest.raises(InvalidFileError, match=r"model-Q4_K_M.gguf of org/model-GGUF:Q4_K_M is not what the hub has"):
+        downloads.pull(settings, plan)
+    assert downloaded(settings) == []
+
+
+def test_what_cannot_be_fetched(hub: FakeHub, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelNotFoundError, match="the hub has no model 'org/other'"):
+        plan_pull(settings, "org/other")
+    with pytest.raises(ModelNotFoundError, match="--offline"):
+        plan_pull(Settings(offline=True), REPO)
+    usage = downloads.shutil.disk_usage("/")
+    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
+    with pytest.raises(ModelNotFoundError, match="3 MiB more on the disk, and 1 MiB are free"):
+        downloads.pull(settings, plan_pull(settings, REPO))
+
+
+def test_whether_it_fits_is_said(settings: Settings) -> None:
+    assert str(room_of(settings, 1 << 20)).startswith("fits: needs at least 513 MiB")
+    assert str(room_of(settings, 1 << 50)).startswith("DOES NOT FIT")
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs `candle-vllm` and gives its status and what it wrote."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CANDLE_VLLM_DOWNLOAD_DIR", str(tmp_path / "hub"))
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        status = main(arguments)
+        written = capsys.readouterr()
+        return status, written.out, written.err
+
+    return command
+
+
+def test_the_commands(command: Any) -> None:
+    assert command("list") == (0, "NAME  SIZE  MODIFIED\n", "")
+    status, shown, _ = command("show", REPO)
+    assert status == 0
+    assert "on this machine  no" in shown
+    assert "fits: needs at least" in shown
+    status, said, _ = command("pull", f"{REPO}:Q4_K_M")
+    assert status == 0
+    assert said.splitlines()[0] == f"{REPO}:Q4_K_M: 3 MB in 2 files"
+    assert said.splitlines()[-1].endswith("is what the hub has")
+    assert f"{REPO}:Q4_K_M  3 MB" in command("list")[1]
+    status, shown, _ = command("show", REPO)
+    assert status == 0
+    assert "cannot be served" in shown  # random bytes are no model
+    assert command("rm", REPO)[:2] == (0, f"removed {REPO}:Q4_K_M: 3 MB are free again\n")
+    status, _, why = command("rm", REPO)
+    assert (status, "is not on this machine" in why) == (2, True)
+    assert command("list", "--known")[1].startswith("NAME")
+
+
+def test_run_fetches_and_talks(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = PacedEngine("Good day!")
+    asked: list[Settings] = []
+
+    def load(settings: Settings, **_: Any) -> PacedEngine:
+        asked.append(settings)
+        return engine
+
+    monkeypatch.setattr("candle_vllm.server.commands.generate.load_engine", load)
+    status, said, _ = command("run", REPO, "Hi", "--temperature", "0")
+    assert status == 0
+    assert said.endswith("Good day!\n")
+    assert (asked[0].model, asked[0].weight_file, asked[0].temperature) == (REPO, "model-Q4_K_M.gguf", 0)
+    assert command("run", REPO, "Hi")[1] == "Good day!\n"  # which is here now
+
+
+def test_ps_asks_a_server(command: Any, start: Any) -> None:
+    running = start(PacedEngine(), api_key=("right",))
+    port = str(running.port)
+    status, said, _ = command("ps", "--port", port, "--api-key", "right")
+    assert status == 0
+    assert said.splitlines()[1].split() == ["scripted", "0", "B", "CPU", "4,096", "stays"]
+    status, _, why = command("ps", "--port", port)
+    assert status == 2
+    assert "Missing or wrong API key" in why
+    assert "no server answers" in command("ps", "--port", "9")[2]
