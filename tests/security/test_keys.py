@@ -187,8 +187,12 @@ def test_no_page_of_another_origin_can_ask() -> None:
             assert not any(name.startswith("access-control") for name in preflight.headers), path
             for kind in simple:  # what a browser sends without asking first
                 answer = client.post(path, content=b'{"model":"default"}', headers={**origin, "content-type": kind})
-                # Ollama's routes take any content type, and refuse the page.
-                refusals = (403, 404, 405) if path.startswith(("/api/", "/v1/files")) else (404, 405, 415)
+                # These take any content type, and refuse the page.
+                refusals = (
+                    (403, 404, 405)
+                    if path.startswith(("/api/", "/v1/files", "/reset_prefix_cache"))
+                    else (404, 405, 415)
+                )
                 assert answer.status_code in refusals, (path, kind)
                 assert not any(name.startswith("access-control") for name in answer.headers), path
         assert engine.requests == []

@@ -678,3 +678,16 @@ def test_a_processor_that_fails_fails_its_own_request(engine: InferenceEngine, p
     assert str(failed).startswith("logits_processors: ")
     assert before.outputs[0].token_ids == after.outputs[0].token_ids
     assert engine.generate([[1, 2, 3]], GREEDY)[0].outputs[0].token_ids == before.outputs[0].token_ids
+
+
+def test_a_reset_prefix_cache_gives_nothing_to_later_prompts(toy_model: Path) -> None:
+    with make(toy_model, block_size=4) as engine:
+        prompt = prompts()[0]
+        first, second = (engine.generate([prompt], params(0), use_tqdm=False)[0] for _ in range(2))
+        engine.reset_prefix_cache()
+        third = engine.generate([prompt], params(0), use_tqdm=False)[0]
+        stats = engine.stats()
+    assert first.num_cached_tokens == third.num_cached_tokens == 0
+    assert second.num_cached_tokens > 0
+    assert tokens([first]) == tokens([second]) == tokens([third])
+    assert stats.num_free_blocks == stats.num_blocks

@@ -295,7 +295,7 @@ def test_keys_are_described_as_they_are() -> None:
     managed = secured(management_key=("k",))
     assert {path for path, needs in managed.items() if needs} == {
         "/v1/models/status", "/v1/models/load", "/v1/models/unload", "/v1/models/select", "/metrics", "/v1/usage",
-        "/server_info",
+        "/server_info", "/reset_prefix_cache",
         "/v1/queues", "/v1/queues/{model_id}",
     }  # fmt: skip
 

@@ -96,3 +96,15 @@ def test_pooling_is_an_embedding_in_other_words(start: Callable[..., Any]) -> No
         packed = client.post("/pooling", json={**body, "encoding_format": "base64"}).json()["data"][0]["data"]
         numbers = struct.unpack(f"<{len(pooled['data'][0]['data'])}f", base64.b64decode(packed))
         assert numbers == pytest.approx(pooled["data"][0]["data"])
+
+
+def test_a_reset_of_the_prefix_cache_is_for_operators_and_no_page(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine(), api_key=("key",), management_key=("operator",))
+    with running.http() as client:
+        for key, origin, status in (("key", {}, 401), ("operator", {"origin": "https://evil.example"}, 403)):
+            headers = {"authorization": f"Bearer {key}", **origin}
+            assert client.post("/reset_prefix_cache", headers=headers).status_code == status
+        assert running.engine.prefix_cache_resets == 0
+        answer = client.post("/reset_prefix_cache", headers={"authorization": "Bearer operator"})
+        assert (answer.status_code, answer.content) == (204, b"")
+        assert running.engine.prefix_cache_resets == 1

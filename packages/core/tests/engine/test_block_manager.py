@@ -132,3 +132,19 @@ def test_no_block_is_leaked_or_owned_twice(seed: int, count: int) -> None:
     for table, _ in tables:
         blocks.release(table)
     assert blocks.num_free == count
+
+
+def test_a_reset_forgets_free_blocks_and_those_in_use() -> None:
+    blocks = BlockManager(3, 4)
+    hashes = block_hashes(range(8), 4, None)
+    table = blocks.allocate(2) or []
+    for block, digest in zip(table, hashes, strict=True):
+        blocks.publish(block, digest)
+    blocks.release(table[1:])
+    blocks.reset_prefix_cache()
+    assert blocks.lookup(hashes) == []
+    assert blocks.num_free == 2, "who holds a block keeps it"
+    blocks.publish(table[0], hashes[0])
+    assert blocks.lookup(hashes) == table[:1]
+    blocks.release(table[:1])
+    assert blocks.num_free == 3

@@ -390,3 +390,13 @@ def test_a_chat_of_another_process(remote: RemoteEngine) -> None:
     assert asyncio.run(remote.achat(messages, params)).token_ids == answer.token_ids
     with pytest.raises(TypeError, match="chat has no argument 'foo'"):
         remote.chat(messages, params, foo=1)
+
+
+def test_a_reset_of_the_prefix_cache_reaches_the_process(remote: RemoteEngine) -> None:
+    prompt, params = list(range(3, 150)), SamplingParams(max_tokens=2, temperature=0)
+    first = remote.generate([prompt], params, use_tqdm=False)[0]
+    second = remote.generate([prompt], params, use_tqdm=False)[0]
+    remote.reset_prefix_cache()
+    third = remote.generate([prompt], params, use_tqdm=False)[0]
+    assert (first.num_cached_tokens == 0, second.num_cached_tokens > 0, third.num_cached_tokens) == (True, True, 0)
+    assert first.outputs[0].token_ids == third.outputs[0].token_ids

@@ -214,6 +214,14 @@ class EngineFront(ABC):
         return texts.template
 
     @abstractmethod
+    def reset_prefix_cache(self) -> None:
+        """Forgets what prompts began with: no later request takes anything from the cache that stands in it now.
+
+        Raises:
+            EngineDeadError: the engine has stopped.
+        """
+
+    @abstractmethod
     def abort(self, request_id: str) -> None:
         """Ends a request before the next step and frees its blocks; unknown ids are ignored."""
 

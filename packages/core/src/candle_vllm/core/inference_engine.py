@@ -139,6 +139,14 @@ class InferenceEngine(EngineFront):
         else:
             self._ended += self._require()[0].abort(request_id)
 
+    def reset_prefix_cache(self) -> None:
+        """See `EngineFront`."""
+        self._working()
+        if self._thread is not None:
+            self._thread.reset_prefix_cache()
+        else:
+            self._require()[0].reset_prefix_cache()
+
     # ---- lifetime ----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:

@@ -109,6 +109,11 @@ class BlockManager:
                 if self._hash_of[block] is None:
                     self._free.move_to_end(block, last=False)
 
+    def reset_prefix_cache(self) -> None:
+        """Makes every published block unfindable; sequences keep theirs, and go on."""
+        for block in list(self._published.values()):
+            self._forget(block)
+
     def _forget(self, block: int) -> None:
         digest = self._hash_of[block]
         if digest is not None:

@@ -113,6 +113,10 @@ class Engine:
                 pieces.append(self._finish(live, live.end(FinishReason.ABORT)))
         return pieces
 
+    def reset_prefix_cache(self) -> None:
+        """Forgets what prompts began with; what is running keeps its blocks."""
+        self.scheduler.blocks.reset_prefix_cache()
+
     def step(self) -> list[TokenOutput]:
         """Runs one step; one piece for every sequence that got a token or ended.
 

@@ -119,6 +119,8 @@ class StepEngine(Protocol):
 
     def abort(self, request_id: str) -> list[TokenOutput]: ...
 
+    def reset_prefix_cache(self) -> None: ...
+
     def step(self) -> list[TokenOutput]: ...
 
     def stats(self) -> EngineStats: ...
@@ -188,6 +190,14 @@ class EngineThread:
             if client is not None and sink in (None, client.sink):
                 self._commands.append(lambda: self._abort(request_id, client))
                 self._wake.notify()
+
+    def reset_prefix_cache(self) -> None:
+        """Has the engine forget what prompts began with, before its next step and before every later request."""
+        with self._wake:
+            if self._dead is not None or self._closing:
+                raise self._dead or EngineDeadError("the engine is closed")
+            self._commands.append(self._engine.reset_prefix_cache)
+            self._wake.notify()
 
     def close(self) -> None:
         """Aborts what is left, stops the thread and waits for it."""

@@ -95,6 +95,10 @@ class RemoteEngine(EngineFront):
         """Ends a request and frees its blocks before the next step; unknown ids are ignored."""
         self._running_thread().abort(request_id)
 
+    def reset_prefix_cache(self) -> None:
+        """See `EngineFront`."""
+        self._running_thread().reset_prefix_cache()
+
     def close(self) -> None:
         """Aborts what is running and ends the process, by force after 10 s. Closing twice is fine."""
         if self._is_elsewhere:  # the process is the parent's

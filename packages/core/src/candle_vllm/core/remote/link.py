@@ -31,6 +31,7 @@ from candle_vllm.core.remote.wire import (
     Reader,
     Ready,
     Refused,
+    Reset,
     encode,
     make_error,
 )
@@ -111,6 +112,10 @@ class RemoteLink:
             TokenOutput(request_id=request_id, index=index, finish_reason=FinishReason.ABORT, num_prompt_tokens=length)
             for index in sorted(live.unfinished)
         ]
+
+    def reset_prefix_cache(self) -> None:
+        """Tells the child; messages are read in their order, so that later requests come later."""
+        self._process.send(encode(Reset()))
 
     def call(self, number: int, data: bytes, answer: Future[None]) -> None:
         """Sends a question; `answer` is set when the child has answered it."""
@@ -213,6 +218,11 @@ class RemoteThread(EngineThread):
     def abort(self, request_id: str, sink: Sink | None = None) -> None:
         """See `EngineThread.abort`."""
         super().abort(request_id, sink)
+        self._link.wake()
+
+    def reset_prefix_cache(self) -> None:
+        """See `EngineThread.reset_prefix_cache`."""
+        super().reset_prefix_cache()
         self._link.wake()
 
     def check(self, params: StructuredOutputsParams) -> None:

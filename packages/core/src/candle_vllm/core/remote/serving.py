@@ -31,6 +31,7 @@ from candle_vllm.core.remote.wire import (
     Pieces,
     Reader,
     Refused,
+    Reset,
     ToChild,
     describe_error,
     encode,
@@ -210,6 +211,8 @@ class RequestDesk:
         if isinstance(message, Abort):
             self._preparing.discard(message.ticket)
             self._engine.thread.abort(message.ticket)
+        elif isinstance(message, Reset):
+            self._engine.thread.reset_prefix_cache()
         elif isinstance(message, Check):
             self._workers.submit(self._check, message.number, message.params)
         elif message.request.params.structured_outputs is not None:

@@ -55,6 +55,10 @@ class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
     ticket: str
 
 
+class Reset(msgspec.Struct, frozen=True, array_like=True, tag="reset"):
+    """Forget what prompts began with."""
+
+
 class Check(msgspec.Struct, frozen=True, array_like=True, tag="check"):
     """Is a form of texts possible? Answered by `Checked` with the same number."""
 
@@ -139,7 +143,7 @@ class Ended(msgspec.Struct, frozen=True, array_like=True, tag="ended"):
     message: str
 
 
-ToChild = Submit | Pool | Abort | Check
+ToChild = Submit | Pool | Abort | Check | Reset
 FromChild = Pieces | Refused | Checked | Ended
 Greeting = Ready | Failed | Loading
 

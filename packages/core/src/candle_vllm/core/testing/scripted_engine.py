@@ -98,6 +98,7 @@ class ScriptedEngine(ScriptedVectors):
         )
         self.requests: list[GenerationRequest] = []
         self.aborted: list[str] = []
+        self.prefix_cache_resets = 0
         self.template_calls: list[TemplateCall] = []
         self._grammars = LlguidanceBackend(self.tokenizer, self.tokenizer.vocab_size, (self.tokenizer.eos_token_id,))
         self.submit_error = submit_error
@@ -155,6 +156,10 @@ class ScriptedEngine(ScriptedVectors):
     def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
         return self.tokenizer.decode(token_ids, skip_special_tokens)
+
+    def reset_prefix_cache(self) -> None:
+        """Counts how often it was asked for."""
+        self.prefix_cache_resets += 1
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """ChatML; tool calls are appended to their message as JSON, other options are only remembered."""

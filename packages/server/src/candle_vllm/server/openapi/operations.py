@@ -435,6 +435,14 @@ OPERATIONS: Mapping[Key, Operation] = {
         answers={200: (ServerInfo,)},
         manages=True,
     ),
+    ("POST", "/reset_prefix_cache"): Operation(
+        id="reset_prefix_cache",
+        tag="operators",
+        summary="Have loaded models forget what prompts began with",
+        answers={204: ()},
+        errors=(403,),
+        manages=True,
+    ),
     ("GET", "/tokenizer_info"): Operation(
         id="tokenizer_info",
         tag="tokens",

@@ -19,6 +19,7 @@ from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
 from candle_vllm.openai.embedding import parse_pooling_request
 from candle_vllm.openai.requests import parse_chat_request
 from candle_vllm.server.answering import answer_parsed_with, answer_with, deadline_of
+from candle_vllm.server.http.auth import check_origin
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ServedModel
 from candle_vllm.server.routes.status import health
@@ -202,6 +203,17 @@ async def slots(request: Request) -> Response:
 def _slots(model: ServedModel) -> list[Slot]:
     info, running = model.engine.model_info, model.engine.stats().num_running
     return [Slot(place, info.max_model_len, place < running) for place in range(info.max_num_seqs)]
+
+
+@router.post("/reset_prefix_cache")
+async def reset_prefix_cache(request: Request) -> Response:
+    """Has every loaded model forget what prompts began with; it has no body."""
+    check_origin(request.scope, request.app.state.settings.cors_origin)
+    manager: ModelManager = request.app.state.manager
+    for slot in manager.slots.values():
+        if slot.model is not None:
+            slot.model.engine.reset_prefix_cache()
+    return Response(status_code=204)
 
 
 @router.post("/apply-template")
