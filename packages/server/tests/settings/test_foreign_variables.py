@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from candle_vllm.core.testing.toy_model import write_toy_model
+from candle_vllm.server.cli import main
 from candle_vllm.server.commands.config import effective
 from candle_vllm.server.settings.command_line import parse
 from candle_vllm.server.settings.configuration import Configuration, load_configuration
@@ -151,3 +154,22 @@ def test_rust_log(load: Load, text: str, level: str) -> None:
 def test_names_of_servers_mean_nothing_to_other_commands(load: Load) -> None:
     made = load(command="bench", MODEL_NAME="gpt-4", MAX_MODEL_LEN="x", API_KEY="two words", HF_HUB_OFFLINE="1")
     assert (made.settings.model, made.settings.max_model_len, made.settings.offline) == (None, None, True)
+
+
+def test_config_warns_and_shows_whence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("HOME", str(tmp_path)), ("PORT", "8080"), ("HOST", "0.0.0.0"), ("APIKEY", "secret")):
+        monkeypatch.setenv(name, value)
+    for name in ("API_KEY", "VLLM_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "model").mkdir()
+    write_toy_model(tmp_path / "model")
+    assert main(["config", "--m", "./model"]) == 0
+    told = capsys.readouterr()
+    assert re.search(r"port +8080 +the environment \(PORT\)", told.out)
+    assert re.search(r'host +"127.0.0.1" +default', told.out)
+    assert "HOST in the environment (0.0.0.0) is not used" in told.err
+    assert "APIKEY in the environment is no API key of this server" in told.err
+    assert "secret" not in told.out + told.err

@@ -225,13 +225,13 @@ _HONOURED = ("PROMPT_CACHE_ENABLED", "STREAM_AS_REASONING_CONTENT")
 
 
 def original_variable(name: str, text: str, spelled: str) -> tuple[str, Any] | str | None:
-    """What a variable of candle-vllm's means: a setting with its value, or a remark; None where it is none of its."""
+    """What a variable of candle-vllm's means: a setting with its value, or why none; None where it is none of its."""
     inner = name.removeprefix(ENV_PREFIX)
     if inner in ORIGINAL:
-        return f"{spelled} has no effect: {ORIGINAL[inner]}"
+        return ORIGINAL[inner]
     if inner not in _HONOURED:
         return None
     on = convert(Boolean(), text, spelled)
     if inner == "PROMPT_CACHE_ENABLED":
         return "enable_prefix_caching", on
-    return f"{spelled} is what happens without it" if on else ("reasoning_parser", "none")
+    return "thoughts stand beside the answer without it" if on else ("reasoning_parser", "none")

@@ -53,6 +53,7 @@ def environment_source(variables: Mapping[str, str], title: str, known: Containe
     values: dict[str, Any] = {}
     given_as: dict[str, str] = {}
     remarks: list[str] = []
+    idle: dict[str, list[str]] = {}
     for name, text in variables.items():
         if not name.startswith(ENV_PREFIX) or name.startswith(ENV_PREFIX + "TEST_"):
             continue
@@ -76,9 +77,11 @@ def environment_source(variables: Mapping[str, str], title: str, known: Containe
             remarks.append(str(error))
             continue
         if isinstance(theirs, str):
-            remarks.append(theirs)
+            idle.setdefault(theirs, []).append(name)
         elif BY_NAME[theirs[0]].env not in variables:
             values[theirs[0]], given_as[theirs[0]] = theirs[1], name
+    if known is None:
+        remarks += [f"{', '.join(names)} in {title}: no effect, for {why}" for why, names in idle.items()]
     return SettingsSource(title, values, given_as, tuple(remarks))
 
 
