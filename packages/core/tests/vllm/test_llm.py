@@ -21,6 +21,9 @@ from candle_vllm.core import (
     RequestOutput,
     RequestOutputKind,
     SamplingParams,
+    StructuredOutputsParams,
+    TextPrompt,
+    TokensPrompt,
 )
 from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
 
@@ -41,7 +44,7 @@ def llm(engine: InferenceEngine) -> LLM:
 
 def test_prompts_of_every_kind_in_their_order(llm: LLM, engine: InferenceEngine) -> None:
     ids = engine.tokenize("abc")
-    prompts: list[Any] = ["abc", ids, {"prompt": "abc"}, {"prompt_token_ids": ids}, {"prompt": "z"}]
+    prompts: list[Any] = ["abc", ids, TextPrompt(prompt="abc"), TokensPrompt(prompt_token_ids=ids), {"prompt": "z"}]
     outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     wanted = engine.generate(["abc"] * 4 + ["z"], GREEDY, use_tqdm=False)
     assert [each.outputs[0].token_ids for each in outputs] == [list(each.token_ids) for each in wanted]
@@ -170,6 +173,19 @@ def test_a_tokenizer_as_programs_use_it(llm: LLM, engine: InferenceEngine) -> No
     text = tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
     assert text == engine.apply_chat_template([USER])
     assert tokenizer.apply_chat_template([USER], add_generation_prompt=True) == engine.tokenize(str(text), False)
+
+
+def test_a_form_and_functions_of_a_request(llm: LLM) -> None:
+    form: dict[str, Any] = {"choice": ["yes", "no"], "disable_additional_properties": False}
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(**form), max_tokens=8)
+    assert llm.generate("abc", params)[0].outputs[0].text in ("yes", "no")
+
+    def only_a(_: Any, row: Any) -> Any:
+        row[:97], row[98:] = -np.inf, -np.inf
+        return row
+
+    output = llm.generate("abc", SamplingParams(logits_processors=[only_a], max_tokens=4, ignore_eos=True))[0]
+    assert output.outputs[0].text == "aaaa"
 
 
 def test_a_bar_of_the_callers_own_is_moved(llm: LLM) -> None:

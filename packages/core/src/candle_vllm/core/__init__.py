@@ -42,6 +42,7 @@ from candle_vllm.core.errors import (
 from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.sampling.params import RequestOutputKind, SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.core.text.prompts import TextPrompt, TokensPrompt
 
 if TYPE_CHECKING:
     from candle_vllm.core.inference_engine import InferenceEngine
@@ -101,8 +102,10 @@ __all__ = [
     "ScoreOutput",
     "ScoringRequestOutput",
     "StructuredOutputsParams",
+    "TextPrompt",
     "TokenLogprob",
     "TokenOutput",
+    "TokensPrompt",
     "UnsupportedModelError",
     "WeightsError",
 ]

@@ -72,7 +72,7 @@ _SETTINGS: Rows = (
     ("enable_lora", _LORA, (False,)),
     ("max_loras max_lora_rank max_cpu_loras lora_path lora_base lora_scale", _LORA),
     ("speculative_model num_speculative_tokens draft_model spec_method spec_model spec_tokens",
-     "no drafts are made, so there is nothing to set", (None,)),
+     "speculative_config, which has method and num_speculative_tokens; no model of drafts is loaded", (None,)),
     ("limit_mm_per_prompt mm_processor_kwargs clip_model_path", "models read text alone here", (None, {})),
     ("allowed_local_media_path allowed_media_domains", "models read text alone here", (None, "", [])),
     ("use_mmap use_mlock low_cpu_mem_usage", "weights are mapped while they are loaded"),
@@ -88,7 +88,33 @@ _SETTINGS: Rows = (
      "it has no counterpart here", (None, {}, "auto")),
     ("structured_outputs_config guided_decoding_backend", "forms of texts are held by llguidance",
      (None, {}, {"backend": "auto"}, {"backend": "guidance"}, "auto", "guidance")),
-    ("logits_processors", "no code runs between steps", (None, [])),
+    ("logits_processors", "requests have them, as functions: SamplingParams(logits_processors=[...])", (None, [])),
+    ("served_model_name", "names are a server's: candle-vllm serve --served-model-name", (None,)),
+    ("max_num_queued_reqs", "max_queued_requests", (None,)),
+    ("max_num_scheduled_tokens", "max_num_batched_tokens", (None,)),
+    ("cudagraph_capture_sizes", "max_cudagraph_capture_size", (None,)),
+    ("master_addr master_port node_rank device_ids numa_bind numa_bind_nodes numa_bind_cpus data_parallel_rank "
+     "data_parallel_size_local data_parallel_address data_parallel_backend eplb_config ubatch_size all2all_backend",
+     _ONE_DEVICE, (None, 0, False, "mp")),
+    ("moe_backend linear_backend mamba_backend", "kernels are chosen for the machine", (None, "auto")),
+    ("model_weights model_loader_extra_config ignore_patterns safetensors_load_strategy pt_load_map_location "
+     "max_parallel_loading_workers", "weights are mapped while they are loaded", (None, "", {}, [], "cpu", "lazy")),
+    ("use_tqdm_on_load", "a bar is shown on a terminal", (True,)),
+    ("fully_sharded_loras lora_dtype lora_target_modules default_mm_loras max_lora_cls_labels", _LORA,
+     (None, False, "auto")),
+    ("language_model_only", "models read text alone here", (True, False)),
+    ("enable_mm_embeds interleave_mm_strings media_io_kwargs mm_processor_cache_gb mm_encoder_only skip_mm_profiling "
+     "io_processor_plugin video_pruning_rate", "models read text alone here", (None, False, {}, 0)),
+    ("reasoning_parser tool_call_parser reasoning_config",
+     "texts are read by candle_vllm.openai's OpenAIAdapter, by the model's own format", (None, "")),
+    ("kv_offloading_size kv_offloading_backend offload_params cpu_offload_params kv_events_config ec_transfer_config",
+     "the cache lies where the engine computes", (None,)),
+    ("enable_log_requests log_level logging_config log_config_file otlp_traces_endpoint",
+     "what is logged goes to Python's logging, by the name candle_vllm; traces are a server's", (None, False)),
+    ("disable_log_requests", "an engine logs no requests", (True,)),
+    ("mamba_cache_dtype mamba_ssm_cache_dtype mamba_block_size scheduler_cls worker_extension_cls additional_config "
+     "disable_sliding_window disable_cascade_attn long_prefill_token_threshold max_num_active_seqs",
+     "it has no counterpart here", (None, False, "auto", {}, 0)),
     ("scheduling_policy", "lower priorities run first, equal ones in order of arrival", ("fcfs", "priority")),
     ("max_logprobs", "a request may ask for the 20 likeliest tokens", (20,)),
     ("logprobs_mode", "log-probabilities are the model's own, before penalties and temperature", ("raw_logprobs",)),
@@ -151,6 +177,11 @@ _POOLING: Rows = (
     ("truncate_prompt_tokens", "a text is run whole or refused: cut its token ids", (None,)),
 )  # fmt: skip
 
+_FORMS: Rows = (
+    ("disable_additional_properties", 'additionalProperties: false in the schema itself does it', (False,)),
+    ("backend disable_fallback", "forms of texts are held by llguidance", (None, "auto", "guidance")),
+)  # fmt: skip
+
 _BEAMS: Rows = (
     ("temperature", "beams are ranked by the model's own log-probabilities, and none are drawn", (0, 0.0)),
     ("structured_outputs allowed_token_ids", "beams are continued by whatever tokens are likeliest", (None,)),
@@ -193,6 +224,7 @@ _TABLES: Mapping[str, Rows] = MappingProxyType(
         "SamplingParams": _PARAMETERS,
         "PoolingParams": _POOLING,
         "BeamSearchParams": _BEAMS,
+        "StructuredOutputsParams": _FORMS,
     }
 )
 

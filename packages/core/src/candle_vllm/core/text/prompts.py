@@ -7,7 +7,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from numbers import Integral
-from typing import Any
+from typing import Any, Required, TypedDict
 
 from candle_vllm.core.arguments import refuse_lost
 from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError
@@ -17,6 +17,20 @@ from candle_vllm.core.text.template_needs import TemplateNeeds, TemplateProbe, f
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
+
+
+class TextPrompt(TypedDict):
+    """A prompt as a text."""
+
+    prompt: str
+
+
+class TokensPrompt(TypedDict, total=False):
+    """A prompt as token ids, perhaps with the text behind them."""
+
+    prompt_token_ids: Required[Sequence[int]]
+    prompt: str
+
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _CHAT_OPTIONS = (

@@ -53,7 +53,7 @@ def translated(model: str | Path | EngineConfig, given: Mapping[str, Any]) -> Tr
         ConfigError: a value cannot be used; the error names its argument.
         TypeError: an argument has no counterpart here, and was not given with a value that changes nothing.
     """
-    rest = dict(given)
+    rest = _with_drafts(given)
     pooling = _pooling_params(rest.pop("pooler_config", None))
     quantization = rest.pop("quantization", None)
     model_sampling = _uses_generation_config(rest.pop("generation_config", "auto"))
@@ -223,6 +223,17 @@ _TRANSLATED: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "chat_template": _template,
     "kv_cache_memory_bytes": lambda value: {} if value is None else {"kv_cache_memory": value},
 }
+
+
+def _with_drafts(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with vLLM's other names for parts of `speculative_config` in that."""
+    parts = {
+        ours: given[name]
+        for name, ours in (("spec_method", "method"), ("spec_tokens", "num_speculative_tokens"))
+        if given.get(name) is not None
+    }
+    rest = {name: value for name, value in given.items() if name not in ("spec_method", "spec_tokens")}
+    return rest | {"speculative_config": {**(given.get("speculative_config") or {}), **parts}} if parts else rest
 
 
 def _uses_generation_config(value: Any) -> bool:
