@@ -24,6 +24,7 @@ from candle_vllm.server.batches.lines import (
 )
 from candle_vllm.server.cli import main
 from candle_vllm.server.commands import run_batch as module
+from candle_vllm.server.http.routing import Caller, acting_for
 from candle_vllm.server.models.loader import serve_engine
 
 
@@ -146,11 +147,13 @@ def test_requests_of_clients_go_first() -> None:
 
 async def test_a_server_that_is_full_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     statuses = [503, 429, 200]
-    seen: list[tuple[str, bytes | None]] = []
+    seen: list[tuple[str, str]] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await receive()
-        seen.append((scope["path"], dict(scope["headers"]).get(b"authorization")))
+        acting = acting_for.get()
+        assert acting is not None
+        seen.append((scope["path"], acting.key))
         status = statuses[len(seen) - 1]
         code = {503: "overloaded", 429: "rate_limit_exceeded"}.get(status)
         body = json.dumps({"error": {"message": "full", "code": code}} if code else {"text": "good"}).encode()
@@ -158,8 +161,8 @@ async def test_a_server_that_is_full_is_asked_again(monkeypatch: pytest.MonkeyPa
         await send({"type": "http.response.body", "body": body})
 
     async with asked_here(app) as application:
-        result = await application.answer(json.dumps(request("a")).encode(), key="k")
-    assert seen == [("/v1/completions", b"Bearer k")] * 3
+        result = await application.answer(json.dumps(request("a")).encode(), caller=Caller("alice", "hers"))
+    assert seen == [("/v1/completions", "hers")] * 3
     assert result.response is not None
     assert (result.response.status_code, bytes(result.response.body)) == (200, b'{"text": "good"}')
 

@@ -38,6 +38,7 @@ def all_events(metrics: Metrics) -> None:
     """Everything that can happen to a server, once."""
     for reason in Rejection:
         metrics.refused("scripted", reason)
+    metrics.rate_limited("alice", "tokens")
     metrics.model_loaded("scripted", 2.0)
     metrics.model_failed("scripted")
     metrics.model_unloaded("scripted")

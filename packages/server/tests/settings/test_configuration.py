@@ -11,6 +11,7 @@ import pytest
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.command_line import parse
 from candle_vllm.server.settings.configuration import load_configuration, load_settings
+from candle_vllm.server.settings.models_file import read_models_file
 from candle_vllm.server.settings.options import UsageError
 from candle_vllm.server.settings.sources import SettingsSource
 
@@ -309,3 +310,23 @@ def test_prompts_cannot_be_logged_without_the_log() -> None:
     with pytest.raises(UsageError, match="set log_requests as well"):
         Settings(log_prompts=True)
     assert Settings(log_prompts=True, log_requests=True).log_prompts
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models:\n- name: a\n  hf_id: x/y\n  parms: {}", "line 4: unknown key 'parms' (did you mean params?)"),
+        ("models:\n- name: a\n  hf_id: x/y\n  params:\n    mem: 1\n    top_q: 1", "line 6: unknown key 'top_q'"),
+        ("models:\n- name: a\n  hf_id: x/y\n  params:\n    mem: 1\n    top_p: 2", "line 6: top_p must be"),
+        ("models:\n- name: a\n", "line 2: give exactly one of hf_id and local_path"),
+        ("models:\n- {name: a, hf_id: x/y}\n- {name: a, hf_id: x/y}", "line 3: two models are called 'a'"),
+        ("default_model: b\nmodels:\n- {name: a, hf_id: x/y}", "line 1: default_model 'b'"),
+        ("models:\n- name: a\n  notes: 2026-02-30", "line 3: not valid YAML: day is out of range"),
+        ("models: " + "{a: " * 3000, "nested too deeply"),
+    ],
+)
+def test_a_wrong_models_yaml_is_refused_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "models.yaml").write_text(text)
+    with pytest.raises(UsageError) as refusal:
+        read_models_file(tmp_path / "models.yaml")
+    assert message in str(refusal.value)

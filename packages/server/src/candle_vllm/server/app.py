@@ -6,6 +6,7 @@ applications can live in one process.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping
 from importlib.metadata import version
@@ -22,11 +23,14 @@ from candle_vllm.responses.api.kept import KeptResponses
 from candle_vllm.server.batches.service import Batches
 from candle_vllm.server.batches.store import FileOptions
 from candle_vllm.server.drain import CutOffMiddleware
-from candle_vllm.server.http.auth import ApiKeyMiddleware, read_keys
+from candle_vllm.server.http.auth import ApiKeyMiddleware
 from candle_vllm.server.http.errors import ClientGone, HttpError
 from candle_vllm.server.http.failures import FailureMiddleware, answer_failure
+from candle_vllm.server.http.keys import Keyring
+from candle_vllm.server.http.limits import HEADERS as LIMIT_HEADERS
+from candle_vllm.server.http.limits import RateLimitMiddleware, RateLimits
 from candle_vllm.server.http.request_id import RequestIdMiddleware
-from candle_vllm.server.http.routing import HeadMiddleware, PrefixMiddleware
+from candle_vllm.server.http.routing import HeadMiddleware, Limits, PrefixMiddleware
 from candle_vllm.server.keeping import Keeper
 from candle_vllm.server.mcp.access import response_servers
 from candle_vllm.server.models.catalogue import ModelEntry
@@ -101,6 +105,10 @@ def create_app(
     app.state.manager = served if isinstance(served, ModelManager) else manager_of(served, settings)
     app.state.metrics = app.state.manager.metrics
     app.state.settings = settings
+    app.state.keys = Keyring(settings)
+    app.state.manager.rates = app.state.limits = RateLimits(
+        Limits(settings.requests_per_minute, settings.tokens_per_minute), app.state.metrics.rate_limited
+    )
     app.state.mailbox = mailbox
     if mailbox is not None:
         _count_pushes(mailbox, app.state.metrics)
@@ -143,6 +151,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
     background: Background | None = app.state.background
     mcp: McpService | None = app.state.mcp
     kept_batches: Batches | None = app.state.batches
+    watch = asyncio.create_task(app.state.keys.watch(), name="key-files")
     try:
         for each in (mailbox, kept, kept_batches):
             if each is not None:
@@ -151,6 +160,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
             await mcp.start()
         yield {"busy": lambda: app.state.keeper.busy or (background is not None and background.busy)}
     finally:
+        watch.cancel()
         if kept_batches is not None:
             await kept_batches.close()
         await app.state.keeper.close()
@@ -181,11 +191,7 @@ def _batches(app: FastAPI, url: str, settings: Settings) -> Batches:
         loaded = [model.engine.model_info.max_num_seqs for model in manager.loaded]
         return max(loaded, default=settings.max_num_seqs or SETTINGS["max_num_seqs"].default or 1)
 
-    return Batches(options, _client_keys(settings), settings.max_body_mb << 20, places, app)
-
-
-def _client_keys(settings: Settings) -> tuple[str, ...]:
-    return settings.api_key + (read_keys(settings.api_key_file) if settings.api_key_file else ())
+    return Batches(options, app.state.keys.callers, settings.max_body_mb << 20, places, app)
 
 
 async def _start(app: FastAPI, store: Mailbox | KeptResponses | Batches) -> None:
@@ -198,18 +204,17 @@ async def _start(app: FastAPI, store: Mailbox | KeptResponses | Batches) -> None
 
 def _describe(app: FastAPI, settings: Settings) -> None:
     """The OpenAPI document: ours, made from the wire types, in the place of FastAPI's."""
-    keys = bool(settings.api_key or settings.api_key_file)
-    document = ApiDocument(ROUTERS, keys=keys, management_keys=bool(settings.management_key))
+    document = ApiDocument(ROUTERS, keys=settings.has_api_keys, management_keys=bool(settings.management_key))
     app.state.document = document
     app.openapi = lambda: document.value
 
 
 def _add_layers(app: FastAPI, settings: Settings) -> None:
-    """Each layer goes around those before: prefix > id > counts > CORS > cut-offs > failures > HEAD > key > routes."""
-    keys = _client_keys(settings)
-    if keys or settings.management_key:
+    """Outside in: prefix > id > counts > CORS > cut-offs > failures > HEAD > key > limits > routes."""
+    app.add_middleware(RateLimitMiddleware, limits=app.state.limits)
+    if settings.has_api_keys or settings.management_key:
         public = public_paths() if settings.ui_server else frozenset()
-        app.add_middleware(ApiKeyMiddleware, keys=keys, management_keys=settings.management_key, public=public)
+        app.add_middleware(ApiKeyMiddleware, keys=app.state.keys, public=public)
     app.add_middleware(HeadMiddleware)
     app.add_middleware(FailureMiddleware)
     app.add_middleware(CutOffMiddleware)
@@ -219,7 +224,7 @@ def _add_layers(app: FastAPI, settings: Settings) -> None:
             allow_origins=settings.cors_origin,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=["x-request-id"],
+            expose_headers=["x-request-id", "retry-after", *LIMIT_HEADERS],
         )
     app.add_middleware(HttpMetricsMiddleware, metrics=app.state.metrics)
     app.add_middleware(RequestIdMiddleware, log=settings.log_requests)

@@ -302,7 +302,7 @@ def banner(app: FastAPI, address: Address, started: ModelSlot | None = None) -> 
     names = ", ".join(slot.entry.names)
     others = [other.entry.names[0] for other in manager.slots.values() if other is not slot]
     quantization = f", {info.quantization}" if info.quantization else ""
-    url, guarded = address.url, settings.api_key or settings.api_key_file
+    url, guarded = address.url, settings.has_api_keys
     page_key: str | None = getattr(app.state, "page_key", None)
     lines = [
         f"model            {names} ({info.architecture}, {info.num_parameters / 1e6:,.0f} M parameters{quantization})",

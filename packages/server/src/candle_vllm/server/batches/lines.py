@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 from candle_vllm.core.engine.request import MAX_PRIORITY
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.json_body import decode_json
+from candle_vllm.server.http.routing import NOBODY, Caller, acting_for
 
 if TYPE_CHECKING:
     import httpx
@@ -153,21 +154,20 @@ class Application:
     def __init__(self, client: httpx.AsyncClient) -> None:
         self._client = client
 
-    async def answer(self, data: bytes, *, key: str = "", endpoint: str | None = None) -> Result:
+    async def answer(self, data: bytes, *, caller: Caller = NOBODY, endpoint: str | None = None) -> Result:
         """The result of a line; one that finds the server full is asked again until it does not.
 
         Args:
             data: without the newline.
-            key: the API key of whoever sent it.
+            caller: who sent it.
             endpoint: as in `read_line`.
         """
         try:
             line = await asyncio.to_thread(read_line, data, endpoint)
         except LineError as error:
             return failed(error.custom_id, error.code, str(error))
-        headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
         while True:
-            answer = await self._client.post(line.url, content=line.body, headers=headers)
+            answer = await self._ask(line, caller)
             problem = None if answer.is_success else problem_of(answer.content)
             if problem is None or problem.code not in _FULL or answer.status_code not in (429, 503):
                 break
@@ -178,6 +178,14 @@ class Application:
             body=msgspec.Raw(answer.content or b"null"),
         )
         return Result(id=_new_id(), custom_id=line.custom_id, response=response, error=problem)
+
+    async def _ask(self, line: Line, caller: Caller) -> httpx.Response:
+        token = acting_for.set(caller) if caller.label else None
+        try:
+            return await self._client.post(line.url, content=line.body, headers={"content-type": "application/json"})
+        finally:
+            if token is not None:
+                acting_for.reset(token)
 
 
 @asynccontextmanager

@@ -16,6 +16,7 @@ from candle_vllm.responses.store.entries import NotStoredError, StoreLimitError,
 from candle_vllm.server.batches.lines import Application, LineError, Result, failed, read_line
 from candle_vllm.server.batches.records import WORKING, BatchError, BatchErrors, BatchRecord
 from candle_vllm.server.batches.store import FILE, MAX_LINES, BatchStore
+from candle_vllm.server.http.routing import Caller
 
 LEASE_MS = 30_000
 FLUSH_SECONDS = 1.0  # between two writings of results
@@ -59,12 +60,14 @@ class BatchRun:
         assert self._record is not None
         return self._record
 
-    async def work(self, application: Application, key: str | None, places: asyncio.Semaphore, width: int) -> None:
+    async def work(
+        self, application: Application, caller: Caller | None, places: asyncio.Semaphore, width: int
+    ) -> None:
         """Checks the input, answers its lines and shows the results.
 
         Args:
             application: answers.
-            key: of whoever made the batch; None where that is none any more.
+            caller: who made the batch; None where no key stands for them any more.
             places: of all batches together.
             width: lines that are held at a time.
         """
@@ -74,7 +77,7 @@ class BatchRun:
             self.cancelled.set()
         keeping = asyncio.create_task(self._keep())
         try:
-            if key is None:
+            if caller is None:
                 await self._fail([BatchError(code="invalid_api_key", message="Its API key is none of this server's.")])
                 return
             try:
@@ -82,7 +85,7 @@ class BatchRun:
                 await backend.claim(FILE, given, backend.now + LEASE_MS)
                 if self.record.batch.status == "validating" and not await self._validate():
                     return
-                await self._answer(lambda data: self._one(application, places, key, data), width)
+                await self._answer(lambda data: self._one(application, places, caller, data), width)
                 await self._end()
             except NotStoredError:
                 message = "The input file is not there any more."
@@ -225,12 +228,12 @@ class BatchRun:
             await asyncio.gather(*working, return_exceptions=True)
         await self._flush()
 
-    async def _one(self, application: Application, places: asyncio.Semaphore, key: str, data: bytes) -> Result:
+    async def _one(self, application: Application, places: asyncio.Semaphore, caller: Caller, data: bytes) -> Result:
         """The result of a line, unless somebody wishes the batch's end before it is there."""
 
         async def placed() -> Result:
             async with places:
-                return await application.answer(data, key=key, endpoint=self.record.batch.endpoint)
+                return await application.answer(data, caller=caller, endpoint=self.record.batch.endpoint)
 
         answer = asyncio.ensure_future(placed())
         wish = asyncio.ensure_future(self.cancelled.wait())

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from starlette.types import ASGIApp
 
@@ -30,6 +30,7 @@ from candle_vllm.server.batches.records import (
 from candle_vllm.server.batches.run import LEASE_MS, BatchRun
 from candle_vllm.server.batches.store import BATCHES, BatchStore, FileOptions, new_file_id, on_disk
 from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.routing import Caller
 
 RENEW_SECONDS = 5.0  # also how soon a batch of an earlier server is found, and a cancelling on another server
 AT_ONCE = 4  # batches that one server works on
@@ -42,7 +43,7 @@ class Batches:
 
     Args:
         options: of the store.
-        keys: API keys that are valid; none where everybody may come.
+        callers: whom valid API keys stand for; nobody alone where everybody may come.
         longest: bytes of a line.
         places: how many sequences run at a time in a model; half of them may be lines.
         app: answers.
@@ -52,10 +53,15 @@ class Batches:
     """
 
     def __init__(
-        self, options: FileOptions, keys: Sequence[str], longest: int, places: Callable[[], int], app: ASGIApp
+        self,
+        options: FileOptions,
+        callers: Callable[[], Iterable[Caller]],
+        longest: int,
+        places: Callable[[], int],
+        app: ASGIApp,
     ) -> None:
         self.store = BatchStore(options)
-        self._keys = tuple(keys) or ("",)
+        self._callers = callers
         self._longest = longest
         self._count_places = places
         self._places: asyncio.Semaphore | None = None
@@ -137,13 +143,13 @@ class Batches:
         again = False
         try:
             backend = await self.store.backend()
-            key = next((key for key in self._keys if backend.owner(key) == run.held.owner), None)
+            caller = next((each for each in self._callers() if backend.owner(each.key) == run.held.owner), None)
             if self._application is None:
                 self._application = await self._closing.enter_async_context(asked_here(self._app))
             if self._places is None:
                 self._width = max(1, self._count_places() // 2)
                 self._places = asyncio.Semaphore(self._width)
-            await run.work(self._application, key, self._places, self._width)
+            await run.work(self._application, caller, self._places, self._width)
             again = True
         except asyncio.CancelledError:
             await run.give_back()

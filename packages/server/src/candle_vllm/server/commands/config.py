@@ -26,7 +26,7 @@ from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
 from candle_vllm.core.text.chat_conventions import chat_conventions
 from candle_vllm.core.threads import default_threads
 from candle_vllm.openai.planning import AnswerPlanner
-from candle_vllm.server.http.auth import read_keys
+from candle_vllm.server.http.keys import Keyring
 from candle_vllm.server.http.tls import tls_context
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mcp.options import mcp_options
@@ -112,8 +112,7 @@ def check(configuration: Configuration) -> None:
     store_options(settings)
     mcp_options(settings)
     tls_context(settings)
-    if settings.api_key_file is not None:
-        read_keys(settings.api_key_file)
+    Keyring(settings)
 
 
 class Derived(NamedTuple):
@@ -134,6 +133,8 @@ _UNSET = {  # what it means that nobody gave it, where that is not the engine's 
     "otlp_endpoint": "off",
     "mcp_tool_timeout": "as mcp.json says",
     "max_queued_per_key": "no limit",
+    "requests_per_minute": "no limit",
+    "tokens_per_minute": "no limit",
     "management_key": "the API keys do",
     "api_key": "none: everybody who reaches the address may use it",
     "hf_token": "that of `hf auth login`, where there is one",

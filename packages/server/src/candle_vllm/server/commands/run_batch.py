@@ -62,7 +62,8 @@ def run_batch(
 async def _run(configuration: Configuration, given: BinaryIO, made: BinaryIO, load: Load | None) -> None:
     # Nobody comes from outside: there are no keys, and nobody has to be protected from the others.
     settings = dataclasses.replace(
-        configuration.settings, api_key=(), api_key_file=None, management_key=(), max_queued_per_key=None,
+        configuration.settings, api_key=(), api_key_file=None, api_keys_file=None, management_key=(),
+        requests_per_minute=None, tokens_per_minute=None, max_queued_per_key=None,
         max_body_mb=MAX_LINE_MB, request_timeout=PATIENCE,
     )  # fmt: skip
     observation = Observation(settings)

@@ -12,20 +12,15 @@ from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
-import hmac
 import ipaddress
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from candle_vllm.core.setting_kinds import Secret
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import refusal
-from candle_vllm.server.http.routing import Caller, route_path
-from candle_vllm.server.settings.options import UsageError
+from candle_vllm.server.http.keys import Key, Keyring
+from candle_vllm.server.http.routing import acting_for, route_path
 
 READY = "/ready"
 PUBLIC_PATHS = frozenset({"/health", "/ping", READY})
@@ -34,12 +29,6 @@ MANAGEMENT_PATHS = frozenset({
     "/server_info", "/reset_prefix_cache", "/v1/queues",
 })  # fmt: skip
 PAGES = ("/openapi.json", "/docs")  # and what is below /docs/
-MAX_KEYS = 10_000
-
-
-class _Key(NamedTuple):
-    digest: bytes
-    caller: Caller
 
 
 class ApiKeyMiddleware:
@@ -48,50 +37,52 @@ class ApiKeyMiddleware:
     Who it comes from is known afterwards (`caller_of`), and at `/ready` whether it is a stranger (`is_stranger`).
 
     Args:
-        keys: those of clients; without any, routes for clients are open.
-        management_keys: those of operators; without any, a client's key opens their routes as well.
+        keys: those of clients and of operators.
         public: paths that need no key beside those of `PUBLIC_PATHS`.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        keys: Sequence[str],
-        management_keys: Sequence[str] = (),
-        public: frozenset[str] = frozenset(),
-    ) -> None:
+    def __init__(self, app: ASGIApp, keys: Keyring, public: frozenset[str] = frozenset()) -> None:
         self._app = app
         self._public = PUBLIC_PATHS | public
-        self._keys = _numbered("", keys)
-        self._management_keys = _numbered("m", management_keys)
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         path = route_path(scope)
-        manages = (path in MANAGEMENT_PATHS or path.startswith("/v1/queues/")) and bool(self._management_keys)
-        keys = self._management_keys if manages else self._keys
-        if not keys or path in self._public:
-            if path == READY and keys and _matching(self._keys + self._management_keys, scope, page=False) is None:
+        manages = path in MANAGEMENT_PATHS or path.startswith("/v1/queues/")
+        guarded = self._keys.guards(operators=manages)
+        if not guarded or path in self._public:
+            if path == READY and guarded and not _is_valid(self._keys.find(_given(scope, page=False))):
                 scope.setdefault("state", {})["stranger"] = True
             await self._app(scope, receive, send)
-        elif (caller := _matching(keys, scope, page := _is_page(scope.get("method", ""), path))) is not None:
-            scope.setdefault("state", {})["caller"] = caller
+            return
+        page = _is_page(scope.get("method", ""), path)
+        acting = acting_for.get()
+        key = self._keys.find(_given(scope, page)) if acting is None else self._keys.find_caller(acting)
+        if key is not None and key.is_valid and (key.manages if manages else key.uses):
+            scope.setdefault("state", {})["caller"] = key.caller
             await self._app(scope, receive, send)
-        else:
-            which = "management key" if manages else "key"
-            header = "send the header `Authorization: Bearer <key>`"
-            message = f"Missing or wrong API key: {header} with a {which} of this server."
-            if not manages and _matching(self._management_keys, scope, page) is not None:
-                message = "This route wants an API key (--api-key): a management key opens operators' routes alone."
-            error = HttpError(
-                401,
-                message,
-                "invalid_api_key",
-                {"WWW-Authenticate": 'Basic realm="candle-vllm"' if page else "Bearer"},
-            )
-            await refusal(scope, error)(scope, receive, send)
+            return
+        challenge = {"WWW-Authenticate": 'Basic realm="candle-vllm"' if page else "Bearer"}
+        error = HttpError(401, _refused(key, manages), "invalid_api_key", challenge)
+        await refusal(scope, error)(scope, receive, send)
+
+
+def _is_valid(key: Key | None) -> bool:
+    return key is not None and key.is_valid
+
+
+def _refused(key: Key | None, manages: bool) -> str:
+    """Why a request does not pass, for its sender."""
+    if key is not None and not key.is_valid:
+        return f"The API key {key.caller.label!r} has expired: ask this server's operator for another."
+    if key is not None and not manages:
+        return "This route wants an API key (--api-key): a management key opens operators' routes alone."
+    which = "management key" if manages else "key"
+    header = "send the header `Authorization: Bearer <key>`"
+    return f"Missing or wrong API key: {header} with a {which} of this server."
 
 
 def _is_page(method: str, path: str) -> bool:
@@ -99,31 +90,13 @@ def _is_page(method: str, path: str) -> bool:
     return method == "GET" and (path in PAGES or path.startswith("/docs/"))
 
 
-def _numbered(prefix: str, keys: Sequence[str]) -> tuple[_Key, ...]:
-    """Keys with whom they stand for, counted from 1."""
-    return tuple(
-        _Key(_digest(key.encode("ascii")), Caller(f"{prefix}{number}", key)) for number, key in enumerate(keys, 1)
-    )
-
-
-def _matching(keys: Sequence[_Key], scope: Scope, page: bool) -> Caller | None:
-    """Whose key the request has; None where it has none of these."""
+def _given(scope: Scope, page: bool) -> bytes | None:
+    """The key that a request has; None where it has none, or more than one."""
     bearers = [value for name, value in scope["headers"] if name == b"authorization"]
     own = [value for name, value in scope["headers"] if name == b"x-api-key"]
     if bearers:
-        given = _authorized(bearers[0], page) if len(bearers) == 1 else None
-    else:
-        given = own[0].strip() if len(own) == 1 else None
-    if given is None:
-        return None
-    digest = _digest(given)
-    matches = [hmac.compare_digest(digest, key.digest) for key in keys]
-    return keys[matches.index(True)].caller if any(matches) else None
-
-
-def _digest(key: bytes) -> bytes:
-    """What is compared instead of a key, so that its length does not show in the time."""
-    return hashlib.sha256(key).digest()
+        return _authorized(bearers[0], page) if len(bearers) == 1 else None
+    return own[0].strip() if len(own) == 1 else None
 
 
 def _authorized(header: bytes, page: bool) -> bytes | None:
@@ -138,31 +111,6 @@ def _authorized(header: bytes, page: bool) -> bytes | None:
     except binascii.Error:
         return None
     return password if colon else None
-
-
-def read_keys(path: Path) -> tuple[str, ...]:
-    """The keys of a file, one in a line; empty lines and lines that begin with # are left out.
-
-    Raises:
-        UsageError: the file cannot be read, has no key, or something that cannot be one.
-    """
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(f"cannot read the API keys in {path}: {reason}") from None
-    stripped = [(number, line.strip()) for number, line in enumerate(lines, 1)]
-    keys = [(number, line) for number, line in stripped if line and not line.startswith("#")]
-    if not keys:
-        raise UsageError(f"the API key file {path} holds no key: the server would be open")
-    if len(keys) > MAX_KEYS:
-        raise UsageError(f"the API key file {path} holds more than {MAX_KEYS} keys")
-    for number, key in keys:
-        try:
-            Secret().check(key)
-        except ValueError as error:
-            raise UsageError(f"{path}, line {number}: a key {error}") from None
-    return tuple(key for _, key in keys)
 
 
 # ---- pages from elsewhere --------------------------------------------------------------------------------------------

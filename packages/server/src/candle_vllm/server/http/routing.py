@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import NamedTuple
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -55,22 +56,43 @@ class PrefixMiddleware:
         await self._app(scope, receive, send)
 
 
-class Caller(NamedTuple):
-    """Who a request comes from; both are empty where no key is asked for.
+class Limits(NamedTuple):
+    """What one key may ask for in a minute; None is as much as it likes.
 
     Attributes:
-        label: of the API key, which may be shown: "1" for the first, "m1" for the first of the operators'.
-        key: the key itself, by whose hash stores know whose something is.
+        requests_per_minute: that ask a model for something.
+        tokens_per_minute: of prompts and answers together.
+    """
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+
+
+UNLIMITED = Limits()
+
+
+class Caller(NamedTuple):
+    """Who a request comes from; both texts are empty where no key is asked for.
+
+    Attributes:
+        label: of the API key, which may be shown: its name, or "1" for the first, "m1" for the first of the operators'.
+        key: by whose hash stores know whose something is: the key itself, or what stands for its name.
+        limits: what it may ask for.
     """
 
     label: str = ""
     key: str = ""
+    limits: Limits = UNLIMITED
 
     def __repr__(self) -> str:
         return f"Caller({self.label!r})"  # the key is secret
 
 
 NOBODY = Caller()
+
+
+acting_for: ContextVar[Caller | None] = ContextVar("acting_for", default=None)
+"""Whom this process asks itself for, in the task that asks; no request from outside can set it."""
 
 
 def caller_of(scope: Scope) -> Caller:

@@ -23,7 +23,7 @@ def response_servers(service: McpService | None, settings: Settings) -> McpSourc
     if service is None:
         return McpServers(ToolRegistry(), allowed_urls=urls) if urls else None
     servers = McpServers(service.registry, service.errors, allowed_urls=urls)
-    keys = bool(settings.api_key or settings.api_key_file)
+    keys = settings.has_api_keys
     return ConfiguredServers(servers, keys=keys, approved=service.auto_approves if settings.mcp_execute else None)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from candle_vllm.core.errors import EngineDeadError
 from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.limits import RateLimits
 from candle_vllm.server.http.routing import Caller
 from candle_vllm.server.models.admission import Place, Queued, RetiredError
 from candle_vllm.server.models.catalogue import Catalogue
@@ -39,6 +40,7 @@ class ModelManager:
 
     Attributes:
         active: the name of the model that requests without a name mean.
+        rates: what each caller may ask for in a minute.
         switch_requested_at: Unix seconds, while another model is about to become that one.
     """
 
@@ -52,6 +54,7 @@ class ModelManager:
         self._limits = limits or ManagerLimits()
         self._catalogue = catalogue
         self.metrics = metrics or Metrics()
+        self.rates = RateLimits()
         self.active = catalogue.default.name
         self.switch_requested_at: float | None = None
         self._chosen: str | None = None  # becomes the active one when it is ready
@@ -269,8 +272,11 @@ async def take_turn(
         priority: lower ones go first, where the operator lets requests go before others.
 
     Raises:
-        ModelNotServedError, HttpError, EngineDeadError: as `ModelManager.acquire` and `Admission.enter`.
+        ModelNotServedError, HttpError, EngineDeadError: as `ModelManager.acquire`, `RateLimits.admit` and
+            `Admission.enter`.
     """
+    manager.find(name)  # what cannot be answered is not counted
+    manager.rates.admit(caller)
     while True:
         lease = await manager.acquire(name)
         try:

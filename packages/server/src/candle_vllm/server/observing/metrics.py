@@ -17,9 +17,10 @@ from prometheus_client.metrics import MetricWrapperBase
 from candle_vllm.server.observing import series
 from candle_vllm.server.observing.exposition import EventCollector, McpServersCollector, ModelCollector
 from candle_vllm.server.observing.model_metrics import ModelMetrics, Observer
+from candle_vllm.server.observing.request_context import NO_KEY
 from candle_vllm.server.observing.request_log import RequestLog
 from candle_vllm.server.observing.series import Series
-from candle_vllm.server.observing.tally import UsageRow, UsageTable
+from candle_vllm.server.observing.tally import MAX_KEYS, OTHER_KEYS, UsageRow, UsageTable
 from candle_vllm.server.observing.tracing import Tracing, otlp_tracing
 from candle_vllm.server.settings import Settings
 
@@ -56,6 +57,7 @@ class Metrics:
         self._lock = threading.Lock()
         self._models: dict[str, ModelMetrics] = {}
         self._usage = UsageTable()
+        self._limited: set[str] = set()  # labels of keys
         self._events: dict[str, MetricWrapperBase] = {
             each.name: Counter(each.name, each.help, each.labels, registry=None)
             if each.kind == "counter"
@@ -90,6 +92,15 @@ class Metrics:
     def refused(self, model: str, reason: str) -> None:
         """A request was refused before it ran: a value of `Rejection`."""
         self._count(series.REJECTIONS, model, Rejection(reason))
+
+    def rate_limited(self, key: str, limit: str) -> None:
+        """A key has used up what a minute allows: `limit` is "requests" or "tokens"."""
+        with self._lock:
+            if len(self._limited) < MAX_KEYS:
+                self._limited.add(key)
+            elif key not in self._limited:
+                key = OTHER_KEYS
+        self._count(series.RATE_LIMITED, key or NO_KEY, limit)
 
     def model_loaded(self, model: str, seconds: float) -> None:
         """A model has been loaded."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from starlette.types import Scope
 
+from candle_vllm.server.http.limits import Meter
 from candle_vllm.server.http.routing import caller_of
 
 NO_KEY = "none"
@@ -60,6 +61,11 @@ class RequestContext:
     def prompt_only(self) -> bool:
         """Whether the token that the engine makes is no part of the answer (`max_tokens` 0 of a completion)."""
         return bool(self.state.get("prompt_only", False))
+
+    @property
+    def meter(self) -> Meter | None:
+        """Where the request's tokens are taken from; None where its key has no limits."""
+        return self.state.get("meter")
 
     def first_of_request(self) -> bool:
         """True once: a request with several prompts is several to the engine and one to its client."""

@@ -99,6 +99,7 @@ class RequestRecord:
         "_bounds",
         "_counted",
         "_last",
+        "_meter",
         "_unfinished",
         "cached_tokens",
         "context",
@@ -133,6 +134,7 @@ class RequestRecord:
         self._bounds = model.gap_bounds
         self._last = [0.0] * info.count
         self._unfinished = info.count
+        self._meter = None if context is None else context.meter
         self._counted = 0 if context is not None and context.prompt_only else 1
 
     def take(self, piece: TokenOutput) -> None:
@@ -150,12 +152,14 @@ class RequestRecord:
                 self._first(piece, now)
             self._last[index] = now
             self.tokens[index] += count * self._counted
+            if self._meter is not None:
+                self._meter.spend(count * self._counted)
         if piece.finish_reason is not None:
             self._finish(piece)
 
     def pooled(self, outputs: Sequence[EmbeddingOutput] | Sequence[ScoreOutput]) -> None:
         """Vectors or scores go to the caller: every text or pair has ended well."""
-        self.prompt_tokens = sum(each.num_tokens for each in outputs)
+        self._count_prompt(sum(each.num_tokens for each in outputs))
         self.close(FinishReason.STOP)
 
     def close(self, reason: FinishReason = FinishReason.ABORT) -> None:
@@ -225,8 +229,13 @@ class RequestRecord:
             self.cached_tokens = piece.num_cached_tokens
         if self.first_token is None:
             self.first_token = now
-            self.prompt_tokens = piece.num_prompt_tokens
+            self._count_prompt(piece.num_prompt_tokens)
             self.model.first_token(now - self.started)
+
+    def _count_prompt(self, tokens: int) -> None:
+        self.prompt_tokens = tokens
+        if self._meter is not None:
+            self._meter.spend(tokens)
 
     def _finish(self, piece: TokenOutput) -> None:
         if self.ended is not None or self.reasons[piece.index] is not None or piece.finish_reason is None:

@@ -232,6 +232,9 @@ _NAME, _OUTCOME = ("model_name",), ("outcome",)
 REJECTIONS = Series(
     "candle_vllm:admission_rejections_total", "counter", (*_NAME, "reason"),
     "Requests refused before they ran, by reason.")  # fmt: skip
+RATE_LIMITED = Series(
+    "candle_vllm:rate_limited_requests_total", "counter", ("key", "limit"),
+    "Requests refused because a key had used up what a minute allows.")  # fmt: skip
 LOADS = Series("candle_vllm:model_loads_total", "counter", _NAME + _OUTCOME, "Models loaded, by outcome.")
 UNLOADS = Series("candle_vllm:model_unloads_total", "counter", _NAME, "Models unloaded.")
 LOAD_SECONDS = Series(
@@ -245,7 +248,7 @@ WEBHOOKS = Series("candle_vllm:webhook_deliveries_total", "counter", _OUTCOME, "
 TOOL_CALLS = Series(
     "candle_vllm:mcp_tool_calls_total", "counter", ("server", "status"),
     "Calls of tools of MCP servers, by how they ended.")  # fmt: skip
-EVENTS = (REJECTIONS, LOADS, UNLOADS, LOAD_SECONDS, WAIT_SECONDS, ANSWERS_KEPT, WEBHOOKS, TOOL_CALLS)
+EVENTS = (REJECTIONS, RATE_LIMITED, LOADS, UNLOADS, LOAD_SECONDS, WAIT_SECONDS, ANSWERS_KEPT, WEBHOOKS, TOOL_CALLS)
 """What happens to the server rather than to a request in an engine."""
 
 MCP_SERVERS = Series("candle_vllm:mcp_servers", "gauge", ("state",), "MCP servers of the configuration, by state.")

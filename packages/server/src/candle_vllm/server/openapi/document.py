@@ -12,6 +12,7 @@ import msgspec
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 
+from candle_vllm.server.http.limits import HEADERS
 from candle_vllm.server.openapi.components import Schema, as_list
 from candle_vllm.server.openapi.operations import OPERATIONS, Key, Operation
 
@@ -27,7 +28,7 @@ _MEANINGS: Mapping[int, str] = {
     409: "It is in use: the model stays loaded, or too many wait for the conversation",
     413: "The body is too large",
     415: "The body is not JSON",
-    429: "Too many requests of this key wait",
+    429: "Too many requests of this key wait, or it has used up what a minute allows",
     500: "The server failed on this request",
     502: "The webhook did not take it",
     503: "Overloaded, shutting down, or the model cannot be loaded now",
@@ -40,6 +41,7 @@ _DESCRIPTION = (
 )
 _ID = {"$ref": "#/components/headers/RequestId"}
 _SECONDS = {"$ref": "#/components/headers/RetryAfter"}
+_LIMITS: Mapping[str, Any] = {name: {"$ref": "#/components/headers/RateLimit"} for name in HEADERS}
 
 
 class ApiDocument:
@@ -115,6 +117,7 @@ def _components(operations: Sequence[Operation], guarded: bool) -> dict[str, Any
                 "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"},
             },
             "RetryAfter": {"description": "Seconds.", "schema": {"type": "string", "pattern": "^[0-9]+$"}},
+            "RateLimit": {"description": "Of a key with limits per minute.", "schema": {"type": "string"}},
         },
     }
     if guarded:
@@ -176,7 +179,8 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
 
 
 def _answer(operation: Operation, status: int) -> dict[str, Any]:
-    described: dict[str, Any] = {"description": _MEANINGS[status], "headers": {"x-request-id": _ID}}
+    limits = _LIMITS if 429 in operation.errors else {}
+    described: dict[str, Any] = {"description": _MEANINGS[status], "headers": {"x-request-id": _ID, **limits}}
     if status == 204:
         return described
     schema: Schema = {"type": "string"}
@@ -210,6 +214,8 @@ def _lines(operation: Operation) -> Schema:
 
 def _error(operation: Operation, status: int) -> dict[str, Any]:
     headers: dict[str, Any] = {"x-request-id": _ID}
+    if status == 429:
+        headers |= _LIMITS
     if status in (429, 503, 529):
         headers["retry-after"] = _SECONDS
     if status == 401:

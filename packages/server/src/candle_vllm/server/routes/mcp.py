@@ -129,7 +129,7 @@ def _service(request: Request) -> McpService:
 
 def _check_client(request: Request, settings: Settings) -> None:
     """A call may do anything that its tool can, so it is for clients that the operator knows."""
-    if not (settings.api_key or settings.api_key_file or _has_page_key(request)):
+    if not (settings.has_api_keys or _has_page_key(request)):
         message = (
             "Tools are called for clients with a key alone. In the web UI: open the address that the server printed at"
             " its start, which ends in #key=... Otherwise start the server with --api-key."

@@ -187,6 +187,8 @@ async def _in_background(request: Request, wire: ResponsesRequest, deadline: flo
     refuse_headers(request.scope["headers"], NOT_HERE)
     responders: Responders = state.responders
     async with in_time(deadline):
+        state.manager.find(wire.model)  # an unknown model costs nothing
+        state.limits.admit(caller_of(request.scope))
         lease = await unless_disconnected(
             state.manager.acquire(wire.model), request.receive, lambda taken: taken.release()
         )
@@ -233,7 +235,7 @@ def check_page(request: HTTPConnection, wire: PromptFields) -> None:
     """Where no key is needed, a web page from elsewhere must not have tools run."""
     settings = request.app.state.settings
     uses_tools = any(isinstance(tool, McpTool) for tool in wire.tools or ())
-    if uses_tools and not (settings.api_key or settings.api_key_file):
+    if uses_tools and not settings.has_api_keys:
         check_origin(request.scope, settings.cors_origin)
 
 

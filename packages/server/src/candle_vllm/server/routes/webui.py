@@ -77,7 +77,7 @@ def new_page_key(settings: Settings, has_tools: bool) -> str | None:
     Returns:
         The key; None where nobody needs one.
     """
-    has_keys = bool(settings.api_key or settings.api_key_file)
+    has_keys = settings.has_api_keys
     return secrets.token_urlsafe(24) if settings.ui_server and has_tools and not has_keys else None
 
 

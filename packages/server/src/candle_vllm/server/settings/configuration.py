@@ -82,7 +82,7 @@ def load_configuration(
     variables = {**dotenv, **environ}
     given = [command_line, environment_source(environ, "the environment")]
     own = environment_source(dotenv, str(place), known)
-    keyed = bool(merge([*given, own]).keys() & {"api_key", "api_key_file"})
+    keyed = bool(merge([*given, own]).keys() & {"api_key", "api_key_file", "api_keys_file"})
     upper = [*given, deployment_source(environ, merge(given), serving=serving, keyed=keyed), own]
     hub = hub_token_source(("the environment", environ), (str(place), dotenv))
     merged = merge(upper)

@@ -156,7 +156,7 @@ def is_loopback(host: str) -> bool:
 
 def key_remarks(settings: Settings, environ: Mapping[str, str], dotenv: Mapping[str, str]) -> Iterator[str]:
     """Warns of names that look like the key of a server which has none."""
-    if settings.api_key or settings.api_key_file is not None:
+    if settings.has_api_keys:
         return
     address = settings.address
     reached = address.unix_path is None and not is_loopback(address.host)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from candle_vllm.core.setting_kinds import FilePath, Text, nearest
-from candle_vllm.server.settings.options import Option, UsageError, convert, known_keys, mapping
+from candle_vllm.server.settings.options import Option, UsageError, convert, known_keys, line_of, mapping
 from candle_vllm.server.settings.original_keys import (
     MODEL_KEYS,
     given,
@@ -21,11 +21,8 @@ from candle_vllm.server.settings.original_keys import (
     model_params,
     our_params,
 )
-from candle_vllm.server.settings.sources import SettingsSource, read_small
+from candle_vllm.server.settings.sources import SettingsSource, read_yaml
 from candle_vllm.server.settings.table import OPTIONS
-
-if TYPE_CHECKING:
-    import yaml
 
 _MODEL_KEYS = ("name", "hf_id", "local_path", "weight_file", "params", "notes", *MODEL_KEYS)
 _TOP_KEYS = ("models", "default_model", "idle_unload_secs", "mailbox", "parking_lot", "global_params")
@@ -70,20 +67,8 @@ def find_models_file(explicit: Path | None, home: Path, folder: Path) -> ModelsF
 
 
 def read_models_file(path: Path) -> ModelsFile:
-    """Parses and checks a models.yaml; every mistake is a UsageError that names the file and the key."""
-    import yaml
-
-    try:
-        loader = _unique_loader()(read_small(path))
-        try:
-            content = loader.get_single_data()
-        finally:
-            loader.dispose()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark is not None else ""
-        raise UsageError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    content, remarks = given(content, str(path)), list[str]()
+    """Parses and checks a models.yaml; every mistake is a UsageError that names the file, the line and the key."""
+    content, remarks = given(read_yaml(path), str(path)), list[str]()
     known_keys(content, _TOP_KEYS, str(path))
     entries = content.get("models")
     if not isinstance(entries, list) or not entries:
@@ -92,11 +77,12 @@ def read_models_file(path: Path) -> ModelsFile:
     for number, entry in enumerate(entries, 1):
         name, source = _model_entry(given(entry, f"{path}: model {number}"), path, number, remarks)
         if name in models:
-            raise UsageError(f"{path}: two models are called {name!r}")
+            raise UsageError(f"{path}{line_of(entry)}: two models are called {name!r}")
         models[name] = source
     default = content.get("default_model")
     if default is not None and default not in models:
-        raise UsageError(f"{path}: default_model {default!r} is not one of its models{nearest(str(default), models)}")
+        where = f"{path}{line_of(content, 'default_model')}"
+        raise UsageError(f"{where}: default_model {default!r} is not one of its models{nearest(str(default), models)}")
     title = f"global_params of {path}"
     params = our_params(given(content.get("global_params", {}), title), title, remarks)
     return ModelsFile(
@@ -104,7 +90,7 @@ def read_models_file(path: Path) -> ModelsFile:
         models,
         default,
         _globals(content, path, remarks),
-        SettingsSource(title, *_values(params, title, path.parent)),
+        SettingsSource(title, *_values(params, title, path.parent, content.get("global_params"))),
         _mailbox(content, path, remarks),
         tuple(remarks),
     )
@@ -116,7 +102,7 @@ def _globals(content: Mapping[str, Any], path: Path, remarks: list[str]) -> Sett
     if "parking_lot" in content:
         told = {**lot_limits(content["parking_lot"], f"{path}: parking_lot", remarks), **told}
     values = {
-        option.name: convert(option.kind, told[option.name], f"{path}: {option.name}")
+        option.name: convert(option.kind, told[option.name], f"{path}{line_of(content, option.name)}: {option.name}")
         for option in OPTIONS
         if option.name in told
     }
@@ -132,53 +118,39 @@ def _mailbox(content: Mapping[str, Any], path: Path, remarks: list[str]) -> Mapp
     return mapping(content["mailbox"], f"{path}: mailbox")
 
 
-def _unique_loader() -> type[yaml.SafeLoader]:
-    """YAML's safe loader, which also refuses a key that stands twice; yaml itself takes the last one."""
-    import yaml
-
-    class UniqueLoader(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            seen: set[str] = set()
-            for key, _ in node.value:
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {str(key.value)[:60]!r} stands twice", key.start_mark
-                    )
-                if isinstance(key.value, str):
-                    seen.add(key.value)
-            return super().construct_mapping(node, deep)
-
-    return UniqueLoader
-
-
 def _model_entry(entry: Mapping[str, Any], path: Path, number: int, remarks: list[str]) -> tuple[str, SettingsSource]:
-    name = convert(Text(512), entry.get("name"), f"{path}: name of model {number}")
+    name = convert(Text(512), entry.get("name"), f"{path}{line_of(entry)}: name of model {number}")
     if name == "default":
-        raise UsageError(f"{path}: model {number} cannot be called 'default', which always means default_model")
+        raise UsageError(
+            f"{path}{line_of(entry)}: model {number} cannot be called 'default', which always means default_model"
+        )
     title = f"model {name!r} of {path}"
     known_keys(entry, _MODEL_KEYS, title)
     if ("hf_id" in entry) == ("local_path" in entry):
-        raise UsageError(f"{title}: give exactly one of hf_id and local_path")
+        raise UsageError(f"{title}{line_of(entry)}: give exactly one of hf_id and local_path")
     if "hf_id" in entry:
-        model = convert(Text(), entry["hf_id"], f"{title}: hf_id")
+        model = convert(Text(), entry["hf_id"], f"{title}{line_of(entry, 'hf_id')}: hf_id")
     else:
-        local = convert(FilePath(), entry["local_path"], f"{title}: local_path")
+        local = convert(FilePath(), entry["local_path"], f"{title}{line_of(entry, 'local_path')}: local_path")
         model = str(path.parent / local)
     values: dict[str, Any] = {"model": model, "served_model_name": (name,)}
     given_as = {"model": "hf_id" if "hf_id" in entry else "local_path"}
     if "weight_file" in entry:
-        values["weight_file"] = convert(Text(), entry["weight_file"], f"{title}: weight_file")
-    params, spelled = _values(model_params(entry, title, remarks), title, path.parent)
+        values["weight_file"] = convert(
+            Text(), entry["weight_file"], f"{title}{line_of(entry, 'weight_file')}: weight_file"
+        )
+    params, spelled = _values(model_params(entry, title, remarks), title, path.parent, entry.get("params"))
     return name, SettingsSource(title, {**values, **params}, {**given_as, **spelled})
 
 
-def _values(params: Mapping[Any, Any], title: str, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Typed values by setting name, and how each is spelled there."""
+def _values(params: Mapping[Any, Any], title: str, folder: Path, section: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """Typed values by setting name, and how each is spelled in the section of the file."""
     values: dict[str, Any] = {}
     given_as: dict[str, str] = {}
     for key, value in params.items():
-        option = _yaml_option(key, title)
-        values[option.name] = _yaml_value(option, value, f"{title}: {key}", folder)
+        where = f"{title}{line_of(section, key)}"
+        option = _yaml_option(key, where)
+        values[option.name] = _yaml_value(option, value, f"{where}: {key}", folder)
         given_as[option.name] = key
     return values, given_as
 

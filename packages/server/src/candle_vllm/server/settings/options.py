@@ -172,6 +172,19 @@ class UsageError(ConfigError):
     """A command line, environment variable or settings file that cannot be understood."""
 
 
+class Section(dict[Any, Any]):
+    """A mapping of a YAML file that knows where it stands there: `line`, and `lines` of its keys, counted from 1."""
+
+    line = 0
+    lines: Mapping[Any, int] = {}
+
+
+def line_of(section: Any, key: Any = None) -> str:
+    """Where a mapping of a file stands, or one of its keys, for messages: ", line 3"; "" where that is not known."""
+    line = section.lines.get(key, section.line) if isinstance(section, Section) else 0
+    return f", line {line}" if line else ""
+
+
 def mapping(value: Any, where: str) -> Mapping[str, Any]:
     """A section of a settings file; UsageError where it is none."""
     if not isinstance(value, dict):
@@ -180,10 +193,10 @@ def mapping(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def known_keys(keys: Iterable[Any], known: Iterable[str], where: str) -> None:
-    """UsageError for the first key that is not known, with the nearest one that is."""
+    """UsageError for the first key that is not known, with the nearest one that is, and its line."""
     for key in keys:
         if key not in known:
-            raise UsageError(f"{where}: unknown key {str(key)[:60]!r}{nearest(str(key), known)}")
+            raise UsageError(f"{where}{line_of(keys, key)}: unknown key {str(key)[:60]!r}{nearest(str(key), known)}")
 
 
 def convert(kind: Kind, value: Any, spelled: str) -> Any:

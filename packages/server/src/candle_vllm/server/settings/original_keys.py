@@ -11,7 +11,7 @@ from typing import Any
 
 from candle_vllm.core.config import ISQ_NAMES
 from candle_vllm.core.setting_kinds import Boolean, Choice, Integer
-from candle_vllm.server.settings.options import ENV_PREFIX, UsageError, convert, known_keys, mapping
+from candle_vllm.server.settings.options import ENV_PREFIX, Section, UsageError, convert, known_keys, line_of, mapping
 
 _LOT = {
     "pool": ("max_queue_depth", "timeout_secs", "worker_threads", "max_blocking_threads", "thread_stack_size"),
@@ -41,7 +41,10 @@ MODEL_KEYS = ("capabilities", "parking_lot")
 
 def given(section: Any, where: str) -> dict[Any, Any]:
     """A section without the keys that are null, which give nothing; UsageError where it is no mapping."""
-    return {key: value for key, value in mapping(section, where).items() if value is not None}
+    kept = Section({key: value for key, value in mapping(section, where).items() if value is not None})
+    if isinstance(section, Section):
+        kept.line, kept.lines = section.line, section.lines
+    return kept
 
 
 # ---- a model and its params ------------------------------------------------------------------------------------------
@@ -71,7 +74,7 @@ def our_params(params: Mapping[Any, Any], title: str, remarks: list[str], *, sto
     """Params by our names; what is not candle-vllm's stays as it is. `stored`: the weights are a GGUF file's."""
     found: dict[Any, Any] = {}
     for key, value in given(params, f"{title}: params").items():
-        where = f"{title}: {key}"
+        where = f"{title}{line_of(params, key)}: {key}"
         if key == "device_ids":
             name, means = "device", _device(value, where, remarks)
         elif key == "kvcache_mem_gpu":

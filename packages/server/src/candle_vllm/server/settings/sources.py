@@ -7,17 +7,20 @@ that is not in the table is an error with the nearest one that is.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.setting_kinds import nearest
-from candle_vllm.server.settings.options import ENV_PREFIX, Option, UsageError, convert
+from candle_vllm.server.settings.options import ENV_PREFIX, Option, Section, UsageError, convert
 from candle_vllm.server.settings.original_keys import original_variable
 from candle_vllm.server.settings.table import BY_NAME, OPTIONS
 
-_MAX_FILE = 1 << 20  # bytes of .env and models.yaml
+if TYPE_CHECKING:
+    import yaml
+
+_MAX_FILE = 1 << 20  # bytes of .env, models.yaml and a file of keys
 _KUBERNETES = re.compile(r"CANDLE_VLLM(_\w+)?_(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_\w+)?)")
 
 
@@ -127,6 +130,66 @@ def read_small(path: Path) -> str:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text") from None
+
+
+def read_yaml(path: Path, *, secret: bool = False) -> Any:
+    """What a settings file in YAML holds, its mappings as `Section`.
+
+    Args:
+        path: of the file.
+        secret: no word of what stands there may be repeated.
+
+    Raises:
+        UsageError: it cannot be read or is not YAML; it says in which line.
+    """
+    import yaml
+
+    try:
+        loader = _loader()(read_small(path))
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        reason = "" if secret else f": {getattr(error, 'problem', error)}"
+        raise UsageError(f"{path}{where}: not valid YAML{reason}") from None
+    except RecursionError:
+        raise UsageError(f"{path}: not valid YAML: it is nested too deeply") from None
+
+
+def _loader() -> type[yaml.SafeLoader]:
+    """YAML's safe loader with lines, which refuses a key that stands twice; yaml itself takes the last one."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+            try:
+                return super().construct_object(node, deep)
+            except ValueError as error:  # a date such as 2026-02-30
+                raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {str(key.value)[:60]!r} stands twice", key.start_mark
+                    )
+                if isinstance(key.value, str):
+                    seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    def section(loader: Loader, node: yaml.MappingNode) -> Iterator[Section]:
+        made = Section()
+        yield made  # what it holds may refer to it
+        made.line = node.start_mark.line + 1
+        made.lines = {key.value: key.start_mark.line + 1 for key, _ in node.value if isinstance(key.value, str)}
+        made.update(loader.construct_mapping(node))
+
+    Loader.add_constructor("tag:yaml.org,2002:map", section)
+    return Loader
 
 
 def merge(sources: Sequence[SettingsSource]) -> dict[str, Any]:

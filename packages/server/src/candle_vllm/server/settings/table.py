@@ -231,12 +231,20 @@ class Settings:
         Secret(), "key that clients must send as `Authorization: Bearer`; repeatable",
         "KEY")] = field(default=(), repr=False)
     api_key_file: Annotated[Path | None, own(HTTP, FilePath(), "file with one API key per line", "FILE")] = None
+    api_keys_file: Annotated[Path | None, own(HTTP,
+        FilePath(), "YAML file of API keys with names, expiry and limits; it is read again when it changes",
+        "FILE")] = None
     management_key: Annotated[tuple[str, ...], own(HTTP,
         Secret(), "key for loading and unloading models and for /metrics, where API keys shall not do; repeatable",
         "KEY")] = field(default=(), repr=False)
     max_queued_per_key: Annotated[int | None, own(HTTP,
         Integer(1, 1 << 20), "most unfinished sequences of one API key before its further requests are refused with "
         "429", "N")] = None
+    requests_per_minute: Annotated[int | None, own(HTTP,
+        Integer(1, 1 << 30), "most requests of one API key in a minute before further ones are refused with 429; "
+        "without keys, of all clients together", "N")] = None
+    tokens_per_minute: Annotated[int | None, own(HTTP,
+        Integer(1, 1 << 40), "the same for tokens, of prompts and answers together", "N")] = None
     request_timeout: Annotated[int, own(HTTP,
         Integer(1, 1 << 20), "seconds after which a request is ended, waiting included", "SECONDS")] = 3600
     cors_origin: Annotated[tuple[str, ...], own(HTTP,
@@ -301,6 +309,11 @@ class Settings:
     def address(self) -> Address:
         """Where to listen: `host` and `port` together."""
         return dataclasses.replace(parse_address(self.host, self.port), tls=self.ssl_certfile is not None)
+
+    @property
+    def has_api_keys(self) -> bool:
+        """Whether clients need a key."""
+        return bool(self.api_key or self.api_key_file or self.api_keys_file)
 
     @property
     def default_sampling(self) -> dict[str, float | int]:

@@ -1,0 +1,301 @@
+"""API keys: which there are, whose they are and until when; files of them are read again while the server runs.
+
+Read before step 1 of a request's life and asked in it. A key of `--api-keys-file` has a name, and stands for whoever
+has that name: what is kept for a name stays its own when its key becomes another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from candle_vllm.core.setting_kinds import Integer, Secret
+from candle_vllm.server.http.routing import NOBODY, Caller, Limits
+from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.options import Section, UsageError, known_keys, line_of, mapping
+from candle_vllm.server.settings.sources import read_yaml
+from candle_vllm.server.settings.table import BY_NAME
+
+MAX_KEYS = 10_000
+LOOK_SECONDS = 1.0  # between two looks at the files
+_ENTRY = ("name", "key", "sha256", "expires", "requests_per_minute", "tokens_per_minute", "manages", "notes")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
+_TAKEN = re.compile(r"m?[0-9]+|none|other")  # what keys without a name are called, and none, and many
+_SHOWN = 10  # names in a line of the log
+
+logger = logging.getLogger(__name__)
+
+
+class Key(NamedTuple):
+    """A key and what it opens.
+
+    Attributes:
+        digest: SHA-256 of it.
+        caller: whom it stands for.
+        uses: it opens the routes of clients.
+        manages: it opens the routes of operators.
+        expires: Unix seconds; None is never.
+    """
+
+    digest: bytes
+    caller: Caller
+    uses: bool = True
+    manages: bool = False
+    expires: float | None = None
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether its time is not over."""
+        return self.expires is None or time.time() < self.expires
+
+
+class Keyring:
+    """The keys of one application.
+
+    Args:
+        settings: where they stand.
+
+    Raises:
+        UsageError: a file of keys cannot be read, or is wrong.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._paths = [path for path in (settings.api_keys_file, settings.api_key_file) if path is not None]
+        self._read_at = self._stamp()
+        self._keys = self._read()
+
+    def guards(self, *, operators: bool) -> bool:
+        """Whether routes need a key: those of operators, or of clients."""
+        return self._settings.has_api_keys or (operators and bool(self._settings.management_key))
+
+    def find(self, given: bytes | None) -> Key | None:
+        """The key that was given, valid or not; takes the same time whichever it is."""
+        if given is None:
+            return None
+        digest = _digest(given)
+        matches = [hmac.compare_digest(digest, key.digest) for key in self._keys]
+        return self._keys[matches.index(True)] if any(matches) else None
+
+    def find_caller(self, caller: Caller) -> Key | None:
+        """A valid key of somebody for whom this process asks itself; None where there is none any more."""
+        return next((key for key in self._keys if key.uses and key.is_valid and key.caller.key == caller.key), None)
+
+    def callers(self) -> Iterable[Caller]:
+        """Whom the valid keys of clients stand for; nobody alone where everybody may come."""
+        if not self._settings.has_api_keys:
+            return (NOBODY,)
+        return (key.caller for key in self._keys if key.uses and key.is_valid)
+
+    async def watch(self) -> None:
+        """Reads the files again when they have changed, for ever."""
+        seen = self._read_at
+        while self._paths:
+            await asyncio.sleep(LOOK_SECONDS)
+            now = await asyncio.to_thread(self._stamp)
+            if now == seen != self._read_at:  # changed, and not any more: what is being written is left alone
+                await self.reload()
+            seen = now
+
+    async def reload(self) -> bool:
+        """Reads the files again; where one is wrong, says so and keeps the keys that were. Whether all went well."""
+        if not self._paths:
+            return True
+        self._read_at = await asyncio.to_thread(self._stamp)
+        try:
+            keys = await asyncio.to_thread(self._read)
+        except UsageError as error:
+            logger.error("%s; the keys from before stay valid", error)
+            return False
+        before, self._keys = self._keys, keys
+        logger.info("read the API keys again: %s", _difference(before, keys))
+        return True
+
+    def _stamp(self) -> tuple[Any, ...]:
+        """What changes when a file does."""
+        return tuple(_stat(path) for path in self._paths)
+
+    def _read(self) -> tuple[Key, ...]:
+        settings = self._settings
+        apart = bool(settings.management_key)  # operators have keys of their own
+        limits = Limits(settings.requests_per_minute, settings.tokens_per_minute)
+        named = [] if settings.api_keys_file is None else read_named_keys(settings.api_keys_file, limits)
+        plain = settings.api_key + (() if settings.api_key_file is None else read_keys(settings.api_key_file))
+        return (
+            *named,
+            *(
+                Key(_digest(key.encode("ascii")), Caller(str(number), key, limits), manages=not apart)
+                for number, key in enumerate(plain, 1)
+            ),
+            *(
+                Key(_digest(key.encode("ascii")), Caller(f"m{number}", key), uses=False, manages=True)
+                for number, key in enumerate(settings.management_key, 1)
+            ),
+        )
+
+
+def read_keys(path: Path) -> tuple[str, ...]:
+    """The keys of a file, one in a line; empty lines and lines that begin with # are left out.
+
+    Raises:
+        UsageError: the file cannot be read, has no key, or something that cannot be one.
+    """
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"cannot read the API keys in {path}: {reason}") from None
+    stripped = [(number, line.strip()) for number, line in enumerate(lines, 1)]
+    keys = [(number, line) for number, line in stripped if line and not line.startswith("#")]
+    if not keys:
+        raise UsageError(f"the API key file {path} holds no key: the server would be open")
+    if len(keys) > MAX_KEYS:
+        raise UsageError(f"the API key file {path} holds more than {MAX_KEYS} keys")
+    for number, key in keys:
+        try:
+            Secret().check(key)
+        except ValueError as error:
+            raise UsageError(f"{path}, line {number}: a key {error}") from None
+    return tuple(key for _, key in keys)
+
+
+def read_named_keys(path: Path, limits: Limits) -> list[Key]:
+    """The keys of a file with names; no message repeats one.
+
+    Args:
+        path: a YAML file: `keys`, a list of entries with `name`, `key` or `sha256`, and what `_ENTRY` has.
+        limits: of entries that say none.
+
+    Raises:
+        UsageError: the file cannot be read, has no key, or something wrong; it says in which line.
+    """
+    content = mapping(read_yaml(path, secret=True), str(path))
+    known_keys(content, ("keys",), str(path))
+    entries = content.get("keys")
+    if not isinstance(entries, list) or not entries:
+        raise UsageError(f"{path}: keys must be a list with at least one key: the server would be open")
+    made: list[Key] = []
+    names: set[str] = set()
+    digests: set[bytes] = set()
+    for number, entry in enumerate(entries, 1):
+        mapping(entry, f"{path}: key {number}")
+        for key in _named(entry, path, limits):
+            if key.digest in digests:
+                raise UsageError(f"{path}{line_of(entry)}: the key of {key.caller.label!r} stands in the file twice")
+            digests.add(key.digest)
+            made.append(key)
+        if (name := entry["name"]) in names:
+            raise UsageError(f"{path}{line_of(entry, 'name')}: {name!r} stands twice: give it a list of keys")
+        names.add(name)
+        if len(made) > MAX_KEYS:
+            raise UsageError(f"{path} holds more than {MAX_KEYS} keys")
+    return made
+
+
+def _named(entry: Section, path: Path, defaults: Limits) -> list[Key]:
+    """The keys of one entry; it may have several, while its owner changes from one to the next."""
+    known_keys(entry, _ENTRY, str(path))
+    name = entry.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or _TAKEN.fullmatch(name):
+        where = f"{path}{line_of(entry, 'name')}"
+        raise UsageError(
+            f"{where}: name must have 1 to 64 letters, digits and . _ @ + -, and be no number, none or other"
+        )
+
+    def wrong(field: str, reason: str) -> UsageError:
+        return UsageError(f"{path}{line_of(entry, field)}: {field} of {name!r} {reason}")
+
+    digests = [_digest(_key(text, wrong).encode("ascii")) for text in _listed(entry, "key", wrong)]
+    for text in _listed(entry, "sha256", wrong):
+        if not isinstance(text, str) or not re.fullmatch(r"[0-9a-fA-F]{64}", text):
+            raise wrong("sha256", "must be 64 hexadecimal digits, of the key's bytes alone, without a newline")
+        digests.append(bytes.fromhex(text))
+    if not digests:
+        raise wrong("name", "has neither key nor sha256")
+    manages = entry.get("manages", False)
+    if not isinstance(manages, bool):
+        raise wrong("manages", "must be true or false")
+    limits = Limits(
+        *(_limit(entry, field, default, wrong) for field, default in zip(Limits._fields, defaults, strict=True))
+    )
+    caller = Caller(name, f"the name {name}", limits)  # no key has spaces
+    expires = _expiry(entry["expires"], wrong) if "expires" in entry else None
+    return [Key(digest, caller, manages=manages, expires=expires) for digest in digests]
+
+
+def _listed(entry: Mapping[str, Any], field: str, wrong: Any) -> Sequence[Any]:
+    value = entry.get(field, [])
+    if field in entry and value in (None, []):
+        raise wrong(field, "is empty")
+    return value if isinstance(value, list) else [value]
+
+
+def _key(value: Any, wrong: Any) -> str:
+    if not isinstance(value, str):
+        raise wrong("key", "must be text: put it into quotes")
+    try:
+        return Secret().check(value)
+    except ValueError as error:
+        raise wrong("key", str(error)) from None
+
+
+def _limit(entry: Mapping[str, Any], field: str, default: int | None, wrong: Any) -> int | None:
+    """A limit of an entry: its own, `null` for none, or what all have."""
+    value = entry.get(field, default)
+    if value is None:
+        return None
+    kind = BY_NAME[field].kind
+    assert isinstance(kind, Integer)
+    try:
+        return kind.check(value)
+    except ValueError as error:
+        raise wrong(field, f"{error}, or null for no limit") from None
+
+
+def _expiry(value: Any, wrong: Any) -> float:
+    """Unix seconds; a day counts to its end, and both are UTC where they do not say otherwise."""
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value) if len(value) > len("2027-01-31") else date.fromisoformat(value)
+        except ValueError:
+            value = None
+    try:
+        if isinstance(value, datetime):
+            return (value if value.tzinfo is not None else value.replace(tzinfo=UTC)).timestamp()
+        if isinstance(value, date):
+            return (datetime(value.year, value.month, value.day, tzinfo=UTC) + timedelta(days=1)).timestamp()
+    except (OverflowError, ValueError):
+        pass
+    raise wrong("expires", "must be a day or a time, as 2027-01-31 or 2027-01-31T12:00:00Z")
+
+
+def _digest(key: bytes) -> bytes:
+    """What is compared instead of a key, so that its length does not show in the time."""
+    return hashlib.sha256(key).digest()
+
+
+def _stat(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return (found.st_mtime_ns, found.st_size, found.st_ino)
+
+
+def _difference(before: Sequence[Key], after: Sequence[Key]) -> str:
+    """How many keys there are, and the names that have come and gone; never a key."""
+    old, new = ({key.caller.label for key in keys} for keys in (before, after))
+    parts = [f"{len(after)} keys"]
+    for word, names in (("new", new - old), ("gone", old - new)):
+        if names:
+            more = ", ..." if len(names) > _SHOWN else ""
+            parts.append(f"{word}: {', '.join(sorted(names)[:_SHOWN])}{more}")
+    return "; ".join(parts)
