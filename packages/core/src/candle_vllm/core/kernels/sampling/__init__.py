@@ -298,19 +298,24 @@ def edit_tensors(logits: torch.Tensor, edits: DeviceEdits) -> None:
 
 
 def narrow_tensors(logits: torch.Tensor, rows: torch.Tensor, links: torch.Tensor) -> None:
-    """llama.cpp's chain in place, see `chain.py`.
+    """llama.cpp's chain in place, see `chain.py`, without waiting for the device.
 
     Args:
         logits: [R, V] float32, each row contiguous, V up to 524,288.
         rows: [N] int64, those that go through it.
         links: [N, 12] float64, contiguous.
     """
+    if on_gpu(logits):
+        from candle_vllm.core.kernels.sampling import triton
+
+        triton.narrow(logits, rows, links)
+        return
     import torch
 
     from candle_vllm.core.kernels.sampling.chain import narrow_in_numpy
 
-    for row, numbers in zip(rows.tolist(), links.cpu().numpy()):
-        there = logits[row].cpu().numpy().copy()
+    for row, numbers in zip(rows.tolist(), links.numpy()):
+        there = logits[row].numpy().copy()
         narrow_in_numpy(there, numbers)
         logits[row] = torch.from_numpy(there)
 
