@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
+import json
 import struct
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 from server_fakes import PacedEngine
 
+MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 MESSAGES = [{"role": "user", "content": "Hi"}]
 GETS = ("/ping", "/load", "/server_info", "/tokenizer_info", "/props", "/slots")
 
@@ -108,3 +111,74 @@ def test_a_reset_of_the_prefix_cache_is_for_operators_and_no_page(start: Callabl
         answer = client.post("/reset_prefix_cache", headers={"authorization": "Bearer operator"})
         assert (answer.status_code, answer.content) == (204, b"")
         assert running.engine.prefix_cache_resets == 1
+
+
+def pieces(answer: httpx.Response) -> list[dict[str, Any]]:
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    return [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line]
+
+
+# What an editor's plugin for llama.cpp's server sends.
+EDITOR: dict[str, Any] = {
+    "input_prefix": "def add(a, b):\n",
+    "input_suffix": "\n\nprint(add(1, 2))\n",
+    "input_extra": [{"text": "import math", "filename": "other.py"}],
+    "prompt": "",
+    "n_predict": 128,
+    "n_indent": 4,
+    "top_k": 40,
+    "top_p": 0.99,
+    "stream": False,
+    "samplers": ["top_k", "top_p", "infill"],
+    "cache_prompt": True,
+    "t_max_prompt_ms": 500,
+    "t_max_predict_ms": 1000,
+}
+
+
+def test_an_editor_fills_a_gap(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine(["    return ", "a + b"], special_tokens=MARKS))
+    with running.http() as client:
+        answer = client.post("/infill", json=EDITOR)
+        assert answer.status_code == 200, answer.text
+        whole = answer.json()
+        assert (whole["content"], whole["stop"], whole["stop_type"]) == ("    return a + b", True, "eos")
+        assert "t_max_predict_ms has no effect" in answer.headers["x-warning"]
+        read = running.engine.tokenizer.decode(running.engine.requests[-1].prompt_token_ids, skip_special_tokens=False)
+        assert read.startswith(
+            "<|bos|><|fim_prefix|>\n\n--- snippet ---\n\nimport math\n\ndef add(a, b):\n<|fim_suffix|>"
+        )
+        streamed = pieces(client.post("/infill", json={**EDITOR, "stream": True}))
+        assert [piece["content"] for piece in streamed] == ["    return ", "a + b", ""]
+        assert [piece["stop"] for piece in streamed] == [False, False, True]
+        assert client.post("/infill", json={**EDITOR, "n_predict": 0}).json()["content"] == ""
+
+
+def test_a_completion_in_llama_cpps_words(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine(["one ", "two ", "three"]), temperature=0.25)
+    with running.http() as client:
+        body = {"prompt": "count: ", "n_predict": 50, "stop": ["three"], "repeat_penalty": 1.1, "seed": -1}
+        whole = client.post("/completion", json=body).json()
+        assert (whole["content"], whole["stop_type"], whole["stopping_word"]) == ("one two ", "word", "three")
+        assert whole["tokens_evaluated"] == whole["timings"]["prompt_n"] + whole["tokens_cached"]
+        params = running.engine.requests[-1].params
+        assert (params.max_tokens, params.repetition_penalty, params.seed) == (50, 1.1, None)
+        assert params.temperature == 0.25
+        cut = client.post("/completion", json={"prompt": [1, 2], "n_predict": 1}).json()
+        assert (cut["stop_type"], cut["tokens_predicted"], cut["truncated"]) == ("limit", 1, False)
+        endless = client.post("/completion", json={"prompt": "a", "n_predict": -1, "temperature": 0.5}).json()
+        assert endless["content"] == "one two three"
+        assert running.engine.requests[-1].params.temperature == 0.5
+        streamed = pieces(client.post("/completion", json={**body, "stream": True}))
+        assert "".join(piece["content"] for piece in streamed) == "one two "
+        last = {**streamed[-1], "timings": None, "content": whole["content"]}
+        assert last == {**whole, "timings": None}
+
+
+def test_an_answer_follows_a_schema(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine(["{}"]))
+    with running.http() as client:
+        assert client.post("/completion", json={"prompt": "a", "json_schema": {"type": "object"}}).status_code == 200
+        form = running.engine.requests[-1].params.structured_outputs
+        assert form is not None
+        assert form.json == {"type": "object"}

@@ -153,6 +153,34 @@ TEMPLATE_ROWS = [
     Row("chat_template", "{{ messages }}", code="unsupported_parameter"),
     Row("prompt", "x"),
 ]
+LLAMA_ROWS = [
+    *MODEL,
+    Row("n_predict", -3),
+    Row("n_predict", "1"),
+    Row("temperature", -1),
+    Row("top_p", 0),
+    Row("seed", 0.5),
+    Row("stop", 1),
+    Row("json_schema", "{}"),
+    Row("json_schema", {"type": "none-such"}),
+    Row("grammar", "root ::= [a-z]", code="unsupported_parameter"),
+    Row("n_probs", 3, code="unsupported_parameter"),
+    Row("messages", MESSAGES),
+    Row("n_predct", 3),
+]
+COMPLETION_ROWS = [
+    *LLAMA_ROWS,
+    Row("prompt", GONE),
+    Row("prompt", ["a", "b"]),
+    Row("prompt", [1, -1], "prompt.1"),
+]
+INFILL_ROWS = [
+    *LLAMA_ROWS,
+    Row("input_prefix", GONE),
+    Row("input_suffix", 1),
+    Row("input_extra", [{"filename": "a"}], "input_extra.0.text"),
+    Row("prompt", "x", code="unsupported_parameter"),
+]
 POOLING_ROWS = [
     *MODEL,
     Row("input", []),
@@ -175,6 +203,8 @@ ROUTES = [
     Route("/tokenize", {"prompt": "a"}, TOKENIZE_ROWS),
     Route("/tokenize", {"messages": MESSAGES}, TOKENIZE_CHAT_ROWS),
     Route("/detokenize", {"tokens": [1]}, DETOKENIZE_ROWS),
+    Route("/completion", {"prompt": "a", "n_predict": 4}, COMPLETION_ROWS),
+    Route("/infill", {"input_prefix": "a", "input_suffix": "", "n_predict": 4}, INFILL_ROWS),
     Route("/apply-template", {"messages": MESSAGES}, TEMPLATE_ROWS),
     Route("/pooling", {"model": "default", "input": "a", "pooling": "mean", "task": "embed"}, POOLING_ROWS),
     *[Route(f"/v1/models/{verb}", {"model": "default"}, MANAGED_ROWS) for verb in ("load", "select")],

@@ -32,6 +32,7 @@ from candle_vllm.openai.anthropic import (
     MessagesRequest,
     TokenCount,
 )
+from candle_vllm.openai.llama_server import InfillRequest, LlamaCompletionRequest, LlamaText
 from candle_vllm.openai.protocol.embeddings import PooledList, PoolingRequest
 from candle_vllm.openai.protocol.tokenizing import (
     Detokenized,
@@ -476,6 +477,26 @@ OPERATIONS: Mapping[Key, Operation] = {
         example={"messages": _MESSAGES},
         answers={200: (RenderedPrompt,)},
         errors=(*BODY_ERRORS, *MODEL_ERRORS, 504),
+    ),
+    ("POST", "/completion"): Operation(
+        id="llama_completion",
+        tag="generation",
+        summary="Continue a text, in llama.cpp's words",
+        body=(LlamaCompletionRequest,),
+        example={"prompt": "Once upon a time", "n_predict": 32},
+        answers={200: (LlamaText,)},
+        events=(LlamaText, ErrorEnvelope),
+        errors=(*BODY_ERRORS, *QUEUE_ERRORS),
+    ),
+    ("POST", "/infill"): Operation(
+        id="llama_infill",
+        tag="generation",
+        summary="Fill a gap in a text, in llama.cpp's words",
+        body=(InfillRequest,),
+        example={"input_prefix": "def add(a, b):\n    ", "input_suffix": "", "n_predict": 32},
+        answers={200: (LlamaText,)},
+        events=(LlamaText, ErrorEnvelope),
+        errors=(*BODY_ERRORS, *QUEUE_ERRORS),
     ),
     ("POST", "/pooling"): Operation(
         id="pool",

@@ -1,7 +1,7 @@
 """What clients of vLLM and of llama.cpp's server ask besides OpenAI's API: what is served, and how busy it is.
 
-Outside the ten steps, but for `/apply-template` and `/pooling`, which are steps 1 to 3 and all of a request. Where
-several models are served, `?model=` or the body's `model` says which is meant.
+Outside the ten steps, but for those with a body, `/completion` and `/infill` first. Where several models are served,
+`?model=` or the body's `model` says which is meant.
 """
 
 from __future__ import annotations
@@ -16,10 +16,21 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
+from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.embedding import parse_pooling_request
+from candle_vllm.openai.llama_server import (
+    InfillRequest,
+    LlamaCompletionRequest,
+    LlamaRequest,
+    llama_answer,
+    llama_stream,
+)
 from candle_vllm.openai.requests import parse_chat_request
-from candle_vllm.server.answering import answer_parsed_with, answer_with, deadline_of
+from candle_vllm.openai.validation import parse_body
+from candle_vllm.server.answering import GenerationApi, answer, answer_parsed_with, answer_with, deadline_of
 from candle_vllm.server.http.auth import check_origin
+from candle_vllm.server.http.failures import error_event
+from candle_vllm.server.http.sse import data_event
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ServedModel
 from candle_vllm.server.routes.status import health
@@ -228,3 +239,31 @@ async def apply_template(request: Request) -> Response:
 async def pooling(request: Request) -> Response:
     """The vectors of texts, in vLLM's words."""
     return await answer_with(request, parse_pooling_request, lambda model, wire: model.adapter.pool(wire))
+
+
+def _api(kind: type[LlamaRequest]) -> GenerationApi:
+    """llama.cpp's texts, whole or streamed."""
+    return GenerationApi(
+        parse=lambda body: parse_body(kind, body),
+        whole=lambda model, wire: llama_answer(model.adapter, wire, model.entry.settings.default_sampling),
+        streamed=lambda model, wire: llama_stream(model.adapter, wire, model.entry.settings.default_sampling),
+        event=lambda piece: data_event(to_json_bytes(piece)),
+        error_event=error_event,
+        done=b"",
+        defaults=lambda wire, settings: wire,  # they are given above  # noqa: ARG005
+    )
+
+
+COMPLETION, INFILL = _api(LlamaCompletionRequest), _api(InfillRequest)
+
+
+@router.post("/completion")
+async def completion(request: Request) -> Response:
+    """A text continued, in llama.cpp's words."""
+    return await answer(request, COMPLETION)
+
+
+@router.post("/infill")
+async def infill(request: Request) -> Response:
+    """A gap in a text filled, in llama.cpp's words."""
+    return await answer(request, INFILL)

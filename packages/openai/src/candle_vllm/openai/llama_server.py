@@ -1,0 +1,272 @@
+"""The texts of llama.cpp's server: `/completion` and `/infill`, whole or streamed, without HTTP (steps 2 and 10).
+
+A request is read as a task that an `OpenAIAdapter` answers, and what happens meanwhile is written in llama.cpp's words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from msgspec.structs import replace
+from pydantic import Discriminator, Field, Tag
+
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.sampling import params as caps
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.openai.adapter import OpenAIAdapter
+from candle_vllm.openai.events import Begun, Ended, Event, Text, Usage
+from candle_vllm.openai.protocol.fields import ModelName, Refusal, TokenIds, WireModel, prompt_form
+from candle_vllm.openai.protocol.generation import SamplerFields, Stop
+from candle_vllm.openai.remarks import remark
+from candle_vllm.openai.streams import ChunkStream
+from candle_vllm.openai.task import Paths, Task
+
+MAX_EXTRA = 256  # pieces of other files
+_SNIPPET = "\n\n--- snippet ---\n\n"
+
+_SAME = ("temperature", "top_k", "top_p", "min_p", "stop", "presence_penalty", "frequency_penalty", "ignore_eos")
+_REFUSED: Mapping[str, Refusal] = {
+    "n_probs": Refusal("log-probabilities are those of /v1/completions (logprobs)", (0,)),
+    "min_keep": Refusal("every sampler keeps at least one token", (0, 1)),
+    "grammar": Refusal("grammars are those of /v1/completions (structured_outputs)", ("",)),
+    "logit_bias": Refusal("it is a field of /v1/completions", ([], {})),
+    "return_tokens": Refusal("tokens are told by /v1/completions (return_token_ids)", (False,)),
+    "return_progress": Refusal("nothing is sent before the first token", (False,)),
+    "timings_per_token": Refusal("times come with the last piece", (False,)),
+    "post_sampling_probs": Refusal("log-probabilities are those of /v1/completions", (False,)),
+    "lora": Refusal("adapters are not loaded beside a model", ([],)),
+    "image_data": Refusal("models read text alone here", ([],)),
+    "n_cmpl": Refusal("several answers are those of /v1/completions (n)", (1,)),
+}
+WITHOUT_EFFECT: Mapping[str, str] = {
+    "t_max_prompt_ms": "a prompt is always read whole",
+    "t_max_predict_ms": "n_predict bounds an answer",
+    "n_indent": "stop ends an answer",
+    "samplers": "samplers have one order here",
+}
+"""Fields that are taken and change nothing, of which the sender is told."""
+
+_Limit = Annotated[int, Field(ge=-(1 << 31), le=1 << 31)]
+
+
+class _Asked(SamplerFields):
+    """What both routes take.
+
+    Attributes:
+        n_predict: most tokens of the answer; -1 and -2 are as many as the context takes, 0 reads the prompt alone.
+        seed: -1 is none.
+        cache_prompt, id_slot, n_keep, n_discard, response_fields: without effect: what prompts begin with is always
+            kept, there are no slots, prompts are never cut, and an answer has all its fields.
+    """
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = _REFUSED
+
+    model: ModelName | None = None
+    stream: bool = False
+    n_predict: Annotated[int, Field(ge=-2, le=caps.MAX_TOKENS)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=caps.MAX_TOP_K)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), le=(1 << 64) - 1)] | None = None
+    stop: Stop | None = None
+    repeat_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    ignore_eos: bool | None = None
+    json_schema: dict[str, Any] | None = None
+
+    cache_prompt: bool | None = None
+    id_slot: _Limit | None = None
+    n_keep: _Limit | None = None
+    n_discard: _Limit | None = None
+    response_fields: Annotated[list[str], Field(max_length=256, fail_fast=True)] | None = None
+    t_max_prompt_ms: _Limit | None = None
+    t_max_predict_ms: _Limit | None = None
+    n_indent: _Limit | None = None
+    samplers: Annotated[list[str], Field(max_length=64, fail_fast=True)] | str | None = None
+
+    def sampling(self) -> dict[str, Any]:
+        """What is given, by the names of `SamplingParams`."""
+        given = {name: getattr(self, name) for name in (*_SAME, *caps.SAMPLER_FIELDS)}
+        given |= {"repetition_penalty": self.repeat_penalty, "seed": None if self.seed == -1 else self.seed}
+        found = {name: value for name, value in given.items() if value is not None and value != []}
+        limit = self.n_predict
+        return found | {"max_tokens": None if limit is None or limit < 0 else max(limit, 1)}
+
+    def form(self) -> StructuredOutputsParams | None:
+        """What the answer must look like; raises `InvalidParameterError`."""
+        if not self.json_schema:
+            return None
+        try:
+            return StructuredOutputsParams(json=self.json_schema)
+        except InvalidParameterError as error:
+            raise InvalidParameterError(f"json_schema cannot be used: {error}", "json_schema") from None
+
+
+class LlamaCompletionRequest(_Asked):
+    """A text, or its tokens, to continue."""
+
+    prompt: Annotated[
+        Annotated[str, Tag("<string>")] | Annotated[TokenIds, Tag("<tokens>")], Discriminator(prompt_form)
+    ]
+
+    def task(self, shared: Mapping[str, Any]) -> Task:
+        """What is asked for."""
+        return Task(prompts=(self.prompt,), **shared)
+
+
+class Extra(WireModel):
+    """A piece of another file."""
+
+    text: str
+    filename: str | None = None
+
+
+class InfillRequest(_Asked):
+    """A gap to fill, by a model that was trained to.
+
+    Attributes:
+        input_prefix, input_suffix: what stands before and behind the gap.
+        input_extra: pieces of other files, which the model reads before it.
+    """
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        **_REFUSED,
+        "prompt": Refusal("put the beginning of the answer at the end of input_prefix", ("",)),
+    }
+
+    input_prefix: str
+    input_suffix: str
+    input_extra: Annotated[list[Extra], Field(max_length=MAX_EXTRA, fail_fast=True)] | None = None
+
+    def task(self, shared: Mapping[str, Any]) -> Task:
+        """What is asked for. Without a suffix the text is continued."""
+        before = "".join(_SNIPPET + each.text for each in self.input_extra or ())
+        return Task(prompts=(f"{before}\n\n{self.input_prefix}" if before else self.input_prefix,),
+                    suffix=self.input_suffix, **shared)  # fmt: skip
+
+
+LlamaRequest = LlamaCompletionRequest | InfillRequest
+
+
+class Timings(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens and milliseconds of the prompt and of the answer; those of the cache took no time."""
+
+    cache_n: int
+    prompt_n: int
+    prompt_ms: int
+    predicted_n: int
+    predicted_ms: int
+
+
+class LlamaText(msgspec.Struct, frozen=True, kw_only=True):
+    """A piece of an answer, and with `stop` its last one; of an answer that is not streamed, all of it.
+
+    Attributes:
+        stop_type: eos, limit or word; `stopping_word` is the latter.
+        truncated: never, for prompts are not cut.
+    """
+
+    content: str
+    stop: bool = False
+    index: int = 0
+    model: str | UnsetType = UNSET
+    stop_type: str | UnsetType = UNSET
+    stopping_word: str | UnsetType = UNSET
+    truncated: bool | UnsetType = UNSET
+    tokens_predicted: int | UnsetType = UNSET
+    tokens_evaluated: int | UnsetType = UNSET
+    tokens_cached: int | UnsetType = UNSET
+    timings: Timings | UnsetType = UNSET
+
+
+class LlamaStream(ChunkStream[LlamaText]):
+    """The pieces of one answer. Close it (`aclose`) when the reader goes away: that aborts the request."""
+
+
+async def llama_stream(
+    adapter: OpenAIAdapter, request: LlamaRequest, defaults: Mapping[str, Any] | None = None
+) -> LlamaStream:
+    """Submits the request and gives its pieces as they come; close the stream to abort it.
+
+    Args:
+        adapter: answers it; raises what its methods raise.
+        request: a checked one.
+        defaults: by names of `SamplingParams`, for what the request leaves open; before the model's own.
+    """
+    said = [
+        f"{name} has no effect: {why}" for name, why in WITHOUT_EFFECT.items() if getattr(request, name) is not None
+    ]
+    if said:
+        remark(said)
+    spelled = {"max_tokens": "n_predict", "repetition_penalty": "repeat_penalty", "structured_outputs": "json_schema"}
+    if isinstance(request, InfillRequest):
+        spelled |= {"prompt": "input_prefix", "suffix": "input_suffix"}
+    task = request.task({
+        "model": request.model,
+        "paths": Paths(spelled),
+        "form": request.form(),
+        "sampling": {**(defaults or {}), **request.sampling()},
+        "scored_only": request.n_predict == 0,
+    })  # fmt: skip
+    return LlamaStream(await adapter.continued(task), _Writer())
+
+
+async def llama_answer(
+    adapter: OpenAIAdapter, request: LlamaRequest, defaults: Mapping[str, Any] | None = None
+) -> LlamaText:
+    """The whole answer, which is the sum of a stream's pieces. Cancelling it aborts the request."""
+    async with aclosing(await llama_stream(adapter, request, defaults)) as stream:
+        pieces = [piece async for piece in stream]
+    return replace(pieces[-1], content="".join(piece.content for piece in pieces))
+
+
+class _Writer:
+    """The pieces of one answer."""
+
+    def __init__(self) -> None:
+        self._model = ""
+        self._ended: Ended | None = None
+
+    def write(self, events: Sequence[Event]) -> list[LlamaText]:
+        made: list[LlamaText] = []
+        for event in events:
+            match event:
+                case Begun():
+                    self._model = event.head.model
+                case Text(text=text) if text:
+                    made.append(LlamaText(content=text))
+                case Ended():
+                    self._ended = event
+                case Usage(final=True):
+                    made.append(self._last(event))
+                case _:
+                    pass
+        return made
+
+    def _last(self, usage: Usage) -> LlamaText:
+        assert self._ended is not None
+        word = self._ended.stop if isinstance(self._ended.stop, str) else ""
+        return LlamaText(
+            content="",
+            stop=True,
+            model=self._model,
+            stop_type="limit" if self._ended.reason == "length" else "word" if word else "eos",
+            stopping_word=word,
+            truncated=False,
+            tokens_predicted=usage.completion_tokens,
+            tokens_evaluated=usage.prompt_tokens,
+            tokens_cached=usage.cached_tokens,
+            timings=Timings(
+                cache_n=usage.cached_tokens,
+                prompt_n=usage.prompt_tokens - usage.cached_tokens,
+                prompt_ms=usage.prompt_ms or 0,
+                predicted_n=usage.completion_tokens,
+                predicted_ms=usage.completion_ms or 0,
+            ),
+        )
