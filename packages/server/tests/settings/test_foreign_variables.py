@@ -154,6 +154,8 @@ def test_rust_log(load: Load, text: str, level: str) -> None:
 def test_names_of_servers_mean_nothing_to_other_commands(load: Load) -> None:
     made = load(command="bench", MODEL_NAME="gpt-4", MAX_MODEL_LEN="x", API_KEY="two words", HF_HUB_OFFLINE="1")
     assert (made.settings.model, made.settings.max_model_len, made.settings.offline) == (None, None, True)
+    asks = load(command="ps", PORT="8080", API_KEY="k", MODEL_NAME="gpt-4").settings  # the server of the same container
+    assert (asks.port, asks.api_key, asks.model) == (8080, ("k",), None)
 
 
 def test_config_warns_and_shows_whence(

@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from candle_vllm.core.config import is_demo
 from candle_vllm.server.models.catalogue import Catalogue, ModelEntry, source_name
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import demo_model, mailbox_options
 from candle_vllm.server.settings.foreign_variables import (
     HUB_TOKENS,
+    SERVING,
     deployment_source,
+    dotenv_remarks,
     hub_token_source,
-    idle_remarks,
     key_remarks,
 )
 from candle_vllm.server.settings.models_file import ModelsFile, find_models_file
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
 _CHOOSING = frozenset(
     {"model", "weight_path", "weight_file", "served_model_name"}
 )  # which model, and what it is called
-
-_SERVING = frozenset({"serve", "config"})
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def load_configuration(
     Raises:
         UsageError: something in them is wrong; it is named.
     """
-    serving, remarks = command in _SERVING, list[str]()
+    serving, remarks = command in SERVING, list[str]()
     place = folder / ".env"
     dotenv = read_dotenv(place, None if serving else remarks)
     known = None if serving else {option.name for option in settings_of_command(command)}
@@ -83,10 +83,10 @@ def load_configuration(
     given = [command_line, environment_source(environ, "the environment")]
     own = environment_source(dotenv, str(place), known)
     keyed = bool(merge([*given, own]).keys() & {"api_key", "api_key_file", "api_keys_file"})
-    upper = [*given, deployment_source(environ, merge(given), serving=serving, keyed=keyed), own]
+    upper = [*given, deployment_source(environ, merge(given), command, keyed=keyed), own]
     hub = hub_token_source(("the environment", environ), (str(place), dotenv))
     merged = merge(upper)
-    models_file = _found_models(merged, home, folder, remarks)
+    models_file = _found_models(merged, home, folder, remarks, needed=known is None or "model" in known)
     name = _started(models_file, merged)
     lower = [hub] if models_file is None else [models_file.globals, hub]
 
@@ -118,13 +118,10 @@ def load_configuration(
         except UsageError as error:
             raise UsageError(f"{models_file.path}: {error}" if models_file and section else str(error)) from None
     remarks += [remark for source in upper for remark in source.remarks]
-    remarks += models_file.remarks if models_file is not None and name is not None else ()
     remarks += [remark for entry in entries for remark in _of_devices(entry)]
     if serving:
-        remarks += idle_remarks(dotenv, ".env")
-        if "RUST_LOG" in dotenv:
-            remarks.append("RUST_LOG in .env is not read, but in the environment: here it is CANDLE_VLLM_LOG_LEVEL")
-        remarks += key_remarks(settings, environ, dotenv)
+        remarks += models_file.remarks if models_file is not None and name is not None else ()
+        remarks += [*dotenv_remarks(dotenv), *key_remarks(settings, environ, dotenv)]
     return Configuration(
         settings, catalogue, tuple(sources), models_file and models_file.path, mailbox, tuple(dict.fromkeys(remarks))
     )
@@ -141,16 +138,19 @@ def load_settings(command_line: SettingsSource, environ: Mapping[str, str], *, f
     return load_configuration(command_line, environ, folder=folder, home=home).settings
 
 
-def _found_models(merged: Mapping[str, Any], home: Path, folder: Path, remarks: list[str]) -> ModelsFile | None:
+def _found_models(
+    merged: Mapping[str, Any], home: Path, folder: Path, remarks: list[str], *, needed: bool
+) -> ModelsFile | None:
     """The models.yaml that applies; one that merely lies there, and is wrong, is passed over where none is needed."""
     explicit, model = merged.get("models_config"), merged.get("model")
-    elsewhere = model is not None and (model == "demo" or "/" in model or (folder / model).exists())
+    if model is None:
+        elsewhere = bool(merged.keys() & {"weight_path", "weight_file"})
+    else:
+        elsewhere = is_demo(model) or "/" in model or (folder / model).exists()
     try:
         return find_models_file(explicit, home, folder)
     except UsageError as error:
-        if explicit is not None or not (
-            elsewhere or (model is None and merged.keys() & {"weight_path", "weight_file"})
-        ):
+        if explicit is not None or (needed and not elsewhere):
             raise
         remarks.append(f"{error}; nothing of that file is used")
         return None

@@ -41,6 +41,9 @@ IDLE: Mapping[str, str] = {
 }
 """Variables of candle-vllm without its prefix that change nothing, and why."""
 
+SERVING = frozenset({"serve", "config"})
+"""The commands that names of servers are for."""
+_WHERE = {"ps": ("HOST", "PORT", "VLLM_API_KEY", "API_KEY")}
 _OTHERS = ("HF_HUB_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "RUST_LOG")  # of programs, and so for every command
 _KEY_LIKE = re.compile(
     r"(?:(?:CANDLE(?:_?VLLM)?|VLLM|LLM|LLAMA|LOCALAI|OLLAMA|SGLANG|APHRODITE|TGI|MODEL|ENGINE|INFERENCE|SERVER|SERVICE|"
@@ -53,14 +56,14 @@ _LEVELS = {"off": "error", "error": "error", "warn": "warning", "info": "info", 
 
 
 def deployment_source(
-    environ: Mapping[str, str], stronger: Mapping[str, Any], *, serving: bool, keyed: bool
+    environ: Mapping[str, str], stronger: Mapping[str, Any], command: str, *, keyed: bool
 ) -> SettingsSource:
     """What the names of other deployments give.
 
     Args:
         environ: the process's environment. An empty variable gives nothing, but for a key is remarked upon.
         stronger: the settings that are given by what stands above.
-        serving: whether the command serves: names of servers are not looked at otherwise.
+        command: names of servers count for those that serve alone, and where to look for one for `ps`.
         keyed: whether an API key is given elsewhere.
 
     Raises:
@@ -71,7 +74,7 @@ def deployment_source(
     remarks = idle_remarks(environ, "the environment")
     for name, setting in DEPLOYMENTS.items():
         text = environ.get(name, "")
-        if name not in environ or not (serving or name in _OTHERS):
+        if name not in environ or not (command in SERVING or name in (*_OTHERS, *_WHERE.get(command, ()))):
             continue
         if not text.strip():
             remarks += [f"{name} in the environment is empty, and no key"] if setting == "api_key" else []
@@ -85,7 +88,7 @@ def deployment_source(
             remarks.append(f"{name} in the environment is not used: {given_as[setting]} is the key")
     if any(name in stronger for name in ("model", "weight_path", "weight_file")):
         values = {key: value for key, value in values.items() if key not in ("model", "served_model_name")}
-    source = SettingsSource("the environment", values, given_as, tuple(remarks) if serving else ())
+    source = SettingsSource("the environment", values, given_as, tuple(remarks) if command in SERVING else ())
     host = values.get("host", "localhost")
     if keyed or "api_key" in values or "host" in stronger or is_loopback(host):
         return source
@@ -110,6 +113,14 @@ def _value(name: str, setting: str, text: str, remarks: list[str]) -> Any:
             raise
         remarks.append(f"{error}: it is not used")  # what others mean by it, too
         return None
+
+
+def dotenv_remarks(dotenv: Mapping[str, str]) -> list[str]:
+    """What is said of names without our prefix in `.env`."""
+    remarks = idle_remarks(dotenv, ".env")
+    if "RUST_LOG" in dotenv:
+        remarks.append("RUST_LOG in .env is not read, but in the environment: here it is CANDLE_VLLM_LOG_LEVEL")
+    return remarks
 
 
 def idle_remarks(variables: Mapping[str, str], title: str) -> list[str]:
