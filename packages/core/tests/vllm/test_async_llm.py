@@ -127,6 +127,8 @@ def test_what_there_is_not_is_refused_by_name(engine: InferenceEngine) -> None:
     ):
         with pytest.raises(InvalidParameterError, match=said):
             asyncio.run(outputs(engine, "abc", None, **options))
+    with pytest.raises(InvalidParameterError, match="must be SamplingParams, not dict"):
+        asyncio.run(outputs(engine, "abc", {"max_tokens": 5}))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="generate has no argument 'max_tokens': it is a field of SamplingParams"):
         asyncio.run(outputs(engine, "abc", None, max_tokens=5))
 

@@ -109,7 +109,8 @@ def test_a_search_is_the_same_for_prompts_at_a_time_and_ends_with_the_context(en
     [
         ({"beam_width": 11}, InvalidParameterError, "beam_width must be a whole number from 1 to 10"),
         ({"max_tokens": 0}, InvalidParameterError, "max_tokens must be"),
-        ({"length_penalty": float("nan")}, InvalidParameterError, "length_penalty must be from"),
+        ({"max_tokens": 10**5000}, InvalidParameterError, "max_tokens must be"),
+        ({"length_penalty": float("nan")}, InvalidParameterError, "length_penalty must be a number from"),
         ({"ignore_eos": 1}, InvalidParameterError, "ignore_eos must be true or false"),
         ({"temperature": 0.5}, TypeError, "ranked by the model's own"),
         ({"structured_outputs": object()}, TypeError, "whatever tokens are likeliest"),

@@ -18,6 +18,7 @@ from candle_vllm.core import (
     InferenceEngine,
     InvalidParameterError,
     PoolingParams,
+    RemoteEngine,
     RequestOutput,
     RequestOutputKind,
     SamplingParams,
@@ -111,8 +112,12 @@ def test_the_models_own_defaults_count_without_parameters_alone(toy_model: Path,
         assert (params.temperature, params.top_k, params.top_p, params.max_tokens) == (0.3, 5, 1, 7)
         assert "max_tokens" not in engine.model_info.default_sampling
         assert len(LLM(engine).generate("abc")[0].outputs[0].token_ids) == 7
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "generation_config.json").write_text('{"temperature": 0.5}')
     for given, wanted in (
         ({"generation_config": "vllm"}, (1.0, 0, 16)),
+        ({"generation_config": str(other)}, (0.5, 0, 16)),
         ({"override_generation_config": {"top_k": 9, "max_new_tokens": 2}}, (0.3, 9, 2)),
     ):
         with LLM(str(folder), threads=1, max_model_len=64, **given) as llm:
@@ -227,7 +232,7 @@ def test_what_there_is_not_is_refused_by_name(llm: LLM, call: Any, said: str) ->
 
 def test_methods_and_arguments_that_there_are_not(llm: LLM) -> None:
     with pytest.raises(AttributeError, match=r"no 'llm_engine': the engine is `engine`"):
-        llm.llm_engine  # noqa: B018
+        llm.llm_engine  # type: ignore[attr-defined]  # noqa: B018
     with pytest.raises(TypeError, match=r"^generate has no argument 'max_tokens': it is a field of SamplingParams"):
         llm.generate("a", max_tokens=5)  # type: ignore[call-arg]
 
@@ -237,6 +242,17 @@ def test_the_engine_itself_says_whose_output_kind_is(engine: InferenceEngine) ->
     with pytest.raises(InvalidParameterError, match="output_kind is for AsyncLLM"):
         engine.generate("a", params)
     assert LLM(engine).generate("a", params)[0].finished  # as vLLM's does
+
+
+def test_over_an_engine_in_a_process_of_its_own(toy_model: Path, engine: InferenceEngine) -> None:
+    with RemoteEngine(str(toy_model), threads=1, enforce_eager=True) as remote:
+        llm = LLM(remote)
+        found = llm.generate("abc" * 40, GREEDY)[0]
+        assert found.outputs[0].token_ids == list(engine.generate("abc" * 40, GREEDY)[0].token_ids)
+        assert llm.get_default_sampling_params() == LLM(engine).get_default_sampling_params()
+        assert (llm.generate("abc" * 40, GREEDY)[0].num_cached_tokens or 0) > 0
+        assert llm.reset_prefix_cache()
+        assert llm.generate("abc" * 40, GREEDY)[0].num_cached_tokens == 0
 
 
 def test_whose_an_engine_is(engine: InferenceEngine, toy_model: Path) -> None:

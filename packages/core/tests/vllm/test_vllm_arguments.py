@@ -79,7 +79,7 @@ def test_how_vectors_are_made() -> None:
         ({"max_modle_len": 5}, TypeError, "did you mean max_model_len"),
         ({"dtype": "int8"}, ConfigError, "dtype 'int8'"),
         ({"enforce_eager": "yes"}, ConfigError, "enforce_eager must be true or false"),
-        ({"generation_config": "/x"}, ConfigError, "auto, for the model's own, or vllm"),
+        ({"generation_config": "/x"}, ConfigError, "auto, for the model's own, vllm, for none, or a folder"),
         ({"override_generation_config": {"beams": 2}}, ConfigError, "'beams'; it may have temperature"),
     ],
 )

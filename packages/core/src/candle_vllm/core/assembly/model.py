@@ -150,7 +150,7 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
     limit = min(model_config.max_position, config.max_model_len or model_config.max_position)
     model_config = dataclasses.replace(model_config, max_position=limit)
     generation = _generation_config(files)
-    default_sampling = _default_sampling(generation)
+    default_sampling = sampling_defaults(generation)
     tokenizer = open_tokenizer(config, files, metadata, model_config.vocab_size)
     template = _template(config, tokenizer, described)
     pooling = pooling_of(files, metadata, model_config.hidden_size, "last")
@@ -242,7 +242,7 @@ def _generation_config(files: ModelFiles) -> Fields:
     return Fields(read_json(path) if path else {}, path or files.folder)
 
 
-def _default_sampling(generation: Fields) -> dict[str, float | int]:
+def sampling_defaults(generation: Fields) -> dict[str, float | int]:
     """Sampling defaults; a config that says do_sample false asks for greedy decoding."""
     values: dict[str, Any] = {}
     for key in (key for key in _SAMPLING_KEYS if key in generation):

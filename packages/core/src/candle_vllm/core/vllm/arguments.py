@@ -14,8 +14,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from candle_vllm.core.assembly.model import sampling_defaults
 from candle_vllm.core.config import SETTINGS, EngineConfig
 from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.setting_kinds import Boolean
@@ -35,14 +37,14 @@ class Translated:
         config: the engine's settings.
         pooling: how vectors are made where a call does not say it.
         quantization: what the checkpoint is said to be quantised by; None where nothing was said.
-        model_sampling: whether the model's files give defaults of requests.
+        generation: defaults of requests in the place of those that the model's files say; None leaves them.
         sampling: defaults that count before those.
     """
 
     config: EngineConfig
     pooling: PoolingParams
     quantization: str | None
-    model_sampling: bool
+    generation: Mapping[str, Any] | None
     sampling: Mapping[str, Any]
 
 
@@ -56,12 +58,12 @@ def translated(model: str | Path | EngineConfig, given: Mapping[str, Any]) -> Tr
     rest = _with_drafts(given)
     pooling = _pooling_params(rest.pop("pooler_config", None))
     quantization = rest.pop("quantization", None)
-    model_sampling = _uses_generation_config(rest.pop("generation_config", "auto"))
+    generation = _generation(rest.pop("generation_config", "auto"))
     sampling = _overrides(rest.pop("override_generation_config", None))
     if isinstance(model, EngineConfig):
         if rest:
             raise ConfigError(f"pass an EngineConfig or arguments, not both: {', '.join(rest)}")
-        return Translated(model, pooling, quantization, model_sampling, sampling)
+        return Translated(model, pooling, quantization, generation, sampling)
     settings: dict[str, Any] = {"seed": 0}
     for name, value in rest.items():
         translate = _TRANSLATED.get(name)
@@ -71,7 +73,7 @@ def translated(model: str | Path | EngineConfig, given: Mapping[str, Any]) -> Tr
             settings[name] = value
     if settings.get("tokenizer") == str(model):
         del settings["tokenizer"]
-    return Translated(EngineConfig(model=str(model), **settings), pooling, quantization, model_sampling, sampling)
+    return Translated(EngineConfig(model=str(model), **settings), pooling, quantization, generation, sampling)
 
 
 def check_quantization(said: str | None, stored: str | None) -> None:
@@ -236,14 +238,20 @@ def _with_drafts(given: Mapping[str, Any]) -> dict[str, Any]:
     return rest | {"speculative_config": {**(given.get("speculative_config") or {}), **parts}} if parts else rest
 
 
-def _uses_generation_config(value: Any) -> bool:
-    if value not in ("auto", "vllm"):
+def _generation(value: Any) -> Mapping[str, Any] | None:
+    """The model's own defaults, none, or those of a folder."""
+    if value == "auto":
+        return None
+    if value == "vllm":
+        return {}
+    path = Path(value) / "generation_config.json" if isinstance(value, (str, Path)) else None
+    if path is None or not path.is_file():
         raise ConfigError(
-            f"generation_config {value!r:.200} must be auto, for the model's own, or vllm, for none: what another file "
-            "says goes into override_generation_config",
+            f"generation_config {value!r:.200} must be auto, for the model's own, vllm, for none, or a folder with a "
+            "generation_config.json",
             "generation_config",
         )
-    return value == "auto"
+    return sampling_defaults(Fields(read_json(path), path))
 
 
 def _overrides(value: Any) -> dict[str, Any]:

@@ -85,10 +85,11 @@ class AsyncLLM:
             trace_headers=trace_headers or None,
             data_parallel_rank=data_parallel_rank or None,
         )
+        params = self._opened.defaults.filled(sampling_params)
         kind = RequestOutputKind.CUMULATIVE if sampling_params is None else sampling_params.output_kind
         stream = self.engine.stream(
             prompt,
-            self._opened.defaults.filled(sampling_params),
+            params,
             request_id=request_id,
             priority=priority,
             add_special_tokens=adds_special(tokenization_kwargs),
@@ -131,6 +132,11 @@ class AsyncLLM:
         """Ends requests; who iterates over one gets a last output with the finish reason "abort"."""
         for each in [request_id] if isinstance(request_id, str) else request_id:
             self.engine.abort(each)
+
+    async def reset_prefix_cache(self) -> bool:
+        """As of `LLM`."""
+        self.engine.reset_prefix_cache()
+        return True
 
     async def check_health(self) -> None:
         """Raises `EngineDeadError` where the engine is closed or has failed for good."""

@@ -46,13 +46,13 @@ class BeamSearchParams(ExplainedStruct, frozen=True, kw_only=True, forbid_unknow
         for name, most in (("beam_width", MAX_BEAMS), ("max_tokens", MAX_TOKENS)):
             value = given[name]
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise InvalidParameterError(f"{name} must be a whole number from 1 to {most}, not {value!r:.60}", name)
+                raise InvalidParameterError(f"{name} must be a whole number from 1 to {most}", name)
         for name in ("ignore_eos", "skip_special_tokens"):
             if not isinstance(given[name], bool):
-                raise InvalidParameterError(f"{name} must be true or false, not {given[name]!r:.60}", name)
+                raise InvalidParameterError(f"{name} must be true or false", name)
         power = given["length_penalty"]
         if isinstance(power, bool) or not isinstance(power, (int, float)) or not -10 <= power <= 10:
-            raise InvalidParameterError(f"length_penalty must be from -10 to 10, not {power!r:.60}", "length_penalty")
+            raise InvalidParameterError("length_penalty must be a number from -10 to 10", "length_penalty")
 
 
 @dataclasses.dataclass

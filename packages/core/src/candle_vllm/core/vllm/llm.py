@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import numpy as np
 from msgspec.structs import replace
@@ -60,12 +60,17 @@ class Defaults:
 
     Args:
         engine: its model's files say it.
-        model_sampling: whether they do.
+        generation: what counts in the place of what they say; None leaves that.
         sampling: values that count before theirs.
     """
 
-    def __init__(self, engine: EngineFront, model_sampling: bool = True, sampling: Mapping[str, Any] | None = None):
-        own = engine.model_info.model_sampling if model_sampling else {}
+    def __init__(
+        self,
+        engine: EngineFront,
+        generation: Mapping[str, Any] | None = None,
+        sampling: Mapping[str, Any] | None = None,
+    ) -> None:
+        own = engine.model_info.model_sampling if generation is None else generation
         self._values: dict[str, Any] = {**own, **(sampling or {})}
 
     def sampling_params(self) -> SamplingParams:
@@ -110,7 +115,7 @@ class Opened:
         made = translated(model, arguments)
         engine = InferenceEngine(made.config)
         check_quantization(made.quantization, engine.model_info.quantization)
-        return cls(engine, True, made.pooling, Defaults(engine, made.model_sampling, made.sampling))
+        return cls(engine, True, made.pooling, Defaults(engine, made.generation, made.sampling))
 
     def close(self) -> None:
         """Closes the engine where it was made here."""
@@ -400,6 +405,11 @@ class LLM:
         """What counts without `sampling_params`: the model's defaults where its files say some, else vLLM's."""
         return self._opened.defaults.sampling_params()
 
+    def reset_prefix_cache(self) -> bool:
+        """Forgets what prompts have left in the cache; True, as in vLLM where nothing kept it from that."""
+        self.engine.reset_prefix_cache()
+        return True
+
     def get_tokenizer(self) -> LlmTokenizer:
         """The model's tokenizer and template."""
         return LlmTokenizer(self.engine)
@@ -417,9 +427,11 @@ class LLM:
     def __repr__(self) -> str:
         return f"LLM({self.engine!r})"
 
-    def __getattr__(self, name: str) -> NoReturn:
-        said = f": {_ABSENT[name]}" if name in _ABSENT else ""
-        raise AttributeError(f"LLM has no {name[:60]!r}{said}", name=name, obj=self)
+    if not TYPE_CHECKING:  # to which every name would be one
+
+        def __getattr__(self, name: str) -> NoReturn:
+            said = f": {_ABSENT[name]}" if name in _ABSENT else ""
+            raise AttributeError(f"LLM has no {name[:60]!r}{said}", name=name, obj=self)
 
     def _params(
         self, given: SamplingParams | Sequence[SamplingParams] | None
