@@ -13,6 +13,7 @@ import errno
 import gc
 import logging
 import os
+import signal
 import socket
 import ssl
 import stat
@@ -33,13 +34,13 @@ from candle_vllm.server.http.socket import WebSocketProtocol
 from candle_vllm.server.http.tls import refresh, tls_context
 from candle_vllm.server.interrupts import say_stopped
 from candle_vllm.server.mailbox.options import MailboxOptions
-from candle_vllm.server.models.catalogue import Catalogue
 from candle_vllm.server.models.loader import ModelLoader
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelSlot
 from candle_vllm.server.models.switcher import Load, ManagerLimits
 from candle_vllm.server.observing.metrics import Observation
 from candle_vllm.server.observing.model_metrics import ServedEngine
+from candle_vllm.server.reloading import Reloader, warn_of_missing
 from candle_vllm.server.routes.webui import new_page_key, page_address
 from candle_vllm.server.settings import Address, Settings
 from candle_vllm.server.settings.configuration import Configuration
@@ -85,6 +86,7 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
         app.state.stopping = lambda: server.should_exit
         starting = Start(app, server, _bound(settings.address, listener))
         server.begin = starting.run
+        app.state.reloader = starting.reloader = Reloader(configuration, manager, app.state.keys)
         if tls is not None and settings.enable_ssl_refresh:
             server.beside = lambda: refresh(tls, settings)
         server.run(sockets=[listener])
@@ -98,14 +100,6 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
     if starting.stopped is not None:
         say_stopped(f" while {starting.stopped}")
     return 0
-
-
-def warn_of_missing(catalogue: Catalogue) -> None:
-    """Says at the start what the first client of a model would find out."""
-    for entry in catalogue.entries:
-        model = entry.settings.model or ""
-        if (model.endswith(".gguf") or Path(model).is_absolute()) and not Path(model).expanduser().exists():
-            logger.warning("the model %s cannot be loaded: there is no %s", entry.name, model)
 
 
 def open_mailbox(options: MailboxOptions | None) -> Mailbox | None:
@@ -145,6 +139,7 @@ class Start:
 
     Attributes:
         failure: why it could not be loaded; the server stops then.
+        reloader: reads files again on SIGHUP, if anything does.
         stopped: what was being done when the server was stopped before it was there.
     """
 
@@ -154,9 +149,12 @@ class Start:
         self._address = address
         self.failure: Exception | None = None
         self.stopped: str | None = None
+        self.reloader: Reloader | None = None
 
     async def run(self) -> None:
         """To the banner, or to the end of the server."""
+        if self.reloader is not None:
+            self.reloader.listen(lambda: self._server.handle_exit(signal.SIGTERM, None))
         manager: ModelManager = self._app.state.manager
         slot = manager.slots[manager.active]
         self.stopped = "it started"

@@ -21,7 +21,8 @@ from candle_vllm.server.models.loader import ModelLoader
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.switcher import Load
 from candle_vllm.server.observing.metrics import Observation
-from candle_vllm.server.serve import limits_of, warn_of_missing
+from candle_vllm.server.reloading import warn_of_missing
+from candle_vllm.server.serve import limits_of
 from candle_vllm.server.settings.configuration import Configuration
 from candle_vllm.server.settings.derived import refuse_wrong_formats
 from candle_vllm.server.settings.options import UsageError

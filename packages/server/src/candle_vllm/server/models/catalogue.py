@@ -11,7 +11,8 @@ from pathlib import Path
 
 from candle_vllm.core.config import DEMO, DEMO_NAME, is_demo
 from candle_vllm.server.settings import Settings
-from candle_vllm.server.settings.options import UsageError
+from candle_vllm.server.settings.options import MODEL, UsageError
+from candle_vllm.server.settings.table import OPTIONS
 
 ANY_MODEL = "default"  # the name that always means the default
 _LISTED = 20  # names in a message
@@ -35,6 +36,12 @@ class ModelEntry:
     def names(self) -> tuple[str, ...]:
         """Every name that means this model, the reported one first."""
         return tuple(dict.fromkeys((*self.aliases, self.name)))
+
+    def is_as(self, other: ModelEntry) -> bool:
+        """Whether a loaded model of the one does for the other; what is of the process does not count."""
+        own = [option.name for option in OPTIONS if option.in_yaml or option.group == MODEL]
+        mine, theirs = self.settings, other.settings
+        return self.names == other.names and all(getattr(mine, name) == getattr(theirs, name) for name in own)
 
 
 class Catalogue:

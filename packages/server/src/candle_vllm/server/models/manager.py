@@ -12,6 +12,8 @@ import logging
 import time
 from dataclasses import dataclass
 
+import msgspec
+
 from candle_vllm.core.errors import EngineDeadError
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.limits import RateLimits
@@ -25,6 +27,14 @@ from candle_vllm.server.observing.metrics import Metrics, Rejection
 logger = logging.getLogger(__name__)
 
 DEATH_WINDOW = 300.0  # seconds in which deaths of an engine are counted
+
+
+class Changes(msgspec.Struct, frozen=True):
+    """What another catalogue changed: names of models."""
+
+    added: tuple[str, ...]
+    changed: tuple[str, ...]
+    removed: tuple[str, ...]
 
 
 class ModelManager:
@@ -194,6 +204,43 @@ class ModelManager:
         rest = None if self._switcher is None else self._switcher.rest_of(slot)
         return None if rest is None else time.time() + rest - (time.monotonic() - slot.last_used)
 
+    def adopt(self, catalogue: Catalogue) -> Changes:
+        """Serves the models of another catalogue.
+
+        A model that is as before stays as it is, loaded or not. What another one, or one that is gone, was asked is
+        finished by it; who waits for it gets the one that has its name now. One that was loaded is loaded again.
+
+        Raises:
+            HttpError: 409, because the model stays loaded.
+        """
+        if self._switcher is None:
+            raise HttpError(409, "The model of this server stays loaded.", "model_stays")
+        before, slots = self.slots, dict[str, ModelSlot]()
+        for entry in catalogue.entries:
+            old = before.get(entry.name)
+            slots[entry.name] = old if old is not None and old.entry.is_as(entry) else ModelSlot(entry, self._idle)
+        gone = [slot for name, slot in before.items() if slots.get(name) is not slot]
+        if self.active == self._catalogue.default.name or self.active not in slots:
+            self.active = catalogue.default.name
+        if self._chosen not in slots:
+            self._chosen, self.switch_requested_at = None, None
+        self._catalogue, self.slots = catalogue, slots
+        self._switcher.adopt(tuple(slots.values()), gone)
+        for old in gone:
+            new = slots.get(old.entry.name)
+            if new is None:
+                old.refuse(_not_served(old.entry.name))
+                continue
+            wanted = old.model is not None or old.is_waited_for
+            new.waiters, old.waiters = old.waiters, new.waiters
+            if wanted:
+                self._switcher.want(new, asked=True)
+        return Changes(
+            tuple(name for name in slots if name not in before),
+            tuple(slot.entry.name for slot in gone if slot.entry.name in slots),
+            tuple(slot.entry.name for slot in gone if slot.entry.name not in slots),
+        )
+
     def died(self, slot: ModelSlot, model: ServedModel) -> None:
         """The engine of a model has died by itself: what it held is let go, and it is started again.
 
@@ -205,7 +252,7 @@ class ModelManager:
         slot.model = None
         model.admission.close()
         self._switcher.let_go(model)
-        if slot.state is not ModelState.READY:  # it was to go anyway
+        if slot.state is not ModelState.READY or slot.going:  # it was to go anyway
             return
         slot.state, slot.error, slot.failed_at = ModelState.FAILED, EngineDeadError("the engine has stopped"), None
         now = time.monotonic()
@@ -239,6 +286,12 @@ class ModelManager:
     def _idle(self, slot: ModelSlot) -> None:
         if self._switcher is not None:
             self._switcher.idle(slot)
+
+
+def _not_served(name: str) -> Exception:
+    from candle_vllm.openai.errors import ModelNotServedError  # slow to import, and not needed before
+
+    return ModelNotServedError(f"The model {name!r} is not served any more.", "model")
 
 
 @dataclass

@@ -79,6 +79,7 @@ class ModelSlot:
         load_seconds: how long the last load took.
         progress: what is being done while it is loaded, and how far that is.
         awaited: the start waits for it, and says itself why it cannot be loaded.
+        going: the catalogue has it no more: it goes when its last lease comes back.
         timer: runs until the model has rested long enough to be unloaded.
         described: what its files say, once somebody has asked.
         keep_seconds: how long the latest request that said so wants it to rest; None is the manager's `idle_seconds`.
@@ -101,6 +102,7 @@ class ModelSlot:
     progress: Progress | None = None
     awaited: bool = False
     timer: asyncio.TimerHandle | None = None
+    going: bool = False
     keep_seconds: float | None = None
     described: Description | None = None
 

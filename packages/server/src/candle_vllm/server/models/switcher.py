@@ -113,6 +113,16 @@ class ModelSwitcher:
         self._returned = asyncio.Event()  # a lease came back, for the drain
         self.closing = False
 
+    def adopt(self, slots: Sequence[ModelSlot], gone: Sequence[ModelSlot]) -> None:
+        """Other slots from now on; a model that is in none of them goes when its last request has been answered."""
+        for slot in gone:
+            slot.going, slot.asked = True, False
+        still = [slot for slot in self._slots if slot.going and _is_there(slot)]
+        self._slots = (*slots, *still)
+        for slot in still:
+            if not slot.in_flight:
+                self.idle(slot)
+
     @property
     def loaded(self) -> list[ServedModel]:
         """The models in memory."""
@@ -137,6 +147,11 @@ class ModelSwitcher:
     def idle(self, slot: ModelSlot) -> None:
         """Nobody uses the model at the moment."""
         self._returned.set()
+        if slot.going:
+            if slot.model is not None and not self.closing:
+                self._unwanted.append(_Unwanted(slot, asyncio.get_running_loop().create_future(), idle=False))
+                self._work()
+            return
         seconds = self.rest_of(slot)
         if seconds is not None and slot.timer is None and slot.state is ModelState.READY and not self.closing:
             slot.timer = asyncio.get_running_loop().call_later(seconds, self._unload_idle, slot)
@@ -274,6 +289,7 @@ class ModelSwitcher:
     async def _unload(self, slot: ModelSlot) -> None:
         model, slot.model = slot.model, None
         slot.state, slot.loaded_at = ModelState.UNLOADED, None
+        self._slots = tuple(each for each in self._slots if each is not slot or not slot.going)
         if model is None:  # it died while it was drained
             return
         model.admission.close()
@@ -300,6 +316,11 @@ class ModelSwitcher:
     def _rested(self, slot: ModelSlot) -> bool:
         seconds = self.rest_of(slot)
         return seconds is not None and not slot.in_flight and time.monotonic() - slot.last_used >= seconds - 0.001
+
+
+def _is_there(slot: ModelSlot) -> bool:
+    """Whether a slot has a model, or is about to."""
+    return slot.model is not None or slot.state is ModelState.LOADING
 
 
 def load_failed(slot: ModelSlot, retry_seconds: float) -> HttpError:

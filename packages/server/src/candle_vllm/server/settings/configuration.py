@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,8 @@ class Configuration:
         sources: where settings came from, the strongest first, for `candle-vllm config`.
         models_file: the models.yaml that was read, if any.
         mailbox: how answers are kept, or None.
+        in_file: its models are those of models.yaml.
+        again: reads everything anew.
         remarks: what was given and has no effect, or another than its author may think; each in a sentence.
     """
 
@@ -58,6 +61,8 @@ class Configuration:
     models_file: Path | None = None
     mailbox: MailboxOptions | None = None
     remarks: tuple[str, ...] = ()
+    in_file: bool = False
+    again: Callable[[], Configuration] | None = field(default=None, repr=False, compare=False)
 
 
 def load_configuration(
@@ -123,7 +128,14 @@ def load_configuration(
         remarks += models_file.remarks if models_file is not None and name is not None else ()
         remarks += [*dotenv_remarks(dotenv), *key_remarks(settings, environ, dotenv)]
     return Configuration(
-        settings, catalogue, tuple(sources), models_file and models_file.path, mailbox, tuple(dict.fromkeys(remarks))
+        settings,
+        catalogue,
+        tuple(sources),
+        models_file and models_file.path,
+        mailbox,
+        tuple(dict.fromkeys(remarks)),
+        in_file=models_file is not None and name is not None,
+        again=partial(load_configuration, command_line, environ, folder=folder, home=home, command=command),
     )
 
 

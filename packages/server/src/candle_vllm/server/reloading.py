@@ -1,0 +1,136 @@
+"""What an operator changed is read again while the server runs: models.yaml and the files of keys.
+
+Beside the ten steps: on SIGHUP, or because a request of an operator asks for it. Where a file is wrong, what was read
+before stays, and the log says where the file is wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from candle_vllm.core.errors import CandleVllmError, ConfigError
+from candle_vllm.server.http.keys import Keyring
+from candle_vllm.server.models.catalogue import Catalogue
+from candle_vllm.server.models.manager import Changes, ModelManager
+from candle_vllm.server.settings.configuration import Configuration
+from candle_vllm.server.settings.derived import refuse_wrong_formats
+from candle_vllm.server.settings.options import MODEL, UsageError
+from candle_vllm.server.settings.table import OPTIONS
+
+logger = logging.getLogger(__name__)
+
+
+class Reloader:
+    """Reads again what one server was told by files.
+
+    Args:
+        configuration: what it was told at its start.
+        manager: of its models.
+        keys: its API keys.
+    """
+
+    def __init__(self, configuration: Configuration, manager: ModelManager, keys: Keyring) -> None:
+        self._configuration = configuration
+        self._manager = manager
+        self._keys = keys
+        self._lock = asyncio.Lock()
+
+    async def reload(self) -> None:
+        """Reads everything again; what is wrong is logged."""
+        await self._keys.reload()
+        if not self._configuration.in_file:
+            return
+        try:
+            await self.reload_models()
+        except CandleVllmError as error:
+            logger.error("%s; the models from before stay", error)
+
+    async def reload_models(self) -> Changes:
+        """Reads models.yaml again and serves what it says; models that it never had stay.
+
+        Raises:
+            UsageError: the file is wrong, or there is none; nothing has changed.
+        """
+        async with self._lock:
+            old = self._configuration
+            new = await asyncio.to_thread(_read_again, old)
+            known = {entry.name for entry in old.catalogue.entries}
+            others = [slot.entry for name, slot in self._manager.slots.items() if name not in known]
+            catalogue = Catalogue([*new.catalogue.entries, *others], new.catalogue.default.name)
+            changes = self._manager.adopt(catalogue)
+            self._configuration = new
+        for remark in new.remarks:
+            if remark not in old.remarks:
+                logger.warning("%s", remark)
+        for name in _of_the_process(old, new):
+            logger.warning("%s in %s counts from the next start on", name, new.models_file)
+        warn_of_missing(new.catalogue)
+        told = ", ".join(
+            f"{word} {', '.join(names)}" for word, names in zip(_WORDS, _lists(changes), strict=True) if names
+        )
+        logger.info("read %s again: %s", new.models_file, told or "nothing has changed")
+        return changes
+
+    def listen(self, stop: Callable[[], object]) -> None:
+        """Reads everything again on SIGHUP, in the loop that runs; `stop` is called where the terminal has gone."""
+        if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGHUP"):
+            return
+        had_terminal, tasks = _has_terminal(), set[asyncio.Task[None]]()
+
+        def hung_up() -> None:
+            if had_terminal and not _has_terminal():  # it was closed, which has always ended what ran in it
+                stop()
+                return
+            task = asyncio.ensure_future(self.reload())
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hung_up)
+
+
+_WORDS = ("added", "changed", "removed")
+
+
+def _lists(changes: Changes) -> tuple[tuple[str, ...], ...]:
+    return changes.added, changes.changed, changes.removed
+
+
+def _read_again(old: Configuration) -> Configuration:
+    if not old.in_file or old.again is None:
+        raise UsageError("this server serves no models.yaml")
+    new = old.again()
+    if new.models_file != old.models_file:
+        raise UsageError(f"{old.models_file} is not there any more")
+    if not new.in_file:
+        raise UsageError(f"{new.models_file}: the model that the server was started with (--m) is not in it any more")
+    for entry in new.catalogue.entries:
+        try:
+            refuse_wrong_formats(entry.settings)
+        except ConfigError as error:
+            raise UsageError(f"model {entry.name!r} of {new.models_file}: {error}") from None
+    return new
+
+
+def _of_the_process(old: Configuration, new: Configuration) -> list[str]:
+    """Settings that are not of one model and have changed."""
+    names = [option.name for option in OPTIONS if not option.in_yaml and option.group != MODEL]
+    changed = [name for name in names if getattr(old.settings, name) != getattr(new.settings, name)]
+    return changed + (["mailbox"] if old.mailbox != new.mailbox and "mailbox" not in changed else [])
+
+
+def _has_terminal() -> bool:
+    return any(os.isatty(number) for number in (0, 1, 2))
+
+
+def warn_of_missing(catalogue: Catalogue) -> None:
+    """Says at the start what the first client of a model would find out."""
+    for entry in catalogue.entries:
+        model = entry.settings.model or ""
+        if (model.endswith(".gguf") or Path(model).is_absolute()) and not Path(model).expanduser().exists():
+            logger.warning("the model %s cannot be loaded: there is no %s", entry.name, model)

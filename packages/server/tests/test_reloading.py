@@ -1,0 +1,199 @@
+"""models.yaml read again while the server runs: models come, change and go, and what is asked of them is finished."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from server_fakes import FakeLoader
+from waiting import until
+
+from candle_vllm.openai import ModelNotServedError
+from candle_vllm.server.http.keys import Keyring
+from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.models.slot import ModelState
+from candle_vllm.server.models.switcher import ManagerLimits
+from candle_vllm.server.reloading import Reloader
+from candle_vllm.server.settings.configuration import load_configuration
+from candle_vllm.server.settings.options import UsageError
+from candle_vllm.server.settings.sources import SettingsSource
+
+FILE = """
+default_model: a
+models:
+- {name: a, hf_id: x/a, params: {temperature: 0.5}}
+- {name: b, hf_id: x/b}
+- {name: c, hf_id: x/c}
+"""
+
+
+class Served:
+    """A manager of the models of a file, and what reads it again."""
+
+    def __init__(self, folder: Path, loader: FakeLoader, **command_line: Any) -> None:
+        self.path = folder / "models.yaml"
+        self.path.write_text(FILE)
+        self.loader = loader
+        given = SettingsSource("the command line", command_line, {})
+        self.configuration = load_configuration(given, {}, folder=folder, home=folder)
+        self.manager = ModelManager(self.configuration.catalogue, loader, ManagerLimits(drain_seconds=5.0))
+        self.reloader = Reloader(self.configuration, self.manager, Keyring(self.configuration.settings))
+
+    async def change(self, old: str, new: str) -> Any:
+        text = self.path.read_text()
+        assert old in text
+        self.path.write_text(text.replace(old, new))
+        return await self.reloader.reload_models()
+
+
+@pytest.fixture
+async def served(tmp_path: Path) -> AsyncIterator[Served]:
+    made = Served(tmp_path, FakeLoader())
+    yield made
+    await made.manager.close()
+    assert all(engine.closed for engine in made.loader.engines)
+
+
+async def test_models_come_and_go_and_those_that_are_as_before_stay(served: Served) -> None:
+    (await served.manager.acquire("b")).release()
+    changes = await served.change("- {name: c, hf_id: x/c}", "- {name: d, hf_id: x/d}")
+    assert (changes.added, changes.changed, changes.removed) == (("d",), (), ("c",))
+    assert list(served.manager.slots) == ["a", "b", "d"]
+    (await served.manager.acquire("b")).release()
+    (await served.manager.acquire("d")).release()
+    assert served.loader.loads == ["b", "d"]
+    with pytest.raises(ModelNotServedError, match="served are: a, b, d"):
+        await served.manager.acquire("c")
+
+
+async def test_what_a_removed_model_was_asked_is_finished_by_it(served: Served) -> None:
+    lease = await served.manager.acquire("b")
+    await served.change("- {name: b, hf_id: x/b}\n", "")
+    with pytest.raises(ModelNotServedError):
+        await served.manager.acquire("b")
+    await asyncio.sleep(0.05)
+    assert not served.loader.engines[0].closed
+    (await served.manager.acquire("c")).release()  # others are loaded meanwhile
+    assert served.loader.loads == ["b", "c"]
+    lease.release()
+    await until(lambda: served.loader.engines[0].closed)
+    assert [model.entry.name for model in served.manager._switcher.loaded] == ["c"]  # type: ignore[union-attr]
+
+
+async def test_a_changed_model_is_loaded_again_beside_what_it_still_answers(served: Served) -> None:
+    lease = await served.manager.acquire("a")
+    changes = await served.change("temperature: 0.5", "temperature: 0.9")
+    assert changes.changed == ("a",)
+    new = await served.manager.acquire("a")
+    assert (lease.model.entry.settings.temperature, new.model.entry.settings.temperature) == (0.5, 0.9)
+    assert not served.loader.engines[0].closed
+    lease.release()
+    await until(lambda: served.loader.engines[0].closed)
+    assert not served.loader.engines[1].closed
+    new.release()
+
+
+async def test_without_room_for_both_the_old_one_finishes_first(tmp_path: Path) -> None:
+    served = Served(tmp_path, FakeLoader(room=1))
+    lease = await served.manager.acquire("a")
+    await served.change("temperature: 0.5", "temperature: 0.9")
+    waiting = asyncio.create_task(served.manager.acquire("a"))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    lease.release()
+    new = await asyncio.wait_for(waiting, 5)
+    assert new.model.entry.settings.temperature == 0.9
+    new.release()
+    await served.manager.close()
+
+
+async def test_who_waits_gets_what_has_the_name_now(tmp_path: Path) -> None:
+    served = Served(tmp_path, FakeLoader(seconds=0.2))
+    loading = asyncio.create_task(served.manager.acquire("b"))
+    waiting = asyncio.create_task(served.manager.acquire("c"))
+    await until(lambda: served.manager.slots["b"].state is ModelState.LOADING)
+    await served.change("- {name: b, hf_id: x/b}\n- {name: c, hf_id: x/c}", "- {name: b, hf_id: y/b}")
+    lease = await asyncio.wait_for(loading, 5)
+    assert lease.model.entry.settings.model == "y/b"
+    lease.release()
+    with pytest.raises(ModelNotServedError, match="'c' is not served any more"):
+        await waiting
+    await until(lambda: served.loader.engines[0].closed)
+    await served.manager.close()
+    assert len(served.loader.engines) == 2
+
+
+async def test_the_default_follows_the_file_unless_another_one_was_chosen(served: Served) -> None:
+    await served.change("default_model: a", "default_model: b")
+    assert served.manager.find(None).entry.name == "b"
+    await served.manager.load("c")
+    served.manager.select("c")
+    await served.change("default_model: b", "default_model: a")
+    assert served.manager.find(None).entry.name == "c"
+    await served.change("- {name: c, hf_id: x/c}\n", "")
+    assert served.manager.find(None).entry.name == "a"
+
+
+BROKEN = [
+    ("{name: b, hf_id: x/b}", "{name: b, hf_id: x/b", "line 6: not valid YAML"),
+    ("{name: b, hf_id: x/b}", "{name: b, hf_idd: x/b}", "line 5: unknown key 'hf_idd'"),
+    ("{temperature: 0.5}", "{temperature: hot}", "line 4: temperature"),
+    ("{temperature: 0.5}", "{tool_parser: nothing}", "model 'a' of .*tool_parser is 'nothing'"),
+    ("{name: b, hf_id: x/b}", "{name: b, hf_id: x/b, params: {served_model_name: c}}", "both called 'c'"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "message"), BROKEN, ids=[message for *_, message in BROKEN])
+async def test_a_broken_file_changes_nothing(
+    served: Served, caplog: pytest.LogCaptureFixture, old: str, new: str, message: str
+) -> None:
+    slots = dict(served.manager.slots)
+    with pytest.raises(UsageError, match=message):
+        await served.change(old, new)
+    await served.reloader.reload()
+    assert "the models from before stay" in caplog.text
+    assert re.search(message, caplog.text)
+    assert served.manager.slots == slots
+
+
+async def test_a_file_that_is_gone_changes_nothing(served: Served) -> None:
+    served.path.unlink()
+    with pytest.raises(UsageError, match="is not there any more"):
+        await served.reloader.reload_models()
+    assert list(served.manager.slots) == ["a", "b", "c"]
+
+
+async def test_the_model_of_the_command_line_must_stay(tmp_path: Path) -> None:
+    served = Served(tmp_path, FakeLoader(), model="b")
+    with pytest.raises(UsageError, match="started with"):
+        await served.change("- {name: b, hf_id: x/b}\n", "")
+    await served.manager.close()
+
+
+async def test_what_counts_from_the_next_start_is_said(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    slots = dict(served.manager.slots)
+    await served.change("default_model: a", "default_model: a\nidle_unload_secs: 60")
+    assert "idle_unload_secs in" in caplog.text
+    assert "from the next start on" in caplog.text
+    assert served.manager.slots == slots
+
+
+async def test_a_signal_reads_everything_again(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    before = signal.getsignal(signal.SIGHUP)
+    served.reloader.listen(lambda: pytest.fail("no terminal was closed"))
+    try:
+        served.path.write_text(FILE.replace("name: c", "name: d"))
+        os.kill(os.getpid(), signal.SIGHUP)
+        await until(lambda: list(served.manager.slots) == ["a", "b", "d"])
+        await until(lambda: "added d, removed c" in caplog.text)
+    finally:
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, before)
