@@ -119,7 +119,7 @@ def _prompt_cache(value: Any, where: str, remarks: list[str]) -> bool | None:
         del section["backend"]
     if section and enabled is not False:
         remarks.append(
-            f"{where}: {', '.join(section)} have no effect: what prompts begin with is kept in the KV cache itself"
+            f"{where}: {', '.join(section)} without effect: what prompts begin with is kept in the KV cache itself"
         )
     return enabled
 
@@ -164,7 +164,7 @@ def lot_limits(section: Any, where: str, remarks: list[str]) -> dict[str, Any]:
         remarks += [f"{where}.{part}: {key} has no effect: {_IDLE[key]}" for key in told if key in _IDLE]
     queue = _part(lot, "queue", where)
     if queue.get("backend", "memory") != "memory" or queue.get("persistence"):
-        remarks.append(f"{where}.queue: {', '.join(queue)} have no effect: requests wait in memory")
+        remarks.append(f"{where}.queue: {', '.join(queue)} without effect: requests wait in memory")
     return values
 
 
