@@ -33,6 +33,7 @@ class Tool(NamedTuple):
     name: str
     parameters: dict[str, Any]
     strict: bool = True
+    grammar: str | None = None
 
 
 def _object(

@@ -245,7 +245,8 @@ class OpenAIAdapter:
     async def _ready(self, read: Callable[[], Task]) -> _Ready:
         ready = await self._work.prepare(self._prepared, read)
         task, prepared = ready.task, ready.prepared
-        if prepared.params.structured_outputs is not None or task.form is not None:
+        grammars = any(tool.grammar is not None for tool in task.tools.tools)
+        if prepared.params.structured_outputs is not None or task.form is not None or grammars:
             ready = ready._replace(prepared=await self._work.compile(self._preparation.hold, task, prepared))
             remark(ready.prepared.remarks)
         return ready

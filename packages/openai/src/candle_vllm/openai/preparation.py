@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from candle_vllm.core.errors import ConfigError, InvalidParameterError, RequestError, UnsupportedModelError
 from candle_vllm.core.sampling.json_schema import schema_remarks
 from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.openai.answers import AnswerPlan
 from candle_vllm.openai.completion_answers import EchoedPrompt
@@ -97,10 +98,11 @@ class TaskPreparation:
             # Where calls are required there is no content to hold to it, but it must be right.
             if asked is not None and task.tools.mode == "required":
                 self._engine.check_structured_outputs(asked)
+            self._check_grammars(task)
             try:
                 if form is not None:
                     self._engine.check_structured_outputs(form)
-                return prepared._replace(remarks=_remarks(task))
+                return prepared._replace(remarks=_remarks(task, self._without_grammar(task, prepared.text)))
             except RequestError:
                 if asked is not None:
                     self._engine.check_structured_outputs(asked)
@@ -112,6 +114,29 @@ class TaskPreparation:
                 self._engine.check_structured_outputs(form)
             params = replace(prepared.params, structured_outputs=form)
             return prepared._replace(params=params, answers=answers, remarks=_remarks(task, loose))
+
+    def _check_grammars(self, task: Task) -> None:
+        """Refuses grammars of tools that are none, also where they cannot be guaranteed within a call."""
+        for tool in task.tools.tools:
+            if tool.grammar is None:
+                continue
+            try:
+                self._engine.check_structured_outputs(StructuredOutputsParams(grammar=tool.grammar))
+            except RequestError as error:
+                field = _path_of(task, tool.name)
+                reason = str(error).removeprefix("structured_outputs: ")
+                raise InvalidParameterError(f"{field}: {reason}", field) from None
+
+    def _without_grammar(self, task: Task, text: str) -> frozenset[str]:
+        """Tools whose grammar the model's way to write calls cannot hold."""
+        found = set[str]()
+        for tool in task.tools.tools:
+            try:
+                if tool.grammar is not None:
+                    self._planner.plan(replace(task, tools=replace(task.tools, tools=(tool,))), text)
+            except RequestError:
+                found.add(tool.name)
+        return frozenset(found)
 
     def _planned(self, task: Task, text: str) -> Planned:
         try:
@@ -141,8 +166,7 @@ class TaskPreparation:
                     self._engine.check_structured_outputs(alone)
             except RequestError as error:
                 if tool.strict:
-                    place = next(i for i, shown in enumerate(use.shown) if shown["function"]["name"] == tool.name)
-                    field = task.paths.schemas[place]
+                    field = _path_of(task, tool.name)
                     raise InvalidParameterError(
                         f"{field}: the arguments of the strict tool {tool.name!r} cannot be guaranteed: {error}", field
                     ) from None
@@ -276,12 +300,20 @@ def _checked_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
     return dict(defaults)
 
 
+def _path_of(task: Task, name: str) -> str:
+    """Where the request has the schema of a tool, or the grammar."""
+    place = next(i for i, shown in enumerate(task.tools.shown) if shown["function"]["name"] == name)
+    return task.paths.schemas[place]
+
+
 def _remarks(task: Task, loose: Collection[str] = ()) -> tuple[str, ...]:
     """What the user should know of the schemas that an answer is held to; they have been compiled."""
     found = list[str]()
     if task.form is not None and task.form.json is not None:
         found += schema_remarks(task.form.json)
     for tool in task.tools.tools:
+        if tool.grammar is not None and tool.name in loose:
+            found.append(f"the input of {tool.name!r} is not held to its grammar, which cannot be guaranteed in a call")
         if (tool.strict or task.tools.mode == "required") and tool.name not in loose:
             found += [f"of the parameters of {tool.name!r}: {text}" for text in schema_remarks(tool.parameters)]
     return tuple(found)

@@ -67,12 +67,15 @@ class ToolFunction(msgspec.Struct, frozen=True):
     Attributes:
         parameters: a JSON schema that has `"type": "object"`; without properties where none were given.
         strict: the arguments must follow the schema even where calls are the model's own choice.
+        grammar: in Lark, of the text that is the one argument; it is followed where the model's way to write calls lets
+            it be guaranteed.
     """
 
     name: str
     description: str | None
     parameters: dict[str, Any]
     strict: bool
+    grammar: str | None = None
 
 
 class ToolUse(msgspec.Struct, frozen=True, kw_only=True):

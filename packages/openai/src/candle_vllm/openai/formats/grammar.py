@@ -66,11 +66,12 @@ def tool_grammar(
         reasoning: how the model writes thoughts, which are free.
         in_reasoning: the prompt has opened the thoughts already, with the first pair of marks.
         special: texts of the vocabulary's special tokens -> their ids.
-        loose: names of tools whose arguments may be any object; in mode "auto" all that are not strict are.
+        loose: names of tools whose arguments may be any object; in mode "auto" all that are not strict and have no
+            grammar are.
         always: calls are held to their form in mode "auto" even where no tool is strict.
 
     Returns:
-        None in mode "auto" where nothing is to be guaranteed: no tool is strict.
+        None in mode "auto" where nothing is to be guaranteed: no tool is strict or has a grammar.
 
     Raises:
         UnsupportedParameterError: a schema asks for what the format cannot express.
@@ -78,13 +79,14 @@ def tool_grammar(
     """
     assert tools
     auto = mode == "auto"
-    if auto and not always and not any(tool.strict for tool in tools):
+    held = [tool for tool in tools if tool.strict or (tool.grammar is not None and tool.name not in loose)]
+    if auto and not always and not held:
         return None
     context = Context(
         Writer(special),
         form,
         tools,
-        loose=[tool.name for tool in tools if not tool.strict] if auto else loose,
+        loose=[tool.name for tool in tools if tool not in held] if auto else loose,
         many=parallel,
     )
     if form.flow is not None:

@@ -24,7 +24,7 @@ from candle_vllm.responses.api.call_results import Placed
 from candle_vllm.responses.api.connection import ConnectionMemory
 from candle_vllm.responses.api.mcp_source import McpSource, OpenServer
 from candle_vllm.responses.api.messages import Translated, translate
-from candle_vllm.responses.api.tool_plan import ToolPlan, plan_tools
+from candle_vllm.responses.api.tool_plan import PlannedTool, ToolPlan, plan_tools
 from candle_vllm.responses.api.turn_model import check_number, fewer
 from candle_vllm.responses.protocol.items import InputItem, ItemReference
 from candle_vllm.responses.protocol.request import JsonSchemaFormat, PromptFields, ResponsesRequest
@@ -84,9 +84,14 @@ class Prepared(NamedTuple):
         to_lower = {} if limit is not None else {"max_tokens": "input"}  # without a limit the input is too long
         return Paths(
             {**own, "prompt": "input", "structured_outputs": form, **to_lower},
-            [f"{self.plan.by_name[tool['function']['name']].path}.parameters" for tool in self.plan.shown],
+            [_path_of(self.plan.by_name[tool["function"]["name"]]) for tool in self.plan.shown],
             own,
         )
+
+
+def _path_of(tool: PlannedTool) -> str:
+    """Where a request says what the arguments of a tool must be."""
+    return f"{tool.path}.{'format.definition' if tool.kind == 'custom' else 'parameters'}"
 
 
 class TaskMaker:

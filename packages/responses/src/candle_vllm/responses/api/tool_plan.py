@@ -51,6 +51,7 @@ class PlannedTool(NamedTuple):
         path: where the request has it.
         namespace: of a function or a custom tool.
         server: label of an MCP server.
+        grammar: in Lark, of a custom tool's input.
     """
 
     kind: Kind
@@ -58,6 +59,7 @@ class PlannedTool(NamedTuple):
     path: str
     namespace: str | None = None
     server: str | None = None
+    grammar: str | None = None
 
 
 class ToolPlan(msgspec.Struct, kw_only=True):
@@ -95,7 +97,12 @@ class ToolPlan(msgspec.Struct, kw_only=True):
     def use(self, choice: Choice, *, parallel: bool | None) -> ToolUse:
         """What a task says about the tools."""
         names = ("name", "description", "parameters", "strict")
-        functions = [function_of(*map(tool["function"].get, names)) for tool in self.shown]
+        functions = [
+            msgspec.structs.replace(
+                function_of(*map(tool["function"].get, names)), grammar=self.by_name[tool["function"]["name"]].grammar
+            )
+            for tool in self.shown
+        ]
         return choice.among(functions, self.shown, parallel=parallel)
 
 
@@ -137,7 +144,10 @@ def _add_client_tool(
             f"{field} must be unique, and {plan.by_name[name].path} is called {tool.name!r} too", field
         )
     kind: Kind = "custom" if isinstance(tool, CustomTool) else "function"
-    plan.by_name[name] = PlannedTool(kind, tool.name, path, namespace=None if namespace is None else namespace.name)
+    form = tool.format if isinstance(tool, CustomTool) else None
+    grammar = form.definition if isinstance(form, GrammarFormat) and form.syntax == "lark" else None
+    inside = None if namespace is None else namespace.name
+    plan.by_name[name] = PlannedTool(kind, tool.name, path, namespace=inside, grammar=grammar)
     function = _custom_function(tool) if isinstance(tool, CustomTool) else _function(tool)
     description = [function.get("description"), None if namespace is None else _of_namespace(namespace)]
     if text := "\n\n".join(filter(None, description)):
@@ -155,7 +165,7 @@ def _function(tool: FunctionTool) -> dict[str, Any]:
 
 
 def _custom_function(tool: CustomTool) -> dict[str, Any]:
-    """A function with one text; a regular expression is enforced, another grammar is shown to the model."""
+    """A function with one text; a grammar in Lark, which a schema cannot say, is shown to the model as well."""
     value: dict[str, Any] = {"type": "string"}
     texts = [tool.description]
     strict = False

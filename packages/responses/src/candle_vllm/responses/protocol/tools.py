@@ -54,7 +54,7 @@ class TextFormat(WireModel):
 
 
 class GrammarFormat(WireModel):
-    """Text of a grammar: a `regex` is enforced, `lark` is shown to the model and not enforced."""
+    """Text of a grammar: a `regex` is enforced, `lark` is where the model writes calls as JSON, and is shown to it."""
 
     type: Literal["grammar"]
     syntax: Literal["lark", "regex"]

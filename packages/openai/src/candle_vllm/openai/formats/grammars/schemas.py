@@ -42,6 +42,9 @@ class FunctionShape(Protocol):
     @property
     def strict(self) -> bool: ...
 
+    @property
+    def grammar(self) -> str | None: ...
+
 
 class Branch(NamedTuple):
     """One type that a value may have.

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from candle_vllm.core.sampling.lark import ANY_TEXT, Literals, is_token
 from candle_vllm.core.sampling.lark import quoted as lark_string
 from candle_vllm.openai.errors import UnsupportedParameterError
+from candle_vllm.openai.formats.grammars.custom import json_rules
 from candle_vllm.openai.formats.grammars.schemas import OBJECT, FunctionShape, Root, closed
 from candle_vllm.openai.formats.layout import ToolFormat
 from candle_vllm.openai.formats.output import NAME
@@ -80,6 +81,14 @@ class Writer:
     def json(self, schema: Mapping[str, Any]) -> str:
         """A JSON value; the schema stands for itself, so its references are its own."""
         return self.rule("%json " + json.dumps(schema, ensure_ascii=False).replace("%json", "\\u0025json"))
+
+    def custom(self, definition: str) -> str:
+        """What a JSON string holds whose text follows a user's grammar."""
+        key = f"custom:{definition}"
+        if key not in self._known:
+            self._known[key], lines = json_rules(definition, f"u{len(self._lines)}")
+            self._lines += lines
+        return self._known[key]
 
     def mark(self, text: str) -> str:
         """A text in which names of special tokens are these tokens."""
@@ -167,15 +176,25 @@ class Context:
 
     def root(self, tool: FunctionShape) -> Root:
         """The schema that the arguments of a tool must follow."""
+        if self._grammar(tool) is not None:
+            raise Root(tool, OBJECT).refused("grammar", "its arguments are no JSON")
         return Root(tool, OBJECT if tool.name in self.loose else tool.parameters)
 
     def json(self, tool: FunctionShape) -> str:
         """The arguments of a tool as JSON; see `closed`."""
+        if (grammar := self._grammar(tool)) is not None:
+            key = quoted(json.dumps(next(iter(tool.parameters["properties"]))) + ":")
+            text = sequence(quoted('"'), self.writer.custom(grammar), quoted('"'))
+            return self.writer.rule(sequence('"{"', SPACE, key, SPACE, text, SPACE, '"}"'))
         root = self.root(tool)
         schema = closed(root.self_contained(root.schema))
         if not schema.get("properties") and not schema.get("required") and schema.get("additionalProperties") is False:
             return '"{}"'
         return self.writer.json(schema)
+
+    def _grammar(self, tool: FunctionShape) -> str | None:
+        """The user's grammar of its text, where that is to be followed."""
+        return None if tool.name in self.loose else tool.grammar
 
     def check_names(self) -> None:
         """Refuses names that no parser of this format would take for one."""
