@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from candle_vllm.responses.mcp.config import load_mcp_config
 from candle_vllm.server.cli import configure_logging, say
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.command_line import parse
@@ -121,6 +122,35 @@ def test_the_log_goes_to_a_file_as_well_that_others_cannot_read(
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
+def test_every_flag_that_it_documents_at_once(load: Load) -> None:
+    line = (
+        "--m org/name --f a.gguf --hf-token MINE --h 127.0.0.1 --p 2000 --verbose --max-num-seqs 8 --block-size 32 "
+        "--dtype bf16 --isq q4k --cpu --mem 4096 --mamba-fraction 0.15 --kvcache-mem-cpu 0 --record-conversation "
+        "--holding-time 100 --multithread --log --temperature 0.7 --top-p 0.9 --min-p 0.05 --top-k 40 "
+        "--frequency-penalty 0.1 --presence-penalty 0.1 --prefill-chunk-size 8192 --kvcache-dtype auto "
+        "--disable-prefix-cache --prefix-cache-max-tokens 4096 --disable-cuda-graph --ui-server --mcp-command uvx "
+        "--mcp-args server-time,--utc --mcp-config mcp.json --enforce-parser qwen --yarn-scaling-factor 2.0 "
+        "--queue-size 10 --request-timeout 30 --prompt-cache --prompt-cache-backend memory --prompt-cache-ttl 60"
+    )
+    made = load(line, {"MINE": "hf_mine"})
+    config = engine_config(made.settings)
+    assert (config.model, config.weight_file, config.isq, config.device) == ("org/name", "a.gguf", "q4k", "cpu")
+    assert (config.kv_cache_memory, config.max_num_batched_tokens, config.hf_token) == (4096 << 20, 8192, "hf_mine")
+    assert (made.settings.mcp_args, made.settings.tool_parser) == ("server-time,--utc", "qwen")
+    assert [remark.split()[0] for remark in made.remarks] == [
+        "--verbose", "--mamba-fraction", "--kvcache-mem-cpu", "--record-conversation", "--holding-time",
+        "--multithread", "--prefix-cache-max-tokens", "--prompt-cache", "--prompt-cache-backend", "--prompt-cache-ttl",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "line", ["--num-nodes 2", "--node-rank 1", "--master-addr a", "--enable-vision", "--vision-model-path x"]
+)
+def test_what_would_change_the_answer_is_refused_with_the_reason(load: Load, line: str) -> None:
+    with pytest.raises(UsageError, match=f"{line.split()[0]}.* is not taken: "):
+        load(line)
+
+
 # ---- its files -------------------------------------------------------------------------------------------------------
 
 SAID = {
@@ -196,7 +226,7 @@ def test_the_mailbox_of_a_parking_lot(load: Load) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("device_ids: 0", "device_ids must be a list of whole numbers"),
+        ("device_ids: 0", "device_ids must be a list of at most 64 whole numbers"),
         ("device_ids: [-1]", "device_ids must be between 0 and 999"),
         ("device_ids: [cpu]", "device_ids must be a whole number"),
         ("device_ids: [0], device: cpu", "device_ids and device are the same setting"),
@@ -242,6 +272,19 @@ def test_its_variables_with_a_meaning(load: Load, variables: dict[str, str], nam
     assert getattr(made.settings, name) == value
     with pytest.raises(UsageError, match="must be true or false"):
         load(env={"CANDLE_VLLM_PROMPT_CACHE_ENABLED": "perhaps"})
+
+
+def test_its_files_of_mcp_servers_are_read(caplog: pytest.LogCaptureFixture) -> None:
+    listed = load_mcp_config(FILES / "mcp-list.json", environ={}).servers
+    assert [(server.name, server.url, server.timeout, server.instructions) for server in listed] == [
+        ("docs", "http://localhost:8080", 30, "Look here."), ("search", "https://search.example.com/mcp", 60, None)
+    ]  # fmt: skip
+    assert caplog.text == ""
+    files, time, web = load_mcp_config(FILES / "mcp-named.json", environ={}).servers
+    assert (files.command, files.args, files.env) == ("npx", ("-y", "server-files", "/data"), {"LEVEL": "info"})
+    assert (time.transport, time.timeout) == ("stdio", 10)
+    assert (web.url, web.headers) == ("http://localhost:3000/web", {"X-Team": "a"})
+    assert caplog.text.count("is what runs it, and no transport") == 2
 
 
 # ---- what lies in the working folder ---------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ _PROMPT_CACHE = (
     "model_fingerprint",
 )  # fmt: skip
 _VISION_MODES = Choice(("disabled", "proxy", "native"))
+_MAX_DEVICES = 64
 _DEVICE_ID = Integer(0, 999, units=False)
 
 MODEL_KEYS = ("capabilities", "parking_lot")
@@ -103,8 +104,8 @@ def our_params(params: Mapping[Any, Any], title: str, remarks: list[str], *, sto
 
 def _device(value: Any, where: str, remarks: list[str]) -> str:
     """`device` for a list of GPUs: none is the CPU, and the first GPU is the CPU where there is no GPU."""
-    if not isinstance(value, list):
-        raise UsageError(f"{where} must be a list of whole numbers, not {value!r:.60}")
+    if not isinstance(value, list) or len(value) > _MAX_DEVICES:
+        raise UsageError(f"{where} must be a list of at most {_MAX_DEVICES} whole numbers, not {value!r:.60}")
     numbers = [convert(_DEVICE_ID, number, where) for number in value]
     if len(numbers) > 1:
         remarks.append(f"{where}: one device computes a model, and that is {numbers[0]}; {numbers[1:]} are not used")
