@@ -475,3 +475,18 @@ def test_answers_become_dicts() -> None:
         assert not answer.choices[0].message.tool_calls
         assert "tool_calls" not in to_dict(answer)["choices"][0]["message"]
         assert isinstance(to_dict(adapter.embed({"input": "x"}))["data"][0]["embedding"], list)
+
+
+def test_the_operators_variables_of_the_template_count_where_a_request_sets_none() -> None:
+    engine = ScriptedEngine("x")
+    adapter = OpenAIAdapter(engine, default_chat_template_kwargs={"enable_thinking": False, "style": "short"})
+
+    def variables(**fields: Any) -> Any:
+        asyncio.run(adapter.chat({"messages": [{"role": "user", "content": "Hi"}], **fields}))
+        return {name: engine.template_calls[-1].options.get(name) for name in ("enable_thinking", "style")}
+
+    assert variables() == {"enable_thinking": False, "style": "short"}
+    asked = variables(enable_thinking=True, chat_template_kwargs={"style": "long"})
+    assert (asked["enable_thinking"], asked["style"]) == (True, "long")
+    with pytest.raises(ConfigError, match=r"default_chat_template_kwargs: .*cannot be set here"):
+        OpenAIAdapter(engine, default_chat_template_kwargs={"messages": []})

@@ -152,6 +152,8 @@ TRANSLATED: dict[str, dict[str, Any]] = {
     "--speculative-config.method ngram --speculative-config.num-speculative-tokens=4": {
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 4}},
     "--spec-type ngram-mod": {"speculative_config": {"method": "suffix"}},
+    """--chat-template-kwargs '{"enable_thinking": false}'""": {
+        "default_chat_template_kwargs": {"enable_thinking": False}},
     "-dev CUDA1 --reasoning-format none": {"device": "cuda:1", "reasoning_parser": "none"},
 }  # fmt: skip
 
@@ -176,6 +178,9 @@ def test_a_flag_without_effect_is_named() -> None:
         ("""--override-generation-config '{"max_tokens": 5}'""", "'max_tokens' is none of the numbers temperature"),
         ("""--override-generation-config '{"top_k": "a"}'""", "'top_k' is none of the numbers"),
         ("--override-generation-config " + "[" * 99_999, "must be a JSON object"),
+        ("--default-chat-template-kwargs []", "must be a JSON object, not []"),
+        ("--default-chat-template-kwargs {a}", "must be a JSON object, not '{a}'"),
+        ("--default-chat-template-kwargs " + "[" * 60_000, "must be a JSON object"),
         ("--scheduling-policy lifo", "--scheduling-policy lifo is not taken: priorities are for servers"),
         ("--speculative-config.method", "--speculative-config.method: expected one argument"),
         ("--speculative-config nothing", "must be a JSON object, not 'nothing'"),

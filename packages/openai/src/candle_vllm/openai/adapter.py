@@ -84,6 +84,7 @@ class OpenAIAdapter:
         reasoning_parser: str | None = None,
         reasoning_budget: int = -1,
         reasoning_budget_message: str | None = None,
+        default_chat_template_kwargs: Mapping[str, Any] | None = None,
         watcher: RequestWatcher | None = None,
     ) -> None:
         """
@@ -97,6 +98,7 @@ class OpenAIAdapter:
             reasoning_budget: most tokens of thoughts where a request does not say it; -1 is no limit.
             reasoning_budget_message: what the model is made to say where a budget ends its thoughts; None is what its
                 makers have it say.
+            default_chat_template_kwargs: variables of the chat template where a request does not set them.
             watcher: told of every request that the engine is given.
 
         Raises:
@@ -116,7 +118,11 @@ class OpenAIAdapter:
             thinking=ThinkingLimit(reasoning_budget, reasoning_budget_message, required=False),
         )
         self._preparation = TaskPreparation(
-            engine, self.planner, allow_priority=allow_priority, allow_chat_template=allow_chat_template
+            engine,
+            self.planner,
+            allow_priority=allow_priority,
+            allow_chat_template=allow_chat_template,
+            template_defaults=default_chat_template_kwargs,
         )
         self._work = WorkerThreads()
         self._embedding = EmbeddingAdapter(

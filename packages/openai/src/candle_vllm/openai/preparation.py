@@ -23,6 +23,7 @@ from candle_vllm.openai.engine import EngineLike
 from candle_vllm.openai.errors import UnsupportedParameterError, no_priority
 from candle_vllm.openai.planning import AnswerPlanner, Planned
 from candle_vllm.openai.protocol.fields import MAX_PROMPT_LOGPROBS
+from candle_vllm.openai.protocol.templating import check_variables
 from candle_vllm.openai.requests import sampling_params
 from candle_vllm.openai.task import Task
 
@@ -62,11 +63,17 @@ class TaskPreparation:
         planner: plans the answers to chat requests.
         allow_priority: whether requests may go before others.
         allow_chat_template: whether requests may bring a template.
+        template_defaults: variables of the template that count where a request does not set them.
+
+    Raises:
+        ConfigError: one of those cannot be a variable.
     """
 
     def __init__(
-        self, engine: EngineLike, planner: AnswerPlanner, *, allow_priority: bool, allow_chat_template: bool
-    ) -> None:
+        self, engine: EngineLike, planner: AnswerPlanner, *, allow_priority: bool, allow_chat_template: bool,
+        template_defaults: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self._template_defaults = _checked_variables(template_defaults or {})
         self._engine = engine
         self._planner = planner
         self._allow_priority = allow_priority
@@ -223,11 +230,12 @@ class TaskPreparation:
         if (tools := task.tools.as_template()) is not None:
             options["tools"] = tools
         messages = template_messages(task.messages, self._planner.choice.needs)
+        variables = {**self._template_defaults, **task.variables}
         if task.chat_template is None:
-            if task.variables:
-                options["chat_template_kwargs"] = task.variables
+            if variables:
+                options["chat_template_kwargs"] = variables
             return self._engine.apply_chat_template(messages, **options)
-        return self._own_template(task.chat_template).render(messages, **options, **task.variables)
+        return self._own_template(task.chat_template).render(messages, **options, **variables)
 
     def _own_template(self, source: str) -> ChatTemplate:
         if not self._allow_chat_template:
@@ -304,6 +312,15 @@ def _path_of(task: Task, name: str) -> str:
     """Where the request has the schema of a tool, or the grammar."""
     place = next(i for i, shown in enumerate(task.tools.shown) if shown["function"]["name"] == name)
     return task.paths.schemas[place]
+
+
+def _checked_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The operator's variables of the template, refused now rather than at every request."""
+    try:
+        check_variables(variables)
+    except ValueError as error:
+        raise ConfigError(f"default_chat_template_kwargs: {error}", "default_chat_template_kwargs") from None
+    return dict(variables)
 
 
 def _remarks(task: Task, loose: Collection[str] = ()) -> tuple[str, ...]:

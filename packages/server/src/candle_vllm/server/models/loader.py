@@ -93,6 +93,7 @@ def serve_engine(engine: ServedEngine, entry: ModelEntry, metrics: Metrics) -> S
             tool_parser=settings.tool_parser,
             reasoning_parser=settings.reasoning_parser,
             **thinking_settings(settings),
+            default_chat_template_kwargs=settings.default_chat_template_kwargs,
             watcher=watcher,
         )
     except BaseException:

@@ -280,7 +280,7 @@ ROWS: tuple[Row, ...] = (
     _so("--jinja", f"{_ALWAYS}: the model's template is rendered"),
     Row("--no-jinja --skip-chat-parsing --no-skip-chat-parsing", f"{_ALWAYS}: the model's template is rendered"),
     _called("--chat-template-file", "--chat-template"),
-    Row("--chat-template-kwargs --default-chat-template-kwargs", f"{_REQUEST}: chat_template_kwargs"),
+    _called("--chat-template-kwargs", "--default-chat-template-kwargs"),
     _only("--chat-template-content-format", "what a template wants is found out from the template", "auto"),
     _only("--response-role", "answers are the assistant's", "assistant"),
     _so("--enable-auto-tool-choice --exclude-tools-when-tool-choice-none",

@@ -16,7 +16,7 @@ from typing import Annotated, Any, get_type_hints
 
 from candle_vllm.core.config import ISQ_NAMES
 from candle_vllm.core.sampling.thoughts import MAX_BUDGET, MAX_MESSAGE
-from candle_vllm.core.setting_kinds import Boolean, Choice, FilePath, Integer, Number, Secret, Text
+from candle_vllm.core.setting_kinds import Boolean, Choice, FilePath, Integer, JsonObject, Number, Secret, Text
 from candle_vllm.responses.store.options import MAX_DAYS, MAX_MB, MAX_RECORDS
 from candle_vllm.server.settings.options import (
     COMMAND_GROUPS,
@@ -85,6 +85,9 @@ class Settings:
     chat_template: Annotated[Path | None, own(MODEL,
         FilePath(), "file with the Jinja chat template to use instead", "FILE", in_yaml=True,
         commands=(*_WITH_TEXT, "quantize"))] = None
+    default_chat_template_kwargs: Annotated[dict[str, Any] | None, own(MODEL,
+        JsonObject(), "variables of the chat template, as JSON, where a request does not set them "
+        """(chat_template_kwargs): '{"enable_thinking": false}'""", "JSON", in_yaml=True, commands=_SERVE)] = None
     tool_parser: Annotated[str | None, own(MODEL,
         Text(128), "format of the model's tool calls (docs/tool-calling.md); without it, chosen by the model's files",
         "NAME", in_yaml=True, flags=("--tool-parser", "--tool-call-parser", "--enforce-parser"),
