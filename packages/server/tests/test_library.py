@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 from fake_hub import FakeHub
 from server_fakes import PacedEngine
@@ -27,7 +25,10 @@ from candle_vllm.server.models.downloads import (
     room_of,
     tag_of,
 )
+from candle_vllm.server.serve import with_fetched
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.command_line import parse
+from candle_vllm.server.settings.configuration import load_configuration
 
 BIG = os.urandom(3 << 20)
 REPO = "org/model-GGUF"
@@ -35,22 +36,9 @@ FILES = {"README.md": b"x", "model-Q4_K_M.gguf": BIG, "model-Q8_0.gguf": BIG[:-9
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub that huggingface_hub asks in the place of its own."""
-    from huggingface_hub import constants
-    from huggingface_hub.hf_api import api
-
-    fake = FakeHub()
-    fake.repos[REPO] = dict(FILES)
-    for name in ("HF_HUB_OFFLINE", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", fake.url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "ENDPOINT", fake.url)
-    monkeypatch.setattr(api, "endpoint", fake.url)
-    yield fake
-    huggingface_hub.close_session()
-    fake.stop()
+def hub(fake_hub: FakeHub) -> FakeHub:
+    fake_hub.repos[REPO] = dict(FILES)
+    return fake_hub
 
 
 @pytest.fixture
@@ -247,3 +235,17 @@ def test_ps_asks_a_server(command: Any, start: Any) -> None:
     assert status == 2
     assert "Missing or wrong API key" in why
     assert "no server answers" in command("ps", "--port", "9")[2]
+
+
+def test_a_server_has_what_was_fetched_where_that_is_allowed(hub: FakeHub, settings: Settings, tmp_path: Path) -> None:
+    downloads.pull(settings, plan_pull(settings, REPO))
+    flags = ["--download-dir", str(settings.download_dir), "--m", "demo", "--threads", "1"]
+    found = []
+    for more in ([], ["--allow-model-changes"]):
+        given, _ = parse("serve", [*flags, *more])
+        configuration = load_configuration(given, {}, folder=tmp_path, home=tmp_path)
+        found.append([entry for entry in with_fetched(configuration).entries[1:]])
+    assert found[0] == []
+    (fetched,) = found[1]
+    assert (fetched.names, fetched.settings.threads) == ((f"{REPO}:Q4_K_M",), 1)
+    assert (fetched.settings.model, fetched.settings.weight_file) == (REPO, "model-Q4_K_M.gguf")

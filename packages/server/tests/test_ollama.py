@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import socket
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import httpx
 import ollama
 import pytest
 from server_fakes import FakeLoader, PacedEngine
+from waiting import wait_for
 
 from candle_vllm.core.errors import EngineOverloadedError
-from candle_vllm.server import Settings
+from candle_vllm.server import Settings, create_app
 from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.routes.ollama_library import refuse_open_changes
+from candle_vllm.server.serve import bind, bind_second, make_server
+from candle_vllm.server.settings.options import UsageError
 
 HI: list[Any] = [{"role": "user", "content": "Hi"}]
 ASK: dict[str, Any] = {"model": "scripted", "messages": HI}
@@ -262,3 +272,160 @@ def test_who_cannot_unload_is_told(start: Callable[..., Any]) -> None:
         with running.http() as client:
             assert "keep_alive has no effect" in client.post("/api/chat", json=asked).headers["x-warning"]
             assert len(client.get("/api/ps").json()["models"]) == 1
+
+
+# ---- changing which models there are ---------------------------------------------------------------------------------
+
+REPO = "org/model-GGUF"
+
+
+@pytest.fixture
+def changing(start: Callable[..., Any], fake_hub: Any, tmp_path: Path) -> Callable[..., Any]:
+    """Starts servers whose models clients may change, with a repository to fetch."""
+    fake_hub.repos[REPO] = {"model-Q4_K_M.gguf": os.urandom(1 << 20), "model-Q8_0.gguf": b"x", "config.json": b"{}"}
+
+    def changing(**settings: Any) -> Any:
+        settings = {"allow_model_changes": True, "download_dir": tmp_path / "hub", **settings}
+        return start(ModelManager(Catalogue([ModelEntry("scripted", Settings(**settings))]), FakeLoader()), **settings)
+
+    return changing
+
+
+def test_a_model_is_pulled_asked_copied_and_deleted(changing: Callable[..., Any], fake_hub: Any) -> None:
+    with client_of(changing()) as client:
+        told = list(client.pull(f"hf.co/{REPO}:Q4_K_M", stream=True))
+        assert (told[0].status, told[-1].status) == ("pulling manifest", "success")
+        assert "fits: needs at least" in (told[1].status or "")
+        sums = [line for line in told if line.total]
+        assert sums[-1].completed == sums[-1].total == 1 << 20
+        assert (sums[-1].digest or "").removeprefix("sha256:") == fake_hub.told(REPO, "model-Q4_K_M.gguf")
+        assert client.pull(f"{REPO}:Q8_0").status == "success"
+        names = [f"{REPO}:Q4_K_M", f"hf.co/{REPO}:Q4_K_M", f"{REPO}:Q8_0"]
+        assert [model.model for model in client.list().models] == ["scripted", *names]
+        for name in names[:2]:
+            assert client.chat(name, HI).message.content == "Hello!"
+        client.copy(names[0], "mine")
+        assert client.chat("mine", HI).message.content == "Hello!"
+        with pytest.raises(ollama.ResponseError, match="both called 'scripted'"):
+            client.copy(names[0], "scripted")
+        client.delete("mine")
+        client.delete(names[0])
+        assert [model.model for model in client.list().models] == ["scripted", names[2]]
+        with pytest.raises(ollama.ResponseError, match="not served") as gone:
+            client.chat(names[0], HI)
+        assert gone.value.status_code == 404
+        with pytest.raises(ollama.ResponseError, match="its files are the operator's"):
+            client.delete("scripted")
+
+
+def test_a_pull_that_fails_says_why(changing: Callable[..., Any], fake_hub: Any) -> None:
+    fake_hub.sums[REPO, "model-Q4_K_M.gguf"] = "0" * 64
+    running = changing()
+    with client_of(running) as client:
+        for name, status, why in [
+            ("org/other", 404, "the hub has no model"),
+            (REPO + ":Q2_K", 404, "no file 'Q2_K'"),
+            ("nothing", 404, "there is no model 'nothing'"),
+            (REPO, 502, "is not what the hub has"),
+        ]:
+            with pytest.raises(ollama.ResponseError, match=why) as refusal:
+                client.pull(name)
+            assert refusal.value.status_code == status
+        with pytest.raises(ollama.ResponseError, match="is not what the hub has"):
+            list(client.pull(REPO, stream=True))
+        assert len(client.list().models) == 1
+
+
+def test_models_are_changed_where_the_operator_allows_it_alone(
+    start: Callable[..., Any], changing: Callable[..., Any], fake_hub: Any
+) -> None:
+    asked = [("POST", "/api/pull", {"model": REPO}), ("DELETE", "/api/delete", {"model": "scripted"}),
+             ("POST", "/api/copy", {"source": "scripted", "destination": "x"})]  # fmt: skip
+    with start().http() as client:
+        for method, path, body in asked:
+            refused = client.request(method, path, json=body)
+            assert refused.status_code == 403
+            assert "--allow-model-changes" in refused.json()["error"]
+    with changing(api_key=("client",), management_key=("operator",)).http() as client:
+        for method, path, body in asked:
+            for key, status in (("client", 401), ("wrong", 401)):
+                headers = {"authorization": f"Bearer {key}"}
+                assert client.request(method, path, json=body, headers=headers).status_code == status
+            headers = {"authorization": "Bearer operator", "origin": "http://elsewhere.example"}
+            assert client.request(method, path, json=body, headers=headers).status_code == 403
+    assert fake_hub.asked == []
+    with pytest.raises(UsageError, match="--allow-model-changes lets clients fetch"):
+        refuse_open_changes(Settings(allow_model_changes=True, host="0.0.0.0"))
+    refuse_open_changes(Settings(allow_model_changes=True, host="0.0.0.0", api_key=("k",)))
+    refuse_open_changes(Settings(allow_model_changes=True))
+
+
+def test_ollama_s_own_port() -> None:
+    """A second port of the same server, where `/` says what Ollama's clients look for."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = Settings(port=0, ollama_port=port, shutdown_timeout=1, api_key=("right",))
+    first = bind(settings.address)
+    listeners = [first, *bind_second(settings, first)]
+    server = make_server(create_app(PacedEngine(), settings), settings)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": listeners}, daemon=True)
+    thread.start()
+    try:
+        wait_for(lambda: server.started)
+        own, usual = (f"http://127.0.0.1:{each}" for each in (port, first.getsockname()[1]))
+        with httpx.Client(trust_env=False, headers={"authorization": "Bearer right"}) as client:
+            assert client.get(own).text == "Ollama is running"
+            assert client.head(own).status_code == 200
+            assert client.get(usual).json()["name"] == "candle-vllm"
+            assert [client.get(f"{each}/api/tags").status_code for each in (own, usual)] == [200, 200]
+        assert httpx.get(f"{own}/api/tags", trust_env=False).status_code == 401
+        with pytest.raises(UsageError, match="in use"):
+            bind_second(settings, first)
+    finally:
+        server.should_exit = True
+        thread.join(10)
+    assert bind_second(Settings(port=11434, ollama_port=11434), first) == []
+
+
+# ---- the client of another language ----------------------------------------------------------------------------------
+
+SCRIPT = """
+const { Ollama } = require("ollama");
+(async () => {
+  const client = new Ollama({ host: process.argv[2] });
+  const messages = [{ role: "user", content: "Hi" }];
+  const whole = await client.chat({ model: "scripted", messages });
+  let pieces = "";
+  for await (const part of await client.chat({ model: "scripted", messages, stream: true }))
+    pieces += part.message.content;
+  const text = await client.generate({ model: "scripted", prompt: "Hi", keep_alive: "5m" });
+  const vectors = await client.embed({ model: "scripted", input: ["a", "b"] });
+  const listed = await client.list(), resident = await client.ps(), shown = await client.show({ model: "scripted" });
+  let refused = "";
+  const options = { mirostat: 3 };
+  try { await client.chat({ model: "scripted", messages, options }); } catch (error) { refused = String(error); }
+  console.log(JSON.stringify([whole.message.content, pieces, text.response, vectors.embeddings.length,
+    listed.models[0].name, resident.models[0].name, shown.capabilities[0], refused]));
+})();
+"""
+
+
+def test_the_client_for_javascript(start: Callable[..., Any], tmp_path: Path) -> None:
+    npm, node = shutil.which("npm"), shutil.which("node")
+    if npm is None or node is None:
+        pytest.skip("npm is not installed")
+    command = [npm, "install", "--silent", "--no-audit", "--no-fund", "--ignore-scripts", "ollama@0.6.4"]
+    installed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    if installed.returncode != 0:
+        pytest.skip(f"the package cannot be installed: {installed.stderr[-200:]}")
+    (tmp_path / "ask.js").write_text(SCRIPT)
+    running = start(PacedEngine("Good day!"))
+    environment = {**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    asked = subprocess.run(
+        [node, "ask.js", running.url], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert asked.returncode == 0, asked.stderr
+    *said, refused = json.loads(asked.stdout)
+    assert said == [*["Good day!"] * 3, 2, "scripted", "scripted", "completion"]
+    assert "options.mirostat" in refused

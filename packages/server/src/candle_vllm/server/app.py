@@ -30,7 +30,7 @@ from candle_vllm.server.http.keys import Keyring
 from candle_vllm.server.http.limits import HEADERS as LIMIT_HEADERS
 from candle_vllm.server.http.limits import RateLimitMiddleware, RateLimits
 from candle_vllm.server.http.request_id import RequestIdMiddleware
-from candle_vllm.server.http.routing import HeadMiddleware, Limits, PrefixMiddleware
+from candle_vllm.server.http.routing import GreetingMiddleware, HeadMiddleware, Limits, PrefixMiddleware
 from candle_vllm.server.keeping import Keeper
 from candle_vllm.server.mcp.access import response_servers
 from candle_vllm.server.models.catalogue import ModelEntry
@@ -50,6 +50,7 @@ from candle_vllm.server.routes import (
     messages,
     models,
     ollama,
+    ollama_library,
     ollama_models,
     relatives,
     responses,
@@ -71,7 +72,7 @@ if TYPE_CHECKING:
 _MODULES = (
     generation, messages, responses, responses_socket, stored_responses, conversations, files, batches, embeddings,
     tokenizing, models,
-    mailbox_routes, ollama, ollama_models, mcp_routes, status, relatives, docs,
+    mailbox_routes, ollama, ollama_models, ollama_library, mcp_routes, status, relatives, docs,
 )  # fmt: skip
 ROUTERS = tuple(module.router for module in _MODULES)
 
@@ -122,6 +123,7 @@ def create_app(
         app.state.metrics.watch_mcp_servers(mcp.states)
     app.state.responders = responses.Responders(app.state.kept, response_servers(mcp, settings))
     app.state.keeper = Keeper(mailbox, app.state.metrics)
+    app.state.pulls, app.state.pulling, app.state.pull_lock = 0, set(), asyncio.Lock()
     app.state.stopping = lambda: False
     app.state.failure = None  # why it could not start
     app.state.page_key = None  # of the web UI's printed address, which stands for an API key where tools are called
@@ -216,6 +218,8 @@ def _add_layers(app: FastAPI, settings: Settings) -> None:
         public = public_paths() if settings.ui_server else frozenset()
         app.add_middleware(ApiKeyMiddleware, keys=app.state.keys, public=public)
     app.add_middleware(HeadMiddleware)
+    if settings.ollama_port is not None:
+        app.add_middleware(GreetingMiddleware, port=settings.ollama_port)
     app.add_middleware(FailureMiddleware)
     app.add_middleware(CutOffMiddleware)
     if settings.cors_origin:

@@ -34,6 +34,7 @@ from candle_vllm.server.http.socket import WebSocketProtocol
 from candle_vllm.server.http.tls import refresh, tls_context
 from candle_vllm.server.interrupts import say_stopped
 from candle_vllm.server.mailbox.options import MailboxOptions
+from candle_vllm.server.models.catalogue import Catalogue
 from candle_vllm.server.models.loader import ModelLoader
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelSlot
@@ -41,6 +42,7 @@ from candle_vllm.server.models.switcher import Load, ManagerLimits
 from candle_vllm.server.observing.metrics import Observation
 from candle_vllm.server.observing.model_metrics import ServedEngine
 from candle_vllm.server.reloading import Reloader, warn_of_missing
+from candle_vllm.server.routes.ollama_library import refuse_open_changes, served_entry
 from candle_vllm.server.routes.webui import new_page_key, page_address
 from candle_vllm.server.settings import Address, Settings
 from candle_vllm.server.settings.configuration import Configuration
@@ -73,13 +75,15 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
         refuse_wrong_formats(entry.settings)
     mcp = open_mcp(settings)
     tls = tls_context(settings)
+    refuse_open_changes(settings)
     listener = bind(settings.address)
+    second = bind_second(settings, listener)
     warn_of_missing(configuration.catalogue)
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
         observation = Observation(settings)
         load = load or ModelLoader(observation.metrics)
-        manager = ModelManager(configuration.catalogue, load, limits_of(settings), observation.metrics)
+        manager = ModelManager(with_fetched(configuration), load, limits_of(settings), observation.metrics)
         app = create_app(manager, settings, mailbox=open_mailbox(configuration.mailbox), mcp=mcp)
         app.state.page_key = new_page_key(settings, mcp is not None)
         server = make_server(app, settings, tls)
@@ -89,10 +93,11 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
         app.state.reloader = starting.reloader = Reloader(configuration, manager, app.state.keys)
         if tls is not None and settings.enable_ssl_refresh:
             server.beside = lambda: refresh(tls, settings)
-        server.run(sockets=[listener])
+        server.run(sockets=[listener, *second])
         observation.close()
     finally:
-        listener.close()
+        for each in (listener, *second):
+            each.close()
         _remove_socket(settings.address)
     failure = app.state.failure or starting.failure
     if failure is not None:
@@ -100,6 +105,31 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
     if starting.stopped is not None:
         say_stopped(f" while {starting.stopped}")
     return 0
+
+
+def with_fetched(configuration: Configuration) -> Catalogue:
+    """The catalogue, with the models that were fetched where clients may change which there are."""
+    catalogue, settings = configuration.catalogue, configuration.settings
+    if not settings.allow_model_changes:
+        return catalogue
+    from candle_vllm.server.models.downloads import downloaded
+
+    names = {name for entry in catalogue.entries for name in (*entry.names, entry.settings.model)}
+    base = dataclasses.replace(settings, model=None, weight_path=None, weight_file=None, served_model_name=())
+    found = [served_entry(base, local) for local in downloaded(settings) if local.name not in names]
+    return Catalogue([*catalogue.entries, *found], catalogue.default.name)
+
+
+def bind_second(settings: Settings, first: socket.socket) -> list[socket.socket]:
+    """A socket at the port of Ollama's clients, where it is another than that of the first, which is closed if not."""
+    if settings.ollama_port in (None, settings.address.port):
+        return []
+    host = "127.0.0.1" if settings.address.unix_path is not None else settings.address.host
+    try:
+        return [bind(Address(host, settings.ollama_port))]
+    except UsageError:
+        first.close()
+        raise
 
 
 def open_mailbox(options: MailboxOptions | None) -> Mailbox | None:

@@ -131,6 +131,7 @@ _UNSET = {  # what it means that nobody gave it, where that is not the engine's 
     "max_loaded_models": "as many as fit",
     "idle_unload_secs": "never",
     "mailbox": "off",
+    "ollama_port": "off",
     "otlp_endpoint": "off",
     "mcp_tool_timeout": "as mcp.json says",
     "max_queued_per_key": "no limit",

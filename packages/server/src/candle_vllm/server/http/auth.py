@@ -27,6 +27,7 @@ PUBLIC_PATHS = frozenset({"/health", "/ping", READY})
 MANAGEMENT_PATHS = frozenset({
     "/metrics", "/v1/models/load", "/v1/models/unload", "/v1/models/select", "/v1/models/status", "/v1/usage",
     "/server_info", "/reset_prefix_cache", "/v1/queues",
+    "/api/pull", "/api/copy", "/api/delete",
 })  # fmt: skip
 PAGES = ("/openapi.json", "/docs")  # and what is below /docs/
 

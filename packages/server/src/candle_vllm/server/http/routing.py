@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import NamedTuple
 
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 
@@ -54,6 +55,21 @@ class PrefixMiddleware:
             begun = raw.startswith(prefix.encode() + b"/")
             scope = {**scope, "path": scope["path"][len(prefix) :], "raw_path": raw[len(prefix) :] if begun else b""}
         await self._app(scope, receive, send)
+
+
+class GreetingMiddleware:
+    """Answers at `/` of one port as Ollama does, where its clients look whether it runs."""
+
+    def __init__(self, app: ASGIApp, port: int) -> None:
+        self._app = app
+        self._port = port
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asked = scope["type"] == "http" and scope["method"] in ("GET", "HEAD") and route_path(scope) == "/"
+        if asked and (scope.get("server") or ("", None))[1] == self._port:
+            await PlainTextResponse("Ollama is running")(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
 
 class Limits(NamedTuple):

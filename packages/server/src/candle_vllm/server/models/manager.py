@@ -158,6 +158,11 @@ class ModelManager:
         self.metrics.model_waited_for(slot.entry.names[0], time.monotonic() - began)
         return lease
 
+    @property
+    def catalogue(self) -> Catalogue:
+        """Which models there are."""
+        return self._catalogue
+
     # ---- for operators -----------------------------------------------------------------------------------------------
 
     async def load(self, name: str | None) -> ModelSlot:

@@ -30,7 +30,7 @@ _MEANINGS: Mapping[int, str] = {
     415: "The body is not JSON",
     429: "Too many requests of this key wait, or it has used up what a minute allows",
     500: "The server failed on this request",
-    502: "The webhook did not take it",
+    502: "The webhook did not take it, or the hub did not give it",
     503: "Overloaded, shutting down, or the model cannot be loaded now",
     529: "Overloaded",
     504: "The answer took longer than the operator allows",

@@ -17,6 +17,7 @@ from candle_vllm.openai.ollama import (
 )
 from candle_vllm.server.openapi.components import Naming
 from candle_vllm.server.openapi.operation import BODY_ERRORS, Key, Operation
+from candle_vllm.server.routes.ollama_library import CopyRequest, DeleteRequest, PullLine, PullRequest
 from candle_vllm.server.routes.ollama_models import ApiVersion, Residents, Shown, ShowRequest, Tags
 
 _OLLAMA = Naming("Ollama", "Out")
@@ -98,6 +99,43 @@ OLLAMA_OPERATIONS: Mapping[Key, Operation] = {
         errors=_ERRORS,
         error=Failure,
         naming=_OLLAMA,
+    ),
+    ("POST", "/api/pull"): Operation(
+        id="ollama_pull",
+        tag="ollama",
+        summary="Fetch a model of Hugging Face, where the operator allows that",
+        body=(PullRequest,),
+        example={"model": "qwen3:0.6b", "stream": False},
+        answers={200: (PullLine,)},
+        lines=(PullLine, Failure),
+        errors=(*BODY_ERRORS, 403, 404, 502, 503),
+        error=Failure,
+        naming=_OLLAMA,
+        manages=True,
+    ),
+    ("POST", "/api/copy"): Operation(
+        id="ollama_copy",
+        tag="ollama",
+        summary="Give a model another name, where the operator allows that",
+        body=(CopyRequest,),
+        example={"source": "default", "destination": "mine"},
+        answers={200: ()},
+        errors=(*BODY_ERRORS, 403, 404, 409),
+        error=Failure,
+        naming=_OLLAMA,
+        manages=True,
+    ),
+    ("DELETE", "/api/delete"): Operation(
+        id="ollama_delete",
+        tag="ollama",
+        summary="Remove a fetched model, where the operator allows that",
+        body=(DeleteRequest,),
+        example={"model": "qwen3:0.6b"},
+        answers={200: ()},
+        errors=(*BODY_ERRORS, 403, 404, 409),
+        error=Failure,
+        naming=_OLLAMA,
+        manages=True,
     ),
     ("GET", "/api/version"): Operation(
         id="ollama_version",

@@ -60,13 +60,13 @@ async def ollama_body(request: Request, parse: Callable[[bytes], Any]) -> Any:
 
 def served_name(manager: ModelManager, name: str) -> str:
     """A model's name here: as it is, or without `:latest`; raises `ModelNotServedError`."""
-    try:
-        manager.find(name)
-    except ModelNotServedError:
-        if not name.endswith(_LATEST):
-            raise
-        manager.find(name := name.removesuffix(_LATEST))
-    return name
+    for given in (name, name.removesuffix(_LATEST)):
+        try:
+            manager.find(given, exact=True)
+        except ModelNotServedError:
+            continue
+        return given
+    return manager.find(name).entry.names[0]
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------

@@ -180,6 +180,9 @@ class Settings:
         Integer(1, 86400), "how long a request waits for a model that is not loaded", "SECONDS")] = 600
     model_drain_timeout: Annotated[int, own(MODELS,
         Integer(0, 86400), "how long a model that makes room for another may finish its requests", "SECONDS")] = 120
+    allow_model_changes: Annotated[bool, own(MODELS,
+        Boolean(), "serve the models that were fetched, and let clients pull, copy and delete models (/api/pull, "
+        "/api/copy, /api/delete)", commands=_SERVE)] = False
     mailbox: Annotated[str | None, own(MAILBOX,
         Secret(), "keep answers for clients that ask for it: sqlite (in ~/.candle-vllm), sqlite:///path or "
         "postgresql://...", "URL")] = field(default=None, repr=False)
@@ -229,6 +232,9 @@ class Settings:
         flags=("--h", "--host"))] = "127.0.0.1"
     port: Annotated[int, own(HTTP,
         Integer(0, 65535, units=False), "TCP port; 0 takes a free one", "PORT", flags=("--p", "--port"))] = 2000
+    ollama_port: Annotated[int | None, own(HTTP,
+        Integer(1, 65535, units=False), "second TCP port, where Ollama's clients look for theirs: 11434", "PORT",
+        commands=_SERVE)] = None
     ui_server: Annotated[bool, own(HTTP, Boolean(), "serve the web UI at /", commands=_SERVE)] = False
     api_key: Annotated[tuple[str, ...], own(HTTP,
         Secret(), "key that clients must send as `Authorization: Bearer`; repeatable",

@@ -1,0 +1,272 @@
+"""`/api/pull`, `/api/copy` and `/api/delete`: Ollama's API for changing which models there are.
+
+Outside the ten steps. All of it is off until the operator allows it, and for clients with a key, or on this machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+from fastapi import APIRouter, Request
+from msgspec import UNSET, UnsetType
+from pydantic import BeforeValidator, WithJsonSchema, model_validator
+from starlette.responses import Response
+
+from candle_vllm.core.errors import CandleVllmError, ModelNotFoundError
+from candle_vllm.core.progress import Progress, heard_by
+from candle_vllm.openai import to_json_bytes
+from candle_vllm.openai.ollama import ollama_parser
+from candle_vllm.openai.protocol.fields import Name, Refusal, WireModel, invalid
+from candle_vllm.server.answering import parsed
+from candle_vllm.server.http.auth import check_origin
+from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.failures import ollama_error_line
+from candle_vllm.server.http.sse import LineStream
+from candle_vllm.server.loop_threads import call_in, in_thread
+from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
+from candle_vllm.server.models.downloads import Local, Plan, find_downloaded, plan_pull, pull, remove, room_of
+from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.foreign_variables import is_loopback
+from candle_vllm.server.settings.options import UsageError
+
+router = APIRouter()
+
+_MAX_PULLS = 8  # that run or wait
+_PAUSE = 0.2  # seconds between two lines of progress
+
+
+def may_change(settings: Settings) -> bool:
+    """Whether clients may be let change models: they have keys, or come from this machine."""
+    keyed = settings.has_api_keys or bool(settings.management_key)
+    return keyed or settings.address.unix_path is not None or is_loopback(settings.address.host)
+
+
+def refuse_open_changes(settings: Settings) -> None:
+    """UsageError where everybody who reaches the server could fetch and delete models."""
+    if settings.allow_model_changes and not may_change(settings):
+        raise UsageError(
+            "--allow-model-changes lets clients fetch and delete models, and everybody who reaches "
+            f"{settings.host} may be one: give the server keys (--api-key, --management-key), or let it listen at "
+            "127.0.0.1"
+        )
+
+
+class _OfModel(WireModel):
+    """Which model; `name` is the older name of the field."""
+
+    model: Name | None = None
+    name: Name | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> _OfModel:
+        if (self.model is None) == (self.name is None):
+            raise invalid("model", "is needed: the name of a model (or name, not both)")
+        return self
+
+    @property
+    def named(self) -> str:
+        """The model."""
+        return self.model or self.name or ""
+
+
+class PullRequest(_OfModel):
+    """A model of Hugging Face to fetch: `org/name:Q4_K_M`, or a known name. `stream` is true unless it is false."""
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        "insecure": Refusal("downloads are checked always", (False,)),
+        "username": Refusal("the token is the operator's (--hf-token)", ("",)),
+        "password": Refusal("the token is the operator's (--hf-token)", ("",)),
+    }
+
+    stream: Annotated[
+        bool,
+        BeforeValidator(lambda value: True if value is None else value),
+        WithJsonSchema({"type": ["boolean", "null"]}),
+    ] = True
+
+
+class DeleteRequest(_OfModel):
+    """A fetched model whose files are removed, or a name that was given by a copy."""
+
+
+class CopyRequest(WireModel):
+    """Another name for a model, until the server ends."""
+
+    source: Name
+    destination: Name
+
+
+class PullLine(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a pull is; `total` and `completed` are bytes."""
+
+    status: str
+    digest: str | UnsetType = UNSET
+    total: int | UnsetType = UNSET
+    completed: int | UnsetType = UNSET
+
+
+@router.post("/api/pull")
+async def pull_model(request: Request) -> Response:
+    """Fetches a model, compares it with the hub's sums, and serves it from then on."""
+    wire: PullRequest = await _allowed(request, PullRequest)
+    state, manager = request.app.state, _manager(request)
+    settings = _base(request)
+    if state.pulls >= _MAX_PULLS:
+        raise HttpError(503, f"{state.pulls} models are being fetched, and no more may.", "overloaded",
+                        {"retry-after": "30"})  # fmt: skip
+    try:
+        plan = await in_thread(lambda: plan_pull(settings, wire.named), "plan-pull")
+    except ModelNotFoundError as error:
+        raise HttpError(404, str(error), "model_not_found", param="model") from None
+    lines = _pulling(state, manager, settings, plan, wire.named)
+    if wire.stream:
+        return LineStream(lines, lambda line: to_json_bytes(line) + b"\n", _failed_line, done=b"")
+    try:
+        async for _ in lines:
+            pass
+    except CandleVllmError as error:
+        raise HttpError(502, str(error), "pull_failed") from None
+    return Response(to_json_bytes(PullLine(status="success")), media_type="application/json")
+
+
+@router.post("/api/copy")
+async def copy_model(request: Request) -> Response:
+    """Gives a model another name, until the server ends."""
+    wire: CopyRequest = await _allowed(request, CopyRequest)
+    manager = _manager(request)
+    entry = manager.find(wire.source, exact=True).entry
+    try:
+        _change(manager, entry, dataclasses.replace(entry, aliases=(*entry.names, wire.destination)))
+    except UsageError as error:
+        raise HttpError(409, str(error), "name_taken", param="destination") from None
+    return Response()
+
+
+@router.delete("/api/delete")
+async def delete_model(request: Request) -> Response:
+    """Takes a copy's name away; or forgets a fetched model, and removes its files."""
+    wire: DeleteRequest = await _allowed(request, DeleteRequest)
+    manager, settings, name = _manager(request), _base(request), wire.named
+    entry = manager.find(name, exact=True).entry
+    if name != entry.name and len(entry.names) > 1:
+        left = tuple(each for each in entry.names if each != name)
+        _change(manager, entry, dataclasses.replace(entry, aliases=left))
+        return Response()
+    try:
+        local = await in_thread(lambda: find_downloaded(settings, entry.name), "find-model")
+    except ModelNotFoundError:
+        message = f"The model {name!r} was not fetched here: its files are the operator's."
+        raise HttpError(409, message, "model_stays", param="model") from None
+    if entry.name in (manager.catalogue.default.name, manager.active):
+        raise HttpError(409, f"The model {entry.name!r} is the default one, which stays.", "model_stays", param="model")
+    _change(manager, entry, None)
+    await in_thread(lambda: remove(settings, local), "remove-model")
+    return Response()
+
+
+def _change(manager: ModelManager, old: ModelEntry | None, new: ModelEntry | None) -> None:
+    """Serves another model in the place of one, or one more, or one less; UsageError where a name is another's."""
+    catalogue = manager.catalogue
+    entries = [new if each is old and new is not None else each for each in catalogue.entries]
+    if old is None and new is not None:
+        entries.append(new)
+    elif new is None:
+        entries = [each for each in entries if each is not old]
+    manager.adopt(Catalogue(entries, catalogue.default.name))
+
+
+async def _pulling(
+    state: Any, manager: ModelManager, settings: Settings, plan: Plan, asked: str
+) -> AsyncIterator[PullLine]:
+    """Fetches in a thread, one model after the other, and tells how far that is; it goes on where its reader leaves."""
+    loop, told = asyncio.get_running_loop(), asyncio.Queue[Progress]()
+    last = 0.0
+
+    def hear(progress: Progress) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _PAUSE or progress.done >= progress.total:
+            last = now
+            call_in(loop, told.put_nowait, progress)
+
+    def fetch() -> Local:
+        with heard_by(hear):
+            return pull(settings, plan)
+
+    async def work() -> None:
+        state.pulls += 1
+        try:
+            async with state.pull_lock:
+                local = await in_thread(fetch, "pull")
+            _serve(manager, settings, local, asked)
+        finally:
+            state.pulls -= 1
+
+    working = asyncio.create_task(work())
+    state.pulling.add(working)
+    working.add_done_callback(state.pulling.discard)
+    room = await in_thread(lambda: room_of(settings, plan.weight_bytes), "room")
+    yield PullLine(status="pulling manifest")
+    yield PullLine(status=f"{plan.name}: {room}")
+    digests = [file.sha256 for file in plan.files if file.sha256 is not None]
+    digest = f"sha256:{digests[0]}" if digests else UNSET
+    while not working.done() or not told.empty():
+        waiting = asyncio.ensure_future(told.get())
+        await asyncio.wait({waiting, working}, return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            waiting.cancel()
+            continue
+        progress = waiting.result()
+        verifies = progress.what.startswith("verifying")
+        status = progress.what if verifies or digest is UNSET else f"pulling {str(digest)[7:19]}"
+        yield PullLine(status=status, digest=digest, total=progress.total, completed=progress.done)
+    working.result()
+    yield PullLine(status="writing manifest")
+    yield PullLine(status="success")
+
+
+def _serve(manager: ModelManager, settings: Settings, local: Local, asked: str) -> None:
+    """Adds a fetched model, under the name too that it was asked for by, where no other model has that."""
+    if local.name in manager.slots:
+        return
+    try:
+        _change(manager, None, served_entry(settings, local, (asked,)))
+    except UsageError:
+        _change(manager, None, served_entry(settings, local))
+
+
+def served_entry(settings: Settings, local: Local, aliases: tuple[str, ...] = ()) -> ModelEntry:
+    """A fetched model as one of the catalogue."""
+    return ModelEntry(local.name, local.settings(settings), (local.name, *aliases))
+
+
+def _failed_line(failure: Exception) -> bytes:
+    if isinstance(failure, CandleVllmError):
+        failure = HttpError(502, str(failure), "pull_failed")
+    return ollama_error_line(failure)
+
+
+async def _allowed(request: Request, kind: type[WireModel]) -> Any:
+    """The checked body; HttpError 403 where the operator does not let models be changed."""
+    settings: Settings = request.app.state.settings
+    check_origin(request.scope, settings.cors_origin)
+    if not settings.allow_model_changes or not may_change(settings):
+        message = "This server's models are not changed by clients, unless it is started with --allow-model-changes."
+        raise HttpError(403, message, "model_changes_not_allowed")
+    return await parsed(request, ollama_parser(kind), typed=False)
+
+
+def _base(request: Request) -> Settings:
+    """The settings with which fetched models are served: those of the process, without its model."""
+    settings: Settings = request.app.state.settings
+    return dataclasses.replace(settings, model=None, weight_path=None, weight_file=None, served_model_name=())
+
+
+def _manager(request: Request) -> ModelManager:
+    return request.app.state.manager
