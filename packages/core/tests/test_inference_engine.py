@@ -691,3 +691,13 @@ def test_a_reset_prefix_cache_gives_nothing_to_later_prompts(toy_model: Path) ->
     assert second.num_cached_tokens > 0
     assert tokens([first]) == tokens([second]) == tokens([third])
     assert stats.num_free_blocks == stats.num_blocks
+
+
+def test_a_share_of_a_gpu_is_said_to_count_for_nothing_on_the_cpu(
+    toy_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with make(toy_model, gpu_memory_utilization=0.5):
+        pass
+    (said,) = [record for record in caplog.records if "gpu_memory_utilization" in record.message]
+    assert said.levelname == "WARNING"
+    assert "on the CPU it is `kv_fraction`" in said.message

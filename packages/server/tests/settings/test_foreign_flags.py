@@ -135,6 +135,7 @@ def test_the_page_has_every_flag_of_vllm() -> None:
 
 TRANSLATED: dict[str, dict[str, Any]] = {
     "--max_model_len 8K --gpu-memory-utilization=0.5": {"max_model_len": 8192, "gpu_memory_utilization": 0.5},
+    "--no-enable-chunked-prefill": {"prefill_chunk_size": 0},
     "--max-model-len -1": {"max_model_len": None},
     "--port 1 Qwen/Qwen3-4B": {"port": 1, "model": "Qwen/Qwen3-4B"},
     "--served-model-name a b --api-key k1 k2": {"served_model_name": ("a", "b"), "api_key": ("k1", "k2")},

@@ -186,7 +186,7 @@ def _plan_on_cpu(
             "attention_backend",
         )
     if config.gpu_memory_utilization is not None:
-        logger.info("gpu_memory_utilization counts on a GPU alone; on the CPU it is `kv_fraction`")
+        logger.warning("gpu_memory_utilization counts on a GPU alone; on the CPU it is `kv_fraction`")
     dtype_bytes = 2 if placement.recorded else ELEMENTS[placement.dtype].itemsize  # the compiled kernels keep bfloat16
     room = main_room(config.threads or default_threads(), share, weights)
     return plan_cache(config, model.config, dtype_bytes, sequences, room)

@@ -211,9 +211,10 @@ ROWS: tuple[Row, ...] = (
     _so("-cb --cont-batching --enable-chunked-prefill --async-scheduling --disable-frontend-multiprocessing "
         "--use-v2-block-manager",
         "requests join and leave at every step, long prompts come in chunks, and steps of a GPU overlap"),
-    Row("-nocb --no-cont-batching --no-enable-chunked-prefill",
+    Row("-nocb --no-cont-batching",
         "requests join and leave at every step, and long prompts come in chunks"),
     _idle("--holding-time", "requests join and leave at every step", values=True),
+    Row("--no-enable-chunked-prefill", "--prefill-chunk-size 0, which cuts no prompt", {"": "--prefill-chunk-size 0"}),
     _idle("--no-async-scheduling", "steps of a GPU overlap; no answer depends on it"),
     Row("--scheduling-policy", _PRIORITY, {"fcfs": "", "priority": "--enable-request-priority"}),
     _only("--num-scheduler-steps --max-num-partial-prefills --max-long-partial-prefills",
