@@ -177,6 +177,7 @@ def test_websockets_are_closed_at_once() -> None:
 
 def test_no_page_of_another_origin_can_ask() -> None:
     """CORS, and forms that need none: a page elsewhere reads nothing, and can make the server do nothing."""
+    changes = ("/v1/models/add", "/v1/models/remove", "/v1/models/reload")
     simple = ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"]
     engine = ScriptedEngine()
     with guarded(engine) as server, server.http() as client:
@@ -187,10 +188,10 @@ def test_no_page_of_another_origin_can_ask() -> None:
             assert not any(name.startswith("access-control") for name in preflight.headers), path
             for kind in simple:  # what a browser sends without asking first
                 answer = client.post(path, content=b'{"model":"default"}', headers={**origin, "content-type": kind})
-                # These take any content type, and refuse the page.
+                # These take any content type, or nothing by default, and refuse the page.
                 refusals = (
                     (403, 404, 405)
-                    if path.startswith(("/api/", "/v1/files", "/reset_prefix_cache"))
+                    if path.startswith(("/api/", "/v1/files", "/reset_prefix_cache", *changes))
                     else (404, 405, 415)
                 )
                 assert answer.status_code in refusals, (path, kind)

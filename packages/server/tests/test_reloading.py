@@ -197,3 +197,72 @@ async def test_a_signal_reads_everything_again(served: Served, caplog: pytest.Lo
     finally:
         asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
         signal.signal(signal.SIGHUP, before)
+
+
+# ---- over HTTP -------------------------------------------------------------------------------------------------------
+
+
+def _started(start: Any, folder: Path, **settings: Any) -> tuple[Served, Any]:
+    served = Served(folder, FakeLoader())
+    running = start(served.manager, management_key=("root",), api_key=("user",), **settings)
+    running.server.config.app.state.reloader = served.reloader
+    return served, running.http(headers={"authorization": "Bearer root"})
+
+
+def _served_names(client: Any) -> list[str]:
+    return [card["id"] for card in client.get("/v1/models", headers={"authorization": "Bearer user"}).json()["data"]]
+
+
+def test_models_are_added_and_removed_over_http(start: Any, tmp_path: Path) -> None:
+    served, client = _started(start, tmp_path, allow_model_changes=True)
+    with client:
+        added = client.post("/v1/models/add", json={"name": "d", "hf_id": "x/d", "params": {"temperature": 0.3}})
+        assert (added.status_code, added.json()["id"], added.json()["status"]) == (200, "d", "unloaded")
+        assert served.manager.slots["d"].entry.settings.temperature == 0.3
+        assert client.post("/v1/models/load", json={"model": "d"}).json()["status"] == "ready"
+        removed = client.post("/v1/models/remove", json={"model": "c"})
+        assert removed.json() == {"added": [], "changed": [], "removed": ["c"]}
+        assert _served_names(client) == ["a", "b", "d"]
+        served.path.write_text(FILE.replace("name: b", "name: e"))
+        assert client.post("/v1/models/reload").json() == {"added": ["e", "c"], "changed": [], "removed": ["b"]}
+        assert _served_names(client) == ["a", "e", "c", "d"]  # what was added stays
+        assert served.manager.slots["d"].model is not None
+
+
+WRONG = [
+    ("add", {"name": "a", "hf_id": "x/a"}, 400, "both called 'a'"),
+    ("add", {"name": "d"}, 400, "exactly one of hf_id and local_path"),
+    ("add", {"name": "d", "hf_id": "x/d", "local_path": "/d"}, 400, "exactly one of hf_id and local_path"),
+    ("add", {"name": "default", "hf_id": "x/d"}, 400, "always means default_model"),
+    ("add", {"name": "d", "hf_id": "x/d", "params": {"temprature": 1}}, 400, "did you mean temperature?"),
+    ("add", {"name": "d", "hf_id": "x/d", "params": {"temperature": "hot"}}, 400, "temperature must be a number"),
+    ("add", {"name": "d", "hf_id": "x/d", "params": {"tool_parser": "nothing"}}, 400, "is no format"),
+    ("add", {"name": "d", "hf_id": "x/d", "parms": {}}, 400, "parms"),
+    ("add", {"name": 7, "hf_id": "x/d"}, 400, "name"),
+    ("remove", {"model": "a"}, 400, "the default one, which stays"),
+    ("remove", {"model": "z"}, 404, "not served here"),
+]
+
+
+def test_wrong_changes_are_named_and_change_nothing(start: Any, tmp_path: Path) -> None:
+    served, client = _started(start, tmp_path, allow_model_changes=True)
+    with client:
+        for route, body, status, message in WRONG:
+            answer = client.post(f"/v1/models/{route}", json=body)
+            assert (answer.status_code, message in answer.json()["error"]["message"]) == (status, True), answer.text
+        served.path.write_text("models: [")
+        answer = client.post("/v1/models/reload")
+        assert (answer.status_code, "line 1: not valid YAML" in answer.json()["error"]["message"]) == (400, True)
+        page = client.post("/v1/models/reload", headers={"origin": "https://elsewhere.example"})
+        assert (page.status_code, page.json()["error"]["code"]) == (403, "origin_not_allowed")
+        assert _served_names(client) == ["a", "b", "c"]
+
+
+def test_models_stay_as_they_are_unless_the_operator_allows_changes(start: Any, tmp_path: Path) -> None:
+    _, client = _started(start, tmp_path)
+    with client:
+        for route in ("reload", "add", "remove"):
+            answer = client.post(f"/v1/models/{route}", json={"model": "c"})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "model_changes_off")
+            refused = client.post(f"/v1/models/{route}", headers={"authorization": "Bearer user"})
+            assert refused.status_code == 401

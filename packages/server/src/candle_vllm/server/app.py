@@ -125,6 +125,7 @@ def create_app(
     app.state.keeper = Keeper(mailbox, app.state.metrics)
     app.state.pulls, app.state.pulling, app.state.pull_lock = 0, set(), asyncio.Lock()
     app.state.stopping = lambda: False
+    app.state.reloader = None  # what reads files again, where the server was started by some
     app.state.failure = None  # why it could not start
     app.state.page_key = None  # of the web UI's printed address, which stands for an API key where tools are called
     # The web UI comes first: its page stands where the server's own answer at / is otherwise.

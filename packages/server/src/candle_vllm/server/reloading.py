@@ -11,13 +11,15 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from candle_vllm.core.errors import CandleVllmError, ConfigError
 from candle_vllm.server.http.keys import Keyring
-from candle_vllm.server.models.catalogue import Catalogue
+from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.manager import Changes, ModelManager
+from candle_vllm.server.models.slot import ModelSlot
 from candle_vllm.server.settings.configuration import Configuration
 from candle_vllm.server.settings.derived import refuse_wrong_formats
 from candle_vllm.server.settings.options import MODEL, UsageError
@@ -77,6 +79,41 @@ class Reloader:
         logger.info("read %s again: %s", new.models_file, told or "nothing has changed")
         return changes
 
+    async def add(self, section: Mapping[str, Any]) -> ModelSlot:
+        """Serves one model more, until the server ends; it is loaded when it is asked for.
+
+        Args:
+            section: as an entry of `models` in models.yaml.
+
+        Raises:
+            UsageError: it is wrong, or there is a model of that name.
+        """
+        async with self._lock:
+            remarks: list[str] = []
+            entry = await asyncio.to_thread(_entry, self._configuration, section, remarks)
+            before = self._manager.catalogue
+            self._manager.adopt(Catalogue([*before.entries, entry], before.default.name))
+        for remark in remarks:
+            logger.warning("%s", remark)
+        logger.info("the model %s was added", entry.name)
+        return self._manager.slots[entry.name]
+
+    async def remove(self, name: str) -> Changes:
+        """Serves a model no more; what it was asked is finished.
+
+        Raises:
+            ModelNotServedError: there is none of that name.
+            UsageError: it is the default one.
+        """
+        async with self._lock:
+            before, found = self._manager.catalogue, self._manager.find(name, exact=True).entry.name
+            if found in (before.default.name, self._manager.active):
+                raise UsageError(f"the model {found!r} is the default one, which stays")
+            rest = [entry for entry in before.entries if entry.name != found]
+            changes = self._manager.adopt(Catalogue(rest, before.default.name))
+        logger.info("the model %s was removed", found)
+        return changes
+
     def listen(self, stop: Callable[[], object]) -> None:
         """Reads everything again on SIGHUP, in the loop that runs; `stop` is called where the terminal has gone."""
         if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGHUP"):
@@ -92,6 +129,21 @@ class Reloader:
             task.add_done_callback(tasks.discard)
 
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hung_up)
+
+
+def _entry(configuration: Configuration, section: Mapping[str, Any], remarks: list[str]) -> ModelEntry:
+    if configuration.entry_of is None:
+        raise UsageError("this server takes no further models")
+    entry = configuration.entry_of(section, remarks)
+    _check_formats(entry, "the request")
+    return entry
+
+
+def _check_formats(entry: ModelEntry, where: object) -> None:
+    try:
+        refuse_wrong_formats(entry.settings)
+    except ConfigError as error:
+        raise UsageError(f"model {entry.name!r} of {where}: {error}") from None
 
 
 _WORDS = ("added", "changed", "removed")
@@ -110,10 +162,7 @@ def _read_again(old: Configuration) -> Configuration:
     if not new.in_file:
         raise UsageError(f"{new.models_file}: the model that the server was started with (--m) is not in it any more")
     for entry in new.catalogue.entries:
-        try:
-            refuse_wrong_formats(entry.settings)
-        except ConfigError as error:
-            raise UsageError(f"model {entry.name!r} of {new.models_file}: {error}") from None
+        _check_formats(entry, new.models_file)
     return new
 
 

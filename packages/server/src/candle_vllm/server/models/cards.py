@@ -308,6 +308,28 @@ def anthropic_list(listed: Sequence[LoadedCard | UnloadedCard]) -> dict[str, obj
 # ---- bodies of `/v1/models/load`, `/unload` and `/select` ------------------------------------------------------------
 
 
+class NewModelRequest(WireModel):
+    """A model, as an entry of `models` in models.yaml.
+
+    Attributes:
+        name: what it shall be called.
+        hf_id, local_path: exactly one of them: a Hugging Face id, or a folder or file of the server's machine.
+        weight_file: where there are several.
+        params: its settings, by their names in models.yaml.
+    """
+
+    name: Name
+    hf_id: Name | None = None
+    local_path: Name | None = None
+    weight_file: Name | None = None
+    params: dict[str, Any] | None = None
+
+
+def parse_new_model(body: bytes) -> NewModelRequest:
+    """The body of a request for one model more; errors as `parse_body`."""
+    return parse_body(NewModelRequest, body)
+
+
 class ModelRequest(WireModel):
     """Which model.
 

@@ -53,10 +53,12 @@ from candle_vllm.server.models.cards import (
     LoadProgress,
     ManagerStatus,
     ModelRequest,
+    NewModelRequest,
     Queues,
     SlotStatus,
     UnloadedCard,
 )
+from candle_vllm.server.models.manager import Changes
 from candle_vllm.server.openapi.components import Naming
 from candle_vllm.server.openapi.kept_operations import KEPT_OPERATIONS, RESPONSES
 from candle_vllm.server.openapi.ollama_operations import OLLAMA_OPERATIONS
@@ -135,6 +137,7 @@ _RECORD = {"request_id": "The id of the answer."}
 _ANTHROPIC = Naming("Anthropic", "Out")
 _WHICH = {"model": {"type": "string", "description": "A served name; without it the default model."}}
 _CARDS = (LoadedCard, UnloadedCard)
+_CHANGED = (400, 403, 409)
 _MANAGED = (*BODY_ERRORS, *MODEL_ERRORS)
 
 OPERATIONS: Mapping[Key, Operation] = {
@@ -319,6 +322,34 @@ OPERATIONS: Mapping[Key, Operation] = {
         example={"model": "default"},
         answers={200: (SlotStatus,)},
         errors=(*_MANAGED, 409),
+        manages=True,
+    ),
+    ("POST", "/v1/models/reload"): Operation(
+        id="reload_models",
+        tag="operators",
+        summary="Read models.yaml again, where the operator allows that",
+        answers={200: (Changes,)},
+        errors=_CHANGED,
+        manages=True,
+    ),
+    ("POST", "/v1/models/add"): Operation(
+        id="add_model",
+        tag="operators",
+        summary="Serve one model more, where the operator allows that",
+        body=(NewModelRequest,),
+        example={"name": "small", "hf_id": "HuggingFaceTB/SmolLM2-135M-Instruct", "params": {"mem": 512}},
+        answers={200: (SlotStatus,)},
+        errors=(*BODY_ERRORS, *_CHANGED),
+        manages=True,
+    ),
+    ("POST", "/v1/models/remove"): Operation(
+        id="remove_model",
+        tag="operators",
+        summary="Serve a model no more, where the operator allows that",
+        body=(ModelRequest,),
+        example={"model": "small"},
+        answers={200: (Changes,)},
+        errors=(*BODY_ERRORS, 404, *_CHANGED),
         manages=True,
     ),
     ("POST", "/v1/models/select"): Operation(

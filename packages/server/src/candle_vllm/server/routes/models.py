@@ -5,24 +5,32 @@ Step 1 of a request's life.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from candle_vllm.server.answering import parsed
+from candle_vllm.server.http.auth import check_origin
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.models.cards import (
     anthropic_card,
     anthropic_list,
     cards,
     parse_model_request,
+    parse_new_model,
     queues,
     slot_status,
     status,
 )
 from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.settings.options import UsageError
+
+if TYPE_CHECKING:
+    from candle_vllm.server.reloading import Reloader
 
 router = APIRouter()
 
@@ -73,6 +81,54 @@ async def select_model(request: Request) -> Response:
     ready = slot.model is not None
     answer = {"status": "ready" if ready else "switching", "model": slot.entry.name, "queue_length": len(slot.waiters)}
     return _json(answer, 200 if ready else 202)
+
+
+@router.post("/v1/models/reload")
+async def reload_models(request: Request) -> Response:
+    """Reads models.yaml again."""
+    reloader = _reloader(request)
+    with _told():
+        return _json(await reloader.reload_models())
+
+
+@router.post("/v1/models/add")
+async def add_model(request: Request) -> Response:
+    """Serves one model more, until the server ends."""
+    reloader = _reloader(request)
+    wanted = await parsed(request, parse_new_model)
+    with _told():
+        return _json(slot_status(await reloader.add(wanted.model_dump(exclude_none=True))))
+
+
+@router.post("/v1/models/remove")
+async def remove_model(request: Request) -> Response:
+    """Serves a model no more; what it was asked is finished."""
+    reloader = _reloader(request)
+    wanted = await parsed(request, parse_model_request)
+    with _told():
+        return _json(await reloader.remove(wanted.name))
+
+
+def _reloader(request: Request) -> Reloader:
+    """What changes the models, where the operator allows that."""
+    settings = request.app.state.settings
+    if not settings.allow_model_changes:
+        message = "This server's models stay as they are: it was started without --allow-model-changes."
+        raise HttpError(403, message, "model_changes_off")
+    check_origin(request.scope, settings.cors_origin)
+    reloader: Reloader | None = request.app.state.reloader
+    if reloader is None:
+        raise HttpError(409, "The model of this server stays loaded.", "model_stays")
+    return reloader
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What is wrong in a file or in a request for a model, for its sender."""
+    try:
+        yield
+    except UsageError as error:
+        raise HttpError(400, str(error), "wrong_model") from None
 
 
 @router.get("/v1/queues")

@@ -27,7 +27,7 @@ from candle_vllm.server.settings.foreign_variables import (
     hub_token_source,
     key_remarks,
 )
-from candle_vllm.server.settings.models_file import ModelsFile, find_models_file
+from candle_vllm.server.settings.models_file import ModelsFile, find_models_file, model_entry
 from candle_vllm.server.settings.options import SOCKETS, UsageError, split_host
 from candle_vllm.server.settings.sources import SettingsSource, environment_source, merge, read_dotenv
 from candle_vllm.server.settings.table import settings_of as settings_of_command
@@ -52,6 +52,7 @@ class Configuration:
         mailbox: how answers are kept, or None.
         in_file: its models are those of models.yaml.
         again: reads everything anew.
+        entry_of: one model more, said as in models.yaml, and remarks on it; UsageError where it is wrong.
         remarks: what was given and has no effect, or another than its author may think; each in a sentence.
     """
 
@@ -63,6 +64,9 @@ class Configuration:
     remarks: tuple[str, ...] = ()
     in_file: bool = False
     again: Callable[[], Configuration] | None = field(default=None, repr=False, compare=False)
+    entry_of: Callable[[Mapping[str, Any], list[str]], ModelEntry] | None = field(
+        default=None, repr=False, compare=False
+    )
 
 
 def load_configuration(
@@ -101,6 +105,11 @@ def load_configuration(
         values["hf_token"] = _token(values, variables, folder)
         return Settings(**values)
 
+    def entry_of(section: Mapping[str, Any], said: list[str]) -> ModelEntry:
+        model, source = model_entry(section, "the request", folder, said)
+        settings = settings_of([*(_without(each, _CHOOSING) for each in upper), source, *lower])
+        return ModelEntry(model, settings, settings.served_model_name)
+
     if models_file is None or name is None:
         sources = [*upper, *lower]
         settings = settings_of(sources)
@@ -135,6 +144,7 @@ def load_configuration(
         mailbox,
         tuple(dict.fromkeys(remarks)),
         in_file=models_file is not None and name is not None,
+        entry_of=entry_of,
         again=partial(load_configuration, command_line, environ, folder=folder, home=home, command=command),
     )
 

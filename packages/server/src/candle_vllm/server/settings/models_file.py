@@ -75,7 +75,7 @@ def read_models_file(path: Path) -> ModelsFile:
         raise UsageError(f"{path}: models must be a list with at least one model")
     models: dict[str, SettingsSource] = {}
     for number, entry in enumerate(entries, 1):
-        name, source = _model_entry(given(entry, f"{path}: model {number}"), path, number, remarks)
+        name, source = model_entry(given(entry, f"{path}: model {number}"), str(path), path.parent, remarks, number)
         if name in models:
             raise UsageError(f"{path}{line_of(entry)}: two models are called {name!r}")
         models[name] = source
@@ -118,13 +118,27 @@ def _mailbox(content: Mapping[str, Any], path: Path, remarks: list[str]) -> Mapp
     return mapping(content["mailbox"], f"{path}: mailbox")
 
 
-def _model_entry(entry: Mapping[str, Any], path: Path, number: int, remarks: list[str]) -> tuple[str, SettingsSource]:
-    name = convert(Text(512), entry.get("name"), f"{path}{line_of(entry)}: name of model {number}")
+def model_entry(
+    entry: Mapping[str, Any], where: str, folder: Path, remarks: list[str], number: int = 1
+) -> tuple[str, SettingsSource]:
+    """One model: its name and its settings.
+
+    Args:
+        entry: as an entry of `models` in models.yaml.
+        where: it stands, for messages.
+        folder: which its paths are relative to.
+        remarks: what has no effect is added to them.
+        number: of the entry, counted from 1.
+
+    Raises:
+        UsageError: it is wrong; the message names the key.
+    """
+    name = convert(Text(512), entry.get("name"), f"{where}{line_of(entry)}: name of model {number}")
     if name == "default":
         raise UsageError(
-            f"{path}{line_of(entry)}: model {number} cannot be called 'default', which always means default_model"
+            f"{where}{line_of(entry)}: model {number} cannot be called 'default', which always means default_model"
         )
-    title = f"model {name!r} of {path}"
+    title = f"model {name!r} of {where}"
     known_keys(entry, _MODEL_KEYS, title)
     if ("hf_id" in entry) == ("local_path" in entry):
         raise UsageError(f"{title}{line_of(entry)}: give exactly one of hf_id and local_path")
@@ -132,14 +146,14 @@ def _model_entry(entry: Mapping[str, Any], path: Path, number: int, remarks: lis
         model = convert(Text(), entry["hf_id"], f"{title}{line_of(entry, 'hf_id')}: hf_id")
     else:
         local = convert(FilePath(), entry["local_path"], f"{title}{line_of(entry, 'local_path')}: local_path")
-        model = str(path.parent / local)
+        model = str(folder / local)
     values: dict[str, Any] = {"model": model, "served_model_name": (name,)}
     given_as = {"model": "hf_id" if "hf_id" in entry else "local_path"}
     if "weight_file" in entry:
         values["weight_file"] = convert(
             Text(), entry["weight_file"], f"{title}{line_of(entry, 'weight_file')}: weight_file"
         )
-    params, spelled = _values(model_params(entry, title, remarks), title, path.parent, entry.get("params"))
+    params, spelled = _values(model_params(entry, title, remarks), title, folder, entry.get("params"))
     return name, SettingsSource(title, {**values, **params}, {**given_as, **spelled})
 
 

@@ -181,8 +181,9 @@ class Settings:
     model_drain_timeout: Annotated[int, own(MODELS,
         Integer(0, 86400), "how long a model that makes room for another may finish its requests", "SECONDS")] = 120
     allow_model_changes: Annotated[bool, own(MODELS,
-        Boolean(), "serve the models that were fetched, and let clients pull, copy and delete models (/api/pull, "
-        "/api/copy, /api/delete)", commands=_SERVE)] = False
+        Boolean(), "serve the models that were fetched, let clients pull, copy and delete models (/api/pull, "
+        "/api/copy, /api/delete), and operators add, remove and read them again (/v1/models/add, remove, reload)",
+        commands=_SERVE)] = False
     mailbox: Annotated[str | None, own(MAILBOX,
         Secret(), "keep answers for clients that ask for it: sqlite (in ~/.candle-vllm), sqlite:///path or "
         "postgresql://...", "URL")] = field(default=None, repr=False)
