@@ -220,5 +220,7 @@ def test_salted_answers_are_no_guesses_of_others(folder: Path) -> None:
             params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, cache_salt=salt)
             engine.generate([[97, 98]], params, use_tqdm=False)
             assert engine._engine is not None
-            past = engine._engine._drafter._past  # type: ignore[union-attr]
+            assert engine._engine._drafter is not None
+            past = engine._engine._drafter._past
+            assert past is not None
             assert (sum(len(text.tokens) for text in past._texts) > 2) == bool(expected)
