@@ -1,0 +1,245 @@
+"""What guessing tokens gains: answers with guesses and without, in turns, and the bound of it.
+
+    python benchmarks/cpu/drafts.py MODEL.gguf [--pairs 10] [--method ngram] [--tasks code facts agent chat batch]
+        [--json] [--threads 2]
+
+Each task is asked of two engines of the same model in turns, one of which guesses; the texts are written for this. A
+line has tokens a second of both, the median of the pairs' ratios, how many of the guesses that were tried were right,
+and the bound: the ratio that the same steps would have had if each took no longer than a step of as many rows takes by
+itself, measured before the tasks. Answers must be equal; where they are not, this ends with an error. `step` is the
+table of the steps' times by their rows, of one stream.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from candle_vllm.core import InferenceEngine, SamplingParams, StructuredOutputsParams
+
+CODE = """\
+import json
+from pathlib import Path
+
+
+class Account:
+    def __init__(self, owner, balance=0):
+        self.owner = owner
+        self.balance = balance
+        self.history = []
+
+    def deposit(self, amount):
+        if amount <= 0:
+            raise ValueError("amount must be positive")
+        self.balance += amount
+        self.history.append(("deposit", amount))
+
+    def withdraw(self, amount):
+        if amount <= 0:
+            raise ValueError("amount must be positive")
+        if amount > self.balance:
+            raise ValueError("not enough money")
+        self.balance -= amount
+        self.history.append(("withdraw", amount))
+
+    def save(self, folder):
+        path = Path(folder) / f"{self.owner}.json"
+        path.write_text(json.dumps({"owner": self.owner, "balance": self.balance}))
+"""
+FACTS = """\
+Order 48213 was placed by Maren Oldekamp on 3 March 2026. She ordered 4 garden chairs "Sonnenhof" for 89.50 euros each
+and one table "Lindenblick" for 240.00 euros. The chairs are to be sent to Harbour Street 17, 26382 Wilhelmshaven; the
+table to Mill Lane 4, 26316 Varel. Delivery by the carrier Nordfracht, tracking number NF-7731-88120-DE, is expected on
+12 March 2026. The order was paid by bank transfer with the reference RG-2026-48213."""
+_ITEM = {
+    "type": "object",
+    "properties": {
+        "name_of_the_article": {"type": "string", "maxLength": 40},
+        "number_of_pieces": {"type": "integer"},
+        "price_in_euros": {"type": "number"},
+        "address_of_delivery": {"type": "string", "maxLength": 80},
+    },
+    "required": ["name_of_the_article", "number_of_pieces", "price_in_euros", "address_of_delivery"],
+    "additionalProperties": False,
+}
+FORM = {
+    "type": "object",
+    "properties": {
+        "order_number": {"type": "integer"},
+        "name_of_the_customer": {"type": "string", "maxLength": 60},
+        "date_of_the_order": {"type": "string", "maxLength": 30},
+        "articles_that_were_ordered": {"type": "array", "items": _ITEM, "minItems": 2, "maxItems": 2},
+        "carrier": {"type": "string", "maxLength": 40},
+        "tracking_number": {"type": "string", "maxLength": 40},
+        "expected_date_of_delivery": {"type": "string", "maxLength": 30},
+        "payment_reference": {"type": "string", "maxLength": 40},
+    },
+    "required": [
+        "order_number", "name_of_the_customer", "date_of_the_order", "articles_that_were_ordered", "carrier",
+        "tracking_number", "expected_date_of_delivery", "payment_reference",
+    ],
+    "additionalProperties": False,
+}  # fmt: skip
+TOOL = """\
+$ list_tickets --open
+#1041  high    Login page shows a blank screen after the update of 2 May        assigned: Tomasz
+#1043  low     Typo in the German invoice template ("Rechnugn")                 assigned: nobody
+#1047  high    Export of large reports runs into a timeout after 30 seconds     assigned: Ines
+#1052  medium  Dark mode: links in the help pages cannot be read                assigned: nobody
+#1058  medium  Search ignores umlauts when the query is in capital letters      assigned: Tomasz"""
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+TASKS: dict[str, tuple[list[list[dict[str, str]]], dict[str, Any]]] = {
+    "code": ([[_user(f"Rewrite this file. Rename the class Account to Wallet and change nothing else.\n\n```python\n{CODE}```")]],
+             {"max_tokens": 320}),
+    "facts": ([[_user(f"{FACTS}\n\nGive all facts of this text as JSON.")]],
+              {"max_tokens": 320, "structured_outputs": StructuredOutputsParams(json=FORM)}),
+    "agent": ([[_user("Which tickets are open?"), {"role": "assistant", "content": "I will look that up."},
+                _user(f"The tool says:\n{TOOL}\n\nRepeat every ticket in a line of its own: number, title, who has it.")]],
+              {"max_tokens": 240}),
+    "chat": ([[_user("Tell me how a lighthouse keeper spent a day two hundred years ago.")]],
+             {"max_tokens": 240, "temperature": 0.7, "seed": 1}),
+    "batch": ([[_user(f"Write a short story about a {animal} and a {thing}.")]
+               for animal in ("fox", "crow", "whale", "hedgehog", "goat", "moth", "heron", "cat")
+               for thing in ("bell", "boat", "mirror", "storm")],
+              {"max_tokens": 64, "temperature": 0.7, "seed": 1}),
+}  # fmt: skip
+
+
+@contextmanager
+def rows_of_steps(engine: InferenceEngine) -> Iterator[list[tuple[int, float]]]:
+    """Notes rows and seconds of each step that has no prompt."""
+    assert engine._engine is not None
+    drafter = engine._engine._drafter
+    assert drafter is not None
+    seen: list[tuple[int, float]] = []
+    note = drafter.times.note
+
+    def noted(rows: int, seconds: float) -> None:
+        seen.append((rows, seconds))
+        note(rows, seconds)
+
+    drafter.times.note = noted  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        drafter.times.note = note  # type: ignore[method-assign]
+
+
+def step_times(engine: InferenceEngine, most: int) -> dict[int, float]:
+    """Median seconds of steps of one sequence with so many rows, wrong guesses included; in turns."""
+    assert engine._engine is not None
+    drafter = engine._engine._drafter
+    assert drafter is not None
+    times: dict[int, list[float]] = {rows: [] for rows in range(1, most + 1)}
+    params = SamplingParams(temperature=0, max_tokens=most * 14, ignore_eos=True)
+    propose, wanted = drafter.propose, 1
+
+    def wrong(lives: Any) -> bool:
+        for live in lives:
+            live.sequence.drafts = (1,) * (wanted - 1)
+        return wanted > 1
+
+    drafter.propose = wrong  # type: ignore[method-assign, assignment]
+    with rows_of_steps(engine) as seen:
+        request = engine.add_request([5, 6, 7] * 40, params)
+        while any(piece.request_id == request and not piece.finished for piece in engine.step()) or not seen:
+            if seen:
+                times.setdefault(seen[-1][0], []).append(seen[-1][1])
+                wanted = wanted % most + 1
+    drafter.propose = propose  # type: ignore[method-assign]
+    return {rows: statistics.median(found[2:]) for rows, found in times.items() if len(found) > 2}
+
+
+def asked(engine: InferenceEngine, chats: Any, params: SamplingParams) -> tuple[float, list[tuple[int, ...]]]:
+    """Seconds from the first token to the last, and the answers' tokens."""
+    prompts = [engine.apply_chat_template(chat) for chat in chats]
+    waiting = {engine.add_request(prompt, params): place for place, prompt in enumerate(prompts)}
+    tokens: list[list[int]] = [[] for _ in prompts]
+    began, left = 0.0, len(prompts)
+    while left:
+        for piece in engine.step():
+            tokens[waiting[piece.request_id]] += piece.token_ids
+            left -= piece.finished
+        if not began and all(tokens):
+            began, first = time.perf_counter(), sum(map(len, tokens))
+    return (time.perf_counter() - began) / max(1, sum(map(len, tokens)) - first), [tuple(each) for each in tokens]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--method", default="ngram")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    settings: dict[str, Any] = {"threads": options.threads, "enable_prefix_caching": False}
+    guessing: dict[str, Any] = {"method": options.method}
+    if options.method == "suffix":
+        guessing["suffix_decoding_max_cached_requests"] = (
+            0  # the answer of the pair before would be all there is to guess
+        )
+    with (
+        InferenceEngine(options.model, **settings) as plain,
+        InferenceEngine(options.model, **settings, speculative_config=guessing) as drafting,
+    ):
+        steps = step_times(drafting, 16)
+        show({"step": {rows: round(1e3 * seconds, 2) for rows, seconds in steps.items()}}, options.json)
+        for task in options.tasks:
+            show(measured(task, plain, drafting, steps, options.pairs), options.json)
+
+
+def measured(task: str, plain: InferenceEngine, drafting: InferenceEngine, steps: dict[int, float], pairs: int) -> Any:
+    chats, given = TASKS[task]
+    params = SamplingParams(**{"temperature": 0, **given})
+    for engine in (plain, drafting):
+        asked(engine, chats, params)  # not counted
+    before, rows = drafting.stats(), Counter[int]()
+    rates: list[tuple[float, float]] = []
+    for pair in range(pairs):
+        found: dict[InferenceEngine, tuple[float, Any]] = {}
+        for engine in (plain, drafting) if pair % 2 else (drafting, plain):
+            with rows_of_steps(drafting) as seen:
+                found[engine] = asked(engine, chats, params)
+            rows.update(count for count, _ in seen)
+        if found[plain][1] != found[drafting][1]:
+            raise SystemExit(f"{task}: the answers differ")
+        rates.append((1 / found[plain][0], 1 / found[drafting][0]))
+    stats, tokens = drafting.stats(), sum(map(len, found[plain][1]))
+    tried = stats.draft_tokens - before.draft_tokens
+    right = stats.accepted_draft_tokens - before.accepted_draft_tokens
+    row = {
+        "task": task,
+        "tokens": tokens,
+        "plain tok/s": round(statistics.median(one for one, _ in rates), 1),
+        "guessing tok/s": round(statistics.median(other for _, other in rates), 1),
+        "ratio": round(statistics.median(other / one for one, other in rates), 3),
+        "tried": round(tried / pairs),
+        "right": round(right / max(1, tried), 3),
+    }
+    if len(chats) == 1:
+        made = pairs * tokens - right  # steps
+        took = sum(count * steps[min(size, max(steps))] for size, count in rows.items()) * made / max(1, rows.total())
+        row["bound"] = round(pairs * tokens * steps[1] / took, 3)
+        row["rows a step"] = round(sum(size * count for size, count in rows.items()) / max(1, rows.total()), 2)
+    return row
+
+
+def show(row: dict[str, Any], as_json: bool) -> None:
+    print(json.dumps(row) if as_json else ", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
