@@ -100,12 +100,12 @@ def _user(text: str) -> dict[str, str]:
 
 
 TASKS: dict[str, tuple[list[list[dict[str, str]]], dict[str, Any]]] = {
-    "code": ([[_user(f"Rewrite this file. Rename the class Account to Wallet and change nothing else.\n\n```python\n{CODE}```")]],
+    "code": ([[_user(f"Rename the class Account to Wallet, and change nothing else.\n\n```python\n{CODE}```")]],
              {"max_tokens": 320}),
     "facts": ([[_user(f"{FACTS}\n\nGive all facts of this text as JSON.")]],
               {"max_tokens": 320, "structured_outputs": StructuredOutputsParams(json=FORM)}),
     "agent": ([[_user("Which tickets are open?"), {"role": "assistant", "content": "I will look that up."},
-                _user(f"The tool says:\n{TOOL}\n\nRepeat every ticket in a line of its own: number, title, who has it.")]],
+                _user(f"The tool says:\n{TOOL}\n\nRepeat each ticket in its own line: number, title, who has it.")]],
               {"max_tokens": 240}),
     "chat": ([[_user("Tell me how a lighthouse keeper spent a day two hundred years ago.")]],
              {"max_tokens": 240, "temperature": 0.7, "seed": 1}),
@@ -188,9 +188,7 @@ def main() -> None:
     settings: dict[str, Any] = {"threads": options.threads, "enable_prefix_caching": False}
     guessing: dict[str, Any] = {"method": options.method}
     if options.method == "suffix":
-        guessing["suffix_decoding_max_cached_requests"] = (
-            0  # the answer of the pair before would be all there is to guess
-        )
+        guessing["suffix_decoding_max_cached_requests"] = 0  # else the pair before would say it all
     with (
         InferenceEngine(options.model, **settings) as plain,
         InferenceEngine(options.model, **settings, speculative_config=guessing) as drafting,
