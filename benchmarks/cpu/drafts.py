@@ -166,7 +166,7 @@ def asked(engine: InferenceEngine, chats: Any, params: SamplingParams) -> tuple[
     prompts = [engine.apply_chat_template(chat) for chat in chats]
     waiting = {engine.add_request(prompt, params): place for place, prompt in enumerate(prompts)}
     tokens: list[list[int]] = [[] for _ in prompts]
-    began, left = 0.0, len(prompts)
+    began, first, left = 0.0, 0, len(prompts)
     while left:
         for piece in engine.step():
             tokens[waiting[piece.request_id]] += piece.token_ids
@@ -206,8 +206,8 @@ def measured(task: str, plain: InferenceEngine, drafting: InferenceEngine, steps
         asked(engine, chats, params)  # not counted
     before, rows = drafting.stats(), Counter[int]()
     rates: list[tuple[float, float]] = []
+    found: dict[InferenceEngine, tuple[float, Any]] = {}
     for pair in range(pairs):
-        found: dict[InferenceEngine, tuple[float, Any]] = {}
         for engine in (plain, drafting) if pair % 2 else (drafting, plain):
             with rows_of_steps(drafting) as seen:
                 found[engine] = asked(engine, chats, params)
