@@ -36,6 +36,7 @@ def test_a_conversation_becomes_what_users_said_and_a_summary(start: Callable[..
         made = compact(http, input=ASKED, instructions="Be brief.")
         assert [item["type"] for item in made["output"]] == ["message", "compaction"]
         assert made["usage"]["output_tokens"] > 0
+        assert server.engine.requests[-1].params.max_tokens == 128
         assert ["Be brief." in said(server), "Understood." in said(server), "Summarise" in said(server)] == [True] * 3
         more = {"role": "user", "content": "And?"}
         body = {"model": "scripted", "input": [*made["output"], more], "store": False}
@@ -63,6 +64,8 @@ def test_a_kept_response_can_be_compacted(start: Callable[..., Running]) -> None
         made = compact(http, previous_response_id=first["id"])
         assert "zinc" in json.dumps(made["output"][0])
         assert "zinc" in said(server)
+        compact(http, input=[*ASKED, {"role": "user", "content": "x " * 1000}])
+        assert 250 < (server.engine.requests[-1].params.max_tokens or 0) < 400
 
 
 @pytest.mark.parametrize(

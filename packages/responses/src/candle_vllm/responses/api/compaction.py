@@ -17,7 +17,8 @@ from candle_vllm.responses.protocol.request import CompactRequest, ResponsesRequ
 from candle_vllm.responses.protocol.response import CompactedResponse, MessageOut, OutputText, Response
 from candle_vllm.responses.store.entries import new_id, new_item_id
 
-MAX_SUMMARY = 2048  # tokens
+MIN_SUMMARY, MAX_SUMMARY = 128, 2048  # tokens
+_SHORTER = 8  # characters of a conversation for each token of its summary: half as long, as texts go
 _ASKED = (
     "Summarise the conversation up to here for somebody who goes on with it and has not seen it: what was asked, "
     "decided, found and done, the names, numbers, paths and code that still matter, and what is open. Write the "
@@ -37,9 +38,14 @@ def summary_request(request: CompactRequest) -> ResponsesRequest:
             "input": [*items, {"type": "message", "role": "user", "content": _ASKED}],
             "store": False,
             "reasoning": {"effort": "none"},
-            "max_output_tokens": MAX_SUMMARY,
         }
     )
+
+
+def summary_limit(items: Sequence[Placed]) -> int:
+    """How many tokens a summary of these may have: one that is as long as the conversation is none."""
+    size = sum(len(one.item.model_dump_json(exclude_none=True)) for one in items)
+    return min(max(size // _SHORTER, MIN_SUMMARY), MAX_SUMMARY)
 
 
 def compacted(response: Response, items: Sequence[Placed]) -> CompactedResponse:

@@ -15,7 +15,7 @@ from candle_vllm.openai.conversation import TemplateHabits
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.task import Task
 from candle_vllm.responses.api.call_results import Placed
-from candle_vllm.responses.api.compaction import compacted, summary_request
+from candle_vllm.responses.api.compaction import compacted, summary_limit, summary_request
 from candle_vllm.responses.api.connection import ConnectionMemory
 from candle_vllm.responses.api.echo import begin_response
 from candle_vllm.responses.api.event_writer import EventWriter
@@ -165,13 +165,13 @@ class Responder:
         parsed = request if isinstance(request, CompactRequest) else parse_compact_request(request)
         asked = summary_request(parsed)
         items = await gather_items(asked, self._kept, owner, self._memory)
+        limited = asked.model_copy(update={"max_output_tokens": summary_limit(items[:-1])})
         try:
-            response = await self.create(asked, owner=owner)
+            response = await self.create(limited, owner=owner)
         except PromptTooLongError as error:
             if error.param != "max_output_tokens":
                 raise
-            unbounded = asked.model_copy(update={"max_output_tokens": None})  # as much as there is room for
-            response = await self.create(unbounded, owner=owner)
+            response = await self.create(asked, owner=owner)  # as much as there is room for
         return compacted(response, items[:-1])
 
     async def count_input_tokens(self, request: InputTokensRequest | Fields, *, owner: str = "") -> InputTokens:
