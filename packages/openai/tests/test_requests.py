@@ -24,6 +24,7 @@ from candle_vllm.openai import (
     to_error,
     to_sampling_params,
 )
+from candle_vllm.openai.llama_server import LlamaCompletionRequest
 from candle_vllm.openai.protocol.fields import (
     COMPLETION_REFUSED_FIELDS,
     MAX_BAD_WORDS,
@@ -358,6 +359,13 @@ def test_llama_cpps_samplers_are_refused_by_name(name: str) -> None:
     for value in ("1", True, -5, 10**30, [1], {}):
         param, _ = refusal(chat, **{name: value})
         assert (param or "").split(".")[0] == name, value
+
+
+def test_llama_cpps_own_route_takes_them_too() -> None:
+    given = LlamaCompletionRequest.model_validate({"prompt": "x", **SAMPLERS, "repeat_penalty": 1.2}).sampling()
+    assert given == {**SAMPLERS, "repetition_penalty": 1.2, "max_tokens": None}
+    none = LlamaCompletionRequest.model_validate({"prompt": "x", "dry_sequence_breakers": []}).sampling()
+    assert none["dry_sequence_breakers"] == []  # no breakers, and not the usual ones
 
 
 def test_names_of_other_servers() -> None:

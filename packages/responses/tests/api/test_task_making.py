@@ -57,6 +57,20 @@ async def test_fields() -> None:
     }  # fmt: skip
 
 
+async def test_llama_cpps_samplers() -> None:
+    asked = {
+        "mirostat": 2,
+        "xtc_probability": 0.5,
+        "dry_multiplier": 0.8,
+        "dry_sequence_breakers": [],
+        "repeat_last_n": 9,
+    }
+    assert (await task(**asked)).sampling == asked
+    with pytest.raises(RequestError) as caught:
+        await task(typical_p=1.5)
+    assert caught.value.param == "typical_p"
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "text"),
     [

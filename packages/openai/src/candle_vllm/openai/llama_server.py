@@ -94,7 +94,7 @@ class _Asked(SamplerFields):
         """What is given, by the names of `SamplingParams`."""
         given = {name: getattr(self, name) for name in (*_SAME, *caps.SAMPLER_FIELDS)}
         given |= {"repetition_penalty": self.repeat_penalty, "seed": None if self.seed == -1 else self.seed}
-        found = {name: value for name, value in given.items() if value is not None and value != []}
+        found = {name: value for name, value in given.items() if value is not None}
         limit = self.n_predict
         return found | {"max_tokens": None if limit is None or limit < 0 else max(limit, 1)}
 
