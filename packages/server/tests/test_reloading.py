@@ -120,8 +120,10 @@ async def test_who_waits_gets_what_has_the_name_now(tmp_path: Path) -> None:
     waiting = asyncio.create_task(served.manager.acquire("c"))
     await until(lambda: served.manager.slots["b"].state is ModelState.LOADING)
     await served.change("- {name: b, hf_id: x/b}\n- {name: c, hf_id: x/c}", "- {name: b, hf_id: y/b}")
+    assert len(served.manager.slots["b"].arrivals) == 1
     lease = await asyncio.wait_for(loading, 5)
     assert lease.model.entry.settings.model == "y/b"
+    assert not served.manager.slots["b"].arrivals
     lease.release()
     with pytest.raises(ModelNotServedError, match="'c' is not served any more"):
         await waiting
@@ -266,3 +268,16 @@ def test_models_stay_as_they_are_unless_the_operator_allows_changes(start: Any, 
             assert (answer.status_code, answer.json()["error"]["code"]) == (403, "model_changes_off")
             refused = client.post(f"/v1/models/{route}", headers={"authorization": "Bearer user"})
             assert refused.status_code == 401
+
+
+async def test_a_terminal_that_is_closed_still_ends_the_server(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, stopped = signal.getsignal(signal.SIGHUP), list[bool]()
+    monkeypatch.setattr("candle_vllm.server.reloading._has_terminal", lambda: True)
+    served.reloader.listen(lambda: stopped.append(True))
+    monkeypatch.setattr("candle_vllm.server.reloading._has_terminal", lambda: False)
+    try:
+        os.kill(os.getpid(), signal.SIGHUP)
+        await until(lambda: bool(stopped))
+    finally:
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, before)

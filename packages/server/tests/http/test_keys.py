@@ -57,6 +57,12 @@ def test_each_opens_what_it_may(path: Path) -> None:
     }  # fmt: skip
 
 
+def test_who_may_not_manage_is_told_so(path: Path) -> None:
+    with TestClient(create_app(PacedEngine(), Settings(api_keys_file=path))) as client:
+        answer = client.get("/metrics", headers={"x-api-key": ALICE})
+    assert (answer.status_code, "'alice' is no management key" in answer.text) == (401, True)
+
+
 def test_operators_keys_apart(path: Path) -> None:
     settings = Settings(api_keys_file=path, api_key=("plain",), management_key=("root",))
     with TestClient(create_app(PacedEngine(), settings)) as client:

@@ -82,6 +82,8 @@ def _refused(key: Key | None, manages: bool) -> str:
         return f"The API key {key.caller.label!r} has expired: ask this server's operator for another."
     if key is not None and not manages:
         return "This route wants an API key (--api-key): a management key opens operators' routes alone."
+    if key is not None:
+        return f"The API key {key.caller.label!r} is no management key of this server: it opens clients' routes alone."
     which = "management key" if manages else "key"
     header = "send the header `Authorization: Bearer <key>`"
     return f"Missing or wrong API key: {header} with a {which} of this server."

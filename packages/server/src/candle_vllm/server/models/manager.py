@@ -238,6 +238,7 @@ class ModelManager:
                 continue
             wanted = old.model is not None or old.is_waited_for
             new.waiters, old.waiters = old.waiters, new.waiters
+            new.arrivals = old.arrivals  # the same: who waits takes itself out of it
             if wanted:
                 self._switcher.want(new, asked=True)
         return Changes(
