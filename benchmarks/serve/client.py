@@ -9,16 +9,16 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import time
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from figures import Histogram
+
+from candle_vllm.server.bench.client import AnswerClient
 
 _TOKEN = re.compile(rb'"delta":\{"content":" ?(?:(\d+):)?(\d+)"')
 _CONTENT = b'"delta":{"content":'
 STALL = 0.25  # seconds between two tokens of a stream
-BUFFER = 1 << 20
 
 
 class Notes:
@@ -42,7 +42,7 @@ class Notes:
         self.open = False
 
 
-class StreamClient(asyncio.Protocol):
+class StreamClient(AnswerClient):
     """One streamed answer.
 
     Args:
@@ -51,67 +51,25 @@ class StreamClient(asyncio.Protocol):
     """
 
     def __init__(self, request: bytes, notes: Notes) -> None:
-        self._request = request
+        super().__init__(request)
         self._notes = notes
-        self._buffer = b""
-        self._in_body = False
-        self._sent = self._last = 0.0
-        self.transport: asyncio.Transport | None = None
-        self.done: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        self._last = 0.0
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)  # uvloop's is none by its class
-        self._sent = time.monotonic()
-        self.transport.write(self._request)
+    def failed(self, why: str) -> None:
+        self._notes.failures.append(why)
 
-    def data_received(self, data: bytes) -> None:
-        now = time.monotonic()
-        data = self._buffer + data
-        if not self._in_body:
-            head, mark, data = data.partition(b"\r\n\r\n")
-            if not mark:
-                self._buffer = head
-                return
-            if not head.startswith(b"HTTP/1.1 200"):
-                self._fail(f"{head[:40]!r} {data[:200]!r}")
-                return
-            self._in_body = True
-        self._buffer = self._chunks(data, now)
-        if len(self._buffer) > BUFFER:
-            self._fail("a chunk without end")
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._fail(f"the connection was closed: {exc}")
-
-    def _chunks(self, data: bytes, now: float) -> bytes:
-        """Reads whole chunks; the rest that is not whole."""
-        at = 0
-        while True:
-            line = data.find(b"\r\n", at)
-            if line < 0:
-                return data[at:]
-            size = int(data[at:line], 16)
-            start, end = line + 2, line + 2 + size
-            if len(data) < end + 2:
-                return data[at:]
-            if size == 0:
-                self._finish(now)
-                return b""
-            self._events(data[start:end], now)
-            at = end + 2
-
-    def _events(self, body: bytes, now: float) -> None:
+    def received(self, data: bytes, now: float) -> None:
         notes = self._notes
-        stamps = _TOKEN.findall(body)
-        count = len(stamps) or body.count(_CONTENT)
+        stamps = _TOKEN.findall(data)
+        count = len(stamps) or data.count(_CONTENT)
         if not count:
-            if b'"error"' in body:
-                self._fail(f"{body[:200]!r}")
+            if b'"error"' in data:
+                self.fail(f"{data[:200]!r}")
             return
         if not self._last:
             notes.begun += 1
             own = (int(stamps[0][1]) - int(stamps[0][0])) / 1e6 if stamps and stamps[0][0] else 0.0
-            notes.first.add(now - self._sent - own)
+            notes.first.add(now - self.sent - own)
         elif notes.open:
             gap = now - self._last
             notes.gaps.add(gap)
@@ -122,27 +80,6 @@ class StreamClient(asyncio.Protocol):
             for _, made in stamps:
                 notes.delays.add(now - int(made) / 1e6)
         self._last = now
-
-    def _finish(self, now: float) -> None:
-        if not self.done.done():
-            self.done.set_result(now - self._sent)
-        self._close()
-
-    def _fail(self, why: str) -> None:
-        if not self.done.done():
-            self._notes.failures.append(why)
-            self.done.set_result(float("nan"))
-        self._close()
-
-    def _close(self) -> None:
-        if self.transport is not None:
-            self.transport.close()
-
-    def leave(self) -> None:
-        """Goes away in the middle of the answer."""
-        if not self.done.done():
-            self.done.set_result(float("nan"))
-        self._close()
 
 
 def chat_request(text: str, max_tokens: int, **fields: Any) -> bytes:

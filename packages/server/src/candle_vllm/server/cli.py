@@ -105,7 +105,7 @@ def run_command(command: str, configuration: Configuration, own: dict[str, Any])
     from candle_vllm.server.interrupts import leaving_at_once
 
     with leaving_at_once(lambda: "it started"):
-        if command != "agent":  # whose model may be the name of one elsewhere
+        if command not in ("agent", "bench serve"):  # whose model may be the name of one elsewhere
             from candle_vllm.server.settings.derived import refuse_missing
 
             refuse_missing(configuration.settings)
@@ -136,6 +136,12 @@ def _program(command: str) -> Callable[..., int]:
             program = getattr(library, "list_models" if command == "list" else command)
         elif command == "quantize":
             from candle_vllm.server.commands.quantize import quantize as program
+        elif command == "bench serve":
+            from candle_vllm.server.bench.serve import bench_serve as program
+        elif command == "bench throughput":
+            from candle_vllm.server.bench.offline import bench_throughput as program
+        elif command == "bench latency":
+            from candle_vllm.server.bench.offline import bench_latency as program
         else:
             from candle_vllm.server.commands.bench import bench as program
     return program

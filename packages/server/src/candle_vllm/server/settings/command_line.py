@@ -13,7 +13,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from candle_vllm.core.setting_kinds import Boolean, FilePath, FreeText, Integer, Secret, Text, nearest
+from candle_vllm.core.setting_kinds import (
+    Boolean,
+    Choice,
+    FilePath,
+    FreeText,
+    Integer,
+    Kind,
+    Number,
+    Secret,
+    Text,
+    nearest,
+)
 from candle_vllm.server.settings.foreign_flags import COMMANDS as FOREIGN_COMMANDS
 from candle_vllm.server.settings.foreign_flags import foreign_flags
 from candle_vllm.server.settings.options import COMMAND_GROUPS, COMMANDS, NAMING, Option, UsageError, convert, switch
@@ -30,7 +41,7 @@ On a pipe every line is a message or a command, and what stands between \"\"\" a
 lines. Answers go to standard output, remarks and errors to standard error; the status is 1 where a message failed.
 """
 _TOKENS = Integer(1, 1 << 24)
-_SERVING = ("serve", "config")
+_SPACED = ("serve", "config", "bench serve")  # commands where a flag may have several values, as vLLM has it
 _TEXTS = {"generate": "PROMPT", "agent": "REQUEST"}  # commands that take a text
 
 _SYSTEM = Option("system", "command", ("--system",), FreeText(least=0), "system message of the conversation", "TEXT")
@@ -44,6 +55,70 @@ SHORT: Mapping[str, str] = {"-m": "--m", "-p": "--p"}
 _CONFIG = Option(
     "config", "command", ("--config",), FilePath(), "YAML file of flags: those given beside it win", "FILE"
 )
+
+
+def _own(name: str, kind: Kind, text: str, metavar: str, **more: Any) -> Option:
+    """An option of one command, whose flag is its name."""
+    return Option(name, "command", ("--" + name.replace("_", "-"), *more.pop("also", ())), kind, text, metavar, **more)
+
+
+def _switch(name: str, text: str) -> Option:
+    return Option(name, "command", (), Boolean(), text, constants={"--" + name.replace("_", "-"): True})
+
+
+_SHARE = Number(0, 1, open_high=True)
+_BACKENDS = Choice(("openai", "openai-chat", "openai-embeddings", "vllm"))
+_LENGTHS = (
+    _own("input_len", _TOKENS, "length of each prompt", "N", also=("--random-input-len",)),
+    _own("output_len", _TOKENS, "length of each answer", "N", also=("--random-output-len",)),
+)
+_SEED = _own("seed", Integer(0, 1 << 32, units=False), "the same one makes the same requests", "N")
+_DATA = (
+    _own("dataset_name", Text(64), "random, sonnet, sharegpt or custom", "NAME"),
+    _own("dataset_path", FilePath(), "file of sharegpt or custom", "FILE"),
+    _own("num_prompts", Integer(1, 10_000_000), "how many requests (1000)", "N"),
+    *_LENGTHS,
+    _own("random_prefix_len", Integer(0, 1 << 24), "tokens that all random prompts begin with", "N"),
+    _own("random_range_ratio", _SHARE, "random lengths are between 1 - X and 1 + X times these", "X"),
+    _SEED,
+)
+_MEASURED = (
+    _own("base_url", Text(), "the server, without /v1 (http://127.0.0.1:2000)", "URL"),
+    _own("host", Text(512), "its host, instead", "HOST"),
+    _own("port", Integer(1, 65535, units=False), "its port, instead", "PORT"),
+    _own("endpoint", Text(512), "path; without it, the backend's", "PATH"),
+    _own("backend", _BACKENDS, "openai (text completions; vllm too), openai-chat or openai-embeddings", "NAME",
+         also=("--endpoint-type",)),
+    _own("model", Text(512), "its name there; without it, the first one", "NAME", also=("--m",)),
+    _own("served_model_name", Text(512), "its name there, before --model", "NAME"),
+    _own("tokenizer", FilePath(), "folder or .gguf file that counts tokens; else the server's /tokenize", "PATH"),
+    _own("api_key", Secret(), "key for the server", "KEY"),
+    _own("header", Text(4096), "further headers", "NAME=VALUE", repeat=True),
+    _switch("insecure", "do not check certificates"),
+)  # fmt: skip
+_ARRIVING = (
+    _own("request_rate", Text(64), "requests per second; inf, the default, sends all at once", "X"),
+    _own("burstiness", Number(0, 1000, open_low=True), "1 is a Poisson process; less is burstier", "X"),
+    _own("max_concurrency", Integer(1, 100_000), "most requests at a time", "N"),
+    _own("num_warmups", Integer(0, 1000), "requests before, which are not counted", "N"),
+    _switch("ignore_eos", "answers go on to their length; random prompts have it always"),
+    _own("temperature", Number(0, 100), "of every request", "X"),
+    _own("top_p", Number(0, 1, open_low=True), "of every request", "X"),
+    _own("top_k", Integer(-1, 1 << 24), "of every request", "K"),
+    _own("extra_body", FreeText(), "further fields of every request", "JSON"),
+)
+_FIGURES = (
+    _own("percentile_metrics", Text(64), "of ttft,tpot,itl,e2el", "NAMES"),
+    _own("metric_percentiles", Text(128), "such as 50,90,99 (99)", "NUMBERS"),
+    _own("goodput", Text(128), "most milliseconds of a good request: ttft:200 tpot:50", "NAME:MS", repeat=True),
+    _switch("save_result", "save the figures as JSON"),
+    _switch("save_detailed", "save every request as well"),
+    _own("result_dir", FilePath(), "where they are saved", "FOLDER"),
+    _own("result_filename", Text(255), "under which name", "NAME"),
+    _own("metadata", Text(4096), "further fields of that file", "NAME=VALUE", repeat=True),
+)
+_OUTPUT_JSON = _own("output_json", FilePath(), "save the figures", "FILE")
+_N = _own("n", Integer(1, 64), "answers of each request", "N")
 
 COMMAND_OPTIONS: Mapping[str, tuple[Option, ...]] = {
     "serve": (_CONFIG,),
@@ -104,6 +179,17 @@ COMMAND_OPTIONS: Mapping[str, tuple[Option, ...]] = {
         Option("repeat", "command", ("--repeat",), Integer(1, 1000), "measured rounds; the median is reported", "N"),
         _AS_JSON,
     ),
+    "bench serve": (*_MEASURED, *_DATA, *_ARRIVING, *_FIGURES),
+    "bench throughput": (*_DATA, _N, _OUTPUT_JSON),
+    "bench latency": (
+        *_LENGTHS,
+        _own("batch_size", Integer(1, 4096), "requests at a time (8)", "N"),
+        _N,
+        _own("num_iters_warmup", Integer(0, 1000), "rounds before (10)", "N"),
+        _own("num_iters", Integer(1, 10_000), "measured rounds (30)", "N"),
+        _SEED,
+        _OUTPUT_JSON,
+    ),
     "run-batch": (
         Option(
             "input_file", "command", ("-i", "--input-file"), FilePath(), "the requests, a line of JSON each", "FILE"
@@ -144,6 +230,8 @@ def split_command(argv: Sequence[str]) -> tuple[str, list[str]]:
     """The command and its arguments; without a command it is `serve`."""
     if not argv or argv[0].startswith("-"):
         return "serve", list(argv)
+    if " ".join(argv[:2]) in COMMANDS:
+        return " ".join(argv[:2]), list(argv[2:])
     if argv[0] not in COMMANDS:
         if argv[0] in FOREIGN_COMMANDS:
             raise UsageError(f"there is no command {argv[0]!r}: {FOREIGN_COMMANDS[argv[0]]}")
@@ -264,7 +352,7 @@ def _add(group: argparse._ArgumentGroup, option: Option, command: str) -> None:
     text = option.help + (f" (default: {default})" if option.flags and default not in (None, (), False) else "")
     if option.flags:
         # Several values behind one flag, as vLLM has it, where no text stands behind the flags.
-        several: dict[str, Any] = {"action": "extend", "nargs": "+"} if command in _SERVING else {"action": "append"}
+        several: dict[str, Any] = {"action": "extend", "nargs": "+"} if command in _SPACED else {"action": "append"}
         given: dict[str, Any] = several if option.repeat else {"action": "store"}
         group.add_argument(*option.flags, dest=option.name, metavar=option.metavar, help=text, **given)
     for value in dict.fromkeys(option.constants.values()):

@@ -24,6 +24,9 @@ COMMANDS = {
     "chat": "talk with the model on the terminal",
     "agent": "carry out one request with the tools of MCP servers",
     "bench": "measure the model on this machine",
+    "bench serve": "measure a server with OpenAI's API, as vllm bench serve does",
+    "bench throughput": "measure how fast the engine answers a data set",
+    "bench latency": "measure how long the engine takes for a batch",
     "run-batch": "answer the requests of a file into another file",
     "run": "talk with a model of Hugging Face, which is fetched where it is not here",
     "pull": "fetch a model of Hugging Face: what it takes, whether it fits, then its files",
@@ -45,6 +48,9 @@ COMMAND_GROUPS: Mapping[str, tuple[str, ...]] = {
     "chat": (MODEL, DEVICE, LIMITS, SAMPLING, LOGGING),
     "agent": (MODEL, DEVICE, LIMITS, SAMPLING, TOOLS, LOGGING),
     "bench": (MODEL, DEVICE, LIMITS, LOGGING),
+    "bench serve": (LOGGING,),
+    "bench throughput": (MODEL, DEVICE, LIMITS, LOGGING),
+    "bench latency": (MODEL, DEVICE, LIMITS, LOGGING),
     "run-batch": (MODEL, DEVICE, LIMITS, SAMPLING, LOGGING),
     "run": (MODEL, DEVICE, LIMITS, SAMPLING, LOGGING),
     "pull": (MODEL, DEVICE, LOGGING),
@@ -58,6 +64,7 @@ COMMAND_GROUPS: Mapping[str, tuple[str, ...]] = {
 
 _FETCHING = ("revision", "hf_token", "hf_token_path", "download_dir", "offline", "log_level")
 ONLY: Mapping[str, tuple[str, ...]] = {
+    "bench serve": ("log_level",),
     "pull": (*_FETCHING, "device"),
     "list": ("download_dir", "log_level"),
     "show": (*_FETCHING, "device"),

@@ -41,6 +41,7 @@ from candle_vllm.server.settings.options import (
     parse_address,
 )  # fmt: skip
 
+_BATCHING = ("serve", "run-batch", "bench throughput", "config")
 _SERVE = ("serve", "run-batch", "config")  # bench sizes the batch itself, and one conversation has no batch
 _WITH_TEXT = (
     "serve",
@@ -52,7 +53,8 @@ _WITH_TEXT = (
     "config",
 )  # bench has no text, and always takes the likeliest token
 _LOADING = tuple(command for command in COMMANDS if command != "quantize")
-_REUSING = ("serve", "chat", "run", "agent", "run-batch", "config")  # those with requests that begin alike
+# those with requests that begin alike
+_REUSING = ("serve", "chat", "run", "agent", "run-batch", "bench throughput", "config")
 _CALLING = ("serve", "agent", "run-batch", "config")  # those whose requests have tools
 _LEVELS = Choice(("debug", "info", "warning", "error"), {"warn": "warning"})
 _CACHE_ALIASES = {  # candle-vllm's bf16 means auto, too
@@ -148,7 +150,7 @@ class Settings:
     max_model_len: Annotated[int | None, engine(LIMITS,
         "N", more="; auto: as many as the model has and memory holds", reading={"auto": True})] = None
     yarn_scaling_factor: Annotated[float | None, engine(LIMITS, "FACTOR")] = None
-    max_num_seqs: Annotated[int | None, engine(LIMITS, "N", commands=_SERVE)] = None
+    max_num_seqs: Annotated[int | None, engine(LIMITS, "N", commands=_BATCHING)] = None
     prefill_chunk_size: Annotated[int | None, engine(LIMITS,
         "N", name="max_num_batched_tokens", flags=("--prefill-chunk-size", "--max-num-batched-tokens"))] = None
     enable_prefix_caching: Annotated[bool | None, engine(LIMITS,

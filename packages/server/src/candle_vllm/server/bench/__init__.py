@@ -1,0 +1,1 @@
+"""Measuring: servers from outside (`bench serve`), the engine in this process (`bench throughput`, `bench latency`)."""

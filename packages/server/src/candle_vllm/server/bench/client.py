@@ -1,0 +1,289 @@
+"""Clients on bare sockets, cheap enough to run a thousand of them beside the server that they measure.
+
+A client sends one request over a connection of its own and takes the body of the answer apart as it comes: in chunks,
+of a told length, or up to the end of the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+import time
+from collections.abc import Mapping
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+from candle_vllm.server.settings.options import UsageError
+
+BUFFER = 1 << 20  # bytes that may wait for the rest of a head, a chunk or an event
+CONNECT_SECONDS = 30.0
+
+
+class AnswerClient(asyncio.Protocol):
+    """One request and its answer.
+
+    Args:
+        request: the bytes to send.
+
+    Attributes:
+        sent: `time.monotonic()` when the request went out.
+        done: its result is the seconds from there to the end of the answer; not a number where it failed.
+        failure: why it failed.
+    """
+
+    def __init__(self, request: bytes) -> None:
+        self._request = request
+        self._buffer = b""
+        self._left: int | None = 0  # bytes of the body that are missing; None: up to the end of the connection
+        self._chunked = self._in_body = False
+        self._status = b""
+        self.sent = 0.0
+        self.failure: str | None = None
+        self.transport: asyncio.Transport | None = None
+        self.done: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+
+    # ---- what kinds of clients have of their own ---------------------------------------------------------------------
+
+    def received(self, data: bytes, now: float) -> None:
+        """A piece of the body of a good answer: a chunk where it is sent in chunks."""
+
+    def failed(self, why: str) -> None:
+        """There is no whole answer; called once."""
+
+    # ---- the connection ----------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's is none by its class
+        self.sent = time.monotonic()
+        self.transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        now = time.monotonic()
+        if self.done.done():
+            return
+        data = self._buffer + data
+        if not self._in_body:
+            head, mark, data = data.partition(b"\r\n\r\n")
+            if not mark:
+                self._buffer = head
+                self._bound()
+                return
+            self._begin(head)
+        try:
+            self._buffer = self._chunks(data, now) if self._chunked else self._plain(data, now)
+        except ValueError:
+            self.fail("the chunks of the answer cannot be read")
+        self._bound()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._in_body and not self._chunked and self._left is None and exc is None:
+            self._finish(time.monotonic())
+        else:
+            self.fail(f"the connection was closed: {exc}")
+
+    def _begin(self, head: bytes) -> None:
+        self._in_body = True
+        first, *lines = head.split(b"\r\n")
+        headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines)}
+        self._status = first[:40]
+        self._chunked = headers.get(b"transfer-encoding", b"").lower() == b"chunked"
+        length = headers.get(b"content-length")
+        self._left = int(length) if length is not None and length.isdigit() and len(length) < 16 else None
+
+    def _plain(self, data: bytes, now: float) -> bytes:
+        self._take(data, now)
+        if self._left is not None:
+            self._left -= len(data)
+            if self._left <= 0:
+                self._finish(now)
+        return b""
+
+    def _chunks(self, data: bytes, now: float) -> bytes:
+        """Reads whole chunks; the rest that is not whole."""
+        at = 0
+        while True:
+            line = data.find(b"\r\n", at)
+            if line < 0:
+                return data[at:]
+            size = int(data[at:line].partition(b";")[0], 16)
+            start, end = line + 2, line + 2 + size
+            if len(data) < end + 2:
+                return data[at:]
+            if size == 0:
+                self._finish(now)
+                return b""
+            self._take(data[start:end], now)
+            at = end + 2
+
+    def _take(self, data: bytes, now: float) -> None:
+        if b" 200" in self._status:
+            self.received(data, now)
+        else:
+            self.fail(f"{self._status.decode('latin-1')}: {data[:300].decode('utf-8', 'replace')}")
+
+    def _finish(self, now: float) -> None:
+        if b" 200" not in self._status:
+            self.fail(self._status.decode("latin-1"))
+        elif not self.done.done():
+            self.done.set_result(now - self.sent)
+        self.close()
+
+    def _bound(self) -> None:
+        if len(self._buffer) > BUFFER:
+            self.fail("a chunk without end")
+
+    def fail(self, why: str) -> None:
+        """Ends it without an answer."""
+        if not self.done.done():
+            self.failure = why
+            self.done.set_result(float("nan"))
+            self.failed(why)
+        self.close()
+
+    def close(self) -> None:
+        """Ends the connection."""
+        if self.transport is not None:
+            self.transport.close()
+
+    def leave(self) -> None:
+        """Goes away in the middle of the answer."""
+        if not self.done.done():
+            self.done.set_result(float("nan"))
+        self.close()
+
+
+class EventClient(AnswerClient):
+    """One streamed answer of OpenAI's chat or text completions, and when its pieces came.
+
+    Attributes:
+        text: what was answered, thoughts included.
+        times: seconds from the sending of the request to each event with content.
+        usage: of the answer, where the server told it.
+    """
+
+    def __init__(self, request: bytes) -> None:
+        super().__init__(request)
+        self._rest = b""
+        self._ended = False
+        self.text: list[str] = []
+        self.times: list[float] = []
+        self.usage: Mapping[str, Any] = {}
+
+    def received(self, data: bytes, now: float) -> None:
+        data = (self._rest + data).replace(b"\r\n", b"\n")
+        *events, self._rest = data.split(b"\n\n")
+        if len(self._rest) > BUFFER:
+            self.fail("an event without end")
+        for event in events:
+            for line in event.split(b"\n"):
+                if line.startswith(b"data:"):
+                    self._read(line[5:].strip(), now)
+
+    def _read(self, data: bytes, now: float) -> None:
+        if data == b"[DONE]":
+            self._ended = True
+            return
+        try:
+            chunk = json.loads(data)
+        except ValueError:
+            self.fail(f"an event is no JSON: {data[:200]!r}")
+            return
+        if not isinstance(chunk, dict) or chunk.get("error"):
+            self.fail(f"the stream failed: {data[:300].decode('utf-8', 'replace')}")
+            return
+        self.usage = chunk.get("usage") or self.usage
+        for choice in chunk.get("choices") or ():
+            text = _content(choice)
+            if text:
+                self.text.append(text)
+                self.times.append(now - self.sent)
+            self._ended = self._ended or choice.get("finish_reason") is not None
+
+    def whole(self) -> bool:
+        """Whether the answer came to its end; a stream that was cut is a failure."""
+        if self.failure is None and not self._ended:
+            self.failure = "the stream ended without its end"
+        return self.failure is None
+
+
+class WholeClient(AnswerClient):
+    """One answer that is no stream, and the usage that it tells: embeddings, scores."""
+
+    def __init__(self, request: bytes) -> None:
+        super().__init__(request)
+        self._body: list[bytes] = []
+        self.text: list[str] = []
+        self.times: list[float] = []
+        self.usage: Mapping[str, Any] = {}
+
+    def received(self, data: bytes, now: float) -> None:  # noqa: ARG002
+        self._body.append(data)
+
+    def whole(self) -> bool:
+        """Whether it is a good answer."""
+        try:
+            value = json.loads(b"".join(self._body)) if self.failure is None else None
+        except ValueError:
+            self.failure = "the answer is no JSON"
+            value = None
+        self.usage = (value.get("usage") or {}) if isinstance(value, dict) else {}
+        return self.failure is None
+
+
+def _content(choice: Mapping[str, Any]) -> str:
+    """The text of a piece: of an answer, a thought or a call of a tool."""
+    delta = choice.get("delta")
+    if not isinstance(delta, dict):
+        return choice.get("text") or ""
+    calls = "".join((call.get("function") or {}).get("arguments") or "" for call in delta.get("tool_calls") or ())
+    return (delta.get("content") or "") + (delta.get("reasoning_content") or delta.get("reasoning") or "") + calls
+
+
+class Target:
+    """A server, by the address under which its paths lie.
+
+    Args:
+        base_url: `http://` or `https://` with a host, and a port and a prefix if there are some.
+        headers: sent with every request.
+        insecure: certificates are not checked.
+
+    Raises:
+        UsageError: it is no such address.
+    """
+
+    def __init__(self, base_url: str, headers: Mapping[str, str] | None = None, insecure: bool = False) -> None:
+        try:
+            parts = urlsplit(base_url)
+            self._port = parts.port or (443 if parts.scheme == "https" else 80)
+        except ValueError:
+            parts = urlsplit("")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or not base_url.isascii():
+            raise UsageError(f"--base-url must be http://HOST:PORT or https://HOST, not {base_url!r:.200}")
+        self.base_url = base_url.rstrip("/")
+        self._host, self._netloc, self._prefix = parts.hostname, parts.netloc.rpartition("@")[2], parts.path.rstrip("/")
+        self._headers = dict(headers or {})
+        self._ssl: ssl.SSLContext | None = None
+        if parts.scheme == "https":
+            self._ssl = ssl.create_default_context()
+            if insecure:
+                self._ssl.check_hostname, self._ssl.verify_mode = False, ssl.CERT_NONE
+
+    def post(self, path: str, body: Mapping[str, Any]) -> bytes:
+        """A request as bytes."""
+        data = json.dumps(body).encode()
+        headers = {
+            "host": self._netloc, "content-type": "application/json", "content-length": str(len(data)),
+            "connection": "close", **self._headers,
+        }  # fmt: skip
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        return f"POST {self._prefix}{path} HTTP/1.1\r\n{lines}\r\n".encode() + data
+
+    async def send(self, client: AnswerClient) -> None:
+        """Connects a client, whose request goes out then; one that cannot be connected has failed."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await loop.create_connection(lambda: client, self._host, self._port, ssl=self._ssl)
+        except (OSError, TimeoutError) as error:
+            client.fail(f"no connection: {error or type(error).__name__}")

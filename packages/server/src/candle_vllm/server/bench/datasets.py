@@ -1,0 +1,275 @@
+"""Data sets of `bench`: what is asked, and how long the answers shall be.
+
+Lengths are in tokens of whoever counts them (`Words`): the server itself by its `/tokenize` and `/detokenize`, or a
+tokenizer of this machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+
+from candle_vllm.core import CandleVllmError
+from candle_vllm.server.settings.options import UsageError
+
+NAMES = ("random", "sonnet", "sharegpt", "custom")
+_MAX_FILE = 1 << 31  # bytes of a data set
+_SETTLING = 8  # times that a random prompt is cut or filled until it has its length
+_PREFACE = "Pick as many lines as you can from these poem lines:\n"
+_LINES = (
+    "The morning leans across the harbour wall", "and counts the boats that never left the bay;",
+    "a gull lets go of what it knows of all", "the bread that fell along the market way.",
+    "The baker's lamp is older than the street,", "his window keeps the colour of the grain,",
+    "and children learn the measure of their feet", "by jumping over mirrors made of rain.",
+    "At noon the clocks agree to disagree,", "the ferry waits for nobody it knows,",
+    "an orange rolls the whole length of the quay", "and where it stops the smallest shadow grows.",
+    "So evening finds us where the evening must:", "with salt upon our sleeves, and flour, and dust.",
+)  # fmt: skip
+
+
+class Words(Protocol):
+    """Who counts tokens."""
+
+    def draw(self, count: int, chance: random.Random) -> list[int]:
+        """So many random tokens."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, without those that a prompt begins with."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One request.
+
+    Attributes:
+        prompt: its text.
+        prompt_len: in tokens; 0 where nobody has counted.
+        output_len: of the answer at most; None leaves it to the server.
+    """
+
+    prompt: str
+    prompt_len: int
+    output_len: int | None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How long prompts and answers are.
+
+    Attributes:
+        input_len, output_len: in tokens; None is as the data set has it.
+        prefix_len: tokens that all random prompts begin with.
+        range_ratio: lengths are drawn between (1 - ratio) and (1 + ratio) times these.
+    """
+
+    input_len: int | None = None
+    output_len: int | None = None
+    prefix_len: int = 0
+    range_ratio: float = 0.0
+
+
+def make_samples(
+    name: str, path: Path | None, count: int, shape: Shape, words: Callable[[], Words], seed: int
+) -> list[Sample]:
+    """So many requests of a data set.
+
+    Args:
+        name: of the data set.
+        path: of its file.
+        count: how many.
+        shape: how long.
+        words: who counts tokens; asked only where somebody must.
+        seed: the same one makes the same requests.
+
+    Raises:
+        UsageError: there is no such data set, or it has no requests.
+    """
+    chance = random.Random(seed)  # noqa: S311 - nothing to guess
+    if name == "hf":
+        raise UsageError(
+            "--dataset-name hf: data sets are not downloaded; custom reads one that you saved as lines of JSON"
+        )
+    if name not in NAMES:
+        raise UsageError(f"--dataset-name must be one of {', '.join(NAMES)}, not {name!r:.60}")
+    if (path is None) != (name in ("random", "sonnet")):
+        raise UsageError(f"--dataset-path is for sharegpt and custom, which need it; {name} is made here" if path
+                         else f"--dataset-name {name} needs --dataset-path FILE")  # fmt: skip
+    if path is None:
+        make = _random if name == "random" else _sonnet
+        return make(words(), count, shape, chance)
+    found = list(_sharegpt(path) if name == "sharegpt" else _custom(path))
+    if not found:
+        raise UsageError(f"{path} has no request for --dataset-name {name}")
+    chance.shuffle(found)
+    counted = words()
+    chosen = [found[index % len(found)] for index in range(count)]
+    return [_counted(prompt, answer, shape, counted) for prompt, answer in chosen]
+
+
+def _counted(prompt: str, answer: str | int | None, shape: Shape, words: Words) -> Sample:
+    length = shape.output_len
+    if length is None and answer is not None:
+        length = answer if isinstance(answer, int) else max(1, len(words.encode(answer)))
+    return Sample(prompt, len(words.encode(prompt)), length)
+
+
+def _between(length: int, ratio: float, chance: random.Random) -> int:
+    return max(1, chance.randint(round(length * (1 - ratio)), round(length * (1 + ratio))))
+
+
+def _random(words: Words, count: int, shape: Shape, chance: random.Random) -> list[Sample]:
+    """Random tokens, as text that has exactly so many of them wherever the vocabulary allows."""
+    prefix = words.draw(shape.prefix_len, chance)
+    made = []
+    for _ in range(count):
+        length = _between(shape.input_len or 1024, shape.range_ratio, chance)
+        output = _between(shape.output_len or 128, shape.range_ratio, chance)
+        made.append(Sample(*_random_text(words, prefix, length, chance), output))
+    return made
+
+
+def _random_text(words: Words, prefix: list[int], length: int, chance: random.Random) -> tuple[str, int]:
+    wanted = len(prefix) + length
+    ids = prefix + words.draw(length, chance)
+    text = words.decode(ids)
+    for _ in range(_SETTLING):  # text of random tokens is seldom read as the same ones
+        ids = words.encode(text)
+        if len(ids) == wanted:
+            break
+        text = words.decode(ids[:wanted] + words.draw(max(0, wanted - len(ids)), chance))
+    return text, len(words.encode(text))
+
+
+def _sonnet(words: Words, count: int, shape: Shape, chance: random.Random) -> list[Sample]:
+    """Lines of a poem in another order each time, up to the length."""
+    wanted = shape.input_len or 550
+    sizes = [len(words.encode(line + "\n")) for line in _LINES]
+    made = []
+    for _ in range(count):
+        lines, size = [], len(words.encode(_PREFACE))
+        while True:
+            index = chance.randrange(len(_LINES))
+            if size + sizes[index] > wanted:
+                break
+            lines.append(_LINES[index] + "\n")
+            size += sizes[index]
+        text = _PREFACE + "".join(lines)
+        made.append(Sample(text, len(words.encode(text)), shape.output_len or 150))
+    return made
+
+
+def _sharegpt(path: Path) -> Iterator[tuple[str, str]]:
+    """The first question of each conversation, and its answer, which says how long ours shall be."""
+    try:
+        value = json.loads(_text(path))
+    except ValueError as error:
+        raise UsageError(f"{path} is no JSON: {error}") from None
+    for entry in value if isinstance(value, list) else ():
+        turns = entry.get("conversations", entry.get("conversation")) if isinstance(entry, dict) else None
+        both = [turn.get("value") for turn in turns[:2] if isinstance(turn, dict)] if isinstance(turns, list) else []
+        texts = [text for text in both if isinstance(text, str) and text]
+        if len(texts) == 2:
+            yield texts[0], texts[1]
+
+
+def _custom(path: Path) -> Iterator[tuple[str, int | None]]:
+    """Lines of JSON with `prompt`, and `output_tokens` where they say how long the answer shall be."""
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value: Any = json.loads(line)
+        except ValueError:
+            raise UsageError(f"{path}, line {number}: it is no JSON") from None
+        prompt = value.get("prompt") if isinstance(value, Mapping) else None
+        if not isinstance(prompt, str) or not prompt:
+            raise UsageError(f'{path}, line {number}: {{"prompt": TEXT}} is wanted')
+        tokens = value.get("output_tokens")
+        yield prompt, tokens if type(tokens) is int and tokens > 0 else None
+
+
+def _text(path: Path) -> str:
+    if path.stat().st_size > _MAX_FILE:
+        raise UsageError(f"{path} is larger than {_MAX_FILE >> 30} GB")
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not UTF-8 text") from None
+
+
+class LocalWords:
+    """A tokenizer of this machine: a folder with tokenizer files, or a GGUF file."""
+
+    def __init__(self, path: Path) -> None:
+        from candle_vllm.core.text.tokenizer import Tokenizer
+
+        if path.suffix == ".gguf":
+            from candle_vllm.core.loading.gguf import GgufFile
+
+            with contextlib.closing(GgufFile.open(path)) as file:
+                self._tokenizer = Tokenizer.from_gguf(file.metadata)
+        else:
+            self._tokenizer = Tokenizer.from_folder(path)
+
+    def draw(self, count: int, chance: random.Random) -> list[int]:
+        return [chance.randrange(self._tokenizer.vocab_size) for _ in range(count)]
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+
+class ServerWords:
+    """The server's own `/tokenize` and `/detokenize`.
+
+    Args:
+        http: a client of the server, which is the caller's to close.
+        model: whose tokenizer.
+
+    Raises:
+        CandleVllmError: the server has no such routes.
+    """
+
+    def __init__(self, http: httpx.Client, model: str) -> None:
+        self._http = http
+        self._model = model
+        ids = self.encode("To be counted.")
+        if not ids or not self.decode(ids):
+            raise CandleVllmError("the server's /tokenize counts nothing")
+        # Which ids there are is not told. Those of texts of plain words stand for all of them.
+        self._known = sorted({token for line in (*_LINES, _PREFACE) for token in self.encode(line)})
+
+    def draw(self, count: int, chance: random.Random) -> list[int]:
+        return chance.choices(self._known, k=count)
+
+    def encode(self, text: str) -> list[int]:
+        return self._ask("/tokenize", "tokens", {"prompt": text, "add_special_tokens": False})
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._ask("/detokenize", "prompt", {"tokens": list(ids)})
+
+    def _ask(self, path: str, field: str, body: dict[str, Any]) -> Any:
+        try:
+            answer = self._http.post(path, json={"model": self._model, **body})
+            answer.raise_for_status()
+            return answer.json()[field]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise CandleVllmError(
+                f"tokens cannot be counted by the server ({path}: {error}): name a tokenizer of this machine with "
+                "--tokenizer FOLDER|FILE.gguf"
+            ) from None

@@ -1,0 +1,216 @@
+"""What `bench` reports: latencies in percentiles, throughput, goodput, under the names that vLLM's results have.
+
+    ttft    from the sending of a request to the first event with content
+    tpot    the time of an answer after its first event / its tokens after the first
+    itl     between two events with content of one answer
+    e2el    from the sending of a request to the end of its answer
+
+Requests that failed are counted, and have no part in any latency.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from candle_vllm.server.settings.options import UsageError
+
+METRICS = {
+    "ttft": "Time to First Token",
+    "tpot": "Time per Output Token (excl. 1st token)",
+    "itl": "Inter-token Latency",
+    "e2el": "End-to-end Latency",
+}
+GOODPUT = ("ttft", "tpot", "e2el")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What came of one request. Times are seconds.
+
+    Attributes:
+        start: when it was sent, since the first one was.
+        input_len, output_len: in tokens.
+        latency: to the end of its answer.
+        times: to each event with content, from its sending.
+        text: what was answered.
+        error: why there is no whole answer; empty where there is one.
+    """
+
+    start: float
+    input_len: int
+    output_len: int
+    latency: float
+    times: Sequence[float] = field(default_factory=tuple)
+    text: str = ""
+    error: str = ""
+
+    @property
+    def ttft(self) -> float:
+        """To the first event with content; 0 without one."""
+        return self.times[0] if self.times else 0.0
+
+    @property
+    def itls(self) -> list[float]:
+        """Between two events."""
+        return [later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False)]
+
+    @property
+    def tpot(self) -> float | None:
+        """None where the answer has no second token."""
+        return (self.latency - self.ttft) / (self.output_len - 1) if self.output_len > 1 and self.times else None
+
+
+def summary(
+    seen: Sequence[Seen],
+    duration: float,
+    metrics: Sequence[str],
+    percentiles: Sequence[float],
+    goals: Mapping[str, float] | None = None,
+    *,
+    streamed: bool = True,
+) -> dict[str, Any]:
+    """The figures of a run.
+
+    Args:
+        seen: every request.
+        duration: seconds of the run.
+        metrics: of `METRICS`, those with percentiles.
+        percentiles: which.
+        goals: milliseconds of `GOODPUT` that a good request stays within; None: nobody asks.
+        streamed: answers came in events.
+    """
+    good = [each for each in seen if not each.error]
+    output = sum(each.output_len for each in good)
+    prompt = sum(each.input_len for each in good)
+    duration = max(duration, 1e-9)
+    result: dict[str, Any] = {
+        "duration": duration,
+        "completed": len(good),
+        "failed": len(seen) - len(good),
+        "total_input_tokens": prompt,
+        "total_output_tokens": output,
+        "request_throughput": len(good) / duration,
+        "request_goodput": None if goals is None else sum(_within(each, goals) for each in good) / duration,
+        "output_throughput": output / duration,
+        "total_token_throughput": (prompt + output) / duration,
+        "max_concurrent_requests": _most_at_once(good),
+    }
+    values: dict[str, list[float]] = {"e2el": [each.latency for each in good]}
+    if streamed:
+        values |= {
+            "ttft": [each.ttft for each in good if each.times],
+            "tpot": [each.tpot for each in good if each.tpot is not None],
+            "itl": [gap for each in good for gap in each.itls],
+        }
+    for name in metrics:
+        if name in values:
+            result |= _latencies(name, np.asarray(values[name]) * 1e3, percentiles)
+    return result
+
+
+def detail(seen: Sequence[Seen]) -> dict[str, Any]:
+    """Every request, for --save-detailed."""
+    return {
+        "input_lens": [each.input_len for each in seen],
+        "output_lens": [each.output_len for each in seen],
+        "start_times": [each.start for each in seen],
+        "ttfts": [each.ttft for each in seen],
+        "itls": [each.itls for each in seen],
+        "generated_texts": [each.text for each in seen],
+        "errors": [each.error for each in seen],
+    }
+
+
+def _latencies(name: str, milliseconds: Any, percentiles: Sequence[float]) -> dict[str, float | None]:
+    """None where there is nothing to tell: answers of one token have no tpot."""
+    ways: dict[str, Callable[[Any], Any]] = {"mean": np.mean, "median": np.median, "std": np.std}
+    ways |= {f"p{each:g}": partial(np.percentile, q=each) for each in percentiles}
+    return {f"{way}_{name}_ms": float(of(milliseconds)) if len(milliseconds) else None for way, of in ways.items()}
+
+
+def _within(each: Seen, goals: Mapping[str, float]) -> bool:
+    known = {"ttft": each.ttft, "tpot": each.tpot or 0.0, "e2el": each.latency}
+    return all(1e3 * known[name] <= most for name, most in goals.items())
+
+
+def _most_at_once(good: Sequence[Seen]) -> int:
+    edges = sorted([(each.start, 1) for each in good] + [(each.start + each.latency, -1) for each in good])
+    most = now = 0
+    for _, change in edges:
+        now += change
+        most = max(most, now)
+    return most
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """A run for people."""
+    rows: list[tuple[str, Any]] = [
+        ("Successful requests:", result["completed"]), ("Failed requests:", result["failed"]),
+        ("Benchmark duration (s):", result["duration"]), ("Total input tokens:", result["total_input_tokens"]),
+        ("Total generated tokens:", result["total_output_tokens"]),
+        ("Request throughput (req/s):", result["request_throughput"]),
+        ("Output token throughput (tok/s):", result["output_throughput"]),
+        ("Total token throughput (tok/s):", result["total_token_throughput"]),
+        ("Peak concurrent requests:", result["max_concurrent_requests"]),
+    ]  # fmt: skip
+    if result["request_goodput"] is not None:
+        rows.insert(6, ("Request goodput (req/s):", result["request_goodput"]))
+    lines = [f"{' Serving Benchmark Result ':=^50}", *(_row(name, value) for name, value in rows)]
+    for name, title in METRICS.items():
+        own = [(key, value) for key, value in result.items() if key.endswith(f"_{name}_ms")]
+        if own:
+            lines.append(f"{title:-^50}")
+            lines += [_row(f"{_said(key)} {name.upper()} (ms):", value) for key, value in own]
+    return "\n".join([*lines, "=" * 50]) + "\n"
+
+
+def _said(key: str) -> str:
+    word = key.split("_")[0]
+    return word.upper() if word[0] == "p" and word[1:2].isdigit() else word.capitalize()
+
+
+def _row(name: str, value: float | None) -> str:
+    if value is None:
+        return f"{name:<40} {'-':<10}"
+    return f"{name:<40} {value:<10.2f}" if isinstance(value, float) else f"{name:<40} {value:<10}"
+
+
+def read_percentiles(text: str) -> list[float]:
+    """`25,50,99`."""
+    try:
+        found = [float(each) for each in text.split(",")]
+    except ValueError:
+        found = [-1.0]
+    if not all(0 <= each <= 100 for each in found):
+        raise UsageError(f"--metric-percentiles must be numbers from 0 to 100 with commas between, not {text!r:.60}")
+    return found
+
+
+def read_metrics(text: str) -> list[str]:
+    """`ttft,tpot`."""
+    found = [each.strip() for each in text.split(",")]
+    unknown = next((each for each in found if each not in METRICS), None)
+    if unknown is not None:
+        raise UsageError(f"--percentile-metrics must be of {', '.join(METRICS)}, not {unknown!r:.60}")
+    return found
+
+
+def read_goals(texts: Sequence[str]) -> dict[str, float] | None:
+    """`ttft:200`, several of them; None without any."""
+    goals: dict[str, float] = {}
+    for text in (each for given in texts for each in given.split()):
+        name, _, value = text.partition(":")
+        try:
+            goals[name] = float(value)
+        except ValueError:
+            goals[name] = -1.0
+        if name not in GOODPUT or not 0 <= goals[name] < float("inf"):
+            raise UsageError(
+                f"--goodput must be NAME:MILLISECONDS with a name of {', '.join(GOODPUT)}, not {text!r:.60}"
+            )
+    return goals or None

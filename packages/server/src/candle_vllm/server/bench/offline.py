@@ -1,0 +1,145 @@
+"""`candle-vllm bench throughput` and `bench latency`: the engine in this process, asked without HTTP.
+
+Calls the engine at step 3 of a request's life, as `vllm bench throughput` and `vllm bench latency` do, under their
+names: a set of requests that are all there at once, and one batch again and again.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from candle_vllm.core import CandleVllmError, EngineConfig, InferenceEngine, SamplingParams
+from candle_vllm.core.engine.request import GenerationOutput
+from candle_vllm.server.bench.datasets import Shape, make_samples
+from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.derived import load_engine
+
+PERCENTILES = (10, 25, 50, 75, 90, 99)
+
+
+class EngineWords:
+    """Tokens as an engine counts them (`Words`)."""
+
+    def __init__(self, engine: InferenceEngine) -> None:
+        self._engine = engine
+
+    def draw(self, count: int, chance: random.Random) -> list[int]:
+        """Random tokens that end nothing."""
+        info = self._engine.model_info
+        ends, most = set(info.eos_token_ids), info.vocab_size
+        drawn = (chance.randrange(most) for _ in range(count + count))
+        made = [token for token in drawn if token not in ends][:count]
+        return made if len(made) == count else self.draw(count, chance)
+
+    def encode(self, text: str) -> list[int]:
+        """Without the token that a prompt begins with."""
+        return self._engine.tokenize(text, add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Without special tokens."""
+        return self._engine.detokenize(ids)
+
+
+def bench_throughput(
+    settings: Settings,
+    dataset_name: str = "random",
+    dataset_path: Path | None = None,
+    num_prompts: int = 1000,
+    input_len: int | None = None,
+    output_len: int | None = None,
+    random_prefix_len: int = 0,
+    random_range_ratio: float = 0.0,
+    n: int = 1,
+    seed: int = 0,
+    output_json: Path | None = None,
+) -> int:
+    """Answers a data set as fast as the engine can, and prints requests and tokens per second."""
+    with load_engine(settings, max_queued_requests=_queue(num_prompts * n)) as engine:
+        shape = Shape(input_len, output_len, random_prefix_len, random_range_ratio)
+        words = EngineWords(engine)
+        samples = make_samples(dataset_name, dataset_path, num_prompts, shape, lambda: words, seed)
+        params = [_params(sample.output_len or 128, n) for sample in samples]
+        began = time.perf_counter()
+        outputs = engine.generate([sample.prompt for sample in samples], params, use_tqdm=sys.stderr.isatty())
+        elapsed = time.perf_counter() - began
+    prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    made = sum(len(answer.token_ids) for output in outputs for answer in output.outputs)
+    result = {
+        "elapsed_time": elapsed,
+        "num_requests": len(outputs),
+        "total_num_tokens": prompt + made,
+        "requests_per_second": len(outputs) / elapsed,
+        "tokens_per_second": (prompt + made) / elapsed,
+    }
+    sys.stdout.write(
+        f"Throughput: {len(outputs) / elapsed:.2f} requests/s, {(prompt + made) / elapsed:.2f} total tokens/s, "
+        f"{made / elapsed:.2f} output tokens/s\nTotal num prompt tokens:  {prompt}\nTotal num output tokens:  {made}\n"
+    )
+    _save(output_json, result)
+    return 0
+
+
+def bench_latency(
+    settings: Settings,
+    input_len: int = 32,
+    output_len: int = 128,
+    batch_size: int = 8,
+    n: int = 1,
+    num_iters_warmup: int = 10,
+    num_iters: int = 30,
+    seed: int = 0,
+    output_json: Path | None = None,
+) -> int:
+    """Answers one batch again and again, and prints how long that takes."""
+    size = max(batch_size * n, settings.max_num_seqs or 64)
+    # The same prompts come again: what is kept of them would be measured instead.
+    with load_engine(
+        settings, enable_prefix_caching=False, max_num_seqs=size, max_queued_requests=_queue(batch_size * n)
+    ) as engine:
+        chance = random.Random(seed)  # noqa: S311 - the same prompts in every run
+        words = EngineWords(engine)
+        prompts = [words.draw(input_len, chance) for _ in range(batch_size)]
+        params = _params(output_len, n)
+        for _ in range(num_iters_warmup):
+            engine.generate(prompts, params, use_tqdm=False)
+        latencies = []
+        for _ in range(num_iters):
+            began = time.perf_counter()
+            outputs = engine.generate(prompts, params, use_tqdm=False)
+            latencies.append(time.perf_counter() - began)
+            _check(outputs, output_len)
+    percentiles = {str(each): float(np.percentile(latencies, each)) for each in PERCENTILES}
+    average = float(np.mean(latencies))
+    sys.stdout.write(f"Avg latency: {average} seconds\n")
+    for each, seconds in percentiles.items():
+        sys.stdout.write(f"{each}% percentile latency: {seconds} seconds\n")
+    _save(output_json, {"avg_latency": average, "latencies": latencies, "percentiles": percentiles})
+    return 0
+
+
+def _params(output_len: int, n: int) -> SamplingParams:
+    return SamplingParams(n=n, temperature=1.0, top_p=1.0, max_tokens=output_len, ignore_eos=True)
+
+
+def _queue(sequences: int) -> int:
+    """All of them wait at once."""
+    return max(sequences, EngineConfig.max_queued_requests)
+
+
+def _check(outputs: Sequence[GenerationOutput], output_len: int) -> None:
+    lengths = {len(answer.token_ids) for output in outputs for answer in output.outputs}
+    if lengths != {output_len}:
+        raise CandleVllmError(f"the engine stopped after {min(lengths)} of {output_len} tokens: nothing to compare")
+
+
+def _save(path: Path | None, result: Mapping[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=4) + "\n", "utf-8")

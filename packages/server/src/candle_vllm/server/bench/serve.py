@@ -1,0 +1,277 @@
+"""`candle-vllm bench serve`: how a server with OpenAI's API answers, measured from outside as `vllm bench serve` does.
+
+All requests are made before the first is sent. They arrive all at once, or at random: gaps between them follow a gamma
+distribution, which with a burstiness of 1 is a Poisson process. Tokens are counted by the server's `usage`, and where
+it tells none by a tokenizer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import json
+import math
+import random
+import re
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from candle_vllm.core import CandleVllmError
+from candle_vllm.server.bench.client import EventClient, Target, WholeClient
+from candle_vllm.server.bench.datasets import LocalWords, Sample, ServerWords, Shape, Words, make_samples
+from candle_vllm.server.bench.figures import (
+    Seen,
+    detail,
+    read_goals,
+    read_metrics,
+    read_percentiles,
+    summary,
+    table,
+)
+from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.options import UsageError
+
+ENDPOINTS = {
+    "openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions",
+    "openai-embeddings": "/v1/embeddings",
+}  # fmt: skip
+DEFAULT_PORT = 2000
+_HEADER = re.compile(r"[A-Za-z0-9-]{1,128}=[ -~]{0,4096}")
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is sent where, and how it arrives."""
+
+    target: Target
+    endpoint: str
+    backend: str
+    model: str
+    extra: Mapping[str, Any]
+    rate: float = math.inf
+    burstiness: float = 1.0
+    most: int | None = None
+    seed: int = 0
+
+    @property
+    def streamed(self) -> bool:
+        """Whether answers come in events."""
+        return self.backend != "openai-embeddings"
+
+    def body(self, sample: Sample) -> dict[str, Any]:
+        """A request."""
+        if not self.streamed:
+            return {"model": self.model, "input": sample.prompt, **self.extra}
+        length = {} if sample.output_len is None else {"max_tokens": sample.output_len}
+        body = {"model": self.model, "stream": True, "stream_options": {"include_usage": True}, **length, **self.extra}
+        if self.backend == "openai-chat":
+            return {**body, "messages": [{"role": "user", "content": sample.prompt}]}
+        return {**body, "prompt": sample.prompt}
+
+
+def bench_serve(
+    settings: Settings,  # noqa: ARG001 - what every command is given; nothing of it is about a server elsewhere
+    *,
+    base_url: str | None = None,
+    host: str | None = None,
+    port: int | None = None,
+    endpoint: str | None = None,
+    backend: str = "openai",
+    model: str | None = None,
+    served_model_name: str | None = None,
+    tokenizer: Path | None = None,
+    api_key: str | None = None,
+    header: tuple[str, ...] = (),
+    insecure: bool = False,
+    dataset_name: str = "random",
+    dataset_path: Path | None = None,
+    num_prompts: int = 1000,
+    input_len: int | None = None,
+    output_len: int | None = None,
+    random_prefix_len: int = 0,
+    random_range_ratio: float = 0.0,
+    request_rate: str = "inf",
+    burstiness: float = 1.0,
+    max_concurrency: int | None = None,
+    num_warmups: int = 0,
+    ignore_eos: bool | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    extra_body: str | None = None,
+    seed: int = 0,
+    percentile_metrics: str | None = None,
+    metric_percentiles: str = "99",
+    goodput: tuple[str, ...] = (),
+    save_result: bool = False,
+    save_detailed: bool = False,
+    result_dir: Path | None = None,
+    result_filename: str | None = None,
+    metadata: tuple[str, ...] = (),
+) -> int:
+    """Measures and prints a table; the status is 1 where no request was answered."""
+    if base_url is not None and (host is not None or port is not None):
+        raise UsageError("--base-url has a host and a port of its own: leave --host and --port out")
+    base_url = base_url or f"http://{host or '127.0.0.1'}:{port or DEFAULT_PORT}"
+    rate = read_rate(request_rate)
+    metrics = read_metrics(percentile_metrics or ("e2el" if backend == "openai-embeddings" else "ttft,tpot,itl"))
+    percentiles, goals = read_percentiles(metric_percentiles), read_goals(goodput)
+    headers = _headers(api_key, header)
+    target = Target(base_url, headers, insecure)
+    extra = _extra(extra_body, ignore_eos, dataset_name, backend, temperature=temperature, top_p=top_p, top_k=top_k)
+    kept = _pairs("--metadata", metadata)
+    shape = Shape(input_len, output_len, random_prefix_len, random_range_ratio)
+    counted: list[Words] = []
+    with httpx.Client(
+        base_url=target.base_url, headers=headers, timeout=60, verify=not insecure, trust_env=False
+    ) as http:
+        name = served_model_name or model or _first_model(http)
+
+        def words() -> Words:
+            if not counted:
+                counted.append(ServerWords(http, name) if tokenizer is None else LocalWords(tokenizer))
+            return counted[0]
+
+        samples = make_samples(dataset_name, dataset_path, num_prompts, shape, words, seed)
+        load = Load(
+            target, endpoint or ENDPOINTS[backend], backend, name, extra, rate, burstiness, max_concurrency, seed
+        )
+        sys.stderr.write(f"bench serve: {len(samples)} requests to {target.base_url}{load.endpoint} for {name}\n")
+        seen, duration = asyncio.run(_run(load, samples, num_warmups))
+        seen = [_counted(each, counted) for each in seen]
+    result = summary(seen, duration, metrics, percentiles, goals, streamed=load.streamed)
+    sys.stdout.write(table(result))
+    errors = [each.error for each in seen if each.error]
+    if errors:
+        sys.stderr.write(f"bench serve: {len(errors)} of {len(seen)} requests failed; the first: {errors[0]:.300}\n")
+    if save_result or save_detailed:
+        now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        told = rate if math.isfinite(rate) else "inf"
+        about = {
+            "date": now, "endpoint_type": backend, "backend": backend, "label": None, "model_id": name,
+            "tokenizer_id": None if tokenizer is None else str(tokenizer), "num_prompts": num_prompts, **kept,
+            "request_rate": told, "burstiness": burstiness, "max_concurrency": max_concurrency,
+        }  # fmt: skip
+        most = "" if max_concurrency is None else f"-concurrency{max_concurrency}"
+        file = result_filename or f"{backend}-{told}qps{most}-{name.split('/')[-1]}-{now}.json"
+        _save((result_dir or Path()) / file, {**about, **result, **(detail(seen) if save_detailed else {})})
+    return 0 if result["completed"] else 1
+
+
+def read_rate(text: str) -> float:
+    """Requests per second; `inf` is all at once."""
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not rate > 0:
+        raise UsageError(f"--request-rate must be a number above 0, or inf, not {text!r:.60}")
+    return rate
+
+
+async def _run(load: Load, samples: Sequence[Sample], warmups: int) -> tuple[list[Seen], float]:
+    """Every request, and the seconds from the first to the end of the last."""
+    places = asyncio.Semaphore(load.most) if load.most else contextlib.nullcontext()
+
+    async def one(sample: Sample, began: float) -> Seen:
+        async with places:
+            return await _ask(load, sample, began)
+
+    for _ in range(warmups):
+        await one(samples[0], time.monotonic())
+    began = time.monotonic()
+    asked = [asyncio.create_task(one(sample, began)) async for sample in _arriving(load, samples)]
+    seen = await asyncio.gather(*asked)
+    return seen, time.monotonic() - began
+
+
+async def _arriving(load: Load, samples: Sequence[Sample]) -> AsyncIterator[Sample]:
+    """The requests at their times, which are told from the beginning so that no delay adds up."""
+    chance = random.Random(load.seed)  # noqa: S311
+    at = time.monotonic()
+    for sample in samples:
+        yield sample
+        if math.isfinite(load.rate):
+            at += chance.gammavariate(load.burstiness, 1 / (load.rate * load.burstiness))
+            await asyncio.sleep(at - time.monotonic())
+
+
+async def _ask(load: Load, sample: Sample, began: float) -> Seen:
+    request = load.target.post(load.endpoint, load.body(sample))
+    client = EventClient(request) if load.streamed else WholeClient(request)
+    await load.target.send(client)
+    latency = await client.done
+    whole = client.whole()
+    usage = client.usage
+    return Seen(
+        start=(client.sent or time.monotonic()) - began,
+        input_len=_number(usage.get("prompt_tokens")) or sample.prompt_len,
+        output_len=_number(usage.get("completion_tokens")) or 0,
+        latency=latency if whole else 0.0,
+        times=tuple(client.times),
+        text="".join(client.text),
+        error="" if whole else client.failure or "failed",
+    )
+
+
+def _counted(each: Seen, words: Sequence[Words]) -> Seen:
+    """An answer whose tokens its server did not count."""
+    if each.output_len or not each.text or each.error:
+        return each
+    if not words:
+        raise CandleVllmError("the server tells no usage, and nobody can count: name a tokenizer with --tokenizer")
+    return Seen(**{**vars(each), "output_len": len(words[0].encode(each.text))})
+
+
+def _number(value: Any) -> int | None:
+    return value if type(value) is int and value >= 0 else None
+
+
+def _headers(key: str | None, given: Sequence[str]) -> dict[str, str]:
+    return ({"authorization": f"Bearer {key}"} if key else {}) | {
+        name.lower(): value for name, value in _pairs("--header", given).items()
+    }
+
+
+def _pairs(flag: str, texts: Sequence[str]) -> dict[str, str]:
+    wrong = next((text for text in texts if not _HEADER.fullmatch(text.replace("_", "-"))), None)
+    if wrong is not None:
+        raise UsageError(f"{flag} must be NAME=VALUE, not {wrong.partition('=')[0]!r:.60}")
+    return {name: value for name, _, value in (text.partition("=") for text in texts)}
+
+
+def _extra(
+    text: str | None, ignore_eos: bool | None, dataset: str, backend: str, **sampling: float | None
+) -> dict[str, Any]:
+    """The further fields of every request."""
+    extra = {name: value for name, value in sampling.items() if value is not None}
+    if ignore_eos or (ignore_eos is None and dataset == "random" and backend != "openai-embeddings"):
+        extra["ignore_eos"] = True  # random questions have no answer that ends by itself
+    try:
+        more = json.loads(text or "{}")
+    except ValueError:
+        more = None
+    if not isinstance(more, dict):
+        raise UsageError("--extra-body must be a JSON object")
+    return extra | more
+
+
+def _first_model(http: httpx.Client) -> str:
+    try:
+        return str(http.get("/v1/models").raise_for_status().json()["data"][0]["id"])
+    except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
+        text = f"{http.base_url}v1/models names no model ({error}): is the server there? Or say --model"
+        raise CandleVllmError(text) from None
+
+
+def _save(path: Path, result: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result) + "\n", "utf-8")
+    sys.stderr.write(f"bench serve: saved as {path}\n")
