@@ -12,6 +12,7 @@ from server_fakes import PacedEngine
 
 from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError
 from candle_vllm.core.progress import Progress, heard_by
+from candle_vllm.core.testing.toy_model import write_toy_model
 from candle_vllm.server.cli import main
 from candle_vllm.server.models import downloads
 from candle_vllm.server.models.downloads import (
@@ -25,6 +26,7 @@ from candle_vllm.server.models.downloads import (
     room_of,
     tag_of,
 )
+from candle_vllm.server.models.library import describe, file_bytes
 from candle_vllm.server.serve import with_fetched
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.command_line import parse
@@ -171,6 +173,22 @@ def test_whether_it_fits_is_said(settings: Settings) -> None:
     assert str(room_of(settings, 1 << 50)).startswith("DOES NOT FIT")
 
 
+def test_a_model_is_described_by_its_files(tmp_path: Path) -> None:
+    folder = write_toy_model(tmp_path / "toy")
+    known = describe(Settings(model=str(folder), tool_parser="hermes"))
+    assert (known.format, known.architecture, known.tasks, known.tools) == ("safetensors", "llama", ("generate",), True)
+    assert (
+        known.file_bytes
+        == file_bytes(Settings(model=str(folder)))
+        == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    )
+    assert known.num_parameters > 0
+    assert known.context > 0
+    assert file_bytes(Settings(model=str(tmp_path / "nothing"))) == 0
+    with pytest.raises(ModelNotFoundError):
+        describe(Settings(model=str(tmp_path / "nothing")))
+
+
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
@@ -244,8 +262,8 @@ def test_a_server_has_what_was_fetched_where_that_is_allowed(hub: FakeHub, setti
     for more in ([], ["--allow-model-changes"]):
         given, _ = parse("serve", [*flags, *more])
         configuration = load_configuration(given, {}, folder=tmp_path, home=tmp_path)
-        found.append([entry for entry in with_fetched(configuration).entries[1:]])
-    assert found[0] == []
+        found.append(with_fetched(configuration).entries[1:])
+    assert found[0] == ()
     (fetched,) = found[1]
     assert (fetched.names, fetched.settings.threads) == ((f"{REPO}:Q4_K_M",), 1)
     assert (fetched.settings.model, fetched.settings.weight_file) == (REPO, "model-Q4_K_M.gguf")

@@ -20,6 +20,7 @@ from server_fakes import FakeLoader, PacedEngine
 from waiting import wait_for
 
 from candle_vllm.core.errors import EngineOverloadedError
+from candle_vllm.core.testing.toy_model import write_toy_model
 from candle_vllm.server import Settings, create_app
 from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.manager import ModelManager
@@ -172,6 +173,18 @@ def test_what_there_is(start: Callable[..., Any]) -> None:
         shown = client.show("scripted")
         assert shown.capabilities == ["completion", "embedding", "rerank"]
         assert shown.modelinfo["general.architecture"] == "scripted"  # type: ignore[index]
+
+
+def test_a_model_that_is_not_loaded_is_shown_by_its_files(start: Callable[..., Any], tmp_path: Path) -> None:
+    folder, loader = write_toy_model(tmp_path / "toy"), FakeLoader()
+    manager = ModelManager(Catalogue([ModelEntry("toy", Settings(model=str(folder)))]), loader)
+    with client_of(start(manager)) as client:
+        assert client.list().models[0].size == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        shown = client.show("toy")
+        assert shown.modelinfo["general.architecture"] == "llama"  # type: ignore[index]
+        assert "completion" in (shown.capabilities or ())
+        assert client.list().models[0].details.family == "llama"  # type: ignore[union-attr]
+    assert loader.loads == []
 
 
 @pytest.mark.parametrize(

@@ -256,10 +256,11 @@ async def _allowed(request: Request, kind: type[WireModel]) -> Any:
     """The checked body; HttpError 403 where the operator does not let models be changed."""
     settings: Settings = request.app.state.settings
     check_origin(request.scope, settings.cors_origin)
+    wire = await parsed(request, ollama_parser(kind), typed=False)
     if not settings.allow_model_changes or not may_change(settings):
         message = "This server's models are not changed by clients, unless it is started with --allow-model-changes."
         raise HttpError(403, message, "model_changes_not_allowed")
-    return await parsed(request, ollama_parser(kind), typed=False)
+    return wire
 
 
 def _base(request: Request) -> Settings:
