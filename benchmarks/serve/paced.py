@@ -73,6 +73,8 @@ class PacedSteps:
         live = self._live.pop(request_id, None)
         return [] if live is None else [TokenOutput(request_id=request_id, finish_reason=FinishReason.ABORT)]
 
+    def reset_prefix_cache(self) -> None: ...
+
     def step(self) -> list[TokenOutput]:
         now = time.monotonic()
         self._next = max(self._next + self._pause, now - self._pause)  # late ticks are made up for, one of them

@@ -606,7 +606,8 @@ def test_what_nobody_says_is_llama_cpps_and_what_is_said_counts(engine: Inferenc
         used = sampled(engine, params)
         assert {name: getattr(used, name) for name in ours} == ours
         assert used.max_tokens == 16
-    said = SamplingParams(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, max_tokens=16)
+    given = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "typical_p": 1.0, "repetition_penalty": 1.0}
+    said = SamplingParams(max_tokens=16, **given)
     assert said != SamplingParams()  # the values of the class, but given
     assert sampled(engine, said) == said
     assert sampled(engine, replace(SamplingParams(top_k=0), n=2)).top_k == 0
