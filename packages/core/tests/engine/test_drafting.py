@@ -161,7 +161,7 @@ def plain(folder: Path) -> Iterator[InferenceEngine]:
 class SameTimes(StepTimes):
     """A step takes as long as any other."""
 
-    def __call__(self, rows: int) -> float:  # noqa: ARG002
+    def __call__(self, rows: int) -> float:
         return 1.0
 
 
