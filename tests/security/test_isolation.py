@@ -91,7 +91,7 @@ def test_model_names_as_paths(network: Watch, tmp_path: Path, monkeypatch: pytes
 
         monkeypatch.setattr(os, function, noted)
     engine = ScriptedEngine()
-    with guarded(engine) as server, server.http() as client:
+    with guarded(engine, strict_model_names=True) as server, server.http() as client:
         looked.clear()
         for name in [*NAMES, str(tmp_path / "model.gguf"), str(tmp_path / "model")]:
             for path, body in (
@@ -117,6 +117,13 @@ def test_model_names_as_paths(network: Watch, tmp_path: Path, monkeypatch: pytes
         asked = [path for path in looked if "passwd" in path or path in NAMES or path.startswith(str(tmp_path))]
     assert asked == []
     assert engine.requests == []
+    with guarded(engine) as server, server.http() as client:
+        looked.clear()
+        for name in NAMES:  # the only model answers, and says its own name
+            answer = client.post("/v1/completions", json={"model": name, "prompt": "a"})
+            assert answer.status_code in (200, 400, 404), (name, answer.text)
+            assert answer.status_code != 200 or answer.json()["model"] == "scripted"
+        assert [path for path in looked if "passwd" in path or path in NAMES or path.startswith(str(tmp_path))] == []
     assert network.outgoing == []
 
 

@@ -199,7 +199,8 @@ def filled(path: str, names: dict[str, str]) -> str:
 
 
 def test_each_example_works(start: Callable[..., Any]) -> None:
-    with start(PacedEngine(), management_key=()).http() as client:
+    engine = PacedEngine(tasks=("generate", "embed", "score", "classify"))
+    with start(engine, management_key=()).http() as client:
         names = kept(client)
         for (method, path), operation in OPERATIONS.items():
             changes = operation.tag == "ollama" and operation.manages  # which needs the operator's leave

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import httpx
 import pytest
 from server_fakes import PacedEngine
+
+from candle_vllm.core.testing.scripted_engine import ScriptedEngine
 
 MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -99,6 +102,27 @@ def test_pooling_is_an_embedding_in_other_words(start: Callable[..., Any]) -> No
         packed = client.post("/pooling", json={**body, "encoding_format": "base64"}).json()["data"][0]["data"]
         numbers = struct.unpack(f"<{len(pooled['data'][0]['data'])}f", base64.b64decode(packed))
         assert numbers == pytest.approx(pooled["data"][0]["data"])
+
+
+def test_classes_of_texts(start: Callable[..., Any]) -> None:
+    running = start(ScriptedEngine(tasks=("classify",)))
+    with running.http() as client:
+        found = client.post("/classify", json={"input": [[5, 8], [3, 6, 9], [4, 5, 1]]}).json()
+        assert [each["index"] for each in found["data"]] == [0, 1, 2]
+        assert (found["data"][1]["label"], found["data"][1]["probs"]) == ("first", [1.0, 0.0, 0.0])
+        assert found["data"][2]["label"] == "second"
+        assert {each["num_classes"] for each in found["data"]} == {3}
+        assert found["usage"]["prompt_tokens"] == found["usage"]["total_tokens"] == 8
+        refused = client.post("/v1/embeddings", json={"input": "a"})
+        assert refused.status_code == 400
+        assert "it answers /classify" in refused.json()["error"]["message"]
+        metrics = client.get("/metrics").text
+    assert running.engine.pooling_calls
+    assert re.search(r"vllm:prompt_tokens_total\{[^}]*\} 8\b", metrics)
+    with start(PacedEngine()).http() as client:
+        refused = client.post("/classify", json={"input": "a"})
+        assert refused.status_code == 400
+        assert "does not tell classes of texts apart" in refused.json()["error"]["message"]
 
 
 def test_a_reset_of_the_prefix_cache_is_for_operators_and_no_page(start: Callable[..., Any]) -> None:

@@ -193,6 +193,15 @@ POOLING_ROWS = [
     Row("encoding_format", "hex"),
     Row("pooling", "max"),
 ]
+CLASSIFY_ROWS = [
+    *MODEL,
+    Row("input", []),
+    Row("input", [1, "a"], "input.1"),
+    Row("add_special_tokens", "yes"),
+    Row("messages", MESSAGES, code="unsupported_parameter"),
+    Row("softmax", False, code="unsupported_parameter"),
+    Row("truncate_prompt_tokens", 4, code="unsupported_parameter"),
+]
 ROUTES = [
     Route("/v1/embeddings", {"model": "default", "input": "a", "pooling": "mean"}, EMBEDDING_ROWS),
     *[Route(path, {"text_1": ["a", "b"], "text_2": ["c", "d"]}, SCORE_ROWS) for path in ("/v1/score", "/score")],
@@ -206,6 +215,7 @@ ROUTES = [
     Route("/completion", {"prompt": "a", "n_predict": 4}, COMPLETION_ROWS),
     Route("/infill", {"input_prefix": "a", "input_suffix": "", "n_predict": 4}, INFILL_ROWS),
     Route("/apply-template", {"messages": MESSAGES}, TEMPLATE_ROWS),
+    Route("/classify", {"model": "default", "input": "a"}, CLASSIFY_ROWS),
     Route("/pooling", {"model": "default", "input": "a", "pooling": "mean", "task": "embed"}, POOLING_ROWS),
     *[Route(f"/v1/models/{verb}", {"model": "default"}, MANAGED_ROWS) for verb in ("load", "select")],
     Route(

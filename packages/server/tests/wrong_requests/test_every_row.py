@@ -14,11 +14,15 @@ from wrong_requests.rows import Route, changed
 ROUTES: list[Route] = [*generating.ROUTES, *others.ROUTES, *responses.ROUTES]
 LEAST_ROWS = 300
 
+TASKS = ("generate", "embed", "score", "classify")
+
 
 @pytest.fixture
 def client(start: Callable[..., Any]) -> Iterator[httpx.Client]:
     # The template writes calls, so that a strict tool is one that can be called.
-    with start(PacedEngine(chat_template="{{ tools }}<tool_call>"), strict_model_names=True).http() as client:
+    with start(
+        PacedEngine(chat_template="{{ tools }}<tool_call>", tasks=TASKS), strict_model_names=True
+    ).http() as client:
         yield client
 
 

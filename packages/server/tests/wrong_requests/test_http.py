@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from server_fakes import PacedEngine
 from wrong_requests import generating, others
 
 BODIES = {route.path: json.dumps(route.right).encode() for route in (*generating.ROUTES, *others.ROUTES)}
@@ -18,7 +19,8 @@ JSON = {"content-type": "application/json"}
 
 @pytest.fixture
 def client(start: Callable[..., Any]) -> Iterator[httpx.Client]:
-    with start(max_body_mb=1).http() as client:
+    engine = PacedEngine(tasks=("generate", "embed", "score", "classify"))
+    with start(engine, max_body_mb=1).http() as client:
         yield client
 
 

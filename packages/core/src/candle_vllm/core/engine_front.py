@@ -443,14 +443,16 @@ class EngineFront(ABC):
         request_id: str | None = None,
         priority: int = 0,
         add_special_tokens: bool = True,
+        watcher: RequestWatcher | None = None,
     ) -> list[ClassificationOutput]:
-        """`classify` in an event loop. Cancelling it aborts what has not been run."""
-        return await self._pooling().aclassify(
-            inputs,
-            request_id=request_id or uuid.uuid4().hex,
-            priority=priority,
-            add_special_tokens=add_special_tokens,
-        )
+        """`classify` in an event loop. Cancelling it aborts what has not been run. `watcher` is told of it."""
+        request_id = request_id or uuid.uuid4().hex
+        with watched_pooling(watcher, RequestInfo(request_id, "classify", inputs, None, self.detokenize)) as answered:
+            outputs = await self._pooling().aclassify(
+                inputs, request_id=request_id, priority=priority, add_special_tokens=add_special_tokens
+            )
+            answered(outputs)
+        return outputs
 
     # ---- pieces as they come -----------------------------------------------------------------------------------------
 

@@ -37,7 +37,14 @@ from candle_vllm.openai.planning import AnswerPlanner
 from candle_vllm.openai.preparation import PreparedChat, TaskPreparation
 from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from candle_vllm.openai.protocol.completions import Completion, CompletionRequest
-from candle_vllm.openai.protocol.embeddings import EmbeddingList, EmbeddingRequest, PooledList, PoolingRequest
+from candle_vllm.openai.protocol.embeddings import (
+    ClassifiedList,
+    ClassifyRequest,
+    EmbeddingList,
+    EmbeddingRequest,
+    PooledList,
+    PoolingRequest,
+)
 from candle_vllm.openai.protocol.models import ModelCard, ModelList
 from candle_vllm.openai.protocol.score import Ranking, RerankRequest, ScoreList, ScoreRequest
 from candle_vllm.openai.protocol.tokenizing import (
@@ -215,6 +222,10 @@ class OpenAIAdapter:
     async def pool(self, request: PoolingRequest) -> PooledList:
         """The vectors of texts, in vLLM's words."""
         return await self._embedding.pool(request)
+
+    async def classify(self, request: ClassifyRequest) -> ClassifiedList:
+        """What texts are, as a classifier tells them apart."""
+        return await self._embedding.classify(request)
 
     async def score(self, request: ScoreRequest | Fields) -> ScoreList:
         """How well texts belong together. Cancelling it aborts what has not been run."""

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from msgspec import UNSET
 
-from candle_vllm.core.engine.request import EmbeddingOutput, ModelInfo, ScoreOutput
+from candle_vllm.core.engine.request import ClassificationOutput, EmbeddingOutput, ModelInfo, ScoreOutput
 from candle_vllm.core.engine.watching import RequestWatcher
 from candle_vllm.core.errors import (
     CandleVllmError,
@@ -34,6 +34,9 @@ from candle_vllm.openai.errors import (
     no_priority,
 )
 from candle_vllm.openai.protocol.embeddings import (
+    Classified,
+    ClassifiedList,
+    ClassifyRequest,
     Embedding,
     EmbeddingList,
     EmbeddingRequest,
@@ -66,6 +69,16 @@ class EmbeddingEngineLike(Protocol):
         watcher: RequestWatcher | None = None,
     ) -> list[EmbeddingOutput]: ...
 
+    async def aclassify(
+        self,
+        inputs: Sequence[str | Sequence[int]],
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+        watcher: RequestWatcher | None = None,
+    ) -> list[ClassificationOutput]: ...
+
     async def ascore(
         self,
         pairs: Sequence[tuple[str, str]],
@@ -84,6 +97,11 @@ def parse_embedding_request(body: bytes | Mapping[str, Any]) -> EmbeddingRequest
 def parse_pooling_request(body: bytes | Mapping[str, Any]) -> PoolingRequest:
     """The same in vLLM's words."""
     return parse_body(PoolingRequest, body)
+
+
+def parse_classify_request(body: bytes | Mapping[str, Any]) -> ClassifyRequest:
+    """A checked request for classes from the body's bytes or from an object; raises `RequestError`."""
+    return parse_body(ClassifyRequest, body)
 
 
 def parse_score_request(body: bytes | Mapping[str, Any]) -> ScoreRequest:
@@ -150,6 +168,28 @@ class EmbeddingAdapter:
             usage=made.usage,
         )
 
+    async def classify(self, request: ClassifyRequest) -> ClassifiedList:
+        """What the request's texts are, as the model tells them apart."""
+        self._check(request, "classify")
+        name, request_id = self._names.served(request.model), _request_id("classify-", request)
+        texts = await asyncio.to_thread(self._tokens, request)
+        with _failures(lambda number, _: f"input.{number}", "input"):
+            outputs = await self._engine.aclassify(
+                texts, request_id=request_id, priority=request.priority or 0, watcher=self._watcher
+            )
+        labels = self._engine.model_info.labels
+        found = [each.probs.tolist() for each in outputs]
+        return ClassifiedList(
+            id=request_id,
+            created=int(time.time()),
+            model=name,
+            data=tuple(
+                Classified(index=n, label=labels[probs.index(max(probs))], probs=probs, num_classes=len(probs))
+                for n, probs in enumerate(found)
+            ),
+            usage=_usage(sum(len(text) for text in texts)),
+        )
+
     async def score(self, request: ScoreRequest) -> ScoreList:
         """The scores of the request's pairs."""
         self._check(request, "score")
@@ -199,7 +239,7 @@ class EmbeddingAdapter:
             others = ", ".join(_ROUTES[other] for other in info.tasks)
             raise InvalidParameterError(f"{info.name} does not {_VERBS[task]}; it answers {others}", "model")
 
-    def _tokens(self, request: EmbeddingRequest) -> list[list[int]]:
+    def _tokens(self, request: EmbeddingRequest | ClassifyRequest) -> list[list[int]]:
         """Every text as token ids, counted before any of them is run."""
         total, texts = 0, []
         special = request.add_special_tokens is not False
@@ -230,12 +270,16 @@ class EmbeddingAdapter:
             _check_total(total, field, number)
 
 
-_VERBS: Mapping[str, str] = {"embed": "give vectors", "score": "score pairs of texts"}
+_VERBS: Mapping[str, str] = {
+    "embed": "give vectors",
+    "score": "score pairs of texts",
+    "classify": "tell classes of texts apart",
+}
 _ROUTES: Mapping[str, str] = {
     "generate": "/v1/chat/completions and /v1/completions",
     "embed": "/v1/embeddings",
     "score": "/v1/score and /v1/rerank",
-    "classify": "the library's classify",
+    "classify": "/classify",
 }
 
 

@@ -332,6 +332,11 @@ class ClassificationOutput(ShownStruct, frozen=True, kw_only=True):
     probs: array[float]
     prompt_token_ids: tuple[int, ...]
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that were run for the text."""
+        return len(self.prompt_token_ids)
+
 
 class ModelInfo(ShownStruct, frozen=True, kw_only=True):
     """What is served, for people and for `/v1/models`.

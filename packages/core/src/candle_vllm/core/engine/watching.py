@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
-from candle_vllm.core.engine.request import EmbeddingOutput, ScoreOutput, TokenOutput
+from candle_vllm.core.engine.request import ClassificationOutput, EmbeddingOutput, ScoreOutput, TokenOutput
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.text.prompts import Prompt, as_prompts
 
-Operation = Literal["generate", "embed", "score"]
+Operation = Literal["generate", "embed", "score", "classify"]
+Pooled: TypeAlias = "Sequence[EmbeddingOutput] | Sequence[ScoreOutput] | Sequence[ClassificationOutput]"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class RequestWatch(Protocol):
         """A piece goes to the caller; the last one of a sequence says how that ended."""
         ...
 
-    def pooled(self, outputs: Sequence[EmbeddingOutput] | Sequence[ScoreOutput]) -> None:
+    def pooled(self, outputs: Pooled) -> None:
         """Vectors or scores go to the caller."""
         ...
 
@@ -95,9 +96,7 @@ def watched_submit(watcher: RequestWatcher | None, info: RequestInfo) -> Iterato
 
 
 @contextmanager
-def watched_pooling(
-    watcher: RequestWatcher | None, info: RequestInfo
-) -> Iterator[Callable[[Sequence[EmbeddingOutput] | Sequence[ScoreOutput]], None]]:
+def watched_pooling(watcher: RequestWatcher | None, info: RequestInfo) -> Iterator[Callable[[Pooled], None]]:
     """Around a whole request for vectors or scores, which calls what it is given with the answer."""
     if watcher is None:
         yield lambda outputs: None  # noqa: ARG005

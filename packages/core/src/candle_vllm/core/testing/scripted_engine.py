@@ -129,6 +129,7 @@ class ScriptedEngine(ScriptedVectors):
             tasks=tuple(tasks),
             embedding_size=SIZE if "embed" in tasks else 0,
             max_num_seqs=256,
+            labels=("first", "second", "third") if "classify" in tasks else (),
         )
 
     @property

@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from candle_vllm.core.engine.admission import check_pooling_request
-from candle_vllm.core.engine.request import EmbeddingOutput, ModelInfo, PoolingRequest, ScoreOutput
+from candle_vllm.core.engine.request import (
+    ClassificationOutput,
+    EmbeddingOutput,
+    ModelInfo,
+    PoolingRequest,
+    ScoreOutput,
+)
 from candle_vllm.core.engine.watching import RequestInfo, RequestWatcher, watched_pooling
 from candle_vllm.core.errors import CandleVllmError, RequestError
 from candle_vllm.core.pooling import ModelPooling, PoolingParams, PoolingPlan
@@ -82,6 +88,38 @@ class ScriptedVectors:
                     request_id=f"{request_id}-{n}", embedding=_vector(ids, plan), prompt_token_ids=tuple(ids)
                 )
                 for n, ids in enumerate(texts)
+            ]
+            answered(made)
+        return made
+
+    async def aclassify(
+        self,
+        inputs: Prompt | Sequence[Prompt],
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+        watcher: RequestWatcher | None = None,
+    ) -> list[ClassificationOutput]:
+        """Of every text the shares of its tokens by their id modulo the number of labels."""
+        info = RequestInfo(request_id or "", "classify", inputs, None, self.detokenize)
+        with watched_pooling(watcher, info) as answered:
+            items = as_prompts(inputs)
+            read = map(read_prompt, items)
+            texts = [self.tokenize(text or "", add_special_tokens) if ids is None else ids for text, ids in read]
+            self.pooling_calls.append(PoolingCall(items, None, request_id, priority))
+            for number, ids in enumerate(texts):
+                self._check_text(ids, number, len(texts))
+            self._fail()
+            count = len(self.model_info.labels)
+            shares = [
+                [sum(token % count == each for token in ids) / len(ids) for each in range(count)] for ids in texts
+            ]
+            made = [
+                ClassificationOutput(
+                    request_id=f"{request_id}-{n}", probs=array("f", share), prompt_token_ids=tuple(ids)
+                )
+                for n, (ids, share) in enumerate(zip(texts, shares))
             ]
             answered(made)
         return made

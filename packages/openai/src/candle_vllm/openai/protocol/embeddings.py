@@ -1,4 +1,4 @@
-"""Wire types of `/v1/embeddings`, and of `/pooling` as vLLM has it."""
+"""Wire types of `/v1/embeddings`, and of `/pooling` and `/classify` as vLLM has them."""
 
 from __future__ import annotations
 
@@ -63,17 +63,57 @@ class EmbeddingRequest(PoolingFields):
     @property
     def inputs(self) -> list[str | list[int]]:
         """The texts, one entry each."""
-        if isinstance(self.input, str):
-            return [self.input]
-        if isinstance(self.input[0], int):
-            return [cast("list[int]", self.input)]
-        return cast("list[str | list[int]]", self.input)
+        return _entries(self.input)
 
     def pooling_params(self) -> PoolingParams:
         """How the vectors are made."""
         return PoolingParams(
             dimensions=self.dimensions, normalize=self.normalize, pooling=self.pooling or self.embedding_type
         )
+
+
+class ClassifyRequest(PoolingFields):
+    """Texts that a classifier is to tell apart, in vLLM's words.
+
+    Attributes:
+        add_special_tokens: of texts; None adds them.
+    """
+
+    input: Input
+    add_special_tokens: bool | None = None
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        """The texts, one entry each."""
+        return _entries(self.input)
+
+
+def _entries(given: Input) -> list[str | list[int]]:
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given[0], int):
+        return [cast("list[int]", given)]
+    return cast("list[str | list[int]]", given)
+
+
+class Classified(msgspec.Struct, frozen=True, kw_only=True):
+    """What one text is: the likeliest label, and the numbers of all of them in the order of the model's config."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class ClassifiedList(msgspec.Struct, frozen=True, kw_only=True):
+    """The classes in the order of the texts."""
+
+    id: str
+    created: int
+    model: str
+    data: tuple[Classified, ...]
+    usage: PoolingUsage
+    object: str = "list"
 
 
 class Embedding(msgspec.Struct, frozen=True, kw_only=True):

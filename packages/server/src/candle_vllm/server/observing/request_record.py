@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from candle_vllm.core.engine.request import EmbeddingOutput, FinishReason, RequestMetrics, ScoreOutput, TokenOutput
-from candle_vllm.core.engine.watching import RequestInfo
+from candle_vllm.core.engine.request import FinishReason, RequestMetrics, TokenOutput
+from candle_vllm.core.engine.watching import Pooled, RequestInfo
 from candle_vllm.core.errors import EngineDeadError, EngineOverloadedError, RequestAbortedError, RequestError
 from candle_vllm.server.observing.request_context import RequestContext
 from candle_vllm.server.observing.tally import Histogram
@@ -157,7 +157,7 @@ class RequestRecord:
         if piece.finish_reason is not None:
             self._finish(piece)
 
-    def pooled(self, outputs: Sequence[EmbeddingOutput] | Sequence[ScoreOutput]) -> None:
+    def pooled(self, outputs: Pooled) -> None:
         """Vectors or scores go to the caller: every text or pair has ended well."""
         self._count_prompt(sum(each.num_tokens for each in outputs))
         self.close(FinishReason.STOP)

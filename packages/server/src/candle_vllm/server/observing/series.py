@@ -196,7 +196,7 @@ BETWEEN_PIECES_TOO = _histogram(
     "vllm:time_per_output_token_seconds", "The same as vllm:inter_token_latency_seconds, under its older name.",
     _BETWEEN_TOKENS,
 )  # fmt: skip
-ALL_OPERATIONS = ("generate", "embed", "score")
+ALL_OPERATIONS = ("generate", "embed", "score", "classify")
 HISTOGRAMS: tuple[Series, ...] = (
     TO_FIRST_TOKEN,  # observed when it comes
     BETWEEN_PIECES,

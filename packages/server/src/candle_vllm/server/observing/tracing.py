@@ -25,7 +25,12 @@ EXPORT_SECONDS = 5.0  # for one batch to reach the collector
 CLOSE_SECONDS = 2.0  # for the last ones to be sent
 MAX_QUEUED_SPANS = 2048
 _TRACES = "/v1/traces"
-_OPERATIONS: Mapping[str, str] = {"generate": "text_completion", "embed": "embeddings", "score": "score"}
+_OPERATIONS: Mapping[str, str] = {
+    "generate": "text_completion",
+    "embed": "embeddings",
+    "score": "score",
+    "classify": "classify",
+}
 
 
 class Tracing:

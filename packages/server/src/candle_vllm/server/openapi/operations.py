@@ -33,7 +33,7 @@ from candle_vllm.openai.anthropic import (
     TokenCount,
 )
 from candle_vllm.openai.llama_server import InfillRequest, LlamaCompletionRequest, LlamaText
-from candle_vllm.openai.protocol.embeddings import PooledList, PoolingRequest
+from candle_vllm.openai.protocol.embeddings import ClassifiedList, ClassifyRequest, PooledList, PoolingRequest
 from candle_vllm.openai.protocol.tokenizing import (
     Detokenized,
     DetokenizeRequest,
@@ -527,6 +527,15 @@ OPERATIONS: Mapping[Key, Operation] = {
         example={"input_prefix": "def add(a, b):\n    ", "input_suffix": "", "n_predict": 32},
         answers={200: (LlamaText,)},
         events=(LlamaText, ErrorEnvelope),
+        errors=(*BODY_ERRORS, *QUEUE_ERRORS),
+    ),
+    ("POST", "/classify"): Operation(
+        id="classify",
+        tag="vectors and scores",
+        summary="What texts are, as a classifier tells them apart, in vLLM's words",
+        body=(ClassifyRequest,),
+        example={"input": "The sky is blue."},
+        answers={200: (ClassifiedList,)},
         errors=(*BODY_ERRORS, *QUEUE_ERRORS),
     ),
     ("POST", "/pooling"): Operation(

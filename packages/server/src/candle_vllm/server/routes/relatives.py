@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 
 from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
 from candle_vllm.openai import to_json_bytes
-from candle_vllm.openai.embedding import parse_pooling_request
+from candle_vllm.openai.embedding import parse_classify_request, parse_pooling_request
 from candle_vllm.openai.llama_server import (
     InfillRequest,
     LlamaCompletionRequest,
@@ -239,6 +239,12 @@ async def apply_template(request: Request) -> Response:
 async def pooling(request: Request) -> Response:
     """The vectors of texts, in vLLM's words."""
     return await answer_with(request, parse_pooling_request, lambda model, wire: model.adapter.pool(wire))
+
+
+@router.post("/classify")
+async def classify(request: Request) -> Response:
+    """What texts are, as a classifier tells them apart."""
+    return await answer_with(request, parse_classify_request, lambda model, wire: model.adapter.classify(wire))
 
 
 def _api(kind: type[LlamaRequest]) -> GenerationApi:
