@@ -94,8 +94,8 @@ async def reload_models(request: Request) -> Response:
 @router.post("/v1/models/add")
 async def add_model(request: Request) -> Response:
     """Serves one model more, until the server ends."""
+    wanted = await parsed(request, parse_new_model)  # a wrong request is named before it is refused
     reloader = _reloader(request)
-    wanted = await parsed(request, parse_new_model)
     with _told():
         return _json(slot_status(await reloader.add(wanted.model_dump(exclude_none=True))))
 
@@ -103,8 +103,8 @@ async def add_model(request: Request) -> Response:
 @router.post("/v1/models/remove")
 async def remove_model(request: Request) -> Response:
     """Serves a model no more; what it was asked is finished."""
-    reloader = _reloader(request)
     wanted = await parsed(request, parse_model_request)
+    reloader = _reloader(request)
     with _told():
         return _json(await reloader.remove(wanted.name))
 
