@@ -263,11 +263,13 @@ def test_wrong_changes_are_named_and_change_nothing(start: Any, tmp_path: Path) 
 def test_models_stay_as_they_are_unless_the_operator_allows_changes(start: Any, tmp_path: Path) -> None:
     _, client = _started(start, tmp_path)
     with client:
+        body = {"add": {"name": "c", "hf_id": "a/b"}, "remove": {"model": "c"}}
         for route in ("reload", "add", "remove"):
-            answer = client.post(f"/v1/models/{route}", json={"model": "c"})
+            answer = client.post(f"/v1/models/{route}", json=body.get(route))
             assert (answer.status_code, answer.json()["error"]["code"]) == (403, "model_changes_off")
             refused = client.post(f"/v1/models/{route}", headers={"authorization": "Bearer user"})
             assert refused.status_code == 401
+        assert client.post("/v1/models/add", json={"model": "c"}).status_code == 400  # named before it is refused
 
 
 async def test_a_terminal_that_is_closed_still_ends_the_server(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,7 @@ async def reload_models(request: Request) -> Response:
 @router.post("/v1/models/add")
 async def add_model(request: Request) -> Response:
     """Serves one model more, until the server ends."""
+    _check_origin(request)
     wanted = await parsed(request, parse_new_model)  # a wrong request is named before it is refused
     reloader = _reloader(request)
     with _told():
@@ -103,19 +104,23 @@ async def add_model(request: Request) -> Response:
 @router.post("/v1/models/remove")
 async def remove_model(request: Request) -> Response:
     """Serves a model no more; what it was asked is finished."""
+    _check_origin(request)
     wanted = await parsed(request, parse_model_request)
     reloader = _reloader(request)
     with _told():
         return _json(await reloader.remove(wanted.name))
 
 
+def _check_origin(request: Request) -> None:
+    check_origin(request.scope, request.app.state.settings.cors_origin)
+
+
 def _reloader(request: Request) -> Reloader:
     """What changes the models, where the operator allows that."""
-    settings = request.app.state.settings
-    if not settings.allow_model_changes:
+    _check_origin(request)
+    if not request.app.state.settings.allow_model_changes:
         message = "This server's models stay as they are: it was started without --allow-model-changes."
         raise HttpError(403, message, "model_changes_off")
-    check_origin(request.scope, settings.cors_origin)
     reloader: Reloader | None = request.app.state.reloader
     if reloader is None:
         raise HttpError(409, "The model of this server stays loaded.", "model_stays")
