@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import openai
 from waiting import wait_for
@@ -57,9 +58,9 @@ def openai_client(url: str) -> Iterator[openai.OpenAI]:
 
 
 @contextlib.contextmanager
-def serving(engine: ServedEngine) -> Iterator[str]:
+def serving(engine: ServedEngine, **given: Any) -> Iterator[str]:
     """Serves an engine from a thread of this process; gives the server's URL."""
-    settings = Settings(port=0, shutdown_timeout=1)
+    settings = Settings(port=0, shutdown_timeout=1, **given)
     server, listener = make_server(create_app(engine, settings), settings), bind(settings.address)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

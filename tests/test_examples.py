@@ -61,7 +61,7 @@ def test_with_a_wrong_model_it_is_a_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with serving(ScriptedEngine("Paris.", name="scripted")) as url:
+    with serving(ScriptedEngine("Paris.", name="scripted"), strict_model_names=True) as url:
         clients = {"openai_client": ["no", f"{url}/v1"], "anthropic_client": ["no", url]}
         with pytest.raises(SystemExit) as end:
             run(name, *clients.get(name, ["no.gguf"]))

@@ -99,7 +99,7 @@ WRONG: list[tuple[dict[str, Any], str | None]] = [
 @pytest.mark.parametrize(("body", "param"), WRONG)
 async def test_what_is_wrong_is_named(body: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestError) as caught:
-        await OpenAIAdapter(ScriptedEngine()).tokenize(body)
+        await OpenAIAdapter(ScriptedEngine(), strict_model_names=True).tokenize(body)
     assert caught.value.param == param
 
 
@@ -126,7 +126,7 @@ async def test_a_template_of_the_request_needs_permission() -> None:
 )
 async def test_wrong_tokens_are_named(body: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestError) as caught:
-        await OpenAIAdapter(ScriptedEngine()).detokenize(body)
+        await OpenAIAdapter(ScriptedEngine(), strict_model_names=True).detokenize(body)
     assert caught.value.param == param
 
 
