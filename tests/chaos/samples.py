@@ -168,7 +168,7 @@ def wrong() -> list[Sample]:
         "too many sequences": {**chat, "n": 100_000},
         "no messages": {"messages": []},
         "role": {"messages": [{"role": "oracle", "content": "?"}]},
-        "type": {**chat, "messages": "Hello"},
+        "type": {**chat, "messages": 5},
         "text as number": {**chat, "top_p": "high"},
         "unknown model": {**chat, "model": "gpt-4o"},
         "bias": {**chat, "logit_bias": {"999999999": 5}},

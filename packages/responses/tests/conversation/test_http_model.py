@@ -480,6 +480,7 @@ def test_whatever_a_chat_request_asks_for_can_be_asked_of_another_server() -> No
         "scored_only",
         "tell_ids",
         "tell_counts",
+        "before",
     }
     given = read_chat(parse_chat_request(asked))
     plain = {name for name in left_out if getattr(given, name) == getattr(Task(paths=Paths({})), name)}

@@ -76,6 +76,12 @@ def _is_valid(key: Key | None) -> bool:
     return key is not None and key.is_valid
 
 
+def _called(key: Key) -> str:
+    """A key by its name, where it has one: how many stood before it is nothing to its sender."""
+    named = key.caller.label and not key.caller.label.removeprefix("m").isdecimal()
+    return f"The API key {key.caller.label!r}" if named else "This API key"
+
+
 def _refused(key: Key | None, manages: bool) -> str:
     """Why a request does not pass, for its sender."""
     if key is not None and not key.is_valid:
@@ -83,7 +89,7 @@ def _refused(key: Key | None, manages: bool) -> str:
     if key is not None and not manages:
         return "This route wants an API key (--api-key): a management key opens operators' routes alone."
     if key is not None:
-        return f"The API key {key.caller.label!r} is no management key of this server: it opens clients' routes alone."
+        return f"{_called(key)} is no management key of this server: it opens clients' routes alone."
     which = "management key" if manages else "key"
     header = "send the header `Authorization: Bearer <key>`"
     return f"Missing or wrong API key: {header} with a {which} of this server."
