@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import re
 import socket
 import threading
@@ -384,7 +385,12 @@ def test_the_log_of_requests_says_who_asked_and_never_the_key(start, caplog: pyt
     with caplog.at_level("INFO", "candle_vllm.server.requests"), running.http() as client:
         client.get("/v1/models", headers={"authorization": "Bearer second-secret", "x-request-id": "mine"})
         client.get("/v1/models%0Ax", headers={"x-request-id": "other"})
-    known, stranger = [record for record in caplog.records if record.name == "candle_vllm.server.requests"]
+
+        def lines() -> list[logging.LogRecord]:
+            return [record for record in caplog.records if record.name == "candle_vllm.server.requests"]
+
+        running.wait_for(lambda: len(lines()) == 2)  # they are written behind the answers
+    known, stranger = lines()
     assert re.fullmatch(r"GET '/v1/models' 200 \d\.\d{3} s mine from 127\.0\.0\.1 with key 2", known.getMessage())
     assert "from 127.0.0.1" in stranger.getMessage()
     assert "key" not in stranger.getMessage()

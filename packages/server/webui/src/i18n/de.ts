@@ -42,7 +42,7 @@ export const de: Texts = {
     unloading: "wird entladen…", failed: "fehlgeschlagen", away: "keine Verbindung",
   },
   loadingSteps: {
-    importing: "der Motor startet", reading: "liest die Dateien des Modells", downloading: "wird heruntergeladen", loading: "lädt die Gewichte",
+    importing: "der Motor startet", reading: "liest die Dateien des Modells", downloading: "wird heruntergeladen", verifying: "prüft das Heruntergeladene", loading: "lädt die Gewichte",
     compiling: "übersetzt für diesen Rechner, nur einmal", preparing: "gleich bereit",
   },
   model: "Das Modell", couldNotLoad: (name) => `${name} konnte nicht geladen werden.`, loadAgain: (name) => `Noch einmal versuchen, ${name} zu laden`,

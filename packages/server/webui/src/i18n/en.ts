@@ -42,7 +42,7 @@ export const en = {
     unloading: "unloading…", failed: "failed", away: "no connection",
   },
   loadingSteps: {
-    importing: "starting the engine", reading: "reading the model's files", downloading: "downloading", loading: "loading the weights",
+    importing: "starting the engine", reading: "reading the model's files", downloading: "downloading", verifying: "checking what was downloaded", loading: "loading the weights",
     compiling: "compiling for this machine, once", preparing: "getting ready",
   },
   model: "The model", couldNotLoad: (name: string) => `${name} could not be loaded.`, loadAgain: (name: string) => `Try again to load ${name}`,
