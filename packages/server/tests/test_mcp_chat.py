@@ -121,7 +121,7 @@ def test_servers_end_with_the_application(start_mcp: Start, tmp_path: Path) -> N
 def test_a_server_that_cannot_be_reached_holds_nobody_up(start_mcp: Start, web: Any, tmp_path: Path) -> None:
     hanging = tmp_path / "hang.py"
     hanging.write_text("import time\ntime.sleep(60)\n")
-    slow = stdio_config(tmp_path, "slow", args=[str(hanging)], connect_timeout=1.0)
+    slow = stdio_config(tmp_path, "slow", args=[str(hanging)], connect_timeout=4.0)
     bad = stdio_config(tmp_path, "bad", command="no-such-program")
     engine = PacedEngine("Hello!")
     running = start_mcp(engine, [slow, bad, web.config()], settled=False)
