@@ -118,6 +118,11 @@ def test_settings() -> None:
     assert draft_settings({}) == draft_settings({"method": "suffix"})
 
 
+def test_a_step_without_rows_for_guesses_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="set max_num_batched_tokens=23$"):
+        loaded(folder, speculative_config={}, max_num_seqs=8, max_num_batched_tokens=8)
+
+
 # ---- with a model ----------------------------------------------------------------------------------------------------
 
 FORM = StructuredOutputsParams(

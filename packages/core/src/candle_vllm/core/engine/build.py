@@ -100,6 +100,12 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
 def _draft_rows(config: EngineConfig, sequences: int, budget: int) -> int:
     """Most drafts of a step: every sequence has its own row beside them."""
     drafts = draft_settings(config.speculative_config)
+    if drafts is not None and budget == sequences:
+        raise ConfigError(
+            f"speculative_config: max_num_batched_tokens {budget} has no rows for guesses beside max_num_seqs "
+            f"{sequences}: set max_num_batched_tokens={sequences + drafts.num_speculative_tokens}",
+            "speculative_config",
+        )
     return 0 if drafts is None else min(max(16, drafts.num_speculative_tokens), budget - sequences)
 
 
