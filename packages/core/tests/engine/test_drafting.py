@@ -119,7 +119,7 @@ def test_settings() -> None:
 
 
 def test_a_step_without_rows_for_guesses_is_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="set max_num_batched_tokens=23$"):
+    with pytest.raises(ConfigError, match=r"set max_num_batched_tokens=23$"):
         loaded(folder, speculative_config={}, max_num_seqs=8, max_num_batched_tokens=8)
 
 
