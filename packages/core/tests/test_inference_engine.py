@@ -512,8 +512,12 @@ def test_closing_leaves_no_thread_and_no_model(toy_model: Path) -> None:
 
 def test_closing_ends_running_streams(toy_model: Path) -> None:
     async def run() -> FinishReason | None:
+        def slowly(_: Any, row: Any) -> Any:
+            time.sleep(0.02)  # the answer is not whole before the engine is closed
+            return row
+
         engine = make(toy_model)
-        stream = engine.stream([1], SamplingParams(max_tokens=400, ignore_eos=True))
+        stream = engine.stream([1], SamplingParams(max_tokens=400, ignore_eos=True, logits_processors=[slowly]))
         await anext(stream)
         await asyncio.to_thread(engine.close)
         last = None

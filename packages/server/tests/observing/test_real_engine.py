@@ -23,6 +23,12 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InferenceEngine
         yield engine
 
 
+def _slowly(_: Any, row: Any) -> Any:
+    """A logits processor that leaves everybody else time before the answer is whole."""
+    time.sleep(0.02)
+    return row
+
+
 async def _until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 10
     while not condition():
@@ -46,9 +52,8 @@ async def test_gauges_return_to_zero_and_counters_conserve(engine: InferenceEngi
     assert reading().tokens.prompt_tokens == 160
     assert reading().tokens.completion_tokens == 160
     assert reading().tokens.cached_tokens == first.num_cached_tokens + again.num_cached_tokens
-    streams = [
-        engine.stream(prompt, SamplingParams(max_tokens=150, ignore_eos=True), watcher=watcher) for _ in range(4)
-    ]
+    slow = SamplingParams(max_tokens=150, ignore_eos=True, logits_processors=[_slowly])
+    streams = [engine.stream(prompt, slow, watcher=watcher) for _ in range(4)]
     read = [len((await anext(stream)).token_ids) for stream in streams]
     await _until(lambda: reading().engine.stats.num_running > 0)
     assert reading().engine.stats.num_free_blocks < reading().engine.stats.num_blocks
@@ -87,7 +92,8 @@ async def test_closing_an_engine_aborts_and_leaves_its_counters(tmp_path: Any) -
     metrics = Metrics()
     inner = InferenceEngine(str(write_toy_model(tmp_path)), device="cpu", max_model_len=256, kv_cache_memory=1 << 22)
     watcher = EngineWatcher(inner, metrics.model("toy", 256))
-    stream = inner.stream([1, 2, 3], SamplingParams(max_tokens=200, ignore_eos=True), watcher=watcher)
+    slow = SamplingParams(max_tokens=200, ignore_eos=True, logits_processors=[_slowly])
+    stream = inner.stream([1, 2, 3], slow, watcher=watcher)
     await anext(stream)
     watcher.close()
     await asyncio.to_thread(inner.close)
