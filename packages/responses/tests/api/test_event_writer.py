@@ -10,6 +10,7 @@ from response_judges import judge_events
 
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai import to_json_bytes
+from candle_vllm.openai.task import Choice
 from candle_vllm.responses.api.call_writers import custom_input
 from candle_vllm.responses.api.echo import begin_response
 from candle_vllm.responses.api.event_writer import EventWriter
@@ -75,10 +76,10 @@ def thoughts(*pieces: str) -> list[said.Event]:
     return [said.ReasoningDelta(text=piece) for piece in pieces]
 
 
-def writer(**request: Any) -> EventWriter:
+def writer(plan: ToolPlan = PLAN, **request: Any) -> EventWriter:
     wire = parse_responses_request({"input": "Hi", **request})
     response = begin_response(wire, model="m", stored=False, defaults={})
-    return EventWriter(response, PLAN, encoded=wire.wants_encrypted, clock=lambda: 1e9)
+    return EventWriter(response, plan, encoded=wire.wants_encrypted, clock=lambda: 1e9)
 
 
 def written(*events: said.Event, **request: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -120,6 +121,44 @@ def test_thoughts_text_and_calls_follow_each_other() -> None:
     assert (first["name"], first["arguments"], first["call_id"]) == ("f", '{"a": 1}', "call_f_0")
     assert "namespace" not in first
     assert (second["name"], second["namespace"]) == ("g", "n")
+
+
+def phases(*events: said.Event, plan: ToolPlan = PLAN) -> list[tuple[Any, Any]]:
+    """What each message is said to be when it begins and when it ends; the whole response says the latter."""
+    sent, response = written(*events, plan=plan)
+    begun, ended = (
+        [event["item"].get("phase") for event in sent if event["type"] == kind and event["item"]["type"] == "message"]
+        for kind in ("response.output_item.added", "response.output_item.done")
+    )
+    assert [item.get("phase") for item in response["output"] if item["type"] == "message"] == ended
+    return list(zip(begun, ended, strict=True))
+
+
+COMMENTARY, FINAL, OPEN = (None, "commentary"), (None, "final_answer"), (None, None)
+
+
+@pytest.mark.parametrize(
+    ("events", "expected"),
+    [
+        (turn(*text("Yes")), [FINAL]),
+        (turn(), [FINAL]),
+        (turn(*text("Let me see."), *begin("f")), [COMMENTARY]),
+        (turn(*begin("f"), *text("and"), *begin("f", 1)), [COMMENTARY]),
+        (turn(*begin("f"), *text("I wait.")), [COMMENTARY]),
+        (turn(*text("Hm."), *thoughts("so"), *text("Yes")), [COMMENTARY, FINAL]),
+        (turn(*text("Looking."), *begin("s__t")) + turn(*text("Found")), [COMMENTARY, FINAL]),
+        (turn(*text("Ye"), reason="length"), [OPEN]),
+    ],
+)
+def test_messages_say_whether_they_are_the_answer(events: list[said.Event], expected: list[Any]) -> None:
+    assert phases(*events, end()) == expected
+
+
+def test_where_nothing_can_be_called_a_message_is_the_answer_from_its_beginning() -> None:
+    told = ("final_answer", "final_answer")
+    for plan in (ToolPlan(), ToolPlan(by_name=PLAN.by_name, choice=Choice("none"))):
+        assert phases(*turn(*text("Yes")), end(), plan=plan) == [told]
+        assert phases(*turn(*text("Ye"), reason="length"), end("length"), plan=plan) == [told]
 
 
 def test_white_space_between_items_is_no_item() -> None:

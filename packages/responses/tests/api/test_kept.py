@@ -131,13 +131,14 @@ def test_pages() -> None:
 def test_items_are_kept_with_id_type_status_and_parts() -> None:
     adapter = TypeAdapter[Any](InputItem)
     given = [
-        USER, {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]},
+        USER, {"role": "assistant", "content": [{"type": "text", "text": "Yes"}], "phase": "final_answer"},
         {"type": "function_call_output", "call_id": "c", "output": "o", "id": "fco_1"}, {"type": "reasoning"},
     ]  # fmt: skip
     user, assistant, output, thoughts = stored_items([adapter.validate_python(item) for item in given])
     assert user.pop("id").startswith("msg_")
     assert user == {"type": "message", "role": "user", "status": "completed",
                     "content": [{"type": "input_text", "text": "Hi"}]}  # fmt: skip
+    assert assistant["phase"] == "final_answer"
     assert assistant["content"] == [{"type": "output_text", "text": "Yes", "annotations": []}]
     assert (output["id"], output["status"]) == ("fco_1", "completed")
     assert "status" not in thoughts

@@ -6,9 +6,12 @@ import uuid
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from msgspec import UnsetType
+
 from candle_vllm.openai.protocol.chat import ChatTokenLogprob
 from candle_vllm.responses.api.messages import encode_thoughts
 from candle_vllm.responses.protocol import events as wire
+from candle_vllm.responses.protocol.items import Phase
 from candle_vllm.responses.protocol.response import MessageOut, OutputItem, OutputText, ReasoningOut, ReasoningText
 
 Emit = Callable[..., None]
@@ -57,10 +60,11 @@ class ItemWriter:
 
 
 class MessageWriter(ItemWriter):
-    """A message of one text."""
+    """A message of one text; `phase` may be said before it ends."""
 
-    def __init__(self, emit: Emit, index: int) -> None:
+    def __init__(self, emit: Emit, index: int, phase: Phase | UnsetType) -> None:
         super().__init__(emit, index, "msg")
+        self.phase = phase
         self._text: list[str] = []
         self._logprobs: list[ChatTokenLogprob] = []
 
@@ -75,7 +79,8 @@ class MessageWriter(ItemWriter):
         self._emit(wire.OutputTextDelta, content_index=0, delta=text, logprobs=logprobs)
 
     def item(self, status: str) -> MessageOut:
-        return MessageOut(id=self.id, status=status, content=() if status == "in_progress" else (self._part(),))
+        content = () if status == "in_progress" else (self._part(),)
+        return MessageOut(id=self.id, status=status, content=content, phase=self.phase)
 
     def _end_content(self) -> None:
         part = self._part()

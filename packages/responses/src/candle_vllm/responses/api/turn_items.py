@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+from msgspec import UNSET
+
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai.protocol.chat import ChatTokenLogprob
 from candle_vllm.responses.api.call_writers import CallWriter, CustomWriter, FunctionWriter, McpCallWriter
 from candle_vllm.responses.api.item_writers import ItemWriter, MessageWriter, OutputLog, ReasoningWriter, new_id
 from candle_vllm.responses.api.tool_plan import ToolPlan
+from candle_vllm.responses.protocol.items import Phase
 from candle_vllm.responses.protocol.response import McpApprovalRequestOut
 from candle_vllm.responses.tools.tool import ToolCall, ToolResult
 
@@ -34,12 +37,14 @@ class TurnItems:
         self._current: CallWriter | None = None  # the call whose arguments come now
         self._space: list[tuple[str, tuple[ChatTokenLogprob, ...]]] = []  # white space that may begin a message
         self._said_this_turn = False
+        self._called_this_turn = False
+        self._may_call = bool(plan.by_name) and plan.choice.mode != "none"
 
     # ---- what the model says -----------------------------------------------------------------------------------------
 
     def begin_turn(self) -> None:
         """Nothing has been said in it."""
-        self._said_this_turn = False
+        self._said_this_turn = self._called_this_turn = False
 
     def text(self, text: str, logprobs: tuple[Any, ...]) -> None:
         """More of a message."""
@@ -54,6 +59,7 @@ class TurnItems:
         """More thoughts."""
         writer = self._open
         if not isinstance(writer, ReasoningWriter):
+            self._name_phase("commentary")
             self._end_saying()
             self._space = []
             writer = self._begin(ReasoningWriter(self._log.emit, self._log.next_place, encoded=self._encoded))
@@ -62,10 +68,11 @@ class TurnItems:
 
     def begin_call(self, call_id: str, name: str) -> None:
         """A call begins."""
+        self._name_phase("commentary")
         self._end_saying()
         self._space = []
         tool = self._plan.by_name.get(name)
-        self._said_this_turn = True
+        self._said_this_turn = self._called_this_turn = True
         if tool is None or self._plan.needs_approval(name):
             return  # the model made it up, or it is told when somebody is asked
         emit, place = self._log.emit, self._log.next_place
@@ -90,6 +97,10 @@ class TurnItems:
         """The turn has ended, maybe because it was cut."""
         if not self._said_this_turn and not cut and self._open is None:
             self._begin_message()  # an answer of white space, or of nothing
+        if not cut and not self._called_this_turn:
+            self._name_phase("final_answer")
+        elif self._called_this_turn:
+            self._name_phase("commentary")
         self._end_saying("incomplete" if cut else "completed")
         self._space = []
 
@@ -138,10 +149,16 @@ class TurnItems:
 
     def _begin_message(self) -> None:
         self._end_saying()
-        writer = self._begin(MessageWriter(self._log.emit, self._log.next_place))
+        phase = UNSET if self._may_call else "final_answer"  # whether a call follows shows at the message's end
+        writer = self._begin(MessageWriter(self._log.emit, self._log.next_place, phase))
         self._open, self._space, held = writer, [], self._space
         for text, logprobs in held:
             writer.add(text, logprobs)
+
+    def _name_phase(self, phase: Phase) -> None:
+        """Says what the open message is, if there is one of which that was not known."""
+        if isinstance(self._open, MessageWriter) and self._open.phase is UNSET:
+            self._open.phase = phase
 
     def _end_saying(self, status: str = "completed") -> None:
         """Ends what is being said: a message, thoughts, or a call's arguments."""

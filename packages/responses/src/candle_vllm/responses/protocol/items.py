@@ -83,15 +83,19 @@ def text_of(content: Any) -> str:
     return content if isinstance(content, str) else "\n".join(part.text for part in content)
 
 
+Phase = Literal["commentary", "final_answer"]
+"""What a message of the model is: said before or between calls, or the answer."""
+
+
 class MessageItem(WireModel):
-    """What somebody said; `phase` is a mark of OpenAI's models and has no effect."""
+    """What somebody said; `phase` of an answer is kept with it, and no template shows it to the model."""
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: Content
     id: ItemId | None = None
     status: Status | None = None
-    phase: Literal["commentary", "final_answer"] | None = None
+    phase: Phase | None = None
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
         "tool_calls": Refusal("it belongs to chat requests; calls are items of their own here", ([],)),

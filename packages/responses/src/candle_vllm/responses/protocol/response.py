@@ -8,6 +8,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from candle_vllm.openai.protocol.chat import ChatTokenLogprob
+from candle_vllm.responses.protocol.items import Phase
 
 
 class _Typed(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
@@ -29,12 +30,18 @@ class ReasoningText(_Typed, frozen=True, kw_only=True, tag="reasoning_text"):
 
 
 class MessageOut(_Typed, frozen=True, kw_only=True, tag="message"):
-    """What the model said; `status` is `incomplete` where it was cut."""
+    """What the model said.
+
+    Attributes:
+        status: `incomplete` where it was cut.
+        phase: `commentary` before and between calls, `final_answer` otherwise; absent while it is not known.
+    """
 
     id: str
     status: str
     role: str = "assistant"
     content: tuple[OutputText, ...]
+    phase: Phase | UnsetType = UNSET
 
 
 class ReasoningOut(_Typed, frozen=True, kw_only=True, tag="reasoning"):
