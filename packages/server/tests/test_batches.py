@@ -218,14 +218,13 @@ def test_an_input_that_is_gone_ends_its_batch(start: Callable[..., Any]) -> None
 # ---- forms -----------------------------------------------------------------------------------------------------------
 
 
-def send(client: httpx.Client, origin: str | None = None, more: Any = None, **form: Any) -> httpx.Response:
-    headers = {} if origin is None else {"origin": origin}
+def send(client: httpx.Client, more: Any = None, **form: Any) -> httpx.Response:
     files = {"file": ("in.jsonl", form.pop("file"))} if "file" in form else {"unnamed": b""}
-    return client.post("/v1/files", data={"purpose": "batch"} | form | (more or {}), files=files, headers=headers)
+    return client.post("/v1/files", data={"purpose": "batch"} | form | (more or {}), files=files)
 
 
 def test_what_is_no_upload_is_refused_by_name(start: Callable[..., Any]) -> None:
-    running = start(PacedEngine("abc"), file_max_mb=1, cors_origin=("https://friend.example",))
+    running = start(PacedEngine("abc"), file_max_mb=1)
 
     def refused(status: int, text: str, answer: httpx.Response) -> None:
         assert answer.status_code == status, answer.text
@@ -244,12 +243,10 @@ def test_what_is_no_upload_is_refused_by_name(start: Callable[..., Any]) -> None
         refused(415, "must be a form", client.post("/v1/files", json={}))
         refused(413, "larger than 1 MB", send(client, file=b"x" * (2 << 20)))
         refused(400, "larger than 1 MB", send(client, file=b"x" * ((1 << 20) + 1)))
-        refused(403, "may not", send(client, file=b"x", origin="https://stranger.example"))
         refused(400, "order must be desc", client.get("/v1/files?order=asc"))
         refused(400, "limit must be", client.get("/v1/batches?limit=0"))
         refused(404, "was not found", client.get("/v1/batches?after=batch_x"))
         assert client.get("/v1/files").json()["data"] == []  # nothing of all that is left
-        assert send(client, file=b"x", origin="https://friend.example").status_code == 200
         life = {"expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
         kept = send(client, file=b"y" * 700_000, more=life).json()
         assert kept["expires_at"] - kept["created_at"] == 3600

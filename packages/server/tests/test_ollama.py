@@ -241,9 +241,8 @@ def test_documented_curl_lines_work_and_pages_from_elsewhere_do_not(start: Calla
     assert json.loads(curl(f"{running.url}/api/chat", "-d", body))["message"]["content"] == "Hello!"
     lines = curl(f"{running.url}/api/generate", "-d", '{"model": "scripted", "prompt": "Hi"}').splitlines()
     assert [json.loads(line)["done"] for line in lines] == [False] * (len(lines) - 1) + [True]
-    for path, more in (("/api/chat", ("-d", body)), ("/api/tags", ()), ("/api/ps", ()), ("/api/version", ())):
-        refused = curl(f"{running.url}{path}", *more, "-H", "Origin: http://elsewhere.example")
-        assert "--cors-origin" in json.loads(refused)["error"]
+    refused = curl(f"{running.url}/api/chat", "-d", body, "-H", "Origin: http://elsewhere.example")
+    assert "--cors-origin" in json.loads(refused)["error"]
     assert len(running.engine.requests) == 2
     own = curl(f"{running.url}/api/chat", "-d", body, "-H", f"Origin: {running.url}")
     assert json.loads(own)["done"]
@@ -364,8 +363,6 @@ def test_models_are_changed_where_the_operator_allows_it_alone(
             for key, status in (("client", 401), ("wrong", 401)):
                 headers = {"authorization": f"Bearer {key}"}
                 assert client.request(method, path, json=body, headers=headers).status_code == status
-            headers = {"authorization": "Bearer operator", "origin": "http://elsewhere.example"}
-            assert client.request(method, path, json=body, headers=headers).status_code == 403
     assert fake_hub.asked == []
     with pytest.raises(UsageError, match="--allow-model-changes lets clients fetch"):
         refuse_open_changes(Settings(allow_model_changes=True, host="0.0.0.0"))

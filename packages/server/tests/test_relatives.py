@@ -125,12 +125,10 @@ def test_classes_of_texts(start: Callable[..., Any]) -> None:
         assert "does not tell classes of texts apart" in refused.json()["error"]["message"]
 
 
-def test_a_reset_of_the_prefix_cache_is_for_operators_and_no_page(start: Callable[..., Any]) -> None:
+def test_a_reset_of_the_prefix_cache_is_for_operators(start: Callable[..., Any]) -> None:
     running = start(PacedEngine(), api_key=("key",), management_key=("operator",))
     with running.http() as client:
-        for key, origin, status in (("key", {}, 401), ("operator", {"origin": "https://evil.example"}, 403)):
-            headers = {"authorization": f"Bearer {key}", **origin}
-            assert client.post("/reset_prefix_cache", headers=headers).status_code == status
+        assert client.post("/reset_prefix_cache", headers={"authorization": "Bearer key"}).status_code == 401
         assert running.engine.prefix_cache_resets == 0
         answer = client.post("/reset_prefix_cache", headers={"authorization": "Bearer operator"})
         assert (answer.status_code, answer.content) == (204, b"")

@@ -358,29 +358,6 @@ def test_many_at_once(start: Start) -> None:
     assert answers == {number: f"answer to q{number}" for number in range(20)}
 
 
-def test_pages_from_elsewhere_have_no_tools_run(start: Start) -> None:
-    """Where no key is needed a web page could otherwise use the reader's server, also by a name that leads there."""
-    tool = {"type": "mcp", "server_label": "s", "server_url": "https://example.com/mcp"}
-    with start(PacedEngine("hi")).http() as client:
-        own = str(client.base_url).rstrip("/")
-        for path in ("/v1/responses", "/v1/responses/input_tokens"):
-            for extra in ({}, {"background": True}) if path.endswith("responses") else ({},):
-                asked = {**ASK, "tools": [tool], **extra}
-                answer = client.post(path, json=asked, headers={"origin": "http://evil.example"})
-                assert (answer.status_code, answer.json()["error"]["code"]) == (403, "origin_not_allowed")
-                for origin in ({}, {"origin": own}):
-                    answer = client.post(path, json=asked, headers=origin)
-                    assert answer.json()["error"]["param"] == "tools.0.server_label", "it comes as far as the tools"
-        plain = {"content-type": "text/plain", "origin": "http://evil.example"}
-        assert (
-            client.post("/v1/responses", content=json.dumps({**ASK, "tools": [tool]}), headers=plain).status_code == 415
-        )
-        assert client.post("/v1/responses", json=ASK, headers={"origin": "http://evil.example"}).status_code == 200
-    with start(PacedEngine("hi"), api_key=("k",)).http(headers={"authorization": "Bearer k"}) as client:
-        answer = client.post("/v1/responses", json={**ASK, "tools": [tool]}, headers={"origin": "http://evil.example"})
-        assert answer.json()["error"]["param"] == "tools.0.server_label", "whoever has the key is known"
-
-
 @pytest.mark.parametrize("name", ["gpt-4.1", ""])
 def test_the_only_model_answers_by_every_name_and_says_who_it_is(start: Start, name: str) -> None:
     client = start().openai()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -15,7 +16,7 @@ from starlette.testclient import TestClient
 
 from candle_vllm.core.progress import Progress
 from candle_vllm.server import Settings, create_app
-from candle_vllm.server.http.auth import MANAGEMENT_PATHS, PAGES, PUBLIC_PATHS
+from candle_vllm.server.http.auth import MANAGEMENT_PATHS, PAGES, PUBLIC_PATHS, OriginMiddleware
 from candle_vllm.server.http.routing import Caller, caller_of
 from candle_vllm.server.models.slot import ModelState
 from candle_vllm.server.settings.options import UsageError
@@ -118,9 +119,10 @@ PREFLIGHT = {"origin": "https://app.example", "access-control-request-method": "
 
 def test_no_cors_unless_configured(start) -> None:
     with start().http() as client:
-        response = client.get("/v1/models", headers={"origin": "https://app.example"})
-        assert not any(name.startswith("access-control") for name in response.headers)
-        assert client.options("/v1/models", headers=PREFLIGHT).status_code == 405
+        for answer in (client.get("/v1/models", headers=PREFLIGHT), client.options("/v1/models", headers=PREFLIGHT)):
+            assert (answer.status_code, answer.json()["error"]["param"]) == (403, "Origin")
+            assert "--cors-origin" in answer.json()["error"]["message"]
+            assert not any(name.startswith("access-control") for name in answer.headers)
 
 
 def test_cors_for_the_configured_origin_only(start) -> None:
@@ -131,6 +133,90 @@ def test_cors_for_the_configured_origin_only(start) -> None:
         assert refused.status_code == 401
         assert refused.headers["access-control-allow-origin"] == "https://app.example"
         assert client.options("/v1/models").status_code == 401
+        elsewhere = client.get("/v1/models", headers={"origin": "https://evil.example"})
+        assert elsewhere.status_code == 403
+        assert "access-control-allow-origin" not in elsewhere.headers
+
+
+OWN, LAN = "http://127.0.0.1:2000", {"host": "192.168.1.5:8000"}
+ORIGINS = [  # what a page is, what its request has besides, whether it may ask
+    (OWN, {}, True),
+    ("http://localhost:2000", {}, True),
+    ("http://[::1]:2000", {}, True),
+    ("https://127.0.0.1:2000", {}, False),
+    ("http://127.0.0.1:2001", {}, False),
+    ("http://127.0.0.1", {}, False),
+    ("https://evil.example", {}, False),
+    ("null", {}, False),
+    ("", {}, False),
+    # a name that leads here, which the page's owner can arrange; a number, which nobody can
+    ("http://evil.example:2000", {"host": "evil.example:2000"}, False),
+    ("http://192.168.1.5:8000", LAN, True),
+    ("http://192.168.1.6:8000", LAN, False),
+    ("https://192.168.1.5:8000", LAN, False),
+    ("http://[fd00::1]:8000", {"host": "[fd00::1]:8000"}, True),
+    ("http://1.2.3.4.evil.example", {"host": "1.2.3.4.evil.example"}, False),
+    ("http://2130706433", {"host": "2130706433"}, False),
+    # what a browser says of a page behind a proxy
+    ("https://llm.example", {"host": "127.0.0.1:2000", "sec-fetch-site": "same-origin"}, True),
+    ("https://llm.example", {"host": "llm.example"}, False),
+    ("https://evil.example", {"sec-fetch-site": "same-site"}, False),
+    ("null", {"sec-fetch-site": "cross-site"}, False),
+    # those of --cors-origin
+    ("https://app.example", {}, True),
+    ("https://app.example.evil.example", {}, False),
+    ("https://appxexample", {}, False),
+    ("https://a.b.team.example", {}, True),
+    ("https://evil.example/.team.example", {}, False),
+    ("vscode-webview://0f3c", {}, True),
+    ("xvscode-webview://0f3c", {}, False),
+    ("vscode-webview://" + "x" * 600, {}, False),
+]
+
+
+async def asked_by(headers: list[tuple[str, str]], allowed: tuple[str, ...], kind: str = "http") -> bool:
+    """Whether a request comes as far as the application."""
+    came: list[str] = []
+    sent: list[int] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        came.append(scope["type"])
+
+    async def receive() -> Any:
+        raise AssertionError
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("status"))
+
+    raw = [(name.encode(), value.encode()) for name, value in headers]
+    scope = {"type": kind, "scheme": "ws" if kind == "websocket" else "http", "path": "/v1/models", "headers": raw,
+             "server": ("127.0.0.1", 2000), "method": "GET"}  # fmt: skip
+    await OriginMiddleware(application, allowed)(scope, receive, send)
+    assert sent[:1] == ([] if came else [403])
+    return bool(came)
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+async def test_whose_page_it_is_that_asks(kind: str) -> None:
+    allowed = ("https://app.example", "https://*.team.example", "vscode-webview://*")
+    for origin, more, may in ORIGINS:
+        assert await asked_by([("origin", origin), *more.items()], allowed, kind) == may, (origin, more)
+        assert await asked_by([("origin", origin), *more.items()], ("*",), kind), origin
+    twice = [("origin", OWN), ("origin", "https://evil.example")]
+    assert not await asked_by(twice, allowed, kind)
+    said = [("origin", "https://evil.example"), ("sec-fetch-site", "cross-site"), ("sec-fetch-site", "same-origin")]
+    assert not await asked_by(said, allowed, kind)
+    assert await asked_by([], allowed, kind)  # a program
+
+
+def test_a_kind_of_origin_may_be_allowed(start) -> None:
+    with start(cors_origin=("vscode-webview://*", "https://*.team.example")).http() as client:
+        for origin, may in (("vscode-webview://0f3c", True), ("https://a.team.example", True), ("https://x", False)):
+            preflight = client.options("/v1/models", headers={**PREFLIGHT, "origin": origin})
+            assert preflight.status_code == (200 if may else 400)
+            answer = client.get("/v1/models", headers={"origin": origin})
+            assert answer.status_code == (200 if may else 403)
+            assert answer.headers.get("access-control-allow-origin") == (origin if may else None)
 
 
 def test_the_header_of_anthropic_clients_opens_as_well(start) -> None:

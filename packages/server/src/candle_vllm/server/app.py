@@ -23,7 +23,7 @@ from candle_vllm.responses.api.kept import KeptResponses
 from candle_vllm.server.batches.service import Batches
 from candle_vllm.server.batches.store import FileOptions
 from candle_vllm.server.drain import CutOffMiddleware
-from candle_vllm.server.http.auth import ApiKeyMiddleware
+from candle_vllm.server.http.auth import ANY_ORIGIN, ApiKeyMiddleware, OriginMiddleware, origins
 from candle_vllm.server.http.errors import ClientGone, HttpError
 from candle_vllm.server.http.failures import FailureMiddleware, answer_failure
 from candle_vllm.server.http.keys import Keyring
@@ -213,7 +213,7 @@ def _describe(app: FastAPI, settings: Settings) -> None:
 
 
 def _add_layers(app: FastAPI, settings: Settings) -> None:
-    """Outside in: prefix > id > counts > CORS > cut-offs > failures > HEAD > key > limits > routes."""
+    """Outside in: prefix > id > counts > CORS > cut-offs > failures > origin > HEAD > key > limits > routes."""
     app.add_middleware(RateLimitMiddleware, limits=app.state.limits)
     if settings.has_api_keys or settings.management_key:
         public = public_paths() if settings.ui_server else frozenset()
@@ -221,12 +221,14 @@ def _add_layers(app: FastAPI, settings: Settings) -> None:
     app.add_middleware(HeadMiddleware)
     if settings.ollama_port is not None:
         app.add_middleware(GreetingMiddleware, port=settings.ollama_port)
+    app.add_middleware(OriginMiddleware, allowed=settings.cors_origin)
     app.add_middleware(FailureMiddleware)
     app.add_middleware(CutOffMiddleware)
     if settings.cors_origin:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=settings.cors_origin,
+            allow_origins=[origin for origin in settings.cors_origin if origin == ANY_ORIGIN],
+            allow_origin_regex=origins(settings.cors_origin),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after", *LIMIT_HEADERS],

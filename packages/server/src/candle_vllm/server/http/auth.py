@@ -1,10 +1,10 @@
-"""API keys: pure ASGI middleware before every route but /health, /ping and /ready.
+"""Who may ask at all: API keys, before every route but /health, /ping and /ready; no page from elsewhere, anywhere.
 
-The pages for people are guarded too. A browser cannot send a key from its address bar, so these take it as the
-password of HTTP Basic as well.
+Both are pure ASGI middleware. The pages for people are guarded by keys too. A browser cannot send one from its address
+bar, so these take it as the password of HTTP Basic as well.
 
-Step 1 of a request's life. The decision rests on the ASGI path and two headers alone, never on the Host header or the
-raw URL, and takes the same time whichever key is right and however long it is. Routes of operators can have keys of
+Step 1 of a request's life. What a key opens rests on the ASGI path and two headers alone, never on the Host header or
+the raw URL, and takes the same time whichever key is right and however long it is. Routes of operators can have keys of
 their own.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import binascii
 import ipaddress
+import re
 from collections.abc import Iterator, Sequence
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -125,33 +126,67 @@ def _authorized(header: bytes, page: bool) -> bytes | None:
 
 # ---- pages from elsewhere --------------------------------------------------------------------------------------------
 
+ANY_ORIGIN = "*"
+_LONGEST_ORIGIN = 512  # characters; a name of the DNS has 253
 _PORTS = {"http": 80, "https": 443}
 
 
-def check_origin(scope: Scope, allowed: Sequence[str]) -> None:
-    """Refuses a request of a page from elsewhere; programs that are no browsers send no Origin.
+def origins(allowed: Sequence[str]) -> re.Pattern[str]:
+    """What the origins of --cors-origin are: as they stand, where `*` is any host, part of one, or port."""
+    return re.compile("|".join(re.escape(origin).replace(r"\*", "[^/]*") for origin in allowed) or r"(?!)")
 
-    The own origin is that of the address at which the connection arrived, never that of the Host header.
+
+class OriginMiddleware:
+    """Refuses every request of a page from elsewhere (403); programs that are no browsers send no Origin.
+
+    A browser lets any page send simple requests to any address, and tells whose page it was. What such a page asks for
+    is not begun: that it could not read the answer would leave it the use of the models.
 
     Args:
-        scope: of the request.
         allowed: the origins of --cors-origin.
-
-    Raises:
-        HttpError: 403.
     """
-    given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"origin"]
-    if not given or "*" in allowed:
-        return
-    if len(given) > 1 or given[0] not in {*allowed, *_own(scope)}:
+
+    def __init__(self, app: ASGIApp, allowed: Sequence[str]) -> None:
+        self._app = app
+        self._any = ANY_ORIGIN in allowed
+        self._allowed = origins(allowed)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = [] if scope["type"] == "lifespan" else _values(scope, b"origin")
+        if not given or self._any or (len(given) == 1 and self._may_ask(scope, given[0])):
+            await self._app(scope, receive, send)
+            return
         message = (
             f"Pages of {given[0][:100]!r} may not do this: open the server's own page at the address that it listens"
             " at, or allow the origin with --cors-origin."
         )
-        raise HttpError(403, message, "origin_not_allowed", param="Origin")
+        error = HttpError(403, message, "origin_not_allowed", param="Origin")
+        await refusal(scope, error)(scope, receive, send)
+
+    def _may_ask(self, scope: Scope, origin: str) -> bool:
+        if len(origin) > _LONGEST_ORIGIN:
+            return False
+        return self._allowed.fullmatch(origin) is not None or _is_own(scope, origin)
 
 
-def _own(scope: Scope) -> Iterator[str]:
+def _values(scope: Scope, name: bytes) -> list[str]:
+    return [value.decode("latin-1") for header, value in scope["headers"] if header == name]
+
+
+def _is_own(scope: Scope, origin: str) -> bool:
+    """Whether a page is this server's own, by what no page can arrange, not even one whose name leads here.
+
+    That is the address at which the connection arrived; a number that the browser asked for (a container's published
+    port), as numbers need no name server; or that the browser itself says so, which it does over HTTPS and to this
+    machine alone (a proxy).
+    """
+    if origin in _addresses(scope) or _values(scope, b"sec-fetch-site") == ["same-origin"]:
+        return True
+    asked = _values(scope, b"host")
+    return len(asked) == 1 and origin == f"{_scheme(scope)}://{asked[0]}" and _is_number(asked[0])
+
+
+def _addresses(scope: Scope) -> Iterator[str]:
     host, port = scope.get("server") or ("", None)
     if port is None:  # a Unix socket has no origin
         return
@@ -164,7 +199,21 @@ def _own(scope: Scope) -> Iterator[str]:
         names = [f"[{host}]" if address.version == 6 else host]
         if address.is_loopback:
             names += ["localhost", "127.0.0.1", "[::1]"]
+    end = "" if port == _PORTS.get(_scheme(scope)) else f":{port}"
+    yield from (f"{_scheme(scope)}://{name}{end}" for name in names)
+
+
+def _scheme(scope: Scope) -> str:
+    """As a page's address has it."""
     scheme = str(scope.get("scheme", "http"))
-    scheme = {"ws": "http", "wss": "https"}.get(scheme, scheme)  # as the page's own address has it
-    end = "" if port == _PORTS.get(scheme) else f":{port}"
-    yield from (f"{scheme}://{name}{end}" for name in names)
+    return {"ws": "http", "wss": "https"}.get(scheme, scheme)
+
+
+def _is_number(authority: str) -> bool:
+    """Whether a Host header has an address instead of a name, with or without a port."""
+    host = re.sub(r":[0-9]{1,5}$", "", authority)
+    try:
+        ipaddress.ip_address(host[1:-1] if host.startswith("[") and host.endswith("]") else host)
+    except ValueError:
+        return False
+    return True

@@ -23,7 +23,7 @@ T = TypeVar("T")
 async def read_body(scope: Scope, receive: Receive, limit: int, *, typed: bool = True) -> bytes:
     """The JSON body of a request, at most `limit` bytes; more is refused before it is held in memory.
 
-    `typed` wants its content type, which pages from elsewhere cannot send unasked; routes without it check the Origin.
+    `typed` wants its content type, which pages from elsewhere cannot send without being asked first.
 
     Raises:
         HttpError: 415 for another content type, 400 for a broken length, 413 when too large, 408 when too slow.

@@ -146,7 +146,7 @@ def _security(operation: Operation, keys: bool, management_keys: bool) -> list[d
 
 
 def _operation(operation: Operation, security: list[dict[str, list[str]]]) -> dict[str, Any]:
-    errors = {*operation.errors, 500, *((401,) if security else ())} - {*operation.answers}
+    errors = {*operation.errors, 403, 500, *((401,) if security else ())} - {*operation.answers}
     entry: dict[str, Any] = {
         "operationId": operation.id,
         "tags": [operation.tag],

@@ -201,7 +201,7 @@ KEPT_OPERATIONS: Mapping[Key, Operation] = {
             },
         },
         answers={200: (FileObject,)},
-        errors=(*_KEPT, *BODY_ERRORS, 403),
+        errors=(*_KEPT, *BODY_ERRORS),
     ),
     ("GET", "/v1/files"): Operation(
         id="list_files",

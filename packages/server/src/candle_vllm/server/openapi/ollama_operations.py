@@ -21,7 +21,7 @@ from candle_vllm.server.routes.ollama_library import CopyRequest, DeleteRequest,
 from candle_vllm.server.routes.ollama_models import ApiVersion, Residents, Shown, ShowRequest, Tags
 
 _OLLAMA = Naming("Ollama", "Out")
-_ERRORS = (*BODY_ERRORS, 403, 404, 429, 503, 504)
+_ERRORS = (*BODY_ERRORS, 404, 429, 503, 504)
 _ASKED = {"model": "default", "stream": False}
 
 OLLAMA_OPERATIONS: Mapping[Key, Operation] = {
@@ -76,7 +76,6 @@ OLLAMA_OPERATIONS: Mapping[Key, Operation] = {
         tag="ollama",
         summary="All models",
         answers={200: (Tags,)},
-        errors=(403,),
         error=Failure,
         naming=_OLLAMA,
     ),
@@ -85,7 +84,6 @@ OLLAMA_OPERATIONS: Mapping[Key, Operation] = {
         tag="ollama",
         summary="The models that are loaded",
         answers={200: (Residents,)},
-        errors=(403,),
         error=Failure,
         naming=_OLLAMA,
     ),
@@ -108,7 +106,7 @@ OLLAMA_OPERATIONS: Mapping[Key, Operation] = {
         example={"model": "qwen3:0.6b", "stream": False},
         answers={200: (PullLine,)},
         lines=(PullLine, Failure),
-        errors=(*BODY_ERRORS, 403, 404, 502, 503),
+        errors=(*BODY_ERRORS, 404, 502, 503),
         error=Failure,
         naming=_OLLAMA,
         manages=True,
@@ -120,7 +118,7 @@ OLLAMA_OPERATIONS: Mapping[Key, Operation] = {
         body=(CopyRequest,),
         example={"source": "default", "destination": "mine"},
         answers={200: ()},
-        errors=(*BODY_ERRORS, 403, 404, 409),
+        errors=(*BODY_ERRORS, 404, 409),
         error=Failure,
         naming=_OLLAMA,
         manages=True,
@@ -132,7 +130,7 @@ OLLAMA_OPERATIONS: Mapping[Key, Operation] = {
         body=(DeleteRequest,),
         example={"model": "qwen3:0.6b"},
         answers={200: ()},
-        errors=(*BODY_ERRORS, 403, 404, 409),
+        errors=(*BODY_ERRORS, 404, 409),
         error=Failure,
         naming=_OLLAMA,
         manages=True,
@@ -142,7 +140,6 @@ OLLAMA_OPERATIONS: Mapping[Key, Operation] = {
         tag="ollama",
         summary="The version of Ollama whose API this is",
         answers={200: (ApiVersion,)},
-        errors=(403,),
         error=Failure,
         naming=_OLLAMA,
     ),

@@ -26,7 +26,7 @@ class Operation:
         tag: heading in the pages.
         summary: one line.
         answers: types of a good answer's body, by status; several types mean one of them.
-        errors: statuses of refusals, besides 401 and 500.
+        errors: statuses of refusals, besides 401, 403 and 500.
         body: types of the request; several mean one of them.
         example: a body that works with any model of its kind.
         form: the fields of a body that is a form, by name, each with its schema.

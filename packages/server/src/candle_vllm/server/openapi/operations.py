@@ -137,7 +137,7 @@ _RECORD = {"request_id": "The id of the answer."}
 _ANTHROPIC = Naming("Anthropic", "Out")
 _WHICH = {"model": {"type": "string", "description": "A served name; without it the default model."}}
 _CARDS = (LoadedCard, UnloadedCard)
-_CHANGED = (400, 403, 409)
+_CHANGED = (400, 409)
 _MANAGED = (*BODY_ERRORS, *MODEL_ERRORS)
 
 OPERATIONS: Mapping[Key, Operation] = {
@@ -425,7 +425,7 @@ OPERATIONS: Mapping[Key, Operation] = {
         body=(McpCallRequest,),
         example={"name": "time__get_current_time", "arguments": {"timezone": "UTC"}, "approved": True},
         answers={200: (McpCallResult,)},
-        errors=(*BODY_ERRORS, 403, 404, 429, 504),
+        errors=(*BODY_ERRORS, 404, 429, 504),
     ),
     ("GET", "/metrics"): Operation(
         id="metrics",
@@ -472,7 +472,6 @@ OPERATIONS: Mapping[Key, Operation] = {
         tag="operators",
         summary="Have loaded models forget what prompts began with",
         answers={204: ()},
-        errors=(403,),
         manages=True,
     ),
     ("GET", "/tokenizer_info"): Operation(

@@ -20,7 +20,6 @@ from candle_vllm.responses.store.entries import is_id
 from candle_vllm.server.batches.records import BATCH, BATCH_OUTPUT, LEAST_LIFE, LONGEST_LIFE, FileDeleted, FileList
 from candle_vllm.server.batches.service import Batches
 from candle_vllm.server.batches.store import PIECE, too_large
-from candle_vllm.server.http.auth import check_origin
 from candle_vllm.server.http.body import READING_SECONDS, SILENCE_SECONDS
 from candle_vllm.server.http.errors import ClientGone, HttpError
 from candle_vllm.server.http.routing import caller_of
@@ -40,8 +39,6 @@ async def upload_file(request: Request) -> Response:
     """Keeps a file, sent as a form."""
     batches, owner = await batches_and_owner(request)
     query_of(request)
-    # Any web page may send a form anywhere without being asked first, unlike JSON.
-    check_origin(request.scope, request.app.state.settings.cors_origin)
     most = batches.store.options.max_file_bytes
     form = await _form(request, most + FORM_OVERHEAD)
     try:

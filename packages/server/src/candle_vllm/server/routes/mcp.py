@@ -22,7 +22,6 @@ from candle_vllm.openai.validation import parse_body
 from candle_vllm.responses.tools.execution import check, run
 from candle_vllm.responses.tools.tool import ToolCall, ToolResult
 from candle_vllm.server.answering import deadline_of, in_time, parsed
-from candle_vllm.server.http.auth import check_origin
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.mcp.wire import McpCallRequest, McpCallResult, McpFunction, McpServerInfo, McpToolInfo
@@ -135,7 +134,6 @@ def _check_client(request: Request, settings: Settings) -> None:
             " its start, which ends in #key=... Otherwise start the server with --api-key."
         )
         raise HttpError(403, message, "api_key_needed")
-    check_origin(request.scope, settings.cors_origin)
 
 
 def _has_page_key(request: Request) -> bool:

@@ -14,7 +14,6 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from candle_vllm.server.answering import parsed
-from candle_vllm.server.http.auth import check_origin
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.models.cards import (
     anthropic_card,
@@ -94,7 +93,6 @@ async def reload_models(request: Request) -> Response:
 @router.post("/v1/models/add")
 async def add_model(request: Request) -> Response:
     """Serves one model more, until the server ends."""
-    _check_origin(request)
     wanted = await parsed(request, parse_new_model)  # a wrong request is named before it is refused
     reloader = _reloader(request)
     with _told():
@@ -104,20 +102,14 @@ async def add_model(request: Request) -> Response:
 @router.post("/v1/models/remove")
 async def remove_model(request: Request) -> Response:
     """Serves a model no more; what it was asked is finished."""
-    _check_origin(request)
     wanted = await parsed(request, parse_model_request)
     reloader = _reloader(request)
     with _told():
         return _json(await reloader.remove(wanted.name))
 
 
-def _check_origin(request: Request) -> None:
-    check_origin(request.scope, request.app.state.settings.cors_origin)
-
-
 def _reloader(request: Request) -> Reloader:
     """What changes the models, where the operator allows that."""
-    _check_origin(request)
     if not request.app.state.settings.allow_model_changes:
         message = "This server's models stay as they are: it was started without --allow-model-changes."
         raise HttpError(403, message, "model_changes_off")

@@ -1,7 +1,4 @@
-"""`/api/chat` and its kin: Ollama's API for answers and vectors (steps 1 and 10 of a request's life).
-
-Its documented requests send no content type, so pages from elsewhere are kept out by their Origin.
-"""
+"""`/api/chat` and its kin: Ollama's API for answers and vectors (steps 1 and 10 of a request's life)."""
 
 from __future__ import annotations
 
@@ -36,7 +33,6 @@ from candle_vllm.server.answering import (
     in_time,
     parsed,
 )
-from candle_vllm.server.http.auth import check_origin
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.failures import ollama_error_line
 from candle_vllm.server.http.sse import LineStream
@@ -49,7 +45,6 @@ _LATEST = ":latest"
 
 async def ollama_body(request: Request, parse: Callable[[bytes], Any]) -> Any:
     """The checked body of a request to one of Ollama's routes, whose model is named as it is here."""
-    check_origin(request.scope, request.app.state.settings.cors_origin)
     wire = await parsed(request, parse, typed=False)
     named = getattr(wire, "model", None)
     if named is None:

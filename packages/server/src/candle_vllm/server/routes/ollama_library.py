@@ -23,7 +23,6 @@ from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.ollama import ollama_parser
 from candle_vllm.openai.protocol.fields import Name, Refusal, WireModel, invalid
 from candle_vllm.server.answering import parsed
-from candle_vllm.server.http.auth import check_origin
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import ollama_error_line
 from candle_vllm.server.http.sse import LineStream
@@ -255,7 +254,6 @@ def _failed_line(failure: Exception) -> bytes:
 async def _allowed(request: Request, kind: type[WireModel]) -> Any:
     """The checked body; HttpError 403 where the operator does not let models be changed."""
     settings: Settings = request.app.state.settings
-    check_origin(request.scope, settings.cors_origin)
     wire = await parsed(request, ollama_parser(kind), typed=False)
     if not settings.allow_model_changes or not may_change(settings):
         message = "This server's models are not changed by clients, unless it is started with --allow-model-changes."

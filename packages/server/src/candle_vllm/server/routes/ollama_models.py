@@ -16,7 +16,6 @@ from starlette.responses import Response
 
 from candle_vllm.openai.ollama import ollama_parser, rfc3339
 from candle_vllm.openai.protocol.fields import Name, Refusal, WireModel, invalid
-from candle_vllm.server.http.auth import check_origin
 from candle_vllm.server.models.library import Description, describe, file_bytes
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelSlot
@@ -141,7 +140,6 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
 @router.get("/api/tags")
 async def tags(request: Request) -> Response:
     """All models, loaded or not; the default first."""
-    _check(request)
     manager = _manager(request)
     slots = sorted(manager.slots.values(), key=lambda slot: slot.entry.name != manager.active)
     sizes = await asyncio.to_thread(lambda: [_size(slot) for slot in slots])
@@ -156,7 +154,6 @@ async def tags(request: Request) -> Response:
 @router.get("/api/ps")
 async def ps(request: Request) -> Response:
     """The models that are loaded."""
-    _check(request)
     manager, found = _manager(request), list[Resident]()
     for slot in manager.slots.values():
         if slot.model is None:
@@ -183,9 +180,8 @@ async def show(request: Request) -> Response:
 
 
 @router.get("/api/version")
-async def version(request: Request) -> Response:
+async def version() -> Response:
     """The version of Ollama whose API this is."""
-    _check(request)
     return _json(ApiVersion(API_VERSION))
 
 
@@ -267,10 +263,6 @@ def digest(name: str) -> str:
 
 def _size(slot: ModelSlot) -> int:
     return file_bytes(slot.entry.settings) if slot.model is None else slot.model.engine.model_info.weight_bytes
-
-
-def _check(request: Request) -> None:
-    check_origin(request.scope, request.app.state.settings.cors_origin)
 
 
 def _manager(request: Request) -> ModelManager:

@@ -29,7 +29,6 @@ from candle_vllm.responses.protocol.request import (
     parse_responses_request,
 )
 from candle_vllm.responses.protocol.response import InputTokens, Response
-from candle_vllm.responses.protocol.tools import McpTool
 from candle_vllm.server.answering import (
     GenerationApi,
     answer_parsed,
@@ -38,7 +37,6 @@ from candle_vllm.server.answering import (
     in_time,
     parsed,
 )
-from candle_vllm.server.http.auth import check_origin
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import Caller, caller_of
@@ -108,7 +106,6 @@ async def create_response(request: Request) -> HttpResponse:
     """OpenAI's responses: whole, streamed, or in the background."""
     deadline = deadline_of(request)
     wire = await parsed(request, parse_responses_request)
-    check_page(request, wire)
     if wire.background:
         return await _in_background(request, wire, deadline)
     return await answer_parsed(request, _Exchange(request).api(), wire, deadline)
@@ -120,7 +117,6 @@ async def count_input_tokens(request: Request) -> HttpResponse:
     responders: Responders = request.app.state.responders
 
     async def count(model: ServedModel, wire: Any) -> InputTokens:
-        check_page(request, wire)
         return await responders.of(model).count_input_tokens(wire, owner=await owner_of(request, wire))
 
     return await answer_with(request, parse_input_tokens_request, count, queued=False)
@@ -229,14 +225,6 @@ async def _work(
     finally:
         await stream.aclose()
         lease.release()
-
-
-def check_page(request: HTTPConnection, wire: PromptFields) -> None:
-    """Where no key is needed, a web page from elsewhere must not have tools run."""
-    settings = request.app.state.settings
-    uses_tools = any(isinstance(tool, McpTool) for tool in wire.tools or ())
-    if uses_tools and not settings.has_api_keys:
-        check_origin(request.scope, settings.cors_origin)
 
 
 async def owner_of(request: HTTPConnection, wire: PromptFields | CompactRequest) -> str:

@@ -29,16 +29,14 @@ from candle_vllm.responses.conversation.channel import end_task
 from candle_vllm.responses.protocol.events import ErrorDetail, StreamEvent
 from candle_vllm.responses.protocol.request import ResponsesRequest, parse_responses_request
 from candle_vllm.server.answering import BIG_BODY, in_time
-from candle_vllm.server.http.auth import check_origin
 from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.http.failures import refusal
 from candle_vllm.server.http.protocol import STALL_SECONDS
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.http.socket import DRAINING
 from candle_vllm.server.kept_access import store_refusal
 from candle_vllm.server.models.manager import take_turn
 from candle_vllm.server.observing.request_context import RequestContext, begin_generation, current_request
-from candle_vllm.server.routes.responses import Responders, check_page, owner_of
+from candle_vllm.server.routes.responses import Responders, owner_of
 from candle_vllm.server.settings.derived import speak_in_flags
 
 router = APIRouter()
@@ -51,11 +49,6 @@ _RESTART, _TOO_OLD, _TOO_MANY = 1012, 1000, 1008  # codes of closes
 @router.websocket("/v1/responses")
 async def respond(websocket: WebSocket) -> None:
     """OpenAI's responses over one connection."""
-    try:
-        check_origin(websocket.scope, websocket.app.state.settings.cors_origin)
-    except HttpError as error:
-        await websocket.send_denial_response(refusal(websocket.scope, error))
-        return
     await websocket.accept()
     with contextlib.suppress(WebSocketDisconnect):
         await _Connection(websocket).run()
@@ -146,7 +139,6 @@ class _Connection:
         try:
             wire = await self._parsed(text)
             previous = wire.previous_response_id
-            check_page(self._websocket, wire)
             await self._generate(wire)
         except (WebSocketDisconnect, asyncio.CancelledError):
             raise

@@ -260,7 +260,7 @@ class Settings:
     request_timeout: Annotated[int, own(HTTP,
         Integer(1, 1 << 20), "seconds after which a request is ended, waiting included", "SECONDS")] = 3600
     cors_origin: Annotated[tuple[str, ...], own(HTTP,
-        Text(512), "web origin whose pages may call this server, or *; repeatable", "ORIGIN")] = ()
+        Text(512), "web origin whose pages may call this server, or *; * in it is any host; repeatable", "ORIGIN")] = ()
     root_path: Annotated[str | None, own(HTTP,
         Text(256), "prefix that paths may have, where a proxy passes it on: /models/a", "PATH", commands=_SERVE)] = None
     ssl_certfile: Annotated[Path | None, own(HTTP,
