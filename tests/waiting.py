@@ -23,3 +23,11 @@ async def until(condition: Callable[[], object], seconds: float = PATIENCE) -> N
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         await asyncio.sleep(0.005)
+
+
+async def skip(seconds: float) -> None:
+    """Moves the clock of the running event loop: what waits for these seconds to pass has waited for them."""
+    loop = asyncio.get_running_loop()
+    clock = loop.time
+    loop.time = lambda: clock() + seconds  # type: ignore[method-assign]
+    await asyncio.sleep(0)

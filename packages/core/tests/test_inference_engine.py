@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
+from waiting import wait_for
 
 from candle_vllm.core import (
     CandleVllmError,
@@ -36,6 +37,15 @@ from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+
+
+def _slowly(_: Any, row: Any) -> Any:
+    """A logits processor that keeps an answer from being whole before a test is done with it."""
+    time.sleep(0.02)
+    return row
+
+
+LONG = SamplingParams(max_tokens=400, ignore_eos=True, logits_processors=[_slowly])
 
 
 def make(folder: Path, **settings: Any) -> InferenceEngine:
@@ -231,26 +241,22 @@ def test_a_prompt_that_is_not_to_be_cut_is_one_step(tmp_path: Path) -> None:
 
 def test_dropping_a_stream_frees_its_blocks(engine: InferenceEngine) -> None:
     async def run() -> None:
-        endless = SamplingParams(max_tokens=400, ignore_eos=True)
-        async for _ in (closed := engine.stream([1, 2, 3], endless)):
+        async for _ in (closed := engine.stream([1, 2, 3], LONG)):
             break
         await closed.aclose()
-        never = engine.stream([1, 2, 3], endless)
+        never = engine.stream([1, 2, 3], LONG)
         del never
-        task = asyncio.create_task(engine.agenerate([5, 6], endless))
+        task = asyncio.create_task(engine.agenerate([5, 6], LONG))
         await asyncio.sleep(0.05)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
     asyncio.run(run())
-    deadline = time.monotonic() + 20
-    while engine.stats().num_running and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: not engine.stats().num_running and engine.stats().finished["abort"] >= 3)
     stats = engine.stats()
     assert stats.num_running == stats.num_waiting == 0
     assert stats.num_free_blocks == stats.num_blocks
-    assert stats.finished["abort"] >= 3
 
 
 @pytest.mark.parametrize(
@@ -281,7 +287,7 @@ def test_a_full_queue_refuses_and_generate_feeds_it_slowly(toy_model: Path) -> N
         assert len(engine.generate([[i] for i in range(7)], GREEDY, use_tqdm=False)) == 7
 
         async def crowd() -> None:
-            streams = [engine.stream([1], SamplingParams(max_tokens=300, ignore_eos=True)) for _ in range(2)]
+            streams = [engine.stream([1], LONG) for _ in range(2)]
             with pytest.raises(EngineOverloadedError, match="max_queued_requests"):
                 engine.stream([1], GREEDY)
             for stream in streams:
@@ -292,7 +298,7 @@ def test_a_full_queue_refuses_and_generate_feeds_it_slowly(toy_model: Path) -> N
 
 def test_a_request_id_in_use_is_refused(engine: InferenceEngine) -> None:
     async def run() -> None:
-        first = engine.stream([1], SamplingParams(max_tokens=300, ignore_eos=True), request_id="same")
+        first = engine.stream([1], LONG, request_id="same")
         with pytest.raises(InvalidParameterError, match="'same' is in use"):
             engine.stream([1], GREEDY, request_id="same")
         await first.aclose()
@@ -464,7 +470,7 @@ def test_an_aborted_generate_says_so(toy_model: Path) -> None:
     engine = make(toy_model)
 
     async def run() -> None:
-        task = asyncio.create_task(engine.agenerate([1], SamplingParams(max_tokens=400, ignore_eos=True)))
+        task = asyncio.create_task(engine.agenerate([1], LONG))
         await asyncio.sleep(0.02)
         await asyncio.to_thread(engine.close)
         with pytest.raises((RequestAbortedError, EngineDeadError)):
@@ -479,10 +485,7 @@ def test_a_forgotten_engine_is_cleaned_up(toy_model: Path) -> None:
     engine.generate([[1]], GREEDY, use_tqdm=False)
     del engine
     gc.collect()
-    deadline = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() == before
+    wait_for(lambda: threading.active_count() == before)
 
 
 def test_numpy_prompts_are_welcome_and_nonsense_is_not(engine: InferenceEngine) -> None:
@@ -512,12 +515,8 @@ def test_closing_leaves_no_thread_and_no_model(toy_model: Path) -> None:
 
 def test_closing_ends_running_streams(toy_model: Path) -> None:
     async def run() -> FinishReason | None:
-        def slowly(_: Any, row: Any) -> Any:
-            time.sleep(0.02)  # the answer is not whole before the engine is closed
-            return row
-
         engine = make(toy_model)
-        stream = engine.stream([1], SamplingParams(max_tokens=400, ignore_eos=True, logits_processors=[slowly]))
+        stream = engine.stream([1], LONG)
         await anext(stream)
         await asyncio.to_thread(engine.close)
         last = None

@@ -448,7 +448,7 @@ def test_smollm2() -> None:
 def test_a_large_vocabulary_parses_quickly(put: Callable[..., Path]) -> None:
     words = [f"word{index}" for index in range(150_000)]
     path = put(build([pair("tokens", ARRAY, array(STRING, len(words), b"".join(map(text, words))))]))
-    started = time.perf_counter()
+    started = time.thread_time()
     file = GgufFile.open(path)
-    assert time.perf_counter() - started < 1.5  # takes about 0.05 s; the margin is for a busy machine
+    assert time.thread_time() - started < 1.5  # takes about 0.05 s; the margin is for a slow machine
     assert file.metadata["tokens"] == words

@@ -163,7 +163,7 @@ OTHERS: dict[str, Callable[[], dict[str, Any]]] = {
 
 def check(backend: LlguidanceBackend, make: Callable[[], StructuredOutputsParams]) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start, refusal = time.perf_counter(), None
+    start, refusal = time.process_time(), None
     try:
         grammar = backend.compile(make())
         bits = np.zeros(10, np.int32)
@@ -177,7 +177,7 @@ def check(backend: LlguidanceBackend, make: Callable[[], StructuredOutputsParams
     if refusal is not None:
         assert refusal.param == "structured_outputs"
         assert len(str(refusal)) < 700
-    assert time.perf_counter() - start < SECONDS
+    assert time.process_time() - start < SECONDS
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < MEGABYTES
 
 
@@ -188,18 +188,18 @@ def test_schemas(backend: LlguidanceBackend, name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in SCHEMAS if name.startswith("patterns that meet")])
 def test_patterns_that_meet_are_refused_at_once(backend: LlguidanceBackend, name: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(InvalidParameterError, match=r"put \d+ patterns and formats on one text.*at most 8 may meet"):
         backend.compile(StructuredOutputsParams(json=SCHEMAS[name]()))
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(("name", "count"), [("much at once", 19), ("much at once, spread out", 17)])
 def test_terminals_that_meet_are_refused_at_once(backend: LlguidanceBackend, name: str, count: int) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(InvalidParameterError, match=f"a terminal with {count} '&'.*at most 16 are allowed"):
         backend.compile(StructuredOutputsParams(**OTHERS[name]()))
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_patterns_apart_do_not_meet(backend: LlguidanceBackend) -> None:

@@ -136,10 +136,10 @@ def test_recursion_with_an_end_is_not(schema: Any) -> None:
 )
 def test_what_would_explode_is_refused_at_once(make: Any, message: str) -> None:
     schema = make()
-    start = time.perf_counter()
+    start = time.thread_time()
     with pytest.raises(InvalidParameterError, match=message):
         checked_schema(schema)
-    assert time.perf_counter() - start < 5
+    assert time.thread_time() - start < 5
 
 
 def test_nesting_is_bounded() -> None:
@@ -154,9 +154,9 @@ def test_endless_chains_are_found_in_linear_time() -> None:
     """A chain in the worst order, and ten thousand that wait for its end."""
     chain = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(250)} | {"d250": {"type": "null"}}
     schema = {"$defs": chain, "anyOf": [{"$ref": "#/$defs/d0"}] * 4_000}
-    start = time.perf_counter()
+    start = time.thread_time()
     checked_schema(schema)
-    assert time.perf_counter() - start < 3
+    assert time.thread_time() - start < 3
 
 
 def test_annotations_are_left_alone() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
+from waiting import wait_for
 
 from candle_vllm.core.errors import EngineDeadError, InvalidParameterError
 from candle_vllm.core.sampling import llguidance_backend
@@ -490,22 +490,28 @@ def test_equal_forms_at_the_same_time_are_compiled_once(
     backend = LlguidanceBackend(vocabulary, vocabulary.vocab_size, vocabulary.ends)
     compiler = backend._built()
     begun, go_on, count, compile_one = threading.Event(), threading.Event(), [0], compiler.compile
+    arrived, awaited = list[Any](), llguidance_backend._awaited
 
     def slow(spec: StructuredOutputsParams) -> Any:
         count[0] += 1
         begun.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         return compile_one(spec)
 
+    def waiting(other: Any) -> Any:
+        arrived.append(other)
+        return awaited(other)
+
     monkeypatch.setattr(compiler, "compile", slow)
+    monkeypatch.setattr(llguidance_backend, "_awaited", waiting)
     for number, (form, right) in enumerate(((StructuredOutputsParams(regex="ab"), True), (WRONG, False)), 1):
         begun.clear()
         go_on.clear()
         with ThreadPoolExecutor(4) as pool:
             first = pool.submit(backend.compile, form)
-            assert begun.wait(10)
+            assert begun.wait(60)
             others = [pool.submit(backend.compile, form) for _ in range(3)]
-            time.sleep(0.05)  # for the others to come to the same place
+            wait_for(lambda number=number: len(arrived) == 3 * number)
             go_on.set()
             for made in (first, *others):
                 if right:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 from candle_vllm.core import (
     AsyncEngineArgs,
@@ -84,7 +86,11 @@ def test_many_at_once_by_their_ids(engine: InferenceEngine) -> None:
 
 
 def test_an_abort_ends_the_iteration_and_leaving_it_aborts(engine: InferenceEngine) -> None:
-    long = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+    def slowly(_: Any, row: Any) -> Any:
+        time.sleep(0.02)  # the answer is not whole before it is aborted
+        return row
+
+    long = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True, logits_processors=[slowly])
 
     async def aborted() -> Any:
         llm, last = AsyncLLM(engine), None
@@ -102,12 +108,10 @@ def test_an_abort_ends_the_iteration_and_leaving_it_aborts(engine: InferenceEngi
         async for _ in stream:
             break
         await stream.aclose()  # type: ignore[attr-defined]
-        while engine.stats().num_running:
-            await asyncio.sleep(0.01)
+        await until(lambda: engine.stats().finished.get("abort", 0) == before + 1 and not engine.stats().num_running)
 
     before = engine.stats().finished.get("abort", 0)
-    asyncio.run(asyncio.wait_for(left(), 20))
-    assert engine.stats().finished["abort"] == before + 1
+    asyncio.run(left())
 
 
 def test_a_vector(engine: InferenceEngine) -> None:

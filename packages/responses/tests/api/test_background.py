@@ -443,7 +443,7 @@ async def test_work_closes_its_pieces_before_it_tells_its_end(
     work = Work(numbers(), seconds, take, end)
     if cancelled:
         await work.cancel()  # at once: it has not begun yet
-    await asyncio.wait_for(asyncio.wait({work.task}), 5)
+    await asyncio.wait_for(asyncio.wait({work.task}), 60)
     assert not work.task.cancelled()
     *before, last = log
     assert before == [1, "closed"]

@@ -97,7 +97,7 @@ class Gate:
 
 async def settled(condition: Callable[[], object]) -> None:
     """Lets the loop run until `condition` holds."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.001)
 

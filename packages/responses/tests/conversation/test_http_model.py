@@ -328,7 +328,7 @@ class TestConnections:
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 await closed.wait()
             await bench.model.aclose()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from waiting import PATIENCE
+from waiting import PATIENCE, until
 
 from candle_vllm.responses.mcp import processes
 from candle_vllm.responses.mcp.server_config import McpServerConfig
@@ -93,12 +93,7 @@ async def no_tasks_left() -> Any:
     """After each test its own task is the only one."""
     before = asyncio.all_tasks()
     yield
-    for _ in range(50):
-        left = asyncio.all_tasks() - before - {asyncio.current_task()}
-        if not left:
-            break
-        await asyncio.sleep(0.02)
-    assert not left, "the test left tasks"
+    await until(lambda: not asyncio.all_tasks() - before - {asyncio.current_task()})
 
 
 class HttpServer:

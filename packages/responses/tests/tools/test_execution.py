@@ -288,7 +288,7 @@ async def test_a_tool_that_hangs_is_cancelled() -> None:
     result = await done(doing(work), call(), timeout=0.05)
     assert (result.status, work.ended) == ("timed_out", 1)
     assert result.text == "The tool did not answer within 0.05 seconds and was stopped."
-    assert 0.05 <= result.seconds < 2
+    assert 0.05 <= result.seconds < 30
 
 
 async def test_a_tool_that_swallows_a_cancelling(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,9 +124,9 @@ def test_schemas_that_cannot_be_used_stop_nothing(schema: dict[str, Any], caplog
     ],
 )
 def test_exploding_patterns(pattern: str, text: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     assert len(faults(of(a={"pattern": pattern}), {"a": text})) == 1
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("pattern", ["(?=a)b", r"(a)\1", "[", "a{1000}{1000}{1000}", "x" * 1001, "(?P<n>a)(?P=n)"])
