@@ -110,6 +110,7 @@ def spec_of(schema: Any) -> StructuredOutputsParams:
 
 @example({"properties": {"a": True}, "additionalProperties": {"type": "null"}, "propertyNames": {"pattern": "^a"}}, [])
 @example({"allOf": [True], "propertyNames": {"pattern": "^a"}}, [])
+@example({"oneOf": [{"type": "number", "exclusiveMaximum": 1.5}, {"allOf": [{"const": 1}]}]}, [])
 @settings(deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
 @given(schema=OBJECTS, values=st.lists(st.sampled_from(VALUES), max_size=4))
 def test_a_grammar_takes_the_instances_of_its_schema(
@@ -128,6 +129,24 @@ def test_a_grammar_takes_the_instances_of_its_schema(
         found = any(accepts(letters, spec, text) for text in texts)
         valid = judge(schema).is_valid(value)
         assert found == valid or (valid and narrowed), value
+
+
+@pytest.mark.parametrize(("whole", "fraction"), [(0, 0.5), (1, 1.5), (-1, -1.5), (0, -0.5), (3, 3.25), (-2, -2.125)])
+@pytest.mark.parametrize("other", ["m", "exclusiveM"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_an_open_end_at_a_whole_number_is_no_member(
+    letters: LlguidanceBackend, whole: int, fraction: float, other: str, apart: bool
+) -> None:
+    """Also where the fraction at the other end is in the same unit, said there or elsewhere."""
+    low, high = ("exclusiveMinimum", f"{other}aximum") if whole < fraction else ("exclusiveMaximum", f"{other}inimum")
+    parts = [{"type": "number", low: whole}, {"type": "number", high: fraction}]
+    schema = {"allOf": parts} if apart else parts[0] | parts[1]
+    spec, judged = spec_of(schema), judge(schema)
+    near = (whole + tenth / 10 for tenth in range(-10, 11))
+    for text in {spelling for number in near for spelling in (f"{number:.2f}", f"{number:.1f}", f"{number:.0f}")}:
+        if accepts(letters, spec, text):
+            assert judged.is_valid(json.loads(text)), text
+    assert accepts(letters, spec, str(round((whole + fraction) / 2, 4)))
 
 
 @settings(deadline=None, max_examples=120, suppress_health_check=list(HealthCheck))

@@ -32,6 +32,7 @@ MAX_VALUES = 50_000  # of all enums
 MAX_COMPOUND_VALUES = 2_000  # of these, objects and arrays
 MAX_MULTIPLE = 50_000  # of multipleOf, its decimal point left out
 MAX_MULTIPLES = 200_000  # the same, summed up
+NEXT_TO_ZERO = 1e-17  # the least number beside an open end at zero: shorter ones have too many digits to be compiled
 EXACT = 1 << 53  # beyond it, neighbours are the same float
 MAX_INTEGER = (1 << 63) - 1
 
@@ -140,6 +141,7 @@ class _Check:
                     f"{MAX_LEVELS} are allowed"
                 )
         self.check_multiples()
+        self.close_open_ends()
         check_finite(self.nodes, self.targets)
         check_meeting(self.nodes, self.targets, SUPPORTED)
         if self.control and not self.any_escape():
@@ -192,6 +194,26 @@ class _Check:
             self.multiples.append(Fraction(str(schema["multipleOf"])))
         if "pattern" in schema or "format" in schema:
             self.count("patterns and formats", MAX_PATTERNS)
+
+    def close_open_ends(self) -> None:
+        """Between a whole number that is no member and a fraction before the next one, llguidance takes the whole one.
+
+        So where bounds may meet in such a way, the whole number gives way to the next float that is a member.
+        """
+        ends = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+        for sign, (plain, opened), other in ((1, *ends), (-1, *reversed(ends))):
+            units = {math.floor(sign * bound) for node, _ in self.nodes for bound in _fractions(node, *other)}
+            for node, place in self.nodes:
+                value = node.get(opened)
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or sign * value not in units:
+                    continue
+                if sign * value < 0:  # read from the other end, which is not open
+                    continue
+                held = sign * (math.nextafter(sign * value, math.inf) if value else NEXT_TO_ZERO)
+                del node[opened]
+                node[plain] = sign * max(sign * held, sign * node.get(plain, held))
+                if not value:
+                    self.remarks.add(f"the JSON schema's bound 0 (at {place}/{opened}) is held as {held}")
 
     def large_bound(self, schema: dict[str, Any], name: str, place: str) -> None:
         """Bounds become floats on the way, and then their shortest decimals: what is not exact gets narrower.
@@ -303,6 +325,14 @@ def _check_number(value: float, place: str) -> None:
     if isinstance(value, int) and abs(value) <= 1 << 62 and int(float(value)) == value:
         return
     raise refused(f"the JSON schema has a number that is too large (at {place}); at most 2^53 is supported")
+
+
+def _fractions(schema: dict[str, Any], *names: str) -> Iterator[float]:
+    """The bounds of these names that are no whole numbers."""
+    for name in names:
+        value = schema.get(name)
+        if isinstance(value, float) and not value.is_integer():
+            yield value
 
 
 def _digits(value: Fraction) -> int:
