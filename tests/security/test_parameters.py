@@ -30,6 +30,7 @@ FIELDS = [
     "stop_token_ids", "logit_bias", "allowed_token_ids", "bad_words", "priority", "truncate_prompt_tokens", "n_discard",
     "n_keep", "thinking_token_budget", "repeat_last_n", "stream_interval",
     "top_n_sigma", "mirostat", "mirostat_tau", "dry_multiplier", "dry_base", "dry_penalty_last_n", "xtc_threshold",
+    "num_speculative_tokens", "speculative.n_max", "speculative.n_min",
 ]  # fmt: skip
 WRONG: list[dict[str, Any]] = [
     {"n": 129}, {"n": 10**9}, {"n": -1}, {"best_of": 10**9}, {"max_tokens": 10**12}, {"max_tokens": -1},

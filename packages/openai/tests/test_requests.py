@@ -233,10 +233,10 @@ def test_every_sampling_field_arrives() -> None:
     bias = {"logit_bias": {"7": -5}}
     assert to_sampling_params(chat(**fields, **bias, logprobs=True, top_logprobs=3), {}) == expected
     assert to_sampling_params(completion(**fields, **bias, logprobs=3), {}) == expected
-    # skip_reading_prefix_cache and output_kind are the library's own, processors are code; structured output and
-    # thoughts have tests of their own
+    # skip_reading_prefix_cache and output_kind are the library's own, processors are code; structured output,
+    # predictions and thoughts have tests of their own
     others = {"logprobs", "logit_bias", "structured_outputs", "thoughts", "skip_reading_prefix_cache", "output_kind",
-              "logits_processors"}  # fmt: skip
+              "logits_processors", "prediction"}  # fmt: skip
     assert set(SamplingParams.__struct_fields__) == {*fields, *others}
 
 
@@ -342,7 +342,7 @@ SAMPLERS = {
     "repeat_last_n": 64, "top_n_sigma": 1.5, "typical_p": 0.9, "xtc_probability": 0.5, "xtc_threshold": 0.2,
     "dynatemp_range": 0.5, "dynatemp_exponent": 2.0, "mirostat": 2, "mirostat_tau": 4.0, "mirostat_eta": 0.2,
     "dry_multiplier": 0.8, "dry_base": 1.5, "dry_allowed_length": 3, "dry_penalty_last_n": 128,
-    "dry_sequence_breakers": ["x"],
+    "dry_sequence_breakers": ["x"], "num_speculative_tokens": 3,
 }  # fmt: skip
 
 
@@ -351,6 +351,21 @@ def test_llama_cpps_samplers(make: Any) -> None:
     params = to_sampling_params(make(**SAMPLERS), {"top_k": 40, "temperature": 0.5})
     assert {name: getattr(params, name) for name in SAMPLERS} == SAMPLERS
     assert (params.top_k, params.temperature) == (0, 0.5)  # mirostat takes the place of the model's cuts
+
+
+@pytest.mark.parametrize("make", [chat, completion])
+def test_llama_cpps_name_for_the_most_guesses(make: Any) -> None:
+    assert to_sampling_params(make(**{"speculative.n_max": 4}), {}).num_speculative_tokens == 4
+    assert to_sampling_params(make(**{"speculative.n_min": 0, "speculative.p_min": 0.0}), {}) == to_sampling_params(
+        make(), {}
+    )
+
+
+@pytest.mark.parametrize("name", ["speculative.n_min", "speculative.p_min", "speculative.type"])
+def test_what_cannot_be_said_of_guesses_is_refused_by_name(name: str) -> None:
+    param, text = refusal(chat, **{name: 0.5})
+    assert param == name
+    assert "num_speculative_tokens" in text or "--speculative-config" in text
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -11,9 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, SamplingParams, StructuredOutputsParams
+from candle_vllm.core import (
+    ConfigError,
+    EngineConfig,
+    InferenceEngine,
+    InvalidParameterError,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from candle_vllm.core.config import LONGEST_MATCH, draft_settings
-from candle_vllm.core.engine.drafting import Past, StepTimes, Text, _Guess
+from candle_vllm.core.engine.drafting import _SEPARATOR, Past, StepTimes, Text, _Guess
+from candle_vllm.core.engine.prediction import Prediction
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 
 
@@ -71,6 +79,40 @@ def test_past_answers_are_kept_in_two_generations_and_end_where_they_ended() -> 
     assert past.find([129, 129, 129], 2, 24)[2] == 3
     past.add([5] * 1000)
     assert sum(len(text.tokens) for text in past._texts) < 300
+
+
+def test_no_more_past_answers_are_kept_than_were_asked_for() -> None:
+    for most in (1, 2, 5, 8):
+        past = Past(answers=most)
+        for number in range(20):
+            past.add([100 + number] * 5)
+            kept = sum(text.tokens.count(_SEPARATOR) - 1 for text in past._texts)
+            assert max(1, most // 2) <= kept <= most or number + 1 < most
+            assert past.find([100 + number] * 3, 2, 24)[2] == 3  # the last one always
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "found"),
+    [
+        ([], [1, 2], 0),
+        ([1, 2, 3], [], 0),
+        ([1, 2, 3, 4], [1, 2, 3, 4], 4),
+        ([1, 2, 3, 4], [1, 9, 9, 3, 4], 3),  # left behind the first, found again where 3 and 4 stand
+        ([1, 2, 3, 4], [4, 3, 2, 1], 0),
+        ([5, 6, 1, 5, 6, 2, 5, 6, 3], [5, 6, 2, 5, 6, 3], 6),
+        ([7, 8], [7, 8] * 50, 2),  # no token is found twice
+    ],
+)
+def test_tokens_of_a_prediction_are_counted_once_each(prediction: list[int], answer: list[int], found: int) -> None:
+    assert Prediction(prediction).found_in(answer) == found
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=30), st.lists(st.integers(0, 3), max_size=30))
+def test_no_more_of_a_prediction_is_found_than_stands_in_the_answer(left: list[int], right: list[int]) -> None:
+    assert Prediction(left).found_in(left) == len(left)
+    assert 0 <= Prediction(left).found_in(right) <= min(len(left), len(right))
+    assert Prediction(left).found_in([9, *right]) <= sum(each in right for each in left)
 
 
 def test_times_of_steps_are_those_that_were_seen_and_lines_between_them() -> None:
@@ -144,6 +186,8 @@ PARAMS = [
     {"temperature": 0.9, "seed": 8, "mirostat": 2, "mirostat_tau": 3.0},
     {"temperature": 0.9, "seed": 9, "mirostat": 1},
     {"temperature": 0.9, "seed": 10, "dry_multiplier": 0.8, "xtc_probability": 0.5, "xtc_threshold": 0.05},
+    {"temperature": 0.9, "seed": 12, "num_speculative_tokens": 2},
+    {"temperature": 0.9, "seed": 13, "prediction": "abcabcbbbaaacab" * 3},
     {"temperature": 0.9, "seed": 11, "top_n_sigma": 1.0, "repetition_penalty": 1.3, "repeat_last_n": 5, "logprobs": 1},
 ]
 
@@ -214,6 +258,68 @@ def test_guesses_save_steps_and_are_counted(plain: InferenceEngine, drafting: In
         else:
             assert after.drafts == after.draft_tokens == 0
     assert drafting.stats().num_free_blocks == drafting.stats().num_blocks
+
+
+def steps_of(engine: InferenceEngine, params: SamplingParams) -> tuple[int, Any]:
+    """Steps that an answer took, and the answer."""
+    before = engine.stats()
+    (answer,) = engine.generate([list(b"xyzq")], params, use_tqdm=False)
+    after = engine.stats()
+    assert answer.metrics is not None
+    assert answer.metrics.draft_tokens == after.draft_tokens - before.draft_tokens
+    assert answer.metrics.accepted_draft_tokens == after.accepted_draft_tokens - before.accepted_draft_tokens
+    return after.steps - before.steps, answer
+
+
+def test_a_request_may_guess_less_or_nothing(drafting: InferenceEngine) -> None:
+    steps, texts = [], set()
+    for most in (128, 2, 1, 0):
+        params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True, num_speculative_tokens=most)
+        params.cache_salt = "alone"  # no past answers
+        count, answer = steps_of(drafting, params)
+        steps.append(count)
+        texts.add(answer.token_ids)
+        assert (answer.metrics.draft_tokens > 0) == (most > 0)
+        assert count + answer.metrics.accepted_draft_tokens == 60
+        assert answer.metrics.draft_tokens <= most * count
+    assert steps == sorted(steps)
+    assert steps[-1] == 60
+    assert len(texts) == 1
+    for wrong in (-1, 129, True, 1.0):
+        with pytest.raises(InvalidParameterError, match="num_speculative_tokens must be"):
+            SamplingParams(num_speculative_tokens=wrong)  # type: ignore[arg-type]
+
+
+def test_a_predicted_text_is_guessed(plain: InferenceEngine, drafting: InferenceEngine) -> None:
+    """The answer of a fresh seed, which nothing has said before, predicted right, half right and wrong."""
+    params = SamplingParams(temperature=1.5, seed=77, max_tokens=60, ignore_eos=True, cache_salt="alone")
+    allowed = [*range(97, 123)]  # tokens of letters, each of which is read as itself
+    params.allowed_token_ids = allowed
+    steps, answer = steps_of(plain, params)
+    assert steps == 60
+    assert (answer.metrics.predicted_tokens, answer.metrics.accepted_predicted_tokens) == (0, 0)
+    text = answer.text
+    for prediction, most, found in (
+        (text, 15, 60),
+        (text[:20] + "\n\n" + text[22:], 25, 60),
+        ("never " * 10, 60, 0),
+        ("", 60, 0),
+    ):
+        params.prediction = prediction
+        for engine in (plain, drafting):
+            took, other = steps_of(engine, params)
+            assert other.token_ids == answer.token_ids
+            assert took <= (60 if engine is plain else most)
+            told = other.metrics
+            assert (told.predicted_tokens, told.accepted_predicted_tokens) == (
+                len(prediction),
+                found - 2 * ("\n" in prediction),
+            )
+    params.prediction = "a" * 300
+    with pytest.raises(
+        InvalidParameterError, match="prediction has 300 tokens, but prompt and answer together at most 256"
+    ):
+        drafting.generate([[97]], params, use_tqdm=False)
 
 
 def test_what_a_form_leaves_no_choice_about_is_not_computed_token_by_token(

@@ -23,6 +23,7 @@ SHARED = [
         ("mirostat", 0, 2),
         ("dry_allowed_length", 1, 1 << 24),
         ("dry_penalty_last_n", -1, 1 << 24),
+        ("num_speculative_tokens", 0, 128),
     ),
     *numbers(
         ("temperature", 0, 100),
@@ -51,6 +52,7 @@ SHARED = [
         "echo",
         "add_special_tokens",
         "return_token_ids",
+        "return_draft_counts",
         "store",
     ),
     *texts("user", "request_id", "safety_identifier", "prompt_cache_key", "session_id", "cache_salt"),

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from candle_vllm.openai.protocol.fields import GUESS_FIELDS
+
 GONE = object()  # the field is left out
 BIG = 1 << 40
 LONG = "x" * 257  # longer than a name may be
@@ -65,7 +67,8 @@ def changed(right: Mapping[str, Any], row: Row) -> Any:
     if not row.path:
         return row.value
     body: Any = copy.deepcopy(dict(right))
-    *way, last = [int(step) if step.isdigit() else step for step in row.path.split(".")]
+    steps = [row.path] if row.path in GUESS_FIELDS else row.path.split(".")  # those have a dot of their own
+    *way, last = [int(step) if step.isdigit() else step for step in steps]
     place = body
     for step in way:
         place = place[step]

@@ -84,7 +84,7 @@ class SpeculativeConfig:
         method: "suffix" guesses from the text so far and from past answers, "ngram" from the text so far, "none" not.
         num_speculative_tokens: most drafts of a sequence in one step.
         prompt_lookup_min, prompt_lookup_max: shortest match that counts, and how many tokens of it are compared.
-        suffix_decoding_max_cached_requests: 0 keeps no past answers.
+        suffix_decoding_max_cached_requests: most past answers that are kept; 0 keeps none.
         suffix_decoding_max_spec_factor: most drafts for each token that matched; None is no limit.
         suffix_decoding_min_token_prob: drafts end where the next is less likely right than this.
     """

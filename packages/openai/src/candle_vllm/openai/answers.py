@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from candle_vllm.core.engine.request import FinishReason, PositionLogprobs, TokenOutput
+from candle_vllm.core.engine.request import GUESS_COUNTS, FinishReason, PositionLogprobs, TokenOutput
 from candle_vllm.core.errors import RequestAbortedError, RequestError
 from candle_vllm.openai.errors import GenerationFailedError
 from candle_vllm.openai.events import Begun, CallBegun, CallText, Ended, Event, Head, Text, Thought, Usage
@@ -159,6 +160,7 @@ class TokenCounts:
         self._completion = 0
         self._prompt_ms: int | None = None
         self._completion_ms: int | None = None
+        self._guesses = Counter[str]()
 
     def add(self, prompt: int, piece: TokenOutput, new_tokens: int) -> None:
         """Takes the counts of one piece."""
@@ -169,6 +171,8 @@ class TokenCounts:
         if (times := piece.metrics) is not None:
             self._prompt_ms = _longer(self._prompt_ms, times.first_scheduled_time, times.first_token_time)
             self._completion_ms = _longer(self._completion_ms, times.first_token_time, times.finished_time)
+            for name in GUESS_COUNTS:
+                self._guesses[name] += getattr(times, name)
 
     def usage(self, *, final: bool, reasoning: int | None = None) -> Usage:
         """The counts so far; the times only when `final`."""
@@ -179,6 +183,7 @@ class TokenCounts:
             reasoning_tokens=reasoning,
             prompt_ms=self._prompt_ms if final else None,
             completion_ms=self._completion_ms if final else None,
+            **(self._guesses if final else {}),
             final=final,
         )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from msgspec import UNSET, UnsetType
 
@@ -34,6 +34,13 @@ from candle_vllm.openai.protocol.generation import GenerationFields
 Chunk = TypeVar("Chunk")
 
 
+class Told(NamedTuple):
+    """What final counts tell beside the usual: of a predicted answer, and of guesses."""
+
+    predicted: bool = False
+    guesses: bool = False
+
+
 class AnswerWriter(ABC, Generic[Chunk]):
     """What chunks of chat and of completions share: the answer's head, and the counts beside each or at the end.
 
@@ -50,7 +57,7 @@ class AnswerWriter(ABC, Generic[Chunk]):
         self._usage_beside = request.continuous_usage
         self._usage: wire.Usage | UnsetType | None = None if request.include_usage else UNSET
         self._head: Head | None = None
-        self._predicted = False  # the request says what its answer will be
+        self._told = Told(guesses=bool(request.return_draft_counts))
 
     def write(self, events: Sequence[Event]) -> list[Chunk]:
         """The chunks that events make."""
@@ -64,9 +71,9 @@ class AnswerWriter(ABC, Generic[Chunk]):
             assert self._head is not None
             if not self._usage_last:
                 return None
-            return self._make(**self._head._asdict(), choices=(), usage=wire_usage(usage, predicted=self._predicted))
+            return self._make(**self._head._asdict(), choices=(), usage=wire_usage(usage, self._told))
         if self._usage_beside:
-            self._usage = wire_usage(usage, predicted=self._predicted)
+            self._usage = wire_usage(usage, self._told)
         return None
 
     def _chunk(self, choice: object, **extras: Any) -> Chunk:
@@ -107,7 +114,7 @@ class ChatWriter(AnswerWriter[ChatCompletionChunk]):
         self._request = request
         # The official client adds the pieces up: a message of calls alone has no content, not an empty one.
         self._first_content = None if calls else ""
-        self._predicted = request.prediction is not None
+        self._told = told_of(request)
         self._prompt_token_ids = tuple(prompt_token_ids) if request.return_token_ids else UNSET
 
     def _written(self, event: Event) -> ChatCompletionChunk | None:
@@ -152,13 +159,22 @@ class ChatWriter(AnswerWriter[ChatCompletionChunk]):
         return self._chunk(role, prompt_logprobs=shown, prompt_token_ids=token_ids, **labels)
 
 
-def wire_usage(usage: Usage, *, predicted: bool = False) -> wire.Usage:
-    """Counts in OpenAI's words; `predicted` is whether the request said what its answer will be."""
+def told_of(request: ChatCompletionRequest) -> Told:
+    """What a chat request wants to know beside the usual counts."""
+    return Told(predicted=request.prediction is not None, guesses=bool(request.return_draft_counts))
+
+
+def wire_usage(usage: Usage, told: Told = Told()) -> wire.Usage:  # noqa: B008  # it is immutable
+    """Counts in OpenAI's words."""
+    more: dict[str, int] = {}
+    if told.predicted and usage.final:
+        more["accepted_prediction_tokens"] = usage.accepted_predicted_tokens
+        more["rejected_prediction_tokens"] = usage.predicted_tokens - usage.accepted_predicted_tokens
+    if told.guesses and usage.final:
+        more |= {"draft_tokens": usage.draft_tokens, "accepted_draft_tokens": usage.accepted_draft_tokens}
     details: wire.CompletionTokensDetails | UnsetType = UNSET
-    if predicted:
-        details = wire.CompletionTokensDetails(usage.reasoning_tokens or 0, 0, 0)
-    elif usage.reasoning_tokens is not None:
-        details = wire.CompletionTokensDetails(usage.reasoning_tokens)
+    if more or usage.reasoning_tokens is not None:
+        details = wire.CompletionTokensDetails(usage.reasoning_tokens or 0, **more)
     return wire.Usage(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,

@@ -19,7 +19,7 @@ from candle_vllm.core.sampling import params as caps
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.adapter import OpenAIAdapter
 from candle_vllm.openai.events import Begun, Ended, Event, Text, Usage
-from candle_vllm.openai.protocol.fields import ModelName, Refusal, TokenIds, WireModel, prompt_form
+from candle_vllm.openai.protocol.fields import GUESS_FIELDS, ModelName, Refusal, TokenIds, WireModel, prompt_form
 from candle_vllm.openai.protocol.generation import SamplerFields, Stop
 from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.streams import ChunkStream
@@ -30,6 +30,7 @@ _SNIPPET = "\n\n--- snippet ---\n\n"
 
 _SAME = ("temperature", "top_k", "top_p", "min_p", "stop", "presence_penalty", "frequency_penalty", "ignore_eos")
 _REFUSED: Mapping[str, Refusal] = {
+    **GUESS_FIELDS,
     "n_probs": Refusal("log-probabilities are those of /v1/completions (logprobs)", (0,)),
     "min_keep": Refusal("every sampler keeps at least one token", (0, 1)),
     "grammar": Refusal("grammars are those of /v1/completions (structured_outputs)", ("",)),
@@ -155,13 +156,20 @@ LlamaRequest = LlamaCompletionRequest | InfillRequest
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens and milliseconds of the prompt and of the answer; those of the cache took no time."""
+    """Tokens and milliseconds of the prompt and of the answer; those of the cache took no time.
+
+    Attributes:
+        draft_n, draft_n_accepted: guessed tokens that were tried, and tokens of the answer that came of them; there
+            where any was tried.
+    """
 
     cache_n: int
     prompt_n: int
     prompt_ms: int
     predicted_n: int
     predicted_ms: int
+    draft_n: int | UnsetType = UNSET
+    draft_n_accepted: int | UnsetType = UNSET
 
 
 class LlamaText(msgspec.Struct, frozen=True, kw_only=True):
@@ -268,5 +276,7 @@ class _Writer:
                 prompt_ms=usage.prompt_ms or 0,
                 predicted_n=usage.completion_tokens,
                 predicted_ms=usage.completion_ms or 0,
+                draft_n=usage.draft_tokens or UNSET,
+                draft_n_accepted=usage.accepted_draft_tokens if usage.draft_tokens else UNSET,
             ),
         )

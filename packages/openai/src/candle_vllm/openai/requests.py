@@ -57,7 +57,11 @@ def read_chat(request: ChatCompletionRequest) -> Task:
     """What a checked chat request asks for."""
     messages = tuple(map(_message, request.messages))
     use = request.tool_use()
-    fields = {"prompt": "messages", "structured_outputs": _form_path(request, "tools")}
+    fields = {
+        "prompt": "messages",
+        "prediction": "prediction.content",
+        "structured_outputs": _form_path(request, "tools"),
+    }
     fields["thinking_token_budget"] = fields["thoughts"] = request.budget_field
     if request.max_completion_tokens is not None:
         fields["max_tokens"] = "max_completion_tokens"
@@ -137,6 +141,8 @@ def _given(request: ChatCompletionRequest | CompletionRequest) -> dict[str, Any]
     if isinstance(request, ChatCompletionRequest):
         limit = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
         given["logprobs"] = (request.top_logprobs or 0) if request.logprobs else None
+        if request.prediction is not None:
+            given["prediction"] = request.prediction.text
     else:
         limit = None if request.max_tokens is None else max(request.max_tokens, 1)
         given["logprobs"] = request.logprobs

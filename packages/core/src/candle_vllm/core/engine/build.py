@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING
 from candle_vllm.core.assembly.encoder import LoadedEncoder
 from candle_vllm.core.assembly.model import Described, LoadedModel
 from candle_vllm.core.assembly.placement import memory_of
-from candle_vllm.core.config import EngineConfig, draft_settings
+from candle_vllm.core.config import EngineConfig, SpeculativeConfig, draft_settings
 from candle_vllm.core.devices import Device, leave_cores_to_others
 from candle_vllm.core.engine.admission import encoder_tasks
 from candle_vllm.core.engine.block_manager import BlockManager
-from candle_vllm.core.engine.drafting import Drafter
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, ModelRunner
 from candle_vllm.core.engine.preparation import DecoderPreparation, EncoderPreparation
@@ -76,8 +75,10 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
     if config.max_num_batched_tokens == 0 and placement.device.type == "cpu":  # where the cache may cut the context
         longest = _plan_on_cpu(config, loaded, config.max_num_seqs or defaults.sequences, defaults.share).max_model_len
     sequences, budget = step_size(config, placement.device, longest)
+    drafts = draft_settings(config.speculative_config)
+    rows = 0 if drafts is None else _draft_rows(drafts, sequences, budget)
     if placement.device.type == "cuda":
-        if draft_settings(config.speculative_config) is not None:
+        if drafts is not None:
             raise ConfigError(
                 "speculative_config: tokens are guessed on the CPU alone: leave it out", "speculative_config"
             )
@@ -85,28 +86,29 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
 
         runner, plan = build_on_gpu(config, loaded, budget, sequences, defaults.share)
     else:
-        runner, plan = _build_on_cpu(config, loaded, budget, sequences, defaults.share)
+        runner, plan = _build_on_cpu(config, loaded, budget, sequences, rows)
     blocks = BlockManager(plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
     reproducible = config.deterministic and placement.device.type == "cuda"
-    rows = _draft_rows(config, sequences, budget)
     scheduler = Scheduler(blocks, sequences, budget, reproducible=reproducible, draft_rows=rows)
-    drafts = draft_settings(config.speculative_config)
-    drafter = None if drafts is None else Drafter(drafts, sequences, rows)
+    drafter = None
+    if drafts is not None:
+        from candle_vllm.core.engine.drafting import Drafter
+
+        drafter = Drafter(drafts, sequences, rows)
     engine = Engine(runner, scheduler, preparation_for(loaded, plan.max_model_len, config.seed), drafter)
     engine.cache_bytes = plan.num_blocks * plan.block_bytes
     return engine
 
 
-def _draft_rows(config: EngineConfig, sequences: int, budget: int) -> int:
+def _draft_rows(drafts: SpeculativeConfig, sequences: int, budget: int) -> int:
     """Most drafts of a step: every sequence has its own row beside them."""
-    drafts = draft_settings(config.speculative_config)
-    if drafts is not None and budget == sequences:
+    if budget == sequences:
         raise ConfigError(
             f"speculative_config: max_num_batched_tokens {budget} has no rows for guesses beside max_num_seqs "
             f"{sequences}: set max_num_batched_tokens={sequences + drafts.num_speculative_tokens}",
             "speculative_config",
         )
-    return 0 if drafts is None else min(max(16, drafts.num_speculative_tokens), budget - sequences)
+    return min(max(16, drafts.num_speculative_tokens), budget - sequences)
 
 
 def step_size(config: EngineConfig, device: Device, longest: int = 0) -> tuple[int, int]:
@@ -199,10 +201,10 @@ def _plan_on_cpu(
 
 
 def _build_on_cpu(
-    config: EngineConfig, loaded: LoadedModel, budget: int, sequences: int, share: float
+    config: EngineConfig, loaded: LoadedModel, budget: int, sequences: int, draft_rows: int
 ) -> tuple[ModelRunner, CachePlan]:
     placement = loaded.placement
-    plan = _plan_on_cpu(config, loaded, sequences, share)
+    plan = _plan_on_cpu(config, loaded, sequences, DEFAULTS["cpu"].share)
     logger.info(plan.message)
     if plan.warning:
         logger.warning(plan.warning)
@@ -219,7 +221,7 @@ def _build_on_cpu(
     limits = StepLimits(
         tokens=budget,
         sequences=sequences,
-        logit_rows=max(sequences + _draft_rows(config, sequences, budget), MAX_SCORED_ROWS),
+        logit_rows=max(sequences + draft_rows, MAX_SCORED_ROWS),
         table_width=-(-plan.max_model_len // config.block_size),
         block_size=config.block_size,
         threads=config.threads or default_threads(),

@@ -15,16 +15,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from candle_vllm.core.config import LONGEST_MATCH, SpeculativeConfig
 from candle_vllm.core.engine.live import LiveSequence
+from candle_vllm.core.engine.prediction import Prediction
 
 _CANDIDATES = 12  # places that are looked at
 _SEPARATOR = -1  # between answers of the past; no token
 _PAST_TOKENS = 1 << 18  # of each of two generations of past answers
 _SURE = 0.98  # most that is believed of any guess
+_OPENING = 12  # tokens of a match that are as good as the place where a predicted text begins
 _FORCED = 0  # the bucket of what a grammar leaves no choice about
 
 # How long a match is, in buckets, and what is believed of the next token before any was judged: (hits, of tries).
@@ -84,16 +87,24 @@ class Text:
 
 
 class Past:
-    """Answers of the past, in two generations: when the younger is full, the older one goes."""
+    """Answers of the past, in two generations: when the younger is full, the older one goes.
 
-    def __init__(self, most: int = _PAST_TOKENS) -> None:
+    Args:
+        most: tokens of a generation.
+        answers: most answers of both.
+    """
+
+    def __init__(self, most: int = _PAST_TOKENS, answers: int = _PAST_TOKENS) -> None:
         self._most = most
+        self._answers, self._young = answers, 0
         self._texts = [Text([_SEPARATOR]), Text([_SEPARATOR])]  # the younger first
 
     def add(self, answer: Sequence[int]) -> None:
         """Keeps an answer, or the end of it."""
-        if len(self._texts[0].tokens) + len(answer) >= self._most:
-            self._texts = [Text([_SEPARATOR]), self._texts[0]]
+        if len(self._texts[0].tokens) + len(answer) >= self._most or self._young >= max(1, self._answers // 2):
+            self._texts = [Text([_SEPARATOR]), self._texts[0] if self._answers > 1 else Text([_SEPARATOR])]
+            self._young = 0
+        self._young += 1
         young = self._texts[0]
         young.tokens += answer[-self._most // 2 :]
         young.tokens.append(_SEPARATOR)
@@ -136,12 +147,15 @@ class _Guess:
 class _Record:
     """What is known of one sequence."""
 
-    __slots__ = ("guess", "hits", "known", "text", "tries")
+    __slots__ = ("guess", "hits", "known", "prediction", "text", "tries")
 
-    def __init__(self, live: LiveSequence) -> None:
+    def __init__(self, live: LiveSequence, prediction: Text | None) -> None:
         self.text = Text(live.sequence.tokens)
         self.known = len(live.sequence.tokens)  # tokens that the guess was judged by
         self.guess: _Guess | None = None
+        self.prediction = prediction
+        if prediction is not None:
+            self.known, self.guess = live.sequence.num_prompt_tokens, _Guess(prediction.tokens, 0, _OPENING)
         self.hits = self.tries = 0.0
 
 
@@ -214,8 +228,9 @@ class Drafter:
         self.times = StepTimes(max_seqs + rows)
         self._config, self._rows = config, rows
         keeps = config.method == "suffix" and config.suffix_decoding_max_cached_requests > 0
-        self._past = Past() if keeps else None
+        self._past = Past(answers=config.suffix_decoding_max_cached_requests) if keeps else None
         self._records: dict[LiveSequence, _Record] = {}
+        self._predictions = WeakKeyDictionary[Prediction, Text]()
         self._hits = [hits for hits, _ in _PRIOR]
         self._tries = [tries for _, tries in _PRIOR]
 
@@ -245,14 +260,26 @@ class Drafter:
         rows = 0
         for live in lives:
             rows += 1
+            if not live.state.params.num_speculative_tokens:
+                continue
             record = self._records.get(live)
             if record is None:
-                record = self._records[live] = _Record(live)
+                record = self._records[live] = _Record(live, self._predicted(live.prediction))
             guess = self._guess(live, record)
             live.sequence.drafts = ()
             if guess is not None and (offer := self._offer(live, record, guess)):
                 guesses.append((live, *offer))
         return bool(guesses) and self._choose(guesses, rows)
+
+    def _predicted(self, prediction: Prediction | None) -> Text | None:
+        """A prediction as a text that ends where it ends; one for all sequences of a request."""
+        if prediction is None:
+            return None
+        text = self._predictions.get(prediction)
+        if text is None:
+            text = self._predictions[prediction] = Text([*prediction.tokens, _SEPARATOR])
+            text.follow()
+        return text
 
     def _guess(self, live: LiveSequence, record: _Record) -> _Guess | None:
         """What the sequence may go on with; the last guess is judged before."""
@@ -278,10 +305,11 @@ class Drafter:
             guess = _Guess(forced, 0, 0)
         elif guess is not None and not guess.length and guess.place >= len(guess.tokens):
             guess = None
-        record.guess = guess or self._found(live, record.text)
+        record.guess = guess or self._found(live, record)
         return record.guess
 
-    def _found(self, live: LiveSequence, text: Text) -> _Guess | None:
+    def _found(self, live: LiveSequence, record: _Record) -> _Guess | None:
+        text, prediction = record.text, record.prediction
         least, most = self._config.prompt_lookup_min, self._config.prompt_lookup_max
         place, length = text.find(text.tokens, least, most)
         tokens = text.tokens
@@ -289,6 +317,10 @@ class Drafter:
             other, there, longer = self._past.find(text.tokens, least, most)
             if longer > length:
                 tokens, place, length = other, there, longer
+        if prediction is not None:
+            there, longer = prediction.find(text.tokens, least, most)
+            if longer and longer >= length:
+                tokens, place, length = prediction.tokens, there, longer
         return _Guess(tokens, place, length) if length else None
 
     def _judge(self, record: _Record, length: int, right: bool) -> None:
@@ -306,7 +338,8 @@ class Drafter:
     def _offer(self, live: LiveSequence, record: _Record, guess: _Guess) -> tuple[list[int], list[float]] | None:
         """Drafts, and for each how likely it and all before it are right."""
         config, sequence = self._config, live.sequence
-        most = min(config.num_speculative_tokens, self._rows, sequence.max_length - len(sequence.tokens) - 1)
+        asked = min(config.num_speculative_tokens, live.state.params.num_speculative_tokens)
+        most = min(asked, self._rows, sequence.max_length - len(sequence.tokens) - 1)
         if config.suffix_decoding_max_spec_factor is not None and guess.length:
             most = min(most, int(guess.length * config.suffix_decoding_max_spec_factor))
         chances: list[float] = []

@@ -10,12 +10,11 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence as Seq
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
 from candle_vllm.core.engine.batch import Batch, BatchBuilder
-from candle_vllm.core.engine.drafting import Drafter
 from candle_vllm.core.engine.live import Live, LiveSequence
 from candle_vllm.core.engine.model_runner import Launched, ModelRunner
 from candle_vllm.core.engine.pooled import PooledText
@@ -26,6 +25,9 @@ from candle_vllm.core.engine.sequence import Run, Sequence, Step
 from candle_vllm.core.errors import InvalidParameterError, RequestError
 from candle_vllm.core.sampling.sampler import Drawn, Token
 from candle_vllm.core.sampling.state import SamplingState
+
+if TYPE_CHECKING:
+    from candle_vllm.core.engine.drafting import Drafter
 
 logger = logging.getLogger(__name__)
 
@@ -274,8 +276,10 @@ class Engine:
 
     def _advance_run(self, run: Run, live: LiveSequence, drawn: Seq[Token]) -> TokenOutput:
         """Gives one sequence what came of its drafts, up to its end; its cache keeps no more than that."""
+        live.draft_tokens += len(run.drafts)
         pieces: list[TokenOutput] = []
         for token in drawn:
+            live.accepted_draft_tokens += bool(pieces)  # each but the first came of a guess
             pieces.append(self._accept(live, token))
             if pieces[-1].finished:
                 break
@@ -283,7 +287,7 @@ class Engine:
             assert isinstance(self.scheduler, Scheduler)
             self.scheduler.settle_drafts(run)
             if self._drafter is not None:
-                self._drafter.tried(len(run.drafts), len(drawn) - 1)
+                self._drafter.tried(len(run.drafts), len(pieces) - 1)
         piece = joined(pieces)
         return self._finish(live, piece) if piece.finished else piece
 

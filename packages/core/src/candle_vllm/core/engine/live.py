@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, ModelRunner
+from candle_vllm.core.engine.prediction import Prediction
 from candle_vllm.core.engine.request import (
     FinishReason,
     GenerationRequest,
@@ -102,6 +103,11 @@ class LiveSequence(Live):
         tokenizer: for text and for the texts of log-probabilities.
         eos_token_ids: tokens that end it, unless the request ignores them.
         max_length: total length, prompt included, at which it ends.
+        prediction: what its text may be, where the request says it.
+
+    Attributes:
+        draft_tokens: guesses that were tried.
+        accepted_draft_tokens: tokens of the answer that came of them.
     """
 
     __slots__ = (
@@ -116,8 +122,11 @@ class LiveSequence(Live):
         "_request_id",
         "_texts",
         "_tokens",
+        "accepted_draft_tokens",
         "detokenizer",
+        "draft_tokens",
         "eos_token_ids",
+        "prediction",
         "prompt_logprobs",
         "state",
         "stop_token_ids",
@@ -131,9 +140,12 @@ class LiveSequence(Live):
         tokenizer: Tokenizer,
         eos_token_ids: Collection[int],
         max_length: int,
+        prediction: Prediction | None = None,
     ) -> None:
         super().__init__(sequence)
         params = sequence.request.params
+        self.prediction = prediction
+        self.draft_tokens = self.accepted_draft_tokens = 0
         sequence.max_length = max_length
         self.state = state
         self.tokenizer = tokenizer
@@ -221,6 +233,22 @@ class LiveSequence(Live):
         """See `Live`; text that was held back comes with it."""
         piece = self._piece(self.detokenizer.finish(), (), None, reason, None)
         return msgspec.structs.replace(piece, **_told(failure))
+
+    def _metrics(self) -> RequestMetrics:
+        times = super()._metrics()
+        if not self.draft_tokens and self.prediction is None:
+            return times
+        told, found = 0, 0
+        if self.prediction is not None:
+            told = len(self.prediction.tokens)
+            found = self.prediction.found_in(self._tokens[self._num_prompt_tokens :])
+        return msgspec.structs.replace(
+            times,
+            draft_tokens=self.draft_tokens,
+            accepted_draft_tokens=self.accepted_draft_tokens,
+            predicted_tokens=told,
+            accepted_predicted_tokens=found,
+        )
 
     def read_rows(self, run: Run, offset: int, runner: ModelRunner) -> None:
         """See `Live`: log-probabilities of the prompt, where they are asked for."""

@@ -14,6 +14,7 @@ import msgspec
 from candle_vllm.core.engine.admission import check_encoder_task, check_pooling_request, check_request, encoder_tasks
 from candle_vllm.core.engine.live import Live, LiveSequence
 from candle_vllm.core.engine.pooled import PooledText
+from candle_vllm.core.engine.prediction import Prediction
 from candle_vllm.core.engine.request import GenerationRequest, PoolingRequest
 from candle_vllm.core.engine.sequence import Sequence
 from candle_vllm.core.errors import InvalidParameterError
@@ -144,8 +145,9 @@ class DecoderPreparation(Preparation):
             breakers=breakers_of(self._breakers, request.params),
         )
         states = [state, *(state.sibling(index) for index in range(1, request.params.n))]
+        predicted = None if request.params.prediction is None else self._prediction(request.params.prediction)
         return [
-            LiveSequence(Sequence(request, index, order=-1), own, self._tokenizer, self._ends, max_length)
+            LiveSequence(Sequence(request, index, order=-1), own, self._tokenizer, self._ends, max_length, predicted)
             for index, own in enumerate(states)
         ]
 
@@ -186,6 +188,15 @@ class DecoderPreparation(Preparation):
                 text.special_token_ids,
             )
         )
+
+    def _prediction(self, text: str) -> Prediction:
+        tokens = self._tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+        if len(tokens) > self.max_model_len:
+            raise InvalidParameterError(
+                f"prediction has {len(tokens)} tokens, but prompt and answer together at most {self.max_model_len}",
+                "prediction",
+            )
+        return Prediction(tokens)
 
     def _bad_words(self, words: Seq[str]) -> list[list[int]]:
         """Token sequences of each word, at the start of a text and behind a space."""

@@ -108,12 +108,23 @@ class PositionLogprobs(ShownStruct, frozen=True):
 
 
 class RequestMetrics(ShownStruct, frozen=True):
-    """Times of one request, `time.monotonic()` seconds; None while not reached."""
+    """Times of one request, `time.monotonic()` seconds, None while not reached; and what came of guesses.
+
+    Attributes:
+        draft_tokens, accepted_draft_tokens: guessed tokens that were tried, and how many of the answer's tokens came of
+            them; as many steps were saved.
+        predicted_tokens, accepted_predicted_tokens: of `SamplingParams.prediction`, and how many of them stand in the
+            answer, tried or not.
+    """
 
     arrival_time: float
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
+    predicted_tokens: int = 0
+    accepted_predicted_tokens: int = 0
 
 
 class TokenOutput(ShownStruct, frozen=True, kw_only=True, gc=False):
@@ -253,12 +264,20 @@ class OutputCollector:
             outputs=tuple(_completion(index, pieces) for index, pieces in self._pieces.items()),
             num_cached_tokens=first[-1].num_cached_tokens,
             prompt_logprobs=next((p.prompt_logprobs for p in first if p.prompt_logprobs is not None), None),
-            metrics=max((piece.metrics for piece in last if piece.metrics), key=_end_time, default=None),
+            metrics=_of_all([piece.metrics for piece in last if piece.metrics]),
         )
 
 
-def _end_time(metrics: RequestMetrics) -> float:
-    return metrics.finished_time or 0.0
+GUESS_COUNTS = ("draft_tokens", "accepted_draft_tokens", "predicted_tokens", "accepted_predicted_tokens")
+"""What `RequestMetrics` counts, and the sequences of a request add up to."""
+
+
+def _of_all(known: Sequence[RequestMetrics]) -> RequestMetrics | None:
+    """Times of the sequence that ended last, and what came of the guesses of all."""
+    if len(known) < 2:
+        return known[0] if known else None
+    last = max(known, key=lambda metrics: metrics.finished_time or 0.0)
+    return msgspec.structs.replace(last, **{name: sum(getattr(each, name) for each in known) for name in GUESS_COUNTS})
 
 
 def _completion(index: int, pieces: Sequence[TokenOutput]) -> CompletionOutput:

@@ -27,6 +27,8 @@ MAX_LOOKBACK = 1 << 24  # tokens of `repeat_last_n` and `dry_penalty_last_n`
 MAX_BREAKERS = 16  # of `dry_sequence_breakers`
 MAX_BREAKER_LENGTH = 40  # characters of one, as in llama.cpp
 MAX_PROCESSORS = 16
+MAX_GUESSES = 128  # of `num_speculative_tokens`
+MAX_PREDICTION = 1 << 20  # characters of `prediction`
 
 DRY_BREAKERS = ("\n", ":", '"', "*")
 """What ends a repetition for DRY where the request does not say it; llama.cpp's."""
@@ -131,6 +133,10 @@ class SamplingParams(
             forced; what `structured_outputs` or `allowed_token_ids` does not take there waits until it does.
         cache_salt: prefix-cache blocks are shared only between requests with the same salt.
         skip_reading_prefix_cache: compute the whole prompt even where cached blocks exist.
+        num_speculative_tokens: most guessed tokens that a step tries, 0 to 128, where the engine guesses any; its own
+            limit counts too. 0 guesses nothing. It changes no token.
+        prediction: what the text will be for the most part, up to 2 ** 20 characters: guesses are found in it, too. It
+            changes no token.
         output_kind: of `AsyncLLM.generate` alone; elsewhere the method says whether it gives pieces or whole outputs.
     """
 
@@ -175,6 +181,8 @@ class SamplingParams(
     thoughts: ThoughtBudget | None = None
     cache_salt: str | None = None
     skip_reading_prefix_cache: bool = False
+    num_speculative_tokens: int = MAX_GUESSES
+    prediction: str | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     if not TYPE_CHECKING:  # the fields' own types are what is checked
@@ -269,6 +277,11 @@ class SamplingParams(
             raise InvalidParameterError("thoughts must be a ThoughtBudget", "thoughts")
         if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and 0 < len(self.cache_salt) <= 256):
             raise InvalidParameterError("cache_salt must be a text of 1 to 256 characters", "cache_salt")
+        if self.prediction is not None and not (
+            isinstance(self.prediction, str) and len(self.prediction) <= MAX_PREDICTION
+        ):
+            said = f"prediction must be a text of at most {MAX_PREDICTION} characters"
+            raise InvalidParameterError(said, "prediction")
 
     def leaves_open(self, name: str) -> bool:
         """Whether nobody gave this field."""
@@ -340,10 +353,11 @@ _COUNTS: Mapping[str, tuple[int, int]] = MappingProxyType(
         "mirostat": (0, 2),
         "dry_allowed_length": (1, MAX_LOOKBACK),
         "dry_penalty_last_n": (-1, MAX_LOOKBACK),
+        "num_speculative_tokens": (0, MAX_GUESSES),
     }
 )
 SAMPLER_FIELDS = (*_NUMBERS, *_COUNTS, "dry_sequence_breakers")
-"""The fields of llama.cpp's samplers, which have the same names in requests."""
+"""The fields of llama.cpp's samplers and of guessing, which have the same names in requests of every API."""
 
 
 def _is_open(value: object) -> bool:

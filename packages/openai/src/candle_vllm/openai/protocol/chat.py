@@ -40,7 +40,7 @@ class PredictionPart(WireModel):
 
 
 class Prediction(WireModel):
-    """What the answer will be for the most part. It changes no token, and makes none of them faster."""
+    """What the answer will be for the most part. Guesses are found in it, and it changes no token."""
 
     type: Literal["content"]
     content: Annotated[
@@ -49,13 +49,18 @@ class Prediction(WireModel):
         Discriminator(lambda value: "<parts>" if isinstance(value, list) else "<string>"),
     ]
 
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
 
 class ChatCompletionRequest(TemplateFields, GenerationFields):
     """A conversation to continue.
 
     `max_completion_tokens` and `max_tokens` are two names of one limit; neither means: up to the model's context.
     `include_reasoning: false` leaves the thoughts out of the answer; they are generated and counted all the same.
-    With a `prediction`, usage says that none of its tokens was accepted or rejected: none was tried.
+    With a `prediction`, usage says how many of its tokens stand in the answer.
     `conversation_id` and `resource_id` are labels of the client: the answer repeats them, a stream in its first chunk.
     """
 

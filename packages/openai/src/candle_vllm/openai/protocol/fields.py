@@ -55,7 +55,17 @@ _ONE_ORDER = "samplers have one order"
 _NO_SAMPLER = "there is no such sampler"
 _CHAT_ONLY = "it belongs to chat requests"
 
+_MEASURED = "how many guesses are tried follows from how they fared; num_speculative_tokens bounds them"
+
+GUESS_FIELDS: Mapping[str, Refusal] = {
+    "speculative.n_min": Refusal(_MEASURED, (0,)),
+    "speculative.p_min": Refusal(_MEASURED, (0, 0.0)),
+    "speculative.type": Refusal("the operator chooses it, --speculative-config"),
+}
+"""Of llama.cpp."""
+
 REFUSED_FIELDS: Mapping[str, Refusal] = {
+    **GUESS_FIELDS,
     "functions": Refusal(_OLD_FUNCTIONS, ([],)),
     "function_call": Refusal(_OLD_FUNCTIONS, ("none", "auto")),
     "guided_json": Refusal("use structured_outputs with json"),

@@ -67,7 +67,8 @@ class StreamOptions(WireModel):
 
 
 class SamplerFields(WireModel):
-    """llama.cpp's samplers, by its names; `SamplingParams` has the same fields and says what they mean."""
+    """llama.cpp's samplers, by its names, and how much is guessed; `SamplingParams` has the same fields and says what
+    they mean."""
 
     repeat_last_n: Annotated[int, Field(ge=-1, le=caps.MAX_LOOKBACK)] | None = None
     top_n_sigma: Annotated[float, Field(ge=-1, le=100)] | None = None
@@ -90,6 +91,7 @@ class SamplerFields(WireModel):
         ]
         | None
     ) = None
+    num_speculative_tokens: Annotated[int, Field(ge=0, le=caps.MAX_GUESSES)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -117,7 +119,11 @@ class SamplerFields(WireModel):
             return value
 
 
-OTHER_NAMES: Mapping[str, str] = {"repeat_penalty": "repetition_penalty", "mirostat_mode": "mirostat"}
+OTHER_NAMES: Mapping[str, str] = {
+    "repeat_penalty": "repetition_penalty",
+    "mirostat_mode": "mirostat",
+    "speculative.n_max": "num_speculative_tokens",
+}
 """Of llama.cpp, Ollama and text-generation-webui, with what they are called here."""
 MAX_BREAKERS_TEXT = 4096  # characters
 
@@ -160,6 +166,7 @@ class GenerationFields(SamplerFields):
     echo: bool | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+    return_draft_counts: bool | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
     request_id: RequestId | None = None
 

@@ -13,21 +13,29 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
 
 
 class CompletionTokensDetails(msgspec.Struct, frozen=True):
-    """What the output's tokens were: `reasoning_tokens` are thoughts, with the marks around them.
+    """What the output's tokens were; final counts alone have more than the first.
 
-    The other two are there where the request predicted its answer; both are 0, for predictions are not tried.
+    Attributes:
+        reasoning_tokens: thoughts, with the marks around them.
+        accepted_prediction_tokens, rejected_prediction_tokens: tokens of the predicted text that stand in the answer,
+            and the others, whether they were tried or not; there where the request predicted its answer, and of every
+            choice.
+        draft_tokens, accepted_draft_tokens: guessed tokens that were tried, and tokens of the answer that came of them;
+            there where `return_draft_counts` asked for them.
     """
 
     reasoning_tokens: int
     accepted_prediction_tokens: int | UnsetType = UNSET
     rejected_prediction_tokens: int | UnsetType = UNSET
+    draft_tokens: int | UnsetType = UNSET
+    accepted_draft_tokens: int | UnsetType = UNSET
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens of the whole request: each prompt counted once, the output of every choice.
 
     Attributes:
-        completion_tokens_details: there where the model may have reasoned.
+        completion_tokens_details: there where there is something to be told of.
         prompt_time_costs: milliseconds from first work on the prompt to the first token; in final counts only.
         completion_time_costs: milliseconds from the first token to the last; in final counts only.
     """

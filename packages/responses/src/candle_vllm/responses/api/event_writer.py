@@ -41,6 +41,7 @@ class EventWriter:
         response: as it begins, in progress or queued, and without output.
         plan: the tools; where they are not known yet, `resume` says them.
         encoded: thoughts come in the form that is sent back, too.
+        tells_guesses: usage has the counts of guessed tokens.
         clock: seconds since 1970.
 
     Attributes:
@@ -54,11 +55,12 @@ class EventWriter:
         plan: ToolPlan | None = None,
         *,
         encoded: bool = False,
+        tells_guesses: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.response = response
         self.concluded = False
-        self._encoded = encoded
+        self._encoded, self._tells_guesses = encoded, tells_guesses
         self._clock = clock
         self._log = OutputLog()
         self._items = TurnItems(self._log, plan or ToolPlan(), encoded=encoded)
@@ -154,6 +156,9 @@ class EventWriter:
 
     def _ended(self, status: str) -> Response:
         usage = self._usage
+        guesses: dict[str, int] = {}
+        if self._tells_guesses:
+            guesses = {"draft_tokens": usage.draft_tokens, "accepted_draft_tokens": usage.accepted_draft_tokens}
         return replace(
             self.response,
             status=status,
@@ -163,7 +168,7 @@ class EventWriter:
                 input_tokens=usage.prompt_tokens,
                 input_tokens_details=InputTokensDetails(cached_tokens=usage.cached_tokens),
                 output_tokens=usage.completion_tokens,
-                output_tokens_details=OutputTokensDetails(reasoning_tokens=usage.reasoning_tokens),
+                output_tokens_details=OutputTokensDetails(reasoning_tokens=usage.reasoning_tokens, **guesses),
                 total_tokens=usage.prompt_tokens + usage.completion_tokens,
             ),
         )

@@ -149,7 +149,9 @@ class Responder:
             if parsed.model is not None and (parsed.model in names or not names):
                 model = parsed.model
             response = begin_response(parsed, model=model, stored=stored, defaults=defaults)
-            writer = EventWriter(response, encoded=parsed.wants_encrypted)
+            writer = EventWriter(
+                response, encoded=parsed.wants_encrypted, tells_guesses=bool(parsed.return_draft_counts)
+            )
 
             async def work(stream: ResponseStream) -> None:
                 if at_once:

@@ -99,7 +99,7 @@ def chat_request(task: Task) -> dict[str, Any]:
     if effort == "none":  # by which a server knows that these are off
         variables = {name: value for name, value in variables.items() if name not in ("thinking", "enable_thinking")}
     sampling = dict(task.sampling)
-    logprobs = sampling.pop("logprobs", None)
+    logprobs, predicted = sampling.pop("logprobs", None), sampling.pop("prediction", None)
     use = task.tools
     fields = {
         "model": task.model,
@@ -123,6 +123,7 @@ def chat_request(task: Task) -> dict[str, Any]:
         **sampling,
         "logprobs": None if logprobs is None else True,
         "top_logprobs": logprobs,
+        "prediction": None if predicted is None else {"type": "content", "content": predicted},
         "priority": task.priority or None,
         "request_id": task.request_id,
     }

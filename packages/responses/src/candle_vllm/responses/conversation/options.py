@@ -110,12 +110,22 @@ class ConversationOptions(ExplainedStruct, frozen=True, kw_only=True):
 
 
 class ConversationUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of all turns together; a prompt counts again in every turn, `cached_tokens` of it were not computed."""
+    """Tokens of all turns together; a prompt counts again in every turn, `cached_tokens` of it were not computed.
+
+    Attributes:
+        draft_tokens, accepted_draft_tokens: guessed tokens that were tried, and tokens of the output that came of them.
+        predicted_tokens, accepted_predicted_tokens: of the text that was predicted, and those that stand in the output;
+            for each turn.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
     reasoning_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
+    predicted_tokens: int = 0
+    accepted_predicted_tokens: int = 0
 
     def __add__(self, other: ConversationUsage) -> ConversationUsage:
         return ConversationUsage(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from candle_vllm.openai.protocol.fields import REFUSED_FIELDS, Refusal, invalid
+from candle_vllm.openai.protocol.fields import GUESS_FIELDS, REFUSED_FIELDS, Refusal, invalid
 
 MAX_ITEMS = 8192  # of one request
 MAX_METADATA = 16
@@ -43,6 +43,7 @@ REFUSED_RESPONSES_FIELDS: Mapping[str, Refusal] = {
         name: REFUSED_FIELDS[name]
         for name in ("functions", "function_call", "audio", "moderation", "web_search_options", "suffix")
     },
+    **GUESS_FIELDS,
     "prompt": Refusal("the server keeps no prompt templates; put the text into instructions and input"),
     "context_management": Refusal("prompts are never compacted; truncation: auto drops the oldest turns", ([],)),
     "image": Refusal("the server takes text only", ({},)),

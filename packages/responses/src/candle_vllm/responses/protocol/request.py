@@ -194,6 +194,7 @@ class ResponsesRequest(PromptFields, SamplerFields):
     stop: Stop | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    return_draft_counts: bool | None = None
 
     # ADVISORY_RESPONSES_FIELDS: checked and without effect.
     user: Annotated[str, Field(max_length=MAX_NAME)] | None = None

@@ -167,9 +167,15 @@ class InputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OutputTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
-    """What the output's tokens were: `reasoning_tokens` are thoughts, with the marks around them."""
+    """What the output's tokens were: `reasoning_tokens` are thoughts, with the marks around them.
+
+    The other two are there where `return_draft_counts` asked for them: guessed tokens that were tried, and tokens of
+    the output that came of them.
+    """
 
     reasoning_tokens: int
+    draft_tokens: int | UnsetType = UNSET
+    accepted_draft_tokens: int | UnsetType = UNSET
 
 
 class ResponseUsage(msgspec.Struct, frozen=True, kw_only=True):

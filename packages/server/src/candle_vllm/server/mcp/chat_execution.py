@@ -19,6 +19,7 @@ from starlette.types import Scope
 
 from candle_vllm.core.errors import PromptTooLongError
 from candle_vllm.openai import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
+from candle_vllm.openai.chat_answers import told_of
 from candle_vllm.openai.events import Begun, Head
 from candle_vllm.openai.events import Event as AnswerEvent
 from candle_vllm.openai.protocol.chat import ChatChoice, ChatDelta, ChatLogprobs, ChatMessage, ChunkChoice
@@ -105,7 +106,8 @@ class Execution:
         adapter, options = model.adapter, service.options
         self.labels = wire.labels
         limit = wire.max_tokens if wire.max_completion_tokens is None else wire.max_completion_tokens
-        self.state = ExecutionState(service.registry, reasons=adapter.planner.choice.reasoning is not None)
+        reasons = adapter.planner.choice.reasoning is not None
+        self.state = ExecutionState(service.registry, reasons=reasons, told=told_of(wire))
         self.turns = WatchedTurns(TurnModel(InProcessModel(adapter), max_tokens=limit), scope)
         loop = ConversationLoop(
             self.turns,

@@ -7,7 +7,8 @@ from typing import Any
 
 from msgspec import UNSET, UnsetType
 
-from candle_vllm.openai.chat_answers import wire_usage
+from candle_vllm.core.engine.request import GUESS_COUNTS
+from candle_vllm.openai.chat_answers import Told, wire_usage
 from candle_vllm.openai.events import Usage as Counts
 from candle_vllm.openai.protocol.chat import ServerToolCall
 from candle_vllm.openai.protocol.usage import Usage
@@ -34,6 +35,7 @@ class ExecutionState:
     Args:
         registry: knows the servers of tools.
         reasons: whether the model may think, so that thoughts are counted.
+        told: what the counts tell beside the usual.
 
     Attributes:
         finish_reason: of the whole: "stop" or "length"; "" while it goes on.
@@ -42,9 +44,9 @@ class ExecutionState:
         text, thoughts, logprobs: of the last turn.
     """
 
-    def __init__(self, registry: ToolRegistry, *, reasons: bool) -> None:
+    def __init__(self, registry: ToolRegistry, *, reasons: bool, told: Told = Told()) -> None:  # noqa: B008  # immutable
         self._registry = registry
-        self._reasons = reasons
+        self._reasons, self._told = reasons, told
         self._usage = ConversationUsage()
         self._calls: dict[str, ServerToolCall] = {}  # by id, in the order in which the model asked
         self.finish_reason = ""
@@ -98,8 +100,10 @@ class ExecutionState:
             completion_tokens=total.completion_tokens,
             cached_tokens=total.cached_tokens,
             reasoning_tokens=total.reasoning_tokens if self._reasons else None,
+            **{name: getattr(total, name) for name in GUESS_COUNTS},
+            final=True,
         )
-        return wire_usage(counts)
+        return wire_usage(counts, self._told)
 
     def _ask(self, calls: Sequence[dict[str, Any]]) -> None:
         for call in calls:
