@@ -125,9 +125,9 @@ def rows_of_steps(engine: InferenceEngine) -> Iterator[list[tuple[int, float]]]:
     seen: list[tuple[int, float]] = []
     note = drafter.times.note
 
-    def noted(rows: int, seconds: float) -> None:
+    def noted(rows: int, seconds: float, drafts: int) -> None:
         seen.append((rows, seconds))
-        note(rows, seconds)
+        note(rows, seconds, drafts)
 
     drafter.times.note = noted  # type: ignore[method-assign]
     try:

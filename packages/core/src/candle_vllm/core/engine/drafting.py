@@ -14,10 +14,8 @@ it is a plain step.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
-
-import numpy as np
 
 from candle_vllm.core.config import LONGEST_MATCH, SpeculativeConfig
 from candle_vllm.core.engine.live import LiveSequence
@@ -28,11 +26,16 @@ _SEPARATOR = -1  # between answers of the past; no token
 _PAST_TOKENS = 1 << 18  # of each of two generations of past answers
 _SURE = 0.98  # most that is believed of any guess
 _OPENING = 12  # tokens of a match that are as good as the place where a predicted text begins
+_GAIN = 1.02  # how much more a step with drafts must seem to make than a plain one
+_WORTH, _REST = 1.15, 7  # where sure guesses would make less than this, they are looked for in one step of eight
+_COUNTS = (1, 2, 4, 8, 16)  # of drafts that are looked at to see whether any pay
+_PATIENCE = 16  # steps in which there were guesses and none was worth a try
 _FORCED = 0  # the bucket of what a grammar leaves no choice about
 
 # How long a match is, in buckets, and what is believed of the next token before any was judged: (hits, of tries).
 _BUCKETS = (0, 1, 1, 2, 3, 4, 4, 5, 5, 5, *[6] * 6, *[7] * (LONGEST_MATCH - 15))
-_PRIOR = ((7.6, 8.0), (1.6, 8.0), (2.4, 8.0), (3.6, 8.0), (4.8, 8.0), (5.6, 8.0), (6.4, 8.0), (7.2, 8.0))
+# Of short matches less than pays: guesses are judged untried, so that it is soon known where they are better.
+_PRIOR = ((7.6, 8.0), (0.8, 8.0), (1.2, 8.0), (2.0, 8.0), (3.2, 8.0), (4.4, 8.0), (5.6, 8.0), (6.8, 8.0))
 _FADING = 256.0  # tries after which old ones count half
 _OWN_WEIGHT = 6.0  # tries of a sequence's own that count as much as all others'
 
@@ -75,13 +78,16 @@ class Text:
         for _ in range(_CANDIDATES):
             if place < 0:
                 break
-            length, limit = 2, min(most, place + 1, size)
-            while length < limit and tokens[place - length] == end[size - 1 - length]:
-                length += 1
-            if length > longest:
-                found, longest = place + 1, length
-                if length >= most:
-                    break
+            limit = min(most, place + 1, size)
+            # What differs where the longest so far ended is no longer than that: most are put away by one look.
+            if limit > longest and (longest < 2 or tokens[place - longest] == end[size - 1 - longest]):
+                length = 2
+                while length < limit and tokens[place - length] == end[size - 1 - length]:
+                    length += 1
+                if length > longest:
+                    found, longest = place + 1, length
+                    if length >= most:
+                        break
             place = self._earlier[place]
         return (found, longest) if found else (0, 0)
 
@@ -160,48 +166,48 @@ class _Record:
 
 
 class StepTimes:
-    """How long a step of so many rows takes, as far as steps were seen.
+    """How long a step of so many rows takes: a curve that is known beforehand and follows what is measured.
 
-    What was not seen lies on the line through its neighbours, or on one through a single neighbour by which reading
-    the weights takes as long as `FIXED` rows.
+    Plain steps say how quick the machine is now, steps with drafts how much longer they took than plain ones just now.
+    One time moves what is believed by a few percent at most, whatever else the machine did meanwhile; and what is not
+    tried because it seems to cost too much is believed to cost less as time goes by, so that it is tried again.
+
+    Args:
+        most: rows.
     """
 
-    FIXED = 5.7
+    FIXED = 5.7  # reading the weights takes as long as so many rows, before anything was measured
 
     def __init__(self, most: int) -> None:
-        self._seen = np.zeros(most + 2)
-        self._curve: list[float] = []
+        self._known = [self.FIXED + rows for rows in range(most + 2)]
+        self._curve = self._known[:]  # in a unit of its own
+        self._unit = 0.0  # seconds; 0 where no step was seen
 
-    def note(self, rows: int, seconds: float) -> None:
-        """A step of that many rows took so long; a machine that did something else meanwhile counts little."""
-        if rows >= len(self._seen):
+    def note(self, rows: int, seconds: float, drafts: int) -> None:
+        """A step of that many rows, so many of them drafts, took so long."""
+        if rows >= len(self._curve):
             return
-        old = self._seen[rows]
-        if not old:
-            self._seen[rows] = seconds
-        else:
-            change = min(max(seconds / old, 0.5), 2.0)
-            self._seen[rows] = old * (1 + 0.1 * (change - 1))
-            self._seen *= 1 + 0.02 * (change - 1)  # the others would be slower too: a context grows, a machine is busy
-        self._curve = []
+        if not self._unit:
+            self._unit = seconds / self._curve[rows]
+        change = seconds / (self._unit * self._curve[rows])
+        if not drafts:
+            self._unit *= min(max(change, 0.9), 1.1)
+            return
+        part = min(max(change, 0.95), 1.05) - 1
+        for near in range(rows - drafts + 1, min(len(self._curve), rows + 8)):
+            time, known = self._curve[near] * (1 + part / (1 + 0.5 * abs(near - rows))), self._known[near]
+            self._curve[near] = min(max(time, 0.25 * known), 4 * known)
+
+    def relax(self) -> None:
+        """Nothing was tried for a while."""
+        self._curve = [
+            time if time < known else time + 0.05 * (known - time)
+            for time, known in zip(self._curve, self._known, strict=True)
+        ]
 
     def __call__(self, rows: int) -> float:
-        """Seconds; 0 where no step was seen."""
-        if not self._curve:
-            seen = np.flatnonzero(self._seen)
-            if not len(seen):
-                return 0.0
-            places, times = seen.astype(float), np.maximum.accumulate(self._seen[seen])
-            low, high = places[0], places[-1]
-            before = times[0] * self.FIXED / (self.FIXED + low)
-            slope = times[0] / (self.FIXED + low)
-            if len(seen) > 1:
-                slope = max(slope * 0.25, (times[-1] - times[-2]) / (high - places[-2]))
-            beyond = times[-1] + slope * (len(self._seen) - high)
-            self._curve = np.interp(
-                np.arange(len(self._seen)), [0, *places, len(self._seen)], [before, *times, beyond]
-            ).tolist()
-        return self._curve[min(rows, len(self._curve) - 1)]
+        """Relative to steps of other rows; 0 where no step was seen."""
+        return self._curve[min(rows, len(self._curve) - 1)] if self._unit else 0.0
 
 
 @dataclasses.dataclass
@@ -231,6 +237,7 @@ class Drafter:
         self._past = Past(answers=config.suffix_decoding_max_cached_requests) if keeps else None
         self._records: dict[LiveSequence, _Record] = {}
         self._predictions = WeakKeyDictionary[Prediction, Text]()
+        self._idle = self._rest = 0
         self._hits = [hits for hits, _ in _PRIOR]
         self._tries = [tries for _, tries in _PRIOR]
 
@@ -250,26 +257,46 @@ class Drafter:
         if record is not None and self._past is not None and not salted:
             self._past.add(live.sequence.tokens[live.sequence.num_prompt_tokens :])
 
-    def propose(self, lives: Iterable[LiveSequence]) -> bool:
+    def propose(self, lives: Sequence[LiveSequence]) -> bool:
         """Chooses the drafts of the next step of sequences that all have a token to be run.
 
         Returns:
             Whether there are any.
         """
+        rows, times = len(lives), self.times
+        plain = times(rows) / _GAIN
+        if not plain:
+            return False
+        if self._rest:
+            self._rest -= 1
+            return False
+        # What all guesses of a step must be right with, so that it pays; and how much it would make if all were sure.
+        needs = [(rows * (times(rows + count) / plain - 1) / count, count) for count in _COUNTS if count <= self._rows]
+        least, count = min(needs)
+        if (rows + _SURE * count) * plain < _WORTH * rows * times(rows + count):
+            self._rest = _REST
+        if least > _SURE:
+            return False  # what is guessed is judged when it may pay again
         guesses: list[tuple[LiveSequence, list[int], list[float]]] = []
-        rows = 0
         for live in lives:
-            rows += 1
+            live.sequence.drafts = ()
             if not live.state.params.num_speculative_tokens:
                 continue
             record = self._records.get(live)
             if record is None:
                 record = self._records[live] = _Record(live, self._predicted(live.prediction))
             guess = self._guess(live, record)
-            live.sequence.drafts = ()
-            if guess is not None and (offer := self._offer(live, record, guess)):
+            if guess is not None and (offer := self._offer(live, record, guess, least)):
                 guesses.append((live, *offer))
-        return bool(guesses) and self._choose(guesses, rows)
+        if not guesses:
+            return False
+        if self._choose(guesses, rows):
+            self._idle = self._rest = 0
+            return True
+        self._idle += 1
+        if self._idle % _PATIENCE == 0:
+            times.relax()
+        return False
 
     def _predicted(self, prediction: Prediction | None) -> Text | None:
         """A prediction as a text that ends where it ends; one for all sequences of a request."""
@@ -335,8 +362,10 @@ class Drafter:
             self._hits[bucket] += 1
             record.hits += 1
 
-    def _offer(self, live: LiveSequence, record: _Record, guess: _Guess) -> tuple[list[int], list[float]] | None:
-        """Drafts, and for each how likely it and all before it are right."""
+    def _offer(
+        self, live: LiveSequence, record: _Record, guess: _Guess, least: float
+    ) -> tuple[list[int], list[float]] | None:
+        """Drafts, and for each how likely it and all before it are right; None where the first is less so than that."""
         config, sequence = self._config, live.sequence
         asked = min(config.num_speculative_tokens, live.state.params.num_speculative_tokens)
         most = min(asked, self._rows, sequence.max_length - len(sequence.tokens) - 1)
@@ -344,15 +373,18 @@ class Drafter:
             most = min(most, int(guess.length * config.suffix_decoding_max_spec_factor))
         chances: list[float] = []
         chance, length = 1.0, guess.length
+        own, tries = record.hits, record.tries + _OWN_WEIGHT
+        least = max(least, config.suffix_decoding_min_token_prob)
         for _ in range(most):
             bucket = _BUCKETS[length]
             common = self._hits[bucket] / self._tries[bucket]
-            hits, tries = record.hits + _OWN_WEIGHT * common, record.tries + _OWN_WEIGHT
-            chance *= min(hits / tries if length else common, _SURE)
-            if chance < config.suffix_decoding_min_token_prob:
+            chance *= min((own + _OWN_WEIGHT * common) / tries if length else common, _SURE)
+            if chance < least:
                 break
+            least = config.suffix_decoding_min_token_prob
             chances.append(chance)
-            length = min(length + 1, LONGEST_MATCH) if length else 0
+            if length:
+                length = min(length + 1, LONGEST_MATCH)
         if not chances:
             return None
         drafts = guess.upcoming(len(chances))
@@ -361,18 +393,16 @@ class Drafter:
         return (drafts, chances[: len(drafts)]) if drafts else None
 
     def _choose(self, guesses: list[tuple[LiveSequence, list[int], list[float]]], rows: int) -> bool:
-        """Gives the step the drafts that make the most tokens a second."""
-        offers = sorted(
-            ((chance, place) for place, (_, _, chances) in enumerate(guesses) for chance in chances), reverse=True
-        )[: self._rows]
-        plain = self.times(rows)
-        if not plain:
-            return False
-        best, rate, tokens = 0, 1.02 * rows / plain, float(rows)
-        for count, (chance, _) in enumerate(offers, 1):
+        """Gives the step the drafts that make the most tokens in its time; False where that is none."""
+        offers = [(chance, place) for place, (_, _, chances) in enumerate(guesses) for chance in chances]
+        if len(guesses) > 1:
+            offers.sort(reverse=True)
+        best, rate, tokens = 0, _GAIN * rows / self.times(rows), float(rows)
+        for count, (chance, _) in enumerate(offers[: self._rows], 1):
             tokens += chance
-            if tokens > rate * self.times(rows + count):
-                best, rate = count, tokens / self.times(rows + count)
+            time = self.times(rows + count)
+            if tokens > rate * time:
+                best, rate = count, tokens / time
         counts = [0] * len(guesses)
         for _, place in offers[:best]:
             counts[place] += 1

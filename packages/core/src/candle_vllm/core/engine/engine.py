@@ -140,9 +140,10 @@ class Engine:
     def _guess(self, drafter: Drafter, flight: _Flight, seconds: float) -> None:
         """Chooses the drafts of the next step; this one took so long."""
         assert isinstance(self.scheduler, Scheduler)
-        rows = len(flight.batch.drawn_rows)
-        if flight.batch.tokens.shape[1] == rows:  # prompts have a time of their own
-            drafter.times.note(rows, seconds)
+        batch = flight.batch
+        rows = len(batch.drawn_rows)
+        if batch.tokens.shape[1] == rows:  # prompts have a time of their own
+            drafter.times.note(rows, seconds, rows - len(flight.lives))
         self.scheduler.has_drafts = drafter.propose([live for live in flight.lives if not live.is_over])
 
     def stats(self) -> EngineStats:

@@ -106,10 +106,13 @@ class StepwiseRunner(ABC):
         """See `ModelRunner`."""
         return None
 
-    def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:  # noqa: ARG002  # drawn at once
+    def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
         """See `ModelRunner`."""
+        self._drafts = None
+        if batch.drafted:
+            self._drafts = [run.drafts for run in batch.drawing]
+            self._sampler.look_ahead(states, self._drafts)
         self._drawn_from = self.run(batch)
-        self._drafts = [run.drafts for run in batch.drawing] if batch.drafted else None
 
     def draw(self, states: Sequence[SamplingState]) -> Landed:
         """See `ModelRunner`."""

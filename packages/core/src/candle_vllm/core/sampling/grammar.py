@@ -118,6 +118,7 @@ class GrammarState:
         self._held_back = tuple(held_back)
         self._grammar = backend.compile(spec) if grammar is None else grammar
         self._bits = np.zeros(-(-vocab_size // 32), np.int32)
+        self._ahead: list[tuple[int, NDArray[np.int32]]] = []  # tokens that may come, and the mask behind each
         self._filling: Future[None] = backend.workers.submit(self._fill)
 
     def sibling(self) -> GrammarState:
@@ -140,9 +141,24 @@ class GrammarState:
         self._filling.result()
         if not self._grammar.accept(token_id):
             raise self._refusal(token_id)
+        if self._ahead and self._ahead[0][0] == token_id:
+            self._bits = self._ahead.pop(0)[1]
+            return
+        self._ahead = []
         self.exhausted = self._grammar.exhausted
         if not self.exhausted:
             self._filling = self._backend.workers.submit(self._fill)
+
+    def look_ahead(self, token_ids: Sequence[int]) -> None:
+        """Begins the masks behind tokens that may come; see `masks_ahead`. `accept` makes none of these again."""
+        self._filling.result()
+        self._filling = self._backend.workers.submit(self._walk, token_ids)
+
+    def masks_ahead(self) -> list[NDArray[np.int32]]:
+        """Masks as of `bits`: behind the first token that `look_ahead` was told, behind the second, ...; as far as the
+        grammar takes them, goes on behind them, and can say what comes there."""
+        self._filling.result()
+        return [bits for _, bits in self._ahead]
 
     @property
     def failure(self) -> InvalidParameterError | None:
@@ -164,7 +180,7 @@ class GrammarState:
         """Goes back by the last `count` tokens, and begins the mask that there was."""
         self._filling.result()
         self._grammar.rollback(count)
-        self.exhausted, self._failure = False, None
+        self.exhausted, self._failure, self._ahead = False, None, []
         self._filling = self._backend.workers.submit(self._fill)
 
     def _refusal(self, token_id: int) -> Exception:
@@ -177,18 +193,38 @@ class GrammarState:
 
     def _fill(self) -> None:
         try:
-            self._grammar.fill_mask(self._bits)
+            self._fill_mask(self._bits)
         except InvalidParameterError as error:  # of this sequence; its neighbours are drawn in the same step
             self._failure = error
             self._bits[:] = 0
-            return
-        if self._held_back:
-            self._hold_back()
 
-    def _hold_back(self) -> None:
+    def _walk(self, token_ids: Sequence[int]) -> None:
+        grammar, went = self._grammar, 0
+        self._ahead = []
+        try:
+            for token in token_ids[: 0 if self.exhausted else grammar.legal(token_ids)]:
+                if not grammar.accept(token):
+                    break
+                went += 1
+                if grammar.exhausted:
+                    break
+                bits = np.empty_like(self._bits)
+                self._fill_mask(bits)
+                self._ahead.append((token, bits))
+        except InvalidParameterError:  # said when the text is there, if it comes there
+            pass
+        finally:
+            grammar.rollback(went)
+
+    def _fill_mask(self, bits: NDArray[np.int32]) -> None:
+        self._grammar.fill_mask(bits)
+        if self._held_back:
+            self._hold_back(bits)
+
+    def _hold_back(self, bits: NDArray[np.int32]) -> None:
         """Takes the end tokens out, unless they are all there is."""
-        others = self._bits.copy()
+        others = bits.copy()
         for token in self._held_back:
             others.view(np.uint32)[token // 32] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)
         if others.any():
-            self._bits[:] = others
+            bits[:] = others

@@ -28,7 +28,7 @@ from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.sampling.chain import surprise
 from candle_vllm.core.kernels.sampling.contract import Control
-from candle_vllm.core.sampling.processors import apply_processors
+from candle_vllm.core.sampling.processors import apply_processors, mask_row
 from candle_vllm.core.sampling.state import SamplingState, uniforms_ahead
 
 
@@ -222,7 +222,7 @@ class Sampler:
             states: one per sequence; as they were when this returns.
             drafts: of each sequence, what is in its rows behind the first.
         """
-        if not any(state.may_edit or state.reads_tokens or state.params.logprobs is not None for state in states):
+        if _at_once(states):
             return self._draw_runs(logits, states, drafts)
         drawn: list[list[Token]] = [[] for _ in states]
         first = np.cumsum([0, *(1 + len(own) for own in drafts)])
@@ -248,24 +248,34 @@ class Sampler:
     def _draw_runs(
         self, logits: Value, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]
     ) -> list[tuple[Token, ...]]:
-        """As `sample_runs`, where rows are drawn from as they are: all at once: no row waits for another."""
+        """As `sample_runs`, where nothing but a grammar changes rows: all at once, no row waits for another."""
         controls = [
             (*state.controls, number)
             for state, own in zip(states, drafts)
             for number in ([0.5] * (1 + len(own)) if state.params.greedy else state.uniforms(1 + len(own)))
         ]
         with _without_gradients(logits):
-            ids, largest = self._draw(_in_one_piece(logits), np.array(controls))
+            logits = _in_one_piece(logits)
+            counted = _mask_runs(logits, states, drafts)
+            ids, largest = self._draw(logits, np.array(controls))
             tokens = drawn_tokens(ids.tolist(), largest.tolist())
         drawn: list[tuple[Token, ...]] = []
         first = 0
-        for own in drafts:
+        for own, last in zip(drafts, counted, strict=True):
             right = 0
-            while right < len(own) and tokens[first + right] == own[right]:
+            while right < last and tokens[first + right] == own[right]:
                 right += 1
             drawn.append(tuple(tokens[first : first + right + 1]))
             first += 1 + len(own)
         return drawn
+
+    @staticmethod
+    def look_ahead(states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]) -> None:
+        """Begins what `sample_runs` of these needs, while their logits are made."""
+        if _at_once(states):
+            for state, own in zip(states, drafts, strict=True):
+                if own and state.grammar is not None:
+                    state.grammar.look_ahead(own)
 
     @staticmethod
     def prompt_logprobs(logits: Value, next_token_ids: Sequence[int], top: int) -> list[LogprobRow]:
@@ -290,6 +300,30 @@ class Sampler:
             ids = next_token_ids[start : start + step]
             rows += logprob_rows(chunk, ids, [top] * len(ids))
         return rows
+
+
+def _at_once(states: Sequence[SamplingState]) -> bool:
+    """Whether each row of a run can be drawn from before it is known what the row before it gave."""
+    return not any(
+        state.params.logprobs is not None or ((state.may_edit or state.reads_tokens) and not state.only_masks)
+        for state in states
+    )
+
+
+def _mask_runs(logits: Value, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]) -> list[int]:
+    """Has the grammars' masks applied to the rows of runs; of each, the place of its last row that counts."""
+    counted, first = [len(own) for own in drafts], 0
+    table = kernels.host_rows(logits)
+    for run, (state, own) in enumerate(zip(states, drafts, strict=True)):
+        if state.grammar is not None:
+            assert table is not None
+            mask_row(table[first], state.grammar.bits())
+            masks = state.grammar.masks_ahead() if own else []
+            for row, bits in enumerate(masks, first + 1):
+                mask_row(table[row], bits)
+            counted[run] = len(masks)
+        first += 1 + len(own)
+    return counted
 
 
 class _Rows:

@@ -49,6 +49,7 @@ class SamplingState:
         reads_tokens: the tokens before the next one must be known on the host before it is drawn.
         notes_tokens: `append` does more than to append.
         may_edit: its logits may be changed before a draw: there are masks, bias or penalties, now or at some position.
+        only_masks: its grammar is all that changes its logits.
         num_ahead: tokens drawn behind them that are not known yet; more than 0 only where steps overlap.
     """
 
@@ -117,6 +118,8 @@ class SamplingState:
         self.reads_tokens = self.bad_words.has_sequences or held or reads
         edits = self._counts is not None or len(self.bias_ids) > 0 or self.chain is not None or reads
         self.may_edit = self._always_masks or edits or params.min_tokens > 0 or thoughts is not None
+        others = edits or self.allowed is not None or bool(bad_word_token_ids) or params.min_tokens > 0
+        self.only_masks = grammar is not None and thoughts is None and not others
         self.notes_tokens = self._counts is not None or held or self.dry is not None
 
     def sibling(self, index: int) -> SamplingState:
