@@ -127,3 +127,33 @@ def test_the_form_wins_over_min_tokens(backend: LlguidanceBackend) -> None:
     assert state.forbidden_ids().tolist() == [ord("b")]
     state.append(ord("a"))
     assert state.forbidden_ids().tolist() == []
+
+
+def test_masks_made_ahead_are_those_of_one_token_after_another(
+    backend: LlguidanceBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = StructuredOutputsParams(regex="a[bc]*d?e")
+    one, other = (GrammarState(backend, spec, 300, (ord("e"),)) for _ in range(2))
+    one.look_ahead(b"abcbxd")
+    ahead = one.masks_ahead()
+    assert len(ahead) == 4  # an x cannot come
+    for token, bits in zip(b"abcb", ahead, strict=True):
+        other.accept(token)
+        np.testing.assert_array_equal(bits, other.bits())
+    before = one.bits().copy()
+    with monkeypatch.context() as patched:
+        patched.setattr(GrammarState, "_fill", None)  # they are not made again
+        one.accept(ord("a"))
+        one.accept(ord("b"))
+    np.testing.assert_array_equal(one.bits(), ahead[1])
+    one.accept(ord("d"))  # another than was expected
+    assert np.flatnonzero(mask_flags(one.bits(), 300)).tolist() == [ord("e")]
+    assert one.masks_ahead() == []
+    one.look_ahead(b"e")  # nothing may follow, so there is no mask behind it
+    assert one.masks_ahead() == []
+    assert not one.exhausted
+    one.rollback(3)
+    np.testing.assert_array_equal(one.bits(), before)
+    one.look_ahead(b"ab")
+    one.rollback(0)
+    assert one.masks_ahead() == []
