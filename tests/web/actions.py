@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,16 @@ def say(page: Any, text: str) -> None:
     """Types a message and sends it with Enter."""
     page.locator("#composer").fill(text)
     page.locator("#composer").press("Enter")
+
+
+def eventually(page: Any, condition: Callable[[], object]) -> None:
+    """Waits until `condition` holds and the page has had time for what would be wrong afterwards."""
+    for _ in range(600):
+        if condition():
+            break
+        page.wait_for_timeout(100)
+    page.wait_for_timeout(200)
+    assert condition(), "waited in vain"
 
 
 def wait_idle(page: Any) -> None:

@@ -77,7 +77,7 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
         def open_page(url: str, titles: bool = False, **options: Any) -> Any:
             context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, "locale": "en-US", **options})
             stack.callback(context.close)
-            context.set_default_timeout(6_000)
+            context.set_default_timeout(60_000)
             context.add_init_script(_WATCH)
             if not titles:
                 context.add_init_script(_UNNAMED)

@@ -73,11 +73,20 @@ def test_stop_in_the_middle(slow_site: Site, open_page: Callable[..., Any]) -> N
     assert page.locator("#composer").input_value() == "x"
 
 
+_IS_SAVED = """async (text) => {
+  const done = (request) => new Promise((resolve) => (request.onsuccess = () => resolve(request.result)));
+  const database = await done(indexedDB.open((await indexedDB.databases())[0].name));
+  const messages = await done(database.transaction("messages").objectStore("messages").getAll());
+  database.close();
+  return JSON.stringify(messages).includes(text);
+}"""
+
+
 def test_escape_stops_and_a_reload_loses_nothing(slow_site: Site, open_page: Callable[..., Any]) -> None:
     page = open_page(slow_site.url)
     say(page, "slowly")
     said(page, "word9 ")
-    page.wait_for_timeout(700)  # saved twice a second
+    page.wait_for_function(_IS_SAVED, arg="word9 ")
     page.locator("#composer").fill("half a thought")
     page.reload()
     said(page, "Stopped.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from actions import ask, button, said, say
+from actions import ask, button, eventually, said, say
 from ui_server import Site, ui_server
 
 ROOT = Path(__file__).parents[2]
@@ -97,18 +97,17 @@ def test_the_page_asks_seldom_while_nobody_looks(chat: Any) -> None:
     look = "(hidden) => Object.defineProperty(document, 'hidden', { value: hidden, configurable: true })"
     chat.evaluate(look, True)
     chat.locator(".model-button").click()
-    chat.wait_for_timeout(300)
+    eventually(chat, lambda: asked)
     before = len(asked)
-    assert before > 0
     chat.clock.run_for(25_000)
     chat.wait_for_timeout(300)
     assert len(asked) == before
     chat.clock.run_for(6_000)
-    chat.wait_for_timeout(300)
+    eventually(chat, lambda: len(asked) > before)
     assert len(asked) == before + 1
     chat.evaluate(look, False)
     chat.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
-    chat.wait_for_timeout(300)
+    eventually(chat, lambda: len(asked) > before + 1)
     assert len(asked) == before + 2
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from actions import act, ask, button, findings, said, say, wait_idle
+from actions import act, ask, button, eventually, findings, said, say, wait_idle
 from ui_server import Site
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
@@ -123,11 +123,9 @@ def test_keyboard_only(site: Site, open_page: Callable[..., Any]) -> None:
     said(page, "You said: Changed")
     page.keyboard.press("Control+Shift+O")
     page.get_by_text("What can I help with?").wait_for()
-    page.wait_for_timeout(100)
-    assert focused(page) == "Message"
+    eventually(page, lambda: focused(page) == "Message")
     page.keyboard.press("Control+k")
-    page.wait_for_timeout(100)
-    assert focused(page) == "Search conversations"
+    eventually(page, lambda: focused(page) == "Search conversations")
     page.keyboard.press("Tab")
     assert focused(page) == "Hello"
     page.keyboard.press("Enter")

@@ -252,8 +252,8 @@ def test_a_menu_stays_while_an_answer_is_written(slow_site: Site, open_page: Cal
     page.locator(".conversation").hover()
     button(page, "Actions for slowly").click()
     before = page.locator(".answer .step").inner_text()
-    page.wait_for_timeout(1200)  # the messages scroll
-    assert len(page.locator(".answer .step").inner_text()) > len(before) + 50
+    longer = "(before) => document.querySelector('.answer .step').innerText.length > before + 200"
+    page.wait_for_function(longer, arg=len(before))  # the messages scroll
     assert page.get_by_role("menuitem", name="Pin").is_visible()
 
 
