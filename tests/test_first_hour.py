@@ -80,6 +80,7 @@ def test_b_judges_every_row_and_tries_switches(folder: Path) -> None:
     assert any(line.get("what") == "step" and line["kernels"] > 0 for line in lines)
 
 
+@pytest.mark.every_case
 @pytest.mark.timeout(620)
 def test_c_sweeps(folder: Path) -> None:
     _, lines = dry(folder, "C")

@@ -131,6 +131,7 @@ def test_a_grammar_takes_the_instances_of_its_schema(
         assert found == valid or (valid and narrowed), value
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize(("whole", "fraction"), [(0, 0.5), (1, 1.5), (-1, -1.5), (0, -0.5), (3, 3.25), (-2, -2.125)])
 @pytest.mark.parametrize("other", ["m", "exclusiveM"])
 @pytest.mark.parametrize("apart", [False, True])
