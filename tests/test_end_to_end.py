@@ -156,7 +156,7 @@ def test_a_client_that_vanishes_leaves_the_engine_idle(server: ServerProcess, cl
         model=MODEL, prompt=CAPITAL, max_tokens=1900, n=8, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
-    assert not idle(server)
+    wait_for(lambda: not idle(server), 10)
     stream.close()
     wait_for(lambda: idle(server), 10)  # the 15,000 tokens that were asked for take longer
     assert "Paris" in greedy(client, CAPITAL)

@@ -377,7 +377,7 @@ def slow_stream(url: str, seen: list[str]) -> Thread:
 def test_clients_come_again_when_they_are_told_to(
     start: Start, flags: tuple[str, ...], statuses: tuple[int, int]
 ) -> None:
-    server = start({"Slow": list("abcdefghij"), "Think": ["Four."]}, *flags, pause=0.1)
+    server = start({"Slow": list("abcdefghijklmnopqr"), "Think": ["Four."]}, *flags, pause=0.1)
     seen: list[str] = []
     thread = slow_stream(server.url, seen)
     begin = time.monotonic()
@@ -389,7 +389,7 @@ def test_clients_come_again_when_they_are_told_to(
         assert time.monotonic() - begin >= 1
         again = patient.with_options(max_retries=9).chat.completions.create(model="default", messages=said("Think"))
     thread.join(PATIENT)
-    assert "".join(seen) == "abcdefghij"
+    assert "".join(seen) == "abcdefghijklmnopqr"
     assert message.stop_reason == "end_turn"
     assert again.choices[0].message.content == "Four."
     refused = [status for _, status in server.answered(5) if status != 200]

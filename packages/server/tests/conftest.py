@@ -25,7 +25,7 @@ def start() -> Iterator[Callable[..., Running]]:
     with contextlib.ExitStack() as stack:
 
         def start(engine: PacedEngine | ModelManager | None = None, **settings: Any) -> Running:
-            running = Running(engine or PacedEngine(), Settings(port=0, shutdown_timeout=1, **settings))
+            running = Running(engine or PacedEngine(), Settings(**{"port": 0, "shutdown_timeout": 1, **settings}))
             stack.callback(running.stop)
             return running
 

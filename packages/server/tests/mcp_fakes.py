@@ -80,12 +80,12 @@ class HttpMcpServer:
 
     def config(self, name: str = "web", **fields: Any) -> McpServerConfig:
         """Its configuration; all of its tools are approved."""
-        return McpServerConfig(name=name, url=self.url, **{"auto_approve": ["*"], "connect_timeout": 10.0, **fields})
+        return McpServerConfig(name=name, url=self.url, **{"auto_approve": ["*"], "connect_timeout": 60.0, **fields})
 
     def stop(self) -> None:
         """Ends it; idempotent."""
         self._server.should_exit = self._server.force_exit = True
-        self._thread.join(10)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
 

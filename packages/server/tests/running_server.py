@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -43,7 +46,7 @@ class Running:
         self.wait_for(lambda: self.server.started)
 
     def http(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=10, trust_env=False, **options)
+        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, **options)
 
     def openai(self, api_key: str = "none") -> openai.OpenAI:
         http = openai.DefaultHttpxClient(trust_env=False)
@@ -51,11 +54,22 @@ class Running:
         self._clients.append(client)
         return client
 
+    def leave(
+        self, path: str, body: Mapping[str, Any], begun: Callable[[], object], headers: Mapping[str, str] | None = None
+    ) -> None:
+        """A client that asks with POST and is gone without an answer once something has `begun`."""
+        data = json.dumps(body).encode()
+        fields = {"Host": "x", "Content-Type": "application/json", "Content-Length": str(len(data)), **(headers or {})}
+        head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
+            connection.sendall(f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + data)
+            self.wait_for(begun)
+
     def stop(self) -> None:
         for client in self._clients:
             client.close()
         self.server.should_exit = True
-        self._thread.join(10)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
     wait_for = staticmethod(wait_for)

@@ -80,7 +80,10 @@ class PacedEngine(ScriptedEngine):
 
 
 class FakeLoader:
-    """Loads scripted engines: `room` of them fit, each takes `seconds`; `broken` ones fail, `hopeless` ones early."""
+    """Loads scripted engines: `room` of them fit, each takes `seconds`; `broken` ones fail, `hopeless` ones early.
+
+    While `gate` is cleared, whoever loads waits.
+    """
 
     def __init__(self, room: int = 9, seconds: float = 0.0) -> None:
         self.room = room
@@ -91,6 +94,8 @@ class FakeLoader:
         self.engines: list[PacedEngine] = []
         self.together = 0
         self.metrics = Metrics()
+        self.gate = threading.Event()
+        self.gate.set()
         self._lock = threading.Lock()
 
     def check(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> None:
@@ -102,6 +107,7 @@ class FakeLoader:
         try:
             tell("testing", 434, 1000)
             time.sleep(self.seconds)
+            assert self.gate.wait(60)
             if entry.name in self.broken:
                 raise self.broken[entry.name]
             if len(beside) >= self.room:

@@ -110,7 +110,7 @@ class Terminal:
         self._wait(happened)
 
     def _wait(self, happened: Callable[[], bool]) -> None:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while not happened():
             if time.monotonic() > end or (self._waits() and not self._read() and not happened()):
                 self.process.kill()
@@ -135,7 +135,7 @@ class Terminal:
     def end(self, holds: Callable[[], bool] = lambda: True) -> int:
         """Waits for the command's end, and gives its exit status; the terminal then is as it should be."""
         try:
-            limit = time.monotonic() + 30
+            limit = time.monotonic() + 60
             while time.monotonic() < limit and (self.process.poll() is None or self._waits()):
                 if self._waits() and not self._read():
                     break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import logging
@@ -196,11 +197,17 @@ def test_a_long_body_on_a_kept_connection_is_no_head(start) -> None:
 
 def _until_closed(port: int, *pieces: bytes) -> bytes:
     """What the server answers, before it closes the connection, to pieces that are sent with pauses."""
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+    answer = b""
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=60) as connection,
+        contextlib.suppress(ConnectionError),  # who sends a piece too late finds it closed
+    ):
         for piece in pieces:
             connection.sendall(piece)
             time.sleep(0.1)
-        return b"".join(iter(lambda: connection.recv(65536), b""))
+        while data := connection.recv(65536):
+            answer += data
+    return answer
 
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
@@ -349,8 +356,7 @@ def test_a_slow_reader_stops_its_own_stream(start) -> None:
 
 def test_leaving_before_a_whole_answer_aborts_it(start) -> None:
     running = start(PacedEngine("abc", pause=0.001, max_model_len=1 << 21))
-    with running.http() as client, pytest.raises(httpx.ReadTimeout):
-        client.post("/v1/chat/completions", json=ENDLESS, timeout=0.3)
+    running.leave("/v1/chat/completions", ENDLESS, lambda: running.engine.stats().generation_tokens)
     running.wait_for(lambda: running.engine.aborted)
     assert running.engine.stats().num_running == 0
 
@@ -453,7 +459,7 @@ def test_what_a_drain_cuts_off_is_answered_as_any_other_failure(start, path: str
         answer = pool.submit(client.post, path, json=body)
         running.wait_for(lambda: running.engine.stats().num_running)
         running.stop()
-        response = answer.result(10)
+        response = answer.result(60)
     assert (response.status_code, response.headers["x-request-id"]) == (503, "mine")
     assert (response.json().get("type") == "error") is anthropic
     assert anthropic is ("request_id" in response.json())

@@ -6,10 +6,10 @@ import io
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,21 @@ def _empty_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 def _run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "candle_vllm.server.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, **options)
+
+
+def _childrens_cpu() -> float:
+    """Seconds of processor time of the processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @pytest.mark.parametrize("command", ["serve", "generate", "chat", "config"])
 def test_a_mistyped_file_is_refused_at_once_with_the_nearest_name(command: str, tmp_path: Path) -> None:
     (tmp_path / "SmolLM2-Q4_1.gguf").write_bytes(b"x")
-    began = time.perf_counter()
+    began = _childrens_cpu()
     done = _run(command, "--m", "./SmolLM-Q4_1.gguf", *(["hi"] if command == "generate" else []), cwd=tmp_path)
-    seconds = time.perf_counter() - began
+    seconds = _childrens_cpu() - began
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert "there is no file or folder './SmolLM-Q4_1.gguf' (did you mean SmolLM2-Q4_1.gguf?)" in line
@@ -88,10 +94,10 @@ def test_help_loads_neither_torch_nor_a_web_framework() -> None:
         "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
         "sys.exit(', '.join(sorted({'torch', 'fastapi', 'uvicorn', 'pydantic', 'yaml'} & set(sys.modules))) or 0)"
     )
-    begin = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    begin = _childrens_cpu()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert time.perf_counter() - begin < 3  # 0.1 s on an idle machine; torch alone would be above
+    assert _childrens_cpu() - begin < 3  # 0.1 s on an idle machine; torch alone would be above
 
 
 @pytest.mark.parametrize(

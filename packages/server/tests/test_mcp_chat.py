@@ -167,7 +167,8 @@ from candle_vllm.server.mcp.options import McpOptions
 from candle_vllm.server.mcp.service import McpService
 
 async def hurry():
-    service = McpService(McpOptions((McpServerConfig(name="s", command=sys.executable, args=sys.argv[1:]),)))
+    server = McpServerConfig(name="s", command=sys.executable, args=sys.argv[1:], connect_timeout=50.0)
+    service = McpService(McpOptions((server,)))
     await service.start()
     await service.settled()
     assert service.states() == ["ready"]
@@ -184,7 +185,7 @@ def test_an_end_in_haste_leaves_nothing(tmp_path: Path) -> None:
     stubborn, pid = tmp_path / "stubborn.py", tmp_path / "pid"
     stubborn.write_text(STUBBORN)
     command = [sys.executable, "-c", HASTE, str(stubborn), str(pid)]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    made = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert made.returncode == 0, made.stderr
     assert not is_alive(int(pid.read_text()))
 

@@ -210,7 +210,7 @@ def test_calls_are_bounded_and_end_with_their_clients(
 
 
 def test_a_call_ends_with_the_time_of_the_request(start_mcp: Start, web: HttpMcpServer, seen: Seen) -> None:
-    running = start_mcp(PacedEngine(), [web.config()], api_key=("k",), request_timeout=1)
+    running = start_mcp(PacedEngine(), [web.config()], api_key=("k",), request_timeout=3)
     with running.http(headers=KEY) as client:
         answer = client.post("/v1/mcp/call", json={"name": "web__slow", "arguments": {"seconds": 60}, "approved": True})
         assert answer.status_code == 504

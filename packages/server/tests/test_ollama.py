@@ -394,7 +394,7 @@ def test_ollama_s_own_port() -> None:
             bind_second(settings, first)
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
     assert bind_second(Settings(port=11434, ollama_port=11434), first) == []
 
 

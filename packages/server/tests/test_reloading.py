@@ -108,20 +108,22 @@ async def test_without_room_for_both_the_old_one_finishes_first(tmp_path: Path) 
     await asyncio.sleep(0.05)
     assert not waiting.done()
     lease.release()
-    new = await asyncio.wait_for(waiting, 5)
+    new = await waiting
     assert new.model.entry.settings.temperature == 0.9
     new.release()
     await served.manager.close()
 
 
 async def test_who_waits_gets_what_has_the_name_now(tmp_path: Path) -> None:
-    served = Served(tmp_path, FakeLoader(seconds=0.2))
+    served = Served(tmp_path, FakeLoader())
+    served.loader.gate.clear()
     loading = asyncio.create_task(served.manager.acquire("b"))
     waiting = asyncio.create_task(served.manager.acquire("c"))
     await until(lambda: served.manager.slots["b"].state is ModelState.LOADING)
     await served.change("- {name: b, hf_id: x/b}\n- {name: c, hf_id: x/c}", "- {name: b, hf_id: y/b}")
     assert len(served.manager.slots["b"].arrivals) == 1
-    lease = await asyncio.wait_for(loading, 5)
+    served.loader.gate.set()
+    lease = await loading
     assert lease.model.entry.settings.model == "y/b"
     assert not served.manager.slots["b"].arrivals
     lease.release()

@@ -24,7 +24,7 @@ SLOW = {"pause": 0.02}
 def opened(server: Running, *, key: str = "", **options: Any) -> Iterator[ClientConnection]:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     url = f"ws://127.0.0.1:{server.port}/v1/responses"
-    with connect(url, additional_headers=headers, proxy=None, open_timeout=10, close_timeout=2, **options) as socket:
+    with connect(url, additional_headers=headers, proxy=None, open_timeout=60, close_timeout=2, **options) as socket:
         yield socket
 
 
@@ -36,7 +36,7 @@ def answer(socket: ClientConnection) -> list[dict[str, Any]]:
     """The events up to the last of one response."""
     events: list[dict[str, Any]] = []
     while True:
-        event = json.loads(socket.recv(timeout=10))
+        event = json.loads(socket.recv(timeout=60))
         events.append(event)
         if event["type"] in ENDS or (event["type"] == "error" and "status" in event):
             return events
@@ -164,7 +164,7 @@ def test_a_message_that_is_no_text_or_too_large_ends_the_connection(start: Calla
         with opened(server) as socket:
             socket.send(message)
             with pytest.raises(ConnectionClosed) as closed:
-                socket.recv(timeout=10)
+                socket.recv(timeout=60)
             assert code is None or closed.value.rcvd is None or closed.value.rcvd.code == code
     with opened(server) as socket:
         ask(socket)
@@ -202,7 +202,7 @@ def test_a_client_that_leaves_ends_its_response(start: Callable[..., Running]) -
     server = start(PacedEngine("x" * 2000, **SLOW))
     with opened(server) as socket:
         send(socket)
-        socket.recv(timeout=10)
+        socket.recv(timeout=60)
     wait_for(lambda: server.engine.aborted)
     assert server.engine.stats().num_running == 0
 
@@ -211,23 +211,23 @@ def test_too_many_messages_at_once_end_the_connection(start: Callable[..., Runni
     server = start(PacedEngine("x" * 2000, **SLOW))
     with opened(server) as socket:
         send(socket)
-        socket.recv(timeout=10)
+        socket.recv(timeout=60)
         for _ in range(20):
             send(socket)
         assert answer(socket)[-1]["error"]["code"] == "too_many_messages"
         with pytest.raises(ConnectionClosed, match="1008"):
-            socket.recv(timeout=10)
+            socket.recv(timeout=60)
     wait_for(lambda: server.engine.aborted)
 
 
 def test_a_drain_finishes_the_response_and_closes_idle_connections(start: Callable[..., Running]) -> None:
-    server = start(PacedEngine("x" * 25, **SLOW))
+    server = start(PacedEngine("x" * 25, **SLOW), shutdown_timeout=30)
     with opened(server) as idle, opened(server) as busy:
         send(busy)
-        busy.recv(timeout=10)
+        busy.recv(timeout=60)
         server.server.should_exit = True
         with pytest.raises(ConnectionClosed) as closed:
-            idle.recv(timeout=10)
+            idle.recv(timeout=60)
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 1012
         assert answer(busy)[-1]["type"] == "response.completed"
@@ -237,7 +237,7 @@ def test_the_end_of_a_drain_tells_of_the_cut(start: Callable[..., Running]) -> N
     server = start(PacedEngine("x" * 4000, **SLOW))
     with opened(server) as socket:
         send(socket)
-        socket.recv(timeout=10)
+        socket.recv(timeout=60)
         server.server.should_exit = True
         last = answer(socket)[-1]
         assert last["type"] == "response.failed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 from server_fakes import FakeLoader, PacedEngine
+from waiting import wait_for
 
 from candle_vllm.server.app import create_app
 from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
@@ -129,17 +131,16 @@ def _process(*arguments: str, pieces: int = 50, cwd: Path) -> Iterator[tuple[sub
 def _client(url: str) -> httpx.Client:
     transport = httpx.HTTPTransport(uds=url.removeprefix("unix://")) if url.startswith("unix") else None
     base = "http://unix" if transport else url
-    return httpx.Client(base_url=base, transport=transport, trust_env=False, timeout=20)
+    return httpx.Client(base_url=base, transport=transport, trust_env=False, timeout=60)
 
 
 def _wait_until_served(client: httpx.Client) -> None:
-    for _ in range(200):
-        try:
-            assert client.get("/health").status_code == 200
-            return
-        except httpx.ConnectError:
-            time.sleep(0.02)
-    raise AssertionError("the server does not answer")
+    def answers() -> bool:
+        with contextlib.suppress(httpx.ConnectError):
+            return client.get("/health").status_code == 200
+        return False
+
+    wait_for(answers)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -152,7 +153,7 @@ def test_a_signal_lets_the_stream_finish(tmp_path: Path, number: signal.Signals)
             process.send_signal(number)
             rest = "".join(lines)
         assert rest.endswith("data: [DONE]")
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         assert process.stderr is not None
         said, stopped, ended = process.stderr.read().splitlines()
         assert stopped.endswith(": stopped")
@@ -170,8 +171,8 @@ def test_the_drain_has_a_limit(tmp_path: Path) -> None:
             begin = time.monotonic()
             process.send_signal(signal.SIGTERM)
             rest = b"".join(chunks).decode()
-            assert process.wait(20) == 0
-            assert 0.9 < time.monotonic() - begin < 5
+            assert process.wait(60) == 0
+            assert 0.9 < time.monotonic() - begin < 25
         assert '"code":"request_aborted"' in rest.split("data: ")[-1]
         assert process.stderr is not None
         log = process.stderr.read()
@@ -193,8 +194,8 @@ def test_a_second_signal_does_not_wait_and_the_unix_socket_goes(tmp_path: Path) 
             time.sleep(0.5)
             assert process.poll() is None
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
-            assert time.monotonic() - begin < 5
+            assert process.wait(60) == 0
+            assert time.monotonic() - begin < 25
             assert process.stderr is not None
             first, second, _, _ = process.stderr.read().splitlines()
             assert first.endswith("finishing 1 request, up to 30 s; a second signal stops at once")
@@ -207,11 +208,11 @@ def test_a_whole_answer_that_is_cut_off_is_a_503(tmp_path: Path) -> None:
         _wait_until_served(client)
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(client.post, "/v1/chat/completions", json={**BODY, "stream": False})
-            time.sleep(0.3)
+            wait_for(lambda: client.get("/load").json()["server_load"])
             process.send_signal(signal.SIGTERM)
-            response = answer.result(20)
+            response = answer.result(60)
         assert (response.status_code, response.json()["error"]["code"]) == (503, "shutting_down")
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
 
 
 def test_a_mailbox_that_cannot_be_opened_is_a_users_error(tmp_path: Path) -> None:
@@ -233,6 +234,6 @@ def test_a_signal_lets_what_is_kept_for_a_client_that_left_be_completed(tmp_path
         with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
             next(response.iter_bytes())
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     with _process(*mailbox, cwd=tmp_path) as (_, url), _client(url) as client:
         assert client.get("/v1/mailbox/chatcmpl-k").json()["status"] == "completed"

@@ -40,8 +40,8 @@ def client(running: Running) -> openai.OpenAI:
 
 @pytest.fixture
 def slow(start: Callable[..., Running]) -> Running:
-    """A server whose answers take half a second."""
-    return start(PacedEngine(WORDS, pause=0.02), api_key=KEYS)
+    """A server whose answers take a second and a half."""
+    return start(PacedEngine(WORDS, pause=0.06), api_key=KEYS)
 
 
 def make(client: openai.OpenAI, text: str = "Hi", **fields: Any) -> Any:
@@ -49,7 +49,7 @@ def make(client: openai.OpenAI, text: str = "Hi", **fields: Any) -> Any:
 
 
 def wait_for(client: openai.OpenAI, name: str, *statuses: str) -> Any:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while (found := client.responses.retrieve(name)).status not in statuses:
         assert time.monotonic() < end, found.status
         time.sleep(0.01)
@@ -248,7 +248,7 @@ def test_two_responses_in_one_conversation_take_turns(slow: Running) -> None:
 
 def test_a_drain_waits_for_what_runs_and_the_file_has_it(start: Callable[..., Running], tmp_path: Path) -> None:
     settings: dict[str, Any] = {"api_key": KEYS, "responses_store": f"sqlite:///{tmp_path}/r.sqlite"}
-    first = start(PacedEngine(WORDS, pause=0.02), **settings)
+    first = start(PacedEngine(WORDS, pause=0.02), shutdown_timeout=30, **settings)
     client = first.openai(KEYS[0])
     begun = make(client, background=True)
     wait_for(client, begun.id, "in_progress")

@@ -26,6 +26,7 @@ class Seen:
         self.cancelled = 0
         self.headers: list[dict[str, str]] = []
         self.methods: list[str] = []
+        self.streams = 0  # for notices, as the older era has them
 
 
 def good_server(seen: Seen) -> MCPServer:
@@ -76,7 +77,7 @@ def good_server(seen: Seen) -> MCPServer:
     return server
 
 
-def legacy_only(app: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+def legacy_only(app: Callable[..., Awaitable[None]], seen: Seen) -> Callable[..., Awaitable[None]]:
     """The application behind a door that knows nothing of the newer era, as servers of the older one do."""
 
     async def door(scope: Any, receive: Any, send: Any) -> None:
@@ -85,7 +86,12 @@ def legacy_only(app: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[
             error = {"jsonrpc": "2.0", "id": "discover", "error": {"code": -32601, "message": "Method not found"}}
             await JSONResponse(error, 404)(scope, receive, send)
             return
-        await app(scope, receive, send)
+
+        async def counted(message: Any) -> None:
+            await send(message)
+            seen.streams += scope["type"] == "http" and scope["method"] == "GET" and "status" in message
+
+        await app(scope, receive, counted)
 
     return door
 

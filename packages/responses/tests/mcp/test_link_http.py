@@ -49,7 +49,7 @@ def good(serve: Serve, seen: Seen, era: str) -> Any:
 
     def app(**options: Any) -> Any:
         app = good_server(seen).streamable_http_app(**options)
-        return app if era == ERAS[0] else legacy_only(app)
+        return app if era == ERAS[0] else legacy_only(app, seen)
 
     return serve(app)
 
@@ -199,12 +199,12 @@ async def test_a_close_in_the_middle_of_a_call(good: Any, config: Config, seen: 
         await call
 
 
-async def test_tools_that_come_later(good: Any, config: Config) -> None:
+async def test_tools_that_come_later(good: Any, config: Config, seen: Seen) -> None:
     changes: list[int] = []
     link = McpLink(config(url=good.url), on_tools_changed=lambda link: changes.append(len(link.tools)))
     async with link:
         if link.protocol_version == ERAS[1]:
-            await asyncio.sleep(0.3)  # the stream for notices is opened beside the handshake
+            await until(lambda: seen.streams)  # it is opened beside the handshake
         await until(lambda: link.state == "ready")
         await asyncio.sleep(0.2)
         await link.call("grow", {})
@@ -219,7 +219,7 @@ async def test_a_reply_that_is_too_large(
 ) -> None:
     def app() -> Any:
         app = good_server(seen).streamable_http_app(json_response=json_response)
-        return app if era == ERAS[0] else legacy_only(app)
+        return app if era == ERAS[0] else legacy_only(app, seen)
 
     async with McpLink(config(url=serve(app).url)) as link:
         with pytest.raises(ToolError, match=r"10485760"):

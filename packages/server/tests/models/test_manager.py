@@ -7,7 +7,7 @@ import time
 
 import pytest
 from server_fakes import FakeLoader, PacedEngine
-from waiting import until
+from waiting import skip, until
 
 from candle_vllm.core.config import DEMO_NAME, SETTINGS
 from candle_vllm.core.errors import EngineDeadError, ModelNotFoundError, NoMemoryError
@@ -126,8 +126,7 @@ async def test_a_switch_waits_for_the_requests_that_run_and_later_ones_wait_for_
     manager = _manager(loader)
     running = await manager.acquire("a")
     other = asyncio.create_task(manager.acquire("b"))
-    await asyncio.sleep(0.05)
-    assert manager.slots["a"].state is ModelState.DRAINING
+    await until(lambda: manager.slots["a"].state is ModelState.DRAINING)
     late = asyncio.create_task(manager.acquire("a"))
     await asyncio.sleep(0.02)
     assert not other.done()
@@ -147,7 +146,7 @@ async def test_a_drain_has_an_end() -> None:
     stuck = await manager.acquire("a")
     begin = time.monotonic()
     (await manager.acquire("b")).release()
-    assert 0.04 < time.monotonic() - begin < 2
+    assert 0.04 < time.monotonic() - begin < 20
     assert loader.engines[0].closed
     stuck.release()
 
@@ -183,7 +182,8 @@ async def test_the_failure_of_one_model_leaves_the_others() -> None:
 
 
 async def test_the_queue_for_a_model_is_bounded_in_length_and_time() -> None:
-    loader = FakeLoader(seconds=0.2)
+    loader = FakeLoader()
+    loader.gate.clear()
     manager = _manager(loader, max_waiting=2, patience=0.05)
     waiting = [asyncio.create_task(manager.acquire("a")) for _ in range(2)]
     await asyncio.sleep(0)
@@ -193,16 +193,20 @@ async def test_the_queue_for_a_model_is_bounded_in_length_and_time() -> None:
     for failure in await asyncio.gather(*waiting, return_exceptions=True):
         assert isinstance(failure, HttpError)
         assert failure.code == "model_not_ready"
+    loader.gate.set()
     await until(lambda: manager.slots["a"].state is ModelState.READY)
     assert manager.slots["a"].in_flight == 0
 
 
 async def test_who_gives_up_holds_nothing() -> None:
-    manager = _manager(FakeLoader(seconds=0.05))
+    loader = FakeLoader()
+    loader.gate.clear()
+    manager = _manager(loader)
     tasks = [asyncio.create_task(manager.acquire("a")) for _ in range(5)]
-    await asyncio.sleep(0.01)
+    await until(lambda: manager.slots["a"].state is ModelState.LOADING)
     for task in tasks[:4]:
         task.cancel()
+    loader.gate.set()
     (await tasks[4]).release()
     assert manager.slots["a"].in_flight == 0
     assert not manager.slots["a"].waiters
@@ -351,24 +355,28 @@ async def test_a_failure_keeps_no_frames() -> None:
 
 
 async def test_an_engine_that_is_made_while_the_server_ends_is_closed() -> None:
-    loader = FakeLoader(seconds=0.1)
+    loader = FakeLoader()
+    loader.gate.clear()
     manager = _manager(loader)
     task = asyncio.create_task(manager.acquire("a"))
-    await asyncio.sleep(0.02)
+    await until(lambda: manager.slots["a"].state is ModelState.LOADING)
     await manager.close()
     with pytest.raises(HttpError, match="shutting down"):
         await task
+    loader.gate.set()
     await until(lambda: [engine.closed for engine in loader.engines] == [True])
 
 
 async def test_a_model_that_nobody_waits_for_any_more_is_not_loaded() -> None:
-    loader = FakeLoader(room=1, seconds=0.05)
+    loader = FakeLoader(room=1)
+    loader.gate.clear()
     manager = _manager(loader)
     first = asyncio.create_task(manager.acquire("a"))
-    await asyncio.sleep(0.01)
+    await until(lambda: manager.slots["a"].state is ModelState.LOADING)
     gone = asyncio.create_task(manager.acquire("b"))
     await asyncio.sleep(0)
     gone.cancel()
+    loader.gate.set()
     (await first).release()
     await asyncio.sleep(0.05)
     assert loader.loads == ["a"]
@@ -389,13 +397,15 @@ async def test_a_choice_counts_once_it_is_loaded_and_never_when_it_fails() -> No
 
 
 async def test_there_is_one_timer_however_often_a_model_is_used() -> None:
-    manager = _manager(FakeLoader(), idle_seconds=0.2)
+    manager = _manager(FakeLoader(), idle_seconds=60)
     for _ in range(50):
         (await manager.acquire("a")).release()
     timer = manager.slots["a"].timer
     (await manager.acquire("a")).release()
     assert timer is not None
     assert manager.slots["a"].timer is timer
+    manager.slots["a"].last_used -= 60
+    await skip(60)
     await until(lambda: manager.slots["a"].state is ModelState.UNLOADED)
 
 

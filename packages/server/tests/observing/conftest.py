@@ -160,7 +160,7 @@ class Served:
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while not self._server.started:
             assert time.monotonic() < end
             time.sleep(0.01)
@@ -168,11 +168,11 @@ class Served:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=10, trust_env=False)
+        return httpx.Client(base_url=self.url, timeout=60, trust_env=False)
 
     def stop(self) -> None:
         self._server.should_exit = True
-        self._thread.join(10)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
 

@@ -412,7 +412,7 @@ async def test_a_client_that_goes_away_is_an_abort(noted: Any, serve_app: Any) -
     ):
         async for _ in answer.aiter_lines():
             break
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while not (samples := setup.samples()).sum("vllm:request_success_total", finished_reason="abort"):
         assert time.monotonic() < end
         await asyncio.sleep(0.02)
@@ -443,10 +443,10 @@ async def test_counting_a_token_costs_little() -> None:
     watcher = watched(ScriptedEngine(), Metrics())
 
     async def seconds(watcher: EngineWatcher | None) -> float:
-        start = time.perf_counter()
+        start = time.thread_time()
         async for _ in _stream(pieces, watcher, FIVE):
             pass
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
     rounds = [(await seconds(None), await seconds(watcher)) for _ in range(15)]
     cost = statistics.median(with_it - without for without, with_it in rounds) / count

@@ -186,7 +186,7 @@ def _prometheus(folder: Path, target: str) -> Iterator[httpx.Client]:
 
 
 def _until(condition: Any, log: Path) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 60
     while True:
         try:
             if condition():

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from server_fakes import PacedEngine
 from starlette.types import Receive, Scope, Send
+from waiting import until
 
 from candle_vllm.server.http.routing import Caller
 from candle_vllm.server.observing.http_metrics import HttpMetricsMiddleware
@@ -42,8 +43,7 @@ async def test_a_request_is_in_progress_until_its_answer_has_ended(noted: Any) -
     setup = noted(PacedEngine("abc", pause=0.02))
     async with setup.client() as client:
         running = asyncio.create_task(client.post("/v1/completions", json={"prompt": "p", "stream": True}))
-        await asyncio.sleep(0.03)
-        assert setup.samples().sum("http_requests_in_progress", method="POST") == 1
+        await until(lambda: setup.samples().sum("http_requests_in_progress", method="POST") == 1)
         await running
     samples = setup.samples()
     assert samples.sum("http_requests_in_progress") == 0

@@ -30,7 +30,7 @@ def _slowly(_: Any, row: Any) -> Any:
 
 
 async def _until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         await asyncio.sleep(0.005)

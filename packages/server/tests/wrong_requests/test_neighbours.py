@@ -119,7 +119,7 @@ def server() -> Iterator[Servers]:
             yield Servers(psutil.Process(process.pid), port)
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(60)
 
 
 class Piece(NamedTuple):
@@ -149,7 +149,7 @@ class Neighbour:
             assert process.stdin is not None
             process.stdin.close()  # with it the neighbour ends
             assert process.wait(30) == 0
-            self._reader.join(5)
+            self._reader.join(60)
 
     def wait_for_piece(self, moment: float) -> None:
         """Waits for a piece that came after a moment."""
@@ -190,7 +190,7 @@ def memory(process: psutil.Process) -> Iterator[list[int]]:
         yield grown
     finally:
         over.set()
-        sampler.join(5)
+        sampler.join(60)
         grown.append(max(sizes) - sizes[0])
 
 
