@@ -315,3 +315,86 @@ def test_without_an_event_loop() -> None:
         assert made.complete({"prompt": "a"}).choices[0].text == CALL[:16]
         with pytest.raises(RequestError):
             made.chat({"messages": []})
+
+
+# ---- custom tools ----------------------------------------------------------------------------------------------------
+
+CUSTOM: list[Any] = [{"type": "custom", "custom": {"name": "c"}}, TOOLS[0]]
+CUSTOM_CALL = 'Hm<tool_call>\n{"name": "c", "arguments": {"input": "ls \\"a\\"\\n"}}\n</tool_call>'
+INPUT = 'ls "a"\n'
+
+
+def custom_calls(stream: list[official.ChatCompletionChunk]) -> list[tuple[Any, ...]]:
+    """Type, id, name and text of each call, added up."""
+    calls: list[list[Any]] = []
+    for call in (call for chunk in stream for one in chunk.choices for call in one.delta.tool_calls or ()):
+        news = (call.model_dump().get("custom") if call.function is None else call.function.model_dump()) or {}
+        if call.id is not None:
+            calls.append([call.type, call.id, news["name"], ""])
+        calls[call.index][3] += news.get("input") or news.get("arguments") or ""
+    return [tuple(call) for call in calls]
+
+
+def unchecked(chunk: Any) -> official.ChatCompletionChunk:
+    """As the official client reads a chunk: its types have no custom call in a delta yet, and it takes what comes."""
+    return official.ChatCompletionChunk.construct(**json.loads(to_json_bytes(chunk)))
+
+
+async def custom_stream(made: OpenAIAdapter, **fields: Any) -> list[Any]:
+    stream = await made.chat_stream({"messages": HI, "tools": CUSTOM, "stream": True, **fields})
+    return [unchecked(chunk) async for chunk in stream]
+
+
+@pytest.mark.parametrize("size", [1, 3, len(CUSTOM_CALL)])
+async def test_a_call_of_a_custom_tool_has_its_text(size: int) -> None:
+    text = CUSTOM_CALL + CALL.replace("f2", TOOLS[0]["function"]["name"])
+    made = adapter([text[start : start + size] for start in range(0, len(text), size)])
+    (choice,) = (await whole(made, tools=CUSTOM)).choices
+    first, second = choice.message.tool_calls or ()
+    assert isinstance(first, official.ChatCompletionMessageCustomToolCall)
+    assert (first.custom.name, first.custom.input) == ("c", INPUT)
+    assert second.type == "function"
+    assert choice.finish_reason == "tool_calls"
+    streamed = custom_calls(await custom_stream(made))
+    assert [(kind, name, said) for kind, _, name, said in streamed] == [
+        ("custom", "c", INPUT),
+        ("function", second.function.name, second.function.arguments),
+    ]
+    assert streamed[0][1].startswith("call_")
+
+
+async def test_tokens_of_a_custom_call_are_all_told() -> None:
+    made = adapter(cut(CUSTOM_CALL))
+    answer = await made.chat({"messages": HI, "tools": CUSTOM, "return_token_ids": True, "logprobs": True})
+    plain = await made.chat({"messages": HI, "return_token_ids": True, "logprobs": True})
+    assert answer.choices[0].token_ids == plain.choices[0].token_ids
+    stream = await custom_stream(made, return_token_ids=True)
+    ids = [token for chunk in stream for one in chunk.choices for token in getattr(one, "token_ids", None) or ()]
+    assert tuple(ids) == answer.choices[0].token_ids
+    assert custom_calls(stream)[0][3] == INPUT
+
+
+async def test_several_answers_with_custom_calls_and_one_that_is_cut() -> None:
+    made = adapter(cut(CUSTOM_CALL))
+    stream = await custom_stream(made, n=2)
+    for index in range(2):
+        mine = [chunk for chunk in stream if chunk.choices and chunk.choices[0].index == index]
+        assert custom_calls(mine)[0][3] == INPUT
+    short = await made.chat({"messages": HI, "tools": CUSTOM, "max_tokens": 55})
+    (call,) = short.choices[0].message.tool_calls
+    assert short.choices[0].finish_reason == "length"
+    assert call.custom.input.startswith('{"input": "')  # what there is of it, as the model wrote it
+
+
+async def test_custom_calls_go_back_as_they_came() -> None:
+    engine = ScriptedEngine(["Fine"])
+    made = OpenAIAdapter(engine, tool_parser="hermes")
+    call = {"id": "x", "type": "custom", "custom": {"name": "c", "input": INPUT}}
+    history = [*HI, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "x", "content": "a"}]
+    await made.chat({"messages": history, "tools": CUSTOM})
+    seen = engine.template_calls[-1]
+    (shown,) = seen.messages[1]["tool_calls"]
+    assert shown["function"] == {"name": "c", "arguments": {"input": INPUT}}
+    assert seen.messages[2]["name"] == "c"
+    (tool, _) = seen.options["tools"]
+    assert tool["function"]["parameters"]["properties"] == {"input": {"type": "string"}}

@@ -8,7 +8,8 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from candle_vllm.core.errors import RequestError
-from candle_vllm.openai.formats.grammars.custom import json_rules
+from candle_vllm.openai.formats.grammars.custom import json_rules, text_terminals
+from candle_vllm.openai.formats.grammars.writer import Writer
 
 BYTES = LLTokenizer("byte")
 PATCH = r"""
@@ -56,27 +57,28 @@ def takes(made: LLMatcher, text: str) -> bool:
     )
 
 
-@pytest.mark.parametrize(
-    ("definition", "texts"),
-    [
-        (
-            PATCH,
-            [
-                '*** Begin Patch\n*** Add File: a "b"\\c.py\n+print("x\\n")\n+\ty\n*** End Patch',
-                "*** Begin Patch\n*** Update File: b\n@@ def\n-a\n+\u00e9\n*** End of File\n*** End Patch\n",
-                "*** Begin Patch\n*** End Patch",
-                "*** Begin Patch\n*** Delete File: b*** End Patch",
-                "hello",
-            ],
-        ),
-        (SUM, ["1+2*(3-4.5)", "(1", "SeLect+b", "d", "1/2", ""]),
-        (r'start: /a{2,3}[^\d"]\s?\x41/i', ["aa\na", "AAx A", "aaa\\A", 'aa"a', "a"]),
-        (r'start: ["x"] /[^a"]*/ | "\"\n" "y"i', ["x", 'x"', "b\\\nc", '"\nY', '"\ny', "a"]),
-        ('start: A+\n_B: "b\\t"\nA: "a" _B?', ["a", "ab\t", "ab", "aab\ta"]),
-        ("start: /(.|\\n){1,3}/", ["a", "\n", '"\\\n', "abcd"]),
-        ("start: /a.b/s", ["a\nb", "axb", "ab"]),
-    ],
-)
+CASES: list[tuple[str, list[str]]] = [
+    (
+        PATCH,
+        [
+            '*** Begin Patch\n*** Add File: a "b"\\c.py\n+print("x\\n")\n+\ty\n*** End Patch',
+            "*** Begin Patch\n*** Update File: b\n@@ def\n-a\n+\u00e9\n*** End of File\n*** End Patch\n",
+            "*** Begin Patch\n*** End Patch",
+            "*** Begin Patch\n*** Delete File: b*** End Patch",
+            "hello",
+        ],
+    ),
+    (SUM, ["1+2*(3-4.5)", "(1", "SeLect+b", "d", "1/2", ""]),
+    (r'start: /a{2,3}[^\d"]\s?\x41/i', ["aa\na", "AAx A", "aaa\\A", 'aa"a', "a"]),
+    (r'start: ["x"] /[^a"]*/ | "\"\n" "y"i', ["x", 'x"', "b\\\nc", '"\nY', '"\ny', "a"]),
+    ('start: A+\n_B: "b\\t"\nA: "a" _B?', ["a", "ab\t", "ab", "aab\ta"]),
+    ("start: /(.|\\n){1,3}/", ["a", "\n", '"\\\n', "abcd"]),
+    ("start: /a.b/s", ["a\nb", "axb", "ab"]),
+    (r'start: ("+".."/" | "\t".."\n")+', ["+/", "\t\n", "+,-.", "0"]),
+]
+
+
+@pytest.mark.parametrize(("definition", "texts"), CASES)
 def test_spelled_texts_are_taken_as_the_texts_are(definition: str, texts: list[str]) -> None:
     plain = matcher([definition])
     name, lines = json_rules(definition, "u1")
@@ -84,6 +86,20 @@ def test_spelled_texts_are_taken_as_the_texts_are(definition: str, texts: list[s
     found = [takes(plain, text) for text in texts]
     assert [takes(spelled, json.dumps(text, ensure_ascii=False)) for text in texts] == found
     assert set(found) == {True, False}
+
+
+@pytest.mark.parametrize(("definition", "texts"), [case for case in CASES if case[0] != SUM])
+def test_texts_before_a_mark_are_taken_as_they_are(definition: str, texts: list[str]) -> None:
+    plain = matcher([definition])
+    writer = Writer({})
+    held = matcher([writer.lark(writer.until("</p>", writer.custom(definition)))])
+    assert [takes(held, f"{text}</p>") for text in texts] == [takes(plain, text) for text in texts]
+
+
+@pytest.mark.parametrize("definition", [SUM, 'start: "(" start ")" | "a"'])
+def test_a_recursive_grammar_is_no_terminal(definition: str) -> None:
+    with pytest.raises(RequestError, match="cannot be guaranteed within a call: it is recursive"):
+        text_terminals(definition, "u1")
 
 
 @pytest.mark.parametrize(

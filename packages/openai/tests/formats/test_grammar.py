@@ -15,6 +15,7 @@ import jsonschema
 import pytest
 from messages import Parsed, parse
 from samples import SAMPLES, TOOLS, Sample
+from test_custom_grammar import PATCH
 from walks import Vocabulary, accepts, allowed, walk
 
 from candle_vllm.core.errors import InvalidParameterError
@@ -204,6 +205,58 @@ def test_every_required_text_is_calls(name: str, bound: bool) -> None:
                 form, reasoning, vocab, vocab.whole(cut), TOOLSET, bound=bound, in_reasoning=in_reasoning, whole=False
             )
             assert _begins(part, parsed), (text, vocab.text(vocab.whole(cut)))
+
+
+CUSTOM = [  # any text at all, with marks of the formats in it; and one of a few words, with what is spelled otherwise
+    ('start: "+" /(.|\\n){0,30}/ ">"', r"\+(?s:.){0,30}>"),
+    ('start: line+ "end"i?\nline: ">" WORD? ("\\"" | "\\\\" | "<") LF\nWORD: "a".."c"\n%import common.LF',
+     r"(>[abc]?[\"\\<]\n)+((?i:end))?"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["text", "special"])
+@pytest.mark.parametrize("name", ROWS)
+def test_the_input_of_a_custom_tool_follows_its_grammar(name: str, bound: bool) -> None:
+    form, reasoning = ROWS[name], _reasoning(name)
+    vocab = vocabulary(form, reasoning, bound=bound)
+    rng = random.Random(f"{name}{bound}")
+    for number, (definition, fits) in enumerate(CUSTOM):
+        tools = [Tool("run", _object({"input": {"type": "string"}}), strict=False, grammar=definition)]
+        grammar = tool_grammar(
+            form, tools, mode="required", parallel=bool(number), reasoning=None, in_reasoning=False,
+            special=vocab.special if bound else {},
+        )  # fmt: skip
+        assert grammar is not None
+        begin = vocab.compiler(grammar)
+        for _ in range(3):
+            ids = walk(begin(), vocab, rng, steps=30)
+            text = vocab.text(ids)
+            parsed = read(form, None, vocab, ids, tools, bound=bound)
+            assert parsed.calls, text
+            check(parsed, tools, text)
+            for call in parsed.calls:
+                assert re.fullmatch(fits, json.loads(call[2])["input"]), (text, call)
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "minimax_m2"])
+def test_a_patch_fits_into_a_tagged_call(name: str) -> None:
+    """The lexer's budget for a step holds for the complement of the marks and a grammar as large as that."""
+    form = ROWS[name]
+    vocab = vocabulary(form, THINK, bound=False)
+    tools = [Tool("run", _object({"input": {"type": "string"}}), strict=False, grammar=PATCH)]
+    lark = tool_grammar(
+        form, tools, mode="required", parallel=False, reasoning=None, in_reasoning=False, special={}
+    )  # fmt: skip
+    assert lark is not None
+    grammar, rng = vocab.compiler(lark)(), random.Random(0)
+    while ord("*") not in (choices := allowed(grammar, vocab.vocab_size)):
+        assert grammar.accept(rng.choice([one for one in choices if vocab.tokens[one] != b"\n"] or choices))
+    lines = "".join(f"{sign}    if x < 3: return '<b>\\n</b>' </para\n" for sign in "+- ")
+    for part in ("*** Begin Patch\n*** ", "Update File: a b.py\n@@ def f(x):\n", lines, "*** End Patch"):
+        assert part.encode()[0] in allowed(grammar, vocab.vocab_size)
+        assert all(map(grammar.accept, part.encode())), part
+    end = "\n</parameter>" if name == "qwen3_coder" else "</parameter>"
+    assert all(map(grammar.accept, end.encode()))
 
 
 def _begins(part: Parsed, whole: Parsed) -> bool:

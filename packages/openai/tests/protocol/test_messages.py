@@ -161,8 +161,12 @@ def test_an_answer_can_be_sent_back_as_the_official_client_holds_it() -> None:
         ([{"role": "user", "content": ["x"]}], "messages.0.content.0", "must be an object"),
         ([{"role": "assistant", "content": "a", "reasoning": "b", "reasoning_content": "c"}],
          "messages.0.reasoning", "must be equal"),
-        ([{"role": "assistant", "tool_calls": [{**call("x"), "type": "custom"}]}, result("x")],
+        ([{"role": "assistant", "tool_calls": [{**call("x"), "type": "tool"}]}, result("x")],
          "messages.0.tool_calls.0.type", "'function'"),
+        ([{"role": "assistant", "tool_calls": [{**call("x"), "type": "custom"}]}, result("x")],
+         "messages.0.tool_calls.0.function", "not a known"),
+        ([{"role": "assistant", "tool_calls": [{"id": "x", "type": "custom", "custom": {"name": "c"}}]}, result("x")],
+         "messages.0.tool_calls.0.custom.input", "is required"),
     ],
 )  # fmt: skip
 def test_refusals_name_the_place(messages: list[Any], param: str, message: str) -> None:

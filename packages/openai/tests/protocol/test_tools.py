@@ -33,6 +33,13 @@ def allowed(mode: str, *names: str) -> dict[str, Any]:
     return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [choice(name) for name in names]}}
 
 
+def custom(name: str = "c", form: Any = None) -> dict[str, Any]:
+    return {"type": "custom", "custom": {"name": name, **({} if form is None else {"format": form})}}
+
+
+CHOSEN = {"type": "custom", "custom": {"name": "c"}}
+
+
 def chat(**fields: Any) -> ChatCompletionRequest:
     return parse_chat_request(json.dumps({"messages": HI, **fields}).encode())
 
@@ -176,6 +183,25 @@ def nested(levels: int) -> dict[str, Any]:
         ({"tools": [tool()], "tool_choice": allowed("auto")}, "tool_choice.allowed_tools.tools", "must not be empty"),
         ({"tools": [tool()], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools", "is required"),
         ({"tools": [tool()], "parallel_tool_calls": "no"}, "parallel_tool_calls", "must be true or false"),
+        ({"tools": [{"type": "custom"}]}, "tools.0.custom", "is required"),
+        ({"tools": [{"type": "custom", "name": "c"}]}, "tools.0.custom", "put name, description and format into it"),
+        ({"tools": [{"type": "custom", "function": {"name": "c"}}]}, "tools.0.custom", "is required"),
+        ({"tools": [custom("a b")]}, "tools.0.custom.name", "OpenAI's rule"),
+        ({"tools": [tool("c"), custom("c")]}, "tools.1.custom.name", "tools.0 is called 'c' too"),
+        ({"tools": [custom("c", {"type": "xml"})]}, "tools.0.custom.format.type", "'text'"),
+        ({"tools": [custom("c", {"type": "grammar"})]}, "tools.0.custom.format.grammar", "is required"),
+        ({"tools": [custom("c", {"type": "grammar", "syntax": "lark", "definition": "start: /a/"})]},
+         "tools.0.custom.format.grammar", "is required"),
+        ({"tools": [custom("c", {"type": "grammar", "grammar": {"syntax": "ebnf", "definition": "a"}})]},
+         "tools.0.custom.format.grammar.syntax", "'lark' or 'regex'"),
+        ({"tools": [custom("c", {"type": "grammar", "grammar": {"syntax": "regex", "definition": ""}})]},
+         "tools.0.custom.format.grammar.definition", "must not be empty"),
+        ({"tools": [custom("c")], "tool_choice": choice("c")}, "tool_choice.function.name", "there is none"),
+        ({"tools": [tool(), custom("c")], "tool_choice": choice("c")}, "tool_choice.function.name", "not 'c'"),
+        ({"tools": [tool()], "tool_choice": CHOSEN}, "tool_choice.custom.name", "there is none"),
+        ({"tools": [custom("d")], "tool_choice": CHOSEN}, "tool_choice.custom.name", "not 'c'"),
+        ({"tools": [custom("d")], "tool_choice": {"type": "allowed_tools", "allowed_tools": {
+            "mode": "auto", "tools": [CHOSEN]}}}, "tool_choice.allowed_tools.tools.0.custom.name", "not 'c'"),
     ],
 )  # fmt: skip
 def test_refusals_name_the_field(fields: dict[str, Any], param: str, message: str) -> None:
@@ -188,10 +214,8 @@ def test_refusals_name_the_field(fields: dict[str, Any], param: str, message: st
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
-        ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools.0.type", "'custom' tools are not served"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type", "'web_search' tools"),
         ({"tools": [{**tool(), "defer_loading": True}]}, "tools.0.defer_loading", "shown to the model"),
-        ({"tools": [tool()], "tool_choice": {"type": "custom", "custom": {"name": "x"}}}, "tool_choice.type", "custom"),
         ({"functions": [{"name": "f"}]}, "functions", "replaced it by tools"),
         ({"function_call": {"name": "f"}}, "function_call", "replaced it by tools"),
     ],

@@ -10,8 +10,8 @@ from response_judges import judge_events
 
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai import to_json_bytes
+from candle_vllm.openai.protocol.custom_tools import custom_input
 from candle_vllm.openai.task import Choice
-from candle_vllm.responses.api.call_writers import custom_input
 from candle_vllm.responses.api.echo import begin_response
 from candle_vllm.responses.api.event_writer import EventWriter
 from candle_vllm.responses.api.messages import encode_thoughts

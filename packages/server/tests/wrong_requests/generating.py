@@ -171,6 +171,11 @@ def strict(schema: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": "h", "strict": True, "parameters": schema}}
 
 
+def custom(definition: str, syntax: str) -> dict[str, Any]:
+    form = {"type": "grammar", "grammar": {"syntax": syntax, "definition": definition}}
+    return {"type": "custom", "custom": {"name": "c", "format": form}}
+
+
 CHAT_ROWS = [
     *SHARED,
     *not_served(REFUSED_FIELDS),
@@ -240,7 +245,13 @@ CHAT_ROWS = [
     Row("messages.2.tool_calls.0.id", ""),
     Row("messages.2.tool_calls.0.id", 1),
     Row("messages.2.tool_calls.0.id", "c2", "messages.3.tool_call_id"),
-    Row("messages.2.tool_calls.0.type", "custom"),
+    Row("messages.2.tool_calls.0.type", "retrieval"),
+    Row("messages.2.tool_calls.0.type", "custom", "messages.2.tool_calls.0.function"),
+    Row(
+        "messages.2.tool_calls.0",
+        {"id": "c1", "type": "custom", "custom": {"name": "c", "input": {}}},
+        "messages.2.tool_calls.0.custom.input",
+    ),
     Row("messages.2.tool_calls.0.index", -1),
     Row("messages.2.tool_calls.0.function", GONE),
     Row("messages.2.tool_calls.0.function.name", GONE),
@@ -290,6 +301,10 @@ CHAT_ROWS = [
     Row("tools.0.function.parameters.required", "a"),
     Row("tools.0.function.parameters.required", [1]),
     Row("tools.0.function.parameters", deep(25)),
+    Row("tools.0", {"type": "custom", "name": "c"}, "tools.0.custom"),
+    Row("tools.0", {"type": "custom", "custom": {"name": "c", "format": {}}}, "tools.0.custom.format.type"),
+    Row("tools.0", custom("start: (", "lark"), "tools.0.custom.format.grammar.definition"),
+    Row("tools.0", custom("(", "regex"), "tools.0.custom.format.grammar.definition"),
     Row("tools.1.function.name", "f"),
     Row(
         "tools.1",
@@ -307,7 +322,8 @@ CHAT_ROWS = [
     Row("tool_choice", ["auto"]),
     Row("tool_choice", {}, "tool_choice.function"),
     Row("tool_choice", {"type": "tool"}, "tool_choice.type"),
-    Row("tool_choice", {"type": "custom"}, "tool_choice.type"),
+    Row("tool_choice", {"type": "custom"}, "tool_choice.custom"),
+    Row("tool_choice", {"type": "custom", "custom": {"name": "f"}}, "tool_choice.custom.name"),
     Row("tool_choice", {"type": "function"}, "tool_choice.function"),
     Row("tool_choice", {"type": "function", "function": {}}, "tool_choice.function.name"),
     Row("tool_choice", {"type": "function", "function": {"name": "z"}}, "tool_choice.function.name"),

@@ -23,12 +23,16 @@ from candle_vllm.openai.protocol.chat import (
     ChatLogprobs,
     ChatMessage,
     ChunkChoice,
+    CustomCallDelta,
+    CustomCallOut,
+    CustomToolCallOut,
     FunctionCallDelta,
     FunctionCallOut,
     PromptLogprobs,
     ToolCallDelta,
     ToolCallOut,
 )
+from candle_vllm.openai.protocol.custom_tools import custom_input
 from candle_vllm.openai.protocol.generation import GenerationFields
 
 Chunk = TypeVar("Chunk")
@@ -115,7 +119,19 @@ class ChatWriter(AnswerWriter[ChatCompletionChunk]):
         # The official client adds the pieces up: a message of calls alone has no content, not an empty one.
         self._first_content = None if calls else ""
         self._told = told_of(request)
+        self._custom = request.custom_tools
+        self._inputs: dict[int, tuple[int, list[str]]] = {}  # choice -> its custom call that grows, and the arguments
         self._prompt_token_ids = tuple(prompt_token_ids) if request.return_token_ids else UNSET
+
+    def write(self, events: Sequence[Event]) -> list[ChatCompletionChunk]:
+        if not self._custom:
+            return super().write(events)
+        chunks: list[ChatCompletionChunk] = []
+        for event in events:
+            if not isinstance(event, (CallText, Usage)) and event.choice in self._inputs:
+                chunks.append(self._input(event.choice))
+            chunks += super().write([event])
+        return chunks
 
     def _written(self, event: Event) -> ChatCompletionChunk | None:
         if isinstance(event, Text):
@@ -123,9 +139,16 @@ class ChatWriter(AnswerWriter[ChatCompletionChunk]):
         if isinstance(event, Thought):
             return self._news(event, ChatDelta(reasoning_content=event.text))
         if isinstance(event, CallText):
+            if event.choice in self._inputs:
+                return self._held(event)
             call = ToolCallDelta(index=event.call, function=FunctionCallDelta(arguments=event.text))
             return self._news(event, ChatDelta(tool_calls=(call,)))
         if isinstance(event, CallBegun):
+            if event.name in self._custom:
+                self._inputs[event.choice] = event.call, []
+                custom = CustomCallDelta(name=event.name, input="")
+                call = ToolCallDelta(index=event.call, id=event.id, type="custom", custom=custom)
+                return self._news(event, ChatDelta(tool_calls=(call,)))
             function = FunctionCallDelta(name=event.name, arguments="")
             call = ToolCallDelta(index=event.call, id=event.id, type="function", function=function)
             return self._news(event, ChatDelta(tool_calls=(call,)))
@@ -142,6 +165,20 @@ class ChatWriter(AnswerWriter[ChatCompletionChunk]):
                 )
             )
         return self._counts(event)
+
+    def _held(self, event: CallText) -> ChatCompletionChunk | None:
+        """Arguments of a custom call wait until they are whole: its text stands in them. Tokens are told at once."""
+        number, parts = self._inputs[event.choice]
+        parts.append(event.text)
+        if event.ids is None and event.logprobs is None:
+            return None
+        return self._news(event, ChatDelta(tool_calls=(ToolCallDelta(index=number, custom=CustomCallDelta(input="")),)))
+
+    def _input(self, choice: int) -> ChatCompletionChunk:
+        """The input of the custom call that has grown."""
+        number, parts = self._inputs.pop(choice)
+        call = ToolCallDelta(index=number, custom=CustomCallDelta(input=custom_input("".join(parts))))
+        return self._chunk(ChunkChoice(index=choice, delta=ChatDelta(tool_calls=(call,)), token_ids=self._no_ids))
 
     def _news(self, event: Text | Thought | CallBegun | CallText, delta: ChatDelta) -> ChatCompletionChunk:
         logprobs = None if event.logprobs is None else chat_logprobs(event.logprobs)
@@ -247,22 +284,23 @@ def _join_message(parts: Sequence[ChunkChoice]) -> ChatMessage:
     )
 
 
-def _join_calls(parts: Sequence[ChunkChoice]) -> tuple[ToolCallOut, ...]:
-    ids: list[str] = []
-    names: list[str] = []
-    arguments: list[list[str]] = []
+def _join_calls(parts: Sequence[ChunkChoice]) -> tuple[ToolCallOut | CustomToolCallOut, ...]:
+    begun: list[ToolCallDelta] = []
+    texts: list[list[str]] = []
     for call in (call for part in parts for call in part.delta.tool_calls or ()):
-        function = call.function
         if call.id is not None:
-            ids.append(call.id)
-            names.append((function and function.name) or "")
-            arguments.append([])
-        if function is not None and function.arguments:
-            arguments[call.index].append(function.arguments)
-    return tuple(
-        ToolCallOut(id=one, function=FunctionCallOut(name, "".join(text)))
-        for one, name, text in zip(ids, names, arguments, strict=True)
-    )
+            begun.append(call)
+            texts.append([])
+        news = call.custom.input if call.custom is not None else call.function and call.function.arguments
+        texts[call.index].append(news or "")
+    return tuple(_joined(call, "".join(text)) for call, text in zip(begun, texts, strict=True))
+
+
+def _joined(first: ToolCallDelta, text: str) -> ToolCallOut | CustomToolCallOut:
+    call_id, function, custom = first.id or "", first.function, first.custom
+    if custom is not None:
+        return CustomToolCallOut(id=call_id, custom=CustomCallOut(custom.name or "", text))
+    return ToolCallOut(id=call_id, function=FunctionCallOut((function and function.name) or "", text))
 
 
 def join_token_ids(parts: Sequence[tuple[int, ...] | UnsetType]) -> tuple[int, ...] | UnsetType:

@@ -67,7 +67,7 @@ def read_chat(request: ChatCompletionRequest) -> Task:
         fields["max_tokens"] = "max_completion_tokens"
     return Task(
         messages=messages,
-        paths=Paths(fields, [f"tools.{number}.function.parameters" for number in range(len(use.shown))]),
+        paths=Paths(fields, [f"tools.{number}.{tool.schema_path}" for number, tool in enumerate(request.tools or ())]),
         tools=use,
         form=request.structured(),
         sampling=_given(request),
@@ -164,7 +164,7 @@ def _message(message: WireMessage) -> Message:
     thoughts = None
     if isinstance(message, AssistantMessage):
         thoughts = message.thoughts
-        calls = tuple(Call(one.id, one.function.name, one.function.arguments) for one in message.tool_calls or ())
+        calls = tuple(one.called() for one in message.tool_calls or ())
         if message.refusal:
             texts = list(filter(None, ("\n".join(texts), message.refusal)))
     return Message(

@@ -159,7 +159,7 @@ class PromptRequest(WireModel):
     @classmethod
     def _tools_fit(cls, tools: list[AnyTool] | None) -> list[AnyTool] | None:
         named = ((place, tool) for place, tool in enumerate(tools or ()) if isinstance(tool, Tool))
-        check_tools(((place, tool.name, tool.shown()) for place, tool in named), "name", "input_schema")
+        check_tools(((f"{place}.name", tool.name, tool.shown()) for place, tool in named), "input_schema")
         return tools
 
     @model_validator(mode="after")

@@ -9,8 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from candle_vllm.openai.anthropic.blocks import CacheControl, one_of, type_of
-from candle_vllm.openai.protocol.fields import MAX_TOOL_NAME, Refusal, WireModel, invalid, unsupported
-from candle_vllm.openai.protocol.tools import ArgumentsSchema, FunctionName
+from candle_vllm.openai.protocol.fields import MAX_TOOL_NAME, FunctionName, Refusal, WireModel, invalid, unsupported
+from candle_vllm.openai.protocol.tools import ArgumentsSchema
 
 _NAME = re.compile(rf"[a-zA-Z0-9_-]{{1,{MAX_TOOL_NAME}}}")
 _SEARCH = re.compile(r"tool_search_tool_[a-z0-9_]+")

@@ -26,7 +26,7 @@ from candle_vllm.openai.protocol.fields import (
 )
 from candle_vllm.openai.protocol.generation import Logprobs, SamplerFields, Stop
 from candle_vllm.openai.protocol.pooling import MAX_INPUTS
-from candle_vllm.openai.protocol.tools import Tool, check_tools
+from candle_vllm.openai.protocol.tools import Tool, check_chat_tools
 from candle_vllm.openai.validation import parse_body
 
 MAX_CONTEXT = 1 << 20  # token ids in `context`
@@ -313,7 +313,7 @@ class ChatRequest(_Generating):
     @field_validator("tools")
     @classmethod
     def _tools_fit(cls, tools: list[Tool] | None) -> list[Tool] | None:
-        check_tools((place, tool.function.name, tool.shown()) for place, tool in enumerate(tools or ()))
+        check_chat_tools(tools)
         return tools
 
     @property

@@ -12,7 +12,15 @@ from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_PARTS, MAX_TOOL
 from candle_vllm.openai.protocol.generation import GenerationFields, Logprobs, MaxTokens
 from candle_vllm.openai.protocol.messages import AssistantMessage, Message, check_history
 from candle_vllm.openai.protocol.templating import TemplateFields
-from candle_vllm.openai.protocol.tools import Tool, ToolChoice, check_tools, tool_use
+from candle_vllm.openai.protocol.tools import (
+    AnyTool,
+    CustomTool,
+    Tool,
+    ToolChoice,
+    check_chat_tools,
+    custom_names,
+    tool_use,
+)
 from candle_vllm.openai.protocol.usage import Usage
 from candle_vllm.openai.task import ToolUse
 
@@ -72,7 +80,7 @@ class ChatCompletionRequest(TemplateFields, GenerationFields):
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
     modalities: Annotated[list[str] | None, BeforeValidator(_text_modality)] = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
@@ -80,8 +88,8 @@ class ChatCompletionRequest(TemplateFields, GenerationFields):
 
     @field_validator("tools")
     @classmethod
-    def _tools_fit(cls, tools: list[Tool] | None) -> list[Tool] | None:
-        check_tools((place, tool.function.name, tool.shown()) for place, tool in enumerate(tools or ()))
+    def _tools_fit(cls, tools: list[Tool | CustomTool] | None) -> list[Tool | CustomTool] | None:
+        check_chat_tools(tools)
         return tools
 
     @model_validator(mode="after")
@@ -104,6 +112,11 @@ class ChatCompletionRequest(TemplateFields, GenerationFields):
         """The client's own labels, which its answer repeats."""
         given = {"conversation_id": self.conversation_id, "resource_id": self.resource_id}
         return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def custom_tools(self) -> frozenset[str]:
+        """Names of tools whose input is text."""
+        return custom_names(self.tools)
 
     def tool_use(self) -> ToolUse:
         """What the request says about tools, in one piece."""
@@ -141,12 +154,35 @@ class FunctionCallOut(msgspec.Struct, frozen=True):
     arguments: str
 
 
-class ToolCallOut(msgspec.Struct, frozen=True, kw_only=True):
+class ToolCallOut(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="function"):
     """A call that the model asks for; the result refers to its `id`."""
 
     id: str
-    type: str = "function"
     function: FunctionCallOut
+
+    @property
+    def type(self) -> Literal["function"]:
+        """As in the JSON."""
+        return "function"
+
+
+class CustomCallOut(msgspec.Struct, frozen=True):
+    """The called custom tool and the text for it, cut short where the answer was."""
+
+    name: str
+    input: str
+
+
+class CustomToolCallOut(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="custom"):
+    """A call of a custom tool; the result refers to its `id`."""
+
+    id: str
+    custom: CustomCallOut
+
+    @property
+    def type(self) -> Literal["custom"]:
+        """As in the JSON."""
+        return "custom"
 
 
 class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
@@ -156,7 +192,7 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
     content: str | None
     refusal: None = None
     reasoning_content: str | UnsetType = UNSET
-    tool_calls: tuple[ToolCallOut, ...] | UnsetType = UNSET
+    tool_calls: tuple[ToolCallOut | CustomToolCallOut, ...] | UnsetType = UNSET
 
 
 class ServerToolCall(msgspec.Struct, frozen=True, kw_only=True):
@@ -229,6 +265,13 @@ class FunctionCallDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
     arguments: str | None = None
 
 
+class CustomCallDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is new of a called custom tool: its name once, then its input, in one piece when it is whole."""
+
+    name: str | None = None
+    input: str | None = None
+
+
 class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What is new of the call with this index; id and type stand in its first delta only."""
 
@@ -236,6 +279,7 @@ class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     id: str | None = None
     type: str | None = None
     function: FunctionCallDelta | None = None
+    custom: CustomCallDelta | None = None
 
 
 class ChatDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

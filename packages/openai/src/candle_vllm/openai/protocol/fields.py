@@ -132,6 +132,8 @@ COMPLETION_REFUSED_FIELDS: Mapping[str, Refusal] = {
     "prediction": Refusal(_CHAT_ONLY),
 }
 
+NOT_DEFERRED = {"defer_loading": Refusal("every tool is shown to the model from the start", (False,))}
+
 ADVISORY_FIELDS: Mapping[str, str] = {
     "user": "names the caller's user; the server keeps no per-user state",
     "safety_identifier": "names the caller's user; the server keeps no per-user state",
@@ -246,3 +248,20 @@ def prompt_form(value: Any) -> str:
     if isinstance(first, list):
         return "<token lists>"
     return "<strings>" if isinstance(first, str) else "<tokens>"
+
+
+_NAME = re.compile(rf"[a-zA-Z0-9_-]{{1,{MAX_TOOL_NAME}}}")
+
+
+def check_name(name: str) -> str:
+    """OpenAI's rule for the names of functions and schemas."""
+    if not _NAME.fullmatch(name):
+        raise invalid(
+            "",
+            f"must be 1 to {MAX_TOOL_NAME} of the characters a-z, A-Z, 0-9, _ and -, which is OpenAI's rule for names; "
+            f"{name!r:.80} is not: rename it, and map the name back when it is called",
+        )
+    return name
+
+
+FunctionName = Annotated[str, AfterValidator(check_name)]

@@ -7,7 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from candle_vllm.openai.protocol.custom_tools import CustomToolCall, kind_form
 from candle_vllm.openai.protocol.fields import MAX_PARTS, MAX_TOOL_CALLS, Name, Refusal, WireModel, invalid, unsupported
+from candle_vllm.openai.task import Call
 
 _OTHER_PARTS = frozenset({
     "image_url", "input_image", "image_base64", "input_audio", "audio_url", "video_url", "file", "input_file",
@@ -107,6 +109,15 @@ class ToolCall(WireModel):
     function: FunctionCall
     index: Annotated[int, Field(ge=0)] | None = None
 
+    def called(self) -> Call:
+        """The call as a task has it."""
+        return Call(self.id, self.function.name, self.function.arguments)
+
+
+AnyToolCall = Annotated[
+    Annotated[ToolCall, Tag("<function>")] | Annotated[CustomToolCall, Tag("<custom>")], Discriminator(kind_form)
+]
+
 
 class AssistantMessage(WireModel):
     """An earlier answer; `reasoning_content` and `reasoning` are two names for its thoughts.
@@ -123,7 +134,7 @@ class AssistantMessage(WireModel):
     name: Name | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None = None
+    tool_calls: Annotated[list[AnyToolCall], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None = None
 
     # Clients send answers back as they got them, so the fields of an answer may stand here when they are empty.
     refused_fields: ClassVar[Mapping[str, Refusal]] = {

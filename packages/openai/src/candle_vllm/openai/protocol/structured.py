@@ -16,8 +16,8 @@ from candle_vllm.core.sampling import structured as core
 from candle_vllm.core.sampling.structured import KINDS, StructuredOutputsParams
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.json_body import decode_json
-from candle_vllm.openai.protocol.fields import MAX_TOOL_NAME, Refusal, WireModel, invalid, unsupported
-from candle_vllm.openai.protocol.tools import FunctionName, Schema, check_depth, plain_schema
+from candle_vllm.openai.protocol.fields import MAX_TOOL_NAME, FunctionName, Refusal, WireModel, invalid, unsupported
+from candle_vllm.openai.protocol.tools import Schema, check_depth, plain_schema
 
 _Choice = Annotated[str, Field(min_length=1)]
 _FORMATS = ("text", "json_object", "json_schema", "structural_tag")

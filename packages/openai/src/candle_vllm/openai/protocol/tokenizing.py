@@ -11,7 +11,7 @@ from pydantic import Field
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOLS, ModelName, Refusal, TokenId, WireModel
 from candle_vllm.openai.protocol.messages import Message
 from candle_vllm.openai.protocol.templating import TemplateFields
-from candle_vllm.openai.protocol.tools import Tool
+from candle_vllm.openai.protocol.tools import AnyTool
 
 MAX_DETOKENIZED = 1 << 19  # token ids of one request
 
@@ -53,7 +53,7 @@ class TokenizeChatRequest(TemplateFields):
 
     model: ModelName | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 

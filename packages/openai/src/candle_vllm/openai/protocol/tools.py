@@ -1,13 +1,13 @@
-"""Wire types of tools and of the choice among them, and what they say in one piece (step 2)."""
+"""Wire types of functions, custom tools and the choice among them, and what they say in one piece (step 2)."""
 
 from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
+from msgspec.structs import replace
 from pydantic import (
     AfterValidator,
     BeforeValidator,
@@ -23,34 +23,25 @@ from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.json_rules import arguments_fault, in_json_types
 from candle_vllm.core.sampling.structured import schema_of
 from candle_vllm.openai.json_body import is_deeper
+from candle_vllm.openai.protocol.custom_tools import (
+    CustomTool,
+    CustomToolReference,
+    FunctionReference,
+    kind_form,
+    type_of,
+)
 from candle_vllm.openai.protocol.fields import (
     MAX_SCHEMA_DEPTH,
-    MAX_TOOL_NAME,
     MAX_TOOLS,
     MAX_TOOLS_SIZE,
+    NOT_DEFERRED,
+    FunctionName,
     Refusal,
     WireModel,
     invalid,
     unsupported,
 )
 from candle_vllm.openai.task import Choice, ToolFunction, ToolUse
-
-_NAME = re.compile(rf"[a-zA-Z0-9_-]{{1,{MAX_TOOL_NAME}}}")
-_NOT_DEFERRED = {"defer_loading": Refusal("every tool is shown to the model from the start", (False,))}
-
-
-def check_name(name: str) -> str:
-    """OpenAI's rule for the names of functions and schemas."""
-    if not _NAME.fullmatch(name):
-        raise invalid(
-            "",
-            f"must be 1 to {MAX_TOOL_NAME} of the characters a-z, A-Z, 0-9, _ and -, which is OpenAI's rule for names; "
-            f"{name!r:.80} is not: rename it, and map the name back when it is called",
-        )
-    return name
-
-
-FunctionName = Annotated[str, AfterValidator(check_name)]
 
 
 def check_depth(schema: Any) -> Any:
@@ -107,7 +98,7 @@ class FunctionDefinition(WireModel):
     parameters: ArgumentsSchema | None = None
     strict: bool | None = None
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = _NOT_DEFERRED
+    refused_fields: ClassVar[Mapping[str, Refusal]] = NOT_DEFERRED
 
 
 class Tool(WireModel):
@@ -117,7 +108,8 @@ class Tool(WireModel):
     function: FunctionDefinition
     cache_control: dict[str, Any] | None = None
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = _NOT_DEFERRED
+    refused_fields: ClassVar[Mapping[str, Refusal]] = NOT_DEFERRED
+    schema_path: ClassVar[str] = "function.parameters"
     _given: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="wrap")
@@ -138,6 +130,11 @@ class Tool(WireModel):
         if "function" not in data and "name" in data:
             raise invalid("function", "is required: put name, description, parameters and strict into it")
 
+    @property
+    def name(self) -> str:
+        """Its own."""
+        return self.function.name
+
     def shown(self) -> dict[str, Any]:
         """The tool for a chat template: the caller's names in the caller's order, without nulls and cache marks."""
         given = self._given.get("function")
@@ -151,10 +148,18 @@ class Tool(WireModel):
         return {key: tool[key] for key in order}
 
 
-class FunctionReference(WireModel):
-    """A function by its name."""
+def _served_tool(value: Any) -> Any:
+    kind = type_of(value)
+    if isinstance(kind, str) and kind not in ("function", "custom"):
+        raise unsupported("type", f"{kind!r:.60} tools are not served, only 'function' and 'custom'")
+    return value
 
-    name: FunctionName
+
+AnyTool = Annotated[
+    Annotated[Tool, Tag("<function>")] | Annotated[CustomTool, Tag("<custom>")],
+    Discriminator(kind_form),
+    BeforeValidator(_served_tool),
+]
 
 
 class ToolReference(WireModel):
@@ -166,20 +171,24 @@ class ToolReference(WireModel):
     @classmethod
     def check_kind(cls, data: dict[str, Any]) -> None:
         """Says what else a choice may be."""
-        kind = data.get("type", "function")
-        if isinstance(kind, str) and kind == "custom":
-            raise unsupported("type", "custom tools are not served, only 'function'")
-        if kind != "function":
+        if data.get("type", "function") != "function":
             raise invalid(
-                "type", "must be 'function' or 'allowed_tools'; 'none', 'auto' and 'required' are plain strings"
+                "type",
+                "must be 'function', 'custom' or 'allowed_tools'; 'none', 'auto' and 'required' are plain strings",
             )
+
+
+AnyReference = Annotated[
+    Annotated[ToolReference, Tag("<function>")] | Annotated[CustomToolReference, Tag("<custom>")],
+    Discriminator(kind_form),
+]
 
 
 class AllowedTools(WireModel):
     """Some of the tools: `auto` may call them, `required` must."""
 
     mode: Literal["auto", "required"]
-    tools: Annotated[list[ToolReference], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
+    tools: Annotated[list[AnyReference], Field(min_length=1, max_length=MAX_TOOLS, fail_fast=True)]
 
 
 class AllowedToolsChoice(WireModel):
@@ -192,36 +201,33 @@ class AllowedToolsChoice(WireModel):
 def _choice_form(value: Any) -> str:
     if not isinstance(value, (dict, WireModel)):
         return "<string>"
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return "<allowed>" if kind == "allowed_tools" else "<function>"
+    return "<allowed>" if type_of(value) == "allowed_tools" else kind_form(value)
 
 
 # Tags in angle brackets are left out of the paths in error messages.
 ToolChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("<string>")]
     | Annotated[ToolReference, Tag("<function>")]
+    | Annotated[CustomToolReference, Tag("<custom>")]
     | Annotated[AllowedToolsChoice, Tag("<allowed>")],
     Discriminator(_choice_form),
 ]
 
 
-def check_tools(
-    tools: Iterable[tuple[int, str, Mapping[str, Any]]],
-    name_path: str = "function.name",
-    schema_path: str = "function.parameters",
-) -> None:
+def check_tools(tools: Iterable[tuple[str, str, Mapping[str, Any]]], schema_path: str = "function.parameters") -> None:
     """Refuses tools with equal names, and more text than a prompt can hold; the paths begin below `tools`.
 
     Args:
-        tools: the place of each, its name, and what the template is shown of it.
-        name_path, schema_path: where a tool has its name and its schema.
+        tools: where each has its name (`0.function.name`), its name, and what the template is shown of it.
+        schema_path: where a tool has its schema.
     """
-    places: dict[str, int] = {}
+    places: dict[str, str] = {}
     size = 0
-    for number, name, shown in tools:
+    for path, name, shown in tools:
+        number = path.partition(".")[0]
         first = places.setdefault(name, number)
         if first != number:
-            raise invalid(f"{number}.{name_path}", f"must be unique, and tools.{first} is called {name!r} too")
+            raise invalid(path, f"must be unique, and tools.{first} is called {name!r} too")
         try:
             size += len(json.dumps(shown, ensure_ascii=False, allow_nan=False))
         except (TypeError, ValueError) as error:  # objects of Python that are no JSON
@@ -230,41 +236,67 @@ def check_tools(
             raise invalid("", f"have more than {MAX_TOOLS_SIZE} characters of JSON; send fewer tools at once")
 
 
-def tool_use(tools: Sequence[Tool] | None, choice: ToolChoice | None, parallel: bool | None) -> ToolUse:
+def check_chat_tools(tools: Sequence[Tool | CustomTool] | None) -> None:
+    """`check_tools` of a chat request's."""
+    check_tools((f"{place}.{tool.type}.name", tool.name, tool.shown()) for place, tool in enumerate(tools or ()))
+
+
+def tool_use(tools: Sequence[Tool | CustomTool] | None, choice: ToolChoice | None, parallel: bool | None) -> ToolUse:
     """The three fields as one; raises the error that pydantic reports where they contradict each other."""
     functions = [_function(tool) for tool in tools or ()]
     if not functions and choice not in (None, "none") and not (choice == "auto" and tools is not None):
         raise invalid("tool_choice", "needs tools: there is nothing to choose from")
-    chosen = read_choice(choice, [function.name for function in functions])
+    custom = custom_names(tools)
+    chosen = read_choice(choice, [one.name for one in functions if one.name not in custom], custom)
     return chosen.among(functions, [tool.shown() for tool in tools or ()], parallel=parallel)
 
 
-def read_choice(choice: ToolChoice | None, known: Collection[str]) -> Choice:
-    """The choice among tools of the names `known`; raises the error that pydantic reports where it names another."""
-    if isinstance(choice, ToolReference):
-        return Choice("required", named=_known(choice, known, "tool_choice"))
+def custom_names(tools: Sequence[Tool | CustomTool] | None) -> frozenset[str]:
+    """Which of the tools are custom ones."""
+    return frozenset(tool.custom.name for tool in tools or () if isinstance(tool, CustomTool))
+
+
+def read_choice(choice: ToolChoice | None, known: Collection[str], custom: Collection[str] = ()) -> Choice:
+    """The choice among functions of the names `known` and custom tools.
+
+    Raises the error that pydantic reports where it names another.
+    """
+    if isinstance(choice, (ToolReference, CustomToolReference)):
+        return Choice("required", named=_known(choice, known, custom, "tool_choice"))
     if isinstance(choice, AllowedToolsChoice):
         place = "tool_choice.allowed_tools.tools"
-        names = {_known(one, known, f"{place}.{i}") for i, one in enumerate(choice.allowed_tools.tools)}
+        names = {_known(one, known, custom, f"{place}.{i}") for i, one in enumerate(choice.allowed_tools.tools)}
         return Choice(choice.allowed_tools.mode, names)
     return Choice(choice or "auto")
 
 
-def _known(reference: ToolReference, known: Collection[str], place: str) -> str:
-    name = reference.function.name
-    if name not in known:
-        raise invalid(f"{place}.function.name", unknown_tool(name, known))
+def _known(
+    reference: ToolReference | CustomToolReference, known: Collection[str], custom: Collection[str], place: str
+) -> str:
+    if isinstance(reference, ToolReference):
+        kind, name, names = "function", reference.function.name, known
+    else:
+        kind, name, names = "custom", reference.custom.name, custom
+    if name not in names:
+        raise invalid(f"{place}.{kind}.name", unknown_tool(name, names))
     return name
 
 
 def unknown_tool(name: str, known: Collection[str]) -> str:
     """What is wrong with a choice of a tool that is none of `known`."""
+    if not known:
+        return f"must name one of the tools of that type, and there is none; {name!r} is none"
     near = difflib.get_close_matches(name, known, n=1)
     advice = f"did you mean {near[0]!r}?" if near else f"the first of them is {next(iter(known))!r}"
     return f"must name one of the {len(known)} tools, not {name!r}; {advice}"
 
 
-def _function(tool: Tool) -> ToolFunction:
+def _function(tool: Tool | CustomTool) -> ToolFunction:
+    if isinstance(tool, CustomTool):
+        names = ("name", "description", "parameters", "strict")
+        made = function_of(*map(tool.shown()["function"].get, names))
+        grammar = tool.grammar
+        return replace(made, grammar=grammar.definition) if grammar and grammar.syntax == "lark" else made
     function = tool.function
     return function_of(function.name, function.description, function.parameters, function.strict)
 

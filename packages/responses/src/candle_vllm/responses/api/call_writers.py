@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 from msgspec import UNSET
 
-from candle_vllm.openai.errors import InvalidBodyError
-from candle_vllm.openai.json_body import decode_json
+from candle_vllm.openai.protocol.custom_tools import custom_input
 from candle_vllm.responses.api.call_results import NOT_RUN
 from candle_vllm.responses.api.item_writers import Emit, ItemWriter
-from candle_vllm.responses.api.messages import CUSTOM_INPUT
 from candle_vllm.responses.protocol import events as wire
 from candle_vllm.responses.protocol.response import (
     CustomToolCallOut,
@@ -143,18 +139,3 @@ def _failure(result: ToolResult) -> ToolFailure | ProtocolFailure:
     if result.status == "failed":
         return ToolFailure(content=({"type": "text", "text": result.text},))
     return ProtocolFailure(code=_CODES.get(result.status, _REFUSED), message=result.text or NOT_RUN)
-
-
-def custom_input(arguments: str) -> str:
-    """The text for a custom tool in the arguments of the function that stands for it.
-
-    What is not of the form that was asked for, such as JSON that was cut, is given as it is.
-    """
-    try:
-        value = decode_json(arguments)
-    except InvalidBodyError:
-        return arguments
-    text = value.get(CUSTOM_INPUT) if isinstance(value, dict) and len(value) == 1 else None
-    if text is None:
-        return arguments
-    return text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)

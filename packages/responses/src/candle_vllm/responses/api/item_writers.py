@@ -64,7 +64,7 @@ class MessageWriter(ItemWriter):
 
     def __init__(self, emit: Emit, index: int, phase: Phase | UnsetType) -> None:
         super().__init__(emit, index, "msg")
-        self.phase = phase
+        self.phase: Phase | UnsetType = phase
         self._text: list[str] = []
         self._logprobs: list[ChatTokenLogprob] = []
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
@@ -16,6 +15,7 @@ from msgspec.structs import replace
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.conversation import TemplateHabits
+from candle_vllm.openai.protocol.custom_tools import custom_arguments
 from candle_vllm.openai.protocol.fields import MAX_TOOL_CALLS
 from candle_vllm.openai.task import Call, Message, TextPart
 from candle_vllm.responses.api.call_results import CallResults, Placed
@@ -34,7 +34,6 @@ from candle_vllm.responses.protocol.items import (
 )
 from candle_vllm.responses.tools.names import tool_name
 
-CUSTOM_INPUT = "input"  # the one argument of the function that stands for a custom tool
 _ENCODED = "candle-vllm-1."  # how thoughts begin that an answer of ours encoded
 _SUMMARY = "<summary of the conversation before>\n{}\n</summary of the conversation before>"
 
@@ -117,8 +116,7 @@ class _Body:
         elif isinstance(item, FunctionCallItem):
             self._call(path, item.call_id, _flat(item), item.arguments)
         elif isinstance(item, CustomCallItem):
-            arguments = json.dumps({CUSTOM_INPUT: item.input}, ensure_ascii=False)
-            self._call(path, item.call_id, _flat(item), arguments)
+            self._call(path, item.call_id, _flat(item), custom_arguments(item.input))
         elif isinstance(item, (McpCallItem, McpApprovalRequestItem)):
             if item.id not in self._results.run_by_approval:
                 self._call(path, item.id, self._names.mcp_name(item.server_label, item.name), item.arguments)

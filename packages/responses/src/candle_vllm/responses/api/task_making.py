@@ -255,7 +255,7 @@ def _use(request: PromptFields, plan: ToolPlan) -> ToolUse:
     if len(shown) > MAX_TOOLS:
         raise InvalidParameterError(f"tools must have at most {MAX_TOOLS} entries, not a list of {len(shown)}", "tools")
     with rules_below("tools"):
-        check_tools((place, tool["function"]["name"], tool) for place, tool in enumerate(shown))
+        check_tools((f"{place}.function.name", tool["function"]["name"], tool) for place, tool in enumerate(shown))
     return plan.use(plan.choice, parallel=request.parallel_tool_calls)
 
 

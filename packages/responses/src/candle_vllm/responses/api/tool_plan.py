@@ -11,11 +11,11 @@ import msgspec
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.errors import UnsupportedParameterError
+from candle_vllm.openai.protocol.custom_tools import stand_in
 from candle_vllm.openai.protocol.tools import function_of
 from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.task import Choice, ToolUse
 from candle_vllm.responses.api.mcp_source import OpenServer
-from candle_vllm.responses.api.messages import CUSTOM_INPUT
 from candle_vllm.responses.protocol.request import PromptFields
 from candle_vllm.responses.protocol.tools import (
     AllowedToolsChoice,
@@ -148,7 +148,7 @@ def _add_client_tool(
     grammar = form.definition if isinstance(form, GrammarFormat) and form.syntax == "lark" else None
     inside = None if namespace is None else namespace.name
     plan.by_name[name] = PlannedTool(kind, tool.name, path, namespace=inside, grammar=grammar)
-    function = _custom_function(tool) if isinstance(tool, CustomTool) else _function(tool)
+    function = _function(tool) if isinstance(tool, FunctionTool) else _custom_function(name, tool)
     description = [function.get("description"), None if namespace is None else _of_namespace(namespace)]
     if text := "\n\n".join(filter(None, description)):
         function["description"] = text
@@ -164,22 +164,9 @@ def _function(tool: FunctionTool) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _custom_function(tool: CustomTool) -> dict[str, Any]:
-    """A function with one text; a grammar in Lark, which a schema cannot say, is shown to the model as well."""
-    value: dict[str, Any] = {"type": "string"}
-    texts = [tool.description]
-    strict = False
-    if isinstance(tool.format, GrammarFormat):
-        if tool.format.syntax == "regex":
-            value["pattern"] = f"^(?:{tool.format.definition})$"
-            strict = True
-        else:
-            texts.append(f"The input must follow this Lark grammar:\n{tool.format.definition}")
-    schema = {"type": "object", "properties": {CUSTOM_INPUT: value}, "required": [CUSTOM_INPUT]}
-    function: dict[str, Any] = {"parameters": {**schema, "additionalProperties": False}}
-    if text := "\n\n".join(filter(None, texts)):
-        function["description"] = text
-    return {**function, "strict": True} if strict else function
+def _custom_function(name: str, tool: CustomTool) -> dict[str, Any]:
+    form = tool.format if isinstance(tool.format, GrammarFormat) else None
+    return stand_in(name, tool.description, form and form.syntax, form.definition if form else "")
 
 
 # ---- MCP servers -----------------------------------------------------------------------------------------------------

@@ -7,11 +7,20 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from candle_vllm.openai.protocol.fields import MAX_NAME, MAX_TOOLS, Name, Refusal, WireModel, invalid, unsupported
-from candle_vllm.openai.protocol.tools import ArgumentsSchema, FunctionName
+from candle_vllm.openai.protocol.custom_tools import AnyText, Grammar, format_form
+from candle_vllm.openai.protocol.fields import (
+    MAX_NAME,
+    MAX_TOOLS,
+    FunctionName,
+    Name,
+    Refusal,
+    WireModel,
+    invalid,
+    unsupported,
+)
+from candle_vllm.openai.protocol.tools import ArgumentsSchema
 from candle_vllm.responses.protocol.fields import type_of
 
-MAX_GRAMMAR = 64 << 10  # characters
 MAX_HEADERS = 32
 MAX_URL = 2048
 MAX_SECRET = 16 << 10  # characters of a header
@@ -47,22 +56,10 @@ class FunctionTool(WireModel):
             raise invalid("name", "is required: name, description and parameters stand in the tool itself here")
 
 
-class TextFormat(WireModel):
-    """Any text."""
-
-    type: Literal["text"]
-
-
-class GrammarFormat(WireModel):
-    """Text of a grammar: a `regex` is enforced, `lark` is where the model writes calls as JSON, and is shown to it."""
+class GrammarFormat(Grammar):
+    """Text of a grammar, which is enforced."""
 
     type: Literal["grammar"]
-    syntax: Literal["lark", "regex"]
-    definition: Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR)]
-
-
-def _format_form(value: Any) -> str:
-    return "<grammar>" if type_of(value) == "grammar" else "<text>"
 
 
 class CustomTool(WireModel):
@@ -73,8 +70,8 @@ class CustomTool(WireModel):
     description: _Text | None = None
     format: (
         Annotated[
-            Annotated[TextFormat, Tag("<text>")] | Annotated[GrammarFormat, Tag("<grammar>")],
-            Discriminator(_format_form),
+            Annotated[AnyText, Tag("<text>")] | Annotated[GrammarFormat, Tag("<grammar>")],
+            Discriminator(format_form),
         ]
         | None
     ) = None

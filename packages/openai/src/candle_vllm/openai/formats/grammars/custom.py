@@ -1,14 +1,14 @@
-"""A user's Lark grammar for texts that stand in a JSON string: the input of a custom tool.
+"""A user's Lark grammar for the input of a custom tool: a text between marks, or one that stands in a JSON string.
 
-Strings and regular expressions become those of their JSON spelling, where a quote, a backslash and a line break are two
-characters each; rules stay as they are, under other names. What cannot be said of a spelled text is refused.
+In the latter, strings and regular expressions become those of their JSON spelling, where a quote, a backslash and a
+line break are two characters each; rules stay as they are, under other names. What cannot be said there is refused.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from candle_vllm.core.sampling.lark import quoted
 from candle_vllm.openai.errors import UnsupportedParameterError
@@ -48,23 +48,65 @@ def json_rules(definition: str, prefix: str) -> tuple[str, list[str]]:
     Raises:
         UnsupportedParameterError: the grammar has what cannot be said of a spelled text.
     """
+    kinds = _checked_tokens(definition)
+    names = _Names(prefix, single=not _is_recursive(kinds))
+
+    def regex(text: str) -> str:
+        pattern, _, flags = text[1:].rpartition("/")
+        spelled = _regex(pattern, flags)
+        if not names.single and r"|\\[" in spelled:
+            raise _refused("it is recursive and has expressions that take quotes, backslashes or line breaks")
+        return spelled
+
+    return _renamed(kinds, names, _string, regex)
+
+
+def text_terminals(definition: str, prefix: str) -> tuple[str, list[str]]:
+    """What takes a text of `definition` as it is: the name of a terminal, and lines of a grammar.
+
+    Formats that write a text between marks look for the mark behind it, and only of a terminal can be said that it
+    holds none.
+
+    Args:
+        definition: in Lark, with a rule `start`.
+        prefix: of the names of its terminals, in lower case.
+
+    Raises:
+        UnsupportedParameterError: the grammar is recursive, or has what is of a whole grammar.
+    """
+    kinds = _checked_tokens(definition)
+    if _is_recursive(kinds):
+        raise _refused("it is recursive, and this model's calls have a text up to a mark, which it could hold")
+
+    def string(text: str) -> str:
+        return quoted(_decoded(text)) + ("i" if text.endswith("i") else "")
+
+    return _renamed(kinds, _Names(prefix, single=True), string, str)
+
+
+def _checked_tokens(definition: str) -> list[tuple[str, str]]:
     if len(definition) > MAX_DEFINITION:
         raise _refused(f"it has more than {MAX_DEFINITION} characters")
-    kinds = list(_tokens(definition))
-    names = _Names(prefix, single=not _is_recursive(kinds))
+    return list(_tokens(definition))
+
+
+_Spell = Callable[[str], str]
+
+
+def _renamed(kinds: list[tuple[str, str]], names: _Names, string: _Spell, regex: _Spell) -> tuple[str, list[str]]:
+    """A grammar under other names, its strings and expressions spelled anew: the name of its start, and its lines."""
     out: list[str] = []
     for number, (kind, text) in enumerate(kinds):
         before = kinds[number - 1][1] if number else ""
-        if kind == "string":
-            out.append(_range_or_string(kinds, number))
+        if kind == "string" and number + 2 < len(kinds) and kinds[number + 1][1] == "..":
+            out.append(regex(_range(text, kinds[number + 2][1])))
+        elif kind == "string":
+            out.append("" if before == ".." else string(text))
         elif kind == "regex":
-            pattern, _, flags = text[1:].rpartition("/")
-            spelled = _regex(pattern, flags)
-            if not names.single and r"|\\[" in spelled:
-                raise _refused("it is recursive and has expressions that take quotes, backslashes or line breaks")
-            out.append(spelled)
+            out.append(regex(text))
         elif kind == "import":
-            out += _imported(text, names)
+            for name, (found, body) in _imported(text):
+                out += [f"{names.of(name)}: {(string if found == 'string' else regex)(body)}", "\n"]
         elif kind == "name" and before != "->":
             out.append(names.of(text))
         elif kind in ("line", "mark") and text not in ("..", "->"):
@@ -114,14 +156,15 @@ def _tokens(definition: str) -> Iterator[tuple[str, str]]:
     while position < len(definition):
         match = _TOKENS.match(definition, position)
         if match is None:
-            raise _refused(f"{definition[position : position + 20]!r} has no meaning in a text that is spelled as JSON")
+            raise _refused(f"{definition[position : position + 20]!r} has no meaning within a call")
         position = match.end()
         kind = match.lastgroup or ""
         if kind != "space":
             yield kind, "\n" if kind == "line" else match.group()
 
 
-def _imported(text: str, names: _Names) -> Iterator[str]:
+def _imported(text: str) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Names that are imported, each with the kind and the text of what it stands for."""
     match = _IMPORT.fullmatch(text.strip())
     if match is None:
         raise _refused(f"of other grammars only common is known: {text[:80]!r}")
@@ -129,22 +172,18 @@ def _imported(text: str, names: _Names) -> Iterator[str]:
     for name in [one] if one else re.findall(r"\w+", several):
         if name not in _COMMON:
             raise _refused(f"common has no {name!r:.40} here; it has {', '.join(_COMMON)}")
-        [(kind, body)] = list(_tokens(_COMMON[name]))
-        spelled = _string(body) if kind == "string" else _regex(body[1:-1], "")
-        yield f"{names.of(alias or name)}: {spelled}"
-        yield "\n"
+        [found] = list(_tokens(_COMMON[name]))
+        yield alias or name, found
 
 
-def _range_or_string(kinds: list[tuple[str, str]], number: int) -> str:
-    """A string, or a range of characters at its first one."""
-    if number + 2 < len(kinds) and kinds[number + 1][1] == "..":
-        first, last = _decoded(kinds[number][1]), _decoded(kinds[number + 2][1])
-        if len(first) != 1 or len(last) != 1:
-            raise _refused("a range goes from one character to another")
-        return f"/{_class(f'[{re.escape(first)}-{re.escape(last)}]', '')}/"
-    if number >= 2 and kinds[number - 1][1] == "..":
-        return ""
-    return _string(kinds[number][1])
+def _range(first: str, last: str) -> str:
+    """A range of characters, given by two strings, as a regular expression."""
+    ends = _decoded(first), _decoded(last)
+    if any(len(end) != 1 for end in ends):
+        raise _refused("a range goes from one character to another")
+    first, last = (re.escape(end) if end.isprintable() else f"\\x{ord(end):02x}" for end in ends)
+    inside = f"{first}-{last}".replace("/", r"\/")
+    return f"/[{inside}]/"
 
 
 def _decoded(string: str) -> str:

@@ -229,6 +229,8 @@ def _python_notation(writer: Writer) -> Notation:
 
 def _string(writer: Writer, root: Root, branch: Branch) -> str:
     """A quoted string; what a pattern or a format asks for is written without escapes."""
+    if root.grammar is not None:
+        return writer.spelled(root.grammar)
     if {"pattern", "format"} & branch.schema.keys():
         inner = writer.terminal(f"{string_body(writer, root, branch)} & {_BARE}")
         return writer.terminal(f'"\'" {inner} "\'" | "\\"" {inner} "\\""')

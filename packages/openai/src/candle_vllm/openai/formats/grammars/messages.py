@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 from candle_vllm.openai.formats.blocks import Blocks
 from candle_vllm.openai.formats.channels import Harmony, Headed
 from candle_vllm.openai.formats.grammars.schemas import FunctionShape
-from candle_vllm.openai.formats.grammars.writer import SPACE, Block, Context, quoted, sequence
+from candle_vllm.openai.formats.grammars.writer import SPACE, Block, Context, common, quoted, sequence
 
 _THOUGHTS = "{0,8}"  # parts of reasoning before calls that must come
 _ROLE = '"assistant"'
@@ -77,7 +76,7 @@ def _next_part(flow: Harmony, context: Context) -> str:
 
 def _text(flow: Harmony, context: Context) -> str:
     """A part's text, which holds no mark."""
-    return context.writer.without("TEXT", [_common(flow.start, flow.channel or flow.start, *flow.ends)])
+    return context.writer.without("TEXT", [common(flow.start, flow.channel or flow.start, *flow.ends)])
 
 
 def _named(flow: Harmony, context: Context) -> str:
@@ -170,10 +169,4 @@ def _block_thoughts(flow: Blocks, context: Context) -> str:
 
 def _block_text(flow: Blocks, context: Context) -> str:
     """A block's text, which holds no mark."""
-    return context.writer.without("TEXT", [_common(flow.start, flow.thoughts, *flow.ends)])
-
-
-def _common(*marks: str) -> str:
-    """How all of them begin."""
-    same = itertools.takewhile(lambda characters: len(set(characters)) == 1, zip(*marks, strict=False))
-    return "".join(characters[0] for characters in same)
+    return context.writer.without("TEXT", [common(flow.start, flow.thoughts, *flow.ends)])

@@ -66,13 +66,15 @@ class Root:
     Args:
         tool: the tool.
         schema: what its arguments must be; its references point into it.
+        grammar: a user's, in Lark, which every string in them must follow.
 
     Raises:
         InvalidParameterError: the schema is wrong, or constrained decoding does not support it.
     """
 
-    def __init__(self, tool: FunctionShape, schema: Schema) -> None:
+    def __init__(self, tool: FunctionShape, schema: Schema, grammar: str | None = None) -> None:
         self.tool = tool
+        self.grammar = grammar
         try:
             self.schema: dict[str, Any] = checked_schema(copy.deepcopy(dict(schema)))
         except InvalidParameterError as error:

@@ -109,6 +109,8 @@ class _TaggedCall:
             if body.value_end in value or body.call_end in value:
                 raise self._root.refused("enum", f"{value!r:.60} has a mark of the format in it")
         terminal = string_body(writer, self._root, branch, unlike)
+        if self._root.grammar is not None:
+            return self._custom(terminal)
         if body.newlines and branch.values is not None:
             terminal = self._listed(branch.values)
         elif body.newlines:
@@ -124,6 +126,16 @@ class _TaggedCall:
             return writer.rule(f"{marked} | {writer.until(body.value_end, bare)}")
         end = writer.until(body.value_end, self._or_words(terminal, words))
         return writer.rule(f"{end} | {writer.mark(body.value_end)}") if branch.values and "" in branch.values else end
+
+    def _custom(self, terminal: str) -> str:
+        """A text of a user's grammar, in the one way in which templates write it, and the mark behind it."""
+        body, writer = self._body, self._writer
+        if body.newlines:
+            terminal = writer.terminal(f'"\\n" {terminal} "\\n"')
+        if body.text_open:
+            inner = sequence(writer.until(body.text_end, terminal), writer.mark(body.value_end))
+            return sequence(writer.mark(body.text_open), inner)
+        return writer.until(body.value_end, terminal, [body.call_end])
 
     def _or_words(self, terminal: str, words: Iterable[str]) -> str:
         return self._writer.terminal(" | ".join([terminal, *(f"{SPACE} {word} {SPACE}" for word in words)]))

@@ -159,6 +159,8 @@ def string_body(writer: Writer, root: Root, branch: Branch, unlike: Collection[s
     """
     if branch.values is not None:
         return writer.terminal(" | ".join(quoted(value) for value in branch.values if value) or quoted(""))
+    if root.grammar is not None:
+        return writer.custom(root.grammar)
     parts = [*_lengths(root, branch.schema), *_patterns(root, branch.schema)]
     parts += [f"~/{_AROUND}({_READ_AS[kind]}){_AROUND}/" for kind in sorted(unlike) if kind in _READ_AS]
     if not parts:

@@ -7,14 +7,15 @@ writes some by habit is optional and bounded, so that no model can write it for 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from candle_vllm.core.sampling.lark import ANY_TEXT, Literals, is_token
 from candle_vllm.core.sampling.lark import quoted as lark_string
 from candle_vllm.openai.errors import UnsupportedParameterError
-from candle_vllm.openai.formats.grammars.custom import json_rules
+from candle_vllm.openai.formats.grammars.custom import json_rules, text_terminals
 from candle_vllm.openai.formats.grammars.schemas import OBJECT, FunctionShape, Root, closed
 from candle_vllm.openai.formats.layout import ToolFormat
 from candle_vllm.openai.formats.output import NAME
@@ -33,6 +34,12 @@ def quoted(text: str) -> str:
 def sequence(*parts: str) -> str:
     """Expressions that follow each other; "" is none."""
     return " ".join(filter(None, parts)) or '""'
+
+
+def common(*marks: str) -> str:
+    """How all of them begin."""
+    same = itertools.takewhile(lambda characters: len(set(characters)) == 1, zip(*marks, strict=False))
+    return "".join(characters[0] for characters in same)
 
 
 class Writer:
@@ -82,11 +89,18 @@ class Writer:
         """A JSON value; the schema stands for itself, so its references are its own."""
         return self.rule("%json " + json.dumps(schema, ensure_ascii=False).replace("%json", "\\u0025json"))
 
+    def spelled(self, definition: str) -> str:
+        """A JSON string, which Python reads alike, whose text follows a user's grammar."""
+        return sequence(quoted('"'), self._custom(definition, json_rules), quoted('"'))
+
     def custom(self, definition: str) -> str:
-        """What a JSON string holds whose text follows a user's grammar."""
-        key = f"custom:{definition}"
+        """The terminal of the texts that follow a user's grammar."""
+        return self._custom(definition, text_terminals)
+
+    def _custom(self, definition: str, rules: Callable[[str, str], tuple[str, list[str]]]) -> str:
+        key = f"{rules.__name__}:{definition}"
         if key not in self._known:
-            self._known[key], lines = json_rules(definition, f"u{len(self._lines)}")
+            self._known[key], lines = rules(definition, f"u{len(self._lines)}")
             self._lines += lines
         return self._known[key]
 
@@ -104,18 +118,23 @@ class Writer:
 
     def without(self, body: str, marks: Iterable[str]) -> str:
         """The texts of terminal `body` that hold none of these marks, as a terminal."""
-        held = [f"~(TEXT {quoted(mark)} TEXT)" for mark in marks if self.is_text(mark)]
-        return self.terminal(" & ".join([body, *held])) if held else body
+        held = [mark for mark in dict.fromkeys(marks) if self.is_text(mark)]
+        if not held:
+            return body
+        head = common(*held)  # one complement costs a lexer much less than several, or a long one
+        ends = " | ".join(quoted(mark[len(head) :]) for mark in held)
+        return self.terminal(f"{body} & ~(TEXT {sequence(quoted(head) if head else '', f'({ends})')} TEXT)")
 
-    def until(self, end: str, body: str = "TEXT") -> str:
-        """A text of terminal `body`, and the mark that ends it where it comes first."""
+    def until(self, end: str, body: str = "TEXT", others: Sequence[str] = ()) -> str:
+        """A text of terminal `body`, and the mark that ends it where it comes first; it holds none of `others`."""
         first, *rest = self._literals.pieces(end)
         if is_token(first):
-            return sequence(self.terminal(body), first, *rest)
+            return sequence(self.terminal(self.without(body, others)), first, *rest)
         if not rest:
             # Free text ends at the first mark; what must have a length or a form could have one inside.
-            return self.rule(f"{body if body == 'TEXT' else self.without(body, [end])} {first}", "[lazy]")
-        return sequence(self.terminal(f"{body} {first}"), *rest)
+            plain = body == "TEXT" and not others
+            return self.rule(f"{body if plain else self.without(body, [end, *others])} {first}", "[lazy]")
+        return sequence(self.terminal(f"{self.without(body, others)} {first}"), *rest)
 
     def thought(self, end: str) -> str:
         """Thoughts, and the mark that ends them. A mark between quotes ends none, so none is written behind a quote."""
@@ -176,16 +195,13 @@ class Context:
 
     def root(self, tool: FunctionShape) -> Root:
         """The schema that the arguments of a tool must follow."""
-        if self._grammar(tool) is not None:
-            raise Root(tool, OBJECT).refused("grammar", "its arguments are no JSON")
-        return Root(tool, OBJECT if tool.name in self.loose else tool.parameters)
+        return Root(tool, OBJECT if tool.name in self.loose else tool.parameters, self._grammar(tool))
 
     def json(self, tool: FunctionShape) -> str:
         """The arguments of a tool as JSON; see `closed`."""
         if (grammar := self._grammar(tool)) is not None:
             key = quoted(json.dumps(next(iter(tool.parameters["properties"]))) + ":")
-            text = sequence(quoted('"'), self.writer.custom(grammar), quoted('"'))
-            return self.writer.rule(sequence('"{"', SPACE, key, SPACE, text, SPACE, '"}"'))
+            return self.writer.rule(sequence('"{"', SPACE, key, SPACE, self.writer.spelled(grammar), SPACE, '"}"'))
         root = self.root(tool)
         schema = closed(root.self_contained(root.schema))
         if not schema.get("properties") and not schema.get("required") and schema.get("additionalProperties") is False:
