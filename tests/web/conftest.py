@@ -6,6 +6,7 @@ Needs the package `playwright` and Debian's chromium-headless-shell (or chromium
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 import tarfile
@@ -18,7 +19,11 @@ from registry_packages import npm_file
 
 sys.path.append(str(Path(__file__).parent))  # --import-mode=importlib does not
 
-from ui_server import Site, ui_server
+from ui_server import BIG, REPO, TOY, Site, ui_server
+
+from fake_hub import FakeHub, installed  # pyright: ignore[reportMissingImports]  # isort: skip  # ui_server says where
+
+from candle_vllm.core.testing.toy_model import write_toy_model
 
 _WATCH = """
 window.violations = [];
@@ -62,6 +67,17 @@ def slow_site(browser: Any) -> Iterator[Site]:
     """A server whose engine takes 4 ms for each character."""
     with ui_server(pause=0.004) as served:
         yield served
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
+    """A hub on loopback with a toy model, and with files that are no model."""
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1 << 16)
+    folder = write_toy_model(tmp_path / "toy")
+    for fake in installed(monkeypatch):
+        fake.repos[TOY] = {file.name: file.read_bytes() for file in folder.iterdir()}
+        fake.repos[REPO] = {"model-Q4_K_M.gguf": os.urandom(BIG), "model-Q8_0.gguf": b"x" * 99, "config.json": b"{}"}
+        yield fake
 
 
 @pytest.fixture

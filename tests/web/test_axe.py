@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from actions import button, findings, said, tools_on
+from test_manager import managed, row
 from test_models import SteppedLoader, two_models
 from test_tools import Mcp
-from ui_server import Site, ui_server
+from ui_server import BIG, REPO, TOY, Site, ui_server
 
 from candle_vllm.core.errors import InvalidFileError
 
@@ -177,3 +180,40 @@ def test_axe_finds_nothing_where_something_is_wrong(
         page.get_by_text("This server needs an API key.").wait_for()
         views.look("locked")
     assert views.found == {}
+
+
+@on_every_screen
+def test_axe_finds_nothing_in_the_model_manager(
+    hub: Any,
+    tmp_path: Path,
+    open_page: Callable[..., Any],
+    axe: str,
+    options: dict[str, Any],
+) -> None:
+    released = threading.Event()
+    hub.held = (BIG // 2, released)
+    hub.sums[REPO, "model-Q8_0.gguf"] = "0" * 64
+    with managed(tmp_path) as site:
+        page = open_page(f"{site.url}#/models", **options)
+        views = Views(page, axe)
+        field = page.get_by_label("Model on Hugging Face")
+        for name in (f"{REPO}:Q8_0", TOY, f"{REPO}:Q2_K"):
+            button(page, "Download").wait_for()  # it is asked for one at a time
+            field.fill(name)
+            button(page, "Download").click()
+        page.get_by_text("What arrived is not what Hugging Face has").wait_for()
+        row(page, TOY).get_by_text("tokens of context").wait_for()
+        page.locator("form").get_by_role("alert").wait_for()
+        views.look("models, a refusal, and a download that failed")
+        field.fill(f"{REPO}:Q4_K_M")
+        button(page, "Download").click()
+        row(page, f"{REPO}:Q4_K_M").get_by_text("% of 1 MiB").wait_for()
+        button(page, f"Actions for {TOY}").click()
+        views.look("a download, and a menu")
+        released.set()
+    with managed(tmp_path, allow_model_changes=False) as site:
+        page = open_page(f"{site.url}#/models", **options)
+        page.get_by_text("For whoever runs this server", exact=True).click()
+        other = Views(page, axe)
+        other.look("models that stay")
+    assert {**views.found, **other.found} == {}

@@ -49,9 +49,9 @@ def test_nothing_is_said_to_be_ready_while_the_server_is_gone(open_page: Callabl
     row.get_by_text("no connection").wait_for()
     assert page.locator(".dot.good").count() == 0
     assert page.get_by_role("button", name=re.compile("^(Unload|Load)")).count() == 0
-    page.get_by_role("link", name="Server").click()
-    page.get_by_role("cell", name="no connection").first.wait_for()
-    assert page.get_by_role("cell", name="ready").count() == 0
+    page.get_by_role("link", name="Models", exact=True).click()
+    page.locator(".stock").get_by_text("no connection").first.wait_for()
+    assert page.locator(".stock").get_by_text("ready", exact=True).count() == 0
 
 
 def test_a_server_that_was_started_with_another_model_is_noticed(open_page: Callable[..., Any]) -> None:

@@ -291,6 +291,7 @@ def test_the_server_page(chat: Any) -> None:
     chat.get_by_text("Running requests").wait_for()
     chat.locator(".chart polyline").first.wait_for(state="attached")  # a flat line has no height
     assert chat.locator(".chart").count() == 6
-    chat.get_by_role("cell", name="demo-model").wait_for()
-    chat.get_by_role("cell", name="hermes").first.wait_for()
     assert "candle-vllm 0." in chat.locator(".page-head").inner_text()
+    chat.get_by_role("link", name="Manage models").click()
+    chat.get_by_role("heading", name="demo-model", exact=True).wait_for()
+    chat.get_by_text("Tool calls: hermes · Reasoning: think").wait_for()

@@ -20,6 +20,10 @@ from candle_vllm.server.app import create_app
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.serve import bind, make_server
 
+REPO = "org/model-GGUF"  # on the hub on loopback: files that are no model, the first of `BIG` bytes
+TOY = "org/toy"  # a real model
+BIG = 1 << 20
+
 LONG_WORD = "Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft" * 2
 
 MARKDOWN = f"""# A title

@@ -76,18 +76,6 @@ def start_mcp() -> Iterator[Callable[..., Running]]:
 @pytest.fixture
 def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A hub (`FakeHub`) that huggingface_hub asks in the place of its own; it has no repositories yet."""
-    import huggingface_hub
-    from fake_hub import FakeHub
-    from huggingface_hub import constants
-    from huggingface_hub.hf_api import api
+    from fake_hub import installed
 
-    fake = FakeHub()
-    for name in ("HF_HUB_OFFLINE", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", fake.url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "ENDPOINT", fake.url)
-    monkeypatch.setattr(api, "endpoint", fake.url)
-    yield fake
-    huggingface_hub.close_session()
-    fake.stop()
+    yield from installed(monkeypatch)

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import json
 import re
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 COMMIT = "a" * 40
+
+
+def installed(monkeypatch: Any) -> Iterator[FakeHub]:
+    """A hub that huggingface_hub asks in the place of its own; it has no repositories yet. For a fixture."""
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.hf_api import api
+
+    fake = FakeHub()
+    for name in ("HF_HUB_OFFLINE", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", fake.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "ENDPOINT", fake.url)
+    monkeypatch.setattr(api, "endpoint", fake.url)
+    yield fake
+    huggingface_hub.close_session()
+    fake.stop()
 
 
 class FakeHub:
@@ -19,6 +39,7 @@ class FakeHub:
         repos: repository -> file -> content.
         sums: repository and file -> the sum that is told in the place of the true one.
         cut: bytes after which the next download breaks off; None is never.
+        held: bytes after which downloads of weights wait until the event is set; None is never.
         asked: ranges of the downloads.
     """
 
@@ -26,13 +47,14 @@ class FakeHub:
         self.repos: dict[str, dict[str, bytes]] = {}
         self.sums: dict[tuple[str, str], str] = {}
         self.cut: int | None = None
+        self.held: tuple[int, threading.Event] | None = None
         self.asked: list[tuple[str, str | None]] = []
         hub = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def log_message(self, *_: Any) -> None:
+            def log_message(self, format: str, *args: Any) -> None:
                 pass
 
             def do_HEAD(self) -> None:
@@ -87,9 +109,18 @@ class FakeHub:
                     self.send_header(key, value)
                 self.end_headers()
                 if body and self.command != "HEAD":
-                    self.wfile.write(content[:cut])
+                    self._write(content[:cut])
                 if cut is not None:
                     self.close_connection = True
+
+            def _write(self, content: bytes) -> None:
+                if hub.held is not None and len(content) > hub.held[0]:
+                    first, released = hub.held
+                    self.wfile.write(content[:first])
+                    content = content[first:]
+                    released.wait(60)
+                with contextlib.suppress(ConnectionError):  # the client has stopped
+                    self.wfile.write(content)
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"

@@ -27,6 +27,7 @@ from candle_vllm.server.models.downloads import (
     tag_of,
 )
 from candle_vllm.server.models.library import describe, file_bytes
+from candle_vllm.server.models.pulls import discard, fetch
 from candle_vllm.server.serve import with_fetched
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.command_line import parse
@@ -121,10 +122,10 @@ def test_a_model_is_fetched_listed_and_removed(hub: FakeHub, settings: Settings)
     assert downloaded(settings) == []
     told: list[Progress] = []
     with heard_by(told.append):
-        local = downloads.pull(settings, plan)
+        local = fetch(settings, plan)
     assert {progress.what for progress in told} >= {"verifying sha256 digest"}
     assert (local.name, local.size) == (plan.name, len(BIG))
-    other = downloads.pull(settings, plan_pull(settings, f"{REPO}:Q8_0"))
+    other = fetch(settings, plan_pull(settings, f"{REPO}:Q8_0"))
     assert [each.name for each in downloaded(settings)] == [local.name, other.name]
     assert find_downloaded(settings, REPO).name == local.name
     assert local.settings(settings).weight_file == "model-Q4_K_M.gguf"
@@ -140,7 +141,7 @@ def test_a_download_that_broke_off_goes_on(hub: FakeHub, settings: Settings, mon
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1 << 16)
     plan = plan_pull(settings, REPO)
     hub.cut = 1 << 20
-    downloads.pull(settings, plan)
+    fetch(settings, plan)
     ranges = [wanted for name, wanted in hub.asked if name == "model-Q4_K_M.gguf"]
     assert len(ranges) == 2
     assert ranges[0] is None
@@ -149,11 +150,42 @@ def test_a_download_that_broke_off_goes_on(hub: FakeHub, settings: Settings, mon
     assert path.read_bytes() == BIG
 
 
+def test_a_download_that_was_stopped_goes_on_later(
+    hub: FakeHub, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has arrived is kept, for a later process too; huggingface_hub itself keeps nothing."""
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1 << 16)
+    plan = plan_pull(settings, REPO)
+
+    def stop(progress: Progress) -> None:
+        assert progress.total == len(BIG)
+        if progress.done >= 1 << 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), heard_by(stop):
+        fetch(settings, plan)
+    assert downloaded(settings) == []
+    told: list[Progress] = []
+    with heard_by(told.append):
+        local = fetch(settings, plan)
+    (_, first), (_, second) = [(name, wanted) for name, wanted in hub.asked if name == "model-Q4_K_M.gguf"]
+    assert (first, second) == (None, f"bytes={(1 << 20) - (1 << 16)}-")
+    assert told[0].done == 1 << 20
+    path = next(Path(settings.download_dir or "").glob("models--*/snapshots/*/model-Q4_K_M.gguf"))
+    assert path.read_bytes() == BIG
+    remove(settings, local)
+    with pytest.raises(KeyboardInterrupt), heard_by(stop):
+        fetch(settings, plan)
+    assert len(list(Path(settings.download_dir or "").rglob("*.incomplete"))) == 1
+    discard(settings, plan)
+    assert list(Path(settings.download_dir or "").rglob("*.incomplete")) == []
+
+
 def test_a_file_that_is_not_what_the_hub_has_is_removed(hub: FakeHub, settings: Settings) -> None:
     hub.sums[REPO, "model-Q4_K_M.gguf"] = "0" * 64
     plan = plan_pull(settings, REPO)
     with pytest.raises(InvalidFileError, match=r"model-Q4_K_M.gguf of org/model-GGUF:Q4_K_M is not what the hub has"):
-        downloads.pull(settings, plan)
+        fetch(settings, plan)
     assert downloaded(settings) == []
 
 
@@ -165,7 +197,7 @@ def test_what_cannot_be_fetched(hub: FakeHub, settings: Settings, monkeypatch: p
     usage = downloads.shutil.disk_usage("/")
     monkeypatch.setattr(downloads.shutil, "disk_usage", lambda _: usage._replace(free=1 << 20))
     with pytest.raises(ModelNotFoundError, match="3 MiB more on the disk, and 1 MiB are free"):
-        downloads.pull(settings, plan_pull(settings, REPO))
+        fetch(settings, plan_pull(settings, REPO))
 
 
 def test_whether_it_fits_is_said(settings: Settings) -> None:
@@ -256,7 +288,7 @@ def test_ps_asks_a_server(command: Any, start: Any) -> None:
 
 
 def test_a_server_has_what_was_fetched_where_that_is_allowed(hub: FakeHub, settings: Settings, tmp_path: Path) -> None:
-    downloads.pull(settings, plan_pull(settings, REPO))
+    fetch(settings, plan_pull(settings, REPO))
     flags = ["--download-dir", str(settings.download_dir), "--m", "demo", "--threads", "1"]
     found = []
     for more in ([], ["--allow-model-changes"]):

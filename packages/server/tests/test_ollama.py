@@ -348,10 +348,88 @@ def test_a_pull_that_fails_says_why(changing: Callable[..., Any], fake_hub: Any)
         assert len(client.list().models) == 1
 
 
+def test_a_pull_is_followed_stopped_and_gone_on_with(
+    changing: Callable[..., Any], fake_hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1 << 16)
+    name, released = f"{REPO}:Q4_K_M", threading.Event()
+    fake_hub.held = (1 << 19, released)
+    with changing().http() as client:
+
+        def pulls() -> Any:
+            return client.get("/v1/models/inventory").json()["pulls"]
+
+        def begin(model: str) -> None:  # and leaves
+            with client.stream("POST", "/api/pull", json={"model": model}) as answer:
+                assert answer.status_code == 200
+
+        begin(f"hf.co/{name}")
+        wait_for(lambda: any(0 < each["done"] <= 1 << 19 for each in pulls()))
+        (told,) = pulls()
+        assert (told["model"], told["asked"], told["state"]) == (name, f"hf.co/{name}", "downloading")
+        assert (told["total"], told["fits"], told["failure"]) == (1 << 20, "now", None)
+        begin(f"{REPO}:Q8_0")  # which waits for its turn
+        begin(name)  # which is the same
+        assert [each["state"] for each in pulls()] == ["downloading", "waiting"]
+        assert client.request("DELETE", "/api/pull", json={"model": f"{REPO}:Q8_0", "remove": True}).status_code == 200
+        assert client.request("DELETE", "/api/pull", json={"model": name}).status_code == 200
+        assert [each["state"] for each in pulls()] == ["stopping"]
+        released.set()
+        wait_for(lambda: [each["state"] for each in pulls()] == ["stopped"])
+        begin(name)
+        wait_for(lambda: pulls() == [])
+        ranges = [wanted for file, wanted in fake_hub.asked if file == "model-Q4_K_M.gguf"]
+        assert ranges[0] is None
+        assert int((ranges[1] or "").removeprefix("bytes=").rstrip("-")) > 0
+        assert client.post("/api/chat", json={**ASK, "model": name}).status_code == 200
+        gone = client.request("DELETE", "/api/pull", json={"model": name})
+        assert (gone.status_code, gone.headers["x-error-code"]) == (404, "model_not_found")
+
+
+def test_what_there_is_is_told_to_operators(changing: Callable[..., Any], fake_hub: Any) -> None:
+    fake_hub.repos["Qwen/Qwen3-0.6B-GGUF"] = {"Qwen3-0.6B-Q8_0.gguf": b"y" * 999}
+    with changing(api_key=("client",), management_key=("operator",)).http() as client:
+        assert client.get("/v1/models/inventory", headers={"authorization": "Bearer client"}).status_code == 401
+        client.headers["authorization"] = "Bearer operator"
+        foreign = {"origin": "http://elsewhere.example"}
+        assert client.get("/v1/models/inventory", headers=foreign).status_code == 403
+        refused = client.post("/api/pull", json={"model": f"{REPO}:Q2_K"})
+        assert (refused.status_code, refused.headers["x-error-code"]) == (404, "no_such_file")
+        fake_hub.sums[REPO, "model-Q8_0.gguf"] = "0" * 64
+        assert client.post("/api/pull", json={"model": f"{REPO}:Q8_0", "stream": False}).status_code == 502
+        assert client.post("/api/pull", json={"model": "qwen3:0.6b", "stream": False}).status_code == 200
+        shown = client.post("/api/show", json={"model": "qwen3:0.6b"}, headers={"authorization": "Bearer client"})
+        assert (shown.status_code, shown.headers["x-error-code"]) == (409, "model_unusable")
+        told = client.get("/v1/models/inventory").json()
+        assert told["changes"] is True
+        assert 0 < told["memory_free"] <= told["memory_most"]
+        assert [(each["id"], each["removable"]) for each in told["models"]] == [
+            ("scripted", False), ("Qwen/Qwen3-0.6B-GGUF:Q8_0", True)
+        ]  # fmt: skip
+        fetched = told["models"][1]
+        assert (fetched["size"], fetched["needed"], fetched["fits"]) == (999, 999 + (512 << 20), "now")
+        known = {each["name"]: each for each in told["known"]}
+        assert known["qwen3:0.6b"]["served"] == "Qwen/Qwen3-0.6B-GGUF:Q8_0"
+        assert (known["qwen3:8b"]["served"], known["qwen3:8b"]["needed"]) == (None, 5300 << 20)
+        (failed,) = told["pulls"]
+        assert (failed["state"], failed["failure"]) == ("failed", "damaged")
+        assert "is not what the hub has" in failed["error"]
+        client.request("DELETE", "/api/pull", json={"model": failed["model"], "remove": True})
+        assert client.get("/v1/models/inventory").json()["pulls"] == []
+
+
+def test_what_there_is_where_models_stay(start: Callable[..., Any]) -> None:
+    with start().http() as client:
+        told = client.get("/v1/models/inventory").json()
+    assert (told["changes"], told["pulls"]) == (False, [])
+    assert [(each["id"], each["fits"], each["removable"]) for each in told["models"]] == [("scripted", None, False)]
+
+
 def test_models_are_changed_where_the_operator_allows_it_alone(
     start: Callable[..., Any], changing: Callable[..., Any], fake_hub: Any
 ) -> None:
-    asked = [("POST", "/api/pull", {"model": REPO}), ("DELETE", "/api/delete", {"model": "scripted"}),
+    asked = [("POST", "/api/pull", {"model": REPO}), ("DELETE", "/api/pull", {"model": REPO}),
+             ("DELETE", "/api/delete", {"model": "scripted"}),
              ("POST", "/api/copy", {"source": "scripted", "destination": "x"})]  # fmt: skip
     with start().http() as client:
         for method, path, body in asked:

@@ -299,7 +299,7 @@ def test_keys_are_described_as_they_are() -> None:
     managed = secured(management_key=("k",))
     assert {path for path, needs in managed.items() if needs} == {
         "/v1/models/status", "/v1/models/load", "/v1/models/unload", "/v1/models/select", "/metrics", "/v1/usage",
-        "/v1/models/reload", "/v1/models/add", "/v1/models/remove",
+        "/v1/models/inventory", "/v1/models/reload", "/v1/models/add", "/v1/models/remove",
         "/server_info", "/reset_prefix_cache",
         "/api/pull", "/api/copy", "/api/delete",
         "/v1/queues", "/v1/queues/{model_id}",

@@ -123,7 +123,7 @@ def create_app(
         app.state.metrics.watch_mcp_servers(mcp.states)
     app.state.responders = responses.Responders(app.state.kept, response_servers(mcp, settings))
     app.state.keeper = Keeper(mailbox, app.state.metrics)
-    app.state.pulls, app.state.pulling, app.state.pull_lock = 0, set(), asyncio.Lock()
+    app.state.pulls = ollama_library.pulls_of(app.state.manager, settings)
     app.state.stopping = lambda: False
     app.state.reloader = None  # what reads files again, where the server was started by some
     app.state.failure = None  # why it could not start

@@ -73,6 +73,8 @@ export function jsonRequest(body: unknown, signal?: AbortSignal): RequestInit {
 
 async function failureOf(response: Response): Promise<ApiError> {
   const info: ErrorInfo = { kind: "http", status: response.status, message: "" };
+  const code = response.headers.get("x-error-code"); // where the error's own form has no place for it
+  if (code) info.code = code.slice(0, 200);
   try {
     const text = (await response.text()).slice(0, 20_000);
     Object.assign(info, describeError(JSON.parse(text)));

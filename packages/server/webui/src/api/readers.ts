@@ -1,6 +1,6 @@
 // What comes from a server or a file is looked at before it is used: the few shapes, read field by field.
 
-import type { ChatChunk, McpContent, McpResult, McpServer, McpTool, ModelCard, TokenLogprob, ToolCallDelta, Usage } from "./types.ts";
+import type { ChatChunk, Inventory, McpContent, McpResult, McpServer, McpTool, ModelCard, TokenLogprob, ToolCallDelta, Usage } from "./types.ts";
 
 export const fields = (data: unknown): Record<string, unknown> =>
   typeof data === "object" && data !== null ? (data as Record<string, unknown>) : {};
@@ -100,6 +100,40 @@ export function readModel(data: unknown): ModelCard[] {
   const defaults = Object.entries(fields(given.default_sampling)).filter((one): one is [string, number] => number(one[1]) !== undefined);
   if (defaults.length) card.default_sampling = Object.fromEntries(defaults);
   return [card];
+}
+
+export function readInventory(data: unknown): Inventory | undefined {
+  const given = fields(data);
+  if (!Array.isArray(given.models)) return undefined;
+  return {
+    changes: given.changes === true,
+    memoryFree: count(given.memory_free),
+    diskFree: count(given.disk_free),
+    models: list(given.models).map(fields).flatMap(({ id, size, needed, fits, removable }) =>
+      typeof id === "string" ? [{ id, size: count(size), needed: number(needed) ?? null, fits: text(fits) ?? null, removable: removable === true }] : []),
+    known: list(given.known).map(fields).flatMap(({ name, model, needed, fits, served }) =>
+      typeof name === "string" ? [{ name, model: text(model) ?? name, needed: count(needed), fits: text(fits) ?? null, served: text(served) ?? null }] : []),
+    pulls: list(given.pulls).map(fields).flatMap(({ model, state, done, total, needed, fits, failure, error }) =>
+      typeof model === "string" ? [{ model, state: text(state) ?? "", done: count(done), total: count(total), needed: count(needed), fits: text(fits) ?? null, failure: text(failure) ?? "", error: text(error) ?? "" }] : []),
+  };
+}
+
+const count = (value: unknown): number => Math.max(0, number(value) ?? 0);
+
+/** What the files of a model that is not loaded say of it. */
+export function readShown(data: unknown): Partial<ModelCard> {
+  const { details, model_info: info } = fields(data);
+  const known = fields(info);
+  const architecture = text(known["general.architecture"]);
+  const shown: Partial<ModelCard> = {};
+  if (architecture) shown.architecture = architecture;
+  const [quantization, parameters, context] = [
+    text(fields(details).quantization_level), number(known["general.parameter_count"]), number(known[`${architecture}.context_length`]),
+  ];
+  if (quantization) shown.quantization = quantization;
+  if (parameters && parameters > 0) shown.num_parameters = parameters;
+  if (context && context > 0) shown.max_model_len = context;
+  return shown;
 }
 
 export function readServer(data: unknown): McpServer[] {

@@ -1,8 +1,8 @@
 // What the server says of itself: models, MCP servers, counts.
 
-import { ApiError, getJson, postJson, send } from "./http.ts";
-import { fields, readModel, readResult, readServer, readTool, text } from "./readers.ts";
-import type { McpResult, McpServer, McpTool, ModelCard } from "./types.ts";
+import { ApiError, getJson, jsonRequest, postJson, send } from "./http.ts";
+import { fields, readInventory, readModel, readResult, readServer, readShown, readTool, text } from "./readers.ts";
+import type { Inventory, McpResult, McpServer, McpTool, ModelCard } from "./types.ts";
 
 export const listModels = (): Promise<ModelCard[]> => listOf("v1/models", readModel);
 
@@ -22,6 +22,30 @@ export async function listFailures(): Promise<Record<string, string>> {
 export const loadModel = (id: string): Promise<unknown> => postJson("v1/models/load", { model: id });
 
 export const unloadModel = (id: string): Promise<unknown> => postJson("v1/models/unload", { model: id });
+
+export const selectModel = (id: string): Promise<unknown> => postJson("v1/models/select", { model: id });
+
+export async function takeStock(): Promise<Inventory> {
+  const inventory = readInventory(await getJson("v1/models/inventory"));
+  if (!inventory) throw new ApiError({ kind: "format", message: "" });
+  return inventory;
+}
+
+export const showModel = async (id: string): Promise<Partial<ModelCard>> => readShown(await postJson("api/show", { model: id }));
+
+/** Begins to fetch a model, or goes on with it; how far it is, the inventory says. */
+export async function pullModel(name: string): Promise<void> {
+  const { body } = await send("api/pull", jsonRequest({ model: name }));
+  await body?.cancel();
+}
+
+export async function stopPull(name: string, remove: boolean): Promise<void> {
+  await send("api/pull", { ...jsonRequest({ model: name, remove }), method: "DELETE" });
+}
+
+export async function deleteModel(id: string): Promise<void> {
+  await send("api/delete", { ...jsonRequest({ model: id }), method: "DELETE" });
+}
 
 /** The MCP servers, or undefined where this server has none. */
 export async function listMcpServers(): Promise<McpServer[] | undefined> {

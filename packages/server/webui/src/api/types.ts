@@ -25,6 +25,43 @@ export interface LoadProgress {
   percent: number | null;
 }
 
+/** What a server's models take, whether they fit, and what is being fetched. */
+export interface Inventory {
+  changes: boolean; // whether models may be fetched and removed here
+  memoryFree: number;
+  diskFree: number;
+  models: readonly StockedModel[];
+  known: readonly KnownModel[];
+  pulls: readonly Pull[];
+}
+
+export interface StockedModel {
+  id: string;
+  size: number;
+  needed: number | null;
+  fits: string | null;
+  removable: boolean;
+}
+
+export interface KnownModel {
+  name: string;
+  model: string;
+  needed: number;
+  fits: string | null;
+  served: string | null;
+}
+
+export interface Pull {
+  model: string;
+  state: string;
+  done: number;
+  total: number;
+  needed: number;
+  fits: string | null;
+  failure: string;
+  error: string;
+}
+
 export interface Usage {
   prompt_tokens: number;
   completion_tokens: number;

@@ -49,6 +49,10 @@ export function cardFor(name: string | null): ModelCard | undefined {
   return named(name) ?? named(preferences.value.model) ?? defaultModel.value;
 }
 
+/** Of the cards of one model, which is called several names, the first. */
+export const firstOf = (card: ModelCard): ModelCard =>
+  (card.root !== undefined && models.value.find((one) => one.root === card.root)) || card;
+
 export const statusOf = (card: ModelCard): string =>
   connection.value === "unreachable" ? "away" : (working.value[card.id] ?? card.status); // nobody knows while the server is gone
 export const isLoading = (card: ModelCard): boolean => LOADING.has(statusOf(card));
@@ -117,11 +121,10 @@ function take(listed: readonly ModelCard[]): void {
     if (before && before.status !== card.status) sayChange(card);
   }
   const isOther = models.value.length > 0 && names(listed) !== names(models.value);
+  const hasLost = models.value.some(({ id }) => !listed.some((card) => card.id === id)); // one more is no surprise
   models.value = listed;
-  if (isOther) {
-    arrivals.value++;
-    if (defaultModel.value) notify("info", t.value.otherModels(defaultModel.value.id));
-  }
+  if (isOther) arrivals.value++;
+  if (hasLost && defaultModel.value) notify("info", t.value.otherModels(defaultModel.value.id));
   if (listed.some(({ status }) => status === "failed")) void refreshFailures();
 }
 
@@ -131,6 +134,12 @@ async function refreshFailures(): Promise<void> {
   } catch {
     failures.value = {}; // the kind of each failure is known all the same
   }
+}
+
+/** A model that this page has removed: that it is gone is no news. */
+export async function forgetModel(card: ModelCard): Promise<void> {
+  models.value = models.value.filter((one) => one.id !== card.id && (!card.root || one.root !== card.root));
+  await refreshModels();
 }
 
 const names = (cards: readonly ModelCard[]): string => cards.map(({ id }) => id).sort().join("\n");

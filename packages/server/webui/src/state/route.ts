@@ -2,13 +2,17 @@
 
 import { signal } from "@preact/signals";
 
-export type Route = { page: "chat"; id: string | null } | { page: "server" } | { page: "tools" };
+export type Route = { page: "chat"; id: string | null } | { page: Page };
+
+const PAGES = ["models", "server", "tools"] as const;
+type Page = (typeof PAGES)[number];
 
 export const route = signal<Route>(readRoute());
 
 function readRoute(): Route {
   const name = typeof location === "undefined" ? "" : location.hash.slice(1);
-  if (name === "/server" || name === "/tools") return { page: name === "/server" ? "server" : "tools" };
+  const page = PAGES.find((one) => name === `/${one}`);
+  if (page) return { page };
   const chat = /^\/chat\/(.+)$/.exec(name);
   return { page: "chat", id: chat ? chat[1]! : null }; // whether there is such a chat is for others to say
 }

@@ -9,6 +9,7 @@ import { route } from "../state/route.ts";
 import { ChatPage } from "./ChatPage.tsx";
 import { Confirm } from "./Dialog.tsx";
 import { ExportDialog } from "./ExportDialog.tsx";
+import { ModelsPage } from "./ModelsPage.tsx";
 import { MoveDialog } from "./MoveDialog.tsx";
 import { Notices } from "./Notices.tsx";
 import { PromptsDialog } from "./PromptsDialog.tsx";
@@ -21,7 +22,7 @@ import { Tooltip } from "./Tooltip.tsx";
 
 export function App() {
   const { page } = route.value;
-  const titles = { chat: current.value?.info.value.title, server: t.value.server, tools: t.value.tools };
+  const titles = { chat: current.value?.info.value.title, models: t.value.models, server: t.value.server, tools: t.value.tools };
   const title = titles[page];
   useEffect(() => {
     document.documentElement.lang = shownLanguage.value;
@@ -34,6 +35,7 @@ export function App() {
       <main class="main" id="main" tabIndex={-1} inert={isSidebarOver.value}>
         <Notices />
         {page === "chat" && <ChatPage />}
+        {page === "models" && <ModelsPage />}
         {page === "server" && <ServerPage />}
         {page === "tools" && <ToolsPage />}
         <Tooltip />

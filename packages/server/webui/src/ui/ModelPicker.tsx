@@ -2,13 +2,14 @@
 
 import { useEffect, useState } from "preact/hooks";
 import type { ModelCard } from "../api/types.ts";
-import { formatBytes, formatCount, formatNumber, t } from "../i18n/index.ts";
-import { confirmFirst } from "../state/dialogs.ts";
-import { cardFor, connection, isBusy, models, refreshModels, statusOf } from "../state/models.ts";
+import { t } from "../i18n/index.ts";
+import { cardFor, connection, firstOf, isBusy, models, refreshModels, statusOf } from "../state/models.ts";
 import { changeStart, shownStart } from "../state/new-chat.ts";
 import { prefer } from "../state/preferences.ts";
+import { hashOf } from "../state/route.ts";
+import { follow } from "./ConversationList.tsx";
 import { Icon } from "./Icon.tsx";
-import { change, FailureNote, LoadingBar, stateText } from "./ModelState.tsx";
+import { factsOf, FailureNote, LoadButton, LoadingBar, StatusDot, stateText } from "./ModelState.tsx";
 import { Popover } from "./Popover.tsx";
 
 export function ModelPicker() {
@@ -33,6 +34,9 @@ export function ModelPicker() {
           <Row key={one.id} card={one} isChosen={one.id === card?.id} onChoose={() => choose(one.id)} />
         ))}
       </ul>
+      <a class="nav-item" href={hashOf({ page: "models" })} onClick={(event) => { setOpen(false); follow({ page: "models" })(event); }}>
+        <Icon name="box" />{t.value.manageModels}
+      </a>
     </Popover>
   );
 }
@@ -40,10 +44,7 @@ export function ModelPicker() {
 function Row({ card, isChosen, onChoose }: { card: ModelCard; isChosen: boolean; onChoose: () => void }) {
   const status = statusOf(card);
   const busy = isBusy(card);
-  const unload = () => confirmFirst({
-    title: t.value.unloadSure(card.id), text: t.value.unloadText, action: t.value.unload, onConfirm: () => change(card.id, "unloading"),
-  });
-  const isAlias = card.root !== undefined && models.value.some((one) => one !== card && one.root === card.root && models.value.indexOf(one) < models.value.indexOf(card));
+  const isAlias = firstOf(card) !== card;
   return (
     <li class="model-row">
       <button type="button" class="model-choice" aria-pressed={isChosen} onClick={onChoose}>
@@ -57,36 +58,10 @@ function Row({ card, isChosen, onChoose }: { card: ModelCard; isChosen: boolean;
         {busy && <LoadingBar card={card} />}
       </button>
       {isChosen && <Icon name="check" />}
-      {!busy && !isAlias && (status === "ready" ? (
-        <button type="button" class="button small" aria-label={t.value.unloadOf(card.id)} onClick={unload}>{t.value.unload}</button>
-      ) : status !== "failed" && status !== "away" && (
-        <button type="button" class="button small" aria-label={t.value.loadOf(card.id)} onClick={() => change(card.id, "loading")}>{t.value.load}</button>
-      ))}
+      {!isAlias && <LoadButton card={card} />}
       {status === "failed" && <FailureNote card={card} />}
     </li>
   );
-}
-
-/** What is known of a loaded model, in lines. */
-function factsOf(card: ModelCard): string[] {
-  const { architecture, num_parameters: parameters, quantization, dtype, max_model_len: context, weight_bytes: weights, kv_cache_bytes: cache } = card;
-  const facts = [
-    architecture,
-    parameters && t.value.parameters(formatCount(parameters)),
-    (quantization && mainType(quantization)) ?? dtype,
-    context && t.value.contextTokens(formatNumber(context)),
-  ];
-  const memory = weights && (cache ? t.value.memoryOf(formatBytes(weights), formatBytes(cache)) : t.value.memoryOfWeights(formatBytes(weights)));
-  return [facts.filter(Boolean).join(" · "), memory || ""].filter(Boolean);
-}
-
-/** Of "F32 x 61, Q4_1 x 40" the type that most of its weights have: plain numbers are norms and biases. */
-const mainType = (types: string): string | undefined =>
-  types.split(", ").map((type) => type.split(" x ", 1)[0]!).find((type) => !/^(B?F(16|32|64)|I64)$/.test(type));
-
-function StatusDot({ status }: { status: string }) {
-  const kind = status === "ready" ? "good" : status === "failed" ? "bad" : status === "unloaded" || status === "away" ? "off" : "busy";
-  return <span class={`dot ${kind}`} aria-hidden="true" />;
 }
 
 /** A path's last part; the whole name stands in the list. */

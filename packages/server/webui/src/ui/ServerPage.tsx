@@ -4,9 +4,11 @@ import { useEffect, useState } from "preact/hooks";
 import { ApiError, errorInfo } from "../api/http.ts";
 import { rate, type Sample, sampleOf } from "../api/metrics.ts";
 import { readMetrics, serverVersion } from "../api/server.ts";
-import { formatNumber, formatSeconds, named, t } from "../i18n/index.ts";
-import { connection, models, refreshModels, statusOf } from "../state/models.ts";
+import { formatNumber, formatSeconds, t } from "../i18n/index.ts";
+import { connection } from "../state/models.ts";
+import { hashOf } from "../state/route.ts";
 import { Chart, LONGEST, spanFor } from "./Chart.tsx";
+import { follow } from "./ConversationList.tsx";
 import { describe } from "./errors.ts";
 import { Icon } from "./Icon.tsx";
 import { SidebarButton } from "./SidebarButton.tsx";
@@ -23,7 +25,7 @@ export function ServerPage() {
       <div class="scroller"><div class="page">
         {failure && connection.value !== "unreachable" && <div class="notice error" role="alert"><Icon name="warning" /><p>{failure}</p></div>}
         {samples.length > 0 ? <Charts samples={samples} /> : !failure && <p class="faint">{t.value.connecting}</p>}
-        <Models />
+        <p><a href={hashOf({ page: "models" })} onClick={follow({ page: "models" })}>{t.value.manageModels}</a></p>
       </div></div>
     </>
   );
@@ -49,7 +51,6 @@ function useSamples() {
       if (isShown) timer = setTimeout(() => void ask(), EVERY_MS);
     };
     void ask();
-    void refreshModels();
     return () => {
       isShown = false;
       clearTimeout(timer);
@@ -90,29 +91,5 @@ function Charts({ samples }: { samples: readonly Sample[] }) {
         <div><dt>{t.value.meanFirst}</dt><dd>{last.firstTokens ? formatSeconds(last.firstTokenSeconds / last.firstTokens) : "–"}</dd></div>
       </dl>
     </>
-  );
-}
-
-function Models() {
-  return (
-    <section>
-      <h2>{t.value.models}</h2>
-      <div class="table-frame" role="region" aria-label={t.value.models} tabIndex={0}>
-        <table>
-          <thead><tr><th scope="col">{t.value.name}</th><th scope="col">{t.value.state}</th><th scope="col">{t.value.context}</th><th scope="col">{t.value.toolFormat}</th><th scope="col">{t.value.reasoningFormat}</th></tr></thead>
-          <tbody>
-            {models.value.map((card) => (
-              <tr key={card.id}>
-                <td>{card.id}</td>
-                <td>{named(t.value.modelStates, statusOf(card)) ?? card.status}</td>
-                <td>{card.max_model_len ? formatNumber(card.max_model_len) : "–"}</td>
-                <td>{card.tool_parser ?? "–"}</td>
-                <td>{card.reasoning_parser ?? "–"}</td>
-              </tr>
-            ))}
-          </tbody>
-        </table>
-      </div>
-    </section>
   );
 }

@@ -41,6 +41,7 @@ export function Sidebar() {
         <ConversationList query={query.trim()} />
         <footer class="sidebar-foot">
           {mcpServers.value && <PageLink icon="tool" label={t.value.tools} to={{ page: "tools" }} />}
+          <PageLink icon="box" label={t.value.models} to={{ page: "models" }} />
           <PageLink icon="chart" label={t.value.server} to={{ page: "server" }} />
           <button type="button" class="nav-item" onClick={() => (open.value = { kind: "prompts" })}>
             <Icon name="prompt" />{t.value.prompts}

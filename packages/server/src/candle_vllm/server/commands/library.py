@@ -22,8 +22,8 @@ from candle_vllm.server.models.downloads import (
     remove,
     room_of,
 )
-from candle_vllm.server.models.downloads import pull as fetch
 from candle_vllm.server.models.library import describe
+from candle_vllm.server.models.pulls import fetch
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import UsageError
 

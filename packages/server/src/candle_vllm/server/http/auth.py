@@ -27,7 +27,7 @@ READY = "/ready"
 PUBLIC_PATHS = frozenset({"/health", "/ping", READY})
 MANAGEMENT_PATHS = frozenset({
     "/metrics", "/v1/models/load", "/v1/models/unload", "/v1/models/select", "/v1/models/reload",
-    "/v1/models/add", "/v1/models/remove", "/v1/models/status", "/v1/usage",
+    "/v1/models/add", "/v1/models/remove", "/v1/models/status", "/v1/models/inventory", "/v1/usage",
     "/server_info", "/reset_prefix_cache", "/v1/queues",
     "/api/pull", "/api/copy", "/api/delete",
 })  # fmt: skip

@@ -87,7 +87,8 @@ async def answer_failure(request: Request, failure: Exception) -> Response:
 def refusal(scope: Scope, error: HttpError) -> Response:
     """The server's own refusal of a request."""
     if speaks_ollama(scope):
-        return _response(to_json_bytes(Failure(str(error))), error.status, error.headers)
+        headers = {"x-error-code": error.code, **error.headers}  # for which its errors have no place
+        return _response(to_json_bytes(Failure(str(error))), error.status, headers)
     if not _speaks_anthropic(scope):
         return error.response
     status = 529 if error.code == "overloaded" else error.status

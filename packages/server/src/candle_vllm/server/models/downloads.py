@@ -1,4 +1,4 @@
-"""Models on Hugging Face and in its cache here: their names, what they take, fetching and removing them.
+"""Models on Hugging Face and in its cache here: their names, what they take, and removing them.
 
 Before step 1 of a request's life, in threads. Everything goes through huggingface_hub, which is imported inside the
 functions, because that takes half a second.
@@ -7,7 +7,6 @@ functions, because that takes half a second.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,17 +16,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError
+from candle_vllm.core.errors import ModelNotFoundError
 from candle_vllm.core.loading.source import (
     HUB_ID,
     HUB_TIMEOUT_S,
     choose_weights,
     gguf_models,
     hub_refusal,
-    resolve,
     wanted_files,
 )
-from candle_vllm.core.progress import tell
 from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.server.settings import Settings
 
@@ -40,7 +37,19 @@ _HOSTS = ("https://", "http://", "hf.co/", "huggingface.co/")
 _QUANT = re.compile(r"(?:^|[-._])((?:UD-)?(?:I?Q[0-9][0-9A-Z_]*|TQ[0-9]_[0-9]|MXFP4(?:_MOE)?|BF16|F16|F32))$", re.I)
 _TAG = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
 _USUAL = "Q4_K_M"  # of several files, where none is named
-_PIECE = 1 << 20  # bytes
+
+
+class PullError(ModelNotFoundError):
+    """A model cannot be fetched.
+
+    Attributes:
+        code: why, for programs: no_such_name, no_such_model, no_access, no_such_file, hub_unreachable, offline,
+            disk_full, interrupted or stopped.
+    """
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class Known(NamedTuple):
@@ -83,7 +92,7 @@ def read_name(name: str) -> Named:
     """What a name means: `org/repo`, `org/repo:Q4_K_M`, either behind `hf.co/`, or a name of `KNOWN`.
 
     Raises:
-        ModelNotFoundError: it has none of these forms, or is no known name.
+        PullError: it has none of these forms, or is no known name.
     """
     given = name.strip()
     for host in _HOSTS:
@@ -93,15 +102,17 @@ def read_name(name: str) -> Named:
         family = [known for known in KNOWN if known.partition(":")[0] == repo]
         exact = given if colon and tag != "latest" else next(iter(family), given)
         if exact not in KNOWN:
-            raise ModelNotFoundError(
+            raise PullError(
                 f"there is no model {name!r:.200}{nearest(given, KNOWN)}: known names are {', '.join(KNOWN)}; others "
-                "are organisation/name of Hugging Face, with :Q4_K_M for one of several files"
+                "are organisation/name of Hugging Face, with :Q4_K_M for one of several files",
+                "no_such_name",
             )
         return Named(KNOWN[exact].repo, KNOWN[exact].tag)
     if not HUB_ID.fullmatch(repo) or (colon and not _TAG.fullmatch(tag)):
-        raise ModelNotFoundError(
+        raise PullError(
             f"{name!r:.200} is no name of a model: organisation/name of Hugging Face, with :Q4_K_M for one of several "
-            "files"
+            "files",
+            "no_such_name",
         )
     return Named(repo, None if tag in ("", "latest") else tag)
 
@@ -117,7 +128,8 @@ def choose_file(names: Sequence[str], named: Named) -> str | None:
     """Which GGUF file of a repository is meant, by its first part; None for safetensors.
 
     Raises:
-        ModelNotFoundError: there is none of that tag, or several and none is named.
+        PullError: there is none of that tag, or several and none is named.
+        ModelNotFoundError: there are no weights.
         UnsupportedModelError: the weights are in a format that is not read.
     """
     models, tag = gguf_models(names), named.tag
@@ -134,7 +146,8 @@ def choose_file(names: Sequence[str], named: Named) -> str | None:
         return found[0]
     tags = ", ".join(sorted(tag_of(first) for first in (found or models))[:40]) or "none"
     said = "several files" if tag is None or found else f"no file {tag!r}"
-    raise ModelNotFoundError(f"{named.repo} has {said}: name one behind a colon, as {named.repo}:TAG; there are {tags}")
+    said = f"{named.repo} has {said}: name one behind a colon, as {named.repo}:TAG; there are {tags}"
+    raise PullError(said, "no_such_file")
 
 
 # ---- on the hub ------------------------------------------------------------------------------------------------------
@@ -156,12 +169,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         weight_file: the GGUF file, by its first part; None for safetensors.
         files: all that is fetched.
         weight_bytes: size of the weights.
+        commit: of the repository, which the files are of.
     """
 
     named: Named
     weight_file: str | None
     files: tuple[HubFile, ...]
     weight_bytes: int
+    commit: str | None = None
 
     @property
     def name(self) -> str:
@@ -183,21 +198,22 @@ def plan_pull(settings: Settings, name: str) -> Plan:
     """Asks the hub what a model consists of; nothing is fetched.
 
     Raises:
-        ModelNotFoundError: there is no such model, or the hub is not reached.
+        PullError: there is no such model, or the hub is not reached.
+        CandleVllmError: it has no weights that can be served.
     """
     import huggingface_hub
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
     named = read_name(name)
     if settings.offline:
-        raise ModelNotFoundError(f"{named} cannot be fetched: the hub is not asked (--offline)")
+        raise PullError(f"{named} cannot be fetched: the hub is not asked (--offline)", "offline")
     try:
         info = huggingface_hub.model_info(
             named.repo, revision=settings.revision, token=settings.hf_token, files_metadata=True, timeout=HUB_TIMEOUT_S
         )
     except (HTTPError, OfflineModeIsEnabled, OSError) as error:
-        raise hub_refusal(named.repo, settings.revision, error) or ModelNotFoundError(
-            f"{named} cannot be fetched: the hub cannot be reached ({error})"
+        raise refused_by_hub(settings, named.repo, error) or PullError(
+            f"{named} cannot be fetched: the hub cannot be reached ({error})", "hub_unreachable"
         ) from error
     siblings = {sibling.rfilename: sibling for sibling in info.siblings or ()}
     first = choose_file(list(siblings), named)
@@ -205,7 +221,20 @@ def plan_pull(settings: Settings, name: str) -> Plan:
     names = [re.sub(r"\[(.)\]", r"\1", pattern) for pattern in wanted_files(sorted(siblings), parts)]
     files = tuple(_file(siblings[each]) for each in names if each in siblings)
     weights = [file for file in files if file.name.endswith((".gguf", ".safetensors"))]
-    return Plan(named=named, weight_file=first, files=files, weight_bytes=sum(file.size for file in weights))
+    size = sum(file.size for file in weights)
+    return Plan(named=named, weight_file=first, files=files, weight_bytes=size, commit=info.sha)
+
+
+def refused_by_hub(settings: Settings, repo: str, error: Exception) -> PullError | None:
+    """What the hub's answer means; None when there was no answer."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+
+    refusal = hub_refusal(repo, settings.revision, error)
+    if refusal is None:
+        return None
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+    closed = isinstance(error, GatedRepoError) or status == 403
+    return PullError(str(refusal), "no_access" if closed else "no_such_model")
 
 
 def _file(sibling: RepoSibling) -> HubFile:
@@ -231,56 +260,11 @@ def room_of(settings: Settings, weight_bytes: int, to_fetch: int = 0) -> Room:
     from candle_vllm.core.memory import free_memory
     from candle_vllm.server.models.loader import LEAST_CACHE, WORKSPACE
 
-    folder = _cache(settings)
+    folder = cache_folder(settings)
     while not folder.exists():
         folder = folder.parent
     free = free_memory(choose_device(settings.device or "auto"))
     return Room(weight_bytes + WORKSPACE + LEAST_CACHE, free, to_fetch, shutil.disk_usage(folder).free)
-
-
-def pull(settings: Settings, plan: Plan) -> Local:
-    """Fetches what is missing, goes on where an earlier time stopped, and compares the weights with the hub's sums.
-
-    Its progress is told (`candle_vllm.core.progress`).
-
-    Raises:
-        ModelNotFoundError: the disk is too small, or the download did not finish.
-        InvalidFileError: a file is not what the hub has; it is removed.
-    """
-    missing = plan.total - sum(local.size for local in downloaded(settings) if local.name == plan.name)
-    disk = room_of(settings, 0).disk
-    if missing > disk:
-        raise ModelNotFoundError(
-            f"{plan.name} takes {missing // MIB:,} MiB more on the disk, and {disk // MIB:,} MiB are free in "
-            f"{_cache(settings)} (--download-dir)"
-        )
-    files = resolve(
-        plan.named.repo,
-        weight_file=plan.weight_file,
-        revision=settings.revision,
-        token=settings.hf_token,
-        cache_dir=settings.download_dir,
-    )
-    _verify(plan, files.folder)
-    return next(local for local in downloaded(settings) if local.name == plan.name)
-
-
-def _verify(plan: Plan, folder: Path) -> None:
-    summed = [file for file in plan.files if file.sha256 is not None]
-    done, total = 0, sum(file.size for file in summed)
-    for file in summed:
-        path, found = folder / file.name, hashlib.sha256()
-        with path.open("rb") as stream:
-            while piece := stream.read(_PIECE):
-                found.update(piece)
-                done += len(piece)
-                tell("verifying sha256 digest", done, total)
-        if found.hexdigest() != file.sha256:
-            path.resolve().unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
-            raise InvalidFileError(
-                f"{file.name} of {plan.name} is not what the hub has, and was removed: pull it again"
-            )
 
 
 # ---- on this machine -------------------------------------------------------------------------------------------------
@@ -321,8 +305,13 @@ def find_downloaded(settings: Settings, name: str) -> Local:
     Raises:
         ModelNotFoundError: it is not on this machine.
     """
+    return find_among(downloaded(settings), name)
+
+
+def find_among(locals_: Sequence[Local], name: str) -> Local:
+    """The same among downloaded models."""
     named = read_name(name)
-    here = [local for local in downloaded(settings) if local.repo == named.repo]
+    here = [local for local in locals_ if local.repo == named.repo]
     names = [local.weight_file for local in here if local.weight_file is not None]
     whole = named.tag is None and len(names) < len(here)  # its safetensors
     with suppress(ModelNotFoundError):
@@ -356,7 +345,8 @@ def remove(settings: Settings, local: Local) -> int:
     return freed
 
 
-def _cache(settings: Settings) -> Path:
+def cache_folder(settings: Settings) -> Path:
+    """Where downloads are kept."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return Path(settings.download_dir or HF_HUB_CACHE).expanduser()

@@ -140,14 +140,18 @@ def check_model(settings: Settings, beside: Sequence[ServedModel]) -> None:
         return
     weights = sum(path.stat().st_size for path in files.weights)
     need = weights + WORKSPACE + (config.kv_cache_memory or LEAST_CACHE)
-    device = choose_device(config.device)
-    on_gpu = device.type == "cuda"  # where caches take their memory at once
-    most = free_memory(device) + sum(each.memory if on_gpu else each.engine.model_info.weight_bytes for each in beside)
+    most = free_memory(choose_device(config.device)) + held_by(beside)
     if need > most:
         raise NoMemoryError(
             f"{settings.model} needs {need // MIB} MiB, and {most // MIB} MiB would be left without any other model: "
             "take a smaller --mem, or a model with fewer bits"
         )
+
+
+def held_by(models: Sequence[ServedModel]) -> int:
+    """Bytes of memory that are free again without these models; a cache on the CPU takes its own as it fills."""
+    infos = [(model, model.engine.model_info) for model in models]
+    return sum(model.memory if info.device != "cpu" else info.weight_bytes for model, info in infos)
 
 
 def room_beside(settings: Settings, beside: Sequence[ServedModel]) -> dict[str, Any]:

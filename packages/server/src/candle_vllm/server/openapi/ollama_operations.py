@@ -17,7 +17,7 @@ from candle_vllm.openai.ollama import (
 )
 from candle_vllm.server.openapi.components import Naming
 from candle_vllm.server.openapi.operation import BODY_ERRORS, Key, Operation
-from candle_vllm.server.routes.ollama_library import CopyRequest, DeleteRequest, PullLine, PullRequest
+from candle_vllm.server.routes.ollama_library import CopyRequest, DeleteRequest, PullLine, PullRequest, StopRequest
 from candle_vllm.server.routes.ollama_models import ApiVersion, Residents, Shown, ShowRequest, Tags
 
 _OLLAMA = Naming("Ollama", "Out")
@@ -94,7 +94,7 @@ OLLAMA_OPERATIONS: Mapping[Key, Operation] = {
         body=(ShowRequest,),
         example={"model": "default"},
         answers={200: (Shown,)},
-        errors=_ERRORS,
+        errors=(*_ERRORS, 409),
         error=Failure,
         naming=_OLLAMA,
     ),
@@ -107,6 +107,18 @@ OLLAMA_OPERATIONS: Mapping[Key, Operation] = {
         answers={200: (PullLine,)},
         lines=(PullLine, Failure),
         errors=(*BODY_ERRORS, 404, 502, 503),
+        error=Failure,
+        naming=_OLLAMA,
+        manages=True,
+    ),
+    ("DELETE", "/api/pull"): Operation(
+        id="ollama_stop_pull",
+        tag="ollama",
+        summary="Stop fetching a model; what has arrived is kept or removed",
+        body=(StopRequest,),
+        example={"model": "qwen3:0.6b"},
+        answers={200: ()},
+        errors=(*BODY_ERRORS, 403, 404),
         error=Failure,
         naming=_OLLAMA,
         manages=True,

@@ -58,6 +58,7 @@ from candle_vllm.server.models.cards import (
     SlotStatus,
     UnloadedCard,
 )
+from candle_vllm.server.models.inventory import Inventory
 from candle_vllm.server.models.manager import Changes
 from candle_vllm.server.openapi.components import Naming
 from candle_vllm.server.openapi.kept_operations import KEPT_OPERATIONS, RESPONSES
@@ -286,6 +287,14 @@ OPERATIONS: Mapping[Key, Operation] = {
         tag="operators",
         summary="What is loaded, what waits, and what went wrong",
         answers={200: (ManagerStatus,)},
+        manages=True,
+    ),
+    ("GET", "/v1/models/inventory"): Operation(
+        id="models_inventory",
+        tag="operators",
+        summary="What models take and whether they fit, known names, and what is being fetched",
+        answers={200: (Inventory,)},
+        errors=(403,),
         manages=True,
     ),
     ("GET", "/v1/queues"): Operation(

@@ -5,6 +5,7 @@ Step 1 of a request's life.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from starlette.responses import Response
 
 from candle_vllm.server.answering import parsed
 from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.loop_threads import in_thread
 from candle_vllm.server.models.cards import (
     anthropic_card,
     anthropic_list,
@@ -25,7 +27,9 @@ from candle_vllm.server.models.cards import (
     slot_status,
     status,
 )
+from candle_vllm.server.models.inventory import take_stock
 from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.routes.ollama_library import may_change
 from candle_vllm.server.settings.options import UsageError
 
 if TYPE_CHECKING:
@@ -53,6 +57,17 @@ async def list_models(request: Request) -> Response:
 async def models_status(request: Request) -> Response:
     """What is loaded, what waits, and what went wrong."""
     return _json(status(request.app.state.manager))
+
+
+@router.get("/v1/models/inventory")
+async def models_inventory(request: Request) -> Response:
+    """What the models take and whether they fit, known names, and what is being fetched."""
+    state, manager = request.app.state, request.app.state.manager
+    slots = sorted(manager.slots.values(), key=lambda slot: slot.entry.name != manager.active)
+    settings = dataclasses.replace(state.settings, model=None, weight_path=None, weight_file=None)
+    changes = state.settings.allow_model_changes and may_change(state.settings)
+    found = await in_thread(lambda: take_stock(manager, slots, settings, state.pulls.all, changes=changes), "inventory")
+    return _json(found)
 
 
 @router.post("/v1/models/load")

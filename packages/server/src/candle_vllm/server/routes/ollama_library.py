@@ -5,9 +5,7 @@ Outside the ten steps. All of it is off until the operator allows it, and for cl
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -18,7 +16,6 @@ from pydantic import BeforeValidator, WithJsonSchema, model_validator
 from starlette.responses import Response
 
 from candle_vllm.core.errors import CandleVllmError, ModelNotFoundError
-from candle_vllm.core.progress import Progress, heard_by
 from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.ollama import ollama_parser
 from candle_vllm.openai.protocol.fields import Name, Refusal, WireModel, invalid
@@ -26,18 +23,16 @@ from candle_vllm.server.answering import parsed
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import ollama_error_line
 from candle_vllm.server.http.sse import LineStream
-from candle_vllm.server.loop_threads import call_in, in_thread
+from candle_vllm.server.loop_threads import in_thread
 from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
-from candle_vllm.server.models.downloads import Local, Plan, find_downloaded, plan_pull, pull, remove, room_of
+from candle_vllm.server.models.downloads import Local, find_downloaded, remove
 from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.models.pulls import Pull, Pulls, failure_code
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.foreign_variables import is_loopback
 from candle_vllm.server.settings.options import UsageError
 
 router = APIRouter()
-
-_MAX_PULLS = 8  # that run or wait
-_PAUSE = 0.2  # seconds between two lines of progress
 
 
 def may_change(settings: Settings) -> bool:
@@ -90,6 +85,12 @@ class PullRequest(_OfModel):
     ] = True
 
 
+class StopRequest(_OfModel):
+    """A model that is fetched no further; `remove` takes away too what has arrived of it."""
+
+    remove: bool = False
+
+
 class DeleteRequest(_OfModel):
     """A fetched model whose files are removed, or a name that was given by a copy."""
 
@@ -114,24 +115,33 @@ class PullLine(msgspec.Struct, frozen=True, kw_only=True):
 async def pull_model(request: Request) -> Response:
     """Fetches a model, compares it with the hub's sums, and serves it from then on."""
     wire: PullRequest = await _allowed(request, PullRequest)
-    state, manager = request.app.state, _manager(request)
-    settings = _base(request)
-    if state.pulls >= _MAX_PULLS:
-        raise HttpError(503, f"{state.pulls} models are being fetched, and no more may.", "overloaded",
-                        {"retry-after": "30"})  # fmt: skip
+    pulls: Pulls = request.app.state.pulls
+    if pulls.is_full:
+        raise HttpError(503, "Too many models are being fetched already.", "overloaded", {"retry-after": "30"})
     try:
-        plan = await in_thread(lambda: plan_pull(settings, wire.named), "plan-pull")
-    except ModelNotFoundError as error:
-        raise HttpError(404, str(error), "model_not_found", param="model") from None
-    lines = _pulling(state, manager, settings, plan, wire.named)
+        pull = await pulls.begin(wire.named)
+    except CandleVllmError as error:
+        raise HttpError(404, str(error), failure_code(error), param="model") from None
     if wire.stream:
-        return LineStream(lines, lambda line: to_json_bytes(line) + b"\n", _failed_line, done=b"")
+        return LineStream(_lines(pull), lambda line: to_json_bytes(line) + b"\n", _failed_line, done=b"")
     try:
-        async for _ in lines:
+        async for _ in pull.follow():
             pass
     except CandleVllmError as error:
-        raise HttpError(502, str(error), "pull_failed") from None
+        raise HttpError(502, str(error), failure_code(error)) from None
     return Response(to_json_bytes(PullLine(status="success")), media_type="application/json")
+
+
+@router.delete("/api/pull")
+async def stop_pull(request: Request) -> Response:
+    """Stops fetching a model; what has arrived is kept for the next time, or removed."""
+    wire: StopRequest = await _allowed(request, StopRequest)
+    pulls: Pulls = request.app.state.pulls
+    pull = pulls.find(wire.named)
+    if pull is None:
+        raise HttpError(404, f"The model {wire.named!r} is not being fetched.", "model_not_found", param="model")
+    await pulls.stop(pull, remove=wire.remove)
+    return Response()
 
 
 @router.post("/api/copy")
@@ -151,7 +161,7 @@ async def copy_model(request: Request) -> Response:
 async def delete_model(request: Request) -> Response:
     """Takes a copy's name away; or forgets a fetched model, and removes its files."""
     wire: DeleteRequest = await _allowed(request, DeleteRequest)
-    manager, settings, name = _manager(request), _base(request), wire.named
+    manager, settings, name = _manager(request), _base(request.app.state.settings), wire.named
     entry = manager.find(name, exact=True).entry
     if name != entry.name and len(entry.names) > 1:
         left = tuple(each for each in entry.names if each != name)
@@ -180,54 +190,24 @@ def _change(manager: ModelManager, old: ModelEntry | None, new: ModelEntry | Non
     manager.adopt(Catalogue(entries, catalogue.default.name))
 
 
-async def _pulling(
-    state: Any, manager: ModelManager, settings: Settings, plan: Plan, asked: str
-) -> AsyncIterator[PullLine]:
-    """Fetches in a thread, one model after the other, and tells how far that is; it goes on where its reader leaves."""
-    loop, told = asyncio.get_running_loop(), asyncio.Queue[Progress]()
-    last = 0.0
-
-    def hear(progress: Progress) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= _PAUSE or progress.done >= progress.total:
-            last = now
-            call_in(loop, told.put_nowait, progress)
-
-    def fetch() -> Local:
-        with heard_by(hear):
-            return pull(settings, plan)
-
-    async def work() -> None:
-        state.pulls += 1
-        try:
-            async with state.pull_lock:
-                local = await in_thread(fetch, "pull")
-            _serve(manager, settings, local, asked)
-        finally:
-            state.pulls -= 1
-
-    working = asyncio.create_task(work())
-    state.pulling.add(working)
-    working.add_done_callback(state.pulling.discard)
-    room = await in_thread(lambda: room_of(settings, plan.weight_bytes), "room")
+async def _lines(pull: Pull) -> AsyncIterator[PullLine]:
+    """How far a pull is."""
     yield PullLine(status="pulling manifest")
-    yield PullLine(status=f"{plan.name}: {room}")
-    digests = [file.sha256 for file in plan.files if file.sha256 is not None]
+    yield PullLine(status=f"{pull.plan.name}: {pull.room}")
+    digests = [file.sha256 for file in pull.plan.files if file.sha256 is not None]
     digest = f"sha256:{digests[0]}" if digests else UNSET
-    while not working.done() or not told.empty():
-        waiting = asyncio.ensure_future(told.get())
-        await asyncio.wait({waiting, working}, return_when=asyncio.FIRST_COMPLETED)
-        if not waiting.done():
-            waiting.cancel()
-            continue
-        progress = waiting.result()
+    async for progress in pull.follow():
         verifies = progress.what.startswith("verifying")
         status = progress.what if verifies or digest is UNSET else f"pulling {str(digest)[7:19]}"
         yield PullLine(status=status, digest=digest, total=progress.total, completed=progress.done)
-    working.result()
     yield PullLine(status="writing manifest")
     yield PullLine(status="success")
+
+
+def pulls_of(manager: ModelManager, settings: Settings) -> Pulls:
+    """What fetches models for a server, and serves them from then on."""
+    base = _base(settings)
+    return Pulls(base, lambda pull, local: _serve(manager, base, local, pull.asked))
 
 
 def _serve(manager: ModelManager, settings: Settings, local: Local, asked: str) -> None:
@@ -247,7 +227,7 @@ def served_entry(settings: Settings, local: Local, aliases: tuple[str, ...] = ()
 
 def _failed_line(failure: Exception) -> bytes:
     if isinstance(failure, CandleVllmError):
-        failure = HttpError(502, str(failure), "pull_failed")
+        failure = HttpError(502, str(failure), failure_code(failure))
     return ollama_error_line(failure)
 
 
@@ -261,9 +241,8 @@ async def _allowed(request: Request, kind: type[WireModel]) -> Any:
     return wire
 
 
-def _base(request: Request) -> Settings:
+def _base(settings: Settings) -> Settings:
     """The settings with which fetched models are served: those of the process, without its model."""
-    settings: Settings = request.app.state.settings
     return dataclasses.replace(settings, model=None, weight_path=None, weight_file=None, served_model_name=())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -14,12 +15,16 @@ from msgspec import UNSET, UnsetType
 from pydantic import model_validator
 from starlette.responses import Response
 
+from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai.ollama import ollama_parser, rfc3339
 from candle_vllm.openai.protocol.fields import Name, Refusal, WireModel, invalid
+from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.models.library import Description, describe, file_bytes
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelSlot
 from candle_vllm.server.routes.ollama import ollama_body, served_name
+
+logger = logging.getLogger(__name__)
 
 router = APIRouter()
 
@@ -175,7 +180,12 @@ async def show(request: Request) -> Response:
     manager = _manager(request)
     slot = manager.find(served_name(manager, wire.model or wire.name))
     if slot.model is None and slot.described is None:
-        slot.described = await asyncio.to_thread(describe, slot.entry.settings)
+        try:
+            slot.described = await asyncio.to_thread(describe, slot.entry.settings)
+        except CandleVllmError as error:  # which may hold paths
+            logger.warning("the model %s cannot be served: %s", slot.entry.name, error)
+            message = f"The model {slot.entry.names[0]!r} cannot be served; the server's log says why."
+            raise HttpError(409, message, "model_unusable", param="model") from None
     return _json(_shown(slot))
 
 

@@ -1,0 +1,169 @@
+"""What an operator manages: the models with what they take and whether they fit, known names, what is being fetched.
+
+Outside the ten steps, in threads: files are looked at, none is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from candle_vllm.core.errors import ModelNotFoundError
+from candle_vllm.server.models.downloads import KNOWN, MIB, downloaded, find_among, read_name, room_of
+from candle_vllm.server.models.library import file_bytes
+from candle_vllm.server.models.loader import LEAST_CACHE, WORKSPACE, held_by
+from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.models.pulls import Pull, failure_code
+from candle_vllm.server.models.slot import ModelSlot
+from candle_vllm.server.settings import Settings
+
+
+class StockedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A served model.
+
+    Attributes:
+        id: its first name.
+        size: bytes of its weight files; 0 where they are not on this machine yet.
+        needed: bytes of memory that it takes at least; null where that is not known.
+        fits: now, alone (once others are unloaded) or never; null for one that is loaded, or of unknown size.
+        removable: whether it was fetched, and may be removed with its files.
+    """
+
+    id: str
+    size: int
+    needed: int | None
+    fits: str | None
+    removable: bool
+
+
+class KnownModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that has a name here.
+
+    Attributes:
+        name, model: its name, and what that stands for on Hugging Face.
+        needed, fits: as of a served one.
+        served: the served model that is the same.
+    """
+
+    name: str
+    model: str
+    needed: int
+    fits: str
+    served: str | None
+
+
+class PullStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that is being fetched, or was not fetched to its end.
+
+    Attributes:
+        model, asked: what it is called once it is here, and by which name it was asked for.
+        state: waiting, downloading, verifying, stopping, stopped or failed.
+        done, total: bytes; of the sums, while they are verified.
+        needed, fits: as of a served one.
+        failure, error: why it failed, for programs and for people.
+    """
+
+    model: str
+    asked: str
+    state: str
+    done: int
+    total: int
+    needed: int
+    fits: str
+    failure: str | None = None
+    error: str | None = None
+
+
+class Inventory(msgspec.Struct, frozen=True, kw_only=True):
+    """The models of a server and of its machine.
+
+    Attributes:
+        changes: whether models may be fetched and removed over HTTP.
+        memory_free, memory_most: bytes that are free for models, and that would be if none were loaded.
+        disk_free: bytes, where models are kept.
+        models, known, pulls: those that are served, those that have a name, those that are being fetched.
+    """
+
+    changes: bool
+    memory_free: int
+    memory_most: int
+    disk_free: int
+    models: tuple[StockedModel, ...]
+    known: tuple[KnownModel, ...]
+    pulls: tuple[PullStatus, ...]
+
+
+def take_stock(
+    manager: ModelManager, slots: Sequence[ModelSlot], settings: Settings, pulls: Sequence[Pull], *, changes: bool
+) -> Inventory:
+    """Looks at everything.
+
+    Args:
+        manager: of the models.
+        slots: its models, in order.
+        settings: of the server.
+        pulls: what is being fetched.
+        changes: whether clients may change models.
+    """
+    room = room_of(settings, 0)
+    held = held_by(manager.loaded)
+
+    def fits(needed: int) -> str:
+        return "now" if needed <= room.free else "alone" if needed <= room.free + held else "never"
+
+    here = downloaded(settings) if changes else []
+
+    def removable(slot: ModelSlot) -> bool:
+        try:
+            find_among(here, slot.entry.name)
+        except ModelNotFoundError:
+            return False
+        return slot.entry.name not in (manager.catalogue.default.name, manager.active)
+
+    def stocked(slot: ModelSlot) -> StockedModel:
+        loaded = slot.model
+        size = file_bytes(slot.entry.settings) if loaded is None else loaded.engine.model_info.weight_bytes
+        needed = size + WORKSPACE + LEAST_CACHE if size else None
+        return StockedModel(
+            id=slot.entry.names[0],
+            size=size,
+            needed=needed,
+            fits=None if needed is None or loaded is not None else fits(needed),
+            removable=removable(slot),
+        )
+
+    def told(pull: Pull) -> PullStatus:
+        progress, failed = pull.progress, pull.error
+        return PullStatus(
+            model=pull.plan.name,
+            asked=pull.asked,
+            state=pull.state.value,
+            done=progress.done if progress else 0,
+            total=progress.total if progress else pull.plan.weight_bytes,
+            needed=pull.room.needed,
+            fits=fits(pull.room.needed),
+            failure=None if failed is None else failure_code(failed),
+            error=None if failed is None else str(failed)[:2000],
+        )
+
+    names = {slot.entry.name.casefold(): slot.entry.names[0] for slot in slots}
+    known = (
+        KnownModel(
+            name=name,
+            model=(model := str(read_name(name))),
+            needed=row.mib * MIB,
+            fits=fits(row.mib * MIB),
+            served=names.get(model.casefold()),
+        )
+        for name, row in KNOWN.items()
+    )
+    return Inventory(
+        changes=changes,
+        memory_free=room.free,
+        memory_most=room.free + held,
+        disk_free=room.disk,
+        models=tuple(stocked(slot) for slot in slots),
+        known=tuple(known),
+        pulls=tuple(told(pull) for pull in pulls),
+    )

@@ -1,0 +1,369 @@
+"""Fetching models: one file after the other by ranges, and the pulls that run, followed and stopped by whoever asks.
+
+Before step 1 of a request's life. What has arrived of a file is kept under the file's sum, so that a pull that broke
+off or was stopped goes on where it ended, also in another process; huggingface_hub itself begins a file anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import hashlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from threading import Event
+from typing import Any, Self
+
+from candle_vllm.core.errors import CandleVllmError, InvalidFileError, ModelNotFoundError, UnsupportedModelError
+from candle_vllm.core.loading.source import resolve
+from candle_vllm.core.progress import Progress, heard_by, tell
+from candle_vllm.server.loop_threads import call_in, in_thread
+from candle_vllm.server.models.downloads import (
+    MIB,
+    HubFile,
+    Local,
+    Plan,
+    PullError,
+    Room,
+    cache_folder,
+    downloaded,
+    plan_pull,
+    refused_by_hub,
+    room_of,
+)
+from candle_vllm.server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_PIECE = 1 << 20  # bytes
+_PAUSE = 0.2  # seconds between two reports
+_MAX_RUNNING = 8  # pulls that run or wait
+_MAX_ENDED = 16  # that are still told of
+
+
+# ---- one model, in a thread ------------------------------------------------------------------------------------------
+
+
+def fetch(settings: Settings, plan: Plan) -> Local:
+    """Fetches what is missing, goes on where an earlier time stopped, and compares the weights with the hub's sums.
+
+    Its progress is told (`candle_vllm.core.progress`).
+
+    Raises:
+        PullError: the disk is too small, or the download did not finish.
+        InvalidFileError: a file is not what the hub has; it is removed.
+    """
+    here = sum(local.size for local in downloaded(settings) if local.name == plan.name)
+    missing = plan.total - here - sum(_partial_size(path) for path in _partials(settings, plan))
+    disk = room_of(settings, 0).disk
+    if missing > disk:
+        raise PullError(
+            f"{plan.name} takes {missing // MIB:,} MiB more on the disk, and {disk // MIB:,} MiB are free in "
+            f"{cache_folder(settings)} (--download-dir)",
+            "disk_full",
+        )
+    _fetch_weights(settings, plan)
+    try:
+        files = resolve(
+            plan.named.repo,
+            weight_file=plan.weight_file,
+            revision=settings.revision,
+            token=settings.hf_token,
+            cache_dir=settings.download_dir,
+        )
+    except ModelNotFoundError as error:
+        raise PullError(str(error), "interrupted") from error
+    _verify(plan, files.folder)
+    return next(local for local in downloaded(settings) if local.name == plan.name)
+
+
+def discard(settings: Settings, plan: Plan) -> None:
+    """Removes what has arrived of files that are not whole."""
+    for path in _partials(settings, plan):
+        path.unlink(missing_ok=True)
+
+
+def _fetch_weights(settings: Settings, plan: Plan) -> None:
+    """Puts the large files into the hub's cache, under the names that it looks for."""
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import WeakFileLock, build_hf_headers
+
+    blobs = _blobs(settings, plan)
+    locks = cache_folder(settings) / ".locks" / blobs.parent.name
+    summed = [file for file in plan.files if file.sha256 is not None]
+    wanted = [file for file in summed if file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE]  # others come in its own way
+    before = 0
+    for file in wanted:
+        whole, partial = blobs / f"{file.sha256}", _partial(blobs, file)
+        for folder in (blobs, locks):
+            folder.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(locks / f"{file.sha256}.lock"):
+            if not whole.exists():
+                if _partial_size(partial) > file.size:
+                    partial.unlink()
+                bar = _bar(f"downloading {plan.named.repo}", before, plan.weight_bytes)
+                try:
+                    with partial.open("ab") as stream:
+                        http_get(
+                            hf_hub_url(plan.named.repo, file.name, revision=plan.commit or settings.revision),
+                            stream,
+                            resume_size=stream.tell(),
+                            headers=build_hf_headers(token=settings.hf_token),
+                            expected_size=file.size,
+                            tqdm_class=bar,
+                        )
+                except (HTTPError, OSError, RuntimeError) as error:
+                    raise refused_by_hub(settings, plan.named.repo, error) or PullError(
+                        f"the download of {plan.name} did not finish: {error}; pull it again to go on where it stopped",
+                        "interrupted",
+                    ) from error
+                partial.replace(whole)
+        before += file.size
+
+
+def _bar(what: str, before: int, total: int) -> Any:
+    """A class of bars for the hub, which tell how much there is of all files; `before` came in others."""
+
+    class Bar:
+        def __init__(self, *_: Any, initial: int = 0, **__: Any) -> None:
+            self.done = before + initial
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def update(self, count: int | float | None = 1) -> None:
+            self.done += int(count or 0)
+            tell(what, min(self.done, total), total)
+
+    return Bar
+
+
+def _blobs(settings: Settings, plan: Plan) -> Path:
+    from huggingface_hub.file_download import repo_folder_name
+
+    return cache_folder(settings) / repo_folder_name(repo_id=plan.named.repo, repo_type="model") / "blobs"
+
+
+def _partial(blobs: Path, file: HubFile) -> Path:
+    return blobs / f"{file.sha256}.incomplete"
+
+
+def _partials(settings: Settings, plan: Plan) -> Iterator[Path]:
+    blobs = _blobs(settings, plan)
+    return (_partial(blobs, file) for file in plan.files if file.sha256 is not None)
+
+
+def _partial_size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _verify(plan: Plan, folder: Path) -> None:
+    summed = [file for file in plan.files if file.sha256 is not None]
+    done, total = 0, sum(file.size for file in summed)
+    for file in summed:
+        path, found = folder / file.name, hashlib.sha256()
+        with path.open("rb") as stream:
+            while piece := stream.read(_PIECE):
+                found.update(piece)
+                done += len(piece)
+                tell("verifying sha256 digest", done, total)
+        if found.hexdigest() != file.sha256:
+            path.resolve().unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            raise InvalidFileError(
+                f"{file.name} of {plan.name} is not what the hub has, and was removed: pull it again"
+            )
+
+
+# ---- the pulls of a server -------------------------------------------------------------------------------------------
+
+
+class PullState(enum.StrEnum):
+    """Where a pull stands; one that has succeeded is told of no more."""
+
+    WAITING = "waiting"  # for the one before it
+    DOWNLOADING = "downloading"
+    VERIFYING = "verifying"
+    STOPPING = "stopping"  # at the next piece that arrives
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+ENDED = (PullState.STOPPED, PullState.FAILED)
+
+
+def failure_code(error: Exception) -> str:
+    """Why a model could not be fetched, for programs: `PullError.code`, damaged, unsupported, or pull_failed."""
+    if isinstance(error, PullError):
+        return error.code
+    kinds = {InvalidFileError: "damaged", UnsupportedModelError: "unsupported", ModelNotFoundError: "unsupported"}
+    return next((code for kind, code in kinds.items() if isinstance(error, kind)), "pull_failed")
+
+
+class Pull:
+    """A model that is being fetched, or was not fetched to its end.
+
+    Attributes:
+        plan, asked: what is fetched, and by which name it was asked for.
+        room: whether it fits.
+        state, progress: where it stands.
+        error: why it failed.
+        task, stopped, has_ended: what fetches it, whether that shall end, and whether it has.
+    """
+
+    def __init__(self, plan: Plan, asked: str, room: Room) -> None:
+        self.plan, self.asked, self.room = plan, asked, room
+        self.state = PullState.WAITING
+        self.progress: Progress | None = None
+        self.error: Exception | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.stopped = Event()
+        self.has_ended = False
+        self._followers = set[asyncio.Queue[Progress | None]]()
+
+    async def follow(self) -> AsyncIterator[Progress]:
+        """How far it is, until it has ended; it goes on where nobody follows.
+
+        Raises:
+            CandleVllmError: it failed, or was stopped.
+        """
+        told = asyncio.Queue[Progress | None]()
+        self._followers.add(told)
+        if self.progress is not None:
+            yield self.progress
+        try:
+            if not self.has_ended:
+                while (progress := await told.get()) is not None:
+                    yield progress
+        finally:
+            self._followers.discard(told)
+        if self.error is not None:
+            raise self.error
+        if self.state in ENDED:
+            raise PullError(f"{self.plan.name} was not fetched to its end: it was stopped", "stopped")
+
+    def tell(self, progress: Progress | None) -> None:
+        """Something has arrived; None is the end."""
+        if progress is not None:
+            self.progress = progress
+            if self.state is not PullState.STOPPING:
+                verifies = progress.what.startswith("verifying")
+                self.state = PullState.VERIFYING if verifies else PullState.DOWNLOADING
+        else:
+            self.has_ended = True
+        for told in self._followers:
+            told.put_nowait(progress)
+
+
+class _Stopped(Exception):
+    """Raised where a pull tells how far it is, to end it."""
+
+
+class Pulls:
+    """The pulls of one server, one of which runs at a time. For one event loop.
+
+    Args:
+        settings: of the server, without a model.
+        fetched: called with a pull that has succeeded, and its model.
+    """
+
+    def __init__(self, settings: Settings, fetched: Callable[[Pull, Local], object]) -> None:
+        self._settings = settings
+        self._fetched = fetched
+        self._pulls: dict[str, Pull] = {}
+        self._turn = asyncio.Lock()
+
+    @property
+    def all(self) -> list[Pull]:
+        """Those that run or wait, and those that ended without success."""
+        return list(self._pulls.values())
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no more may wait."""
+        return sum(pull.state not in ENDED for pull in self._pulls.values()) >= _MAX_RUNNING
+
+    async def begin(self, name: str) -> Pull:
+        """Begins to fetch a model, or goes on with it; gives the pull that runs where there is one.
+
+        Raises:
+            CandleVllmError: as `plan_pull`.
+        """
+        settings = self._settings
+
+        def look() -> tuple[Plan, Room]:
+            plan = plan_pull(settings, name)
+            return plan, room_of(settings, plan.weight_bytes)
+
+        plan, room = await in_thread(look, "plan-pull")
+        running = self._pulls.get(plan.name)
+        if running is not None and running.state not in (*ENDED, PullState.STOPPING):
+            return running
+        pull = Pull(plan, name, room)
+        pull.progress = None if running is None else running.progress
+        self._pulls.pop(plan.name, None)
+        self._pulls[plan.name] = pull
+        for old in [each for each in self._pulls.values() if each.state in ENDED][:-_MAX_ENDED]:
+            del self._pulls[old.plan.name]
+        pull.task = asyncio.create_task(self._work(pull), name="pull")
+        pull.task.add_done_callback(lambda _: pull.tell(None))
+        return pull
+
+    def find(self, name: str) -> Pull | None:
+        """The pull of that name, or that was asked for by it."""
+        asked = (pull for pull in self._pulls.values() if pull.asked == name)
+        return self._pulls.get(name) or next(asked, None)
+
+    async def stop(self, pull: Pull, *, remove: bool) -> None:
+        """Stops a pull where it is; with `remove`, waits for that, forgets it and removes what has arrived."""
+        assert pull.task is not None
+        if pull.state is PullState.WAITING:
+            pull.state = PullState.STOPPED
+            pull.task.cancel()
+        elif pull.state not in ENDED:
+            pull.stopped.set()
+            pull.state = PullState.STOPPING
+        if not remove:
+            return
+        await asyncio.wait([pull.task])
+        if self._pulls.get(pull.plan.name) is pull and pull.state in ENDED:
+            del self._pulls[pull.plan.name]
+            await in_thread(lambda: discard(self._settings, pull.plan), "discard")
+
+    async def _work(self, pull: Pull) -> None:
+        loop, last, what = asyncio.get_running_loop(), 0.0, ""
+
+        def hear(progress: Progress) -> None:
+            nonlocal last, what
+            if pull.stopped.is_set():
+                raise _Stopped
+            now = time.monotonic()
+            if now - last >= _PAUSE or progress.done >= progress.total or progress.what != what:
+                last, what = now, progress.what
+                call_in(loop, pull.tell, progress)
+
+        def work() -> Local:
+            with heard_by(hear):
+                return fetch(self._settings, pull.plan)
+
+        try:
+            async with self._turn:
+                pull.state = PullState.DOWNLOADING
+                local = await in_thread(work, "pull")
+            self._fetched(pull, local)
+        except (_Stopped, asyncio.CancelledError):
+            pull.state = PullState.STOPPED
+        except Exception as error:
+            pull.state, pull.error = PullState.FAILED, error
+            if not isinstance(error, CandleVllmError):
+                logger.exception("%s could not be fetched", pull.plan.name)
+        else:
+            if self._pulls.get(pull.plan.name) is pull:
+                del self._pulls[pull.plan.name]
