@@ -64,7 +64,7 @@ def clocks_of(engine: Engine) -> dict[str, Clock]:
     """Clocks around the parts of a step."""
     clocks = {name: Clock() for name in ("plan", "draw", "settle")}
     runner: Any = engine.runner
-    runner._team.run = clocks["plan"].around(runner._team.run)
+    runner.team.run = clocks["plan"].around(runner.team.run)
     runner.draw = clocks["draw"].around(runner.draw)
     engine._settle = clocks["settle"].around(engine._settle)
     return clocks

@@ -1,13 +1,14 @@
 """What guessing tokens gains: answers with guesses and without, in turns, and the bound of it.
 
-    python benchmarks/cpu/drafts.py MODEL.gguf [--pairs 10] [--method ngram] [--tasks code facts agent chat batch]
-        [--json] [--threads 2]
+    python benchmarks/cpu/drafts.py MODEL.gguf [--pairs 10] [--method ngram] [--draft SMALL.gguf]
+        [--tasks code facts agent chat batch describe] [--json] [--threads 2]
 
 Each task is asked of two engines of the same model in turns, one of which guesses; the texts are written for this. A
 line has tokens a second of both, the median of the pairs' ratios, how many of the guesses that were tried were right,
 and the bound: the ratio that the same steps would have had if each took no longer than a step of as many rows takes by
 itself, measured before the tasks. Answers must be equal; where they are not, this ends with an error. `step` is the
-table of the steps' times by their rows, of one stream.
+table of the steps' times by their rows, of one stream. With a model of drafts its own steps count in the bound, each as
+long as the median of those with as many rows, and `ms a draft` is that of one row.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from candle_vllm.core import InferenceEngine, SamplingParams, StructuredOutputsParams
@@ -109,6 +110,10 @@ TASKS: dict[str, tuple[list[list[dict[str, str]]], dict[str, Any]]] = {
               {"max_tokens": 240}),
     "chat": ([[_user("Tell me how a lighthouse keeper spent a day two hundred years ago.")]],
              {"max_tokens": 240, "temperature": 0.7, "seed": 1}),
+    "describe": ([[_user("Write a Python class Inventory that keeps items with name, price and count, can add, remove "
+                         "and find them, computes the total value, and saves itself to a JSON file and loads itself "
+                         "from one. Give the code alone.")]],
+                 {"max_tokens": 240, "ignore_eos": True}),
     "batch": ([[_user(f"Write a short story about a {animal} and a {thing}.")]
                for animal in ("fox", "crow", "whale", "hedgehog", "goat", "moth", "heron", "cat")
                for thing in ("bell", "boat", "mirror", "storm")],
@@ -122,18 +127,25 @@ def rows_of_steps(engine: InferenceEngine) -> Iterator[list[tuple[int, float]]]:
     assert engine._engine is not None
     drafter = engine._engine._drafter
     assert drafter is not None
+    with _noted(drafter.times) as seen:
+        yield seen
+
+
+@contextmanager
+def _noted(times: Any) -> Iterator[list[tuple[int, float]]]:
+    """What is noted of steps: rows and seconds."""
     seen: list[tuple[int, float]] = []
-    note = drafter.times.note
+    note = times.note
 
-    def noted(rows: int, seconds: float, drafts: int) -> None:
+    def noted(rows: int, seconds: float, *more: Any) -> None:
         seen.append((rows, seconds))
-        note(rows, seconds, drafts)
+        note(rows, seconds, *more)
 
-    drafter.times.note = noted  # type: ignore[method-assign]
+    times.note = noted
     try:
         yield seen
     finally:
-        drafter.times.note = note  # type: ignore[method-assign]
+        times.note = note
 
 
 def step_times(engine: InferenceEngine, most: int) -> dict[int, float]:
@@ -181,13 +193,16 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--method", default="ngram")
+    parser.add_argument("--draft")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     settings: dict[str, Any] = {"threads": options.threads, "enable_prefix_caching": False}
     guessing: dict[str, Any] = {"method": options.method}
-    if options.method == "suffix":
+    if options.draft:
+        guessing = {"model": options.draft, "num_speculative_tokens": 8}
+    if options.method == "suffix" or options.draft:
         guessing["suffix_decoding_max_cached_requests"] = 0  # else the pair before would say it all
     with (
         InferenceEngine(options.model, **settings) as plain,
@@ -205,13 +220,17 @@ def measured(task: str, plain: InferenceEngine, drafting: InferenceEngine, steps
     for engine in (plain, drafting):
         asked(engine, chats, params)  # not counted
     before, rows = drafting.stats(), Counter[int]()
+    assert drafting._engine is not None
+    assert drafting._engine._drafter is not None
+    model, own = drafting._engine._drafter.model, list[tuple[int, float]]()
     rates: list[tuple[float, float]] = []
     found: dict[InferenceEngine, tuple[float, Any]] = {}
     for pair in range(pairs):
         for engine in (plain, drafting) if pair % 2 else (drafting, plain):
-            with rows_of_steps(drafting) as seen:
+            with rows_of_steps(drafting) as seen, _noted(model.times) if model else nullcontext([]) as drafted:
                 found[engine] = asked(engine, chats, params)
             rows.update(count for count, _ in seen)
+            own += drafted
         if found[plain][1] != found[drafting][1]:
             raise SystemExit(f"{task}: the answers differ")
         rates.append((1 / found[plain][0], 1 / found[drafting][0]))
@@ -230,6 +249,13 @@ def measured(task: str, plain: InferenceEngine, drafting: InferenceEngine, steps
     if len(chats) == 1:
         made = pairs * tokens - right  # steps
         took = sum(count * steps[min(size, max(steps))] for size, count in rows.items()) * made / max(1, rows.total())
+        alone: dict[int, list[float]] = {}
+        for size, seconds in own:
+            alone.setdefault(size, []).append(seconds)
+        took += sum(len(times) * statistics.median(times) for times in alone.values())
+        if own:
+            row["ms a draft"] = round(1e3 * statistics.median(alone.get(1, [0.0])), 2)
+            row["drafts"] = round(len(own) / pairs)
         row["bound"] = round(pairs * tokens * steps[1] / took, 3)
         row["rows a step"] = round(sum(size * count for size, count in rows.items()) / max(1, rows.total()), 2)
     return row

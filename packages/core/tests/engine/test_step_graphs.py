@@ -209,7 +209,7 @@ def test_a_row_without_finite_logits_ends_alone(model: Path, others: dict[str, A
         assert isinstance(engine, Engine)
         runner: Any = engine.runner
         alone = engine_run(engine, {"a": params})
-        logits, run_plan, steps = runner._logits, runner._team.run, 0
+        logits, run_plan, steps = runner._logits, runner.team.run, 0
 
         def spoilt(plan: Any, rows: int) -> None:
             nonlocal steps
@@ -222,7 +222,7 @@ def test_a_row_without_finite_logits_ends_alone(model: Path, others: dict[str, A
             if rows > runner._num_rows:
                 run_plan(runner._draw_rows.plan, 1)
 
-        runner._team.run = spoilt
+        runner.team.run = spoilt
         found = engine_run(engine, {"a": params, "b": params})
     assert found["a"] == alone["a"]
     assert "NaN" in str(found["b"][-1])

@@ -26,6 +26,10 @@ from candle_vllm.core.vllm.arguments import translated
         ({"tokenizer": "other"}, {"tokenizer": Path("other")}),
         ({"kv_cache_memory_bytes": 1 << 20, "seed": 7}, {"kv_cache_memory": 1 << 20, "seed": 7}),
         (
+            {"spec_model": "small", "spec_tokens": 4},
+            {"speculative_config": {"model": "small", "num_speculative_tokens": 4}},
+        ),
+        (
             {"spec_method": "ngram", "spec_tokens": 4, "speculative_config": {"prompt_lookup_max": 3}},
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}},
         ),
@@ -69,7 +73,7 @@ def test_how_vectors_are_made() -> None:
         ({"tensor_parallel_size": 2}, TypeError, "an engine computes on one device"),
         ({"enable_lora": True}, TypeError, "adapters are not loaded"),
         ({"trust_remote_code": True}, TypeError, "never run"),
-        ({"spec_model": "draft"}, TypeError, "no model of drafts is loaded"),
+        ({"spec_model": "draft", "spec_method": "ngram"}, ConfigError, "model belongs to the method draft_model"),
         ({"spec_method": "eagle"}, ConfigError, "speculative_config: the method 'eagle' is not there"),
         ({"served_model_name": "m"}, TypeError, "names are a server's"),
         ({"master_addr": "10.0.0.1"}, TypeError, "one device"),

@@ -158,6 +158,9 @@ TRANSLATED: dict[str, dict[str, Any]] = {
     "--speculative-config.method ngram --speculative-config.num-speculative-tokens=4": {
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 4}},
     "--spec-type ngram-mod": {"speculative_config": {"method": "suffix"}},
+    "-md small.gguf --draft-max 6 --draft-min 1 --draft-p-min 0.4 --spec-type draft-simple": {"speculative_config": {
+        "model": "small.gguf", "num_speculative_tokens": 6, "draft_min": 1, "draft_p_min": 0.4,
+        "method": "draft_model"}},
     """--chat-template-kwargs '{"enable_thinking": false}'""": {
         "default_chat_template_kwargs": {"enable_thinking": False}},
     "-dev CUDA1 --reasoning-format none": {"device": "cuda:1", "reasoning_parser": "none"},

@@ -72,7 +72,7 @@ _SETTINGS: Rows = (
     ("enable_lora", _LORA, (False,)),
     ("max_loras max_lora_rank max_cpu_loras lora_path lora_base lora_scale", _LORA),
     ("speculative_model num_speculative_tokens draft_model spec_method spec_model spec_tokens",
-     "speculative_config, which has method and num_speculative_tokens; no model of drafts is loaded", (None,)),
+     "speculative_config, which has method, model and num_speculative_tokens", (None,)),
     ("limit_mm_per_prompt mm_processor_kwargs clip_model_path", "models read text alone here", (None, {})),
     ("allowed_local_media_path allowed_media_domains", "models read text alone here", (None, "", [])),
     ("use_mmap use_mlock low_cpu_mem_usage", "weights are mapped while they are loaded"),

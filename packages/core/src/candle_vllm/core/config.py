@@ -69,7 +69,7 @@ def is_demo(model: str) -> bool:
     return model == DEMO and not os.path.exists(model)
 
 
-DraftMethod = Literal["none", "ngram", "suffix"]
+DraftMethod = Literal["none", "ngram", "suffix", "draft_model"]
 MAX_DRAFT = 31
 """Most guessed tokens of one sequence in a step."""
 LONGEST_MATCH = 24
@@ -81,12 +81,17 @@ class SpeculativeConfig:
     """How drafts are made; vLLM's names. `draft_settings` makes one of a mapping.
 
     Attributes:
-        method: "suffix" guesses from the text so far and from past answers, "ngram" from the text so far, "none" not.
+        method: "suffix" guesses from the text so far and from past answers, "ngram" from the text so far, "none" not;
+            "draft_model" asks a small model where "suffix" has nothing as likely.
         num_speculative_tokens: most drafts of a sequence in one step.
         prompt_lookup_min, prompt_lookup_max: shortest match that counts, and how many tokens of it are compared.
         suffix_decoding_max_cached_requests: most past answers that are kept; 0 keeps none.
         suffix_decoding_max_spec_factor: most drafts for each token that matched; None is no limit.
         suffix_decoding_min_token_prob: drafts end where the next is less likely right than this.
+        model: the model that drafts, of the same vocabulary; given as `EngineConfig.model` is.
+        revision, weight_file: of that, as the fields of that name in `EngineConfig`.
+        draft_min: fewer drafts of the model in one step than this are not tried.
+        draft_p_min: the model drafts on while it gives its own token at least this probability.
     """
 
     method: DraftMethod = "suffix"
@@ -96,6 +101,11 @@ class SpeculativeConfig:
     suffix_decoding_max_cached_requests: int = 10_000
     suffix_decoding_max_spec_factor: float | None = None
     suffix_decoding_min_token_prob: float = 0.08
+    model: str | None = None
+    revision: str | None = None
+    weight_file: str | None = None
+    draft_min: int = 0
+    draft_p_min: float = 0.0
 
 
 _DRAFT_LIMITS: Mapping[str, tuple[float, float]] = MappingProxyType(
@@ -106,8 +116,11 @@ _DRAFT_LIMITS: Mapping[str, tuple[float, float]] = MappingProxyType(
         "suffix_decoding_max_cached_requests": (0, 1 << 20),
         "suffix_decoding_max_spec_factor": (0.1, 64.0),
         "suffix_decoding_min_token_prob": (0.0, 1.0),
+        "draft_min": (0, MAX_DRAFT),
+        "draft_p_min": (0.0, 1.0),
     }
 )
+_OF_THE_MODEL = ("model", "revision", "weight_file", "draft_min", "draft_p_min")
 _DRAFT_SETTINGS = {each.name: each for each in dataclasses.fields(SpeculativeConfig)}
 
 
@@ -126,6 +139,10 @@ def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
         if name == "method":
             if value not in get_args(DraftMethod):
                 raise _no_drafts(f"the method {value!r:.60} is not there: {', '.join(get_args(DraftMethod))} are")
+        elif name in _OF_THE_MODEL[:3]:
+            if not isinstance(value, (str, Path)) or not str(value).strip():
+                raise _no_drafts(f"{name} must be a text, not {value!r:.60}")
+            value = str(value)
         else:
             least, most = _DRAFT_LIMITS[name]
             whole = _DRAFT_SETTINGS[name].type == "int"
@@ -134,12 +151,20 @@ def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
                 sort = "a whole number" if whole else "a number"
                 raise _no_drafts(f"{name} must be {sort} from {least:g} to {most:g}, not {value!r:.60}")
         values[name] = value
+    if "model" in values:
+        values.setdefault("method", "draft_model")
     config = SpeculativeConfig(**values)
     if config.prompt_lookup_min > config.prompt_lookup_max:
         raise _no_drafts(f"prompt_lookup_min {config.prompt_lookup_min} is above prompt_lookup_max")
-    others = [name for name in values if config.method != "suffix" and name.startswith("suffix_")]
-    if others:
-        raise _no_drafts(f"{others[0]} belongs to the method suffix, not to {config.method}")
+    if config.method == "draft_model" and config.model is None:
+        raise _no_drafts("the method draft_model needs a model: a small one of the same vocabulary")
+    if config.draft_min > config.num_speculative_tokens:
+        raise _no_drafts(f"draft_min {config.draft_min} is above num_speculative_tokens")
+    kinds = {"suffix": ("suffix", "draft_model"), "draft_model": ("draft_model",)}
+    for name in values:
+        kind = "draft_model" if name in _OF_THE_MODEL else "suffix" if name.startswith("suffix_") else None
+        if kind is not None and config.method not in kinds[kind]:
+            raise _no_drafts(f"{name} belongs to the method {kind}, not to {config.method}")
     return None if config.method == "none" else config
 
 

@@ -90,7 +90,9 @@ def main_room(threads: int, share: float, weights: int = 0) -> Room:
     return Room(limit.left - aside, share, kept, limit if limit.allowed else None, as_it_fills=True)
 
 
-def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, sequences: int, room: Room) -> CachePlan:
+def plan_cache(
+    config: EngineConfig, model: ModelConfig, dtype_bytes: int, sequences: int, room: Room, beside: int = 0
+) -> CachePlan:
     """Divides the memory for the KV cache into blocks.
 
     Args:
@@ -99,6 +101,7 @@ def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, seque
         dtype_bytes: bytes of one number in the cache.
         sequences: most sequences in one step; the cache never holds more than that many of full length.
         room: what there is.
+        beside: bytes of one token in another model's cache, which has as many blocks.
 
     Raises:
         ConfigError: when the asked-for context does not fit, with values that would.
@@ -111,7 +114,7 @@ def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, seque
             f"set kv_cache_memory={int(available * 0.9) // MIB * MIB} (bytes) or less",
             "kv_cache_memory",
         )
-    token_bytes = cache_bytes(model, 1, dtype_bytes)
+    token_bytes = cache_bytes(model, 1, dtype_bytes) + beside
     block_bytes = token_bytes * config.block_size
     budget = config.kv_cache_memory or int(available * share)
     of_whole = config.gpu_memory_utilization is not None and room.total > 0 and not config.kv_cache_memory
@@ -133,7 +136,8 @@ def plan_cache(config: EngineConfig, model: ModelConfig, dtype_bytes: int, seque
     message = (
         f"KV cache: room for {num_blocks * config.block_size:,} tokens in blocks of {config.block_size}; at most "
         f"{_size(num_blocks * block_bytes)}, {needed} ({source}){kept}; one token takes "
-        f"{_numbers(model)} x {dtype_bytes} B = {token_bytes} B; context {context:,}"
+        f"{_numbers(model)} x {dtype_bytes} B{f' and {beside} B for drafts' if beside else ''} = {token_bytes} B; "
+        f"context {context:,}"
     )
     cut = ""
     if context < model.max_position:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from candle_vllm.core.assembly.draft import find_draft, load_draft
 from candle_vllm.core.assembly.model import Loaded, LoadedModel, fill, load_model, pooling_of
 from candle_vllm.core.assembly.opening import (
     Opened,
@@ -49,6 +50,7 @@ def load_any_model(
 ) -> LoadedModel | LoadedEncoder:
     """Loads `config.model`, whichever kind it is; arguments and errors as `load_model`."""
     files = model_files(config)
+    find_draft(config)
     found = None
     if files.config is not None and files.format != "gguf":
         with naming(files.config):
@@ -63,7 +65,8 @@ def load_any_model(
         with naming(files.weights[0]):
             found = encoder_from_gguf(opened.metadata, opened.checkpoint)
     if found is None:
-        return load_model(config, device, progress, opened)
+        loaded = load_model(config, device, progress, opened)
+        return dataclasses.replace(loaded, draft=load_draft(config, loaded, device, progress))
     with opened.checkpoint:
         _check_isq(config)
         return _load_encoder(config, device, progress, opened, *found)

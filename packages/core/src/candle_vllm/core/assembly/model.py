@@ -82,10 +82,15 @@ class Loaded:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedModel(Loaded):
-    """A decoder with its weights; the context in `config` is cut to what was asked for."""
+    """A decoder with its weights; the context in `config` is cut to what was asked for.
+
+    Attributes:
+        draft: the model that drafts for it, where one was asked for.
+    """
 
     decoder: Decoder
     config: ModelConfig
+    draft: LoadedModel | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

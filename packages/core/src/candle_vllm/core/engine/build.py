@@ -16,19 +16,21 @@ from candle_vllm.core.devices import Device, leave_cores_to_others
 from candle_vllm.core.engine.admission import encoder_tasks
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.engine import Engine
-from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, ModelRunner
+from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, StepwiseRunner
 from candle_vllm.core.engine.preparation import DecoderPreparation, EncoderPreparation
 from candle_vllm.core.engine.request import ModelInfo
 from candle_vllm.core.engine.scheduler import Scheduler, WholeTexts
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.core.memory import MIB, CachePlan, main_room, plan_cache, room_for
+from candle_vllm.core.memory import MIB, CachePlan, cache_bytes, main_room, plan_cache, room_for
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.sampling.params import DEFAULT_SAMPLING
 from candle_vllm.core.sampling.sampler import Sampler
 from candle_vllm.core.threads import default_threads
 
 if TYPE_CHECKING:
+    from candle_vllm.core.engine.draft_model import DraftModel
     from candle_vllm.core.kernels.cpu_runtime.recorder import StepLimits
+    from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 
 _COMPILER_BYTES = 256 * MIB
 
@@ -84,9 +86,9 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
             )
         from candle_vllm.core.engine.device_build import build_on_gpu
 
-        runner, plan = build_on_gpu(config, loaded, budget, sequences, defaults.share)
+        (runner, plan), draft = build_on_gpu(config, loaded, budget, sequences, defaults.share), None
     else:
-        runner, plan = _build_on_cpu(config, loaded, budget, sequences, rows)
+        runner, draft, plan = _build_on_cpu(config, loaded, budget, sequences, rows)
     blocks = BlockManager(plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
     reproducible = config.deterministic and placement.device.type == "cuda"
     scheduler = Scheduler(blocks, sequences, budget, reproducible=reproducible, draft_rows=rows)
@@ -94,7 +96,8 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
     if drafts is not None:
         from candle_vllm.core.engine.drafting import Drafter
 
-        drafter = Drafter(drafts, sequences, rows)
+        model = None if draft is None else _draft_model(drafts, loaded, draft, scheduler)
+        drafter = Drafter(drafts, sequences, rows, model)
     engine = Engine(runner, scheduler, preparation_for(loaded, plan.max_model_len, config.seed), drafter)
     engine.cache_bytes = plan.num_blocks * plan.block_bytes
     return engine
@@ -109,6 +112,24 @@ def _draft_rows(drafts: SpeculativeConfig, sequences: int, budget: int) -> int:
             "speculative_config",
         )
     return min(max(16, drafts.num_speculative_tokens), budget - sequences)
+
+
+def _draft_model(
+    drafts: SpeculativeConfig, loaded: LoadedModel, runner: StepwiseRunner, scheduler: Scheduler
+) -> DraftModel:
+    """What asks the model of drafts, which `runner` runs."""
+    from candle_vllm.core.engine.draft_model import DraftModel
+
+    assert loaded.draft is not None
+    return DraftModel(
+        runner,
+        drafts,
+        scheduler,
+        words=(loaded.config.vocab_size, loaded.draft.config.vocab_size),
+        longest=loaded.draft.config.max_position,
+        most_rows=scheduler.max_num_batched_tokens,
+        cost=loaded.draft.weight_bytes / max(1, loaded.weight_bytes),
+    )
 
 
 def step_size(config: EngineConfig, device: Device, longest: int = 0) -> tuple[int, int]:
@@ -129,11 +150,15 @@ def step_size(config: EngineConfig, device: Device, longest: int = 0) -> tuple[i
     return sequences, budget
 
 
-def foreseen_cache(config: EngineConfig, model: Described) -> CachePlan:
-    """The cache that a model on the CPU will have, as far as memory stays as it is; errors as `build_engine`."""
+def foreseen_cache(config: EngineConfig, model: Described, draft: Described | None = None) -> CachePlan:
+    """The cache that a model on the CPU will have, as far as memory stays as it is; errors as `build_engine`.
+
+    `draft` is the model of drafts, where there will be one.
+    """
     sequences, _ = step_size(config, model.placement.device)
     share = DEFAULTS[model.placement.device.type].share
-    return _plan_on_cpu(config, model, sequences, share, memory_of(model.placement, model.stored))
+    weights = sum(memory_of(each.placement, each.stored) for each in (model, draft) if each is not None)
+    return _plan_on_cpu(config, model, sequences, share, weights, draft)
 
 
 def preparation_for(loaded: LoadedModel, max_model_len: int, seed: int | None = None) -> DecoderPreparation:
@@ -179,7 +204,12 @@ def _build_encoder(config: EngineConfig, loaded: LoadedEncoder) -> Engine:
 
 
 def _plan_on_cpu(
-    config: EngineConfig, model: LoadedModel | Described, sequences: int, share: float, weights: int = 0
+    config: EngineConfig,
+    model: LoadedModel | Described,
+    sequences: int,
+    share: float,
+    weights: int = 0,
+    draft: LoadedModel | Described | None = None,
 ) -> CachePlan:
     """The cache on the CPU, where `weights` bytes are yet to come; refuses what needs a GPU."""
     placement = model.placement
@@ -195,41 +225,63 @@ def _plan_on_cpu(
         )
     if config.gpu_memory_utilization is not None:
         logger.warning("gpu_memory_utilization counts on a GPU alone; on the CPU it is `kv_fraction`")
-    dtype_bytes = 2 if placement.recorded else ELEMENTS[placement.dtype].itemsize  # the compiled kernels keep bfloat16
     room = main_room(config.threads or default_threads(), share, weights)
-    return plan_cache(config, model.config, dtype_bytes, sequences, room)
+    draft = model.draft if isinstance(model, LoadedModel) else draft
+    beside = 0 if draft is None else cache_bytes(draft.config, 1, _number_bytes(draft))
+    return plan_cache(config, model.config, _number_bytes(model), sequences, room, beside)
+
+
+def _number_bytes(model: LoadedModel | Described) -> int:
+    """Bytes of one number in a model's cache; the compiled kernels keep bfloat16."""
+    return 2 if model.placement.recorded else ELEMENTS[model.placement.dtype].itemsize
 
 
 def _build_on_cpu(
     config: EngineConfig, loaded: LoadedModel, budget: int, sequences: int, draft_rows: int
-) -> tuple[ModelRunner, CachePlan]:
-    placement = loaded.placement
+) -> tuple[StepwiseRunner, StepwiseRunner | None, CachePlan]:
+    """What runs the model, and the model of drafts where there is one; the cache of both."""
     plan = _plan_on_cpu(config, loaded, sequences, DEFAULTS["cpu"].share)
     logger.info(plan.message)
     if plan.warning:
         logger.warning(plan.warning)
-    loaded.decoder.prepare(plan.max_model_len)
+    Sampler.prepare(loaded.placement.device)
+    rows = max(sequences + draft_rows, MAX_SCORED_ROWS)
+    runner = _runner_on_cpu(config, loaded, plan, budget, sequences, rows)
+    draft = None
+    if loaded.draft is not None:
+        draft = _runner_on_cpu(config, loaded.draft, plan, budget, sequences, sequences, getattr(runner, "team", None))
+    return runner, draft, plan
+
+
+def _runner_on_cpu(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    plan: CachePlan,
+    budget: int,
+    sequences: int,
+    rows: int,
+    team: ThreadTeam | None = None,
+) -> StepwiseRunner:
+    """What runs a model; `rows` of a step at most have logits."""
+    placement = loaded.placement
+    loaded.decoder.prepare(min(plan.max_model_len, loaded.config.max_position))
     if not placement.recorded:
         from candle_vllm.core.engine.eager_runner import EagerRunner
 
-        Sampler.prepare(placement.device)
-        eager = EagerRunner(loaded.decoder, plan.num_blocks, config.block_size, placement.device, placement.torch_dtype)
-        return eager, plan
+        return EagerRunner(loaded.decoder, plan.num_blocks, config.block_size, placement.device, placement.torch_dtype)
     from candle_vllm.core.engine.recorded_runner import RecordedRunner, StepLimits
 
     leave_cores_to_others()
     limits = StepLimits(
         tokens=budget,
         sequences=sequences,
-        logit_rows=max(sequences + draft_rows, MAX_SCORED_ROWS),
+        logit_rows=rows,
         table_width=-(-plan.max_model_len // config.block_size),
         block_size=config.block_size,
         threads=config.threads or default_threads(),
     )
     with _room_for_rows(limits):
-        runner = RecordedRunner(loaded.decoder, plan.num_blocks, limits)
-    Sampler.prepare(placement.device)
-    return runner, plan
+        return RecordedRunner(loaded.decoder, plan.num_blocks, limits, team=team)
 
 
 def _room_for_rows(limits: StepLimits) -> AbstractContextManager[None]:
@@ -245,6 +297,7 @@ def _room_for_rows(limits: StepLimits) -> AbstractContextManager[None]:
 
 def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo:
     """What callers may know of a model that an engine serves."""
+    draft = loaded.draft if isinstance(loaded, LoadedModel) else None
     vectors = ("embed", "score") if isinstance(loaded, LoadedModel) else encoder_tasks(loaded.config)
     generates = isinstance(loaded, LoadedModel) and loaded.config.has_head
     sampling = {**DEFAULT_SAMPLING, **loaded.default_sampling}
@@ -260,7 +313,7 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
         dtype=loaded.dtype,
         device=str(loaded.placement.device),
         quantization=loaded.quantization,
-        weight_bytes=loaded.weight_bytes,
+        weight_bytes=loaded.weight_bytes + (draft.weight_bytes if draft is not None else 0),
         eos_token_ids=loaded.eos_token_ids,
         has_chat_template=loaded.template is not None,
         default_sampling=sampling if generates else {},

@@ -15,11 +15,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from candle_vllm.core.config import LONGEST_MATCH, SpeculativeConfig
 from candle_vllm.core.engine.live import LiveSequence
 from candle_vllm.core.engine.prediction import Prediction
+
+if TYPE_CHECKING:
+    from candle_vllm.core.engine.draft_model import DraftModel
 
 _CANDIDATES = 12  # places that are looked at
 _SEPARATOR = -1  # between answers of the past; no token
@@ -205,6 +209,10 @@ class StepTimes:
             for time, known in zip(self._curve, self._known, strict=True)
         ]
 
+    def seconds(self, rows: int) -> float:
+        """As they are now; 0 where no step was seen."""
+        return self(rows) * self._unit
+
     def __call__(self, rows: int) -> float:
         """Relative to steps of other rows; 0 where no step was seen."""
         return self._curve[min(rows, len(self._curve) - 1)] if self._unit else 0.0
@@ -227,13 +235,15 @@ class Drafter:
         config: how.
         max_seqs: most sequences of a step.
         rows: most drafts of a step.
+        model: guesses where nothing as likely was found; None where there is none.
     """
 
-    def __init__(self, config: SpeculativeConfig, max_seqs: int, rows: int) -> None:
+    def __init__(self, config: SpeculativeConfig, max_seqs: int, rows: int, model: DraftModel | None = None) -> None:
         self.counts = DraftCounts(accepted_per_position=[0] * config.num_speculative_tokens)
         self.times = StepTimes(max_seqs + rows)
+        self.model = model
         self._config, self._rows = config, rows
-        keeps = config.method == "suffix" and config.suffix_decoding_max_cached_requests > 0
+        keeps = config.method in ("suffix", "draft_model") and config.suffix_decoding_max_cached_requests > 0
         self._past = Past(answers=config.suffix_decoding_max_cached_requests) if keeps else None
         self._records: dict[LiveSequence, _Record] = {}
         self._predictions = WeakKeyDictionary[Prediction, Text]()
@@ -250,8 +260,15 @@ class Drafter:
         for place in range(right):
             counts.accepted_per_position[place] += 1
 
+    def close(self) -> None:
+        """Ends what runs beside the caller's thread."""
+        if self.model is not None:
+            self.model.close()
+
     def forget(self, live: LiveSequence) -> None:
         """The sequence has ended."""
+        if self.model is not None:
+            self.model.forget(live)
         record = self._records.pop(live, None)
         salted = live.sequence.request.params.cache_salt is not None  # what is salted is shared with nobody
         if record is not None and self._past is not None and not salted:
@@ -277,7 +294,7 @@ class Drafter:
             self._rest = _REST
         if least > _SURE:
             return False  # what is guessed is judged when it may pay again
-        guesses: list[tuple[LiveSequence, list[int], list[float]]] = []
+        offers: list[tuple[LiveSequence, tuple[list[int], list[float]] | None]] = []
         for live in lives:
             live.sequence.drafts = ()
             if not live.state.params.num_speculative_tokens:
@@ -286,17 +303,21 @@ class Drafter:
             if record is None:
                 record = self._records[live] = _Record(live, self._predicted(live.prediction))
             guess = self._guess(live, record)
-            if guess is not None and (offer := self._offer(live, record, guess, least)):
-                guesses.append((live, *offer))
-        if not guesses:
-            return False
-        if self._choose(guesses, rows):
+            offers.append((live, None if guess is None else self._offer(live, record, guess, least)))
+        if self.model is None:
+            guesses = [(live, *offer) for live, offer in offers if offer is not None]
+        else:
+            guesses = self.model.improve(offers, rows, times.seconds, self._rows)
+        chosen = bool(guesses) and self._choose(guesses, rows)
+        if self.model is not None:
+            self.model.settle()
+        if chosen:
             self._idle = self._rest = 0
-            return True
-        self._idle += 1
-        if self._idle % _PATIENCE == 0:
-            times.relax()
-        return False
+        elif guesses:
+            self._idle += 1
+            if self._idle % _PATIENCE == 0:
+                times.relax()
+        return chosen
 
     def _predicted(self, prediction: Prediction | None) -> Text | None:
         """A prediction as a text that ends where it ends; one for all sequences of a request."""

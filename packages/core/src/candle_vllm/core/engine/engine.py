@@ -350,6 +350,8 @@ class Engine:
 
     def close(self) -> None:
         """Lets go of the model's caches and of the threads that fill masks."""
+        if self._drafter is not None:
+            self._drafter.close()
         self.runner.close()
         self._preparation.close()
 

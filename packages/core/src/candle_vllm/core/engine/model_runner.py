@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from candle_vllm.core.engine.batch import Batch, Ints, StepMemory
 from candle_vllm.core.engine.request import PoolingRequest
 from candle_vllm.core.engine.sequence import Run, Tokens
+from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.sampling.sampler import Drawn, Sampler
@@ -126,6 +127,10 @@ class StepwiseRunner(ABC):
 
         The logits are valid until the next call, and may be overwritten by the caller.
         """
+
+    def draw_rows(self, logits: Value, controls: NDArray[np.float64]) -> tuple[Ints, NDArray[np.float32]]:
+        """As `kernels.draw`."""
+        return kernels.draw(logits, controls)
 
     @abstractmethod
     def score(self, rows: Ints) -> Value:

@@ -47,9 +47,20 @@ class RecordedRunner(StepwiseRunner):
         num_blocks: blocks of the cache.
         limits: the largest step.
         isa: instructions that the kernels may use; None is what the CPU has.
+        team: threads that are there, of whoever closes them: two teams would wait on the same CPUs.
+
+    Attributes:
+        team: the threads.
     """
 
-    def __init__(self, decoder: Decoder, num_blocks: int, limits: StepLimits, isa: Isa | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        num_blocks: int,
+        limits: StepLimits,
+        isa: Isa | None = None,
+        team: ThreadTeam | None = None,
+    ) -> None:
         config = decoder.config
         size = cache_bytes(config, num_blocks * limits.block_size, 2)
         with room_for("the KV cache", size, "kv_cache_memory", _less):
@@ -70,10 +81,10 @@ class RecordedRunner(StepwiseRunner):
         self._hidden, head_start, layer_rows = record(recorder)
         assert recorder.logits is not None
         self._logits = self._wanted = recorder.logits
-        self._team = ThreadTeam(limits.threads)
+        self._owns_team, self.team = team is None, ThreadTeam(limits.threads) if team is None else team
         self._arrays = arrays = recorder.arrays
-        self._draw_rows = RowDraw(recorder.logits, arrays.numbers, self._team, arrays)
-        self._draw_drafted = RowDraw(recorder.logits, arrays.numbers, self._team)
+        self._draw_rows = RowDraw(recorder.logits, arrays.numbers, self.team, arrays)
+        self._draw_drafted = RowDraw(recorder.logits, arrays.numbers, self.team)
         self._sampler = Sampler(_drawing(self), self._draw_rows.controls)
         self._plan = np.array([*recorder.plan, *self._draw_rows.plan], np.int64)  # the draw is the last row
         self._num_rows = recorder.num_rows
@@ -105,7 +116,7 @@ class RecordedRunner(StepwiseRunner):
         """See `StepwiseRunner`."""
         num_rows = self._num_rows + self._plan_draws
         if batch.goes_on and batch.drawn_rows is self._rows:
-            self._team.run(self._plan, num_rows)
+            self.team.run(self._plan, num_rows)
             return self._wanted
         arrays, count, sequences = self._arrays, batch.tokens.shape[1], len(batch.context_lens)
         assert batch.tokens.base is arrays.tokens
@@ -123,8 +134,9 @@ class RecordedRunner(StepwiseRunner):
         return self._hidden.rows(rows).sum(0, dtype=np.float64)
 
     def close(self) -> None:
-        """Ends the team's threads."""
-        self._team.close()
+        """Ends the threads that are its own."""
+        if self._owns_team:
+            self.team.close()
 
     def _with_rows(self, rows: Ints, plan: Ints, num_rows: int) -> NDArray[np.float32]:
         arrays, count = self._arrays, len(rows)
@@ -133,7 +145,7 @@ class RecordedRunner(StepwiseRunner):
         arrays.numbers[StepNumber.LOGIT_ROWS] = count
         self._wanted = self._logits[:count]
         self._ids = self._draw_rows.ids[:count].data
-        self._team.run(plan, num_rows)
+        self.team.run(plan, num_rows)
         return self._wanted
 
     def draw_rows(self, logits: NDArray[np.float32], controls: NDArray[np.float64]) -> tuple[Ints, NDArray[np.float32]]:

@@ -206,11 +206,29 @@ class Scheduler:
             return ()
         rows = min(self.draft_rows, self.max_num_batched_tokens - len(self.running)) - others
         count = min(len(sequence.drafts), rows, sequence.max_length - len(sequence.tokens) - 1)
-        size, first = self.blocks.block_size, len(sequence.tokens)
-        while first + count > size * len(sequence.block_table):
+        first = len(sequence.tokens)
+        return sequence.drafts[: max(0, self.reserve(sequence, first + count) - first)]
+
+    def reserve(self, sequence: Sequence, tokens: int) -> int:
+        """Gives a running sequence blocks for so many tokens, while every running sequence keeps its next block.
+
+        Returns:
+            For how many of the tokens it has blocks now.
+        """
+        size = self.blocks.block_size
+        while tokens > size * len(sequence.block_table):
             if self.blocks.num_free <= len(self.running) or not self._grow(sequence):
-                count = size * len(sequence.block_table) - first
-        return sequence.drafts[: max(0, count)]
+                break
+        return min(tokens, size * len(sequence.block_table))
+
+    def give_back(self, sequence: Sequence) -> None:
+        """Takes back what was reserved beyond the tokens and drafts that the next step may run."""
+        needed = self.blocks.blocks_for(len(sequence.tokens) + len(sequence.drafts))
+        if needed < len(sequence.block_table):
+            self.blocks.release(sequence.block_table[needed:])
+            del sequence.block_table[needed:]
+            sequence.num_admissions += 1  # the next block at that place may be another
+            self._going = None  # its runs are of the admission before
 
     def _grow(self, sequence: Sequence) -> bool:
         """One block more, where one is free."""

@@ -229,12 +229,9 @@ _TRANSLATED: Mapping[str, Callable[[Any], dict[str, Any]]] = {
 
 def _with_drafts(given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments with vLLM's other names for parts of `speculative_config` in that."""
-    parts = {
-        ours: given[name]
-        for name, ours in (("spec_method", "method"), ("spec_tokens", "num_speculative_tokens"))
-        if given.get(name) is not None
-    }
-    rest = {name: value for name, value in given.items() if name not in ("spec_method", "spec_tokens")}
+    names = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
+    parts = {ours: given[name] for name, ours in names.items() if given.get(name) is not None}
+    rest = {name: value for name, value in given.items() if name not in names}
     return rest | {"speculative_config": {**(given.get("speculative_config") or {}), **parts}} if parts else rest
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from candle_vllm.core.assembly.draft import describe_draft
 from candle_vllm.core.assembly.encoder import is_encoder
 from candle_vllm.core.assembly.model import describe_model
 from candle_vllm.core.assembly.opening import model_files, open_model
@@ -197,7 +198,7 @@ def _of_model(settings: Settings, config: EngineConfig, files: ModelFiles, devic
     opened = open_model(files, device)
     with opened.checkpoint:
         model = describe_model(config, device, opened)
-        cache = foreseen_cache(config, model) if device.type == "cpu" else None
+        cache = foreseen_cache(config, model, describe_draft(config, device)) if device.type == "cpu" else None
     template = None if model.template is None else model.template.source
     choice = AnswerPlanner(
         chat_conventions(model.tokenizer, template),

@@ -128,17 +128,19 @@ def remote_engine(config: EngineConfig) -> ServedEngine:
 
 def check_model(settings: Settings, beside: Sequence[ServedModel]) -> None:
     """Raises what can be known of a model before room is made for it, without reading its weights."""
+    from candle_vllm.core.assembly.draft import find_draft
     from candle_vllm.core.assembly.opening import model_files, open_model
     from candle_vllm.core.devices import CPU, choose_device
     from candle_vllm.core.memory import free_memory
 
     config = engine_config(settings)
     files = model_files(config)
+    find_draft(config)
     with open_model(files, CPU).checkpoint:
         pass
     if not beside:
         return
-    weights = sum(path.stat().st_size for path in files.weights)
+    weights = _weight_bytes(config)
     need = weights + WORKSPACE + (config.kv_cache_memory or LEAST_CACHE)
     most = free_memory(choose_device(config.device)) + held_by(beside)
     if need > most:
@@ -163,13 +165,12 @@ def room_beside(settings: Settings, beside: Sequence[ServedModel]) -> dict[str, 
     Raises:
         NoRoomError: it does not fit.
     """
-    from candle_vllm.core.assembly.opening import model_files
     from candle_vllm.core.devices import choose_device
     from candle_vllm.core.memory import free_memory
 
     config = engine_config(settings)
     device = choose_device(config.device)
-    weights = sum(path.stat().st_size for path in model_files(config).weights)
+    weights = _weight_bytes(config)
     promised = 0 if device.type == "cuda" else sum(model.engine.model_info.kv_cache_bytes for model in beside)
     free = free_memory(device) - promised
     cache = config.kv_cache_memory or LEAST_CACHE
@@ -183,3 +184,12 @@ def room_beside(settings: Settings, beside: Sequence[ServedModel]) -> dict[str, 
         return {}
     share = config.kv_fraction or CACHE_SHARE
     return {"kv_cache_memory": max(LEAST_CACHE, int((free - weights - WORKSPACE) * share)), "kv_fraction": None}
+
+
+def _weight_bytes(config: EngineConfig) -> int:
+    """Of the files of a model, and of one that drafts for it."""
+    from candle_vllm.core.assembly.draft import draft_config
+    from candle_vllm.core.assembly.opening import model_files
+
+    both = (config, draft_config(config))
+    return sum(path.stat().st_size for each in both if each is not None for path in model_files(each).weights)

@@ -105,7 +105,7 @@ def _device(text: str) -> list[str]:
 
 _ONE_DEVICE = "an engine computes on one device; for several GPUs start a server on each (--device cuda:N)"
 _WHOLE = "a model lies whole on a GPU or on the CPU (--device); nothing is divided between them"
-_DRAFTS = "tokens are guessed without a draft model: --speculative-config says how"
+_DRAFTS = "--speculative-config says how tokens are guessed"
 _LORA = "adapters are not loaded beside a model: merge the adapter into its weights first"
 _IMAGES = "models read text alone here"
 _OWN = "the kernels are this project's own and chosen for the machine"
@@ -234,14 +234,19 @@ ROWS: tuple[Row, ...] = (
     Row("--prompt-cache-all --prompt-cache-ro --prefix-cache --prefix-cache-retention-interval --slot-save-path",
         "what prompts begin with is kept in the KV cache itself; --disable-prefix-cache turns that off"),
     _idle("--slot-prompt-similarity -sps", "there are no slots: blocks are shared by all requests", values=True),
-    Row("--spec-type", "--speculative-config says how tokens are guessed; without a draft model", {
-        "none": '--speculative-config {"method":"none"}', "ngram-simple": '--speculative-config {"method":"ngram"}',
-        "ngram-mod": '--speculative-config {"method":"suffix"}'}),
-    Row("--spec-decode --num-speculative-tokens -md --model-draft --spec-draft-model -hfd "
-        "--hf-repo-draft -ngld --gpu-layers-draft --draft --draft-n --draft-max --draft-min --draft-n-min "
-        "--draft-p-min -cd --ctx-size-draft -devd --device-draft -ctkd --cache-type-k-draft -ctvd "
-        "--cache-type-v-draft --spec-draft-type-k --spec-draft-type-v -td --threads-draft -lcs --lookup-cache-static "
-        "-lcd --lookup-cache-dynamic", _DRAFTS),
+    Row("--spec-type", f"{_DRAFTS} by what: draft-simple, ngram-simple, ngram-mod or none", {
+        "none": "--speculative-config.method none", "ngram-simple": "--speculative-config.method ngram",
+        "ngram-mod": "--speculative-config.method suffix",
+        "draft-simple": "--speculative-config.method draft_model"}),
+    _called("-md --model-draft --spec-draft-model -hfd --hf-repo-draft --spec-draft-hf", "--speculative-config.model"),
+    _called("--draft --draft-n --draft-max --spec-draft-n-max --num-speculative-tokens",
+            "--speculative-config.num_speculative_tokens"),
+    _called("--draft-min --draft-n-min --spec-draft-n-min", "--speculative-config.draft_min"),
+    _called("--draft-p-min --spec-draft-p-min", "--speculative-config.draft_p_min"),
+    Row("-ngld --gpu-layers-draft -devd --device-draft", "the model of drafts lies where the other one does"),
+    _idle("-td --threads-draft", "the threads of the model compute drafts as well: --threads", values=True),
+    Row("--spec-decode -cd --ctx-size-draft -ctkd --cache-type-k-draft -ctvd --cache-type-v-draft --spec-draft-type-k "
+        "--spec-draft-type-v -lcs --lookup-cache-static -lcd --lookup-cache-dynamic", _DRAFTS),
     _idle("-O0 -O1 -O2 -O3", f"{_OWN}; --disable-cuda-graph and --enforce-eager turn graphs off"),
     _idle("-O --optimization-level --compilation-config --max-seq-len-to-capture",
           f"{_OWN}; --disable-cuda-graph and --enforce-eager turn graphs off", values=True),

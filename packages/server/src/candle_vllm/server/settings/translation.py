@@ -15,7 +15,7 @@ from candle_vllm.server.settings.foreign_flags import ANY, Row, foreign_flags
 from candle_vllm.server.settings.options import UsageError, mapping
 from candle_vllm.server.settings.sources import read_small
 
-_OURS = re.compile(r"--[\w-]+(?: [\w:/]+)?(?=[,;]|$)")  # an answer that begins with a flag of ours, and not a sentence
+_OURS = re.compile(r"--[\w.-]+(?: [\w:/]+)?(?=[,;]|$)")  # an answer that begins with a flag of ours, and not a sentence
 
 _OBJECTS = ("--speculative-config",)
 """Flags of ours whose values are objects: `--flag.name VALUE` sets one name."""
@@ -41,7 +41,7 @@ def translated(command: str, argv: Sequence[str], known: Known) -> tuple[list[st
         if name and base in _OBJECTS:
             if not equals and not left:
                 raise UsageError(f"{flag}: expected one argument")
-            parts.setdefault(base, {})[name.replace("-", "_")] = _read(value if equals else left.pop(0))
+            _note(parts, flag, value if equals else left.pop(0))
             continue
         row = foreign_flags().get(flag) or foreign_flags().get(flag.split(".")[0])
         if row is None or command in known.get(flag, ()):
@@ -50,7 +50,10 @@ def translated(command: str, argv: Sequence[str], known: Known) -> tuple[list[st
         if not equals and not (value := _follows(row, left)) and "" not in row.becomes and row.becomes:
             raise UsageError(f"{flag}: expected one argument")
         ours = _ours(flag, value, row, known, command)
-        foreign = [each for each in ours if each.startswith("--") and command not in known[each]]
+        if ours and ours[0].startswith(tuple(f"{each}." for each in _OBJECTS)) and command in known[_base(ours[0])]:
+            _note(parts, *ours)
+            continue
+        foreign = [each for each in ours if each.startswith("--") and command not in known[_base(each)]]
         if foreign:
             raise UsageError(hint(flag, known, command))
         line += ours
@@ -58,6 +61,16 @@ def translated(command: str, argv: Sequence[str], known: Known) -> tuple[list[st
             remarks.append(f"{flag} has no effect here: {row.answer}")
     line += [f"{flag}={json.dumps(given)}" for flag, given in parts.items()]
     return [*line, *argv[end:]], remarks
+
+
+def _base(flag: str) -> str:
+    return flag.partition(".")[0]
+
+
+def _note(parts: dict[str, dict[str, Any]], flag: str, value: str) -> None:
+    """`--flag.name VALUE`, which sets one name of an object."""
+    base, _, name = flag.partition(".")
+    parts.setdefault(base, {})[name.replace("-", "_")] = _read(value)
 
 
 def _read(text: str) -> Any:
@@ -110,7 +123,7 @@ def hint(flag: str, known: Known, command: str) -> str:
     if called is None:
         return f"{flag} is not taken: {answer}"
     name, more = called[0], answer[called.end() :]
-    commands = known[name.split()[0]]
+    commands = known[_base(name.split()[0])]
     where = "" if command in commands else f" (of `candle-vllm {', '.join(commands)}`)"
     if name == "--max-tokens" and where:
         where += "; clients of a server send max_tokens"
