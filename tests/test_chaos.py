@@ -252,8 +252,8 @@ def besiege(folder: Path, scale: Scale, *flags: str) -> None:
 
 # ---- the tests -------------------------------------------------------------------------------------------------------
 
-SWITCHING = Scale(clients=200, changes=4, kills=0, seed=1, elsewhere=0.002)
-KILLING = Scale(clients=200, changes=0, kills=1, seed=2, elsewhere=0.6)
+SWITCHING = Scale(clients=130, changes=4, kills=0, seed=1, elsewhere=0.002)
+KILLING = Scale(clients=130, changes=0, kills=1, seed=2, elsewhere=0.6)
 
 
 def test_a_server_that_switches_models(tmp_path: Path) -> None:

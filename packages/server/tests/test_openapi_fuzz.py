@@ -21,7 +21,7 @@ UNUSED = "positive_data_acceptance"
 LEAST_CASES = 2000
 # Paths whose body is that of another one, or of two others; of the four that generate all but the one with most fields.
 TWINS = (
-    "^(/score|/rerank|/v2/rerank|/v1/messages/count_tokens|/v1/responses/input_tokens"
+    "^(/score|/rerank|/v2/rerank|/v1/messages/count_tokens|/v1/responses/input_tokens|/apply-template|/infill"
     "|/v1/completions|/v1/messages|/v1/responses|/v1/conversations|/api/generate|/api/embed|/api/embeddings)$"
 )
 # A body with too many parts in too many messages is too large as well.
