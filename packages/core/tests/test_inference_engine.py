@@ -485,7 +485,7 @@ def test_a_forgotten_engine_is_cleaned_up(toy_model: Path) -> None:
     engine.generate([[1]], GREEDY, use_tqdm=False)
     del engine
     gc.collect()
-    wait_for(lambda: threading.active_count() == before)
+    wait_for(lambda: threading.active_count() <= before)
 
 
 def test_numpy_prompts_are_welcome_and_nonsense_is_not(engine: InferenceEngine) -> None:
@@ -506,7 +506,7 @@ def test_closing_leaves_no_thread_and_no_model(toy_model: Path) -> None:
     engine.close()
     engine.close()
     gc.collect()
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
     assert decoder() is None
     assert not engine.is_alive
     with pytest.raises(EngineDeadError):

@@ -58,7 +58,7 @@ def test_closing_ends_the_helpers_awake_or_asleep() -> None:
         team.run(np.zeros(1, np.int64), 0)
         time.sleep(pause)
         team.close()
-        assert threading.active_count() == before
+        assert threading.active_count() <= before
 
 
 def test_python_runs_on_while_a_plan_does() -> None:

@@ -141,7 +141,7 @@ def test_a_system_that_starts_no_more_threads_is_a_clear_error(monkeypatch: pyte
     monkeypatch.setattr(threading.Thread, "start", start)
     with pytest.raises(ConfigError, match=r"does not start 5 threads \(.*a stack of 16 MiB: set threads=2$"):
         ThreadTeam(5)
-    assert threading.active_count() == before  # those that did start have ended
+    assert threading.active_count() <= before  # those that did start have ended
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1025, 1.5, True])
