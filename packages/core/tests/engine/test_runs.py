@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from candle_vllm.core import FinishReason, SamplingParams, StructuredOutputsParams
 from candle_vllm.core.engine.batch import Batch, Ints
-from candle_vllm.core.engine.block_manager import BlockManager
+from candle_vllm.core.engine.block_manager import BlockManager, block_hashes
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.model_runner import StepwiseRunner
 from candle_vllm.core.engine.preparation import DecoderPreparation
@@ -116,10 +117,10 @@ def requests() -> list[GenerationRequest]:
 Found = dict[tuple[str, int], list[TokenOutput]]
 
 
-def drive(engine: Engine, drafter: Drafter | None = None) -> Found:
+def drive(engine: Engine, drafter: Drafter | None = None, asked: list[GenerationRequest] | None = None) -> Found:
     """All pieces of all requests."""
     found: Found = defaultdict(list)
-    for request in requests():
+    for request in requests() if asked is None else asked:
         engine.add(engine.prepare(request))
     while engine.has_work:
         for sequence in engine.scheduler.running:
@@ -192,6 +193,56 @@ def test_drafts_change_no_answer(
     }
     assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks
     assert not +engine.scheduler._computing  # type: ignore[union-attr]
+
+
+def long_requests() -> list[GenerationRequest]:
+    """The same behind prompts that come in chunks, and of which some begin alike."""
+    return [
+        msgspec.structs.replace(one, prompt_token_ids=[*range(20 + 5 * (place % 3)), *one.prompt_token_ids])
+        for place, one in enumerate(requests())
+    ]
+
+
+@pytest.fixture(scope="module")
+def long_expected(tokenizer: Tokenizer) -> Found:
+    return drive(make(tokenizer), asked=long_requests())
+
+
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 2**20), size=st.sampled_from([1, 4, 16]), budget=st.sampled_from([8, 20, 60]))
+def test_cancelled_preempted_and_chunked_requests_with_drafts_free_every_block(
+    tokenizer: Tokenizer, long_expected: Found, seed: int, size: int, budget: int
+) -> None:
+    """No block is lost, and none is kept whose tokens were not accepted; who is not cancelled gets the whole answer."""
+    rng = random.Random(seed)
+    engine = make(tokenizer, 112 // size, size, budget)
+    blocks, drafter = engine.scheduler.blocks, told(long_expected, rng, 8)
+    assert isinstance(engine.scheduler, Scheduler)
+    asked, texts, cancelled = long_requests(), list[Sequence](), set[str]()
+    found: Found = defaultdict(list)
+    while asked or engine.has_work:
+        if asked and rng.random() < 0.9:
+            prepared = engine.prepare(asked.pop(rng.randrange(len(asked))))
+            texts += [live.sequence for live in prepared]
+            engine.add(prepared)
+        if engine._requests and rng.random() < 0.08:
+            cancelled.add(name := rng.choice(sorted(engine._requests)))
+            engine.abort(name)
+        for sequence in engine.scheduler.running:
+            sequence.drafts = drafter(sequence)
+        engine.scheduler.has_drafts = True
+        for piece in engine.step():
+            found[piece.request_id, piece.index].append(piece)
+        accepted = {digest for text in texts for digest in block_hashes(text.tokens, size, None, [])}
+        assert blocks._published.keys() <= accepted
+        held = {block for sequence in engine.scheduler.running for block in sequence.block_table}
+        assert blocks.num_free == blocks.num_blocks - len(held)
+    assert blocks.num_free == blocks.num_blocks
+    assert not +engine.scheduler._computing
+    for key, pieces in found.items():
+        if key[0] not in cancelled:
+            assert summed(pieces) == summed(long_expected[key])
+    engine.close()
 
 
 def test_drafts_save_steps_and_leave_the_same_blocks_behind(tokenizer: Tokenizer, expected: Found) -> None:
