@@ -18,6 +18,7 @@ from server_fakes import PacedEngine
 
 from candle_vllm.core import CandleVllmError
 from candle_vllm.core.config import demo_model
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.server.bench import offline, serve
 from candle_vllm.server.bench.client import EventClient, Target, WholeClient
 from candle_vllm.server.bench.datasets import LocalWords, Sample, Shape, make_samples
@@ -174,6 +175,44 @@ def test_latency(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     assert result["avg_latency"] == pytest.approx(sum(result["latencies"]) / 4)
     assert list(result["percentiles"]) == ["10", "25", "50", "75", "90", "99"]
     assert [len(request.prompt_token_ids) for request in engine.requests] == [7] * 10
+
+
+def test_what_guesses_gain(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_toy_model(folder / "toy", toy_config())
+    lines = [{"prompt": "abcabcabc", "output_tokens": 20}, {"prompt": "x", "output_tokens": 12}]
+    (folder / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    line = ["bench", "speculation", "--m", str(model), "--threads", "1", "--dataset-path", "own.jsonl"]
+    assert main([*line, "--num-prompts", "2", "--pairs", "2", "--output-json", "s.json"]) == 0
+    result = json.loads((folder / "s.json").read_text())
+    assert (result["num_prompts"], result["different_answers"], result["pairs"]) == (2, 0, 2)
+    assert 0 < result["output_tokens"] <= 2 * (19 + 11)
+    assert result["draft_tokens"] >= result["accepted_draft_tokens"]
+    steps = result["output_tokens"] - result["accepted_draft_tokens"]
+    assert result["tokens_per_step"] == pytest.approx(result["output_tokens"] / steps)
+    assert 0 < result["bound"] <= result["tokens_per_step"] + 1e-9
+    assert "Answers that differ: 0" in capsys.readouterr().out
+
+
+def test_the_bound_is_what_tokens_and_times_of_steps_allow() -> None:
+    seconds = [0.010, 0.012, 0.014, 0.016]
+    assert offline.bound_of(1.0, 1.0, seconds) == 1.0
+    assert offline.bound_of(3.0, 4.0, seconds) == pytest.approx(3 / 1.6)
+    assert offline.bound_of(2.0, 2.5, seconds) == pytest.approx(2 / 1.3)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--speculative-config", '{"method": "none"}', "--dataset-path", "own.jsonl"], "there is nothing to measure"),
+        ([], "--dataset-name custom needs --dataset-path FILE"),
+    ],
+)
+def test_nothing_to_measure_is_said(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, capsys: pytest.CaptureFixture[str], given: list[str], said: str
+) -> None:
+    _engine(monkeypatch)
+    assert main(["bench", "speculation", *given]) == 2
+    assert said in capsys.readouterr().err
 
 
 # ---- arriving --------------------------------------------------------------------------------------------------------

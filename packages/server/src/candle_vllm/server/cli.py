@@ -142,6 +142,8 @@ def _program(command: str) -> Callable[..., int]:
             from candle_vllm.server.bench.offline import bench_throughput as program
         elif command == "bench latency":
             from candle_vllm.server.bench.offline import bench_latency as program
+        elif command == "bench speculation":
+            from candle_vllm.server.bench.offline import bench_speculation as program
         else:
             from candle_vllm.server.commands.bench import bench as program
     return program

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.engine.drafting import Drafter
 
 logger = logging.getLogger(__name__)
+_TIMED_ROWS = 32  # of `EngineStats.step_seconds`
 
 
 class _Flight(msgspec.Struct, frozen=True, eq=False):
@@ -173,6 +174,7 @@ class Engine:
             "draft_tokens": counts.draft_tokens,
             "accepted_draft_tokens": counts.accepted_tokens,
             "accepted_per_position": tuple(counts.accepted_per_position),
+            "step_seconds": tuple(self._drafter.times(rows) for rows in range(1, _TIMED_ROWS + 1)),
         }
 
     def _launch(self, pieces: list[TokenOutput]) -> _Flight | None:

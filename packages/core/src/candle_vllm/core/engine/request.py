@@ -417,6 +417,8 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
         drafts, draft_tokens, accepted_draft_tokens: sequences' steps with guessed tokens, those tokens, and how many of
             them were right, since the start.
         accepted_per_position: of each place in a draft, how often it was right.
+        step_seconds: how long a step of one row takes, of two, and so on, as far as steps were seen, else on a line
+            through those that were; by these it is chosen how many guesses are tried. Empty where nothing is guessed.
     """
 
     num_running: int
@@ -434,3 +436,4 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
     draft_tokens: int = 0
     accepted_draft_tokens: int = 0
     accepted_per_position: tuple[int, ...] = ()
+    step_seconds: tuple[float, ...] = ()

@@ -1,13 +1,16 @@
-"""`candle-vllm bench throughput` and `bench latency`: the engine in this process, asked without HTTP.
+"""`candle-vllm bench throughput`, `latency` and `speculation`: the engine in this process, asked without HTTP.
 
 Calls the engine at step 3 of a request's life, as `vllm bench throughput` and `vllm bench latency` do, under their
-names: a set of requests that are all there at once, and one batch again and again.
+names: a set of requests that are all there at once, and one batch again and again. `bench speculation` answers each
+prompt with guessed tokens and without, in turns.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
+import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +24,7 @@ from candle_vllm.core.engine.request import GenerationOutput
 from candle_vllm.server.bench.datasets import Shape, make_samples
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import load_engine
+from candle_vllm.server.settings.options import UsageError
 
 PERCENTILES = (10, 25, 50, 75, 90, 99)
 
@@ -123,6 +127,122 @@ def bench_latency(
         sys.stdout.write(f"{each}% percentile latency: {seconds} seconds\n")
     _save(output_json, {"avg_latency": average, "latencies": latencies, "percentiles": percentiles})
     return 0
+
+
+def bench_speculation(
+    settings: Settings,
+    dataset_name: str = "custom",
+    dataset_path: Path | None = None,
+    num_prompts: int = 10,
+    output_len: int | None = None,
+    seed: int = 0,
+    pairs: int = 5,
+    skip_chat_template: bool = False,
+    output_json: Path | None = None,
+) -> int:
+    """Answers each prompt alone, with guessed tokens and without, in turns, and prints what guessing gains.
+
+    Returns:
+        1 where answers differ, else 0.
+    """
+    drafts = settings.speculative_config or {"method": "suffix"}
+    if drafts.get("method") == "none":
+        raise UsageError('--speculative-config {"method": "none"} guesses nothing: there is nothing to measure')
+    with load_engine(settings, speculative_config=drafts) as engine:
+        words = EngineWords(engine)
+        shape = Shape(output_len=output_len)
+        samples = make_samples(dataset_name, dataset_path, num_prompts, shape, lambda: words, seed)
+        asked = [
+            (_in_template(engine, sample.prompt, raw=skip_chat_template), sample.output_len or 256)
+            for sample in dict.fromkeys(samples)
+        ]
+        result = _paired(engine, asked, pairs)
+    sys.stdout.write(
+        f"Prompts: {len(asked)}, pairs: {pairs}, tokens behind the first: {result['output_tokens']}\n"
+        f"Plain: {result['plain_tokens_per_second']:.2f} tokens/s\n"
+        f"With guesses: {result['tokens_per_second']:.2f} tokens/s\n"
+        f"Ratio, median of the pairs: {result['ratio']:.3f}\n"
+        f"Tried: {result['draft_tokens']}, right: {result['accepted_draft_tokens']} "
+        f"({result['acceptance_rate']:.1%}); tokens a step: {result['tokens_per_step']:.2f}\n"
+        f"Bound by the times of steps: {result['bound']:.3f}\n"
+        f"Answers that differ: {result['different_answers']}\n"
+    )
+    _save(output_json, result)
+    return 1 if result["different_answers"] else 0
+
+
+def _in_template(engine: InferenceEngine, prompt: str, *, raw: bool) -> str:
+    if raw or not engine.model_info.has_chat_template:
+        return prompt
+    return engine.apply_chat_template([{"role": "user", "content": prompt}])
+
+
+@dataclasses.dataclass
+class _Total:
+    """Of answers: tokens behind the first, and seconds that they took; guesses that were tried, and those right."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    tried: int = 0
+    right: int = 0
+
+    def add(self, output: GenerationOutput) -> tuple[int, ...]:
+        """Takes one; gives its tokens."""
+        times = output.metrics
+        assert times is not None
+        if times.first_token_time is not None and times.finished_time is not None:
+            self.tokens += len(output.token_ids) - 1
+            self.seconds += times.finished_time - times.first_token_time
+        self.tried += times.draft_tokens
+        self.right += times.accepted_draft_tokens
+        return output.token_ids
+
+
+def _paired(engine: InferenceEngine, asked: Sequence[tuple[str, int]], pairs: int) -> dict[str, Any]:
+    """Each prompt in turns, the guessing answer first in every other one; one round before is not counted."""
+    whole = _Total(), _Total()
+    ratios, different = list[float](), 0
+    for pair in range(pairs + 1):
+        round_of = _Total(), _Total()
+        for place, (prompt, length) in enumerate(asked):
+            found: dict[int, tuple[int, ...]] = {}
+            for guesses in (0, 1) if (pair + place) % 2 else (1, 0):
+                # The salt keeps the answer of one turn from being guessed in the next.
+                params = SamplingParams(temperature=0.0, max_tokens=length, cache_salt="bench")
+                params.num_speculative_tokens *= guesses
+                (output,) = engine.generate([prompt], params, add_special_tokens=False, use_tqdm=False)
+                found[guesses] = round_of[guesses].add(output)
+                if pair:
+                    whole[guesses].add(output)
+            different += found[0] != found[1]
+        if min(each.tokens for each in round_of) <= 0:
+            raise CandleVllmError("the answers have one token each: nothing to compare")
+        if pair:
+            rates = [each.tokens / max(each.seconds, 1e-9) for each in round_of]
+            ratios.append(rates[1] / rates[0])
+    plain, guessed = whole
+    steps = guessed.tokens - guessed.right
+    return {
+        "num_prompts": len(asked),
+        "pairs": pairs,
+        "output_tokens": guessed.tokens,
+        "plain_tokens_per_second": plain.tokens / max(plain.seconds, 1e-9),
+        "tokens_per_second": guessed.tokens / max(guessed.seconds, 1e-9),
+        "ratio": statistics.median(ratios),
+        "draft_tokens": guessed.tried,
+        "accepted_draft_tokens": guessed.right,
+        "acceptance_rate": guessed.right / max(1, guessed.tried),
+        "tokens_per_step": guessed.tokens / steps,
+        "bound": bound_of(guessed.tokens / steps, 1 + guessed.tried / steps, engine.stats().step_seconds),
+        "different_answers": different,
+        "step_seconds": engine.stats().step_seconds,
+    }
+
+
+def bound_of(tokens: float, rows: float, seconds: Sequence[float]) -> float:
+    """How much faster answers could be at best: so many tokens a step, of steps that have so many rows and take no
+    longer than such a step does, against one token a step of one row."""
+    return tokens * seconds[0] / float(np.interp(rows, range(1, len(seconds) + 1), seconds))
 
 
 def _params(output_len: int, n: int) -> SamplingParams:

@@ -190,6 +190,14 @@ COMMAND_OPTIONS: Mapping[str, tuple[Option, ...]] = {
         _SEED,
         _OUTPUT_JSON,
     ),
+    "bench speculation": (
+        *_DATA[:3],
+        _LENGTHS[1],
+        _SEED,
+        _own("pairs", Integer(1, 1000), "answers of each prompt with guesses and without (5)", "N"),
+        _switch("skip_chat_template", "prompts are continued as they are"),
+        _OUTPUT_JSON,
+    ),
     "run-batch": (
         Option(
             "input_file", "command", ("-i", "--input-file"), FilePath(), "the requests, a line of JSON each", "FILE"

@@ -54,7 +54,7 @@ _WITH_TEXT = (
 )  # bench has no text, and always takes the likeliest token
 _LOADING = tuple(command for command in COMMANDS if command != "quantize")
 # those with requests that begin alike
-_REUSING = ("serve", "chat", "run", "agent", "run-batch", "bench throughput", "config")
+_REUSING = ("serve", "chat", "run", "agent", "run-batch", "bench throughput", "bench speculation", "config")
 _CALLING = ("serve", "agent", "run-batch", "config")  # those whose requests have tools
 _LEVELS = Choice(("debug", "info", "warning", "error"), {"warn": "warning"})
 _CACHE_ALIASES = {  # candle-vllm's bf16 means auto, too
