@@ -10,6 +10,7 @@ import pytest
 from openai.types.chat import ChatCompletion
 
 from candle_vllm.core import InferenceEngine
+from candle_vllm.core.engine.drafting import StepTimes
 from candle_vllm.core.errors import RequestError
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
@@ -86,13 +87,18 @@ async def test_usage_tells_what_of_a_prediction_stands_in_the_answer(guessing: I
     assert accepted + rejected == 80  # of every choice
 
 
+class SameTimes(StepTimes):
+    """A step takes as long as any other, so that guesses are tried wherever there are any."""
+
+    def __call__(self, rows: int) -> float:
+        return 1.0
+
+
 @pytest.fixture
 def tries_all(guessing: InferenceEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step takes as long as any other, so that guesses are tried wherever there are any."""
     assert guessing._engine is not None
     assert guessing._engine._drafter is not None
-    monkeypatch.setattr(guessing._engine._drafter, "times", lambda rows: 1.0)
-    guessing._engine._drafter.times.note = lambda rows, seconds: None  # type: ignore[attr-defined]
+    monkeypatch.setattr(guessing._engine._drafter, "times", SameTimes(1))
 
 
 @pytest.mark.usefixtures("tries_all")
