@@ -15,8 +15,14 @@ from mcp_fakes import Seen, call_text, stdio_config, turns
 from server_fakes import PacedEngine
 from waiting import wait_for
 
+from candle_vllm.openai.chat_answers import Told
+from candle_vllm.openai.protocol.usage import CompletionTokensDetails
+from candle_vllm.responses.conversation.events import TurnFinished
+from candle_vllm.responses.conversation.options import ConversationUsage
+from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mailbox.service import Mailbox
+from candle_vllm.server.mcp.execution_state import ExecutionState
 
 Start = Callable[..., Any]
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Twice 21?"}]}
@@ -353,3 +359,15 @@ def test_many_at_the_same_time(start_mcp: Start, web: Any, seen: Seen) -> None:
 
     assert asyncio.run(all_of_them()) == [f"Done {number}." for number in range(24)]
     assert sorted(seen.texts) == sorted(map(str, range(24)))
+
+
+def test_what_was_guessed_and_predicted_is_added_up_over_the_turns() -> None:
+    state = ExecutionState(ToolRegistry(), reasons=False, told=Told(predicted=True, guesses=True))
+    counts = {"draft_tokens": 5, "accepted_draft_tokens": 2, "predicted_tokens": 9, "accepted_predicted_tokens": 4}
+    usage = ConversationUsage(prompt_tokens=3, completion_tokens=8, **counts)
+    for number in (1, 2):
+        state.add(TurnFinished(number=number, message={}, finish_reason="stop", usage=usage))
+    details = state.usage.completion_tokens_details
+    assert details == CompletionTokensDetails(
+        0, accepted_prediction_tokens=8, rejected_prediction_tokens=10, draft_tokens=10, accepted_draft_tokens=4
+    )

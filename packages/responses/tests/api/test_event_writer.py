@@ -22,7 +22,14 @@ from candle_vllm.responses.protocol.events import ErrorDetail
 from candle_vllm.responses.protocol.request import parse_responses_request
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolOutput, ToolResult
 
-USAGE = ConversationUsage(prompt_tokens=10, completion_tokens=5, cached_tokens=4, reasoning_tokens=2)
+USAGE = ConversationUsage(
+    prompt_tokens=10,
+    completion_tokens=5,
+    cached_tokens=4,
+    reasoning_tokens=2,
+    draft_tokens=7,
+    accepted_draft_tokens=3,
+)
 PLAN = ToolPlan(
     by_name={
         "f": PlannedTool("function", "f", "tools.0"),
@@ -79,7 +86,8 @@ def thoughts(*pieces: str) -> list[said.Event]:
 def writer(plan: ToolPlan = PLAN, **request: Any) -> EventWriter:
     wire = parse_responses_request({"input": "Hi", **request})
     response = begin_response(wire, model="m", stored=False, defaults={})
-    return EventWriter(response, plan, encoded=wire.wants_encrypted, clock=lambda: 1e9)
+    told = bool(wire.return_draft_counts)
+    return EventWriter(response, plan, encoded=wire.wants_encrypted, tells_guesses=told, clock=lambda: 1e9)
 
 
 def written(*events: said.Event, **request: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -111,6 +119,12 @@ def test_a_text() -> None:
         "output_tokens_details": {"reasoning_tokens": 2}, "total_tokens": 15,
     }  # fmt: skip
     assert response["completed_at"] == 10**9
+
+
+def test_counts_of_guesses_are_told_where_they_are_asked_for() -> None:
+    _, response = written(*turn(*text("Good day")), end(), return_draft_counts=True)
+    details = {"reasoning_tokens": 2, "draft_tokens": 7, "accepted_draft_tokens": 3}
+    assert response["usage"]["output_tokens_details"] == details
 
 
 def test_thoughts_text_and_calls_follow_each_other() -> None:
