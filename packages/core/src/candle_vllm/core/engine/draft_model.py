@@ -149,7 +149,7 @@ class DraftModel:
         self._size = size
         self._batches = BatchBuilder(size, runner.step_memory)
         self._owns: dict[LiveSequence, _Own] = {}
-        self._reserved: list[tuple[LiveSequence, _Own]] = []
+        self._reserved: list[LiveSequence] = []
         self._full: dict[int, bytes] = {}  # blocks of which every row is right, and what they hold
         # Of guesses by arg max and of random ones, by bucket: right ones, of tries.
         self._hits = [[_PRIOR * likely for likely in _LIKELY] for _ in range(2)]
@@ -182,9 +182,8 @@ class DraftModel:
 
     def settle(self) -> None:
         """What is tried in the next step is known: blocks that only other guesses needed are free again."""
-        for live, own in self._reserved:
+        for live in self._reserved:
             self._scheduler.give_back(live.sequence)
-            own.rows = min(own.rows, self._size * len(live.sequence.block_table))
         self._reserved = []
 
     def forget(self, live: LiveSequence) -> None:
@@ -232,7 +231,7 @@ class DraftModel:
                     continue
             if self._scheduler.reserve(sequence, length) == length:
                 most = self._scheduler.reserve(sequence, length + most - 1) - length + 1
-                self._reserved.append((live, own))
+                self._reserved.append(live)
                 asked.append(_Asked(live, own, most, (1 + saved) / (1 + cost)))
         return asked
 
@@ -275,7 +274,7 @@ class DraftModel:
                 break
             right += 1
         if own.guesses:
-            own.done = min(own.base + right, own.rows, len(tokens) - 1)
+            own.done = min(own.base + right, own.rows, len(tokens) - 1)  # of the last row the block may have gone
             own.guesses, own.buckets = [], []
         if own.table is not sequence.block_table:  # it began to run, for the first time or again
             own.table, own.done, own.full = sequence.block_table, 0, 0
