@@ -105,9 +105,11 @@ TASKS: dict[str, tuple[list[list[dict[str, str]]], dict[str, Any]]] = {
              {"max_tokens": 320}),
     "facts": ([[_user(f"{FACTS}\n\nGive all facts of this text as JSON.")]],
               {"max_tokens": 320, "structured_outputs": StructuredOutputsParams(json=FORM)}),
-    "agent": ([[_user("Which tickets are open?"), {"role": "assistant", "content": "I will look that up."},
-                _user(f"The tool says:\n{TOOL}\n\nRepeat each ticket in its own line: number, title, who has it.")]],
-              {"max_tokens": 240}),
+    "agent": ([[_user("Please run the command `list_tickets --open` and show me all of what it says."),
+                {"role": "assistant", "content": f"I have run it. It says:\n```\n{TOOL}\n```"},
+                _user("Show me its output once more, and then tell me for each ticket what it is about and who has "
+                      "it.")]],
+              {"max_tokens": 280}),
     "chat": ([[_user("Tell me how a lighthouse keeper spent a day two hundred years ago.")]],
              {"max_tokens": 240, "temperature": 0.7, "seed": 1}),
     "describe": ([[_user("Write a Python class Inventory that keeps items with name, price and count, can add, remove "
@@ -199,13 +201,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     settings: dict[str, Any] = {"threads": options.threads, "enable_prefix_caching": False}
+    off = {"method": "none"}
     guessing: dict[str, Any] = {"method": options.method}
     if options.draft:
         guessing = {"model": options.draft, "num_speculative_tokens": 8}
     if options.method == "suffix" or options.draft:
         guessing["suffix_decoding_max_cached_requests"] = 0  # else the pair before would say it all
     with (
-        InferenceEngine(options.model, **settings) as plain,
+        InferenceEngine(options.model, **settings, speculative_config=off) as plain,
         InferenceEngine(options.model, **settings, speculative_config=guessing) as drafting,
     ):
         steps = step_times(drafting, 16)

@@ -77,7 +77,10 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
     if config.max_num_batched_tokens == 0 and placement.device.type == "cpu":  # where the cache may cut the context
         longest = _plan_on_cpu(config, loaded, config.max_num_seqs or defaults.sequences, defaults.share).max_model_len
     sequences, budget = step_size(config, placement.device, longest)
-    drafts = draft_settings(config.speculative_config)
+    if config.speculative_config is None and placement.recorded and budget > sequences:
+        drafts = SpeculativeConfig()  # no answer is another by it, so that it need not be asked for
+    else:
+        drafts = draft_settings(config.speculative_config)
     rows = 0 if drafts is None else _draft_rows(drafts, sequences, budget)
     if placement.device.type == "cuda":
         if drafts is not None:

@@ -280,6 +280,16 @@ class Drafter:
         Returns:
             Whether there are any.
         """
+        found = self._propose(lives)
+        for live in lives:
+            grammar = live.state.grammar
+            if grammar is not None:
+                grammar.waits = True  # from now on: what must come is asked before its mask is made
+                if not live.sequence.drafts:  # else the masks behind them are made with it
+                    grammar.begin()
+        return found
+
+    def _propose(self, lives: Sequence[LiveSequence]) -> bool:
         rows, times = len(lives), self.times
         plain = times(rows) / _GAIN
         if not plain:

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 
+_FEW = 64  # tokens that may come: the beginnings of what must, and some that go on behind it
+
 
 class Grammar(Protocol):
     """The grammar of one text, at the place that the text has reached. One thread at a time may use it."""
@@ -97,6 +99,7 @@ class GrammarState:
 
     Attributes:
         exhausted: nothing but the end may follow.
+        waits: a mask is begun when `begin` says so, and not behind each token: the grammar is asked other things before.
 
     Raises:
         InvalidParameterError: see `GrammarBackend.compile`.
@@ -112,6 +115,7 @@ class GrammarState:
     ) -> None:
         self._failure: InvalidParameterError | None = None
         self.exhausted = False  # a grammar of nothing but the empty text is refused
+        self.waits = False
         self._backend = backend
         self._spec = spec
         self._vocab_size = vocab_size
@@ -119,6 +123,7 @@ class GrammarState:
         self._grammar = backend.compile(spec) if grammar is None else grammar
         self._bits = np.zeros(-(-vocab_size // 32), np.int32)
         self._ahead: list[tuple[int, NDArray[np.int32]]] = []  # tokens that may come, and the mask behind each
+        self._is_due = False  # a mask is to be begun
         self._filling: Future[None] = backend.workers.submit(self._fill)
 
     def sibling(self) -> GrammarState:
@@ -128,7 +133,7 @@ class GrammarState:
 
     def bits(self) -> NDArray[np.int32]:
         """[ceil(V / 32)] the mask of the next token, valid until the next `accept`; no bit is set after a failure."""
-        self._filling.result()
+        self._finish()
         return self._bits
 
     def accept(self, token_id: int) -> None:
@@ -146,13 +151,22 @@ class GrammarState:
             return
         self._ahead = []
         self.exhausted = self._grammar.exhausted
-        if not self.exhausted:
+        self._is_due = not self.exhausted
+        if not self.waits:
+            self.begin()
+
+    def begin(self) -> None:
+        """Begins the mask of the next token, if that is not begun."""
+        if self._is_due:
+            self._is_due = False
             self._filling = self._backend.workers.submit(self._fill)
 
     def look_ahead(self, token_ids: Sequence[int]) -> None:
-        """Begins the masks behind tokens that may come; see `masks_ahead`. `accept` makes none of these again."""
+        """Begins that mask, and those behind tokens that may come; see `masks_ahead`. `accept` makes none of these
+        again."""
         self._filling.result()
-        self._filling = self._backend.workers.submit(self._walk, token_ids)
+        self._filling = self._backend.workers.submit(self._walk, token_ids, self._is_due)
+        self._is_due = False
 
     def masks_ahead(self) -> list[NDArray[np.int32]]:
         """Masks as of `bits`: behind the first token that `look_ahead` was told, behind the second, ...; as far as the
@@ -163,7 +177,7 @@ class GrammarState:
     @property
     def failure(self) -> InvalidParameterError | None:
         """Why there are no more masks, or None."""
-        self._filling.result()
+        self._finish()
         return self._failure
 
     def legal(self, token_ids: Sequence[int]) -> int:
@@ -172,16 +186,20 @@ class GrammarState:
         return 0 if self.exhausted else self._grammar.legal(token_ids)
 
     def forced(self) -> list[int]:
-        """See `Grammar.ff_tokens`."""
+        """See `Grammar.ff_tokens`. Waits for no mask that is not begun."""
         self._filling.result()
-        return [] if self.exhausted or self._failure is not None else self._grammar.ff_tokens()
+        if self.exhausted or self._failure is not None:
+            return []
+        many = not self._is_due and int.from_bytes(self._bits.tobytes()).bit_count() > _FEW  # none must come then
+        return [] if many else self._grammar.ff_tokens()
 
     def rollback(self, count: int) -> None:
         """Goes back by the last `count` tokens, and begins the mask that there was."""
         self._filling.result()
         self._grammar.rollback(count)
-        self.exhausted, self._failure, self._ahead = False, None, []
-        self._filling = self._backend.workers.submit(self._fill)
+        self.exhausted, self._failure, self._ahead, self._is_due = False, None, [], True
+        if not self.waits:
+            self.begin()
 
     def _refusal(self, token_id: int) -> Exception:
         """Why a token was not taken: it was allowed and met a limit of the grammar, or it should never have come."""
@@ -198,11 +216,20 @@ class GrammarState:
             self._failure = error
             self._bits[:] = 0
 
-    def _walk(self, token_ids: Sequence[int]) -> None:
+    def _finish(self) -> None:
+        """What is to be made is made."""
+        self._filling.result()
+        if self._is_due:
+            self._is_due = False
+            self._fill()
+
+    def _walk(self, token_ids: Sequence[int], also_here: bool) -> None:
         grammar, went = self._grammar, 0
         self._ahead = []
+        if also_here:
+            self._fill()
         try:
-            for token in token_ids[: 0 if self.exhausted else grammar.legal(token_ids)]:
+            for token in token_ids[: 0 if self.exhausted or self._failure is not None else grammar.legal(token_ids)]:
                 if not grammar.accept(token):
                     break
                 went += 1
