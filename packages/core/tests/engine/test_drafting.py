@@ -208,7 +208,7 @@ def loaded(folder: Path, **settings: Any) -> InferenceEngine:
 
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Iterator[InferenceEngine]:
-    with loaded(folder) as engine:
+    with loaded(folder, speculative_config={"method": "none"}) as engine:
         yield engine
 
 

@@ -178,6 +178,7 @@ def test_no_answer_shows_how_a_step_was_run(model: Path) -> None:
     """
     rng, ended, specials = random.Random(1), Counter[str](), 0
     scarce: dict[str, Any] = {"kv_cache_memory": BLOCK_BYTES * 14, "max_model_len": 160, "max_num_seqs": 9}
+    scarce["speculative_config"] = {"method": "none"}  # whose steps are others
     with make(model, max_num_seqs=1) as single, make(model, **scarce) as front:
         alone, together = single._engine, front._engine
         assert isinstance(alone, Engine)

@@ -258,7 +258,8 @@ class EngineConfig(ExplainedSettings):
     speculative_config: Annotated[Mapping[str, Any] | None, JsonObject(),
                                   "guess several tokens at a time and check them in one step, on the CPU: "
                                   'vLLM\'s JSON, as {"method": "suffix"}; answers stay the same',
-                                  "See `SpeculativeConfig` and docs/speculation.md. None guesses nothing."] = None
+                                  "See `SpeculativeConfig` and docs/speculation.md. None guesses by the method suffix "
+                                  "where the compiled kernels of the CPU run, and elsewhere nothing."] = None
     max_queued_requests: Annotated[int, Integer(1, 1 << 20),
                                    "most unfinished sequences before new requests are refused"] = 1024
     threads: Annotated[int | None, Integer(1, 1024), "CPU threads; without it, one per allowed physical core",

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _CANDIDATES = 12  # places that are looked at
 _SEPARATOR = -1  # between answers of the past; no token
-_PAST_TOKENS = 1 << 18  # of each of two generations of past answers
+_PAST_TOKENS = 1 << 16  # of each of two generations of past answers
 _SURE = 0.98  # most that is believed of any guess
 _OPENING = 12  # tokens of a match that are as good as the place where a predicted text begins
 _GAIN = 1.02  # how much more a step with drafts must seem to make than a plain one

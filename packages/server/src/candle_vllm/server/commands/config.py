@@ -127,7 +127,7 @@ _UNSET = {  # what it means that nobody gave it, where that is not the engine's 
     "isq": "off",
     "yarn_scaling_factor": "off",
     "gpu_memory_utilization": "kv_fraction counts",
-    "speculative_config": "off",
+    "speculative_config": "suffix on the CPU",
     "seed": "another one for each request",
     "max_loaded_models": "as many as fit",
     "idle_unload_secs": "never",
