@@ -99,7 +99,7 @@ class GrammarState:
 
     Attributes:
         exhausted: nothing but the end may follow.
-        waits: a mask is begun when `begin` says so, and not behind each token: the grammar is asked other things before.
+        waits: a mask is begun when `begin` says so, and not behind each token: other things are asked before.
 
     Raises:
         InvalidParameterError: see `GrammarBackend.compile`.
