@@ -70,6 +70,7 @@ def test_a_model_is_fetched_used_and_removed(hub: FakeHub, tmp_path: Path, open_
         page.get_by_role("menuitem", name="Remove").click()
         button(page, "Remove").click()
         fetched.wait_for(state="detached")
+        page.locator("#main:focus").wait_for()
         assert page.get_by_text("other models than before").count() == 0
     assert list((tmp_path / "hub").rglob("*.safetensors")) == []
 

@@ -27,7 +27,7 @@ from candle_vllm.server.models.downloads import (
     tag_of,
 )
 from candle_vllm.server.models.library import describe, file_bytes
-from candle_vllm.server.models.pulls import discard, fetch
+from candle_vllm.server.models.pulls import Pull, PullState, discard, fetch
 from candle_vllm.server.serve import with_fetched
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.command_line import parse
@@ -179,6 +179,15 @@ def test_a_download_that_was_stopped_goes_on_later(
     assert len(list(Path(settings.download_dir or "").rglob("*.incomplete"))) == 1
     discard(settings, plan)
     assert list(Path(settings.download_dir or "").rglob("*.incomplete")) == []
+
+
+def test_what_is_told_late_does_not_bring_a_pull_back(hub: FakeHub, settings: Settings) -> None:
+    for state in (PullState.FAILED, PullState.STOPPED):
+        pull = Pull(plan_pull(settings, REPO), REPO, room_of(settings, 0))
+        pull.tell(Progress("downloading", 1, 2))
+        pull.state = state
+        pull.tell(Progress("downloading", 2, 2))
+        assert (pull.state, pull.progress) == (state, Progress("downloading", 1, 2))
 
 
 def test_a_file_that_is_not_what_the_hub_has_is_removed(hub: FakeHub, settings: Settings) -> None:

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { readChunk, readModel, readResult, readServer, readTool } from "../src/api/readers.ts";
+import { readChunk, readInventory, readModel, readResult, readServer, readShown, readTool } from "../src/api/readers.ts";
 import { StepWriter } from "../src/chat/accumulate.ts";
 import { emptyStep } from "../src/chat/types.ts";
 
@@ -20,6 +20,24 @@ test("what is right comes through", () => {
   assert.deepEqual(readTool(tool), [tool]);
   const server = { name: "s", transport: "stdio", state: "ready", error: null, protocol_version: "1", reconnects: 2, log: ["a"] };
   assert.deepEqual(readServer({ ...server, tools_count: 1, log: ["a", 5] }), [server]);
+});
+
+test("an inventory is read field by field", () => {
+  for (const one of RUBBISH) assert.deepEqual([readInventory(one), readShown(one)], [undefined, {}]);
+  const model = { id: "m", size: 5, needed: null, fits: "now", removable: true };
+  const known = { name: "k", model: "o/k", needed: 7, fits: "never", served: null };
+  const pull = { model: "p", state: "failed", done: 1, total: 2, needed: 3, fits: "alone", failure: "damaged", error: "why" };
+  const right = { changes: true, memory_free: 9, disk_free: 8, models: [model], known: [known], pulls: [pull] };
+  assert.deepEqual(readInventory(right), { changes: true, memoryFree: 9, diskFree: 8, models: [model], known: [known], pulls: [pull] });
+  const odd = { models: [null, { id: 5 }, { id: "m", size: -1, removable: "yes" }], known: 5, pulls: [{ model: "p", done: "x" }], changes: 1 };
+  assert.deepEqual(readInventory(odd), {
+    changes: false, memoryFree: 0, diskFree: 0, models: [{ id: "m", size: 0, needed: null, fits: null, removable: false }], known: [],
+    pulls: [{ model: "p", state: "", done: 0, total: 0, needed: 0, fits: null, failure: "", error: "" }],
+  });
+  assert.deepEqual(
+    readShown({ details: { quantization_level: "Q4_K" }, model_info: { "general.architecture": "llama", "general.parameter_count": 3, "llama.context_length": "x" } }),
+    { architecture: "llama", quantization: "Q4_K", num_parameters: 3 },
+  );
 });
 
 test("a call stands at an index of the list, and at nothing else", () => {

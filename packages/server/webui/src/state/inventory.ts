@@ -88,15 +88,24 @@ async function describeNext(): Promise<void> {
   }
 }
 
+/** Where what had the focus has gone, the page has it. */
+function refocus(): void {
+  requestAnimationFrame(() => {
+    if (document.activeElement === document.body) document.getElementById("main")?.focus();
+  });
+}
+
 /** Fetches a model by its name on Hugging Face or in the list. */
 export async function fetchModel(name: string): Promise<void> {
   await pullModel(name);
   await refreshInventory();
+  refocus();
 }
 
 export async function stopFetching(name: string, remove = false): Promise<void> {
   await stopPull(name, remove);
   await refreshInventory();
+  refocus();
 }
 
 export async function removeModel(card: ModelCard): Promise<void> {
@@ -105,4 +114,5 @@ export async function removeModel(card: ModelCard): Promise<void> {
   described.value = others;
   await forgetModel(card);
   await refreshInventory();
+  refocus();
 }

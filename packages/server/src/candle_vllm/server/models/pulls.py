@@ -250,7 +250,9 @@ class Pull:
             raise PullError(f"{self.plan.name} was not fetched to its end: it was stopped", "stopped")
 
     def tell(self, progress: Progress | None) -> None:
-        """Something has arrived; None is the end."""
+        """Something has arrived; None is the end. Bars of the hub's that are collected late say something once more."""
+        if progress is not None and self.state in ENDED:
+            return
         if progress is not None:
             self.progress = progress
             if self.state is not PullState.STOPPING:
