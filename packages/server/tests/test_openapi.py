@@ -325,3 +325,11 @@ def test_a_request_and_an_answer_of_one_name_are_noticed() -> None:
     kind = type("ChatCompletionRequest", (ChatCompletion,), {}, frozen=True)
     with pytest.raises(AssertionError, match="is a request and an answer"):
         Naming().components([ChatCompletionRequest], [kind])
+
+
+def test_a_conversation_may_be_one_text() -> None:
+    schema = ChatCompletionRequest.model_json_schema()["properties"]["messages"]
+    text, listed = schema["anyOf"]
+    assert text == {"type": "string", "minLength": 1}
+    assert listed["type"] == "array"
+    assert listed["minItems"] == 1

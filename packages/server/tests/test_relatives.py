@@ -176,6 +176,39 @@ def test_an_editor_fills_a_gap(start: Callable[..., Any]) -> None:
         assert client.post("/infill", json={**EDITOR, "n_predict": 0}).json()["content"] == ""
 
 
+def test_a_gap_in_mistrals_words(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine(["    return ", "a + b"], special_tokens=MARKS))
+    body: dict[str, Any] = {
+        "model": "default", "prompt": "def add(a, b):\n", "suffix": "\nprint(1)", "random_seed": 7, "min_tokens": 1,
+        "metadata": {"a": "b"},
+    }  # fmt: skip
+    with running.http() as client:
+        answer = client.post("/v1/fim/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        whole = answer.json()
+        (choice,) = whole["choices"]
+        assert (whole["object"], choice["finish_reason"]) == ("chat.completion", "stop")
+        assert (choice["message"]["role"], choice["message"]["content"]) == ("assistant", "    return a + b")
+        asked = running.engine.requests[-1]
+        assert (asked.params.seed, asked.params.min_tokens) == (7, 1)
+        read = running.engine.tokenizer.decode(asked.prompt_token_ids, skip_special_tokens=False)
+        assert read.startswith("<|bos|><|fim_prefix|>def add(a, b):\n<|fim_suffix|>\nprint(1)")
+        *chunks, done = [
+            line.removeprefix("data: ")
+            for line in client.post("/v1/fim/completions", json={**body, "stream": True}).text.splitlines()
+            if line
+        ]
+        assert done == "[DONE]"
+        told = [json.loads(chunk) for chunk in chunks]
+        assert "".join(one["choices"][0]["delta"].get("content", "") for one in told) == "    return a + b"
+        assert told[0]["choices"][0]["delta"]["role"] == "assistant"
+        assert [one["choices"][0]["finish_reason"] for one in told] == [None, None, None, "stop"]
+        assert told[-1]["usage"] == whole["usage"]
+        assert "usage" not in told[0]
+        short = client.post("/v1/fim/completions", json={"prompt": "x", "max_tokens": 3}).json()
+        assert (short["choices"][0]["finish_reason"], short["usage"]["completion_tokens"]) == ("length", 3)
+
+
 def test_a_completion_in_llama_cpps_words(start: Callable[..., Any]) -> None:
     running = start(PacedEngine(["one ", "two ", "three"]), temperature=0.25)
     with running.http() as client:

@@ -181,6 +181,24 @@ INFILL_ROWS = [
     Row("input_extra", [{"filename": "a"}], "input_extra.0.text"),
     Row("prompt", "x", code="unsupported_parameter"),
 ]
+FIM_ROWS = [
+    *MODEL,
+    Row("prompt", GONE),
+    Row("prompt", ["a"]),
+    Row("suffix", 1),
+    Row("temperature", -1),
+    Row("top_p", 0),
+    Row("max_tokens", 0),
+    Row("min_tokens", -1),
+    Row("min_tokens", 8),
+    Row("stream", "yes"),
+    Row("stop", [1], "stop.0"),
+    Row("random_seed", -1),
+    Row("seed", 1, code="unsupported_parameter"),
+    Row("n", 2, code="unsupported_parameter"),
+    Row("metadata", "a"),
+    Row("sufix", "a"),
+]
 POOLING_ROWS = [
     *MODEL,
     Row("input", []),
@@ -214,6 +232,7 @@ ROUTES = [
     Route("/detokenize", {"tokens": [1]}, DETOKENIZE_ROWS),
     Route("/completion", {"prompt": "a", "n_predict": 4}, COMPLETION_ROWS),
     Route("/infill", {"input_prefix": "a", "input_suffix": "", "n_predict": 4}, INFILL_ROWS),
+    Route("/v1/fim/completions", {"prompt": "a", "suffix": "", "max_tokens": 4}, FIM_ROWS),
     Route("/apply-template", {"messages": MESSAGES}, TEMPLATE_ROWS),
     Route("/classify", {"model": "default", "input": "a"}, CLASSIFY_ROWS),
     Route("/pooling", {"model": "default", "input": "a", "pooling": "mean", "task": "embed"}, POOLING_ROWS),

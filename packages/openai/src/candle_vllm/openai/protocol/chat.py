@@ -6,7 +6,16 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    GetJsonSchemaHandler,
+    Tag,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import CoreSchema
 
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, WireModel, invalid, unsupported
 from candle_vllm.openai.protocol.generation import GenerationFields, Logprobs, MaxTokens
@@ -28,6 +37,13 @@ from candle_vllm.openai.task import ToolUse
 def _conversation(value: Any) -> Any:
     """candle-vllm takes a text for a conversation of one message of the user."""
     return [{"role": "user", "content": value}] if isinstance(value, str) and value else value
+
+
+class _OrText:
+    """Says in the schema what `_conversation` takes."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string", "minLength": 1}, handler(schema)]}
 
 
 def _text_modality(value: Any) -> Any:
@@ -72,7 +88,7 @@ class ChatCompletionRequest(TemplateFields, GenerationFields):
     `conversation_id` and `resource_id` are labels of the client: the answer repeats them, a stream in its first chunk.
     """
 
-    messages: Annotated[_Messages, BeforeValidator(_conversation)]
+    messages: Annotated[_Messages, BeforeValidator(_conversation), _OrText()]
     conversation_id: Label | None = None
     resource_id: Label | None = None
     max_tokens: MaxTokens | None = None

@@ -32,6 +32,7 @@ from candle_vllm.openai.anthropic import (
     MessagesRequest,
     TokenCount,
 )
+from candle_vllm.openai.fim import FimRequest
 from candle_vllm.openai.llama_server import InfillRequest, LlamaCompletionRequest, LlamaText
 from candle_vllm.openai.protocol.embeddings import ClassifiedList, ClassifyRequest, PooledList, PoolingRequest
 from candle_vllm.openai.protocol.tokenizing import (
@@ -525,6 +526,16 @@ OPERATIONS: Mapping[Key, Operation] = {
         example={"prompt": "Once upon a time", "n_predict": 32},
         answers={200: (LlamaText,)},
         events=(LlamaText, ErrorEnvelope),
+        errors=(*BODY_ERRORS, *QUEUE_ERRORS),
+    ),
+    ("POST", "/v1/fim/completions"): Operation(
+        id="create_fim_completion",
+        tag="generation",
+        summary="Fill a gap in a text, in Mistral's words",
+        body=(FimRequest,),
+        example={"prompt": "def add(a, b):\n    ", "suffix": "", "max_tokens": 32},
+        answers={200: (ChatCompletion,)},
+        events=(ChatCompletionChunk, ErrorEnvelope),
         errors=(*BODY_ERRORS, *QUEUE_ERRORS),
     ),
     ("POST", "/infill"): Operation(

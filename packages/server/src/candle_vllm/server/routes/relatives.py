@@ -1,4 +1,5 @@
-"""What clients of vLLM and of llama.cpp's server ask besides OpenAI's API: what is served, and how busy it is.
+"""What clients of vLLM, of llama.cpp's server and of Mistral's API ask besides OpenAI's API: what is served, how busy
+it is, and texts in their words.
 
 Outside the ten steps, but for those with a body, `/completion` and `/infill` first. Where several models are served,
 `?model=` or the body's `model` says which is meant.
@@ -18,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
 from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.embedding import parse_classify_request, parse_pooling_request
+from candle_vllm.openai.fim import FimRequest, fim_answer, fim_stream
 from candle_vllm.openai.llama_server import (
     InfillRequest,
     LlamaCompletionRequest,
@@ -256,6 +258,22 @@ def _api(kind: type[LlamaRequest]) -> GenerationApi:
         done=b"",
         defaults=lambda wire, settings: wire,  # they are given above  # noqa: ARG005
     )
+
+
+FIM = GenerationApi(
+    parse=lambda body: parse_body(FimRequest, body),
+    whole=lambda model, wire: fim_answer(model.adapter, wire, model.entry.settings.default_sampling),
+    streamed=lambda model, wire: fim_stream(model.adapter, wire, model.entry.settings.default_sampling),
+    event=lambda chunk: data_event(to_json_bytes(chunk)),
+    error_event=error_event,
+    defaults=lambda wire, settings: wire,  # they are given above  # noqa: ARG005
+)
+
+
+@router.post("/v1/fim/completions")
+async def fim_completions(request: Request) -> Response:
+    """A gap in a text filled, in Mistral's words."""
+    return await answer(request, FIM)
 
 
 COMPLETION, INFILL = _api(LlamaCompletionRequest), _api(InfillRequest)

@@ -316,8 +316,10 @@ ROWS: tuple[Row, ...] = (
           "--request-timeout ends requests", values=True),
     _idle("--threads-http", "one loop serves everybody", values=True),
     _only("--api-server-count -asc --workers", "one loop serves everybody", "1"),
-    Row("--h11-max-incomplete-event-size --h11-max-header-count --middleware",
-        "requests are read within fixed limits, and by nobody's code but this server's"),
+    Row("--h11-max-incomplete-event-size --h11-max-header-count",
+        "the head of a request may have 64 KiB, which no client of an API comes near; it is a limit against abuse"),
+    Row("--middleware", "a command line names no code to run; create_app of candle_vllm.server gives a program of "
+        "yours the application, to put middleware around"),
     Row("--webui --ui", "--ui-server", {"": "--ui-server"}),
     Row("--no-webui --no-ui", "--no-ui-server", {"": "--no-ui-server"}),
     Row("--webui-config --webui-config-file", "people set up the web UI on its own page"),

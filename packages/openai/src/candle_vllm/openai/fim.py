@@ -1,0 +1,128 @@
+"""Gaps in texts in the words of Mistral's API, `/v1/fim/completions`, without HTTP (steps 2 and 10).
+
+A request is read as a task that an `OpenAIAdapter` answers; its answer has the form of a chat answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from typing import Annotated, Any, ClassVar
+
+from msgspec import UNSET, UnsetType
+from pydantic import Field
+
+from candle_vllm.core.sampling import params as caps
+from candle_vllm.openai.adapter import OpenAIAdapter
+from candle_vllm.openai.chat_answers import join_chat, wire_usage
+from candle_vllm.openai.events import Begun, Ended, Event, Head, Text, Usage
+from candle_vllm.openai.protocol import usage as wire
+from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatDelta, ChunkChoice
+from candle_vllm.openai.protocol.fields import ModelName, Refusal, WireModel
+from candle_vllm.openai.protocol.generation import MaxTokens, Stop
+from candle_vllm.openai.streams import ChunkStream
+from candle_vllm.openai.task import Paths, Task
+
+_SAME = ("temperature", "top_p", "min_tokens", "stop")
+
+
+class FimRequest(WireModel):
+    """A gap to fill, by a model that was trained to; without a suffix the prompt is continued.
+
+    Attributes:
+        prompt, suffix: what stands before and behind the gap.
+        max_tokens: None is as many as the context takes.
+        metadata: without effect: nothing is stored.
+    """
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        "seed": Refusal("it is random_seed here"),
+        "n": Refusal("several answers are those of /v1/completions", (1,)),
+    }
+
+    model: ModelName | None = None
+    prompt: str
+    suffix: str | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_tokens: MaxTokens | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=caps.MAX_TOKENS)] | None = None
+    stream: bool = False
+    stop: Stop | None = None
+    random_seed: Annotated[int, Field(ge=0, le=(1 << 64) - 1)] | None = None
+    metadata: dict[str, Any] | None = None
+
+    def task(self, defaults: Mapping[str, Any]) -> Task:
+        """What is asked for; `defaults`, by names of `SamplingParams`, are for what the request leaves open."""
+        given = {name: value for name in _SAME if (value := getattr(self, name)) is not None}
+        if self.random_seed is not None:
+            given["seed"] = self.random_seed
+        return Task(
+            prompts=(self.prompt,),
+            suffix=self.suffix or "",
+            model=self.model,
+            paths=Paths({"seed": "random_seed"}),
+            sampling={**defaults, **given, "max_tokens": self.max_tokens},
+            add_special_tokens=True,
+        )
+
+
+class FimStream(ChunkStream[ChatCompletionChunk]):
+    """The chunks of one answer. Close it (`aclose`) when the reader goes away: that aborts the request."""
+
+
+async def fim_stream(
+    adapter: OpenAIAdapter, request: FimRequest, defaults: Mapping[str, Any] | None = None
+) -> FimStream:
+    """Submits the request and gives its chunks as they come; close the stream to abort it.
+
+    Args:
+        adapter: answers it; raises what its methods raise.
+        request: a checked one.
+        defaults: by names of `SamplingParams`, for what the request leaves open; before the model's own.
+    """
+    return FimStream(await adapter.continued(request.task(defaults or {})), _Writer())
+
+
+async def fim_answer(
+    adapter: OpenAIAdapter, request: FimRequest, defaults: Mapping[str, Any] | None = None
+) -> ChatCompletion:
+    """The whole answer, which is the sum of a stream's chunks. Cancelling it aborts the request."""
+    async with aclosing(await fim_stream(adapter, request, defaults)) as stream:
+        return join_chat([chunk async for chunk in stream])
+
+
+class _Writer:
+    """The chunks of one answer; the last has its finish reason and the counts, as Mistral's has."""
+
+    def __init__(self) -> None:
+        self._head: Head | None = None
+        self._ended: Ended | None = None
+
+    def write(self, events: Sequence[Event]) -> list[ChatCompletionChunk]:
+        made: list[ChatCompletionChunk] = []
+        for event in events:
+            match event:
+                case Begun():
+                    self._head = event.head
+                    made.append(self._chunk(ChunkChoice(index=0, delta=ChatDelta(role="assistant", content=""))))
+                case Text(text=text) if text:
+                    made.append(self._chunk(ChunkChoice(index=0, delta=ChatDelta(content=text))))
+                case Ended():
+                    self._ended = event
+                case Usage(final=True):
+                    assert self._ended is not None
+                    last = ChunkChoice(
+                        index=0,
+                        delta=ChatDelta(content=""),
+                        finish_reason=self._ended.reason,
+                        stop_reason=self._ended.stop,
+                    )
+                    made.append(self._chunk(last, usage=wire_usage(event)))
+                case _:
+                    pass
+        return made
+
+    def _chunk(self, choice: ChunkChoice, usage: wire.Usage | UnsetType = UNSET) -> ChatCompletionChunk:
+        assert self._head is not None
+        return ChatCompletionChunk(**self._head._asdict(), choices=(choice,), usage=usage)
