@@ -165,22 +165,23 @@ def room_beside(settings: Settings, beside: Sequence[ServedModel]) -> dict[str, 
     Raises:
         NoRoomError: it does not fit.
     """
+    from candle_vllm.core.assembly.encoder import is_encoder
+    from candle_vllm.core.assembly.opening import model_files
     from candle_vllm.core.devices import choose_device
     from candle_vllm.core.memory import free_memory
 
     config = engine_config(settings)
     device = choose_device(config.device)
-    weights = _weight_bytes(config)
+    weights, keeps = _weight_bytes(config), not is_encoder(model_files(config))
     promised = 0 if device.type == "cuda" else sum(model.engine.model_info.kv_cache_bytes for model in beside)
     free = free_memory(device) - promised
-    cache = config.kv_cache_memory or LEAST_CACHE
-    need = weights + WORKSPACE + cache
+    need = weights + WORKSPACE + ((config.kv_cache_memory or LEAST_CACHE) if keeps else 0)
     if need > free:
         raise NoRoomError(
             f"{settings.model} needs {need // MIB} MiB and {max(free, 0) // MIB} MiB are left beside "
             f"{len(beside)} loaded models (a smaller --mem leaves more)"
         )
-    if config.kv_cache_memory is not None or device.type == "cuda":
+    if config.kv_cache_memory is not None or device.type == "cuda" or not keeps:
         return {}
     share = config.kv_fraction or CACHE_SHARE
     return {"kv_cache_memory": max(LEAST_CACHE, int((free - weights - WORKSPACE) * share)), "kv_fraction": None}
