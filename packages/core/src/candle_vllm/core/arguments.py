@@ -20,9 +20,13 @@ import msgspec
 from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.core.shown import ShownStruct
 
+# Why some things are not here, in words without arguments or flags: other tables of foreign names say it as well.
+NO_ADAPTERS = "adapters are not loaded beside a model: merge the adapter into its weights first"
+NO_CODE = "code of a model's repository is never run: its architecture is built in, or refused"
+TEXT_ALONE = "models read text alone here"
+
 _WHOLE = "a model lies whole on a GPU or on the CPU (device); nothing is divided between them"
 _ONE_DEVICE = "an engine computes on one device; for several GPUs make an engine on each (device='cuda:1')"
-_LORA = "adapters are not loaded beside a model: merge the adapter into its weights first"
 _STORED = "the checkpoint says how it is quantised; isq quantises plain weights while they are loaded"
 _FORM = "structured_outputs, as in structured_outputs=StructuredOutputsParams("
 
@@ -42,7 +46,7 @@ _SETTINGS: Rows = (
     ("hf_overrides override_generation_config", "the model's files say it", (None, {})),
     ("generation_config", "the model's files say it", ("auto",)),
     ("skip_tokenizer_init", "texts are always read and written", (False,)),
-    ("trust_remote_code", "code of a model's repository is never run: its architecture is built in, or refused",
+    ("trust_remote_code", NO_CODE,
      (False,)),
     ("chat_format", "chat_template, which is Jinja source; without it the model's own counts"),
     ("n_ctx num_ctx ctx_size context_length context_size max_seq_len max_seq_length max_sequence_length",
@@ -69,12 +73,12 @@ _SETTINGS: Rows = (
     ("tp_size dp_size pp_size tensor_split split_mode", _ONE_DEVICE),
     ("quantization quantization_config", _STORED, (None,)),
     ("load_in_4bit load_in_8bit", _STORED, (False,)),
-    ("enable_lora", _LORA, (False,)),
-    ("max_loras max_lora_rank max_cpu_loras lora_path lora_base lora_scale", _LORA),
+    ("enable_lora", NO_ADAPTERS, (False,)),
+    ("max_loras max_lora_rank max_cpu_loras lora_path lora_base lora_scale", NO_ADAPTERS),
     ("speculative_model num_speculative_tokens draft_model spec_method spec_model spec_tokens",
      "speculative_config, which has method, model and num_speculative_tokens", (None,)),
-    ("limit_mm_per_prompt mm_processor_kwargs clip_model_path", "models read text alone here", (None, {})),
-    ("allowed_local_media_path allowed_media_domains", "models read text alone here", (None, "", [])),
+    ("limit_mm_per_prompt mm_processor_kwargs clip_model_path", TEXT_ALONE, (None, {})),
+    ("allowed_local_media_path allowed_media_domains", TEXT_ALONE, (None, "", [])),
     ("use_mmap use_mlock low_cpu_mem_usage", "weights are mapped while they are loaded"),
     ("enable_chunked_prefill", "it is always so", (True, None)),
     ("task runner", "an engine does whatever the model can",
@@ -100,11 +104,11 @@ _SETTINGS: Rows = (
     ("model_weights model_loader_extra_config ignore_patterns safetensors_load_strategy pt_load_map_location "
      "max_parallel_loading_workers", "weights are mapped while they are loaded", (None, "", {}, [], "cpu", "lazy")),
     ("use_tqdm_on_load", "a bar is shown on a terminal", (True,)),
-    ("fully_sharded_loras lora_dtype lora_target_modules default_mm_loras max_lora_cls_labels", _LORA,
+    ("fully_sharded_loras lora_dtype lora_target_modules default_mm_loras max_lora_cls_labels", NO_ADAPTERS,
      (None, False, "auto")),
-    ("language_model_only", "models read text alone here", (True, False)),
+    ("language_model_only", TEXT_ALONE, (True, False)),
     ("enable_mm_embeds interleave_mm_strings media_io_kwargs mm_processor_cache_gb mm_encoder_only skip_mm_profiling "
-     "io_processor_plugin video_pruning_rate", "models read text alone here", (None, False, {}, 0)),
+     "io_processor_plugin video_pruning_rate", TEXT_ALONE, (None, False, {}, 0)),
     ("reasoning_parser tool_call_parser reasoning_config",
      "texts are read by candle_vllm.openai's OpenAIAdapter, by the model's own format", (None, "")),
     ("kv_offloading_size kv_offloading_backend offload_params cpu_offload_params kv_events_config ec_transfer_config",
@@ -197,8 +201,8 @@ _ARGUMENTS: Rows = (
     ("params generation_config", "sampling_params"),
     ("conversation conversations", "messages"),
     ("stream streamer", "there are generate_stream and chat_stream, and stream in an event loop"),
-    ("lora_request", _LORA),
-    ("mm_processor_kwargs", "models read text alone here"),
+    ("lora_request", NO_ADAPTERS),
+    ("mm_processor_kwargs", TEXT_ALONE),
     ("progress show_progress", "use_tqdm"),
     ("functions", "tools"),
     ("tool_choice parallel_tool_calls tool_parser",

@@ -14,13 +14,14 @@ from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 from pydantic import Discriminator, Field, Tag
 
+from candle_vllm.core.arguments import TEXT_ALONE
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling import params as caps
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.adapter import OpenAIAdapter
 from candle_vllm.openai.events import Begun, Ended, Event, Text, Usage
 from candle_vllm.openai.protocol.fields import GUESS_FIELDS, ModelName, Refusal, TokenIds, WireModel, prompt_form
-from candle_vllm.openai.protocol.generation import SamplerFields, Stop
+from candle_vllm.openai.protocol.generation import LlamaFields
 from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.streams import ChunkStream
 from candle_vllm.openai.task import Paths, Task
@@ -28,7 +29,6 @@ from candle_vllm.openai.task import Paths, Task
 MAX_EXTRA = 256  # pieces of other files
 _SNIPPET = "\n\n--- snippet ---\n\n"
 
-_SAME = ("temperature", "top_k", "top_p", "min_p", "stop", "presence_penalty", "frequency_penalty", "ignore_eos")
 _REFUSED: Mapping[str, Refusal] = {
     **GUESS_FIELDS,
     "n_probs": Refusal("log-probabilities are those of /v1/completions (logprobs)", (0,)),
@@ -40,7 +40,7 @@ _REFUSED: Mapping[str, Refusal] = {
     "timings_per_token": Refusal("times come with the last piece", (False,)),
     "post_sampling_probs": Refusal("log-probabilities are those of /v1/completions", (False,)),
     "lora": Refusal("adapters are not loaded beside a model", ([],)),
-    "image_data": Refusal("models read text alone here", ([],)),
+    "image_data": Refusal(TEXT_ALONE, ([],)),
     "n_cmpl": Refusal("several answers are those of /v1/completions (n)", (1,)),
 }
 WITHOUT_EFFECT: Mapping[str, str] = {
@@ -54,12 +54,11 @@ WITHOUT_EFFECT: Mapping[str, str] = {
 _Limit = Annotated[int, Field(ge=-(1 << 31), le=1 << 31)]
 
 
-class _Asked(SamplerFields):
+class _Asked(LlamaFields):
     """What both routes take.
 
     Attributes:
         n_predict: most tokens of the answer; -1 and -2 are as many as the context takes, 0 reads the prompt alone.
-        seed: -1 is none.
         cache_prompt, id_slot, n_keep, n_discard, response_fields: without effect: what prompts begin with is always
             kept, there are no slots, prompts are never cut, and an answer has all its fields.
     """
@@ -69,15 +68,6 @@ class _Asked(SamplerFields):
     model: ModelName | None = None
     stream: bool = False
     n_predict: Annotated[int, Field(ge=-2, le=caps.MAX_TOKENS)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=caps.MAX_TOP_K)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(1 << 63), le=(1 << 64) - 1)] | None = None
-    stop: Stop | None = None
-    repeat_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     ignore_eos: bool | None = None
     json_schema: dict[str, Any] | None = None
 
@@ -93,9 +83,7 @@ class _Asked(SamplerFields):
 
     def sampling(self) -> dict[str, Any]:
         """What is given, by the names of `SamplingParams`."""
-        given = {name: getattr(self, name) for name in (*_SAME, *caps.SAMPLER_FIELDS)}
-        given |= {"repetition_penalty": self.repeat_penalty, "seed": None if self.seed == -1 else self.seed}
-        found = {name: value for name, value in given.items() if value is not None}
+        found = self.drawing() | ({} if self.ignore_eos is None else {"ignore_eos": self.ignore_eos})
         limit = self.n_predict
         return found | {"max_tokens": None if limit is None or limit < 0 else max(limit, 1)}
 

@@ -5,9 +5,11 @@ Step 1 of a request's life; nothing is generated here.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from fastapi import Request
+from starlette.responses import Response
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai import to_json_bytes
@@ -64,13 +66,32 @@ def query_of(request: Request, *known: str) -> dict[str, str]:
 def page_request(request: Request) -> PageRequest:
     """Which items of a list are asked for."""
     query = query_of(request, "limit", "order", "after", "include")
-    limit = number_of("limit", query.get("limit", str(DEFAULT_LIMIT)), 1, MAX_LIMIT)
-    order, after = query.get("order", "desc"), query.get("after")
+    limit, after = limit_and_after(query, DEFAULT_LIMIT, MAX_LIMIT)
+    order = query.get("order", "desc")
     if order not in ("asc", "desc"):
         raise InvalidParameterError(f"order must be asc or desc, not {order!r:.60}", "order")
-    if after is not None and not is_id(after):
-        raise InvalidParameterError(f"after must be the id of an item, not {after!r:.80}", "after")
     return PageRequest(limit=limit, order="asc" if order == "asc" else "desc", after=after)
+
+
+def limit_and_after(query: Mapping[str, str], default: int, most: int) -> tuple[int, str | None]:
+    """How many entries of a list are asked for, and behind which one."""
+    limit, after = number_of("limit", query.get("limit", str(default)), 1, most), query.get("after")
+    if after is not None and not is_id(after):
+        raise InvalidParameterError(f"after must be an id, not {after!r:.80}", "after")
+    return limit, after
+
+
+class _Listed(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+def page_of(kind: Callable[..., Any], found: Sequence[_Listed], limit: int) -> Response:
+    """A page of a list: as many of what was found as were asked for, and whether there are more."""
+    some = found[:limit]
+    ends = {"first_id": some[0].id if some else None, "last_id": some[-1].id if some else None}
+    page = kind(data=some, **ends, has_more=len(found) > limit)
+    return Response(to_json_bytes(page), media_type="application/json")
 
 
 def number_of(name: str, text: str, low: int, high: int) -> int:

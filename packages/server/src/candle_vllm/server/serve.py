@@ -29,8 +29,7 @@ from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.formats.layout import ReasoningFormat, ToolFormat
 from candle_vllm.server.app import create_app
 from candle_vllm.server.drain import DrainingServer
-from candle_vllm.server.http.protocol import http_protocol
-from candle_vllm.server.http.socket import WebSocketProtocol
+from candle_vllm.server.http.protocol import WebSocketProtocol, http_protocol
 from candle_vllm.server.http.tls import refresh, tls_context
 from candle_vllm.server.interrupts import say_stopped
 from candle_vllm.server.mailbox.options import MailboxOptions

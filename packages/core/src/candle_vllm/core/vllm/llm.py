@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 import numpy as np
 from msgspec.structs import replace
 
-from candle_vllm.core.arguments import explained, foreign_names
+from candle_vllm.core.arguments import TEXT_ALONE, explained, foreign_names
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.request import GenerationOutput
 from candle_vllm.core.engine.stream import Bar
@@ -50,7 +50,7 @@ _ABSENT = {
     "collective_rpc": "there are no workers, and no function of a caller's is run beside the model",
     "apply_model": "no function of a caller's is run on a model",
     "start_profile": "Python's profilers see what a step does",
-    "reset_mm_cache": "models read text alone here",
+    "reset_mm_cache": TEXT_ALONE,
     "reward": "use classify",
 }
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, WithJsonSchema, field_validator
 
+from candle_vllm.core.arguments import TEXT_ALONE
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.pooling import MAX_DIMENSIONS
 from candle_vllm.core.sampling import params as caps
@@ -24,7 +25,7 @@ from candle_vllm.openai.protocol.fields import (
     WireModel,
     invalid,
 )
-from candle_vllm.openai.protocol.generation import Logprobs, SamplerFields, Stop
+from candle_vllm.openai.protocol.generation import LlamaFields, Logprobs
 from candle_vllm.openai.protocol.pooling import MAX_INPUTS
 from candle_vllm.openai.protocol.tools import Tool, check_chat_tools
 from candle_vllm.openai.validation import parse_body
@@ -52,7 +53,6 @@ ADVISORY_OPTIONS: Mapping[str, str] = {
 }
 
 _TEMPLATE = "Ollama's templates are Go's and the model's own is Jinja; send raw: true with a prompt that is written out"
-_IMAGES = "models read text alone here"
 REFUSED_OPTIONS: Mapping[str, Refusal] = {
     "tfs_z": Refusal("there is no such sampler", (1, 1.0)),
     "penalize_newline": Refusal("penalties look at every token", (True,)),
@@ -73,7 +73,7 @@ REFUSED_GENERATE_FIELDS: Mapping[str, Refusal] = {
     "messages": Refusal("they belong to /api/chat; use prompt"),
     "tools": Refusal("they belong to /api/chat", ([],)),
     "template": Refusal(_TEMPLATE, ("",)),
-    "images": Refusal(_IMAGES, ([],)),
+    "images": Refusal(TEXT_ALONE, ([],)),
     "width": Refusal("models write text alone here", (0,)),
     "height": Refusal("models write text alone here", (0,)),
     "steps": Refusal("models write text alone here", (0,)),
@@ -145,27 +145,16 @@ _Streams = Annotated[bool, BeforeValidator(_streamed), WithJsonSchema({"type": [
 _Count = Annotated[int, Field(ge=-1, le=1 << 31)] | None
 
 
-class Options(SamplerFields):
+class Options(LlamaFields):
     """How tokens are drawn. None always means absent: the model's own default counts, then ours.
 
     Attributes:
         num_predict: most tokens of the answer; 0, -1 and -2 are as many as the context takes.
-        seed: -1 is none.
-        repeat_penalty: what others call repetition_penalty.
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_OPTIONS
 
     num_predict: Annotated[int, Field(ge=-2, le=caps.MAX_TOKENS)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=caps.MAX_TOP_K)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(1 << 63), le=(1 << 64) - 1)] | None = None
-    stop: Stop | None = None
-    repeat_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
 
     # ADVISORY_OPTIONS: checked and without effect.
     num_ctx: Annotated[int, Field(ge=1, le=1 << 31)] | None = None
@@ -182,20 +171,9 @@ class Options(SamplerFields):
 
     def sampling(self) -> dict[str, Any]:
         """What is given, by the names of `SamplingParams`."""
-        given = {
-            name: getattr(self, name)
-            for name in (
-                "temperature", "top_k", "top_p", "min_p", "stop", "presence_penalty", "frequency_penalty",
-                *caps.SAMPLER_FIELDS,
-            )
-        }  # fmt: skip
-        given["repetition_penalty"] = self.repeat_penalty
-        given["seed"] = None if self.seed == -1 else self.seed
-        found = {
-            name: value
-            for name, value in given.items()
-            if value is not None and (value != [] or name == "dry_sequence_breakers")
-        }
+        found = self.drawing()
+        if found.get("stop") == []:  # nothing is said with it
+            del found["stop"]
         if self.num_predict is not None:
             found["max_tokens"] = self.num_predict if self.num_predict > 0 else None
         return found
@@ -292,7 +270,7 @@ class Message(WireModel):
         tool_name, tool_call_id: which call a tool's message answers; without both, the first that is open.
     """
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = {"images": Refusal(_IMAGES, ([],))}
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {"images": Refusal(TEXT_ALONE, ([],))}
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None

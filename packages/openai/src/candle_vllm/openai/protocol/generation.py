@@ -66,6 +66,9 @@ class StreamOptions(WireModel):
         return self
 
 
+_SAME_NAMES = ("temperature", "top_k", "top_p", "min_p", "stop", "presence_penalty", "frequency_penalty")
+
+
 class SamplerFields(WireModel):
     """llama.cpp's samplers, by its names, and how much is guessed; `SamplingParams` has the same fields and says what
     they mean."""
@@ -117,6 +120,31 @@ class SamplerFields(WireModel):
             return json.loads(value if value.lstrip().startswith("[") else f"[{value}]")
         except (ValueError, RecursionError):
             return value
+
+
+class LlamaFields(SamplerFields):
+    """How tokens are drawn, in the words of llama.cpp and of Ollama. None always means absent.
+
+    Attributes:
+        seed: -1 is none.
+        repeat_penalty: what others call repetition_penalty.
+    """
+
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=caps.MAX_TOP_K)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), le=(1 << 64) - 1)] | None = None
+    stop: Stop | None = None
+    repeat_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+
+    def drawing(self) -> dict[str, Any]:
+        """What is given of these, by the names of `SamplingParams`."""
+        given = {name: getattr(self, name) for name in (*_SAME_NAMES, *caps.SAMPLER_FIELDS)}
+        given |= {"repetition_penalty": self.repeat_penalty, "seed": None if self.seed == -1 else self.seed}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 OTHER_NAMES: Mapping[str, str] = {

@@ -1,7 +1,8 @@
-"""uvicorn's HTTP protocol with limits on request heads, in bytes and in time, and on connections.
+"""uvicorn's protocols: HTTP with limits on request heads, in bytes and in time, and on connections; web sockets.
 
 Below step 1 of a request's life. Without the limits, clients that never end their headers would fill the memory or
-hold connections for ever.
+hold connections for ever. A server that stops closes idle web sockets at once; one on which an answer is written is
+told, and has the time of the drain for it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from candle_vllm.server.http.sse import DIRECT_BODY
 
@@ -21,6 +23,7 @@ MAX_HEAD = 64 << 10  # bytes of request line and headers, besides the last piece
 HEAD_SECONDS = 30.0  # from the connection, or the first byte of a later request, to the end of the head
 MAX_CONNECTIONS = 4096  # at the same time; later ones are closed
 STALL_SECONDS = 60.0  # a client that leaves what was sent unread for so long is cut off
+DRAINING = "candle_vllm.draining"  # extension of the scope: an event that is set when the server stops
 CHUNK_OVERHEAD = 6  # bytes on the wire per byte of a body that is sent in chunks of one
 
 
@@ -188,3 +191,23 @@ def _limited() -> type[HttpToolsProtocol]:
             return first + [cycle for cycle, _ in reversed(self.pipeline)]
 
     return LimitedHttpToolsProtocol
+
+
+class WebSocketProtocol(WebSocketsSansIOProtocol):
+    """Leaves it to the route to end a connection when the server stops."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._draining = asyncio.Event()
+
+    def handle_connect(self, event: Any) -> None:
+        super().handle_connect(event)
+        if hasattr(self, "scope"):  # the handshake was right; the route has not begun
+            extensions: dict[str, Any] = self.scope.setdefault("extensions", {})  # type: ignore[assignment]
+            extensions[DRAINING] = self._draining
+
+    def shutdown(self) -> None:
+        if self.handshake_complete and not self.close_sent and not self.disconnected:
+            self._draining.set()
+        else:
+            super().shutdown()

@@ -5,13 +5,11 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.validation import parse_body
-from candle_vllm.responses.store.entries import is_id
 from candle_vllm.server.batches.records import BatchList, BatchRequest
 from candle_vllm.server.http.body import read_body
-from candle_vllm.server.kept_access import number_of, query_of
+from candle_vllm.server.kept_access import limit_and_after, page_of, query_of
 from candle_vllm.server.routes.files import batches_and_owner
 
 router = APIRouter()
@@ -34,17 +32,8 @@ async def list_batches(request: Request) -> Response:
     """The caller's batches, newest first."""
     batches, owner = await batches_and_owner(request)
     query = query_of(request, "limit", "after")
-    limit = number_of("limit", query.get("limit", str(DEFAULT_LIST)), 1, MAX_LIST)
-    after = query.get("after")
-    if after is not None and not is_id(after):
-        raise InvalidParameterError(f"after must be the id of a batch, not {after!r:.80}", "after")
-    found = await batches.store.batches(owner, limit + 1, after)
-    some = found[:limit]
-    page = BatchList(
-        data=some, first_id=some[0].id if some else None, last_id=some[-1].id if some else None,
-        has_more=len(found) > limit,
-    )  # fmt: skip
-    return Response(to_json_bytes(page), media_type=JSON)
+    limit, after = limit_and_after(query, DEFAULT_LIST, MAX_LIST)
+    return page_of(BatchList, await batches.store.batches(owner, limit + 1, after), limit)
 
 
 @router.get("/v1/batches/{batch_id}")

@@ -16,14 +16,13 @@ from starlette.types import Message, Receive
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.errors import InvalidBodyError
-from candle_vllm.responses.store.entries import is_id
 from candle_vllm.server.batches.records import BATCH, BATCH_OUTPUT, LEAST_LIFE, LONGEST_LIFE, FileDeleted, FileList
 from candle_vllm.server.batches.service import Batches
 from candle_vllm.server.batches.store import PIECE, too_large
 from candle_vllm.server.http.body import READING_SECONDS, SILENCE_SECONDS
 from candle_vllm.server.http.errors import ClientGone, HttpError
 from candle_vllm.server.http.routing import caller_of
-from candle_vllm.server.kept_access import number_of, query_of
+from candle_vllm.server.kept_access import limit_and_after, number_of, page_of, query_of
 
 router = APIRouter()
 JSON = "application/json"
@@ -63,19 +62,12 @@ async def list_files(request: Request) -> Response:
     """The caller's files, newest first."""
     batches, owner = await batches_and_owner(request)
     query = query_of(request, "limit", "after", "purpose", "order")
-    limit = number_of("limit", query.get("limit", str(MAX_LIST)), 1, MAX_LIST)
-    purpose, after = query.get("purpose"), query.get("after")
+    (limit, after), purpose = limit_and_after(query, MAX_LIST, MAX_LIST), query.get("purpose")
     if purpose not in (None, BATCH, BATCH_OUTPUT):
         raise InvalidParameterError(f"purpose must be {BATCH} or {BATCH_OUTPUT}, not {purpose!r:.60}", "purpose")
     if query.get("order", "desc") != "desc":
         raise InvalidParameterError("order must be desc: lists begin with the newest", "order")
-    found = await batches.store.files(owner, limit + 1, _after(after), purpose)
-    some = found[:limit]
-    page = FileList(
-        data=some, first_id=some[0].id if some else None, last_id=some[-1].id if some else None,
-        has_more=len(found) > limit,
-    )  # fmt: skip
-    return Response(to_json_bytes(page), media_type=JSON)
+    return page_of(FileList, await batches.store.files(owner, limit + 1, after, purpose), limit)
 
 
 @router.get("/v1/files/{file_id}")
@@ -127,12 +119,6 @@ def safe_name(name: str) -> str:
     last = re.split(r"[/\\]", name)[-1]
     kept = "".join(character for character in last if character.isprintable()).strip(" .")
     return kept[:_NAME] or "file.jsonl"
-
-
-def _after(after: str | None) -> str | None:
-    if after is not None and not is_id(after):
-        raise InvalidParameterError(f"after must be an id, not {after!r:.80}", "after")
-    return after
 
 
 def _seconds(form: FormData) -> int | None:

@@ -30,9 +30,8 @@ from candle_vllm.responses.protocol.events import ErrorDetail, StreamEvent
 from candle_vllm.responses.protocol.request import ResponsesRequest, parse_responses_request
 from candle_vllm.server.answering import BIG_BODY, in_time
 from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.http.protocol import STALL_SECONDS
+from candle_vllm.server.http.protocol import DRAINING, STALL_SECONDS
 from candle_vllm.server.http.routing import caller_of
-from candle_vllm.server.http.socket import DRAINING
 from candle_vllm.server.kept_access import store_refusal
 from candle_vllm.server.models.manager import take_turn
 from candle_vllm.server.observing.request_context import RequestContext, begin_generation, current_request

@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from candle_vllm.core.arguments import NO_ADAPTERS, NO_CODE, TEXT_ALONE
+
 Becomes = str | Callable[[str], list[str]]
 ANY = "*"
 
@@ -106,12 +108,9 @@ def _device(text: str) -> list[str]:
 _ONE_DEVICE = "an engine computes on one device; for several GPUs start a server on each (--device cuda:N)"
 _WHOLE = "a model lies whole on a GPU or on the CPU (--device); nothing is divided between them"
 _DRAFTS = "--speculative-config says how tokens are guessed"
-_LORA = "adapters are not loaded beside a model: merge the adapter into its weights first"
-_IMAGES = "models read text alone here"
 _OWN = "the kernels are this project's own and chosen for the machine"
 _MAPPED = "weights are mapped while they are loaded, and then lie in memory in the kernels' order"
 _REQUEST = "it is a field of each request"
-_NO_CODE = "code of a model's repository is never run: its architecture is built in, or refused"
 _ALWAYS = "it is always so"
 _STORED = "the checkpoint says how it is quantised, and that counts; --isq quantises plain weights"
 _PRIORITY = "priorities are for servers with --enable-request-priority, and else requests are served in their order"
@@ -132,8 +131,8 @@ ROWS: tuple[Row, ...] = (
         "awq", "awq_marlin", "gptq", "gptq_marlin", "compressed-tensors", "fp8", "mxfp4", "modelopt", "modelopt_fp4",
         "gguf"), ""), idle=True),
     Row("--quantize", "--isq, or candle-vllm quantize, which writes a file"),
-    Row("--trust-remote-code", _NO_CODE),
-    _so("--no-trust-remote-code", _NO_CODE),
+    Row("--trust-remote-code", NO_CODE),
+    _so("--no-trust-remote-code", NO_CODE),
     _only("--tokenizer-mode --config-format --model-impl", "the model's files say it", "auto", "hf"),
     Row("--tokenizer-revision --hf-config-path --hf-overrides --override-kv --skip-tokenizer-init --code-revision",
         "the model's files say it; --tokenizer names another folder"),
@@ -149,12 +148,12 @@ ROWS: tuple[Row, ...] = (
     Row("--pooling --override-pooler-config --pooler-config --embd-normalize",
         "the model's files say how vectors are made"),
     Row("--lora --lora-scaled --lora-init-without-apply --enable-lora --lora-modules --max-loras --max-lora-rank "
-        "--max-cpu-loras --fully-sharded-loras", _LORA),
+        "--max-cpu-loras --fully-sharded-loras", NO_ADAPTERS),
     Row("--control-vector --control-vector-scaled --control-vector-layer-range", "there are no control vectors"),
     Row("--mmproj --mmproj-url --mmproj-auto --no-mmproj --mmproj-offload --no-mmproj-offload --image --video --audio "
         "--image-min-tokens --image-max-tokens --limit-mm-per-prompt --mm-processor-kwargs --mm-encoder-tp-mode "
         "--allowed-local-media-path --allowed-media-domains --enable-vision --vision-model-path --vision-device "
-        "--vision-dtype", _IMAGES),
+        "--vision-dtype", TEXT_ALONE),
     # ---- devices and memory
     Row("-ngl --gpu-layers --n-gpu-layers --num-gpu", _WHOLE, {ANY: _layers}),
     _only("--cpu-offload-gb -ncmoe --n-cpu-moe", _WHOLE, "0"),
