@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import math
 import random
@@ -115,6 +116,9 @@ def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "names no model" in capsys.readouterr().err
 
 
+RAMP = ["--ramp-up-strategy", "linear", "--ramp-up-start-rps", "2", "--ramp-up-end-rps", "8"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -128,6 +132,10 @@ def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
         (["--request-rate", "nan"], "--request-rate must be a number above 0"),
         (["--extra-body", "[]"], "--extra-body must be a JSON object"),
         (["--header", "a\r\nb=c"], "--header"),
+        (["--ramp-up-strategy", "linear", "--ramp-up-start-rps", "1"], "belong together"),
+        (["--ramp-up-strategy", "sine"], "--ramp-up-strategy"),
+        ([*RAMP, "--ramp-up-start-rps", "9"], "--ramp-up-start-rps (9) must not be above --ramp-up-end-rps (8)"),
+        ([*RAMP, "--request-rate", "3"], "leave one of them out"),
         (["--metadata", "x"], "--metadata must be NAME=VALUE"),
         (["--backend", "tgi"], "--backend"),
         (["--dataset-name", "hf", "--model", "m"], "data sets are not downloaded"),
@@ -229,6 +237,40 @@ async def test_requests_arrive_at_their_rate(monkeypatch: pytest.MonkeyPatch) ->
     everything = serve.Load(target, "/", "openai", "m", {}, rate=math.inf)
     monkeypatch.setattr(asyncio, "sleep", None)  # nobody is waited for
     assert [sample async for sample in serve._arriving(everything, samples)] == samples
+
+
+@pytest.mark.parametrize("strategy", ["linear", "exponential"])
+async def test_a_rate_grows_with_the_requests(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = [0.0]
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr(serve.asyncio, "sleep", sleep)
+    monkeypatch.setattr(serve.time, "monotonic", lambda: 0.0)  # so that each wait is told from the beginning
+    samples = [Sample(str(n), 1, 1) for n in range(5)]
+    ramp = serve.Ramp(strategy, 1, 16)
+    load = serve.Load(Target("http://127.0.0.1:9"), "/", "openai", "m", {}, burstiness=1e9, ramp=ramp)
+    assert [sample async for sample in serve._arriving(load, samples)] == samples
+    rates = [1 / (late - early) for early, late in itertools.pairwise(waits)][:4]
+    expected = {"linear": [4.75, 8.5, 12.25, 16], "exponential": [2, 4, 8, 16]}
+    assert rates == pytest.approx(expected[strategy], rel=1e-3)
+
+
+def test_figures_are_appended(start: Callable[..., Any], folder: Path) -> None:
+    port = str(start(PacedEngine("abc")).port)
+    line = ["bench", "serve", "--port", port, "--num-prompts", "2", "--input-len", "5", "--append-result"]
+    fast = ["--ramp-up-strategy", "exponential", "--ramp-up-start-rps", "1000", "--ramp-up-end-rps", "2000"]
+    assert main([*line, "--result-filename", "r.jsonl"]) == 0
+    assert main([*line, *fast, "--result-filename", "r.jsonl"]) == 0
+    first, second = map(json.loads, (folder / "r.jsonl").read_text().splitlines())
+    assert (first["completed"], second["completed"]) == (2, 2)
+    assert "ramp_up_strategy" not in first
+    assert (second["ramp_up_strategy"], second["ramp_up_start_rps"], second["ramp_up_end_rps"]) == (
+        "exponential", 1000, 2000,
+    )  # fmt: skip
+    assert main([*line, *fast, "--save-result"]) == 0
+    assert [path.name[:41] for path in folder.glob("openai-*")] == ["openai-ramp-up-exponential-1000qps-2000qp"]
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------

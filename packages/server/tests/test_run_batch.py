@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+import threading
+from collections.abc import AsyncGenerator, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +105,8 @@ def test_a_line_that_is_too_long_is_let_go(
         ([], "-i FILE is missing"),
         (["-i", "in"], "-o FILE is missing"),
         (["-i", "in", "-o", "./in"], "write the answers to another file"),
-        (["-i", "https://example.com/in", "-o", "out"], "reads and writes files of this machine"),
+        (["-i", "s3://bucket/in", "-o", "out"], "s3://bucket/in is neither a file nor an address of http:// or https"),
+        (["-i", "https:///in", "-o", "out"], "is neither a file nor an address"),
         (["-i", "nowhere", "-o", "out"], "No such file or directory: nowhere"),
     ],
 )
@@ -114,6 +117,103 @@ def test_files_that_cannot_be(
     assert main(["run-batch", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert "kept" in (tmp_path / "in").read_text("utf-8")
+    assert not (tmp_path / "out").exists()
+
+
+class Shelf:
+    """A server of files: what is read from it, what is written to it, and how it answers."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.statuses: list[int] = []  # of the next requests; 200 behind them
+        self.asked: list[str] = []
+        shelf = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._answer(shelf.files.get(self.path.partition("?")[0], b""))
+
+            def do_PUT(self) -> None:
+                data = self.rfile.read(int(self.headers["content-length"]))
+                if self._answer(b"") == 200:
+                    shelf.files[self.path.partition("?")[0]] = data
+
+            def _answer(self, body: bytes) -> int:
+                shelf.asked.append(f"{self.command} {self.path}")
+                status = shelf.statuses.pop(0) if shelf.statuses else 200
+                self.send_response(status)
+                if 300 <= status < 400:
+                    self.send_header("location", "/elsewhere")
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+                return status
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@pytest.fixture
+def shelf(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shelf]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(module, "SENDING_PAUSES", (0.01, 0.01))
+    shelf = Shelf()
+    thread = threading.Thread(target=shelf.server.serve_forever, daemon=True)
+    thread.start()
+    yield shelf
+    shelf.server.shutdown()
+    shelf.server.server_close()
+    thread.join()
+
+
+def test_files_behind_addresses(
+    engine: PacedEngine, shelf: Shelf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shelf.files["/in"] = "\n".join(json.dumps(request(name)) for name in "ab").encode()
+    shelf.statuses = [200, 503]  # the first PUT comes again
+    line = ["run-batch", "-i", f"{shelf.url}/in?key=secret", "-o", f"{shelf.url}/out?key=secret"]
+    assert main([*line, "--output-tmp-dir", str(tmp_path)]) == 0
+    assert shelf.asked == ["GET /in?key=secret", *["PUT /out?key=secret"] * 2]
+    made = [json.loads(line) for line in shelf.files["/out"].splitlines()]
+    assert [line["response"]["body"]["choices"][0]["text"] for line in made] == ["abc", "abc"]
+    assert not list(tmp_path.glob("run-batch-*"))
+    assert main(["run-batch", "-i", f"{shelf.url}/in", "-o", "out.jsonl"]) == 0
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+    capsys.readouterr()
+    for statuses, asked in (([200, 403], 2), ([200, 503, 503, 503], 4), ([200, 307], 2)):
+        shelf.statuses, shelf.asked = [*statuses], []
+        assert main([*line, "--output-tmp-dir", str(tmp_path)]) == 2
+        assert len(shelf.asked) == asked
+        [kept] = tmp_path.glob("run-batch-*")
+        said = capsys.readouterr().err
+        assert f"{shelf.url}/out did not take the answers (it answered with {statuses[-1]}): they are in {kept}" in said
+        assert "secret" not in said
+        assert len(kept.read_text().splitlines()) == 2
+        kept.unlink()
+
+
+@pytest.mark.parametrize("status", [404, 302])
+def test_an_address_that_cannot_be_read(
+    status: int,
+    engine: PacedEngine,
+    shelf: Shelf,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shelf.statuses = [status]
+    assert main(["run-batch", "-i", f"{shelf.url}/in?key=secret", "-o", "out"]) == 2
+    said = capsys.readouterr().err
+    assert f"{shelf.url}/in cannot be read: it answered with {status}" in said
+    assert "secret" not in said
+    assert len(shelf.asked) == 1  # a redirect is not followed
+    shelf.files["/in"] = b"x" * (2 << 20)
+    monkeypatch.setattr(module, "MAX_INPUT_MB", 1)
+    assert main(["run-batch", "-i", f"{shelf.url}/in", "-o", "out"]) == 2
+    assert "is larger than 1 MB" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -21,6 +21,7 @@ from cryptography.x509.oid import NameOID
 from running_server import Running
 from server_fakes import PacedEngine
 
+from candle_vllm.server.cli import main
 from candle_vllm.server.http import tls
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import UsageError
@@ -94,6 +95,26 @@ def test_a_real_client_checks_the_certificate(files: Path) -> None:
         old.maximum_version = ssl.TLSVersion.TLSv1_2
         with httpx.Client(trust_env=False, verify=old) as client:
             assert client.get(running.url + "/health").status_code == 200
+    finally:
+        running.stop()
+
+
+def test_a_server_is_measured_over_https(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    running = Running(PacedEngine("abc"), serving(files, api_key=("key",)))
+    line = ["bench", "serve", "--base-url", running.url, "--api-key", "key", "--num-prompts", "2", "--input-len", "5"]
+    try:
+        assert main(line) == 2
+        assert "CERTIFICATE_VERIFY_FAILED" in capsys.readouterr().err
+        assert main([*line, "--model", "scripted"]) == 2  # nor is a token counted there
+        assert main([*line, "--insecure"]) == 0
+        monkeypatch.setenv("SSL_CERT_FILE", str(files / "authority.pem"))  # where this machine's authorities are
+        assert main(line) == 0
+        assert "Successful requests:                     2" in capsys.readouterr().out
     finally:
         running.stop()
 

@@ -248,6 +248,9 @@ class Target:
         headers: sent with every request.
         insecure: certificates are not checked.
 
+    Attributes:
+        tls: whose certificates are taken, as this machine has it; None without HTTPS.
+
     Raises:
         UsageError: it is no such address.
     """
@@ -263,11 +266,11 @@ class Target:
         self.base_url = base_url.rstrip("/")
         self._host, self._netloc, self._prefix = parts.hostname, parts.netloc.rpartition("@")[2], parts.path.rstrip("/")
         self._headers = dict(headers or {})
-        self._ssl: ssl.SSLContext | None = None
+        self.tls: ssl.SSLContext | None = None
         if parts.scheme == "https":
-            self._ssl = ssl.create_default_context()
+            self.tls = ssl.create_default_context()
             if insecure:
-                self._ssl.check_hostname, self._ssl.verify_mode = False, ssl.CERT_NONE
+                self.tls.check_hostname, self.tls.verify_mode = False, ssl.CERT_NONE
 
     def post(self, path: str, body: Mapping[str, Any]) -> bytes:
         """A request as bytes."""
@@ -284,6 +287,6 @@ class Target:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                await loop.create_connection(lambda: client, self._host, self._port, ssl=self._ssl)
+                await loop.create_connection(lambda: client, self._host, self._port, ssl=self.tls)
         except (OSError, TimeoutError) as error:
             client.fail(f"no connection: {error or type(error).__name__}")

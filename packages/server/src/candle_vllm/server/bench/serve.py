@@ -47,6 +47,21 @@ _HEADER = re.compile(r"[A-Za-z0-9-]{1,128}=[ -~]{0,4096}")
 
 
 @dataclass(frozen=True)
+class Ramp:
+    """A rate that grows from the first request to the last, in steps of equal size or of equal ratio."""
+
+    strategy: str
+    start: int
+    end: int
+
+    def rate(self, progress: float) -> float:
+        """Requests per second, once this share of the requests has been sent."""
+        if self.strategy == "linear":
+            return self.start + (self.end - self.start) * progress
+        return self.start * (self.end / self.start) ** progress
+
+
+@dataclass(frozen=True)
 class Load:
     """What is sent where, and how it arrives."""
 
@@ -59,6 +74,7 @@ class Load:
     burstiness: float = 1.0
     most: int | None = None
     seed: int = 0
+    ramp: Ramp | None = None
 
     @property
     def streamed(self) -> bool:
@@ -99,6 +115,9 @@ def bench_serve(
     random_range_ratio: float = 0.0,
     request_rate: str = "inf",
     burstiness: float = 1.0,
+    ramp_up_strategy: str | None = None,
+    ramp_up_start_rps: int | None = None,
+    ramp_up_end_rps: int | None = None,
     max_concurrency: int | None = None,
     num_warmups: int = 0,
     ignore_eos: bool | None = None,
@@ -112,6 +131,7 @@ def bench_serve(
     goodput: tuple[str, ...] = (),
     save_result: bool = False,
     save_detailed: bool = False,
+    append_result: bool = False,
     result_dir: Path | None = None,
     result_filename: str | None = None,
     metadata: tuple[str, ...] = (),
@@ -120,7 +140,9 @@ def bench_serve(
     if base_url is not None and (host is not None or port is not None):
         raise UsageError("--base-url has a host and a port of its own: leave --host and --port out")
     base_url = base_url or f"http://{host or '127.0.0.1'}:{port or DEFAULT_PORT}"
-    rate = read_rate(request_rate)
+    rate, ramp = read_rate(request_rate), read_ramp(ramp_up_strategy, ramp_up_start_rps, ramp_up_end_rps)
+    if ramp is not None and math.isfinite(rate):
+        raise UsageError("--request-rate is one rate and --ramp-up-strategy many: leave one of them out")
     metrics = read_metrics(percentile_metrics or ("e2el" if backend == "openai-embeddings" else "ttft,tpot,itl"))
     percentiles, goals = read_percentiles(metric_percentiles), read_goals(goodput)
     headers = _headers(api_key, header)
@@ -130,7 +152,7 @@ def bench_serve(
     shape = Shape(input_len, output_len, random_prefix_len, random_range_ratio)
     counted: list[Words] = []
     with httpx.Client(
-        base_url=target.base_url, headers=headers, timeout=60, verify=not insecure, trust_env=False
+        base_url=target.base_url, headers=headers, timeout=60, verify=target.tls or True, trust_env=False
     ) as http:
         name = served_model_name or model or _first_model(http)
 
@@ -141,7 +163,7 @@ def bench_serve(
 
         samples = make_samples(dataset_name, dataset_path, num_prompts, shape, words, seed)
         load = Load(
-            target, endpoint or ENDPOINTS[backend], backend, name, extra, rate, burstiness, max_concurrency, seed
+            target, endpoint or ENDPOINTS[backend], backend, name, extra, rate, burstiness, max_concurrency, seed, ramp
         )
         sys.stderr.write(f"bench serve: {len(samples)} requests to {target.base_url}{load.endpoint} for {name}\n")
         seen, duration = asyncio.run(_run(load, samples, num_warmups))
@@ -151,7 +173,7 @@ def bench_serve(
     errors = [each.error for each in seen if each.error]
     if errors:
         sys.stderr.write(f"bench serve: {len(errors)} of {len(seen)} requests failed; the first: {errors[0]:.300}\n")
-    if save_result or save_detailed:
+    if save_result or save_detailed or append_result:
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         told = rate if math.isfinite(rate) else "inf"
         about = {
@@ -159,9 +181,16 @@ def bench_serve(
             "tokenizer_id": None if tokenizer is None else str(tokenizer), "num_prompts": num_prompts, **kept,
             "request_rate": told, "burstiness": burstiness, "max_concurrency": max_concurrency,
         }  # fmt: skip
+        paced = f"{told}qps"
+        if ramp is not None:
+            about |= {
+                "ramp_up_strategy": ramp.strategy, "ramp_up_start_rps": ramp.start, "ramp_up_end_rps": ramp.end,
+            }  # fmt: skip
+            paced = f"ramp-up-{ramp.strategy}-{ramp.start}qps-{ramp.end}qps"
         most = "" if max_concurrency is None else f"-concurrency{max_concurrency}"
-        file = result_filename or f"{backend}-{told}qps{most}-{name.split('/')[-1]}-{now}.json"
-        _save((result_dir or Path()) / file, {**about, **result, **(detail(seen) if save_detailed else {})})
+        file = result_filename or f"{backend}-{paced}{most}-{name.split('/')[-1]}-{now}.json"
+        figures = {**about, **result, **(detail(seen) if save_detailed else {})}
+        _save((result_dir or Path()) / file, figures, append_result)
     return 0 if result["completed"] else 1
 
 
@@ -174,6 +203,17 @@ def read_rate(text: str) -> float:
     if not rate > 0:
         raise UsageError(f"--request-rate must be a number above 0, or inf, not {text!r:.60}")
     return rate
+
+
+def read_ramp(strategy: str | None, start: int | None, end: int | None) -> Ramp | None:
+    """How the rate grows; None where it does not."""
+    if strategy is None and start is None and end is None:
+        return None
+    if strategy is None or start is None or end is None:
+        raise UsageError("--ramp-up-strategy, --ramp-up-start-rps and --ramp-up-end-rps belong together")
+    if start > end:
+        raise UsageError(f"--ramp-up-start-rps ({start}) must not be above --ramp-up-end-rps ({end})")
+    return Ramp(strategy, start, end)
 
 
 async def _run(load: Load, samples: Sequence[Sample], warmups: int) -> tuple[list[Seen], float]:
@@ -196,10 +236,11 @@ async def _arriving(load: Load, samples: Sequence[Sample]) -> AsyncIterator[Samp
     """The requests at their times, which are told from the beginning so that no delay adds up."""
     chance = random.Random(load.seed)  # noqa: S311
     at = time.monotonic()
-    for sample in samples:
+    for sent, sample in enumerate(samples, 1):
         yield sample
-        if math.isfinite(load.rate):
-            at += chance.gammavariate(load.burstiness, 1 / (load.rate * load.burstiness))
+        rate = load.rate if load.ramp is None else load.ramp.rate(min(sent / max(len(samples) - 1, 1), 1.0))
+        if math.isfinite(rate):
+            at += chance.gammavariate(load.burstiness, 1 / (rate * load.burstiness))
             await asyncio.sleep(at - time.monotonic())
 
 
@@ -271,7 +312,8 @@ def _first_model(http: httpx.Client) -> str:
         raise CandleVllmError(text) from None
 
 
-def _save(path: Path, result: Mapping[str, Any]) -> None:
+def _save(path: Path, result: Mapping[str, Any], append: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result) + "\n", "utf-8")
+    with path.open("a" if append else "w", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")
     sys.stderr.write(f"bench serve: saved as {path}\n")

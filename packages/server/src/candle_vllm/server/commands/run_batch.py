@@ -1,6 +1,7 @@
 """`candle-vllm run-batch`: answers the requests of a file, in OpenAI's batch format, and writes a file of answers.
 
-No address is opened: the lines are asked of the application in this process, at step 1 of a request's life.
+Nothing listens: the lines are asked of the application in this process, at step 1 of a request's life. A file may lie
+behind an address that the operator names, which is read by GET and written by PUT.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ import contextlib
 import dataclasses
 import gc
 import sys
+import tempfile
 import time
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import httpx
+
+from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.server.app import create_app
 from candle_vllm.server.batches.lines import Application, Result, answered_in_order, asked_here, failed
 from candle_vllm.server.models.loader import ModelLoader
@@ -28,36 +33,117 @@ from candle_vllm.server.settings.derived import refuse_wrong_formats
 from candle_vllm.server.settings.options import UsageError
 
 MAX_LINE_MB = 64
+MAX_INPUT_MB = 4096  # of a file behind an address
 PATIENCE = 1 << 20  # seconds for one line
 TELLING_SECONDS = 5.0  # between two lines about how far it is
+SENDING_PAUSES = (1.0, 5.0, 25.0)  # seconds before the answers are sent once more
 MORE_THAN_RUN = 2  # lines under way for each one that the engine computes: the next are read and checked meanwhile
 
 
 def run_batch(
     configuration: Configuration,
-    input_file: Path | None = None,
-    output_file: Path | None = None,
+    input_file: str | None = None,
+    output_file: str | None = None,
+    output_tmp_dir: Path | None = None,
     load: Load | None = None,
 ) -> int:
     """Answers every line of `input_file` into `output_file`, which is written anew; 0 also where lines failed.
+
+    Both are files, or addresses of HTTP; what goes to one is gathered in a file of `output_tmp_dir` first.
 
     Raises:
         CandleVllmError: a file or the model cannot be had.
     """
     if input_file is None or output_file is None:
         raise UsageError(f"{'-i' if input_file is None else '-o'} FILE is missing: run-batch -i IN.jsonl -o OUT.jsonl")
-    for path in (input_file, output_file):
-        if "://" in str(path) or str(path).startswith(("http:/", "https:/")):
-            raise UsageError(f"{path} is an address: run-batch reads and writes files of this machine")
+    source, target = _place(input_file), _place(output_file)
     for entry in configuration.catalogue.entries:
         refuse_wrong_formats(entry.settings)
     warn_of_missing(configuration.catalogue)
-    with input_file.open("rb") as given:
-        if output_file.exists() and output_file.samefile(input_file):
-            raise UsageError(f"{output_file} is the input: write the answers to another file")
-        with output_file.open("wb") as made:
-            asyncio.run(_run(configuration, given, made, load))
+    with _fetched(source) if isinstance(source, httpx.URL) else source.open("rb") as given:
+        if isinstance(target, Path):
+            if target.exists() and isinstance(source, Path) and target.samefile(source):
+                raise UsageError(f"{target} is the input: write the answers to another file")
+            with target.open("wb") as made:
+                asyncio.run(_run(configuration, given, made, load))
+            return 0
+        with tempfile.NamedTemporaryFile(
+            prefix="run-batch-", suffix=".jsonl", dir=output_tmp_dir, delete=False
+        ) as made:
+            asyncio.run(_run(configuration, given, made.file, load))
+    _send(target, Path(made.name))
     return 0
+
+
+# ---- files elsewhere -------------------------------------------------------------------------------------------------
+
+
+def _place(text: str) -> Path | httpx.URL:
+    """A path, or an address that is one of HTTP."""
+    scheme, colon, _ = text.partition("://")
+    if not colon or "/" in scheme:
+        return Path(text).expanduser()
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL as error:
+        raise UsageError(f"{text!r:.200} is no address: {error}") from None
+    if url.scheme not in ("http", "https") or not url.host:
+        raise UsageError(f"{_shown(url)} is neither a file nor an address of http:// or https://")
+    return url
+
+
+def _shown(url: httpx.URL) -> str:
+    """An address without what may be secret in it: a signature, a password."""
+    return str(url.copy_with(query=None, fragment=None, userinfo=b""))
+
+
+def _client() -> httpx.Client:
+    """Redirects are not followed: the operator has named one address."""
+    return httpx.Client(timeout=60, follow_redirects=False)
+
+
+def _fetched(url: httpx.URL) -> BinaryIO:
+    """The file behind an address, at its beginning; it is gone when it is closed."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
+    try:
+        with _client() as http, http.stream("GET", url) as answer:
+            if answer.status_code != httpx.codes.OK:
+                raise CandleVllmError(f"{_shown(url)} cannot be read: it answered with {answer.status_code}")
+            for piece in answer.iter_bytes():
+                if file.tell() + len(piece) > MAX_INPUT_MB << 20:
+                    raise CandleVllmError(f"{_shown(url)} is larger than {MAX_INPUT_MB} MB: fetch it and name the file")
+                file.write(piece)
+    except httpx.HTTPError as error:
+        file.close()
+        raise CandleVllmError(f"{_shown(url)} cannot be read: {error}") from None
+    except BaseException:
+        file.close()
+        raise
+    file.seek(0)
+    return file
+
+
+def _send(url: httpx.URL, path: Path) -> None:
+    """Puts the answers where they shall go; where they cannot be put they stay in their file."""
+    why = ""
+    for pause in (0.0, *SENDING_PAUSES):
+        time.sleep(pause)
+        try:
+            with _client() as http, path.open("rb") as file:
+                status = http.put(url, content=file).status_code
+        except httpx.HTTPError as error:
+            why = str(error)
+            continue
+        if status < httpx.codes.MULTIPLE_CHOICES:
+            path.unlink()
+            return
+        why = f"it answered with {status}"
+        if status < httpx.codes.INTERNAL_SERVER_ERROR:
+            break
+    raise CandleVllmError(f"{_shown(url)} did not take the answers ({why}): they are in {path}")
+
+
+# ---- lines -----------------------------------------------------------------------------------------------------------
 
 
 async def _run(configuration: Configuration, given: BinaryIO, made: BinaryIO, load: Load | None) -> None:

@@ -99,6 +99,14 @@ _MEASURED = (
 _ARRIVING = (
     _own("request_rate", Text(64), "requests per second; inf, the default, sends all at once", "X"),
     _own("burstiness", Number(0, 1000, open_low=True), "1 is a Poisson process; less is burstier", "X"),
+    _own(
+        "ramp_up_strategy",
+        Choice(("linear", "exponential")),
+        "how the rate grows over the requests",
+        "NAME",
+    ),
+    _own("ramp_up_start_rps", Integer(1, 1_000_000), "from this rate", "N"),
+    _own("ramp_up_end_rps", Integer(1, 1_000_000), "to this one", "N"),
     _own("max_concurrency", Integer(1, 100_000), "most requests at a time", "N"),
     _own("num_warmups", Integer(0, 1000), "requests before, which are not counted", "N"),
     _switch("ignore_eos", "answers go on to their length; random prompts have it always"),
@@ -113,6 +121,7 @@ _FIGURES = (
     _own("goodput", Text(128), "most milliseconds of a good request: ttft:200 tpot:50", "NAME:MS", repeat=True),
     _switch("save_result", "save the figures as JSON"),
     _switch("save_detailed", "save every request as well"),
+    _switch("append_result", "save them as one line more of the file"),
     _own("result_dir", FilePath(), "where they are saved", "FOLDER"),
     _own("result_filename", Text(255), "under which name", "NAME"),
     _own("metadata", Text(4096), "further fields of that file", "NAME=VALUE", repeat=True),
@@ -200,16 +209,22 @@ COMMAND_OPTIONS: Mapping[str, tuple[Option, ...]] = {
     ),
     "run-batch": (
         Option(
-            "input_file", "command", ("-i", "--input-file"), FilePath(), "the requests, a line of JSON each", "FILE"
+            "input_file",
+            "command",
+            ("-i", "--input-file"),
+            FreeText(4096),
+            "the requests, a line of JSON each: a file, or an http:// or https:// address",
+            "FILE",
         ),
         Option(
             "output_file",
             "command",
             ("-o", "--output-file"),
-            FilePath(),
-            "where the answers go, in the same order; it is written anew",
+            FreeText(4096),
+            "where the answers go, in the same order: a file, which is written anew, or an address, by PUT",
             "FILE",
         ),
+        _own("output_tmp_dir", FilePath(), "where they are gathered before they go to an address", "FOLDER"),
     ),
     "quantize": (
         Option("out", "command", ("--out",), FilePath(), "the file to write, which ends in .gguf", "FILE"),
