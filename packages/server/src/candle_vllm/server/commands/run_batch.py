@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
+import os
 import sys
 import tempfile
 import time
@@ -67,11 +68,10 @@ def run_batch(
             with target.open("wb") as made:
                 asyncio.run(_run(configuration, given, made, load))
             return 0
-        with tempfile.NamedTemporaryFile(
-            prefix="run-batch-", suffix=".jsonl", dir=output_tmp_dir, delete=False
-        ) as made:
-            asyncio.run(_run(configuration, given, made.file, load))
-    _send(target, Path(made.name))
+        descriptor, name = tempfile.mkstemp(prefix="run-batch-", suffix=".jsonl", dir=output_tmp_dir)
+        with os.fdopen(descriptor, "wb") as made:
+            asyncio.run(_run(configuration, given, made, load))
+    _send(target, Path(name))
     return 0
 
 
