@@ -135,10 +135,11 @@ class Shelf:
 
             def do_PUT(self) -> None:
                 data = self.rfile.read(int(self.headers["content-length"]))
-                if self._answer(b"") == 200:
+                if (shelf.statuses or [200])[0] == 200:  # before the answer, behind which a test looks
                     shelf.files[self.path.partition("?")[0]] = data
+                self._answer(b"")
 
-            def _answer(self, body: bytes) -> int:
+            def _answer(self, body: bytes) -> None:
                 shelf.asked.append(f"{self.command} {self.path}")
                 status = shelf.statuses.pop(0) if shelf.statuses else 200
                 self.send_response(status)
@@ -147,7 +148,6 @@ class Shelf:
                 self.send_header("content-length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
-                return status
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
