@@ -9,9 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 sys.path.append(str(Path(__file__).parent / "tests"))
 pytest_plugins = ["common_run", "slowest_tests"]
+# How long an example takes is the machine's affair.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 # A job of a script ignores Ctrl+C, and so would the servers that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Read when torch is imported, here and in what tests start. Toys are too small for two threads, and threads that spin
