@@ -1,9 +1,11 @@
 """Speed of the packed linear layer: one JSON line per type and number of rows.
 
-    python benchmarks/cpu/packed_linear.py --kinds Q4_1 Q4_K --shape 1536 576 --rows 1 8 32 512
+    python benchmarks/cpu/packed_linear.py --kinds Q4_1 Q4_K --shape 1536 576 --rows 1 8 32 512 [--ahead 0 2048]
 
 A plan of as many different matrices as fill `--megabytes` is run several times; the fastest and the median round count.
-`gops` are multiplications and additions, `gbps` the packed bytes of the weights. With `--pack`, the time to pack a GGUF
+`gops` are multiplications and additions, `gbps` the packed bytes of the weights, `blocks` the forms of the kernel that
+take the rows. `--ahead` measures several distances at which weights are asked for, in turns (this CPU's alone, unless
+given); `of_first` is the median of the rounds' ratios to the first. With `--pack`, the time to pack a GGUF
 matrix of 16 million weights of each type as well.
 """
 
@@ -16,7 +18,7 @@ import time
 
 import numpy as np
 
-from candle_vllm.core.kernels.cpu_runtime.level import host_isa
+from candle_vllm.core.kernels.cpu_runtime.level import bytes_ahead, host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
@@ -36,6 +38,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--megabytes", type=int, default=128, help="weights per round")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--ahead", nargs="+", type=int, default=[bytes_ahead()], help="bytes; 0 leaves it to the CPU")
     parser.add_argument("--pack", action="store_true", help="measure packing too")
     options = parser.parse_args()
     team = ThreadTeam(options.threads)
@@ -48,12 +51,12 @@ def main() -> None:
         if options.pack:
             report["pack_s_per_16M"] = round(_pack_time(kind), 4)
         for rows in options.rows:
-            figures = _measure(team, operation, kind, rows, options)
-            print(json.dumps(report | {"threads": team.threads} | figures), flush=True)
+            for figures in _measure(team, operation, kind, rows, options):
+                print(json.dumps(report | {"threads": team.threads} | figures), flush=True)
     team.close()
 
 
-def _measure(team: ThreadTeam, operation: int, kind: PackedKind, rows: int, options: argparse.Namespace) -> dict:
+def _measure(team: ThreadTeam, operation: int, kind: PackedKind, rows: int, options: argparse.Namespace) -> list[dict]:
     n, k = options.shape
     size = -(-n // ROWS) * LAYOUTS[kind].tile_bytes(k)
     copies = max(1, (options.megabytes << 20) // size // max(1, rows // 8))
@@ -61,7 +64,7 @@ def _measure(team: ThreadTeam, operation: int, kind: PackedKind, rows: int, opti
     matrices = [_random_matrix(kind, n, k, memory) for _ in range(copies)]
     xq, xs, xsum = quantise(np.random.default_rng(0).standard_normal((rows, k)).astype(np.float32))
     out, numbers = np.empty((rows, n), np.float32), np.full(8, rows, np.int64)
-    plan = []
+    plans: dict[int, list[int]] = {ahead: [] for ahead in options.ahead}
     for matrix in matrices:
         arguments = linear_arguments(
             matrix,
@@ -71,23 +74,40 @@ def _measure(team: ThreadTeam, operation: int, kind: PackedKind, rows: int, opti
             out=address_of(out),
             out_stride=n,
         )
-        plan += plan_row(operation, address_of(numbers), arguments, barrier=True)
-    table, times = np.array(plan, np.int64), []
+        for ahead, plan in plans.items():
+            plan += plan_row(operation, address_of(numbers), arguments._replace(ahead=ahead), barrier=True)
+    tables = {ahead: np.array(plan, np.int64) for ahead, plan in plans.items()}
+    times: dict[int, list[float]] = {ahead: [] for ahead in tables}
     for _ in range(options.rounds + 1):
-        start = time.perf_counter()
-        team.run(table, copies)
-        times.append((time.perf_counter() - start) / copies)
-    best, median = min(times[1:]), statistics.median(times[1:])
-    return {
-        "n": n,
-        "k": k,
-        "rows": rows,
-        "us": round(best * 1e6, 1),
-        "median_us": round(median * 1e6, 1),
-        "gops": round(2e-9 * rows * n * k / best, 1),
-        "gbps": round(1e-9 * size / best, 1),
-        "bits_per_weight": size * 8 / (-(-n // ROWS) * ROWS * k),
-    }
+        for ahead, table in tables.items():
+            start = time.perf_counter()
+            team.run(table, copies)
+            times[ahead].append((time.perf_counter() - start) / copies)
+    firsts, reports = times[options.ahead[0]], []
+    for ahead, found in times.items():
+        best = min(found[1:])
+        reports.append(
+            {
+                "n": n,
+                "k": k,
+                "rows": rows,
+                "blocks": _blocks(rows),
+                "ahead": ahead,
+                "us": round(best * 1e6, 1),
+                "median_us": round(statistics.median(found[1:]) * 1e6, 1),
+                "of_first": round(statistics.median(one / first for one, first in zip(found[1:], firsts[1:])), 3),
+                "gops": round(2e-9 * rows * n * k / best, 1),
+                "gbps": round(1e-9 * size / best, 1),
+                "bits_per_weight": size * 8 / (-(-n // ROWS) * ROWS * k),
+            }
+        )
+    return reports
+
+
+def _blocks(rows: int) -> list[int]:
+    """The forms in which `packed_linear.cpu.make_linear` takes so many rows."""
+    left = rows % 8
+    return [8] * (rows // 8) + ([8 if left > 4 else 4 if left > 1 else 1] if left else [])
 
 
 def _random_matrix(kind: PackedKind, n: int, k: int, memory: WeightMemory) -> PackedMatrix:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -20,6 +21,8 @@ pytest.importorskip("numba")
 
 from linear_field import error, make_anew, multiply_in_field, run_row, same_bits
 
+from candle_vllm.core.kernels.cpu_runtime import operation
+from candle_vllm.core.kernels.cpu_runtime.compiler import compile_function
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, embedding_arguments
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
@@ -210,6 +213,24 @@ def test_weights_larger_than_the_cache_are_taken_in_turns(lone_thread, monkeypat
     monkeypatch.setattr(cpu, "_CACHED_BYTES", 1)
     make_anew(monkeypatch, layout, cpu, "turns")
     assert same_bits(multiply(lone_thread, matrix, inputs), whole)
+
+
+@pytest.mark.parametrize("kind", [PackedKind.Q4_1, PackedKind.Q6_K], ids=lambda kind: kind.name)
+def test_weights_that_are_asked_for_ahead_change_nothing(kind, lone_thread, monkeypatch):
+    matrix, inputs = packed(kind, 63, COLUMNS), activations(13, COLUMNS)
+    results = []
+    for ahead in (0, 2048, 1 << 42):  # the last is nobody's memory
+        monkeypatch.setattr(operation, "bytes_ahead", lambda ahead=ahead: ahead)
+        results += [multiply(lone_thread, matrix, tuple(part[:rows] for part in inputs)) for rows in (1, 4, 13)]
+    for result, wanted in zip(results, results[:3] * 3):
+        assert same_bits(result, wanted)
+
+
+@pytest.mark.skipif(not operation.IS_X86, reason="instructions of x86")
+def test_each_form_asks_for_every_line_of_a_group():
+    code = compile_function(cpu.make_linear(int(PackedKind.Q4_1), int(Isa.VNNI)), "cascadelake")
+    asked = re.findall(rb"\x0f\x18[\x08-\x0f\x48-\x4f\x88-\x8f]", code)  # prefetcht0
+    assert len(asked) >= 3 * layout.LAYOUTS[PackedKind.Q4_1].block_bytes // 64
 
 
 @pytest.mark.parametrize("rows", [1, 3, 11])

@@ -88,6 +88,13 @@ def test_a_level_is_the_most_able_whose_flags_are_all_there() -> None:
     assert level_of(best.flags - {"avx512_vnni"}) is plain
     assert level_of(best.flags - {"avx512f"}) is least
     assert level_of(least.flags - {"fma"}) is None
+
+
+@pytest.mark.parametrize(("vendor", "ahead"), [("GenuineIntel", 2048), ("AuthenticAMD", 0), ("", 0)])
+def test_weights_are_asked_for_ahead_where_the_cpu_does_not(vendor, ahead, monkeypatch):
+    monkeypatch.setattr(level, "is_linux_x86", lambda: True)
+    monkeypatch.setattr(level.Path, "read_text", lambda path: f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fma")
+    assert level.bytes_ahead.__wrapped__() == ahead
     assert [entry.isa for entry in LEVELS] == [Isa.VNNI | Isa.BF16, Isa.VNNI, Isa.GENERIC, Isa.GENERIC]
 
 

@@ -55,12 +55,22 @@ LEVELS = (
 @cache
 def host_level() -> Level:
     """The level of this CPU; where it is none of `LEVELS`, one of its own, whose `cpu` is what LLVM calls this one."""
-    return level_of(_cpu_flags()) or _native()
+    return level_of(frozenset(_cpu_facts("flags"))) or _native()
 
 
 def host_isa() -> Isa:
     """The instructions of this CPU that the kernels can use."""
     return host_level().isa
+
+
+@cache
+def bytes_ahead() -> int:
+    """How far ahead of a stream of quantised weights the kernels ask for it; at 0 they leave that to the CPU.
+
+    Intel's servers fetch one stream too late by themselves: with this a row of Q4_1 takes two thirds of the time on a
+    Xeon of the fourth generation. On Zen 4 a single row becomes slower.
+    """
+    return 2048 if "GenuineIntel" in _cpu_facts("vendor_id") else 0
 
 
 def level_of(flags: frozenset[str]) -> Level | None:
@@ -82,10 +92,10 @@ def _native() -> Level:
     return Level("native", llvmlite.binding.get_host_cpu_name(), isa, frozenset())
 
 
-def _cpu_flags() -> frozenset[str]:
-    """As Linux names them; nothing elsewhere."""
+def _cpu_facts(name: str) -> list[str]:
+    """The words that Linux has for a CPU under a name; nothing elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if is_linux_x86() else []
     except OSError:
         lines = []
-    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())
+    return next((line.partition(":")[2] for line in lines if line.startswith(name)), "").split()

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, get_type_hints
 import numpy as np
 
 from candle_vllm.core.kernels.cpu_runtime.kernel_cache import WANTED, compiled_address, is_first_start, is_missing
+from candle_vllm.core.kernels.cpu_runtime.level import bytes_ahead
 from candle_vllm.core.threads import collector_paused
 
 NUMBERS = 2  # where a row has the address of the step's numbers
@@ -236,6 +237,7 @@ class LinearArguments(NamedTuple):
         x_bytes: from one of their rows to the next, where they are plain: a multiple of 64, and zero behind K.
         scales, sums: addresses of these of quantised activations.
         span: turns of a span, of small floats.
+        ahead: how many bytes of quantised weights are asked for before they are read.
     """
 
     rows_from: int
@@ -253,6 +255,7 @@ class LinearArguments(NamedTuple):
     scales: int
     sums: int
     span: int
+    ahead: int
 
 
 def linear_arguments(
@@ -295,6 +298,7 @@ def linear_arguments(
         scales=scales,
         sums=sums,
         span=span,
+        ahead=bytes_ahead(),
     )
 
 

@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I32, I64, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I32, I64, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.cpu_runtime.tiles import write_tile
 from candle_vllm.core.kernels.plain_linear.layout import ROWS, RUN, PlainKind
@@ -81,12 +81,6 @@ def _add_step(e: Emitter, kind: PlainKind, isa: Isa, total: Any, weights: Any, x
     return e.dot_bf16(total, x, weights, isa) if kind is PlainKind.BF16 else e.fma(x, weights, total)
 
 
-def _prefetch(e: Emitter, address: Any, offset: int) -> None:
-    """Asks for a cache line that will be read; it may lie behind the end of memory."""
-    at = e.b.inttoptr(e.b.add(address, e.int64(offset)), I8.as_pointer())
-    e.call("llvm.prefetch.p0", ir.VoidType(), [at, *(ir.Constant(I32, number) for number in (0, 3, 1))])
-
-
 def emit_sums(
     e: Emitter,
     kind: PlainKind,
@@ -143,7 +137,7 @@ def _block_sums(
         for step in range(RUN):
             if rows == 8:
                 for place in places:
-                    _prefetch(e, place, step * kind.step_bytes + _AHEAD)
+                    e.prefetch(place, step * kind.step_bytes + _AHEAD)
             loaded = [_weights(e, kind, place, step * kind.step_bytes) for place in places]
             for row in range(rows):
                 splat = e.splat(e.load(x, element, 4 * (step * height + first + row)))
