@@ -236,7 +236,7 @@ def test_every_sampling_field_arrives() -> None:
     # skip_reading_prefix_cache and output_kind are the library's own, processors are code; structured output,
     # predictions and thoughts have tests of their own
     others = {"logprobs", "logit_bias", "structured_outputs", "thoughts", "skip_reading_prefix_cache", "output_kind",
-              "logits_processors", "prediction"}  # fmt: skip
+              "logits_processors", "prediction", "thinking_token_budget"}  # fmt: skip
     assert set(SamplingParams.__struct_fields__) == {*fields, *others}
 
 

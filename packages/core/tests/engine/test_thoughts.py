@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
-from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams, StructuredOutputsParams
+from candle_vllm.core import (
+    EngineConfig,
+    InferenceEngine,
+    InvalidParameterError,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from candle_vllm.core.sampling.thoughts import ThoughtBudget
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 
@@ -75,3 +82,54 @@ def test_the_log_probabilities_of_forced_tokens_are_the_model_s(engine: Inferenc
     logprobs = answer.outputs[0].logprobs
     assert logprobs is not None
     assert all(-100 < entry.chosen.logprob < -0.01 for entry in logprobs[2:4])
+
+
+# ---- vLLM's name of it, between marks that the vocabulary has --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InferenceEngine]:
+    folder = write_toy_model(tmp_path_factory.mktemp("thinker") / "toy", toy_config(max_position_embeddings=512))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["<think>", "</think>"])  # as Qwen's: no special tokens
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with InferenceEngine(EngineConfig(model=str(folder), threads=1)) as made:
+        yield made
+
+
+def test_a_budget_by_its_vllm_name_is_the_same_budget(thinker: InferenceEngine) -> None:
+    begin, end = (thinker.tokenize(mark, add_special_tokens=False)[0] for mark in ("<think>", "</think>"))
+    turn = thinker.model_info.eos_token_ids[0]
+    asked: dict[str, Any] = {
+        "max_tokens": 12,
+        "ignore_eos": True,
+        "seed": 1,
+        "logit_bias": {begin: -100.0, end: -100.0},
+    }
+
+    def drawn(prompt: list[int], **more: Any) -> list[int]:
+        [answer] = thinker.generate([{"prompt_token_ids": prompt}], SamplingParams(**{**asked, **more}))
+        return list(answer.outputs[0].token_ids)
+
+    within = [*PROMPT, begin, 5]
+    free = drawn(within)
+    for budget in (0, 4):
+        tokens = drawn(within, thinking_token_budget=budget)
+        assert tokens[: budget + 1] == [*free[:budget], end]
+        marks = ThoughtBudget(tokens=budget, marks={"<think>": "</think>"}, opened="<think>")
+        assert tokens == drawn(within, thoughts=marks)
+    assert drawn(within, thinking_token_budget=-1) == free
+    for closed in ([*within, end], [*within, turn, 7]):  # the thoughts are over, or an earlier turn's
+        assert drawn(closed, thinking_token_budget=0) == drawn(closed)
+    begun = drawn(PROMPT, thinking_token_budget=2, logit_bias={begin: 100.0, end: -100.0})  # by the model itself
+    assert begun.index(end) == 3
+
+
+def test_a_budget_by_its_vllm_name_needs_tokens_around_thoughts(engine: InferenceEngine) -> None:
+    assert len(run(engine, SamplingParams(max_tokens=2, thinking_token_budget=-1))[0]) <= 2
+    with pytest.raises(InvalidParameterError, match=r"no tokens of this model mark thoughts.*ThoughtBudget") as caught:
+        run(engine, SamplingParams(max_tokens=2, thinking_token_budget=3))
+    assert caught.value.param == "thinking_token_budget"
+    with pytest.raises(InvalidParameterError, match="two budgets") as caught:
+        SamplingParams(thinking_token_budget=3, thoughts=ThoughtBudget(tokens=1, marks={"a": "b"}))
+    assert caught.value.param == "thinking_token_budget"

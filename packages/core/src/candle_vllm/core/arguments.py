@@ -162,7 +162,7 @@ _PARAMETERS: Rows = (
     ("logprob_token_ids prompt_logprob_token_ids prompt_logprob_start",
      "logprobs and prompt_logprobs give the likeliest tokens, at every place", (None,)),
     ("stream_interval", "a piece comes with every step that has something to say", (None, 1)),
-    ("thinking_token_budget", "thoughts, a ThoughtBudget with the marks around the model's thoughts", (None, -1)),
+    ("reasoning_budget reasoning_budget_tokens thinking_budget thinking_budget_tokens", "thinking_token_budget"),
     ("repetition_detection", "repetition_penalty is there, and max_tokens", (None,)),
     ("watermarking", "texts are not marked", (None, False)),
     ("routed_experts_prompt_start", "which experts were taken is not told", (0,)),

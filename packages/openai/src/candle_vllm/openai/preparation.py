@@ -297,7 +297,8 @@ def _check_prompt_logprobs(field: str, asked: int | None, tokens: int, sequences
 
 def _checked_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The model's own sampling values, refused now rather than at every request."""
-    request_only = {"n", "logprobs", "prompt_logprobs", "logit_bias", "structured_outputs", "thoughts", "prediction"}
+    request_only = {"n", "logprobs", "prompt_logprobs", "logit_bias", "structured_outputs", "prediction"}
+    request_only |= {"thoughts", "thinking_token_budget"}
     unusable = sorted(name for name in defaults if name in request_only or name not in SamplingParams.__struct_fields__)
     if unusable:
         raise ConfigError(f"default_sampling has names that are no sampling defaults: {', '.join(unusable)}")

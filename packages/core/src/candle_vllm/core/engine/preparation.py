@@ -26,7 +26,7 @@ from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.state import SamplingState
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
-from candle_vllm.core.sampling.thoughts import ThoughtCount, ThoughtLimit
+from candle_vllm.core.sampling.thoughts import ThoughtCount, ThoughtLimit, budget_in_tokens
 from candle_vllm.core.text.tokenizer import Tokenizer
 
 
@@ -141,7 +141,7 @@ class DecoderPreparation(Preparation):
             eos_token_ids=self._eos_token_ids,
             bad_word_token_ids=self._bad_words(request.params.bad_words or ()),
             grammar=self._grammar(request.params),
-            thoughts=self._thoughts(request.params),
+            thoughts=self._thoughts(request.params, request.prompt_token_ids),
             breakers=breakers_of(self._breakers, request.params),
         )
         states = [state, *(state.sibling(index) for index in range(1, request.params.n))]
@@ -176,18 +176,17 @@ class DecoderPreparation(Preparation):
         held_back = self._eos_token_ids if params.ignore_eos else ()
         return GrammarState(self._grammars, params.structured_outputs, self._vocab_size, held_back)
 
-    def _thoughts(self, params: SamplingParams) -> ThoughtCount | None:
-        if params.thoughts is None:
+    def _thoughts(self, params: SamplingParams, prompt: Seq[int]) -> ThoughtCount | None:
+        text, budget, tokens = self._tokenizer, params.thoughts, params.thinking_token_budget
+
+        def encode(said: str, special: bool = True) -> Seq[int]:
+            return text.encode(said, add_special_tokens=False, parse_special=special)
+
+        if tokens is not None and tokens >= 0:
+            budget = budget_in_tokens(tokens, encode, prompt, self._ends)
+        if budget is None:
             return None
-        text = self._tokenizer
-        return ThoughtCount(
-            ThoughtLimit(
-                params.thoughts,
-                lambda said, special: text.encode(said, add_special_tokens=False, parse_special=special),
-                text.token_bytes,
-                text.special_token_ids,
-            )
-        )
+        return ThoughtCount(ThoughtLimit(budget, encode, text.token_bytes, text.special_token_ids))
 
     def _prediction(self, text: str) -> Prediction:
         tokens = self._tokenizer.encode(text, add_special_tokens=False, parse_special=False)

@@ -12,7 +12,7 @@ from msgspec.structs import force_setattr, replace
 from candle_vllm.core.arguments import ExplainedStruct, unknown_name
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
-from candle_vllm.core.sampling.thoughts import ThoughtBudget
+from candle_vllm.core.sampling.thoughts import MAX_BUDGET, ThoughtBudget
 from candle_vllm.core.text.stop_scanner import StopScanner
 
 MAX_SEQUENCES = 128  # most sequences of one prompt (`n`)
@@ -131,6 +131,8 @@ class SamplingParams(
             with `FinishReason.STOP`, also before `min_tokens` and with `ignore_eos`.
         thoughts: how many tokens the model may think, and between which marks. Behind as many the closing mark is
             forced; what `structured_outputs` or `allowed_token_ids` does not take there waits until it does.
+        thinking_token_budget: the same, 0 to 2 ** 24 tokens, between marks that the model's vocabulary has as tokens
+            (`<think>`); refused where it has none. -1 is no limit.
         cache_salt: prefix-cache blocks are shared only between requests with the same salt.
         skip_reading_prefix_cache: compute the whole prompt even where cached blocks exist.
         num_speculative_tokens: most guessed tokens that a step tries, 0 to 128, where the engine guesses any; its own
@@ -179,6 +181,7 @@ class SamplingParams(
     bad_words: Sequence[str] | None = None
     structured_outputs: StructuredOutputsParams | None = None
     thoughts: ThoughtBudget | None = None
+    thinking_token_budget: int | None = None
     cache_salt: str | None = None
     skip_reading_prefix_cache: bool = False
     num_speculative_tokens: int = MAX_GUESSES
@@ -225,6 +228,11 @@ class SamplingParams(
             _integer("seed", self.seed, -(1 << 63), (1 << 64) - 1)
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 1, MAX_TOKENS)
+        if self.thinking_token_budget is not None:
+            _integer("thinking_token_budget", self.thinking_token_budget, -1, MAX_BUDGET)
+            if self.thoughts is not None and self.thinking_token_budget >= 0:
+                said = "thinking_token_budget and thoughts are two budgets for the same thoughts: give one"
+                raise InvalidParameterError(said, "thinking_token_budget")
         _integer("min_tokens", self.min_tokens, 0, MAX_TOKENS)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidParameterError(

@@ -7,7 +7,7 @@ of a special token means that token, as in `StructuredOutputsParams`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from candle_vllm.core.arguments import ExplainedStruct
 from candle_vllm.core.errors import InvalidParameterError
@@ -16,6 +16,13 @@ MAX_BUDGET = 1 << 24  # tokens
 MAX_MARK = 256  # characters
 MAX_MARKS = 32
 MAX_MESSAGE = 2048  # characters
+THOUGHT_TOKENS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+)
+"""Marks that are single tokens of the models that have them: these tell of thoughts where a caller does not."""
 _SPECIAL = b"\xff"  # begins a special token among bytes of text: UTF-8 has no such byte
 
 
@@ -50,6 +57,34 @@ class ThoughtBudget(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_f
             raise _refused("opened must be one of the opening marks")
         if not isinstance(self.message, str) or len(self.message) > MAX_MESSAGE:
             raise _refused(f"message must be a text of at most {MAX_MESSAGE} characters")
+
+
+def budget_in_tokens(
+    tokens: int, encode: Callable[[str], Sequence[int]], prompt: Sequence[int], ends: Collection[int]
+) -> ThoughtBudget:
+    """A budget between marks that a vocabulary has as single tokens.
+
+    Args:
+        tokens: how many may be thought.
+        encode: a text's tokens, names of special tokens read as those.
+        prompt: its end says whether the text begins within thoughts.
+        ends: tokens that end a turn; marks before them tell nothing of the turn that follows.
+
+    Raises:
+        InvalidParameterError: there are no such tokens.
+    """
+    ids = {pair: (encode(pair[0]), encode(pair[1])) for pair in THOUGHT_TOKENS}
+    found = {pair: (opening[0], end[0]) for pair, (opening, end) in ids.items() if len(opening) == len(end) == 1}
+    if not found:
+        raise InvalidParameterError(
+            "thinking_token_budget cannot be honoured: no tokens of this model mark thoughts; thoughts, a "
+            "ThoughtBudget with the marks around them, does the same for any text",
+            "thinking_token_budget",
+        )
+    openings = {opening: pair[0] for pair, (opening, _) in found.items()}
+    telling = {*openings, *(end for _, end in found.values()), *ends}
+    last = next((token for token in reversed(prompt) if token in telling), None)
+    return ThoughtBudget(tokens=tokens, marks=dict(tuple(found)), opened=None if last is None else openings.get(last))
 
 
 def _refused(text: str) -> InvalidParameterError:
