@@ -202,7 +202,7 @@ def _offer(definitions: Sequence[ToolDefinition]) -> Offer:
         tool = definition.to_openai()
         try:
             wire = WireTool.model_validate(tool)
-            check_tools([(0, wire.function.name, wire.shown())])
+            check_tools([("0.function.name", wire.function.name, wire.shown())])
         except ValidationError as error:
             logger.warning("models are not shown the tool %s: %s", definition.name, to_request_error(error))
             continue
