@@ -12,7 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import httpx
 import openai
@@ -62,6 +62,27 @@ def test_completions_whole_and_streamed_say_the_same(start) -> None:
     whole = client.completions.create(model="scripted", prompt="Hi", max_tokens=50)
     chunks = client.completions.create(model="scripted", prompt="Hi", max_tokens=50, stream=True)
     assert whole.choices[0].text == "".join(chunk.choices[0].text for chunk in chunks) == "Hello wörld!"
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"), [("chat/completions", {"messages": MESSAGES}), ("completions", {"prompt": "Hi"})]
+)
+def test_streams_end_with_their_counts_where_the_operator_says_so(start, path: str, asked: dict[str, Any]) -> None:
+    def counted(client: httpx.Client, **more: object) -> list[bool]:
+        """Which chunks of a stream have counts."""
+        text = client.post(f"/v1/{path}", json={"model": "scripted", **asked, "stream": True, **more}).text
+        return [bool(json.loads(event).get("usage")) for event in _events(text)[:-1]]
+
+    with start(PacedEngine(PIECES), enable_force_include_usage=True).http() as client:
+        plain = counted(client)
+        assert plain == [*[False] * (len(plain) - 1), True]
+        for options in ({}, {"include_usage": False}, None):
+            assert counted(client, stream_options=options)[-1]
+        assert all(counted(client, stream_options={"include_usage": True, "continuous_usage_stats": True}))
+        whole = client.post(f"/v1/{path}", json={"model": "scripted", **asked})
+        assert whole.json()["usage"]["completion_tokens"]
+    with start(PacedEngine(PIECES)).http() as client:
+        assert not any(counted(client))
 
 
 def test_a_stream_on_the_wire(start) -> None:

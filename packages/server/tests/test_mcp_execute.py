@@ -61,10 +61,12 @@ def test_a_whole_answer(start_mcp: Start, tmp_path: Path) -> None:
     assert engine.template_calls[-1].messages[-1]["content"] == "42"
 
 
-def test_a_stream(start_mcp: Start, web: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_stream(start_mcp: Start, web: Any, tmp_path: Path, forced: bool) -> None:
     engine = PacedEngine(turns("Let me see." + DOUBLE + "\n" + ECHO, ECHO, "It is 42."))
-    running = start_mcp(engine, [stdio_config(tmp_path), web.config()], execute=True)
-    chunks = list(ask(running.openai(), stream=True, stream_options={"include_usage": True}))
+    running = start_mcp(engine, [stdio_config(tmp_path), web.config()], execute=True, enable_force_include_usage=forced)
+    options = {} if forced else {"stream_options": {"include_usage": True}}
+    chunks = list(ask(running.openai(), stream=True, **options))
     assert {chunk.id for chunk in chunks} == {engine.requests[0].request_id}
     *parts, last = chunks
     choices = [chunk.choices[0] for chunk in parts]

@@ -108,8 +108,10 @@ def test_an_answer_that_was_read_is_not_kept_unless_always(tmp_path: Path) -> No
         assert _record(client, "cmpl-c")["response"]["object"] == "text_completion"
 
 
-def test_what_the_client_reads_does_not_change(tmp_path: Path) -> None:
-    with _server(tmp_path, PacedEngine("Hello")) as running, running.http() as client:
+@pytest.mark.parametrize("forced", [False, True])
+def test_what_the_client_reads_does_not_change(tmp_path: Path, forced: bool) -> None:
+    made = _server(tmp_path, PacedEngine("Hello"), enable_force_include_usage=forced)
+    with made as running, running.http() as client:
         for body in (BODY, {**BODY, "stream_options": {"include_usage": True}}, {**BODY, "stream": False}):
             fields = {**body, "request_id": "same"}
             plain = client.post("/v1/chat/completions", json=fields)

@@ -17,6 +17,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from candle_vllm.openai import to_json_bytes
+from candle_vllm.openai.protocol.generation import GenerationFields, StreamOptions
 from candle_vllm.server.http.body import read_body, unless_disconnected
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import caller_of
@@ -35,6 +36,14 @@ def with_defaults(wire: Any, settings: Settings) -> Any:
     """The request with the operator's sampling settings where it has none."""
     absent = {name: value for name, value in settings.default_sampling.items() if getattr(wire, name) is None}
     return wire.model_copy(update=absent) if absent else wire
+
+
+def with_usage(wire: Any, settings: Settings) -> Any:
+    """A request whose stream ends with its token counts, where the operator has all streams do so."""
+    if not (settings.enable_force_include_usage and isinstance(wire, GenerationFields) and wire.stream):
+        return wire
+    options = (wire.stream_options or StreamOptions()).model_copy(update={"include_usage": True})
+    return wire.model_copy(update={"stream_options": options})
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,7 @@ async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadlin
     begin_generation(request.scope, prompt_only=getattr(wire, "max_tokens", None) == 0)
     keeper: Keeper = request.app.state.keeper
     streams = bool(wire.stream)
+    wire = with_usage(wire, request.app.state.settings)
     wish, wire = keeper.wish(request.scope, wire, possible=api.kept is not None)
     async with in_time(deadline):
         turn = await unless_disconnected(

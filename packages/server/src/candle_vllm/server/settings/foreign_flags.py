@@ -327,7 +327,6 @@ ROWS: tuple[Row, ...] = (
         "/metrics, /load, /slots, /tokenizer_info, request ids and the details of usage are always there"),
     Row("--no-slots --props", "/slots and /props are there to be read, with a key where the server has one"),
     Row("--enable-per-request-metrics --kv-cache-metrics --kv-cache-metrics-sample", "/metrics has what is counted"),
-    Row("--enable-force-include-usage", f"{_REQUEST}: stream_options.include_usage"),
     Row("--disable-fastapi-docs", "/docs needs a key where the server has one, and loads nothing from elsewhere"),
     Row("--return-tokens-as-token-ids", f"{_REQUEST}: return_token_ids"),
     Row("--fingerprint-mode", "system_fingerprint tells versions and settings of the model apart"),

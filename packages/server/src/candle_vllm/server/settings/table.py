@@ -280,6 +280,9 @@ class Settings:
     max_body_mb: Annotated[int, own(HTTP, Integer(1, 1024), "largest request body, in MB of 2^20 bytes", "MB")] = 8
     enable_request_priority: Annotated[bool, own(HTTP,
         Boolean(), "let clients put their requests before those of others (`priority`)")] = False
+    enable_force_include_usage: Annotated[bool, own(HTTP,
+        Boolean(), "streams end with their token counts, also where the request does not ask (`stream_options`)",
+        commands=_SERVE)] = False
     trust_request_chat_template: Annotated[bool, own(HTTP,
         Boolean(), "let clients send a chat template of their own (`chat_template`)")] = False
     shutdown_timeout: Annotated[int, own(HTTP,
