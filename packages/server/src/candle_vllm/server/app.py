@@ -228,7 +228,7 @@ def _add_layers(app: FastAPI, settings: Settings) -> None:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=[origin for origin in settings.cors_origin if origin == ANY_ORIGIN],
-            allow_origin_regex=origins(settings.cors_origin),
+            allow_origin_regex=origins(settings.cors_origin).pattern,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after", *LIMIT_HEADERS],
