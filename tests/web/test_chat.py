@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import pytest
 from actions import ask, button, said, say, wait_idle
 from ui_server import MARKDOWN, Site
+
+from candle_vllm.core.engine.request import RequestMetrics
 
 
 def test_first_chat_from_an_empty_profile(chat: Any, site: Site) -> None:
@@ -196,6 +200,25 @@ def test_continue_appends(chat: Any) -> None:
     ask(chat, "One")
     chat.locator(".answer").get_by_role("button", name="Continue").click()
     said(chat, "You said: One and it goes on.")
+
+
+def test_what_came_of_guesses_stands_among_the_numbers(chat: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = chat.locator(".numbers li")
+    ask(chat, "One")
+    chat.locator(".numbers summary").click()
+    assert lines.get_by_text("Generated: 14 tokens").count() == 1
+    assert chat.get_by_text("Guessed:").count() == 0
+    counted = partial(RequestMetrics, draft_tokens=12, accepted_draft_tokens=9)
+    monkeypatch.setattr("candle_vllm.core.testing.scripted_sequence.RequestMetrics", counted)
+    chat.locator(".answer").get_by_role("button", name="Continue").click()
+    lines.get_by_text("Guessed: 12 tokens, 9 of them accepted").wait_for()
+    wait_idle(chat)
+    chat.locator(".answer").get_by_role("button", name="Continue").click()
+    lines.get_by_text("Guessed: 24 tokens, 18 of them accepted").wait_for()
+    wait_idle(chat)
+    chat.reload()
+    chat.locator(".numbers summary").click()
+    lines.get_by_text("Guessed: 24 tokens, 18 of them accepted").wait_for()
 
 
 def test_delete_a_message(chat: Any) -> None:

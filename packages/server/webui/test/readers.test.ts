@@ -57,4 +57,7 @@ test("chunks with parts of other kinds", () => {
   const choices: unknown[] = [null, { index: 0 }, { index: 0, delta: { content: { a: 1 }, reasoning_content: 5 } }, { index: 0, delta: { content: "ok" }, logprobs: { content: [null, { token: 1 }] } }];
   for (const choice of choices) writer.add(readChunk({ choices: [choice], usage: { prompt_tokens: "x", completion_tokens: {} } })!, 1);
   assert.deepEqual([step.text, step.reasoning, step.usage, step.logprobs], ["ok", "", undefined, undefined]);
+  const details = { draft_tokens: "x", accepted_draft_tokens: 3, reasoning_tokens: null, other: 1 };
+  const { usage } = readChunk({ choices: [], usage: { prompt_tokens: 1, completion_tokens: 2, completion_tokens_details: details } })!;
+  assert.deepEqual(usage!.completion_tokens_details, { accepted_draft_tokens: 3 });
 });

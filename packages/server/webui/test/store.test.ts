@@ -16,7 +16,7 @@ const question: UserMessage = { id: "u", role: "user", parent: null, created: 1,
 const answer = (id: string, created: number): AssistantMessage => ({
   id, role: "assistant", parent: "u", created, model: "m", state: "done",
   steps: [{ reasoning: "r", reasoningMs: 5, text: "t", finish: "stop", firstTokenMs: 1, totalMs: 2, calls: [{ id: "x", name: "tool", arguments: "{}", state: "done", result: "ok", seconds: 1, content: [{ kind: "text", text: "ok" }] }],
-    usage: { prompt_tokens: 1, completion_tokens: 2, total_tokens: 3, prompt_tokens_details: { cached_tokens: 1 } }, logprobs: [{ token: "t", logprob: -0.1, top_logprobs: [] }] }],
+    usage: { prompt_tokens: 1, completion_tokens: 2, total_tokens: 3, prompt_tokens_details: { cached_tokens: 1 }, completion_tokens_details: { draft_tokens: 2, accepted_draft_tokens: 1 } }, logprobs: [{ token: "t", logprob: -0.1, top_logprobs: [] }] }],
 });
 
 test("export and import keep everything but the ids", () => {

@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { ApiError } from "../src/api/http.ts";
+import { readChunk } from "../src/api/readers.ts";
 import type { ChatChunk, McpResult, McpTool, ToolCallDelta } from "../src/api/types.ts";
 import { StepWriter } from "../src/chat/accumulate.ts";
 import { fingerprint, isAlwaysAllowed } from "../src/chat/approval.ts";
@@ -223,6 +224,27 @@ test("an answer that a reload cut and that goes on is as fast as it was", () => 
   assert.deepEqual([generated, Math.round(tokensPerSecond!)], [111, 10]);
 });
 
+test("guesses are added up over requests and steps, also where one was cut before its counts", async () => {
+  const counted = (draft_tokens: number, accepted_draft_tokens: number, reasoning_tokens: number) => readChunk({
+    choices: [], usage: { prompt_tokens: 5, completion_tokens: 9, completion_tokens_details: { draft_tokens, accepted_draft_tokens, reasoning_tokens } },
+  })!;
+  const { turn, message } = stage(
+    [ask("a"), end("tool_calls"), counted(4, 1, 2)],
+    [say("one "), usage(5, 2), new ApiError({ kind: "dropped", message: "" })],
+    [say("two "), usage(5, 1), end("length"), counted(10, 7, 3)],
+    [say("three"), usage(5, 1), end(), counted(5, 5, 0)],
+  );
+  const guesses = () => Object.entries(statisticsOf(message)!).filter(([name]) => ["guessed", "accepted", "reasoning"].includes(name)).map(([, count]) => count);
+  await turn.run();
+  assert.deepEqual(guesses(), [2, 4, 1]);
+  await turn.decide("c1", "once");
+  assert.deepEqual([message.state, guesses()], ["failed", [2, 4, 1]]);
+  await turn.run(true);
+  assert.deepEqual([message.state, guesses()], ["done", [5, 14, 8]]);
+  await turn.run(true);
+  assert.deepEqual([message.steps.length, message.steps[1]!.text, guesses()], [2, "one two three", [5, 19, 13]]);
+});
+
 test("an error before the first token: trying again begins anew", async () => {
   const { turn, message, seen } = stage([new ApiError({ kind: "http", status: 503, message: "full" })], [say("yes"), end()]);
   await turn.run();
@@ -292,7 +314,7 @@ test("a branch as a request", () => {
   ]);
   const { messages: _, ...fields } = request;
   assert.deepEqual(fields, {
-    model: "m", stream: true, stream_options: { include_usage: true, continuous_usage_stats: true }, temperature: 0.5, stop: ["x"], enable_thinking: false, logprobs: true, top_logprobs: 5,
+    model: "m", stream: true, stream_options: { include_usage: true, continuous_usage_stats: true }, return_draft_counts: true, temperature: 0.5, stop: ["x"], enable_thinking: false, logprobs: true, top_logprobs: 5,
     response_format: { type: "json_schema", json_schema: { name: "answer", schema: { type: "object" } } },
     continue_final_message: true, add_generation_prompt: false, tools: [{ type: "function", function: { name: "a", description: "d", parameters: {} } }],
   });

@@ -10,6 +10,7 @@ export const number = (value: unknown): number | undefined =>
 const list = (value: unknown): readonly unknown[] => (Array.isArray(value) ? value : []);
 
 const MAX_CALLS = 128; // of one answer
+export const OUTPUT_COUNTS = ["reasoning_tokens", "draft_tokens", "accepted_draft_tokens"] as const;
 
 /** A chunk of a chat stream; undefined where it is none. */
 export function readChunk(data: unknown): ChatChunk | undefined {
@@ -50,10 +51,12 @@ export function readUsage(data: unknown): Usage | undefined {
   if (prompt === undefined || completion === undefined) return undefined;
   const usage: Usage = { prompt_tokens: prompt, completion_tokens: completion, total_tokens: prompt + completion };
   const cached = number(fields(given.prompt_tokens_details).cached_tokens);
-  const reasoning = number(fields(given.completion_tokens_details).reasoning_tokens);
   const costs = number(given.completion_time_costs);
   if (cached !== undefined) usage.prompt_tokens_details = { cached_tokens: cached };
-  if (reasoning !== undefined) usage.completion_tokens_details = { reasoning_tokens: reasoning };
+  for (const name of OUTPUT_COUNTS) {
+    const value = number(fields(given.completion_tokens_details)[name]);
+    if (value !== undefined) (usage.completion_tokens_details ??= {})[name] = value;
+  }
   if (costs !== undefined) usage.completion_time_costs = costs;
   return usage;
 }

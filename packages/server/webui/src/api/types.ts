@@ -67,9 +67,16 @@ export interface Usage {
   completion_tokens: number;
   total_tokens: number;
   prompt_tokens_details?: { cached_tokens?: number } | null;
-  completion_tokens_details?: { reasoning_tokens?: number } | null;
+  completion_tokens_details?: OutputCounts | null;
   prompt_time_costs?: number;
   completion_time_costs?: number;
+}
+
+/** Of an answer's tokens: thoughts, guesses that were tried, and what came of those. */
+export interface OutputCounts {
+  reasoning_tokens?: number;
+  draft_tokens?: number;
+  accepted_draft_tokens?: number;
 }
 
 export interface TokenLogprob {

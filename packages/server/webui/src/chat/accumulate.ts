@@ -1,5 +1,6 @@
 // The chunks of a stream -> one step of an answer.
 
+import { OUTPUT_COUNTS } from "../api/readers.ts";
 import type { ChatChunk, ToolCallDelta, Usage } from "../api/types.ts";
 import type { AssistantMessage, Step } from "./types.ts";
 
@@ -53,6 +54,10 @@ function summed(before: Usage | undefined, now: Usage): Usage {
   const sum: Usage = { ...now, completion_tokens: before.completion_tokens + now.completion_tokens };
   sum.prompt_tokens = before.prompt_tokens;
   sum.total_tokens = sum.prompt_tokens + sum.completion_tokens;
+  for (const name of OUTPUT_COUNTS) {
+    const counts = [before, now].flatMap((one) => one.completion_tokens_details?.[name] ?? []);
+    if (counts.length) sum.completion_tokens_details = { ...sum.completion_tokens_details, [name]: counts.reduce((all, one) => all + one) };
+  }
   if (now.completion_time_costs !== undefined && before.completion_time_costs !== undefined) {
     sum.completion_time_costs = before.completion_time_costs + now.completion_time_costs;
   } else {

@@ -22,6 +22,7 @@ export function chatRequest({ model, path, settings, tools, goOn }: RequestParts
     messages,
     stream: true,
     stream_options: { include_usage: true, continuous_usage_stats: true },
+    return_draft_counts: true,
     ...wireFields(settings),
   };
   if (model) request.model = model;

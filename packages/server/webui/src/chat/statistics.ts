@@ -7,6 +7,8 @@ export interface Statistics {
   cached: number;
   generated: number;
   reasoning: number;
+  guessed: number; // tokens that were tried before the model had said them
+  accepted: number; // tokens of the answer that came of them
   firstTokenMs: number | undefined;
   tokensPerSecond: number | undefined;
   seconds: number;
@@ -25,6 +27,8 @@ export function statisticsOf(message: AssistantMessage): Statistics | undefined 
     cached: last.usage!.prompt_tokens_details?.cached_tokens ?? 0,
     generated: sum((step) => step.usage!.completion_tokens),
     reasoning: sum((step) => step.usage!.completion_tokens_details?.reasoning_tokens ?? 0),
+    guessed: sum((step) => step.usage!.completion_tokens_details?.draft_tokens ?? 0),
+    accepted: sum((step) => step.usage!.completion_tokens_details?.accepted_draft_tokens ?? 0),
     firstTokenMs: message.steps[0]!.firstTokenMs,
     tokensPerSecond: after > 0 && generating > 0 ? (after * 1000) / generating : undefined,
     seconds: sum((step) => step.totalMs ?? 0) / 1000,

@@ -102,6 +102,7 @@ export const en = {
   tokens: (count: string) => `${count} tokens`, perSecond: "tok/s",
   promptTokens: (count: string, cached: string) => `Prompt: ${count} tokens, ${cached} of them from the cache`,
   generatedTokens: (count: string, reasoning: string) => (reasoning === "0" ? `Generated: ${count} tokens` : `Generated: ${count} tokens, ${reasoning} of them thoughts`),
+  guessedTokens: (tried: string, accepted: string) => `Guessed: ${tried} tokens, ${accepted} of them accepted`,
   firstToken: (time: string) => `First token after ${time}`, inAll: (time: string) => `${time} in all`,
   alternatives: "Likeliest tokens here", chooseToken: "Choose a token to see what else was likely.",
 

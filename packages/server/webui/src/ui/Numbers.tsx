@@ -7,10 +7,11 @@ import { formatNumber, formatSeconds, t } from "../i18n/index.ts";
 export function Numbers({ message, isWriting }: { message: AssistantMessage; isWriting: boolean }) {
   const numbers = statisticsOf(message);
   if (!numbers) return null;
-  const { prompt, cached, generated, reasoning, firstTokenMs, tokensPerSecond, seconds } = numbers;
+  const { prompt, cached, generated, reasoning, guessed, accepted, firstTokenMs, tokensPerSecond, seconds } = numbers;
   const lines = [
     t.value.promptTokens(formatNumber(prompt), formatNumber(cached)),
     t.value.generatedTokens(formatNumber(generated), formatNumber(reasoning)),
+    ...(guessed > 0 ? [t.value.guessedTokens(formatNumber(guessed), formatNumber(accepted))] : []),
     ...(firstTokenMs === undefined ? [] : [t.value.firstToken(formatSeconds(firstTokenMs / 1000))]),
     ...(seconds ? [t.value.inAll(formatSeconds(seconds))] : []),
     message.model,
