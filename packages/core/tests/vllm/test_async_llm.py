@@ -22,6 +22,7 @@ from candle_vllm.core import (
     RequestOutputKind,
     SamplingParams,
 )
+from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
 
@@ -121,6 +122,26 @@ def test_a_vector(engine: InferenceEngine) -> None:
     (output,) = asyncio.run(vector())
     assert output.request_id == "z"
     assert output.outputs.data.tolist() == engine.embed("abc", PoolingParams(pooling="mean"))[0].embedding.tolist()
+
+
+def test_classes(tmp_path: Path, engine: InferenceEngine) -> None:
+    folder = write_toy_encoder(tmp_path / "m", toy_encoder_config("BertForSequenceClassification"), pooling=None)
+
+    async def classes(of: Any, *more: Any, task: str = "classify") -> Any:
+        return [each async for each in AsyncLLM(of).encode("a b", *more, pooling_task=task)]
+
+    with InferenceEngine(str(folder), threads=1) as classifier:
+        (output,) = asyncio.run(classes(classifier, None, "z"))
+        assert output.request_id == "z"
+        (wanted,) = classifier.classify("a b")
+        assert output.outputs.data.tolist() == wanted.probs.tolist()
+        assert output.prompt_token_ids == list(wanted.prompt_token_ids)
+        with pytest.raises(InvalidParameterError, match="encode takes no pooling_params"):
+            asyncio.run(classes(classifier, PoolingParams()))
+    with pytest.raises(InvalidParameterError, match="no scores or classes"):
+        asyncio.run(classes(engine))
+    with pytest.raises(InvalidParameterError, match="no vectors of single tokens"):
+        asyncio.run(classes(engine, task="token_embed"))
 
 
 def test_what_there_is_not_is_refused_by_name(engine: InferenceEngine) -> None:

@@ -175,7 +175,7 @@ _PARAMETERS: Rows = (
 _POOLING: Rows = (
     ("use_activation softmax activation", "normalize, of a vector"),
     ("pooling_type seq_pooling_type", "pooling"),
-    ("task", "the method says it: embed, classify or score", (None,)),
+    ("task", "the method says it: embed, classify or score, and encode's pooling_task", (None,)),
     ("step_tag_id returned_token_ids requires_token_ids late_interaction_params late_chunking_params extra_kwargs",
      "a text gives one vector, or the numbers of its classes", (None,)),
     ("truncate_prompt_tokens", "a text is run whole or refused: cut its token ids", (None,)),

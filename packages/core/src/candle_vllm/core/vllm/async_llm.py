@@ -19,7 +19,7 @@ from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.sampling.params import RequestOutputKind, SamplingParams
 from candle_vllm.core.text.prompts import Prompt
 from candle_vllm.core.vllm.arguments import EngineArgs
-from candle_vllm.core.vllm.llm import LlmTokenizer, Opened, adds_special, refuse_given
+from candle_vllm.core.vllm.llm import LlmTokenizer, Opened, adds_special, asks_classes, refuse_given
 from candle_vllm.core.vllm.outputs import (
     CompletionOutput,
     PoolingOutput,
@@ -115,15 +115,27 @@ class AsyncLLM:
         trace_headers: Mapping[str, str] | None = None,
         priority: int = 0,
         tokenization_kwargs: Mapping[str, Any] | None = None,
+        *,
+        pooling_task: str = "embed",
     ) -> AsyncIterator[PoolingRequestOutput[PoolingOutput]]:
-        """The vector of a text, as the only output. Arguments and errors as of `generate`."""
+        """The numbers of a text, as the only output. Arguments and errors as of `generate` and of `LLM.encode`."""
         refuse_given("encode", lora_request=lora_request, trace_headers=trace_headers or None)
+        request_id = request_id or uuid.uuid4().hex
+        special = adds_special(tokenization_kwargs)
+        if asks_classes(pooling_task):
+            refuse_given("encode", pooling_params=pooling_params)
+            (classes,) = await self.engine.aclassify(
+                [prompt], request_id=request_id, priority=priority, add_special_tokens=special
+            )
+            probs = PoolingOutput(np.array(classes.probs, np.float32))
+            yield PoolingRequestOutput(request_id, probs, list(classes.prompt_token_ids))
+            return
         (made,) = await self.engine.aembed(
             [prompt],
             self._opened.pooling if pooling_params is None else pooling_params,
-            request_id=request_id or uuid.uuid4().hex,
+            request_id=request_id,
             priority=priority,
-            add_special_tokens=adds_special(tokenization_kwargs),
+            add_special_tokens=special,
         )
         data = PoolingOutput(np.frombuffer(made.embedding, np.float32))
         yield PoolingRequestOutput(made.request_id, data, list(made.prompt_token_ids), made.num_cached_tokens)

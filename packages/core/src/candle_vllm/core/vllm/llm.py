@@ -307,7 +307,7 @@ class LLM:
         Raises:
             InvalidParameterError: another task.
         """
-        if pooling_task == "classify":
+        if asks_classes(pooling_task):
             refuse_given("encode", pooling_params=pooling_params)
             classes = self.classify(
                 prompts, use_tqdm=use_tqdm, lora_request=lora_request, tokenization_kwargs=tokenization_kwargs
@@ -318,12 +318,6 @@ class LLM:
                 )
                 for each in classes
             ]
-        if pooling_task != "embed":
-            raise InvalidParameterError(
-                f"pooling_task {pooling_task!r:.60}: a text gives one vector, by 'embed', or its classes, by "
-                "'classify'; there are no vectors of single tokens, and scores are asked of pairs, by score",
-                "pooling_task",
-            )
         made = self.embed(
             prompts,
             use_tqdm=use_tqdm,
@@ -505,6 +499,21 @@ def adds_special(given: Mapping[str, Any] | None) -> bool:
             "tokenization_kwargs",
         )
     return adds
+
+
+def asks_classes(pooling_task: str) -> bool:
+    """Whether `encode` is asked for the classes of a text, and not for its vector.
+
+    Raises:
+        InvalidParameterError: for neither.
+    """
+    if pooling_task not in ("embed", "classify"):
+        raise InvalidParameterError(
+            f"pooling_task {pooling_task!r:.60}: a text gives one vector, by 'embed', or its classes, by "
+            "'classify'; there are no vectors of single tokens, and scores are asked of pairs, by score",
+            "pooling_task",
+        )
+    return pooling_task == "classify"
 
 
 def refuse_given(method: str, **given: object) -> None:
