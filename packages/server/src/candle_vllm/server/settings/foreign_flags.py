@@ -286,8 +286,8 @@ ROWS: tuple[Row, ...] = (
     Row("--no-jinja --skip-chat-parsing --no-skip-chat-parsing", f"{_ALWAYS}: the model's template is rendered"),
     _called("--chat-template-file", "--chat-template"),
     _called("--chat-template-kwargs", "--default-chat-template-kwargs"),
-    _only("--chat-template-content-format", "a template is given each content as one text, its parts on lines of their own",
-          "auto", "string"),
+    _only("--chat-template-content-format",
+          "a template is given each content as one text, its parts on lines of their own", "auto", "string"),
     _only("--response-role", "answers are the assistant's", "assistant"),
     _so("--enable-auto-tool-choice --exclude-tools-when-tool-choice-none",
         "tools are looked for wherever a request has some, in the model's own format; --tool-call-parser names "
