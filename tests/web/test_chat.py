@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from actions import ask, button, said, say, wait_idle
+from actions import ask, button, eventually, said, say, wait_idle
 from ui_server import MARKDOWN, Site
 
 from candle_vllm.core.engine.request import RequestMetrics
@@ -90,7 +90,7 @@ def test_escape_stops_and_a_reload_loses_nothing(slow_site: Site, open_page: Cal
     page = open_page(slow_site.url)
     say(page, "slowly")
     said(page, "word9 ")
-    page.wait_for_function(_IS_SAVED, arg="word9 ")
+    eventually(page, lambda: page.evaluate(_IS_SAVED, "word9 "))  # `wait_for_function` takes a promise for a yes
     page.locator("#composer").fill("half a thought")
     page.reload()
     said(page, "Stopped.")
