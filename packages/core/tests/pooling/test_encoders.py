@@ -407,8 +407,13 @@ async def test_closing_ends_what_waits(folder: Path, monkeypatch: pytest.MonkeyP
     engine = InferenceEngine(str(folder), max_num_seqs=1)
     tasks = [asyncio.create_task(engine.aembed(word)) for word in ("one", "two")]
     await asyncio.to_thread(gate.reached.wait, 30)
+    thread = engine._thread
+    assert thread is not None
+    while len(thread._clients) < 2:
+        await asyncio.sleep(0.005)
     closing = asyncio.create_task(asyncio.to_thread(engine.close))
-    await asyncio.sleep(0.05)
+    while not thread._closing:
+        await asyncio.sleep(0.005)
     gate.opened.set()
     await closing
     results = await asyncio.gather(*tasks, return_exceptions=True)
