@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -9,13 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 sys.path.append(str(Path(__file__).parent / "tests"))
 pytest_plugins = ["common_run", "slowest_tests"]
-# How long an example takes is the machine's affair.
-settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("any machine")
+with contextlib.suppress(ImportError):  # tests on a GPU machine run without it
+    from hypothesis import HealthCheck, settings
+
+    # How long an example takes is the machine's affair.
+    settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any machine")
 # A job of a script ignores Ctrl+C, and so would the servers that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Read when torch is imported, here and in what tests start. Toys are too small for two threads, and threads that spin

@@ -350,3 +350,38 @@ def test_salted_answers_are_no_guesses_of_others(folder: Path) -> None:
             past = engine._engine._drafter._past
             assert past is not None
             assert (sum(len(text.tokens) for text in past._texts) > 2) == bool(expected)
+
+
+def test_a_guess_that_cannot_be_made_is_missed_by_nobody(
+    drafting: InferenceEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert drafting._engine is not None
+    params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+    (before,) = drafting.generate([list(b"abcabcabc")], params, use_tqdm=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(drafting._engine._drafter, "_guess", lambda *_: 1 / 0)
+        (found,) = drafting.generate([list(b"abcabcabc")], params, use_tqdm=False)
+    assert found.outputs[0].token_ids == before.outputs[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("given", "guessed"),
+    [
+        ({"structured_outputs": StructuredOutputsParams(regex="(ab){20}")}, True),
+        ({"structured_outputs": StructuredOutputsParams(regex="(ab){20}"), "logprobs": 1}, False),
+        ({"structured_outputs": StructuredOutputsParams(regex="(ab){20}"), "repetition_penalty": 1.1}, False),
+        (
+            {
+                "structured_outputs": StructuredOutputsParams(
+                    json={"type": "array", "items": {"enum": list(range(10, 40))}, "uniqueItems": True, "minItems": 9}
+                )
+            },
+            False,
+        ),
+    ],
+)
+def test_a_form_is_guessed_for_where_looking_ahead_leaves_it_alone(
+    drafting: InferenceEngine, given: dict[str, Any], guessed: bool
+) -> None:
+    _, answer = steps_of(drafting, SamplingParams(temperature=0.0, max_tokens=40, **given))
+    assert (answer.metrics.draft_tokens > 0) is guessed

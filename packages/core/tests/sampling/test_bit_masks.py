@@ -157,3 +157,18 @@ def test_masks_made_ahead_are_those_of_one_token_after_another(
     one.look_ahead(b"ab")
     one.rollback(0)
     assert one.masks_ahead() == []
+
+
+def test_a_look_ahead_that_meets_a_limit_leaves_the_text_where_it_is(backend: LlguidanceBackend) -> None:
+    parts = [f'r{place}: "k{place:04d}"' for place in range(1200)]
+    wide = "wide: " + " ".join(f"r{place}?" for place in range(1200)) + ' "!"'  # too much to go on with behind an x
+    lark = "\n".join(['start: ("a" | "x" wide)+ "."', wide, *parts])
+    state = GrammarState(backend, StructuredOutputsParams(grammar=lark), 300)
+    state.accept(ord("a"))
+    before = state.bits().copy()
+    for guess in (b"ax!a", b"x!a"):
+        state.look_ahead(guess)
+        assert len(state.masks_ahead()) == guess.index(b"x")
+        np.testing.assert_array_equal(state.bits(), before)
+    state.accept(ord("a"))
+    np.testing.assert_array_equal(state.bits(), before)

@@ -247,9 +247,9 @@ def _build_on_cpu(
     logger.info(plan.message)
     if plan.warning:
         logger.warning(plan.warning)
-    Sampler.prepare(loaded.placement.device)
     rows = max(sequences + draft_rows, MAX_SCORED_ROWS)
     runner = _runner_on_cpu(config, loaded, plan, budget, sequences, rows)
+    Sampler.prepare(loaded.placement.device)  # behind it: a first start compiles side by side what the plan needs
     draft = None
     if loaded.draft is not None:
         draft = _runner_on_cpu(config, loaded.draft, plan, budget, sequences, sequences, getattr(runner, "team", None))

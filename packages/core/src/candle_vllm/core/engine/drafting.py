@@ -14,6 +14,7 @@ it is a plain step.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -34,6 +35,7 @@ _GAIN = 1.02  # how much more a step with drafts must seem to make than a plain 
 _WORTH, _REST = 1.15, 7  # where sure guesses would make less than this, they are looked for in one step of eight
 _COUNTS = (1, 2, 4, 8, 16)  # of drafts that are looked at to see whether any pay
 _PATIENCE = 16  # steps in which there were guesses and none was worth a try
+_SLOW = 0.003  # seconds that a grammar is asked at most, before nothing is guessed for its text any more
 _FORCED = 0  # the bucket of what a grammar leaves no choice about
 
 # How long a match is, in buckets, and what is believed of the next token before any was judged: (hits, of tries).
@@ -157,7 +159,7 @@ class _Guess:
 class _Record:
     """What is known of one sequence."""
 
-    __slots__ = ("guess", "hits", "known", "prediction", "text", "tries")
+    __slots__ = ("guess", "hits", "is_slow", "known", "prediction", "text", "tries")
 
     def __init__(self, live: LiveSequence, prediction: Text | None) -> None:
         self.text = Text(live.sequence.tokens)
@@ -167,6 +169,17 @@ class _Record:
         if prediction is not None:
             self.known, self.guess = live.sequence.num_prompt_tokens, _Guess(prediction.tokens, 0, _OPENING)
         self.hits = self.tries = 0.0
+        self.is_slow = False  # asking its grammar takes too long
+
+
+def _may_have(live: LiveSequence) -> bool:
+    """Whether a sequence may have guesses: its grammar, if any, is looked ahead in while the step runs, and by a copy.
+
+    So a guess that meets a limit of the grammar changes nothing where the text stands.
+    """
+    state = live.state
+    grammar = state.grammar
+    return grammar is None or (grammar.looks_ahead and state.only_masks and state.params.logprobs is None)
 
 
 class StepTimes:
@@ -307,11 +320,13 @@ class Drafter:
         offers: list[tuple[LiveSequence, tuple[list[int], list[float]] | None]] = []
         for live in lives:
             live.sequence.drafts = ()
-            if not live.state.params.num_speculative_tokens:
+            if not live.state.params.num_speculative_tokens or not _may_have(live):
                 continue
             record = self._records.get(live)
             if record is None:
                 record = self._records[live] = _Record(live, self._predicted(live.prediction))
+            if record.is_slow:
+                continue
             guess = self._guess(live, record)
             offers.append((live, None if guess is None else self._offer(live, record, guess, least)))
         if self.model is None:
@@ -359,10 +374,13 @@ class Drafter:
         record.known = len(tokens)
         record.text.follow()
         grammar = live.state.grammar
-        if grammar is not None and (forced := grammar.forced()):
-            guess = _Guess(forced, 0, 0)
-        elif guess is not None and not guess.length and guess.place >= len(guess.tokens):
+        if guess is not None and not guess.length and guess.place >= len(guess.tokens):
             guess = None
+        if grammar is not None and (guess is None or guess.length):
+            began = time.thread_time()
+            if forced := grammar.forced():
+                guess = _Guess(forced, 0, 0)
+            record.is_slow = time.thread_time() - began > _SLOW
         record.guess = guess or self._found(live, record)
         return record.guess
 
@@ -420,7 +438,9 @@ class Drafter:
             return None
         drafts = guess.upcoming(len(chances))
         if live.state.grammar is not None and guess.length:
+            began = time.thread_time()
             drafts = drafts[: live.state.grammar.legal(drafts)]
+            record.is_slow = record.is_slow or time.thread_time() - began > _SLOW
         return (drafts, chances[: len(drafts)]) if drafts else None
 
     def _choose(self, guesses: list[tuple[LiveSequence, list[int], list[float]]], rows: int) -> bool:

@@ -145,7 +145,16 @@ class Engine:
         rows = len(batch.drawn_rows)
         if batch.tokens.shape[1] == rows:  # prompts have a time of their own
             drafter.times.note(rows, seconds, rows - len(flight.lives))
-        self.scheduler.has_drafts = drafter.propose([live for live in flight.lives if not live.is_over])
+        lives = [live for live in flight.lives if not live.is_over]
+        try:
+            self.scheduler.has_drafts = drafter.propose(lives)
+        except self.runner.fatal:
+            raise
+        except Exception:  # a guess is worth no answer
+            logger.exception("nothing is guessed for a step of %d sequences", len(lives))
+            self.scheduler.has_drafts = False
+            for live in lives:
+                live.sequence.drafts = ()
 
     def stats(self) -> EngineStats:
         """Counters and gauges of now."""

@@ -13,6 +13,9 @@ class Prediction:
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens = tuple(tokens)
+        self._pairs: dict[tuple[int, int], list[int]] = defaultdict(list)  # where each pair begins
+        for place, pair in enumerate(itertools.pairwise(self.tokens)):
+            self._pairs[pair].append(place)
 
     def found_in(self, answer: Sequence[int]) -> int:
         """How many of the tokens stand in an answer, in passages of at least two, or where both begin.
@@ -20,10 +23,7 @@ class Prediction:
         The answer is followed through the prediction; where it leaves that, it comes back at the next place that has
         its last two tokens, else at the last such place before.
         """
-        prediction = self.tokens
-        pairs: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for place, pair in enumerate(itertools.pairwise(prediction)):
-            pairs[pair].append(place)
+        prediction, pairs = self.tokens, self._pairs
         seen, upcoming, inside = set[int](), 0, True
         for place, token in enumerate(answer):
             was_inside = inside and place > 0

@@ -7,6 +7,8 @@ waited for only when logits are there to be masked.
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from typing import Protocol
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 
+_WALK_SECONDS = 0.005  # that others wait at most for masks that may not be needed; answers do not depend on it
 _FEW = 64  # tokens that may come: the beginnings of what must, and some that go on behind it
 
 
@@ -45,6 +48,10 @@ class Grammar(Protocol):
 
     def rollback(self, count: int) -> None:
         """Goes back by the last `count` tokens that were accepted."""
+        ...
+
+    def copy(self) -> Grammar | None:
+        """The same at the same place, for a look ahead; None where that would cost more than it is worth."""
         ...
 
     def legal(self, token_ids: Sequence[int]) -> int:
@@ -99,6 +106,7 @@ class GrammarState:
 
     Attributes:
         exhausted: nothing but the end may follow.
+        looks_ahead: `look_ahead` finds anything.
         waits: a mask is begun when `begin` says so, and not behind each token: other things are asked before.
 
     Raises:
@@ -121,6 +129,7 @@ class GrammarState:
         self._vocab_size = vocab_size
         self._held_back = tuple(held_back)
         self._grammar = backend.compile(spec) if grammar is None else grammar
+        self.looks_ahead = self._grammar.copy() is not None
         self._bits = np.zeros(-(-vocab_size // 32), np.int32)
         self._ahead: list[tuple[int, NDArray[np.int32]]] = []  # tokens that may come, and the mask behind each
         self._is_due = False  # a mask is to be begun
@@ -211,7 +220,7 @@ class GrammarState:
 
     def _fill(self) -> None:
         try:
-            self._fill_mask(self._bits)
+            self._fill_mask(self._bits, self._grammar)
         except InvalidParameterError as error:  # of this sequence; its neighbours are drawn in the same step
             self._failure = error
             self._bits[:] = 0
@@ -224,27 +233,23 @@ class GrammarState:
             self._fill()
 
     def _walk(self, token_ids: Sequence[int], also_here: bool) -> None:
-        grammar, went = self._grammar, 0
         self._ahead = []
         if also_here:
             self._fill()
-        try:
-            for token in token_ids[: 0 if self.exhausted or self._failure is not None else grammar.legal(token_ids)]:
-                if not grammar.accept(token):
-                    break
-                went += 1
-                if grammar.exhausted:
+        grammar = None if self.exhausted or self._failure is not None else self._grammar.copy()
+        if grammar is None:
+            return
+        end = time.perf_counter() + _WALK_SECONDS
+        with contextlib.suppress(InvalidParameterError):  # said when the text is there, if it comes there
+            for token in token_ids:
+                if time.perf_counter() > end or not grammar.accept(token) or grammar.exhausted:
                     break
                 bits = np.empty_like(self._bits)
-                self._fill_mask(bits)
+                self._fill_mask(bits, grammar)
                 self._ahead.append((token, bits))
-        except InvalidParameterError:  # said when the text is there, if it comes there
-            pass
-        finally:
-            grammar.rollback(went)
 
-    def _fill_mask(self, bits: NDArray[np.int32]) -> None:
-        self._grammar.fill_mask(bits)
+    def _fill_mask(self, bits: NDArray[np.int32], grammar: Grammar) -> None:
+        grammar.fill_mask(bits)
         if self._held_back:
             self._hold_back(bits)
 

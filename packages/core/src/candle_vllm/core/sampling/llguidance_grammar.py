@@ -15,6 +15,7 @@ from candle_vllm.core.sampling.token_trie import TokenTrie
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
+_MOST_FORCED = 256  # bytes of what must come that are cut into tokens at a time
 MAX_ERROR = 300  # characters of a message of the compiler
 
 
@@ -62,6 +63,12 @@ class LlguidanceGrammar:
         if inside and not self._matcher.rollback(inside):
             raise ValueError(f"cannot go back by {count} tokens: {shortened(self._matcher.get_error())}")
 
+    def copy(self) -> LlguidanceGrammar:
+        """See `Grammar`."""
+        other = LlguidanceGrammar(self._matcher, self._trie)
+        other._behind_end = self._behind_end
+        return other
+
     def legal(self, token_ids: Sequence[int]) -> int:
         """See `Grammar`."""
         ends = self._trie.eos_ids
@@ -72,7 +79,7 @@ class LlguidanceGrammar:
         """See `Grammar`. The last is left out where what follows might be cut in another way."""
         if self.exhausted:
             return []
-        data = self._matcher.compute_ff_bytes()
+        data = self._matcher.compute_ff_bytes()[:_MOST_FORCED]
         text = data.decode("utf-8", "ignore")
         tokens = self._trie(text)[:-1]
         said = b"".join(self._trie.tokens[token] for token in tokens)

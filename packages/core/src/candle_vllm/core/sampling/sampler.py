@@ -13,6 +13,7 @@ Shapes: R rows, V vocabulary, T positions of a prompt.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -224,9 +225,18 @@ class Sampler:
         """
         if _at_once(states):
             return self._draw_runs(logits, states, drafts)
+        if any(state.grammar is not None and own for state, own in zip(states, drafts, strict=True)):
+            return self._sample_apart(logits, states, drafts)
+        return self._sample_in_turn(logits, states, drafts)
+
+    def _sample_in_turn(
+        self, logits: Value, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]
+    ) -> list[tuple[Token, ...]]:
+        """As `sample_runs`, where what a row may give follows from what the row before it gave."""
         drawn: list[list[Token]] = [[] for _ in states]
         first = np.cumsum([0, *(1 + len(own) for own in drafts)])
         taken = [0] * len(states)
+        thoughts = [copy.copy(state.thoughts) for state in states]
         depth, going = 0, list(range(len(states)))
         while going:
             tokens = self.sample(logits[[first[run] + depth for run in going]], [states[run] for run in going])
@@ -241,9 +251,25 @@ class Sampler:
                     if state.grammar is None or not state.grammar.exhausted:
                         onward.append(run)
             depth, going = depth + 1, onward
-        for state, count in zip(states, taken):
-            state.rollback(count)
+        for state, count, before in zip(states, taken, thoughts):
+            state.rollback(count, before)
         return [tuple(tokens) for tokens in drawn]
+
+    def _sample_apart(
+        self, logits: Value, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]
+    ) -> list[tuple[Token, ...]]:
+        """As `sample_runs`: those that can be drawn at once, and then the others."""
+        first = np.cumsum([0, *(1 + len(own) for own in drafts)])
+        drawn: list[tuple[Token, ...]] = [()] * len(states)
+        apart = [_at_once([state]) for state in states]
+        for at_once in (True, False):
+            group = [run for run, each in enumerate(apart) if each is at_once]
+            rows = [row for run in group for row in range(first[run], first[run + 1])]
+            mine = [states[run] for run in group], [drafts[run] for run in group]
+            sample = self._draw_runs if at_once else self._sample_in_turn
+            for run, tokens in zip(group, sample(logits[rows], *mine) if group else (), strict=True):
+                drawn[run] = tokens
+        return drawn
 
     def _draw_runs(
         self, logits: Value, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]
@@ -272,10 +298,9 @@ class Sampler:
     @staticmethod
     def look_ahead(states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]) -> None:
         """Begins what `sample_runs` of these needs, while their logits are made."""
-        if _at_once(states):
-            for state, own in zip(states, drafts, strict=True):
-                if own and state.grammar is not None:
-                    state.grammar.look_ahead(own)
+        for state, own in zip(states, drafts, strict=True):
+            if own and state.grammar is not None and _at_once([state]):
+                state.grammar.look_ahead(own)
 
     @staticmethod
     def prompt_logprobs(logits: Value, next_token_ids: Sequence[int], top: int) -> list[LogprobRow]:

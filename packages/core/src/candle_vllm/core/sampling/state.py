@@ -200,8 +200,11 @@ class SamplingState:
             return token
         return None
 
-    def rollback(self, count: int) -> None:
-        """Forgets the last `count` tokens that were appended, as if they had not been."""
+    def rollback(self, count: int, thoughts: ThoughtCount | None = None) -> None:
+        """Forgets the last `count` tokens that were appended, as if they had not been.
+
+        `thoughts` is a copy of what was thought before them, where there is one; else that is counted anew.
+        """
         if not count:
             return
         if self._counts is not None:
@@ -213,7 +216,9 @@ class SamplingState:
         del self.tokens[-count:]
         if self.grammar is not None:
             self.grammar.rollback(count)
-        if self.thoughts is not None:
+        if thoughts is not None:
+            self.thoughts = thoughts
+        elif self.thoughts is not None:
             self.thoughts.replay(self.output_token_ids)
 
     @property

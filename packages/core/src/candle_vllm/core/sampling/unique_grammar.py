@@ -115,6 +115,9 @@ class ComparedGrammar:
         """See `Grammar`."""
         return ComparedGrammar(self._inner.fresh(), self._compared, self._trie)
 
+    def copy(self) -> None:
+        """See `Grammar`: what was said would be followed anew."""
+
     def rollback(self, count: int) -> None:
         """See `Grammar`. What is left is followed anew."""
         self._inner.rollback(count)
