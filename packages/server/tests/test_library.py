@@ -17,6 +17,7 @@ from candle_vllm.server.cli import main
 from candle_vllm.server.models import downloads
 from candle_vllm.server.models.downloads import (
     KNOWN,
+    PullError,
     choose_file,
     downloaded,
     find_downloaded,
@@ -196,6 +197,13 @@ def test_a_file_that_is_not_what_the_hub_has_is_removed(hub: FakeHub, settings: 
     with pytest.raises(InvalidFileError, match=r"model-Q4_K_M.gguf of org/model-GGUF:Q4_K_M is not what the hub has"):
         fetch(settings, plan)
     assert downloaded(settings) == []
+
+
+@pytest.mark.parametrize("told", ["../" * 12 + "tmp/x", "0" * 63, "A" * 64])
+def test_a_sum_that_is_none_names_no_file_here(hub: FakeHub, settings: Settings, told: str) -> None:
+    hub.sums[REPO, "model-Q4_K_M.gguf"] = told
+    with pytest.raises(PullError, match="whose name or sum cannot be"):
+        plan_pull(settings, REPO)
 
 
 def test_what_cannot_be_fetched(hub: FakeHub, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

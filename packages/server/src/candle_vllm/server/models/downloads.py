@@ -238,7 +238,12 @@ def refused_by_hub(settings: Settings, repo: str, error: Exception) -> PullError
 
 
 def _file(sibling: RepoSibling) -> HubFile:
-    return HubFile(sibling.rfilename, sibling.size or 0, None if sibling.lfs is None else sibling.lfs["sha256"])
+    """What the hub says of a file, whose name and sum become names of files here."""
+    name, told = sibling.rfilename, None if sibling.lfs is None else str(sibling.lfs["sha256"])
+    leaves = name.startswith("/") or "\\" in name or ".." in name.split("/")
+    if leaves or (told is not None and re.fullmatch("[0-9a-f]{64}", told) is None):
+        raise PullError(f"the hub's list has a file {name!r:.100} whose name or sum cannot be", "no_such_file")
+    return HubFile(name, sibling.size or 0, told)
 
 
 class Room(NamedTuple):
