@@ -170,25 +170,25 @@ def test_a_batch_that_takes_too_long_expires(start: Callable[..., Any], monkeypa
 
 def test_the_next_server_goes_on(start: Callable[..., Any], tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/kept.sqlite"
-    engine = PacedEngine("abc", pause=0.02)
+    engine = PacedEngine("abc", pause=0.05)
     engine._info = msgspec.structs.replace(engine.model_info, max_num_seqs=4)
     running = start(engine, responses_store=url, api_key=("old",))
     client = running.openai("old")
-    batch = begin(client, *(line(str(n)) for n in range(60)))
+    batch = begin(client, *(line(str(n)) for n in range(300)))
     revoked = begin(client, line("a"))
     wait_for(lambda: client.batches.retrieve(batch.id).request_counts.completed)
     running.stop()
     first = len(engine.requests)
-    assert 0 < first < 60
+    assert 0 < first < 300
 
     other = PacedEngine("abc")
     client = start(other, responses_store=url, api_key=("new", "old")).openai("old")
     batch = ended(client, batch)
     assert batch.status == "completed"
-    assert (batch.request_counts.completed, batch.request_counts.failed) == (60, 0)
-    assert set(results(client, batch.output_file_id)) == {str(n) for n in range(60)}
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (300, 0)
+    assert set(results(client, batch.output_file_id)) == {str(n) for n in range(300)}
     assert ended(client, revoked).status == "completed"
-    assert first + len(other.requests) <= 61 + 3  # but for those that were under way, no line was asked twice
+    assert first + len(other.requests) <= 301 + 3  # but for those that were under way, no line was asked twice
 
 
 def test_a_batch_of_a_key_that_is_none_any_more_fails(start: Callable[..., Any], tmp_path: Path) -> None:
