@@ -90,6 +90,8 @@ async def test_usage_tells_what_of_a_prediction_stands_in_the_answer(guessing: I
 class SameTimes(StepTimes):
     """A step takes as long as any other, so that guesses are tried wherever there are any."""
 
+    GAIN, LEAVING = 1.0, 0.0
+
     def __call__(self, rows: int) -> float:
         return 1.0
 

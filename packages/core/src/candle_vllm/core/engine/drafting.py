@@ -31,7 +31,6 @@ _SEPARATOR = -1  # between answers of the past; no token
 _PAST_TOKENS = 1 << 16  # of each of two generations of past answers
 _SURE = 0.98  # most that is believed of any guess
 _OPENING = 12  # tokens of a match that are as good as the place where a predicted text begins
-_GAIN = 1.02  # how much more a step with drafts must seem to make than a plain one
 _WORTH, _REST = 1.15, 7  # where sure guesses would make less than this, they are looked for in one step of eight
 _COUNTS = (1, 2, 4, 8, 16)  # of drafts that are looked at to see whether any pay
 _PATIENCE = 16  # steps in which there were guesses and none was worth a try
@@ -194,6 +193,8 @@ class StepTimes:
     """
 
     FIXED = 5.7  # reading the weights takes as long as so many rows, before anything was measured
+    GAIN = 1.05  # how much more a step with drafts must seem to make than a plain one
+    LEAVING = 0.15  # of a plain step: what going on from step to step saves, and this step and the next one do not
 
     def __init__(self, most: int) -> None:
         self._known = [self.FIXED + rows for rows in range(most + 2)]
@@ -304,14 +305,19 @@ class Drafter:
 
     def _propose(self, lives: Sequence[LiveSequence]) -> bool:
         rows, times = len(lives), self.times
-        plain = times(rows) / _GAIN
+        plain = times(rows) / times.GAIN
         if not plain:
             return False
         if self._rest:
             self._rest -= 1
             return False
         # What all guesses of a step must be right with, so that it pays; and how much it would make if all were sure.
-        needs = [(rows * (times(rows + count) / plain - 1) / count, count) for count in _COUNTS if count <= self._rows]
+        left = times.LEAVING * times(rows)
+        needs = [
+            (rows * ((times(rows + count) + left) / plain - 1) / count, count)
+            for count in _COUNTS
+            if count <= self._rows
+        ]
         least, count = min(needs)
         if (rows + _SURE * count) * plain < _WORTH * rows * times(rows + count):
             self._rest = _REST
@@ -448,12 +454,13 @@ class Drafter:
         offers = [(chance, place) for place, (_, _, chances) in enumerate(guesses) for chance in chances]
         if len(guesses) > 1:
             offers.sort(reverse=True)
-        best, rate, tokens = 0, _GAIN * rows / self.times(rows), float(rows)
+        plain = self.times(rows)
+        best, rate, tokens = 0, self.times.GAIN * rows / plain, float(rows)
         for count, (chance, _) in enumerate(offers[: self._rows], 1):
             tokens += chance
-            time = self.times(rows + count)
-            if tokens > rate * time:
-                best, rate = count, tokens / time
+            seconds = self.times(rows + count) + self.times.LEAVING * plain
+            if tokens > rate * seconds:
+                best, rate = count, tokens / seconds
         counts = [0] * len(guesses)
         for _, place in offers[:best]:
             counts[place] += 1
