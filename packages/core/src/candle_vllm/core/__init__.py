@@ -23,6 +23,7 @@ from candle_vllm.core.engine.request import (
     TokenOutput,
 )
 from candle_vllm.core.errors import (
+    AdapterError,
     CandleVllmError,
     ChatTemplateError,
     ConfigError,
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
+    "AdapterError",
     "AsyncEngineArgs",
     "AsyncLLM",
     "BeamSearchParams",

@@ -7,7 +7,8 @@
     ├── ModelLoadError           the files are there and cannot be used
     │   ├── InvalidFileError     damaged or hostile: a size, offset, count or string beyond the file
     │   ├── UnsupportedModelError  an architecture, tensor type or tokenizer that is not implemented
-    │   └── WeightsError         missing, unexpected or misshapen tensors
+    │   ├── WeightsError         missing, unexpected or misshapen tensors
+    │   └── AdapterError         an adapter's files are damaged, hostile, or do not fit the model
     ├── RequestError             one request is wrong; its neighbours are not affected
     │   ├── InvalidParameterError  a field out of range or of the wrong type
     │   ├── PromptTooLongError   the prompt, or prompt + max_tokens, exceeds the context or the cache
@@ -65,6 +66,10 @@ class UnsupportedModelError(ModelLoadError):
 
 class WeightsError(ModelLoadError):
     """Tensors are missing, unexpected, half of a merged set, or of the wrong shape."""
+
+
+class AdapterError(ModelLoadError):
+    """An adapter cannot be used: the message names the file, the key or tensor, what it has and what is allowed."""
 
 
 class RequestError(CandleVllmError):
