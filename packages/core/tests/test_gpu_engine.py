@@ -118,6 +118,16 @@ def test_nothing_around_a_request_changes_a_bit_of_it(model: Path, gguf: Path, q
             assert numbers(run(engine)) == alone, (settings, "with a warm cache")
 
 
+def test_drafts_change_no_bit_of_reproducible_answers(model: Path, gguf: Path) -> None:
+    for path in (model, gguf):
+        with make(path, deterministic=True) as plain:
+            expected = numbers(run(plain))
+        with make(path, deterministic=True, speculative_config={"method": "suffix"}) as engine:
+            assert numbers(run(engine)) == expected
+            assert numbers(run(engine)) == expected, "past answers say what comes"
+            assert engine.stats().accepted_draft_tokens > 0
+
+
 def taken() -> int:
     """Bytes of tensors; a workspace of cuBLAS stays for each thread and stream."""
     gc.collect()

@@ -12,18 +12,23 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from candle_vllm.core import EngineConfig, FinishReason, SamplingParams
+from candle_vllm.core import EngineConfig, FinishReason, SamplingParams, StructuredOutputsParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
+from candle_vllm.core.config import SpeculativeConfig
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.build import preparation_for
 from candle_vllm.core.engine.device_inputs import DeviceLimits
 from candle_vllm.core.engine.device_runner import DeviceRunner, bucket_sizes
+from candle_vllm.core.engine.drafting import Drafter
 from candle_vllm.core.engine.eager_runner import EagerRunner
 from candle_vllm.core.engine.engine import Engine
+from candle_vllm.core.engine.live import LiveSequence
 from candle_vllm.core.engine.model_runner import ModelRunner
 from candle_vllm.core.engine.request import GenerationRequest, OutputCollector
 from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.kernels.device_stream import Staging
+from candle_vllm.core.sampling.device_edits import mask_in_torch
+from candle_vllm.core.sampling.processors import mask_row
 from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
@@ -95,9 +100,11 @@ def make(
     sequences: int = 16,
     budget: int = 64,
     reproducible: bool = False,
+    drafts: int = 0,
 ) -> Engine:
-    scheduler = Scheduler(BlockManager(blocks, SIZE), sequences, budget, reproducible=reproducible)
-    return Engine(runner, scheduler, preparation_for(loaded, CONTEXT, seed=0))
+    scheduler = Scheduler(BlockManager(blocks, SIZE), sequences, budget, reproducible=reproducible, draft_rows=drafts)
+    drafter = Drafter(SpeculativeConfig(), sequences, drafts) if drafts else None
+    return Engine(runner, scheduler, preparation_for(loaded, CONTEXT, seed=0), drafter)
 
 
 def device_runner(
@@ -108,10 +115,11 @@ def device_runner(
     budget: int = 64,
     graphs: bool = True,
     prompts: int = 0,
+    drafts: int = 0,
 ) -> tuple[DeviceRunner, LazyStream]:
     stream = LazyStream()
-    limits = DeviceLimits(budget, sequences, -(-CONTEXT // SIZE), SIZE)
-    settings = {"graphs": graphs, "finite_cache": True, "captured_prompts": prompts}
+    limits = DeviceLimits(budget, sequences + drafts, -(-CONTEXT // SIZE), SIZE)
+    settings = {"graphs": graphs, "finite_cache": True, "captured_prompts": prompts, "overlaps": not drafts}
     runner = DeviceRunner(loaded.decoder, limits, stream, torch.float32, **settings)
     for work in runner.largest_steps():
         work()
@@ -220,6 +228,57 @@ def test_steps_overlap(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> 
     behind = [left for _, left in ahead]
     assert all(behind[:3]), "the model's part of the next step was given before this one was waited for"
     assert behind[-1] == 0
+
+
+FORM = {"type": "object", "properties": {"a": {"enum": ["one", "two"]}, "b": {"type": "boolean"}}, "required": ["a"]}
+FORMED = [
+    SamplingParams(temperature=0.9, seed=seed, max_tokens=40, structured_outputs=StructuredOutputsParams(json=FORM))
+    for seed in range(3)
+]
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("params", [EVERYTHING, RARE, FORMED], ids=["everything", "rare", "formed"])
+def test_drafts_change_no_answer(
+    loaded: LoadedModel, params: list[SamplingParams], graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right ones up to some place, then random ones: steps are those of the engine without."""
+    expected = stepwise(loaded, params)
+    runner, stream = device_runner(loaded, graphs=graphs, drafts=24)
+    engine = make(loaded, runner, drafts=24)
+    rng, replayed = random.Random(1), stream.replayed
+
+    def propose(lives: Sequence[LiveSequence]) -> bool:
+        for live in lives:
+            sequence = live.sequence
+            answer = expected[live.request.request_id][sequence.index][1]
+            place = len(sequence.tokens) - sequence.num_prompt_tokens
+            some = (rng.randrange(259) for _ in range(rng.randint(0, 2)))
+            sequence.drafts = (*answer[place : place + rng.randint(0, 6)], *some)
+        return True
+
+    assert engine._drafter is not None
+    monkeypatch.setattr(engine._drafter, "propose", propose)
+    assert drive(engine, asked(params), every=3) == expected
+    stats = engine.stats()
+    assert stats.draft_tokens > stats.accepted_draft_tokens > 50
+    assert stats.num_free_blocks == stats.num_blocks
+    assert (stream.replayed > replayed) == graphs
+
+
+def test_masks_of_rows_on_any_device() -> None:
+    """Those of the compiled functions, a broken row's NaN included."""
+    rng = np.random.default_rng(3)
+    logits = rng.standard_normal((4, 70)).astype(np.float32)
+    logits[2, 5] = np.inf
+    bits = {row: rng.integers(-(1 << 31), 1 << 31, 3).astype(np.int32) for row in (0, 2)}
+    wanted, found = logits.copy(), torch.from_numpy(logits.copy())
+    for row, each in bits.items():
+        mask_row(wanted[row], each)
+    mask_in_torch(found, bits)
+    np.testing.assert_array_equal(np.delete(found.numpy(), 2, 0), np.delete(wanted, 2, 0))
+    assert np.isnan(wanted[2, 0])
+    assert found[2, 0].isnan()
 
 
 LONG = [

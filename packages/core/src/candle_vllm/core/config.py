@@ -256,10 +256,11 @@ class EngineConfig(ExplainedSettings):
     enable_prefix_caching: Annotated[bool, Boolean(),
                                      "reuse the KV blocks of equal prompt beginnings (on unless disabled)"] = True
     speculative_config: Annotated[Mapping[str, Any] | None, JsonObject(),
-                                  "guess several tokens at a time and check them in one step, on the CPU: "
+                                  "guess several tokens at a time and check them in one step: "
                                   'vLLM\'s JSON, as {"method": "suffix"}; answers stay the same',
                                   "See `SpeculativeConfig` and docs/speculation.md. None guesses by the method suffix "
-                                  "where the compiled kernels of the CPU run, and elsewhere nothing."] = None
+                                  "where the compiled kernels of the CPU run, and elsewhere nothing. Models draft on "
+                                  "the CPU alone."] = None
     max_queued_requests: Annotated[int, Integer(1, 1 << 20),
                                    "most unfinished sequences before new requests are refused"] = 1024
     threads: Annotated[int | None, Integer(1, 1024), "CPU threads; without it, one per allowed physical core",

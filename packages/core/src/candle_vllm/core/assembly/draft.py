@@ -61,7 +61,7 @@ def describe_draft(config: EngineConfig, device: Device) -> Described | None:
 def load_draft(
     config: EngineConfig, target: LoadedModel, device: Device, progress: Callable[[int, int], object]
 ) -> LoadedModel | None:
-    """The model of drafts for `target`; None where there is to be none, and on a GPU, where nothing is guessed.
+    """The model of drafts for `target`; None where there is to be none, and on a GPU, where no model drafts.
 
     Raises:
         ConfigError, ModelNotFoundError, ModelLoadError: it cannot be loaded, or has another vocabulary.

@@ -83,13 +83,14 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
         drafts = draft_settings(config.speculative_config)
     rows = 0 if drafts is None else _draft_rows(drafts, sequences, budget)
     if placement.device.type == "cuda":
-        if drafts is not None:
+        if drafts is not None and drafts.model is not None:
             raise ConfigError(
-                "speculative_config: tokens are guessed on the CPU alone: leave it out", "speculative_config"
+                "speculative_config: models draft on the CPU alone: on a GPU take the method suffix or ngram",
+                "speculative_config",
             )
         from candle_vllm.core.engine.device_build import build_on_gpu
 
-        (runner, plan), draft = build_on_gpu(config, loaded, budget, sequences, defaults.share), None
+        (runner, plan), draft = build_on_gpu(config, loaded, budget, sequences, defaults.share, rows), None
     else:
         runner, draft, plan = _build_on_cpu(config, loaded, budget, sequences, rows)
     blocks = BlockManager(plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)

@@ -30,9 +30,10 @@ _SLACK = 128 * MIB  # modules of kernels, a workspace of cuBLAS for each thread,
 
 
 def build_on_gpu(
-    config: EngineConfig, loaded: LoadedModel, budget: int, sequences: int, share: float
+    config: EngineConfig, loaded: LoadedModel, budget: int, sequences: int, share: float, draft_rows: int = 0
 ) -> tuple[DeviceRunner, CachePlan]:
-    """The runner, its cache allocated and its steps captured, and the plan of the cache.
+    """The runner, its cache allocated and its steps captured, and the plan of the cache; `draft_rows` are the most
+    drafts of a step, which are rows of their own.
 
     Raises:
         ConfigError: settings that cannot work with this model, GPU and memory.
@@ -52,7 +53,8 @@ def build_on_gpu(
             "max_cudagraph_capture_size",
         )
     dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else loaded.placement.torch_dtype
-    limits = DeviceLimits(budget, sequences, -(-model.max_position // config.block_size), config.block_size)
+    rows = sequences + draft_rows
+    limits = DeviceLimits(budget, rows, -(-model.max_position // config.block_size), config.block_size)
     stream = CudaStream(device)
     give_back()
     try:
@@ -66,6 +68,7 @@ def build_on_gpu(
             graphs=graphs,
             finite_cache=backend.finite_cache,
             captured_prompts=config.max_cudagraph_capture_size,
+            overlaps=not draft_rows,
         )
         steps = runner.largest_steps()
         compile_together(lambda: _pass(steps, stream), device)

@@ -16,19 +16,22 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from candle_vllm.core.engine.batch import Batch, Ints
 from candle_vllm.core.engine.device_inputs import DeviceInputs, DeviceLimits, StepSize
-from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS
+from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, Landed
+from candle_vllm.core.engine.sequence import Tokens
 from candle_vllm.core.kernels.attention.rows import DeviceRows
 from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, Sent, Work, copy
 from candle_vllm.core.kernels.triton_build import next_power_of_2
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.models.family import Decoder
 from candle_vllm.core.sampling.device_sampler import DeviceSampler, DrawnRows
+from candle_vllm.core.sampling.sampler import Sampler
 from candle_vllm.core.sampling.state import SamplingState
 
 logger = logging.getLogger(__name__)
@@ -65,9 +68,10 @@ class DeviceRunner:
         graphs: capture decoding steps.
         finite_cache: every number of the cache must be finite from the start.
         captured_prompts: capture steps with prompts, too, up to so many tokens; `attend` must be `mixed`.
+        overlaps: whether the next step may be launched before this one's tokens are known; not where there are drafts,
+            which begin with these tokens. `limits` must have a sequence for each draft, too.
     """
 
-    overlaps = True
     fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
     step_memory = None
 
@@ -82,8 +86,10 @@ class DeviceRunner:
         graphs: bool = True,
         finite_cache: bool = False,
         captured_prompts: int = 0,
+        overlaps: bool = True,
     ) -> None:
         self.decoder = decoder
+        self.overlaps = overlaps
         self._empty = torch.zeros if finite_cache else torch.empty
         self._limits = limits
         self._stream = stream
@@ -103,11 +109,17 @@ class DeviceRunner:
         self._kept = torch.empty(0)  # [most tokens of a captured step with prompts, E]: what `score` and `hidden` read
         self._size: StepSize | None = None
         self._asks = (False, False)
+        self._drafts: list[Tokens] | None = None
+        self._run_sampler = Sampler()
         self._allocate(1)
 
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
-        """See `ModelRunner`; without drafts."""
-        assert not batch.drafted, "a row's draw cannot follow from another's before the host knows that"
+        """See `ModelRunner`. Rows of drafts are run as decoding ones, by the same graphs and kernels."""
+        self._drafts = None
+        if batch.drafted:
+            self._drafts = [run.drafts for run in batch.drawing]
+            self._run_sampler.look_ahead(states, self._drafts)
+            batch, states = _by_rows(batch), ()
         with self._over_if_it_fails():
             self._size = size = self._captured_size(batch)
             self._asks = self._inputs.send(batch, states, size)
@@ -115,13 +127,26 @@ class DeviceRunner:
             if size is not None and size.mixed:
                 self._stream.run(self._take_kept)
 
-    def draw(self, states: Sequence[SamplingState]) -> DrawnRows | Passed:
+    def draw(self, states: Sequence[SamplingState]) -> DrawnRows | Passed | Landed:
         """See `ModelRunner`."""
+        if self._drafts is not None:
+            return self._draw_runs(states, self._drafts)
         if not states:
             return Passed(self._stream.mark())
         padded = None if self._size is None else next((s.rows for s in self._buckets if s.rows >= len(states)), None)
         with self._over_if_it_fails():
             return self._sampler.launch(states, self._asks, padded)
+
+    def _draw_runs(self, states: Sequence[SamplingState], drafts: Sequence[Tokens]) -> Landed:
+        """Draws for runs with drafts: which of their rows count, the host decides."""
+        device = self._stream.device
+        where = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with self._over_if_it_fails(), where:  # the engine's thread has a device of its own
+            self._stream.mark().wait()
+            rows = self._logits[: sum(1 + len(own) for own in drafts)]
+            drawn = self._run_sampler.sample_runs(rows, states, drafts)
+        self._sampler.forget_counts(states)
+        return Landed(drawn)
 
     @contextlib.contextmanager
     def _over_if_it_fails(self) -> Iterator[None]:
@@ -296,6 +321,31 @@ class Passed:
         """Nothing; waits for the step."""
         self.mark.wait()
         return ()
+
+
+def _by_rows(batch: Batch) -> Batch:
+    """A step in which each row of a run with drafts is a sequence that decodes, with the blocks of its own.
+
+    All rows' keys and values are written before a layer attends, and each sees what stands before it; so its bits are
+    those of a step of one row wherever those of decoding do not depend on the rest of the step.
+    """
+    counts = np.diff(batch.query_start)
+    apart = np.array([run.decodes or bool(run.drafts) for run in batch.runs])
+    first = int(apart.sum())
+    assert apart[:first].all(), "prompts stand behind what decodes"
+    rows = int(counts[:first].sum())
+    owners = np.concatenate([np.repeat(np.arange(first), counts[:first]), np.arange(first, len(counts))])
+    contexts = batch.context_lens[owners]
+    contexts[:rows] = batch.positions[:rows] + 1
+    return msgspec.structs.replace(
+        batch,
+        query_start=np.concatenate([np.arange(rows), batch.query_start[first:]]),
+        context_lens=contexts,
+        block_tables=batch.block_tables[owners],
+        tables_version=object(),
+        num_decodes=rows,
+        drafted=False,
+    )
 
 
 _ONE = StepSize(1, 1, False)

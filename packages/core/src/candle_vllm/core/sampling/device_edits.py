@@ -7,8 +7,9 @@ Occurrences for the penalties stay on the device, a row for each sequence that n
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,10 @@ class OccurrenceTable:
     """Occurrences of every token in the sequences that have penalties: [S, V] int32 on the device.
 
     A count is 0 for a token that was not seen, else 1 and its occurrences in the output.
+
+    Attributes:
+        counts: the table; None before it is needed.
+        outdated: states whose rows must be filled again.
     """
 
     def __init__(self, stream: DeviceStream, vocab_size: int) -> None:
@@ -118,15 +123,18 @@ class OccurrenceTable:
         self._free: list[int] = []
         self._slots: weakref.WeakKeyDictionary[SamplingState, int] = weakref.WeakKeyDictionary()
         self.counts: torch.Tensor | None = None
+        self.outdated: weakref.WeakSet[SamplingState] = weakref.WeakSet()
 
     def slot(self, state: SamplingState) -> int:
         """The row of a state that has counts.
 
-        Work that fills it is given to the stream when it is new, and at each step where only the last tokens count.
+        Work that fills it is given to the stream when it is new or outdated, and at each step where only the last
+        tokens count.
         """
         known = self._slots.get(state)
-        if known is not None and not state.windowed:
+        if known is not None and not state.windowed and state not in self.outdated:
             return known
+        self.outdated.discard(state)
         assert state.counts is not None
         assert not state.num_ahead or state.windowed
         slot = self._new_slot(state) if known is None else known
@@ -205,9 +213,8 @@ def apply_in_torch(logits: torch.Tensor, states: Sequence[SamplingState]) -> Non
             on_host(logits[row], process_row, state)
     masked = [row for row, state in enumerate(states) if state.masks_tokens]
     if masked:
-        broken = ~(logits[masked].amax(1) < _INF)
-        _mask(logits, states, masked)
-        logits[masked, 0] = torch.where(broken, float("nan"), logits[masked, 0])
+        with _keeping_faults(logits, masked):
+            _mask(logits, states, masked)
     biased = [row for row, state in enumerate(states) if len(state.bias_ids)]
     if biased:
         places = _places(logits, biased, [states[row].bias_ids for row in biased])
@@ -219,6 +226,22 @@ def apply_in_torch(logits: torch.Tensor, states: Sequence[SamplingState]) -> Non
     for row, state in enumerate(states):
         if state.chain is not None or state.dry is not None:
             on_host(logits[row], narrow_row, state)
+
+
+def mask_in_torch(logits: torch.Tensor, masks: Mapping[int, NDArray[np.int32]]) -> None:
+    """As `mask_rows`, on any device."""
+    rows = list(masks)
+    with _keeping_faults(logits, rows):
+        flags = np.stack([mask_flags(bits, logits.shape[1]) for bits in masks.values()])
+        logits[rows] = logits[rows].masked_fill(~torch.from_numpy(flags).to(logits.device), -_INF)
+
+
+@contextlib.contextmanager
+def _keeping_faults(logits: torch.Tensor, rows: list[int]) -> Iterator[None]:
+    """A row that held NaN or +inf holds NaN behind what is masked in it."""
+    broken = ~(logits[rows].amax(1) < _INF)
+    yield
+    logits[rows, 0] = torch.where(broken, float("nan"), logits[rows, 0])
 
 
 def on_host(

@@ -86,6 +86,10 @@ class DeviceSampler:
             self._stream.run(lambda: surprises.take(self._logits, self.ids))
         return self._landed(states, logprobs, surprises)
 
+    def forget_counts(self, states: Sequence[SamplingState]) -> None:
+        """These have got tokens that were not drawn here: their occurrences are counted anew when next wanted."""
+        self._occurrences.outdated.update(state for state in states if state.counts is not None)
+
     def warm_up(self, rows: int) -> None:
         """Runs what draws of `rows`, edits and log-probabilities need, so that it is compiled."""
         for kind in _KINDS:

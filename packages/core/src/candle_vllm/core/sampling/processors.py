@@ -10,7 +10,7 @@ Shapes: R rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,18 @@ def mask_row(row: NDArray[np.float32], bits: NDArray[np.int32]) -> None:
     np.minimum(row, limits[: len(row)], out=row)
     if broken:
         row[0] = np.nan
+
+
+def mask_rows(logits: Value, masks: Mapping[int, NDArray[np.int32]]) -> None:
+    """`mask_row` of some rows [R, V], by their numbers; an array or a tensor on any device."""
+    table = kernels.host_rows(logits)
+    if table is not None:
+        for row, bits in masks.items():
+            mask_row(table[row], bits)
+    elif masks:
+        from candle_vllm.core.sampling.device_edits import mask_in_torch
+
+        mask_in_torch(logits, masks)
 
 
 _NO_IDS, _NO_COUNTS = np.zeros(0, np.int64), np.zeros(0, np.float32)

@@ -29,7 +29,7 @@ from candle_vllm.core.kernels import sampling as kernels
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.sampling.chain import surprise
 from candle_vllm.core.kernels.sampling.contract import Control
-from candle_vllm.core.sampling.processors import apply_processors, mask_row
+from candle_vllm.core.sampling.processors import apply_processors, mask_rows
 from candle_vllm.core.sampling.state import SamplingState, uniforms_ahead
 
 
@@ -338,16 +338,14 @@ def _at_once(states: Sequence[SamplingState]) -> bool:
 def _mask_runs(logits: Value, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]) -> list[int]:
     """Has the grammars' masks applied to the rows of runs; of each, the place of its last row that counts."""
     counted, first = [len(own) for own in drafts], 0
-    table = kernels.host_rows(logits)
+    masked: dict[int, NDArray[np.int32]] = {}
     for run, (state, own) in enumerate(zip(states, drafts, strict=True)):
         if state.grammar is not None:
-            assert table is not None
-            mask_row(table[first], state.grammar.bits())
             masks = state.grammar.masks_ahead() if own else []
-            for row, bits in enumerate(masks, first + 1):
-                mask_row(table[row], bits)
+            masked |= dict(enumerate([state.grammar.bits(), *masks], first))
             counted[run] = len(masks)
         first += 1 + len(own)
+    mask_rows(logits, masked)
     return counted
 
 
