@@ -14,19 +14,28 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 
 def block_hashes(
-    tokens: Sequence[int], block_size: int, salt: str | None, parents: Sequence[bytes] = ()
+    tokens: Sequence[int],
+    block_size: int,
+    salt: str | None,
+    parents: Sequence[bytes] = (),
+    marks: Mapping[int, bytes] = MappingProxyType({}),
 ) -> list[bytes]:
     """Chained SHA-256 hashes of the full blocks of `tokens`, those in `parents` taken as known.
+
+    `marks` are bytes that belong to a block and all behind it, as what begins to act there: an adapter.
 
     SHA-256 rather than a fast hash: a collision would show one user another's context.
     """
     hashes = list(parents)
     parent = hashes[-1] if hashes else hashlib.sha256(b"" if salt is None else b"salt:" + salt.encode()).digest()
     for start in range(len(hashes) * block_size, len(tokens) - block_size + 1, block_size):
+        if mark := marks.get(start // block_size):
+            parent = hashlib.sha256(parent + b"mark:" + mark).digest()
         parent = hashlib.sha256(parent + array("q", tokens[start : start + block_size]).tobytes()).digest()
         hashes.append(parent)
     return hashes

@@ -5,6 +5,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from struct import pack
+from typing import Protocol
 
 import msgspec
 
@@ -14,6 +16,17 @@ from candle_vllm.core.engine.request import GenerationRequest, PoolingRequest
 NO_LIMIT = 1 << 62
 
 Tokens = tuple[int, ...]
+
+
+class Adapter(Protocol):
+    """What a sequence knows of an adapter; see `PackedAdapter` in `kernels/lora`."""
+
+    @property
+    def digest(self) -> bytes: ...
+    @property
+    def alora(self) -> Tokens | None: ...
+    @property
+    def serial(self) -> int: ...
 
 
 class Sequence:  # its attributes have slots: a step finds them in one place
@@ -36,10 +49,13 @@ class Sequence:  # its attributes have slots: a step finds them in one place
         num_admissions: how often it began to run; tells its present blocks from those before a preemption.
         num_cached_tokens: prompt tokens that were found in the prefix cache at first admission.
         block_table: cache blocks, in order of position.
+        adapted_from: of each of `adapters`, the position from which on it acts.
     """
 
     __slots__ = (
+        "_adapters",
         "_hashes",
+        "adapted_from",
         "block_table",
         "drafts",
         "index",
@@ -71,6 +87,8 @@ class Sequence:  # its attributes have slots: a step finds them in one place
         self.num_admissions = 0
         self.num_cached_tokens: int | None = None
         self.block_table = array("i")
+        self.adapted_from: tuple[int, ...] = ()
+        self._adapters: tuple[tuple[Adapter, float], ...] = ()
         self._hashes: list[bytes] = []
 
     @property
@@ -88,6 +106,17 @@ class Sequence:  # its attributes have slots: a step finds them in one place
         """Tokens whose keys and values are in the cache, or will be when what was launched has run."""
         return len(self.tokens) + self.num_ahead - self.num_uncomputed_tokens
 
+    @property
+    def adapters(self) -> tuple[tuple[Adapter, float], ...]:
+        """The adapters that act on its tokens, and how much; set once, before its first step."""
+        return self._adapters
+
+    @adapters.setter
+    def adapters(self, adapters: tuple[tuple[Adapter, float], ...]) -> None:
+        prompt = self.tokens[: self.num_prompt_tokens]
+        self._adapters, self._hashes = adapters, []
+        self.adapted_from = tuple(_activation(prompt, adapter.alora) for adapter, _ in adapters)
+
     def append(self, token_id: int) -> None:
         """Takes the token that was drawn next."""
         self.tokens.append(token_id)
@@ -96,8 +125,23 @@ class Sequence:  # its attributes have slots: a step finds them in one place
 
     def hashes(self, block_size: int) -> list[bytes]:
         """Hashes of all full blocks of the known tokens, kept as the sequence grows."""
-        self._hashes = block_hashes(self.tokens, block_size, self.request.params.cache_salt, self._hashes)
+        marks: dict[int, bytes] = {}
+        for (adapter, scale), start in zip(self._adapters, self.adapted_from):
+            if start < NO_LIMIT:  # one by one: the order of a mix does not make another answer, but is told
+                marks[start // block_size] = (
+                    marks.get(start // block_size, b"") + adapter.digest + pack("<dq", scale, start)
+                )
+        self._hashes = block_hashes(self.tokens, block_size, self.request.params.cache_salt, self._hashes, marks)
         return self._hashes
+
+
+def _activation(prompt: Seq[int], invocation: Tokens | None) -> int:
+    """From which position on an adapter acts: where the last `invocation` in the prompt begins; `NO_LIMIT` is never."""
+    if invocation is None:
+        return 0
+    size, first = len(invocation), invocation[0]
+    starts = range(len(prompt) - size, -1, -1)
+    return next((n for n in starts if prompt[n] == first and tuple(prompt[n : n + size]) == invocation), NO_LIMIT)
 
 
 class Run(msgspec.Struct, frozen=True, gc=False):

@@ -5,6 +5,16 @@ A `Delta` changes one matrix W [N, K] of a `Linear`, whose result for a row x of
     y = c * (x W^T + s (x A^T) B^T) + bias of W + own bias                                  c is 1 but for DoRA
 
 with x as the layer was given it, unquantised. Of an embedding table a token's row is c * (W + s B A)[id].
+
+**Contract.** An adapter has a scale t in each row, 1 for most, and adds in fp32 to what the model itself gives, in a
+row that may have several:
+
+    y += t * (c * s (x A^T) B^T + (c - 1) x W^T + own bias)
+
+or, with a matrix in W's place, t * (x full^T - x W^T + own bias). x is rounded to the type in which the adapter is
+multiplied, F32 or BF16, and so are A, c * B and s (x A^T). A step's rows stand in groups, one for each adapter, in the
+order of `PackedAdapter.serial`, in which they are added where a row stands in several. A row that stands in none keeps
+its bits, and what is added to one depends on nothing but the row, its adapters and their scales.
 Source: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353).
 """
 
@@ -12,11 +22,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.quantization.tensors import StoredTensor
+
+NumberType: TypeAlias = Literal["F32", "BF16"]
+"""In what an adapter is multiplied."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,3 +82,46 @@ class FittedAdapter:
     rank: int
     nbytes: int
     norm: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A layer's matrices, side by side, which adapters may change.
+
+    Attributes:
+        number: of all places of a model, from 0.
+        columns: K.
+        parts: by the beginnings of their parameters' names, the expert, or 0, where its rows begin and end.
+        experts: how many there are; 0 where every token meets the same matrix.
+        lookup: it is a table whose rows are looked up.
+    """
+
+    number: int
+    columns: int
+    parts: Mapping[str, tuple[int, int, int]]
+    experts: int = 0
+    lookup: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class PackedAdapter:
+    """An adapter that is ready for steps of one backend.
+
+    Attributes:
+        digest, alora, rank, norm: as in `FittedAdapter`.
+        modules: matrices that it changes.
+        nbytes: of memory.
+        serial: number of packing, unique in the process; adapters of a step are added in its order.
+        apart: it needs the model's own products, apart from what they are added to (DoRA, `full`, `rows`).
+        layout: what the backend multiplies.
+    """
+
+    digest: bytes
+    alora: tuple[int, ...] | None
+    rank: int
+    norm: float
+    modules: int
+    nbytes: int
+    serial: int
+    apart: bool
+    layout: Any
