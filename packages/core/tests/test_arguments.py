@@ -166,7 +166,7 @@ def test_the_tables_speak_of_what_is_there_and_what_is_not() -> None:
 
 
 def test_what_is_so_anyway_may_be_said() -> None:
-    settings: dict[str, Any] = {"tensor_parallel_size": 1, "enable_lora": False, "limit_mm_per_prompt": {}}
+    settings: dict[str, Any] = {"tensor_parallel_size": 1, "fully_sharded_loras": False, "limit_mm_per_prompt": {}}
     assert EngineConfig(model="m", **settings) == EngineConfig(model="m")
     params: dict[str, Any] = {"detokenize": True, "skip_clone": True}
     assert SamplingParams(**params) == SamplingParams()
@@ -177,7 +177,7 @@ def test_what_is_so_anyway_may_be_said() -> None:
     [
         (EngineConfig, {"model": "m", "tensor_parallel_size": 2}, "one device"),
         (EngineConfig, {"model": "m", "tensor_parallel_size": True}, "one device"),
-        (EngineConfig, {"model": "m", "tensor_parallel_size": 1, "enable_lora": True}, "'enable_lora': adapters"),
+        (EngineConfig, {"model": "m", "tensor_parallel_size": 1, "fully_sharded_loras": True}, "adapters lie whole"),
         (SamplingParams, {"detokenize": False}, "always so"),
         (PoolingParams, {"task": "embed"}, "the method says it"),
     ],

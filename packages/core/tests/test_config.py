@@ -42,6 +42,12 @@ WRONG: dict[str, list[Any]] = {
     "kv_fraction": ["a", 0, 1, 0.0, 1.0, True, math.nan],
     "gpu_memory_utilization": ["a", 0, 1.01, True, math.nan],
     "enable_prefix_caching": ["no", 0, None],
+    "enable_lora": [1, "yes"],
+    "max_loras": [0, 5000, "4", 4],
+    "max_lora_rank": [0, 1.5, 16],
+    "max_cpu_loras": [0, True, 8],
+    "lora_memory": [10, "2G", 1 << 30],
+    "lora_dtype": ["int8", 16, "bf16"],
     "speculative_config": [5, "suffix", [], {1: 2}, {"method": "fast"}],
     "max_queued_requests": [0, None],
     "threads": [0, "2", False],
@@ -63,6 +69,14 @@ def test_a_wrong_value_is_named(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=name) as caught:
         EngineConfig(**values)
     assert caught.value.setting == name
+
+
+def test_what_sets_nothing_without_adapters_is_refused() -> None:
+    given: dict[str, Any] = {"max_loras": 4, "max_lora_rank": 16, "max_cpu_loras": 8, "lora_dtype": "bfloat16"}
+    made = EngineConfig(model="m", enable_lora=True, lora_memory=1 << 30, **given)
+    assert (made.max_loras, made.lora_dtype) == (4, "bf16")
+    with pytest.raises(ConfigError, match="max_loras sets nothing without enable_lora: set enable_lora=True"):
+        EngineConfig(model="m", **given)
 
 
 @pytest.mark.parametrize("spelling", ["q4k", "q4_k", "Q4_K", "Q4K"])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.request import (
+    AdapterInfo,
     ClassificationOutput,
     CompletionOutput,
     EmbeddingOutput,
@@ -16,6 +17,7 @@ from candle_vllm.core.engine.request import (
     FinishReason,
     GenerationOutput,
     GenerationRequest,
+    LoRARequest,
     ModelInfo,
     PositionLogprobs,
     ScoreOutput,
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LLM",
     "AdapterError",
+    "AdapterInfo",
     "AsyncEngineArgs",
     "AsyncLLM",
     "BeamSearchParams",
@@ -86,6 +89,7 @@ __all__ = [
     "InferenceEngine",
     "InvalidFileError",
     "InvalidParameterError",
+    "LoRARequest",
     "Logprob",
     "ModelInfo",
     "ModelLoadError",

@@ -73,8 +73,7 @@ _SETTINGS: Rows = (
     ("tp_size dp_size pp_size tensor_split split_mode", _ONE_DEVICE),
     ("quantization quantization_config", _STORED, (None,)),
     ("load_in_4bit load_in_8bit", _STORED, (False,)),
-    ("enable_lora", NO_ADAPTERS, (False,)),
-    ("max_loras max_lora_rank max_cpu_loras lora_path lora_base lora_scale", NO_ADAPTERS),
+    ("lora_path lora_base lora_scale", "enable_lora; a request says which adapter (lora_request)"),
     ("speculative_model num_speculative_tokens draft_model spec_method spec_model spec_tokens",
      "speculative_config, which has method, model and num_speculative_tokens", (None,)),
     ("limit_mm_per_prompt mm_processor_kwargs clip_model_path", TEXT_ALONE, (None, {})),
@@ -104,8 +103,9 @@ _SETTINGS: Rows = (
     ("model_weights model_loader_extra_config ignore_patterns safetensors_load_strategy pt_load_map_location "
      "max_parallel_loading_workers", "weights are mapped while they are loaded", (None, "", {}, [], "cpu", "lazy")),
     ("use_tqdm_on_load", "a bar is shown on a terminal", (True,)),
-    ("fully_sharded_loras lora_dtype lora_target_modules default_mm_loras max_lora_cls_labels", NO_ADAPTERS,
-     (None, False, "auto")),
+    ("fully_sharded_loras default_mm_loras max_lora_cls_labels", "adapters lie whole beside the model",
+     (None, False)),
+    ("lora_target_modules", "an adapter's own files say what it changes", (None,)),
     ("language_model_only", TEXT_ALONE, (True, False)),
     ("enable_mm_embeds interleave_mm_strings media_io_kwargs mm_processor_cache_gb mm_encoder_only skip_mm_profiling "
      "io_processor_plugin video_pruning_rate", TEXT_ALONE, (None, False, {}, 0)),

@@ -33,6 +33,9 @@ DType = Literal[
 ]  # fmt: skip
 LoadFormat = Literal["auto", "dummy"]
 KvCacheDType = Literal["auto", "fp8"]
+LoraDType = Literal[
+    "auto", "f32", "bf16", "f16", "float32", "fp32", "float", "bfloat16", "float16", "fp16", "half"
+]  # fmt: skip
 AttentionBackend = Literal["auto", "triton", "torch_flash", "flash_attn", "torch"]
 
 _DTYPES = ("auto", "f32", "bf16", "f16")
@@ -261,6 +264,23 @@ class EngineConfig(ExplainedSettings):
                                   "See `SpeculativeConfig` and docs/speculation.md. None guesses by the method suffix "
                                   "where the compiled kernels of the CPU run, and elsewhere nothing. Models draft on "
                                   "the CPU alone."] = None
+    enable_lora: Annotated[bool, Boolean(), "serve LoRA adapters beside the model: requests name them "
+                           "(docs/lora.md), on the CPU"] = False
+    max_loras: Annotated[int | None, Integer(1, 4096),
+                         "most different adapters in one step; without it, as many as sequences",
+                         "Nothing is padded, so that more cost nothing."] = None
+    max_lora_rank: Annotated[int, Integer(1, 4096), "adapters of a higher rank are refused",
+                             "True ranks are kept, so that it guards memory alone."] = 256
+    max_cpu_loras: Annotated[int | None, Integer(1, 1 << 20),
+                             "most adapters in memory; without it, as many as lora_memory holds",
+                             "Those that were not used for longest leave first; they are loaded again when they are "
+                             "asked for."] = None
+    lora_memory: Annotated[int | None, Integer(1 << 10, 1 << 50), "bytes for adapters in memory; without it, a quarter "
+                           "of what is free behind the model, at most 4 GiB"] = None
+    lora_dtype: Annotated[LoraDType, Choice(_DTYPES, _DTYPE_ALIASES), "type of adapters in memory: auto, f32, bf16 or "
+                          "f16",
+                          '"auto" is that of the file where the base\'s plain matrices are F32, else bf16, or f16 as '
+                          "stored."] = "auto"
     max_queued_requests: Annotated[int, Integer(1, 1 << 20),
                                    "most unfinished sequences before new requests are refused"] = 1024
     threads: Annotated[int | None, Integer(1, 1024), "CPU threads; without it, one per allowed physical core",
@@ -282,6 +302,11 @@ class EngineConfig(ExplainedSettings):
                 shown = "" if each.secret else f" {_shown(value)}"
                 raise ConfigError(f"{each.name}{shown} {error}", each.name) from None
         draft_settings(self.speculative_config)
+        for name in _OF_ADAPTERS if not self.enable_lora else ():
+            if getattr(self, name) != SETTINGS[name].default:
+                raise ConfigError(
+                    f"{name} sets nothing without enable_lora: set enable_lora=True, or leave it out", name
+                )
         if not self.model:
             raise ConfigError("model is empty: pass a Hugging Face id, a folder or a .gguf file", "model")
 
@@ -307,6 +332,9 @@ class Setting(NamedTuple):
     secret: bool
     help: str
     more: str = ""
+
+
+_OF_ADAPTERS = ("max_loras", "max_lora_rank", "max_cpu_loras", "lora_memory", "lora_dtype")
 
 
 def _settings() -> Mapping[str, Setting]:
@@ -352,6 +380,12 @@ class EngineSettings(TypedDict, total=False):
     gpu_memory_utilization: float | None
     enable_prefix_caching: bool
     speculative_config: Mapping[str, Any] | None
+    enable_lora: bool
+    max_loras: int | None
+    max_lora_rank: int
+    max_cpu_loras: int | None
+    lora_memory: int | None
+    lora_dtype: LoraDType
     max_queued_requests: int
     threads: int | None
     seed: int | None

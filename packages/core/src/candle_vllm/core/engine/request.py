@@ -27,6 +27,11 @@ else:
     Numbers = array  # what decodes a struct looks its annotations up, and Python 3.11 has no array[float]
 
 MAX_REQUEST_ID = 256
+MAX_ADAPTER_NAME = 512
+MAX_ADAPTER_PATH = 4096
+MAX_ADAPTERS = 16
+"""Most adapters of one request."""
+MAX_ADAPTER_SCALE = 1000.0
 MAX_PRIORITY = 1 << 31
 
 
@@ -39,6 +44,105 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"  # the engine failed on this request
 
 
+class LoRARequest(ShownStruct, frozen=True):
+    """An adapter by its name, with vLLM's fields.
+
+    Attributes:
+        lora_name: what it is called; two are the same adapter where their names are equal.
+        lora_int_id: a number that some programs know it by; nothing is found by it but through `AsyncLLM`.
+        lora_path: a PEFT folder or a GGUF adapter; empty for one that is known already.
+        base_model_name: what the base is called; told, and not compared.
+        load_inplace: read the files anew, in the place of what is there by this name.
+    """
+
+    lora_name: str
+    lora_int_id: int = 0
+    lora_path: str = ""
+    base_model_name: str | None = None
+    load_inplace: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.lora_int_id, int) or isinstance(self.lora_int_id, bool) or self.lora_int_id < 0:
+            raise InvalidParameterError("lora_int_id must be a whole number of 0 or more", "lora_request")
+        AdapterUse(name=self.lora_name, path=str(self.lora_path), load_inplace=self.load_inplace)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LoRARequest) and self.lora_name == other.lora_name
+
+    def __hash__(self) -> int:
+        return hash(self.lora_name)
+
+    def use(self, scale: float = 1.0) -> AdapterUse:
+        """What a request has of it."""
+        return AdapterUse(
+            name=self.lora_name, path=str(self.lora_path), scale=scale, load_inplace=bool(self.load_inplace)
+        )
+
+
+class AdapterUse(ShownStruct, frozen=True, kw_only=True):
+    """An adapter that a request's rows go through.
+
+    Attributes:
+        name: of the adapter.
+        path: where its files are, if it may not be known yet.
+        scale: what its part of every product is multiplied by, on top of the adapter's own scale.
+        load_inplace: read the files anew.
+    """
+
+    name: str
+    path: str = ""
+    scale: float = 1.0
+    load_inplace: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not 0 < len(self.name) <= MAX_ADAPTER_NAME or not self.name.isprintable():
+            raise InvalidParameterError(
+                f"an adapter's name must have 1 to {MAX_ADAPTER_NAME} printable characters", "lora_request"
+            )
+        if not isinstance(self.path, str) or len(self.path) > MAX_ADAPTER_PATH or "\0" in self.path:
+            raise InvalidParameterError(f"adapter {self.name!r:.80}: the path is none", "lora_request")
+        wrong = isinstance(self.scale, bool) or not isinstance(self.scale, (int, float))
+        if wrong or not abs(self.scale) <= MAX_ADAPTER_SCALE:
+            raise InvalidParameterError(
+                f"adapter {self.name!r:.80}: the scale must be a number within ±{MAX_ADAPTER_SCALE:g}", "lora_request"
+            )
+        if not isinstance(self.load_inplace, bool):
+            raise InvalidParameterError("load_inplace must be true or false", "lora_request")
+
+
+class AdapterInfo(ShownStruct, frozen=True, kw_only=True):
+    """An adapter that an engine knows.
+
+    Attributes:
+        name, path: as it was given.
+        digest: SHA-256 of its files, as hexadecimal digits; empty until it was read.
+        rank: the highest of its matrices.
+        modules: how many matrices of the model it changes.
+        delta_norm: Frobenius norm of all that it adds.
+        nbytes: bytes in memory, now or when it was there last.
+        state: "cold" on disk alone, "loading", "ready" in memory, "failed".
+        pinned: stays in memory.
+        base: the base that its files name.
+        notes: what its files say that counts for nothing here, and the like.
+        error: why it could not be loaded.
+    """
+
+    unshown: ClassVar[frozenset[str]] = frozenset({"digest", "notes"})
+
+    name: str
+    path: str
+    digest: str = ""
+    rank: int = 0
+    modules: int = 0
+    delta_norm: float = 0.0
+    nbytes: int = 0
+    state: Literal["cold", "loading", "ready", "failed"] = "cold"
+    pinned: bool = False
+    base: str | None = None
+    notes: tuple[str, ...] = ()
+    error: str | None = None
+
+
 class GenerationRequest(ShownStruct, frozen=True, kw_only=True):
     """One prompt and how to continue it.
 
@@ -49,6 +153,7 @@ class GenerationRequest(ShownStruct, frozen=True, kw_only=True):
         prompt: the text behind the ids, where there is one; only echoed in the output.
         priority: lower runs first; equal priorities run in order of arrival.
         arrival_time: seconds, `time.monotonic()`.
+        adapters: what is added to the model's matrices for it; their sum, where there are several.
     """
 
     request_id: str
@@ -57,6 +162,7 @@ class GenerationRequest(ShownStruct, frozen=True, kw_only=True):
     prompt: str | None = None
     priority: int = 0
     arrival_time: float = msgspec.field(default_factory=time.monotonic)
+    adapters: tuple[AdapterUse, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.request_id, str) or not 0 < len(self.request_id) <= MAX_REQUEST_ID:
@@ -65,6 +171,17 @@ class GenerationRequest(ShownStruct, frozen=True, kw_only=True):
             raise InvalidParameterError(f"priority must be a whole number within ±{MAX_PRIORITY}", "priority")
         if not isinstance(self.params, SamplingParams):
             raise InvalidParameterError("sampling_params must be SamplingParams", "sampling_params")
+        if self.adapters:
+            _check_adapters(self.adapters)
+
+
+def _check_adapters(uses: Sequence[AdapterUse]) -> None:
+    if len(uses) > MAX_ADAPTERS:
+        raise InvalidParameterError(f"{len(uses)} adapters; one request may have {MAX_ADAPTERS}", "lora_request")
+    names = [use.name for use in uses]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InvalidParameterError(f"adapter {twice!r:.80} is there twice", "lora_request")
 
 
 class PoolingRequest(GenerationRequest, frozen=True, kw_only=True):
@@ -419,6 +536,11 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
         accepted_per_position: of each place in a draft, how often it was right.
         step_seconds: how long a step of one row takes, of two, and so on, as far as steps were seen, else on a line
             through those that were; by these it is chosen how many guesses are tried. Empty where nothing is guessed.
+        adapters, adapters_in_memory, adapter_bytes: adapters that are known, those in memory and their bytes, now.
+        adapter_loads, adapter_load_failures, adapter_evictions: since the start.
+        adapter_load_seconds: what those loads took together.
+        max_adapters: most adapters in one step; 0 where there are none.
+        running_adapters, waiting_adapters: sequences by adapter, now; the names with most sequences.
     """
 
     num_running: int
@@ -437,3 +559,13 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
     accepted_draft_tokens: int = 0
     accepted_per_position: tuple[int, ...] = ()
     step_seconds: tuple[float, ...] = ()
+    adapters: int = 0
+    adapters_in_memory: int = 0
+    adapter_bytes: int = 0
+    adapter_loads: int = 0
+    adapter_load_failures: int = 0
+    adapter_evictions: int = 0
+    adapter_load_seconds: float = 0.0
+    max_adapters: int = 0
+    running_adapters: Mapping[str, int] = msgspec.field(default_factory=dict)
+    waiting_adapters: Mapping[str, int] = msgspec.field(default_factory=dict)

@@ -147,8 +147,7 @@ ROWS: tuple[Row, ...] = (
         "one server answers chat, embeddings and scores, as far as the model can"),
     Row("--pooling --override-pooler-config --pooler-config --embd-normalize",
         "the model's files say how vectors are made"),
-    Row("--lora --lora-scaled --lora-init-without-apply --enable-lora --lora-modules --max-loras --max-lora-rank "
-        "--max-cpu-loras --fully-sharded-loras", NO_ADAPTERS),
+    Row("--lora --lora-scaled --lora-init-without-apply --lora-modules --fully-sharded-loras", NO_ADAPTERS),
     Row("--control-vector --control-vector-scaled --control-vector-layer-range", "there are no control vectors"),
     Row("--mmproj --mmproj-url --mmproj-auto --no-mmproj --mmproj-offload --no-mmproj-offload --image --video --audio "
         "--image-min-tokens --image-max-tokens --limit-mm-per-prompt --mm-processor-kwargs --mm-encoder-tp-mode "

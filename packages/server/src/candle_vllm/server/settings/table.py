@@ -43,6 +43,7 @@ from candle_vllm.server.settings.options import (
 
 _BATCHING = ("serve", "run-batch", "bench throughput", "config")
 _SERVE = ("serve", "run-batch", "config")  # bench sizes the batch itself, and one conversation has no batch
+_WITH_ADAPTERS = ("serve", "run-batch", "config")
 _WITH_TEXT = (
     "serve",
     "generate",
@@ -121,6 +122,7 @@ class Settings:
     isq: Annotated[str | None, engine(MODEL,
         "TYPE", reading={"aliases": _ISQ_ALIASES})] = None
     load_format: Annotated[str | None, engine(MODEL, "FORMAT", commands=_LOADING)] = None
+    enable_lora: Annotated[bool, engine(MODEL, commands=_WITH_ADAPTERS)] = False
     device: Annotated[str | None, engine(DEVICE,
         "DEVICE", text="auto, cpu, cuda, cuda:N, or N alone for a GPU; of several (0,1) the first is used; --cpu is "
         "--device cpu", reading={"several": True},
@@ -156,6 +158,12 @@ class Settings:
     enable_prefix_caching: Annotated[bool | None, engine(LIMITS,
         off=("--disable-prefix-cache", "--no-enable-prefix-caching"), commands=_REUSING)] = None
     speculative_config: Annotated[Mapping[str, Any] | None, engine(LIMITS, "JSON")] = None
+    max_loras: Annotated[int | None, engine(LIMITS, "N", commands=_WITH_ADAPTERS)] = None
+    max_lora_rank: Annotated[int | None, engine(LIMITS, "N", commands=_WITH_ADAPTERS)] = None
+    max_cpu_loras: Annotated[int | None, engine(LIMITS, "N", commands=_WITH_ADAPTERS)] = None
+    lora_memory: Annotated[int | None, engine(LIMITS, "BYTES", more="; 4G is 4 * 2^30",
+        commands=_WITH_ADAPTERS)] = None
+    lora_dtype: Annotated[str | None, engine(LIMITS, "TYPE", commands=_WITH_ADAPTERS)] = None
     max_queued_requests: Annotated[int | None, engine(LIMITS, "N", more=" with 503", commands=_SERVE)] = None
     seed: Annotated[int | None, engine(LIMITS, "N", reading={"units": False}, commands=_WITH_TEXT)] = None
     temperature: Annotated[float | None, own(SAMPLING, Number(0, 100), "0 is greedy", "X", in_yaml=True)] = None
