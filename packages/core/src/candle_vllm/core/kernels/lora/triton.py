@@ -1,0 +1,314 @@
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
+"""What adapters add to a product, on a GPU (step 6 of a request's life): two launches, whatever a step's adapters are.
+
+Rows come in blocks of one adapter. `shrink` makes h = x A^T of a block, K cut into stretches by its length alone, whose
+sums wait side by side; `expand` adds them in their order, and what the contract says to y, where it stands. Which
+matrices an adapter has is read from a table of addresses, so that a captured step serves every adapter at its own rank:
+a program that a smaller rank has no work for ends at once.
+
+The adapter's rows are the tall side of a product and tokens the wide side, as in `kernels/linear/triton.py`, and for
+its reason: a row's bits do not depend on the other rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from candle_vllm.core.kernels.triton_build import (
+    OPTIONS,
+    TENSOR_CORES,
+    WITH_TENSOR_CORES,
+    Build,
+    capability,
+    cdiv,
+    stages,
+)
+
+RANKS = 16  # of a tile: ranks are filled up to it with zeros
+COLUMNS = 16  # to which an adapter's K is filled up: addresses of rows are multiples of 16 bytes
+FIELDS = 4  # addresses of a part: A, B, column_scale, bias; 0 where there is none
+
+# Not measured yet.
+_STEP = 64  # columns of x at a time
+_STRETCH = 512  # columns of a stretch, at least
+_MOST_STRETCHES = 8
+_OUT_ROWS = 64  # columns of y of a program
+_WARPS = 4
+_STAGES = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """A step's rows that have adapters, on the device; no row twice.
+
+    Attributes:
+        table: int32 [3, blocks]: the slot of a block's adapter, or -1 where it is not used; its first place in `rows`;
+            how many there are.
+        rows: int32 [R] numbers of rows.
+        weights: float32 [R] by what the adapter's part is multiplied.
+        most: rows of a block: 16, or `wide_block`.
+    """
+
+    table: torch.Tensor
+    rows: torch.Tensor
+    weights: torch.Tensor
+    most: int
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """What the adapters of a step do to the matrices of one layer, which stand side by side; on the device.
+
+    Attributes:
+        addresses: int64 [slots, parts, FIELDS] of A [r, K'] and B [N, r'] in x's type, whose rows are filled up to
+            `COLUMNS` and `RANKS`, and of column_scale [N] and bias [N] in fp32.
+        ranks: int32 [slots, parts], r.
+        scales: float32 [slots, parts].
+        columns: int32 [parts, 2] where a part begins in y, and its N.
+        widest: the largest N.
+        rank: the largest r there may be.
+    """
+
+    addresses: torch.Tensor
+    ranks: torch.Tensor
+    scales: torch.Tensor
+    columns: torch.Tensor
+    widest: int
+    rank: int
+
+
+@triton.jit
+def shrink_kernel(
+    x,  # [T, K], rows contiguous
+    addresses,
+    ranks,
+    table,
+    rows,
+    hidden,  # [stretches, R, parts * RANK]
+    K,
+    x_stride,
+    count,  # R
+    steps,  # of a stretch
+    PARTS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    block = tl.program_id(0)
+    slot = tl.load(table + block)
+    if slot < 0:
+        return
+    part = tl.program_id(1) % PARTS
+    first = tl.program_id(1) // PARTS * ROWS
+    rank = tl.load(ranks + slot * PARTS + part)
+    if first >= rank:
+        return
+    stretch = tl.program_id(2)
+    address = tl.load(addresses + (slot * PARTS + part) * 4)
+    a = tl.multiple_of(address.to(tl.pointer_type(x.dtype.element_ty)), 16)
+    place = tl.load(table + BLOCKS + block) + tl.arange(0, TOKENS)
+    asked = tl.arange(0, TOKENS) < tl.load(table + 2 * BLOCKS + block)
+    row = tl.load(rows + place, mask=asked, other=0).to(tl.int64)
+    lane = first + tl.arange(0, ROWS)
+    pitch = tl.multiple_of((K + 15) // 16 * 16, 16)
+    total = tl.zeros((ROWS, TOKENS), tl.float32)
+    for step in tl.range(stretch * steps, (stretch + 1) * steps):
+        column = step * STEP + tl.arange(0, STEP)
+        inside = column < K
+        factor = tl.load(
+            a + lane[:, None].to(tl.int64) * pitch + column[None, :],
+            mask=(lane < rank)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        value = tl.load(x + row[None, :] * x_stride + column[:, None], mask=inside[:, None] & asked[None, :], other=0.0)
+        total = tl.dot(factor, value, total, input_precision=PRECISION)
+    at = (tl.cast(stretch, tl.int64) * count + place[None, :]) * (PARTS * RANK) + part * RANK + lane[:, None]
+    tl.store(hidden + at, total, mask=asked[None, :])
+
+
+@triton.jit
+def expand_kernel(
+    y,  # [T, ..], rows contiguous; changed
+    like,  # any pointer of the type of A and B
+    bias,  # [..] of the layer, which y has already, or None
+    addresses,
+    ranks,
+    scales,
+    columns,
+    table,
+    rows,
+    weights,
+    hidden,
+    y_stride,
+    count,
+    PARTS: tl.constexpr,
+    RANK: tl.constexpr,
+    STRETCHES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    block = tl.program_id(0)
+    slot = tl.load(table + block)
+    if slot < 0:
+        return
+    part = tl.program_id(2)
+    begin = tl.load(columns + 2 * part)
+    width = tl.load(columns + 2 * part + 1)
+    line = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inside = line < width
+    if tl.program_id(1) * ROWS >= width:
+        return
+    own = slot * PARTS + part
+    addresses += own * 4
+    scaling = tl.load(addresses + 2)
+    adding = tl.load(addresses + 3)
+    rank = tl.load(ranks + own)
+    if (rank == 0) & (scaling == 0) & (adding == 0):
+        return
+    kind = like.dtype.element_ty
+    b = tl.multiple_of(tl.load(addresses + 1).to(tl.pointer_type(kind)), 16)
+    place = tl.load(table + BLOCKS + block) + tl.arange(0, TOKENS)
+    asked = tl.arange(0, TOKENS) < tl.load(table + 2 * BLOCKS + block)
+    row = tl.load(rows + place, mask=asked, other=0).to(tl.int64)
+    scale = tl.load(scales + own)
+    pitch = tl.multiple_of((rank + 15) // 16 * 16, 16)
+    total = tl.zeros((ROWS, TOKENS), tl.float32)
+    for start in tl.range(0, rank, DEPTH):
+        lane = start + tl.arange(0, DEPTH)
+        at = place[None, :].to(tl.int64) * (PARTS * RANK) + part * RANK + lane[:, None]
+        there = (lane < pitch)[:, None] & asked[None, :]
+        h = tl.zeros((DEPTH, TOKENS), tl.float32)
+        for stretch in tl.static_range(STRETCHES):
+            h += tl.load(hidden + tl.cast(count, tl.int64) * (stretch * PARTS * RANK) + at, mask=there, other=0.0)
+        factor = tl.load(
+            b + line[:, None].to(tl.int64) * pitch + lane[None, :],
+            mask=inside[:, None] & (lane < pitch)[None, :],
+            other=0.0,
+        )
+        total = tl.dot(factor, (h * scale).to(kind), total, input_precision=PRECISION)
+    out = y + row[None, :] * y_stride + begin + line[:, None]
+    there = inside[:, None] & asked[None, :]
+    value = tl.load(out, mask=there, other=0.0).to(tl.float32)
+    if scaling != 0:
+        numbers = scaling.to(tl.pointer_type(tl.float32))
+        factors = tl.load(numbers + line, mask=inside, other=1.0)
+        product = value
+        if bias is not None:
+            product -= tl.load(bias + begin + line, mask=inside, other=0.0).to(tl.float32)[:, None]
+        total = total * factors[:, None] + product * (factors - 1.0)[:, None]
+    if adding != 0:
+        total += tl.load(adding.to(tl.pointer_type(tl.float32)) + line, mask=inside, other=0.0)[:, None]
+    weight = tl.load(weights + place, mask=asked, other=0.0)
+    tl.store(out, (value + total * weight[None, :]).to(y.dtype.element_ty), mask=there)
+
+
+def add_deltas(
+    y: torch.Tensor, x: torch.Tensor, slots: Slots, blocks: Blocks, bias: torch.Tensor | None = None
+) -> None:
+    """Adds to y what adapters do; see the contract in the package. Two launches; nothing waits.
+
+    Args:
+        y: [T, sum of N], rows contiguous; changed in place.
+        x: [T, K] of the matrices' type, rows contiguous.
+        slots, blocks: of this layer, and of the step.
+        bias: [sum of N] of the layer, which y has already.
+    """
+    assert x.stride(1) == 1
+    assert y.stride(1) == 1
+    assert blocks.most in _TOKENS
+    parts, columns = slots.columns.shape[0], x.shape[1]
+    count, number = len(blocks.rows), blocks.table.shape[1]
+    rank = cdiv(slots.rank, RANKS) * RANKS
+    stretches, steps = _stretches(columns)
+    hidden = torch.empty(stretches, count, parts * rank, dtype=torch.float32, device=x.device)
+    shape = {"PARTS": parts, "RANK": rank, "BLOCKS": number, "TOKENS": blocks.most}
+    how = {**_PRECISE, "num_warps": _WARPS, "num_stages": stages(_STAGES), **OPTIONS}
+    first = (blocks.table, blocks.rows)
+    shrink_kernel[(number, parts * (rank // RANKS), stretches)](
+        x, slots.addresses, slots.ranks, *first, hidden, columns, x.stride(0), count, steps,
+        ROWS=RANKS, STEP=_STEP, **shape, **how,
+    )  # fmt: skip
+    expand_kernel[(number, cdiv(slots.widest, _OUT_ROWS), parts)](
+        y, x, bias, slots.addresses, slots.ranks, slots.scales, slots.columns, *first, blocks.weights, hidden,
+        y.stride(0), count, STRETCHES=stretches, ROWS=_OUT_ROWS, DEPTH=RANKS, **shape, **how,
+    )  # fmt: skip
+
+
+_PRECISE = {"PRECISION": "ieee"}  # of float32; others have one way
+_TOKENS = (16, 32, 64)
+
+
+def wide_block(device: torch.device) -> int:
+    """Rows of a block where adapters have many."""
+    return 64 if capability(device) >= TENSOR_CORES else 32
+
+
+def _stretches(columns: int) -> tuple[int, int]:
+    """Into how many stretches K is cut, and the steps of one."""
+    steps = cdiv(columns, _STEP)
+    stretches = min(_MOST_STRETCHES, cdiv(columns, _STRETCH))
+    return stretches, cdiv(steps, stretches)
+
+
+def block_table(starts: list[int], slots: list[int], most: int, length: int) -> list[list[int]]:
+    """`Blocks.table` of a step, filled up to `length` blocks.
+
+    Args:
+        starts: [groups + 1] where the rows of each adapter begin, and the end.
+        slots: of each adapter.
+        most: rows of a block.
+        length: at least the sum of the groups' blocks.
+    """
+    table: list[list[int]] = [[], [], []]
+    for slot, first, last in zip(slots, starts[:-1], starts[1:], strict=True):
+        for begin in range(first, last, most):
+            for line, value in zip(table, (slot, begin, min(most, last - begin))):
+                line.append(value)
+    assert len(table[0]) <= length
+    for line, value in zip(table, (-1, 0, 0)):
+        line += [value] * (length - len(line))
+    return table
+
+
+def _builds(
+    dtype: str, parts: int, columns: int, tokens: int, rank: int, bias: str | None, capabilities: tuple[int, ...]
+) -> list[Build]:
+    stretches, _ = _stretches(columns)
+    shape = {"PARTS": parts, "RANK": rank, "BLOCKS": 64, "TOKENS": tokens, **_PRECISE}
+    types = {"addresses": "*i64", "ranks": "*i32", "table": "*i32", "rows": "*i32", "hidden": "*fp32", "count": "i32"}
+    label = f"{dtype}-{parts}-{columns}x{tokens}"
+    where = {"num_warps": _WARPS, "num_stages": _STAGES, "label": label, "capabilities": capabilities}
+    shrink = {"x": f"*{dtype}", "K": "i32", "x_stride": "i32", "steps": "i32", **types}
+    expand = {"y": f"*{dtype}", "like": f"*{dtype}", "scales": "*fp32", "columns": "*i32", "weights": "*fp32", **types}
+    expand["y_stride"] = "i32"
+    more = {"ROWS": _OUT_ROWS, "DEPTH": RANKS, "STRETCHES": stretches, **shape}
+    if bias is None:
+        more["bias"] = None
+    else:
+        expand["bias"] = f"*{bias}"
+    return [
+        Build(shrink_kernel, shrink, {"ROWS": RANKS, "STEP": _STEP, **shape}, aligned=("K", "x_stride"), **where),
+        Build(expand_kernel, expand, more, aligned=("y_stride",), **where),
+    ]
+
+
+AOT = (
+    *_builds("bf16", 3, 4096, 16, 16, None, WITH_TENSOR_CORES),
+    *_builds("bf16", 3, 3584, 64, 64, "bf16", WITH_TENSOR_CORES),
+    *_builds("bf16", 1, 14336, 16, 256, None, WITH_TENSOR_CORES),
+    *_builds("fp16", 2, 4096, 64, 16, None, WITH_TENSOR_CORES),
+    *_builds("fp16", 1, 4096, 16, 16, "fp16", (75,)),
+    *_builds("fp16", 2, 4096, 32, 16, None, (75,)),
+    *_builds("fp32", 2, 576, 16, 16, "fp32", (90,)),
+)
