@@ -69,12 +69,12 @@ def write_toy_model(folder: Path, config: Mapping[str, Any] | None = None, *, se
     config = dict(config or toy_config())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    _save(folder / "model.safetensors", _weights(config, seed), _TYPES[config["torch_dtype"]])
+    save_plain(folder / "model.safetensors", _weights(config, seed), _TYPES[config["torch_dtype"]])
     write_toy_tokenizer(folder)
     return folder
 
 
-def _save(path: Path, weights: Mapping[str, np.ndarray], type_name: str) -> None:
+def save_plain(path: Path, weights: Mapping[str, np.ndarray], type_name: str) -> None:
     """A safetensors file of one type. The format's own writer takes numpy's types, and bfloat16 is none of those."""
     data = {
         name: read_plain(weight.view(np.uint8), "F32", weight.shape, type_name).tobytes()

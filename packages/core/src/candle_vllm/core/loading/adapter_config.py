@@ -1,0 +1,231 @@
+"""The keys of an adapter's `adapter_config.json`: each is honoured, has no effect on inference, or is refused by name.
+
+Source: `LoraConfig` of PEFT 0.21.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from candle_vllm.core.errors import AdapterError, InvalidFileError
+from candle_vllm.core.fields import MAX_CONFIG_BYTES, MAX_COUNT, Fields
+from candle_vllm.core.loading.name_patterns import first_match
+
+_CONVERSION = (
+    "such training changes the base's own weights: save the adapter with PEFT's save_pretrained(..., "
+    "path_initial_model_for_weight_conversion=FOLDER OF THE ADAPTER BEFORE TRAINING), which makes a plain one of it"
+)
+_UNCHANGED_BASE = ("gaussian", "eva", "orthogonal", "mica")
+_MERGE = "merge it into the model with PEFT's merge_and_unload and serve that"
+_REFUSED = {
+    "layer_replication": "layers that stand in a model more than once",
+    "use_qalora": "QA-LoRA's pooled inputs",
+    "use_bdlora": "blocks on a diagonal (BD-LoRA)",
+    "kasa_config": "KaSA's singular values",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA's samples",
+    "arrow_config": "routing between adapters (Arrow)",
+}
+_HONOURED = (
+    "peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
+    "use_dora", "bias", "lora_bias", "init_lora_weights", "trainable_token_indices", "target_parameters",
+    "alora_invocation_tokens", "ensure_weight_tying", "fan_in_fan_out",
+)  # fmt: skip
+_NO_EFFECT = (
+    "task_type", "revision", "peft_version", "auto_mapping", "inference_mode", "lora_dropout", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "qalora_group_size", "loftq_config",
+    "eva_config", "corda_config", "lora_ga_config", "megatron_config", "megatron_core", "runtime_config",
+)  # fmt: skip
+"""What training alone needs; which modules were trained is what the tensors' names say."""
+_SHOWN = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What an adapter says about itself.
+
+    Attributes:
+        rank: r of a module by its name; None where it is not said.
+        alpha: of a module by its name; 0 means a scale of 1.
+        rslora: the scale is alpha / sqrt(r), not alpha / r.
+        bias: which biases were trained: "none", "all" or "lora_only".
+        dora: magnitudes are stored.
+        tied: what is said of the embedding table holds for a head that is the same matrix.
+        trained_tokens: rows of tables that were trained, by the module's name; "" stands for the embedding table.
+        targets: parameters that are no modules, as `target_parameters` names them.
+        architecture: of the base, as GGUF files name it; "" where it is not said.
+    """
+
+    rank: Callable[[str], int | None]
+    alpha: Callable[[str], float]
+    rslora: bool = False
+    bias: str = "none"
+    dora: bool = False
+    tied: bool = False
+    trained_tokens: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    targets: tuple[str, ...] = ()
+    architecture: str = ""
+
+    def scale(self, name: str, rank: int) -> float:
+        """What the product of the module `name` is multiplied by, whose A has `rank` rows."""
+        alpha = self.alpha(name)
+        return alpha / (math.sqrt(rank) if self.rslora else rank) if alpha else 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadConfig:
+    """An `adapter_config.json`.
+
+    Attributes:
+        config: what the tensors need.
+        alora, base, notes: as in `StoredAdapter`.
+    """
+
+    config: AdapterConfig
+    alora: tuple[int, ...] | None
+    base: str | None
+    notes: tuple[str, ...]
+
+
+def parse_config(data: bytes, path: Path, max_rank: int) -> ReadConfig:
+    """Reads the bytes of a file.
+
+    Args:
+        data: at most `MAX_CONFIG_BYTES`.
+        path: for messages.
+        max_rank: the largest r that is allowed.
+
+    Raises:
+        AdapterError: a key has a value that cannot be honoured.
+    """
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise AdapterError(f"{path}: holds no JSON object")
+    try:
+        return _read(_Keys(values, path), max_rank)
+    except InvalidFileError as error:
+        raise AdapterError(str(error)) from error
+
+
+class _Keys(Fields):
+    """`Fields` of an adapter."""
+
+    def refuse(self, key: str, why: str) -> None:
+        """Raises AdapterError with the key and its value."""
+        raise AdapterError(f"{self.path}: {key} is {self.values[key]!r:.80}: {why}")
+
+    def flag(self, key: str) -> bool:
+        """A truth value, false where it is absent."""
+        return self.get(key, bool, False)
+
+    def pattern(self, key: str, most: int | None) -> Callable[[str], float | None]:
+        """A mapping of patterns to numbers; whole ones from 1 to `most`, where that is given."""
+        section = self.section(key)
+        for name in section.values:
+            section.count(name, most=most) if most is not None else section.get(name, float)
+        try:
+            return first_match(dict(section.values), lambda trouble: f"{self.path}: {key}: {trouble}")
+        except ValueError as error:
+            raise AdapterError(f"{error}; write the module's name instead") from error
+
+
+def _read(keys: _Keys, max_rank: int) -> ReadConfig:
+    kind = keys.get("peft_type", str)
+    if kind != "LORA":
+        keys.refuse("peft_type", f"only LORA is served; {_MERGE}")
+    for key, what in _REFUSED.items():
+        if keys.values.get(key):
+            keys.refuse(key, f"{what} cannot be served; {_MERGE}")
+    _check_init(keys)
+    rank, ranks = keys.count("r", 8, most=MAX_COUNT), keys.pattern("rank_pattern", MAX_COUNT)
+    for value in (rank, *keys.section("rank_pattern").values.values()):
+        if value > max_rank:
+            key = "r" if value == rank else "rank_pattern"
+            keys.refuse(key, f"ranks up to {max_rank} are served: raise max_lora_rank to {value}")
+    alpha, alphas = keys.get("lora_alpha", float, 8.0), keys.pattern("alpha_pattern", None)
+    if not alpha or not all(keys.section("alpha_pattern").values.values()):
+        keys.refuse("alpha_pattern" if alpha else "lora_alpha", "the adapter would do nothing; it must not be 0")
+
+    def rank_of(name: str) -> int:
+        found = ranks(name)
+        return rank if found is None else int(found)
+
+    def alpha_of(name: str) -> float:
+        found = alphas(name)
+        return alpha if found is None else found
+
+    config = AdapterConfig(
+        rank=rank_of,
+        alpha=alpha_of,
+        rslora=keys.flag("use_rslora"),
+        bias=_choice(keys, "bias", "none", "none", "all", "lora_only"),
+        dora=keys.flag("use_dora"),
+        tied=keys.flag("ensure_weight_tying"),
+        trained_tokens=_trained_tokens(keys),
+        targets=_texts(keys, "target_parameters"),
+    )
+    keys.flag("lora_bias"), keys.flag("fan_in_fan_out")  # tensors say the first; A and B are the same under the second
+    alora = keys.token_ids("alora_invocation_tokens")
+    base = keys.get("base_model_name_or_path", str, None)
+    return ReadConfig(config=config, alora=alora or None, base=base or None, notes=_notes(keys, base))
+
+
+def _choice(keys: _Keys, key: str, default: str, *allowed: str) -> str:
+    value = keys.get(key, str, default)
+    if value not in allowed:
+        keys.refuse(key, f"it must be one of {', '.join(allowed)}")
+    return value
+
+
+def _check_init(keys: _Keys) -> None:
+    """Ways to begin training matter where they take from the base what they give to the adapter."""
+    value = keys.values.get("init_lora_weights")
+    if value is None or isinstance(value, bool) or value in _UNCHANGED_BASE:
+        return
+    if isinstance(value, str) and value.lower().startswith(("pissa", "olora", "corda", "lora_ga")):
+        keys.refuse("init_lora_weights", _CONVERSION)
+    if value == "loftq":
+        keys.refuse("init_lora_weights", f"such training changes the base's own weights; {_MERGE}")
+    keys.refuse("init_lora_weights", f"served are true, false, {', '.join(_UNCHANGED_BASE)}; {_MERGE}")
+
+
+def _trained_tokens(keys: _Keys) -> dict[str, tuple[int, ...]]:
+    if isinstance(keys.values.get("trainable_token_indices"), dict):
+        section = keys.section("trainable_token_indices")
+        found = {name: section.token_ids(name) for name in section.values}
+    else:
+        found = {"": keys.token_ids("trainable_token_indices")}
+    for name, ids in found.items():
+        if len(set(ids)) < len(ids):
+            keys.refuse("trainable_token_indices", f"{name or 'the list'} names a token twice")
+    return {name: ids for name, ids in found.items() if ids}
+
+
+def _texts(keys: _Keys, key: str) -> tuple[str, ...]:
+    found = keys.get(key, list, [])
+    if not all(isinstance(item, str) for item in found):
+        keys.refuse(key, "it must be a list of names")
+    return tuple(found)
+
+
+def _notes(keys: _Keys, base: str | None) -> tuple[str, ...]:
+    unknown = [key for key, value in keys.values.items() if key not in _HONOURED + _NO_EFFECT and value]
+    unknown = [key for key in unknown if key not in _REFUSED]
+    found = []
+    if unknown:
+        shown = ", ".join(f"{key:.60}" for key in unknown[:_SHOWN])
+        rest = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+        found.append(f"keys of adapter_config.json that are not known here and have no effect: {shown}{rest}")
+    if not base:
+        found.append("adapter_config.json does not name the base; the shapes alone were compared")
+    return tuple(found)
+
+
+__all__ = ["MAX_CONFIG_BYTES", "AdapterConfig", "ReadConfig", "parse_config"]
