@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 
 from candle_vllm.core import SamplingParams
+from candle_vllm.core.engine import batch as batch_module
 from candle_vllm.core.engine.batch import Batch, BatchBuilder
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.request import GenerationRequest
@@ -106,3 +108,32 @@ def test_tables_that_stay_say_so() -> None:
             item.sequence.append(7)
     same = [one is other for one, other in itertools.pairwise(versions)]
     assert same == [True, True, False, False, True]  # of 2, 3, 4, 5 and 6 tokens; then with another
+
+
+def test_a_few_rows_are_laid_out_as_many_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts, single tokens and drafts, by hand and by arrays."""
+    rng = random.Random(5)
+    for case in range(60):
+        scheduled: list[Run] = []
+        for number in range(rng.randrange(1, 6)):
+            prompt = [rng.randrange(99) for _ in range(rng.randrange(1, 30))]
+            request = GenerationRequest(request_id=str(number), prompt_token_ids=prompt, params=SamplingParams())
+            sequence = Sequence(request, 0, number)
+            sequence.block_table.extend(rng.sample(range(200), 20))
+            drafts = tuple(rng.randrange(99) for _ in range(rng.choice((0, rng.randrange(9)))))
+            start = len(prompt) - 1 if drafts else rng.randrange(len(prompt))
+            count = rng.randint(1, len(prompt) - start) + len(drafts)
+            wanted = (1 + len(drafts)) * (start + count >= len(prompt))
+            scheduled.append(Run(sequence, start, count, wanted, 0, False, drafts))
+        made: list[dict[str, Any]] = []
+        for few in (0, 1000):
+            monkeypatch.setattr(batch_module, "_FEW", few)
+            batch = BatchBuilder(SIZE).build(scheduled)
+            names = ("tokens", "query_start", "context_lens", "drawn_rows", "block_tables")
+            made.append({name: getattr(batch, name).tolist() for name in names})
+        assert made[0] == made[1], case
+        tokens = [token for run in scheduled for token in (*run.sequence.tokens, *run.drafts)[run.start :][: run.count]]
+        assert made[0]["tokens"][0] == tokens
+        rows = [row for run in scheduled for row in range(run.count - run.wanted, run.count)]
+        starts = [start for run, start in zip(scheduled, made[0]["query_start"]) for _ in range(run.wanted)]
+        assert made[0]["drawn_rows"] == [start + row for start, row in zip(starts, rows)]

@@ -137,6 +137,29 @@ def test_drafts_change_no_answer(engine: InferenceEngine, kind: Kind, monkeypatc
     check(engine, cases(ASKED, 2), [kind], monkeypatch)
 
 
+def test_runs_are_drawn_by_the_steps_own_plan(engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing changes their logits, a step with drafts enters the threads once, and other rows are as before."""
+    inner = engine._engine
+    assert inner is not None
+    drafter, team = inner._drafter, inner.runner.team  # type: ignore[attr-defined]
+    assert drafter is not None
+    given = [*cases(["plain"], 2), *cases(["logprobs"], 1)]
+    monkeypatch.setattr(drafter, "propose", lambda lives: False)
+    expected = answered(engine, given)
+    entered, run, steps = [0], team.run, inner._num_steps
+
+    def counted(*plan: Any) -> None:
+        entered[0] += 1
+        run(*plan)
+
+    monkeypatch.setattr(team, "run", counted)
+    monkeypatch.setattr(drafter, "propose", forced("random", given[:4], expected[:4]))
+    assert answered(engine, given[:4]) == expected[:4]
+    assert entered[0] == inner._num_steps - steps
+    monkeypatch.setattr(drafter, "propose", forced("random", given, expected))
+    assert answered(engine, given) == expected
+
+
 @pytest.mark.every_case
 @pytest.mark.parametrize("greedy", [True, False], ids=["greedy", "seeded"])
 @pytest.mark.parametrize("asked", ASKED)

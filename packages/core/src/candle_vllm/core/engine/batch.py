@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import Protocol, TypeGuard
+from typing import NamedTuple, Protocol, TypeGuard
 
 import msgspec
 import numpy as np
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from candle_vllm.core.engine.sequence import Run, Sequence, Step
 
 Ints = NDArray[np.int64]
+
+_FEW = 32  # rows that are laid out one by one
 
 
 class StepMemory(Protocol):
@@ -82,6 +84,16 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
         return self.tokens[3]
 
 
+class _Laid(NamedTuple):
+    """Where the rows of a step are: numbers as in `Batch`."""
+
+    query_start: Ints
+    contexts: Ints | list[int]
+    positions: Ints | list[int]
+    slots: Ints | list[int] | int
+    drawn_rows: Ints
+
+
 class BatchBuilder:
     """Lays out one step after the other.
 
@@ -115,60 +127,61 @@ class BatchBuilder:
         last = self._last
         if last is not None and _goes_on(scheduled, last, before):
             return self._next(last, scheduled, before)
-        count = len(scheduled)
-        if scheduled[-1].decodes:  # so do all others
-            total, decodes = count, count
-            rows, query_start = self._up_to(count), self._up_to(count + 1)
-            positions = np.array([item.start for item in scheduled])
-            contexts = positions + 1
-            whole, places, drafted = True, rows, False
-        else:
-            decodes = sum(item.decodes for item in scheduled)
-            starts = np.array([item.start for item in scheduled])
-            counts = np.array([item.count for item in scheduled])
-            contexts = starts + counts
-            query_start = np.concatenate(([0], np.cumsum(counts)))
-            total, places = int(query_start[-1]), query_start[1:] - 1  # of each sequence's last token
-            rows = np.repeat(self._up_to(count), counts)
-            positions = self._up_to(total) + (starts - query_start[:-1])[rows]
-            whole, drafted = all(item.wanted for item in scheduled), any(item.drafts for item in scheduled)
-        if drafted:
-            drawn_rows = _last_rows(scheduled, places)
-        else:
-            drawn_rows = places if whole else places[[item.wanted > 0 for item in scheduled]]
-        tables = self._follow(scheduled) if self._block_size else np.zeros((count, 0), np.int64)
+        count, size = len(scheduled), self._block_size
+        decodes = count if scheduled[-1].decodes else sum(run.decodes for run in scheduled)  # it is the last of them
+        whole = decodes == count or all(run.wanted for run in scheduled)
+        tables = self._follow(scheduled) if size else np.zeros((count, 0), np.int64)
+        few = count <= _FEW and sum([run.count for run in scheduled]) <= _FEW
+        laid = _by_hand(scheduled, size) if few else self._by_arrays(scheduled, tables, whole)
+        total = len(laid.positions)
         if self._memory is None:
-            tokens = np.empty((4, total), np.int64)
+            tokens, context_lens = np.empty((4, total), np.int64), np.empty(count, np.int64)
         else:
             tokens, context_lens = self._memory.tokens[:, :total], self._memory.context_lens[:count]
-            context_lens[:] = contexts
-            contexts = context_lens
-        tokens[1] = positions
-        if self._block_size:
-            blocks = positions // self._block_size
-            tokens[2] = (tables[rows, blocks] - blocks) * self._block_size + positions
-        else:
-            tokens[2] = -1
-        tokens[3] = -1
+        tokens[1], tokens[2], tokens[3], context_lens[:] = laid.positions, laid.slots, -1, laid.contexts
         if before:
             drawn = {item.sequence: place for place, item in enumerate(before)}
-            tokens[3, places] = [drawn.get(item.sequence, -1) for item in scheduled]
-        self._name_tokens(scheduled, tokens)
+            tokens[3, laid.query_start[1:] - 1] = [drawn.get(item.sequence, -1) for item in scheduled]
+        self._name_tokens(scheduled, tokens, known=not before)
         batch = Batch(
             tokens=tokens,
-            query_start=query_start,
-            context_lens=contexts,
+            query_start=laid.query_start,
+            context_lens=context_lens,
             block_tables=tables,
             tables_version=self._version,
             num_decodes=decodes,
             runs=scheduled,
             drawing=scheduled if whole else [item for item in scheduled if item.wanted],
-            drafted=drafted,
-            drawn_rows=drawn_rows,
+            drafted=decodes < count and any(run.drafts for run in scheduled),
+            drawn_rows=laid.drawn_rows,
         )
-        self._last = batch if decodes == count and self._block_size else None
+        self._last = batch if decodes == count and size else None
         self._moving = tokens[1:3]
         return batch
+
+    def _by_arrays(self, scheduled: Seq[Run], tables: Ints, whole: bool) -> _Laid:
+        """Where the rows of a step are, all wanted or not."""
+        count, size = len(scheduled), self._block_size
+        positions = np.array([run.start for run in scheduled])
+        if scheduled[-1].decodes:  # so do all others
+            rows = places = self._up_to(count)
+            query_start, contexts = self._up_to(count + 1), positions + 1
+        else:
+            counts = np.array([run.count for run in scheduled])
+            contexts = positions + counts
+            query_start = np.concatenate(([0], np.cumsum(counts)))
+            rows, places = np.repeat(self._up_to(count), counts), query_start[1:] - 1  # of each sequence's last token
+            positions = self._up_to(len(rows)) + (positions - query_start[:-1])[rows]
+        slots: Ints | int = -1
+        if size:
+            blocks = positions // size
+            slots = (tables[rows, blocks] - blocks) * size + positions
+        if any(run.wanted > 1 for run in scheduled):
+            runs = zip(scheduled, places.tolist())
+            drawn = np.concatenate([np.arange(place + 1 - run.wanted, place + 1) for run, place in runs])
+        else:
+            drawn = places if whole else places[[run.wanted > 0 for run in scheduled]]
+        return _Laid(query_start, contexts, positions, slots, drawn)
 
     def _next(self, last: Batch, step: Step, before: Seq[Run]) -> Batch:
         """The step behind `last`, where `_goes_on` says so."""
@@ -212,16 +225,16 @@ class BatchBuilder:
         return tables[: len(step), : max(self._known)]
 
     @staticmethod
-    def _name_tokens(scheduled: Seq[Run], tokens: Ints) -> None:
-        """Writes the ids that are known, and 0 for those that are on their way."""
-        if len(scheduled) == tokens.shape[1] and tokens[3].min() >= 0:
+    def _name_tokens(scheduled: Seq[Run], tokens: Ints, *, known: bool) -> None:
+        """Writes the ids that are known, and 0 for those that are on their way, where not all are known."""
+        if not known and len(scheduled) == tokens.shape[1] and tokens[3].min() >= 0:
             tokens[0] = 0
             return
         ids: list[int] = []
         for item in scheduled:
-            known = item.sequence.tokens[item.start : item.start + item.count]
-            ids += known
-            if len(known) < item.count:
+            named = item.sequence.tokens[item.start : item.start + item.count]
+            ids += named
+            if len(named) < item.count:
                 ids += item.drafts or (0,)
         tokens[0] = ids
 
@@ -279,6 +292,20 @@ def _goes_on(scheduled: Seq[Run], last: Batch, before: Seq[Run]) -> TypeGuard[St
     return run.sequence is old.sequence and run.start == old.start + 1 and len(scheduled) == len(last.runs)
 
 
-def _last_rows(scheduled: Seq[Run], places: Ints) -> Ints:
-    """The last rows that each run wants, whose very last one is at `places`."""
-    return np.concatenate([np.arange(place + 1 - run.wanted, place + 1) for run, place in zip(scheduled, places)])
+def _by_hand(scheduled: Seq[Run], size: int) -> _Laid:
+    """As `BatchBuilder._by_arrays`, for a few rows: the weights have driven numpy out of the processor's caches, where
+    each of its functions takes longer than all of this."""
+    ends, contexts, positions, slots, drawn = [0], list[int](), list[int](), list[int](), list[int]()
+    for run in scheduled:
+        place, context, table = run.start, run.start + run.count, run.sequence.block_table
+        ends.append(ends[-1] + run.count)
+        contexts.append(context)
+        positions += range(place, context)
+        drawn += range(ends[-1] - run.wanted, ends[-1])
+        while size and place < context:
+            number = place // size
+            last = min((number + 1) * size, context)
+            first = (table[number] - number) * size
+            slots += range(first + place, first + last)
+            place = last
+    return _Laid(np.array(ends), contexts, positions, slots or -1, np.array(drawn, np.int64))

@@ -31,7 +31,7 @@ from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.memory import MIB, cache_bytes, room_for
 from candle_vllm.core.models.family import Decoder, Encoder
-from candle_vllm.core.sampling.sampler import Draw, Sampler, drawn_tokens
+from candle_vllm.core.sampling.sampler import Draw, Sampler, Token, drawn_tokens, right_runs
 from candle_vllm.core.sampling.state import SamplingState
 
 
@@ -85,8 +85,10 @@ class RecordedRunner(StepwiseRunner):
         self._arrays = arrays = recorder.arrays
         self._draw_rows = RowDraw(recorder.logits, arrays.numbers, self.team, arrays)
         self._draw_drafted = RowDraw(recorder.logits, arrays.numbers, self.team)
-        self._sampler = Sampler(_drawing(self), self._draw_rows.controls)
-        self._plan = np.array([*recorder.plan, *self._draw_rows.plan], np.int64)  # the draw is the last row
+        self._sampler = Sampler(_drawing(self), self._draw_rows.controls, self._draw_drafted.controls)
+        # The draw is the last row: of one token of each sequence, which the next step may go on from, or of runs.
+        self._plan = np.array([*recorder.plan, *self._draw_rows.plan], np.int64)
+        self._run_plan = np.array([*recorder.plan, *self._draw_drafted.plan], np.int64)
         self._num_rows = recorder.num_rows
         self._head, self._head_rows = self._plan[head_start:], recorder.num_rows - layer_rows
         self._plan_draws = False  # the last step's did
@@ -101,16 +103,24 @@ class RecordedRunner(StepwiseRunner):
 
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
         """See `ModelRunner`. Where logits are drawn from as they are, the plan does that too."""
-        plain = bool(states) and not batch.drafted and self._sampler.only_draws(states, goes_on=batch.goes_on)
-        self._plan_draws = self._arrays.moved_on = plain
+        sampler, moves = self._sampler, False
+        if batch.drafted:
+            self._plan_draws = sampler.only_draws_runs(states, [run.drafts for run in batch.drawing])
+        else:
+            self._plan_draws = moves = bool(states) and sampler.only_draws(states, goes_on=batch.goes_on)
+        self._arrays.moved_on = moves
         super().forward(batch, states)
 
     def draw(self, states: Sequence[SamplingState]) -> Landed:
         """See `ModelRunner`."""
         if not self._plan_draws:
             return super().draw(states)
-        ids = self._ids.tolist()
-        return Landed(drawn_tokens(ids, self._draw_rows.largest[: len(ids)].tolist()) if -1 in ids else ids)
+        ids, drafts = self._ids.tolist(), self._drafts
+        tokens: Sequence[Token] = ids
+        if -1 in ids:
+            rows = self._draw_rows if drafts is None else self._draw_drafted
+            tokens = drawn_tokens(ids, rows.largest[: len(ids)].tolist())
+        return Landed(tokens if drafts is None else right_runs(tokens, drafts))
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """See `StepwiseRunner`."""
@@ -123,7 +133,7 @@ class RecordedRunner(StepwiseRunner):
         arrays.query_start[: sequences + 1] = batch.query_start
         arrays.numbers[StepNumber.TOKENS] = count
         arrays.numbers[StepNumber.SEQUENCES] = sequences
-        return self._with_rows(batch.drawn_rows, self._plan, num_rows)
+        return self._with_rows(batch.drawn_rows, self._run_plan if batch.drafted else self._plan, num_rows)
 
     def score(self, rows: Ints) -> NDArray[np.float32]:
         """See `ModelRunner`."""
@@ -144,7 +154,7 @@ class RecordedRunner(StepwiseRunner):
         arrays.logit_rows[:count] = rows
         arrays.numbers[StepNumber.LOGIT_ROWS] = count
         self._wanted = self._logits[:count]
-        self._ids = self._draw_rows.ids[:count].data
+        self._ids = (self._draw_rows if self._drafts is None else self._draw_drafted).ids[:count].data
         self.team.run(plan, num_rows)
         return self._wanted
 

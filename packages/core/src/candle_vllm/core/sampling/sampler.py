@@ -149,11 +149,17 @@ class Sampler:
     Args:
         draw: as `kernels.draw`, which it is where nothing else is given.
         controls: [most, 5] where the parameters of the rows that are drawn next are to stand; None for anywhere.
+        run_controls: the same where the rows are those of runs.
     """
 
-    def __init__(self, draw: Draw | None = None, controls: NDArray[np.float64] | None = None) -> None:
+    def __init__(
+        self,
+        draw: Draw | None = None,
+        controls: NDArray[np.float64] | None = None,
+        run_controls: NDArray[np.float64] | None = None,
+    ) -> None:
         self._draw = kernels.draw if draw is None else draw
-        self._controls = controls
+        self._controls, self._run_controls = controls, run_controls
         self._rows = _Rows([])
 
     @staticmethod
@@ -174,6 +180,14 @@ class Sampler:
         elif self._rows.only_draws:
             self._rows.go_on()
         return self._rows.only_draws
+
+    def only_draws_runs(self, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]) -> bool:
+        """As `only_draws`, of the rows of runs, see `sample_runs`; if so, `run_controls` are theirs now."""
+        if self._run_controls is None or not _at_once(states) or any(state.only_masks for state in states):
+            return False
+        controls = _run_controls(states, drafts)
+        self._run_controls[: len(controls)] = controls
+        return True
 
     def _rows_of(self, states: Sequence[SamplingState]) -> _Rows:
         """What these rows ask for at their present positions."""
@@ -275,25 +289,11 @@ class Sampler:
         self, logits: Value, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]
     ) -> list[tuple[Token, ...]]:
         """As `sample_runs`, where nothing but a grammar changes rows: all at once, no row waits for another."""
-        controls = [
-            (*state.controls, number)
-            for state, own in zip(states, drafts)
-            for number in ([0.5] * (1 + len(own)) if state.params.greedy else state.uniforms(1 + len(own)))
-        ]
         with _without_gradients(logits):
             logits = _in_one_piece(logits)
             counted = _mask_runs(logits, states, drafts)
-            ids, largest = self._draw(logits, np.array(controls))
-            tokens = drawn_tokens(ids.tolist(), largest.tolist())
-        drawn: list[tuple[Token, ...]] = []
-        first = 0
-        for own, last in zip(drafts, counted, strict=True):
-            right = 0
-            while right < last and tokens[first + right] == own[right]:
-                right += 1
-            drawn.append(tuple(tokens[first : first + right + 1]))
-            first += 1 + len(own)
-        return drawn
+            ids, largest = self._draw(logits, np.array(_run_controls(states, drafts)))
+            return right_runs(drawn_tokens(ids.tolist(), largest.tolist()), drafts, counted)
 
     @staticmethod
     def look_ahead(states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]) -> None:
@@ -333,6 +333,39 @@ def _at_once(states: Sequence[SamplingState]) -> bool:
         state.params.logprobs is not None or ((state.may_edit or state.reads_tokens) and not state.only_masks)
         for state in states
     )
+
+
+def _run_controls(states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+    """Parameters of the rows of runs, see `kernels.Control`."""
+    rows: list[tuple[float, ...]] = []
+    for state, own in zip(states, drafts, strict=True):
+        count = 1 + len(own)
+        if state.params.greedy:
+            rows += [(*state.controls, 0.5)] * count
+        else:
+            rows += [(*state.controls, number) for number in state.uniforms(count)]
+    return rows
+
+
+def right_runs(
+    tokens: Sequence[Token], drafts: Sequence[Sequence[int]], counted: Sequence[int] | None = None
+) -> list[tuple[Token, ...]]:
+    """What was drawn for each of some runs: as far as its drafts are right, and one token more.
+
+    Args:
+        tokens: what was drawn from the rows of all runs.
+        drafts: of each run, what is in its rows behind the first.
+        counted: how many drafts of each may be right; None for all.
+    """
+    drawn: list[tuple[Token, ...]] = []
+    first = 0
+    for run, own in enumerate(drafts):
+        right, last = 0, len(own) if counted is None else counted[run]
+        while right < last and tokens[first + right] == own[right]:
+            right += 1
+        drawn.append(tuple(tokens[first : first + right + 1]))
+        first += 1 + len(own)
+    return drawn
 
 
 def _mask_runs(logits: Value, states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]) -> list[int]:
