@@ -149,7 +149,7 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
     files, checkpoint, metadata = opened.files, opened.checkpoint, opened.metadata
     described = config_file(files)
     with naming(described):
-        family, model_config = _describe(files, checkpoint, metadata)
+        family, model_config = describe_family(files, checkpoint, metadata)
     model_config = stretched(model_config, config.yarn_scaling_factor, checkpoint)
     refuse_longer(config, model_config)
     limit = min(model_config.max_position, config.max_model_len or model_config.max_position)
@@ -162,7 +162,7 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
     eos_token_ids = end_tokens(model_config, generation, tokenizer, described)
     with naming(described, checkpoint.path):
         _check_weights(family, model_config, checkpoint)
-        stored = _as_loaded(config, family, model_config, checkpoint)
+        stored = as_loaded(config, family, model_config, checkpoint)
         placement = choose_placement(config, device, stored, model_config)
     return Described(
         name=files.name,
@@ -182,7 +182,10 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
     )
 
 
-def _describe(files: ModelFiles, checkpoint: Checkpoint, metadata: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
+def describe_family(
+    files: ModelFiles, checkpoint: Checkpoint, metadata: Mapping[str, Any]
+) -> tuple[Family, ModelConfig]:
+    """The family of a model, and its description."""
     if files.format == "gguf":
         return family_from_gguf(metadata, checkpoint)
     if files.config is None:
@@ -201,7 +204,7 @@ def _check_weights(family: Family, config: ModelConfig, checkpoint: Checkpoint) 
     )
 
 
-def _as_loaded(config: EngineConfig, family: Family, model: ModelConfig, checkpoint: Checkpoint) -> Checkpoint:
+def as_loaded(config: EngineConfig, family: Family, model: ModelConfig, checkpoint: Checkpoint) -> Checkpoint:
     """What is loaded of a checkpoint: its tensors as they are stored, or quantised on the way."""
     if config.isq is None:
         return checkpoint

@@ -12,7 +12,6 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,46 +19,13 @@ import numpy as np
 from candle_vllm.core.conversion.mxfp4 import mxfp4_blocks
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.views import Constant, Made, rows_of_bytes
 from candle_vllm.core.loading.weights import Line, WeightName, expand
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 _PART = re.compile(r":\d+\.")  # in the target of a part of a tensor that is one in GGUF files
 _Piece = tuple[Line, StoredTensor]  # a line of the GGUF side, and the tensor as the model wants it
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Made(StoredTensor):
-    """A plain tensor that is in no file.
-
-    Attributes:
-        source: the file to blame.
-    """
-
-    source: Path
-
-    @property
-    def path(self) -> Path:
-        """See `StoredTensor.path`."""
-        return self.source
-
-    def release(self) -> None:
-        """See `StoredTensor.release`."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Constant(Made):
-    """A tensor of given numbers.
-
-    Attributes:
-        values: the numbers.
-    """
-
-    values: np.ndarray
-
-    def raw(self) -> np.ndarray:
-        """See `StoredTensor.raw`."""
-        return _rows_of_bytes(self.values, self.shape)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -76,7 +42,7 @@ class _Assembled(Made):
         rows = np.empty(self.shape, ELEMENTS[self.type_name]).reshape(sum(order.size for order, _ in self.pieces), -1)
         for order, stored in self.pieces:
             rows[order] = stored.load(self.type_name).reshape(order.size, -1)
-        return _rows_of_bytes(rows, self.shape)
+        return rows_of_bytes(rows, self.shape)
 
     def release(self) -> None:
         for _, stored in self.pieces:
@@ -94,15 +60,6 @@ class _AssembledBlocks(_Assembled):
         for order, rows in blocks:
             out[order] = rows
         return out
-
-
-def _rows_of_bytes(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    return np.ascontiguousarray(values).reshape(max(1, math.prod(shape[:-1])), -1).view(np.uint8)
-
-
-def constant(name: str, values: np.ndarray, source: Path) -> StoredTensor:
-    """A float32 tensor of given numbers."""
-    return Constant(name, values.shape, "F32", 4 * values.size, source, values.astype(np.float32))
 
 
 def gguf_tensors(

@@ -18,7 +18,7 @@ from candle_vllm.core.conversion.gguf_architectures import architecture
 from candle_vllm.core.conversion.gguf_encoder import check_encoder, describe_encoder, encoder_tensors
 from candle_vllm.core.conversion.gguf_file import PlannedTensor, Progress, write_file
 from candle_vllm.core.conversion.gguf_metadata import check_description, describe, pooling_keys, rope_tensors
-from candle_vllm.core.conversion.gguf_tensors import constant, gguf_tensors
+from candle_vllm.core.conversion.gguf_tensors import gguf_tensors
 from candle_vllm.core.conversion.gguf_tokenizer import phi3_name, tokenizer_metadata
 from candle_vllm.core.devices import CPU
 from candle_vllm.core.errors import ConfigError, ModelLoadError, UnsupportedModelError
@@ -30,6 +30,7 @@ from candle_vllm.core.loading.gguf import split_names
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.stretch import stretched
 from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.views import constant
 from candle_vllm.core.loading.vocabulary import end_tokens
 from candle_vllm.core.loading.weights import check_weights, places
 from candle_vllm.core.models.family import EncoderFamily

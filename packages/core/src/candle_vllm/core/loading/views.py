@@ -8,8 +8,10 @@ Letters: R rows, C columns, X experts, H heads, D head size.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -139,6 +141,78 @@ def computed(
     """
     name = type_name or stored.dtype or "F32"
     return _Computed(stored.name, shape, name, math.prod(shape) * ELEMENTS[name].itemsize, stored, compute)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Made(StoredTensor):
+    """A plain tensor that is in no file.
+
+    Attributes:
+        source: the file to blame.
+    """
+
+    source: Path
+
+    @property
+    def path(self) -> Path:
+        """See `StoredTensor.path`."""
+        return self.source
+
+    def release(self) -> None:
+        """See `StoredTensor.release`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Constant(Made):
+    """A tensor of given numbers.
+
+    Attributes:
+        values: the numbers.
+    """
+
+    values: np.ndarray
+
+    def raw(self) -> np.ndarray:
+        """See `StoredTensor.raw`."""
+        return rows_of_bytes(self.values, self.shape)
+
+
+def rows_of_bytes(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers of a tensor of `shape` as `StoredTensor.raw` gives them."""
+    return np.ascontiguousarray(values).reshape(max(1, math.prod(shape[:-1])), -1).view(np.uint8)
+
+
+def constant(name: str, values: np.ndarray, source: Path) -> StoredTensor:
+    """A float32 tensor of given numbers."""
+    return Constant(name, values.shape, "F32", 4 * values.size, source, values.astype(np.float32))
+
+
+def parts_of_experts(stored: StoredTensor, count: int) -> list[StoredTensor]:
+    """The matrices [R, C / X] of X = `count` experts in one [R, C], whose columns of one expert are every X-th.
+
+    The first that is read puts all in order, once.
+    """
+    rows, each = stored.shape[0], stored.shape[1] // count
+
+    @functools.cache
+    def ordered() -> np.ndarray:
+        values = stored.load(None).reshape(rows, each, count)
+        return np.ascontiguousarray(values.transpose(2, 0, 1))
+
+    name = stored.dtype or "F32"
+    nbytes = rows * each * ELEMENTS[name].itemsize
+    return [_Given(stored.name, (rows, each), name, nbytes, stored, ordered, index) for index in range(count)]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Given(Viewed):
+    """An entry of an array that several tensors share."""
+
+    entries: Callable[[], np.ndarray]
+    index: int
+
+    def raw(self) -> np.ndarray:
+        return rows_of_bytes(self.entries()[self.index], self.shape)
 
 
 def plus_one(stored: StoredTensor, config: Any) -> StoredTensor:

@@ -1,0 +1,128 @@
+"""What a model is to adapters: the places that they fit, and the weights that run, decoded where they are asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from candle_vllm.core.assembly.model import as_loaded, describe_family
+from candle_vllm.core.assembly.opening import open_model
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.devices import CPU
+from candle_vllm.core.layers.parameters import SHAPES
+from candle_vllm.core.loading.adapter_places import AdapterPlaces
+from candle_vllm.core.loading.config import ModelConfig
+from candle_vllm.core.loading.source import ModelFiles
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.weights import Parameter, expand, layer_at
+from candle_vllm.core.models.family import Family
+from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.plain import read_plain
+from candle_vllm.core.quantization.tensors import StoredTensor
+
+_PIECE = 1 << 22  # numbers of a matrix that are decoded at a time
+
+Weights: TypeAlias = Callable[[str], StoredTensor | None]
+"""A part of the model by its target, as it is stored and in the model's order; None where it has none."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class AdapterBase:
+    """A model that adapters are fitted to.
+
+    Attributes:
+        name: for messages.
+        config: its description.
+        places: where tensors of adapters belong.
+        shapes: by target, of all that the model has; of the head also where that is the embedding table.
+        architectures: what GGUF files may call it.
+        weights: opens what runs, which is quantised where `isq` has it so.
+    """
+
+    name: str
+    config: ModelConfig
+    places: AdapterPlaces
+    shapes: Mapping[str, tuple[int, ...]]
+    architectures: tuple[str, ...]
+    weights: Callable[[], AbstractContextManager[Weights]]
+
+
+def adapter_base(files: ModelFiles, config: EngineConfig) -> AdapterBase:
+    """Describes a model by its files, of which the headers are read; errors as `load_model`."""
+    opened = open_model(files, CPU)
+    with opened.checkpoint as checkpoint:
+        family, model = describe_family(files, checkpoint, opened.metadata)
+        shapes = _shapes(family, model, checkpoint)
+
+    @contextmanager
+    def weights() -> Iterator[Weights]:
+        with open_model(files, CPU).checkpoint as checkpoint:
+            yield stored_parts(family, model, as_loaded(config, family, model, checkpoint))
+
+    return AdapterBase(
+        name=files.name,
+        config=model,
+        places=AdapterPlaces(family.weights, model, shapes),
+        shapes=shapes,
+        architectures=_architectures(family, model),
+        weights=weights,
+    )
+
+
+def _shapes(family: Family, model: ModelConfig, checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    decoder = family.build(model, SHAPES, checkpoint)
+    known: dict[str, Mapping[str, Parameter]] = {}
+    found: dict[str, tuple[int, ...]] = {}
+    for line in expand(family.weights, model, checkpoint.format):
+        path, part = line.target.split(":")
+        if path not in known:
+            layer = layer_at(decoder, path)
+            known[path] = {} if layer is None else layer.parameters()
+        if part in known[path]:
+            found[line.target] = known[path][part].shape
+    if model.tie_embeddings and model.has_head:
+        found["head:weight"] = found["embed:weight"]
+    return found
+
+
+def _architectures(family: Family, model: ModelConfig) -> tuple[str, ...]:
+    """The one that the model's own file has; of a model of another format those of its family."""
+    if model.model_type in family.gguf:
+        return (model.model_type,)
+    return family.gguf or ("llama",)  # Mixtral's files bear Llama's name
+
+
+def stored_parts(family: Family, model: ModelConfig, stored: Checkpoint) -> Weights:
+    """The parts of a model in a checkpoint."""
+    lines = {line.target: line for line in expand(family.weights, model, stored.format)}
+
+    def part(target: str) -> StoredTensor | None:
+        line = lines.get(target)
+        name = line.find(stored.tensors) if line is not None and line.names else None
+        if line is None or name is None:
+            return part("embed:weight") if target == "head:weight" and model.tie_embeddings else None
+        return line.look(stored.tensors[name], name, model)
+
+    return part
+
+
+def decoded(stored: StoredTensor) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """The rows of a matrix [N, K] in float32, piece by piece: the number of the first, and some of them."""
+    block, dtype = stored.block_type, stored.dtype
+    if dtype is None and block is None:  # codes that several tensors mean
+        yield 0, stored.load("F32")
+        return
+    raw, columns = stored.raw(), stored.shape[-1]
+    step = max(1, _PIECE // columns)
+    for first in range(0, stored.shape[0], step):
+        part = raw[first : first + step]
+        shape = (len(part), columns)
+        if dtype is not None:
+            yield first, read_plain(part, dtype, shape, "F32")
+        elif block is not None:
+            yield first, ggml.dequantize(part, block, shape)

@@ -1,0 +1,502 @@
+"""Fits an adapter to a model: its tensors become what is done to each matrix, or the adapter is refused by name.
+
+Every tensor is used. Matrices that the model has fused, split or in another order get the rows of B that are theirs;
+nothing is copied before it is asked for, but what DoRA needs of the model's own weights is computed here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from candle_vllm.core.assembly.adapter_base import AdapterBase, Weights, decoded
+from candle_vllm.core.errors import AdapterError, WeightsError
+from candle_vllm.core.kernels.lora import Delta, FittedAdapter
+from candle_vllm.core.loading.adapter_places import Format, Spot
+from candle_vllm.core.loading.adapters import StoredAdapter
+from candle_vllm.core.loading.views import computed, entry, parts_of_experts
+from candle_vllm.core.quantization.tensors import StoredTensor
+
+_KINDS = (
+    ("lora_A.weight", "a"), ("lora_B.weight", "b"), ("lora_B.bias", "bias of b"), ("lora_embedding_A", "table a"),
+    ("lora_embedding_B", "table b"), ("lora_magnitude_vector", "magnitude"), ("lora_a", "a"), ("lora_b", "b"),
+    ("lora_magnitude_vector.weight", "magnitude"), ("token_adapter.trainable_tokens_delta", "tokens"),
+    ("base_layer.weight", "copy"), ("base_layer.bias", "bias"), ("bias", "bias"), ("weight", "full"),
+)  # fmt: skip
+"""Ends of tensors' names, and what they are."""
+_NAMED = tuple(f".{end.partition('.')[0]}." for end, _ in _KINDS if end.startswith("lora_"))
+_MERGE = "merge it into the model with `candle-vllm quantize --lora` or PEFT's merge_and_unload, and serve that"
+_TABLES = {"embed": "embed:weight", "head": "head:weight"}
+_SAMPLE = 64  # rows by which a copy of a table is compared with the base's
+_Parts = dict[str, StoredTensor]
+
+
+def fit_adapter(stored: StoredAdapter, base: AdapterBase) -> FittedAdapter:
+    """Finds the places of an adapter's tensors.
+
+    Args:
+        stored: stays open for as long as the result is read.
+        base: the model.
+
+    Raises:
+        AdapterError: a tensor has no place, a wrong shape or no finite numbers, or asks for what is not served.
+    """
+    with ExitStack() as opened:
+        fit = _Fit(stored, base, opened)
+        fit.run()
+        return fit.result()
+
+
+@dataclasses.dataclass
+class _Change:
+    """A `Delta` in the making, and DoRA's magnitudes [N]."""
+
+    delta: Delta
+    magnitude: NDArray[np.float32] | None = None
+
+
+class _Fit:
+    """One fitting; its methods are in the order in which an adapter's tensors are looked at."""
+
+    def __init__(self, stored: StoredAdapter, base: AdapterBase, opened: ExitStack) -> None:
+        self._stored, self._base, self._opened = stored, base, opened
+        self._format: Format = "safetensors" if stored.format == "peft" else "gguf"
+        self._changes: defaultdict[str, dict[str, _Change]] = defaultdict(dict)
+        self._weights: Weights | None = None
+
+    def run(self) -> None:
+        """Looks at every tensor."""
+        if self._stored.format == "gguf" and self._stored.config.architecture not in self._base.architectures:
+            raise AdapterError(
+                f"{self._stored.path}: general.architecture is {self._stored.config.architecture!r:.80}; the base "
+                f"{self._base.name} is {' or '.join(self._base.architectures)}"
+            )
+        for token in self._stored.alora or ():
+            if token >= self._base.config.vocab_size:
+                raise AdapterError(f"{self._stored.path}: the invocation token {token} is beyond the base's vocabulary")
+        for module, parts in self._modules().items():
+            self._module(module, parts)
+        self._tie()
+        for path, changes in self._changes.items():
+            for prefix, change in changes.items():
+                if change.magnitude is not None:
+                    scale = self._column_scale(path, prefix, change.delta, change.magnitude)
+                    change.delta = dataclasses.replace(change.delta, column_scale=scale)
+
+    def result(self) -> FittedAdapter:
+        """What was found."""
+        deltas = {path: {part: change.delta for part, change in each.items()} for path, each in self._changes.items()}
+        if not deltas:
+            raise AdapterError(f"{self._stored.path}: nothing of it changes the model")
+        return FittedAdapter(
+            digest=self._stored.digest,
+            alora=self._stored.alora,
+            deltas=deltas,
+            rank=max(delta.rank for each in deltas.values() for delta in each.values()),
+            nbytes=sum(tensor.nbytes for tensor in self._stored.tensors.values()),
+            norm=self._norm(deltas),
+        )
+
+    # ---- modules -----------------------------------------------------------------------------------------------------
+
+    def _modules(self) -> dict[str, _Parts]:
+        """Tensors by the module that they belong to, and by what they are."""
+        found: defaultdict[str, _Parts] = defaultdict(dict)
+        for name, tensor in self._stored.tensors.items():
+            plain = name
+            for marker in _NAMED:
+                plain = plain.replace(f"{marker}default", marker.rstrip("."))  # as some tools save it
+            end, kind = next(((end, kind) for end, kind in _KINDS if plain.endswith(f".{end}")), ("", ""))
+            if not kind:
+                self._refuse(name, "it is no part of an adapter that is known here")
+            module = plain.removesuffix(f".{end}")
+            if kind in found[module]:
+                self._refuse(name, "it is there twice")
+            found[module][kind] = tensor
+        return dict(found)
+
+    def _module(self, module: str, parts: _Parts) -> None:
+        kinds, first = set(parts), next(iter(parts.values()))
+        if self._stored.format == "gguf":
+            self._gguf_tensor(module, parts)
+            return
+        if module.endswith(".base_layer") or (kinds & {"a", "b"} and self._base.places.parameters(module)[1]):
+            self._experts(module, parts)
+            return
+        _, spots = self._base.places.module(module)
+        self._check_place(first, module, spots)
+        for kind, tensor in parts.items():
+            if kind == "copy":
+                self._check_copy(tensor, spots)
+            elif kind == "full":
+                self._full(tensor, spots)
+            elif kind == "tokens":
+                self._tokens(module, tensor, spots)
+        if kinds & {"table a", "table b"}:
+            self._table(module, parts, spots)
+        elif kinds & {"a", "b", "bias of b", "magnitude", "bias"}:
+            self._linear(module, parts, spots)
+
+    def _check_place(self, tensor: StoredTensor, module: str, spots: Sequence[Spot]) -> None:
+        """Refuses what is no matrix of the model that is multiplied."""
+        if not spots:
+            self._refuse(tensor.name, f"{self._base.name} has no module {module!r:.200}")
+        if any(".attend" in spot.path for spot in spots):
+            self._refuse(tensor.name, f"keys and values of latent attention are absorbed into other products: {_MERGE}")
+        if not all(spot.is_matrix for spot in spots):
+            self._refuse(tensor.name, f"it changes a norm or another vector, which is served unchanged: {_MERGE}")
+
+    # ---- products ----------------------------------------------------------------------------------------------------
+
+    def _linear(self, module: str, parts: _Parts, spots: Sequence[Spot]) -> None:
+        pair = None
+        if {"a", "b", "bias of b", "magnitude"} & set(parts):
+            pair = self._pair(module, parts, "a", "b")
+        if self._stored.config.dora and pair is not None and "magnitude" not in parts:
+            self._refuse(pair[0].name, "use_dora is true and there is no lora_magnitude_vector beside it")
+        if not self._stored.config.dora and "magnitude" in parts:
+            self._refuse(parts["magnitude"].name, "use_dora is not true in adapter_config.json")
+        total = pair[1].shape[0] if pair is not None else parts["bias"].numel
+        orders = self._orders(next(iter(parts.values())), spots, total)
+        scale = 1.0 if pair is None else self._stored.config.scale(module, pair[0].shape[0])
+        vectors = {
+            kind: self._vector(parts[kind], total) for kind in ("bias of b", "bias", "magnitude") if kind in parts
+        }
+        if "bias" in vectors and self._stored.config.bias == "none":
+            self._refuse(parts["bias"].name, "bias is 'none' in adapter_config.json")
+        for spot, rows in zip(spots, orders, strict=True):
+            bias = None
+            if "bias of b" in vectors:
+                bias = vectors["bias of b"][rows] * np.float32(scale)
+            if "bias" in vectors:
+                own = vectors["bias"][rows] - self._base_bias(spot)
+                bias = own if bias is None else bias + own
+            delta = Delta(bias=bias)
+            if pair is not None:
+                self._check_columns(pair[0], spot)
+                delta = Delta(a=pair[0], b=_picked(pair[1], rows), scale=scale, bias=bias)
+            magnitude = vectors["magnitude"][rows] if "magnitude" in vectors else None
+            self._put(next(iter(parts.values())), spot, _Change(delta, magnitude))
+
+    def _pair(self, module: str, parts: _Parts, first: str, second: str) -> tuple[StoredTensor, StoredTensor]:
+        """A and B [.., r]; their ranks agree with each other, the configuration and the limits."""
+        if first not in parts or second not in parts:
+            there = next(iter(parts.values()))
+            self._refuse(there.name, f"the other half of {module!r:.200} is missing")
+        a, b = parts[first], parts[second]
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+            self._refuse(a.name, f"its shape {list(a.shape)} does not fit {list(b.shape)} of {b.name!r:.200}")
+        self._check_rank(module, a, a.shape[0])
+        return a, b
+
+    def _check_rank(self, module: str, a: StoredTensor, rank: int) -> None:
+        said, most = self._stored.config.rank(module), self._stored.limits.max_rank
+        if said is not None and rank != said:
+            self._refuse(a.name, f"its rank is {rank}; adapter_config.json says {said}")
+        if rank > most:
+            self._refuse(a.name, f"its rank is {rank}; {most} is allowed: raise max_lora_rank")
+
+    def _orders(self, tensor: StoredTensor, spots: Sequence[Spot], total: int) -> list[NDArray[np.int64]]:
+        """The rows of B of each place; together they are all of them."""
+        try:
+            orders = [self._base.places.rows(spot, total, self._format) for spot in spots]
+        except WeightsError as error:
+            self._refuse(tensor.name, str(error))
+        for spot, rows in zip(spots, orders, strict=True):
+            if len(rows) != spot.shape[0]:
+                self._refuse(tensor.name, f"it gives {len(rows)} rows to {spot.path}, which has {spot.shape[0]}")
+        seen = np.zeros(total, np.int64)
+        for rows in orders:
+            seen[rows] += 1
+        if not (seen == 1).all():
+            self._refuse(tensor.name, f"of its {total} rows the model has not each once")
+        return orders
+
+    def _check_columns(self, a: StoredTensor, spot: Spot) -> None:
+        if a.shape[-1] != spot.shape[1]:
+            self._refuse(a.name, f"its shape is {list(a.shape)}; {spot.path} of the base has {spot.shape[1]} columns")
+
+    def _vector(self, tensor: StoredTensor, total: int) -> NDArray[np.float32]:
+        if tensor.numel != total:
+            self._refuse(tensor.name, f"its shape is {list(tensor.shape)}; {total} numbers are wanted")
+        values = tensor.load("F32").reshape(-1)
+        if not np.isfinite(values).all():
+            self._refuse(tensor.name, "it has numbers that are not finite")
+        return values
+
+    def _base_bias(self, spot: Spot) -> NDArray[np.float32] | float:
+        target = f"{spot.path}:{spot.prefix}bias"
+        stored = self._part(target) if target in self._base.shapes else None
+        return 0.0 if stored is None else stored.load("F32").reshape(-1)
+
+    # ---- tables ------------------------------------------------------------------------------------------------------
+
+    def _table(self, module: str, parts: _Parts, spots: Sequence[Spot]) -> None:
+        """An embedding's A [r, V] and B [E, r]: a row of the table is its row of A^T times B^T."""
+        if "magnitude" in parts:
+            self._refuse(parts["magnitude"].name, f"DoRA of an embedding table is not served: {_MERGE}")
+        if "table a" not in parts or "table b" not in parts:
+            self._refuse(next(iter(parts.values())).name, f"the other half of {module!r:.200} is missing")
+        a, b = parts["table a"], parts["table b"]
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+            self._refuse(a.name, f"its shape {list(a.shape)} does not fit {list(b.shape)} of {b.name!r:.200}")
+        self._check_rank(module, a, a.shape[0])
+        for spot in spots:
+            if (a.shape[1], b.shape[0]) != spot.shape:
+                self._refuse(a.name, f"its table is {[a.shape[1], b.shape[0]]}, the base's {list(spot.shape)}")
+            scale = self._stored.config.scale(module, a.shape[0])
+            self._put(a, spot, _Change(Delta(a=_turned(b), b=_turned(a), scale=scale)))
+
+    def _full(self, tensor: StoredTensor, spots: Sequence[Spot]) -> None:
+        """A matrix in the place of the base's: a head or a table."""
+        for spot in spots:
+            if spot.path not in _TABLES:
+                self._refuse(tensor.name, f"it replaces {spot.path}; heads and embedding tables are replaced: {_MERGE}")
+            if tensor.shape[1:] == spot.shape[1:] and tensor.shape[0] != spot.shape[0]:
+                self._refuse(
+                    tensor.name,
+                    f"it has a vocabulary of {tensor.shape[0]} tokens, the base {self._base.name} one of "
+                    f"{spot.shape[0]}: {_MERGE} with the adapter's tokenizer",
+                )
+            if tensor.shape != spot.shape:
+                self._refuse(tensor.name, f"its shape is {list(tensor.shape)}, the base's {list(spot.shape)}")
+            self._put(tensor, spot, _Change(Delta(full=tensor)))
+
+    def _check_copy(self, tensor: StoredTensor, spots: Sequence[Spot]) -> None:
+        """PEFT saves the base's own table beside an adapter of it: nothing is done with it if it is the base's."""
+        for spot in spots:
+            if tensor.shape != spot.shape:
+                self._refuse(tensor.name, f"its shape is {list(tensor.shape)}, the base's {list(spot.shape)}")
+            own = self._part(f"{spot.path}:{spot.prefix}weight")
+            rows = np.unique(np.linspace(0, spot.shape[0] - 1, _SAMPLE).astype(np.int64))
+            if own is None:
+                continue
+            mine, theirs = (side.select(rows).load("F32") for side in (own, tensor))
+            if not np.linalg.norm(mine - theirs) <= 0.1 * np.linalg.norm(theirs):  # quantised ones differ a little
+                self._refuse(tensor.name, f"it is the weight of another base than {self._base.name}")
+
+    def _tokens(self, module: str, tensor: StoredTensor, spots: Sequence[Spot]) -> None:
+        """Rows of a table that were trained."""
+        said = self._stored.config.trained_tokens
+        names = [name for name in said if name and (module == name or module.endswith(f".{name}"))]
+        ids = np.array(said[names[0]] if names else said.get("", ()), np.int64)
+        for spot in spots:
+            if spot.path not in _TABLES:
+                self._refuse(tensor.name, f"tokens belong to a table, and {spot.path} is none")
+            if tensor.shape != (len(ids), spot.shape[1]):
+                self._refuse(
+                    tensor.name,
+                    f"its shape is {list(tensor.shape)}; trainable_token_indices and the base ask for "
+                    f"{[len(ids), spot.shape[1]]}",
+                )
+            if ids.max() >= spot.shape[0]:
+                self._refuse(tensor.name, f"token {ids.max()} is beyond the base's vocabulary of {spot.shape[0]}")
+            rows = self._vector(tensor, tensor.numel).reshape(tensor.shape)
+            self._put(tensor, spot, _Change(Delta(rows=(ids, rows))))
+
+    def _tie(self) -> None:
+        """A head that is the embedding table has that one's trained tokens, and all else where the adapter says so."""
+        if not self._base.config.tie_embeddings or not self._base.config.has_head or "head" in self._changes:
+            return
+        table = self._changes["embed"].get("") if "embed" in self._changes else None
+        if table is None:
+            return
+        if self._stored.config.tied:
+            self._changes["head"][""] = _Change(table.delta)
+        elif table.delta.rows is not None:
+            self._changes["head"][""] = _Change(Delta(rows=table.delta.rows))
+
+    # ---- experts -----------------------------------------------------------------------------------------------------
+
+    def _experts(self, module: str, parts: _Parts) -> None:
+        """Tensors of all experts: A [X * r, in] expert by expert, B [out, r * X] rank by rank."""
+        first = next(iter(parts.values()))
+        if set(parts) - {"a", "b"}:
+            self._refuse(first.name, "such a part of an adapter of experts is not known here")
+        plain, depth = module, 0
+        while plain.endswith(".base_layer"):
+            plain, depth = plain.removesuffix(".base_layer"), depth + 1
+        known, names = self._base.places.parameters(plain)
+        wanted = self._stored.config.targets
+        names = [
+            name
+            for name in names
+            if not wanted or any(name == target or name.endswith(f".{target}") for target in wanted)
+        ]
+        layers = [name for name in self._stored.tensors if _experts_of(name) == plain]
+        if len(names) != len(layers) or depth >= len(names):
+            self._refuse(
+                first.name,
+                f"{len(layers)} adapters of parameters of {plain!r:.200} are there; target_parameters names "
+                f"{len(names)} that the base has",
+            )
+        name = names[len(names) - 1 - depth]  # the first is wrapped first, and innermost
+        spots = self._base.places.find(name, "safetensors")
+        pattern = plain + name.removeprefix(known)
+        if "a" not in parts or "b" not in parts:
+            self._refuse(first.name, f"the other half of {module!r:.200} is missing")
+        self._stacked(pattern, parts["a"], parts["b"], spots)
+
+    def _stacked(self, name: str, a: StoredTensor, b: StoredTensor, spots: Sequence[Spot]) -> None:
+        count = self._base.config.num_experts
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] % count:
+            self._refuse(
+                a.name,
+                f"its shape {list(a.shape)} and {list(b.shape)} of {b.name!r:.200} are not those of {count} experts",
+            )
+        rank, columns = a.shape[0] // count, spots[0].shape[1]
+        self._check_rank(name, a, rank)
+        of_a = [a.rows(expert * rank, (expert + 1) * rank) for expert in range(count)]
+        of_b = parts_of_experts(b, count)
+        if a.shape[1] != columns and b.shape[0] == columns:  # saved before PEFT told rows of experts from columns
+            of_a, of_b = [_turned(part) for part in of_b], [_turned(part) for part in of_a]
+        scale = self._stored.config.scale(name, rank)
+        self._each_expert(a, of_a, of_b, spots, scale)
+
+    def _each_expert(
+        self,
+        tensor: StoredTensor,
+        of_a: Sequence[StoredTensor],
+        of_b: Sequence[StoredTensor],
+        spots: Sequence[Spot],
+        scale: float,
+    ) -> None:
+        kinds: dict[int, list[Spot]] = {}
+        for spot in spots:
+            assert spot.expert is not None
+            kinds.setdefault(spot.expert, []).append(spot)
+        for expert, each in kinds.items():
+            orders = self._orders(tensor, each, of_b[expert].shape[0])
+            for spot, rows in zip(each, orders, strict=True):
+                self._check_columns(of_a[expert], spot)
+                self._put(tensor, spot, _Change(Delta(a=of_a[expert], b=_picked(of_b[expert], rows), scale=scale)))
+
+    # ---- GGUF --------------------------------------------------------------------------------------------------------
+
+    def _gguf_tensor(self, name: str, parts: _Parts) -> None:
+        """`lora_a` and `lora_b` of a tensor of the base's; those of the embedding table are turned."""
+        first = next(iter(parts.values()))
+        if set(parts) - {"a", "b"}:
+            self._refuse(first.name, "a GGUF adapter has .lora_a and .lora_b of each tensor alone")
+        spots = self._base.places.find(name, "gguf")
+        self._check_place(first, name, spots)
+        if len(parts) < 2:
+            self._refuse(first.name, f"the other half of {name!r:.200} is missing")
+        a, b = parts["a"], parts["b"]
+        if spots[0].path == "embed":
+            self._table(name, {"table a": _turned(a), "table b": b}, spots)
+        elif spots[0].expert is None:
+            self._linear(name, parts, spots)
+        else:
+            count = self._base.config.num_experts
+            if len(a.shape) != 3 or len(b.shape) != 3 or not a.shape[0] == b.shape[0] == count:
+                self._refuse(a.name, f"its shape {list(a.shape)} is not that of {count} experts")
+            if a.shape[1] != b.shape[2]:
+                self._refuse(a.name, f"its shape {list(a.shape)} does not fit {list(b.shape)} of {b.name!r:.200}")
+            self._check_rank(name, a, a.shape[1])
+            of_a, of_b = ([entry(side, expert) for expert in range(count)] for side in (a, b))
+            self._each_expert(a, of_a, of_b, spots, self._stored.config.scale(name, a.shape[1]))
+
+    # ---- the model's own weights -------------------------------------------------------------------------------------
+
+    def _part(self, target: str) -> StoredTensor | None:
+        if self._weights is None:
+            self._weights = self._opened.enter_context(self._base.weights())
+        return self._weights(target)
+
+    def _column_scale(
+        self, path: str, prefix: str, delta: Delta, magnitude: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """DoRA's m / ||W + s B A|| of each row."""
+        weight = self._part(f"{path}:{prefix}weight")
+        assert weight is not None
+        assert delta.a is not None
+        assert delta.b is not None
+        a, b = delta.a.load("F32"), delta.b.load("F32") * np.float32(delta.scale)
+        norms = np.empty(len(b), np.float32)
+        for first, rows in decoded(weight):
+            rows += b[first : first + len(rows)] @ a
+            norms[first : first + len(rows)] = np.sqrt(np.einsum("nk,nk->n", rows, rows))
+        if not norms.all():
+            self._refuse(delta.b.name, "a row of the base with it is zero, and DoRA divides by its norm")
+        return magnitude / norms
+
+    # ---- ends --------------------------------------------------------------------------------------------------------
+
+    def _put(self, tensor: StoredTensor, spot: Spot, change: _Change) -> None:
+        """Adds to what is done to a place; a part of it may come but once."""
+        there = self._changes[spot.path].get(spot.prefix)
+        if there is None:
+            self._changes[spot.path][spot.prefix] = change
+            return
+        merged = dict[str, Any]()
+        for field in ("a", "b", "bias", "full", "rows"):
+            mine, new = getattr(there.delta, field), getattr(change.delta, field)
+            if mine is not None and new is not None:
+                self._refuse(tensor.name, f"another tensor of the adapter is for {spot.path} too")
+            merged[field] = new if mine is None else mine
+        scale = there.delta.scale if there.delta.a is not None else change.delta.scale
+        magnitude = there.magnitude if there.magnitude is not None else change.magnitude
+        self._changes[spot.path][spot.prefix] = _Change(Delta(scale=scale, **merged), magnitude)
+
+    def _norm(self, deltas: Mapping[str, Mapping[str, Delta]]) -> float:
+        """||s B A|| of all: s^2 times the sum of (B^T B) * (A A^T). Numbers that are not finite show here."""
+        total, last, products = 0.0, None, np.empty((0, 0))
+        for delta in _all(deltas):
+            for tensor in (delta.full,):
+                if tensor is not None and not _finite(tensor):
+                    self._refuse(tensor.name, "it has numbers that are not finite")
+            if delta.a is None or delta.b is None:
+                continue
+            if delta.a is not last:
+                a = delta.a.load("F32")
+                last, products = delta.a, a @ a.T
+            b = delta.b.load("F32")
+            of_b = b.T @ b
+            for tensor, product in ((delta.a, products), (delta.b, of_b)):
+                if not math.isfinite(float(np.trace(product))):
+                    self._refuse(tensor.name, "it has numbers that are not finite, or beyond 1e19")
+            total += delta.scale**2 * float(np.vdot(products, of_b))
+        return math.sqrt(max(total, 0.0))
+
+    def _refuse(self, name: str, why: str) -> NoReturn:
+        raise AdapterError(f"{self._stored.path}: tensor {name!r:.300}: {why}")
+
+
+def _all(deltas: Mapping[str, Mapping[str, Delta]]) -> Iterator[Delta]:
+    for each in deltas.values():
+        yield from each.values()
+
+
+def _experts_of(name: str) -> str | None:
+    """The module without its wrappers whose A a tensor is."""
+    module = name.removesuffix(".lora_A.weight")
+    if module == name:
+        return None
+    while module.endswith(".base_layer"):
+        module = module.removesuffix(".base_layer")
+    return module
+
+
+def _picked(stored: StoredTensor, rows: NDArray[np.int64]) -> StoredTensor:
+    """Rows of B; neighbours stay a part of the file."""
+    first, last = int(rows[0]), int(rows[-1]) + 1
+    if last - first != len(rows) or not np.array_equal(rows, np.arange(first, last)):
+        return stored.select(rows)
+    return stored if last - first == stored.shape[0] else stored.rows(first, last)
+
+
+def _turned(stored: StoredTensor) -> StoredTensor:
+    """A matrix [R, C] as [C, R]."""
+    return computed(stored, stored.shape[::-1], lambda values: values.T)
+
+
+def _finite(stored: StoredTensor) -> bool:
+    return all(np.isfinite(rows).all() for _, rows in decoded(stored))

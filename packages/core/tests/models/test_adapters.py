@@ -1,0 +1,103 @@
+"""Adapters of PEFT, fitted to models of every family: what they do to each matrix is what PEFT's merging does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import ROWS, first_rows
+from gguf_export import export_gguf
+from peft_adapters import Trained, base_of, changed, furthest, merged, parts, trained
+
+from candle_vllm.core.assembly.adapters import fit_adapter
+from candle_vllm.core.errors import AdapterError
+from candle_vllm.core.loading.adapters import read_adapter
+
+EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+TABLES = {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}
+PATTERNS = {
+    "use_rslora": True,
+    "rank_pattern": {"q_proj": 2, r".*layers\.1\.mlp.*": 8},
+    "alpha_pattern": {"layers.0.self_attn.k_proj": 3},
+}
+SAVED = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}
+TOKENS = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5, 100]}
+
+
+def every(*cases: tuple[str, dict[str, Any]]) -> list[Any]:
+    return [pytest.param(*case, marks=pytest.mark.every_case) for case in cases]
+
+
+CASES = [
+    ("Llama", {"r": 64, **PATTERNS, "rank_pattern": {}}),
+    ("Qwen2", {"use_dora": True, "bias": "all"}),
+    ("Phi-3", {"use_dora": True, **PATTERNS}),
+    ("Qwen3-MoE", EXPERTS),
+    ("Llama", {**TABLES, "r": 16}),
+    *every(
+        *[(name, {}) for name in first_rows() if not name.startswith("DeepSeek")],
+        *[(name, EXPERTS) for name in ("Mixtral", "Qwen2-MoE", "GLM-4-MoE", "gpt-oss", "DeepSeek-V3")],
+        *[("Mixtral", EXPERTS | {"target_parameters": [f"experts.{name}"]}) for name in ("gate_up_proj", "down_proj")],
+        ("DeepSeek-V2", {"target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"]}),
+        ("DeepSeek-V2 Lite", {"target_modules": ["q_proj", "kv_a_proj_with_mqa"]}),
+        ("Qwen2", {"bias": "lora_only"}),
+        ("Phi-2", {"lora_bias": True}),
+        ("Phi-2", {"use_dora": True, "bias": "lora_only"}),
+        ("Llama", SAVED),
+        ("Llama", TOKENS),
+        ("Llama", {"target_modules": "all-linear", "init_lora_weights": "gaussian", "r": 64}),
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "config"), CASES)
+def test_fitted_is_what_peft_merges(name: str, config: dict[str, Any], tmp_path: Path) -> None:
+    made = trained(tmp_path, name, **config)
+    sources, architecture = [made.model], ROWS[name].gguf
+    if architecture is not None:
+        sources.append(export_gguf(made.model, tmp_path / "model.gguf", architecture))
+    with read_adapter(made.adapter) as stored:
+        bases = [base_of(source) for source in sources]
+        found = [merged(base, fit_adapter(stored, base)) for base in bases]
+        before = parts(bases[0])
+        expected = made.merged(tmp_path / "merged")
+        assert changed(expected, before) == changed(found[0], before), "nothing more is changed, and nothing less"
+        for each in found:
+            assert furthest(each, expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        pytest.param(TABLES, marks=pytest.mark.every_case),
+        pytest.param(TOKENS, marks=pytest.mark.every_case),
+        pytest.param(SAVED, marks=pytest.mark.every_case),
+        pytest.param(
+            TOKENS | {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [7]}}, marks=pytest.mark.every_case
+        ),
+    ],
+)
+def test_a_tied_head_is_its_own_place(config: dict[str, Any], tmp_path: Path) -> None:
+    """Merging writes both into one table, so what PEFT computes without is compared."""
+    made = trained(tmp_path, "Llama", {"tie_word_embeddings": True}, **config)
+    base = base_of(made.model)
+    with read_adapter(made.adapter) as stored:
+        found = merged(base, fit_adapter(stored, base))
+    model: Any = made.peft.get_base_model()
+    hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        table = model.get_input_embeddings()(torch.arange(found["embed:weight"].shape[0])).numpy()
+        logits = model.get_output_embeddings()(hidden).numpy()
+    np.testing.assert_allclose(found["embed:weight"], table, rtol=0, atol=1e-6)
+    head = found["head:weight"]
+    assert np.linalg.norm(hidden.numpy() @ head.T - logits) < 1e-6 * np.linalg.norm(logits)
+
+
+def test_keys_and_values_of_latent_attention_are_refused(tmp_path: Path) -> None:
+    made: Trained = trained(tmp_path, "DeepSeek-V3", target_modules=["kv_b_proj"])
+    with read_adapter(made.adapter) as stored, pytest.raises(AdapterError, match=r"kv_b_proj.*absorbed"):
+        fit_adapter(stored, base_of(made.model))
