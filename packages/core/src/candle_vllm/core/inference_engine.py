@@ -20,7 +20,7 @@ from candle_vllm.core.devices import choose_device, give_back
 from candle_vllm.core.engine.build import build_engine, model_info
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.request import TokenOutput
-from candle_vllm.core.engine.thread import EngineThread, StepEngine
+from candle_vllm.core.engine.thread import EngineThread
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import ConfigError, EngineDeadError
 from candle_vllm.core.memory import room_for
@@ -31,6 +31,8 @@ from candle_vllm.core.text.prompts import Prompt
 from candle_vllm.core.threads import LOADING_THREADS
 
 logger = logging.getLogger(__name__)
+
+_LOADING = 1.0  # seconds for which a step waits for adapters where there is nothing else to do
 
 
 class InferenceEngine(EngineFront):
@@ -123,6 +125,8 @@ class InferenceEngine(EngineFront):
         next one before it waits, so the pieces are those of the step that was launched before it.
         """
         engine = self._own_loop()
+        if not self._ended:
+            engine.wait(_LOADING)
         ended, self._ended = self._ended, []
         return ended + engine.step()
 
@@ -177,6 +181,8 @@ class InferenceEngine(EngineFront):
             if self._thread is None:
                 with room_for("the engine", 0):
                     self._thread = self._make_thread(engine)
+                if engine.adapters is not None:
+                    engine.adapters.on_change = self._thread.wake
                 self._finalizer.detach()
                 self._finalizer = weakref.finalize(self, _shut_down, self._thread, engine, self._owner)
             return self._thread
@@ -184,7 +190,7 @@ class InferenceEngine(EngineFront):
     def _make_thread(self, engine: Engine) -> EngineThread:
         return EngineThread(engine, self.config.max_queued_requests)
 
-    def _own_loop(self) -> StepEngine:
+    def _own_loop(self) -> Engine:
         self._working()
         with self._lock:
             if self._thread is not None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
+from candle_vllm.core.engine.adapters import AdapterStore
 from candle_vllm.core.engine.batch import Batch, BatchBuilder
 from candle_vllm.core.engine.live import Live, LiveSequence
 from candle_vllm.core.engine.model_runner import Launched, ModelRunner
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _TIMED_ROWS = 32  # of `EngineStats.step_seconds`
+_TOLD_ADAPTERS = 64  # of those with sequences
 
 
 class _Flight(msgspec.Struct, frozen=True, eq=False):
@@ -52,6 +54,9 @@ class Engine:
         preparation: makes sequences of requests.
         drafter: guesses tokens that may come next; None where nothing is guessed. The steps of `runner` are over when
             they are drawn.
+
+    Attributes:
+        adapters: those that requests may name; None where they may name none.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class Engine:
         self.prepare = preparation.prepare
         self.check_structured_outputs = preparation.check_structured_outputs
         self.max_model_len = preparation.max_model_len
+        self.adapters: AdapterStore | None = preparation.adapters
         self.cache_bytes = 0  # of a full KV cache, where that is known
         self._preparation = preparation
         self._drafter = drafter
@@ -80,6 +86,8 @@ class Engine:
         self._counts: Counter[str] = Counter()
         self._num_steps = self._num_generated = 0
         self._finished: Counter[str] = Counter()
+        self._waits_since = -1  # `changes` of the adapters, without a change of which no step does anything
+        self._failures_seen = -1  # of adapters
 
     @property
     def max_step_tokens(self) -> int:
@@ -96,12 +104,23 @@ class Engine:
         """True while any sequence is unfinished, or a step is under way."""
         return bool(self._live) or self._flight is not None
 
+    @property
+    def waits(self) -> bool:
+        """True while there is nothing to do before an adapter is loaded: a step would do nothing."""
+        return self.adapters is not None and self._waits_since == self.adapters.changes
+
+    def wait(self, seconds: float) -> None:
+        """Waits while `waits` is true, for so long at most."""
+        if self.adapters is not None and self._waits_since >= 0:
+            self.adapters.wait(self._waits_since, seconds)
+
     def add(self, prepared: Seq[Live]) -> None:
         """Queues a prepared request; its id must not be in use."""
         request_id = prepared[0].request.request_id
         if request_id in self._requests:
             raise InvalidParameterError(f"request id {request_id!r} is in use", "request_id")
         self._requests[prepared[0].request.request_id] = list(prepared)
+        self._waits_since = self._failures_seen = -1
         for live in prepared:
             live.sequence.order = self._arrivals
             self._arrivals += 1
@@ -127,15 +146,28 @@ class Engine:
         A sequence whose next draw depends on its last token (a grammar) does not change that: the step before is
         settled when the model's part of this one has been launched, and the draw follows.
         """
-        pieces: list[TokenOutput] = []
+        pieces: list[TokenOutput] = [] if self.adapters is None else self._end_unloadable(self.adapters)
         began = time.perf_counter()
+        changes = -1 if self.adapters is None else self.adapters.changes
         flight = self._launch(pieces)
+        self._waits_since = changes if flight is None and self._flight is None and self._live else -1
         pieces += self._land()
         self._flight = flight
         if not self.runner.overlaps:
             pieces += self._land()
             if self._drafter is not None and flight is not None:
                 self._guess(self._drafter, flight, time.perf_counter() - began)
+        return pieces
+
+    def _end_unloadable(self, adapters: AdapterStore) -> list[TokenOutput]:
+        """Ends the waiting sequences whose adapters could not be loaded."""
+        failures, pieces = adapters.counts.failures, []
+        if failures != self._failures_seen:
+            self._failures_seen = failures
+            for sequence in list(self.scheduler.waiting):
+                failed = next((entry for entry, _ in sequence.entries if entry.state == "failed"), None)
+                if failed is not None:
+                    pieces.append(self._fail(sequence, adapters.failure(failed)))
         return pieces
 
     def _guess(self, drafter: Drafter, flight: _Flight, seconds: float) -> None:
@@ -172,7 +204,29 @@ class Engine:
             preemptions=self.scheduler.num_preemptions,
             steps=self._num_steps,
             **self._draft_counts(),
+            **self._adapter_counts(),
         )
+
+    def _adapter_counts(self) -> dict[str, Any]:
+        if self.adapters is None:
+            return {}
+        assert isinstance(self.scheduler, Scheduler)
+        assert self.scheduler.adapters is not None
+        counts = self.adapters.counts
+        known, held, nbytes = self.adapters.numbers
+        waiting = Counter(entry.name for each in list(self.scheduler.waiting) for entry, _ in each.entries)
+        return {
+            "adapters": known,
+            "adapters_in_memory": held,
+            "adapter_bytes": nbytes,
+            "adapter_loads": counts.loads,
+            "adapter_load_failures": counts.failures,
+            "adapter_evictions": counts.evictions,
+            "adapter_load_seconds": counts.seconds,
+            "max_adapters": self.scheduler.adapters.most,
+            "running_adapters": dict(self.scheduler.adapters.running().most_common(_TOLD_ADAPTERS)),
+            "waiting_adapters": dict(waiting.most_common(_TOLD_ADAPTERS)),
+        }
 
     def _draft_counts(self) -> dict[str, Any]:
         if self._drafter is None:
@@ -363,6 +417,8 @@ class Engine:
         """Lets go of the model's caches and of the threads that fill masks."""
         if self._drafter is not None:
             self._drafter.close()
+        if self.adapters is not None:
+            self.adapters.close()
         self.runner.close()
         self._preparation.close()
 

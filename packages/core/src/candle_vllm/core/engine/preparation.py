@@ -11,6 +11,7 @@ from collections.abc import Sequence as Seq
 
 import msgspec
 
+from candle_vllm.core.engine.adapters import AdapterStore, Entries
 from candle_vllm.core.engine.admission import check_encoder_task, check_pooling_request, check_request, encoder_tasks
 from candle_vllm.core.engine.live import Live, LiveSequence
 from candle_vllm.core.engine.pooled import PooledText
@@ -35,9 +36,11 @@ class Preparation(ABC):
 
     Attributes:
         max_model_len: longest prompt plus output, in tokens.
+        adapters: those that requests may name; None where they may name none.
     """
 
     max_model_len: int
+    adapters: AdapterStore | None = None
 
     @abstractmethod
     def prepare(self, request: GenerationRequest) -> Seq[Live]:
@@ -54,6 +57,17 @@ class Preparation(ABC):
             InvalidParameterError: the form is wrong or not supported.
         """
         raise NotImplementedError
+
+    def _entries(self, request: GenerationRequest) -> Entries:
+        """The adapters of a request; errors as `AdapterStore.found`, or where there are none."""
+        if not request.adapters:
+            return ()
+        if self.adapters is None:
+            raise InvalidParameterError(
+                f"adapter {request.adapters[0].name!r:.80}: adapters are off; load the model with enable_lora=True",
+                "lora_request",
+            )
+        return self.adapters.found(request.adapters)
 
     def close(self) -> None:  # noqa: B027  # most have nothing to end
         """Lets go of threads."""
@@ -79,6 +93,7 @@ class EncoderPreparation(Preparation):
         """See `Preparation`."""
         wanted = request.task if isinstance(request, PoolingRequest) else "generate"
         check_encoder_task(self._name, wanted, encoder_tasks(self._config))
+        self._entries(request)
         assert isinstance(request, PoolingRequest)
         check_pooling_request(request, self._config.vocab_size, self.max_model_len)
         kinds = self._config.token_types
@@ -104,6 +119,7 @@ class DecoderPreparation(Preparation):
         max_model_len: longest prompt plus output.
         pooling: how vectors are made of hidden states; None refuses to make any.
         seed: makes requests without a seed reproducible, in order of preparation.
+        adapters: see `Preparation`.
     """
 
     def __init__(
@@ -115,7 +131,9 @@ class DecoderPreparation(Preparation):
         *,
         pooling: ModelPooling | None = None,
         seed: int | None = None,
+        adapters: AdapterStore | None = None,
     ) -> None:
+        self.adapters = adapters
         self._tokenizer = tokenizer
         self._eos_token_ids = tuple(eos_token_ids)
         self._ends = frozenset(eos_token_ids)  # one for all sequences
@@ -131,6 +149,7 @@ class DecoderPreparation(Preparation):
         if isinstance(request, PoolingRequest):
             return [self._prepare_pooled(request)]
         max_length = check_request(request, self._vocab_size, self.max_model_len)
+        entries = self._entries(request)
         if request.params.seed is None:
             seeded = msgspec.structs.replace(request.params, seed=self._seeds.getrandbits(63))
             request = msgspec.structs.replace(request, params=seeded)
@@ -146,10 +165,12 @@ class DecoderPreparation(Preparation):
         )
         states = [state, *(state.sibling(index) for index in range(1, request.params.n))]
         predicted = None if request.params.prediction is None else self._prediction(request.params.prediction)
-        return [
-            LiveSequence(Sequence(request, index, order=-1), own, self._tokenizer, self._ends, max_length, predicted)
-            for index, own in enumerate(states)
-        ]
+        made: list[LiveSequence] = []
+        for index, own in enumerate(states):
+            sequence = Sequence(request, index, order=-1)
+            sequence.entries = entries
+            made.append(LiveSequence(sequence, own, self._tokenizer, self._ends, max_length, predicted))
+        return made
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
         """See `Preparation`."""
@@ -168,7 +189,9 @@ class DecoderPreparation(Preparation):
         check_pooling_request(request, self._vocab_size, self.max_model_len)
         plan = self._pooling.plan(request.pooling)
         params = msgspec.structs.replace(request.params, seed=0, skip_reading_prefix_cache=plan.needs_every_position)
-        return PooledText(Sequence(msgspec.structs.replace(request, params=params), 0, order=-1), plan)
+        sequence = Sequence(msgspec.structs.replace(request, params=params), 0, order=-1)
+        sequence.entries = self._entries(request)
+        return PooledText(sequence, plan)
 
     def _grammar(self, params: SamplingParams) -> GrammarState | None:
         if params.structured_outputs is None:

@@ -16,6 +16,8 @@ Where steps overlap, a step is scheduled while the one before still runs: `launc
 admitted anew before it is known. How many tokens come of drafts is known when their step is over, and not before; the
 sequence waits for that.
 
+A sequence with adapters waits for them as well, and others pass it meanwhile: see `AdapterAdmission`.
+
 With `reproducible`, no answer depends on others' memory: a sequence is admitted when blocks for its full length are
 free, so that none is preempted, and only blocks of prompts are published, for what was generated was computed by other
 kernels than a prompt is.
@@ -29,6 +31,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 
+from candle_vllm.core.engine.adapter_admission import AdapterAdmission
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.sequence import Run, Sequence, Step, Tokens
 
@@ -42,6 +45,7 @@ class Scheduler:
         max_num_batched_tokens: most tokens in one step; at least `max_num_seqs`.
         reproducible: see above.
         draft_rows: most rows of drafts in one step.
+        adapters: says who may begin; None where no sequence has adapters.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Scheduler:
         *,
         reproducible: bool = False,
         draft_rows: int = 0,
+        adapters: AdapterAdmission | None = None,
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs
         self.blocks = blocks
@@ -59,16 +64,18 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.reproducible = reproducible
         self.draft_rows = draft_rows
+        self.adapters = adapters
         self.has_drafts = False  # some of `running` have
         self.running: list[Sequence] = []  # both in order of rank
         self.waiting: list[Sequence] = []
         self.num_preemptions = 0
         self._computing: Counter[bytes] = Counter()  # blocks that running prompts are about to publish
         self._going: _Going | None = None  # the step before, while all that runs is what decoded there
+        self._all_held: int | None = None  # `changes` of the adapters for which all that wait were held back
 
     def add(self, sequence: Sequence) -> None:
         """Queues a new sequence."""
-        _insert(self.waiting, sequence)
+        self._wait(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a finished or aborted sequence out and releases its blocks."""
@@ -76,9 +83,16 @@ class Scheduler:
             self._stop(sequence)
         else:
             self.waiting.remove(sequence)
+        if self.adapters is not None:
+            self._all_held = None
+            self.adapters.ended(sequence)
+            if not self.waiting:  # there may be no step that would tell
+                self.adapters.look(())
 
     def schedule(self) -> Step:
         """What the step behind the one that was launched last runs; empty when there is nothing to do."""
+        if self.adapters is not None:
+            self.adapters.look(self.waiting)
         if self._going is not None and not self.has_drafts and (step := self._go_on(self._going)) is not None:
             return step
         step = self._schedule()
@@ -88,7 +102,7 @@ class Scheduler:
 
     def _go_on(self, going: _Going) -> Step | None:
         """One more token of each sequence; None where not all can go on, or others may join them."""
-        if not going.left or (self.waiting and len(self.running) < self.max_num_seqs):
+        if not going.left or (self.waiting and len(self.running) < self.max_num_seqs and not self._is_all_held):
             return None
         begins, fills, size = going.begins(1), going.begins(2), self.blocks.block_size
         for place in begins:
@@ -240,11 +254,15 @@ class Scheduler:
 
     def _admit(self, budget: int) -> Iterator[Sequence]:
         """Moves waiting sequences to running, in order, while blocks, places and budget last."""
-        deferred = 0
+        deferred, held = 0, 0
+        changes = None if self.adapters is None else self.adapters.store.changes
         while budget and len(self.waiting) > deferred and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[deferred]
             if sequence.num_ahead:  # preempted before its last token was known; nobody takes its place
                 return
+            if self.adapters is not None and sequence.entries and self.adapters.holds_back(sequence):
+                deferred, held = deferred + 1, held + 1
+                continue
             hashes = self._shareable(sequence)
             shared = self.blocks.lookup(hashes)
             if len(shared) < len(hashes) and self._computing[hashes[len(shared)]]:
@@ -257,6 +275,12 @@ class Scheduler:
             self.waiting.pop(deferred)
             self._start(sequence, shared, fresh)
             yield sequence
+        self._all_held = changes if held and held == len(self.waiting) else None
+
+    @property
+    def _is_all_held(self) -> bool:
+        """Nobody who waits may begin, and nothing has changed since that was seen."""
+        return self.adapters is not None and self._all_held == self.adapters.store.changes
 
     def _reserve(self, sequence: Sequence) -> int:
         """Blocks that must stay free when a sequence is admitted."""
@@ -290,18 +314,29 @@ class Scheduler:
             sequence.num_cached_tokens = cached
         _insert(self.running, sequence)
         self._going = None
+        if self.adapters is not None:
+            self.adapters.began(sequence)
         if self.blocks.enable_prefix_caching:
             self._computing.update(self._unpublished(sequence))
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop(sequence)
         self.num_preemptions += 1
+        self._wait(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
         _insert(self.waiting, sequence)
+        if self.adapters is not None:
+            self._all_held = None
+            self.adapters.waits(sequence)
 
     def _stop(self, sequence: Sequence) -> None:
         """Takes a sequence out of `running`, back to where nothing of it is computed."""
         self.running.remove(sequence)
         self._going = None
+        if self.adapters is not None:
+            self._all_held = None
+            self.adapters.stopped(sequence)
         if self.blocks.enable_prefix_caching:
             for digest in self._unpublished(sequence):
                 self._computed(digest)

@@ -6,27 +6,16 @@ from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from struct import pack
-from typing import Protocol
 
 import msgspec
 
+from candle_vllm.core.engine.adapters import Adapter, Entries
 from candle_vllm.core.engine.block_manager import block_hashes
 from candle_vllm.core.engine.request import GenerationRequest, PoolingRequest
 
 NO_LIMIT = 1 << 62
 
 Tokens = tuple[int, ...]
-
-
-class Adapter(Protocol):
-    """What a sequence knows of an adapter; see `PackedAdapter` in `kernels/lora`."""
-
-    @property
-    def digest(self) -> bytes: ...
-    @property
-    def alora(self) -> Tokens | None: ...
-    @property
-    def serial(self) -> int: ...
 
 
 class Sequence:  # its attributes have slots: a step finds them in one place
@@ -50,6 +39,8 @@ class Sequence:  # its attributes have slots: a step finds them in one place
         num_cached_tokens: prompt tokens that were found in the prefix cache at first admission.
         block_table: cache blocks, in order of position.
         adapted_from: of each of `adapters`, the position from which on it acts.
+        entries: what its request's adapters are; `adapters` are lent to it when it begins.
+        held_since: how many sequences had begun when it was first held back for its adapters.
     """
 
     __slots__ = (
@@ -58,6 +49,8 @@ class Sequence:  # its attributes have slots: a step finds them in one place
         "adapted_from",
         "block_table",
         "drafts",
+        "entries",
+        "held_since",
         "index",
         "is_pooled",
         "max_length",
@@ -87,6 +80,8 @@ class Sequence:  # its attributes have slots: a step finds them in one place
         self.num_admissions = 0
         self.num_cached_tokens: int | None = None
         self.block_table = array("i")
+        self.entries: Entries = ()
+        self.held_since: int | None = None
         self.adapted_from: tuple[int, ...] = ()
         self._adapters: tuple[tuple[Adapter, float], ...] = ()
         self._hashes: list[bytes] = []

@@ -113,6 +113,11 @@ class StepEngine(Protocol):
     @property
     def has_work(self) -> bool: ...
 
+    @property
+    def waits(self) -> bool:
+        """A step would do nothing before `wake` is called, or anything new is asked for."""
+        ...
+
     def prepare(self, request: GenerationRequest) -> Sequence[Any]: ...
 
     def add(self, prepared: Sequence[Any]) -> None: ...
@@ -199,6 +204,11 @@ class EngineThread:
             self._commands.append(self._engine.reset_prefix_cache)
             self._wake.notify()
 
+    def wake(self) -> None:
+        """Has the engine's `waits` looked at again, from any thread."""
+        with self._wake:
+            self._wake.notify()
+
     def close(self) -> None:
         """Aborts what is left, stops the thread and waits for it."""
         with self._wake:
@@ -212,7 +222,7 @@ class EngineThread:
         try:
             while True:
                 with self._wake:
-                    while not (self._commands or self._closing or self._engine.has_work):
+                    while not (self._commands or self._closing or (self._engine.has_work and not self._engine.waits)):
                         self._wake.wait()
                     commands, self._commands = self._commands, []
                     closing = self._closing

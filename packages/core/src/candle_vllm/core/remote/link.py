@@ -63,6 +63,7 @@ class RemoteLink:
         on_refused: called with the request id and the error where the child does not take a request.
     """
 
+    waits = False
     has_work = True  # the thread always waits in `step`: for pieces, for requests, and for the end
 
     def __init__(self, process: EngineProcess, ready: Ready, writer: RequestWriter) -> None:

@@ -1,0 +1,333 @@
+"""The store of adapters: names, memory, leases and loads, whatever is asked of it in whatever order."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from candle_vllm.core.engine.adapters import AdapterStore, Entries, Entry
+from candle_vllm.core.engine.request import AdapterUse
+from candle_vllm.core.errors import AdapterError, EngineDeadError, InvalidParameterError
+
+from .adapter_fakes import PATIENCE, Loads
+
+
+def use(name: str, *, inplace: bool = False, path: str | None = None) -> AdapterUse:
+    return AdapterUse(name=name, path=f"/adapters/{name}" if path is None else path, load_inplace=inplace)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    ends = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.001)
+
+
+def leased(store: AdapterStore, *entries: Entry) -> Entries:
+    """A lease of adapters, which are loaded for it."""
+    wanted = tuple((entry, 1.0) for entry in entries)
+    store.want(entries)
+    until(lambda: all(entry.state == "ready" for entry in entries))
+    assert store.lease(wanted) is not None
+    store.want(())
+    return wanted
+
+
+def test_an_adapter_is_loaded_when_it_is_wanted_and_told() -> None:
+    loads = Loads()
+    store = AdapterStore(loads)
+    entry = store.find(use("a"))
+    assert store.infos()[0].state == "cold"
+    assert store.lease(((entry, 1.0),)) is None
+    lease = leased(store, entry)
+    (info,) = store.infos()
+    assert (info.state, info.rank, info.modules, info.base, info.notes) == ("ready", 8, 2, "base", ("a note",))
+    assert len(info.digest) == 64
+    assert store.numbers == (1, 1, 100)
+    store.release(lease)
+    store.close()
+
+
+def test_what_was_not_used_for_longest_leaves_and_comes_back() -> None:
+    loads = Loads()
+    store = AdapterStore(loads, most=2)
+    a, b, c = (store.find(use(name)) for name in "abc")
+    for entry in (a, b, a, c):
+        store.release(leased(store, entry))
+    assert [each.name for each in store.infos() if each.state == "ready"] == ["a", "c"]
+    store.release(leased(store, b))
+    assert loads.begun == ["a", "b", "c", "b"]
+    assert store.counts.evictions == 2
+    store.close()
+
+
+def test_memory_is_bounded_by_bytes_and_what_is_too_large_alone_is_refused() -> None:
+    store = AdapterStore(Loads(sizes={"b": 250, "huge": 600}), most_bytes=500)
+    entries = [store.find(use(name)) for name in "abcd"]
+    for entry in entries:
+        store.release(leased(store, entry))
+    assert [each.name for each in store.infos() if each.state == "ready"] == ["b", "c", "d"]
+    with pytest.raises(AdapterError, match=r"'huge' cannot be used: it takes 600 bytes, .* set lora_memory=600"):
+        store.add(use("huge"), PATIENCE)
+    assert store.numbers == (4, 2, 200)  # room was made for it
+    store.close()
+
+
+def test_leases_and_pins_keep_their_adapters() -> None:
+    store = AdapterStore(Loads(), most=2)
+    lease = leased(store, store.find(use("a")))
+    assert store.pin(store.find(use("b")).name, PATIENCE).pinned
+    c = store.find(use("c"))
+    store.want([c])
+    until(lambda: c.crowded)
+    assert store.lease(((c, 1.0),)) is None
+    store.release(lease)
+    until(lambda: c.state == "ready")
+    assert [each.name for each in store.infos() if each.state == "ready"] == ["b", "c"]
+    store.close()
+
+
+def test_what_can_never_have_room_beside_pinned_ones_is_refused() -> None:
+    store = AdapterStore(Loads(), most=1)
+    store.find(use("a"))
+    store.pin("a", PATIENCE)
+    with pytest.raises(AdapterError, match="taken by pinned ones: raise max_cpu_loras"):
+        store.add(use("b"), PATIENCE)
+    store.remove("a")
+    assert store.add(use("b"), PATIENCE).state == "ready"
+    store.close()
+
+
+def test_one_load_serves_all_who_ask_for_it() -> None:
+    loads = Loads()
+    loads.gate.clear()
+    store = AdapterStore(loads)
+    entry = store.find(use("a"))
+    told: list[str] = []
+    threads = [threading.Thread(target=lambda: told.append(store.add(use("a"), PATIENCE).state)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    store.want([entry])
+    loads.until_begun("a")
+    loads.gate.set()
+    for thread in threads:
+        thread.join()
+    assert told == ["ready"] * 8
+    assert loads.counts == {"a": 1}
+    store.close()
+
+
+def test_a_failure_is_kept_for_a_while_and_tried_again() -> None:
+    now = [0.0]
+    loads = Loads()
+    store = AdapterStore(loads, clock=lambda: now[0])
+    bad = store.find(use("bad"))
+    store.want([bad])
+    until(lambda: bad.state == "failed")
+    store.want(())
+    for _ in range(3):
+        with pytest.raises(InvalidParameterError, match="adapter 'bad' cannot be used: bad: lora_B is missing"):
+            store.find(use("bad"))
+    assert loads.counts["bad"] == 1
+    now[0] = 11.0
+    assert store.find(use("bad")).state == "cold"
+    with pytest.raises(AdapterError, match="lora_B is missing"):
+        store.add(use("bad"), PATIENCE)
+    with pytest.raises(AdapterError, match="lora_B is missing"):
+        store.add(use("bad new"), PATIENCE)
+    assert [each.name for each in store.infos()] == ["bad"]
+    assert store.counts.failures == 3
+    store.close()
+
+
+def test_files_read_anew_are_another_adapter_and_the_old_one_serves_until_they_are_there() -> None:
+    loads = Loads()
+    store = AdapterStore(loads)
+    old = store.find(use("a"))
+    lease = leased(store, old)
+    before = store.infos()[0].digest
+    loads.version, loads.gate = "changed", threading.Event()
+    new = store.find(use("a", inplace=True))
+    assert new is not old
+    assert store.find(use("a", inplace=True)) is new
+    assert store.find(use("a")) is old
+    store.want([new])
+    loads.until_begun("a")
+    loads.gate.set()
+    until(lambda: store.find(use("a")) is new)
+    store.want(())
+    assert store.infos()[0].digest != before
+    assert store.numbers == (1, 2, 200)
+    store.release(lease)
+    assert store.numbers == (1, 1, 100)
+    assert loads.counts["a"] == 2
+    store.close()
+
+
+def test_files_that_cannot_be_read_anew_leave_the_old_ones() -> None:
+    store = AdapterStore(Loads())
+    store.add(use("a"), PATIENCE)
+    with pytest.raises(AdapterError, match="lora_B"):
+        store.add(use("a", inplace=True, path="/adapters/bad"), PATIENCE)
+    (info,) = store.infos()
+    assert (info.path, info.state) == ("/adapters/a", "ready")
+    store.close()
+
+
+def test_another_path_under_a_name_is_refused() -> None:
+    store = AdapterStore(Loads())
+    store.find(use("a"))
+    with pytest.raises(InvalidParameterError, match="has its files at '/adapters/a': load_inplace=True takes"):
+        store.find(use("a", path="/elsewhere"))
+    with pytest.raises(InvalidParameterError, match=r"no adapter 'aa' \(did you mean a\?\); there are a"):
+        store.find(use("aa", path=""))
+
+
+def test_a_removed_name_is_forgotten_and_its_memory_with_the_last_lease() -> None:
+    store = AdapterStore(Loads())
+    entry = store.find(use("a"))
+    first, second = leased(store, entry), leased(store, entry)
+    assert entry.loaded is not None
+    memory = weakref.ref(entry.loaded.packed)
+    assert store.remove("a")
+    assert not store.remove("a")
+    assert store.infos() == ()
+    with pytest.raises(InvalidParameterError, match="there is no adapter 'a', nor any other"):
+        store.find(use("a", path=""))
+    store.release(first)
+    assert store.numbers == (0, 1, 100)
+    store.release(second)
+    assert store.numbers == (0, 0, 0)
+    gc.collect()
+    assert memory() is None
+    store.close()
+
+
+def test_a_name_that_is_removed_while_it_is_loaded_takes_no_memory() -> None:
+    loads = Loads()
+    loads.gate.clear()
+    store = AdapterStore(loads)
+    entry = store.find(use("a"))
+    store.want([entry])
+    loads.until_begun("a")
+    store.remove("a")
+    store.want(())
+    loads.gate.set()
+    until(lambda: store.changes == 1)
+    assert store.numbers == (0, 0, 0)
+    store.close()
+
+
+def test_a_store_is_closed_while_a_load_hangs() -> None:
+    loads = Loads()
+    loads.gate.clear()
+    store = AdapterStore(loads)
+    errors: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            store.add(use("a"), PATIENCE)
+        except EngineDeadError as error:
+            errors.append(error)
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    loads.until_begun("a")
+    store.close()
+    asker.join(PATIENCE)
+    assert len(errors) == 1
+    loads.gate.set()
+
+
+def test_a_load_that_takes_too_long_is_waited_for_no_longer() -> None:
+    loads = Loads()
+    loads.gate.clear()
+    store = AdapterStore(loads)
+    with pytest.raises(TimeoutError):
+        store.add(use("a"), 0.01)
+    loads.gate.set()
+    assert store.add(use("a"), PATIENCE).state == "ready"
+    assert loads.counts["a"] == 1
+    store.close()
+
+
+_NAMES = st.sampled_from([*"abcdef", "bad"])
+_OPERATIONS = st.one_of(
+    st.tuples(st.just("want"), st.lists(_NAMES, max_size=4)),
+    st.tuples(st.just("begin"), st.lists(_NAMES, min_size=1, max_size=2, unique=True)),
+    st.tuples(st.just("end"), st.integers(0, 5)),
+    st.tuples(st.just("remove"), _NAMES),
+    st.tuples(st.just("anew"), _NAMES),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(operations=st.lists(_OPERATIONS, max_size=30), most=st.integers(1, 4), most_bytes=st.sampled_from([250, 10_000]))
+def test_whatever_is_asked_of_a_store_its_bounds_and_leases_hold(
+    operations: list[tuple[str, object]], most: int, most_bytes: int
+) -> None:
+    """Loads are run in this thread between the operations, one by one, so that every order is the same again."""
+    now = [0.0]
+    loads = Loads()
+    store = AdapterStore(loads, most=most, most_bytes=most_bytes, clock=lambda: now[0])
+    store._begin = lambda: None  # type: ignore[method-assign]  # no thread
+    leases: list[tuple[Entries, tuple[object, ...]]] = []
+
+    def settle() -> None:
+        while True:
+            with store._change:
+                entry = store._next()
+            if entry is None:
+                return
+            entry.state = "loading"
+            store._bring(entry)
+
+    for kind, what in operations:
+        now[0] += 20.0
+        if kind == "want":
+            assert isinstance(what, list)
+            store.want(dict.fromkeys(store.find(use(name)) for name in what))
+        elif kind == "begin":
+            assert isinstance(what, list)
+            entries = tuple((store.find(use(name)), 1.0) for name in what)
+            store.want(entry for entry, _ in entries)
+            settle()
+            packed = store.lease(entries)
+            assert (packed is None) == any(entry.state != "ready" for entry, _ in entries)
+            if packed is not None:
+                leases.append((entries, packed))
+        elif kind == "end" and leases:
+            assert isinstance(what, int)
+            entries, packed = leases.pop(what % len(leases))
+            assert all(entry.loaded is not None for entry, _ in entries)
+            store.release(entries)
+        elif kind == "remove":
+            store.remove(str(what))
+        elif kind == "anew":
+            store.want([store.find(use(str(what), inplace=True))])
+        settle()
+        known, held, nbytes = store.numbers
+        in_use = {entry for entries, _ in leases for entry, _ in entries}
+        assert held <= max(most, len(in_use))
+        assert nbytes <= max(most_bytes, 100 * len(in_use))
+        assert nbytes == sum(entry.nbytes for entry in store._held)
+        assert all((entry.state == "ready") == (entry in store._held) for entry in store._entries.values())
+        for entries, packed in leases:  # what began with an adapter has it to the end
+            assert [entry.loaded and entry.loaded.packed for entry, _ in entries] == [each for each, _ in packed]  # type: ignore[misc]
+        assert {entry.name for entry in store._held if store._entries.get(entry.name) is not entry} <= {
+            *(entry.name for entry in in_use), *(entry.name for entry in store._wanted)
+        }  # fmt: skip
+        assert known <= 7
+    for entries, _ in leases:
+        store.release(entries)
+    store.want(())
+    with store._change:
+        assert all(entry.leases == 0 for entry in store._held)
+    store.close()
