@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,8 +21,10 @@ from candle_vllm.core import (
     StructuredOutputsParams,
 )
 from candle_vllm.core.config import LONGEST_MATCH, draft_settings
-from candle_vllm.core.engine.drafting import _SEPARATOR, Past, StepTimes, Text, _Guess
+from candle_vllm.core.engine import drafting as drafting_module
+from candle_vllm.core.engine.drafting import StepTimes, _Guess
 from candle_vllm.core.engine.prediction import Prediction
+from candle_vllm.core.engine.repeats import SEPARATOR, Past, Text
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 
 
@@ -58,6 +61,26 @@ def test_a_match_is_one_and_no_longer_one_is_near(tokens: list[int], least: int,
                 assert length == best
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=30), st.integers(1, 29), st.integers(1, 9))
+def test_texts_that_begin_alike_share_what_is_known_of_it(tokens: list[int], first: int, most: int) -> None:
+    """Each finds what it would find by itself, once all was looked at, so many tokens at a time."""
+    first = min(first, len(tokens) - 1)
+    alone = Text(tokens)
+    alone.follow()
+    prompt = Text(tokens, size=first)
+    others = [Text(tokens[:first] + ends, prompt) for ends in ([1, 2, 1], tokens[first:])]
+    looked = []
+    while not looked or looked[-1]:
+        looked.append(sum(other.follow(most) for other in others))
+        assert looked[-1] <= most * len(others)
+        for other in others:  # what is not known yet is not found, and nothing else is
+            place, length = other.find(other.tokens, 2, 24)
+            assert other.tokens[place - length : place] == (other.tokens[-length:] if length else [])
+    assert sum(looked) == first - 1 + 3 + len(tokens) - first
+    assert others[1].find(others[1].tokens, 2, 24) == alone.find(tokens, 2, 24)
+
+
 def test_what_repeats_goes_on_repeating() -> None:
     tokens = [9, 1, 2, 3, 1, 2, 3]
     text = Text(tokens)
@@ -86,7 +109,7 @@ def test_no_more_past_answers_are_kept_than_were_asked_for() -> None:
         past = Past(answers=most)
         for number in range(20):
             past.add([100 + number] * 5)
-            kept = sum(text.tokens.count(_SEPARATOR) - 1 for text in past._texts)
+            kept = sum(text.tokens.count(SEPARATOR) - 1 for text in past._texts)
             assert max(1, most // 2) <= kept <= most or number + 1 < most
             assert past.find([100 + number] * 3, 2, 24)[2] == 3  # the last one always
 
@@ -364,6 +387,59 @@ def test_a_guess_that_cannot_be_made_is_missed_by_nobody(
         patched.setattr(drafting._engine._drafter, "_guess", lambda *_: 1 / 0)
         (found,) = drafting.generate([list(b"abcabcabc")], params, use_tqdm=False)
     assert found.outputs[0].token_ids == before.outputs[0].token_ids
+
+
+def test_a_failure_to_guess_is_told_once_a_minute(
+    drafting: InferenceEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of each kind; not at every step."""
+    inner = drafting._engine
+    assert inner is not None
+    monkeypatch.setattr(inner, "_said", {})
+    failures = itertools.cycle([ZeroDivisionError, KeyError])
+
+    def fail(*_: object) -> None:
+        raise next(failures)
+
+    def told() -> int:
+        caplog.clear()
+        params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+        drafting.generate([list(b"abcabcabc")], params, use_tqdm=False)
+        return sum("nothing is guessed" in record.message for record in caplog.records)
+
+    monkeypatch.setattr(inner._drafter, "propose", fail)
+    assert told() == 2
+    assert told() == 0
+    monkeypatch.setattr(inner, "_said", {kind: when - 61 for kind, when in inner._said.items()})
+    assert told() == 2
+
+
+def test_a_long_prompt_is_looked_at_in_parts_and_once_for_all_its_answers(
+    drafting: InferenceEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = drafting._engine
+    assert inner is not None
+    assert inner._drafter is not None
+    monkeypatch.setattr(drafting_module, "_LOOKED", 50)
+    records, seen = inner._drafter._records, list[int]()
+    begun: dict[int, Any] = {}
+    propose = inner._drafter.propose
+
+    def looked(lives: Any) -> bool:
+        chosen = propose(lives)
+        begun.update({id(text): text for record in records.values() if (text := record.text._begun)})
+        seen.append(sum(len(text._earlier) for text in begun.values()))
+        return chosen
+
+    monkeypatch.setattr(inner._drafter, "propose", looked)
+    prompt = [97 + number % 23 for number in range(170)]
+    params = SamplingParams(temperature=0.9, seed=1, n=3, max_tokens=40, ignore_eos=True)
+    drafting.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    assert len(begun) == 1
+    assert max(new - old for old, new in itertools.pairwise(seen) if new > old) <= 50
+    assert max(seen) == len(prompt)
+    begun.clear()
+    assert not inner._drafter._prompts  # nothing stays of what has ended
 
 
 @pytest.mark.parametrize(

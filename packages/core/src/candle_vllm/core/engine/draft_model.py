@@ -35,15 +35,17 @@ from candle_vllm.core.kernels import sampling as kernels
 Offer = tuple[list[int], list[float]]
 """Guesses, and for each how likely it and all before it are right."""
 
+# Of every guess, whoever makes it:
+FADING = 256.0  # tries after which old ones count half
+OWN_WEIGHT = 6.0  # tries of a sequence's own that count as much as all others'
+SURE = 0.98  # most that is believed of any guess
+FIXED = 5.7  # reading the weights takes as long as so many rows, before anything was measured
+
 _EDGES = (0.3, 0.5, 0.65, 0.8, 0.9, 0.96, 0.99)  # of the buckets of the model's own probability
 _LIKELY = (0.2, 0.4, 0.55, 0.7, 0.8, 0.88, 0.94, 0.97)  # what is believed of each before any was judged
 _PRIOR = 8.0  # tries that this counts as
-_FADING = 256.0  # tries after which old ones count half
-_OWN_WEIGHT = 6.0  # guesses of a sequence's own that count as much as all others'
-_SURE = 0.98  # most that is believed of any guess
 _NEAR = 16  # tokens that are taken with a guess's first step; more are read before
 _CHUNK = 64  # rows of a prompt that are read between two steps, where others wait
-_FIXED = 5.7  # reading the weights takes as long as so many rows
 _PAUSE = 256  # tokens without guesses, once a sequence's were not worth it; four times as many each time
 
 
@@ -61,7 +63,7 @@ class OwnTimes:
         """A step took so long; a machine that did something else meanwhile counts little."""
         digits = rows.bit_length()
         old, before = self._seen.get(digits, (float(rows), seconds))
-        expected = before * (_FIXED + rows) / (_FIXED + old)
+        expected = before * (FIXED + rows) / (FIXED + old)
         change = min(max(seconds / expected, 0.5), 1.5) if expected else 1.0
         self._seen[digits] = old + 0.2 * (rows - old), before + 0.2 * (expected * change - before)
 
@@ -71,7 +73,7 @@ class OwnTimes:
             return 0.0
         digits = rows.bit_length()
         seen, seconds = self._seen[min(self._seen, key=lambda other: abs(other - digits))]
-        return seconds * (_FIXED + rows) / (_FIXED + seen)
+        return seconds * (FIXED + rows) / (FIXED + seen)
 
 
 class _Own:
@@ -250,12 +252,12 @@ class DraftModel:
         return [rate * (times[count + 1] - times[count] + step) / active for count in range(most)]
 
     def _step(self, rows: int, target: Seconds) -> float:
-        return self.times(rows) or self._cost * target(1) * (_FIXED + rows) / (_FIXED + 1)
+        return self.times(rows) or self._cost * target(1) * (FIXED + rows) / (FIXED + 1)
 
     def _typical(self, own: _Own, live: LiveSequence) -> float:
         """How likely the next guess for a sequence is right, before it is made."""
         hits, tries = self._common[_kind(live)]
-        return min((own.hits + _OWN_WEIGHT * hits / tries) / (own.tries + _OWN_WEIGHT), _SURE)
+        return min((own.hits + OWN_WEIGHT * hits / tries) / (own.tries + OWN_WEIGHT), SURE)
 
     # ---- how guesses fared -------------------------------------------------------------------------------------------
 
@@ -292,10 +294,10 @@ class DraftModel:
         own.expected = own.expected * 0.95 + hits[bucket] / tries[bucket]
         own.tries, own.hits = own.tries * 0.95 + 1, own.hits * 0.95 + hit
         right, all_ = self._common[kind]
-        if all_ >= _FADING:
+        if all_ >= FADING:
             right, all_ = right / 2, all_ / 2
         self._common[kind] = right + hit, all_ + 1
-        if tries[bucket] >= _FADING:
+        if tries[bucket] >= FADING:
             hits[bucket], tries[bucket] = hits[bucket] / 2, tries[bucket] / 2
         tries[bucket] += 1
         hits[bucket] += hit
@@ -303,7 +305,7 @@ class DraftModel:
     def _chance(self, own: _Own, kind: int, bucket: int) -> float:
         """How likely a guess is right that was made."""
         common = self._hits[kind][bucket] / self._tries[kind][bucket]
-        return min(common * (own.hits + _OWN_WEIGHT) / (own.expected + _OWN_WEIGHT), _SURE)
+        return min(common * (own.hits + OWN_WEIGHT) / (own.expected + OWN_WEIGHT), SURE)
 
     # ---- the model's steps -------------------------------------------------------------------------------------------
 

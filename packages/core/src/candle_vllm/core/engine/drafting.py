@@ -16,119 +16,26 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from candle_vllm.core.config import LONGEST_MATCH, SpeculativeConfig
+from candle_vllm.core.engine.draft_model import FADING, FIXED, OWN_WEIGHT, SURE, DraftModel
 from candle_vllm.core.engine.live import LiveSequence
 from candle_vllm.core.engine.prediction import Prediction
+from candle_vllm.core.engine.repeats import SEPARATOR, Past, Text
 
-if TYPE_CHECKING:
-    from candle_vllm.core.engine.draft_model import DraftModel
-
-_CANDIDATES = 12  # places that are looked at
-_SEPARATOR = -1  # between answers of the past; no token
-_PAST_TOKENS = 1 << 16  # of each of two generations of past answers
-_SURE = 0.98  # most that is believed of any guess
 _OPENING = 12  # tokens of a match that are as good as the place where a predicted text begins
 _WORTH, _REST = 1.15, 7  # where sure guesses would make less than this, they are looked for in one step of eight
 _COUNTS = (1, 2, 4, 8, 16)  # of drafts that are looked at to see whether any pay
 _PATIENCE = 16  # steps in which there were guesses and none was worth a try
 _SLOW = 0.003  # seconds that a grammar is asked at most, before nothing is guessed for its text any more
+_LOOKED = 1024  # tokens of prompts and predictions that are looked at in a step, so that no long one holds it up
 _FORCED = 0  # the bucket of what a grammar leaves no choice about
 
 # How long a match is, in buckets, and what is believed of the next token before any was judged: (hits, of tries).
 _BUCKETS = (0, 1, 1, 2, 3, 4, 4, 5, 5, 5, *[6] * 6, *[7] * (LONGEST_MATCH - 15))
 # Of short matches less than pays: guesses are judged untried, so that it is soon known where they are better.
 _PRIOR = ((7.6, 8.0), (0.8, 8.0), (1.2, 8.0), (2.0, 8.0), (3.2, 8.0), (4.4, 8.0), (5.6, 8.0), (6.8, 8.0))
-_FADING = 256.0  # tries after which old ones count half
-_OWN_WEIGHT = 6.0  # tries of a sequence's own that count as much as all others'
-
-
-class Text:
-    """Tokens that grow at their end, and where each pair of them stood before.
-
-    Args:
-        tokens: the list itself, which its owner goes on writing to; what is in it never changes.
-    """
-
-    __slots__ = ("_earlier", "_last", "tokens")
-
-    def __init__(self, tokens: list[int]) -> None:
-        self.tokens = tokens
-        self._last: dict[int, int] = {}  # where each pair ends that stood here last
-        self._earlier = [-1]  # of each place, where the pair that ends there ended before
-
-    def follow(self) -> None:
-        """Takes note of what the list has more since."""
-        tokens, last, earlier = self.tokens, self._last, self._earlier
-        for place in range(len(earlier), len(tokens)):
-            pair = tokens[place - 1] << 32 | tokens[place]
-            earlier.append(last.get(pair, -1))
-            last[pair] = place
-
-    def find(self, end: Sequence[int], least: int, most: int) -> tuple[int, int]:
-        """Where the end of a text stood here before: the place behind it, and how many tokens were the same.
-
-        The longest match counts, of equal ones the latest; (0, 0) where none has `least` tokens. Of this very text
-        the end itself is no match.
-        """
-        size = len(end)
-        if size < max(least, 2):
-            return 0, 0
-        tokens = self.tokens
-        own = end is tokens
-        place = self._earlier[size - 1] if own else self._last.get(end[-2] << 32 | end[-1], -1)
-        found, longest = 0, least - 1
-        for _ in range(_CANDIDATES):
-            if place < 0:
-                break
-            limit = min(most, place + 1, size)
-            # What differs where the longest so far ended is no longer than that: most are put away by one look.
-            if limit > longest and (longest < 2 or tokens[place - longest] == end[size - 1 - longest]):
-                length = 2
-                while length < limit and tokens[place - length] == end[size - 1 - length]:
-                    length += 1
-                if length > longest:
-                    found, longest = place + 1, length
-                    if length >= most:
-                        break
-            place = self._earlier[place]
-        return (found, longest) if found else (0, 0)
-
-
-class Past:
-    """Answers of the past, in two generations: when the younger is full, the older one goes.
-
-    Args:
-        most: tokens of a generation.
-        answers: most answers of both.
-    """
-
-    def __init__(self, most: int = _PAST_TOKENS, answers: int = _PAST_TOKENS) -> None:
-        self._most = most
-        self._answers, self._young = answers, 0
-        self._texts = [Text([_SEPARATOR]), Text([_SEPARATOR])]  # the younger first
-
-    def add(self, answer: Sequence[int]) -> None:
-        """Keeps an answer, or the end of it."""
-        if len(self._texts[0].tokens) + len(answer) >= self._most or self._young >= max(1, self._answers // 2):
-            self._texts = [Text([_SEPARATOR]), self._texts[0] if self._answers > 1 else Text([_SEPARATOR])]
-            self._young = 0
-        self._young += 1
-        young = self._texts[0]
-        young.tokens += answer[-self._most // 2 :]
-        young.tokens.append(_SEPARATOR)
-        young.follow()
-
-    def find(self, end: Sequence[int], least: int, most: int) -> tuple[list[int], int, int]:
-        """As `Text.find`, in either; with the tokens there."""
-        best: tuple[list[int], int, int] = ([], 0, 0)
-        for text in self._texts:
-            place, length = text.find(end, least, most)
-            if length > best[2]:
-                best = text.tokens, place, length
-        return best
 
 
 class _Guess:
@@ -147,11 +54,11 @@ class _Guess:
     def upcoming(self, count: int) -> list[int]:
         """The next tokens; where they are the end of the same text, what repeats there goes on."""
         drafts = self.tokens[self.place : self.place + count]
-        if drafts and len(drafts) < count and self.length and self.tokens[-1] != _SEPARATOR:
+        if drafts and len(drafts) < count and self.length and self.tokens[-1] != SEPARATOR:
             period = len(drafts)
             drafts += [drafts[i % period] for i in range(count - period)]
-        if _SEPARATOR in drafts:
-            del drafts[drafts.index(_SEPARATOR) :]
+        if SEPARATOR in drafts:
+            del drafts[drafts.index(SEPARATOR) :]
         return drafts
 
 
@@ -160,8 +67,8 @@ class _Record:
 
     __slots__ = ("guess", "hits", "is_slow", "known", "prediction", "text", "tries")
 
-    def __init__(self, live: LiveSequence, prediction: Text | None) -> None:
-        self.text = Text(live.sequence.tokens)
+    def __init__(self, live: LiveSequence, prompt: Text, prediction: Text | None) -> None:
+        self.text = Text(live.sequence.tokens, prompt)
         self.known = len(live.sequence.tokens)  # tokens that the guess was judged by
         self.guess: _Guess | None = None
         self.prediction = prediction
@@ -192,12 +99,11 @@ class StepTimes:
         most: rows.
     """
 
-    FIXED = 5.7  # reading the weights takes as long as so many rows, before anything was measured
     GAIN = 1.05  # how much more a step with drafts must seem to make than a plain one
     LEAVING = 0.15  # of a plain step: what going on from step to step saves, and this step and the next one do not
 
     def __init__(self, most: int) -> None:
-        self._known = [self.FIXED + rows for rows in range(most + 2)]
+        self._known = [FIXED + rows for rows in range(most + 2)]
         self._curve = self._known[:]  # in a unit of its own
         self._unit = 0.0  # seconds; 0 where no step was seen
 
@@ -261,6 +167,8 @@ class Drafter:
         self._past = Past(answers=config.suffix_decoding_max_cached_requests) if keeps else None
         self._records: dict[LiveSequence, _Record] = {}
         self._predictions = WeakKeyDictionary[Prediction, Text]()
+        self._prompts = WeakValueDictionary[str, Text]()  # of requests, by their ids
+        self._left = 0  # how much more is looked at in this step
         self._idle = self._rest = 0
         self._hits = [hits for hits, _ in _PRIOR]
         self._tries = [tries for _, tries in _PRIOR]
@@ -319,10 +227,11 @@ class Drafter:
             if count <= self._rows
         ]
         least, count = min(needs)
-        if (rows + _SURE * count) * plain < _WORTH * rows * times(rows + count):
+        if (rows + SURE * count) * plain < _WORTH * rows * times(rows + count):
             self._rest = _REST
-        if least > _SURE:
+        if least > SURE:
             return False  # what is guessed is judged when it may pay again
+        self._left = _LOOKED
         offers: list[tuple[LiveSequence, tuple[list[int], list[float]] | None]] = []
         for live in lives:
             live.sequence.drafts = ()
@@ -330,7 +239,8 @@ class Drafter:
                 continue
             record = self._records.get(live)
             if record is None:
-                record = self._records[live] = _Record(live, self._predicted(live.prediction))
+                record = _Record(live, self._prompt(live), self._predicted(live.prediction))
+                self._records[live] = record
             if record.is_slow:
                 continue
             guess = self._guess(live, record)
@@ -356,8 +266,15 @@ class Drafter:
             return None
         text = self._predictions.get(prediction)
         if text is None:
-            text = self._predictions[prediction] = Text([*prediction.tokens, _SEPARATOR])
-            text.follow()
+            text = self._predictions[prediction] = Text([*prediction.tokens, SEPARATOR])
+        return text
+
+    def _prompt(self, live: LiveSequence) -> Text:
+        """A prompt as a text; one for all sequences of a request."""
+        sequence, request_id = live.sequence, live.request.request_id
+        text = self._prompts.get(request_id)
+        if text is None:
+            text = self._prompts[request_id] = Text(sequence.tokens, size=sequence.num_prompt_tokens)
         return text
 
     def _guess(self, live: LiveSequence, record: _Record) -> _Guess | None:
@@ -366,7 +283,7 @@ class Drafter:
         for place in range(record.known, len(tokens)):
             if guess is None:
                 break
-            if guess.place >= len(guess.tokens) or guess.tokens[guess.place] == _SEPARATOR:
+            if guess.place >= len(guess.tokens) or guess.tokens[guess.place] == SEPARATOR:
                 guess = None
                 break
             right = guess.tokens[guess.place] == tokens[place]
@@ -378,7 +295,9 @@ class Drafter:
             if guess.length:
                 guess.length = min(guess.length + 1, LONGEST_MATCH)
         record.known = len(tokens)
-        record.text.follow()
+        self._left -= record.text.follow(self._left)
+        if record.prediction is not None:
+            self._left -= record.prediction.follow(self._left)
         grammar = live.state.grammar
         if guess is not None and not guess.length and guess.place >= len(guess.tokens):
             guess = None
@@ -407,7 +326,7 @@ class Drafter:
 
     def _judge(self, record: _Record, length: int, right: bool) -> None:
         bucket = _BUCKETS[length]
-        if self._tries[bucket] >= _FADING:
+        if self._tries[bucket] >= FADING:
             self._tries[bucket] *= 0.5
             self._hits[bucket] *= 0.5
         self._tries[bucket] += 1
@@ -428,12 +347,12 @@ class Drafter:
             most = min(most, int(guess.length * config.suffix_decoding_max_spec_factor))
         chances: list[float] = []
         chance, length = 1.0, guess.length
-        own, tries = record.hits, record.tries + _OWN_WEIGHT
+        own, tries = record.hits, record.tries + OWN_WEIGHT
         least = max(least, config.suffix_decoding_min_token_prob)
         for _ in range(most):
             bucket = _BUCKETS[length]
             common = self._hits[bucket] / self._tries[bucket]
-            chance *= min((own + _OWN_WEIGHT * common) / tries if length else common, _SURE)
+            chance *= min((own + OWN_WEIGHT * common) / tries if length else common, SURE)
             if chance < least:
                 break
             least = config.suffix_decoding_min_token_prob

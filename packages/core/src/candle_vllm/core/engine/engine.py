@@ -7,6 +7,7 @@ belongs to the thread that runs the steps.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence as Seq
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.engine.drafting import Drafter
 
 logger = logging.getLogger(__name__)
+_SILENCE = 60.0  # seconds after which a failure to guess is told again
 _TIMED_ROWS = 32  # of `EngineStats.step_seconds`
 _TOLD_ADAPTERS = 64  # of those with sequences
 
@@ -83,6 +85,7 @@ class Engine:
         self._live: dict[Sequence, Live] = {}
         self._requests: dict[str, list[Live]] = {}
         self._arrivals = 0
+        self._said: dict[type[Exception], float] = {}  # when which failure to guess was told
         self._counts: Counter[str] = Counter()
         self._num_steps = self._num_generated = 0
         self._finished: Counter[str] = Counter()
@@ -182,8 +185,11 @@ class Engine:
             self.scheduler.has_drafts = drafter.propose(lives)
         except self.runner.fatal:
             raise
-        except Exception:  # a guess is worth no answer
-            logger.exception("nothing is guessed for a step of %d sequences", len(lives))
+        except Exception as error:  # a guess is worth no answer
+            now, kind = time.monotonic(), type(error)
+            if now - self._said.get(kind, -math.inf) >= _SILENCE:
+                self._said[kind] = now
+                logger.exception("nothing is guessed for a step of %d sequences", len(lives))
             self.scheduler.has_drafts = False
             for live in lives:
                 live.sequence.drafts = ()
