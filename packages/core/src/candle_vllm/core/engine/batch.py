@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.engine.sequence import Run, Sequence, Step
+from candle_vllm.core.kernels.lora import PackedAdapter
 
 Ints = NDArray[np.int64]
 
@@ -34,6 +35,69 @@ class StepMemory(Protocol):
     def moved_on(self) -> bool: ...
 
 
+class AdapterRows(msgspec.Struct, frozen=True, eq=False):
+    """Which rows of a step have which adapters: entries in groups, one for each adapter, by their serial numbers.
+
+    Attributes:
+        rows: [N] int64, of each entry: a row of the step, or of what is asked of it.
+        scales: [N] float32, how much of the adapter it has.
+        starts: [G + 1] offsets into N.
+        adapters: [G].
+        sources: [N] the row of the step.
+    """
+
+    rows: Ints
+    scales: NDArray[np.float32]
+    starts: Ints
+    adapters: Seq[PackedAdapter]
+    sources: Ints
+
+    def among(self, wanted: Ints) -> AdapterRows | None:
+        """Those of some rows of the step, by their places among them."""
+        places = np.full(max(int(wanted.max(initial=-1)), int(self.sources.max())) + 1, -1)
+        places[wanted] = np.arange(len(wanted))
+        found = places[self.sources]
+        kept = found >= 0
+        starts = np.concatenate(([0], np.cumsum(kept)))[self.starts]
+        some = np.flatnonzero(np.diff(starts))
+        if not len(some):
+            return None
+        return AdapterRows(
+            found[kept],
+            self.scales[kept],
+            np.append(starts[some], starts[-1]),
+            [self.adapters[group] for group in some],
+            self.sources[kept],
+        )
+
+
+def adapter_rows(scheduled: Seq[Run], query_start: Ints) -> AdapterRows | None:
+    """The adapters of a step whose runs begin at these rows; None where no row has one."""
+    if not any([run.sequence.adapters for run in scheduled]):
+        return None
+    found: dict[int, list[tuple[int, int, float]]] = {}
+    adapters: dict[int, PackedAdapter] = {}
+    for run, first in zip(scheduled, query_start.tolist()):
+        sequence = run.sequence
+        for (adapter, scale), start in zip(sequence.adapters, sequence.adapted_from):
+            begin = first + max(0, start - run.start)
+            if begin < first + run.count:
+                assert isinstance(adapter, PackedAdapter)
+                adapters[adapter.serial] = adapter
+                found.setdefault(adapter.serial, []).append((begin, first + run.count, scale))
+    if not found:
+        return None
+    serials = sorted(found)
+    runs = [run for serial in serials for run in found[serial]]
+    counts = np.array([end - begin for begin, end, _ in runs])
+    begins = np.array([begin for begin, _, _ in runs])
+    starts = np.concatenate(([0], np.cumsum(counts)))
+    rows = np.arange(starts[-1]) + np.repeat(begins - starts[:-1], counts)
+    scales = np.repeat(np.array([scale for *_, scale in runs], np.float32), counts)
+    groups = np.concatenate(([0], np.cumsum([len(found[serial]) for serial in serials])))
+    return AdapterRows(rows, scales, starts[groups], [adapters[serial] for serial in serials], rows)
+
+
 class Batch(msgspec.Struct, frozen=True, eq=False):
     """The numbers of one step, all int64; the arrays are valid until it has run, or the next one is built.
 
@@ -49,6 +113,7 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
         drafted: whether any of the runs has drafts.
         drawn_rows: indices into T of the tokens whose successor is drawn: the last ones that each of `drawing` wants.
         goes_on: as in `Step`, and the step before was built here, too.
+        adapters: which rows have which; None where none has one. The same object where a step goes on.
     """
 
     tokens: Ints
@@ -62,6 +127,7 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
     drafted: bool
     drawn_rows: Ints
     goes_on: bool = False
+    adapters: AdapterRows | None = None
 
     @property
     def token_ids(self) -> Ints:
@@ -154,6 +220,7 @@ class BatchBuilder:
             drawing=scheduled if whole else [item for item in scheduled if item.wanted],
             drafted=decodes < count and any(run.drafts for run in scheduled),
             drawn_rows=laid.drawn_rows,
+            adapters=adapter_rows(scheduled, laid.query_start),
         )
         self._last = batch if decodes == count and size else None
         self._moving = tokens[1:3]
@@ -207,6 +274,7 @@ class BatchBuilder:
             drafted=False,
             drawn_rows=last.drawn_rows,
             goes_on=True,
+            adapters=last.adapters,
         )
         return batch
 

@@ -10,6 +10,7 @@ from candle_vllm.core.devices import Device
 from candle_vllm.core.engine.batch import Batch, Ints
 from candle_vllm.core.engine.model_runner import EncoderRunner, StepwiseRunner
 from candle_vllm.core.kernels.attention.rows import AttentionRows
+from candle_vllm.core.kernels.lora.reference import EagerAdapters
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.models.family import Decoder, Encoder
 
@@ -21,12 +22,19 @@ class EagerRunner(StepwiseRunner):
         decoder: the model with its weights.
         num_blocks, block_size: shape of the cache.
         device, dtype: where the cache lives, and its numbers.
+        adapters: what the decoder's layers add to their products; None where there are no adapters.
     """
 
     fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
 
     def __init__(
-        self, decoder: Decoder, num_blocks: int, block_size: int, device: torch.device | Device, dtype: torch.dtype
+        self,
+        decoder: Decoder,
+        num_blocks: int,
+        block_size: int,
+        device: torch.device | Device,
+        dtype: torch.dtype,
+        adapters: EagerAdapters | None = None,
     ) -> None:
         config = decoder.config
         rows = (num_blocks, block_size, config.cache.kv_heads)
@@ -40,6 +48,7 @@ class EagerRunner(StepwiseRunner):
             for shape in (keys, values)
         )
         self._hidden = torch.empty(0, config.hidden_size)
+        self._adapters, self._adapter_rows = adapters, None
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
@@ -50,12 +59,17 @@ class EagerRunner(StepwiseRunner):
         )
         rows = AttentionRows(tuple(batch.query_start.tolist()), tuple(batch.context_lens.tolist()), tables)
         step = StepInput(positions, slots, rows, self.key_caches, self.value_caches)
+        if self._adapters is not None:
+            self._adapter_rows = batch.adapters
+            self._adapters.choose(batch.adapters, self.device)
         self._hidden = self.decoder.forward(token_ids, step)
         return self.score(batch.drawn_rows)
 
     @torch.inference_mode()
     def score(self, rows: Ints) -> torch.Tensor:
         """See `ModelRunner`."""
+        if self._adapters is not None:
+            self._adapters.choose(self._adapter_rows, self.device, rows)
         return self.decoder.logits(self._hidden[torch.from_numpy(rows).to(self.device)])
 
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:

@@ -6,6 +6,7 @@ plan serves every step up to its limits: what varies (tokens, positions, tables)
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -14,14 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.engine.batch import Batch, Ints, StepMemory
+from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, StepMemory
 from candle_vllm.core.engine.model_runner import EncoderRunner, Landed, StepwiseRunner
 from candle_vllm.core.kernels import sampling
 from candle_vllm.core.kernels.attention.cpu_cache import key_cache_shape, value_cache_shape
 from candle_vllm.core.kernels.cpu_runtime import team
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_first, operation
-from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits, aligned
+from candle_vllm.core.kernels.cpu_runtime.recorder import Adapted, EntryArrays, Recorder, StepLimits, aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.values import step_tokens
 from candle_vllm.core.kernels.latent_attention.layout import cache_shape as latent_cache_shape
@@ -71,14 +72,19 @@ class RecordedRunner(StepwiseRunner):
         step = StepInput(nothing, nothing, nothing, keys, values)
         self._caches = (keys, values)
 
-        def record(recorder: Recorder) -> tuple[Recorded, int, int]:
+        def record(recorder: Recorder, adapted: Adapted) -> tuple[Recorded, int, int]:
+            recorder.begin(adapted)
             hidden: Recorded = decoder.forward(step_tokens(recorder), step)
             ends = len(recorder.plan), recorder.num_rows
             decoder.logits(hidden)
             return hidden, *ends
 
-        _compile_first(lambda: record(Recorder(limits, recorder.isa)), sampling.CODE, sampling.RARE_CODE)
-        self._hidden, head_start, layer_rows = record(recorder)
+        def record_all() -> None:
+            for adapted in (Adapted.NOT, Adapted.ADDED)[: 2 if limits.adapter_rank else 1]:
+                record(Recorder(limits, recorder.isa), adapted)
+
+        _compile_first(record_all, sampling.CODE, sampling.RARE_CODE)
+        hidden, *ends = record(recorder, Adapted.NOT)
         assert recorder.logits is not None
         self._logits = self._wanted = recorder.logits
         self._owns_team, self.team = team is None, ThreadTeam(limits.threads) if team is None else team
@@ -86,11 +92,12 @@ class RecordedRunner(StepwiseRunner):
         self._draw_rows = RowDraw(recorder.logits, arrays.numbers, self.team, arrays)
         self._draw_drafted = RowDraw(recorder.logits, arrays.numbers, self.team)
         self._sampler = Sampler(_drawing(self), self._draw_rows.controls, self._draw_drafted.controls)
-        # The draw is the last row: of one token of each sequence, which the next step may go on from, or of runs.
-        self._plan = np.array([*recorder.plan, *self._draw_rows.plan], np.int64)
-        self._run_plan = np.array([*recorder.plan, *self._draw_drafted.plan], np.int64)
-        self._num_rows = recorder.num_rows
-        self._head, self._head_rows = self._plan[head_start:], recorder.num_rows - layer_rows
+        self._record = record
+        self._plan = self._planned(hidden, *ends)  # of the last step
+        self._plans = {Adapted.NOT: self._plan}
+        if limits.adapter_rank:
+            self._plan_of(Adapted.ADDED)
+        self._adapters: AdapterRows | None = None  # of the last step
         self._plan_draws = False  # the last step's did
         # Whose logits were made last, in most steps the same object, and what was drawn from them. Where a step goes
         # on, nothing of numpy is called: the weights have driven it out of the caches.
@@ -124,29 +131,53 @@ class RecordedRunner(StepwiseRunner):
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """See `StepwiseRunner`."""
-        num_rows = self._num_rows + self._plan_draws
         if batch.goes_on and batch.drawn_rows is self._rows:
-            self.team.run(self._plan, num_rows)
+            self.team.run(self._plan.rows, self._plan.count + self._plan_draws)
             return self._wanted
         arrays, count, sequences = self._arrays, batch.tokens.shape[1], len(batch.context_lens)
         assert batch.tokens.base is arrays.tokens
         arrays.query_start[: sequences + 1] = batch.query_start
         arrays.numbers[StepNumber.TOKENS] = count
         arrays.numbers[StepNumber.SEQUENCES] = sequences
-        return self._with_rows(batch.drawn_rows, self._run_plan if batch.drafted else self._plan, num_rows)
+        self._adapters = adapters = batch.adapters
+        if adapters is None:
+            plan = self._plans[Adapted.NOT]
+        else:
+            apart = any(adapter.apart for adapter in adapters.adapters)
+            plan = self._plan_of(Adapted.APART if apart else Adapted.ADDED)
+            _fill_entries(self._recorder.entries, adapters)
+            arrays.numbers[[StepNumber.ADAPTED, StepNumber.ADAPTERS]] = len(adapters.rows), len(adapters.adapters)
+        self._plan = plan
+        rows = plan.of_runs if batch.drafted else plan.rows
+        return self._with_rows(batch.drawn_rows, rows, plan.count + self._plan_draws)
 
     def score(self, rows: Ints) -> NDArray[np.float32]:
         """See `ModelRunner`."""
-        return self._with_rows(rows, self._head, self._head_rows)
+        return self._with_rows(rows, self._plan.head, self._plan.head_count)
 
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
         """See `ModelRunner`."""
-        return self._hidden.rows(rows).sum(0, dtype=np.float64)
+        return self._plan.hidden.rows(rows).sum(0, dtype=np.float64)
 
     def close(self) -> None:
         """Ends the threads that are its own."""
         if self._owns_team:
             self.team.close()
+
+    def _plan_of(self, adapted: Adapted) -> _Plan:
+        """The plan of steps with adapters, recorded when it is first needed."""
+        if adapted not in self._plans:
+            hidden, *ends = self._record(self._recorder, adapted)
+            self._plans[adapted] = self._planned(hidden, *ends)
+        return self._plans[adapted]
+
+    def _planned(self, hidden: Recorded, head_start: int, layer_rows: int) -> _Plan:
+        """The plan that was recorded just now."""
+        recorder = self._recorder
+        rows, runs = (
+            np.array([*recorder.plan, *draw.plan], np.int64) for draw in (self._draw_rows, self._draw_drafted)
+        )
+        return _Plan(rows, runs, recorder.num_rows, rows[head_start:], recorder.num_rows - layer_rows, hidden)
 
     def _with_rows(self, rows: Ints, plan: Ints, num_rows: int) -> NDArray[np.float32]:
         arrays, count = self._arrays, len(rows)
@@ -155,6 +186,12 @@ class RecordedRunner(StepwiseRunner):
         arrays.numbers[StepNumber.LOGIT_ROWS] = count
         self._wanted = self._logits[:count]
         self._ids = (self._draw_rows if self._drafts is None else self._draw_drafted).ids[:count].data
+        if self._adapters is not None:
+            among = self._adapters.among(rows)
+            groups = (0, 0) if among is None else (len(among.rows), len(among.adapters))
+            arrays.numbers[[StepNumber.ADAPTED_LOGITS, StepNumber.LOGIT_ADAPTERS]] = groups
+            if among is not None:
+                _fill_entries(self._recorder.logit_entries, among)
         self.team.run(plan, num_rows)
         return self._wanted
 
@@ -166,6 +203,35 @@ class RecordedRunner(StepwiseRunner):
             return self._draw_drafted(controls)
         self._arrays.moved_on = True
         return self._draw_rows(controls)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """A recorded step.
+
+    Attributes:
+        rows, of_runs: the plan. The draw is the last row: of one token of each sequence, which the next step may go on
+            from, or of runs.
+        count: operations before the draw.
+        head, head_count: what of it makes logits.
+        hidden: what the layers gave.
+    """
+
+    rows: Ints
+    of_runs: Ints
+    count: int
+    head: Ints
+    head_count: int
+    hidden: Recorded
+
+
+def _fill_entries(entries: EntryArrays, adapters: AdapterRows) -> None:
+    """Writes down which rows have which adapters."""
+    count, groups = len(adapters.rows), len(adapters.adapters)
+    entries.rows[:count], entries.sources[:count] = adapters.rows, adapters.sources
+    entries.scales[:count] = adapters.scales
+    entries.starts[: groups + 1] = adapters.starts
+    entries.tables[:groups] = [adapter.layout.address for adapter in adapters.adapters]
 
 
 def _drawing(runner: RecordedRunner) -> Draw:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from candle_vllm.core.kernels.activation_rows import InputForm
     from candle_vllm.core.kernels.latent_attention.layout import LatentParts
+    from candle_vllm.core.kernels.lora import Place
     from candle_vllm.core.kernels.moe import arguments as moe
 
 
@@ -107,8 +108,13 @@ class Recorded(ABC):
         """See `kernels/activation`."""
 
     @abstractmethod
-    def linear(self, matrices: Sequence[Matrix], bias: NDArray[np.float32] | None) -> Recorded:
-        """See `kernels/packed_linear`, `plain_linear` and `scaled_linear`; the matrices' results stand side by side."""
+    def linear(
+        self, matrices: Sequence[Matrix], bias: NDArray[np.float32] | None, place: Place | None = None
+    ) -> Recorded:
+        """See `kernels/packed_linear`, `plain_linear` and `scaled_linear`; the matrices' results stand side by side.
+
+        What adapters do at `place` is added, see `kernels/lora`.
+        """
 
     @abstractmethod
     def route(self, routing: moe.Routing) -> RecordedPairs:
@@ -121,6 +127,7 @@ class Recorded(ABC):
         pairs: RecordedPairs,
         bias: NDArray[np.float32] | None,
         activation: moe.Activation | None,
+        place: Place | None = None,
     ) -> RecordedRows:
         """See `kernels/moe`; a matrix of every expert in each list, whose results stand side by side."""
 
@@ -170,6 +177,7 @@ class RecordedRows(ABC):
         pairs: RecordedPairs,
         bias: NDArray[np.float32] | None,
         activation: moe.Activation | None,
+        place: Place | None = None,
     ) -> RecordedRows:
         """See `Recorded.expert_linear`."""
 
@@ -182,5 +190,5 @@ class RecordedTokens(ABC):
     """The token ids of a step while it is recorded, or other numbers of its tokens that a table has rows for."""
 
     @abstractmethod
-    def embedding(self, matrix: Matrix, scale: float | None = None) -> Recorded:
-        """See `kernels/embedding`; the rows times `scale`."""
+    def embedding(self, matrix: Matrix, scale: float | None = None, place: Place | None = None) -> Recorded:
+        """See `kernels/embedding`; the rows, with what adapters do at `place`, times `scale`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from candle_vllm.core.kernels.lora import Place
 from candle_vllm.core.kernels.recorded import Recorded, RecordedTokens, Value
 from candle_vllm.core.kernels.scale_cap import scale_cap_
 from candle_vllm.core.layers.linear import Linear
@@ -22,6 +23,9 @@ class Embedding:
         logit_scale: of logits, the bias included.
         softcap: c of logits z, which become c tanh(z / c); None leaves them.
         wide: rows are fp32 whatever the table is.
+
+    Attributes:
+        place: where adapters join in when rows are looked up; when they are multiplied, it is the table's own.
     """
 
     def __init__(
@@ -40,12 +44,15 @@ class Embedding:
         self.bias = placement.empty(vocab_size) if bias else None
         self._placement = placement
         self.table = Linear(size, vocab_size, placement, kept=False)
+        self.place: Place | None = None
 
     def __call__(self, token_ids: Value) -> Value:
         (matrix,) = self.table.matrices
         if isinstance(token_ids, RecordedTokens):
-            return token_ids.embedding(matrix, self.scale)
+            return token_ids.embedding(matrix, self.scale, self.place)
         rows = matrix.take(token_ids, self._placement.torch_dtype)
+        if self._placement.adapters is not None:
+            rows = self._placement.adapters.look_up(self.place, token_ids, rows)
         rows = rows.float() if self._wide else rows
         return rows if self.scale is None else scale_cap_(rows, self.scale)
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+from candle_vllm.core.kernels.lora import Place
 from candle_vllm.core.kernels.moe import Activation, expert_linear
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.layers.parameters import MatrixParameter, Placement, TensorParameter
@@ -36,6 +37,7 @@ class Linear:
 
     Attributes:
         pieces: the matrices as they were filled, by the beginnings of their parameters' names.
+        place: where adapters join in; None where they never do.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Linear:
         shape, dtype = ((experts, ends[-1]), "F32") if experts else ((ends[-1],), placement.dtype)
         self.bias = placement.empty(*shape, dtype=dtype) if bias else None
         self.pieces: dict[str, Piece] = {}
+        self.place: Place | None = None
 
     def __call__(self, x: Value, pairs: Any = None, activation: Activation | None = None) -> Value:
         """y; of experts for `pairs`, and where an activation is named act(gate) * up, see `kernels/moe`.
@@ -74,16 +77,27 @@ class Linear:
         3. Where W has a part of the inputs only, as a shard, y is summed over the shards.
         4. The bias is added, once; the activation follows.
 
-        Nothing stands at 2 and 3 yet, so the kernels of 1 do 4 while they have the sums.
+        Nothing stands at 3 yet, so the kernels of 1 do 4 while they have the sums; for that, 2 is added last.
         """
         invariant = self._placement.invariant
         if pairs is None:
             if isinstance(x, Recorded):
-                return x.linear(self.matrices, self.bias)
+                return x.linear(self.matrices, self.bias, self.place)
             from candle_vllm.core.kernels.matrices import multiply
 
-            return multiply(x.to(self._torch_dtype), self.matrices, self.bias, invariant=invariant)
-        return expert_linear(x, self.matrices, pairs, self.bias, activation=activation, invariant=invariant)
+            y = multiply(x.to(self._torch_dtype), self.matrices, self.bias, invariant=invariant)
+            adapters = self._placement.adapters
+            return y if adapters is None else adapters.add(self.place, x, y, self.bias)
+        joins = {"place": self.place, "adapters": self._placement.adapters}
+        return expert_linear(x, self.matrices, pairs, self.bias, activation=activation, invariant=invariant, **joins)
+
+    def number_place(self, number: int, *, lookup: bool = False) -> Place:
+        """What adapters know of it, as place `number` of its model."""
+        parts = {
+            prefix: (expert if self._experts else 0, rows.start, rows.stop)
+            for prefix, (expert, rows) in self._places.items()
+        }
+        return Place(number, self.in_features, parts, self._experts, lookup)
 
     @cached_property
     def matrices(self) -> list[Any]:

@@ -62,11 +62,11 @@ class Inputs:
 
 
 def make_forms(
-    recorder: Recorder, forms: Sequence[InputForm], source: InputRows, *, copies: int = 1
+    recorder: Recorder, forms: Sequence[InputForm], source: InputRows, *, copies: int = 1, barrier: bool = True
 ) -> dict[InputForm, Inputs]:
-    """Records the making of an input in several forms, all different, behind which threads meet once."""
+    """Records the making of an input in several forms, all different, behind which threads meet once, if at all."""
     return {
-        form: _make_inputs(recorder, form, source, copies=copies, barrier=place == len(forms))
+        form: _make_inputs(recorder, form, source, copies=copies, barrier=barrier and place == len(forms))
         for place, form in enumerate(forms, 1)
     }
 

@@ -46,6 +46,10 @@ class StepNumber(enum.IntEnum):
     SEQUENCES = 1  # R
     LOGIT_ROWS = 2  # rows whose logits are wanted
     PAIRS = 3  # of tokens and experts, in the mixture that runs; written by the plan itself
+    ADAPTED = 4  # entries: a row and one of its adapters
+    ADAPTERS = 5  # groups of entries, one for each adapter
+    ADAPTED_LOGITS = 6  # the same of rows whose logits are wanted
+    LOGIT_ADAPTERS = 7
     COUNT = 8
 
 

@@ -14,7 +14,9 @@ from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, I64, Emitter
 from candle_vllm.core.kernels.cpu_runtime.operation import FIRST_ARGUMENT, NUMBERS, field_kinds
 
 
-def _pointers(kind: Any, what: str) -> Any:
+def pointers(kind: Any, what: str) -> Any:
+    """An intrinsic that reads addresses as pointers to a kind of number."""
+
     def at(_: Any, address: Any) -> Any:
         def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
             return b.inttoptr(args[0], context.get_value_type(sig.return_type))
@@ -25,11 +27,11 @@ def _pointers(kind: Any, what: str) -> Any:
     return intrinsic(at)
 
 
-float32_at = _pointers(types.float32, "float32")
-float64_at = _pointers(types.float64, "float64")
-uint8_at = _pointers(types.uint8, "uint8")
-int32_at = _pointers(types.int32, "int32")
-int64_at = _pointers(types.int64, "int64")
+float32_at = pointers(types.float32, "float32")
+float64_at = pointers(types.float64, "float64")
+uint8_at = pointers(types.uint8, "uint8")
+int32_at = pointers(types.int32, "int32")
+int64_at = pointers(types.int64, "int64")
 
 
 @intrinsic

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import weakref
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
+from candle_vllm.core.kernels.lora import NumberType
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.recorded import Matrix
@@ -32,6 +34,8 @@ class StepLimits:
         table_width: blocks of the longest sequence.
         block_size: positions in a block.
         threads: of the team that runs it.
+        adapter_rank: of any adapter; 0 where there are none.
+        adapter_dtype: in what adapters are multiplied.
     """
 
     tokens: int
@@ -40,6 +44,8 @@ class StepLimits:
     table_width: int
     block_size: int
     threads: int
+    adapter_rank: int = 0
+    adapter_dtype: NumberType = "BF16"
 
     @property
     def block_shift(self) -> int:
@@ -65,6 +71,34 @@ class StepArrays:
         self.moved_on = False
 
 
+MOST_MIXED = 16
+"""Adapters of one row."""
+
+
+class EntryArrays:
+    """Which rows of a step have which adapters: entries in groups, one for each adapter, at fixed addresses.
+
+    Attributes:
+        rows, scales: of each entry, the row of what is added to, and how much.
+        sources: the row that is read.
+        starts: where each group's entries begin, and where the last one's end.
+        tables: address of each group's adapter's table.
+    """
+
+    def __init__(self, entries: int) -> None:
+        self.rows, self.sources = np.zeros(entries, np.int64), np.zeros(entries, np.int64)
+        self.scales = np.zeros(entries, np.float32)
+        self.starts, self.tables = np.zeros(entries + 1, np.int64), np.zeros(entries, np.int64)
+
+
+class Adapted(enum.IntEnum):
+    """What of adapters a plan has in it: nothing, or what they add; to the model's own products apart, for DoRA."""
+
+    NOT = 0
+    ADDED = 1
+    APART = 2
+
+
 class Recorder:
     """Collects the rows of a plan and owns the memory behind it.
 
@@ -80,10 +114,25 @@ class Recorder:
         self.plan: list[int] = []
         self.num_rows = 0
         self.logits: np.ndarray | None = None
+        self.adapted = Adapted.NOT
+        entries = limits.tokens * MOST_MIXED if limits.adapter_rank else 0
+        self.entries = EntryArrays(entries)  # of the step's tokens
+        self.logit_entries = EntryArrays(min(entries, limits.logit_rows * MOST_MIXED))
+        self._sums: dict[int, np.ndarray] = {}
         self._keep: list[object] = []  # what the plan knows by address only
         self._free: defaultdict[tuple[int, type], list[np.ndarray]] = defaultdict(list)
         self._scratch: np.ndarray | None = None
         self._row_numbers = np.empty(0, np.int64)
+
+    def begin(self, adapted: Adapted) -> None:
+        """Begins another plan, which has the same memory: one of them runs at a time."""
+        self.plan, self.num_rows, self.adapted = [], 0, adapted
+
+    def sums(self, size: int) -> int:
+        """Address of `size` bytes for each entry that hold nothing from one pair of operations to the next."""
+        if size not in self._sums:
+            self._sums[size] = self._allocate(len(self.entries.rows) * size, np.uint8)
+        return address_of(self._sums[size])
 
     def add(self, operation: int, arguments: tuple[Any, ...], *, barrier: bool = True) -> None:
         """Appends one operation, with the named tuple of its arguments."""

@@ -19,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.activation_quant import Prologue
-from candle_vllm.core.kernels.activation_rows import InputForm
+from candle_vllm.core.kernels.activation_rows import InputForm, RowForm
 from candle_vllm.core.kernels.attention.cpu_record import FusedHeads, Scores, record_attention
 from candle_vllm.core.kernels.cpu_runtime.matrices import InputRows, Inputs, make_forms, multiply, read_rows
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
-from candle_vllm.core.kernels.cpu_runtime.recorder import Buffer, Recorder, aligned, row_stride
+from candle_vllm.core.kernels.cpu_runtime.recorder import Adapted, Buffer, Recorder, aligned, row_stride
 from candle_vllm.core.kernels.embedding import AddArguments, add_operation
+from candle_vllm.core.kernels.lora.cpu_record import Joining, record_experts, record_inputs
 from candle_vllm.core.kernels.moe.plan import PROLOGUES, Pairs, Results, record_products, record_route, record_sum
 from candle_vllm.core.kernels.position_scale import PositionScaleArguments, position_scale_operation
 from candle_vllm.core.kernels.recorded import Recorded, RecordedRows, RecordedTokens
@@ -40,6 +41,7 @@ from candle_vllm.core.kernels.scale_cap import scale_cap_arguments, scale_cap_op
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.activation import Activation
     from candle_vllm.core.kernels.latent_attention.layout import LatentParts
+    from candle_vllm.core.kernels.lora import Place
     from candle_vllm.core.kernels.moe.arguments import Activation as GatedActivation
     from candle_vllm.core.kernels.moe.arguments import Routing
     from candle_vllm.core.kernels.recorded import Matrix
@@ -59,8 +61,8 @@ class _Tokens(RecordedTokens):
     def __init__(self, recorder: Recorder, numbers: NDArray[np.int64]) -> None:
         self._recorder, self._numbers = recorder, numbers
 
-    def embedding(self, matrix: Matrix, scale: float | None = None) -> Recorded:
-        return _TableRows(self._recorder, matrix, address_of(self._numbers), scale)
+    def embedding(self, matrix: Matrix, scale: float | None = None, place: Place | None = None) -> Recorded:
+        return _TableRows(self._recorder, matrix, address_of(self._numbers), scale, place)
 
 
 class _Value(Recorded):
@@ -162,8 +164,10 @@ class _Value(Recorded):
     def activation(self, kind: Activation) -> Recorded:
         return _Prepared(self, Prologue[kind.upper()], self.width)
 
-    def linear(self, matrices: Sequence[Matrix], bias: NDArray[np.float32] | None) -> Recorded:
-        return _Prepared(self, Prologue.NONE, self.width).linear(matrices, bias)
+    def linear(
+        self, matrices: Sequence[Matrix], bias: NDArray[np.float32] | None, place: Place | None = None
+    ) -> Recorded:
+        return _Prepared(self, Prologue.NONE, self.width).linear(matrices, bias, place)
 
     def route(self, routing: Routing) -> Pairs:
         return record_route(self.recorder, (self.address, self.buffer.stride), self.width, routing)
@@ -174,8 +178,9 @@ class _Value(Recorded):
         pairs: Pairs,
         bias: NDArray[np.float32] | None,
         activation: GatedActivation | None,
+        place: Place | None = None,
     ) -> RecordedRows:
-        return _Prepared(self, Prologue.NONE, self.width).expert_linear(matrices, pairs, bias, activation)
+        return _Prepared(self, Prologue.NONE, self.width).expert_linear(matrices, pairs, bias, activation, place)
 
     def attend(
         self,
@@ -253,6 +258,7 @@ class _Prepared(_Wrapper):
         super().__init__(source, columns)
         self._prologue, self._weight, self._eps = prologue, weight, eps
         self._forms: dict[InputForm, Inputs] = {}
+        self._adapted: Inputs | None = None
         self._picked = 0
 
     def __add__(self, other: Recorded) -> Recorded:
@@ -260,17 +266,24 @@ class _Prepared(_Wrapper):
         self.onto(made, accumulate=False)
         return buffer_value(self.recorder, made) + other
 
-    def inputs(self, forms: Iterable[InputForm]) -> Mapping[InputForm, Inputs]:
-        """The input in these forms."""
+    def inputs(self, forms: Iterable[InputForm], place: Place | None = None) -> Mapping[InputForm, Inputs]:
+        """The input in these forms, and in that which adapters read where they join in."""
         new = [form for form in dict.fromkeys(forms) if form not in self._forms]
+        if self.recorder.adapted and place is not None and self._adapted is None:
+            self._adapted = record_inputs(self.recorder, self._from(), barrier=not new)
         if new:
             self._forms |= make_forms(self.recorder, new, self._from())
         return self._forms
 
-    def linear(self, matrices: Sequence[Matrix], bias: NDArray[np.float32] | None) -> Recorded:
-        forms = self.inputs(matrix.input_form for matrix in matrices)
+    def linear(
+        self, matrices: Sequence[Matrix], bias: NDArray[np.float32] | None, place: Place | None = None
+    ) -> Recorded:
+        forms = self.inputs((matrix.input_form for matrix in matrices), place)
         factors = [(matrix, forms[matrix.input_form]) for matrix in matrices]
-        return _Product(self.recorder, factors, bias, self.rows_from)
+        joins = None
+        if self.recorder.adapted and place is not None:
+            joins = Joining(self.recorder, place, self._adapted, self.rows_from)
+        return _Product(self.recorder, factors, bias, self.rows_from, joins)
 
     def expert_linear(
         self,
@@ -278,9 +291,13 @@ class _Prepared(_Wrapper):
         pairs: Pairs,
         bias: NDArray[np.float32] | None,
         activation: GatedActivation | None,
+        place: Place | None = None,
     ) -> RecordedRows:
-        inputs = self.inputs(matrix.input_form for of_experts in matrices for matrix in of_experts)
+        inputs = self.inputs((matrix.input_form for of_experts in matrices for matrix in of_experts), place)
         made = record_products(self.recorder, matrices, inputs, pairs, bias, pairs.token_of)
+        if self.recorder.adapted and place is not None:
+            assert self._adapted is not None
+            record_experts(self.recorder, place, self._adapted, pairs, made, by_place=False)
         return _PairRows(self.recorder, made, activation)
 
     def onto(self, target: Buffer, *, accumulate: bool = True) -> None:
@@ -363,15 +380,24 @@ class _Pending(_Value):
 class _TableRows(_Pending):
     """Rows of a table, times `scale`; `numbers` is the address of theirs, one for each token."""
 
-    def __init__(self, recorder: Recorder, matrix: Matrix, numbers: int, scale: float | None) -> None:
+    def __init__(
+        self, recorder: Recorder, matrix: Matrix, numbers: int, scale: float | None, place: Place | None
+    ) -> None:
         super().__init__(recorder, matrix.columns)
         self._matrix, self._numbers, self._scale = matrix, numbers, scale
+        self._joins = None if place is None or not recorder.adapted else Joining(recorder, place, None)
 
     def _record(self, target: Buffer, accumulate: bool) -> None:
         recorder, columns = self.recorder, self.width
         made = recorder.buffer(columns) if accumulate else target
         x, stride = address_of(made.array), made.stride
-        read_rows(recorder, self._matrix, token_ids=self._numbers, out=x, out_stride=stride)
+        if self._joins is None:
+            read_rows(recorder, self._matrix, token_ids=self._numbers, out=x, out_stride=stride)
+        else:
+            self._joins.look_up(self._numbers)
+            own = recorder.buffer(columns) if recorder.adapted is Adapted.APART else made
+            read_rows(recorder, self._matrix, token_ids=self._numbers, out=address_of(own.array), out_stride=own.stride)
+            self._joins.expand(made, own, numbers=self._numbers)
         if self._scale is not None:
             row = scale_cap_arguments(x=x, stride=stride, columns=columns, scale=self._scale, cap=None)
             recorder.add(scale_cap_operation(False), row)
@@ -389,16 +415,19 @@ class _Product(_Pending):
         factors: list[tuple[Matrix, Inputs]],
         bias: NDArray[np.float32] | None,
         rows_from: StepNumber = StepNumber.TOKENS,
+        joins: Joining | None = None,
     ) -> None:
         super().__init__(recorder, sum(matrix.rows for matrix, _ in factors))
-        self._factors, self._bias, self.rows_from = factors, bias, rows_from
+        self._factors, self._bias, self.rows_from, self._joins = factors, bias, rows_from, joins
 
     def logits(self, bias: NDArray[np.float32] | None, scale: float, cap: float | None) -> Recorded:
         assert self.rows_from is StepNumber.LOGIT_ROWS
         assert bias is None or self._bias is None
         recorder, columns, stride = self.recorder, self.width, row_stride(self.width)
-        made = aligned(recorder.limits.logit_rows * stride, np.float32)
-        recorder.logits = made.reshape(-1, stride)[:, :columns]
+        if recorder.logits is None:
+            made = aligned(recorder.limits.logit_rows * stride, np.float32)
+            recorder.logits = made.reshape(-1, stride)[:, :columns]
+        made = recorder.logits  # of all plans
         self._bias = self._bias if bias is None else bias
         self.emit(Buffer(made, columns, stride), accumulate=False)
         if scale != 1 or cap is not None:
@@ -409,6 +438,19 @@ class _Product(_Pending):
 
     def _record(self, target: Buffer, accumulate: bool) -> None:
         bias = 0 if self._bias is None else self.recorder.keep(self._bias)
+        if self._joins is None:
+            self._multiply(target, bias, accumulate)
+            return
+        self._joins.shrink()
+        if self.recorder.adapted is not Adapted.APART:
+            self._multiply(target, bias, accumulate)
+            self._joins.expand(target, target)
+            return
+        own = self._joins.own(self.width)
+        self._multiply(own, 0, False)
+        self._joins.expand(target, own, bias=bias, accumulate=accumulate)
+
+    def _multiply(self, target: Buffer, bias: int, accumulate: bool) -> None:
         column = 0
         for number, (matrix, inputs) in enumerate(self._factors, 1):
             multiply(
@@ -439,6 +481,7 @@ class _PairRows(RecordedRows):
         pairs: Pairs,
         bias: NDArray[np.float32] | None,
         activation: GatedActivation | None,
+        place: Place | None = None,
     ) -> RecordedRows:
         assert self._activation is not None
         recorder, made = self._recorder, self._results
@@ -450,9 +493,16 @@ class _PairRows(RecordedRows):
             rows_from=StepNumber.PAIRS,
         )
         forms = list(dict.fromkeys(matrix.input_form for of_experts in matrices for matrix in of_experts))
+        adapted = None
+        if recorder.adapted and place is not None:
+            adapted = RowForm[recorder.limits.adapter_dtype]
+            forms += [adapted] if adapted not in forms else []
         inputs = make_forms(recorder, forms, source, copies=pairs.top_k)
         every = recorder.row_numbers(pairs.top_k)
-        return _PairRows(recorder, record_products(recorder, matrices, inputs, pairs, bias, every), activation)
+        result = record_products(recorder, matrices, inputs, pairs, bias, every)
+        if adapted is not None and place is not None:
+            record_experts(recorder, place, inputs[adapted], pairs, result, by_place=True)
+        return _PairRows(recorder, result, activation)
 
     def combine(self, shared: Recorded | None, gate: Recorded | None) -> Recorded:
         assert self._activation is None

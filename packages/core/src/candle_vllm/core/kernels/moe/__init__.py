@@ -49,6 +49,8 @@ from candle_vllm.core.kernels.recorded import Recorded, RecordedPairs, RecordedR
 if TYPE_CHECKING:
     import torch
 
+    from candle_vllm.core.kernels.lora import Place
+    from candle_vllm.core.kernels.lora.reference import EagerAdapters
     from candle_vllm.core.kernels.matrices import DeviceMatrix
 
 __all__ = [
@@ -97,6 +99,8 @@ def expert_linear(
     *,
     activation: Activation | None = None,
     invariant: bool = False,
+    place: Place | None = None,
+    adapters: EagerAdapters | None = None,
 ) -> Any:
     """The experts' results, a row for each pair; see above.
 
@@ -104,10 +108,11 @@ def expert_linear(
         matrices: one; in recorded steps lists of a matrix of every expert, gate's and then up's.
         pairs: what `route` gave.
         invariant: few pairs are computed as many are.
+        place, adapters: where adapters join in, and, op by op, what they add.
     """
     assert activation is None or activation in get_args(Activation)
     if isinstance(x, (Recorded, RecordedRows)):
-        return x.expert_linear(matrices, pairs, bias, activation)
+        return x.expert_linear(matrices, pairs, bias, activation, place)
     matrix: DeviceMatrix
     (matrix,) = matrices
     height = matrix.rows // pairs.count
@@ -123,7 +128,8 @@ def expert_linear(
         return triton.expert_linear(x, matrix, pairs, bias, activation, invariant)
     from candle_vllm.core.kernels.moe import reference
 
-    return reference.expert_linear(x, matrix, pairs, bias, activation, waits=not on_gpu(x))
+    joins = None if adapters is None or place is None else (adapters, place)
+    return reference.expert_linear(x, matrix, pairs, bias, activation, joins=joins, waits=not on_gpu(x))
 
 
 def combine(

@@ -37,6 +37,7 @@ class Pairs:
 
     Attributes:
         top_k: k.
+        experts: int64 [T, k].
         weights: float32 [T, k].
         places: int64 [T, k].
         starts: int64 [X + 1].
@@ -44,6 +45,7 @@ class Pairs:
     """
 
     top_k: int
+    experts: np.ndarray
     weights: np.ndarray
     places: np.ndarray
     starts: np.ndarray
@@ -94,7 +96,7 @@ def record_route(recorder: Recorder, logits: tuple[int, int], count: int, routin
     top_k = routing.top_k
     experts, places, token_of = (recorder.memory(top_k, np.int64) for _ in range(3))
     counters = recorder.memory(-(-(2 * count + 1) // recorder.limits.tokens), np.int64)
-    pairs = Pairs(top_k, recorder.memory(top_k), places, counters, token_of)
+    pairs = Pairs(top_k, experts, recorder.memory(top_k), places, counters, token_of)
     arguments = given.RouteArguments(
         logits=logits[0],
         stride=logits[1],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from candle_vllm.core.kernels.lora import Place
+from candle_vllm.core.kernels.lora.reference import EagerAdapters
 from candle_vllm.core.kernels.matrices import DeviceMatrix
 from candle_vllm.core.kernels.moe.arguments import LEAST_SUM, Activation, Pairs, Scoring
 
@@ -53,9 +55,10 @@ def expert_linear(
     bias: torch.Tensor | None = None,
     activation: Activation | None = None,
     *,
+    joins: tuple[EagerAdapters, Place] | None = None,
     waits: bool = True,
 ) -> torch.Tensor:
-    """See the contract in the package: fp32, in the order of the pairs.
+    """See the contract in the package: fp32, in the order of the pairs; with what adapters add to the products.
 
     Without `waits` nothing looks at which experts are asked, so that nothing waits for a GPU: every one is multiplied
     with every token.
@@ -75,6 +78,8 @@ def expert_linear(
         else:  # the experts of a token differ: it has one row at most for each
             own = rows[token, slot] if waits else torch.where(asked[..., None], rows, 0.0).sum(1)
         y = own @ wide[expert].float().T
+        if joins is not None:
+            joins[0].add_expert(joins[1], expert, torch.arange(pairs.tokens, device=x.device)[token], own, y)
         y = y if bias is None else y + bias[expert].float()
         y = y if activation is None else gated(*y.chunk(2, -1), activation)
         if waits:

@@ -1,0 +1,81 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
+"""What adapters add to experts' products on the CPU: row by row, for each pair of an entry and an expert.
+
+In `shrink` threads share pairs; in `expand` columns, as in `cpu.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
+from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
+from candle_vllm.core.kernels.lora.cpu import count_blocks, make_parts, make_unit
+from candle_vllm.core.kernels.lora.layout import BLOCK_BYTES, ExpandArguments, ShrinkArguments
+
+
+def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
+    """The operation for a type of numbers."""
+    unit = make_unit(FORM, ISA)
+
+    def shrink_experts(row, thread, threads):
+        given = read(ShrinkArguments, row)
+        groups, top_k = step_number(row, given.groups_from), given.top_k
+        starts, tables = int64_at(given.starts), int64_at(given.tables)
+        memory = stack_bytes(128)
+        for group in range(groups):
+            table = int64_at(tables[group])[given.place]
+            if table == 0:
+                continue
+            begin = starts[group]
+            pairs = (starts[group + 1] - begin) * top_k
+            for pair in range(pairs * thread // threads, pairs * (thread + 1) // threads):
+                entry = begin + pair // top_k
+                chosen = int64_at(given.rows)[entry] * top_k + pair % top_k
+                about = int64_at(table)[int64_at(given.experts)[chosen]]
+                if about == 0:
+                    continue
+                source = int64_at(given.places)[chosen] if given.by_place != 0 else entry
+                ranks = int64_at(about)[1]
+                int64_at(memory)[0] = given.x + source * given.x_bytes
+                sums = given.h + entry * given.h_bytes + pair % top_k * (given.h_bytes // top_k)
+                for block in range(count_blocks(ranks)):
+                    for quarter in range(4):
+                        int64_at(memory + 64)[0] = sums + block * BLOCK_BYTES + quarter * 64
+                        unit(int64_at(about)[0], ranks, block, quarter, memory, memory + 64, 1, given.x_bytes)
+
+    return shrink_experts
+
+
+def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
+    """The operation for a type of numbers."""
+    add_parts = make_parts(FORM, ISA)
+
+    def expand_experts(row, thread, threads):
+        given = read(ExpandArguments, row)
+        tiles = (given.columns + 15) >> 4
+        first, last = 16 * (tiles * thread // threads), min(16 * (tiles * (thread + 1) // threads), given.columns)
+        if first >= last:
+            return
+        groups, top_k = step_number(row, given.groups_from), given.top_k
+        starts, tables = int64_at(given.starts), int64_at(given.tables)
+        most = (given.h_bytes // top_k // BLOCK_BYTES) * 16 + 32
+        memory = stack_bytes(4 * 64 + 1024 + 8 * 4 * most * 2 + 64)
+        for group in range(groups):
+            table = int64_at(tables[group])[given.place]
+            if table == 0:
+                continue
+            begin = starts[group]
+            for pair in range((starts[group + 1] - begin) * top_k):
+                entry = begin + pair // top_k
+                chosen = int64_at(given.rows)[entry] * top_k + pair % top_k
+                about = int64_at(table)[int64_at(given.experts)[chosen]]
+                if about == 0:
+                    continue
+                at = given.h + entry * given.h_bytes + pair % top_k * (given.h_bytes // top_k)
+                float32_at(memory + 64)[0] = float32_at(given.scales)[entry]
+                int64_at(memory + 128)[0] = given.out + int64_at(given.places)[chosen] * given.row_bytes
+                int64_at(memory + 192)[0] = 0
+                add_parts(about, at, 0, 0, 1, memory, most, first, last)
+
+    return expand_experts

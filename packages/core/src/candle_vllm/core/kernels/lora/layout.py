@@ -1,0 +1,158 @@
+"""How an adapter lies in memory for the compiled CPU operations: what `pack.py` writes and `cpu.py` reads.
+
+An adapter takes what it has, and is not padded to a slot's size. Every adapter has a **table** with a number for each
+place of the model: 0, or where the place is described (of experts, where the descriptions of all of them stand):
+
+    [A, R, parts]  and for each part  [begin, rows, rank offset, steps, B, scale, bias, less, full, ids, count, new, r]
+
+**A** of all parts that read the same input is one matrix [R, K], each part's ranks filled up to a multiple of 4, in
+blocks of 16 ranks, and one of 8 or 4 where such are left. A block is a run of steps of 64 bytes, [g ranks][64 / g bytes
+of neighbouring columns], so that a step is one vector instruction, whose lanes are the sums of a rank and a share of
+its columns. K is filled up to a multiple of 32, and cut into 4 quarters: the sums of a row are quarters', added in
+order. **B** is a run of steps for all rows, [r][N] of floats, or [r / 2][N][2] of bfloat16.
+
+A table that is looked up has B as [V][r] in the place of A, and A in the place of B.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from candle_vllm.core.kernels.activation_rows import RowForm
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, operation
+
+QUARTERS = 4
+HEAD = 3
+"""Numbers of a description before its parts."""
+
+BEGIN, ROWS, OFFSET, STEPS, MATRIX, SCALE, BIAS, LESS, FULL, IDS, COUNT, NEW, RANK, PART = range(14)
+"""Where a part's numbers stand, and how many there are. LESS is c - 1 of the contract; COUNT rows NEW stand in the
+place of the model's rows IDS, or of all of them."""
+
+BLOCK_BYTES = QUARTERS * 64
+"""Sums of a row and a block of ranks."""
+
+
+def most_blocks(rank: int) -> int:
+    """Blocks of so many ranks."""
+    return rank // 16 + (rank >> 3 & 1) + (rank >> 2 & 1)
+
+
+def filled(rank: int) -> int:
+    """Ranks with those that fill them up."""
+    return -(-rank // 4) * 4
+
+
+def blocks_of(matrix: np.ndarray) -> np.ndarray:
+    """A [R, K] in blocks; R is a multiple of 4 and K of 32."""
+    rank, columns = matrix.shape
+    made, first = [], 0
+    while first < rank:
+        height = next(size for size in (16, 8, 4) if size <= rank - first)
+        width = 64 // matrix.itemsize // height
+        block = matrix[first : first + height].reshape(height, columns // width, width)
+        made.append(block.transpose(1, 0, 2).reshape(-1))
+        first += height
+    return np.concatenate(made)
+
+
+class ShrinkArguments(NamedTuple):
+    """The arguments of the operations that multiply inputs by A, or look up their products.
+
+    Attributes:
+        place: number of the place.
+        groups_from: which of the step's numbers counts the groups.
+        starts, tables: addresses of int64 [G + 1], where each group's entries begin, and [G], their adapters' tables.
+        x, x_bytes: address of the entries' inputs, and bytes from one to the next; of lookups, the step's numbers.
+        rows: of lookups, address of int64: the row of each entry.
+        h, h_bytes: address of the sums, and bytes that an entry has room for.
+        places, top_k, experts: of experts: addresses of int64 [T, k], the places of a token's pairs, and the pairs'
+            experts; k.
+        by_place: whether x has a row for each place.
+    """
+
+    place: int
+    groups_from: int
+    starts: int
+    tables: int
+    x: int
+    x_bytes: int
+    h: int
+    h_bytes: int
+    rows: int = 0
+    places: int = 0
+    experts: int = 0
+    top_k: int = 0
+    by_place: int = 0
+
+
+class ExpandArguments(NamedTuple):
+    """The arguments of the operations that add the sums' products with B to a result.
+
+    Attributes:
+        place, groups_from, starts, tables, x, x_bytes, h, h_bytes, places, experts, top_k: as in `ShrinkArguments`.
+        rows, scales: addresses of the entries' rows, int64, and of their scales, float32.
+        out, row_bytes: address of the result, float32, and bytes from one row to the next.
+        columns: N of all parts.
+        base, base_bytes: the model's own products, where they lie apart, and bytes from one row to the next; or 0.
+        rows_from: which of the step's numbers counts their rows.
+        accumulate, bias: whether they are added to the result; address of the product's own bias or 0.
+        numbers: of lookups, the step's.
+        inputs: K.
+    """
+
+    place: int
+    groups_from: int
+    starts: int
+    tables: int
+    x: int
+    x_bytes: int
+    h: int
+    h_bytes: int
+    rows: int
+    scales: int
+    out: int
+    row_bytes: int
+    columns: int
+    base: int = 0
+    base_bytes: int = 0
+    rows_from: int = StepNumber.TOKENS
+    accumulate: int = 0
+    bias: int = 0
+    numbers: int = 0
+    inputs: int = 0
+    places: int = 0
+    experts: int = 0
+    top_k: int = 0
+
+
+def shrink_operation(form: RowForm, isa: int) -> int:
+    """Address of the compiled operation."""
+    return operation("lora.cpu:make_shrink", form, isa)
+
+
+def expand_operation(form: RowForm, isa: int) -> int:
+    """Address of the compiled operation."""
+    return operation("lora.cpu:make_expand", form, isa)
+
+
+def lookup_operation(form: RowForm) -> int:
+    """Address of the compiled operation."""
+    return operation("lora.cpu_tables:make_lookup", form)
+
+
+def replace_operation(form: RowForm) -> int:
+    """Address of the compiled operation, which takes what `expand` takes."""
+    return operation("lora.cpu_tables:make_replace", form)
+
+
+def shrink_experts_operation(form: RowForm, isa: int) -> int:
+    """Address of the compiled operation."""
+    return operation("lora.cpu_experts:make_shrink", form, isa)
+
+
+def expand_experts_operation(form: RowForm, isa: int) -> int:
+    """Address of the compiled operation."""
+    return operation("lora.cpu_experts:make_expand", form, isa)

@@ -1,0 +1,178 @@
+"""From an adapter that fits a model to one that is ready for its steps."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from candle_vllm.core.errors import AdapterError
+from candle_vllm.core.kernels.activation_rows import RowForm, row_elements
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of
+from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
+from candle_vllm.core.kernels.lora import Delta, FittedAdapter, NumberType, PackedAdapter, Place
+from candle_vllm.core.kernels.lora import layout as lay
+from candle_vllm.core.quantization.plain import read_plain
+
+_SERIALS = itertools.count(1)
+
+Places = Mapping[str, Sequence[Place]]
+"""The places of a model by the paths of its layers."""
+
+
+def pack_adapter(fitted: FittedAdapter, places: Places, dtype: NumberType, *, compiled: bool) -> PackedAdapter:
+    """Brings an adapter to the layout of a backend.
+
+    Args:
+        fitted: the adapter.
+        places: of the model.
+        dtype: in what it is multiplied.
+        compiled: for the compiled CPU operations; else for torch.
+
+    Raises:
+        AdapterError: it changes what cannot be changed here.
+    """
+    found: dict[int, tuple[Place, dict[str, Delta]]] = {}
+    for path, deltas in fitted.deltas.items():
+        for name, delta in deltas.items():
+            place = next((place for place in places.get(path, ()) if name in place.parts), None)
+            if place is None:
+                raise AdapterError(f"the adapter changes {path}:{name}weight, which this model multiplies in no place")
+            _check(f"{path}:{name}weight", place, delta)
+            found.setdefault(place.number, (place, {}))[1][name] = delta
+    if compiled:
+        layout = CompiledAdapter(found, 1 + max((p.number for of in places.values() for p in of), default=0), dtype)
+    else:
+        from candle_vllm.core.kernels.lora.reference import TorchAdapter
+
+        layout = TorchAdapter(found, dtype)
+    every = [delta for _, deltas in found.values() for delta in deltas.values()]
+    return PackedAdapter(
+        digest=fitted.digest,
+        alora=fitted.alora,
+        rank=fitted.rank,
+        norm=fitted.norm,
+        modules=len(every),
+        nbytes=layout.nbytes,
+        serial=next(_SERIALS),
+        apart=any(not (d.column_scale is None and d.full is None and d.rows is None) for d in every),
+        layout=layout,
+    )
+
+
+def _check(name: str, place: Place, delta: Delta) -> None:
+    apart = delta.column_scale is not None or delta.full is not None or delta.rows is not None
+    if place.experts and apart:
+        raise AdapterError(f"{name}: experts take A, B and biases alone, neither DoRA nor whole matrices")
+
+
+def numbers_of(stored: Any) -> NDArray[np.float32]:
+    """A stored tensor as floats."""
+    return stored.load("F32")
+
+
+class CompiledAdapter:
+    """An adapter in the layout of `layout.py`.
+
+    Attributes:
+        table, address: int64, a number for each place; where it begins.
+        nbytes: bytes of it all.
+        dtype: in what it is multiplied.
+    """
+
+    def __init__(self, found: Mapping[int, tuple[Place, Mapping[str, Delta]]], places: int, dtype: NumberType) -> None:
+        self.dtype: NumberType = dtype
+        self.form = RowForm[dtype]
+        self.table = np.zeros(places, np.int64)
+        self._keep: list[np.ndarray] = []
+        self.address = address_of(self.table)
+        self.nbytes = self.table.nbytes
+        for number, (place, deltas) in found.items():
+            if place.experts:
+                every = np.zeros(place.experts, np.int64)
+                for expert in range(place.experts):
+                    of = {name: delta for name, delta in deltas.items() if place.parts[name][0] == expert}
+                    every[expert] = self._describe(place, of) if of else 0
+                self.table[number] = self._kept(every)
+            else:
+                self.table[number] = self._describe(place, deltas)
+
+    def _describe(self, place: Place, deltas: Mapping[str, Delta]) -> int:
+        """Address of a description."""
+        parts = sorted((place.parts[name][1:], delta) for name, delta in deltas.items())
+        ranks = [lay.filled(delta.rank) for _, delta in parts]
+        made = np.zeros(lay.HEAD + lay.PART * len(parts), np.int64)
+        made[1:3] = lay.filled(sum(ranks)), len(parts)
+        offset, halves = 0, []
+        for number, ((begin, end), delta) in enumerate(parts):
+            part = made[lay.HEAD + lay.PART * number :][: lay.PART]
+            rows = place.columns if place.lookup else end - begin
+            part[[lay.BEGIN, lay.ROWS, lay.OFFSET]] = begin, rows, offset
+            offset += ranks[number]
+            self._fill(part, place, delta, rows)
+            if delta.a is not None and not place.lookup:
+                a = numbers_of(delta.a)
+                halves.append(
+                    np.pad(a, ((0, lay.filled(len(a)) - len(a)), (0, row_elements(place.columns) - place.columns)))
+                )
+        if place.lookup and parts[0][1].b is not None:
+            made[0] = self._kept(self._bits(numbers_of(parts[0][1].b)))
+        if halves:
+            made[0] = self._kept(lay.blocks_of(self._bits(np.concatenate(halves))))
+        return self._kept(made)
+
+    def _fill(self, part: NDArray[np.int64], place: Place, delta: Delta, rows: int) -> None:
+        """A part's numbers but for where it stands."""
+        scale = delta.column_scale
+        if delta.full is not None and not place.lookup:
+            part[lay.STEPS], part[lay.MATRIX] = self._steps(numbers_of(delta.full))
+            part[lay.FULL] = 1
+            part[lay.LESS] = self._floats(np.full(rows, -1, np.float32))
+        elif delta.a is not None:
+            assert delta.b is not None
+            b = numbers_of(delta.a).T if place.lookup else numbers_of(delta.b)
+            if scale is not None:
+                b = b * scale[:, None]
+            part[lay.STEPS], part[lay.MATRIX] = self._steps(b)
+        part[lay.RANK] = delta.rank
+        part[lay.SCALE] = struct.unpack("<i", struct.pack("<f", delta.scale))[0]
+        if delta.bias is not None:
+            part[lay.BIAS] = self._floats(delta.bias)
+        if scale is not None:
+            part[lay.LESS] = self._floats(scale - np.float32(1))
+        if delta.rows is not None or (delta.full is not None and place.lookup):
+            ids, new = delta.rows if delta.rows is not None else (None, numbers_of(delta.full))
+            if ids is not None:
+                order = np.argsort(ids)
+                ids, new = ids[order], new[order]
+                part[lay.IDS] = self._kept(np.ascontiguousarray(ids, np.int64))
+            part[lay.COUNT] = len(new)
+            part[lay.NEW] = self._floats(new)
+
+    def _steps(self, b: NDArray[np.float32]) -> tuple[int, int]:
+        """B [N, r] as steps: how many, and where."""
+        each = 2 if self.form is RowForm.BF16 else 1
+        steps = -(-b.shape[1] // each)
+        whole = self._bits(np.pad(b, ((0, 0), (0, steps * each - b.shape[1]))))
+        return steps, self._kept(whole.reshape(len(b), steps, each).transpose(1, 0, 2))
+
+    def _bits(self, numbers: NDArray[np.float32]) -> np.ndarray:
+        numbers = np.ascontiguousarray(numbers)
+        if self.form is RowForm.F32:
+            return numbers
+        return read_plain(numbers.reshape(-1).view(np.uint8), "F32", numbers.shape, "BF16").view(np.uint16)
+
+    def _floats(self, numbers: NDArray[np.float32]) -> int:
+        return self._kept(np.ascontiguousarray(numbers, np.float32))
+
+    def _kept(self, numbers: np.ndarray) -> int:
+        """Address of a copy on a boundary of cache lines; vectors may be read beyond its end."""
+        memory = aligned(numbers.nbytes + 64, np.uint8)
+        memory[: numbers.nbytes].view(numbers.dtype).reshape(numbers.shape)[...] = numbers
+        self._keep.append(memory)
+        self.nbytes += memory.nbytes
+        return address_of(memory)

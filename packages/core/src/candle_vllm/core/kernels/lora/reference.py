@@ -1,0 +1,188 @@
+"""What adapters add, in plain torch, literal enough to check by eye: what layers add that run op by op."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from candle_vllm.core.kernels.lora import Delta, NumberType, PackedAdapter, Place
+from candle_vllm.core.kernels.torch_numbers import DTYPES
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TorchDelta:
+    """A `Delta` of the rows begin .. end of a place, of an expert; see there. B is multiplied by c."""
+
+    expert: int
+    begin: int
+    end: int
+    scale: float
+    a: torch.Tensor | None
+    b: torch.Tensor | None
+    bias: torch.Tensor | None
+    less: torch.Tensor | None  # c - 1
+    full: torch.Tensor | None
+    rows: tuple[torch.Tensor, torch.Tensor] | None
+
+    @classmethod
+    def of(cls, place: Place, name: str, delta: Delta, dtype: NumberType, device: Any) -> TorchDelta:
+        """Brings it to a device, its matrices in `dtype`."""
+
+        def tensor(numbers: Any, kind: str = "F32") -> Any:
+            return None if numbers is None else torch.from_numpy(np.array(numbers)).to(device, DTYPES[kind])
+
+        def matrix(stored: Any, factor: Any = None) -> Any:
+            if stored is None:
+                return None
+            numbers = stored.load("F32")
+            return tensor(numbers if factor is None else numbers * factor, dtype)
+
+        c = delta.column_scale
+        b_factor = None if c is None or place.lookup else c[:, None]
+        return cls(
+            *place.parts[name],
+            scale=delta.scale,
+            a=matrix(delta.a, c if place.lookup else None),
+            b=matrix(delta.b, b_factor),
+            bias=tensor(delta.bias),
+            less=tensor(None if c is None else c - np.float32(1)),
+            full=matrix(delta.full),
+            rows=None if delta.rows is None else (torch.from_numpy(delta.rows[0]).to(device), tensor(delta.rows[1])),
+        )
+
+
+class TorchAdapter:
+    """An adapter for layers that run op by op.
+
+    Attributes:
+        deltas: of each place, by its number.
+        nbytes: of all tensors.
+    """
+
+    def __init__(self, found: Mapping[int, tuple[Place, Mapping[str, Delta]]], dtype: NumberType, device: Any = "cpu"):
+        self.dtype = DTYPES[dtype]
+        self.deltas = {
+            number: [TorchDelta.of(place, name, delta, dtype, device) for name, delta in deltas.items()]
+            for number, (place, deltas) in found.items()
+        }
+        tensors = [t for of in self.deltas.values() for d in of for t in (d.a, d.b, d.bias, d.less, d.full)]
+        self.nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def added(self, delta: TorchDelta, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """What `delta` adds to the model's own products [n, N] of inputs [n, K], in fp32, at a scale of 1."""
+        rounded = x.to(self.dtype).float()
+        total = torch.zeros_like(own)
+        if delta.full is not None:
+            total += rounded @ delta.full.float().T - own
+        elif delta.a is not None and delta.b is not None:
+            h = (rounded @ delta.a.float().T * delta.scale).to(self.dtype).float()
+            total += h @ delta.b.float().T
+        if delta.less is not None:
+            total += delta.less * own
+        if delta.bias is not None:
+            total += delta.bias
+        if delta.rows is not None:
+            ids, new = delta.rows
+            total[:, ids] += rounded @ new.T - own[:, ids]
+        return total
+
+    def looked_up(self, delta: TorchDelta, ids: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """The same for a table's rows [n, K] of these numbers."""
+        total = torch.zeros_like(own)
+        if delta.full is not None:
+            return delta.full[ids].float() - own
+        if delta.a is not None and delta.b is not None:
+            h = (delta.b[ids].float() * delta.scale).to(self.dtype).float()
+            total += h @ delta.a.float()
+        if delta.less is not None:
+            total += delta.less * own
+        if delta.rows is not None:
+            numbers, new = delta.rows
+            token, place = (ids[:, None] == numbers).nonzero(as_tuple=True)
+            total[token] += new[place] - own[token]
+        return total
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """The rows of a step that have an adapter, and how much of it."""
+
+    adapter: PackedAdapter
+    rows: torch.Tensor  # [n] int64
+    scales: torch.Tensor  # [n, 1]
+
+
+class EagerAdapters:
+    """What layers add to their products; whoever runs a step says which rows have which adapters.
+
+    Attributes:
+        groups: those of the rows that run.
+    """
+
+    def __init__(self) -> None:
+        self.groups: Sequence[Group] = ()
+
+    def choose(self, adapters: Any, device: Any, wanted: NDArray[np.int64] | None = None) -> None:
+        """Takes the rows of a step, `AdapterRows` or None, or of those of its rows that are `wanted`."""
+        picked = adapters if wanted is None or adapters is None else adapters.among(wanted)
+        self.groups = (
+            ()
+            if picked is None
+            else [
+                Group(
+                    adapter,
+                    torch.from_numpy(picked.rows[first:last]).to(device),
+                    torch.from_numpy(picked.scales[first:last, None]).to(device),
+                )
+                for adapter, first, last in zip(picked.adapters, picked.starts[:-1], picked.starts[1:])
+            ]
+        )
+
+    def add(self, place: Place | None, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """y [T, N] = x [T, K] W^T + bias with what adapters add to it."""
+        deltas = self._at(place)
+        if not deltas:
+            return y
+        own = y.float() if bias is None else y.float() - bias.float()
+        total = y.float().clone()
+        for group, of in deltas:
+            for delta in of:
+                columns = slice(delta.begin, delta.end)
+                added = group.adapter.layout.added(delta, x[group.rows].float(), own[group.rows, columns])
+                total[group.rows, columns] += group.scales * added
+        return total.to(y.dtype)
+
+    def look_up(self, place: Place | None, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of a table with what adapters change of them."""
+        deltas = self._at(place)
+        if not deltas:
+            return rows
+        total, own = rows.float().clone(), rows.float()
+        for group, of in deltas:
+            for delta in of:
+                added = group.adapter.layout.looked_up(delta, ids[group.rows], own[group.rows])
+                total[group.rows] += group.scales * added
+        return total.to(rows.dtype)
+
+    def add_expert(
+        self, place: Place | None, expert: int, tokens: torch.Tensor, x: torch.Tensor, y: torch.Tensor
+    ) -> None:
+        """Adds to an expert's products y [n, N] of these tokens' rows x, in place."""
+        for group, of in self._at(place):
+            scale = torch.zeros(int(max(group.rows.max(), tokens.max())) + 1, 1, device=y.device)
+            scale[group.rows] = group.scales
+            for delta in of:
+                if delta.expert == expert:
+                    columns = slice(delta.begin, delta.end)
+                    y[:, columns] += scale[tokens] * group.adapter.layout.added(delta, x, y[:, columns])
+
+    def _at(self, place: Place | None) -> list[tuple[Group, list[TorchDelta]]]:
+        if place is None:
+            return []
+        found = [(group, group.adapter.layout.deltas.get(place.number)) for group in self.groups]
+        return [(group, of) for group, of in found if of]

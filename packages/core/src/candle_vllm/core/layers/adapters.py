@@ -1,0 +1,55 @@
+"""Where adapters join in: the products of a model, each with a number, by the paths that weights are loaded by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from candle_vllm.core.kernels.lora import Place
+from candle_vllm.core.layers.embedding import Embedding
+from candle_vllm.core.layers.linear import Linear
+from candle_vllm.core.layers.moe import ExpertMLPs, Router
+
+
+def number_places(model: object) -> Mapping[str, tuple[Place, ...]]:
+    """Gives every product of a model a place, and tells them by path; experts have two, "gate" and "up" in the first.
+
+    "head" is there although the table of "embed" may be the head too; "embed" is looking up alone.
+    """
+    made: dict[str, tuple[Place, ...]] = {}
+    count = 0
+
+    def place(linear: Linear) -> Place:
+        nonlocal count
+        if linear.place is None:
+            linear.place = linear.number_place(count)
+        count = max(count, linear.place.number + 1)
+        return linear.place
+
+    for path, layer in _layers(model, ""):
+        if isinstance(layer, Linear):
+            made[path] = (place(layer),)
+        elif isinstance(layer, Router):
+            made[path] = (place(layer.scores),)
+        elif isinstance(layer, ExpertMLPs):
+            made[path] = (place(layer.gate_up), place(layer.down))
+        elif isinstance(layer, Embedding):
+            if path != "head":
+                layer.place = layer.table.number_place(count, lookup=True)
+                count += 1
+                made[path] = (layer.place,)
+            if path == "head" or (path == "embed" and getattr(model, "head", None) is None):
+                made["head"] = (place(layer.table),)
+    return made
+
+
+def _layers(layer: object, path: str) -> Iterator[tuple[str, object]]:
+    """What has matrices, by its path."""
+    if isinstance(layer, (Linear, Router, ExpertMLPs, Embedding)):
+        yield path, layer
+    elif isinstance(layer, (list, tuple)):
+        for number, each in enumerate(layer):
+            yield from _layers(each, f"{path}.{number}")
+    elif type(layer).__module__.startswith(("candle_vllm.core.models", "candle_vllm.core.layers")):
+        for name, each in getattr(layer, "__dict__", {}).items():
+            if not name.startswith("_"):
+                yield from _layers(each, f"{path}.{name}" if path else name)

@@ -1,0 +1,160 @@
+"""What adapters add on the CPU: as plain torch has it, whatever else is in the step, in every variant."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("numba")
+
+from lora_field import add, fitted, low_rank, stored
+
+from candle_vllm.core.errors import AdapterError
+from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
+from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.kernels.lora import Delta, PackedAdapter, Place
+from candle_vllm.core.kernels.lora.pack import pack_adapter
+
+ISAS = [Isa.GENERIC, host_isa()] if host_isa() & Isa.BF16 else [Isa.GENERIC]
+each_isa = pytest.mark.parametrize("isa", ISAS, ids=str)
+each_type = pytest.mark.parametrize("dtype", ["F32", "BF16"])
+TOLERANCE = {"F32": 1e-6, "BF16": 5e-3}
+PLACES = {"layer": (Place(1, 96, {"q.": (0, 0, 40), "k.": (0, 40, 53), "v.": (0, 53, 123)}),)}
+
+
+@pytest.fixture(scope="module", params=[1, 2, 5], ids=lambda n: f"{n} threads")
+def team(request):
+    team = ThreadTeam(request.param)
+    yield team
+    team.close()
+
+
+def both(deltas: dict[str, Delta], dtype: str, places=PLACES) -> tuple[PackedAdapter, PackedAdapter]:
+    """An adapter for the compiled operations, and for plain torch."""
+    compiled, plain = (
+        pack_adapter(fitted({"layer": deltas}), places, dtype, compiled=compiled) for compiled in (True, False)
+    )
+    return compiled, plain
+
+
+def expected(groups, place: Place, x: np.ndarray, y: np.ndarray, own: np.ndarray) -> np.ndarray:
+    total, inputs, products = (torch.from_numpy(array).clone() for array in (y, x, own))
+    for adapter, rows, scales in groups:
+        for delta in adapter.layout.deltas[place.number]:
+            columns = slice(delta.begin, delta.end)
+            added = adapter.layout.added(delta, inputs[rows], products[rows, columns])
+            total[rows, columns] += torch.tensor(scales)[:, None] * added
+    return total.numpy()
+
+
+def distance(found: np.ndarray, wanted: np.ndarray, scale: np.ndarray) -> float:
+    return float(np.sqrt(np.mean((found - wanted) ** 2)) / np.sqrt(np.mean(scale**2)))
+
+
+def random_rows(generator: np.random.Generator, rows: int, place: Place) -> tuple[np.ndarray, np.ndarray]:
+    width = max(end for _, _, end in place.parts.values())
+    x, y = (generator.standard_normal((rows, n)).astype(np.float32) for n in (place.columns, width))
+    return x, y
+
+
+@each_isa
+@each_type
+@pytest.mark.parametrize("ranks", [(1, 4, 6), (8, 12, 16), (24, 64, 256)], ids=str)
+def test_every_rank_adds_what_the_reference_adds(team, isa, dtype, ranks):
+    generator = np.random.default_rng(sum(ranks))
+    (place,) = PLACES["layer"]
+    deltas = {
+        name: low_rank(generator, end - begin, place.columns, rank)
+        for rank, (name, (_, begin, end)) in zip(ranks, place.parts.items())
+    }
+    compiled, plain = both(deltas, dtype)
+    for rows in (1, 3, 8, 45):
+        x, y = random_rows(generator, rows + 3, place)
+        chosen = generator.permutation(rows + 3)[:rows].tolist()
+        scales = generator.uniform(0.5, 2, rows).astype(np.float32).tolist()
+        found = add(team, isa, place, [(compiled, chosen, scales)], x, y)
+        wanted = expected([(plain, chosen, scales)], place, x, y, y)
+        others = np.setdiff1d(np.arange(rows + 3), chosen)
+        assert (found[others] == y[others]).all()
+        assert distance(found, wanted, wanted - y) < TOLERANCE[dtype]
+
+
+@each_isa
+@each_type
+@pytest.mark.parametrize("columns", [1, 31, 33, 576])
+def test_odd_widths(team, isa, dtype, columns):
+    generator = np.random.default_rng(columns)
+    place = Place(0, columns, {"": (0, 0, 301)})
+    compiled, plain = both({"": low_rank(generator, 301, columns, 20)}, dtype, {"layer": (place,)})
+    x, y = random_rows(generator, 9, place)
+    found = add(team, isa, place, [(compiled, list(range(9)), [1.0] * 9)], x, y)
+    wanted = expected([(plain, list(range(9)), [1.0] * 9)], place, x, y, y)
+    assert distance(found, wanted, wanted - y) < TOLERANCE[dtype]
+
+
+@each_isa
+@each_type
+def test_a_row_has_the_bits_that_it_has_alone(team, isa, dtype):
+    generator = np.random.default_rng(5)
+    (place,) = PLACES["layer"]
+    adapters = [
+        both({name: low_rank(generator, 123 // 3, 96, rank) for name in names}, dtype, places)[0]
+        for names, rank, places in (
+            (("q.", "k.", "v."), 16, EVEN),
+            (("v.",), 5, EVEN),
+            (("q.", "v."), 40, EVEN),
+        )
+    ]
+    place = EVEN["layer"][0]
+    x, y = random_rows(generator, 40, place)
+    of = [(adapter, list(range(first, 40, step)), 1.5) for adapter, first, step in zip(adapters, (0, 3, 7), (1, 2, 3))]
+    together = add(team, isa, place, [(a, rows, [s] * len(rows)) for a, rows, s in of], x, y)
+    lone = ThreadTeam(1)
+    for row in (0, 3, 7, 13, 39):
+        alone = [(a, [0], [s]) for a, rows, s in of if row in rows]
+        assert (add(lone, isa, place, alone, x[row : row + 1], y[row : row + 1]) == together[row]).all()
+    lone.close()
+
+
+EVEN = {"layer": (Place(2, 96, {"q.": (0, 0, 41), "k.": (0, 41, 82), "v.": (0, 82, 123)}),)}
+
+
+@each_isa
+@each_type
+def test_dora_biases_and_whole_matrices(team, isa, dtype):
+    generator = np.random.default_rng(8)
+    place = EVEN["layer"][0]
+    deltas = {
+        "q.": low_rank(
+            generator,
+            41,
+            96,
+            8,
+            column_scale=generator.uniform(0.5, 1.5, 41).astype(np.float32),
+            bias=generator.standard_normal(41).astype(np.float32),
+        ),
+        "k.": Delta(full=stored(generator.standard_normal((41, 96)) / 10)),
+        "v.": Delta(bias=generator.standard_normal(41).astype(np.float32)),
+    }
+    compiled, plain = both(deltas, dtype, EVEN)
+    assert compiled.apart
+    x, own = random_rows(generator, 11, place)
+    rows, scales = [1, 2, 3, 5, 8, 9, 10], [1.0, 0.5, 1.0, 2.0, 1.0, 1.0, 0.25]
+    memory = np.ascontiguousarray(np.pad(own, ((0, 0), (0, 13)), constant_values=np.nan))
+    found = add(team, isa, place, [(compiled, rows, scales)], x, np.full_like(own, 7), memory)
+    wanted = expected([(plain, rows, scales)], place, x, own, own)
+    assert (found[[0, 4, 6, 7]] == own[[0, 4, 6, 7]]).all()
+    assert distance(found, wanted, wanted - own) < TOLERANCE[dtype]
+
+
+def test_an_adapter_takes_what_its_file_takes():
+    place = Place(0, 576, {"": (0, 0, 1536)})
+    made = both({"": low_rank(np.random.default_rng(0), 1536, 576, 16)}, "BF16", {"layer": (place,)})[0]
+    assert made.nbytes < 1.1 * 2 * 16 * (1536 + 576)
+
+
+def test_what_the_model_does_not_multiply_is_refused():
+    delta = low_rank(np.random.default_rng(0), 4, 4, 4)
+    with pytest.raises(AdapterError, match=r"layer:z\.weight"):
+        pack_adapter(fitted({"layer": {"z.": delta}}), PLACES, "F32", compiled=True)
