@@ -66,7 +66,7 @@ class AdapterRows(msgspec.Struct, frozen=True, eq=False):
             found[kept],
             self.scales[kept],
             np.append(starts[some], starts[-1]),
-            [self.adapters[group] for group in some],
+            [self.adapters[group] for group in some.tolist()],
             self.sources[kept],
         )
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.assembly.encoder import LoadedEncoder
 from candle_vllm.core.assembly.model import Described, LoadedModel
@@ -21,6 +23,7 @@ from candle_vllm.core.engine.preparation import DecoderPreparation, EncoderPrepa
 from candle_vllm.core.engine.request import ModelInfo
 from candle_vllm.core.engine.scheduler import Scheduler, WholeTexts
 from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.memory import MIB, CachePlan, cache_bytes, main_room, plan_cache, room_for
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.sampling.params import DEFAULT_SAMPLING
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.engine.draft_model import DraftModel
     from candle_vllm.core.kernels.cpu_runtime.recorder import StepLimits
     from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+    from candle_vllm.core.kernels.lora import FittedAdapter, PackedAdapter
 
 _COMPILER_BYTES = 256 * MIB
 
@@ -249,7 +253,8 @@ def _build_on_cpu(
     if plan.warning:
         logger.warning(plan.warning)
     rows = max(sequences + draft_rows, MAX_SCORED_ROWS)
-    runner = _runner_on_cpu(config, loaded, plan, budget, sequences, rows)
+    adapters = _adapter_limits(config, loaded) if config.enable_lora else {}
+    runner = _runner_on_cpu(config, loaded, plan, budget, sequences, rows, adapters=adapters)
     Sampler.prepare(loaded.placement.device)  # behind it: a first start compiles side by side what the plan needs
     draft = None
     if loaded.draft is not None:
@@ -265,14 +270,22 @@ def _runner_on_cpu(
     sequences: int,
     rows: int,
     team: ThreadTeam | None = None,
+    adapters: Mapping[str, Any] = MappingProxyType({}),
 ) -> StepwiseRunner:
-    """What runs a model; `rows` of a step at most have logits."""
+    """What runs a model; `rows` of a step at most have logits, and adapters are as `StepLimits` says."""
     placement = loaded.placement
     loaded.decoder.prepare(min(plan.max_model_len, loaded.config.max_position))
     if not placement.recorded:
         from candle_vllm.core.engine.eager_runner import EagerRunner
 
-        return EagerRunner(loaded.decoder, plan.num_blocks, config.block_size, placement.device, placement.torch_dtype)
+        device, dtype, joined = placement.device, placement.torch_dtype, None
+        if adapters:
+            from candle_vllm.core.kernels.lora.reference import EagerAdapters
+
+            number_places(loaded.decoder, joined := EagerAdapters())
+        return EagerRunner(loaded.decoder, plan.num_blocks, config.block_size, device, dtype, joined)
+    if adapters:
+        number_places(loaded.decoder)
     from candle_vllm.core.engine.recorded_runner import RecordedRunner, StepLimits
 
     leave_cores_to_others()
@@ -283,9 +296,28 @@ def _runner_on_cpu(
         table_width=-(-plan.max_model_len // config.block_size),
         block_size=config.block_size,
         threads=config.threads or default_threads(),
+        **adapters,
     )
     with _room_for_rows(limits):
         return RecordedRunner(loaded.decoder, plan.num_blocks, limits, team=team)
+
+
+def _adapter_limits(config: EngineConfig, loaded: LoadedModel) -> dict[str, Any]:
+    """What `StepLimits` says of adapters: multiplied in bfloat16, but in float32 where the model's own matrices are."""
+    dtype = config.lora_dtype.upper()
+    if dtype == "AUTO":
+        dtype = "F32" if loaded.dtype.startswith("f32") else "BF16"
+    if dtype == "F16":
+        raise ConfigError("lora_dtype 'f16': adapters are multiplied in bf16 or f32 on the CPU: set one", "lora_dtype")
+    return {"adapter_rank": config.max_lora_rank, "adapter_dtype": dtype}
+
+
+def adapter_packer(config: EngineConfig, loaded: LoadedModel) -> Callable[[FittedAdapter], PackedAdapter]:
+    """What makes adapters ready for the steps of a model on the CPU, see `pack_adapter`; in any thread."""
+    from candle_vllm.core.kernels.lora.pack import pack_adapter
+
+    dtype, places = _adapter_limits(config, loaded)["adapter_dtype"], number_places(loaded.decoder)
+    return partial(pack_adapter, places=places, dtype=dtype, compiled=loaded.placement.recorded)
 
 
 def _room_for_rows(limits: StepLimits) -> AbstractContextManager[None]:

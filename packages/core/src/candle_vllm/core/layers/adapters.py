@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from candle_vllm.core.kernels.lora import Place
 from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.moe import ExpertMLPs, Router
 
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.lora.reference import EagerAdapters
 
-def number_places(model: object) -> Mapping[str, tuple[Place, ...]]:
+
+def number_places(model: object, adapters: EagerAdapters | None = None) -> Mapping[str, tuple[Place, ...]]:
     """Gives every product of a model a place, and tells them by path; experts have two, "gate" and "up" in the first.
 
     "head" is there although the table of "embed" may be the head too; "embed" is looking up alone.
+
+    Args:
+        model: of which places are numbered once.
+        adapters: what is added where layers run op by op; None leaves what is there.
     """
     made: dict[str, tuple[Place, ...]] = {}
     count = 0
 
     def place(linear: Linear) -> Place:
         nonlocal count
+        linear.adapters = adapters or linear.adapters
         if linear.place is None:
             linear.place = linear.number_place(count)
         count = max(count, linear.place.number + 1)
@@ -34,8 +43,10 @@ def number_places(model: object) -> Mapping[str, tuple[Place, ...]]:
             made[path] = (place(layer.gate_up), place(layer.down))
         elif isinstance(layer, Embedding):
             if path != "head":
-                layer.place = layer.table.number_place(count, lookup=True)
-                count += 1
+                layer.table.adapters = adapters or layer.table.adapters
+                if layer.place is None:
+                    layer.place = layer.table.number_place(count, lookup=True)
+                count = max(count, layer.place.number + 1)
                 made[path] = (layer.place,)
             if path == "head" or (path == "embed" and getattr(model, "head", None) is None):
                 made["head"] = (place(layer.table),)

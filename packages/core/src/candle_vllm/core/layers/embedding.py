@@ -51,8 +51,8 @@ class Embedding:
         if isinstance(token_ids, RecordedTokens):
             return token_ids.embedding(matrix, self.scale, self.place)
         rows = matrix.take(token_ids, self._placement.torch_dtype)
-        if self._placement.adapters is not None:
-            rows = self._placement.adapters.look_up(self.place, token_ids, rows)
+        if self.table.adapters is not None:
+            rows = self.table.adapters.look_up(self.place, token_ids, rows)
         rows = rows.float() if self._wide else rows
         return rows if self.scale is None else scale_cap_(rows, self.scale)
 

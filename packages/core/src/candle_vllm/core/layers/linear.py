@@ -19,6 +19,7 @@ from candle_vllm.core.layers.parameters import MatrixParameter, Placement, Tenso
 from candle_vllm.core.loading.weights import Parameter
 
 if TYPE_CHECKING:
+    from candle_vllm.core.kernels.lora.reference import EagerAdapters
     from candle_vllm.core.kernels.matrices import DeviceMatrix, Piece
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Linear:
     Attributes:
         pieces: the matrices as they were filled, by the beginnings of their parameters' names.
         place: where adapters join in; None where they never do.
+        adapters: what they add where layers run op by op; see `number_places`.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Linear:
         self.bias = placement.empty(*shape, dtype=dtype) if bias else None
         self.pieces: dict[str, Piece] = {}
         self.place: Place | None = None
+        self.adapters: EagerAdapters | None = None
 
     def __call__(self, x: Value, pairs: Any = None, activation: Activation | None = None) -> Value:
         """y; of experts for `pairs`, and where an activation is named act(gate) * up, see `kernels/moe`.
@@ -86,9 +89,8 @@ class Linear:
             from candle_vllm.core.kernels.matrices import multiply
 
             y = multiply(x.to(self._torch_dtype), self.matrices, self.bias, invariant=invariant)
-            adapters = self._placement.adapters
-            return y if adapters is None else adapters.add(self.place, x, y, self.bias)
-        joins = {"place": self.place, "adapters": self._placement.adapters}
+            return y if self.adapters is None else self.adapters.add(self.place, x, y, self.bias)
+        joins = {"place": self.place, "adapters": self.adapters}
         return expert_linear(x, self.matrices, pairs, self.bias, activation=activation, invariant=invariant, **joins)
 
     def number_place(self, number: int, *, lookup: bool = False) -> Place:

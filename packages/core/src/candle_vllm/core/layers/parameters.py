@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.backends import PlainBackend
     from candle_vllm.core.kernels.cpu_runtime.backend import RecordedBackend
     from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
-    from candle_vllm.core.kernels.lora.reference import EagerAdapters
     from candle_vllm.core.kernels.plain_linear.layout import PlainKind
 
 Packed: TypeAlias = tuple[Any, str | None]
@@ -41,7 +40,6 @@ class Placement:
             the GPU's kernels; else they become plain numbers of `dtype`.
         invariant: a token's numbers do not depend on what else is in the step, at some cost.
         shapes_only: there is no memory behind what `empty` gives, and nothing is loaded.
-        adapters: what layers that run op by op add to their products; None where there are no adapters.
     """
 
     device: Device
@@ -51,7 +49,6 @@ class Placement:
     keeps_quantised: bool = False
     invariant: bool = False
     shapes_only: bool = False
-    adapters: EagerAdapters | None = None
 
     @property
     def recorded(self) -> bool:

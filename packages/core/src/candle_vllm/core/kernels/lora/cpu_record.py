@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from candle_vllm.core.kernels.activation_rows import RowForm
 from candle_vllm.core.kernels.cpu_runtime.matrices import InputRows, Inputs, make_forms
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
@@ -76,7 +78,7 @@ class Joining:
         if self._rows_from is StepNumber.TOKENS:
             return self._recorder.buffer(width)
         stride = row_stride(width)
-        made = aligned(self._recorder.limits.logit_rows * stride, "float32")
+        made = aligned(self._recorder.limits.logit_rows * stride, np.float32)
         self._recorder.keep_array(made)
         return Buffer(made, width, stride)
 
