@@ -73,7 +73,7 @@ class AdapterRows(msgspec.Struct, frozen=True, eq=False):
 
 def adapter_rows(scheduled: Seq[Run], query_start: Ints) -> AdapterRows | None:
     """The adapters of a step whose runs begin at these rows; None where no row has one."""
-    if not any([run.sequence.adapters for run in scheduled]):
+    if not any(run.sequence.adapters for run in scheduled):
         return None
     found: dict[int, list[tuple[int, int, float]]] = {}
     adapters: dict[int, PackedAdapter] = {}
