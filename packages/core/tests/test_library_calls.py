@@ -338,7 +338,7 @@ def test_wrong_kinds_are_our_own_errors(engine: InferenceEngine) -> None:
             given.detokenize(wrong)
     with pytest.raises(RuntimeError, match="use generate_stream or chat_stream"):
         engine.stream("x")
-    with pytest.raises(TypeError, match=r"^score takes pairs, use_tqdm: score\(\) takes 2"):
+    with pytest.raises(TypeError, match=r"^score takes pairs, use_tqdm, lora_request: score\(\) takes 2"):
         given.score("a", ["b"])
 
 

@@ -146,7 +146,7 @@ def test_classes(tmp_path: Path, engine: InferenceEngine) -> None:
 
 def test_what_there_is_not_is_refused_by_name(engine: InferenceEngine) -> None:
     for options, said in (
-        ({"lora_request": object()}, "takes no lora_request: adapters"),
+        ({"lora_request": object()}, "lora_request must be a LoRARequest, or pairs .*, not object"),
         ({"data_parallel_rank": 1}, "takes no data_parallel_rank"),
         ({"tokenization_kwargs": {"truncation": True}}, "may have add_special_tokens"),
     ):

@@ -130,5 +130,5 @@ def test_wrong_calls(engine: InferenceEngine) -> None:
         LLM(engine).beam_search(["a"], params, priority=[1, 2])
     with pytest.raises(InvalidParameterError, match="concurrency_limit must be"):
         LLM(engine).beam_search(["a"], params, concurrency_limit=0)
-    with pytest.raises(InvalidParameterError, match="beam_search takes no lora_request"):
+    with pytest.raises(InvalidParameterError, match=r"lora_request must be a LoRARequest, or pairs .*, not object"):
         LLM(engine).beam_search(["a"], params, lora_request=object())  # type: ignore[arg-type]

@@ -215,8 +215,14 @@ def test_a_bar_of_the_callers_own_is_moved(llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda llm: llm.generate("a", lora_request=object()), "takes no lora_request: adapters are not loaded"),
-        (lambda llm: llm.chat([USER], lora_request=object()), "takes no lora_request: adapters are not loaded"),
+        (
+            lambda llm: llm.generate("a", lora_request=object()),
+            "lora_request must be a LoRARequest, or pairs .*, not object",
+        ),
+        (
+            lambda llm: llm.chat([USER], lora_request=object()),
+            "lora_request must be a LoRARequest, or pairs .*, not object",
+        ),
         (lambda llm: llm.generate("a", mm_processor_kwargs={}), "takes no mm_processor_kwargs: models read text alone"),
         (lambda llm: llm.generate("a", tokenization_kwargs={"truncation": True}), "may have add_special_tokens"),
         (lambda llm: llm.chat([USER], chat_template_content_format="openai"), "always joined to one text"),

@@ -201,7 +201,6 @@ _ARGUMENTS: Rows = (
     ("params generation_config", "sampling_params"),
     ("conversation conversations", "messages"),
     ("stream streamer", "there are generate_stream and chat_stream, and stream in an event loop"),
-    ("lora_request", NO_ADAPTERS),
     ("mm_processor_kwargs", TEXT_ALONE),
     ("progress show_progress", "use_tqdm"),
     ("functions", "tools"),

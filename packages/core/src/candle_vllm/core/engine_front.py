@@ -18,16 +18,23 @@ from msgspec.structs import replace
 
 from candle_vllm.core.arguments import explained
 from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.engine.adapters import AdapterCall
 from candle_vllm.core.engine.admission import check_encoder_task
 from candle_vllm.core.engine.pooling_calls import MAX_TEXT, Pair, PoolingCalls
 from candle_vllm.core.engine.request import (
+    AdapterInfo,
+    AdapterUse,
     ClassificationOutput,
     EmbeddingOutput,
     EngineStats,
     GenerationOutput,
     GenerationRequest,
+    LoraChoice,
+    LoRARequest,
     ModelInfo,
     ScoreOutput,
+    adapter_uses,
+    each_adapter_uses,
 )
 from candle_vllm.core.engine.stream import Bar, Inbox, TokenIterator, TokenStream, run_all, whole
 from candle_vllm.core.engine.thread import EngineThread, StepEngine
@@ -236,6 +243,48 @@ class EngineFront(ABC):
             InvalidParameterError: the form is wrong, or something in it is not supported; it is named.
         """
 
+    # ---- adapters ----------------------------------------------------------------------------------------------------
+
+    @explained()
+    def add_lora(self, lora_request: LoRARequest) -> AdapterInfo:
+        """Makes an adapter known by its name and loads it; waits for that, while requests go on.
+
+        Thread-safe, as the three methods behind it are. With `load_inplace` the files are read anew; what runs with the
+        old ones ends with them.
+
+        Raises:
+            AdapterError: it cannot be used: its files, or what they ask of the model.
+            InvalidParameterError: adapters are off (`enable_lora`), or the name has other files.
+            EngineOverloadedError: it was not loaded in time: others need the memory.
+            EngineDeadError: the engine has stopped.
+        """
+        if not isinstance(lora_request, LoRARequest):
+            said = f"lora_request must be a LoRARequest, not {type(lora_request).__name__}"
+            raise InvalidParameterError(said, "lora_request")
+        return self._adapters(AdapterCall("add", lora_request.use()))[0]
+
+    @explained()
+    def remove_lora(self, lora_name: str) -> bool:
+        """Forgets a name; False where there was none. Requests that were taken go on to their ends.
+
+        Raises:
+            InvalidParameterError, EngineDeadError: as of `add_lora`.
+        """
+        return bool(self._adapters(AdapterCall("remove", AdapterUse(name=lora_name))))
+
+    @explained()
+    def pin_lora(self, lora_name: str) -> AdapterInfo:
+        """Loads an adapter that is known and keeps it in memory until it is removed. Errors as of `add_lora`."""
+        return self._adapters(AdapterCall("pin", AdapterUse(name=lora_name)))[0]
+
+    def list_loras(self) -> tuple[AdapterInfo, ...]:
+        """All adapters that are known; none where adapters are off. Errors as of `remove_lora`."""
+        return self._adapters(AdapterCall("list")) if self.config.enable_lora else ()
+
+    @abstractmethod
+    def _adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
+        """Has the engine carry out what is asked of its adapters; `remove` gives what was removed."""
+
     # ---- whole answers -----------------------------------------------------------------------------------------------
 
     @explained(**_SAMPLING)
@@ -247,6 +296,7 @@ class EngineFront(ABC):
         use_tqdm: Bar = True,
         priority: int | Sequence[int] = 0,
         add_special_tokens: bool = True,
+        lora_request: LoraChoice | Sequence[LoraChoice] = None,
     ) -> list[GenerationOutput]:
         """Continues every prompt; outputs in the order of the prompts.
 
@@ -258,6 +308,8 @@ class EngineFront(ABC):
             use_tqdm: show a progress bar, on a terminal; or what makes one, called as tqdm is.
             priority: one for all, or one each; lower runs first.
             add_special_tokens: texts begin with the token that the model asks for.
+            lora_request: the adapter of all prompts (`enable_lora`), pairs of adapters and scales for a mix of them, or
+                one of either, or None, for each prompt. A path that comes with a name is read when it is first used.
 
         Raises:
             RequestError: a prompt or its parameters are wrong, with its place in a list (`prompts[50]`); nothing has
@@ -265,7 +317,9 @@ class EngineFront(ABC):
             RequestAbortedError: the engine was closed meanwhile.
             CandleVllmError: the engine failed on a request.
         """
-        todo = self._requests("prompts", as_prompts(prompts), sampling_params, add_special_tokens, priority)
+        todo = self._requests(
+            "prompts", as_prompts(prompts), sampling_params, add_special_tokens, priority, lora_request
+        )
         return [output for _, output in sorted(run_all(self._running_thread(), todo, use_tqdm))]
 
     @overload
@@ -276,6 +330,7 @@ class EngineFront(ABC):
         *,
         use_tqdm: Bar = True,
         priority: int = 0,
+        lora_request: LoraChoice = None,
         **options: Any,
     ) -> GenerationOutput: ...
 
@@ -287,6 +342,7 @@ class EngineFront(ABC):
         *,
         use_tqdm: Bar = True,
         priority: int | Sequence[int] = 0,
+        lora_request: LoraChoice | Sequence[LoraChoice] = None,
         **options: Any,
     ) -> list[GenerationOutput]: ...
 
@@ -297,6 +353,7 @@ class EngineFront(ABC):
         *,
         use_tqdm: Bar = True,
         priority: int | Sequence[int] = 0,
+        lora_request: LoraChoice | Sequence[LoraChoice] = None,
         **options: Any,
     ) -> GenerationOutput | list[GenerationOutput]:
         """Answers a conversation, or every one of a list; outputs in the order of the conversations.
@@ -306,7 +363,7 @@ class EngineFront(ABC):
         Args:
             messages: the messages of one conversation, or a list of conversations.
             sampling_params: one for all, or one each, as of `generate`.
-            use_tqdm, priority: as of `generate`; a bar is shown for a list.
+            use_tqdm, priority, lora_request: as of `generate`; a bar is shown for a list.
             options: as of `apply_chat_template`; `documents`, `tools` and variables are those of all conversations.
 
         Raises:
@@ -323,7 +380,7 @@ class EngineFront(ABC):
             params = self._chat_params(sampling_params)
         else:
             params = [self._chat_params(each) for each in _each_params(sampling_params)]
-        todo = self._requests("messages", prompts, params, False, priority)
+        todo = self._requests("messages", prompts, params, False, priority, lora_request)
         outputs = [output for _, output in sorted(run_all(self._running_thread(), todo, several and use_tqdm))]
         return outputs if several else outputs[0]
 
@@ -336,11 +393,17 @@ class EngineFront(ABC):
         request_id: str | None = None,
         priority: int = 0,
         add_special_tokens: bool = True,
+        lora_request: LoraChoice = None,
     ) -> GenerationOutput:
         """`generate` for one prompt, in an event loop. Cancelling it aborts the request."""
         return await whole(
             self.stream(
-                prompt, sampling_params, request_id=request_id, priority=priority, add_special_tokens=add_special_tokens
+                prompt,
+                sampling_params,
+                request_id=request_id,
+                priority=priority,
+                add_special_tokens=add_special_tokens,
+                lora_request=lora_request,
             )
         )
 
@@ -351,12 +414,15 @@ class EngineFront(ABC):
         *,
         request_id: str | None = None,
         priority: int = 0,
+        lora_request: LoraChoice = None,
         **options: Any,
     ) -> GenerationOutput:
         """`chat` for one conversation, in an event loop. Cancelling it aborts the request."""
         prompt = self._chat_prompt(*self._rendered("achat", messages, options))
         params = self._chat_params(sampling_params)
-        return await whole(self.stream(prompt, params, request_id=request_id, priority=priority))
+        return await whole(
+            self.stream(prompt, params, request_id=request_id, priority=priority, lora_request=lora_request)
+        )
 
     # ---- vectors and scores ------------------------------------------------------------------------------------------
 
@@ -367,6 +433,7 @@ class EngineFront(ABC):
         params: PoolingParams | Sequence[PoolingParams] | None = None,
         *,
         use_tqdm: Bar = True,
+        lora_request: LoraChoice | Sequence[LoraChoice] = None,
     ) -> list[EmbeddingOutput]:
         """The vector of every text; outputs in the order of the inputs.
 
@@ -375,14 +442,14 @@ class EngineFront(ABC):
         Args:
             inputs: one text or a list; a text may be a list of token ids, or an object as of `generate`.
             params: how the vectors are made, one for all or one each; None is as the model's files say.
-            use_tqdm: show a progress bar, as of `generate`.
+            use_tqdm, lora_request: as of `generate`.
 
         Raises:
             RequestError: an input or its parameters are wrong, or the model gives no vectors; nothing has run then.
             RequestAbortedError: the engine was closed meanwhile.
             CandleVllmError: the engine failed on a text.
         """
-        return self._pooling().embed(inputs, params, use_tqdm=use_tqdm)
+        return self._pooling(lora_request).embed(inputs, params, use_tqdm=use_tqdm)
 
     @explained(PoolingParams=PoolingParams.__struct_fields__)
     async def aembed(
@@ -393,26 +460,29 @@ class EngineFront(ABC):
         request_id: str | None = None,
         priority: int = 0,
         add_special_tokens: bool = True,
+        lora_request: LoraChoice = None,
         watcher: RequestWatcher | None = None,
     ) -> list[EmbeddingOutput]:
         """`embed` in an event loop. Cancelling it aborts what has not been run. `watcher` is told of it."""
         request_id = request_id or uuid.uuid4().hex
         with watched_pooling(watcher, RequestInfo(request_id, "embed", inputs, None, self.detokenize)) as answered:
-            outputs = await self._pooling().aembed(
+            outputs = await self._pooling(lora_request).aembed(
                 inputs, params, request_id=request_id, priority=priority, add_special_tokens=add_special_tokens
             )
             answered(outputs)
         return outputs
 
     @explained()
-    def score(self, pairs: Sequence[Pair], *, use_tqdm: Bar = True) -> list[ScoreOutput]:
+    def score(
+        self, pairs: Sequence[Pair], *, use_tqdm: Bar = True, lora_request: LoraChoice = None
+    ) -> list[ScoreOutput]:
         """How well the two texts of each pair belong together.
 
         A cross-encoder reads both texts at once, and its head's number is the score (brought to 0..1 by a sigmoid where
         the model's config does not say otherwise). Of other models it is the cosine of the texts' vectors, -1..1.
         Errors as `embed`.
         """
-        return self._pooling().score(pairs, use_tqdm=use_tqdm)
+        return self._pooling(lora_request).score(pairs, use_tqdm=use_tqdm)
 
     @explained()
     async def ascore(
@@ -421,19 +491,26 @@ class EngineFront(ABC):
         *,
         request_id: str | None = None,
         priority: int = 0,
+        lora_request: LoraChoice = None,
         watcher: RequestWatcher | None = None,
     ) -> list[ScoreOutput]:
         """`score` in an event loop. Cancelling it aborts what has not been run. `watcher` is told of it."""
         request_id = request_id or uuid.uuid4().hex
         with watched_pooling(watcher, RequestInfo(request_id, "score", pairs, None, self.detokenize)) as answered:
-            outputs = await self._pooling().ascore(pairs, request_id=request_id, priority=priority)
+            outputs = await self._pooling(lora_request).ascore(pairs, request_id=request_id, priority=priority)
             answered(outputs)
         return outputs
 
     @explained()
-    def classify(self, inputs: Prompt | Sequence[Prompt], *, use_tqdm: Bar = True) -> list[ClassificationOutput]:
+    def classify(
+        self,
+        inputs: Prompt | Sequence[Prompt],
+        *,
+        use_tqdm: Bar = True,
+        lora_request: LoraChoice | Sequence[LoraChoice] = None,
+    ) -> list[ClassificationOutput]:
         """How likely each class (`ModelInfo.labels`) of a classifier is for every text; errors as `embed`."""
-        return self._pooling().classify(inputs, use_tqdm=use_tqdm)
+        return self._pooling(lora_request).classify(inputs, use_tqdm=use_tqdm)
 
     @explained()
     async def aclassify(
@@ -443,12 +520,13 @@ class EngineFront(ABC):
         request_id: str | None = None,
         priority: int = 0,
         add_special_tokens: bool = True,
+        lora_request: LoraChoice = None,
         watcher: RequestWatcher | None = None,
     ) -> list[ClassificationOutput]:
         """`classify` in an event loop. Cancelling it aborts what has not been run. `watcher` is told of it."""
         request_id = request_id or uuid.uuid4().hex
         with watched_pooling(watcher, RequestInfo(request_id, "classify", inputs, None, self.detokenize)) as answered:
-            outputs = await self._pooling().aclassify(
+            outputs = await self._pooling(lora_request).aclassify(
                 inputs, request_id=request_id, priority=priority, add_special_tokens=add_special_tokens
             )
             answered(outputs)
@@ -465,6 +543,7 @@ class EngineFront(ABC):
         request_id: str | None = None,
         priority: int = 0,
         add_special_tokens: bool = True,
+        lora_request: LoraChoice = None,
         watcher: RequestWatcher | None = None,
     ) -> TokenStream:
         """Submits a prompt and returns its pieces as an async iterator; call it inside an event loop.
@@ -480,7 +559,9 @@ class EngineFront(ABC):
         request_id = uuid.uuid4().hex if request_id is None else request_id
         info = RequestInfo(request_id, "generate", prompt, params, self.detokenize)
         with watched_submit(watcher, info) as watch:
-            request = self._request(prompt, params, request_id, priority, add_special_tokens)
+            request = self._request(
+                prompt, params, request_id, priority, add_special_tokens, adapter_uses(lora_request)
+            )
             prepared = self._working().prepare(request)
             thread = self._running_thread()
             inbox = Inbox(_running_loop())
@@ -496,6 +577,7 @@ class EngineFront(ABC):
         request_id: str | None = None,
         priority: int = 0,
         add_special_tokens: bool = True,
+        lora_request: LoraChoice = None,
     ) -> TokenIterator:
         """`stream` for a program without an event loop: submits a prompt and returns an iterator of its pieces.
 
@@ -505,7 +587,8 @@ class EngineFront(ABC):
         Raises:
             RequestError, EngineOverloadedError, EngineDeadError: the request was not taken.
         """
-        request = self._request(prompt, sampling_params, request_id, priority, add_special_tokens)
+        uses = adapter_uses(lora_request)
+        request = self._request(prompt, sampling_params, request_id, priority, add_special_tokens, uses)
         prepared = self._working().prepare(request)
         return TokenIterator(self._running_thread(), request, prepared)
 
@@ -516,12 +599,13 @@ class EngineFront(ABC):
         *,
         request_id: str | None = None,
         priority: int = 0,
+        lora_request: LoraChoice = None,
         **options: Any,
     ) -> TokenIterator:
         """`generate_stream` for one conversation; parameters and `options` as of `chat`."""
         prompt = self._chat_prompt(*self._rendered("chat_stream", messages, options))
         params = self._chat_params(sampling_params)
-        return self.generate_stream(prompt, params, request_id=request_id, priority=priority)
+        return self.generate_stream(prompt, params, request_id=request_id, priority=priority, lora_request=lora_request)
 
     def achat_stream(
         self,
@@ -530,11 +614,13 @@ class EngineFront(ABC):
         *,
         request_id: str | None = None,
         priority: int = 0,
+        lora_request: LoraChoice = None,
         **options: Any,
     ) -> TokenStream:
         """`stream` for one conversation, for `async for` in an event loop; parameters and `options` as of `chat`."""
         prompt = self._chat_prompt(*self._rendered("achat_stream", messages, options))
-        return self.stream(prompt, self._chat_params(sampling_params), request_id=request_id, priority=priority)
+        params = self._chat_params(sampling_params)
+        return self.stream(prompt, params, request_id=request_id, priority=priority, lora_request=lora_request)
 
     def __repr__(self) -> str:
         info: ModelInfo | None = getattr(self, "_info", None)
@@ -582,8 +668,9 @@ class EngineFront(ABC):
     def _running_thread(self) -> EngineThread:
         """The thread that drives the engine, started on first use."""
 
-    def _pooling(self) -> PoolingCalls:
-        return PoolingCalls(self._working(), self._running_thread, self._require()[1].tokenizer, self._info)
+    def _pooling(self, lora_request: LoraChoice | Sequence[LoraChoice]) -> PoolingCalls:
+        texts = self._require()[1]
+        return PoolingCalls(self._working(), self._running_thread, texts.tokenizer, self._info, lora_request)
 
     def _check_generates(self) -> None:
         """Refuses work that an encoder cannot do before its input is looked at."""
@@ -606,6 +693,7 @@ class EngineFront(ABC):
         request_id: str | None = None,
         priority: int = 0,
         add_special_tokens: bool = True,
+        adapters: tuple[AdapterUse, ...] = (),
     ) -> GenerationRequest:
         self._check_generates()
         text, ids = read_prompt(prompt)
@@ -617,6 +705,7 @@ class EngineFront(ABC):
             prompt_token_ids=ids,
             params=self._filled(params),
             priority=priority,
+            adapters=adapters,
         )
 
     def _requests(
@@ -626,6 +715,7 @@ class EngineFront(ABC):
         params: SamplingParams | Sequence[SamplingParams] | None,
         add_special_tokens: bool,
         priority: int | Sequence[int] = 0,
+        lora_request: LoraChoice | Sequence[LoraChoice] = None,
     ) -> list[tuple[GenerationRequest, Sequence[Any]]]:
         """Requests that were checked; of several prompts the error says which one is wrong, as a place in `field`."""
         engine = self._working()
@@ -638,10 +728,11 @@ class EngineFront(ABC):
         orders = [priority] * len(prompts) if isinstance(priority, int) else list(priority)
         if len(orders) != len(prompts):
             raise InvalidParameterError(f"{len(prompts)} prompts and {len(orders)} priorities", "priority")
+        uses = each_adapter_uses(lora_request, len(prompts))
         todo: list[tuple[GenerationRequest, Sequence[Any]]] = []
-        for number, (prompt, one, order) in enumerate(zip(prompts, each, orders)):
+        for number, (prompt, one, order, own) in enumerate(zip(prompts, each, orders, uses)):
             try:
-                request = self._request(prompt, one, priority=order, add_special_tokens=add_special_tokens)
+                request = self._request(prompt, one, None, order, add_special_tokens, own)
                 todo.append((request, engine.prepare(request)))
             except RequestError as error:
                 if len(prompts) == 1:

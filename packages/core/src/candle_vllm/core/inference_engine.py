@@ -17,9 +17,10 @@ from candle_vllm.core.assembly.encoder import LoadedEncoder, load_any_model
 from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.config import EngineConfig, EngineSettings
 from candle_vllm.core.devices import choose_device, give_back
+from candle_vllm.core.engine.adapters import AdapterCall
 from candle_vllm.core.engine.build import build_engine, model_info
 from candle_vllm.core.engine.engine import Engine
-from candle_vllm.core.engine.request import TokenOutput
+from candle_vllm.core.engine.request import AdapterInfo, LoraChoice, TokenOutput, adapter_uses
 from candle_vllm.core.engine.thread import EngineThread
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import ConfigError, EngineDeadError
@@ -111,10 +112,12 @@ class InferenceEngine(EngineFront):
         request_id: str | None = None,
         priority: int = 0,
         add_special_tokens: bool = True,
+        lora_request: LoraChoice = None,
     ) -> str:
         """Queues a prompt for `step`; returns its request id."""
         engine = self._own_loop()
-        request = self._request(prompt, sampling_params, request_id, priority, add_special_tokens)
+        uses = adapter_uses(lora_request)
+        request = self._request(prompt, sampling_params, request_id, priority, add_special_tokens, uses)
         engine.add(engine.prepare(request))
         return request.request_id
 
@@ -150,6 +153,11 @@ class InferenceEngine(EngineFront):
             self._thread.reset_prefix_cache()
         else:
             self._require()[0].reset_prefix_cache()
+
+    def _adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
+        """See `EngineFront`."""
+        self._working()
+        return self._require()[0].call_adapters(call)
 
     # ---- lifetime ----------------------------------------------------------------------------------------------------
 

@@ -18,16 +18,26 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
+
+import msgspec
 
 from candle_vllm.core.engine.request import AdapterInfo, AdapterUse
-from candle_vllm.core.errors import AdapterError, CandleVllmError, EngineDeadError, InvalidParameterError
+from candle_vllm.core.errors import (
+    AdapterError,
+    CandleVllmError,
+    EngineDeadError,
+    EngineOverloadedError,
+    InvalidParameterError,
+)
 from candle_vllm.core.setting_kinds import nearest
 
 logger = logging.getLogger(__name__)
 
 FAILED_FOR = 10.0
 """Seconds for which an adapter that could not be loaded is not tried again."""
+PATIENCE = 110.0
+"""Seconds for which a caller waits for an adapter."""
 MAX_NAMES = 1 << 20
 _SHOWN_NAMES = 10
 _CLOSING = 1.0  # seconds that the loading thread is waited for: files may lie on a disk that does not answer
@@ -59,6 +69,13 @@ class LoadedAdapter:
     packed: Adapter
     base: str | None = None
     notes: tuple[str, ...] = ()
+
+
+class AdapterCall(msgspec.Struct, frozen=True):
+    """What is asked of a store by hand: to add, remove or pin an adapter, or to list all."""
+
+    what: Literal["add", "remove", "pin", "list"]
+    adapter: AdapterUse | None = None
 
 
 class Entry:
@@ -186,6 +203,27 @@ class AdapterStore:
                 f"{len(acting)} adapters at once; a step may have {most} (max_loras, max_cpu_loras)", "lora_request"
             )
         return acting
+
+    def call(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
+        """Carries out what is asked by hand; of what is removed the name is told.
+
+        Raises:
+            AdapterError, InvalidParameterError: as of `add`.
+            EngineOverloadedError: it was not loaded in time.
+        """
+        if call.what == "list":
+            return self.infos()
+        assert call.adapter is not None
+        name = call.adapter.name
+        if call.what == "remove":
+            return (AdapterInfo(name=name, path=""),) if self.remove(name) else ()
+        try:
+            return (self.add(call.adapter, PATIENCE) if call.what == "add" else self.pin(name, PATIENCE),)
+        except TimeoutError:
+            raise EngineOverloadedError(
+                f"adapter {name!r:.80} was not loaded within {PATIENCE:.0f} s: requests need the memory; try again "
+                "later, or give adapters more (lora_memory, max_cpu_loras)"
+            ) from None
 
     def add(self, use: AdapterUse, timeout: float) -> AdapterInfo:
         """Takes a name and loads its adapter, or loads one that is known.

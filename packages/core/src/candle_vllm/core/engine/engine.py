@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
-from candle_vllm.core.engine.adapters import AdapterStore
+from candle_vllm.core.engine.adapters import AdapterCall, AdapterStore
 from candle_vllm.core.engine.batch import Batch, BatchBuilder
 from candle_vllm.core.engine.live import Live, LiveSequence
 from candle_vllm.core.engine.model_runner import Launched, ModelRunner
 from candle_vllm.core.engine.pooled import PooledText
 from candle_vllm.core.engine.preparation import Preparation
-from candle_vllm.core.engine.request import EngineStats, FinishReason, TokenOutput, joined
+from candle_vllm.core.engine.request import AdapterInfo, EngineStats, FinishReason, TokenOutput, joined
 from candle_vllm.core.engine.scheduler import Scheduler, WholeTexts
 from candle_vllm.core.engine.sequence import Run, Sequence, Step
 from candle_vllm.core.errors import InvalidParameterError, RequestError
@@ -141,6 +141,12 @@ class Engine:
     def reset_prefix_cache(self) -> None:
         """Forgets what prompts began with; what is running keeps its blocks."""
         self.scheduler.blocks.reset_prefix_cache()
+
+    def call_adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
+        """What is asked of the adapters by hand, for any thread; see `AdapterStore.call`."""
+        if self.adapters is None:
+            raise InvalidParameterError("adapters are off: load the model with enable_lora=True", "lora_request")
+        return self.adapters.call(call)
 
     def step(self) -> list[TokenOutput]:
         """Runs one step; one piece for every sequence that got a token or ended.

@@ -18,10 +18,12 @@ import numpy as np
 from candle_vllm.core.engine.request import (
     ClassificationOutput,
     EmbeddingOutput,
+    LoraChoice,
     ModelInfo,
     PoolingRequest,
     ScoreOutput,
     TokenOutput,
+    each_adapter_uses,
 )
 from candle_vllm.core.engine.stream import Bar, Entry, Window
 from candle_vllm.core.engine.thread import EngineThread, StepEngine
@@ -43,15 +45,22 @@ class PoolingCalls:
         engine: checks and runs requests.
         thread: the thread that drives it, started on first use.
         tokenizer, info: the model's.
+        lora_request: the adapters of all inputs, or of each.
     """
 
     def __init__(
-        self, engine: StepEngine, thread: Callable[[], EngineThread], tokenizer: Tokenizer, info: ModelInfo
+        self,
+        engine: StepEngine,
+        thread: Callable[[], EngineThread],
+        tokenizer: Tokenizer,
+        info: ModelInfo,
+        lora_request: LoraChoice | Sequence[LoraChoice] = None,
     ) -> None:
         self._engine = engine
         self._thread = thread
         self._tokenizer = tokenizer
         self._info = info
+        self._lora_request = lora_request
 
     # ---- vectors -----------------------------------------------------------------------------------------------------
 
@@ -134,8 +143,9 @@ class PoolingCalls:
         """The checked request of each text."""
         prompts = as_prompts(inputs)
         each = _each_params(params, len(prompts))
+        uses = each_adapter_uses(self._lora_request, len(prompts))
         entries = []
-        for number, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
+        for number, (prompt, one, own) in enumerate(zip(prompts, each, uses, strict=True)):
             with _blaming(number, len(prompts)):
                 text, ids = read_prompt(prompt)
                 ids = self._encode(text or "", add_special_tokens) if ids is None else ids
@@ -146,6 +156,7 @@ class PoolingCalls:
                     pooling=one,
                     task=task,
                     priority=priority,
+                    adapters=own,
                 )
                 entries.append(Entry(request, self._engine.prepare(request)))
         return entries
@@ -153,6 +164,7 @@ class PoolingCalls:
     def _distinct(self, pairs: Sequence[Pair], request_id: str, priority: int) -> list[Entry]:
         """The checked request of each text of the pairs, once, for a vector of length 1."""
         _check_pairs(pairs)
+        uses = each_adapter_uses(self._lora_request, 1)[0]
         entries: dict[str, Entry] = {}
         for number, pair in enumerate(pairs):
             for side, text in enumerate(pair):
@@ -165,6 +177,7 @@ class PoolingCalls:
                         prompt_token_ids=self._encode(text, add_special_tokens=True),
                         pooling=PoolingParams(normalize=True),
                         priority=priority,
+                        adapters=uses,
                     )
                     entries[text] = Entry(request, self._engine.prepare(request))
         return list(entries.values())
@@ -172,6 +185,7 @@ class PoolingCalls:
     def _pairs(self, pairs: Sequence[Pair], request_id: str, priority: int) -> list[Entry]:
         """The checked request of each pair, for a cross-encoder."""
         _check_pairs(pairs)
+        uses = each_adapter_uses(self._lora_request, 1)[0]
         entries = []
         for number, pair in enumerate(pairs):
             with _blaming(number, len(pairs)):
@@ -183,6 +197,7 @@ class PoolingCalls:
                     token_type_ids=types if any(types) else None,
                     task="score",
                     priority=priority,
+                    adapters=uses,
                 )
                 entries.append(Entry(request, self._engine.prepare(request)))
         return entries

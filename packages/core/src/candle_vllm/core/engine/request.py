@@ -110,6 +110,53 @@ class AdapterUse(ShownStruct, frozen=True, kw_only=True):
             raise InvalidParameterError("load_inplace must be true or false", "lora_request")
 
 
+LoraChoice = LoRARequest | Sequence[tuple[LoRARequest, float]] | None
+"""The adapters of one request: none, one, or several with their scales."""
+
+
+def adapter_uses(given: LoraChoice) -> tuple[AdapterUse, ...]:
+    """The adapters that a call names for one request.
+
+    Raises:
+        InvalidParameterError: they are none.
+    """
+    if given is None:
+        return ()
+    if isinstance(given, LoRARequest):
+        return (given.use(),)
+    if not _is_mix(given):
+        raise InvalidParameterError(
+            f"lora_request must be a LoRARequest, or pairs of one and its scale, not {type(given).__name__}",
+            "lora_request",
+        )
+    return tuple(one.use(scale) for one, scale in given)
+
+
+def each_lora_choice(given: LoraChoice | Sequence[LoraChoice], count: int) -> list[LoraChoice]:
+    """The adapters of each prompt of a call: one choice for all, or one each.
+
+    Raises:
+        InvalidParameterError: there are not as many as prompts.
+    """
+    if not isinstance(given, (list, tuple)) or _is_mix(given):
+        return [given] * count  # type: ignore[list-item]
+    if len(given) != count:
+        raise InvalidParameterError(f"{count} prompts and {len(given)} lora_requests", "lora_request")
+    return list(given)  # type: ignore[arg-type]
+
+
+def each_adapter_uses(given: LoraChoice | Sequence[LoraChoice], count: int) -> list[tuple[AdapterUse, ...]]:
+    """`adapter_uses` of each prompt of a call."""
+    return [adapter_uses(each) for each in each_lora_choice(given, count)]
+
+
+def _is_mix(given: object) -> bool:
+    return isinstance(given, (list, tuple)) and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], LoRARequest)
+        and not isinstance(pair[1], LoRARequest) for pair in given
+    )  # fmt: skip
+
+
 class AdapterInfo(ShownStruct, frozen=True, kw_only=True):
     """An adapter that an engine knows.
 

@@ -12,6 +12,8 @@ from typing import Unpack, cast
 from tokenizers import Tokenizer as Backend
 
 from candle_vllm.core.config import EngineConfig, EngineSettings
+from candle_vllm.core.engine.adapters import AdapterCall
+from candle_vllm.core.engine.request import AdapterInfo
 from candle_vllm.core.engine.thread import EngineThread, StepEngine
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import ConfigError, EngineDeadError
@@ -98,6 +100,11 @@ class RemoteEngine(EngineFront):
     def reset_prefix_cache(self) -> None:
         """See `EngineFront`."""
         self._running_thread().reset_prefix_cache()
+
+    def _adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
+        """See `EngineFront`."""
+        self._working()
+        return self._thread.call_adapters(call)
 
     def close(self) -> None:
         """Aborts what is running and ends the process, by force after 10 s. Closing twice is fine."""

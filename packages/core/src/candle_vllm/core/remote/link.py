@@ -11,11 +11,13 @@ import itertools
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
+from typing import Any
 
 import msgspec
 import zmq
 
-from candle_vllm.core.engine.request import EngineStats, FinishReason, GenerationRequest, TokenOutput
+from candle_vllm.core.engine.adapters import AdapterCall
+from candle_vllm.core.engine.request import AdapterInfo, EngineStats, FinishReason, GenerationRequest, TokenOutput
 from candle_vllm.core.engine.thread import EngineThread, Prepared, Sink
 from candle_vllm.core.errors import CandleVllmError, EngineDeadError, EngineOverloadedError
 from candle_vllm.core.remote.line import Bell
@@ -23,6 +25,7 @@ from candle_vllm.core.remote.parcels import Parcel, RequestWriter, write_check
 from candle_vllm.core.remote.process import EngineProcess
 from candle_vllm.core.remote.wire import (
     Abort,
+    Ask,
     Checked,
     Ended,
     FromChild,
@@ -32,6 +35,7 @@ from candle_vllm.core.remote.wire import (
     Ready,
     Refused,
     Reset,
+    Told,
     encode,
     make_error,
 )
@@ -76,7 +80,7 @@ class RemoteLink:
         self._reader = Reader(FromChild)
         self._by_ticket: dict[str, _Live] = {}
         self._by_id: dict[str, _Live] = {}
-        self._calls: dict[int, Future[None]] = {}
+        self._calls: dict[int, Future[Any]] = {}
         self._bell = Bell()
         self.wake = self._bell.ring
         self._poller = zmq.Poller()
@@ -118,7 +122,7 @@ class RemoteLink:
         """Tells the child; messages are read in their order, so that later requests come later."""
         self._process.send(encode(Reset()))
 
-    def call(self, number: int, data: bytes, answer: Future[None]) -> None:
+    def call(self, number: int, data: bytes, answer: Future[Any]) -> None:
         """Sends a question; `answer` is set when the child has answered it."""
         self._calls[number] = answer
         self._process.send(data)
@@ -155,7 +159,7 @@ class RemoteLink:
             if live is not None:
                 self._forget(live)
                 self.on_refused(live.request.request_id, make_error(message.error))
-        elif isinstance(message, Checked):
+        elif isinstance(message, (Checked, Told)):
             self._answer(message)
         else:
             assert isinstance(message, Ended)
@@ -174,12 +178,12 @@ class RemoteLink:
         msgspec.structs.force_setattr(piece, "request_id", live.request.request_id)
         pieces.append(piece)
 
-    def _answer(self, message: Checked) -> None:
+    def _answer(self, message: Checked | Told) -> None:
         answer = self._calls.pop(message.number, None)
         if answer is None or not answer.set_running_or_notify_cancel():  # it has waited too long
             return
         if message.error is None:
-            answer.set_result(None)
+            answer.set_result(message.infos if isinstance(message, Told) else None)
         else:
             answer.set_exception(make_error(message.error))
 
@@ -190,7 +194,7 @@ class RemoteLink:
 
 logger = logging.getLogger(__name__)
 
-CALL_TIMEOUT = 120.0  # seconds that a caller waits for a form to be compiled
+CALL_TIMEOUT = 120.0  # seconds that a caller waits for a form to be compiled, or an adapter to be loaded
 
 
 class RemoteThread(EngineThread):
@@ -206,7 +210,7 @@ class RemoteThread(EngineThread):
         self._link = link
         self._on_end = on_end
         self._numbers = itertools.count()
-        self._calls: set[Future[None]] = set()
+        self._calls: set[Future[Any]] = set()
         self._callbacks: list[Callable[[], None]] = []
         link.on_refused = self._refuse
         super().__init__(link, max_sequences)
@@ -234,23 +238,35 @@ class RemoteThread(EngineThread):
             EngineOverloadedError: too many wait already, or it takes too long.
             EngineDeadError: the engine has stopped.
         """
-        answer: Future[None] = Future()
         number = next(self._numbers)
-        data = write_check(number, params)
+        self._ask(number, write_check(number, params), "a form of texts", "checked")
+
+    def call_adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
+        """Asks the engine's adapters, and waits for the answer.
+
+        Raises:
+            CandleVllmError: as of `AdapterStore.call`, or as `check`.
+        """
+        number = next(self._numbers)
+        return self._ask(number, encode(Ask(number, call)), "an adapter", "loaded")
+
+    def _ask(self, number: int, data: bytes, what: str, done: str) -> Any:
+        """The answer to a question; `what` is to be `done`."""
+        answer: Future[Any] = Future()
         with self._wake:
             if self._dead is not None or self._closing:
                 raise self._dead or EngineDeadError("the engine is closed")
             if len(self._calls) >= self._max_sequences:
-                raise EngineOverloadedError(f"{len(self._calls)} forms of texts wait to be checked: try again later")
+                raise EngineOverloadedError(f"{len(self._calls)} questions to the engine wait: try again later")
             self._calls.add(answer)
             self._commands.append(lambda: self._link.call(number, data, answer))
         self._link.wake()
         try:
-            answer.result(CALL_TIMEOUT)
+            return answer.result(CALL_TIMEOUT)
         except TimeoutError:
             answer.cancel()
             raise EngineOverloadedError(
-                f"the form could not be checked within {CALL_TIMEOUT:.0f} s: try again later"
+                f"{what} could not be {done} within {CALL_TIMEOUT:.0f} s: try again later"
             ) from None
         except CancelledError:
             raise self._dead or EngineDeadError("the engine is closed") from None

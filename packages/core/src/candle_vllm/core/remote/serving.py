@@ -16,8 +16,9 @@ from typing import Any, Final
 import zmq
 
 from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.engine.adapters import AdapterCall
 from candle_vllm.core.engine.engine import Engine
-from candle_vllm.core.engine.request import EngineStats, GenerationRequest, TokenOutput
+from candle_vllm.core.engine.request import AdapterInfo, EngineStats, GenerationRequest, TokenOutput
 from candle_vllm.core.engine.thread import Delivery, EngineThread, StepEngine
 from candle_vllm.core.errors import CandleVllmError, EngineDeadError, RequestError
 from candle_vllm.core.inference_engine import InferenceEngine
@@ -25,6 +26,7 @@ from candle_vllm.core.pooling import ModelPooling
 from candle_vllm.core.remote.line import Bell
 from candle_vllm.core.remote.wire import (
     Abort,
+    Ask,
     Check,
     Checked,
     Ended,
@@ -33,6 +35,7 @@ from candle_vllm.core.remote.wire import (
     Refused,
     Reset,
     ToChild,
+    Told,
     describe_error,
     encode,
     writable,
@@ -152,6 +155,10 @@ class ChildEngine(InferenceEngine):
         """See `Engine.prepare`."""
         return self._require()[0].prepare(request)
 
+    def call_adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
+        """See `Engine.call_adapters`."""
+        return self._adapters(call)
+
     def _make_thread(self, engine: Engine) -> EngineThread:
         return ServingThread(engine, self._outbox)
 
@@ -159,6 +166,7 @@ class ChildEngine(InferenceEngine):
 logger = logging.getLogger(__name__)
 
 _WORKERS: Final = 4
+_CALLERS: Final = 16
 _MAX_AT_ONCE: Final = 64
 _LOOK_UP: Final = 10_000  # ms
 
@@ -183,6 +191,7 @@ class RequestDesk:
         self._poller.register(bell.descriptor, zmq.POLLIN)
         self._reader = Reader(ToChild)
         self._workers = ThreadPoolExecutor(_WORKERS, "candle-vllm-forms")
+        self._callers = ThreadPoolExecutor(_CALLERS, "candle-vllm-adapter-calls")  # they wait for loads
         self._preparing: set[str] = set()  # tickets that a worker has
         self._done: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
 
@@ -206,6 +215,7 @@ class RequestDesk:
     def close(self) -> None:
         """Ends the workers; what they have is not waited for."""
         self._workers.shutdown(wait=False, cancel_futures=True)
+        self._callers.shutdown(wait=False, cancel_futures=True)
 
     def _take(self, message: ToChild) -> None:
         if isinstance(message, Abort):
@@ -215,6 +225,11 @@ class RequestDesk:
             self._engine.thread.reset_prefix_cache()
         elif isinstance(message, Check):
             self._workers.submit(self._check, message.number, message.params)
+        elif isinstance(message, Ask):
+            if message.call.what in ("list", "remove"):  # which wait for nothing
+                self._call(message.number, message.call)
+            else:
+                self._callers.submit(self._call, message.number, message.call)
         elif message.request.params.structured_outputs is not None:
             self._preparing.add(message.request.request_id)
             self._workers.submit(self._prepare, message.request)
@@ -261,6 +276,19 @@ class RequestDesk:
             logger.exception("a form could not be checked")
             described = describe_error(CandleVllmError(f"the form could not be checked: {type(error).__name__}"))
         answer = encode(Checked(number, described))
+        self._hand_over(lambda: self._socket.send(answer))
+
+    def _call(self, number: int, call: AdapterCall) -> None:
+        infos: tuple[AdapterInfo, ...] = ()
+        described = None
+        try:
+            infos = self._engine.call_adapters(call)
+        except CandleVllmError as error:
+            described = describe_error(error)
+        except Exception as error:
+            logger.exception("adapters could not be asked")
+            described = describe_error(CandleVllmError(f"the engine failed: {type(error).__name__}: {error}"))
+        answer = encode(Told(number, infos, described))
         self._hand_over(lambda: self._socket.send(answer))
 
     def _hand_over(self, work: Callable[[], object]) -> None:

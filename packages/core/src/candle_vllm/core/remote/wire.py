@@ -13,7 +13,15 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from candle_vllm.core import errors
-from candle_vllm.core.engine.request import EngineStats, GenerationRequest, ModelInfo, PoolingRequest, TokenOutput
+from candle_vllm.core.engine.adapters import AdapterCall
+from candle_vllm.core.engine.request import (
+    AdapterInfo,
+    EngineStats,
+    GenerationRequest,
+    ModelInfo,
+    PoolingRequest,
+    TokenOutput,
+)
 from candle_vllm.core.errors import CandleVllmError, ConfigError, RequestError
 from candle_vllm.core.pooling import ModelPooling
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
@@ -64,6 +72,13 @@ class Check(msgspec.Struct, frozen=True, array_like=True, tag="check"):
 
     number: int
     params: StructuredOutputsParams
+
+
+class Ask(msgspec.Struct, frozen=True, array_like=True, tag="adapters"):
+    """Something of the adapters is asked by hand. Answered by `Told` with the same number."""
+
+    number: int
+    call: AdapterCall
 
 
 # ---- from the child --------------------------------------------------------------------------------------------------
@@ -137,14 +152,22 @@ class Checked(msgspec.Struct, frozen=True, array_like=True, tag="checked"):
     error: WireError | None = None
 
 
+class Told(msgspec.Struct, frozen=True, array_like=True, tag="told"):
+    """The answer to `Ask`."""
+
+    number: int
+    infos: tuple[AdapterInfo, ...] = ()
+    error: WireError | None = None
+
+
 class Ended(msgspec.Struct, frozen=True, array_like=True, tag="ended"):
     """The engine has failed for good."""
 
     message: str
 
 
-ToChild = Submit | Pool | Abort | Check | Reset
-FromChild = Pieces | Refused | Checked | Ended
+ToChild = Submit | Pool | Abort | Check | Reset | Ask
+FromChild = Pieces | Refused | Checked | Told | Ended
 Greeting = Ready | Failed | Loading
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
@@ -11,10 +12,10 @@ import numpy as np
 
 from candle_vllm.core.arguments import explained
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.engine.request import FinishReason, TokenOutput
+from candle_vllm.core.engine.request import FinishReason, LoraChoice, LoRARequest, TokenOutput
 from candle_vllm.core.engine.stream import TokenStream, raise_failure
 from candle_vllm.core.engine_front import EngineFront
-from candle_vllm.core.errors import EngineDeadError
+from candle_vllm.core.errors import EngineDeadError, InvalidParameterError
 from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.sampling.params import RequestOutputKind, SamplingParams
 from candle_vllm.core.text.prompts import Prompt
@@ -46,6 +47,7 @@ class AsyncLLM:
     def __init__(self, model: str | Path | EngineConfig | EngineFront, **arguments: Any) -> None:
         self._opened = Opened.of(model, arguments)
         self.engine = self._opened.engine
+        self._adapter_names: dict[int, str] = {}  # by vLLM's number, of those that were added by hand
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> Self:
@@ -59,7 +61,7 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
-        lora_request: None = None,
+        lora_request: LoraChoice = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         trace_headers: Mapping[str, str] | None = None,
         priority: int = 0,
@@ -73,7 +75,8 @@ class AsyncLLM:
         Args:
             request_id: what `abort` knows it by; unique among the requests that are running.
             priority: lower runs first.
-            trace_headers, data_parallel_rank, lora_request: refused.
+            lora_request: its adapter, or pairs of adapters and scales (`enable_lora`).
+            trace_headers, data_parallel_rank: refused.
 
         Raises:
             RequestError, EngineOverloadedError, EngineDeadError: the request was not taken.
@@ -81,7 +84,6 @@ class AsyncLLM:
         """
         refuse_given(
             "generate",
-            lora_request=lora_request,
             trace_headers=trace_headers or None,
             data_parallel_rank=data_parallel_rank or None,
         )
@@ -93,8 +95,9 @@ class AsyncLLM:
             request_id=request_id,
             priority=priority,
             add_special_tokens=adds_special(tokenization_kwargs),
+            lora_request=lora_request,
         )
-        told = _Telling(stream, kind)
+        told = _Telling(stream, kind, lora_request if isinstance(lora_request, LoRARequest) else None)
         try:
             async for piece in stream:
                 if piece.finish_reason is not FinishReason.ABORT:
@@ -111,7 +114,7 @@ class AsyncLLM:
         prompt: Prompt,
         pooling_params: PoolingParams | None = None,
         request_id: str | None = None,
-        lora_request: None = None,
+        lora_request: LoraChoice = None,
         trace_headers: Mapping[str, str] | None = None,
         priority: int = 0,
         tokenization_kwargs: Mapping[str, Any] | None = None,
@@ -119,13 +122,17 @@ class AsyncLLM:
         pooling_task: str = "embed",
     ) -> AsyncIterator[PoolingRequestOutput[PoolingOutput]]:
         """The numbers of a text, as the only output. Arguments and errors as of `generate` and of `LLM.encode`."""
-        refuse_given("encode", lora_request=lora_request, trace_headers=trace_headers or None)
+        refuse_given("encode", trace_headers=trace_headers or None)
         request_id = request_id or uuid.uuid4().hex
         special = adds_special(tokenization_kwargs)
         if asks_classes(pooling_task):
             refuse_given("encode", pooling_params=pooling_params)
             (classes,) = await self.engine.aclassify(
-                [prompt], request_id=request_id, priority=priority, add_special_tokens=special
+                [prompt],
+                request_id=request_id,
+                priority=priority,
+                add_special_tokens=special,
+                lora_request=lora_request,
             )
             probs = PoolingOutput(np.array(classes.probs, np.float32))
             yield PoolingRequestOutput(request_id, probs, list(classes.prompt_token_ids))
@@ -136,6 +143,7 @@ class AsyncLLM:
             request_id=request_id,
             priority=priority,
             add_special_tokens=special,
+            lora_request=lora_request,
         )
         data = PoolingOutput(np.frombuffer(made.embedding, np.float32))
         yield PoolingRequestOutput(made.request_id, data, list(made.prompt_token_ids), made.num_cached_tokens)
@@ -148,6 +156,31 @@ class AsyncLLM:
     async def reset_prefix_cache(self) -> bool:
         """As of `LLM`."""
         self.engine.reset_prefix_cache()
+        return True
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Makes an adapter known and loads it; True. Errors as of `InferenceEngine.add_lora`."""
+        await asyncio.to_thread(self.engine.add_lora, lora_request)
+        if lora_request.lora_int_id:
+            self._adapter_names[lora_request.lora_int_id] = lora_request.lora_name
+        return True
+
+    async def remove_lora(self, lora_id: int | str) -> bool:
+        """Forgets an adapter, by its name or the number that it was added with; False where there is none."""
+        name = self._adapter_names.pop(lora_id, None) if isinstance(lora_id, int) else lora_id
+        return name is not None and await asyncio.to_thread(self.engine.remove_lora, name)
+
+    async def list_loras(self) -> set[int]:
+        """Numbers of the adapters that were added with one; `engine.list_loras` tells more."""
+        known = {each.name for each in await asyncio.to_thread(self.engine.list_loras)}
+        return {number for number, name in self._adapter_names.items() if name in known}
+
+    async def pin_lora(self, lora_id: int | str) -> bool:
+        """Keeps an adapter in memory; True. Errors as of `InferenceEngine.pin_lora`."""
+        name = self._adapter_names.get(lora_id) if isinstance(lora_id, int) else lora_id
+        if name is None:
+            raise InvalidParameterError(f"no adapter was added with the number {lora_id}", "lora_id")
+        await asyncio.to_thread(self.engine.pin_lora, name)
         return True
 
     async def check_health(self) -> None:
@@ -184,10 +217,12 @@ class _Telling:
     Args:
         stream: the request's.
         kind: what an output has: what is new, everything so far, or everything once.
+        lora_request: the request's adapter.
     """
 
-    def __init__(self, stream: TokenStream, kind: RequestOutputKind) -> None:
+    def __init__(self, stream: TokenStream, kind: RequestOutputKind, lora_request: LoRARequest | None = None) -> None:
         self._request = stream.request
+        self._lora_request = lora_request
         self._kind = kind
         count = self._request.params.n
         self._asked = self._request.params.logprobs is not None
@@ -229,6 +264,7 @@ class _Telling:
             finished=not self._unfinished,
             metrics=None if self._unfinished else piece.metrics,
             num_cached_tokens=piece.num_cached_tokens,
+            lora_request=self._lora_request,
         )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from candle_vllm.core.arguments import ExplainedStruct
+from candle_vllm.core.engine.request import LoraChoice, adapter_uses, each_lora_choice
 from candle_vllm.core.engine.stream import Bar, shown_bar
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import InvalidParameterError
@@ -142,6 +143,7 @@ def beam_search(
     use_tqdm: Bar = False,
     concurrency_limit: int | None = None,
     priority: int | Sequence[int] = 0,
+    lora_request: LoraChoice | Sequence[LoraChoice] = None,
 ) -> list[BeamSearchOutput]:
     """The best continuations of every prompt; outputs in the order of the prompts.
 
@@ -153,6 +155,7 @@ def beam_search(
         use_tqdm: show a progress bar of steps.
         concurrency_limit: prompts that are searched for at a time; None is all of them.
         priority: one for all prompts, or one each.
+        lora_request: as of `EngineFront.generate`; files are not read anew for it.
 
     Raises:
         RequestError: a prompt or an argument is wrong.
@@ -164,14 +167,18 @@ def beam_search(
     orders = [priority] * len(given) if isinstance(priority, int) else list(priority)
     if len(orders) != len(given):
         raise InvalidParameterError(f"{len(given)} prompts and {len(orders)} priorities", "priority")
+    choices = each_lora_choice(lora_request, len(given))
+    if any(use.load_inplace for each in choices for use in adapter_uses(each)):
+        raise InvalidParameterError("beam_search reads no adapter anew (load_inplace): add_lora does", "lora_request")
     if concurrency_limit is not None and concurrency_limit < 1:
         raise InvalidParameterError("concurrency_limit must be at least 1", "concurrency_limit")
     searches = [_search(engine, prompt, params) for prompt in given]
+    own = list(zip(orders, choices, strict=True))
     at_a_time = concurrency_limit or len(searches) or 1
     for first in range(0, len(searches), at_a_time):
         with shown_bar("tokens", params.max_tokens, use_tqdm) as advance:
             last = first + at_a_time
-            while _step(engine, searches[first:last], orders[first:last], params):
+            while _step(engine, searches[first:last], own[first:last], params):
                 advance()
     skip = params.skip_special_tokens
     return [each.result(lambda tokens: engine.detokenize(tokens, skip_special_tokens=skip)) for each in searches]
@@ -186,14 +193,25 @@ def _search(engine: EngineFront, prompt: Prompt, params: BeamSearchParams) -> _S
     return _Search(BeamSearchSequence(prompt, tokens, []), params, ends, room)
 
 
-def _step(engine: EngineFront, searches: Sequence[_Search], orders: Sequence[int], params: BeamSearchParams) -> bool:
-    """One token more for every beam; False where there are none."""
-    todo = [(beam, order) for search, order in zip(searches, orders, strict=True) for beam in search.beams]
+def _step(
+    engine: EngineFront,
+    searches: Sequence[_Search],
+    own: Sequence[tuple[int, LoraChoice]],
+    params: BeamSearchParams,
+) -> bool:
+    """One token more for every beam, with the priority and the adapters of its search; False where there are none."""
+    todo = [(beam, *each) for search, each in zip(searches, own, strict=True) for beam in search.beams]
     if not todo:
         return False
     asked = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=2 * params.beam_width)
     outputs = iter(
-        engine.generate([beam.tokens for beam, _ in todo], asked, use_tqdm=False, priority=[order for _, order in todo])
+        engine.generate(
+            [beam.tokens for beam, _, _ in todo],
+            asked,
+            use_tqdm=False,
+            priority=[order for _, order, _ in todo],
+            lora_request=[choice for _, _, choice in todo],
+        )
     )
     for search in searches:
         said = [next(outputs).outputs[0].logprobs for _ in search.beams]

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from candle_vllm.core.arguments import TEXT_ALONE, explained, foreign_names
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.engine.request import GenerationOutput
+from candle_vllm.core.engine.request import GenerationOutput, LoraChoice, LoRARequest
 from candle_vllm.core.engine.stream import Bar
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import InvalidParameterError
@@ -158,7 +158,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: Bar = True,
-        lora_request: None = None,
+        lora_request: LoraChoice | Sequence[LoraChoice] = None,
         priority: int | Sequence[int] | None = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: None = None,
@@ -170,7 +170,8 @@ class LLM:
                 `prompt_token_ids`.
             sampling_params: one for all, or one each; None is `get_default_sampling_params()`.
             use_tqdm: show a progress bar on a terminal, or what makes one.
-            lora_request: refused: there are no adapters.
+            lora_request: the adapter of all prompts, or one or None for each (`enable_lora`); pairs of adapters and
+                scales are a mix of them.
             priority: one for all, or one each; lower runs first.
             tokenization_kwargs: may have `add_special_tokens`.
             mm_processor_kwargs: refused: models read text alone here.
@@ -179,15 +180,16 @@ class LLM:
             RequestError: a prompt or its parameters are wrong, with its place in a list; nothing has run then.
             CandleVllmError: the engine failed on a request, or was closed meanwhile.
         """
-        refuse_given("generate", lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        refuse_given("generate", mm_processor_kwargs=mm_processor_kwargs)
         outputs = self.engine.generate(
             prompts,
             self._params(sampling_params),
             use_tqdm=use_tqdm,
             priority=_priority(priority),
             add_special_tokens=adds_special(tokenization_kwargs),
+            lora_request=lora_request,
         )
-        return _outputs(outputs)
+        return _outputs(outputs, lora_request)
 
     @explained(SamplingParams=SamplingParams.__struct_fields__)
     def chat(
@@ -195,7 +197,7 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: Bar = True,
-        lora_request: None = None,
+        lora_request: LoraChoice | Sequence[LoraChoice] = None,
         priority: int | Sequence[int] | None = None,
         chat_template: str | None = None,
         chat_template_content_format: str = "auto",
@@ -216,7 +218,7 @@ class LLM:
 
         The other arguments and errors are as of `generate` and of `InferenceEngine.chat`.
         """
-        refuse_given("chat", lora_request=lora_request, mm_processor_kwargs=mm_processor_kwargs)
+        refuse_given("chat", mm_processor_kwargs=mm_processor_kwargs)
         refuse_given("chat", tokenization_kwargs=tokenization_kwargs or None)
         if chat_template_content_format not in ("auto", "string"):
             raise InvalidParameterError(
@@ -234,15 +236,16 @@ class LLM:
             tools=tools,
             chat_template=chat_template,
             chat_template_kwargs=chat_template_kwargs,
+            lora_request=lora_request,  # type: ignore[arg-type]
         )
-        return _outputs(made if isinstance(made, list) else [made])
+        return _outputs(made if isinstance(made, list) else [made], lora_request)
 
     @explained(BeamSearchParams=BeamSearchParams.__struct_fields__)
     def beam_search(
         self,
         prompts: Prompt | Sequence[Prompt],
         params: BeamSearchParams,
-        lora_request: None = None,
+        lora_request: LoraChoice | Sequence[LoraChoice] = None,
         use_tqdm: Bar = False,
         concurrency_limit: int | None = None,
         priority: int | Sequence[int] | None = None,
@@ -253,7 +256,6 @@ class LLM:
             use_tqdm: show a progress bar of steps.
             concurrency_limit: prompts that are searched for at a time; None is all of them.
         """
-        refuse_given("beam_search", lora_request=lora_request)
         return beam_search(
             self.engine,
             prompts,
@@ -261,6 +263,7 @@ class LLM:
             use_tqdm=use_tqdm,
             concurrency_limit=concurrency_limit,
             priority=_priority(priority),
+            lora_request=lora_request,
         )
 
     # ---- numbers -----------------------------------------------------------------------------------------------------
@@ -272,12 +275,14 @@ class LLM:
         *,
         use_tqdm: Bar = True,
         pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
-        lora_request: None = None,
+        lora_request: LoraChoice | Sequence[LoraChoice] = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[EmbeddingRequestOutput]:
         """The vector of every text. A model that generates text gives vectors as well. Errors as of `generate`."""
-        refuse_given("embed", lora_request=lora_request, tokenization_kwargs=tokenization_kwargs or None)
-        outputs = self.engine.embed(prompts, self._pooling_params(pooling_params), use_tqdm=use_tqdm)
+        refuse_given("embed", tokenization_kwargs=tokenization_kwargs or None)
+        outputs = self.engine.embed(
+            prompts, self._pooling_params(pooling_params), use_tqdm=use_tqdm, lora_request=lora_request
+        )
         return [
             EmbeddingRequestOutput(
                 each.request_id,
@@ -295,7 +300,7 @@ class LLM:
         pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
         *,
         use_tqdm: Bar = True,
-        lora_request: None = None,
+        lora_request: LoraChoice | Sequence[LoraChoice] = None,
         pooling_task: str = "embed",
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
@@ -342,17 +347,17 @@ class LLM:
         *,
         pooling_params: None = None,
         use_tqdm: Bar = True,
-        lora_request: None = None,
+        lora_request: LoraChoice | Sequence[LoraChoice] = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[ClassificationRequestOutput]:
         """How likely each class of a classifier is for every text. Errors as of `generate`."""
-        refuse_given("classify", lora_request=lora_request, tokenization_kwargs=tokenization_kwargs or None)
+        refuse_given("classify", tokenization_kwargs=tokenization_kwargs or None)
         refuse_given("classify", pooling_params=pooling_params)
         return [
             ClassificationRequestOutput(
                 each.request_id, ClassificationOutput(each.probs.tolist()), list(each.prompt_token_ids)
             )
-            for each in self.engine.classify(prompts, use_tqdm=use_tqdm)
+            for each in self.engine.classify(prompts, use_tqdm=use_tqdm, lora_request=lora_request)
         ]
 
     @explained()
@@ -364,7 +369,7 @@ class LLM:
         *,
         use_tqdm: Bar = True,
         pooling_params: None = None,
-        lora_request: None = None,
+        lora_request: LoraChoice = None,
         tokenization_kwargs: Mapping[str, Any] | None = None,
         chat_template: None = None,
     ) -> list[ScoringRequestOutput]:
@@ -376,7 +381,7 @@ class LLM:
             InvalidParameterError: an input is no text, or there are not as many of one as of the other.
             CandleVllmError: as of `generate`.
         """
-        refuse_given("score", lora_request=lora_request, tokenization_kwargs=tokenization_kwargs or None)
+        refuse_given("score", tokenization_kwargs=tokenization_kwargs or None)
         refuse_given("score", pooling_params=pooling_params, chat_template=chat_template)
         first = [data_1] if isinstance(data_1, str) else list(data_1)
         second = [data_2] if isinstance(data_2, str) else list(data_2)
@@ -387,7 +392,7 @@ class LLM:
                 f"score takes one text and any number of others, or as many of both: not {len(first)}, {len(second)}",
                 "data_2",
             )
-        outputs = self.engine.score(list(zip(first, second, strict=True)), use_tqdm=use_tqdm)
+        outputs = self.engine.score(list(zip(first, second, strict=True)), use_tqdm=use_tqdm, lora_request=lora_request)
         return [
             ScoringRequestOutput(str(number), ScoringOutput(each.score), list(each.prompt_token_ids))
             for number, each in enumerate(outputs)
@@ -482,8 +487,13 @@ class LlmTokenizer:
         return self._engine.tokenize(text, add_special_tokens=False) if tokenize else text
 
 
-def _outputs(given: Sequence[GenerationOutput]) -> list[RequestOutput]:
-    return [request_output(each) for each in given]
+def _outputs(given: Sequence[GenerationOutput], lora_request: LoraChoice | Sequence[LoraChoice]) -> list[RequestOutput]:
+    outputs = [request_output(each) for each in given]
+    several = isinstance(lora_request, (list, tuple)) and len(lora_request) == len(outputs)
+    for place, output in enumerate(outputs):
+        own = lora_request[place] if several else lora_request  # type: ignore[index]
+        output.lora_request = own if isinstance(own, LoRARequest) else None
+    return outputs
 
 
 def _priority(given: int | Sequence[int] | None) -> int | Sequence[int]:

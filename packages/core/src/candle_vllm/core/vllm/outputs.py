@@ -69,7 +69,7 @@ class RequestOutput:
         prompt_logprobs: one entry per prompt token when asked for, None for the first.
         metrics: the request's times, once it has finished.
         num_cached_tokens: prompt tokens that came from the prefix cache.
-        lora_request: always None.
+        lora_request: its adapter; None for none, and for a mix of several.
     """
 
     request_id: str
