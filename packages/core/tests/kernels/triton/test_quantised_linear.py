@@ -12,15 +12,16 @@ import torch
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.gguf_linear import GgufMatrix, linear, pack, reference, stack, triton
+from candle_vllm.core.kernels.gguf_linear.layout import PLANES, gguf_kind
 from candle_vllm.core.kernels.linear import linear as plain_linear
 from candle_vllm.core.kernels.linear import triton as launches
-from candle_vllm.core.kernels.packed_linear.layout import PackedKind, packed_kind
+from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_blocks import CONTENTS
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType as GgmlType
 
 TOLERANCE = 5e-3
-each_kind = pytest.mark.parametrize("kind", list(PackedKind), ids=lambda kind: kind.name)
+each_kind = pytest.mark.parametrize("kind", list(PLANES), ids=lambda kind: kind.name)
 
 
 def random_bytes(kind: PackedKind, rows: int, columns: int, seed: int = 0, octaves: int = 0) -> np.ndarray:
@@ -96,7 +97,7 @@ def test_a_type_without_a_layout_is_rounded_to_8_bits(device: torch.device) -> N
     size, width = ggml.block_layout(GgmlType.IQ4_NL)
     raw = np.random.default_rng(0).integers(0, 256, (3, 64 // size, width), dtype=np.uint8)
     raw[:, :, :2] = np.array([0.01], np.float16).view(np.uint8)
-    assert packed_kind(GgmlType.IQ4_NL) == PackedKind.Q8_0
+    assert gguf_kind(GgmlType.IQ4_NL) == PackedKind.Q8_0
     wanted = torch.from_numpy(ggml.dequantize(raw, GgmlType.IQ4_NL, (3, 64)))
     got = reference.dequantise(pack(raw.reshape(-1), GgmlType.IQ4_NL, 3, 64, device)).cpu()
     assert float((got - wanted).abs().max()) <= 0.004 * float(wanted.abs().max())

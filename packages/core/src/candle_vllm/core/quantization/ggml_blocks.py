@@ -63,6 +63,7 @@ class BlockContents(NamedTuple):
         turn: as many small scales, then as many minima, and so on; 0 where there are no minima.
         small_zero: stored bits of the small scale 0.
         width: weights that share a scale.
+        values: the number that stands for each code, where it is not the code itself.
     """
 
     codes: tuple[Fields, ...]
@@ -73,6 +74,7 @@ class BlockContents(NamedTuple):
     turn: int = 0
     small_zero: int = 0
     width: int = 32
+    values: tuple[int, ...] | None = None
 
     @property
     def bits(self) -> int:
@@ -97,6 +99,9 @@ class BlockContents(NamedTuple):
 
 _SIX_BITS = ((Fields(4, 12, 8, 6),), (Fields(12, 16, 4, 4), Fields(4, 12, 8, 2, shift=4, first=6)))
 """Scales and minima of four groups, then of the others, whose upper bits are those that the first ones leave over."""
+
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""The numbers of IQ4_NL's and IQ4_XS's codes: closer together about 0, where most weights are."""
 
 _ROWS = {  # codes, scale, minimum
     "Q4_0": BlockContents((Fields(2, 18, 16, 4),), (0, 2), zero=8),
@@ -126,6 +131,14 @@ _ROWS = {  # codes, scale, minimum
         small=((Fields(192, 208, 16, 8),),),
         width=16,
     ),
+    "IQ4_NL": BlockContents((Fields(2, 18, 16, 4),), (0, 2), values=IQ4_VALUES),
+    "IQ4_XS": BlockContents(
+        (Fields(8, 136, 16, 4),),
+        (0, 2),
+        small=((Fields(4, 8, 1, 4), Fields(2, 4, 1, 2, shift=4)),),
+        small_zero=32,
+        values=IQ4_VALUES,
+    ),
     "Q8_K": BlockContents((Fields(4, 260, 256, 8),), (0, 4)),  # behind them sums, which are of no use here
     "Q1_0": BlockContents((Fields(2, 18, 1, 1, shift=1),), (0, 2), zero=1),  # the codes are 1 and -1
 }
@@ -140,7 +153,7 @@ class BlockParts(Generic[Array]):
     """What blocks are made of: arrays of bytes, of the library and on the device that the blocks are of.
 
     Attributes:
-        codes: uint8 [..., weights of a block], bits of int8; maybe a view of the blocks.
+        codes: uint8 [..., weights of a block], bits of int8; maybe a view of the blocks. Not yet looked up in `values`.
         scale, minimum: uint8 [..., 2 or 4], bytes of a float; a view of the blocks.
         scales: uint8 [..., groups], bits of int8, of K-quants.
         minima: the same of the small minima; never negative.
@@ -167,13 +180,18 @@ def take_apart(blocks: Array, contents: BlockContents, library: ModuleType) -> B
     minimum = None if contents.minimum is None else data[..., slice(*contents.minimum)]
     if not contents.small:
         return BlockParts(codes, scale, minimum)
-    pieces = [_numbers(data, fields, contents.small_zero, library) for fields in contents.small]
-    small = pieces[0] if len(pieces) == 1 else library.concat(pieces, -1)
+    small = small_scales(data, contents, library)
     if not contents.turn:
         return BlockParts(codes, scale, None, small)
     turns = small.reshape(*small.shape[:-1], -1, 2, contents.turn)
     scales, minima = (turns[..., which, :].reshape(*small.shape[:-1], -1) for which in range(2))
     return BlockParts(codes, scale, minimum, scales, minima)
+
+
+def small_scales(blocks: Any, contents: BlockContents, library: ModuleType) -> Any:
+    """The small scales and minima of blocks in the order of the file: uint8 [..., count]."""
+    pieces = [_numbers(blocks, fields, contents.small_zero, library) for fields in contents.small]
+    return pieces[0] if len(pieces) == 1 else library.concat(pieces, -1)
 
 
 def _numbers(blocks: Any, fields: tuple[Fields, ...], zero: int, library: ModuleType) -> Any:
@@ -191,7 +209,9 @@ def _bits(blocks: Any, fields: Fields, library: ModuleType) -> Any:
     data = blocks[..., fields.start : fields.stop]
     if fields.bits == 8:
         return data
-    if fields.width == 1 and library is np:  # as below, where numpy would go through each byte by itself
+    if (
+        fields.width == 1 and fields.bits == 1 and library is np
+    ):  # as below, where numpy would go through each byte by itself
         found = np.unpackbits(data, axis=-1, bitorder="little")
     else:
         runs = data.reshape(-1).reshape(*data.shape[:-1], -1, fields.width)  # contiguous: several times as fast
@@ -233,7 +253,7 @@ def _put(blocks: np.ndarray, numbers: np.ndarray, several: tuple[Fields, ...], z
         bits = stored >> fields.shift if fields.shift else stored
         if fields is not several[-1]:  # which nothing stands above
             bits = bits & (1 << fields.bits) - 1
-        if fields.width == 1:
+        if fields.width == fields.bits == 1:
             data[:] = np.packbits(bits, axis=-1, bitorder="little")
             continue
         runs = bits.reshape(*bits.shape[:-1], -1, len(fields.places), fields.width)

@@ -63,6 +63,11 @@ def host_isa() -> Isa:
     return host_level().isa
 
 
+def has_avx2() -> bool:
+    """Whether code is made for an x86-64 that is known to have AVX2, as every one of `LEVELS` has."""
+    return host_level() in LEVELS
+
+
 @cache
 def bytes_ahead() -> int:
     """How far ahead of a stream of quantised weights the kernels ask for it; at 0 they leave that to the CPU.

@@ -23,7 +23,7 @@ from candle_vllm.core.kernels.activation_rows import RowForm
 from candle_vllm.core.kernels.cpu_runtime import kernel_cache
 from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, Level, host_level
 from candle_vllm.core.kernels.cpu_runtime.operation import named_function
-from candle_vllm.core.kernels.packed_linear.layout import PackedKind
+from candle_vllm.core.kernels.packed_linear.layout import RARE, PackedKind
 from candle_vllm.core.kernels.plain_linear.layout import PlainKind
 from candle_vllm.core.kernels.scaled_linear.layout import ScaledKind
 from candle_vllm.core.kernels.weight_quant.searches import TYPES
@@ -71,7 +71,8 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         for rope, latent in LATENT:
             yield "latent_attention.cpu:make_attend", (rope, latent, form, isa & Isa.BF16)
             yield "latent_attention.cpu:make_merge", (latent, form)
-    for name, kinds in (("packed", PackedKind), ("plain", PlainKind), ("scaled", ScaledKind)):
+    common = [kind for kind in PackedKind if kind not in RARE]
+    for name, kinds in (("packed", common), ("plain", PlainKind), ("scaled", ScaledKind)):
         for kind in kinds:
             yield f"{name}_linear.cpu:make_linear", (kind, isa)
             if name != "scaled":

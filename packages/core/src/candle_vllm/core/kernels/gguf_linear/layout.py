@@ -34,7 +34,8 @@ from types import MappingProxyType
 
 import torch
 
-from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, PackedKind, TileLayout
+from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, PackedKind, TileLayout, packed_kind
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 WORDS = 16
 """Elements of a row in a step of a plane of codes."""
@@ -102,7 +103,19 @@ def _planes(layout: TileLayout) -> Planes:
     return Planes(low, layout.bits - low, layout)
 
 
-PLANES: Mapping[PackedKind, Planes] = MappingProxyType({kind: _planes(layout) for kind, layout in LAYOUTS.items()})
+PLANES: Mapping[PackedKind, Planes] = MappingProxyType(
+    {kind: _planes(layout) for kind, layout in LAYOUTS.items() if layout.values is None}
+)
+
+
+def gguf_kind(ggml_type: GGMLQuantizationType) -> PackedKind:
+    """The layout of a tensor type on a GPU: its own, or 8 bits for a type without one.
+
+    Raises:
+        UnsupportedModelError: the type is not quantised, or nothing decodes it.
+    """
+    kind = packed_kind(ggml_type)
+    return kind if kind in PLANES else PackedKind.Q8_0
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.kernels.gguf_linear.layout import PLANES, WORDS, GgufMatrix, Planes
-from candle_vllm.core.kernels.packed_linear.layout import packed_kind
+from candle_vllm.core.kernels.gguf_linear.layout import PLANES, WORDS, GgufMatrix, Planes, gguf_kind
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_blocks import CONTENTS, BlockParts, take_apart
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
@@ -43,7 +42,7 @@ def pack(
         UnsupportedModelError: no kernel multiplies such a matrix.
         ValueError: `raw` is not as long as the shape says.
     """
-    kind, device = packed_kind(ggml_type), torch.device(device)
+    kind, device = gguf_kind(ggml_type), torch.device(device)
     size, width = ggml.block_layout(ggml_type)
     if rows < 1 or columns < 1 or columns % max(size, 32):
         raise UnsupportedModelError(

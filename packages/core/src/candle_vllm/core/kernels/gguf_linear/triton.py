@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.gguf_linear.layout import GgufMatrix
+from candle_vllm.core.kernels.gguf_linear.layout import PLANES, GgufMatrix
 from candle_vllm.core.kernels.gguf_linear.triton_codes import (
     codec,
     float_code,
@@ -191,17 +191,17 @@ def _embedding(kind: PackedKind, dtype: str) -> Build:
 _USUAL = (PackedKind.Q4_K, PackedKind.Q6_K)
 
 AOT = (
-    *(_exact(kind, 16) for kind in PackedKind),
+    *(_exact(kind, 16) for kind in PLANES),
     *(_exact(kind, tokens, WITH_TENSOR_CORES) for kind in _USUAL for tokens in (1, 64)),
     *(_exact(kind, 32) for kind in _USUAL),
-    *(_exact(kind, 128, form="fold") for kind in PackedKind),
+    *(_exact(kind, 128, form="fold") for kind in PLANES),
     *(_exact(kind, 128, (80, 100, 120), form="fold") for kind in _USUAL),
     _exact(PackedKind.Q3_K, 8, WITH_TENSOR_CORES, dtype="fp16", form="whole"),
     _exact(PackedKind.Q5_1, 16, WITH_TENSOR_CORES, columns=4128, form="whole"),
-    *(_exact(kind, tokens, (75,), dtype="fp16") for tokens in (8, 16) for kind in PackedKind),
+    *(_exact(kind, tokens, (75,), dtype="fp16") for tokens in (8, 16) for kind in PLANES),
     *(_exact(kind, 128, (75,), dtype="fp16", form="fold") for kind in _USUAL),
     _exact(PackedKind.Q5_1, 16, (75,), dtype="fp16", columns=4128, form="whole"),
-    *(_rounded(kind, "bf16", 4096, 512, (90,)) for kind in PackedKind if kind.name.endswith("K")),
+    *(_rounded(kind, "bf16", 4096, 512, (90,)) for kind in PLANES if kind.name.endswith("K")),
     *(_rounded(kind, "bf16", 4096, 512, (80, 100, 120)) for kind in (PackedKind.Q4_K, PackedKind.Q3_K)),
     _rounded(PackedKind.Q8_0, "fp16", 4096, 32, WITH_TENSOR_CORES),
     _rounded(PackedKind.Q5_1, "bf16", 4128, 64, WITH_TENSOR_CORES),

@@ -22,6 +22,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit_tables import look_up
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import EmbeddingArguments, LinearArguments
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
@@ -56,8 +57,16 @@ def _field(e: Emitter, words: Any, start: int, target: int, bits: int, lanes: in
     return e.b.and_(words, _words(e, ((1 << bits) - 1) << target, lanes))
 
 
-def _quad(e: Emitter, codes: Any, layout: TileLayout, quad: int, lanes: int = ROWS) -> Any:
+def _quad(e: Emitter, codes: Any, layout: TileLayout, quad: int, isa: Isa = Isa.GENERIC, lanes: int = ROWS) -> Any:
     """Quad `quad` of the group whose codes begin at `codes`: 4 unsigned bytes in each lane."""
+    found = _stored_quad(e, codes, layout, quad, lanes)
+    if layout.values is None:
+        return found
+    return look_up(e, [value + layout.zero for value in layout.values], found, isa, lanes)
+
+
+def _stored_quad(e: Emitter, codes: Any, layout: TileLayout, quad: int, lanes: int) -> Any:
+    """The same before it is looked up."""
     bits, kind = layout.bits, vector(I32, lanes)
 
     def words(index: int) -> Any:
@@ -82,14 +91,14 @@ def _scales(e: Emitter, block: Any, group: Any, layout: TileLayout, lane: Any = 
     scale, minimum = _floats(e, block, layout, lane)
     if not layout.nested:
         return [scale], [] if minimum is None else [minimum]
-    at = e.b.add(block, e.b.mul(group, e.int64(2 * ROWS)))
+    at = e.b.add(block, e.b.mul(group, e.int64(layout.small_bytes)))
     step = ROWS
     if lane is not None:
         at = e.b.add(at, e.b.mul(lane, e.int64(1 + layout.paired)))
         step = 1 if layout.paired else ROWS
     small = [
         e.b.zext(e.load(at, vector(I8, lanes), layout.floats_bytes + half * step), vector(I32, lanes))
-        for half in (0, 1)
+        for half in range(layout.small_bytes // ROWS)
     ]
 
     def times(factor: Any, numbers: Any) -> Any:
@@ -231,7 +240,7 @@ def _add_group(
     for half, scale in enumerate(scales):
         sums = [e.zeros(I32) if layout.minimum else splat(row, 1 + half, I32) for row in range(block)]
         for quad in range(half * 4, half * 4 + 8 // len(scales)):
-            unsigned = _quad(e, codes, layout, quad)
+            unsigned = _quad(e, codes, layout, quad, isa)
             for row in range(block):
                 x = e.splat(e.load(record, I32, row * GROUP + 4 * quad))
                 sums[row] = e.dot_u8_i8(sums[row], unsigned, x, isa)
@@ -379,7 +388,7 @@ def _unpack_row(_: Any, kind: Any, weights: Any, lane: Any, out: Any, groups: An
                 scale, *minimum = (
                     e.splat(b.extract_element(part[half], ir.Constant(I32, 0)), 4) for part in (scales, minima) if part
                 )
-                numbers = b.zext(b.bitcast(_quad(e, codes, layout, quad, 1), vector(I8, 4)), vector(I32, 4))
+                numbers = b.zext(b.bitcast(_quad(e, codes, layout, quad, lanes=1), vector(I8, 4)), vector(I32, 4))
                 numbers = b.sub(numbers, e.constant(I32, layout.zero, 4))
                 value = b.fmul(b.sitofp(numbers, vector(F32, 4)), scale)
                 e.store(target, b.fadd(value, minimum[0]) if minimum else value, 16 * quad)

@@ -9,6 +9,7 @@ one group (32 weights of each row), the K-quants blocks of eight groups with one
                   scale u8[16], minimum u8[16]             Q4_K, Q5_K (one scale for 32 weights)
                   scale i8[16], scale i8[16]               Q3_K, Q6_K (one for 16 weights: first half, second half)
                   scale | minimum << 4, u8[16][2]          Q2_K (the same, the halves side by side)
+                  scale i8[16], 16 bytes in all            IQ4_XS (one for 32 weights)
 
 A group's codes are vectors of 64 bytes, 4 bytes for each of the 16 rows. **Quad** j (0 to 7) of a group is its weights
 4j to 4j + 3, and byte b of a row's 4 bytes belongs to weight 4j + b:
@@ -20,7 +21,8 @@ A group's codes are vectors of 64 bytes, 4 bytes for each of the 16 rows. **Quad
 
 More than one of these stand behind each other, high bits first: the kernel then reads them in the order in which they
 lie, which the CPU's prefetching needs (with the fifth bits behind the nibbles, Q5_1 was read a third slower). A code is
-unsigned; a weight is scale * (code - zero) for the types without a minimum, else scale * code + minimum.
+unsigned; a weight is scale * (code - zero) for the types without a minimum, else scale * code + minimum. IQ4_NL and
+IQ4_XS have a table of 16 numbers, in which a code is looked up first; there a weight is scale * number.
 """
 
 from __future__ import annotations
@@ -67,6 +69,8 @@ class PackedKind(enum.IntEnum):
     Q4_K = 7
     Q5_K = 8
     Q6_K = 9
+    IQ4_NL = 10
+    IQ4_XS = 11
 
     @property
     def type(self) -> GGMLQuantizationType:
@@ -75,7 +79,7 @@ class PackedKind(enum.IntEnum):
 
 
 def packed_kind(ggml_type: GGMLQuantizationType) -> PackedKind:
-    """The layout of a tensor type, on the CPU and on a GPU: its own, or 8 bits for a type without one.
+    """The layout of a tensor type on the CPU: its own, or 8 bits for a type without one.
 
     Raises:
         UnsupportedModelError: the type is not quantised, or nothing decodes it.
@@ -97,17 +101,19 @@ class TileLayout:
         width: weights that share a scale, 32 or 16.
         minimum: whether a minimum is added to the scaled code.
         nested: whether scales are small integers times a super-scale.
+        values: the number of each code, where it is not the code itself less a zero.
     """
 
     bits: int
     width: int
     minimum: bool
     nested: bool
+    values: tuple[int, ...] | None = None
 
     @property
     def zero(self) -> int:
-        """The code of weight 0 where there is no minimum."""
-        return 0 if self.minimum else 1 << (self.bits - 1)
+        """The code of weight 0 where there is no minimum; where codes are looked up, what is added to their numbers."""
+        return 0 if self.minimum else 128 if self.values else 1 << (self.bits - 1)
 
     @property
     def groups(self) -> int:
@@ -120,6 +126,16 @@ class TileLayout:
         return self.width < GROUP and self.minimum
 
     @property
+    def lone(self) -> bool:
+        """Whether a group of a nested kind has one small scale and nothing else."""
+        return self.nested and self.width == GROUP and not self.minimum
+
+    @property
+    def small_bytes(self) -> int:
+        """Bytes of a group's small scales and minima."""
+        return 0 if not self.nested else ROWS if self.lone else 2 * ROWS
+
+    @property
     def floats_bytes(self) -> int:
         """Bytes of the float16 numbers at the start of a block."""
         return 2 * ROWS * (1 + self.minimum)
@@ -127,7 +143,7 @@ class TileLayout:
     @property
     def head_bytes(self) -> int:
         """Bytes in front of a block's codes."""
-        return self.floats_bytes + (2 * ROWS * SUPER_GROUPS if self.nested else 0)
+        return self.floats_bytes + SUPER_GROUPS * self.small_bytes
 
     @property
     def code_bytes(self) -> int:
@@ -146,10 +162,14 @@ class TileLayout:
 
 def _layout(kind: PackedKind) -> TileLayout:
     found = CONTENTS[kind.type]
-    return TileLayout(found.bits, found.width, found.minimum is not None, bool(found.small))
+    return TileLayout(found.bits, found.width, found.minimum is not None, bool(found.small), found.values)
 
 
 LAYOUTS: Mapping[PackedKind, TileLayout] = MappingProxyType({kind: _layout(kind) for kind in PackedKind})
+
+
+RARE = frozenset(kind for kind in PackedKind if LAYOUTS[kind].values is not None)
+"""Kinds whose code does not travel with the package: it is compiled where a file has them."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -109,6 +109,12 @@ def _store(parts: ChunkCodes, layout: TileLayout, tiles: np.ndarray) -> None:
         floats[:, :, index * ROWS : (index + 1) * ROWS] = part.reshape(count, -1, ROWS).transpose(1, 0, 2)
     if parts.small is not None:
         small = blocks[:, :, layout.floats_bytes : layout.head_bytes]
+        if layout.lone:
+            small = small.reshape(*shape[:2], groups, ROWS)
+            for index, part in enumerate(parts.small):
+                four = part.view(np.uint8).reshape(count, -1, ROWS, 4).transpose(1, 0, 3, 2)
+                small[:, :, 4 * index : 4 * index + 4] = four
+            return
         if layout.paired:
             small = small.reshape(*shape[:2], groups, ROWS, 2).swapaxes(3, 4)
         else:

@@ -28,7 +28,10 @@ def dequantise(matrix: PackedMatrix) -> np.ndarray:
     layout = matrix.layout
     blocks = matrix.data.reshape(len(matrix.data), -1, layout.block_bytes)  # [tiles, blocks, bytes]
     codes = blocks[:, :, layout.head_bytes :].reshape(*blocks.shape[:2], layout.groups, layout.code_bytes)
-    numbers = _numbers(codes, layout).astype(np.float32)  # [tiles, blocks, groups, 8 quads, 16 rows, 4]
+    numbers = _numbers(codes, layout)
+    if layout.values is not None:
+        numbers = np.array(layout.values, np.int16)[numbers] + layout.zero
+    numbers = numbers.astype(np.float32)  # [tiles, blocks, groups, 8 quads, 16 rows, 4]
     scale, minimum = _scales(blocks, layout)  # [tiles, blocks, groups, 1 or 2 halves, 16 rows]
     halves = numbers.reshape(*numbers.shape[:3], scale.shape[3], -1, ROWS, 4)
     halves = (halves - layout.zero) * scale[:, :, :, :, None, :, None]
@@ -72,6 +75,8 @@ def _scales(blocks: np.ndarray, layout: TileLayout) -> tuple[np.ndarray, np.ndar
     small = blocks[:, :, layout.floats_bytes : layout.head_bytes].reshape(*blocks.shape[:2], layout.groups, -1)
     if layout.paired:
         small = np.ascontiguousarray(small.reshape(*small.shape[:-1], ROWS, 2).swapaxes(-1, -2))
+    elif layout.lone:
+        small = small.reshape(*small.shape[:-1], 1, ROWS)
     else:
         small = small.reshape(*small.shape[:-1], 2, ROWS)
     if minimum is None:

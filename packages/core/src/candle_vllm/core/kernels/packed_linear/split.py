@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, PackedKind, TileLayout
-from candle_vllm.core.quantization.ggml_blocks import CONTENTS, BlockContents, Fields
+from candle_vllm.core.quantization.ggml_blocks import CONTENTS, BlockContents, Fields, small_scales
 
 
 class ChunkCodes(NamedTuple):
@@ -68,8 +68,9 @@ def _codes(blocks: np.ndarray, contents: BlockContents, layout: TileLayout) -> n
     """The vectors of all groups, high bits first: uint32 [G, vectors, B, R]."""
     fields = contents.codes[::-1]
     if len(fields) == 1 and _in_order(fields[0]):
-        if layout.zero == contents.zero:
-            return _words(blocks, fields[0])[None]
+        if layout.zero == contents.zero or layout.values is not None:
+            words = _words(blocks, fields[0])
+            return words.reshape(layout.groups, -1, *words.shape[1:])
         return _planes(blocks, fields[0])[None] ^ _each(layout.zero)  # a signed byte's highest bit
     codes = np.empty((layout.groups, layout.bits, *blocks.shape[1::-1]), np.uint32)
     first = 0
@@ -141,6 +142,9 @@ def _small(blocks: np.ndarray, contents: BlockContents, layout: TileLayout) -> n
         return None
     if layout.paired:  # each scale stands beside its minimum, in the file as in the layout
         return _planes(blocks, contents.small[0][0])
+    if layout.lone:  # so few bytes that they are not worth words
+        scales = np.ascontiguousarray(small_scales(blocks, contents, np))
+        return np.ascontiguousarray(scales.view(np.uint32).transpose(2, 1, 0))
     pieces = [_numbers(blocks, fields) for fields in contents.small]
     found = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
     if contents.small_zero:

@@ -1,0 +1,85 @@
+# pyright: reportCallIssue=false
+"""Tables of constants that vector code reads: of sixteen bytes by one shuffle, longer ones by gathering from memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+
+from candle_vllm.core.kernels.cpu_runtime.emit import I8, I32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa, has_avx2
+
+_BYTES = 4 * LANES
+
+
+def look_up(e: Emitter, numbers: Sequence[int], words: Any, isa: Isa, lanes: int = LANES) -> Any:
+    """For each byte of the lanes, 0 to 15, the number of that place, 0 to 255.
+
+    Args:
+        numbers: sixteen.
+        words: <16 x i32>, or <1 x i32>.
+        lanes: 16 or 1.
+    """
+    assert len(numbers) == 16
+    if lanes == 1:
+        return _one_by_one(e, numbers, words)
+    if isa & Isa.VNNI:  # which no CPU has without AVX512-BW
+        table = _row(numbers, _BYTES)
+        given = [table, e.b.bitcast(words, vector(I8, _BYTES))]
+        return e.b.bitcast(e.call("llvm.x86.avx512.pshuf.b.512", vector(I8, _BYTES), given), vector(I32))
+    return _by_halves(e, numbers, words) if has_avx2() else _by_selection(e, numbers, words)
+
+
+def table_address(e: Emitter, table: np.ndarray) -> Any:
+    """Address of a constant array of uint8, uint16 or uint32 in the code's read-only memory."""
+    data = np.ascontiguousarray(table)
+    name = f"table.{hashlib.sha256(data.tobytes()).hexdigest()[:16]}.{data.dtype}"
+    found = e.b.module.globals.get(name)
+    if found is None:
+        element = ir.IntType(8 * data.itemsize)
+        kind = ir.ArrayType(element, data.size)
+        found = ir.GlobalVariable(e.b.module, kind, name)
+        found.linkage, found.global_constant, found.align = "internal", True, 64
+        found.initializer = ir.Constant(kind, [ir.Constant(element, int(value)) for value in data.reshape(-1)])
+    return e.b.ptrtoint(found, ir.IntType(64))
+
+
+def _row(numbers: Sequence[int], count: int) -> ir.Constant:
+    """The numbers again and again, `count` bytes."""
+    return ir.Constant(vector(I8, count), [ir.Constant(I8, number) for number in list(numbers) * (count // 16)])
+
+
+def _by_halves(e: Emitter, numbers: Sequence[int], words: Any) -> Any:
+    table, parts = _row(numbers, _BYTES // 2), []
+    for start in (0, LANES // 2):
+        picked = ir.Constant(vector(I32, LANES // 2), [ir.Constant(I32, start + i) for i in range(LANES // 2)])
+        half = e.b.bitcast(e.b.shuffle_vector(words, words, picked), vector(I8, _BYTES // 2))
+        found = e.call("llvm.x86.avx2.pshuf.b", vector(I8, _BYTES // 2), [table, half])
+        parts.append(e.b.bitcast(found, vector(I32, LANES // 2)))
+    return e.b.shuffle_vector(*parts, ir.Constant(vector(I32), [ir.Constant(I32, i) for i in range(LANES)]))
+
+
+def _by_selection(e: Emitter, numbers: Sequence[int], words: Any) -> Any:
+    """Four rounds, each by one bit of the bytes, in which the numbers that are left become half as many."""
+    places = e.b.bitcast(words, vector(I8, _BYTES))
+    left: list[Any] = [e.constant(I8, number, _BYTES) for number in numbers]
+    for bit in range(4):
+        one = e.b.and_(places, e.constant(I8, 1 << bit, _BYTES))
+        is_set = e.b.icmp_unsigned("!=", one, e.zeros(I8, _BYTES))
+        left = [e.b.select(is_set, high, low) for low, high in zip(left[::2], left[1::2])]
+    return e.b.bitcast(left[0], vector(I32))
+
+
+def _one_by_one(e: Emitter, numbers: Sequence[int], words: Any) -> Any:
+    table, word = table_address(e, np.array(numbers, np.uint8)), e.b.extract_element(words, ir.Constant(I32, 0))
+    found = []
+    for index in range(4):
+        place = e.b.and_(e.b.lshr(word, ir.Constant(I32, 8 * index)), ir.Constant(I32, 15))
+        value = e.load(e.b.add(table, e.b.zext(place, ir.IntType(64))), I8)
+        found.append(e.b.shl(e.b.zext(value, I32), ir.Constant(I32, 8 * index)))
+    return e.b.insert_element(words, reduce(e.b.or_, found), ir.Constant(I32, 0))
