@@ -44,7 +44,7 @@ class Served:
         self.loaded: LoadedModel = load_model(config, CPU, lambda done, whole: None)
         merge(self.loaded, within)
         self.engine: Engine = build_engine(config, self.loaded)
-        self.pack = adapter_packer(config, self.loaded)
+        self.pack = adapter_packer(config, self.loaded, self.engine.runner)
         self.places = number_places(self.loaded.decoder)
         self._asked = 0
 

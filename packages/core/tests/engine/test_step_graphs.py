@@ -214,13 +214,13 @@ def test_a_row_without_finite_logits_ends_alone(model: Path, others: dict[str, A
 
         def spoilt(plan: Any, rows: int) -> None:
             nonlocal steps
-            steps += plan is runner._plan
-            if plan is not runner._plan or steps != 4:
+            steps += plan is runner._plan.rows
+            if plan is not runner._plan.rows or steps != 4:
                 run_plan(plan, rows)
                 return
-            run_plan(plan, runner._num_rows)
+            run_plan(plan, runner._plan.count)
             logits[1] = np.nan
-            if rows > runner._num_rows:
+            if rows > runner._plan.count:
                 run_plan(runner._draw_rows.plan, 1)
 
         runner.team.run = spoilt

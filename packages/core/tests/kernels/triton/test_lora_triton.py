@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.lora import triton as kernel
+from candle_vllm.core.kernels.lora.device import block_table
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 
@@ -35,6 +38,14 @@ def padded(matrix: torch.Tensor, multiple: int, device: torch.device) -> torch.T
     return made.to(device)
 
 
+def filled(table: NDArray[np.int32], length: int) -> NDArray[np.int32]:
+    """With blocks that are not used."""
+    made = np.zeros((3, length), np.int32)
+    made[0] = -1
+    made[:, : table.shape[1]] = table
+    return made
+
+
 def slots_of(
     adapters: Sequence[Sequence[Part | None]], widths: Sequence[int], device: torch.device
 ) -> tuple[kernel.Slots, list[torch.Tensor]]:
@@ -46,8 +57,11 @@ def slots_of(
         for place, part in enumerate(own):
             if part is None:
                 continue
-            numbers = [padded(part.a, kernel.COLUMNS, device), padded(part.b, kernel.RANKS, device)]
-            numbers += [other.to(device) if other is not None else None for other in (part.column_scale, part.bias)]
+            c = part.column_scale
+            b = part.b if c is None else (part.b.float() * c[:, None]).to(part.b.dtype)
+            less = None if c is None else c - 1
+            numbers = [padded(part.a, kernel.COLUMNS, device), padded(b, kernel.RANKS, device)]
+            numbers += [other.to(device) if other is not None else None for other in (less, part.bias)]
             kept += [tensor for tensor in numbers if tensor is not None]
             addresses[slot, place] = torch.tensor([0 if n is None else n.data_ptr() for n in numbers])
             ranks[slot, place], scales[slot, place] = part.a.shape[0], part.scale
@@ -112,9 +126,9 @@ def test_deltas(device: torch.device, dtype: torch.dtype, columns: int, widths: 
     given = [
         (order[place], slot, 1.0 - 0.25 * slot) for slot in range(4) for place in range(starts[slot], starts[slot + 1])
     ]
-    table = kernel.block_table(starts, [0, 1, 2, 3], most, 12)
+    table = filled(block_table(starts, [0, 1, 2, 3], most), 12)
     blocks = kernel.Blocks(
-        torch.tensor(table, dtype=torch.int32, device=device),
+        torch.from_numpy(table).to(device),
         torch.tensor([row for row, _, _ in given], dtype=torch.int32, device=device),
         torch.tensor([weight for *_, weight in given], device=device),
         most,
@@ -137,9 +151,9 @@ def test_a_row_is_what_it_is_alone(device: torch.device) -> None:
     slots, kept = slots_of([[part]], [48], device)
 
     def added(rows: list[int]) -> torch.Tensor:
-        table = kernel.block_table([0, len(rows)], [0], 16, 3)
+        table = filled(block_table([0, len(rows)], [0], 16), 3)
         blocks = kernel.Blocks(
-            torch.tensor(table, dtype=torch.int32, device=device),
+            torch.from_numpy(table).to(device),
             torch.tensor(rows, dtype=torch.int32, device=device),
             torch.ones(len(rows), device=device),
             16,

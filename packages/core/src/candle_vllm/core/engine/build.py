@@ -18,7 +18,7 @@ from candle_vllm.core.devices import Device, leave_cores_to_others
 from candle_vllm.core.engine.admission import encoder_tasks
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.engine import Engine
-from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, StepwiseRunner
+from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, ModelRunner, StepwiseRunner
 from candle_vllm.core.engine.preparation import DecoderPreparation, EncoderPreparation
 from candle_vllm.core.engine.request import ModelInfo
 from candle_vllm.core.engine.scheduler import Scheduler, WholeTexts
@@ -312,10 +312,24 @@ def _adapter_limits(config: EngineConfig, loaded: LoadedModel) -> dict[str, Any]
     return {"adapter_rank": config.max_lora_rank, "adapter_dtype": dtype}
 
 
-def adapter_packer(config: EngineConfig, loaded: LoadedModel) -> Callable[[FittedAdapter], PackedAdapter]:
-    """What makes adapters ready for the steps of a model on the CPU, see `pack_adapter`; in any thread."""
+def adapter_packer(
+    config: EngineConfig, loaded: LoadedModel, runner: ModelRunner
+) -> Callable[[FittedAdapter], PackedAdapter]:
+    """What makes adapters ready for the steps of a model, see `pack_adapter`; in any thread."""
     from candle_vllm.core.kernels.lora.pack import pack_adapter
 
+    if loaded.placement.device.type == "cuda":
+        from candle_vllm.core.engine.device_runner import DeviceRunner
+
+        assert isinstance(runner, DeviceRunner)
+        assert runner.adapters is not None
+        return partial(
+            pack_adapter,
+            places=number_places(loaded.decoder),
+            dtype="BF16",
+            compiled=False,
+            packed=runner.adapters.packed,
+        )
     dtype, places = _adapter_limits(config, loaded)["adapter_dtype"], number_places(loaded.decoder)
     return partial(pack_adapter, places=places, dtype=dtype, compiled=loaded.placement.recorded)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,16 +16,23 @@ from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device, give_back
 from candle_vllm.core.engine.device_inputs import DeviceLimits
-from candle_vllm.core.engine.device_runner import DeviceRunner
+from candle_vllm.core.engine.device_runner import MOST_CAPTURED, DeviceRunner
 from candle_vllm.core.errors import ConfigError, NoMemoryError
 from candle_vllm.core.kernels.attention.backend import AttentionNeeds
 from candle_vllm.core.kernels.attention.backends import choose, choose_latent
 from candle_vllm.core.kernels.device_stream import CudaStream, DeviceStream, Work
+from candle_vllm.core.kernels.torch_numbers import NAMES
 from candle_vllm.core.kernels.triton_build import capability, compile_together
+from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.memory import MIB, CachePlan, Room, plan_cache
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.lora.device import DeviceAdapters
 
 logger = logging.getLogger(__name__)
 
+_SLOTS = 8  # adapters of a step, where nobody says how many
+_USUAL_RANK = 64  # memory is kept for as many adapters of it
 _GRAPH_BYTES = 8 * MIB  # of a captured step, besides its tensors; generous
 _SLACK = 128 * MIB  # modules of kernels, a workspace of cuBLAS for each thread, pieces that memory is cut into
 
@@ -59,6 +67,7 @@ def build_on_gpu(
     give_back()
     try:
         loaded.decoder.prepare(model.max_position)
+        adapters, adapter_bytes = _adapters(config, loaded, stream, rows) if config.enable_lora else (None, 0)
         runner = DeviceRunner(
             loaded.decoder,
             limits,
@@ -69,13 +78,14 @@ def build_on_gpu(
             finite_cache=backend.finite_cache,
             captured_prompts=config.max_cudagraph_capture_size,
             overlaps=not draft_rows,
+            adapters=adapters,
         )
         steps = runner.largest_steps()
         compile_together(lambda: _pass(steps, stream), device)
         _, *peaks = [_peak(work, stream) for work in steps]
     except torch.OutOfMemoryError as error:
         raise _too_little(budget, sequences, device) from error
-    aside = sum(peaks) + runner.edit_bytes + runner.num_graphs * _GRAPH_BYTES + _SLACK
+    aside = sum(peaks) + runner.edit_bytes + runner.num_graphs * _GRAPH_BYTES + _SLACK + adapter_bytes
     free, total = torch.cuda.mem_get_info(device)
     if aside >= free:
         raise _too_little(budget, sequences, device)
@@ -94,6 +104,32 @@ def build_on_gpu(
             "kv_cache_memory",
         ) from error
     return runner, plan
+
+
+def adapter_slots(config: EngineConfig) -> int:
+    """Most adapters of a step on a GPU."""
+    return config.max_loras or _SLOTS
+
+
+def _adapters(config: EngineConfig, loaded: LoadedModel, stream: DeviceStream, rows: int) -> tuple[DeviceAdapters, int]:
+    """What layers add to their products, and the memory that is kept for it."""
+    from candle_vllm.core.kernels.lora.device import DeviceAdapters
+
+    dtype, slots, rank = loaded.placement.torch_dtype, adapter_slots(config), config.max_lora_rank
+    if config.lora_dtype not in ("auto", NAMES[dtype].lower()):
+        raise ConfigError(
+            f"lora_dtype {config.lora_dtype!r}: on a GPU adapters are multiplied in the type of activations, here "
+            f"{NAMES[dtype].lower()}: leave it out, or set dtype",
+            "lora_dtype",
+        )
+    places = [place for of in number_places(loaded.decoder).values() for place in of]
+    products = [place for place in places if not (place.lookup or place.experts)]
+    sizes = sum(place.columns * len(place.parts) + max(end for _, _, end in place.parts.values()) for place in products)
+    room = slots * min(rank, _USUAL_RANK) * sizes * dtype.itemsize
+    most = min(rows, MOST_CAPTURED)
+    adapters = DeviceAdapters(stream, places, dtype, slots=slots, rank=rank, rows=most, memory=room)
+    number_places(loaded.decoder, adapters)
+    return adapters, room
 
 
 def _needs(config: EngineConfig, loaded: LoadedModel) -> AttentionNeeds:

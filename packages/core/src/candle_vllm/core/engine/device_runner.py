@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from candle_vllm.core.engine.batch import Batch, Ints
+from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints
 from candle_vllm.core.engine.device_inputs import DeviceInputs, DeviceLimits, StepSize
 from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, Landed
 from candle_vllm.core.engine.sequence import Tokens
 from candle_vllm.core.kernels.attention.rows import DeviceRows
 from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, Sent, Work, copy
+from candle_vllm.core.kernels.lora.device import DeviceAdapters
 from candle_vllm.core.kernels.triton_build import next_power_of_2
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.models.family import Decoder
@@ -70,6 +71,9 @@ class DeviceRunner:
         captured_prompts: capture steps with prompts, too, up to so many tokens; `attend` must be `mixed`.
         overlaps: whether the next step may be launched before this one's tokens are known; not where there are drafts,
             which begin with these tokens. `limits` must have a sequence for each draft, too.
+
+    Attributes:
+        adapters: what the decoder's layers add to their products; None where there are no adapters. Given, too.
     """
 
     fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
@@ -87,6 +91,7 @@ class DeviceRunner:
         finite_cache: bool = False,
         captured_prompts: int = 0,
         overlaps: bool = True,
+        adapters: DeviceAdapters | None = None,
     ) -> None:
         self.decoder = decoder
         self.overlaps = overlaps
@@ -104,7 +109,9 @@ class DeviceRunner:
         self._buckets = [StepSize(rows, rows, False) for rows in bucket_sizes(sequences)] if graphs else []
         most = min(captured_prompts, limits.tokens) if graphs else 0
         self._mixed = [StepSize(size, min(size, sequences), True) for size in mixed_sizes(most)]
-        self._graphs: dict[StepSize, Work] = {}
+        self._graphs: dict[tuple[StepSize, bool], Work] = {}
+        self.adapters = adapters
+        self._entries: AdapterRows | None = None  # of the last step
         self._hidden = torch.empty(0)
         self._kept = torch.empty(0)  # [most tokens of a captured step with prompts, E]: what `score` and `hidden` read
         self._size: StepSize | None = None
@@ -123,7 +130,13 @@ class DeviceRunner:
         with self._over_if_it_fails():
             self._size = size = self._captured_size(batch)
             self._asks = self._inputs.send(batch, states, size)
-            self._stream.run(self._eager(batch) if size is None else self._captured(size))
+            self._entries = entries = batch.adapters
+            if size is None:
+                self._stream.run(self._eager(batch))
+            else:
+                if entries is not None:
+                    self._added().send(entries, batch.drawn_rows)
+                self._stream.run(self._captured(size, adapted=entries is not None))
             if size is not None and size.mixed:
                 self._stream.run(self._take_kept)
 
@@ -188,7 +201,10 @@ class DeviceRunner:
         sizes = [*self._buckets, *self._mixed]
         for size in reversed(sizes):  # the memory of the largest serves the others
             self._inputs.send_blank(size)
-            self._captured(size)
+            self._captured(size, adapted=False)
+            if self.adapters is not None and not size.mixed:
+                self.adapters.send(None, np.empty(0, np.int64))
+                self._captured(size, adapted=True)
         self._inputs.send_blank(_ONE)
         self._sampler.warm_up(1)
         for size in (*self._buckets[-1:], *self._buckets[:1]):
@@ -199,8 +215,9 @@ class DeviceRunner:
 
     @property
     def num_graphs(self) -> int:
-        """How many graphs there may be: of each size a step, and of those that decode the three kinds of draws."""
-        return 4 * len(self._buckets) + len(self._mixed)
+        """How many graphs there may be: of each size a step, with adapters another, and of those that decode the three
+        kinds of draws."""
+        return (4 if self.adapters is None else 5) * len(self._buckets) + len(self._mixed)
 
     @property
     def edit_bytes(self) -> int:
@@ -225,7 +242,7 @@ class DeviceRunner:
 
         def smallest() -> None:
             self._inputs.send_blank(_ONE)
-            self._stream.run(lambda: self._padded(_ONE))
+            self._stream.run(lambda: self._padded(_ONE, adapted=False))
             for count in _SMALL_PROMPTS:
                 if count <= min(tokens, limits.longest):
                     self._stream.run(self._eager(self._inputs.send_zeros(np.array([0, count]), count)))
@@ -240,7 +257,9 @@ class DeviceRunner:
 
         def blank(size: StepSize) -> None:
             self._inputs.send_blank(size)
-            self._stream.run(lambda: self._padded(size))
+            if self.adapters is not None:
+                self.adapters.send(None, np.empty(0, np.int64))
+            self._stream.run(lambda: self._padded(size, adapted=self.adapters is not None and not size.mixed))
 
         return smallest, prompt, decoding, *(functools.partial(blank, size) for size in self._mixed[-1:])
 
@@ -259,41 +278,67 @@ class DeviceRunner:
 
     def _captured_size(self, batch: Batch) -> StepSize | None:
         """What the captured step that runs a batch is made for; None where none runs it."""
-        sizes = self._buckets if batch.num_decodes == len(batch.context_lens) else self._mixed
+        decodes = batch.num_decodes == len(batch.context_lens)
+        if batch.adapters is not None and not (decodes and self._added().capturable(batch.adapters)):
+            return None
+        sizes = self._buckets if decodes else self._mixed
         return next((size for size in sizes if size.tokens >= batch.tokens.shape[1]), None)
 
-    def _captured(self, size: StepSize) -> Work:
+    def _captured(self, size: StepSize, *, adapted: bool) -> Work:
         """The graph of a step. The first of a size runs as it is, and is captured for those after it."""
-        if size in self._graphs:
-            return self._graphs[size]
+        if (size, adapted) in self._graphs:
+            return self._graphs[size, adapted]
 
         def step() -> None:
-            self._padded(size)
+            self._padded(size, adapted=adapted)
 
         self._stream.run(step)
-        self._graphs[size] = self._stream.capture(step)
+        self._graphs[size, adapted] = self._stream.capture(step)
         return _nothing
+
+    def _added(self) -> DeviceAdapters:
+        assert self.adapters is not None, "an engine without adapters has sequences without"
+        return self.adapters
 
     def _eager(self, batch: Batch) -> Work:
         """Any step, operation by operation."""
         tokens, samples, places = len(batch.token_ids), len(batch.drawn_rows), self._inputs.rows_of(batch)
+        entries = batch.adapters
+        take, take_drawn = (
+            self._taking(some) for some in (entries, None if entries is None else entries.among(batch.drawn_rows))
+        )
 
         def work() -> None:
             self._hidden = torch.empty(0)  # that of the step before makes room
+            take()
             self._hidden = self._forward(tokens, places)
+            take_drawn()
             if samples:
                 self.decoder.logits(self._hidden[self._inputs.sample_rows(samples)], self._logits[:samples])
 
         return work
 
-    def _padded(self, size: StepSize) -> None:
+    def _taking(self, entries: AdapterRows | None) -> Work:
+        """Work that has these adapters added from then on."""
+        return _nothing if self.adapters is None else self.adapters.taking(entries)
+
+    def _take_sent(self, adapted: bool, *, head: bool) -> None:
+        """The same of those that were sent for a captured step."""
+        if adapted:
+            self._added().taking_sent(head=head)
+        elif self.adapters is not None:
+            self.adapters.taking_none()
+
+    def _padded(self, size: StepSize, *, adapted: bool) -> None:
         """Any step that is at most so large; work on the device."""
+        self._take_sent(adapted, head=False)
         hidden = self._forward(size.tokens, self._inputs.rows_for(size))
         if size.mixed:
             if not len(self._kept):
                 self._kept = hidden.new_zeros(self._mixed[-1].tokens, hidden.shape[1])
             copy(self._kept[: size.tokens], hidden)
             hidden = hidden[self._inputs.sample_rows(size.rows)]
+        self._take_sent(adapted, head=True)
         self.decoder.logits(hidden, self._logits[: size.rows])
 
     def _take_kept(self) -> None:
@@ -307,8 +352,14 @@ class DeviceRunner:
 
     def _score(self, rows: Ints, scores: list[torch.Tensor]) -> Work:
         """Logits of some rows of the last step, into the list."""
-        wanted = Sent(self._stream, rows)
-        return lambda: scores.append(self.decoder.logits(self._hidden[wanted.there()]))
+        wanted, entries = Sent(self._stream, rows), self._entries
+        take = self._taking(None if entries is None else entries.among(rows))
+
+        def work() -> None:
+            take()
+            scores.append(self.decoder.logits(self._hidden[wanted.there()]))
+
+        return work
 
 
 @dataclasses.dataclass(frozen=True)

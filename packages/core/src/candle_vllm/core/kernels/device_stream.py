@@ -149,7 +149,11 @@ class _CudaMark:
 ALIGNMENT = 64
 """Numbers of 32 bits between which an array may begin: 256 bytes, the most that a kernel could want."""
 
-_TORCH = {np.dtype(np.int32): torch.int32, np.dtype(np.float64): torch.float64}
+_TORCH = {
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.float32): torch.float32,
+    np.dtype(np.float64): torch.float64,
+}
 
 
 class Staging:
@@ -157,7 +161,7 @@ class Staging:
 
     Args:
         stream: where copies go.
-        arrays: shape and dtype (int32 or float64) of each array, in order.
+        arrays: shape and dtype (int32, float32 or float64) of each array, in order.
         room: numbers of 32 bits behind them.
         pieces: how many steps the host may be ahead of the copies.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,14 @@ Places = Mapping[str, Sequence[Place]]
 """The places of a model by the paths of its layers."""
 
 
-def pack_adapter(fitted: FittedAdapter, places: Places, dtype: NumberType, *, compiled: bool) -> PackedAdapter:
+def pack_adapter(
+    fitted: FittedAdapter,
+    places: Places,
+    dtype: NumberType,
+    *,
+    compiled: bool,
+    packed: Callable[[Mapping[int, tuple[Place, Mapping[str, Delta]]]], Any] | None = None,
+) -> PackedAdapter:
     """Brings an adapter to the layout of a backend.
 
     Args:
@@ -32,6 +39,7 @@ def pack_adapter(fitted: FittedAdapter, places: Places, dtype: NumberType, *, co
         places: of the model.
         dtype: in what it is multiplied.
         compiled: for the compiled CPU operations; else for torch.
+        packed: makes the layout, in place of these.
 
     Raises:
         AdapterError: it changes what cannot be changed here.
@@ -44,7 +52,9 @@ def pack_adapter(fitted: FittedAdapter, places: Places, dtype: NumberType, *, co
                 raise AdapterError(f"the adapter changes {path}:{name}weight, which this model multiplies in no place")
             _check(f"{path}:{name}weight", place, delta)
             found.setdefault(place.number, (place, {}))[1][name] = delta
-    if compiled:
+    if packed is not None:
+        layout = packed(found)
+    elif compiled:
         layout = CompiledAdapter(found, 1 + max((p.number for of in places.values() for p in of), default=0), dtype)
     else:
         from candle_vllm.core.kernels.lora.reference import TorchAdapter

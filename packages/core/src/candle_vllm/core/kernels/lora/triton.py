@@ -31,7 +31,7 @@ from candle_vllm.core.kernels.triton_build import (
 
 RANKS = 16  # of a tile: ranks are filled up to it with zeros
 COLUMNS = 16  # to which an adapter's K is filled up: addresses of rows are multiples of 16 bytes
-FIELDS = 4  # addresses of a part: A, B, column_scale, bias; 0 where there is none
+FIELDS = 4  # addresses of a part: A, c * B, c - 1, bias; 0 where there is none
 
 # Not measured yet.
 _STEP = 64  # columns of x at a time
@@ -65,8 +65,8 @@ class Slots:
     """What the adapters of a step do to the matrices of one layer, which stand side by side; on the device.
 
     Attributes:
-        addresses: int64 [slots, parts, FIELDS] of A [r, K'] and B [N, r'] in x's type, whose rows are filled up to
-            `COLUMNS` and `RANKS`, and of column_scale [N] and bias [N] in fp32.
+        addresses: int64 [slots, parts, FIELDS] of A [r, K'] and c * B [N, r'] in x's type, whose rows are filled up to
+            `COLUMNS` and `RANKS`, and of c - 1 [N] and bias [N] in fp32.
         ranks: int32 [slots, parts], r.
         scales: float32 [slots, parts].
         columns: int32 [parts, 2] where a part begins in y, and its N.
@@ -82,7 +82,7 @@ class Slots:
     rank: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "blocks"])
 def shrink_kernel(
     x,  # [T, K], rows contiguous
     addresses,
@@ -94,9 +94,9 @@ def shrink_kernel(
     x_stride,
     count,  # R
     steps,  # of a stretch
+    blocks,
     PARTS: tl.constexpr,
     RANK: tl.constexpr,
-    BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     STEP: tl.constexpr,
@@ -114,8 +114,8 @@ def shrink_kernel(
     stretch = tl.program_id(2)
     address = tl.load(addresses + (slot * PARTS + part) * 4)
     a = tl.multiple_of(address.to(tl.pointer_type(x.dtype.element_ty)), 16)
-    place = tl.load(table + BLOCKS + block) + tl.arange(0, TOKENS)
-    asked = tl.arange(0, TOKENS) < tl.load(table + 2 * BLOCKS + block)
+    place = tl.load(table + blocks + block) + tl.arange(0, TOKENS)
+    asked = tl.arange(0, TOKENS) < tl.load(table + 2 * blocks + block)
     row = tl.load(rows + place, mask=asked, other=0).to(tl.int64)
     lane = first + tl.arange(0, ROWS)
     pitch = tl.multiple_of((K + 15) // 16 * 16, 16)
@@ -134,7 +134,7 @@ def shrink_kernel(
     tl.store(hidden + at, total, mask=asked[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "blocks"])
 def expand_kernel(
     y,  # [T, ..], rows contiguous; changed
     like,  # any pointer of the type of A and B
@@ -149,10 +149,10 @@ def expand_kernel(
     hidden,
     y_stride,
     count,
+    blocks,
     PARTS: tl.constexpr,
     RANK: tl.constexpr,
     STRETCHES: tl.constexpr,
-    BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -178,8 +178,8 @@ def expand_kernel(
         return
     kind = like.dtype.element_ty
     b = tl.multiple_of(tl.load(addresses + 1).to(tl.pointer_type(kind)), 16)
-    place = tl.load(table + BLOCKS + block) + tl.arange(0, TOKENS)
-    asked = tl.arange(0, TOKENS) < tl.load(table + 2 * BLOCKS + block)
+    place = tl.load(table + blocks + block) + tl.arange(0, TOKENS)
+    asked = tl.arange(0, TOKENS) < tl.load(table + 2 * blocks + block)
     row = tl.load(rows + place, mask=asked, other=0).to(tl.int64)
     scale = tl.load(scales + own)
     pitch = tl.multiple_of((rank + 15) // 16 * 16, 16)
@@ -202,11 +202,11 @@ def expand_kernel(
     value = tl.load(out, mask=there, other=0.0).to(tl.float32)
     if scaling != 0:
         numbers = scaling.to(tl.pointer_type(tl.float32))
-        factors = tl.load(numbers + line, mask=inside, other=1.0)
+        less = tl.load(numbers + line, mask=inside, other=0.0)
         product = value
         if bias is not None:
             product -= tl.load(bias + begin + line, mask=inside, other=0.0).to(tl.float32)[:, None]
-        total = total * factors[:, None] + product * (factors - 1.0)[:, None]
+        total += product * less[:, None]
     if adding != 0:
         total += tl.load(adding.to(tl.pointer_type(tl.float32)) + line, mask=inside, other=0.0)[:, None]
     weight = tl.load(weights + place, mask=asked, other=0.0)
@@ -232,16 +232,16 @@ def add_deltas(
     rank = cdiv(slots.rank, RANKS) * RANKS
     stretches, steps = _stretches(columns)
     hidden = torch.empty(stretches, count, parts * rank, dtype=torch.float32, device=x.device)
-    shape = {"PARTS": parts, "RANK": rank, "BLOCKS": number, "TOKENS": blocks.most}
+    shape = {"PARTS": parts, "RANK": rank, "TOKENS": blocks.most}
     how = {**_PRECISE, "num_warps": _WARPS, "num_stages": stages(_STAGES), **OPTIONS}
     first = (blocks.table, blocks.rows)
     shrink_kernel[(number, parts * (rank // RANKS), stretches)](
-        x, slots.addresses, slots.ranks, *first, hidden, columns, x.stride(0), count, steps,
+        x, slots.addresses, slots.ranks, *first, hidden, columns, x.stride(0), count, steps, number,
         ROWS=RANKS, STEP=_STEP, **shape, **how,
     )  # fmt: skip
     expand_kernel[(number, cdiv(slots.widest, _OUT_ROWS), parts)](
         y, x, bias, slots.addresses, slots.ranks, slots.scales, slots.columns, *first, blocks.weights, hidden,
-        y.stride(0), count, STRETCHES=stretches, ROWS=_OUT_ROWS, DEPTH=RANKS, **shape, **how,
+        y.stride(0), count, number, STRETCHES=stretches, ROWS=_OUT_ROWS, DEPTH=RANKS, **shape, **how,
     )  # fmt: skip
 
 
@@ -261,32 +261,13 @@ def _stretches(columns: int) -> tuple[int, int]:
     return stretches, cdiv(steps, stretches)
 
 
-def block_table(starts: list[int], slots: list[int], most: int, length: int) -> list[list[int]]:
-    """`Blocks.table` of a step, filled up to `length` blocks.
-
-    Args:
-        starts: [groups + 1] where the rows of each adapter begin, and the end.
-        slots: of each adapter.
-        most: rows of a block.
-        length: at least the sum of the groups' blocks.
-    """
-    table: list[list[int]] = [[], [], []]
-    for slot, first, last in zip(slots, starts[:-1], starts[1:], strict=True):
-        for begin in range(first, last, most):
-            for line, value in zip(table, (slot, begin, min(most, last - begin))):
-                line.append(value)
-    assert len(table[0]) <= length
-    for line, value in zip(table, (-1, 0, 0)):
-        line += [value] * (length - len(line))
-    return table
-
-
 def _builds(
     dtype: str, parts: int, columns: int, tokens: int, rank: int, bias: str | None, capabilities: tuple[int, ...]
 ) -> list[Build]:
     stretches, _ = _stretches(columns)
-    shape = {"PARTS": parts, "RANK": rank, "BLOCKS": 64, "TOKENS": tokens, **_PRECISE}
-    types = {"addresses": "*i64", "ranks": "*i32", "table": "*i32", "rows": "*i32", "hidden": "*fp32", "count": "i32"}
+    shape = {"PARTS": parts, "RANK": rank, "TOKENS": tokens, **_PRECISE}
+    types = {"addresses": "*i64", "ranks": "*i32", "table": "*i32", "rows": "*i32", "hidden": "*fp32"}
+    types |= {"count": "i32", "blocks": "i32"}
     label = f"{dtype}-{parts}-{columns}x{tokens}"
     where = {"num_warps": _WARPS, "num_stages": _STAGES, "label": label, "capabilities": capabilities}
     shrink = {"x": f"*{dtype}", "K": "i32", "x_stride": "i32", "steps": "i32", **types}

@@ -1,0 +1,336 @@
+"""Adapters in a GPU's steps: where their numbers are there, and which rows of a step have which.
+
+An adapter comes over in one piece of memory when a step first has it, into one of as many slots as a step may have
+adapters; whose turn was longest ago makes room. What is added to a layer's product is the two launches of `triton.py`,
+whose tables never move, so that captured steps find them. What they do not do (tables that are looked up, whole
+matrices in the place of others, several adapters of one row) is done in torch, by steps that are not captured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from candle_vllm.core.errors import AdapterError
+from candle_vllm.core.kernels.device_stream import DeviceStream, Sent, Staging, Work, copy
+from candle_vllm.core.kernels.dispatch import on_gpu
+from candle_vllm.core.kernels.lora import Delta, PackedAdapter, Place
+from candle_vllm.core.kernels.lora.reference import EagerAdapters, TorchAdapter, TorchDelta
+from candle_vllm.core.kernels.torch_numbers import NAMES
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.lora.triton import Blocks, Slots
+
+FIELDS, RANKS, COLUMNS = 4, 16, 16  # as `triton.py` has them: that is imported where there is Triton
+NARROW = 16  # rows of a block of a step that decodes
+_BOUNDARY = 256  # bytes
+_TENSORS = ("a", "b", "bias", "less", "full")
+
+
+class Entries(Protocol):
+    """Which rows of a step have which adapters: the engine's `AdapterRows`."""
+
+    @property
+    def rows(self) -> NDArray[np.int64]: ...
+    @property
+    def scales(self) -> NDArray[np.float32]: ...
+    @property
+    def starts(self) -> NDArray[np.int64]: ...
+    @property
+    def adapters(self) -> Sequence[PackedAdapter]: ...
+    def among(self, wanted: NDArray[np.int64], /) -> Any: ...
+
+
+# ---- an adapter ------------------------------------------------------------------------------------------------------
+
+
+class DeviceAdapter(TorchAdapter):
+    """An adapter on the host, all of it in one piece that a GPU can fetch.
+
+    Args:
+        found: its changes, by the numbers of their places.
+        dtype: of the model's activations.
+        staged: gives memory of the host.
+
+    Attributes:
+        piece: uint8, the memory.
+        plain: whether the launches of `triton.py` do all that it does.
+
+    Raises:
+        AdapterError: it changes experts.
+    """
+
+    def __init__(
+        self,
+        found: Mapping[int, tuple[Place, Mapping[str, Delta]]],
+        dtype: torch.dtype,
+        staged: Callable[[int], torch.Tensor],
+    ) -> None:
+        if any(place.experts for place, _ in found.values()):
+            raise AdapterError(
+                "the adapter changes experts, which adapters do on the CPU alone: serve the model there, or merge the "
+                "adapter into it (candle-vllm quantize --lora)"
+            )
+        super().__init__(found, NAMES[dtype])  # type: ignore[arg-type]
+        self.plain = all(
+            not place.lookup and delta.full is None and delta.rows is None
+            for place, deltas in found.values()
+            for delta in deltas.values()
+        )
+        held = self._tensors()
+        wide = [_widened(tensor, name) for _, name, tensor in held]
+        begins = list(itertools.accumulate((-(-t.nbytes // _BOUNDARY) * _BOUNDARY for t in wide), initial=0))
+        self.piece = staged(begins[-1])
+        for (delta, name, old), new, begin in zip(held, wide, begins):
+            there = self.piece[begin : begin + new.nbytes].view(new.dtype).view(new.shape)
+            there.copy_(new)
+            object.__setattr__(delta, name, there[tuple(slice(size) for size in old.shape)])
+        self.nbytes = self.piece.nbytes
+
+    def on(self, piece: torch.Tensor) -> TorchAdapter:
+        """The same over a copy of the piece."""
+        made = TorchAdapter.__new__(TorchAdapter)
+        made.dtype, made.nbytes = self.dtype, self.nbytes
+        made.deltas = {number: [self._moved(delta, piece) for delta in of] for number, of in self.deltas.items()}
+        return made
+
+    def _tensors(self) -> list[tuple[TorchDelta, str, torch.Tensor]]:
+        every = [(delta, name) for of in self.deltas.values() for delta in of for name in _TENSORS]
+        return [(delta, name, getattr(delta, name)) for delta, name in every if getattr(delta, name) is not None]
+
+    def _moved(self, delta: TorchDelta, piece: torch.Tensor) -> TorchDelta:
+        moved: dict[str, Any] = {}
+        for name in _TENSORS:
+            tensor: torch.Tensor | None = getattr(delta, name)
+            if tensor is not None:
+                begin, span = tensor.data_ptr() - self.piece.data_ptr(), tensor.stride(0) * len(tensor)
+                whole = piece[begin : begin + span * tensor.itemsize].view(tensor.dtype)
+                moved[name] = whole.as_strided(tensor.shape, tensor.stride())
+        if delta.rows is not None:
+            moved["rows"] = tuple(part.to(piece.device) for part in delta.rows)
+        return dataclasses.replace(delta, **moved)
+
+
+def _widened(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """A matrix with its rows filled up to what `triton.py` reads."""
+    multiple = {"a": COLUMNS, "b": RANKS}.get(name)
+    return tensor if multiple is None else torch.nn.functional.pad(tensor, (0, -tensor.shape[1] % multiple))
+
+
+# ---- those of a step -------------------------------------------------------------------------------------------------
+
+
+class _Held:
+    """An adapter that has a slot; on the device once the stream has come that far."""
+
+    def __init__(self, slot: int, nbytes: int) -> None:
+        self.slot, self.nbytes = slot, nbytes
+        self.there: TorchAdapter | None = None
+
+
+class DeviceAdapters(EagerAdapters):
+    """What layers add to their products on a GPU; work that runs layers says first which rows have which adapters.
+
+    Args:
+        stream: where steps run.
+        places: of the model.
+        dtype: of its activations.
+        slots: most adapters of a step.
+        rank: the largest there may be.
+        rows: of the largest captured step.
+        memory: bytes that adapters without a turn may keep.
+    """
+
+    def __init__(
+        self,
+        stream: DeviceStream,
+        places: Iterable[Place],
+        dtype: torch.dtype,
+        *,
+        slots: int,
+        rank: int,
+        rows: int,
+        memory: int,
+    ) -> None:
+        super().__init__()
+        self._stream, self._dtype, self._rank, self._memory = stream, dtype, rank, memory
+        self._blocks: Blocks | None = None
+        self._held: OrderedDict[int, _Held] = OrderedDict()  # by serial number, whose turn was longest ago first
+        self._gone: deque[int] = deque()
+        self._slots_in_all, self._free = slots, list(range(slots))
+        device = stream.device
+        self._has_kernels = on_gpu(torch.empty(0, device=device))
+        self._parts = {
+            place.number: sorted(place.parts.values()) for place in places if not (place.lookup or place.experts)
+        }
+        sizes = [slots * len(parts) for parts in self._parts.values()]
+        self._begins = dict(zip(self._parts, itertools.accumulate(sizes, initial=0)))
+        total = sum(sizes)
+        self._host = (np.zeros((total, FIELDS), np.int64), np.zeros(total, np.int32), np.zeros(total, np.float32))
+        self._there = [torch.from_numpy(table.copy()).to(device) for table in self._host]
+        self._columns = {
+            number: torch.tensor([(begin, end - begin) for _, begin, end in parts], dtype=torch.int32).to(device)
+            for number, parts in self._parts.items()
+        }
+        self._rows = rows
+        lines = {"table": ((3, rows), np.int32), "rows": ((rows,), np.int32), "scales": ((rows,), np.float32)}
+        self._staging = Staging(stream, {f"{of}_{name}": kind for of in _OF for name, kind in lines.items()}, room=0)
+        stream.join()
+
+    def packed(self, found: Mapping[int, tuple[Place, Mapping[str, Delta]]]) -> DeviceAdapter:
+        """An adapter on the host."""
+        return DeviceAdapter(found, self._dtype, self._stream.staged)
+
+    def capturable(self, entries: Entries) -> bool:
+        """Whether a captured step can have these."""
+        return len(entries.rows) <= self._rows and self._launches(entries)
+
+    def send(self, entries: Entries | None, drawn: NDArray[np.int64]) -> None:
+        """Sends over the adapters of a captured step, whose logits are those of the rows `drawn`."""
+        held = {} if entries is None else self._bring(entries)
+        host, _ = self._staging.host()
+        for of, some in zip(_OF, (entries, None if entries is None else entries.among(drawn))):
+            host[f"{of}_table"][...] = [[-1], [0], [0]]
+            if some is not None:
+                slots = [held[adapter.serial].slot for adapter in some.adapters]
+                table = block_table(some.starts.tolist(), slots, NARROW)
+                host[f"{of}_table"][:, : table.shape[1]] = table
+                host[f"{of}_rows"][: len(some.rows)] = some.rows
+                host[f"{of}_scales"][: len(some.rows)] = some.scales
+        self._staging.send(0)
+
+    def taking_sent(self, *, head: bool) -> None:
+        """What was sent is added from now on, to products of layers or of the head; work."""
+        from candle_vllm.core.kernels.lora.triton import Blocks
+
+        table, rows, scales = (self._staging.device[f"{_OF[head]}_{name}"] for name in ("table", "rows", "scales"))
+        self._blocks, self.groups = Blocks(table, rows, scales, NARROW), ()
+
+    def taking(self, entries: Entries | None) -> Work:
+        """Brings over adapters of rows that are not captured; the result is work, from which on they are added."""
+        if entries is None:
+            return self.taking_none
+        held, device = self._bring(entries), self._stream.device
+        if not self._launches(entries):
+
+            def in_torch() -> None:
+                there = [
+                    dataclasses.replace(adapter, layout=held[adapter.serial].there) for adapter in entries.adapters
+                ]
+                self._blocks = None
+                self.choose(msgspec.structs.replace(entries, adapters=there), device)  # type: ignore[type-var]
+
+            return in_torch
+        from candle_vllm.core.kernels.lora.triton import Blocks, wide_block
+
+        most = wide_block(device) if np.diff(entries.starts).max() > NARROW else NARROW
+        slots = [held[adapter.serial].slot for adapter in entries.adapters]
+        numbers = (block_table(entries.starts.tolist(), slots, most), entries.rows.astype(np.int32), entries.scales)
+        sent = [Sent(self._stream, array) for array in numbers]
+
+        def launched() -> None:
+            table, rows, scales = (each.there() for each in sent)
+            self._blocks, self.groups = Blocks(table, rows, scales, most), ()
+
+        return launched
+
+    def taking_none(self) -> None:
+        """Nothing is added from now on; work."""
+        self._blocks, self.groups = None, ()
+
+    def add(self, place: Place | None, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """See `EagerAdapters`; where it is launched, y is changed in place."""
+        if self._blocks is None or place is None:
+            return super().add(place, x, y, bias)
+        from candle_vllm.core.kernels.lora.triton import add_deltas
+
+        add_deltas(y, x.to(y.dtype), self._slots(place.number), self._blocks, bias)
+        return y
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _launches(self, entries: Entries) -> bool:
+        """Whether launches can add them: nothing but products, and of no row more than one adapter's."""
+        plain = all(adapter.layout.plain for adapter in entries.adapters)
+        return self._has_kernels and plain and bool((np.diff(np.sort(entries.rows)) > 0).all())
+
+    def _slots(self, number: int) -> Slots:
+        """What slots hold for a place."""
+        from candle_vllm.core.kernels.lora.triton import Slots
+
+        parts, begin, slots = self._parts[number], self._begins[number], self._slots_in_all
+        end, shape = begin + slots * len(parts), (slots, len(parts))
+        addresses, ranks, scales = (table[begin:end].view(*shape, *table.shape[1:]) for table in self._there)
+        widest = max(last - first for _, first, last in parts)
+        return Slots(addresses, ranks, scales, self._columns[number], widest, self._rank)
+
+    def _bring(self, entries: Entries) -> dict[int, _Held]:
+        """Gives adapters slots, and sends over what is not there yet; by serial number."""
+        while self._gone:
+            self._leave(self._gone.popleft())
+        wanted = {adapter.serial for adapter in entries.adapters}
+        for adapter in entries.adapters:
+            if adapter.serial in self._held:
+                self._held.move_to_end(adapter.serial)
+                continue
+            others = [serial for serial in self._held if serial not in wanted]
+            taken = sum(held.nbytes for held in self._held.values()) + adapter.nbytes
+            while others and (not self._free or taken > self._memory):
+                taken -= self._held[others[0]].nbytes
+                self._leave(others.pop(0))
+            held = self._held[adapter.serial] = _Held(self._free.pop(), adapter.nbytes)
+            weakref.finalize(adapter.layout, self._gone.append, adapter.serial).atexit = False
+            self._stream.run(functools.partial(self._fetch, adapter.layout, held))
+        return {serial: self._held[serial] for serial in wanted}
+
+    def _leave(self, serial: int) -> None:
+        held = self._held.pop(serial, None)
+        if held is not None:
+            self._free.append(held.slot)
+
+    def _fetch(self, layout: DeviceAdapter, held: _Held) -> None:
+        """Copies an adapter to the device, and tells its slot; work."""
+        piece = torch.empty(layout.nbytes, dtype=torch.uint8, device=self._stream.device)
+        copy(piece, layout.piece)
+        held.there = there = layout.on(piece)
+        addresses, ranks, scales = self._host
+        for number, parts in self._parts.items():
+            begin = self._begins[number] + held.slot * len(parts)
+            own = slice(begin, begin + len(parts))
+            addresses[own], ranks[own], scales[own] = 0, 0, 0
+            for delta in there.deltas.get(number, ()):
+                at = begin + parts.index((delta.expert, delta.begin, delta.end))
+                tensors = (delta.a, delta.b, delta.less, delta.bias)
+                addresses[at] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+                ranks[at], scales[at] = 0 if delta.a is None else len(delta.a), delta.scale
+        for table, new in zip(self._there, self._host):
+            copy(table, Sent(self._stream, new).there())
+
+
+_OF = ("layers", "head")
+
+
+def block_table(starts: Sequence[int], slots: Sequence[int], most: int) -> NDArray[np.int32]:
+    """[3, blocks] of `triton.Blocks`: rows of each group in blocks of at most so many.
+
+    Args:
+        starts: [G + 1] where the rows of each adapter begin, and the end.
+        slots: [G] of each adapter.
+        most: rows of a block.
+    """
+    blocks = [
+        (slot, begin, min(most, last - begin))
+        for slot, first, last in zip(slots, starts[:-1], starts[1:], strict=True)
+        for begin in range(first, last, most)
+    ]
+    return np.array(blocks, np.int32).T

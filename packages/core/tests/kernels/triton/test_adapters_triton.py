@@ -1,0 +1,199 @@
+"""Adapters in a GPU's steps: answers are those of layers that run op by op, in captured steps and others."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from candle_vllm.core import EngineConfig, SamplingParams
+from candle_vllm.core.assembly.model import LoadedModel, load_model
+from candle_vllm.core.devices import Device
+from candle_vllm.core.engine.batch import AdapterRows
+from candle_vllm.core.engine.block_manager import BlockManager
+from candle_vllm.core.engine.build import preparation_for
+from candle_vllm.core.engine.device_inputs import DeviceLimits
+from candle_vllm.core.engine.device_runner import DeviceRunner
+from candle_vllm.core.engine.eager_runner import EagerRunner
+from candle_vllm.core.engine.engine import Engine
+from candle_vllm.core.engine.model_runner import ModelRunner
+from candle_vllm.core.engine.request import GenerationRequest, OutputCollector
+from candle_vllm.core.engine.scheduler import Scheduler
+from candle_vllm.core.errors import AdapterError
+from candle_vllm.core.kernels.lora import Delta, FittedAdapter, PackedAdapter, Place
+from candle_vllm.core.kernels.lora.device import DeviceAdapters
+from candle_vllm.core.kernels.lora.pack import pack_adapter
+from candle_vllm.core.kernels.lora.reference import EagerAdapters
+from candle_vllm.core.layers.adapters import number_places
+from candle_vllm.core.testing.lazy_stream import LazyStream
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+
+sys.path.append(str(Path(__file__).parents[1]))
+from lora_field import fitted, low_rank, stored
+
+CPU = torch.device("cpu")
+SIZE, CONTEXT, BLOCKS, SEQUENCES = 16, 96, 60, 2
+Places = Mapping[str, Sequence[Place]]
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    config = toy_config("qwen2", max_position_embeddings=CONTEXT)  # whose q, k and v have biases
+    folder = write_toy_model(tmp_path_factory.mktemp("toy") / "toy", config)
+    return load_model(EngineConfig(model=str(folder), enforce_eager=True), Device("cpu"), lambda *_: None)
+
+
+def made(places: Places, seed: int, rank: int, *, dora: bool = False, tables: bool = False) -> FittedAdapter:
+    """A change of every matrix of the layers; of the head and the table, too, where asked for."""
+    rng = np.random.default_rng(seed)
+    deltas: dict[str, dict[str, Delta]] = {}
+    for path, of in places.items():
+        for place in of:
+            for name, (_, begin, end) in place.parts.items():
+                if path in ("embed", "head") and not tables:
+                    continue
+                rows, more = end - begin, dict[str, Any]()
+                if dora and path not in ("embed", "head"):
+                    more["column_scale"] = (1 + rng.standard_normal(rows) / 8).astype(np.float32)
+                    more["bias"] = rng.standard_normal(rows).astype(np.float32) / 8
+                delta = low_rank(rng, rows, place.columns, rank, **more)
+                if path == "head":
+                    delta = Delta(full=stored(rng.standard_normal((rows, place.columns))))
+                deltas.setdefault(path, {})[name] = delta
+    return fitted(deltas)
+
+
+def engine_of(loaded: LoadedModel, runner: ModelRunner) -> Engine:
+    return Engine(
+        runner, Scheduler(BlockManager(BLOCKS, SIZE), SEQUENCES, 40), preparation_for(loaded, CONTEXT, seed=0)
+    )
+
+
+def answers(engine: Engine, asked: Sequence[Sequence[tuple[PackedAdapter, float]]]) -> list[Any]:
+    """Of a prompt for each, begun one step after the other."""
+    prompts = [list(range(3 + number, 8 + 2 * number)) for number in range(len(asked))]
+    params = [
+        SamplingParams(
+            temperature=0.0, max_tokens=3, logprobs=1, ignore_eos=True, prompt_logprobs=0 if n == 1 else None
+        )
+        for n in range(len(asked))
+    ]
+    waiting = [
+        GenerationRequest(request_id=str(n), prompt_token_ids=prompts[n], params=params[n]) for n in range(len(asked))
+    ]
+    collectors = {request.request_id: OutputCollector(request) for request in waiting}
+    while waiting or engine.has_work:
+        if waiting:
+            lives = engine.prepare(request := waiting.pop(0))
+            for live in lives:
+                live.sequence.adapters = tuple(asked[int(request.request_id)])
+            engine.add(lives)
+        for piece in engine.step():
+            collectors[piece.request_id].add(piece)
+    outputs = [collectors[str(number)].result() for number in range(len(asked))]
+    return [
+        (
+            output.token_ids,
+            [pytest.approx(each.chosen.logprob, abs=2e-4) for each in output.outputs[0].logprobs or ()],
+            [pytest.approx(each.chosen.logprob, abs=2e-4) for each in output.prompt_logprobs or () if each],
+        )
+        for output in outputs
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(loaded: LoadedModel) -> Any:
+    """Answers of layers that run op by op, for adapters by what they were made of."""
+    places = number_places(loaded.decoder, added := EagerAdapters())
+    packed: dict[int, PackedAdapter] = {}
+
+    def answer(asked: Sequence[Sequence[tuple[FittedAdapter, float]]]) -> list[Any]:
+        number_places(loaded.decoder, added)
+        for own in asked:
+            for one, _ in own:
+                packed.setdefault(id(one), pack_adapter(one, places, "F32", compiled=False))
+        runner = EagerRunner(loaded.decoder, BLOCKS, SIZE, CPU, torch.float32, added)
+        mine = [[(packed[id(one)], scale) for one, scale in own] for own in asked]
+        return answers(engine_of(loaded, runner), mine)
+
+    return answer
+
+
+def on_device(
+    loaded: LoadedModel, asked: Sequence[Sequence[tuple[FittedAdapter, float]]], slots: int = 2
+) -> tuple[list[Any], LazyStream, DeviceAdapters]:
+    stream = LazyStream()
+    places = number_places(loaded.decoder)
+    every = [place for of in places.values() for place in of]
+    added = DeviceAdapters(stream, every, torch.float32, slots=slots, rank=24, rows=SEQUENCES, memory=1 << 30)
+    number_places(loaded.decoder, added)
+    limits = DeviceLimits(40, SEQUENCES, -(-CONTEXT // SIZE), SIZE)
+    runner = DeviceRunner(loaded.decoder, limits, stream, torch.float32, finite_cache=True, adapters=added)
+    runner.allocate(BLOCKS)
+    packed = {
+        id(one): pack_adapter(one, places, "F32", compiled=False, packed=added.packed)
+        for own in asked
+        for one, _ in own
+    }
+    replayed = stream.replayed
+    found = answers(engine_of(loaded, runner), [[(packed[id(one)], scale) for one, scale in own] for own in asked])
+    stream.replayed -= replayed
+    return found, stream, added
+
+
+def test_adapters_of_products_are_in_captured_steps(loaded: LoadedModel, expected: Any) -> None:
+    """Several ranks, DoRA and biases among them, beside rows without; more of them than slots, in turns."""
+    places = number_places(loaded.decoder)
+    one, two, three = made(places, 1, 8), made(places, 2, 20, dora=True), made(places, 3, 1)
+    asked = [[(one, 1.0)], [(two, 0.5)], [], [(three, 1.0)]]
+    wanted = expected(asked)
+    found, stream, added = on_device(loaded, asked, slots=2)
+    assert found == wanted
+    assert stream.replayed > 4
+    assert len(added._held) == 2
+    assert expected([[]]) != expected([[(one, 1.0)]]), "adapters say something"
+
+
+@pytest.mark.every_case
+def test_what_launches_do_not_do_is_done_beside_them(loaded: LoadedModel, expected: Any) -> None:
+    """Tables, whole heads, and rows with several adapters."""
+    places = number_places(loaded.decoder)
+    one, two = made(places, 1, 8, tables=True), made(places, 2, 4)
+    asked = [[(one, 1.0)], [(two, 0.5), (one, 0.25)], [], [(two, 1.0)]]
+    assert on_device(loaded, asked)[0] == expected(asked)
+
+
+def test_slots_are_given_in_turns(loaded: LoadedModel) -> None:
+    """Also where adapters go that nobody has any more."""
+    places = number_places(loaded.decoder)
+    some = [made(places, seed, 4) for seed in range(5)]
+    stream = LazyStream()
+    every = [place for of in places.values() for place in of]
+    added = DeviceAdapters(stream, every, torch.float32, slots=2, rank=4, rows=2, memory=1 << 30)
+    packed = [pack_adapter(one, places, "F32", compiled=False, packed=added.packed) for one in some]
+
+    def bring(adapter: PackedAdapter) -> None:
+        rows = np.array([0])
+        added._bring(AdapterRows(rows, np.ones(1, np.float32), np.array([0, 1]), [adapter], rows))
+
+    for number in (0, 1, 0, 2):
+        bring(packed[number])
+    assert list(added._held) == [packed[0].serial, packed[2].serial]
+    del packed[0]
+    bring(packed[0])
+    assert len(added._held) == 2
+    assert packed[0].serial in added._held
+
+
+def test_experts_are_refused(loaded: LoadedModel) -> None:
+    stream = LazyStream()
+    place = Place(0, 8, {"gate.0.": (0, 0, 8)}, experts=1)
+    added = DeviceAdapters(stream, [place], torch.float32, slots=1, rank=4, rows=1, memory=1 << 20)
+    one = fitted({"layers.0.mlp.experts": {"gate.0.": low_rank(np.random.default_rng(1), 8, 8, 2)}})
+    with pytest.raises(AdapterError, match="experts"):
+        pack_adapter(one, {"layers.0.mlp.experts": (place,)}, "F32", compiled=False, packed=added.packed)
