@@ -1,7 +1,7 @@
 """Every Triton kernel: correctness, time, and its share of what the GPU was measured to reach; one JSON line each.
 
-    python benchmarks/gpu/kernels.py [--only attention|small|linear|gguf|sampling|moe|group ...] [--match TEXT ...]
-        [--seconds 120] [--case-seconds 0.1] [--set gguf_linear.triton.TILES.32.0.warps=2 ...] [--quick] [--device cpu]
+    python benchmarks/gpu/kernels.py [--only attention|small|linear|gguf|sampling|moe|group|adapters ...]
+        [--match TEXT ...] [--seconds 120] [--case-seconds 0.1] [--set gguf_linear.triton.TILES.32.0.warps=2 ...] [--quick] [--device cpu]
 
 First the ceilings: the bytes per second of a large copy (read and written) and the rate of a large bf16 product. Then,
 for every case: `error`, RMS(error) / RMS(reference) on random data with outputs that hold NaN before, and `ok`, whether
@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import adapter_cases
 import attention_cases
 import cases
 import matrix_cases
@@ -44,6 +45,7 @@ GROUPS: dict[str, Callable[[Plan], Iterator[Planned]]] = {
     "sampling": sampling_cases.sampling_cases,
     "moe": matrix_cases.moe_cases,
     "group": matrix_cases.group_cases,
+    "adapters": adapter_cases.adapter_cases,
 }
 _MODULES = {"moe": "moe", "group": "group_linear"}  # groups whose kernels may not be there
 
