@@ -1,7 +1,8 @@
 """Every Triton kernel: correctness, time, and its share of what the GPU was measured to reach; one JSON line each.
 
     python benchmarks/gpu/kernels.py [--only attention|small|linear|gguf|sampling|moe|group|adapters ...]
-        [--match TEXT ...] [--seconds 120] [--case-seconds 0.1] [--set gguf_linear.triton.TILES.32.0.warps=2 ...] [--quick] [--device cpu]
+        [--match TEXT ...] [--seconds 120] [--case-seconds 0.1] [--quick] [--device cpu]
+        [--set gguf_linear.triton.TILES.32.0.warps=2 ...]
 
 First the ceilings: the bytes per second of a large copy (read and written) and the rate of a large bf16 product. Then,
 for every case: `error`, RMS(error) / RMS(reference) on random data with outputs that hold NaN before, and `ok`, whether
