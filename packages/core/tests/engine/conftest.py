@@ -1,9 +1,9 @@
-"""The helpers of the tests of kernels and models can be imported by name."""
+"""The helpers of the tests of engines, kernels and models can be imported by name."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-for folder in ("kernels", "models"):
+for folder in ("kernels", "models", "engine"):
     sys.path.insert(0, str(Path(__file__).parent.parent / folder))

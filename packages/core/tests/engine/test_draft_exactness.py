@@ -8,8 +8,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import pytest
+from drafted import FreeTimes, SameTimes
+from toy_heads import NextTokens, eagle3_config, eagle3_weights, write_head
 
 from candle_vllm.core import InferenceEngine, SamplingParams, StructuredOutputsParams
+from candle_vllm.core.engine.draft_head import DraftingHead
 from candle_vllm.core.engine.live import LiveSequence
 from candle_vllm.core.sampling.thoughts import ThoughtBudget
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
@@ -167,3 +170,58 @@ def test_drafts_change_none_of_200_answers(
     engine: InferenceEngine, asked: str, greedy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check(engine, cases([asked], 200, [greedy]), ["right", "wrong", "random"], monkeypatch)
+
+
+# ---- with heads that read hidden states ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["eagle3", "mtp"])
+def headed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[InferenceEngine]:
+    """A model with a random head, and guesses whatever they cost."""
+    made = tmp_path_factory.mktemp(request.param)
+    config = toy_config("qwen3")
+    folder = write_toy_model(made / "toy", config)
+    drafts: dict[str, Any] = {"method": request.param, "num_speculative_tokens": 5}
+    if request.param == "eagle3":
+        told = eagle3_config(config)
+        drafts["model"] = str(write_head(made / "head", told, eagle3_weights(told)))
+    else:
+        folder = NextTokens(folder, "mtp").write(made / "model", folder)
+    with InferenceEngine(
+        folder, threads=1, max_model_len=192, max_num_seqs=8, max_num_batched_tokens=64, speculative_config=drafts
+    ) as engine:
+        drafter = engine._engine and engine._engine._drafter
+        assert drafter is not None
+        assert isinstance(drafter.model, DraftingHead)
+        drafter.times, drafter.model.times = SameTimes(72), FreeTimes()
+        drafter._past = None  # what the same prompts were answered before
+        yield engine
+
+
+def check_headed(engine: InferenceEngine, given: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter = engine._engine and engine._engine._drafter
+    assert drafter is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(drafter, "propose", lambda lives: False)
+        expected = answered(engine, given)
+    before = engine.stats()
+    assert answered(engine, given) == expected
+    after = engine.stats()
+    assert after.draft_tokens - before.draft_tokens > len(given)
+    model = drafter.model
+    assert isinstance(model, DraftingHead)
+    assert not model._owns
+    assert not model._tails
+
+
+def test_heads_change_no_answer(
+    headed: InferenceEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_headed(headed, cases(ASKED, 2), monkeypatch)
+    assert "nothing is guessed" not in caplog.text
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize("asked", ASKED)
+def test_heads_change_none_of_200_answers(headed: InferenceEngine, asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_headed(headed, cases([asked], 200), monkeypatch)

@@ -166,7 +166,7 @@ def test_times_of_steps_follow_what_is_measured_and_no_single_time() -> None:
     ("given", "said"),
     [
         ({"methd": "suffix"}, "has no 'methd' (did you mean method?)"),
-        ({"method": "eagle"}, "the method 'eagle' is not there: none, ngram, suffix, draft_model are"),
+        ({"method": "eagle"}, "the method 'eagle' is not there: none, ngram, suffix, draft_model, eagle3, mtp are"),
         ({"num_speculative_tokens": 0}, "num_speculative_tokens must be a whole number from 1 to 31, not 0"),
         ({"num_speculative_tokens": True}, "num_speculative_tokens must be a whole number"),
         ({"num_speculative_tokens": 2.0}, "num_speculative_tokens must be a whole number"),

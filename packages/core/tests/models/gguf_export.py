@@ -42,7 +42,7 @@ def export_gguf(folder: Path, path: Path, architecture: str, *, quantization: st
         tensors.pop("lm_head.weight", None)
     tensors = CONVERTERS.get(architecture, _plain)(writer, config, tensors)
     arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
-    names = get_tensor_name_map(MODEL_ARCH(arch), config["num_hidden_layers"])
+    names = get_tensor_name_map(MODEL_ARCH(arch), config["num_hidden_layers"] + 1)  # there may be one behind the last
     for name, data in tensors.items():
         found = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
         data = np.ascontiguousarray(data)
@@ -211,7 +211,8 @@ def _glm4_moe(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -
     layers = config["num_hidden_layers"]
     writer.add_block_count(layers + 1)
     made = _experts(writer, config, tensors)
-    made[f"blk.{layers}.nextn.enorm.weight"] = np.ones(config["hidden_size"], np.float32)
+    if f"model.layers.{layers}.enorm.weight" not in made:
+        made[f"blk.{layers}.nextn.enorm.weight"] = np.ones(config["hidden_size"], np.float32)
     return {name.replace("e_score_correction_bias", "e_score_correction.bias"): data for name, data in made.items()}
 
 

@@ -158,6 +158,8 @@ TRANSLATED: dict[str, dict[str, Any]] = {
     "--speculative-config.method ngram --speculative-config.num-speculative-tokens=4": {
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 4}},
     "--spec-type ngram-mod": {"speculative_config": {"method": "suffix"}},
+    "--spec-type draft-mtp": {"speculative_config": {"method": "mtp"}},
+    "-md head.gguf --spec-type draft-eagle3": {"speculative_config": {"method": "eagle3", "model": "head.gguf"}},
     "-md small.gguf --draft-max 6 --draft-min 1 --draft-p-min 0.4 --spec-type draft-simple": {"speculative_config": {
         "model": "small.gguf", "num_speculative_tokens": 6, "draft_min": 1, "draft_p_min": 0.4,
         "method": "draft_model"}},
@@ -193,7 +195,7 @@ def test_a_flag_without_effect_is_named() -> None:
         ("--scheduling-policy lifo", "--scheduling-policy lifo is not taken: priorities are for servers"),
         ("--speculative-config.method", "--speculative-config.method: expected one argument"),
         ("--speculative-config nothing", "must be a JSON object, not 'nothing'"),
-        ("--spec-type draft-eagle3", "--spec-type draft-eagle3 is not taken: --speculative-config says how"),
+        ("--spec-type draft-dflash", "--spec-type draft-dflash is not taken: --speculative-config says how"),
         ("a b", "unexpected argument 'b'"),
         ("--port 1 chat", "unexpected argument 'chat': the command comes first"),
         ("--m a b", "unexpected argument 'b'"),

@@ -72,7 +72,11 @@ def is_demo(model: str) -> bool:
     return model == DEMO and not os.path.exists(model)
 
 
-DraftMethod = Literal["none", "ngram", "suffix", "draft_model"]
+DraftMethod = Literal["none", "ngram", "suffix", "draft_model", "eagle3", "mtp"]
+DRAFT_ALIASES: Mapping[str, str] = MappingProxyType(
+    {"deepseek_mtp": "mtp", "glm4_moe_mtp": "mtp", "qwen3_next_mtp": "mtp"}
+)
+"""Names of vLLM for methods that need none of their own."""
 MAX_DRAFT = 31
 """Most guessed tokens of one sequence in a step."""
 LONGEST_MATCH = 24
@@ -85,13 +89,14 @@ class SpeculativeConfig:
 
     Attributes:
         method: "suffix" guesses from the text so far and from past answers, "ngram" from the text so far, "none" not;
-            "draft_model" asks a small model where "suffix" has nothing as likely.
+            "draft_model" asks a small model where "suffix" has nothing as likely, "eagle3" a head that was trained for
+            the model, "mtp" the layer for further tokens that the model's own checkpoint has.
         num_speculative_tokens: most drafts of a sequence in one step.
         prompt_lookup_min, prompt_lookup_max: shortest match that counts, and how many tokens of it are compared.
         suffix_decoding_max_cached_requests: most past answers that are kept; 0 keeps none.
         suffix_decoding_max_spec_factor: most drafts for each token that matched; None is no limit.
         suffix_decoding_min_token_prob: drafts end where the next is less likely right than this.
-        model: the model that drafts, of the same vocabulary; given as `EngineConfig.model` is.
+        model: the model that drafts, of the same vocabulary, or the head; given as `EngineConfig.model` is.
         revision, weight_file: of that, as the fields of that name in `EngineConfig`.
         draft_min: fewer drafts of the model in one step than this are not tried.
         draft_p_min: the model drafts on while it gives its own token at least this probability.
@@ -123,7 +128,9 @@ _DRAFT_LIMITS: Mapping[str, tuple[float, float]] = MappingProxyType(
         "draft_p_min": (0.0, 1.0),
     }
 )
-_OF_THE_MODEL = ("model", "revision", "weight_file", "draft_min", "draft_p_min")
+_FILES = ("model", "revision", "weight_file")
+WITH_WEIGHTS = ("draft_model", "eagle3", "mtp")
+"""Methods by which weights are asked for guesses, on the CPU alone."""
 _DRAFT_SETTINGS = {each.name: each for each in dataclasses.fields(SpeculativeConfig)}
 
 
@@ -140,9 +147,10 @@ def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
         if name not in _DRAFT_SETTINGS:
             raise _no_drafts(f"has no {name!r}{nearest(name, _DRAFT_SETTINGS)}: known are {', '.join(_DRAFT_SETTINGS)}")
         if name == "method":
+            value = DRAFT_ALIASES.get(value, value) if isinstance(value, str) else value
             if value not in get_args(DraftMethod):
                 raise _no_drafts(f"the method {value!r:.60} is not there: {', '.join(get_args(DraftMethod))} are")
-        elif name in _OF_THE_MODEL[:3]:
+        elif name in _FILES:
             if not isinstance(value, (str, Path)) or not str(value).strip():
                 raise _no_drafts(f"{name} must be a text, not {value!r:.60}")
             value = str(value)
@@ -161,14 +169,24 @@ def draft_settings(given: Mapping[str, Any] | None) -> SpeculativeConfig | None:
         raise _no_drafts(f"prompt_lookup_min {config.prompt_lookup_min} is above prompt_lookup_max")
     if config.method == "draft_model" and config.model is None:
         raise _no_drafts("the method draft_model needs a model: a small one of the same vocabulary")
+    if config.method == "eagle3" and config.model is None:
+        raise _no_drafts("the method eagle3 needs a model: a head that was trained for the model that is served")
     if config.draft_min > config.num_speculative_tokens:
         raise _no_drafts(f"draft_min {config.draft_min} is above num_speculative_tokens")
-    kinds = {"suffix": ("suffix", "draft_model"), "draft_model": ("draft_model",)}
     for name in values:
-        kind = "draft_model" if name in _OF_THE_MODEL else "suffix" if name.startswith("suffix_") else None
-        if kind is not None and config.method not in kinds[kind]:
-            raise _no_drafts(f"{name} belongs to the method {kind}, not to {config.method}")
+        methods = _methods_of(name)
+        if methods and config.method not in methods:
+            raise _no_drafts(f"{name} belongs to the method {methods[0]}, not to {config.method}")
     return None if config.method == "none" else config
+
+
+def _methods_of(name: str) -> tuple[str, ...]:
+    """The methods that a setting is for, the one that it is called by first; none where it is for all."""
+    if name in _FILES:
+        return WITH_WEIGHTS[:2]
+    if name.startswith("draft_"):
+        return WITH_WEIGHTS
+    return ("suffix", *WITH_WEIGHTS) if name.startswith("suffix_") else ()
 
 
 def _no_drafts(text: str) -> ConfigError:

@@ -1,24 +1,56 @@
-"""The model of drafts: loaded behind the one that it drafts for, and refused where their words differ."""
+"""What drafts for a model: a small model, a head, or the model's own layer for further tokens.
+
+It is loaded behind the one that it drafts for, and refused where it was made for another one, or their words differ.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from candle_vllm.core.assembly.model import Described, LoadedModel, describe_model, load_model
-from candle_vllm.core.assembly.opening import model_files, open_model
-from candle_vllm.core.config import EngineConfig, draft_settings
+import numpy as np
+from numpy.typing import NDArray
+
+from candle_vllm.core.assembly.model import (
+    Described,
+    LoadedHead,
+    LoadedModel,
+    describe_family,
+    describe_model,
+    fill,
+    load_model,
+)
+from candle_vllm.core.assembly.opening import Opened, config_file, model_files, naming, open_model
+from candle_vllm.core.assembly.placement import choose_placement, room_for_weights
+from candle_vllm.core.config import WITH_WEIGHTS, EngineConfig, draft_settings
 from candle_vllm.core.devices import Device
-from candle_vllm.core.errors import ConfigError, ModelLoadError, ModelNotFoundError
+from candle_vllm.core.errors import (
+    ConfigError,
+    InvalidFileError,
+    ModelLoadError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+)
+from candle_vllm.core.fields import Fields, read_json
+from candle_vllm.core.layers.parameters import SHAPES, Placement
+from candle_vllm.core.loading.config import ModelConfig
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.weights import WeightName, check_weights
+from candle_vllm.core.models.family import DraftHead
+from candle_vllm.core.models.stack import DecoderStack
 from candle_vllm.core.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from candle_vllm.core.models.eagle3 import Eagle3, Eagle3Config
 
 MOST_UNSHARED = 128
 """Tokens that only one of the two may have: vocabularies of one family end in different added or empty ones."""
 
 
 def draft_config(config: EngineConfig) -> EngineConfig | None:
-    """The settings that the model of drafts is loaded with; None where there is to be none."""
+    """The settings that the files of drafts are loaded with; None where there are to be none."""
     drafts = draft_settings(config.speculative_config)
     if drafts is None or drafts.model is None:
         return None
@@ -37,40 +69,47 @@ def draft_config(config: EngineConfig) -> EngineConfig | None:
 
 
 def find_draft(config: EngineConfig) -> None:
-    """Finds, and where need be downloads, the files of the model of drafts, before the large model is read.
+    """Finds, and where need be downloads, the files of drafts, before the large model is read.
 
     Raises:
-        ConfigError, ModelNotFoundError: it cannot be had.
+        ConfigError, ModelNotFoundError: they cannot be had.
     """
     if (drafts := draft_config(config)) is not None:
         with _as_setting(drafts):
             model_files(drafts)
 
 
-def describe_draft(config: EngineConfig, device: Device) -> Described | None:
-    """All of the model of drafts but its weights; None where there is to be none. Errors as `load_draft`."""
-    drafts = draft_config(config)
-    if drafts is None:
+def describe_draft(config: EngineConfig, target: Described, device: Device) -> Described | DescribedHead | None:
+    """All of what drafts but its weights; None where there is to be nothing. Errors as `load_draft`."""
+    settings, drafts = draft_settings(config.speculative_config), draft_config(config)
+    if settings is None or settings.method not in WITH_WEIGHTS:
         return None
     with _as_setting(drafts):
-        opened = open_model(model_files(drafts), device)
+        opened = open_draft(drafts or config, settings.method, device)
         with opened.checkpoint:
-            return describe_model(drafts, device, opened)
+            if settings.method == "draft_model":
+                return describe_model(drafts or config, device, opened)
+            return describe_head(drafts or config, settings.method, target, opened, device)
 
 
 def load_draft(
     config: EngineConfig, target: LoadedModel, device: Device, progress: Callable[[int, int], object]
-) -> LoadedModel | None:
-    """The model of drafts for `target`; None where there is to be none, and on a GPU, where no model drafts.
+) -> LoadedModel | LoadedHead | None:
+    """What drafts for `target`; None where nothing is to, and on a GPU, where nothing with weights drafts.
 
     Raises:
-        ConfigError, ModelNotFoundError, ModelLoadError: it cannot be loaded, or has another vocabulary.
+        ConfigError, ModelNotFoundError, ModelLoadError: it cannot be loaded, or has another vocabulary, or was made for
+            another model.
     """
-    drafts = draft_config(config)
-    if drafts is None or device.type == "cuda":
+    settings, drafts = draft_settings(config.speculative_config), draft_config(config)
+    if settings is None or settings.method not in WITH_WEIGHTS or device.type == "cuda":
         return None
     with _as_setting(drafts):
-        draft = load_model(drafts, device, progress, open_model(model_files(drafts), device))
+        opened = open_draft(drafts or config, settings.method, device)
+        if settings.method != "draft_model":
+            with opened.checkpoint:
+                return load_head(drafts or config, settings.method, target, opened, device, progress)
+        draft = load_model(drafts or config, device, progress, opened)
     difference = vocabulary_difference(target.tokenizer, draft.tokenizer)
     if difference is not None:
         raise ConfigError(
@@ -79,6 +118,197 @@ def load_draft(
             "speculative_config",
         )
     return draft
+
+
+def open_draft(config: EngineConfig, method: str, device: Device) -> Opened:
+    """Opens the files of drafts; a head's tensors keep their names."""
+    files = model_files(config)
+    if method != "eagle3" or files.format == "gguf":
+        return open_model(files, device)
+    if files.format != "safetensors" or files.config is None:
+        raise InvalidFileError(f"{files.folder}: a head is a folder with config.json and safetensors, or a GGUF file")
+    from candle_vllm.core.loading.quantised import read_quantised
+    from candle_vllm.core.loading.safetensors import open_safetensors
+
+    with naming(files.config):
+        stored = open_safetensors(files.folder)
+        try:
+            return Opened(files, read_quantised(stored, read_json(files.config), files.config), {})
+        except BaseException:
+            stored.close()
+            raise
+
+
+# ---- heads -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DescribedHead:
+    """A head before its weights are read.
+
+    Attributes:
+        name, placement, config, guessed, meant: as of `LoadedHead`.
+        stored: its tensors.
+        weights, ignored: its names, and patterns of those that carry nothing.
+        build: makes it, given where and for which model.
+    """
+
+    name: str
+    placement: Placement
+    config: ModelConfig
+    guessed: int
+    meant: NDArray[np.int64] | None
+    stored: Checkpoint
+    weights: Sequence[WeightName]
+    ignored: Sequence[str]
+    build: Callable[[Placement, Any], DraftHead]
+
+
+def describe_head(
+    config: EngineConfig, method: str, target: Described | LoadedModel, opened: Opened, device: Device
+) -> DescribedHead:
+    """All of a head but its weights, which fit it; errors as `load_draft`."""
+    described = config_file(opened.files)
+    with naming(described, opened.checkpoint.path):
+        found = _describe_eagle3(target, opened) if method == "eagle3" else _describe_next_tokens(target, opened)
+        placement = choose_placement(config, device, found.stored, found.config)
+    if placement.recorded != target.placement.recorded:
+        raise ConfigError(
+            f"{found.name} and {target.name} cannot be run alike: one of them has no compiled kernels, which a warning "
+            "says; set enforce_eager=True or leave speculative_config out",
+            "speculative_config",
+        )
+    return dataclasses.replace(found, placement=placement)
+
+
+def load_head(
+    config: EngineConfig,
+    method: str,
+    target: LoadedModel,
+    opened: Opened,
+    device: Device,
+    progress: Callable[[int, int], object],
+) -> LoadedHead:
+    """The head with its weights; errors as `load_draft`."""
+    if not isinstance(target.decoder, DecoderStack):
+        raise ConfigError(
+            f"speculative_config: {target.config.model_type} gives no hidden states, which the method {method} needs",
+            "speculative_config",
+        )
+    found = describe_head(config, method, target, opened, device)
+    stored = found.stored
+    with naming(config_file(opened.files), stored.path), room_for_weights(found.name, found.placement, stored):
+        head = found.build(found.placement, target.decoder)
+        fill(head, found.weights, found.ignored, found.config, stored, progress)
+    return LoadedHead(
+        name=found.name,
+        placement=found.placement,
+        config=found.config,
+        head=head,
+        guessed=found.guessed,
+        meant=found.meant,
+        weight_bytes=sum(tensor.nbytes for tensor in stored.tensors.values()),
+    )
+
+
+def _describe_eagle3(target: Described | LoadedModel, opened: Opened) -> DescribedHead:
+    from candle_vllm.core.models import eagle3
+
+    files, stored, model = opened.files, opened.checkpoint, target.config
+    if files.format == "gguf":
+        name = Fields(opened.metadata, stored.path).get("general.architecture", str)
+        if name != eagle3.GGUF_ARCHITECTURE:
+            raise UnsupportedModelError(f"{stored.path}: architecture {name!r:.80} is no EAGLE-3 head")
+        config = eagle3.config_from_gguf(Fields(opened.metadata, stored.path, f"{name}."), stored, model)
+    else:
+        assert files.config is not None
+        config = eagle3.config_from_hf(Fields(read_json(files.config), files.config), model)
+
+    def build(placement: Placement, decoder: Any) -> eagle3.Eagle3:
+        return eagle3.Eagle3(config, placement, stored, decoder)
+
+    shapes = build(SHAPES, None)
+    _check_fit(target, files.name, config, shapes)
+    check_weights(lambda: shapes, eagle3.WEIGHTS, stored, config, ignored=eagle3.IGNORED)
+    words = _tokenizer_of(opened)
+    difference = None if words is None else vocabulary_difference(target.tokenizer, words)
+    if difference is not None:
+        raise ConfigError(
+            f"speculative_config: {files.name} cannot draft for {target.name}, for they have different vocabularies "
+            f"({difference}): take a head that was trained for this model",
+            "speculative_config",
+        )
+    return DescribedHead(
+        name=files.name,
+        placement=SHAPES,
+        config=config,
+        guessed=config.draft_vocab_size,
+        meant=eagle3.guessed_tokens(config, stored, model.vocab_size),
+        stored=stored,
+        weights=eagle3.WEIGHTS,
+        ignored=eagle3.IGNORED,
+        build=build,
+    )
+
+
+def _check_fit(target: Described | LoadedModel, name: str, config: Eagle3Config, head: Eagle3) -> None:
+    """Refuses a head that was made for another model."""
+    model, own = target.config, config.hidden_size
+    wrong = None
+    if config.target_size != model.hidden_size:
+        wrong = f"it reads hidden states of {config.target_size} numbers, and the model's have {model.hidden_size}"
+    elif (head.own_embed is None or head.own_head is None) and own != model.hidden_size:
+        wrong = (
+            f"it has {own} numbers of a token and no embedding or head of its own; the model has {model.hidden_size}"
+        )
+    elif head.own_embed is not None and abs(config.vocab_size - model.vocab_size) > MOST_UNSHARED:
+        wrong = f"it knows {config.vocab_size} tokens, and the model {model.vocab_size}"
+    elif head.own_head is None and config.draft_vocab_size != model.vocab_size:
+        wrong = (
+            f"it guesses {config.draft_vocab_size} tokens without a head of its own, of the model's {model.vocab_size}"
+        )
+    if wrong is not None:
+        raise ConfigError(
+            f"speculative_config: {name} cannot draft for {target.name}: {wrong}; take a head that was trained for it",
+            "speculative_config",
+        )
+
+
+def _tokenizer_of(opened: Opened) -> Tokenizer | None:
+    """A head's own tokenizer, where its files have one."""
+    if "tokenizer.ggml.tokens" in opened.metadata:
+        return Tokenizer.from_gguf(opened.metadata)
+    if opened.files.format == "safetensors" and (opened.files.folder / "tokenizer.json").is_file():
+        return Tokenizer.from_folder(opened.files.folder)
+    return None
+
+
+def _describe_next_tokens(target: Described | LoadedModel, opened: Opened) -> DescribedHead:
+    from candle_vllm.core.models import mtp
+
+    family, _ = describe_family(opened.files, opened.checkpoint, opened.metadata)
+    checkpoint, model = opened.checkpoint, target.config
+    layout = mtp.find_layout(model, checkpoint)
+    stored = mtp.layer_tensors(layout, checkpoint, family.weights)
+    config, names = mtp.head_config(model, layout, stored), mtp.weight_names(layout, family.weights)
+
+    def build(placement: Placement, decoder: Any) -> mtp.NextTokens:
+        return mtp.NextTokens(config, layout, placement, stored, decoder)
+
+    ignored = family.ignored(config)
+    whole = family.build(model, SHAPES, checkpoint)
+    check_weights(lambda: build(SHAPES, whole), names, stored, config, ignored=ignored)
+    return DescribedHead(
+        name=opened.files.name,
+        placement=SHAPES,
+        config=config,
+        guessed=model.vocab_size,
+        meant=None,
+        stored=stored,
+        weights=names,
+        ignored=ignored,
+        build=build,
+    )
 
 
 def vocabulary_difference(one: Tokenizer, other: Tokenizer) -> str | None:
@@ -100,12 +330,14 @@ def vocabulary_difference(one: Tokenizer, other: Tokenizer) -> str | None:
 
 
 @contextmanager
-def _as_setting(drafts: EngineConfig) -> Iterator[None]:
-    """Says of errors that the model of drafts is meant."""
-    said = f"speculative_config: the model of drafts, {drafts.model!r:.200}"
+def _as_setting(drafts: EngineConfig | None) -> Iterator[None]:
+    """Says of errors that drafts are meant: those of a model, or else of the model's own layer."""
+    said = "speculative_config" + ("" if drafts is None else f": the model of drafts, {drafts.model!r:.200}")
     try:
         yield
     except ConfigError as error:
+        if str(error).startswith("speculative_config"):
+            raise
         raise ConfigError(f"{said}: {error}", "speculative_config") from error
     except (ModelNotFoundError, ModelLoadError) as error:
         raise type(error)(f"{said}: {error}") from error

@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from candle_vllm.core.assembly.opening import (
     Opened,
     config_file,
@@ -33,7 +36,7 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.vocabulary import end_tokens
 from candle_vllm.core.loading.weights import WeightName, check_weights, load_weights, places
 from candle_vllm.core.memory import refuse_longer
-from candle_vllm.core.models.family import Decoder, Encoder, Family
+from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Family
 from candle_vllm.core.models.registry import family_from_gguf, family_from_hf
 from candle_vllm.core.pooling import ModelPooling, PoolingKind
 from candle_vllm.core.sampling.params import MAX_TOKENS, SamplingParams
@@ -81,16 +84,39 @@ class Loaded:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedHead:
+    """Layers that draft for a model from its hidden states, with their weights.
+
+    Attributes:
+        name: what they were read from.
+        placement: where their weights are.
+        config: their description, as if they were a model of one layer.
+        head: the layers.
+        guessed: tokens that they can guess.
+        meant: the model's token of each of those, [guessed]; None where they are the same.
+        weight_bytes: stored bytes.
+    """
+
+    name: str
+    placement: Placement
+    config: ModelConfig
+    head: DraftHead
+    guessed: int
+    meant: NDArray[np.int64] | None
+    weight_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedModel(Loaded):
     """A decoder with its weights; the context in `config` is cut to what was asked for.
 
     Attributes:
-        draft: the model that drafts for it, where one was asked for.
+        draft: the model or the head that drafts for it, where one was asked for.
     """
 
     decoder: Decoder
     config: ModelConfig
-    draft: LoadedModel | None = None
+    draft: LoadedModel | LoadedHead | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,7 +211,7 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
 def describe_family(
     files: ModelFiles, checkpoint: Checkpoint, metadata: Mapping[str, Any]
 ) -> tuple[Family, ModelConfig]:
-    """The family of a model, and its description."""
+    """The family of a decoder's files, and what they say of it."""
     if files.format == "gguf":
         return family_from_gguf(metadata, checkpoint)
     if files.config is None:
@@ -215,7 +241,7 @@ def as_loaded(config: EngineConfig, family: Family, model: ModelConfig, checkpoi
 
 
 def fill(
-    model: Decoder | Encoder,
+    model: Decoder | Encoder | DraftHead,
     table: Sequence[WeightName],
     ignored: Sequence[str],
     config: ModelConfig | EncoderConfig,

@@ -10,15 +10,16 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from candle_vllm.core.assembly.draft import DescribedHead
 from candle_vllm.core.assembly.encoder import LoadedEncoder
-from candle_vllm.core.assembly.model import Described, LoadedModel
+from candle_vllm.core.assembly.model import Described, LoadedHead, LoadedModel
 from candle_vllm.core.assembly.placement import memory_of
-from candle_vllm.core.config import EngineConfig, SpeculativeConfig, draft_settings
+from candle_vllm.core.config import WITH_WEIGHTS, EngineConfig, SpeculativeConfig, draft_settings
 from candle_vllm.core.devices import Device, leave_cores_to_others
 from candle_vllm.core.engine.admission import encoder_tasks
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.engine import Engine
-from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, ModelRunner, StepwiseRunner
+from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, HeadRunner, ModelRunner, StepwiseRunner
 from candle_vllm.core.engine.preparation import DecoderPreparation, EncoderPreparation
 from candle_vllm.core.engine.request import ModelInfo
 from candle_vllm.core.engine.scheduler import Scheduler, WholeTexts
@@ -33,7 +34,6 @@ from candle_vllm.core.threads import default_threads
 if TYPE_CHECKING:
     from candle_vllm.core.engine.draft_model import DraftModel
     from candle_vllm.core.kernels.cpu_runtime.recorder import StepLimits
-    from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
     from candle_vllm.core.kernels.lora import FittedAdapter, PackedAdapter
 
 _COMPILER_BYTES = 256 * MIB
@@ -87,9 +87,9 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
         drafts = draft_settings(config.speculative_config)
     rows = 0 if drafts is None else _draft_rows(drafts, sequences, budget)
     if placement.device.type == "cuda":
-        if drafts is not None and drafts.model is not None:
+        if drafts is not None and drafts.method in WITH_WEIGHTS:
             raise ConfigError(
-                "speculative_config: models draft on the CPU alone: on a GPU take the method suffix or ngram",
+                "speculative_config: models and heads draft on the CPU alone: on a GPU take the method suffix or ngram",
                 "speculative_config",
             )
         from candle_vllm.core.engine.device_build import build_on_gpu
@@ -104,7 +104,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
     if drafts is not None:
         from candle_vllm.core.engine.drafting import Drafter
 
-        model = None if draft is None else _draft_model(drafts, loaded, draft, scheduler)
+        model = None if draft is None else _draft_model(drafts, loaded, runner, draft, scheduler)
         drafter = Drafter(drafts, sequences, rows, model)
     engine = Engine(runner, scheduler, preparation_for(loaded, plan.max_model_len, config.seed), drafter)
     engine.cache_bytes = plan.num_blocks * plan.block_bytes
@@ -123,21 +123,26 @@ def _draft_rows(drafts: SpeculativeConfig, sequences: int, budget: int) -> int:
 
 
 def _draft_model(
-    drafts: SpeculativeConfig, loaded: LoadedModel, runner: StepwiseRunner, scheduler: Scheduler
+    drafts: SpeculativeConfig,
+    loaded: LoadedModel,
+    target: ModelRunner,
+    runner: StepwiseRunner | HeadRunner,
+    scheduler: Scheduler,
 ) -> DraftModel:
-    """What asks the model of drafts, which `runner` runs."""
+    """What asks the model or the head of drafts, which `runner` runs."""
+    from candle_vllm.core.engine.draft_head import DraftingHead
     from candle_vllm.core.engine.draft_model import DraftModel
 
-    assert loaded.draft is not None
-    return DraftModel(
-        runner,
-        drafts,
-        scheduler,
-        words=(loaded.config.vocab_size, loaded.draft.config.vocab_size),
-        longest=loaded.draft.config.max_position,
-        most_rows=scheduler.max_num_batched_tokens,
-        cost=loaded.draft.weight_bytes / max(1, loaded.weight_bytes),
-    )
+    draft = loaded.draft
+    assert draft is not None
+    words, longest = (loaded.config.vocab_size, draft.config.vocab_size), draft.config.max_position
+    rows, cost = scheduler.max_num_batched_tokens, draft.weight_bytes / max(1, loaded.weight_bytes)
+    if isinstance(draft, LoadedModel):
+        assert isinstance(runner, StepwiseRunner)
+        return DraftModel(runner, drafts, scheduler, words, longest, rows, cost)
+    assert isinstance(target, StepwiseRunner)
+    head: Any = runner
+    return DraftingHead(head, target, draft.meant, drafts, scheduler, words, longest, rows, cost, draft.guessed)
 
 
 def step_size(config: EngineConfig, device: Device, longest: int = 0) -> tuple[int, int]:
@@ -158,7 +163,7 @@ def step_size(config: EngineConfig, device: Device, longest: int = 0) -> tuple[i
     return sequences, budget
 
 
-def foreseen_cache(config: EngineConfig, model: Described, draft: Described | None = None) -> CachePlan:
+def foreseen_cache(config: EngineConfig, model: Described, draft: Described | DescribedHead | None = None) -> CachePlan:
     """The cache that a model on the CPU will have, as far as memory stays as it is; errors as `build_engine`.
 
     `draft` is the model of drafts, where there will be one.
@@ -217,7 +222,7 @@ def _plan_on_cpu(
     sequences: int,
     share: float,
     weights: int = 0,
-    draft: LoadedModel | Described | None = None,
+    draft: LoadedModel | LoadedHead | Described | DescribedHead | None = None,
 ) -> CachePlan:
     """The cache on the CPU, where `weights` bytes are yet to come; refuses what needs a GPU."""
     placement = model.placement
@@ -239,14 +244,14 @@ def _plan_on_cpu(
     return plan_cache(config, model.config, _number_bytes(model), sequences, room, beside)
 
 
-def _number_bytes(model: LoadedModel | Described) -> int:
+def _number_bytes(model: LoadedModel | LoadedHead | Described | DescribedHead) -> int:
     """Bytes of one number in a model's cache; the compiled kernels keep bfloat16."""
     return 2 if model.placement.recorded else ELEMENTS[model.placement.dtype].itemsize
 
 
 def _build_on_cpu(
     config: EngineConfig, loaded: LoadedModel, budget: int, sequences: int, draft_rows: int
-) -> tuple[StepwiseRunner, StepwiseRunner | None, CachePlan]:
+) -> tuple[StepwiseRunner, StepwiseRunner | HeadRunner | None, CachePlan]:
     """What runs the model, and the model of drafts where there is one; the cache of both."""
     plan = _plan_on_cpu(config, loaded, sequences, DEFAULTS["cpu"].share)
     logger.info(plan.message)
@@ -254,39 +259,50 @@ def _build_on_cpu(
         logger.warning(plan.warning)
     rows = max(sequences + draft_rows, MAX_SCORED_ROWS)
     adapters = _adapter_limits(config, loaded) if config.enable_lora else {}
-    runner = _runner_on_cpu(config, loaded, plan, budget, sequences, rows, adapters=adapters)
+    taps = loaded.draft.head.taps if isinstance(loaded.draft, LoadedHead) else None
+    runner = _runner_on_cpu(config, loaded, plan, budget, sequences, rows, adapters=adapters, taps=taps)
+    assert isinstance(runner, StepwiseRunner)
     Sampler.prepare(loaded.placement.device)  # behind it: a first start compiles side by side what the plan needs
     draft = None
     if loaded.draft is not None:
-        draft = _runner_on_cpu(config, loaded.draft, plan, budget, sequences, sequences, getattr(runner, "team", None))
+        draft = _runner_on_cpu(config, loaded.draft, plan, budget, sequences, sequences, runner)
     return runner, draft, plan
 
 
 def _runner_on_cpu(
     config: EngineConfig,
-    loaded: LoadedModel,
+    loaded: LoadedModel | LoadedHead,
     plan: CachePlan,
     budget: int,
     sequences: int,
     rows: int,
-    team: ThreadTeam | None = None,
+    beside: StepwiseRunner | None = None,
     adapters: Mapping[str, Any] = MappingProxyType({}),
-) -> StepwiseRunner:
-    """What runs a model; `rows` of a step at most have logits, and adapters are as `StepLimits` says."""
-    placement = loaded.placement
-    loaded.decoder.prepare(min(plan.max_model_len, loaded.config.max_position))
-    if not placement.recorded:
-        from candle_vllm.core.engine.eager_runner import EagerRunner
+    taps: tuple[int, ...] | None = None,
+) -> StepwiseRunner | HeadRunner:
+    """What runs a model or a head; `rows` of a step at most have logits, and adapters are as `StepLimits` says.
 
-        device, dtype, joined = placement.device, placement.torch_dtype, None
+    `beside` is what runs the model that it drafts for.
+    """
+    placement, blocks = loaded.placement, plan.num_blocks
+    model = loaded.head if isinstance(loaded, LoadedHead) else loaded.decoder
+    model.prepare(min(plan.max_model_len, loaded.config.max_position))
+    if not placement.recorded:
+        from candle_vllm.core.engine.eager_runner import EagerHead, EagerRunner
+
+        memory = blocks, config.block_size, placement.device, placement.torch_dtype
+        if isinstance(loaded, LoadedHead):
+            assert isinstance(beside, EagerRunner)
+            return EagerHead(loaded.head, *memory, beside.adapters)
+        joined = None
         if adapters:
             from candle_vllm.core.kernels.lora.reference import EagerAdapters
 
             number_places(loaded.decoder, joined := EagerAdapters())
-        return EagerRunner(loaded.decoder, plan.num_blocks, config.block_size, device, dtype, joined)
-    if adapters:
+        return EagerRunner(loaded.decoder, *memory, joined, taps)
+    if adapters and isinstance(loaded, LoadedModel):
         number_places(loaded.decoder)
-    from candle_vllm.core.engine.recorded_runner import RecordedRunner, StepLimits
+    from candle_vllm.core.engine.recorded_runner import RecordedHead, RecordedRunner, StepLimits
 
     leave_cores_to_others()
     limits = StepLimits(
@@ -298,8 +314,11 @@ def _runner_on_cpu(
         threads=config.threads or default_threads(),
         **adapters,
     )
+    team = beside.team if isinstance(beside, RecordedRunner) else None
     with _room_for_rows(limits):
-        return RecordedRunner(loaded.decoder, plan.num_blocks, limits, team=team)
+        if isinstance(loaded, LoadedHead):
+            return RecordedHead(loaded.head, blocks, limits, team=team)
+        return RecordedRunner(loaded.decoder, blocks, limits, team=team, taps=taps)
 
 
 def _adapter_limits(config: EngineConfig, loaded: LoadedModel) -> dict[str, Any]:

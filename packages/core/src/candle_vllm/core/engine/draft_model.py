@@ -23,14 +23,16 @@ from array import array
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from candle_vllm.core.config import SpeculativeConfig
-from candle_vllm.core.engine.batch import BatchBuilder
+from candle_vllm.core.engine.batch import Batch, BatchBuilder
 from candle_vllm.core.engine.live import LiveSequence
-from candle_vllm.core.engine.model_runner import StepwiseRunner
+from candle_vllm.core.engine.model_runner import HeadRunner, StepwiseRunner
 from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.engine.sequence import Run
 from candle_vllm.core.kernels import sampling as kernels
+from candle_vllm.core.kernels.recorded import Value
 
 Offer = tuple[list[int], list[float]]
 """Guesses, and for each how likely it and all before it are right."""
@@ -76,12 +78,12 @@ class OwnTimes:
         return seconds * (FIXED + rows) / (FIXED + seen)
 
 
-class _Own:
+class Own:
     """What is known of one sequence.
 
     Attributes:
         table: its block table, the very object: where it has another one it began anew.
-        done: tokens of its own whose keys and values are in the model's cache.
+        done: tokens of its own whose keys and values are in the model's cache; below 0 where they begin anew.
         full: blocks of them that are known to be full.
         base, guesses, buckets, rows: tokens it had when it was guessed for last, what was guessed, how sure each was,
             and rows that were written then.
@@ -102,13 +104,13 @@ class _Own:
         self.pause = _PAUSE
 
 
-class _Asked:
+class Asked:
     """A sequence that the model guesses for in this step: its guesses so far, most that it may have, and how much a
     second is worth, of what it is in plain steps."""
 
     __slots__ = ("chance", "chances", "guesses", "live", "most", "own", "worth")
 
-    def __init__(self, live: LiveSequence, own: _Own, most: int, worth: float) -> None:
+    def __init__(self, live: LiveSequence, own: Own, most: int, worth: float) -> None:
         self.live, self.own, self.most, self.worth = live, own, most, worth
         self.guesses: list[int] = []
         self.chances: list[float] = []
@@ -121,6 +123,8 @@ class DraftModel:
     Attributes:
         times: of the model's own steps.
         seconds, steps: what it took since the start, and its steps.
+        hopeless: no guess pays in steps like the last; whoever calls says so.
+        reads_states: it is told of every step of the target.
 
     Args:
         runner: runs the model, in a cache of as many blocks as the target's.
@@ -132,9 +136,11 @@ class DraftModel:
         cost: what a step takes of a step of the target, before any was seen.
     """
 
+    reads_states = False
+
     def __init__(
         self,
-        runner: StepwiseRunner,
+        runner: StepwiseRunner | HeadRunner,
         config: SpeculativeConfig,
         scheduler: Scheduler,
         words: tuple[int, int],
@@ -143,14 +149,15 @@ class DraftModel:
         cost: float,
     ) -> None:
         self.times = OwnTimes()
-        self.seconds, self.steps = 0.0, 0
+        self.seconds, self.steps, self.hopeless = 0.0, 0, False
         self._runner, self._config, self._scheduler = runner, config, scheduler
         self._target_words, self._words = words
+        self._drawn_words = words[1]
         self._longest, self._most_rows, self._cost = longest, most_rows, cost
         size = scheduler.blocks.block_size
         self._size = size
         self._batches = BatchBuilder(size, runner.step_memory)
-        self._owns: dict[LiveSequence, _Own] = {}
+        self._owns: dict[LiveSequence, Own] = {}
         self._reserved: list[LiveSequence] = []
         self._full: dict[int, bytes] = {}  # blocks of which every row is right, and what they hold
         # Of guesses by arg max and of random ones, by bucket: right ones, of tries.
@@ -182,6 +189,9 @@ class DraftModel:
                 better.append((live, *offer))
         return better
 
+    def ran(self, batch: Batch, lives: Sequence[LiveSequence | None]) -> None:
+        """See `DraftingHead`; where `reads_states` is not set, there is nothing to be told."""
+
     def settle(self) -> None:
         """What is tried in the next step is known: blocks that only other guesses needed are free again."""
         for live in self._reserved:
@@ -204,12 +214,12 @@ class DraftModel:
 
     def _worth_asking(
         self, offers: Sequence[tuple[LiveSequence, Offer | None]], lives: int, target: Seconds, room: int
-    ) -> list[_Asked]:
+    ) -> list[Asked]:
         """The sequences that the model is likely to save more for than it takes."""
         if not offers or not target(lives):
             return []
         rate, prices = lives / target(lives), self._prices(lives, lives, len(offers), target)
-        asked: list[_Asked] = []
+        asked: list[Asked] = []
         for live, offer in offers:
             sequence = live.sequence
             own = self._follow(live)
@@ -226,7 +236,7 @@ class DraftModel:
                     own.until, own.pause = length + own.pause, 4 * own.pause
                     own.hits, own.expected, own.tries = own.hits * 0.25, own.expected * 0.25, own.tries * 0.25
                 continue
-            behind = length - own.done
+            behind = self._behind(own, length)
             if behind > _NEAR:
                 ahead = min(sequence.max_length - length, 64 + length - sequence.num_prompt_tokens)
                 if ahead / (1 + saved) * gain < self._step(behind, target) * rate:
@@ -234,8 +244,12 @@ class DraftModel:
             if self._scheduler.reserve(sequence, length) == length:
                 most = self._scheduler.reserve(sequence, length + most - 1) - length + 1
                 self._reserved.append(live)
-                asked.append(_Asked(live, own, most, (1 + saved) / (1 + cost)))
+                asked.append(Asked(live, own, most, (1 + saved) / (1 + cost)))
         return asked
+
+    def _behind(self, own: Own, length: int) -> int:
+        """Tokens of a sequence that the model would read before it guesses, beside those of any step."""
+        return length - own.done
 
     def _prices(self, lives: int, rows: int, active: int, target: Seconds) -> list[float]:
         """What each further guess for a sequence costs, in tokens of plain steps: the model's step, the target's row.
@@ -254,18 +268,18 @@ class DraftModel:
     def _step(self, rows: int, target: Seconds) -> float:
         return self.times(rows) or self._cost * target(1) * (FIXED + rows) / (FIXED + 1)
 
-    def _typical(self, own: _Own, live: LiveSequence) -> float:
+    def _typical(self, own: Own, live: LiveSequence) -> float:
         """How likely the next guess for a sequence is right, before it is made."""
         hits, tries = self._common[_kind(live)]
         return min((own.hits + OWN_WEIGHT * hits / tries) / (own.tries + OWN_WEIGHT), SURE)
 
     # ---- how guesses fared -------------------------------------------------------------------------------------------
 
-    def _follow(self, live: LiveSequence) -> _Own:
+    def _follow(self, live: LiveSequence) -> Own:
         """Judges the last guesses for a sequence by what came, and finds how much of it is in the model's cache."""
         own = self._owns.get(live)
         if own is None:
-            own = self._owns[live] = _Own()
+            own = self._owns[live] = Own()
         sequence, tokens, right = live.sequence, live.sequence.tokens, 0
         for guess, bucket in zip(own.guesses, own.buckets):
             if own.base + right >= len(tokens):
@@ -276,20 +290,29 @@ class DraftModel:
                 break
             right += 1
         if own.guesses:
-            own.done = min(own.base + right, own.rows, len(tokens) - 1)  # of the last row the block may have gone
+            self._judged(own, right, len(tokens))
             own.guesses, own.buckets = [], []
         if own.table is not sequence.block_table:  # it began to run, for the first time or again
-            own.table, own.done, own.full = sequence.block_table, 0, 0
-            if self._scheduler.blocks.enable_prefix_caching:
-                hashes = sequence.hashes(self._size)[: (len(tokens) - 1) // self._size]
-                for block, digest in zip(sequence.block_table, hashes):
-                    if self._full.get(block) != digest:
-                        break
-                    own.full += 1
-                own.done = own.full * self._size
+            own.table = sequence.block_table
+            self._begin(own, live)
         return own
 
-    def _judge(self, own: _Own, kind: int, bucket: int, hit: bool) -> None:
+    def _judged(self, own: Own, right: int, length: int) -> None:
+        """So many of a sequence's guesses were right: what else was written for them is none of its tokens'."""
+        own.done = min(own.base + right, own.rows, length - 1)  # of the last row the block may have gone
+
+    def _begin(self, own: Own, live: LiveSequence) -> None:
+        """Finds what of a sequence that began to run is in the model's cache."""
+        sequence, own.done, own.full = live.sequence, 0, 0
+        if self._scheduler.blocks.enable_prefix_caching:
+            hashes = sequence.hashes(self._size)[: (len(sequence.tokens) - 1) // self._size]
+            for block, digest in zip(sequence.block_table, hashes):
+                if self._full.get(block) != digest:
+                    break
+                own.full += 1
+            own.done = own.full * self._size
+
+    def _judge(self, own: Own, kind: int, bucket: int, hit: bool) -> None:
         hits, tries = self._hits[kind], self._tries[kind]
         own.expected = own.expected * 0.95 + hits[bucket] / tries[bucket]
         own.tries, own.hits = own.tries * 0.95 + 1, own.hits * 0.95 + hit
@@ -302,20 +325,20 @@ class DraftModel:
         tries[bucket] += 1
         hits[bucket] += hit
 
-    def _chance(self, own: _Own, kind: int, bucket: int) -> float:
+    def _chance(self, own: Own, kind: int, bucket: int) -> float:
         """How likely a guess is right that was made."""
         common = self._hits[kind][bucket] / self._tries[kind][bucket]
         return min(common * (own.hits + OWN_WEIGHT) / (own.expected + OWN_WEIGHT), SURE)
 
     # ---- the model's steps -------------------------------------------------------------------------------------------
 
-    def _guess(self, asked: list[_Asked], target: Seconds, lives: int) -> dict[LiveSequence, _Asked]:
+    def _guess(self, asked: list[Asked], target: Seconds, lives: int) -> dict[LiveSequence, Asked]:
         """Has the model guess, until it pays for none any more; what it guessed by sequence."""
         runs, ready = self._catch_up(asked, lives)
         made = {each.live: each for each in ready}
         while runs:
             ids, sure = self._run(runs, ready)
-            onward: list[_Asked] = []
+            onward: list[Asked] = []
             for each, token, probability in zip(ready, ids, sure):
                 if self._take(each, token, probability) and len(each.guesses) < each.most:
                     onward.append(each)
@@ -324,7 +347,7 @@ class DraftModel:
                 rows = lives + sum([len(each.guesses) for each in made.values()])
                 prices = self._prices(lives, rows, len(ready), target)
                 ready = [each for each in ready if self._pays(each, prices)]
-            runs = [_next(each) for each in ready]
+            runs = [self._next(each) for each in ready]
         least = self._config.draft_min
         for each in made.values():
             own, length = each.own, len(each.live.sequence.tokens)
@@ -337,16 +360,16 @@ class DraftModel:
             each.guesses, each.chances = each.guesses[:legal], each.chances[:legal]
         return made
 
-    def _pays(self, each: _Asked, prices: list[float]) -> bool:
+    def _pays(self, each: Asked, prices: list[float]) -> bool:
         """Whether further guesses for a sequence are likely to save more than they cost."""
         left = prices[: each.most - len(each.guesses)]
         return _best(each.chance, self._typical(each.own, each.live), left, each.worth)[2] > 0
 
-    def _catch_up(self, asked: list[_Asked], lives: int) -> tuple[list[Run], list[_Asked]]:
+    def _catch_up(self, asked: list[Asked], lives: int) -> tuple[list[Run], list[Asked]]:
         """The first step's runs: what the model has not seen of each sequence; and whose guesses follow from it."""
         room = self._most_rows - len(asked)
         runs: list[Run] = []
-        ready: list[_Asked] = []
+        ready: list[Asked] = []
         partial: list[Run] = []
         for each in asked:
             own, sequence = each.own, each.live.sequence
@@ -368,12 +391,18 @@ class DraftModel:
         if partial:
             self._run(partial, [])
         for each in asked:
-            self._note_full(each)
+            self._note_full(each.live, each.own)
         return runs, ready
 
-    def _note_full(self, each: _Asked) -> None:
+    def _next(self, each: Asked) -> Run:
+        """The row of the last guess, which leads to the next one."""
+        sequence = each.live.sequence
+        start = len(sequence.tokens) + len(each.guesses) - 1
+        return Run(sequence, start, 1, 1, sequence.num_admissions, False, (each.guesses[-1],))
+
+    def _note_full(self, live: LiveSequence, own: Own) -> None:
         """Blocks that the model has filled with a sequence's own tokens serve prompts that begin alike."""
-        own, sequence = each.own, each.live.sequence
+        sequence = live.sequence
         full = own.done // self._size
         if full > own.full and self._scheduler.blocks.enable_prefix_caching:
             hashes = sequence.hashes(self._size)
@@ -382,24 +411,22 @@ class DraftModel:
                 self._full[sequence.block_table[place]] = hashes[place]
             own.full = full
 
-    def _run(self, runs: list[Run], ready: list[_Asked]) -> tuple[list[int], list[float]]:
+    def _run(self, runs: list[Run], ready: list[Asked]) -> tuple[list[int], list[float]]:
         """A step of the model: of each of `ready` the token that it guesses, and the probability it gives that.
 
         A token of -1 is none.
         """
         began = time.perf_counter()
         batch = self._batches.build(runs)
-        if self._words < self._target_words:
-            np.minimum(batch.tokens[0], self._words - 1, out=batch.tokens[0])
-        logits = self._runner.run(batch)
+        logits = self._logits(batch, ready)
         ids: list[int] = []
         sure: list[float] = []
         if ready:
             controls = np.array([self._controls(each) for each in ready])
             drawn, largest = self._runner.draw_rows(logits, controls)
             ids = np.where(np.isfinite(largest), drawn, -1).tolist()
-            if -1 in ids:
-                sure = [0.0] * len(ids)
+            if -1 in ids:  # numbers that cannot be drawn from: nothing is guessed
+                ids, sure = [-1] * len(ids), [0.0] * len(ids)
             else:
                 tokens = np.array(ids, np.int64)
                 offsets = kernels.stand(logits, tokens, np.zeros_like(tokens)).offsets.tolist()
@@ -407,20 +434,33 @@ class DraftModel:
                     math.exp(min(0.0, float(logits[row, token]) - offset))
                     for row, (token, offset) in enumerate(zip(ids, offsets))
                 ]
+                ids = self._meant(tokens)
         seconds = time.perf_counter() - began
         self.times.note(batch.tokens.shape[1], seconds)
         self.seconds += seconds
         self.steps += 1
         return ids, sure
 
-    def _controls(self, each: _Asked) -> tuple[float, ...]:
+    def _logits(self, batch: Batch, ready: list[Asked]) -> Value:
+        """What the model says of the tokens behind the rows that are wanted, those of `ready`."""
+        del ready
+        if self._words < self._target_words:
+            np.minimum(batch.tokens[0], self._words - 1, out=batch.tokens[0])
+        assert isinstance(self._runner, StepwiseRunner)
+        return self._runner.run(batch)
+
+    def _meant(self, tokens: NDArray[np.int64]) -> list[int]:
+        """The target's tokens of the model's."""
+        return tokens.tolist()
+
+    def _controls(self, each: Asked) -> tuple[float, ...]:
         """How the request draws its token at that position, as far as that follows from the position alone."""
         state, ahead = each.live.state, len(each.guesses)
         temperature, min_p, top_k, top_p = state.controls
         uniform = 0.5 if state.params.greedy else state.uniforms(ahead + 1)[ahead]
-        return temperature, min_p, top_k if top_k < self._words else 0, top_p, uniform
+        return temperature, min_p, top_k if top_k < self._drawn_words else 0, top_p, uniform
 
-    def _take(self, each: _Asked, token: int, probability: float) -> bool:
+    def _take(self, each: Asked, token: int, probability: float) -> bool:
         """Adds a guess; whether there may be another behind it."""
         if not 0 <= token < self._target_words or probability < self._config.draft_p_min:
             return False
@@ -430,13 +470,6 @@ class DraftModel:
         each.chances.append(each.chance)
         own.buckets.append(bucket)
         return token not in each.live.eos_token_ids
-
-
-def _next(each: _Asked) -> Run:
-    """The row of the last guess, which leads to the next one."""
-    sequence = each.live.sequence
-    start = len(sequence.tokens) + len(each.guesses) - 1
-    return Run(sequence, start, 1, 1, sequence.num_admissions, False, (each.guesses[-1],))
 
 
 def _kind(live: LiveSequence) -> int:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from candle_vllm.core.config import LONGEST_MATCH, SpeculativeConfig
@@ -23,6 +24,9 @@ from candle_vllm.core.engine.draft_model import FADING, FIXED, OWN_WEIGHT, SURE,
 from candle_vllm.core.engine.live import LiveSequence
 from candle_vllm.core.engine.prediction import Prediction
 from candle_vllm.core.engine.repeats import SEPARATOR, Past, Text
+
+if TYPE_CHECKING:
+    from candle_vllm.core.engine.batch import Batch
 
 _OPENING = 12  # tokens of a match that are as good as the place where a predicted text begins
 _WORTH, _REST = 1.15, 7  # where sure guesses would make less than this, they are looked for in one step of eight
@@ -78,13 +82,14 @@ class _Record:
         self.is_slow = False  # asking its grammar takes too long
 
 
-def _may_have(live: LiveSequence) -> bool:
-    """Whether a sequence may have guesses: its grammar, if any, is looked ahead in while the step runs, and by a copy.
-
-    So a guess that meets a limit of the grammar changes nothing where the text stands.
+def _asks(live: LiveSequence) -> bool:
+    """Whether a sequence may have guesses: it asks for them, and its grammar, if any, is looked ahead in while the step
+    runs, and by a copy. So a guess that meets a limit of the grammar changes nothing where the text stands.
     """
     state = live.state
     grammar = state.grammar
+    if live.is_over or not state.params.num_speculative_tokens:
+        return False
     return grammar is None or (grammar.looks_ahead and state.only_masks and state.params.logprobs is None)
 
 
@@ -163,7 +168,7 @@ class Drafter:
         self.times = StepTimes(max_seqs + rows)
         self.model = model
         self._config, self._rows = config, rows
-        keeps = config.method in ("suffix", "draft_model") and config.suffix_decoding_max_cached_requests > 0
+        keeps = config.method not in ("ngram", "none") and config.suffix_decoding_max_cached_requests > 0
         self._past = Past(answers=config.suffix_decoding_max_cached_requests) if keeps else None
         self._records: dict[LiveSequence, _Record] = {}
         self._predictions = WeakKeyDictionary[Prediction, Text]()
@@ -196,6 +201,21 @@ class Drafter:
         if record is not None and self._past is not None and not salted:
             self._past.add(live.sequence.tokens[live.sequence.num_prompt_tokens :])
 
+    @property
+    def reads_states(self) -> bool:
+        """Whether every step is to be told by `ran`."""
+        return self.model is not None and self.model.reads_states
+
+    def ran(self, batch: Batch, lives: Sequence[object]) -> None:
+        """A step is over and settled; must be followed by `propose`.
+
+        Args:
+            batch: the step, whose hidden states can still be had.
+            lives: the sequence of each of its runs; None of one that has ended.
+        """
+        if self.model is not None:
+            self.model.ran(batch, [live if isinstance(live, LiveSequence) and _asks(live) else None for live in lives])
+
     def propose(self, lives: Sequence[LiveSequence]) -> bool:
         """Chooses the drafts of the next step of sequences that all have a token to be run.
 
@@ -203,6 +223,8 @@ class Drafter:
             Whether there are any.
         """
         found = self._propose(lives)
+        if self.model is not None:
+            self.model.settle()
         for live in lives:
             grammar = live.state.grammar
             if grammar is not None:
@@ -229,13 +251,15 @@ class Drafter:
         least, count = min(needs)
         if (rows + SURE * count) * plain < _WORTH * rows * times(rows + count):
             self._rest = _REST
+        if self.model is not None:
+            self.model.hopeless = least > SURE
         if least > SURE:
             return False  # what is guessed is judged when it may pay again
         self._left = _LOOKED
         offers: list[tuple[LiveSequence, tuple[list[int], list[float]] | None]] = []
         for live in lives:
             live.sequence.drafts = ()
-            if not live.state.params.num_speculative_tokens or not _may_have(live):
+            if not _asks(live):
                 continue
             record = self._records.get(live)
             if record is None:
@@ -250,8 +274,6 @@ class Drafter:
         else:
             guesses = self.model.improve(offers, rows, times.seconds, self._rows)
         chosen = bool(guesses) and self._choose(guesses, rows)
-        if self.model is not None:
-            self.model.settle()
         if chosen:
             self._idle = self._rest = 0
         elif guesses:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -11,8 +13,8 @@ from candle_vllm.core.engine.batch import Batch, Ints
 from candle_vllm.core.engine.model_runner import EncoderRunner, StepwiseRunner
 from candle_vllm.core.kernels.attention.rows import AttentionRows
 from candle_vllm.core.kernels.lora.reference import EagerAdapters
-from candle_vllm.core.layers.attention import StepInput
-from candle_vllm.core.models.family import Decoder, Encoder
+from candle_vllm.core.layers.attention import StepInput, Taps
+from candle_vllm.core.models.family import Decoder, DraftHead, Encoder
 
 
 class EagerRunner(StepwiseRunner):
@@ -23,6 +25,7 @@ class EagerRunner(StepwiseRunner):
         num_blocks, block_size: shape of the cache.
         device, dtype: where the cache lives, and its numbers.
         adapters: what the decoder's layers add to their products; None where there are no adapters.
+        taps: `hidden_rows` are what goes into these layers; None for what the last norm gives.
     """
 
     fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
@@ -35,6 +38,7 @@ class EagerRunner(StepwiseRunner):
         device: torch.device | Device,
         dtype: torch.dtype,
         adapters: EagerAdapters | None = None,
+        taps: Sequence[int] | None = None,
     ) -> None:
         config = decoder.config
         rows = (num_blocks, block_size, config.cache.kv_heads)
@@ -48,33 +52,78 @@ class EagerRunner(StepwiseRunner):
             for shape in (keys, values)
         )
         self._hidden = torch.empty(0, config.hidden_size)
-        self._adapters, self._adapter_rows = adapters, None
+        self.adapters, self._adapter_rows = adapters, None
+        self._taps = taps
+        self._kept = None if taps is None else Taps(taps)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
         """See `StepwiseRunner`."""
+        token_ids, step = self._step(batch)
+        self._hidden = self.decoder.forward(token_ids, step)
+        return self.score(batch.drawn_rows)
+
+    def _step(self, batch: Batch) -> tuple[torch.Tensor, StepInput]:
         token_ids, positions, slots, tables = (
             torch.from_numpy(array).to(self.device)
             for array in (batch.token_ids, batch.positions, batch.slots, batch.block_tables)
         )
         rows = AttentionRows(tuple(batch.query_start.tolist()), tuple(batch.context_lens.tolist()), tables)
-        step = StepInput(positions, slots, rows, self.key_caches, self.value_caches)
-        if self._adapters is not None:
+        if self.adapters is not None:
             self._adapter_rows = batch.adapters
-            self._adapters.choose(batch.adapters, self.device)
-        self._hidden = self.decoder.forward(token_ids, step)
-        return self.score(batch.drawn_rows)
+            self.adapters.choose(batch.adapters, self.device)
+        return token_ids, StepInput(positions, slots, rows, self.key_caches, self.value_caches, taps=self._kept)
 
     @torch.inference_mode()
     def score(self, rows: Ints) -> torch.Tensor:
         """See `ModelRunner`."""
-        if self._adapters is not None:
-            self._adapters.choose(self._adapter_rows, self.device, rows)
+        if self.adapters is not None:
+            self.adapters.choose(self._adapter_rows, self.device, rows)
         return self.decoder.logits(self._hidden[torch.from_numpy(rows).to(self.device)])
 
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
         """See `ModelRunner`."""
         return _sum_of(self._hidden, rows)
+
+    @torch.inference_mode()
+    def hidden_rows(self, rows: Ints) -> NDArray[np.float32]:
+        """See `StepwiseRunner`."""
+        kept = [self._hidden] if self._kept is None else [self._kept.values[number] for number in self._taps or ()]
+        wanted = torch.from_numpy(rows).to(self.device)
+        return torch.cat([value[wanted].float() for value in kept], 1).cpu().numpy()
+
+
+class EagerHead(EagerRunner):
+    """Runs a head that drafts; see `HeadRunner`. Arguments as those of `EagerRunner`, without taps.
+
+    `adapters` are those of the model, whose embedding and head it may have; to its own steps they add nothing.
+    """
+
+    def __init__(
+        self,
+        head: DraftHead,
+        num_blocks: int,
+        block_size: int,
+        device: torch.device | Device,
+        dtype: torch.dtype,
+        adapters: EagerAdapters | None = None,
+    ) -> None:
+        super().__init__(head, num_blocks, block_size, device, dtype, adapters)  # type: ignore[arg-type]
+        self._head, self._dtype = head, dtype
+        self._back = self._hidden
+
+    @torch.inference_mode()
+    def run_on(self, batch: Batch, states: NDArray[np.float32], *, fused: bool) -> torch.Tensor:
+        """See `HeadRunner`."""
+        token_ids, step = self._step(batch)
+        given = torch.from_numpy(states).to(self.device, self._dtype)
+        self._hidden, self._back = self._head.forward(token_ids, given if fused else self._head.fuse(given), step)
+        return self.score(batch.drawn_rows)
+
+    @torch.inference_mode()
+    def given_back(self, rows: Ints) -> NDArray[np.float32]:
+        """See `HeadRunner`."""
+        return self._back[torch.from_numpy(rows).to(self.device)].float().cpu().numpy()
 
 
 class EagerEncoderRunner(EncoderRunner):

@@ -188,6 +188,8 @@ class Engine:
             drafter.times.note(rows, seconds, rows - len(flight.lives))
         lives = [live for live in flight.lives if not live.is_over]
         try:
+            if drafter.reads_states:
+                drafter.ran(batch, [self._live.get(run.sequence) for run in batch.runs])
             self.scheduler.has_drafts = drafter.propose(lives)
         except self.runner.fatal:
             raise

@@ -140,8 +140,46 @@ class StepwiseRunner(ABC):
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
         """See `ModelRunner`."""
 
+    def hidden_rows(self, rows: Ints) -> NDArray[np.float32]:
+        """Hidden states [len(rows), F] of rows of the last step: what a head that drafts for the model is given."""
+        raise NotImplementedError
+
     def close(self) -> None:  # noqa: B027  # most have nothing to end
         """See `ModelRunner`."""
+
+
+class HeadRunner(Protocol):
+    """Runs a head that drafts for a model: as a `StepwiseRunner`, but for hidden states that go in and come out."""
+
+    @property
+    def step_memory(self) -> StepMemory | None:
+        """See `ModelRunner`."""
+        ...
+
+    def run_on(self, batch: Batch, states: NDArray[np.float32], *, fused: bool) -> Value:
+        """Runs a step of token ids and hidden states [T, ...].
+
+        Args:
+            batch: its token ids are those behind the positions.
+            states: as the model has them; where `fused` is set, as `given_back` gave them.
+            fused: see `states`.
+
+        Returns:
+            Logits, as `StepwiseRunner.run`.
+        """
+        ...
+
+    def given_back(self, rows: Ints) -> NDArray[np.float32]:
+        """Hidden states [len(rows), E] for the positions behind rows of the last step."""
+        ...
+
+    def draw_rows(self, logits: Value, controls: NDArray[np.float64]) -> tuple[Ints, NDArray[np.float32]]:
+        """See `StepwiseRunner`."""
+        ...
+
+    def close(self) -> None:
+        """See `ModelRunner`."""
+        ...
 
 
 class EncoderRunner(StepwiseRunner):

@@ -22,16 +22,23 @@ from candle_vllm.core.kernels.attention.cpu_cache import key_cache_shape, value_
 from candle_vllm.core.kernels.cpu_runtime import team
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_first, operation
-from candle_vllm.core.kernels.cpu_runtime.recorder import Adapted, EntryArrays, Recorder, StepLimits, aligned
+from candle_vllm.core.kernels.cpu_runtime.recorder import (
+    Adapted,
+    EntryArrays,
+    Recorder,
+    StepArrays,
+    StepLimits,
+    aligned,
+)
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
-from candle_vllm.core.kernels.cpu_runtime.values import step_tokens
+from candle_vllm.core.kernels.cpu_runtime.values import buffer_of, buffer_value, step_tokens
 from candle_vllm.core.kernels.latent_attention.layout import cache_shape as latent_cache_shape
 from candle_vllm.core.kernels.recorded import Recorded
 from candle_vllm.core.kernels.sampling import RowDraw, draw
-from candle_vllm.core.layers.attention import StepInput
+from candle_vllm.core.layers.attention import StepInput, Taps
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.memory import MIB, cache_bytes, room_for
-from candle_vllm.core.models.family import Decoder, Encoder
+from candle_vllm.core.models.family import Decoder, DraftHead, Encoder
 from candle_vllm.core.sampling.sampler import Draw, Sampler, Token, drawn_tokens, right_runs
 from candle_vllm.core.sampling.state import SamplingState
 
@@ -49,6 +56,7 @@ class RecordedRunner(StepwiseRunner):
         limits: the largest step.
         isa: instructions that the kernels may use; None is what the CPU has.
         team: threads that are there, of whoever closes them: two teams would wait on the same CPUs.
+        taps: `hidden_rows` are what goes into these layers; None for what the last norm gives.
 
     Attributes:
         team: the threads.
@@ -61,6 +69,7 @@ class RecordedRunner(StepwiseRunner):
         limits: StepLimits,
         isa: Isa | None = None,
         team: ThreadTeam | None = None,
+        taps: Sequence[int] | None = None,
     ) -> None:
         config = decoder.config
         size = cache_bytes(config, num_blocks * limits.block_size, 2)
@@ -69,15 +78,16 @@ class RecordedRunner(StepwiseRunner):
         super().__init__()
         self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
         nothing: Any = None  # what varies is read when the plan runs
-        step = StepInput(nothing, nothing, nothing, keys, values)
+        kept = None if taps is None else Taps(taps)
+        step = StepInput(nothing, nothing, nothing, keys, values, taps=kept)
         self._caches = (keys, values)
 
-        def record(recorder: Recorder, adapted: Adapted) -> tuple[Recorded, int, int]:
+        def record(recorder: Recorder, adapted: Adapted) -> tuple[list[Recorded], int, int]:
             recorder.begin(adapted)
-            hidden: Recorded = decoder.forward(step_tokens(recorder), step)
+            hidden = self._layers(decoder, recorder, step)
             ends = len(recorder.plan), recorder.num_rows
             decoder.logits(hidden)
-            return hidden, *ends
+            return [hidden, *([] if kept is None else [kept.values[layer] for layer in taps or ()])], *ends
 
         def record_all() -> None:
             for adapted in (Adapted.NOT, Adapted.ADDED)[: 2 if limits.adapter_rank else 1]:
@@ -102,6 +112,10 @@ class RecordedRunner(StepwiseRunner):
         # Whose logits were made last, in most steps the same object, and what was drawn from them. Where a step goes
         # on, nothing of numpy is called: the weights have driven it out of the caches.
         self._rows, self._ids = np.empty(0, np.int64), memoryview(b"")
+
+    def _layers(self, decoder: Any, recorder: Recorder, step: StepInput) -> Recorded:
+        """Records what comes before the logits, and gives what they are made of."""
+        return decoder.forward(step_tokens(recorder), step)
 
     @property
     def step_memory(self) -> StepMemory:
@@ -134,11 +148,7 @@ class RecordedRunner(StepwiseRunner):
         if batch.goes_on and batch.drawn_rows is self._rows:
             self.team.run(self._plan.rows, self._plan.count + self._plan_draws)
             return self._wanted
-        arrays, count, sequences = self._arrays, batch.tokens.shape[1], len(batch.context_lens)
-        assert batch.tokens.base is arrays.tokens
-        arrays.query_start[: sequences + 1] = batch.query_start
-        arrays.numbers[StepNumber.TOKENS] = count
-        arrays.numbers[StepNumber.SEQUENCES] = sequences
+        arrays = self._lay_out(batch)
         self._adapters = adapters = batch.adapters
         if adapters is None:
             plan = self._plans[Adapted.NOT]
@@ -151,6 +161,14 @@ class RecordedRunner(StepwiseRunner):
         rows = plan.of_runs if batch.drafted else plan.rows
         return self._with_rows(batch.drawn_rows, rows, plan.count + self._plan_draws)
 
+    def _lay_out(self, batch: Batch) -> StepArrays:
+        arrays, count, sequences = self._arrays, batch.tokens.shape[1], len(batch.context_lens)
+        assert batch.tokens.base is arrays.tokens
+        arrays.query_start[: sequences + 1] = batch.query_start
+        arrays.numbers[StepNumber.TOKENS] = count
+        arrays.numbers[StepNumber.SEQUENCES] = sequences
+        return arrays
+
     def score(self, rows: Ints) -> NDArray[np.float32]:
         """See `ModelRunner`."""
         return self._with_rows(rows, self._plan.head, self._plan.head_count)
@@ -158,6 +176,10 @@ class RecordedRunner(StepwiseRunner):
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
         """See `ModelRunner`."""
         return self._plan.hidden.rows(rows).sum(0, dtype=np.float64)
+
+    def hidden_rows(self, rows: Ints) -> NDArray[np.float32]:
+        """See `StepwiseRunner`."""
+        return np.concatenate([value.rows(rows) for value in self._plan.kept or (self._plan.hidden,)], 1)
 
     def close(self) -> None:
         """Ends the threads that are its own."""
@@ -171,13 +193,14 @@ class RecordedRunner(StepwiseRunner):
             self._plans[adapted] = self._planned(hidden, *ends)
         return self._plans[adapted]
 
-    def _planned(self, hidden: Recorded, head_start: int, layer_rows: int) -> _Plan:
+    def _planned(self, values: list[Recorded], head_start: int, layer_rows: int) -> _Plan:
         """The plan that was recorded just now."""
         recorder = self._recorder
         rows, runs = (
             np.array([*recorder.plan, *draw.plan], np.int64) for draw in (self._draw_rows, self._draw_drafted)
         )
-        return _Plan(rows, runs, recorder.num_rows, rows[head_start:], recorder.num_rows - layer_rows, hidden)
+        head = rows[head_start:], recorder.num_rows - layer_rows
+        return _Plan(rows, runs, recorder.num_rows, *head, values[0], values[1:])
 
     def _with_rows(self, rows: Ints, plan: Ints, num_rows: int) -> NDArray[np.float32]:
         arrays, count = self._arrays, len(rows)
@@ -205,6 +228,43 @@ class RecordedRunner(StepwiseRunner):
         return self._draw_rows(controls)
 
 
+class RecordedHead(RecordedRunner):
+    """Replays a head that drafts on the CPU; see `HeadRunner`. Arguments as those of `RecordedRunner`, without taps."""
+
+    def __init__(
+        self,
+        head: DraftHead,
+        num_blocks: int,
+        limits: StepLimits,
+        isa: Isa | None = None,
+        team: ThreadTeam | None = None,
+    ) -> None:
+        self._given: tuple[NDArray[np.float32], ...] = ()  # rows that a step reads: the model's, and fused ones
+        self._fusing = (0, 0)  # operations of the plan that fuse, and numbers of them
+        super().__init__(head, num_blocks, limits, isa, team)  # type: ignore[arg-type]
+
+    def _layers(self, decoder: Any, recorder: Recorder, step: StepInput) -> Recorded:
+        """The plan begins with what makes fused hidden states of the model's."""
+        given = recorder.buffer(decoder.input_size)
+        fused = buffer_of(decoder.fuse(buffer_value(recorder, given)))
+        self._buffers = given, fused  # nothing else may be put there
+        self._given = tuple(each.array.reshape(-1, each.stride)[:, : each.width] for each in self._buffers)
+        self._fusing = recorder.num_rows, len(recorder.plan)
+        hidden, self._back = decoder.forward(step_tokens(recorder), buffer_value(recorder, fused), step)
+        return hidden
+
+    def run_on(self, batch: Batch, states: NDArray[np.float32], *, fused: bool) -> NDArray[np.float32]:
+        """See `HeadRunner`."""
+        operations, numbers = self._fusing if fused else (0, 0)
+        self._given[fused][: len(states)] = states
+        self._lay_out(batch)
+        return self._with_rows(batch.drawn_rows, self._plan.rows[numbers:], self._plan.count - operations)
+
+    def given_back(self, rows: Ints) -> NDArray[np.float32]:
+        """See `HeadRunner`."""
+        return self._back.rows(rows)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """A recorded step.
@@ -215,6 +275,7 @@ class _Plan:
         count: operations before the draw.
         head, head_count: what of it makes logits.
         hidden: what the layers gave.
+        kept: what went into some of them.
     """
 
     rows: Ints
@@ -223,6 +284,7 @@ class _Plan:
     head: Ints
     head_count: int
     hidden: Recorded
+    kept: list[Recorded]
 
 
 def _fill_entries(entries: EntryArrays, adapters: AdapterRows) -> None:

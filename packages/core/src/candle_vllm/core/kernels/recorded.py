@@ -80,6 +80,10 @@ class Recorded(ABC):
         """
 
     @abstractmethod
+    def beside(self, *others: Recorded) -> Recorded:
+        """See `kernels/side_by_side`."""
+
+    @abstractmethod
     def rms_norm(self, weight: NDArray[np.float32], eps: float) -> Recorded:
         """See `kernels/rms_norm`."""
 

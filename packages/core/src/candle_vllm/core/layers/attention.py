@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from candle_vllm.core.kernels.attention import paged_attention
@@ -11,11 +11,35 @@ from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.kernels.rms_norm import HeadNorms
 from candle_vllm.core.kernels.rotary_write import rotary_write
+from candle_vllm.core.kernels.side_by_side import side_by_side
 from candle_vllm.core.layers.layer_norm import HeadLayerNorm
 from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement, TensorParameter
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.weights import Parameter
+
+
+class Taps:
+    """What goes into some layers, kept until the next step: sums of a layer's two summands, see `models/stack.py`.
+
+    Args:
+        layers: their numbers, from 0 on; the number of layers is what the last one gives.
+
+    Attributes:
+        values: what was kept, by layer: [T, E] each.
+    """
+
+    def __init__(self, layers: Iterable[int]) -> None:
+        self.layers = frozenset(layers)
+        self.values: dict[int, Value] = {}
+
+    def keep(self, layer: int, x: Value, residual: Value | None) -> tuple[Value, Value | None]:
+        """What goes into a layer, of which a copy is kept where it is wanted."""
+        if layer not in self.layers:
+            return x, residual
+        total = x if residual is None else residual + x
+        self.values[layer] = side_by_side(total)
+        return total, None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +54,7 @@ class StepInput:
         cache_scales: of keys and of values, where the caches are float8 and a layer has none of its own; see
             `kernels/kv_write`.
         attend: what computes attention; see `kernels/attention`.
+        taps: keeps what goes into some layers, where that is asked for.
     """
 
     positions: Value
@@ -39,6 +64,7 @@ class StepInput:
     value_caches: tuple[Any, ...]
     cache_scales: tuple[Value, Value] | None = None
     attend: Callable[..., Value] = paged_attention
+    taps: Taps | None = None
 
 
 class PagedAttention:

@@ -47,14 +47,18 @@ class Embedding:
         self.place: Place | None = None
 
     def __call__(self, token_ids: Value) -> Value:
+        return self.rows(token_ids, self.scale)
+
+    def rows(self, token_ids: Value, scale: float | None = None) -> Value:
+        """Rows [T, E] times `scale`, whatever the table's own is."""
         (matrix,) = self.table.matrices
         if isinstance(token_ids, RecordedTokens):
-            return token_ids.embedding(matrix, self.scale, self.place)
+            return token_ids.embedding(matrix, scale, self.place)
         rows = matrix.take(token_ids, self._placement.torch_dtype)
         if self.table.adapters is not None:
             rows = self.table.adapters.look_up(self.place, token_ids, rows)
         rows = rows.float() if self._wide else rows
-        return rows if self.scale is None else scale_cap_(rows, self.scale)
+        return rows if scale is None else scale_cap_(rows, scale)
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:
         """Scores [T, V] in fp32 of every token of the vocabulary; into `out` where it is given."""

@@ -36,6 +36,41 @@ class Decoder(Protocol):
         ...
 
 
+class DraftHead(Protocol):
+    """What the engine needs of layers that guess a model's tokens from its hidden states.
+
+    At position p they are given token p + 1 and hidden states of p, and say what token p + 2 is.
+
+    Attributes:
+        taps: the layers of the model whose inputs `fuse` is given, side by side; None for what its last norm gives.
+        input_size: numbers of that.
+    """
+
+    taps: tuple[int, ...] | None
+    input_size: int
+
+    @property
+    def config(self) -> ModelConfig:
+        """Its description, as if it were a model of one layer."""
+        ...
+
+    def prepare(self, positions: int) -> None:
+        """See `Decoder.prepare`."""
+        ...
+
+    def fuse(self, states: Value) -> Value:
+        """The model's hidden states [T, input_size] as `forward` takes them, [T, E]."""
+        ...
+
+    def forward(self, token_ids: Value, hidden: Value, step: StepInput) -> tuple[Value, Value]:
+        """Token ids [T] and hidden states [T, E] to what logits are made of, and hidden states for the next guess."""
+        ...
+
+    def logits(self, hidden: Value, out: Value | None = None) -> Value:
+        """Hidden states [T, E] to scores in fp32 of the tokens that are guessed."""
+        ...
+
+
 class Encoder(Protocol):
     """What the engine needs of a model that reads texts whole."""
 

@@ -103,14 +103,22 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
 
 
 class Attention:
-    """Grouped-query attention with rotary positions: x [T, E] -> [T, E]."""
+    """Grouped-query attention with rotary positions: x [T, E] -> [T, E].
 
-    def __init__(self, config: LlamaConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
+    Args:
+        config, rotary, placement: as of the model.
+        layer: whose it is.
+        inputs: numbers of x, where they are not E.
+    """
+
+    def __init__(
+        self, config: LlamaConfig, layer: int, rotary: Rotary, placement: Placement, inputs: int | None = None
+    ) -> None:
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.sizes = (heads * dim, kv_heads * dim, kv_heads * dim)
         self.head_dim = dim
         shards = dict(zip("qkv", self.sizes, strict=True))
-        self.qkv = Linear(config.hidden_size, shards, placement, bias=config.qkv_bias)
+        self.qkv = Linear(inputs or config.hidden_size, shards, placement, bias=config.qkv_bias)
         self.output = Linear(heads * dim, config.hidden_size, placement, bias=config.output_bias)
         self.q_norm = RMSNorm(dim, config.norm_eps, placement) if config.qk_norm else None
         self.k_norm = RMSNorm(dim, config.norm_eps, placement) if config.qk_norm else None
@@ -193,8 +201,8 @@ WEIGHTS = [
 
 
 def ignored(config: LlamaConfig) -> list[str]:
-    """Stored names that carry nothing: buffers that old converters saved, and the second copy of a tied head."""
-    buffers = [r".*rotary_emb\.inv_freq", r".*\.attn_rot_embd\.weight"]
+    """Stored names that carry nothing: buffers of old converters, a second copy of a tied head, layers for drafts."""
+    buffers = [r".*rotary_emb\.inv_freq", r".*\.attn_rot_embd\.weight", r"mtp\..*"]
     return [*buffers, r"lm_head\.weight"] if config.tie_embeddings else buffers
 
 

@@ -34,9 +34,13 @@ class DecoderStack:
 
     def forward(self, token_ids: Value, step: StepInput) -> Value:
         """Hidden states [T, E] behind the last norm."""
-        x, residual = self.embed(token_ids), None
-        for layer in self.layers:
+        x, residual, taps = self.embed(token_ids), None, step.taps
+        for number, layer in enumerate(self.layers):
+            if taps is not None:
+                x, residual = taps.keep(number, x, residual)
             x, residual = layer(x, residual, step)
+        if taps is not None:
+            x, residual = taps.keep(len(self.layers), x, residual)
         return self.norm.add(x, residual)[0]
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:

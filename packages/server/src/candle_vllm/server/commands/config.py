@@ -198,7 +198,7 @@ def _of_model(settings: Settings, config: EngineConfig, files: ModelFiles, devic
     opened = open_model(files, device)
     with opened.checkpoint:
         model = describe_model(config, device, opened)
-        cache = foreseen_cache(config, model, describe_draft(config, device)) if device.type == "cpu" else None
+        cache = foreseen_cache(config, model, describe_draft(config, model, device)) if device.type == "cpu" else None
     template = None if model.template is None else model.template.source
     choice = AnswerPlanner(
         chat_conventions(model.tokenizer, template),

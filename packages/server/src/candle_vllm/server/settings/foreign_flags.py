@@ -232,10 +232,11 @@ ROWS: tuple[Row, ...] = (
     Row("--prompt-cache-all --prompt-cache-ro --prefix-cache --prefix-cache-retention-interval --slot-save-path",
         "what prompts begin with is kept in the KV cache itself; --disable-prefix-cache turns that off"),
     _idle("--slot-prompt-similarity -sps", "there are no slots: blocks are shared by all requests", values=True),
-    Row("--spec-type", f"{_DRAFTS} by what: draft-simple, ngram-simple, ngram-mod or none", {
+    Row("--spec-type", f"{_DRAFTS} by what: draft-simple, draft-eagle3, draft-mtp, ngram-simple, ngram-mod or none", {
         "none": "--speculative-config.method none", "ngram-simple": "--speculative-config.method ngram",
         "ngram-mod": "--speculative-config.method suffix",
-        "draft-simple": "--speculative-config.method draft_model"}),
+        "draft-simple": "--speculative-config.method draft_model",
+        "draft-eagle3": "--speculative-config.method eagle3", "draft-mtp": "--speculative-config.method mtp"}),
     _called("-md --model-draft --spec-draft-model -hfd --hf-repo-draft --spec-draft-hf", "--speculative-config.model"),
     _called("--draft --draft-n --draft-max --spec-draft-n-max --num-speculative-tokens",
             "--speculative-config.num_speculative_tokens"),

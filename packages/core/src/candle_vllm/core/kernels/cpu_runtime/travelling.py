@@ -50,6 +50,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         "sampling.cpu:stand",
         "sampling.cpu_chain:narrow",
         "sampling.cpu_chain:repeats",
+        "side_by_side.cpu:copy",
         "whole_attention.cpu:lay_out",
     ):
         yield code, ()

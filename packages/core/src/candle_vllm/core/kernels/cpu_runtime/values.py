@@ -37,6 +37,7 @@ from candle_vllm.core.kernels.rms_norm import (
     norm_rows,
 )
 from candle_vllm.core.kernels.scale_cap import scale_cap_arguments, scale_cap_operation
+from candle_vllm.core.kernels.side_by_side import CopyArguments, copy_operation
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.activation import Activation
@@ -50,6 +51,13 @@ if TYPE_CHECKING:
 def step_tokens(recorder: Recorder, numbers: NDArray[np.int64] | None = None) -> RecordedTokens:
     """The step's token ids, to begin a recording with, or others of the recorder's `numbers` of tokens."""
     return _Tokens(recorder, recorder.arrays.token_ids if numbers is None else numbers)
+
+
+def buffer_of(value: Recorded) -> Buffer:
+    """Where a value stands when the plan has come to it; makes it, if it was not made yet."""
+    assert isinstance(value, _Value)
+    assert (value.column, value.width) == (0, value.buffer.width)
+    return value.buffer
 
 
 def buffer_value(recorder: Recorder, buffer: Buffer) -> Recorded:
@@ -114,6 +122,22 @@ class _Value(Recorded):
             other.onto(self.buffer)
         self.buffer.version += 1
         return _Value(self.recorder, self._buffer, 0, self.width)
+
+    def beside(self, *others: Recorded) -> Recorded:
+        parts = [part for part in (self, *others) if isinstance(part, _Value)]
+        assert len(parts) == len(others) + 1
+        made, column = self.recorder.buffer(sum(part.width for part in parts)), 0
+        for part in parts:
+            part.put(made, column)
+            column += part.width
+        return buffer_value(self.recorder, made)
+
+    def put(self, target: Buffer, column: int) -> None:
+        """Copies the value to columns of `target`, from `column` on."""
+        at = address_of(target.array) + 4 * column
+        source = self.buffer  # made before its copy is
+        row = CopyArguments(self.address, source.stride, self.width, at, target.stride)
+        self.recorder.add(copy_operation(), row)
 
     def rms_norm(self, weight: NDArray[np.float32], eps: float) -> Recorded:
         if self.head_dim is None:
@@ -300,8 +324,11 @@ class _Prepared(_Wrapper):
             record_experts(self.recorder, place, self._adapted, pairs, made, by_place=False)
         return _PairRows(self.recorder, made, activation)
 
-    def onto(self, target: Buffer, *, accumulate: bool = True) -> None:
-        """Adds the norm to the rows of `target`, or writes it there."""
+    def put(self, target: Buffer, column: int) -> None:
+        self.onto(target, accumulate=False, column=column)
+
+    def onto(self, target: Buffer, *, accumulate: bool = True, column: int = 0) -> None:
+        """Adds the norm to the rows of `target`, or writes it there, from `column` on."""
         assert self._prologue.norm, "of what is prepared for matrices, norms alone can be added to a value"
         assert self.rows_from is StepNumber.TOKENS
         assert self._weight is not None
@@ -311,7 +338,7 @@ class _Prepared(_Wrapper):
             columns=self.width,
             weight=self.recorder.keep(self._weight),
             eps=self._eps,
-            target=address_of(target.array),
+            target=address_of(target.array) + 4 * column,
             target_stride=target.stride,
             accumulate=accumulate,
         )

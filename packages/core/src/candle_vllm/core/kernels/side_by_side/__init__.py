@@ -1,0 +1,41 @@
+"""Rows of several values side by side.
+
+Contract: values [T, W1], [T, W2], ... of one dtype; y [T, W1 + W2 + ...] of that dtype, in new memory; an exact copy.
+Of a single value it is a copy that later steps of the model do not write to.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from candle_vllm.core.kernels.cpu_runtime.operation import operation
+from candle_vllm.core.kernels.recorded import Recorded, Value
+
+
+def side_by_side(first: Value, *others: Value) -> Value:
+    """The values' columns, one behind the other."""
+    if isinstance(first, Recorded):
+        return first.beside(*others)
+    from candle_vllm.core.kernels.side_by_side import reference
+
+    return reference.side_by_side(first, *others)
+
+
+class CopyArguments(NamedTuple):
+    """The operation's arguments.
+
+    Attributes:
+        x: address of float32 rows [T, columns], `stride` floats apart.
+        target: address of the rows that they are copied to, `target_stride` floats apart.
+    """
+
+    x: int
+    stride: int
+    columns: int
+    target: int
+    target_stride: int
+
+
+def copy_operation() -> int:
+    """Address of the compiled operation."""
+    return operation("side_by_side.cpu:copy")

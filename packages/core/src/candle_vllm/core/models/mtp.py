@@ -1,0 +1,213 @@
+"""Layers that predict further tokens (MTP, "nextn"), trained with a model and stored in its own checkpoint.
+
+At position p such a layer is given the embedding of token p + 1 and what the model's last norm gives at p; both are
+normed, brought to one vector by a matrix, and pass a block like the model's own. A norm and a head say what token p + 2
+is. The layer guesses on from its own result: before its norm as DeepSeek and GLM have it, behind it as Qwen does.
+
+Only the first of several such layers is used, for every guess. It lies behind the model's last layer (DeepSeek, GLM:
+`model.layers.{N}`; GGUF: `blk.{N}`, with `blk.{N}.nextn`), or has names of its own (Qwen3-Next: `mtp`).
+Source: DeepSeek-AI, 2024, arXiv:2412.19437, section 2.2. Shapes: T tokens, E hidden.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.kernels.side_by_side import side_by_side
+from candle_vllm.core.layers.attention import StepInput
+from candle_vllm.core.layers.embedding import Embedding
+from candle_vllm.core.layers.linear import Linear
+from candle_vllm.core.layers.norm import RMSNorm
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.loading.config import ModelConfig
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.weights import Names, Seen, WeightName
+from candle_vllm.core.models import deepseek, llama
+from candle_vllm.core.models.attention_names import GG, HF
+from candle_vllm.core.models.stack import DecoderStack
+from candle_vllm.core.quantization.tensors import StoredTensor
+
+_ROWS = 1 << 12  # that are compared at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where a checkpoint has such a layer.
+
+    Attributes:
+        block: what the names of the block begin with.
+        names: of the other parts, by their place in `NextTokens`; what is not stored is the model's own.
+        given_back: whether what the norm gives is what the next guess is made of.
+    """
+
+    block: str
+    names: Mapping[str, str]
+    given_back: bool = False
+
+
+_BEHIND = MappingProxyType(
+    {
+        "embedding_norm": "enorm",
+        "hidden_norm": "hnorm",
+        "project": "eh_proj",
+        "own_norm": "shared_head.norm",
+        "own_head": "shared_head.head",
+        "own_embed": "embed_tokens",
+    }
+)
+_APART = MappingProxyType(
+    {
+        "embedding_norm": "pre_fc_norm_embedding",
+        "hidden_norm": "pre_fc_norm_hidden",
+        "project": "fc",
+        "own_norm": "norm",
+    }
+)
+
+
+def find_layout(config: ModelConfig, checkpoint: Checkpoint) -> Layout:
+    """Where the layer is.
+
+    Raises:
+        UnsupportedModelError: the checkpoint has none, or the model is of a family whose layers are not known.
+    """
+    if not isinstance(config, (llama.LlamaConfig, deepseek.DeepseekConfig)):
+        raise UnsupportedModelError(f"layers for further tokens of {config.model_type} are not implemented")
+    tensors, last = checkpoint.tensors, config.num_layers
+    if checkpoint.format == "gguf" and f"blk.{last}.nextn.eh_proj.weight" in tensors:
+        names = {part: f"blk.{last}.nextn.{name.replace('.', '_')}" for part, name in _BEHIND.items()}
+        return Layout(f"blk.{last}.", names)
+    if f"model.layers.{last}.eh_proj.weight" in tensors:
+        return Layout(f"model.layers.{last}.", {part: f"model.layers.{last}.{name}" for part, name in _BEHIND.items()})
+    if "mtp.fc.weight" in tensors:
+        names = {part: f"mtp.{name}" for part, name in _APART.items()}
+        return Layout("mtp.layers.0.", names, given_back=True)
+    raise UnsupportedModelError(f"{checkpoint.path}: the model has no layer that predicts further tokens")
+
+
+def layer_tensors(layout: Layout, checkpoint: Checkpoint, model: Sequence[WeightName]) -> Checkpoint:
+    """The layer's own tensors of a model's checkpoint; copies of the model's own embedding and head are left out.
+
+    Args:
+        layout, checkpoint: see `find_layout`.
+        model: the model's table of names.
+    """
+    tensors, gguf = checkpoint.tensors, checkpoint.format == "gguf"
+    names = {line.target: line.gguf if gguf else line.hf for line in model}
+    shared = {f"own_{part}": str(names.get(f"{part}:weight")) for part in ("embed", "head")}
+    found = {name: tensor for name, tensor in tensors.items() if name.startswith(layout.block)}
+    for part, name in layout.names.items():
+        stored, same = tensors.get(f"{name}.weight"), tensors.get(shared.get(part, ""))
+        found.pop(f"{name}.weight", None)
+        if stored is not None and not (same is not None and _is_copy(stored, same)):
+            found[f"{name}.weight"] = stored
+    return checkpoint.with_tensors(found)
+
+
+def _is_copy(one: StoredTensor, other: StoredTensor) -> bool:
+    if (one.type_name, one.shape) != (other.type_name, other.shape):
+        return False
+    first, second = one.raw(), other.raw()
+    return all(np.array_equal(first[at : at + _ROWS], second[at : at + _ROWS]) for at in range(0, len(first), _ROWS))
+
+
+def head_config(config: ModelConfig, layout: Layout, checkpoint: Checkpoint) -> ModelConfig:
+    """The layer's description, as if it were a model of one layer."""
+    routers = (f"{layout.block}mlp.gate.weight", f"{layout.block}ffn_gate_inp.weight")
+    sparse = any(name in checkpoint.tensors for name in routers)
+    common: dict[str, Any] = {"num_layers": 1, "sliding_windows": (None,)}
+    if isinstance(config, deepseek.DeepseekConfig):
+        return dataclasses.replace(config, **common, dense_layers=0 if sparse else 1, extra_layers=0)
+    assert isinstance(config, llama.LlamaConfig)
+    layers = frozenset({0} if sparse else ())
+    return dataclasses.replace(config, **common, sparse_layers=layers, unrotated_layers=frozenset())
+
+
+# ---- layer -----------------------------------------------------------------------------------------------------------
+
+
+class NextTokens:
+    """The layer: what the model's last norm gave, or its own result, and token ids [T] -> logits [T, V].
+
+    Args:
+        config: as `head_config` gives it.
+        layout: where it is stored.
+        placement, checkpoint: as of any model; the checkpoint is what `layer_tensors` gives.
+        target: the model, whose parts it uses where it has none of its own.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layout: Layout, placement: Placement, checkpoint: Checkpoint, target: DecoderStack
+    ) -> None:
+        hidden, eps = config.hidden_size, config.norm_eps
+        self.config, self.input_size = config, hidden
+        self.taps: tuple[int, ...] | None = None
+        self._target, self._given_back = target, layout.given_back
+
+        def stored(part: str) -> bool:
+            return f"{layout.names.get(part)}.weight" in checkpoint.tensors
+
+        self.own_embed = Embedding(config.vocab_size, hidden, placement) if stored("own_embed") else None
+        self.own_head = Embedding(config.vocab_size, hidden, placement) if stored("own_head") else None
+        self.own_norm = RMSNorm(hidden, eps, placement) if stored("own_norm") else None
+        self.embedding_norm = RMSNorm(hidden, eps, placement)
+        self.hidden_norm = RMSNorm(hidden, eps, placement)
+        self.project = Linear(2 * hidden, hidden, placement)
+        if isinstance(config, deepseek.DeepseekConfig):
+            self.block: deepseek.Block | llama.Block = deepseek.Block(config, 0, target.rotary, placement)
+        else:
+            assert isinstance(config, llama.LlamaConfig)
+            self.block = llama.Block(config, 0, target.rotary, placement)
+
+    def prepare(self, positions: int) -> None:
+        """See `Decoder.prepare`."""
+        self._target.rotary.prepare(positions)
+
+    def fuse(self, states: Value) -> Value:
+        """See `DraftHead.fuse`: as they are."""
+        return states
+
+    def forward(self, token_ids: Value, hidden: Value, step: StepInput) -> tuple[Value, Value]:
+        """See `DraftHead.forward`."""
+        embedded = self.embedding_norm((self.own_embed or self._target.embed)(token_ids))
+        x = self.project(side_by_side(embedded, self.hidden_norm(hidden)))
+        x, residual = self.block(x, None, step)
+        x, total = (self.own_norm or self._target.norm).add(x, residual)
+        return x, x if self._given_back else total
+
+    def logits(self, hidden: Value, out: Value | None = None) -> Value:
+        """Scores [T, V] in fp32."""
+        return (self.own_head or self._target.head or self._target.embed).logits(hidden, out)
+
+
+# ---- weight names ----------------------------------------------------------------------------------------------------
+
+
+def weight_names(layout: Layout, model: Sequence[WeightName]) -> list[WeightName]:
+    """The layer's names; its block has those of the model's, `model`, at another place."""
+
+    def moved(names: Names) -> Names:
+        if isinstance(names, tuple):
+            return tuple(each for name in names if not isinstance(each := moved(name), (tuple, type(None))))
+        if isinstance(names, Seen):
+            return dataclasses.replace(names, name=layout.block + names.name.removeprefix(HF).removeprefix(GG))
+        return None if names is None else layout.block + names.removeprefix(HF).removeprefix(GG)
+
+    block = [
+        dataclasses.replace(
+            line, target=line.target.replace("layers.{i}", "block", 1), hf=moved(line.hf), gguf=moved(line.gguf)
+        )
+        for line in model
+        if line.target.startswith("layers.{i}.")
+    ]
+    return [
+        *block,
+        *(WeightName(f"{part}:weight", f"{name}.weight", f"{name}.weight") for part, name in layout.names.items()),
+    ]
