@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from candle_vllm.core import (
         LLM,
+        AdapterError,
+        AdapterInfo,
         AsyncEngineArgs,
         AsyncLLM,
         BeamSearchParams,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
         InvalidFileError,
         InvalidParameterError,
         Logprob,
+        LoRARequest,
         ModelInfo,
         ModelLoadError,
         ModelNotFoundError,
@@ -70,6 +73,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
+    "AdapterError",
+    "AdapterInfo",
     "AsyncEngineArgs",
     "AsyncLLM",
     "BeamSearchParams",
@@ -94,6 +99,7 @@ __all__ = [
     "InferenceEngine",
     "InvalidFileError",
     "InvalidParameterError",
+    "LoRARequest",
     "Logprob",
     "McpServerConfig",
     "ModelInfo",

@@ -198,20 +198,25 @@ def filled(path: str, names: dict[str, str]) -> str:
     return re.sub(r"{(\w+)(?::\w+)?}", lambda match: names[match[1]], path)
 
 
+LEAVE = ("/v1/models/add", "/v1/models/remove", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+"""Routes that need the operator's leave."""
+
+
 def test_each_example_works(start: Callable[..., Any]) -> None:
     engine = PacedEngine(tasks=("generate", "embed", "score", "classify"))
-    with start(engine, management_key=()).http() as client:
+    with start(engine, management_key=(), enable_lora=True, lora_modules=("tone=/srv/tone",)).http() as client:
         names = kept(client)
         for (method, path), operation in OPERATIONS.items():
             changes = operation.tag == "ollama" and operation.manages  # which needs the operator's leave
             if not operation.body or path == "/v1/models/unload" or operation.tag in ("mailbox", "mcp") or changes:
                 continue
-            if path in ("/v1/models/add", "/v1/models/remove"):  # which need the operator's leave
+            if path in LEAVE:
                 continue
             described = DOCUMENT["paths"][path][method.lower()]
             check(described["requestBody"]["content"]["application/json"]["schema"], operation.example)
             there = {"input_file_id": names["file_id"]} if path == "/v1/batches" else {}
-            answer = client.post(filled(path, names), json={**(operation.example or {}), **there})
+            given = operation.example if operation.bare_body else {**(operation.example or {}), **there}
+            answer = client.post(filled(path, names), json=given)
             assert answer.status_code == 200, (path, answer.text)
             check(described["responses"]["200"]["content"]["application/json"]["schema"], answer.json())
 
@@ -300,7 +305,7 @@ def test_keys_are_described_as_they_are() -> None:
     assert {path for path, needs in managed.items() if needs} == {
         "/v1/models/status", "/v1/models/load", "/v1/models/unload", "/v1/models/select", "/metrics", "/v1/usage",
         "/v1/models/inventory", "/v1/models/reload", "/v1/models/add", "/v1/models/remove",
-        "/server_info", "/reset_prefix_cache",
+        "/server_info", "/reset_prefix_cache", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/lora-adapters",
         "/api/pull", "/api/copy", "/api/delete",
         "/v1/queues", "/v1/queues/{model_id}",
     }  # fmt: skip

@@ -46,6 +46,7 @@ def all_events(metrics: Metrics) -> None:
     for outcome in Outcome:
         metrics.answer_kept(outcome)
         metrics.webhook_sent(outcome)
+        metrics.adapter_looked_for("hf", "found")
     metrics.tool_called("time", "completed")
 
 
@@ -79,6 +80,7 @@ def test_events_are_counted() -> None:
     assert value("candle_vllm:model_load_seconds_sum", {"model_name": "scripted"}) == 2
     assert value("candle_vllm:model_wait_seconds_sum", {"model_name": "scripted"}) == 3
     assert value("candle_vllm:webhook_deliveries_total", {"outcome": "failed"}) == 1
+    assert value("candle_vllm:lora_resolutions_total", {"source": "hf", "outcome": "found"}) == 2
     with pytest.raises(ValueError, match="bored"):
         metrics.refused("scripted", "bored")
 

@@ -56,7 +56,7 @@ from candle_vllm.openai.protocol.tokenizing import (
 )
 from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.requests import parse_chat_request, parse_completion_request, read_chat, read_completion
-from candle_vllm.openai.serving import ServedNames, WorkerThreads
+from candle_vllm.openai.serving import AdapterNames, ServedNames, WorkerThreads
 from candle_vllm.openai.streams import AnswerStream, ChunkStream
 from candle_vllm.openai.task import Task, ThinkingLimit
 from candle_vllm.openai.tokenizing import TokenizingAdapter, parse_detokenize_request, parse_tokenize_request
@@ -93,6 +93,7 @@ class OpenAIAdapter:
         reasoning_budget_message: str | None = None,
         default_chat_template_kwargs: Mapping[str, Any] | None = None,
         watcher: RequestWatcher | None = None,
+        adapters: AdapterNames | None = None,
     ) -> None:
         """
         Args:
@@ -107,6 +108,7 @@ class OpenAIAdapter:
                 makers have it say.
             default_chat_template_kwargs: variables of the chat template where a request does not set them.
             watcher: told of every request that the engine is given.
+            adapters: whose names are served as well; None is none.
 
         Raises:
             ConfigError: there is no format of that name, or the model's sampling defaults cannot be used.
@@ -114,7 +116,7 @@ class OpenAIAdapter:
         info = engine.model_info
         self._engine = engine
         self._watcher = watcher
-        self._names = ServedNames(served_model_names or (info.name,), strict=strict_model_names)
+        self._names = ServedNames(served_model_names or (info.name,), strict=strict_model_names, adapters=adapters)
         self._created = int(time.time())
         self._fingerprint = _fingerprint(info)
         self.planner = AnswerPlanner(
@@ -138,6 +140,7 @@ class OpenAIAdapter:
             strict_model_names=strict_model_names,
             allow_priority=allow_priority,
             watcher=watcher,
+            adapters=adapters,
         )
         self._tokenizing = TokenizingAdapter(engine, self._preparation, self._names, self._work)
 
@@ -148,6 +151,10 @@ class OpenAIAdapter:
     def model_info(self) -> ModelInfo:
         """The model's description."""
         return self._engine.model_info
+
+    def served_name(self, name: str | None) -> str:
+        """The name to answer with, for a request that calls its model so; raises `ModelNotServedError`."""
+        return self._names.served(name)
 
     def tokens_of(self, text: str) -> list[int]:
         """A text's tokens, with the special ones around it."""
@@ -276,7 +283,7 @@ class OpenAIAdapter:
         task, model, prepared = ready
         head = self._head("chatcmpl-", task.request_id, model)
         with task.paths.blamed():
-            source = self._submit(prepared.prompt, prepared.params, head.id, task.priority, "messages")
+            source = self._submit(task, prepared.prompt, prepared.params, head.id, "messages")
         return AnswerStream([source], AnswerReader(head, prepared.answers, task), prepared.prompt)
 
     async def _start_completion(self, given: CompletionRequest | Fields, *, whole: bool) -> ChunkStream[Completion]:
@@ -301,7 +308,7 @@ class OpenAIAdapter:
             for number, prompt in enumerate(prompts):
                 request_id = head.id if len(prompts) == 1 else f"{head.id}-{number}"
                 with task.paths.blamed():
-                    sources.append(self._submit(prompt.token_ids, params, request_id, task.priority, "prompt"))
+                    sources.append(self._submit(task, prompt.token_ids, params, request_id, "prompt"))
         except BaseException:
             for source in sources:
                 await source.aclose()
@@ -310,11 +317,14 @@ class OpenAIAdapter:
         return AnswerStream(sources, reader, prompts[0].token_ids), prompts
 
     def _submit(
-        self, prompt: Sequence[int], params: SamplingParams, request_id: str, priority: int, field: str
+        self, task: Task, prompt: Sequence[int], params: SamplingParams, request_id: str, field: str
     ) -> TokenStream:
         if not prompt:
             raise InvalidParameterError(f"{field} gives an empty prompt; it needs at least one token", field)
-        return self._engine.stream(prompt, params, request_id=request_id, priority=priority, watcher=self._watcher)
+        more = self._names.options(task.model, task.lora)
+        return self._engine.stream(
+            prompt, params, request_id=request_id, priority=task.priority, watcher=self._watcher, **more
+        )
 
     def _head(self, prefix: str, request_id: str | None, model: str) -> Head:
         return Head(

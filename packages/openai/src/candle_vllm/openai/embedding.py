@@ -46,7 +46,7 @@ from candle_vllm.openai.protocol.embeddings import (
 )
 from candle_vllm.openai.protocol.pooling import MAX_POOLED_TOKENS, PoolingFields, PoolingUsage
 from candle_vllm.openai.protocol.score import Ranked, RankedText, Ranking, RerankRequest, Score, ScoreList, ScoreRequest
-from candle_vllm.openai.serving import ServedNames
+from candle_vllm.openai.serving import AdapterNames, ServedNames, Uses
 from candle_vllm.openai.validation import parse_body
 
 
@@ -67,6 +67,7 @@ class EmbeddingEngineLike(Protocol):
         priority: int = 0,
         add_special_tokens: bool = True,
         watcher: RequestWatcher | None = None,
+        lora_request: Uses = (),
     ) -> list[EmbeddingOutput]: ...
 
     async def aclassify(
@@ -77,6 +78,7 @@ class EmbeddingEngineLike(Protocol):
         priority: int = 0,
         add_special_tokens: bool = True,
         watcher: RequestWatcher | None = None,
+        lora_request: Uses = (),
     ) -> list[ClassificationOutput]: ...
 
     async def ascore(
@@ -86,6 +88,7 @@ class EmbeddingEngineLike(Protocol):
         request_id: str | None = None,
         priority: int = 0,
         watcher: RequestWatcher | None = None,
+        lora_request: Uses = (),
     ) -> list[ScoreOutput]: ...
 
 
@@ -129,23 +132,26 @@ class EmbeddingAdapter:
         strict_model_names: bool = False,
         allow_priority: bool = True,
         watcher: RequestWatcher | None = None,
+        adapters: AdapterNames | None = None,
     ) -> None:
         """Arguments as of `OpenAIAdapter`."""
         self._engine = engine
         self._watcher = watcher
-        self._names = ServedNames(served_model_names or (engine.model_info.name,), strict=strict_model_names)
+        names = served_model_names or (engine.model_info.name,)
+        self._names = ServedNames(names, strict=strict_model_names, adapters=adapters)
         self._allow_priority = allow_priority
 
     async def embed(self, request: EmbeddingRequest) -> EmbeddingList:
         """The vectors of the request's texts."""
         self._check(request, "embed")
         name, request_id = self._names.served(request.model), _request_id("embd-", request)
+        more = self._names.options(request.model)
         params = request.pooling_params()
         # Tokenizing many texts takes long enough to hold up every stream on the loop.
         texts = await asyncio.to_thread(self._tokens, request)
         with _failures(lambda number, _: f"input.{number}", "input"):
             outputs = await self._engine.aembed(
-                texts, params, request_id=request_id, priority=request.priority or 0, watcher=self._watcher
+                texts, params, request_id=request_id, priority=request.priority or 0, watcher=self._watcher, **more
             )
         encode = _base64 if request.encoding_format == "base64" else array.tolist
         data = [Embedding(index=index, embedding=encode(each.embedding)) for index, each in enumerate(outputs)]
@@ -172,10 +178,11 @@ class EmbeddingAdapter:
         """What the request's texts are, as the model tells them apart."""
         self._check(request, "classify")
         name, request_id = self._names.served(request.model), _request_id("classify-", request)
+        more = self._names.options(request.model)
         texts = await asyncio.to_thread(self._tokens, request)
         with _failures(lambda number, _: f"input.{number}", "input"):
             outputs = await self._engine.aclassify(
-                texts, request_id=request_id, priority=request.priority or 0, watcher=self._watcher
+                texts, request_id=request_id, priority=request.priority or 0, watcher=self._watcher, **more
             )
         labels = self._engine.model_info.labels
         found = [each.probs.tolist() for each in outputs]
@@ -194,10 +201,11 @@ class EmbeddingAdapter:
         """The scores of the request's pairs."""
         self._check(request, "score")
         name, request_id = self._names.served(request.model), _request_id("score-", request)
+        more = self._names.options(request.model)
         with _failures(request.blamed, request.blamed(0, 1)):
             await asyncio.to_thread(self._count_pairs, request.pairs, request.blamed(0, 1).partition(".")[0])
             outputs = await self._engine.ascore(
-                request.pairs, request_id=request_id, priority=request.priority or 0, watcher=self._watcher
+                request.pairs, request_id=request_id, priority=request.priority or 0, watcher=self._watcher, **more
             )
         return ScoreList(
             id=request_id,
@@ -211,12 +219,13 @@ class EmbeddingAdapter:
         """The request's documents, best first; equal ones in the order of the request."""
         self._check(request, "score")
         name, request_id = self._names.served(request.model), _request_id("rerank-", request)
+        more = self._names.options(request.model)
         texts = request.texts
         pairs = [(request.query, text) for text in texts]
         with _failures(lambda number, side: f"documents.{number}" if side else "query", "documents.0"):
             await asyncio.to_thread(self._count_pairs, pairs, "documents")
             outputs = await self._engine.ascore(
-                pairs, request_id=request_id, priority=request.priority or 0, watcher=self._watcher
+                pairs, request_id=request_id, priority=request.priority or 0, watcher=self._watcher, **more
             )
         order = sorted(range(len(outputs)), key=lambda index: -outputs[index].score)[: request.top_n or None]
         shown = request.return_documents is not False

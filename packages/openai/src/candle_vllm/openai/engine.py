@@ -12,6 +12,7 @@ from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_conventions import ChatConventions
 from candle_vllm.core.text.infill import InfillPrompt
 from candle_vllm.openai.embedding import EmbeddingEngineLike
+from candle_vllm.openai.serving import Uses
 
 
 class TokenStream(Protocol):
@@ -67,6 +68,7 @@ class EngineLike(EmbeddingEngineLike, Protocol):
         priority: int = 0,
         add_special_tokens: bool = True,
         watcher: RequestWatcher | None = None,
+        lora_request: Uses = (),
     ) -> TokenStream:
         """Validates and submits before it returns."""
         ...

@@ -21,7 +21,7 @@ from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.adapter import OpenAIAdapter
 from candle_vllm.openai.events import Begun, Ended, Event, Text, Usage
 from candle_vllm.openai.protocol.fields import GUESS_FIELDS, ModelName, Refusal, TokenIds, WireModel, prompt_form
-from candle_vllm.openai.protocol.generation import LlamaFields
+from candle_vllm.openai.protocol.generation import LlamaFields, LoraScales, lora_scales
 from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.streams import ChunkStream
 from candle_vllm.openai.task import Paths, Task
@@ -39,7 +39,6 @@ _REFUSED: Mapping[str, Refusal] = {
     "return_progress": Refusal("nothing is sent before the first token", (False,)),
     "timings_per_token": Refusal("times come with the last piece", (False,)),
     "post_sampling_probs": Refusal("log-probabilities are those of /v1/completions", (False,)),
-    "lora": Refusal("adapters are not loaded beside a model", ([],)),
     "image_data": Refusal(TEXT_ALONE, ([],)),
     "n_cmpl": Refusal("several answers are those of /v1/completions (n)", (1,)),
 }
@@ -69,6 +68,7 @@ class _Asked(LlamaFields):
     stream: bool = False
     n_predict: Annotated[int, Field(ge=-2, le=caps.MAX_TOKENS)] | None = None
     ignore_eos: bool | None = None
+    lora: LoraScales | None = None
     json_schema: dict[str, Any] | None = None
 
     cache_prompt: bool | None = None
@@ -209,6 +209,7 @@ async def llama_stream(
         "form": request.form(),
         "sampling": {**(defaults or {}), **request.sampling()},
         "scored_only": request.n_predict == 0,
+        "lora": lora_scales(request.lora),
     })  # fmt: skip
     return LlamaStream(await adapter.continued(task), _Writer())
 

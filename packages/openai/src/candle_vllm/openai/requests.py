@@ -12,6 +12,7 @@ from candle_vllm.core.sampling.params import SAMPLER_FIELDS, SamplingParams, wit
 from candle_vllm.openai.conversation import text_of
 from candle_vllm.openai.protocol.chat import ChatCompletionRequest
 from candle_vllm.openai.protocol.completions import CompletionRequest
+from candle_vllm.openai.protocol.generation import lora_scales
 from candle_vllm.openai.protocol.messages import AssistantMessage, SystemMessage, ToolMessage
 from candle_vllm.openai.protocol.messages import Message as WireMessage
 from candle_vllm.openai.task import Call, Message, Paths, Task, TextPart
@@ -84,6 +85,7 @@ def read_chat(request: ChatCompletionRequest) -> Task:
         echo=text_of(messages[-1]) if request.echo else "",
         tell_ids=bool(request.return_token_ids),
         tell_counts=request.continuous_usage,
+        lora=lora_scales(request.lora),
         priority=request.priority or 0,
         request_id=request.request_id,
     )
@@ -104,6 +106,7 @@ def read_completion(request: CompletionRequest) -> Task:
         scored_only=request.max_tokens == 0,
         tell_ids=bool(request.return_token_ids),
         tell_counts=request.continuous_usage,
+        lora=lora_scales(request.lora),
         priority=request.priority or 0,
         request_id=request.request_id,
     )

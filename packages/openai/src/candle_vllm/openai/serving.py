@@ -6,15 +6,36 @@ Threads are for what would hold up an event loop: some for prompts, others for g
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 from candle_vllm.core.config import DEMO, DEMO_NAME
-from candle_vllm.core.errors import EngineOverloadedError
+from candle_vllm.core.engine.request import LoRARequest
+from candle_vllm.core.errors import EngineOverloadedError, InvalidParameterError
 from candle_vllm.openai.errors import ModelNotServedError
 
 ANY_MODEL = "default"  # the name that always means the served model
+
+
+Uses = Sequence[tuple[LoRARequest, float]]
+"""Adapters that a request goes through, and how much of each is added."""
+
+
+class AdapterNames(Protocol):
+    """The adapters of one model."""
+
+    def is_known(self, name: str) -> bool:
+        """Whether an adapter is called so."""
+        ...
+
+    def uses(self, name: str | None, scales: Mapping[int, float] | None) -> Uses:
+        """What a request goes through that calls its model so, or says how much it has of which.
+
+        Raises:
+            InvalidParameterError: it says both, or there is no adapter of a number.
+        """
+        ...
 
 
 class ServedNames:
@@ -23,19 +44,36 @@ class ServedNames:
     Attributes:
         all: the names.
         strict: whether a request that names another model is refused.
+        adapters: whose names are served as well.
     """
 
-    def __init__(self, names: Sequence[str], *, strict: bool = False) -> None:
+    def __init__(self, names: Sequence[str], *, strict: bool = False, adapters: AdapterNames | None = None) -> None:
         self.all = tuple(names)
         self.strict = strict
+        self.adapters = adapters
 
     def served(self, name: str | None) -> str:
         """The name to answer with, which says who answers; raises `ModelNotServedError`."""
         if name is not None and (name in self.all or (name == DEMO and DEMO_NAME in self.all)):
             return name
+        if name is not None and self.adapters is not None and self.adapters.is_known(name):
+            return name
         if name is None or name == ANY_MODEL or not self.strict:
             return self.all[0]
         raise ModelNotServedError(f"The model {name!r} is not served here; served are: {', '.join(self.all)}.", "model")
+
+    def options(self, name: str | None, scales: Mapping[int, float] | None = None) -> dict[str, Any]:
+        """What an engine is told besides the prompt; nothing where the model answers as it is.
+
+        Raises:
+            InvalidParameterError: as `AdapterNames.uses`, or the model has no adapters.
+        """
+        if self.adapters is None:
+            if scales:
+                raise InvalidParameterError("lora: this model is served without adapters (--enable-lora)", "lora")
+            return {}
+        uses = self.adapters.uses(None if name in self.all else name, scales)
+        return {"lora_request": uses} if uses else {}
 
 
 T = TypeVar("T")

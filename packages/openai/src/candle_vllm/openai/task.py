@@ -210,6 +210,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
         echo_prompts: every choice repeats its prompt, with its log-probabilities where there are any.
         scored_only: nothing is added to the prompts.
         tell_ids, tell_counts: events say the ids of tokens, and the counts before every piece.
+        lora: how much of which adapters is added, by their numbers; None is what the served name means.
         priority: lower runs first.
         request_id: given by the caller.
         paths: the request's names.
@@ -238,5 +239,6 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     scored_only: bool = False
     tell_ids: bool = False
     tell_counts: bool = False
+    lora: Mapping[int, float] | None = None
     priority: int = 0
     request_id: str | None = None

@@ -20,11 +20,11 @@ from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.protocol.generation import GenerationFields, StreamOptions
 from candle_vllm.server.http.body import read_body, unless_disconnected
 from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.http.routing import caller_of
+from candle_vllm.server.http.routing import Caller, caller_of
 from candle_vllm.server.http.sse import DONE, EventStream
 from candle_vllm.server.keeping import Keeper, KeptForm
-from candle_vllm.server.models.manager import Turn, take_turn
-from candle_vllm.server.models.slot import ServedModel
+from candle_vllm.server.models.manager import ModelManager, Turn, take_turn
+from candle_vllm.server.models.slot import Lease, ServedModel
 from candle_vllm.server.observing.request_context import begin_generation
 from candle_vllm.server.settings import Settings
 
@@ -84,6 +84,7 @@ async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadlin
     keeper: Keeper = request.app.state.keeper
     streams = bool(wire.stream)
     wire = with_usage(wire, request.app.state.settings)
+    _permit_mix(request, wire)
     wish, wire = keeper.wish(request.scope, wire, possible=api.kept is not None)
     async with in_time(deadline):
         turn = await unless_disconnected(
@@ -114,6 +115,18 @@ async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadlin
         if streams:
             return _stream(api, kept, deadline)
         return await unless_disconnected(kept.response(to_json_bytes), request.receive, lambda _: kept.aclose())
+
+
+def _permit_mix(request: Request, wire: Any) -> None:
+    """Refuses (HttpError 403) a mix of adapters that the key may not use."""
+    caller, lora = caller_of(request.scope), getattr(wire, "lora", None)
+    if caller.models is None or not lora:
+        return
+    manager: ModelManager = request.app.state.manager
+    slot, wanted = manager.find(wire.model, caller=caller), {each.id for each in lora}
+    for adapter in manager.adapters.numbered(slot.entry.name):
+        if adapter.number in wanted:
+            manager.permit(adapter.name, caller)
 
 
 def _closing(chunks: AsyncIterator[Any]) -> Awaitable[object] | None:
@@ -163,7 +176,7 @@ async def answer_parsed_with(
                 priority=getattr(wire, "priority", None) or 0,
             )
             if queued
-            else state.manager.acquire(wire.model)
+            else _unqueued(state.manager, wire.model, caller_of(request.scope))
         )
         try:
             return await method(turn.model, wire)
@@ -174,6 +187,11 @@ async def answer_parsed_with(
         made = await unless_disconnected(work(), request.receive)
     # Thousands of vectors are many megabytes of JSON.
     return Response(await asyncio.to_thread(to_json_bytes, made), media_type=JSON)
+
+
+async def _unqueued(manager: ModelManager, name: str | None, caller: Caller) -> Lease:
+    await manager.reach(name, caller)
+    return await manager.acquire(name)
 
 
 def _stream(

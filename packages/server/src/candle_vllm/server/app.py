@@ -20,6 +20,7 @@ from candle_vllm.core.config import SETTINGS
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.responses.api.background import Background
 from candle_vllm.responses.api.kept import KeptResponses
+from candle_vllm.server.adapters.fetching import open_adapters
 from candle_vllm.server.batches.service import Batches
 from candle_vllm.server.batches.store import FileOptions
 from candle_vllm.server.drain import CutOffMiddleware
@@ -41,6 +42,7 @@ from candle_vllm.server.observing.metrics import Metrics, Observation, Outcome
 from candle_vllm.server.observing.model_metrics import ServedEngine
 from candle_vllm.server.openapi.document import ApiDocument
 from candle_vllm.server.routes import (
+    adapters,
     batches,
     conversations,
     docs,
@@ -71,7 +73,7 @@ if TYPE_CHECKING:
 
 _MODULES = (
     generation, messages, responses, responses_socket, stored_responses, conversations, files, batches, embeddings,
-    tokenizing, models,
+    tokenizing, models, adapters,
     mailbox_routes, ollama, ollama_models, ollama_library, mcp_routes, status, relatives, docs,
 )  # fmt: skip
 ROUTERS = tuple(module.router for module in _MODULES)
@@ -143,7 +145,8 @@ def manager_of(engine: ServedEngine, settings: Settings) -> ModelManager:
     names = settings.served_model_name or (engine.model_info.name,)
     entry = ModelEntry(names[0], settings, names)
     metrics = Observation(settings).metrics
-    return ModelManager.of_loaded(serve_engine(engine, entry, metrics), metrics)
+    known = open_adapters(settings, metrics.adapter_looked_for)
+    return ModelManager.of_loaded(serve_engine(engine, entry, metrics, known), metrics, known)
 
 
 @contextlib.asynccontextmanager

@@ -27,6 +27,7 @@ from fastapi import FastAPI
 
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.formats.layout import ReasoningFormat, ToolFormat
+from candle_vllm.server.adapters.fetching import open_adapters
 from candle_vllm.server.app import create_app
 from candle_vllm.server.drain import DrainingServer
 from candle_vllm.server.http.protocol import WebSocketProtocol, http_protocol
@@ -81,8 +82,9 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
         observation = Observation(settings)
-        load = load or ModelLoader(observation.metrics)
-        manager = ModelManager(with_fetched(configuration), load, limits_of(settings), observation.metrics)
+        adapters = open_adapters(settings, observation.metrics.adapter_looked_for)
+        load = load or ModelLoader(observation.metrics, adapters=adapters)
+        manager = ModelManager(with_fetched(configuration), load, limits_of(settings), observation.metrics, adapters)
         app = create_app(manager, settings, mailbox=open_mailbox(configuration.mailbox), mcp=mcp)
         app.state.page_key = new_page_key(settings, mcp is not None)
         server = make_server(app, settings, tls)

@@ -13,11 +13,15 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import msgspec
+
 from candle_vllm.core.engine.admission import check_encoder_task
 from candle_vllm.core.engine.request import (
+    AdapterInfo,
     EngineStats,
     GenerationOutput,
     GenerationRequest,
+    LoRARequest,
     ModelInfo,
     TokenOutput,
 )
@@ -100,6 +104,7 @@ class ScriptedEngine(ScriptedVectors):
         self.aborted: list[str] = []
         self.prefix_cache_resets = 0
         self.template_calls: list[TemplateCall] = []
+        self.adapters: dict[str, AdapterInfo] = {}
         self._grammars = LlguidanceBackend(self.tokenizer, self.tokenizer.vocab_size, (self.tokenizer.eos_token_id,))
         self.submit_error = submit_error
         self.fail_after = fail_after
@@ -187,6 +192,7 @@ class ScriptedEngine(ScriptedVectors):
         priority: int = 0,
         add_special_tokens: bool = True,
         watcher: RequestWatcher | None = None,
+        lora_request: Sequence[tuple[LoRARequest, float]] = (),
     ) -> TokenStream:
         """Checks the request and returns its pieces; raises what the real engine would, or the scripted error."""
         params = (sampling_params or SamplingParams()).filled(self._default_sampling)
@@ -199,6 +205,7 @@ class ScriptedEngine(ScriptedVectors):
                 prompt_token_ids=self.tokenize(prompt, add_special_tokens) if isinstance(prompt, str) else list(prompt),
                 params=params,
                 priority=priority,
+                adapters=tuple(adapter.use(scale) for adapter, scale in lora_request),
             )
             self._check(request)
             self.requests.append(request)
@@ -238,6 +245,25 @@ class ScriptedEngine(ScriptedVectors):
             preemptions=0,
             steps=self._generated,
         )
+
+    def add_lora(self, lora_request: LoRARequest) -> AdapterInfo:
+        """An adapter that is there from now on; its files are not read."""
+        name = lora_request.lora_name
+        self.adapters[name] = AdapterInfo(name=name, path=lora_request.lora_path, state="ready", rank=8, modules=1)
+        return self.adapters[name]
+
+    def remove_lora(self, lora_name: str) -> bool:
+        """Whether it was there."""
+        return self.adapters.pop(lora_name, None) is not None
+
+    def pin_lora(self, lora_name: str) -> AdapterInfo:
+        """One that is there stays."""
+        self.adapters[lora_name] = msgspec.structs.replace(self.adapters[lora_name], pinned=True)
+        return self.adapters[lora_name]
+
+    def list_loras(self) -> tuple[AdapterInfo, ...]:
+        """Those that are there."""
+        return tuple(self.adapters.values())
 
     def close(self) -> None:
         """Nothing to let go of."""

@@ -11,6 +11,7 @@ from candle_vllm.core.engine.admission import check_pooling_request
 from candle_vllm.core.engine.request import (
     ClassificationOutput,
     EmbeddingOutput,
+    LoRARequest,
     ModelInfo,
     PoolingRequest,
     ScoreOutput,
@@ -30,6 +31,7 @@ class PoolingCall(NamedTuple):
     params: PoolingParams | None
     request_id: str | None
     priority: int
+    lora_request: Sequence[tuple[LoRARequest, float]] = ()
 
 
 class ScriptedVectors:
@@ -71,6 +73,7 @@ class ScriptedVectors:
         priority: int = 0,
         add_special_tokens: bool = True,
         watcher: RequestWatcher | None = None,
+        lora_request: Sequence[tuple[LoRARequest, float]] = (),
     ) -> list[EmbeddingOutput]:
         """The vector of every text; refuses what the real engine refuses, or raises the scripted error."""
         info = RequestInfo(request_id or "", "embed", inputs, None, self.detokenize)
@@ -78,7 +81,7 @@ class ScriptedVectors:
             items = as_prompts(inputs)
             read = map(read_prompt, items)
             texts = [self.tokenize(text or "", add_special_tokens) if ids is None else ids for text, ids in read]
-            self.pooling_calls.append(PoolingCall(items, params, request_id, priority))
+            self.pooling_calls.append(PoolingCall(items, params, request_id, priority, lora_request))
             plan = ModelPooling(SIZE, "mean", matryoshka=True).plan(params or PoolingParams())
             for number, ids in enumerate(texts):
                 self._check_text(ids, number, len(texts))
@@ -100,6 +103,7 @@ class ScriptedVectors:
         priority: int = 0,
         add_special_tokens: bool = True,
         watcher: RequestWatcher | None = None,
+        lora_request: Sequence[tuple[LoRARequest, float]] = (),
     ) -> list[ClassificationOutput]:
         """Of every text the shares of its tokens by their id modulo the number of labels."""
         info = RequestInfo(request_id or "", "classify", inputs, None, self.detokenize)
@@ -107,7 +111,7 @@ class ScriptedVectors:
             items = as_prompts(inputs)
             read = map(read_prompt, items)
             texts = [self.tokenize(text or "", add_special_tokens) if ids is None else ids for text, ids in read]
-            self.pooling_calls.append(PoolingCall(items, None, request_id, priority))
+            self.pooling_calls.append(PoolingCall(items, None, request_id, priority, lora_request))
             for number, ids in enumerate(texts):
                 self._check_text(ids, number, len(texts))
             self._fail()
@@ -131,16 +135,23 @@ class ScriptedVectors:
         request_id: str | None = None,
         priority: int = 0,
         watcher: RequestWatcher | None = None,
+        lora_request: Sequence[tuple[LoRARequest, float]] = (),
     ) -> list[ScoreOutput]:
         """The score of every pair."""
         info = RequestInfo(request_id or "", "score", pairs, None, self.detokenize)
         with watched_pooling(watcher, info) as answered:
-            made = self._scores(pairs, request_id, priority)
+            made = self._scores(pairs, request_id, priority, lora_request)
             answered(made)
         return made
 
-    def _scores(self, pairs: Sequence[tuple[str, str]], request_id: str | None, priority: int) -> list[ScoreOutput]:
-        self.pooling_calls.append(PoolingCall(list(pairs), None, request_id, priority))
+    def _scores(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        request_id: str | None,
+        priority: int,
+        lora_request: Sequence[tuple[LoRARequest, float]],
+    ) -> list[ScoreOutput]:
+        self.pooling_calls.append(PoolingCall(list(pairs), None, request_id, priority, lora_request))
         made = []
         for number, pair in enumerate(pairs):
             first, second = (self.tokenize(text) for text in pair)

@@ -127,7 +127,7 @@ class OllamaAdapter:
         texts: Sequence[str | list[int]] = request.input
         if request.truncate:
             texts = await asyncio.to_thread(self._cut, request.input)
-        made = await self._vectors(texts, "input", normalize=True, dimensions=request.dimensions)
+        made = await self._vectors(request.model, texts, "input", normalize=True, dimensions=request.dimensions)
         return Vectors(
             model=made.model,
             embeddings=tuple(cast("list[float]", each.embedding) for each in made.data),
@@ -138,7 +138,7 @@ class OllamaAdapter:
     async def embeddings(self, request: EmbeddingsRequest) -> Vector:
         """The vector of one text, as the model gives it. Cancelling it aborts the request."""
         self._begun(request)
-        made = await self._vectors([request.prompt or ""], "prompt", normalize=False)
+        made = await self._vectors(request.model, [request.prompt or ""], "prompt", normalize=False)
         return Vector(cast("list[float]", made.data[0].embedding))
 
     async def _whole(self, stream: LineStream) -> Line:
@@ -152,8 +152,8 @@ class OllamaAdapter:
             remark([f"options.num_ctx is {asked}, and the context of this model is {most} here (--max-model-len)"])
         return Times(request.received, time.perf_counter_ns())
 
-    async def _vectors(self, texts: Sequence[str | list[int]], field: str, **options: Any) -> Any:
-        given = {name: value for name, value in options.items() if value is not None}
+    async def _vectors(self, model: str, texts: Sequence[str | list[int]], field: str, **options: Any) -> Any:
+        given = {"model": model} | {name: value for name, value in options.items() if value is not None}
         try:
             return await self._adapter.embed({"input": list(texts), **given})
         except RequestError as error:
@@ -208,6 +208,7 @@ class OllamaAdapter:
 
     def _shared(self, request: _Generating) -> dict[str, Any]:
         return {
+            "model": request.model,
             "form": request.form(),
             "sampling": {**self._defaults, **request.sampling()},
             "variables": self._thinking(request),
@@ -272,6 +273,7 @@ def _raw_task(request: GenerateRequest, defaults: Mapping[str, Any]) -> Task:
     prompt = request.prompt or ""
     text = prompt if request.raw or not request.system else f"{request.system}\n{prompt}"
     return Task(
+        model=request.model,
         prompts=(text,),
         suffix=request.suffix or "",
         before=tuple(request.context or ()),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from candle_vllm.core.engine.request import MAX_ADAPTER_SCALE
+from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling import params as caps
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.protocol.fields import (
@@ -66,6 +68,7 @@ class StreamOptions(WireModel):
         return self
 
 
+_MAX_LORAS = 1024  # those with a scale of 0 included
 _SAME_NAMES = ("temperature", "top_k", "top_p", "min_p", "stop", "presence_penalty", "frequency_penalty")
 
 
@@ -156,6 +159,26 @@ OTHER_NAMES: Mapping[str, str] = {
 MAX_BREAKERS_TEXT = 4096  # characters
 
 
+class LoraScale(WireModel):
+    """llama.cpp's way to say how much of an adapter is added: its number in `GET /lora-adapters`, and a factor."""
+
+    id: Annotated[int, Field(ge=0, le=1 << 31)]
+    scale: Annotated[float, Field(ge=-MAX_ADAPTER_SCALE, le=MAX_ADAPTER_SCALE)]
+
+
+LoraScales = Annotated[list[LoraScale], Field(max_length=_MAX_LORAS, fail_fast=True)]
+
+
+def lora_scales(given: Sequence[LoraScale] | None) -> Mapping[int, float] | None:
+    """The factors by number; those that are not named count nothing. Raises `InvalidParameterError`."""
+    if given is None:
+        return None
+    scales = {each.id: each.scale for each in given}
+    if len(scales) < len(given):
+        raise InvalidParameterError("lora: an adapter is named twice", "lora")
+    return scales
+
+
 class GenerationFields(SamplerFields):
     """How to generate. None always means absent: the model's own default counts, then ours."""
 
@@ -195,6 +218,7 @@ class GenerationFields(SamplerFields):
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     return_draft_counts: bool | None = None
+    lora: LoraScales | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
     request_id: RequestId | None = None
 

@@ -28,9 +28,10 @@ PUBLIC_PATHS = frozenset({"/health", "/ping", READY})
 MANAGEMENT_PATHS = frozenset({
     "/metrics", "/v1/models/load", "/v1/models/unload", "/v1/models/select", "/v1/models/reload",
     "/v1/models/add", "/v1/models/remove", "/v1/models/status", "/v1/models/inventory", "/v1/usage",
-    "/server_info", "/reset_prefix_cache", "/v1/queues",
+    "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/server_info", "/reset_prefix_cache", "/v1/queues",
     "/api/pull", "/api/copy", "/api/delete",
 })  # fmt: skip
+MIX = "/lora-adapters"  # which clients may look at, and operators change
 PAGES = ("/openapi.json", "/docs")  # and what is below /docs/
 
 
@@ -55,6 +56,7 @@ class ApiKeyMiddleware:
             return
         path = route_path(scope)
         manages = path in MANAGEMENT_PATHS or path.startswith("/v1/queues/")
+        manages = manages or (path == MIX and scope.get("method") != "GET")
         guarded = self._keys.guards(operators=manages)
         if not guarded or path in self._public:
             if path == READY and guarded and not _is_valid(self._keys.find(_given(scope, page=False))):

@@ -26,9 +26,10 @@ from candle_vllm.server.settings.table import BY_NAME
 
 MAX_KEYS = 10_000
 LOOK_SECONDS = 1.0  # between two looks at the files
-_ENTRY = ("name", "key", "sha256", "expires", "requests_per_minute", "tokens_per_minute", "manages", "notes")
+_ENTRY = ("name", "key", "sha256", "expires", "requests_per_minute", "tokens_per_minute", "manages", "models", "notes")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
 _TAKEN = re.compile(r"m?[0-9]+|none|other")  # what keys without a name are called, and none, and many
+_MAX_PATTERNS, _MAX_PATTERN = 1000, 512
 _SHOWN = 10  # names in a line of the log
 
 logger = logging.getLogger(__name__)
@@ -226,7 +227,7 @@ def _named(entry: Section, path: Path, defaults: Limits) -> list[Key]:
     limits = Limits(
         *(_limit(entry, field, default, wrong) for field, default in zip(Limits._fields, defaults, strict=True))
     )
-    caller = Caller(name, f"the name {name}", limits)  # no key has spaces
+    caller = Caller(name, f"the name {name}", limits, _models(entry, wrong))  # no key has spaces
     expires = _expiry(entry["expires"], wrong) if "expires" in entry else None
     return [Key(digest, caller, manages=manages, expires=expires) for digest in digests]
 
@@ -258,6 +259,19 @@ def _limit(entry: Mapping[str, Any], field: str, default: int | None, wrong: Any
         return kind.check(value)
     except ValueError as error:
         raise wrong(field, f"{error}, or null for no limit") from None
+
+
+def _models(entry: Mapping[str, Any], wrong: Any) -> tuple[str, ...] | None:
+    """The patterns of the models and adapters that a key may use; None is all."""
+    if "models" not in entry:
+        return None
+    patterns = _listed(entry, "models", wrong)
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not 0 < len(pattern) <= _MAX_PATTERN:
+            raise wrong("models", "must be names of models and adapters, * for any characters")
+    if len(patterns) > _MAX_PATTERNS:
+        raise wrong("models", f"must have at most {_MAX_PATTERNS} names")
+    return tuple(patterns)
 
 
 def _expiry(value: Any, wrong: Any) -> float:

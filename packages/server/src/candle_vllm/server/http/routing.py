@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from starlette.responses import PlainTextResponse
@@ -94,11 +95,17 @@ class Caller(NamedTuple):
         label: of the API key, which may be shown: its name, or "1" for the first, "m1" for the first of the operators'.
         key: by whose hash stores know whose something is: the key itself, or what stands for its name.
         limits: what it may ask for.
+        models: patterns of the names of models and adapters that it may use; None is all.
     """
 
     label: str = ""
     key: str = ""
     limits: Limits = UNLIMITED
+    models: tuple[str, ...] | None = None
+
+    def may_use(self, *names: str) -> bool:
+        """Whether it may use what has these names."""
+        return self.models is None or any(fnmatchcase(name, pattern) for name in names for pattern in self.models)
 
     def __repr__(self) -> str:
         return f"Caller({self.label!r})"  # the key is secret

@@ -23,6 +23,8 @@ from candle_vllm.core.errors import (
 from candle_vllm.openai import ModelCard
 from candle_vllm.openai.protocol.fields import Name, WireModel, invalid
 from candle_vllm.openai.validation import parse_body
+from candle_vllm.server.adapters.registry import Adapter
+from candle_vllm.server.http.routing import NOBODY, Caller
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelSlot, ModelState
 from candle_vllm.server.models.switcher import NoRoomError
@@ -99,6 +101,32 @@ class LoadedCard(ModelCard, frozen=True, kw_only=True):
     kv_cache_bytes: int
 
 
+class AdapterCard(msgspec.Struct, frozen=True, kw_only=True):
+    """An adapter, which a request names as it names a model.
+
+    Attributes:
+        root: what its files are called, or where they are from.
+        parent: the model that it is for.
+        status: of that model.
+        revision: a commit, a sum or a version, to which the name is pinned.
+        pinned: it stays in memory.
+    """
+
+    id: str
+    created: int
+    root: str
+    parent: str
+    status: str
+    default: bool = False
+    object: str = "model"
+    owned_by: str = "candle-vllm"
+    revision: str | UnsetType = UNSET
+    pinned: bool = False
+
+
+Card = LoadedCard | UnloadedCard | AdapterCard
+
+
 class SlotStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One model for operators.
 
@@ -152,10 +180,27 @@ class ManagerStatus(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[SlotStatus, ...]
 
 
-def cards(manager: ModelManager) -> list[LoadedCard | UnloadedCard]:
-    """A card for every served name, those of the active model first."""
+def cards(manager: ModelManager, caller: Caller = NOBODY) -> list[Card]:
+    """A card for every served name that a caller may use, those of the active model first, adapters last."""
     slots = sorted(manager.slots.values(), key=lambda slot: slot.entry.name != manager.active)
-    return [card for slot in slots for card in _cards(slot, slot.entry.name == manager.active)]
+    shown = (slot for slot in slots if caller.may_use(*slot.entry.names))
+    found: list[Card] = [card for slot in shown for card in _cards(slot, slot.entry.name == manager.active)]
+    for adapter in manager.adapters.all():
+        if caller.may_use(*adapter.names):
+            found.append(_adapter_card(adapter, manager.slots[adapter.base]))
+    return found
+
+
+def _adapter_card(adapter: Adapter, slot: ModelSlot) -> AdapterCard:
+    return AdapterCard(
+        id=adapter.name,
+        created=adapter.created,
+        root=adapter.root,
+        parent=slot.entry.names[0],
+        status=slot.state.value,
+        revision=adapter.revision or UNSET,
+        pinned=adapter.pinned,
+    )
 
 
 def _cards(slot: ModelSlot, default: bool) -> list[LoadedCard | UnloadedCard]:
@@ -290,7 +335,7 @@ def status(manager: ModelManager) -> ManagerStatus:
     )
 
 
-def anthropic_card(card: LoadedCard | UnloadedCard) -> dict[str, object]:
+def anthropic_card(card: Card) -> dict[str, object]:
     """The card as Anthropic's API has it."""
     created = datetime.fromtimestamp(card.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     most = card.max_model_len if isinstance(card, LoadedCard) else None
@@ -299,10 +344,11 @@ def anthropic_card(card: LoadedCard | UnloadedCard) -> dict[str, object]:
     }  # fmt: skip
 
 
-def anthropic_list(listed: Sequence[LoadedCard | UnloadedCard]) -> dict[str, object]:
+def anthropic_list(listed: Sequence[Card]) -> dict[str, object]:
     """All cards as Anthropic's API lists them, in one page."""
     data = [anthropic_card(card) for card in listed]
-    return {"data": data, "has_more": False, "first_id": listed[0].id, "last_id": listed[-1].id}
+    ends = (listed[0].id, listed[-1].id) if listed else (None, None)  # a key may be let have nothing that there is
+    return {"data": data, "has_more": False, "first_id": ends[0], "last_id": ends[1]}
 
 
 # ---- bodies of `/v1/models/load`, `/unload` and `/select` ------------------------------------------------------------

@@ -67,6 +67,10 @@ class Catalogue:
         self._by_name: Mapping[str, ModelEntry] = by_name
         self.default = self.entries[0] if default is None else by_name[default]
 
+    def has(self, name: str) -> bool:
+        """Whether a model is called so."""
+        return name in self._by_name or name == ANY_MODEL
+
     def find(self, name: str | None, *, exact: bool = False) -> ModelEntry:
         """The model that a request means: where there is but one, that one, however it is called.
 
@@ -79,7 +83,8 @@ class Catalogue:
         """
         if name is not None and name in self._by_name:
             return self._by_name[name]
-        alone = len(self.entries) == 1 and not self.default.settings.strict_model_names
+        loose = not self.default.settings.strict_model_names and not self.default.settings.enable_lora
+        alone = len(self.entries) == 1 and loose  # where there are adapters, another name would be one of theirs
         if name is None or name == ANY_MODEL or (alone and not exact):
             return self.default
         if name == DEMO and DEMO_NAME in self._by_name:

@@ -15,6 +15,7 @@ from candle_vllm.core.errors import NoMemoryError
 from candle_vllm.openai import OpenAIAdapter
 from candle_vllm.openai.anthropic import MessagesAdapter
 from candle_vllm.openai.ollama import OllamaAdapter
+from candle_vllm.server.adapters.registry import Adapters, BaseAdapters
 from candle_vllm.server.models.admission import Admission
 from candle_vllm.server.models.catalogue import ModelEntry
 from candle_vllm.server.models.slot import ServedModel
@@ -42,10 +43,17 @@ class ModelLoader:
     Args:
         metrics: counts what the engines do.
         start_engine: makes an engine of its configuration; None chooses by `engine_process`.
+        adapters: of the models.
     """
 
-    def __init__(self, metrics: Metrics, start_engine: Callable[[EngineConfig], ServedEngine] | None = None) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        start_engine: Callable[[EngineConfig], ServedEngine] | None = None,
+        adapters: Adapters | None = None,
+    ) -> None:
         self._metrics = metrics
+        self._adapters = adapters
         self._start_engine = start_engine
 
     def check(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> None:
@@ -69,10 +77,12 @@ class ModelLoader:
         start = self._start_engine or (remote_engine if entry.settings.engine_process else local_engine)
         with told_in_flags():
             engine = start(config)
-        return serve_engine(engine, entry, self._metrics)
+        return serve_engine(engine, entry, self._metrics, self._adapters)
 
 
-def serve_engine(engine: ServedEngine, entry: ModelEntry, metrics: Metrics) -> ServedModel:
+def serve_engine(
+    engine: ServedEngine, entry: ModelEntry, metrics: Metrics, adapters: Adapters | None = None
+) -> ServedModel:
     """A loaded engine with all that answers in its name."""
     settings, info, name = entry.settings, engine.model_info, entry.names[0]
     admission = Admission(
@@ -87,7 +97,7 @@ def serve_engine(engine: ServedEngine, entry: ModelEntry, metrics: Metrics) -> S
         adapter = OpenAIAdapter(
             engine,
             served_model_names=entry.names,
-            strict_model_names=settings.strict_model_names,
+            strict_model_names=settings.strict_model_names or settings.enable_lora,
             allow_priority=settings.enable_request_priority,
             allow_chat_template=settings.trust_request_chat_template,
             tool_parser=settings.tool_parser,
@@ -95,6 +105,7 @@ def serve_engine(engine: ServedEngine, entry: ModelEntry, metrics: Metrics) -> S
             **thinking_settings(settings),
             default_chat_template_kwargs=settings.default_chat_template_kwargs,
             watcher=watcher,
+            adapters=BaseAdapters(adapters, entry.name) if adapters is not None and settings.enable_lora else None,
         )
     except BaseException:
         watcher.close()

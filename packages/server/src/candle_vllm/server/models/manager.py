@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 import msgspec
 
-from candle_vllm.core.errors import EngineDeadError
+from candle_vllm.core.errors import AdapterError, CandleVllmError, EngineDeadError, RequestError
+from candle_vllm.server.adapters.registry import Adapter, Adapters
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.limits import RateLimits
-from candle_vllm.server.http.routing import Caller
+from candle_vllm.server.http.routing import NOBODY, Caller
 from candle_vllm.server.models.admission import Place, Queued, RetiredError
 from candle_vllm.server.models.catalogue import Catalogue
 from candle_vllm.server.models.slot import Lease, ModelSlot, ModelState, ServedModel
@@ -45,6 +46,7 @@ class ModelManager:
         load: loads one; None for a manager of models that somebody else has loaded, and which stay.
         limits: how far it goes.
         metrics: counts loads and waits.
+        adapters: of its models; those that are given with them alone where there are none.
 
     All methods are for one event loop. `close` unloads everything.
 
@@ -60,11 +62,15 @@ class ModelManager:
         load: Load | None,
         limits: ManagerLimits | None = None,
         metrics: Metrics | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         self._limits = limits or ManagerLimits()
         self._catalogue = catalogue
         self.metrics = metrics or Metrics()
         self.rates = RateLimits()
+        self.adapters = adapters or Adapters()
+        self._warming = set[asyncio.Task[None]]()
+        self.adapters.adopt(catalogue)
         self.active = catalogue.default.name
         self.switch_requested_at: float | None = None
         self._chosen: str | None = None  # becomes the active one when it is ready
@@ -75,19 +81,64 @@ class ModelManager:
             self._switcher = ModelSwitcher(slots, load, self._limits, self.metrics, self._settled, self.died)
 
     @classmethod
-    def of_loaded(cls, model: ServedModel, metrics: Metrics) -> ModelManager:
+    def of_loaded(cls, model: ServedModel, metrics: Metrics, adapters: Adapters | None = None) -> ModelManager:
         """A manager of one model that is loaded and stays so."""
-        manager = cls(Catalogue([model.entry]), None, metrics=metrics)
+        manager = cls(Catalogue([model.entry]), None, metrics=metrics, adapters=adapters)
         manager.slots[model.entry.name].ready(model)
         return manager
 
     # ---- for requests ------------------------------------------------------------------------------------------------
 
-    def find(self, name: str | None, *, exact: bool = False) -> ModelSlot:
-        """The model that a request means; arguments and errors as `Catalogue.find`."""
-        entry = self._catalogue.find(name, exact=exact)
+    def find(self, name: str | None, *, exact: bool = False, caller: Caller = NOBODY) -> ModelSlot:
+        """The model that a request means, which is an adapter's base where it names one.
+
+        Args:
+            name: what the request calls it, or None.
+            exact: whether it must be one of a model's own names.
+            caller: whose request it is; what it may not use is not told.
+
+        Raises:
+            ModelNotServedError: there is none of that name.
+        """
+        adapter = None if exact else self.adapters.find(name)
+        if adapter is not None:
+            return self.slots[adapter.base]
+        try:
+            entry = self._catalogue.find(name, exact=exact)
+        except RequestError as error:
+            if caller.models is not None:
+                raise type(error)(f"The model {name!r:.200} is not served here.", "model") from None
+            if self.adapters.bases() and not exact:
+                raise type(error)(f"{error} {self.adapters.near(name or '')}", "model") from None
+            raise
         chosen = self.active if entry is self._catalogue.default and name not in entry.names else entry.name
         return self.slots[chosen]
+
+    async def reach(self, name: str | None, caller: Caller) -> None:
+        """Sees to it that what a name means is known, where it means something that the caller may use.
+
+        An adapter that nobody has asked for yet is looked for; what is looked for counts as a request.
+
+        Raises:
+            HttpError: 403, because the key may not use it; as `Adapters.reach` and `RateLimits.admit`.
+        """
+        if name is None or not self.adapters.bases() or self._catalogue.has(name):
+            self.permit(name, caller)
+            return
+        if not caller.may_use(*self.adapters.spelled(name)):
+            raise _not_allowed(name)
+        if self.adapters.looks_elsewhere and self.adapters.find(name) is None:
+            self.rates.admit(caller)
+        await self.adapters.reach(name)
+
+    def permit(self, name: str | None, caller: Caller) -> None:
+        """Refuses (HttpError 403) a name that means something known which the caller may not use."""
+        if caller.models is None:
+            return
+        adapter = self.adapters.find(name)
+        names = self.find(name, caller=caller).entry.names if adapter is None else adapter.names
+        if not caller.may_use(*names):
+            raise _not_allowed(name or names[0])
 
     async def acquire(self, name: str | None) -> Lease:
         """The use of a loaded model, once it is. Cancelling it gives the wait up.
@@ -97,7 +148,19 @@ class ModelManager:
             HttpError: 503, because too many wait, it took too long, or it could not be loaded.
             EngineDeadError: its engine has stopped for good.
         """
-        slot = self.find(name)
+        slot, adapter = self.find(name), self.adapters.find(name)
+        if adapter is None:
+            return await self._acquire(slot)
+        done = self.adapters.use(adapter)
+        try:
+            lease = await self._acquire(slot)
+        except BaseException:
+            done()
+            raise
+        lease.beside = done
+        return lease
+
+    async def _acquire(self, slot: ModelSlot) -> Lease:
         if slot.state is ModelState.READY and slot.model is not None:
             if slot.model.engine.is_alive:
                 return slot.lease()
@@ -229,6 +292,7 @@ class ModelManager:
             self.active = catalogue.default.name
         if self._chosen not in slots:
             self._chosen, self.switch_requested_at = None, None
+        self.adapters.adopt(catalogue)
         self._catalogue, self.slots = catalogue, slots
         self._switcher.adopt(tuple(slots.values()), gone)
         for old in gone:
@@ -282,7 +346,26 @@ class ModelManager:
         if self._switcher is not None:
             await self._switcher.close()
 
+    async def warm(self, slot: ModelSlot) -> None:
+        """Loads the adapters of a model that shall be in memory before they are asked for; what fails is logged."""
+        pinned = [each for each in self.adapters.given(slot.entry.name) if each.pinned]
+        wanted = [*(each.name for each in pinned), *slot.entry.settings.lora_warmup]
+        for name in dict.fromkeys(wanted):
+            model = slot.model
+            try:
+                adapter = await self.adapters.reach(name)
+                if adapter is None:
+                    raise AdapterError("nobody has it")
+                if model is not None:
+                    await asyncio.to_thread(_load_adapter, model, adapter, name in [each.name for each in pinned])
+            except (CandleVllmError, HttpError) as error:
+                logger.error("the adapter %s of %s could not be loaded beforehand: %s", name, slot.entry.name, error)
+
     def _settled(self, slot: ModelSlot) -> None:
+        if slot.state is ModelState.READY and slot.entry.settings.enable_lora:
+            task = asyncio.get_running_loop().create_task(self.warm(slot), name="warm-adapters")
+            self._warming.add(task)
+            task.add_done_callback(self._warming.discard)
         if slot.entry.name != self._chosen:
             return
         if slot.state is ModelState.READY:
@@ -292,6 +375,17 @@ class ModelManager:
     def _idle(self, slot: ModelSlot) -> None:
         if self._switcher is not None:
             self._switcher.idle(slot)
+
+
+def _load_adapter(model: ServedModel, adapter: Adapter, pinned: bool) -> None:
+    model.engine.add_lora(adapter.request)
+    if pinned:
+        model.engine.pin_lora(adapter.request.lora_name)
+
+
+def _not_allowed(name: str) -> HttpError:
+    message = f"This API key may not use the model {name!r:.200}: this server's operator says which it may."
+    return HttpError(403, message, "model_not_allowed", param="model")
 
 
 def _not_served(name: str) -> Exception:
@@ -334,7 +428,8 @@ async def take_turn(
         ModelNotServedError, HttpError, EngineDeadError: as `ModelManager.acquire`, `RateLimits.admit` and
             `Admission.enter`.
     """
-    manager.find(name)  # what cannot be answered is not counted
+    await manager.reach(name, caller)
+    manager.find(name, caller=caller)  # what cannot be answered is not counted
     manager.rates.admit(caller)
     while True:
         lease = await manager.acquire(name)

@@ -154,16 +154,23 @@ class ModelSlot:
 
 
 class Lease:
-    """The use of a loaded model by one request; released once, however often `release` is called."""
+    """The use of a loaded model by one request; released once, however often `release` is called.
+
+    Attributes:
+        beside: called when it is released.
+    """
 
     def __init__(self, slot: ModelSlot, model: ServedModel) -> None:
         self.model = model
+        self.beside: Callable[[], object] | None = None
         self._slot: ModelSlot | None = slot
 
     def release(self) -> None:
         """The request is over."""
         slot, self._slot = self._slot, None
         if slot is not None:
+            if self.beside is not None:
+                self.beside()
             slot.in_flight -= 1
             slot.last_used = time.monotonic()
             if slot.in_flight == 0:

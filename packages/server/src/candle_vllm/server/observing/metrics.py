@@ -127,6 +127,10 @@ class Metrics:
         """A webhook was delivered, or given up."""
         self._count(series.WEBHOOKS, outcome)
 
+    def adapter_looked_for(self, source: str, outcome: str) -> None:
+        """A source of adapters was asked for one; `outcome` says how that ended."""
+        self._count(series.ADAPTER_LOOKS, source, outcome)
+
     def tool_called(self, server: str, status: str) -> None:
         """A tool of an MCP server was called; `status` says how that ended."""
         self._count(series.TOOL_CALLS, server, status)

@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from candle_vllm.core.engine.request import EngineStats
+from candle_vllm.core.engine.request import AdapterInfo, EngineStats, LoRARequest
 from candle_vllm.core.engine.watching import RequestInfo
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai import EngineLike
@@ -43,6 +43,12 @@ class ServedEngine(EngineLike, Protocol):
     def add_death_callback(self, callback: Callable[[], None]) -> None: ...
 
     def reset_prefix_cache(self) -> None: ...
+
+    def add_lora(self, lora_request: LoRARequest) -> AdapterInfo: ...
+
+    def remove_lora(self, lora_name: str) -> bool: ...
+
+    def pin_lora(self, lora_name: str) -> AdapterInfo: ...
 
     def close(self) -> None: ...
 

@@ -244,11 +244,18 @@ WAIT_SECONDS = Series(
     "How long a request waited for its model to be loaded, seconds.", _LOADING)  # fmt: skip
 ANSWERS_KEPT = Series(
     "candle_vllm:mailbox_answers_total", "counter", _OUTCOME, "Answers put into the mailbox, by outcome.")  # fmt: skip
+ADAPTER_LOOKS = Series(
+    "candle_vllm:lora_resolutions_total", "counter", ("source", "outcome"),
+    "Looks for adapters that a request named, by source and outcome.",
+)  # fmt: skip
 WEBHOOKS = Series("candle_vllm:webhook_deliveries_total", "counter", _OUTCOME, "Webhooks sent, by outcome.")
 TOOL_CALLS = Series(
     "candle_vllm:mcp_tool_calls_total", "counter", ("server", "status"),
     "Calls of tools of MCP servers, by how they ended.")  # fmt: skip
-EVENTS = (REJECTIONS, RATE_LIMITED, LOADS, UNLOADS, LOAD_SECONDS, WAIT_SECONDS, ANSWERS_KEPT, WEBHOOKS, TOOL_CALLS)
+EVENTS = (
+    REJECTIONS, RATE_LIMITED, LOADS, UNLOADS, LOAD_SECONDS, WAIT_SECONDS, ADAPTER_LOOKS, ANSWERS_KEPT, WEBHOOKS,
+    TOOL_CALLS,
+)  # fmt: skip
 """What happens to the server rather than to a request in an engine."""
 
 MCP_SERVERS = Series("candle_vllm:mcp_servers", "gauge", ("state",), "MCP servers of the configuration, by state.")

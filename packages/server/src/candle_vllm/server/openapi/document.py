@@ -159,7 +159,9 @@ def _operation(operation: Operation, security: list[dict[str, list[str]]]) -> di
         },
     }
     if operation.body:
-        content = {"schema": operation.naming.one_of(operation.body), "example": operation.example}
+        body = operation.naming.one_of(operation.body)
+        body = {"type": "array", "items": body} if operation.bare_body else body
+        content = {"schema": body, "example": operation.example}
         entry["requestBody"] = {"required": True, "content": {"application/json": content}}
     if operation.form:
         needed = [name for name, schema in operation.form.items() if "default" not in schema]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,7 @@ class Operation:
         naming: what these types are called in the document.
         listed: the answer is a list of objects of the types.
         bare: the answer is an array of them.
+        bare_body: the body is an array of them.
         manages: the route is for operators.
         public: the route needs no key.
         path_parameters: what stands in the path, by name.
@@ -49,7 +50,7 @@ class Operation:
     answers: Mapping[int, tuple[type[msgspec.Struct], ...]]
     errors: tuple[int, ...] = ()
     body: tuple[type[WireModel], ...] = ()
-    example: Mapping[str, Any] | None = None
+    example: Mapping[str, Any] | Sequence[Any] | None = None
     form: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     media: str = "application/json"
     events: tuple[type[msgspec.Struct], ...] = ()
@@ -58,6 +59,7 @@ class Operation:
     naming: Naming = field(default_factory=Naming)
     listed: bool = False
     bare: bool = False
+    bare_body: bool = False
     manages: bool = False
     public: bool = False
     path_parameters: Mapping[str, str] = field(default_factory=dict)

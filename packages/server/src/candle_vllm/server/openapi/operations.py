@@ -35,6 +35,7 @@ from candle_vllm.openai.anthropic import (
 from candle_vllm.openai.fim import FimRequest
 from candle_vllm.openai.llama_server import InfillRequest, LlamaCompletionRequest, LlamaText
 from candle_vllm.openai.protocol.embeddings import ClassifiedList, ClassifyRequest, PooledList, PoolingRequest
+from candle_vllm.openai.protocol.generation import LoraScale
 from candle_vllm.openai.protocol.tokenizing import (
     Detokenized,
     DetokenizeRequest,
@@ -50,6 +51,7 @@ from candle_vllm.responses.store.entries import MAX_ID
 from candle_vllm.server.mailbox.record import Record, RecordList
 from candle_vllm.server.mcp.wire import McpCallRequest, McpCallResult, McpServerInfo, McpToolInfo
 from candle_vllm.server.models.cards import (
+    AdapterCard,
     LoadedCard,
     LoadProgress,
     ManagerStatus,
@@ -65,6 +67,7 @@ from candle_vllm.server.openapi.components import Naming
 from candle_vllm.server.openapi.kept_operations import KEPT_OPERATIONS, RESPONSES
 from candle_vllm.server.openapi.ollama_operations import OLLAMA_OPERATIONS
 from candle_vllm.server.openapi.operation import BODY_ERRORS, Key, Operation
+from candle_vllm.server.routes.adapters import LoadAdapterRequest, NumberedAdapter, Succeeded, UnloadAdapterRequest
 from candle_vllm.server.routes.mailbox import DEFAULT_LIST, MAX_LIST, Delivered, PushRequest
 from candle_vllm.server.routes.relatives import Load, Properties, ServerInfo, Slot, TokenizerInfo
 
@@ -138,7 +141,7 @@ _MAILBOX = (400, 404, 503)
 _RECORD = {"request_id": "The id of the answer."}
 _ANTHROPIC = Naming("Anthropic", "Out")
 _WHICH = {"model": {"type": "string", "description": "A served name; without it the default model."}}
-_CARDS = (LoadedCard, UnloadedCard)
+_CARDS = (LoadedCard, UnloadedCard, AdapterCard)
 _CHANGED = (400, 409)
 _MANAGED = (*BODY_ERRORS, *MODEL_ERRORS)
 
@@ -312,6 +315,49 @@ OPERATIONS: Mapping[Key, Operation] = {
         answers={200: (Queues,)},
         errors=(404,),
         path_parameters={"model_id": "A served name. It may hold slashes, percent-encoded or not."},
+        manages=True,
+    ),
+    ("POST", "/v1/load_lora_adapter"): Operation(
+        id="load_lora_adapter",
+        tag="operators",
+        summary="Load an adapter and serve it by a name; answers when it is in memory",
+        body=(LoadAdapterRequest,),
+        example={"lora_name": "tone", "lora_path": "/srv/adapters/tone"},
+        answers={200: ()},
+        media="text/plain",
+        errors=(*_MANAGED, 409),
+        manages=True,
+    ),
+    ("POST", "/v1/unload_lora_adapter"): Operation(
+        id="unload_lora_adapter",
+        tag="operators",
+        summary="Serve an adapter no more; answers that go on end with it",
+        body=(UnloadAdapterRequest,),
+        example={"lora_name": "tone"},
+        answers={200: ()},
+        media="text/plain",
+        errors=(*_MANAGED, 409),
+        manages=True,
+    ),
+    ("GET", "/lora-adapters"): Operation(
+        id="list_lora_adapters",
+        tag="server",
+        summary="The adapters that the operator named, with their numbers and scales, in llama.cpp's words",
+        query=_WHICH,
+        answers={200: (NumberedAdapter,)},
+        bare=True,
+        errors=(403, *MODEL_ERRORS),
+    ),
+    ("POST", "/lora-adapters"): Operation(
+        id="scale_lora_adapters",
+        tag="operators",
+        summary="How much of each adapter is added where a request says nothing, in llama.cpp's words",
+        query=_WHICH,
+        body=(LoraScale,),
+        bare_body=True,
+        example=[{"id": 0, "scale": 0.5}],
+        answers={200: (Succeeded,)},
+        errors=_MANAGED,
         manages=True,
     ),
     ("POST", "/v1/models/load"): Operation(

@@ -35,6 +35,7 @@ from candle_vllm.server.answering import (
 )
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.failures import ollama_error_line
+from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.http.sse import LineStream
 from candle_vllm.server.models.manager import ModelManager
 
@@ -49,19 +50,23 @@ async def ollama_body(request: Request, parse: Callable[[bytes], Any]) -> Any:
     named = getattr(wire, "model", None)
     if named is None:
         return wire
-    manager: ModelManager = request.app.state.manager
-    return wire.model_copy(update={"model": served_name(manager, named)})
+    return wire.model_copy(update={"model": await served_name(request, named)})
 
 
-def served_name(manager: ModelManager, name: str) -> str:
-    """A model's name here: as it is, or without `:latest`; raises `ModelNotServedError`."""
+async def served_name(request: Request, name: str) -> str:
+    """A model's name here, or an adapter's: as it is, or without `:latest`; raises `ModelNotServedError`."""
+    manager, caller = _manager(request), caller_of(request.scope)
     for given in (name, name.removesuffix(_LATEST)):
         try:
             manager.find(given, exact=True)
         except ModelNotServedError:
-            continue
+            await manager.reach(given, caller)
+            if manager.adapters.find(given) is None:
+                continue
+        manager.permit(given, caller)
         return given
-    return manager.find(name).entry.names[0]
+    manager.permit(name, caller)
+    return manager.find(name, caller=caller).entry.names[0]
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------

@@ -29,23 +29,23 @@ from candle_vllm.server.models.downloads import Local, find_downloaded, remove
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.pulls import Pull, Pulls, failure_code
 from candle_vllm.server.settings import Settings
-from candle_vllm.server.settings.foreign_variables import is_loopback
+from candle_vllm.server.settings.derived import may_change
 from candle_vllm.server.settings.options import UsageError
 
 router = APIRouter()
 
 
-def may_change(settings: Settings) -> bool:
-    """Whether clients may be let change models: they have keys, or come from this machine."""
-    keyed = settings.has_api_keys or bool(settings.management_key)
-    return keyed or settings.address.unix_path is not None or is_loopback(settings.address.host)
-
-
 def refuse_open_changes(settings: Settings) -> None:
-    """UsageError where everybody who reaches the server could fetch and delete models."""
+    """UsageError where everybody who reaches the server could fetch and delete models, or load adapters."""
     if settings.allow_model_changes and not may_change(settings):
         raise UsageError(
             "--allow-model-changes lets clients fetch and delete models, and everybody who reaches "
+            f"{settings.host} may be one: give the server keys (--api-key, --management-key), or let it listen at "
+            "127.0.0.1"
+        )
+    if settings.allow_runtime_lora and not may_change(settings):
+        raise UsageError(
+            "--allow-runtime-lora lets clients have files of this machine loaded, and everybody who reaches "
             f"{settings.host} may be one: give the server keys (--api-key, --management-key), or let it listen at "
             "127.0.0.1"
         )

@@ -19,6 +19,7 @@ from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai.ollama import ollama_parser, rfc3339
 from candle_vllm.openai.protocol.fields import Name, Refusal, WireModel, invalid
 from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.routing import Caller, caller_of
 from candle_vllm.server.models.library import Description, describe, file_bytes
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelSlot
@@ -151,9 +152,16 @@ async def tags(request: Request) -> Response:
     found = (
         Tag(name=name, model=name, modified_at=rfc3339(slot.loaded_at or time.time()), size=size, digest=digest(name),
             details=details(slot))
-        for slot, size in zip(slots, sizes, strict=True) for name in slot.entry.names
+        for slot, size in zip(slots, sizes, strict=True) for name in _names(manager, slot, caller_of(request.scope))
     )  # fmt: skip
     return _json(Tags(tuple(found)))
+
+
+def _names(manager: ModelManager, slot: ModelSlot, caller: Caller) -> list[str]:
+    """A model's names and those of its adapters, as far as the caller may use them."""
+    own = list(slot.entry.names) if caller.may_use(*slot.entry.names) else []
+    adapters = (each for each in manager.adapters.all() if each.base == slot.entry.name)
+    return own + [each.name for each in adapters if caller.may_use(*each.names)]
 
 
 @router.get("/api/ps")
@@ -161,7 +169,7 @@ async def ps(request: Request) -> Response:
     """The models that are loaded."""
     manager, found = _manager(request), list[Resident]()
     for slot in manager.slots.values():
-        if slot.model is None:
+        if slot.model is None or not caller_of(request.scope).may_use(*slot.entry.names):
             continue
         name, info = slot.entry.names[0], slot.model.engine.model_info
         size, expires = info.weight_bytes + info.kv_cache_bytes, manager.expires_at(slot)
@@ -178,7 +186,7 @@ async def show(request: Request) -> Response:
     """What is known of a model: of one that is not loaded, what its files say."""
     wire = await ollama_body(request, ollama_parser(ShowRequest))
     manager = _manager(request)
-    slot = manager.find(served_name(manager, wire.model or wire.name))
+    slot = manager.find(await served_name(request, wire.model or wire.name))
     if slot.model is None and slot.described is None:
         try:
             slot.described = await asyncio.to_thread(describe, slot.entry.settings)

@@ -71,8 +71,14 @@ class Responders:
         self.servers = servers
         self._habits: WeakKeyDictionary[OpenAIAdapter, TemplateHabits] = WeakKeyDictionary()
 
-    def of(self, model: ServedModel, memory: ConnectionMemory | None = None) -> Responder:
-        """Who answers with this model; `memory` is that of the client's connection."""
+    def of(self, model: ServedModel, name: str | None, memory: ConnectionMemory | None = None) -> Responder:
+        """Who answers with this model.
+
+        Args:
+            model: has a turn, or needs none.
+            name: what the request calls it, which may be an adapter's name.
+            memory: of the client's connection.
+        """
         from candle_vllm.responses.api.responder import Responder, ResponderOptions
         from candle_vllm.responses.conversation.chat_model import InProcessModel
 
@@ -84,7 +90,7 @@ class Responders:
             return self._habits[adapter]
 
         options = ResponderOptions(
-            model=model.entry.names[0],
+            model=adapter.served_name(name),
             names=model.entry.names,
             sampling_defaults=settings.default_sampling,
             model_defaults=model.engine.model_info.default_sampling,
@@ -117,7 +123,7 @@ async def count_input_tokens(request: Request) -> HttpResponse:
     responders: Responders = request.app.state.responders
 
     async def count(model: ServedModel, wire: Any) -> InputTokens:
-        return await responders.of(model).count_input_tokens(wire, owner=await owner_of(request, wire))
+        return await responders.of(model, wire.model).count_input_tokens(wire, owner=await owner_of(request, wire))
 
     return await answer_with(request, parse_input_tokens_request, count, queued=False)
 
@@ -133,7 +139,7 @@ async def compact_response(request: Request) -> HttpResponse:
         taken = take_turn(request.app.state.manager, wire.model, caller_of(request.scope), sequences=1)
         turn = await unless_disconnected(taken, request.receive, Turn.release)
         try:
-            made = responders.of(turn.model).compact(wire, owner=await owner_of(request, wire))
+            made = responders.of(turn.model, wire.model).compact(wire, owner=await owner_of(request, wire))
             compacted = await unless_disconnected(made, request.receive)
         finally:
             turn.release()
@@ -160,11 +166,11 @@ class _Exchange:
         )
 
     async def _whole(self, model: ServedModel, wire: ResponsesRequest) -> Response:
-        return await self._responders.of(model).create(wire, owner=await owner_of(self._request, wire))
+        return await self._responders.of(model, wire.model).create(wire, owner=await owner_of(self._request, wire))
 
     async def _streamed(self, model: ServedModel, wire: ResponsesRequest) -> ResponseStream:
         owner = await owner_of(self._request, wire)
-        self._stream = await self._responders.of(model).create_stream(wire, owner=owner)
+        self._stream = await self._responders.of(model, wire.model).create_stream(wire, owner=owner)
         return self._stream
 
     def _error_events(self, failure: Exception) -> bytes:
@@ -183,7 +189,8 @@ async def _in_background(request: Request, wire: ResponsesRequest, deadline: flo
     refuse_headers(request.scope["headers"], NOT_HERE)
     responders: Responders = state.responders
     async with in_time(deadline):
-        state.manager.find(wire.model)  # an unknown model costs nothing
+        await state.manager.reach(wire.model, caller_of(request.scope))
+        state.manager.find(wire.model, caller=caller_of(request.scope))  # an unknown model costs nothing
         state.limits.admit(caller_of(request.scope))
         lease = await unless_disconnected(
             state.manager.acquire(wire.model), request.receive, lambda taken: taken.release()
@@ -191,7 +198,7 @@ async def _in_background(request: Request, wire: ResponsesRequest, deadline: flo
         stream = None
         try:
             owner = await owner_of(request, wire)
-            stream = await responders.of(lease.model).prepare(wire, owner=owner, keep=False, at_once=True)
+            stream = await responders.of(lease.model, wire.model).prepare(wire, owner=owner, keep=False, at_once=True)
             queued = stream.response
             work = _work(stream, lease, caller_of(request.scope), wire.priority or 0)
             entry = entry_of(owner, queued, stream.input_items)

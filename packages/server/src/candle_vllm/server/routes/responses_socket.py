@@ -161,7 +161,7 @@ class _Connection:
             )
             try:
                 owner = await owner_of(self._websocket, wire)
-                responder = self._responders.of(turn.model, self._memory)
+                responder = self._responders.of(turn.model, wire.model, self._memory)
                 async with aclosing(await responder.create_stream(wire, owner=owner)) as stream:
                     self._stream = stream
                     async for event in stream:

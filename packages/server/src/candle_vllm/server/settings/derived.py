@@ -19,6 +19,7 @@ from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.responses.store.options import MEMORY, StoreOptions
 from candle_vllm.server.interrupts import leaving_at_once
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.foreign_variables import is_loopback
 from candle_vllm.server.settings.options import UsageError, known_keys, mapping
 from candle_vllm.server.settings.table import OPTIONS
 
@@ -46,6 +47,12 @@ _FROM_SETTINGS = {
 MIB = 1 << 20
 
 logger = logging.getLogger(__name__)
+
+
+def may_change(settings: Settings) -> bool:
+    """Whether clients may be let change models: they have keys, or come from this machine."""
+    keyed = settings.has_api_keys or bool(settings.management_key)
+    return keyed or settings.address.unix_path is not None or is_loopback(settings.address.host)
 
 
 def model_source(settings: Settings) -> tuple[str, str | None]:

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from candle_vllm.core.arguments import NO_ADAPTERS, NO_CODE, TEXT_ALONE
+from candle_vllm.core.arguments import NO_CODE, TEXT_ALONE
 
 Becomes = str | Callable[[str], list[str]]
 ANY = "*"
@@ -105,6 +105,27 @@ def _device(text: str) -> list[str]:
             {"none": "cpu"}.get(name, text)]  # fmt: skip
 
 
+def _adapters(text: str) -> list[str]:
+    """`--lora F[,F]`: adapters that count where a request says nothing, each called after its file."""
+    return [argument for path in text.split(",") for argument in _adapter(path, 1.0)]
+
+
+def _scaled(text: str) -> list[str]:
+    """`--lora-scaled F:S[,F:S]`."""
+    given = [each.rpartition(":") for each in text.split(",")]
+    try:
+        return [argument for path, _, scale in given for argument in _adapter(path, float(scale))]
+    except ValueError:
+        raise ValueError(f"must be FILE:SCALE, not {text!r:.60}") from None
+
+
+def _adapter(path: str, scale: float) -> list[str]:
+    if not path:
+        raise ValueError("has no file before the scale")
+    given = {"name": Path(path).stem if path.endswith(".gguf") else Path(path).name, "path": path, "scale": scale}
+    return ["--enable-lora", "--lora-modules", json.dumps(given)]
+
+
 _ONE_DEVICE = "an engine computes on one device; for several GPUs start a server on each (--device cuda:N)"
 _WHOLE = "a model lies whole on a GPU or on the CPU (--device); nothing is divided between them"
 _DRAFTS = "--speculative-config says how tokens are guessed"
@@ -147,7 +168,12 @@ ROWS: tuple[Row, ...] = (
         "one server answers chat, embeddings and scores, as far as the model can"),
     Row("--pooling --override-pooler-config --pooler-config --embd-normalize",
         "the model's files say how vectors are made"),
-    Row("--lora --lora-scaled --lora-init-without-apply --lora-modules --fully-sharded-loras", NO_ADAPTERS),
+    Row("--lora", "--lora-modules, with --enable-lora: NAME=FILE, and its scale", {ANY: _adapters}),
+    Row("--lora-scaled", "--lora-modules, with --enable-lora: NAME=FILE, and its scale", {ANY: _scaled}),
+    _called("--lora-paths", "--lora-modules", ", with NAME=PATH"),
+    _called("--max-loras-per-batch", "--max-loras"),
+    _called("--max-loaded-loras", "--max-cpu-loras"),
+    _idle("--fully-sharded-loras", "adapters lie whole beside the model"),
     Row("--control-vector --control-vector-scaled --control-vector-layer-range", "there are no control vectors"),
     Row("--mmproj --mmproj-url --mmproj-auto --no-mmproj --mmproj-offload --no-mmproj-offload --image --video --audio "
         "--image-min-tokens --image-max-tokens --limit-mm-per-prompt --mm-processor-kwargs --mm-encoder-tp-mode "

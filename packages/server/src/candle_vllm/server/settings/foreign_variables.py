@@ -23,6 +23,11 @@ DEPLOYMENTS: Mapping[str, str] = {
     "MAX_MODEL_LEN": "max_model_len",
     "HOST": "host",
     "PORT": "port",
+    "MAX_LORAS": "max_loras",
+    "MAX_LORA_RANK": "max_lora_rank",
+    "MAX_CPU_LORAS": "max_cpu_loras",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "allow_runtime_lora",
+    "CACHE_DIR": "download_dir",
     "VLLM_API_KEY": "api_key",
     "API_KEY": "api_key",
     "HF_HUB_CACHE": "download_dir",
@@ -44,6 +49,7 @@ IDLE: Mapping[str, str] = {
 SERVING = frozenset({"serve", "config"})
 """The commands that names of servers are for."""
 _WHERE = {"ps": ("HOST", "PORT", "VLLM_API_KEY", "API_KEY")}
+_LORA = ("MAX_LORAS", "MAX_LORA_RANK", "MAX_CPU_LORAS")  # of a service that always takes adapters
 _OTHERS = ("HF_HUB_CACHE", "HF_HOME", "HF_HUB_OFFLINE", "RUST_LOG")  # of programs, and so for every command
 _KEY_LIKE = re.compile(
     r"(?:(?:CANDLE(?:_?VLLM)?|VLLM|LLM|LLAMA|LOCALAI|OLLAMA|SGLANG|APHRODITE|TGI|MODEL|ENGINE|INFERENCE|SERVER|SERVICE|"
@@ -76,6 +82,8 @@ def deployment_source(
         text = environ.get(name, "")
         if name not in environ or not (command in SERVING or name in (*_OTHERS, *_WHERE.get(command, ()))):
             continue
+        if name == "CACHE_DIR" and "MODEL_ID" not in environ:
+            continue  # of any program
         if not text.strip():
             remarks += [f"{name} in the environment is empty, and no key"] if setting == "api_key" else []
         elif setting not in values:
@@ -86,6 +94,10 @@ def deployment_source(
             values["served_model_name"], given_as["served_model_name"] = (text,), name
         elif setting == "api_key" and values[setting] != (text,):
             remarks.append(f"{name} in the environment is not used: {given_as[setting]} is the key")
+    if any(name in given_as.values() for name in _LORA) and stronger.get("enable_lora") is not False:
+        values["enable_lora"], given_as["enable_lora"] = True, next(n for n in _LORA if n in given_as.values())
+    if stronger.get("enable_lora") is False:
+        values = {key: value for key, value in values.items() if given_as[key] not in _LORA}
     if any(name in stronger for name in ("model", "weight_path", "weight_file")):
         values = {key: value for key, value in values.items() if key not in ("model", "served_model_name")}
     source = SettingsSource("the environment", values, given_as, tuple(remarks) if command in SERVING else ())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from candle_vllm.core.setting_kinds import FilePath, Text, nearest
+from candle_vllm.server.settings.adapters import make_spec, spec_text
 from candle_vllm.server.settings.options import Option, UsageError, convert, known_keys, line_of, mapping
 from candle_vllm.server.settings.original_keys import (
     MODEL_KEYS,
@@ -24,7 +25,7 @@ from candle_vllm.server.settings.original_keys import (
 from candle_vllm.server.settings.sources import SettingsSource, read_yaml
 from candle_vllm.server.settings.table import OPTIONS
 
-_MODEL_KEYS = ("name", "hf_id", "local_path", "weight_file", "params", "notes", *MODEL_KEYS)
+_MODEL_KEYS = ("name", "hf_id", "local_path", "weight_file", "params", "adapters", "notes", *MODEL_KEYS)
 _TOP_KEYS = ("models", "default_model", "idle_unload_secs", "mailbox", "parking_lot", "global_params")
 _GLOBAL = ("idle_unload_secs",)
 
@@ -154,7 +155,19 @@ def model_entry(
             Text(), entry["weight_file"], f"{title}{line_of(entry, 'weight_file')}: weight_file"
         )
     params, spelled = _values(model_params(entry, title, remarks), title, folder, entry.get("params"))
+    if "adapters" in entry:
+        values["lora_modules"] = _adapters(entry, title, folder)
+        values["enable_lora"], given_as["lora_modules"], given_as["enable_lora"] = True, "adapters", "adapters"
     return name, SettingsSource(title, {**values, **params}, {**given_as, **spelled})
+
+
+def _adapters(entry: Mapping[str, Any], title: str, folder: Path) -> tuple[str, ...]:
+    """The adapters of a model, as --lora-modules has them."""
+    where = f"{title}{line_of(entry, 'adapters')}: adapters"
+    given = entry["adapters"]
+    if not isinstance(given, list):
+        raise UsageError(f"{where} must be a list of adapters, each with name and path")
+    return tuple(spec_text(make_spec(mapping(each, where), where, folder)) for each in given)
 
 
 def _values(params: Mapping[Any, Any], title: str, folder: Path, section: Any) -> tuple[dict[str, Any], dict[str, str]]:

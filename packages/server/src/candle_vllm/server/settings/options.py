@@ -38,11 +38,11 @@ COMMANDS = {
     "quantize": "write the model as a GGUF file, quantised or plain",
     "config": "show every setting, and where its value comes from",
 }
-MODEL, DEVICE, LIMITS, SAMPLING, MODELS, MAILBOX, RESPONSES, TOOLS, HTTP, LOGGING = (
-    "model", "device and memory", "scheduling", "default sampling", "several models", "mailbox and webhooks",
-    "kept responses", "MCP tools", "HTTP server", "logging",
+MODEL, DEVICE, LIMITS, SAMPLING, MODELS, ADAPTERS, MAILBOX, RESPONSES, TOOLS, HTTP, LOGGING = (
+    "model", "device and memory", "scheduling", "default sampling", "several models", "adapters",
+    "mailbox and webhooks", "kept responses", "MCP tools", "HTTP server", "logging",
 )  # fmt: skip
-GROUPS = (MODEL, DEVICE, LIMITS, SAMPLING, MODELS, MAILBOX, RESPONSES, TOOLS, HTTP, LOGGING)
+GROUPS = (MODEL, DEVICE, LIMITS, SAMPLING, MODELS, ADAPTERS, MAILBOX, RESPONSES, TOOLS, HTTP, LOGGING)
 COMMAND_GROUPS: Mapping[str, tuple[str, ...]] = {
     "serve": GROUPS,
     "generate": (MODEL, DEVICE, LIMITS, SAMPLING, LOGGING),

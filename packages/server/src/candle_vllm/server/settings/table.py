@@ -19,6 +19,7 @@ from candle_vllm.core.sampling.thoughts import MAX_BUDGET, MAX_MESSAGE
 from candle_vllm.core.setting_kinds import Boolean, Choice, FilePath, Integer, JsonObject, Number, Secret, Text
 from candle_vllm.responses.store.options import MAX_DAYS, MAX_MB, MAX_RECORDS
 from candle_vllm.server.settings.options import (
+    ADAPTERS,
     COMMAND_GROUPS,
     COMMANDS,
     DEVICE,
@@ -194,6 +195,34 @@ class Settings:
         Boolean(), "serve the models that were fetched, let clients pull, copy and delete models (/api/pull, "
         "/api/copy, /api/delete), and operators add, remove and read them again (/v1/models/add, remove, reload)",
         commands=_SERVE)] = False
+    lora_modules: Annotated[tuple[str, ...], own(ADAPTERS,
+        Text(), "adapter that is served by its name (docs/lora.md): name=path, or JSON with name, path, pinned and "
+        "scale; repeatable", "NAME=PATH", in_yaml=True)] = ()
+    lora_init_without_apply: Annotated[bool, own(ADAPTERS,
+        Boolean(), "adapters count where a request names them alone, whatever scale they were given",
+        in_yaml=True)] = False
+    lora_warmup: Annotated[tuple[str, ...], own(ADAPTERS,
+        Text(512), "name of an adapter that is loaded with its model; repeatable", "NAME", in_yaml=True)] = ()
+    lora_resolver: Annotated[tuple[str, ...], own(ADAPTERS,
+        Text(), "where adapters are looked for that a request names and nobody knows: local=DIR, hf=org/* (hf alone is "
+        "every repository), s3=BUCKET/FOLDER or tar=https://HOST/{name}.tar.gz; repeatable, asked in order",
+        "SOURCE")] = ()
+    lora_allowed_bases: Annotated[tuple[str, ...], own(ADAPTERS,
+        Text(512), "base that the configuration of a looked-for adapter must name, * for any characters; repeatable",
+        "PATTERN")] = ()
+    lora_max_mb: Annotated[int, own(ADAPTERS,
+        Integer(1, 1 << 20), "largest adapter that is fetched, in MB of 2^20 bytes", "MB")] = 1024
+    lora_fetch_timeout: Annotated[int, own(ADAPTERS,
+        Integer(1, 86400), "how long fetching an adapter may take", "SECONDS")] = 120
+    lora_cache_dir: Annotated[Path | None, own(ADAPTERS,
+        FilePath(), "folder for fetched adapters; else adapters in --download-dir, else ~/.cache/candle-vllm/adapters",
+        "DIR")] = None
+    lora_cache_bytes: Annotated[int, own(ADAPTERS,
+        Integer(1 << 20, 1 << 50), "most that fetched adapters take on disk; the least used make room; 4G is 4 * 2^30",
+        "BYTES")] = 10 << 30
+    allow_runtime_lora: Annotated[bool, own(ADAPTERS,
+        Boolean(), "let operators load and unload adapters of this machine's files while the server runs "
+        "(/v1/load_lora_adapter, /v1/unload_lora_adapter)")] = False
     mailbox: Annotated[str | None, own(MAILBOX,
         Secret(), "keep answers for clients that ask for it: sqlite (in ~/.candle-vllm), sqlite:///path or "
         "postgresql://...", "URL")] = field(default=None, repr=False)

@@ -1,0 +1,395 @@
+"""The adapters of one server: those that the operator named, and those that a request named and a source has.
+
+Step 1 of a request's life, behind the name in `model`. Many who ask for the same new adapter wait for one look; a name
+that no source has is remembered for a while, and never means the base.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+from candle_vllm.core.engine.request import LoRARequest
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.setting_kinds import nearest
+from candle_vllm.openai.serving import Uses
+from candle_vllm.server.adapters.disk_cache import DiskCache
+from candle_vllm.server.adapters.sources import AdapterName, Found, Refused, Source, Unavailable, read_name
+from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.loop_threads import in_thread
+from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
+from candle_vllm.server.settings.adapters import AdapterSpec, read_specs
+from candle_vllm.server.settings.options import UsageError
+
+logger = logging.getLogger(__name__)
+
+MAX_KNOWN = 10_000  # adapters that requests named; those that nobody asked for longest are forgotten
+_MAX_MISSING = 4096  # names that a source did not have
+_MISSING_SECONDS = 60.0
+_FAULT_SECONDS = 5.0  # after a source that could not be asked
+_LOOKING = 8  # at a time
+_MAX_LOOKING = 256  # with those that wait
+_LISTED = 20  # names in a message
+_NEAR = 200  # names that one is compared with
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """An adapter that is known.
+
+    Attributes:
+        name: by which requests name it.
+        base: the entry of the catalogue that it is for.
+        path: its folder or file.
+        root: what is said of where it is from.
+        revision: a commit, a sum or a version; None where there is none.
+        number: llama.cpp's id of it; None of one that the operator did not name.
+        scale: its part where a request says nothing of adapters; 0 is none.
+        pinned: it stays in memory.
+        kind: of the source; "given" of those that the operator named or loaded.
+        created: Unix seconds.
+    """
+
+    name: str
+    base: str
+    path: Path
+    root: str
+    revision: str | None = None
+    number: int | None = None
+    scale: float = 0.0
+    pinned: bool = False
+    kind: str = "given"
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """By which a key may be let have it: with its revision, and without."""
+        return self.name, self.name.partition("@")[0]
+
+    @property
+    def request(self) -> LoRARequest:
+        """What an engine is told: a name that stands for these files alone."""
+        pinned = self.revision and not self.name.endswith(f"@{self.revision}")
+        name = f"{self.name}@{self.revision}" if pinned else self.name
+        return LoRARequest(lora_name=name, lora_path=str(self.path))
+
+
+class Adapters:
+    """Those of one server. For one event loop.
+
+    A manager of models has it `adopt` its catalogue before anything is asked.
+
+    Args:
+        sources: where names that are not known are looked for, in order.
+        cache: of what they fetch; None where they fetch nothing.
+        looked: called with the kind of a source and how a look at it ended.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source] = (),
+        cache: DiskCache | None = None,
+        looked: Callable[[str, str], object] = lambda kind, outcome: None,  # noqa: ARG005
+    ) -> None:
+        self._catalogue: Catalogue | None = None
+        self._sources = tuple(sources)
+        self.cache = cache
+        self._looked = looked
+        self._known: OrderedDict[tuple[str, str], Adapter] = OrderedDict()  # by base and name
+        self._missing: OrderedDict[tuple[int, str], tuple[float, Refused | Unavailable | None]] = OrderedDict()
+        self._looks: dict[str, asyncio.Task[Adapter | None]] = {}  # by what was asked for
+        self._places = asyncio.Semaphore(_LOOKING)
+        self._used = Counter[tuple[str, str]]()
+
+    # ---- names -------------------------------------------------------------------------------------------------------
+
+    @property
+    def looks_elsewhere(self) -> bool:
+        """Whether a name that is not known may be an adapter's all the same."""
+        return bool(self._sources and self.bases())
+
+    def bases(self) -> list[ModelEntry]:
+        """The models that take adapters, the default first."""
+        catalogue = self._catalogue
+        if catalogue is None:
+            return []
+        entries = sorted(catalogue.entries, key=lambda entry: entry is not catalogue.default)
+        return [entry for entry in entries if entry.settings.enable_lora]
+
+    def find(self, text: str | None) -> Adapter | None:
+        """A known adapter by `name`, `name@revision`, or either behind `base:`; never what a model is called."""
+        if text is None or self._catalogue is None or self._catalogue.has(text):
+            return None
+        base, name = self._split(text)
+        for entry in self.bases() if base is None else (base,):
+            if (found := self._known.get((entry.name, name))) is not None:
+                return found
+        return None
+
+    def numbered(self, base: str) -> list[Adapter]:
+        """Those that the operator named for a model, by llama.cpp's ids."""
+        found = [(each.number, each) for each in self._known.values() if each.base == base and each.number is not None]
+        return [each for _, each in sorted(found, key=lambda pair: pair[0])]
+
+    def mix(self, base: str, scales: Mapping[int, float] | None) -> list[tuple[Adapter, float]]:
+        """The adapters of a request of llama.cpp's kind, or those that count where it says nothing.
+
+        Raises:
+            InvalidParameterError: there is none of that id.
+        """
+        if scales is None:
+            return [(each, each.scale) for each in self._known.values() if each.base == base and each.scale]
+        numbered = {each.number: each for each in self.numbered(base)}
+        for number in scales:
+            if number not in numbered:
+                raise InvalidParameterError(
+                    f"lora: there is no adapter {number}: GET /lora-adapters shows those of this server", "lora"
+                )
+        return [(numbered[number], scale) for number, scale in scales.items() if scale]
+
+    def all(self) -> list[Adapter]:
+        """Every known adapter, and those of local folders that nobody has asked for, by base and name."""
+        found = {(each.base, each.name): each for each in self._known.values()}
+        if bases := self.bases():
+            for source in self._sources:
+                for name in source.names() if source.kind == "local" else ():
+                    shown = Adapter(name=name, base=bases[0].name, path=Path(), root=name, kind=source.kind, created=0)
+                    found.setdefault((shown.base, name), shown)
+        return [found[key] for key in sorted(found)]
+
+    def near(self, name: str) -> str:
+        """What there is, for a message: the name that is nearest, and some others."""
+        names = [each.name for each in self.all()]
+        if not names:
+            return "No adapters are known."
+        likely = [known for known in names if known[:1].lower() == name[:1].lower() or name.lower() in known.lower()]
+        shown = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+        return f"Adapters are: {shown}{nearest(name, islice(likely, _NEAR))}."
+
+    def _split(self, text: str) -> tuple[ModelEntry | None, str]:
+        """The base before a colon, where a model is called so, and the name behind it."""
+        named = [(name, entry) for entry in self.bases() for name in entry.names if text.startswith(f"{name}:")]
+        if not named:
+            return None, text
+        name, entry = max(named, key=lambda pair: len(pair[0]))
+        return entry, text[len(name) + 1 :]
+
+    # ---- on demand ---------------------------------------------------------------------------------------------------
+
+    async def reach(self, text: str) -> Adapter | None:
+        """The adapter of a name, looked for where it is not known, and again where its files have gone.
+
+        Raises:
+            HttpError: 400, because it is there and is not taken; 503, because it cannot be had now, or too many look.
+        """
+        known = self.find(text)
+        if known is not None:
+            self._known.move_to_end((known.base, known.name))
+            if known.kind == "given" or known.path.exists():
+                return known
+        base, name = self._split(text)
+        read = read_name(name)
+        if read is None or not self.looks_elsewhere:
+            return None
+        if known is not None and known.revision is not None:  # the cache made room for others
+            read = AdapterName(read.name, known.revision)
+        look = self._looks.get(text)
+        if look is None:
+            if len(self._looks) >= _MAX_LOOKING:
+                raise HttpError(503, "Too many adapters are looked for.", "overloaded", {"retry-after": "5"})
+            look = self._looks[text] = asyncio.create_task(self._look(read, base, name), name="adapter")
+            look.add_done_callback(lambda task: self._looked_for(text, task))
+        return await asyncio.shield(look)
+
+    def _looked_for(self, text: str, look: asyncio.Task[Adapter | None]) -> None:
+        del self._looks[text]
+        if not look.cancelled():
+            look.exception()  # who asked has heard of it, or has left
+
+    async def _look(self, read: AdapterName, base: ModelEntry | None, name: str) -> Adapter | None:
+        looked = await self._fetch(read)
+        if looked is None:
+            return None
+        source, found = looked
+        entry = base or self._base_of(found)
+        adapter = Adapter(
+            name=name, base=entry.name, path=found.path, root=found.root, revision=found.revision, kind=source.kind
+        )
+        self._keep(adapter)
+        return adapter
+
+    async def fetch(self, text: str) -> Found | None:
+        """The files of an adapter that a source has; errors as `reach`."""
+        read = read_name(text)
+        looked = None if read is None else await self._fetch(read)
+        return None if looked is None else looked[1]
+
+    async def _fetch(self, read: AdapterName) -> tuple[Source, Found] | None:
+        fault: Unavailable | None = None
+        for number, source in enumerate(self._sources):
+            try:
+                found = await self._ask(number, source, read)
+            except Refused as error:
+                logger.info("the adapter %s of %s is not taken: %s", read, source.kind, error)
+                message = f"The adapter {str(read)!r} cannot be used here: {error}."
+                raise HttpError(400, message, "adapter_refused", param="model") from None
+            except Unavailable as error:
+                fault = error
+                continue
+            if found is not None:
+                return source, found
+        if fault is None:
+            return None
+        message = f"The adapter {str(read)!r} cannot be had at the moment; the server's log says why."
+        raise HttpError(503, message, "adapter_unavailable", {"retry-after": "5"}, param="model")
+
+    async def _ask(self, number: int, source: Source, read: AdapterName) -> Found | None:
+        """One source, unless it was asked for the same a while ago; a local folder always is."""
+        key, now = (number, str(read)), time.monotonic()
+        until, error = self._missing.get(key, (0.0, None))
+        if now < until:
+            if error is not None:
+                raise type(error)(str(error))
+            return None
+        outcome, seconds, error = "found", 0.0, None
+        try:
+            async with self._places:
+                found = await in_thread(lambda: source.find(read), f"adapter-{source.kind}")
+        except (Refused, Unavailable) as failure:
+            outcome, seconds, error = "refused", _MISSING_SECONDS, failure
+            if isinstance(failure, Unavailable):
+                outcome, seconds = "failed", _FAULT_SECONDS
+                logger.warning("the adapter %s cannot be had of %s: %s", read, source.kind, failure)
+            raise
+        except OSError as failure:
+            outcome = "failed"
+            logger.warning("the adapter %s cannot be had of %s: %s", read, source.kind, failure)
+            raise Unavailable(str(failure)) from None
+        else:
+            if found is None:
+                outcome, seconds = "missing", _MISSING_SECONDS
+            return found
+        finally:
+            if seconds and source.kind != "local":
+                self._missing[key] = (time.monotonic() + seconds, error)
+                while len(self._missing) > _MAX_MISSING:
+                    self._missing.popitem(last=False)
+            self._looked(source.kind, outcome)
+
+    def _base_of(self, found: Found) -> ModelEntry:
+        """The model that an adapter says it is for, where that is one of ours; else the default."""
+        bases = self.bases()
+        named = (entry for entry in bases if found.base in (*entry.names, entry.settings.model))
+        return next(named, bases[0])
+
+    def _keep(self, adapter: Adapter) -> None:
+        self._known[adapter.base, adapter.name] = adapter
+        loose = [key for key, each in self._known.items() if each.kind != "given" and not self._used[key]]
+        for key in loose[: max(0, len(self._known) - MAX_KNOWN)]:
+            del self._known[key]
+
+    def use(self, adapter: Adapter) -> Callable[[], None]:
+        """Keeps an adapter's files where they are until what this gives is called."""
+        key = (adapter.base, adapter.name)
+        fetched = self.cache is not None and adapter.kind not in ("given", "local")
+        let_go = self.cache.hold(adapter.path) if fetched and self.cache is not None else None
+        self._used[key] += 1
+
+        def done() -> None:
+            self._used[key] -= 1
+            if not self._used[key]:
+                del self._used[key]
+            if let_go is not None:
+                let_go()
+
+        return done
+
+    # ---- the operator's ----------------------------------------------------------------------------------------------
+
+    def adopt(self, catalogue: Catalogue) -> None:
+        """Takes a catalogue and the adapters that its models are given; those of models that are gone are forgotten.
+
+        Raises:
+            UsageError: an adapter of it is wrong, or has the name of a model.
+        """
+        given = {entry.name: read_specs(entry.settings.lora_modules) for entry in catalogue.entries}
+        for spec in (spec for specs in given.values() for spec in specs):
+            if catalogue.has(spec.name):
+                raise UsageError(f"--lora-modules: the adapter {spec.name!r:.200} is called as a model is")
+        self._catalogue = catalogue
+        entries = {entry.name: entry for entry in catalogue.entries}
+        kept = [each for each in self._known.values() if each.base in entries and each.number is None]
+        self._known = OrderedDict(((each.base, each.name), each) for each in kept)
+        for entry in entries.values():
+            for number, spec in enumerate(given[entry.name]):
+                scale = 0.0 if entry.settings.lora_init_without_apply else spec.scale
+                self._give(spec, entry, number=number, scale=scale)
+
+    def _give(self, spec: AdapterSpec, entry: ModelEntry, *, number: int | None = None, scale: float = 0.0) -> Adapter:
+        adapter = Adapter(
+            name=spec.name, base=entry.name, path=Path(spec.path).expanduser(), root=Path(spec.path).name,
+            number=number, scale=scale, pinned=spec.pinned,
+        )  # fmt: skip
+        self._known[entry.name, spec.name] = adapter
+        return adapter
+
+    def given(self, base: str) -> list[Adapter]:
+        """Those that the operator named or loaded for a model."""
+        return [each for each in self._known.values() if each.base == base and each.kind == "given"]
+
+    def add(self, spec: AdapterSpec, base: str) -> Adapter:
+        """An adapter that an operator loads while the server runs; one of that name is replaced."""
+        entry = next(entry for entry in self.bases() if entry.name == base)
+        before = self._known.get((base, spec.name))
+        number, scale = (None, 0.0) if before is None else (before.number, before.scale)
+        return self._give(spec, entry, number=number, scale=scale)
+
+    def spelled(self, text: str) -> tuple[str, str]:
+        """The name of an adapter in what a request says, without its base: with its revision, and without."""
+        name = self._split(text)[1]
+        return name, name.partition("@")[0]
+
+    def forget(self, adapter: Adapter) -> None:
+        """An adapter is known no more, until it is asked for again where a source has it."""
+        self._known.pop((adapter.base, adapter.name), None)
+        self._missing.clear()
+
+    def scale(self, base: str, scales: Mapping[int, float]) -> None:
+        """What counts from now on where a request says nothing of adapters; those that are not named count nothing.
+
+        Raises:
+            InvalidParameterError: there is none of that id.
+        """
+        chosen = {adapter.name: scale for adapter, scale in self.mix(base, scales)}
+        for adapter in self.numbered(base):
+            self._known[base, adapter.name] = replace(adapter, scale=chosen.get(adapter.name, 0.0))
+
+
+class BaseAdapters:
+    """The adapters of one model, as an `OpenAIAdapter` asks for them (`candle_vllm.openai.serving.AdapterNames`)."""
+
+    def __init__(self, adapters: Adapters, base: str) -> None:
+        self._adapters = adapters
+        self._base = base
+
+    def is_known(self, name: str) -> bool:
+        """Whether an adapter of the model is called so."""
+        found = self._adapters.find(name)
+        return found is not None and found.base == self._base
+
+    def uses(self, name: str | None, scales: Mapping[int, float] | None) -> Uses:
+        """What a request goes through; raises `InvalidParameterError`."""
+        found = self._adapters.find(name)
+        if found is None or found.base != self._base:
+            return [(each.request, scale) for each, scale in self._adapters.mix(self._base, scales)]
+        if scales is not None:
+            raise InvalidParameterError(
+                f"lora: model {name!r:.200} names an adapter, and lora adds others: name the model itself", "lora"
+            )
+        return [(found.request, 1.0)]

@@ -1,0 +1,211 @@
+"""`/v1/load_lora_adapter`, `/v1/unload_lora_adapter` and `/lora-adapters`: adapters in the words of vLLM and llama.cpp.
+
+Beside step 1 of a request's life, whose `model` names an adapter without any of these.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Request
+from pydantic import Field, TypeAdapter, ValidationError
+from starlette.responses import PlainTextResponse, Response
+
+from candle_vllm.core.engine.request import MAX_ADAPTER_NAME, MAX_ADAPTER_PATH, AdapterInfo, LoRARequest
+from candle_vllm.core.errors import AdapterError, ModelNotFoundError, RequestError
+from candle_vllm.openai.protocol.fields import Name, WireModel
+from candle_vllm.openai.protocol.generation import LoraScale, LoraScales, lora_scales
+from candle_vllm.openai.remarks import remark
+from candle_vllm.openai.validation import parse_body
+from candle_vllm.server.adapters.registry import Adapter
+from candle_vllm.server.answering import parsed
+from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.routing import caller_of
+from candle_vllm.server.models.manager import ModelManager
+from candle_vllm.server.models.slot import ModelSlot
+from candle_vllm.server.settings.adapters import AdapterSpec
+
+router = APIRouter()
+
+_INVALID, _NOT_FOUND = "InvalidUserInput", "NotFoundError"  # vLLM's
+
+
+class LoadAdapterRequest(WireModel):
+    """An adapter of this machine's files, or one that a resolver has, and what it shall be called.
+
+    Attributes:
+        lora_path: a PEFT folder, a GGUF adapter, or a name that a resolver knows.
+        load_inplace: it takes the place of the adapter that is called so.
+        base_model_name: the model that it is for; the default one where there are several.
+        is_3d_lora_weight: without effect: an adapter's files say how they hold experts.
+    """
+
+    lora_name: Annotated[str, Field(max_length=MAX_ADAPTER_NAME)] = ""
+    lora_path: Annotated[str, Field(max_length=MAX_ADAPTER_PATH)] = ""
+    load_inplace: bool = False
+    base_model_name: Name | None = None
+    is_3d_lora_weight: bool = False
+
+
+class UnloadAdapterRequest(WireModel):
+    """Which adapter; its number has no effect, as names are its identity."""
+
+    lora_name: Annotated[str, Field(max_length=MAX_ADAPTER_NAME)] = ""
+    lora_int_id: int | None = None
+
+
+class NumberedAdapter(msgspec.Struct, frozen=True, kw_only=True):
+    """An adapter as llama.cpp lists it.
+
+    Attributes:
+        id: its number, for `lora` of a request.
+        path: what its files are called; where they lie is nobody's business.
+        scale: how much of it is added where a request says nothing.
+        name: for `model` of a request.
+    """
+
+    id: int
+    path: str
+    scale: float
+    name: str
+
+
+class Succeeded(msgspec.Struct, frozen=True):
+    """It is done."""
+
+    success: bool = True
+
+
+@router.post("/v1/load_lora_adapter")
+async def load_lora_adapter(request: Request) -> Response:
+    """Loads an adapter and serves it by a name; answers when it is in memory."""
+    wanted: LoadAdapterRequest = await parsed(request, lambda body: parse_body(LoadAdapterRequest, body))
+    manager = _changeable(request)
+    name = wanted.lora_name
+    if not name or not wanted.lora_path:
+        raise HttpError(400, "Both 'lora_name' and 'lora_path' must be provided.", _INVALID)
+    if manager.catalogue.has(name) or not name.isprintable():
+        raise HttpError(400, f"The name {name!r:.200} is a model's, or none.", _INVALID, param="lora_name")
+    slot = _base(manager, wanted.base_model_name)
+    known = manager.adapters.find(name)
+    if known is not None and not wanted.load_inplace:
+        message = f"The lora adapter '{name}' has already been loaded."
+        more = " If you want to load the adapter in place, set 'load_inplace' to True."
+        raise HttpError(400, message + more, _INVALID, param="lora_name")
+    path = await _files(manager, wanted.lora_path)
+    lease = await manager.acquire(slot.entry.name)
+    try:
+        asked = LoRARequest(lora_name=name, lora_path=str(path), load_inplace=wanted.load_inplace)
+        info = await asyncio.to_thread(lease.model.engine.add_lora, asked)
+    except (AdapterError, ModelNotFoundError) as error:
+        raise HttpError(400, f"The adapter cannot be used: {error}", "adapter_refused", param="lora_path") from None
+    finally:
+        lease.release()
+    manager.adapters.add(AdapterSpec(name, str(path)), slot.entry.name)
+    remark(_said(info))
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+
+def _said(info: AdapterInfo) -> list[str]:
+    """What an adapter came to."""
+    return [f"rank {info.rank}, {info.modules} matrices, norm {info.delta_norm:.4g}", *info.notes]
+
+
+async def _files(manager: ModelManager, path: str) -> Path:
+    """Where an adapter's files are, which a resolver fetches where they are not on this machine."""
+    local = Path(path).expanduser()
+    if await asyncio.to_thread(local.exists):
+        return local
+    found = await manager.adapters.fetch(path)
+    if found is None:
+        raise HttpError(404, f"There is no adapter at {path!r:.200}.", _NOT_FOUND, param="lora_path")
+    return found.path
+
+
+@router.post("/v1/unload_lora_adapter")
+async def unload_lora_adapter(request: Request) -> Response:
+    """Serves an adapter no more; answers that go on end with it."""
+    wanted: UnloadAdapterRequest = await parsed(request, lambda body: parse_body(UnloadAdapterRequest, body))
+    manager, name = _changeable(request), wanted.lora_name
+    if not name:
+        raise HttpError(400, "'lora_name' needs to be provided to unload a LoRA adapter.", _INVALID)
+    known = manager.adapters.find(name)
+    if known is None:
+        raise HttpError(404, f"The lora adapter '{name}' cannot be found.", _NOT_FOUND, param="lora_name")
+    manager.adapters.forget(known)
+    model = manager.slots[known.base].model
+    if model is not None:
+        await asyncio.to_thread(model.engine.remove_lora, known.request.lora_name)
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+
+def _changeable(request: Request) -> ModelManager:
+    """The models, where the operator allows that their adapters change."""
+    state = request.app.state
+    if not state.settings.allow_runtime_lora:
+        message = "This server's adapters stay as they are: it was started without --allow-runtime-lora."
+        raise HttpError(403, message, "adapter_changes_off")
+    manager: ModelManager = state.manager
+    if not manager.adapters.bases():
+        raise HttpError(409, "The models of this server take no adapters (--enable-lora).", "adapters_off")
+    return manager
+
+
+def _base(manager: ModelManager, name: str | None) -> ModelSlot:
+    """A model that takes adapters: the one of that name, else the first."""
+    slot = manager.slots[manager.adapters.bases()[0].name] if name is None else manager.find(name, exact=True)
+    if not slot.entry.settings.enable_lora:
+        raise HttpError(409, f"The model {slot.entry.names[0]!r} takes no adapters.", "adapters_off")
+    return slot
+
+
+# ---- llama.cpp's -----------------------------------------------------------------------------------------------------
+
+
+@router.get("/lora-adapters")
+async def list_adapters(request: Request) -> Response:
+    """The adapters that the operator named for a model (`?model=`), with the numbers that `lora` of a request has."""
+    manager, caller = request.app.state.manager, caller_of(request.scope)
+    found = manager.adapters.numbered(_asked(request).entry.name)
+    return _json([_numbered(each) for each in found if caller.may_use(*each.names)])
+
+
+@router.post("/lora-adapters")
+async def scale_adapters(request: Request) -> Response:
+    """Says how much of each adapter is added where a request says nothing; those that are not named count nothing."""
+    scales = await parsed(request, _read_scales)
+    manager: ModelManager = request.app.state.manager
+    manager.adapters.scale(_asked(request).entry.name, scales)
+    return _json(Succeeded())
+
+
+def _asked(request: Request) -> ModelSlot:
+    manager: ModelManager = request.app.state.manager
+    name, caller = request.query_params.get("model") or None, caller_of(request.scope)
+    manager.permit(name, caller)
+    return manager.find(name, caller=caller)
+
+
+def _numbered(adapter: Adapter) -> NumberedAdapter:
+    assert adapter.number is not None
+    return NumberedAdapter(id=adapter.number, path=adapter.root, scale=adapter.scale, name=adapter.name)
+
+
+_LIST: TypeAdapter[Sequence[LoraScale]] = TypeAdapter(LoraScales)
+
+
+def _read_scales(body: bytes) -> Mapping[int, float]:
+    try:
+        scales = lora_scales(_LIST.validate_json(body))
+    except (ValidationError, RequestError) as error:
+        said: Any = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise HttpError(400, f"The body must be a list of id and scale: {said}", "invalid_value") from None
+    return scales or {}
+
+
+def _json(content: Any) -> Response:
+    return Response(msgspec.json.encode(content), media_type="application/json")

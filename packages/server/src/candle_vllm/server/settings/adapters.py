@@ -1,0 +1,100 @@
+"""The adapters that an operator names: `--lora-modules`, and `adapters` of models.yaml.
+
+Read before step 1 of a request's life.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from candle_vllm.core.engine.request import MAX_ADAPTER_NAME, MAX_ADAPTER_SCALE
+from candle_vllm.core.setting_kinds import nearest
+from candle_vllm.server.settings.options import UsageError
+
+MAX_SPECS = 100_000
+_MAX_TEXT = 4096
+_KEYS = {"name": "name", "path": "path", "scale": "scale", "pinned": "pinned", "lora_name": "name", "lora_path": "path",
+         "base_model_name": "base"}  # fmt: skip
+
+
+class AdapterSpec(NamedTuple):
+    """An adapter that an operator names.
+
+    Attributes:
+        scale: its part where a request says nothing of adapters; 0 is none.
+        pinned: it stays in memory.
+    """
+
+    name: str
+    path: str
+    scale: float = 0.0
+    pinned: bool = False
+
+
+def read_specs(texts: Sequence[str]) -> Sequence[AdapterSpec]:
+    """The adapters of a model, each under a name of its own; raises `UsageError`."""
+    found = dict[str, AdapterSpec]()
+    for text in texts:
+        spec = read_spec(text)
+        if spec.name in found:
+            raise UsageError(f"--lora-modules: two adapters are called {spec.name!r:.200}")
+        found[spec.name] = spec
+    if len(found) > MAX_SPECS:
+        raise UsageError(f"--lora-modules: more than {MAX_SPECS} adapters; --lora-resolver local=DIR has them by name")
+    return list(found.values())
+
+
+def read_spec(text: str) -> AdapterSpec:
+    """One of `--lora-modules`: `name=path`, or vLLM's or SGLang's JSON; raises `UsageError`."""
+    if text.lstrip().startswith("{"):
+        try:
+            given = json.loads(text)
+        except (ValueError, RecursionError):
+            raise UsageError(f"--lora-modules {text!r:.100} is no JSON") from None
+        return make_spec(given, "--lora-modules")
+    name, equals, path = text.partition("=")
+    if not equals:
+        raise UsageError(f"--lora-modules {text!r:.100} must be name=path, or JSON with name and path")
+    return make_spec({"name": name, "path": path}, "--lora-modules")
+
+
+def make_spec(given: Mapping[Any, Any], where: str, folder: Path | None = None) -> AdapterSpec:
+    """An adapter out of a mapping; raises `UsageError`, which says where it stands.
+
+    Args:
+        given: name and path, and if need be scale and pinned.
+        where: for messages.
+        folder: which its path is relative to.
+    """
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        if key not in _KEYS:
+            raise UsageError(f"{where}: an adapter has no {str(key)[:60]!r}{nearest(str(key), _KEYS)}")
+        values[_KEYS[key]] = value
+    for key in ("name", "path"):
+        value = values.get(key)
+        if not isinstance(value, str) or not value.strip() or len(value) > _MAX_TEXT or not value.isprintable():
+            raise UsageError(f"{where}: an adapter needs a {key}, which is a text")
+    if len(values["name"]) > MAX_ADAPTER_NAME:
+        raise UsageError(f"{where}: the name of an adapter has more than {MAX_ADAPTER_NAME} characters")
+    scale, pinned = values.get("scale", 0.0), values.get("pinned", False)
+    if (
+        isinstance(scale, bool)
+        or not isinstance(scale, (int, float))
+        or not math.isfinite(scale)
+        or abs(scale) > MAX_ADAPTER_SCALE
+    ):
+        raise UsageError(f"{where}: scale of {values['name']!r:.100} must be a number within ±1000")
+    if not isinstance(pinned, bool):
+        raise UsageError(f"{where}: pinned of {values['name']!r:.100} must be true or false")
+    path = values["path"] if folder is None else str(folder / Path(values["path"]).expanduser())
+    return AdapterSpec(values["name"], path, float(scale), pinned)
+
+
+def spec_text(spec: AdapterSpec) -> str:
+    """A spec as `--lora-modules` has it."""
+    return json.dumps(spec._asdict())

@@ -1,0 +1,260 @@
+"""The adapters of a server by name: one look for many askers, what is missing, what a name means and never means."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+
+from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.server.adapters.disk_cache import DiskCache, Key
+from candle_vllm.server.adapters.registry import Adapters, BaseAdapters
+from candle_vllm.server.adapters.sources import AdapterName, Found, Refused, Unavailable
+from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
+from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.options import UsageError
+
+
+class FakeSource:
+    """Has adapters by name; while `gate` is cleared, whoever looks waits."""
+
+    kind = "hf"
+
+    def __init__(self, folder: Path, *names: str) -> None:
+        self.folder = folder
+        self.has = set(names)
+        self.asked: list[str] = []
+        self.fails: Exception | None = None
+        self.gate = threading.Event()
+        self.gate.set()
+        self.base: str | None = None
+
+    def find(self, name: AdapterName) -> Found | None:
+        self.asked.append(str(name))
+        assert self.gate.wait(30)
+        if self.fails is not None:
+            raise self.fails
+        if name.name not in self.has:
+            return None
+        path = self.folder / name.name.replace("/", "--")
+        path.mkdir(parents=True, exist_ok=True)
+        return Found(path, f"{name.name}@c1", name.revision or "c1", self.base)
+
+    def names(self) -> tuple[str, ...]:
+        return ()
+
+
+def entry(name: str = "base", **settings: object) -> ModelEntry:
+    return ModelEntry(name, Settings(**{"enable_lora": True, **settings}), (name,))  # type: ignore[arg-type]
+
+
+def adapters(*sources: FakeSource, entries: tuple[ModelEntry, ...] = (), cache: DiskCache | None = None) -> Adapters:
+    made = Adapters(sources, cache)
+    made.adopt(Catalogue(entries or (entry(),)))
+    return made
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> FakeSource:
+    return FakeSource(tmp_path / "fetched", "acme/tone", "acme/other")
+
+
+async def until(done: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not done():
+            await asyncio.sleep(0.001)
+
+
+async def test_many_who_ask_wait_for_one_look(source: FakeSource) -> None:
+    known = adapters(source)
+    source.gate.clear()
+    asked = [asyncio.create_task(known.reach("acme/tone")) for _ in range(20)]
+    await until(lambda: bool(source.asked))
+    asked[0].cancel()  # one who leaves takes nothing from the others
+    await asyncio.sleep(0)
+    source.gate.set()
+    found = await asyncio.gather(*asked[1:])
+    assert {each.root for each in found if each} == {"acme/tone@c1"}
+    assert source.asked == ["acme/tone"]
+    assert await known.reach("acme/tone") is found[0]
+    assert source.asked == ["acme/tone"]
+
+
+async def test_what_no_source_has_is_asked_for_once_in_a_while(source: FakeSource) -> None:
+    outcomes = Counter[tuple[str, str]]()
+    known = Adapters([source], looked=lambda kind, outcome: outcomes.update([(kind, outcome)]))
+    known.adopt(Catalogue([entry()]))
+    for _ in range(3):
+        assert await known.reach("acme/none") is None
+    assert source.asked == ["acme/none"]
+    assert outcomes == {("hf", "missing"): 1}
+    source.fails = Refused("it has r 99")
+    for _ in range(2):
+        with pytest.raises(HttpError, match=r"'acme/tone' cannot be used here: it has r 99\.") as refused:
+            await known.reach("acme/tone")
+        assert refused.value.status == 400
+    source.fails = Unavailable("secret address")
+    for _ in range(2):
+        with pytest.raises(HttpError, match="cannot be had at the moment") as failed:
+            await known.reach("acme/other")
+        assert (failed.value.status, failed.value.headers["retry-after"]) == (503, "5")
+    assert source.asked == ["acme/none", "acme/tone", "acme/other"]
+
+
+async def test_a_thousand_unknown_names_are_nothing(source: FakeSource) -> None:
+    known = adapters(source)
+    for number in range(1000):
+        assert await known.reach(f"../x{number}") is None
+    assert source.asked == []
+    found = await asyncio.gather(*(known.reach(f"acme/x{number}") for number in range(200)))
+    assert set(found) == {None}
+    assert known.all() == []
+
+
+async def test_no_more_look_than_may(source: FakeSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("candle_vllm.server.adapters.registry._MAX_LOOKING", 2)
+    known = adapters(source)
+    source.gate.clear()
+    looking = [asyncio.create_task(known.reach(f"acme/{n}")) for n in range(2)]
+    await until(lambda: len(source.asked) == 2)
+    with pytest.raises(HttpError, match="Too many adapters") as refused:
+        await known.reach("acme/tone")
+    assert refused.value.status == 503
+    source.gate.set()
+    await asyncio.gather(*looking)
+
+
+async def test_one_source_that_fails_hides_none_that_has_it(source: FakeSource, tmp_path: Path) -> None:
+    broken = FakeSource(tmp_path / "broken")
+    broken.fails = Unavailable("down")
+    known = adapters(broken, source)
+    found = await known.reach("acme/tone")
+    assert found is not None
+    assert found.kind == "hf"
+    with pytest.raises(HttpError, match="cannot be had at the moment"):
+        await known.reach("acme/none")
+
+
+async def test_a_name_may_say_its_base_and_its_revision(source: FakeSource) -> None:
+    first, second = entry("first"), entry("org/second:Q4", model="org/second")
+    known = adapters(source, entries=(first, second, entry("closed", enable_lora=False)))
+    found = await known.reach("org/second:Q4:acme/tone@v7")
+    assert found is not None
+    assert (found.base, found.name, found.revision) == ("org/second:Q4", "acme/tone@v7", "v7")
+    assert found.request.lora_name == "acme/tone@v7"
+    assert known.find("org/second:Q4:acme/tone@v7") is found
+    assert known.find("acme/tone@v7") is found
+    assert known.find("first:acme/tone@v7") is None
+    plain = await known.reach("acme/tone")
+    assert plain is not None
+    assert (plain.base, plain.request.lora_name) == ("first", "acme/tone@c1")
+    source.base = "org/second"
+    other = await known.reach("acme/other")
+    assert other is not None
+    assert other.base == "org/second:Q4"
+    assert await known.reach("closed:acme/tone") is None
+
+
+async def test_a_models_own_name_is_never_an_adapters(source: FakeSource) -> None:
+    source.has.add("base")
+    known = adapters(source)
+    assert known.find("base") is None
+    assert known.find("default") is None
+    with pytest.raises(UsageError, match="called as a model is"):
+        adapters(entries=(entry(lora_modules=("base=/x",)),))
+
+
+async def test_files_that_went_from_the_cache_come_again_as_they_were(tmp_path: Path, source: FakeSource) -> None:
+    known = adapters(source)
+    found = await known.reach("acme/tone")
+    assert found is not None
+    found.path.rmdir()
+    again = await known.reach("acme/tone")
+    assert again is not None
+    assert again.path.is_dir()
+    assert source.asked == ["acme/tone", "acme/tone@c1"]
+
+
+async def test_an_adapter_in_use_keeps_its_files(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path / "cache", 1000)
+
+    def fill(folder: Path) -> None:
+        (folder / "x").write_bytes(bytes(600))
+
+    path = cache.put(Key("hf", "acme/tone", "c1"), "", fill)
+
+    class Cached(FakeSource):
+        def find(self, name: AdapterName) -> Found | None:
+            return Found(path, "acme/tone@c1", "c1")
+
+    known = adapters(Cached(tmp_path), cache=cache)
+    found = await known.reach("acme/tone")
+    assert found is not None
+    done = known.use(found)
+    with pytest.raises(Refused):
+        cache.put(Key("hf", "acme/other", "c1"), "", fill)
+    done()
+    cache.put(Key("hf", "acme/other", "c1"), "", fill)
+    assert not path.exists()
+
+
+async def test_those_that_requests_named_are_forgotten_in_turn(
+    source: FakeSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("candle_vllm.server.adapters.registry.MAX_KNOWN", 3)
+    source.has = {f"acme/{n}" for n in range(5)}
+    known = adapters(source, entries=(entry(lora_modules=("given=/srv/given",)),))
+    first = await known.reach("acme/0")
+    assert first is not None
+    done = known.use(first)
+    for number in range(1, 5):
+        await known.reach(f"acme/{number}")
+    assert [each.name for each in known.all()] == ["acme/0", "acme/4", "given"]
+    done()
+
+
+def test_what_an_operator_names_has_numbers_and_scales() -> None:
+    modules = ("a=/srv/a", '{"name": "b", "path": "/srv/b.gguf", "scale": 0.5, "pinned": true}')
+    known = adapters(entries=(entry(lora_modules=modules),))
+    names = BaseAdapters(known, "base")
+    assert [(each.number, each.name, each.scale, each.pinned) for each in known.numbered("base")] == [
+        (0, "a", 0.0, False), (1, "b", 0.5, True),
+    ]  # fmt: skip
+    assert [(each.lora_name, scale) for each, scale in names.uses("base", None)] == [("b", 0.5)]
+    assert [(each.lora_name, scale) for each, scale in names.uses("a", None)] == [("a", 1.0)]
+    assert [(each.lora_name, scale) for each, scale in names.uses(None, {0: 2.0, 1: 0.0})] == [("a", 2.0)]
+    assert names.uses(None, {}) == []
+    with pytest.raises(InvalidParameterError, match="no adapter 2"):
+        names.uses(None, {2: 1.0})
+    with pytest.raises(InvalidParameterError, match="names an adapter"):
+        names.uses("a", {0: 1.0})
+    known.scale("base", {0: 1.5})
+    assert [(each.lora_name, scale) for each, scale in names.uses(None, None)] == [("a", 1.5)]
+    without = adapters(entries=(entry(lora_modules=modules, lora_init_without_apply=True),))
+    assert BaseAdapters(without, "base").uses(None, None) == []
+
+
+NO_SPECS = (
+    "x", "=path", "name=", "{", '{"name": "x"}', '{"name": "x", "path": 3}', '{"name": "x", "path": "y", "p": 1}',
+    '{"name": "x", "path": "y", "scale": NaN}', '{"name": "x", "path": "y", "scale": 1e9}',
+    '{"name": "x", "path": "y", "pinned": 1}', "a\nb=x",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NO_SPECS)
+def test_an_adapter_that_is_none_is_refused_at_the_start(text: str) -> None:
+    with pytest.raises(UsageError, match=r"lora.modules"):
+        adapters(entries=(entry(lora_modules=(text,)),))
+
+
+def test_two_adapters_of_one_name_are_refused() -> None:
+    with pytest.raises(UsageError, match="two adapters are called 'a'"):
+        adapters(entries=(entry(lora_modules=("a=/x", "a=/y")),))

@@ -1,0 +1,360 @@
+"""Adapters by the `model` of a request, through every API; the routes of vLLM and llama.cpp; keys that are bound."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+
+from adapter_fakes import CONFIG, WEIGHTS, files
+from fake_hub import COMMIT
+from running_server import Running
+from server_fakes import PacedEngine
+
+from candle_vllm.core.engine.request import AdapterUse
+from candle_vllm.core.errors import AdapterError
+from candle_vllm.server.routes.ollama_library import refuse_open_changes
+from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.options import UsageError
+
+Start = Callable[..., Running]
+CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+
+
+@pytest.fixture
+def hubbed(start: Start, fake_hub: Any, tmp_path: Path) -> Running:
+    """A server whose adapters are those of one organisation of a hub."""
+    fake_hub.repos = {
+        "acme/tone": files(), "acme/wide": files(r=9999), "other/tone": files(),
+        "acme/pickle": {CONFIG: files()[CONFIG], "adapter_model.bin": b"x"},
+    }  # fmt: skip
+    return start(
+        PacedEngine("fine", name="base"), enable_lora=True, lora_resolver=("hf=acme/*",), lora_cache_dir=tmp_path / "c",
+    )  # fmt: skip
+
+
+def used(running: Running) -> list[tuple[str, float]]:
+    """The adapters of the last request."""
+    adapters: tuple[AdapterUse, ...] = running.engine.requests[-1].adapters
+    return [(each.name, each.scale) for each in adapters]
+
+
+def chat(running: Running, model: str | None, **more: Any) -> Any:
+    with running.http() as http:
+        return http.post("/v1/chat/completions", json={"model": model, **CHAT, **more})
+
+
+# ---- the plan of a service of adapters -------------------------------------------------------------------------------
+
+
+def test_the_base_an_adapter_and_the_adapter_from_the_cache(hubbed: Running, fake_hub: Any) -> None:
+    with hubbed.http() as http:
+        assert http.get("/health").status_code == 200
+        assert http.get("/ready").status_code == 200
+        assert http.post("/v1/completions", json={"model": "base", "prompt": "x", "max_tokens": 2}).status_code == 200
+        assert used(hubbed) == []
+        first = http.post("/v1/completions", json={"model": "acme/tone", "prompt": "x", "max_tokens": 2})
+        assert (first.status_code, first.json()["model"]) == (200, "acme/tone")
+        assert used(hubbed) == [(f"acme/tone@{COMMIT}", 1.0)]
+        assert (Path(hubbed.engine.requests[-1].adapters[0].path) / WEIGHTS).read_bytes() == b"weights"
+        fetched = list(fake_hub.asked)
+        again = chat(hubbed, "acme/tone").json()
+        assert again["choices"][0]["message"]["content"] == "fine"
+        assert fake_hub.asked == fetched
+        cards = {card["id"]: card for card in http.get("/v1/models").json()["data"]}
+        card = cards["acme/tone"]
+        assert (card["parent"], card["root"], card["revision"]) == ("base", f"acme/tone@{COMMIT}", COMMIT)
+        assert http.get("/v1/models/acme/tone").json() == card
+        metrics = http.get("/metrics").text
+        assert 'candle_vllm:lora_resolutions_total{outcome="found",source="hf"} 1.0' in metrics
+        assert hubbed.engine.requests[-1].adapters[0].name == f"acme/tone@{COMMIT}"
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc", "other/tone", "acme_tone", "gpt-4", "acme/none", "acme/tone/../x", "bas"]
+)
+def test_a_bad_name_is_404_and_never_the_base(hubbed: Running, fake_hub: Any, name: str) -> None:
+    answer = chat(hubbed, name)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+    assert "served are: base" in answer.json()["error"]["message"]
+    assert hubbed.engine.requests == []
+    assert fake_hub.asked == []
+
+
+def test_what_is_there_and_cannot_be_used_is_told_and_the_weights_never_come(hubbed: Running, fake_hub: Any) -> None:
+    answer = chat(hubbed, "acme/wide")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "adapter_refused")
+    assert "r is 9999: ranks up to 256" in answer.json()["error"]["message"]
+    assert "a pickle" in chat(hubbed, "acme/pickle").json()["error"]["message"]
+    assert {name for name, _ in fake_hub.asked} == {CONFIG}
+
+
+def test_a_hub_that_is_not_there_is_told_apart_from_a_name_that_is_not(hubbed: Running, fake_hub: Any) -> None:
+    assert chat(hubbed, "acme/tone").status_code == 200
+    import huggingface_hub
+
+    fake_hub.stop()
+    huggingface_hub.close_session()
+    assert chat(hubbed, "acme/tone").status_code == 200
+    answer = chat(hubbed, "acme/new")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "adapter_unavailable")
+    assert answer.headers["retry-after"] == "5"
+    assert chat(hubbed, "base").status_code == 200
+
+
+def test_near_names_are_said(start: Start) -> None:
+    running = start(PacedEngine("fine", name="base"), enable_lora=True, lora_modules=("support=/srv/a", "poems=/srv/b"))
+    message = chat(running, "suport").json()["error"]["message"]
+    assert message.endswith("served are: base. Adapters are: poems, support (did you mean support?).")
+
+
+# ---- every API -------------------------------------------------------------------------------------------------------
+
+USER = [{"role": "user", "content": "hello"}]
+REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "chat": ("/v1/chat/completions", CHAT),
+    "completions": ("/v1/completions", {"prompt": "x", "max_tokens": 2}),
+    "streamed": ("/v1/completions", {"prompt": "x", "max_tokens": 2, "stream": True}),
+    "responses": ("/v1/responses", {"input": "x", "max_output_tokens": 2}),
+    "messages": ("/v1/messages", {"messages": USER, "max_tokens": 2}),
+    "ollama chat": ("/api/chat", {"messages": USER, "stream": False}),
+    "ollama generate": ("/api/generate", {"prompt": "x", "stream": False}),
+    "ollama raw": ("/api/generate", {"prompt": "x", "stream": False, "raw": True}),
+    "llama.cpp": ("/completion", {"prompt": "x", "n_predict": 2}),
+}
+
+
+@pytest.fixture
+def given(start: Start) -> Running:
+    """A server with two adapters that its operator names."""
+    modules = ("tone=/srv/tone", '{"name": "poems", "path": "/srv/poems.gguf", "pinned": true}')
+    return start(PacedEngine("fine", name="base"), enable_lora=True, lora_modules=modules, allow_runtime_lora=True)
+
+
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_every_api_takes_an_adapters_name(given: Running, kind: str) -> None:
+    path, body = REQUESTS[kind]
+    with given.http() as http:
+        for name, uses in (("base", []), ("tone", [("tone", 1.0)]), ("base:poems", [("poems", 1.0)])):
+            answer = http.post(path, json={"model": name, **body})
+            assert answer.status_code == 200, answer.text
+            assert used(given) == uses
+            assert f'"{name}"' in answer.text
+        answer = http.post(path, json={"model": "none", **body})
+        assert (answer.status_code, "none" in answer.text) == (404, True)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"input": ["a", "b"]}), ("/api/embed", {"input": "a"}), ("/api/embeddings", {"prompt": "a"}),
+        ("/v1/score", {"text_1": "a", "text_2": "b"}), ("/v1/rerank", {"query": "a", "documents": ["b"]}),
+        ("/pooling", {"input": "a"}),
+    ],
+)  # fmt: skip
+def test_vectors_go_through_an_adapter(start: Start, path: str, body: dict[str, Any]) -> None:
+    engine = PacedEngine(name="base", tasks=("embed", "score"))
+    running = start(engine, enable_lora=True, lora_modules=("tone=/srv/tone",))
+    with running.http() as http:
+        assert http.post(path, json={"model": "tone", **body}).status_code == 200
+        assert [each.lora_name for each, _ in engine.pooling_calls[-1].lora_request] == ["tone"]
+        assert http.post(path, json={"model": "base", **body}).status_code == 200
+        assert engine.pooling_calls[-1].lora_request == ()
+
+
+def test_a_batch_has_lines_of_several_adapters(given: Running) -> None:
+    lines = "".join(
+        json.dumps(
+            {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": {"model": name, **CHAT}}
+        )
+        + "\n"
+        for name in ("base", "tone", "poems")
+    )
+    client = given.openai()
+    kept = client.files.create(file=("in.jsonl", lines.encode()), purpose="batch")
+    batch = client.batches.create(input_file_id=kept.id, endpoint="/v1/chat/completions", completion_window="24h")
+    given.wait_for(lambda: client.batches.retrieve(batch.id).status in ("completed", "failed"))
+    done = client.batches.retrieve(batch.id)
+    assert done.output_file_id is not None
+    answers = [json.loads(line) for line in client.files.content(done.output_file_id).text.splitlines()]
+    assert {line["custom_id"]: line["response"]["body"]["model"] for line in answers} == {
+        "base": "base", "tone": "tone", "poems": "poems",
+    }  # fmt: skip
+    assert sorted(tuple(use.name for use in request.adapters) for request in given.engine.requests) == [
+        (), ("poems",), ("tone",),
+    ]  # fmt: skip
+
+
+def test_ollamas_names_may_end_with_latest_and_its_list_has_adapters(given: Running) -> None:
+    with given.http() as http:
+        assert http.post("/api/chat", json={"model": "tone:latest", "messages": USER}).status_code == 200
+        assert used(given) == [("tone", 1.0)]
+        assert [each["name"] for each in http.get("/api/tags").json()["models"]] == ["base", "poems", "tone"]
+        assert http.post("/api/show", json={"model": "tone"}).status_code == 200
+
+
+def test_a_model_without_adapters_refuses_a_mix_and_answers_any_name_as_ever(start: Start) -> None:
+    running = start(PacedEngine("fine", name="base"))
+    assert chat(running, "gpt-4").json()["model"] == "base"
+    answer = chat(running, "base", lora=[{"id": 0, "scale": 1.0}])
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "lora")
+    assert chat(running, "base", lora=[]).status_code == 200
+
+
+# ---- vLLM's routes ---------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_loaded_replaced_and_unloaded_in_vllms_words(given: Running, tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+    with given.http() as http:
+        body = {"lora_name": "new", "lora_path": str(tmp_path / "new")}
+        done = http.post(load, json=body)
+        assert (done.status_code, done.text) == (200, "Success: LoRA adapter 'new' added successfully.")
+        assert chat(given, "new").status_code == 200
+        assert used(given) == [("new", 1.0)]
+        again = http.post(load, json=body)
+        assert (again.status_code, again.json()["error"]["code"]) == (400, "InvalidUserInput")
+        assert "has already been loaded" in again.json()["error"]["message"]
+        assert http.post(load, json={**body, "load_inplace": True}).status_code == 200
+        assert given.engine.adapters["new"].path == str(tmp_path / "new")
+        done = http.post(unload, json={"lora_name": "new"})
+        assert (done.status_code, done.text) == (200, "Success: LoRA adapter 'new' removed successfully.")
+        assert "new" not in given.engine.adapters
+        assert chat(given, "new").status_code == 404
+        gone = http.post(unload, json={"lora_name": "new"})
+        assert (gone.status_code, gone.json()["error"]["code"]) == (404, "NotFoundError")
+        for wrong, status in (
+            ({"lora_name": "", "lora_path": "x"}, 400), ({"lora_name": "x"}, 400), ({**body, "lora_name": "base"}, 400),
+            ({"lora_name": "x", "lora_path": "/none/there"}, 404), ({"lora_name": "x\n", "lora_path": "/"}, 400),
+            ({**body, "base_model_name": "none"}, 404),
+        ):  # fmt: skip
+            assert http.post(load, json=wrong).status_code == status, wrong
+        assert http.post(unload, json={}).status_code == 400
+
+
+def test_an_adapter_that_cannot_be_loaded_is_named_and_not_served(given: Running, tmp_path: Path) -> None:
+    def refuse(_: object) -> None:
+        raise AdapterError("adapter_config.json: r is 0")
+
+    given.engine.add_lora = refuse
+    with given.http() as http:
+        answer = http.post("/v1/load_lora_adapter", json={"lora_name": "new", "lora_path": str(tmp_path)})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].endswith("r is 0")
+    assert chat(given, "new").status_code == 404
+
+
+def test_a_path_that_is_none_of_this_machine_is_asked_of_the_resolvers_alone(
+    start: Start, fake_hub: Any, tmp_path: Path
+) -> None:
+    fake_hub.repos = {"acme/tone": files(), "other/tone": files()}
+    running = start(
+        PacedEngine("fine", name="base"), enable_lora=True, allow_runtime_lora=True, lora_resolver=("hf=acme/*",),
+        lora_cache_dir=tmp_path / "c",
+    )  # fmt: skip
+    with running.http() as http:
+        for path, status in (("acme/tone", 200), ("other/tone", 404), ("https://example.com/x", 404)):
+            answer = http.post("/v1/load_lora_adapter", json={"lora_name": "mine", "lora_path": path})
+            assert answer.status_code == status, path
+            if status == 200:
+                assert http.post("/v1/unload_lora_adapter", json={"lora_name": "mine"}).status_code == 200
+
+
+def test_the_routes_are_off_unless_allowed_and_for_operators(start: Start, tmp_path: Path) -> None:
+    body = {"lora_name": "new", "lora_path": str(tmp_path)}
+    off = start(PacedEngine("fine", name="base"), enable_lora=True)
+    keyed = start(
+        PacedEngine("fine", name="base"), enable_lora=True, allow_runtime_lora=True, api_key=("client",),
+        management_key=("boss",), lora_modules=("a=/x",),
+    )  # fmt: skip
+    with off.http() as http:
+        assert http.post("/v1/load_lora_adapter", json=body).status_code == 403
+    with keyed.http() as http:
+        for path, wanted in (("/v1/load_lora_adapter", body), ("/v1/unload_lora_adapter", {"lora_name": "new"}),
+                             ("/lora-adapters", [{"id": 0, "scale": 1.0}])):  # fmt: skip
+            for key, status in (("none", 401), ("client", 401), ("boss", 200)):
+                answer = http.post(path, json=wanted, headers={"authorization": f"Bearer {key}"})
+                assert answer.status_code == status, (path, key)
+        assert http.get("/lora-adapters", headers={"authorization": "Bearer client"}).status_code == 200
+    with pytest.raises(UsageError, match="--allow-runtime-lora"):
+        refuse_open_changes(Settings(allow_runtime_lora=True, host="0.0.0.0"))
+
+
+# ---- llama.cpp's -----------------------------------------------------------------------------------------------------
+
+
+def test_a_mix_is_one_requests_or_everybodys(start: Start) -> None:
+    modules = ('{"name": "a", "path": "/srv/a.gguf", "scale": 1}', "b=/srv/deep/b")
+    running = start(PacedEngine("fine", name="base"), enable_lora=True, lora_modules=modules)
+    with running.http() as http:
+        assert http.get("/lora-adapters").json() == [
+            {"id": 0, "path": "a.gguf", "scale": 1.0, "name": "a"}, {"id": 1, "path": "b", "scale": 0.0, "name": "b"},
+        ]  # fmt: skip
+        assert chat(running, "base").status_code == 200
+        assert used(running) == [("a", 1.0)]
+        assert chat(running, "base", lora=[{"id": 1, "scale": 0.5}, {"id": 0, "scale": 0}]).status_code == 200
+        assert used(running) == [("b", 0.5)]
+        body = {"prompt": "x", "n_predict": 2, "lora": [{"id": 0, "scale": 2.0}, {"id": 1, "scale": -1.0}]}
+        assert http.post("/completion", json=body).status_code == 200
+        assert used(running) == [("a", 2.0), ("b", -1.0)]
+        assert http.post("/lora-adapters", json=[{"id": 1, "scale": 0.25}]).json() == {"success": True}
+        assert chat(running, "base").status_code == 200
+        assert used(running) == [("b", 0.25)]
+        for wrong in ({}, [{"id": 7, "scale": 1}], [{"id": -1, "scale": 1}], [{"id": 0}], [{"id": 0, "scale": 1e9}],
+                      [{"id": 0, "scale": 1}] * 2, "x"):  # fmt: skip
+            assert http.post("/lora-adapters", json=wrong).status_code == 400, wrong
+            if isinstance(wrong, list):
+                assert chat(running, "base", lora=wrong).status_code == 400, wrong
+        assert used(running) == [("b", 0.25)]
+
+
+# ---- keys ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_opens_the_models_and_adapters_that_it_is_bound_to(start: Start, tmp_path: Path, fake_hub: Any) -> None:
+    fake_hub.repos = {"acme/tone": files(), "secret/tone": files()}
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(
+        "keys:\n- {name: one, key: key-one, models: ['acme/*', poems]}\n- {name: all, key: key-all}\n"
+        "- {name: base, key: key-base, models: base}\n"
+    )
+    running = start(
+        PacedEngine("fine", name="base"), enable_lora=True, api_keys_file=keys, lora_resolver=("hf",),
+        lora_cache_dir=tmp_path / "c", lora_modules=("poems=/srv/poems", "other=/srv/other"),
+    )  # fmt: skip
+    with running.http() as http:
+
+        def status(key: str, model: str | None, path: str = "/v1/chat/completions", **more: Any) -> int:
+            asked = CHAT if path.startswith("/v1") else {"messages": USER, "stream": False}
+            body = {"model": model, **asked, **more}
+            return http.post(path, json=body, headers={"authorization": f"Bearer key-{key}"}).status_code
+
+        def listed(key: str) -> list[str]:
+            answer = http.get("/v1/models", headers={"authorization": f"Bearer key-{key}"})
+            return [card["id"] for card in answer.json()["data"]]
+
+        assert [status("one", name) for name in ("acme/tone", "poems", "base:poems")] == [200, 200, 200]
+        refused = ("base", None, "default", "other", "secret/tone", "gpt-4", "base:other")
+        assert [status("one", name) for name in refused] == [403] * len(refused)
+        assert "secret/tone" not in str(fake_hub.asked)
+        assert status("one", "acme/none") == 404
+        assert [status("base", name) for name in ("base", None, "poems", "acme/tone")] == [200, 200, 403, 403]
+        assert status("base", "base", lora=[{"id": 1, "scale": 1.0}]) == 403
+        assert status("all", "base", lora=[{"id": 1, "scale": 1.0}]) == 200
+        assert status("one", "base", "/api/chat") == 403
+        assert status("one", "poems", "/api/chat") == 200
+        assert listed("one") == ["acme/tone", "poems"]
+        assert listed("base") == ["base"]
+        assert listed("all") == ["base", "acme/tone", "other", "poems"]
+        tags = http.get("/api/tags", headers={"authorization": "Bearer key-one"}).json()["models"]
+        assert [each["name"] for each in tags] == ["acme/tone", "poems"]
+        body = {"model": "base", "prompt": "x"}
+        assert http.post("/tokenize", json=body, headers={"authorization": "Bearer key-one"}).status_code == 403
+        assert http.get("/props", headers={"authorization": "Bearer key-one"}).status_code == 403

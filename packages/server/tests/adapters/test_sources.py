@@ -1,0 +1,390 @@
+"""Where adapters come from: names that lead nowhere else, allow-lists, pinned revisions, faults, and the cache."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+
+from adapter_fakes import CONFIG, WEIGHTS, Store, archive, config, files, member, whole
+from fake_hub import COMMIT
+
+from candle_vllm.server.adapters.archives import MAX_MEMBERS, unpack
+from candle_vllm.server.adapters.disk_cache import DiskCache, Key
+from candle_vllm.server.adapters.fetching import BucketSource, HubSource, TarSource, read_source
+from candle_vllm.server.adapters.sources import (
+    AdapterName,
+    Budget,
+    Limits,
+    LocalSource,
+    Refused,
+    Unavailable,
+    read_name,
+)
+from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.options import UsageError
+
+HOSTILE = (
+    "../x", "/etc", "a/../b", "a//b", "a/", "", ".", "..", ".hidden", "a/.git", "a\\b", "a\0b", "a b", "a\nb", "~root",
+    "a%2e%2e", "C:x", "a/b/c/d/e/f/g/h/i", "x" * 300, "ä", "a?b", "a#b", "x@", "x@../y", "@v1", "x@v1@v2", "a..b",
+)  # fmt: skip
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> DiskCache:
+    return DiskCache(tmp_path / "cache", 1 << 20)
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with Store() as store:
+        yield store
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    folder.mkdir(parents=True)
+    for name, content in files(**changes).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def named(text: str) -> AdapterName:
+    name = read_name(text)
+    assert name is not None
+    return name
+
+
+# ---- names and the local folder --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_hostile_text_is_no_name(text: str) -> None:
+    assert read_name(text) is None
+
+
+def test_a_name_may_have_folders_and_a_revision() -> None:
+    assert read_name("acme/tone") == AdapterName("acme/tone")
+    assert read_name("tone@v1.2/x") == AdapterName("tone", "v1.2/x")
+
+
+def test_the_local_folder_has_what_is_in_it_and_nothing_else(tmp_path: Path) -> None:
+    outside, root = write(tmp_path / "outside"), tmp_path / "root"
+    write(root / "a" / "b_c")
+    write(root / "linked_files").joinpath(WEIGHTS).unlink()
+    (root / "linked_files" / WEIGHTS).symlink_to(outside / WEIGHTS)
+    (root / "out").symlink_to(outside)
+    (root / "circle").symlink_to(root / "circle")
+    (root / "plain").mkdir()
+    (root / "small.gguf").write_bytes(b"GGUF")
+    source = LocalSource(root, Limits())
+    found = source.find(named("a/b_c"))
+    assert found is not None
+    assert (found.path, found.root, found.base) == (root / "a" / "b_c", "a/b_c", "acme/base")
+    gguf = source.find(named("small"))
+    assert gguf is not None
+    assert gguf.path == root / "small.gguf"
+    for other in ("a_b/c", "a", "out", "linked_files", "circle", "plain", "a/b_c/adapter_config.json", "none"):
+        assert source.find(named(other)) is None, other
+    assert source.names() == ("a/b_c", "linked_files", "small")
+
+
+def test_a_version_is_a_folder_below_the_name(tmp_path: Path) -> None:
+    write(tmp_path / "tone" / "v1")
+    write(tmp_path / "tone" / "v2")
+    source = LocalSource(tmp_path, Limits())
+    found = source.find(named("tone@v2"))
+    assert found is not None
+    assert (found.path, found.revision) == (tmp_path / "tone" / "v2", "v2")
+    assert source.find(named("tone")) is None
+    assert source.versions("tone") == ["v1", "v2"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"peft_type": "IA3"}, "'IA3'"), ({"r": 0}, "r is 0"), ({"r": -5}, "r is -5"), ({"r": 64}, "ranks up to 16"),
+        ({"r": True}, "r is True"), ({"r": "8"}, "r is '8'"), ({"base_model_name_or_path": 3}, "path is 3"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"), ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"base_model_name_or_path": "other/base"}, "acme/*"), ({"base_model_name_or_path": None}, "acme/*"),
+    ],
+)  # fmt: skip
+def test_what_a_configuration_cannot_have_is_named(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    write(tmp_path / "x", **changes)
+    with pytest.raises(Refused, match=said.replace("*", r"\*")):
+        LocalSource(tmp_path, Limits(max_rank=16, bases=("acme/*",))).find(named("x"))
+
+
+def test_a_configuration_of_a_gigabyte_is_not_read(tmp_path: Path) -> None:
+    write(tmp_path / "x")
+    os.truncate(tmp_path / "x" / CONFIG, 1 << 30)
+    with pytest.raises(Refused, match="more than 1 MiB"):
+        LocalSource(tmp_path, Limits()).find(named("x"))
+
+
+# ---- Hugging Face ----------------------------------------------------------------------------------------------------
+
+
+def hub(cache: DiskCache, pattern: str = "acme/*", limits: Limits | None = None, **settings: Any) -> HubSource:
+    return HubSource(pattern, Settings(**settings), cache, limits or Limits())
+
+
+def test_a_repository_is_pinned_to_its_commit_and_fetched_once(fake_hub: Any, cache: DiskCache) -> None:
+    fake_hub.repos["acme/tone"] = {**files(), "adapter_model.bin": b"pickle", "README.md": b"x"}
+    fake_hub.repos["acme/many"] = {f"sub/{name}": content for name, content in files().items()}
+    found = hub(cache).find(named("acme/tone"))
+    assert found is not None
+    assert (found.revision, found.root, found.base) == (COMMIT, f"acme/tone@{COMMIT}", "acme/base")
+    assert {path.name: path.read_bytes() for path in found.path.iterdir()} == files()
+    assert [name for name, _ in fake_hub.asked] == [CONFIG, WEIGHTS]
+    assert hub(cache).find(named(f"acme/tone@{COMMIT}")) == found
+    assert len(fake_hub.asked) == 2
+    below = hub(cache).find(named("acme/many/sub"))
+    assert below is not None
+    assert hub(cache).find(named("acme/many")) is None
+
+
+def test_nothing_outside_the_pattern_is_asked_for(cache: DiskCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: pytest.fail("the hub was asked"))
+    for name in ("other/tone", "acmex/tone", "tone", "a_b/c", "acme"):
+        assert hub(cache).find(named(name)) is None
+        assert hub(cache, "acme/tone").find(named("acme/tone2")) is None
+
+
+def test_what_cannot_be_is_refused_before_the_weights_come(fake_hub: Any, cache: DiskCache) -> None:
+    fake_hub.repos["acme/wide"] = files(r=512)
+    with pytest.raises(Refused, match="r is 512"):
+        hub(cache).find(named("acme/wide"))
+    assert [name for name, _ in fake_hub.asked] == [CONFIG]
+    fake_hub.repos["acme/pickle"] = {CONFIG: config(), "adapter_model.bin": b"x"}
+    with pytest.raises(Refused, match="a pickle"):
+        hub(cache).find(named("acme/pickle"))
+    fake_hub.repos["acme/large"] = files(b"x" * 5000)
+    with pytest.raises(Refused, match="the most that this server fetches"):
+        hub(cache, limits=Limits(max_bytes=4000)).find(named("acme/large"))
+    assert cache.size() == (0, 0)
+
+
+def test_a_fault_leaves_nothing_and_the_next_time_is_whole(fake_hub: Any, cache: DiskCache, tmp_path: Path) -> None:
+    fake_hub.repos["acme/tone"] = files(b"x" * 1000)
+    fake_hub.sums["acme/tone", WEIGHTS] = "0" * 64
+    with pytest.raises(Unavailable, match="not what the hub has"):
+        hub(cache).find(named("acme/tone"))
+    assert list((tmp_path / "cache").iterdir()) == []
+    del fake_hub.sums["acme/tone", WEIGHTS]
+    assert hub(cache).find(named("acme/tone")) is not None
+    with pytest.raises(Unavailable, match="longer than 0 seconds"):
+        hub(cache, limits=Limits(seconds=0)).find(named("acme/other"))
+
+
+def test_what_is_in_the_cache_is_found_without_the_hub(fake_hub: Any, cache: DiskCache) -> None:
+    fake_hub.repos["acme/tone"] = files()
+    found = hub(cache).find(named("acme/tone"))
+    assert hub(cache, offline=True).find(named("acme/tone")) == found
+    assert hub(cache, offline=True).find(named(f"acme/tone@{COMMIT}")) == found
+    with pytest.raises(Unavailable, match="--offline"):
+        hub(cache, offline=True).find(named("acme/other"))
+    with pytest.raises(Unavailable, match="--offline"):
+        hub(cache, offline=True).find(named("acme/tone@" + "b" * 40))
+    fake_hub.stop()
+    huggingface_hub.close_session()  # its connections are still answered
+    assert hub(cache).find(named("acme/tone")) == found
+    with pytest.raises(Unavailable, match="cannot be asked"):
+        hub(cache).find(named("acme/other"))
+
+
+# ---- archives --------------------------------------------------------------------------------------------------------
+
+
+def test_an_archive_comes_with_its_sum(store: Store, cache: DiskCache) -> None:
+    told = store.put_archive("/acme/tone.tar.gz", whole("tone/"))
+    source = TarSource(store.url + "/{name}.tar.gz", cache, Limits())
+    found = source.find(named("acme/tone"))
+    assert found is not None
+    assert (found.revision, found.base) == (told, "acme/base")
+    assert {path.name: path.read_bytes() for path in found.path.iterdir()} == files()
+    asked = len(store.asked)
+    assert source.find(named("acme/tone")) == found
+    assert source.find(named(f"acme/tone@{told}")) == found
+    assert [path for _, path in store.asked[asked:]] == ["/acme/tone.tar.gz.sha256"] * 2
+    assert source.find(named("acme/tone@" + "0" * 64)) is None
+    assert source.find(named("acme/tone@v1")) is None
+    assert source.find(named("none")) is None
+
+
+def test_an_archive_with_another_sum_or_none_is_not_unpacked(store: Store, cache: DiskCache) -> None:
+    store.put_archive("/x.tar", whole(zipped=False))
+    source = TarSource(store.url + "/{name}.tar", cache, Limits())
+    store.files["/x.tar"] += b"x"
+    with pytest.raises(Refused, match="not what its sum says"):
+        source.find(named("x"))
+    store.files["/x.tar.sha256"] = b"<html>"
+    with pytest.raises(Unavailable, match="begins with no SHA-256"):
+        source.find(named("x"))
+    store.status = 302
+    with pytest.raises(Unavailable, match="answered 302"):
+        source.find(named("x"))
+    assert ("GET", "/elsewhere") not in store.asked
+    assert cache.size() == (0, 0)
+
+
+ADAPTER = [member(name, content) for name, content in files().items()]
+HOSTILE_ARCHIVES = {
+    "up": ([member("../" + CONFIG, b"{}"), *ADAPTER], "leads out"),
+    "absolute": ([member("/etc/passwd", b"x"), *ADAPTER], "leads out"),
+    "link": ([member(WEIGHTS, kind=tarfile.SYMTYPE, linkname="/etc/passwd"), *ADAPTER], "no plain file"),
+    "hard link": ([member(WEIGHTS, kind=tarfile.LNKTYPE, linkname="/etc/passwd"), *ADAPTER], "no plain file"),
+    "device": ([member("null", kind=tarfile.CHRTYPE), *ADAPTER], "no plain file"),
+    "pipe": ([member("pipe", kind=tarfile.FIFOTYPE), *ADAPTER], "no plain file"),
+    "sparse": ([member("s", kind=tarfile.GNUTYPE_SPARSE), *ADAPTER], "no plain file|cannot be read"),
+    "two": ([*ADAPTER, member("b/" + CONFIG, config())], "more than one"),
+    "many": ([member(f"f{n}") for n in range(MAX_MEMBERS)] + ADAPTER, f"more than {MAX_MEMBERS} members"),
+    "pickle": ([member("adapter_model.bin", b"x"), *ADAPTER], "a pickle"),
+    "half": (ADAPTER[:1], "has no adapter_model"),
+    "nothing": ([], "has no adapter_config"),
+    "bomb": ([member("zeros", bytes(30 << 20)), *ADAPTER], "far more than it may"),
+    "long name": ([member("x" * 100_000), *ADAPTER], "name or attributes of"),
+    "wide": ([member(CONFIG, config(r=9999)), ADAPTER[1]], "r is 9999"),
+    "long config": ([member(CONFIG, b" " * (2 << 20)), ADAPTER[1]], "more than 1 MiB"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE_ARCHIVES)
+def test_a_hostile_archive_is_refused(kind: str, tmp_path: Path) -> None:
+    members, said = HOSTILE_ARCHIVES[kind]
+    path, out = tmp_path / "archive", tmp_path / "out"
+    path.write_bytes(archive(*members))
+    out.mkdir()
+    with pytest.raises(Refused, match=said):
+        unpack(path, out, Budget(Limits()))
+    assert {file.name for file in out.iterdir()} <= {CONFIG, WEIGHTS}
+    assert not any(file.is_symlink() for file in out.iterdir())
+
+
+@pytest.mark.parametrize("cut", [0, 1, 100, 600, 1500])
+def test_an_archive_that_is_cut_or_none_is_refused(cut: int, tmp_path: Path) -> None:
+    path = tmp_path / "archive"
+    for content in (whole(zipped=False)[:cut], whole()[: min(cut, 200)], b"\x1f\x8b" + os.urandom(cut), b"x" * cut):
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        out.mkdir()
+        path.write_bytes(content)
+        with pytest.raises(Refused):
+            unpack(path, out, Budget(Limits()))
+
+
+# ---- buckets ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_bucket_is_asked_for_two_files_by_name(
+    store: Store, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("obstore")
+    for name, value in {
+        "AWS_ENDPOINT_URL": store.url, "AWS_ALLOW_HTTP": "true", "AWS_ACCESS_KEY_ID": "key", "AWS_REGION": "x",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    store.files = {f"/bucket/below/acme/tone/{name}": content for name, content in files().items()}
+    source = BucketSource("bucket/below", cache, Limits())
+    found = source.find(named("acme/tone"))
+    assert found is not None
+    assert found.root.startswith("s3://bucket/below/acme/tone@")
+    assert {path.name: path.read_bytes() for path in found.path.iterdir()} == files()
+    asked = len(store.asked)
+    assert source.find(named("acme/tone")) == found
+    assert {method for method, _ in store.asked[asked:]} == {"HEAD"}
+    assert source.find(named("none")) is None
+    store.files[f"/bucket/below/acme/tone/{WEIGHTS}"] = b"others"
+    other = source.find(named("acme/tone"))
+    assert other is not None
+    assert other.revision != found.revision
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------------
+
+
+def filled(size: int) -> Any:
+    def fill(folder: Path) -> None:
+        (folder / WEIGHTS).write_bytes(b"x" * size)
+
+    return fill
+
+
+def test_the_least_used_makes_room_unless_it_is_in_use(cache: DiskCache, tmp_path: Path) -> None:
+    keys = [Key("hf", f"acme/{n}", "r") for n in range(4)]
+    paths = [cache.put(key, "", filled(300 << 10)) for key in keys[:3]]
+    for place, when in zip(paths, (1, 2, 3), strict=True):
+        os.utime(place.parent / "entry.json", (when, when))
+    assert cache.find(keys[0]) is not None  # used now
+    let_go = cache.hold(paths[1])
+    cache.put(keys[3], "", filled(300 << 10))
+    assert [cache.find(key) is not None for key in keys] == [True, True, False, True]
+    with pytest.raises(Refused, match="--lora-cache-bytes"):
+        cache.put(Key("hf", "acme/big", "r"), "", filled(800 << 10))
+    assert cache.find(keys[1]) is not None
+    let_go()
+    cache.put(Key("hf", "acme/big", "r"), "", filled(800 << 10))
+    assert cache.size() == (1, 800 << 10)
+    assert [path.name for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")] == []
+
+
+def test_names_that_differ_never_share_a_folder(cache: DiskCache) -> None:
+    names = ["a/b_c", "a_b/c", "a-b-c", "A/b_c"]
+    paths = {cache.put(Key("hf", name, "r"), "", filled(1)) for name in names}
+    assert len(paths) == len(names)
+
+
+def test_what_a_server_left_in_the_middle_is_nothing_and_goes(cache: DiskCache, tmp_path: Path) -> None:
+    key = Key("hf", "acme/tone", "r")
+
+    def broken(folder: Path) -> None:
+        (folder / WEIGHTS).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.put(key, "", broken)
+    left = tmp_path / "cache" / ".staged-x"
+    left.mkdir()
+    (tmp_path / "cache" / key.digest).mkdir()  # a place without an entry
+    assert cache.find(key) is None
+    cache.clear_left()
+    assert left.exists()
+    os.utime(left, (1, 1))
+    cache.clear_left()
+    assert not left.exists()
+    assert cache.put(key, "", filled(3)).parent.name == key.digest
+    assert cache.find(key) is not None
+
+
+def test_two_that_fetch_the_same_leave_one(cache: DiskCache) -> None:
+    key, barrier = Key("hf", "acme/tone", "r"), threading.Barrier(2)
+
+    def fill(folder: Path) -> None:
+        (folder / WEIGHTS).write_bytes(b"x")
+        barrier.wait(30)
+
+    threads = [threading.Thread(target=cache.put, args=(key, "", fill)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert cache.size() == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "spec", ["", "local", "local=", "local=/none/there", "hf=", "s3", "s3=", "tar", "tar=https://x/y.tar", "git=x",
+             "tar=file:///{name}", "tar=/{name}"],
+)  # fmt: skip
+def test_a_resolver_that_is_none_is_refused(spec: str, cache: DiskCache) -> None:
+    with pytest.raises(UsageError, match="--lora-resolver"):
+        read_source(spec, Settings(), cache, Limits())
