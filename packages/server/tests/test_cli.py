@@ -13,12 +13,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from gguf import GGUFReader
 from server_fakes import PacedEngine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from candle_vllm.core import config as core_config
 from candle_vllm.core.errors import ModelNotFoundError
+from candle_vllm.core.testing.toy_adapter import write_adapter
 from candle_vllm.core.testing.toy_model import write_toy_model
 from candle_vllm.server.cli import main
 from candle_vllm.server.commands import chat as chat_module
@@ -133,6 +136,8 @@ def test_help_loads_neither_torch_nor_a_web_framework() -> None:
         (["quantize", "--m", "x", "--out", "x.bin"], "x.bin does not end in .gguf"),
         (["quantize", "--m", "x", "--out", "no/x.gguf"], "no is no folder"),
         (["quantize", "--m", "x", "--out", "x.gguf", "--isq", "q4"], "--isq must be one of q4_0"),
+        (["quantize", "--m", "x", "--out", "x.gguf", "--lora", "a:b"], "'b' is no scale"),
+        (["quantize", "--m", "x", "--out", "x.gguf", "--lora", "a", "--lora-to-gguf", "b"], "give one of them"),
         (["quantize", "--device", "cpu"], "--device does not apply to `candle-vllm quantize`"),
         (["--m", ".", "--revision", "main"], "--revision chooses a version on Hugging Face, but the model is ."),
         (["--w", ".", "--revision", "main"], "--revision chooses a version on Hugging Face"),
@@ -507,3 +512,18 @@ def test_quantize_writes_a_file_that_can_be_served(tmp_path: Path, capsys: pytes
     assert main(line) == 2
     assert "--force" in capsys.readouterr().err
     assert main([*line, "--force", "--threads", "1"]) == 0
+    adapter = write_adapter(tmp_path / "adapter", {"model.layers.1.mlp.down_proj": (64, 96)}, size=5.0)
+    plain = [*line[:5], "--out"]
+    for name, more in (("whole", [f"{adapter}"]), ("halves", [f"{adapter}:0.5", "--lora", f"{adapter}:0.5"])):
+        assert main([*plain, str(tmp_path / f"{name}.gguf"), "--lora", *more]) == 0
+    assert main([*plain, str(tmp_path / "none.gguf")]) == 0
+    whole, halves, none = (
+        {tensor.name: np.array(tensor.data) for tensor in GGUFReader(tmp_path / f"{name}.gguf").tensors}
+        for name in ("whole", "halves", "none")
+    )
+    assert [name for name in none if np.abs(whole[name] - none[name]).max() > 0.1] == ["blk.1.ffn_down.weight"]
+    assert all(np.allclose(whole[name], halves[name], rtol=0, atol=1e-6) for name in none)
+    assert (
+        main(["quantize", "--m", str(folder), "--lora-to-gguf", str(adapter), "--out", str(tmp_path / "a.gguf")]) == 0
+    )
+    assert "F32 x 2" in capsys.readouterr().out

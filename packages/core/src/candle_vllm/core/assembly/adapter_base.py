@@ -85,9 +85,16 @@ def _shapes(family: Family, model: ModelConfig, checkpoint: Checkpoint) -> dict[
             known[path] = {} if layer is None else layer.parameters()
         if part in known[path]:
             found[line.target] = known[path][part].shape
-    if model.tie_embeddings and model.has_head:
-        found["head:weight"] = found["embed:weight"]
+    aliases = {target: stored_target(target, model) for target in ("head:weight", "head:bias") if model.has_head}
+    found |= {target: found[other] for target, other in aliases.items() if other in found}
     return found
+
+
+def stored_target(target: str, model: ModelConfig) -> str:
+    """What stands for a part of the head in a family's table: the embedding table, and Phi-2's name of the bias."""
+    if target == "head:weight" and model.tie_embeddings:
+        return "embed:weight"
+    return "scorer:bias" if target == "head:bias" else target
 
 
 def _architectures(family: Family, model: ModelConfig) -> tuple[str, ...]:
@@ -105,7 +112,8 @@ def stored_parts(family: Family, model: ModelConfig, stored: Checkpoint) -> Weig
         line = lines.get(target)
         name = line.find(stored.tensors) if line is not None and line.names else None
         if line is None or name is None:
-            return part("embed:weight") if target == "head:weight" and model.tie_embeddings else None
+            other = stored_target(target, model)
+            return part(other) if other != target else None
         return line.look(stored.tensors[name], name, model)
 
     return part

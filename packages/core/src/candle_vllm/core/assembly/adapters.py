@@ -38,18 +38,19 @@ _SAMPLE = 64  # rows by which a copy of a table is compared with the base's
 _Parts = dict[str, StoredTensor]
 
 
-def fit_adapter(stored: StoredAdapter, base: AdapterBase) -> FittedAdapter:
+def fit_adapter(stored: StoredAdapter, base: AdapterBase, *, merging: bool = False) -> FittedAdapter:
     """Finds the places of an adapter's tensors.
 
     Args:
         stored: stays open for as long as the result is read.
         base: the model.
+        merging: it will be merged, so that norms and whole matrices may be among it: see `conversion/adapters.py`.
 
     Raises:
         AdapterError: a tensor has no place, a wrong shape or no finite numbers, or asks for what is not served.
     """
     with ExitStack() as opened:
-        fit = _Fit(stored, base, opened)
+        fit = _Fit(stored, base, opened, merging)
         fit.run()
         return fit.result()
 
@@ -65,8 +66,8 @@ class _Change:
 class _Fit:
     """One fitting; its methods are in the order in which an adapter's tensors are looked at."""
 
-    def __init__(self, stored: StoredAdapter, base: AdapterBase, opened: ExitStack) -> None:
-        self._stored, self._base, self._opened = stored, base, opened
+    def __init__(self, stored: StoredAdapter, base: AdapterBase, opened: ExitStack, merging: bool) -> None:
+        self._stored, self._base, self._opened, self._merging = stored, base, opened, merging
         self._format: Format = "safetensors" if stored.format == "peft" else "gguf"
         self._changes: defaultdict[str, dict[str, _Change]] = defaultdict(dict)
         self._weights: Weights | None = None
@@ -131,7 +132,7 @@ class _Fit:
             self._experts(module, parts)
             return
         _, spots = self._base.places.module(module)
-        self._check_place(first, module, spots)
+        self._check_place(first, module, spots, vectors=self._merging and kinds <= {"full", "bias"})
         for kind, tensor in parts.items():
             if kind == "copy":
                 self._check_copy(tensor, spots)
@@ -144,13 +145,17 @@ class _Fit:
         elif kinds & {"a", "b", "bias of b", "magnitude", "bias"}:
             self._linear(module, parts, spots)
 
-    def _check_place(self, tensor: StoredTensor, module: str, spots: Sequence[Spot]) -> None:
-        """Refuses what is no matrix of the model that is multiplied."""
+    def _check_place(self, tensor: StoredTensor, module: str, spots: Sequence[Spot], *, vectors: bool = False) -> None:
+        """Refuses what is no matrix of the model that is multiplied, nor, where they may be, a vector."""
         if not spots:
             self._refuse(tensor.name, f"{self._base.name} has no module {module!r:.200}")
         if any(".attend" in spot.path for spot in spots):
-            self._refuse(tensor.name, f"keys and values of latent attention are absorbed into other products: {_MERGE}")
-        if not all(spot.is_matrix for spot in spots):
+            self._refuse(
+                tensor.name,
+                "keys and values of latent attention are absorbed into other products: merge it into the model with "
+                "PEFT's merge_and_unload, and serve that",
+            )
+        if not vectors and not all(spot.is_matrix for spot in spots):
             self._refuse(tensor.name, f"it changes a norm or another vector, which is served unchanged: {_MERGE}")
 
     # ---- products ----------------------------------------------------------------------------------------------------
@@ -257,6 +262,9 @@ class _Fit:
     def _full(self, tensor: StoredTensor, spots: Sequence[Spot]) -> None:
         """A matrix in the place of the base's: a head or a table."""
         for spot in spots:
+            if self._merging and spot.path not in _TABLES:
+                self._replace(tensor, spot)
+                continue
             if spot.path not in _TABLES:
                 self._refuse(tensor.name, f"it replaces {spot.path}; heads and embedding tables are replaced: {_MERGE}")
             if tensor.shape[1:] == spot.shape[1:] and tensor.shape[0] != spot.shape[0]:
@@ -268,6 +276,16 @@ class _Fit:
             if tensor.shape != spot.shape:
                 self._refuse(tensor.name, f"its shape is {list(tensor.shape)}, the base's {list(spot.shape)}")
             self._put(tensor, spot, _Change(Delta(full=tensor)))
+
+    def _replace(self, tensor: StoredTensor, spot: Spot) -> None:
+        """Any part of the base's, looked at as the base's own is."""
+        try:
+            seen = self._base.places.look(tensor, spot, self._format)
+        except WeightsError as error:
+            self._refuse(tensor.name, str(error))
+        if seen.shape != spot.shape:
+            self._refuse(tensor.name, f"its shape is {list(tensor.shape)}; the base has {list(spot.shape)}")
+        self._put(tensor, spot, _Change(Delta(full=seen)))
 
     def _check_copy(self, tensor: StoredTensor, spots: Sequence[Spot]) -> None:
         """PEFT saves the base's own table beside an adapter of it: nothing is done with it if it is the base's."""
@@ -308,10 +326,11 @@ class _Fit:
         table = self._changes["embed"].get("") if "embed" in self._changes else None
         if table is None:
             return
-        if self._stored.config.tied:
+        rows = table.delta.rows
+        if self._stored.config.tied or (table.delta.a is None and table.delta.full is None):
             self._changes["head"][""] = _Change(table.delta)
-        elif table.delta.rows is not None:
-            self._changes["head"][""] = _Change(Delta(rows=table.delta.rows))
+        elif rows is not None:
+            self._changes["head"][""] = _Change(Delta(rows=rows))
 
     # ---- experts -----------------------------------------------------------------------------------------------------
 

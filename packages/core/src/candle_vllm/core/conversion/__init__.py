@@ -1,7 +1,8 @@
-"""Writing models: safetensors folders to GGUF files, which this library and llama.cpp load."""
+"""Writing models: safetensors folders to GGUF files, which this library and llama.cpp load, and adapters."""
 
 from __future__ import annotations
 
+from candle_vllm.core.conversion.gguf_adapter import write_gguf_adapter
 from candle_vllm.core.conversion.write import WrittenFile, write_gguf
 
-__all__ = ["WrittenFile", "write_gguf"]
+__all__ = ["WrittenFile", "write_gguf", "write_gguf_adapter"]

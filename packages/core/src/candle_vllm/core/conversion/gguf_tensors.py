@@ -93,19 +93,19 @@ def gguf_tensors(
         line = line if line.names else wholes.get(_PART.sub(":", line.target), line)
         if not line.names:
             raise UnsupportedModelError(f"{checkpoint.path}: GGUF has no name for tensor {name}")
-        line = _preferred(line, preferred)
+        line = preferring(line, preferred)
         found[line.first].append((line, stored_line.look(checkpoint.tensors[name], name, config)))
     for name, pieces in found.items():
-        yield name, pieces[0][0].target, _joined(name, pieces, gguf_config)
+        yield name, pieces[0][0].target, joined(name, pieces, gguf_config)
 
 
-def _preferred(line: Line, parts: Sequence[str]) -> Line:
+def preferring(line: Line, parts: Sequence[str]) -> Line:
     """The line with the name first that is to be written."""
     wanted = [pair for pair in line.names if any(part in pair[0] for part in parts)]
     return dataclasses.replace(line, names=(*wanted, *(pair for pair in line.names if pair not in wanted)))
 
 
-def _joined(name: str, pieces: Sequence[_Piece], config: Any) -> StoredTensor:
+def joined(name: str, pieces: Sequence[_Piece], config: Any) -> StoredTensor:
     """The tensor of the file that gives all its pieces."""
     line, first = pieces[0]
     written, view = line.names[0]

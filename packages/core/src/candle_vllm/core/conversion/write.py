@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from gguf import LlamaFileType
 from candle_vllm.core.assembly.isq import check_plain, chosen_type, stays_plain
 from candle_vllm.core.assembly.opening import config_file, model_files, naming, open_model, open_tokenizer
 from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.conversion.adapters import Uses, merge
 from candle_vllm.core.conversion.gguf_architectures import architecture
 from candle_vllm.core.conversion.gguf_encoder import check_encoder, describe_encoder, encoder_tensors
 from candle_vllm.core.conversion.gguf_file import PlannedTensor, Progress, write_file
@@ -21,7 +23,7 @@ from candle_vllm.core.conversion.gguf_metadata import check_description, describ
 from candle_vllm.core.conversion.gguf_tensors import gguf_tensors
 from candle_vllm.core.conversion.gguf_tokenizer import phi3_name, tokenizer_metadata
 from candle_vllm.core.devices import CPU
-from candle_vllm.core.errors import ConfigError, ModelLoadError, UnsupportedModelError
+from candle_vllm.core.errors import AdapterError, ConfigError, ModelLoadError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.weight_quant.rows import ISQ_TYPES
 from candle_vllm.core.layers.parameters import SHAPES
@@ -38,7 +40,7 @@ from candle_vllm.core.models.registry import encoder_from_hf, family_from_hf
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.tensors import StoredTensor
 
-_PLAIN = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+PLAIN_KINDS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _SPLIT = ("attend.keys:weight", "attend.values:weight")  # plain, as in llama.cpp's own files of quantised models
 _FULL = ("_norm.weight", "position_embd.weight", "token_types.weight")
 _TEMPLATE = "tokenizer.chat_template"
@@ -64,6 +66,7 @@ def write_gguf(
     config: EngineConfig,
     out: Path | str,
     *,
+    adapters: Uses = (),
     overwrite: bool = False,
     progress: Progress = lambda *_: None,
 ) -> WrittenFile:
@@ -75,16 +78,17 @@ def write_gguf(
         config: `model` and where to find it; `isq` is the type of matrices, as when a model is loaded; without it they
             stay as they are stored, or are brought to `dtype`. `tokenizer` and `chat_template` replace the model's.
         out: the file, which ends in .gguf.
+        adapters: merged into the model in float32 before its matrices become what is asked for.
         overwrite: a file of that name may be replaced.
         progress: called with bytes written and bytes in all.
 
     Raises:
         ConfigError: the file cannot be written there, or the weights are neither plain nor in MXFP4.
         ModelNotFoundError: the model names nothing that exists.
-        ModelLoadError: its files cannot be used, or GGUF has no form for the model.
+        ModelLoadError: its files cannot be used, or GGUF has no form for the model; AdapterError of an adapter.
     """
     out = Path(out)
-    _check_target(out, overwrite)
+    check_target(out, overwrite)
     files = model_files(config)
     if files.format != "safetensors":
         raise ConfigError(
@@ -92,12 +96,14 @@ def write_gguf(
             "repository with the plain weights",
             "model",
         )
-    with open_model(files, CPU).checkpoint as checkpoint, naming(config_file(files)):
+    with ExitStack() as opened:
+        checkpoint = opened.enter_context(open_model(files, CPU).checkpoint)
+        opened.enter_context(naming(config_file(files), *(path for path, _ in adapters)))
         _check_plain(config, checkpoint)
-        plans, metadata = _plan(config, files, checkpoint)
+        plans, metadata = _plan(config, files, checkpoint, adapters, opened)
         total = sum(plan.nbytes for plan in plans)
         _check_room(out, total)
-        return _write(plans, metadata, out, progress)
+        return write_plans(plans, metadata, out, progress)
 
 
 def _check_plain(config: EngineConfig, checkpoint: Checkpoint) -> None:
@@ -106,7 +112,8 @@ def _check_plain(config: EngineConfig, checkpoint: Checkpoint) -> None:
     check_plain(config.isq or "f16", checkpoint.with_tensors(plain))
 
 
-def _check_target(out: Path, overwrite: bool) -> None:
+def check_target(out: Path, overwrite: bool) -> None:
+    """Raises ConfigError where a file cannot be written there."""
     if out.suffix != ".gguf":
         raise ConfigError(f"{out} does not end in .gguf: name the file that is to be written", "out")
     if split_names(out.name) != (out.name,):
@@ -133,7 +140,7 @@ def _check_room(out: Path, count: int) -> None:
 
 
 def _plan(
-    config: EngineConfig, files: ModelFiles, checkpoint: Checkpoint
+    config: EngineConfig, files: ModelFiles, checkpoint: Checkpoint, adapters: Uses, opened: ExitStack
 ) -> tuple[list[PlannedTensor], dict[str, Any]]:
     """The tensors, and the metadata."""
     if files.config is None:
@@ -141,8 +148,12 @@ def _plan(
     described = read_json(files.config)
     encoder = encoder_from_hf(described, files.config)
     if encoder is not None:
+        if adapters:
+            raise AdapterError(f"{files.name} is an encoder, and adapters are merged into decoders")
         return _encoder_plan(config, files, files.config, checkpoint, *encoder)
     family, model = family_from_hf(described, files.config, checkpoint.tensors)
+    if adapters:
+        model, checkpoint = merge(config, files, family, model, checkpoint, adapters, opened)
     model = stretched(model, config.yarn_scaling_factor, checkpoint)
     row, ignored = architecture(model, files.config), family.ignored(model)
     table = family.weights
@@ -208,7 +219,7 @@ def _kind(config: EngineConfig, name: str, target: str, stored: StoredTensor) ->
     if chosen is not None:
         return chosen
     wanted = "auto" if config.isq is not None else config.dtype
-    return GGMLQuantizationType[_PLAIN.get(wanted, stored.dtype if stored.dtype in ("F16", "BF16") else "F32")]
+    return GGMLQuantizationType[PLAIN_KINDS.get(wanted, stored.dtype if stored.dtype in ("F16", "BF16") else "F32")]
 
 
 def _general(config: EngineConfig, files: ModelFiles, plans: list[PlannedTensor]) -> dict[str, Any]:
@@ -223,7 +234,7 @@ def _general(config: EngineConfig, files: ModelFiles, plans: list[PlannedTensor]
     }
 
 
-def _write(plans: list[PlannedTensor], metadata: Mapping[str, Any], out: Path, progress: Progress) -> WrittenFile:
+def write_plans(plans: list[PlannedTensor], metadata: Mapping[str, Any], out: Path, progress: Progress) -> WrittenFile:
     """Under another name until it is whole."""
     partial = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:

@@ -20,6 +20,7 @@ import numpy as np
 from candle_vllm.core.errors import WeightsError
 from candle_vllm.core.loading.views import View, constant
 from candle_vllm.core.loading.weights import WeightName, expand
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 Format: TypeAlias = Literal["safetensors", "gguf"]
 
@@ -135,6 +136,10 @@ class AdapterPlaces:
     def modules(self, format: Format) -> list[str]:
         """Names of all matrices, for messages and for tests."""
         return [name for name, spots in self._index(format).items() if spots[0].is_matrix]
+
+    def look(self, stored: StoredTensor, spot: Spot, format: Format) -> StoredTensor:
+        """A tensor in the place of the stored one, as the model wants it."""
+        return stored if spot.view is None else spot.view(stored, self._configs[format])
 
     def rows(self, spot: Spot, total: int, format: Format) -> np.ndarray:
         """Which rows of B a place takes, in its order, int64 [N].

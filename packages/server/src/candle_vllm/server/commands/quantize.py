@@ -1,19 +1,23 @@
-"""`candle-vllm quantize`: writes a model of plain weights as one GGUF file, quantised or as it is.
+"""`candle-vllm quantize`: writes a model of plain weights as one GGUF file, with adapters merged, or an adapter as one.
 
 No request runs; the file is what this library and llama.cpp load (see `candle_vllm.core.conversion`).
 """
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from candle_vllm.core.conversion import write_gguf
+from candle_vllm.core.conversion import write_gguf, write_gguf_adapter
 from candle_vllm.core.progress import progress_bar, tell
 from candle_vllm.core.threads import LOADING_THREADS
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import engine_config
 from candle_vllm.server.settings.options import UsageError
+
+_MOST = 1000.0  # times an adapter
 
 
 def quantize(
@@ -22,10 +26,14 @@ def quantize(
     force: bool = False,
     dtype: str | None = None,
     threads: int | None = None,
+    lora: Sequence[str] = (),
+    lora_to_gguf: Path | None = None,
 ) -> int:
     """Writes the file and says what is in it."""
     if out is None:
         raise UsageError("--out FILE.gguf is missing: it names the file to write")
+    if lora and lora_to_gguf is not None:
+        raise UsageError("--lora merges adapters into a model, --lora-to-gguf writes one as a file: give one of them")
     changes = {"dtype": dtype} if dtype is not None else {}
     LOADING_THREADS.set(threads or settings.threads)
 
@@ -33,7 +41,25 @@ def quantize(
         tell("writing", done, total)
 
     with progress_bar():
-        written = write_gguf(engine_config(settings, **changes), out, overwrite=force, progress=progress)
+        config, options = engine_config(settings, **changes), {"overwrite": force, "progress": progress}
+        if lora_to_gguf is not None:
+            written = write_gguf_adapter(config, lora_to_gguf, out, **options)
+        else:
+            written = write_gguf(config, out, adapters=[_scaled(text) for text in lora], **options)
     types = ", ".join(f"{kind} x {count}" for kind, count in sorted(written.types.items(), key=lambda item: -item[1]))
     sys.stdout.write(f"{written.path}: {written.nbytes / 1e6:,.1f} MB, {types}\n")
     return 0
+
+
+def _scaled(text: str) -> tuple[Path, float]:
+    """An adapter, and what it is multiplied by."""
+    path, colon, scale = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        number = float(scale)
+    except ValueError:
+        number = math.nan
+    if not abs(number) <= _MOST:
+        raise UsageError(f"--lora {text:.200}: {scale!r:.40} is no scale; PATH:0.5 takes half of an adapter")
+    return Path(path), number

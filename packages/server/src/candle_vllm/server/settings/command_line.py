@@ -238,6 +238,10 @@ COMMAND_OPTIONS: Mapping[str, tuple[Option, ...]] = {
             "TYPE",
         ),
         dataclasses.replace(BY_NAME["threads"], group="command"),
+        _own(
+            "lora", Text(4096), "an adapter to merge into it, times SCALE (1); repeatable", "PATH[:SCALE]", repeat=True
+        ),
+        _own("lora_to_gguf", FilePath(), "write this adapter for it as a GGUF file instead", "FOLDER"),
     ),
     "config": (_CONFIG, _AS_JSON),
 }

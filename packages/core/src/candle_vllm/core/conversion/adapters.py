@@ -1,0 +1,154 @@
+"""Merging adapters into a model on its way to a file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from candle_vllm.core.assembly.adapter_base import adapter_base, stored_parts, stored_target
+from candle_vllm.core.assembly.adapters import fit_adapter
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.errors import AdapterError
+from candle_vllm.core.kernels.lora import Delta, FittedAdapter
+from candle_vllm.core.loading.adapters import AdapterLimits, read_adapter
+from candle_vllm.core.loading.config import ModelConfig
+from candle_vllm.core.loading.source import ModelFiles
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.views import rows_of_bytes
+from candle_vllm.core.loading.weights import expand
+from candle_vllm.core.models.family import Family
+from candle_vllm.core.quantization.plain import ELEMENTS, read_plain
+from candle_vllm.core.quantization.tensors import StoredTensor, Viewed
+
+Uses: TypeAlias = Sequence[tuple[Path, float]]
+"""Adapters, each with what it is multiplied by."""
+
+ANY_SIZE = AdapterLimits(max_rank=1 << 16, max_bytes=1 << 40)
+"""Nothing is kept in memory but one matrix."""
+_Changes: TypeAlias = list[tuple[Delta, float]]
+
+
+def merge(
+    config: EngineConfig,
+    files: ModelFiles,
+    family: Family,
+    model: ModelConfig,
+    checkpoint: Checkpoint,
+    adapters: Uses,
+    opened: ExitStack,
+) -> tuple[ModelConfig, Checkpoint]:
+    """A model and its tensors with adapters merged into them; each matrix is computed when it is asked for.
+
+    Args:
+        config: of the file that is written: where it names a type, merged matrices are float32 before they become
+            that; else they are brought to the base's own.
+        files, family, model, checkpoint: the base.
+        adapters: what is merged, and how much of it.
+        opened: keeps the adapters' files open for as long as the tensors are read.
+
+    Returns:
+        the model, whose head is no longer the embedding table where only one of them changes, and the tensors.
+
+    Raises:
+        ModelNotFoundError, AdapterError: as `read_adapter` and `fit_adapter`.
+    """
+    base = adapter_base(files, dataclasses.replace(config, isq=None))
+    changes: dict[str, _Changes] = {}
+    for path, scale in adapters:
+        stored = opened.enter_context(read_adapter(path, ANY_SIZE))
+        if stored.alora is not None:
+            raise AdapterError(
+                f"{path}: an adapter with alora_invocation_tokens acts on a part of a text, unlike a model"
+            )
+        for target, delta in _targets(fit_adapter(stored, base, merging=True)).items():
+            if target not in base.shapes:
+                raise AdapterError(
+                    f"{path}: {target} of the adapter has no place in {base.name}, which has no bias there"
+                )
+            changes.setdefault(target, []).append((delta, scale))
+    weights, exact = stored_parts(family, model, checkpoint), config.isq is not None or config.dtype != "auto"
+    if model.tie_embeddings and changes.get("embed:weight", []) != changes.get("head:weight", []):
+        model = dataclasses.replace(model, tie_embeddings=False)
+        for target in ("embed:weight", "head:weight"):
+            changes.setdefault(target, [])
+    merged: dict[str, StoredTensor] = {}
+    for target, deltas in changes.items():
+        own = weights(target)
+        assert own is not None
+        merged[stored_target(target, model)] = _merged(own, deltas, exact) if deltas else own
+    return model, checkpoint.with_tensors(_unchanged(family, model, checkpoint, merged) | merged)
+
+
+def _targets(fitted: FittedAdapter) -> dict[str, Delta]:
+    """What is done to each part of the model; a bias is a part of its own."""
+    found: dict[str, Delta] = {}
+    for path, deltas in fitted.deltas.items():
+        for prefix, delta in deltas.items():
+            if delta.bias is not None:
+                found[f"{path}:{prefix}bias"] = Delta(bias=delta.bias)
+            if any(part is not None for part in (delta.a, delta.full, delta.rows)):
+                found[f"{path}:{prefix}weight"] = delta
+    return found
+
+
+def _unchanged(
+    family: Family, model: ModelConfig, checkpoint: Checkpoint, merged: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """The stored tensors without those that are merged whole."""
+    kept, gone = set[str](), set[str]()
+    for line in expand(family.weights, model, checkpoint.format):
+        name = line.find(checkpoint.tensors) if line.names else None
+        if name is not None:
+            (gone if line.target in merged else kept).add(name)
+    return {name: tensor for name, tensor in checkpoint.tensors.items() if name not in gone - kept}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Merged(Viewed):
+    """A part of a model with what adapters do to it."""
+
+    changes: _Changes
+
+    def raw(self) -> np.ndarray:
+        values = merged_weight(self.source, self.changes)
+        return rows_of_bytes(_as(values, self.type_name), self.shape)
+
+
+def _merged(own: StoredTensor, changes: _Changes, exact: bool) -> StoredTensor:
+    name = "F32" if exact or own.dtype is None else own.dtype
+    return _Merged(own.name, own.shape, name, own.numel * ELEMENTS[name].itemsize, own, changes)
+
+
+def merged_weight(own: StoredTensor, changes: Sequence[tuple[Delta, float]]) -> NDArray[np.float32]:
+    """A part of a model with what adapters do to it, t of each: W + the sum of t (W' - W), in float32."""
+    values = own.load("F32")
+    out = values if len(changes) == 1 else values.copy()
+    for delta, scale in changes:
+        made = _changed(values, delta)
+        out = made if len(changes) == 1 and scale == 1 else out + np.float32(scale) * (made - values)
+    return out
+
+
+def _changed(values: NDArray[np.float32], delta: Delta) -> NDArray[np.float32]:
+    """W', in memory of its own."""
+    if delta.bias is not None and values.ndim == 1:
+        return values + delta.bias
+    made = values.copy() if delta.full is None else delta.full.load("F32")
+    if delta.a is not None and delta.b is not None:
+        made += np.float32(delta.scale) * (delta.b.load("F32") @ delta.a.load("F32"))
+    if delta.column_scale is not None:
+        made *= delta.column_scale[:, None]
+    if delta.rows is not None:
+        ids, rows = delta.rows
+        made[ids] = rows
+    return made
+
+
+def _as(values: NDArray[np.float32], name: str) -> np.ndarray:
+    return values if name == "F32" else read_plain(values.view(np.uint8), "F32", values.shape, name)

@@ -1,0 +1,191 @@
+"""Writes an adapter (LoRA) as a GGUF file, which this library and llama.cpp take beside a GGUF model.
+
+GGUF names each matrix as the model's file does, with rows in that file's order, and has one alpha for all: a tensor's
+scale is alpha / r. What PEFT scales otherwise (patterns, rslora) has its B multiplied by the rest, in float32.
+Source: `convert_lora_to_gguf.py` and `llama-adapter.cpp` of llama.cpp.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from candle_vllm.core.assembly.adapter_base import adapter_base
+from candle_vllm.core.assembly.adapters import fit_adapter
+from candle_vllm.core.assembly.model import describe_family
+from candle_vllm.core.assembly.opening import config_file, model_files, naming, open_model
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.conversion.adapters import ANY_SIZE
+from candle_vllm.core.conversion.gguf_architectures import architecture
+from candle_vllm.core.conversion.gguf_file import PlannedTensor, Progress
+from candle_vllm.core.conversion.gguf_tensors import joined, preferring
+from candle_vllm.core.conversion.write import PLAIN_KINDS, WrittenFile, check_target, write_plans
+from candle_vllm.core.devices import CPU
+from candle_vllm.core.errors import AdapterError, ConfigError
+from candle_vllm.core.kernels.lora import Delta, FittedAdapter
+from candle_vllm.core.loading.adapters import StoredAdapter, read_adapter
+from candle_vllm.core.loading.views import computed, constant
+from candle_vllm.core.loading.weights import Line, expand
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
+from candle_vllm.core.quantization.tensors import StoredTensor
+
+_MERGE = "merge it into the model with `candle-vllm quantize --lora`"
+_Piece = tuple[Line, Delta]
+
+
+def write_gguf_adapter(
+    config: EngineConfig,
+    adapter: Path | str,
+    out: Path | str,
+    *,
+    overwrite: bool = False,
+    progress: Progress = lambda *_: None,
+) -> WrittenFile:
+    """Writes an adapter for the model of `config`, which is there for its names and the order of its rows.
+
+    Args:
+        config: `model` and where to find it, a GGUF file or a folder; `dtype` is the type of the tensors; auto keeps
+            each one's own.
+        adapter: a PEFT folder.
+        out: the file, which ends in .gguf.
+        overwrite: a file of that name may be replaced.
+        progress: called with bytes written and bytes in all.
+
+    Raises:
+        ConfigError: the file cannot be written there.
+        ModelNotFoundError, ModelLoadError: the model or the adapter cannot be used; AdapterError: GGUF has no form for
+            a part of it.
+    """
+    out = Path(out)
+    check_target(out, overwrite)
+    if config.isq is not None:
+        raise ConfigError("adapters are written in plain numbers: leave isq out, and choose among dtypes", "isq")
+    files = model_files(config)
+    with read_adapter(adapter, ANY_SIZE) as stored, naming(config_file(files), stored.path):
+        fitted = fit_adapter(stored, adapter_base(files, config))
+        opened = open_model(files, CPU)
+        with opened.checkpoint as checkpoint:
+            family, model = describe_family(files, checkpoint, opened.metadata)
+            if files.format == "gguf":
+                name, laid_out, parts = str(opened.metadata["general.architecture"]), model, ()
+                names = checkpoint.tensors
+            else:
+                row = architecture(model, config_file(files))
+                name, laid_out, parts, names = row.name, row.stored(model), row.names(model), {}
+            found: defaultdict[str, list[_Piece]] = defaultdict(list)
+            lines = {line.target: line for line in expand(family.weights, laid_out, "gguf")}
+            for target, delta in _targets(stored, fitted):
+                line = lines.get(target)
+                if line is None or not line.names or (target == "head:weight" and laid_out.tie_embeddings):
+                    raise AdapterError(
+                        f"{stored.path}: it changes {target}, for which a GGUF file of {files.name} has no tensor: "
+                        f"{_MERGE}"
+                    )
+                written = line.find(names)
+                line = preferring(line, (written,) if written is not None else parts)
+                found[line.first].append((line, delta))
+            alpha = _alpha(fitted)
+            plans = [
+                PlannedTensor(f"{tensor}.{half}", values, _kind(config, values))
+                for tensor, pieces in found.items()
+                for half, values in _halves(stored, tensor, pieces, alpha, laid_out)
+            ]
+        metadata = _metadata(name, files.name, Path(adapter).name, alpha, fitted)
+        return write_plans(plans, metadata, out, progress)
+
+
+def _targets(stored: StoredAdapter, fitted: FittedAdapter) -> Iterator[tuple[str, Delta]]:
+    for path, deltas in fitted.deltas.items():
+        for prefix, delta in deltas.items():
+            for part, what in (
+                ("bias", "a bias"),
+                ("column_scale", "DoRA"),
+                ("full", "a whole matrix"),
+                ("rows", "rows"),
+            ):
+                if getattr(delta, part) is not None:
+                    raise AdapterError(
+                        f"{stored.path}: it has {what} for {path}, which GGUF's adapters have no place for: {_MERGE}"
+                    )
+            yield f"{path}:{prefix}weight", delta
+
+
+def _alpha(fitted: FittedAdapter) -> float:
+    """The one that most tensors have as it is, in float32."""
+    counts = Counter(
+        float(np.float32(delta.scale * delta.rank)) for each in fitted.deltas.values() for delta in each.values()
+    )
+    return counts.most_common(1)[0][0]
+
+
+def _halves(
+    stored: StoredAdapter, name: str, pieces: list[_Piece], alpha: float, config: Any
+) -> Iterator[tuple[str, StoredTensor]]:
+    """`lora_a` and `lora_b` of a tensor; those of the embedding table are turned."""
+    first = pieces[0][1]
+    a = [delta.a for _, delta in pieces if delta.a is not None]
+    if pieces[0][0].expert is not None:
+        if len(a) != config.num_experts or len({(delta.rank, delta.scale) for _, delta in pieces}) > 1:
+            raise AdapterError(
+                f"{stored.path}: GGUF has one rank for all {config.num_experts} experts of {name}: {_MERGE}"
+            )
+        b = [(line, _times(delta.b, delta.scale * delta.rank / alpha)) for line, delta in pieces if delta.b is not None]
+        yield "lora_a", constant(name, np.stack([part.load("F32") for part in a]), stored.path)
+        yield "lora_b", joined(name, b, config)
+        return
+    if len({id(part) for part in a}) > 1:
+        both, b = _side_by_side(pieces, alpha, stored.path)
+        yield "lora_a", both
+        yield "lora_b", joined(name, b, config)
+        return
+    b = [(line, _times(delta.b, first.scale * first.rank / alpha)) for line, delta in pieces if delta.b is not None]
+    if name == "token_embd.weight":
+        yield "lora_a", b[0][1]  # [V, r]
+        yield "lora_b", computed(a[0], a[0].shape[::-1], lambda values: values.T, a[0].dtype or "F32")
+        return
+    yield "lora_a", a[0]
+    yield "lora_b", joined(name, b, config)
+
+
+def _side_by_side(
+    pieces: list[_Piece], alpha: float, source: Path
+) -> tuple[StoredTensor, list[tuple[Line, StoredTensor]]]:
+    """Adapters of matrices that are one in the file: all of A below each other, and zeros where B has the others'."""
+    ends = list(itertools.accumulate(delta.rank for _, delta in pieces))
+    a = np.concatenate([delta.a.load("F32") for _, delta in pieces if delta.a is not None])
+    b = list[tuple[Line, StoredTensor]]()
+    for end, (line, delta) in zip(ends, pieces, strict=True):
+        assert delta.b is not None
+        wide = np.zeros((delta.b.shape[0], ends[-1]), np.float32)
+        wide[:, end - delta.rank : end] = delta.b.load("F32") * np.float32(delta.scale * ends[-1] / alpha)
+        b.append((line, constant(line.target, wide, source)))
+    return constant("lora_a", a, source), b
+
+
+def _times(stored: StoredTensor, factor: float) -> StoredTensor:
+    """B times what alpha / r is short of."""
+    if abs(factor - 1) < 1e-7:
+        return stored
+    return computed(stored, stored.shape, lambda values: values * np.float32(factor), "F32")
+
+
+def _kind(config: EngineConfig, values: StoredTensor) -> GGMLQuantizationType:
+    return GGMLQuantizationType[PLAIN_KINDS.get(config.dtype, values.dtype or "F32")]
+
+
+def _metadata(name: str, base: str, adapter: str, alpha: float, fitted: FittedAdapter) -> Mapping[str, Any]:
+    found: dict[str, Any] = {
+        "general.architecture": name,
+        "general.type": "adapter",
+        "general.name": adapter,
+        "general.base_model.count": 1,
+        "general.base_model.0.name": Path(base).name,
+        "adapter.type": "lora",
+        "adapter.lora.alpha": float(alpha),
+    }
+    return found | ({"adapter.alora.invocation_tokens": list(fitted.alora)} if fitted.alora else {})
