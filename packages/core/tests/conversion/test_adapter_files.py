@@ -59,7 +59,7 @@ def test_a_merged_file_is_the_model_that_peft_merges(
     name: str, config: dict[str, Any], tmp_path: Path, words: Path
 ) -> None:
     made, out = trained(tmp_path, name, **config), tmp_path / "out.gguf"
-    settings = EngineConfig(model=str(made.model), tokenizer=str(words))
+    settings = EngineConfig(model=str(made.model), tokenizer=words)
     found = []
     for uses in ([1.0], [0.25, 0.75]):
         write_gguf(settings, out, adapters=[(made.adapter, scale) for scale in uses], overwrite=True)
@@ -81,7 +81,7 @@ def test_a_merged_file_is_the_model_that_peft_merges(
 )
 def test_a_tied_head_stays_one_where_it_can(config: dict[str, Any], tied: bool, tmp_path: Path, words: Path) -> None:
     made, out = trained(tmp_path, "Llama", {"tie_word_embeddings": True}, **config), tmp_path / "out.gguf"
-    write_gguf(EngineConfig(model=str(made.model), tokenizer=str(words)), out, adapters=[(made.adapter, 1.0)])
+    write_gguf(EngineConfig(model=str(made.model), tokenizer=words), out, adapters=[(made.adapter, 1.0)])
     base, written = base_of(made.model), base_of(out)
     with read_adapter(made.adapter) as stored:
         expected = merged(base, fit_adapter(stored, base))
@@ -94,7 +94,7 @@ def test_merged_matrices_are_quantised_once(tmp_path: Path, words: Path) -> None
     made, out = trained(tmp_path, "Qwen2", target_modules=["down_proj"]), tmp_path / "quantised.gguf"
     weights = made.model / "model.safetensors"
     save_file({name: tensor.bfloat16() for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
-    settings = EngineConfig(model=str(made.model), tokenizer=str(words), isq="q8_0")
+    settings = EngineConfig(model=str(made.model), tokenizer=words, isq="q8_0")
     write_gguf(settings, out, adapters=[(made.adapter, 1.0)])
     base, target = base_of(made.model), "layers.1.mlp.down:weight"
     with read_adapter(made.adapter) as stored:
