@@ -40,7 +40,13 @@ def random_bytes(kind: PackedKind, rows: int, columns: int, seed: int = 0) -> np
     random = np.random.default_rng(seed)
     size, width = ggml.block_layout(GgmlType[kind.name])
     raw = random.integers(0, 256, (rows, columns // size, width), dtype=np.uint8)
-    for start, stop in CONTENTS[kind.type].floats:
+    if kind is PackedKind.IQ1_M:  # the float is in the highest bits of four words; 1 to 2, of either sign
+        words = raw[:, :, 48:].view(np.uint16)
+        words[:] = words & 0x0FFF | words & np.array([0xF000, 0xF000, 0xF000, 0x8000], np.uint16)
+        words[:, :, 2] = words[:, :, 2] & 0x3FFF | 0xC000
+        words[:, :, 3] |= 0x3000
+        return raw.reshape(-1)
+    for start, stop in CONTENTS[kind.type].floats if kind.type in CONTENTS else [(0, 2)]:
         scale = random.uniform(0.5, 1.5, raw.shape[:2]) * random.choice([-1, 1], raw.shape[:2])
         raw[:, :, start:stop] = scale.astype(np.float16)[..., None].view(np.uint8)
     return raw.reshape(-1)
@@ -201,8 +207,9 @@ def test_a_row_has_the_same_bits_everywhere(kind, team):
     lone.close()
 
 
-def test_codes_are_looked_up_alike_on_other_processors(lone_thread, monkeypatch):
-    matrix, inputs = packed(PackedKind.IQ4_NL, 17, 96), activations(5, 96)
+@pytest.mark.parametrize("name", ["IQ4_NL", "IQ2_XXS"])
+def test_codes_are_looked_up_alike_on_other_processors(name, lone_thread, monkeypatch):
+    matrix, inputs = packed(PackedKind[name], 17, 256), activations(5, 256)
     wanted = multiply(lone_thread, matrix, inputs)
     monkeypatch.setattr(emit_tables, "has_avx2", lambda: False)
     make_anew(monkeypatch, layout, cpu, "selection")

@@ -1,4 +1,4 @@
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false
 """Tables of constants that vector code reads: of sixteen bytes by one shuffle, longer ones by gathering from memory."""
 
 from __future__ import annotations
@@ -47,6 +47,31 @@ def table_address(e: Emitter, table: np.ndarray) -> Any:
         found.linkage, found.global_constant, found.align = "internal", True, 64
         found.initializer = ir.Constant(kind, [ir.Constant(element, int(value)) for value in data.reshape(-1)])
     return e.b.ptrtoint(found, ir.IntType(64))
+
+
+def gather(e: Emitter, table: np.ndarray, places: Any, isa: Isa) -> Any:
+    """The words uint32 of a table at places, <16 x i32>, all of which are in it."""
+    at = table_address(e, table)
+    if not (isa & Isa.VNNI or has_avx2()):
+        found = e.zeros(I32)
+        for lane in range(LANES):
+            place = e.b.extract_element(places, ir.Constant(I32, lane))
+            where = e.b.add(at, e.b.zext(e.b.shl(place, ir.Constant(I32, 2)), ir.IntType(64)))
+            found = e.b.insert_element(found, e.load(where, I32), ir.Constant(I32, lane))
+        return found
+    pointer = e.b.inttoptr(at, I8.as_pointer())
+    if isa & Isa.VNNI:
+        every = e.constant(ir.IntType(1), 1)
+        given = [e.zeros(I32), pointer, places, every, ir.Constant(I32, 4)]
+        return e.call("llvm.x86.avx512.mask.gather.dpi.512", vector(I32), given)
+    parts = []
+    for start in (0, LANES // 2):
+        picked = ir.Constant(vector(I32, LANES // 2), [ir.Constant(I32, start + i) for i in range(LANES // 2)])
+        half = e.b.shuffle_vector(places, places, picked)
+        every = e.constant(I32, -1, LANES // 2)
+        given = [e.zeros(I32, LANES // 2), pointer, half, every, ir.Constant(I8, 4)]
+        parts.append(e.call("llvm.x86.avx2.gather.d.d.256", vector(I32, LANES // 2), given))
+    return e.b.shuffle_vector(*parts, ir.Constant(vector(I32), [ir.Constant(I32, i) for i in range(LANES)]))
 
 
 def _row(numbers: Sequence[int], count: int) -> ir.Constant:

@@ -104,7 +104,11 @@ def _planes(layout: TileLayout) -> Planes:
 
 
 PLANES: Mapping[PackedKind, Planes] = MappingProxyType(
-    {kind: _planes(layout) for kind, layout in LAYOUTS.items() if layout.values is None}
+    {
+        kind: _planes(layout)
+        for kind, layout in LAYOUTS.items()
+        if isinstance(layout, TileLayout) and layout.values is None
+    }
 )
 
 

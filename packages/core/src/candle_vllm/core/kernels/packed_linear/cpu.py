@@ -27,11 +27,14 @@ from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import EmbeddingArguments, LinearArguments
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes, write_tile
+from candle_vllm.core.kernels.packed_linear.cpu_grids import GridGroup
+from candle_vllm.core.kernels.packed_linear.grids import GridLayout
 from candle_vllm.core.kernels.packed_linear.layout import (
     GROUP,
     LAYOUTS,
     ROWS,
     VECTOR_BYTES,
+    AnyLayout,
     PackedKind,
     TileLayout,
 )
@@ -142,7 +145,7 @@ def _paired(e: Emitter, low: Any, high: Any) -> Any:
     )
 
 
-def _block_of(e: Emitter, weights: Any, group: Any, layout: TileLayout) -> tuple[Any, Any, Any]:
+def _block_of(e: Emitter, weights: Any, group: Any, layout: AnyLayout) -> tuple[Any, Any, Any]:
     """Address of the block that holds group `group` of a row, the group's number in it, and its codes' address."""
     if not layout.nested:
         block = e.b.add(weights, e.b.mul(group, e.int64(layout.block_bytes)))
@@ -156,17 +159,17 @@ def _block_of(e: Emitter, weights: Any, group: Any, layout: TileLayout) -> tuple
 # ---- the panel of activations ----------------------------------------------------------------------------------------
 
 
-def _panel_sums(layout: TileLayout) -> int:
+def _panel_sums(layout: AnyLayout) -> int:
     """Numbers per row and group in a panel that say what the sums are."""
     return 1 if layout.width == GROUP or layout.paired else 2
 
 
-def _record_bytes(layout: TileLayout, block: int) -> int:
+def _record_bytes(layout: AnyLayout, block: int) -> int:
     """Bytes of one group of a panel of `block` rows: the int8 numbers, xs, and one or two sums of each row."""
     return block * (GROUP + 4 + 4 * _panel_sums(layout))
 
 
-def _sums(e: Emitter, x: Any, layout: TileLayout, isa: Isa) -> list[Any]:
+def _sums(e: Emitter, x: Any, layout: AnyLayout, isa: Isa) -> list[Any]:
     """What the panel keeps of the sum of 32 int8 numbers, given as <32 x i8>: for each half, or for the whole.
 
     Sums times the minima are floats, or a pair of integers; sums times the code of weight 0 are integers below zero.
@@ -225,13 +228,18 @@ def _fill_row(
 
 
 def _add_group(
-    e: Emitter, layout: TileLayout, block: int, isa: Isa, record: Any, weights: tuple[Any, Any, Any], totals: list[Any]
+    e: Emitter, layout: AnyLayout, block: int, isa: Isa, record: Any, weights: tuple[Any, Any, Any], totals: list[Any]
 ) -> list[Any]:
     """Adds one group's share to the totals of the rows; `weights` is what `_block_of` returns."""
-    if layout.paired:
+    if not isinstance(layout, GridLayout) and layout.paired:
         return _add_paired(e, layout, block, isa, record, weights, totals)
     head, number, codes = weights
-    scales, minima = _scales(e, head, number, layout)
+    if isinstance(layout, GridLayout):
+        grid = GridGroup(e, layout, isa, head, number, codes)
+        scales, minima = grid.scales(), []
+    else:
+        grid = None
+        scales, minima = _scales(e, head, number, layout)
 
     def splat(row: int, index: int, kind: ir.Type) -> Any:
         return e.splat(e.load(record, kind, block * (GROUP + 4 * index) + 4 * row))
@@ -240,7 +248,7 @@ def _add_group(
     for half, scale in enumerate(scales):
         sums = [e.zeros(I32) if layout.minimum else splat(row, 1 + half, I32) for row in range(block)]
         for quad in range(half * 4, half * 4 + 8 // len(scales)):
-            unsigned = _quad(e, codes, layout, quad, isa)
+            unsigned = grid.quad(quad) if grid else _quad(e, codes, layout, quad, isa)
             for row in range(block):
                 x = e.splat(e.load(record, I32, row * GROUP + 4 * quad))
                 sums[row] = e.dot_u8_i8(sums[row], unsigned, x, isa)
@@ -380,6 +388,9 @@ def _unpack_row(_: Any, kind: Any, weights: Any, lane: Any, out: Any, groups: An
 
         def body(group: Any, state: list[Any]) -> list[Any]:
             head, inside, codes = _block_of(e, at_weights, group, layout)
+            if isinstance(layout, GridLayout):
+                _unpack_grid(e, GridGroup(e, layout, Isa.GENERIC, head, inside, codes), at_lane, at_out, group)
+                return state
             scales, minima = _scales(e, head, inside, layout, at_lane)
             codes = b.add(codes, b.mul(at_lane, e.int64(4)))
             target = b.add(at_out, b.mul(group, e.int64(4 * GROUP)))
@@ -398,6 +409,18 @@ def _unpack_row(_: Any, kind: Any, weights: Any, lane: Any, out: Any, groups: An
         return context.get_dummy_value()
 
     return types.void(kind, *[types.int64] * 4), code
+
+
+def _unpack_grid(e: Emitter, grid: GridGroup, lane: Any, out: Any, group: Any) -> None:
+    """Writes a group of row `lane`; the 16 rows are decoded, for a table in such a type is rare."""
+    b, picked = e.b, e.b.trunc(lane, I32)
+    target = b.add(out, b.mul(group, e.int64(4 * GROUP)))
+    scales = [e.splat(b.extract_element(part, picked), 4) for part in grid.scales()]
+    for quad in range(8):
+        numbers = b.bitcast(b.extract_element(grid.quad(quad), picked), vector(I8, 4))
+        numbers = b.sub(b.zext(numbers, vector(I32, 4)), e.constant(I32, grid.layout.zero, 4))
+        value = b.fmul(b.sitofp(numbers, vector(F32, 4)), scales[quad * len(scales) // 8])
+        e.store(target, value, 16 * quad)
 
 
 def make_embedding(KIND: int) -> Any:

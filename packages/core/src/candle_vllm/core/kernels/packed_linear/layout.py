@@ -22,7 +22,8 @@ A group's codes are vectors of 64 bytes, 4 bytes for each of the 16 rows. **Quad
 More than one of these stand behind each other, high bits first: the kernel then reads them in the order in which they
 lie, which the CPU's prefetching needs (with the fifth bits behind the nibbles, Q5_1 was read a third slower). A code is
 unsigned; a weight is scale * (code - zero) for the types without a minimum, else scale * code + minimum. IQ4_NL and
-IQ4_XS have a table of 16 numbers, in which a code is looked up first; there a weight is scale * number.
+IQ4_XS have a table of 16 numbers, in which a code is looked up first; there a weight is scale * number. Of the other
+IQ types `grids.py` tells.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -40,6 +41,7 @@ from candle_vllm.core.kernels.activation_quant import Groups
 from candle_vllm.core.kernels.cpu_runtime import operation
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments
+from candle_vllm.core.kernels.packed_linear.grids import FORMATS, GridLayout
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_blocks import CONTENTS
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
@@ -71,6 +73,13 @@ class PackedKind(enum.IntEnum):
     Q6_K = 9
     IQ4_NL = 10
     IQ4_XS = 11
+    IQ1_S = 12
+    IQ1_M = 13
+    IQ2_XXS = 14
+    IQ2_XS = 15
+    IQ2_S = 16
+    IQ3_XXS = 17
+    IQ3_S = 18
 
     @property
     def type(self) -> GGMLQuantizationType:
@@ -160,15 +169,21 @@ class TileLayout:
         return columns // (GROUP * self.groups) * self.block_bytes
 
 
-def _layout(kind: PackedKind) -> TileLayout:
+AnyLayout: TypeAlias = TileLayout | GridLayout
+"""What the kernels of all kinds ask of a layout, both have."""
+
+
+def _layout(kind: PackedKind) -> AnyLayout:
+    if kind.name in FORMATS:
+        return FORMATS[kind.name]
     found = CONTENTS[kind.type]
     return TileLayout(found.bits, found.width, found.minimum is not None, bool(found.small), found.values)
 
 
-LAYOUTS: Mapping[PackedKind, TileLayout] = MappingProxyType({kind: _layout(kind) for kind in PackedKind})
+LAYOUTS: Mapping[PackedKind, AnyLayout] = MappingProxyType({kind: _layout(kind) for kind in PackedKind})
 
 
-RARE = frozenset(kind for kind in PackedKind if LAYOUTS[kind].values is not None)
+RARE = frozenset(kind for kind in PackedKind if kind > PackedKind.Q6_K)
 """Kinds whose code does not travel with the package: it is compiled where a file has them."""
 
 
@@ -192,7 +207,7 @@ class PackedMatrix:
     order: np.ndarray | None = None
 
     @property
-    def layout(self) -> TileLayout:
+    def layout(self) -> AnyLayout:
         """Facts of the kind."""
         return LAYOUTS[self.kind]
 

@@ -13,6 +13,8 @@ import numpy as np
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
+from candle_vllm.core.kernels.packed_linear import grids
+from candle_vllm.core.kernels.packed_linear.grids import GridLayout
 from candle_vllm.core.kernels.packed_linear.layout import (
     GROUP,
     LAYOUTS,
@@ -81,7 +83,10 @@ def pack(
             parts = np.concatenate([parts, np.zeros((missing, *parts.shape[1:]), np.uint8)])
         if kind.type is not ggml_type:
             parts = ggml.round_to_q8_0(parts, ggml_type)
-        _store(split(parts, kind), layout, data[first:last])
+        if isinstance(layout, GridLayout):
+            grids.store(np.ascontiguousarray(parts), layout, data[first:last])
+        else:
+            _store(split(parts, kind), layout, data[first:last])
 
     step = max(1, CHUNK // (ROWS * columns))
     rounds = [(first, min(first + step, tiles)) for first in range(0, tiles, step)]

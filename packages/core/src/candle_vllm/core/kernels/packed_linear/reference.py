@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from candle_vllm.core.kernels.packed_linear import grids
+from candle_vllm.core.kernels.packed_linear.grids import GridLayout
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, ROWS, VECTOR_BYTES, PackedMatrix, TileLayout
 
 
@@ -26,6 +28,8 @@ def linear(weight: np.ndarray, xq: np.ndarray, xs: np.ndarray, bias: np.ndarray 
 def dequantise(matrix: PackedMatrix) -> np.ndarray:
     """The weights as float32 [N, K]; for every kind exactly what ggml's own routine gives for the original bytes."""
     layout = matrix.layout
+    if isinstance(layout, GridLayout):
+        return grids.dequantise(matrix.data, layout)[: matrix.rows]
     blocks = matrix.data.reshape(len(matrix.data), -1, layout.block_bytes)  # [tiles, blocks, bytes]
     codes = blocks[:, :, layout.head_bytes :].reshape(*blocks.shape[:2], layout.groups, layout.code_bytes)
     numbers = _numbers(codes, layout)

@@ -28,6 +28,7 @@ class ChunkCodes(NamedTuple):
 def split(blocks: np.ndarray, kind: PackedKind) -> ChunkCodes:
     """Takes blocks of the kind's own ggml type apart: uint8 [R, B, bytes]; the parts may be views of them."""
     contents, layout = CONTENTS[kind.type], LAYOUTS[kind]
+    assert isinstance(layout, TileLayout)
     floats = [_half(blocks, place) for place in contents.floats]
     if layout.nested and layout.minimum:
         floats[1] = floats[1] ^ np.uint16(0x8000)  # the kernels add
