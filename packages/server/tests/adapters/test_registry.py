@@ -13,13 +13,18 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))
 
+from server_fakes import FakeLoader
+
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.server.adapters.disk_cache import DiskCache, Key
 from candle_vllm.server.adapters.registry import Adapters, BaseAdapters
 from candle_vllm.server.adapters.sources import AdapterName, Found, Refused, Unavailable
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
+from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.adapters import read_specs
+from candle_vllm.server.settings.models_file import read_models_file
 from candle_vllm.server.settings.options import UsageError
 
 
@@ -255,6 +260,47 @@ def test_an_adapter_that_is_none_is_refused_at_the_start(text: str) -> None:
         adapters(entries=(entry(lora_modules=(text,)),))
 
 
+def test_adapters_of_models_that_take_none_are_refused_at_the_start(source: FakeSource) -> None:
+    with pytest.raises(UsageError, match="need --enable-lora"):
+        adapters(entries=(entry(enable_lora=False, lora_modules=("a=/x",)),))
+    with pytest.raises(UsageError, match="there is none"):
+        adapters(source, entries=(entry(enable_lora=False),))
+
+
 def test_two_adapters_of_one_name_are_refused() -> None:
     with pytest.raises(UsageError, match="two adapters are called 'a'"):
         adapters(entries=(entry(lora_modules=("a=/x", "a=/y")),))
+
+
+def test_models_yaml_has_the_adapters_of_a_model(tmp_path: Path) -> None:
+    path = tmp_path / "models.yaml"
+    path.write_text(
+        "models:\n- name: base\n  hf_id: org/base\n  adapters:\n  - {name: tone, path: tone, pinned: true}\n"
+        "  - {name: poems, path: /srv/poems.gguf, scale: 0.5}\n  params: {lora_warmup: [poems]}\n"
+    )
+    source = read_models_file(path).models["base"]
+    settings = Settings(**source.values)
+    assert (settings.enable_lora, settings.lora_warmup) == (True, ("poems",))
+    specs = read_specs(settings.lora_modules)
+    assert [(each.name, each.path, each.scale, each.pinned) for each in specs] == [
+        ("tone", str(tmp_path / "tone"), 0.0, True), ("poems", "/srv/poems.gguf", 0.5, False),
+    ]  # fmt: skip
+    for wrong in ("x", "[x]", "[{name: a}]", "[{name: a, path: b, rank: 3}]"):
+        path.write_text(f"models:\n- {{name: base, hf_id: org/base, adapters: {wrong}}}\n")
+        with pytest.raises(UsageError, match=r"models\.yaml.*line 2"):
+            read_models_file(path)
+
+
+async def test_adapters_that_shall_be_there_are_loaded_with_their_model(tmp_path: Path, source: FakeSource) -> None:
+    modules = ('{"name": "pinned", "path": "/srv/a", "pinned": true}', "warm=/srv/b", "cold=/srv/c")
+    known = Adapters([source])
+    loader = FakeLoader()
+    catalogue = Catalogue([entry(lora_modules=modules, lora_warmup=("warm", "acme/tone", "acme/none"))])
+    manager = ModelManager(catalogue, loader, adapters=known)
+    try:
+        await manager.start()
+        await until(lambda: len(loader.engines[0].adapters) == 3 and not manager._warming)
+        there = {name: info.pinned for name, info in loader.engines[0].adapters.items()}
+        assert there == {"pinned": True, "warm": False, "acme/tone@c1": False}
+    finally:
+        await manager.close()

@@ -158,6 +158,13 @@ TRANSLATED: dict[str, dict[str, Any]] = {
     "-c 0 -ngl 0 -np -1 -fa auto --no-webui": {"max_model_len": None, "device": "cpu", "ui_server": False},
     "--speculative-config.method ngram --speculative-config.num-speculative-tokens=4": {
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 4}},
+    "--lora a/poems.gguf,b/tone --lora-scaled c.gguf:0.5": {"enable_lora": True, "lora_modules": (
+        '{"name": "poems", "path": "a/poems.gguf", "scale": 1.0}', '{"name": "tone", "path": "b/tone", "scale": 1.0}',
+        '{"name": "c", "path": "c.gguf", "scale": 0.5}')},
+    "--enable-lora --lora-modules a=/x b=/y --max-loras 4 --max-cpu-loras 8 --max-lora-rank 16": {
+        "enable_lora": True, "lora_modules": ("a=/x", "b=/y"), "max_loras": 4, "max_cpu_loras": 8, "max_lora_rank": 16},
+    "--enable-lora --lora-paths a=/x --max-loras-per-batch 4 --fully-sharded-loras": {
+        "enable_lora": True, "lora_modules": ("a=/x",), "max_loras": 4},
     "--spec-type ngram-mod": {"speculative_config": {"method": "suffix"}},
     "--spec-type draft-mtp": {"speculative_config": {"method": "mtp"}},
     "-md head.gguf --spec-type draft-eagle3": {"speculative_config": {"method": "eagle3", "model": "head.gguf"}},

@@ -13,6 +13,7 @@ from candle_vllm.server.cli import main
 from candle_vllm.server.commands.config import effective
 from candle_vllm.server.settings.command_line import parse
 from candle_vllm.server.settings.configuration import Configuration, load_configuration
+from candle_vllm.server.settings.derived import engine_config
 from candle_vllm.server.settings.options import UsageError
 
 Load = Callable[..., Configuration]
@@ -175,3 +176,33 @@ def test_config_warns_and_shows_whence(
     assert "HOST in the environment (0.0.0.0) is not used" in told.err
     assert "APIKEY in the environment is no API key of this server" in told.err
     assert "secret" not in told.out + told.err
+
+
+SERVICE = {
+    "MODEL_ID": "org/name",
+    "MAX_LORAS": "10",
+    "MAX_LORA_RANK": "16",
+    "MAX_CPU_LORAS": "5",
+    "CACHE_DIR": "/cache",
+}
+"""What a service of adapters is set up by, and its own defaults."""
+
+
+def test_the_names_of_a_service_of_adapters_boot_as_they_are(load: Load) -> None:
+    made = load(**SERVICE, VLLM_ALLOW_RUNTIME_LORA_UPDATING="True")
+    settings = made.settings
+    assert (settings.enable_lora, settings.max_loras, settings.max_lora_rank, settings.max_cpu_loras) == (
+        True,
+        10,
+        16,
+        5,
+    )
+    assert (settings.download_dir, settings.allow_runtime_lora) == (Path("/cache"), True)
+    assert engine_config(settings).max_cpu_loras == 5
+    told = {each.option.name: each.source for each in effective(made)}
+    assert told["enable_lora"] == "the environment (MAX_LORAS)"
+    off = load("--no-enable-lora", **SERVICE).settings
+    assert (off.enable_lora, off.max_loras) == (False, None)
+    assert load(CACHE_DIR="/cache").settings.download_dir is None  # of any program
+    with pytest.raises(UsageError, match="MAX_LORAS"):
+        load(MAX_LORAS="many")

@@ -318,6 +318,11 @@ class Adapters:
         Raises:
             UsageError: an adapter of it is wrong, or has the name of a model.
         """
+        for entry in catalogue.entries:
+            if not entry.settings.enable_lora and (entry.settings.lora_modules or entry.settings.lora_warmup):
+                raise UsageError(f"the model {entry.name!r:.200} is given adapters, which need --enable-lora")
+        if self._sources and not any(entry.settings.enable_lora for entry in catalogue.entries):
+            raise UsageError("--lora-resolver has adapters for models with --enable-lora, and there is none")
         given = {entry.name: read_specs(entry.settings.lora_modules) for entry in catalogue.entries}
         for spec in (spec for specs in given.values() for spec in specs):
             if catalogue.has(spec.name):
