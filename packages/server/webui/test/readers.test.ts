@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { readChunk, readInventory, readModel, readResult, readServer, readShown, readTool } from "../src/api/readers.ts";
+import { readChunk, readInventory, readModel, readResult, readServer, readShown, readTool, underBases } from "../src/api/readers.ts";
 import { StepWriter } from "../src/chat/accumulate.ts";
 import { emptyStep } from "../src/chat/types.ts";
 
@@ -60,4 +60,15 @@ test("chunks with parts of other kinds", () => {
   const details = { draft_tokens: "x", accepted_draft_tokens: 3, reasoning_tokens: null, other: 1 };
   const { usage } = readChunk({ choices: [], usage: { prompt_tokens: 1, completion_tokens: 2, completion_tokens_details: details } })!;
   assert.deepEqual(usage!.completion_tokens_details, { accepted_draft_tokens: 3 });
+});
+
+test("adapters stand behind their models, and have what is known of these", () => {
+  const cards = [
+    { id: "a", root: "a", default: true, status: "ready", max_model_len: 8 }, { id: "b", default: false, status: "unloaded" },
+    { id: "tone", root: "tone", parent: "a", default: false, status: "ready" },
+    { id: "lost", parent: "gone", default: false, status: "ready" },
+  ].flatMap(readModel);
+  const arranged = underBases(cards);
+  assert.deepEqual(arranged.map(({ id }) => id), ["a", "tone", "b", "lost"]);
+  assert.deepEqual(arranged[1], { id: "tone", root: "tone", parent: "a", default: false, status: "ready", max_model_len: 8 });
 });

@@ -83,8 +83,9 @@ export function readModel(data: unknown): ModelCard[] {
   const id = text(given.id);
   if (id === undefined) return [];
   const card: ModelCard = { id, status: text(given.status) ?? "", default: given.default === true };
-  const [root, most] = [text(given.root), number(given.max_model_len)];
+  const [root, parent, most] = [text(given.root), text(given.parent), number(given.max_model_len)];
   if (root !== undefined) card.root = root;
+  if (parent !== undefined) card.parent = parent;
   if (most !== undefined) card.max_model_len = most;
   for (const name of ["tool_parser", "reasoning_parser"] as const) {
     const value = given[name];
@@ -103,6 +104,15 @@ export function readModel(data: unknown): ModelCard[] {
   const defaults = Object.entries(fields(given.default_sampling)).filter((one): one is [string, number] => number(one[1]) !== undefined);
   if (defaults.length) card.default_sampling = Object.fromEntries(defaults);
   return [card];
+}
+
+/** Every model with its adapters behind it; what is known of a model holds for them, too. */
+export function underBases(cards: readonly ModelCard[]): ModelCard[] {
+  const ids = new Set(cards.map(({ id }) => id));
+  const adapters = cards.filter(({ parent }) => parent !== undefined && ids.has(parent));
+  const behind = (card: ModelCard) =>
+    adapters.filter(({ parent }) => parent === card.id).map((adapter) => ({ ...card, ...adapter, default: false }));
+  return cards.filter((card) => !adapters.includes(card)).flatMap((card) => [card, ...behind(card)]);
 }
 
 export function readInventory(data: unknown): Inventory | undefined {

@@ -1,10 +1,10 @@
 // What the server says of itself: models, MCP servers, counts.
 
 import { ApiError, getJson, jsonRequest, postJson, send } from "./http.ts";
-import { fields, readInventory, readModel, readResult, readServer, readShown, readTool, text } from "./readers.ts";
+import { fields, readInventory, readModel, readResult, readServer, readShown, readTool, text, underBases } from "./readers.ts";
 import type { Inventory, McpResult, McpServer, McpTool, ModelCard } from "./types.ts";
 
-export const listModels = (): Promise<ModelCard[]> => listOf("v1/models", readModel);
+export const listModels = async (): Promise<ModelCard[]> => underBases(await listOf("v1/models", readModel));
 
 async function listOf<T>(path: string, read: (data: unknown) => T[]): Promise<T[]> {
   const { data } = fields(await getJson(path));

@@ -13,6 +13,7 @@ export interface ModelCard {
   weight_bytes?: number;
   kv_cache_bytes?: number;
   root?: string;
+  parent?: string; // of an adapter: the model that it is for
   max_model_len?: number;
   tool_parser?: string | null;
   reasoning_parser?: string | null;

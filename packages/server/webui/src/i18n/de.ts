@@ -37,6 +37,7 @@ export const de: Texts = {
 
   models: "Modelle", modelIs: (name) => `Modell: ${name}`, noModel: "Kein Modell", load: "Laden", unload: "Entladen",
   loadOf: (name) => `${name} laden`, unloadOf: (name) => `${name} entladen`, alias: "dasselbe Modell",
+  adapterOf: (name) => `Adapter von ${name}`, adaptersAre: (names) => `Adapter: ${names}`,
   modelStates: {
     ready: "bereit", unloaded: "nicht geladen", loading: "lädt…", waiting: "wartet aufs Laden…", draining: "wird fertig…",
     unloading: "wird entladen…", failed: "fehlgeschlagen", away: "keine Verbindung",

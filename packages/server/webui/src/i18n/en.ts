@@ -37,6 +37,7 @@ export const en = {
 
   models: "Models", modelIs: (name: string) => `Model: ${name}`, noModel: "No model", load: "Load", unload: "Unload",
   loadOf: (name: string) => `Load ${name}`, unloadOf: (name: string) => `Unload ${name}`, alias: "same model",
+  adapterOf: (name: string) => `adapter of ${name}`, adaptersAre: (names: string) => `Adapters: ${names}`,
   modelStates: {
     ready: "ready", unloaded: "not loaded", loading: "loading…", waiting: "waiting to load…", draining: "finishing…",
     unloading: "unloading…", failed: "failed", away: "no connection",

@@ -49,9 +49,10 @@ export function cardFor(name: string | null): ModelCard | undefined {
   return named(name) ?? named(preferences.value.model) ?? defaultModel.value;
 }
 
-/** Of the cards of one model, which is called several names, the first. */
+/** Of the cards of one model, which is called several names, the first; an adapter's is its own. */
 export const firstOf = (card: ModelCard): ModelCard =>
-  (card.root !== undefined && models.value.find((one) => one.root === card.root)) || card;
+  (card.root !== undefined && card.parent === undefined
+    && models.value.find((one) => one.root === card.root && one.parent === undefined)) || card;
 
 export const statusOf = (card: ModelCard): string =>
   connection.value === "unreachable" ? "away" : (working.value[card.id] ?? card.status); // nobody knows while the server is gone
@@ -116,12 +117,12 @@ function pause(): number {
 
 function take(listed: readonly ModelCard[]): void {
   if (JSON.stringify(listed) === JSON.stringify(models.value)) return; // nothing need be drawn again
-  for (const card of listed) {
+  for (const card of listed.filter(({ parent }) => parent === undefined)) {
     const before = models.value.find((one) => one.id === card.id);
     if (before && before.status !== card.status) sayChange(card);
   }
   const isOther = models.value.length > 0 && names(listed) !== names(models.value);
-  const hasLost = models.value.some(({ id }) => !listed.some((card) => card.id === id)); // one more is no surprise
+  const hasLost = models.value.some(({ id, parent }) => parent === undefined && !listed.some((card) => card.id === id)); // one more is no surprise
   models.value = listed;
   if (isOther) arrivals.value++;
   if (hasLost && defaultModel.value) notify("info", t.value.otherModels(defaultModel.value.id));
@@ -142,7 +143,9 @@ export async function forgetModel(card: ModelCard): Promise<void> {
   await refreshModels();
 }
 
-const names = (cards: readonly ModelCard[]): string => cards.map(({ id }) => id).sort().join("\n");
+/** Of models alone: adapters come as they are asked for. */
+const names = (cards: readonly ModelCard[]): string =>
+  cards.filter(({ parent }) => parent === undefined).map(({ id }) => id).sort().join("\n");
 
 function sayChange({ id, status }: ModelCard): void {
   if (status === "loading" || status === "ready" || status === "failed") announce(`${id}: ${t.value.modelStates[status]}`);

@@ -45,20 +45,21 @@ function Row({ card, isChosen, onChoose }: { card: ModelCard; isChosen: boolean;
   const status = statusOf(card);
   const busy = isBusy(card);
   const isAlias = firstOf(card) !== card;
+  const isAdapter = card.parent !== undefined;
   return (
-    <li class="model-row">
+    <li class={isAdapter ? "model-row adapter" : "model-row"}>
       <button type="button" class="model-choice" aria-pressed={isChosen} onClick={onChoose}>
         <span class="model-id">{card.id}</span>
         <span class="model-facts">
           <StatusDot status={status} />
-          {stateText(card)}
+          {isAdapter ? t.value.adapterOf(card.parent!) : stateText(card)}
           {isAlias && ` · ${t.value.alias}`}
         </span>
-        {factsOf(card).map((line) => <span key={line} class="model-details">{line}</span>)}
-        {busy && <LoadingBar card={card} />}
+        {!isAdapter && factsOf(card).map((line) => <span key={line} class="model-details">{line}</span>)}
+        {busy && !isAdapter && <LoadingBar card={card} />}
       </button>
       {isChosen && <Icon name="check" />}
-      {!isAlias && <LoadButton card={card} />}
+      {!isAlias && !isAdapter && <LoadButton card={card} />}
       {status === "failed" && <FailureNote card={card} />}
     </li>
   );

@@ -22,7 +22,7 @@ import { SidebarButton } from "./SidebarButton.tsx";
 export function ModelsPage() {
   useEffect(watchInventory, []);
   const stock = inventory.value;
-  const firsts = models.value.filter((card) => firstOf(card) === card);
+  const firsts = models.value.filter((card) => card.parent === undefined && firstOf(card) === card);
   return (
     <>
       <header class="page-head"><SidebarButton /><h1>{t.value.models}</h1></header>
@@ -43,6 +43,7 @@ export function ModelsPage() {
 function Row({ card, stocked }: { card: ModelCard; stocked: StockedModel | undefined }) {
   const known = described.value[card.id];
   const others = models.value.filter((one) => one !== card && firstOf(one) === card).map(({ id }) => id);
+  const adapters = models.value.filter(({ parent }) => parent === card.id).map(({ id }) => id);
   const facts = factsOf({ ...known, ...card });
   const room = stocked && statusOf(card) !== "ready" && roomOf(stocked); // what a loaded one takes, its facts say
   const formats = [card.tool_parser && `${t.value.toolFormat}: ${card.tool_parser}`, card.reasoning_parser && `${t.value.reasoningFormat}: ${card.reasoning_parser}`].filter(Boolean);
@@ -59,6 +60,7 @@ function Row({ card, stocked }: { card: ModelCard; stocked: StockedModel | undef
       </header>
       <div class="model-details">
         {others.length > 0 && <p>{t.value.alsoCalled(others.join(", "))}</p>}
+        {adapters.length > 0 && <p>{t.value.adaptersAre(adapters.join(", "))}</p>}
         {facts.map((line) => <p key={line}>{line}</p>)}
         {room && <p class={stocked?.fits === "never" ? "wrong" : undefined}>{room}</p>}
         {formats.length > 0 && <p>{formats.join(" · ")}</p>}
