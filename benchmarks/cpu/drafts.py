@@ -6,15 +6,18 @@
 Each task is asked of one engine in turns, with guesses and without; the texts are written for this. A
 line has tokens a second of both, the median of the pairs' ratios, how many of the guesses that were tried were right,
 and the bound: the ratio that the same steps would have had if each took no longer than a step of as many rows takes by
-itself, measured before the tasks. Answers must be equal; where they are not, this ends with an error. `step` is the
-table of the steps' times by their rows, of one stream. With a model of drafts its own steps count in the bound, each as
-long as the median of those with as many rows, and `ms a draft` is that of one row.
+itself. That is measured beside every pair, for a machine is not always as fast; a step of one row takes what the
+pair's plain steps take. `of the bound` is the median of the pairs' shares. Answers must be equal; where they are not,
+this ends with an error. `step` is the table of the steps' times by their rows, of one stream. With a model of drafts
+its own steps count in the bound, each as long as the median of those with as many rows, and `ms a draft` is that of one
+row.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import operator
 import statistics
 import time
 from collections import Counter
@@ -125,24 +128,25 @@ TASKS: dict[str, tuple[list[list[dict[str, str]]], dict[str, Any]]] = {
 
 
 @contextmanager
-def rows_of_steps(engine: InferenceEngine) -> Iterator[list[tuple[int, float]]]:
-    """Notes rows and seconds of each step that has no prompt."""
+def rows_of_steps(engine: InferenceEngine, *, learns: bool = True) -> Iterator[list[tuple[int, float]]]:
+    """Notes rows and seconds of each step that has no prompt; the engine learns from them too, or it does not."""
     assert engine._engine is not None
     drafter = engine._engine._drafter
     assert drafter is not None
-    with _noted(drafter.times) as seen:
+    with _noted(drafter.times, learns=learns) as seen:
         yield seen
 
 
 @contextmanager
-def _noted(times: Any) -> Iterator[list[tuple[int, float]]]:
+def _noted(times: Any, *, learns: bool = True) -> Iterator[list[tuple[int, float]]]:
     """What is noted of steps: rows and seconds."""
     seen: list[tuple[int, float]] = []
     note = times.note
 
     def noted(rows: int, seconds: float, *more: Any) -> None:
         seen.append((rows, seconds))
-        note(rows, seconds, *more)
+        if learns:
+            note(rows, seconds, *more)
 
     times.note = noted
     try:
@@ -151,13 +155,13 @@ def _noted(times: Any) -> Iterator[list[tuple[int, float]]]:
         times.note = note
 
 
-def step_times(engine: InferenceEngine, most: int) -> dict[int, float]:
+def step_times(engine: InferenceEngine, most: int, rounds: int = 14) -> dict[int, float]:
     """Median seconds of steps of one sequence with so many rows, wrong guesses included; in turns."""
     assert engine._engine is not None
     drafter = engine._engine._drafter
     assert drafter is not None
     times: dict[int, list[float]] = {rows: [] for rows in range(1, most + 1)}
-    params = SamplingParams(temperature=0, max_tokens=most * 14, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=most * rounds, ignore_eos=True)
     propose, wanted = drafter.propose, 1
 
     def wrong(lives: Any) -> bool:
@@ -166,7 +170,7 @@ def step_times(engine: InferenceEngine, most: int) -> dict[int, float]:
         return wanted > 1
 
     drafter.propose = wrong  # type: ignore[method-assign, assignment]
-    with rows_of_steps(engine) as seen:
+    with rows_of_steps(engine, learns=False) as seen:
         request = engine.add_request([5, 6, 7] * 40, params)
         while any(piece.request_id == request and not piece.finished for piece in engine.step()) or not seen:
             if seen:
@@ -211,7 +215,7 @@ def main() -> None:
         steps = step_times(drafting, 16)
         show({"step": {rows: round(1e3 * seconds, 2) for rows, seconds in steps.items()}}, options.json)
         for task in options.tasks:
-            show(measured(task, drafting, steps, options.pairs), options.json)
+            show(measured(task, drafting, options.pairs), options.json)
 
 
 @contextmanager
@@ -224,18 +228,20 @@ def without_guesses(engine: Engine) -> Iterator[None]:
         engine._drafter = drafter
 
 
-def measured(task: str, drafting: InferenceEngine, steps: dict[int, float], pairs: int) -> Any:
+def measured(task: str, drafting: InferenceEngine, pairs: int) -> Any:
     chats, given = TASKS[task]
     params = SamplingParams(**{"temperature": 0, **given})
     engine = drafting._engine
     assert engine is not None
     assert engine._drafter is not None
     asked(drafting, chats, params)  # not counted
-    before, rows = drafting.stats(), Counter[int]()
-    model, own = engine._drafter.model, list[tuple[int, float]]()
+    model, tried, right = engine._drafter.model, 0, 0
     rates: list[tuple[float, float]] = []
+    bounds: list[float] = []
+    rows, alone = Counter[int](), list[float]()
     found: dict[bool, tuple[float, Any]] = {}
     for pair in range(pairs):
+        noted, own, then = list[tuple[int, float]](), list[tuple[int, float]](), drafting.stats()
         for guesses in (False, True) if pair % 2 else (True, False):
             with (
                 rows_of_steps(drafting) as seen,
@@ -243,36 +249,44 @@ def measured(task: str, drafting: InferenceEngine, steps: dict[int, float], pair
                 nullcontext() if guesses else without_guesses(engine),
             ):
                 found[guesses] = asked(drafting, chats, params)
-            rows.update(count for count, _ in seen)
-            own += drafted
+            noted, own = noted + seen, own + drafted
         if found[False][1] != found[True][1]:
             raise SystemExit(f"{task}: the answers differ")
         rates.append((1 / found[False][0], 1 / found[True][0]))
-    stats, tokens = drafting.stats(), sum(map(len, found[False][1]))
-    tried = stats.draft_tokens - before.draft_tokens
-    right = stats.accepted_draft_tokens - before.accepted_draft_tokens
+        now, sizes, tokens = drafting.stats(), Counter(count for count, _ in noted), sum(map(len, found[False][1]))
+        made = tokens - (now.accepted_draft_tokens - then.accepted_draft_tokens)  # steps
+        tried, right = tried + now.draft_tokens - then.draft_tokens, right + tokens - made
+        rows.update(sizes)
+        alone += [seconds for size, seconds in own if size == 1]
+        if len(chats) == 1:
+            steps = {**step_times(drafting, min(16, max(sizes)), 5), 1: found[False][0]}
+            took = sum(count * steps[min(size, max(steps))] for size, count in sizes.items()) * made / sizes.total()
+            bounds.append(tokens * steps[1] / (took + _undisturbed(own)))
+    ratios = [other / one for one, other in rates]
     row = {
         "task": task,
-        "tokens": tokens,
+        "tokens": sum(map(len, found[False][1])),
         "plain tok/s": round(statistics.median(one for one, _ in rates), 1),
         "guessing tok/s": round(statistics.median(other for _, other in rates), 1),
-        "ratio": round(statistics.median(other / one for one, other in rates), 3),
+        "ratio": round(statistics.median(ratios), 3),
         "tried": round(tried / pairs),
         "right": round(right / max(1, tried), 3),
     }
-    if len(chats) == 1:
-        made = pairs * tokens - right  # steps
-        took = sum(count * steps[min(size, max(steps))] for size, count in rows.items()) * made / max(1, rows.total())
-        alone: dict[int, list[float]] = {}
-        for size, seconds in own:
-            alone.setdefault(size, []).append(seconds)
-        took += sum(len(times) * statistics.median(times) for times in alone.values())
-        if own:
-            row["ms a draft"] = round(1e3 * statistics.median(alone.get(1, [0.0])), 2)
-            row["drafts"] = round(len(own) / pairs)
-        row["bound"] = round(pairs * tokens * steps[1] / took, 3)
+    if bounds:
+        row["bound"] = round(statistics.median(bounds), 3)
+        row["of the bound"] = round(statistics.median(map(operator.truediv, ratios, bounds)), 3)
         row["rows a step"] = round(sum(size * count for size, count in rows.items()) / max(1, rows.total()), 2)
+    if alone:
+        row["ms a draft"], row["drafts"] = round(1e3 * statistics.median(alone), 2), round(len(alone) / pairs)
     return row
+
+
+def _undisturbed(steps: list[tuple[int, float]]) -> float:
+    """What these steps would have taken, each as long as the median of those with as many rows."""
+    taken: dict[int, list[float]] = {}
+    for size, seconds in steps:
+        taken.setdefault(size, []).append(seconds)
+    return sum(len(times) * statistics.median(times) for times in taken.values())
 
 
 def show(row: dict[str, Any], as_json: bool) -> None:
