@@ -3,14 +3,14 @@
     python benchmarks/cpu/drafts.py MODEL.gguf [--pairs 10] [--method ngram] [--draft SMALL.gguf]
         [--tasks code facts agent chat batch describe] [--json] [--threads 2]
 
-Each task is asked of one engine in turns, with guesses and without; the texts are written for this. A
-line has tokens a second of both, the median of the pairs' ratios, how many of the guesses that were tried were right,
-and the bound: the ratio that the same steps would have had if each took no longer than a step of as many rows takes by
-itself. That is measured beside every pair, for a machine is not always as fast; a step of one row takes what the
-pair's plain steps take. `of the bound` is the median of the pairs' shares. Answers must be equal; where they are not,
-this ends with an error. `step` is the table of the steps' times by their rows, of one stream. With a model of drafts
-its own steps count in the bound, each as long as the median of those with as many rows, and `ms a draft` is that of one
-row.
+Each task is asked of one engine in turns, with guesses and without; the texts are written for this. A line has tokens
+a second of both, the median of the pairs' ratios, how many of the guesses that were tried were right, and the bound:
+the ratio that the same steps would have had if each took no longer than a step of as many rows takes by itself. That
+is measured beside every pair, for a machine is not always as fast, and behind a text of the same length; a step of one
+row takes what the pair's plain steps take. `of the bound` is the median of the pairs' shares. Answers must be equal;
+where they are not, this ends with an error. `step` is the table of the steps' times by their rows, of one stream. With
+a model of drafts its own steps count in the bound, each as long as the median of those with as many rows, and `ms a
+draft` is that of one row.
 """
 
 from __future__ import annotations
@@ -155,8 +155,15 @@ def _noted(times: Any, *, learns: bool = True) -> Iterator[list[tuple[int, float
         times.note = note
 
 
-def step_times(engine: InferenceEngine, most: int, rounds: int = 14) -> dict[int, float]:
-    """Median seconds of steps of one sequence with so many rows, wrong guesses included; in turns."""
+def step_times(engine: InferenceEngine, most: int, rounds: int = 14, length: int = 120) -> dict[int, float]:
+    """Median seconds of steps of one sequence with so many rows, wrong guesses included; in turns.
+
+    Args:
+        engine: takes the steps, and learns nothing of them.
+        most: rows.
+        rounds: times that each number of rows is tried.
+        length: tokens of the prompt before them.
+    """
     assert engine._engine is not None
     drafter = engine._engine._drafter
     assert drafter is not None
@@ -171,7 +178,7 @@ def step_times(engine: InferenceEngine, most: int, rounds: int = 14) -> dict[int
 
     drafter.propose = wrong  # type: ignore[method-assign, assignment]
     with rows_of_steps(engine, learns=False) as seen:
-        request = engine.add_request([5, 6, 7] * 40, params)
+        request = engine.add_request([5 + place % 3 for place in range(length)], params)
         while any(piece.request_id == request and not piece.finished for piece in engine.step()) or not seen:
             if seen:
                 times.setdefault(seen[-1][0], []).append(seen[-1][1])
@@ -235,6 +242,7 @@ def measured(task: str, drafting: InferenceEngine, pairs: int) -> Any:
     assert engine is not None
     assert engine._drafter is not None
     asked(drafting, chats, params)  # not counted
+    prompt = len(drafting.tokenize(drafting.apply_chat_template(chats[0])))
     model, tried, right = engine._drafter.model, 0, 0
     rates: list[tuple[float, float]] = []
     bounds: list[float] = []
@@ -259,7 +267,8 @@ def measured(task: str, drafting: InferenceEngine, pairs: int) -> Any:
         rows.update(sizes)
         alone += [seconds for size, seconds in own if size == 1]
         if len(chats) == 1:
-            steps = {**step_times(drafting, min(16, max(sizes)), 5), 1: found[False][0]}
+            length = prompt + tokens // 2
+            steps = {**step_times(drafting, min(16, max(sizes)), 5, length), 1: found[False][0]}
             took = sum(count * steps[min(size, max(steps))] for size, count in sizes.items()) * made / sizes.total()
             bounds.append(tokens * steps[1] / (took + _undisturbed(own)))
     ratios = [other / one for one, other in rates]

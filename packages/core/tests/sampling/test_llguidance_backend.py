@@ -17,6 +17,7 @@ from candle_vllm.core.sampling.device_edits import mask_flags
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.llguidance_grammar import LlguidanceGrammar
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.core.sampling.token_trie import TokenTrie
 
 SmallVocabulary = Any  # see conftest.py
 SIZE = 300
@@ -422,6 +423,19 @@ def test_ff_tokens(backend: LlguidanceBackend, vocabulary: SmallVocabulary) -> N
     grammar.rollback(len(forced) + len(said))
     assert allowed(grammar) == before
     assert backend.compile(StructuredOutputsParams(regex="[ab]c")).ff_tokens() == []
+
+
+def test_no_text_is_not_cut_into_tokens(backend: LlguidanceBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where anything may come, which is asked at each step, a tokenizer is not."""
+    cut: list[str] = []
+    call = TokenTrie.__call__
+    monkeypatch.setattr(TokenTrie, "__call__", lambda trie, text: cut.append(text) or call(trie, text))
+    grammar = backend.compile(StructuredOutputsParams(regex="[ab]cccc"))
+    assert grammar.ff_tokens() == []
+    assert cut == []
+    assert grammar.accept(97)
+    grammar.ff_tokens()
+    assert cut == ["cccc"]
 
 
 def test_a_refused_token_ends_this_grammar_alone(backend: LlguidanceBackend) -> None:

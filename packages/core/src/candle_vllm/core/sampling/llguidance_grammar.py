@@ -80,6 +80,8 @@ class LlguidanceGrammar:
         if self.exhausted:
             return []
         data = self._matcher.compute_ff_bytes()[:_MOST_FORCED]
+        if not data:  # as in most places; a tokenizer that is asked about no text takes ten times as long as all this
+            return []
         text = data.decode("utf-8", "ignore")
         tokens = self._trie(text)[:-1]
         said = b"".join(self._trie.tokens[token] for token in tokens)
