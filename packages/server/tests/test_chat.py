@@ -452,6 +452,19 @@ class TestCommands:
         assert "no.gguf" in out
         assert "error: the memory ran out; going back" in out
 
+    def test_an_adapter_answers_from_here_on_and_its_model_again(
+        self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("CANDLE_VLLM_LORA_MODULES", "tone=/srv/tone")
+        monkeypatch.setenv("CANDLE_VLLM_ENABLE_LORA", "true")
+        out = talk(
+            monkeypatch, capsys, "A", "/model tone", "B", "/model scripted", "C", "/model tone", "/model org/x", "D"
+        )
+        assert "scripted:tone answers from here on" in out
+        assert [[use.name for use in request.adapters] for request in engine.requests] == [[], ["tone"], [], []]
+        assert engine.adapters["tone"].path == "/srv/tone"
+        assert [len(messages) for messages in asked(engine)] == [2, 4, 6, 8]  # the conversation goes on
+
     def test_a_model_and_its_file(
         self, engine: PacedEngine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
     ) -> None:

@@ -21,12 +21,14 @@ from typing import Any, NamedTuple
 import msgspec
 
 from candle_vllm.core import InferenceEngine
+from candle_vllm.core.engine.request import LoRARequest
 from candle_vllm.core.errors import CandleVllmError, PromptTooLongError
 from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.server.commands.interactive import answer_display, keys_unseen, line_reader, sign_of_life
 from candle_vllm.server.commands.terminal import Message, answer_pieces, require_stdin, terminal_safe
 from candle_vllm.server.loop_threads import run_stoppable
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.adapters import read_specs
 from candle_vllm.server.settings.command_line import MAX_TOKENS
 from candle_vllm.server.settings.derived import in_flags, load_engine, refuse_missing
 from candle_vllm.server.settings.options import SAMPLING, UsageError, convert
@@ -98,13 +100,14 @@ class Chat:
         self._stop: tuple[str, ...] = ()
         self._left_out = 0  # of the messages behind the system message, for which the context has no room any more
         self._own_file: Path | None = None
+        self._lora: LoRARequest | None = None
         self._set_system(system or None)
         settable = ", ".join([*_SET, "stop"])
         self._commands = {
             "/help": _Command(self._help, "", "this list"),
             "/set": _Command(self._set, "[NAME VALUE]", f"how answers are drawn ({settable}); default resets"),
             "/system": _Command(self._system, "[TEXT]", "the system message from here on; - removes it"),
-            "/model": _Command(self._model, "[MODEL [FILE]]", "another model: an id, a folder or a .gguf file"),
+            "/model": _Command(self._model, "[MODEL [FILE]]", "another model, or an adapter of --lora-modules"),
             "/save": _Command(self._save, "FILE", "keeps the conversation"),
             "/load": _Command(self._load, "FILE", "goes on with a kept one"),
             "/clear": _Command(self._clear, "", "starts over; /reset is the same"),
@@ -121,7 +124,8 @@ class Chat:
         """
         if self._engine is None:
             raise UsageError(_NO_MODEL)
-        return self._engine.model_info.name
+        model = self._engine.model_info.name
+        return model if self._lora is None else f"{model}:{self._lora.lora_name}"
 
     @property
     def commands(self) -> list[str]:
@@ -236,7 +240,7 @@ class Chat:
         """Shows an answer and adds its text to `parts`; whether it was cut at its limit."""
         first: float | None = None
         cut = False
-        answer = answer_pieces(engine, messages, self._settings, max_tokens, self._stop)
+        answer = answer_pieces(engine, messages, self._settings, max_tokens, self._stop, self._lora)
         with contextlib.closing(answer_display()) as display, sign_of_life() as no_more:
             async with contextlib.aclosing(answer) as pieces:
                 async for piece in pieces:
@@ -312,6 +316,9 @@ class Chat:
         if not rest:
             self.say(self.name)
             return
+        if self._choose_adapter(rest):
+            self.say(f"{self.name} answers from here on")
+            return
         whole = Path(rest).expanduser()  # a path may have blanks
         model, *file = [str(whole)] if whole.exists() else _words(rest, 2, "/model takes MODEL and FILE")
         if not model:
@@ -322,13 +329,28 @@ class Chat:
         settings = dataclasses.replace(self._settings, **other)
         refuse_missing(settings)
         if (failure := self._bring(settings)) is None:
-            self._settings = settings
+            self._settings, self._lora = settings, None
             self._left_out = 0
             self.say(f"{self.name} answers from here on")
             return
         self._fail(f"{failure}; going back to the model before")
         if (failure := self._bring(self._settings)) is not None:
             self._fail(f"{failure}; {_NO_MODEL}")
+
+    def _choose_adapter(self, name: str) -> bool:
+        """Takes an adapter of --lora-modules from here on, or none where the model itself is named."""
+        if self._engine is None:
+            return False
+        if self._lora is not None and name == self._engine.model_info.name:
+            self._lora = None
+            return True
+        for spec in read_specs(self._settings.lora_modules):
+            if spec.name == name:
+                wanted = LoRARequest(name, lora_path=str(Path(spec.path).expanduser()))
+                self._engine.add_lora(wanted)
+                self._lora = wanted
+                return True
+        return False
 
     def _bring(self, settings: Settings) -> str | None:
         """Loads a model in the place of what is there; says why, where there is none then."""

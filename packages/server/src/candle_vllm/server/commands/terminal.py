@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from candle_vllm.server.settings import Settings
@@ -16,6 +16,7 @@ from candle_vllm.server.settings.options import UsageError
 
 if TYPE_CHECKING:
     from candle_vllm.core import InferenceEngine
+    from candle_vllm.core.engine.request import LoRARequest
 
 MAX_TEXT = 64 << 20  # bytes read from standard input
 
@@ -45,14 +46,19 @@ async def answer_pieces(
     settings: Settings,
     max_tokens: int | None,
     stop: Sequence[str] = (),
+    lora: LoRARequest | None = None,
 ) -> AsyncGenerator[Said, None]:
-    """The pieces of the model's answer to a conversation; closing the iterator aborts the request."""
+    """The pieces of the model's answer to a conversation, `lora` with it; closing the iterator aborts the request."""
     from candle_vllm.openai import OpenAIAdapter  # which a plain prompt has no need of
     from candle_vllm.openai.events import Ended, Text, Thought, Usage
 
     name = engine.model_info.name
     adapter = OpenAIAdapter(
-        engine, served_model_names=[name], reasoning_parser=settings.reasoning_parser, **thinking_settings(settings)
+        engine,
+        served_model_names=[name],
+        reasoning_parser=settings.reasoning_parser,
+        adapters=None if lora is None else _Always(lora),
+        **thinking_settings(settings),
     )
     wire: dict[str, Any] = {"model": name, "messages": list(messages), "stream": True, **settings.default_sampling}
     if max_tokens is not None:
@@ -71,6 +77,19 @@ async def answer_pieces(
                 yield Said("", tokens=event.completion_tokens, cut=cut)
     finally:
         await answer.aclose()
+
+
+class _Always:
+    """The adapter of every answer, however its model is called (`candle_vllm.openai.serving.AdapterNames`)."""
+
+    def __init__(self, lora: LoRARequest) -> None:
+        self._lora = lora
+
+    def is_known(self, name: str) -> bool:
+        return name == self._lora.lora_name
+
+    def uses(self, name: str | None, scales: Mapping[int, float] | None) -> Sequence[tuple[LoRARequest, float]]:  # noqa: ARG002
+        return [(self._lora, 1.0)]
 
 
 class Display:

@@ -44,7 +44,8 @@ from candle_vllm.server.settings.options import (
 
 _BATCHING = ("serve", "run-batch", "bench throughput", "config")
 _SERVE = ("serve", "run-batch", "config")  # bench sizes the batch itself, and one conversation has no batch
-_WITH_ADAPTERS = ("serve", "run-batch", "config")
+_WITH_ADAPTERS = ("serve", "chat", "run-batch", "config")
+_SERVING_ADAPTERS = ("serve", "config")
 _WITH_TEXT = (
     "serve",
     "generate",
@@ -200,29 +201,32 @@ class Settings:
         "scale; repeatable", "NAME=PATH", in_yaml=True)] = ()
     lora_init_without_apply: Annotated[bool, own(ADAPTERS,
         Boolean(), "adapters count where a request names them alone, whatever scale they were given",
-        in_yaml=True)] = False
+        in_yaml=True, commands=_SERVING_ADAPTERS)] = False
     lora_warmup: Annotated[tuple[str, ...], own(ADAPTERS,
-        Text(512), "name of an adapter that is loaded with its model; repeatable", "NAME", in_yaml=True)] = ()
+        Text(512), "name of an adapter that is loaded with its model; repeatable", "NAME",
+        in_yaml=True, commands=_SERVING_ADAPTERS)] = ()
     lora_resolver: Annotated[tuple[str, ...], own(ADAPTERS,
         Text(), "where adapters are looked for that a request names and nobody knows: local=DIR, hf=org/* (hf alone is "
         "every repository), s3=BUCKET/FOLDER or tar=https://HOST/{name}.tar.gz; repeatable, asked in order",
-        "SOURCE")] = ()
+        "SOURCE", commands=_SERVING_ADAPTERS)] = ()
     lora_allowed_bases: Annotated[tuple[str, ...], own(ADAPTERS,
         Text(512), "base that the configuration of a looked-for adapter must name, * for any characters; repeatable",
-        "PATTERN")] = ()
+        "PATTERN", commands=_SERVING_ADAPTERS)] = ()
     lora_max_mb: Annotated[int, own(ADAPTERS,
-        Integer(1, 1 << 20), "largest adapter that is fetched, in MB of 2^20 bytes", "MB")] = 1024
+        Integer(1, 1 << 20), "largest adapter that is fetched, in MB of 2^20 bytes", "MB",
+        commands=_SERVING_ADAPTERS)] = 1024
     lora_fetch_timeout: Annotated[int, own(ADAPTERS,
-        Integer(1, 86400), "how long fetching an adapter may take", "SECONDS")] = 120
+        Integer(1, 86400), "how long fetching an adapter may take", "SECONDS", commands=_SERVING_ADAPTERS)] = 120
     lora_cache_dir: Annotated[Path | None, own(ADAPTERS,
         FilePath(), "folder for fetched adapters; else adapters in --download-dir, else ~/.cache/candle-vllm/adapters",
-        "DIR")] = None
+        "DIR", commands=_SERVING_ADAPTERS)] = None
     lora_cache_bytes: Annotated[int, own(ADAPTERS,
         Integer(1 << 20, 1 << 50), "most that fetched adapters take on disk; the least used make room; 4G is 4 * 2^30",
-        "BYTES")] = 10 << 30
+        "BYTES", commands=_SERVING_ADAPTERS)] = 10 << 30
     allow_runtime_lora: Annotated[bool, own(ADAPTERS,
         Boolean(), "let operators load and unload adapters of this machine's files while the server runs "
-        "(/v1/load_lora_adapter, /v1/unload_lora_adapter)")] = False
+        "(/v1/load_lora_adapter, /v1/unload_lora_adapter)",
+        commands=_SERVING_ADAPTERS)] = False
     mailbox: Annotated[str | None, own(MAILBOX,
         Secret(), "keep answers for clients that ask for it: sqlite (in ~/.candle-vllm), sqlite:///path or "
         "postgresql://...", "URL")] = field(default=None, repr=False)
