@@ -7,15 +7,21 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from candle_vllm.core.assembly.adapter_base import adapter_base
+from candle_vllm.core.assembly.adapters import fit_adapter
 from candle_vllm.core.assembly.draft import DescribedHead
 from candle_vllm.core.assembly.encoder import LoadedEncoder
 from candle_vllm.core.assembly.model import Described, LoadedHead, LoadedModel
+from candle_vllm.core.assembly.opening import model_files
 from candle_vllm.core.assembly.placement import memory_of
 from candle_vllm.core.config import WITH_WEIGHTS, EngineConfig, SpeculativeConfig, draft_settings
 from candle_vllm.core.devices import Device, leave_cores_to_others
+from candle_vllm.core.engine.adapter_admission import AdapterAdmission
+from candle_vllm.core.engine.adapters import AdapterStore, LoadedAdapter
 from candle_vllm.core.engine.admission import encoder_tasks
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.engine import Engine
@@ -25,7 +31,8 @@ from candle_vllm.core.engine.request import ModelInfo
 from candle_vllm.core.engine.scheduler import Scheduler, WholeTexts
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.layers.adapters import number_places
-from candle_vllm.core.memory import MIB, CachePlan, cache_bytes, main_room, plan_cache, room_for
+from candle_vllm.core.loading.adapters import AdapterLimits, read_adapter
+from candle_vllm.core.memory import MIB, CachePlan, available_memory, cache_bytes, main_room, plan_cache, room_for
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.sampling.params import DEFAULT_SAMPLING
 from candle_vllm.core.sampling.sampler import Sampler
@@ -37,6 +44,8 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.lora import FittedAdapter, PackedAdapter
 
 _COMPILER_BYTES = 256 * MIB
+_LEAST_FOR_ADAPTERS, _MOST_FOR_ADAPTERS = 64 * MIB, 4096 * MIB
+_MOST_PACKED = 4  # bytes of a file for one in memory: F64 becomes bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +72,7 @@ _NOT_FOR_ENCODERS = MappingProxyType(
         "kv_fraction": None,
         "deterministic": False,
         "speculative_config": None,
+        "enable_lora": False,
     }
 )
 
@@ -87,6 +97,8 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
         drafts = draft_settings(config.speculative_config)
     rows = 0 if drafts is None else _draft_rows(drafts, sequences, budget)
     if placement.device.type == "cuda":
+        if config.enable_lora:
+            raise ConfigError("enable_lora: adapters are for the CPU (device='cpu'): leave it out", "enable_lora")
         if drafts is not None and drafts.method in WITH_WEIGHTS:
             raise ConfigError(
                 "speculative_config: models and heads draft on the CPU alone: on a GPU take the method suffix or ngram",
@@ -99,14 +111,19 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
         runner, draft, plan = _build_on_cpu(config, loaded, budget, sequences, rows)
     blocks = BlockManager(plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
     reproducible = config.deterministic and placement.device.type == "cuda"
-    scheduler = Scheduler(blocks, sequences, budget, reproducible=reproducible, draft_rows=rows)
+    store, admission = None, None
+    if config.enable_lora:
+        most = min(config.max_loras or sequences, config.max_cpu_loras or sequences)
+        store = adapter_store(config, loaded, most, plan)
+        admission = AdapterAdmission(store, most, patience=sequences)
+    scheduler = Scheduler(blocks, sequences, budget, reproducible=reproducible, draft_rows=rows, adapters=admission)
     drafter = None
     if drafts is not None:
         from candle_vllm.core.engine.drafting import Drafter
 
         model = None if draft is None else _draft_model(drafts, loaded, runner, draft, scheduler)
         drafter = Drafter(drafts, sequences, rows, model)
-    engine = Engine(runner, scheduler, preparation_for(loaded, plan.max_model_len, config.seed), drafter)
+    engine = Engine(runner, scheduler, preparation_for(loaded, plan.max_model_len, config.seed, store), drafter)
     engine.cache_bytes = plan.num_blocks * plan.block_bytes
     return engine
 
@@ -174,11 +191,19 @@ def foreseen_cache(config: EngineConfig, model: Described, draft: Described | De
     return _plan_on_cpu(config, model, sequences, share, weights, draft)
 
 
-def preparation_for(loaded: LoadedModel, max_model_len: int, seed: int | None = None) -> DecoderPreparation:
+def preparation_for(
+    loaded: LoadedModel, max_model_len: int, seed: int | None = None, adapters: AdapterStore | None = None
+) -> DecoderPreparation:
     """What makes sequences of requests to a loaded model; see `DecoderPreparation`."""
     tokenizer, vocab_size = loaded.tokenizer, loaded.config.vocab_size
     return DecoderPreparation(
-        tokenizer, loaded.eos_token_ids, vocab_size, max_model_len, pooling=loaded.pooling, seed=seed
+        tokenizer,
+        loaded.eos_token_ids,
+        vocab_size,
+        max_model_len,
+        pooling=loaded.pooling,
+        seed=seed,
+        adapters=adapters,
     )
 
 
@@ -351,6 +376,28 @@ def adapter_packer(
         )
     dtype, places = _adapter_limits(config, loaded)["adapter_dtype"], number_places(loaded.decoder)
     return partial(pack_adapter, places=places, dtype=dtype, compiled=loaded.placement.recorded)
+
+
+def adapter_store(config: EngineConfig, loaded: LoadedModel, most: int, plan: CachePlan) -> AdapterStore:
+    """The adapters of an engine, `most` of them in one step; `plan` is of the cache, which is filled later."""
+    left = max(0, available_memory() - plan.num_blocks * plan.block_bytes)
+    memory = config.lora_memory or max(_LEAST_FOR_ADAPTERS, min(_MOST_FOR_ADAPTERS, left // 4))
+    logger.info("adapters may take %.0f MB of memory", memory / 1e6)
+    return AdapterStore(
+        adapter_loader(config, loaded, memory), most=config.max_cpu_loras, most_bytes=memory, most_at_once=most
+    )
+
+
+def adapter_loader(config: EngineConfig, loaded: LoadedModel, memory: int) -> Callable[[Path], LoadedAdapter]:
+    """What brings the files of an adapter to memory, `memory` bytes at most; in any thread."""
+    limits = AdapterLimits(max_rank=config.max_lora_rank, max_bytes=_MOST_PACKED * memory)
+    base, pack = adapter_base(model_files(config), config), adapter_packer(config, loaded)
+
+    def load(path: Path) -> LoadedAdapter:
+        with read_adapter(path, limits) as stored:
+            return LoadedAdapter(pack(fit_adapter(stored, base)), stored.base, stored.notes)
+
+    return load
 
 
 def _room_for_rows(limits: StepLimits) -> AbstractContextManager[None]:

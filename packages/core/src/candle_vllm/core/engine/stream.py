@@ -321,7 +321,11 @@ async def whole(stream: TokenStream) -> GenerationOutput:
 def raise_failure(piece: TokenOutput) -> None:
     """Raises the error that a piece carries, if it does."""
     if piece.error is not None:
-        raise RequestError(piece.error) if piece.error_kind == "request" else CandleVllmError(piece.error)
+        raise (
+            RequestError(piece.error, piece.error_param)
+            if piece.error_kind == "request"
+            else CandleVllmError(piece.error)
+        )
     if piece.finish_reason == FinishReason.ABORT:
         raise RequestAbortedError(f"request {piece.request_id} was aborted")
 

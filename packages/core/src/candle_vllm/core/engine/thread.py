@@ -205,8 +205,9 @@ class EngineThread:
             self._wake.notify()
 
     def wake(self) -> None:
-        """Has the engine's `waits` looked at again, from any thread."""
+        """Has the engine make a step and tell its numbers, whatever it waits for; from any thread."""
         with self._wake:
+            self._commands.append(lambda: None)
             self._wake.notify()
 
     def close(self) -> None:

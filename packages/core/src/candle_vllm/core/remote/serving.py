@@ -288,6 +288,7 @@ class RequestDesk:
         except Exception as error:
             logger.exception("adapters could not be asked")
             described = describe_error(CandleVllmError(f"the engine failed: {type(error).__name__}: {error}"))
+        self._engine.thread.wake()  # which tells what has become of the counters
         answer = encode(Told(number, infos, described))
         self._hand_over(lambda: self._socket.send(answer))
 
