@@ -283,9 +283,9 @@ class EngineConfig(ExplainedSettings):
                                   "where the compiled kernels of the CPU run, and elsewhere nothing. Models draft on "
                                   "the CPU alone."] = None
     enable_lora: Annotated[bool, Boolean(), "serve LoRA adapters beside the model: requests name them "
-                           "(docs/lora.md), on the CPU"] = False
+                           "(docs/lora.md)"] = False
     max_loras: Annotated[int | None, Integer(1, 4096),
-                         "most different adapters in one step; without it, as many as sequences",
+                         "most different adapters in one step; without it, as many as sequences, on a GPU 8",
                          "Nothing is padded, so that more cost nothing."] = None
     max_lora_rank: Annotated[int, Integer(1, 4096), "adapters of a higher rank are refused",
                              "True ranks are kept, so that it guards memory alone."] = 256

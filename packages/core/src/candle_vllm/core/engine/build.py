@@ -97,24 +97,24 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
         drafts = draft_settings(config.speculative_config)
     rows = 0 if drafts is None else _draft_rows(drafts, sequences, budget)
     if placement.device.type == "cuda":
-        if config.enable_lora:
-            raise ConfigError("enable_lora: adapters are for the CPU (device='cpu'): leave it out", "enable_lora")
         if drafts is not None and drafts.method in WITH_WEIGHTS:
             raise ConfigError(
                 "speculative_config: models and heads draft on the CPU alone: on a GPU take the method suffix or ngram",
                 "speculative_config",
             )
-        from candle_vllm.core.engine.device_build import build_on_gpu
+        from candle_vllm.core.engine.device_build import adapter_slots, build_on_gpu
 
+        most_adapters = adapter_slots(config)
         (runner, plan), draft = build_on_gpu(config, loaded, budget, sequences, defaults.share, rows), None
     else:
+        most_adapters = config.max_loras or sequences
         runner, draft, plan = _build_on_cpu(config, loaded, budget, sequences, rows)
     blocks = BlockManager(plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
     reproducible = config.deterministic and placement.device.type == "cuda"
     store, admission = None, None
     if config.enable_lora:
-        most = min(config.max_loras or sequences, config.max_cpu_loras or sequences)
-        store = adapter_store(config, loaded, most, plan)
+        most = min(most_adapters, config.max_cpu_loras or most_adapters)
+        store = adapter_store(config, loaded, runner, most, plan)
         admission = AdapterAdmission(store, most, patience=sequences)
     scheduler = Scheduler(blocks, sequences, budget, reproducible=reproducible, draft_rows=rows, adapters=admission)
     drafter = None
@@ -378,20 +378,24 @@ def adapter_packer(
     return partial(pack_adapter, places=places, dtype=dtype, compiled=loaded.placement.recorded)
 
 
-def adapter_store(config: EngineConfig, loaded: LoadedModel, most: int, plan: CachePlan) -> AdapterStore:
+def adapter_store(
+    config: EngineConfig, loaded: LoadedModel, runner: ModelRunner, most: int, plan: CachePlan
+) -> AdapterStore:
     """The adapters of an engine, `most` of them in one step; `plan` is of the cache, which is filled later."""
     left = max(0, available_memory() - plan.num_blocks * plan.block_bytes)
     memory = config.lora_memory or max(_LEAST_FOR_ADAPTERS, min(_MOST_FOR_ADAPTERS, left // 4))
     logger.info("adapters may take %.0f MB of memory", memory / 1e6)
     return AdapterStore(
-        adapter_loader(config, loaded, memory), most=config.max_cpu_loras, most_bytes=memory, most_at_once=most
+        adapter_loader(config, loaded, runner, memory), most=config.max_cpu_loras, most_bytes=memory, most_at_once=most
     )
 
 
-def adapter_loader(config: EngineConfig, loaded: LoadedModel, memory: int) -> Callable[[Path], LoadedAdapter]:
+def adapter_loader(
+    config: EngineConfig, loaded: LoadedModel, runner: ModelRunner, memory: int
+) -> Callable[[Path], LoadedAdapter]:
     """What brings the files of an adapter to memory, `memory` bytes at most; in any thread."""
     limits = AdapterLimits(max_rank=config.max_lora_rank, max_bytes=_MOST_PACKED * memory)
-    base, pack = adapter_base(model_files(config), config), adapter_packer(config, loaded)
+    base, pack = adapter_base(model_files(config), config), adapter_packer(config, loaded, runner)
 
     def load(path: Path) -> LoadedAdapter:
         with read_adapter(path, limits) as stored:

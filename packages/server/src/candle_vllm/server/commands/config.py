@@ -163,6 +163,9 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
         "max_num_seqs": Derived(sequences, f"default on {device.type}"),
         "prefill_chunk_size": Derived(tokens, f"default on {device.type}"),
         "kv_fraction": Derived(share, f"default on {device.type}"),
+        "max_loras": Derived(sequences if device.type == "cpu" else 8, f"default on {device.type}"),
+        "max_cpu_loras": Derived("as many as lora_memory holds", DEFAULT),
+        "lora_memory": Derived("a quarter of what is free, at most 4 GiB", DEFAULT),
     }
     if config.kv_cache_memory is not None:
         found["kv_fraction"] = Derived("does not count", "the KV cache's size was given")
