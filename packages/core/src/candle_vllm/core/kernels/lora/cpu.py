@@ -36,6 +36,7 @@ from candle_vllm.core.kernels.lora.layout import (
     LESS,
     MATRIX,
     OFFSET,
+    PANEL_BYTES,
     PART,
     ROWS,
     SCALE,
@@ -48,6 +49,9 @@ _RUN = 32
 """Rows of a unit of work of `shrink`: they meet a quarter of a block, which stays in the first-level cache."""
 
 _VECTOR = 4 * LANES
+
+_AHEAD = 2048
+"""Bytes of weights that are asked for ahead: they are read once in a step, in runs too short for a CPU to see coming."""
 
 
 def _dot(e: Emitter, form: RowForm, isa: Isa, total: Any, x: Any, weights: Any) -> Any:
@@ -101,6 +105,7 @@ def _shrink_rows(
                 moved = b.mul(index, e.int64(x_bytes * chains))
                 totals = list(totals)
                 for chain in range(chains):
+                    e.prefetch(base, _VECTOR * chain + _AHEAD)
                     loaded = e.load(base, vector(element), _VECTOR * chain)
                     for row in range(rows):
                         x = _repeated(e, element, b.add(sources[first + row], moved), x_bytes * chain, ranks)
@@ -256,26 +261,41 @@ def _scaled(_: Any, form: Any, source: Any, scale: Any, target: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def _expand_rows(
-    _: Any, form: Any, isa: Any, block: Any, tiles: Any, weights: Any, step: Any, inputs: Any, steps: Any, out: Any
+    _: Any,
+    form: Any,
+    isa: Any,
+    block: Any,
+    tiles: Any,
+    onto: Any,
+    weights: Any,
+    places: Any,
+    at: Any,
+    steps: Any,
+    out: Any,
 ) -> Any:
-    """`tiles` times 16 neighbouring rows of B times `block` rows of sums: float32 [tiles, block, 16] at `out`.
+    """`tiles` times 16 neighbouring rows of B in a panel times `block` rows of sums.
 
-    step: bytes of B from one to the next. inputs: address of int64 [block], where the rows' numbers begin.
+    places: address of int64 [block], where the rows' numbers begin; behind 64 bytes, of their float32 scales, and of
+    int64 [block], where their results begin, `at` bytes before these. Where `onto`, the products times the scales are
+    added there; else they are written to `out`, float32 [tiles, block, 16].
     """
     kind, features = RowForm(form.literal_value), Isa(isa.literal_value)
-    count, width = block.literal_value, tiles.literal_value
+    count, width, added = block.literal_value, tiles.literal_value, bool(onto.literal_value)
     element = I32 if kind is RowForm.BF16 else F32
     rows = count if _wide(features) else min(count, 4)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        at_weights, step_bytes, at_inputs, number, at_out = args[4:]
-        sources = [e.load(at_inputs, I64, 8 * row) for row in range(count)]
+        at_weights, at_places, offset, number, at_out = args[5:]
+        sources = [e.load(at_places, I64, 8 * row) for row in range(count)]
         for first in range(0, count, rows):
 
             def body(index: Any, totals: list[Any], first: int = first) -> list[Any]:
-                base, moved = b.add(at_weights, b.mul(index, step_bytes)), b.mul(index, e.int64(4))
-                loaded = [e.load(base, vector(element), _VECTOR * tile) for tile in range(width)]
+                base, moved = b.add(at_weights, b.mul(index, e.int64(PANEL_BYTES))), b.mul(index, e.int64(4))
+                loaded = []
+                for tile in range(width):
+                    e.prefetch(base, _VECTOR * tile + _AHEAD)
+                    loaded.append(e.load(base, vector(element), _VECTOR * tile))
                 totals = list(totals)
                 for row in range(rows):
                     x = e.splat(e.load(b.add(sources[first + row], moved), element))
@@ -286,11 +306,19 @@ def _expand_rows(
 
             sums = e.loop_or_skip(number, [e.zeros(F32)] * (rows * width), body)
             for row in range(rows):
+                if added:
+                    scale = e.splat(e.load(at_places, F32, 64 + 4 * (first + row)))
+                    target = b.add(e.load(at_places, I64, 128 + 8 * (first + row)), offset)
                 for tile in range(width):
-                    e.store(at_out, sums[row * width + tile], (tile * count + first + row) * _VECTOR)
+                    total = sums[row * width + tile]
+                    if added:
+                        total = e.fma(scale, total, e.load(target, vector(F32), _VECTOR * tile))
+                        e.store(target, total, _VECTOR * tile)
+                    else:
+                        e.store(at_out, total, (tile * count + first + row) * _VECTOR)
         return context.get_dummy_value()
 
-    return types.void(form, isa, block, tiles, *[types.int64] * 5), code
+    return types.void(form, isa, block, tiles, onto, *[types.int64] * 5), code
 
 
 @intrinsic
@@ -356,47 +384,50 @@ def _spread(row: int, given: Any, first: int, last: int) -> None:
 
 
 def make_parts(FORM: int, ISA: int) -> Any:
-    """A function that adds what an adapter has for up to 8 rows of a product."""
+    """A function that adds what an adapter has for 8, 4, 2 or 1 rows of a product."""
+
+    WIDE = int(_wide(Isa(ISA)))
 
     @njit
     def add_columns(part, memory, count, first, last):
         """A part's columns first .. last, of the part."""
-        inputs, scales, targets, bases, sums = memory, memory + 64, memory + 128, memory + 192, memory + 256
-        step, spare = 4 * int64_at(part)[ROWS], sums + 512
-        weights, steps = int64_at(part)[MATRIX], int64_at(part)[STEPS]
-        begins, bias, less = 4 * int64_at(part)[BEGIN], int64_at(part)[BIAS], int64_at(part)[LESS]
+        scales, targets, bases, sums = memory + 64, memory + 128, memory + 192, memory + 256
+        spare, steps = sums + 512, int64_at(part)[STEPS]
+        weights, begins = int64_at(part)[MATRIX], 4 * int64_at(part)[BEGIN]
+        bias, less = int64_at(part)[BIAS], int64_at(part)[LESS]
+        plain = bias == 0 and less == 0
         column = first
         while column < last:
-            at = weights + 4 * column
-            width = 1
-            if count == 1:
-                if last - column >= 64:
-                    width = 4
-                    _expand_rows(FORM, ISA, 1, 4, at, step, inputs, steps, sums)
+            inside = column & 63  # of a panel
+            at = weights + (column - inside) * 4 * steps + 4 * inside
+            left, to = min(64 - inside, last - column), begins + 4 * column
+            if plain and left >= 64 and count == 1:
+                _expand_rows(FORM, ISA, 1, 4, 1, at, memory, to, steps, sums)
+                column += 64
+                continue
+            if plain and WIDE == 1 and left >= 32 and count == 8:
+                _expand_rows(FORM, ISA, 8, 2, 1, at, memory, to, steps, sums)
+                column += 32
+                continue
+            if plain and left >= 16:
+                if count == 8:
+                    _expand_rows(FORM, ISA, 8, 1, 1, at, memory, to, steps, sums)
+                elif count == 4:
+                    _expand_rows(FORM, ISA, 4, 1, 1, at, memory, to, steps, sums)
+                elif count == 2:
+                    _expand_rows(FORM, ISA, 2, 1, 1, at, memory, to, steps, sums)
                 else:
-                    _expand_rows(FORM, ISA, 1, 1, at, step, inputs, steps, sums)
-            elif count > 4:
-                _expand_rows(FORM, ISA, 8, 1, at, step, inputs, steps, sums)
-            else:
-                _expand_rows(FORM, ISA, 4, 1, at, step, inputs, steps, sums)
-            for tile in range(width):
-                to = 4 * (column + 16 * tile)
-                at_bias = bias + to if bias != 0 else 0
-                at_less = less + to if less != 0 else 0
-                for index in range(count):
-                    base = int64_at(bases)[index] + begins + to if less != 0 else 0
-                    target, lanes = int64_at(targets)[index] + begins + to, last - column - 16 * tile
-                    _add(
-                        target,
-                        sums + (tile + index) * 64,
-                        float32_at(scales)[index],
-                        at_bias,
-                        at_less,
-                        base,
-                        lanes,
-                        spare,
-                    )
-            column += 16 * width
+                    _expand_rows(FORM, ISA, 1, 1, 1, at, memory, to, steps, sums)
+                column += 16
+                continue
+            for index in range(count):
+                _expand_rows(FORM, ISA, 1, 1, 0, at, memory + 8 * index, 0, steps, sums)
+                at_bias = bias + 4 * column if bias != 0 else 0
+                at_less = less + 4 * column if less != 0 else 0
+                base = int64_at(bases)[index] + to if less != 0 else 0
+                target = int64_at(targets)[index] + to
+                _add(target, sums, float32_at(scales)[index], at_bias, at_less, base, left, spare)
+            column += min(left, 16)
 
     @njit
     def add_parts(about, h, x, x_bytes, count, memory, most, first, last):
@@ -429,18 +460,16 @@ def make_parts(FORM: int, ISA: int) -> Any:
             if low >= high:
                 continue
             scale = float_from_bits(int64_at(part)[SCALE])
-            for index in range(8):
-                source = min(index, count - 1)
+            for index in range(count):
                 if int64_at(part)[FULL] != 0:
-                    int64_at(memory)[index] = x + source * x_bytes
+                    int64_at(memory)[index] = x + index * x_bytes
                     continue
-                to = factors + 4 * source * most
+                to = factors + 4 * index * most
                 int64_at(memory)[index] = to
-                if source == index:
-                    at = wholes + 4 * (index * most + int64_at(part)[OFFSET])
-                    taken = int64_at(part)[STEPS] * (2 if FORM == 0 else 1)
-                    for rank in range(0, taken, 16):
-                        _scaled(FORM, at + 4 * rank, scale, to + (2 * rank if FORM == 0 else 4 * rank))
+                at = wholes + 4 * (index * most + int64_at(part)[OFFSET])
+                taken = int64_at(part)[STEPS] * (2 if FORM == 0 else 1)
+                for rank in range(0, taken, 16):
+                    _scaled(FORM, at + 4 * rank, scale, to + (2 * rank if FORM == 0 else 4 * rank))
             add_columns(part, memory, count, low, high)
 
     return add_parts
@@ -473,8 +502,10 @@ def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
                 continue
             begin, end = starts[group], starts[group + 1]
             blocks = count_blocks(int64_at(about)[1])
-            for entry in range(begin, end, 8):
-                count = min(end - entry, 8)
+            entry = begin
+            while entry < end:
+                count = end - entry
+                count = 8 if count >= 8 else 4 if count >= 4 else 2 if count >= 2 else 1
                 for index in range(count):
                     place = int64_at(given.rows)[entry + index]
                     float32_at(memory + 64)[index] = float32_at(given.scales)[entry + index]
@@ -483,5 +514,6 @@ def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
                 h = given.h + begin * given.h_bytes + (entry - begin) * blocks * BLOCK_BYTES
                 x = given.x + entry * given.x_bytes
                 add_parts(about, h, x, given.x_bytes, count, memory, most, first, last)
+                entry += count
 
     return expand

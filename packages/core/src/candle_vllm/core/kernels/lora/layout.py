@@ -9,7 +9,8 @@ place of the model: 0, or where the place is described (of experts, where the de
 blocks of 16 ranks, and one of 8 or 4 where such are left. A block is a run of steps of 64 bytes, [g ranks][64 / g bytes
 of neighbouring columns], so that a step is one vector instruction, whose lanes are the sums of a rank and a share of
 its columns. K is filled up to a multiple of 32, and cut into 4 quarters: the sums of a row are quarters', added in
-order. **B** is a run of steps for all rows, [r][N] of floats, or [r / 2][N][2] of bfloat16.
+order. **B** is panels of 64 rows, whose last is filled up: each a run of steps of 256 bytes, [r][64] of floats, or
+[r / 2][64][2] of bfloat16.
 
 A table that is looked up has B as [V][r] in the place of A, and A in the place of B.
 """
@@ -30,6 +31,9 @@ HEAD = 3
 BEGIN, ROWS, OFFSET, STEPS, MATRIX, SCALE, BIAS, LESS, FULL, IDS, COUNT, NEW, RANK, PART = range(14)
 """Where a part's numbers stand, and how many there are. LESS is c - 1 of the contract; COUNT rows NEW stand in the
 place of the model's rows IDS, or of all of them."""
+
+PANEL, PANEL_BYTES = 64, 256
+"""Rows of B that lie together, and bytes of a step of them."""
 
 BLOCK_BYTES = QUARTERS * 64
 """Sums of a row and a block of ranks."""

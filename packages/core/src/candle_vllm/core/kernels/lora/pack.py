@@ -167,8 +167,8 @@ class CompiledAdapter:
         """B [N, r] as steps: how many, and where."""
         each = 2 if self.form is RowForm.BF16 else 1
         steps = -(-b.shape[1] // each)
-        whole = self._bits(np.pad(b, ((0, 0), (0, steps * each - b.shape[1]))))
-        return steps, self._kept(whole.reshape(len(b), steps, each).transpose(1, 0, 2))
+        whole = self._bits(np.pad(b, ((0, -len(b) % lay.PANEL), (0, steps * each - b.shape[1]))))
+        return steps, self._kept(whole.reshape(-1, lay.PANEL, steps, each).swapaxes(1, 2))
 
     def _bits(self, numbers: NDArray[np.float32]) -> np.ndarray:
         numbers = np.ascontiguousarray(numbers)
