@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -14,7 +16,7 @@ import torch
 
 pytest.importorskip("numba")
 
-from lora_field import fitted, low_rank
+from lora_field import fitted, low_rank, stored
 
 from candle_vllm.core import EngineConfig, SamplingParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
@@ -29,7 +31,7 @@ from candle_vllm.core.kernels.lora import Delta, FittedAdapter, PackedAdapter
 from candle_vllm.core.kernels.plain_linear import pack, unpack
 from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.loading.weights import layer_at
-from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
 
 BLOCK = 16
 Adapters = tuple[tuple[PackedAdapter, float], ...]
@@ -185,3 +187,177 @@ def test_logits_are_those_of_merged_weights(served: Served, folder: Path, eager:
             (wanted,) = whole.logits([text], [()])
         print(apart(logits, wanted))
         assert apart(logits, wanted) < 1e-4
+
+
+def test_dora_whole_matrices_and_rows_of_tables(served: Served, folder: Path) -> None:
+    generator = np.random.default_rng(3)
+    deltas = {path: dict(of) for path, of in random_adapter(served, 3, 6).deltas.items()}
+    for of in deltas.values():
+        for name, delta in of.items():
+            rows = delta.b.shape[0]
+            scale, bias = generator.uniform(0.7, 1.3, rows), generator.standard_normal(rows) / 8
+            if not name.startswith(("gate", "up")) and "down" not in name:
+                of[name] = dataclasses.replace(
+                    delta,
+                    column_scale=scale.astype(np.float32),
+                    bias=bias.astype(np.float32) if rows in (64, 32) else None,
+                )
+    vocabulary, size = served.loaded.config.vocab_size, 64
+    whole = generator.standard_normal((vocabulary, size)) * 3 / 8
+    ids = np.array([44, 41, 101, 8])
+    for path in list(deltas):
+        if path.endswith(("gate_up", "down")):
+            deltas[path] = {n: dataclasses.replace(d, column_scale=None, bias=None) for n, d in deltas[path].items()}
+    deltas["head"] = {"": Delta(full=stored(whole))}
+    deltas["embed"] = {"": Delta(rows=(ids, generator.standard_normal((4, size)).astype(np.float32)))}
+    adapter, plain = fitted(deltas), random_adapter(served, 4, 8)
+    ours = [served.pack(adapter), served.pack(plain)]
+    assert ours[0].apart
+    assert not ours[1].apart
+    found = served.logits(TEXTS, [((ours[0], 1.0),), ((ours[1], 1.0),), ((ours[0], 0.5), (ours[1], 1.0))])
+    for text, of, logits in zip(TEXTS, ([(adapter, 1.0)], [(plain, 1.0)], [(adapter, 0.5), (plain, 1.0)]), found):
+        with Served(folder, of) as merged:
+            (wanted,) = merged.logits([text], [()])
+        assert apart(logits, wanted) < 1e-4
+    trained = fitted({"head": {"": Delta(rows=(ids, generator.standard_normal((4, size)).astype(np.float32)))}})
+    (found,) = served.logits(TEXTS[:1], [((served.pack(trained), 1.0),)])
+    with Served(folder, [(trained, 1.0)]) as merged:
+        assert apart(found, merged.logits(TEXTS[:1], [()])[0]) < 1e-4
+
+
+PARAMS: tuple[Mapping[str, Any], ...] = (
+    {},
+    {"temperature": 0.9, "seed": 5},
+    {"logprobs": 2},
+    {"repetition_penalty": 1.2},
+)
+
+
+def test_each_of_32_sequences_over_16_adapters_answers_as_alone(served: Served) -> None:
+    generator = random.Random(1)
+    adapters = [served.pack(random_adapter(served, seed, seed, tables=seed % 4 == 0)) for seed in range(1, 17)]
+    asked = []
+    for number in range(32):
+        prompt = [generator.randrange(256) for _ in range(generator.randrange(1, 60))]
+        of = tuple((adapter, generator.choice((1.0, 0.5))) for adapter in generator.sample(adapters, number % 3))
+        asked.append((prompt, of, PARAMS[number % 4]))
+    together = served.answers(asked)
+    served.engine.reset_prefix_cache()
+    assert together == [served.answers([one])[0] for one in asked]
+    bare = served.answers([(prompt, (), params) for prompt, _, params in asked])
+    assert sum(answer != plain for answer, plain in zip(together, bare)) > 15
+    assert [a for a, one in zip(together, asked) if not one[1]] == [a for a, one in zip(bare, asked) if not one[1]]
+
+
+def test_an_adapter_that_adds_nothing_leaves_the_answers(served: Served) -> None:
+    adapter = random_adapter(served, 9, 8, tables=True)
+    nothing = fitted(
+        {
+            path: {name: dataclasses.replace(d, b=stored(np.zeros(d.b.shape))) for name, d in of.items()}
+            for path, of in adapter.deltas.items()
+        }
+    )
+    found = served.logits(TEXTS, [((served.pack(nothing), 1.0),)] * 3)
+    for ours, base in zip(found, served.logits(TEXTS, [()] * 3)):
+        assert (ours == base).all()
+
+
+def test_halves_of_an_adapter_make_the_whole(served: Served) -> None:
+    whole = random_adapter(served, 6, 12)
+    halves = [
+        fitted(
+            {
+                path: {
+                    name: dataclasses.replace(d, a=stored(d.a.load()[part]), b=stored(d.b.load()[:, part]))
+                    for name, d in of.items()
+                }
+                for path, of in whole.deltas.items()
+            }
+        )
+        for part in (slice(0, 5), slice(5, 12))
+    ]
+    (found,) = served.logits(TEXTS[:1], [tuple((served.pack(half), 1.0) for half in halves)])
+    (wanted,) = served.logits(TEXTS[:1], [((served.pack(whole), 1.0),)])
+    assert apart(found, wanted) < 1e-5
+
+
+def test_cached_blocks_belong_to_their_adapters(served: Served) -> None:
+    """An answer does not begin with what another adapter made of the same prompt; the same one's blocks are found."""
+    first, second = (served.pack(random_adapter(served, seed, 8)) for seed in (11, 12))
+    prompt = list(range(60, 110))
+    served.engine.reset_prefix_cache()
+    cold = served.answers([(prompt, ((second, 1.0),), {})])
+    served.engine.reset_prefix_cache()
+    hits = served.engine.stats().cached_prompt_tokens
+    served.answers([(prompt, ((first, 1.0),), {})])
+    served.answers([(prompt, (), {})])
+    assert served.answers([(prompt, ((second, 1.0),), {})]) == cold
+    served.answers([(prompt, ((second, 0.5),), {})])
+    assert served.engine.stats().cached_prompt_tokens == hits
+    assert served.answers([(prompt, ((second, 1.0),), {})]) == cold
+    assert served.engine.stats().cached_prompt_tokens == hits + 48
+
+
+def test_an_activated_adapter_acts_from_its_words_on(served: Served) -> None:
+    """Rows before the last invocation are the model's own, and so are their cached blocks."""
+    fit = random_adapter(served, 13, 8)
+    activated = served.pack(dataclasses.replace(fit, alora=(5, 6)))
+    text = [*range(60, 80), 5, 6, *range(80, 95), 5, 6, 7, 8, 9]
+    (found,) = served.logits([text], [((activated, 1.0),)])
+    (base,) = served.logits([text], [()])
+    (whole,) = served.logits([text], [((served.pack(fit), 1.0),)])
+    assert (found[:37] == base[:37]).all()
+    assert (found[37:] != base[37:]).any()
+    assert (found[37:] != whole[37:]).any()
+    (later,) = served.logits([text], [((activated, 1.0),)], start=30)
+    assert (later == found[30:]).all()
+    served.engine.reset_prefix_cache()
+    cold = served.answers([(text, ((activated, 1.0),), {})])
+    served.engine.reset_prefix_cache()
+    hits = served.engine.stats().cached_prompt_tokens
+    served.answers([(text, (), {})])
+    assert served.answers([(text, ((activated, 1.0),), {})]) == cold
+    assert served.engine.stats().cached_prompt_tokens == hits + 32
+    (never,) = served.logits([[1, 2, 3]], [((activated, 1.0),)])
+    assert (never == served.logits([[1, 2, 3]], [()])[0]).all()
+
+
+def test_adapters_of_experts(tmp_path: Path) -> None:
+    from tiny import write_tiny
+
+    made = write_tiny(tmp_path / "moe", "qwen2_moe", num_experts=6, num_experts_per_tok=2, moe_intermediate_size=40,
+                      shared_expert_intermediate_size=48, decoder_sparse_step=1)  # fmt: skip
+    for settings in ({}, {"enforce_eager": True, "dtype": "f32"}):
+        with Served(made, **settings) as ours:
+            adapters = [random_adapter(ours, seed, rank) for seed, rank in ((1, 4), (2, 10))]
+            packed = [ours.pack(one) for one in adapters]
+            found = ours.logits(TEXTS, [((packed[0], 1.0),), (), ((packed[0], 0.5), (packed[1], 1.5))])
+        of_each = ([(adapters[0], 1.0)], [], [(adapters[0], 0.5), (adapters[1], 1.5)])
+        for text, of, logits in zip(TEXTS, of_each, found):
+            with Served(made, of, **settings) as whole:
+                assert apart(logits, whole.logits([text], [()])[0]) < 1e-4
+
+
+def test_quantised_models_and_tables_with_a_scale(tmp_path: Path) -> None:
+    """The decoded model with the adapter in it, in fp32, is what they come near to."""
+    path = write_toy_gguf(tmp_path / "toy.gguf", toy_config(), quantization="Q8_0")
+    with Served(path) as ours:
+        adapter = random_adapter(ours, 1, 8, tables=True)
+        found = ours.logits(TEXTS, [((ours.pack(adapter), 1.0),)] * 3)
+        base = ours.logits(TEXTS, [()] * 3)
+    with Served(path, [(adapter, 1.0)], enforce_eager=True, dtype="f32") as whole:
+        wanted = whole.logits(TEXTS, [()] * 3)
+    with Served(path, enforce_eager=True, dtype="f32") as bare:
+        wanted_base = bare.logits(TEXTS, [()] * 3)
+    for ours, theirs, plain, plain_theirs in zip(found, wanted, base, wanted_base):
+        assert apart(ours, theirs) < max(2e-2, 2 * apart(plain, plain_theirs))
+        assert apart(plain, theirs) > 0.1
+
+
+def test_preempted_sequences_go_on_with_their_adapters(folder: Path) -> None:
+    with Served(folder, max_num_seqs=8, kv_cache_memory=24 * BLOCK * 2 * 2 * 32 * 2) as ours:
+        adapters = [ours.pack(random_adapter(ours, seed, 8)) for seed in range(3)]
+        asked = [([*range(9 * n, 9 * n + 40)], ((adapters[n % 3], 1.0),), {"max_tokens": 40}) for n in range(6)]
+        together = ours.answers(asked)
+        assert ours.engine.stats().preemptions > 0
+        assert together == [ours.answers([one])[0] for one in asked]

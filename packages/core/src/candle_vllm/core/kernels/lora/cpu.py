@@ -51,7 +51,7 @@ _RUN = 32
 _VECTOR = 4 * LANES
 
 _AHEAD = 2048
-"""Bytes of weights that are asked for ahead: they are read once in a step, in runs too short for a CPU to see coming."""
+"""Bytes of weights that are asked for ahead: runs of them are too short for a CPU to see coming."""
 
 
 def _dot(e: Emitter, form: RowForm, isa: Isa, total: Any, x: Any, weights: Any) -> Any:
@@ -120,6 +120,18 @@ def _shrink_rows(
         return context.get_dummy_value()
 
     return types.void(form, isa, height, block, *[types.int64] * 5), code
+
+
+@intrinsic
+def _ask(_: Any, address: Any) -> Any:
+    """Asks for `_AHEAD` bytes that will be read; what is behind the end of memory does no harm."""
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        for offset in range(0, _AHEAD, _VECTOR):
+            Emitter(b).prefetch(args[0], offset)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), code
 
 
 @njit
@@ -200,6 +212,10 @@ def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
             ranks = int64_at(about)[1]
             blocks = count_blocks(ranks)
             units = 4 * blocks * ((end - begin + RUN - 1) // RUN)
+            if group + 1 < groups and before + units < last:
+                following = int64_at(tables[group + 1])[given.place]
+                if following != 0:
+                    _ask(int64_at(following)[0])
             for number in range(max(first - before, 0), min(last - before, units)):
                 run, rest = number // (4 * blocks), number % (4 * blocks)
                 block, quarter = rest >> 2, rest & 3
@@ -502,6 +518,12 @@ def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
                 continue
             begin, end = starts[group], starts[group + 1]
             blocks = count_blocks(int64_at(about)[1])
+            if group + 1 < groups:
+                following = int64_at(tables[group + 1])[given.place]
+                if following != 0:
+                    part = following + 8 * HEAD
+                    column = max(first - int64_at(part)[BEGIN], 0) & -64
+                    _ask(int64_at(part)[MATRIX] + column * 4 * int64_at(part)[STEPS])
             entry = begin
             while entry < end:
                 count = end - entry
