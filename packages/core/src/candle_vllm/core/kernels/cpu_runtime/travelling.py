@@ -68,6 +68,10 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "attention.cpu:make_attend", (head_dim, isa & Isa.BF16)
         yield "attention.cpu:make_merge", (head_dim,)
     for form in RowForm:
+        for name in ("cpu:make_shrink", "cpu:make_expand", "cpu_experts:make_shrink", "cpu_experts:make_expand"):
+            yield f"lora.{name}", (form, isa)
+        for name in ("make_lookup", "make_replace"):
+            yield f"lora.cpu_tables:{name}", (form,)
         yield "latent_attention.cpu_write:make_prepare", (form,)
         for rope, latent in LATENT:
             yield "latent_attention.cpu:make_attend", (rope, latent, form, isa & Isa.BF16)
