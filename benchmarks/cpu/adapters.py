@@ -64,7 +64,7 @@ class Bench:
 
     def adapters(self, rank: int, count: int) -> list[PackedAdapter]:
         """Distinct ones."""
-        pack = adapter_packer(self.config, self.loaded)
+        pack = adapter_packer(self.config, self.loaded, self.engine.runner)
         return [pack(random_adapter(self.loaded, rank, self.numbers)) for _ in range(count)]
 
     def _ask(self, length: int, adapter: PackedAdapter | None) -> str:

@@ -322,16 +322,15 @@ def _expand_rows(
 
             sums = e.loop_or_skip(number, [e.zeros(F32)] * (rows * width), body)
             for row in range(rows):
-                if added:
-                    scale = e.splat(e.load(at_places, F32, 64 + 4 * (first + row)))
-                    target = b.add(e.load(at_places, I64, 128 + 8 * (first + row)), offset)
+                if not added:
+                    for tile in range(width):
+                        e.store(at_out, sums[row * width + tile], (tile * count + first + row) * _VECTOR)
+                    continue
+                scale = e.splat(e.load(at_places, F32, 64 + 4 * (first + row)))
+                target = b.add(e.load(at_places, I64, 128 + 8 * (first + row)), offset)
                 for tile in range(width):
-                    total = sums[row * width + tile]
-                    if added:
-                        total = e.fma(scale, total, e.load(target, vector(F32), _VECTOR * tile))
-                        e.store(target, total, _VECTOR * tile)
-                    else:
-                        e.store(at_out, total, (tile * count + first + row) * _VECTOR)
+                    total = e.fma(scale, sums[row * width + tile], e.load(target, vector(F32), _VECTOR * tile))
+                    e.store(target, total, _VECTOR * tile)
         return context.get_dummy_value()
 
     return types.void(form, isa, block, tiles, onto, *[types.int64] * 5), code
