@@ -15,6 +15,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import generate_latest
 from server_fakes import PacedEngine, watched, whole_answer
 
 from candle_vllm.core.engine.request import EngineStats, FinishReason, GenerationRequest, RequestMetrics, TokenOutput
@@ -451,3 +452,39 @@ async def test_counting_a_token_costs_little() -> None:
     rounds = [(await seconds(None), await seconds(watcher)) for _ in range(15)]
     cost = statistics.median(with_it - without for without, with_it in rounds) / count
     assert cost < 4.5e-6  # measured 0.5 us on an idle core; three times the promise, for busy machines
+
+
+def test_adapters_are_told_while_they_are_on_and_labels_are_bounded() -> None:
+    numbers: dict[str, Any] = {
+        "num_running": 3, "num_waiting": 2, "num_blocks": 4, "num_free_blocks": 4, "block_size": 16,
+        "prompt_tokens": 0, "cached_prompt_tokens": 0, "generation_tokens": 0, "finished": {}, "preemptions": 0,
+        "steps": 1,
+    }  # fmt: skip
+    engine = ScriptedEngine("a")
+    metrics = Metrics()
+    watcher = EngineWatcher(engine, metrics.model("m", 100))
+
+    def text() -> str:
+        return generate_latest(metrics.registry).decode()
+
+    engine.stats = lambda: EngineStats(**numbers)  # type: ignore[method-assign]
+    assert "vllm:lora_requests_info{" not in text()
+    many = {f"a{place:02d}": 40 - place for place in range(40)}
+    numbers |= {
+        "adapters": 50, "adapters_in_memory": 40, "adapter_bytes": 4096, "adapter_loads": 60, "adapter_evictions": 20,
+        "adapter_load_failures": 1, "adapter_load_seconds": 2.5, "max_adapters": 64,
+        "running_adapters": {"b": 2, "a": 1}, "waiting_adapters": many,
+    }  # fmt: skip
+    shown = text()
+    waiting = ",".join(sorted(many)[:16]) + ",..."
+    labels = f'engine="0",max_lora="64",model_name="m",running_lora_adapters="a,b",waiting_lora_adapters="{waiting}"'
+    assert f"vllm:lora_requests_info{{{labels}}}" in shown
+    counted = {
+        "lora_adapters": 50, "lora_adapters_in_memory": 40, "lora_memory_bytes": 4096, "lora_loads_total": 60,
+        "lora_load_failures_total": 1, "lora_load_seconds_total": 2.5, "lora_evictions_total": 20,
+    }  # fmt: skip
+    for name, value in counted.items():
+        assert f'candle_vllm:{name}{{engine="0",model_name="m"}} {float(value)}' in shown
+    watcher.close()
+    assert 'candle_vllm:lora_loads_total{engine="0",model_name="m"} 60.0' in text()
+    assert "vllm:lora_requests_info{" not in text()

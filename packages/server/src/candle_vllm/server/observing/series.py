@@ -6,6 +6,7 @@ this server has begin with `candle_vllm:`.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ MODEL = ("model_name", "engine")
 ENGINE = "0"
 """Value of the label `engine`: every model has one."""
 
+
+MOST_NAMED = 16
+"""Adapters in a label."""
 
 Row = tuple[tuple[str, ...], float]  # values of further labels, and the number
 
@@ -113,6 +117,22 @@ def _cache(name: str, text: str, row: Callable[[EngineStats, EngineReading], Row
     return Series(name, "gauge", (*MODEL, *labels), text, read=read)
 
 
+def _adapters(name: str, text: str, row: Callable[[EngineStats], Row], *labels: str) -> Series:
+    """Of the adapters of a loaded model's engine, where they are on."""
+
+    def read(model: ModelReading) -> Iterable[Row]:
+        stats = None if model.engine is None else model.engine.stats
+        return [row(stats)] if stats and stats.max_adapters else ()
+
+    return Series(name, "gauge", (*MODEL, *labels), text, read=read)
+
+
+def _named(counts: Mapping[str, int]) -> str:
+    """Adapters with sequences, the most of them first; a label has no more than `MOST_NAMED`."""
+    names = sorted(counts, key=lambda name: (-counts[name], name))
+    return ",".join([*sorted(names[:MOST_NAMED]), *(["..."] if len(names) > MOST_NAMED else [])])
+
+
 def _sum(name: str, text: str, stat: str) -> Series:
     """What the engine counts itself."""
     return Series(name, "counter", MODEL, text, read=lambda model: [((), model.engine_sums[stat])], stat=stat)
@@ -161,6 +181,13 @@ GAUGES: tuple[Series, ...] = (
     _gauge("candle_vllm:num_requests_queued", "Sequences that wait before the engine.", lambda engine: engine.queued),
     _gauge("candle_vllm:engine_up", "1 while the loaded model's engine works, 0 once it has failed.",
            lambda engine: int(engine.alive)),
+    _adapters("vllm:lora_requests_info", "Adapters with running and with waiting sequences; the time of the scrape.",
+              lambda stats: ((str(stats.max_adapters), _named(stats.running_adapters), _named(stats.waiting_adapters)),
+                             time.time()), "max_lora", "running_lora_adapters", "waiting_lora_adapters"),
+    _adapters("candle_vllm:lora_adapters", "Adapters that the engine knows.", lambda stats: ((), stats.adapters)),
+    _adapters("candle_vllm:lora_adapters_in_memory", "Those of them in memory.",
+              lambda stats: ((), stats.adapters_in_memory)),
+    _adapters("candle_vllm:lora_memory_bytes", "Bytes that these take.", lambda stats: ((), stats.adapter_bytes)),
 )  # fmt: skip
 """Of a loaded model, read when they are asked for."""
 
@@ -172,6 +199,10 @@ ENGINE_COUNTERS: tuple[Series, ...] = (
     _sum("vllm:spec_decode_num_draft_tokens_total", "Guessed tokens that were tried.", "draft_tokens"),
     _sum("vllm:spec_decode_num_accepted_tokens_total", "Those of them that were right.", "accepted_draft_tokens"),
     _sum("candle_vllm:engine_steps_total", "Steps of the engine.", "steps"),
+    _sum("candle_vllm:lora_loads_total", "Adapters that were brought to memory.", "adapter_loads"),
+    _sum("candle_vllm:lora_load_failures_total", "Adapters that could not be.", "adapter_load_failures"),
+    _sum("candle_vllm:lora_load_seconds_total", "Time of all that, seconds.", "adapter_load_seconds"),
+    _sum("candle_vllm:lora_evictions_total", "Adapters that left memory for others.", "adapter_evictions"),
 )
 """What the engine counts itself; the sum goes on when a model is unloaded and loaded again."""
 
