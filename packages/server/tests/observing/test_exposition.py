@@ -51,10 +51,7 @@ def all_events(metrics: Metrics) -> None:
 
 
 async def test_every_series_is_there_with_its_labels(noted: Any) -> None:
-    engine = PacedEngine("abc")
-    plain = engine.stats
-    engine.stats = lambda: msgspec.structs.replace(plain(), max_adapters=4)  # type: ignore[method-assign]
-    setup = noted(engine)
+    setup = noted(_cached())
     all_events(setup.metrics)
     setup.metrics.watch_mcp_servers(lambda: ["ready", "failed", "ready"])
     async with setup.client() as client:
@@ -151,11 +148,12 @@ def test_the_example_for_prometheus_is_right(tmp_path: Path) -> None:
 
 
 class _Blocks(PacedEngine):
-    """An engine with a cache and some use of it."""
+    """An engine with a cache and some use of it, and with adapters."""
 
     def stats(self) -> Any:
-        stats = super().stats()
-        return msgspec.structs.replace(stats, num_free_blocks=400, cached_prompt_tokens=stats.prompt_tokens // 2)
+        stats, adapters = super().stats(), {"max_adapters": 4, "adapters": 2, "waiting_adapters": {"a": 1}}
+        cached = stats.prompt_tokens // 2
+        return msgspec.structs.replace(stats, num_free_blocks=400, cached_prompt_tokens=cached, **adapters)
 
 
 def _cached() -> PacedEngine:
