@@ -65,6 +65,13 @@ def test_devices(text: str, value: str) -> None:
     assert Device().from_text(text) == value
 
 
+@pytest.mark.parametrize("text", ["metal", "mps", "MPS"])
+def test_apple_s_gpu_is_refused_by_name_with_what_works(text: str) -> None:
+    for read in (Device().from_text, Device().taken, Device(several=True).check):
+        with pytest.raises(ValueError, match=r"is Apple's GPU.*: cpu is what computes there, and what auto chooses"):
+            read(text)
+
+
 @pytest.mark.parametrize("text", ["0,1", "cuda:", "gpu", "cuda:-1", "", "cpu:0"])
 def test_one_device_only(text: str) -> None:
     with pytest.raises(ValueError, match="must be one device"):

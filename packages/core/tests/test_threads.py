@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from candle_vllm.core import threads
-from candle_vllm.core.threads import cpu_quota, default_threads
+from candle_vllm.core.threads import cores_in, cpu_quota, default_threads
 
 # What is registered first is called last.
 PROGRAM = """
@@ -90,3 +91,9 @@ def test_as_many_threads_as_cores_and_the_quota_allow(
     monkeypatch.setattr(threads, "physical_cores", lambda: cores)
     monkeypatch.setattr(threads, "cpu_quota", lambda: quota)
     assert default_threads() == count
+
+
+def test_cores_are_counted_in_windows_records() -> None:
+    core, cache = (struct.pack("=QII16x", 3, kind, 0) for kind in (0, 2))
+    assert cores_in(core + cache + core + cache + core[:5]) == 2  # what is cut off is none
+    assert cores_in(b"") == 0

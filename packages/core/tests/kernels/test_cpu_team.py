@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import subprocess
@@ -14,11 +15,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import wait_for
 
+from candle_vllm.core.kernels.cpu_runtime import team as team_module
 from candle_vllm.core.kernels.cpu_runtime.kernel_cache import compiled_address
 from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, address_of
 from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, int64_at
-from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.kernels.cpu_runtime.team import Semaphores, ThreadTeam
 
 
 def neighbour_plus_one(row, thread, threads):
@@ -49,6 +52,54 @@ def test_barriers_hold_between_operations(threads: int) -> None:
         assert state[0, ::8].tolist() == [1200] * threads
     finally:
         team.close()
+
+
+def test_every_system_s_wait_and_post_get_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows' ReleaseSemaphore is told how many, its WaitForSingleObject and Dispatch's to wait for ever."""
+    calls: list[tuple[str, int, int, int]] = []
+    kept = [threading.Semaphore(0) for _ in range(2)]
+    given: list[int] = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 3)
+    def wait(semaphore: int, number: int, nothing: int) -> int:
+        calls.append(("wait", semaphore, number, nothing))
+        kept[semaphore - 7].acquire()
+        return 0
+
+    @ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 3)
+    def post(semaphore: int, number: int, nothing: int) -> int:
+        calls.append(("post", semaphore, number, nothing))
+        kept[semaphore - 7].release()
+        return 0
+
+    def make(_: int) -> int:
+        given.append(7 + len(given))
+        return given[-1]
+
+    where = (ctypes.cast(each, ctypes.c_void_p).value or 0 for each in (wait, post))
+    monkeypatch.setattr(team_module, "system_semaphores", lambda: Semaphores(*where, make, given.remove))
+    team = ThreadTeam(2)
+    try:
+        rows, state = plan(50, 2)
+        team.run(rows, 50)
+        wait_for(lambda: any(call[0] == "wait" and call[1] == 8 for call in calls))  # the helper sleeps
+        team.run(rows, 50)
+        assert state[0, ::8].tolist() == [100] * 2
+    finally:
+        team.close()
+    assert set(calls) >= {("wait", 8, -1, 0), ("post", 8, 1, 0)}
+    assert set(calls) <= {(name, number, also, 0) for number in (7, 8) for name, also in (("wait", -1), ("post", 1))}
+    assert given == []  # they were given back
+
+
+def test_without_semaphores_one_thread_does_it_all(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(team_module, "system_semaphores", lambda: None)
+    team = ThreadTeam(3)
+    assert team.threads == 1
+    assert "they use one thread" in caplog.text
+    team.close()
 
 
 def test_closing_ends_the_helpers_awake_or_asleep() -> None:

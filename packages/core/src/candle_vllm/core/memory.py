@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import errno
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -244,6 +246,8 @@ def tightest_limit(root: Path = Path("/")) -> Limit:
 
 
 def _machine_memory(root: Path) -> Limit:
+    if sys.platform == "win32":
+        return Limit(_free_of_windows(), "this machine")
     left = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2  # where it does not say
     for line in read_or_nothing(root / "proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
@@ -251,12 +255,29 @@ def _machine_memory(root: Path) -> Limit:
     return Limit(left, "this machine")
 
 
+class _MemoryStatus(ctypes.Structure):
+    """Windows' MEMORYSTATUSEX; `total`, `free`: bytes of physical memory."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint32) for name in ("size", "load")),
+        *((name, ctypes.c_uint64) for name in ("total", "free", "pages", "free_pages", "space", "free_space", "more")),
+    )
+
+
+def _free_of_windows() -> int:
+    """Bytes of memory that Windows can give; of one that does not say, 4 GiB are counted on."""
+    status = _MemoryStatus(size=ctypes.sizeof(_MemoryStatus))
+    if sys.platform == "win32" and ctypes.WinDLL("kernel32").GlobalMemoryStatusEx(ctypes.byref(status)):
+        return status.free
+    return 4 << 30
+
+
 def _process_limits(root: Path) -> Iterator[Limit]:
     """Limits of addresses and of data (`ulimit -v`, `ulimit -d`), which count what is reserved, used or not."""
-    try:
-        import resource
-    except ImportError:  # Windows
+    if sys.platform == "win32":
         return
+    import resource
+
     pages = read_or_nothing(root / "proc/self/statm").split()  # all, resident, shared, code, -, data and stacks, -
     for kind, place, name, spare in (
         (resource.RLIMIT_AS, 0, "ulimit -v", SPARE_ADDRESSES),

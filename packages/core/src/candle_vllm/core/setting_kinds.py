@@ -27,6 +27,8 @@ _NUMBER = re.compile(r"[+-]?(\d{1,20}(\.\d{0,20})?|\.\d{1,20})([eE][+-]?\d{1,2})
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?", re.ASCII)
 _DEVICES = re.compile(r"cuda:\d{1,3}(,cuda:\d{1,3}){1,63}", re.ASCII)
 _NUMBERED = re.compile(r"\d{1,3}", re.ASCII)
+_APPLE = ("metal", "mps")
+_NO_METAL = "is Apple's GPU, for which there are no kernels: cpu is what computes there, and what auto chooses"
 _SWITCHES = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 _MAX_TEXT = 4096
 _MAX_FREE_TEXT = 1 << 20
@@ -305,7 +307,7 @@ class Device:
 
     def taken(self, value: Any) -> str:
         if not _DEVICE.fullmatch(Text().taken(value)):
-            raise ValueError("is not one of auto, cpu, cuda, cuda:N")
+            raise ValueError(_NO_METAL if value.lower() in _APPLE else "is not one of auto, cpu, cuda, cuda:N")
         return value
 
     def from_text(self, text: str) -> str:
@@ -315,6 +317,8 @@ class Device:
     def check(self, value: Any) -> str:
         if self.several and isinstance(value, str) and _DEVICES.fullmatch(value):
             return value
+        if isinstance(value, str) and value.lower() in _APPLE:
+            raise ValueError(_NO_METAL)
         if not isinstance(value, str) or _DEVICE.fullmatch(value) is None:
             raise ValueError(f"must be one device, auto, cpu, cuda or cuda:N, not {value!r:.60}")
         return value

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import math
 import os
+import struct
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
@@ -50,14 +52,27 @@ def default_threads() -> int:
     return physical_cores() if quota is None else max(1, min(physical_cores(), math.floor(quota + 0.5)))
 
 
+def usable_cpus() -> frozenset[int]:
+    """The CPUs that this thread may use, by number; all of the machine's, where the system has no such bounds."""
+    if sys.platform == "linux":
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
+
+
 def physical_cores() -> int:
-    """Physical cores among the CPUs that this thread may use; two hyper-threads count as one."""
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    return _cores_of(frozenset(usable))
+    """Physical cores among the CPUs that this thread may use; two hyper-threads count as one.
+
+    On macOS the fast ones, where a processor has two kinds: a step takes as long as its slowest thread.
+    """
+    return _cores_of(usable_cpus())
 
 
 @cache
 def _cores_of(cpus: frozenset[int]) -> int:
+    if sys.platform != "linux":
+        with suppress(OSError, AttributeError):  # of a system that is not as it says
+            return max(1, min(_cores_of_windows() if sys.platform == "win32" else _cores_of_macos(), len(cpus)))
+        return len(cpus)
     cores = set()
     for cpu in cpus:
         try:
@@ -65,6 +80,39 @@ def _cores_of(cpus: frozenset[int]) -> int:
         except OSError:
             cores.add(str(cpu))
     return max(1, len(cores))
+
+
+def _cores_of_macos() -> int:
+    """What `sysctl` says."""
+    system = ctypes.CDLL(None)
+    for name in (b"hw.perflevel0.physicalcpu", b"hw.physicalcpu"):  # the former where there are kinds of them
+        count, size = ctypes.c_int32(), ctypes.c_size_t(4)
+        if system.sysctlbyname(name, ctypes.byref(count), ctypes.byref(size), None, ctypes.c_size_t(0)) == 0:
+            return count.value
+    raise OSError("no number of CPUs")
+
+
+_RECORD = struct.Struct("=QIIQQ")
+"""Windows' SYSTEM_LOGICAL_PROCESSOR_INFORMATION of 64 bits: which CPUs, what they share, nothing, and what of it."""
+_SHARED_CORE = 0
+
+
+def _cores_of_windows() -> int:
+    """The records of cores among what Windows says of its processors."""
+    if sys.platform != "win32":
+        raise OSError("another system")
+    system, size = ctypes.WinDLL("kernel32"), ctypes.c_uint32()
+    system.GetLogicalProcessorInformation(None, ctypes.byref(size))
+    records = ctypes.create_string_buffer(size.value)
+    if not system.GetLogicalProcessorInformation(records, ctypes.byref(size)):
+        raise OSError("no records of processors")
+    return cores_in(records.raw[: size.value])
+
+
+def cores_in(records: bytes) -> int:
+    """How many of Windows' records of processors, of 32 bytes each, are of a core."""
+    whole = records[: len(records) // _RECORD.size * _RECORD.size]
+    return sum(shared == _SHARED_CORE for _, shared, _, _, _ in _RECORD.iter_unpack(whole))
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:

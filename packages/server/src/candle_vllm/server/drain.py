@@ -11,6 +11,7 @@ import contextlib
 import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from types import FrameType
@@ -24,7 +25,9 @@ from candle_vllm.server.http.failures import refusal
 
 logger = logging.getLogger(__name__)
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if sys.platform == "win32":
+    _SIGNALS.append(signal.SIGBREAK)  # what one process can send to another there
 _LAST_WORDS_SECONDS = 1.0  # for the answers of requests that were cut off
 _LOOK_SECONDS = 0.05
 

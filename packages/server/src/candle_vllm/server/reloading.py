@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -116,8 +117,8 @@ class Reloader:
 
     def listen(self, stop: Callable[[], object]) -> None:
         """Reads everything again on SIGHUP, in the loop that runs; `stop` is called where the terminal has gone."""
-        if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGHUP"):
-            return
+        if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
+            return  # Windows has no such signal: an operator's request is what is left
         had_terminal, tasks = _has_terminal(), set[asyncio.Task[None]]()
 
         def hung_up() -> None:

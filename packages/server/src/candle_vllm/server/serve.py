@@ -254,7 +254,10 @@ def bind(address: Address) -> socket.socket:
         raise UsageError(f"host {address.host!r} is no address of this machine: {error}") from None
     listener = socket.socket(family, kind, protocol)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if sys.platform == "win32":  # where the other option lets two servers listen at one port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        else:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6 and address.host == "::":
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         listener.bind(target)
@@ -274,6 +277,8 @@ def _bind_message(address: Address, error: OSError) -> str:
 
 
 def _bind_unix(path: Path) -> socket.socket:
+    if sys.platform == "win32":
+        raise UsageError("Python has no Unix sockets on Windows: give --host an address, as 127.0.0.1")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if path.exists():
@@ -293,6 +298,7 @@ def _remove_stale(path: Path) -> None:
     """Removes the socket that a crashed server left; a live one, or another kind of file, is an error."""
     if not stat.S_ISSOCK(path.stat().st_mode):
         raise UsageError(f"{path} exists and is not a socket")
+    assert sys.platform != "win32"  # nothing was bound there
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(str(path))

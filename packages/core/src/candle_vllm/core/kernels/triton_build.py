@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import importlib
 import logging
-import os
 import pkgutil
 import re
 import subprocess
@@ -32,6 +31,7 @@ from typing import Any
 import torch
 
 from candle_vllm.core.devices import Device
+from candle_vllm.core.threads import usable_cpus
 
 logger = logging.getLogger(__name__)
 
@@ -278,7 +278,7 @@ class _Compilers(ThreadPoolExecutor):
     """Threads that compile forms for a device, and load them there."""
 
     def __init__(self, device: torch.device | Device) -> None:
-        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        usable = len(usable_cpus())
         self.threads, self.forms = min(_COMPILERS, usable), 0
         on_gpu = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}
         super().__init__(self.threads, "candle-vllm-compiler", **on_gpu)

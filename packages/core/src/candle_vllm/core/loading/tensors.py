@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import math
 import mmap
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ class MappedFile:
 
     def release(self, start: int, count: int) -> None:
         """Lets the system drop the pages within `count` bytes from `start`; they are read again if needed."""
-        if hasattr(mmap, "MADV_DONTNEED"):
+        if sys.platform != "win32":
             first, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + count) // mmap.PAGESIZE * mmap.PAGESIZE
             if end > first:
                 self._map.madvise(mmap.MADV_DONTNEED, first, end - first)

@@ -50,7 +50,8 @@ def main() -> int:
     collect_seldom()
     parent = os.getppid()
     start = read_start(sys.stdin.fileno())
-    os.set_inheritable(start.alive, False)
+    if start.alive is not None:
+        os.set_inheritable(start.alive, False)
     logging.basicConfig(level=start.log_level, format="%(asctime)s %(levelname)s engine process: %(name)s: %(message)s")
     told = Told()
     watch = threading.Thread(
@@ -142,15 +143,16 @@ class Told:
 def watch_parent(parent: int, folder: str, tell: Callable[[], None]) -> None:
     """Waits for the parent's word; where the parent has gone, removes the folder and ends this process at once."""
     while True:
-        readable, _, _ = select.select([sys.stdin.fileno()], [], [], _LOOK_UP)
-        if readable:
+        # Windows waits for no pipe; there the other end is nobody else's, so it is closed when the parent has gone.
+        if sys.platform == "win32" or select.select([sys.stdin.fileno()], [], [], _LOOK_UP)[0]:
             if os.read(sys.stdin.fileno(), 1) == END:
                 tell()
                 return
             break
         if os.getppid() != parent:
             break
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 

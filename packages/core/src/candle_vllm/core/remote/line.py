@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import socket
 import threading
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +29,7 @@ TOKEN_BYTES: Final = 32
 
 
 class Bell:
-    """A pipe that holds a byte while something is to be looked at.
+    """A line to oneself that holds a byte while something is to be looked at; sockets, for Windows waits for no pipe.
 
     Attributes:
         descriptor: readable once it was rung. Clear it before looking at what happened, or a ring may be lost.
@@ -37,28 +38,29 @@ class Bell:
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a stream may be dropped, and so aborted, in the midst of anything
         self._closed = False
-        self.descriptor, self._write = os.pipe()
-        os.set_blocking(self.descriptor, False)
-        os.set_blocking(self._write, False)
+        self._read, self._write = socket.socketpair()
+        self._read.setblocking(False)
+        self._write.setblocking(False)
+        self.descriptor = self._read.fileno()
 
     def ring(self) -> None:
         """Something happened. Thread-safe; nothing happens once it is closed."""
-        with self._lock, contextlib.suppress(BlockingIOError):  # a full pipe is readable as well
+        with self._lock, contextlib.suppress(BlockingIOError):  # a full line is readable as well
             if not self._closed:
-                os.write(self._write, b"\0")
+                self._write.send(b"\0")
 
     def clear(self) -> None:
         """What happened is being looked at."""
         with contextlib.suppress(BlockingIOError):
-            os.read(self.descriptor, 4096)
+            self._read.recv(4096)
 
     def close(self) -> None:
-        """Lets go of the pipe; nobody may wait for it any more. Closing twice is fine."""
+        """Lets go of the line; nobody may wait for it any more. Closing twice is fine."""
         with self._lock:
             if not self._closed:
                 self._closed = True
-                os.close(self.descriptor)
-                os.close(self._write)
+                self._read.close()
+                self._write.close()
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,8 +69,8 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         token: what both ends know and nobody else.
         address: where this process listens.
-        folder: of the sockets; removed by the child where this process has gone without doing so.
-        alive: descriptor that the child keeps open as long as it lives.
+        folder: of the sockets, if they are in one; removed by the child where this process has gone without doing so.
+        alive: descriptor that the child keeps open as long as it lives; None where it gets none (Windows).
         log_level: of the child's log.
         config: fields of `EngineConfig`.
     """
@@ -76,12 +78,12 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     token: bytes
     address: str
     folder: str
-    alive: int
+    alive: int | None
     log_level: int
     config: dict[str, Any]
 
 
-def write_start(config: EngineConfig, token: bytes, address: str, folder: str, alive: int) -> bytes:
+def write_start(config: EngineConfig, token: bytes, address: str, folder: str, alive: int | None) -> bytes:
     """The words, behind their length.
 
     Raises:

@@ -1,8 +1,9 @@
 """EngineProcess: the child that runs an engine, and the socket to it. Before step 1 of a request's life.
 
-The socket lies in a folder that only this user can enter, and the child is known by a token that it read from its
-standard input. While this process lives, so does the other end of that input; while the child lives, so does the other
-end of `alive`. Each end notices by that when the other has gone, however it went.
+The socket lies in a folder that only this user can enter, on Windows at a port of this machine, and the child is known
+by a token that it read from its standard input: what others say is dropped, and nothing is sent to them. While this
+process lives, so does the other end of that input; while the child lives, so does the other end of `alive`. Each end
+notices by that when the other has gone, however it went.
 """
 
 from __future__ import annotations
@@ -73,20 +74,26 @@ class EngineProcess:
         self._folder = _private_folder()
         self._context = zmq.Context()
         self._near, far = socket.socketpair()
+        self._near.setblocking(False)
+        given = None if sys.platform == "win32" else far.fileno()  # Windows hands on no socket so
         try:
-            with far:
-                self.socket = self._context.socket(zmq.ROUTER)
-                address = f"ipc://{self._folder}/engine"
-                set_limits(self.socket)
-                self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-                self.socket.bind(address)
-                start = write_start(config, self._token, address, self._folder, far.fileno())
-                self._popen = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, pass_fds=(far.fileno(),), start_new_session=True
-                )
+            self.socket = self._context.socket(zmq.ROUTER)
+            set_limits(self.socket)
+            self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            self.socket.bind(f"ipc://{self._folder}/engine" if self._folder else "tcp://127.0.0.1:*")
+            address = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+            start = write_start(config, self._token, address, self._folder, given)
+            self._popen = subprocess.Popen(
+                command, stdin=subprocess.PIPE, pass_fds=() if given is None else (given,), start_new_session=True
+            )
         except BaseException:
+            far.close()
             self._let_go()
             raise
+        if given is None:
+            threading.Thread(target=self._hold, args=(far,), name="candle-vllm-engine-process", daemon=True).start()
+        else:
+            far.close()
         self.alive = self._near.fileno()
         self.pid = self._popen.pid
         try:
@@ -208,7 +215,7 @@ class EngineProcess:
 
     def _closed_its_end(self) -> bool:
         try:
-            return self._near.recv(1, socket.MSG_DONTWAIT) == b""
+            return self._near.recv(1) == b""
         except BlockingIOError:
             return False
         except OSError:
@@ -223,14 +230,22 @@ class EngineProcess:
             return "it closed its end of the line"
         return f"killed by {_signal_name(-status)}" if status < 0 else f"exit status {status}"
 
+    def _hold(self, end: socket.socket) -> None:
+        """Keeps the other end of `alive` in the child's place, until it has ended."""
+        with end:
+            self._popen.wait()
+
     def _let_go(self) -> None:
         self._near.close()
         self._context.destroy(linger=0)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _private_folder() -> str:
-    """A new folder that nobody else can enter, with a path that leaves room for a socket's name."""
+    """A new folder that nobody else can enter, with a path that leaves room for a socket's name; on Windows none."""
+    if sys.platform == "win32":
+        return ""
     folder = tempfile.mkdtemp(prefix="candle-vllm-")
     if len(os.fsencode(folder)) <= _LONGEST_FOLDER:
         return folder

@@ -142,6 +142,7 @@ async def _gone(process: Process, seconds: float) -> None:
 
 def _signal_group(group: int, number: int) -> bool:
     """Whether the group had somebody left to signal."""
+    assert sys.platform != "win32"
     try:
         os.killpg(group, number)
     except ProcessLookupError:

@@ -188,7 +188,7 @@ def _sqlite(url: URL, place: Place) -> Engine:
         )
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # other users read no answers
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # other users read no answers
     except OSError as error:
         raise ConfigError(f"cannot write the {place.title} {path}: {error.strerror}", place.setting) from None
     made = create_engine(url.set(database=str(path)), connect_args={"timeout": BUSY_SECONDS}, hide_parameters=True)

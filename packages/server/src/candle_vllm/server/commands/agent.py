@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any
@@ -193,7 +194,9 @@ async def read_terminal_line(question: str) -> str | None:
 
     What was typed before the question is no answer to it, and is thrown away.
     """
-    import termios  # not on every system, and neither is the waiting below
+    if sys.platform == "win32":
+        return await _read_console_line(question)
+    import termios
 
     descriptor = sys.stdin.fileno()
     termios.tcflush(descriptor, termios.TCIFLUSH)
@@ -208,6 +211,26 @@ async def read_terminal_line(question: str) -> str | None:
         loop.remove_reader(descriptor)
     line = os.read(descriptor, 4096)  # a terminal gives one line at a time
     return line.decode("utf-8", "replace") if line else None
+
+
+async def _read_console_line(question: str) -> str | None:
+    """The same on Windows, whose event loop waits for no console: in a thread, which ends with the process."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        while msvcrt.kbhit():
+            msvcrt.getwch()
+    sys.stderr.write(question)
+    sys.stderr.flush()
+    loop, found = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+
+    def read() -> None:
+        line = sys.stdin.readline()
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(lambda: found.done() or found.set_result(line or None))
+
+    threading.Thread(target=read, name="console", daemon=True).start()
+    return await found
 
 
 _MOST = 300  # characters of arguments and of a result on one line

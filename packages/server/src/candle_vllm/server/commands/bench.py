@@ -29,7 +29,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from candle_vllm.core import CandleVllmError, EngineConfig, InferenceEngine, SamplingParams
+from candle_vllm.core.threads import usable_cpus
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import load_engine
 from candle_vllm.server.settings.options import UsageError
@@ -142,7 +145,9 @@ def figures(times: list[_Times], prompt_tokens: int) -> dict[str, float]:
 
 
 def process_age() -> float | None:
-    """Seconds since this process was started, to the kernel's clock tick (10 ms); None where /proc is missing."""
+    """Seconds since this process was started, to the kernel's clock tick (10 ms); None where nothing says so."""
+    if sys.platform != "linux":
+        return time.time() - psutil.Process().create_time()
     try:
         # The name in field 2 may hold spaces and parentheses; field 22 is the start in ticks since boot.
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
@@ -151,12 +156,12 @@ def process_age() -> float | None:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
-def peak_rss_mb() -> float | None:
-    """Largest resident memory of this process; None on systems without it."""
-    try:
-        import resource
-    except ImportError:
-        return None
+def peak_rss_mb() -> float:
+    """Largest resident memory of this process."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / (1 << 20)
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / (1 << 20)
 
@@ -177,7 +182,7 @@ def _description(engine: InferenceEngine, shape: dict[str, int], repeat: int) ->
         "dtype": info.dtype,
         "device": info.device,
         "weight_mb": round_figure(info.weight_bytes / (1 << 20)),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": len(usable_cpus()),
         "machine": platform.machine(),
         "versions": _versions("candle-vllm-core", "numba", "torch") | {"python": platform.python_version()},
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -72,7 +73,8 @@ def _difference(old: str, new: str, title: str) -> Iterator[str]:
 def _file(path: str) -> tuple[str, str]:
     """The text of a file of this machine, and what was found."""
     try:
-        descriptor = os.open(os.path.expanduser(path), os.O_RDONLY | os.O_NONBLOCK)  # a pipe would keep us waiting
+        waiting = 0 if sys.platform == "win32" else os.O_NONBLOCK  # a pipe would keep us
+        descriptor = os.open(os.path.expanduser(path), os.O_RDONLY | waiting)
         with os.fdopen(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 return "", "no regular file here"

@@ -90,11 +90,11 @@ def keys_unseen() -> Iterator[None]:
 
     Whoever stops the process (Ctrl+Z) has the terminal as it was; where it goes on, the keys are unseen again.
     """
-    try:
-        import termios  # not on every system
-    except ImportError:
+    if sys.platform == "win32":  # a console shows no keys before somebody reads them
         yield
         return
+    import termios
+
     if not sys.stdin.isatty() or threading.current_thread() is not threading.main_thread():
         yield
         return

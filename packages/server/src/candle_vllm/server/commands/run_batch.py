@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import httpx
 
@@ -102,7 +102,7 @@ def _client() -> httpx.Client:
     return httpx.Client(timeout=60, follow_redirects=False)
 
 
-def _fetched(url: httpx.URL) -> BinaryIO:
+def _fetched(url: httpx.URL) -> IO[bytes]:
     """The file behind an address, at its beginning; it is gone when it is closed."""
     file = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
     try:
@@ -146,7 +146,7 @@ def _send(url: httpx.URL, path: Path) -> None:
 # ---- lines -----------------------------------------------------------------------------------------------------------
 
 
-async def _run(configuration: Configuration, given: BinaryIO, made: BinaryIO, load: Load | None) -> None:
+async def _run(configuration: Configuration, given: IO[bytes], made: IO[bytes], load: Load | None) -> None:
     # Nobody comes from outside: there are no keys, and nobody has to be protected from the others.
     settings = dataclasses.replace(
         configuration.settings, api_key=(), api_key_file=None, api_keys_file=None, management_key=(),
@@ -166,7 +166,7 @@ async def _run(configuration: Configuration, given: BinaryIO, made: BinaryIO, lo
     observation.close()
 
 
-async def _answer_all(application: Application, given: BinaryIO, made: BinaryIO, width: int) -> None:
+async def _answer_all(application: Application, given: IO[bytes], made: IO[bytes], width: int) -> None:
     done, wrong, longest = 0, 0, MAX_LINE_MB << 20
     told = time.monotonic()
 
@@ -187,14 +187,14 @@ async def _answer_all(application: Application, given: BinaryIO, made: BinaryIO,
     sys.stderr.write(f"run-batch: done, {done} lines answered, {wrong} of them with an error\n")
 
 
-async def _lines(given: BinaryIO, longest: int) -> AsyncGenerator[bytes]:
+async def _lines(given: IO[bytes], longest: int) -> AsyncGenerator[bytes]:
     """The lines of a file that are not empty; of one that is too long, its beginning."""
     lines = _cut_lines(given, longest)
     while (line := await asyncio.to_thread(next, lines, None)) is not None:
         yield line
 
 
-def _cut_lines(given: BinaryIO, longest: int) -> Iterator[bytes]:
+def _cut_lines(given: IO[bytes], longest: int) -> Iterator[bytes]:
     while line := given.readline(longest + 2):
         whole = line.endswith(b"\n")
         while not whole and (rest := given.readline(1 << 20)):  # read, and let go

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -215,8 +216,8 @@ def _check_owner(path: Path) -> None:
     info = path.lstat()
     if not stat.S_ISDIR(info.st_mode):
         raise PermissionError(f"{path} is a link and is not followed: delete it")
-    if not hasattr(os, "geteuid"):
-        return  # Windows: the folder is in the user's profile, which other users cannot write to
+    if sys.platform == "win32":
+        return  # the folder is in the user's profile, which other users cannot write to
     if info.st_uid not in (0, os.geteuid()):
         raise PermissionError(f"{path} belongs to another user")
     if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

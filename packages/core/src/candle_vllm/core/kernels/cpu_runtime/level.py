@@ -7,6 +7,7 @@ its level.
 from __future__ import annotations
 
 import enum
+import importlib.util
 import platform
 import sys
 from functools import cache
@@ -55,7 +56,7 @@ LEVELS = (
 @cache
 def host_level() -> Level:
     """The level of this CPU; where it is none of `LEVELS`, one of its own, whose `cpu` is what LLVM calls this one."""
-    return level_of(frozenset(_cpu_facts("flags"))) or _native()
+    return level_of(frozenset(_cpu_facts("flags")) or _flags_of_llvm()) or _native()
 
 
 def host_isa() -> Isa:
@@ -88,13 +89,27 @@ def is_linux_x86() -> bool:
     return sys.platform == "linux" and platform.machine() == "x86_64"
 
 
-def _native() -> Level:
+_OF_LINUX = {"bmi": "bmi1", "lzcnt": "abm", "avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16"}
+"""Flags that LLVM calls otherwise than Linux does."""
+
+
+def _flags_of_llvm() -> frozenset[str]:
+    """What LLVM found that this CPU has, where the system does not say it (Windows, macOS), in Linux's words."""
+    if importlib.util.find_spec("llvmlite") is None:
+        return frozenset()
     import llvmlite.binding
 
-    features = llvmlite.binding.get_host_cpu_features()
-    isa = Isa.VNNI if features.get("avx512vnni") and features.get("avx512bw") else Isa.GENERIC
-    isa |= Isa.BF16 if features.get("avx512bf16") else Isa.GENERIC
-    return Level("native", llvmlite.binding.get_host_cpu_name(), isa, frozenset())
+    found = llvmlite.binding.get_host_cpu_features()
+    return frozenset(_OF_LINUX.get(name, name) for name in found if found[name])
+
+
+def _native() -> Level:
+    """No instructions are asked for by name: which of them the CPU has that LLVM names here is LLVM's affair."""
+    if importlib.util.find_spec("llvmlite") is None:  # and so nothing that compiles for it
+        return Level("native", "", Isa.GENERIC, frozenset())
+    import llvmlite.binding
+
+    return Level("native", llvmlite.binding.get_host_cpu_name(), Isa.GENERIC, frozenset())
 
 
 def _cpu_facts(name: str) -> list[str]:

@@ -10,6 +10,7 @@ import ctypes
 import json
 import mmap
 import struct
+import sys
 from functools import cache
 from typing import NamedTuple
 
@@ -132,6 +133,7 @@ def load(image: Image) -> int:
         OSError: the system gives no memory that may be executed.
         LinkError: the C library has no function of a name.
     """
+    assert sys.platform == "linux"
     libc, size = ctypes.CDLL(None, use_errno=True), ctypes.c_size_t(len(image.code))
     libc.mmap.restype = ctypes.c_void_p
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS

@@ -129,8 +129,9 @@ def _second_process(names: Sequence[str]) -> subprocess.Popen[bytes] | None:
 
 
 def _leave_alone(helper: subprocess.Popen[bytes], later: Sequence[str]) -> None:
-    with suppress(OSError, AttributeError):  # it may have ended; Windows has no such call
-        os.setpriority(os.PRIO_PROCESS, helper.pid, 10)
+    if sys.platform != "win32":
+        with suppress(OSError):  # it may have ended
+            os.setpriority(os.PRIO_PROCESS, helper.pid, 10)
     _COMING.update(dict.fromkeys(later, helper))
     Thread(target=_await_end, args=(helper,), name="candle-vllm-compiling", daemon=True).start()
 

@@ -9,22 +9,26 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
+import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function
-from candle_vllm.core.threads import STACK_BYTES, deep_stacks
+from candle_vllm.core.threads import STACK_BYTES, deep_stacks, usable_cpus
 
 logger = logging.getLogger(__name__)
 
 # The team's shared numbers, each on a cache line of its own (64 bytes), as byte offsets.
-JOB, PLAN, ROWS, FIRST_ROW, FIRST_GROUP, NEXT_ROW, GROUPS, DONE, SLEEPERS, STOP, WORKERS = range(0, 11 * 64, 64)
+JOB, PLAN, ROWS, FIRST_ROW, FIRST_GROUP, NEXT_ROW, GROUPS, DONE, SLEEPERS, STOP, WAIT, WORKERS = range(0, 12 * 64, 64)
+POST = WAIT + 8  # neither changes
 CLAIM, ASLEEP, SEMAPHORE, INSIDE = range(0, 4 * 64, 64)  # of each thread, behind WORKERS
 WORKER_BYTES = 4 * 64
+_PLACE = SEMAPHORE + 16  # of what a semaphore itself needs, up to 32 bytes
 _KEPT_PLANS = 8
 
 
@@ -47,6 +51,7 @@ class ThreadTeam:
         self._shared = -(-address_of(self._memory) // 64) * 64
         self._word(JOB).value = 1  # odd while there is none
         self._plans: dict[int, tuple[np.ndarray, int]] = {}  # and their addresses
+        self._semaphores = system_semaphores() if threads > 1 else None
         self.threads = threads if self._make_semaphores(threads) else 1
         self._take_part = c_function(CODE, 5)
         self._helpers = [
@@ -77,6 +82,7 @@ class ThreadTeam:
             if helper.ident is not None:
                 helper.join()
         self._helpers = []
+        self._drop_semaphores()
 
     def _word(self, offset: int) -> ctypes.c_int64:
         return ctypes.c_int64.from_address(self._shared + offset)
@@ -88,7 +94,7 @@ class ThreadTeam:
         self._plans.clear()
 
     def _start(self) -> None:
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cpus = len(usable_cpus())
         if self.threads > cpus:
             logger.warning("%d threads wait for each other on CPUs: %d; fewer threads are faster", self.threads, cpus)
         try:
@@ -105,15 +111,70 @@ class ThreadTeam:
             ) from error
 
     def _make_semaphores(self, threads: int) -> bool:
-        try:
-            libc = ctypes.CDLL(None)
-            made = [
-                libc.sem_init(ctypes.c_void_p(self._shared + WORKERS + n * WORKER_BYTES + SEMAPHORE), 0, 0)
-                for n in range(threads)
-            ]
-        except (OSError, AttributeError):
-            made = [-1]
-        if any(made):
-            logger.warning("this system has no semaphores in memory: the CPU kernels use one thread")
+        system, made = self._semaphores, list[int]()
+        if system is not None:
+            self._word(WAIT).value, self._word(POST).value = system.wait, system.post
+            for at in range(WORKERS, WORKERS + threads * WORKER_BYTES, WORKER_BYTES):
+                semaphore = self._word(at + SEMAPHORE).value = system.make(self._shared + at + _PLACE)
+                made.append(semaphore)
+        if threads > 1 and not (made and all(made)):
+            self._drop_semaphores()
+            logger.warning("this system has no semaphores that the CPU kernels know: they use one thread")
             return False
         return True
+
+    def _drop_semaphores(self) -> None:
+        for at in range(WORKERS, self._memory.size - 64, WORKER_BYTES):
+            word = self._word(at + SEMAPHORE)
+            if self._semaphores is not None and word.value:
+                self._semaphores.drop(word.value)
+            word.value = 0
+
+
+class Semaphores(NamedTuple):
+    """How a system lets a thread sleep until another one wakes it.
+
+    Attributes:
+        wait, post: addresses of C functions, which are called as wait(semaphore, -1, 0) and post(semaphore, 1, 0).
+        make: makes a semaphore that counts from 0; it is given 32 bytes of zeros, at a multiple of 8, that stay while
+            it is used. 0 where the system makes none.
+        drop: gives it back to the system.
+    """
+
+    wait: int
+    post: int
+    make: Callable[[int], int]
+    drop: Callable[[int], object]
+
+
+def system_semaphores() -> Semaphores | None:
+    """Windows' own, Grand Central Dispatch's on macOS, which has none of POSIX in memory, and POSIX's elsewhere.
+
+    What `wait` and `post` are given is for all three: no end of time for Windows and Dispatch; one post, and no place
+    for the count before it, for Windows. POSIX's look at the semaphore alone.
+    """
+    try:
+        if sys.platform == "win32":
+            library = ctypes.WinDLL("kernel32")
+            wait, post, drop = library.WaitForSingleObject, library.ReleaseSemaphore, library.CloseHandle
+            create = library.CreateSemaphoreW
+            create.argtypes = (ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_wchar_p)
+            arguments: tuple[int | None, ...] = (None, 0, 1 << 30, None)
+        elif sys.platform == "darwin":
+            library = ctypes.CDLL(None)
+            wait, post = library.dispatch_semaphore_wait, library.dispatch_semaphore_signal
+            drop, create = library.dispatch_release, library.dispatch_semaphore_create
+            create.argtypes, arguments = (ctypes.c_ssize_t,), (0,)
+        else:
+            library = ctypes.CDLL(None)
+            wait, post, drop, start = library.sem_wait, library.sem_post, library.sem_destroy, library.sem_init
+            drop.argtypes, start.argtypes = (ctypes.c_void_p,), (ctypes.c_void_p, ctypes.c_int, ctypes.c_uint)
+            return Semaphores(_address(wait), _address(post), lambda at: at if start(at, 0, 0) == 0 else 0, drop)
+    except (OSError, AttributeError):
+        return None
+    drop.argtypes, drop.restype, create.restype = (ctypes.c_void_p,), None, ctypes.c_void_p
+    return Semaphores(_address(wait), _address(post), lambda _: create(*arguments) or 0, drop)
+
+
+def _address(function: object) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0  # pyright: ignore[reportArgumentType]

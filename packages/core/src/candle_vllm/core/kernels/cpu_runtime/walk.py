@@ -23,14 +23,13 @@ from numba import njit
 from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, IS_X86
 from candle_vllm.core.kernels.cpu_runtime.primitives import (
     call_operation,
+    call_system,
     compare_exchange,
     cpu_relax,
     exchange,
     fetch_add,
     int64_at,
     load_acquire,
-    sem_post,
-    sem_wait,
     store_release,
 )
 from candle_vllm.core.kernels.cpu_runtime.team import (
@@ -44,10 +43,12 @@ from candle_vllm.core.kernels.cpu_runtime.team import (
     JOB,
     NEXT_ROW,
     PLAN,
+    POST,
     ROWS,
     SEMAPHORE,
     SLEEPERS,
     STOP,
+    WAIT,
     WORKER_BYTES,
     WORKERS,
 )
@@ -74,7 +75,7 @@ def _await_change(shared: int, thread: int, word: int, seen: int, spins: int) ->
         store_release(at + ASLEEP, 1)
         # Who changed it just now has either seen the flag and posted, or is seen here.
         if load_acquire(word) == seen or exchange(at + ASLEEP, 0) == 0:
-            sem_wait(at + SEMAPHORE)
+            call_system(load_acquire(shared + WAIT), load_acquire(at + SEMAPHORE), -1)
         fetch_add(shared + SLEEPERS, -1)
 
 
@@ -85,7 +86,7 @@ def _wake(shared: int, threads: int) -> None:
         for thread in range(threads):
             at = shared + WORKERS + thread * WORKER_BYTES
             if exchange(at + ASLEEP, 0) != 0:
-                sem_post(at + SEMAPHORE)
+                call_system(load_acquire(shared + POST), load_acquire(at + SEMAPHORE), 1)
 
 
 # ---- sharing ---------------------------------------------------------------------------------------------------------
