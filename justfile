@@ -22,6 +22,11 @@ check:
     uv run --group dev pyright
     uv run --group dev lint-imports
 
+# types as on Windows and on macOS
+types-elsewhere:
+    uv run --group dev pyright --pythonplatform Windows packages/core/src packages/openai/src packages/responses/src packages/server/src src
+    uv run --group dev pyright --pythonplatform Darwin packages/core/src packages/openai/src packages/responses/src packages/server/src src
+
 # tests; arguments go to pytest
 test *ARGS:
     uv run --group dev pytest {{ARGS}}
