@@ -261,6 +261,29 @@ def test_numbers_that_are_not_finite_are_refused(
         fitted(folder, base)
 
 
+@pytest.mark.parametrize("settings", [{}, {"isq": "q8_0"}])
+def test_norms_of_dora_are_those_of_the_weights_that_run(
+    settings: dict[str, Any], tmp_path: Path, toy_model: Path
+) -> None:
+    """Of a quantised model they are the quantised ones."""
+    source = toy_model if settings else write_toy_gguf(tmp_path / "toy.gguf", quantization="Q4_0")
+    config, down = EngineConfig(model=str(source), **settings), "model.layers.1.mlp.down_proj"
+    base = adapter_base(model_files(config), config)
+    magnitude = np.linspace(1, 2, 64, dtype=np.float32)
+    more = {f"{down}.lora_magnitude_vector": magnitude}
+    folder = write_adapter(tmp_path / "a", {down: (64, 96)}, use_dora=True, tensors=more)
+    with base.weights() as weights, read_adapter(folder) as stored:
+        weight = weights("layers.1.mlp.down:weight")
+        assert weight is not None
+        assert weight.type_name == ("Q8_0" if settings else "Q4_0")
+        delta = fit_adapter(stored, base).deltas["layers.1.mlp.down"][""]
+        assert delta.a is not None
+        assert delta.b is not None
+        whole = weight.load() + 2.0 * delta.b.load() @ delta.a.load()
+    assert delta.column_scale is not None
+    np.testing.assert_allclose(delta.column_scale, magnitude / np.linalg.norm(whole, axis=1), rtol=1e-6)
+
+
 # ---- hostile files ---------------------------------------------------------------------------------------------------
 
 

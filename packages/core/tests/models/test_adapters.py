@@ -12,6 +12,7 @@ from families import ROWS, first_rows
 from gguf_export import export_gguf
 from peft_adapters import Trained, base_of, changed, furthest, merged, parts, trained
 
+from candle_vllm.core import EngineConfig, InferenceEngine, LoRARequest, SamplingParams
 from candle_vllm.core.assembly.adapters import fit_adapter
 from candle_vllm.core.errors import AdapterError
 from candle_vllm.core.loading.adapters import read_adapter
@@ -101,3 +102,31 @@ def test_keys_and_values_of_latent_attention_are_refused(tmp_path: Path) -> None
     made: Trained = trained(tmp_path, "DeepSeek-V3", target_modules=["kv_b_proj"])
     with read_adapter(made.adapter) as stored, pytest.raises(AdapterError, match=r"kv_b_proj.*absorbed"):
         fit_adapter(stored, base_of(made.model))
+
+
+def test_a_trained_adapter_says_what_it_was_taught(tmp_path: Path) -> None:
+    """Its loss falls because of what it adds, so a base without it, or with a half of it, says something else."""
+    made, taught = trained(tmp_path, "Llama", r=8, lora_alpha=32), b"adapters say what they were taught."
+    tokens = torch.tensor([[256, *taught, 258]])
+    torch.manual_seed(3)
+    optimizer = torch.optim.AdamW([each for each in made.peft.parameters() if each.requires_grad], lr=5e-3)
+    loss = torch.tensor(9.0)
+    for _ in range(150):
+        loss = made.peft(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    made.peft.save_pretrained(str(made.adapter))
+    assert loss.item() < 0.05
+
+    request = LoRARequest("taught", 1, str(made.adapter))
+    params = SamplingParams(temperature=0.0, max_tokens=len(taught))
+    with InferenceEngine(EngineConfig(model=str(made.model), enable_lora=True, max_model_len=64)) as engine:
+        prompt = {"prompt_token_ids": [256, *taught[:3]]}
+        said = [
+            bytes(min(token, 255) for token in output.outputs[0].token_ids)
+            for chosen in (request, None, [(request, 0.5)])
+            for output in engine.generate([prompt], params, lora_request=chosen)
+        ]
+    assert said[0].startswith(taught[3:])
+    assert taught[3:] not in said[1:]

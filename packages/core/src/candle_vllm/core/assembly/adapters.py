@@ -7,9 +7,8 @@ nothing is copied before it is asked for, but what DoRA needs of the model's own
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, NoReturn
 
@@ -17,25 +16,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.assembly.adapter_base import AdapterBase, Weights, decoded
+from candle_vllm.core.assembly.adapter_parts import (
+    Parts,
+    experts_of,
+    modules_of,
+    norm_of,
+    picked,
+    refuse,
+    turned,
+)
 from candle_vllm.core.errors import AdapterError, WeightsError
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter
 from candle_vllm.core.loading.adapter_places import Format, Spot
 from candle_vllm.core.loading.adapters import StoredAdapter
-from candle_vllm.core.loading.views import computed, entry, parts_of_experts
+from candle_vllm.core.loading.views import entry, parts_of_experts
 from candle_vllm.core.quantization.tensors import StoredTensor
 
-_KINDS = (
-    ("lora_A.weight", "a"), ("lora_B.weight", "b"), ("lora_B.bias", "bias of b"), ("lora_embedding_A", "table a"),
-    ("lora_embedding_B", "table b"), ("lora_magnitude_vector", "magnitude"), ("lora_a", "a"), ("lora_b", "b"),
-    ("lora_magnitude_vector.weight", "magnitude"), ("token_adapter.trainable_tokens_delta", "tokens"),
-    ("base_layer.weight", "copy"), ("base_layer.bias", "bias"), ("bias", "bias"), ("weight", "full"),
-)  # fmt: skip
-"""Ends of tensors' names, and what they are."""
-_NAMED = tuple(f".{end.partition('.')[0]}." for end, _ in _KINDS if end.startswith("lora_"))
 _MERGE = "merge it into the model with `candle-vllm quantize --lora` or PEFT's merge_and_unload, and serve that"
 _TABLES = {"embed": "embed:weight", "head": "head:weight"}
 _SAMPLE = 64  # rows by which a copy of a table is compared with the base's
-_Parts = dict[str, StoredTensor]
 
 
 def fit_adapter(stored: StoredAdapter, base: AdapterBase, *, merging: bool = False) -> FittedAdapter:
@@ -71,6 +70,7 @@ class _Fit:
         self._format: Format = "safetensors" if stored.format == "peft" else "gguf"
         self._changes: defaultdict[str, dict[str, _Change]] = defaultdict(dict)
         self._weights: Weights | None = None
+        self._wrapped = Counter(map(experts_of, stored.tensors))  # how many adapters of parameters modules have
 
     def run(self) -> None:
         """Looks at every tensor."""
@@ -82,7 +82,7 @@ class _Fit:
         for token in self._stored.alora or ():
             if token >= self._base.config.vocab_size:
                 raise AdapterError(f"{self._stored.path}: the invocation token {token} is beyond the base's vocabulary")
-        for module, parts in self._modules().items():
+        for module, parts in modules_of(self._stored).items():
             self._module(module, parts)
         self._tie()
         for path, changes in self._changes.items():
@@ -102,28 +102,12 @@ class _Fit:
             deltas=deltas,
             rank=max(delta.rank for each in deltas.values() for delta in each.values()),
             nbytes=sum(tensor.nbytes for tensor in self._stored.tensors.values()),
-            norm=self._norm(deltas),
+            norm=norm_of(self._stored, deltas),
         )
 
     # ---- modules -----------------------------------------------------------------------------------------------------
 
-    def _modules(self) -> dict[str, _Parts]:
-        """Tensors by the module that they belong to, and by what they are."""
-        found: defaultdict[str, _Parts] = defaultdict(dict)
-        for name, tensor in self._stored.tensors.items():
-            plain = name
-            for marker in _NAMED:
-                plain = plain.replace(f"{marker}default", marker.rstrip("."))  # as some tools save it
-            end, kind = next(((end, kind) for end, kind in _KINDS if plain.endswith(f".{end}")), ("", ""))
-            if not kind:
-                self._refuse(name, "it is no part of an adapter that is known here")
-            module = plain.removesuffix(f".{end}")
-            if kind in found[module]:
-                self._refuse(name, "it is there twice")
-            found[module][kind] = tensor
-        return dict(found)
-
-    def _module(self, module: str, parts: _Parts) -> None:
+    def _module(self, module: str, parts: Parts) -> None:
         kinds, first = set(parts), next(iter(parts.values()))
         if self._stored.format == "gguf":
             self._gguf_tensor(module, parts)
@@ -160,7 +144,7 @@ class _Fit:
 
     # ---- products ----------------------------------------------------------------------------------------------------
 
-    def _linear(self, module: str, parts: _Parts, spots: Sequence[Spot]) -> None:
+    def _linear(self, module: str, parts: Parts, spots: Sequence[Spot]) -> None:
         pair = None
         if {"a", "b", "bias of b", "magnitude"} & set(parts):
             pair = self._pair(module, parts, "a", "b")
@@ -186,11 +170,11 @@ class _Fit:
             delta = Delta(bias=bias)
             if pair is not None:
                 self._check_columns(pair[0], spot)
-                delta = Delta(a=pair[0], b=_picked(pair[1], rows), scale=scale, bias=bias)
+                delta = Delta(a=pair[0], b=picked(pair[1], rows), scale=scale, bias=bias)
             magnitude = vectors["magnitude"][rows] if "magnitude" in vectors else None
             self._put(next(iter(parts.values())), spot, _Change(delta, magnitude))
 
-    def _pair(self, module: str, parts: _Parts, first: str, second: str) -> tuple[StoredTensor, StoredTensor]:
+    def _pair(self, module: str, parts: Parts, first: str, second: str) -> tuple[StoredTensor, StoredTensor]:
         """A and B [.., r]; their ranks agree with each other, the configuration and the limits."""
         if first not in parts or second not in parts:
             there = next(iter(parts.values()))
@@ -243,7 +227,7 @@ class _Fit:
 
     # ---- tables ------------------------------------------------------------------------------------------------------
 
-    def _table(self, module: str, parts: _Parts, spots: Sequence[Spot]) -> None:
+    def _table(self, module: str, parts: Parts, spots: Sequence[Spot]) -> None:
         """An embedding's A [r, V] and B [E, r]: a row of the table is its row of A^T times B^T."""
         if "magnitude" in parts:
             self._refuse(parts["magnitude"].name, f"DoRA of an embedding table is not served: {_MERGE}")
@@ -257,7 +241,7 @@ class _Fit:
             if (a.shape[1], b.shape[0]) != spot.shape:
                 self._refuse(a.name, f"its table is {[a.shape[1], b.shape[0]]}, the base's {list(spot.shape)}")
             scale = self._stored.config.scale(module, a.shape[0])
-            self._put(a, spot, _Change(Delta(a=_turned(b), b=_turned(a), scale=scale)))
+            self._put(a, spot, _Change(Delta(a=turned(b), b=turned(a), scale=scale)))
 
     def _full(self, tensor: StoredTensor, spots: Sequence[Spot]) -> None:
         """A matrix in the place of the base's: a head or a table."""
@@ -334,7 +318,7 @@ class _Fit:
 
     # ---- experts -----------------------------------------------------------------------------------------------------
 
-    def _experts(self, module: str, parts: _Parts) -> None:
+    def _experts(self, module: str, parts: Parts) -> None:
         """Tensors of all experts: A [X * r, in] expert by expert, B [out, r * X] rank by rank."""
         first = next(iter(parts.values()))
         if set(parts) - {"a", "b"}:
@@ -349,11 +333,11 @@ class _Fit:
             for name in names
             if not wanted or any(name == target or name.endswith(f".{target}") for target in wanted)
         ]
-        layers = [name for name in self._stored.tensors if _experts_of(name) == plain]
-        if len(names) != len(layers) or depth >= len(names):
+        layers = self._wrapped[plain]
+        if len(names) != layers or depth >= len(names):
             self._refuse(
                 first.name,
-                f"{len(layers)} adapters of parameters of {plain!r:.200} are there; target_parameters names "
+                f"{layers} adapters of parameters of {plain!r:.200} are there; target_parameters names "
                 f"{len(names)} that the base has",
             )
         name = names[len(names) - 1 - depth]  # the first is wrapped first, and innermost
@@ -375,7 +359,7 @@ class _Fit:
         of_a = [a.rows(expert * rank, (expert + 1) * rank) for expert in range(count)]
         of_b = parts_of_experts(b, count)
         if a.shape[1] != columns and b.shape[0] == columns:  # saved before PEFT told rows of experts from columns
-            of_a, of_b = [_turned(part) for part in of_b], [_turned(part) for part in of_a]
+            of_a, of_b = [turned(part) for part in of_b], [turned(part) for part in of_a]
         scale = self._stored.config.scale(name, rank)
         self._each_expert(a, of_a, of_b, spots, scale)
 
@@ -395,11 +379,11 @@ class _Fit:
             orders = self._orders(tensor, each, of_b[expert].shape[0])
             for spot, rows in zip(each, orders, strict=True):
                 self._check_columns(of_a[expert], spot)
-                self._put(tensor, spot, _Change(Delta(a=of_a[expert], b=_picked(of_b[expert], rows), scale=scale)))
+                self._put(tensor, spot, _Change(Delta(a=of_a[expert], b=picked(of_b[expert], rows), scale=scale)))
 
     # ---- GGUF --------------------------------------------------------------------------------------------------------
 
-    def _gguf_tensor(self, name: str, parts: _Parts) -> None:
+    def _gguf_tensor(self, name: str, parts: Parts) -> None:
         """`lora_a` and `lora_b` of a tensor of the base's; those of the embedding table are turned."""
         first = next(iter(parts.values()))
         if set(parts) - {"a", "b"}:
@@ -410,7 +394,7 @@ class _Fit:
             self._refuse(first.name, f"the other half of {name!r:.200} is missing")
         a, b = parts["a"], parts["b"]
         if spots[0].path == "embed":
-            self._table(name, {"table a": _turned(a), "table b": b}, spots)
+            self._table(name, {"table a": turned(a), "table b": b}, spots)
         elif spots[0].expert is None:
             self._linear(name, parts, spots)
         else:
@@ -465,57 +449,5 @@ class _Fit:
         magnitude = there.magnitude if there.magnitude is not None else change.magnitude
         self._changes[spot.path][spot.prefix] = _Change(Delta(scale=scale, **merged), magnitude)
 
-    def _norm(self, deltas: Mapping[str, Mapping[str, Delta]]) -> float:
-        """||s B A|| of all: s^2 times the sum of (B^T B) * (A A^T). Numbers that are not finite show here."""
-        total, last, products = 0.0, None, np.empty((0, 0))
-        for delta in _all(deltas):
-            for tensor in (delta.full,):
-                if tensor is not None and not _finite(tensor):
-                    self._refuse(tensor.name, "it has numbers that are not finite")
-            if delta.a is None or delta.b is None:
-                continue
-            if delta.a is not last:
-                a = delta.a.load("F32")
-                last, products = delta.a, a @ a.T
-            b = delta.b.load("F32")
-            of_b = b.T @ b
-            for tensor, product in ((delta.a, products), (delta.b, of_b)):
-                if not math.isfinite(float(np.trace(product))):
-                    self._refuse(tensor.name, "it has numbers that are not finite, or beyond 1e19")
-            total += delta.scale**2 * float(np.vdot(products, of_b))
-        return math.sqrt(max(total, 0.0))
-
     def _refuse(self, name: str, why: str) -> NoReturn:
-        raise AdapterError(f"{self._stored.path}: tensor {name!r:.300}: {why}")
-
-
-def _all(deltas: Mapping[str, Mapping[str, Delta]]) -> Iterator[Delta]:
-    for each in deltas.values():
-        yield from each.values()
-
-
-def _experts_of(name: str) -> str | None:
-    """The module without its wrappers whose A a tensor is."""
-    module = name.removesuffix(".lora_A.weight")
-    if module == name:
-        return None
-    while module.endswith(".base_layer"):
-        module = module.removesuffix(".base_layer")
-    return module
-
-
-def _picked(stored: StoredTensor, rows: NDArray[np.int64]) -> StoredTensor:
-    """Rows of B; neighbours stay a part of the file."""
-    first, last = int(rows[0]), int(rows[-1]) + 1
-    if last - first != len(rows) or not np.array_equal(rows, np.arange(first, last)):
-        return stored.select(rows)
-    return stored if last - first == stored.shape[0] else stored.rows(first, last)
-
-
-def _turned(stored: StoredTensor) -> StoredTensor:
-    """A matrix [R, C] as [C, R]."""
-    return computed(stored, stored.shape[::-1], lambda values: values.T)
-
-
-def _finite(stored: StoredTensor) -> bool:
-    return all(np.isfinite(rows).all() for _, rows in decoded(stored))
+        refuse(self._stored, name, why)
