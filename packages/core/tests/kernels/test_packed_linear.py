@@ -156,6 +156,18 @@ def test_other_types_become_eight_bits(name, caplog):
     assert (off <= 0.0041 * groups + 1e-7).all()
 
 
+def test_without_a_compiler_rare_types_become_eight_bits(monkeypatch, caplog):
+    module = importlib.import_module("candle_vllm.core.kernels.packed_linear.pack")
+    monkeypatch.setattr(module, "has_compiler", lambda: False)
+    raw = random_bytes(PackedKind.IQ2_XXS, 16, 256)
+    with caplog.at_level("INFO"):
+        matrix = pack(raw, GgmlType.IQ2_XXS, 16, 256)
+    assert matrix.kind is PackedKind.Q8_0
+    assert "IQ2_XXS" in caplog.text
+    assert error(dequantise(matrix), ggml.dequantize(raw, GgmlType.IQ2_XXS, (16, 256))) < 0.005
+    assert pack(random_bytes(PackedKind.Q4_K, 16, 256), GgmlType.Q4_K, 16, 256).kind is PackedKind.Q4_K
+
+
 def test_tiny_and_zero_groups_survive_eight_bits():
     raw = np.full((16, 2, 66), 0xAA, np.uint8)  # codes of one scale
     raw[:, 0, 64:] = 0  # a scale of zero

@@ -61,6 +61,11 @@ def kernel_cache() -> Path | None:
     return folder
 
 
+def has_compiler() -> bool:
+    """Whether code that does not travel can be made."""
+    return importlib.util.find_spec("numba") is not None
+
+
 @cache
 def can_compile() -> bool:
     """Whether there is machine code for this CPU, or what makes it."""

@@ -12,13 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.kernels.cpu_runtime.kernel_cache import has_compiler
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.packed_linear import grids
 from candle_vllm.core.kernels.packed_linear.grids import GridLayout
 from candle_vllm.core.kernels.packed_linear.layout import (
     GROUP,
     LAYOUTS,
+    RARE,
     ROWS,
+    PackedKind,
     PackedMatrix,
     TileLayout,
     packed_kind,
@@ -45,7 +48,8 @@ def pack(
 
     A type with a layout of its own keeps its numbers exactly, and so does MXFP4 as Q5_0. Any other is decoded and
     rounded to 8 bits with a scale for each 32 weights (an error of at most 0.4 % of a group's largest weight, against
-    the several per cent that such types have themselves), which a log line says.
+    the several per cent that such types have themselves), which a log line says; so is one whose kernel would have to
+    be compiled where Numba is not installed.
 
     Args:
         raw: the tensor's bytes, uint8, contiguous; need not be aligned.
@@ -59,6 +63,8 @@ def pack(
         ValueError: `raw` is not as long as the shape says.
     """
     kind = packed_kind(ggml_type)
+    if kind in RARE and not has_compiler():  # the code of 8 bits travels
+        kind = PackedKind.Q8_0
     size, width = ggml.block_layout(ggml_type)
     if rows < 1 or columns < 1 or columns % max(size, GROUP) or columns > MAX_COLUMNS:
         raise UnsupportedModelError(
@@ -72,7 +78,7 @@ def pack(
     layout, tiles = LAYOUTS[kind], -(-rows // ROWS)
     if kind.type is not ggml_type:
         cost = (8.5 * size) / (8 * width)
-        logger.info("%s has no kernel of its own: packed as 8 bits, %.1f times the memory", ggml_type.name, cost)
+        logger.info("%s has no kernel of its own here: packed as 8 bits, %.1f times the memory", ggml_type.name, cost)
     data = (memory or WeightMemory(0)).take(tiles * layout.tile_bytes(columns)).reshape(tiles, -1)
     source = raw.reshape(rows, columns // size, width)
 
