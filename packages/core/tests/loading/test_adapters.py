@@ -121,6 +121,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rank_pattern": {"(?=q)": 4}}, "rank_pattern: key .*write the module's name"),
     ({"rank_pattern": {"q_proj": 4.5}}, "q_proj is 4.5"),
     ({"lora_alpha": 0}, "lora_alpha is 0.*do nothing"),
+    ({"lora_alpha": 1e300}, "its scale is 1.25e\\+299; up to 1e\\+06"),
     ({"lora_alpha": "16"}, "lora_alpha is '16'"),
     ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern"),
     ({"bias": "some"}, "bias is 'some'.*none, all, lora_only"),

@@ -34,6 +34,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 _MERGE = "merge it into the model with `candle-vllm quantize --lora` or PEFT's merge_and_unload, and serve that"
 _TABLES = {"embed": "embed:weight", "head": "head:weight"}
+_MOST = 1e6  # times B A
 _SAMPLE = 64  # rows by which a copy of a table is compared with the base's
 
 
@@ -154,7 +155,7 @@ class _Fit:
             self._refuse(parts["magnitude"].name, "use_dora is not true in adapter_config.json")
         total = pair[1].shape[0] if pair is not None else parts["bias"].numel
         orders = self._orders(next(iter(parts.values())), spots, total)
-        scale = 1.0 if pair is None else self._stored.config.scale(module, pair[0].shape[0])
+        scale = 1.0 if pair is None else self._scale(module, pair[0], pair[0].shape[0])
         vectors = {
             kind: self._vector(parts[kind], total) for kind in ("bias of b", "bias", "magnitude") if kind in parts
         }
@@ -191,6 +192,12 @@ class _Fit:
             self._refuse(a.name, f"its rank is {rank}; adapter_config.json says {said}")
         if rank > most:
             self._refuse(a.name, f"its rank is {rank}; {most} is allowed: raise max_lora_rank")
+
+    def _scale(self, module: str, a: StoredTensor, rank: int) -> float:
+        scale = self._stored.config.scale(module, rank)
+        if not abs(scale) <= _MOST:
+            self._refuse(a.name, f"its scale is {scale:g}; up to {_MOST:g} is allowed: see lora_alpha")
+        return scale
 
     def _orders(self, tensor: StoredTensor, spots: Sequence[Spot], total: int) -> list[NDArray[np.int64]]:
         """The rows of B of each place; together they are all of them."""
@@ -240,7 +247,7 @@ class _Fit:
         for spot in spots:
             if (a.shape[1], b.shape[0]) != spot.shape:
                 self._refuse(a.name, f"its table is {[a.shape[1], b.shape[0]]}, the base's {list(spot.shape)}")
-            scale = self._stored.config.scale(module, a.shape[0])
+            scale = self._scale(module, a, a.shape[0])
             self._put(a, spot, _Change(Delta(a=turned(b), b=turned(a), scale=scale)))
 
     def _full(self, tensor: StoredTensor, spots: Sequence[Spot]) -> None:
@@ -360,7 +367,7 @@ class _Fit:
         of_b = parts_of_experts(b, count)
         if a.shape[1] != columns and b.shape[0] == columns:  # saved before PEFT told rows of experts from columns
             of_a, of_b = [turned(part) for part in of_b], [turned(part) for part in of_a]
-        scale = self._stored.config.scale(name, rank)
+        scale = self._scale(name, a, rank)
         self._each_expert(a, of_a, of_b, spots, scale)
 
     def _each_expert(
@@ -405,7 +412,7 @@ class _Fit:
                 self._refuse(a.name, f"its shape {list(a.shape)} does not fit {list(b.shape)} of {b.name!r:.200}")
             self._check_rank(name, a, a.shape[1])
             of_a, of_b = ([entry(side, expert) for expert in range(count)] for side in (a, b))
-            self._each_expert(a, of_a, of_b, spots, self._stored.config.scale(name, a.shape[1]))
+            self._each_expert(a, of_a, of_b, spots, self._scale(name, a, a.shape[1]))
 
     # ---- the model's own weights -------------------------------------------------------------------------------------
 
