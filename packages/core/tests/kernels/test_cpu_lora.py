@@ -158,3 +158,10 @@ def test_what_the_model_does_not_multiply_is_refused():
     delta = low_rank(np.random.default_rng(0), 4, 4, 4)
     with pytest.raises(AdapterError, match=r"layer:z\.weight"):
         pack_adapter(fitted({"layer": {"z.": delta}}), PLACES, "F32", compiled=True)
+
+
+@pytest.mark.parametrize("place", [Place(0, 4, {"": (0, 0, 4)}, lookup=True), Place(0, 4, {"": (0, 0, 4)}, 1)])
+def test_dora_of_tables_and_experts_is_refused(place):
+    delta = low_rank(np.random.default_rng(0), 4, 4, 4, column_scale=np.ones(4, np.float32))
+    with pytest.raises(AdapterError, match="DoRA"):
+        pack_adapter(fitted({"layer": {"": delta}}), {"layer": (place,)}, "F32", compiled=True)

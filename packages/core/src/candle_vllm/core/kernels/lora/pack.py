@@ -17,6 +17,7 @@ from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter, NumberType, PackedAdapter, Place
 from candle_vllm.core.kernels.lora import layout as lay
 from candle_vllm.core.quantization.plain import read_plain
+from candle_vllm.core.quantization.tensors import StoredTensor
 
 _SERIALS = itertools.count(1)
 
@@ -78,9 +79,11 @@ def _check(name: str, place: Place, delta: Delta) -> None:
     apart = delta.column_scale is not None or delta.full is not None or delta.rows is not None
     if place.experts and apart:
         raise AdapterError(f"{name}: experts take A, B and biases alone, neither DoRA nor whole matrices")
+    if place.lookup and delta.column_scale is not None:
+        raise AdapterError(f"{name}: a table whose rows are looked up takes no DoRA")
 
 
-def numbers_of(stored: Any) -> NDArray[np.float32]:
+def numbers_of(stored: StoredTensor) -> NDArray[np.float32]:
     """A stored tensor as floats."""
     return stored.load("F32")
 
@@ -125,28 +128,23 @@ class CompiledAdapter:
             offset += ranks[number]
             self._fill(part, place, delta, rows)
             if delta.a is not None and not place.lookup:
-                a = numbers_of(delta.a)
-                halves.append(
-                    np.pad(a, ((0, lay.filled(len(a)) - len(a)), (0, row_elements(place.columns) - place.columns)))
-                )
+                halves.append(_filled(self._bits_of(delta.a), lay.filled(delta.rank), row_elements(place.columns)))
         if place.lookup and parts[0][1].b is not None:
-            made[0] = self._kept(self._bits(numbers_of(parts[0][1].b)))
+            made[0] = self._kept(self._bits_of(parts[0][1].b))
         if halves:
-            made[0] = self._kept(lay.blocks_of(self._bits(np.concatenate(halves))))
+            made[0] = self._kept(lay.blocks_of(np.concatenate(halves) if len(halves) > 1 else halves[0]))
         return self._kept(made)
 
     def _fill(self, part: NDArray[np.int64], place: Place, delta: Delta, rows: int) -> None:
         """A part's numbers but for where it stands."""
         scale = delta.column_scale
         if delta.full is not None and not place.lookup:
-            part[lay.STEPS], part[lay.MATRIX] = self._steps(numbers_of(delta.full))
+            part[lay.STEPS], part[lay.MATRIX] = self._steps(self._bits_of(delta.full))
             part[lay.FULL] = 1
             part[lay.LESS] = self._floats(np.full(rows, -1, np.float32))
         elif delta.a is not None:
             assert delta.b is not None
-            b = numbers_of(delta.a).T if place.lookup else numbers_of(delta.b)
-            if scale is not None:
-                b = b * scale[:, None]
+            b = self._bits_of(delta.a).T if place.lookup else self._bits_of(delta.b, scale)
             part[lay.STEPS], part[lay.MATRIX] = self._steps(b)
         part[lay.RANK] = delta.rank
         part[lay.SCALE] = struct.unpack("<i", struct.pack("<f", delta.scale))[0]
@@ -163,18 +161,19 @@ class CompiledAdapter:
             part[lay.COUNT] = len(new)
             part[lay.NEW] = self._floats(new)
 
-    def _steps(self, b: NDArray[np.float32]) -> tuple[int, int]:
+    def _steps(self, b: np.ndarray) -> tuple[int, int]:
         """B [N, r] as steps: how many, and where."""
         each = 2 if self.form is RowForm.BF16 else 1
         steps = -(-b.shape[1] // each)
-        whole = self._bits(np.pad(b, ((0, -len(b) % lay.PANEL), (0, steps * each - b.shape[1]))))
+        whole = _filled(b, -(-len(b) // lay.PANEL) * lay.PANEL, steps * each)
         return steps, self._kept(whole.reshape(-1, lay.PANEL, steps, each).swapaxes(1, 2))
 
-    def _bits(self, numbers: NDArray[np.float32]) -> np.ndarray:
-        numbers = np.ascontiguousarray(numbers)
-        if self.form is RowForm.F32:
-            return numbers
-        return read_plain(numbers.reshape(-1).view(np.uint8), "F32", numbers.shape, "BF16").view(np.uint16)
+    def _bits_of(self, stored: StoredTensor, scale: NDArray[np.float32] | None = None) -> np.ndarray:
+        """A matrix, its rows times `scale`, as numbers of the adapter's type, bfloat16 as its bits."""
+        if scale is None:
+            return stored.load(self.dtype)
+        numbers = numbers_of(stored) * scale[:, None]
+        return read_plain(numbers.reshape(-1).view(np.uint8), "F32", numbers.shape, self.dtype)
 
     def _floats(self, numbers: NDArray[np.float32]) -> int:
         return self._kept(np.ascontiguousarray(numbers, np.float32))
@@ -186,3 +185,12 @@ class CompiledAdapter:
         self._keep.append(memory)
         self.nbytes += memory.nbytes
         return address_of(memory)
+
+
+def _filled(matrix: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """A matrix with zeros behind its rows and columns."""
+    if matrix.shape == (rows, columns):
+        return matrix
+    made = np.zeros((rows, columns), matrix.dtype)
+    made[: matrix.shape[0], : matrix.shape[1]] = matrix
+    return made
