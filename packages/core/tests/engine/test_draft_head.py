@@ -18,6 +18,7 @@ from families import DEEPSEEK, GLM_MOE
 from gguf_export import export_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lora_field import fitted, low_rank
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from tiny import write_tiny
@@ -34,15 +35,20 @@ from toy_heads import (
 )
 
 from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, ModelLoadError, SamplingParams
+from candle_vllm.core.assembly.encoder import load_any_model
+from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.config import SpeculativeConfig, draft_settings
+from candle_vllm.core.devices import CPU
 from candle_vllm.core.engine.batch import Batch, Ints
 from candle_vllm.core.engine.block_manager import BlockManager
+from candle_vllm.core.engine.build import adapter_packer, build_engine
 from candle_vllm.core.engine.draft_head import DraftingHead
 from candle_vllm.core.engine.drafting import Drafter
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.preparation import DecoderPreparation
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.scheduler import Scheduler
+from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
 from candle_vllm.core.text.tokenizer import Tokenizer
 
@@ -61,7 +67,7 @@ def loaded(folder: Path, method: dict[str, Any] | None, **given: Any) -> Inferen
         model.times = FreeTimes()
         assert engine._engine is not None
         assert engine._engine._drafter is not None
-        engine._engine._drafter.times = SameTimes(1)
+        engine._engine._drafter.times = SameTimes(72)
     return engine
 
 
@@ -416,6 +422,56 @@ def test_a_random_head_changes_no_answer(
         assert not model._owns
         assert not model._tails
         assert not model._unread
+    assert "nothing is guessed" not in caplog.text
+
+
+def adapted_answers(folder: Path, method: dict[str, Any] | None, *, eager: bool) -> tuple[list[list[int]], int]:
+    """Answers to three prompts, of which the first and the last have an adapter of everything; and drafts that were
+    tried."""
+    given: dict[str, Any] = {"threads": 1, "max_model_len": 128, "block_size": 16, "enforce_eager": eager}
+    config = EngineConfig(model=str(folder), enable_lora=True, speculative_config=method or {"method": "none"}, **given)
+    model = load_any_model(config, CPU, lambda *_: None)
+    assert isinstance(model, LoadedModel)
+    engine, generator = build_engine(config, model), np.random.default_rng(2)
+    deltas = {
+        path: {
+            name: low_rank(generator, end - begin, place.columns, 4, scale=0.3)
+            for place in places
+            for name, (_, begin, end) in place.parts.items()
+        }
+        for path, places in number_places(model.decoder).items()
+    }
+    adapter, tokens = (
+        adapter_packer(config, model, engine.runner)(fitted(deltas)),
+        [list[int](), list[int](), list[int]()],
+    )
+    if engine._drafter is not None and engine._drafter.model is not None:
+        engine._drafter.times, engine._drafter.model.times = SameTimes(72), FreeTimes()
+    for number, prompt in enumerate((b"with", b"without, and longer", b"with")):
+        params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+        request = GenerationRequest(request_id=str(number), prompt_token_ids=list(prompt), params=params)
+        prepared = engine.prepare(request)
+        for live in prepared:
+            live.sequence.adapters = () if number == 1 else ((adapter, 1.0),)
+        engine.add(prepared)
+    while engine.has_work:
+        for piece in engine.step():
+            tokens[int(piece.request_id)] += piece.token_ids
+    tried = engine.stats().draft_tokens
+    engine.close()
+    return tokens, tried
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["compiled", "op by op"])
+def test_adapters_change_what_a_head_reads_and_nothing_in_it(
+    folder: Path, head: Path, eager: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has the model's embedding, which an adapter may change as it may the head and every layer."""
+    plain, _ = adapted_answers(folder, None, eager=eager)
+    found, tried = adapted_answers(folder, {"method": "eagle3", "model": str(head)}, eager=eager)
+    assert found == plain
+    assert tried > 30
+    assert found[0] == found[2] != found[1]
     assert "nothing is guessed" not in caplog.text
 
 
