@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import shutil
@@ -35,10 +36,11 @@ from toy_heads import (
 )
 
 from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, ModelLoadError, SamplingParams
+from candle_vllm.core.assembly.draft import load_draft
 from candle_vllm.core.assembly.encoder import load_any_model
 from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.config import SpeculativeConfig, draft_settings
-from candle_vllm.core.devices import CPU
+from candle_vllm.core.devices import CPU, Device
 from candle_vllm.core.engine.batch import Batch, Ints
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.build import adapter_packer, build_engine
@@ -178,7 +180,8 @@ def test_other_forms_of_a_head_are_the_same_head(folder: Path, head: Path, tmp_p
     inner = {key: value for key, value in config.items() if key not in (*top, "architectures")}
     forms = {
         "speculators": (
-            {"architectures": ["Eagle3Speculator"], "transformer_layer_config": inner, "draft_vocab_size": 200}
+            {"architectures": ["Eagle3Speculator"], "transformer_layer_config": inner | {"vocab_size": 200}}
+            | {"draft_vocab_size": 200}
             | {"eagle_aux_hidden_state_layer_ids": taps, "norm_before_residual": False},
             {name.replace("midlayer.", "layers.0."): tensor for name, tensor in weights.items()},
         ),
@@ -620,3 +623,15 @@ def test_models_without_such_a_layer_are_refused_by_name(folder: Path, head: Pat
     (other / "tokenizer.json").write_text(words)
     with pytest.raises(ConfigError, match="other cannot draft for toy, for they have different vocabularies"):
         loaded(folder, {"method": "eagle3", "model": str(other)})
+
+
+@pytest.mark.parametrize("method", [{"method": "mtp"}, {"method": "eagle3", "model": "head"}, {"model": "small"}])
+def test_nothing_with_weights_drafts_on_a_gpu(folder: Path, method: dict[str, Any]) -> None:
+    loaded = load_any_model(EngineConfig(model=str(folder)), CPU, lambda *_: None)
+    assert isinstance(loaded, LoadedModel)
+    there = dataclasses.replace(loaded, placement=dataclasses.replace(loaded.placement, device=Device("cuda:0")))
+    config = EngineConfig(model=str(folder), speculative_config=method)
+    with pytest.raises(ConfigError, match="models and heads draft on the CPU alone") as caught:
+        build_engine(config, there)
+    assert caught.value.setting == "speculative_config"
+    assert load_draft(config, loaded, Device("cuda:0"), lambda *_: None) is None

@@ -223,6 +223,8 @@ def _describe_eagle3(target: Described | LoadedModel, opened: Opened) -> Describ
     else:
         assert files.config is not None
         config = eagle3.config_from_hf(Fields(read_json(files.config), files.config), model)
+    if not eagle3.has_embedding(stored):
+        config = dataclasses.replace(config, vocab_size=model.vocab_size)
 
     def build(placement: Placement, decoder: Any) -> eagle3.Eagle3:
         return eagle3.Eagle3(config, placement, stored, decoder)

@@ -173,7 +173,7 @@ class Eagle3:
         self.input_size = len(config.taps) * config.target_size
         hidden, eps, stored = config.hidden_size, config.norm_eps, checkpoint.tensors
         self.own_embed = None
-        if any(name in stored for name in (*_EMBED_HF, _EMBED_GG)):
+        if has_embedding(checkpoint):
             self.own_embed = Embedding(config.vocab_size, hidden, placement)
         self.own_head = None
         if any(name in stored for name in ("lm_head.weight", "output.weight")):
@@ -223,6 +223,11 @@ class Eagle3:
 
 _LAYERS = ("midlayer.", "layers.0.", "model.midlayer.", "model.layers.0.")
 _EMBED_HF, _EMBED_GG = ("embed_tokens.weight", "model.embed_tokens.weight"), "token_embd.weight"
+
+
+def has_embedding(checkpoint: Checkpoint) -> bool:
+    """Whether a head has an embedding of its own."""
+    return any(name in checkpoint.tensors for name in (*_EMBED_HF, _EMBED_GG))
 
 
 def _line(target: str, hf: str, gguf: str, view: Any = None) -> WeightName:
