@@ -100,7 +100,7 @@ def _flags_of_llvm() -> frozenset[str]:
     import llvmlite.binding
 
     found = llvmlite.binding.get_host_cpu_features()
-    return frozenset(_OF_LINUX.get(name, name) for name in found if found[name])
+    return frozenset(_OF_LINUX.get(str(name), str(name)) for name in found if found[name])
 
 
 def _native() -> Level:
