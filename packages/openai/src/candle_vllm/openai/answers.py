@@ -274,7 +274,8 @@ def _check_piece(piece: TokenOutput, paths: Paths) -> None:
     if piece.finish_reason is FinishReason.ERROR:
         if piece.error_kind == "request":
             with paths.blamed():
-                raise RequestError(piece.error or "the request cannot be continued", piece.error_param)
+                field = "model" if piece.error_param == "lora_request" else piece.error_param  # which names an adapter
+                raise RequestError(piece.error or "the request cannot be continued", field)
         raise GenerationFailedError(piece.error or "the engine gave no reason")
     if piece.finish_reason is FinishReason.ABORT:
         raise RequestAbortedError("The request was aborted before it finished.")

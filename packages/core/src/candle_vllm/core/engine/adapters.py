@@ -275,8 +275,11 @@ class AdapterStore:
             return tuple(_told(entry) for entry in self._entries.values())
 
     def failure(self, entry: Entry) -> InvalidParameterError:
-        """What a request hears of an adapter that could not be loaded."""
-        return InvalidParameterError(f"adapter {entry.name!r:.80} cannot be used: {entry.error}", "lora_request")
+        """What a request hears of an adapter that could not be loaded; where its files lie, the log says."""
+        reason, place = entry.error or "", str(entry.path)
+        if place.startswith("/"):
+            reason = reason.replace(f"{place}/", "").replace(f"{place}: ", "")
+        return InvalidParameterError(f"adapter {entry.name!r:.80} cannot be used: {reason}", "lora_request")
 
     @property
     def numbers(self) -> tuple[int, int, int]:
