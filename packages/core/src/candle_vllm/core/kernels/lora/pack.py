@@ -83,8 +83,9 @@ def _check(name: str, place: Place, delta: Delta) -> None:
         raise AdapterError(f"{name}: a table whose rows are looked up takes no DoRA")
 
 
-def numbers_of(stored: StoredTensor) -> NDArray[np.float32]:
-    """A stored tensor as floats."""
+def numbers_of(stored: StoredTensor | None) -> NDArray[np.float32]:
+    """A stored tensor, which must be there, as floats."""
+    assert stored is not None
     return stored.load("F32")
 
 
@@ -143,7 +144,6 @@ class CompiledAdapter:
             part[lay.FULL] = 1
             part[lay.LESS] = self._floats(np.full(rows, -1, np.float32))
         elif delta.a is not None:
-            assert delta.b is not None
             b = self._bits_of(delta.a).T if place.lookup else self._bits_of(delta.b, scale)
             part[lay.STEPS], part[lay.MATRIX] = self._steps(b)
         part[lay.RANK] = delta.rank
@@ -168,8 +168,9 @@ class CompiledAdapter:
         whole = _filled(b, -(-len(b) // lay.PANEL) * lay.PANEL, steps * each)
         return steps, self._kept(whole.reshape(-1, lay.PANEL, steps, each).swapaxes(1, 2))
 
-    def _bits_of(self, stored: StoredTensor, scale: NDArray[np.float32] | None = None) -> np.ndarray:
+    def _bits_of(self, stored: StoredTensor | None, scale: NDArray[np.float32] | None = None) -> np.ndarray:
         """A matrix, its rows times `scale`, as numbers of the adapter's type, bfloat16 as its bits."""
+        assert stored is not None
         if scale is None:
             return stored.load(self.dtype)
         numbers = numbers_of(stored) * scale[:, None]
