@@ -107,7 +107,7 @@ def test_a_version_is_a_folder_below_the_name(tmp_path: Path) -> None:
     assert found is not None
     assert (found.path, found.revision) == (tmp_path / "tone" / "v2", "v2")
     assert source.find(named("tone")) is None
-    assert source.versions("tone") == ["v1", "v2"]
+    assert source.names() == ("tone/v1", "tone/v2")
 
 
 @pytest.mark.parametrize(

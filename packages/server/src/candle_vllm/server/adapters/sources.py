@@ -185,11 +185,6 @@ class LocalSource:
             self._listed = (now, tuple(self._list()))
         return self._listed[1]
 
-    def versions(self, name: str) -> list[str]:
-        """The versions of an adapter."""
-        begin = f"{name}/"
-        return [known.removeprefix(begin) for known in self.names() if known.startswith(begin)]
-
     def _list(self) -> list[str]:
         root, found = self._folder.resolve(), list[str]()
         for path in _below(root, 3):
