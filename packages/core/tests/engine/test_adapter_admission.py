@@ -206,6 +206,21 @@ def test_a_mix_of_adapters_is_not_kept_out_by_single_ones() -> None:
     assert mix in engine.began
 
 
+def test_what_has_its_adapters_is_not_held_back_for_the_sake_of_one_that_waits_for_their_memory() -> None:
+    engine = Pretended(Loads(), memory=1)
+    admission = AdapterAdmission(engine.store, 2, patience=0)
+    first, second = engine.ask("a"), engine.ask("b")
+    admission.waits(second)
+    admission.look([second])
+    engine.load()
+    assert not admission.holds_back(second)  # it has its adapter, and waits for blocks
+    admission.waits(first)
+    admission.look([first, second])
+    engine.load()
+    assert admission.holds_back(first)
+    assert not admission.holds_back(second)
+
+
 def test_what_is_removed_while_it_waits_is_wanted_no_more() -> None:
     loads = Loads()
     engine = Pretended(loads)

@@ -47,7 +47,9 @@ class AdapterAdmission:
     def holds_back(self, sequence: Sequence) -> bool:
         """Whether a waiting sequence must wait on for its adapters' sake; if not, they are its own from now on."""
         entries = [entry for entry, _ in sequence.entries]
-        if self._closed is not None and any(entry in self._closed or entry not in self._running for entry in entries):
+        closed = self._closed
+        # What has been lent its adapters, and waits again or for blocks, holds the memory that the first may wait for.
+        if closed is not None and not sequence.adapters and any(e in closed or e not in self._running for e in entries):
             return True
         others = len(self._running) + sum(entry not in self._running for entry in entries) - self.most
         if others <= 0 and self._lent(sequence):
