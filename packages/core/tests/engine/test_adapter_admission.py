@@ -34,11 +34,13 @@ class Pretended:
         self.adapters_in_steps: list[set[str]] = []
         self._orders = 0
 
-    def ask(self, *names: str, max_tokens: int = 4, length: int = 3) -> Sequence:
+    def ask(self, *names: str, max_tokens: int = 4, length: int = 3, priority: int = 0) -> Sequence:
         params = SamplingParams(max_tokens=max_tokens)
         uses = tuple(AdapterUse(name=name, path=f"/{name}") for name in names)
         ids = [(self._orders * 7 + place) % 250 for place in range(length)]
-        request = GenerationRequest(request_id=str(self._orders), prompt_token_ids=ids, params=params, adapters=uses)
+        request = GenerationRequest(
+            request_id=str(self._orders), prompt_token_ids=ids, params=params, adapters=uses, priority=priority
+        )
         sequence = Sequence(request, 0, self._orders)
         sequence.entries = self.store.found(uses)
         self._orders += 1
@@ -110,6 +112,22 @@ def test_a_step_has_no_more_adapters_than_it_may() -> None:
         engine.load()
     assert max(map(len, engine.adapters_in_steps)) == 2
     assert [each.request.adapters[0].name for each in engine.began] == ["a", "b", "a", "b", "c", "c"]
+
+
+def test_a_preempted_sequence_is_not_held_back_for_one_that_waits_for_its_memory() -> None:
+    engine = Pretended(Loads(), memory=1, seqs=2)
+    begun = engine.ask("a", max_tokens=8)
+    engine.step()
+    engine.load()
+    engine.step()
+    engine.scheduler._preempt(begun)
+    for _ in range(8):
+        engine.ask(priority=-1)
+    engine.ask("b", priority=-2)
+    for _ in range(60):
+        engine.step()
+        engine.load()
+    assert not engine.scheduler.waiting
 
 
 def test_a_preempted_sequence_keeps_what_it_began_with() -> None:

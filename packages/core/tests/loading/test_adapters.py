@@ -452,6 +452,21 @@ def test_gguf_adapters_that_are_none(more: dict[str, Any], message: str, tmp_pat
         fit_adapter(stored, base)
 
 
+def test_a_file_that_is_written_to_while_it_is_open_is_what_it_was(tmp_path: Path) -> None:
+    path = write_gguf_lora(tmp_path / "a.gguf")
+    with read_adapter(path) as stored:
+        before = {name: tensor.load("F32") for name, tensor in stored.tensors.items()}
+        path.write_bytes(b"")  # as cp begins; a page of a mapped file would be a SIGBUS now
+        for name, tensor in stored.tensors.items():
+            assert np.array_equal(tensor.load("F32"), before[name])
+
+
+def test_a_gguf_adapter_in_parts_is_refused(tmp_path: Path) -> None:
+    path = write_gguf_lora(tmp_path / "a-00001-of-00002.gguf")
+    with pytest.raises(AdapterError, match="one file"):
+        read_adapter(path)
+
+
 def test_every_matrix_of_the_toy_is_reached(tmp_path: Path, base: AdapterBase) -> None:
     shapes = linear_shapes(base.config) | {"lm_head": (272, 64)}
     with read_adapter(write_adapter(tmp_path / "a", shapes, dtype="BF16")) as stored:

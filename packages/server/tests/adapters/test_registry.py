@@ -32,6 +32,7 @@ class FakeSource:
     """Has adapters by name; while `gate` is cleared, whoever looks waits."""
 
     kind = "hf"
+    pins = True
 
     def __init__(self, folder: Path, *names: str) -> None:
         self.folder = folder
@@ -186,6 +187,18 @@ async def test_files_that_went_from_the_cache_come_again_as_they_were(tmp_path: 
     assert again is not None
     assert again.path.is_dir()
     assert source.asked == ["acme/tone", "acme/tone@c1"]
+
+
+async def test_a_source_without_names_for_revisions_is_asked_as_before(source: FakeSource) -> None:
+    source.kind, source.pins = "s3", False
+    registry = adapters(source)
+    known = await registry.reach("acme/tone")
+    assert known is not None
+    known.path.rmdir()
+    again = await registry.reach("acme/tone")
+    assert again is not None
+    assert again.path.is_dir()
+    assert source.asked == ["acme/tone", "acme/tone"]
 
 
 async def test_an_adapter_in_use_keeps_its_files(tmp_path: Path) -> None:

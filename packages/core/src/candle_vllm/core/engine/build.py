@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 _COMPILER_BYTES = 256 * MIB
 _LEAST_FOR_ADAPTERS, _MOST_FOR_ADAPTERS = 64 * MIB, 4096 * MIB
-_MOST_PACKED = 4  # bytes of a file for one in memory: F64 becomes bfloat16
+_MOST_PACKED = 2  # bytes of a file for one in memory: F32 becomes bfloat16
 
 logger = logging.getLogger(__name__)
 

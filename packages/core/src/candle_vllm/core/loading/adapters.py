@@ -1,7 +1,8 @@
 """Reads adapters (LoRA) as files hold them: a PEFT folder, or one GGUF file; nothing here knows the model.
 
-Everything stays in mapped files. What an adapter may take is looked at before its weights are; of a folder nothing is
-read but `adapter_config.json` and `adapter_model.safetensors`, and no pickle ever is.
+A file is read whole before it is looked at: an operator may write to it while a server runs, a mapped file that is cut
+ends the process, and the sum is of what is packed. What an adapter may take is looked at before its weights are; of a
+folder nothing is read but `adapter_config.json` and `adapter_model.safetensors`, and no pickle ever is.
 Source: PEFT's checkpoint format; `convert_lora_to_gguf.py` and `llama-adapter.cpp` of llama.cpp.
 """
 
@@ -18,7 +19,7 @@ from typing import Any, Literal
 from candle_vllm.core.errors import AdapterError, InvalidFileError, ModelLoadError, ModelNotFoundError
 from candle_vllm.core.fields import MAX_CONFIG_BYTES, Fields
 from candle_vllm.core.loading.adapter_config import AdapterConfig, parse_config
-from candle_vllm.core.loading.gguf import open_gguf
+from candle_vllm.core.loading.gguf import open_gguf, split_names
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.tensors import Checkpoint, FileTensor
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -47,7 +48,7 @@ class AdapterLimits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class StoredAdapter:
-    """An adapter as its files hold it, mapped and lazy.
+    """An adapter as its files hold it.
 
     Attributes:
         path: the folder or the file.
@@ -59,7 +60,7 @@ class StoredAdapter:
         alora: tokens from whose last occurrence on it acts; None: on all of a sequence.
         base: the model that it was trained for, as the files name it.
         notes: what an operator should know: keys that nobody here knows, what was not compared.
-        checkpoint: the mapped file.
+        checkpoint: the file.
     """
 
     path: Path
@@ -229,7 +230,7 @@ def _invocation_tokens(metadata: Mapping[str, Any], path: Path) -> tuple[int, ..
 
 
 def _open(path: Path, limits: AdapterLimits, format: Literal["peft", "gguf"]) -> Checkpoint:
-    """Maps a file within the limits; every error is an `AdapterError`."""
+    """Reads a file within the limits; every error is an `AdapterError`."""
     with _as_adapter_error():
         try:
             size = path.stat().st_size
@@ -237,7 +238,9 @@ def _open(path: Path, limits: AdapterLimits, format: Literal["peft", "gguf"]) ->
             raise AdapterError(f"{path} cannot be read: {error}") from error
         if size > limits.max_bytes:
             raise AdapterError(f"{path} has {size} bytes; {limits.max_bytes} are allowed: raise lora_memory")
-        checkpoint = open_safetensors(path) if format == "peft" else open_gguf(path)
+        if format == "gguf" and len(split_names(path.name)) > 1:
+            raise AdapterError(f"{path} is a part of several; an adapter is one file: merge them with gguf-split")
+        checkpoint = (open_safetensors if format == "peft" else open_gguf)(path, copied=True)
         try:
             _check_tensors(checkpoint, path, format)
         except BaseException:

@@ -172,15 +172,15 @@ class GgufFile:
         self.tensors = _read_tensors(header, num_tensors, self.alignment)
 
     @classmethod
-    def open(cls, path: Path | str) -> GgufFile:
-        """Maps a file and reads its header.
+    def open(cls, path: Path | str, *, copied: bool = False) -> GgufFile:
+        """Maps a file, or with `copied` reads it into memory (see `MappedFile`), and reads its header.
 
         Raises:
             ModelNotFoundError: there is no such file.
             InvalidFileError: it is damaged; the message says where.
             UnsupportedModelError: version 1, big-endian, or a tensor type that this library does not know.
         """
-        file = MappedFile(Path(path))
+        file = MappedFile(Path(path), copied=copied)
         try:
             return cls(file)
         except BaseException:
@@ -298,8 +298,10 @@ def split_names(name: str) -> tuple[str, ...]:
     return tuple(f"{match[1]}-{part:05d}-of-{match[3]}.gguf" for part in range(1, int(match[3]) + 1))
 
 
-def open_gguf(path: Path | str) -> Checkpoint:
+def open_gguf(path: Path | str, *, copied: bool = False) -> Checkpoint:
     """Opens a GGUF model: one file, or all the parts of a split one, given any of them.
+
+    With `copied` the files are read into memory: see `MappedFile`.
 
     The metadata is that of the first part, which alone has all of it.
 
@@ -320,7 +322,7 @@ def open_gguf(path: Path | str) -> Checkpoint:
     parts: list[GgufFile] = []
     try:
         for part in paths:
-            parts.append(GgufFile.open(part))
+            parts.append(GgufFile.open(part, copied=copied))
             _check_part(parts[-1], len(parts) - 1, len(paths))
         tensors = _merge(parts)
     except BaseException:

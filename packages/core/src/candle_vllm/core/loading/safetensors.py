@@ -38,8 +38,10 @@ class _Index(msgspec.Struct, frozen=True):
     weight_map: dict[str, str]
 
 
-def open_safetensors(source: Path | str) -> Checkpoint:
+def open_safetensors(source: Path | str, *, copied: bool = False) -> Checkpoint:
     """Opens a `.safetensors` file, an index file, or a folder with either (see `safetensors_files`).
+
+    With `copied` the files are read into memory: see `MappedFile`.
 
     Raises:
         ModelNotFoundError: nothing is there, or a shard is missing.
@@ -55,7 +57,7 @@ def open_safetensors(source: Path | str) -> Checkpoint:
     metadata: dict[str, str] = {}
     try:
         for path in paths:
-            files.append(MappedFile(path))
+            files.append(MappedFile(path, copied=copied))
             found, notes = _read_header(files[-1])
             for name in found.keys() & tensors.keys():
                 raise InvalidFileError(f"tensor {name!r} is both in {tensors[name].path} and in {path}")

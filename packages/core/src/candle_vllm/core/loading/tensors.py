@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 
@@ -27,6 +27,10 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 class MappedFile:
     """A file mapped read-only.
+
+    Args:
+        path: the file.
+        copied: it is read into memory of its own, for whoever may write to it meanwhile.
 
     Attributes:
         path: the file, as it was named.
@@ -38,7 +42,7 @@ class MappedFile:
         ModelLoadError: it cannot be read, or was closed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, copied: bool = False) -> None:
         if not path.is_file():
             raise ModelNotFoundError(f"{path} is not a file; check the spelling of the path")
         try:
@@ -46,13 +50,15 @@ class MappedFile:
                 self.size = stream.seek(0, 2)
                 if self.size == 0:
                     raise InvalidFileError(f"{path} is empty (0 bytes); download or convert it again")
-                self._map = mmap.mmap(stream.fileno(), self.size, access=mmap.ACCESS_READ)
+                self._map = _copy(stream, self.size) if copied else _mapped(stream, self.size)
         except (OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno == errno.ENOMEM:
                 raise MemoryError(f"{path} cannot be mapped") from error
             raise ModelLoadError(f"{path} cannot be mapped: {error}") from error
         self.path = path
+        self._copied = copied
         self._bytes: np.ndarray | None = np.frombuffer(self._map, dtype=np.uint8)
+        self._bytes.flags.writeable = False
 
     @property
     def buffer(self) -> mmap.mmap:
@@ -68,7 +74,7 @@ class MappedFile:
 
     def release(self, start: int, count: int) -> None:
         """Lets the system drop the pages within `count` bytes from `start`; they are read again if needed."""
-        if sys.platform != "win32":
+        if sys.platform != "win32" and not self._copied:
             first, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + count) // mmap.PAGESIZE * mmap.PAGESIZE
             if end > first:
                 self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
@@ -80,6 +86,24 @@ class MappedFile:
             self._map.close()
         except BufferError:  # a caller still holds a view: the mapping is released with the last of them
             return
+
+
+def _mapped(stream: BinaryIO, size: int) -> mmap.mmap:
+    return mmap.mmap(stream.fileno(), size, access=mmap.ACCESS_READ)
+
+
+def _copy(stream: BinaryIO, size: int) -> mmap.mmap:
+    """Memory that begins on a page, with all of a file."""
+    memory = mmap.mmap(-1, size)
+    stream.seek(0)
+    with memoryview(memory) as whole:
+        done = 0
+        while done < size and (count := stream.readinto(whole[done:])):  # type: ignore[attr-defined]
+            done += count
+    if done < size:
+        memory.close()
+        raise ValueError(f"it became shorter than {size} bytes while it was read")
+    return memory
 
 
 @dataclass(frozen=True, slots=True, eq=False)

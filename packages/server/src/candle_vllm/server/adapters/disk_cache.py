@@ -145,19 +145,18 @@ class DiskCache:
 
     def _make_room(self, size: int, own: str) -> None:
         entries = sorted((each for each in self._entries() if each[1].name != own), key=lambda each: each[0])
-        total = sum(entry.size for _, _, entry in entries)
+        total, leaving = sum(entry.size for _, _, entry in entries), list[Path]()
         for _, place, entry in entries:
-            if total + size <= self._max_bytes:
-                return
-            if self._held[place.name]:
-                continue
-            shutil.rmtree(place, ignore_errors=True)
-            total -= entry.size
-        if total + size > self._max_bytes:
+            if total + size > self._max_bytes and not self._held[place.name]:
+                leaving.append(place)
+                total -= entry.size
+        if total + size > self._max_bytes:  # nothing goes for what would not fit
             raise Refused(
                 f"it has {size >> 20} MiB, and the cache holds {self._max_bytes >> 20} MiB with what is in use "
                 "(--lora-cache-bytes)"
             )
+        for place in leaving:
+            shutil.rmtree(place, ignore_errors=True)
 
     def _entries(self) -> Iterator[tuple[float, Path, Entry]]:
         """When each was used last, its folder, and what is kept of it."""

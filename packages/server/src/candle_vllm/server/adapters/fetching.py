@@ -67,6 +67,7 @@ class _Fetched:
     """What the sources from elsewhere share: an adapter is pinned, then it is in the cache or is fetched."""
 
     kind = ""
+    pins = True
 
     def __init__(self, cache: DiskCache, limits: Limits) -> None:
         self._cache = cache
@@ -276,6 +277,7 @@ class TarSource(_Fetched):
     def __init__(self, address: str, cache: DiskCache, limits: Limits) -> None:
         super().__init__(cache, limits)
         self._address = address
+        self.pins = "{revision}" not in address
 
     def _may_have(self, name: AdapterName) -> bool:
         return name.revision is None or "{revision}" in self._address or _SUM.fullmatch(name.revision) is not None
@@ -345,6 +347,7 @@ class BucketSource(_Fetched):
     """
 
     kind = "s3"
+    pins = False
 
     def __init__(self, place: str, cache: DiskCache, limits: Limits) -> None:
         super().__init__(cache, limits)

@@ -197,7 +197,8 @@ class Adapters:
         read = read_name(name)
         if read is None or not self.looks_elsewhere:
             return None
-        if known is not None and known.revision is not None:  # the cache made room for others
+        pins = known is not None and all(source.pins for source in self._sources if source.kind == known.kind)
+        if known is not None and known.revision is not None and pins:  # the cache made room for others
             read = AdapterName(read.name, known.revision)
         look = self._looks.get(text)
         if look is None:

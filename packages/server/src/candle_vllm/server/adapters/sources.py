@@ -123,9 +123,11 @@ class Source(Protocol):
 
     Attributes:
         kind: local, hf, s3 or tar, for logs and counts.
+        pins: the revision of what it found can be asked for.
     """
 
     kind: str
+    pins: bool
 
     def find(self, name: AdapterName) -> Found | None:
         """The adapter, fetched where need be; None where there is none of that name.
@@ -159,6 +161,7 @@ class LocalSource:
     """A folder of adapters; a name is a path in it, and `name@version` the folder `version` of the one of that name."""
 
     kind = "local"
+    pins = False
 
     def __init__(self, folder: Path, limits: Limits) -> None:
         self._folder = folder
