@@ -121,7 +121,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rank_pattern": {"(?=q)": 4}}, "rank_pattern: key .*write the module's name"),
     ({"rank_pattern": {"q_proj": 4.5}}, "q_proj is 4.5"),
     ({"lora_alpha": 0}, "lora_alpha is 0.*do nothing"),
-    ({"lora_alpha": 1e300}, "its scale is 1.25e\\+299; up to 1e\\+06"),
+    ({"lora_alpha": 1e300}, "its scale is 1.25e\\+299; 1e-09 to 1e\\+06"),
+    ({"lora_alpha": 1e-300}, "its scale is 1.25e-301; 1e-09 to 1e"),
+    ({"alpha_pattern": {f"q_pro[{letter}]": 8 for letter in map(chr, range(0x100, 0x141))}}, "more than 64 regular"),
+    ({"alora_invocation_tokens": [1] * 257}, "alora_invocation_tokens has 257 tokens; 256"),
     ({"lora_alpha": "16"}, "lora_alpha is '16'"),
     ({"alpha_pattern": {"q_proj": 0}}, "alpha_pattern"),
     ({"bias": "some"}, "bias is 'some'.*none, all, lora_only"),
@@ -283,6 +286,10 @@ def test_norms_of_dora_are_those_of_the_weights_that_run(
         whole = weight.load() + 2.0 * delta.b.load() @ delta.a.load()
     assert delta.column_scale is not None
     np.testing.assert_allclose(delta.column_scale, magnitude / np.linalg.norm(whole, axis=1), rtol=1e-6)
+    more = {f"{down}.lora_magnitude_vector": np.full(64, 3e38, np.float32)}
+    folder = write_adapter(tmp_path / "b", {down: (64, 96)}, use_dora=True, size=1e-6, tensors=more)
+    with pytest.raises(AdapterError, match=r"magnitudes .* not finite"), read_adapter(folder) as stored:
+        fit_adapter(stored, base)
 
 
 # ---- hostile files ---------------------------------------------------------------------------------------------------

@@ -297,8 +297,8 @@ class EngineConfig(ExplainedSettings):
                            "of what is free behind the model, at most 4 GiB"] = None
     lora_dtype: Annotated[LoraDType, Choice(_DTYPES, _DTYPE_ALIASES), "type of adapters in memory: auto, f32, bf16 or "
                           "f16",
-                          '"auto" is that of the file where the base\'s plain matrices are F32, else bf16, or f16 as '
-                          "stored."] = "auto"
+                          '"auto" is f32 where the base\'s plain matrices are F32, else bf16; f16 is for GPUs, where '
+                          "adapters have the type of activations."] = "auto"
     max_queued_requests: Annotated[int, Integer(1, 1 << 20),
                                    "most unfinished sequences before new requests are refused"] = 1024
     threads: Annotated[int | None, Integer(1, 1024), "CPU threads; without it, one per allowed physical core",

@@ -34,7 +34,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 _MERGE = "merge it into the model with `candle-vllm quantize --lora` or PEFT's merge_and_unload, and serve that"
 _TABLES = {"embed": "embed:weight", "head": "head:weight"}
-_MOST = 1e6  # times B A
+_LEAST, _MOST = 1e-9, 1e6  # times B A; less would do nothing
 _SAMPLE = 64  # rows by which a copy of a table is compared with the base's
 
 
@@ -195,8 +195,8 @@ class _Fit:
 
     def _scale(self, module: str, a: StoredTensor, rank: int) -> float:
         scale = self._stored.config.scale(module, rank)
-        if not abs(scale) <= _MOST:
-            self._refuse(a.name, f"its scale is {scale:g}; up to {_MOST:g} is allowed: see lora_alpha")
+        if not _LEAST <= abs(scale) <= _MOST:
+            self._refuse(a.name, f"its scale is {scale:g}; {_LEAST:g} to {_MOST:g} is allowed: see lora_alpha")
         return scale
 
     def _orders(self, tensor: StoredTensor, spots: Sequence[Spot], total: int) -> list[NDArray[np.int64]]:
@@ -436,7 +436,11 @@ class _Fit:
             norms[first : first + len(rows)] = np.sqrt(np.einsum("nk,nk->n", rows, rows))
         if not norms.all():
             self._refuse(delta.b.name, "a row of the base with it is zero, and DoRA divides by its norm")
-        return magnitude / norms
+        with np.errstate(over="ignore"):
+            scale = magnitude / norms
+        if not np.isfinite(scale).all():
+            self._refuse(delta.b.name, "its magnitudes over the norms of the base with it are not finite")
+        return scale
 
     # ---- ends --------------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor, Viewed
 Uses: TypeAlias = Sequence[tuple[Path, float]]
 """Adapters, each with what it is multiplied by."""
 
-ANY_SIZE = AdapterLimits(max_rank=1 << 16, max_bytes=1 << 40)
+ANY_SIZE = AdapterLimits(max_rank=1 << 16, max_bytes=1 << 40, copied=False)
 """Nothing is kept in memory but one matrix."""
 _Changes: TypeAlias = list[tuple[Delta, float]]
 

@@ -378,7 +378,8 @@ class AdapterStore:
                 self._asked += Counter()  # what nobody asks for any more goes
             if self._closed:
                 raise EngineDeadError("the engine is closed")
-            if entry.state == "failed":
+            tried_in_vain = entry.loads > before and entry.state != "ready" and entry.error is not None
+            if entry.state == "failed" or tried_in_vain:  # another may have asked for it again since
                 raise AdapterError(f"adapter {entry.name!r:.80} cannot be used: {entry.error}")
             if entry.state != "ready" and entry.loads == before:
                 raise TimeoutError

@@ -42,6 +42,7 @@ _NO_EFFECT = (
 )  # fmt: skip
 """What training alone needs; which modules were trained is what the tensors' names say."""
 _SHOWN = 10
+_MOST_INVOKING = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,9 +173,17 @@ def _read(keys: _Keys, max_rank: int) -> ReadConfig:
         targets=_texts(keys, "target_parameters"),
     )
     keys.flag("lora_bias"), keys.flag("fan_in_fan_out")  # tensors say the first; A and B are the same under the second
-    alora = keys.token_ids("alora_invocation_tokens")
+    alora = invocation_of(keys, "alora_invocation_tokens")
     base = keys.get("base_model_name_or_path", str, None)
     return ReadConfig(config=config, alora=alora or None, base=base or None, notes=_notes(keys, base))
+
+
+def invocation_of(keys: Fields, key: str) -> tuple[int, ...]:
+    """The tokens from which on an adapter acts; none where it always does. Prompts are looked through for them."""
+    tokens = keys.token_ids(key)
+    if len(tokens) > _MOST_INVOKING:
+        raise AdapterError(f"{keys.path}: {key} has {len(tokens)} tokens; {_MOST_INVOKING} are allowed")
+    return tokens
 
 
 def _choice(keys: _Keys, key: str, default: str, *allowed: str) -> str:

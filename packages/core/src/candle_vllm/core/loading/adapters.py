@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from candle_vllm.core.errors import AdapterError, InvalidFileError, ModelLoadError, ModelNotFoundError
 from candle_vllm.core.fields import MAX_CONFIG_BYTES, Fields
-from candle_vllm.core.loading.adapter_config import AdapterConfig, parse_config
+from candle_vllm.core.loading.adapter_config import AdapterConfig, invocation_of, parse_config
 from candle_vllm.core.loading.gguf import open_gguf, split_names
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.tensors import Checkpoint, FileTensor
@@ -40,10 +40,12 @@ class AdapterLimits:
     Attributes:
         max_rank: the largest rank of a matrix.
         max_bytes: of its weights' file.
+        copied: the file is read into memory, so that whoever writes to it meanwhile does no harm.
     """
 
     max_rank: int = 256
     max_bytes: int = 4 << 30
+    copied: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -219,11 +221,12 @@ def _read_gguf(path: Path, limits: AdapterLimits) -> StoredAdapter:
 
 
 def _invocation_tokens(metadata: Mapping[str, Any], path: Path) -> tuple[int, ...] | None:
-    value = metadata.get("adapter.alora.invocation_tokens")
+    key = "adapter.alora.invocation_tokens"
+    value = metadata.get(key)
     if value is None:
         return None
     values = value if isinstance(value, list) else value.tolist() if hasattr(value, "tolist") else [value]
-    return Fields({"ids": values}, path).token_ids("ids") or None
+    return invocation_of(Fields({key: values}, path), key) or None
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------
@@ -240,7 +243,7 @@ def _open(path: Path, limits: AdapterLimits, format: Literal["peft", "gguf"]) ->
             raise AdapterError(f"{path} has {size} bytes; {limits.max_bytes} are allowed: raise lora_memory")
         if format == "gguf" and len(split_names(path.name)) > 1:
             raise AdapterError(f"{path} is a part of several; an adapter is one file: merge them with gguf-split")
-        checkpoint = (open_safetensors if format == "peft" else open_gguf)(path, copied=True)
+        checkpoint = (open_safetensors if format == "peft" else open_gguf)(path, copied=limits.copied)
         try:
             _check_tensors(checkpoint, path, format)
         except BaseException:

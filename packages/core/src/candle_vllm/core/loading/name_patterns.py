@@ -15,6 +15,7 @@ MAX_LENGTH = 4096
 """Most characters of a pattern."""
 MAX_POSITIONS = 1024
 """Most letters and classes in it, repetitions written out."""
+_MOST_PATTERNS = 64  # each is tried on the name of every module
 
 _TOO_LONG = f"written out it has more than {MAX_POSITIONS} letters"
 _LETTERS = range(32, 127)
@@ -256,6 +257,8 @@ def first_match(keys: Mapping[str, float], what: Callable[[str], str]) -> Callab
             literal.setdefault(pattern.literal, (order, value))
             continue
         others.append((order, pattern, value))
+        if len(others) > _MOST_PATTERNS:
+            raise ValueError(what(f"there are more than {_MOST_PATTERNS} regular expressions"))
         positions += pattern.size
         if positions > 4 * MAX_POSITIONS:
             raise ValueError(what(f"the regular expressions together have more than {4 * MAX_POSITIONS} letters"))
