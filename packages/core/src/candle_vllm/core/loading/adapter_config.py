@@ -172,7 +172,8 @@ def _read(keys: _Keys, max_rank: int) -> ReadConfig:
         trained_tokens=_trained_tokens(keys),
         targets=_texts(keys, "target_parameters"),
     )
-    keys.flag("lora_bias"), keys.flag("fan_in_fan_out")  # tensors say the first; A and B are the same under the second
+    for key in ("lora_bias", "fan_in_fan_out"):  # tensors say the first; A and B are the same under the second
+        keys.flag(key)
     alora = invocation_of(keys, "alora_invocation_tokens")
     base = keys.get("base_model_name_or_path", str, None)
     return ReadConfig(config=config, alora=alora or None, base=base or None, notes=_notes(keys, base))
