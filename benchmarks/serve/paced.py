@@ -20,6 +20,7 @@ from candle_vllm.core.engine.request import (
     EngineStats,
     FinishReason,
     GenerationRequest,
+    LoRARequest,
     RequestMetrics,
     TokenOutput,
 )
@@ -61,6 +62,8 @@ class PacedSteps:
     @property
     def has_work(self) -> bool:
         return bool(self._live)
+
+    waits = False
 
     def prepare(self, request: GenerationRequest) -> Sequence[_Live]:
         return [_Live(request, request.params.max_tokens or CONTEXT)]
@@ -147,6 +150,7 @@ class PacedEngine(ScriptedEngine):
         priority: int = 0,
         add_special_tokens: bool = True,
         watcher: RequestWatcher | None = None,
+        lora_request: Sequence[tuple[LoRARequest, float]] = (),
     ) -> TokenStream:
         """As `InferenceEngine.stream`."""
         params = sampling_params or SamplingParams()
@@ -157,6 +161,7 @@ class PacedEngine(ScriptedEngine):
                 prompt_token_ids=self.tokenize(prompt, add_special_tokens) if isinstance(prompt, str) else list(prompt),
                 params=params,
                 priority=priority,
+                adapters=tuple(adapter.use(scale) for adapter, scale in lora_request),
             )
             inbox, thread = Inbox(asyncio.get_running_loop()), self._engine_thread
             thread.submit(self._paced.prepare(request), inbox)

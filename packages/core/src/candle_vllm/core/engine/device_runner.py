@@ -15,6 +15,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -99,7 +100,7 @@ class DeviceRunner:
         self._limits = limits
         self._stream = stream
         self._dtype = dtype
-        self._attend = {} if attend is None else {"attend": attend}
+        self._attend: dict[str, Any] = {} if attend is None else {"attend": attend}
         one = torch.ones(1, dtype=torch.float32, device=stream.device)
         self._scales = (one, one) if dtype == torch.float8_e4m3fn else None
         self._inputs = DeviceInputs(stream, limits)

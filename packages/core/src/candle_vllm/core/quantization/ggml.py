@@ -182,7 +182,8 @@ def _decode(contents: BlockContents, blocks: np.ndarray, out: np.ndarray) -> Non
     """A `Decoder` of the types of which it is known what is in a block."""
     parts = take_apart(blocks, contents, np)
     scale = _floats(parts.scale)
-    out[:] = parts.codes.view(np.int8) if contents.values is None else np.float32(contents.values)[parts.codes]
+    codes = parts.codes.view(np.int8)
+    out[:] = codes if contents.values is None else np.array(contents.values, np.float32)[parts.codes]
     if parts.scales is None:
         out *= scale
         if parts.minimum is not None:
