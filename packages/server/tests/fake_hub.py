@@ -37,6 +37,7 @@ class FakeHub:
 
     Attributes:
         repos: repository -> file -> content.
+        moved: what a repository is asked for as -> what it is called.
         sums: repository and file -> the sum that is told in the place of the true one.
         cut: bytes after which the next download breaks off; None is never.
         held: bytes after which downloads of weights wait until the event is set; None is never.
@@ -45,6 +46,7 @@ class FakeHub:
 
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, bytes]] = {}
+        self.moved: dict[str, str] = {}
         self.sums: dict[tuple[str, str], str] = {}
         self.cut: int | None = None
         self.held: tuple[int, threading.Event] | None = None
@@ -75,6 +77,7 @@ class FakeHub:
                     self._send(404, b"{}")
 
             def _describe(self, repo: str) -> None:
+                repo = hub.moved.get(repo, repo)
                 if repo not in hub.repos:
                     self._send(404, b"{}", {"x-error-code": "RepoNotFound"})
                     return

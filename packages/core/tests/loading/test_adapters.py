@@ -160,6 +160,10 @@ def test_keys_that_are_not_known_are_told(tmp_path: Path) -> None:
     with read_adapter(folder) as stored:
         assert ["new_thing" in stored.notes[0], "newer" in stored.notes[0], len(stored.notes)] == [True, False, 2]
         assert "does not name the base" in stored.notes[1]
+    strange: dict[str, Any] = {"x\r\nset-cookie: y": 1}
+    with read_adapter(write_adapter(tmp_path / "b", SMALL, **strange)) as stored:
+        assert r"'x\r\nset-cookie: y'" in stored.notes[0]
+        assert stored.notes[0].isprintable()
 
 
 def test_scales_follow_patterns(tmp_path: Path, base: AdapterBase) -> None:
@@ -301,7 +305,7 @@ def test_what_is_too_large_is_refused_before_it_is_read(tmp_path: Path) -> None:
         read_adapter(folder, AdapterLimits(max_bytes=1000))
     with (folder / "adapter_config.json").open("r+b") as stream:
         stream.truncate(1 << 30)  # a hole: no byte of it is on the disk
-    with pytest.raises(AdapterError, match="more than the 16777216 bytes"):
+    with pytest.raises(AdapterError, match="more than the 1048576 bytes"):
         read_adapter(folder)
 
 

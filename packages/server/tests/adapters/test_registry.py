@@ -16,6 +16,7 @@ sys.path.append(str(Path(__file__).parent))
 from server_fakes import FakeLoader
 
 from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.openai.errors import ModelNotServedError
 from candle_vllm.server.adapters.disk_cache import DiskCache, Key
 from candle_vllm.server.adapters.registry import Adapters, BaseAdapters
 from candle_vllm.server.adapters.sources import AdapterName, Found, Refused, Unavailable
@@ -157,7 +158,8 @@ async def test_a_name_may_say_its_base_and_its_revision(source: FakeSource) -> N
     assert (found.base, found.name, found.revision) == ("org/second:Q4", "acme/tone@v7", "v7")
     assert found.request.lora_name == "acme/tone@v7"
     assert known.find("org/second:Q4:acme/tone@v7") is found
-    assert known.find("acme/tone@v7") is found
+    assert known.find("acme/tone@v7") is None  # who asked with a base says nothing of the plain name
+    assert found.called("second") == "second:acme/tone@v7"
     assert known.find("first:acme/tone@v7") is None
     plain = await known.reach("acme/tone")
     assert plain is not None
@@ -166,6 +168,11 @@ async def test_a_name_may_say_its_base_and_its_revision(source: FakeSource) -> N
     other = await known.reach("acme/other")
     assert other is not None
     assert other.base == "org/second:Q4"
+    assert known.find("acme/other") is other
+    shared = await known.reach("acme/tone@v7")
+    assert shared is not None
+    assert (shared.base, shared.plain) == ("org/second:Q4", True)
+    assert known.find("acme/tone@v7") is known.find("org/second:Q4:acme/tone@v7")
     assert await known.reach("closed:acme/tone") is None
 
 
@@ -187,6 +194,46 @@ async def test_files_that_went_from_the_cache_come_again_as_they_were(tmp_path: 
     assert again is not None
     assert again.path.is_dir()
     assert source.asked == ["acme/tone", "acme/tone@c1"]
+
+
+async def test_what_an_operator_loads_by_a_resolvers_name_keeps_its_revision(
+    source: FakeSource,
+) -> None:
+    known = adapters(source)
+    found = await known.fetch("acme/tone", "mine", "base")
+    assert found is not None
+    known.add(found)
+    assert (found.kind, found.revision, found.request.lora_name) == ("hf", "c1", "mine@c1")
+    assert await known.reach("mine") is known.find("mine")
+    found.path.rmdir()
+    again = await known.reach("mine")
+    assert again is not None
+    assert (again.path.is_dir(), again.request) == (True, found.request)
+    assert source.asked == ["acme/tone", "acme/tone@c1"]
+    assert known.given("base") == [again]
+    again.path.rmdir()
+    source.gate.clear()
+    asked = asyncio.create_task(known.reach("mine"))
+    await until(lambda: len(source.asked) == 3)
+    known.forget(again)
+    source.gate.set()
+    assert await asked is None
+    assert known.find("mine") is None
+
+
+async def test_an_adapter_that_goes_while_its_request_is_prepared_never_becomes_the_base(source: FakeSource) -> None:
+    known = adapters(source, entries=(entry("first"), entry("second")))
+    first, second = BaseAdapters(known, "first"), BaseAdapters(known, "second")
+    found = await known.reach("acme/tone")
+    assert found is not None
+    assert len(first.uses("acme/tone", None)) == 1
+    for name in (None, "default", "first"):
+        assert first.uses(name, None) == []
+    with pytest.raises(ModelNotServedError, match="'acme/tone' is not served any more"):
+        second.uses("acme/tone", None)
+    known.forget(found)
+    with pytest.raises(ModelNotServedError, match="'acme/tone' is not served any more"):
+        first.uses("acme/tone", None)
 
 
 async def test_a_source_without_names_for_revisions_is_asked_as_before(source: FakeSource) -> None:
@@ -217,7 +264,7 @@ async def test_an_adapter_in_use_keeps_its_files(tmp_path: Path) -> None:
     found = await known.reach("acme/tone")
     assert found is not None
     done = known.use(found)
-    with pytest.raises(Refused):
+    with pytest.raises(Unavailable):
         cache.put(Key("hf", "acme/other", "c1"), "", fill)
     done()
     cache.put(Key("hf", "acme/other", "c1"), "", fill)

@@ -19,6 +19,7 @@ from server_fakes import PacedEngine
 
 from candle_vllm.core.engine.request import AdapterUse
 from candle_vllm.core.errors import AdapterError
+from candle_vllm.server.adapters.registry import BaseAdapters
 from candle_vllm.server.routes.ollama_library import refuse_open_changes
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import UsageError
@@ -168,6 +169,26 @@ def test_vectors_go_through_an_adapter(start: Start, path: str, body: dict[str, 
         assert engine.pooling_calls[-1].lora_request == ()
 
 
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_an_adapter_that_is_unloaded_while_its_request_is_prepared_is_404(
+    given: Running, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def known(self: BaseAdapters, name: str) -> bool:
+        found = self._adapters.find(name)
+        if found is not None:
+            self._adapters.forget(found)
+        return found is not None
+
+    monkeypatch.setattr(BaseAdapters, "is_known", known)
+    path, body = REQUESTS[kind]
+    asked = len(given.engine.requests)
+    with given.http() as http:
+        answer = http.post(path, json={"model": "tone", **body})
+    assert answer.status_code == 404, answer.text
+    assert "'tone' is not served" in answer.text
+    assert len(given.engine.requests) == asked
+
+
 def test_a_batch_has_lines_of_several_adapters(given: Running) -> None:
     lines = "".join(
         json.dumps(
@@ -264,6 +285,10 @@ def test_a_path_that_is_none_of_this_machine_is_asked_of_the_resolvers_alone(
             answer = http.post("/v1/load_lora_adapter", json={"lora_name": "mine", "lora_path": path})
             assert answer.status_code == status, path
             if status == 200:
+                assert chat(running, "mine").status_code == 200
+                assert used(running) == [(f"mine@{COMMIT}", 1.0)]
+                card = next(each for each in http.get("/v1/models").json()["data"] if each["id"] == "mine")
+                assert card["revision"] == COMMIT
                 assert http.post("/v1/unload_lora_adapter", json={"lora_name": "mine"}).status_code == 200
 
 
@@ -347,6 +372,10 @@ def test_a_key_opens_the_models_and_adapters_that_it_is_bound_to(start: Start, t
         assert status("one", "acme/none") == 404
         assert [status("base", name) for name in ("base", None, "poems", "acme/tone")] == [200, 200, 403, 403]
         assert status("base", "base", lora=[{"id": 1, "scale": 1.0}]) == 403
+        body = {"model": "base", **CHAT, "lora": [{"id": 1, "scale": 1.0}]}
+        told = http.post("/v1/chat/completions", json=body, headers={"authorization": "Bearer key-base"}).text
+        assert "the adapter 1" in told
+        assert "other" not in told
         assert status("all", "base", lora=[{"id": 1, "scale": 1.0}]) == 200
         assert status("one", "base", "/api/chat") == 403
         assert status("one", "poems", "/api/chat") == 200

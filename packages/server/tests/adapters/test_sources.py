@@ -161,6 +161,27 @@ def test_nothing_outside_the_pattern_is_asked_for(cache: DiskCache, monkeypatch:
         assert hub(cache, "acme/tone").find(named("acme/tone2")) is None
 
 
+@pytest.mark.parametrize("revision", ["refs/pr/1", "refs/heads/main", "pr/1"])
+def test_what_is_proposed_to_a_repository_is_not_of_it(
+    revision: str, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: pytest.fail("the hub was asked"))
+    assert hub(cache).find(named(f"acme/tone@{revision}")) is None
+    assert hub(cache, "acme/tone").find(named(f"acme/tone@{revision}")) is None
+
+
+def test_names_that_differ_in_case_are_one_and_a_repository_that_moved_is_none(fake_hub: Any, cache: DiskCache) -> None:
+    fake_hub.repos |= {"acme/tone": files(), "other/tone": files()}
+    fake_hub.moved = {"acme/Tone": "acme/tone", "acme/gone": "other/tone"}
+    found = hub(cache).find(named("acme/Tone"))
+    assert found is not None
+    assert found.root == f"acme/tone@{COMMIT}"
+    assert hub(cache).find(named("acme/tone")) == found
+    assert hub(cache, offline=True).find(named("acme/Tone")) == found
+    assert cache.size()[0] == 1
+    assert hub(cache).find(named("acme/gone")) is None
+
+
 def test_what_cannot_be_is_refused_before_the_weights_come(fake_hub: Any, cache: DiskCache) -> None:
     fake_hub.repos["acme/wide"] = files(r=512)
     with pytest.raises(Refused, match="r is 512"):
@@ -222,11 +243,24 @@ def test_an_archive_comes_with_its_sum(store: Store, cache: DiskCache) -> None:
     assert source.find(named("none")) is None
 
 
+def test_the_log_has_neither_passwords_nor_signatures(store: Store, cache: DiskCache) -> None:
+    address = store.url.replace("://", "://me:secret@") + "/{name}?sig=secret"
+    source = TarSource(address, cache, Limits())
+    store.files["/x"] = b"<html>"
+    with pytest.raises(Unavailable, match="begins with no SHA-256") as told:
+        source.find(named("x"))
+    assert "secret" not in str(told.value)
+    store.status = 500
+    with pytest.raises(Unavailable, match=r"/x answered 500") as told:
+        source.find(named("x"))
+    assert "secret" not in str(told.value)
+
+
 def test_an_archive_with_another_sum_or_none_is_not_unpacked(store: Store, cache: DiskCache) -> None:
     store.put_archive("/x.tar", whole(zipped=False))
     source = TarSource(store.url + "/{name}.tar", cache, Limits())
     store.files["/x.tar"] += b"x"
-    with pytest.raises(Refused, match="not what its sum says"):
+    with pytest.raises(Unavailable, match="not what its sum says"):  # it may be about to be another
         source.find(named("x"))
     store.files["/x.tar.sha256"] = b"<html>"
     with pytest.raises(Unavailable, match="begins with no SHA-256"):
@@ -330,6 +364,8 @@ def test_the_least_used_makes_room_unless_it_is_in_use(cache: DiskCache, tmp_pat
     cache.put(keys[3], "", filled(300 << 10))
     assert [cache.find(key) is not None for key in keys] == [True, True, False, True]
     with pytest.raises(Refused, match="--lora-cache-bytes"):
+        cache.put(Key("hf", "acme/big", "r"), "", filled(2 << 20))
+    with pytest.raises(Unavailable, match="with what is in use"):
         cache.put(Key("hf", "acme/big", "r"), "", filled(800 << 10))
     assert [cache.find(key) is not None for key in keys] == [True, True, False, True]  # nothing went for it
     let_go()
@@ -383,7 +419,10 @@ def test_two_that_fetch_the_same_leave_one(cache: DiskCache) -> None:
 
 @pytest.mark.parametrize(
     "spec", ["", "local", "local=", "local=/none/there", "hf=", "s3", "s3=", "tar", "tar=https://x/y.tar", "git=x",
-             "tar=file:///{name}", "tar=/{name}"],
+             "tar=file:///{name}", "tar=/{name}", "tar=https://{name}.host/x", "tar=https://{name}.host/{name}",
+             "tar=https://{name}@host/{name}", "tar=https://host{revision}/{name}", "tar=https:///{name}",
+             "tar=https://host/x?{name}", "tar=https://host/{name}?{revision}", "tar=https://host/{name}#{name}",
+             "tar=https://[x/{name}", "tar=https://host\\{name}"],
 )  # fmt: skip
 def test_a_resolver_that_is_none_is_refused(spec: str, cache: DiskCache) -> None:
     with pytest.raises(UsageError, match="--lora-resolver"):

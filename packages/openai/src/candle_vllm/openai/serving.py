@@ -34,6 +34,7 @@ class AdapterNames(Protocol):
 
         Raises:
             InvalidParameterError: it says both, or there is no adapter of a number.
+            ModelNotServedError: neither an adapter nor the model is called so any more.
         """
         ...
 
@@ -66,7 +67,7 @@ class ServedNames:
         """What an engine is told besides the prompt; nothing where the model answers as it is.
 
         Raises:
-            InvalidParameterError: as `AdapterNames.uses`, or the model has no adapters.
+            InvalidParameterError, ModelNotServedError: as `AdapterNames.uses`, or the model has no adapters.
         """
         if self.adapters is None:
             if scales:

@@ -125,8 +125,11 @@ def _permit_mix(request: Request, wire: Any) -> None:
     manager: ModelManager = request.app.state.manager
     slot, wanted = manager.find(wire.model, caller=caller), {each.id for each in lora}
     for adapter in manager.adapters.numbered(slot.entry.name):
-        if adapter.number in wanted:
-            manager.permit(adapter.name, caller)
+        if adapter.number in wanted and not caller.may_use(*adapter.names):
+            message = (
+                f"This API key may not use the adapter {adapter.number}: this server's operator says which it may."
+            )
+            raise HttpError(403, message, "model_not_allowed", param="lora")  # its name is not told
 
 
 def _closing(chunks: AsyncIterator[Any]) -> Awaitable[object] | None:

@@ -181,8 +181,8 @@ class AdapterStore:
                 )
             if use.path and use.path != entry.path:
                 raise InvalidParameterError(
-                    f"adapter {use.name!r:.80} has its files at {entry.path!r:.200}: load_inplace=True takes those of "
-                    f"{use.path!r:.200} in their place",
+                    f"adapter {use.name!r:.80} has other files now than the request names: ask again by its name, or "
+                    "add the request's files with load_inplace=True",
                     "lora_request",
                 )
             if use.load_inplace:
@@ -276,9 +276,9 @@ class AdapterStore:
 
     def failure(self, entry: Entry) -> InvalidParameterError:
         """What a request hears of an adapter that could not be loaded; where its files lie, the log says."""
-        reason, place = entry.error or "", str(entry.path)
-        if place.startswith("/"):
-            reason = reason.replace(f"{place}/", "").replace(f"{place}: ", "")
+        reason, place = entry.error or "", Path(entry.path)
+        if place.name and place.parent != Path():
+            reason = reason.replace(f"{place}/", "").replace(f"{place}: ", "").replace(str(place), place.name)
         return InvalidParameterError(f"adapter {entry.name!r:.80} cannot be used: {reason}", "lora_request")
 
     @property

@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from candle_vllm.core.errors import AdapterError, InvalidFileError
-from candle_vllm.core.fields import MAX_CONFIG_BYTES, MAX_COUNT, Fields
+from candle_vllm.core.fields import MAX_COUNT, Fields
 from candle_vllm.core.loading.name_patterns import first_match
 
+MAX_CONFIG_BYTES = 1 << 20
+"""Of an adapter's file; theirs have a few thousand."""
 _CONVERSION = (
     "such training changes the base's own weights: save the adapter with PEFT's save_pretrained(..., "
     "path_initial_model_for_weight_conversion=FOLDER OF THE ADAPTER BEFORE TRAINING), which makes a plain one of it"
@@ -230,7 +232,7 @@ def _notes(keys: _Keys, base: str | None) -> tuple[str, ...]:
     unknown = [key for key in unknown if key not in _REFUSED]
     found = []
     if unknown:
-        shown = ", ".join(f"{key:.60}" for key in unknown[:_SHOWN])
+        shown = ", ".join(f"{key!r:.60}" for key in unknown[:_SHOWN])
         rest = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
         found.append(f"keys of adapter_config.json that are not known here and have no effect: {shown}{rest}")
     if not base:

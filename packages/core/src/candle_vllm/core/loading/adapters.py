@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from candle_vllm.core.errors import AdapterError, InvalidFileError, ModelLoadError, ModelNotFoundError
-from candle_vllm.core.fields import MAX_CONFIG_BYTES, Fields
-from candle_vllm.core.loading.adapter_config import AdapterConfig, invocation_of, parse_config
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.loading.adapter_config import MAX_CONFIG_BYTES, AdapterConfig, invocation_of, parse_config
 from candle_vllm.core.loading.gguf import open_gguf, split_names
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.tensors import Checkpoint, FileTensor

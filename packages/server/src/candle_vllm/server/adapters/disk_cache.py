@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from candle_vllm.server.adapters.sources import Refused
+from candle_vllm.server.adapters.sources import Refused, Unavailable
 
 _ENTRY = "entry.json"
 _FILES = "adapter"
@@ -82,9 +82,10 @@ class DiskCache:
             os.utime(place / _ENTRY)
         return place / _FILES, entry
 
-    def latest(self, kind: str, name: str, asked: str) -> Key | None:
-        """What a name without a pinned revision meant when it was last fetched."""
-        found = [(used, entry) for used, _, entry in self._entries() if entry.key[:2] == (kind, name)]
+    def latest(self, kind: str, is_it: Callable[[str], bool], asked: str) -> Key | None:
+        """What a name without a pinned revision meant when it was last fetched; `is_it` knows the name."""
+        found = [(used, entry) for used, _, entry in self._entries() if entry.key.kind == kind]
+        found = [(used, entry) for used, entry in found if is_it(entry.key.name)]
         found = [(used, entry) for used, entry in found if asked in (entry.asked, entry.key.revision)]
         return max(found, key=lambda each: each[0])[1].key if found else None
 
@@ -98,7 +99,8 @@ class DiskCache:
                 raises, nothing is kept.
 
         Raises:
-            Refused: it is larger than the cache, or what is in use leaves no room.
+            Refused: it is larger than the cache.
+            Unavailable: what is in use leaves no room.
         """
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         staged = self._folder / f"{_STAGED}{secrets.token_hex(8)}"
@@ -151,10 +153,10 @@ class DiskCache:
                 leaving.append(place)
                 total -= entry.size
         if total + size > self._max_bytes:  # nothing goes for what would not fit
-            raise Refused(
-                f"it has {size >> 20} MiB, and the cache holds {self._max_bytes >> 20} MiB with what is in use "
-                "(--lora-cache-bytes)"
-            )
+            said = f"it has {size >> 20} MiB, and the cache holds {self._max_bytes >> 20} MiB"
+            if size > self._max_bytes:
+                raise Refused(f"{said} (--lora-cache-bytes)")
+            raise Unavailable(f"{said} with what is in use (--lora-cache-bytes)")
         for place in leaving:
             shutil.rmtree(place, ignore_errors=True)
 

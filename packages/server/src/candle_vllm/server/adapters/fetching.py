@@ -57,10 +57,11 @@ _PIECE = 1 << 20
 
 
 class _Pinned(NamedTuple):
-    """An adapter that there is: its revision, and what fetches its files into an empty folder."""
+    """An adapter that there is: its revision, what fetches its files into an empty folder, and its name there."""
 
     revision: str
     fill: Callable[[Path, Budget], str | None]
+    label: str
 
 
 class _Fetched:
@@ -82,14 +83,16 @@ class _Fetched:
         try:
             pinned = self._pin(name, budget)
         except Unavailable as error:
-            key = self._cache.latest(self.kind, label, asked)
+            key = self._cache.latest(self.kind, lambda kept: self._is(kept, label), asked)
             if key is None:
                 raise
+            label = key.name
             logger.warning("%s is taken from the cache as it was: %s", label, error)
             pinned = None
         else:
             if pinned is None:
                 return None
+            label = pinned.label
             key = Key(self.kind, label, pinned.revision)
         here = self._cache.find(key)
         if here is not None:
@@ -122,6 +125,10 @@ class _Fetched:
         """What says where it is from."""
         return name.name
 
+    def _is(self, kept: str, label: str) -> bool:
+        """Whether what is in the cache as `kept` is what is asked for."""
+        return kept == label
+
     def _pin(self, name: AdapterName, budget: Budget) -> _Pinned | None:
         raise NotImplementedError
 
@@ -150,13 +157,23 @@ class HubSource(_Fetched):
         return self._pattern.strip("*/") == ""
 
     def _may_have(self, name: AdapterName) -> bool:
+        if "/" in (name.revision or "") and not self.takes_all:
+            return False  # refs/pr/1 and its like are what anybody proposes to the repository
         repo, _ = _repo(name)
         return HUB_ID.fullmatch(repo) is not None and fnmatchcase(repo, self._pattern)
 
+    def _is(self, kept: str, label: str) -> bool:
+        (repo, below), (asked, asked_below) = _repo(AdapterName(kept)), _repo(AdapterName(label))
+        return (repo.lower(), below) == (asked.lower(), asked_below)
+
     def _pin(self, name: AdapterName, budget: Budget) -> _Pinned | None:
-        repo, below = _repo(name)
-        info = self._info(repo, name.revision, budget)
+        asked, below = _repo(name)
+        info = self._info(asked, name.revision, budget)
         if info is None:
+            return None
+        repo = info.id  # as the hub writes it: names that differ in case alone are one
+        if repo.lower() != asked.lower():
+            logger.info("no adapter %s: the repository has moved", asked)
             return None
         files = {sibling.rfilename: sibling for sibling in info.siblings or ()}
         config, weights = files.get(below + CONFIG), files.get(below + WEIGHTS)
@@ -175,7 +192,7 @@ class HubSource(_Fetched):
             self._get(repo, commit, weights, folder / WEIGHTS, budget)
             return base
 
-        return _Pinned(commit, fill)
+        return _Pinned(commit, fill, f"{repo}/{below}".rstrip("/"))
 
     def _info(self, repo: str, revision: str | None, budget: Budget) -> ModelInfo | None:
         import huggingface_hub
@@ -285,12 +302,13 @@ class TarSource(_Fetched):
     def _pin(self, name: AdapterName, budget: Budget) -> _Pinned | None:
         wanted = name.revision if name.revision and "{revision}" not in self._address else None
         url = self._address.replace("{name}", quote(name.name)).replace("{revision}", quote(name.revision or ""))
+        shown = _shown(url)
         try:
             told = b"".join(_http(url + ".sha256", budget, _MAX_SUM))[:64].decode("ascii", "replace").lower()
         except FileNotFoundError:
             return None
         if not _SUM.fullmatch(told):
-            raise Unavailable(f"{url}.sha256 begins with no SHA-256")
+            raise Unavailable(f"the sum of {shown} begins with no SHA-256")
         if wanted is not None and told != wanted:
             return None
 
@@ -302,21 +320,27 @@ class TarSource(_Fetched):
                         found.update(piece)
                         stream.write(piece)
             except FileNotFoundError:
-                raise Unavailable(f"{url} is not there, though its sum is") from None
+                raise Unavailable(f"{shown} is not there, though its sum is") from None
             if found.hexdigest() != told:
-                raise Refused("its archive is not what its sum says")
+                raise Unavailable(f"{shown} is not what its sum says")  # one of the two may be about to come
             base = unpack(archive, folder, budget)
             archive.unlink()
             return base
 
-        return _Pinned(told, fill)
+        return _Pinned(told, fill, self._label(name))
+
+
+def _shown(url: str) -> str:
+    """An address for the log: without who asks, and without a query, which may be a signature."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
 def _http(url: str, budget: Budget, most: int) -> Iterator[bytes]:
     """The body at an address, in pieces; raises FileNotFoundError where there is nothing."""
     import httpx
 
-    shown, left = urlsplit(url)._replace(query="").geturl(), most
+    shown, left = _shown(url), most
     asked: dict[str, Any] = {"follow_redirects": False, "headers": {"accept-encoding": "identity"}}
     try:
         with httpx.stream("GET", url, timeout=min(_HTTP_SECONDS, budget.seconds), **asked) as answer:
@@ -385,7 +409,7 @@ class BucketSource(_Fetched):
             return base
 
         _ = budget.seconds
-        return _Pinned(revision, fill)
+        return _Pinned(revision, fill, self._label(name))
 
     def _get(self, key: str, path: Path, budget: Budget, most: int) -> None:
         import obstore
@@ -470,9 +494,20 @@ def read_source(spec: str, settings: Settings, cache: DiskCache, limits: Limits)
         return HubSource(place or "*", settings, cache, limits)
     if kind == "s3" and place:
         return BucketSource(place.removeprefix("s3://"), cache, limits)
-    if kind == "tar" and "{name}" in place and urlsplit(place).scheme in ("http", "https"):
+    if kind == "tar" and _is_template(place):
         return TarSource(place, cache, limits)
     raise UsageError(
         f"--lora-resolver {spec!r:.200} is none of local=DIR, hf, hf=org/*, s3=BUCKET/FOLDER and "
         "tar=https://HOST/{name}.tar.gz"
     )
+
+
+def _is_template(address: str) -> bool:
+    """Whether a name changes the path of an address, and nothing else."""
+    try:
+        parts = urlsplit(address)
+        host = parts.hostname
+    except ValueError:
+        return False
+    rest = parts._replace(path="").geturl()
+    return parts.scheme in ("http", "https") and bool(host) and "{name}" in parts.path and "{" not in rest

@@ -18,6 +18,7 @@ from pathlib import Path
 from candle_vllm.core.engine.request import LoRARequest
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.setting_kinds import nearest
+from candle_vllm.openai.errors import ModelNotServedError
 from candle_vllm.openai.serving import Uses
 from candle_vllm.server.adapters.disk_cache import DiskCache
 from candle_vllm.server.adapters.sources import AdapterName, Found, Refused, Source, Unavailable, read_name
@@ -52,7 +53,9 @@ class Adapter:
         number: llama.cpp's id of it; None of one that the operator did not name.
         scale: its part where a request says nothing of adapters; 0 is none.
         pinned: it stays in memory.
-        kind: of the source; "given" of those that the operator named or loaded.
+        kind: of the source; "given" of files that the operator named.
+        asked: what its source is asked for, of one that the operator loaded by that; None of all others.
+        plain: its name means it also where the base is not said; not so of one that was asked for with its base alone.
         created: Unix seconds.
     """
 
@@ -65,12 +68,23 @@ class Adapter:
     scale: float = 0.0
     pinned: bool = False
     kind: str = "given"
+    asked: AdapterName | None = None
+    plain: bool = True
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def names(self) -> tuple[str, str]:
         """By which a key may be let have it: with its revision, and without."""
         return self.name, self.name.partition("@")[0]
+
+    def called(self, base: str) -> str:
+        """What requests call it, whose model is served as `base`."""
+        return self.name if self.plain else f"{base}:{self.name}"
+
+    @property
+    def stays(self) -> bool:
+        """Whether it is the operator's, and known until they unload it."""
+        return self.kind == "given" or self.asked is not None
 
     @property
     def request(self) -> LoRARequest:
@@ -127,10 +141,14 @@ class Adapters:
         if text is None or self._catalogue is None or self._catalogue.has(text):
             return None
         base, name = self._split(text)
-        for entry in self.bases() if base is None else (base,):
-            if (found := self._known.get((entry.name, name))) is not None:
-                return found
-        return None
+        if base is not None:
+            return self._known.get((base.name, name))
+        known = (self._known.get((entry.name, name)) for entry in self.bases())
+        return next((each for each in known if each is not None and each.plain), None)
+
+    def is_model(self, name: str) -> bool:
+        """Whether a model is called so."""
+        return self._catalogue is not None and self._catalogue.has(name)
 
     def numbered(self, base: str) -> list[Adapter]:
         """Those that the operator named for a model, by llama.cpp's ids."""
@@ -165,7 +183,7 @@ class Adapters:
 
     def near(self, name: str) -> str:
         """What there is, for a message: the name that is nearest, and some others."""
-        names = [each.name for each in self.all()]
+        names = [each.called(each.base) for each in self.all()]
         if not names:
             return "No adapters are known."
         likely = [known for known in names if known[:1].lower() == name[:1].lower() or name.lower() in known.lower()]
@@ -194,7 +212,7 @@ class Adapters:
             if known.kind == "given" or known.path.exists():
                 return known
         base, name = self._split(text)
-        read = read_name(name)
+        read = read_name(name) if known is None or known.asked is None else known.asked
         if read is None or not self.looks_elsewhere:
             return None
         pins = known is not None and all(source.pins for source in self._sources if source.kind == known.kind)
@@ -204,7 +222,7 @@ class Adapters:
         if look is None:
             if len(self._looks) >= _MAX_LOOKING:
                 raise HttpError(503, "Too many adapters are looked for.", "overloaded", {"retry-after": "5"})
-            look = self._looks[text] = asyncio.create_task(self._look(read, base, name), name="adapter")
+            look = self._looks[text] = asyncio.create_task(self._look(read, base, name, known), name="adapter")
             look.add_done_callback(lambda task: self._looked_for(text, task))
         return await asyncio.shield(look)
 
@@ -213,23 +231,35 @@ class Adapters:
         if not look.cancelled():
             look.exception()  # who asked has heard of it, or has left
 
-    async def _look(self, read: AdapterName, base: ModelEntry | None, name: str) -> Adapter | None:
+    async def _look(
+        self, read: AdapterName, base: ModelEntry | None, name: str, known: Adapter | None
+    ) -> Adapter | None:
         looked = await self._fetch(read)
         if looked is None:
             return None
         source, found = looked
-        entry = base or self._base_of(found)
-        adapter = Adapter(
-            name=name, base=entry.name, path=found.path, root=found.root, revision=found.revision, kind=source.kind
-        )
+        entry = (base or self._base_of(found)).name if known is None else known.base
+        now = self._known.get((entry, name))
+        if known is not None and known.stays and (now is None or now.path != known.path):
+            return now  # it was unloaded meanwhile, or loaded anew
+        if now is None or now is known or not (now.kind == "given" or now.path.exists()):  # else it is pinned already
+            before = now or Adapter(name=name, base=entry, path=found.path, root=found.root, plain=False)
+            now = replace(before, path=found.path, root=found.root, revision=found.revision, kind=source.kind)
+        adapter = replace(now, plain=now.plain or base is None)
         self._keep(adapter)
         return adapter
 
-    async def fetch(self, text: str) -> Found | None:
-        """The files of an adapter that a source has; errors as `reach`."""
+    async def fetch(self, text: str, name: str, base: str) -> Adapter | None:
+        """What a source has by the name `text`, to be `add`ed by another name; errors as `reach`."""
         read = read_name(text)
         looked = None if read is None else await self._fetch(read)
-        return None if looked is None else looked[1]
+        if read is None or looked is None:
+            return None
+        source, found = looked
+        return Adapter(
+            name=name, base=base, path=found.path, root=found.root, revision=found.revision, kind=source.kind,
+            asked=read,
+        )  # fmt: skip
 
     async def _fetch(self, read: AdapterName) -> tuple[Source, Found] | None:
         fault: Unavailable | None = None
@@ -291,7 +321,7 @@ class Adapters:
 
     def _keep(self, adapter: Adapter) -> None:
         self._known[adapter.base, adapter.name] = adapter
-        loose = [key for key, each in self._known.items() if each.kind != "given" and not self._used[key]]
+        loose = [key for key, each in self._known.items() if not each.stays and not self._used[key]]
         for key in loose[: max(0, len(self._known) - MAX_KNOWN)]:
             del self._known[key]
 
@@ -337,24 +367,21 @@ class Adapters:
                 scale = 0.0 if entry.settings.lora_init_without_apply else spec.scale
                 self._give(spec, entry, number=number, scale=scale)
 
-    def _give(self, spec: AdapterSpec, entry: ModelEntry, *, number: int | None = None, scale: float = 0.0) -> Adapter:
-        adapter = Adapter(
+    def _give(self, spec: AdapterSpec, entry: ModelEntry, *, number: int, scale: float) -> None:
+        self._known[entry.name, spec.name] = Adapter(
             name=spec.name, base=entry.name, path=Path(spec.path).expanduser(), root=Path(spec.path).name,
             number=number, scale=scale, pinned=spec.pinned,
         )  # fmt: skip
-        self._known[entry.name, spec.name] = adapter
-        return adapter
 
     def given(self, base: str) -> list[Adapter]:
         """Those that the operator named or loaded for a model."""
-        return [each for each in self._known.values() if each.base == base and each.kind == "given"]
+        return [each for each in self._known.values() if each.base == base and each.stays]
 
-    def add(self, spec: AdapterSpec, base: str) -> Adapter:
+    def add(self, adapter: Adapter) -> None:
         """An adapter that an operator loads while the server runs; one of that name is replaced."""
-        entry = next(entry for entry in self.bases() if entry.name == base)
-        before = self._known.get((base, spec.name))
-        number, scale = (None, 0.0) if before is None else (before.number, before.scale)
-        return self._give(spec, entry, number=number, scale=scale)
+        key = (adapter.base, adapter.name)
+        before = self._known.get(key, adapter)
+        self._known[key] = replace(adapter, number=before.number, scale=before.scale)
 
     def spelled(self, text: str) -> tuple[str, str]:
         """The name of an adapter in what a request says, without its base: with its revision, and without."""
@@ -390,9 +417,16 @@ class BaseAdapters:
         return found is not None and found.base == self._base
 
     def uses(self, name: str | None, scales: Mapping[int, float] | None) -> Uses:
-        """What a request goes through; raises `InvalidParameterError`."""
+        """What a request goes through.
+
+        Raises:
+            InvalidParameterError: as `AdapterNames.uses`.
+            ModelNotServedError: the name was an adapter's of this model when the request came, and is not any more.
+        """
         found = self._adapters.find(name)
         if found is None or found.base != self._base:
+            if name is not None and not self._adapters.is_model(name):
+                raise ModelNotServedError(f"The model {name!r:.200} is not served any more.", "model")
             return [(each.request, scale) for each, scale in self._adapters.mix(self._base, scales)]
         if scales is not None:
             raise InvalidParameterError(

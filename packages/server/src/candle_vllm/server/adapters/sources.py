@@ -16,12 +16,12 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from candle_vllm.core.errors import AdapterError
-from candle_vllm.core.loading.adapter_config import parse_config
+from candle_vllm.core.loading.adapter_config import MAX_CONFIG_BYTES, parse_config
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
-MAX_CONFIG = 1 << 20  # bytes
+MAX_CONFIG = MAX_CONFIG_BYTES
 MAX_NAME = 256  # characters
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._+-]{0,126}[A-Za-z0-9_+-])?"
 _NAME = re.compile(rf"{_PART}(?:/{_PART}){{0,7}}", re.ASCII)

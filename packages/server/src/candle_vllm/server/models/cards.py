@@ -193,7 +193,7 @@ def cards(manager: ModelManager, caller: Caller = NOBODY) -> list[Card]:
 
 def _adapter_card(adapter: Adapter, slot: ModelSlot) -> AdapterCard:
     return AdapterCard(
-        id=adapter.name,
+        id=adapter.called(slot.entry.names[0]),
         created=adapter.created,
         root=adapter.root,
         parent=slot.entry.names[0],

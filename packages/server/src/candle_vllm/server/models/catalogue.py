@@ -69,7 +69,7 @@ class Catalogue:
 
     def has(self, name: str) -> bool:
         """Whether a model is called so."""
-        return name in self._by_name or name == ANY_MODEL
+        return name in self._by_name or name == ANY_MODEL or (name == DEMO and DEMO_NAME in self._by_name)
 
     def find(self, name: str | None, *, exact: bool = False) -> ModelEntry:
         """The model that a request means: where there is but one, that one, however it is called.

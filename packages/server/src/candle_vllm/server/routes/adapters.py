@@ -27,7 +27,6 @@ from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelSlot
-from candle_vllm.server.settings.adapters import AdapterSpec
 
 router = APIRouter()
 
@@ -96,16 +95,23 @@ async def load_lora_adapter(request: Request) -> Response:
         message = f"The lora adapter '{name}' has already been loaded."
         more = " If you want to load the adapter in place, set 'load_inplace' to True."
         raise HttpError(400, message + more, _INVALID, param="lora_name")
-    path = await _files(manager, wanted.lora_path)
-    lease = await manager.acquire(slot.entry.name)
+    adapter = await _files(manager, wanted, slot.entry.name)
+    held = manager.adapters.use(adapter)
     try:
-        asked = LoRARequest(lora_name=name, lora_path=str(path), load_inplace=wanted.load_inplace)
-        info = await asyncio.to_thread(lease.model.engine.add_lora, asked)
+        lease = await manager.acquire(slot.entry.name)
+        try:
+            asked, engine = adapter.request, lease.model.engine
+            asked = LoRARequest(asked.lora_name, lora_path=asked.lora_path, load_inplace=wanted.load_inplace)
+            info = await asyncio.to_thread(engine.add_lora, asked)
+            manager.adapters.add(adapter)
+            if known is not None and known.base == adapter.base and known.request.lora_name != asked.lora_name:
+                await asyncio.to_thread(engine.remove_lora, known.request.lora_name)
+        finally:
+            lease.release()
     except (AdapterError, ModelNotFoundError) as error:
         raise HttpError(400, f"The adapter cannot be used: {error}", "adapter_refused", param="lora_path") from None
     finally:
-        lease.release()
-    manager.adapters.add(AdapterSpec(name, str(path)), slot.entry.name)
+        held()
     remark(_said(info))
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
@@ -115,15 +121,15 @@ def _said(info: AdapterInfo) -> list[str]:
     return [f"rank {info.rank}, {info.modules} matrices, norm {info.delta_norm:.4g}", *info.notes]
 
 
-async def _files(manager: ModelManager, path: str) -> Path:
-    """Where an adapter's files are, which a resolver fetches where they are not on this machine."""
-    local = Path(path).expanduser()
+async def _files(manager: ModelManager, wanted: LoadAdapterRequest, base: str) -> Adapter:
+    """An adapter whose files are on this machine now: a resolver fetches what was not."""
+    path, local = wanted.lora_path, Path(wanted.lora_path).expanduser()
     if await asyncio.to_thread(local.exists):
-        return local
-    found = await manager.adapters.fetch(path)
+        return Adapter(name=wanted.lora_name, base=base, path=local, root=local.name)
+    found = await manager.adapters.fetch(path, wanted.lora_name, base)
     if found is None:
         raise HttpError(404, f"There is no adapter at {path!r:.200}.", _NOT_FOUND, param="lora_path")
-    return found.path
+    return found
 
 
 @router.post("/v1/unload_lora_adapter")

@@ -161,7 +161,7 @@ def _names(manager: ModelManager, slot: ModelSlot, caller: Caller) -> list[str]:
     """A model's names and those of its adapters, as far as the caller may use them."""
     own = list(slot.entry.names) if caller.may_use(*slot.entry.names) else []
     adapters = (each for each in manager.adapters.all() if each.base == slot.entry.name)
-    return own + [each.name for each in adapters if caller.may_use(*each.names)]
+    return own + [each.called(slot.entry.names[0]) for each in adapters if caller.may_use(*each.names)]
 
 
 @router.get("/api/ps")
