@@ -51,7 +51,10 @@ LENGTHS = {  # the field that says how long an answer is
     "/v1/responses": "max_output_tokens", "/completion": "n_predict", "/infill": "n_predict",
     "/api/chat": "options", "/api/generate": "options",
 }  # fmt: skip
-NAMELESS = ("/v1/models", "/v1/conversations", "/v1/mailbox", "/v1/mcp", "/api/pull", "/api/copy", "/api/delete")
+NAMELESS = (
+    "/v1/models", "/v1/conversations", "/v1/mailbox", "/v1/mcp", "/api/pull", "/api/copy", "/api/delete",
+    "/v1/load_lora_adapter", "/v1/unload_lora_adapter",
+)  # fmt: skip
 GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc",
           "candle_vllm:num_requests_queued")  # fmt: skip
 LEFT_OUT = {"/v1/models/unload", "/v1/files", "/v1/batches"}  # POST: the first is everybody's, the others have a visit
@@ -228,6 +231,9 @@ class Visitors:
         name = f"{method} {path}"
         if example is None:
             yield name, lambda: self._ask(name)
+            return
+        if not isinstance(example, dict):
+            yield name, lambda: self._ask(name, example)
             return
         body = dict(example) if path.startswith(NAMELESS) else {**example, "model": MODELS.get(path, TEXT)}
         body |= self._length(path, 12)

@@ -141,6 +141,7 @@ def test_explained_methods_keep_their_signatures_and_stay_awaitable(engine: Infe
         "use_tqdm",
         "priority",
         "add_special_tokens",
+        "lora_request",
     ]
     assert len(asyncio.run(engine.agenerate("hi", SamplingParams(max_tokens=2, ignore_eos=True))).token_ids) == 2
 

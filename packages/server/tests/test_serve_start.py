@@ -28,7 +28,7 @@ from candle_vllm.server.cli import main
 loader = FakeLoader(seconds={seconds})
 if {fails}:
     loader.broken = dict.fromkeys(["SmolLM2-135M-Instruct.Q4_1"], ModelLoadError("it is damaged"))
-serve.ModelLoader = lambda metrics: loader
+serve.ModelLoader = lambda *_, **__: loader
 status = main({arguments!r})
 sys.stderr.write("loaded %d closed %s\\n" % (len(loader.engines), [engine.closed for engine in loader.engines]))
 sys.exit(status)

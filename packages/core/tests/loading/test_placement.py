@@ -82,7 +82,7 @@ def opened(path: Path, model_type: str) -> tuple[Any, Any]:
     """A checkpoint, and its configuration under another name."""
     settings = EngineConfig(model=str(path))
     found = open_model(model_files(settings), CPU)
-    _, model = loading._describe(found.files, found.checkpoint, found.metadata)
+    _, model = loading.describe_family(found.files, found.checkpoint, found.metadata)
     return found.checkpoint, dataclasses.replace(model, model_type=model_type)
 
 

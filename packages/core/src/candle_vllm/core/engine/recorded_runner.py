@@ -78,23 +78,16 @@ class RecordedRunner(StepwiseRunner):
         super().__init__()
         self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
         nothing: Any = None  # what varies is read when the plan runs
-        kept = None if taps is None else Taps(taps)
-        step = StepInput(nothing, nothing, nothing, keys, values, taps=kept)
-        self._caches = (keys, values)
-
-        def record(recorder: Recorder, adapted: Adapted) -> tuple[list[Recorded], int, int]:
-            recorder.begin(adapted)
-            hidden = self._layers(decoder, recorder, step)
-            ends = len(recorder.plan), recorder.num_rows
-            decoder.logits(hidden)
-            return [hidden, *([] if kept is None else [kept.values[layer] for layer in taps or ()])], *ends
+        self._taps = tuple(taps or ())
+        step = StepInput(nothing, nothing, nothing, keys, values, taps=None if taps is None else Taps(taps))
+        self._caches, self._decoder, self._step = (keys, values), decoder, step
 
         def record_all() -> None:
             for adapted in (Adapted.NOT, Adapted.ADDED)[: 2 if limits.adapter_rank else 1]:
-                record(Recorder(limits, recorder.isa), adapted)
+                self._record(Recorder(limits, recorder.isa), adapted)
 
         _compile_first(record_all, sampling.CODE, sampling.RARE_CODE)
-        hidden, *ends = record(recorder, Adapted.NOT)
+        hidden, *ends = self._record(recorder, Adapted.NOT)
         assert recorder.logits is not None
         self._logits = self._wanted = recorder.logits
         self._owns_team, self.team = team is None, ThreadTeam(limits.threads) if team is None else team
@@ -102,7 +95,6 @@ class RecordedRunner(StepwiseRunner):
         self._draw_rows = RowDraw(recorder.logits, arrays.numbers, self.team, arrays)
         self._draw_drafted = RowDraw(recorder.logits, arrays.numbers, self.team)
         self._sampler = Sampler(_drawing(self), self._draw_rows.controls, self._draw_drafted.controls)
-        self._record = record
         self._plan = self._planned(hidden, *ends)  # of the last step
         self._plans = {Adapted.NOT: self._plan}
         if limits.adapter_rank:
@@ -112,6 +104,15 @@ class RecordedRunner(StepwiseRunner):
         # Whose logits were made last, in most steps the same object, and what was drawn from them. Where a step goes
         # on, nothing of numpy is called: the weights have driven it out of the caches.
         self._rows, self._ids = np.empty(0, np.int64), memoryview(b"")
+
+    def _record(self, recorder: Recorder, adapted: Adapted) -> tuple[list[Recorded], int, int]:
+        """Records a plan: what the layers gave and what is kept of them, and where the head begins."""
+        recorder.begin(adapted)
+        hidden = self._layers(self._decoder, recorder, self._step)
+        ends = len(recorder.plan), recorder.num_rows
+        self._decoder.logits(hidden)
+        kept = self._step.taps
+        return [hidden, *([] if kept is None else [kept.values[layer] for layer in self._taps])], *ends
 
     def _layers(self, decoder: Any, recorder: Recorder, step: StepInput) -> Recorded:
         """Records what comes before the logits, and gives what they are made of."""
