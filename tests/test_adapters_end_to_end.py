@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from live_server import serving
 from candle_vllm.core import InferenceEngine, LoRARequest, SamplingParams
 from candle_vllm.core.testing.toy_adapter import linear_shapes, write_adapter
 from candle_vllm.core.testing.toy_model import write_toy_model
+from candle_vllm.server.cli import main
 
 PROMPT = "abc" * 10
 ASKED = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
@@ -119,3 +121,27 @@ def test_a_stream_and_chat_have_it_too(client: httpx.Client) -> None:
     with client.stream("POST", "/v1/completions", json={"model": "a1", **ASKED, "stream": True}) as streamed:
         assert streamed.status_code == 200
         assert '"model":"a1"' in streamed.read().decode()
+
+
+def test_run_batch_answers_with_adapters(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each line with the one that it names, and one that is not there is its line's error."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lines = [
+        {"custom_id": name, "method": "POST", "url": "/v1/completions", "body": {"model": name, **ASKED}}
+        for name in ("a0", "base", "a1", "nothing")
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    adapters = [{"name": name, "path": str(folder / "adapters" / name)} for name in ("a0", "a1")]
+    params = {"threads": 1, "max_model_len": 256, "block_size": 16, "enable_lora": True}
+    entry = {"name": "base", "hf_id": str(folder / "base"), "params": params, "adapters": adapters}
+    (tmp_path / "models.yaml").write_text(json.dumps({"models": [entry]}), "utf-8")
+    assert main(["run-batch", "-i", "in.jsonl", "-o", "out.jsonl"]) == 0
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
+    found = [answer["response"]["body"] for answer in answers[:3]]
+    texts = [list(body["choices"][0]["token_ids"]) for body in found]
+    assert texts[0] == alone(folder, "a0")
+    assert texts[2] == alone(folder, "a1")
+    assert texts[1] not in (texts[0], texts[2])
+    assert "nothing" in json.dumps(answers[3])
+    assert answers[3]["response"]["status_code"] == 404

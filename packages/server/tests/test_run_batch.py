@@ -36,7 +36,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> PacedEngine:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(
-        module, "ModelLoader", lambda metrics: lambda entry, _beside: serve_engine(engine, entry, metrics)
+        module, "ModelLoader", lambda metrics, **_: lambda entry, _beside: serve_engine(engine, entry, metrics)
     )
     return engine
 

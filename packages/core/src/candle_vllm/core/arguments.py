@@ -21,7 +21,6 @@ from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.core.shown import ShownStruct
 
 # Why some things are not here, in words without arguments or flags: other tables of foreign names say it as well.
-NO_ADAPTERS = "adapters are not loaded beside a model: merge the adapter into its weights first"
 NO_CODE = "code of a model's repository is never run: its architecture is built in, or refused"
 TEXT_ALONE = "models read text alone here"
 

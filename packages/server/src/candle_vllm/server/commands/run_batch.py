@@ -21,6 +21,7 @@ from typing import IO
 import httpx
 
 from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.server.adapters.fetching import open_adapters
 from candle_vllm.server.app import create_app
 from candle_vllm.server.batches.lines import Application, Result, answered_in_order, asked_here, failed
 from candle_vllm.server.models.loader import ModelLoader
@@ -154,8 +155,9 @@ async def _run(configuration: Configuration, given: IO[bytes], made: IO[bytes], 
         max_body_mb=MAX_LINE_MB, request_timeout=PATIENCE,
     )  # fmt: skip
     observation = Observation(settings)
-    loader = load or ModelLoader(observation.metrics)
-    manager = ModelManager(configuration.catalogue, loader, limits_of(settings), observation.metrics)
+    adapters = open_adapters(settings, observation.metrics.adapter_looked_for)
+    loader = load or ModelLoader(observation.metrics, adapters=adapters)
+    manager = ModelManager(configuration.catalogue, loader, limits_of(settings), observation.metrics, adapters)
     app = create_app(manager, settings)
     async with app.router.lifespan_context(app), asked_here(app) as application:
         slot = await manager.start()

@@ -167,6 +167,7 @@ class DeviceAdapters(EagerAdapters):
         self._blocks: Blocks | None = None
         self._held: OrderedDict[int, _Held] = OrderedDict()  # by serial number, whose turn was longest ago first
         self._gone: deque[int] = deque()
+        self._watched: set[int] = set()  # whose end is told
         self._slots_in_all, self._free = slots, list(range(slots))
         device = stream.device
         self._has_kernels = on_gpu(torch.empty(0, device=device))
@@ -277,7 +278,8 @@ class DeviceAdapters(EagerAdapters):
     def _bring(self, entries: Entries) -> dict[int, _Held]:
         """Gives adapters slots, and sends over what is not there yet; by serial number."""
         while self._gone:
-            self._leave(self._gone.popleft())
+            self._leave(serial := self._gone.popleft())
+            self._watched.discard(serial)
         wanted = {adapter.serial for adapter in entries.adapters}
         for adapter in entries.adapters:
             if adapter.serial in self._held:
@@ -289,7 +291,9 @@ class DeviceAdapters(EagerAdapters):
                 taken -= self._held[others[0]].nbytes
                 self._leave(others.pop(0))
             held = self._held[adapter.serial] = _Held(self._free.pop(), adapter.nbytes)
-            weakref.finalize(adapter.layout, self._gone.append, adapter.serial).atexit = False
+            if adapter.serial not in self._watched:
+                self._watched.add(adapter.serial)
+                weakref.finalize(adapter.layout, self._gone.append, adapter.serial).atexit = False
             self._stream.run(functools.partial(self._fetch, adapter.layout, held))
         return {serial: self._held[serial] for serial in wanted}
 
