@@ -25,6 +25,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # while they wait for each other took up to ten times the work's time from what runs beside them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Tests give what they start a home of its own; kernels would be compiled there anew, ten seconds each time.
+os.environ.setdefault("XDG_CACHE_HOME", str(Path.home() / ".cache"))
 gc.disable()  # what collecting tests leaves behind stays: a quarter of its time would be spent on looking for garbage
 
 

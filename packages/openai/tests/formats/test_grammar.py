@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import random
@@ -13,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import jsonschema
 import pytest
+from common_run import few
 from messages import Parsed, parse
 from samples import SAMPLES, TOOLS, Sample
 from test_custom_grammar import PATCH
@@ -110,7 +112,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "now": _object({}),
 }
 TOOLSET = [Tool(name, schema) for name, schema in SCHEMAS.items()]
-WALKS = 8
+WALKS = few([3, 24], 3)  # of each kind
 
 
 def _literals(form: Any) -> Iterator[str]:
@@ -136,6 +138,12 @@ def special_tokens(form: ToolFormat, reasoning: ReasoningFormat) -> list[str]:
 
 def vocabulary(form: ToolFormat, reasoning: ReasoningFormat, *, bound: bool) -> Vocabulary:
     """Bytes and the marks of a row, which are special tokens where `bound`."""
+    return _vocabulary(form.name, reasoning.name, bound)
+
+
+@functools.cache  # tests share it, and what it has compiled
+def _vocabulary(form_name: str, reasoning_name: str, bound: bool) -> Vocabulary:
+    form, reasoning = ROWS[form_name], THOUGHTS[reasoning_name]
     literals = [*_literals(form), *_literals(reasoning), '", "', "\n```", '": ', "</think>"]
     special = special_tokens(form, reasoning) if bound else ()
     literals += [text + "</" for text in _literals(form) if text.endswith("[>[")]
@@ -179,9 +187,10 @@ def _reasoning(name: str) -> ReasoningFormat:
     return THOUGHTS.get(name) or THINK
 
 
+@pytest.mark.parametrize("walks", WALKS)
 @pytest.mark.parametrize("bound", [False, True], ids=["text", "special"])
 @pytest.mark.parametrize("name", ROWS)
-def test_every_required_text_is_calls(name: str, bound: bool) -> None:
+def test_every_required_text_is_calls(name: str, bound: bool, walks: int) -> None:
     form, reasoning = ROWS[name], _reasoning(name)
     vocab = vocabulary(form, reasoning, bound=bound)
     rng = random.Random(f"{name}{bound}")
@@ -192,7 +201,7 @@ def test_every_required_text_is_calls(name: str, bound: bool) -> None:
         )  # fmt: skip
         assert grammar is not None
         begin = vocab.compiler(grammar)
-        for _ in range(WALKS):
+        for _ in range(walks):
             ids = walk(begin(), vocab, rng)
             text = vocab.text(ids)
             parsed = read(form, reasoning, vocab, ids, TOOLSET, bound=bound, in_reasoning=in_reasoning)
@@ -269,9 +278,10 @@ def _begins(part: Parsed, whole: Parsed) -> bool:
     return True
 
 
+@pytest.mark.parametrize("walks", WALKS)
 @pytest.mark.parametrize("bound", [False, True], ids=["text", "special"])
 @pytest.mark.parametrize("name", ROWS)
-def test_calls_in_free_text_are_held_to_their_form(name: str, bound: bool) -> None:
+def test_calls_in_free_text_are_held_to_their_form(name: str, bound: bool, walks: int) -> None:
     form, reasoning = ROWS[name], _reasoning(name)
     vocab = vocabulary(form, reasoning, bound=bound)
     tools = [tool if tool.name != "nest" else tool._replace(strict=False) for tool in TOOLSET]
@@ -283,7 +293,7 @@ def test_calls_in_free_text_are_held_to_their_form(name: str, bound: bool) -> No
         )  # fmt: skip
         assert grammar is not None
         begin = vocab.compiler(grammar)
-        for number in range(2 * WALKS):
+        for number in range(2 * walks):
             begun = vocab.encode(_beginning(form, number)) if number % 2 else ()
             ids = walk(begin(), vocab, rng, begun=begun)
             text = vocab.text(ids)

@@ -32,6 +32,7 @@ class Vocabulary:
         self.vocab_size = len(self.tokens)
         self.end = self.special[END]
         self._backend = LlguidanceBackend(self, self.vocab_size, [self.end])
+        self.weights = {late: np.array([_weight(token, late) for token in self.tokens]) for late in (False, True)}
 
     def token_bytes(self, token_id: int) -> bytes:
         return self.tokens[token_id]
@@ -110,8 +111,7 @@ def walk(
             choices.remove(vocabulary.end)
             if not choices or rng.random() < (0.9 if late else 0.25):
                 return ids
-        weights = [_weight(vocabulary.tokens[index], late) for index in choices]
-        token = rng.choices(choices, weights)[0]
+        token = rng.choices(choices, vocabulary.weights[late][choices].tolist())[0]
         assert grammar.accept(token)
         ids.append(token)
     raise AssertionError(f"no end: {vocabulary.text(vocabulary.whole(ids))[:3000]!r}")
