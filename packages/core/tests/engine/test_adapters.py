@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from candle_vllm.core.engine import adapters as module
 from candle_vllm.core.engine.adapters import AdapterStore, Entries, Entry
 from candle_vllm.core.engine.request import AdapterUse
 from candle_vllm.core.errors import AdapterError, EngineDeadError, InvalidParameterError
@@ -261,6 +262,67 @@ def test_a_store_is_closed_while_a_load_hangs() -> None:
     asker.join(PATIENCE)
     assert len(errors) == 1
     loads.gate.set()
+
+
+def test_what_a_caller_asks_for_and_has_no_room_holds_up_no_sequence() -> None:
+    loads = Loads(sizes={"large": 200})
+    store = AdapterStore(loads, most_bytes=250)
+    large, used, wanted = (store.find(use(name)) for name in ("large", "used", "wanted"))
+    store.release(leased(store, large))  # its size is known from now on
+    lease = leased(store, used)
+    assert large.state == "cold"
+    caller = threading.Thread(target=store.add, args=(use("large"), PATIENCE))
+    caller.start()
+    until(lambda: large.crowded)
+    other = leased(store, wanted)  # which has room
+    assert caller.is_alive()
+    store.release(other)
+    store.release(lease)
+    caller.join(PATIENCE)
+    assert large.state == "ready"
+    store.close()
+
+
+def test_what_sequences_wait_for_takes_turns_with_what_callers_do() -> None:
+    loads = Loads()
+    store = AdapterStore(loads)
+    loads.gate.clear()
+    names = [f"added{number}" for number in range(6)]
+    callers = [threading.Thread(target=store.add, args=(use(name), PATIENCE)) for name in names]
+    for caller in callers:
+        caller.start()
+    until(lambda: len(store._asked) == 6 and len(loads.begun) == 1)
+    store.want([store.find(use(name)) for name in ("wanted0", "wanted1")])
+    loads.gate.set()
+    for caller in callers:
+        caller.join(PATIENCE)
+    places = [loads.begun.index(name) for name in ("wanted0", "wanted1")]
+    assert places == [1, 3]
+    store.close()
+
+
+def test_names_that_requests_gave_are_forgotten_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but those that somebody uses, and those that were added by hand."""
+    monkeypatch.setattr(module, "MAX_LOOSE_NAMES", 3)
+    store = AdapterStore(Loads())
+    store.add(use("added"), PATIENCE)
+    a, b = store.find(use("a")), store.find(use("b"))
+    lease = leased(store, b)
+    store.find(use("c"))
+    store.find(use("a"))  # used again
+    store.find(use("d"))
+    assert [info.name for info in store.infos()] == ["added", "a", "b", "d"]
+    for number in range(20):
+        store.find(use(f"more{number}"))
+    assert [info.name for info in store.infos()] == ["added", "b", "more18", "more19"]
+    assert store.find(use("b")) is b
+    assert store.find(use("a")) is not a, "it is taken anew"
+    wanted = leased(store, a)  # by a sequence that was prepared before
+    store.release(wanted)
+    store.release(lease)
+    assert store.remove("b")
+    assert store.numbers == (3, 1, 100)
+    store.close()
 
 
 def test_a_load_that_takes_too_long_is_waited_for_no_longer() -> None:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -39,6 +40,8 @@ FAILED_FOR = 10.0
 PATIENCE = 110.0
 """Seconds for which a caller waits for an adapter."""
 MAX_NAMES = 1 << 20
+MAX_LOOSE_NAMES = 10_000
+"""Names that requests alone have given, with a path; those that none has used for longest are forgotten."""
 _SHOWN_NAMES = 10
 _CLOSING = 1.0  # seconds that the loading thread is waited for: files may lie on a disk that does not answer
 
@@ -150,11 +153,13 @@ class AdapterStore:
         self._most, self._most_bytes, self._most_at_once = most or 1 << 62, most_bytes, most_at_once
         self._change = threading.Condition()  # guards everything below, and the entries
         self._entries: dict[str, Entry] = {}
+        self._loose: dict[str, None] = {}  # names that nobody has added by hand, least recently used first
         self._coming: dict[str, Entry] = {}  # files that are to be read anew, by the name that they will have
         self._held: dict[Entry, None] = {}  # in memory, least recently used first
         self._bytes = 0
         self._wanted: tuple[Entry, ...] = ()  # by waiting sequences, most urgent first
         self._asked: Counter[Entry] = Counter()  # by callers who wait in `_until_loaded`
+        self._callers_next = True
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -172,6 +177,8 @@ class AdapterStore:
         """
         with self._change:
             entry = self._entries.get(use.name)
+            if use.name in self._loose:
+                self._loose[use.name] = self._loose.pop(use.name)
             if use.path and (entry is None or use.load_inplace):
                 return self._take(use.name, use.path, entry)
             if entry is None:
@@ -235,7 +242,8 @@ class AdapterStore:
         """
         with self._change:
             known = use.name in self._entries
-        entry = self.find(use, again=True)
+            entry = self.find(use, again=True)
+            self._loose.pop(use.name, None)
         try:
             return self._until_loaded(entry, timeout)
         except AdapterError:
@@ -248,6 +256,7 @@ class AdapterStore:
         """Loads an adapter and keeps it in memory until it is removed. Errors as of `add`."""
         with self._change:
             entry = self.find(AdapterUse(name=name), again=True)
+            self._loose.pop(name, None)
             entry.pinned = True
         try:
             return self._until_loaded(entry, timeout)
@@ -261,6 +270,7 @@ class AdapterStore:
         """Forgets a name: requests that were taken go on, and the memory is free when the last of them has ended."""
         with self._change:
             entry = self._entries.pop(name, None)
+            self._loose.pop(name, None)
             coming = self._coming.pop(name, None)
             for each in (entry, coming):
                 if each is not None:
@@ -351,11 +361,24 @@ class AdapterStore:
             raise InvalidParameterError(f"{MAX_NAMES} adapters are known, and may be: remove some", "lora_request")
         if before is None:
             self._entries[name] = entry = Entry(name, path)
+            self._forget_loose()
+            self._loose[name] = None
         elif before.path == path and before.state == "cold" and not before.loads:
             entry = before  # it has not been read yet
         else:
             self._coming[name] = entry = Entry(name, path)
         return entry
+
+    def _forget_loose(self) -> None:
+        """Makes room for a name among those that requests alone have given; what is used by anybody stays."""
+        many = len(self._loose) + 1 - MAX_LOOSE_NAMES
+        if many > 0:
+            busy = {*self._wanted, *self._asked, *self._coming.values()}
+            known = ((name, self._entries[name]) for name in self._loose)
+            idle = (name for name, each in known if not each.leases and each.state != "loading" and each not in busy)
+            for name in list(islice(idle, many)):
+                del self._loose[name], self._entries[name]
+            self._drop_forgotten()
 
     def _others(self, name: str) -> str:
         if not self._entries:
@@ -406,21 +429,34 @@ class AdapterStore:
         self._bytes -= entry.nbytes
         entry.loaded, entry.state = None, "cold"
 
+    def _order(self) -> list[Entry]:
+        """What callers wait for and what sequences do, whose turn it is first; what both do is the sequences'."""
+        wanted = dict.fromkeys(self._wanted)
+        asked = [entry for entry in self._asked if entry not in wanted]
+        return [*asked, *wanted] if self._callers_next else [*wanted, *asked]
+
     def _next(self) -> Entry | None:
-        """What is loaded next, when there is room for it: the most urgent, for a later one would take its room."""
-        order = list(dict.fromkeys([*self._asked, *self._wanted]))
+        """What is loaded next, when there is room for it.
+
+        Of what sequences wait for that is the most urgent, for a later one would take its room. What a caller waits for
+        holds up nobody: it takes turns with those, and where there is no room for it others pass.
+        """
+        order, wanted, stopped = self._order(), set(self._wanted), False
         for place, entry in enumerate(order):
-            if entry.state == "cold":
-                entry.crowded = not self._make_room(self._guess(entry), 1, order[:place], order[place + 1 :])
-                if not entry.crowded:
-                    return entry
-                if self._is_pinned_full(entry):
-                    self._failed(entry, "all memory for adapters is taken by pinned ones: raise max_cpu_loras or "
-                                        "lora_memory, or remove one")  # fmt: skip
-                    self.changes += 1
-                    self._change.notify_all()
-                    continue
-                return None
+            of_caller = entry not in wanted
+            if entry.state != "cold" or (stopped and not of_caller):
+                continue
+            entry.crowded = not self._make_room(self._guess(entry), 1, order[:place], order[place + 1 :])
+            if not entry.crowded:
+                self._callers_next = not of_caller
+                return entry
+            if self._is_pinned_full(entry):
+                self._failed(entry, "all memory for adapters is taken by pinned ones: raise max_cpu_loras or "
+                                    "lora_memory, or remove one")  # fmt: skip
+                self.changes += 1
+                self._change.notify_all()
+                continue
+            stopped = stopped or not of_caller
         return None
 
     def _guess(self, entry: Entry) -> int:
@@ -484,7 +520,7 @@ class AdapterStore:
             if before is not None:
                 entry.pinned, before.pinned = before.pinned, False
             self._entries[entry.name] = entry
-        order = list(dict.fromkeys([*self._asked, *self._wanted]))
+        order = self._order()
         place = order.index(entry) if entry in order else -1
         self._make_room(0, 0, order[: place + 1], order[place + 1 :])
         self._drop_forgotten()
