@@ -38,6 +38,8 @@ class FakeHub:
     Attributes:
         repos: repository -> file -> content.
         moved: what a repository is asked for as -> what it is called.
+        commits: repository and revision -> commit; `COMMIT` of all others.
+        branches: repository -> branch -> its commits, the last one first; a page of them is one commit.
         sums: repository and file -> the sum that is told in the place of the true one.
         cut: bytes after which the next download breaks off; None is never.
         held: bytes after which downloads of weights wait until the event is set; None is never.
@@ -47,6 +49,8 @@ class FakeHub:
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, bytes]] = {}
         self.moved: dict[str, str] = {}
+        self.commits: dict[tuple[str, str], str] = {}
+        self.branches: dict[str, dict[str, list[str]]] = {}
         self.sums: dict[tuple[str, str], str] = {}
         self.cut: int | None = None
         self.held: tuple[int, threading.Event] | None = None
@@ -67,8 +71,12 @@ class FakeHub:
 
             def _answer(self, *, body: bool) -> None:
                 path = self.path.partition("?")[0]
-                if (match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/[^/]+)?", path)) is not None:
-                    self._describe(match[1])
+                if (match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path)) is not None:
+                    self._describe(match[1], match[2])
+                elif (match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/refs", path)) is not None:
+                    self._refer(match[1])
+                elif (match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commits/([^/]+)", path)) is not None:
+                    self._recount(match[1], match[2])
                 elif (match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/]+.*", path)) is not None:
                     self._send(200, json.dumps([hub.sibling(match[1], name) for name in hub.repos[match[1]]]).encode())
                 elif (match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path)) is not None:
@@ -76,13 +84,29 @@ class FakeHub:
                 else:
                     self._send(404, b"{}")
 
-            def _describe(self, repo: str) -> None:
+            def _refer(self, repo: str) -> None:
+                branches = hub.branches.get(repo, {"main": [COMMIT]})
+                listed = [
+                    {"name": name, "ref": f"refs/heads/{name}", "targetCommit": commits[0]}
+                    for name, commits in branches.items()
+                ]
+                self._send(200, json.dumps({"branches": listed, "tags": [], "converts": []}).encode())
+
+            def _recount(self, repo: str, branch: str) -> None:
+                commits, page = hub.branches[repo][branch], int(self.path.partition("?p=")[2] or 0)
+                told = {"id": commits[page], "authors": [], "date": "2026-01-01T00:00:00.000Z"}
+                address = f"{hub.url}{self.path.partition('?')[0]}?p={page + 1}"
+                more = {"link": f'<{address}>; rel="next"'} if page + 1 < len(commits) else {}
+                self._send(200, json.dumps([told]).encode(), more)
+
+            def _describe(self, repo: str, revision: str | None) -> None:
                 repo = hub.moved.get(repo, repo)
                 if repo not in hub.repos:
                     self._send(404, b"{}", {"x-error-code": "RepoNotFound"})
                     return
                 siblings = [hub.sibling(repo, name) for name in hub.repos[repo]]
-                self._send(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode())
+                commit = hub.commits.get((repo, revision or "main"), COMMIT)
+                self._send(200, json.dumps({"id": repo, "sha": commit, "siblings": siblings}).encode())
 
             def _file(self, repo: str, name: str, *, body: bool) -> None:
                 content = hub.repos.get(repo, {}).get(name)

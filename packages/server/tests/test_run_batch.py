@@ -90,6 +90,31 @@ def test_keys_of_the_environment_lock_nobody_out(
     assert run(tmp_path, request("a"))[0]["response"]["status_code"] == 200
 
 
+def test_lines_name_adapters_as_requests_to_a_server_do(
+    engine: PacedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CANDLE_VLLM_HOST", "0.0.0.0")  # nobody listens: whose requests they are is known
+    monkeypatch.setattr(
+        module,
+        "ModelLoader",
+        lambda metrics, adapters: lambda entry, _beside: serve_engine(engine, entry, metrics, adapters),
+    )
+    for name in ("local/poems", "named"):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
+        (folder / "adapter_model.safetensors").write_bytes(b"x")
+    flags = ["--enable-lora", "--lora-modules", "tone=named", "--lora-resolver", "local=local", "--lora-resolver", "hf",
+             "--offline", "--max-loras", "4", "--lora-warmup", "tone"]  # fmt: skip
+    lines = [request(name or "base", model=name or "default") for name in ("tone", "poems", "", "none")]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert main(["run-batch", "-i", "in.jsonl", "-o", "out.jsonl", *flags]) == 0
+    made = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["response"]["status_code"] for line in made] == [200, 200, 200, 404]
+    used = {tuple(use.name for use in each.adapters) for each in engine.requests}
+    assert used == {("tone",), ("poems",), ()}
+
+
 def test_a_line_that_is_too_long_is_let_go(
     engine: PacedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sys
 import threading
 from collections import Counter
@@ -123,11 +124,102 @@ async def test_a_thousand_unknown_names_are_nothing(source: FakeSource) -> None:
     assert source.asked == []
     found = await asyncio.gather(*(known.reach(f"acme/x{number}") for number in range(200)))
     assert set(found) == {None}
-    assert known.all() == []
+    assert len(known.all()) == 0
+
+
+class SlowSource(FakeSource):
+    """Knows at once what it has, and fetches while `gate` is set."""
+
+    def __init__(self, folder: Path, *names: str) -> None:
+        super().__init__(folder, *names)
+        self.fetching = list[str]()
+
+    def find(self, name: AdapterName) -> Found | Callable[[], Found] | None:  # type: ignore[override]
+        self.asked.append(str(name))
+        if name.name not in self.has:
+            return None
+
+        def fetch() -> Found:
+            self.fetching.append(str(name))
+            assert self.gate.wait(30)
+            return Found(self.folder, str(name), "c1")
+
+        return fetch if name.name.startswith("slow/") else Found(self.folder, str(name), "c1")
+
+
+async def test_nobody_waits_for_anothers_download(tmp_path: Path) -> None:
+    """Neither what is in the cache, nor what is missing, nor another source; and one's downloads take turns."""
+    tmp_path.joinpath("local").mkdir()
+    slow = SlowSource(tmp_path, *(f"slow/{n}" for n in range(100)), "cached/tone")
+    other = FakeSource(tmp_path / "local", "local/tone")
+    other.kind = "local"
+    known = Adapters([slow, other])
+    known.adopt(Catalogue([entry()]))
+    slow.gate.clear()
+    asked = [asyncio.create_task(known.reach(f"slow/{n}")) for n in range(100)]
+    try:
+        await until(lambda: len(slow.asked) == 100 and len(slow.fetching) == 4)
+        async with asyncio.timeout(30):
+            for name, kind in (("cached/tone", "hf"), ("local/tone", "local")):
+                found = await known.reach(name)
+                assert found is not None
+                assert found.kind == kind
+            assert await known.reach("none") is None
+        assert len(slow.fetching) == 4
+    finally:
+        slow.gate.set()
+        found = await asyncio.gather(*asked)
+    assert all(found)
+    assert len(slow.fetching) == 100
+
+
+async def test_one_download_for_a_name_however_it_is_said(tmp_path: Path) -> None:
+    slow = SlowSource(tmp_path, "slow/tone")
+    known = adapters(slow)
+    slow.gate.clear()
+    asked = [asyncio.create_task(known.reach(name)) for name in ("slow/tone", "base:slow/tone", "slow/tone")]
+    await until(lambda: bool(slow.fetching))
+    slow.gate.set()
+    plain, _, same = await asyncio.gather(*asked)
+    assert slow.fetching == ["slow/tone"]
+    assert plain is not None
+    assert plain.plain
+    assert known.find("slow/tone") is not None
+    assert known.find("base:slow/tone") is known.find("slow/tone")
+    assert same is not None
+
+
+class ListedSource(FakeSource):
+    """A folder that says what it has, and in which thread it was asked."""
+
+    kind = "local"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.threads = list[str]()
+
+    def names(self) -> tuple[str, ...]:  # type: ignore[override]
+        self.threads.append(threading.current_thread().name)
+        return ("tone", "taste")
+
+
+async def test_folders_are_walked_beside_the_event_loop_and_once_in_a_while(tmp_path: Path) -> None:
+    source = ListedSource(tmp_path)
+    known = Adapters([source])
+    known.adopt(Catalogue([entry(lora_modules=("given=/srv/given",))]))
+    assert [each.name for each in known.all()] == ["given"]
+    assert source.threads == [], "nothing is walked by who cannot wait"
+    listed = await asyncio.gather(*(known.listed() for _ in range(5)))
+    assert [each.name for each in listed[0]] == ["given", "taste", "tone"]
+    assert await known.reach("tastes") is None
+    assert "did you mean taste" in known.near("tastes")
+    assert len(source.threads) == 1
+    assert source.threads[0] != threading.current_thread().name
+    assert (await known.listed()) is known.all(), "made once"
 
 
 async def test_no_more_look_than_may(source: FakeSource, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("candle_vllm.server.adapters.registry._MAX_LOOKING", 2)
+    monkeypatch.setattr("candle_vllm.server.adapters.looking._MAX_LOOKING", 2)
     known = adapters(source)
     source.gate.clear()
     looking = [asyncio.create_task(known.reach(f"acme/{n}")) for n in range(2)]
@@ -251,7 +343,7 @@ async def test_a_source_without_names_for_revisions_is_asked_as_before(source: F
 async def test_an_adapter_in_use_keeps_its_files(tmp_path: Path) -> None:
     cache = DiskCache(tmp_path / "cache", 1000)
 
-    def fill(folder: Path) -> None:
+    def fill(folder: Path, _: object) -> None:
         (folder / "x").write_bytes(bytes(600))
 
     path = cache.put(Key("hf", "acme/tone", "c1"), "", fill)
@@ -269,6 +361,47 @@ async def test_an_adapter_in_use_keeps_its_files(tmp_path: Path) -> None:
     done()
     cache.put(Key("hf", "acme/other", "c1"), "", fill)
     assert not path.exists()
+
+
+async def test_a_numbered_adapter_of_a_resolver_keeps_its_files_and_gets_them_again(tmp_path: Path) -> None:
+    cache = DiskCache(tmp_path / "cache", 1000)
+
+    def fill(folder: Path, _: object) -> None:
+        (folder / "x").write_bytes(bytes(600))
+
+    class Cached(FakeSource):
+        def find(self, name: AdapterName) -> Found | None:
+            self.asked.append(str(name))
+            if self.fails is not None:
+                raise self.fails
+            return Found(cache.put(Key("hf", name.name, "c1"), "", fill), f"{name.name}@c1", "c1")
+
+    source = Cached(tmp_path)
+    known = adapters(source, entries=(entry(lora_modules=("tone=/srv/tone", "poems=/srv/poems")),), cache=cache)
+    replaced = await known.fetch("acme/tone", "tone", "base")
+    assert replaced is not None
+    known.add(replaced)
+    (before, scale), *others = known.mix("base", {0: 0.5, 1: 0.0})
+    assert (before.request.lora_name, before.kind, scale, others) == ("tone@c1", "hf", 0.5, [])
+    assert [each.name for each in known.numbered("base")] == ["tone", "poems"]
+    with pytest.raises(Unavailable, match="in use"):  # nobody names it, and any request may have it
+        cache.put(Key("hf", "acme/other", "c1"), "", fill)
+    await known.bring("base")
+    assert source.asked == ["acme/tone"]
+    shutil.rmtree(before.path.parent)  # by another server that shares the cache
+    source.fails = Unavailable("down")
+    await known.bring("base")  # it counts nothing where a request does not say so
+    known.scale("base", {0: 1.0})
+    with pytest.raises(HttpError, match="cannot be had at the moment"):
+        await known.bring("base")
+    known._lookout.ask_anew()
+    source.fails = None
+    await known.bring("base")
+    assert [(each.path.is_dir(), scale) for each, scale in known.mix("base", None)] == [(True, 1.0)]
+    known.forget(known.numbered("base")[0])
+    assert [each.name for each in known.numbered("base")] == ["poems"]
+    assert known.mix("base", None) == []
+    cache.put(Key("hf", "acme/other", "c1"), "", fill)  # it is held no more
 
 
 async def test_those_that_requests_named_are_forgotten_in_turn(

@@ -18,15 +18,19 @@ sys.path.append(str(Path(__file__).parent))
 from adapter_fakes import CONFIG, WEIGHTS, Store, archive, config, files, member, whole
 from fake_hub import COMMIT
 
-from candle_vllm.server.adapters.archives import MAX_MEMBERS, unpack
-from candle_vllm.server.adapters.disk_cache import DiskCache, Key
-from candle_vllm.server.adapters.fetching import BucketSource, HubSource, TarSource, read_source
+from candle_vllm.server.adapters.archives import MAX_MEMBERS, TarSource, unpack
+from candle_vllm.server.adapters.buckets import BucketSource
+from candle_vllm.server.adapters.disk_cache import DiskCache, Key, Room
+from candle_vllm.server.adapters.hub import HubSource
+from candle_vllm.server.adapters.resolvers import read_source
 from candle_vllm.server.adapters.sources import (
     AdapterName,
     Budget,
+    Found,
     Limits,
     LocalSource,
     Refused,
+    Source,
     Unavailable,
     read_name,
 )
@@ -65,6 +69,18 @@ def named(text: str) -> AdapterName:
     return name
 
 
+def had(source: Source, name: AdapterName) -> Found | None:
+    """What a source has, fetched where need be."""
+    found = source.find(name)
+    return found if found is None or isinstance(found, Found) else found()
+
+
+def kept(folder: Path) -> tuple[int, int]:
+    """How many adapters a cache has, and their bytes."""
+    whole = [path / "adapter" for path in folder.iterdir() if not path.name.startswith(".")] if folder.exists() else []
+    return len(whole), sum(file.stat().st_size for path in whole for file in path.iterdir())
+
+
 # ---- names and the local folder --------------------------------------------------------------------------------------
 
 
@@ -88,14 +104,14 @@ def test_the_local_folder_has_what_is_in_it_and_nothing_else(tmp_path: Path) -> 
     (root / "plain").mkdir()
     (root / "small.gguf").write_bytes(b"GGUF")
     source = LocalSource(root, Limits())
-    found = source.find(named("a/b_c"))
+    found = had(source, named("a/b_c"))
     assert found is not None
     assert (found.path, found.root, found.base) == (root / "a" / "b_c", "a/b_c", "acme/base")
-    gguf = source.find(named("small"))
+    gguf = had(source, named("small"))
     assert gguf is not None
     assert gguf.path == root / "small.gguf"
     for other in ("a_b/c", "a", "out", "linked_files", "circle", "plain", "a/b_c/adapter_config.json", "none"):
-        assert source.find(named(other)) is None, other
+        assert had(source, named(other)) is None, other
     assert source.names() == ("a/b_c", "linked_files", "small")
 
 
@@ -103,10 +119,10 @@ def test_a_version_is_a_folder_below_the_name(tmp_path: Path) -> None:
     write(tmp_path / "tone" / "v1")
     write(tmp_path / "tone" / "v2")
     source = LocalSource(tmp_path, Limits())
-    found = source.find(named("tone@v2"))
+    found = had(source, named("tone@v2"))
     assert found is not None
     assert (found.path, found.revision) == (tmp_path / "tone" / "v2", "v2")
-    assert source.find(named("tone")) is None
+    assert had(source, named("tone")) is None
     assert source.names() == ("tone/v1", "tone/v2")
 
 
@@ -122,14 +138,14 @@ def test_a_version_is_a_folder_below_the_name(tmp_path: Path) -> None:
 def test_what_a_configuration_cannot_have_is_named(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     write(tmp_path / "x", **changes)
     with pytest.raises(Refused, match=said.replace("*", r"\*")):
-        LocalSource(tmp_path, Limits(max_rank=16, bases=("acme/*",))).find(named("x"))
+        had(LocalSource(tmp_path, Limits(max_rank=16, bases=("acme/*",))), named("x"))
 
 
 def test_a_configuration_of_a_gigabyte_is_not_read(tmp_path: Path) -> None:
     write(tmp_path / "x")
     os.truncate(tmp_path / "x" / CONFIG, 1 << 30)
     with pytest.raises(Refused, match="more than 1 MiB"):
-        LocalSource(tmp_path, Limits()).find(named("x"))
+        had(LocalSource(tmp_path, Limits()), named("x"))
 
 
 # ---- Hugging Face ----------------------------------------------------------------------------------------------------
@@ -142,23 +158,23 @@ def hub(cache: DiskCache, pattern: str = "acme/*", limits: Limits | None = None,
 def test_a_repository_is_pinned_to_its_commit_and_fetched_once(fake_hub: Any, cache: DiskCache) -> None:
     fake_hub.repos["acme/tone"] = {**files(), "adapter_model.bin": b"pickle", "README.md": b"x"}
     fake_hub.repos["acme/many"] = {f"sub/{name}": content for name, content in files().items()}
-    found = hub(cache).find(named("acme/tone"))
+    found = had(hub(cache), named("acme/tone"))
     assert found is not None
     assert (found.revision, found.root, found.base) == (COMMIT, f"acme/tone@{COMMIT}", "acme/base")
     assert {path.name: path.read_bytes() for path in found.path.iterdir()} == files()
     assert [name for name, _ in fake_hub.asked] == [CONFIG, WEIGHTS]
-    assert hub(cache).find(named(f"acme/tone@{COMMIT}")) == found
+    assert had(hub(cache), named(f"acme/tone@{COMMIT}")) == found
     assert len(fake_hub.asked) == 2
-    below = hub(cache).find(named("acme/many/sub"))
+    below = had(hub(cache), named("acme/many/sub"))
     assert below is not None
-    assert hub(cache).find(named("acme/many")) is None
+    assert had(hub(cache), named("acme/many")) is None
 
 
 def test_nothing_outside_the_pattern_is_asked_for(cache: DiskCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: pytest.fail("the hub was asked"))
     for name in ("other/tone", "acmex/tone", "tone", "a_b/c", "acme"):
-        assert hub(cache).find(named(name)) is None
-        assert hub(cache, "acme/tone").find(named("acme/tone2")) is None
+        assert had(hub(cache), named(name)) is None
+        assert had(hub(cache, "acme/tone"), named("acme/tone2")) is None
 
 
 @pytest.mark.parametrize("revision", ["refs/pr/1", "refs/heads/main", "pr/1"])
@@ -166,62 +182,104 @@ def test_what_is_proposed_to_a_repository_is_not_of_it(
     revision: str, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: pytest.fail("the hub was asked"))
-    assert hub(cache).find(named(f"acme/tone@{revision}")) is None
-    assert hub(cache, "acme/tone").find(named(f"acme/tone@{revision}")) is None
+    assert had(hub(cache), named(f"acme/tone@{revision}")) is None
+    assert had(hub(cache, "acme/tone"), named(f"acme/tone@{revision}")) is None
 
 
-def test_names_that_differ_in_case_are_one_and_a_repository_that_moved_is_none(fake_hub: Any, cache: DiskCache) -> None:
+PROPOSED, OLD, TAGGED = "b" * 40, "c" * 40, "d" * 40
+
+
+def test_a_commit_that_was_proposed_to_a_repository_is_not_of_it(fake_hub: Any, cache: DiskCache) -> None:
+    """The hub has it under the repository's name all the same; only `hf` alone takes whatever there is."""
+    fake_hub.repos["acme/tone"] = files()
+    fake_hub.branches["acme/tone"] = {"v2": [TAGGED], "main": [COMMIT, "e" * 40, OLD]}
+    fake_hub.commits |= {("acme/tone", commit): commit for commit in (PROPOSED, OLD, TAGGED)}
+    fake_hub.commits["acme/tone", PROPOSED[:8]] = PROPOSED
+    for revision in (PROPOSED, PROPOSED[:8]):
+        assert had(hub(cache), named(f"acme/tone@{revision}")) is None
+    assert had(hub(cache, "*"), named(f"acme/tone@{PROPOSED}")) is not None
+    assert had(hub(cache), named(f"acme/tone@{PROPOSED}")) is None, "nor is it out of the cache"
+    assert had(hub(cache, offline=True, pattern="*"), named(f"acme/tone@{PROPOSED}")) is not None
+    for commit in (COMMIT, OLD, TAGGED):
+        found = had(hub(cache), named(f"acme/tone@{commit}"))
+        assert found is not None
+        assert found.revision == commit
+
+
+def test_a_hub_that_does_not_say_whose_a_commit_is_is_not_believed(fake_hub: Any, cache: DiskCache) -> None:
+    fake_hub.repos["acme/tone"] = files()
+    fake_hub.branches["acme/tone"] = {"main": [COMMIT] * 3, "gone": []}  # of which nothing can be told
+    fake_hub.commits["acme/tone", OLD] = OLD
+    with pytest.raises(Unavailable, match="does not say whose"):
+        had(hub(cache), named(f"acme/tone@{OLD}"))
+    told = AdapterName("acme/tone", OLD, told=True)  # by the hub itself, when the name was resolved
+    found = had(hub(cache), told)
+    assert found is not None
+    assert found.revision == OLD
+
+
+def test_a_base_that_is_taken_no_more_is_not_taken_out_of_the_cache(fake_hub: Any, cache: DiskCache) -> None:
+    fake_hub.repos["acme/tone"] = files()
+    assert had(hub(cache), named("acme/tone")) is not None
+    for name in ("acme/tone", f"acme/tone@{COMMIT}"):
+        with pytest.raises(Refused, match="takes adapters of other"):
+            had(hub(cache, limits=Limits(bases=("other",))), named(name))
+
+
+def test_names_that_differ_in_case_are_one_and_a_repository_that_moved_is_none(
+    fake_hub: Any, cache: DiskCache, tmp_path: Path
+) -> None:
     fake_hub.repos |= {"acme/tone": files(), "other/tone": files()}
     fake_hub.moved = {"acme/Tone": "acme/tone", "acme/gone": "other/tone"}
-    found = hub(cache).find(named("acme/Tone"))
+    found = had(hub(cache), named("acme/Tone"))
     assert found is not None
     assert found.root == f"acme/tone@{COMMIT}"
-    assert hub(cache).find(named("acme/tone")) == found
-    assert hub(cache, offline=True).find(named("acme/Tone")) == found
-    assert cache.size()[0] == 1
-    assert hub(cache).find(named("acme/gone")) is None
+    assert had(hub(cache), named("acme/tone")) == found
+    assert had(hub(cache, offline=True), named("acme/Tone")) == found
+    assert kept(tmp_path / "cache")[0] == 1
+    assert had(hub(cache), named("acme/gone")) is None
 
 
-def test_what_cannot_be_is_refused_before_the_weights_come(fake_hub: Any, cache: DiskCache) -> None:
+def test_what_cannot_be_is_refused_before_the_weights_come(fake_hub: Any, cache: DiskCache, tmp_path: Path) -> None:
     fake_hub.repos["acme/wide"] = files(r=512)
     with pytest.raises(Refused, match="r is 512"):
-        hub(cache).find(named("acme/wide"))
+        had(hub(cache), named("acme/wide"))
     assert [name for name, _ in fake_hub.asked] == [CONFIG]
     fake_hub.repos["acme/pickle"] = {CONFIG: config(), "adapter_model.bin": b"x"}
     with pytest.raises(Refused, match="a pickle"):
-        hub(cache).find(named("acme/pickle"))
+        had(hub(cache), named("acme/pickle"))
     fake_hub.repos["acme/large"] = files(b"x" * 5000)
     with pytest.raises(Refused, match="the most that this server fetches"):
-        hub(cache, limits=Limits(max_bytes=4000)).find(named("acme/large"))
-    assert cache.size() == (0, 0)
+        had(hub(cache, limits=Limits(max_bytes=4000)), named("acme/large"))
+    assert kept(tmp_path / "cache") == (0, 0)
 
 
 def test_a_fault_leaves_nothing_and_the_next_time_is_whole(fake_hub: Any, cache: DiskCache, tmp_path: Path) -> None:
     fake_hub.repos["acme/tone"] = files(b"x" * 1000)
     fake_hub.sums["acme/tone", WEIGHTS] = "0" * 64
     with pytest.raises(Unavailable, match="not what the hub has"):
-        hub(cache).find(named("acme/tone"))
+        had(hub(cache), named("acme/tone"))
     assert list((tmp_path / "cache").iterdir()) == []
     del fake_hub.sums["acme/tone", WEIGHTS]
-    assert hub(cache).find(named("acme/tone")) is not None
+    assert had(hub(cache), named("acme/tone")) is not None
     with pytest.raises(Unavailable, match="longer than 0 seconds"):
-        hub(cache, limits=Limits(seconds=0)).find(named("acme/other"))
+        had(hub(cache, limits=Limits(seconds=0)), named("acme/other"))
 
 
 def test_what_is_in_the_cache_is_found_without_the_hub(fake_hub: Any, cache: DiskCache) -> None:
     fake_hub.repos["acme/tone"] = files()
-    found = hub(cache).find(named("acme/tone"))
-    assert hub(cache, offline=True).find(named("acme/tone")) == found
-    assert hub(cache, offline=True).find(named(f"acme/tone@{COMMIT}")) == found
+    found = had(hub(cache), named("acme/tone"))
+    assert had(hub(cache, offline=True), named("acme/tone")) == found
+    assert had(hub(cache, offline=True), named(f"acme/tone@{COMMIT}")) == found
     with pytest.raises(Unavailable, match="--offline"):
-        hub(cache, offline=True).find(named("acme/other"))
+        had(hub(cache, offline=True), named("acme/other"))
     with pytest.raises(Unavailable, match="--offline"):
-        hub(cache, offline=True).find(named("acme/tone@" + "b" * 40))
+        had(hub(cache, offline=True), named("acme/tone@" + "b" * 40))
     fake_hub.stop()
     huggingface_hub.close_session()  # its connections are still answered
-    assert hub(cache).find(named("acme/tone")) == found
+    assert had(hub(cache), named("acme/tone")) == found
     with pytest.raises(Unavailable, match="cannot be asked"):
-        hub(cache).find(named("acme/other"))
+        had(hub(cache), named("acme/other"))
 
 
 # ---- archives --------------------------------------------------------------------------------------------------------
@@ -230,17 +288,17 @@ def test_what_is_in_the_cache_is_found_without_the_hub(fake_hub: Any, cache: Dis
 def test_an_archive_comes_with_its_sum(store: Store, cache: DiskCache) -> None:
     told = store.put_archive("/acme/tone.tar.gz", whole("tone/"))
     source = TarSource(store.url + "/{name}.tar.gz", cache, Limits())
-    found = source.find(named("acme/tone"))
+    found = had(source, named("acme/tone"))
     assert found is not None
     assert (found.revision, found.base) == (told, "acme/base")
     assert {path.name: path.read_bytes() for path in found.path.iterdir()} == files()
     asked = len(store.asked)
-    assert source.find(named("acme/tone")) == found
-    assert source.find(named(f"acme/tone@{told}")) == found
-    assert [path for _, path in store.asked[asked:]] == ["/acme/tone.tar.gz.sha256"] * 2
-    assert source.find(named("acme/tone@" + "0" * 64)) is None
-    assert source.find(named("acme/tone@v1")) is None
-    assert source.find(named("none")) is None
+    assert had(source, named("acme/tone")) == found
+    assert had(source, named(f"acme/tone@{told}")) == found  # which is this one for ever: nobody is asked
+    assert [path for _, path in store.asked[asked:]] == ["/acme/tone.tar.gz.sha256"]
+    assert had(source, named("acme/tone@" + "0" * 64)) is None
+    assert had(source, named("acme/tone@v1")) is None
+    assert had(source, named("none")) is None
 
 
 def test_the_log_has_neither_passwords_nor_signatures(store: Store, cache: DiskCache) -> None:
@@ -248,28 +306,28 @@ def test_the_log_has_neither_passwords_nor_signatures(store: Store, cache: DiskC
     source = TarSource(address, cache, Limits())
     store.files["/x"] = b"<html>"
     with pytest.raises(Unavailable, match="begins with no SHA-256") as told:
-        source.find(named("x"))
+        had(source, named("x"))
     assert "secret" not in str(told.value)
     store.status = 500
     with pytest.raises(Unavailable, match=r"/x answered 500") as told:
-        source.find(named("x"))
+        had(source, named("x"))
     assert "secret" not in str(told.value)
 
 
-def test_an_archive_with_another_sum_or_none_is_not_unpacked(store: Store, cache: DiskCache) -> None:
+def test_an_archive_with_another_sum_or_none_is_not_unpacked(store: Store, cache: DiskCache, tmp_path: Path) -> None:
     store.put_archive("/x.tar", whole(zipped=False))
     source = TarSource(store.url + "/{name}.tar", cache, Limits())
     store.files["/x.tar"] += b"x"
     with pytest.raises(Unavailable, match="not what its sum says"):  # it may be about to be another
-        source.find(named("x"))
+        had(source, named("x"))
     store.files["/x.tar.sha256"] = b"<html>"
     with pytest.raises(Unavailable, match="begins with no SHA-256"):
-        source.find(named("x"))
+        had(source, named("x"))
     store.status = 302
     with pytest.raises(Unavailable, match="answered 302"):
-        source.find(named("x"))
+        had(source, named("x"))
     assert ("GET", "/elsewhere") not in store.asked
-    assert cache.size() == (0, 0)
+    assert kept(tmp_path / "cache") == (0, 0)
 
 
 ADAPTER = [member(name, content) for name, content in files().items()]
@@ -330,16 +388,16 @@ def test_a_bucket_is_asked_for_two_files_by_name(
         monkeypatch.setenv(name, value)
     store.files = {f"/bucket/below/acme/tone/{name}": content for name, content in files().items()}
     source = BucketSource("bucket/below", cache, Limits())
-    found = source.find(named("acme/tone"))
+    found = had(source, named("acme/tone"))
     assert found is not None
     assert found.root.startswith("s3://bucket/below/acme/tone@")
     assert {path.name: path.read_bytes() for path in found.path.iterdir()} == files()
     asked = len(store.asked)
-    assert source.find(named("acme/tone")) == found
+    assert had(source, named("acme/tone")) == found
     assert {method for method, _ in store.asked[asked:]} == {"HEAD"}
-    assert source.find(named("none")) is None
+    assert had(source, named("none")) is None
     store.files[f"/bucket/below/acme/tone/{WEIGHTS}"] = b"others"
-    other = source.find(named("acme/tone"))
+    other = had(source, named("acme/tone"))
     assert other is not None
     assert other.revision != found.revision
 
@@ -348,7 +406,8 @@ def test_a_bucket_is_asked_for_two_files_by_name(
 
 
 def filled(size: int) -> Any:
-    def fill(folder: Path) -> None:
+    def fill(folder: Path, room: Room) -> None:
+        room.take(size)
         (folder / WEIGHTS).write_bytes(b"x" * size)
 
     return fill
@@ -370,8 +429,63 @@ def test_the_least_used_makes_room_unless_it_is_in_use(cache: DiskCache, tmp_pat
     assert [cache.find(key) is not None for key in keys] == [True, True, False, True]  # nothing went for it
     let_go()
     cache.put(Key("hf", "acme/big", "r"), "", filled(800 << 10))
-    assert cache.size() == (1, 800 << 10)
+    assert kept(tmp_path / "cache") == (1, 800 << 10)
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.name.startswith(".")] == []
+
+
+def test_all_that_comes_at_once_stays_within_the_bound(tmp_path: Path) -> None:
+    """Room is made before the bytes come, what has no room is refused, and what breaks off gives its room back."""
+    cache = DiskCache(tmp_path / "cache", 100 << 10)
+    old = cache.put(Key("hf", "acme/old", "r"), "", filled(30 << 10))
+    held = cache.put(Key("hf", "acme/held", "r"), "", filled(10 << 10))
+    let_go = cache.hold(held)
+    seen = list[str]()
+
+    def small(folder: Path, room: Room) -> None:
+        with pytest.raises(Unavailable, match="what is fetched"):
+            room.expect(40 << 10)
+        with pytest.raises(Refused, match="--lora-cache-bytes"):
+            room.expect(101 << 10)
+        room.take(20 << 10)
+        (folder / WEIGHTS).write_bytes(bytes(20 << 10))
+        seen.append("small")
+
+    def large(folder: Path, room: Room) -> None:
+        room.expect(65 << 10)
+        assert not old.exists(), "it made room before anything came"
+        assert held.exists()
+        cache.put(Key("hf", "acme/small", "r"), "", small)
+        seen.append("large")
+        raise KeyError  # it breaks off
+
+    with pytest.raises(KeyError):
+        cache.put(Key("hf", "acme/large", "r"), "", large)
+    assert seen == ["small", "large"]
+    cache.put(Key("hf", "acme/other", "r"), "", filled(70 << 10))
+    assert kept(tmp_path / "cache") == (3, 100 << 10)
+    let_go()
+
+
+def test_what_another_server_fetches_into_the_cache_counts(tmp_path: Path) -> None:
+    one, other = DiskCache(tmp_path / "cache", 100 << 10), DiskCache(tmp_path / "cache", 100 << 10)
+
+    def fill(folder: Path, room: Room) -> None:
+        filled(60 << 10)(folder, room)
+        with pytest.raises(Unavailable, match="what is fetched"):
+            other.put(Key("hf", "acme/other", "r"), "", filled(60 << 10))
+
+    one.put(Key("hf", "acme/tone", "r"), "", fill)
+    assert kept(tmp_path / "cache") == (1, 60 << 10)
+
+
+def test_an_archive_and_what_is_unpacked_of_it_have_room_together(store: Store, tmp_path: Path) -> None:
+    content = archive(*(member(name, content) for name, content in files(os.urandom(60 << 10)).items()), zipped=False)
+    store.put_archive("/x.tar", content)
+    source = TarSource(store.url + "/{name}.tar", DiskCache(tmp_path / "narrow", 100 << 10), Limits())
+    with pytest.raises((Refused, Unavailable), match="--lora-cache-bytes"):
+        had(source, named("x"))
+    source = TarSource(store.url + "/{name}.tar", DiskCache(tmp_path / "wide", 150 << 10), Limits())
+    assert had(source, named("x")) is not None
 
 
 def test_names_that_differ_never_share_a_folder(cache: DiskCache) -> None:
@@ -383,7 +497,7 @@ def test_names_that_differ_never_share_a_folder(cache: DiskCache) -> None:
 def test_what_a_server_left_in_the_middle_is_nothing_and_goes(cache: DiskCache, tmp_path: Path) -> None:
     key = Key("hf", "acme/tone", "r")
 
-    def broken(folder: Path) -> None:
+    def broken(folder: Path, _: Room) -> None:
         (folder / WEIGHTS).write_bytes(b"half")
         raise KeyboardInterrupt
 
@@ -402,10 +516,10 @@ def test_what_a_server_left_in_the_middle_is_nothing_and_goes(cache: DiskCache, 
     assert cache.find(key) is not None
 
 
-def test_two_that_fetch_the_same_leave_one(cache: DiskCache) -> None:
+def test_two_that_fetch_the_same_leave_one(cache: DiskCache, tmp_path: Path) -> None:
     key, barrier = Key("hf", "acme/tone", "r"), threading.Barrier(2)
 
-    def fill(folder: Path) -> None:
+    def fill(folder: Path, _: Room) -> None:
         (folder / WEIGHTS).write_bytes(b"x")
         barrier.wait(30)
 
@@ -414,7 +528,7 @@ def test_two_that_fetch_the_same_leave_one(cache: DiskCache) -> None:
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert cache.size() == (1, 1)
+    assert kept(tmp_path / "cache") == (1, 1)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from candle_vllm.core.config import SETTINGS
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.responses.api.background import Background
 from candle_vllm.responses.api.kept import KeptResponses
-from candle_vllm.server.adapters.fetching import open_adapters
+from candle_vllm.server.adapters.resolvers import open_adapters
 from candle_vllm.server.batches.service import Batches
 from candle_vllm.server.batches.store import FileOptions
 from candle_vllm.server.drain import CutOffMiddleware

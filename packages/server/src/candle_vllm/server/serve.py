@@ -27,7 +27,7 @@ from fastapi import FastAPI
 
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.formats.layout import ReasoningFormat, ToolFormat
-from candle_vllm.server.adapters.fetching import open_adapters
+from candle_vllm.server.adapters.resolvers import open_adapters
 from candle_vllm.server.app import create_app
 from candle_vllm.server.drain import DrainingServer
 from candle_vllm.server.http.protocol import WebSocketProtocol, http_protocol

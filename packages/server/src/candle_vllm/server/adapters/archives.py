@@ -1,4 +1,5 @@
-"""An adapter out of a tar archive that nobody vouches for: a few plain files, within bounds, and nothing else.
+"""Adapters in tar archives behind addresses (before step 1), which nobody vouches for: a few plain files of one, within
+bounds, and nothing else.
 
 Names in the archive never become paths: a member counts by its last part alone, if that is one of an adapter's files.
 """
@@ -6,12 +7,29 @@ Names in the archive never become paths: a member counts by its last part alone,
 from __future__ import annotations
 
 import gzip
+import hashlib
+import re
 import tarfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
+from urllib.parse import quote, urlsplit
 
-from candle_vllm.server.adapters.sources import CONFIG, MAX_CONFIG, PICKLED, WEIGHTS, Budget, Refused, check_config
+from candle_vllm.server.adapters.disk_cache import DiskCache
+from candle_vllm.server.adapters.fetching import FetchedSource, Pinned
+from candle_vllm.server.adapters.sources import (
+    CONFIG,
+    MAX_CONFIG,
+    PICKLED,
+    WEIGHTS,
+    AdapterName,
+    Budget,
+    Limits,
+    Refused,
+    Unavailable,
+    check_config,
+)
 
 MAX_MEMBERS = 64
 MAX_RATIO = 200  # of what is unpacked to what came; weights are numbers, which hardly shrink
@@ -23,6 +41,109 @@ _HEADS = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
 )  # fmt: skip
 _KEPT = (CONFIG, WEIGHTS)
+_HTTP_SECONDS = 10.0  # without a byte
+_MAX_SUM = 4096  # bytes of a file with a sum
+_SUM = re.compile(r"[0-9a-f]{64}")
+_NOTHING = (403, 404, 410)  # a place that may not be listed says 403
+
+
+class TarSource(FetchedSource):
+    """Archives at an address with `{name}` in it, and `{revision}` where they have some.
+
+    The address with `.sha256` behind it has the SHA-256 of the archive, which is its revision: it is fetched first, and
+    an archive that differs from it is not unpacked. Redirects are not followed.
+
+    Args:
+        address: http or https, of the operator.
+    """
+
+    kind = "tar"
+
+    def __init__(self, address: str, cache: DiskCache, limits: Limits) -> None:
+        super().__init__(cache, limits)
+        self._address = address
+        self.pins = "{revision}" not in address
+
+    def _may_have(self, name: AdapterName) -> bool:
+        return name.revision is None or "{revision}" in self._address or _SUM.fullmatch(name.revision) is not None
+
+    def _pin(self, name: AdapterName, budget: Budget) -> Pinned | None:
+        wanted = name.revision if name.revision and "{revision}" not in self._address else None
+        url = self._address.replace("{name}", quote(name.name)).replace("{revision}", quote(name.revision or ""))
+        shown = _shown(url)
+        try:
+            told = b"".join(_http(url + ".sha256", budget, _MAX_SUM))[:64].decode("ascii", "replace").lower()
+        except FileNotFoundError:
+            return None
+        if not _SUM.fullmatch(told):
+            raise Unavailable(f"the sum of {shown} begins with no SHA-256")
+        if wanted is not None and told != wanted:
+            return None
+
+        def fill(folder: Path, budget: Budget) -> str | None:
+            archive, found = folder.parent / "archive", hashlib.sha256()
+            try:
+                with archive.open("xb") as stream:
+                    for piece in _http(url, budget, budget.limits.max_bytes):
+                        found.update(piece)
+                        budget.store(len(piece))
+                        stream.write(piece)
+            except FileNotFoundError:
+                raise Unavailable(f"{shown} is not there, though its sum is") from None
+            if found.hexdigest() != told:
+                raise Unavailable(f"{shown} is not what its sum says")  # one of the two may be about to come
+            base = unpack(archive, folder, budget)
+            size = archive.stat().st_size
+            archive.unlink()
+            budget.store(-size)
+            return base
+
+        return Pinned(told, fill, self._label(name))
+
+
+def is_template(address: str) -> bool:
+    """Whether a name changes the path of an address, and nothing else."""
+    try:
+        parts = urlsplit(address)
+        host = parts.hostname
+    except ValueError:
+        return False
+    rest = parts._replace(path="").geturl()
+    return parts.scheme in ("http", "https") and bool(host) and "{name}" in parts.path and "{" not in rest
+
+
+def _shown(url: str) -> str:
+    """An address for the log: without who asks, and without a query, which may be a signature."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+def _http(url: str, budget: Budget, most: int) -> Iterator[bytes]:
+    """The body at an address, in pieces; raises FileNotFoundError where there is nothing."""
+    import httpx
+
+    shown, left = _shown(url), most
+    asked: dict[str, Any] = {"follow_redirects": False, "headers": {"accept-encoding": "identity"}}
+    try:
+        with httpx.stream("GET", url, timeout=min(_HTTP_SECONDS, budget.seconds), **asked) as answer:
+            if answer.status_code in _NOTHING:
+                raise FileNotFoundError(shown)
+            if answer.status_code != 200:
+                raise Unavailable(f"{shown} answered {answer.status_code}")
+            told = answer.headers.get("content-length", "")
+            if told.isascii() and told.isdigit() and len(told) < 16:
+                budget.expect(min(int(told), most))
+            for piece in answer.iter_raw(_PIECE):
+                left -= len(piece)
+                _ = budget.seconds
+                if left < 0:
+                    raise Refused(f"it has more than {most >> 20} MiB, the most that this server fetches")
+                yield piece
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise Unavailable(f"{shown} cannot be had ({type(error).__name__})") from None
+
+
+# ---- what is in one --------------------------------------------------------------------------------------------------
 
 
 def unpack(archive: Path, folder: Path, budget: Budget) -> str | None:

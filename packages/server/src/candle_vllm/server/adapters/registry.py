@@ -6,7 +6,6 @@ that no source has is remembered for a while, and never means the base.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections import Counter, OrderedDict
@@ -21,9 +20,9 @@ from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.openai.errors import ModelNotServedError
 from candle_vllm.openai.serving import Uses
 from candle_vllm.server.adapters.disk_cache import DiskCache
-from candle_vllm.server.adapters.sources import AdapterName, Found, Refused, Source, Unavailable, read_name
+from candle_vllm.server.adapters.looking import Lookout
+from candle_vllm.server.adapters.sources import AdapterName, Found, Source, read_name
 from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.loop_threads import in_thread
 from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.settings.adapters import AdapterSpec, read_specs
 from candle_vllm.server.settings.options import UsageError
@@ -31,11 +30,6 @@ from candle_vllm.server.settings.options import UsageError
 logger = logging.getLogger(__name__)
 
 MAX_KNOWN = 10_000  # adapters that requests named; those that nobody asked for longest are forgotten
-_MAX_MISSING = 4096  # names that a source did not have
-_MISSING_SECONDS = 60.0
-_FAULT_SECONDS = 5.0  # after a source that could not be asked
-_LOOKING = 8  # at a time
-_MAX_LOOKING = 256  # with those that wait
 _LISTED = 20  # names in a message
 _NEAR = 200  # names that one is compared with
 
@@ -112,21 +106,20 @@ class Adapters:
         looked: Callable[[str, str], object] = lambda kind, outcome: None,  # noqa: ARG005
     ) -> None:
         self._catalogue: Catalogue | None = None
-        self._sources = tuple(sources)
+        self._lookout = Lookout(sources, looked)
         self.cache = cache
-        self._looked = looked
         self._known: OrderedDict[tuple[str, str], Adapter] = OrderedDict()  # by base and name
-        self._missing: OrderedDict[tuple[int, str], tuple[float, Refused | Unavailable | None]] = OrderedDict()
-        self._looks: dict[str, asyncio.Task[Adapter | None]] = {}  # by what was asked for
-        self._places = asyncio.Semaphore(_LOOKING)
+        self._numbered: dict[str, dict[int, str]] = {}  # names by base and number
         self._used = Counter[tuple[str, str]]()
+        self._kept: dict[tuple[str, str], Callable[[], None]] = {}  # whose files stay though no request names them
+        self._all: tuple[tuple[str, ...], tuple[Adapter, ...]] | None = None  # with the names that it was made of
 
     # ---- names -------------------------------------------------------------------------------------------------------
 
     @property
     def looks_elsewhere(self) -> bool:
         """Whether a name that is not known may be an adapter's all the same."""
-        return bool(self._sources and self.bases())
+        return bool(self._lookout.sources and self.bases())
 
     def bases(self) -> list[ModelEntry]:
         """The models that take adapters, the default first."""
@@ -152,8 +145,8 @@ class Adapters:
 
     def numbered(self, base: str) -> list[Adapter]:
         """Those that the operator named for a model, by llama.cpp's ids."""
-        found = [(each.number, each) for each in self._known.values() if each.base == base and each.number is not None]
-        return [each for _, each in sorted(found, key=lambda pair: pair[0])]
+        names = self._numbered.get(base, {})
+        return [self._known[base, names[number]] for number in sorted(names)]
 
     def mix(self, base: str, scales: Mapping[int, float] | None) -> list[tuple[Adapter, float]]:
         """The adapters of a request of llama.cpp's kind, or those that count where it says nothing.
@@ -161,34 +154,44 @@ class Adapters:
         Raises:
             InvalidParameterError: there is none of that id.
         """
+        names = self._numbered.get(base, {})
         if scales is None:
-            return [(each, each.scale) for each in self._known.values() if each.base == base and each.scale]
-        numbered = {each.number: each for each in self.numbered(base)}
+            return [(each, each.scale) for each in self.numbered(base) if each.scale] if names else []
         for number in scales:
-            if number not in numbered:
+            if number not in names:
                 raise InvalidParameterError(
                     f"lora: there is no adapter {number}: GET /lora-adapters shows those of this server", "lora"
                 )
-        return [(numbered[number], scale) for number, scale in scales.items() if scale]
+        return [(self._known[base, names[number]], scale) for number, scale in scales.items() if scale]
 
-    def all(self) -> list[Adapter]:
+    async def listed(self) -> Sequence[Adapter]:
+        """`all`, with what local folders have by now; they are walked beside the event loop."""
+        await self._lookout.refresh()
+        return self.all()
+
+    def all(self) -> Sequence[Adapter]:
         """Every known adapter, and those of local folders that nobody has asked for, by base and name."""
-        found = {(each.base, each.name): each for each in self._known.values()}
-        if bases := self.bases():
-            for source in self._sources:
-                for name in source.names() if source.kind == "local" else ():
-                    shown = Adapter(name=name, base=bases[0].name, path=Path(), root=name, kind=source.kind, created=0)
-                    found.setdefault((shown.base, name), shown)
-        return [found[key] for key in sorted(found)]
+        names = self._lookout.names
+        if self._all is None or self._all[0] is not names:
+            found = {(each.base, each.name): each for each in self._known.values()}
+            base = next((entry.name for entry in self.bases()), None)
+            for name in names if base is not None else ():
+                shown = Adapter(name=name, base=base or "", path=Path(), root=name, kind="local", created=0)
+                found.setdefault((shown.base, name), shown)
+            self._all = names, tuple(found[key] for key in sorted(found))
+        return self._all[1]
 
     def near(self, name: str) -> str:
         """What there is, for a message: the name that is nearest, and some others."""
-        names = [each.called(each.base) for each in self.all()]
-        if not names:
+        known = self.all()
+        if not known:
             return "No adapters are known."
-        likely = [known for known in names if known[:1].lower() == name[:1].lower() or name.lower() in known.lower()]
-        shown = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
-        return f"Adapters are: {shown}{nearest(name, islice(likely, _NEAR))}."
+        first, text = name[:1].lower(), name.lower()
+        likely = (each for each in known if each.name[:1].lower() == first or text in each.name.lower())
+        shown = ", ".join(each.called(each.base) for each in known[:_LISTED]) + (
+            ", ..." if len(known) > _LISTED else ""
+        )
+        return f"Adapters are: {shown}{nearest(name, [each.called(each.base) for each in islice(likely, _NEAR)])}."
 
     def _split(self, text: str) -> tuple[ModelEntry | None, str]:
         """The base before a colon, where a model is called so, and the name behind it."""
@@ -204,7 +207,7 @@ class Adapters:
         """The adapter of a name, looked for where it is not known, and again where its files have gone.
 
         Raises:
-            HttpError: 400, because it is there and is not taken; 503, because it cannot be had now, or too many look.
+            HttpError: as `Lookout.find`.
         """
         known = self.find(text)
         if known is not None:
@@ -212,32 +215,25 @@ class Adapters:
             if known.kind == "given" or known.path.exists():
                 return known
         base, name = self._split(text)
+        found = await self._look(base, name, known)
+        if found is None:
+            await self._lookout.refresh()  # for `near`
+        return found
+
+    async def _look(self, base: ModelEntry | None, name: str, known: Adapter | None) -> Adapter | None:
         read = read_name(name) if known is None or known.asked is None else known.asked
         if read is None or not self.looks_elsewhere:
             return None
-        pins = known is not None and all(source.pins for source in self._sources if source.kind == known.kind)
+        pins = known is not None and all(source.pins for source in self._lookout.sources if source.kind == known.kind)
         if known is not None and known.revision is not None and pins:  # the cache made room for others
-            read = AdapterName(read.name, known.revision)
-        look = self._looks.get(text)
-        if look is None:
-            if len(self._looks) >= _MAX_LOOKING:
-                raise HttpError(503, "Too many adapters are looked for.", "overloaded", {"retry-after": "5"})
-            look = self._looks[text] = asyncio.create_task(self._look(read, base, name, known), name="adapter")
-            look.add_done_callback(lambda task: self._looked_for(text, task))
-        return await asyncio.shield(look)
+            read = AdapterName(read.name, known.revision, told=True)
+        looked = await self._lookout.find(read)
+        return None if looked is None else self._looked_up(*looked, base, name, known)
 
-    def _looked_for(self, text: str, look: asyncio.Task[Adapter | None]) -> None:
-        del self._looks[text]
-        if not look.cancelled():
-            look.exception()  # who asked has heard of it, or has left
-
-    async def _look(
-        self, read: AdapterName, base: ModelEntry | None, name: str, known: Adapter | None
+    def _looked_up(
+        self, source: Source, found: Found, base: ModelEntry | None, name: str, known: Adapter | None
     ) -> Adapter | None:
-        looked = await self._fetch(read)
-        if looked is None:
-            return None
-        source, found = looked
+        """What a name means from now on; `known` is what it meant when the look began."""
         entry = (base or self._base_of(found)).name if known is None else known.base
         now = self._known.get((entry, name))
         if known is not None and known.stays and (now is None or now.path != known.path):
@@ -245,14 +241,16 @@ class Adapters:
         if now is None or now is known or not (now.kind == "given" or now.path.exists()):  # else it is pinned already
             before = now or Adapter(name=name, base=entry, path=found.path, root=found.root, plain=False)
             now = replace(before, path=found.path, root=found.root, revision=found.revision, kind=source.kind)
-        adapter = replace(now, plain=now.plain or base is None)
-        self._keep(adapter)
+        adapter = now if now.plain or base is not None else replace(now, plain=True)
+        if self._known.get((entry, name)) is not adapter:
+            self._set(adapter)
+            self._forget_some()
         return adapter
 
     async def fetch(self, text: str, name: str, base: str) -> Adapter | None:
         """What a source has by the name `text`, to be `add`ed by another name; errors as `reach`."""
         read = read_name(text)
-        looked = None if read is None else await self._fetch(read)
+        looked = None if read is None else await self._lookout.find(read)
         if read is None or looked is None:
             return None
         source, found = looked
@@ -261,57 +259,21 @@ class Adapters:
             asked=read,
         )  # fmt: skip
 
-    async def _fetch(self, read: AdapterName) -> tuple[Source, Found] | None:
-        fault: Unavailable | None = None
-        for number, source in enumerate(self._sources):
-            try:
-                found = await self._ask(number, source, read)
-            except Refused as error:
-                logger.info("the adapter %s of %s is not taken: %s", read, source.kind, error)
-                message = f"The adapter {str(read)!r} cannot be used here: {error}."
-                raise HttpError(400, message, "adapter_refused", param="model") from None
-            except Unavailable as error:
-                fault = error
-                continue
-            if found is not None:
-                return source, found
-        if fault is None:
-            return None
-        message = f"The adapter {str(read)!r} cannot be had at the moment; the server's log says why."
-        raise HttpError(503, message, "adapter_unavailable", {"retry-after": "5"}, param="model")
+    async def bring(self, base: str) -> None:
+        """Sees to it that the files are here of what requests of a model have by number, or without naming any.
 
-    async def _ask(self, number: int, source: Source, read: AdapterName) -> Found | None:
-        """One source, unless it was asked for the same a while ago; a local folder always is."""
-        key, now = (number, str(read)), time.monotonic()
-        until, error = self._missing.get(key, (0.0, None))
-        if now < until:
-            if error is not None:
-                raise type(error)(str(error))
-            return None
-        outcome, seconds, error = "found", 0.0, None
-        try:
-            async with self._places:
-                found = await in_thread(lambda: source.find(read), f"adapter-{source.kind}")
-        except (Refused, Unavailable) as failure:
-            outcome, seconds, error = "refused", _MISSING_SECONDS, failure
-            if isinstance(failure, Unavailable):
-                outcome, seconds = "failed", _FAULT_SECONDS
-                logger.warning("the adapter %s cannot be had of %s: %s", read, source.kind, failure)
-            raise
-        except OSError as failure:
-            outcome = "failed"
-            logger.warning("the adapter %s cannot be had of %s: %s", read, source.kind, failure)
-            raise Unavailable(str(failure)) from None
-        else:
-            if found is None:
-                outcome, seconds = "missing", _MISSING_SECONDS
-            return found
-        finally:
-            if seconds and source.kind != "local":
-                self._missing[key] = (time.monotonic() + seconds, error)
-                while len(self._missing) > _MAX_MISSING:
-                    self._missing.popitem(last=False)
-            self._looked(source.kind, outcome)
+        Raises:
+            HttpError: as `reach`, of an adapter that counts where a request says nothing.
+        """
+        entries = {entry.name: entry for entry in self.bases()}
+        for adapter in self.numbered(base) if base in entries else ():
+            if adapter.kind == "given" or adapter.path.exists():
+                continue
+            try:
+                await self._look(entries[base], adapter.name, adapter)
+            except HttpError:
+                if adapter.scale:
+                    raise
 
     def _base_of(self, found: Found) -> ModelEntry:
         """The model that an adapter says it is for, where that is one of ours; else the default."""
@@ -319,25 +281,45 @@ class Adapters:
         named = (entry for entry in bases if found.base in (*entry.names, entry.settings.model))
         return next(named, bases[0])
 
-    def _keep(self, adapter: Adapter) -> None:
-        self._known[adapter.base, adapter.name] = adapter
-        loose = [key for key, each in self._known.items() if not each.stays and not self._used[key]]
-        for key in loose[: max(0, len(self._known) - MAX_KNOWN)]:
-            del self._known[key]
+    def _set(self, adapter: Adapter) -> None:
+        """An adapter is known; one of its name is no more."""
+        key = (adapter.base, adapter.name)
+        self._drop(key)
+        self._known[key] = adapter
+        if adapter.number is not None:
+            self._numbered.setdefault(adapter.base, {})[adapter.number] = adapter.name
+            self._kept[key] = self._held(adapter)  # any request may have it, and need not name it
+
+    def _drop(self, key: tuple[str, str]) -> None:
+        adapter = self._known.pop(key, None)
+        self._all = None
+        if adapter is not None and adapter.number is not None:
+            del self._numbered[adapter.base][adapter.number]
+            self._kept.pop(key)()
+
+    def _forget_some(self) -> None:
+        """Those that nobody asked for longest, unless they are in use or the operator's."""
+        many = len(self._known) - MAX_KNOWN
+        if many > 0:
+            loose = (key for key, each in self._known.items() if not each.stays and not self._used[key])
+            for key in list(islice(loose, many)):
+                self._drop(key)
+
+    def _held(self, adapter: Adapter) -> Callable[[], None]:
+        """Keeps an adapter's files in the cache until what this gives is called."""
+        fetched = adapter.kind not in ("given", "local")
+        return self.cache.hold(adapter.path) if fetched and self.cache is not None else lambda: None
 
     def use(self, adapter: Adapter) -> Callable[[], None]:
         """Keeps an adapter's files where they are until what this gives is called."""
-        key = (adapter.base, adapter.name)
-        fetched = self.cache is not None and adapter.kind not in ("given", "local")
-        let_go = self.cache.hold(adapter.path) if fetched and self.cache is not None else None
+        key, let_go = (adapter.base, adapter.name), self._held(adapter)
         self._used[key] += 1
 
         def done() -> None:
             self._used[key] -= 1
             if not self._used[key]:
                 del self._used[key]
-            if let_go is not None:
-                let_go()
+            let_go()
 
         return done
 
@@ -352,7 +334,7 @@ class Adapters:
         for entry in catalogue.entries:
             if not entry.settings.enable_lora and (entry.settings.lora_modules or entry.settings.lora_warmup):
                 raise UsageError(f"the model {entry.name!r:.200} is given adapters, which need --enable-lora")
-        if self._sources and not any(entry.settings.enable_lora for entry in catalogue.entries):
+        if self._lookout.sources and not any(entry.settings.enable_lora for entry in catalogue.entries):
             raise UsageError("--lora-resolver has adapters for models with --enable-lora, and there is none")
         given = {entry.name: read_specs(entry.settings.lora_modules) for entry in catalogue.entries}
         for spec in (spec for specs in given.values() for spec in specs):
@@ -360,18 +342,21 @@ class Adapters:
                 raise UsageError(f"--lora-modules: the adapter {spec.name!r:.200} is called as a model is")
         self._catalogue = catalogue
         entries = {entry.name: entry for entry in catalogue.entries}
-        kept = [each for each in self._known.values() if each.base in entries and each.number is None]
-        self._known = OrderedDict(((each.base, each.name), each) for each in kept)
+        for key, each in list(self._known.items()):
+            if each.base not in entries or each.number is not None:
+                self._drop(key)
+        self._all = None
         for entry in entries.values():
             for number, spec in enumerate(given[entry.name]):
                 scale = 0.0 if entry.settings.lora_init_without_apply else spec.scale
                 self._give(spec, entry, number=number, scale=scale)
 
     def _give(self, spec: AdapterSpec, entry: ModelEntry, *, number: int, scale: float) -> None:
-        self._known[entry.name, spec.name] = Adapter(
+        given = Adapter(
             name=spec.name, base=entry.name, path=Path(spec.path).expanduser(), root=Path(spec.path).name,
             number=number, scale=scale, pinned=spec.pinned,
         )  # fmt: skip
+        self._set(given)
 
     def given(self, base: str) -> list[Adapter]:
         """Those that the operator named or loaded for a model."""
@@ -379,9 +364,8 @@ class Adapters:
 
     def add(self, adapter: Adapter) -> None:
         """An adapter that an operator loads while the server runs; one of that name is replaced."""
-        key = (adapter.base, adapter.name)
-        before = self._known.get(key, adapter)
-        self._known[key] = replace(adapter, number=before.number, scale=before.scale)
+        before = self._known.get((adapter.base, adapter.name), adapter)
+        self._set(replace(adapter, number=before.number, scale=before.scale))
 
     def spelled(self, text: str) -> tuple[str, str]:
         """The name of an adapter in what a request says, without its base: with its revision, and without."""
@@ -390,8 +374,8 @@ class Adapters:
 
     def forget(self, adapter: Adapter) -> None:
         """An adapter is known no more, until it is asked for again where a source has it."""
-        self._known.pop((adapter.base, adapter.name), None)
-        self._missing.clear()
+        self._drop((adapter.base, adapter.name))
+        self._lookout.ask_anew()
 
     def scale(self, base: str, scales: Mapping[int, float]) -> None:
         """What counts from now on where a request says nothing of adapters; those that are not named count nothing.
@@ -401,7 +385,7 @@ class Adapters:
         """
         chosen = {adapter.name: scale for adapter, scale in self.mix(base, scales)}
         for adapter in self.numbered(base):
-            self._known[base, adapter.name] = replace(adapter, scale=chosen.get(adapter.name, 0.0))
+            self._set(replace(adapter, scale=chosen.get(adapter.name, 0.0)))
 
 
 class BaseAdapters:

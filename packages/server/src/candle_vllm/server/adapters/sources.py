@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -26,7 +26,6 @@ MAX_NAME = 256  # characters
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._+-]{0,126}[A-Za-z0-9_+-])?"
 _NAME = re.compile(rf"{_PART}(?:/{_PART}){{0,7}}", re.ASCII)
 _MAX_LISTED = 1000  # names of a folder
-_LISTED_SECONDS = 10.0
 
 
 class Refused(Exception):
@@ -38,10 +37,15 @@ class Unavailable(Exception):
 
 
 class AdapterName(NamedTuple):
-    """What a request calls an adapter: `name`, or `name@revision`."""
+    """What a request calls an adapter: `name`, or `name@revision`.
+
+    Attributes:
+        told: a source has said the revision, and no request.
+    """
 
     name: str
     revision: str | None = None
+    told: bool = False
 
     def __str__(self) -> str:
         return self.name if self.revision is None else f"{self.name}@{self.revision}"
@@ -71,14 +75,31 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 120.0
 
 
+class Disk(Protocol):
+    """Where the bytes of a fetched adapter go; see `Room` in `disk_cache.py`."""
+
+    def expect(self, size: int) -> None:
+        """So many bytes are about to come."""
+        ...
+
+    def take(self, size: int) -> None:
+        """So many have come; below zero, so many have gone."""
+        ...
+
+
 class Budget:
     """What is left of the bytes and of the time of one adapter.
 
     Raises `Refused` and `Unavailable` where nothing is.
+
+    Args:
+        limits: of the adapter.
+        disk: told of what comes; None where nothing is kept.
     """
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, disk: Disk | None = None) -> None:
         self.limits = limits
+        self._disk = disk
         self._left = limits.max_bytes
         self._until = time.monotonic() + limits.seconds
 
@@ -91,14 +112,26 @@ class Budget:
         return left
 
     def check(self, size: int) -> None:
-        """Whether a file of that many bytes may come."""
+        """Whether files of that many bytes may come."""
         if size > self._left:
             raise Refused(f"it has more than {self.limits.max_bytes >> 20} MiB, the most that this server fetches")
+
+    def expect(self, size: int) -> None:
+        """Checks that, and sees to it that there is room on the disk before any of them comes."""
+        self.check(size)
+        if self._disk is not None:
+            self._disk.expect(size)
 
     def take(self, size: int) -> None:
         """That many bytes have come."""
         self.check(size)
         self._left -= size
+        self.store(size)
+
+    def store(self, size: int) -> None:
+        """That many are on the disk for a while and no part of the adapter; below zero, they are gone."""
+        if self._disk is not None:
+            self._disk.take(size)
         _ = self.seconds
 
 
@@ -118,6 +151,10 @@ class Found(NamedTuple):
     base: str | None = None
 
 
+Fetch = Callable[[], Found]
+"""Brings an adapter that there is to this machine; raises as `Source.find`."""
+
+
 class Source(Protocol):
     """Somewhere that adapters come from.
 
@@ -129,8 +166,8 @@ class Source(Protocol):
     kind: str
     pins: bool
 
-    def find(self, name: AdapterName) -> Found | None:
-        """The adapter, fetched where need be; None where there is none of that name.
+    def find(self, name: AdapterName) -> Found | Fetch | None:
+        """The adapter, or what fetches it, which may take long; None where there is none of that name.
 
         Raises:
             Refused, Unavailable: it is not taken, or cannot be had now.
@@ -151,10 +188,15 @@ def check_config(text: bytes, limits: Limits) -> str | None:
         base = parse_config(text, Path(CONFIG), limits.max_rank).base
     except AdapterError as error:
         raise Refused(str(error)) from None
+    check_base(base, limits)
+    return base
+
+
+def check_base(base: str | None, limits: Limits) -> None:
+    """Raises `Refused` for an adapter of a base for which none are taken."""
     if limits.bases and not any(fnmatchcase(base or "", pattern) for pattern in limits.bases):
         named = "no base" if base is None else f"{base!r:.100}"
         raise Refused(f"{CONFIG} names {named}, and this server takes adapters of {', '.join(limits.bases)}")
-    return base
 
 
 class LocalSource:
@@ -166,7 +208,6 @@ class LocalSource:
     def __init__(self, folder: Path, limits: Limits) -> None:
         self._folder = folder
         self._limits = limits
-        self._listed: tuple[float, tuple[str, ...]] = (-1e9, ())
 
     def find(self, name: AdapterName) -> Found | None:
         """As `Source.find`; a link that leads out of the folder is nothing."""
@@ -182,13 +223,7 @@ class LocalSource:
         return Found(path, str(name), name.revision, base)
 
     def names(self) -> Sequence[str]:
-        """The adapters of the folder and of the folders in it, looked for every few seconds."""
-        now = time.monotonic()
-        if now - self._listed[0] > _LISTED_SECONDS:
-            self._listed = (now, tuple(self._list()))
-        return self._listed[1]
-
-    def _list(self) -> list[str]:
+        """The adapters of the folder and of the folders in it."""
         root, found = self._folder.resolve(), list[str]()
         for path in _below(root, 3):
             if len(found) >= _MAX_LISTED:
@@ -197,7 +232,7 @@ class LocalSource:
             name = name.removesuffix(".gguf") if path.suffix == ".gguf" else name
             if read_name(name) is not None and holds_adapter(path) and _is_inside(path, root):
                 found.append(name)
-        return sorted(found)
+        return tuple(sorted(found))
 
 
 def _below(folder: Path, depth: int) -> Sequence[Path]:

@@ -21,7 +21,7 @@ from typing import IO
 import httpx
 
 from candle_vllm.core.errors import CandleVllmError
-from candle_vllm.server.adapters.fetching import open_adapters
+from candle_vllm.server.adapters.resolvers import open_adapters
 from candle_vllm.server.app import create_app
 from candle_vllm.server.batches.lines import Application, Result, answered_in_order, asked_here, failed
 from candle_vllm.server.models.loader import ModelLoader
@@ -150,7 +150,7 @@ def _send(url: httpx.URL, path: Path) -> None:
 async def _run(configuration: Configuration, given: IO[bytes], made: IO[bytes], load: Load | None) -> None:
     # Nobody comes from outside: there are no keys, and nobody has to be protected from the others.
     settings = dataclasses.replace(
-        configuration.settings, api_key=(), api_key_file=None, api_keys_file=None, management_key=(),
+        configuration.settings, host="127.0.0.1", api_key=(), api_key_file=None, api_keys_file=None, management_key=(),
         requests_per_minute=None, tokens_per_minute=None, max_queued_per_key=None,
         max_body_mb=MAX_LINE_MB, request_timeout=PATIENCE,
     )  # fmt: skip

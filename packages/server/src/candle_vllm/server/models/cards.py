@@ -25,11 +25,13 @@ from candle_vllm.openai.protocol.fields import Name, WireModel, invalid
 from candle_vllm.openai.validation import parse_body
 from candle_vllm.server.adapters.registry import Adapter
 from candle_vllm.server.http.routing import NOBODY, Caller
+from candle_vllm.server.loop_threads import in_thread
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelSlot, ModelState
 from candle_vllm.server.models.switcher import NoRoomError
 
 MAX_ERROR = 2000  # characters
+_FEW = 200  # adapters whose cards are made at once
 FAILURES: tuple[tuple[type[Exception], str], ...] = (  # the first that fits
     (NoMemoryError, "memory"),
     (NoRoomError, "memory"),
@@ -180,15 +182,21 @@ class ManagerStatus(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[SlotStatus, ...]
 
 
-def cards(manager: ModelManager, caller: Caller = NOBODY) -> list[Card]:
-    """A card for every served name that a caller may use, those of the active model first, adapters last."""
+async def cards(manager: ModelManager, caller: Caller = NOBODY) -> list[Card]:
+    """A card for every served name that a caller may use, those of the active model first, adapters last.
+
+    Those of many adapters are made beside the event loop.
+    """
     slots = sorted(manager.slots.values(), key=lambda slot: slot.entry.name != manager.active)
     shown = (slot for slot in slots if caller.may_use(*slot.entry.names))
     found: list[Card] = [card for slot in shown for card in _cards(slot, slot.entry.name == manager.active)]
-    for adapter in manager.adapters.all():
-        if caller.may_use(*adapter.names):
-            found.append(_adapter_card(adapter, manager.slots[adapter.base]))
-    return found
+    adapters, parents = await manager.adapters.listed(), dict(manager.slots)
+
+    def of_adapters() -> list[Card]:
+        return [_adapter_card(each, parents[each.base]) for each in adapters if caller.may_use(*each.names)]
+
+    made = of_adapters() if len(adapters) <= _FEW else await in_thread(of_adapters, "models")
+    return [*found, *made]
 
 
 def _adapter_card(adapter: Adapter, slot: ModelSlot) -> AdapterCard:

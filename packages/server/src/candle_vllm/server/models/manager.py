@@ -124,6 +124,7 @@ class ModelManager:
         """
         if name is None or not self.adapters.bases() or self._catalogue.has(name):
             self.permit(name, caller)
+            await self.adapters.bring(self.find(name, caller=caller).entry.name)
             return
         if not caller.may_use(*self.adapters.spelled(name)):
             raise _not_allowed(name)

@@ -48,7 +48,7 @@ def _json(content: Any, status: int = 200) -> Response:
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
     """All served names, loaded or not; the default first. Anthropic's clients get Anthropic's list."""
-    listed = cards(request.app.state.manager, caller_of(request.scope))
+    listed = await cards(request.app.state.manager, caller_of(request.scope))
     if _ANTHROPIC in request.headers:
         return _json(anthropic_list(listed))
     return _json({"object": "list", "data": listed})
@@ -160,7 +160,7 @@ async def get_queue(request: Request, model_id: str) -> Response:
 @router.get("/v1/models/{model_id:path}")
 async def get_model(request: Request, model_id: str) -> Response:
     """One served name; names may hold slashes."""
-    listed = cards(request.app.state.manager, caller_of(request.scope))
+    listed = await cards(request.app.state.manager, caller_of(request.scope))
     for card in listed:
         if card.id == model_id:
             return _json(anthropic_card(card) if _ANTHROPIC in request.headers else card)

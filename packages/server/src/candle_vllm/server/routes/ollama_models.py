@@ -149,6 +149,7 @@ async def tags(request: Request) -> Response:
     manager = _manager(request)
     slots = sorted(manager.slots.values(), key=lambda slot: slot.entry.name != manager.active)
     sizes = await asyncio.to_thread(lambda: [_size(slot) for slot in slots])
+    await manager.adapters.listed()
     found = (
         Tag(name=name, model=name, modified_at=rfc3339(slot.loaded_at or time.time()), size=size, digest=digest(name),
             details=details(slot))

@@ -53,7 +53,7 @@ COMMAND_GROUPS: Mapping[str, tuple[str, ...]] = {
     "bench throughput": (MODEL, DEVICE, LIMITS, LOGGING),
     "bench latency": (MODEL, DEVICE, LIMITS, LOGGING),
     "bench speculation": (MODEL, DEVICE, LIMITS, LOGGING),
-    "run-batch": (MODEL, DEVICE, LIMITS, SAMPLING, LOGGING),
+    "run-batch": (MODEL, DEVICE, LIMITS, SAMPLING, ADAPTERS, LOGGING),
     "run": (MODEL, DEVICE, LIMITS, SAMPLING, LOGGING),
     "pull": (MODEL, DEVICE, LOGGING),
     "list": (MODEL, LOGGING),

@@ -45,7 +45,7 @@ from candle_vllm.server.settings.options import (
 _BATCHING = ("serve", "run-batch", "bench throughput", "config")
 _SERVE = ("serve", "run-batch", "config")  # bench sizes the batch itself, and one conversation has no batch
 _WITH_ADAPTERS = ("serve", "chat", "run-batch", "config")
-_SERVING_ADAPTERS = ("serve", "config")
+_SERVING_ADAPTERS = ("serve", "run-batch", "config")
 _WITH_TEXT = (
     "serve",
     "generate",
@@ -226,7 +226,7 @@ class Settings:
     allow_runtime_lora: Annotated[bool, own(ADAPTERS,
         Boolean(), "let operators load and unload adapters of this machine's files while the server runs "
         "(/v1/load_lora_adapter, /v1/unload_lora_adapter)",
-        commands=_SERVING_ADAPTERS)] = False
+        commands=("serve", "config"))] = False
     mailbox: Annotated[str | None, own(MAILBOX,
         Secret(), "keep answers for clients that ask for it: sqlite (in ~/.candle-vllm), sqlite:///path or "
         "postgresql://...", "URL")] = field(default=None, repr=False)

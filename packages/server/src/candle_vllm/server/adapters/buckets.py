@@ -1,0 +1,108 @@
+"""Adapters in buckets of S3-compatible stores (before step 1)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from candle_vllm.core.errors import with_extra
+from candle_vllm.server.adapters.disk_cache import DiskCache
+from candle_vllm.server.adapters.fetching import FetchedSource, Pinned, Taking
+from candle_vllm.server.adapters.sources import (
+    CONFIG,
+    MAX_CONFIG,
+    WEIGHTS,
+    AdapterName,
+    Budget,
+    Limits,
+    Refused,
+    Unavailable,
+    check_config,
+)
+from candle_vllm.server.settings.options import UsageError
+
+_CONNECT_SECONDS = 10
+_PIECE = 1 << 20
+
+
+class BucketSource(FetchedSource):
+    """A bucket of an S3-compatible store; an adapter's files lie below its name, or below `name/revision`.
+
+    Address and credentials are those of AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and their like.
+
+    Args:
+        place: `bucket`, or `bucket/folder`.
+    """
+
+    kind = "s3"
+    pins = False
+
+    def __init__(self, place: str, cache: DiskCache, limits: Limits) -> None:
+        super().__init__(cache, limits)
+        try:
+            from obstore.store import S3Store
+        except ImportError:
+            raise UsageError(f"--lora-resolver s3 needs an extra: {with_extra('s3')}") from None
+        bucket, _, self._folder = place.partition("/")
+        self._place = place
+        options: Any = {
+            "allow_http": True,
+            "timeout": f"{limits.seconds:g}s",
+            "connect_timeout": f"{_CONNECT_SECONDS}s",
+        }
+        retries: Any = {"max_retries": 1}
+        self._store = S3Store(bucket, client_options=options, retry_config=retries)
+
+    def _label(self, name: AdapterName) -> str:
+        return f"s3://{self._place}/{'/'.join(filter(None, (name.name, name.revision)))}"
+
+    def _pin(self, name: AdapterName, budget: Budget) -> Pinned | None:
+        import obstore
+        from obstore.exceptions import PermissionDeniedError
+
+        parts = (self._folder.strip("/"), name.name, name.revision or "")
+        below = "/".join(part for part in parts if part) + "/"
+        with _s3_failures():
+            try:
+                heads = [obstore.head(self._store, below + file) for file in (CONFIG, WEIGHTS)]
+            except (FileNotFoundError, PermissionDeniedError):  # a bucket that may not be listed says the latter
+                return None
+        tags = [f"{head.get('e_tag') or head['last_modified'].isoformat()} {head['size']}" for head in heads]
+        revision = hashlib.sha256("\n".join(tags).encode()).hexdigest()[:40]
+
+        def fill(folder: Path, budget: Budget) -> str | None:
+            budget.expect(sum(head["size"] for head in heads))
+            self._get(below + CONFIG, folder / CONFIG, budget, MAX_CONFIG)
+            base = check_config((folder / CONFIG).read_bytes(), budget.limits)
+            self._get(below + WEIGHTS, folder / WEIGHTS, budget, budget.limits.max_bytes)
+            return base
+
+        _ = budget.seconds
+        return Pinned(revision, fill, self._label(name))
+
+    def _get(self, key: str, path: Path, budget: Budget, most: int) -> None:
+        import obstore
+
+        with _s3_failures(), path.open("xb") as stream:
+            got = obstore.get(self._store, key)  # that it is there was known
+            size = int(got.meta["size"])
+            if size > most:
+                raise Refused(f"its {path.name} has more than {most >> 20} MiB")
+            budget.check(size)
+            taking = Taking(stream, budget)
+            for piece in got.stream(min_chunk_size=_PIECE):
+                taking.write(piece)
+
+
+@contextmanager
+def _s3_failures() -> Iterator[None]:
+    """What the store's failures mean."""
+    from obstore.exceptions import BaseError
+
+    try:
+        yield
+    except (BaseError, FileNotFoundError) as error:
+        raise Unavailable(f"the bucket cannot be asked ({type(error).__name__})") from None

@@ -1,0 +1,172 @@
+"""Looks for adapters where they may be: one look for many askers, and none that waits for another source's.
+
+Before step 1 of a request's life. A look says whether a source has a name, and takes no longer than asking it; fetching
+what is not here yet takes its turn among the source's own fetches. So neither a local folder nor what is in the cache
+waits for a download. What a source did not have is not asked for again for a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+from candle_vllm.server.adapters.sources import AdapterName, Found, Refused, Source, Unavailable
+from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.loop_threads import in_thread
+
+logger = logging.getLogger(__name__)
+
+_MAX_MISSING = 4096  # names that a source did not have
+_MISSING_SECONDS = 60.0
+_FAULT_SECONDS = 5.0  # after a source that could not be asked
+_LOOKING = 16  # at a time, in one source
+_FETCHING = 4  # at a time, from one source
+_MAX_LOOKING = 256  # of one source, with those that wait
+_LISTED_SECONDS = 10.0
+
+
+class _Crowded(Exception):
+    """Too many look at a source."""
+
+
+class _Place:
+    """A source, who looks at it, and what it did not have."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.looks, self.fetches = asyncio.Semaphore(_LOOKING), asyncio.Semaphore(_FETCHING)
+        self.inside = 0
+        self.missing: OrderedDict[AdapterName, tuple[float, Refused | Unavailable | None]] = OrderedDict()
+
+    async def find(self, read: AdapterName) -> Found | None:
+        """What the source has, on this machine."""
+        kind = self.source.kind
+        if self.inside >= _MAX_LOOKING:
+            raise _Crowded
+        self.inside += 1
+        try:
+            async with self.looks:
+                found = await in_thread(lambda: self.source.find(read), f"adapter-{kind}")
+            if found is None or isinstance(found, Found):
+                return found
+            async with self.fetches:
+                return await in_thread(found, f"adapter-{kind}")
+        except OSError as failure:
+            raise Unavailable(str(failure)) from None
+        finally:
+            self.inside -= 1
+
+
+class Lookout:
+    """The sources of one server, in order. For one event loop.
+
+    Args:
+        sources: where adapters may be.
+        looked: called with the kind of a source and how a look at it ended.
+    """
+
+    def __init__(self, sources: Sequence[Source], looked: Callable[[str, str], object]) -> None:
+        self.sources = tuple(sources)
+        self._places = [_Place(source) for source in sources]
+        self._looked = looked
+        self._looks: dict[AdapterName, asyncio.Task[tuple[Source, Found] | None]] = {}
+        self._listing: asyncio.Task[tuple[str, ...]] | None = None
+        self._listed_at = -_LISTED_SECONDS
+        self.names: tuple[str, ...] = ()  # what sources say that they have, as it was listed last
+
+    async def find(self, read: AdapterName) -> tuple[Source, Found] | None:
+        """The first source that has an adapter, and what that found; who leaves takes nothing from the others.
+
+        Raises:
+            HttpError: 400, because it is there and is not taken; 503, because it cannot be had now, or too many look.
+        """
+        look = self._looks.get(read)
+        if look is None:
+            look = self._looks[read] = asyncio.create_task(self._find(read), name="adapter")
+            look.add_done_callback(lambda task: self._ended(read, task))
+        return await asyncio.shield(look)
+
+    def _ended(self, read: AdapterName, look: asyncio.Task[tuple[Source, Found] | None]) -> None:
+        del self._looks[read]
+        if not look.cancelled():
+            look.exception()  # who asked has heard of it, or has left
+
+    async def _find(self, read: AdapterName) -> tuple[Source, Found] | None:
+        fault, crowded = False, False
+        for place in self._places:
+            source = place.source
+            try:
+                found = await self._ask(place, read)
+            except Refused as error:
+                logger.info("the adapter %s of %s is not taken: %s", read, source.kind, error)
+                message = f"The adapter {str(read)!r} cannot be used here: {error}."
+                raise HttpError(400, message, "adapter_refused", param="model") from None
+            except Unavailable:
+                fault = True
+            except _Crowded:
+                crowded = True
+            else:
+                if found is not None:
+                    return source, found
+        if crowded:
+            raise HttpError(503, "Too many adapters are looked for.", "overloaded", {"retry-after": "5"})
+        if not fault:
+            return None
+        message = f"The adapter {str(read)!r} cannot be had at the moment; the server's log says why."
+        raise HttpError(503, message, "adapter_unavailable", {"retry-after": "5"}, param="model")
+
+    async def _ask(self, place: _Place, read: AdapterName) -> Found | None:
+        """One source, unless it was asked for the same a while ago; a local folder always is."""
+        source, now = place.source, time.monotonic()
+        until, error = place.missing.get(read, (0.0, None))
+        if now < until:
+            if error is not None:
+                raise type(error)(str(error))
+            return None
+        outcome, seconds, error = "found", 0.0, None
+        try:
+            found = await place.find(read)
+        except _Crowded:
+            outcome = "failed"
+            raise
+        except (Refused, Unavailable) as failure:
+            outcome, seconds, error = "refused", _MISSING_SECONDS, failure
+            if isinstance(failure, Unavailable):
+                outcome, seconds = "failed", _FAULT_SECONDS
+                logger.warning("the adapter %s cannot be had of %s: %s", read, source.kind, failure)
+            raise
+        else:
+            if found is None:
+                outcome, seconds = "missing", _MISSING_SECONDS
+            return found
+        finally:
+            if seconds and source.kind != "local":
+                place.missing[read] = (time.monotonic() + seconds, error)
+                while len(place.missing) > _MAX_MISSING:
+                    place.missing.popitem(last=False)
+            self._looked(source.kind, outcome)
+
+    def ask_anew(self) -> None:
+        """What sources did not have may be there now."""
+        for place in self._places:
+            place.missing.clear()
+
+    async def refresh(self) -> None:
+        """Has `names` be what there is, or was some seconds ago; folders are walked in a thread, once for all."""
+        if not self.sources or time.monotonic() - self._listed_at < _LISTED_SECONDS:
+            return
+        if self._listing is None:
+            self._listing = asyncio.create_task(in_thread(self._names, "adapters"), name="adapters")
+            self._listing.add_done_callback(self._listed)
+        await asyncio.shield(self._listing)
+
+    def _names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for source in self.sources for name in source.names()))
+
+    def _listed(self, listing: asyncio.Task[tuple[str, ...]]) -> None:
+        self._listing, self._listed_at = None, time.monotonic()
+        if not listing.cancelled() and listing.exception() is None:
+            self.names = listing.result()

@@ -1,0 +1,80 @@
+"""`--lora-resolver`: what each means, and the adapters of a server with its sources."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from candle_vllm.core.config import SETTINGS
+from candle_vllm.server.adapters.archives import TarSource, is_template
+from candle_vllm.server.adapters.buckets import BucketSource
+from candle_vllm.server.adapters.disk_cache import DiskCache
+from candle_vllm.server.adapters.hub import HubSource
+from candle_vllm.server.adapters.registry import Adapters
+from candle_vllm.server.adapters.sources import Limits, LocalSource, Source
+from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.derived import may_change
+from candle_vllm.server.settings.options import UsageError
+
+
+def open_adapters(settings: Settings, looked: Callable[[str, str], object]) -> Adapters:
+    """The adapters of a server, with the sources of its settings.
+
+    Args:
+        settings: of the process.
+        looked: told of each look at a source.
+
+    Raises:
+        UsageError: a source is none, or everybody who reaches the server could have any repository fetched.
+    """
+    if not settings.lora_resolver:
+        return Adapters()
+    limits = Limits(
+        max_bytes=settings.lora_max_mb << 20,
+        max_rank=settings.max_lora_rank or SETTINGS["max_lora_rank"].default or 1,
+        bases=settings.lora_allowed_bases,
+        seconds=settings.lora_fetch_timeout,
+    )
+    cache = DiskCache(cache_folder(settings), settings.lora_cache_bytes)
+    sources = [read_source(spec, settings, cache, limits) for spec in settings.lora_resolver]
+    if any(isinstance(source, HubSource) and source.takes_all for source in sources) and not may_change(settings):
+        raise UsageError(
+            "--lora-resolver hf lets clients fetch every repository, and everybody who reaches "
+            f"{settings.host} may be one: say whose (hf=org/*), give the server keys (--api-key), or let it listen at "
+            "127.0.0.1"
+        )
+    cache.clear_left()
+    return Adapters(sources, cache, looked)
+
+
+def cache_folder(settings: Settings) -> Path:
+    """Where fetched adapters are kept."""
+    if settings.lora_cache_dir is not None:
+        return settings.lora_cache_dir.expanduser()
+    if settings.download_dir is not None:
+        return settings.download_dir.expanduser() / "adapters"
+    return Path.home() / ".cache" / "candle-vllm" / "adapters"
+
+
+def read_source(spec: str, settings: Settings, cache: DiskCache, limits: Limits) -> Source:
+    """What one `--lora-resolver` means: local=DIR, hf, hf=PATTERN, s3=BUCKET/FOLDER, tar=ADDRESS.
+
+    Raises:
+        UsageError: it is none of them.
+    """
+    kind, equals, place = spec.partition("=")
+    if kind == "local" and place:
+        folder = Path(place).expanduser()
+        if not folder.is_dir():
+            raise UsageError(f"--lora-resolver {spec!r:.200}: there is no such folder")
+        return LocalSource(folder, limits)
+    if kind == "hf" and (place or not equals):
+        return HubSource(place or "*", settings, cache, limits)
+    if kind == "s3" and place:
+        return BucketSource(place.removeprefix("s3://"), cache, limits)
+    if kind == "tar" and is_template(place):
+        return TarSource(place, cache, limits)
+    raise UsageError(
+        f"--lora-resolver {spec!r:.200} is none of local=DIR, hf, hf=org/*, s3=BUCKET/FOLDER and "
+        "tar=https://HOST/{name}.tar.gz"
+    )
