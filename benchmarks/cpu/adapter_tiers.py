@@ -2,6 +2,7 @@
 
     python benchmarks/cpu/adapter_tiers.py MODEL.gguf FOLDER [--counts 5 100 1000 2000] [--memory 2000000000]
         [--streams 32] [--tokens 64] [--rounds 8] [--rank 8] [--colds 10] [--threads 2] [--json]
+        [--turns FILE.jsonl] [--plot FILE.svg]
 
 FOLDER gets as many adapters as the largest count where they are not there yet: distinct files of random numbers in
 bfloat16, every linear layer, 4.9 MB each at rank 8 of SmolLM2-135M (9.8 GB for 2,000).
@@ -9,8 +10,9 @@ bfloat16, every linear layer, 4.9 MB each at rank 8 of SmolLM2-135M (9.8 GB for 
 A line for each count: `--streams` clients ask one engine for answers of `--tokens` behind prompts of as many, each for
 an adapter that is drawn by Zipf's law with exponent 1 from the first so many (S-LoRA's curve, arXiv 2311.03285, figure
 of the number of adapters). One engine takes all counts in turns, `--rounds` times, and the median of the turns is shown
-beside that of the first count in the same turns. Loads and evictions are those of all turns of a count; the memory for
-adapters is bounded, so that with many of them some are always cold. The first turn of each is not counted.
+beside that of the first count in the same turns. The memory for adapters is bounded, so that with many of them some are
+always cold: it is filled at first with those that long use would have left there. `--turns` keeps the turns of several
+runs, whose medians are shown then, and `--plot` draws them.
 
 The last lines ask, beside as many streams less one that have all begun to answer, for adapters that are not in memory
 and for one that is, in turns: how long the first token takes, and the longest gap between two tokens of a neighbour
@@ -27,24 +29,35 @@ import random
 import shutil
 import statistics
 import time
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 
+from depth import panel
+
 from candle_vllm.core import InferenceEngine, LoRARequest, SamplingParams
+from candle_vllm.core.loading.adapters import CONFIG_FILE, WEIGHTS_FILE
 from candle_vllm.core.testing.toy_adapter import linear_shapes, write_adapter
 
 
 def write_missing(folder: Path, count: int, shapes: dict[str, tuple[int, int]], rank: int) -> None:
-    """Adapters 0 to `count` - 1, each of numbers of its own."""
-    missing = [
-        number for number in range(count) if not (path_of(folder, number) / "adapter_model.safetensors").exists()
-    ]
+    """Adapters 0 to `count` - 1: the same random numbers, each time begun at another."""
+    missing = [number for number in range(count) if not (path_of(folder, number) / WEIGHTS_FILE).exists()]
     each = 2 * rank * sum(sum(shape) for shape in shapes.values())
     free = shutil.disk_usage(folder).free
     if len(missing) * each > free - (1 << 30):
         raise SystemExit(f"{len(missing)} adapters of {each / 1e6:.1f} MB need more than the {free / 1e9:.1f} GB here")
+    if not missing:
+        return
+    made = write_adapter(folder / "model", shapes, rank=rank, dtype="BF16")
+    config, whole = (made / CONFIG_FILE).read_bytes(), (made / WEIGHTS_FILE).read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    numbers = memoryview(whole)[header:]
     for number in missing:
-        write_adapter(path_of(folder, number), shapes, rank=rank, seed=number, dtype="BF16")
+        path, turn = path_of(folder, number), 2 * (number + 1) * (len(numbers) // 2 // (count + 1))
+        path.mkdir()
+        (path / CONFIG_FILE).write_bytes(config)
+        (path / WEIGHTS_FILE).write_bytes(b"".join((whole[:header], numbers[turn:], numbers[:turn])))
 
 
 def path_of(folder: Path, number: int) -> Path:
@@ -122,29 +135,69 @@ def forget(path: Path) -> None:
         os.close(descriptor)
 
 
+def fill(engine: InferenceEngine, folder: Path, count: int, memory: int) -> None:
+    """Loads what draws by Zipf's law would have left in memory."""
+    engine.add_lora(adapter(folder, 0))
+    most = min(count, memory // engine.stats().adapter_bytes)
+    draws = random.Random(2).choices(range(count), [1 / (place + 1) for place in range(count)], k=20 * count)  # noqa: S311
+    for number in reversed(list(dict.fromkeys(reversed(draws)))[:most]):
+        engine.add_lora(adapter(folder, number))
+
+
+Turn = dict[str, dict[str, float]]
+"""By the number of adapters: tokens a second, loads, and seconds of them."""
+
+
+async def take_turn(engine: InferenceEngine, asking: Asking, options: argparse.Namespace) -> Turn:
+    """All counts, one after the other."""
+    made: Turn = {}
+    for count in options.counts:
+        before = engine.stats()
+        speed = await asking.turn(count, options.streams)
+        after = engine.stats()
+        loads = after.adapter_loads - before.adapter_loads
+        seconds = after.adapter_load_seconds - before.adapter_load_seconds
+        made[str(count)] = {"tokens a second": speed, "loads": loads, "load ms": 1e3 * seconds / max(1, loads)}
+    return made
+
+
+def medians(turns: Sequence[Turn]) -> list[dict[str, float]]:
+    """A row for each count that all turns have."""
+    counts = [count for count in turns[0] if all(count in turn for turn in turns)]
+    return [
+        {"adapters": int(count)}
+        | {name: statistics.median(turn[count][name] for turn in turns) for name in turns[0][count]}
+        | {
+            "of the first": statistics.median(
+                turn[count]["tokens a second"] / turn[counts[0]]["tokens a second"] for turn in turns
+            )
+        }
+        for count in counts
+    ]
+
+
+def plot(rows: Sequence[dict[str, float]], streams: int) -> str:
+    """Tokens a second by the number of adapters, as an SVG."""
+    line = {"": [(row["adapters"], row["tokens a second"]) for row in rows]}
+    drawn = panel(60, line, f"{streams} streams: tokens a second", "registered adapters")
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 450 360" font-family="sans-serif" font-size="12">\n'
+        f'<rect width="450" height="360" fill="white"/>{drawn}</svg>\n'
+    )
+
+
 async def measure(engine: InferenceEngine, options: argparse.Namespace) -> list[dict[str, float]]:
     asking = Asking(engine, options.folder, options.tokens)
-    speeds: dict[int, list[float]] = {count: [] for count in options.counts}
-    loads = dict.fromkeys(options.counts, 0)
-    for turn in range(options.rounds + 1):
-        for count in options.counts:
-            before = engine.stats().adapter_loads
-            speed = await asking.turn(count, options.streams)
-            if turn:
-                speeds[count].append(speed)
-                loads[count] += engine.stats().adapter_loads - before
-    first = options.counts[0]
-    rows = [
-        {
-            "adapters": count,
-            "tokens a second": statistics.median(speeds[count]),
-            "of the first": statistics.median(
-                own / base for own, base in zip(speeds[count], speeds[first], strict=True)
-            ),
-            "loads a turn": loads[count] / max(1, options.rounds),
-        }
-        for count in options.counts
-    ]
+    await asking.turn(1, options.streams)
+    turns = [await take_turn(engine, asking, options) for _ in range(options.rounds)]
+    if options.turns:
+        with options.turns.open("a+", encoding="utf-8") as file:
+            file.writelines(json.dumps(turn) + "\n" for turn in turns)
+            file.seek(0)
+            turns = [json.loads(line) for line in file]
+    rows = medians(turns) if turns else []
+    if options.plot:
+        options.plot.write_text(plot(rows, options.streams), encoding="utf-8")
     chance = random.Random(1)  # noqa: S311
     for _ in range(options.colds):
         held = {each.name for each in engine.list_loras() if each.state == "ready"}
@@ -172,6 +225,8 @@ def main() -> None:
     parser.add_argument("--colds", type=int, default=10)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--turns", type=Path, metavar="FILE.jsonl")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     with InferenceEngine(
@@ -179,6 +234,7 @@ def main() -> None:
         lora_memory=options.memory, max_model_len=2 * options.tokens + 16, speculative_config={"method": "none"},
     ) as engine:  # fmt: skip
         write_missing(options.folder, max(options.counts), linear_shapes(engine._require()[1].config), options.rank)  # type: ignore[attr-defined]
+        fill(engine, options.folder, max(options.counts), options.memory)
         rows = asyncio.run(measure(engine, options))
         stats = engine.stats()
         rows.append({

@@ -21,8 +21,9 @@ from lora_field import fitted, low_rank, stored
 from candle_vllm.core import EngineConfig, SamplingParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.devices import CPU
+from candle_vllm.core.engine.adapter_loading import adapter_packer
 from candle_vllm.core.engine.batch import BatchBuilder
-from candle_vllm.core.engine.build import adapter_packer, build_engine
+from candle_vllm.core.engine.build import build_engine
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.sequence import Run

@@ -26,6 +26,7 @@ from candle_vllm.core import (
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine import build
 from candle_vllm.core.engine.adapters import LoadedAdapter
+from candle_vllm.core.engine.request import AdapterUse, GenerationRequest
 from candle_vllm.core.errors import RequestAbortedError
 from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.testing.toy_adapter import linear_shapes, write_adapter
@@ -132,6 +133,16 @@ async def test_a_load_holds_up_neither_steps_nor_other_requests(
     gate.open.set()
     pieces = [piece async for piece in held]
     assert pieces[-1].finish_reason == "length"
+
+
+def test_a_load_begins_before_the_engine_hears_of_the_request(
+    folder: Path, engine: InferenceEngine, gate: Gate
+) -> None:
+    """It may be in a long step."""
+    inner, use = engine._require()[0], AdapterUse(name="a0", path=str(folder / "a0"))
+    inner.prepare(GenerationRequest(request_id="r", prompt_token_ids=[1], params=GREEDY, adapters=(use,)))
+    gate.until_begun("a0")
+    assert not inner.has_work
 
 
 async def test_an_engine_that_only_waits_for_a_load_sleeps(folder: Path, engine: InferenceEngine, gate: Gate) -> None:

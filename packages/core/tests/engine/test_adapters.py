@@ -56,6 +56,25 @@ def test_an_adapter_is_loaded_when_it_is_wanted_and_told() -> None:
     store.close()
 
 
+def test_what_is_on_its_way_is_loaded_behind_what_is_wanted_and_forgotten_when_it_does_not_come() -> None:
+    loads = Loads()
+    store = AdapterStore(loads)
+    first, second, third = (store.find(use(name)) for name in "abc")
+    loads.gate.clear()
+    store.expect(((second, 1.0),))
+    loads.until_begun("b")
+    store.expect(((second, 1.0), (third, 0.5)))
+    store.want([first])
+    store.expect(((second, 1.0),))
+    loads.gate.set()
+    until(lambda: first.state == second.state == "ready")
+    assert loads.begun == ["b", "a"]
+    assert third.state == "cold"
+    store.expect(((third, 1.0),))
+    until(lambda: third.state == "ready")
+    store.close()
+
+
 def test_what_was_not_used_for_longest_leaves_and_comes_back() -> None:
     loads = Loads()
     store = AdapterStore(loads, most=2)
@@ -340,6 +359,7 @@ def test_a_load_that_takes_too_long_is_waited_for_no_longer() -> None:
 _NAMES = st.sampled_from([*"abcdef", "bad"])
 _OPERATIONS = st.one_of(
     st.tuples(st.just("want"), st.lists(_NAMES, max_size=4)),
+    st.tuples(st.just("expect"), st.lists(_NAMES, min_size=1, max_size=2, unique=True)),
     st.tuples(st.just("begin"), st.lists(_NAMES, min_size=1, max_size=2, unique=True)),
     st.tuples(st.just("end"), st.integers(0, 5)),
     st.tuples(st.just("remove"), _NAMES),
@@ -373,6 +393,9 @@ def test_whatever_is_asked_of_a_store_its_bounds_and_leases_hold(
         if kind == "want":
             assert isinstance(what, list)
             store.want(dict.fromkeys(store.find(use(name)) for name in what))
+        elif kind == "expect":
+            assert isinstance(what, list)
+            store.expect(tuple((store.find(use(name)), 1.0) for name in what))
         elif kind == "begin":
             assert isinstance(what, list)
             entries = tuple((store.find(use(name)), 1.0) for name in what)
@@ -401,7 +424,7 @@ def test_whatever_is_asked_of_a_store_its_bounds_and_leases_hold(
         for entries, packed in leases:  # what began with an adapter has it to the end
             assert [entry.loaded and entry.loaded.packed for entry, _ in entries] == [each for each, _ in packed]  # type: ignore[misc]
         assert {entry.name for entry in store._held if store._entries.get(entry.name) is not entry} <= {
-            *(entry.name for entry in in_use), *(entry.name for entry in store._wanted)
+            *(entry.name for entry in in_use), *(entry.name for entry in (*store._wanted, *store._expected))
         }  # fmt: skip
         assert known <= 7
     for entries, _ in leases:

@@ -41,9 +41,10 @@ from candle_vllm.core.assembly.encoder import load_any_model
 from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.config import SpeculativeConfig, draft_settings
 from candle_vllm.core.devices import CPU, Device
+from candle_vllm.core.engine.adapter_loading import adapter_packer
 from candle_vllm.core.engine.batch import Batch, Ints
 from candle_vllm.core.engine.block_manager import BlockManager
-from candle_vllm.core.engine.build import adapter_packer, build_engine
+from candle_vllm.core.engine.build import build_engine
 from candle_vllm.core.engine.draft_head import DraftingHead
 from candle_vllm.core.engine.drafting import Drafter
 from candle_vllm.core.engine.engine import Engine

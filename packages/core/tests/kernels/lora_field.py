@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from candle_vllm.core.conversion.gguf_tensors import Constant
 from candle_vllm.core.kernels.activation_rows import RowForm, row_elements
@@ -35,6 +38,30 @@ def fitted(deltas: dict[str, dict[str, Delta]], alora: tuple[int, ...] | None = 
     digest = hashlib.sha256(repr([(id(d), p) for p, of in deltas.items() for d in of.values()]).encode()).digest()
     rank = max((delta.rank for of in deltas.values() for delta in of.values()), default=0)
     return FittedAdapter(digest=digest, alora=alora, deltas=deltas, rank=rank, nbytes=0, norm=1.0)
+
+
+def contents(adapter: PackedAdapter, places: Iterable[Place]) -> list[Any]:
+    """All that the operations read of an adapter of A and B alone, in the order of places; addresses are left out."""
+    form = RowForm[adapter.layout.dtype]
+
+    def words(address: int, count: int) -> NDArray[np.int64]:
+        return np.frombuffer(ctypes.string_at(int(address), 8 * count), np.int64)
+
+    found: list[Any] = []
+    for place in places:
+        about = words(adapter.layout.address, place.number + 1)[place.number]
+        if not about:
+            found.append(None)
+            continue
+        a, ranks, parts = words(about, lay.HEAD)
+        found.append((ranks, parts, ctypes.string_at(int(a), int(ranks) * row_elements(place.columns) * form.bytes)))
+        for number in range(parts):
+            part = words(about + 8 * (lay.HEAD + number * lay.PART), lay.PART)
+            panels = -(-part[lay.ROWS] // lay.PANEL)
+            said = [at for at in range(lay.PART) if at != lay.MATRIX]
+            b = ctypes.string_at(int(part[lay.MATRIX]), int(panels * part[lay.STEPS]) * lay.PANEL_BYTES)
+            found.append((part[said].tolist(), b))
+    return found
 
 
 def as_inputs(x: np.ndarray, form: RowForm) -> np.ndarray:

@@ -52,6 +52,7 @@ def modules_of(stored: StoredAdapter) -> dict[str, Parts]:
     return dict(found)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what is infinite is refused
 def norm_of(stored: StoredAdapter, deltas: Mapping[str, Mapping[str, Delta]]) -> float:
     """||s B A|| of all: s^2 times the sum of (B^T B) * (A A^T). Numbers that are not finite show here."""
     total, last, products = 0.0, None, np.empty((0, 0))

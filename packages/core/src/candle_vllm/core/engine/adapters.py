@@ -158,6 +158,7 @@ class AdapterStore:
         self._held: dict[Entry, None] = {}  # in memory, least recently used first
         self._bytes = 0
         self._wanted: tuple[Entry, ...] = ()  # by waiting sequences, most urgent first
+        self._expected: tuple[Entry, ...] = ()  # by requests that are on their way, until `want` says who waits
         self._asked: Counter[Entry] = Counter()  # by callers who wait in `_until_loaded`
         self._callers_next = True
         self._thread: threading.Thread | None = None
@@ -298,12 +299,22 @@ class AdapterStore:
 
     # ---- what sequences need -----------------------------------------------------------------------------------------
 
-    def want(self, entries: Iterable[Entry]) -> None:
-        """What is to be in memory next, most urgent first; in the place of what was said before."""
-        wanted = tuple(entries)
-        if wanted != self._wanted:
+    def expect(self, entries: Entries) -> None:
+        """A request for these is on its way to those that wait: they are loaded behind what is wanted already.
+
+        The engine may be in a step, behind which it hears of the request; until then the disk need not be idle.
+        """
+        if any(entry.loaded is None for entry, _ in entries):
             with self._change:
-                self._wanted = wanted
+                self._expected += tuple(entry for entry, _ in entries if entry not in self._expected)
+                self._begin()
+
+    def want(self, entries: Iterable[Entry]) -> None:
+        """What is to be in memory next, most urgent first; in the place of what was said or expected before."""
+        wanted = tuple(entries)
+        if wanted != self._wanted or self._expected:
+            with self._change:
+                self._wanted, self._expected = wanted, ()
                 self._drop_forgotten()
                 self._begin()
 
@@ -373,7 +384,7 @@ class AdapterStore:
         """Makes room for a name among those that requests alone have given; what is used by anybody stays."""
         many = len(self._loose) + 1 - MAX_LOOSE_NAMES
         if many > 0:
-            busy = {*self._wanted, *self._asked, *self._coming.values()}
+            busy = {*self._wanted, *self._expected, *self._asked, *self._coming.values()}
             known = ((name, self._entries[name]) for name in self._loose)
             idle = (name for name, each in known if not each.leases and each.state != "loading" and each not in busy)
             for name in list(islice(idle, many)):
@@ -410,7 +421,7 @@ class AdapterStore:
 
     def _begin(self) -> None:
         """Has the loading thread look what there is to do."""
-        if self._thread is None and not self._closed and (self._wanted or self._asked):
+        if self._thread is None and not self._closed and self._order():
             self._thread = threading.Thread(target=self._run, name="candle-vllm-adapters", daemon=True)
             self._thread.start()
         self._change.notify_all()
@@ -418,7 +429,7 @@ class AdapterStore:
     def _drop_forgotten(self) -> None:
         """Lets go of what no name stands for, no sequence has and none waits for."""
         for entry in [each for each in self._held if not each.leases and not self._is_known(each)]:
-            if entry not in self._wanted and not self._asked[entry]:
+            if entry not in (*self._asked, *self._wanted, *self._expected):
                 self._let_go(entry)
 
     def _is_known(self, entry: Entry) -> bool:
@@ -431,7 +442,7 @@ class AdapterStore:
 
     def _order(self) -> list[Entry]:
         """What callers wait for and what sequences do, whose turn it is first; what both do is the sequences'."""
-        wanted = dict.fromkeys(self._wanted)
+        wanted = dict.fromkeys((*self._wanted, *self._expected))
         asked = [entry for entry in self._asked if entry not in wanted]
         return [*asked, *wanted] if self._callers_next else [*wanted, *asked]
 
@@ -441,7 +452,7 @@ class AdapterStore:
         Of what sequences wait for that is the most urgent, for a later one would take its room. What a caller waits for
         holds up nobody: it takes turns with those, and where there is no room for it others pass.
         """
-        order, wanted, stopped = self._order(), set(self._wanted), False
+        order, wanted, stopped = self._order(), {*self._wanted, *self._expected}, False
         for place, entry in enumerate(order):
             of_caller = entry not in wanted
             if entry.state != "cold" or (stopped and not of_caller):

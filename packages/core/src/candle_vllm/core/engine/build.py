@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from candle_vllm.core.assembly.adapter_base import adapter_base
-from candle_vllm.core.assembly.adapters import fit_adapter
 from candle_vllm.core.assembly.draft import DescribedHead
 from candle_vllm.core.assembly.encoder import LoadedEncoder
 from candle_vllm.core.assembly.model import Described, LoadedHead, LoadedModel
-from candle_vllm.core.assembly.opening import model_files
 from candle_vllm.core.assembly.placement import memory_of
 from candle_vllm.core.config import WITH_WEIGHTS, EngineConfig, SpeculativeConfig, draft_settings
 from candle_vllm.core.devices import Device, leave_cores_to_others
 from candle_vllm.core.engine.adapter_admission import AdapterAdmission
-from candle_vllm.core.engine.adapters import AdapterStore, LoadedAdapter
+from candle_vllm.core.engine.adapter_loading import adapter_limits, adapter_loader
+from candle_vllm.core.engine.adapters import AdapterStore
 from candle_vllm.core.engine.admission import encoder_tasks
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.engine import Engine
@@ -31,7 +27,6 @@ from candle_vllm.core.engine.request import ModelInfo
 from candle_vllm.core.engine.scheduler import Scheduler, WholeTexts
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.layers.adapters import number_places
-from candle_vllm.core.loading.adapters import AdapterLimits, read_adapter
 from candle_vllm.core.memory import MIB, CachePlan, available_memory, cache_bytes, main_room, plan_cache, room_for
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.sampling.params import DEFAULT_SAMPLING
@@ -41,11 +36,9 @@ from candle_vllm.core.threads import default_threads
 if TYPE_CHECKING:
     from candle_vllm.core.engine.draft_model import DraftModel
     from candle_vllm.core.kernels.cpu_runtime.recorder import StepLimits
-    from candle_vllm.core.kernels.lora import FittedAdapter, PackedAdapter
 
 _COMPILER_BYTES = 256 * MIB
 _LEAST_FOR_ADAPTERS, _MOST_FOR_ADAPTERS = 64 * MIB, 4096 * MIB
-_MOST_PACKED = 2  # bytes of a file for one in memory: F32 becomes bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -283,7 +276,7 @@ def _build_on_cpu(
     if plan.warning:
         logger.warning(plan.warning)
     rows = max(sequences + draft_rows, MAX_SCORED_ROWS)
-    adapters = _adapter_limits(config, loaded) if config.enable_lora else {}
+    adapters = adapter_limits(config, loaded) if config.enable_lora else {}
     taps = loaded.draft.head.taps if isinstance(loaded.draft, LoadedHead) else None
     runner = _runner_on_cpu(config, loaded, plan, budget, sequences, rows, adapters=adapters, taps=taps)
     assert isinstance(runner, StepwiseRunner)
@@ -346,38 +339,6 @@ def _runner_on_cpu(
         return RecordedRunner(loaded.decoder, blocks, limits, team=team, taps=taps)
 
 
-def _adapter_limits(config: EngineConfig, loaded: LoadedModel) -> dict[str, Any]:
-    """What `StepLimits` says of adapters: multiplied in bfloat16, but in float32 where the model's own matrices are."""
-    dtype = config.lora_dtype.upper()
-    if dtype == "AUTO":
-        dtype = "F32" if loaded.dtype.startswith("f32") else "BF16"
-    if dtype == "F16":
-        raise ConfigError("lora_dtype 'f16': adapters are multiplied in bf16 or f32 on the CPU: set one", "lora_dtype")
-    return {"adapter_rank": config.max_lora_rank, "adapter_dtype": dtype}
-
-
-def adapter_packer(
-    config: EngineConfig, loaded: LoadedModel, runner: ModelRunner
-) -> Callable[[FittedAdapter], PackedAdapter]:
-    """What makes adapters ready for the steps of a model, see `pack_adapter`; in any thread."""
-    from candle_vllm.core.kernels.lora.pack import pack_adapter
-
-    if loaded.placement.device.type == "cuda":
-        from candle_vllm.core.engine.device_runner import DeviceRunner
-
-        assert isinstance(runner, DeviceRunner)
-        assert runner.adapters is not None
-        return partial(
-            pack_adapter,
-            places=number_places(loaded.decoder),
-            dtype="BF16",
-            compiled=False,
-            packed=runner.adapters.packed,
-        )
-    dtype, places = _adapter_limits(config, loaded)["adapter_dtype"], number_places(loaded.decoder)
-    return partial(pack_adapter, places=places, dtype=dtype, compiled=loaded.placement.recorded)
-
-
 def adapter_store(
     config: EngineConfig, loaded: LoadedModel, runner: ModelRunner, most: int, plan: CachePlan
 ) -> AdapterStore:
@@ -388,20 +349,6 @@ def adapter_store(
     return AdapterStore(
         adapter_loader(config, loaded, runner, memory), most=config.max_cpu_loras, most_bytes=memory, most_at_once=most
     )
-
-
-def adapter_loader(
-    config: EngineConfig, loaded: LoadedModel, runner: ModelRunner, memory: int
-) -> Callable[[Path], LoadedAdapter]:
-    """What brings the files of an adapter to memory, `memory` bytes at most; in any thread."""
-    limits = AdapterLimits(max_rank=config.max_lora_rank, max_bytes=_MOST_PACKED * memory)
-    base, pack = adapter_base(model_files(config), config), adapter_packer(config, loaded, runner)
-
-    def load(path: Path) -> LoadedAdapter:
-        with read_adapter(path, limits) as stored:
-            return LoadedAdapter(pack(fit_adapter(stored, base)), stored.base, stored.notes)
-
-    return load
 
 
 def _room_for_rows(limits: StepLimits) -> AbstractContextManager[None]:

@@ -59,7 +59,7 @@ class Preparation(ABC):
         raise NotImplementedError
 
     def _entries(self, request: GenerationRequest) -> Entries:
-        """The adapters of a request; errors as `AdapterStore.found`, or where there are none."""
+        """The adapters of a request, which are expected from now on; errors as `AdapterStore.found`, or without any."""
         if not request.adapters:
             return ()
         if self.adapters is None:
@@ -67,7 +67,9 @@ class Preparation(ABC):
                 f"adapter {request.adapters[0].name!r:.80}: adapters are off; load the model with enable_lora=True",
                 "lora_request",
             )
-        return self.adapters.found(request.adapters)
+        entries = self.adapters.found(request.adapters)
+        self.adapters.expect(entries)
+        return entries
 
     def close(self) -> None:  # noqa: B027  # most have nothing to end
         """Lets go of threads."""

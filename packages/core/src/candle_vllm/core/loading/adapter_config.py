@@ -32,8 +32,9 @@ _REFUSED = {
     "monteclora_config": "MonteCLoRA's samples",
     "arrow_config": "routing between adapters (Arrow)",
 }
+_BASE = "base_model_name_or_path"
 _HONOURED = (
-    "peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
+    "peft_type", _BASE, "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
     "use_dora", "bias", "lora_bias", "init_lora_weights", "trainable_token_indices", "target_parameters",
     "alora_invocation_tokens", "ensure_weight_tying", "fan_in_fan_out",
 )  # fmt: skip
@@ -85,10 +86,12 @@ class ReadConfig:
 
     Attributes:
         config: what the tensors need.
+        effect: the keys that are honoured and their values; two with the same do the same.
         alora, base, notes: as in `StoredAdapter`.
     """
 
     config: AdapterConfig
+    effect: bytes
     alora: tuple[int, ...] | None
     base: str | None
     notes: tuple[str, ...]
@@ -177,8 +180,9 @@ def _read(keys: _Keys, max_rank: int) -> ReadConfig:
     for key in ("lora_bias", "fan_in_fan_out"):  # tensors say the first; A and B are the same under the second
         keys.flag(key)
     alora = invocation_of(keys, "alora_invocation_tokens")
-    base = keys.get("base_model_name_or_path", str, None)
-    return ReadConfig(config=config, alora=alora or None, base=base or None, notes=_notes(keys, base))
+    base = keys.get(_BASE, str, None)
+    effect = json.dumps({key: keys.values.get(key) for key in _HONOURED if key != _BASE}, sort_keys=True).encode()
+    return ReadConfig(config=config, effect=effect, alora=alora or None, base=base or None, notes=_notes(keys, base))
 
 
 def invocation_of(keys: Fields, key: str) -> tuple[int, ...]:

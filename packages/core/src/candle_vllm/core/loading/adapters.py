@@ -9,19 +9,23 @@ Source: PEFT's checkpoint format; `convert_lora_to_gguf.py` and `llama-adapter.c
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from candle_vllm.core.errors import AdapterError, InvalidFileError, ModelLoadError, ModelNotFoundError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.adapter_config import MAX_CONFIG_BYTES, AdapterConfig, invocation_of, parse_config
 from candle_vllm.core.loading.gguf import open_gguf, split_names
-from candle_vllm.core.loading.safetensors import open_safetensors
-from candle_vllm.core.loading.tensors import Checkpoint, FileTensor
+from candle_vllm.core.loading.safetensors import header_bytes, read_safetensors
+from candle_vllm.core.loading.tensors import Checkpoint, FileTensor, MappedFile
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 CONFIG_FILE = "adapter_config.json"
@@ -56,29 +60,43 @@ class StoredAdapter:
         path: the folder or the file.
         format: "peft" or "gguf": whose names the tensors bear.
         config: what it says about itself.
-        tensors: by name; PEFT's "base_model.model." is left off.
         digest: SHA-256 of the configuration's and the weights' bytes.
+        kind: a sum of all but the weights' numbers, of what matters of the configuration: those of one kind are fitted
+            and packed in the same way. None of a GGUF file.
         limits: that it was read under.
         alora: tokens from whose last occurrence on it acts; None: on all of a sequence.
         base: the model that it was trained for, as the files name it.
         notes: what an operator should know: keys that nobody here knows, what was not compared.
-        checkpoint: the file.
+        file: the file.
+        header: reads the tensors' names and places.
     """
 
     path: Path
     format: Literal["peft", "gguf"]
     config: AdapterConfig
-    tensors: Mapping[str, StoredTensor]
     digest: bytes
+    kind: bytes | None = None
     limits: AdapterLimits
     alora: tuple[int, ...] | None = None
     base: str | None = None
     notes: tuple[str, ...] = ()
-    checkpoint: Checkpoint
+    file: MappedFile
+    header: Callable[[], Mapping[str, StoredTensor]]
+
+    @functools.cached_property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """By name, PEFT's without "base_model.model."; errors as of `read_adapter`, when they are first asked for."""
+        return self.header()
+
+    @property
+    def data(self) -> NDArray[np.uint8]:
+        """The numbers of a file of a `kind`: what stands behind its header."""
+        begins = 8 + (header_bytes(self.file) or 0)
+        return self.file.view(begins, self.file.size - begins)
 
     def close(self) -> None:
-        """Unmaps the file; what was read stays valid."""
-        self.checkpoint.close()
+        """Gives the file's memory back; what was read stays valid."""
+        self.file.close()
 
     def __enter__(self) -> StoredAdapter:
         return self
@@ -98,6 +116,17 @@ def read_adapter(path: Path | str, limits: AdapterLimits = AdapterLimits()) -> S
         ModelNotFoundError: nothing is there, or no adapter.
         AdapterError: it is damaged, beyond the limits, or asks for what is not honoured.
     """
+    stored = open_adapter(path, limits)
+    try:
+        assert stored.tensors
+    except BaseException:
+        stored.close()
+        raise
+    return stored
+
+
+def open_adapter(path: Path | str, limits: AdapterLimits = AdapterLimits()) -> StoredAdapter:
+    """As `read_adapter`, but what is wrong with a PEFT file's header is found when its tensors are asked for."""
     path = Path(path)
     if path.is_dir():
         return _read_peft(path, limits)
@@ -126,31 +155,50 @@ def _read_peft(path: Path, limits: AdapterLimits) -> StoredAdapter:
                 f"adapter as {WEIGHTS_FILE} (PEFT's save_pretrained with safe_serialization=True)"
             )
         raise ModelNotFoundError(f"{weights} is missing: it lies beside {CONFIG_FILE} in an adapter's folder")
-    checkpoint = _open(weights, limits, "peft")
-    try:
-        tensors: dict[str, StoredTensor] = {}
-        for name, tensor in checkpoint.tensors.items():
-            short = name.removeprefix(_PREFIX)
-            if short in tensors:
-                raise AdapterError(f"{weights}: {name!r:.200} is there with and without {_PREFIX!r}")
-            tensors[short] = tensor
-        digest = hashlib.sha256(len(data).to_bytes(8, "little") + data)
-        _hash(digest, checkpoint)
-    except BaseException:
-        checkpoint.close()
-        raise
+    _check_size(weights, limits)
+    with _as_adapter_error():
+        file = MappedFile(weights, copied=limits.copied)
+
+    def header() -> Mapping[str, StoredTensor]:
+        with _as_adapter_error():
+            return _tensors_of(read_safetensors(file), weights)
+
+    digest = hashlib.sha256(len(data).to_bytes(8, "little") + data)
+    digest.update(file.view(0, file.size))
     return StoredAdapter(
         path=path,
         format="peft",
         config=read.config,
-        tensors=tensors,
         digest=digest.digest(),
+        kind=_kind(read.effect, file),
         limits=limits,
         alora=read.alora,
         base=read.base,
         notes=read.notes,
-        checkpoint=checkpoint,
+        file=file,
+        header=header,
     )
+
+
+def _tensors_of(checkpoint: Checkpoint, path: Path) -> Mapping[str, StoredTensor]:
+    _check_tensors(checkpoint, path, "peft")
+    tensors: dict[str, StoredTensor] = {}
+    for name, tensor in checkpoint.tensors.items():
+        short = name.removeprefix(_PREFIX)
+        if short in tensors:
+            raise AdapterError(f"{path}: {name!r:.200} is there with and without {_PREFIX!r}")
+        tensors[short] = tensor
+    return tensors
+
+
+def _kind(effect: bytes, file: MappedFile) -> bytes | None:
+    """See `StoredAdapter`; None of a file without a header."""
+    length = header_bytes(file)
+    if length is None:
+        return None
+    made = hashlib.sha256(b"%d %d %d " % (len(effect), length, file.size) + effect)
+    made.update(file.view(8, length))
+    return made.digest()
 
 
 def _folder_of(path: Path) -> Path:
@@ -185,8 +233,15 @@ def _config_bytes(path: Path) -> bytes:
 
 
 def _read_gguf(path: Path, limits: AdapterLimits) -> StoredAdapter:
-    checkpoint = _open(path, limits, "gguf")
+    _check_size(path, limits)
+    if len(split_names(path.name)) > 1:
+        raise AdapterError(f"{path} is a part of several; an adapter is one file: merge them with gguf-split")
+    with _as_adapter_error():
+        checkpoint = open_gguf(path, copied=limits.copied)
     try:
+        _check_tensors(checkpoint, path, "gguf")
+        first = next(iter(checkpoint.tensors.values()))
+        assert isinstance(first, FileTensor)
         keys = Fields(checkpoint.metadata, path)
         for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
             value = keys.get(key, str, "")
@@ -198,8 +253,7 @@ def _read_gguf(path: Path, limits: AdapterLimits) -> StoredAdapter:
         )
         alora = _invocation_tokens(checkpoint.metadata, path)
         base = keys.get("general.base_model.0.name", str, None)
-        digest = hashlib.sha256()
-        _hash(digest, checkpoint)
+        digest = hashlib.sha256(first.file.view(0, first.file.size))
     except InvalidFileError as error:
         checkpoint.close()
         raise AdapterError(str(error)) from error
@@ -210,13 +264,13 @@ def _read_gguf(path: Path, limits: AdapterLimits) -> StoredAdapter:
         path=path,
         format="gguf",
         config=config,
-        tensors=checkpoint.tensors,
         digest=digest.digest(),
         limits=limits,
         alora=alora,
         base=base,
         notes=() if alpha else ("adapter.lora.alpha is missing or 0: the scale is 1",),
-        checkpoint=checkpoint,
+        file=first.file,
+        header=lambda: checkpoint.tensors,
     )
 
 
@@ -232,24 +286,13 @@ def _invocation_tokens(metadata: Mapping[str, Any], path: Path) -> tuple[int, ..
 # ---- both ------------------------------------------------------------------------------------------------------------
 
 
-def _open(path: Path, limits: AdapterLimits, format: Literal["peft", "gguf"]) -> Checkpoint:
-    """Reads a file within the limits; every error is an `AdapterError`."""
-    with _as_adapter_error():
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise AdapterError(f"{path} cannot be read: {error}") from error
-        if size > limits.max_bytes:
-            raise AdapterError(f"{path} has {size} bytes; {limits.max_bytes} are allowed: raise lora_memory")
-        if format == "gguf" and len(split_names(path.name)) > 1:
-            raise AdapterError(f"{path} is a part of several; an adapter is one file: merge them with gguf-split")
-        checkpoint = (open_safetensors if format == "peft" else open_gguf)(path, copied=limits.copied)
-        try:
-            _check_tensors(checkpoint, path, format)
-        except BaseException:
-            checkpoint.close()
-            raise
-        return checkpoint
+def _check_size(path: Path, limits: AdapterLimits) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from error
+    if size > limits.max_bytes:
+        raise AdapterError(f"{path} has {size} bytes; {limits.max_bytes} are allowed: raise lora_memory")
 
 
 def _check_tensors(checkpoint: Checkpoint, path: Path, format: str) -> None:
@@ -280,11 +323,12 @@ def _as_adapter_error() -> Iterator[None]:
         raise AdapterError(str(error)) from error
 
 
-def _hash(digest: Any, checkpoint: Checkpoint) -> None:
-    """Puts the bytes of a checkpoint's one file into a sum."""
-    first = next(iter(checkpoint.tensors.values()))
-    assert isinstance(first, FileTensor)
-    digest.update(first.file.view(0, first.file.size))
-
-
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "AdapterConfig", "AdapterLimits", "StoredAdapter", "read_adapter"]
+__all__ = [
+    "CONFIG_FILE",
+    "WEIGHTS_FILE",
+    "AdapterConfig",
+    "AdapterLimits",
+    "StoredAdapter",
+    "open_adapter",
+    "read_adapter",
+]

@@ -73,6 +73,18 @@ def open_safetensors(source: Path | str, *, copied: bool = False) -> Checkpoint:
     return Checkpoint(source, "safetensors", files, tensors, metadata)
 
 
+def read_safetensors(file: MappedFile) -> Checkpoint:
+    """The tensors of one file; errors as of `open_safetensors`."""
+    tensors, notes = _read_header(file)
+    return Checkpoint(file.path, "safetensors", [file], tensors, notes)
+
+
+def header_bytes(file: MappedFile) -> int | None:
+    """How long a file's header is, behind 8 bytes that say it; None where that cannot be."""
+    length = int.from_bytes(file.buffer[:8], "little")
+    return length if file.size >= 8 and length <= min(MAX_HEADER_BYTES, file.size - 8) else None
+
+
 def safetensors_files(source: Path) -> tuple[Path, ...]:
     """The files of a checkpoint, in order of name.
 
@@ -134,10 +146,11 @@ def _read_index(path: Path) -> dict[str, str]:
 def _read_header(file: MappedFile) -> tuple[dict[str, FileTensor], dict[str, str]]:
     if file.size < 8:
         raise InvalidFileError(f"{file.path} has {file.size} bytes, a safetensors file at least 8")
-    length = int.from_bytes(file.buffer[:8], "little")
-    if length > min(MAX_HEADER_BYTES, file.size - 8):
+    length = header_bytes(file)
+    if length is None:
+        said = int.from_bytes(file.buffer[:8], "little")
         raise InvalidFileError(
-            f"{file.path} announces a header of {length} bytes; the file has {file.size - 8} after its first 8 and "
+            f"{file.path} announces a header of {said} bytes; the file has {file.size - 8} after its first 8 and "
             f"at most {MAX_HEADER_BYTES} are allowed: it is damaged, incomplete or no safetensors file"
         )
     entries, notes = _decode_header(file.path, file.buffer[8 : 8 + length])

@@ -22,6 +22,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 
 from candle_vllm.core.errors import InvalidFileError, ModelLoadError, ModelNotFoundError
+from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 
@@ -128,6 +129,12 @@ class FileTensor(StoredTensor):
         data = self.file.view(self.start, self.nbytes)
         rows = math.prod(self.shape[:-1])
         return data.reshape(rows, self.nbytes // rows if rows else 0)
+
+    def file_places(self) -> np.ndarray | None:
+        """See `StoredTensor.file_places`."""
+        if self.dtype is None:
+            return None
+        return self.start + ELEMENTS[self.dtype].itemsize * np.arange(self.numel).reshape(self.shape)
 
     def rows(self, first: int, last: int) -> StoredTensor:
         """See `StoredTensor.rows`: a part of the file."""

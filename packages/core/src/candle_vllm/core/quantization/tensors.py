@@ -93,6 +93,10 @@ class StoredTensor(ABC):
         A row is one run along the innermost dimension; the outer dimensions are flattened.
         """
 
+    def file_places(self) -> np.ndarray | None:
+        """The byte of the file where each number begins, int64 [*shape]; None where they are decoded or computed."""
+        return None
+
     def load(self, dtype: str | None = "F32") -> np.ndarray:
         """The values, contiguous, in memory of their own.
 
@@ -221,6 +225,10 @@ class _Rows(Viewed):
     def raw(self) -> np.ndarray:
         data = self.source.raw()
         return data.reshape(self.source.shape[0], -1)[self.index].reshape(max(1, math.prod(self.shape[:-1])), -1)
+
+    def file_places(self) -> np.ndarray | None:
+        places = self.source.file_places()
+        return None if places is None else places[self.index]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

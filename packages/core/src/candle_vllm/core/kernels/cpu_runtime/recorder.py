@@ -36,6 +36,7 @@ class StepLimits:
         threads: of the team that runs it.
         adapter_rank: of any adapter; 0 where there are none.
         adapter_dtype: in what adapters are multiplied.
+        row_adapters: most adapters of one row.
     """
 
     tokens: int
@@ -46,6 +47,7 @@ class StepLimits:
     threads: int
     adapter_rank: int = 0
     adapter_dtype: NumberType = "BF16"
+    row_adapters: int = 1
 
     @property
     def block_shift(self) -> int:
@@ -69,10 +71,6 @@ class StepArrays:
         self.block_tables = np.zeros((limits.sequences, limits.table_width), np.int64)
         self.logit_rows = np.zeros(limits.logit_rows, np.int64)
         self.moved_on = False
-
-
-MOST_MIXED = 16
-"""Adapters of one row."""
 
 
 class EntryArrays:
@@ -115,9 +113,9 @@ class Recorder:
         self.num_rows = 0
         self.logits: np.ndarray | None = None
         self.adapted = Adapted.NOT
-        entries = limits.tokens * MOST_MIXED if limits.adapter_rank else 0
+        entries = limits.tokens * limits.row_adapters if limits.adapter_rank else 0
         self.entries = EntryArrays(entries)  # of the step's tokens
-        self.logit_entries = EntryArrays(min(entries, limits.logit_rows * MOST_MIXED))
+        self.logit_entries = EntryArrays(min(entries, limits.logit_rows * limits.row_adapters))
         self._sums: dict[int, np.ndarray] = {}
         self._keep: list[object] = []  # what the plan knows by address only
         self._free: defaultdict[tuple[int, type], list[np.ndarray]] = defaultdict(list)

@@ -15,7 +15,7 @@ import numpy as np
 from candle_vllm.core.kernels.activation_rows import RowForm
 from candle_vllm.core.kernels.cpu_runtime.matrices import InputRows, Inputs, make_forms
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
-from candle_vllm.core.kernels.cpu_runtime.recorder import MOST_MIXED, Buffer, aligned, row_stride
+from candle_vllm.core.kernels.cpu_runtime.recorder import Buffer, aligned, row_stride
 from candle_vllm.core.kernels.lora import layout as lay
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def record_inputs(recorder: Recorder, source: InputRows, *, barrier: bool) -> In
         entries, counted = recorder.logit_entries, StepNumber.ADAPTED_LOGITS
     picked = dataclasses.replace(source, picked=address_of(entries.sources), rows_from=counted)
     form = RowForm[recorder.limits.adapter_dtype]
-    return make_forms(recorder, [form], picked, copies=MOST_MIXED, barrier=barrier)[form]
+    return make_forms(recorder, [form], picked, copies=recorder.limits.row_adapters, barrier=barrier)[form]
 
 
 class Joining:

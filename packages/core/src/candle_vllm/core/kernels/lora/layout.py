@@ -49,13 +49,13 @@ def filled(rank: int) -> int:
     return -(-rank // 4) * 4
 
 
-def blocks_of(matrix: np.ndarray) -> np.ndarray:
-    """A [R, K] in blocks; R is a multiple of 4 and K of 32."""
+def blocks_of(matrix: np.ndarray, itemsize: int) -> np.ndarray:
+    """A [R, K], whose numbers take so many bytes, in blocks; R is a multiple of 4 and K of 32."""
     rank, columns = matrix.shape
     made, first = [], 0
     while first < rank:
         height = next(size for size in (16, 8, 4) if size <= rank - first)
-        width = 64 // matrix.itemsize // height
+        width = 64 // itemsize // height
         block = matrix[first : first + height].reshape(height, columns // width, width)
         made.append(block.transpose(1, 0, 2).reshape(-1))
         first += height

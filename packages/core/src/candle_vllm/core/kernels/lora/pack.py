@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +20,13 @@ from candle_vllm.core.kernels.lora import layout as lay
 from candle_vllm.core.quantization.plain import read_plain
 from candle_vllm.core.quantization.tensors import StoredTensor
 
-_SERIALS = itertools.count(1)
+SERIALS = itertools.count(1)
+"""Of packed adapters, unique in the process."""
 
 Places = Mapping[str, Sequence[Place]]
 """The places of a model by the paths of its layers."""
+Changes = Mapping[int, tuple[Place, Mapping[str, Delta]]]
+"""Places by their numbers, and what is done to the parts of each."""
 
 
 def pack_adapter(
@@ -31,7 +35,7 @@ def pack_adapter(
     dtype: NumberType,
     *,
     compiled: bool,
-    packed: Callable[[Mapping[int, tuple[Place, Mapping[str, Delta]]]], Any] | None = None,
+    packed: Callable[[Changes], Any] | None = None,
 ) -> PackedAdapter:
     """Brings an adapter to the layout of a backend.
 
@@ -45,6 +49,36 @@ def pack_adapter(
     Raises:
         AdapterError: it changes what cannot be changed here.
     """
+    found = changes_of(fitted, places)
+    if packed is not None:
+        layout = packed(found)
+    elif compiled:
+        layout = Packing(dtype).pack(found, places)
+    else:
+        from candle_vllm.core.kernels.lora.reference import TorchAdapter
+
+        layout = TorchAdapter(found, dtype)
+    return packed_adapter(fitted, layout, nbytes=layout.nbytes)
+
+
+def packed_adapter(fitted: FittedAdapter, layout: Any, nbytes: int) -> PackedAdapter:
+    """What is known of an adapter beside its layout."""
+    every = [delta for deltas in fitted.deltas.values() for delta in deltas.values()]
+    return PackedAdapter(
+        digest=fitted.digest,
+        alora=fitted.alora,
+        rank=fitted.rank,
+        norm=fitted.norm,
+        modules=len(every),
+        nbytes=nbytes,
+        serial=next(SERIALS),
+        apart=any(not (d.column_scale is None and d.full is None and d.rows is None) for d in every),
+        layout=layout,
+    )
+
+
+def changes_of(fitted: FittedAdapter, places: Places) -> Changes:
+    """What an adapter changes, by the number of each place; errors as of `pack_adapter`."""
     found: dict[int, tuple[Place, dict[str, Delta]]] = {}
     for path, deltas in fitted.deltas.items():
         for name, delta in deltas.items():
@@ -53,26 +87,7 @@ def pack_adapter(
                 raise AdapterError(f"the adapter changes {path}:{name}weight, which this model multiplies in no place")
             _check(f"{path}:{name}weight", place, delta)
             found.setdefault(place.number, (place, {}))[1][name] = delta
-    if packed is not None:
-        layout = packed(found)
-    elif compiled:
-        layout = CompiledAdapter(found, 1 + max((p.number for of in places.values() for p in of), default=0), dtype)
-    else:
-        from candle_vllm.core.kernels.lora.reference import TorchAdapter
-
-        layout = TorchAdapter(found, dtype)
-    every = [delta for _, deltas in found.values() for delta in deltas.values()]
-    return PackedAdapter(
-        digest=fitted.digest,
-        alora=fitted.alora,
-        rank=fitted.rank,
-        norm=fitted.norm,
-        modules=len(every),
-        nbytes=layout.nbytes,
-        serial=next(_SERIALS),
-        apart=any(not (d.column_scale is None and d.full is None and d.rows is None) for d in every),
-        layout=layout,
-    )
+    return found
 
 
 def _check(name: str, place: Place, delta: Delta) -> None:
@@ -89,31 +104,53 @@ def numbers_of(stored: StoredTensor | None) -> NDArray[np.float32]:
     return stored.load("F32")
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class CompiledAdapter:
     """An adapter in the layout of `layout.py`.
 
     Attributes:
-        table, address: int64, a number for each place; where it begins.
+        address: of its table.
         nbytes: bytes of it all.
+        dtype: in what it is multiplied.
+        memory: what is there.
+    """
+
+    address: int
+    nbytes: int
+    dtype: NumberType
+    memory: Sequence[np.ndarray]
+
+
+class Packing:
+    """Lays out an adapter; one serves for one.
+
+    Args:
         dtype: in what it is multiplied.
     """
 
-    def __init__(self, found: Mapping[int, tuple[Place, Mapping[str, Delta]]], places: int, dtype: NumberType) -> None:
+    def __init__(self, dtype: NumberType) -> None:
         self.dtype: NumberType = dtype
         self.form = RowForm[dtype]
-        self.table = np.zeros(places, np.int64)
-        self._keep: list[np.ndarray] = []
-        self.address = address_of(self.table)
-        self.nbytes = self.table.nbytes
+        self._memory: list[np.ndarray] = []
+
+    def pack(self, found: Changes, places: Places) -> CompiledAdapter:
+        """Copies what the deltas of `changes_of` hold."""
+        address = self.table(found, places)
+        return CompiledAdapter(address, sum(each.nbytes for each in self._memory), self.dtype, self._memory)
+
+    def table(self, found: Changes, places: Places) -> int:
+        """Address of the table, which is kept last."""
+        made = np.zeros(1 + max((place.number for each in places.values() for place in each), default=0), np.int64)
         for number, (place, deltas) in found.items():
             if place.experts:
                 every = np.zeros(place.experts, np.int64)
                 for expert in range(place.experts):
                     of = {name: delta for name, delta in deltas.items() if place.parts[name][0] == expert}
                     every[expert] = self._describe(place, of) if of else 0
-                self.table[number] = self._kept(every)
+                made[number] = self.told(every)
             else:
-                self.table[number] = self._describe(place, deltas)
+                made[number] = self._describe(place, deltas)
+        return self.told(made)
 
     def _describe(self, place: Place, deltas: Mapping[str, Delta]) -> int:
         """Address of a description."""
@@ -129,22 +166,22 @@ class CompiledAdapter:
             offset += ranks[number]
             self._fill(part, place, delta, rows)
             if delta.a is not None and not place.lookup:
-                halves.append(_filled(self._bits_of(delta.a), lay.filled(delta.rank), row_elements(place.columns)))
+                halves.append(_filled(self.bits_of(delta.a), lay.filled(delta.rank), row_elements(place.columns)))
         if place.lookup and parts[0][1].b is not None:
-            made[0] = self._kept(self._bits_of(parts[0][1].b))
+            made[0] = self.kept(self.bits_of(parts[0][1].b))
         if halves:
-            made[0] = self._kept(lay.blocks_of(np.concatenate(halves) if len(halves) > 1 else halves[0]))
-        return self._kept(made)
+            made[0] = self.kept(lay.blocks_of(np.concatenate(halves), self.form.bytes))
+        return self.told(made)
 
     def _fill(self, part: NDArray[np.int64], place: Place, delta: Delta, rows: int) -> None:
         """A part's numbers but for where it stands."""
         scale = delta.column_scale
         if delta.full is not None and not place.lookup:
-            part[lay.STEPS], part[lay.MATRIX] = self._steps(self._bits_of(delta.full))
+            part[lay.STEPS], part[lay.MATRIX] = self._steps(self.bits_of(delta.full))
             part[lay.FULL] = 1
             part[lay.LESS] = self._floats(np.full(rows, -1, np.float32))
         elif delta.a is not None:
-            b = self._bits_of(delta.a).T if place.lookup else self._bits_of(delta.b, scale)
+            b = self.bits_of(delta.a).T if place.lookup else self.bits_of(delta.b, scale)
             part[lay.STEPS], part[lay.MATRIX] = self._steps(b)
         part[lay.RANK] = delta.rank
         part[lay.SCALE] = struct.unpack("<i", struct.pack("<f", delta.scale))[0]
@@ -157,7 +194,7 @@ class CompiledAdapter:
             if ids is not None:
                 order = np.argsort(ids)
                 ids, new = ids[order], new[order]
-                part[lay.IDS] = self._kept(np.ascontiguousarray(ids, np.int64))
+                part[lay.IDS] = self.kept(np.ascontiguousarray(ids, np.int64))
             part[lay.COUNT] = len(new)
             part[lay.NEW] = self._floats(new)
 
@@ -166,9 +203,14 @@ class CompiledAdapter:
         each = 2 if self.form is RowForm.BF16 else 1
         steps = -(-b.shape[1] // each)
         whole = _filled(b, -(-len(b) // lay.PANEL) * lay.PANEL, steps * each)
-        return steps, self._kept(whole.reshape(-1, lay.PANEL, steps, each).swapaxes(1, 2))
+        return steps, self.kept(whole.reshape(-1, lay.PANEL, steps, each).swapaxes(1, 2))
 
-    def _bits_of(self, stored: StoredTensor | None, scale: NDArray[np.float32] | None = None) -> np.ndarray:
+    def _floats(self, numbers: NDArray[np.float32]) -> int:
+        return self.kept(np.ascontiguousarray(numbers, np.float32))
+
+    # ---- what is read, and what is kept ------------------------------------------------------------------------------
+
+    def bits_of(self, stored: StoredTensor | None, scale: NDArray[np.float32] | None = None) -> np.ndarray:
         """A matrix, its rows times `scale`, as numbers of the adapter's type, bfloat16 as its bits."""
         assert stored is not None
         if scale is None:
@@ -176,15 +218,15 @@ class CompiledAdapter:
         numbers = numbers_of(stored) * scale[:, None]
         return read_plain(numbers.reshape(-1).view(np.uint8), "F32", numbers.shape, self.dtype)
 
-    def _floats(self, numbers: NDArray[np.float32]) -> int:
-        return self._kept(np.ascontiguousarray(numbers, np.float32))
+    def told(self, words: NDArray[np.int64]) -> int:
+        """Address of a copy of numbers and addresses that operations go by."""
+        return self.kept(words)
 
-    def _kept(self, numbers: np.ndarray) -> int:
+    def kept(self, numbers: np.ndarray) -> int:
         """Address of a copy on a boundary of cache lines; vectors may be read beyond its end."""
         memory = aligned(numbers.nbytes + 64, np.uint8)
         memory[: numbers.nbytes].view(numbers.dtype).reshape(numbers.shape)[...] = numbers
-        self._keep.append(memory)
-        self.nbytes += memory.nbytes
+        self._memory.append(memory)
         return address_of(memory)
 
 

@@ -1,0 +1,136 @@
+"""Brings adapters from their files to memory, as the steps of a model want them; in the store's own thread.
+
+Read, fitted, packed: most of that is the same for adapters of one kind, whose files differ in nothing but numbers, as
+those of one training script do. The second of a kind is watched, and those behind it are copied (`Repacking`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from candle_vllm.core.assembly.adapter_base import AdapterBase, adapter_base
+from candle_vllm.core.assembly.adapters import fit_adapter
+from candle_vllm.core.assembly.model import LoadedModel
+from candle_vllm.core.assembly.opening import model_files
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.engine.adapters import LoadedAdapter
+from candle_vllm.core.engine.model_runner import ModelRunner
+from candle_vllm.core.engine.request import MAX_ADAPTERS
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.layers.adapters import number_places
+from candle_vllm.core.loading.adapters import AdapterLimits, StoredAdapter, open_adapter
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.lora import FittedAdapter, PackedAdapter
+    from candle_vllm.core.kernels.lora.repacking import Repacking
+    from candle_vllm.core.quantization.tensors import StoredTensor
+
+_MOST_PACKED = 2  # bytes of a file for one in memory: F32 becomes bfloat16
+MOST_SEEN = 1 << 23  # places of numbers, of all kinds that are known
+_MOST_MET = 256  # kinds
+
+Watch = Callable[["FittedAdapter", Collection["StoredTensor"]], "Repacking | None"]
+
+
+def adapter_limits(config: EngineConfig, loaded: LoadedModel) -> dict[str, Any]:
+    """What `StepLimits` says of adapters: multiplied in bfloat16, but in float32 where the model's own matrices are."""
+    dtype = config.lora_dtype.upper()
+    if dtype == "AUTO":
+        dtype = "F32" if loaded.dtype.startswith("f32") else "BF16"
+    if dtype == "F16":
+        raise ConfigError("lora_dtype 'f16': adapters are multiplied in bf16 or f32 on the CPU: set one", "lora_dtype")
+    return {"adapter_rank": config.max_lora_rank, "adapter_dtype": dtype, "row_adapters": MAX_ADAPTERS}
+
+
+def adapter_packer(
+    config: EngineConfig, loaded: LoadedModel, runner: ModelRunner
+) -> Callable[[FittedAdapter], PackedAdapter]:
+    """What makes adapters ready for the steps of a model, see `pack_adapter`; in any thread."""
+    from candle_vllm.core.kernels.lora.pack import pack_adapter
+
+    if loaded.placement.device.type == "cuda":
+        from candle_vllm.core.engine.device_runner import DeviceRunner
+
+        assert isinstance(runner, DeviceRunner)
+        assert runner.adapters is not None
+        return partial(
+            pack_adapter,
+            places=number_places(loaded.decoder),
+            dtype="BF16",
+            compiled=False,
+            packed=runner.adapters.packed,
+        )
+    dtype, places = adapter_limits(config, loaded)["adapter_dtype"], number_places(loaded.decoder)
+    return partial(pack_adapter, places=places, dtype=dtype, compiled=loaded.placement.recorded)
+
+
+def adapter_loader(
+    config: EngineConfig, loaded: LoadedModel, runner: ModelRunner, memory: int
+) -> Callable[[Path], LoadedAdapter]:
+    """What brings the files of an adapter to memory, `memory` bytes at most; in one thread."""
+    limits = AdapterLimits(max_rank=config.max_lora_rank, max_bytes=_MOST_PACKED * memory)
+    watch: Watch | None = None
+    if loaded.placement.recorded:
+        from candle_vllm.core.kernels.lora.repacking import repacking_of
+
+        dtype = adapter_limits(config, loaded)["adapter_dtype"]
+        watch = partial(repacking_of, places=number_places(loaded.decoder), dtype=dtype, most=MOST_SEEN)
+    pack = adapter_packer(config, loaded, runner)
+    return AdapterLoader(adapter_base(model_files(config), config), limits, pack, watch)
+
+
+class AdapterLoader:
+    """Loads adapters one after the other.
+
+    Args:
+        base: the model that they are for.
+        limits: of each.
+        pack: makes what is fitted ready for steps.
+        watch: shows how an adapter's kind is packed; None where nothing does.
+    """
+
+    def __init__(
+        self,
+        base: AdapterBase,
+        limits: AdapterLimits,
+        pack: Callable[[FittedAdapter], PackedAdapter],
+        watch: Watch | None,
+    ) -> None:
+        self._base, self._limits, self._pack, self._watch = base, limits, pack, watch
+        self._known: dict[bytes, Repacking] = {}  # by kind, least recently used first
+        self._met: dict[bytes, int] = {}  # how many of each kind were packed without
+
+    def __call__(self, path: Path) -> LoadedAdapter:
+        """Loads the adapter at a path; errors as of `read_adapter`, `fit_adapter` and `pack_adapter`."""
+        with open_adapter(path, self._limits) as stored:
+            return LoadedAdapter(self._copied(stored) or self._packed(stored), stored.base, stored.notes)
+
+    def _copied(self, stored: StoredAdapter) -> PackedAdapter | None:
+        """An adapter of a known kind; None of another, or where something is wrong with its numbers."""
+        known = self._known.pop(stored.kind, None) if stored.kind is not None else None
+        if known is None or stored.kind is None:
+            return None
+        self._known[stored.kind] = known
+        return known.pack(stored.data, stored.digest)
+
+    def _packed(self, stored: StoredAdapter) -> PackedAdapter:
+        fitted, kind = fit_adapter(stored, self._base), stored.kind
+        if self._watch is not None and kind is not None and kind not in self._known:
+            met = self._met.pop(kind, 0) + 1
+            self._met[kind] = met
+            if len(self._met) > _MOST_MET:
+                del self._met[next(iter(self._met))]
+            if met == 2 and (seen := self._watch(fitted, stored.tensors.values())) is not None:
+                self._keep(kind, seen)
+                return self._copied(stored) or self._pack(fitted)
+        return self._pack(fitted)
+
+    def _keep(self, kind: bytes, seen: Repacking) -> None:
+        self._known[kind] = seen
+        while len(self._known) > 1 and sum(each.size for each in self._known.values()) > MOST_SEEN:
+            gone = next(iter(self._known))
+            del self._known[gone]
+            self._met.pop(gone, None)  # it is watched again when it comes back

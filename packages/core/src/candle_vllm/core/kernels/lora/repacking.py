@@ -1,0 +1,240 @@
+"""Adapters whose files differ in nothing but their numbers: packed as one of them was, by copying alone.
+
+What packing does with an adapter of A and B alone follows from its configuration and from the names and shapes of its
+tensors; it moves numbers and changes none. So one adapter is packed with the places of the numbers in its file instead
+of the numbers themselves, which shows what stands where. All others of its kind are then copied, a few hundred pieces
+outside Python's lock, where fitting and packing them would be work of Python for each tensor. Pieces that are alike, as
+those of most layers are, share what was seen. Whatever is not as it should be (numbers that are not finite) is left to
+`fit_adapter`, which says what it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of
+from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
+from candle_vllm.core.kernels.lora import FittedAdapter, NumberType, PackedAdapter
+from candle_vllm.core.kernels.lora.pack import SERIALS, CompiledAdapter, Packing, Places, changes_of, packed_adapter
+from candle_vllm.core.loading.tensors import FileTensor
+from candle_vllm.core.quantization.plain import ELEMENTS, read_plain
+from candle_vllm.core.quantization.tensors import StoredTensor
+
+_ADDRESS = 1 << 62  # stands for where the memory begins, in what is to be an address
+_PIECE = 1 << 18  # numbers that are looked at together
+_LARGE = 0x5780  # bits of a bfloat16 from whose size on the sum of many squares might be infinite
+
+
+class _UnseenError(Exception):
+    """Something is computed, or there is too much of it."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Piece:
+    """What stands in a piece of the memory: numbers of the file, counted from one of them, and where there are none."""
+
+    numbers: NDArray[np.intp]
+    blank: NDArray[np.intp]
+
+
+class _Watching(Packing):
+    """Packs places: 1 is that of the file's first number, 0 that of none.
+
+    Args:
+        dtype: in what adapters of this kind are multiplied.
+        first: where the numbers begin in the file, in bytes.
+        most: places that may be kept.
+
+    Attributes:
+        nbytes: of the memory.
+        count: of places that are kept.
+        words: what is told, by where it stands.
+        copies: where a piece stands, the number that its own are counted from, and it.
+    """
+
+    def __init__(self, dtype: NumberType, first: int, most: int) -> None:
+        super().__init__(dtype)
+        self._first, self._most, self._seen = first, most, dict[bytes, _Piece]()
+        self.nbytes = self.count = 0
+        self.words: list[tuple[int, NDArray[np.int64]]] = []
+        self.copies: list[tuple[int, int, _Piece]] = []
+
+    def bits_of(self, stored: StoredTensor | None, scale: NDArray[np.float32] | None = None) -> np.ndarray:
+        """See `Packing`."""
+        assert stored is not None
+        places = stored.file_places()
+        if places is None or scale is not None or stored.dtype is None:
+            raise _UnseenError
+        return (places - self._first) // ELEMENTS[stored.dtype].itemsize + 1
+
+    def told(self, words: NDArray[np.int64]) -> int:
+        """See `Packing`."""
+        at = self._room(words.nbytes)
+        self.words.append((at, words))
+        return _ADDRESS + at
+
+    def kept(self, numbers: np.ndarray) -> int:
+        """See `Packing`."""
+        flat = numbers.reshape(-1)
+        blank = np.flatnonzero(flat == 0)
+        base = int(flat[flat > 0].min())
+        flat = flat - base
+        flat[blank] = 0
+        digest = hashlib.sha256(flat).digest() + hashlib.sha256(blank).digest()
+        if digest not in self._seen:
+            self.count += flat.size
+            if self.count > self._most:
+                raise _UnseenError
+            self._seen[digest] = _Piece(flat.astype(np.intp), blank)
+        at = self._room(flat.size * self.form.bytes)
+        self.copies.append((at, base - 1, self._seen[digest]))
+        return _ADDRESS + at
+
+    def _room(self, nbytes: int) -> int:
+        at = self.nbytes
+        self.nbytes += -(-nbytes // 64) * 64
+        return at
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Repacking:
+    """How adapters of one kind are packed.
+
+    Attributes:
+        like: an adapter of the kind, without its memory.
+        dtype: in what they are multiplied.
+        stored: type of the file's numbers.
+        nbytes: of the memory.
+        table: where it begins there.
+        words: what is told in it, by the number of each int64, and which of them are addresses.
+        copies: as in `_Watching`.
+        size: places that are kept for it.
+        products: for A [r, K] and B [N, r] of each r, K and N: where A and B begin in the file, and their scales.
+    """
+
+    like: PackedAdapter
+    dtype: NumberType
+    stored: str
+    nbytes: int
+    table: int
+    words: tuple[NDArray[np.intp], NDArray[np.int64], NDArray[np.intp]]
+    copies: list[tuple[int, int, _Piece]]
+    products: Mapping[tuple[int, int, int], list[tuple[int, int, float]]]
+    size: int
+
+    def pack(self, data: NDArray[np.uint8], digest: bytes) -> PackedAdapter | None:
+        """An adapter whose file has these bytes behind its header; None where its numbers are to be looked at."""
+        numbers = _numbers(data, self.stored, self.dtype)
+        if not _is_ordinary(numbers):
+            return None
+        memory = aligned(self.nbytes + 64, np.uint8)
+        for at, base, piece in self.copies:
+            target = memory[at : at + piece.numbers.size * numbers.itemsize].view(numbers.dtype)
+            numbers[base:].take(piece.numbers, out=target, mode="clip")
+            if piece.blank.size:
+                target[piece.blank] = 0
+        places, values, addresses = self.words
+        words, address = memory.view(np.int64), address_of(memory)
+        words[places] = values
+        words[addresses] += address
+        layout = CompiledAdapter(address + self.table, memory.nbytes, self.dtype, [memory])
+        return dataclasses.replace(
+            self.like, digest=digest, layout=layout, nbytes=layout.nbytes, norm=self._norm(data), serial=next(SERIALS)
+        )
+
+    def _norm(self, data: NDArray[np.uint8]) -> float:
+        """See `norm_of` of `assembly/adapter_parts.py`; matrices of one size together."""
+        total, size = 0.0, ELEMENTS[self.stored].itemsize
+
+        def together(starts: Sequence[int], *shape: int) -> NDArray[np.float32]:
+            parts = [data[size * start : size * (start + shape[0] * shape[1])] for start in starts]
+            return _numbers(np.concatenate(parts), self.stored, "F32").reshape(-1, *shape)
+
+        for (rank, columns, rows), each in self.products.items():
+            step = max(1, _PIECE // (rank * (columns + rows)))
+            for first in range(0, len(each), step):
+                of_a, of_b, scales = zip(*each[first : first + step], strict=True)
+                a, b = together(of_a, rank, columns), together(of_b, rows, rank)
+                a, b = a @ a.swapaxes(1, 2), b.swapaxes(1, 2) @ b
+                total += float(np.einsum("lij,lij,l->", a, b, np.square(scales)))
+        return math.sqrt(max(total, 0.0))
+
+
+def repacking_of(
+    fitted: FittedAdapter, tensors: Collection[StoredTensor], places: Places, dtype: NumberType, most: int
+) -> Repacking | None:
+    """How adapters of this one's kind are packed; None where that does not follow from their kind alone.
+
+    Args:
+        fitted: the adapter.
+        tensors: all of its file's.
+        places, dtype: as of `pack_adapter`.
+        most: places of numbers that may be kept for it.
+    """
+    deltas = [delta for each in fitted.deltas.values() for delta in each.values()]
+    products = {(d.a.name, d.b.name): d.scale for d in deltas if d.a is not None and d.b is not None}
+    named = {tensor.name: tensor for tensor in tensors if isinstance(tensor, FileTensor)}
+    types = {tensor.type_name for tensor in tensors}
+    used = {name for pair in products for name in pair}
+    if len(types) > 1 or not types <= {"F32", "F16", "BF16"} or used != {tensor.name for tensor in tensors}:
+        return None
+    others = (side for d in deltas for side in (d.bias, d.column_scale, d.full, d.rows))
+    if not used <= named.keys() or any(side is not None for side in others):
+        return None
+    stored = types.pop()
+    first, size = min(tensor.start for tensor in named.values()), ELEMENTS[stored].itemsize
+    watching = _Watching(dtype, first, most)
+    try:
+        table = watching.table(changes_of(fitted, places), places)
+    except _UnseenError:
+        return None
+    sizes: defaultdict[tuple[int, int, int], list[tuple[int, int, float]]] = defaultdict(list)
+    for (of_a, of_b), scale in products.items():
+        a, b = named[of_a], named[of_b]
+        sizes[a.shape[0], a.shape[1], b.shape[0]].append(((a.start - first) // size, (b.start - first) // size, scale))
+    at = [at // 8 + np.arange(len(told)) for at, told in watching.words]
+    where, words = np.concatenate(at), np.concatenate([told for _, told in watching.words])
+    addresses = np.flatnonzero(words >= _ADDRESS)
+    words[addresses] -= _ADDRESS
+    like = packed_adapter(fitted, None, nbytes=0)
+    return Repacking(
+        like=like,
+        dtype=dtype,
+        stored=stored,
+        nbytes=watching.nbytes,
+        table=table - _ADDRESS,
+        words=(where, words, where[addresses]),
+        copies=watching.copies,
+        products=sizes,
+        size=watching.count,
+    )
+
+
+def _numbers(data: NDArray[np.uint8], stored: str, wanted: NumberType) -> NDArray[Any]:
+    """A file's numbers in another type, or as they lie there."""
+    kind = ELEMENTS[stored]
+    if stored == wanted:
+        numbers = data.view(kind)
+        if numbers.flags.aligned:
+            return numbers
+    return read_plain(data, stored, (len(data) // kind.itemsize,), wanted)
+
+
+def _is_ordinary(numbers: NDArray[Any]) -> bool:
+    """They are finite, and sums of their squares will be."""
+    width = 8 * numbers.itemsize - 16  # bits of a float32 that a bfloat16 has not
+    bits = numbers.view(f"u{numbers.itemsize}")
+    scratch = np.empty(min(_PIECE, bits.size), bits.dtype)
+    for first in range(0, bits.size, _PIECE):
+        some = bits[first : first + _PIECE]
+        if np.bitwise_and(some, 0x7F80 << width, out=scratch[: some.size]).max() >= _LARGE << width:
+            return False
+    return True
