@@ -87,19 +87,18 @@ class Asking:
         self._tokens = tokens
         self._chance = random.Random(0)  # noqa: S311
 
-    async def answer(self, number: int | None, begun: asyncio.Semaphore | None = None) -> tuple[float, list[float]]:
-        """Seconds to the first token, which `begun` is told of, and between each two."""
+    async def answer(self, number: int | None, begun: asyncio.Semaphore | None = None) -> list[float]:
+        """When it was asked for, and when each token came; `begun` is told of the first."""
         vocabulary = self._engine.model_info.vocab_size
         prompt = [self._chance.randrange(1000, vocabulary - 1000) for _ in range(self._tokens)]
         params = SamplingParams(temperature=0.0, max_tokens=self._tokens, ignore_eos=True)
         chosen = None if number is None else adapter(self._folder, number)
-        began = time.perf_counter()
-        times: list[float] = []
+        times = [time.perf_counter()]
         async for _ in self._engine.stream(prompt, params, lora_request=chosen):
             times.append(time.perf_counter())
-            if begun is not None and len(times) == 1:
+            if begun is not None and len(times) == 2:
                 begun.release()
-        return times[0] - began, [after - before for before, after in pairwise(times)]
+        return times
 
     async def turn(self, count: int, streams: int) -> float:
         """Tokens a second of `streams` clients with two answers each, of `count` adapters."""
@@ -115,15 +114,14 @@ class Asking:
         return 2 * streams * self._tokens / (time.perf_counter() - began)
 
     async def beside(self, number: int, streams: int) -> tuple[float, float]:
-        """Seconds to the first token of an answer with an adapter while others go on, and their longest gap then."""
+        """Seconds to the first token of an answer with an adapter beside others, and their longest gap until then."""
         begun = asyncio.Semaphore(0)
         others = [asyncio.create_task(self.answer(None, begun)) for _ in range(streams - 1)]
         for _ in others:
             await begun.acquire()
-        first = asyncio.create_task(self.answer(number))
-        wait = (await first)[0]
-        gaps = [await other for other in others]
-        return wait, max(max(between) for _, between in gaps)
+        asked, first, *_ = await self.answer(number)
+        gaps = [gap for other in others for gap in pairwise((await other)[1:])]
+        return first - asked, max(end - start for start, end in gaps if end > asked and start < first)
 
 
 def forget(path: Path) -> None:
@@ -199,15 +197,23 @@ async def measure(engine: InferenceEngine, options: argparse.Namespace) -> list[
     if options.plot:
         options.plot.write_text(plot(rows, options.streams), encoding="utf-8")
     chance = random.Random(1)  # noqa: S311
+    more: list[tuple[float, float]] = []
     for _ in range(options.colds):
         held = {each.name for each in engine.list_loras() if each.state == "ready"}
         cold = chance.choice([n for n in range(max(options.counts)) if name_of(n) not in held] or [0])
         forget(path_of(options.folder, cold))
         wait, gap = await asking.beside(cold, options.streams)
         warm_wait, warm_gap = await asking.beside(cold, options.streams)
+        more.append((wait - warm_wait, gap - warm_gap))
         rows.append({
             "cold, first token ms": 1e3 * wait, "warm": 1e3 * warm_wait,
             "longest gap of neighbours, cold ms": 1e3 * gap, "warm gap": 1e3 * warm_gap,
+        })  # fmt: skip
+    if more:
+        waits, gaps = zip(*more, strict=True)
+        rows.append({
+            "of a cold one, median: first token later by ms": 1e3 * statistics.median(waits),
+            "longest gap longer by ms": 1e3 * statistics.median(gaps),
         })  # fmt: skip
     return rows
 
