@@ -164,7 +164,7 @@ def _read_peft(path: Path, limits: AdapterLimits) -> StoredAdapter:
             return _tensors_of(read_safetensors(file), weights)
 
     digest = hashlib.sha256(len(data).to_bytes(8, "little") + data)
-    digest.update(file.view(0, file.size))
+    digest.update(file.view(0, file.size).data)
     return StoredAdapter(
         path=path,
         format="peft",
@@ -197,7 +197,7 @@ def _kind(effect: bytes, file: MappedFile) -> bytes | None:
     if length is None:
         return None
     made = hashlib.sha256(b"%d %d %d " % (len(effect), length, file.size) + effect)
-    made.update(file.view(8, length))
+    made.update(file.view(8, length).data)
     return made.digest()
 
 
@@ -253,7 +253,7 @@ def _read_gguf(path: Path, limits: AdapterLimits) -> StoredAdapter:
         )
         alora = _invocation_tokens(checkpoint.metadata, path)
         base = keys.get("general.base_model.0.name", str, None)
-        digest = hashlib.sha256(first.file.view(0, first.file.size))
+        digest = hashlib.sha256(first.file.view(0, first.file.size).data)
     except InvalidFileError as error:
         checkpoint.close()
         raise AdapterError(str(error)) from error

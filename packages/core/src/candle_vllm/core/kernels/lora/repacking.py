@@ -88,7 +88,7 @@ class _Watching(Packing):
         base = int(flat[flat > 0].min())
         flat = flat - base
         flat[blank] = 0
-        digest = hashlib.sha256(flat).digest() + hashlib.sha256(blank).digest()
+        digest = hashlib.sha256(flat.data).digest() + hashlib.sha256(blank.data).digest()
         if digest not in self._seen:
             self.count += flat.size
             if self.count > self._most:
