@@ -63,6 +63,7 @@ from candle_vllm.core.text.prompts import (
     read_prompt,
 )
 from candle_vllm.core.text.tokenizer import Tokenizer
+from candle_vllm.core.vision.prompts import ImageInput, Sight
 
 _SAMPLING = {"SamplingParams": SamplingParams.__struct_fields__}
 
@@ -75,6 +76,9 @@ class Texts(Protocol):
 
     @property
     def template(self) -> ChatTemplate | None: ...
+
+    @property
+    def sight(self) -> Sight | None: ...
 
 
 class EngineFront(ABC):
@@ -696,9 +700,12 @@ class EngineFront(ABC):
         adapters: tuple[AdapterUse, ...] = (),
     ) -> GenerationRequest:
         self._check_generates()
-        text, ids = read_prompt(prompt)
+        text, ids, pictures = read_prompt(prompt)
         if ids is None:
             ids = self.tokenize(text or "", add_special_tokens)
+        images: tuple[ImageInput, ...] = ()
+        if pictures:
+            ids, images = self._seeing().look(ids, pictures)
         return GenerationRequest(
             request_id=uuid.uuid4().hex if request_id is None else request_id,
             prompt=text,
@@ -706,7 +713,15 @@ class EngineFront(ABC):
             params=self._filled(params),
             priority=priority,
             adapters=adapters,
+            images=images,
         )
+
+    def _seeing(self) -> Sight:
+        """How the model sees; raises InvalidParameterError where it does not."""
+        sight = self._require()[1].sight
+        if sight is None:
+            raise InvalidParameterError(f"image: {self._info.name} reads text alone", "image")
+        return sight
 
     def _requests(
         self,

@@ -23,6 +23,7 @@ from candle_vllm.core.assembly.opening import (
     stored_types,
 )
 from candle_vllm.core.assembly.placement import choose_placement, computing_dtype, room_for_weights
+from candle_vllm.core.assembly.tower import LoadedTower, load_tower
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import InvalidFileError, InvalidParameterError
@@ -43,6 +44,7 @@ from candle_vllm.core.sampling.params import MAX_TOKENS, SamplingParams
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.threads import collector_paused
+from candle_vllm.core.vision.prompts import Sight
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +84,11 @@ class Loaded:
     num_parameters: int
     weight_bytes: int
 
+    @property
+    def sight(self) -> Sight | None:
+        """How it sees pictures; None where it does not."""
+        return None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedHead:
@@ -112,11 +119,18 @@ class LoadedModel(Loaded):
 
     Attributes:
         draft: the model or the head that drafts for it, where one was asked for.
+        tower: what it sees by, where it has that.
     """
 
     decoder: Decoder
     config: ModelConfig
     draft: LoadedModel | LoadedHead | None = None
+    tower: LoadedTower | None = None
+
+    @property
+    def sight(self) -> Sight | None:
+        """See `Loaded`."""
+        return None if self.tower is None else self.tower.sight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,10 +173,11 @@ def load_model(
                 from candle_vllm.core.assembly.cache_scales import give_cache_scales
 
                 give_cache_scales(decoder, opened.cache_scales, model.config, placement)
+        tower = load_tower(config, device, opened, model.tokenizer, model.config.hidden_size)
     said = {field.name: getattr(model, field.name) for field in dataclasses.fields(Loaded)}
     seconds = time.perf_counter() - started
     logger.info("loaded %s: %.1f MB in %.2f s", files.name, model.weight_bytes / 1e6, seconds)
-    return LoadedModel(decoder=decoder, **said)
+    return LoadedModel(decoder=decoder, tower=tower, **said)
 
 
 def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Described:

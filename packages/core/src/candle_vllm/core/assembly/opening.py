@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,18 +19,31 @@ from candle_vllm.core.loading.source import ModelFiles, resolve
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.vocabulary import fit_tokenizer
 from candle_vllm.core.memory import room_for
+from candle_vllm.core.models.registry import tower_family
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.text.tokenizer import Tokenizer
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A model's files, its stored tensors, the metadata of a GGUF file, and the scales of a float8 cache by name."""
+    """A model's files and what is in them.
+
+    Attributes:
+        files: the files.
+        checkpoint: its stored tensors.
+        metadata: of a GGUF file.
+        cache_scales: of a float8 cache, by name.
+        tower: the tensors of what sees, where that is served.
+    """
 
     files: ModelFiles
     checkpoint: Checkpoint
     metadata: Mapping[str, Any]
     cache_scales: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)
+    tower: Checkpoint | None = None
 
 
 def model_files(config: EngineConfig) -> ModelFiles:
@@ -81,7 +95,7 @@ def open_model(files: ModelFiles, device: Device) -> Opened:
         from candle_vllm.core.assembly.cache_scales import split_cache_scales
         from candle_vllm.core.loading.quantised import read_quantised
         from candle_vllm.core.loading.safetensors import open_safetensors
-        from candle_vllm.core.loading.towers import text_tensors
+        from candle_vllm.core.loading.towers import split_towers
         from candle_vllm.core.loading.trunks import prefixed
 
         stored = open_safetensors(files.folder)
@@ -89,8 +103,12 @@ def open_model(files: ModelFiles, device: Device) -> Opened:
             return Opened(files, stored, {})
         try:
             config = read_json(files.config)
-            named, scales = split_cache_scales(prefixed(text_tensors(config, stored)))
-            return Opened(files, read_quantised(named, config, files.config), {}, scales)
+            texts, tower = split_towers(config, stored)
+            if tower is not None and tower_family(config) is None:
+                left, tower = len(tower.tensors), None
+                logger.info("%s: %d tensors of the vision tower are left out: it is not served", stored.path, left)
+            named, scales = split_cache_scales(prefixed(texts))
+            return Opened(files, read_quantised(named, config, files.config), {}, scales, tower)
         except BaseException:
             stored.close()
             raise

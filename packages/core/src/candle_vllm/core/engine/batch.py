@@ -98,6 +98,32 @@ def adapter_rows(scheduled: Seq[Run], query_start: Ints) -> AdapterRows | None:
     return AdapterRows(rows, scales, starts[groups], [adapters[serial] for serial in serials], rows)
 
 
+class EmbeddedRows(msgspec.Struct, frozen=True, eq=False):
+    """Rows of a step that are no rows of the embedding table.
+
+    Attributes:
+        rows: [N] int64, which ones.
+        vectors: [N, E] float32, what stands in their place.
+    """
+
+    rows: Ints
+    vectors: NDArray[np.float32]
+
+
+def embedded_rows(scheduled: Seq[Run], query_start: Ints) -> EmbeddedRows | None:
+    """The pictures' embeddings among the rows of a step; None where there are none."""
+    rows: list[Ints] = []
+    vectors: list[NDArray[np.float32]] = []
+    for run, first in zip(scheduled, query_start.tolist()):
+        for image in run.sequence.images if run.start < run.sequence.num_prompt_tokens else ():
+            begin, end = np.searchsorted(image.positions, (run.start, run.start + run.count))
+            if begin < end:
+                assert image.rows is not None, "a sequence begins when its pictures are there"
+                rows.append(image.positions[begin:end] + (first - run.start))
+                vectors.append(image.rows[begin:end])
+    return EmbeddedRows(np.concatenate(rows), np.concatenate(vectors)) if rows else None
+
+
 class Batch(msgspec.Struct, frozen=True, eq=False):
     """The numbers of one step, all int64; the arrays are valid until it has run, or the next one is built.
 
@@ -114,6 +140,7 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
         drawn_rows: indices into T of the tokens whose successor is drawn: the last ones that each of `drawing` wants.
         goes_on: as in `Step`, and the step before was built here, too.
         adapters: which rows have which; None where none has one. The same object where a step goes on.
+        embedded: rows of pictures; None where there are none.
     """
 
     tokens: Ints
@@ -128,6 +155,7 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
     drawn_rows: Ints
     goes_on: bool = False
     adapters: AdapterRows | None = None
+    embedded: EmbeddedRows | None = None
 
     @property
     def token_ids(self) -> Ints:
@@ -221,6 +249,7 @@ class BatchBuilder:
             drafted=decodes < count and any(run.drafts for run in scheduled),
             drawn_rows=laid.drawn_rows,
             adapters=adapter_rows(scheduled, laid.query_start),
+            embedded=None if decodes == count else embedded_rows(scheduled, laid.query_start),
         )
         self._last = batch if decodes == count and size else None
         self._moving = tokens[1:3]

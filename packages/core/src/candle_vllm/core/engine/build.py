@@ -13,6 +13,7 @@ from candle_vllm.core.assembly.draft import DescribedHead
 from candle_vllm.core.assembly.encoder import LoadedEncoder
 from candle_vllm.core.assembly.model import Described, LoadedHead, LoadedModel
 from candle_vllm.core.assembly.placement import memory_of
+from candle_vllm.core.assembly.tower import LoadedTower
 from candle_vllm.core.config import WITH_WEIGHTS, EngineConfig, SpeculativeConfig, draft_settings
 from candle_vllm.core.devices import Device, leave_cores_to_others
 from candle_vllm.core.engine.adapter_admission import AdapterAdmission
@@ -21,6 +22,7 @@ from candle_vllm.core.engine.adapters import AdapterStore
 from candle_vllm.core.engine.admission import encoder_tasks
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.engine import Engine
+from candle_vllm.core.engine.images import ImageStore
 from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, HeadRunner, ModelRunner, StepwiseRunner
 from candle_vllm.core.engine.preparation import DecoderPreparation, EncoderPreparation
 from candle_vllm.core.engine.request import ModelInfo
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 _COMPILER_BYTES = 256 * MIB
 _LEAST_FOR_ADAPTERS, _MOST_FOR_ADAPTERS = 64 * MIB, 4096 * MIB
+_MOST_FOR_IMAGES = 256 * MIB  # of embeddings that nobody uses at the moment
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +112,10 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
         most = min(most_adapters, config.max_cpu_loras or most_adapters)
         store = adapter_store(config, loaded, runner, most, plan)
         admission = AdapterAdmission(store, most, patience=sequences)
-    scheduler = Scheduler(blocks, sequences, budget, reproducible=reproducible, draft_rows=rows, adapters=admission)
+    images = None if loaded.tower is None else _image_store(loaded.tower, runner)
+    scheduler = Scheduler(
+        blocks, sequences, budget, reproducible=reproducible, draft_rows=rows, adapters=admission, images=images
+    )
     drafter = None
     if drafts is not None:
         from candle_vllm.core.engine.drafting import Drafter
@@ -119,6 +125,18 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
     engine = Engine(runner, scheduler, preparation_for(loaded, plan.max_model_len, config.seed, store), drafter)
     engine.cache_bytes = plan.num_blocks * plan.block_bytes
     return engine
+
+
+def _image_store(tower: LoadedTower, runner: ModelRunner) -> ImageStore:
+    """What encodes the pictures of a model's requests."""
+    if tower.placement.recorded:
+        from candle_vllm.core.engine.recorded_runner import RecordedRunner, RecordedTower
+
+        assert isinstance(runner, RecordedRunner)
+        return ImageStore(RecordedTower(tower.tower, runner.team), _MOST_FOR_IMAGES)
+    from candle_vllm.core.engine.eager_runner import EagerTower
+
+    return ImageStore(EagerTower(tower.tower, tower.placement.device), _MOST_FOR_IMAGES)
 
 
 def _draft_rows(drafts: SpeculativeConfig, sequences: int, budget: int) -> int:
@@ -197,6 +215,7 @@ def preparation_for(
         pooling=loaded.pooling,
         seed=seed,
         adapters=adapters,
+        images=None if loaded.tower is None else loaded.tower.sight,
     )
 
 
@@ -336,7 +355,9 @@ def _runner_on_cpu(
     with _room_for_rows(limits):
         if isinstance(loaded, LoadedHead):
             return RecordedHead(loaded.head, blocks, limits, team=team)
-        return RecordedRunner(loaded.decoder, blocks, limits, team=team, taps=taps)
+        return RecordedRunner(
+            loaded.decoder, blocks, limits, team=team, taps=taps, images=loaded.tower is not None
+        )
 
 
 def adapter_store(

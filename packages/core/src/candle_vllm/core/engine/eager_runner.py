@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,11 +11,13 @@ from numpy.typing import NDArray
 
 from candle_vllm.core.devices import Device
 from candle_vllm.core.engine.batch import Batch, Ints
+from candle_vllm.core.engine.images import Encoding
 from candle_vllm.core.engine.model_runner import EncoderRunner, StepwiseRunner
 from candle_vllm.core.kernels.attention.rows import AttentionRows
 from candle_vllm.core.kernels.lora.reference import EagerAdapters
 from candle_vllm.core.layers.attention import StepInput, Taps
-from candle_vllm.core.models.family import Decoder, DraftHead, Encoder
+from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Tower
+from candle_vllm.core.vision.preprocessing import patch_rows
 
 
 class EagerRunner(StepwiseRunner):
@@ -72,7 +75,11 @@ class EagerRunner(StepwiseRunner):
         if self.adapters is not None:
             self._adapter_rows = batch.adapters
             self.adapters.choose(batch.adapters, self.device)
-        return token_ids, StepInput(positions, slots, rows, self.key_caches, self.value_caches, taps=self._kept)
+        caches, given = (self.key_caches, self.value_caches), None
+        if batch.embedded is not None:
+            places, vectors = (torch.from_numpy(each).to(self.device) for each in (batch.embedded.rows, batch.embedded.vectors))
+            given = _Given(places, vectors)
+        return token_ids, StepInput(positions, slots, rows, *caches, taps=self._kept, given=given)
 
     @torch.inference_mode()
     def score(self, rows: Ints) -> torch.Tensor:
@@ -91,6 +98,45 @@ class EagerRunner(StepwiseRunner):
         kept = [self._hidden] if self._kept is None else [self._kept.values[number] for number in self._taps or ()]
         wanted = torch.from_numpy(rows).to(self.device)
         return torch.cat([value[wanted].float() for value in kept], 1).cpu().numpy()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """See `GivenRows`."""
+
+    rows: torch.Tensor
+    vectors: torch.Tensor
+
+    def put(self, x: torch.Tensor) -> torch.Tensor:
+        x[self.rows] = self.vectors.to(x.dtype)
+        return x
+
+
+class EagerTower:
+    """Runs a tower; see `TowerRunner`."""
+
+    fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
+
+    def __init__(self, tower: Tower, device: torch.device | Device) -> None:
+        self._tower, self._device = tower, device
+
+    def embeddings(self, tiles: NDArray[np.uint8]) -> Encoding:
+        """See `TowerRunner`."""
+        tower, config = self._tower, self._tower.config
+        made: list[NDArray[np.float32]] = []
+        for tile in tiles:
+            given, places = patch_rows(tile[None], config.patch, config.cell, config.rule.normalisation)
+            lengths, numbers = (len(given),), places @ (config.side, 1)
+            with torch.inference_mode():
+                x = tower.begin(*(torch.from_numpy(each).to(self._device) for each in (given, numbers)))
+            for layer in tower.layers:
+                with torch.inference_mode():
+                    x = layer(x, lengths)
+                yield
+            with torch.inference_mode():
+                cells = tower.norm(x).reshape(config.embeddings, -1)
+                made.append(tower.project(cells).float().cpu().numpy())
+        return np.concatenate(made)
 
 
 class EagerHead(EagerRunner):

@@ -17,6 +17,7 @@ import msgspec
 
 from candle_vllm.core.engine.adapters import AdapterCall, AdapterStore
 from candle_vllm.core.engine.batch import Batch, BatchBuilder
+from candle_vllm.core.engine.images import ImageStore
 from candle_vllm.core.engine.live import Live, LiveSequence
 from candle_vllm.core.engine.model_runner import Launched, ModelRunner
 from candle_vllm.core.engine.pooled import PooledText
@@ -59,6 +60,7 @@ class Engine:
 
     Attributes:
         adapters: those that requests may name; None where they may name none.
+        images: what pictures become; None where the model sees none.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Engine:
         self.check_structured_outputs = preparation.check_structured_outputs
         self.max_model_len = preparation.max_model_len
         self.adapters: AdapterStore | None = preparation.adapters
+        self.images = scheduler.images if isinstance(scheduler, Scheduler) else None
         self.cache_bytes = 0  # of a full KV cache, where that is known
         self._preparation = preparation
         self._drafter = drafter
@@ -156,10 +159,13 @@ class Engine:
         settled when the model's part of this one has been launched, and the draw follows.
         """
         pieces: list[TokenOutput] = [] if self.adapters is None else self._end_unloadable(self.adapters)
+        if self.images is not None and self.images.works:
+            pieces += self._encode(self.images)
         began = time.perf_counter()
         changes = -1 if self.adapters is None else self.adapters.changes
         flight = self._launch(pieces)
-        self._waits_since = changes if flight is None and self._flight is None and self._live else -1
+        idle = flight is None and self._flight is None and bool(self._live)
+        self._waits_since = changes if idle and (self.images is None or not self.images.works) else -1
         pieces += self._land()
         self._flight = flight
         if not self.runner.overlaps:
@@ -167,6 +173,16 @@ class Engine:
             if self._drafter is not None and flight is not None:
                 self._guess(self._drafter, flight, time.perf_counter() - began)
         return pieces
+
+    def _encode(self, images: ImageStore) -> list[TokenOutput]:
+        """Encodes a piece of a picture; ends the sequences whose picture cannot be encoded."""
+        images.work()
+        if not images.failures:
+            return []
+        failed = [(each, error) for each in self.scheduler.waiting if (error := images.failure(each)) is not None]
+        for _, error in failed:
+            logger.error("a picture could not be encoded", exc_info=error)
+        return [self._fail(sequence, error) for sequence, error in failed]
 
     def _end_unloadable(self, adapters: AdapterStore) -> list[TokenOutput]:
         """Ends the waiting sequences whose adapters could not be loaded."""

@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence as Seq
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from candle_vllm.core.engine.adapters import AdapterStore, Entries
 from candle_vllm.core.engine.admission import check_encoder_task, check_pooling_request, check_request, encoder_tasks
@@ -17,7 +19,7 @@ from candle_vllm.core.engine.live import Live, LiveSequence
 from candle_vllm.core.engine.pooled import PooledText
 from candle_vllm.core.engine.prediction import Prediction
 from candle_vllm.core.engine.request import GenerationRequest, PoolingRequest
-from candle_vllm.core.engine.sequence import Sequence
+from candle_vllm.core.engine.sequence import PlacedImage, Sequence
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.pooling import ModelPooling, PoolingPlan
@@ -29,6 +31,7 @@ from candle_vllm.core.sampling.state import SamplingState
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.sampling.thoughts import ThoughtCount, ThoughtLimit, budget_in_tokens
 from candle_vllm.core.text.tokenizer import Tokenizer
+from candle_vllm.core.vision.prompts import ImageInput, Sight
 
 
 class Preparation(ABC):
@@ -122,6 +125,7 @@ class DecoderPreparation(Preparation):
         pooling: how vectors are made of hidden states; None refuses to make any.
         seed: makes requests without a seed reproducible, in order of preparation.
         adapters: see `Preparation`.
+        images: how the model sees; None where it does not.
     """
 
     def __init__(
@@ -134,8 +138,10 @@ class DecoderPreparation(Preparation):
         pooling: ModelPooling | None = None,
         seed: int | None = None,
         adapters: AdapterStore | None = None,
+        images: Sight | None = None,
     ) -> None:
         self.adapters = adapters
+        self._images = images
         self._tokenizer = tokenizer
         self._eos_token_ids = tuple(eos_token_ids)
         self._ends = frozenset(eos_token_ids)  # one for all sequences
@@ -152,6 +158,7 @@ class DecoderPreparation(Preparation):
             return [self._prepare_pooled(request)]
         max_length = check_request(request, self._vocab_size, self.max_model_len)
         entries = self._entries(request)
+        placed = self._placed(request)
         if request.params.seed is None:
             seeded = msgspec.structs.replace(request.params, seed=self._seeds.getrandbits(63))
             request = msgspec.structs.replace(request, params=seeded)
@@ -171,8 +178,17 @@ class DecoderPreparation(Preparation):
         for index, own in enumerate(states):
             sequence = Sequence(request, index, order=-1)
             sequence.entries = entries
+            sequence.images = tuple(PlacedImage(given, positions) for given, positions in placed)
             made.append(LiveSequence(sequence, own, self._tokenizer, self._ends, max_length, predicted))
         return made
+
+    def _placed(self, request: GenerationRequest) -> list[tuple[ImageInput, NDArray[np.int64]]]:
+        """The pictures of a request, and where they stand."""
+        if not request.images:
+            return []
+        if self._images is None:
+            raise InvalidParameterError("image: the model reads text alone", "image")
+        return list(zip(request.images, self._images.places(request.prompt_token_ids, request.images)))
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
         """See `Preparation`."""

@@ -7,7 +7,9 @@ plan serves every step up to its limits: what varies (tokens, positions, tables)
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, StepMemory
+from candle_vllm.core.engine.images import Encoding
 from candle_vllm.core.engine.model_runner import EncoderRunner, Landed, StepwiseRunner
 from candle_vllm.core.kernels import sampling
 from candle_vllm.core.kernels.attention.cpu_cache import key_cache_shape, value_cache_shape
@@ -24,6 +27,7 @@ from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_first, operation
 from candle_vllm.core.kernels.cpu_runtime.recorder import (
     Adapted,
+    Buffer,
     EntryArrays,
     Recorder,
     StepArrays,
@@ -38,9 +42,13 @@ from candle_vllm.core.kernels.sampling import RowDraw, draw
 from candle_vllm.core.layers.attention import StepInput, Taps
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.memory import MIB, cache_bytes, room_for
-from candle_vllm.core.models.family import Decoder, DraftHead, Encoder
+from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Tower
 from candle_vllm.core.sampling.sampler import Draw, Sampler, Token, drawn_tokens, right_runs
 from candle_vllm.core.sampling.state import SamplingState
+from candle_vllm.core.vision.preprocessing import patch_rows
+
+
+_PIECE = 0.05  # seconds that a tower's piece takes at least, but for the last; others wait for it
 
 
 def _less(left: int) -> str:
@@ -57,6 +65,7 @@ class RecordedRunner(StepwiseRunner):
         isa: instructions that the kernels may use; None is what the CPU has.
         team: threads that are there, of whoever closes them: two teams would wait on the same CPUs.
         taps: `hidden_rows` are what goes into these layers; None for what the last norm gives.
+        images: steps may have rows of pictures.
 
     Attributes:
         team: the threads.
@@ -70,6 +79,8 @@ class RecordedRunner(StepwiseRunner):
         isa: Isa | None = None,
         team: ThreadTeam | None = None,
         taps: Sequence[int] | None = None,
+        *,
+        images: bool = False,
     ) -> None:
         config = decoder.config
         size = cache_bytes(config, num_blocks * limits.block_size, 2)
@@ -79,7 +90,9 @@ class RecordedRunner(StepwiseRunner):
         self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
         nothing: Any = None  # what varies is read when the plan runs
         self._taps = tuple(taps or ())
-        step = StepInput(nothing, nothing, nothing, keys, values, taps=None if taps is None else Taps(taps))
+        self._looked_up = _RecordedGiven() if images else None
+        kept = None if taps is None else Taps(taps)
+        step = StepInput(nothing, nothing, nothing, keys, values, taps=kept, given=self._looked_up)
         self._caches, self._decoder, self._step = (keys, values), decoder, step
 
         def record_all() -> None:
@@ -108,6 +121,8 @@ class RecordedRunner(StepwiseRunner):
     def _record(self, recorder: Recorder, adapted: Adapted) -> tuple[list[Recorded], int, int]:
         """Records a plan: what the layers gave and what is kept of them, and where the head begins."""
         recorder.begin(adapted)
+        if self._looked_up is not None:
+            self._looked_up.recorder = recorder
         hidden = self._layers(self._decoder, recorder, self._step)
         ends = len(recorder.plan), recorder.num_rows
         self._decoder.logits(hidden)
@@ -159,8 +174,14 @@ class RecordedRunner(StepwiseRunner):
             _fill_entries(self._recorder.entries, adapters)
             arrays.numbers[[StepNumber.ADAPTED, StepNumber.ADAPTERS]] = len(adapters.rows), len(adapters.adapters)
         self._plan = plan
-        rows = plan.of_runs if batch.drafted else plan.rows
-        return self._with_rows(batch.drawn_rows, rows, plan.count + self._plan_draws)
+        rows, count = plan.of_runs if batch.drafted else plan.rows, plan.count + self._plan_draws
+        if batch.embedded is not None:
+            assert plan.embedding is not None
+            _, operations, target = plan.embedding
+            self.team.run(rows, operations)
+            target[batch.embedded.rows] = batch.embedded.vectors
+            rows, count = plan.behind_embedding(drafted=batch.drafted), count - operations
+        return self._with_rows(batch.drawn_rows, rows, count)
 
     def _lay_out(self, batch: Batch) -> StepArrays:
         arrays, count, sequences = self._arrays, batch.tokens.shape[1], len(batch.context_lens)
@@ -201,7 +222,8 @@ class RecordedRunner(StepwiseRunner):
             np.array([*recorder.plan, *draw.plan], np.int64) for draw in (self._draw_rows, self._draw_drafted)
         )
         head = rows[head_start:], recorder.num_rows - layer_rows
-        return _Plan(rows, runs, recorder.num_rows, *head, values[0], values[1:])
+        embedding = None if self._looked_up is None else self._looked_up.ended
+        return _Plan(rows, runs, recorder.num_rows, *head, values[0], values[1:], embedding)
 
     def _with_rows(self, rows: Ints, plan: Ints, num_rows: int) -> NDArray[np.float32]:
         arrays, count = self._arrays, len(rows)
@@ -277,6 +299,8 @@ class _Plan:
         head, head_count: what of it makes logits.
         hidden: what the layers gave.
         kept: what went into some of them.
+        embedding: numbers and operations of its beginning, which looks tokens up, and the rows of what it makes; None
+            where no rows are given.
     """
 
     rows: Ints
@@ -286,6 +310,28 @@ class _Plan:
     head_count: int
     hidden: Recorded
     kept: list[Recorded]
+    embedding: tuple[int, int, NDArray[np.float32]] | None = None
+
+    def behind_embedding(self, *, drafted: bool) -> Ints:
+        """`rows` or `of_runs` from there on."""
+        return self._behind[drafted]
+
+    @functools.cached_property
+    def _behind(self) -> tuple[Ints, Ints]:
+        assert self.embedding is not None
+        return self.rows[self.embedding[0] :], self.of_runs[self.embedding[0] :]
+
+
+class _RecordedGiven:
+    """See `GivenRows`: where a recorded step has looked its tokens up, and which rows are written then."""
+
+    recorder: Recorder
+    ended: tuple[int, int, NDArray[np.float32]]
+
+    def put(self, x: Recorded) -> Recorded:
+        target = _rows_of(buffer_of(x))
+        self.ended = len(self.recorder.plan), self.recorder.num_rows, target
+        return x
 
 
 def _fill_entries(entries: EntryArrays, adapters: AdapterRows) -> None:
@@ -313,6 +359,83 @@ def _compile_first(record: Callable[[], object], more: Sequence[str] = (), later
             operation(code)
 
     compile_first(ask, later)
+
+
+class RecordedTower:
+    """Replays a tower on the CPU, a tile at a time; see `TowerRunner`.
+
+    Args:
+        tower: the model, its matrices in the layouts of the compiled kernels.
+        team: threads that are there, of whoever closes them.
+        isa: as for `RecordedRunner`.
+    """
+
+    fatal: tuple[type[Exception], ...] = ()
+
+    def __init__(self, tower: Tower, team: ThreadTeam, isa: Isa | None = None) -> None:
+        config = self._config = tower.config
+        level = host_isa() if isa is None else isa
+        tiles, cells = (
+            StepLimits(
+                tokens=rows, sequences=1, logit_rows=1, table_width=0, block_size=1, threads=team.threads
+            )
+            for rows in (config.side**2, config.embeddings)
+        )
+        _compile_first(lambda: (self._record(tower, Recorder(tiles, level)), self._join(tower, Recorder(cells, level))))
+        self._team = team
+        self._tile, self._cells = Recorder(tiles, level), Recorder(cells, level)
+        self._patches, self._ends, self._hidden = self._record(tower, self._tile)
+        self._joined, self._made = self._join(tower, self._cells)
+        plan = np.array(self._tile.plan, np.int64)
+        ends = zip(self._ends, self._ends[1:])
+        self._pieces = [(plan[first:last].copy(), after - before) for (first, before), (last, after) in ends]
+        self._joining = np.array(self._cells.plan, np.int64)
+
+    @staticmethod
+    def _record(tower: Tower, recorder: Recorder) -> tuple[NDArray[np.float32], list[tuple[int, int]], Recorded]:
+        """Where patches go, the ends of the plan's pieces (numbers and operations before), and the last norm."""
+        given = recorder.buffer(tower.config.patch_size)
+        x = tower.begin(buffer_value(recorder, given), step_tokens(recorder, recorder.arrays.positions))
+        ends = [(0, 0)]
+        for layer in tower.layers:
+            x = layer(x, ())
+            ends.append((len(recorder.plan), recorder.num_rows))
+        hidden: Recorded = tower.norm(x)
+        if (len(recorder.plan), recorder.num_rows) != ends[-1]:
+            ends.append((len(recorder.plan), recorder.num_rows))
+        return _rows_of(given), ends, hidden
+
+    @staticmethod
+    def _join(tower: Tower, recorder: Recorder) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Where cells go, and where their embeddings are."""
+        given = recorder.buffer(tower.config.hidden_size * tower.config.cell**2)
+        return _rows_of(given), _rows_of(buffer_of(tower.project(buffer_value(recorder, given))))
+
+    def embeddings(self, tiles: NDArray[np.uint8]) -> Encoding:
+        """See `TowerRunner`."""
+        config, rows = self._config, self._config.side**2
+        made: list[NDArray[np.float32]] = []
+        arrays, began = self._tile.arrays, time.perf_counter()
+        arrays.numbers[[StepNumber.TOKENS, StepNumber.SEQUENCES]] = rows, 1
+        arrays.query_start[:2] = 0, rows
+        for tile in tiles:
+            given, places = patch_rows(tile[None], config.patch, config.cell, config.rule.normalisation)
+            self._patches[:rows], arrays.positions[:rows] = given, places @ (config.side, 1)
+            for plan, operations in self._pieces:
+                self._team.run(plan, operations)
+                if time.perf_counter() - began > _PIECE:
+                    yield
+                    began = time.perf_counter()
+            hidden = self._hidden.rows(np.arange(rows))
+            self._joined[: config.embeddings] = hidden.reshape(config.embeddings, -1)
+            self._cells.arrays.numbers[StepNumber.TOKENS] = config.embeddings
+            self._team.run(self._joining, self._cells.num_rows)
+            made.append(self._made[: config.embeddings].copy())
+        return np.concatenate(made)
+
+
+def _rows_of(buffer: Buffer) -> NDArray[np.float32]:
+    return buffer.array.reshape(-1, buffer.stride)[:, : buffer.width]
 
 
 class RecordedEncoderRunner(EncoderRunner):

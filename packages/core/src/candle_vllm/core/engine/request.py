@@ -20,6 +20,7 @@ from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.shown import ShownStruct
+from candle_vllm.core.vision.prompts import ImageInput
 
 if TYPE_CHECKING:
     Numbers = array[float]
@@ -201,6 +202,7 @@ class GenerationRequest(ShownStruct, frozen=True, kw_only=True):
         priority: lower runs first; equal priorities run in order of arrival.
         arrival_time: seconds, `time.monotonic()`.
         adapters: what is added to the model's matrices for it; their sum, where there are several.
+        images: pictures whose embeddings stand in the place of the marks among the ids, in this order.
     """
 
     request_id: str
@@ -210,6 +212,7 @@ class GenerationRequest(ShownStruct, frozen=True, kw_only=True):
     priority: int = 0
     arrival_time: float = msgspec.field(default_factory=time.monotonic)
     adapters: tuple[AdapterUse, ...] = ()
+    images: tuple[ImageInput, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.request_id, str) or not 0 < len(self.request_id) <= MAX_REQUEST_ID:

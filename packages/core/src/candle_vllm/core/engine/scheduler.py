@@ -16,7 +16,8 @@ Where steps overlap, a step is scheduled while the one before still runs: `launc
 admitted anew before it is known. How many tokens come of drafts is known when their step is over, and not before; the
 sequence waits for that.
 
-A sequence with adapters waits for them as well, and others pass it meanwhile: see `AdapterAdmission`.
+A sequence with adapters or pictures waits for them as well, and others pass it meanwhile: see `AdapterAdmission` and
+`ImageStore`.
 
 With `reproducible`, no answer depends on others' memory: a sequence is admitted when blocks for its full length are
 free, so that none is preempted, and only blocks of prompts are published, for what was generated was computed by other
@@ -33,6 +34,7 @@ from collections.abc import Sequence as Seq
 
 from candle_vllm.core.engine.adapter_admission import AdapterAdmission
 from candle_vllm.core.engine.block_manager import BlockManager
+from candle_vllm.core.engine.images import ImageStore
 from candle_vllm.core.engine.sequence import Run, Sequence, Step, Tokens
 
 
@@ -46,6 +48,7 @@ class Scheduler:
         reproducible: see above.
         draft_rows: most rows of drafts in one step.
         adapters: says who may begin; None where no sequence has adapters.
+        images: has what pictures become; None where no sequence has any.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Scheduler:
         reproducible: bool = False,
         draft_rows: int = 0,
         adapters: AdapterAdmission | None = None,
+        images: ImageStore | None = None,
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs
         self.blocks = blocks
@@ -65,6 +69,7 @@ class Scheduler:
         self.reproducible = reproducible
         self.draft_rows = draft_rows
         self.adapters = adapters
+        self.images = images
         self.has_drafts = False  # some of `running` have
         self.running: list[Sequence] = []  # both in order of rank
         self.waiting: list[Sequence] = []
@@ -75,6 +80,8 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queues a new sequence."""
+        if self.images is not None:
+            self.images.add(sequence)
         self._wait(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -83,6 +90,8 @@ class Scheduler:
             self._stop(sequence)
         else:
             self.waiting.remove(sequence)
+        if self.images is not None:
+            self.images.ended(sequence)
         if self.adapters is not None:
             self._all_held = None
             self.adapters.ended(sequence)
@@ -262,6 +271,9 @@ class Scheduler:
                 return
             if self.adapters is not None and sequence.entries and self.adapters.holds_back(sequence):
                 deferred, held = deferred + 1, held + 1
+                continue
+            if self.images is not None and not self.images.is_ready(sequence):
+                deferred += 1
                 continue
             hashes = self._shareable(sequence)
             shared = self.blocks.lookup(hashes)

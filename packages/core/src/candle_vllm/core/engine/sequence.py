@@ -8,14 +8,31 @@ from collections.abc import Sequence as Seq
 from struct import pack
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from candle_vllm.core.engine.adapters import Adapter, Entries
 from candle_vllm.core.engine.block_manager import block_hashes
 from candle_vllm.core.engine.request import GenerationRequest, PoolingRequest
+from candle_vllm.core.vision.prompts import ImageInput
 
 NO_LIMIT = 1 << 62
 
 Tokens = tuple[int, ...]
+
+
+class PlacedImage(msgspec.Struct, eq=False):
+    """A picture in a prompt.
+
+    Attributes:
+        given: the picture.
+        positions: in the prompt, of each of its embeddings, int64 [count], rising.
+        rows: its embeddings float32 [count, E], once they are there.
+    """
+
+    given: ImageInput
+    positions: NDArray[np.int64]
+    rows: NDArray[np.float32] | None = None
 
 
 class Sequence:  # its attributes have slots: a step finds them in one place
@@ -41,6 +58,7 @@ class Sequence:  # its attributes have slots: a step finds them in one place
         adapted_from: of each of `adapters`, the position from which on it acts.
         entries: what its request's adapters are; `adapters` are lent to it when it begins.
         held_since: how many sequences had begun when it was first held back for its adapters.
+        images: the pictures of its prompt, in their order.
     """
 
     __slots__ = (
@@ -51,6 +69,7 @@ class Sequence:  # its attributes have slots: a step finds them in one place
         "drafts",
         "entries",
         "held_since",
+        "images",
         "index",
         "is_pooled",
         "max_length",
@@ -82,6 +101,7 @@ class Sequence:  # its attributes have slots: a step finds them in one place
         self.block_table = array("i")
         self.entries: Entries = ()
         self.held_since: int | None = None
+        self.images: tuple[PlacedImage, ...] = ()
         self.adapted_from: tuple[int, ...] = ()
         self._adapters: tuple[tuple[Adapter, float], ...] = ()
         self._hashes: list[bytes] = []
@@ -126,6 +146,10 @@ class Sequence:  # its attributes have slots: a step finds them in one place
                 marks[start // block_size] = (
                     marks.get(start // block_size, b"") + adapter.digest + pack("<dq", scale, start)
                 )
+        for image in self.images:  # whose tokens are alike whatever it shows
+            places = image.positions // block_size
+            for place, first in zip(*np.unique(places, return_index=True)):
+                marks[int(place)] = marks.get(int(place), b"") + b"image" + image.given.key + pack("<q", first)
         self._hashes = block_hashes(self.tokens, block_size, self.request.params.cache_salt, self._hashes, marks)
         return self._hashes
 

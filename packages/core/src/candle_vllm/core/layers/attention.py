@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from candle_vllm.core.kernels.attention import paged_attention
 from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
@@ -42,6 +42,14 @@ class Taps:
         return total, None
 
 
+class GivenRows(Protocol):
+    """Rows of a step that are given, and not looked up in the embedding table."""
+
+    def put(self, x: Value) -> Value:
+        """x [T, E] with these in their places."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class StepInput:
     """The tensors of one step, as every layer sees them; in a recorded one there are caches alone.
@@ -55,6 +63,7 @@ class StepInput:
             `kernels/kv_write`.
         attend: what computes attention; see `kernels/attention`.
         taps: keeps what goes into some layers, where that is asked for.
+        given: rows that stand for pictures; None where there are none.
     """
 
     positions: Value
@@ -65,6 +74,7 @@ class StepInput:
     cache_scales: tuple[Value, Value] | None = None
     attend: Callable[..., Value] = paged_attention
     taps: Taps | None = None
+    given: GivenRows | None = None
 
 
 class PagedAttention:

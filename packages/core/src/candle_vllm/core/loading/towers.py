@@ -1,12 +1,12 @@
 """The text tower of a multimodal checkpoint: its description, and its tensors' names.
 
-Stands before step 1 of a request's life. Images are not served: the other towers' tensors are left where they are.
+Stands before step 1 of a request's life. The tensors of a tower that sees are told apart; `assembly/tower.py` loads
+those of the families that are served, and others' are left where they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -18,11 +18,11 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.quantization.tensors import StoredTensor
 
-logger = logging.getLogger(__name__)
-
 TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "Gemma3ForConditionalGeneration": {"gemma3_text": "Gemma3ForCausalLM"},
+        "Idefics3ForConditionalGeneration": {"llama": "LlamaForCausalLM"},
+        "SmolVLMForConditionalGeneration": {"llama": "LlamaForCausalLM"},
         "Mistral3ForConditionalGeneration": {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"},
     }
 )
@@ -39,6 +39,15 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "max_position_embeddings": 131072,
             "rms_norm_eps": 1e-6,
             "query_pre_attn_scalar": 256,
+        },
+        "llama": {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-6,
         },
         "mistral": {
             "vocab_size": 32000,
@@ -67,8 +76,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 """Keys that published configs leave out of `text_config`, by model_type: the values of transformers' config classes."""
 
 _CARRIED = ("dtype", "torch_dtype")  # said of the whole model, and meant of the text tower too
-_TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.)|model\.language_model\.)(.*)")
-_OTHER = re.compile(r"(model\.)?(vision_tower|vision_model|multi_modal_projector)\..*")
+_TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.)|model\.(?:language_model|text_model)\.)(.*)")
+_OTHER = re.compile(r"(?:model\.)?((?:vision_tower|vision_model|multi_modal_projector|connector)\..*)")
 
 
 def text_fields(
@@ -108,28 +117,30 @@ def text_fields(
     return allowed[model_type], Fields({prefix + key: value for key, value in values.items()}, path, prefix)
 
 
-def text_tensors(config: Mapping[str, Any], checkpoint: Checkpoint) -> Checkpoint:
-    """The text tower's tensors under a text model's names; of any other checkpoint all, as they are.
+def split_towers(config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Checkpoint, Checkpoint | None]:
+    """The text tower's tensors under a text model's names, and the others', without "model." before them.
+
+    Of any other checkpoint all, as they are.
 
     Raises:
         InvalidFileError: two tensors would have one name.
     """
     names = config.get("architectures")
     if not isinstance(names, list) or not any(isinstance(name, str) and name in TOWERS for name in names):
-        return checkpoint
+        return checkpoint, None
     made: dict[str, StoredTensor] = {}
-    dropped = 0
+    others: dict[str, StoredTensor] = {}
     for name, tensor in checkpoint.tensors.items():
-        if _OTHER.fullmatch(name):
-            dropped += 1
+        other = _OTHER.fullmatch(name)
+        if other is not None:
+            others[other[1]] = dataclasses.replace(tensor, name=other[1])
             continue
         found = _TEXT.fullmatch(name)
         plain = name if found is None else ("" if name.startswith("language_model.") else "model.") + found.group(1)
         if plain in made:
             raise InvalidFileError(f"{checkpoint.path}: tensor {plain} of the text tower is there under two names")
         made[plain] = dataclasses.replace(tensor, name=plain)
-    logger.info("%s: %d tensors of the vision tower are left out: images are not served", checkpoint.path, dropped)
-    return checkpoint.with_tensors(made)
+    return checkpoint.with_tensors(made), checkpoint.with_tensors(others)
 
 
 def _ids(config: Mapping[str, Any], path: Path) -> tuple[int, ...]:

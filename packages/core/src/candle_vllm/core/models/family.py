@@ -6,13 +6,16 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.fields import Fields
+from candle_vllm.core.kernels.activation import Activation
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.vision.preprocessing import Cut, TileRule
 
 
 class Decoder(Protocol):
@@ -83,6 +86,92 @@ class Encoder(Protocol):
     def scores(self, first: Value) -> Value:
         """Hidden states [R, E] of the texts' first tokens to scores [R, L], of a model with L labels."""
         ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TowerConfig:
+    """What is to be known of a tower.
+
+    Attributes:
+        patch: pixels of a patch's side.
+        side: patches of a tile's side.
+        cell: of a cell's, which becomes one embedding.
+        text_size: numbers of an embedding.
+        rule: how pictures become tiles.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    norm_eps: float
+    activation: Activation
+    patch: int
+    side: int
+    cell: int
+    text_size: int
+    rule: TileRule
+    num_experts: int = 0
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise InvalidFileError(f"vision_config: {self.num_heads} heads of {self.hidden_size} numbers")
+        if not 0 < self.norm_eps < 1:
+            raise InvalidFileError(f"vision_config says the epsilon of its norms is {self.norm_eps}")
+
+    @property
+    def patch_size(self) -> int:
+        """Numbers of a patch."""
+        return 3 * self.patch**2
+
+    @property
+    def embeddings(self) -> int:
+        """Of a tile."""
+        return (self.side // self.cell) ** 2
+
+
+class Tower(Protocol):
+    """What the engine needs of a model that reads pictures.
+
+    Attributes:
+        config: its description.
+        layers: each takes x [T, E], and how many patches each tile has, and gives [T, E].
+        norm: behind the last layer.
+    """
+
+    config: TowerConfig
+    layers: Sequence[Callable[[Value, Sequence[int]], Value]]
+    norm: Callable[[Value], Value]
+
+    def begin(self, patches: Value, places: Value) -> Value:
+        """x [T, E] of patches [T, numbers of one], whose numbers in their tile are `places` [T] int64."""
+        ...
+
+    def project(self, cells: Value) -> Value:
+        """Embeddings [C, text size] of cells, the last norm's rows of whose patches stand side by side."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TowerFamily:
+    """How to read, build and fill the towers of one file in this folder.
+
+    Attributes:
+        name: of its file.
+        hf: `architectures` of the whole models' config.json, and the model_type.
+        config_from_hf: reads a tower's description from that, preprocessor_config.json, and the text model's width.
+        build, weights: as for `Family`.
+        mark: the token that a template writes for a picture, and that stands for each of its embeddings.
+        words_around: what stands in a prompt for a picture, of how it is cut and the marks of one tile.
+    """
+
+    name: str
+    hf: Mapping[str, str]
+    config_from_hf: Callable[[Fields, Fields, int], TowerConfig]
+    build: Callable[[TowerConfig, Placement], Tower]
+    weights: Sequence[WeightName]
+    mark: str
+    words_around: Callable[[Cut, str], str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.towers import TOWERS, text_fields
 from candle_vllm.core.loading.trunks import decoder_class, without_head
-from candle_vllm.core.models.family import EncoderFamily, Family
+from candle_vllm.core.models.family import EncoderFamily, Family, TowerFamily
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 Row = TypeVar("Row", Family, EncoderFamily)
@@ -63,6 +63,20 @@ class ByName(Mapping[str, Row]):
 def _families() -> Iterator[Family | EncoderFamily]:
     for name in FAMILIES:
         yield import_module(f"{__package__}.{name}").FAMILY
+
+
+TOWER_FAMILIES = ("siglip",)
+"""The files of this folder that have a `TowerFamily` as `FAMILY`."""
+
+
+def tower_family(config: Mapping[str, Any]) -> TowerFamily | None:
+    """The family of the tower that a `config.json` names; None where it has none that is served."""
+    names = config.get("architectures")
+    for file in TOWER_FAMILIES:
+        family: TowerFamily = import_module(f"{__package__}.{file}").FAMILY
+        if isinstance(names, list) and len(names) == 1 and names[0] in family.hf:
+            return family
+    return None
 
 
 HF_FAMILIES = ByName(Family, "hf")

@@ -35,6 +35,8 @@ class DecoderStack:
     def forward(self, token_ids: Value, step: StepInput) -> Value:
         """Hidden states [T, E] behind the last norm."""
         x, residual, taps = self.embed(token_ids), None, step.taps
+        if step.given is not None:
+            x = step.given.put(x)
         for number, layer in enumerate(self.layers):
             if taps is not None:
                 x, residual = taps.keep(number, x, residual)

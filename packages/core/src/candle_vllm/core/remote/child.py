@@ -93,7 +93,7 @@ def serve(start: Start, context: zmq.Context[zmq.Socket[bytes]], told: Told) -> 
 
 def describe(engine: ChildEngine) -> Ready:
     """What the parent needs to know of a loaded engine."""
-    tokenizer, template, pooling = engine.parts
+    tokenizer, template, pooling, sight = engine.parts
     return Ready(
         info=engine.model_info,
         tokenizer=TokenizerParts(
@@ -109,6 +109,7 @@ def describe(engine: ChildEngine) -> Ready:
         pooling=pooling,
         max_step_tokens=engine.max_step_tokens,
         stats=engine.stats(),
+        sight=None if sight is None else sight.parts,
     )
 
 

@@ -24,6 +24,7 @@ from candle_vllm.core.remote.wire import Ready, TokenizerParts
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.tokenizer import Tokenizer
+from candle_vllm.core.vision.prompts import Sight
 
 
 class RemoteEngine(EngineFront):
@@ -127,11 +128,16 @@ class RemoteEngine(EngineFront):
 
 
 class _Texts:
-    """The model's tokenizer and template, as the child described them."""
+    """The model's tokenizer and template, and how it sees, as the child described them."""
 
     def __init__(self, ready: Ready) -> None:
         self.tokenizer = _tokenizer(ready.tokenizer)
         self.template = None if ready.template is None else ChatTemplate(ready.template, self.tokenizer.special_tokens)
+        self.sight: Sight | None = None
+        if ready.sight is not None:
+            from candle_vllm.core.assembly.tower import sight_of
+
+            self.sight = sight_of(ready.sight, self.tokenizer)
 
 
 def _tokenizer(parts: TokenizerParts) -> Tokenizer:

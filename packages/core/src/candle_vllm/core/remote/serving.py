@@ -43,6 +43,7 @@ from candle_vllm.core.remote.wire import (
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.tokenizer import Tokenizer
+from candle_vllm.core.vision.prompts import Sight
 
 STATS_EVERY: Final = 0.1  # seconds
 
@@ -141,10 +142,10 @@ class ChildEngine(InferenceEngine):
         self.thread = self._running_thread()
 
     @property
-    def parts(self) -> tuple[Tokenizer, ChatTemplate | None, ModelPooling | None]:
+    def parts(self) -> tuple[Tokenizer, ChatTemplate | None, ModelPooling | None, Sight | None]:
         """What its model brings besides weights."""
         loaded = self._require()[1]
-        return loaded.tokenizer, loaded.template, loaded.pooling
+        return loaded.tokenizer, loaded.template, loaded.pooling, loaded.sight
 
     @property
     def max_step_tokens(self) -> int:

@@ -26,6 +26,7 @@ from candle_vllm.core.errors import CandleVllmError, ConfigError, RequestError
 from candle_vllm.core.pooling import ModelPooling
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.tokenizer import ChatTemplateSource
+from candle_vllm.core.vision.prompts import Sighted
 
 MAX_FRAME: Final = 1 << 28  # bytes of a message; log-probabilities of a whole prompt are the largest
 MAX_QUEUED: Final = 10_000  # messages in a socket before its sender waits
@@ -106,6 +107,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
         pooling: how vectors are made; None of a cross-encoder.
         max_step_tokens: most tokens of one step.
         stats: before the first request.
+        sight: how pictures come to the model; None where it sees none.
     """
 
     info: ModelInfo
@@ -114,6 +116,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     pooling: ModelPooling | None
     max_step_tokens: int
     stats: EngineStats
+    sight: Sighted | None = None
 
 
 class Loading(msgspec.Struct, frozen=True, kw_only=True, tag="loading"):

@@ -69,7 +69,7 @@ def write_toy_model(folder: Path, config: Mapping[str, Any] | None = None, *, se
     config = dict(config or toy_config())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    save_plain(folder / "model.safetensors", _weights(config, seed), _TYPES[config["torch_dtype"]])
+    save_plain(folder / "model.safetensors", random_weights(config, seed), _TYPES[config["torch_dtype"]])
     write_toy_tokenizer(folder)
     return folder
 
@@ -131,7 +131,7 @@ def write_toy_gguf(
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_theta"])
     add_toy_vocabulary(writer)
-    for hf_name, data in _weights(config, seed).items():
+    for hf_name, data in random_weights(config, seed).items():
         if name == "llama" and ("q_proj" in hf_name or "k_proj" in hf_name):
             data = _interleaved(data, config["head_dim"])
         gguf_name = _gguf_name(hf_name)
@@ -191,7 +191,7 @@ def _interleaved(data: np.ndarray, head_dim: int) -> np.ndarray:
     return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(data.shape)
 
 
-def _weights(config: Mapping[str, Any], seed: int) -> dict[str, np.ndarray]:
+def random_weights(config: Mapping[str, Any], seed: int) -> dict[str, np.ndarray]:
     """Random weights, float32, whose logits lie far apart, so that rounding never decides between two tokens."""
     generator = np.random.default_rng(seed)
     hidden, feed, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]

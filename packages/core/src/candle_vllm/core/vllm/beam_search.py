@@ -185,7 +185,9 @@ def beam_search(
 
 
 def _search(engine: EngineFront, prompt: Prompt, params: BeamSearchParams) -> _Search:
-    text, ids = read_prompt(prompt)
+    text, ids, pictures = read_prompt(prompt)
+    if pictures:
+        raise InvalidParameterError("image: beam search takes texts alone", "image")
     tokens = engine.tokenize(text or "") if ids is None else ids
     info = engine.model_info
     ends = frozenset() if params.ignore_eos else frozenset(info.eos_token_ids)

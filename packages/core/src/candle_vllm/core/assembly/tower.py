@@ -1,0 +1,104 @@
+"""A model's tower, and how it sees: from the files of a multimodal model to what the engine needs beside its decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from candle_vllm.core.assembly.opening import Opened, naming
+from candle_vllm.core.assembly.placement import encoder_placement, room_for_weights
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.devices import Device
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.fields import Fields, read_json
+from candle_vllm.core.layers.parameters import SHAPES, Placement
+from candle_vllm.core.loading.weights import check_weights, load_weights
+from candle_vllm.core.models.family import Tower, TowerFamily
+from candle_vllm.core.models.registry import tower_family
+from candle_vllm.core.text.tokenizer import Tokenizer
+from candle_vllm.core.vision.pictures import require_pillow
+from candle_vllm.core.vision.preprocessing import Cut
+from candle_vllm.core.vision.prompts import Sight, Sighted
+
+logger = logging.getLogger(__name__)
+
+_PROCESSOR = "preprocessor_config.json"
+_PROCESSORS = "processor_config.json"  # newer ones have the same under a key of this
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedTower:
+    """A tower with its weights.
+
+    Attributes:
+        tower: the model.
+        placement: where its weights are.
+        sight: how pictures come to it.
+        weight_bytes: stored bytes.
+    """
+
+    tower: Tower
+    placement: Placement
+    sight: Sight
+    weight_bytes: int
+
+
+def load_tower(
+    config: EngineConfig, device: Device, opened: Opened, tokenizer: Tokenizer, text_size: int
+) -> LoadedTower | None:
+    """The tower of a model that has one; None of any other.
+
+    Raises:
+        ConfigError: Pillow is not installed.
+        ModelLoadError: its files cannot be used.
+    """
+    stored, files = opened.tower, opened.files
+    if stored is None or files.config is None:
+        return None
+    started = time.perf_counter()
+    values = read_json(files.config)
+    family = tower_family(values)
+    assert family is not None
+    require_pillow()
+    model = family.config_from_hf(Fields(values, files.config), _processor(files.folder), text_size)
+    placement = encoder_placement(config, device, stored)
+    with naming(files.config, stored.path):
+        check_weights(lambda: family.build(model, SHAPES), family.weights, stored, model)
+        with room_for_weights(f"the tower of {files.name}", placement, stored):
+            tower = family.build(model, placement)
+            load_weights(tower, family.weights, stored, model)
+    nbytes = sum(tensor.nbytes for tensor in stored.tensors.values())
+    logger.info("loaded the tower of %s: %.1f MB in %.2f s", files.name, nbytes / 1e6, time.perf_counter() - started)
+    mark = _mark(family, tokenizer, files.config)
+    parts = Sighted(family=family.name, rule=model.rule, mark=mark, embeddings=model.embeddings)
+    return LoadedTower(tower=tower, placement=placement, sight=sight_of(parts, tokenizer), weight_bytes=nbytes)
+
+
+def sight_of(parts: Sighted, tokenizer: Tokenizer) -> Sight:
+    """How a model sees whose tower is known by its `parts`."""
+    family: TowerFamily = import_module(f"candle_vllm.core.models.{parts.family}").FAMILY
+    marks = family.mark * parts.embeddings
+
+    def words(cut: Cut) -> Sequence[int]:
+        return tokenizer.encode(family.words_around(cut, marks), add_special_tokens=False, parse_special=True)
+
+    return Sight(parts, words)
+
+
+def _processor(folder: Path) -> Fields:
+    for name, key in ((_PROCESSOR, None), (_PROCESSORS, "image_processor")):
+        if (folder / name).is_file():
+            fields = Fields(read_json(folder / name), folder / name)
+            return fields if key is None else fields.section(key)
+    raise InvalidFileError(f"{folder}: neither {_PROCESSOR} nor {_PROCESSORS} says how pictures are prepared")
+
+
+def _mark(family: TowerFamily, tokenizer: Tokenizer, path: Path) -> int:
+    ids = tokenizer.encode(family.mark, add_special_tokens=False, parse_special=True)
+    if len(ids) != 1:
+        raise UnsupportedModelError(f"{path}: the tokenizer has no token {family.mark!r}, which stands for a picture")
+    return ids[0]

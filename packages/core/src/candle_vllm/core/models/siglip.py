@@ -1,0 +1,178 @@
+"""SigLIP's tower as Idefics3 and SmolVLM have it, and their way from its states to embeddings of the text model.
+
+Each block is x + attention(norm(x)), then x + mlp(norm(x)); every patch of a tile sees all of that tile. Behind the last
+norm cells of s x s patches become one vector, and one product makes an embedding of it.
+Source: Zhai et al., 2023, arXiv:2303.15343; Laurençon et al., 2024, arXiv:2408.12637 (pixel shuffle).
+Shapes: T patches, E hidden, P numbers of a patch, C cells.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.kernels.activation import Activation
+from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.kernels.whole_attention import whole_attention
+from candle_vllm.core.layers.embedding import Embedding
+from candle_vllm.core.layers.layer_norm import LayerNorm
+from candle_vllm.core.layers.linear import Linear
+from candle_vllm.core.layers.mlp import MLP
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.loading.config import MAX_LAYERS
+from candle_vllm.core.loading.views import computed
+from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.models.family import TowerConfig, TowerFamily
+from candle_vllm.core.quantization.tensors import StoredTensor
+from candle_vllm.core.vision.preprocessing import Cut, tile_rule
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+_ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"})
+_MOST_PATCHES = 1 << 14  # of a tile
+_DEFAULTS = MappingProxyType(
+    {
+        "idefics3": {"hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12},
+        "smolvlm": {"hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12},
+    }
+)
+"""Keys that published configs leave out of `vision_config`: the values of transformers' config classes."""
+
+
+def config_from_hf(fields: Fields, processor: Fields, text_size: int) -> TowerConfig:
+    """Reads `config.json` and `preprocessor_config.json` of Idefics3 and SmolVLM."""
+    section = fields.section("vision_config")
+    vision = Fields({**_DEFAULTS["idefics3"], **section.values}, fields.path)
+    rule, patch, cell = tile_rule(processor), vision.count("patch_size", 32), fields.count("scale_factor", 2, most=64)
+    side = vision.count("image_size", 224) // patch
+    if not 0 < side * side <= _MOST_PATCHES or rule.tile != side * patch or side % cell:
+        raise InvalidFileError(
+            f"{processor.path}: tiles of {rule.tile} pixels; vision_config asks for {side} x {side} patches of {patch} "
+            f"pixels, {cell} x {cell} of which are one embedding"
+        )
+    return TowerConfig(
+        hidden_size=vision.count("hidden_size"),
+        intermediate_size=vision.count("intermediate_size"),
+        num_layers=vision.count("num_hidden_layers", most=MAX_LAYERS),
+        num_heads=vision.count("num_attention_heads", 16),
+        norm_eps=vision.get("layer_norm_eps", float, 1e-6),
+        activation=_ACTIVATIONS[vision.choice("hidden_act", "gelu_pytorch_tanh", *_ACTIVATIONS)],
+        patch=patch,
+        side=side,
+        cell=cell,
+        text_size=text_size,
+        rule=rule,
+    )
+
+
+# ---- block -----------------------------------------------------------------------------------------------------------
+
+
+class Block:
+    """One layer: x [T, E] -> [T, E] in fp32."""
+
+    def __init__(self, config: TowerConfig, placement: Placement) -> None:
+        size = config.hidden_size
+        self.heads = config.num_heads
+        self.attention_norm = LayerNorm(size, config.norm_eps, placement)
+        self.qkv = Linear(size, {"q": size, "k": size, "v": size}, placement, bias=True)
+        self.output = Linear(size, size, placement, bias=True)
+        self.mlp_norm = LayerNorm(size, config.norm_eps, placement)
+        self.mlp = MLP(size, config.intermediate_size, placement, activation=config.activation)
+
+    def __call__(self, x: Value, lengths: Sequence[int]) -> Value:
+        x = x + self.output(whole_attention(self.qkv(self.attention_norm(x)), self.heads, lengths))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+class Siglip:
+    """The tower: patches of tiles to embeddings; see `Tower`."""
+
+    def __init__(self, config: TowerConfig, placement: Placement) -> None:
+        size = config.hidden_size
+        self.config = config
+        self.patches = Linear(config.patch_size, size, placement, bias=True)
+        self.positions = Embedding(config.side**2, size, placement, wide=True)
+        self.layers = [Block(config, placement) for _ in range(config.num_layers)]
+        self.norm = LayerNorm(size, config.norm_eps, placement)
+        self.projector = Linear(size * config.cell**2, config.text_size, placement)
+
+    def begin(self, patches: Value, places: Value) -> Value:
+        """x [T, E] of patches [T, P], whose numbers in their tile, row by row, are `places` [T] int64."""
+        return self.positions(places) + self.patches(patches)
+
+    def project(self, cells: Value) -> Value:
+        """Embeddings [C, text size] of cells, the last norm's rows of whose patches stand side by side."""
+        return self.projector(cells)
+
+
+# ---- weight names ----------------------------------------------------------------------------------------------------
+
+
+def _kernel(stored: StoredTensor, config: Any) -> StoredTensor:
+    """The kernel of a convolution [E, 3, h, w] as a matrix [E, 3 * h * w]."""
+    if len(stored.shape) != 4 or stored.shape[1:] != (3, config.patch, config.patch):
+        return stored  # a wrong shape is named by the loader
+    shape = (stored.shape[0], config.patch_size)
+    return computed(stored, shape, lambda values: values.reshape(shape))
+
+
+def _pair(target: str, hf: str, gguf: str | None) -> list[WeightName]:
+    return [
+        WeightName(f"{target}{kind}", f"{hf}.{kind}", None if gguf is None else f"{gguf}.{kind}")
+        for kind in ("weight", "bias")
+    ]
+
+
+_AT, _LAYER, _BLOCK = "vision_model.", "vision_model.encoder.layers.{i}.", "v.blk.{i}."
+
+WEIGHTS: Sequence[WeightName] = (
+    WeightName(
+        "patches:weight", _AT + "embeddings.patch_embedding.weight", "v.patch_embd.weight",
+        hf_view=_kernel, gguf_view=_kernel,
+    ),
+    WeightName("patches:bias", _AT + "embeddings.patch_embedding.bias", "v.patch_embd.bias"),
+    WeightName("positions:weight", _AT + "embeddings.position_embedding.weight", "v.position_embd.weight"),
+    *_pair("layers.{i}.attention_norm:", _LAYER + "layer_norm1", _BLOCK + "ln1"),
+    *_pair("layers.{i}.qkv:q.", _LAYER + "self_attn.q_proj", _BLOCK + "attn_q"),
+    *_pair("layers.{i}.qkv:k.", _LAYER + "self_attn.k_proj", _BLOCK + "attn_k"),
+    *_pair("layers.{i}.qkv:v.", _LAYER + "self_attn.v_proj", _BLOCK + "attn_v"),
+    *_pair("layers.{i}.output:", _LAYER + "self_attn.out_proj", _BLOCK + "attn_out"),
+    *_pair("layers.{i}.mlp_norm:", _LAYER + "layer_norm2", _BLOCK + "ln2"),
+    *_pair("layers.{i}.mlp.up:", _LAYER + "mlp.fc1", _BLOCK + "ffn_up"),
+    *_pair("layers.{i}.mlp.down:", _LAYER + "mlp.fc2", _BLOCK + "ffn_down"),
+    *_pair("norm:", _AT + "post_layernorm", "v.post_ln"),
+    WeightName("projector:weight", "connector.modality_projection.proj.weight", "mm.model.fc.weight"),
+)  # fmt: skip
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+
+def words_around(cut: Cut, image: str) -> str:
+    """What stands in a prompt for a picture that is cut so; `image` are the marks of one tile's embeddings."""
+    fake, tile = "<fake_token_around_image>", "<fake_token_around_image><row_{}_col_{}>{}"
+    if not cut.rows:
+        return f"{fake}<global-img>{image}{fake}"
+    rows = (
+        "".join(tile.format(row + 1, column + 1, image) for column in range(cut.columns)) for row in range(cut.rows)
+    )
+    return "".join(f"{row}\n" for row in rows) + f"\n{fake}<global-img>{image}{fake}"
+
+
+FAMILY = TowerFamily(
+    name="siglip",
+    hf={"Idefics3ForConditionalGeneration": "idefics3", "SmolVLMForConditionalGeneration": "smolvlm"},
+    config_from_hf=config_from_hf,
+    build=Siglip,
+    weights=WEIGHTS,
+    mark="<image>",
+    words_around=words_around,
+)

@@ -1,0 +1,214 @@
+"""From a picture to the tiles that a tower reads, as the model's `preprocessor_config.json` says (before step 3).
+
+Pixels stay uint8 until a tower takes them: what is sent and kept is a quarter of what numbers would be, and the
+numbers of a value are looked up. Resampling is Pillow's, so that tiles equal those of transformers' Pillow processors
+to the bit. Shapes: N tiles, h and w pixels of one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.vision.pictures import Picture
+
+_LANCZOS, _BILINEAR, _BICUBIC = 1, 2, 3  # Pillow's numbers, which config files have
+_MOST_SIDE = 4096  # of a picture that is cut into tiles, as transformers has it
+MAX_TILE = 4096
+
+
+class Cut(NamedTuple):
+    """How a picture is cut.
+
+    Attributes:
+        rows, columns: of the grid of tiles; 0 where the picture is one tile.
+        height, width: of what is cut.
+    """
+
+    rows: int
+    columns: int
+    height: int
+    width: int
+
+    @property
+    def tiles(self) -> int:
+        """Those of the grid, and the whole picture as one."""
+        return self.rows * self.columns + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalisation:
+    """What becomes of a pixel's value: (value * scale - mean) / std, each channel by its own.
+
+    Attributes:
+        table: [256, 3] float32, what each value becomes.
+    """
+
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def table(self) -> NDArray[np.float32]:
+        scaled = (np.arange(256, dtype=np.float64) * self.scale).astype(np.float32)[:, None]
+        return (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class TileRule:
+    """Idefics3's and SmolVLM's: a grid of square tiles, row by row, and behind it the whole picture as one tile.
+
+    The longer side becomes `longest` (small pictures are enlarged too), both sides multiples of a tile; each is a
+    resampling of its own.
+
+    Attributes:
+        longest: pixels of the longer side.
+        tile: pixels of a tile's side.
+        splits: there is a grid; else every picture is one tile.
+        resample: Pillow's number of the filter.
+        normalisation: of the pixels.
+    """
+
+    longest: int
+    tile: int
+    splits: bool
+    resample: int
+    normalisation: Normalisation
+
+    def cut(self, height: int, width: int) -> Cut:
+        """How a picture of this size is cut."""
+        height, width = self._first(height, width)
+        if not self.splits:
+            return Cut(0, 0, self.tile, self.tile)
+        height, width = self._second(height, width)
+        if height <= self.tile and width <= self.tile:
+            return Cut(0, 0, height, width)
+        return Cut(height // self.tile, width // self.tile, height, width)
+
+    def tiles(self, picture: Picture) -> NDArray[np.uint8]:
+        """[N, h, w, 3]."""
+        import PIL.Image
+
+        cut, tile = self.cut(picture.height, picture.width), self.tile
+        resample = PIL.Image.Resampling(self.resample)
+        height, width = self._first(picture.height, picture.width)
+        whole = PIL.Image.fromarray(picture.pixels).resize((width, height), resample)
+        whole = whole.resize((cut.width, cut.height), resample)
+        if not cut.rows:
+            return np.asarray(whole)[None]
+        parts = np.asarray(whole).reshape(cut.rows, tile, cut.columns, tile, 3).swapaxes(1, 2)
+        small = np.asarray(whole.resize((tile, tile), resample))
+        return np.concatenate([parts.reshape(-1, tile, tile, 3), small[None]])
+
+    def _first(self, height: int, width: int) -> tuple[int, int]:
+        """The longer side as `longest`, the other even, none above the most."""
+        ratio = width / height
+        if width >= height:
+            width = self.longest
+            height = int(width / ratio)
+            height += height % 2
+        else:
+            height = self.longest
+            width = int(height * ratio)
+            width += width % 2
+        height, width = max(height, 1), max(width, 1)
+        ratio = width / height
+        if width >= height and width > _MOST_SIDE:
+            width, height = _MOST_SIDE, int(_MOST_SIDE / ratio)
+        elif height > width and height > _MOST_SIDE:
+            height, width = _MOST_SIDE, int(_MOST_SIDE * ratio)
+        return max(height, 1), max(width, 1)
+
+    def _second(self, height: int, width: int) -> tuple[int, int]:
+        """Both sides as multiples of a tile."""
+        ratio, tile = width / height, self.tile
+        if width >= height:
+            width = math.ceil(width / tile) * tile
+            height = math.ceil(int(width / ratio) / tile) * tile
+        else:
+            height = math.ceil(height / tile) * tile
+            width = math.ceil(int(height * ratio) / tile) * tile
+        return max(height, tile), max(width, tile)
+
+
+def tile_rule(fields: Fields) -> TileRule:
+    """Reads `preprocessor_config.json` of Idefics3 and SmolVLM.
+
+    Raises:
+        InvalidFileError: a number is missing or impossible.
+        UnsupportedModelError: it asks for what is not done here.
+    """
+    for name in ("do_resize", "do_convert_rgb"):
+        if not fields.get(name, bool, True):
+            raise UnsupportedModelError(f"{fields.path}: {name} is false, which is not implemented")
+    return TileRule(
+        longest=fields.section("size").count("longest_edge", most=_MOST_SIDE),
+        tile=fields.section("max_image_size").count("longest_edge", most=MAX_TILE),
+        splits=fields.get("do_image_splitting", bool, True),
+        resample=_filter(fields, _LANCZOS),
+        normalisation=_normalisation(fields),
+    )
+
+
+def _filter(fields: Fields, default: int) -> int:
+    number = fields.get("resample", int, default)
+    if number not in (_LANCZOS, _BILINEAR, _BICUBIC):
+        raise UnsupportedModelError(
+            f"{fields.path}: resample is {number}; implemented: {_LANCZOS} (Lanczos), {_BILINEAR} (bilinear) and "
+            f"{_BICUBIC} (bicubic)"
+        )
+    return number
+
+
+def _normalisation(fields: Fields) -> Normalisation:
+    scale = fields.get("rescale_factor", float, 1 / 255) if fields.get("do_rescale", bool, True) else 1.0
+    mean, std = ((0.0,) * 3, (1.0,) * 3)
+    if fields.get("do_normalize", bool, True):
+        mean, std = _three(fields, "image_mean"), _three(fields, "image_std")
+    if not all(std):
+        raise UnsupportedModelError(f"{fields.path}: image_std has a 0")
+    return Normalisation(scale, mean, std)
+
+
+def _three(fields: Fields, key: str) -> tuple[float, ...]:
+    values = fields.get(key, list, [0.5] * 3)
+    numbers = [Fields({key: value}, fields.path).get(key, float) for value in values]
+    if len(numbers) != 3:
+        raise UnsupportedModelError(f"{fields.path}: {key} has {len(numbers)} numbers; pictures have 3 channels")
+    return tuple(numbers)
+
+
+def patch_rows(
+    tiles: NDArray[np.uint8], patch: int, cell: int, normalisation: Normalisation
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """What a tower reads of tiles.
+
+    Patches that become one embedding later (cell x cell of them) stand behind each other, row by row within it, and so
+    do cells: joining them is then a matter of reading several rows as one. Attention does not care for their order.
+
+    Args:
+        tiles: [N, h, w, 3].
+        patch: pixels of a patch's side.
+        cell: patches of a cell's side; h and w are multiples of both together.
+        normalisation: of the pixels.
+
+    Returns:
+        Patches [N * P, 3 * patch * patch] with channels before pixels, and the row and column of each in its tile
+        [N * P, 2].
+    """
+    count, height, width, _ = tiles.shape
+    grid = (count, height // (cell * patch), cell, patch, width // (cell * patch), cell, patch, 3)
+    order = (0, 1, 4, 2, 5, 7, 3, 6)  # tile, cell's row and column, patch's in it, channel, pixel's row and column
+    values = tiles.reshape(grid).transpose(order)
+    rows = np.empty(values.shape, np.float32)
+    for channel, table in enumerate(normalisation.table.T):
+        rows[..., channel, :, :] = table[values[..., channel, :, :]]
+    places = np.indices((height // patch, width // patch)).reshape(2, *grid[1:3], *grid[4:6])
+    places = places.transpose(1, 3, 2, 4, 0).reshape(-1, 2)
+    return rows.reshape(-1, 3 * patch * patch), np.tile(places, (count, 1))
