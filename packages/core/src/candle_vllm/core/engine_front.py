@@ -59,6 +59,7 @@ from candle_vllm.core.text.prompts import (
     as_conversations,
     as_prompts,
     one_conversation,
+    pictures_of,
     prompt_texts,
     read_prompt,
 )
@@ -187,6 +188,24 @@ class EngineFront(ABC):
         except TypeError:
             raise InvalidParameterError("detokenize takes a list of token ids", "token_ids") from None
 
+    def look(self, token_ids: Sequence[int], images: Sequence[object]) -> tuple[list[int], tuple[ImageInput, ...]]:
+        """A prompt with what stands for its pictures, and these as the engine takes them; it may run in any thread.
+
+        Args:
+            token_ids: the prompt, with the mark that the model's template writes for each picture.
+            images: Pillow images, arrays [height, width, 3] of uint8, or the bytes of PNG, JPEG, WebP or GIF files; or
+                what this gave, with its tokens.
+
+        Raises:
+            InvalidParameterError: the model reads text alone, a picture cannot be used, or there are not as many as
+                marks.
+        """
+        if images and all(isinstance(image, ImageInput) for image in images):
+            return list(token_ids), tuple(images)  # type: ignore[arg-type]
+        if self._sight is None:
+            raise InvalidParameterError(f"image: {self._info.name} reads text alone", "image")
+        return self._sight.look(token_ids, images)
+
     def apply_chat_template(self, messages: Sequence[Message], **options: Any) -> str:
         """The conversation as one prompt text, by the model's own template.
 
@@ -205,8 +224,9 @@ class EngineFront(ABC):
         return self._rendered("apply_chat_template", messages, options)[0]
 
     def _rendered(self, method: str, messages: Any, options: Mapping[str, Any]) -> list[str]:
-        template = self._template(options.get("chat_template"))
-        return prompt_texts(method, [one_conversation(messages, template)], template, options, _SAMPLING)
+        template, sees = self._template(options.get("chat_template")), self._sight is not None
+        conversation = one_conversation(messages, template, sees=sees)
+        return prompt_texts(method, [conversation], template, options, _SAMPLING, sees=sees)
 
     def _template(self, source: str | None = None) -> ChatTemplate:
         """The model's template, or what `source` is."""
@@ -377,9 +397,10 @@ class EngineFront(ABC):
             RequestAbortedError, CandleVllmError: as of `generate`.
         """
         template = self._template(options.get("chat_template"))
-        conversations, several = as_conversations(messages, template)
-        texts = prompt_texts("chat", conversations, template, options, _SAMPLING)
-        prompts = [self._chat_prompt(text) for text in texts]
+        sees = self._sight is not None
+        conversations, several = as_conversations(messages, template, sees=sees)
+        texts = prompt_texts("chat", conversations, template, options, _SAMPLING, sees=sees)
+        prompts = [self._chat_prompt(text, each) for text, each in zip(texts, conversations)]
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = self._chat_params(sampling_params)
         else:
@@ -422,7 +443,7 @@ class EngineFront(ABC):
         **options: Any,
     ) -> GenerationOutput:
         """`chat` for one conversation, in an event loop. Cancelling it aborts the request."""
-        prompt = self._chat_prompt(*self._rendered("achat", messages, options))
+        prompt = self._chat_prompt(*self._rendered("achat", messages, options), messages)
         params = self._chat_params(sampling_params)
         return await whole(
             self.stream(prompt, params, request_id=request_id, priority=priority, lora_request=lora_request)
@@ -607,7 +628,7 @@ class EngineFront(ABC):
         **options: Any,
     ) -> TokenIterator:
         """`generate_stream` for one conversation; parameters and `options` as of `chat`."""
-        prompt = self._chat_prompt(*self._rendered("chat_stream", messages, options))
+        prompt = self._chat_prompt(*self._rendered("chat_stream", messages, options), messages)
         params = self._chat_params(sampling_params)
         return self.generate_stream(prompt, params, request_id=request_id, priority=priority, lora_request=lora_request)
 
@@ -622,7 +643,7 @@ class EngineFront(ABC):
         **options: Any,
     ) -> TokenStream:
         """`stream` for one conversation, for `async for` in an event loop; parameters and `options` as of `chat`."""
-        prompt = self._chat_prompt(*self._rendered("achat_stream", messages, options))
+        prompt = self._chat_prompt(*self._rendered("achat_stream", messages, options), messages)
         params = self._chat_params(sampling_params)
         return self.stream(prompt, params, request_id=request_id, priority=priority, lora_request=lora_request)
 
@@ -681,9 +702,11 @@ class EngineFront(ABC):
         if "generate" not in self._info.tasks:
             check_encoder_task(self._info.name, "generate", self._info.tasks)
 
-    def _chat_prompt(self, text: str) -> Prompt:
-        """The prompt of a conversation, which has its special tokens already."""
-        return {"prompt": text, "prompt_token_ids": self.tokenize(text, add_special_tokens=False)}
+    def _chat_prompt(self, text: str, conversation: Sequence[Message]) -> Prompt:
+        """The prompt of a conversation, which has its special tokens already, with its pictures."""
+        prompt = {"prompt": text, "prompt_token_ids": self.tokenize(text, add_special_tokens=False)}
+        pictures = pictures_of(conversation) if self._sight is not None else []
+        return {**prompt, "multi_modal_data": {"image": pictures}} if pictures else prompt
 
     def _chat_params(self, params: SamplingParams | None) -> SamplingParams:
         filled = self._filled(params)
@@ -705,7 +728,7 @@ class EngineFront(ABC):
             ids = self.tokenize(text or "", add_special_tokens)
         images: tuple[ImageInput, ...] = ()
         if pictures:
-            ids, images = self._seeing().look(ids, pictures)
+            ids, images = self.look(ids, pictures)
         return GenerationRequest(
             request_id=uuid.uuid4().hex if request_id is None else request_id,
             prompt=text,
@@ -716,12 +739,9 @@ class EngineFront(ABC):
             images=images,
         )
 
-    def _seeing(self) -> Sight:
-        """How the model sees; raises InvalidParameterError where it does not."""
-        sight = self._require()[1].sight
-        if sight is None:
-            raise InvalidParameterError(f"image: {self._info.name} reads text alone", "image")
-        return sight
+    @property
+    def _sight(self) -> Sight | None:
+        return self._require()[1].sight
 
     def _requests(
         self,

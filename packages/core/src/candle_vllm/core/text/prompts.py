@@ -14,6 +14,7 @@ from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError
 from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.template_needs import TemplateNeeds, TemplateProbe, fit, template_needs
+from candle_vllm.core.vision.pictures import part_picture
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
@@ -40,6 +41,7 @@ _KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_con
          "refusal", "parsed")  # fmt: skip
 _PART_KEYS = ("type", "text", "refusal", "cache_control", "prompt_cache_breakpoint")
 _TEXTS = ("text", "input_text", "output_text", "refusal")  # kinds of parts
+_PICTURES = ("image", "image_url", "input_image", "image_pil")
 _MEDIA = ("image", "video", "audio", "file")
 _WITHOUT_CONTENT = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning", "refusal")
 _OLD = {"function_call": "write tool_calls, with an id", "functions": "pass tools"}
@@ -109,12 +111,15 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [items] if items and all(isinstance(item, Integral) for item in items) else items  # type: ignore[list-item]
 
 
-def as_conversations(messages: Any, template: ChatTemplate | None = None) -> tuple[list[list[Message]], bool]:
+def as_conversations(
+    messages: Any, template: ChatTemplate | None = None, *, sees: bool = False
+) -> tuple[list[list[Message]], bool]:
     """Conversations whose messages were looked at, and whether a list of them was given rather than one.
 
     Args:
         messages: of one conversation, or of several.
         template: may know more roles and keys than those of OpenAI's API.
+        sees: messages may have pictures.
 
     Raises:
         InvalidParameterError: a message is wrong; the error begins with its place, `messages[2].content`.
@@ -123,16 +128,16 @@ def as_conversations(messages: Any, template: ChatTemplate | None = None) -> tup
     if not items:
         raise _wrong("messages", "must hold at least one message")
     if isinstance(items[0], (str, bytes, Mapping)) or not isinstance(items[0], Iterable):
-        return [_conversation("messages", items, template)], False
+        return [_conversation("messages", items, template, sees)], False
     return [
-        _conversation(f"messages[{place}]", _list_of(f"messages[{place}]", each, "messages"), template)
+        _conversation(f"messages[{place}]", _list_of(f"messages[{place}]", each, "messages"), template, sees)
         for place, each in enumerate(items)
     ], True
 
 
-def one_conversation(messages: Any, template: ChatTemplate | None = None) -> list[Message]:
+def one_conversation(messages: Any, template: ChatTemplate | None = None, *, sees: bool = False) -> list[Message]:
     """`as_conversations` where one is taken."""
-    conversations, several = as_conversations(messages, template)
+    conversations, several = as_conversations(messages, template, sees=sees)
     if several:
         raise InvalidParameterError("messages: must be one conversation, not a list of them", "messages")
     return conversations[0]
@@ -141,7 +146,7 @@ def one_conversation(messages: Any, template: ChatTemplate | None = None) -> lis
 def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages of OpenAI's API, which were looked at, as templates expect them.
 
-    Text parts become one text, on lines of their own; a message of calls has a content, if an empty one; arguments of
+    Text parts become one text, on lines of their own; beside pictures they stay parts. A message of calls has a content, if an empty one; arguments of
     calls that are the JSON text of an object become that object, and what answers a call has the function's name.
     """
     names: dict[Any, Any] = {}
@@ -150,6 +155,8 @@ def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
         new = dict(message)
         if new["role"] == "developer":
             new["role"] = "system"
+        if isinstance(new.get("content"), (list, tuple)) and any(map(_is_picture, new["content"])):
+            new["content"] = [_template_part(part) for part in new["content"]]
         texts = _texts(new.get("content"))
         if texts is not None:
             new["content"] = "\n".join(filter(None, (*texts, refusal)) if (refusal := new.get("refusal")) else texts)
@@ -170,12 +177,15 @@ def prompt_texts(
     template: ChatTemplate,
     options: Mapping[str, Any],
     within: Mapping[str, Iterable[str]],
+    *,
+    sees: bool = False,
 ) -> list[str]:
-    """The prompts of conversations that were looked at.
+    """The prompts of conversations that were looked at; a picture is the mark that the template writes for it.
 
     Args:
         method: what was called, with these options.
         within: what else has arguments, as for `unknown_name`.
+        sees: as for `as_conversations`.
 
     Raises:
         TypeError: an option is none of a chat's, and the template does not read it.
@@ -196,7 +206,7 @@ def prompt_texts(
     if options.get("tools") and not template.supports_tools and method != "apply_chat_template":
         raise ChatTemplateError("the chat template does not read tools, so the model would not see them", "tools")
     made = [template_messages(each) for each in conversations]
-    if any("tool_calls" in message or "tool_call_id" in message for each in made for message in each):
+    if sees or any("tool_calls" in message or "tool_call_id" in message for each in made for message in each):
         needs = _needs_of(template)
         for each in made:
             fit(each, needs)
@@ -215,9 +225,39 @@ def _texts(content: Any) -> list[str] | None:
     if isinstance(content, str):
         return [content]
     parts = [{"text": part} if isinstance(part, str) else part for part in content]
+    if any(_is_picture(part) for part in parts):
+        return None
     if not all(part.get("type", "text") in _TEXTS for part in parts):
         return None
     return [part["refusal"] if part.get("type") == "refusal" else part["text"] for part in parts]
+
+
+def _is_picture(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in _PICTURES
+
+
+def _template_part(part: Any) -> dict[str, Any]:
+    """A part beside a picture, as templates know it."""
+    if _is_picture(part):
+        return {"type": "image"}
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return {"type": "text", "text": part["text"]} if part.get("type", "text") in _TEXTS[:3] else dict(part)
+
+
+def pictures_of(conversation: Sequence[Message], place: str = "messages") -> list[object]:
+    """The pictures of a conversation that was looked at, in order, as `picture_of` takes them.
+
+    Raises:
+        InvalidParameterError: a part has none.
+    """
+    return [
+        part_picture(part, f"{place}[{number}].content[{index}]")
+        for number, message in enumerate(conversation)
+        if isinstance(message.get("content"), (list, tuple))
+        for index, part in enumerate(message["content"])
+        if _is_picture(part)
+    ]
 
 
 def _template_call(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,15 +277,15 @@ def _no_number(name: str) -> Any:
     raise ValueError(name)
 
 
-def _conversation(place: str, messages: list[Any], template: ChatTemplate | None) -> list[Message]:
+def _conversation(place: str, messages: list[Any], template: ChatTemplate | None, sees: bool) -> list[Message]:
     if not messages:
         raise _wrong(place, "must hold at least one message")
     for number, message in enumerate(messages):
-        _check_message(f"{place}[{number}]", message, template)
+        _check_message(f"{place}[{number}]", message, template, sees)
     return messages
 
 
-def _check_message(place: str, message: Any, template: ChatTemplate | None) -> None:
+def _check_message(place: str, message: Any, template: ChatTemplate | None, sees: bool) -> None:
     roles, words = (set[str](), set[str]()) if template is None else (template.roles, template.words)
     if not isinstance(message, Mapping):
         raise _wrong(place, f"must be an object with role and content, not {_kind(message)}")
@@ -262,7 +302,7 @@ def _check_message(place: str, message: Any, template: ChatTemplate | None) -> N
             raise _wrong(f"{place}.content", "is missing, and there are no tool_calls either")
     elif not isinstance(content, str):
         for number, part in enumerate(_list_of(f"{place}.content", content, "parts, or a text")):
-            _check_part(f"{place}.content[{number}]", part, words)
+            _check_part(f"{place}.content[{number}]", part, words, sees)
     for number, call in enumerate(_list_of(f"{place}.tool_calls", message.get("tool_calls") or (), "calls")):
         if not isinstance(call, Mapping):
             raise _wrong(f"{place}.tool_calls[{number}]", f"must be an object, not {_kind(call)}")
@@ -281,12 +321,14 @@ def _check_keys(place: str, given: Mapping[Any, Any], known: tuple[str, ...], wo
             raise _wrong(f"{place}.{name}", f"a {what} has no {name!r}: {said}")
 
 
-def _check_part(place: str, part: Any, words: set[str]) -> None:
+def _check_part(place: str, part: Any, words: set[str], sees: bool) -> None:
     if isinstance(part, str):
         return
     if not isinstance(part, Mapping):
         raise _wrong(place, f"must be an object with type and text, not {_kind(part)}")
     kind = part.get("type", "text")
+    if sees and _is_picture(part):
+        return
     if not isinstance(kind, str) or kind.removeprefix("input_").startswith(_MEDIA):
         raise _wrong(place, f"is of type {kind!r:.60}, and models read text alone here")
     if kind not in _TEXTS and kind not in words:

@@ -99,6 +99,15 @@ class TemplateProbe:
         answer = {"role": "tool", "tool_call_id": "callno001", "name": NAME, "content": RESULT}
         return self._render([_ASK, call, answer], tools=True, prompt=True)
 
+    def wants_parts(self) -> bool:
+        """Whether a text is written only where it is a part of a content."""
+        plain = self._prompts[False]
+        if plain is not None and str(_ASK["content"]) in plain:
+            return False
+        parts = [{"type": "text", "text": _ASK["content"]}]
+        written = self._render([{**_ASK, "content": parts}], tools=False, prompt=True)
+        return written is not None and str(_ASK["content"]) in written
+
     def _written(self, message: Mapping[str, Any]) -> Written | None:
         text = self._render([_ASK, message], tools=True, prompt=False)
         return None if text is None else split(self._prompts[True] or "", text)
@@ -163,6 +172,7 @@ class TemplateNeeds:
         content_required: a message with calls must have a content, if an empty one.
         content_forbidden: a message's calls are written only where its content is null.
         short_ids: ids of calls must have nine letters or digits (Mistral).
+        content_as_parts: a content must be a list of parts, if of one text.
         refusal: what the template said to the calls that it does not write; "" where it said nothing.
     """
 
@@ -176,6 +186,7 @@ class TemplateNeeds:
     content_required: bool = True
     content_forbidden: bool = False
     short_ids: bool = False
+    content_as_parts: bool = False
     refusal: str = ""
 
 
@@ -184,13 +195,18 @@ def template_needs(probe: TemplateProbe) -> TemplateNeeds:
     writes_tools = probe.prompt is not None and probe.plain_prompt is not None and NAME in probe.prompt
     if writes_tools:
         writes_tools = NAME not in (probe.plain_prompt or "")
+    as_parts = probe.wants_parts()
     as_text = _as_text(probe)
     if as_text is None:
         bare = probe.calls(content=None)
         if bare is None or _CITY not in bare.text:
-            return TemplateNeeds(writes_tools=writes_tools, refusal=probe.refusal)
+            return TemplateNeeds(writes_tools=writes_tools, content_as_parts=as_parts, refusal=probe.refusal)
         return TemplateNeeds(
-            writes_tools=writes_tools, writes_calls=True, content_required=False, content_forbidden=True
+            writes_tools=writes_tools,
+            writes_calls=True,
+            content_required=False,
+            content_forbidden=True,
+            content_as_parts=as_parts,
         )
     two = probe.calls((ARGUMENTS, OTHER_ARGUMENTS), as_text=as_text)
     beside = probe.calls(as_text=as_text, content=CONTENT)
@@ -207,6 +223,7 @@ def template_needs(probe: TemplateProbe) -> TemplateNeeds:
         content_beside_calls=beside is not None and CONTENT in beside.text and _CITY in beside.text,
         content_required=bare is None or _CITY not in bare.text,
         short_ids=probe.calls(as_text=as_text, ids=(_LONG_ID,)) is None,
+        content_as_parts=as_parts,
     )
 
 
@@ -224,6 +241,8 @@ def _as_text(probe: TemplateProbe) -> bool | None:
 def fit(rendered: list[dict[str, Any]], needs: TemplateNeeds) -> None:
     """Changes messages, in place, to what a template needs; what fits already stays."""
     for message in rendered:
+        if needs.content_as_parts and isinstance(message.get("content"), str):
+            message["content"] = [{"type": "text", "text": message["content"]}]
         if needs.content_forbidden and "tool_calls" in message and not message["content"]:
             message["content"] = None
         if needs.short_ids and "tool_call_id" in message:

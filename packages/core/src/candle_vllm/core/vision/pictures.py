@@ -7,10 +7,14 @@ passed on. Source of the limits: CVE-2026-22778, CVE-2026-34755 and their like, 
 
 from __future__ import annotations
 
+import base64
+import binascii
 import dataclasses
 import hashlib
 import io
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,6 +135,59 @@ def picture_of(image: object, limits: PictureLimits = PictureLimits(), name: str
         f"{name}: a picture is a PIL.Image, an array [height, width, 3] of uint8, or a file's bytes, not "
         f"{type(image).__name__}",
         name,
+    )
+
+
+def from_data_url(url: str, limits: PictureLimits = PictureLimits(), name: str = "image") -> bytes:
+    """The bytes of a `data:` URL, whose declared type is not believed; source: RFC 2397.
+
+    Raises:
+        InvalidParameterError: it is none, its data are not base64, or there are too many.
+    """
+    head, comma, data = url.partition(",")
+    if not comma or not head[:5].lower() == "data:" or not head.lower().endswith(";base64"):
+        raise InvalidParameterError(f"{name}: a data URL is data:image/png;base64, and the picture in base64", name)
+    if len(data) > 4 * (limits.nbytes // 3 + 1):
+        raise InvalidParameterError(f"{name}: a picture may have {limits.nbytes} bytes", name)
+    return from_base64(data, name)
+
+
+def from_base64(data: str, name: str = "image") -> bytes:
+    """Bytes of base64; raises InvalidParameterError where it is none."""
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidParameterError(f"{name}: its data are no base64", name) from None
+
+
+def part_picture(part: Mapping[str, Any], place: str) -> object:
+    """What a part of a message says its picture is, as `picture_of` takes it; `place` is the part's, for messages.
+
+    Parts are those of OpenAI's API (`image_url`, `input_image`), of transformers (`image` with `image`, `path`, `url` or
+    `base64`) and of vLLM (`image_pil`). Nothing is fetched.
+
+    Raises:
+        InvalidParameterError: it has none, or an address of another machine.
+    """
+    found = [part[key] for key in ("image", "image_pil", "image_url", "url", "path", "base64") if part.get(key) is not None]
+    if len(found) != 1:
+        raise InvalidParameterError(f"{place}: must have one picture: image_url, image, path or base64", place)
+    given = found[0]
+    if isinstance(given, Mapping):
+        given = given.get("url")
+    if part.get("path") is not None:
+        try:
+            return Path(given).read_bytes()  # type: ignore[arg-type]  # a caller's own file
+        except (OSError, TypeError, ValueError) as error:
+            raise InvalidParameterError(f"{place}.path: cannot be read: {error}", place) from None
+    if not isinstance(given, str):
+        return given
+    if part.get("base64") is not None:
+        return from_base64(given, place)
+    if given[:5].lower() == "data:":
+        return from_data_url(given, name=place)
+    raise InvalidParameterError(
+        f"{place}: nothing is fetched from an address: pass a data URL, or {{'type': 'image', 'path': ...}}", place
     )
 
 
