@@ -64,7 +64,8 @@ from candle_vllm.core.text.prompts import (
     read_prompt,
 )
 from candle_vllm.core.text.tokenizer import Tokenizer
-from candle_vllm.core.vision.prompts import ImageInput, Sight
+from candle_vllm.core.vision.inputs import ImageInput
+from candle_vllm.core.vision.prompts import Sight
 
 _SAMPLING = {"SamplingParams": SamplingParams.__struct_fields__}
 

@@ -22,6 +22,7 @@ from candle_vllm.core.engine.request import ModelInfo
 from candle_vllm.core.engine.watching import RequestWatcher
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.openai.answers import AnswerPlan, AnswerReader
 from candle_vllm.openai.chat_answers import ChatWriter, join_chat
 from candle_vllm.openai.completion_answers import CompletionWriter, EchoedPrompt, join_completion
@@ -283,7 +284,7 @@ class OpenAIAdapter:
         task, model, prepared = ready
         head = self._head("chatcmpl-", task.request_id, model)
         with task.paths.blamed():
-            source = self._submit(task, prepared.prompt, prepared.params, head.id, "messages")
+            source = self._submit(task, prepared.prompt, prepared.params, head.id, "messages", prepared.images)
         return AnswerStream([source], AnswerReader(head, prepared.answers, task), prepared.prompt)
 
     async def _start_completion(self, given: CompletionRequest | Fields, *, whole: bool) -> ChunkStream[Completion]:
@@ -317,13 +318,25 @@ class OpenAIAdapter:
         return AnswerStream(sources, reader, prompts[0].token_ids), prompts
 
     def _submit(
-        self, task: Task, prompt: Sequence[int], params: SamplingParams, request_id: str, field: str
+        self,
+        task: Task,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        request_id: str,
+        field: str,
+        images: Sequence[ImageInput] = (),
     ) -> TokenStream:
         if not prompt:
             raise InvalidParameterError(f"{field} gives an empty prompt; it needs at least one token", field)
         more = self._names.options(task.model, task.lora)
+        seen = {"prompt_token_ids": prompt, "multi_modal_data": {"image": images}}
         return self._engine.stream(
-            prompt, params, request_id=request_id, priority=task.priority, watcher=self._watcher, **more
+            seen if images else prompt,
+            params,
+            request_id=request_id,
+            priority=task.priority,
+            watcher=self._watcher,
+            **more,
         )
 
     def _head(self, prefix: str, request_id: str | None, model: str) -> Head:

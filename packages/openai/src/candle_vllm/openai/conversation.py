@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 from candle_vllm.core.errors import RequestError
 from candle_vllm.core.text.template_needs import TemplateNeeds, fit
-from candle_vllm.openai.errors import InvalidBodyError, UnsupportedParameterError
+from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.json_body import decode_json
-from candle_vllm.openai.task import Call, Message, Paths, Task, TextPart
+from candle_vllm.openai.task import Call, ImagePart, Message, Paths, Task, TextPart
 
 
 def template_messages(messages: Sequence[Message], needs: TemplateNeeds | None = None) -> list[dict[str, Any]]:
-    """One dictionary per message: texts joined to one string, call arguments as objects.
+    """One dictionary per message: texts joined to one string, beside images in parts; call arguments as objects.
 
     A tool message gets the name of the function that it answers, which templates may want and clients leave out.
     Arguments that are not one JSON object stay text, and all do for a template that `needs` texts; ids become short
@@ -28,20 +28,26 @@ def template_messages(messages: Sequence[Message], needs: TemplateNeeds | None =
 
 
 def text_of(message: Message) -> str:
-    """What a message says; parts stand on lines of their own.
-
-    Raises:
-        UnsupportedParameterError: there is more than text in it.
-    """
-    if any(not isinstance(part, TextPart) for part in message.parts):
-        raise UnsupportedParameterError(
-            "messages have an image, which cannot be read: the server takes text only", "messages"
-        )
+    """What a message says; parts stand on lines of their own."""
     return "\n".join(part.text for part in message.parts if isinstance(part, TextPart))
 
 
+def images_of(messages: Sequence[Message]) -> list[ImagePart]:
+    """The images of a conversation, in order."""
+    return [part for message in messages for part in message.parts if isinstance(part, ImagePart)]
+
+
+def _content(message: Message) -> str | list[dict[str, str]]:
+    if not any(isinstance(part, ImagePart) for part in message.parts):
+        return text_of(message)
+    return [
+        {"type": "image"} if isinstance(part, ImagePart) else {"type": "text", "text": part.text}
+        for part in message.parts
+    ]
+
+
 def _template_message(message: Message, names: Mapping[str, str]) -> dict[str, Any]:
-    rendered: dict[str, Any] = {"role": message.role, "content": text_of(message)}
+    rendered: dict[str, Any] = {"role": message.role, "content": _content(message)}
     name = message.name
     if message.call_id is not None:
         rendered["tool_call_id"] = message.call_id

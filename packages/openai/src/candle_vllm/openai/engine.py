@@ -11,6 +11,7 @@ from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_conventions import ChatConventions
 from candle_vllm.core.text.infill import InfillPrompt
+from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.openai.embedding import EmbeddingEngineLike
 from candle_vllm.openai.serving import Uses
 
@@ -48,6 +49,10 @@ class EngineLike(EmbeddingEngineLike, Protocol):
 
     def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
+    def look(self, token_ids: Sequence[int], images: Sequence[object]) -> tuple[list[int], tuple[ImageInput, ...]]:
+        """A prompt with what stands for its pictures, and these."""
+        ...
+
     def apply_chat_template(
         self,
         messages: list[dict[str, Any]],
@@ -61,7 +66,7 @@ class EngineLike(EmbeddingEngineLike, Protocol):
 
     def stream(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | Mapping[str, Any],
         sampling_params: SamplingParams | None = None,
         *,
         request_id: str | None = None,

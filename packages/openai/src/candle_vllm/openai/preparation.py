@@ -16,16 +16,18 @@ from candle_vllm.core.sampling.json_schema import schema_remarks
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_template import ChatTemplate
+from candle_vllm.core.vision.inputs import ImageInput
+from candle_vllm.core.vision.pictures import Picture, decode_picture, from_data_url
 from candle_vllm.openai.answers import AnswerPlan
 from candle_vllm.openai.completion_answers import EchoedPrompt
-from candle_vllm.openai.conversation import template_messages
+from candle_vllm.openai.conversation import images_of, template_messages
 from candle_vllm.openai.engine import EngineLike
 from candle_vllm.openai.errors import UnsupportedParameterError, no_priority
 from candle_vllm.openai.planning import AnswerPlanner, Planned
 from candle_vllm.openai.protocol.fields import MAX_PROMPT_LOGPROBS
 from candle_vllm.openai.protocol.templating import check_variables
 from candle_vllm.openai.requests import sampling_params
-from candle_vllm.openai.task import Task
+from candle_vllm.openai.task import ImagePart, Task
 
 _MOST_TRIED = 64  # tools that are tried one by one
 
@@ -39,6 +41,7 @@ class PreparedChat(NamedTuple):
         answers: how answers are read.
         text: the prompt as text.
         remarks: what the user should know of the form.
+        images: those of the prompt.
     """
 
     prompt: list[int]
@@ -46,6 +49,7 @@ class PreparedChat(NamedTuple):
     answers: AnswerPlan
     text: str
     remarks: tuple[str, ...] = ()
+    images: tuple[ImageInput, ...] = ()
 
 
 class PreparedPrompts(NamedTuple):
@@ -85,15 +89,32 @@ class TaskPreparation:
         with task.paths.blamed():
             self._check(task)
             params = sampling_params(task, self._defaults)
+            pictures = self._pictures(task)
             text = self._render(task)
             answers, structured, thoughts = self._planned(task, text)
             # Templates write the special tokens themselves.
             prompt = self._behind(task, text, add_special_tokens=task.add_special_tokens)
+            prompt, images = self._engine.look(prompt, pictures) if pictures else (prompt, ())
             _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), len(prompt))
             if answers.special_tokens:
                 params = replace(params, skip_special_tokens=False)
             params = replace(params, structured_outputs=structured, thoughts=thoughts)
-            return PreparedChat(prompt, params, answers, text)
+            return PreparedChat(prompt, params, answers, text, images=images)
+
+    def _pictures(self, task: Task) -> list[Picture]:
+        """The images of a task, decoded."""
+        images = images_of(task.messages)
+        if images and "image" not in self._engine.model_info.modalities:
+            said = f"{images[0].path}: an image cannot be read: {self._engine.model_info.name} takes text only"
+            raise UnsupportedParameterError(said, images[0].path)
+        return [decode_picture(self._fetched(image), name=image.path) for image in images]
+
+    @staticmethod
+    def _fetched(image: ImagePart) -> bytes:
+        if image.source[:5].lower() == "data:":
+            return from_data_url(image.source, name=image.path)
+        said = f"{image.path}: nothing is fetched from an address: send the image as a data URL"
+        raise UnsupportedParameterError(said, image.path)
 
     def hold(self, task: Task, prepared: PreparedChat) -> PreparedChat:
         """The same with a form that was compiled; it may take seconds. Raises `RequestError`.

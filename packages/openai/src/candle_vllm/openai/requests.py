@@ -14,8 +14,9 @@ from candle_vllm.openai.protocol.chat import ChatCompletionRequest
 from candle_vllm.openai.protocol.completions import CompletionRequest
 from candle_vllm.openai.protocol.generation import lora_scales
 from candle_vllm.openai.protocol.messages import AssistantMessage, SystemMessage, ToolMessage
+from candle_vllm.openai.protocol.messages import ImagePart as WireImage
 from candle_vllm.openai.protocol.messages import Message as WireMessage
-from candle_vllm.openai.task import Call, Message, Paths, Task, TextPart
+from candle_vllm.openai.task import Call, Message, Part, Paths, Task, TextPart
 from candle_vllm.openai.validation import parse_body
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
@@ -56,7 +57,7 @@ def parse_completion_request(body: bytes | Mapping[str, Any]) -> CompletionReque
 
 def read_chat(request: ChatCompletionRequest) -> Task:
     """What a checked chat request asks for."""
-    messages = tuple(map(_message, request.messages))
+    messages = tuple(_message(message, f"messages.{place}") for place, message in enumerate(request.messages))
     use = request.tool_use()
     fields = {
         "prompt": "messages",
@@ -160,19 +161,29 @@ def _form_path(request: ChatCompletionRequest | CompletionRequest, otherwise: st
     return otherwise if request.structured() is None else request.structured_field
 
 
-def _message(message: WireMessage) -> Message:
+def _message(message: WireMessage, path: str) -> Message:
     content = message.content
-    texts = [] if content is None else [content] if isinstance(content, str) else [part.text for part in content]
+    parts: list[Part] = (
+        []
+        if content is None
+        else [TextPart(content)]
+        if isinstance(content, str)
+        else [
+            part.image(f"{path}.content.{place}") if isinstance(part, WireImage) else TextPart(part.text)
+            for place, part in enumerate(content)
+        ]
+    )
     calls: tuple[Call, ...] = ()
     thoughts = None
     if isinstance(message, AssistantMessage):
         thoughts = message.thoughts
         calls = tuple(one.called() for one in message.tool_calls or ())
         if message.refusal:
-            texts = list(filter(None, ("\n".join(texts), message.refusal)))
+            said = "\n".join(part.text for part in parts if isinstance(part, TextPart))
+            parts = [TextPart(text) for text in (said, message.refusal) if text]
     return Message(
         role="system" if isinstance(message, SystemMessage) else message.role,
-        parts=tuple(map(TextPart, texts)),
+        parts=tuple(parts),
         thoughts=thoughts,
         calls=calls,
         call_id=message.tool_call_id if isinstance(message, ToolMessage) else None,

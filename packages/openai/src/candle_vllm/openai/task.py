@@ -26,10 +26,17 @@ class TextPart(NamedTuple):
 
 
 class ImagePart(NamedTuple):
-    """An image in a message; `source` is its address or its data as a data URL."""
+    """An image in a message.
+
+    Attributes:
+        source: its address, or its data as a data URL.
+        detail: what the request says of how closely it is looked at; no effect.
+        path: where the request has it, for errors.
+    """
 
     source: str
     detail: str | None = None
+    path: str = "messages"
 
 
 Part = TextPart | ImagePart

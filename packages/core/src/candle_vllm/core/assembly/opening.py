@@ -23,7 +23,6 @@ from candle_vllm.core.models.registry import tower_family
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.text.tokenizer import Tokenizer
 
-
 logger = logging.getLogger(__name__)
 
 

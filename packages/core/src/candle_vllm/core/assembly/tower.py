@@ -1,4 +1,4 @@
-"""A model's tower, and how it sees: from the files of a multimodal model to what the engine needs beside its decoder."""
+"""A model's tower, and how it sees: from a multimodal model's files to what an engine needs beside its decoder."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence as Seq
 from typing import NamedTuple, Protocol, TypeGuard
 
@@ -116,10 +117,10 @@ def embedded_rows(scheduled: Seq[Run], query_start: Ints) -> EmbeddedRows | None
     vectors: list[NDArray[np.float32]] = []
     for run, first in zip(scheduled, query_start.tolist()):
         for image in run.sequence.images if run.start < run.sequence.num_prompt_tokens else ():
-            begin, end = np.searchsorted(image.positions, (run.start, run.start + run.count))
+            begin, end = (bisect.bisect_left(image.positions, place) for place in (run.start, run.start + run.count))
             if begin < end:
                 assert image.rows is not None, "a sequence begins when its pictures are there"
-                rows.append(image.positions[begin:end] + (first - run.start))
+                rows.append(np.array(image.positions[begin:end]) + (first - run.start))
                 vectors.append(image.rows[begin:end])
     return EmbeddedRows(np.concatenate(rows), np.concatenate(vectors)) if rows else None
 

@@ -122,7 +122,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
 
         model = None if draft is None else _draft_model(drafts, loaded, runner, draft, scheduler)
         drafter = Drafter(drafts, sequences, rows, model)
-    engine = Engine(runner, scheduler, preparation_for(loaded, plan.max_model_len, config.seed, store), drafter)
+    engine = Engine(runner, scheduler, preparation_for(loaded, plan.max_model_len, config.seed, store), drafter, images)
     engine.cache_bytes = plan.num_blocks * plan.block_bytes
     return engine
 
@@ -355,9 +355,7 @@ def _runner_on_cpu(
     with _room_for_rows(limits):
         if isinstance(loaded, LoadedHead):
             return RecordedHead(loaded.head, blocks, limits, team=team)
-        return RecordedRunner(
-            loaded.decoder, blocks, limits, team=team, taps=taps, images=loaded.tower is not None
-        )
+        return RecordedRunner(loaded.decoder, blocks, limits, team=team, taps=taps, images=loaded.tower is not None)
 
 
 def adapter_store(
@@ -385,7 +383,7 @@ def _room_for_rows(limits: StepLimits) -> AbstractContextManager[None]:
 
 def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo:
     """What callers may know of a model that an engine serves."""
-    draft = loaded.draft if isinstance(loaded, LoadedModel) else None
+    beside = (loaded.draft, loaded.tower) if isinstance(loaded, LoadedModel) else ()
     vectors = ("embed", "score") if isinstance(loaded, LoadedModel) else encoder_tasks(loaded.config)
     generates = isinstance(loaded, LoadedModel) and loaded.config.has_head
     sampling = {**DEFAULT_SAMPLING, **loaded.default_sampling}
@@ -401,12 +399,13 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
         dtype=loaded.dtype,
         device=str(loaded.placement.device),
         quantization=loaded.quantization,
-        weight_bytes=loaded.weight_bytes + (draft.weight_bytes if draft is not None else 0),
+        weight_bytes=loaded.weight_bytes + sum(each.weight_bytes for each in beside if each is not None),
         eos_token_ids=loaded.eos_token_ids,
         has_chat_template=loaded.template is not None,
         default_sampling=sampling if generates else {},
         model_sampling=loaded.default_sampling if generates else {},
         tasks=("generate", *vectors) if generates else vectors,
+        modalities=("text",) if loaded.sight is None else ("text", "image"),
         labels=() if isinstance(loaded, LoadedModel) else loaded.config.labels,
         embedding_size=0 if loaded.pooling is None else loaded.pooling.size,
         max_num_seqs=engine.max_num_seqs,

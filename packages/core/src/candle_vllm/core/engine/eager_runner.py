@@ -77,7 +77,9 @@ class EagerRunner(StepwiseRunner):
             self.adapters.choose(batch.adapters, self.device)
         caches, given = (self.key_caches, self.value_caches), None
         if batch.embedded is not None:
-            places, vectors = (torch.from_numpy(each).to(self.device) for each in (batch.embedded.rows, batch.embedded.vectors))
+            places, vectors = (
+                torch.from_numpy(each).to(self.device) for each in (batch.embedded.rows, batch.embedded.vectors)
+            )
             given = _Given(places, vectors)
         return token_ids, StepInput(positions, slots, rows, *caches, taps=self._kept, given=given)
 

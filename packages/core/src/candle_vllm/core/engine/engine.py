@@ -69,6 +69,7 @@ class Engine:
         scheduler: Scheduler | WholeTexts,
         preparation: Preparation,
         drafter: Drafter | None = None,
+        images: ImageStore | None = None,
     ) -> None:
         assert drafter is None or not runner.overlaps
         self.runner = runner
@@ -77,7 +78,7 @@ class Engine:
         self.check_structured_outputs = preparation.check_structured_outputs
         self.max_model_len = preparation.max_model_len
         self.adapters: AdapterStore | None = preparation.adapters
-        self.images = scheduler.images if isinstance(scheduler, Scheduler) else None
+        self.images = images
         self.cache_bytes = 0  # of a full KV cache, where that is known
         self._preparation = preparation
         self._drafter = drafter

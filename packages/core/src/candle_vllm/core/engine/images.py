@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.engine.sequence import Sequence
-from candle_vllm.core.vision.prompts import ImageInput
+from candle_vllm.core.vision.inputs import ImageInput
 
 Encoding = Generator[None, None, NDArray[np.float32]]
 
@@ -74,7 +74,9 @@ class ImageStore:
 
     def failure(self, sequence: Sequence) -> Exception | None:
         """Why a sequence's pictures cannot be had."""
-        return next((self.failures[image.given.key] for image in sequence.images if image.given.key in self.failures), None)
+        return next(
+            (self.failures[image.given.key] for image in sequence.images if image.given.key in self.failures), None
+        )
 
     def ended(self, sequence: Sequence) -> None:
         """A sequence is over, or was given up."""
@@ -96,7 +98,7 @@ class ImageStore:
             if not self._wanted:
                 return
             key, given = self._wanted.popitem(last=False)
-            self._encoding = key, self._runner.embeddings(given.pixels())
+            self._encoding = key, self._runner.embeddings(np.frombuffer(given.tiles, np.uint8).reshape(*given.shape, 3))
         key, encoding = self._encoding
         try:
             next(encoding)

@@ -31,7 +31,8 @@ from candle_vllm.core.sampling.state import SamplingState
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.sampling.thoughts import ThoughtCount, ThoughtLimit, budget_in_tokens
 from candle_vllm.core.text.tokenizer import Tokenizer
-from candle_vllm.core.vision.prompts import ImageInput, Sight
+from candle_vllm.core.vision.inputs import ImageInput
+from candle_vllm.core.vision.prompts import Sight
 
 
 class Preparation(ABC):
@@ -178,7 +179,7 @@ class DecoderPreparation(Preparation):
         for index, own in enumerate(states):
             sequence = Sequence(request, index, order=-1)
             sequence.entries = entries
-            sequence.images = tuple(PlacedImage(given, positions) for given, positions in placed)
+            sequence.images = tuple(PlacedImage(given, positions.tolist()) for given, positions in placed)
             made.append(LiveSequence(sequence, own, self._tokenizer, self._ends, max_length, predicted))
         return made
 

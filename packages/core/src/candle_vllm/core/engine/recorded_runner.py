@@ -47,7 +47,6 @@ from candle_vllm.core.sampling.sampler import Draw, Sampler, Token, drawn_tokens
 from candle_vllm.core.sampling.state import SamplingState
 from candle_vllm.core.vision.preprocessing import patch_rows
 
-
 _PIECE = 0.05  # seconds that a tower's piece takes at least, but for the last; others wait for it
 
 
@@ -376,9 +375,7 @@ class RecordedTower:
         config = self._config = tower.config
         level = host_isa() if isa is None else isa
         tiles, cells = (
-            StepLimits(
-                tokens=rows, sequences=1, logit_rows=1, table_width=0, block_size=1, threads=team.threads
-            )
+            StepLimits(tokens=rows, sequences=1, logit_rows=1, table_width=0, block_size=1, threads=team.threads)
             for rows in (config.side**2, config.embeddings)
         )
         _compile_first(lambda: (self._record(tower, Recorder(tiles, level)), self._join(tower, Recorder(cells, level))))

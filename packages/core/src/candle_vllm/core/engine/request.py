@@ -20,7 +20,7 @@ from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.shown import ShownStruct
-from candle_vllm.core.vision.prompts import ImageInput
+from candle_vllm.core.vision.inputs import ImageInput
 
 if TYPE_CHECKING:
     Numbers = array[float]
@@ -531,6 +531,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
         default_sampling: what counts where a request says nothing of it.
         model_sampling: what the model's files say of it, and how many tokens an answer has ("max_tokens").
         tasks: what the model does: "generate", "embed", "score", "classify".
+        modalities: what it reads: "text", and "image" where it sees.
         labels: names of what a classifier tells apart, or of a cross-encoder's score.
         embedding_size: length of its vectors; 0 where it gives none.
         max_num_seqs: most sequences in one step.
@@ -565,6 +566,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
     default_sampling: Mapping[str, float | int]
     model_sampling: Mapping[str, float | int] = msgspec.field(default_factory=dict)
     tasks: tuple[str, ...] = ("generate",)
+    modalities: tuple[str, ...] = ("text",)
     labels: tuple[str, ...] = ()
     embedding_size: int = 0
     max_num_seqs: int = 1

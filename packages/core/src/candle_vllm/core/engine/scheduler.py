@@ -31,11 +31,21 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
+from typing import Protocol
 
 from candle_vllm.core.engine.adapter_admission import AdapterAdmission
 from candle_vllm.core.engine.block_manager import BlockManager
-from candle_vllm.core.engine.images import ImageStore
 from candle_vllm.core.engine.sequence import Run, Sequence, Step, Tokens
+
+
+class ImageAdmission(Protocol):
+    """What the scheduler knows of an `ImageStore`."""
+
+    def add(self, sequence: Sequence) -> None: ...
+
+    def is_ready(self, sequence: Sequence) -> bool: ...
+
+    def ended(self, sequence: Sequence) -> None: ...
 
 
 class Scheduler:
@@ -60,7 +70,7 @@ class Scheduler:
         reproducible: bool = False,
         draft_rows: int = 0,
         adapters: AdapterAdmission | None = None,
-        images: ImageStore | None = None,
+        images: ImageAdmission | None = None,
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs
         self.blocks = blocks

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from struct import pack
+from typing import Any
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from candle_vllm.core.engine.adapters import Adapter, Entries
 from candle_vllm.core.engine.block_manager import block_hashes
 from candle_vllm.core.engine.request import GenerationRequest, PoolingRequest
-from candle_vllm.core.vision.prompts import ImageInput
+from candle_vllm.core.vision.inputs import ImageInput
 
 NO_LIMIT = 1 << 62
 
@@ -26,13 +25,21 @@ class PlacedImage(msgspec.Struct, eq=False):
 
     Attributes:
         given: the picture.
-        positions: in the prompt, of each of its embeddings, int64 [count], rising.
+        positions: in the prompt, of each of its embeddings, rising.
         rows: its embeddings float32 [count, E], once they are there.
     """
 
     given: ImageInput
-    positions: NDArray[np.int64]
-    rows: NDArray[np.float32] | None = None
+    positions: Seq[int]
+    rows: Any = None
+
+    def marks(self, block_size: int) -> Iterator[tuple[int, bytes]]:
+        """Each block that it stands in, and what it shows there: its own key, and from which embedding on."""
+        last = -1
+        for number, position in enumerate(self.positions):
+            if position // block_size != last:
+                last = position // block_size
+                yield last, b"image" + self.given.key + pack("<q", number)
 
 
 class Sequence:  # its attributes have slots: a step finds them in one place
@@ -146,10 +153,9 @@ class Sequence:  # its attributes have slots: a step finds them in one place
                 marks[start // block_size] = (
                     marks.get(start // block_size, b"") + adapter.digest + pack("<dq", scale, start)
                 )
-        for image in self.images:  # whose tokens are alike whatever it shows
-            places = image.positions // block_size
-            for place, first in zip(*np.unique(places, return_index=True)):
-                marks[int(place)] = marks.get(int(place), b"") + b"image" + image.given.key + pack("<q", first)
+        for image in self.images if len(self._hashes) * block_size < self.num_prompt_tokens else ():
+            for place, mark in image.marks(block_size):  # its tokens are alike whatever it shows
+                marks[place] = marks.get(place, b"") + mark
         self._hashes = block_hashes(self.tokens, block_size, self.request.params.cache_salt, self._hashes, marks)
         return self._hashes
 

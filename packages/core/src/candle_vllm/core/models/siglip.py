@@ -1,14 +1,13 @@
-"""SigLIP's tower as Idefics3 and SmolVLM have it, and their way from its states to embeddings of the text model.
+"""SigLIP's tower as Idefics3 and SmolVLM have it, and their way to embeddings of the text model.
 
-Each block is x + attention(norm(x)), then x + mlp(norm(x)); every patch of a tile sees all of that tile. Behind the last
-norm cells of s x s patches become one vector, and one product makes an embedding of it.
+Each block is x + attention(norm(x)), then x + mlp(norm(x)); every patch of a tile sees all of that tile. Behind the
+last norm cells of s x s patches become one vector, and one product makes an embedding of it.
 Source: Zhai et al., 2023, arXiv:2303.15343; Laurençon et al., 2024, arXiv:2408.12637 (pixel shuffle).
 Shapes: T patches, E hidden, P numbers of a patch, C cells.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any

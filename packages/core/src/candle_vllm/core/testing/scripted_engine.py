@@ -36,6 +36,9 @@ from candle_vllm.core.testing.scripted_sequence import ScriptedSequence, made_up
 from candle_vllm.core.testing.scripted_vectors import SIZE, ScriptedVectors
 from candle_vllm.core.text.chat_conventions import ChatConventions
 from candle_vllm.core.text.infill import InfillPrompt, infill_marks, infill_prompt
+from candle_vllm.core.text.prompts import read_prompt
+from candle_vllm.core.vision.inputs import ImageInput
+from candle_vllm.core.vision.pictures import Picture, picture_of
 
 Pieces = str | Sequence[str | bytes]
 Script = Pieces | Callable[[str], Pieces]
@@ -65,6 +68,7 @@ class ScriptedEngine(ScriptedVectors):
         chat_template: what `chat_conventions` shows; the engine renders ChatML whatever it is.
         special_tokens: names of more special tokens, which a script may have in its text.
         architecture: shown in `model_info`.
+        sees: it takes pictures, of which its script knows nothing.
         tasks: what it does; without "generate" it is an embedding model, with "score" alone a cross-encoder.
         pause, first_pause: seconds before every piece, and before the first one where that is another.
 
@@ -72,6 +76,7 @@ class ScriptedEngine(ScriptedVectors):
         requests: every request taken, in order.
         aborted: ids of requests whose stream was closed before its end.
         template_calls: every conversation rendered.
+        pictures: every picture shown.
         chat_conventions: as of a model.
     """
 
@@ -92,6 +97,7 @@ class ScriptedEngine(ScriptedVectors):
         special_tokens: Sequence[str] = (),
         architecture: str = "scripted",
         tasks: Sequence[str] = ("generate", "embed", "score"),
+        sees: bool = False,
         pause: float = 0.0,
         first_pause: float = 0.0,
     ) -> None:
@@ -104,6 +110,7 @@ class ScriptedEngine(ScriptedVectors):
         self.aborted: list[str] = []
         self.prefix_cache_resets = 0
         self.template_calls: list[TemplateCall] = []
+        self.pictures: list[Picture] = []
         self.adapters: dict[str, AdapterInfo] = {}
         self._grammars = LlguidanceBackend(self.tokenizer, self.tokenizer.vocab_size, (self.tokenizer.eos_token_id,))
         self.submit_error = submit_error
@@ -132,6 +139,7 @@ class ScriptedEngine(ScriptedVectors):
             has_chat_template=has_chat_template,
             default_sampling=self._default_sampling,
             tasks=tuple(tasks),
+            modalities=("text", "image") if sees else ("text",),
             embedding_size=SIZE if "embed" in tasks else 0,
             max_num_seqs=256,
             labels=("first", "second", "third") if "classify" in tasks else (),
@@ -167,6 +175,15 @@ class ScriptedEngine(ScriptedVectors):
         """Counts how often it was asked for."""
         self.prefix_cache_resets += 1
 
+    def look(self, token_ids: Sequence[int], images: Sequence[object]) -> tuple[list[int], tuple[ImageInput, ...]]:
+        """The prompt as it is: a scripted engine sees nothing, and keeps what it is shown."""
+        shown = [picture_of(image) for image in images]
+        self.pictures += shown
+        return list(token_ids), tuple(
+            ImageInput(key=each.digest, tiles=each.pixels.tobytes(), shape=(1, each.height, each.width))
+            for each in shown
+        )
+
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """ChatML; tool calls are appended to their message as JSON, other options are only remembered."""
         self._check_generates()
@@ -185,7 +202,7 @@ class ScriptedEngine(ScriptedVectors):
 
     def stream(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | Mapping[str, Any],
         sampling_params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
@@ -197,12 +214,14 @@ class ScriptedEngine(ScriptedVectors):
         """Checks the request and returns its pieces; raises what the real engine would, or the scripted error."""
         params = (sampling_params or SamplingParams()).filled(self._default_sampling)
         request_id = request_id or uuid.uuid4().hex
+        text, ids, images = read_prompt(prompt)
         with watched_submit(watcher, RequestInfo(request_id, "generate", prompt, params, self.detokenize)) as watch:
             self._check_generates()
             request = GenerationRequest(
                 request_id=request_id,
-                prompt=prompt if isinstance(prompt, str) else None,
-                prompt_token_ids=self.tokenize(prompt, add_special_tokens) if isinstance(prompt, str) else list(prompt),
+                prompt=text,
+                prompt_token_ids=self.tokenize(text or "", add_special_tokens) if ids is None else ids,
+                images=tuple(images),
                 params=params,
                 priority=priority,
                 adapters=tuple(adapter.use(scale) for adapter, scale in lora_request),
@@ -375,7 +394,10 @@ class ScriptedPieces:
 
 def _chatml(message: Mapping[str, Any]) -> str:
     calls = "".join("\n" + json.dumps(call["function"]) for call in message.get("tool_calls", ()))
-    return f"<|im_start|>{message['role']}\n{message.get('content') or ''}{calls}<|im_end|>\n"
+    content = message.get("content") or ""
+    if isinstance(content, list):
+        content = "".join(part.get("text", f"<{part['type']}>") for part in content)
+    return f"<|im_start|>{message['role']}\n{content}{calls}<|im_end|>\n"
 
 
 def _step_tokens(piece: str | bytes, tokenizer: ByteTokenizer) -> list[int]:

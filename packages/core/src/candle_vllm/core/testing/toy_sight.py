@@ -52,7 +52,9 @@ def toy_sight_config(*, tile: int = 32, patch: int = 4, cell: int = 2, **text: A
     }
 
 
-def write_toy_sight(folder: Path, config: Mapping[str, Any] | None = None, *, seed: int = 0, splits: bool = True) -> Path:
+def write_toy_sight(
+    folder: Path, config: Mapping[str, Any] | None = None, *, seed: int = 0, splits: bool = True
+) -> Path:
     """Writes a checkpoint that loads like any other.
 
     Args:

@@ -86,7 +86,9 @@ def _pictures(data: Any) -> list[Any]:
         raise InvalidParameterError(f"multi_modal_data must be an object with image, not {_kind(data)}", "prompt")
     other = next((name for name in data if name != "image"), None)
     if other is not None:
-        raise InvalidParameterError(f"multi_modal_data has {str(other)!r:.60}: models see pictures alone here", "prompt")
+        raise InvalidParameterError(
+            f"multi_modal_data has {str(other)!r:.60}: models see pictures alone here", "prompt"
+        )
     images = data.get("image")
     return [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
 
@@ -146,8 +148,9 @@ def one_conversation(messages: Any, template: ChatTemplate | None = None, *, see
 def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages of OpenAI's API, which were looked at, as templates expect them.
 
-    Text parts become one text, on lines of their own; beside pictures they stay parts. A message of calls has a content, if an empty one; arguments of
-    calls that are the JSON text of an object become that object, and what answers a call has the function's name.
+    Text parts become one text, on lines of their own; beside pictures they stay parts. A message of calls has a
+    content, if an empty one; arguments of calls that are the JSON text of an object become that object, and what answers
+    a call has the function's name.
     """
     names: dict[Any, Any] = {}
     made: list[dict[str, Any]] = []

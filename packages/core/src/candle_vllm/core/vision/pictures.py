@@ -42,6 +42,9 @@ class PictureLimits:
     pixels: int = 1 << 26
 
 
+LIMITS = PictureLimits()
+
+
 @dataclasses.dataclass(frozen=True)
 class Picture:
     """A picture's pixels.
@@ -74,7 +77,7 @@ def require_pillow() -> None:
         raise ConfigError(f"pictures need Pillow: {with_extra('vision')}", "model") from None
 
 
-def decode_picture(data: bytes, limits: PictureLimits = PictureLimits(), name: str = "image") -> Picture:
+def decode_picture(data: bytes, limits: PictureLimits = LIMITS, name: str = "image") -> Picture:
     """The first frame of a PNG, JPEG, WebP or GIF file.
 
     Args:
@@ -106,7 +109,7 @@ def decode_picture(data: bytes, limits: PictureLimits = PictureLimits(), name: s
     raise refused
 
 
-def picture_of(image: object, limits: PictureLimits = PictureLimits(), name: str = "image") -> Picture:
+def picture_of(image: object, limits: PictureLimits = LIMITS, name: str = "image") -> Picture:
     """What a caller of the library passes as a picture: a Pillow image, an array [H, W, 3] uint8, or a file's bytes.
 
     Raises:
@@ -138,7 +141,7 @@ def picture_of(image: object, limits: PictureLimits = PictureLimits(), name: str
     )
 
 
-def from_data_url(url: str, limits: PictureLimits = PictureLimits(), name: str = "image") -> bytes:
+def from_data_url(url: str, limits: PictureLimits = LIMITS, name: str = "image") -> bytes:
     """The bytes of a `data:` URL, whose declared type is not believed; source: RFC 2397.
 
     Raises:
@@ -163,13 +166,15 @@ def from_base64(data: str, name: str = "image") -> bytes:
 def part_picture(part: Mapping[str, Any], place: str) -> object:
     """What a part of a message says its picture is, as `picture_of` takes it; `place` is the part's, for messages.
 
-    Parts are those of OpenAI's API (`image_url`, `input_image`), of transformers (`image` with `image`, `path`, `url` or
-    `base64`) and of vLLM (`image_pil`). Nothing is fetched.
+    Parts are those of OpenAI's API (`image_url`, `input_image`), of transformers (`image` with `image`, `path`, `url`
+    or `base64`) and of vLLM (`image_pil`). Nothing is fetched.
 
     Raises:
         InvalidParameterError: it has none, or an address of another machine.
     """
-    found = [part[key] for key in ("image", "image_pil", "image_url", "url", "path", "base64") if part.get(key) is not None]
+    found = [
+        part[key] for key in ("image", "image_pil", "image_url", "url", "path", "base64") if part.get(key) is not None
+    ]
     if len(found) != 1:
         raise InvalidParameterError(f"{place}: must have one picture: image_url, image, path or base64", place)
     given = found[0]

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import msgspec
 import numpy as np
@@ -15,35 +12,12 @@ from numpy.typing import NDArray
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.shown import ShownStruct
-from candle_vllm.core.vision.pictures import Picture, PictureLimits, picture_of
+from candle_vllm.core.vision.inputs import ImageInput
+from candle_vllm.core.vision.pictures import LIMITS, Picture, PictureLimits, picture_of
 from candle_vllm.core.vision.preprocessing import Cut, TileRule
 
 MAX_IMAGES = 64
 """Most pictures of a prompt where nothing else is said."""
-
-
-class ImageInput(ShownStruct, frozen=True, kw_only=True):
-    """A picture of a prompt, as its model's tower reads it.
-
-    Attributes:
-        key: what two must share to have the same embeddings: SHA-256 of pixels and of how they were prepared.
-        tiles: uint8 [N, h, w, 3], as bytes.
-        shape: N, h and w.
-    """
-
-    unshown: ClassVar[frozenset[str]] = frozenset({"key", "tiles"})
-
-    key: builtins.bytes
-    tiles: builtins.bytes
-    shape: tuple[int, int, int]
-
-    def __post_init__(self) -> None:
-        if len(self.key) != 32 or min(self.shape) < 1 or 3 * math.prod(self.shape) != len(self.tiles):
-            raise InvalidParameterError(f"a picture of {list(self.shape)} has {len(self.tiles)} bytes", "image")
-
-    def pixels(self) -> NDArray[np.uint8]:
-        """The tiles [N, h, w, 3], not to be written to."""
-        return np.frombuffer(self.tiles, np.uint8).reshape(*self.shape, 3)
 
 
 class Sighted(ShownStruct, frozen=True, kw_only=True):
@@ -75,7 +49,7 @@ class Sight:
 
     parts: Sighted
     words: Callable[[Cut], Sequence[int]]
-    limits: PictureLimits = PictureLimits()
+    limits: PictureLimits = LIMITS
     most: int = MAX_IMAGES
 
     def look(self, ids: Sequence[int], images: Sequence[object]) -> tuple[list[int], tuple[ImageInput, ...]]:

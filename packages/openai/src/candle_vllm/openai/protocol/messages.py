@@ -10,9 +10,10 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from candle_vllm.openai.protocol.custom_tools import CustomToolCall, kind_form
 from candle_vllm.openai.protocol.fields import MAX_PARTS, MAX_TOOL_CALLS, Name, Refusal, WireModel, invalid, unsupported
 from candle_vllm.openai.task import Call
+from candle_vllm.openai.task import ImagePart as Image
 
 _OTHER_PARTS = frozenset({
-    "image_url", "input_image", "image_base64", "input_audio", "audio_url", "video_url", "file", "input_file",
+    "image_base64", "input_audio", "audio_url", "video_url", "file", "input_file",
 })  # fmt: skip
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -30,7 +31,33 @@ class TextPart(WireModel):
         """Names parts that carry something other than text."""
         kind = data.get("type")
         if isinstance(kind, str) and kind in _OTHER_PARTS:
-            raise unsupported("type", f"{kind!r} parts cannot be read, the server takes text only")
+            raise unsupported("type", f"{kind!r} parts cannot be read, the server takes text and images")
+
+
+class ImageUrl(WireModel):
+    """Where an image is: its data as a data URL, or its address; `detail` has no effect."""
+
+    url: Annotated[str, Field(min_length=1)]
+    detail: Literal["auto", "low", "high", "original"] | None = None
+
+
+class ImagePart(WireModel):
+    """An image; the newer `input_image`, and some clients, have the address alone in the place of the object."""
+
+    type: Literal["image_url", "input_image"]
+    image_url: Annotated[
+        Annotated[str, Field(min_length=1), Tag("<string>")] | Annotated[ImageUrl, Tag("<object>")],
+        Discriminator(lambda value: "<string>" if isinstance(value, str) else "<object>"),
+    ]
+    detail: Literal["auto", "low", "high", "original"] | None = None
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+    cache_control: dict[str, Any] | None = None
+
+    def image(self, path: str) -> Image:
+        """The image as a task has it."""
+        if isinstance(self.image_url, str):
+            return Image(self.image_url, self.detail, f"{path}.image_url")
+        return Image(self.image_url.url, self.image_url.detail or self.detail, f"{path}.image_url.url")
 
 
 class RefusalPart(WireModel):
@@ -54,6 +81,11 @@ def _part_form(value: Any) -> str:
     return "<refusal>" if kind == "refusal" else "<text>"
 
 
+def _seen_form(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return "<image>" if kind in ("image_url", "input_image") else "<text>"
+
+
 # Tags in angle brackets are left out of the paths in error messages.
 _String = Annotated[str, Tag("<string>")]
 Content = Annotated[
@@ -63,12 +95,19 @@ Content = Annotated[
 _SpokenPart = Annotated[
     Annotated[TextPart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")], Discriminator(_part_form)
 ]
+_SeenPart = Annotated[
+    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image>")], Discriminator(_seen_form)
+]
+SeenContent = Annotated[
+    _String | Annotated[list[_SeenPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<parts>")],
+    Discriminator(_content_form),
+]
 SpokenContent = Annotated[
     _String | Annotated[list[_SpokenPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("<parts>")],
     Discriminator(_content_form),
 ]
 ResultContent = Annotated[
-    _String | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<parts>")],
+    _String | Annotated[list[_SeenPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<parts>")],
     Discriminator(_content_form),
 ]
 
@@ -85,7 +124,7 @@ class UserMessage(WireModel):
     """What the user said."""
 
     role: Literal["user"]
-    content: Content
+    content: SeenContent
     name: Name | None = None
 
 
