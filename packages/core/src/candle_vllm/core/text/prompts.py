@@ -149,8 +149,8 @@ def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages of OpenAI's API, which were looked at, as templates expect them.
 
     Text parts become one text, on lines of their own; beside pictures they stay parts. A message of calls has a
-    content, if an empty one; arguments of calls that are the JSON text of an object become that object, and what answers
-    a call has the function's name.
+    content, if an empty one; arguments of calls that are the JSON text of an object become that object, and what
+    answers a call has the function's name.
     """
     names: dict[Any, Any] = {}
     made: list[dict[str, Any]] = []

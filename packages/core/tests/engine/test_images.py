@@ -1,0 +1,138 @@
+"""Pictures on their way to embeddings: who shares them, what stays, and what becomes of those that fail or go away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from candle_vllm.core.engine.images import Encoding, ImageStore
+from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.sequence import PlacedImage, Sequence
+from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.vision.inputs import ImageInput
+
+
+class Tower:
+    """Three pieces for each picture; one of zeros fails in the second."""
+
+    fatal = (MemoryError,)
+
+    def __init__(self) -> None:
+        self.begun: list[int] = []
+        self.closed = 0
+
+    def embeddings(self, tiles: NDArray[np.uint8]) -> Encoding:
+        shade = int(tiles[0, 0, 0, 0])
+        self.begun.append(shade)
+        try:
+            yield
+            if not shade:
+                raise ValueError("zeros")
+            yield
+        except GeneratorExit:
+            self.closed += 1
+            raise
+        return np.full((len(tiles), 8), shade, np.float32)
+
+
+def image(shade: int, tiles: int = 1) -> ImageInput:
+    return ImageInput(key=bytes([shade] * 32), tiles=bytes([shade] * 12 * tiles), shape=(tiles, 2, 2))
+
+
+def sequence(*shades: int) -> Sequence:
+    made = Sequence(GenerationRequest(request_id="r", prompt_token_ids=[1] * 9, params=SamplingParams()), 0, 0)
+    made.images = tuple(PlacedImage(image(shade), [place]) for place, shade in enumerate(shades))
+    return made
+
+
+def steps(store: ImageStore) -> Iterator[int]:
+    count = 0
+    while store.works:
+        assert count < 100
+        store.work()
+        count += 1
+        yield count
+
+
+@pytest.fixture
+def tower() -> Tower:
+    return Tower()
+
+
+def test_a_picture_is_encoded_once_in_pieces(tower: Tower) -> None:
+    store, first, second = ImageStore(tower, 1 << 20), sequence(1, 2), sequence(2, 1, 1)
+    store.add(first)
+    store.add(second)
+    assert not store.is_ready(first)
+    assert len(list(steps(store))) == 6
+    assert store.is_ready(first)
+    assert store.is_ready(second)
+    assert tower.begun == [1, 2]
+    assert [float(each.rows[0, 0]) for each in second.images] == [2, 1, 1]
+    third = sequence(1)
+    store.add(third)
+    assert store.is_ready(third)
+    assert (store.num_encoded, store.num_reused) == (2, 1)
+    assert not store.works
+
+
+def test_what_was_used_longest_ago_goes_but_nothing_that_is_used(tower: Tower) -> None:
+    store, held = ImageStore(tower, 2 * 32), sequence(1, 2, 3)
+    store.add(held)
+    list(steps(store))
+    assert store.is_ready(held)  # three of them, though there is room for two
+    store.ended(held)
+    for shade, known in ((2, True), (3, True), (1, False)):
+        each = sequence(shade)
+        store.add(each)
+        assert store.is_ready(each) is known
+        store.ended(each)
+    assert not store.works  # nobody wants the first any more
+
+
+def test_who_goes_away_is_encoded_for_no_more(tower: Tower) -> None:
+    store, gone, stays = ImageStore(tower, 1 << 20), sequence(1, 2), sequence(2)
+    store.add(gone)
+    store.add(stays)
+    store.work()
+    store.ended(gone)
+    assert tower.closed == 1
+    list(steps(store))
+    assert tower.begun == [1, 2]
+    assert store.is_ready(stays)
+
+
+def test_a_picture_that_fails_fails_alone(tower: Tower) -> None:
+    store, wrong, right = ImageStore(tower, 1 << 20), sequence(1, 0), sequence(1)
+    store.add(wrong)
+    store.add(right)
+    list(steps(store))
+    assert str(store.failure(wrong)) == "zeros"
+    assert store.failure(right) is None
+    assert store.is_ready(right)
+    assert not store.is_ready(wrong)
+    store.ended(wrong)
+    assert not store.failures
+    again = sequence(0)  # is tried again
+    store.add(again)
+    assert store.works
+
+
+def test_blocks_are_known_by_what_they_show() -> None:
+    def hashes(*shades: int, at: int = 2) -> list[bytes]:
+        made = sequence()
+        made.images = tuple(
+            PlacedImage(image(shade, 2), [at + 2 * place, at + 2 * place + 1]) for place, shade in enumerate(shades)
+        )
+        return made.hashes(3)
+
+    plain, one, other = hashes(), hashes(1, 2), hashes(1, 3)
+    assert len({*plain, *one}) == 6  # the picture stands in the first block already
+    assert one[0] == other[0]
+    assert one[1] != other[1]
+    assert hashes(1, at=3)[0] == plain[0]
+    assert hashes(1, at=2)[1] != hashes(1, at=3)[1]
+    assert hashes(1, 2) == one

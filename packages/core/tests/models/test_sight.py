@@ -1,0 +1,226 @@
+"""A model that sees, of random weights: its tower and its logits against transformers, and its answers however a prompt
+comes to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
+from candle_vllm.core.assembly.model import LoadedModel, load_model
+from candle_vllm.core.devices import choose_device
+from candle_vllm.core.engine.eager_runner import EagerTower
+from candle_vllm.core.engine.images import TowerRunner
+from candle_vllm.core.engine.recorded_runner import RecordedTower
+from candle_vllm.core.errors import InvalidFileError, InvalidParameterError, UnsupportedModelError, WeightsError
+from candle_vllm.core.fields import read_json
+from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.remote import RemoteEngine
+from candle_vllm.core.testing.toy_sight import toy_sight_config, write_toy_sight
+
+RANDOM = np.random.default_rng(3)
+PICTURES = [RANDOM.integers(0, 256, size, dtype=np.uint8) for size in ((40, 70, 3), (32, 32, 3), (9, 100, 3))]
+ASK = "<|im_start|>user\nCompare <image> with <image>.<|im_end|>\n<|im_start|>assistant\n"
+PROMPT: dict[str, Any] = {"prompt": ASK, "multi_modal_data": {"image": PICTURES[:2]}}
+GREEDY = SamplingParams(max_tokens=8, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_sight(tmp_path_factory.mktemp("sight"))
+
+
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def their_pixels(folder: Path, pictures: list[NDArray[np.uint8]]) -> torch.Tensor:
+    said = {key: value for key, value in read_json(folder / "preprocessor_config.json").items() if "type" not in key}
+    processor = SmolVLMImageProcessorPil(**said)
+    tiles = [processor(images=[Image.fromarray(each)], return_tensors="np")["pixel_values"][0] for each in pictures]
+    return torch.from_numpy(np.concatenate(tiles))[None]
+
+
+def finished(runner: TowerRunner, tiles: NDArray[np.uint8]) -> tuple[NDArray[np.float32], int]:
+    """What a tower gives, and in how many pieces before that."""
+    encoding, pieces = runner.embeddings(tiles), 0
+    while True:
+        try:
+            next(encoding)
+            pieces += 1
+        except StopIteration as done:
+            return done.value, pieces
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
+    config = EngineConfig(model=str(folder), enforce_eager=eager)
+    loaded = load_model(config, choose_device("cpu"), lambda *_: None)
+    assert isinstance(loaded, LoadedModel)
+    assert loaded.tower is not None
+    pixels = their_pixels(folder, PICTURES)
+    with torch.inference_mode():
+        mask = torch.ones(*pixels.shape[:2], *pixels.shape[3:], dtype=torch.bool)
+        features = theirs.model.get_image_features(pixels, mask).pooler_output
+        expected = np.concatenate([np.asarray(each).reshape(-1, 64) for each in features])
+    tiles = np.concatenate([
+        np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3)
+        for image in loaded.tower.sight.look([260] * 3, PICTURES)[1]
+    ])  # fmt: skip
+    team = ThreadTeam(2)
+    try:
+        runner: TowerRunner = EagerTower(loaded.tower.tower, "cpu") if eager else RecordedTower(loaded.tower.tower, team)
+        found, _ = finished(runner, tiles)
+        alone, _ = finished(runner, tiles[1:2])
+    finally:
+        team.close()
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.array_equal(alone, found[16:32])
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_logits_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
+    with InferenceEngine(folder, enforce_eager=eager, enable_prefix_caching=False) as engine:
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
+        found = engine.generate(PROMPT, params, use_tqdm=False)[0]
+    ids = torch.tensor([found.prompt_token_ids])
+    pixels = their_pixels(folder, PICTURES[:2])
+    mask = torch.ones(*pixels.shape[:2], *pixels.shape[3:], dtype=torch.bool)
+    with torch.inference_mode():
+        logits = theirs(input_ids=ids, pixel_values=pixels, pixel_attention_mask=mask).logits[0]
+    expected = logits.log_softmax(-1).numpy()
+    assert found.prompt_logprobs is not None
+    ours = [each.chosen.logprob for each in found.prompt_logprobs[1:] if each is not None]
+    wanted = [expected[place, token] for place, token in enumerate(found.prompt_token_ids[1:])]
+    assert len(ours) == len(found.prompt_token_ids) - 1
+    # keys and values are bfloat16 in the compiled steps
+    assert np.abs(np.array(ours) - np.array(wanted)).max() < (1e-4 if eager else 0.2)
+
+
+def answers(engine: InferenceEngine | RemoteEngine, prompts: list[Any], **params: Any) -> list[tuple[int, ...]]:
+    asked = SamplingParams(max_tokens=8, temperature=0, **params)
+    return [tuple(each.outputs[0].token_ids) for each in engine.generate(prompts, asked, use_tqdm=False)]
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> list[tuple[int, ...]]:
+    """Answers to prompts of one step each, nothing cached."""
+    with InferenceEngine(folder, enable_prefix_caching=False, max_num_batched_tokens=512) as engine:
+        return [answers(engine, [prompt])[0] for prompt in PROMPTS]
+
+
+OTHER = {"prompt": ASK, "multi_modal_data": {"image": [PICTURES[1], PICTURES[0]]}}
+TWICE = {"prompt": ASK, "multi_modal_data": {"image": [PICTURES[2], PICTURES[2]]}}
+PROMPTS: list[Any] = [PROMPT, OTHER, TWICE, "<|im_start|>user\nCompare nothing.<|im_end|>\n"]
+
+
+def test_the_pictures_are_what_answers_depend_on(alone: list[tuple[int, ...]]) -> None:
+    assert len(set(alone)) == len(alone)
+
+
+@pytest.mark.parametrize("tokens", [512, 64, 17])
+def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
+    tokens: int, folder: Path, alone: list[tuple[int, ...]]
+) -> None:
+    with InferenceEngine(folder, max_num_batched_tokens=tokens, max_num_seqs=8) as engine:
+        assert answers(engine, PROMPTS) == alone
+        again = engine.generate(PROMPTS, GREEDY, use_tqdm=False)
+        assert [tuple(each.outputs[0].token_ids) for each in again] == alone
+        assert all(each.num_cached_tokens for each in again[:3])
+
+
+def test_answers_survive_preemption(folder: Path, alone: list[tuple[int, ...]]) -> None:
+    long = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
+    with InferenceEngine(folder, kv_cache_memory=220_000, block_size=16, max_model_len=384) as engine:
+        whole = [engine.generate(prompt, long, use_tqdm=False)[0].outputs[0].token_ids for prompt in PROMPTS[:3]]
+        found = engine.generate(PROMPTS[:3], long, use_tqdm=False)
+        assert [each.outputs[0].token_ids for each in found] == whole
+        assert engine.stats().preemptions
+
+
+def test_several_answers_share_a_picture(folder: Path, alone: list[tuple[int, ...]]) -> None:
+    with InferenceEngine(folder) as engine:
+        params = SamplingParams(max_tokens=8, temperature=0, n=2)
+        outputs = engine.generate(PROMPT, params, use_tqdm=False)[0].outputs
+        assert [tuple(each.token_ids) for each in outputs] == [alone[0]] * 2
+        assert engine._require()[0].images.num_encoded == 2  # pyright: ignore  # two pictures, once each
+
+
+def test_conversations_have_pictures_here_and_in_another_process(folder: Path) -> None:
+    ask = {"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "image", "image": PICTURES[0]}]}
+    found = []
+    kinds: tuple[Callable[..., InferenceEngine | RemoteEngine], ...] = (InferenceEngine, RemoteEngine)
+    for make in kinds:
+        with make(folder) as engine:
+            assert engine.model_info.modalities == ("text", "image")
+            found.append(engine.chat([ask], GREEDY))
+    assert found[0].prompt_token_ids == found[1].prompt_token_ids
+    assert found[0].outputs[0].token_ids == found[1].outputs[0].token_ids
+    assert list(found[0].prompt_token_ids).count(260) == 5 * 16
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ({"prompt": "no mark", "multi_modal_data": {"image": PICTURES[0]}}, "1 pictures, and 0 marks"),
+        ({"prompt": "<image><image>", "multi_modal_data": {"image": PICTURES[0]}}, "1 pictures, and 2 marks"),
+        ({"prompt": "<image>", "multi_modal_data": {"image": [PICTURES[0]] * 65}}, "65 pictures; a prompt may have 64"),
+        ({"prompt": "<image>", "multi_modal_data": {"image": "x.png"}}, "a picture is a PIL.Image"),
+        ({"prompt": "<image>", "multi_modal_data": {"video": 1}}, "multi_modal_data has 'video'"),
+        ({"prompt": "<image>", "multi_modal_data": []}, "multi_modal_data must be an object"),
+    ],
+)
+def test_wrong_prompts_are_refused_and_hurt_nobody(prompt: Any, message: str, shared: InferenceEngine) -> None:
+    with pytest.raises(InvalidParameterError, match=message):
+        shared.generate(prompt, GREEDY, use_tqdm=False)
+    assert shared.generate("Hello", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+
+
+@pytest.fixture(scope="module")
+def shared(folder: Path) -> Any:
+    with InferenceEngine(folder) as engine:
+        yield engine
+
+
+def test_a_mark_without_a_picture_is_a_token(shared: InferenceEngine) -> None:
+    assert shared.generate("<image>", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    with pytest.raises(InvalidParameterError, match="texts alone"):
+        shared.embed({"prompt": "<image>", "multi_modal_data": {"image": PICTURES[0]}}, use_tqdm=False)
+
+
+def changed(folder: Path, tmp_path: Path, **config: Any) -> Path:
+    """A checkpoint whose config says something else."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    write_toy_sight(tmp_path, toy_sight_config() | config)
+    return tmp_path
+
+
+def test_a_tower_that_does_not_fit_is_named(folder: Path, tmp_path: Path) -> None:
+    vision = toy_sight_config()["vision_config"]
+
+    def refused(kind: type[Exception], message: str, **config: Any) -> None:
+        made = changed(folder, tmp_path)
+        (made / "config.json").write_text(json.dumps(toy_sight_config() | config))
+        with pytest.raises(kind, match=message):
+            InferenceEngine(made)
+
+    refused(WeightsError, r"vision_model\.encoder\.layers\.2", vision_config=vision | {"num_hidden_layers": 3})
+    refused(InvalidFileError, "tiles of 32 pixels", vision_config=vision | {"image_size": 64})
+    refused(InvalidFileError, "5 heads of 48 numbers", vision_config=vision | {"num_attention_heads": 5})
+    refused(UnsupportedModelError, "hidden_act", vision_config=vision | {"hidden_act": "swish"})
+    made = changed(folder, tmp_path)
+    (made / "preprocessor_config.json").unlink()
+    with pytest.raises(InvalidFileError, match="says how pictures are prepared"):
+        InferenceEngine(made)

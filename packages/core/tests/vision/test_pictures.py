@@ -1,0 +1,191 @@
+"""What strangers send as pictures: read as a person would see it, or refused in a sentence."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+import sys
+import zlib
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from candle_vllm.core.errors import ConfigError, InvalidParameterError
+from candle_vllm.core.vision.pictures import (
+    PictureLimits,
+    decode_picture,
+    from_data_url,
+    part_picture,
+    picture_of,
+    require_pillow,
+)
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+IMAGE = Image.fromarray(PIXELS)
+
+
+def stored(image: Image.Image = IMAGE, format: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("format", "options"), [("PNG", {}), ("WEBP", {"lossless": True})])
+def test_pixels_are_what_was_stored(format: str, options: dict[str, Any]) -> None:
+    assert np.array_equal(decode_picture(stored(format=format, **options)).pixels, PIXELS)
+
+
+def test_lossy_files_are_what_pillow_makes_of_them() -> None:
+    for format in ("JPEG", "GIF"):
+        data = stored(format=format)
+        theirs = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        assert np.array_equal(decode_picture(data).pixels, theirs)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_it_is_turned_as_its_file_says(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = stored(exif=exif)
+    theirs = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    assert np.array_equal(decode_picture(data).pixels, theirs)
+
+
+def test_transparent_pixels_are_white() -> None:
+    clear = IMAGE.copy()
+    clear.putalpha(0)
+    assert (decode_picture(stored(clear)).pixels == 255).all()
+    palette = Image.new("P", (4, 4))
+    palette.putpalette([0, 0, 0] * 256)
+    assert (decode_picture(stored(palette, transparency=0)).pixels == 255).all()
+    half = Image.new("LA", (2, 2), (0, 128))
+    assert (abs(decode_picture(stored(half)).pixels.astype(int) - 127) <= 1).all()
+
+
+def test_sixteen_bits_become_their_upper_eight() -> None:
+    wide = Image.fromarray(np.array([[0, 255, 256, 65535, 32768]], np.uint16))
+    assert decode_picture(stored(wide)).pixels[0, :, 0].tolist() == [0, 0, 1, 255, 128]
+
+
+def test_other_modes_are_colours() -> None:
+    for mode in ("CMYK", "L"):
+        image = IMAGE.convert(mode)
+        data = stored(image, "JPEG" if mode == "CMYK" else "PNG")
+        theirs = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        assert np.array_equal(decode_picture(data).pixels, theirs)
+
+
+def test_of_many_frames_the_first_is_seen() -> None:
+    frames = [Image.new("RGB", (3, 3), (shade, 0, 0)) for shade in (10, 200)]
+    data = stored(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decode_picture(data).pixels[0, 0, 0] == 10
+
+
+def png(width: int, height: int, data: bytes = b"") -> bytes:
+    """A PNG file whose header says this size."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+BROKEN = {
+    "nothing": b"",
+    "text": b"hello",
+    "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "bmp": stored(format="BMP"),
+    "tiff": stored(format="TIFF"),
+    "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
+    "half a png": stored()[:60],
+    "half a jpeg": stored(Image.new("RGB", (64, 64)), "JPEG")[:300],
+    "half a webp": stored(format="WEBP")[:40],
+    "half a gif": stored(format="GIF")[:20],
+    "pixels missing": png(64, 64, b"\0" * 10),
+    "of no size": png(0, 5),
+    "a bomb": png(50_000, 50_000),
+    "a line": png(100_000, 1),
+    "beyond a number": png(0xFFFFFFFF, 0xFFFFFFFF),
+    "wrong sums": stored()[:40] + b"\xff" * 8 + stored()[48:],
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_refused_in_a_sentence(name: str) -> None:
+    with pytest.raises(InvalidParameterError) as caught:
+        decode_picture(BROKEN[name], name="messages.0")
+    assert caught.value.param == "messages.0"
+    assert "0x" not in str(caught.value)
+    assert caught.value.__cause__ is caught.value.__context__ is None
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_no_damage_does_more_than_that(format: str) -> None:
+    whole, random = stored(Image.new("RGB", (40, 30), (9, 99, 200)), format), np.random.default_rng(1)
+    for _ in range(150):
+        data = bytearray(whole)
+        for place in random.integers(0, len(data), 3):
+            data[place] = random.integers(0, 256)
+        try:
+            picture = decode_picture(bytes(data[: random.integers(1, len(data) + 1)]), PictureLimits(pixels=10_000))
+        except InvalidParameterError:
+            continue
+        assert picture.pixels.size <= 30_000
+
+
+def test_limits_are_looked_at_before_pixels() -> None:
+    with pytest.raises(InvalidParameterError, match=r"image: 7 x 5 pixels; a picture may have 34"):
+        decode_picture(stored(), PictureLimits(pixels=34))
+    with pytest.raises(InvalidParameterError, match=r"bytes; a picture may have 20"):
+        decode_picture(stored(), PictureLimits(nbytes=20))
+    with pytest.raises(InvalidParameterError, match=r"a picture may have 34"):
+        picture_of(IMAGE, PictureLimits(pixels=34))
+
+
+def test_equal_pixels_are_one_picture() -> None:
+    first = picture_of(PIXELS)
+    assert {picture_of(IMAGE).digest, decode_picture(stored()).digest, picture_of(stored()).digest} == {first.digest}
+    turned = picture_of(np.ascontiguousarray(PIXELS.reshape(7, 5, 3)))
+    assert turned.digest != first.digest  # the same bytes in another shape
+
+
+@pytest.mark.parametrize("given", [5, "x.png", PIXELS[0], PIXELS.astype(float), PIXELS[:0], None])
+def test_what_is_no_picture_is_named(given: object) -> None:
+    with pytest.raises(InvalidParameterError, match="image: "):
+        picture_of(given)
+
+
+def test_parts_name_one_picture(tmp_path: Any) -> None:
+    data = stored()
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    (tmp_path / "a.png").write_bytes(data)
+    parts: list[dict[str, Any]] = [
+        {"image_url": {"url": url}}, {"image_url": url}, {"image": IMAGE}, {"image": url}, {"image_pil": IMAGE},
+        {"path": str(tmp_path / "a.png")}, {"base64": base64.b64encode(data).decode()}, {"url": url},
+    ]  # fmt: skip
+    pictures = {picture_of(part_picture(part, "p")).digest for part in parts}
+    assert pictures == {picture_of(PIXELS).digest}
+    for wrong in ({}, {"image": IMAGE, "url": url}, {"url": "https://a.example/b.png"}, {"path": "none.png"}):
+        with pytest.raises(InvalidParameterError, match=r"p.*: "):
+            part_picture(wrong, "p")
+
+
+@pytest.mark.parametrize("url", ["data:image/png,abc", "data:;base64", "data:image/png;base64,###", "http://a/b"])
+def test_only_base64_is_data(url: str) -> None:
+    with pytest.raises(InvalidParameterError):
+        from_data_url(url)
+    with pytest.raises(InvalidParameterError, match="may have 30 bytes"):
+        from_data_url("data:;base64," + "A" * 100, PictureLimits(nbytes=30))
+
+
+def test_without_pillow_a_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(ConfigError, match=r"pictures need Pillow: .*vision"):
+        require_pillow()
+    assert picture_of(PIXELS).width == 7
