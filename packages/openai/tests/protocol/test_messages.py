@@ -176,7 +176,7 @@ def test_refusals_name_the_place(messages: list[Any], param: str, message: str) 
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "image_base64", "video_url"])
+@pytest.mark.parametrize("kind", ["input_audio", "file", "image_base64", "video_url"])
 def test_parts_that_are_no_text_are_unsupported(kind: str) -> None:
     parts = [{"type": "text", "text": "see"}, {"type": kind, kind: {"url": "http://x"}}]
     with pytest.raises(UnsupportedParameterError, match=f"'{kind}' parts cannot be read") as caught:
@@ -184,8 +184,43 @@ def test_parts_that_are_no_text_are_unsupported(kind: str) -> None:
     assert caught.value.param == "messages.0.content.1.type"
 
 
-def test_a_task_with_an_image_is_refused_by_name() -> None:
+def test_texts_stay_parts_beside_an_image() -> None:
     image = Message(role="user", parts=(TextPart("What is this?"), ImagePart("data:image/png;base64,AA==")))
-    with pytest.raises(UnsupportedParameterError, match="the server takes text only") as caught:
-        template_messages([image])
-    assert caught.value.param == "messages"
+    assert template_messages([image])[0]["content"] == [{"type": "text", "text": "What is this?"}, {"type": "image"}]
+
+
+@pytest.mark.parametrize(
+    ("part", "detail", "path"),
+    [
+        ({"type": "image_url", "image_url": {"url": "data:x", "detail": "high"}}, "high", "image_url.url"),
+        ({"type": "image_url", "image_url": "data:x"}, None, "image_url"),
+        ({"type": "input_image", "image_url": "data:x", "detail": "low"}, "low", "image_url"),
+    ],
+)
+def test_images_are_parts_of_a_task(part: dict[str, Any], detail: str | None, path: str) -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "see"}, part]},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "a", "content": [part]},
+    ]
+    task = read_chat(parse_chat_request({"messages": messages}))
+    assert task.messages[0].parts == (TextPart("see"), ImagePart("data:x", detail, f"messages.0.content.1.{path}"))
+    assert task.messages[2].parts == (ImagePart("data:x", detail, f"messages.2.content.0.{path}"),)
+
+
+@pytest.mark.parametrize(
+    ("part", "param"),
+    [
+        ({"type": "image_url"}, "image_url"),
+        ({"type": "image_url", "image_url": {}}, "image_url.url"),
+        ({"type": "image_url", "image_url": {"url": ""}}, "image_url.url"),
+        ({"type": "image_url", "image_url": {"url": "data:x", "detail": "most"}}, "image_url.detail"),
+        ({"type": "image_url", "image_url": 5}, "image_url"),
+        ({"type": "image_url", "image_url": "data:x", "text": "a"}, "text"),
+    ],
+)
+def test_wrong_images_are_named(part: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_chat_request({"messages": [{"role": "user", "content": [part]}]})
+    assert caught.value.param == f"messages.0.content.0.{param}"

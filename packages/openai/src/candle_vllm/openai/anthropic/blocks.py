@@ -1,6 +1,7 @@
 """Content blocks of Anthropic's requests (step 2).
 
-Text, what a model thought, the calls it made, and their results can be read. Every other type is refused by its name.
+Text, images, what a model thought, the calls it made, and their results can be read. Every other type is refused by its
+name.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from candle_vllm.openai.protocol.fields import MAX_PARTS, Name, Refusal, WireModel, invalid, unsupported
+from candle_vllm.openai.task import ImagePart
 
-_USER = ("text", "tool_result")
+_USER = ("text", "image", "tool_result")
 _ASSISTANT = ("text", "thinking", "redacted_thinking", "tool_use")
-_RESULT = ("text", "tool_reference")
+_RESULT = ("text", "image", "tool_reference")
 _SYSTEM = ("text",)
 _OURS = frozenset({*_USER, *_ASSISTANT, *_RESULT})
-_MEDIA = frozenset({"image", "document", "search_result", "container_upload"})
+_MEDIA = frozenset({"document", "search_result", "container_upload"})
 _HOSTED = frozenset({
     "server_tool_use", "web_search_tool_result", "web_fetch_tool_result", "code_execution_tool_result",
     "bash_code_execution_tool_result", "text_editor_code_execution_tool_result", "tool_search_tool_result",
@@ -93,6 +95,45 @@ class ToolUseBlock(WireModel):
         return value
 
 
+class Base64Source(WireModel):
+    """The data of an image; what its bytes are is looked at, and the type that is said is not believed."""
+
+    type: Literal["base64"]
+    media_type: Literal["image/jpeg", "image/png", "image/gif", "image/webp"]
+    data: Annotated[str, Field(min_length=1)]
+
+
+class UrlSource(WireModel):
+    """The address of an image."""
+
+    type: Literal["url"]
+    url: Annotated[str, Field(min_length=1)]
+
+
+def _source(value: Any) -> Any:
+    if type_of(value) == "file":
+        raise unsupported("type", "files of Anthropic's own service are not here; send the image as base64")
+    return one_of(("base64", "url"))(value)
+
+
+class ImageBlock(WireModel):
+    """An image; the cache mark has no effect."""
+
+    type: Literal["image"]
+    source: Annotated[
+        Annotated[Base64Source, Tag("<base64>")] | Annotated[UrlSource, Tag("<url>")],
+        Discriminator(lambda value: _kind(value)),
+        BeforeValidator(_source),
+    ]
+    cache_control: CacheControl | None = None
+
+    def image(self, path: str) -> ImagePart:
+        """The image as a task has it."""
+        if isinstance(self.source, UrlSource):
+            return ImagePart(self.source.url, path=f"{path}.source.url")
+        return ImagePart(f"data:{self.source.media_type};base64,{self.source.data}", path=f"{path}.source.data")
+
+
 class ToolReferenceBlock(WireModel):
     """A tool that a search found; the model reads its name."""
 
@@ -138,7 +179,7 @@ def _checked(allowed: Collection[str], place: str) -> Callable[[Any], Any]:
         if kind in allowed:
             return value
         if kind in _MEDIA:
-            raise unsupported("type", f"{kind!r} blocks cannot be read, the server takes text only")
+            raise unsupported("type", f"{kind!r} blocks cannot be read, the server takes text and images")
         if kind in _HOSTED:
             raise unsupported("type", f"{kind!r} blocks are of Anthropic's own service, whose tools are not run here")
         if kind in _OURS:
@@ -159,7 +200,9 @@ def _form(value: Any) -> str:
 
 # Tags in angle brackets are left out of the paths in error messages.
 _ResultBlock = Annotated[
-    Annotated[TextBlock, Tag("<text>")] | Annotated[ToolReferenceBlock, Tag("<tool_reference>")],
+    Annotated[TextBlock, Tag("<text>")]
+    | Annotated[ImageBlock, Tag("<image>")]
+    | Annotated[ToolReferenceBlock, Tag("<tool_reference>")],
     Discriminator(_kind),
     BeforeValidator(_checked(_RESULT, "a tool_result")),
 ]
@@ -184,7 +227,9 @@ class ToolResultBlock(WireModel):
 
 _SystemBlock = Annotated[WrittenBlock, BeforeValidator(_checked(_SYSTEM, "a system prompt"))]
 _UserBlock = Annotated[
-    Annotated[WrittenBlock, Tag("<text>")] | Annotated[ToolResultBlock, Tag("<tool_result>")],
+    Annotated[WrittenBlock, Tag("<text>")]
+    | Annotated[ImageBlock, Tag("<image>")]
+    | Annotated[ToolResultBlock, Tag("<tool_result>")],
     Discriminator(_kind),
     BeforeValidator(_checked(_USER, "a user message")),
 ]

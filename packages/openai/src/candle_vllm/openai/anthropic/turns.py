@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.anthropic.blocks import (
+    ImageBlock,
     SystemContent,
     TextBlock,
     ThinkingBlock,
@@ -23,7 +24,7 @@ from candle_vllm.openai.anthropic.blocks import (
 from candle_vllm.openai.anthropic.messages import AssistantMessage, Message, SystemMessage, UserMessage
 from candle_vllm.openai.conversation import TemplateHabits
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOL_CALLS
-from candle_vllm.openai.task import Call, TextPart
+from candle_vllm.openai.task import Call, ImagePart, Part, TextPart
 from candle_vllm.openai.task import Message as TaskMessage
 
 _BILLING = "x-anthropic-billing-header"  # how a line begins that Claude Code changes with every request
@@ -63,7 +64,7 @@ def read_turns(
     prefilled = isinstance(messages[-1], AssistantMessage) and _fill(turns)
     text = "\n".join(filter(None, head))
     if text:
-        turns.insert(0, Turn(_said("system", [text]), "system"))
+        turns.insert(0, Turn(_said("system", [TextPart(text)]), "system"))
     if not turns:
         raise InvalidParameterError("messages must not be empty", "messages")
     if len(turns) > MAX_MESSAGES:
@@ -73,8 +74,8 @@ def read_turns(
     return turns, prefilled
 
 
-def _said(role: Literal["system", "user"], texts: Sequence[str]) -> TaskMessage:
-    return TaskMessage(role=role, parts=tuple(map(TextPart, texts)))
+def _said(role: Literal["system", "user"], parts: Sequence[Part]) -> TaskMessage:
+    return TaskMessage(role=role, parts=tuple(parts))
 
 
 def needs_habits(messages: Sequence[Message]) -> bool:
@@ -105,31 +106,34 @@ class _Turns:
         self._habits = habits
         self._turns: list[Turn] = []
         self._results: list[Turn] = []
-        self._said: list[tuple[Literal["system", "user"], list[str], str]] = []  # role, texts, source
+        self._said: list[tuple[Literal["system", "user"], list[Part], str]] = []  # role, parts, source
         self._answer: _Answer | None = None
 
     def user(self, content: UserContent, place: int) -> None:
         self._end_answer()
         source = f"messages.{place}"
         if isinstance(content, str):
-            self._say("user", content, source)
+            self._say("user", TextPart(content), source)
             return
-        for block in content:
-            if isinstance(block, ToolResultBlock):
-                parts = (TextPart(_result_text(block)),)
+        for number, block in enumerate(content):
+            path = f"{source}.content.{number}"
+            if isinstance(block, ImageBlock):
+                self._say("user", block.image(path), source)
+            elif isinstance(block, ToolResultBlock):
+                parts = (TextPart(_result_text(block)), *_result_images(block, path))
                 result = TaskMessage(role="tool", parts=parts, call_id=block.tool_use_id)
                 self._results.append(Turn(result, source))
             else:
-                self._say("user", block.text, source)
+                self._say("user", TextPart(block.text), source)
 
     def system(self, text: str, place: int) -> None:
         if not text:
             return
         self._end_answer()
         if self._habits.system_anywhere:
-            self._say("system", text, f"messages.{place}")
+            self._say("system", TextPart(text), f"messages.{place}")
         else:
-            self._say("user", f"<system>\n{text}\n</system>", f"messages.{place}")
+            self._say("user", TextPart(f"<system>\n{text}\n</system>"), f"messages.{place}")
 
     def assistant(self, message: AssistantMessage, place: int) -> None:
         self.begun = True
@@ -143,12 +147,12 @@ class _Turns:
         self._end_said()
         return self._turns
 
-    def _say(self, role: Literal["system", "user"], text: str, source: str) -> None:
+    def _say(self, role: Literal["system", "user"], part: Part, source: str) -> None:
         self.begun = True
         if self._said and self._said[-1][0] == role:
-            self._said[-1][1].append(text)
+            self._said[-1][1].append(part)
         else:
-            self._said.append((role, [text], source))
+            self._said.append((role, [part], source))
 
     def _end_answer(self) -> None:
         if self._answer is not None:
@@ -158,11 +162,11 @@ class _Turns:
     def _end_said(self) -> None:
         if self._results and self._said and not self._habits.user_behind_results and self._said[0][0] == "user":
             result, source = self._results[-1]
-            more = map(TextPart, self._said.pop(0)[1])
+            more = self._said.pop(0)[1]
             parts = tuple(part for part in (*result.parts, *more) if part != TextPart(""))
             self._results[-1] = Turn(replace(result, parts=parts), source)
         self._turns += self._results
-        self._turns += [Turn(_said(role, texts), source) for role, texts, source in self._said]
+        self._turns += [Turn(_said(role, parts), source) for role, parts, source in self._said]
         self._results, self._said = [], []
 
 
@@ -210,10 +214,17 @@ def _without_billing(text: str) -> str:
     return text.partition("\n")[2] if text.startswith(_BILLING) else text
 
 
+def _result_images(block: ToolResultBlock, path: str) -> list[ImagePart]:
+    content = [] if block.content is None or isinstance(block.content, str) else block.content
+    return [one.image(f"{path}.content.{place}") for place, one in enumerate(content) if isinstance(one, ImageBlock)]
+
+
 def _result_text(block: ToolResultBlock) -> str:
     """The result; a task has no mark for errors, so one that does not say that it is an error is made to."""
     content = block.content or ""
-    text = content if isinstance(content, str) else "\n".join(part.text for part in content)
+    if not isinstance(content, str):
+        content = "\n".join(part.text for part in content if not isinstance(part, ImageBlock))
+    text = content
     if not block.is_error or text.lstrip().lower().startswith(_SAYS_SO):
         return text
     return f"Error: {text}" if text else "Error"

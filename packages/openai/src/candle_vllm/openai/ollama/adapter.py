@@ -35,12 +35,13 @@ from candle_vllm.openai.ollama.request import (
     EmbedRequest,
     GenerateRequest,
     Message,
+    image_parts,
 )
 from candle_vllm.openai.protocol.templating import set_effort
 from candle_vllm.openai.protocol.tools import tool_use
 from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.streams import AnswerStream, ChunkStream
-from candle_vllm.openai.task import Call, Paths, Task, TextPart
+from candle_vllm.openai.task import Call, Part, Paths, Task, TextPart
 from candle_vllm.openai.task import Message as TaskMessage
 
 _Generating = ChatRequest | GenerateRequest
@@ -194,12 +195,13 @@ class OllamaAdapter:
         )
 
     def _prompt_task(self, request: GenerateRequest) -> Task:
-        said: list[tuple[Literal["system", "user"], str | None]] = [
-            ("system", request.system),
-            ("user", request.prompt),
+        system, prompt = ((TextPart(text),) if text else () for text in (request.system, request.prompt))
+        said: list[tuple[Literal["system", "user"], tuple[Part, ...]]] = [
+            ("system", system),
+            ("user", (*image_parts(request.images, "images"), *prompt)),
         ]
         return Task(
-            messages=tuple(TaskMessage(role=role, parts=(TextPart(text),)) for role, text in said if text),
+            messages=tuple(TaskMessage(role=role, parts=parts) for role, parts in said if parts),
             paths=Paths({**_SPELLED, "structured_outputs": "format"}),
             before=tuple(request.context or ()),
             tell_ids=True,
@@ -234,8 +236,10 @@ def read_messages(messages: Sequence[Message]) -> tuple[TaskMessage, ...]:
     """
     made, count = list[TaskMessage](), 0
     pending = deque[Call]()
-    for message in messages:
+    for number, message in enumerate(messages):
         calls = list[Call]()
+        images = image_parts(message.images, f"messages.{number}.images")
+        silent = not message.content and (message.role == "assistant" or bool(images))
         for call in message.tool_calls or ():
             count += 1
             text = json.dumps(call.function.arguments, ensure_ascii=False)
@@ -246,7 +250,7 @@ def read_messages(messages: Sequence[Message]) -> tuple[TaskMessage, ...]:
         made.append(
             TaskMessage(
                 role=message.role,
-                parts=() if message.role == "assistant" and not message.content else (TextPart(message.content or ""),),
+                parts=images if silent else (*images, TextPart(message.content or "")),
                 thoughts=message.thinking,
                 calls=tuple(calls),
                 call_id=message.tool_call_id if answered is None else answered.id,

@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, WithJsonSchema, field_validator
 
-from candle_vllm.core.arguments import TEXT_ALONE
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.pooling import MAX_DIMENSIONS
 from candle_vllm.core.sampling import params as caps
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.protocol.fields import (
     MAX_MESSAGES,
+    MAX_PARTS,
     MAX_TOOL_CALLS,
     MAX_TOOLS,
     Name,
@@ -28,6 +28,7 @@ from candle_vllm.openai.protocol.fields import (
 from candle_vllm.openai.protocol.generation import LlamaFields, Logprobs
 from candle_vllm.openai.protocol.pooling import MAX_INPUTS
 from candle_vllm.openai.protocol.tools import Tool, check_chat_tools
+from candle_vllm.openai.task import ImagePart
 from candle_vllm.openai.validation import parse_body
 
 MAX_CONTEXT = 1 << 20  # token ids in `context`
@@ -73,7 +74,6 @@ REFUSED_GENERATE_FIELDS: Mapping[str, Refusal] = {
     "messages": Refusal("they belong to /api/chat; use prompt"),
     "tools": Refusal("they belong to /api/chat", ([],)),
     "template": Refusal(_TEMPLATE, ("",)),
-    "images": Refusal(TEXT_ALONE, ([],)),
     "width": Refusal("models write text alone here", (0,)),
     "height": Refusal("models write text alone here", (0,)),
     "steps": Refusal("models write text alone here", (0,)),
@@ -263,17 +263,26 @@ class ToolCall(WireModel):
     type: Literal["function"] | None = None
 
 
+Images = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_PARTS, fail_fast=True)]
+
+
+def image_parts(images: Sequence[str] | None, path: str) -> tuple[ImagePart, ...]:
+    """Images as a task has them."""
+    given = [one if one[:5].lower() == "data:" else f"data:;base64,{one}" for one in images or ()]
+    return tuple(ImagePart(source, path=f"{path}.{place}") for place, source in enumerate(given))
+
+
 class Message(WireModel):
     """One message of a conversation.
 
     Attributes:
+        images: in base64; they stand before the text.
         tool_name, tool_call_id: which call a tool's message answers; without both, the first that is open.
     """
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = {"images": Refusal(TEXT_ALONE, ([],))}
-
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
+    images: Images | None = None
     thinking: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None = None
     tool_name: Name | None = None
@@ -308,6 +317,7 @@ class GenerateRequest(_Generating):
         suffix: what stands behind the answer, which fills the gap; by a model that was trained to.
         raw: the prompt is continued as it is, without the model's template.
         context: what an earlier answer gave as `context`, which this one goes on from.
+        images: in base64; they stand before the prompt.
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_GENERATE_FIELDS
@@ -317,6 +327,14 @@ class GenerateRequest(_Generating):
     suffix: str | None = None
     raw: bool | None = None
     context: Annotated[list[TokenId], Field(max_length=MAX_CONTEXT, fail_fast=True)] | None = None
+    images: Images | None = None
+
+    @field_validator("images")
+    @classmethod
+    def _in_messages(cls, value: list[str] | None, info: Any) -> list[str] | None:
+        if value and (info.data.get("raw") or info.data.get("suffix") or info.data.get("context")):
+            raise invalid("", "have no place beside raw, suffix or context: the model's template says where they stand")
+        return value
 
     @field_validator("suffix")
     @classmethod

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.openai.task import Message
+from candle_vllm.openai.task import Message, Part, TextPart
 from candle_vllm.responses.protocol.items import (
     CallOutputItem,
     CustomCallItem,
@@ -16,7 +16,7 @@ from candle_vllm.responses.protocol.items import (
     McpApprovalRequestItem,
     McpApprovalResponseItem,
     McpCallItem,
-    text_of,
+    parts_of,
 )
 
 NOT_APPROVED = "Nobody agreed to this call, so it was not run."
@@ -35,7 +35,7 @@ class CallResults:
     """What came of each call, by its id, and which calls somebody has agreed to."""
 
     def __init__(self, items: Sequence[Placed]) -> None:
-        self.texts: dict[str, str] = {}
+        self.parts: dict[str, tuple[Part, ...]] = {}
         self.approved: dict[str, str] = {}  # id of the call -> path of the agreement
         self.call_paths: dict[str, str] = {}
         self.run_by_approval: set[str] = set()
@@ -54,12 +54,12 @@ class CallResults:
                 self._decided(item, path)
         for request in self._requests:
             if request not in self.approved:
-                self.texts.setdefault(request, NOT_APPROVED)
+                self.parts.setdefault(request, (TextPart(NOT_APPROVED),))
 
     def check_all(self, messages: Sequence[Message]) -> None:
         """Refuses calls without results, and agreements to calls that are no longer at the end."""
         for call_id, path in self.call_paths.items():
-            if call_id not in self.texts and call_id not in self.approved:
+            if call_id not in self.parts and call_id not in self.approved:
                 _refuse(path, f"{call_id!r:.80} has no output: send it as a function_call_output")
         last = next((one for one in reversed(messages) if one.role != "tool"), None)
         open_calls = set() if last is None else {call.id for call in last.calls}
@@ -75,30 +75,30 @@ class CallResults:
     def _output(self, item: CallOutputItem, path: str) -> None:
         if item.call_id not in self.call_paths:
             _refuse(f"{path}.call_id", f"{item.call_id!r:.80} answers no call before it")
-        if item.call_id in self.texts:
+        if item.call_id in self.parts:
             _refuse(f"{path}.call_id", f"{item.call_id!r:.80} has an output already")
-        self.texts[item.call_id] = text_of(item.output)
+        self.parts[item.call_id] = parts_of(item.output, f"{path}.output")
 
     def _ran(self, item: McpCallItem, path: str) -> None:
         request = item.approval_request_id
         if request is not None and request in self._requests:
             self.approved.pop(request, None)
             self.run_by_approval.add(item.id)
-            self.texts[request] = _outcome(item)
+            self.parts[request] = (TextPart(_outcome(item)),)
             return
         self._claim(item.id, f"{path}.id")
-        self.texts[item.id] = _outcome(item)
+        self.parts[item.id] = (TextPart(_outcome(item)),)
 
     def _decided(self, item: McpApprovalResponseItem, path: str) -> None:
         request = item.approval_request_id
         if request not in self._requests:
             _refuse(f"{path}.approval_request_id", f"{request!r:.80} is no mcp_approval_request before it")
-        if request in self.approved or request in self.texts:
+        if request in self.approved or request in self.parts:
             _refuse(f"{path}.approval_request_id", f"{request!r:.80} has been answered already")
         if item.approve:
             self.approved[request] = f"{path}.approval_request_id"
         else:
-            self.texts[request] = f"{DENIED} {item.reason}" if item.reason else DENIED
+            self.parts[request] = (TextPart(f"{DENIED} {item.reason}" if item.reason else DENIED),)
 
 
 def _outcome(item: McpCallItem) -> str:

@@ -17,19 +17,21 @@ from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.conversation import TemplateHabits
 from candle_vllm.openai.protocol.custom_tools import custom_arguments
 from candle_vllm.openai.protocol.fields import MAX_TOOL_CALLS
-from candle_vllm.openai.task import Call, Message, TextPart
+from candle_vllm.openai.task import Call, Message, Part, TextPart
 from candle_vllm.responses.api.call_results import CallResults, Placed
 from candle_vllm.responses.protocol.items import (
     CallOutputItem,
     CompactionItem,
     CustomCallItem,
     FunctionCallItem,
+    ImagePart,
     ItemReference,
     McpApprovalRequestItem,
     McpCallItem,
     McpListToolsItem,
     MessageItem,
     ReasoningItem,
+    parts_of,
     text_of,
 )
 from candle_vllm.responses.tools.names import tool_name
@@ -112,7 +114,7 @@ class _Body:
                 self._open(path, after_results=True).thoughts.append(thoughts)
         elif isinstance(item, CompactionItem):
             self._close()
-            self._say(_SUMMARY.format(_summary(item, path)))
+            self._say(TextPart(_SUMMARY.format(_summary(item, path))))
         elif isinstance(item, FunctionCallItem):
             self._call(path, item.call_id, _flat(item), item.arguments)
         elif isinstance(item, CustomCallItem):
@@ -136,29 +138,34 @@ class _Body:
         return tuple([_said("system", head), *self._messages] if head else self._messages)
 
     def _message(self, item: MessageItem, path: str) -> None:
-        text = text_of(item.content)
+        text, path = text_of(item.content), f"{path}.content"
+        if item.role != "user" and not isinstance(item.content, str):
+            image = next((n for n, part in enumerate(item.content) if isinstance(part, ImagePart)), None)
+            if image is not None:
+                field = f"{path}.{image}.type"
+                raise InvalidParameterError(f"{field}: images stand in messages of users and in results", field)
         if item.role == "assistant":
             self._open(path, after_results=True).texts.append(text)
             return
         self._close()
         if item.role == "user":
-            self._say(text)
+            self._say(*parts_of(item.content, path))
         elif not self._messages:
             self.head += [text] if text else []
         elif self._habits.system_anywhere:
             self._messages.append(_said("system", text))
         else:
-            self._say(f"<system>\n{text}\n</system>")
+            self._say(TextPart(f"<system>\n{text}\n</system>"))
 
-    def _say(self, text: str) -> None:
+    def _say(self, *said: Part) -> None:
         """Adds what the user says; templates want the roles in turn."""
         last = self._messages[-1] if self._messages else None
         behind = ("user",) if self._habits.user_behind_results else ("user", "tool")
         if last is not None and last.role in behind:
-            parts = tuple(part for part in (*last.parts, TextPart(text)) if part != TextPart(""))
+            parts = tuple(part for part in (*last.parts, *said) if part != TextPart(""))
             self._messages[-1] = replace(last, parts=parts)
         else:
-            self._messages.append(_said("user", text))
+            self._messages.append(Message(role="user", parts=said))
 
     def _call(self, path: str, call_id: str, name: str, arguments: str) -> None:
         self._open(path).calls.append(Call(call_id, name, arguments))
@@ -176,8 +183,8 @@ class _Body:
             return
         self._messages.append(answer.message())
         for call in answer.calls:
-            if (text := self._results.texts.get(call.id)) is not None:
-                self._messages.append(Message(role="tool", parts=(TextPart(text),), call_id=call.id))
+            if (parts := self._results.parts.get(call.id)) is not None:
+                self._messages.append(Message(role="tool", parts=parts, call_id=call.id))
 
 
 class _Answer:

@@ -8,10 +8,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from candle_vllm.openai.protocol.fields import MAX_PARTS, Name, Refusal, WireModel, invalid, unsupported
+from candle_vllm.openai.task import ImagePart as Image
+from candle_vllm.openai.task import Part
+from candle_vllm.openai.task import TextPart as TaskText
 from candle_vllm.responses.protocol.fields import ItemId, Status, Text, type_of
 
 OTHER_PARTS = frozenset({
-    "input_image", "input_file", "input_audio", "input_video", "image_url", "file", "image", "video_url", "audio_url",
+    "input_file", "input_audio", "input_video", "image_url", "file", "image", "video_url", "audio_url",
     "computer_screenshot", "output_image", "output_audio", "encrypted_content",
 })  # fmt: skip
 
@@ -38,7 +41,20 @@ class TextPart(WireModel):
         """Names parts that carry something other than text."""
         kind = data.get("type")
         if isinstance(kind, str) and kind in OTHER_PARTS:
-            raise unsupported("type", f"{kind!r} parts cannot be read, the server takes text only")
+            raise unsupported("type", f"{kind!r} parts cannot be read, the server takes text and images")
+
+
+class ImagePart(WireModel):
+    """An image: its data as a data URL, or its address; `detail` has no effect."""
+
+    type: Literal["input_image"]
+    image_url: Annotated[str, Field(min_length=1)]
+    detail: Literal["auto", "low", "high", "original"] | None = None
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+
+    refused_fields: ClassVar[Mapping[str, Refusal]] = {
+        "file_id": Refusal("files are not kept here: send the image as a data URL")
+    }
 
 
 class RefusalPart(WireModel):
@@ -54,7 +70,7 @@ class RefusalPart(WireModel):
 
 
 def _part_form(value: Any) -> str:
-    return "<refusal>" if type_of(value) == "refusal" else "<text>"
+    return {"refusal": "<refusal>", "input_image": "<image>"}.get(type_of(value), "<text>")
 
 
 def content_form(value: Any) -> str:
@@ -64,7 +80,14 @@ def content_form(value: Any) -> str:
 
 # Tags in angle brackets are left out of the paths in error messages.
 _Part = Annotated[
-    Annotated[TextPart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")], Discriminator(_part_form)
+    Annotated[TextPart, Tag("<text>")]
+    | Annotated[ImagePart, Tag("<image>")]
+    | Annotated[RefusalPart, Tag("<refusal>")],
+    Discriminator(_part_form),
+]
+_OutputPart = Annotated[
+    Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image>")],
+    Discriminator(lambda value: "<image>" if type_of(value) == "input_image" else "<text>"),
 ]
 Content = Annotated[
     Annotated[Text, Tag("<string>")]
@@ -73,14 +96,28 @@ Content = Annotated[
 ]
 Output = Annotated[
     Annotated[Text, Tag("<string>")]
-    | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<parts>")],
+    | Annotated[list[_OutputPart], Field(max_length=MAX_PARTS, fail_fast=True), Tag("<parts>")],
     Discriminator(content_form),
 ]
 
 
 def text_of(content: Any) -> str:
-    """A content as one string; parts stand on lines of their own."""
-    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+    """A content as one string; its texts stand on lines of their own."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(part.text for part in content if not isinstance(part, ImagePart))
+
+
+def parts_of(content: Any, path: str) -> tuple[Part, ...]:
+    """A content as a task has it: one text, or parts where there are images; `path` is the content's."""
+    if isinstance(content, str) or not any(isinstance(part, ImagePart) for part in content):
+        return (TaskText(text_of(content)),)
+    return tuple(
+        Image(part.image_url, part.detail, f"{path}.{place}.image_url")
+        if isinstance(part, ImagePart)
+        else TaskText(part.text)
+        for place, part in enumerate(content)
+    )
 
 
 Phase = Literal["commentary", "final_answer"]
