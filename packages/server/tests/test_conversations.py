@@ -177,7 +177,7 @@ def test_without_a_key_nothing_is_reached(running: Running) -> None:
             assert http.request(method, f"/v1/conversations{path}", json={}).status_code == 401
 
 
-IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}
+IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": ""}]}
 WRONG: list[tuple[str, Any, str | None]] = [
     ("", [], None),
     ("", {"metadata": []}, "metadata"),
@@ -196,7 +196,7 @@ WRONG: list[tuple[str, Any, str | None]] = [
     ("", {"items": [{"type": "item_reference", "id": "msg_1"}]}, "items.0"),
     ("", {"items": [{**USER, "id": "msg_1"}, {**USER, "id": "msg_1"}]}, "items.1.id"),
     ("", {"items": [{**USER, "id": "x\0"}]}, "items.0.id"),
-    ("", {"items": [IMAGE]}, "items.0.content.0.type"),
+    ("", {"items": [IMAGE]}, "items.0.content.0.image_url"),
     ("", {"items": [{"role": "user", "content": "x" * (5 << 20)}]}, "items.0"),
     ("/CONV", {}, "metadata"),
     ("/CONV", {"metadata": "x"}, "metadata"),

@@ -10,6 +10,11 @@ from candle_vllm.openai.protocol.fields import COMPLETION_REFUSED_FIELDS, REFUSE
 
 MAX_TOKENS = 1 << 24
 
+
+def _image(url: Any) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
 SHARED = [
     *MODEL,
     *numbers(
@@ -229,9 +234,10 @@ CHAT_ROWS = [
     Row("messages.1.content.0.type", GONE),
     Row("messages.1.content.0.type", "txt"),
     Row("messages.1.content.0.type", "image_base64", code="unsupported_parameter"),
-    Row("messages.1.content.0.type", "image_url"),
-    Row("messages.1.content.0", {"type": "image_url", "image_url": {"url": 5}}),
-    Row("messages.1.content.0.image_url.url", ""),
+    Row("messages.1.content.0.type", "image_url", "messages.1.content.0.text"),
+    Row("messages.1.content.0", _image(5), "messages.1.content.0.image_url.url"),
+    Row("messages.1.content.0", _image(""), "messages.1.content.0.image_url.url"),
+    Row("messages.1.content.0", _image("data:,x"), "messages.1.content.0.image_url.url", code="unsupported_parameter"),
     Row("messages.1.content.0.type", "input_audio", code="unsupported_parameter"),
     Row("messages.1.content.0.type", "file", code="unsupported_parameter"),
     Row("messages.1.content.0.text", GONE),

@@ -60,6 +60,7 @@ from candle_vllm.core.text.prompts import (
     as_prompts,
     one_conversation,
     pictures_of,
+    prompt_pictures,
     prompt_texts,
     read_prompt,
 )
@@ -724,7 +725,8 @@ class EngineFront(ABC):
         adapters: tuple[AdapterUse, ...] = (),
     ) -> GenerationRequest:
         self._check_generates()
-        text, ids, pictures = read_prompt(prompt)
+        text, ids = read_prompt(prompt, sees=True)
+        pictures = prompt_pictures(prompt)
         if ids is None:
             ids = self.tokenize(text or "", add_special_tokens)
         images: tuple[ImageInput, ...] = ()

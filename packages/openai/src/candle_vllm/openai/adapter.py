@@ -171,6 +171,7 @@ class OpenAIAdapter:
                     created=self._created,
                     root=info.name,
                     max_model_len=info.max_model_len,
+                    modalities=info.modalities,
                     tool_parser=choice.tools.name if choice.tools else UNSET,
                     reasoning_parser=choice.reasoning.name if choice.reasoning else UNSET,
                     default_sampling=info.default_sampling or UNSET,

@@ -147,9 +147,7 @@ class PoolingCalls:
         entries = []
         for number, (prompt, one, own) in enumerate(zip(prompts, each, uses, strict=True)):
             with _blaming(number, len(prompts)):
-                text, ids, pictures = read_prompt(prompt)
-                if pictures:
-                    raise InvalidParameterError("image: vectors are made of texts alone", "image")
+                text, ids = read_prompt(prompt)
                 ids = self._encode(text or "", add_special_tokens) if ids is None else ids
                 request = PoolingRequest(
                     request_id=_numbered(request_id, number, len(prompts)),

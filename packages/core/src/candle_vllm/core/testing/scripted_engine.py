@@ -36,7 +36,7 @@ from candle_vllm.core.testing.scripted_sequence import ScriptedSequence, made_up
 from candle_vllm.core.testing.scripted_vectors import SIZE, ScriptedVectors
 from candle_vllm.core.text.chat_conventions import ChatConventions
 from candle_vllm.core.text.infill import InfillPrompt, infill_marks, infill_prompt
-from candle_vllm.core.text.prompts import read_prompt
+from candle_vllm.core.text.prompts import prompt_pictures, read_prompt
 from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.core.vision.pictures import Picture, picture_of
 
@@ -214,7 +214,8 @@ class ScriptedEngine(ScriptedVectors):
         """Checks the request and returns its pieces; raises what the real engine would, or the scripted error."""
         params = (sampling_params or SamplingParams()).filled(self._default_sampling)
         request_id = request_id or uuid.uuid4().hex
-        text, ids, images = read_prompt(prompt)
+        text, ids = read_prompt(prompt, sees=True)
+        images = prompt_pictures(prompt)
         with watched_submit(watcher, RequestInfo(request_id, "generate", prompt, params, self.detokenize)) as watch:
             self._check_generates()
             request = GenerationRequest(

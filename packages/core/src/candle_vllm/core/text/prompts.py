@@ -47,39 +47,47 @@ _WITHOUT_CONTENT = ("tool_calls", "function_call", "reasoning_content", "thinkin
 _OLD = {"function_call": "write tool_calls, with an id", "functions": "pass tools"}
 _PROMPT_KEYS = {
     "cache_salt": "it is a field of SamplingParams",
+    "multi_modal_data": "this is for texts alone",
     "mm_processor_kwargs": "pictures are prepared as the model's files say",
     "prompt_embeds": "a prompt is a text or token ids",
 }
 
 
-def read_prompt(prompt: Any) -> tuple[str | None, list[int] | None, list[Any]]:
-    """A prompt's text and its token ids, one of which may be missing, and its pictures.
+def read_prompt(prompt: Any, *, sees: bool = False) -> tuple[str | None, list[int] | None]:
+    """A prompt's text and its token ids, one of which may be missing.
 
     Args:
         prompt: a text, a list of token ids (a numpy array as well), or vLLM's objects with `prompt`, with
-            `prompt_token_ids`, or with both, where the ids count; in these `multi_modal_data` may have pictures: one
-            as `image`, or a list.
+            `prompt_token_ids`, or with both, where the ids count.
+        sees: these may have `multi_modal_data`, see `prompt_pictures`.
 
     Raises:
         InvalidParameterError: it is something else.
     """
     if isinstance(prompt, str):
-        return prompt, None, []
+        return prompt, None
     if not isinstance(prompt, Mapping):
-        return None, as_token_ids(prompt), []
+        return None, as_token_ids(prompt)
     if "role" in prompt:
         raise InvalidParameterError("this is a message of a conversation: use chat", "prompt")
     text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
     for name in prompt:
-        if name not in ("prompt", "prompt_token_ids", "multi_modal_data") and prompt[name] is not None:
+        known = ("prompt", "prompt_token_ids", *(("multi_modal_data",) if sees else ()))
+        if name not in known and prompt[name] is not None:
             said = _PROMPT_KEYS.get(name, "a prompt has prompt or prompt_token_ids")
             raise InvalidParameterError(f"a prompt has no {name!r:.60}: {said}", "prompt")
     if not isinstance(text, (str, type(None))) or (text is None and ids is None):
         raise InvalidParameterError("a prompt that is an object has a text as prompt, or prompt_token_ids", "prompt")
-    return text, None if ids is None else as_token_ids(ids), _pictures(prompt.get("multi_modal_data"))
+    return text, None if ids is None else as_token_ids(ids)
 
 
-def _pictures(data: Any) -> list[Any]:
+def prompt_pictures(prompt: Any) -> list[Any]:
+    """The pictures of a prompt: one as `image` of its `multi_modal_data`, or a list.
+
+    Raises:
+        InvalidParameterError: there is something else.
+    """
+    data = prompt.get("multi_modal_data") if isinstance(prompt, Mapping) else None
     if data is None:
         return []
     if not isinstance(data, Mapping):

@@ -185,9 +185,7 @@ def beam_search(
 
 
 def _search(engine: EngineFront, prompt: Prompt, params: BeamSearchParams) -> _Search:
-    text, ids, pictures = read_prompt(prompt)
-    if pictures:
-        raise InvalidParameterError("image: beam search takes texts alone", "image")
+    text, ids = read_prompt(prompt)
     tokens = engine.tokenize(text or "") if ids is None else ids
     info = engine.model_info
     ends = frozenset() if params.ignore_eos else frozenset(info.eos_token_ids)

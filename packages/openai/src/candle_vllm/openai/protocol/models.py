@@ -16,7 +16,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         created: Unix seconds.
         root: the model's own name, which `id` may be an alias of.
         max_model_len: most tokens of prompt and output together.
-        modalities: what the model takes and gives.
+        modalities: what the model reads: text, and images where it sees.
         tool_parser: the format that the model's tool calls are read in; null where it calls no tools.
         reasoning_parser: the format that its thoughts are read in; null where they are not told apart.
         default_sampling: what counts where a request says nothing of it.

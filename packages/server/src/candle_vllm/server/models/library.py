@@ -26,6 +26,7 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
         file_bytes: size of the weight files.
         tasks: generate, embed, score.
         tools, thinks: whether its answers are looked through for calls, and for thoughts.
+        sees: it takes images; known once it is loaded.
         template: its chat template, in Jinja; None where it has none, or several.
         sampling: the values by which its tokens are drawn, where its files say some.
     """
@@ -39,6 +40,7 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     tasks: tuple[str, ...] = ("generate",)
     tools: bool = False
     thinks: bool = False
+    sees: bool = False
     template: str | None = None
     sampling: Mapping[str, Any] = {}
 

@@ -217,7 +217,8 @@ def _shown(slot: ModelSlot) -> Shown:
         about[f"{known.architecture}.context_length"] = known.context
     if slot.model is not None and (length := slot.model.engine.model_info.embedding_size):
         about[f"{known.architecture}.embedding_length"] = length
-    can = [_CAN[task] for task in known.tasks if task in _CAN] + ["tools"] * known.tools + ["thinking"] * known.thinks
+    more = {"tools": known.tools, "thinking": known.thinks, "vision": known.sees}
+    can = [*(_CAN[task] for task in known.tasks if task in _CAN), *(name for name, has in more.items() if has)]
     return Shown(
         modelfile=f"# {name} as it is served; its settings are flags, or stand in models.yaml\nFROM {name}\n",
         parameters="\n".join(f"{field:30} {value}" for field, value in drawn.items()),
@@ -245,6 +246,7 @@ def _description(slot: ModelSlot) -> Description | None:
         tasks=info.tasks,
         tools=choice.tools is not None,
         thinks=choice.reasoning is not None,
+        sees="image" in info.modalities,
         template=template if isinstance(template, str) else None,
         sampling=info.default_sampling,
     )

@@ -201,7 +201,7 @@ def _properties(model: ServedModel) -> Properties:
         chat_template=_template(model) or "",
         bos_token=names.get("bos_token", ""),
         eos_token=names.get("eos_token", ""),
-        modalities=Modalities(),
+        modalities=Modalities(vision="image" in info.modalities),
         build_info=f"candle-vllm {version('candle-vllm-server')}",
     )
 
