@@ -18,7 +18,7 @@ from candle_vllm.core.vision.inputs import ImageInput
 class Tower:
     """Three pieces for each picture; one of zeros fails in the second."""
 
-    fatal = (MemoryError,)
+    fatal: tuple[type[Exception], ...] = (MemoryError,)
 
     def __init__(self) -> None:
         self.begun: list[int] = []

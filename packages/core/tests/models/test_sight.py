@@ -81,7 +81,7 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
     team = ThreadTeam(2)
     try:
         runner: TowerRunner = (
-            EagerTower(loaded.tower.tower, "cpu") if eager else RecordedTower(loaded.tower.tower, team)
+            EagerTower(loaded.tower.tower, choose_device("cpu")) if eager else RecordedTower(loaded.tower.tower, team)
         )
         found, _ = finished(runner, tiles)
         alone, _ = finished(runner, tiles[1:2])

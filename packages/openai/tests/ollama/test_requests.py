@@ -74,7 +74,7 @@ def test_options_are_sampling_parameters(options: dict[str, Any], sampling: dict
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"stream": "yes"}, "stream"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"messages": [{"role": "user", "content": "x", "images": ["a"]}]}, "messages.0.images"),
+        ({"messages": [{"role": "user", "content": "x", "images": "a"}]}, "messages.0.images"),
         ({"messages": [{"role": "developer", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]},
          "messages.0.tool_calls.0.function.name"),

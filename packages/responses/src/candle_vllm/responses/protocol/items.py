@@ -70,7 +70,7 @@ class RefusalPart(WireModel):
 
 
 def _part_form(value: Any) -> str:
-    return {"refusal": "<refusal>", "input_image": "<image>"}.get(type_of(value), "<text>")
+    return {"refusal": "<refusal>", "input_image": "<image>"}.get(type_of(value) or "", "<text>")
 
 
 def content_form(value: Any) -> str:
