@@ -1,0 +1,144 @@
+"""Images over HTTP, with the official clients of four APIs: to a scripted engine, and to a small one that sees."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import numpy as np
+import ollama
+import pytest
+from PIL import Image
+from server_fakes import PacedEngine
+
+from candle_vllm.core import InferenceEngine, SamplingParams
+from candle_vllm.core.testing.toy_sight import write_toy_sight
+from candle_vllm.core.vision.pictures import picture_of
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)
+FILE = io.BytesIO()
+Image.fromarray(PIXELS).save(FILE, "PNG")
+DATA = base64.b64encode(FILE.getvalue()).decode()
+URL = f"data:image/png;base64,{DATA}"
+TEXT: dict[str, Any] = {"type": "text", "text": "What is "}
+OPENAI: list[Any] = [{"role": "user", "content": [TEXT, {"type": "image_url", "image_url": {"url": URL}}]}]
+ANTHROPIC: list[Any] = [
+    {"role": "user", "content": [TEXT, {"type": "image", "source": {
+        "type": "base64", "media_type": "image/png", "data": DATA}}]}
+]  # fmt: skip
+RESPONSES: list[Any] = [
+    {"role": "user", "content": [{"type": "input_text", "text": "What is "}, {"type": "input_image", "image_url": URL}]}
+]
+OLLAMA: list[Any] = [{"role": "user", "content": "What is ", "images": [DATA]}]
+
+
+def ask_openai(running: Any) -> tuple[str | None, int]:
+    answer = running.openai().chat.completions.create(model="m", messages=OPENAI, max_tokens=6, temperature=0)
+    assert answer.usage is not None
+    return answer.choices[0].message.content, answer.usage.prompt_tokens
+
+
+def ask_anthropic(running: Any) -> tuple[str | None, int]:
+    with anthropic.Anthropic(base_url=running.url, api_key="none", max_retries=0) as client:
+        answer = client.messages.create(model="m", messages=ANTHROPIC, max_tokens=6, extra_body={"temperature": 0})
+        counted = client.messages.count_tokens(model="m", messages=ANTHROPIC)
+    tokens = answer.usage.input_tokens + (answer.usage.cache_read_input_tokens or 0)
+    assert counted.input_tokens == tokens
+    return getattr(answer.content[0], "text", None), tokens
+
+
+def ask_responses(running: Any) -> tuple[str | None, int]:
+    made = running.openai().responses.create(model="m", input=RESPONSES, max_output_tokens=6, temperature=0)
+    return made.output_text, made.usage.input_tokens
+
+
+def ask_ollama(running: Any) -> tuple[str | None, int]:
+    with ollama.Client(host=running.url, trust_env=False, timeout=60) as client:
+        answer = client.chat("m", OLLAMA, options={"num_predict": 6, "temperature": 0})
+    return answer.message.content, answer.prompt_eval_count or 0
+
+
+ASKING: list[Callable[[Any], tuple[str | None, int]]] = [ask_openai, ask_anthropic, ask_responses, ask_ollama]
+
+
+@pytest.mark.parametrize("ask", ASKING)
+def test_an_engine_is_shown_what_was_sent(ask: Any, start: Callable[..., Any]) -> None:
+    engine = PacedEngine("A picture.", sees=True)
+    running = start(engine)
+    assert (ask(running)[0] or "").startswith("A pict")
+    assert {picture.digest for picture in engine.pictures} == {picture_of(PIXELS).digest}
+    text = "What is <image>" if ask is not ask_ollama else "<image>What is "
+    assert text in engine.detokenize(engine.requests[0].prompt_token_ids)
+    assert len(engine.requests[0].images) == 1
+
+
+def test_a_tools_result_may_be_an_image(start: Callable[..., Any]) -> None:
+    engine = PacedEngine("I see.", sees=True)
+    call = {"id": "a", "type": "function", "function": {"name": "shot", "arguments": "{}"}}
+    messages: list[Any] = [
+        {"role": "user", "content": "Look"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "a", "content": [{"type": "image_url", "image_url": {"url": URL}}]},
+    ]
+    start(engine).openai().chat.completions.create(model="m", messages=messages)
+    assert len(engine.pictures) == 1
+
+
+def test_a_model_says_what_it_reads(start: Callable[..., Any]) -> None:
+    for sees in (False, True):
+        running = start(PacedEngine(sees=sees))
+        with running.http() as client, ollama.Client(host=running.url, trust_env=False) as other:
+            card = client.get("/v1/models").json()["data"][0]
+            assert card["modalities"] == (["text", "image"] if sees else ["text"])
+            assert client.get("/props").json()["modalities"]["vision"] is sees
+            assert ("vision" in (other.show(card["id"]).capabilities or ())) is sees
+
+
+def test_one_that_reads_text_refuses_by_name(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine())
+    with running.http() as client:
+        answer = client.post("/v1/chat/completions", json={"messages": OPENAI})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "messages.0.content.1.image_url.url"
+        assert "takes text only" in answer.text
+        answer = client.post("/api/chat", json={"model": "m", "messages": OLLAMA})
+        assert answer.status_code == 400
+        assert "takes text only" in answer.text
+
+
+@pytest.mark.parametrize("path", ["/api/generate"])
+def test_a_prompt_has_images_before_it(path: str, start: Callable[..., Any]) -> None:
+    engine = PacedEngine("Yes.", sees=True)
+    with start(engine).http() as client:
+        asked = {"model": "m", "prompt": "What?", "images": [DATA], "stream": False}
+        assert client.post(path, json=asked).json()["response"] == "Yes."
+        assert "<image>What?" in engine.detokenize(engine.requests[0].prompt_token_ids)
+        assert client.post(path, json={**asked, "raw": True}).status_code == 400
+
+
+def test_a_damaged_image_hurts_its_request_alone(start: Callable[..., Any]) -> None:
+    engine = PacedEngine("Fine.", sees=True)
+    with start(engine).http() as client:
+        for data in (DATA[:200], "AAAA", DATA[:-5] + "####="):
+            broken = [{"role": "user", "content": [{"type": "image_url", "image_url": {
+                "url": f"data:image/png;base64,{data}"}}]}]  # fmt: skip
+            answer = client.post("/v1/chat/completions", json={"messages": broken})
+            assert answer.status_code == 400
+            assert answer.json()["error"]["param"] == "messages.0.content.0.image_url.url"
+        assert client.post("/v1/chat/completions", json={"messages": OPENAI}).status_code == 200
+    assert len(engine.requests) == 1
+
+
+def test_a_small_model_sees_the_same_through_every_api(tmp_path: Path, start: Callable[..., Any]) -> None:
+    with InferenceEngine(write_toy_sight(tmp_path / "sight")) as engine:
+        running: Any = start(engine)
+        answers = {ask.__name__: ask(running) for ask in ASKING}
+        asked: Any = [{"role": "user", "content": [TEXT, {"type": "image", "image": PIXELS}]}]
+        expected = engine.chat(asked, SamplingParams(max_tokens=6, temperature=0))
+    images = answers.pop("ask_ollama")
+    assert {tokens for _, tokens in answers.values()} == {len(expected.prompt_token_ids)} == {images[1]}
+    assert len({text for text, _ in answers.values()}) == 1
