@@ -197,7 +197,7 @@ def shared(folder: Path) -> Any:
 
 def test_a_mark_without_a_picture_is_a_token(shared: InferenceEngine) -> None:
     assert shared.generate("<image>", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
-    with pytest.raises(InvalidParameterError, match="texts alone"):
+    with pytest.raises(InvalidParameterError, match="text alone is read"):
         shared.embed({"prompt": "<image>", "multi_modal_data": {"image": PICTURES[0]}}, use_tqdm=False)
 
 

@@ -94,7 +94,7 @@ def test_names_of_both_layouts_are_known(
         other = copied(folder, tmp_path / str(len(list(tmp_path.iterdir()))), layout)
         with caplog.at_level(logging.INFO):
             assert torch.equal(eager_logits(other, tokens, [12]), wanted)
-    assert "tensors of the vision tower are left out: images are not served" in caplog.text
+    assert "tensors of the vision tower are left out: it is not served" in caplog.text
 
 
 def test_a_quantised_tower_is_read(folders: Callable[[str], Path], tmp_path: Path) -> None:

@@ -725,7 +725,7 @@ class EngineFront(ABC):
         adapters: tuple[AdapterUse, ...] = (),
     ) -> GenerationRequest:
         self._check_generates()
-        text, ids = read_prompt(prompt, sees=True)
+        text, ids = read_prompt(prompt, sees=self._sight is not None)
         pictures = prompt_pictures(prompt)
         if ids is None:
             ids = self.tokenize(text or "", add_special_tokens)

@@ -214,7 +214,7 @@ class ScriptedEngine(ScriptedVectors):
         """Checks the request and returns its pieces; raises what the real engine would, or the scripted error."""
         params = (sampling_params or SamplingParams()).filled(self._default_sampling)
         request_id = request_id or uuid.uuid4().hex
-        text, ids = read_prompt(prompt, sees=True)
+        text, ids = read_prompt(prompt, sees="image" in self._info.modalities)
         images = prompt_pictures(prompt)
         with watched_submit(watcher, RequestInfo(request_id, "generate", prompt, params, self.detokenize)) as watch:
             self._check_generates()

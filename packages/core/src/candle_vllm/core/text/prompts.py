@@ -47,7 +47,7 @@ _WITHOUT_CONTENT = ("tool_calls", "function_call", "reasoning_content", "thinkin
 _OLD = {"function_call": "write tool_calls, with an id", "functions": "pass tools"}
 _PROMPT_KEYS = {
     "cache_salt": "it is a field of SamplingParams",
-    "multi_modal_data": "this is for texts alone",
+    "multi_modal_data": "text alone is read here",
     "mm_processor_kwargs": "pictures are prepared as the model's files say",
     "prompt_embeds": "a prompt is a text or token ids",
 }
@@ -341,7 +341,7 @@ def _check_part(place: str, part: Any, words: set[str], sees: bool) -> None:
     if sees and _is_picture(part):
         return
     if not isinstance(kind, str) or kind.removeprefix("input_").startswith(_MEDIA):
-        raise _wrong(place, f"is of type {kind!r:.60}, and models read text alone here")
+        raise _wrong(place, f"is of type {kind!r:.60}, and text alone is read here")
     if kind not in _TEXTS and kind not in words:
         raise _wrong(place, f"is of type {kind!r:.60}: parts are of type 'text'")
     name = "refusal" if kind == "refusal" else "text"

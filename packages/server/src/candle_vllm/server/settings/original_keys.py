@@ -139,7 +139,7 @@ def _see(section: Mapping[str, Any], where: str, remarks: list[str]) -> None:
     known_keys(section, ("vision_mode", "vision_proxy", "image_token"), where)
     mode = convert(_VISION_MODES, section.get("vision_mode", "disabled"), f"{where}.vision_mode")
     if mode != "disabled":
-        remarks.append(f"{where}: vision_mode {mode} has no effect: models read text alone here")
+        remarks.append(f"{where}: vision_mode {mode} has no effect: a model that sees takes images by itself")
 
 
 # ---- parking_lot -----------------------------------------------------------------------------------------------------
