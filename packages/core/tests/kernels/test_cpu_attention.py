@@ -298,7 +298,7 @@ def test_a_sink_beyond_every_score_takes_all(teams: dict[int, ThreadTeam]) -> No
     assert (got[:, 2].norm(dim=-1) < plain[:, 2].norm(dim=-1)).all()
 
 
-@pytest.mark.parametrize("isa", [Isa.GENERIC, Isa.VNNI, host_isa()])
+@pytest.mark.parametrize("isa", sorted({Isa.GENERIC, Isa.VNNI, host_isa() & ~Isa.AMX, host_isa()}), ids=repr)
 @pytest.mark.parametrize("window", [0, 50])
 def test_instruction_sets(teams: dict[int, ThreadTeam], isa: Isa, window: int) -> None:
     check(Model(isa=isa, window=window), teams[2], [700, 90], [30, 1])

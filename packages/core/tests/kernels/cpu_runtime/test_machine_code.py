@@ -82,7 +82,9 @@ def test_loaded_code_cannot_be_written() -> None:
 
 
 def test_a_level_is_the_most_able_whose_flags_are_all_there() -> None:
-    best, middle, plain, least = LEVELS
+    squares, best, middle, plain, least = LEVELS
+    assert level_of(squares.flags) is squares
+    assert level_of(squares.flags - {"amx_tile"}) is best
     assert level_of(best.flags | {"something"}) is best
     assert level_of(best.flags - {"avx512_bf16"}) is middle
     assert level_of(best.flags - {"avx512_vnni"}) is plain
@@ -95,7 +97,27 @@ def test_weights_are_asked_for_ahead_where_the_cpu_does_not(vendor, ahead, monke
     monkeypatch.setattr(level, "is_linux_x86", lambda: True)
     monkeypatch.setattr(level.Path, "read_text", lambda path: f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fma")
     assert level.bytes_ahead.__wrapped__() == ahead
-    assert [entry.isa for entry in LEVELS] == [Isa.VNNI | Isa.BF16, Isa.VNNI, Isa.GENERIC, Isa.GENERIC]
+    both = Isa.VNNI | Isa.BF16
+    assert [entry.isa for entry in LEVELS] == [both | Isa.AMX, both, Isa.VNNI, Isa.GENERIC, Isa.GENERIC]
+
+
+@pytest.mark.parametrize("granted", [True, False])
+def test_amx_is_used_where_the_system_lets_it(granted, monkeypatch):
+    flags = " ".join(LEVELS[0].flags)
+    monkeypatch.setattr(level, "is_linux_x86", lambda: True)
+    monkeypatch.setattr(level.Path, "read_text", lambda path: f"processor\t: 0\nflags\t\t: {flags}")
+    monkeypatch.setattr(level, "_may_use_amx", lambda: granted)
+    assert level.host_level.__wrapped__() is LEVELS[0 if granted else 1]
+
+
+def test_amx_that_cannot_be_asked_for_is_not_used(monkeypatch):
+    class Library:
+        def syscall(self, *numbers: int) -> int:
+            assert numbers == (158, 0x1023, 18)
+            return -1
+
+    monkeypatch.setattr(level.ctypes, "CDLL", lambda name: Library())
+    assert not level._may_use_amx()
 
 
 # ---- what travels ----------------------------------------------------------------------------------------------------
@@ -106,13 +128,13 @@ def test_every_function_that_is_asked_for_can_travel() -> None:
     for path in KERNELS.glob("*/*.py"):
         if path.name != "travelling.py":
             named |= set(re.findall(r'"(\w+\.(?:cpu|walk)\w*:\w+)"', path.read_text()))
-    listed = {code for code, _ in travelling.functions(Isa.VNNI)}
+    listed = {code for code, _ in travelling.functions(~Isa.GENERIC)}
     assert len(named) > 20
     assert named == listed
 
 
 def test_every_function_that_travels_is_there() -> None:
-    for code, constants in travelling.functions(Isa.VNNI | Isa.BF16):
+    for code, constants in travelling.functions(~Isa.GENERIC):
         assert callable(named_function(code, *constants)[1]())
 
 

@@ -23,9 +23,11 @@ from numba import njit
 
 from candle_vllm.core.kernels.attention.cpu_cache import (
     HEADER,
+    PROBABILITY_STRIDE,
     ROW_TILE,
     ROWS,
     SCORE_STRIDE,
+    SQUARE,
     STRIP,
     TILE_LIST,
     partial_floats,
@@ -40,6 +42,14 @@ from candle_vllm.core.kernels.attention.cpu_split import (
     split_bytes,
     total_cost,
 )
+from candle_vllm.core.kernels.attention.cpu_squares import (
+    begin_squares,
+    copy_partial,
+    copy_seen,
+    fits,
+    score_squares,
+    value_squares,
+)
 from candle_vllm.core.kernels.attention.cpu_tiles import (
     TILES,
     add_sink,
@@ -53,7 +63,8 @@ from candle_vllm.core.kernels.attention.cpu_tiles import (
     softmax_rows,
     value_tiles,
 )
-from candle_vllm.core.kernels.cpu_runtime.level import LANES
+from candle_vllm.core.kernels.cpu_runtime.emit_squares import end_squares
+from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, int64_at, read, step_number
 
@@ -154,8 +165,45 @@ def _gather_queries(
             t += 1
 
 
+@njit(inline="always")
+def _attend_rows(memory, chunk, to, size, rows, stride, cap, dim, isa) -> None:
+    """Partial results of up to 4 rows with a chunk, `size` bytes apart at `to`.
+
+    `memory` is where the rows' queries and positions are, the tiles, and room for scores and probabilities; `chunk` its
+    first position, keys and tiles, those with what fills them up, and the window.
+    """
+    queries, positions, tiles, scores, probabilities = memory
+    start, keys, count, filled, window = chunk
+    _scores(queries, tiles, stride, scores, count, rows, dim, isa)
+    if cap > 0:
+        for j in range(rows):
+            cap_scores(scores + j * SCORE_STRIDE, count, cap)
+    _softmax(scores, probabilities, count, positions, start, window, to, rows, dim)
+    _values(probabilities, tiles + 8 * filled, keys, to, rows, dim, isa)
+
+
+@njit(inline="always")
+def _attend_square(memory, chunk, to, size, rows, stride, cap, dim, isa) -> None:
+    """The same for up to 16 rows; as many results are written as the registers have rows."""
+    queries, positions, tiles, scores, probabilities = memory
+    start, _, count, filled, window = chunk
+    for n in range(0, count, TILES):
+        score_squares(queries, tiles + 8 * n, stride, scores + 4 * LANES * n, dim)
+    for j in range(0, rows, ROWS):
+        at, some = scores + j * SCORE_STRIDE, min(ROWS, rows - j)
+        if cap > 0:
+            for i in range(some):
+                cap_scores(at + i * SCORE_STRIDE, count, cap)
+        weights = probabilities + j * PROBABILITY_STRIDE
+        _softmax(at, weights, count, positions + 8 * j, start, window, to + j * size, some, dim)
+    value_squares(probabilities, tiles + 8 * filled, count, to, dim)
+
+
 def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
     """The operation for one head size."""
+    squares = bool(isa & Isa.AMX) and fits(head_dim)
+    attend_block = _attend_square if squares else _attend_rows
+    block = SQUARE if squares else ROWS
     row_bytes = 4 * partial_floats(head_dim)
     thread_bytes = scratch_per_thread(head_dim)
     query_bytes = 2 * head_dim
@@ -171,8 +219,10 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
         queries = positions + 8 * ROW_TILE
         states = queries + ROW_TILE * query_bytes
         parts = states + ROW_TILE * row_bytes
-        scores = parts + ROWS * row_bytes
-        probabilities = scores + ROWS * SCORE_STRIDE
+        scores = parts + SQUARE * row_bytes
+        probabilities = scores + SQUARE * SCORE_STRIDE
+        last_values = probabilities + SQUARE * PROBABILITY_STRIDE
+        shape = last_values + 2 * LANES * head_dim
         at_position = int64_at(positions)
 
         partials = scratch + HEADER + threads * thread_bytes
@@ -220,10 +270,15 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
                 seen = first_seen(at_position[0], window)
                 chunk = max(first_chunk + turn * run, chunk_of(seen))
                 top = min(first_chunk + turn * run + run - 1, chunk_of(at_position[rows - 1]))
-                to = parts
+                to = parts  # of nobody's rows, where the results are not kept
                 if size == 0:
                     for i in range(rows):
                         clear_partial(states + i * row_bytes, head_dim)
+                if squares:
+                    if rows > 8:
+                        begin_squares(shape, 16)
+                    else:
+                        begin_squares(shape, 8)
                 for c in range(chunk, top + 1):
                     start = max(chunk_start(c), seen & ~(LANES - 1))
                     keys = min(chunk_start(c + 1), at_position[rows - 1] + 1) - start
@@ -245,30 +300,23 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
                     )
                     if size > 0:
                         to = partials + (((c - first_chunk) * kv_heads + head) * all_rows + first) * row_bytes
-                    for i in range(0, rows, ROWS):
-                        some = min(ROWS, rows - i)
-                        target = to
-                        if size > 0:
+                    if squares and keys % LANES != 0:
+                        copy_seen(last_values, int64_at(tiles)[filled + count - 1], keys % LANES, head_dim)
+                        int64_at(tiles)[filled + count - 1] = last_values
+                    for i in range(0, rows, block):
+                        some = min(block, rows - i)
+                        target = parts
+                        if size > 0 and not squares:
                             target = to + i * row_bytes
-                        _scores(queries + i * query_bytes, tiles, stride, scores, count, some, head_dim, isa)
-                        if given.cap > 0:
-                            for j in range(some):
-                                cap_scores(scores + j * SCORE_STRIDE, count, given.cap)
-                        _softmax(
-                            scores,
-                            probabilities,
-                            count,
-                            positions + 8 * i,
-                            start,
-                            window,
-                            target,
-                            some,
-                            head_dim,
-                        )
-                        _values(probabilities, tiles + 8 * filled, keys, target, some, head_dim, isa)
+                        memory = queries + i * query_bytes, positions + 8 * i, tiles, scores, probabilities
+                        seen_keys = start, keys, count, filled, window
+                        attend_block(memory, seen_keys, target, row_bytes, some, stride, given.cap, head_dim, isa)
                         if size == 0:
                             for j in range(some):
                                 merge_partial(states + (i + j) * row_bytes, parts + j * row_bytes, head_dim)
+                        elif squares:
+                            for j in range(some):
+                                copy_partial(to + (i + j) * row_bytes, parts + j * row_bytes, head_dim)
                 if size == 0:
                     t, h = first // group, first % group
                     for i in range(rows):
@@ -284,6 +332,8 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
             before += units
             partials += size
             free -= size
+        if squares:
+            end_squares()
 
     return attend
 

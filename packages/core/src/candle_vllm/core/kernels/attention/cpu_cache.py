@@ -47,6 +47,9 @@ def stretch_step(cache_layer_strides: tuple[int, ...], head_dim: int) -> int:
 ROWS = 4  # query rows that share a load
 
 
+SQUARE = 16  # query rows of AMX's registers
+
+
 STRIP = 64  # most key positions whose pairs of one dimension lie side by side
 
 
@@ -94,10 +97,10 @@ def chunk_of(position: int) -> int:
 
 
 def scratch_per_thread(head_dim: int) -> int:
-    """Scratch memory of one thread: tile addresses, positions, queries, scores, probabilities, partials, states."""
+    """Scratch memory of one thread: what `cpu.make_attend` puts there, in its order."""
     row = 4 * partial_floats(head_dim)
-    rows = ROW_TILE * (8 + 2 * head_dim + row) + ROWS * (SCORE_STRIDE + PROBABILITY_STRIDE + row)
-    return -(-(TILE_LIST + rows) // 128) * 128
+    rows = ROW_TILE * (8 + 2 * head_dim + row) + SQUARE * (SCORE_STRIDE + PROBABILITY_STRIDE + row)
+    return -(-(TILE_LIST + rows + 2 * LANES * head_dim + 64) // 128) * 128
 
 
 def scratch_bytes(*, max_tokens: int, max_seqs: int, heads: int, head_dim: int, max_context: int, threads: int) -> int:

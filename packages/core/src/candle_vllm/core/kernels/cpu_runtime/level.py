@@ -6,6 +6,7 @@ its level.
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import importlib.util
 import platform
@@ -24,6 +25,7 @@ class Isa(enum.IntFlag):
     GENERIC = 0
     VNNI = 1  # AVX512-VNNI: 64 products of 8 bits, summed by fours
     BF16 = 2  # AVX512-BF16: 32 products of bfloat16, summed by twos
+    AMX = 4  # AMX-BF16: 16 by 16 sums of 32 products of bfloat16
 
 
 class Level(NamedTuple):
@@ -44,7 +46,12 @@ class Level(NamedTuple):
 
 _AVX2 = frozenset(["avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"])
 _AVX512 = _AVX2 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"])
+_AMX = _AVX512 | {
+    *("amx_bf16", "amx_int8", "amx_tile", "avx512_bf16", "avx512_bitalg", "avx512_fp16", "avx512_vbmi2", "avx512_vnni"),
+    *("avx512_vpopcntdq", "avx512ifma", "avx512vbmi", "gfni", "vaes", "vpclmulqdq"),
+}
 LEVELS = (
+    Level("amx", "sapphirerapids", Isa.VNNI | Isa.BF16 | Isa.AMX, _AMX),
     Level("avx512-bf16", "cooperlake", Isa.VNNI | Isa.BF16, _AVX512 | {"avx512_vnni", "avx512_bf16"}),
     Level("avx512-vnni", "cascadelake", Isa.VNNI, _AVX512 | {"avx512_vnni"}),
     Level("avx512", "skylake-avx512", Isa.GENERIC, _AVX512),
@@ -56,7 +63,10 @@ LEVELS = (
 @cache
 def host_level() -> Level:
     """The level of this CPU; where it is none of `LEVELS`, one of its own, whose `cpu` is what LLVM calls this one."""
-    return level_of(frozenset(_cpu_facts("flags")) or _flags_of_llvm()) or _native()
+    flags = frozenset(_cpu_facts("flags"))
+    if "amx_tile" in flags and not _may_use_amx():
+        flags -= {"amx_tile"}
+    return level_of(flags or _flags_of_llvm()) or _native()
 
 
 def host_isa() -> Isa:
@@ -82,6 +92,20 @@ def bytes_ahead() -> int:
 def level_of(flags: frozenset[str]) -> Level | None:
     """The most able level whose flags are all there."""
     return next((level for level in LEVELS if level.flags <= flags), None)
+
+
+_ARCH_PRCTL, _REQUEST_STATE, _TILES = 158, 0x1023, 18
+
+
+def _may_use_amx() -> bool:
+    """Asks Linux for AMX, for this process: it keeps the large registers of those alone who asked.
+
+    Source: Linux, Documentation/arch/x86/xstate.rst.
+    """
+    try:
+        return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_STATE, _TILES) == 0
+    except (OSError, AttributeError):
+        return False
 
 
 def is_linux_x86() -> bool:

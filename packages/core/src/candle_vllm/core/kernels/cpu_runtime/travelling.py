@@ -65,7 +65,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "scale_cap.cpu:make_scale_cap", (flag,)
         yield "latent_attention.cpu_heads:make_heads", (flag,)
     for head_dim in HEAD_DIMS:
-        yield "attention.cpu:make_attend", (head_dim, isa & Isa.BF16)
+        yield "attention.cpu:make_attend", (head_dim, isa & (Isa.BF16 | Isa.AMX))
         yield "attention.cpu:make_merge", (head_dim,)
     for form in RowForm:
         for name in ("cpu:make_shrink", "cpu:make_expand", "cpu_experts:make_shrink", "cpu_experts:make_expand"):
