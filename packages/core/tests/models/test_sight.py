@@ -4,6 +4,7 @@ comes to it."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFWriter
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
@@ -22,10 +25,18 @@ from candle_vllm.core.devices import choose_device
 from candle_vllm.core.engine.eager_runner import EagerTower
 from candle_vllm.core.engine.images import TowerRunner
 from candle_vllm.core.engine.recorded_runner import RecordedTower
-from candle_vllm.core.errors import InvalidFileError, InvalidParameterError, UnsupportedModelError, WeightsError
+from candle_vllm.core.errors import (
+    ConfigError,
+    InvalidFileError,
+    InvalidParameterError,
+    UnsupportedModelError,
+    WeightsError,
+)
 from candle_vllm.core.fields import read_json
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.models.siglip import FAMILY
 from candle_vllm.core.remote import RemoteEngine
+from candle_vllm.core.testing.toy_model import write_toy_gguf
 from candle_vllm.core.testing.toy_sight import toy_sight_config, write_toy_sight
 
 RANDOM = np.random.default_rng(3)
@@ -226,3 +237,71 @@ def test_a_tower_that_does_not_fit_is_named(folder: Path, tmp_path: Path) -> Non
     (made / "preprocessor_config.json").unlink()
     with pytest.raises(InvalidFileError, match="says how pictures are prepared"):
         InferenceEngine(made)
+
+
+def write_towers(folder: Path, made: Path, *, swapped: bool = False, kind: str = "idefics3") -> dict[str, Any]:
+    """The checkpoint as llama.cpp has it: settings that name its text model's file and that of its tower."""
+    config, tensors = read_json(folder / "config.json"), load_file(folder / "model.safetensors")
+    described = config["vision_config"]
+    made.mkdir(parents=True)
+    write_toy_gguf(
+        made / "model.gguf", quantization="F32", config={"architectures": ["LlamaForCausalLM"], **config["text_config"]}
+    )
+    writer = GGUFWriter(made / "mmproj.gguf", "clip")
+    for key, value in {
+        "clip.projector_type": kind, "clip.vision.image_size": described["image_size"],
+        "clip.vision.patch_size": described["patch_size"], "clip.vision.embedding_length": described["hidden_size"],
+        "clip.vision.feed_forward_length": described["intermediate_size"], "clip.vision.block_count": 2,
+        "clip.vision.attention.head_count": 3, "clip.vision.preproc_image_size": 64,
+        "clip.vision.projector.scale_factor": config["scale_factor"],
+    }.items():  # fmt: skip
+        writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-6)
+    for name in ("mean", "std"):
+        writer.add_array(f"clip.vision.image_{name}", [0.5, 0.5, 0.5])
+    table = {line.hf: line.gguf for line in FAMILY.weights}
+    for name, tensor in tensors.items():
+        plain = name.removeprefix("model.")
+        number = re.search(r"layers\.(\d+)\.", plain)
+        found = table.get(plain if number is None else plain.replace(number[0], "layers.{i}."))
+        if isinstance(found, str):
+            called = found.replace("{i}", "" if number is None else number[1])
+            if swapped:
+                called = called.replace("ffn_up", "x").replace("ffn_down", "ffn_up").replace("x", "ffn_down")
+            writer.add_tensor(called, tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return {"model": str(made / "model.gguf"), "mmproj": made / "mmproj.gguf", "tokenizer": folder}
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_gguf_file_beside_the_model_is_the_same_tower(
+    swapped: bool, folder: Path, tmp_path: Path, alone: list[tuple[int, ...]]
+) -> None:
+    with InferenceEngine(**write_towers(folder, tmp_path / "gguf", swapped=swapped)) as engine:
+        assert answers(engine, PROMPTS) == alone
+
+
+def test_wrong_files_beside_a_model_are_named(folder: Path, tmp_path: Path) -> None:
+    right = write_towers(folder, tmp_path / "gguf")
+    with pytest.raises(UnsupportedModelError, match="this is no file of what a model sees by"):
+        InferenceEngine(right["model"], mmproj=Path(right["model"]))
+    with pytest.raises(ConfigError, match="mmproj belongs to a GGUF model"):
+        InferenceEngine(folder, mmproj=right["mmproj"])
+    other = write_towers(folder, tmp_path / "other", kind="ldp")
+    with pytest.raises(UnsupportedModelError, match=r"clip\.projector_type is 'ldp'; implemented: idefics3"):
+        InferenceEngine(right["model"], mmproj=other["mmproj"])
+
+
+def test_texts_alone_may_be_asked_for(folder: Path) -> None:
+    with InferenceEngine(folder, max_images=0) as engine:
+        assert engine.model_info.modalities == ("text",)
+        with pytest.raises(InvalidParameterError, match="text alone is read here"):
+            engine.generate(PROMPT, GREEDY, use_tqdm=False)
+    with (
+        InferenceEngine(folder, max_images=1) as engine,
+        pytest.raises(InvalidParameterError, match="2 pictures; a prompt may have 1"),
+    ):
+        engine.generate(PROMPT, GREEDY, use_tqdm=False)

@@ -211,6 +211,8 @@ class EngineConfig(ExplainedSettings):
     offline: Annotated[bool, Boolean(), "never use the network to find the model"] = False
     tokenizer: Annotated[Path | None, FilePath(), "folder with the tokenizer.json to use instead"] = None
     chat_template: Annotated[str | None, Text(), "Jinja source to use instead of the model's own template"] = None
+    mmproj: Annotated[Path | None, FilePath(), "GGUF file of what the model sees by, beside a GGUF model"] = None
+    max_images: Annotated[int, Integer(0, 1024), "most images of one prompt; 0 leaves out what a model sees by"] = 64
     isq: Annotated[str | None, QuantisedType(ISQ_NAMES), "quantise plain weights while they are loaded "
                    "(docs/quantisation.md): " + ", ".join(ISQ_NAMES),
                    "q4_k stands for q4k. The embedding and the head get at least q6k; norms, biases and routers stay "
@@ -378,6 +380,8 @@ class EngineSettings(TypedDict, total=False):
     offline: bool
     tokenizer: Path | None
     chat_template: str | None
+    mmproj: Path | None
+    max_images: int
     isq: str | None
     load_format: LoadFormat
     device: str

@@ -445,7 +445,7 @@ class EngineFront(ABC):
         **options: Any,
     ) -> GenerationOutput:
         """`chat` for one conversation, in an event loop. Cancelling it aborts the request."""
-        prompt = self._chat_prompt(*self._rendered("achat", messages, options), messages)
+        prompt = self._chat_prompt(self._rendered("achat", messages, options)[0], messages)
         params = self._chat_params(sampling_params)
         return await whole(
             self.stream(prompt, params, request_id=request_id, priority=priority, lora_request=lora_request)
@@ -630,7 +630,7 @@ class EngineFront(ABC):
         **options: Any,
     ) -> TokenIterator:
         """`generate_stream` for one conversation; parameters and `options` as of `chat`."""
-        prompt = self._chat_prompt(*self._rendered("chat_stream", messages, options), messages)
+        prompt = self._chat_prompt(self._rendered("chat_stream", messages, options)[0], messages)
         params = self._chat_params(sampling_params)
         return self.generate_stream(prompt, params, request_id=request_id, priority=priority, lora_request=lora_request)
 
@@ -645,7 +645,7 @@ class EngineFront(ABC):
         **options: Any,
     ) -> TokenStream:
         """`stream` for one conversation, for `async for` in an event loop; parameters and `options` as of `chat`."""
-        prompt = self._chat_prompt(*self._rendered("achat_stream", messages, options), messages)
+        prompt = self._chat_prompt(self._rendered("achat_stream", messages, options)[0], messages)
         params = self._chat_params(sampling_params)
         return self.stream(prompt, params, request_id=request_id, priority=priority, lora_request=lora_request)
 

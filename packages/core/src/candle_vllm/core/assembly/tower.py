@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -13,18 +14,23 @@ from candle_vllm.core.assembly.opening import Opened, naming
 from candle_vllm.core.assembly.placement import encoder_placement, room_for_weights
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device
-from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.layers.parameters import SHAPES, Placement
+from candle_vllm.core.loading.gguf import open_gguf
+from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import check_weights, load_weights
-from candle_vllm.core.models.family import Tower, TowerFamily
-from candle_vllm.core.models.registry import tower_family
+from candle_vllm.core.models.family import Tower, TowerConfig, TowerFamily
+from candle_vllm.core.models.registry import tower_family, tower_family_from_gguf
 from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.vision.pictures import require_pillow
 from candle_vllm.core.vision.preprocessing import Cut
 from candle_vllm.core.vision.prompts import Sight, Sighted
 
 logger = logging.getLogger(__name__)
+
+_Found = tuple[TowerFamily, TowerConfig, Checkpoint, Path]
+"""A tower's family, its description, its tensors, and the file that describes it."""
 
 _PROCESSOR = "preprocessor_config.json"
 _PROCESSORS = "processor_config.json"  # newer ones have the same under a key of this
@@ -56,37 +62,76 @@ def load_tower(
         ConfigError: Pillow is not installed.
         ModelLoadError: its files cannot be used.
     """
+    if config.mmproj is not None and opened.files.format != "gguf":
+        raise ConfigError("mmproj belongs to a GGUF model: a folder has what the model sees by in it", "mmproj")
+    with contextlib.ExitStack() as stack:
+        if config.mmproj is not None:
+            found = _from_gguf(stack.enter_context(open_gguf(config.mmproj)), text_size)
+        else:
+            found = _from_folder(opened, text_size)
+        if found is None or not config.max_images:
+            return None
+        if device.type != "cpu":
+            said = "images are for the CPU so far"
+            if config.mmproj is not None:
+                raise ConfigError(f"mmproj: {said}: set device='cpu', or leave it out", "mmproj")
+            logger.warning("%s: %s, and the model reads text alone", opened.files.name, said)
+            return None
+        require_pillow()
+        return _loaded(config, device, opened.files.name, tokenizer, *found)
+
+
+def _from_folder(opened: Opened, text_size: int) -> _Found | None:
     stored, files = opened.tower, opened.files
     if stored is None or files.config is None:
         return None
-    started = time.perf_counter()
     values = read_json(files.config)
     family = tower_family(values)
     assert family is not None
-    require_pillow()
     model = family.config_from_hf(Fields(values, files.config), _processor(files.folder), text_size)
+    return family, model, stored, files.config
+
+
+def _from_gguf(stored: Checkpoint, text_size: int) -> _Found:
+    family = tower_family_from_gguf(stored.metadata, stored.path)
+    model = family.config_from_gguf(Fields(stored.metadata, stored.path, "clip.vision."), text_size)
+    return family, model, stored.with_tensors(family.prepared(stored.tensors, model)), stored.path
+
+
+def _loaded(
+    config: EngineConfig,
+    device: Device,
+    name: str,
+    tokenizer: Tokenizer,
+    family: TowerFamily,
+    model: TowerConfig,
+    stored: Checkpoint,
+    described: Path,
+) -> LoadedTower:
+    started = time.perf_counter()
     placement = encoder_placement(config, device, stored)
-    with naming(files.config, stored.path):
+    with naming(described, stored.path):
         check_weights(lambda: family.build(model, SHAPES), family.weights, stored, model)
-        with room_for_weights(f"the tower of {files.name}", placement, stored):
+        with room_for_weights(f"the tower of {name}", placement, stored):
             tower = family.build(model, placement)
             load_weights(tower, family.weights, stored, model)
     nbytes = sum(tensor.nbytes for tensor in stored.tensors.values())
-    logger.info("loaded the tower of %s: %.1f MB in %.2f s", files.name, nbytes / 1e6, time.perf_counter() - started)
-    mark = _mark(family, tokenizer, files.config)
+    logger.info("loaded the tower of %s: %.1f MB in %.2f s", name, nbytes / 1e6, time.perf_counter() - started)
+    mark = _mark(family, tokenizer, described)
     parts = Sighted(family=family.name, rule=model.rule, mark=mark, embeddings=model.embeddings)
-    return LoadedTower(tower=tower, placement=placement, sight=sight_of(parts, tokenizer), weight_bytes=nbytes)
+    sight = sight_of(parts, tokenizer, config.max_images)
+    return LoadedTower(tower=tower, placement=placement, sight=sight, weight_bytes=nbytes)
 
 
-def sight_of(parts: Sighted, tokenizer: Tokenizer) -> Sight:
-    """How a model sees whose tower is known by its `parts`."""
+def sight_of(parts: Sighted, tokenizer: Tokenizer, most: int) -> Sight:
+    """How a model sees whose tower is known by its `parts`; `most` pictures of a prompt."""
     family: TowerFamily = import_module(f"candle_vllm.core.models.{parts.family}").FAMILY
     marks = family.mark * parts.embeddings
 
     def words(cut: Cut) -> Sequence[int]:
         return tokenizer.encode(family.words_around(cut, marks), add_special_tokens=False, parse_special=True)
 
-    return Sight(parts, words)
+    return Sight(parts, words, most=most)
 
 
 def _processor(folder: Path) -> Fields:

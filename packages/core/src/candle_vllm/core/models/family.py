@@ -15,6 +15,7 @@ from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import Cut, TileRule
 
 
@@ -139,9 +140,14 @@ class Tower(Protocol):
         norm: behind the last layer.
     """
 
-    config: TowerConfig
-    layers: Sequence[Callable[[Value, Sequence[int]], Value]]
-    norm: Callable[[Value], Value]
+    @property
+    def config(self) -> TowerConfig: ...
+
+    @property
+    def layers(self) -> Sequence[Callable[[Value, Sequence[int]], Value]]: ...
+
+    @property
+    def norm(self) -> Callable[[Value], Value]: ...
 
     def begin(self, patches: Value, places: Value) -> Value:
         """x [T, E] of patches [T, numbers of one], whose numbers in their tile are `places` [T] int64."""
@@ -159,7 +165,10 @@ class TowerFamily:
     Attributes:
         name: of its file.
         hf: `architectures` of the whole models' config.json, and the model_type.
+        gguf: `clip.projector_type` of GGUF files.
         config_from_hf: reads a tower's description from that, preprocessor_config.json, and the text model's width.
+        config_from_gguf: from the metadata of such a file, and the text model's width.
+        prepared: the tensors of such a file, by their right names.
         build, weights: as for `Family`.
         mark: the token that a template writes for a picture, and that stands for each of its embeddings.
         words_around: what stands in a prompt for a picture, of how it is cut and the marks of one tile.
@@ -167,7 +176,10 @@ class TowerFamily:
 
     name: str
     hf: Mapping[str, str]
+    gguf: tuple[str, ...] = ()
     config_from_hf: Callable[[Fields, Fields, int], TowerConfig]
+    config_from_gguf: Callable[[Fields, int], TowerConfig]
+    prepared: Callable[[Mapping[str, StoredTensor], TowerConfig], Mapping[str, StoredTensor]]
     build: Callable[[TowerConfig, Placement], Tower]
     weights: Sequence[WeightName]
     mark: str

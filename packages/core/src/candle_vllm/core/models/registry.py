@@ -72,11 +72,30 @@ TOWER_FAMILIES = ("siglip",)
 def tower_family(config: Mapping[str, Any]) -> TowerFamily | None:
     """The family of the tower that a `config.json` names; None where it has none that is served."""
     names = config.get("architectures")
+    named = names[0] if isinstance(names, list) and len(names) == 1 else None
+    return next((family for family in _towers() if named in family.hf), None)
+
+
+def tower_family_from_gguf(metadata: Mapping[str, Any], path: Path) -> TowerFamily:
+    """The family of a GGUF file of a tower.
+
+    Raises:
+        UnsupportedModelError: it is none, or of a family that is not served.
+    """
+    fields = Fields(metadata, path)
+    if metadata.get("general.architecture") != "clip":
+        raise UnsupportedModelError(f"{path}: this is no file of what a model sees by (mmproj)")
+    kind = fields.get("clip.projector_type", str, fields.get("clip.vision.projector_type", str, ""))
+    found = next((family for family in _towers() if kind in family.gguf), None)
+    if found is None:
+        known = ", ".join(name for family in _towers() for name in family.gguf)
+        raise UnsupportedModelError(f"{path}: clip.projector_type is {kind!r:.60}; implemented: {known}")
+    return found
+
+
+def _towers() -> Iterator[TowerFamily]:
     for file in TOWER_FAMILIES:
-        family: TowerFamily = import_module(f"{__package__}.{file}").FAMILY
-        if isinstance(names, list) and len(names) == 1 and names[0] in family.hf:
-            return family
-    return None
+        yield import_module(f"{__package__}.{file}").FAMILY
 
 
 HF_FAMILIES = ByName(Family, "hf")

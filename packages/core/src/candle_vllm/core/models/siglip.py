@@ -8,6 +8,7 @@ Shapes: T patches, E hidden, P numbers of a patch, C cells.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -27,7 +28,7 @@ from candle_vllm.core.loading.views import computed
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.family import TowerConfig, TowerFamily
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import Cut, tile_rule
+from candle_vllm.core.vision.preprocessing import MAX_TILE, Cut, tile_rule
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -66,6 +67,46 @@ def config_from_hf(fields: Fields, processor: Fields, text_size: int) -> TowerCo
         text_size=text_size,
         rule=rule,
     )
+
+
+def config_from_gguf(fields: Fields, text_size: int) -> TowerConfig:
+    """Reads the metadata of llama.cpp's `mmproj` files of Idefics3 and SmolVLM; keys begin with `clip.vision.`."""
+    tile, patch = fields.count("image_size", most=MAX_TILE), fields.count("patch_size")
+    cell, side = fields.count("projector.scale_factor", 4, most=64), tile // patch
+    if not 0 < side * side <= _MOST_PATCHES or tile != side * patch or side % cell:
+        raise InvalidFileError(f"{fields.path}: tiles of {tile} pixels, patches of {patch}, {cell} x {cell} in a cell")
+    numbers = {key: fields.get(f"image_{key}", list, [0.5] * 3) for key in ("mean", "std")}
+    processor = {
+        "size": {"longest_edge": fields.count("preproc_image_size", 4 * tile)},
+        "max_image_size": {"longest_edge": tile},
+        **{f"image_{key}": [float(value) for value in values] for key, values in numbers.items()},
+    }
+    return TowerConfig(
+        hidden_size=fields.count("embedding_length"),
+        intermediate_size=fields.count("feed_forward_length"),
+        num_layers=fields.count("block_count", most=MAX_LAYERS),
+        num_heads=fields.count("attention.head_count"),
+        norm_eps=fields.get("attention.layer_norm_epsilon", float, 1e-6),
+        activation="gelu_tanh",
+        patch=patch,
+        side=side,
+        cell=cell,
+        text_size=text_size,
+        rule=tile_rule(Fields(processor, fields.path)),
+    )
+
+
+def prepared(tensors: Mapping[str, StoredTensor], config: TowerConfig) -> Mapping[str, StoredTensor]:
+    """Older files call up what is down, and the other way: the shapes tell."""
+    down = tensors.get("v.blk.0.ffn_down.weight")
+    if down is None or down.shape != (config.intermediate_size, config.hidden_size) or len(set(down.shape)) == 1:
+        return tensors
+    swapped = {".ffn_down.": ".ffn_up.", ".ffn_up.": ".ffn_down."}
+
+    def name(given: str) -> str:
+        return next((given.replace(one, other) for one, other in swapped.items() if one in given), given)
+
+    return {name(given): dataclasses.replace(tensor, name=name(given)) for given, tensor in tensors.items()}
 
 
 # ---- block -----------------------------------------------------------------------------------------------------------
@@ -169,7 +210,10 @@ def words_around(cut: Cut, image: str) -> str:
 FAMILY = TowerFamily(
     name="siglip",
     hf={"Idefics3ForConditionalGeneration": "idefics3", "SmolVLMForConditionalGeneration": "smolvlm"},
+    gguf=("idefics3",),
     config_from_hf=config_from_hf,
+    config_from_gguf=config_from_gguf,
+    prepared=prepared,
     build=Siglip,
     weights=WEIGHTS,
     mark="<image>",

@@ -52,7 +52,7 @@ class RemoteEngine(EngineFront):
         process = EngineProcess(config)
         try:
             ready = process.greeting()
-            self._texts: _Texts | None = _Texts(ready)
+            self._texts: _Texts | None = _Texts(ready, config.max_images)
             writer = RequestWriter(ready.info, self._texts.tokenizer, ready.pooling, config.seed)
             self._link = RemoteLink(process, ready, writer)
         except BaseException:  # an interrupt, while it loads, as well
@@ -130,14 +130,14 @@ class RemoteEngine(EngineFront):
 class _Texts:
     """The model's tokenizer and template, and how it sees, as the child described them."""
 
-    def __init__(self, ready: Ready) -> None:
+    def __init__(self, ready: Ready, most_images: int) -> None:
         self.tokenizer = _tokenizer(ready.tokenizer)
         self.template = None if ready.template is None else ChatTemplate(ready.template, self.tokenizer.special_tokens)
         self.sight: Sight | None = None
         if ready.sight is not None:
             from candle_vllm.core.assembly.tower import sight_of
 
-            self.sight = sight_of(ready.sight, self.tokenizer)
+            self.sight = sight_of(ready.sight, self.tokenizer, most_images)
 
 
 def _tokenizer(parts: TokenizerParts) -> Tokenizer:

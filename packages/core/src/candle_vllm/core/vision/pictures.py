@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -74,7 +75,8 @@ def require_pillow() -> None:
     try:
         import PIL.Image  # noqa: F401
     except ImportError:
-        raise ConfigError(f"pictures need Pillow: {with_extra('vision')}", "model") from None
+        said = f"pictures need Pillow: {with_extra('vision')}; for texts alone load the model with max_images=0"
+        raise ConfigError(said, "max_images") from None
 
 
 def decode_picture(data: bytes, limits: PictureLimits = LIMITS, name: str = "image") -> Picture:
@@ -125,13 +127,10 @@ def picture_of(image: object, limits: PictureLimits = LIMITS, name: str = "image
             raise InvalidParameterError(said, name)
         _check_size(image.shape[1], image.shape[0], limits, name)
         return _of_pixels(image)
-    try:
+    with contextlib.suppress(ImportError):
         import PIL.Image
-    except ImportError:
-        is_image = False
-    else:
-        is_image = isinstance(image, PIL.Image.Image)
-        if is_image:
+
+        if isinstance(image, PIL.Image.Image):
             _check_size(*image.size, limits, name)
             return _picture(image)
     raise InvalidParameterError(

@@ -16,9 +16,6 @@ from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.core.vision.pictures import LIMITS, Picture, PictureLimits, picture_of
 from candle_vllm.core.vision.preprocessing import Cut, TileRule
 
-MAX_IMAGES = 64
-"""Most pictures of a prompt where nothing else is said."""
-
 
 class Sighted(ShownStruct, frozen=True, kw_only=True):
     """What is to be known of a tower by who has the texts.
@@ -50,7 +47,7 @@ class Sight:
     parts: Sighted
     words: Callable[[Cut], Sequence[int]]
     limits: PictureLimits = LIMITS
-    most: int = MAX_IMAGES
+    most: int = 64
 
     def look(self, ids: Sequence[int], images: Sequence[object]) -> tuple[list[int], tuple[ImageInput, ...]]:
         """A prompt with what stands for its pictures, and these.

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from candle_vllm.core.arguments import NO_CODE, TEXT_ALONE
+from candle_vllm.core.arguments import NO_CODE
 
 Becomes = str | Callable[[str], list[str]]
 ANY = "*"
@@ -105,6 +105,19 @@ def _device(text: str) -> list[str]:
             {"none": "cpu"}.get(name, text)]  # fmt: skip
 
 
+def _images(text: str) -> list[str]:
+    """vLLM's `--limit-mm-per-prompt`: a JSON object of counts; those of video and audio may only be 0."""
+    try:
+        given = json.loads(text)
+        counts = {kind: limit.get("count", 0) if isinstance(limit, dict) else limit for kind, limit in given.items()}
+    except (ValueError, AttributeError):
+        raise ValueError('must be a JSON object of counts, as {"image": 4}') from None
+    other = next((kind for kind, count in counts.items() if kind != "image" and count != 0), None)
+    if other is not None:
+        raise ValueError(f"has {other!r:.40}: of what is not text, models read images alone")
+    return ["--max-images", str(counts["image"])] if "image" in counts else []
+
+
 def _adapters(text: str) -> list[str]:
     """`--lora F[,F]`: adapters that count where a request says nothing, each called after its file."""
     return [argument for path in text.split(",") for argument in _adapter(path, 1.0)]
@@ -175,10 +188,15 @@ ROWS: tuple[Row, ...] = (
     _called("--max-loaded-loras", "--max-cpu-loras"),
     _idle("--fully-sharded-loras", "adapters lie whole beside the model"),
     Row("--control-vector --control-vector-scaled --control-vector-layer-range", "there are no control vectors"),
-    Row("--mmproj --mmproj-url --mmproj-auto --no-mmproj --mmproj-offload --no-mmproj-offload --image --video --audio "
-        "--image-min-tokens --image-max-tokens --limit-mm-per-prompt --mm-processor-kwargs --mm-encoder-tp-mode "
-        "--allowed-local-media-path --allowed-media-domains --enable-vision --vision-model-path --vision-device "
-        "--vision-dtype", TEXT_ALONE),
+    _so("--enable-vision --mmproj-auto", "a model that sees takes images by itself"),
+    Row("--limit-mm-per-prompt", "--max-images", {ANY: _images}),
+    Row("--no-mmproj --language-model-only", "--max-images 0", {"": "--max-images 0"}),
+    Row("--mmproj-url --image --video --audio --allowed-local-media-path --allowed-media-domains",
+        "nothing is fetched: images come with the request, as data URLs"),
+    Row("--image-min-tokens --image-max-tokens --mm-processor-kwargs",
+        "images are prepared as the model's files say; --max-images limits their number"),
+    Row("--mmproj-offload --no-mmproj-offload --mm-encoder-tp-mode --vision-device --vision-dtype",
+        "what a model sees by computes where the model does"),
     # ---- devices and memory
     Row("-ngl --gpu-layers --n-gpu-layers --num-gpu", _WHOLE, {ANY: _layers}),
     _only("--cpu-offload-gb -ncmoe --n-cpu-moe", _WHOLE, "0"),
