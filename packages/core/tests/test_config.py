@@ -28,6 +28,8 @@ WRONG: dict[str, list[Any]] = {
     "enforce_eager": ["no", 1, None],
     "isq": [5, "", "q4", "q4_k_m", "gguf", True],
     "load_format": [5, None, "fast"],
+    "mmproj": [5, ""],
+    "max_images": [-1, 1025, "4", True, None],
     "attention_backend": [5, None, "sdpa"],
     "kv_cache_dtype": [5, None, "int8"],
     "cuda_graphs": ["no", 1, None],
