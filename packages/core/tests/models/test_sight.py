@@ -29,6 +29,7 @@ from candle_vllm.core.errors import (
     ConfigError,
     InvalidFileError,
     InvalidParameterError,
+    PromptTooLongError,
     UnsupportedModelError,
     WeightsError,
 )
@@ -305,3 +306,10 @@ def test_texts_alone_may_be_asked_for(folder: Path) -> None:
         pytest.raises(InvalidParameterError, match="2 pictures; a prompt may have 1"),
     ):
         engine.generate(PROMPT, GREEDY, use_tqdm=False)
+
+
+def test_what_does_not_fit_is_refused_before_the_rest_is_decoded(folder: Path) -> None:
+    with InferenceEngine(folder, max_model_len=128) as engine:
+        prompt = {"prompt": "<image>" * 3, "multi_modal_data": {"image": [PICTURES[0], PICTURES[0], b"none"]}}
+        with pytest.raises(PromptTooLongError, match=r"with it the prompt has \d+ tokens and more; the context is 128"):
+            engine.generate(prompt, GREEDY, use_tqdm=False)

@@ -190,13 +190,16 @@ class EngineFront(ABC):
         except TypeError:
             raise InvalidParameterError("detokenize takes a list of token ids", "token_ids") from None
 
-    def look(self, token_ids: Sequence[int], images: Sequence[object]) -> tuple[list[int], tuple[ImageInput, ...]]:
+    def look(
+        self, token_ids: Sequence[int], images: Sequence[object], names: Sequence[str] = ()
+    ) -> tuple[list[int], tuple[ImageInput, ...]]:
         """A prompt with what stands for its pictures, and these as the engine takes them; it may run in any thread.
 
         Args:
             token_ids: the prompt, with the mark that the model's template writes for each picture.
             images: Pillow images, arrays [height, width, 3] of uint8, or the bytes of PNG, JPEG, WebP or GIF files; or
                 what this gave, with its tokens.
+            names: what messages call each, and the fields to blame; "image" where that is not said.
 
         Raises:
             InvalidParameterError: the model reads text alone, a picture cannot be used, or there are not as many as
@@ -206,7 +209,7 @@ class EngineFront(ABC):
             return list(token_ids), tuple(images)  # type: ignore[arg-type]
         if self._sight is None:
             raise InvalidParameterError(f"image: {self._info.name} reads text alone", "image")
-        return self._sight.look(token_ids, images)
+        return self._sight.look(token_ids, images, names, self._info.max_model_len)
 
     def apply_chat_template(self, messages: Sequence[Message], **options: Any) -> str:
         """The conversation as one prompt text, by the model's own template.

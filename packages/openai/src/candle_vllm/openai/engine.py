@@ -49,7 +49,9 @@ class EngineLike(EmbeddingEngineLike, Protocol):
 
     def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
 
-    def look(self, token_ids: Sequence[int], images: Sequence[object]) -> tuple[list[int], tuple[ImageInput, ...]]:
+    def look(
+        self, token_ids: Sequence[int], images: Sequence[object], names: Sequence[str] = ()
+    ) -> tuple[list[int], tuple[ImageInput, ...]]:
         """A prompt with what stands for its pictures, and these."""
         ...
 

@@ -17,7 +17,7 @@ from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.vision.inputs import ImageInput
-from candle_vllm.core.vision.pictures import Picture, decode_picture, from_data_url
+from candle_vllm.core.vision.pictures import from_data_url
 from candle_vllm.openai.answers import AnswerPlan
 from candle_vllm.openai.completion_answers import EchoedPrompt
 from candle_vllm.openai.conversation import images_of, template_messages
@@ -89,25 +89,25 @@ class TaskPreparation:
         with task.paths.blamed():
             self._check(task)
             params = sampling_params(task, self._defaults)
-            pictures = self._pictures(task)
+            pictures, names = self._pictures(task)
             text = self._render(task)
             answers, structured, thoughts = self._planned(task, text)
             # Templates write the special tokens themselves.
             prompt = self._behind(task, text, add_special_tokens=task.add_special_tokens)
-            prompt, images = self._engine.look(prompt, pictures) if pictures else (prompt, ())
+            prompt, images = self._engine.look(prompt, pictures, names) if pictures else (prompt, ())
             _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), len(prompt))
             if answers.special_tokens:
                 params = replace(params, skip_special_tokens=False)
             params = replace(params, structured_outputs=structured, thoughts=thoughts)
             return PreparedChat(prompt, params, answers, text, images=images)
 
-    def _pictures(self, task: Task) -> list[Picture]:
-        """The images of a task, decoded."""
+    def _pictures(self, task: Task) -> tuple[list[bytes], list[str]]:
+        """The files of a task's images, and where the request has them."""
         images = images_of(task.messages)
         if images and "image" not in self._engine.model_info.modalities:
             said = f"{images[0].path}: an image cannot be read: {self._engine.model_info.name} takes text only"
             raise UnsupportedParameterError(said, images[0].path)
-        return [decode_picture(self._fetched(image), name=image.path) for image in images]
+        return [self._fetched(image) for image in images], [image.path for image in images]
 
     @staticmethod
     def _fetched(image: ImagePart) -> bytes:

@@ -175,9 +175,11 @@ class ScriptedEngine(ScriptedVectors):
         """Counts how often it was asked for."""
         self.prefix_cache_resets += 1
 
-    def look(self, token_ids: Sequence[int], images: Sequence[object]) -> tuple[list[int], tuple[ImageInput, ...]]:
+    def look(
+        self, token_ids: Sequence[int], images: Sequence[object], names: Sequence[str] = ()
+    ) -> tuple[list[int], tuple[ImageInput, ...]]:
         """The prompt as it is: a scripted engine sees nothing, and keeps what it is shown."""
-        shown = [picture_of(image) for image in images]
+        shown = [picture_of(image, name=name) for image, name in zip(images, names or ["image"] * len(images))]
         self.pictures += shown
         return list(token_ids), tuple(
             ImageInput(key=each.digest, tiles=each.pixels.tobytes(), shape=(1, each.height, each.width))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
 from candle_vllm.core.shown import ShownStruct
 from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.core.vision.pictures import LIMITS, Picture, PictureLimits, picture_of
@@ -33,7 +34,7 @@ class Sighted(ShownStruct, frozen=True, kw_only=True):
     embeddings: int
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Sight:
     """How a model sees pictures.
 
@@ -42,22 +43,31 @@ class Sight:
         words: the tokens of a picture that is cut so.
         limits: what a picture may be.
         most: pictures of a prompt.
+        one_at_a_time: held while a picture is decoded.
     """
 
     parts: Sighted
     words: Callable[[Cut], Sequence[int]]
     limits: PictureLimits = LIMITS
     most: int = 64
+    one_at_a_time: threading.Lock = dataclasses.field(default_factory=threading.Lock, compare=False, repr=False)
 
-    def look(self, ids: Sequence[int], images: Sequence[object]) -> tuple[list[int], tuple[ImageInput, ...]]:
+    def look(
+        self, ids: Sequence[int], images: Sequence[object], names: Sequence[str] = (), most_tokens: int | None = None
+    ) -> tuple[list[int], tuple[ImageInput, ...]]:
         """A prompt with what stands for its pictures, and these.
+
+        One picture is decoded at a time, whoever asks, for a large one takes hundreds of megabytes meanwhile.
 
         Args:
             ids: the prompt, with one mark for each picture.
             images: pictures as `picture_of` takes them.
+            names: what messages call each; "image" where it is not said.
+            most_tokens: of the prompt; what is longer is refused before the next picture is decoded.
 
         Raises:
             InvalidParameterError: one cannot be used, or there are not as many as marks.
+            PromptTooLongError: there is no room for them.
         """
         if len(images) > self.most:
             raise InvalidParameterError(f"image: {len(images)} pictures; a prompt may have {self.most}", "image")
@@ -67,20 +77,27 @@ class Sight:
                 f"image: {len(images)} pictures, and {marks} marks for them in the prompt; a picture needs one each",
                 "image",
             )
-        pictures = [picture_of(image, self.limits) for image in images]
+        left = zip(images, names or ["image"] * len(images), strict=True)
         expanded: list[int] = []
-        left = iter(pictures)
-        for token in ids:
-            if token == self.parts.mark:
-                picture = next(left)
-                expanded += self.words(self.parts.rule.cut(picture.height, picture.width))
-            else:
-                expanded.append(token)
+        inputs: list[ImageInput] = []
         made: dict[bytes, ImageInput] = {}
-        for picture in pictures:
-            if picture.digest not in made:
-                made[picture.digest] = self._input(picture)
-        return expanded, tuple(made[picture.digest] for picture in pictures)
+        for token in ids:
+            if token != self.parts.mark:
+                expanded.append(token)
+                continue
+            image, name = next(left)
+            with self.one_at_a_time:
+                picture = picture_of(image, self.limits, name)
+                expanded += self.words(self.parts.rule.cut(picture.height, picture.width))
+                if most_tokens is not None and len(expanded) >= most_tokens:
+                    said = (
+                        f"{name}: with it the prompt has {len(expanded)} tokens and more; the context is {most_tokens}"
+                    )
+                    raise PromptTooLongError(said, name)
+                if picture.digest not in made:
+                    made[picture.digest] = self._input(picture)
+            inputs.append(made[picture.digest])
+        return expanded, tuple(inputs)
 
     def _input(self, picture: Picture) -> ImageInput:
         tiles = self.parts.rule.tiles(picture)
