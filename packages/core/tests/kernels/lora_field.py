@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter, PackedAdapter, Place
 from candle_vllm.core.kernels.lora import layout as lay
-from candle_vllm.core.quantization.plain import read_plain
+from candle_vllm.core.kernels.plain_linear import PlainMatrix
+from candle_vllm.core.kernels.plain_linear.layout import linear_arguments, linear_operation
 
 
 def stored(numbers: np.ndarray) -> Constant:
@@ -64,17 +65,6 @@ def contents(adapter: PackedAdapter, places: Iterable[Place]) -> list[Any]:
     return found
 
 
-def as_inputs(x: np.ndarray, form: RowForm) -> np.ndarray:
-    """Rows of activations as the operations read them."""
-    wide = np.zeros((len(x), row_elements(x.shape[1])), np.float32)
-    wide[:, : x.shape[1]] = x
-    if form is RowForm.BF16:
-        wide = read_plain(wide.reshape(-1).view(np.uint8), "F32", wide.shape, "BF16")
-    memory = aligned(wide.size + 64, wide.dtype.type)[: wide.size].reshape(wide.shape)
-    memory[:] = wide
-    return memory
-
-
 def add(
     team: ThreadTeam,
     isa: Isa,
@@ -83,18 +73,27 @@ def add(
     x: np.ndarray,
     y: np.ndarray,
     own: np.ndarray | None = None,
+    matrices: Sequence[PlainMatrix] = (),
+    late: bool = False,
 ) -> np.ndarray:
-    """What stands in y [T, N] when adapters have been added for x [T, K]; the memory around it stays NaN."""
+    """What stands in y [T, N] when adapters have been added for x [T, K]; the memory around it stays NaN.
+
+    The model's products are in y, or in `own`, or are made of matrices of float32, by the same operations. Where it is
+    late, no thread has begun with `shrink` when others need it.
+    """
     form = RowForm[groups[0][0].layout.dtype]
     rows = np.array([row for _, of, _ in groups for row in of], np.int64)
     scales = np.array([scale for *_, of in groups for scale in of], np.float32)
     starts = np.concatenate(([0], np.cumsum([len(of) for _, of, _ in groups]))).astype(np.int64)
     tables = np.array([adapter.layout.address for adapter, *_ in groups], np.int64)
-    inputs = as_inputs(x[rows], form)
+    inputs = aligned(len(x) * row_elements(x.shape[1]), np.float32).reshape(len(x), -1)
+    inputs[:, : x.shape[1]] = x
     field = np.full((len(y) + 2, y.shape[1] + 24), np.nan, np.float32)
     view = field[1:-1, 5 : 5 + y.shape[1]]
     view[:] = y
     size = lay.BLOCK_BYTES * lay.most_blocks(3 * 256)
+    done = aligned(lay.DONE_BYTES * team.threads, np.uint8)
+    done[:] = 255
     h = aligned(len(rows) * size, np.uint8)
     h[:] = 255
     numbers = np.full(StepNumber.COUNT, -1, np.int64)
@@ -106,12 +105,13 @@ def add(
         "tables": address_of(tables),
         "x": address_of(inputs),
         "x_bytes": inputs.strides[0],
+        "rows": address_of(rows),
+        "done": address_of(done),
         "h": address_of(h),
         "h_bytes": size,
     }
     expand = lay.ExpandArguments(
         **common,
-        rows=address_of(rows),
         scales=address_of(scales),
         out=address_of(view),
         row_bytes=field.strides[0],
@@ -119,12 +119,29 @@ def add(
         base=0 if own is None else address_of(own),
         base_bytes=0 if own is None else own.strides[0],
     )
-    operations = [
-        (lay.shrink_operation(form, isa), lay.ShrinkArguments(**common)),
-        (lay.expand_operation(form, isa), expand),
-    ]
-    plan = [n for at, given in operations for n in plan_row(at, address_of(numbers), given, barrier=True)]
-    team.run(np.array(plan, np.int64), len(operations))
+    shrink = plan_row(lay.shrink_operation(form, isa), address_of(numbers), lay.ShrinkArguments(**common))
+    within = shrink if late else ()  # which the threads do not see, as if all came to `expand` before
+    begin = lay.BeginArguments(address_of(done))
+    plan = plan_row(lay.begin_operation(), address_of(numbers), begin, barrier=True, inner=within)
+    begins = len(plan) - len(within)
+    plan += () if late else shrink
+    operation, column = lay.expand_operation(form, isa), 0
+    for matrix in matrices:
+        product = linear_arguments(
+            matrix,
+            x=address_of(x),
+            x_bytes=x.strides[0],
+            out=address_of(view),
+            out_stride=field.shape[1],
+            column=column,
+        )
+        inner = plan_row(linear_operation(matrix.kind, isa), address_of(numbers), product)
+        made = expand._replace(first=column, columns=matrix.rows, back=8 * (len(plan) - begins))
+        plan += plan_row(operation, address_of(numbers), made, inner=inner)
+        column += matrix.rows
+    if not matrices:
+        plan += plan_row(operation, address_of(numbers), expand._replace(back=8 * (len(plan) - begins)))
+    team.run(np.array(plan, np.int64), 2 - late + max(1, len(matrices)))
     result = view.copy()
     view[:] = np.nan
     assert np.isnan(field).all()

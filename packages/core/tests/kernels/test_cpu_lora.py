@@ -13,8 +13,9 @@ from lora_field import add, fitted, low_rank, stored
 from candle_vllm.core.errors import AdapterError
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
-from candle_vllm.core.kernels.lora import Delta, PackedAdapter, Place
+from candle_vllm.core.kernels.lora import Delta, NumberType, PackedAdapter, Place
 from candle_vllm.core.kernels.lora.pack import pack_adapter
+from candle_vllm.core.kernels.plain_linear import pack
 
 ISAS = [Isa.GENERIC, host_isa()] if host_isa() & Isa.BF16 else [Isa.GENERIC]
 each_isa = pytest.mark.parametrize("isa", ISAS, ids=str)
@@ -30,7 +31,7 @@ def team():
     team.close()
 
 
-def both(deltas: dict[str, Delta], dtype: str, places=PLACES) -> tuple[PackedAdapter, PackedAdapter]:
+def both(deltas: dict[str, Delta], dtype: NumberType, places=PLACES) -> tuple[PackedAdapter, PackedAdapter]:
     """An adapter for the compiled operations, and for plain torch."""
     compiled, plain = (
         pack_adapter(fitted({"layer": deltas}), places, dtype, compiled=compiled) for compiled in (True, False)
@@ -115,6 +116,41 @@ def test_a_row_has_the_bits_that_it_has_alone(team, isa, dtype):
         alone = [(a, [0], [s]) for a, rows, s in of if row in rows]
         assert (add(lone, isa, place, alone, x[row : row + 1], y[row : row + 1]) == together[row]).all()
     lone.close()
+
+
+@each_isa
+@pytest.mark.parametrize("rows", [1, 2, 40])
+def test_added_within_the_product_as_behind_it(team, isa, rows):
+    """Whoever makes columns of the model's product adds to them, so nobody waits in between."""
+    generator = np.random.default_rng(rows)
+    (place,) = PLACES["layer"]
+    deltas = {name: low_rank(generator, end - begin, 96, 12) for name, (_, begin, end) in place.parts.items()}
+    adapter, _ = both(deltas, "BF16")
+    x, y = random_rows(generator, rows, place)
+    numbers = [
+        generator.standard_normal((end - begin, 96)).astype(np.float32) for _, begin, end in place.parts.values()
+    ]
+    matrices = [pack(each.view(np.uint8).reshape(-1), "F32", *each.shape) for each in numbers]
+    groups = [(adapter, list(range(0, rows, 2)), [1.5] * len(range(0, rows, 2)))]
+    within = add(team, isa, place, groups, x, np.full_like(y, np.nan), matrices=matrices)
+    own = add(team, isa, place, [(adapter, [], [])], x, np.full_like(y, np.nan), matrices=matrices)
+    assert distance(own, x @ np.concatenate(numbers).T, own) < 1e-5
+    assert (within == add(team, isa, place, groups, x, own)).all()
+    assert (within == add(team, isa, place, groups, x, np.full_like(y, np.nan), matrices=matrices, late=True)).all()
+    lone = ThreadTeam(1)
+    assert (within == add(lone, isa, place, groups, x, np.full_like(y, np.nan), matrices=matrices)).all()
+    lone.close()
+
+
+@each_type
+def test_every_cpu_adds_the_same(team, dtype):
+    generator = np.random.default_rng(9)
+    (place,) = PLACES["layer"]
+    deltas = {name: low_rank(generator, end - begin, 96, 12) for name, (_, begin, end) in place.parts.items()}
+    adapter, _ = both(deltas, dtype)
+    x, y = random_rows(generator, 19, place)
+    groups = [(adapter, list(range(19)), [0.5] * 19)]
+    assert (add(team, Isa.GENERIC, place, groups, x, y) == add(team, Isa.VNNI | Isa.BF16, place, groups, x, y)).all()
 
 
 EVEN = {"layer": (Place(2, 96, {"q.": (0, 0, 41), "k.": (0, 41, 82), "v.": (0, 82, 123)}),)}

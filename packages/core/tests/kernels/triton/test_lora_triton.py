@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.lora import triton as kernel
 from candle_vllm.core.kernels.lora.device import block_table
+from candle_vllm.core.kernels.lora.layout import GPU_COLUMNS, GPU_FIELDS, GPU_RANKS
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 
@@ -51,7 +52,7 @@ def slots_of(
 ) -> tuple[kernel.Slots, list[torch.Tensor]]:
     """The table of some adapters, and the memory that it speaks of."""
     parts, kept = len(widths), list[torch.Tensor]()
-    addresses = torch.zeros(len(adapters), parts, kernel.FIELDS, dtype=torch.int64)
+    addresses = torch.zeros(len(adapters), parts, GPU_FIELDS, dtype=torch.int64)
     ranks, scales = torch.zeros(len(adapters), parts, dtype=torch.int32), torch.zeros(len(adapters), parts)
     for slot, own in enumerate(adapters):
         for place, part in enumerate(own):
@@ -60,7 +61,7 @@ def slots_of(
             c = part.column_scale
             b = part.b if c is None else (part.b.float() * c[:, None]).to(part.b.dtype)
             less = None if c is None else c - 1
-            numbers = [padded(part.a, kernel.COLUMNS, device), padded(b, kernel.RANKS, device)]
+            numbers = [padded(part.a, GPU_COLUMNS, device), padded(b, GPU_RANKS, device)]
             numbers += [other.to(device) if other is not None else None for other in (less, part.bias)]
             kept += [tensor for tensor in numbers if tensor is not None]
             addresses[slot, place] = torch.tensor([0 if n is None else n.data_ptr() for n in numbers])

@@ -171,7 +171,7 @@ class RecordedRunner(StepwiseRunner):
             apart = any(adapter.apart for adapter in adapters.adapters)
             plan = self._plan_of(Adapted.APART if apart else Adapted.ADDED)
             _fill_entries(self._recorder.entries, adapters)
-            arrays.numbers[[StepNumber.ADAPTED, StepNumber.ADAPTERS]] = len(adapters.rows), len(adapters.adapters)
+            arrays.numbers[StepNumber.ADAPTERS] = len(adapters.adapters)
         self._plan = plan
         rows, count = plan.of_runs if batch.drafted else plan.rows, plan.count + self._plan_draws
         if batch.embedded is not None:
@@ -233,8 +233,7 @@ class RecordedRunner(StepwiseRunner):
         self._ids = (self._draw_rows if self._drafts is None else self._draw_drafted).ids[:count].data
         if self._adapters is not None:
             among = self._adapters.among(rows)
-            groups = (0, 0) if among is None else (len(among.rows), len(among.adapters))
-            arrays.numbers[[StepNumber.ADAPTED_LOGITS, StepNumber.LOGIT_ADAPTERS]] = groups
+            arrays.numbers[StepNumber.LOGIT_ADAPTERS] = 0 if among is None else len(among.adapters)
             if among is not None:
                 _fill_entries(self._recorder.logit_entries, among)
         self.team.run(plan, num_rows)
@@ -336,8 +335,7 @@ class _RecordedGiven:
 def _fill_entries(entries: EntryArrays, adapters: AdapterRows) -> None:
     """Writes down which rows have which adapters."""
     count, groups = len(adapters.rows), len(adapters.adapters)
-    entries.rows[:count], entries.sources[:count] = adapters.rows, adapters.sources
-    entries.scales[:count] = adapters.scales
+    entries.rows[:count], entries.scales[:count] = adapters.rows, adapters.scales
     entries.starts[: groups + 1] = adapters.starts
     entries.tables[:groups] = [adapter.layout.address for adapter in adapters.adapters]
 

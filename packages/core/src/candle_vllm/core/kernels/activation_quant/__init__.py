@@ -70,6 +70,7 @@ class QuantiseArguments(NamedTuple):
         weight, eps: of a norm; the weight's address, behind which LAYER_NORM has its bias.
         picked: address of int64 row numbers of x; 0 takes rows 0, 1, 2, ...
         rows_from: which of the step's numbers counts the rows.
+        rows: where y itself goes too, as `kernels/activation_rows` has it, of the operation that writes it.
     """
 
     x: int
@@ -82,8 +83,10 @@ class QuantiseArguments(NamedTuple):
     eps: float = 0.0
     picked: int = 0
     rows_from: int = StepNumber.TOKENS
+    rows: int = 0
 
 
-def quantise_operation(prologue: Prologue) -> int:
-    """Address of the compiled operation."""
-    return operation("activation_quant.cpu:make_quantise", prologue, prologue.gated)
+def quantise_operation(prologue: Prologue, written: int = 0) -> int:
+    """Address of the compiled operation; `written` are the bytes of a number of y, where it is written too."""
+    constants = (prologue, prologue.gated, written) if written else (prologue, prologue.gated)
+    return operation("activation_quant.cpu:make_quantise", *constants)

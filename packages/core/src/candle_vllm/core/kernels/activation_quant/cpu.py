@@ -170,6 +170,7 @@ def prologue_halves(
 def quantise_groups(
     _: Any,
     prologue: Any,
+    form: Any,
     x: Any,
     other: Any,
     bias: Any,
@@ -178,17 +179,28 @@ def quantise_groups(
     q: Any,
     scales: Any,
     sums: Any,
+    rows: Any,
     first: Any,
     count: Any,
 ) -> Any:
-    """Groups of a row behind its prologue; the arguments are those of `prologue_halves`."""
-    before, integers = Prologue(prologue.literal_value), [types.int64] * 3
-    signature = types.void(prologue, *integers, types.float32, types.float32, *integers, types.int64, types.int64)
+    """Groups of a row behind its prologue; the arguments are those of `prologue_halves`.
+
+    form, rows: as numbers of how many bytes they are written down too, bfloat16 or float32, or 0, and where.
+    """
+    before, wide, integers = Prologue(prologue.literal_value), form.literal_value, [types.int64] * 3
+    signature = types.void(prologue, form, *integers, types.float32, types.float32, *integers, *integers)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        halves = prologue_halves(e, before, args[1], args[2], args[4], mean=args[5], bias=args[3])
-        _groups_code(e, args[6:], halves)
+        made = prologue_halves(e, before, args[2], args[3], args[5], mean=args[6], bias=args[4])
+
+        def written(group: Any) -> list[Any]:
+            halves, target = made(group), b.add(args[10], b.mul(group, e.int64(GROUP * wide)))
+            for part, half in enumerate(halves):
+                e.store(target, e.float_to_bf16(half) if wide == 2 else half, part * LANES * wide)
+            return halves
+
+        _groups_code(e, [*args[7:10], *args[11:]], written if wide else made)
         return context.get_dummy_value()
 
     return signature, code
@@ -283,8 +295,8 @@ def share(rows: int, groups: int, thread: int, threads: int) -> tuple[int, int, 
     return 0, rows, first, groups * (thread + 1) // threads - first
 
 
-def make_quantise(PROLOGUE: int, GATED: int) -> Callable[..., None]:
-    """The operation for one prologue."""
+def make_quantise(PROLOGUE: int, GATED: int, BYTES: int = 0) -> Callable[..., None]:
+    """The operation for one prologue; with BYTES, that of a number, it writes the rows down too."""
 
     def quantise(row, thread, threads):
         given = read(QuantiseArguments, row)
@@ -309,6 +321,9 @@ def make_quantise(PROLOGUE: int, GATED: int) -> Callable[..., None]:
                 scale = layer_scale(at, columns, mean, eps)
             to, to_s, to_m = given.q + t * columns, given.scales + t * groups * 4, given.sums + t * groups * 4
             bias = weight + columns * 4
-            quantise_groups(PROLOGUE, at, other, bias, scale, mean, to, to_s, to_m, first_group, group_count)
+            rows_ = given.rows + t * columns * BYTES
+            quantise_groups(
+                PROLOGUE, BYTES, at, other, bias, scale, mean, to, to_s, to_m, rows_, first_group, group_count
+            )
 
     return quantise

@@ -8,6 +8,7 @@ in the same order on every path, so integer results are equal to the bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llvmlite import ir
@@ -183,6 +184,18 @@ class Emitter:
             )
             value = self.b.fadd(low, high)
         return self.b.extract_element(value, ir.Constant(I32, 0))
+
+    def choose(self, number: Any, cases: Mapping[int, Callable[[], None]]) -> None:
+        """Runs what stands under a number, an int64; nothing where it has none."""
+        after = self.b.append_basic_block("chosen")
+        switch = self.b.switch(number, after)
+        for value, emit in cases.items():
+            block = self.b.append_basic_block(f"case{value}")
+            switch.add_case(self.int64(value), block)
+            self.b.position_at_end(block)
+            emit()
+            self.b.branch(after)
+        self.b.position_at_end(after)
 
     # ---- loops -------------------------------------------------------------------------------------------------------
 

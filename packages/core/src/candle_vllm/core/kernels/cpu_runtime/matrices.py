@@ -65,16 +65,37 @@ def make_forms(
     recorder: Recorder, forms: Sequence[InputForm], source: InputRows, *, copies: int = 1, barrier: bool = True
 ) -> dict[InputForm, Inputs]:
     """Records the making of an input in several forms, all different, behind which threads meet once, if at all."""
-    return {
-        form: _make_inputs(recorder, form, source, copies=copies, barrier=barrier and place == len(forms))
-        for place, form in enumerate(forms, 1)
-    }
+    made: dict[InputForm, Inputs] = {}
+    rows = next((form for form in forms if isinstance(form, RowForm)), None)
+    if recorder.adapted and rows is not None and Groups() in forms:  # in one go: adapters read what is not quantised
+        last = barrier and len(forms) == 2
+        made = dict(zip((Groups(), rows), _make_both(recorder, rows, source, copies=copies, barrier=last)))
+    left = [form for form in forms if form not in made]
+    for place, form in enumerate(left, 1):
+        made[form] = _make_inputs(recorder, form, source, copies=copies, barrier=barrier and place == len(left))
+    return made
+
+
+def _make_both(
+    recorder: Recorder, form: RowForm, source: InputRows, *, copies: int, barrier: bool
+) -> tuple[Inputs, Inputs]:
+    """Records the making of an input in groups and as rows."""
+    columns = source.columns
+    out = recorder.memory(copies * columns, np.int16 if form is RowForm.BF16 else np.float32)
+    groups = _make_inputs(recorder, Groups(), source, copies=copies, barrier=barrier, rows=(form, address_of(out)))
+    return groups, Inputs({"x": address_of(out), "x_bytes": form.bytes * columns}, (out,))
 
 
 def _make_inputs(
-    recorder: Recorder, form: InputForm, source: InputRows, *, copies: int = 1, barrier: bool = True
+    recorder: Recorder,
+    form: InputForm,
+    source: InputRows,
+    *,
+    copies: int = 1,
+    barrier: bool = True,
+    rows: tuple[RowForm, int] | None = None,
 ) -> Inputs:
-    """Records the making of an input, which has up to `copies` rows for each token."""
+    """Records the making of an input, which has up to `copies` rows for each token; of groups, of `rows` too."""
     if isinstance(form, Groups) and form.order is not None:
         return _ordered_inputs(recorder, form.order, source, copies=copies, barrier=barrier)
     common = dataclasses.asdict(source)
@@ -83,8 +104,9 @@ def _make_inputs(
         q = recorder.memory(copies * columns, np.int8)
         scales, sums = (recorder.memory(copies * columns // GROUP) for _ in range(2))
         at_q, at_scales, at_sums = address_of(q), address_of(scales), address_of(sums)
-        arguments = QuantiseArguments(**common, q=at_q, scales=at_scales, sums=at_sums)
-        recorder.add(quantise_operation(prologue), arguments, barrier=barrier)
+        wide, at_rows = (0, 0) if rows is None else (rows[0].bytes, rows[1])
+        arguments = QuantiseArguments(**common, q=at_q, scales=at_scales, sums=at_sums, rows=at_rows)
+        recorder.add(quantise_operation(prologue, wide), arguments, barrier=barrier)
         return Inputs({"x": at_q, "scales": at_scales, "sums": at_sums}, (q, scales, sums))
     out = recorder.memory(copies * row_elements(columns), np.int16 if form is RowForm.BF16 else np.float32)
     recorder.add(rows_operation(prologue, form), RowsArguments(**common, out=address_of(out)), barrier=barrier)
@@ -113,25 +135,6 @@ def _ordered_inputs(recorder: Recorder, order: bytes, source: InputRows, *, copi
     ordered = InputRows(address_of(rows), columns, columns, Prologue.NONE, rows_from=source.rows_from)
     made = _make_inputs(recorder, Groups(), ordered, copies=copies, barrier=barrier)
     return Inputs(made.arguments, (*made.arrays, *arrays, rows))
-
-
-def multiply(
-    recorder: Recorder,
-    matrix: Matrix,
-    inputs: Inputs,
-    *,
-    out: int,
-    out_stride: int,
-    column: int = 0,
-    bias: int = 0,
-    accumulate: bool = False,
-    rows_from: StepNumber = StepNumber.TOKENS,
-    barrier: bool = True,
-) -> None:
-    """Records a matrix times an input of its form; see `linear_arguments`."""
-    place = {"out": out, "out_stride": out_stride, "column": column, "bias": bias}
-    how = {"accumulate": accumulate, "rows_from": rows_from}
-    recorder.add(*linear_call(recorder, matrix, inputs, **place, **how), barrier=barrier)
 
 
 def linear_call(recorder: Recorder, matrix: Matrix, inputs: Inputs, **how: Any) -> tuple[int, LinearArguments]:

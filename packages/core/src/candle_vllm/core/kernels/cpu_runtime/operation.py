@@ -46,11 +46,9 @@ class StepNumber(enum.IntEnum):
     SEQUENCES = 1  # R
     LOGIT_ROWS = 2  # rows whose logits are wanted
     PAIRS = 3  # of tokens and experts, in the mixture that runs; written by the plan itself
-    ADAPTED = 4  # entries: a row and one of its adapters
-    ADAPTERS = 5  # groups of entries, one for each adapter
-    ADAPTED_LOGITS = 6  # the same of rows whose logits are wanted
-    LOGIT_ADAPTERS = 7
-    COUNT = 8
+    ADAPTERS = 4  # groups of rows, one for each adapter
+    LOGIT_ADAPTERS = 5  # the same of rows whose logits are wanted
+    COUNT = 6
 
 
 def operation(code: str, *constants: int) -> int:
@@ -176,7 +174,9 @@ def field_kinds(declared: type[tuple[Any, ...]]) -> list[bool]:
     return [hints[name] is float for name in getattr(declared, "_fields")]  # noqa: B009 - a named tuple's
 
 
-def plan_row(operation: int, numbers: int, arguments: tuple[Any, ...], *, barrier: bool = False) -> list[int]:
+def plan_row(
+    operation: int, numbers: int, arguments: tuple[Any, ...], *, barrier: bool = False, inner: Sequence[int] = ()
+) -> list[int]:
     """A row of a plan.
 
     Args:
@@ -184,10 +184,11 @@ def plan_row(operation: int, numbers: int, arguments: tuple[Any, ...], *, barrie
         numbers: address of the step's numbers.
         arguments: the operation's named tuple.
         barrier: whether all threads wait for each other behind it.
+        inner: a row that the operation calls itself.
     """
     kinds = field_kinds(type(arguments))
     given = [_float_bits(value) if float_ else int(value) for value, float_ in zip(arguments, kinds, strict=True)]
-    return [operation, int(barrier) | (FIRST_ARGUMENT + len(given)) * 8 << 8, numbers, *given]
+    return [operation, int(barrier) | (FIRST_ARGUMENT + len(given) + len(inner)) * 8 << 8, numbers, *given, *inner]
 
 
 def slot(declared: type[tuple[Any, ...]], name: str) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, I64, Emitter
@@ -162,6 +162,13 @@ def read(_: Any, declared: Any, row: Any) -> Any:
         return context.make_tuple(b, found, values)
 
     return found(declared, row), code
+
+
+@njit(inline="always")
+def inner_row(row: int, arguments: int) -> int:
+    """Address of the row that stands within one, behind its own arguments; 0 where there is none."""
+    size = 8 * (FIRST_ARGUMENT + arguments)
+    return row + size if int64_at(row)[1] >> 8 > size else 0
 
 
 @intrinsic

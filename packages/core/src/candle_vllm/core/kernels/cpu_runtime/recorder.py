@@ -78,14 +78,12 @@ class EntryArrays:
 
     Attributes:
         rows, scales: of each entry, the row of what is added to, and how much.
-        sources: the row that is read.
         starts: where each group's entries begin, and where the last one's end.
         tables: address of each group's adapter's table.
     """
 
     def __init__(self, entries: int) -> None:
-        self.rows, self.sources = np.zeros(entries, np.int64), np.zeros(entries, np.int64)
-        self.scales = np.zeros(entries, np.float32)
+        self.rows, self.scales = np.zeros(entries, np.int64), np.zeros(entries, np.float32)
         self.starts, self.tables = np.zeros(entries + 1, np.int64), np.zeros(entries, np.int64)
 
 
@@ -116,7 +114,6 @@ class Recorder:
         entries = limits.tokens * limits.row_adapters if limits.adapter_rank else 0
         self.entries = EntryArrays(entries)  # of the step's tokens
         self.logit_entries = EntryArrays(min(entries, limits.logit_rows * limits.row_adapters))
-        self._sums: dict[int, np.ndarray] = {}
         self._keep: list[object] = []  # what the plan knows by address only
         self._free: defaultdict[tuple[int, type], list[np.ndarray]] = defaultdict(list)
         self._scratch: np.ndarray | None = None
@@ -126,15 +123,18 @@ class Recorder:
         """Begins another plan, which has the same memory: one of them runs at a time."""
         self.plan, self.num_rows, self.adapted = [], 0, adapted
 
-    def sums(self, size: int) -> int:
-        """Address of `size` bytes for each entry that hold nothing from one pair of operations to the next."""
-        if size not in self._sums:
-            self._sums[size] = self._allocate(len(self.entries.rows) * size, np.uint8)
-        return address_of(self._sums[size])
-
-    def add(self, operation: int, arguments: tuple[Any, ...], *, barrier: bool = True) -> None:
-        """Appends one operation, with the named tuple of its arguments."""
-        self.plan += plan_row(operation, address_of(self.arrays.numbers), arguments, barrier=barrier)
+    def add(
+        self,
+        operation: int,
+        arguments: tuple[Any, ...],
+        *,
+        barrier: bool = True,
+        inner: tuple[int, tuple[Any, ...]] | None = None,
+    ) -> None:
+        """Appends one operation, with the named tuple of its arguments, and the operation that it calls itself."""
+        numbers = address_of(self.arrays.numbers)
+        within = () if inner is None else plan_row(inner[0], numbers, inner[1])
+        self.plan += plan_row(operation, numbers, arguments, barrier=barrier, inner=within)
         self.num_rows += 1
 
     def keep(self, numbers: NDArray[np.float32]) -> int:

@@ -41,6 +41,8 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         "cpu_runtime.walk:take_part",
         "embedding.cpu:add",
         "kv_write.cpu:rotate_and_write",
+        "lora.cpu_shrink:begin",
+        "lora.cpu_tables:replace",
         "moe.cpu:combine",
         "moe.cpu:experts",
         "moe.cpu:route",
@@ -58,6 +60,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
     for prologue in Prologue:
         yield "activation_quant.cpu:make_quantise", (prologue, prologue.gated)
         for form in RowForm:
+            yield "activation_quant.cpu:make_quantise", (prologue, prologue.gated, form.bytes)
             yield "activation_rows.cpu:make_rows", (prologue, prologue.gated, form, form.bytes)
     for flag in (0, 1):
         yield "rms_norm.cpu:make_head_norm", (flag,)
@@ -68,10 +71,14 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "attention.cpu:make_attend", (head_dim, isa & (Isa.BF16 | Isa.AMX))
         yield "attention.cpu:make_merge", (head_dim,)
     for form in RowForm:
-        for name in ("cpu:make_shrink", "cpu:make_expand", "cpu_experts:make_shrink", "cpu_experts:make_expand"):
+        for name in (
+            "cpu_shrink:make_shrink",
+            "cpu_expand:make_expand",
+            "cpu_experts:make_shrink",
+            "cpu_experts:make_expand",
+        ):
             yield f"lora.{name}", (form, isa)
-        for name in ("make_lookup", "make_replace"):
-            yield f"lora.cpu_tables:{name}", (form,)
+        yield "lora.cpu_tables:make_lookup", (form,)
         yield "latent_attention.cpu_write:make_prepare", (form,)
         for rope, latent in LATENT:
             yield "latent_attention.cpu:make_attend", (rope, latent, form, isa & Isa.BF16)

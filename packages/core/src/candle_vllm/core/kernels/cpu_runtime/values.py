@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.activation_quant import Prologue
-from candle_vllm.core.kernels.activation_rows import InputForm, RowForm
+from candle_vllm.core.kernels.activation_rows import InputForm
 from candle_vllm.core.kernels.attention.cpu_record import FusedHeads, Scores, record_attention
-from candle_vllm.core.kernels.cpu_runtime.matrices import InputRows, Inputs, make_forms, multiply, read_rows
+from candle_vllm.core.kernels.cpu_runtime.matrices import InputRows, Inputs, linear_call, make_forms, read_rows
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
 from candle_vllm.core.kernels.cpu_runtime.recorder import Adapted, Buffer, Recorder, aligned, row_stride
 from candle_vllm.core.kernels.embedding import AddArguments, add_operation
-from candle_vllm.core.kernels.lora.cpu_record import Joining, record_experts, record_inputs
+from candle_vllm.core.kernels.lora.cpu_record import INPUT_FORM, Joining, record_experts
 from candle_vllm.core.kernels.moe.plan import PROLOGUES, Pairs, Results, record_products, record_route, record_sum
 from candle_vllm.core.kernels.position_scale import PositionScaleArguments, position_scale_operation
 from candle_vllm.core.kernels.recorded import Recorded, RecordedRows, RecordedTokens
@@ -282,7 +282,6 @@ class _Prepared(_Wrapper):
         super().__init__(source, columns)
         self._prologue, self._weight, self._eps = prologue, weight, eps
         self._forms: dict[InputForm, Inputs] = {}
-        self._adapted: Inputs | None = None
         self._picked = 0
 
     def __add__(self, other: Recorded) -> Recorded:
@@ -290,23 +289,26 @@ class _Prepared(_Wrapper):
         self.onto(made, accumulate=False)
         return buffer_value(self.recorder, made) + other
 
-    def inputs(self, forms: Iterable[InputForm], place: Place | None = None) -> Mapping[InputForm, Inputs]:
-        """The input in these forms, and in that which adapters read where they join in."""
-        new = [form for form in dict.fromkeys(forms) if form not in self._forms]
-        if self.recorder.adapted and place is not None and self._adapted is None:
-            self._adapted = record_inputs(self.recorder, self._from(), barrier=not new)
-        if new:
+    def _missing(self, forms: Iterable[InputForm]) -> list[InputForm]:
+        return [form for form in dict.fromkeys(forms) if form not in self._forms]
+
+    def _inputs(self, forms: Iterable[InputForm]) -> Mapping[InputForm, Inputs]:
+        """The input in these forms."""
+        if new := self._missing(forms):
             self._forms |= make_forms(self.recorder, new, self._from())
         return self._forms
 
     def linear(
         self, matrices: Sequence[Matrix], bias: NDArray[np.float32] | None, place: Place | None = None
     ) -> Recorded:
-        forms = self.inputs((matrix.input_form for matrix in matrices), place)
-        factors = [(matrix, forms[matrix.input_form]) for matrix in matrices]
-        joins = None
+        wanted, joins = [matrix.input_form for matrix in matrices], None
         if self.recorder.adapted and place is not None:
-            joins = Joining(self.recorder, place, self._adapted, self.rows_from)
+            joins = Joining(self.recorder, place, self.rows_from)
+            joins.begin(barrier=not self._missing([*wanted, INPUT_FORM]))
+        forms = self._inputs(wanted if joins is None else [*wanted, INPUT_FORM])
+        factors = [(matrix, forms[matrix.input_form]) for matrix in matrices]
+        if joins is not None:
+            joins.inputs = forms[INPUT_FORM]
         return _Product(self.recorder, factors, bias, self.rows_from, joins)
 
     def expert_linear(
@@ -317,11 +319,12 @@ class _Prepared(_Wrapper):
         activation: GatedActivation | None,
         place: Place | None = None,
     ) -> RecordedRows:
-        inputs = self.inputs((matrix.input_form for of_experts in matrices for matrix in of_experts), place)
+        wanted = [matrix.input_form for of_experts in matrices for matrix in of_experts]
+        joined = place if self.recorder.adapted else None
+        inputs = self._inputs(wanted if joined is None else [*wanted, INPUT_FORM])
         made = record_products(self.recorder, matrices, inputs, pairs, bias, pairs.token_of)
-        if self.recorder.adapted and place is not None:
-            assert self._adapted is not None
-            record_experts(self.recorder, place, self._adapted, pairs, made, by_place=False)
+        if joined is not None:
+            record_experts(self.recorder, joined, inputs[INPUT_FORM], pairs, made, by_place=False)
         return _PairRows(self.recorder, made, activation)
 
     def put(self, target: Buffer, column: int) -> None:
@@ -412,7 +415,7 @@ class _TableRows(_Pending):
     ) -> None:
         super().__init__(recorder, matrix.columns)
         self._matrix, self._numbers, self._scale = matrix, numbers, scale
-        self._joins = None if place is None or not recorder.adapted else Joining(recorder, place, None)
+        self._joins = None if place is None or not recorder.adapted else Joining(recorder, place)
 
     def _record(self, target: Buffer, accumulate: bool) -> None:
         recorder, columns = self.recorder, self.width
@@ -424,7 +427,9 @@ class _TableRows(_Pending):
             self._joins.look_up(self._numbers)
             own = recorder.buffer(columns) if recorder.adapted is Adapted.APART else made
             read_rows(recorder, self._matrix, token_ids=self._numbers, out=address_of(own.array), out_stride=own.stride)
-            self._joins.expand(made, own, numbers=self._numbers)
+            self._joins.expand(made, own, (0, columns), numbers=self._numbers)
+            if own is not made:
+                self._joins.replace(made, own, numbers=self._numbers)
         if self._scale is not None:
             row = scale_cap_arguments(x=x, stride=stride, columns=columns, scale=self._scale, cap=None)
             recorder.add(scale_cap_operation(False), row)
@@ -465,34 +470,33 @@ class _Product(_Pending):
 
     def _record(self, target: Buffer, accumulate: bool) -> None:
         bias = 0 if self._bias is None else self.recorder.keep(self._bias)
-        if self._joins is None:
-            self._multiply(target, bias, accumulate)
-            return
-        self._joins.shrink()
-        if self.recorder.adapted is not Adapted.APART:
-            self._multiply(target, bias, accumulate)
-            self._joins.expand(target, target)
-            return
-        own = self._joins.own(self.width)
-        self._multiply(own, 0, False)
-        self._joins.expand(target, own, bias=bias, accumulate=accumulate)
-
-    def _multiply(self, target: Buffer, bias: int, accumulate: bool) -> None:
-        column = 0
+        recorder, joins, column = self.recorder, self._joins, 0
+        if joins is not None:
+            joins.shrink()
+        apart = joins is not None and recorder.adapted is Adapted.APART
+        own = joins.own(self.width) if joins is not None and apart else target
+        later = {"bias": bias, "accumulate": accumulate}  # where adapters read the products as they are
         for number, (matrix, inputs) in enumerate(self._factors, 1):
-            multiply(
-                self.recorder,
+            product = linear_call(
+                recorder,
                 matrix,
                 inputs,
-                out=address_of(target.array),
-                out_stride=target.stride,
+                out=address_of(own.array),
+                out_stride=own.stride,
                 column=column,
-                bias=bias and bias + 4 * column,
-                accumulate=accumulate,
+                bias=0 if apart else bias and bias + 4 * column,
+                accumulate=accumulate and not apart,
                 rows_from=self.rows_from,
-                barrier=number == len(self._factors),
             )
+            barrier = number == len(self._factors)
+            if joins is None:
+                recorder.add(*product, barrier=barrier)
+            else:
+                columns = column, matrix.rows
+                joins.expand(target, own, columns, product, barrier=barrier, **(later if apart else {}))
             column += matrix.rows
+        if joins is not None and apart and self.rows_from is StepNumber.LOGIT_ROWS:
+            joins.replace(target, own, **later)
 
 
 class _PairRows(RecordedRows):
@@ -520,15 +524,14 @@ class _PairRows(RecordedRows):
             rows_from=StepNumber.PAIRS,
         )
         forms = list(dict.fromkeys(matrix.input_form for of_experts in matrices for matrix in of_experts))
-        adapted = None
-        if recorder.adapted and place is not None:
-            adapted = RowForm[recorder.limits.adapter_dtype]
-            forms += [adapted] if adapted not in forms else []
+        joined = place if recorder.adapted else None
+        if joined is not None and INPUT_FORM not in forms:
+            forms.append(INPUT_FORM)
         inputs = make_forms(recorder, forms, source, copies=pairs.top_k)
         every = recorder.row_numbers(pairs.top_k)
         result = record_products(recorder, matrices, inputs, pairs, bias, every)
-        if adapted is not None and place is not None:
-            record_experts(recorder, place, inputs[adapted], pairs, result, by_place=True)
+        if joined is not None:
+            record_experts(recorder, joined, inputs[INPUT_FORM], pairs, result, by_place=True)
         return _PairRows(recorder, result, activation)
 
     def combine(self, shared: Recorded | None, gate: Recorded | None) -> Recorded:

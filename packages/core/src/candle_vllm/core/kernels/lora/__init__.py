@@ -11,8 +11,9 @@ row that may have several:
 
     y += t * (c * s (x A^T) B^T + (c - 1) x W^T + own bias)
 
-or, with a matrix in W's place, t * (x full^T - x W^T + own bias). x is rounded to the type in which the adapter is
-multiplied, F32 or BF16, and so are A, c * B and s (x A^T). A step's rows stand in groups, one for each adapter, in the
+or, with a matrix in W's place, t * (x full^T - x W^T + own bias). A and c * B are rounded to the type in which the
+adapter is multiplied, F32 or BF16, and so are x and s (x A^T) in torch and on a GPU; in the compiled CPU operations
+these two stay fp32. A step's rows stand in groups, one for each adapter, in the
 order of `PackedAdapter.serial`, in which they are added where a row stands in several. A row that stands in none keeps
 its bits, and what is added to one depends on nothing but the row, its adapters and their scales.
 Source: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353).

@@ -1,7 +1,7 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """What adapters add to experts' products on the CPU: row by row, for each pair of an entry and an expert.
 
-In `shrink` threads share pairs; in `expand` columns, as in `cpu.py`.
+In `shrink` threads share pairs; in `expand` columns, as in `cpu_expand.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
-from candle_vllm.core.kernels.lora.cpu import count_blocks, make_parts, make_unit
+from candle_vllm.core.kernels.lora.cpu_expand import make_parts
+from candle_vllm.core.kernels.lora.cpu_shrink import count_blocks, make_unit
 from candle_vllm.core.kernels.lora.layout import BLOCK_BYTES, ExpandArguments, ShrinkArguments
 
 
@@ -35,7 +36,7 @@ def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
                 about = int64_at(table)[int64_at(given.experts)[chosen]]
                 if about == 0:
                     continue
-                source = int64_at(given.places)[chosen] if given.by_place != 0 else entry
+                source = int64_at(given.places)[chosen] if given.by_place != 0 else int64_at(given.rows)[entry]
                 ranks = int64_at(about)[1]
                 int64_at(memory)[0] = given.x + source * given.x_bytes
                 sums = given.h + entry * given.h_bytes + pair % top_k * (given.h_bytes // top_k)
@@ -60,7 +61,7 @@ def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
         groups, top_k = step_number(row, given.groups_from), given.top_k
         starts, tables = int64_at(given.starts), int64_at(given.tables)
         most = (given.h_bytes // top_k // BLOCK_BYTES) * 16 + 32
-        memory = stack_bytes(4 * 64 + 1024 + 8 * 4 * most * 2 + 64)
+        memory = stack_bytes(5 * 64 + 1024 + 8 * 4 * most * 2 + 64)
         for group in range(groups):
             table = int64_at(tables[group])[given.place]
             if table == 0:
@@ -76,6 +77,6 @@ def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
                 float32_at(memory + 64)[0] = float32_at(given.scales)[entry]
                 int64_at(memory + 128)[0] = given.out + int64_at(given.places)[chosen] * given.row_bytes
                 int64_at(memory + 192)[0] = 0
-                add_parts(about, at, 0, 0, 1, memory, most, first, last)
+                add_parts(about, at, 1, memory, most, first, last)
 
     return expand_experts

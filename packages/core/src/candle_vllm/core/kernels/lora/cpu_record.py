@@ -1,76 +1,85 @@
-"""Recording what adapters add to a product on the CPU: their rows of the input, `shrink`, and `expand` behind it.
+"""Recording what adapters add on the CPU: `shrink` before a product, `expand` around it.
 
-`shrink` reads what the model's own product reads and waits for nothing, so both are one group of operations; `expand`
-is a group of its own. Where a step has adapters with products apart (DoRA), the model's own goes to memory of its own,
-and `expand` brings it to where it belongs.
+`shrink` reads the input in a form of its own, which is made beside that of the matrices. It and `expand`, which calls
+the operation of the model's own product and adds to what that has made, are one group of operations: a step with
+adapters has no more groups than one without. Where it has products apart (DoRA), the model's own goes to memory of its
+own, and `expand` brings it to where it belongs.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from candle_vllm.core.kernels.activation_rows import RowForm
-from candle_vllm.core.kernels.cpu_runtime.matrices import InputRows, Inputs, make_forms
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
 from candle_vllm.core.kernels.cpu_runtime.recorder import Buffer, aligned, row_stride
 from candle_vllm.core.kernels.lora import layout as lay
 
 if TYPE_CHECKING:
+    from candle_vllm.core.kernels.cpu_runtime.matrices import Inputs
+    from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments
     from candle_vllm.core.kernels.cpu_runtime.recorder import EntryArrays, Recorder
     from candle_vllm.core.kernels.lora import Place
     from candle_vllm.core.kernels.moe.plan import Pairs, Results
 
 
-def record_inputs(recorder: Recorder, source: InputRows, *, barrier: bool) -> Inputs:
-    """Records the input of each entry, unquantised, of rows of the step or of those whose logits are wanted."""
-    entries, counted = recorder.entries, StepNumber.ADAPTED
-    if source.rows_from is StepNumber.LOGIT_ROWS:
-        entries, counted = recorder.logit_entries, StepNumber.ADAPTED_LOGITS
-    picked = dataclasses.replace(source, picked=address_of(entries.sources), rows_from=counted)
-    form = RowForm[recorder.limits.adapter_dtype]
-    return make_forms(recorder, [form], picked, copies=recorder.limits.row_adapters, barrier=barrier)[form]
+INPUT_FORM = RowForm.F32
+"""How adapters read their input, in whatever type they are multiplied."""
 
 
 class Joining:
-    """What adapters do at a place of a plan.
+    """What adapters do at a place of a plan; what it makes lives as long as it.
 
     Args:
         recorder: of the plan.
         place: whose it is.
-        inputs: of the entries; None where a table is looked up.
         rows_from: which rows of the step they are.
+
+    Attributes:
+        inputs: what it reads, in `INPUT_FORM`; None of a table that is looked up.
     """
 
-    def __init__(
-        self, recorder: Recorder, place: Place, inputs: Inputs | None, rows_from: StepNumber = StepNumber.TOKENS
-    ) -> None:
-        self._recorder, self._place, self._inputs, self._rows_from = recorder, place, inputs, rows_from
+    def __init__(self, recorder: Recorder, place: Place, rows_from: StepNumber = StepNumber.TOKENS) -> None:
+        self._recorder, self._place, self._rows_from = recorder, place, rows_from
         wanted = rows_from is StepNumber.LOGIT_ROWS
         self._entries: EntryArrays = recorder.logit_entries if wanted else recorder.entries
         self._form, self._isa = RowForm[recorder.limits.adapter_dtype], recorder.isa
         size = lay.BLOCK_BYTES * lay.most_blocks(lay.filled(recorder.limits.adapter_rank) * len(place.parts))
+        self._sums = recorder.memory(recorder.limits.row_adapters * size, np.uint8)
+        self.inputs: Inputs | None = None
+        self._done = self._begins = 0
         self._common = {
             "place": place.number,
             "groups_from": StepNumber.LOGIT_ADAPTERS if wanted else StepNumber.ADAPTERS,
             "starts": address_of(self._entries.starts),
             "tables": address_of(self._entries.tables),
-            "h": recorder.sums(size),
+            "x": 0,
+            "x_bytes": 0,
+            "h": address_of(self._sums),
             "h_bytes": size,
-            **({"x": 0, "x_bytes": 0} if inputs is None else inputs.arguments),
+            "rows": address_of(self._entries.rows),
         }
 
+    def begin(self, *, barrier: bool) -> None:
+        """Records what comes before `shrink` and before all meet."""
+        done = aligned(lay.DONE_BYTES * self._recorder.limits.threads, np.uint8)
+        self._done = self._recorder.keep_array(done)
+        self._recorder.add(lay.begin_operation(), lay.BeginArguments(self._done), barrier=barrier)
+
     def shrink(self) -> None:
-        """Records x A^T; nothing waits behind it."""
+        """Records x A^T of `inputs`, behind which nobody waits."""
+        assert self.inputs is not None
+        self._common |= {**self.inputs.arguments, "done": self._done}
+        self._begins = len(self._recorder.plan)
         self._recorder.add(
             lay.shrink_operation(self._form, self._isa), lay.ShrinkArguments(**self._common), barrier=False
         )
 
     def look_up(self, numbers: int) -> None:
         """Records the same of a table whose rows are looked up by the step's `numbers`, an address."""
-        arguments = lay.ShrinkArguments(**self._common | {"x": numbers}, rows=address_of(self._entries.sources))
+        arguments = lay.ShrinkArguments(**self._common | {"x": numbers})
         self._recorder.add(lay.lookup_operation(self._form), arguments, barrier=False)
 
     def own(self, width: int) -> Buffer:
@@ -82,27 +91,60 @@ class Joining:
         self._recorder.keep_array(made)
         return Buffer(made, width, stride)
 
-    def expand(self, target: Buffer, own: Buffer, *, bias: int = 0, accumulate: bool = False, numbers: int = 0) -> None:
-        """Records the sum with the model's products, which are in `own` or already in `target`."""
-        apart = own is not target
-        arguments = lay.ExpandArguments(
+    def expand(
+        self,
+        target: Buffer,
+        own: Buffer,
+        columns: tuple[int, int],
+        product: tuple[int, LinearArguments] | None = None,
+        *,
+        barrier: bool = True,
+        **how: Any,
+    ) -> None:
+        """Records the sum with the model's products, which are in `own` or already in `target`.
+
+        Args:
+            target, own: the result, and the products.
+            columns: the first and how many.
+            product: the operation that makes them, and its arguments; None where they are there.
+            barrier: as for `Recorder.add`.
+            how: what of `_arguments` is not usual.
+        """
+        arguments = self._arguments(target, own, columns, **how)
+        self._recorder.add(lay.expand_operation(self._form, self._isa), arguments, barrier=barrier, inner=product)
+
+    def replace(self, target: Buffer, own: Buffer, **how: Any) -> None:
+        """Records that rows of a table stand in the place of the model's, behind `expand`."""
+        arguments = self._arguments(target, own, (0, target.width), **how)
+        self._recorder.add(lay.replace_operation(), arguments)
+
+    def _arguments(
+        self,
+        target: Buffer,
+        own: Buffer,
+        columns: tuple[int, int],
+        *,
+        bias: int = 0,
+        accumulate: bool = False,
+        numbers: int = 0,
+    ) -> lay.ExpandArguments:
+        first, count = columns
+        return lay.ExpandArguments(
             **self._common,
-            rows=address_of(self._entries.rows),
             scales=address_of(self._entries.scales),
             out=address_of(target.array),
             row_bytes=4 * target.stride,
-            columns=target.width,
-            base=address_of(own.array) if apart else 0,
+            columns=count,
+            first=first,
+            base=address_of(own.array) if own is not target else 0,
             base_bytes=4 * own.stride,
             rows_from=self._rows_from,
             accumulate=accumulate,
             bias=bias,
             numbers=numbers,
             inputs=self._place.columns,
+            back=8 * (len(self._recorder.plan) - self._begins) if self._done else 0,
         )
-        self._recorder.add(lay.expand_operation(self._form, self._isa), arguments)
-        if apart and (numbers or self._rows_from is StepNumber.LOGIT_ROWS):
-            self._recorder.add(lay.replace_operation(self._form), arguments)
 
 
 def record_experts(
@@ -112,12 +154,13 @@ def record_experts(
     form, count = RowForm[recorder.limits.adapter_dtype], pairs.top_k
     parts = len(place.parts) // place.experts
     size = lay.BLOCK_BYTES * lay.most_blocks(lay.filled(recorder.limits.adapter_rank) * parts) * count
+    sums = recorder.memory(recorder.limits.row_adapters * size, np.uint8)  # of no use behind these two
     common = {
         "place": place.number,
         "groups_from": StepNumber.ADAPTERS,
         "starts": address_of(recorder.entries.starts),
         "tables": address_of(recorder.entries.tables),
-        "h": recorder.sums(size),
+        "h": address_of(sums),
         "h_bytes": size,
         **inputs.arguments,
         "rows": address_of(recorder.entries.rows),

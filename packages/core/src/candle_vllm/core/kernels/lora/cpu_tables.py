@@ -92,52 +92,48 @@ def _first_from(ids: Any, count: int, least: int) -> int:
     return low
 
 
-def make_replace(FORM: int) -> Callable[..., None]:
-    """Puts an adapter's rows of a table, or the products with them, in the place of the model's own."""
+@njit
+def _replace_row(given, part, at, first, last, scale):
+    token = int64_at(given.numbers)[at]
+    count, place = int64_at(part)[COUNT], token
+    if int64_at(part)[IDS] != 0:
+        ids = int64_at(int64_at(part)[IDS])
+        place = _first_from(ids, count, token)
+        if place == count or ids[place] != token:
+            return
+    new = float32_at(int64_at(part)[NEW] + 4 * place * given.columns)
+    out, base = float32_at(given.out + at * given.row_bytes), float32_at(given.base + at * given.base_bytes)
+    for column in range(first, last):
+        out[column] += scale * (new[column] - base[column])
 
-    number_at = _reader(FORM)
 
-    @njit
-    def row_of(given, part, entry, at, first, last, scale):
-        token = int64_at(given.numbers)[at]
-        count, place = int64_at(part)[COUNT], token
-        if int64_at(part)[IDS] != 0:
-            ids = int64_at(int64_at(part)[IDS])
-            place = _first_from(ids, count, token)
-            if place == count or ids[place] != token:
-                return
-        new = float32_at(int64_at(part)[NEW] + 4 * place * given.columns)
-        out, base = float32_at(given.out + at * given.row_bytes), float32_at(given.base + at * given.base_bytes)
-        for column in range(first, last):
-            out[column] += scale * (new[column] - base[column])
+@njit
+def _replace_products(given, part, at, first, last, scale):
+    ids, count = int64_at(int64_at(part)[IDS]), int64_at(part)[COUNT]
+    width = given.x_bytes >> 2
+    out, base = float32_at(given.out + at * given.row_bytes), float32_at(given.base + at * given.base_bytes)
+    x = given.x + at * given.x_bytes
+    columns = given.inputs
+    for place in range(_first_from(ids, count, first), _first_from(ids, count, last)):
+        new = float32_at(int64_at(part)[NEW] + 4 * place * columns)
+        total = 0.0
+        for column in range(min(columns, width)):
+            total += float32_at(x)[column] * new[column]
+        out[ids[place]] += scale * (total - base[ids[place]])
 
-    @njit
-    def products(given, part, entry, at, first, last, scale):
-        ids, count = int64_at(int64_at(part)[IDS]), int64_at(part)[COUNT]
-        width = given.x_bytes // (2 if FORM == 0 else 4)
-        out, base = float32_at(given.out + at * given.row_bytes), float32_at(given.base + at * given.base_bytes)
-        x = given.x + entry * given.x_bytes
-        columns = given.inputs
-        for place in range(_first_from(ids, count, first), _first_from(ids, count, last)):
-            new = float32_at(int64_at(part)[NEW] + 4 * place * columns)
-            total = 0.0
-            for column in range(min(columns, width)):
-                total += number_at(x, column) * new[column]
-            out[ids[place]] += scale * (total - base[ids[place]])
 
-    def replace(row, thread, threads):
-        given = read(ExpandArguments, row)
-        first, last = given.columns * thread // threads, given.columns * (thread + 1) // threads
-        starts, tables = int64_at(given.starts), int64_at(given.tables)
-        for group in range(step_number(row, given.groups_from)):
-            about = int64_at(tables[group])[given.place]
-            if about == 0 or int64_at(about + 8 * HEAD)[COUNT] == 0:
-                continue
-            for entry in range(starts[group], starts[group + 1]):
-                at, scale = int64_at(given.rows)[entry], float32_at(given.scales)[entry]
-                if given.numbers != 0:
-                    row_of(given, about + 8 * HEAD, entry, at, first, last, scale)
-                else:
-                    products(given, about + 8 * HEAD, entry, at, first, last, scale)
-
-    return replace
+def replace(row, thread, threads):
+    """The operation that puts an adapter's rows of a table, or products with them, in the place of the model's own."""
+    given = read(ExpandArguments, row)
+    first, last = given.columns * thread // threads, given.columns * (thread + 1) // threads
+    starts, tables = int64_at(given.starts), int64_at(given.tables)
+    for group in range(step_number(row, given.groups_from)):
+        about = int64_at(tables[group])[given.place]
+        if about == 0 or int64_at(about + 8 * HEAD)[COUNT] == 0:
+            continue
+        for entry in range(starts[group], starts[group + 1]):
+            at, scale = int64_at(given.rows)[entry], float32_at(given.scales)[entry]
+            if given.numbers != 0:
+                _replace_row(given, about + 8 * HEAD, at, first, last, scale)
+            else:
+                _replace_products(given, about + 8 * HEAD, at, first, last, scale)

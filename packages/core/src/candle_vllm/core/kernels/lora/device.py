@@ -25,13 +25,13 @@ from candle_vllm.core.errors import AdapterError
 from candle_vllm.core.kernels.device_stream import DeviceStream, Sent, Staging, Work, copy
 from candle_vllm.core.kernels.dispatch import on_gpu
 from candle_vllm.core.kernels.lora import Delta, PackedAdapter, Place
+from candle_vllm.core.kernels.lora.layout import GPU_COLUMNS, GPU_FIELDS, GPU_RANKS
 from candle_vllm.core.kernels.lora.reference import EagerAdapters, TorchAdapter, TorchDelta
 from candle_vllm.core.kernels.torch_numbers import NAMES
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.lora.triton import Blocks, Slots
 
-FIELDS, RANKS, COLUMNS = 4, 16, 16  # as `triton.py` has them: that is imported where there is Triton
 NARROW = 16  # rows of a block of a step that decodes
 _BOUNDARY = 256  # bytes
 _TENSORS = ("a", "b", "bias", "less", "full")
@@ -123,7 +123,7 @@ class DeviceAdapter(TorchAdapter):
 
 def _widened(tensor: torch.Tensor, name: str) -> torch.Tensor:
     """A matrix with its rows filled up to what `triton.py` reads."""
-    multiple = {"a": COLUMNS, "b": RANKS}.get(name)
+    multiple = {"a": GPU_COLUMNS, "b": GPU_RANKS}.get(name)
     return tensor if multiple is None else torch.nn.functional.pad(tensor, (0, -tensor.shape[1] % multiple))
 
 
@@ -177,7 +177,7 @@ class DeviceAdapters(EagerAdapters):
         sizes = [slots * len(parts) for parts in self._parts.values()]
         self._begins = dict(zip(self._parts, itertools.accumulate(sizes, initial=0)))
         total = sum(sizes)
-        self._host = (np.zeros((total, FIELDS), np.int64), np.zeros(total, np.int32), np.zeros(total, np.float32))
+        self._host = (np.zeros((total, GPU_FIELDS), np.int64), np.zeros(total, np.int32), np.zeros(total, np.float32))
         self._there = [torch.from_numpy(table.copy()).to(device) for table in self._host]
         self._columns = {
             number: torch.tensor([(begin, end - begin) for _, begin, end in parts], dtype=torch.int32).to(device)

@@ -1,16 +1,16 @@
-"""How an adapter lies in memory for the compiled CPU operations: what `pack.py` writes and `cpu.py` reads.
+"""How an adapter lies in memory for the compiled CPU operations: `pack.py` writes what they read.
 
 An adapter takes what it has, and is not padded to a slot's size. Every adapter has a **table** with a number for each
 place of the model: 0, or where the place is described (of experts, where the descriptions of all of them stand):
 
     [A, R, parts]  and for each part  [begin, rows, rank offset, steps, B, scale, bias, less, full, ids, count, new, r]
 
-**A** of all parts that read the same input is one matrix [R, K], each part's ranks filled up to a multiple of 4, in
-blocks of 16 ranks, and one of 8 or 4 where such are left. A block is a run of steps of 64 bytes, [g ranks][64 / g bytes
-of neighbouring columns], so that a step is one vector instruction, whose lanes are the sums of a rank and a share of
-its columns. K is filled up to a multiple of 32, and cut into 4 quarters: the sums of a row are quarters', added in
-order. **B** is panels of 64 rows, whose last is filled up: each a run of steps of 256 bytes, [r][64] of floats, or
-[r / 2][64][2] of bfloat16.
+**A** of all parts that read the same input is one matrix [R, K], each part's ranks filled up to a multiple of 4. K is
+filled up to a multiple of 32, and cut into 4 quarters: the sums of a row are quarters', added in order. Quarters follow
+each other, each in blocks of 16 ranks, and one of 8 or 4 where such are left. A block is a run of steps of 64 bytes, [g
+ranks][64 / g bytes of neighbouring columns], so that a step is one vector instruction, whose lanes are the sums of a
+rank and a share of its columns. **B** is panels of 64 rows, whose last is filled up: each a run of steps of 256 bytes,
+[r][64] of floats, or [r / 2][64][2] of bfloat16.
 
 A table that is looked up has B as [V][r] in the place of A, and A in the place of B.
 """
@@ -38,6 +38,13 @@ PANEL, PANEL_BYTES = 64, 256
 BLOCK_BYTES = QUARTERS * 64
 """Sums of a row and a block of ranks."""
 
+DONE_BYTES = 64
+"""A cache line for each thread."""
+
+GPU_FIELDS, GPU_RANKS, GPU_COLUMNS = 4, 16, 16
+"""On a GPU: addresses of a part (A, c * B, c - 1, bias; 0 where there is none), and to what of ranks, in B, and of K,
+in A, rows are filled up with zeros."""
+
 
 def most_blocks(rank: int) -> int:
     """Blocks of so many ranks."""
@@ -50,16 +57,16 @@ def filled(rank: int) -> int:
 
 
 def blocks_of(matrix: np.ndarray, itemsize: int) -> np.ndarray:
-    """A [R, K], whose numbers take so many bytes, in blocks; R is a multiple of 4 and K of 32."""
+    """A [R, K], whose numbers take so many bytes, in quarters of blocks; R is a multiple of 4 and K of 32."""
     rank, columns = matrix.shape
     made, first = [], 0
     while first < rank:
         height = next(size for size in (16, 8, 4) if size <= rank - first)
         width = 64 // itemsize // height
-        block = matrix[first : first + height].reshape(height, columns // width, width)
-        made.append(block.transpose(1, 0, 2).reshape(-1))
+        block = matrix[first : first + height].reshape(height, QUARTERS, columns // QUARTERS // width, width)
+        made.append(block.transpose(1, 2, 0, 3).reshape(QUARTERS, -1))
         first += height
-    return np.concatenate(made)
+    return np.concatenate(made, 1)
 
 
 class ShrinkArguments(NamedTuple):
@@ -69,12 +76,13 @@ class ShrinkArguments(NamedTuple):
         place: number of the place.
         groups_from: which of the step's numbers counts the groups.
         starts, tables: addresses of int64 [G + 1], where each group's entries begin, and [G], their adapters' tables.
-        x, x_bytes: address of the entries' inputs, and bytes from one to the next; of lookups, the step's numbers.
-        rows: of lookups, address of int64: the row of each entry.
+        x, x_bytes: address of the rows' inputs, float32, and bytes from one to the next; or of numbers to look up.
+        rows: address of int64: the row of each entry.
         h, h_bytes: address of the sums, and bytes that an entry has room for.
         places, top_k, experts: of experts: addresses of int64 [T, k], the places of a token's pairs, and the pairs'
             experts; k.
         by_place: whether x has a row for each place.
+        done: address of int64, `DONE_BYTES` apart: whether a thread's share is done; see `BeginArguments`.
     """
 
     place: int
@@ -85,26 +93,39 @@ class ShrinkArguments(NamedTuple):
     x_bytes: int
     h: int
     h_bytes: int
-    rows: int = 0
+    rows: int
     places: int = 0
     experts: int = 0
     top_k: int = 0
     by_place: int = 0
+    done: int = 0
+
+
+class BeginArguments(NamedTuple):
+    """The arguments of the operation that comes before `shrink` and a barrier; see there.
+
+    Attributes:
+        done: as in `ShrinkArguments`.
+    """
+
+    done: int
 
 
 class ExpandArguments(NamedTuple):
     """The arguments of the operations that add the sums' products with B to a result.
 
     Attributes:
-        place, groups_from, starts, tables, x, x_bytes, h, h_bytes, places, experts, top_k: as in `ShrinkArguments`.
-        rows, scales: addresses of the entries' rows, int64, and of their scales, float32.
+        place, groups_from, starts, tables, x, x_bytes, h, h_bytes, rows, places, experts, top_k, done: as in
+            `ShrinkArguments`.
+        scales: address of the entries' scales, float32.
         out, row_bytes: address of the result, float32, and bytes from one row to the next.
-        columns: N of all parts.
+        first, columns: columns that are added to, and that the operation within makes, where there is one.
         base, base_bytes: the model's own products, where they lie apart, and bytes from one row to the next; or 0.
         rows_from: which of the step's numbers counts their rows.
         accumulate, bias: whether they are added to the result; address of the product's own bias or 0.
         numbers: of lookups, the step's.
         inputs: K.
+        back: bytes to the row of `shrink`, which stands in the same group of operations; 0 where it is done.
     """
 
     place: int
@@ -120,6 +141,7 @@ class ExpandArguments(NamedTuple):
     out: int
     row_bytes: int
     columns: int
+    first: int = 0
     base: int = 0
     base_bytes: int = 0
     rows_from: int = StepNumber.TOKENS
@@ -130,16 +152,23 @@ class ExpandArguments(NamedTuple):
     places: int = 0
     experts: int = 0
     top_k: int = 0
+    done: int = 0
+    back: int = 0
 
 
 def shrink_operation(form: RowForm, isa: int) -> int:
     """Address of the compiled operation."""
-    return operation("lora.cpu:make_shrink", form, isa)
+    return operation("lora.cpu_shrink:make_shrink", form, isa)
+
+
+def begin_operation() -> int:
+    """Address of the compiled operation."""
+    return operation("lora.cpu_shrink:begin")
 
 
 def expand_operation(form: RowForm, isa: int) -> int:
     """Address of the compiled operation."""
-    return operation("lora.cpu:make_expand", form, isa)
+    return operation("lora.cpu_expand:make_expand", form, isa)
 
 
 def lookup_operation(form: RowForm) -> int:
@@ -147,9 +176,9 @@ def lookup_operation(form: RowForm) -> int:
     return operation("lora.cpu_tables:make_lookup", form)
 
 
-def replace_operation(form: RowForm) -> int:
+def replace_operation() -> int:
     """Address of the compiled operation, which takes what `expand` takes."""
-    return operation("lora.cpu_tables:make_replace", form)
+    return operation("lora.cpu_tables:replace")
 
 
 def shrink_experts_operation(form: RowForm, isa: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from candle_vllm.core.errors import AdapterError
 from candle_vllm.core.kernels.activation_rows import RowForm, row_elements
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of
-from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter, NumberType, PackedAdapter, Place
 from candle_vllm.core.kernels.lora import layout as lay
 from candle_vllm.core.quantization.plain import read_plain
@@ -132,9 +133,14 @@ class Packing:
         self.dtype: NumberType = dtype
         self.form = RowForm[dtype]
         self._memory: list[np.ndarray] = []
+        self._pieces = WeightMemory()
 
     def pack(self, found: Changes, places: Places) -> CompiledAdapter:
         """Copies what the deltas of `changes_of` hold."""
+        every = [delta for _, deltas in found.values() for delta in deltas.values()]
+        numbers = sum(math.prod(part.shape) for d in every for part in (d.a, d.b, d.full) if part is not None)
+        # One piece in the order of a step, of large pages where it is large; it is bounded from above, roughly.
+        self._pieces = WeightMemory(numbers * self.form.bytes * 17 // 16 + 512 * (len(every) + len(places)))
         address = self.table(found, places)
         return CompiledAdapter(address, sum(each.nbytes for each in self._memory), self.dtype, self._memory)
 
@@ -224,7 +230,7 @@ class Packing:
 
     def kept(self, numbers: np.ndarray) -> int:
         """Address of a copy on a boundary of cache lines; vectors may be read beyond its end."""
-        memory = aligned(numbers.nbytes + 64, np.uint8)
+        memory = self._pieces.take(numbers.nbytes + 64)
         memory[: numbers.nbytes].view(numbers.dtype).reshape(numbers.shape)[...] = numbers
         self._memory.append(memory)
         return address_of(memory)

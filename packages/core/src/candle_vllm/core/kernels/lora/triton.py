@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from candle_vllm.core.kernels.lora.layout import GPU_RANKS
 from candle_vllm.core.kernels.triton_build import (
     OPTIONS,
     TENSOR_CORES,
@@ -28,10 +29,6 @@ from candle_vllm.core.kernels.triton_build import (
     cdiv,
     stages,
 )
-
-RANKS = 16  # of a tile: ranks are filled up to it with zeros
-COLUMNS = 16  # to which an adapter's K is filled up: addresses of rows are multiples of 16 bytes
-FIELDS = 4  # addresses of a part: A, c * B, c - 1, bias; 0 where there is none
 
 # Not measured yet.
 _STEP = 64  # columns of x at a time
@@ -65,8 +62,8 @@ class Slots:
     """What the adapters of a step do to the matrices of one layer, which stand side by side; on the device.
 
     Attributes:
-        addresses: int64 [slots, parts, FIELDS] of A [r, K'] and c * B [N, r'] in x's type, whose rows are filled up to
-            `COLUMNS` and `RANKS`, and of c - 1 [N] and bias [N] in fp32.
+        addresses: int64 [slots, parts, GPU_FIELDS] of A [r, K'] and c * B [N, r'] in x's type, whose rows are filled up
+            to `GPU_COLUMNS` and `GPU_RANKS`, and of c - 1 [N] and bias [N] in fp32.
         ranks: int32 [slots, parts], r.
         scales: float32 [slots, parts].
         columns: int32 [parts, 2] where a part begins in y, and its N.
@@ -229,19 +226,19 @@ def add_deltas(
     assert blocks.most in _TOKENS
     parts, columns = slots.columns.shape[0], x.shape[1]
     count, number = len(blocks.rows), blocks.table.shape[1]
-    rank = cdiv(slots.rank, RANKS) * RANKS
+    rank = cdiv(slots.rank, GPU_RANKS) * GPU_RANKS
     stretches, steps = _stretches(columns)
     hidden = torch.empty(stretches, count, parts * rank, dtype=torch.float32, device=x.device)
     shape = {"PARTS": parts, "RANK": rank, "TOKENS": blocks.most}
     how = {**_PRECISE, "num_warps": _WARPS, "num_stages": stages(_STAGES), **OPTIONS}
     first = (blocks.table, blocks.rows)
-    shrink_kernel[(number, parts * (rank // RANKS), stretches)](
+    shrink_kernel[(number, parts * (rank // GPU_RANKS), stretches)](
         x, slots.addresses, slots.ranks, *first, hidden, columns, x.stride(0), count, steps, number,
-        ROWS=RANKS, STEP=_STEP, **shape, **how,
+        ROWS=GPU_RANKS, STEP=_STEP, **shape, **how,
     )  # fmt: skip
     expand_kernel[(number, cdiv(slots.widest, _OUT_ROWS), parts)](
         y, x, bias, slots.addresses, slots.ranks, slots.scales, slots.columns, *first, blocks.weights, hidden,
-        y.stride(0), count, number, STRETCHES=stretches, ROWS=_OUT_ROWS, DEPTH=RANKS, **shape, **how,
+        y.stride(0), count, number, STRETCHES=stretches, ROWS=_OUT_ROWS, DEPTH=GPU_RANKS, **shape, **how,
     )  # fmt: skip
 
 
@@ -273,13 +270,13 @@ def _builds(
     shrink = {"x": f"*{dtype}", "K": "i32", "x_stride": "i32", "steps": "i32", **types}
     expand = {"y": f"*{dtype}", "like": f"*{dtype}", "scales": "*fp32", "columns": "*i32", "weights": "*fp32", **types}
     expand["y_stride"] = "i32"
-    more = {"ROWS": _OUT_ROWS, "DEPTH": RANKS, "STRETCHES": stretches, **shape}
+    more = {"ROWS": _OUT_ROWS, "DEPTH": GPU_RANKS, "STRETCHES": stretches, **shape}
     if bias is None:
         more["bias"] = None
     else:
         expand["bias"] = f"*{bias}"
     return [
-        Build(shrink_kernel, shrink, {"ROWS": RANKS, "STEP": _STEP, **shape}, aligned=("K", "x_stride"), **where),
+        Build(shrink_kernel, shrink, {"ROWS": GPU_RANKS, "STEP": _STEP, **shape}, aligned=("K", "x_stride"), **where),
         Build(expand_kernel, expand, more, aligned=("y_stride",), **where),
     ]
 

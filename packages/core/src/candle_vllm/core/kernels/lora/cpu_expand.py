@@ -1,0 +1,371 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
+"""`expand`, the sums of `shrink` times B, as a compiled CPU operation that makes the model's own product too.
+
+It waits for nothing: a thread adds to the columns of the model's product that the same piece has made. What others have
+not done of `shrink` by then it does itself, so that the same numbers are written twice. Threads share columns: what a
+row gets from several adapters comes in their order. A sum is one chain over the ranks. Step 6 of a request's life.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from candle_vllm.core.kernels.activation_rows import RowForm
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, I64, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
+from candle_vllm.core.kernels.cpu_runtime.primitives import (
+    call_operation,
+    float32_at,
+    float_from_bits,
+    inner_row,
+    int64_at,
+    load_acquire,
+    read,
+    step_number,
+)
+from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
+from candle_vllm.core.kernels.lora.cpu_shrink import (
+    AHEAD,
+    VECTOR,
+    ask,
+    count_blocks,
+    height_of,
+    is_wide,
+    ranks_before,
+    widened,
+)
+from candle_vllm.core.kernels.lora.layout import (
+    BEGIN,
+    BIAS,
+    BLOCK_BYTES,
+    DONE_BYTES,
+    FULL,
+    HEAD,
+    LESS,
+    MATRIX,
+    OFFSET,
+    PANEL_BYTES,
+    PART,
+    ROWS,
+    SCALE,
+    STEPS,
+    ExpandArguments,
+)
+
+
+@intrinsic
+def _fold(_: Any, height: Any, sums: Any, target: Any) -> Any:
+    """The quarters of a block's sums, and the shares of each rank's, added up: `height` floats at `target`."""
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        quarters = [e.load(args[1], vector(F32), VECTOR * quarter) for quarter in range(4)]
+        whole = b.fadd(b.fadd(quarters[0], quarters[1]), b.fadd(quarters[2], quarters[3]))
+
+        def fold(ranks: int) -> None:
+            value, lanes = whole, LANES
+            while lanes > ranks:
+                lanes //= 2
+                pairs = [[2 * n + start for n in range(lanes)] for start in (0, 1)]
+                even, odd = (b.shuffle_vector(value, value, ir.Constant(vector(I32, lanes), each)) for each in pairs)
+                value = b.fadd(even, odd)
+            e.store(args[2], value)
+
+        e.choose(args[0], {ranks: lambda ranks=ranks: fold(ranks) for ranks in (16, 8, 4)})
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), code
+
+
+@intrinsic
+def _scaled(_: Any, source: Any, scale: Any, target: Any) -> Any:
+    """16 floats times a scale."""
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        e.store(args[2], b.fmul(e.load(args[0], vector(F32)), e.splat(args[1])))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32, types.int64), code
+
+
+def _emit_expand(e: Emitter, form: RowForm, isa: Isa, count: int, width: int, onto: bool, given: Any) -> None:
+    """What `_expand_rows` does, of `count` rows and `width` tiles."""
+    b, (at_weights, at_places, offset, number, at_out) = e.b, given
+    parts = 2 if form is RowForm.BF16 else 1
+    rows = count if is_wide(isa) else min(count, 4)
+    sources = [e.load(at_places, I64, 8 * row) for row in range(count)]
+    for first in range(0, count, rows):
+
+        def body(index: Any, totals: list[Any], first: int = first) -> list[Any]:
+            base, moved = b.add(at_weights, b.mul(index, e.int64(PANEL_BYTES))), b.mul(index, e.int64(4 * parts))
+            weights = []
+            for tile in range(width):
+                e.prefetch(base, VECTOR * tile + AHEAD)
+                weights.append(widened(e, form, base, VECTOR * tile))
+            totals = list(totals)
+            for row in range(rows):
+                for part in range(parts):
+                    x = e.splat(e.load(b.add(sources[first + row], moved), F32, 4 * part))
+                    for tile in range(width):
+                        place = row * width + tile
+                        totals[place] = e.fma(x, weights[tile][part], totals[place])
+            return totals
+
+        sums = e.loop_or_skip(number, [e.zeros(F32)] * (rows * width), body)
+        for row in range(rows):
+            if not onto:
+                for tile in range(width):
+                    e.store(at_out, sums[row * width + tile], (tile * count + first + row) * VECTOR)
+                continue
+            scale = e.splat(e.load(at_places, F32, 64 + 4 * (first + row)))
+            target = b.add(e.load(at_places, I64, 128 + 8 * (first + row)), offset)
+            for tile in range(width):
+                total = e.fma(scale, sums[row * width + tile], e.load(target, vector(F32), VECTOR * tile))
+                e.store(target, total, VECTOR * tile)
+
+
+_KINDS = ((8, 2, 1), (8, 1, 1), (4, 1, 1), (2, 1, 1), (1, 4, 1), (1, 1, 1), (1, 1, 0))
+"""Rows, tiles, and whether the products are added, of what `_expand_rows` is made for."""
+
+
+@intrinsic(prefer_literal=True)
+def _expand_rows(
+    _: Any,
+    form: Any,
+    isa: Any,
+    rows: Any,
+    tiles: Any,
+    onto: Any,
+    weights: Any,
+    places: Any,
+    at: Any,
+    steps: Any,
+    out: Any,
+) -> Any:
+    """`tiles` times 16 neighbouring rows of B in a panel times `rows` rows of sums, one of `_KINDS`.
+
+    places: address of int64 [rows], where the rows' numbers begin; behind 64 bytes, of their float32 scales, and of
+    int64 [rows], where their results begin, `at` bytes before these. Where `onto`, the products times the scales are
+    added there; else they are written to `out`, float32 [tiles, rows, 16].
+    """
+    kind, features = RowForm(form.literal_value), Isa(isa.literal_value)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        cases = {
+            16 * many + 2 * wide + added: lambda many=many, wide=wide, added=added: _emit_expand(
+                e, kind, features, many, wide, bool(added), args[5:]
+            )
+            for many, wide, added in _KINDS
+        }
+        e.choose(b.add(b.add(b.shl(args[2], e.int64(4)), b.shl(args[3], e.int64(1))), args[4]), cases)
+        return context.get_dummy_value()
+
+    return types.void(form, isa, *[types.int64] * 8), code
+
+
+@intrinsic
+def _add_16(_: Any, out: Any, sums: Any, scale: Any, bias: Any, less: Any, base: Any) -> Any:
+    """out += scale * (sums + bias + less * base), of 16 floats; bias, less and base are 0 where there are none."""
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        zeros = e.zeros(F32)
+
+        def or_zeros(address: Any, otherwise: Any) -> Any:
+            there = b.icmp_signed("!=", address, e.int64(0))
+            return b.select(there, e.load(b.select(there, address, otherwise), vector(F32)), zeros)
+
+        at_out, at_sums, factor, at_bias, at_less, at_base = args
+        value = b.fadd(e.load(at_sums, vector(F32)), or_zeros(at_bias, at_sums))
+        value = e.fma(or_zeros(at_less, at_sums), or_zeros(at_base, at_sums), value)
+        e.store(at_out, e.fma(e.splat(factor), value, e.load(at_out, vector(F32))))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32, *[types.int64] * 3), code
+
+
+@njit
+def _copy(source: int, target: int, count: int) -> None:
+    values, copies = float32_at(source), float32_at(target)
+    for index in range(count):
+        copies[index] = values[index]
+
+
+@njit
+def _add(out: int, sums: int, scale: float, bias: int, less: int, base: int, lanes: int, spare: int) -> None:
+    """`_add_16` of the first lanes; `spare` is the address of 4 times 16 floats."""
+    if lanes >= 16:
+        _add_16(out, sums, scale, bias, less, base)
+        return
+    _copy(out, spare, lanes)
+    if bias != 0:
+        _copy(bias, spare + 64, lanes)
+        bias = spare + 64
+    if less != 0:
+        _copy(less, spare + 128, lanes)
+        _copy(base, spare + 192, lanes)
+        less, base = spare + 128, spare + 192
+    _add_16(spare, sums, scale, bias, less, base)
+    _copy(spare, out, lanes)
+
+
+@njit
+def _spread(row: int, given: Any, first: int, last: int) -> None:
+    """The model's own products, of some columns, to where adapters' are added."""
+    for t in range(step_number(row, given.rows_from)):
+        source = float32_at(given.base + t * given.base_bytes)
+        target = float32_at(given.out + t * given.row_bytes)
+        bias = float32_at(given.bias)
+        for column in range(first, last):
+            value = source[column]
+            if given.bias != 0:
+                value += bias[column]
+            if given.accumulate != 0:
+                value += target[column]
+            target[column] = value
+
+
+def make_parts(FORM: int, ISA: int) -> Any:
+    """A function that adds what an adapter has for 8, 4, 2 or 1 rows of a product."""
+
+    WIDE, PER_STEP = int(is_wide(Isa(ISA))), 2 if FORM == 0 else 1
+
+    @njit
+    def add_columns(part, memory, count, first, last):
+        """A part's columns first .. last, of the part."""
+        scales, targets, bases, sums = memory + 64, memory + 128, memory + 192, memory + 320
+        spare, steps = sums + 512, int64_at(part)[STEPS]
+        weights, begins = int64_at(part)[MATRIX], 4 * int64_at(part)[BEGIN]
+        bias, less = int64_at(part)[BIAS], int64_at(part)[LESS]
+        plain = bias == 0 and less == 0
+        column = first
+        while column < last:
+            inside = column & 63  # of a panel
+            at = weights + (column - inside) * 4 * steps + 4 * inside
+            left, to = min(64 - inside, last - column), begins + 4 * column
+            if plain and left >= 16:
+                tiles = 4 if count == 1 and left >= 64 else 2 if WIDE == 1 and count == 8 and left >= 32 else 1
+                _expand_rows(FORM, ISA, count, tiles, 1, at, memory, to, steps, sums)
+                column += 16 * tiles
+                continue
+            for index in range(count):
+                _expand_rows(FORM, ISA, 1, 1, 0, at, memory + 8 * index, 0, steps, sums)
+                at_bias = bias + 4 * column if bias != 0 else 0
+                at_less = less + 4 * column if less != 0 else 0
+                base = int64_at(bases)[index] + to if less != 0 else 0
+                target = int64_at(targets)[index] + to
+                _add(target, sums, float32_at(scales)[index], at_bias, at_less, base, left, spare)
+            column += min(left, 16)
+
+    @njit
+    def fold_part(part, ranks, h, at, to):
+        """The sums of a row and a part's ranks, which have room at `at`, times its scale: its numbers, at `to`."""
+        begins, count = int64_at(part)[OFFSET], int64_at(part)[STEPS] * PER_STEP
+        for block in range(begins >> 4, count_blocks(ranks)):
+            before, height = ranks_before(ranks, block), height_of(ranks, block)
+            if begins < before + height and before < begins + count:
+                _fold(height, h + block * BLOCK_BYTES, at + 4 * before)
+        scale = float_from_bits(int64_at(part)[SCALE])
+        for rank in range(0, count, 16):
+            _scaled(at + 4 * (begins + rank), scale, to + 4 * rank)
+
+    @njit
+    def add_parts(about, h, count, memory, most, first, last):
+        """Adds columns first .. last.
+
+        about: the adapter's description. h: address of the rows' sums. most: floats that a row's numbers take. memory:
+        of 8 numbers' places, 8 scales, 8 targets, 8 addresses of the model's own products, and 8 inputs, 64 bytes each,
+        of which all but the first are given; 1,024 bytes; 2 times 8 times `most` floats.
+        """
+        wholes = memory + 1344
+        factors = wholes + 8 * 4 * most
+        ranks, parts = int64_at(about)[1], int64_at(about)[2]
+        row_bytes = count_blocks(ranks) * BLOCK_BYTES
+        for number in range(parts):
+            part = about + 8 * (HEAD + PART * number)
+            begins, rows = int64_at(part)[BEGIN], int64_at(part)[ROWS]
+            low, high = max(first - begins, 0), min(last - begins, rows)
+            if low >= high:
+                continue
+            for index in range(count):
+                if int64_at(part)[FULL] != 0:
+                    int64_at(memory)[index] = int64_at(memory + 256)[index]
+                    continue
+                to = factors + 4 * index * most
+                int64_at(memory)[index] = to
+                fold_part(part, ranks, h + index * row_bytes, wholes + 4 * index * most, to)
+            add_columns(part, memory, count, low, high)
+
+    return add_parts
+
+
+@njit
+def _ask_columns(about: int, first: int) -> None:
+    """Asks for the beginning of what an adapter adds from a column on; `about` may be 0."""
+    for number in range(int64_at(about)[2] if about != 0 else 0):
+        part = about + 8 * (HEAD + PART * number)
+        column = first - int64_at(part)[BEGIN]
+        if 0 <= column < int64_at(part)[ROWS]:
+            ask(AHEAD, int64_at(part)[MATRIX] + (column & -64) * 4 * int64_at(part)[STEPS])
+
+
+def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
+    """The operation for a type of numbers."""
+    add_parts, INNER = make_parts(FORM, ISA), len(ExpandArguments._fields)
+
+    def expand(row, thread, threads):
+        inner = inner_row(row, INNER)
+        if inner != 0:
+            call_operation(int64_at(inner)[0], inner, thread, threads)
+        given = read(ExpandArguments, row)
+        if given.back != 0:
+            before = row - given.back
+            for other in range(threads):
+                if load_acquire(given.done + DONE_BYTES * other) == 0:
+                    call_operation(int64_at(before)[0], before, other, threads)
+        tiles = (given.columns + 15) >> 4  # shared as the operations that multiply matrices share them
+        first = given.first + 16 * (tiles * thread // threads)
+        last = given.first + min(16 * (tiles * (thread + 1) // threads), given.columns)
+        if first >= last:
+            return
+        if given.base != 0:
+            _spread(row, given, first, last)
+        groups = step_number(row, given.groups_from)
+        starts, tables = int64_at(given.starts), int64_at(given.tables)
+        most = 0
+        for group in range(groups):
+            about = int64_at(tables[group])[given.place]
+            if about != 0:
+                most = max(most, int64_at(about)[1])
+        most = (most + 31) & -16  # what is written in vectors may go beyond a rank
+        memory = stack_bytes(5 * 64 + 1024 + 8 * 4 * most * 2 + 64)
+        for group in range(groups):
+            about = int64_at(tables[group])[given.place]
+            if about == 0:
+                continue
+            begin, end = starts[group], starts[group + 1]
+            blocks = count_blocks(int64_at(about)[1])
+            if group + 1 < groups:
+                _ask_columns(int64_at(tables[group + 1])[given.place], first)
+            entry = begin
+            while entry < end:
+                count = end - entry
+                count = 8 if count >= 8 else 4 if count >= 4 else 2 if count >= 2 else 1
+                for index in range(count):
+                    place = int64_at(given.rows)[entry + index]
+                    float32_at(memory + 64)[index] = float32_at(given.scales)[entry + index]
+                    int64_at(memory + 128)[index] = given.out + place * given.row_bytes
+                    int64_at(memory + 192)[index] = given.base + place * given.base_bytes
+                    int64_at(memory + 256)[index] = given.x + place * given.x_bytes
+                h = given.h + begin * given.h_bytes + (entry - begin) * blocks * BLOCK_BYTES
+                add_parts(about, h, count, memory, most, first, last)
+                entry += count
+
+    return expand
