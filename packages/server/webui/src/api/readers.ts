@@ -91,6 +91,7 @@ export function readModel(data: unknown): ModelCard[] {
     const value = given[name];
     if (value === null || typeof value === "string") card[name] = value;
   }
+  if (Array.isArray(given.modalities)) card.modalities = given.modalities.filter((one) => typeof one === "string");
   for (const name of ["failure", "architecture", "quantization", "dtype"] as const) {
     const value = text(given[name]);
     if (value) card[name] = value;

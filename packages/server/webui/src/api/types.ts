@@ -17,6 +17,7 @@ export interface ModelCard {
   max_model_len?: number;
   tool_parser?: string | null;
   reasoning_parser?: string | null;
+  modalities?: string[]; // what the model reads
   default_sampling?: Record<string, number>;
 }
 
@@ -107,9 +108,11 @@ export interface ChatChunk {
 }
 
 export type WireMessage =
-  | { role: "system" | "user"; content: string }
+  | { role: "system" | "user"; content: string | WirePart[] }
   | { role: "assistant"; content: string | null; reasoning_content?: string; tool_calls?: WireToolCall[] }
   | { role: "tool"; tool_call_id: string; content: string };
+
+export type WirePart = { type: "text"; text: string } | { type: "image_url"; image_url: { url: string } };
 
 export interface WireToolCall {
   id: string;

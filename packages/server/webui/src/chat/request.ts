@@ -1,8 +1,8 @@
 // A branch of a conversation -> the body of a chat request.
 
-import type { McpTool, WireMessage } from "../api/types.ts";
+import type { McpTool, WireMessage, WirePart } from "../api/types.ts";
 import { wireFields } from "./settings.ts";
-import type { ChatSettings, Message, Step, ToolCall } from "./types.ts";
+import type { ChatSettings, Message, Step, ToolCall, UserMessage } from "./types.ts";
 
 const NOT_RUN = "The user did not approve this call; the tool was not run.";
 
@@ -32,8 +32,15 @@ export function chatRequest({ model, path, settings, tools, goOn }: RequestParts
 }
 
 function wireMessages(message: Message): WireMessage[] {
-  if (message.role === "user") return [{ role: "user", content: message.text }];
+  if (message.role === "user") return [{ role: "user", content: userContent(message) }];
   return message.steps.flatMap(wireStep);
+}
+
+/** The text, behind its images where it has some. */
+function userContent({ text, images }: UserMessage): string | WirePart[] {
+  if (!images?.length) return text;
+  const parts = images.map((url): WirePart => ({ type: "image_url", image_url: { url } }));
+  return text ? [...parts, { type: "text", text }] : parts;
 }
 
 function wireStep(step: Step): WireMessage[] {

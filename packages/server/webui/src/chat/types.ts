@@ -35,6 +35,7 @@ export interface UserMessage {
   parent: string | null;
   created: number;
   text: string;
+  images?: readonly string[]; // data URLs
 }
 
 export type AnswerState = "streaming" | "waiting" | "done" | "stopped" | "failed";

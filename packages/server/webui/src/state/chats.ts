@@ -128,10 +128,10 @@ function changed(id: string, change: Partial<Conversation>): void {
 }
 
 /** A new conversation with a first message. */
-export function beginChat(text: string, start: Pick<Conversation, "model" | "settings" | "tools">): OpenChat {
+export function beginChat(text: string, start: Pick<Conversation, "model" | "settings" | "tools">, images: readonly string[] = []): OpenChat {
   const now = Date.now();
   const info = signal<Conversation>({
-    ...start, id: newId(), title: titleOf(text), renamed: false, created: now, updated: now, leaf: null, pinned: false, folder: null,
+    ...start, id: newId(), title: titleOf(text || t.value.picture), renamed: false, created: now, updated: now, leaf: null, pinned: false, folder: null,
   });
   storage().add(info.value, []).catch(() => {
     unkept.add(info.peek().id);
@@ -142,7 +142,7 @@ export function beginChat(text: string, start: Pick<Conversation, "model" | "set
     known.value = new Map(known.value).set(info.value.id, info);
     current.value = chat;
     go({ page: "chat", id: info.value.id });
-    chat.send(text);
+    chat.send(text, images);
   });
   return chat;
 }

@@ -19,13 +19,13 @@ export function changeStart(change: Partial<Start>): void {
 export const changeChatSettings = (settings: ChatSettings): void => changeStart({ settings });
 
 /** Sends a message to the conversation that is shown, or begins one. */
-export function sendMessage(text: string): void {
+export function sendMessage(text: string, images: readonly string[] = []): void {
   const chat = current.peek();
   if (chat) {
-    chat.send(text);
+    chat.send(text, images);
     return;
   }
   const start = next.value;
   next.value = { model: start.model, settings: {} };
-  beginChat(text, start);
+  beginChat(text, start, images);
 }

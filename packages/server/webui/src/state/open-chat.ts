@@ -77,13 +77,14 @@ export class OpenChat {
     return messages.findLast((one): one is AssistantMessage => one.role === "assistant");
   }
 
-  send(text: string): void {
-    this.ask(text, this.path.value.at(-1) ?? null);
+  send(text: string, images: readonly string[] = []): void {
+    this.ask(text, images, this.path.value.at(-1) ?? null);
   }
 
   /** A changed question is a branch beside the old one. */
   edit(id: string, text: string): void {
-    this.ask(text, this.tree.get(id)?.parent ?? null);
+    const message = this.nodes.get(id)?.peek();
+    this.ask(text, message?.role === "user" ? (message.images ?? []) : [], this.tree.get(id)?.parent ?? null);
   }
 
   /** An answer in the user's words, beside the one that the model gave. */
@@ -167,11 +168,12 @@ export class OpenChat {
     return cardFor(this.info.value.model)?.id ?? this.info.value.model;
   }
 
-  private ask(text: string, parent: string | null): void {
+  private ask(text: string, images: readonly string[], parent: string | null): void {
     if (this.isBusy) return;
     const waiting = this.waiting;
     if (waiting) this.turnOf(waiting)?.stop();
     const message: UserMessage = { id: newId(), role: "user", parent, created: this.nextTime(), text };
+    if (images.length) message.images = images;
     this.add(message);
     this.answer(message.id);
   }

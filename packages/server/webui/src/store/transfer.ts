@@ -2,6 +2,7 @@
 // what is here already is known again; nothing that is here gives way.
 
 import { fields, number, readContent, readLogprob, readUsage, text } from "../api/readers.ts";
+import { keptImages } from "../chat/images.ts";
 import { MessageTree } from "../chat/tree.ts";
 import type { AnswerState, AssistantMessage, CallState, Conversation, Folder, Message, Prompt, Step, ToolCall } from "../chat/types.ts";
 import { newId } from "./ids.ts";
@@ -133,7 +134,7 @@ function covers(ours: Message, theirs: Message): boolean {
 }
 
 function contentOf(message: Message): string {
-  if (message.role === "user") return JSON.stringify([message.parent, message.text]);
+  if (message.role === "user") return JSON.stringify([message.parent, message.text, ...(message.images ?? [])]);
   const steps = message.steps.map(({ reasoning, text, calls }) => [reasoning, text, calls.map((call) => [call.name, call.arguments, call.result])]);
   return JSON.stringify([message.parent, steps, message.role]);
 }
@@ -143,7 +144,10 @@ function readMessage(data: unknown, ids: ReadonlyMap<string, string>): Message |
   const id = ids.get(text(given.id) ?? "");
   if (!id) return undefined;
   const base = { id, parent: ids.get(text(given.parent) ?? "") ?? null, created: timeOf(given.created) ?? 0 };
-  if (given.role === "user" && typeof given.text === "string") return { ...base, role: "user", text: given.text };
+  if (given.role === "user" && typeof given.text === "string") {
+    const images = keptImages(given.images);
+    return { ...base, role: "user", text: given.text, ...(images.length ? { images } : {}) };
+  }
   if (given.role !== "assistant" || !Array.isArray(given.steps)) return undefined;
   const message: AssistantMessage = {
     ...base,

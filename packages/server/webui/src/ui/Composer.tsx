@@ -2,6 +2,7 @@
 
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { fenced } from "../chat/as-markdown.ts";
+import { isImage, MAX_IMAGES, readImage } from "../chat/images.ts";
 import type { Prompt } from "../chat/types.ts";
 import { formatNumber, t } from "../i18n/index.ts";
 import type { OpenChat } from "../state/open-chat.ts";
@@ -23,6 +24,8 @@ const FILES = "files"; // what the notice is about
 export function Composer({ chat }: { chat: OpenChat | null }) {
   const id = chat?.info.peek().id ?? "";
   const [text, setText] = useState(() => readDraft(id));
+  const [images, setImages] = useState<readonly string[]>([]);
+  const sees = cardFor(shownStart.value.model)?.modalities?.includes("image") ?? false;
   const field = useRef<HTMLTextAreaElement>(null);
   const isBusy = chat?.isBusy ?? false;
   useHeight(field, text);
@@ -36,7 +39,7 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
   };
   const parts = useRef(new Set<string>()); // of prompts, to be written over
   const send = (isSure = false) => {
-    if (!text.trim() || isBusy) return;
+    if ((!text.trim() && !images.length) || isBusy) return;
     const unfilled = [...parts.current].filter((one) => text.includes(one)).join(", ");
     if (unfilled && !isSure) {
       confirmFirst({ title: t.value.unfilled, text: t.value.unfilledText(unfilled), action: t.value.send, onConfirm: () => send(true) });
@@ -45,7 +48,8 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
     parts.current.clear();
     const said = text.trim();
     write("");
-    sendMessage(said);
+    setImages([]);
+    sendMessage(said, images);
   };
   const insert = (more: string, from: number, to: number) => {
     const area = field.current;
@@ -72,13 +76,23 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
     }
   };
   const attach = async (files: readonly File[]) => {
-    const more = await readFiles(files);
+    const pictures = files.filter(isImage);
+    const found = sees ? await Promise.all(pictures.map(readImage)) : [];
+    const read = found.filter((url) => url !== undefined);
+    const more = await readFiles(files.filter((one) => !isImage(one)), refusedImages(pictures, found, sees, images.length));
+    if (read.length) setImages((before) => [...before, ...read].slice(0, MAX_IMAGES));
     const before = field.current?.value ?? "";
     if (more) write(before + (before && !before.endsWith("\n") ? "\n" : "") + more);
     field.current?.focus();
   };
   const drop = (event: DragEvent) => {
     const files = [...(event.dataTransfer?.files ?? [])];
+    if (!files.length) return;
+    event.preventDefault();
+    void attach(files);
+  };
+  const paste = (event: ClipboardEvent) => {
+    const files = [...(event.clipboardData?.files ?? [])].filter(isImage);
     if (!files.length) return;
     event.preventDefault();
     void attach(files);
@@ -105,10 +119,21 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
     <div class="composer-frame" onDrop={drop} onDragOver={(event) => event.preventDefault()}>
       <form class="composer" onSubmit={(event) => { event.preventDefault(); send(); }}>
         {suggestions.list}
+        {images.length > 0 && (
+          <div class="pictures">
+            {images.map((url, index) => (
+              <span key={index} class="picture">
+                <img src={url} alt={t.value.picture} />
+                <button type="button" class="icon-button" aria-label={t.value.removeImage(index + 1)} data-tip={t.value.removeImage(index + 1)}
+                  onClick={() => { setImages(images.filter((_, other) => other !== index)); field.current?.focus(); }}><Icon name="close" /></button>
+              </span>
+            ))}
+          </div>
+        )}
         <textarea id="composer" ref={field} rows={1} value={text} placeholder={t.value.placeholder} aria-label={t.value.message} enterkeyhint="enter"
-          onInput={(event) => write(event.currentTarget.value)} onKeyDown={onKey} {...suggestions.attributes} />
+          onInput={(event) => write(event.currentTarget.value)} onKeyDown={onKey} onPaste={paste} {...suggestions.attributes} />
         <div class="composer-row">
-          <Attach onFiles={(files) => void attach(files)} />
+          <Attach sees={sees} onFiles={(files) => void attach(files)} />
           <PromptMenu onChoose={take(false)} />
           <ToolsSwitch />
           <span class="spring" />
@@ -117,7 +142,7 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
               <Icon name="stop" />
             </button>
           ) : (
-            <button type="submit" class="send" aria-label={t.value.send} data-tip={t.value.send} disabled={!text.trim() || connection.value === "locked"}>
+            <button type="submit" class="send" aria-label={t.value.send} data-tip={t.value.send} disabled={(!text.trim() && !images.length) || connection.value === "locked"}>
               <Icon name="send" />
             </button>
           )}
@@ -151,10 +176,19 @@ function useHeight(field: { current: HTMLTextAreaElement | null }, text: string)
 
 const most = (): string => `${formatNumber(MAX_FILE / 1024)} KiB`;
 
-/** The button for text files, with what it takes. */
-function Attach({ onFiles }: { onFiles: (files: readonly File[]) => void }) {
+/** Which images are not taken, and why. */
+function refusedImages(files: readonly File[], found: readonly (string | undefined)[], sees: boolean, count: number): string[] {
+  if (!files.length) return [];
+  if (!sees) return [t.value.imagesNotSeen(files.map(({ name }) => name).join(", "))];
+  const broken = files.filter((_, index) => found[index] === undefined).map(({ name }) => name);
+  const isFull = count + files.length - broken.length > MAX_IMAGES;
+  return [...(broken.length ? [t.value.imagesBroken(broken.join(", "))] : []), ...(isFull ? [t.value.imagesFull(MAX_IMAGES)] : [])];
+}
+
+/** The button for files, with what it takes: a phone offers its camera for images. */
+function Attach({ sees, onFiles }: { sees: boolean; onFiles: (files: readonly File[]) => void }) {
   const chooser = useRef<HTMLInputElement>(null);
-  const tip = t.value.attachTip(most());
+  const tip = sees ? t.value.attachImagesTip(most()) : t.value.attachTip(most());
   const take = (input: HTMLInputElement) => {
     onFiles([...(input.files ?? [])]);
     input.value = "";
@@ -168,10 +202,11 @@ function Attach({ onFiles }: { onFiles: (files: readonly File[]) => void }) {
 }
 
 /** Text files as blocks of code; what is no text, or too much of it, is named. */
-async function readFiles(files: readonly File[]): Promise<string> {
+async function readFiles(files: readonly File[], said: readonly string[]): Promise<string> {
   const texts = await Promise.all(files.map(readFile));
   const refused = files.filter((_, index) => texts[index] === undefined).map(({ name }) => name);
-  if (refused.length) notifyAbout(FILES, t.value.filesNotTaken(refused.join(", "), most()));
+  const all = [...said, ...(refused.length ? [t.value.filesNotTaken(refused.join(", "), most())] : [])];
+  if (all.length) notifyAbout(FILES, all.join(" "));
   else forgetAbout(FILES);
   return texts.filter((text) => text !== undefined).join("\n");
 }

@@ -1,0 +1,139 @@
+"""Images in the page: chosen, pasted and dropped, shown before and after they are sent, and kept."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from actions import archive, button, conversation, eventually, import_file, said, say, wait_idle
+from PIL import Image
+from ui_server import ui_server
+
+from candle_vllm.core.vision.pictures import picture_of
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+
+
+def file(pixels: Any = PIXELS, format: str = "PNG", name: str = "a.png") -> Any:
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, format)
+    return {"name": name, "mimeType": f"image/{format.lower()}", "buffer": data.getvalue()}
+
+
+@pytest.fixture(scope="module")
+def seeing(browser: Any) -> Any:
+    with ui_server(lambda _: "A picture.", sees=True) as site:
+        yield site
+
+
+@pytest.fixture
+def page(seeing: Any, open_page: Callable[..., Any]) -> Any:
+    seeing.engine.pictures.clear()
+    return open_page(seeing.url)
+
+
+def give(page: Any, event: str, files: list[Any]) -> None:
+    """Pastes or drops files, as a person's browser says it."""
+    data = [[each["name"], each["mimeType"], base64.b64encode(each["buffer"]).decode()] for each in files]
+    page.locator("#composer").evaluate(
+        """(field, [event, files]) => {
+          const transfer = new DataTransfer();
+          for (const [name, type, text] of files) {
+            transfer.items.add(new File([Uint8Array.from(atob(text), (one) => one.charCodeAt(0))], name, { type }));
+          }
+          const more = event === "paste" ? { clipboardData: transfer } : { dataTransfer: transfer };
+          const made = event === "paste" ? new ClipboardEvent(event, { bubbles: true, cancelable: true, ...more })
+            : new DragEvent(event, { bubbles: true, cancelable: true, ...more });
+          field.dispatchEvent(made);
+        }""",
+        [event, data],
+    )
+
+
+def waiting(page: Any) -> Any:
+    """The images below the message that is being written."""
+    return page.locator(".composer .picture")
+
+
+def test_an_image_is_sent_shown_and_kept(page: Any, seeing: Any) -> None:
+    page.locator("#attach-file").set_input_files([file()])
+    waiting(page).wait_for()
+    say(page, "What is this?")
+    said(page, "A picture.")
+    wait_idle(page)
+    assert waiting(page).count() == 0
+    assert [each.digest for each in seeing.engine.pictures] == [picture_of(PIXELS).digest]
+    for _ in range(2):
+        page.locator(".question .picture").click()
+        whole = page.locator("dialog .whole-picture")
+        whole.wait_for()
+        assert whole.evaluate("image => [image.naturalWidth, image.naturalHeight]") == [40, 30]
+        page.keyboard.press("Escape")
+        whole.wait_for(state="detached")
+        page.reload()
+        said(page, "A picture.")
+    page.locator("#composer").press("ArrowUp")
+    page.locator(".editor textarea").fill("And now?")
+    page.locator(".editor textarea").press("Enter")
+    eventually(page, lambda: len(seeing.engine.pictures) == 2)
+    wait_idle(page)
+
+
+def test_images_are_pasted_dropped_and_taken_back(page: Any, seeing: Any) -> None:
+    give(page, "paste", [file()])
+    eventually(page, lambda: waiting(page).count() == 1)
+    give(
+        page,
+        "drop",
+        [file(255 - PIXELS, name="b.png"), {"name": "c.txt", "mimeType": "text/plain", "buffer": b"hello"}],
+    )
+    eventually(page, lambda: waiting(page).count() == 2)
+    assert "hello" in page.locator("#composer").input_value()
+    button(page, "Remove image 1").click()
+    page.locator("#composer").fill("")
+    button(page, "Send").click()
+    said(page, "A picture.")
+    assert [each.digest for each in seeing.engine.pictures] == [picture_of(255 - PIXELS).digest]
+    assert page.locator(".question .bubble").count() == 0
+
+
+def test_large_images_are_made_smaller_and_broken_ones_named(page: Any, seeing: Any) -> None:
+    large = np.kron(PIXELS[:, :, :], np.ones((100, 100, 1), np.uint8))
+    page.locator("#attach-file").set_input_files([
+        file(large, "JPEG", "large.jpg"), {"name": "d.png", "mimeType": "image/png", "buffer": b"none"}
+    ])  # fmt: skip
+    eventually(page, lambda: waiting(page).count() == 1)
+    page.get_by_text("d.png: these images could not be read.").first.wait_for()
+    say(page, "Large")
+    said(page, "A picture.")
+    assert [(each.width, each.height) for each in seeing.engine.pictures] == [(2048, 1536)]
+
+
+def test_there_is_an_end_to_them(page: Any) -> None:
+    page.locator("#attach-file").set_input_files(
+        [file(np.roll(PIXELS, number), name=f"{number}.png") for number in range(9)]
+    )
+    eventually(page, lambda: waiting(page).count() == 8)
+    page.get_by_text("A message takes up to 8 images.").first.wait_for()
+
+
+def test_a_model_that_reads_text_is_shown_none(chat: Any) -> None:
+    chat.locator("#attach-file").set_input_files([file()])
+    chat.get_by_text("a.png: the chosen model reads text only.").first.wait_for()
+    assert waiting(chat).count() == 0
+
+
+def test_what_comes_in_from_a_file_is_an_image_or_nothing(page: Any, tmp_path: Path) -> None:
+    url = "data:image/png;base64," + base64.b64encode(file()["buffer"]).decode()
+    wrong = ["https://evil.example/x.png", "data:image/svg+xml;base64,AAAA", "javascript:alert(1)", 5]
+    given = conversation("Seen", 2)
+    given["messages"][0]["images"] = [*wrong, url]
+    import_file(page, archive(tmp_path / "x.json", [given]))
+    page.locator(".conversation-link").first.click()
+    page.locator(".question .picture").wait_for()
+    assert page.locator(".question .picture img").evaluate_all("images => images.map(({ src }) => src)") == [url]
