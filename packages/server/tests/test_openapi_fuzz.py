@@ -22,7 +22,8 @@ LEAST_CASES = 2000
 # Paths whose body is that of another one, or of two others; of the four that generate all but the one with most fields.
 TWINS = (
     "^(/score|/rerank|/v2/rerank|/v1/messages/count_tokens|/v1/responses/input_tokens|/apply-template|/infill"
-    "|/v1/completions|/v1/messages|/v1/responses|/v1/conversations|/api/generate|/api/embed|/api/embeddings)$"
+    "|/v1/completions|/v1/messages|/v1/responses|/v1/conversations|/api/generate|/api/embed|/api/embeddings"
+    r"|/tokenize|/v1/conversations/\{conversation_id\}/items)$"
 )
 # A body with too many parts in too many messages is too large as well.
 CONFIGURATION = "[checks.negative_data_rejection]\nexpected-statuses = [400, 401, 404, 405, 409, 413, 415]\n"
