@@ -14,7 +14,7 @@ beside that of the first count in the same turns. The memory for adapters is bou
 always cold: it is filled at first with those that long use would have left there. `--turns` keeps the turns of several
 runs, whose medians are shown then, and `--plot` draws them.
 
-The last lines ask, beside as many streams less one that have all begun to answer, for adapters that are not in memory
+The last lines ask, beside as many streams less one that all are answering, for adapters that are not in memory
 and for one that is, in turns: how long the first token takes, and the longest gap between two tokens of a neighbour
 meanwhile. `posix_fadvise` has the system forget each file first, so that it is read from the disk.
 """
@@ -88,7 +88,7 @@ class Asking:
         self._chance = random.Random(0)  # noqa: S311
 
     async def answer(self, number: int | None, begun: asyncio.Semaphore | None = None) -> list[float]:
-        """When it was asked for, and when each token came; `begun` is told of the first."""
+        """When it was asked for, and when each token came; `begun` is told of the eighth, with which steps are even."""
         vocabulary = self._engine.model_info.vocab_size
         prompt = [self._chance.randrange(1000, vocabulary - 1000) for _ in range(self._tokens)]
         params = SamplingParams(temperature=0.0, max_tokens=self._tokens, ignore_eos=True)
@@ -96,7 +96,7 @@ class Asking:
         times = [time.perf_counter()]
         async for _ in self._engine.stream(prompt, params, lora_request=chosen):
             times.append(time.perf_counter())
-            if begun is not None and len(times) == 2:
+            if begun is not None and len(times) == 9:
                 begun.release()
         return times
 
