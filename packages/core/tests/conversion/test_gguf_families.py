@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,51 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path, words: 
     assert keys(out)["block_count"] == 2
     assert not [name for name in tensors(out) if name.startswith("blk.2.")]
     assert error(eager_logits(out, TOKENS, [40]), before) < 1e-6
+
+
+# ---- importance ---
+
+
+def dat(entries: dict[str, np.ndarray]) -> bytes:
+    """llama.cpp's older format."""
+    parts = [struct.pack("<i", len(entries))]
+    for name, sums in entries.items():
+        parts += [struct.pack("<i", len(name)), name.encode(), struct.pack("<ii", 1, sums.size)]
+        parts.append(sums.astype("<f4").tobytes())
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("name", ["Qwen3-MoE"])
+def test_an_importance_matrix_means_the_same_at_load_and_in_a_file(name: str, tmp_path: Path, words: Path) -> None:
+    """Of every matrix, those of experts with a row for each: the file's blocks are those that a load makes."""
+    folder = made(name, tmp_path / "model", hidden_size=256, moe_intermediate_size=256)
+    plain, random = tensors(written(folder, words)), np.random.default_rng(0)
+    entries = {
+        name: np.exp(2 * random.standard_normal((len(data) if data.ndim == 3 else 1, data.shape[-1])))
+        for name, data in plain.items()
+        if data.ndim > 1 and not name.startswith("token_embd")
+    }
+    matrix = tmp_path / "imatrix.dat"
+    matrix.write_bytes(dat(entries))
+    settings = {"isq": "iq4_xs", "imatrix": matrix}
+    other = tensors(written(folder, words, isq="iq4_xs"))
+    out = written(folder, words, **settings)
+    for name, data in tensors(out).items():
+        if name in entries and data.dtype == np.uint8:
+            assert not np.array_equal(data, other[name])
+            kind = next(tensor.tensor_type for tensor in GGUFReader(out).tensors if tensor.name == name)
+            errors = [
+                float((entries[name][..., None, :] * (quants.dequantize(found, kind) - plain[name]) ** 2).sum())
+                for found in (data, other[name])
+            ]
+            assert errors[0] < errors[1]
+    logits = eager_logits(folder, TOKENS, [40], **settings)
+    assert error(eager_logits(out, TOKENS, [40]), logits) < 1e-5
+    assert error(eager_logits(folder, TOKENS, [40], isq="iq4_xs"), logits) > 1e-3
+    matrix.write_bytes(dat({"blk.7.ffn_down.weight": np.ones((1, 256))}))
+    for run in (lambda: written(folder, words, **settings), lambda: eager_logits(folder, TOKENS, [40], **settings)):
+        with pytest.raises(WeightsError, match="has no entry of a matrix"):
+            run()
 
 
 # ---- MXFP4 -----------------------------------------------------------------------------------------------------------

@@ -33,6 +33,12 @@ from candle_vllm.core.kernels.packed_linear import cpu, layout
 ISAS = [Isa.GENERIC, Isa.VNNI] if host_isa() & Isa.VNNI else [Isa.GENERIC]
 COLUMNS = 768
 each_kind = pytest.mark.parametrize("kind", list(PackedKind), ids=lambda kind: kind.name)
+RARELY = (PackedKind.Q8_K, PackedKind.TQ2_0, PackedKind.Q1_0)  # compiled for the exhaustive run alone
+each_compiled = pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.every_case if kind in RARELY else ()) for kind in PackedKind],
+    ids=lambda kind: kind.name,
+)
 
 
 def random_bytes(kind: PackedKind, rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -46,9 +52,20 @@ def random_bytes(kind: PackedKind, rows: int, columns: int, seed: int = 0) -> np
         words[:, :, 2] = words[:, :, 2] & 0x3FFF | 0xC000
         words[:, :, 3] |= 0x3000
         return raw.reshape(-1)
-    for start, stop in CONTENTS[kind.type].floats if kind.type in CONTENTS else [(0, 2)]:
+    contents = CONTENTS.get(kind.type)
+    if contents is not None and contents.float in ("e8m0", "e4m3"):  # of no sign; 2^-7 to 2^-3, 2^-5 to 30
+        low, high = (122, 126) if contents.float == "e8m0" else (17, 97)
+        raw[:, :, slice(*contents.scale)] = random.integers(
+            low, high, (*raw.shape[:2], contents.scale[1] - contents.scale[0])
+        )
+        return raw.reshape(-1)
+    if kind is PackedKind.TQ1_0:  # of the bytes that quantisers make, as any reads them
+        digits = random.integers(0, 243, (*raw.shape[:2], 52))
+        raw[:, :, :52] = (digits * 256 + 242) // 243
+    kept = np.float32 if contents is not None and contents.float == "f32" else np.float16
+    for start, stop in contents.floats if contents is not None else [(0, 2)]:
         scale = random.uniform(0.5, 1.5, raw.shape[:2]) * random.choice([-1, 1], raw.shape[:2])
-        raw[:, :, start:stop] = scale.astype(np.float16)[..., None].view(np.uint8)
+        raw[:, :, start:stop] = scale.astype(kept)[..., None].view(np.uint8)
     return raw.reshape(-1)
 
 
@@ -94,6 +111,15 @@ def multiply(
     return multiply_in_field(team, layout, matrix, len(xq), wanted, bias, onto, **places)
 
 
+def read_rows(team: ThreadTeam, matrix: PackedMatrix, ids: np.ndarray) -> np.ndarray:
+    """Rows of a table in the beginning of a field of sevens."""
+    field = np.full((len(ids) + 1, matrix.columns + 8), 7, np.float32)
+    numbers = np.full(StepNumber.COUNT, len(ids), np.int64)
+    places = {"token_ids": address_of(ids), "out": address_of(field), "out_stride": field.shape[1]}
+    run_row(team, layout.embedding_rows_operation(matrix.kind), numbers, embedding_arguments(matrix, **places))
+    return field
+
+
 # ---- packing ---------------------------------------------------------------------------------------------------------
 
 
@@ -104,7 +130,8 @@ def test_packing_keeps_every_number(kind, rows, columns):
     wanted = ggml.dequantize(raw, GgmlType[kind.name], (rows, columns))
     matrix = pack(raw, GgmlType[kind.name], rows, columns)
     assert np.array_equal(dequantise(matrix), wanted)
-    assert np.array_equal(wanted.reshape(-1), gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(kind.type)))
+    if kind.name not in ("Q8_K", "Q1_0"):  # which the library does not decode
+        assert np.array_equal(wanted.reshape(-1), gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(kind.type)))
     assert address_of(matrix.data) % 64 == 0
     assert rows % 16 or matrix.nbytes <= 1.04 * raw.nbytes
 
@@ -140,34 +167,39 @@ def test_chunks_are_packed_alike(monkeypatch):
     assert np.array_equal(pack(raw, GgmlType.Q5_K, 63, 256).data, whole.data)
 
 
-@pytest.mark.parametrize("name", ["TQ1_0", "TQ2_0"])
-def test_other_types_become_eight_bits(name, caplog):
-    ggml_type, rows, columns = GgmlType[name], 18, 512
-    size, width = ggml.block_layout(ggml_type)
-    raw = np.random.default_rng(3).integers(0, 256, (rows, columns // size, width), dtype=np.uint8)
-    raw[:, :, width - 2 :] = np.frombuffer(np.float16(0.02).tobytes(), np.uint8)
-    wanted = ggml.dequantize(raw.reshape(-1), ggml_type, (rows, columns))
-    with caplog.at_level("INFO"):
-        matrix = pack(raw.reshape(-1), ggml_type, rows, columns)
-    assert matrix.kind is packed_kind(ggml_type) is PackedKind.Q8_0
-    assert name in caplog.text
-    groups = np.abs(wanted).reshape(rows, -1, 32).max(axis=2, keepdims=True)
-    off = np.abs(dequantise(matrix) - wanted).reshape(rows, -1, 32)
-    assert (off <= 0.0041 * groups + 1e-7).all()
+def test_every_quantised_type_keeps_its_size():
+    """But for Q8_1, which stands in no file."""
+    for ggml_type in set(GgmlType) - ggml.PLAIN_TYPES - {GgmlType.Q8_1}:
+        size, width = ggml.block_layout(ggml_type)
+        matrix = pack(np.zeros(16 * 512 // size * width, np.uint8), ggml_type, 16, 512)
+        assert matrix.kind.type is ggml_type
+        assert matrix.nbytes <= 1.04 * (16 * 512 // size * width)
+    with pytest.raises(UnsupportedModelError, match="Q8_1"):
+        packed_kind(GgmlType.Q8_1)
 
 
-def test_without_a_compiler_rare_types_become_eight_bits(monkeypatch, caplog):
+@pytest.fixture
+def no_compiler(monkeypatch):
     module = importlib.import_module("candle_vllm.core.kernels.packed_linear.pack")
     monkeypatch.setattr(module, "has_compiler", lambda: False)
-    raw = random_bytes(PackedKind.IQ2_XXS, 16, 256)
+
+
+@pytest.mark.parametrize("name", ["IQ2_XXS", "TQ1_0", "NVFP4"])
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler_rare_types_become_eight_bits(name, caplog):
+    raw = random_bytes(PackedKind[name], 16, 256)
     with caplog.at_level("INFO"):
-        matrix = pack(raw, GgmlType.IQ2_XXS, 16, 256)
+        matrix = pack(raw, GgmlType[name], 16, 256)
     assert matrix.kind is PackedKind.Q8_0
-    assert "IQ2_XXS" in caplog.text
-    assert error(dequantise(matrix), ggml.dequantize(raw, GgmlType.IQ2_XXS, (16, 256))) < 0.005
+    assert name in caplog.text
+    wanted = ggml.dequantize(raw, GgmlType[name], (16, 256))
+    groups = np.abs(wanted).reshape(16, -1, 32).max(axis=2, keepdims=True)
+    off = np.abs(dequantise(matrix) - wanted).reshape(16, -1, 32)
+    assert (off <= 0.0041 * groups + 1e-7).all()
     assert pack(random_bytes(PackedKind.Q4_K, 16, 256), GgmlType.Q4_K, 16, 256).kind is PackedKind.Q4_K
 
 
+@pytest.mark.usefixtures("no_compiler")
 def test_tiny_and_zero_groups_survive_eight_bits():
     raw = np.full((16, 2, 66), 0xAA, np.uint8)  # codes of one scale
     raw[:, 0, 64:] = 0  # a scale of zero
@@ -190,10 +222,26 @@ def test_shapes_and_types_that_cannot_be_packed():
         pack(raw, GgmlType.Q4_0, 2, 96)
 
 
+@pytest.mark.parametrize("name", ["MXFP4", "NVFP4"])
+def test_every_scale_of_eight_bits(name, lone_thread):
+    """Those below float32's normal numbers, the largest, and what is no number."""
+    kind, contents = PackedKind[name], CONTENTS[GgmlType[name]]
+    raw = np.random.default_rng(3).integers(
+        0, 256, (64, 4 * 64 // ggml.block_layout(kind.type)[0], contents.nbytes), np.uint8
+    )
+    scales = raw[:, :, slice(*contents.scale)]
+    scales[:] = np.arange(scales.size).reshape(scales.shape)
+    matrix = pack(raw.reshape(-1), kind.type, 64, 256)
+    with np.errstate(over="ignore"):
+        wanted = gguf.quants.dequantize(raw.reshape(64, -1), gguf.GGMLQuantizationType(kind.type))
+        assert same_bits(dequantise(matrix), wanted)
+    assert same_bits(read_rows(lone_thread, matrix, np.arange(64))[:64, :256].copy(), wanted)
+
+
 # ---- multiplying -----------------------------------------------------------------------------------------------------
 
 
-@each_kind
+@each_compiled
 @pytest.mark.parametrize("outputs", [1, 17, 63])
 def test_linear_matches_the_reference(kind, outputs, team):
     matrix, inputs = packed(kind, outputs, COLUMNS), activations(63, COLUMNS)
@@ -204,7 +252,7 @@ def test_linear_matches_the_reference(kind, outputs, team):
             assert error(result, wanted[:rows]) < 1e-5
 
 
-@each_kind
+@each_compiled
 def test_a_row_has_the_same_bits_everywhere(kind, team):
     matrix, inputs = packed(kind, 63, COLUMNS), activations(63, COLUMNS)
     whole = multiply(team, matrix, inputs)
@@ -291,14 +339,11 @@ def test_extreme_codes_do_not_overflow(lone_thread):
 # ---- embedding rows --------------------------------------------------------------------------------------------------
 
 
-@each_kind
+@each_compiled
 def test_embedding_rows_are_exact(kind, team):
     matrix = packed(kind, 63, 512)
     ids = np.array([0, 62, 17, 17, -1, 63, 1 << 40], np.int64)
-    field = np.full((len(ids) + 1, 520), 7, np.float32)
-    numbers = np.full(StepNumber.COUNT, len(ids), np.int64)
-    arguments = embedding_arguments(matrix, token_ids=address_of(ids), out=address_of(field), out_stride=520)
-    run_row(team, layout.embedding_rows_operation(kind), numbers, arguments)
+    field = read_rows(team, matrix, ids)
     assert np.array_equal(field[:4, :512], dequantise(matrix)[ids[:4]])
     assert np.isnan(field[4:7, :512]).all()  # ids outside of the table
     assert (field[:, 512:] == 7).all()

@@ -14,7 +14,7 @@ import pytest
 from gguf import quants
 
 from candle_vllm.core.kernels.weight_quant import quantiser, reference
-from candle_vllm.core.kernels.weight_quant.searches import SIMPLE, TYPES
+from candle_vllm.core.kernels.weight_quant.searches import SIMPLE, TABLES, TYPES
 from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.quantization.ggml_types import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -106,6 +106,48 @@ CPP_ERRORS = {
 def test_errors_are_at_most_two_per_cent_above_llama_cpps(name: str) -> None:
     for make, theirs in zip((weights, long_tailed), CPP_ERRORS[name]):
         assert relative_error(make((256, 1024), 11), GGMLQuantizationType[name]) <= 1.02 * theirs
+
+
+LIBGGUF_ERRORS = {"IQ4_NL": (0.076122, 0.102124), "IQ4_XS": (0.076722, 0.103339)}
+"""The same, of libgguf 0.2.2."""
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_errors_of_iq4_are_at_most_llama_cpps(name: str) -> None:
+    for make, theirs in zip((weights, long_tailed), LIBGGUF_ERRORS[name]):
+        assert relative_error(make((256, 1024), 11), GGMLQuantizationType[name]) <= theirs
+
+
+SEARCHED = [name for name in TYPES if name not in SIMPLE]
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_with_an_importance_the_weighted_error_is_lower(name: str) -> None:
+    """Of columns whose importance is spread as that of real ones; the blocks are those of the reference."""
+    kind, x = GGMLQuantizationType[name], long_tailed((32, 1024), 5)
+    importance = np.exp(np.random.default_rng(6).standard_normal(1024) * 1.5).astype(np.float32)
+    size, width = GGML_QUANT_SIZES[kind]
+    errors = []
+    for given in (None, importance):
+        found = np.empty((x.size // size, width), np.uint8)
+        assert quantiser(kind)(x.reshape(-1, size), found, given)
+        with np.errstate(all="ignore"):
+            assert np.array_equal(found, reference.quantised(x.reshape(-1, size), kind, given))
+        off = quants.dequantize(found, kind).reshape(x.shape) - x
+        errors.append(float((importance * off * off).mean()))
+    assert errors[1] < 0.95 * errors[0]
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "IQ4_XS"])
+def test_an_importance_of_ones_and_none_at_all(name: str) -> None:
+    """Columns that matter alike; and those of no importance, whose numbers may become anything finite."""
+    kind, x = GGMLQuantizationType[name], weights((8, 256), 9)
+    ones, scaled = (np.empty((8, GGML_QUANT_SIZES[kind][1]), np.uint8) for _ in range(2))
+    assert quantiser(kind)(x, ones, np.ones(256, np.float32))
+    assert quantiser(kind)(x, scaled, np.full(256, 4, np.float32))  # a power of two, which rounds nothing
+    assert np.array_equal(ones, scaled)
+    assert quantiser(kind)(x, ones, np.zeros(256, np.float32))
+    assert np.isfinite(quants.dequantize(ones, kind)).all()
 
 
 REAL_ERRORS = {"Q2_K": 0.304705, "Q3_K": 0.153121, "Q4_K": 0.018361, "Q5_K": 0.019290, "Q6_K": 0.017733}

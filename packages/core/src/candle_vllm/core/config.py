@@ -49,7 +49,7 @@ DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_NAME = DEMO_FILE.removesuffix(".gguf")
 """What the demo model says that it is called; where it is served by this name, requests may say "demo" too."""
 
-ISQ_NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2k", "q3k", "q4k", "q5k", "q6k")
+ISQ_NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2k", "q3k", "q4k", "q5k", "q6k", "iq4_nl", "iq4_xs")
 """Types that plain weights can be quantised to while they are loaded."""
 
 
@@ -217,6 +217,9 @@ class EngineConfig(ExplainedSettings):
                    "(docs/quantisation.md): " + ", ".join(ISQ_NAMES),
                    "q4_k stands for q4k. The embedding and the head get at least q6k; norms, biases and routers stay "
                    "plain. Not for GGUF files, for weights that are quantised already, or for encoders."] = None
+    imatrix: Annotated[Path | None, FilePath(), "file of llama.cpp, GGUF or .dat, that says how much each input of a "
+                       "matrix matters: isq quantises by it",
+                       "For the k types, iq4_nl and iq4_xs; the others have no search."] = None
     load_format: Annotated[LoadFormat, Choice(get_args(LoadFormat)), "auto reads the weights; dummy fills them with "
                            "random numbers, to measure a model without its files",
                            '"dummy" needs config.json and the tokenizer alone.'] = "auto"
@@ -327,6 +330,13 @@ class EngineConfig(ExplainedSettings):
                 raise ConfigError(
                     f"{name} sets nothing without enable_lora: set enable_lora=True, or leave it out", name
                 )
+        if self.imatrix is not None and (self.isq is None or self.isq[:3] in ("q4_", "q5_", "q8_")):
+            raise ConfigError(
+                "imatrix says how to search the scales of a type, and "
+                f"{'no type is given' if self.isq is None else f'{self.isq} has no search'}: set isq to one of the k "
+                "types, iq4_nl or iq4_xs, or leave it out",
+                "imatrix",
+            )
         if not self.model:
             raise ConfigError("model is empty: pass a Hugging Face id, a folder or a .gguf file", "model")
 
@@ -383,6 +393,7 @@ class EngineSettings(TypedDict, total=False):
     mmproj: Path | None
     max_images: int
     isq: str | None
+    imatrix: Path | None
     load_format: LoadFormat
     device: str
     dtype: DType

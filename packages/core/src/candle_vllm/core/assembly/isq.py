@@ -18,8 +18,10 @@ import numpy as np
 
 from candle_vllm.core.errors import ConfigError, WeightsError
 from candle_vllm.core.kernels.weight_quant.rows import ISQ_TYPES, SOURCES, fitting_type, quantise
+from candle_vllm.core.kernels.weight_quant.searches import SIMPLE
+from candle_vllm.core.loading.imatrix import Imatrix
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.weights import Counted, Line, WeightName, expand
+from candle_vllm.core.loading.weights import Counted, Line, WeightName, beside_gguf
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.tensors import StoredTensor, Viewed
@@ -37,9 +39,11 @@ class InSitu(Viewed):
 
     Attributes:
         kind: the type of its blocks.
+        importance: of its columns, see `weight_quant.rows.quantise`.
     """
 
     kind: GGMLQuantizationType
+    importance: np.ndarray | None = None
 
     def raw(self) -> np.ndarray:
         """See `StoredTensor.raw`; made anew at each call.
@@ -49,7 +53,7 @@ class InSitu(Viewed):
         """
         assert self.source.dtype is not None
         try:
-            return quantise(self.source.raw(), self.source.dtype, self.shape[-1], self.kind)
+            return quantise(self.source.raw(), self.source.dtype, self.shape[-1], self.kind, self.importance)
         except ValueError as error:
             raise WeightsError(
                 f"{self.path}: tensor {self.name} cannot be quantised: {error}; load it without `isq`"
@@ -62,6 +66,7 @@ def quantised_in_situ(
     checkpoint: Checkpoint,
     config: Counted,
     has_place: Callable[[str], bool] = lambda _: True,
+    imatrix: Imatrix | None = None,
 ) -> Checkpoint:
     """The checkpoint with its matrices quantised to a type, under the names of their places in the model.
 
@@ -71,20 +76,36 @@ def quantised_in_situ(
         checkpoint: plain weights; closing either closes both.
         config: the model's.
         has_place: says of a line's target whether the model has it: see `loading.weights.places`.
+        imatrix: how much the columns of matrices matter.
 
     Raises:
         ConfigError: the checkpoint is quantised already.
+        WeightsError: the importance matrix is of another model.
     """
     check_plain(name, checkpoint)
     tensors, used, counts = dict[str, StoredTensor](), set[str](), Counter[str]()
-    for line, found, stored in _matched(table, checkpoint, config, has_place):
+    for line, written, found, stored in _matched(table, checkpoint, config, has_place):
         used.add(found)
         chosen = chosen_type(ISQ_TYPES[name], line.target, stored)
         counts[_group(ISQ_TYPES[name], chosen, line.target, stored)] += 1
-        tensors[line.target] = stored if chosen is None else in_situ(stored, chosen)
+        importance = None
+        if imatrix is not None and chosen is not None and chosen.name not in SIMPLE:
+            importance = imatrix.of_line(written, stored.shape[-1], config.num_experts)
+            counts[f"such, by the importance of their inputs ({imatrix.path.name})"] += importance is not None
+        tensors[line.target] = stored if chosen is None else in_situ(stored, chosen, importance)
     _say(name, counts)
+    if imatrix is not None:
+        check_used(
+            imatrix, any(isinstance(tensor, InSitu) and tensor.importance is not None for tensor in tensors.values())
+        )
     rest = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in used}
     return checkpoint.with_tensors(rest | tensors)
+
+
+def check_used(imatrix: Imatrix, used: bool) -> None:
+    """Raises WeightsError where no matrix has an entry."""
+    if not used:
+        raise WeightsError(f"{imatrix.path} has no entry of a matrix that is quantised by it: is it of another model?")
 
 
 def check_plain(name: str, checkpoint: Checkpoint) -> None:
@@ -106,12 +127,12 @@ def check_plain(name: str, checkpoint: Checkpoint) -> None:
 
 def _matched(
     table: Sequence[WeightName], checkpoint: Checkpoint, config: Counted, has_place: Callable[[str], bool]
-) -> Iterator[tuple[Line, str, StoredTensor]]:
-    """The lines of a table that the checkpoint has a tensor for, its name, and it as the model wants it."""
-    for line in expand(table, config, checkpoint.format):
+) -> Iterator[tuple[Line, Line, str, StoredTensor]]:
+    """The lines that the checkpoint has a tensor for, those of GGUF, its name, and it as the model wants it."""
+    for line, written in beside_gguf(table, config):
         found = line.find(checkpoint.tensors) if line.names and has_place(line.target) else None
         if found is not None:
-            yield line, found, line.look(checkpoint.tensors[found], found, config)
+            yield line, written, found, line.look(checkpoint.tensors[found], found, config)
 
 
 def chosen_type(kind: GGMLQuantizationType, target: str, stored: StoredTensor) -> GGMLQuantizationType | None:
@@ -123,11 +144,11 @@ def chosen_type(kind: GGMLQuantizationType, target: str, stored: StoredTensor) -
     return fitting_type(kind, stored.shape[-1])
 
 
-def in_situ(stored: StoredTensor, kind: GGMLQuantizationType) -> InSitu:
+def in_situ(stored: StoredTensor, kind: GGMLQuantizationType, importance: np.ndarray | None = None) -> InSitu:
     """A plain tensor as one of blocks."""
     size, width = ggml.block_layout(kind)
     nbytes = math.prod(stored.shape) // size * width
-    return InSitu(stored.name, stored.shape, kind.name, nbytes, stored, kind)
+    return InSitu(stored.name, stored.shape, kind.name, nbytes, stored, kind, importance)
 
 
 def stays_plain(target: str, stored: StoredTensor) -> bool:
@@ -145,8 +166,8 @@ def _group(wanted: GGMLQuantizationType, chosen: GGMLQuantizationType | None, ta
     """The log line that a tensor is counted in."""
     if chosen is None:
         return "" if stays_plain(target, stored) else "plain, as their rows fit no block"
-    if chosen == GGMLQuantizationType.Q8_0 != wanted:
-        return "Q8_0, as their rows are no multiple of 256"
+    if chosen != wanted and chosen in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.IQ4_NL):
+        return f"{chosen.name}, as their rows are no multiple of 256"
     return f"{chosen.name} (embedding and head)" if chosen != wanted else chosen.name
 
 

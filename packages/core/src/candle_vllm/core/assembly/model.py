@@ -30,6 +30,7 @@ from candle_vllm.core.errors import InvalidFileError, InvalidParameterError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
+from candle_vllm.core.loading.imatrix import read_imatrix
 from candle_vllm.core.loading.pooling import read_pooling
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.stretch import stretched
@@ -252,7 +253,8 @@ def as_loaded(config: EngineConfig, family: Family, model: ModelConfig, checkpoi
     from candle_vllm.core.assembly.isq import quantised_in_situ
 
     shapes = family.build(model, SHAPES, checkpoint)
-    return quantised_in_situ(config.isq, family.weights, checkpoint, model, places(shapes))
+    imatrix = None if config.imatrix is None else read_imatrix(config.imatrix)
+    return quantised_in_situ(config.isq, family.weights, checkpoint, model, places(shapes), imatrix)
 
 
 def fill(

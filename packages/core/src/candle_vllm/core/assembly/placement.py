@@ -201,7 +201,8 @@ def _memory_of(placement: Placement, tensor: StoredTensor) -> int:
     if not (placement.recorded or placement.keeps_quantised):
         return tensor.numel * ELEMENTS[placement.dtype].itemsize
     if tensor.dtype is None and not _is_decoded(placement, tensor):
-        return tensor.nbytes * 22 // 17 if tensor.type_name == "MXFP4" else tensor.nbytes  # as blocks of Q5_0
+        grows = tensor.type_name == "MXFP4" and not placement.recorded  # to blocks of Q5_0
+        return tensor.nbytes * 22 // 17 if grows else tensor.nbytes
     if placement.keeps_quantised:
         return tensor.numel * ELEMENTS[placement.dtype].itemsize
     kind = placement.plain_kind

@@ -12,10 +12,10 @@ import gguf
 import numpy as np
 from gguf import GGUFValueType, GGUFWriter
 
-from candle_vllm.core.conversion.mxfp4 import mxfp4_blocks
 from candle_vllm.core.errors import UnsupportedModelError, WeightsError
 from candle_vllm.core.kernels.weight_quant.rows import quantise
 from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.fp4 import mxfp4_blocks
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.text.gguf_vocab import PREFIX
@@ -34,11 +34,13 @@ class PlannedTensor:
         name: in the file.
         stored: plain numbers, or MXFP4.
         kind: what they become.
+        importance: of their columns, see `weight_quant.rows.quantise`.
     """
 
     name: str
     stored: StoredTensor
     kind: GGMLQuantizationType
+    importance: np.ndarray | None = None
 
     @property
     def nbytes(self) -> int:
@@ -114,6 +116,6 @@ def _bytes(plan: PlannedTensor) -> np.ndarray:
     if stored.dtype is None:
         return mxfp4_blocks(stored) if stored.block_type is None else stored.raw()
     try:
-        return quantise(stored.raw(), stored.dtype, stored.shape[-1], plan.kind)
+        return quantise(stored.raw(), stored.dtype, stored.shape[-1], plan.kind, plan.importance)
     except ValueError as error:
         raise WeightsError(f"{stored.path}: tensor {stored.name} cannot be quantised: {error}") from error

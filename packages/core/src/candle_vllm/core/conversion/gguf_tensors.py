@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from candle_vllm.core.conversion.mxfp4 import mxfp4_blocks
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import Constant, Made, rows_of_bytes
-from candle_vllm.core.loading.weights import Line, WeightName, expand
+from candle_vllm.core.loading.weights import Line, WeightName, beside_gguf
+from candle_vllm.core.quantization.fp4 import mxfp4_blocks
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.quantization.tensors import StoredTensor
 
-_PART = re.compile(r":\d+\.")  # in the target of a part of a tensor that is one in GGUF files
 _Piece = tuple[Line, StoredTensor]  # a line of the GGUF side, and the tensor as the model wants it
 
 
@@ -84,13 +82,10 @@ def gguf_tensors(
         UnsupportedModelError: GGUF has no name for a tensor.
     """
     found: defaultdict[str, list[_Piece]] = defaultdict(list)
-    both = list(zip(expand(table, config, "safetensors"), expand(table, config, "gguf"), strict=True))
-    wholes = {line.target: line for stored_line, line in both if line.names and not stored_line.names}
-    for stored_line, line in both:
+    for stored_line, line in beside_gguf(table, config):
         name = stored_line.find(checkpoint.tensors) if stored_line.names and has_place(line.target) else None
         if name is None:
             continue
-        line = line if line.names else wholes.get(_PART.sub(":", line.target), line)
         if not line.names:
             raise UnsupportedModelError(f"{checkpoint.path}: GGUF has no name for tensor {name}")
         line = preferring(line, preferred)

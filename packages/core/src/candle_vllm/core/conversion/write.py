@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from gguf import LlamaFileType
 
-from candle_vllm.core.assembly.isq import check_plain, chosen_type, stays_plain
+from candle_vllm.core.assembly.isq import check_plain, check_used, chosen_type, stays_plain
 from candle_vllm.core.assembly.opening import config_file, model_files, naming, open_model, open_tokenizer
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.conversion.adapters import Uses, merge
@@ -26,9 +26,11 @@ from candle_vllm.core.devices import CPU
 from candle_vllm.core.errors import AdapterError, ConfigError, ModelLoadError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.weight_quant.rows import ISQ_TYPES
+from candle_vllm.core.kernels.weight_quant.searches import SIMPLE, TYPES
 from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.gguf import split_names
+from candle_vllm.core.loading.imatrix import Imatrix, read_imatrix
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.stretch import stretched
 from candle_vllm.core.loading.tensors import Checkpoint
@@ -166,6 +168,8 @@ def _plan(
     for name, divisors in rope_tensors(model).items():
         found.append((name, "rotary:factors", constant(name, divisors, files.config)))
     plans = [PlannedTensor(name, stored, _kind(config, name, target, stored)) for name, target, stored in found]
+    if config.imatrix is not None:
+        plans = _by_importance(plans, read_imatrix(config.imatrix))
     metadata = describe(model, row) | _general(config, files, plans) | _words(config, files, model)
     if not model.has_head or (files.folder / "modules.json").is_file():
         keys = pooling_keys(files, model.hidden_size, "last")
@@ -178,6 +182,19 @@ def _plan(
     return plans, metadata
 
 
+def _by_importance(plans: Sequence[PlannedTensor], imatrix: Imatrix) -> list[PlannedTensor]:
+    """The same tensors, those whose scales are searched with what the file says of them."""
+    found: list[PlannedTensor] = []
+    for plan in plans:
+        importance = None
+        if plan.kind.name in TYPES and plan.kind.name not in SIMPLE and plan.stored.dtype is not None:
+            experts = plan.stored.shape[0] if len(plan.stored.shape) == 3 else 1
+            importance = imatrix.of(plan.name, plan.stored.shape[-1], experts)
+        found.append(dataclasses.replace(plan, importance=importance))
+    check_used(imatrix, any(plan.importance is not None for plan in found))
+    return found
+
+
 def _encoder_plan(
     config: EngineConfig,
     files: ModelFiles,
@@ -188,6 +205,8 @@ def _encoder_plan(
 ) -> tuple[list[PlannedTensor], dict[str, Any]]:
     found = encoder_tensors(family, model, checkpoint, source)
     plans = [PlannedTensor(name, stored, _kind(config, name, target, stored)) for name, target, stored in found]
+    if config.imatrix is not None:
+        plans = _by_importance(plans, read_imatrix(config.imatrix))
     metadata = describe_encoder(model, files) | _general(config, files, plans)
     metadata |= tokenizer_metadata(open_tokenizer(config, files, {}, model.vocab_size), model.vocab_size, ())
     written = {plan.name: plan.stored for plan in plans}

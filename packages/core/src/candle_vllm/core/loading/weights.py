@@ -22,6 +22,7 @@ from candle_vllm.core.threads import LOADING_THREADS
 
 logger = logging.getLogger(__name__)
 
+_PART = re.compile(r":\d+\.")  # in the target of a part of a tensor that is one in GGUF files
 _SHOWN = 64  # names of one kind listed in an error message
 
 
@@ -134,8 +135,21 @@ class Line:
         """The name for messages."""
         return self._spelled(self.names[0])
 
+    @property
+    def spelled(self) -> tuple[str, ...]:
+        """The names, the expert spelled out as well."""
+        return tuple(map(self._spelled, self.names))
+
     def _spelled(self, name: tuple[str, View | None]) -> str:
         return name[0] if self.expert is None else name[0].replace("{e}", str(self.expert))
+
+
+def beside_gguf(table: Sequence[WeightName], config: Counted) -> Iterator[tuple[Line, Line]]:
+    """Lines of safetensors, each beside that of GGUF; parts of a tensor that is one there have that of the whole."""
+    both = list(zip(expand(table, config, "safetensors"), expand(table, config, "gguf"), strict=True))
+    wholes = {line.target: line for stored_line, line in both if line.names and not stored_line.names}
+    for stored_line, line in both:
+        yield stored_line, line if line.names else wholes.get(_PART.sub(":", line.target), line)
 
 
 def check_weights(

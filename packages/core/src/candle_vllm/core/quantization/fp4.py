@@ -7,7 +7,8 @@ in a byte, the first in its lower half.
     NVFP4   groups of 16, scale e4m3 times one float32 of the tensor: modelopt's `weight_scale_2`, or, to be divided by,
             compressed-tensors' `weight_global_scale`; in this order, in fp32
 
-Twice a number is whole, so MXFP4 is Q5_0 exactly, where half its scale is a float16.
+GGUF has a type of the name MXFP4 for the same numbers: a block is the byte of the scale and 16 bytes, whose lower
+halves are the codes of the first 16 weights and whose upper ones those of the other 16.
 Source: OCP Microscaling Formats 1.0, 2023; NVIDIA's modelopt; gpt-oss's `convert_moe_packed_tensors`.
 """
 
@@ -17,9 +18,12 @@ import math
 
 import numpy as np
 
+from candle_vllm.core.errors import WeightsError
 from candle_vllm.core.quantization.fp8 import scale_numbers
-from candle_vllm.core.quantization.group_codes import GroupCodes, nibbles
-from candle_vllm.core.quantization.scaled_codes import E2M1, ScaledCodes
+from candle_vllm.core.quantization.ggml_blocks import CONTENTS, E2M1_VALUES, BlockParts, put_together
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
+from candle_vllm.core.quantization.group_codes import Blocks, GroupCodes, nibbles
+from candle_vllm.core.quantization.scaled_codes import ScaledCodes
 from candle_vllm.core.quantization.stored import CodeSource, FloatSource, LayerTensors, QuantisedTensor, numbers
 from candle_vllm.core.quantization.tensors import StoredTensor
 
@@ -30,7 +34,23 @@ MIDDLE = 16
 
 def _codes(packed: np.ndarray) -> np.ndarray:
     """Bytes [R, K / 2] as twice their numbers plus 16: uint8 [R, K]."""
-    return (2 * np.array(E2M1) + MIDDLE).astype(np.uint8)[nibbles(packed)]
+    return (np.array(E2M1_VALUES) + MIDDLE).astype(np.uint8)[nibbles(packed)]
+
+
+class Mxfp4Codes(GroupCodes):
+    """Rows of MXFP4: codes as `_codes` has them, and half the scales."""
+
+    def _blocks(self) -> Blocks | None:
+        """See `GroupCodes.blocks`: of GGUF's own type, unless a scale is not a number."""
+        if not np.isfinite(self.scales).all():
+            return None
+        table = np.zeros(2 * MIDDLE, np.uint8)
+        for code in reversed(range(len(E2M1_VALUES))):  # of the two that are 0, the first is last
+            table[MIDDLE + E2M1_VALUES[code]] = code
+        exponents = (np.frexp(self.scales)[1] + 127).astype(np.uint8)
+        parts = BlockParts(table[self.codes].reshape(*exponents.shape, MX_GROUP), exponents[..., None])
+        raw = put_together(parts, CONTENTS[GGMLQuantizationType.MXFP4])
+        return Blocks(GGMLQuantizationType.MXFP4, raw.reshape(len(raw), -1))
 
 
 class Mxfp4Source(CodeSource):
@@ -51,7 +71,7 @@ class Mxfp4Source(CodeSource):
         exponents = numbers(self._scales, np.uint8).reshape(-1, groups)[first:last].astype(np.int32)
         scales = np.ldexp(np.float32(1), exponents - 128).astype(np.float32)
         scales[exponents == 255] = np.nan
-        return GroupCodes(_codes(packed), scales, None, 5, "F32")
+        return Mxfp4Codes(_codes(packed), scales, None, 5, "F32")
 
 
 class Nvfp4Source(FloatSource):
@@ -110,6 +130,19 @@ def mxfp4_tensor(parts: LayerTensors) -> QuantisedTensor:
     packed, scales = parts.get(".weight_packed", "U8"), parts.get(".weight_scale", "U8", "F8_E8M0")
     rows, columns = _matrix(parts, packed, scales, MX_GROUP)
     return parts.tensor("MXFP4", (rows, columns), Mxfp4Source(packed, scales))
+
+
+def mxfp4_blocks(stored: StoredTensor) -> np.ndarray:
+    """GGUF's blocks of a tensor's rows [..., R, K], uint8 [R, 17 K / 32].
+
+    Raises:
+        WeightsError: a scale is not a number.
+    """
+    assert isinstance(stored, QuantisedTensor)
+    found = stored.blocks()
+    if found is None:
+        raise WeightsError(f"{stored.path}: tensor {stored.name} has a scale that is not a number")
+    return found.raw
 
 
 def nvfp4_tensor(parts: LayerTensors, *, divided: bool) -> QuantisedTensor:

@@ -18,7 +18,14 @@ from functools import partial
 import numpy as np
 
 from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.quantization.ggml_blocks import CONTENTS, BlockContents, BlockParts, put_together, take_apart
+from candle_vllm.core.quantization.ggml_blocks import (
+    CONTENTS,
+    BlockContents,
+    BlockParts,
+    put_together,
+    scale_numbers,
+    take_apart,
+)
 from candle_vllm.core.quantization.ggml_types import GGML_QUANT_SIZES, GGMLQuantizationType
 from candle_vllm.core.quantization.plain import ELEMENTS, convert, read_plain
 from candle_vllm.core.threads import loading_threads
@@ -181,21 +188,16 @@ def _decoder(ggml_type: GGMLQuantizationType) -> Decoder:
 def _decode(contents: BlockContents, blocks: np.ndarray, out: np.ndarray) -> None:
     """A `Decoder` of the types of which it is known what is in a block."""
     parts = take_apart(blocks, contents, np)
-    scale = _floats(parts.scale)
+    scale = scale_numbers(parts.scale, contents.float)
     codes = parts.codes.view(np.int8)
     out[:] = codes if contents.values is None else np.array(contents.values, np.float32)[parts.codes]
     if parts.scales is None:
-        out *= scale
+        groups = out.reshape(len(out), scale.shape[1], -1)
+        groups *= scale[:, :, None]
         if parts.minimum is not None:
-            out += _floats(parts.minimum)
+            out += scale_numbers(parts.minimum, contents.float)
         return
     groups = out.reshape(len(out), -1, contents.width)
     groups *= (scale * parts.scales.view(np.int8))[:, :, None]
     if parts.minimum is not None and parts.minima is not None:
-        groups -= (_floats(parts.minimum) * parts.minima)[:, :, None]
-
-
-def _floats(data: np.ndarray) -> np.ndarray:
-    """The float of each block, of as many bytes as are given [N, 2 or 4], as float32 [N, 1]."""
-    kind = np.float16 if data.shape[1] == 2 else np.float32
-    return np.ascontiguousarray(data).view(kind).astype(np.float32, copy=False)
+        groups -= (scale_numbers(parts.minimum, contents.float) * parts.minima)[:, :, None]

@@ -5,7 +5,8 @@ Stands before step 1 of a request's life. `take_apart` does it byte by byte, for
 
 A block is some **numbers** and the **floats** that they are multiplied with. A weight is scale * code, plus the
 minimum where there is one. K-quants have small scales and minima of their own for every `width` weights: there a weight
-is (scale * small scale) * code, minus minimum * small minimum. A number is int8(stored bits - zero), modulo 256.
+is (scale * small scale) * code, minus minimum * small minimum. A number is int8(stored bits - zero), modulo 256. TQ1_0
+has no bits of numbers, but five digits to the base of 3 in a byte.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from types import MappingProxyType, ModuleType
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 Array = TypeVar("Array")  # numpy's or torch's
+
+
+Float: TypeAlias = Literal["f16", "f32", "e8m0", "e4m3"]
+"""How scales are stored. The last two are one byte: of half a power of two, and of half a number without a sign."""
 
 
 class Fields(NamedTuple):
@@ -56,14 +61,15 @@ class BlockContents(NamedTuple):
     """What is in a block.
 
     Attributes:
-        codes: of the weights; the fields of one number, lowest bits first.
-        scale, minimum: where the bytes of a float16 begin and end, or of a float32.
+        codes: of the weights; the fields of one number, lowest bits first. None: they are digits to the base of 3.
+        scale, minimum: where the bytes of a float begin and end, or of several.
         zero: stored bits of the code 0.
         small: the small scales and minima: numbers behind each other, each as in `codes`.
         turn: as many small scales, then as many minima, and so on; 0 where there are no minima.
         small_zero: stored bits of the small scale 0.
         width: weights that share a scale.
         values: the number that stands for each code, where it is not the code itself.
+        float: how the scale is stored, and the minimum.
     """
 
     codes: tuple[Fields, ...]
@@ -75,11 +81,12 @@ class BlockContents(NamedTuple):
     small_zero: int = 0
     width: int = 32
     values: tuple[int, ...] | None = None
+    float: Float = "f16"
 
     @property
     def bits(self) -> int:
-        """Of a code."""
-        return self.codes[-1].shift + self.codes[-1].bits
+        """Stored of a code; 0 where codes are digits."""
+        return sum(fields.bits for fields in self.codes)
 
     @property
     def floats(self) -> tuple[tuple[int, int], ...]:
@@ -94,7 +101,7 @@ class BlockContents(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Of a block, up to the last that is told."""
-        return max(*(stop for _, stop in self.floats), *(fields.stop for fields in self.fields))
+        return max(stop for _, stop in (*self.floats, *((fields.start, fields.stop) for fields in self.fields)))
 
 
 _SIX_BITS = ((Fields(4, 12, 8, 6),), (Fields(12, 16, 4, 4), Fields(4, 12, 8, 2, shift=4, first=6)))
@@ -102,6 +109,12 @@ _SIX_BITS = ((Fields(4, 12, 8, 6),), (Fields(12, 16, 4, 4), Fields(4, 12, 8, 2, 
 
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """The numbers of IQ4_NL's and IQ4_XS's codes: closer together about 0, where most weights are."""
+
+E2M1_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+"""Twice the floats of MXFP4's and NVFP4's codes."""
+
+_TRITS = ((0, 32, 5), (32, 48, 5), (48, 52, 4))
+"""TQ1_0's digits: of each run of bytes the highest of every byte, then the next of every byte, so many times."""
 
 _ROWS = {  # codes, scale, minimum
     "Q4_0": BlockContents((Fields(2, 18, 16, 4),), (0, 2), zero=8),
@@ -139,7 +152,11 @@ _ROWS = {  # codes, scale, minimum
         small_zero=32,
         values=IQ4_VALUES,
     ),
-    "Q8_K": BlockContents((Fields(4, 260, 256, 8),), (0, 4)),  # behind them sums, which are of no use here
+    "MXFP4": BlockContents((Fields(1, 17, 16, 4),), (0, 1), values=E2M1_VALUES, float="e8m0"),
+    "NVFP4": BlockContents((Fields(4, 36, 8, 4),), (0, 4), width=16, values=E2M1_VALUES, float="e4m3"),
+    "Q8_K": BlockContents((Fields(4, 260, 256, 8),), (0, 4), float="f32"),  # behind them sums, of no use here
+    "TQ1_0": BlockContents((), (52, 54), zero=1),
+    "TQ2_0": BlockContents((Fields(0, 64, 32, 2),), (64, 66), zero=1),
     "Q1_0": BlockContents((Fields(2, 18, 1, 1, shift=1),), (0, 2), zero=1),  # the codes are 1 and -1
 }
 CONTENTS: Mapping[GGMLQuantizationType, BlockContents] = MappingProxyType(
@@ -154,7 +171,7 @@ class BlockParts(Generic[Array]):
 
     Attributes:
         codes: uint8 [..., weights of a block], bits of int8; maybe a view of the blocks. Not yet looked up in `values`.
-        scale, minimum: uint8 [..., 2 or 4], bytes of a float; a view of the blocks.
+        scale, minimum: uint8 [..., bytes of a float, or of several]; a view of the blocks.
         scales: uint8 [..., groups], bits of int8, of K-quants.
         minima: the same of the small minima; never negative.
     """
@@ -175,7 +192,7 @@ def take_apart(blocks: Array, contents: BlockContents, library: ModuleType) -> B
         library: numpy or torch, whichever the blocks are of. Both have the functions of the array API.
     """
     data: Any = blocks
-    codes = _numbers(data, contents.codes, contents.zero, library)
+    codes = _numbers(data, contents.codes, contents.zero, library) if contents.codes else _trits(data) - contents.zero
     scale = data[..., slice(*contents.scale)]
     minimum = None if contents.minimum is None else data[..., slice(*contents.minimum)]
     if not contents.small:
@@ -223,6 +240,27 @@ def _bits(blocks: Any, fields: Fields, library: ModuleType) -> Any:
     if fields.shift:
         found *= 1 << fields.shift  # numpy's own shift to the left takes ten times as long
     return found
+
+
+def _trits(blocks: np.ndarray) -> np.ndarray:
+    """TQ1_0's codes, uint8 [..., 256]: a byte is a fraction of 256, and three times it has the digit above the byte."""
+    moved = [blocks[..., a:b] * np.uint8(3**digit) for a, b, count in _TRITS for digit in range(count)]
+    return (np.concatenate(moved, axis=-1).astype(np.uint16) * 3 >> 8).astype(np.uint8)
+
+
+def scale_numbers(data: np.ndarray, kind: Float) -> np.ndarray:
+    """The floats of blocks, uint8 [N, bytes], as float32 [N, count], as ggml has them: 2^-128 is no 0 in e8m0."""
+    if kind == "e8m0":
+        return np.ldexp(np.float32(1), data.astype(np.int32) - 128)
+    if kind == "e4m3":
+        return (e4m3_codes(data).astype(np.uint16) << 7).view(np.float16).astype(np.float32) * np.float32(128)
+    found = np.ascontiguousarray(data).view(np.float16 if kind == "f16" else np.float32)
+    return found.astype(np.float32, copy=False)
+
+
+def e4m3_codes(data: np.ndarray) -> np.ndarray:
+    """Bytes of e4m3 as NVFP4 reads them: without the sign, and 0 for what is no number."""
+    return np.where(data == 0x7F, 0, data & 0x7F).astype(np.uint8)
 
 
 def put_together(parts: BlockParts[np.ndarray], contents: BlockContents) -> np.ndarray:

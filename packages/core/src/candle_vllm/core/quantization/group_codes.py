@@ -69,7 +69,7 @@ class GroupCodes:
     def take(self, rows: np.ndarray | slice) -> GroupCodes:
         """Some of the rows."""
         zeros = None if self.zeros is None else self.zeros[rows]
-        return GroupCodes(self.codes[rows], self.scales[rows], zeros, self.bits, self.scale_dtype, self.group_of)
+        return dataclasses.replace(self, codes=self.codes[rows], scales=self.scales[rows], zeros=zeros)
 
     @property
     def column_step(self) -> int:

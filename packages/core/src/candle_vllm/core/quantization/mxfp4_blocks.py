@@ -1,4 +1,4 @@
-"""GGUF's MXFP4 blocks as Q5_0 blocks, number for number: kernels multiply these.
+"""GGUF's MXFP4 blocks as Q5_0 blocks, number for number, for kernels that do not read their own.
 
 Used at load, before step 1 of a request's life. A block of MXFP4 is a byte e and 16 bytes of codes, whose numbers are
 whole (twice those of e2m1), with the scale 2^(e - 128). A block of Q5_0 is a float16 scale, a word of fifth bits and 16

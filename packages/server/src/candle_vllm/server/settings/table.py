@@ -126,6 +126,7 @@ class Settings:
     offline: Annotated[bool, engine(MODEL, in_yaml=False)] = False
     isq: Annotated[str | None, engine(MODEL,
         "TYPE", reading={"aliases": _ISQ_ALIASES})] = None
+    imatrix: Annotated[Path | None, engine(MODEL, "FILE")] = None
     load_format: Annotated[str | None, engine(MODEL, "FORMAT", commands=_LOADING)] = None
     enable_lora: Annotated[bool, engine(MODEL, commands=_WITH_ADAPTERS)] = False
     device: Annotated[str | None, engine(DEVICE,

@@ -107,7 +107,7 @@ PLANES: Mapping[PackedKind, Planes] = MappingProxyType(
     {
         kind: _planes(layout)
         for kind, layout in LAYOUTS.items()
-        if isinstance(layout, TileLayout) and layout.values is None
+        if isinstance(layout, TileLayout) and kind <= PackedKind.Q6_K
     }
 )
 

@@ -33,6 +33,7 @@ from candle_vllm.core.kernels.packed_linear.layout import (
     GROUP,
     LAYOUTS,
     ROWS,
+    TRITS,
     VECTOR_BYTES,
     AnyLayout,
     PackedKind,
@@ -60,8 +61,12 @@ def _field(e: Emitter, words: Any, start: int, target: int, bits: int, lanes: in
     return e.b.and_(words, _words(e, ((1 << bits) - 1) << target, lanes))
 
 
-def _quad(e: Emitter, codes: Any, layout: TileLayout, quad: int, isa: Isa = Isa.GENERIC, lanes: int = ROWS) -> Any:
-    """Quad `quad` of the group whose codes begin at `codes`: 4 unsigned bytes in each lane."""
+def _quad(
+    e: Emitter, group: Any, codes: Any, layout: TileLayout, quad: int, isa: Isa = Isa.GENERIC, lanes: int = ROWS
+) -> Any:
+    """Quad `quad` of group `group` of a block: 4 unsigned bytes in each lane; `codes` as `_block_of` has it."""
+    if layout.bits == 0:
+        return _digit(e, codes, e.b.add(e.b.shl(group, e.int64(3)), e.int64(quad)), lanes)
     found = _stored_quad(e, codes, layout, quad, lanes)
     if layout.values is None:
         return found
@@ -77,6 +82,8 @@ def _stored_quad(e: Emitter, codes: Any, layout: TileLayout, quad: int, lanes: i
 
     if bits == 8:
         return words(quad)
+    if bits == 1:
+        return _field(e, words(0), quad, 1, 1, lanes)
     if bits in (3, 5):
         high = _field(e, words(0), quad, bits - 1, 1, lanes)
     else:
@@ -88,9 +95,30 @@ def _stored_quad(e: Emitter, codes: Any, layout: TileLayout, quad: int, lanes: i
     return low if high is None else e.b.or_(low, high)
 
 
+def _digit(e: Emitter, codes: Any, quad: Any, lanes: int) -> Any:
+    """Quad `quad` of a block of digits to the base of 3.
+
+    A byte is a fraction of 256. Times a power of 3 its wanted digit is the first, of which two comparisons tell.
+    """
+    b, pairs, bytes_ = e.b, vector(I16, 2 * lanes), vector(I8, 4 * lanes)
+    place = b.udiv(quad, e.int64(TRITS))
+    digit = b.sub(quad, b.mul(place, e.int64(TRITS)))
+    powers = e.int64(sum(3**n << 8 * n for n in range(TRITS)))
+    power = b.and_(b.trunc(b.lshr(powers, b.shl(digit, e.int64(3))), I16), ir.Constant(I16, 255))
+    words = e.load(b.add(codes, b.mul(place, e.int64(VECTOR_BYTES))), pairs)
+    power, low, eight = e.splat(power, 2 * lanes), e.constant(I16, 255, 2 * lanes), e.constant(I16, 8, 2 * lanes)
+    even = b.and_(b.mul(words, power), low)
+    odd = b.shl(b.mul(b.lshr(words, eight), power), eight)
+    found = b.bitcast(b.or_(even, odd), bytes_)
+    digits = [b.zext(b.icmp_unsigned(">", found, e.constant(I8, most, 4 * lanes)), bytes_) for most in (85, 170)]
+    return b.bitcast(b.add(*digits), vector(I32, lanes))
+
+
 def _scales(e: Emitter, block: Any, group: Any, layout: TileLayout, lane: Any = None) -> tuple[list[Any], list[Any]]:
     """Scales and minima of a group (number `group` of its block), each one or two vectors of floats."""
     lanes = ROWS if lane is None else 1
+    if layout.float == "e4m3":
+        return _small_floats(e, block, group, layout, lane), []
     scale, minimum = _floats(e, block, layout, lane)
     if not layout.nested:
         return [scale], [] if minimum is None else [minimum]
@@ -119,12 +147,39 @@ def _scales(e: Emitter, block: Any, group: Any, layout: TileLayout, lane: Any = 
 
 
 def _floats(e: Emitter, block: Any, layout: TileLayout, lane: Any = None) -> tuple[Any, Any]:
-    """The float16 numbers of a block, widened: scales, and minima or None."""
+    """The floats of a block, widened: scales, and minima or None."""
     lanes = ROWS if lane is None else 1
+    if layout.float == "e8m0":
+        return _halved_power(e, block if lane is None else e.b.add(block, lane), lanes), None
+    if layout.float == "f32":
+        return e.load(block if lane is None else e.b.add(block, e.b.mul(lane, e.int64(4))), vector(F32, lanes)), None
     at = block if lane is None else e.b.add(block, e.b.mul(lane, e.int64(2)))
     offsets = (0, 2 * ROWS) if layout.minimum else (0,)
     found = [e.b.fpext(e.load(at, vector(F16, lanes), offset), vector(F32, lanes)) for offset in offsets]
     return found[0], found[1] if layout.minimum else None
+
+
+def _halved_power(e: Emitter, at: Any, lanes: int) -> Any:
+    """Bytes of e8m0, halved: 2^(byte - 128), of which the two smallest are below the normal floats."""
+    b, kind = e.b, vector(I32, lanes)
+    byte = b.zext(e.load(at, vector(I8, lanes)), kind)
+    usual = b.shl(b.sub(byte, e.constant(I32, 1, lanes)), e.constant(I32, 23, lanes))
+    small = b.shl(e.constant(I32, 1 << 21, lanes), b.and_(byte, e.constant(I32, 1, lanes)))
+    few = b.icmp_unsigned("<", byte, e.constant(I32, 2, lanes))
+    return b.bitcast(b.select(few, small, usual), vector(F32, lanes))
+
+
+def _small_floats(e: Emitter, block: Any, group: Any, layout: TileLayout, lane: Any = None) -> list[Any]:
+    """Scales in e4m3 of a group, halved, one for each of its parts: moved up, their bits are a float16's 2^8 below."""
+    b, lanes, parts = e.b, ROWS if lane is None else 1, GROUP // layout.width
+    at = b.add(block, b.mul(group, e.int64(parts * ROWS)))
+    at = at if lane is None else b.add(at, lane)
+    found = []
+    for part in range(parts):
+        byte = b.zext(e.load(at, vector(I8, lanes), part * ROWS), vector(I16, lanes))
+        half = b.bitcast(b.shl(byte, e.constant(I16, 7, lanes)), vector(F16, lanes))
+        found.append(b.fmul(b.fpext(half, vector(F32, lanes)), e.constant(F32, 128.0, lanes)))
+    return found
 
 
 def _pairs(e: Emitter, block: Any, group: Any, layout: TileLayout) -> tuple[Any, Any]:
@@ -147,11 +202,12 @@ def _paired(e: Emitter, low: Any, high: Any) -> Any:
 
 def _block_of(e: Emitter, weights: Any, group: Any, layout: AnyLayout) -> tuple[Any, Any, Any]:
     """Address of the block that holds group `group` of a row, the group's number in it, and its codes' address."""
-    if not layout.nested:
+    if layout.groups == 1:
         block = e.b.add(weights, e.b.mul(group, e.int64(layout.block_bytes)))
         return block, e.int64(0), e.b.add(block, e.int64(layout.head_bytes))
     number = e.b.and_(group, e.int64(layout.groups - 1))
-    block = e.b.add(weights, e.b.mul(e.b.lshr(group, e.int64(3)), e.int64(layout.block_bytes)))
+    of = e.b.lshr(group, e.int64(layout.groups.bit_length() - 1))
+    block = e.b.add(weights, e.b.mul(of, e.int64(layout.block_bytes)))
     inside = e.b.add(e.b.mul(number, e.int64(layout.code_bytes)), e.int64(layout.head_bytes))
     return block, number, e.b.add(block, inside)
 
@@ -248,7 +304,7 @@ def _add_group(
     for half, scale in enumerate(scales):
         sums = [e.zeros(I32) if layout.minimum else splat(row, 1 + half, I32) for row in range(block)]
         for quad in range(half * 4, half * 4 + 8 // len(scales)):
-            unsigned = grid.quad(quad) if grid else _quad(e, codes, layout, quad, isa)
+            unsigned = grid.quad(quad) if grid else _quad(e, number, codes, layout, quad, isa)
             for row in range(block):
                 x = e.splat(e.load(record, I32, row * GROUP + 4 * quad))
                 sums[row] = e.dot_u8_i8(sums[row], unsigned, x, isa)
@@ -282,7 +338,7 @@ def _add_paired(
     for half in (0, 1):
         sums = [e.zeros(I32)] * block
         for quad in range(4 * half, 4 * half + 4):
-            unsigned = _quad(e, codes, layout, quad)
+            unsigned = _quad(e, number, codes, layout, quad)
             for row in range(block):
                 x = e.splat(e.load(record, I32, row * GROUP + 4 * quad))
                 sums[row] = e.dot_u8_i8(sums[row], unsigned, x, isa)
@@ -399,7 +455,8 @@ def _unpack_row(_: Any, kind: Any, weights: Any, lane: Any, out: Any, groups: An
                 scale, *minimum = (
                     e.splat(b.extract_element(part[half], ir.Constant(I32, 0)), 4) for part in (scales, minima) if part
                 )
-                numbers = b.zext(b.bitcast(_quad(e, codes, layout, quad, lanes=1), vector(I8, 4)), vector(I32, 4))
+                found = _quad(e, inside, codes, layout, quad, lanes=1)
+                numbers = b.zext(b.bitcast(found, vector(I8, 4)), vector(I32, 4))
                 numbers = b.sub(numbers, e.constant(I32, layout.zero, 4))
                 value = b.fmul(b.sitofp(numbers, vector(F32, 4)), scale)
                 e.store(target, b.fadd(value, minimum[0]) if minimum else value, 16 * quad)

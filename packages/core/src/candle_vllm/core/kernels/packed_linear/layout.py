@@ -4,7 +4,10 @@ Stands inside step 6 of a request's life. 16 rows are a **tile**. A tile is a ru
 scales (the head) in front of its codes, so that a thread reads its tiles as one stream. The simple types have blocks of
 one group (32 weights of each row), the K-quants blocks of eight groups with one super-scale.
 
-    simple head   scale f16[16]  (minimum f16[16])
+    simple head   scale f16[16]  (minimum f16[16])           blocks of eight groups in TQ1_0, TQ2_0; four in Q1_0
+                  scale f32[16]                              Q8_K, a block of eight groups
+                  scale e8m0[16]                             MXFP4
+                  scale e4m3[4][16]                          NVFP4, a block of two groups: one for 16 weights
     K-quant head  super-scale f16[16]  (negated super-minimum f16[16])  then 32 bytes for each group:
                   scale u8[16], minimum u8[16]             Q4_K, Q5_K (one scale for 32 weights)
                   scale i8[16], scale i8[16]               Q3_K, Q6_K (one for 16 weights: first half, second half)
@@ -17,13 +20,15 @@ A group's codes are vectors of 64 bytes, 4 bytes for each of the 16 rows. **Quad
     8 bits        quad j is vector j
     nibbles       vector i holds quad i in the low and quad i + 4 in the high nibbles      (4 vectors; 4, 5 and 6 bits)
     pairs         vector p holds quad 4p + f in bits 2f and 2f + 1, for f = 0 to 3         (2 vectors; 2, 3 and 6 bits)
-    single bits   bit j belongs to quad j                                                  (1 vector; 3 and 5 bits)
+    single bits   bit j belongs to quad j                                                  (1 vector; 1, 3, 5 bits)
+    trits         of a block's 64 quads, vector i holds those from 5i on: bytes are ceil(256 / 243 * their digits to the
+                  base of 3), the first highest, as in TQ1_0                               (13 vectors for eight groups)
 
 More than one of these stand behind each other, high bits first: the kernel then reads them in the order in which they
 lie, which the CPU's prefetching needs (with the fifth bits behind the nibbles, Q5_1 was read a third slower). A code is
-unsigned; a weight is scale * (code - zero) for the types without a minimum, else scale * code + minimum. IQ4_NL and
-IQ4_XS have a table of 16 numbers, in which a code is looked up first; there a weight is scale * number. Of the other
-IQ types `grids.py` tells.
+unsigned; a weight is scale * (code - zero) for the types without a minimum, else scale * code + minimum. IQ4_NL,
+IQ4_XS, MXFP4 and NVFP4 have a table of 16 numbers, in which a code is looked up first; there a weight is scale *
+number. Of the other IQ types `grids.py` tells.
 """
 
 from __future__ import annotations
@@ -43,7 +48,7 @@ from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments
 from candle_vllm.core.kernels.packed_linear.grids import FORMATS, GridLayout
 from candle_vllm.core.quantization import ggml
-from candle_vllm.core.quantization.ggml_blocks import CONTENTS
+from candle_vllm.core.quantization.ggml_blocks import CONTENTS, Float
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 ROWS = 16
@@ -52,10 +57,12 @@ ROWS = 16
 GROUP = 32
 """Weights along K that share one scale of the activations."""
 
-SUPER_GROUPS = 8
-"""Groups in a block of a K-quant."""
-
 VECTOR_BYTES = 64
+
+TRITS = 5
+"""Digits to the base of 3 in a byte."""
+
+_FLOAT_BYTES: Mapping[Float, int] = MappingProxyType({"f16": 2, "f32": 4, "e8m0": 1, "e4m3": 1})
 
 
 class PackedKind(enum.IntEnum):
@@ -80,6 +87,12 @@ class PackedKind(enum.IntEnum):
     IQ2_S = 16
     IQ3_XXS = 17
     IQ3_S = 18
+    MXFP4 = 19
+    NVFP4 = 20
+    Q8_K = 21
+    TQ1_0 = 22
+    TQ2_0 = 23
+    Q1_0 = 24
 
     @property
     def type(self) -> GGMLQuantizationType:
@@ -106,28 +119,24 @@ class TileLayout:
     """Facts of a kind.
 
     Attributes:
-        bits: of a code.
+        bits: of a code; 0 where codes are digits to the base of 3.
         width: weights that share a scale, 32 or 16.
         minimum: whether a minimum is added to the scaled code.
         nested: whether scales are small integers times a super-scale.
+        groups: in a block, a power of two.
+        zero: the code of weight 0 where there is no minimum; where codes are looked up, what is added to their numbers.
         values: the number of each code, where it is not the code itself less a zero.
+        float: how scales are stored.
     """
 
     bits: int
     width: int
     minimum: bool
     nested: bool
+    groups: int
+    zero: int
     values: tuple[int, ...] | None = None
-
-    @property
-    def zero(self) -> int:
-        """The code of weight 0 where there is no minimum; where codes are looked up, what is added to their numbers."""
-        return 0 if self.minimum else 128 if self.values else 1 << (self.bits - 1)
-
-    @property
-    def groups(self) -> int:
-        """Groups in a block."""
-        return SUPER_GROUPS if self.nested else 1
+    float: Float = "f16"
 
     @property
     def paired(self) -> bool:
@@ -146,23 +155,25 @@ class TileLayout:
 
     @property
     def floats_bytes(self) -> int:
-        """Bytes of the float16 numbers at the start of a block."""
-        return 2 * ROWS * (1 + self.minimum)
+        """Bytes of the floats at the start of a block."""
+        count = self.groups * GROUP // self.width if self.float == "e4m3" else 1 + self.minimum
+        return ROWS * count * _FLOAT_BYTES[self.float]
 
     @property
     def head_bytes(self) -> int:
         """Bytes in front of a block's codes."""
-        return self.floats_bytes + SUPER_GROUPS * self.small_bytes
+        return self.floats_bytes + self.groups * self.small_bytes
 
     @property
     def code_bytes(self) -> int:
-        """Bytes of a group's codes."""
+        """Bytes of a group's codes; 0 where those of a block cannot be told apart."""
         return self.bits * VECTOR_BYTES
 
     @property
     def block_bytes(self) -> int:
         """Bytes of a block."""
-        return self.head_bytes + self.groups * self.code_bytes
+        vectors = self.groups * self.bits or -(-8 * self.groups // TRITS)
+        return self.head_bytes + vectors * VECTOR_BYTES
 
     def tile_bytes(self, columns: int) -> int:
         """Bytes of a tile of `columns` weights per row."""
@@ -176,8 +187,10 @@ AnyLayout: TypeAlias = TileLayout | GridLayout
 def _layout(kind: PackedKind) -> AnyLayout:
     if kind.name in FORMATS:
         return FORMATS[kind.name]
-    found = CONTENTS[kind.type]
-    return TileLayout(found.bits, found.width, found.minimum is not None, bool(found.small), found.values)
+    found, nested = CONTENTS[kind.type], bool(CONTENTS[kind.type].small)
+    minimum, groups = found.minimum is not None, ggml.block_layout(kind.type)[0] // GROUP
+    zero = 0 if minimum else 128 if found.values or found.bits == 8 else found.zero
+    return TileLayout(found.bits, found.width, minimum, nested, groups, zero, found.values, found.float)
 
 
 LAYOUTS: Mapping[PackedKind, AnyLayout] = MappingProxyType({kind: _layout(kind) for kind in PackedKind})

@@ -46,10 +46,10 @@ def pack(
 ) -> PackedMatrix:
     """Packs a quantised matrix.
 
-    A type with a layout of its own keeps its numbers exactly, and so does MXFP4 as Q5_0. Any other is decoded and
-    rounded to 8 bits with a scale for each 32 weights (an error of at most 0.4 % of a group's largest weight, against
-    the several per cent that such types have themselves), which a log line says; so is one whose kernel would have to
-    be compiled where Numba is not installed.
+    Every type keeps its numbers exactly, at its own size. Only where a kernel would have to be compiled and Numba is
+    not installed, numbers are decoded and rounded to 8 bits with a scale for each 32 weights (an error of at most 0.4 %
+    of a group's largest weight, against the several per cent that such types have themselves), which a log line says;
+    MXFP4 then becomes Q5_0 without loss.
 
     Args:
         raw: the tensor's bytes, uint8, contiguous; need not be aligned.
@@ -63,7 +63,8 @@ def pack(
         ValueError: `raw` is not as long as the shape says.
     """
     kind = packed_kind(ggml_type)
-    if kind in RARE and not has_compiler():  # the code of 8 bits travels
+    compiled = kind not in RARE or has_compiler()
+    if not compiled:  # the code of 8 bits travels
         kind = PackedKind.Q8_0
     size, width = ggml.block_layout(ggml_type)
     if rows < 1 or columns < 1 or columns % max(size, GROUP) or columns > MAX_COLUMNS:
@@ -73,7 +74,7 @@ def pack(
         )
     if raw.dtype != np.uint8 or raw.size != rows * (columns // size) * width:
         raise ValueError(f"{raw.size} bytes given for a {ggml_type.name} matrix of {rows} x {columns}")
-    if ggml_type is GGMLQuantizationType.MXFP4 and (blocks := as_q5_0(raw)) is not None:
+    if not compiled and ggml_type is GGMLQuantizationType.MXFP4 and (blocks := as_q5_0(raw)) is not None:
         return pack(blocks, GGMLQuantizationType.Q5_0, rows, columns, memory)
     layout, tiles = LAYOUTS[kind], -(-rows // ROWS)
     if kind.type is not ggml_type:
@@ -115,7 +116,7 @@ def _store(parts: ChunkCodes, layout: TileLayout, tiles: np.ndarray) -> None:
     codes = tiles.view(np.uint32).reshape(*shape[:2], -1)[:, :, layout.head_bytes // 4 :]
     target = codes.reshape(*shape[:2], groups, vectors, ROWS)
     target[:] = parts.codes.reshape(groups, vectors, count, -1, ROWS).transpose(3, 2, 0, 1, 4)
-    floats = tiles.view(np.uint16).reshape(*shape[:2], -1)
+    floats = tiles.view(parts.floats[0].dtype).reshape(*shape[:2], -1)
     for index, part in enumerate(parts.floats):
         floats[:, :, index * ROWS : (index + 1) * ROWS] = part.reshape(count, -1, ROWS).transpose(1, 0, 2)
     if parts.small is not None:

@@ -6,7 +6,8 @@ import numpy as np
 
 from candle_vllm.core.kernels.packed_linear import grids
 from candle_vllm.core.kernels.packed_linear.grids import GridLayout
-from candle_vllm.core.kernels.packed_linear.layout import GROUP, ROWS, VECTOR_BYTES, PackedMatrix, TileLayout
+from candle_vllm.core.kernels.packed_linear.layout import GROUP, ROWS, TRITS, VECTOR_BYTES, PackedMatrix, TileLayout
+from candle_vllm.core.quantization.ggml_blocks import scale_numbers
 
 
 def quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -31,8 +32,11 @@ def dequantise(matrix: PackedMatrix) -> np.ndarray:
     if isinstance(layout, GridLayout):
         return grids.dequantise(matrix.data, layout)[: matrix.rows]
     blocks = matrix.data.reshape(len(matrix.data), -1, layout.block_bytes)  # [tiles, blocks, bytes]
-    codes = blocks[:, :, layout.head_bytes :].reshape(*blocks.shape[:2], layout.groups, layout.code_bytes)
-    numbers = _numbers(codes, layout)
+    codes = blocks[:, :, layout.head_bytes :]
+    if layout.bits:
+        numbers = _numbers(codes.reshape(*blocks.shape[:2], layout.groups, layout.code_bytes), layout)
+    else:
+        numbers = _digits(codes, layout)
     if layout.values is not None:
         numbers = np.array(layout.values, np.int16)[numbers] + layout.zero
     numbers = numbers.astype(np.float32)  # [tiles, blocks, groups, 8 quads, 16 rows, 4]
@@ -50,16 +54,27 @@ def _numbers(codes: np.ndarray, layout: TileLayout) -> np.ndarray:
     vectors = codes.reshape(*codes.shape[:-1], -1, VECTOR_BYTES)
     if layout.bits == 8:
         quads = vectors
+    elif layout.bits == 1:
+        quads = np.zeros((*vectors.shape[:-2], 8, VECTOR_BYTES), np.uint8)
     elif layout.bits >= 4:
         quads = np.concatenate([vectors[..., -4:, :] & 15, vectors[..., -4:, :] >> 4], axis=-2)
         if layout.bits == 6:
             quads |= _pairs(vectors[..., :2, :]) << 4
     else:
         quads = _pairs(vectors[..., -2:, :])
-    if layout.bits in (3, 5):
+    if layout.bits in (1, 3, 5):
         single = np.stack([vectors[..., 0, :] >> j & 1 for j in range(8)], axis=-2)
-        quads |= single << (layout.bits - 1)
+        quads |= single << max(layout.bits - 1, 1)
     return quads.reshape(*quads.shape[:-1], ROWS, 4)
+
+
+def _digits(codes: np.ndarray, layout: TileLayout) -> np.ndarray:
+    """Codes of blocks, uint8 [..., bytes], that are digits to the base of 3 -> [..., groups, 8 quads, 16 rows, 4]."""
+    vectors = codes.reshape(*codes.shape[:-1], -1, 1, VECTOR_BYTES)
+    moved = vectors * np.uint8(3) ** np.arange(TRITS, dtype=np.uint8)[:, None]
+    quads = (moved.astype(np.uint16) * 3 >> 8).astype(np.uint8)
+    quads = quads.reshape(*codes.shape[:-1], -1, VECTOR_BYTES)[..., : 8 * layout.groups, :]
+    return quads.reshape(*codes.shape[:-1], layout.groups, 8, ROWS, 4)
 
 
 def _pairs(vectors: np.ndarray) -> np.ndarray:
@@ -70,7 +85,11 @@ def _pairs(vectors: np.ndarray) -> np.ndarray:
 
 def _scales(blocks: np.ndarray, layout: TileLayout) -> tuple[np.ndarray, np.ndarray | None]:
     """Scales, and minima where there are any, float32 [tiles, blocks, groups, halves, 16 rows]."""
-    floats = np.ascontiguousarray(blocks[:, :, : layout.floats_bytes]).view(np.float16).astype(np.float32)
+    head = np.ascontiguousarray(blocks[:, :, : layout.floats_bytes])
+    if layout.float == "e4m3":  # with the bit of the sign, for what is no number was taken care of
+        floats = scale_numbers(head | 0x80, layout.float)
+        return floats.reshape(*blocks.shape[:2], layout.groups, -1, ROWS), None
+    floats = scale_numbers(head.reshape(-1, layout.floats_bytes), layout.float)
     floats = floats.reshape(*blocks.shape[:2], 1, 1, -1, ROWS)
     scale = floats[..., 0, :]
     minimum = floats[..., 1, :] if layout.minimum else None

@@ -13,15 +13,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, PackedKind, TileLayout
-from candle_vllm.core.quantization.ggml_blocks import CONTENTS, BlockContents, Fields, small_scales
+from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, TRITS, PackedKind, TileLayout
+from candle_vllm.core.quantization.ggml_blocks import (
+    CONTENTS,
+    BlockContents,
+    Fields,
+    e4m3_codes,
+    small_scales,
+    take_apart,
+)
 
 
 class ChunkCodes(NamedTuple):
     """What a chunk is made of; `small` are the sub-scales of K-quants."""
 
-    codes: np.ndarray  # uint32 [G, vectors, B, R]
-    floats: list[np.ndarray]  # uint16 [B, R] each, bits of float16
+    codes: np.ndarray  # uint32 [G, vectors, B, R]; [1, vectors of a block, B, R] of digits
+    floats: list[np.ndarray]  # uint8 to uint32 [B, R] each, bits of floats
     small: np.ndarray | None  # uint32 [words, B, R]: 4 sub-scales in a word
 
 
@@ -29,15 +36,19 @@ def split(blocks: np.ndarray, kind: PackedKind) -> ChunkCodes:
     """Takes blocks of the kind's own ggml type apart: uint8 [R, B, bytes]; the parts may be views of them."""
     contents, layout = CONTENTS[kind.type], LAYOUTS[kind]
     assert isinstance(layout, TileLayout)
-    floats = [_half(blocks, place) for place in contents.floats]
+    floats = [part for place in contents.floats for part in _floats(blocks, place, contents)]
     if layout.nested and layout.minimum:
         floats[1] = floats[1] ^ np.uint16(0x8000)  # the kernels add
-    return ChunkCodes(_codes(blocks, contents, layout), floats, _small(blocks, contents, layout))
+    codes = _codes(blocks, contents, layout) if contents.codes else _digits(blocks, contents)
+    return ChunkCodes(codes, floats, _small(blocks, contents, layout))
 
 
-def _half(blocks: np.ndarray, place: tuple[int, int]) -> np.ndarray:
-    """The float16 at a place, as its bits: uint16 [B, R], a view."""
-    return blocks[..., slice(*place)].view(np.uint16)[..., 0].T
+def _floats(blocks: np.ndarray, place: tuple[int, int], contents: BlockContents) -> list[np.ndarray]:
+    """The floats at a place, as their bits: [B, R] each, views if it may be."""
+    data = blocks[..., slice(*place)]
+    if contents.float == "e4m3":
+        return list(e4m3_codes(data).transpose(2, 1, 0))
+    return [data.view({"f16": np.uint16, "f32": np.uint32, "e8m0": np.uint8}[contents.float])[..., 0].T]
 
 
 def _words(blocks: np.ndarray, fields: Fields) -> np.ndarray:
@@ -72,7 +83,8 @@ def _codes(blocks: np.ndarray, contents: BlockContents, layout: TileLayout) -> n
         if layout.zero == contents.zero or layout.values is not None:
             words = _words(blocks, fields[0])
             return words.reshape(layout.groups, -1, *words.shape[1:])
-        return _planes(blocks, fields[0])[None] ^ _each(layout.zero)  # a signed byte's highest bit
+        words = _planes(blocks, fields[0]) ^ _each(layout.zero)  # a signed byte's highest bit
+        return words.reshape(layout.groups, -1, *words.shape[1:])
     codes = np.empty((layout.groups, layout.bits, *blocks.shape[1::-1]), np.uint32)
     first = 0
     for piece in fields:
@@ -91,12 +103,36 @@ def _fill(vectors: np.ndarray, words: np.ndarray, fields: Fields) -> None:
     if _in_order(fields):
         vectors[:] = words
     elif fields.width == 1:
-        vectors[:] = _bits_in_order(words[0])
+        vectors[:] = _bits_in_order(words)[:, None]
+    elif fields.width < GROUP // 2:
+        _fill_halves(vectors, words)
     else:
         runs = words.reshape(-1, fields.width // GROUP, 8, *words.shape[1:])
         out = vectors.reshape(len(runs), len(fields.places), runs.shape[1], *vectors.shape[1:])
         for index, place in enumerate(fields.places):
             out[:, index] = _VECTORS[fields.bits](runs, place)
+
+
+def _fill_halves(vectors: np.ndarray, words: np.ndarray) -> None:
+    """Writes nibbles of which each half of a group has its own bytes: two words."""
+    halves = words.reshape(-1, 2, 2, *words.shape[1:])
+    first, second = halves[:, 0], halves[:, 1]
+    vectors[:, :2] = first & _each(15) | (second & _each(15)) << 4
+    vectors[:, 2:] = first >> 4 & _each(15) | second & _each(0xF0)
+
+
+def _digits(blocks: np.ndarray, contents: BlockContents) -> np.ndarray:
+    """The vectors of blocks of digits to the base of 3: uint32 [1, vectors, B, R]."""
+    codes = take_apart(blocks, contents, np).codes + np.uint8(contents.zero)
+    quads = codes.reshape(*codes.shape[:-1], -1, 4)
+    missing = -quads.shape[-2] % TRITS
+    quads = np.pad(quads, (*[(0, 0)] * (quads.ndim - 2), (0, missing), (0, 0)))
+    turns = quads.reshape(*quads.shape[:2], -1, TRITS, 4)
+    whole = np.zeros(turns[..., 0, :].shape, np.uint16)
+    for digit in range(TRITS):
+        whole = whole * 3 + turns[..., digit, :]
+    found = np.ascontiguousarray(((whole * 256 + 242) // 243).astype(np.uint8)).view(np.uint32)
+    return found[..., 0].transpose(2, 1, 0)[None]
 
 
 def _nibble_vectors(quads: np.ndarray, place: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Quantising weights: rows of floats to the blocks of ten of GGUF's types.
+"""Quantising weights: rows of floats to the blocks of twelve of GGUF's types.
 
 Contract: x float32 [R, C], C a multiple of the type's block, to uint8 [R, C / block * bytes per block], laid out as
 ggml's `ggml-common.h` says. Each block depends on its own numbers alone.
@@ -10,8 +10,14 @@ ggml's `ggml-common.h` says. Each block depends on its own numbers alone.
     and the best of all is kept. Numbers far from 0 weigh more: floor * root mean square + |x|, and floor * mean square
     + x^2. Then a block's scales are stored as small whole numbers, and every number is rounded with what is stored.
 
+  - iq4_nl, iq4_xs search a scale for each group of 32, and every number becomes the nearest of a table of 16: the one
+    that is farthest from 0 is tried about both ends of the table. Numbers weigh mean square + x^2.
+
+With an importance of the columns, numbers of the searched types weigh importance * root(2 * mean square + x^2) instead,
+the mean being the block's.
+
 `reference.py` says it in numpy; `cpu.py` is compiled, and has the same bytes on every CPU. The method is that of
-llama.cpp's `ggml-quants.c`, without its importance matrix.
+llama.cpp's `ggml-quants.c`.
 """
 
 from __future__ import annotations
@@ -31,12 +37,16 @@ def quantiser(ggml_type: GGMLQuantizationType) -> Quantise:
         from candle_vllm.core.kernels.weight_quant import reference
 
         return reference.quantiser(ggml_type)
-    compiled = c_function("weight_quant.cpu:make_quantise", 4, ggml_type)
+    compiled = c_function("weight_quant.cpu:make_quantise", 6, ggml_type)
 
-    def quantise(x: np.ndarray, out: np.ndarray) -> bool:
+    def quantise(x: np.ndarray, out: np.ndarray, importance: np.ndarray | None = None, /) -> bool:
         assert x.dtype == np.float32 and x.flags.c_contiguous and out.flags.c_contiguous  # noqa: PT018
-        good = np.zeros(1, np.int64)
-        compiled(address_of(x), address_of(out), len(x), address_of(good))
+        good, at, period = np.zeros(1, np.int64), 0, 1
+        if importance is not None:
+            assert importance.dtype == np.float32 and importance.flags.c_contiguous  # noqa: PT018
+            assert importance.size % x.shape[1] == 0
+            at, period = address_of(importance), importance.size // x.shape[1]
+        compiled(address_of(x), address_of(out), len(x), address_of(good), at, period)
         return bool(good[0])
 
     return quantise

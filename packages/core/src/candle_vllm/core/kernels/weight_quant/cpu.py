@@ -14,8 +14,26 @@ from numba import njit
 
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float_from_bits, int32_at, int64_at, uint8_at
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
-from candle_vllm.core.kernels.weight_quant.cpu_search import bits_of, ends_of_32, fit_offset, fit_scale, store_codes
-from candle_vllm.core.kernels.weight_quant.searches import OFFSETS, SCALES, SIMPLE, OffsetSearch, ScaleSearch
+from candle_vllm.core.kernels.weight_quant.cpu_search import (
+    bits_of,
+    ends_of_32,
+    fit_offset,
+    fit_scale,
+    fit_table,
+    store_codes,
+    weigh,
+)
+from candle_vllm.core.kernels.weight_quant.searches import (
+    OFFSETS,
+    SCALES,
+    SIMPLE,
+    TABLE_FLOOR,
+    TABLE_MIDDLES,
+    TABLES,
+    OffsetSearch,
+    ScaleSearch,
+    TableSearch,
+)
 from candle_vllm.core.quantization.ggml_types import GGML_QUANT_SIZES, GGMLQuantizationType
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
@@ -104,7 +122,7 @@ def _make_symmetric(BITS: int) -> Callable[..., Any]:
     """q4_0 and q5_0: the number farthest from 0 becomes the lowest code."""
     HALF, BYTES = 1 << (BITS - 1), 2 + 4 * BITS
 
-    def quantise(at, to, count):
+    def quantise(at, to, count, importance, period):
         good = True
         for _ in range(count):
             extreme = _extreme(at, int32_at(at))
@@ -123,7 +141,7 @@ def _make_offset(BITS: int) -> Callable[..., Any]:
     """q4_1 and q5_1: the smallest number becomes 0, the largest the highest code."""
     MOST, BYTES = (1 << BITS) - 1, 4 + 4 * BITS
 
-    def quantise(at, to, count):
+    def quantise(at, to, count, importance, period):
         good = True
         for _ in range(count):
             first, last = _ends(at)
@@ -140,7 +158,7 @@ def _make_offset(BITS: int) -> Callable[..., Any]:
     return quantise
 
 
-def _q8_0(at, to, count):
+def _q8_0(at, to, count, importance, period):
     good = True
     for n in range(count):
         x, bits, out, size = float32_at(at + 128 * n), int32_at(at + 128 * n), uint8_at(to + 34 * n), np.int32(0)
@@ -176,6 +194,23 @@ def _transpose(x, bits, groups, size, lanes):
 
 
 @inner
+def _weigh_by(importance, period, first, x, groups, size, block, weights):
+    """What the numbers of `groups` groups weigh by the importance of their columns, in the lanes of `_transpose`.
+
+    `first` is the number of the block of `block` numbers that they begin with, and `period` how many are in a row.
+    """
+    for start in range(0, groups * size, block):
+        total = np.float32(0.0)
+        for i in range(start, start + block):
+            total = np.float32(total + np.float32(x[i] * x[i]))
+        base = np.float32(np.float32(2.0) * np.float32(total / np.float32(block)))
+        column = (first + start // block) % period * block - start
+        for i in range(start, start + block):
+            root = np.sqrt(np.float32(base + np.float32(x[i] * x[i])))
+            weights[i % size * 16 + i // size] = np.float32(importance[column + i] * root)
+
+
+@inner
 def _whole(values, count, most, low, high, whole):
     """Stores values as whole numbers of the scale that makes `most` of the one farthest from 0; returns it as half."""
     extreme = np.float32(0.0)
@@ -197,14 +232,19 @@ def _make_with_offset(search: OffsetSearch, BYTES: int) -> Callable[..., Any]:
     BATCH = 16 // PER_BLOCK
     FIRST, FLOOR = np.float32(search.first), np.float32(search.floor)
 
-    def quantise(at, to, count):
-        good, work = True, stack_bytes(64 * GROUP + 512)
-        fitted = work + 64 * GROUP
+    def quantise(at, to, count, importance, period):
+        good, work = True, stack_bytes(128 * GROUP + 512)
+        weights, fitted = work + 64 * GROUP, work + 128 * GROUP
         scales, mins, codes = int32_at(fitted + 128), int32_at(fitted + 192), uint8_at(fitted + 256)
         for start in range(0, count, BATCH):
             blocks, part = min(BATCH, count - start), at + 1024 * start
             good &= _transpose(float32_at(part), int32_at(part), blocks * PER_BLOCK, GROUP, float32_at(work))
-            fit_offset(work, GROUP, np.float32(MOST), FIRST, TRIES, FLOOR, fitted, fitted + 64)
+            if importance:
+                given, groups, found = float32_at(importance), blocks * PER_BLOCK, float32_at(weights)
+                _weigh_by(given, period, start, float32_at(part), groups, GROUP, 256, found)
+            else:
+                weigh(0, work, GROUP, FLOOR, weights)
+            fit_offset(work, weights, GROUP, np.float32(MOST), FIRST, TRIES, fitted, fitted + 64)
             for b in range(blocks):
                 x, out, own = float32_at(part + 1024 * b), uint8_at(to + BYTES * (start + b)), 4 * b * PER_BLOCK
                 d = _whole(float32_at(fitted + own), PER_BLOCK, STORED, 0, STORED, scales)
@@ -270,13 +310,17 @@ def _make_scaled(search: ScaleSearch, BYTES: int) -> Callable[..., Any]:
     """q3_K and q6_K."""
     HALF, STORED, FLOOR = search.half, search.stored, np.float32(search.floor)
 
-    def quantise(at, to, count):
-        good, work = True, stack_bytes(1024 + 64 + 64 + 256)
-        fitted, scales, codes = work + 1024, int32_at(work + 1088), uint8_at(work + 1152)
+    def quantise(at, to, count, importance, period):
+        good, work = True, stack_bytes(2048 + 64 + 64 + 256)
+        weights, fitted, scales, codes = work + 1024, work + 2048, int32_at(work + 2112), uint8_at(work + 2176)
         for n in range(count):
             x, out = float32_at(at + 1024 * n), uint8_at(to + BYTES * n)
             good &= _transpose(x, int32_at(at + 1024 * n), 16, 16, float32_at(work))
-            fit_scale(work, 16, np.float32(HALF), FLOOR, fitted)
+            if importance:
+                _weigh_by(float32_at(importance), period, n, x, 16, 16, 256, float32_at(weights))
+            else:
+                weigh(1, work, 16, FLOOR, weights)
+            fit_scale(work, weights, 16, np.float32(HALF), fitted)
             d = _whole(float32_at(fitted), 16, -STORED, -STORED, STORED - 1, scales)
             for g in range(16):
                 scale = np.float32(_value(d) * np.float32(scales[g]))
@@ -330,16 +374,76 @@ def _pack_q6(scales, d, codes, out):
     _store_half(out, 208, d)
 
 
+@inner
+def _places(x, first, scale, codes):
+    """Codes of 32 numbers from `first` on: of the nearest numbers of the table, times the scale."""
+    for i in range(first, first + 32):
+        value, code = np.float32(x[i] / scale) if scale != 0 else np.float32(0.0), 0
+        for middle in TABLE_MIDDLES:
+            code += value >= np.float32(middle)
+        codes[i] = code
+
+
+@inner
+def _nibbles(codes, first, out, at):
+    for i in range(16):
+        out[at + i] = codes[first + i] | (codes[first + 16 + i] << 4)
+
+
+def _make_in_table(search: TableSearch, BYTES: int) -> Callable[..., Any]:
+    """iq4_nl and iq4_xs."""
+    STORED, FLOOR = search.stored, np.float32(TABLE_FLOOR)
+    PER_BLOCK = 8 if STORED else 1
+    BLOCK, BATCH = 32 * PER_BLOCK, 16 // PER_BLOCK
+
+    def quantise(at, to, count, importance, period):
+        good, work = True, stack_bytes(4096 + 64 + 64 + 256)
+        weights, fitted, scales, codes = work + 2048, work + 4096, int32_at(work + 4160), uint8_at(work + 4224)
+        for start in range(0, count, BATCH):
+            blocks, part = min(BATCH, count - start), at + 4 * BLOCK * start
+            groups = blocks * PER_BLOCK
+            good &= _transpose(float32_at(part), int32_at(part), groups, 32, float32_at(work))
+            if importance:
+                given, found = float32_at(importance), float32_at(weights)
+                _weigh_by(given, period, start, float32_at(part), groups, 32, BLOCK, found)
+            else:
+                weigh(1, work, 32, FLOOR, weights)
+            fit_table(work, weights, 32, fitted)
+            for b in range(blocks):
+                x, out = float32_at(part + 4 * BLOCK * b), uint8_at(to + BYTES * (start + b))
+                if STORED:
+                    d = _whole(float32_at(fitted + 32 * b), 8, -STORED, -STORED, STORED - 1, scales)
+                    high = 0
+                    for g in range(8):
+                        _places(x, 32 * g, np.float32(_value(d) * np.float32(scales[g])), codes)
+                        _nibbles(codes, 32 * g, out, 8 + 16 * g)
+                        high |= ((scales[g] + 32) >> 4) << (2 * g)
+                    for g in range(4):
+                        out[4 + g] = ((scales[2 * g] + 32) & 15) | (((scales[2 * g + 1] + 32) & 15) << 4)
+                    _store_half(out, 2, high)
+                else:
+                    d = _half(float32_at(fitted)[b])
+                    _places(x, 0, _value(d), codes)
+                    _nibbles(codes, 0, out, 2)
+                _store_half(out, 0, d)
+        return good
+
+    return quantise
+
+
 # ---- compiled --------------------------------------------------------------------------------------------------------
 
 
 def make_quantise(KIND: int) -> Callable[..., None]:
-    """Quantises blocks: addresses of float32 numbers and of the result, how many, and where the answer goes, int64."""
+    """Quantises blocks: addresses of float32 numbers and of the result, how many, where the answer goes, int64.
+
+    The last two are the address of the columns' importance, or 0, and how many blocks they make.
+    """
     kind = GGMLQuantizationType(KIND)
     blocks = inner(_function(kind.name, GGML_QUANT_SIZES[kind][1]))
 
-    def quantise_blocks(x, out, count, answer):
-        int64_at(answer)[0] = blocks(x, out, count)
+    def quantise_blocks(x, out, count, answer, importance, period):
+        int64_at(answer)[0] = blocks(x, out, count, importance, period)
 
     return quantise_blocks
 
@@ -349,6 +453,8 @@ def _function(name: str, size: int) -> Callable[..., Any]:
         return _make_with_offset(OFFSETS[name], size)
     if name in SCALES:
         return _make_scaled(SCALES[name], size)
+    if name in TABLES:
+        return _make_in_table(TABLES[name], size)
     assert name in SIMPLE
     if name == "Q8_0":
         return _q8_0

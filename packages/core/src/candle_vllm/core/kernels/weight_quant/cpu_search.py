@@ -15,7 +15,17 @@ from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I32, I64, SHIFTER, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
-from candle_vllm.core.kernels.weight_quant.searches import LEAST_SPREAD, NOTHING, OFFSET_STEP, SCALE_STEP, SCALE_STEPS
+from candle_vllm.core.kernels.weight_quant.searches import (
+    LEAST_SPREAD,
+    NOTHING,
+    OFFSET_STEP,
+    SCALE_STEP,
+    SCALE_STEPS,
+    TABLE_MIDDLES,
+    TABLE_STARTS,
+    TABLE_STEPS,
+)
+from candle_vllm.core.quantization.ggml_blocks import IQ4_VALUES
 
 
 @intrinsic
@@ -79,19 +89,51 @@ def store_codes(_: Any, width: Any, x: Any, low: Any, inverse: Any, add: Any, to
     return types.void(width, i, f, f, f, i), code
 
 
+@intrinsic(prefer_literal=True)
+def weigh(_: Any, squared: Any, x: Any, count: Any, floor: Any, weights: Any) -> Any:
+    """What the numbers of 16 groups weigh without an importance, see `reference.plain_weights`.
+
+    Args:
+        squared: whether as their squares.
+        x, weights: addresses of float32 [count, 16]: element i of every group stands together.
+        floor: as there.
+    """
+    i, as_squares = types.int64, bool(squared.literal_value)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        _, x, count, floor, weights = args
+        (total,) = _elements(e, x, x, count, [e.zeros(F32)], lambda v, _, s: [b.fadd(s[0], b.fmul(v, v))])
+        base = b.fdiv(total, e.splat(b.sitofp(count, F32)))
+        if not as_squares:
+            base = e.call(f"llvm.sqrt.v{LANES}f32", vector(F32), [base])
+        base = b.fmul(e.splat(floor), base)
+
+        def store(index: Any, state: list[Any]) -> list[Any]:
+            offset = b.mul(index, e.int64(4 * LANES))
+            value = e.load(b.add(x, offset), vector(F32))
+            e.store(b.add(weights, offset), b.fadd(base, b.fmul(value, value) if as_squares else _fabs(e, value)))
+            return state
+
+        e.loop(count, [], store)
+        return context.get_dummy_value()
+
+    return types.void(squared, i, i, types.float32, i), code
+
+
 @intrinsic
 def fit_offset(
-    _: Any, x: Any, count: Any, most: Any, first: Any, tries: Any, floor: Any, scales: Any, mins: Any
+    _: Any, x: Any, weights: Any, count: Any, most: Any, first: Any, tries: Any, scales: Any, mins: Any
 ) -> Any:
     """Scale and minimum of 16 groups, see `reference.fit_offset`.
 
     Args:
-        x: address of float32 [count, 16]: element i of every group stands together.
-        most, first, tries, floor: as there; all but the third are float32.
+        x, weights: addresses of float32 [count, 16]: element i of every group stands together.
+        most, first, tries: as there; all but the last are float32.
         scales, mins: addresses of float32 [16].
     """
     f, i = types.float32, types.int64
-    signature = types.void(i, i, f, f, i, f, i, i)
+    signature = types.void(i, i, i, f, f, i, i, i)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         _OffsetSearch(Emitter(b), args).emit()
@@ -101,9 +143,9 @@ def fit_offset(
 
 
 @intrinsic
-def fit_scale(_: Any, x: Any, count: Any, half: Any, floor: Any, scales: Any) -> Any:
+def fit_scale(_: Any, x: Any, weights: Any, count: Any, half: Any, scales: Any) -> Any:
     """Scale of 16 groups without an offset, see `reference.fit_scale`; arguments as for `fit_offset`."""
-    signature = types.void(types.int64, types.int64, types.float32, types.float32, types.int64)
+    signature = types.void(types.int64, types.int64, types.int64, types.float32, types.int64)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         _emit_fit_scale(Emitter(b), *args)
@@ -112,14 +154,27 @@ def fit_scale(_: Any, x: Any, count: Any, half: Any, floor: Any, scales: Any) ->
     return signature, code
 
 
+@intrinsic
+def fit_table(_: Any, x: Any, weights: Any, count: Any, scales: Any) -> Any:
+    """Scale of 16 groups whose numbers stand in a table, see `reference.fit_table`; arguments as for `fit_offset`."""
+    signature = types.void(*[types.int64] * 4)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        _emit_fit_table(Emitter(b), *args)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
 def _elements(
-    e: Emitter, x: Any, count: Any, state: list[Any], body: Callable[[Any, list[Any]], list[Any]]
+    e: Emitter, x: Any, weights: Any, count: Any, state: list[Any], body: Callable[[Any, Any, list[Any]], list[Any]]
 ) -> list[Any]:
-    """Runs body(element of every group, state) over all elements."""
-    bytes_each = 4 * LANES
+    """Runs body(element of every group, its weights, state) over all elements."""
 
     def step(index: Any, carried: list[Any]) -> list[Any]:
-        return body(e.load(e.b.add(x, e.b.mul(index, e.int64(bytes_each))), vector(F32)), carried)
+        offset = e.b.mul(index, e.int64(4 * LANES))
+        value, weight = (e.load(e.b.add(at, offset), vector(F32)) for at in (x, weights))
+        return body(value, weight, carried)
 
     return e.loop(count, state, step)
 
@@ -144,13 +199,12 @@ class _OffsetSearch:
 
     def __init__(self, e: Emitter, args: Any) -> None:
         self.e, self.b = e, e.b
-        self.x, self.count, most, first, self.tries, floor, self.scales, self.mins = args
-        self.most, self.first, self.floor = e.splat(most), e.splat(first), e.splat(floor)
+        self.x, self.weights, self.count, most, first, self.tries, self.scales, self.mins = args
+        self.most, self.first = e.splat(most), e.splat(first)
         self.zero = e.zeros(F32)
 
     def emit(self) -> None:
         e, b, zero = self.e, self.b, self.zero
-        self._weigh()
         low, span = self._range()
         # The plain scale, from the smallest number (or 0) to the largest.
         scale = b.fdiv(span, self.most)
@@ -163,30 +217,18 @@ class _OffsetSearch:
         e.store(self.scales, b.select(flat, zero, scale))
         e.store(self.mins, b.fsub(zero, low))
 
-    def _weight(self, value: Any) -> Any:
-        return self.b.fadd(self.base, _fabs(self.e, value))
-
-    def _weigh(self) -> None:
-        """The part of a weight that all elements of a group share: floor times the root of the mean square."""
-        e, b = self.e, self.b
-        (total,) = _elements(e, self.x, self.count, [self.zero], lambda v, s: [b.fadd(s[0], b.fmul(v, v))])
-        mean = b.fdiv(total, e.splat(b.sitofp(self.count, F32)))
-        root = e.call(f"llvm.sqrt.v{LANES}f32", vector(F32), [mean])
-        self.base = b.fmul(self.floor, root)
-
     def _range(self) -> tuple[Any, Any]:
         """Minimum, at most 0, and the span to the maximum; the weights' own sums beside them."""
         e, b, zero = self.e, self.b, self.zero
 
-        def body(value: Any, state: list[Any]) -> list[Any]:
+        def body(value: Any, weight: Any, state: list[Any]) -> list[Any]:
             low, high, total, weighted = state
-            weight = self._weight(value)
             low = b.select(b.fcmp_ordered("<", value, low), value, low)
             high = b.select(b.fcmp_ordered(">", value, high), value, high)
             return [low, high, b.fadd(total, weight), b.fadd(weighted, b.fmul(weight, value))]
 
         start = [zero, e.constant(F32, -NOTHING), zero, zero]
-        low, high, self.weights, self.weighted = _elements(e, self.x, self.count, start, body)
+        low, high, self.total, self.weighted = _elements(e, self.x, self.weights, self.count, start, body)
         return low, b.fsub(high, low)
 
     def _codes(self, value: Any, low: Any, inverse: Any) -> Any:
@@ -200,8 +242,8 @@ class _OffsetSearch:
         steps = e.splat(b.fmul(b.sitofp(index, F32), ir.Constant(F32, OFFSET_STEP)))
         inverse = b.fdiv(b.fadd(b.fadd(self.first, steps), self.most), span)
 
-        def body(value: Any, sums: list[Any]) -> list[Any]:
-            code, weight = self._codes(value, low, inverse), self._weight(value)
+        def body(value: Any, weight: Any, sums: list[Any]) -> list[Any]:
+            code = self._codes(value, low, inverse)
             weighted = b.fmul(weight, code)
             return [
                 b.fadd(sums[0], weighted),
@@ -209,11 +251,11 @@ class _OffsetSearch:
                 b.fadd(sums[2], b.fmul(weighted, value)),
             ]
 
-        sum_l, sum_ll, sum_lx = _elements(e, self.x, self.count, [zero] * 3, body)
-        whole = b.fmul(self.weights, sum_ll)
+        sum_l, sum_ll, sum_lx = _elements(e, self.x, self.weights, self.count, [zero] * 3, body)
+        whole = b.fmul(self.total, sum_ll)
         spread = b.fsub(whole, b.fmul(sum_l, sum_l))
         usable = b.fcmp_ordered(">", spread, b.fmul(whole, e.constant(F32, LEAST_SPREAD)))
-        scale = b.fdiv(b.fsub(b.fmul(self.weights, sum_lx), b.fmul(self.weighted, sum_l)), spread)
+        scale = b.fdiv(b.fsub(b.fmul(self.total, sum_lx), b.fmul(self.weighted, sum_l)), spread)
         fitted = b.fdiv(b.fsub(b.fmul(sum_ll, self.weighted), b.fmul(sum_l, sum_lx)), spread)
         above = b.fcmp_ordered(">", fitted, zero)  # a minimum above 0 cannot be stored
         scale = b.select(above, b.fdiv(sum_lx, sum_ll), scale)
@@ -231,44 +273,83 @@ class _OffsetSearch:
         one = e.constant(F32, 1.0)
         inverses = [b.fdiv(one, scale), b.fdiv(one, other_scale)]
 
-        def body(value: Any, sums: list[Any]) -> list[Any]:
-            weight, results = self._weight(value), []
+        def body(value: Any, weight: Any, sums: list[Any]) -> list[Any]:
+            results = []
             for s, m, inverse, total in zip((scale, other_scale), (low, other_low), inverses, sums):
                 off = b.fsub(b.fadd(b.fmul(s, self._codes(value, m, inverse)), m), value)
                 results.append(b.fadd(total, b.fmul(weight, b.fmul(off, off))))
             return results
 
-        return _elements(e, self.x, self.count, [self.zero] * 2, body)
+        return _elements(e, self.x, self.weights, self.count, [self.zero] * 2, body)
 
 
-def _emit_fit_scale(e: Emitter, x: Any, count: Any, half: Any, floor: Any, scales: Any) -> None:
+def _emit_fit_scale(e: Emitter, x: Any, weights: Any, count: Any, half: Any, scales: Any) -> None:
     b, zero = e.b, e.zeros(F32)
     low, high = e.splat(b.fsub(ir.Constant(F32, 0.0), half)), e.splat(b.fsub(half, ir.Constant(F32, 1.0)))
 
-    def farthest(value: Any, state: list[Any]) -> list[Any]:
-        size = _fabs(e, value)
-        larger = b.fcmp_ordered(">", size, state[0])
-        total = b.fadd(state[2], b.fmul(value, value))
-        return [b.select(larger, size, state[0]), b.select(larger, value, state[1]), total]
-
-    size, extreme, total = _elements(e, x, count, [zero] * 3, farthest)
-    base = b.fmul(e.splat(floor), b.fdiv(total, e.splat(b.sitofp(count, F32))))
+    size, extreme = _farthest(e, x, count)
 
     def attempt(index: Any, state: list[Any]) -> list[Any]:
         steps = b.fsub(b.sitofp(index, F32), ir.Constant(F32, float(SCALE_STEPS)))
         wanted = b.fadd(half, b.fmul(steps, ir.Constant(F32, SCALE_STEP)))
         inverse = b.fdiv(e.splat(b.fsub(ir.Constant(F32, 0.0), wanted)), extreme)
 
-        def body(value: Any, sums: list[Any]) -> list[Any]:
-            code = _clamp(e, _rounded(e, b.fmul(inverse, value)), low, high)
-            weighted = b.fmul(b.fadd(base, b.fmul(value, value)), code)
-            return [b.fadd(sums[0], b.fmul(weighted, value)), b.fadd(sums[1], b.fmul(weighted, code))]
+        def code(value: Any) -> Any:
+            return _clamp(e, _rounded(e, b.fmul(inverse, value)), low, high)
 
-        sum_lx, sum_ll = _elements(e, x, count, [zero, zero], body)
-        scale = b.fdiv(sum_lx, sum_ll)
-        gain = b.fmul(scale, sum_lx)
-        better = b.and_(b.fcmp_ordered(">", sum_ll, zero), b.fcmp_ordered(">", gain, state[0]))
-        return [b.select(better, gain, state[0]), b.select(better, scale, state[1])]
+        return _better_scale(e, x, weights, count, code, state)
 
     _, scale = e.loop(e.int64(2 * SCALE_STEPS + 1), [zero, zero], attempt)
+    e.store(scales, b.select(b.fcmp_ordered(">", size, zero), scale, zero))
+
+
+def _farthest(e: Emitter, x: Any, count: Any) -> list[Any]:
+    """The largest magnitude of each group, and the first number that has it."""
+
+    def body(value: Any, _: Any, state: list[Any]) -> list[Any]:
+        size = _fabs(e, value)
+        larger = e.b.fcmp_ordered(">", size, state[0])
+        return [e.b.select(larger, size, state[0]), e.b.select(larger, value, state[1])]
+
+    return _elements(e, x, x, count, [e.zeros(F32)] * 2, body)
+
+
+def _better_scale(
+    e: Emitter, x: Any, weights: Any, count: Any, code: Callable[[Any], Any], state: list[Any]
+) -> list[Any]:
+    """The scale of least weighted squares for the codes of a step size, where it gains more than the one before."""
+    b, zero = e.b, e.zeros(F32)
+
+    def body(value: Any, weight: Any, sums: list[Any]) -> list[Any]:
+        number = code(value)
+        weighted = b.fmul(weight, number)
+        return [b.fadd(sums[0], b.fmul(weighted, value)), b.fadd(sums[1], b.fmul(weighted, number))]
+
+    sum_lx, sum_ll = _elements(e, x, weights, count, [zero, zero], body)
+    scale = b.fdiv(sum_lx, sum_ll)
+    gain = b.fmul(scale, sum_lx)
+    better = b.and_(b.fcmp_ordered(">", sum_ll, zero), b.fcmp_ordered(">", gain, state[0]))
+    return [b.select(better, gain, state[0]), b.select(better, scale, state[1])]
+
+
+def _emit_fit_table(e: Emitter, x: Any, weights: Any, count: Any, scales: Any) -> None:
+    b, zero = e.b, e.zeros(F32)
+    size, extreme = _farthest(e, x, count)
+
+    def attempt(index: Any, state: list[Any]) -> list[Any]:
+        low = b.icmp_signed("<", index, e.int64(TABLE_STEPS))
+        start, other = (e.int64(first) for first in (TABLE_STARTS[0], TABLE_STARTS[1] - TABLE_STEPS))
+        wanted = b.sitofp(b.add(index, b.select(low, start, other)), F32)
+        inverse = b.fdiv(e.splat(wanted), extreme)
+
+        def number(value: Any) -> Any:
+            place, found = b.fmul(inverse, value), e.constant(F32, float(IQ4_VALUES[0]))
+            for middle, following in zip(TABLE_MIDDLES, IQ4_VALUES[1:]):
+                above = b.fcmp_ordered(">=", place, e.constant(F32, middle))
+                found = b.select(above, e.constant(F32, float(following)), found)
+            return found
+
+        return _better_scale(e, x, weights, count, number, state)
+
+    _, scale = e.loop(e.int64(2 * TABLE_STEPS), [zero, zero], attempt)
     e.store(scales, b.select(b.fcmp_ordered(">", size, zero), scale, zero))

@@ -18,11 +18,17 @@ from candle_vllm.core.kernels.weight_quant.searches import (
     SCALE_STEPS,
     SCALES,
     SIMPLE,
+    TABLE_FLOOR,
+    TABLE_MIDDLES,
+    TABLE_STARTS,
+    TABLE_STEPS,
+    TABLES,
     OffsetSearch,
     Quantise,
     ScaleSearch,
+    TableSearch,
 )
-from candle_vllm.core.quantization.ggml_blocks import CONTENTS, BlockParts, put_together
+from candle_vllm.core.quantization.ggml_blocks import CONTENTS, IQ4_VALUES, BlockParts, put_together
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 F = np.float32
@@ -31,33 +37,50 @@ F = np.float32
 def quantiser(ggml_type: GGMLQuantizationType) -> Quantise:
     """See the package."""
 
-    def quantise(x: np.ndarray, out: np.ndarray) -> bool:
+    def quantise(x: np.ndarray, out: np.ndarray, importance: np.ndarray | None = None, /) -> bool:
         if not (np.abs(x) <= LARGEST).all():
             return False
         with np.errstate(all="ignore"):
-            out[:] = quantised(x, ggml_type)
+            out[:] = quantised(x, ggml_type, importance)
         return True
 
     return quantise
 
 
-def quantised(x: np.ndarray, ggml_type: GGMLQuantizationType) -> np.ndarray:
+def quantised(x: np.ndarray, ggml_type: GGMLQuantizationType, importance: np.ndarray | None = None) -> np.ndarray:
     """Blocks [N, numbers] as bytes [N, bytes]."""
     name = ggml_type.name
     if name in SIMPLE:
         return gguf.quants.quantize(x, gguf.GGMLQuantizationType(ggml_type))
+    weights = None if importance is None else weighed(x, importance)
     if name in OFFSETS:
-        return _with_offset(x, ggml_type, OFFSETS[name])
-    return _scaled(x, ggml_type, SCALES[name])
+        return _with_offset(x, ggml_type, OFFSETS[name], weights)
+    if name in TABLES:
+        return _in_table(x, ggml_type, TABLES[name], weights)
+    return _scaled(x, ggml_type, SCALES[name], weights)
 
 
-def fit_offset(x: np.ndarray, search: OffsetSearch) -> tuple[np.ndarray, np.ndarray]:
+def weighed(x: np.ndarray, importance: np.ndarray) -> np.ndarray:
+    """What the numbers of blocks weigh by the importance of their columns [C]: the shape of x."""
+    of_blocks = importance.reshape(-1, x.shape[1])[np.arange(len(x)) * x.shape[1] % importance.size // x.shape[1]]
+    square = x * x
+    base = F(2) * (_sum(square) / F(x.shape[1]))
+    return of_blocks * np.sqrt(base[:, None] + square)
+
+
+def plain_weights(x: np.ndarray, floor: float, squared: bool) -> np.ndarray:
+    """What the numbers of groups weigh without one, beside a floor that all of a group have."""
+    square = x * x
+    mean = _sum(square) / F(x.shape[1])
+    return (F(floor) * (mean if squared else np.sqrt(mean)))[:, None] + (square if squared else np.abs(x))
+
+
+def fit_offset(x: np.ndarray, weights: np.ndarray, search: OffsetSearch) -> tuple[np.ndarray, np.ndarray]:
     """Scale [G] and minimum [G], the minimum negated: x is about scale * code - minimum.
 
     Steps of 1 / (most + first + 0.1 * t) of the span are tried for t = 0, 1, ...; the codes of each give the scale and
     minimum of least weighted squares. The plain scale, of most steps, stands where none is better.
     """
-    weights = _root_mean_square(x, search.floor)[:, None] + np.abs(x)
     low = np.minimum(x.min(axis=1), F(0))
     span = x.max(axis=1) - low
     plain, most = span / F(search.most), F(search.most)
@@ -88,13 +111,10 @@ def fit_offset(x: np.ndarray, search: OffsetSearch) -> tuple[np.ndarray, np.ndar
     return np.where(span == 0, F(0), scale), F(0) - low
 
 
-def fit_scale(x: np.ndarray, search: ScaleSearch) -> np.ndarray:
+def fit_scale(x: np.ndarray, weights: np.ndarray, search: ScaleSearch) -> np.ndarray:
     """Scale [G]: codes of several step sizes about the plain one give the scale of least weighted squares."""
     at = np.abs(x).argmax(axis=1)
     extreme = x[np.arange(len(x)), at]
-    square = x * x
-    weights = F(search.floor) * (_sum(square) / F(x.shape[1]))
-    weights = weights[:, None] + square
     gain, best = np.zeros(len(x), F), np.zeros(len(x), F)
     for index in range(2 * SCALE_STEPS + 1):
         wanted = F(search.half) + (F(index) - F(SCALE_STEPS)) * F(SCALE_STEP)
@@ -107,8 +127,27 @@ def fit_scale(x: np.ndarray, search: ScaleSearch) -> np.ndarray:
     return np.where(extreme == 0, F(0), best)
 
 
-def _root_mean_square(x: np.ndarray, floor: float) -> np.ndarray:
-    return F(floor) * np.sqrt(_sum(x * x) / F(x.shape[1]))
+def fit_table(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Scale [G]: the number farthest from 0 about either end of the table gives that of least weighted squares."""
+    at = np.abs(x).argmax(axis=1)
+    extreme = x[np.arange(len(x)), at]
+    gain, best = np.zeros(len(x), F), np.zeros(len(x), F)
+    for wanted in (first + index for first in TABLE_STARTS for index in range(TABLE_STEPS)):
+        inverse = F(wanted) / extreme
+        number = np.array(IQ4_VALUES, F)[_places(inverse[:, None] * x)]
+        sum_lx, sum_ll = _sum(weights * number * x), _sum(weights * number * number)
+        scale = sum_lx / sum_ll
+        better = (sum_ll > 0) & (scale * sum_lx > gain)
+        gain, best = np.where(better, scale * sum_lx, gain), np.where(better, scale, best)
+    return np.where(extreme == 0, F(0), best)
+
+
+def _places(x: np.ndarray) -> np.ndarray:
+    """Codes of the nearest numbers of the table."""
+    found = np.zeros(x.shape, np.uint8)
+    for middle in TABLE_MIDDLES:
+        found += x >= F(middle)
+    return found
 
 
 def _sum(x: np.ndarray) -> np.ndarray:
@@ -130,9 +169,12 @@ def _whole(values: np.ndarray, most: int, low: int, high: int) -> tuple[np.ndarr
     return np.clip(codes, low, high).astype(np.int32), d
 
 
-def _with_offset(x: np.ndarray, kind: GGMLQuantizationType, search: OffsetSearch) -> np.ndarray:
+def _with_offset(
+    x: np.ndarray, kind: GGMLQuantizationType, search: OffsetSearch, weights: np.ndarray | None
+) -> np.ndarray:
     groups = x.reshape(-1, search.group)
-    scales, mins = (found.reshape(len(x), -1) for found in fit_offset(groups, search))
+    weights = plain_weights(groups, search.floor, False) if weights is None else weights.reshape(groups.shape)
+    scales, mins = (found.reshape(len(x), -1) for found in fit_offset(groups, weights, search))
     (sc, d), (mn, m) = (_whole(values, search.stored, 0, search.stored) for values in (scales, mins))
     scale, low = d.astype(F) * sc.astype(F), m.astype(F) * mn.astype(F)
     shaped = x.reshape(*scale.shape, -1)
@@ -142,13 +184,29 @@ def _with_offset(x: np.ndarray, kind: GGMLQuantizationType, search: OffsetSearch
     return put_together(parts, CONTENTS[kind])
 
 
-def _scaled(x: np.ndarray, kind: GGMLQuantizationType, search: ScaleSearch) -> np.ndarray:
-    scales = fit_scale(x.reshape(-1, 16), search).reshape(-1, 16)
+def _scaled(x: np.ndarray, kind: GGMLQuantizationType, search: ScaleSearch, weights: np.ndarray | None) -> np.ndarray:
+    groups = x.reshape(-1, 16)
+    weights = plain_weights(groups, search.floor, True) if weights is None else weights.reshape(groups.shape)
+    scales = fit_scale(groups, weights, search).reshape(-1, 16)
     sc, d = _whole(scales, -search.stored, -search.stored, search.stored - 1)
     scale = (d.astype(F) * sc.astype(F))[..., None]
     codes = np.where(scale == 0, F(0), np.rint(x.reshape(-1, 16, 16) / scale))
     codes = _bytes(np.clip(codes, -search.half, search.half - 1)).reshape(len(x), -1)
     return put_together(BlockParts(codes, d.view(np.uint8), scales=_bytes(sc)), CONTENTS[kind])
+
+
+def _in_table(x: np.ndarray, kind: GGMLQuantizationType, search: TableSearch, weights: np.ndarray | None) -> np.ndarray:
+    groups = x.reshape(-1, 32)
+    weights = plain_weights(groups, TABLE_FLOOR, True) if weights is None else weights.reshape(groups.shape)
+    scales = fit_table(groups, weights).reshape(len(x), -1)
+    if search.stored:
+        sc, d = _whole(scales, -search.stored, -search.stored, search.stored - 1)
+    else:
+        sc, d = None, scales.astype(np.float16)
+    scale = d.astype(F) * (F(1) if sc is None else sc.astype(F))
+    places = np.where(scale[..., None] == 0, F(0), x.reshape(*scale.shape, -1) / scale[..., None])
+    parts = BlockParts(_places(places).reshape(x.shape), d.view(np.uint8), scales=None if sc is None else _bytes(sc))
+    return put_together(parts, CONTENTS[kind])
 
 
 def _bytes(numbers: np.ndarray) -> np.ndarray:

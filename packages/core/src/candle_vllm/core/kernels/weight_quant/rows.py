@@ -34,14 +34,21 @@ SOURCES = ("F32", "BF16", "F16", "F64")
 
 
 def fitting_type(kind: GGMLQuantizationType, columns: int) -> GGMLQuantizationType | None:
-    """The type for rows of a length: `kind`, Q8_0 where its blocks do not fit, None where nothing does."""
-    for choice in (kind, GGMLQuantizationType.Q8_0):
+    """The type for rows of a length: `kind`, one of blocks of 32 where its own do not fit, None where nothing does."""
+    similar = GGMLQuantizationType.IQ4_NL if kind == GGMLQuantizationType.IQ4_XS else GGMLQuantizationType.Q8_0
+    for choice in (kind, similar):
         if columns and columns % ggml.block_layout(choice)[0] == 0:
             return choice
     return None
 
 
-def quantise(raw: np.ndarray, stored: str, columns: int, kind: GGMLQuantizationType) -> np.ndarray:
+def quantise(
+    raw: np.ndarray,
+    stored: str,
+    columns: int,
+    kind: GGMLQuantizationType,
+    importance: np.ndarray | None = None,
+) -> np.ndarray:
     """Quantises rows; beside the result it takes a few MB.
 
     Args:
@@ -49,6 +56,7 @@ def quantise(raw: np.ndarray, stored: str, columns: int, kind: GGMLQuantizationT
         stored: their type, one of `SOURCES`.
         columns: elements of a row, a multiple of the type's block.
         kind: one of the types of `ISQ_TYPES`.
+        importance: of columns, float32 [E, C]; each entry is that of as many rows. None for none.
 
     Returns:
         The blocks, uint8 [R, bytes per row].
@@ -60,14 +68,16 @@ def quantise(raw: np.ndarray, stored: str, columns: int, kind: GGMLQuantizationT
     assert columns % size == 0, (columns, kind)
     rows, run = len(raw), weight_quant.quantiser(kind)
     out = np.empty((rows, columns // size * width), np.uint8)
-    step = max(1, CHUNK // columns)
+    each = rows if importance is None else rows // len(importance)
+    step = max(1, min(CHUNK // columns, each))
 
     def job(first: int) -> bool:
-        part = raw[first : first + step]
-        values = read_plain(np.ascontiguousarray(part), stored, (len(part), columns), "F32")
-        return run(values.reshape(-1, size), out[first : first + step].reshape(-1, width))
+        last = min(first + step, (first // each + 1) * each)
+        values = read_plain(np.ascontiguousarray(raw[first:last]), stored, (last - first, columns), "F32")
+        given = None if importance is None else importance[first // each]
+        return run(values.reshape(-1, size), out[first:last].reshape(-1, width), given)
 
-    starts = range(0, rows, step)
+    starts = [first for entry in range(0, rows, each) for first in range(entry, entry + each, step)] if rows else []
     with ThreadPoolExecutor(max(1, min(loading_threads(), len(starts)))) as pool:
         good = all(list(pool.map(job, starts)))
     if not good:
