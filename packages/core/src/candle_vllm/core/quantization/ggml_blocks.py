@@ -242,7 +242,7 @@ def _bits(blocks: Any, fields: Fields, library: ModuleType) -> Any:
     return found
 
 
-def _trits(blocks: np.ndarray) -> np.ndarray:
+def _trits(blocks: Any) -> Any:
     """TQ1_0's codes, uint8 [..., 256]: a byte is a fraction of 256, and three times it has the digit above the byte."""
     moved = [blocks[..., a:b] * np.uint8(3**digit) for a, b, count in _TRITS for digit in range(count)]
     return (np.concatenate(moved, axis=-1).astype(np.uint16) * 3 >> 8).astype(np.uint8)
