@@ -11,9 +11,11 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pyte
 import pytest
+from PIL import Image
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from rich.console import Console
@@ -24,9 +26,11 @@ from candle_vllm.core.errors import ModelNotFoundError
 from candle_vllm.server.cli import main
 from candle_vllm.server.commands import chat as chat_module
 from candle_vllm.server.commands import markdown
+from candle_vllm.server.commands.chat import read_saved
 from candle_vllm.server.commands.interactive import HISTORY_FILE, MAX_HISTORY, editor
 from candle_vllm.server.commands.terminal import Said
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.options import UsageError
 
 CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 
@@ -322,6 +326,43 @@ def test_tab_completes_commands_and_paths(tmp_path: Path) -> None:
     terminal.wait_for_prompt()
     terminal.type(CTRL_D)
     assert terminal.end() == 0
+
+
+class TestImages:
+    def test_they_go_with_the_next_message_and_are_kept(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        engine = PacedEngine("I see.", sees=True)
+        monkeypatch.setattr(chat_module, "load_engine", lambda *_, **__: engine)
+        for name, shade in (("a b.png", 10), ("c.PNG", 200)):
+            Image.new("RGB", (4, 3), (shade, 0, 0)).save(tmp_path / name)
+        (tmp_path / "no.png").write_bytes(b"none")
+        out = talk(
+            monkeypatch, capsys, "/image a b.png", f"'{tmp_path}/c.PNG'", "What?", "And?", "/save s.json", "/clear",
+            "/load s.json", "/image no.png", "/image none.png", "Still?",
+        )  # fmt: skip
+        assert "(a b.png, 4 x 3: it goes with the next message)" in out
+        assert "(c.PNG, 4 x 3: it goes with the next message)" in out
+        assert "user: (image) (image) What?" in out
+        assert "error: no.png: this is no picture" in out
+        assert "cannot read none.png" in out
+        assert [int(each.pixels[0, 0, 0]) for each in engine.pictures] == [10, 200] * 3
+
+    def test_one_that_reads_text_takes_none(
+        self, engine: PacedEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        Image.new("RGB", (4, 3)).save(tmp_path / "a.png")
+        out = talk(monkeypatch, capsys, "/image a.png", "a.png")
+        assert "error: scripted reads text alone" in out
+        assert asked(engine)[-1][-1] == "a.png"
+
+    @pytest.mark.parametrize("content", [5, None, {}, [5], [{"type": "text"}], [{"type": "audio"}]])
+    def test_what_is_none_is_not_loaded(self, content: Any, tmp_path: Path) -> None:
+        path = tmp_path / "s.json"
+        path.write_text(json.dumps({"model": "m", "messages": [{"role": "user", "content": content}]}))
+        with pytest.raises(UsageError, match="message 1 must have a text"):
+            read_saved(path)
 
 
 class TestOnAPipe:

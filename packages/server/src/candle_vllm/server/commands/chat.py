@@ -7,6 +7,7 @@ while another model loads, it brings back the one before.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import dataclasses
 import logging
@@ -24,6 +25,7 @@ from candle_vllm.core import InferenceEngine
 from candle_vllm.core.engine.request import LoRARequest
 from candle_vllm.core.errors import CandleVllmError, PromptTooLongError
 from candle_vllm.core.setting_kinds import nearest
+from candle_vllm.core.vision.pictures import LIMITS, decode_picture
 from candle_vllm.server.commands.interactive import answer_display, keys_unseen, line_reader, sign_of_life
 from candle_vllm.server.commands.terminal import Message, answer_pieces, require_stdin, terminal_safe
 from candle_vllm.server.loop_threads import run_stoppable
@@ -40,6 +42,7 @@ _MAX_SAVED = 64 << 20  # bytes of a saved conversation
 _ALIASES = {"/reset": "/clear", "/?": "/help", "/bye": "/exit", "/quit": "/exit"}
 _SHOWN_TURNS, _SHOWN = 4, 200  # messages of a conversation that /load shows, and characters of each
 _MAX_STOPS, _MAX_STOP = 4, 1024  # texts that end an answer, and characters of one
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 _NO_MODEL = "no model is loaded: /model MODEL loads one"
 _SET = {option.name: option for option in (*OPTIONS, MAX_TOKENS) if option.group == SAMPLING or option is MAX_TOKENS}
 _OTHER_MODEL: dict[str, Any] = dict.fromkeys(
@@ -99,6 +102,7 @@ class Chat:
         self._messages: list[Message] = []
         self._stop: tuple[str, ...] = ()
         self._left_out = 0  # of the messages behind the system message, for which the context has no room any more
+        self._images: list[str] = []  # for the next message, as data URLs
         self._own_file: Path | None = None
         self._lora: LoRARequest | None = None
         self._set_system(system or None)
@@ -107,6 +111,7 @@ class Chat:
             "/help": _Command(self._help, "", "this list"),
             "/set": _Command(self._set, "[NAME VALUE]", f"how answers are drawn ({settable}); default resets"),
             "/system": _Command(self._system, "[TEXT]", "the system message from here on; - removes it"),
+            "/image": _Command(self._image, "FILE", "an image for the next message; its path alone is enough"),
             "/model": _Command(self._model, "[MODEL [FILE]]", "another model, or an adapter of --lora-modules"),
             "/save": _Command(self._save, "FILE", "keeps the conversation"),
             "/load": _Command(self._load, "FILE", "goes on with a kept one"),
@@ -169,7 +174,8 @@ class Chat:
         if "/" in word[1:] or not line.startswith("/"):  # a path is no command
             if line:
                 text = line[1:] if line.startswith("//") else line
-                self._turn([*self._messages, {"role": "user", "content": text}])
+                if not self._is_image(text):
+                    self._ask(text)
             return
         command = self._commands.get(_ALIASES.get(word, word))
         if command is None:
@@ -178,6 +184,23 @@ class Chat:
         if rest.strip() and not command.usage:
             raise UsageError(f"{word} takes nothing behind it, such as {rest.strip()!r:.60}")
         command.run(rest.strip())
+
+    def _is_image(self, line: str) -> bool:
+        """Takes a line that is the path of an image, as terminals write one that is dropped on them."""
+        if self._engine is None or "image" not in self._engine.model_info.modalities:
+            return False
+        words = line.strip("'\" ").replace("\\ ", " ")
+        if not words.lower().endswith(_PICTURES) or not Path(words).expanduser().is_file():
+            return False
+        self._image(words)
+        return True
+
+    def _ask(self, text: str) -> None:
+        """A text for the model, behind the images that were given."""
+        parts = [{"type": "image_url", "image_url": {"url": url}} for url in self._images]
+        content = [*parts, {"type": "text", "text": text}] if parts else text
+        self._turn([*self._messages, {"role": "user", "content": content}])
+        self._images = []
 
     def _turn(self, messages: list[Message]) -> None:
         """One answer; a question that the engine refuses leaves the conversation as it was."""
@@ -369,6 +392,21 @@ class Chat:
             return "(stopped)"
         return None
 
+    def _image(self, rest: str) -> None:
+        path = _path(rest, "/image")
+        if self._engine is None:
+            raise UsageError(_NO_MODEL)
+        if "image" not in self._engine.model_info.modalities:
+            raise UsageError(f"{self.name} reads text alone")
+        try:
+            with path.open("rb") as file:
+                data = file.read(LIMITS.nbytes + 1)
+        except OSError as error:
+            raise UsageError(f"cannot read {path}: {error.strerror}") from None
+        picture = decode_picture(data, name=str(path))
+        self._images.append(f"data:;base64,{base64.b64encode(data).decode()}")
+        self.say(f"({path.name}, {picture.width} x {picture.height}: it goes with the next message)")
+
     def _save(self, rest: str) -> None:
         path = _path(rest, "/save")
         data = msgspec.json.format(msgspec.json.encode(_Saved(self.name, self._messages)), indent=1)
@@ -392,19 +430,26 @@ class Chat:
         self._start = [message for message in self._messages[:1] if message["role"] == "system"]
         self._own_file = path
         for message in self._messages[len(self._start) :][-_SHOWN_TURNS:]:
-            text = " ".join(message["content"].split())
+            text = " ".join(_text_of(message["content"]).split())
             self.say(f"{message['role']}: {text[:_SHOWN]}{' ...' * (len(text) > _SHOWN)}")
         self.say(f"{len(self._messages)} messages of {path}")
 
     def _clear(self, _: str) -> None:
         self._messages = list(self._start)
-        self._left_out = 0
+        self._left_out, self._images = 0, []
         self.say("(new conversation)")
 
     def _regenerate(self, _: str) -> None:
         if not self._messages or self._messages[-1]["role"] != "assistant":
             raise UsageError("there is no answer yet: write something first")
         self._turn(self._messages[:-1])
+
+
+def _text_of(content: Any) -> str:
+    """What is shown of a message: its text, and that it has images."""
+    if isinstance(content, str):
+        return content
+    return " ".join(part["text"] if part.get("type") == "text" else "(image)" for part in content)
 
 
 def read_saved(path: Path) -> list[Message]:
@@ -428,7 +473,18 @@ def read_saved(path: Path) -> list[Message]:
         roles = ("user", "assistant") if number > 1 else ("system", "user", "assistant")
         if message.keys() != {"role", "content"} or message["role"] not in roles:
             raise UsageError(f"{path}: message {number} must have content, and a role of {', '.join(roles)}")
+        if not isinstance(message["content"], str) and not _are_parts(message["content"]):
+            raise UsageError(f"{path}: message {number} must have a text as its content, or texts and images")
     return messages
+
+
+def _are_parts(content: Any) -> bool:
+    """Whether a content is texts and images, as `Chat` keeps them."""
+    return isinstance(content, list) and all(
+        isinstance(part, dict)
+        and (isinstance(part.get("text"), str) if part.get("type") == "text" else part.get("type") == "image_url")
+        for part in content
+    )
 
 
 def _path(text: str, command: str) -> Path:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 HISTORY_FILE = ".candle-vllm/chat_history"
 MAX_HISTORY = 1 << 20  # bytes of the file; a start that finds more keeps the newer half
 _MAX_ENTRY = 1 << 16  # characters; what is longer is not kept
-_WITH_PATH = ("/load", "/model", "/save")
+_WITH_PATH = ("/image", "/load", "/model", "/save")
 _QUOTES = '"""'
 
 _PATIENCE = 0.15  # seconds until a sign of life is shown; most answers begin before

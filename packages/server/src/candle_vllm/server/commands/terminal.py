@@ -22,7 +22,7 @@ MAX_TEXT = 64 << 20  # bytes read from standard input
 
 CUT = "the answer was cut at its token limit (--max-tokens, or the model's context)"
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 def conversation(system: str | None, text: str) -> list[Message]:
