@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from candle_vllm.core.assembly.encoder import describe_encoder
 from candle_vllm.core.assembly.model import as_loaded, describe_family
 from candle_vllm.core.assembly.opening import open_model
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import CPU
 from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.adapter_places import AdapterPlaces
-from candle_vllm.core.loading.config import ModelConfig
+from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.weights import Parameter, expand, layer_at
-from candle_vllm.core.models.family import Family
+from candle_vllm.core.loading.weights import Parameter, WeightName, expand, layer_at
+from candle_vllm.core.models.family import Decoder, Encoder, EncoderFamily, Family
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.plain import read_plain
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -42,27 +43,32 @@ class AdapterBase:
         shapes: by target, of all that the model has; of the head also where that is the embedding table.
         architectures: what GGUF files may call it.
         weights: opens what runs, which is quantised where `isq` has it so.
+        unused: patterns of stored names that the model has and does not compute with.
     """
 
     name: str
-    config: ModelConfig
+    config: ModelConfig | EncoderConfig
     places: AdapterPlaces
     shapes: Mapping[str, tuple[int, ...]]
     architectures: tuple[str, ...]
     weights: Callable[[], AbstractContextManager[Weights]]
+    unused: Sequence[str] = ()
 
 
 def adapter_base(files: ModelFiles, config: EngineConfig) -> AdapterBase:
     """Describes a model by its files, of which the headers are read; errors as `load_model`."""
     opened = open_model(files, CPU)
     with opened.checkpoint as checkpoint:
+        encoder = describe_encoder(files, opened)
+        if encoder is not None:
+            return _encoder_base(files, *encoder, checkpoint)
         family, model = describe_family(files, checkpoint, opened.metadata)
-        shapes = _shapes(family, model, checkpoint)
+        shapes = _shapes(family.build(model, SHAPES, checkpoint), family.weights, model, checkpoint.format)
 
     @contextmanager
     def weights() -> Iterator[Weights]:
         with open_model(files, CPU).checkpoint as checkpoint:
-            yield stored_parts(family, model, as_loaded(config, family, model, checkpoint))
+            yield stored_parts(family.weights, model, as_loaded(config, family, model, checkpoint))
 
     return AdapterBase(
         name=files.name,
@@ -74,14 +80,37 @@ def adapter_base(files: ModelFiles, config: EngineConfig) -> AdapterBase:
     )
 
 
-def _shapes(family: Family, model: ModelConfig, checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    decoder = family.build(model, SHAPES, checkpoint)
+def _encoder_base(
+    files: ModelFiles, family: EncoderFamily, model: EncoderConfig, checkpoint: Checkpoint
+) -> AdapterBase:
+    table = family.weights(model, checkpoint.tensors)
+    shapes = _shapes(family.build(model, SHAPES), table, model, checkpoint.format)
+
+    @contextmanager
+    def weights() -> Iterator[Weights]:
+        with open_model(files, CPU).checkpoint as checkpoint:
+            yield stored_parts(table, model, checkpoint)
+
+    return AdapterBase(
+        name=files.name,
+        config=model,
+        places=AdapterPlaces(table, model, shapes),
+        shapes=shapes,
+        architectures=family.gguf,
+        weights=weights,
+        unused=family.ignored(model),
+    )
+
+
+def _shapes(
+    built: Decoder | Encoder, table: Sequence[WeightName], model: ModelConfig | EncoderConfig, format: str
+) -> dict[str, tuple[int, ...]]:
     known: dict[str, Mapping[str, Parameter]] = {}
     found: dict[str, tuple[int, ...]] = {}
-    for line in expand(family.weights, model, checkpoint.format):
+    for line in expand(table, model, format):
         path, part = line.target.split(":")
         if path not in known:
-            layer = layer_at(decoder, path)
+            layer = layer_at(built, path)
             known[path] = {} if layer is None else layer.parameters()
         if part in known[path]:
             found[line.target] = known[path][part].shape
@@ -90,7 +119,7 @@ def _shapes(family: Family, model: ModelConfig, checkpoint: Checkpoint) -> dict[
     return found
 
 
-def stored_target(target: str, model: ModelConfig) -> str:
+def stored_target(target: str, model: ModelConfig | EncoderConfig) -> str:
     """What stands for a part of the head in a family's table: the embedding table, and Phi-2's name of the bias."""
     if target == "head:weight" and model.tie_embeddings:
         return "embed:weight"
@@ -104,9 +133,9 @@ def _architectures(family: Family, model: ModelConfig) -> tuple[str, ...]:
     return family.gguf or ("llama",)  # Mixtral's files bear Llama's name
 
 
-def stored_parts(family: Family, model: ModelConfig, stored: Checkpoint) -> Weights:
-    """The parts of a model in a checkpoint."""
-    lines = {line.target: line for line in expand(family.weights, model, stored.format)}
+def stored_parts(table: Sequence[WeightName], model: ModelConfig | EncoderConfig, stored: Checkpoint) -> Weights:
+    """The parts of a model in a checkpoint, by its family's table of names."""
+    lines = {line.target: line for line in expand(table, model, stored.format)}
 
     def part(target: str) -> StoredTensor | None:
         line = lines.get(target)

@@ -7,6 +7,7 @@ nothing is copied before it is asked for, but what DoRA needs of the model's own
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -29,11 +30,13 @@ from candle_vllm.core.errors import AdapterError, WeightsError
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter
 from candle_vllm.core.loading.adapter_places import Format, Spot
 from candle_vllm.core.loading.adapters import StoredAdapter
+from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.loading.views import entry, parts_of_experts
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 _MERGE = "merge it into the model with `candle-vllm quantize --lora` or PEFT's merge_and_unload, and serve that"
 _TABLES = {"embed": "embed:weight", "head": "head:weight"}
+_SCORES = ("head", "score")  # of an encoder
 _LEAST, _MOST = 1e-9, 1e6  # times B A; less would do nothing
 _SAMPLE = 64  # rows by which a copy of a table is compared with the base's
 
@@ -71,6 +74,7 @@ class _Fit:
         self._format: Format = "safetensors" if stored.format == "peft" else "gguf"
         self._changes: defaultdict[str, dict[str, _Change]] = defaultdict(dict)
         self._weights: Weights | None = None
+        self._notes = list[str]()
         self._wrapped = Counter(map(experts_of, stored.tensors))  # how many adapters of parameters modules have
 
     def run(self) -> None:
@@ -79,6 +83,11 @@ class _Fit:
             raise AdapterError(
                 f"{self._stored.path}: general.architecture is {self._stored.config.architecture!r:.80}; the base "
                 f"{self._base.name} is {' or '.join(self._base.architectures)}"
+            )
+        if self._stored.alora is not None and isinstance(self._base.config, EncoderConfig):
+            raise AdapterError(
+                f"{self._stored.path}: it acts from its invocation tokens on (aLoRA), and {self._base.name} reads "
+                "texts whole and in both directions"
             )
         for token in self._stored.alora or ():
             if token >= self._base.config.vocab_size:
@@ -104,6 +113,7 @@ class _Fit:
             rank=max(delta.rank for each in deltas.values() for delta in each.values()),
             nbytes=sum(tensor.nbytes for tensor in self._stored.tensors.values()),
             norm=norm_of(self._stored, deltas),
+            notes=tuple(self._notes),
         )
 
     # ---- modules -----------------------------------------------------------------------------------------------------
@@ -117,6 +127,9 @@ class _Fit:
             self._experts(module, parts)
             return
         _, spots = self._base.places.module(module)
+        if not spots and any(re.fullmatch(pattern, f"{module}.weight") for pattern in self._base.unused):
+            self._notes.append(f"{module} is not computed by {self._base.name}, so that nothing comes of its adapter")
+            return
         self._check_place(first, module, spots, vectors=self._merging and kinds <= {"full", "bias"})
         for kind, tensor in parts.items():
             if kind == "copy":
@@ -159,7 +172,7 @@ class _Fit:
         vectors = {
             kind: self._vector(parts[kind], total) for kind in ("bias of b", "bias", "magnitude") if kind in parts
         }
-        if "bias" in vectors and self._stored.config.bias == "none":
+        if "bias" in vectors and "full" not in parts and self._stored.config.bias == "none":
             self._refuse(parts["bias"].name, "bias is 'none' in adapter_config.json")
         for spot, rows in zip(spots, orders, strict=True):
             bias = None
@@ -253,11 +266,15 @@ class _Fit:
     def _full(self, tensor: StoredTensor, spots: Sequence[Spot]) -> None:
         """A matrix in the place of the base's: a head or a table."""
         for spot in spots:
+            is_score = isinstance(self._base.config, EncoderConfig) and spot.path in _SCORES
             if self._merging and spot.path not in _TABLES:
                 self._replace(tensor, spot)
                 continue
-            if spot.path not in _TABLES:
+            if spot.path not in _TABLES and not is_score:
                 self._refuse(tensor.name, f"it replaces {spot.path}; heads and embedding tables are replaced: {_MERGE}")
+            if is_score and tensor.shape != spot.shape:
+                said = f"it gives {tensor.shape[0]} numbers of {list(tensor.shape[1:])}, the base's head"
+                self._refuse(tensor.name, f"{said} {spot.shape[0]} of {list(spot.shape[1:])}: {_MERGE}")
             if tensor.shape[1:] == spot.shape[1:] and tensor.shape[0] != spot.shape[0]:
                 self._refuse(
                     tensor.name,

@@ -51,19 +51,14 @@ def load_any_model(
     """Loads `config.model`, whichever kind it is; arguments and errors as `load_model`."""
     files = model_files(config)
     find_draft(config)
-    found = None
-    if files.config is not None and files.format != "gguf":
-        with naming(files.config):
-            found = encoder_from_hf(read_json(files.config), files.config)
+    found = _of_config(files)
     if found is not None and files.format == "dummy":
         raise ConfigError("load_format 'dummy' makes decoders alone: leave it out for an encoder", "load_format")
     if found is not None:
         _check_isq(config)
     with collector_paused():
         opened = open_model(files, device)
-    if files.format == "gguf":
-        with naming(files.weights[0]):
-            found = encoder_from_gguf(opened.metadata, opened.checkpoint)
+    found = found or describe_encoder(files, opened)
     if found is None:
         loaded = load_model(config, device, progress, opened)
         return dataclasses.replace(loaded, draft=load_draft(config, loaded, device, progress))
@@ -72,11 +67,26 @@ def load_any_model(
         return _load_encoder(config, device, progress, opened, *found)
 
 
+def describe_encoder(files: ModelFiles, opened: Opened) -> tuple[EncoderFamily, EncoderConfig] | None:
+    """The family of an encoder's files, and what they say of it; None where they hold none."""
+    if files.format != "gguf":
+        return _of_config(files)
+    with naming(files.weights[0]):
+        return encoder_from_gguf(opened.metadata, opened.checkpoint)
+
+
+def _of_config(files: ModelFiles) -> tuple[EncoderFamily, EncoderConfig] | None:
+    if files.config is None or files.format == "gguf":
+        return None
+    with naming(files.config):
+        return encoder_from_hf(read_json(files.config), files.config)
+
+
 def is_encoder(files: ModelFiles) -> bool:
     """Whether files hold an encoder, by what they say of it."""
     with naming(config_file(files)):
         if files.format != "gguf":
-            return files.config is not None and encoder_from_hf(read_json(files.config), files.config) is not None
+            return _of_config(files) is not None
         with open_gguf(files.weights[0]) as checkpoint:
             return encoder_from_gguf(checkpoint.metadata, checkpoint) is not None
 

@@ -72,7 +72,7 @@ def merge(
                     f"{path}: {target} of the adapter has no place in {base.name}, which has no bias there"
                 )
             changes.setdefault(target, []).append((delta, scale))
-    weights, exact = stored_parts(family, model, checkpoint), config.isq is not None or config.dtype != "auto"
+    weights, exact = stored_parts(family.weights, model, checkpoint), config.isq is not None or config.dtype != "auto"
     if model.tie_embeddings and changes.get("embed:weight", []) != changes.get("head:weight", []):
         model = dataclasses.replace(model, tie_embeddings=False)
         for target in ("embed:weight", "head:weight"):

@@ -6,13 +6,14 @@ those of one training script do. The second of a kind is watched, and those behi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.assembly.adapter_base import AdapterBase, adapter_base
 from candle_vllm.core.assembly.adapters import fit_adapter
+from candle_vllm.core.assembly.encoder import LoadedEncoder
 from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.assembly.opening import model_files
 from candle_vllm.core.config import EngineConfig
@@ -24,7 +25,7 @@ from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.loading.adapters import AdapterLimits, StoredAdapter, open_adapter
 
 if TYPE_CHECKING:
-    from candle_vllm.core.kernels.lora import FittedAdapter, PackedAdapter
+    from candle_vllm.core.kernels.lora import FittedAdapter, PackedAdapter, Place
     from candle_vllm.core.kernels.lora.repacking import Repacking
     from candle_vllm.core.quantization.tensors import StoredTensor
 
@@ -35,7 +36,7 @@ _MOST_MET = 256  # kinds
 Watch = Callable[["FittedAdapter", Collection["StoredTensor"]], "Repacking | None"]
 
 
-def adapter_limits(config: EngineConfig, loaded: LoadedModel) -> dict[str, Any]:
+def adapter_limits(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> dict[str, Any]:
     """What `StepLimits` says of adapters: multiplied in bfloat16, but in float32 where the model's own matrices are."""
     dtype = config.lora_dtype.upper()
     if dtype == "AUTO":
@@ -45,30 +46,34 @@ def adapter_limits(config: EngineConfig, loaded: LoadedModel) -> dict[str, Any]:
     return {"adapter_rank": config.max_lora_rank, "adapter_dtype": dtype, "row_adapters": MAX_ADAPTERS}
 
 
+def _places(loaded: LoadedModel | LoadedEncoder) -> Mapping[str, tuple[Place, ...]]:
+    return number_places(loaded.encoder if isinstance(loaded, LoadedEncoder) else loaded.decoder)
+
+
 def adapter_packer(
-    config: EngineConfig, loaded: LoadedModel, runner: ModelRunner
+    config: EngineConfig, loaded: LoadedModel | LoadedEncoder, runner: ModelRunner
 ) -> Callable[[FittedAdapter], PackedAdapter]:
     """What makes adapters ready for the steps of a model, see `pack_adapter`; in any thread."""
     from candle_vllm.core.kernels.lora.pack import pack_adapter
 
-    if loaded.placement.device.type == "cuda":
+    places, on_gpu = _places(loaded), loaded.placement.device.type == "cuda"
+    if on_gpu and isinstance(loaded, LoadedModel):
         from candle_vllm.core.engine.device_runner import DeviceRunner
 
         assert isinstance(runner, DeviceRunner)
         assert runner.adapters is not None
-        return partial(
-            pack_adapter,
-            places=number_places(loaded.decoder),
-            dtype="BF16",
-            compiled=False,
-            packed=runner.adapters.packed,
-        )
-    dtype, places = adapter_limits(config, loaded)["adapter_dtype"], number_places(loaded.decoder)
+        return partial(pack_adapter, places=places, dtype="BF16", compiled=False, packed=runner.adapters.packed)
+    dtype = adapter_limits(config, loaded)["adapter_dtype"]
+    if on_gpu:  # an encoder runs op by op
+        from candle_vllm.core.kernels.lora.reference import TorchAdapter
+
+        packed = partial(TorchAdapter, dtype=dtype, device=loaded.placement.device)
+        return partial(pack_adapter, places=places, dtype=dtype, compiled=False, packed=packed)
     return partial(pack_adapter, places=places, dtype=dtype, compiled=loaded.placement.recorded)
 
 
 def adapter_loader(
-    config: EngineConfig, loaded: LoadedModel, runner: ModelRunner, memory: int
+    config: EngineConfig, loaded: LoadedModel | LoadedEncoder, runner: ModelRunner, memory: int
 ) -> Callable[[Path], LoadedAdapter]:
     """What brings the files of an adapter to memory, `memory` bytes at most; in one thread."""
     limits = AdapterLimits(max_rank=config.max_lora_rank, max_bytes=_MOST_PACKED * memory)
@@ -77,7 +82,7 @@ def adapter_loader(
         from candle_vllm.core.kernels.lora.repacking import repacking_of
 
         dtype = adapter_limits(config, loaded)["adapter_dtype"]
-        watch = partial(repacking_of, places=number_places(loaded.decoder), dtype=dtype, most=MOST_SEEN)
+        watch = partial(repacking_of, places=_places(loaded), dtype=dtype, most=MOST_SEEN)
     pack = adapter_packer(config, loaded, runner)
     return AdapterLoader(adapter_base(model_files(config), config), limits, pack, watch)
 
@@ -106,7 +111,9 @@ class AdapterLoader:
     def __call__(self, path: Path) -> LoadedAdapter:
         """Loads the adapter at a path; errors as of `read_adapter`, `fit_adapter` and `pack_adapter`."""
         with open_adapter(path, self._limits) as stored:
-            return LoadedAdapter(self._copied(stored) or self._packed(stored), stored.base, stored.notes)
+            copied = self._copied(stored)
+            packed, notes = self._packed(stored) if copied is None else (copied, ())
+            return LoadedAdapter(packed, stored.base, (*stored.notes, *notes))
 
     def _copied(self, stored: StoredAdapter) -> PackedAdapter | None:
         """An adapter of a known kind; None of another, or where something is wrong with its numbers."""
@@ -116,7 +123,8 @@ class AdapterLoader:
         self._known[stored.kind] = known
         return known.pack(stored.data, stored.digest)
 
-    def _packed(self, stored: StoredAdapter) -> PackedAdapter:
+    def _packed(self, stored: StoredAdapter) -> tuple[PackedAdapter, tuple[str, ...]]:
+        """An adapter, and what is to be told of it."""
         fitted, kind = fit_adapter(stored, self._base), stored.kind
         if self._watch is not None and kind is not None and kind not in self._known:
             met = self._met.pop(kind, 0) + 1
@@ -125,8 +133,8 @@ class AdapterLoader:
                 del self._met[next(iter(self._met))]
             if met == 2 and (seen := self._watch(fitted, stored.tensors.values())) is not None:
                 self._keep(kind, seen)
-                return self._copied(stored) or self._pack(fitted)
-        return self._pack(fitted)
+                return self._copied(stored) or self._pack(fitted), fitted.notes
+        return self._pack(fitted), fitted.notes
 
     def _keep(self, kind: bytes, seen: Repacking) -> None:
         self._known[kind] = seen

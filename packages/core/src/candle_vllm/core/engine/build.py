@@ -68,7 +68,6 @@ _NOT_FOR_ENCODERS = MappingProxyType(
         "kv_fraction": None,
         "deterministic": False,
         "speculative_config": None,
-        "enable_lora": False,
     }
 )
 
@@ -228,6 +227,7 @@ def _build_encoder(config: EngineConfig, loaded: LoadedEncoder) -> Engine:
             )
     placement, defaults = loaded.placement, DEFAULTS[loaded.placement.device.type]
     sequences, budget = config.max_num_seqs or defaults.sequences, config.max_num_batched_tokens or defaults.tokens
+    adapters = adapter_limits(config, loaded) if config.enable_lora else {}
     if placement.recorded:
         from candle_vllm.core.engine.recorded_runner import RecordedEncoderRunner, StepLimits
 
@@ -239,17 +239,30 @@ def _build_encoder(config: EngineConfig, loaded: LoadedEncoder) -> Engine:
             table_width=0,
             block_size=1,
             threads=config.threads or default_threads(),
+            **adapters,
         )
+        if adapters:
+            number_places(loaded.encoder)
         with _room_for_rows(limits):
             runner = RecordedEncoderRunner(loaded.encoder, limits)
     else:
         from candle_vllm.core.engine.eager_runner import EagerEncoderRunner
 
-        runner = EagerEncoderRunner(loaded.encoder, placement.device)
+        joined = None
+        if adapters:
+            from candle_vllm.core.kernels.lora.reference import EagerAdapters
+
+            number_places(loaded.encoder, joined := EagerAdapters())
+        runner = EagerEncoderRunner(loaded.encoder, placement.device, joined)
+    store, admission = None, None
+    if config.enable_lora:
+        most = min(config.max_loras or sequences, config.max_cpu_loras or sequences)
+        store = adapter_store(config, loaded, runner, most)
+        admission = AdapterAdmission(store, most, patience=sequences)
     return Engine(
         runner,
-        WholeTexts(sequences, budget),
-        EncoderPreparation(loaded.name, loaded.config, loaded.pooling, loaded.max_model_len),
+        WholeTexts(sequences, budget, admission),
+        EncoderPreparation(loaded.name, loaded.config, loaded.pooling, loaded.max_model_len, store),
     )
 
 
@@ -359,10 +372,14 @@ def _runner_on_cpu(
 
 
 def adapter_store(
-    config: EngineConfig, loaded: LoadedModel, runner: ModelRunner, most: int, plan: CachePlan
+    config: EngineConfig,
+    loaded: LoadedModel | LoadedEncoder,
+    runner: ModelRunner,
+    most: int,
+    plan: CachePlan | None = None,
 ) -> AdapterStore:
-    """The adapters of an engine, `most` of them in one step; `plan` is of the cache, which is filled later."""
-    left = max(0, available_memory() - plan.num_blocks * plan.block_bytes)
+    """The adapters of an engine, `most` of them in one step; `plan` is of the cache, if any, which is filled later."""
+    left = max(0, available_memory() - (0 if plan is None else plan.num_blocks * plan.block_bytes))
     memory = config.lora_memory or max(_LEAST_FOR_ADAPTERS, min(_MOST_FOR_ADAPTERS, left // 4))
     logger.info("adapters may take %.0f MB of memory", memory / 1e6)
     return AdapterStore(

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from candle_vllm.core.devices import Device
-from candle_vllm.core.engine.batch import Batch, Ints
+from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints
 from candle_vllm.core.engine.images import Encoding
 from candle_vllm.core.engine.model_runner import EncoderRunner, StepwiseRunner
 from candle_vllm.core.kernels.attention.rows import AttentionRows
@@ -179,19 +179,26 @@ class EagerEncoderRunner(EncoderRunner):
 
     fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
 
-    def __init__(self, encoder: Encoder, device: torch.device | Device) -> None:
+    def __init__(self, encoder: Encoder, device: torch.device | Device, adapters: EagerAdapters | None = None) -> None:
         super().__init__(encoder.config)
         self.encoder = encoder
         self.device = device
+        self.adapters = adapters
         self._hidden = torch.empty(0)
 
     @torch.inference_mode()
-    def encode(self, token_ids: Ints, positions: Ints, types: Ints, query_start: Ints) -> NDArray[np.float32] | None:
+    def encode(
+        self, token_ids: Ints, positions: Ints, types: Ints, query_start: Ints, adapters: AdapterRows | None
+    ) -> NDArray[np.float32] | None:
         """See `EncoderRunner`."""
+        if self.adapters is not None:
+            self.adapters.choose(adapters, self.device)
         ids, places, kinds = (torch.from_numpy(array).to(self.device) for array in (token_ids, positions, types))
         self._hidden = self.encoder.forward(ids, places, kinds, np.diff(query_start).tolist())
         if not self.encoder.config.scores:
             return None
+        if self.adapters is not None:
+            self.adapters.choose(adapters, self.device, query_start[:-1])
         first = torch.from_numpy(query_start[:-1]).to(self.device)
         return self.encoder.scores(self._hidden[first]).float().cpu().numpy()
 

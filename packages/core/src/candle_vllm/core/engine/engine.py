@@ -241,7 +241,6 @@ class Engine:
     def _adapter_counts(self) -> dict[str, Any]:
         if self.adapters is None:
             return {}
-        assert isinstance(self.scheduler, Scheduler)
         assert self.scheduler.adapters is not None
         counts = self.adapters.counts
         known, held, nbytes = self.adapters.numbers

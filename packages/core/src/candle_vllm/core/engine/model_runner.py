@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.engine.batch import Batch, Ints, StepMemory
+from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, StepMemory
 from candle_vllm.core.engine.request import PoolingRequest
 from candle_vllm.core.engine.sequence import Run, Tokens
 from candle_vllm.core.kernels import sampling as kernels
@@ -194,8 +194,14 @@ class EncoderRunner(StepwiseRunner):
         self._scores = np.empty((0, len(config.labels)))
 
     @abstractmethod
-    def encode(self, token_ids: Ints, positions: Ints, types: Ints, query_start: Ints) -> NDArray[np.float32] | None:
+    def encode(
+        self, token_ids: Ints, positions: Ints, types: Ints, query_start: Ints, adapters: AdapterRows | None
+    ) -> NDArray[np.float32] | None:
         """Runs a step: numbers [T] of its tokens, as `Encoder.forward` takes them, and where texts begin [R + 1].
+
+        Args:
+            token_ids, positions, types, query_start: see above.
+            adapters: which rows have which.
 
         Returns logits [R, L] of a model with L labels.
         """
@@ -208,7 +214,7 @@ class EncoderRunner(StepwiseRunner):
         """See `StepwiseRunner`; there are no logits of tokens."""
         types = np.concatenate([_token_types(run) for run in batch.runs])
         positions = batch.positions + self._config.first_position
-        logits = self.encode(batch.token_ids, positions, types, batch.query_start)
+        logits = self.encode(batch.token_ids, positions, types, batch.query_start, batch.adapters)
         if logits is None:
             return
         scores = logits.astype(np.float64)

@@ -87,10 +87,19 @@ class EncoderPreparation(Preparation):
         config: its description.
         pooling: how its vectors are made; None where it has a head.
         max_model_len: longest text, in tokens.
+        adapters: see `Preparation`.
     """
 
-    def __init__(self, name: str, config: EncoderConfig, pooling: ModelPooling | None, max_model_len: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: EncoderConfig,
+        pooling: ModelPooling | None,
+        max_model_len: int,
+        adapters: AdapterStore | None = None,
+    ) -> None:
         self.max_model_len = max_model_len
+        self.adapters = adapters
         self._name = name
         self._config = config
         self._pooling = pooling
@@ -99,7 +108,7 @@ class EncoderPreparation(Preparation):
         """See `Preparation`."""
         wanted = request.task if isinstance(request, PoolingRequest) else "generate"
         check_encoder_task(self._name, wanted, encoder_tasks(self._config))
-        self._entries(request)
+        entries = self._entries(request)
         assert isinstance(request, PoolingRequest)
         check_pooling_request(request, self._config.vocab_size, self.max_model_len)
         kinds = self._config.token_types
@@ -108,7 +117,9 @@ class EncoderPreparation(Preparation):
         if any(not 0 <= kind < kinds for kind in request.token_type_ids or ()):
             raise InvalidParameterError(f"token_type_ids must be 0 to {kinds - 1} for this model", "token_type_ids")
         plan = self._of_head() if self._pooling is None else self._pooling.plan(request.pooling)
-        return [PooledText(Sequence(request, 0, order=-1), plan)]
+        sequence = Sequence(request, 0, order=-1)
+        sequence.entries = entries
+        return [PooledText(sequence, plan)]
 
     def _of_head(self) -> PoolingPlan:
         """What `EncoderRunner` has of a text where a model has a head."""

@@ -30,7 +30,6 @@ from candle_vllm.core.kernels.cpu_runtime.recorder import (
     Buffer,
     EntryArrays,
     Recorder,
-    StepArrays,
     StepLimits,
     aligned,
 )
@@ -163,16 +162,9 @@ class RecordedRunner(StepwiseRunner):
         if batch.goes_on and batch.drawn_rows is self._rows:
             self.team.run(self._plan.rows, self._plan.count + self._plan_draws)
             return self._wanted
-        arrays = self._lay_out(batch)
-        self._adapters = adapters = batch.adapters
-        if adapters is None:
-            plan = self._plans[Adapted.NOT]
-        else:
-            apart = any(adapter.apart for adapter in adapters.adapters)
-            plan = self._plan_of(Adapted.APART if apart else Adapted.ADDED)
-            _fill_entries(self._recorder.entries, adapters)
-            arrays.numbers[StepNumber.ADAPTERS] = len(adapters.adapters)
-        self._plan = plan
+        self._lay_out(batch)
+        self._adapters = batch.adapters
+        self._plan = plan = self._plan_of(_lay_out_adapters(self._recorder, batch.adapters))
         rows, count = plan.of_runs if batch.drafted else plan.rows, plan.count + self._plan_draws
         if batch.embedded is not None:
             assert plan.embedding is not None
@@ -182,13 +174,12 @@ class RecordedRunner(StepwiseRunner):
             rows, count = plan.behind_embedding(drafted=batch.drafted), count - operations
         return self._with_rows(batch.drawn_rows, rows, count)
 
-    def _lay_out(self, batch: Batch) -> StepArrays:
+    def _lay_out(self, batch: Batch) -> None:
         arrays, count, sequences = self._arrays, batch.tokens.shape[1], len(batch.context_lens)
         assert batch.tokens.base is arrays.tokens
         arrays.query_start[: sequences + 1] = batch.query_start
         arrays.numbers[StepNumber.TOKENS] = count
         arrays.numbers[StepNumber.SEQUENCES] = sequences
-        return arrays
 
     def score(self, rows: Ints) -> NDArray[np.float32]:
         """See `ModelRunner`."""
@@ -232,10 +223,7 @@ class RecordedRunner(StepwiseRunner):
         self._wanted = self._logits[:count]
         self._ids = (self._draw_rows if self._drafts is None else self._draw_drafted).ids[:count].data
         if self._adapters is not None:
-            among = self._adapters.among(rows)
-            arrays.numbers[StepNumber.LOGIT_ADAPTERS] = 0 if among is None else len(among.adapters)
-            if among is not None:
-                _fill_entries(self._recorder.logit_entries, among)
+            _lay_out_wanted(self._recorder, self._adapters.among(rows))
         self.team.run(plan, num_rows)
         return self._wanted
 
@@ -338,6 +326,22 @@ def _fill_entries(entries: EntryArrays, adapters: AdapterRows) -> None:
     entries.rows[:count], entries.scales[:count] = adapters.rows, adapters.scales
     entries.starts[: groups + 1] = adapters.starts
     entries.tables[:groups] = [adapter.layout.address for adapter in adapters.adapters]
+
+
+def _lay_out_adapters(recorder: Recorder, adapters: AdapterRows | None) -> Adapted:
+    """Writes down which rows of a step have which adapters, and says what its plan must have of them."""
+    if adapters is None:
+        return Adapted.NOT
+    _fill_entries(recorder.entries, adapters)
+    recorder.arrays.numbers[StepNumber.ADAPTERS] = len(adapters.adapters)
+    return Adapted.APART if any(adapter.apart for adapter in adapters.adapters) else Adapted.ADDED
+
+
+def _lay_out_wanted(recorder: Recorder, among: AdapterRows | None) -> None:
+    """The same of the rows whose logits are wanted."""
+    recorder.arrays.numbers[StepNumber.LOGIT_ADAPTERS] = 0 if among is None else len(among.adapters)
+    if among is not None:
+        _fill_entries(recorder.logit_entries, among)
 
 
 def _drawing(runner: RecordedRunner) -> Draw:
@@ -446,7 +450,8 @@ class RecordedEncoderRunner(EncoderRunner):
         super().__init__(encoder.config)
         self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
 
-        def record(recorder: Recorder) -> Recorded:
+        def record(recorder: Recorder, adapted: Adapted) -> Recorded:
+            recorder.begin(adapted)
             arrays = recorder.arrays
             ids, places = step_tokens(recorder), step_tokens(recorder, arrays.positions)
             hidden: Recorded = encoder.forward(ids, places, step_tokens(recorder, arrays.token_types), ())
@@ -454,13 +459,27 @@ class RecordedEncoderRunner(EncoderRunner):
                 encoder.scores(hidden.wanted()).logits(None, 1.0, None)
             return hidden
 
-        _compile_first(lambda: record(Recorder(limits, recorder.isa)))
-        self._hidden = record(recorder)
+        def record_all() -> None:
+            for adapted in (Adapted.NOT, Adapted.ADDED)[: 2 if limits.adapter_rank else 1]:
+                record(Recorder(limits, recorder.isa), adapted)
+
+        _compile_first(record_all)
+        self._record, self._plans = record, dict[Adapted, tuple[Recorded, Ints, int]]()
+        self._hidden = self._plan_of(Adapted.NOT)[0]  # of the last step
         self._logits = recorder.logits
-        self._plan = np.array(recorder.plan, np.int64)
         self._team = ThreadTeam(limits.threads)
 
-    def encode(self, token_ids: Ints, positions: Ints, types: Ints, query_start: Ints) -> NDArray[np.float32] | None:
+    def _plan_of(self, adapted: Adapted) -> tuple[Recorded, Ints, int]:
+        """What the layers give, and the plan and its rows: recorded when it is first needed."""
+        if adapted not in self._plans:
+            recorder = self._recorder
+            hidden = self._record(recorder, adapted)
+            self._plans[adapted] = hidden, np.array(recorder.plan, np.int64), recorder.num_rows
+        return self._plans[adapted]
+
+    def encode(
+        self, token_ids: Ints, positions: Ints, types: Ints, query_start: Ints, adapters: AdapterRows | None
+    ) -> NDArray[np.float32] | None:
         """See `EncoderRunner`."""
         arrays, count, texts = self._recorder.arrays, len(token_ids), len(query_start) - 1
         arrays.token_ids[:count] = token_ids
@@ -470,7 +489,10 @@ class RecordedEncoderRunner(EncoderRunner):
         arrays.logit_rows[:texts] = query_start[:-1]
         arrays.numbers[StepNumber.TOKENS] = count
         arrays.numbers[StepNumber.SEQUENCES] = arrays.numbers[StepNumber.LOGIT_ROWS] = texts
-        self._team.run(self._plan, self._recorder.num_rows)
+        self._hidden, plan, rows = self._plan_of(_lay_out_adapters(self._recorder, adapters))
+        if adapters is not None:
+            _lay_out_wanted(self._recorder, adapters.among(query_start[:-1]))
+        self._team.run(plan, rows)
         return None if self._logits is None else self._logits[:texts]
 
     def states_sum(self, rows: Ints) -> NDArray[np.float64]:

@@ -414,13 +414,17 @@ class WholeTexts:
     Args:
         max_num_seqs: most texts in one step.
         max_num_batched_tokens: most tokens in one step, but for a text that is longer.
+        adapters: as for `Scheduler`.
     """
 
     num_preemptions = 0
     running: tuple[Sequence, ...] = ()  # nothing goes on from step to step
 
-    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, max_num_seqs: int, max_num_batched_tokens: int, adapters: AdapterAdmission | None = None
+    ) -> None:
         self.blocks = BlockManager(0, 1)
+        self.adapters = adapters
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: list[Sequence] = []
@@ -428,24 +432,37 @@ class WholeTexts:
     def add(self, sequence: Sequence) -> None:
         """Queues a new text."""
         _insert(self.waiting, sequence)
+        if self.adapters is not None:
+            self.adapters.waits(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a text out that has ended; one that was run waits no more."""
         if not sequence.num_admissions:
             self.waiting.remove(sequence)
+        elif self.adapters is not None:
+            self.adapters.stopped(sequence)
+        if self.adapters is not None:
+            self.adapters.ended(sequence)
+            if not self.waiting:  # there may be no step that would tell
+                self.adapters.look(())
 
     def schedule(self) -> Step:
         """The next texts in order of rank, as far as the budget goes; those of one length together."""
-        taken: list[Sequence] = []
-        room = self.max_num_batched_tokens
-        for sequence in self.waiting[: self.max_num_seqs]:
+        adapters, taken, room, held = self.adapters, list[Sequence](), self.max_num_batched_tokens, 0
+        if adapters is not None:
+            adapters.look(self.waiting)
+        while len(taken) < self.max_num_seqs and held < len(self.waiting):
+            sequence = self.waiting[held]
             if taken and sequence.num_tokens > room:
                 break
-            taken.append(sequence)
+            if adapters is not None and sequence.entries and adapters.holds_back(sequence):
+                held += 1
+                continue
+            taken.append(self.waiting.pop(held))
             room -= sequence.num_tokens
-        del self.waiting[: len(taken)]
-        for sequence in taken:
             sequence.num_admissions += 1
+            if adapters is not None:
+                adapters.began(sequence)
         return Step(Run.next(text, text.num_tokens) for text in sorted(taken, key=lambda text: text.num_tokens))
 
     def launched(self, items: Iterable[Run]) -> None:

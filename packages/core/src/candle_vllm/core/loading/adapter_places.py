@@ -29,6 +29,8 @@ _PAIRS_IN_GGUF = ("llama", "mistral", "ministral", "ministral3", "mistral3", "mi
 
 _TOWERS = ("model.language_model.", "language_model.model.", "language_model.")
 """What stands before a text model's names where it was trained as a part of a larger one."""
+_TRUNKS = ("model.", "bert.", "roberta.")
+"""What stands before them where it was trained with a head, and not where it was trained as a trunk."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -188,4 +190,5 @@ def _spellings(name: str) -> list[str]:
         if name.startswith(tower):
             rest = name.removeprefix(tower)
             found += [rest, f"model.{rest}"]
-    return [*found, f"model.{name}"]
+    found += [name.removeprefix(trunk) for trunk in _TRUNKS if name.startswith(trunk)]
+    return [*found, *(f"{trunk}{name}" for trunk in _TRUNKS)]

@@ -251,6 +251,8 @@ class EncoderConfig:
     labels: tuple[str, ...] = ()
     likelihood: Literal["none", "sigmoid", "softmax"] = "none"
     num_experts: int = 0
+    tie_embeddings: bool = False
+    has_head: bool = False  # of tokens
 
     @property
     def scores(self) -> bool:

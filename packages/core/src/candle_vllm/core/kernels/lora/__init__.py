@@ -75,6 +75,7 @@ class FittedAdapter:
         rank: the largest r.
         nbytes: bytes that are stored for all of it.
         norm: Frobenius norm of all s B A together.
+        notes: what is to be told of it.
     """
 
     digest: bytes
@@ -83,6 +84,7 @@ class FittedAdapter:
     rank: int
     nbytes: int
     norm: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
