@@ -220,6 +220,39 @@ def test_ollamas_names_may_end_with_latest_and_its_list_has_adapters(given: Runn
         assert http.post("/api/show", json={"model": "tone"}).status_code == 200
 
 
+def test_an_adapter_may_be_named_beside_the_model_as_sglang_does(start: Start) -> None:
+    engine = PacedEngine("fine", name="base", tasks=("generate", "embed", "score"))
+    running = start(engine, enable_lora=True, lora_modules=("tone=/srv/tone",))
+    requests = {
+        "/v1/chat/completions": CHAT, "/v1/completions": {"prompt": "x", "max_tokens": 2},
+        "/v1/embeddings": {"input": ["a", "b"]}, "/v1/rerank": {"query": "a", "documents": ["b"]},
+    }  # fmt: skip
+    with running.http() as http:
+        for path, body in requests.items():
+            for named in ({}, {"model": "base"}, {"model": "default"}, {"model": "tone"}, {"model": "base:tone"}):
+                assert http.post(path, json=body | named | {"lora_path": "tone"}).status_code == 200
+                given = engine.pooling_calls[-1].lora_request if "max_tokens" not in body else used(running)
+                assert [getattr(each, "lora_name", each) for each, _ in given] == ["tone"], (path, named)
+            for none in (None, [None, None], []):
+                assert http.post(path, json=body | {"model": "base", "lora_path": none}).status_code == 200
+                given = engine.pooling_calls[-1].lora_request if "max_tokens" not in body else used(running)
+                assert list(given) == [], (path, none)
+            for wrong, status, said in (
+                ("none", 404, "none"), (["tone", None], 400, "one adapter for all prompts"), (5, 400, "lora_path"),
+                ([5], 400, "lora_path"), ([["tone"]], 400, "lora_path"),
+            ):  # fmt: skip
+                answer = http.post(path, json=body | {"lora_path": wrong})
+                assert (answer.status_code, said in answer.text) == (status, True), (path, wrong, answer.text)
+        prompts = {"model": "base", "prompt": ["x", "y"], "max_tokens": 2, "lora_path": ["tone", "tone"]}
+        assert http.post("/v1/completions", json=prompts).status_code == 200
+        assert used(running) == [("tone", 1.0)]
+    plain = start(PacedEngine("fine", name="base", tasks=("generate", "embed", "score")))
+    with plain.http() as http:
+        for path, body in requests.items():
+            answer = http.post(path, json=body | {"lora_path": "tone"})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "lora_path"), "never the base"
+
+
 def test_a_model_without_adapters_refuses_a_mix_and_answers_any_name_as_ever(start: Start) -> None:
     running = start(PacedEngine("fine", name="base"))
     assert chat(running, "gpt-4").json()["model"] == "base"

@@ -329,7 +329,7 @@ class OpenAIAdapter:
     ) -> TokenStream:
         if not prompt:
             raise InvalidParameterError(f"{field} gives an empty prompt; it needs at least one token", field)
-        more = self._names.options(task.model, task.lora)
+        more = self._names.options(task.model, task.lora, task.adapter)
         seen = {"prompt_token_ids": prompt, "multi_modal_data": {"image": images}}
         return self._engine.stream(
             seen if images else prompt,

@@ -145,7 +145,7 @@ class EmbeddingAdapter:
         """The vectors of the request's texts."""
         self._check(request, "embed")
         name, request_id = self._names.served(request.model), _request_id("embd-", request)
-        more = self._names.options(request.model)
+        more = self._names.options(request.model, None, request.lora_path)
         params = request.pooling_params()
         # Tokenizing many texts takes long enough to hold up every stream on the loop.
         texts = await asyncio.to_thread(self._tokens, request)
@@ -178,7 +178,7 @@ class EmbeddingAdapter:
         """What the request's texts are, as the model tells them apart."""
         self._check(request, "classify")
         name, request_id = self._names.served(request.model), _request_id("classify-", request)
-        more = self._names.options(request.model)
+        more = self._names.options(request.model, None, request.lora_path)
         texts = await asyncio.to_thread(self._tokens, request)
         with _failures(lambda number, _: f"input.{number}", "input"):
             outputs = await self._engine.aclassify(
@@ -201,7 +201,7 @@ class EmbeddingAdapter:
         """The scores of the request's pairs."""
         self._check(request, "score")
         name, request_id = self._names.served(request.model), _request_id("score-", request)
-        more = self._names.options(request.model)
+        more = self._names.options(request.model, None, request.lora_path)
         with _failures(request.blamed, request.blamed(0, 1)):
             await asyncio.to_thread(self._count_pairs, request.pairs, request.blamed(0, 1).partition(".")[0])
             outputs = await self._engine.ascore(
@@ -219,7 +219,7 @@ class EmbeddingAdapter:
         """The request's documents, best first; equal ones in the order of the request."""
         self._check(request, "score")
         name, request_id = self._names.served(request.model), _request_id("rerank-", request)
-        more = self._names.options(request.model)
+        more = self._names.options(request.model, None, request.lora_path)
         texts = request.texts
         pairs = [(request.query, text) for text in texts]
         with _failures(lambda number, side: f"documents.{number}" if side else "query", "documents.0"):

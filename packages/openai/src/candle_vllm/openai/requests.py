@@ -87,6 +87,7 @@ def read_chat(request: ChatCompletionRequest) -> Task:
         tell_ids=bool(request.return_token_ids),
         tell_counts=request.continuous_usage,
         lora=lora_scales(request.lora),
+        adapter=request.lora_path,
         priority=request.priority or 0,
         request_id=request.request_id,
     )
@@ -108,6 +109,7 @@ def read_completion(request: CompletionRequest) -> Task:
         tell_ids=bool(request.return_token_ids),
         tell_counts=request.continuous_usage,
         lora=lora_scales(request.lora),
+        adapter=request.lora_path,
         priority=request.priority or 0,
         request_id=request.request_id,
     )

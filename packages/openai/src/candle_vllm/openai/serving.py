@@ -63,15 +63,23 @@ class ServedNames:
             return self.all[0]
         raise ModelNotServedError(f"The model {name!r} is not served here; served are: {', '.join(self.all)}.", "model")
 
-    def options(self, name: str | None, scales: Mapping[int, float] | None = None) -> dict[str, Any]:
+    def options(
+        self, name: str | None, scales: Mapping[int, float] | None = None, adapter: str | None = None
+    ) -> dict[str, Any]:
         """What an engine is told besides the prompt; nothing where the model answers as it is.
+
+        Args:
+            name: what the request calls the model.
+            scales: of adapters by their numbers.
+            adapter: named beside the model; it is in `name` already.
 
         Raises:
             InvalidParameterError, ModelNotServedError: as `AdapterNames.uses`, or the model has no adapters.
         """
         if self.adapters is None:
-            if scales:
-                raise InvalidParameterError("lora: this model is served without adapters (--enable-lora)", "lora")
+            if scales or adapter is not None:
+                field = "lora" if scales else "lora_path"
+                raise InvalidParameterError(f"{field}: this model is served without adapters (--enable-lora)", field)
             return {}
         uses = self.adapters.uses(None if name in self.all else name, scales)
         return {"lora_request": uses} if uses else {}

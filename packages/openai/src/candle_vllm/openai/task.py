@@ -217,6 +217,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
         echo_prompts: every choice repeats its prompt, with its log-probabilities where there are any.
         scored_only: nothing is added to the prompts.
         tell_ids, tell_counts: events say the ids of tokens, and the counts before every piece.
+        adapter: named beside the model, whose name has it too.
         lora: how much of which adapters is added, by their numbers; None is what the served name means.
         priority: lower runs first.
         request_id: given by the caller.
@@ -247,5 +248,6 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     tell_ids: bool = False
     tell_counts: bool = False
     lora: Mapping[int, float] | None = None
+    adapter: str | None = None
     priority: int = 0
     request_id: str | None = None

@@ -265,3 +265,35 @@ def check_name(name: str) -> str:
 
 
 FunctionName = Annotated[str, AfterValidator(check_name)]
+
+
+class ModelFields(WireModel):
+    """Which model answers, through which adapter.
+
+    Attributes:
+        model: its name, or an adapter's.
+        lora_path: SGLang's way to name an adapter beside the model; a list of one name, as often as there are prompts,
+            is read too. It joins the model's name.
+    """
+
+    model: ModelName | None = None
+    lora_path: ModelName | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _joined(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("lora_path") is None:
+            return data
+        path, model = data["lora_path"], data.get("model")
+        if isinstance(path, list):
+            if any(each != path[0] for each in path):
+                raise invalid("lora_path", "must name one adapter for all prompts: send a request for each")
+            path = path[0] if path else None
+        if path is None:
+            return {name: value for name, value in data.items() if name != "lora_path"}
+        if isinstance(path, str) and (model is None or isinstance(model, str)):
+            if model in (None, "", "default"):
+                model = path
+            elif model != path and not model.endswith(f":{path}"):
+                model = f"{model}:{path}"
+        return data | {"lora_path": path, "model": model}

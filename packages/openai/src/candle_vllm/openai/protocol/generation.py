@@ -19,7 +19,7 @@ from candle_vllm.openai.protocol.fields import (
     MAX_NAME,
     MAX_PRIORITY,
     REFUSED_FIELDS,
-    ModelName,
+    ModelFields,
     Refusal,
     RequestId,
     TokenId,
@@ -179,12 +179,11 @@ def lora_scales(given: Sequence[LoraScale] | None) -> Mapping[int, float] | None
     return scales
 
 
-class GenerationFields(SamplerFields):
+class GenerationFields(SamplerFields, ModelFields):
     """How to generate. None always means absent: the model's own default counts, then ours."""
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_FIELDS
 
-    model: ModelName | None = None
     n: Annotated[int, Field(ge=1, le=caps.MAX_SEQUENCES)] | None = None
     best_of: Annotated[int, Field(ge=1, le=caps.MAX_SEQUENCES)] | None = None
     stream: bool | None = None

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 from pydantic import Field
 
-from candle_vllm.openai.protocol.fields import MAX_PRIORITY, ModelName, Refusal, RequestId, WireModel
+from candle_vllm.openai.protocol.fields import MAX_PRIORITY, ModelFields, Refusal, RequestId
 
 MAX_INPUTS = 2048  # texts of one request for vectors; OpenAI's limit
 MAX_PAIRS = 2048  # pairs of texts that one request has scored
@@ -37,12 +37,11 @@ Words = Annotated[str, Field(min_length=1)]
 """A text that is not empty."""
 
 
-class PoolingFields(WireModel):
+class PoolingFields(ModelFields):
     """Fields of every request that generates nothing. None always means absent; `user` has no effect."""
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = POOLING_REFUSED_FIELDS
 
-    model: ModelName | None = None
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
     request_id: RequestId | None = None
     user: str | None = None
