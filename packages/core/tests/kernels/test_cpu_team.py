@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import random
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -110,6 +112,22 @@ def test_closing_ends_the_helpers_awake_or_asleep() -> None:
         time.sleep(pause)
         team.close()
         assert threading.active_count() <= before
+
+
+def test_helpers_of_a_team_that_nobody_closes_end_with_it() -> None:
+    """They would sleep in memory that was given back."""
+    team = ThreadTeam(3)
+    rows, _ = plan(20, 3)
+    team.run(rows, 20)
+    helpers, memory = list(team._helpers), weakref.ref(team._memory)
+    time.sleep(0.05)  # they have gone to sleep
+    assert all(helper.is_alive() for helper in helpers)
+    del team
+    gc.collect()
+    wait_for(lambda: not any(helper.is_alive() for helper in helpers))
+    helpers.clear()
+    gc.collect()
+    assert memory() is None
 
 
 def test_python_runs_on_while_a_plan_does() -> None:

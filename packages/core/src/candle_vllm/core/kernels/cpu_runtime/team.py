@@ -12,6 +12,7 @@ import logging
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -56,13 +57,17 @@ class ThreadTeam:
         self._take_part = c_function(CODE, 5)
         self._helpers = [
             threading.Thread(
-                target=self._take_part,
-                args=(0, 0, self._shared, number, self.threads),
+                target=_help,
+                args=(self._take_part, self._memory, self._shared, number, self.threads),
                 name=f"candle-vllm-cpu-{number}",
                 daemon=True,
             )
             for number in range(1, self.threads)
         ]
+        self._finalizer = weakref.finalize(
+            self, _end, self._take_part, self._memory, self._shared, self.threads, self._plans
+        )
+        self._finalizer.atexit = False
         self._start()
 
     def run(self, plan: np.ndarray, rows: int) -> None:
@@ -75,7 +80,8 @@ class ThreadTeam:
         self._take_part(known[1], rows, self._shared, 0, self.threads)
 
     def close(self) -> None:
-        """Ends the helpers and waits for them."""
+        """Ends the helpers and waits for them; of a team that is dropped they end by themselves."""
+        self._finalizer.detach()
         self._word(STOP).value = 1
         self._take_part(0, 0, self._shared, 0, self.threads)  # a job without rows, which wakes them
         for helper in self._helpers:
@@ -129,6 +135,23 @@ class ThreadTeam:
             if self._semaphores is not None and word.value:
                 self._semaphores.drop(word.value)
             word.value = 0
+
+
+def _help(take_part: Callable[..., object], memory: np.ndarray, shared: int, number: int, threads: int) -> None:
+    """A helper's life; what it sleeps in stays as long as it."""
+    del memory  # the thread has it
+    take_part(0, 0, shared, number, threads)
+
+
+def _end(take_part: Callable[..., object], memory: np.ndarray, shared: int, threads: int, plans: object) -> None:
+    """Ends the helpers of a team that nobody closed; what a late one may still read of its plans stays until then."""
+    ctypes.c_int64.from_address(shared + STOP).value = 1
+    take_part(0, 0, shared, 0, threads)
+    inside = [shared + WORKERS + number * WORKER_BYTES + INSIDE for number in range(1, threads)]
+    until = time.monotonic() + 1.0
+    while any(ctypes.c_int64.from_address(at).value for at in inside) and time.monotonic() < until:
+        time.sleep(0.0005)
+    del memory, plans
 
 
 class Semaphores(NamedTuple):
