@@ -1,9 +1,37 @@
-"""The helpers of the tests of engines, kernels and models can be imported by name."""
+"""The helpers of the tests of engines, kernels and models can be imported by name; no guess fails unseen."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from candle_vllm.core.engine.engine import Engine
 
 for folder in ("kernels", "models", "engine"):
     sys.path.insert(0, str(Path(__file__).parent.parent / folder))
+
+
+@pytest.fixture
+def failing_guesses() -> None:
+    """For a test in which guesses shall fail."""
+
+
+@pytest.fixture(autouse=True)
+def _guesses_succeed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An engine goes on where a guess fails, which is worth no answer; a test fails, for it is a mistake of ours."""
+    failures, guess = list[dict[type[Exception], str]](), Engine._guess
+
+    def noted(engine: Engine, *given: Any) -> None:
+        before = len(engine.guess_failures)
+        guess(engine, *given)
+        if len(engine.guess_failures) > before:
+            failures.append(dict(engine.guess_failures))
+
+    monkeypatch.setattr(Engine, "_guess", noted)
+    yield
+    if "failing_guesses" not in request.fixturenames:
+        assert failures == []

@@ -624,6 +624,8 @@ def test_models_without_such_a_layer_are_refused_by_name(folder: Path, head: Pat
     (other / "tokenizer.json").write_text(words)
     with pytest.raises(ConfigError, match="other cannot draft for toy, for they have different vocabularies"):
         loaded(folder, {"method": "eagle3", "model": str(other)})
+    with pytest.raises(ConfigError, match=r'is an EAGLE head.*set "method": "eagle3"'):
+        loaded(folder, {"model": str(head)})
 
 
 @pytest.mark.parametrize("method", [{"method": "mtp"}, {"method": "eagle3", "model": "head"}, {"model": "small"}])

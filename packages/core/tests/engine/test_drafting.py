@@ -377,10 +377,12 @@ def test_salted_answers_are_no_guesses_of_others(folder: Path) -> None:
             assert (sum(len(text.tokens) for text in past._texts) > 2) == bool(expected)
 
 
+@pytest.mark.usefixtures("failing_guesses")
 def test_a_guess_that_cannot_be_made_is_missed_by_nobody(
     drafting: InferenceEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert drafting._engine is not None
+    monkeypatch.setattr(drafting._engine, "guess_failures", {})
     params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
     (before,) = drafting.generate([list(b"abcabcabc")], params, use_tqdm=False)
     with monkeypatch.context() as patched:
@@ -389,6 +391,7 @@ def test_a_guess_that_cannot_be_made_is_missed_by_nobody(
     assert found.outputs[0].token_ids == before.outputs[0].token_ids
 
 
+@pytest.mark.usefixtures("failing_guesses")
 def test_a_failure_to_guess_is_told_once_a_minute(
     drafting: InferenceEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -396,6 +399,7 @@ def test_a_failure_to_guess_is_told_once_a_minute(
     inner = drafting._engine
     assert inner is not None
     monkeypatch.setattr(inner, "_said", {})
+    monkeypatch.setattr(inner, "guess_failures", {})
     failures = itertools.cycle([ZeroDivisionError, KeyError])
 
     def fail(*_: object) -> None:
@@ -412,6 +416,7 @@ def test_a_failure_to_guess_is_told_once_a_minute(
     assert told() == 0
     monkeypatch.setattr(inner, "_said", {kind: when - 61 for kind, when in inner._said.items()})
     assert told() == 2
+    assert set(inner.guess_failures) == {ZeroDivisionError, KeyError}
 
 
 def test_a_long_prompt_is_looked_at_in_parts_and_once_for_all_its_answers(

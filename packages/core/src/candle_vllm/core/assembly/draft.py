@@ -36,6 +36,7 @@ from candle_vllm.core.errors import (
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.loading.config import ModelConfig
+from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName, check_weights
 from candle_vllm.core.models.family import DraftHead
@@ -123,6 +124,12 @@ def load_draft(
 def open_draft(config: EngineConfig, method: str, device: Device) -> Opened:
     """Opens the files of drafts; a head's tensors keep their names."""
     files = model_files(config)
+    if method == "draft_model" and _is_head(files):
+        raise ConfigError(
+            f"speculative_config: {files.name} is an EAGLE head, which drafts from the model's hidden states, and no "
+            'model of its own: set "method": "eagle3"',
+            "speculative_config",
+        )
     if method != "eagle3" or files.format == "gguf":
         return open_model(files, device)
     if files.format != "safetensors" or files.config is None:
@@ -137,6 +144,21 @@ def open_draft(config: EngineConfig, method: str, device: Device) -> Opened:
         except BaseException:
             stored.close()
             raise
+
+
+def _is_head(files: ModelFiles) -> bool:
+    """Whether files call themselves an EAGLE head."""
+    if files.format == "gguf":
+        from candle_vllm.core.loading.gguf import open_gguf
+        from candle_vllm.core.models.eagle3 import GGUF_ARCHITECTURE
+
+        with naming(files.weights[0]), open_gguf(files.weights[0]) as checkpoint:
+            return checkpoint.metadata.get("general.architecture") == GGUF_ARCHITECTURE
+    if files.config is None:
+        return False
+    with naming(files.config):
+        names = Fields(read_json(files.config), files.config).get("architectures", list, [])
+    return any("eagle" in str(name).lower() for name in names)
 
 
 # ---- heads -----------------------------------------------------------------------------------------------------------

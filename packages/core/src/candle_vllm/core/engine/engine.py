@@ -61,6 +61,7 @@ class Engine:
     Attributes:
         adapters: those that requests may name; None where they may name none.
         images: what pictures become; None where the model sees none.
+        guess_failures: the first failure to guess of each kind; answers go on without guesses.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Engine:
         self._live: dict[Sequence, Live] = {}
         self._requests: dict[str, list[Live]] = {}
         self._arrivals = 0
+        self.guess_failures: dict[type[Exception], str] = {}
         self._said: dict[type[Exception], float] = {}  # when which failure to guess was told
         self._counts: Counter[str] = Counter()
         self._num_steps = self._num_generated = 0
@@ -212,6 +214,7 @@ class Engine:
             raise
         except Exception as error:  # a guess is worth no answer
             now, kind = time.monotonic(), type(error)
+            self.guess_failures.setdefault(kind, str(error))
             if now - self._said.get(kind, -math.inf) >= _SILENCE:
                 self._said[kind] = now
                 logger.exception("nothing is guessed for a step of %d sequences", len(lives))
