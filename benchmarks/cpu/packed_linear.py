@@ -1,6 +1,7 @@
 """Speed of the packed linear layer: one JSON line per type and number of rows.
 
     python benchmarks/cpu/packed_linear.py --kinds Q4_1 Q4_K --shape 1536 576 --rows 1 8 32 512 [--ahead 0 2048]
+        [--level avx2]
 
 A plan of as many different matrices as fill `--megabytes` is run several times; the fastest and the median round count.
 `gops` are multiplications and additions, `gbps` the packed bytes of the weights, `blocks` the forms of the kernel that
@@ -18,8 +19,8 @@ import time
 
 import numpy as np
 
-from candle_vllm.core.kernels.cpu_runtime.level import bytes_ahead, host_isa
-from candle_vllm.core.kernels.cpu_runtime.operation import address_of, plan_row
+from candle_vllm.core.kernels.cpu_runtime.level import bytes_ahead, host_isa, host_level
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, plan_row, use_level
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.packed_linear import PackedKind, PackedMatrix, pack
@@ -39,15 +40,17 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=128, help="weights per round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--ahead", nargs="+", type=int, default=[bytes_ahead()], help="bytes; 0 leaves it to the CPU")
+    parser.add_argument("--level", help="instructions: a level of docs/kernels.md that this CPU has")
     parser.add_argument("--pack", action="store_true", help="measure packing too")
     options = parser.parse_args()
+    use_level(options.level)
     team = ThreadTeam(options.threads)
     for name in options.kinds:
         kind = PackedKind[name]
         start = time.perf_counter()
         operation = linear_operation(kind, host_isa())
         compiled = time.perf_counter() - start
-        report = {"kernel": "packed_linear", "kind": name, "compile_s": round(compiled, 2)}
+        report = {"kernel": "packed_linear", "kind": name, "level": host_level().name, "compile_s": round(compiled, 2)}
         if options.pack:
             report["pack_s_per_16M"] = round(_pack_time(kind), 4)
         for rows in options.rows:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
-from candle_vllm.core.kernels.cpu_runtime.kernel_cache import compiled_address
-from candle_vllm.core.kernels.cpu_runtime.level import Isa
+from candle_vllm.core.kernels.cpu_runtime import machine_code
+from candle_vllm.core.kernels.cpu_runtime.compiler import load_object
+from candle_vllm.core.kernels.cpu_runtime.kernel_cache import compile_image, compiled_address
+from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, Level, host_flags, host_level, links_here, machine
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 
@@ -27,6 +31,7 @@ def multiply_in_field(
     isa: Isa,
     bias: np.ndarray | None,
     onto: np.ndarray | None,
+    operation: int = 0,
     **inputs: int,
 ) -> np.ndarray:
     """Runs the operation into the middle of a field of NaN, checks that the rest stays NaN, returns float32 [T, N].
@@ -39,6 +44,7 @@ def multiply_in_field(
         isa: what the CPU can do.
         bias: [N], or None.
         onto: what stands there and is added to, [T, N], or None.
+        operation: the compiled operation, if it is not the one of `isa`.
         inputs: what `linear_arguments` calls the activations.
     """
     field = np.full((rows + 2, matrix.rows + 24), np.nan, np.float32)
@@ -57,7 +63,7 @@ def multiply_in_field(
         accumulate=onto is not None,
         rows_from=StepNumber.LOGIT_ROWS,
     )
-    run_row(team, layout.linear_operation(matrix.kind, isa), numbers, arguments)
+    run_row(team, operation or layout.linear_operation(matrix.kind, isa), numbers, arguments)
     result = view.copy()
     view[:] = np.nan
     assert np.isnan(field).all()
@@ -73,6 +79,20 @@ def make_anew(monkeypatch: pytest.MonkeyPatch, layout: ModuleType, cpu: ModuleTy
         )
 
     monkeypatch.setattr(layout, "linear_operation", linear_operation)
+
+
+PLAIN = host_level()._replace(name="plain", isa=Isa.GENERIC)
+"""This CPU, of whose instructions none is asked for by name."""
+
+LEVELS_HERE = [PLAIN, *(level for level in LEVELS if level.machine == machine() and level.flags <= host_flags())]
+"""What this CPU can run."""
+
+
+@functools.cache
+def operation_at(make_linear: Callable[[int, int], Any], kind: int, level: Level) -> int:
+    """A linear operation, compiled for a level."""
+    code = compile_image(make_linear(int(kind), int(level.isa)), level)
+    return machine_code.load(machine_code.from_bytes(code)) if links_here() else load_object(code)
 
 
 def same_bits(x: np.ndarray, y: np.ndarray) -> bool:

@@ -20,17 +20,24 @@ from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType as Ggm
 
 pytest.importorskip("numba")
 
-from linear_field import error, make_anew, multiply_in_field, run_row, same_bits
+from linear_field import (
+    LEVELS_HERE,
+    PLAIN,
+    error,
+    make_anew,
+    multiply_in_field,
+    operation_at,
+    run_row,
+    same_bits,
+)
 
-from candle_vllm.core.kernels.cpu_runtime import emit_tables, operation
+from candle_vllm.core.kernels.cpu_runtime import operation
 from candle_vllm.core.kernels.cpu_runtime.compiler import compile_function
-from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
+from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Level, host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, embedding_arguments
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.packed_linear import cpu, layout
 
-# The generic path runs everywhere; VNNI only where the CPU has it.
-ISAS = [Isa.GENERIC, Isa.VNNI] if host_isa() & Isa.VNNI else [Isa.GENERIC]
 COLUMNS = 768
 each_kind = pytest.mark.parametrize("kind", list(PackedKind), ids=lambda kind: kind.name)
 RARELY = (PackedKind.Q8_K, PackedKind.TQ2_0, PackedKind.Q1_0)  # compiled for the exhaustive run alone
@@ -39,6 +46,11 @@ each_compiled = pytest.mark.parametrize(
     [pytest.param(kind, marks=pytest.mark.every_case if kind in RARELY else ()) for kind in PackedKind],
     ids=lambda kind: kind.name,
 )
+
+
+def others(kind: PackedKind) -> list[Level]:
+    """A level besides the one of this CPU, in turns, with which a kind is multiplied."""
+    return LEVELS_HERE[kind % len(LEVELS_HERE) :][:1]
 
 
 def random_bytes(kind: PackedKind, rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -100,15 +112,15 @@ def multiply(
     matrix: PackedMatrix,
     inputs: tuple[np.ndarray, ...],
     *,
-    isa: Isa | None = None,
+    level: Level | None = None,
     bias: np.ndarray | None = None,
     onto: np.ndarray | None = None,
 ) -> np.ndarray:
     """See `multiply_in_field`."""
     xq, xs, xsum = (np.ascontiguousarray(part) for part in inputs)
-    wanted = host_isa() & Isa.VNNI if isa is None else isa
+    wanted = operation_at(cpu.make_linear, int(matrix.kind), level) if level else 0
     places = {"x": address_of(xq), "scales": address_of(xs), "sums": address_of(xsum)}
-    return multiply_in_field(team, layout, matrix, len(xq), wanted, bias, onto, **places)
+    return multiply_in_field(team, layout, matrix, len(xq), host_isa(), bias, onto, wanted, **places)
 
 
 def read_rows(team: ThreadTeam, matrix: PackedMatrix, ids: np.ndarray) -> np.ndarray:
@@ -246,9 +258,9 @@ def test_every_scale_of_eight_bits(name, lone_thread):
 def test_linear_matches_the_reference(kind, outputs, team):
     matrix, inputs = packed(kind, outputs, COLUMNS), activations(63, COLUMNS)
     wanted = reference.linear(dequantise(matrix), *inputs[:2])
-    for isa in ISAS:
+    for level in (None, *others(kind)):
         for rows in (1, 3, 8, 63):
-            result = multiply(team, matrix, tuple(part[:rows] for part in inputs), isa=isa)
+            result = multiply(team, matrix, tuple(part[:rows] for part in inputs), level=level)
             assert error(result, wanted[:rows]) < 1e-5
 
 
@@ -256,8 +268,8 @@ def test_linear_matches_the_reference(kind, outputs, team):
 def test_a_row_has_the_same_bits_everywhere(kind, team):
     matrix, inputs = packed(kind, 63, COLUMNS), activations(63, COLUMNS)
     whole = multiply(team, matrix, inputs)
-    for isa in ISAS:
-        assert same_bits(multiply(team, matrix, inputs, isa=isa), whole)
+    for level in others(kind):
+        assert same_bits(multiply(team, matrix, inputs, level=level), whole)
     for cuts in ((0, 1, 3, 11, 63), (0, 4, 6, 36, 37, 63)):
         for first, last in itertools.pairwise(cuts):
             part = multiply(team, matrix, tuple(array[first:last] for array in inputs))
@@ -267,13 +279,22 @@ def test_a_row_has_the_same_bits_everywhere(kind, team):
     lone.close()
 
 
+@pytest.mark.every_case
+@pytest.mark.parametrize("level", LEVELS_HERE, ids=lambda level: level.name)
+@each_kind
+def test_every_level_gives_the_same_bits(kind, level, lone_thread):
+    matrix, inputs = packed(kind, 63, COLUMNS), activations(63, COLUMNS)
+    whole = multiply(lone_thread, matrix, inputs)
+    for rows in (63, 1, 3, 8):
+        part = multiply(lone_thread, matrix, tuple(array[:rows] for array in inputs), level=level)
+        assert same_bits(part, whole[:rows])
+
+
 @pytest.mark.parametrize("name", ["IQ4_NL", "IQ2_XXS"])
-def test_codes_are_looked_up_alike_on_other_processors(name, lone_thread, monkeypatch):
+def test_codes_are_looked_up_alike_on_other_processors(name, lone_thread):
     matrix, inputs = packed(PackedKind[name], 17, 256), activations(5, 256)
     wanted = multiply(lone_thread, matrix, inputs)
-    monkeypatch.setattr(emit_tables, "has_avx2", lambda: False)
-    make_anew(monkeypatch, layout, cpu, "selection")
-    assert same_bits(multiply(lone_thread, matrix, inputs, isa=Isa.GENERIC), wanted)
+    assert same_bits(multiply(lone_thread, matrix, inputs, level=PLAIN), wanted)
 
 
 def test_a_tile_has_the_same_bits_in_any_matrix(lone_thread):
@@ -305,7 +326,8 @@ def test_weights_that_are_asked_for_ahead_change_nothing(kind, lone_thread, monk
 
 @pytest.mark.skipif(not operation.IS_X86, reason="instructions of x86")
 def test_each_form_asks_for_every_line_of_a_group():
-    code = compile_function(cpu.make_linear(int(PackedKind.Q4_1), int(Isa.VNNI)), "cascadelake")
+    level = next(level for level in LEVELS if level.name == "avx512-vnni")
+    code = compile_function(cpu.make_linear(int(PackedKind.Q4_1), int(level.isa)), level)
     asked = re.findall(rb"\x0f\x18[\x08-\x0f\x48-\x4f\x88-\x8f]", code)  # prefetcht0
     assert len(asked) >= 3 * layout.LAYOUTS[PackedKind.Q4_1].block_bytes // 64
 
@@ -328,11 +350,11 @@ def test_no_rows_is_no_work(team):
 
 def test_extreme_codes_do_not_overflow(lone_thread):
     raw = random_bytes(PackedKind.Q8_0, 16, 64).reshape(16, 2, 34)
-    raw[:, :, 2:] = 0x80  # -128 in every place
+    raw[:, :, 2:] = 0x80  # -128 in every place: two products are 32,512, the most that is added in 16 bits
     inputs = (np.full((1, 64), 127, np.int8), np.ones((1, 2), np.float32), np.full((1, 2), 4064, np.float32))
     matrix = pack(raw.reshape(-1), GgmlType.Q8_0, 16, 64)
-    for isa in ISAS:
-        result = multiply(lone_thread, matrix, inputs, isa=isa)
+    for level in (None, *(level for level in LEVELS_HERE if level.name in ("avx2", "neon"))):
+        result = multiply(lone_thread, matrix, inputs, level=level)
         assert error(result, reference.linear(dequantise(matrix), *inputs[:2])) < 1e-6
 
 

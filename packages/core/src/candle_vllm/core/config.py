@@ -36,6 +36,9 @@ KvCacheDType = Literal["auto", "fp8"]
 LoraDType = Literal[
     "auto", "f32", "bf16", "f16", "float32", "fp32", "float", "bfloat16", "float16", "fp16", "half"
 ]  # fmt: skip
+CpuLevel = Literal[
+    "amx", "avx512-bf16", "avx512-vnni", "avx512", "avx-vnni", "avx2", "neon-bf16", "neon-dotprod", "neon"
+]  # fmt: skip
 AttentionBackend = Literal["auto", "triton", "torch_flash", "flash_attn", "torch"]
 
 _DTYPES = ("auto", "f32", "bf16", "f16")
@@ -308,6 +311,10 @@ class EngineConfig(ExplainedSettings):
                                    "most unfinished sequences before new requests are refused"] = 1024
     threads: Annotated[int | None, Integer(1, 1024), "CPU threads; without it, one per allowed physical core",
                        "On a GPU they are those of loading alone."] = None
+    cpu_level: Annotated[CpuLevel | None, Choice(get_args(CpuLevel)),
+                         "which of this CPU's instructions are used: " + ", ".join(get_args(CpuLevel)),
+                         "Without it, all that the kernels know. It counts for the whole process (docs/kernels.md)."
+                         ] = None
     seed: Annotated[int | None, Integer(-(1 << 63), (1 << 64) - 1),
                     "makes requests without a seed reproducible, in order of arrival"] = None
     # fmt: on
@@ -421,6 +428,7 @@ class EngineSettings(TypedDict, total=False):
     lora_dtype: LoraDType
     max_queued_requests: int
     threads: int | None
+    cpu_level: CpuLevel | None
     seed: int | None
 
 

@@ -24,6 +24,7 @@ from candle_vllm.core.engine.request import AdapterInfo, LoraChoice, TokenOutput
 from candle_vllm.core.engine.thread import EngineThread
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import ConfigError, EngineDeadError
+from candle_vllm.core.kernels.cpu_runtime.operation import use_level
 from candle_vllm.core.memory import room_for
 from candle_vllm.core.progress import progress_bar, tell
 from candle_vllm.core.sampling.params import SamplingParams
@@ -67,6 +68,7 @@ class InferenceEngine(EngineFront):
         self._owner = os.getpid()
         device = choose_device(config.device)
         LOADING_THREADS.set(config.threads)
+        use_level(config.cpu_level)
 
         def weights(done: int, total: int) -> None:
             tell("loading the weights", done, total)

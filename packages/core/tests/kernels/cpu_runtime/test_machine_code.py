@@ -8,21 +8,23 @@ import math
 import re
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numba
 import numpy as np
 import pytest
 
-from candle_vllm.core.kernels.cpu_runtime import kernel_cache, level, machine_code, travelling
+from candle_vllm.core.config import CpuLevel
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.kernels.cpu_runtime import kernel_cache, level, machine_code, operation, travelling
 from candle_vllm.core.kernels.cpu_runtime.compiler import compile_function, load_object
 from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, host_level, level_of
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function, named_function
 from candle_vllm.core.kernels.cpu_runtime.primitives import float64_at, int64_at
 
-pytestmark = pytest.mark.skipif(not level.is_linux_x86(), reason="elsewhere LLVM links")
+pytestmark = pytest.mark.skipif(not level.links_here(), reason="elsewhere LLVM links")
 KERNELS = Path(kernel_cache.__file__).parents[1]
 
 
@@ -46,7 +48,7 @@ def run(address: int, count: int) -> tuple[np.ndarray, int]:
 
 
 def test_linked_by_us_is_linked_by_llvm() -> None:
-    made = compile_function(exponents, host_level().cpu)
+    made = compile_function(exponents, host_level())
     image = machine_code.link(made)
     assert {"exp", "log"} <= set(image.slots)
     again = machine_code.from_bytes(machine_code.to_bytes(image))
@@ -69,7 +71,7 @@ def test_a_function_that_the_c_library_has_not_is_named() -> None:
 
 
 def test_loaded_code_cannot_be_written() -> None:
-    address = machine_code.load(machine_code.link(compile_function(exponents, host_level().cpu)))
+    address = machine_code.load(machine_code.link(compile_function(exponents, host_level())))
     start, *_ = (
         line.split()[1]
         for line in Path("/proc/self/maps").read_text().splitlines()
@@ -82,32 +84,35 @@ def test_loaded_code_cannot_be_written() -> None:
 
 
 def test_a_level_is_the_most_able_whose_flags_are_all_there() -> None:
-    squares, best, middle, plain, least = LEVELS
-    assert level_of(squares.flags) is squares
-    assert level_of(squares.flags - {"amx_tile"}) is best
-    assert level_of(best.flags | {"something"}) is best
-    assert level_of(best.flags - {"avx512_bf16"}) is middle
-    assert level_of(best.flags - {"avx512_vnni"}) is plain
-    assert level_of(best.flags - {"avx512f"}) is least
-    assert level_of(least.flags - {"fma"}) is None
+    squares, best, middle, plain, short, least, arm, dots, neon = LEVELS
+    for entry in LEVELS:
+        assert level_of(entry.flags | {"something"}, entry.machine) is entry
+    x86 = partial(level_of, named="x86_64")
+    assert x86(squares.flags - {"amx_tile"}) is best
+    assert x86(best.flags - {"avx512_bf16"}) is middle
+    assert x86(best.flags - {"avx512_vnni"}) is plain
+    assert x86(best.flags - {"avx512f"} | {"avx_vnni"}) is short
+    assert x86(best.flags - {"avx512f"}) is least
+    assert x86(least.flags - {"fma"}) is None
+    assert level_of(arm.flags - {"i8mm"}, "aarch64") is level_of(arm.flags - {"bf16"}, "aarch64") is dots
+    assert level_of(arm.flags - {"asimddp"}, "aarch64") is neon
+    assert level_of(arm.flags, "x86_64") is level_of(best.flags, "aarch64") is None
 
 
 @pytest.mark.parametrize(("vendor", "ahead"), [("GenuineIntel", 2048), ("AuthenticAMD", 0), ("", 0)])
 def test_weights_are_asked_for_ahead_where_the_cpu_does_not(vendor, ahead, monkeypatch):
-    monkeypatch.setattr(level, "is_linux_x86", lambda: True)
+    monkeypatch.setattr(level, "machine", lambda: "x86_64")
     monkeypatch.setattr(level.Path, "read_text", lambda path: f"processor\t: 0\nvendor_id\t: {vendor}\nflags\t\t: fma")
     assert level.bytes_ahead.__wrapped__() == ahead
-    both = Isa.VNNI | Isa.BF16
-    assert [entry.isa for entry in LEVELS] == [both | Isa.AMX, both, Isa.VNNI, Isa.GENERIC, Isa.GENERIC]
 
 
 @pytest.mark.parametrize("granted", [True, False])
 def test_amx_is_used_where_the_system_lets_it(granted, monkeypatch):
     flags = " ".join(LEVELS[0].flags)
-    monkeypatch.setattr(level, "is_linux_x86", lambda: True)
+    monkeypatch.setattr(level, "machine", lambda: "x86_64")
     monkeypatch.setattr(level.Path, "read_text", lambda path: f"processor\t: 0\nflags\t\t: {flags}")
     monkeypatch.setattr(level, "_may_use_amx", lambda: granted)
-    assert level.host_level.__wrapped__() is LEVELS[0 if granted else 1]
+    assert level_of(level.host_flags.__wrapped__()) is LEVELS[0 if granted else 1]
 
 
 def test_amx_that_cannot_be_asked_for_is_not_used(monkeypatch):
@@ -118,6 +123,25 @@ def test_amx_that_cannot_be_asked_for_is_not_used(monkeypatch):
 
     monkeypatch.setattr(level.ctypes, "CDLL", lambda name: Library())
     assert not level._may_use_amx()
+
+
+def test_a_lower_level_may_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert get_args(CpuLevel) == tuple(entry.name for entry in LEVELS)
+    held: list[Any] = []
+    monkeypatch.setattr(level, "_chosen", lambda: held)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(operation, "_address", cache(lambda code: 0))
+    kernel_cache.kernel_cache.cache_clear()
+    best, able = host_level(), [entry for entry in LEVELS if entry.flags <= level.host_flags()]
+    for name in (None, able[-1].name, None):
+        operation.use_level(name)
+        assert host_level() is (able[-1] if held else best)
+        folder = kernel_cache.kernel_cache()
+        assert folder is not None
+        assert folder.name == kernel_cache.fingerprint(host_level())
+    with pytest.raises(ConfigError, match=rf"has instructions that this CPU has not: it has .*{able[-1].name}"):
+        operation.use_level("neon" if level.machine() == "x86_64" else "avx2")
+    kernel_cache.kernel_cache.cache_clear()
 
 
 # ---- what travels ----------------------------------------------------------------------------------------------------

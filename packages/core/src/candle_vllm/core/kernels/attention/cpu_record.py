@@ -177,7 +177,7 @@ class AttendArguments(NamedTuple):
 
 def attend_operation(head_dim: int, isa: Isa) -> int:
     """Address of the compiled operation."""
-    return operation("attention.cpu:make_attend", head_dim, isa & (Isa.BF16 | Isa.AMX))
+    return operation("attention.cpu:make_attend", head_dim, isa.bf16)
 
 
 def merge_operation(head_dim: int) -> int:

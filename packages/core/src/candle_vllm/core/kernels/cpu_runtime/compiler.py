@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -11,11 +12,11 @@ from llvmlite import binding, ir
 from numba.core import compiler, registry, types
 from numba.core.compiler_lock import global_compiler_lock
 
+from candle_vllm.core.kernels.cpu_runtime.level import Level, machine
 from candle_vllm.core.kernels.cpu_runtime.machine_code import ENTRY
 
 
-@global_compiler_lock
-def compile_function(function: Callable[..., None], cpu: str) -> bytes:
+def compile_function(function: Callable[..., None], level: Level) -> bytes:
     """An object file (ELF under Linux) whose symbol `ENTRY` is the function, as C sees it.
 
     All parameters are int64, and nothing is returned. There are no errors of Python's: a division by zero gives what
@@ -23,15 +24,37 @@ def compile_function(function: Callable[..., None], cpu: str) -> bytes:
 
     Args:
         function: may close over integers only.
-        cpu: what LLVM calls the CPU that will run it.
+        level: of the CPU that will run it, of whichever architecture.
 
     Raises:
         numba.core.errors.NumbaError: the function cannot be compiled.
     """
+    return target_machine(level).emit_object(_compiled(function, level))
+
+
+def assembly(function: Callable[..., None], level: Level) -> str:
+    """The assembly of what `compile_function` makes."""
+    return target_machine(level).emit_assembly(_compiled(function, level))
+
+
+@cache
+def target_machine(level: Level) -> Any:
+    """LLVM's description of a level's CPU."""
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    here = level.machine == machine()
+    triple = binding.get_process_triple() if here else f"{level.machine}-unknown-linux-gnu"
+    found = binding.Target.from_triple(triple)
+    return found.create_target_machine(cpu=level.cpu, features=level.features, opt=3, reloc="pic", codemodel="default")
+
+
+@global_compiler_lock
+def _compiled(function: Callable[..., None], level: Level) -> Any:
+    """A module of LLVM's with the function, for a level's CPU."""
     target: Any = registry.cpu_target
     target.typing_context.refresh()
     target.target_context.refresh()
-    context = target.target_context.with_aot_codegen("kernels", cpu_name=cpu)
+    context = target.target_context.with_aot_codegen("kernels", cpu_name=level.cpu)
     library = context.codegen().create_library(function.__name__)
     kinds = [types.int64] * len(inspect.signature(function).parameters)
     flags: Any = compiler.Flags()
@@ -41,7 +64,18 @@ def compile_function(function: Callable[..., None], cpu: str) -> bytes:
         target.typing_context, context, function, kinds, types.void, flags, {}, library=library
     )
     library.add_ir_module(_entry(context, library, compiled.fndesc))
-    return library.emit_native_object()
+    library.finalize()
+    return library._final_module if level.machine == machine() else _moved(library._final_module, level)
+
+
+def _moved(module: Any, level: Level) -> Any:
+    """A module that was made for this machine, for another one whose numbers and addresses have the same sizes."""
+    described = target_machine(level)
+    text = re.sub(
+        r"^target datalayout = .*$", f'target datalayout = "{described.target_data}"', str(module), flags=re.M
+    )
+    text = re.sub(r"^target triple = .*$", f'target triple = "{described.triple}"', text, flags=re.M)
+    return binding.parse_assembly(re.sub(r"^.*@llvm\.x86\.sse2\.pause\(.*\n", "", text, flags=re.M))
 
 
 def _entry(context: Any, library: Any, described: Any) -> ir.Module:

@@ -1,9 +1,10 @@
 # pyright: reportCallIssue=false
 """Vector code for the CPU kernels, emitted as LLVM IR through Numba's `@intrinsic`.
 
-Vectors are 16 lanes of 32 bits (512 bits). A CPU with shorter registers gets the same code split by LLVM; only the
-two dot products have an instruction of their own, used where `Isa` says that the CPU has it. Every lane is computed
-in the same order on every path, so integer results are equal to the bit.
+Vectors are 16 lanes of 32 bits (512 bits). A CPU with shorter registers gets the same code split by LLVM; only dot
+products and shuffles have instructions of their own, used where `Isa` says that the CPU has them, in as many parts as a
+register has lanes less. Every lane is computed in the same order on every path, so integer results are equal to the
+bit.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ class _BFloat(ir.types.Type):
 
 
 BF16 = _BFloat()
+
+
+def _bits(element: ir.Type) -> int:
+    """Of a number of this type."""
+    return element.width if isinstance(element, ir.IntType) else 32 if element == F32 else 16
 
 
 def vector(element: ir.Type, lanes: int = LANES) -> ir.VectorType:
@@ -100,6 +106,29 @@ class Emitter:
         first = self.b.insert_element(empty, value, ir.Constant(I32, 0))
         return self.b.shuffle_vector(first, empty, ir.Constant(vector(I32, lanes), [0] * lanes))
 
+    def parts(self, value: Any, count: int, element: ir.Type | None = None) -> list[Any]:
+        """A vector as `count` equal ones, whose bits are read as those of another element where one is given."""
+        each, found = value.type.count // count, []
+        for start in range(0, value.type.count, each):
+            order = ir.Constant(vector(I32, each), [ir.Constant(I32, start + lane) for lane in range(each)])
+            part = value if count == 1 else self.b.shuffle_vector(value, value, order)
+            if element is not None:
+                part = self.b.bitcast(part, vector(element, each * _bits(value.type.element) // _bits(element)))
+            found.append(part)
+        return found
+
+    def whole(self, parts: list[Any]) -> Any:
+        """Equal vectors, a power of two of them, as one."""
+        while len(parts) > 1:
+            order = ir.Constant(vector(I32, 2 * parts[0].type.count), list(range(2 * parts[0].type.count)))
+            parts = [self.b.shuffle_vector(*pair, order) for pair in zip(parts[::2], parts[1::2])]
+        return parts[0]
+
+    def in_parts(self, name: str, count: int, total: Any, *given: tuple[Any, ir.Type]) -> Any:
+        """What an LLVM intrinsic makes of the `count` parts of a total and of other vectors, read as elements."""
+        columns = zip(self.parts(total, count), *(self.parts(value, count, element) for value, element in given))
+        return self.whole([self.call(name, column[0].type, list(column)) for column in columns])
+
     # ---- arithmetic --------------------------------------------------------------------------------------------------
 
     def call(self, name: str, result: ir.Type, arguments: list[Any]) -> Any:
@@ -125,29 +154,19 @@ class Emitter:
         rounded = self.b.add(self.b.add(bits, self.constant(I32, 0x7FFF)), odd)
         return self.b.trunc(self.b.lshr(rounded, self.constant(I32, 16)), vector(I16))
 
-    def dot_u8_i8(self, total: Any, unsigned: Any, signed: Any, isa: Isa) -> Any:
-        """total[lane] += the four products of the lane's unsigned and signed bytes; all are <16 x i32>, exact."""
-        u, s = self.b.bitcast(unsigned, vector(I8, 64)), self.b.bitcast(signed, vector(I8, 64))
-        if isa & Isa.VNNI:
-            return self.call("llvm.x86.avx512.vpdpbusd.512", vector(I32), [total, u, s])
-        # Even and odd bytes as 16-bit numbers; the sums of two products each are what pmaddwd and its like compute.
-        pairs, eight = vector(I16, 2 * LANES), self.constant(I16, 8, 2 * LANES)
-        u, s = self.b.bitcast(u, pairs), self.b.bitcast(s, pairs)
-        even = (self.b.and_(u, self.constant(I16, 255, 2 * LANES)), self.b.ashr(self.b.shl(s, eight), eight))
-        odd = (self.b.lshr(u, eight), self.b.ashr(s, eight))
-        for x, y in (even, odd):
-            products = self.b.mul(*(self.b.sext(value, vector(I32, 2 * LANES)) for value in (x, y)))
-            for start in (0, 1):
-                picked = ir.Constant(vector(I32), [ir.Constant(I32, 2 * lane + start) for lane in range(LANES)])
-                total = self.b.add(total, self.b.shuffle_vector(products, products, picked))
-        return total
-
     def dot_i16(self, total: Any, x: Any, y: Any, isa: Isa) -> Any:
         """total[lane] += the two products of the lane's signed 16-bit pairs; all are <16 x i32>, exact."""
-        pairs = [self.b.bitcast(value, vector(I16, 2 * LANES)) for value in (x, y)]
         if isa & Isa.VNNI:
-            return self.call("llvm.x86.avx512.vpdpwssd.512", vector(I32), [total, *pairs])
-        products = self.b.mul(*(self.b.sext(value, vector(I32, 2 * LANES)) for value in pairs))
+            return self.in_parts("llvm.x86.avx512.vpdpwssd.512", 1, total, (x, I16), (y, I16))
+        if isa & Isa.AVX_VNNI:
+            return self.in_parts("llvm.x86.avx512.vpdpwssd.256", 2, total, (x, I16), (y, I16))
+        if isa & (Isa.AVX2 | Isa.AVX512):
+            count, name = (1, "llvm.x86.avx512.pmaddw.d.512") if isa.wide else (2, "llvm.x86.avx2.pmadd.wd")
+            kind, pairs = vector(I32, LANES // count), zip(self.parts(x, count, I16), self.parts(y, count, I16))
+            return self.b.add(total, self.whole([self.call(name, kind, list(both)) for both in pairs]))
+        products = self.b.mul(
+            *(self.b.sext(self.b.bitcast(value, vector(I16, 2 * LANES)), vector(I32, 2 * LANES)) for value in (x, y))
+        )
         for start in (0, 1):
             picked = ir.Constant(vector(I32), [ir.Constant(I32, 2 * lane + start) for lane in range(LANES)])
             total = self.b.add(total, self.b.shuffle_vector(products, products, picked))
@@ -156,8 +175,9 @@ class Emitter:
     def dot_bf16(self, total: Any, x: Any, y: Any, isa: Isa) -> Any:
         """total[lane] += the two products of the lane's bfloat16 pairs; x and y are <16 x i32>, total floats."""
         if isa & Isa.BF16:
-            pairs = [self.b.bitcast(value, vector(BF16, 32)) for value in (x, y)]
-            return self.call("llvm.x86.avx512bf16.dpbf16ps.512", vector(F32), [total, *pairs])
+            return self.in_parts("llvm.x86.avx512bf16.dpbf16ps.512", 1, total, (x, BF16), (y, BF16))
+        if isa & Isa.ARM_BF16:
+            return self.in_parts("llvm.aarch64.neon.bfdot.v4f32.v8bf16", 4, total, (x, BF16), (y, BF16))
         high = self.constant(I32, -65536)
         for part in (lambda v: self.b.shl(v, self.constant(I32, 16)), lambda v: self.b.and_(v, high)):
             total = self.fma(*(self.b.bitcast(part(value), vector(F32)) for value in (x, y)), total)

@@ -12,7 +12,7 @@ import numpy as np
 from llvmlite import ir
 
 from candle_vllm.core.kernels.cpu_runtime.emit import I8, I32, Emitter, vector
-from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa, has_avx2
+from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 
 _BYTES = 4 * LANES
 
@@ -28,11 +28,17 @@ def look_up(e: Emitter, numbers: Sequence[int], words: Any, isa: Isa, lanes: int
     assert len(numbers) == 16
     if lanes == 1:
         return _one_by_one(e, numbers, words)
-    if isa & Isa.VNNI:  # which no CPU has without AVX512-BW
-        table = _row(numbers, _BYTES)
-        given = [table, e.b.bitcast(words, vector(I8, _BYTES))]
-        return e.b.bitcast(e.call("llvm.x86.avx512.pshuf.b.512", vector(I8, _BYTES), given), vector(I32))
-    return _by_halves(e, numbers, words) if has_avx2() else _by_selection(e, numbers, words)
+    if isa.wide:
+        count, name = 1, "llvm.x86.avx512.pshuf.b.512"
+    elif isa & Isa.AVX2:
+        count, name = 2, "llvm.x86.avx2.pshuf.b"
+    elif isa & Isa.NEON:
+        count, name = 4, "llvm.aarch64.neon.tbl1.v16i8"
+    else:
+        return _by_selection(e, numbers, words)
+    table, kind = _row(numbers, _BYTES // count), vector(I8, _BYTES // count)
+    found = [e.call(name, kind, [table, part]) for part in e.parts(words, count, I8)]
+    return e.whole([e.b.bitcast(part, vector(I32, LANES // count)) for part in found])
 
 
 def table_address(e: Emitter, table: np.ndarray) -> Any:
@@ -52,7 +58,7 @@ def table_address(e: Emitter, table: np.ndarray) -> Any:
 def gather(e: Emitter, table: np.ndarray, places: Any, isa: Isa) -> Any:
     """The words uint32 of a table at places, <16 x i32>, all of which are in it."""
     at = table_address(e, table)
-    if not (isa & Isa.VNNI or has_avx2()):
+    if not (isa.wide or isa & Isa.AVX2):
         found = e.zeros(I32)
         for lane in range(LANES):
             place = e.b.extract_element(places, ir.Constant(I32, lane))
@@ -60,33 +66,18 @@ def gather(e: Emitter, table: np.ndarray, places: Any, isa: Isa) -> Any:
             found = e.b.insert_element(found, e.load(where, I32), ir.Constant(I32, lane))
         return found
     pointer = e.b.inttoptr(at, I8.as_pointer())
-    if isa & Isa.VNNI:
+    if isa.wide:
         every = e.constant(ir.IntType(1), 1)
         given = [e.zeros(I32), pointer, places, every, ir.Constant(I32, 4)]
         return e.call("llvm.x86.avx512.mask.gather.dpi.512", vector(I32), given)
-    parts = []
-    for start in (0, LANES // 2):
-        picked = ir.Constant(vector(I32, LANES // 2), [ir.Constant(I32, start + i) for i in range(LANES // 2)])
-        half = e.b.shuffle_vector(places, places, picked)
-        every = e.constant(I32, -1, LANES // 2)
-        given = [e.zeros(I32, LANES // 2), pointer, half, every, ir.Constant(I8, 4)]
-        parts.append(e.call("llvm.x86.avx2.gather.d.d.256", vector(I32, LANES // 2), given))
-    return e.b.shuffle_vector(*parts, ir.Constant(vector(I32), [ir.Constant(I32, i) for i in range(LANES)]))
+    kind, every, by_four = vector(I32, LANES // 2), e.constant(I32, -1, LANES // 2), ir.Constant(I8, 4)
+    given = [[e.zeros(I32, LANES // 2), pointer, half, every, by_four] for half in e.parts(places, 2)]
+    return e.whole([e.call("llvm.x86.avx2.gather.d.d.256", kind, each) for each in given])
 
 
 def _row(numbers: Sequence[int], count: int) -> ir.Constant:
     """The numbers again and again, `count` bytes."""
     return ir.Constant(vector(I8, count), [ir.Constant(I8, number) for number in list(numbers) * (count // 16)])
-
-
-def _by_halves(e: Emitter, numbers: Sequence[int], words: Any) -> Any:
-    table, parts = _row(numbers, _BYTES // 2), []
-    for start in (0, LANES // 2):
-        picked = ir.Constant(vector(I32, LANES // 2), [ir.Constant(I32, start + i) for i in range(LANES // 2)])
-        half = e.b.bitcast(e.b.shuffle_vector(words, words, picked), vector(I8, _BYTES // 2))
-        found = e.call("llvm.x86.avx2.pshuf.b", vector(I8, _BYTES // 2), [table, half])
-        parts.append(e.b.bitcast(found, vector(I32, LANES // 2)))
-    return e.b.shuffle_vector(*parts, ir.Constant(vector(I32), [ir.Constant(I32, i) for i in range(LANES)]))
 
 
 def _by_selection(e: Emitter, numbers: Sequence[int], words: Any) -> Any:

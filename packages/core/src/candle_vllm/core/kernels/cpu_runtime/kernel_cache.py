@@ -22,7 +22,7 @@ from pathlib import Path
 from candle_vllm.core.config import cache_folder
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.cpu_runtime import machine_code
-from candle_vllm.core.kernels.cpu_runtime.level import Level, host_level, is_linux_x86
+from candle_vllm.core.kernels.cpu_runtime.level import Level, host_level, links_here
 from candle_vllm.core.progress import tell
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ WANTED: ContextVar[tuple[str, ...]] = ContextVar("WANTED", default=())
 """The names of all that is being compiled together, by whichever process, where somebody knows them."""
 
 _MAGIC = b"candle-vllm code 1\n"
+_OBJECT = b"\x7fELF"
 _KEPT_VERSIONS = 4
 _KEPT_SECONDS = 24 * 3600
 
@@ -109,7 +110,7 @@ def compiled_address(name: str, make: Callable[[], Callable[..., None]]) -> int:
             if folder is not None:
                 keep(folder / name, code)
             _tell(folder)
-    if is_linux_x86():
+    if links_here() and not code.startswith(_OBJECT):
         return machine_code.load(machine_code.from_bytes(code))
     from candle_vllm.core.kernels.cpu_runtime.compiler import load_object
 
@@ -122,11 +123,18 @@ def _travelling() -> Path:
 
 
 def compile_image(function: Callable[..., None], level: Level) -> bytes:
-    """The machine code of a function, as it is kept: an image where `machine_code` loads it, else an object file."""
+    """The machine code of a function, as it is kept: an image where `machine_code` can load it, else an object file."""
     from candle_vllm.core.kernels.cpu_runtime.compiler import compile_function
 
-    made = compile_function(function, level.cpu)
-    return machine_code.to_bytes(machine_code.link(made)) if is_linux_x86() else made
+    made = compile_function(function, level)
+    if not links_here():
+        return made
+    try:
+        return machine_code.to_bytes(machine_code.link(made))
+    except machine_code.LinkError:
+        if level.machine == "x86_64":
+            raise
+        return made  # LLVM knows kinds of relocations on ARM64 that we do not
 
 
 @cache

@@ -1,7 +1,7 @@
 """What this CPU can do: the vectors and instructions that kernels use, and the level for which they are compiled.
 
 Machine code is made for few levels instead of for every model of CPU, so that what one machine compiled runs on all of
-its level.
+its level. The level is found when it is first asked for; `choose_level` takes a lower one instead.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import enum
 import importlib.util
 import platform
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+
+from candle_vllm.core.errors import ConfigError
 
 LANES = 16
 """Numbers of 32 bits in a vector of the kernels."""
@@ -26,22 +29,43 @@ class Isa(enum.IntFlag):
     VNNI = 1  # AVX512-VNNI: 64 products of 8 bits, summed by fours
     BF16 = 2  # AVX512-BF16: 32 products of bfloat16, summed by twos
     AMX = 4  # AMX-BF16: 16 by 16 sums of 32 products of bfloat16
+    AVX512 = 8  # 32 registers of 512 bits; every CPU with one of the two above has them
+    AVX2 = 16  # 16 registers of 256 bits; every CPU with AVX-512 has them
+    AVX_VNNI = 32  # VNNI's instructions with 256 bits, without AVX-512
+    NEON = 64  # 32 registers of 128 bits
+    DOTPROD = 128  # 16 products of 8 bits, summed by fours, with one activation for all
+    I8MM = 256  # 2 x 8 times 8 x 2 numbers of 8 bits
+    ARM_BF16 = 512  # DOTPROD's way with bfloat16, summed by twos
+
+    @property
+    def bf16(self) -> Isa:
+        """Which products of bfloat16 there are, if any."""
+        return self & (Isa.BF16 | Isa.AMX | Isa.ARM_BF16)
+
+    @property
+    def wide(self) -> bool:
+        """Whether there are 32 registers of 512 bits."""
+        return bool(self & (Isa.AVX512 | Isa.VNNI | Isa.BF16))
 
 
 class Level(NamedTuple):
     """A common ground of CPUs.
 
     Attributes:
-        name: in names of folders.
+        name: in names of folders, and as a setting.
+        machine: what Python calls the architecture under Linux.
         cpu: what LLVM calls a CPU that has these instructions and few others.
         isa: what of them the kernels ask for by name.
         flags: by which Linux names them.
+        features: instructions that no `cpu` has without many others, in LLVM's spelling: "+avxvnni".
     """
 
     name: str
+    machine: str
     cpu: str
     isa: Isa
     flags: frozenset[str]
+    features: str = ""
 
 
 _AVX2 = frozenset(["avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"])
@@ -50,33 +74,81 @@ _AMX = _AVX512 | {
     *("amx_bf16", "amx_int8", "amx_tile", "avx512_bf16", "avx512_bitalg", "avx512_fp16", "avx512_vbmi2", "avx512_vnni"),
     *("avx512_vpopcntdq", "avx512ifma", "avx512vbmi", "gfni", "vaes", "vpclmulqdq"),
 }
+_WIDE = Isa.AVX512 | Isa.AVX2
+_NEON = frozenset(["asimd"])
+_DOTPROD = _NEON | frozenset(["atomics", "asimddp", "fphp", "asimdhp"])
 LEVELS = (
-    Level("amx", "sapphirerapids", Isa.VNNI | Isa.BF16 | Isa.AMX, _AMX),
-    Level("avx512-bf16", "cooperlake", Isa.VNNI | Isa.BF16, _AVX512 | {"avx512_vnni", "avx512_bf16"}),
-    Level("avx512-vnni", "cascadelake", Isa.VNNI, _AVX512 | {"avx512_vnni"}),
-    Level("avx512", "skylake-avx512", Isa.GENERIC, _AVX512),
-    Level("avx2", "x86-64-v3", Isa.GENERIC, _AVX2),
+    Level("amx", "x86_64", "sapphirerapids", Isa.AMX | Isa.BF16 | Isa.VNNI | _WIDE, _AMX),
+    Level("avx512-bf16", "x86_64", "cooperlake", Isa.BF16 | Isa.VNNI | _WIDE, _AVX512 | {"avx512_vnni", "avx512_bf16"}),
+    Level("avx512-vnni", "x86_64", "cascadelake", Isa.VNNI | _WIDE, _AVX512 | {"avx512_vnni"}),
+    Level("avx512", "x86_64", "skylake-avx512", _WIDE, _AVX512),
+    Level("avx-vnni", "x86_64", "x86-64-v3", Isa.AVX_VNNI | Isa.AVX2, _AVX2 | {"avx_vnni"}, "+avxvnni"),
+    Level("avx2", "x86_64", "x86-64-v3", Isa.AVX2, _AVX2),
+    Level(
+        "neon-bf16",
+        "aarch64",
+        "generic",
+        Isa.ARM_BF16 | Isa.I8MM | Isa.DOTPROD | Isa.NEON,
+        _DOTPROD | {"i8mm", "bf16"},
+        "+lse,+fullfp16,+dotprod,+i8mm,+bf16",
+    ),
+    Level("neon-dotprod", "aarch64", "generic", Isa.DOTPROD | Isa.NEON, _DOTPROD, "+lse,+fullfp16,+dotprod"),
+    Level("neon", "aarch64", "generic", Isa.NEON, _NEON),
 )
-"""Of x86-64, the most able first. Source: the x86-64 psABI (v3), Intel's and LLVM's tables of CPUs."""
+"""Of each architecture the most able first. Sources: the x86-64 psABI (v3); the vendors' and LLVM's tables of CPUs."""
+
+
+# ---- which of them this CPU has --------------------------------------------------------------------------------------
+
+
+def host_level() -> Level:
+    """The level that kernels are compiled for: what was chosen, else the most able of this CPU."""
+    return next(iter(_chosen()), None) or best_level()
 
 
 @cache
-def host_level() -> Level:
-    """The level of this CPU; where it is none of `LEVELS`, one of its own, whose `cpu` is what LLVM calls this one."""
-    flags = frozenset(_cpu_facts("flags"))
-    if "amx_tile" in flags and not _may_use_amx():
-        flags -= {"amx_tile"}
-    return level_of(flags or _flags_of_llvm()) or _native()
+def best_level() -> Level:
+    """The most able level of this CPU; where it is none of `LEVELS`, one of its own, whose `cpu` is LLVM's name."""
+    return level_of(host_flags()) or _native()
+
+
+def choose_level(name: str | None) -> None:
+    """Has kernels compiled for a level by name from now on, in this process; None is as it was.
+
+    Raises:
+        ConfigError: this CPU has not got all of its instructions.
+    """
+    if name is None:
+        return
+    able = [level for level in LEVELS if level.flags <= host_flags() and level.machine == machine()]
+    found = next((level for level in able if level.name == name), None)
+    if found is None:
+        names = ", ".join(level.name for level in able) or "none of the named"
+        raise ConfigError(f"cpu_level={name!r} has instructions that this CPU has not: it has {names}", "cpu_level")
+    _chosen()[:] = [found]
+
+
+@cache
+def _chosen() -> list[Level]:
+    """The level that was chosen, where one was."""
+    return []
 
 
 def host_isa() -> Isa:
-    """The instructions of this CPU that the kernels can use."""
+    """The instructions of this CPU that the kernels use."""
     return host_level().isa
 
 
-def has_avx2() -> bool:
-    """Whether code is made for an x86-64 that is known to have AVX2, as every one of `LEVELS` has."""
-    return host_level() in LEVELS
+def machine() -> str:
+    """The architecture of this CPU as Linux names it."""
+    found = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(found, found)
+
+
+def level_of(flags: frozenset[str], named: str = "") -> Level | None:
+    """The most able level of an architecture, this machine's if none is named, whose flags are all there."""
+    named = named or machine()
+    return next((level for level in LEVELS if level.machine == named and level.flags <= flags), None)
 
 
 @cache
@@ -89,9 +161,24 @@ def bytes_ahead() -> int:
     return 2048 if "GenuineIntel" in _cpu_facts("vendor_id") else 0
 
 
-def level_of(flags: frozenset[str]) -> Level | None:
-    """The most able level whose flags are all there."""
-    return next((level for level in LEVELS if level.flags <= flags), None)
+def links_here() -> bool:
+    """Whether machine code is linked by `machine_code` itself."""
+    return sys.platform == "linux" and machine() in ("x86_64", "aarch64")
+
+
+@cache
+def host_flags() -> frozenset[str]:
+    """The instructions of this CPU in Linux's words, as far as they can be known."""
+    if machine() == "aarch64":
+        with suppress(OSError, AttributeError):  # of a system that is not as it says
+            if sys.platform == "linux":
+                return _flags_of_hwcap()
+            if sys.platform == "darwin":
+                return _flags_of_macos()
+    flags = frozenset(_cpu_facts("flags"))
+    if "amx_tile" in flags and not _may_use_amx():
+        flags -= {"amx_tile"}
+    return flags or _flags_of_llvm()
 
 
 _ARCH_PRCTL, _REQUEST_STATE, _TILES = 158, 0x1023, 18
@@ -108,17 +195,51 @@ def _may_use_amx() -> bool:
         return False
 
 
-def is_linux_x86() -> bool:
-    """Whether machine code is linked by `machine_code` itself."""
-    return sys.platform == "linux" and platform.machine() == "x86_64"
+_HWCAP, _HWCAP2 = 16, 26
+_HWCAPS = {
+    _HWCAP: {"asimd": 1, "atomics": 8, "fphp": 9, "asimdhp": 10, "asimddp": 20},
+    _HWCAP2: {"i8mm": 13, "bf16": 14},
+}
+"""Bits of the auxiliary vector. Source: Linux, arch/arm64/include/uapi/asm/hwcap.h."""
 
 
-_OF_LINUX = {"bmi": "bmi1", "lzcnt": "abm", "avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16"}
+def _flags_of_hwcap() -> frozenset[str]:
+    ask = ctypes.CDLL(None).getauxval
+    ask.argtypes, ask.restype = [ctypes.c_ulong], ctypes.c_ulong
+    return frozenset(name for place, bits in _HWCAPS.items() for name, bit in bits.items() if ask(place) >> bit & 1)
+
+
+_MACOS = {"atomics": "LSE", "fphp": "FP16", "asimdhp": "FP16", "asimddp": "DotProd", "i8mm": "I8MM", "bf16": "BF16"}
+"""Apple's names of instructions: hw.optional.arm.FEAT_... Every processor of theirs has NEON."""
+
+
+def _flags_of_macos() -> frozenset[str]:
+    ask = ctypes.CDLL(None).sysctlbyname
+
+    def has(name: str) -> bool:
+        found, size = ctypes.c_int(0), ctypes.c_size_t(4)
+        asked = f"hw.optional.arm.FEAT_{name}".encode()
+        return ask(asked, ctypes.byref(found), ctypes.byref(size), None, ctypes.c_size_t(0)) == 0 and found.value == 1
+
+    return frozenset(["asimd", *(flag for flag, name in _MACOS.items() if has(name))])
+
+
+_OF_LINUX = {
+    "bmi": "bmi1",
+    "lzcnt": "abm",
+    "avx512vnni": "avx512_vnni",
+    "avx512bf16": "avx512_bf16",
+    "avxvnni": "avx_vnni",
+    "neon": "asimd",
+    "lse": "atomics",
+    "dotprod": "asimddp",
+    "fullfp16": "asimdhp",
+}
 """Flags that LLVM calls otherwise than Linux does."""
 
 
 def _flags_of_llvm() -> frozenset[str]:
-    """What LLVM found that this CPU has, where the system does not say it (Windows, macOS), in Linux's words."""
+    """What LLVM found that this CPU has, where the system does not say it (Windows), in Linux's words."""
     if importlib.util.find_spec("llvmlite") is None:
         return frozenset()
     import llvmlite.binding
@@ -130,16 +251,17 @@ def _flags_of_llvm() -> frozenset[str]:
 def _native() -> Level:
     """No instructions are asked for by name: which of them the CPU has that LLVM names here is LLVM's affair."""
     if importlib.util.find_spec("llvmlite") is None:  # and so nothing that compiles for it
-        return Level("native", "", Isa.GENERIC, frozenset())
+        return Level("native", machine(), "", Isa.GENERIC, frozenset())
     import llvmlite.binding
 
-    return Level("native", llvmlite.binding.get_host_cpu_name(), Isa.GENERIC, frozenset())
+    return Level("native", machine(), llvmlite.binding.get_host_cpu_name(), Isa.GENERIC, frozenset())
 
 
 def _cpu_facts(name: str) -> list[str]:
     """The words that Linux has for a CPU under a name; nothing elsewhere."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if is_linux_x86() else []
+        linux = sys.platform == "linux" and machine() == "x86_64"
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if linux else []
     except OSError:
         lines = []
     return next((line.partition(":")[2] for line in lines if line.startswith(name)), "").split()

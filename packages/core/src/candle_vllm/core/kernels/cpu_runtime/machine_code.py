@@ -1,7 +1,8 @@
-"""Machine code of x86-64 Linux without LLVM: an object file becomes an image that runs wherever it is mapped.
+"""Machine code of Linux without LLVM, x86-64 and ARM64: an object file becomes an image that runs where it is mapped.
 
 An image is text and constants, linked with each other; calls to the C library go through slots behind them, which are
-filled when the image is loaded. Source: the System V ABI, AMD64 supplement, and its ELF-64 object file format.
+filled when the image is loaded. It begins at a page. Sources: the System V ABI's ELF-64 object files, its AMD64
+supplement, and ELF for the Arm 64-bit Architecture (AAELF64).
 """
 
 from __future__ import annotations
@@ -9,19 +10,28 @@ from __future__ import annotations
 import ctypes
 import json
 import mmap
+import os
 import struct
 import sys
 from functools import cache
 from typing import NamedTuple
+
+from candle_vllm.core.kernels.cpu_runtime.level import machine
 
 ENTRY = "candle_entry"
 """The symbol of an object file that is called."""
 
 _PROGBITS, _SYMTAB, _RELA = 1, 2, 4
 _WRITABLE = 1
-_PC32, _PLT32 = 2, 4  # kinds of relocations: the distance to a symbol, which may be a function elsewhere
-_STUB = b"\xff\x25"  # jmp *distance(%rip)
-_STUB_BYTES, _SLOT_BYTES = 16, 8
+_X86, _ARM = 62, 183  # machines
+_STUB_BYTES, _SLOT_BYTES, _PAGE = 16, 8, 4096
+
+# Kinds of relocations. Of x86-64: the distance to a symbol, which may be a function elsewhere. Of ARM64: of a call or
+# jump that distance in instructions; of an address its page, and its place in the page in units of what is read there.
+_PC32, _PLT32 = 2, 4
+_JUMP26, _CALL26, _PAGE21 = 282, 283, 275
+_PLACES = {277: 0, 278: 0, 284: 1, 285: 2, 286: 3, 299: 4}
+_CALLS = {_X86: (_PLT32,), _ARM: (_JUMP26, _CALL26)}
 
 
 class Image(NamedTuple):
@@ -61,7 +71,7 @@ def link(made: bytes) -> Image:
     Raises:
         LinkError: it writes to memory of its own, or names what is no function of the C library.
     """
-    sections = _sections(made)
+    kind_of_cpu, sections = _sections(made)
     symbols = _symbols(made, sections)
     entry = next(symbol for symbol in symbols if symbol[0] == ENTRY)
     relocations = {part.info: _relocations(made, part) for part in sections if part.kind == _RELA}
@@ -86,23 +96,51 @@ def link(made: bytes) -> Image:
     stubs = {name: len(code) + place * _STUB_BYTES for place, name in enumerate(outside)}
     slots = {name: len(code) + len(outside) * _STUB_BYTES + place * _SLOT_BYTES for place, name in enumerate(outside)}
     for name in outside:
-        code += (_STUB + struct.pack("<i", slots[name] - stubs[name] - 6)).ljust(_STUB_BYTES, b"\xcc")
+        code += _stub(kind_of_cpu, slots[name] - stubs[name])
     code += bytes(_SLOT_BYTES * len(outside))
     for at, kind, number, addend in patches:
         name, section, value = symbols[number]
-        if kind not in (_PC32, _PLT32) or (section == 0 and kind != _PLT32):
+        target = (starts[section] + value if section else stubs[name]) + addend
+        if (section == 0 and kind not in _CALLS[kind_of_cpu]) or not _patch(kind_of_cpu, code, at, kind, target):
             raise LinkError(f"a relocation of kind {kind} to {name!r}")
-        target = starts[section] + value if section else stubs[name]
-        struct.pack_into("<i", code, at, target + addend - at)
     return Image(bytes(code), starts[entry[1]] + entry[2], slots)
 
 
-def _sections(made: bytes) -> list[_Section]:
-    if len(made) < 64 or made[:6] != b"\x7fELF\x02\x01" or struct.unpack_from("<HH", made, 16) != (1, 62):
-        raise LinkError("not an object file of x86-64")
+def _stub(machine: int, distance: int) -> bytes:
+    """A jump to the address in a slot, so far away from it."""
+    if machine == _X86:
+        return (b"\xff\x25" + struct.pack("<i", distance - 6)).ljust(_STUB_BYTES, b"\xcc")  # jmp *distance(%rip)
+    return struct.pack("<II8x", 0x58000010 | distance >> 2 << 5, 0xD61F0200)  # ldr x16, distance; br x16
+
+
+def _patch(machine: int, code: bytearray, at: int, kind: int, target: int) -> bool:
+    """Writes where a symbol is; returns whether this kind of relocation is known."""
+    if machine == _X86:
+        if kind in (_PC32, _PLT32):
+            struct.pack_into("<i", code, at, target - at)
+        return kind in (_PC32, _PLT32)
+    (word,) = struct.unpack_from("<I", code, at)
+    if kind in (_JUMP26, _CALL26):
+        word |= target - at >> 2 & 0x3FFFFFF
+    elif kind == _PAGE21:
+        pages = target // _PAGE - at // _PAGE
+        word |= (pages & 3) << 29 | (pages >> 2 & 0x7FFFF) << 5
+    elif kind in _PLACES:
+        word |= (target % _PAGE >> _PLACES[kind]) << 10
+    else:
+        return False
+    struct.pack_into("<I", code, at, word)
+    return True
+
+
+def _sections(made: bytes) -> tuple[int, list[_Section]]:
+    """The machine that a file is for, and its sections."""
+    kind, machine = struct.unpack_from("<HH", made, 16) if len(made) >= 64 else (0, 0)
+    if made[:6] != b"\x7fELF\x02\x01" or kind != 1 or machine not in (_X86, _ARM):
+        raise LinkError("not an object file of x86-64 or ARM64")
     at, (size, count) = struct.unpack_from("<Q", made, 40)[0], struct.unpack_from("<HH", made, 58)
     found = (struct.unpack_from("<IIQQQQIIQQ", made, at + number * size) for number in range(count))
-    return [_Section(s[1], s[2], s[4], s[5], s[6], s[7], s[8]) for s in found]
+    return machine, [_Section(s[1], s[2], s[4], s[5], s[6], s[7], s[8]) for s in found]
 
 
 def _symbols(made: bytes, sections: list[_Section]) -> list[tuple[str, int, int]]:
@@ -134,19 +172,38 @@ def load(image: Image) -> int:
         LinkError: the C library has no function of a name.
     """
     assert sys.platform == "linux"
-    libc, size = ctypes.CDLL(None, use_errno=True), ctypes.c_size_t(len(image.code))
-    libc.mmap.restype = ctypes.c_void_p
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    at = libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, ctypes.c_size_t(0))
-    if at in (None, ctypes.c_void_p(-1).value):
-        raise OSError(ctypes.get_errno(), "no memory for machine code")
     code = bytearray(image.code)
     for name, slot in image.slots.items():
         struct.pack_into("<Q", code, slot, _function_address(name))
+    if machine() == "aarch64":
+        return _map_file(bytes(code)) + image.entry
+    libc, size = ctypes.CDLL(None, use_errno=True), ctypes.c_size_t(len(code))
+    at = _mapped(libc, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
     ctypes.memmove(at, bytes(code), len(code))
     if libc.mprotect(ctypes.c_void_p(at), size, mmap.PROT_READ | mmap.PROT_EXEC) != 0:
         raise OSError(ctypes.get_errno(), "the system lets no memory be executed that was written")
     return at + image.entry
+
+
+def _map_file(code: bytes) -> int:
+    """Maps code from a file in memory: of a file's pages the system sees to it that instructions are not stale."""
+    assert sys.platform == "linux"
+    file = os.memfd_create("kernel")
+    try:
+        with open(file, "wb", closefd=False) as written:
+            written.write(code)
+        libc, size = ctypes.CDLL(None, use_errno=True), ctypes.c_size_t(len(code))
+        return _mapped(libc, size, mmap.PROT_READ | mmap.PROT_EXEC, mmap.MAP_PRIVATE, file)
+    finally:
+        os.close(file)
+
+
+def _mapped(libc: ctypes.CDLL, size: ctypes.c_size_t, protection: int, flags: int, file: int) -> int:
+    libc.mmap.restype = ctypes.c_void_p
+    at = libc.mmap(None, size, protection, flags, file, ctypes.c_size_t(0))
+    if at is None or at == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), "no memory for machine code")
+    return at
 
 
 @cache

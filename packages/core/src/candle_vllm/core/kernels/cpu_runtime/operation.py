@@ -29,8 +29,14 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, get_type_hints
 
 import numpy as np
 
-from candle_vllm.core.kernels.cpu_runtime.kernel_cache import WANTED, compiled_address, is_first_start, is_missing
-from candle_vllm.core.kernels.cpu_runtime.level import bytes_ahead
+from candle_vllm.core.kernels.cpu_runtime.kernel_cache import (
+    WANTED,
+    compiled_address,
+    is_first_start,
+    is_missing,
+    kernel_cache,
+)
+from candle_vllm.core.kernels.cpu_runtime.level import best_level, bytes_ahead, choose_level, host_level
 from candle_vllm.core.threads import collector_paused
 
 NUMBERS = 2  # where a row has the address of the step's numbers
@@ -71,6 +77,19 @@ def operation(code: str, *constants: int) -> int:
 @cache
 def _address(code: str, *constants: int) -> int:
     return compiled_address(*named_function(code, *constants))
+
+
+def use_level(name: str | None) -> None:
+    """Compiles operations for a level by name from now on, in this process; None changes nothing.
+
+    Raises:
+        ConfigError: this CPU has not got all of its instructions.
+    """
+    before = host_level()
+    choose_level(name)
+    if host_level() != before:  # what was recorded before has its addresses
+        _address.cache_clear()
+        kernel_cache.cache_clear()
 
 
 _Named: TypeAlias = tuple[Any, ...]  # code and constants of an operation
@@ -118,7 +137,9 @@ def compile_first(ask: Callable[[], object], later: Sequence[str] = ()) -> None:
 
 
 def _second_process(names: Sequence[str]) -> subprocess.Popen[bytes] | None:
-    program = [sys.executable, "-P", "-m", "candle_vllm.core.kernels.cpu_runtime.travelling", "--keep", *names]
+    program = [sys.executable, "-P", "-m", "candle_vllm.core.kernels.cpu_runtime.travelling"]
+    program += [] if host_level() == best_level() else ["--level", host_level().name]
+    program += ["--keep", *names]
     quiet = subprocess.DEVNULL
     with suppress(OSError):
         # It ends with this process, however that ends: by the other end of its standard input.

@@ -21,7 +21,7 @@ from pathlib import Path
 from candle_vllm.core.kernels.activation_quant import Prologue
 from candle_vllm.core.kernels.activation_rows import RowForm
 from candle_vllm.core.kernels.cpu_runtime import kernel_cache
-from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, Level, host_level
+from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, Level, choose_level, host_level
 from candle_vllm.core.kernels.cpu_runtime.operation import named_function
 from candle_vllm.core.kernels.packed_linear.layout import RARE, PackedKind
 from candle_vllm.core.kernels.plain_linear.layout import PlainKind
@@ -56,7 +56,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         "whole_attention.cpu:lay_out",
     ):
         yield code, ()
-    yield "whole_attention.cpu:make_attend_whole", (isa & (Isa.VNNI | Isa.BF16),)
+    yield "whole_attention.cpu:make_attend_whole", (isa,)
     for prologue in Prologue:
         yield "activation_quant.cpu:make_quantise", (prologue, prologue.gated)
         for form in RowForm:
@@ -68,7 +68,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "scale_cap.cpu:make_scale_cap", (flag,)
         yield "latent_attention.cpu_heads:make_heads", (flag,)
     for head_dim in HEAD_DIMS:
-        yield "attention.cpu:make_attend", (head_dim, isa & (Isa.BF16 | Isa.AMX))
+        yield "attention.cpu:make_attend", (head_dim, isa.bf16)
         yield "attention.cpu:make_merge", (head_dim,)
     for form in RowForm:
         for name in (
@@ -81,7 +81,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "lora.cpu_tables:make_lookup", (form,)
         yield "latent_attention.cpu_write:make_prepare", (form,)
         for rope, latent in LATENT:
-            yield "latent_attention.cpu:make_attend", (rope, latent, form, isa & Isa.BF16)
+            yield "latent_attention.cpu:make_attend", (rope, latent, form, isa.bf16)
             yield "latent_attention.cpu:make_merge", (latent, form)
     common = [kind for kind in PackedKind if kind not in RARE]
     for name, kinds in (("packed", common), ("plain", PlainKind), ("scaled", ScaledKind)):
@@ -134,8 +134,10 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--into", type=Path, default=kernel_cache.TRAVELLING, help="another folder than the package's")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process, set up for one level
     parser.add_argument("--keep", nargs="+", help=argparse.SUPPRESS)  # for this machine: `operation.compile_first`
+    parser.add_argument("--level", help=argparse.SUPPRESS)  # and what of it
     options = parser.parse_args(given)
     if options.keep:
+        choose_level(options.level)
         keep_here(options.keep)
         return
     levels = [level for level in LEVELS if not options.levels or level.name in options.levels]

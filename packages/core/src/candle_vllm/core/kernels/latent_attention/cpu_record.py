@@ -178,7 +178,7 @@ class AttendArguments(NamedTuple):
 
 def attend_operation(rope: int, latent: int, form: int, isa: Isa) -> int:
     """Address of the compiled operation."""
-    return operation("latent_attention.cpu:make_attend", rope, latent, form, isa & Isa.BF16)
+    return operation("latent_attention.cpu:make_attend", rope, latent, form, isa.bf16)
 
 
 def merge_operation(latent: int, form: int) -> int:

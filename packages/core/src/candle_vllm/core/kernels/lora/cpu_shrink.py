@@ -45,7 +45,7 @@ def widened(e: Emitter, form: RowForm, address: Any, offset: int) -> list[Any]:
 
 
 def is_wide(isa: Isa) -> bool:
-    return bool(isa & (Isa.VNNI | Isa.BF16))  # both are of AVX-512, which has 32 long registers
+    return isa.wide
 
 
 @intrinsic(prefer_literal=True)

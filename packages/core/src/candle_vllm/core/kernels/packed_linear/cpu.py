@@ -4,9 +4,10 @@ A thread owns a run of tiles. It takes as many of them as stay in the cache, and
 activations in blocks of 8, 4 or 1. A block's activations are first copied into a **panel** on the stack, in the order
 in which the kernel reads them, with what is needed of their sums; a block that is not full repeats its last row, and
 the repetitions are not written. For each group of the panel the kernel unpacks 8 vectors of codes and multiplies each
-with every row (one instruction of 64 products), so the codes are read and unpacked once for up to 8 rows.
+with every row (`cpu_sums.py`), so the codes are read and unpacked once for up to 8 rows, 4 where registers are short.
 
-Codes are unsigned; where the weight is scale * (code - zero), the int32 sums start at -zero * sum(x) instead of 0.
+Codes are unsigned; where the weight is scale * (code - zero), the int32 sums start at -zero * sum(x) instead of 0. Some
+levels take codes of 8 bits as signed numbers instead.
 Each variant computes a row by the same operations in the same order (`_add_group`). A thread's tiles are one stream of
 memory, which some CPUs fetch ahead early enough by themselves and others do not: `level.bytes_ahead`.
 """
@@ -15,6 +16,7 @@ memory, which some CPUs fetch ahead early enough by themselves and others do not
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -28,6 +30,14 @@ from candle_vllm.core.kernels.cpu_runtime.operation import EmbeddingArguments, L
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes, write_tile
 from candle_vllm.core.kernels.packed_linear.cpu_grids import GridGroup
+from candle_vllm.core.kernels.packed_linear.cpu_sums import (
+    Inputs,
+    emit_activation_sums,
+    emit_sums,
+    in_pairs,
+    rows_at_once,
+    takes_signed,
+)
 from candle_vllm.core.kernels.packed_linear.grids import GridLayout
 from candle_vllm.core.kernels.packed_linear.layout import (
     GROUP,
@@ -64,13 +74,17 @@ def _field(e: Emitter, words: Any, start: int, target: int, bits: int, lanes: in
 def _quad(
     e: Emitter, group: Any, codes: Any, layout: TileLayout, quad: int, isa: Isa = Isa.GENERIC, lanes: int = ROWS
 ) -> Any:
-    """Quad `quad` of group `group` of a block: 4 unsigned bytes in each lane; `codes` as `_block_of` has it."""
+    """Quad `quad` of group `group` of a block: 4 bytes in each lane, signed where `takes_signed` says so.
+
+    `codes` is as `_block_of` has it.
+    """
     if layout.bits == 0:
         return _digit(e, codes, e.b.add(e.b.shl(group, e.int64(3)), e.int64(quad)), lanes)
-    found = _stored_quad(e, codes, layout, quad, lanes)
-    if layout.values is None:
-        return found
-    return look_up(e, [value + layout.zero for value in layout.values], found, isa, lanes)
+    found, signed = _stored_quad(e, codes, layout, quad, lanes), takes_signed(isa, layout)
+    if layout.values is not None:
+        zero = 0 if signed else layout.zero
+        return look_up(e, [(value + zero) & 255 for value in layout.values], found, isa, lanes)
+    return e.b.xor(found, _words(e, layout.zero, lanes)) if signed else found
 
 
 def _stored_quad(e: Emitter, codes: Any, layout: TileLayout, quad: int, lanes: int) -> Any:
@@ -232,8 +246,7 @@ def _sums(e: Emitter, x: Any, layout: AnyLayout, isa: Isa) -> list[Any]:
     """
     wide = [ir.Constant(I32, i) for i in range(2 * GROUP)]
     x = e.b.shuffle_vector(x, e.zeros(I8, GROUP), ir.Constant(vector(I32, 2 * GROUP), wide))
-    fours = e.dot_u8_i8(e.zeros(I32), _words(e, layout.zero or 1, ROWS), e.b.bitcast(x, vector(I32)), isa)
-    total = fours
+    total = emit_activation_sums(e, isa, x)
     for step in (1, 2) if layout.width == 16 else (1, 2, 4):
         order = ir.Constant(vector(I32), [ir.Constant(I32, i ^ step) for i in range(ROWS)])
         total = e.b.add(total, e.b.shuffle_vector(total, total, order))
@@ -244,7 +257,7 @@ def _sums(e: Emitter, x: Any, layout: AnyLayout, isa: Isa) -> list[Any]:
         return [e.b.or_(e.b.and_(low, ir.Constant(I32, 0xFFFF)), e.b.shl(high, ir.Constant(I32, 16)))]
     if layout.minimum:
         return [e.b.bitcast(e.b.sitofp(part, F32), I32) for part in parts]
-    return [e.b.neg(part) for part in parts]
+    return [e.b.mul(part, ir.Constant(I32, -layout.zero)) for part in parts]
 
 
 @intrinsic(prefer_literal=True)
@@ -257,19 +270,24 @@ def _fill_row(
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
         at_panel, at_row, at_xq, at_xs, at_xsum, number = args[3:]
-        of_row = b.add(at_panel, b.mul(at_row, e.int64(GROUP)))
+        if paired := in_pairs(features, count):
+            pair, side = b.lshr(at_row, e.int64(1)), b.and_(at_row, e.int64(1))
+            of_row = b.add(b.add(at_panel, b.mul(pair, e.int64(2 * GROUP))), b.mul(side, e.int64(8)))
+        else:
+            of_row = b.add(at_panel, b.mul(at_row, e.int64(GROUP)))
         of_float = b.add(at_panel, b.mul(at_row, e.int64(4)))
 
         def body(group: Any, state: list[Any]) -> list[Any]:
             record, four = b.mul(group, e.int64(_record_bytes(layout, count))), b.mul(group, e.int64(4))
             x = e.load(b.add(at_xq, b.mul(group, e.int64(GROUP))), vector(I8, GROUP))
-            e.store(b.add(of_row, record), x)
+            for at, part in enumerate(e.parts(x, 4) if paired else [x]):
+                e.store(b.add(of_row, record), part, 16 * at)
             floats = b.add(of_float, record)
             e.store(floats, e.load(b.add(at_xs, four), I32), count * GROUP)
             if layout.minimum and layout.width == GROUP:
                 sums = [e.load(b.add(at_xsum, four), I32)]
             else:
-                sums = _sums(e, x, layout, features)
+                sums = [] if takes_signed(features, layout) else _sums(e, x, layout, features)
             for index, part in enumerate(sums):
                 e.store(floats, part, count * (GROUP + 4 + 4 * index))
             return state
@@ -284,11 +302,11 @@ def _fill_row(
 
 
 def _add_group(
-    e: Emitter, layout: AnyLayout, block: int, isa: Isa, record: Any, weights: tuple[Any, Any, Any], totals: list[Any]
+    e: Emitter, layout: AnyLayout, isa: Isa, inputs: Inputs, rows: range, weights: tuple[Any, Any, Any], old: list[Any]
 ) -> list[Any]:
-    """Adds one group's share to the totals of the rows; `weights` is what `_block_of` returns."""
+    """Adds one group's share to the totals of some rows of a panel; `weights` is what `_block_of` returns."""
     if not isinstance(layout, GridLayout) and layout.paired:
-        return _add_paired(e, layout, block, isa, record, weights, totals)
+        return _add_paired(e, layout, isa, inputs, rows, weights, old)
     head, number, codes = weights
     if isinstance(layout, GridLayout):
         grid = GridGroup(e, layout, isa, head, number, codes)
@@ -297,58 +315,51 @@ def _add_group(
         grid = None
         scales, minima = _scales(e, head, number, layout)
 
-    def splat(row: int, index: int, kind: ir.Type) -> Any:
-        return e.splat(e.load(record, kind, block * (GROUP + 4 * index) + 4 * row))
+    def quad_codes(quad: int) -> Any:
+        if not grid:
+            return _quad(e, number, codes, layout, quad, isa)
+        found = grid.quad(quad)
+        return e.b.xor(found, _words(e, layout.zero, ROWS)) if signed else found
 
-    scaled: list[Any] = []
+    signed, scaled, totals = takes_signed(isa, layout), list[Any](), old
     for half, scale in enumerate(scales):
-        sums = [e.zeros(I32) if layout.minimum else splat(row, 1 + half, I32) for row in range(block)]
-        for quad in range(half * 4, half * 4 + 8 // len(scales)):
-            unsigned = grid.quad(quad) if grid else _quad(e, number, codes, layout, quad, isa)
-            for row in range(block):
-                x = e.splat(e.load(record, I32, row * GROUP + 4 * quad))
-                sums[row] = e.dot_u8_i8(sums[row], unsigned, x, isa)
+        quads = range(half * 4, half * 4 + 8 // len(scales))
+        begin = 0 if layout.minimum or signed else 1 + half
+        sums = emit_sums(inputs, layout, quad_codes, quads, rows, begin)
         floats = [e.b.sitofp(part, vector(F32)) for part in sums]
         if layout.width == GROUP:
-            xs = [splat(row, 0, F32) for row in range(block)]
-            totals = [e.fma(floats[row], e.b.fmul(scale, xs[row]), totals[row]) for row in range(block)]
+            xs = [inputs.number(row, 0, F32) for row in rows]
+            totals = [e.fma(value, e.b.fmul(scale, x), total) for value, x, total in zip(floats, xs, totals)]
             if minima:
-                totals = [e.fma(minima[0], splat(row, 1, F32), totals[row]) for row in range(block)]
+                totals = [e.fma(minima[0], inputs.number(row, 1, F32), total) for row, total in zip(rows, totals)]
         else:
             scaled = [
-                e.fma(floats[row], scale, scaled[row]) if half else e.b.fmul(floats[row], scale) for row in range(block)
+                e.fma(value, scale, before) if half else e.b.fmul(value, scale)
+                for value, before in zip(floats, scaled or floats)
             ]
     if layout.width != GROUP:
-        totals = [e.fma(scaled[row], splat(row, 0, F32), totals[row]) for row in range(block)]
+        totals = [e.fma(value, inputs.number(row, 0, F32), total) for row, value, total in zip(rows, scaled, totals)]
     return totals
 
 
 def _add_paired(
-    e: Emitter, layout: TileLayout, block: int, isa: Isa, record: Any, weights: tuple[Any, Any, Any], totals: list[Any]
+    e: Emitter, layout: TileLayout, isa: Isa, inputs: Inputs, rows: range, weights: tuple[Any, Any, Any], old: list[Any]
 ) -> list[Any]:
     """`_add_group` for a paired kind: the halves, below 2^13 each, are scaled and added as integers."""
     head, number, codes = weights
     scale, minimum = _floats(e, head, layout)
     sub_scales, sub_minima = _pairs(e, head, number, layout)
 
-    def splat(row: int, index: int, kind: ir.Type) -> Any:
-        return e.splat(e.load(record, kind, block * (GROUP + 4 * index) + 4 * row))
+    def quad_codes(quad: int) -> Any:
+        return _quad(e, number, codes, layout, quad, isa)
 
-    halves: list[list[Any]] = []
-    for half in (0, 1):
-        sums = [e.zeros(I32)] * block
-        for quad in range(4 * half, 4 * half + 4):
-            unsigned = _quad(e, number, codes, layout, quad)
-            for row in range(block):
-                x = e.splat(e.load(record, I32, row * GROUP + 4 * quad))
-                sums[row] = e.dot_u8_i8(sums[row], unsigned, x, isa)
-        halves.append(sums)
+    halves = [emit_sums(inputs, layout, quad_codes, range(first, first + 4), rows, 0) for first in (0, 4)]
     results = []
-    for row, (low, high) in enumerate(zip(*halves)):
+    for row, low, high, total in zip(rows, *halves, old):
         scaled = e.b.sitofp(e.dot_i16(e.zeros(I32), _paired(e, low, high), sub_scales, isa), vector(F32))
-        lowest = e.b.sitofp(e.dot_i16(e.zeros(I32), sub_minima, splat(row, 1, I32), isa), vector(F32))
+        lowest = e.b.sitofp(e.dot_i16(e.zeros(I32), sub_minima, inputs.number(row, 1, I32), isa), vector(F32))
         scaled = e.fma(lowest, minimum, e.b.fmul(scaled, scale))
-        results.append(e.fma(scaled, splat(row, 0, F32), totals[row]))
+        results.append(e.fma(scaled, inputs.number(row, 0, F32), total))
     return results
 
 
@@ -364,16 +375,21 @@ def _multiply(
         at_weights, at_panel, at_out, number, distance = args[3:]
         at_ahead, bytes_each = b.add(at_weights, distance), layout.block_bytes // layout.groups
 
-        def body(group: Any, totals: list[Any]) -> list[Any]:
-            coming = b.add(at_ahead, b.mul(group, e.int64(bytes_each)))
-            for line in range(0, bytes_each, 64):
-                e.prefetch(coming, line)
+        def body(group: Any, totals: list[Any], rows: range) -> list[Any]:
+            if not rows.start:
+                coming = b.add(at_ahead, b.mul(group, e.int64(bytes_each)))
+                for line in range(0, bytes_each, 64):
+                    e.prefetch(coming, line)
             place = _block_of(e, at_weights, group, layout)
             record = b.add(at_panel, b.mul(group, e.int64(_record_bytes(layout, count))))
-            return _add_group(e, layout, count, features, record, place, totals)
+            return _add_group(e, layout, features, Inputs(e, features, count, record), rows, place, totals)
 
-        for row, total in enumerate(e.loop(number, [e.zeros(F32)] * count, body)):
-            e.store(at_out, total, row * 4 * ROWS)
+        most = rows_at_once(features)
+        for first in range(0, count, most):  # a tile stays in the first-level cache
+            rows = range(first, min(first + most, count))
+            totals = e.loop(number, [e.zeros(F32)] * len(rows), partial(body, rows=rows))
+            for row, total in zip(rows, totals):
+                e.store(at_out, total, row * 4 * ROWS)
         return context.get_dummy_value()
 
     return types.void(kind, block, isa, *[types.int64] * 5), code

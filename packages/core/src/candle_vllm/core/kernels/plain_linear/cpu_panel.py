@@ -103,7 +103,7 @@ def emit_sums(
         write: write(tile, row, sums) is called for each, 16 sums of a row.
         begin: begin(tile, row) gives the sums of the steps before; None is nothing.
     """
-    wide = bool(isa & (Isa.VNNI | Isa.BF16))  # both are of AVX-512, which has 32 long registers
+    wide = isa.wide
     together = (range(len(tiles)),) if wide else [(tile,) for tile in range(len(tiles))]
     rows = height if wide else min(height, 4)
     for picked in together:

@@ -114,7 +114,7 @@ def _widen(_: Any, kind: Any, codes: Any, step: Any, out: Any, turns: Any) -> An
 
 def _x_bytes(isa: Isa) -> int:
     """Bytes of an activation that a few rows meet: bfloat16 where the CPU multiplies it, else floats."""
-    return 2 if isa & Isa.BF16 else 4
+    return 2 if isa.bf16 else 4
 
 
 @intrinsic
@@ -139,7 +139,7 @@ def _spread(_: Any, x: Any, out: Any, vectors: Any) -> Any:
 
 def _add_step(e: Emitter, isa: Isa, total: Any, x: Any, height: int, floats: tuple[Any, Any]) -> Any:
     """16 sums and a step more of a row at x, in a panel of `height` rows. The bits are those of `dot_bf16`."""
-    if isa & Isa.BF16:
+    if isa.bf16:
         return e.dot_bf16(total, e.splat(e.load(x, I32)), _joined(e, *floats), isa)
     for at, weights in enumerate(floats):
         total = e.fma(e.splat(e.load(x, F32, 4 * height * at)), weights, total)

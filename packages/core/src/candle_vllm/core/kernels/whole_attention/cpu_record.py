@@ -53,7 +53,7 @@ def lay_out_operation() -> int:
 
 def attend_whole_operation(isa: Isa) -> int:
     """Address of the compiled operation."""
-    return operation("whole_attention.cpu:make_attend_whole", isa & (Isa.VNNI | Isa.BF16))
+    return operation("whole_attention.cpu:make_attend_whole", isa)
 
 
 def record_whole_attention(recorder: Recorder, qkv: tuple[int, int], heads: int, head_dim: int, out: Buffer) -> None:

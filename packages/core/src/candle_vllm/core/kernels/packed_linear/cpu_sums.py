@@ -1,0 +1,250 @@
+"""The sums of a group of packed weights, in the instructions of each level: codes times activations, all of them exact.
+
+- VNNI, AVX-VNNI: four products of an unsigned and a signed byte are added to 32 bits by one instruction.
+- AVX2, AVX-512: pairs of products are added up in 16 bits (vpmaddubsw), which saturate. A code has at most 6 bits, or
+  is taken as a signed number's size, at most 128, times the activation with that number's sign; the activation is at
+  most 127. As many quads are added in 16 bits as stay below 2^15 whatever the numbers are, and then widened.
+- NEON: products of signed bytes in 16 bits (smull), summed as far as that holds; DOTPROD: four of them to 32 bits, with
+  one activation for all rows of the tile (sdot by element); I8MM: two rows of weights times two of activations (smmla),
+  for which a panel has the rows of activations in pairs, eight bytes in turns.
+
+A code of eight bits is signed for all of these: its zero is subtracted, and sums begin at 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+
+from candle_vllm.core.kernels.cpu_runtime.emit import I8, I16, I32, I64, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
+from candle_vllm.core.kernels.packed_linear.grids import GridLayout, numbers
+from candle_vllm.core.kernels.packed_linear.layout import GROUP, AnyLayout
+
+_ACTIVATION = 127  # the largest, either way
+_UNSIGNED = Isa.VNNI | Isa.AVX_VNNI
+
+
+def largest_code(layout: AnyLayout) -> int:
+    """The largest size of a code's number; above 63 it is a signed one."""
+    if isinstance(layout, GridLayout):
+        return 128 if layout.name.startswith("IQ1") else int(np.abs(numbers(layout.name)).max())
+    if layout.values is not None:
+        return max(map(abs, layout.values))
+    return 128 if layout.bits == 8 else max(2, (1 << layout.bits) - 1)  # digits, and the codes of one bit, are up to 2
+
+
+def takes_signed(isa: Isa, layout: AnyLayout) -> bool:
+    """Whether codes are multiplied as signed numbers, less their zero."""
+    if isa & _UNSIGNED or not isa & (Isa.AVX2 | Isa.AVX512 | Isa.NEON):
+        return False
+    return isinstance(layout, GridLayout) or layout.values is not None or layout.bits == 8
+
+
+def rows_at_once(isa: Isa) -> int:
+    """Rows of activations whose sums, 16 numbers each, stay in registers."""
+    return 8 if isa.wide else 4
+
+
+def in_pairs(isa: Isa, block: int) -> bool:
+    """Whether a panel has its rows in pairs."""
+    return bool(isa & Isa.I8MM) and block > 1
+
+
+class Inputs:
+    """A group's record in a panel of activations.
+
+    Args:
+        e, isa: of the code.
+        block: rows of the panel.
+        record: where the record begins.
+    """
+
+    def __init__(self, e: Emitter, isa: Isa, block: int, record: Any) -> None:
+        self.e, self.isa, self.block, self.record = e, isa, block, record
+        self._loaded: dict[tuple[int, int], Any] = {}
+
+    def number(self, row: int, index: int, kind: ir.Type) -> Any:
+        """One of the numbers behind the bytes: of index 0 the scale, then what is kept of sums; in every lane."""
+        return self.e.splat(self.e.load(self.record, kind, self._place(row, index)))
+
+    def quad(self, row: int, quad: int) -> Any:
+        """Four neighbouring activations in every lane, <16 x i32>."""
+        e = self.e
+        if not self.isa & Isa.NEON:
+            return e.splat(e.load(self.record, I32, GROUP * row + 4 * quad))
+        # One load for four quads: an instruction by element takes one of them.
+        four = self._once(row, quad // 4, vector(I32, 4), GROUP * row + 16 * (quad // 4))
+        return e.b.shuffle_vector(four, four, ir.Constant(vector(I32), [ir.Constant(I32, quad % 4)] * LANES))
+
+    def pair(self, pair: int, step: int) -> Any:
+        """Eight neighbouring activations of each of two rows, <16 x i8>."""
+        return self._once(pair, step, vector(I8, 16), 2 * GROUP * pair + 16 * step)
+
+    def begins(self, row: int, index: int, *, of_pair: bool = False) -> Any:
+        """`number` as an integer; of two rows in turns, <4 x i32>."""
+        if not of_pair:
+            return self.number(row, index, I32)
+        both = self.e.splat(self.e.load(self.record, I64, self._place(row, index)), 2)
+        return self.e.b.bitcast(both, vector(I32, 4))
+
+    def _place(self, row: int, index: int) -> int:
+        return self.block * (GROUP + 4 * index) + 4 * row
+
+    def _once(self, row: int, part: int, kind: ir.Type, offset: int) -> Any:
+        if (row, part) not in self._loaded:
+            self._loaded[row, part] = self.e.load(self.record, kind, offset)
+        return self._loaded[row, part]
+
+
+def emit_sums(
+    inputs: Inputs,
+    layout: AnyLayout,
+    codes: Callable[[int], Any],
+    quads: Sequence[int],
+    rows: Sequence[int],
+    begin: int,
+) -> list[Any]:
+    """Sums of codes times activations, <16 x i32> for each row.
+
+    Args:
+        inputs: the group's activations.
+        layout: of the codes.
+        codes: codes(quad) emits them, <16 x i32>, signed where `takes_signed` says so.
+        quads: which are summed.
+        rows: of which rows of the panel.
+        begin: the index of `Inputs.begins` at which sums begin; 0 for nothing.
+    """
+    e, isa = inputs.e, inputs.isa
+    if in_pairs(isa, inputs.block):
+        return _by_matrices(inputs, codes, quads, rows, begin)
+    totals = [inputs.begins(row, begin) if begin else e.zeros(I32) for row in rows]
+    if isa & (_UNSIGNED | Isa.DOTPROD) or not isa & (Isa.AVX2 | Isa.AVX512 | Isa.NEON):
+        for quad in quads:
+            code = codes(quad)
+            totals = [_dot(e, isa, total, code, inputs.quad(row, quad)) for row, total in zip(rows, totals)]
+        return totals
+    largest, signed = largest_code(layout), takes_signed(isa, layout)
+    room = _room(isa, largest)
+    for first in range(0, len(quads), room):
+        narrow: list[list[Any]] = [[] for _ in rows]
+        for quad in quads[first : first + room]:
+            code = codes(quad)
+            for at, row in enumerate(rows):
+                products = _products(e, isa, code, inputs.quad(row, quad), signed=signed)
+                narrow[at] = [e.b.add(*both) for both in zip(narrow[at], products)] if narrow[at] else products
+        totals = [e.b.add(total, _widened(e, isa, parts)) for total, parts in zip(totals, narrow)]
+    return totals
+
+
+def emit_activation_sums(e: Emitter, isa: Isa, x: Any) -> Any:
+    """Sums of each four neighbours of <64 x i8>, <16 x i32>."""
+    words, ones = e.b.bitcast(x, vector(I32)), e.constant(I32, 0x01010101)
+    if isa & (_UNSIGNED | Isa.DOTPROD) or not isa & (Isa.AVX2 | Isa.AVX512 | Isa.NEON):
+        return _dot(e, isa, e.zeros(I32), ones, words)
+    return _widened(e, isa, _products(e, isa, ones, words, signed=False))
+
+
+# ---- by fours --------------------------------------------------------------------------------------------------------
+
+
+def _dot(e: Emitter, isa: Isa, total: Any, code: Any, x: Any) -> Any:
+    """total[lane] += the four products of the lane's codes and activations."""
+    if isa & Isa.VNNI:
+        return e.in_parts("llvm.x86.avx512.vpdpbusd.512", 1, total, (code, I8), (x, I8))
+    if isa & Isa.AVX_VNNI:
+        return e.in_parts("llvm.x86.avx512.vpdpbusd.256", 2, total, (code, I8), (x, I8))
+    if isa & Isa.DOTPROD:
+        return e.in_parts("llvm.aarch64.neon.sdot.v4i32.v16i8", 4, total, (code, I8), (x, I8))
+    # Even and odd bytes as 16-bit numbers; the sums of two products each are what pmaddwd and its like compute.
+    pairs, eight = vector(I16, 2 * LANES), e.constant(I16, 8, 2 * LANES)
+    u, s = e.b.bitcast(code, pairs), e.b.bitcast(x, pairs)
+    even = (e.b.and_(u, e.constant(I16, 255, 2 * LANES)), e.b.ashr(e.b.shl(s, eight), eight))
+    odd = (e.b.lshr(u, eight), e.b.ashr(s, eight))
+    for one, other in (even, odd):
+        products = e.b.mul(*(e.b.sext(value, vector(I32, 2 * LANES)) for value in (one, other)))
+        for start in (0, 1):
+            picked = ir.Constant(vector(I32), [ir.Constant(I32, 2 * lane + start) for lane in range(LANES)])
+            total = e.b.add(total, e.b.shuffle_vector(products, products, picked))
+    return total
+
+
+# ---- in 16 bits ------------------------------------------------------------------------------------------------------
+
+
+def _room(isa: Isa, largest: int) -> int:
+    """Quads that may be summed in 16 bits: a number there is two products for each with x86, one with NEON."""
+    products = 1 if isa & Isa.NEON else 2
+    return ((1 << 15) - 1) // (products * largest * _ACTIVATION)
+
+
+def _products(e: Emitter, isa: Isa, code: Any, x: Any, *, signed: bool) -> list[Any]:
+    """The products of codes and activations in numbers of 16 bits, vector by vector."""
+    if isa & Isa.NEON:
+        found = []
+        for u, s in zip(e.parts(code, 4, I8), e.parts(x, 4, I8)):
+            for both in zip(e.parts(u, 2, I8), e.parts(s, 2, I8)):
+                found.append(e.call("llvm.aarch64.neon.smull.v8i16", vector(I16, 8), list(both)))
+        return found
+    count, name = (1, "llvm.x86.avx512.pmaddubs.w.512") if isa.wide else (2, "llvm.x86.avx2.pmadd.ub.sw")
+    found = []
+    for u, s in zip(e.parts(code, count, I8), e.parts(x, count, I8)):
+        size = u
+        if signed:
+            size = e.call(f"llvm.abs.v{u.type.count}i8", u.type, [u, ir.Constant(ir.IntType(1), 0)])
+            if isa.wide:
+                zero = e.zeros(I8, u.type.count)
+                s = e.b.select(e.b.icmp_signed("<", u, zero), e.b.sub(zero, s), s)
+            else:
+                s = e.call("llvm.x86.avx2.psign.b", s.type, [s, u])
+        found.append(e.call(name, vector(I16, u.type.count // 2), [size, s]))
+    return found
+
+
+def _widened(e: Emitter, isa: Isa, parts: list[Any]) -> Any:
+    """The sums of each lane's products, <16 x i32>."""
+    if isa & Isa.NEON:
+        twos = [e.call("llvm.aarch64.neon.saddlp.v4i32.v8i16", vector(I32, 4), [part]) for part in parts]
+        pairs = zip(twos[::2], twos[1::2])
+        return e.whole([e.call("llvm.aarch64.neon.addp.v4i32", vector(I32, 4), list(pair)) for pair in pairs])
+    name = "llvm.x86.avx512.pmaddw.d.512" if isa.wide else "llvm.x86.avx2.pmadd.wd"
+    found = []
+    for part in parts:
+        count = part.type.count
+        found.append(e.call(name, vector(I32, count // 2), [part, e.constant(I16, 1, count)]))
+    return e.whole(found)
+
+
+# ---- as matrices -----------------------------------------------------------------------------------------------------
+
+
+def _by_matrices(
+    inputs: Inputs, codes: Callable[[int], Any], quads: Sequence[int], rows: Sequence[int], begin: int
+) -> list[Any]:
+    """`emit_sums` with products of 2 x 8 by 8 x 2 numbers: two lanes by two rows, whose sums lie side by side."""
+    e, name = inputs.e, "llvm.aarch64.neon.smmla.v4i32.v16i8"
+    pairs = range(rows[0] // 2, (rows[-1] + 2) // 2)
+    found: dict[int, list[Any]] = {row: [] for row in rows}
+    words = [e.parts(codes(quad), 4) for quad in quads]
+    for part in range(4):
+        totals = {
+            (pair, half): inputs.begins(2 * pair, begin, of_pair=True) if begin else e.zeros(I32, 4)
+            for pair in pairs
+            for half in (0, 1)
+        }
+        for at in range(0, len(quads), 2):
+            low, high = words[at][part], words[at + 1][part]
+            for half in (0, 1):  # lanes 2 half and 2 half + 1, eight numbers of each
+                order = [ir.Constant(I32, 2 * half + lane // 2 + 4 * (lane % 2)) for lane in range(4)]
+                two = e.b.bitcast(e.b.shuffle_vector(low, high, ir.Constant(vector(I32, 4), order)), vector(I8, 16))
+                for pair in pairs:
+                    x = inputs.pair(pair, quads[at] // 2)
+                    totals[pair, half] = e.call(name, vector(I32, 4), [totals[pair, half], two, x])
+        for pair in pairs:
+            for side in (0, 1):
+                order = ir.Constant(vector(I32, 4), [ir.Constant(I32, 2 * lane + side) for lane in range(4)])
+                found[2 * pair + side].append(e.b.shuffle_vector(totals[pair, 0], totals[pair, 1], order))
+    return [e.whole(parts) for parts in found.values()]

@@ -1,0 +1,142 @@
+"""Kernels made for other processors, run by QEMU: they have the bits that they have here, and no newer instruction.
+
+An emulated processor knows the instructions of its level and ends at any other.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("numba")
+
+from emulated import Emulated, emulator
+from linear_field import error, multiply_in_field, same_bits
+from test_packed_linear import activations, packed
+
+from candle_vllm.core.kernels.cpu_runtime import machine_code
+from candle_vllm.core.kernels.cpu_runtime.compiler import compile_function
+from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, host_isa, host_level, links_here
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
+from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.kernels.packed_linear import PackedKind, PackedMatrix
+from candle_vllm.core.kernels.packed_linear import cpu as packed_cpu
+from candle_vllm.core.kernels.packed_linear import layout as packed_layout
+from candle_vllm.core.kernels.plain_linear import PlainKind
+from candle_vllm.core.kernels.plain_linear import cpu as plain_cpu
+from candle_vllm.core.kernels.plain_linear import layout as plain_layout
+from candle_vllm.core.kernels.plain_linear import pack as pack_plain
+
+LEVEL = {level.name: level for level in LEVELS}
+CPUS = {
+    "avx2": "Haswell",
+    "neon": "cortex-a72",
+    "neon-dotprod": "neoverse-n1",
+    "neon-bf16": "max",
+}
+"""What QEMU calls a processor of a level that has nothing beyond it; of the last one it has no model but its own."""
+COLUMNS, OUTPUTS = 256, 37
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="QEMU runs programs of Linux there alone")
+
+
+def started(name: str) -> Emulated:
+    level = LEVEL[name]
+    if emulator(level) is None:
+        pytest.skip(f"no qemu-{level.machine}: Debian's package is qemu-user")
+    return Emulated(level, CPUS[name])
+
+
+@pytest.fixture(scope="module", params=list(CPUS))
+def processor(request: pytest.FixtureRequest) -> Iterator[Emulated]:
+    found = started(request.param)
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def team() -> Iterator[ThreadTeam]:
+    found = ThreadTeam(1)
+    yield found
+    found.close()
+
+
+def multiply(processor: Emulated, function: int, matrix: Any, layout: Any, rows: int, **inputs: Any) -> np.ndarray:
+    """The linear operation on the emulated processor: float32 [T, N]."""
+    out = processor.array(np.full((rows + 1, matrix.rows), np.nan, np.float32))
+    numbers = processor.array(np.full(StepNumber.COUNT, rows, np.int64))
+    given = {name: processor.place(x) if isinstance(x, np.ndarray) else x for name, x in inputs.items()}
+    arguments = layout.linear_arguments(matrix, out=processor.place(out), out_stride=matrix.rows, **given)
+    arguments = arguments._replace(weights=processor.place(processor.array(matrix.data)))
+    row = processor.array(np.array(plan_row(function, processor.place(numbers), arguments), np.int64))
+    processor.call(function, processor.place(row), 0, 1)
+    assert np.isnan(out[rows]).all()
+    return out[:rows].copy()
+
+
+def check_packed(processor: Emulated, team: ThreadTeam, kind: PackedKind) -> None:
+    matrix: PackedMatrix = packed(kind, OUTPUTS, COLUMNS)
+    function = processor.load(packed_cpu.make_linear(int(kind), int(processor.level.isa)))
+    for rows in (1, 3, 11):
+        inputs = dict(zip(("x", "scales", "sums"), (part[:rows].copy() for part in activations(11, COLUMNS))))
+        places = {name: address_of(part) for name, part in inputs.items()}
+        wanted = multiply_in_field(team, packed_layout, matrix, rows, host_isa(), None, None, **places)
+        given = {name: processor.array(part) for name, part in inputs.items()}
+        assert same_bits(multiply(processor, function, matrix, packed_layout, rows, **given), wanted)
+
+
+def test_products_have_the_same_bits(processor: Emulated, team: ThreadTeam) -> None:
+    check_packed(processor, team, PackedKind.Q4_1)
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize("kind", [kind for kind in PackedKind if kind.name != "Q4_1"], ids=lambda kind: kind.name)
+def test_products_of_every_type_have_the_same_bits(processor: Emulated, team: ThreadTeam, kind: PackedKind) -> None:
+    check_packed(processor, team, kind)
+
+
+@pytest.mark.parametrize("name", ["neon-bf16", pytest.param("neon", marks=pytest.mark.every_case)])
+def test_plain_products_do_not_depend_on_the_rows_beside(name: str) -> None:
+    processor, random = started(name), np.random.default_rng(3)
+    weights = random.standard_normal((OUTPUTS, COLUMNS)).astype(np.float32).view(np.uint32) & 0xFFFF0000
+    x = random.standard_normal((11, COLUMNS)).astype(np.float32).view(np.uint32) & 0xFFFF0000
+    matrix = pack_plain((weights >> 16).astype(np.uint16).reshape(-1).view(np.uint8), "BF16", OUTPUTS, COLUMNS)
+    function = processor.load(plain_cpu.make_linear(int(PlainKind.BF16), int(processor.level.isa)))
+    inputs = processor.array((x >> 16).astype(np.uint16))
+    whole = multiply(processor, function, matrix, plain_layout, 11, x=inputs, x_bytes=2 * COLUMNS)
+    exact = x.view(np.float32).astype(np.float64) @ weights.view(np.float32).astype(np.float64).T
+    assert error(whole, exact) < 1e-5
+    for row in (0, 10):
+        alone = multiply(processor, function, matrix, plain_layout, 1, x=inputs[row : row + 1], x_bytes=2 * COLUMNS)
+        assert same_bits(alone, whole[row : row + 1])
+    processor.close()
+
+
+@pytest.mark.every_case
+def test_a_processor_ends_at_an_instruction_that_it_has_not() -> None:
+    processor = started("neon")
+    function = processor.load(packed_cpu.make_linear(int(PackedKind.Q4_1), int(LEVEL["neon"].isa)))
+    processor.level = LEVEL["neon-dotprod"]
+    newer = processor.load(packed_cpu.make_linear(int(PackedKind.Q4_1), int(LEVEL["neon-dotprod"].isa)))
+    given = {name: processor.array(x) for name, x in zip(("x", "scales", "sums"), activations(11, COLUMNS))}
+    multiply(processor, function, packed(PackedKind.Q4_1, OUTPUTS, COLUMNS), packed_layout, 1, **given)
+    with pytest.raises(RuntimeError, match="status -4"):  # SIGILL
+        multiply(processor, newer, packed(PackedKind.Q4_1, OUTPUTS, COLUMNS), packed_layout, 1, **given)
+    processor.close()
+
+
+@pytest.mark.skipif(not links_here(), reason="elsewhere LLVM links")
+def test_code_of_arm64_is_loaded_from_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of ARM64, with code of this machine."""
+    monkeypatch.setattr(machine_code, "machine", lambda: "aarch64")
+    function = packed_cpu.make_linear(int(PackedKind.Q4_1), int(host_isa()))
+    address = machine_code.load(machine_code.link(compile_function(function, host_level())))
+    found = [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:kernel" in line]
+    bounds = [[int(end, 16) for end in line.split()[0].split("-")] for line in found]
+    assert any(first <= address < last for first, last in bounds)
+    assert all("r-xp" in line for line in found)
