@@ -83,7 +83,7 @@ def gguf_tensors(
     """
     found: defaultdict[str, list[_Piece]] = defaultdict(list)
     for stored_line, line in beside_gguf(table, config):
-        name = stored_line.find(checkpoint.tensors) if stored_line.names and has_place(line.target) else None
+        name = stored_line.find(checkpoint.tensors) if stored_line.names and has_place(stored_line.target) else None
         if name is None:
             continue
         if not line.names:
