@@ -24,7 +24,7 @@ from chaos.samples import CLIENT_KEYS, OPERATOR_KEY, cheap, generations, wrong
 from chaos.siege import MODELS, Scale, Siege, ask, operator
 from live_server import ServerProcess
 from prometheus_client.parser import text_string_to_metric_families
-from waiting import wait_for
+from waiting import until, wait_for
 
 from candle_vllm.server.settings.derived import demo_model
 
@@ -39,6 +39,7 @@ LIMITS = Limits(sequences=32, sequences_per_key=16, waiting=64)
 SETTLING = 60.0  # seconds
 RUN = 1500.0  # seconds that everything may take
 MOST_GROWTH = 128 << 20  # bytes of the server's memory from one wave to the next
+COMPILING = 300.0  # seconds for kernels that nothing waits for; others go first
 COMING_BACK = 100.0  # seconds from a kill until every model is ready; a busy machine is slow to import torch
 
 
@@ -73,6 +74,11 @@ class ChaosServer(ServerProcess):
     def engines(self) -> list[int]:
         """The engines' processes: the server's children that live."""
         return [pid for pid, parent, state in _processes() if parent == self.pid and state != "Z"]
+
+    def compiles(self) -> bool:
+        """Whether a process of its own still compiles kernels for later, as after a first start."""
+        commands = [Path(f"/proc/{pid}/cmdline") for pid in self.engines()]
+        return any(b"cpu_runtime.travelling" in path.read_bytes() for path in commands if path.exists())
 
     def memory(self) -> int:
         """Bytes of its memory that belong to it alone."""
@@ -162,6 +168,7 @@ async def loaded_anew(server: ChaosServer, client: httpx.AsyncClient) -> int:
     for model in reversed(MODELS):
         await ask(server.port, sample, model, CLIENT_KEYS[0])
     await settle(client)
+    await until(lambda: not server.compiles(), COMPILING)
     return server.memory()
 
 
