@@ -142,3 +142,19 @@ def test_a_small_model_sees_the_same_through_every_api(tmp_path: Path, start: Ca
     images = answers.pop("ask_ollama")
     assert {tokens for _, tokens in answers.values()} == {len(expected.prompt_token_ids)} == {images[1]}
     assert len({text for text, _ in answers.values()}) == 1
+
+
+def test_an_answer_to_images_has_no_context_that_would_lack_them(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine("A picture.", sees=True))
+    with ollama.Client(host=running.url, trust_env=False, timeout=60) as client:
+        assert client.generate("m", "What?", images=[DATA]).context is None
+        assert client.generate("m", "What?").context
+
+
+def test_images_are_not_lost_where_there_is_no_template(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine("A picture.", has_chat_template=False))
+    with (
+        ollama.Client(host=running.url, trust_env=False, timeout=60) as client,
+        pytest.raises(ollama.ResponseError, match="images: the model has no chat template"),
+    ):
+        client.generate("m", "What?", images=[DATA])

@@ -100,9 +100,9 @@ class OllamaAdapter:
             answer = await self._raw(request)
         else:
             answer = await self._bounded(self._prompt_task, request)
-        return LineStream(
-            answer, LineWriter(times, chat=False, context=None if request.raw or request.suffix else answer.prompt)
-        )
+        # Marks without their images would be all that the next request saw of them.
+        goes_on = not (request.raw or request.suffix or request.images)
+        return LineStream(answer, LineWriter(times, chat=False, context=answer.prompt if goes_on else None))
 
     async def _raw(self, request: GenerateRequest) -> AnswerStream:
         task = _raw_task(request, self._defaults)
@@ -274,6 +274,9 @@ def _unbound(task: Task) -> Task:
 
 
 def _raw_task(request: GenerateRequest, defaults: Mapping[str, Any]) -> Task:
+    if request.images:
+        said = "images: the model has no chat template, which would say where they stand"
+        raise UnsupportedParameterError(said, "images")
     prompt = request.prompt or ""
     text = prompt if request.raw or not request.system else f"{request.system}\n{prompt}"
     return Task(
