@@ -33,12 +33,14 @@ from candle_vllm.core.errors import (
     UnsupportedModelError,
     WeightsError,
 )
-from candle_vllm.core.fields import read_json
+from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.models.siglip import FAMILY
 from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.testing.toy_model import write_toy_gguf
 from candle_vllm.core.testing.toy_sight import toy_sight_config, write_toy_sight
+from candle_vllm.core.vision.preprocessing import tile_rule
+from candle_vllm.core.vision.prompts import Sight, Sighted
 
 RANDOM = np.random.default_rng(3)
 PICTURES = [RANDOM.integers(0, 256, size, dtype=np.uint8) for size in ((40, 70, 3), (32, 32, 3), (9, 100, 3))]
@@ -240,7 +242,9 @@ def test_a_tower_that_does_not_fit_is_named(folder: Path, tmp_path: Path) -> Non
         InferenceEngine(made)
 
 
-def write_towers(folder: Path, made: Path, *, swapped: bool = False, kind: str = "idefics3") -> dict[str, Any]:
+def write_towers(
+    folder: Path, made: Path, *, swapped: bool = False, kind: str = "idefics3", mean: Any = (0.5,) * 3
+) -> dict[str, Any]:
     """The checkpoint as llama.cpp has it: settings that name its text model's file and that of its tower."""
     config, tensors = read_json(folder / "config.json"), load_file(folder / "model.safetensors")
     described = config["vision_config"]
@@ -258,8 +262,8 @@ def write_towers(folder: Path, made: Path, *, swapped: bool = False, kind: str =
     }.items():  # fmt: skip
         writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
     writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-6)
-    for name in ("mean", "std"):
-        writer.add_array(f"clip.vision.image_{name}", [0.5, 0.5, 0.5])
+    writer.add_array("clip.vision.image_mean", mean)
+    writer.add_array("clip.vision.image_std", [0.5, 0.5, 0.5])
     table = {line.hf: line.gguf for line in FAMILY.weights}
     for name, tensor in tensors.items():
         plain = name.removeprefix("model.")
@@ -296,6 +300,20 @@ def test_wrong_files_beside_a_model_are_named(folder: Path, tmp_path: Path) -> N
         InferenceEngine(right["model"], mmproj=other["mmproj"])
 
 
+@pytest.mark.parametrize("values", [["a", "b", "c"], [[0.5], [0.5]]])
+def test_wrong_numbers_of_pixels_are_named(values: list[Any], folder: Path, tmp_path: Path) -> None:
+    made = write_towers(folder, tmp_path / "gguf", mean=values)
+    with pytest.raises(InvalidFileError, match="image_mean is "):
+        InferenceEngine(**made)
+
+
+def test_a_tower_computes_as_its_text_model_does(tmp_path: Path) -> None:
+    with InferenceEngine(write_toy_sight(tmp_path, toy_sight_config(head_dim=12))) as engine:  # has no kernel
+        first = answers(engine, [PROMPT])
+        other = {**PROMPT, "multi_modal_data": {"image": PICTURES[1:]}}
+        assert answers(engine, [other]) != first
+
+
 def test_texts_alone_may_be_asked_for(folder: Path) -> None:
     with InferenceEngine(folder, max_images=0) as engine:
         assert engine.model_info.modalities == ("text",)
@@ -313,3 +331,11 @@ def test_what_does_not_fit_is_refused_before_the_rest_is_decoded(folder: Path) -
         prompt = {"prompt": "<image>" * 3, "multi_modal_data": {"image": [PICTURES[0], PICTURES[0], b"none"]}}
         with pytest.raises(PromptTooLongError, match=r"with it the prompt has \d+ tokens and more; the context is 128"):
             engine.generate(prompt, GREEDY, use_tqdm=False)
+
+
+def test_what_stands_for_a_picture_is_not_written_down_where_it_does_not_fit() -> None:
+    said = {"size": {"longest_edge": 4096}, "max_image_size": {"longest_edge": 1}}
+    parts = Sighted(family="siglip", rule=tile_rule(Fields(said, Path("p.json"))), mark=1, embeddings=1)
+    sight = Sight(parts, words=lambda cut: pytest.fail(f"words for {cut.tiles} tiles"))
+    with pytest.raises(PromptTooLongError, match="with it the prompt has 16777217 tokens and more; the context is 128"):
+        sight.look([1], [PICTURES[1]], most_tokens=128)

@@ -69,6 +69,8 @@ def test_patches_of_a_cell_stand_behind_each_other() -> None:
         (CONFIGS[0] | {"image_std": [1, 0, 1]}, UnsupportedModelError, "image_std has a 0"),
         (CONFIGS[0] | {"image_mean": [1]}, UnsupportedModelError, "image_mean has 1 numbers"),
         (CONFIGS[0] | {"image_mean": ["x"] * 3}, InvalidFileError, "image_mean is 'x'"),
+        (CONFIGS[0] | {"image_std": [1e-300] * 3}, InvalidFileError, "pixels are infinite"),
+        (CONFIGS[0] | {"rescale_factor": 1e300}, InvalidFileError, "pixels are infinite"),
     ],
 )
 def test_wrong_files_are_named(config: dict[str, Any], kind: type[Exception], message: str) -> None:

@@ -174,7 +174,7 @@ def load_model(
                 from candle_vllm.core.assembly.cache_scales import give_cache_scales
 
                 give_cache_scales(decoder, opened.cache_scales, model.config, placement)
-        tower = load_tower(config, device, opened, model.tokenizer, model.config.hidden_size)
+        tower = load_tower(config, device, opened, model.tokenizer, model.config.hidden_size, placement)
     said = {field.name: getattr(model, field.name) for field in dataclasses.fields(Loaded)}
     seconds = time.perf_counter() - started
     logger.info("loaded %s: %.1f MB in %.2f s", files.name, model.weight_bytes / 1e6, seconds)

@@ -54,9 +54,16 @@ class LoadedTower:
 
 
 def load_tower(
-    config: EngineConfig, device: Device, opened: Opened, tokenizer: Tokenizer, text_size: int
+    config: EngineConfig, device: Device, opened: Opened, tokenizer: Tokenizer, text_size: int, text: Placement
 ) -> LoadedTower | None:
     """The tower of a model that has one; None of any other.
+
+    Args:
+        config, device: the engine's.
+        opened: the model's files.
+        tokenizer: its own.
+        text_size: the width of its text model.
+        text: how that computes: a tower is recorded only beside recorded steps, whose threads it has.
 
     Raises:
         ConfigError: Pillow is not installed.
@@ -78,7 +85,7 @@ def load_tower(
             logger.warning("%s: %s, and the model reads text alone", opened.files.name, said)
             return None
         require_pillow()
-        return _loaded(config, device, opened.files.name, tokenizer, *found)
+        return _loaded(config, text, opened.files.name, tokenizer, *found)
 
 
 def _from_folder(opened: Opened, text_size: int) -> _Found | None:
@@ -100,7 +107,7 @@ def _from_gguf(stored: Checkpoint, text_size: int) -> _Found:
 
 def _loaded(
     config: EngineConfig,
-    device: Device,
+    text: Placement,
     name: str,
     tokenizer: Tokenizer,
     family: TowerFamily,
@@ -109,7 +116,7 @@ def _loaded(
     described: Path,
 ) -> LoadedTower:
     started = time.perf_counter()
-    placement = encoder_placement(config, device, stored)
+    placement = encoder_placement(config, text.device, stored) if text.recorded else text
     with naming(described, stored.path):
         check_weights(lambda: family.build(model, SHAPES), family.weights, stored, model)
         with room_for_weights(f"the tower of {name}", placement, stored):

@@ -75,11 +75,11 @@ def config_from_gguf(fields: Fields, text_size: int) -> TowerConfig:
     cell, side = fields.count("projector.scale_factor", 4, most=64), tile // patch
     if not 0 < side * side <= _MOST_PATCHES or tile != side * patch or side % cell:
         raise InvalidFileError(f"{fields.path}: tiles of {tile} pixels, patches of {patch}, {cell} x {cell} in a cell")
-    numbers = {key: fields.get(f"image_{key}", list, [0.5] * 3) for key in ("mean", "std")}
+    numbers = {f"image_{key}": fields.get(f"image_{key}", list, [0.5] * 3) for key in ("mean", "std")}
     processor = {
         "size": {"longest_edge": fields.count("preproc_image_size", 4 * tile)},
         "max_image_size": {"longest_edge": tile},
-        **{f"image_{key}": [float(value) for value in values] for key, values in numbers.items()},
+        **numbers,
     }
     return TowerConfig(
         hidden_size=fields.count("embedding_length"),

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.errors import UnsupportedModelError
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.vision.pictures import Picture
 
@@ -173,7 +173,13 @@ def _normalisation(fields: Fields) -> Normalisation:
         mean, std = _three(fields, "image_mean"), _three(fields, "image_std")
     if not all(std):
         raise UnsupportedModelError(f"{fields.path}: image_std has a 0")
-    return Normalisation(scale, mean, std)
+    made = Normalisation(scale, mean, std)
+    with np.errstate(all="ignore"):  # numbers may be too large or too small for fp32
+        if not np.isfinite(made.table).all():
+            raise InvalidFileError(
+                f"{fields.path}: with its image_mean, image_std and rescale_factor pixels are infinite"
+            )
+    return made
 
 
 def _three(fields: Fields, key: str) -> tuple[float, ...]:

@@ -88,11 +88,13 @@ class Sight:
             image, name = next(left)
             with self.one_at_a_time:
                 picture = picture_of(image, self.limits, name)
-                expanded += self.words(self.parts.rule.cut(picture.height, picture.width))
-                if most_tokens is not None and len(expanded) >= most_tokens:
-                    said = (
-                        f"{name}: with it the prompt has {len(expanded)} tokens and more; the context is {most_tokens}"
-                    )
+                cut = self.parts.rule.cut(picture.height, picture.width)
+                least = len(expanded) + cut.tiles * self.parts.embeddings
+                if most_tokens is None or least < most_tokens:  # else there is no use in writing them down
+                    expanded += self.words(cut)
+                    least = len(expanded)
+                if most_tokens is not None and least >= most_tokens:
+                    said = f"{name}: with it the prompt has {least} tokens and more; the context is {most_tokens}"
                     raise PromptTooLongError(said, name)
                 if picture.digest not in made:
                     made[picture.digest] = self._input(picture)
