@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from typing import Any
 
 import msgspec
@@ -490,3 +491,25 @@ def test_the_operators_variables_of_the_template_count_where_a_request_sets_none
     assert (asked["enable_thinking"], asked["style"]) == (True, "long")
     with pytest.raises(ConfigError, match=r"default_chat_template_kwargs: .*cannot be set here"):
         OpenAIAdapter(engine, default_chat_template_kwargs={"messages": []})
+
+
+async def test_texts_wait_for_no_images_that_are_decoded() -> None:
+    class Slow(ScriptedEngine):
+        def look(self, token_ids: Any, images: Any, names: Any = ()) -> Any:
+            assert free.wait(60)
+            return super().look(token_ids, images, names)
+
+    free, adapter = threading.Event(), OpenAIAdapter(Slow("x", sees=True))
+    gif = "data:;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAACAkQBADs="
+    seen: list[Any] = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": gif}}]}]
+    asked = [adapter.chat({"messages": seen}) for _ in range(5)]
+    counted = [adapter.tokenize({"messages": seen}) for _ in range(5)]
+    waiting = [asyncio.ensure_future(each) for each in (*asked, *counted)]
+    try:
+        await asyncio.sleep(0.2)
+        answer = await asyncio.wait_for(adapter.chat({"messages": [{"role": "user", "content": "Hi"}]}), 20)
+        assert answer.choices[0].message.content == "x"
+        assert not any(each.done() for each in waiting)
+    finally:
+        free.set()
+    await asyncio.gather(*waiting)

@@ -270,6 +270,9 @@ class OpenAIAdapter:
 
     async def _ready(self, read: Callable[[], Task]) -> _Ready:
         ready = await self._work.prepare(self._prepared, read)
+        if ready.prepared.unseen is not None:
+            seen = await self._work.look(self._preparation.look, ready.task, ready.prepared)
+            ready = ready._replace(prepared=seen)
         task, prepared = ready.task, ready.prepared
         grammars = any(tool.grammar is not None for tool in task.tools.tools)
         if prepared.params.structured_outputs is not None or task.form is not None or grammars:

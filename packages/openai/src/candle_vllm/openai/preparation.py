@@ -42,6 +42,7 @@ class PreparedChat(NamedTuple):
         text: the prompt as text.
         remarks: what the user should know of the form.
         images: those of the prompt.
+        unseen: files of images that have not been looked at, and where the request has them.
     """
 
     prompt: list[int]
@@ -50,6 +51,7 @@ class PreparedChat(NamedTuple):
     text: str
     remarks: tuple[str, ...] = ()
     images: tuple[ImageInput, ...] = ()
+    unseen: tuple[Sequence[bytes], Sequence[str]] | None = None
 
 
 class PreparedPrompts(NamedTuple):
@@ -85,26 +87,34 @@ class TaskPreparation:
         self._defaults = _checked_defaults(engine.model_info.default_sampling)
 
     def chat(self, task: Task) -> PreparedChat:
-        """Raises `RequestError`, which blames the fields of the request."""
+        """Raises `RequestError`, which blames the fields of the request. What is `unseen` then is for `look`."""
         with task.paths.blamed():
             self._check(task)
             params = sampling_params(task, self._defaults)
-            pictures, names = self._pictures(task)
+            unseen = self._unseen(task)
             text = self._render(task)
             answers, structured, thoughts = self._planned(task, text)
             # Templates write the special tokens themselves.
             prompt = self._behind(task, text, add_special_tokens=task.add_special_tokens)
-            prompt, images = self._engine.look(prompt, pictures, names) if pictures else (prompt, ())
             _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), len(prompt))
             if answers.special_tokens:
                 params = replace(params, skip_special_tokens=False)
             params = replace(params, structured_outputs=structured, thoughts=thoughts)
-            return PreparedChat(prompt, params, answers, text, images=images)
+            return PreparedChat(prompt, params, answers, text, unseen=unseen)
 
-    def _pictures(self, task: Task) -> tuple[list[bytes], list[str]]:
-        """The files of a task's images, and where the request has them."""
+    def look(self, task: Task, prepared: PreparedChat) -> PreparedChat:
+        """The same with its images. Raises `RequestError`."""
+        assert prepared.unseen is not None
+        with task.paths.blamed():
+            prompt, images = self._engine.look(prepared.prompt, *prepared.unseen)
+            _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), len(prompt))
+            return prepared._replace(prompt=prompt, images=images, unseen=None)
+
+    def _unseen(self, task: Task) -> tuple[list[bytes], list[str]] | None:
         images = images_of(task.messages)
-        if images and "image" not in self._engine.model_info.modalities:
+        if not images:
+            return None
+        if "image" not in self._engine.model_info.modalities:
             said = f"{images[0].path}: an image cannot be read: {self._engine.model_info.name} takes text only"
             raise UnsupportedParameterError(said, images[0].path)
         return [self._fetched(image) for image in images], [image.path for image in images]

@@ -95,12 +95,17 @@ class WorkerThreads:
 
     def __init__(self) -> None:
         self._prompts = ThreadPoolExecutor(4, "candle-vllm-prompt")
+        self._images = ThreadPoolExecutor(1, "candle-vllm-images")
         self._grammars = ThreadPoolExecutor(2, "candle-vllm-compile")
         self._compiling = 0
 
     async def prepare(self, function: Callable[..., T], *arguments: object) -> T:
         """Runs work on a prompt."""
         return await asyncio.get_running_loop().run_in_executor(self._prompts, function, *arguments)
+
+    async def look(self, function: Callable[..., T], *arguments: object) -> T:
+        """Runs work on images; one is decoded at a time, and texts wait for none."""
+        return await asyncio.get_running_loop().run_in_executor(self._images, function, *arguments)
 
     async def compile(self, function: Callable[..., T], *arguments: object) -> T:
         """Runs work on a grammar.

@@ -12,7 +12,7 @@ from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.engine import EngineLike
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.json_body import decode_json
-from candle_vllm.openai.preparation import TaskPreparation
+from candle_vllm.openai.preparation import PreparedChat, TaskPreparation
 from candle_vllm.openai.protocol.chat import ChatCompletionRequest
 from candle_vllm.openai.protocol.tokenizing import (
     Detokenized,
@@ -24,6 +24,7 @@ from candle_vllm.openai.protocol.tokenizing import (
 )
 from candle_vllm.openai.requests import parse_chat_request, read_chat
 from candle_vllm.openai.serving import ServedNames, WorkerThreads
+from candle_vllm.openai.task import Task
 from candle_vllm.openai.validation import parse_body
 
 _PLAIN = "a"  # a text whose tokens are whole characters
@@ -69,18 +70,28 @@ class TokenizingAdapter:
     async def tokenize(self, request: TokenizeRequest) -> Tokenized:
         """The tokens of a text or of a conversation; it may be longer than the model's context."""
         self._names.served(request.model)
-        return await self._work.prepare(self._tokenized, request)
+        if isinstance(request, TokenizeTextRequest):
+            ids = await self._work.prepare(self._text, request)
+        else:
+            task, prepared = await self._work.prepare(self._chat, request)
+            if prepared.unseen is not None:
+                prepared = await self._work.look(self._preparation.look, task, prepared)
+            ids = prepared.prompt
+        return await self._work.prepare(self._tokenized, request, ids)
 
     async def detokenize(self, request: DetokenizeRequest) -> Detokenized:
         """The text of tokens."""
         self._names.served(request.model)
         return await self._work.prepare(self._detokenized, request.tokens)
 
-    def _tokenized(self, request: TokenizeRequest) -> Tokenized:
-        if isinstance(request, TokenizeTextRequest):
-            ids = self._engine.tokenize(request.prompt, add_special_tokens=request.add_special_tokens is not False)
-        else:
-            ids = self._preparation.chat(read_chat(ChatCompletionRequest.model_validate(request.chat_fields()))).prompt
+    def _chat(self, request: TokenizeChatRequest) -> tuple[Task, PreparedChat]:
+        task = read_chat(ChatCompletionRequest.model_validate(request.chat_fields()))
+        return task, self._preparation.chat(task)
+
+    def _text(self, request: TokenizeTextRequest) -> list[int]:
+        return self._engine.tokenize(request.prompt, add_special_tokens=request.add_special_tokens is not False)
+
+    def _tokenized(self, request: TokenizeRequest, ids: Sequence[int]) -> Tokenized:
         return Tokenized(
             count=len(ids),
             max_model_len=self._engine.model_info.max_model_len,
