@@ -5,6 +5,9 @@ cache, so that nothing is in the processor's caches that would not be there in a
 work. Every figure is the best of `--rounds`.
 
     python benchmarks/cpu/attention.py [--shape smollm2|qwen2.5-0.5b|llama-8b] [--threads N] [--depths 128,1024]
+        [--cache bf16,q8_0,q4_0]
+
+With several types of `--cache` a line has the time of the first over its own, in rounds of all of them in turns.
 """
 
 from __future__ import annotations
@@ -13,13 +16,21 @@ import argparse
 import json
 import math
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable
 
 import numpy as np
 
-from candle_vllm.core.kernels.attention.cpu_cache import key_cache_shape, scratch_bytes, stretch_step, value_cache_shape
+from candle_vllm.core.kernels.attention.cpu_cache import (
+    CacheKind,
+    key_cache_shape,
+    number_bytes,
+    scratch_bytes,
+    stretch_step,
+    value_cache_shape,
+)
 from candle_vllm.core.kernels.attention.cpu_record import AttendArguments, attend_operation, merge_operation
 from candle_vllm.core.kernels.cpu_runtime.level import host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, plan_row
@@ -45,8 +56,17 @@ class Bench:
     """A plan of one model's attention, layer after layer, for `streams` sequences of `context` tokens."""
 
     def __init__(
-        self, shape: str, streams: int, context: int, new: int, team: ThreadTeam, block: int = 64, scatter: bool = False
+        self,
+        shape: str,
+        streams: int,
+        context: int,
+        new: int,
+        team: ThreadTeam,
+        block: int = 64,
+        scatter: bool = False,
+        kind: CacheKind = CacheKind.BF16,
     ) -> None:
+        self.kinds = kind, kind
         self.heads, self.kv_heads, self.dim, layers = SHAPES[shape]
         self.team, self.block, tokens = team, block, streams * new
         pages = -(-context // block)
@@ -55,8 +75,15 @@ class Bench:
         random = np.random.default_rng(0)
         at = (streams * pages, block, self.layers, self.kv_heads, self.dim)
         self.keys, self.values = (
-            small_bf16(random, math.prod(shape)).reshape(shape).swapaxes(0, 1)
-            for shape in (key_cache_shape(*at), value_cache_shape(*at))
+            (
+                small_bf16(random, math.prod(shape)).reshape(shape).swapaxes(0, 1)
+                for shape in (key_cache_shape(*at), value_cache_shape(*at))
+            )
+            if kind is CacheKind.BF16
+            else (
+                np.full(shape, 0x35, np.uint8).swapaxes(0, 1)
+                for shape in (key_cache_shape(*at, kind), value_cache_shape(*at, kind))
+            )
         )
         self.q = small_bf16(random, tokens * self.heads * self.dim)
         self.out = np.zeros((tokens, self.heads, self.dim), np.float32)
@@ -98,7 +125,7 @@ class Bench:
             heads=self.heads,
             kv_heads=self.kv_heads,
             head_dim=self.dim,
-            stretch_step=stretch_step(self.keys[layer].strides, self.dim),
+            stretch_step=stretch_step(self.keys[layer].strides, self.dim, self.kinds[0]),
             block_shift=self.block.bit_length() - 1,
             half=self.dim // 2,
             cos=address_of(self.angles),
@@ -121,7 +148,7 @@ class Bench:
             context_lens=address_of(self.contexts),
             block_tables=address_of(self.tables[layer]),
             table_stride=self.pages,
-            stretch_step=stretch_step(self.keys[layer].strides, self.dim),
+            stretch_step=stretch_step(self.keys[layer].strides, self.dim, self.kinds[0]),
             block_shift=self.block.bit_length() - 1,
             heads=self.heads,
             kv_heads=self.kv_heads,
@@ -133,15 +160,36 @@ class Bench:
         """Best time of one layer."""
         isa, words = host_isa(), []
         for layer in range(self.layers):
-            rows = [(rotate_and_write_operation(), self._write_arguments(layer))] if write else []
+            rows = [(rotate_and_write_operation(*self.kinds), self._write_arguments(layer))] if write else []
             if attend:
                 row = self._attend_arguments(layer)
-                rows += [(attend_operation(self.dim, isa), row), (merge_operation(self.dim), row)]
+                rows += [
+                    (attend_operation(self.dim, isa, *self.kinds), row),
+                    (merge_operation(self.dim, self.kinds[1]), row),
+                ]
             for address, arguments in rows:
                 words += plan_row(address, address_of(self.numbers), arguments, barrier=True)
         plan, count = np.array(words, np.int64), self.layers * (write + 2 * attend)
         self.team.run(plan, count)
         return best(lambda: self.team.run(plan, count), rounds) / self.layers
+
+    def bytes_read(self) -> float:
+        """By one layer."""
+        context = int(self.contexts.sum())
+        return 2 * context * self.kv_heads * self.dim * number_bytes(self.dim, self.kinds)
+
+
+def in_turns(benches: dict[CacheKind, Bench], rounds: int) -> dict[CacheKind, tuple[float, float]]:
+    """Best seconds of a layer of each, and the median of the first one's time over its own, in the same round."""
+    times = {kind: list[float]() for kind in benches}
+    for _ in range(rounds):
+        for kind, bench in benches.items():
+            times[kind].append(bench.seconds(1, write=False, attend=True))
+    first = next(iter(times.values()))
+    return {
+        kind: (min(own), statistics.median(one / other for one, other in zip(first, own)))
+        for kind, own in times.items()
+    }
 
 
 def best(function: Callable[[], None], rounds: int) -> float:
@@ -174,37 +222,47 @@ def main() -> None:
     parser.add_argument("--depths", default="128,1024,7000")
     parser.add_argument("--streams", default="1,32")
     parser.add_argument("--prefill", type=int, default=1024)
+    parser.add_argument("--cache", default="bf16", help="types of keys and values")
     parser.add_argument("--block", type=int, default=64, help="block size")
     parser.add_argument("--scatter", action="store_true", help="blocks in random order instead of one after the other")
     options = parser.parse_args()
     team = ThreadTeam(options.threads)
+    kinds = [CacheKind[name.upper()] for name in options.cache.split(",")]
     common = {"shape": options.shape, "threads": options.threads, "block": options.block, "scatter": options.scatter}
     report(**common, kind="numpy read", gb_per_s=round(read_speed(), 1))
     for streams in map(int, options.streams.split(",")):
         for depth in map(int, options.depths.split(",")):
-            bench = Bench(options.shape, streams, depth, 1, team, options.block, options.scatter)
-            seconds = bench.seconds(options.rounds, write=False, attend=True)
-            read = 4 * streams * depth * bench.kv_heads * bench.dim
-            report(
-                **common,
-                kind="decode",
-                streams=streams,
-                depth=depth,
-                us_per_layer=round(seconds * 1e6, 2),
-                gb_per_s=round(read / seconds / 1e9, 1),
-                write_us=round(bench.seconds(options.rounds, write=True, attend=False) * 1e6, 2),
-            )
-    bench = Bench(options.shape, 1, options.prefill, options.prefill, team, options.block, options.scatter)
-    seconds = bench.seconds(options.rounds, write=False, attend=True)
-    flop = 2 * options.prefill * (options.prefill + 1) * bench.heads * bench.dim
-    report(
-        **common,
-        kind="prefill",
-        tokens=options.prefill,
-        us_per_layer=round(seconds * 1e6, 1),
-        gflop_per_s=round(flop / seconds / 1e9),
-        write_us=round(bench.seconds(options.rounds, write=True, attend=False) * 1e6, 1),
-    )
+            more = options.block, options.scatter
+            benches = {kind: Bench(options.shape, streams, depth, 1, team, *more, kind) for kind in kinds}
+            for kind, (seconds, ratio) in in_turns(benches, options.rounds).items():
+                bench = benches[kind]
+                report(
+                    **common,
+                    kind="decode",
+                    cache=kind.name.lower(),
+                    streams=streams,
+                    depth=depth,
+                    us_per_layer=round(seconds * 1e6, 2),
+                    times_as_fast=round(ratio, 2),
+                    gb_per_s=round(bench.bytes_read() / seconds / 1e9, 1),
+                    write_us=round(bench.seconds(options.rounds, write=True, attend=False) * 1e6, 2),
+                )
+    benches = {
+        kind: Bench(options.shape, 1, options.prefill, options.prefill, team, options.block, options.scatter, kind)
+        for kind in kinds
+    }
+    for kind, (seconds, ratio) in in_turns(benches, options.rounds).items():
+        flop = 2 * options.prefill * (options.prefill + 1) * benches[kind].heads * benches[kind].dim
+        report(
+            **common,
+            kind="prefill",
+            cache=kind.name.lower(),
+            tokens=options.prefill,
+            us_per_layer=round(seconds * 1e6, 1),
+            times_as_fast=round(ratio, 2),
+            gflop_per_s=round(flop / seconds / 1e9),
+            write_us=round(benches[kind].seconds(options.rounds, write=True, attend=False) * 1e6, 1),
+        )
     team.close()
 
 

@@ -1,7 +1,7 @@
 """Perplexity of a fixed text on the fast path and on the exact path: what computing in 8 bits costs in quality.
 
     python benchmarks/cpu/perplexity.py MODEL.gguf [MODEL2.gguf ...] [--text FILE] [--tokens 20000] [--window 1024]
-        [--threads 1] [--json]
+        [--threads 1] [--json] [--cache q8_0 q4_0 q8_0,q4_0]
 
 The fast path is the engine as it comes: packed weights, activations rounded to 8 bits, keys and values to bfloat16. The
 exact path is the same file decoded to f32 and computed by torch. So the ratio shows what the engine loses, and not what
@@ -12,6 +12,9 @@ every token of it is scored but a first one that nothing stands before.
     ratio       perplexity of the fast path over that of the exact path
     +-          two standard errors of the ratio, from how the windows differ: what another text could change
     mean_diff   mean of the absolute differences of the log-probabilities, in nats
+
+With --cache both are the engine as it comes, and the fast one keeps keys and values (or keys, values) as it says:
+what the smaller cache costs. A line for each.
 
 Without --text it is the reference of the Python language that comes with Python (`pydoc_data.topics`), which differs
 from version to version: the head line says which, and names a digest of the tokens. The exit status is 1 when a ratio
@@ -41,11 +44,13 @@ from candle_vllm.core.loading.gguf import open_gguf
 EXACT: dict[str, Any] = {"enforce_eager": True}
 """Settings of the path that decodes the weights and computes in fp32."""
 
+CACHE_SETTINGS = ("key_cache_dtype", "value_cache_dtype")
+
 TEXT_SLICE = 4096
 """Characters tokenized at a time: the engine refuses texts far beyond its context."""
 
 COLUMNS = {
-    "model": "28", "type": "5", "tokens": "7d", "fast": "9.4f", "exact": "9.4f", "ratio": "8.5f", "+-": "8.5f",
+    "model": "28", "type": "9", "tokens": "7d", "fast": "9.4f", "exact": "9.4f", "ratio": "8.5f", "+-": "8.5f",
     "mean_diff": "10.5f", "fast_tok_s": "11.0f", "exact_tok_s": "12.0f",
 }  # fmt: skip
 
@@ -107,16 +112,28 @@ def main_type(model: str) -> str:
     return kinds.most_common(1)[0][0]
 
 
-def compare(model: str, text: str, count: int, window: int, threads: int | None) -> dict[str, Any]:
+def compare(
+    model: str, text: str, count: int, window: int, fast: dict[str, Any], exact: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Lines of the table: of each of `fast`, settings by name, beside the `exact` ones."""
+    exact_parts, exact_speed, _ = score(model, text, count, window, exact)
+    return [
+        compared(model, name, score(model, text, count, window, settings), exact_parts, exact_speed)
+        for name, settings in fast.items()
+    ]
+
+
+def compared(
+    model: str, name: str, found: tuple[list[NDArray], float, str], exact_parts: list[NDArray], exact_speed: float
+) -> dict[str, Any]:
     """One line of the table."""
-    fast_parts, fast_speed, digest = score(model, text, count, window, {"threads": threads})
-    exact_parts, exact_speed, _ = score(model, text, count, window, {"threads": threads} | EXACT)
+    fast_parts, fast_speed, digest = found
     fast, exact = np.concatenate(fast_parts), np.concatenate(exact_parts)
     lost = exact - fast
     error = standard_error([one - other for one, other in zip(exact_parts, fast_parts)])
     return {
         "model": Path(model).stem,
-        "type": main_type(model),
+        "type": name or main_type(model),
         "tokens": len(fast),
         "fast": math.exp(-fast.mean()),
         "exact": math.exp(-exact.mean()),
@@ -137,6 +154,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=20_000, help="of the text")
     parser.add_argument("--window", type=int, default=1024, help="tokens that are read together")
     parser.add_argument("--threads", type=int, help="of both paths; on a busy machine torch is faster with one")
+    parser.add_argument("--cache", nargs="+", default=[], help="types of keys and values, compared with bf16")
     parser.add_argument("--bar", type=float, default=0.005, help="largest distance of a ratio from 1")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args()
@@ -147,8 +165,13 @@ def main() -> int:
         print(f"{name}, windows of {options.window} tokens")
         print(" ".join(f"{column:>{form.split('.')[0].rstrip('d')}}" for column, form in COLUMNS.items()))
     above = []
-    for model in options.models:
-        row = compare(model, text, options.tokens, options.window, options.threads)
+    common = {"threads": options.threads}
+    fast = {each: common | dict(zip(CACHE_SETTINGS, 2 * each.split(","))) for each in options.cache} or {"": common}
+    exact = common if options.cache else common | EXACT
+    rows = (
+        row for model in options.models for row in compare(model, text, options.tokens, options.window, fast, exact)
+    )
+    for row in rows:
         if abs(row["ratio"] - 1) > options.bar:
             above.append(row["model"])
         if options.json:

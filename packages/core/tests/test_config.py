@@ -33,6 +33,8 @@ WRONG: dict[str, list[Any]] = {
     "max_images": [-1, 1025, "4", True, None],
     "attention_backend": [5, None, "sdpa"],
     "kv_cache_dtype": [5, None, "int8"],
+    "key_cache_dtype": [5, "int8", "q5_1"],
+    "value_cache_dtype": [5, "int8", "q5_1"],
     "cuda_graphs": ["no", 1, None],
     "max_cudagraph_capture_size": [-1, 1 << 15, "8", None, True],
     "deterministic": ["no", 1, None],

@@ -119,6 +119,12 @@ def test_it_answers(loaded: LoadedModel, memory: Memory) -> None:
         ({}, {"attention_backend": "flash_attn"}, r"attention_backend 'flash_attn' cannot serve this model"),
         ({}, {"attention_backend": "triton", "block_size": 8}, r"blocks of at least 16 tokens"),
         ({"capability": (8, 0)}, {"attention_backend": "triton", "kv_cache_dtype": "fp8"}, r"compute capability 8.9"),
+        (
+            {"capability": (8, 0)},
+            {"kv_cache_dtype": "q4_0"},
+            r"kv_cache_dtype='q4_0' is of the CPU: on a GPU set 'fp8'",
+        ),
+        ({"capability": (8, 0)}, {"key_cache_dtype": "fp8"}, r"leave key_cache_dtype out, or set kv_cache_dtype"),
         ({}, {"kv_cache_memory": MIB, "max_model_len": 100000}, "beyond the model's context"),
     ],
     ids=str,

@@ -22,12 +22,16 @@ from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.attention import reference as attention_reference
 from candle_vllm.core.kernels.attention.cpu_cache import (
+    CacheKind,
+    code_bytes,
+    key_bytes,
     key_cache_shape,
     scratch_bytes,
     stretch_step,
     supported,
     value_cache_shape,
 )
+from candle_vllm.core.kernels.attention.cpu_quantised import BIAS
 from candle_vllm.core.kernels.attention.cpu_record import LOG2E, AttendArguments, attend_operation, merge_operation
 from candle_vllm.core.kernels.attention.cpu_tiles import emit_exp2
 from candle_vllm.core.kernels.attention.rows import AttentionRows
@@ -67,6 +71,40 @@ def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((got.double() - wanted.double()).square().mean().sqrt() / wanted.double().square().mean().sqrt())
 
 
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """Rows times the Hadamard matrix of the largest power of two that divides D, in parts of that size."""
+    size = x.shape[-1] & -x.shape[-1]
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return (x.double().unflatten(-1, (-1, size)) @ (matrix / size**0.5)).flatten(-2).float()
+
+
+def decoded_keys(cache: np.ndarray, dim: int, kind: CacheKind) -> torch.Tensor:
+    """Keys [stretches, K, blocks, strips, W, D] of a layer's strips of bytes."""
+    places, strip = cache.shape[:-1], cache.shape[-1] // key_bytes(kind, dim)
+    codes, scales = np.split(cache, [strip * code_bytes(kind, dim)], -1)
+    codes = codes.reshape(*places, -1, strip, 4).swapaxes(-3, -2)  # [..., W, words, 4]
+    if kind is CacheKind.Q4_0:
+        codes = np.stack([codes & 15, codes >> 4], -2)  # [..., W, words, half, 4]
+    codes = codes.reshape(*places, strip, dim).astype(np.float32) - BIAS[kind]
+    halves = scales.copy().view(np.float16).reshape(*places, -1, strip, 2).swapaxes(-3, -2).reshape(*places, strip, -1)
+    return torch.from_numpy(codes * halves[..., : dim // 32].astype(np.float32).repeat(32, -1))
+
+
+def decoded_values(cache: np.ndarray, dim: int, kind: CacheKind) -> torch.Tensor:
+    """Values [stretches, K, blocks, tiles, 16, D] of a layer's tiles of bytes."""
+    places = cache.shape[:-1]
+    codes, scales = np.split(cache, [16 * code_bytes(kind, dim)], -1)
+    codes = codes.reshape(*places, dim // 32, 4, -1, 4)
+    if kind is CacheKind.Q4_0:
+        codes = np.concatenate([codes & 15, codes >> 4], -2)
+    codes = codes.swapaxes(-1, -2).reshape(*places, dim // 32, 16, 32)
+    halves = scales.copy().view(np.float16).reshape(*places, dim // 32, 16, 1).astype(np.float32)
+    numbers = (codes.astype(np.float32) - BIAS[kind]) * halves
+    return torch.from_numpy(np.moveaxis(numbers, -3, -2).reshape(*places, 16, dim))
+
+
 @dataclasses.dataclass
 class Model:
     """One layer's shapes and its cache; the cache starts as NaN where `poison` says so."""
@@ -82,13 +120,18 @@ class Model:
     rotary: int = -1
     isa: Isa = dataclasses.field(default_factory=host_isa)
     threads: int = 1
+    kinds: tuple[CacheKind, CacheKind] = (CacheKind.BF16, CacheKind.BF16)
+    offset: np.ndarray | None = None
     poison: bool = True
 
     def __post_init__(self) -> None:
-        fill = 0x7FC0 if self.poison else 0
         shape = (self.blocks, self.block, 1, self.kv_heads, self.dim)
-        self.keys = np.full(key_cache_shape(*shape), fill, np.int16)
-        self.values = np.full(value_cache_shape(*shape), fill, np.int16)
+        self.keys, self.values = (
+            np.full(shape_of(*shape, kind), *((0x7FC0, np.int16) if kind is CacheKind.BF16 else (0x7F, np.uint8)))
+            for shape_of, kind in zip((key_cache_shape, value_cache_shape), self.kinds)
+        )
+        if not self.poison:
+            self.keys[:], self.values[:] = 0, 0
         self.rotary = self.dim if self.rotary < 0 else self.rotary
         angles = torch.arange(8192).unsqueeze(1) / 10000.0 ** (
             torch.arange(self.rotary // 2) / max(self.rotary // 2, 1)
@@ -97,11 +140,34 @@ class Model:
         self.scale = self.dim**-0.5 * math.log2(math.e)
 
     def plain_cache(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The caches as [B, S, K, D]."""
-        keys = torch.from_numpy(self.keys[:, 0].copy()).view(torch.bfloat16).permute(0, 2, 3, 5, 1, 4, 6)
-        values = torch.from_numpy(self.values[:, 0].copy()).view(torch.bfloat16).permute(0, 2, 3, 5, 1, 4)
+        """The caches as [B, S, K, D]; what is rotated in them is rotated back."""
+        keys, values = self.keys[:, 0].copy(), self.values[:, 0].copy()
+        if self.kinds[0] is CacheKind.BF16:
+            plain_keys = torch.from_numpy(keys).view(torch.bfloat16).permute(0, 2, 3, 5, 1, 4, 6)
+        else:
+            plain_keys = decoded_keys(keys, self.dim, self.kinds[0]).permute(0, 2, 3, 4, 1, 5)
+        if self.kinds[1] is CacheKind.BF16:
+            plain_values = torch.from_numpy(values).view(torch.bfloat16).permute(0, 2, 3, 5, 1, 4)
+        else:
+            plain_values = decoded_values(values, self.dim, self.kinds[1]).permute(0, 2, 3, 4, 1, 5)
         shape = (-1, self.block, self.kv_heads, self.dim)
-        return keys.reshape(shape)[: self.blocks], values.reshape(shape)[: self.blocks]
+        plain = [x.reshape(shape)[: self.blocks] for x in (plain_keys, plain_values)]
+        plain_keys, plain_values = (x if kind is CacheKind.BF16 else turned(x) for x, kind in zip(plain, self.kinds))
+        if self.offset is not None:
+            plain_keys = plain_keys + torch.from_numpy(self.offset).view(self.kv_heads, self.dim)
+        return plain_keys, plain_values
+
+    def plain_queries(self, q: np.ndarray) -> torch.Tensor:
+        """Queries [T, H, D] as numbers."""
+        if self.kinds[0] is CacheKind.BF16:
+            return torch.from_numpy(q).view(torch.bfloat16)
+        rows, d = q.view(np.uint8), self.dim
+        scales = rows[..., d : d + d // 8].copy().view(np.float32).repeat(32, -1)
+        codes = rows[..., :d].view(np.int8)
+        sums = rows[..., d + d // 8 : d + d // 4].copy().view(np.int32)
+        assert (sums == codes.reshape(*codes.shape[:2], -1, 32).sum(-1)).all()
+        numbers = torch.from_numpy(scales * codes)
+        return turned(numbers)
 
 
 @dataclasses.dataclass
@@ -159,7 +225,7 @@ class Step:
             heads=model.heads,
             kv_heads=model.kv_heads,
             head_dim=model.dim,
-            stretch_step=stretch_step(model.keys[:, 0].strides, model.dim),
+            stretch_step=stretch_step(model.keys[:, 0].strides, model.dim, model.kinds[0]),
             block_shift=model.block.bit_length() - 1,
             half=model.rotary // 2,
             cos=model.cos.data_ptr(),
@@ -170,6 +236,7 @@ class Step:
             key_cache=address_of(model.keys),
             value_cache=address_of(model.values),
             scale=model.scale,
+            offset=0 if model.offset is None else address_of(model.offset),
         )
         attend = AttendArguments(
             q=address_of(q),
@@ -180,7 +247,7 @@ class Step:
             context_lens=address_of(contexts),
             block_tables=address_of(tables),
             table_stride=width,
-            stretch_step=stretch_step(model.keys[:, 0].strides, model.dim),
+            stretch_step=stretch_step(model.keys[:, 0].strides, model.dim, model.kinds[0]),
             block_shift=model.block.bit_length() - 1,
             heads=model.heads,
             kv_heads=model.kv_heads,
@@ -190,12 +257,15 @@ class Step:
             cap=(model.softcap or 0) * LOG2E,
             sinks=0 if sinks is None else sinks.data_ptr(),
         )
-        both = [(attend_operation(model.dim, model.isa), attend), (merge_operation(model.dim), attend)]
-        plan = plan_of(numbers, (rotate_and_write_operation(), write), *both, *both)  # the second pass: a reset
+        operations = attend_operation(model.dim, model.isa, *model.kinds), merge_operation(model.dim, model.kinds[1])
+        both = [(each, attend) for each in operations]
+        plan = plan_of(
+            numbers, (rotate_and_write_operation(*model.kinds), write), *both, *both
+        )  # the second pass: a reset
         team.run(plan, 5)
         assert memory[scratch - address_of(memory)] == 0
         assert (memory[scratch - address_of(memory) + size :] == 0xFF).all()
-        return out, torch.from_numpy(q).view(torch.bfloat16)
+        return out, model.plain_queries(q)
 
     def wanted(self, model: Model, q: torch.Tensor) -> torch.Tensor:
         """The reference's result for these queries and what the cache now holds."""
@@ -428,3 +498,93 @@ def test_supported() -> None:
     assert all(supported(dim, 16) for dim in (16, 18, 72, 80, 96, 128, 256))
     assert not any(supported(dim, 16) for dim in (0, 8, 17, 258))
     assert [supported(64, block) for block in (8, 16, 24, 32, 1024)] == [False, True, False, True, True]
+
+
+# ---- quantised keys and values ---------------------------------------------------------------------------------------
+
+QUANTISED = [(kind, kind) for kind in CacheKind if kind is not CacheKind.BF16]
+MIXED = [(keys, values) for keys in CacheKind for values in CacheKind if keys is not values]
+READERS = [Isa.GENERIC, *([Isa.AVX_VNNI] if host_isa() & Isa.VNNI else [])]  # besides this CPU's own
+
+
+@pytest.mark.parametrize(("keys", "values"), few([*QUANTISED, *MIXED], *QUANTISED))
+@pytest.mark.parametrize("dim", few([32, 64, 96, 128, 256], 64))
+def test_quantised_caches(teams: dict[int, ThreadTeam], keys: CacheKind, values: CacheKind, dim: int) -> None:
+    """Of what the caches hold nothing is lost but the rounding of weights, in chunks of every size, split and not."""
+    for block in (16, 64):
+        model = Model(dim=dim, heads=6, kv_heads=2, kinds=(keys, values), block=block)
+        check(model, teams[2], [700, 41, 90], [1, 41, 30])
+
+
+@pytest.mark.parametrize("kinds", QUANTISED)
+def test_quantised_windows_caps_and_sinks(teams: dict[int, ThreadTeam], kinds: tuple[CacheKind, CacheKind]) -> None:
+    sinks = torch.tensor([-200.0, -1.0, 0.0, 0.7, 3.0, 9.0])
+    model = Model(heads=6, kv_heads=2, kinds=kinds, window=50, softcap=5.0, sinks=sinks)
+    check(model, teams[2], [700, 41, 90], [1, 41, 30])
+
+
+@pytest.mark.parametrize("isa", few([host_isa(), *READERS], host_isa()))
+@pytest.mark.parametrize(("keys", "values"), few([*QUANTISED, MIXED[2]], *QUANTISED))
+def test_no_bit_of_a_quantised_cache_depends_on_how_it_is_read(
+    teams: dict[int, ThreadTeam], keys: CacheKind, values: CacheKind, isa: Isa
+) -> None:
+    """Not on how a prompt is cut, on threads, on neighbours, or on the CPU's instructions."""
+    kinds = keys, values
+    model = Model(kinds=kinds, heads=6, kv_heads=2)
+    pages = Pages(model)
+    table, other, qkv = pages.table(700), pages.table(300), random_qkv(model, 700, 5)
+    whole, _ = Step([table], [0], [qkv]).run(model, teams[1])
+    kept = model.keys.copy(), model.values.copy()
+    beside = random_qkv(model, 300, 6)
+    model.isa = host_isa() if CacheKind.BF16 in kinds else isa  # bfloat16 is summed otherwise by other instructions
+    for cut, threads in ((1, 2), (37, 3), (300, 1)):
+        last, _ = Step([other, table], [0, 700 - cut], [beside, qkv[-cut:]]).run(model, teams[threads])
+        assert torch.equal(last[300:], whole[-cut:])
+        rows, _ = Step([table], [0], [qkv[: 700 - cut]]).run(model, teams[threads])
+        assert torch.equal(rows, whole[: 700 - cut])
+    fresh = Model(kinds=kinds, heads=6, kv_heads=2)
+    for start in range(0, 700, 123):
+        Step([table], [start], [qkv[start : start + 123]]).run(fresh, teams[2])
+    assert np.array_equal(fresh.keys, kept[0])
+    assert np.array_equal(fresh.values, kept[1])
+
+
+@pytest.mark.parametrize("kinds", QUANTISED)
+def test_what_all_keys_have_in_common_is_not_rounded(
+    teams: dict[int, ThreadTeam], kinds: tuple[CacheKind, CacheKind]
+) -> None:
+    """A bias a hundred times what tells keys apart: without an offset it would leave them a few codes."""
+    model = Model(kinds=kinds, heads=6, kv_heads=2, rotary=0)
+    offset = 100 * np.random.default_rng(1).standard_normal(2 * 64).astype(np.float32)
+    table, qkv = Pages(model).table(300), random_qkv(model, 300, 5)
+    qkv[:, 6 * 64 : 8 * 64] += torch.from_numpy(offset)
+    step, off = Step([table], [0], [qkv]), []
+    for model.offset in (offset, None):
+        got, q = step.run(model, teams[2])
+        if model.offset is not None:
+            assert error(got, step.wanted(model, q)) < TOLERANCE
+        keys = model.plain_cache()[0][table].flatten(0, 1)[:300].flatten(1)
+        off.append(error(keys, qkv[:, 6 * 64 : 8 * 64]))
+    assert off[0] < 0.03 * off[1]
+
+
+@pytest.mark.parametrize("kind", [kind for kind, _ in QUANTISED])
+@pytest.mark.parametrize("block", [16, 32, 128])
+def test_what_is_written_is_within_half_a_step(teams: dict[int, ThreadTeam], kind: CacheKind, block: int) -> None:
+    """Of the numbers as they are: blocks of zeros, of one number far from the others, and of large ones too."""
+    model = Model(heads=5, kv_heads=5, rotary=32, block=block, dim=96, kinds=(kind, kind))
+    table, qkv = Pages(model).table(77), random_qkv(model, 77, 4)
+    wide = qkv.view(77, 15, 96)
+    wide[3], wide[5, :, ::7], wide[6] = 0, 40, wide[6] * 1e5
+    _, q = Step([table], [0], [qkv]).run(model, teams[2])
+    rotated = rotary_reference.rotary(wide[:, :10], torch.arange(77), model.cos, model.sin)
+    queries = rotated[:, :5] * torch.tensor(model.scale, dtype=torch.float32)
+    kept = [cache[table].flatten(0, 1)[:77] for cache in model.plain_cache()]
+    for got, wanted, steps in ((q, queries, 127), (kept[0], rotated[:, 5:], 0), (kept[1], wide[:, 10:], 0)):
+        got, wanted = turned(got), turned(wanted)
+        top = wanted.unflatten(-1, (3, 32)).abs().amax(-1, keepdim=True)
+        reach = steps or {CacheKind.Q8_0: 127, CacheKind.Q4_0: 8}[kind]
+        off = (got - wanted).unflatten(-1, (3, 32)).abs() / (top + 1e-30)
+        # A number as far from 0 as the farthest, on the other side, has no code of its own in q4_0.
+        assert off.max() <= (1.01 if kind is CacheKind.Q4_0 and not steps else 0.51) / reach
+        assert off.square().mean().sqrt() < 0.35 / reach

@@ -93,14 +93,14 @@ def main_room(threads: int, share: float, weights: int = 0) -> Room:
 
 
 def plan_cache(
-    config: EngineConfig, model: ModelConfig, dtype_bytes: int, sequences: int, room: Room, beside: int = 0
+    config: EngineConfig, model: ModelConfig, dtype_bytes: float, sequences: int, room: Room, beside: int = 0
 ) -> CachePlan:
     """Divides the memory for the KV cache into blocks.
 
     Args:
         config: the engine's settings.
         model: the model, its context already cut to `config.max_model_len` where that is set.
-        dtype_bytes: bytes of one number in the cache.
+        dtype_bytes: bytes of one number in the cache, with its share of a scale.
         sequences: most sequences in one step; the cache never holds more than that many of full length.
         room: what there is.
         beside: bytes of one token in another model's cache, which has as many blocks.
@@ -138,7 +138,7 @@ def plan_cache(
     message = (
         f"KV cache: room for {num_blocks * config.block_size:,} tokens in blocks of {config.block_size}; at most "
         f"{_size(num_blocks * block_bytes)}, {needed} ({source}){kept}; one token takes "
-        f"{_numbers(model)} x {dtype_bytes} B{f' and {beside} B for drafts' if beside else ''} = {token_bytes} B; "
+        f"{_numbers(model)} x {dtype_bytes:g} B{f' and {beside} B for drafts' if beside else ''} = {token_bytes} B; "
         f"context {context:,}"
     )
     cut = ""
@@ -166,9 +166,9 @@ def refuse_longer(config: EngineConfig, model: ModelConfig) -> None:
         )
 
 
-def cache_bytes(model: ModelConfig, tokens: int, dtype_bytes: int) -> int:
+def cache_bytes(model: ModelConfig, tokens: int, dtype_bytes: float) -> int:
     """Bytes of so many tokens in the cache, of all layers, keys and values."""
-    return tokens * model.num_layers * model.cache.numbers * dtype_bytes
+    return round(tokens * model.num_layers * model.cache.numbers * dtype_bytes)
 
 
 def _numbers(model: ModelConfig) -> str:

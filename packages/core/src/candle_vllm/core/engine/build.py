@@ -28,6 +28,7 @@ from candle_vllm.core.engine.preparation import DecoderPreparation, EncoderPrepa
 from candle_vllm.core.engine.request import ModelInfo
 from candle_vllm.core.engine.scheduler import Scheduler, WholeTexts
 from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.kernels.attention.cpu_cache import BLOCK, PLAIN, CacheKind, number_bytes
 from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.memory import MIB, CachePlan, available_memory, cache_bytes, main_room, plan_cache, room_for
 from candle_vllm.core.quantization.plain import ELEMENTS
@@ -63,6 +64,8 @@ _NOT_FOR_ENCODERS = MappingProxyType(
         "yarn_scaling_factor": None,
         "attention_backend": "auto",
         "kv_cache_dtype": "auto",
+        "key_cache_dtype": None,
+        "value_cache_dtype": None,
         "max_cudagraph_capture_size": 0,
         "kv_cache_memory": None,
         "kv_fraction": None,
@@ -276,8 +279,7 @@ def _plan_on_cpu(
 ) -> CachePlan:
     """The cache on the CPU, where `weights` bytes are yet to come; refuses what needs a GPU."""
     placement = model.placement
-    if config.kv_cache_dtype != "auto":
-        raise ConfigError(f"kv_cache_dtype={config.kv_cache_dtype!r} needs a GPU: leave it out", "kv_cache_dtype")
+    kinds = cache_kinds(config, model)
     if config.max_cudagraph_capture_size:
         raise ConfigError("`max_cudagraph_capture_size` needs a GPU: leave it out", "max_cudagraph_capture_size")
     if config.attention_backend != "auto" and (placement.recorded or config.attention_backend != "torch"):
@@ -291,12 +293,44 @@ def _plan_on_cpu(
     room = main_room(config.threads or default_threads(), share, weights)
     draft = model.draft if isinstance(model, LoadedModel) else draft
     beside = 0 if draft is None else cache_bytes(draft.config, 1, _number_bytes(draft))
-    return plan_cache(config, model.config, _number_bytes(model), sequences, room, beside)
+    size = _number_bytes(model) if kinds == PLAIN else number_bytes(model.config.cache.key_dim, kinds)
+    return plan_cache(config, model.config, size, sequences, room, beside)
 
 
 def _number_bytes(model: LoadedModel | LoadedHead | Described | DescribedHead) -> int:
-    """Bytes of one number in a model's cache; the compiled kernels keep bfloat16."""
+    """Bytes of one number in a cache of plain numbers, as that of drafts is; the compiled kernels keep bfloat16."""
     return 2 if model.placement.recorded else ELEMENTS[model.placement.dtype].itemsize
+
+
+def cache_kinds(config: EngineConfig, model: LoadedModel | Described) -> tuple[CacheKind, CacheKind]:
+    """How a model on the CPU keeps keys and values.
+
+    Raises:
+        ConfigError: a type that it cannot have, with one that works.
+    """
+    found: list[CacheKind] = []
+    for name in ("key_cache_dtype", "value_cache_dtype"):
+        given = getattr(config, name)
+        name, dtype = (name, given) if given is not None else ("kv_cache_dtype", config.kv_cache_dtype)
+        asked = f"{name}={dtype!r}"
+        if dtype == "fp8":
+            raise ConfigError(f"{asked} needs a GPU: on the CPU set 'q8_0', or leave it out", name)
+        kind = CacheKind["BF16" if dtype == "auto" else dtype.upper()]
+        if dtype != "auto" and not model.placement.recorded:
+            raise ConfigError(f"{asked} is of the compiled kernels, which do not run this model: leave it out", name)
+        if kind is not CacheKind.BF16 and model.config.latent is not None:
+            raise ConfigError(
+                f"{asked} cannot be had with latent attention, whose cache is small already: leave it out", name
+            )
+        if not kind.fits(model.config.cache.key_dim):
+            raise ConfigError(
+                f"{asked} has blocks of {BLOCK} numbers, and this model heads of {model.config.cache.key_dim}, which "
+                "these do not divide: leave it out",
+                name,
+            )
+        found.append(kind)
+    keys, values = found
+    return keys, values
 
 
 def _build_on_cpu(
@@ -308,9 +342,10 @@ def _build_on_cpu(
     if plan.warning:
         logger.warning(plan.warning)
     rows = max(sequences + draft_rows, MAX_SCORED_ROWS)
+    kinds = cache_kinds(config, loaded)
     adapters = adapter_limits(config, loaded) if config.enable_lora else {}
     taps = loaded.draft.head.taps if isinstance(loaded.draft, LoadedHead) else None
-    runner = _runner_on_cpu(config, loaded, plan, budget, sequences, rows, adapters=adapters, taps=taps)
+    runner = _runner_on_cpu(config, loaded, plan, budget, sequences, rows, adapters=adapters, taps=taps, kinds=kinds)
     assert isinstance(runner, StepwiseRunner)
     Sampler.prepare(loaded.placement.device)  # behind it: a first start compiles side by side what the plan needs
     draft = None
@@ -329,6 +364,7 @@ def _runner_on_cpu(
     beside: StepwiseRunner | None = None,
     adapters: Mapping[str, Any] = MappingProxyType({}),
     taps: tuple[int, ...] | None = None,
+    kinds: tuple[CacheKind, CacheKind] = PLAIN,
 ) -> StepwiseRunner | HeadRunner:
     """What runs a model or a head; `rows` of a step at most have logits, and adapters are as `StepLimits` says.
 
@@ -368,7 +404,8 @@ def _runner_on_cpu(
     with _room_for_rows(limits):
         if isinstance(loaded, LoadedHead):
             return RecordedHead(loaded.head, blocks, limits, team=team)
-        return RecordedRunner(loaded.decoder, blocks, limits, team=team, taps=taps, images=loaded.tower is not None)
+        images = loaded.tower is not None
+        return RecordedRunner(loaded.decoder, blocks, limits, team=team, taps=taps, images=images, kinds=kinds)
 
 
 def adapter_store(

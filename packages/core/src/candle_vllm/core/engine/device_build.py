@@ -47,6 +47,7 @@ def build_on_gpu(
         ConfigError: settings that cannot work with this model, GPU and memory.
     """
     device, model = loaded.placement.device, loaded.config
+    _refuse_cache_of_cpu(config)
     select = choose if model.cache.value_dim else choose_latent
     backend = select(config.attention_backend, _needs(config, loaded))
     if backend.note:
@@ -104,6 +105,19 @@ def build_on_gpu(
             "kv_cache_memory",
         ) from error
     return runner, plan
+
+
+def _refuse_cache_of_cpu(config: EngineConfig) -> None:
+    if config.kv_cache_dtype not in ("auto", "fp8"):
+        raise ConfigError(
+            f"kv_cache_dtype={config.kv_cache_dtype!r} is of the CPU: on a GPU set 'fp8', or leave it out",
+            "kv_cache_dtype",
+        )
+    for name in ("key_cache_dtype", "value_cache_dtype"):
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f"on a GPU keys and values have one type: leave {name} out, or set kv_cache_dtype for both", name
+            )
 
 
 def adapter_slots(config: EngineConfig) -> int:

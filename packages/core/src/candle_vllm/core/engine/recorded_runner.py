@@ -21,7 +21,13 @@ from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, StepMemory
 from candle_vllm.core.engine.images import Encoding
 from candle_vllm.core.engine.model_runner import EncoderRunner, Landed, StepwiseRunner
 from candle_vllm.core.kernels import sampling
-from candle_vllm.core.kernels.attention.cpu_cache import key_cache_shape, value_cache_shape
+from candle_vllm.core.kernels.attention.cpu_cache import (
+    PLAIN,
+    CacheKind,
+    key_cache_shape,
+    number_bytes,
+    value_cache_shape,
+)
 from candle_vllm.core.kernels.cpu_runtime import team
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_first, operation
@@ -64,6 +70,7 @@ class RecordedRunner(StepwiseRunner):
         team: threads that are there, of whoever closes them: two teams would wait on the same CPUs.
         taps: `hidden_rows` are what goes into these layers; None for what the last norm gives.
         images: steps may have rows of pictures.
+        kinds: how keys and values are stored.
 
     Attributes:
         team: the threads.
@@ -79,11 +86,12 @@ class RecordedRunner(StepwiseRunner):
         taps: Sequence[int] | None = None,
         *,
         images: bool = False,
+        kinds: tuple[CacheKind, CacheKind] = PLAIN,
     ) -> None:
         config = decoder.config
-        size = cache_bytes(config, num_blocks * limits.block_size, 2)
+        size = cache_bytes(config, num_blocks * limits.block_size, number_bytes(config.cache.key_dim, kinds))
         with room_for("the KV cache", size, "kv_cache_memory", _less):
-            keys, values = _caches(config, num_blocks, limits.block_size)
+            keys, values = _caches(config, num_blocks, limits.block_size, kinds)
         super().__init__()
         self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
         nothing: Any = None  # what varies is read when the plan runs
@@ -504,13 +512,16 @@ class RecordedEncoderRunner(EncoderRunner):
         self._team.close()
 
 
-def _caches(config: ModelConfig, num_blocks: int, block_size: int) -> tuple[tuple[np.ndarray, ...], ...]:
+def _caches(
+    config: ModelConfig, num_blocks: int, block_size: int, kinds: tuple[CacheKind, CacheKind]
+) -> tuple[tuple[np.ndarray, ...], ...]:
     """The caches of keys and of values, of each layer; the same twice where values are a part of the keys."""
     cache, layers = config.cache, config.num_layers
     if not cache.value_dim:
         shapes = [latent_cache_shape(num_blocks, block_size, layers, cache.key_dim)]
     else:
         shape = (num_blocks, block_size, layers, cache.kv_heads, cache.key_dim)
-        shapes = [key_cache_shape(*shape), value_cache_shape(*shape)]
-    made = [tuple(aligned(math.prod(whole), np.int16).reshape(whole).swapaxes(0, 1)) for whole in shapes]
+        shapes = [key_cache_shape(*shape, kinds[0]), value_cache_shape(*shape, kinds[1])]
+    types = [np.int16 if kind is CacheKind.BF16 else np.uint8 for kind in kinds]
+    made = [tuple(aligned(math.prod(each), dtype).reshape(each).swapaxes(0, 1)) for each, dtype in zip(shapes, types)]
     return made[0], made[-1]

@@ -147,8 +147,10 @@ class Recorded(ABC):
         window: int | None,
         softcap: float | None = None,
         sinks: NDArray[np.float32] | None = None,
+        offset: NDArray[np.float32] | None = None,
     ) -> Recorded:
-        """See `kernels/kv_write` and `kernels/attention`; this value is q."""
+        """See `kernels/kv_write` and `kernels/attention`; this value is q, and `offset` [K * D] what keys may be taken
+        relative to."""
 
     @abstractmethod
     def attend_whole(self, heads: int) -> Recorded:

@@ -18,6 +18,8 @@ from candle_vllm.core.layers.parameters import Placement, TensorParameter
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.weights import Parameter
 
+_FAR = 4096  # positions over which a bias is averaged
+
 
 class Taps:
     """What goes into some layers, kept until the next step: sums of a layer's two summands, see `models/stack.py`.
@@ -90,6 +92,7 @@ class PagedAttention:
         softcap: of scores.
         sinks: [H] fp32 on the model's device, to be loaded as the part "sinks": a score more of each head, see
             `kernels/attention`.
+        key_bias: [K * D], what the projection adds to keys.
 
     Attributes:
         cache_scales: of keys and of values, [1] fp32 each, for float8 caches; None for those of the step.
@@ -107,14 +110,17 @@ class PagedAttention:
         scale: float | None = None,
         softcap: float | None = None,
         sinks: Value | None = None,
+        key_bias: Value | None = None,
     ) -> None:
         self.layer = layer
+        self.head_dim = head_dim
         self.rotary = rotary
         self.norms = None if q_norm is None or k_norm is None else (q_norm, k_norm)
         self.window = window
         self.scale = head_dim**-0.5 if scale is None else scale
         self.softcap = softcap
         self.sinks = sinks
+        self.key_bias = key_bias
         self.cache_scales: tuple[Value, Value] | None = None
 
     def scale_cache(self, keys: float, values: float, placement: Placement) -> None:
@@ -135,12 +141,27 @@ class PagedAttention:
         if isinstance(q, Recorded):
             if self.rotary is not None:
                 q, k = self.rotary(self.rotary.scaled(q, step.positions), k, step.positions)
-            return q.attend(k, v, *caches, **scores)
+            return q.attend(k, v, *caches, **scores, offset=self._common_key())
         tables = None if self.rotary is None else self.rotary.tables
         q = rotary_write(q, k, v, step.positions, tables, caches, step.slots, norms=norms, cache_scales=scales)
         if self.rotary is not None:
             q = self.rotary.scaled(q, step.positions)
         return step.attend(q, *caches, step.rows, cache_scales=scales, **scores)
+
+    def _common_key(self) -> Value | None:
+        """What all keys of a recorded step have in common, [K * D], where scores may all be moved by as much.
+
+        That is the mean over positions of the bias as rotary turns it: where it turns fast, nothing.
+        """
+        if self.key_bias is None or self.softcap is not None or self.sinks is not None:
+            return None
+        bias = self.key_bias.reshape(-1, self.head_dim).copy()
+        if self.rotary is not None:
+            cos, sin = (table[:_FAR].mean(0) for table in self.rotary.tables)
+            half = len(cos)
+            first, second = bias[:, :half].copy(), bias[:, half : 2 * half].copy()
+            bias[:, :half], bias[:, half : 2 * half] = first * cos - second * sin, second * cos + first * sin
+        return bias.reshape(-1)
 
     def parameters(self) -> Mapping[str, Parameter]:
         """Every parameter that must be loaded."""

@@ -124,7 +124,8 @@ class Attention:
         self.k_norm = RMSNorm(dim, config.norm_eps, placement) if config.qk_norm else None
         window = config.sliding_windows[layer]
         turns = None if layer in config.unrotated_layers else rotary
-        self.attend = PagedAttention(layer, dim, turns, self.q_norm, self.k_norm, window=window)
+        bias = None if self.qkv.bias is None or config.qk_norm else self.qkv.bias[self.sizes[0] : sum(self.sizes[:2])]
+        self.attend = PagedAttention(layer, dim, turns, self.q_norm, self.k_norm, window=window, key_bias=bias)
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         parts = self.qkv(x).split(self.sizes, dim=-1)

@@ -229,7 +229,7 @@ def _of_model(settings: Settings, config: EngineConfig, files: ModelFiles, devic
     words = f"derived: {room:,} tokens, reserved and taken as they fill"
     number_bytes = size // cache_bytes(model.config, room, 1)
     found |= {
-        "kv_cache_dtype": Derived("bf16" if number_bytes == 2 else "f32", source),
+        "kv_cache_dtype": Derived("f32" if number_bytes == 4 else "bf16", source),
         "kv_cache_memory_bytes": Derived(size, words),
         "mem": Derived(size >> 20, words),
     }

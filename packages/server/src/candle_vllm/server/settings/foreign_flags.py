@@ -221,11 +221,12 @@ ROWS: tuple[Row, ...] = (
     _called("--gpu-memory-fraction", "--gpu-memory-utilization"),
     _called("--max-seq-len --max-model-length -c --ctx-size --num-ctx", "--max-model-len",
             **{"0": "--max-model-len auto"}),
-    Row("-ctk --cache-type-k -ctv --cache-type-v", "--kv-cache-dtype, for both"),
+    _called("-ctk --cache-type-k", "--key-cache-dtype", f16="--key-cache-dtype auto"),
+    _called("-ctv --cache-type-v", "--value-cache-dtype", f16="--value-cache-dtype auto"),
     Row("--calculate-kv-scales", "a checkpoint's own scales are used with --kv-cache-dtype fp8"),
     _idle("--kvcache-compression-bits --kvcache-compression-policy --kvcache-compression-threshold-tokens "
           "--kvcache-compression-free-block-pct",
-          "the cache is not compressed; --kv-cache-dtype fp8 halves it on a GPU", values=True),
+          "the cache is not compressed; --kv-cache-dtype q8_0 halves it, on a GPU fp8", values=True),
     _idle("--mamba-fraction", "no model here has a Mamba state", values=True),
     Row("-fa --flash-attn --use-flash-attn", "attention never keeps its whole table of scores; --attention-backend "
         "chooses among those of a GPU", {"": "", "on": "", "auto": "", "1": "", "true": ""}),

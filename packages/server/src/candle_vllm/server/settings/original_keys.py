@@ -87,7 +87,7 @@ def our_params(params: Mapping[Any, Any], title: str, remarks: list[str], *, sto
         elif key == "kvcache_compression":
             name, means = key, None
             if given(value, where).get("policy") != "disabled":
-                remarks.append(f"{where} has no effect: keys and values are not compressed (kv_cache_dtype: fp8)")
+                remarks.append(f"{where} has no effect: keys and values are not compressed (kv_cache_dtype: q8_0)")
         elif key in _IDLE:
             name, means = key, None
             if value != 0 or isinstance(value, bool):

@@ -64,7 +64,10 @@ _CACHE_ALIASES = {  # candle-vllm's bf16 means auto, too
     "fp8_e4m3": "fp8", "e4m3": "fp8", "bf16": "auto", "bfloat16": "auto",
     "k8v4": "turbo8", "4bit": "turbo4", "k3v4": "turbo3",
 }  # fmt: skip
-_TURBO = dict.fromkeys(("turbo8", "turbo4", "turbo3"), "the cache has 16 bits a number, or 8 on a GPU (fp8)")
+_TURBO = dict.fromkeys(
+    ("turbo8", "turbo4", "turbo3"), "the cache has 16 bits a number, or 8 (q8_0, on a GPU fp8) or 4 (q4_0)"
+)
+_CACHE = {"aliases": _CACHE_ALIASES, "absent": _TURBO}
 _ISQ_ALIASES = {name[:-1] + "_k": name for name in ISQ_NAMES if name.endswith("k")}
 
 
@@ -138,8 +141,10 @@ class Settings:
     attention_backend: Annotated[str | None, engine(DEVICE,
         "NAME", reading={"aliases": {"flash-attn": "flash_attn"}})] = None
     kv_cache_dtype: Annotated[str | None, engine(DEVICE,
-        "TYPE", more="; --fp8-kvcache is fp8", reading={"aliases": _CACHE_ALIASES, "absent": _TURBO},
+        "TYPE", more="; --fp8-kvcache is fp8", reading=_CACHE,
         flags=("--kv-cache-dtype", "--kvcache-dtype"), constants={"--fp8-kvcache": "fp8"})] = None
+    key_cache_dtype: Annotated[str | None, engine(DEVICE, "TYPE", reading=_CACHE)] = None
+    value_cache_dtype: Annotated[str | None, engine(DEVICE, "TYPE", reading=_CACHE)] = None
     cuda_graphs: Annotated[bool | None, engine(DEVICE, off=("--disable-cuda-graph", "--no-cuda-graphs"))] = None
     max_cudagraph_capture_size: Annotated[int | None, engine(DEVICE, "N")] = None
     deterministic: Annotated[bool, engine(DEVICE)] = False

@@ -1,9 +1,10 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Paged attention on the CPU: `attend` and, behind a barrier, `merge` (step 6 of a request's life).
 
-Caches are bfloat16 in tiles of 16 positions (`cpu_tiles`), queries bfloat16 [T, H, D] already times
-softmax scale * log2(e) (`kv_write.cpu`), the result float32 [T, H, D]. So scores are exponents of 2, and a soft cap and
-sinks come in their unit too, times `LOG2E`. A head's sink joins its rows' sums when all their keys have.
+Caches are bfloat16 in tiles of 16 positions (`cpu_tiles`) or quantised (`cpu_quantised`), queries [T, H, D] bfloat16 or
+like the keys, already times softmax scale * log2(e) (`kv_write.cpu`), the result float32 [T, H, D]. So scores are
+exponents of 2, and a soft cap and sinks come in their unit too, times `LOG2E`. A head's sink joins its rows' sums
+when all their keys have.
 
 Same bits whatever else is in the step: the positions are cut into fixed chunks (`cpu_split.py`), every chunk gives a
 partial result for each query row, and a row's partial results are merged in order of position by one formula. Who does
@@ -30,9 +31,13 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
     SQUARE,
     STRIP,
     TILE_LIST,
+    CacheKind,
+    key_bytes,
     partial_floats,
     scratch_per_thread,
+    value_bytes,
 )
+from candle_vllm.core.kernels.attention.cpu_quantised import rotate_row
 from candle_vllm.core.kernels.attention.cpu_record import AttendArguments
 from candle_vllm.core.kernels.attention.cpu_split import (
     chunk_of,
@@ -87,11 +92,13 @@ def _list_tiles(
     shift: int,
     head: int,
     step: int,
-    dim: int,
+    key_size: int,
+    value_size: int,
 ) -> None:
     """Writes the addresses of `count` key tiles, then of their value tiles, from position `start` on.
 
-    `keys` and `values` are the layer's caches; behind the tile of position `last` it is repeated.
+    `keys` and `values` are the layer's caches, which take so many bytes a slot; behind the tile of position `last` it
+    is repeated.
     """
     to = int64_at(tiles)
     strip = min(1 << shift, STRIP)
@@ -99,51 +106,62 @@ def _list_tiles(
         position = min(start + n * LANES, last)
         slot = (table[position >> shift] << shift) + (position & ((1 << shift) - 1))
         place = place_of(slot & -LANES, head, shift, step)
-        to[n] = keys + 2 * dim * (place & -strip) + 4 * (place & (strip - 1))
-        to[count + n] = values + 2 * dim * place
+        to[n] = keys + key_size * (place & -strip) + 4 * (place & (strip - 1))
+        to[count + n] = values + value_size * place
 
 
 @njit(inline="always")
-def _scores(q: int, tiles: int, stride: int, scores: int, count: int, rows: int, dim: int, isa: int) -> None:
+def _scores(q: int, tiles: int, stride: int, scores: int, count: int, rows: int, dim: int, kind: int, isa: int) -> None:
     """Scores of up to 4 rows with all tiles of a chunk."""
     for n in range(0, count, TILES):
         at, to = tiles + 8 * n, scores + 4 * LANES * n
         if rows == 4:
-            score_tiles(q, at, stride, to, 4, dim, isa)
+            score_tiles(q, at, stride, to, 4, dim, kind, isa)
         elif rows == 3:
-            score_tiles(q, at, stride, to, 3, dim, isa)
+            score_tiles(q, at, stride, to, 3, dim, kind, isa)
         elif rows == 2:
-            score_tiles(q, at, stride, to, 2, dim, isa)
+            score_tiles(q, at, stride, to, 2, dim, kind, isa)
         else:
-            score_tiles(q, at, stride, to, 1, dim, isa)
+            score_tiles(q, at, stride, to, 1, dim, kind, isa)
 
 
 @njit(inline="always")
 def _softmax(
-    scores: int, to: int, tiles: int, positions: int, start: int, window: int, partials: int, rows: int, dim: int
+    scores: int,
+    to: int,
+    tiles: int,
+    positions: int,
+    start: int,
+    window: int,
+    partials: int,
+    rows: int,
+    dim: int,
+    kind: int,
 ) -> None:
     """Probabilities of up to 4 rows."""
     if rows == 4:
-        softmax_rows(scores, to, tiles, positions, start, window, partials, 4, dim)
+        softmax_rows(scores, to, tiles, positions, start, window, partials, 4, dim, kind)
     elif rows == 3:
-        softmax_rows(scores, to, tiles, positions, start, window, partials, 3, dim)
+        softmax_rows(scores, to, tiles, positions, start, window, partials, 3, dim, kind)
     elif rows == 2:
-        softmax_rows(scores, to, tiles, positions, start, window, partials, 2, dim)
+        softmax_rows(scores, to, tiles, positions, start, window, partials, 2, dim, kind)
     else:
-        softmax_rows(scores, to, tiles, positions, start, window, partials, 1, dim)
+        softmax_rows(scores, to, tiles, positions, start, window, partials, 1, dim, kind)
 
 
 @njit(inline="always")
-def _values(probabilities: int, tiles: int, keys: int, to: int, rows: int, dim: int, isa: int) -> None:
+def _values(
+    scores: int, probabilities: int, tiles: int, keys: int, to: int, rows: int, dim: int, kind: int, isa: int
+) -> None:
     """The value product of up to 4 rows."""
     if rows == 4:
-        value_tiles(probabilities, tiles, keys, to, 4, dim, isa)
+        value_tiles(scores, probabilities, tiles, keys, to, 4, dim, kind, isa)
     elif rows == 3:
-        value_tiles(probabilities, tiles, keys, to, 3, dim, isa)
+        value_tiles(scores, probabilities, tiles, keys, to, 3, dim, kind, isa)
     elif rows == 2:
-        value_tiles(probabilities, tiles, keys, to, 2, dim, isa)
+        value_tiles(scores, probabilities, tiles, keys, to, 2, dim, kind, isa)
     else:
-        value_tiles(probabilities, tiles, keys, to, 1, dim, isa)
+        value_tiles(scores, probabilities, tiles, keys, to, 1, dim, kind, isa)
 
 
 @njit(inline="always")
@@ -166,7 +184,7 @@ def _gather_queries(
 
 
 @njit(inline="always")
-def _attend_rows(memory, chunk, to, size, rows, stride, cap, dim, isa) -> None:
+def _attend_rows(memory, chunk, to, size, rows, stride, cap, dim, keys_as, values_as, isa) -> None:
     """Partial results of up to 4 rows with a chunk, `size` bytes apart at `to`.
 
     `memory` is where the rows' queries and positions are, the tiles, and room for scores and probabilities; `chunk` its
@@ -174,17 +192,17 @@ def _attend_rows(memory, chunk, to, size, rows, stride, cap, dim, isa) -> None:
     """
     queries, positions, tiles, scores, probabilities = memory
     start, keys, count, filled, window = chunk
-    _scores(queries, tiles, stride, scores, count, rows, dim, isa)
+    _scores(queries, tiles, stride, scores, count, rows, dim, keys_as, isa)
     if cap > 0:
         for j in range(rows):
             cap_scores(scores + j * SCORE_STRIDE, count, cap)
-    _softmax(scores, probabilities, count, positions, start, window, to, rows, dim)
-    _values(probabilities, tiles + 8 * filled, keys, to, rows, dim, isa)
+    _softmax(scores, probabilities, count, positions, start, window, to, rows, dim, values_as)
+    _values(scores, probabilities, tiles + 8 * filled, keys, to, rows, dim, values_as, isa)
 
 
 @njit(inline="always")
-def _attend_square(memory, chunk, to, size, rows, stride, cap, dim, isa) -> None:
-    """The same for up to 16 rows; as many results are written as the registers have rows."""
+def _attend_square(memory, chunk, to, size, rows, stride, cap, dim, keys_as, values_as, isa) -> None:
+    """The same for up to 16 rows of bfloat16; as many results are written as the registers have rows."""
     queries, positions, tiles, scores, probabilities = memory
     start, _, count, filled, window = chunk
     for n in range(0, count, TILES):
@@ -195,13 +213,15 @@ def _attend_square(memory, chunk, to, size, rows, stride, cap, dim, isa) -> None
             for i in range(some):
                 cap_scores(at + i * SCORE_STRIDE, count, cap)
         weights = probabilities + j * PROBABILITY_STRIDE
-        _softmax(at, weights, count, positions + 8 * j, start, window, to + j * size, some, dim)
+        _softmax(at, weights, count, positions + 8 * j, start, window, to + j * size, some, dim, values_as)
     value_squares(probabilities, tiles + 8 * filled, count, to, dim)
 
 
-def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
-    """The operation for one head size."""
-    squares = bool(isa & Isa.AMX) and fits(head_dim)
+def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callable[..., None]:
+    """The operation for one head size, and one `CacheKind` of keys and of values."""
+    key_size, value_size = key_bytes(CacheKind(keys_as), head_dim), value_bytes(CacheKind(values_as), head_dim)
+    rotated = values_as != CacheKind.BF16
+    squares = bool(isa & Isa.AMX) and fits(head_dim) and keys_as == values_as == CacheKind.BF16
     attend_block = _attend_square if squares else _attend_rows
     block = SQUARE if squares else ROWS
     row_bytes = 4 * partial_floats(head_dim)
@@ -296,7 +316,8 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
                         given.block_shift,
                         head,
                         given.stretch_step,
-                        head_dim,
+                        key_size,
+                        value_size,
                     )
                     if size > 0:
                         to = partials + (((c - first_chunk) * kv_heads + head) * all_rows + first) * row_bytes
@@ -310,7 +331,19 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
                             target = to + i * row_bytes
                         memory = queries + i * query_bytes, positions + 8 * i, tiles, scores, probabilities
                         seen_keys = start, keys, count, filled, window
-                        attend_block(memory, seen_keys, target, row_bytes, some, stride, given.cap, head_dim, isa)
+                        attend_block(
+                            memory,
+                            seen_keys,
+                            target,
+                            row_bytes,
+                            some,
+                            stride,
+                            given.cap,
+                            head_dim,
+                            keys_as,
+                            values_as,
+                            isa,
+                        )
                         if size == 0:
                             for j in range(some):
                                 merge_partial(states + (i + j) * row_bytes, parts + j * row_bytes, head_dim)
@@ -324,6 +357,8 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
                         if given.sinks != 0:
                             add_sink(states + i * row_bytes, given.sinks + 4 * (head * group + h), head_dim)
                         finish_partial(states + i * row_bytes, result, head_dim)
+                        if rotated:
+                            rotate_row(result, head_dim)
                         h += 1
                         if h == group:
                             h = 0
@@ -341,8 +376,8 @@ def make_attend(head_dim: int, isa: int) -> Callable[..., None]:
 # ---- merge -----------------------------------------------------------------------------------------------------------
 
 
-def make_merge(head_dim: int) -> Callable[..., None]:
-    """Merges what `attend` left in scratch memory."""
+def make_merge(head_dim: int, rotated: int) -> Callable[..., None]:
+    """Merges what `attend` left in scratch memory; `rotated` says whether values are, as quantised ones are."""
     row_bytes = 4 * partial_floats(head_dim)
     thread_bytes = scratch_per_thread(head_dim)
 
@@ -375,7 +410,10 @@ def make_merge(head_dim: int) -> Callable[..., None]:
                     merge_partial(state, partials + (c - first_chunk) * step + line * row_bytes, head_dim)
                 if given.sinks != 0:
                     add_sink(state, given.sinks + 4 * h, head_dim)
-                finish_partial(state, given.out + ((token + t) * heads + h) * 4 * head_dim, head_dim)
+                result = given.out + ((token + t) * heads + h) * 4 * head_dim
+                finish_partial(state, result, head_dim)
+                if rotated:
+                    rotate_row(result, head_dim)
                 turn += threads
             turn -= tokens * heads
             partials += size

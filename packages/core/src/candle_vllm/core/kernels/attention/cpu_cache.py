@@ -5,11 +5,17 @@ layer's head has of them lies side by side, and the layers and heads of a stretc
 is read in long runs, which the processor fetches ahead, and a short one touches little memory: the system hands it out
 in pages of 2 MiB, and with each head's slots in a place of its own the first token took one page for every head.
 
-In a stretch, keys are in strips and values in pairs of positions, see `cpu_tiles.py`; both take D numbers a slot, so
-that one computation of a slot's place serves both.
+In a stretch, keys are in strips and values in pairs of positions, see `cpu_tiles.py`; quantised ones are in strips and
+in tiles, see `cpu_quantised.py`. Each takes as many bytes for every slot, so that one computation of a slot's place
+serves both.
 """
 
 from __future__ import annotations
+
+import enum
+import math
+
+import numpy as np
 
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 
@@ -17,31 +23,93 @@ STRETCH = 1024
 STRETCH_SHIFT = STRETCH.bit_length() - 1
 
 
+BLOCK = 32
+"""Numbers of a quantised block."""
+
+
+class CacheKind(enum.IntEnum):
+    """How keys or values are stored."""
+
+    BF16 = 0
+    Q8_0 = 1
+    Q4_0 = 2
+
+    def fits(self, head_dim: int) -> bool:
+        """Whether heads of D numbers can be stored so."""
+        return self is CacheKind.BF16 or head_dim % BLOCK == 0
+
+
+PLAIN = (CacheKind.BF16, CacheKind.BF16)
+"""Keys and values that are not quantised."""
+
+
+def code_bytes(kind: CacheKind, head_dim: int) -> int:
+    """Bytes of a slot's codes, without their scales."""
+    return {CacheKind.BF16: 2 * head_dim, CacheKind.Q8_0: head_dim, CacheKind.Q4_0: head_dim // 2}[kind]
+
+
+def key_bytes(kind: CacheKind, head_dim: int) -> int:
+    """Bytes that a slot's key takes: the scales of two blocks share a word."""
+    scales = 0 if kind is CacheKind.BF16 else 4 * -(-head_dim // (2 * BLOCK))
+    return code_bytes(kind, head_dim) + scales
+
+
+def value_bytes(kind: CacheKind, head_dim: int) -> int:
+    """Bytes that a slot's value takes."""
+    return code_bytes(kind, head_dim) + (0 if kind is CacheKind.BF16 else 2 * (head_dim // BLOCK))
+
+
+MOST_DIM = 256
+
+
 def supported(head_dim: int, block_size: int) -> bool:
     """Whether these kernels can compute it: D even, from 16 to 256, S a power of two from 16."""
-    return head_dim % 2 == 0 and LANES <= head_dim <= 256 and block_size >= LANES and block_size.bit_count() == 1
+    return head_dim % 2 == 0 and LANES <= head_dim <= MOST_DIM and block_size >= LANES and block_size.bit_count() == 1
 
 
-def key_cache_shape(num_blocks: int, block_size: int, layers: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
-    """Shape of the key cache, 16-bit numbers: [stretches, layers, heads, blocks, strips, D / 2, W, 2].
+def number_bytes(head_dim: int, kinds: tuple[CacheKind, CacheKind]) -> float:
+    """Bytes of a number of keys and values, on average, with its share of a scale."""
+    return (key_bytes(kinds[0], head_dim) + value_bytes(kinds[1], head_dim)) / (2 * head_dim)
+
+
+def key_cache_shape(
+    num_blocks: int, block_size: int, layers: int, kv_heads: int, head_dim: int, kind: CacheKind = CacheKind.BF16
+) -> tuple[int, ...]:
+    """Shape of the key cache: [stretches, layers, heads, blocks, strips, D / 2, W, 2] 16-bit numbers, or
+    [stretches, layers, heads, blocks, strips, bytes of a strip] where it is quantised.
 
     It begins at a multiple of 64 bytes and need not be cleared. Element [:, n] is layer n's, which is what the
     operations take. For speed S should be 64 or more.
     """
     strip = min(block_size, STRIP)
     blocks = max(1, STRETCH // block_size)
-    places = (-(-num_blocks // blocks), layers, kv_heads, blocks)
-    return (*places, block_size // strip, head_dim // 2, strip, 2)
+    places = (-(-num_blocks // blocks), layers, kv_heads, blocks, block_size // strip)
+    return (
+        (*places, head_dim // 2, strip, 2) if kind is CacheKind.BF16 else (*places, strip * key_bytes(kind, head_dim))
+    )
 
 
-def value_cache_shape(num_blocks: int, block_size: int, layers: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
-    """Shape of the value cache: [stretches, layers, heads, blocks, S / 2, D, 2]. See `key_cache_shape`."""
-    return (*key_cache_shape(num_blocks, block_size, layers, kv_heads, head_dim)[:4], block_size // 2, head_dim, 2)
+def value_cache_shape(
+    num_blocks: int, block_size: int, layers: int, kv_heads: int, head_dim: int, kind: CacheKind = CacheKind.BF16
+) -> tuple[int, ...]:
+    """Shape of the value cache: [stretches, layers, heads, blocks, S / 2, D, 2] 16-bit numbers, or
+    [stretches, layers, heads, blocks, S / 16, bytes of a tile]. See `key_cache_shape`."""
+    places = key_cache_shape(num_blocks, block_size, layers, kv_heads, head_dim)[:4]
+    if kind is CacheKind.BF16:
+        return (*places, block_size // 2, head_dim, 2)
+    return (*places, block_size // LANES, LANES * value_bytes(kind, head_dim))
 
 
-def stretch_step(cache_layer_strides: tuple[int, ...], head_dim: int) -> int:
-    """Slots from one stretch to the next, from the strides of a layer's cache in bytes."""
-    return cache_layer_strides[0] // (2 * head_dim)
+def stretch_step(key_layer_strides: tuple[int, ...], head_dim: int, kind: CacheKind = CacheKind.BF16) -> int:
+    """Slots from one stretch to the next, from the strides of a layer's keys in bytes."""
+    return key_layer_strides[0] // key_bytes(kind, head_dim)
+
+
+def kinds_of(caches: tuple[np.ndarray, np.ndarray], head_dim: int, block_size: int) -> tuple[CacheKind, CacheKind]:
+    """How a layer's keys and values are stored, from the shapes of its caches."""
+    slots = [cache.itemsize * math.prod(cache.shape[3:]) // block_size for cache in caches]
+    keys, values = ({size(kind, head_dim): kind for kind in CacheKind} for size in (key_bytes, value_bytes))
+    return keys[slots[0]], values[slots[1]]
 
 
 ROWS = 4  # query rows that share a load

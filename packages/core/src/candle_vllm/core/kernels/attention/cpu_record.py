@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.kernels.attention.cpu_cache import scratch_bytes, stretch_step
+from candle_vllm.core.kernels.attention.cpu_cache import PLAIN, CacheKind, kinds_of, scratch_bytes, stretch_step
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import (
     address_of,
@@ -23,12 +23,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What becomes of the products of queries and keys; see `kernels/attention`."""
+    """What becomes of the products of queries and keys; see `kernels/attention`.
+
+    Attributes:
+        offset: [K * D], what quantised keys are taken relative to.
+    """
 
     scale: float
     window: int | None
     softcap: float | None
     sinks: NDArray[np.float32] | None
+    offset: NDArray[np.float32] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +73,9 @@ def record_attention(
         out: address of the result, float32 [T, H, D].
     """
     queries = recorder.memory(qkv.heads * qkv.head_dim, np.int16)
-    _record_write(recorder, qkv, caches, scores.scale, tables, address_of(queries))
+    _record_write(recorder, qkv, caches, scores, tables, address_of(queries))
     arrays, limits, dim = recorder.arrays, recorder.limits, qkv.head_dim
+    keys, values = kinds_of(caches, dim, limits.block_size)
     size = scratch_bytes(
         max_tokens=limits.tokens,
         max_seqs=limits.sequences,
@@ -87,7 +93,7 @@ def record_attention(
         context_lens=address_of(arrays.context_lens),
         block_tables=address_of(arrays.block_tables),
         table_stride=limits.table_width,
-        stretch_step=stretch_step(caches[0].strides, dim),
+        stretch_step=stretch_step(caches[0].strides, dim, keys),
         block_shift=limits.block_shift,
         heads=qkv.heads,
         kv_heads=qkv.kv_heads,
@@ -97,19 +103,20 @@ def record_attention(
         cap=(scores.softcap or 0.0) * LOG2E,
         sinks=0 if scores.sinks is None else recorder.keep(scores.sinks * np.float32(LOG2E)),
     )
-    recorder.add(attend_operation(dim, recorder.isa), attended)
-    recorder.add(merge_operation(dim), attended)
+    recorder.add(attend_operation(dim, recorder.isa, keys, values), attended)
+    recorder.add(merge_operation(dim, values), attended)
 
 
 def _record_write(
     recorder: Recorder,
     qkv: FusedHeads,
     caches: tuple[np.ndarray, np.ndarray],
-    scale: float,
+    scores: Scores,
     tables: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
     queries: int,
 ) -> None:
     arrays = recorder.arrays
+    keys, values = kinds_of(caches, qkv.head_dim, recorder.limits.block_size)
     cos, sin = (recorder.keep(table) for table in tables) if tables else (0, 0)
     written = WriteArguments(
         qkv=qkv.address,
@@ -121,7 +128,7 @@ def _record_write(
         kv_heads=qkv.kv_heads,
         head_dim=qkv.head_dim,
         block_shift=recorder.limits.block_shift,
-        stretch_step=stretch_step(caches[0].strides, qkv.head_dim),
+        stretch_step=stretch_step(caches[0].strides, qkv.head_dim, keys),
         half=tables[0].shape[1] if tables else 0,
         cos=cos,
         sin=sin,
@@ -130,9 +137,10 @@ def _record_write(
         q=queries,
         key_cache=address_of(caches[0]),
         value_cache=address_of(caches[1]),
-        scale=scale * LOG2E,
+        scale=scores.scale * LOG2E,
+        offset=0 if scores.offset is None or keys is CacheKind.BF16 else recorder.keep(scores.offset),
     )
-    recorder.add(rotate_and_write_operation(), written)
+    recorder.add(rotate_and_write_operation(keys, values), written)
 
 
 LOG2E = math.log2(math.e)
@@ -142,7 +150,7 @@ class AttendArguments(NamedTuple):
     """The arguments of `attend` and, the same, of `merge`, which follows it behind a barrier.
 
     Attributes:
-        q: address of bfloat16 queries [T, H, D], scaled by softmax scale * log2(e).
+        q: address of queries [T, H, D], scaled by softmax scale * log2(e): bfloat16, or as `cpu_quantised` says.
         out: address of float32 results [T, H, D].
         key_cache, value_cache: addresses of the layer's caches, see `cpu_cache.py`.
         query_start, context_lens: addresses of int64 [R + 1] and [R]; see `AttentionRows`.
@@ -175,11 +183,21 @@ class AttendArguments(NamedTuple):
     sinks: int = 0
 
 
-def attend_operation(head_dim: int, isa: Isa) -> int:
+def attend_operation(
+    head_dim: int, isa: Isa, keys: CacheKind = CacheKind.BF16, values: CacheKind = CacheKind.BF16
+) -> int:
     """Address of the compiled operation."""
-    return operation("attention.cpu:make_attend", head_dim, isa.bf16)
+    return operation("attention.cpu:make_attend", head_dim, attend_isa(isa, keys, values), keys, values)
 
 
-def merge_operation(head_dim: int) -> int:
+def attend_isa(isa: Isa, keys: CacheKind, values: CacheKind) -> Isa:
+    """What of these instructions the operation has code for."""
+    if (keys, values) == PLAIN:
+        return isa.bf16
+    used = isa & (Isa.VNNI | Isa.AVX_VNNI)
+    return used | isa.bf16 & ~Isa.AMX if CacheKind.BF16 in (keys, values) else used
+
+
+def merge_operation(head_dim: int, values: CacheKind = CacheKind.BF16) -> int:
     """Address of the compiled operation."""
-    return operation("attention.cpu:make_merge", head_dim)
+    return operation("attention.cpu:make_merge", head_dim, values is not CacheKind.BF16)

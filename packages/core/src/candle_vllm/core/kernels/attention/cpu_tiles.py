@@ -26,11 +26,13 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
     PROBABILITY_STRIDE,
     SCORE_STRIDE,
     STRETCH_SHIFT,
+    CacheKind,
     partial_floats,
     state_at,
 )
+from candle_vllm.core.kernels.attention.cpu_quantised import emit_scores, emit_values
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, I64, SHIFTER, Emitter, vector
-from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_tanh
+from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_larger, emit_largest_lane, emit_tanh
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 
 TILES = 4  # key tiles that share the load of a query pair
@@ -52,30 +54,22 @@ def emit_exp2(e: Emitter, x: Any) -> Any:
     return e.power_of_two(shifted, b.fsub(x, b.fsub(shifted, e.constant(F32, SHIFTER))))
 
 
-def _larger(e: Emitter, x: Any, y: Any) -> Any:
-    return e.b.select(e.b.fcmp_ordered(">", x, y), x, y)
-
-
-def _largest_lane(e: Emitter, value: Any) -> Any:
-    """The largest of 16 floats, in every lane."""
-    for step in (8, 4, 2, 1):
-        lanes = ir.Constant(vector(I32), [(i ^ step) for i in range(LANES)])
-        value = _larger(e, value, e.b.shuffle_vector(value, value, lanes))
-    return value
-
-
 @intrinsic(prefer_literal=True)
-def score_tiles(_: Any, q: Any, tiles: Any, stride: Any, scores: Any, rows: Any, dim: Any, isa: Any) -> Any:
-    """Scores of `rows` query rows (bfloat16, D apart) with the keys of four tiles.
+def score_tiles(_: Any, q: Any, tiles: Any, stride: Any, scores: Any, rows: Any, dim: Any, kind: Any, isa: Any) -> Any:
+    """Scores of `rows` query rows (2 D bytes apart) with the keys of four tiles.
 
     `tiles` is the address of the four tiles' addresses, `stride` the bytes from one pair of dimensions to the next;
-    `rows`, `dim` and `isa` are constants.
+    `rows`, `dim`, `kind` and `isa` are constants.
     """
-    signature = types.void(*[types.int64] * 4, rows, dim, isa)
+    signature = types.void(*[types.int64] * 4, rows, dim, kind, isa)
     m, d, features = rows.literal_value, dim.literal_value, Isa(isa.literal_value)
+    stored = CacheKind(kind.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
+        if stored is not CacheKind.BF16:
+            emit_scores(e, args[:4], m, d, stored, features)
+            return context.get_dummy_value()
         tiles = [e.load(args[1], I64, 8 * n) for n in range(TILES)]
 
         def body(pair: Any, totals: list[Any]) -> list[Any]:
@@ -122,14 +116,17 @@ def softmax_rows(
     partials: Any,
     rows: Any,
     dim: Any,
+    kind: Any,
 ) -> Any:
-    """exp2(score - m) as bfloat16 for `rows` rows over 16 * tiles keys from position `start` on; hidden keys get 0.
+    """exp2(score - m) for `rows` rows over 16 * tiles keys from position `start` on; hidden keys get 0.
 
-    `positions` is the address of the rows' int64 positions, `partials` that of their partial results, whose m and s are
-    written; s sums the rounded probabilities. `rows` and `dim` are constants.
+    They are bfloat16, or, for values of another `kind`, float32 in the place of the scores. `positions` is the address
+    of the rows' int64 positions, `partials` that of their partial results, whose m and s are written; s sums the
+    rounded probabilities. `rows`, `dim` and `kind` are constants.
     """
-    signature = types.void(*[types.int64] * 7, rows, dim)
+    signature = types.void(*[types.int64] * 7, rows, dim, kind)
     m, d = rows.literal_value, dim.literal_value
+    exact = CacheKind(kind.literal_value) is not CacheKind.BF16
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
@@ -146,15 +143,20 @@ def softmax_rows(
 
         def largest(tile: Any, tops: list[Any]) -> list[Any]:
             nothing = e.constant(F32, NOTHING)
-            return [_larger(e, b.select(seen(tile, row), score(tile, row), nothing), tops[row]) for row in range(m)]
+            return [emit_larger(e, b.select(seen(tile, row), score(tile, row), nothing), tops[row]) for row in range(m)]
 
         tops = e.loop(args[2], [e.constant(F32, NOTHING)] * m, largest)
-        tops = [_largest_lane(e, top) for top in tops]
+        tops = [emit_largest_lane(e, top) for top in tops]
 
         def exponentials(tile: Any, totals: list[Any]) -> list[Any]:
             at, results = b.add(args[1], b.shl(tile, e.int64(5))), []
             for row in range(m):
                 bits = b.bitcast(emit_exp2(e, b.fsub(score(tile, row), tops[row])), vector(I32))
+                if exact:
+                    power = b.bitcast(b.select(seen(tile, row), bits, e.zeros(I32)), vector(F32))
+                    e.store(b.add(args[0], b.shl(tile, e.int64(6))), power, SCORE_STRIDE * row)
+                    results.append(b.fadd(totals[row], power))
+                    continue
                 # To the nearest bfloat16, halves up: s sums the same rounded numbers, so this adds no bias.
                 bits = b.and_(b.add(bits, e.constant(I32, 0x8000)), e.constant(I32, -65536))
                 bits = b.select(seen(tile, row), bits, e.zeros(I32))
@@ -173,7 +175,7 @@ def softmax_rows(
 
 
 def _value_pass(e: Emitter, args: Any, m: int, d: int, starts: list[int], features: Isa) -> None:
-    """The value product for the vectors that begin at some dimensions; args as in `value_tiles`."""
+    """The value product for the vectors that begin at some dimensions; args as in `value_tiles`, but for the scores."""
     b = e.b
     probabilities, tiles, keys, partials = args
     blocks = len(starts)
@@ -204,20 +206,36 @@ def _value_pass(e: Emitter, args: Any, m: int, d: int, starts: list[int], featur
 
 
 @intrinsic(prefer_literal=True)
-def value_tiles(_: Any, probabilities: Any, tiles: Any, keys: Any, partials: Any, rows: Any, dim: Any, isa: Any) -> Any:
+def value_tiles(
+    _: Any,
+    scores: Any,
+    probabilities: Any,
+    tiles: Any,
+    keys: Any,
+    partials: Any,
+    rows: Any,
+    dim: Any,
+    kind: Any,
+    isa: Any,
+) -> Any:
     """The values of the first `keys` keys of some tiles, weighted by the rows' probabilities, into partial results.
 
-    `tiles` is the address of the tiles' addresses; `rows`, `dim` and `isa` are constants.
+    `tiles` is the address of the tiles' addresses; `rows`, `dim`, `kind` and `isa` are constants. What a kind but
+    bfloat16 has in the place of the scores are its probabilities, and that of these is free.
     """
-    signature = types.void(*[types.int64] * 4, rows, dim, isa)
+    signature = types.void(*[types.int64] * 5, rows, dim, kind, isa)
     m, d, features = rows.literal_value, dim.literal_value, Isa(isa.literal_value)
+    stored = CacheKind(kind.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        if stored is not CacheKind.BF16:
+            emit_values(Emitter(b), args[:5], m, d, stored, features)
+            return context.get_dummy_value()
         starts = vector_starts(d)
         passes = -(-len(starts) // _BLOCKS)
         width = -(-len(starts) // passes)
         for first in range(0, len(starts), width):
-            _value_pass(Emitter(b), args[:4], m, d, starts[first : first + width], features)
+            _value_pass(Emitter(b), args[1:5], m, d, starts[first : first + width], features)
         return context.get_dummy_value()
 
     return signature, code
@@ -289,7 +307,7 @@ def merge_partial(_: Any, state: Any, partial: Any, dim: Any) -> Any:
             mix(vector(F32), 4 * start, keep, add)
         zero = ir.Constant(I32, 0)
         mix(F32, 4 * end + 4, b.extract_element(keep, zero), b.extract_element(add, zero))
-        e.store(state, b.extract_element(_larger(e, old_top, new_top), zero), 4 * end)
+        e.store(state, b.extract_element(emit_larger(e, old_top, new_top), zero), 4 * end)
         return context.get_dummy_value()
 
     return signature, code
@@ -332,7 +350,7 @@ def finish_partial(_: Any, partial: Any, out: Any, dim: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def copy_query(_: Any, to: Any, source: Any, dim: Any) -> Any:
-    """Copies a row of bfloat16."""
+    """Copies a row of 2 D bytes."""
     signature = types.void(types.int64, types.int64, dim)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:

@@ -154,8 +154,21 @@ class Emitter:
         rounded = self.b.add(self.b.add(bits, self.constant(I32, 0x7FFF)), odd)
         return self.b.trunc(self.b.lshr(rounded, self.constant(I32, 16)), vector(I16))
 
+    def dot_u8_i8(self, total: Any, unsigned: Any, signed: Any, isa: Isa) -> Any:
+        """total[lane] += the four products of the lane's unsigned and signed bytes; all are <16 x i32>, exact."""
+        if isa & Isa.VNNI:
+            return self.in_parts("llvm.x86.avx512.vpdpbusd.512", 1, total, (unsigned, I8), (signed, I8))
+        if isa & Isa.AVX_VNNI:
+            return self.in_parts("llvm.x86.avx512.vpdpbusd.256", 2, total, (unsigned, I8), (signed, I8))
+        # Even and odd bytes as 16-bit numbers; the sums of two products each are what pmaddwd and its like compute.
+        pairs, eight = vector(I16, 2 * LANES), self.constant(I16, 8, 2 * LANES)
+        u, s = self.b.bitcast(unsigned, pairs), self.b.bitcast(signed, pairs)
+        even = (self.b.and_(u, self.constant(I16, 255, 2 * LANES)), self.b.ashr(self.b.shl(s, eight), eight))
+        odd = (self.b.lshr(u, eight), self.b.ashr(s, eight))
+        return self.dot_i16(self.dot_i16(total, *even, isa), *odd, isa)
+
     def dot_i16(self, total: Any, x: Any, y: Any, isa: Isa) -> Any:
-        """total[lane] += the two products of the lane's signed 16-bit pairs; all are <16 x i32>, exact."""
+        """total[lane] += the two products of the lane's signed 16-bit pairs, <16 x i32> by their bits; exact."""
         if isa & Isa.VNNI:
             return self.in_parts("llvm.x86.avx512.vpdpwssd.512", 1, total, (x, I16), (y, I16))
         if isa & Isa.AVX_VNNI:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, SHIFTER, Emitter, vector
+from llvmlite import ir
+
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, SHIFTER, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.level import LANES
 
 _LOG2E = 1.4426950216293335  # log2(e) as float32 has it
 
@@ -16,6 +19,19 @@ _LOG2E = 1.4426950216293335  # log2(e) as float32 has it
 _TANH = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
 # erf(x) = 1 - t (...) exp(-x^2) with t = 1 / (1 + 0.3275911 x). Source: Abramowitz and Stegun, 7.1.26.
 _ERF = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
+
+
+def emit_larger(e: Emitter, x: Any, y: Any) -> Any:
+    """The larger of each two lanes of floats; y where one is NaN."""
+    return e.b.select(e.b.fcmp_ordered(">", x, y), x, y)
+
+
+def emit_largest_lane(e: Emitter, value: Any) -> Any:
+    """The largest of 16 floats, in every lane."""
+    for step in (8, 4, 2, 1):
+        lanes = ir.Constant(vector(I32), [(i ^ step) for i in range(LANES)])
+        value = emit_larger(e, value, e.b.shuffle_vector(value, value, lanes))
+    return value
 
 
 def emit_exp(e: Emitter, x: Any) -> Any:

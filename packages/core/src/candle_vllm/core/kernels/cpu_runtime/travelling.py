@@ -20,6 +20,8 @@ from pathlib import Path
 
 from candle_vllm.core.kernels.activation_quant import Prologue
 from candle_vllm.core.kernels.activation_rows import RowForm
+from candle_vllm.core.kernels.attention.cpu_cache import CacheKind
+from candle_vllm.core.kernels.attention.cpu_record import attend_isa
 from candle_vllm.core.kernels.cpu_runtime import kernel_cache
 from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, Level, choose_level, host_level
 from candle_vllm.core.kernels.cpu_runtime.operation import named_function
@@ -40,7 +42,6 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         "column_order.cpu:column_order",
         "cpu_runtime.walk:take_part",
         "embedding.cpu:add",
-        "kv_write.cpu:rotate_and_write",
         "lora.cpu_shrink:begin",
         "lora.cpu_tables:replace",
         "moe.cpu:combine",
@@ -67,9 +68,13 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "rms_norm.cpu:make_norm_onto", (flag,)
         yield "scale_cap.cpu:make_scale_cap", (flag,)
         yield "latent_attention.cpu_heads:make_heads", (flag,)
+    for keys, values in (*zip(CacheKind, CacheKind), (CacheKind.Q8_0, CacheKind.Q4_0)):
+        yield "kv_write.cpu:make_rotate_and_write", (keys, values)
+        for head_dim in filter(keys.fits, HEAD_DIMS):
+            yield "attention.cpu:make_attend", (head_dim, attend_isa(isa, keys, values), keys, values)
     for head_dim in HEAD_DIMS:
-        yield "attention.cpu:make_attend", (head_dim, isa.bf16)
-        yield "attention.cpu:make_merge", (head_dim,)
+        for rotated in (0, 1):
+            yield "attention.cpu:make_merge", (head_dim, rotated)
     for form in RowForm:
         for name in (
             "cpu_shrink:make_shrink",

@@ -217,10 +217,11 @@ class _Value(Recorded):
         window: int | None,
         softcap: float | None = None,
         sinks: NDArray[np.float32] | None = None,
+        offset: NDArray[np.float32] | None = None,
     ) -> Recorded:
         assert isinstance(k, _Value)
         assert isinstance(v, _Value)
-        scores = Scores(scale, window, softcap, sinks)
+        scores = Scores(scale, window, softcap, sinks, offset)
         return _attend(self, k, v, (key_cache, value_cache), scores, None)
 
     def attend_whole(self, heads: int) -> Recorded:
@@ -578,10 +579,11 @@ class _Rotated(_Wrapper):
         window: int | None,
         softcap: float | None = None,
         sinks: NDArray[np.float32] | None = None,
+        offset: NDArray[np.float32] | None = None,
     ) -> Recorded:
         assert isinstance(k, _Rotated)
         assert isinstance(v, _Value)
-        scores = Scores(scale, window, softcap, sinks)
+        scores = Scores(scale, window, softcap, sinks, offset)
         return _attend(self.source, k.source, v, (key_cache, value_cache), scores, self.tables)
 
 

@@ -55,9 +55,10 @@ class WriteArguments(NamedTuple):
         half: R / 2; 0 rotates nothing, and `cos` and `sin` are then not read.
         cos, sin: addresses of float32 [P, R/2].
         positions, slots: addresses of int64 [T]; slot = block * S + offset.
-        q: address of bfloat16 [T, H, D].
+        q: address of bfloat16 [T, H, D], or of as many bytes for queries that are quantised as the keys are.
         key_cache, value_cache: addresses of the layer's caches, see `attention/cpu_cache.py`.
         scale: factor of q: softmax scale * log2(e), for `attend` computes powers of two.
+        offset: address of float32 [K, D], which is subtracted from keys that are quantised; 0 is none.
     """
 
     qkv: int
@@ -79,8 +80,9 @@ class WriteArguments(NamedTuple):
     key_cache: int
     value_cache: int
     scale: float
+    offset: int = 0
 
 
-def rotate_and_write_operation() -> int:
-    """Address of the compiled operation."""
-    return operation("kv_write.cpu:rotate_and_write")
+def rotate_and_write_operation(keys: int = 0, values: int = 0) -> int:
+    """Address of the compiled operation, for a `CacheKind` of keys and of values."""
+    return operation("kv_write.cpu:make_rotate_and_write", keys, values)

@@ -3,38 +3,47 @@
 
 Reads the fused q/k/v product, rotates q and k in fp32 as `rotary` says, and rounds to bfloat16: q, times a factor, into
 a buffer, k and v into the caches in the tiles that `attention.cpu_tiles` describes. A unit of work is one head of one
-token. Threads may write the two halves of one 32-bit word of the value cache, each with 16-bit stores.
+token. Threads may write the two halves of one 32-bit word of the value cache, each with 16-bit stores. What is kept
+quantised is put together as floats first, and becomes blocks as `attention.cpu_quantised` says; so do queries, where
+keys are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.attention.cpu_cache import STRIP
+from candle_vllm.core.kernels.attention.cpu_cache import BLOCK, MOST_DIM, STRIP, CacheKind, code_bytes
+from candle_vllm.core.kernels.attention.cpu_quantised import quantise_key, quantise_query, quantise_value, rotate_row
 from candle_vllm.core.kernels.attention.cpu_tiles import place_of
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float_from_bits, int64_at, read, step_number
+from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 from candle_vllm.core.kernels.kv_write import WriteArguments
 
-_QUERY, _KEY, _VALUE = range(3)
+_QUERY, _KEY, _VALUE, _FLOATS = range(4)
 
 
 # ---- emitted code ----------------------------------------------------------------------------------------------------
 
 
-def _store_lanes(e: Emitter, lanes: Any, kind: int, to: Any, stride: Any, dim: Any) -> None:
-    """Stores 16 bfloat16 of dimensions dim .. dim + 15 where they belong.
+def _store_lanes(e: Emitter, values: Any, kind: int, to: Any, stride: Any, dim: Any) -> None:
+    """Stores 16 floats of dimensions dim .. dim + 15 where they belong, as bfloat16 but for `_FLOATS`.
 
-    `to` is the address of a query row, of a key's first pair in its strip (pairs are `stride` bytes apart), or of a
-    value's first dimension, whose neighbours are 4 bytes apart: the other half of each word is not touched.
+    `to` is the address of a row, of a key's first pair in its strip (pairs are `stride` bytes apart), or of a value's
+    first dimension, whose neighbours are 4 bytes apart: the other half of each word is not touched.
     """
     b = e.b
+    if kind == _FLOATS:
+        e.store(b.add(to, b.shl(dim, e.int64(2))), values)
+        return
+    lanes = e.float_to_bf16(values)
     if kind == _QUERY:
         e.store(b.add(to, b.shl(dim, e.int64(1))), lanes)
     elif kind == _KEY:
@@ -59,7 +68,7 @@ def write_plain(_: Any, x: Any, dim: Any, factor: Any, to: Any, stride: Any, kin
         e = Emitter(b)
         value = e.load(b.add(args[0], b.shl(args[1], e.int64(2))), vector(F32))
         scaled = b.fmul(value, e.splat(args[2]))
-        _store_lanes(e, e.float_to_bf16(scaled), kind.literal_value, args[3], args[4], args[1])
+        _store_lanes(e, scaled, kind.literal_value, args[3], args[4], args[1])
         return context.get_dummy_value()
 
     return signature, code
@@ -86,19 +95,22 @@ def write_rotated(
             (dim, b.fsub(b.fmul(first, c), b.fmul(second, s))),
             (other, b.fadd(b.fmul(second, c), b.fmul(first, s))),
         ):
-            _store_lanes(e, e.float_to_bf16(b.fmul(value, times)), kind.literal_value, to, stride, place)
+            _store_lanes(e, b.fmul(value, times), kind.literal_value, to, stride, place)
         return context.get_dummy_value()
 
     return signature, code
 
 
-@intrinsic
-def store_bf16(_: Any, to: Any, value: Any) -> Any:
-    """One float as bfloat16, rounded as `Emitter.float_to_bf16` does."""
-    signature = types.void(types.int64, types.float32)
+@intrinsic(prefer_literal=True)
+def store_one(_: Any, to: Any, value: Any, kind: Any) -> Any:
+    """One float as bfloat16, rounded as `Emitter.float_to_bf16` does, but for `_FLOATS`; `kind` is a constant."""
+    signature = types.void(types.int64, types.float32, kind)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
+        if kind.literal_value == _FLOATS:
+            e.store(args[0], args[1])
+            return context.get_dummy_value()
         bits = b.bitcast(args[1], I32)
         odd = b.and_(b.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
         rounded = b.add(b.add(bits, ir.Constant(I32, 0x7FFF)), odd)
@@ -118,7 +130,7 @@ def _place(to: int, stride: int, dim: int, kind: int) -> int:
         return to + 2 * dim
     if kind == _KEY:
         return to + stride * (dim >> 1) + 2 * (dim & 1)
-    return to + 4 * dim
+    return to + 4 * dim  # of values and of floats
 
 
 @njit(inline="always")
@@ -127,8 +139,8 @@ def _write_odd(x: int, half: int, cos: int, sin: int, factor: float, to: int, st
     row, c, s = float32_at(x), float32_at(cos), float32_at(sin)
     for i in range(half):
         a, b = row[i], row[i + half]
-        store_bf16(_place(to, stride, i, kind), (a * c[i] - b * s[i]) * factor)
-        store_bf16(_place(to, stride, i + half, kind), (b * c[i] + a * s[i]) * factor)
+        store_one(_place(to, stride, i, kind), (a * c[i] - b * s[i]) * factor, kind)
+        store_one(_place(to, stride, i + half, kind), (b * c[i] + a * s[i]) * factor, kind)
 
 
 @njit(inline="always")
@@ -137,13 +149,13 @@ def _write_rest(x: int, first: int, dim: int, factor: float, to: int, stride: in
     row = float32_at(x)
     i = first
     while i < dim and i % LANES != 0:
-        store_bf16(_place(to, stride, i, kind), row[i] * factor)
+        store_one(_place(to, stride, i, kind), row[i] * factor, kind)
         i += 1
     while i + LANES <= dim:
         write_plain(x, i, factor, to, stride, kind)
         i += LANES
     while i < dim:
-        store_bf16(_place(to, stride, i, kind), row[i] * factor)
+        store_one(_place(to, stride, i, kind), row[i] * factor, kind)
         i += 1
 
 
@@ -160,36 +172,107 @@ def _write_head(
     _write_rest(x, 2 * half, dim, factor, to, stride, kind)
 
 
-def rotate_and_write(row, thread, threads):
-    """The operation."""
-    given = read(WriteArguments, row)
-    tokens = step_number(row, StepNumber.TOKENS.value)
-    heads, kv_heads, dim, half = given.heads, given.kv_heads, given.head_dim, given.half
-    positions, slots = int64_at(given.positions), int64_at(given.slots)
-    one = float_from_bits(0x3F800000)
-    strip = min(1 << given.block_shift, STRIP)
-    each = heads + 2 * kv_heads
-    unit = tokens * each * thread // threads
-    last = tokens * each * (thread + 1) // threads
-    t, h = unit // each, unit % each
-    while unit < last:
-        x = given.qkv + 4 * t * given.stride
-        at = 4 * half * positions[t]
-        cos, sin = given.cos + at, given.sin + at
-        if h < heads:
-            to = given.q + 2 * (t * heads + h) * dim
-            _write_head(x + 4 * (given.q_column + h * dim), dim, half, cos, sin, given.scale, to, 0, _QUERY)
-        else:
-            head = (h - heads) % kv_heads
-            place = place_of(slots[t], head, given.block_shift, given.stretch_step)
-            if h < heads + kv_heads:
-                to = given.key_cache + 2 * dim * (place & -strip) + 4 * (place & (strip - 1))
-                _write_head(x + 4 * (given.k_column + head * dim), dim, half, cos, sin, one, to, 4 * strip, _KEY)
+@njit(inline="always")
+def _subtract(row: int, offset: int, dim: int) -> None:
+    x, y = float32_at(row), float32_at(offset)
+    for i in range(dim):
+        x[i] -= y[i]
+
+
+@njit(inline="always")
+def _write_query_blocks(row: int, dim: int, to: int) -> None:
+    """A row of floats as a quantised query."""
+    for n in range(dim // BLOCK):
+        quantise_query(row + 4 * BLOCK * n, to + BLOCK * n, to + dim + 4 * n, to + dim + dim // 8 + 4 * n)
+
+
+@njit(inline="always")
+def _write_key_blocks(row: int, dim: int, cache: int, place: int, strip: int, size: int, codes: int, kind: int) -> None:
+    """A row of floats as a key at a place, which takes `size` bytes, `codes` of them codes."""
+    within = place & (strip - 1)
+    to = cache + size * (place & -strip) + 4 * within
+    scales = to + codes * strip
+    step = codes * strip // (dim // BLOCK)
+    for n in range(dim // BLOCK):
+        scale = scales + (n >> 1) * 4 * strip + 2 * (n & 1)
+        quantise_key(row + 4 * BLOCK * n, to + step * n, 4 * strip, scale, kind)
+
+
+@njit(inline="always")
+def _write_value_blocks(row: int, dim: int, cache: int, place: int, size: int, codes: int, kind: int) -> None:
+    """A row of floats as a value at a place, which takes `size` bytes, `codes` of them codes."""
+    within = place & (LANES - 1)
+    tile = cache + size * (place & -LANES)
+    step = codes * LANES // (dim // BLOCK)
+    to = tile + (step >> 2) * (within >> 2) + (within & 3)
+    for n in range(dim // BLOCK):
+        scale = tile + codes * LANES + 2 * LANES * n + 2 * within
+        quantise_value(row + 4 * BLOCK * n, to + step * n, scale, kind)
+
+
+def make_rotate_and_write(keys_as: int, values_as: int) -> Callable[..., None]:
+    """The operation for one `CacheKind` of keys and of values."""
+    keys, values = CacheKind(keys_as), CacheKind(values_as)
+    plain_keys, plain_values = keys == CacheKind.BF16, values == CacheKind.BF16
+    # What a number takes, in 1/64 bytes: heads' sizes are known where the operation runs.
+    key_codes, value_codes = code_bytes(keys, 64), code_bytes(values, 64)
+
+    def rotate_and_write(row, thread, threads):
+        given = read(WriteArguments, row)
+        tokens = step_number(row, StepNumber.TOKENS.value)
+        heads, kv_heads, dim, half = given.heads, given.kv_heads, given.head_dim, given.half
+        positions, slots = int64_at(given.positions), int64_at(given.slots)
+        one = float_from_bits(0x3F800000)
+        strip = min(1 << given.block_shift, STRIP)
+        floats = stack_bytes(4 * MOST_DIM)
+        blocks = dim // BLOCK
+        each = heads + 2 * kv_heads
+        unit = tokens * each * thread // threads
+        last = tokens * each * (thread + 1) // threads
+        t, h = unit // each, unit % each
+        while unit < last:
+            x = given.qkv + 4 * t * given.stride
+            at = 4 * half * positions[t]
+            cos, sin = given.cos + at, given.sin + at
+            if h < heads:
+                to = given.q + 2 * (t * heads + h) * dim
+                source = x + 4 * (given.q_column + h * dim)
+                if plain_keys:
+                    _write_head(source, dim, half, cos, sin, given.scale, to, 0, _QUERY)
+                else:
+                    _write_head(source, dim, half, cos, sin, given.scale, floats, 0, _FLOATS)
+                    rotate_row(floats, dim)
+                    _write_query_blocks(floats, dim, to)
             else:
-                to = given.value_cache + 2 * dim * (place & ~1) + 2 * (place & 1)
-                _write_rest(x + 4 * (given.v_column + head * dim), 0, dim, one, to, 0, _VALUE)
-        unit += 1
-        h += 1
-        if h == each:
-            h = 0
-            t += 1
+                head = (h - heads) % kv_heads
+                place = place_of(slots[t], head, given.block_shift, given.stretch_step)
+                if h < heads + kv_heads:
+                    source = x + 4 * (given.k_column + head * dim)
+                    if plain_keys:
+                        to = given.key_cache + 2 * dim * (place & -strip) + 4 * (place & (strip - 1))
+                        _write_head(source, dim, half, cos, sin, one, to, 4 * strip, _KEY)
+                    else:
+                        _write_head(source, dim, half, cos, sin, one, floats, 0, _FLOATS)
+                        if given.offset != 0:
+                            _subtract(floats, given.offset + 4 * head * dim, dim)
+                        rotate_row(floats, dim)
+                        codes = key_codes * dim // 64
+                        size = codes + 4 * ((blocks + 1) // 2)
+                        _write_key_blocks(floats, dim, given.key_cache, place, strip, size, codes, keys_as)
+                else:
+                    source = x + 4 * (given.v_column + head * dim)
+                    if plain_values:
+                        to = given.value_cache + 2 * dim * (place & ~1) + 2 * (place & 1)
+                        _write_rest(source, 0, dim, one, to, 0, _VALUE)
+                    else:
+                        _write_rest(source, 0, dim, one, floats, 0, _FLOATS)
+                        rotate_row(floats, dim)
+                        codes = value_codes * dim // 64
+                        _write_value_blocks(floats, dim, given.value_cache, place, codes + 2 * blocks, codes, values_as)
+            unit += 1
+            h += 1
+            if h == each:
+                h = 0
+                t += 1
+
+    return rotate_and_write

@@ -153,23 +153,9 @@ def emit_activation_sums(e: Emitter, isa: Isa, x: Any) -> Any:
 
 def _dot(e: Emitter, isa: Isa, total: Any, code: Any, x: Any) -> Any:
     """total[lane] += the four products of the lane's codes and activations."""
-    if isa & Isa.VNNI:
-        return e.in_parts("llvm.x86.avx512.vpdpbusd.512", 1, total, (code, I8), (x, I8))
-    if isa & Isa.AVX_VNNI:
-        return e.in_parts("llvm.x86.avx512.vpdpbusd.256", 2, total, (code, I8), (x, I8))
     if isa & Isa.DOTPROD:
         return e.in_parts("llvm.aarch64.neon.sdot.v4i32.v16i8", 4, total, (code, I8), (x, I8))
-    # Even and odd bytes as 16-bit numbers; the sums of two products each are what pmaddwd and its like compute.
-    pairs, eight = vector(I16, 2 * LANES), e.constant(I16, 8, 2 * LANES)
-    u, s = e.b.bitcast(code, pairs), e.b.bitcast(x, pairs)
-    even = (e.b.and_(u, e.constant(I16, 255, 2 * LANES)), e.b.ashr(e.b.shl(s, eight), eight))
-    odd = (e.b.lshr(u, eight), e.b.ashr(s, eight))
-    for one, other in (even, odd):
-        products = e.b.mul(*(e.b.sext(value, vector(I32, 2 * LANES)) for value in (one, other)))
-        for start in (0, 1):
-            picked = ir.Constant(vector(I32), [ir.Constant(I32, 2 * lane + start) for lane in range(LANES)])
-            total = e.b.add(total, e.b.shuffle_vector(products, products, picked))
-    return total
+    return e.dot_u8_i8(total, code, x, isa)
 
 
 # ---- in 16 bits ------------------------------------------------------------------------------------------------------

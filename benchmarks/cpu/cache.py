@@ -1,0 +1,106 @@
+"""What a smaller KV cache gains and costs: decoding at depth, and facts asked back from far above.
+
+    python benchmarks/cpu/cache.py step MODEL.gguf [--depth 7000] [--cache auto q8_0 q4_0] [--rounds 48]
+    python benchmarks/cpu/cache.py needle MODEL.gguf [--tokens 2000] [--cache auto q8_0 q4_0] [--needles 8]
+
+`step` has an engine of each type read the same prompt, then decode one token in turns: the median step, and the median
+over the rounds of the first type's time over its own. `needle` puts a line with a number into real text (that of
+`perplexity.py`), at each of some depths, asks for the number behind the text, and counts the answers that have it;
+`nats` are what the right answer's tokens take on average. What each type costs in perplexity, `perplexity.py --cache`
+says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import time
+from contextlib import ExitStack
+from typing import Any
+
+from perplexity import CACHE_SETTINGS, cut, fixed_text
+
+from candle_vllm.core import InferenceEngine, SamplingParams
+
+NAMES = ("Ada", "Boris", "Clara", "Dimitri", "Elena", "Farid", "Greta", "Hugo")
+
+
+def open_engine(stack: ExitStack, model: str, cache: str, context: int) -> InferenceEngine:
+    """One stream's engine with that type of keys and values, or those of keys, values."""
+    types: dict[str, Any] = {} if cache == "auto" else dict(zip(CACHE_SETTINGS, 2 * cache.split(",")))
+    engine = InferenceEngine(
+        model, max_model_len=context, max_num_seqs=1, enable_prefix_caching=False,
+        speculative_config={"method": "none"}, **types,
+    )  # fmt: skip
+    return stack.enter_context(engine)
+
+
+def steps(model: str, depth: int, caches: list[str], rounds: int) -> None:
+    """Prints a line for each type."""
+    with ExitStack() as stack:
+        engines = {cache: open_engine(stack, model, cache, depth + rounds + 8) for cache in caches}
+        params, numbers = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True), random.Random(0)  # noqa: S311
+        prompt = [numbers.randrange(next(iter(engines.values())).model_info.vocab_size) for _ in range(depth)]
+        for engine in engines.values():
+            engine.add_request(prompt, params)
+            while not any(piece.token_ids for piece in engine.step()):
+                pass
+        times = {cache: list[float]() for cache in caches}
+        for _ in range(rounds):
+            for cache, engine in engines.items():
+                began = time.perf_counter()
+                engine.step()
+                times[cache].append(time.perf_counter() - began)
+    first = times[caches[0]]
+    print(f"{'cache':>10} {'step ms':>9} {'times as fast':>14}   one stream at {depth} tokens, {rounds} rounds")
+    for cache, own in times.items():
+        ratio = statistics.median(one / other for one, other in zip(first, own))
+        print(f"{cache:>10} {statistics.median(own) * 1e3:9.3f} {ratio:14.2f}", flush=True)
+
+
+def needles(model: str, count: int, caches: list[str], tokens: int) -> None:
+    """Prints a line for each type."""
+    print(f"{'cache':>10} {'found':>7} {'nats':>8}   of {count} numbers in texts of {tokens} tokens")
+    for cache in caches:
+        with ExitStack() as stack:
+            engine = open_engine(stack, model, cache, tokens + 128)
+            numbers, found, nats = random.Random(1), 0, list[float]()  # noqa: S311 - the same needles for every type
+            text = cut(engine, fixed_text()[1], 2 * tokens, 2 * tokens)[1][0]
+            for n in range(count):
+                name, secret = NAMES[n % len(NAMES)], str(numbers.randrange(10_000, 99_999))
+                line = engine.tokenize(f"\nThe secret number of {name} is {secret}.\n", add_special_tokens=False)
+                asked = engine.tokenize(f"\nThe secret number of {name} is", add_special_tokens=False)
+                answer = engine.tokenize(f" {secret}", add_special_tokens=False)
+                room = tokens - len(line) - len(asked)
+                at, start = room * (2 * n + 1) // (2 * count), numbers.randrange(max(1, len(text) - room))
+                given = text[start : start + at] + line + text[start + at : start + room] + asked
+                greedy = SamplingParams(temperature=0, max_tokens=len(answer) + 1)
+                found += secret in engine.generate([given], greedy, use_tqdm=False)[0].text
+                scored = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+                known = engine.generate([given + answer], scored, use_tqdm=False)[0].prompt_logprobs or ()
+                nats += [-each.chosen.logprob for each in known[-len(answer) :] if each is not None]
+            print(f"{cache:>10} {found:>4}/{count} {statistics.mean(nats):8.4f}", flush=True)
+
+
+def main() -> int:
+    """Prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["step", "needle"])
+    parser.add_argument("model", metavar="MODEL.gguf")
+    parser.add_argument("--cache", nargs="+", default=["auto", "q8_0", "q4_0"], help="types of keys and values")
+    parser.add_argument("--depth", type=int, default=7000, help="tokens of context of a step")
+    parser.add_argument("--rounds", type=int, default=48, help="steps of each type")
+    parser.add_argument("--tokens", type=int, default=2000, help="of a needle's text")
+    parser.add_argument("--needles", type=int, default=8)
+    options = parser.parse_args()
+    if options.what == "step":
+        steps(options.model, options.depth, options.cache, options.rounds)
+    else:
+        needles(options.model, options.needles, options.cache, options.tokens)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

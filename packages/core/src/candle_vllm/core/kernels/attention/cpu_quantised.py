@@ -1,0 +1,360 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
+"""Quantised keys and values on the CPU, emitted: blocks of 32 numbers written, scored and summed in whole numbers.
+
+A block's numbers are its scale, a half, times (code - `BIAS`), codes being unsigned: q8_0 has 8 bits and q4_0 has 4, as
+GGUF defines them. Where the codes stand is made for one instruction, four products of bytes in each of 16 lanes:
+
+- keys, in strips of W positions as in `cpu_tiles`: words of 4 dimensions, [D / 4, W] (q8_0), or of 8, the first four in
+  the low halves of its bytes (q4_0); then the scales of two blocks as one word, [D / 64, W];
+- values, in tiles of 16 positions: [D / 32, 4, 32, 4] bytes, four positions of a dimension side by side (q8_0), or
+  [D / 32, 4, 16, 4] with dimension i + 16 in the high halves (q4_0); then scales [D / 32, 16].
+
+No two positions share a byte, for two threads may write them. A query is int8 [D], then a float32 scale and an int32
+sum of its codes for each block. A chunk's probabilities, times the scales of its values, become whole numbers of 15
+bits below the largest of them, a row's alone. So all sums of products are exact: no bit of a result depends on the
+instructions that compute it, or on what is computed beside it.
+
+Queries, keys and values are first multiplied by a Hadamard matrix, which spreads what stands out in a few dimensions;
+that of the values is undone behind attention. Keys are before that taken relative to what all of a head's have in
+common, its bias as far as rotary leaves it where it is: a softmax does not see it, and where it is a hundred times what
+tells keys apart, as in Qwen2, the rounding would hide the rest behind it. Sources: llama.cpp's `ggml-quants.c`
+(formats); Ashkboos et al., 2024, arXiv:2404.00456 (rotation).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from candle_vllm.core.kernels.attention.cpu_cache import (
+    BLOCK,
+    CHUNK,
+    PROBABILITY_STRIDE,
+    SCORE_STRIDE,
+    CacheKind,
+    partial_floats,
+)
+from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, I64, SHIFTER, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_larger, emit_largest_lane
+from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
+
+BIAS = {CacheKind.Q8_0: 128, CacheKind.Q4_0: 8}
+_BITS = {CacheKind.Q8_0: 8, CacheKind.Q4_0: 4}
+_TILES = 4  # key tiles that share the load of a query word, as in `cpu_tiles`
+_LARGEST_HALF = 65504.0
+_LARGEST_WEIGHT = 16383.0
+_LEAST = 1e-30  # below it a block, or a chunk's weights, are zeros
+
+
+def _halves(e: Emitter, codes: Any, kind: CacheKind) -> list[Any]:
+    """Words of codes, unpacked: four in each lane."""
+    if kind is CacheKind.Q8_0:
+        return [codes]
+    low, b = e.constant(I32, 0x0F0F0F0F), e.b
+    return [b.and_(codes, low), b.and_(b.lshr(codes, e.constant(I32, 4)), low)]
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa) -> None:
+    """As `cpu_tiles.score_tiles`, of quantised queries and keys."""
+    b = e.b
+    queries, tiles_at, stride, scores = args
+    tiles = [e.load(tiles_at, I64, 8 * n) for n in range(_TILES)]
+    words = 8 * BLOCK * _BITS[kind] // 256  # of a block
+    parts = 8 // words
+    scales = b.mul(stride, e.int64(d // BLOCK * words))
+    for row in range(m):
+        for n in range(_TILES):
+            e.store(scores, e.zeros(F32), SCORE_STRIDE * row + 4 * LANES * n)
+
+    def block(number: Any, state: list[Any]) -> list[Any]:
+        first = b.mul(number, e.int64(words))
+
+        def word(index: Any, totals: list[Any]) -> list[Any]:
+            line = b.mul(b.add(first, index), stride)
+            at = b.add(queries, b.add(b.mul(number, e.int64(BLOCK)), b.mul(index, e.int64(4 * parts))))
+            keys = [_halves(e, e.load(b.add(tile, line), vector(I32)), kind) for tile in tiles]
+            for part in range(parts):
+                rows = [e.splat(e.load(at, I32, 2 * d * row + 4 * part)) for row in range(m)]
+                totals = [
+                    e.dot_u8_i8(totals[_TILES * row + n], keys[n][part], rows[row], isa)
+                    for row in range(m)
+                    for n in range(_TILES)
+                ]
+            return totals
+
+        of_block = b.add(queries, b.shl(number, e.int64(2)))
+        sums = [e.splat(e.load(of_block, I32, 2 * d * row + d + d // 8)) for row in range(m)]
+        bias = e.constant(I32, -BIAS[kind])
+        begin = [b.mul(each, bias) for each in sums]
+        totals = e.loop(e.int64(words), [begin[row] for row in range(m) for _ in range(_TILES)], word)
+        pair = b.add(scales, b.mul(b.lshr(number, e.int64(1)), stride))
+        shift = e.splat(b.trunc(b.shl(b.and_(number, e.int64(1)), e.int64(4)), I32))
+        of_query = [e.splat(e.load(of_block, F32, 2 * d * row + d)) for row in range(m)]
+        for n, tile in enumerate(tiles):
+            halves = b.trunc(b.lshr(e.load(b.add(tile, pair), vector(I32)), shift), vector(I16))
+            scale = e.half_to_float(b.bitcast(halves, vector(F16)))
+            for row in range(m):
+                at = SCORE_STRIDE * row + 4 * LANES * n
+                product = b.sitofp(totals[_TILES * row + n], vector(F32))
+                e.store(scores, e.fma(product, b.fmul(scale, of_query[row]), e.load(scores, vector(F32), at)), at)
+        return state
+
+    e.loop(e.int64(d // BLOCK), [], block)
+
+
+def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa) -> None:
+    """As `cpu_tiles.value_tiles`, of quantised values; the probabilities are float32, where the scores were."""
+    b = e.b
+    exact, weights, tiles_at, keys, partials = args
+    count = b.lshr(b.add(keys, e.int64(LANES - 1)), e.int64(4))
+    tile_codes = LANES * BLOCK * _BITS[kind] // 8  # bytes of a tile's block
+    vectors = 2 if kind is CacheKind.Q8_0 else 1  # of a group of four positions
+    scales = d // BLOCK * tile_codes
+    shifter = e.constant(F32, SHIFTER)
+
+    def tile_at(tile: Any) -> Any:
+        return e.load(b.add(tiles_at, b.shl(tile, e.int64(3))), I64)
+
+    def block(number: Any, state: list[Any]) -> list[Any]:
+        of_scales, of_codes = b.shl(number, e.int64(5)), b.mul(number, e.int64(tile_codes))
+
+        def weighed(tile: Any) -> list[Any]:
+            """The probabilities of a tile times the scales of its values. Hidden ones may be of no number."""
+            halves = e.load(b.add(tile_at(tile), of_scales), vector(F16), scales)
+            scale, found = e.half_to_float(halves), []
+            for row in range(m):
+                p = e.load(b.add(exact, b.shl(tile, e.int64(6))), vector(F32), SCORE_STRIDE * row)
+                there = b.fcmp_ordered(">", p, e.zeros(F32))
+                found.append(b.select(there, b.fmul(p, scale), e.zeros(F32)))
+            return found
+
+        def largest(tile: Any, tops: list[Any]) -> list[Any]:
+            sizes = [e.call("llvm.fabs.v16f32", vector(F32), [each]) for each in weighed(tile)]
+            return [emit_larger(e, size, top) for size, top in zip(sizes, tops)]
+
+        tops = e.loop(count, [e.zeros(F32)] * m, largest)
+        tops = [emit_largest_lane(e, top) for top in tops]
+        factors = []
+        for top in tops:
+            some = b.fcmp_ordered(">", top, e.constant(F32, _LEAST))
+            factors.append(b.select(some, b.fdiv(e.constant(F32, _LARGEST_WEIGHT), top), e.zeros(F32)))
+
+        def whole(tile: Any, sums: list[Any]) -> list[Any]:
+            at, results = b.add(weights, b.shl(tile, e.int64(4))), []
+            for row, each in enumerate(weighed(tile)):
+                shifted = b.fadd(b.fmul(each, factors[row]), shifter)
+                number = b.sub(b.bitcast(shifted, vector(I32)), b.bitcast(shifter, vector(I32)))
+                high, low = b.ashr(number, e.constant(I32, 7)), b.and_(number, e.constant(I32, 127))
+                e.store(at, b.trunc(high, vector(I8)), PROBABILITY_STRIDE * row)
+                e.store(at, b.trunc(low, vector(I8)), PROBABILITY_STRIDE * row + CHUNK)
+                results.append(b.add(sums[row], number))
+            return results
+
+        sums = e.loop(count, [e.zeros(I32)] * m, whole)
+        begin = [b.mul(e.splat(_sum_numbers(e, each)), e.constant(I32, -BIAS[kind])) for each in sums]
+
+        def products(tile: Any, totals: list[Any]) -> list[Any]:
+            codes, at = b.add(tile_at(tile), of_codes), b.add(weights, b.shl(tile, e.int64(4)))
+            for group in range(LANES // 4):
+                parts = []
+                for n in range(vectors):
+                    parts += _halves(e, e.load(codes, vector(I32), 64 * (vectors * group + n)), kind)
+                for row in range(m):
+                    for place, level in ((4 * row, 0), (4 * row + 2, CHUNK)):
+                        word = e.splat(e.load(at, I32, PROBABILITY_STRIDE * row + level + 4 * group))
+                        for n, part in enumerate(parts):
+                            totals[place + n] = e.dot_u8_i8(totals[place + n], part, word, isa)
+            return totals
+
+        totals = e.loop(count, [e.zeros(I32)] * (4 * m), lambda tile, totals: products(tile, list(totals)))
+        at = b.add(partials, b.shl(number, e.int64(7)))
+        for row in range(m):
+            factor = b.fmul(tops[row], e.constant(F32, 1 / _LARGEST_WEIGHT))
+            for n in range(2):
+                high, low = totals[4 * row + n], totals[4 * row + 2 + n]
+                total = b.add(b.add(b.shl(high, e.constant(I32, 7)), low), begin[row])
+                value = b.fmul(b.sitofp(total, vector(F32)), factor)
+                e.store(at, value, 4 * (partial_floats(d) * row + LANES * n))
+        return state
+
+    e.loop(e.int64(d // BLOCK), [], block)
+
+
+def _sum_numbers(e: Emitter, value: Any) -> Any:
+    """Sum of 16 whole numbers."""
+    for step in (8, 4, 2, 1):
+        lanes = ir.Constant(vector(I32), [(i ^ step) for i in range(LANES)])
+        value = e.b.add(value, e.b.shuffle_vector(value, value, lanes))
+    return e.b.extract_element(value, ir.Constant(I32, 0))
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _limited(e: Emitter, x: Any, low: float, high: float) -> Any:
+    b, least, most = e.b, e.constant(F32, low), e.constant(F32, high)
+    x = b.select(b.fcmp_ordered(">", x, least), x, least)
+    return b.select(b.fcmp_ordered("<", x, most), x, most)
+
+
+def _rounded(e: Emitter, x: Any) -> Any:
+    """16 small floats as the nearest whole numbers, halves to even."""
+    shifter = e.constant(F32, SHIFTER)
+    return e.b.sub(e.b.bitcast(e.b.fadd(x, shifter), vector(I32)), e.b.bitcast(shifter, vector(I32)))
+
+
+def _inverse(e: Emitter, scale: Any) -> Any:
+    b = e.b
+    some = b.fcmp_ordered(">", e.call("llvm.fabs.v16f32", vector(F32), [scale]), e.constant(F32, _LEAST))
+    return b.select(some, b.fdiv(e.constant(F32, 1.0), scale), e.zeros(F32))
+
+
+def _largest(e: Emitter, values: list[Any]) -> Any:
+    """The largest of 32 floats, in every lane."""
+    return emit_largest_lane(e, emit_larger(e, *values))
+
+
+def _block_codes(e: Emitter, x: Any, kind: CacheKind) -> tuple[Any, list[Any]]:
+    """The scale of 32 floats, the bits of a half, and their codes: two vectors of whole numbers from 0 on."""
+    b = e.b
+    values = [e.load(x, vector(F32), 64 * n) for n in range(2)]
+    if kind is CacheKind.Q8_0:
+        top = _largest(e, [e.call("llvm.fabs.v16f32", vector(F32), [value]) for value in values])
+        scale = b.fmul(top, e.constant(F32, 1 / 127))
+    else:
+        # The number farthest from 0 becomes -8, of which there is no positive counterpart.
+        above, below = _largest(e, values), _largest(e, [b.fneg(value) for value in values])
+        scale = b.fmul(b.select(b.fcmp_ordered(">", above, below), above, b.fneg(below)), e.constant(F32, -1 / 8))
+    half = b.fptrunc(_limited(e, scale, -_LARGEST_HALF, _LARGEST_HALF), vector(F16))
+    inverse, bias = _inverse(e, e.half_to_float(half)), BIAS[kind]
+    ends = (-127.0, 127.0) if kind is CacheKind.Q8_0 else (-8.0, 7.0)
+    codes = [_rounded(e, _limited(e, b.fmul(value, inverse), *ends)) for value in values]
+    bits = b.extract_element(b.bitcast(half, vector(I16)), ir.Constant(I32, 0))
+    return bits, [b.add(code, e.constant(I32, bias)) for code in codes]
+
+
+@intrinsic
+def quantise_query(_: Any, x: Any, to: Any, scale: Any, total: Any) -> Any:
+    """32 floats to int8 at `to`, a float32 scale and the int32 sum of the codes at their addresses."""
+    signature = types.void(*[types.int64] * 4)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        values = [e.load(args[0], vector(F32), 64 * n) for n in range(2)]
+        top = _largest(e, [e.call("llvm.fabs.v16f32", vector(F32), [value]) for value in values])
+        step = b.fmul(top, e.constant(F32, 1 / 127))
+        inverse = _inverse(e, step)
+        codes = [_rounded(e, _limited(e, b.fmul(value, inverse), -127.0, 127.0)) for value in values]
+        for n, each in enumerate(codes):
+            e.store(args[1], b.trunc(each, vector(I8)), LANES * n)
+        e.store(args[2], b.extract_element(step, ir.Constant(I32, 0)))
+        e.store(args[3], _sum_numbers(e, b.add(*codes)))
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic(prefer_literal=True)
+def quantise_key(_: Any, x: Any, to: Any, stride: Any, scale: Any, kind: Any) -> Any:
+    """32 floats to a position's words of a strip, `stride` bytes apart, and a half at the address `scale`."""
+    signature = types.void(*[types.int64] * 4, kind)
+    kind_ = CacheKind(kind.literal_value)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        bits, codes = _block_codes(e, args[0], kind_)
+        words = []
+        for each in codes:
+            four = b.bitcast(b.trunc(each, vector(I8)), vector(I32, 4))
+            words += [b.extract_element(four, ir.Constant(I32, n)) for n in range(4)]
+        if kind_ is not CacheKind.Q8_0:
+            words = [b.or_(low, b.shl(high, ir.Constant(I32, 4))) for low, high in zip(words[::2], words[1::2])]
+        at = args[1]
+        for word in words:
+            e.store(at, word)
+            at = b.add(at, args[2])
+        e.store(args[3], bits)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic(prefer_literal=True)
+def quantise_value(_: Any, x: Any, to: Any, scale: Any, kind: Any) -> Any:
+    """32 floats to every fourth byte from `to` on, and a half at the address `scale`."""
+    signature = types.void(*[types.int64] * 3, kind)
+    kind_ = CacheKind(kind.literal_value)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        bits, codes = _block_codes(e, args[0], kind_)
+        if kind_ is not CacheKind.Q8_0:
+            codes = [b.or_(codes[0], b.shl(codes[1], e.constant(I32, 4)))]
+        spread = ir.Constant(vector(I32, 64), [i // 4 if i % 4 == 0 else LANES for i in range(64)])
+        mask = ir.Constant(vector(ir.IntType(1), 64), [1, 0, 0, 0] * LANES)
+        for n, each in enumerate(codes):
+            wide = b.shuffle_vector(b.trunc(each, vector(I8)), e.zeros(I8), spread)
+            e.store_masked(b.add(args[1], e.int64(64 * n)), wide, mask)
+        e.store(args[2], bits)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+# ---- rotation --------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def _turn_16(_: Any, x: Any, factor: Any) -> Any:
+    """16 floats times the Hadamard matrix of 16 and a factor, in place."""
+    signature = types.void(types.int64, types.float64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        value = b.fmul(e.load(args[0], vector(F32)), e.splat(b.fptrunc(args[1], F32)))
+        for step in (1, 2, 4, 8):
+            lanes = ir.Constant(vector(I32), [(i ^ step) for i in range(LANES)])
+            signs = ir.Constant(vector(F32), [-1.0 if i & step else 1.0 for i in range(LANES)])
+            value = b.fadd(b.shuffle_vector(value, value, lanes), b.fmul(value, signs))
+        e.store(args[0], value)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic
+def _turn_pair(_: Any, x: Any, y: Any) -> Any:
+    """x, y = x + y, x - y, of 16 floats each."""
+    signature = types.void(types.int64, types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        x, y = (e.load(at, vector(F32)) for at in args)
+        e.store(args[0], b.fadd(x, y))
+        e.store(args[1], b.fsub(x, y))
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@njit(inline="always")
+def rotate_row(row: int, dim: int) -> None:
+    """A row of floats times an orthogonal matrix that is its own inverse, in place: Hadamard's, of D or, where D is no
+    power of two, of the largest one that divides it, for each part of that size.
+    """
+    size = dim & -dim
+    for i in range(0, dim, LANES):
+        _turn_16(row + 4 * i, 1.0 / math.sqrt(size))
+    step = LANES
+    while step < size:
+        for i in range(0, dim, 2 * step):
+            for j in range(i, i + step, LANES):
+                _turn_pair(row + 4 * j, row + 4 * (j + step))
+        step *= 2
