@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from candle_vllm.core import config as core_config
 from candle_vllm.core.errors import ModelNotFoundError
 from candle_vllm.core.testing.toy_adapter import write_adapter
-from candle_vllm.core.testing.toy_model import write_toy_model
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.server.cli import main
 from candle_vllm.server.commands import chat as chat_module
 from candle_vllm.server.commands import generate as generate_module
@@ -407,7 +407,7 @@ def test_config_shows_what_will_be(tmp_path: Path, capsys: pytest.CaptureFixture
     assert shown["prefill_chunk_size"]["value"] == 512
     assert shown["threads"]["value"] >= 1
     assert shown["served_model_name"]["value"] == ["toy"]
-    assert shown["kv_cache_dtype"]["value"] == "bf16"
+    assert [shown[f"{which}_cache_dtype"]["value"] for which in ("kv", "key", "value")] == ["bf16"] * 3
     assert shown["dtype"]["value"] == "bf16"
     assert shown["device"]["value"] == "cpu"
     ours = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "presence_penalty": 0.0}
@@ -419,7 +419,7 @@ def test_config_shows_what_will_be(tmp_path: Path, capsys: pytest.CaptureFixture
     ):
         assert (shown[name]["value"], shown[name]["from"][:7]) == (value, "derived"), name
     engine_settings = {option.name for option in OPTIONS if option.engine}
-    empty = {"revision", "hf_token", "tokenizer", "mmproj", "max_loras", "max_cpu_loras", "lora_memory"}
+    empty = {"revision", "hf_token", "tokenizer", "mmproj", "imatrix", "max_loras", "max_cpu_loras", "lora_memory"}
     assert {name for name in engine_settings if shown[name]["value"] is None} <= empty
 
 
@@ -428,6 +428,12 @@ def test_config_says_which_format_and_how_much_memory(tmp_path: Path, capsys: py
     shown = _config(capsys, "--m", model, "--device", "cpu", "--tool-parser", "hermes", "--mem", "1")
     assert shown["tool_parser"] == {"value": "hermes", "from": "the command line (--tool-parser)"}
     assert shown["kv_fraction"]["value"] == "does not count"
+
+
+def test_config_says_how_keys_and_values_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(write_toy_model(tmp_path / "toy", toy_config(head_dim=32)))
+    shown = _config(capsys, "--m", model, "--device", "cpu", "--kv-cache-dtype", "q8_0", "--value-cache-dtype", "q4_0")
+    assert [shown[f"{which}_cache_dtype"]["value"] for which in ("kv", "key", "value")] == ["q8_0", "q8_0", "q4_0"]
 
 
 def test_config_of_a_model_that_is_not_here_yet(capsys: pytest.CaptureFixture[str]) -> None:

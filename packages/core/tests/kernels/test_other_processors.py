@@ -6,7 +6,7 @@ An emulated processor knows the instructions of its level and ends at any other.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,14 @@ pytest.importorskip("numba")
 
 from emulated import Emulated, emulator
 from linear_field import error, multiply_in_field, same_bits
+from numba import types
+from numba.extending import intrinsic
 from test_packed_linear import activations, packed
 
 from candle_vllm.core.kernels.cpu_runtime import machine_code
 from candle_vllm.core.kernels.cpu_runtime.compiler import compile_function
-from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, host_isa, host_level, links_here
+from candle_vllm.core.kernels.cpu_runtime.emit import I32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, host_isa, host_level, links_here
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.packed_linear import PackedKind, PackedMatrix
@@ -92,6 +95,36 @@ def check_packed(processor: Emulated, team: ThreadTeam, kind: PackedKind) -> Non
 
 def test_products_have_the_same_bits(processor: Emulated, team: ThreadTeam) -> None:
     check_packed(processor, team, PackedKind.Q4_1)
+
+
+def make_dot(isa: Isa) -> Callable[[int, int, int], None]:
+    """Products of 64 bytes at each of two addresses, summed by fours: int32 [16] at the third."""
+
+    @intrinsic
+    def dot(_: Any, unsigned: Any, signed: Any, to: Any) -> Any:
+        def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+            e = Emitter(b)
+            u, s = (e.load(at, vector(I32)) for at in args[:2])
+            e.store(args[2], e.dot_u8_i8(e.zeros(I32), u, s, isa))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 3), code
+
+    def take(unsigned: int, signed: int, to: int) -> None:
+        dot(unsigned, signed, to)
+
+    return take
+
+
+def test_codes_of_all_eight_bits_are_unsigned(processor: Emulated) -> None:
+    """As those of a quantised cache are, which instructions for two signed numbers would take for negative ones."""
+    function = processor.load(make_dot(processor.level.isa))
+    codes = np.arange(256, dtype=np.uint8).reshape(4, 64)
+    for x in (np.full(64, -128, np.int8), np.full(64, 127, np.int8), np.arange(-32, 32, dtype=np.int8)):
+        for some in codes:
+            out = processor.array(np.zeros(16, np.int32))
+            processor.call(function, *map(processor.place, (processor.array(some), processor.array(x), out)))
+            assert np.array_equal(out, (some.astype(np.int32) * x).reshape(16, 4).sum(1))
 
 
 @pytest.mark.every_case

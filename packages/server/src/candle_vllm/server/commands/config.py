@@ -21,6 +21,7 @@ from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device, choose_device
 from candle_vllm.core.engine.build import DEFAULTS, foreseen_cache, step_size
 from candle_vllm.core.errors import ModelNotFoundError
+from candle_vllm.core.kernels.cpu_runtime.level import best_level
 from candle_vllm.core.loading.source import HUB_ID, ModelFiles
 from candle_vllm.core.memory import cache_bytes
 from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
@@ -159,6 +160,7 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
         "model": Derived(config.model, "default: the demo model"),
         "served_model_name": Derived(list(names), "derived: what the model is called"),
         "device": Derived(str(device), "derived: " + ("a GPU" if device.type == "cuda" else "no GPU can be used")),
+        "cpu_level": Derived(best_level().name, "derived: all of this CPU's instructions that the kernels know"),
         "threads": Derived(default_threads(), "derived: one for each core that this process is allowed"),
         "max_num_seqs": Derived(sequences, f"default on {device.type}"),
         "prefill_chunk_size": Derived(tokens, f"default on {device.type}"),
@@ -186,9 +188,9 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
 
 
 _OF_MODEL = (
-    "dtype", "kv_cache_dtype", "max_model_len", "mem", "kv_cache_memory_bytes", "tokenizer", "chat_template",
-    "tool_parser", "reasoning_parser", "temperature", "top_p", "top_k", "min_p", "frequency_penalty",
-    "presence_penalty", "repetition_penalty",
+    "dtype", "kv_cache_dtype", "key_cache_dtype", "value_cache_dtype", "max_model_len", "mem", "kv_cache_memory_bytes",
+    "tokenizer", "chat_template", "tool_parser", "reasoning_parser", "temperature", "top_p", "top_k", "min_p",
+    "frequency_penalty", "presence_penalty", "repetition_penalty",
 )  # fmt: skip
 
 
@@ -228,8 +230,14 @@ def _of_model(settings: Settings, config: EngineConfig, files: ModelFiles, devic
     size, room = cache.num_blocks * cache.block_bytes, cache.num_blocks * config.block_size
     words = f"derived: {room:,} tokens, reserved and taken as they fill"
     number_bytes = size // cache_bytes(model.config, room, 1)
+    plain = "f32" if number_bytes == 4 else "bf16"
+    both = Derived(
+        plain if config.kv_cache_dtype == "auto" else config.kv_cache_dtype, "derived: kv_cache_dtype says it"
+    )
     found |= {
-        "kv_cache_dtype": Derived("f32" if number_bytes == 4 else "bf16", source),
+        "kv_cache_dtype": Derived(plain, source),
+        "key_cache_dtype": both,
+        "value_cache_dtype": both,
         "kv_cache_memory_bytes": Derived(size, words),
         "mem": Derived(size >> 20, words),
     }
