@@ -1,9 +1,9 @@
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 """`expand`, the sums of `shrink` times B, as a compiled CPU operation that makes the model's own product too.
 
-It waits for nothing: a thread adds to the columns of the model's product that the same piece has made. What others have
-not done of `shrink` by then it does itself, so that the same numbers are written twice. Threads share columns: what a
-row gets from several adapters comes in their order. A sum is one chain over the ranks. Step 6 of a request's life.
+It waits for little: a thread adds to the columns of the model's product that the same piece has made. What others have
+not done of `shrink` shortly after it does itself, so that the same numbers are written twice. Threads share columns:
+what a row gets from several adapters comes in their order. A sum is one chain over the ranks. Step 6 of a request.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from numba.extending import intrinsic
 from candle_vllm.core.kernels.activation_rows import RowForm
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, I64, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
+from candle_vllm.core.kernels.cpu_runtime.operation import IS_X86
 from candle_vllm.core.kernels.cpu_runtime.primitives import (
     call_operation,
+    cpu_relax,
     float32_at,
     float_from_bits,
     inner_row,
@@ -56,6 +58,8 @@ from candle_vllm.core.kernels.lora.layout import (
     STEPS,
     ExpandArguments,
 )
+
+_PATIENCE = 1024  # pauses, some 50 us: about what a thread's share of the largest `shrink` takes
 
 
 @intrinsic
@@ -328,7 +332,11 @@ def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
         if given.back != 0:
             before = row - given.back
             for other in range(threads):
-                if load_acquire(given.done + DONE_BYTES * other) == 0:
+                left = _PATIENCE
+                while left > 0 and load_acquire(given.done + DONE_BYTES * other) == 0:
+                    cpu_relax(IS_X86)
+                    left -= 1
+                if left == 0:
                     call_operation(int64_at(before)[0], before, other, threads)
         tiles = (given.columns + 15) >> 4  # shared as the operations that multiply matrices share them
         first = given.first + 16 * (tiles * thread // threads)
