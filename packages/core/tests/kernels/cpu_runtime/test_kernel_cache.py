@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -108,6 +109,7 @@ def test_what_another_version_or_level_compiled_is_not_used(root: Path, monkeypa
 
 _COMPILE = """
 import sys
+import threading
 sys.path.insert(0, {folder!r})
 import pytest, test_kernel_cache as test
 names = test.compiled_now(pytest.MonkeyPatch())
@@ -207,6 +209,41 @@ def test_what_is_rare_is_compiled_by_the_second_process_and_not_waited_for(
     names.clear()
     assert operation(rare, 1) != 0
     assert names == []
+
+
+class Helper:
+    """A second process that is at work until it is told."""
+
+    def __init__(self) -> None:
+        self.pid, self.stdin, self.done = os.getpid(), None, threading.Event()
+
+    def poll(self) -> int | None:
+        return 0 if self.done.is_set() else None
+
+    def wait(self) -> int:
+        self.done.wait()
+        return 0
+
+
+def test_models_that_load_meanwhile_begin_no_other_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Helper] = []
+
+    def second(_: object) -> Helper:
+        begun.append(Helper())
+        return begun[-1]
+
+    monkeypatch.setattr(operation_module, "_second_process", second)
+    monkeypatch.setattr(operation_module, "_COMING", {})
+    monkeypatch.setattr(os, "setpriority", lambda *_: None)
+    rare = ("rms_norm.cpu:make_head_norm,1",)
+    monkeypatch.setattr(operation_module, "is_first_start", lambda: False)
+    for _ in range(3):
+        compile_first(ask, later=rare)
+    assert len(begun) == 1
+    begun[0].done.set()
+    compile_first(ask, later=rare)  # it failed, for nothing is there
+    assert len(begun) == 2
+    begun[1].done.set()
 
 
 @pytest.mark.usefixtures("_nothing_loaded")

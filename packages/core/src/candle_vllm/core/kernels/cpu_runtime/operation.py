@@ -109,7 +109,8 @@ def compile_first(ask: Callable[[], object], later: Sequence[str] = ()) -> None:
     if getattr(sys, "frozen", False):  # `sys.executable` is some program, not Python
         return
     if not is_first_start():
-        missing = [named for named in later if is_missing(named.replace(":", ".").replace(",", "."))]
+        left = [named for named in later if not is_coming(named)]  # one helper at a time, however many models load
+        missing = [named for named in left if is_missing(named.replace(":", ".").replace(",", "."))]
         if missing and (helper := _second_process(missing)) is not None:
             _leave_alone(helper, missing)
         return
