@@ -158,3 +158,21 @@ def test_images_are_not_lost_where_there_is_no_template(start: Callable[..., Any
         pytest.raises(ollama.ResponseError, match="images: the model has no chat template"),
     ):
         client.generate("m", "What?", images=[DATA])
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("/completion", {"prompt": "a", "image_data": [{"id": 1, "data": DATA}]}, "images stand in messages"),
+        ("/v1/responses", {"model": "m", "input": "a", "image": {"url": URL}}, "send input_image"),
+        ("/v1/chat/completions", {"messages": OPENAI, "mm_processor_kwargs": {"a": 1}}, "as the model's files say"),
+        ("/tokenize", {"messages": OPENAI, "mm_processor_kwargs": {"a": 1}}, "as the model's files say"),
+    ],
+)
+def test_one_that_sees_says_where_images_stand(
+    path: str, body: dict[str, Any], said: str, start: Callable[..., Any]
+) -> None:
+    with start(PacedEngine("A picture.", sees=True)).http() as client:
+        answer = client.post(path, json=body)
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]["message"]

@@ -14,7 +14,6 @@ from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 from pydantic import Discriminator, Field, Tag
 
-from candle_vllm.core.arguments import TEXT_ALONE
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling import params as caps
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
@@ -39,7 +38,7 @@ _REFUSED: Mapping[str, Refusal] = {
     "return_progress": Refusal("nothing is sent before the first token", (False,)),
     "timings_per_token": Refusal("times come with the last piece", (False,)),
     "post_sampling_probs": Refusal("log-probabilities are those of /v1/completions", (False,)),
-    "image_data": Refusal(TEXT_ALONE, ([],)),
+    "image_data": Refusal("images stand in messages: use /v1/chat/completions", ([],)),
     "n_cmpl": Refusal("several answers are those of /v1/completions (n)", (1,)),
 }
 WITHOUT_EFFECT: Mapping[str, str] = {

@@ -48,7 +48,7 @@ class Refusal(NamedTuple):
 _OLD_FUNCTIONS = "OpenAI replaced it by tools and tool_choice"
 _ONE_BACKEND = "there is one backend for structured output; use structured_outputs"
 _INTERNAL = "it belongs to another server's internals"
-_TEXT_ONLY = "the server takes text only"
+_PREPARED = "images are read as they are, and prepared as the model's files say"
 _NEVER_CUT = "prompts are never cut"
 _ALWAYS_APART = "reasoning always stands apart from the answer; include_reasoning: false leaves it out"
 _ONE_ORDER = "samplers have one order"
@@ -101,9 +101,9 @@ REFUSED_FIELDS: Mapping[str, Refusal] = {
     "watermarking": Refusal("watermarks are not implemented", (False,)),
     "logprob_token_ids": Refusal("only the likeliest tokens are reported"),
     "chat_template_format": Refusal("templates are Jinja templates"),
-    "mm_processor_kwargs": Refusal(_TEXT_ONLY, ({},)),
-    "media_io_kwargs": Refusal(_TEXT_ONLY, ({},)),
-    "return_mm_kwargs": Refusal(_TEXT_ONLY, (True,)),
+    "mm_processor_kwargs": Refusal(_PREPARED, ({},)),
+    "media_io_kwargs": Refusal(_PREPARED, ({},)),
+    "return_mm_kwargs": Refusal(_PREPARED, (True,)),
     "prompt_embeds": Refusal("prompts are texts or token ids"),
     "spaces_between_special_tokens": Refusal("spacing is the tokenizer's", (True,)),
     "return_tokens_as_token_ids": Refusal("use return_token_ids", (False,)),

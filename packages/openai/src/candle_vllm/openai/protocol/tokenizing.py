@@ -15,7 +15,7 @@ from candle_vllm.openai.protocol.tools import AnyTool
 
 MAX_DETOKENIZED = 1 << 19  # token ids of one request
 
-_TEXT_ONLY = Refusal("the server takes text only", ({},))
+_PREPARED = Refusal("images are read as they are, and prepared as the model's files say", ({},))
 
 
 class TokenizeTextRequest(WireModel):
@@ -27,7 +27,7 @@ class TokenizeTextRequest(WireModel):
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
-        "mm_processor_kwargs": _TEXT_ONLY,
+        "mm_processor_kwargs": _PREPARED,
         "messages": Refusal("a request has a prompt or messages"),
     }
 
@@ -46,8 +46,8 @@ class TokenizeChatRequest(TemplateFields):
     """
 
     refused_fields: ClassVar[Mapping[str, Refusal]] = {
-        "mm_processor_kwargs": _TEXT_ONLY,
-        "media_io_kwargs": _TEXT_ONLY,
+        "mm_processor_kwargs": _PREPARED,
+        "media_io_kwargs": _PREPARED,
         "prompt": Refusal("a request has a prompt or messages"),
     }
 

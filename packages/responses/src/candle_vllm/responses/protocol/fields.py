@@ -46,7 +46,7 @@ REFUSED_RESPONSES_FIELDS: Mapping[str, Refusal] = {
     **GUESS_FIELDS,
     "prompt": Refusal("the server keeps no prompt templates; put the text into instructions and input"),
     "context_management": Refusal("prompts are never compacted; truncation: auto drops the oldest turns", ([],)),
-    "image": Refusal("the server takes text only", ({},)),
+    "image": Refusal("images are parts of messages: send input_image", ({},)),
     "messages": Refusal("it belongs to chat requests; use input"),
     "prediction": Refusal("it belongs to chat requests"),
     "max_tokens": Refusal("it belongs to chat requests; use max_output_tokens"),
