@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from server_fakes import PacedEngine
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.testing.toy_sight import write_toy_sight
 from candle_vllm.core.vision.pictures import picture_of
+from candle_vllm.openai import preparation
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)
 FILE = io.BytesIO()
@@ -176,3 +178,16 @@ def test_one_that_sees_says_where_images_stand(
         answer = client.post(path, json=body)
     assert answer.status_code == 400
     assert said in answer.json()["error"]["message"]
+
+
+def test_images_that_wait_are_bounded(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "MAX_HELD_IMAGES", PIXELS.nbytes + 10)
+    engine = PacedEngine("I see.", sees=True)
+    with start(engine).http() as client:
+        assert client.post("/v1/chat/completions", json={"messages": OPENAI}).status_code == 200
+        answer = client.post("/v1/chat/completions", json={"messages": OPENAI})
+        assert answer.status_code == 503  # the scripted engine keeps its requests
+        assert "the images of other requests take" in answer.text
+        engine.requests.clear()
+        gc.collect()
+        assert client.post("/v1/chat/completions", json={"messages": OPENAI}).status_code == 200

@@ -6,12 +6,20 @@ of an event loop: call these in other threads (`WorkerThreads`).
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
-from candle_vllm.core.errors import ConfigError, InvalidParameterError, RequestError, UnsupportedModelError
+from candle_vllm.core.errors import (
+    ConfigError,
+    EngineOverloadedError,
+    InvalidParameterError,
+    RequestError,
+    UnsupportedModelError,
+)
 from candle_vllm.core.sampling.json_schema import schema_remarks
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
@@ -29,6 +37,8 @@ from candle_vllm.openai.protocol.templating import check_variables
 from candle_vllm.openai.requests import sampling_params
 from candle_vllm.openai.task import ImagePart, Task
 
+MAX_HELD_IMAGES = 1 << 30
+"""Bytes of the images of all requests that wait or run; one alone may have more."""
 _MOST_TRIED = 64  # tools that are tried one by one
 
 
@@ -83,6 +93,7 @@ class TaskPreparation:
         self._engine = engine
         self._planner = planner
         self._allow_priority = allow_priority
+        self._held, self._counting = 0, threading.RLock()  # bytes of images; a finalizer may run anywhere
         self._allow_chat_template = allow_chat_template
         self._defaults = _checked_defaults(engine.model_info.default_sampling)
 
@@ -107,8 +118,28 @@ class TaskPreparation:
         assert prepared.unseen is not None
         with task.paths.blamed():
             prompt, images = self._engine.look(prepared.prompt, *prepared.unseen)
+            self._count(images)
             _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), len(prompt))
             return prepared._replace(prompt=prompt, images=images, unseen=None)
+
+    def _count(self, images: Sequence[ImageInput]) -> None:
+        """Counts what images take until their requests are over; they are enlarged before they queue.
+
+        Raises:
+            EngineOverloadedError: those that are there already take as much as they may.
+        """
+        sizes = {id(image): (image, len(image.tiles)) for image in images}
+        total = sum(size for _, size in sizes.values())
+        with self._counting:
+            if self._held and self._held + total > MAX_HELD_IMAGES:
+                raise EngineOverloadedError(f"the images of other requests take {self._held >> 20} MB: try again later")
+            self._held += total
+        for image, size in sizes.values():
+            weakref.finalize(image, self._uncount, size)
+
+    def _uncount(self, size: int) -> None:
+        with self._counting:
+            self._held -= size
 
     def _unseen(self, task: Task) -> tuple[list[bytes], list[str]] | None:
         images = images_of(task.messages)

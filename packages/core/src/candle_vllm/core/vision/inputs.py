@@ -10,7 +10,7 @@ from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.shown import ShownStruct
 
 
-class ImageInput(ShownStruct, frozen=True, kw_only=True):
+class ImageInput(ShownStruct, frozen=True, kw_only=True, weakref=True):
     """A picture of a prompt, as its model's tower reads it.
 
     Attributes:

@@ -222,7 +222,7 @@ def _picture(image: Image) -> Picture:
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         seen = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", seen.size, (255, 255, 255, 255)), seen)
-    image = image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     return _of_pixels(np.asarray(image if turn is None else image.transpose(turn)))
 
 
