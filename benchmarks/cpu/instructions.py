@@ -1,3 +1,4 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
 """Instructions per weight of the CPU's linear layers, for each level and type: a table, counted in the assembly.
 
     python benchmarks/cpu/instructions.py [--kinds Q4_0 Q4_K BF16] [--levels avx2 neon] [--rows 1 8]

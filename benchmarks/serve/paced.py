@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -29,6 +30,7 @@ from candle_vllm.core.engine.thread import EngineThread
 from candle_vllm.core.engine.watching import RequestInfo, RequestWatcher, watched_submit
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.testing import ScriptedEngine
+from candle_vllm.core.text.prompts import read_prompt
 
 MAX_STREAMS = 4096
 CONTEXT = 1 << 20  # tokens; a benchmark of ten minutes at 100 tokens/s has 60,000 in a stream
@@ -143,7 +145,7 @@ class PacedEngine(ScriptedEngine):
 
     def stream(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | Mapping[str, Any],
         sampling_params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
@@ -155,10 +157,11 @@ class PacedEngine(ScriptedEngine):
         """As `InferenceEngine.stream`."""
         params = sampling_params or SamplingParams()
         request_id = request_id or uuid.uuid4().hex
+        text, ids = read_prompt(prompt)
         with watched_submit(watcher, RequestInfo(request_id, "generate", prompt, params, self.detokenize)) as watch:
             request = GenerationRequest(
                 request_id=request_id,
-                prompt_token_ids=self.tokenize(prompt, add_special_tokens) if isinstance(prompt, str) else list(prompt),
+                prompt_token_ids=self.tokenize(text or "", add_special_tokens) if ids is None else ids,
                 params=params,
                 priority=priority,
                 adapters=tuple(adapter.use(scale) for adapter, scale in lora_request),

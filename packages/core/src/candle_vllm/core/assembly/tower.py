@@ -7,7 +7,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 
 from candle_vllm.core.assembly.opening import Opened, naming
@@ -21,7 +20,7 @@ from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import check_weights, load_weights
 from candle_vllm.core.models.family import Tower, TowerConfig, TowerFamily
-from candle_vllm.core.models.registry import tower_family, tower_family_from_gguf
+from candle_vllm.core.models.registry import tower_family, tower_family_from_gguf, tower_family_named
 from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.vision.pictures import require_pillow
 from candle_vllm.core.vision.preprocessing import Cut
@@ -132,7 +131,7 @@ def _loaded(
 
 def sight_of(parts: Sighted, tokenizer: Tokenizer, most: int) -> Sight:
     """How a model sees whose tower is known by its `parts`; `most` pictures of a prompt."""
-    family: TowerFamily = import_module(f"candle_vllm.core.models.{parts.family}").FAMILY
+    family = tower_family_named(parts.family)
     marks = family.mark * parts.embeddings
 
     def words(cut: Cut) -> Sequence[int]:

@@ -93,6 +93,11 @@ def tower_family_from_gguf(metadata: Mapping[str, Any], path: Path) -> TowerFami
     return found
 
 
+def tower_family_named(name: str) -> TowerFamily:
+    """The family of this name, one of `TOWER_FAMILIES`."""
+    return next(family for family in _towers() if family.name == name)
+
+
 def _towers() -> Iterator[TowerFamily]:
     for file in TOWER_FAMILIES:
         yield import_module(f"{__package__}.{file}").FAMILY
