@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_NAME = 256  # characters of a model name, participant name or call id
@@ -267,6 +267,10 @@ def check_name(name: str) -> str:
 FunctionName = Annotated[str, AfterValidator(check_name)]
 
 
+_MODEL_NAME = {"type": "string", "maxLength": MAX_NAME}
+_MODEL_NAMES = {"type": "array", "items": {"anyOf": [_MODEL_NAME, {"type": "null"}]}}
+
+
 class ModelFields(WireModel):
     """Which model answers, through which adapter.
 
@@ -277,7 +281,9 @@ class ModelFields(WireModel):
     """
 
     model: ModelName | None = None
-    lora_path: ModelName | None = None
+    lora_path: Annotated[ModelName | None, WithJsonSchema({"anyOf": [_MODEL_NAME, _MODEL_NAMES, {"type": "null"}]})] = (
+        None
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -119,6 +119,7 @@ def chat_request(task: Task) -> dict[str, Any]:
         "add_special_tokens": task.add_special_tokens or None,
         "include_reasoning": None if task.show_thoughts else False,
         "echo": bool(task.echo) or None,
+        "lora_path": task.adapter,
         "lora": None if task.lora is None else [{"id": id_, "scale": scale} for id_, scale in task.lora.items()],
         "max_completion_tokens": sampling.pop("max_tokens", None),
         **sampling,
