@@ -96,7 +96,7 @@ class StdioServer:
         sent, from_session = anyio.create_memory_object_stream[SessionMessage](0)
         errors = asyncio.ensure_future(self._read_errors(process))
         reader = asyncio.ensure_future(self._read(process, to_session, errors))
-        writer = asyncio.ensure_future(self._write(process, from_session, to_session))
+        writer = asyncio.ensure_future(self._write(process, from_session, to_session, reader))
         watcher = asyncio.ensure_future(self._watch(process, reader))
         try:
             yield received, sent
@@ -187,7 +187,7 @@ class StdioServer:
             if kept.strip():
                 self._last_lines.append(kept)
 
-    async def _write(self, process: Process, outgoing: Any, session: Any) -> None:
+    async def _write(self, process: Process, outgoing: Any, session: Any, reader: asyncio.Task[None]) -> None:
         assert process.stdin is not None
         with suppress(anyio.ClosedResourceError, anyio.BrokenResourceError, OSError):
             async with outgoing:
@@ -196,6 +196,7 @@ class StdioServer:
                     process.stdin.write(text.encode() + b"\n")
                     await process.stdin.drain()
                 return
+        await asyncio.wait({reader}, timeout=_EXIT)  # most programs that read no more are ending, and say why
         session.close()  # its pipe is broken: the session must learn that no answer will come
 
 
