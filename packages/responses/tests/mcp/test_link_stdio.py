@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from waiting import until
 
-from candle_vllm.responses.mcp import supervisor
+from candle_vllm.responses.mcp import stdio, supervisor
 from candle_vllm.responses.mcp.link import McpLink
 from candle_vllm.responses.mcp.peer import McpServerError
 from candle_vllm.responses.tools.tool import (
@@ -155,6 +155,26 @@ async def test_a_failed_server_s_own_words(
     with pytest.raises(McpServerError) as failure:
         await link.start()
     assert failure.value.why == f"the server closed the connection: its program ended with status 1; it wrote: {told}"
+
+
+async def test_a_server_that_reads_nothing_and_ends(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    deaf, start = tmp_path / "deaf", stdio.start_process
+
+    async def later(*arguments: Any, **options: Any) -> Any:
+        process = await start(*arguments, **options)
+        await until(deaf.exists)
+        return process
+
+    monkeypatch.setattr(stdio, "start_process", later)
+    program = (
+        f"import os, sys, time; os.close(0); open({str(deaf)!r}, 'w').close(); time.sleep(0.3); "
+        "sys.stderr.write('no model'); sys.exit(1)"
+    )
+    link = McpLink(scripted("plain", command=sys.executable, args=["-c", program]))
+    with pytest.raises(McpServerError, match=r"its program ended with status 1; it wrote: no model$"):
+        await link.start()
 
 
 async def test_what_a_server_wrote_that_does_not_answer(scripted: Scripted) -> None:
