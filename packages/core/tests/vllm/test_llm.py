@@ -223,7 +223,10 @@ def test_a_bar_of_the_callers_own_is_moved(llm: LLM) -> None:
             lambda llm: llm.chat([USER], lora_request=object()),
             "lora_request must be a LoRARequest, or pairs .*, not object",
         ),
-        (lambda llm: llm.generate("a", mm_processor_kwargs={}), "takes no mm_processor_kwargs: models read text alone"),
+        (
+            lambda llm: llm.generate("a", mm_processor_kwargs={}),
+            "takes no mm_processor_kwargs: pictures are read",
+        ),
         (lambda llm: llm.generate("a", tokenization_kwargs={"truncation": True}), "may have add_special_tokens"),
         (lambda llm: llm.chat([USER], chat_template_content_format="openai"), "always joined to one text"),
         (lambda llm: llm.encode("a", pooling_task="token_embed"), "no vectors of single tokens"),

@@ -77,7 +77,7 @@ def test_how_vectors_are_made() -> None:
         ({"spec_method": "eagle"}, ConfigError, "speculative_config: the method 'eagle' is not there"),
         ({"served_model_name": "m"}, TypeError, "names are a server's"),
         ({"master_addr": "10.0.0.1"}, TypeError, "one device"),
-        ({"limit_mm_per_prompt": {"image": 1}}, TypeError, "text alone"),
+        ({"limit_mm_per_prompt": {"image": 1}}, TypeError, "max_images"),
         ({"logits_processors": [object]}, TypeError, "requests have them, as functions"),
         ({"temperature": 1}, TypeError, "requests have it"),
         ({"max_modle_len": 5}, TypeError, "did you mean max_model_len"),

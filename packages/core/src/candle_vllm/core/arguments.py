@@ -22,7 +22,8 @@ from candle_vllm.core.shown import ShownStruct
 
 # Why some things are not here, in words without arguments or flags: other tables of foreign names say it as well.
 NO_CODE = "code of a model's repository is never run: its architecture is built in, or refused"
-TEXT_ALONE = "models read text alone here"
+PREPARED = "pictures are read as they are, and prepared as the model's files say"
+NO_ADDRESSES = "a picture is a file's bytes, an array or a PIL.Image: none is opened or fetched by a name"
 
 _WHOLE = "a model lies whole on a GPU or on the CPU (device); nothing is divided between them"
 _ONE_DEVICE = "an engine computes on one device; for several GPUs make an engine on each (device='cuda:1')"
@@ -76,8 +77,10 @@ _SETTINGS: Rows = (
     ("lora_path lora_base lora_scale", "enable_lora; a request says which adapter (lora_request)"),
     ("speculative_model num_speculative_tokens draft_model spec_method spec_model spec_tokens",
      "speculative_config, which has method, model and num_speculative_tokens", (None,)),
-    ("limit_mm_per_prompt mm_processor_kwargs clip_model_path", TEXT_ALONE, (None, {})),
-    ("allowed_local_media_path allowed_media_domains", TEXT_ALONE, (None, "", [])),
+    ("limit_mm_per_prompt", "max_images, how many pictures a prompt may have", (None, {})),
+    ("clip_model_path", "mmproj, the GGUF file of what the model sees by", (None,)),
+    ("mm_processor_kwargs", PREPARED, (None, {})),
+    ("allowed_local_media_path allowed_media_domains", NO_ADDRESSES, (None, "", [])),
     ("use_mmap use_mlock low_cpu_mem_usage", "weights are mapped while they are loaded"),
     ("enable_chunked_prefill", "it is always so", (True, None)),
     ("task runner", "an engine does whatever the model can",
@@ -106,9 +109,9 @@ _SETTINGS: Rows = (
     ("fully_sharded_loras default_mm_loras max_lora_cls_labels", "adapters lie whole beside the model",
      (None, False)),
     ("lora_target_modules", "an adapter's own files say what it changes", (None,)),
-    ("language_model_only", TEXT_ALONE, (True, False)),
+    ("language_model_only", "max_images=0 leaves out what a model sees by", (False,)),
     ("enable_mm_embeds interleave_mm_strings media_io_kwargs mm_processor_cache_gb mm_encoder_only skip_mm_profiling "
-     "io_processor_plugin video_pruning_rate", TEXT_ALONE, (None, False, {}, 0)),
+     "io_processor_plugin video_pruning_rate", PREPARED, (None, False, {}, 0)),
     ("reasoning_parser tool_call_parser reasoning_config",
      "texts are read by candle_vllm.openai's OpenAIAdapter, by the model's own format", (None, "")),
     ("kv_offloading_size kv_offloading_backend offload_params cpu_offload_params kv_events_config ec_transfer_config",
@@ -201,7 +204,7 @@ _ARGUMENTS: Rows = (
     ("params generation_config", "sampling_params"),
     ("conversation conversations", "messages"),
     ("stream streamer", "there are generate_stream and chat_stream, and stream in an event loop"),
-    ("mm_processor_kwargs", TEXT_ALONE),
+    ("mm_processor_kwargs", PREPARED),
     ("progress show_progress", "use_tqdm"),
     ("functions", "tools"),
     ("tool_choice parallel_tool_calls tool_parser",

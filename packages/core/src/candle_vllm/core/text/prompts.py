@@ -71,8 +71,8 @@ def read_prompt(prompt: Any, *, sees: bool = False) -> tuple[str | None, list[in
     if "role" in prompt:
         raise InvalidParameterError("this is a message of a conversation: use chat", "prompt")
     text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    known = ("prompt", "prompt_token_ids", *(("multi_modal_data",) if sees else ()))
     for name in prompt:
-        known = ("prompt", "prompt_token_ids", *(("multi_modal_data",) if sees else ()))
         if name not in known and prompt[name] is not None:
             said = _PROMPT_KEYS.get(name, "a prompt has prompt or prompt_token_ids")
             raise InvalidParameterError(f"a prompt has no {name!r:.60}: {said}", "prompt")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 import numpy as np
 from msgspec.structs import replace
 
-from candle_vllm.core.arguments import TEXT_ALONE, explained, foreign_names
+from candle_vllm.core.arguments import explained, foreign_names
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.request import GenerationOutput, LoraChoice, LoRARequest
 from candle_vllm.core.engine.stream import Bar
@@ -50,7 +50,7 @@ _ABSENT = {
     "collective_rpc": "there are no workers, and no function of a caller's is run beside the model",
     "apply_model": "no function of a caller's is run on a model",
     "start_profile": "Python's profilers see what a step does",
-    "reset_mm_cache": TEXT_ALONE,
+    "reset_mm_cache": "what pictures come to is kept by their content: none is ever stale",
     "reward": "use classify",
 }
 
@@ -174,7 +174,7 @@ class LLM:
                 scales are a mix of them.
             priority: one for all, or one each; lower runs first.
             tokenization_kwargs: may have `add_special_tokens`.
-            mm_processor_kwargs: refused: models read text alone here.
+            mm_processor_kwargs: refused: pictures are read as they are, and prepared as the model's files say.
 
         Raises:
             RequestError: a prompt or its parameters are wrong, with its place in a list; nothing has run then.
