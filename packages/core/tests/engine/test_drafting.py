@@ -365,6 +365,17 @@ def test_what_a_form_leaves_no_choice_about_is_not_computed_token_by_token(
     assert found[1][1] < found[0][1] / 2
 
 
+def test_a_form_is_guessed_on_behind_what_it_leaves_open(plain: InferenceEngine, drafting: InferenceEngine) -> None:
+    """Any of two signs may come between what must come, so nothing is forced there; one comes where it came before."""
+    form = StructuredOutputsParams(regex="([a-d][:;]name[=~][a-d][.,]){8}")
+    params = SamplingParams(temperature=0.0, max_tokens=100, structured_outputs=form)
+    params.cache_salt = "alone"
+    (steps, alone), (guessing, answer) = steps_of(plain, params), steps_of(drafting, params)
+    assert answer.token_ids == alone.token_ids
+    assert steps == len(alone.token_ids)
+    assert guessing <= 24  # 27 where each guess ends with what is sure
+
+
 def test_salted_answers_are_no_guesses_of_others(folder: Path) -> None:
     for salt, expected in (("mine", 0), (None, 1)):
         with loaded(folder, speculative_config={}) as engine:

@@ -27,6 +27,7 @@ from candle_vllm.core.engine.repeats import SEPARATOR, Past, Text
 
 if TYPE_CHECKING:
     from candle_vllm.core.engine.batch import Batch
+    from candle_vllm.core.sampling.grammar import GrammarState
 
 _OPENING = 12  # tokens of a match that are as good as the place where a predicted text begins
 _WORTH, _REST = 1.15, 7  # where sure guesses would make less than this, they are looked for in one step of eight
@@ -34,12 +35,13 @@ _COUNTS = (1, 2, 4, 8, 16)  # of drafts that are looked at to see whether any pa
 _PATIENCE = 16  # steps in which there were guesses and none was worth a try
 _SLOW = 0.003  # seconds that a grammar is asked at most, before nothing is guessed for its text any more
 _LOOKED = 1024  # tokens of prompts and predictions that are looked at in a step, so that no long one holds it up
-_FORCED = 0  # the bucket of what a grammar leaves no choice about
+_FORM = 1  # the length of a match of one token, or of none behind what a grammar left no choice about: forms alone
 
 # How long a match is, in buckets, and what is believed of the next token before any was judged: (hits, of tries).
-_BUCKETS = (0, 1, 1, 2, 3, 4, 4, 5, 5, 5, *[6] * 6, *[7] * (LONGEST_MATCH - 15))
+_BUCKETS = (0, 8, 1, 2, 3, 4, 4, 5, 5, 5, *[6] * 6, *[7] * (LONGEST_MATCH - 15))
 # Of short matches less than pays: guesses are judged untried, so that it is soon known where they are better.
-_PRIOR = ((7.6, 8.0), (0.8, 8.0), (1.2, 8.0), (2.0, 8.0), (3.2, 8.0), (4.4, 8.0), (5.6, 8.0), (6.8, 8.0))
+_PRIOR = ((7.6, 8.0), (0.8, 8.0), (1.2, 8.0), (2.0, 8.0), (3.2, 8.0), (4.4, 8.0), (5.6, 8.0), (6.8, 8.0),
+          (4.0, 8.0))  # fmt: skip
 
 
 class _Guess:
@@ -48,12 +50,21 @@ class _Guess:
     Attributes:
         tokens, place: where it stands, and the next token's place there.
         length: tokens before that which matched; 0 for what a grammar leaves no choice about.
+        end, then: the place where the text goes on in another way, and what it goes on with; None where it does not.
     """
 
-    __slots__ = ("length", "place", "tokens")
+    __slots__ = ("end", "length", "place", "then", "tokens")
 
     def __init__(self, tokens: list[int], place: int, length: int) -> None:
         self.tokens, self.place, self.length = tokens, place, length
+        self.end: int | None = None
+        self.then: _Guess | None = None
+
+    @property
+    def rest(self) -> _Guess | None:
+        """What is left of it: itself, what it goes on with, or nothing."""
+        over = self.place == self.end or (not self.length and self.place >= len(self.tokens))
+        return self.then if over else self
 
     def upcoming(self, count: int) -> list[int]:
         """The next tokens; where they are the end of the same text, what repeats there goes on."""
@@ -69,12 +80,13 @@ class _Guess:
 class _Record:
     """What is known of one sequence."""
 
-    __slots__ = ("guess", "hits", "is_slow", "known", "prediction", "text", "tries")
+    __slots__ = ("behind", "guess", "hits", "is_slow", "known", "prediction", "text", "tries")
 
     def __init__(self, live: LiveSequence, prompt: Text, prediction: Text | None) -> None:
         self.text = Text(live.sequence.tokens, prompt)
         self.known = len(live.sequence.tokens)  # tokens that the guess was judged by
         self.guess: _Guess | None = None
+        self.behind: dict[int, int] = {}  # in a form: the place behind each token of the answer, where it stood last
         self.prediction = prediction
         if prediction is not None:
             self.known, self.guess = live.sequence.num_prompt_tokens, _Guess(prediction.tokens, 0, _OPENING)
@@ -301,35 +313,51 @@ class Drafter:
 
     def _guess(self, live: LiveSequence, record: _Record) -> _Guess | None:
         """What the sequence may go on with; the last guess is judged before."""
-        tokens, guess = live.sequence.tokens, record.guess
+        tokens, guess, grammar = live.sequence.tokens, record.guess, live.state.grammar
         for place in range(record.known, len(tokens)):
+            if grammar is not None and place > live.sequence.num_prompt_tokens:
+                record.behind[tokens[place - 1]] = place
             if guess is None:
-                break
+                continue
             if guess.place >= len(guess.tokens) or guess.tokens[guess.place] == SEPARATOR:
                 guess = None
-                break
+                continue
             right = guess.tokens[guess.place] == tokens[place]
             self._judge(record, guess.length, right)
             if not right:
                 guess = None
-                break
+                continue
             guess.place += 1
-            if guess.length:
+            if guess.length > _FORM:
                 guess.length = min(guess.length + 1, LONGEST_MATCH)
+            elif not guess.length and guess.place == len(guess.tokens):
+                record.behind[SEPARATOR] = place + 1
+            guess = guess.rest
         record.known = len(tokens)
         self._left -= record.text.follow(self._left)
         if record.prediction is not None:
             self._left -= record.prediction.follow(self._left)
-        grammar = live.state.grammar
-        if guess is not None and not guess.length and guess.place >= len(guess.tokens):
-            guess = None
         if grammar is not None and (guess is None or guess.length):
             began = time.thread_time()
             if forced := grammar.forced():
-                guess = _Guess(forced, 0, 0)
+                guess = guess or self._found(live, record)
+                if guess is None or not self._is_better(record, guess, grammar):
+                    guess = _Guess(forced, 0, 0)
             record.is_slow = time.thread_time() - began > _SLOW
-        record.guess = guess or self._found(live, record)
+        record.guess = guess or self._found(live, record) or self._behind(record, tokens[-1])
         return record.guess
+
+    def _is_better(self, record: _Record, guess: _Guess, grammar: GrammarState) -> bool:
+        """Whether what followed before is likelier than what must come as the tokenizer writes it: a model may cut the
+        same text in another way, and then does so again.
+        """
+        sure = self._hits[0] / self._tries[0]
+        return self._luck(record, guess.length) > sure and bool(grammar.legal(guess.upcoming(1)))
+
+    def _behind(self, record: _Record, token: int) -> _Guess | None:
+        """In a form what followed a token when it stood there last; `SEPARATOR` for what left no choice."""
+        place = record.behind.get(token)
+        return None if place is None or place >= len(record.text.tokens) else _Guess(record.text.tokens, place, _FORM)
 
     def _found(self, live: LiveSequence, record: _Record) -> _Guess | None:
         text, prediction = record.text, record.prediction
@@ -367,28 +395,64 @@ class Drafter:
         most = min(asked, self._rows, sequence.max_length - len(sequence.tokens) - 1)
         if config.suffix_decoding_max_spec_factor is not None and guess.length:
             most = min(most, int(guess.length * config.suffix_decoding_max_spec_factor))
-        chances: list[float] = []
-        chance, length = 1.0, guess.length
-        own, tries = record.hits, record.tries + OWN_WEIGHT
         least = max(least, config.suffix_decoding_min_token_prob)
+        grammar = live.state.grammar
+        if grammar is None:
+            chances = self._chances(record, guess.length, 1.0, least, most)
+            drafts = guess.upcoming(len(chances))
+            return (drafts, chances[: len(drafts)]) if drafts else None
+        began = time.thread_time()
+        found = self._in_form(grammar, record, guess, least, most)
+        record.is_slow = record.is_slow or time.thread_time() - began > _SLOW
+        return found if found[0] else None
+
+    def _in_form(
+        self, grammar: GrammarState, record: _Record, guess: _Guess, least: float, most: int
+    ) -> tuple[list[int], list[float]]:
+        """Drafts that the grammar takes, and their chances: where a guess ends, another one goes on."""
+        drafts, chances = list[int](), list[float]()
+        scout = None
+        while True:
+            more = self._chances(record, guess.length, chances[-1] if chances else 1.0, least, most - len(drafts))
+            least = self._config.suffix_decoding_min_token_prob
+            tokens = guess.upcoming(len(more))
+            if guess.length:
+                tokens = tokens[: (scout or grammar).legal(tokens)]
+            drafts += tokens
+            chances += more[: len(tokens)]
+            left = len(guess.tokens) - guess.place - len(tokens) if not guess.length else len(tokens) == len(more)
+            guess.end = guess.then = None
+            if left or not tokens or len(drafts) >= most:
+                return drafts, chances
+            scout = scout or grammar.ahead()
+            if scout is None or not all(map(scout.accept, tokens)):
+                return drafts, chances
+            guess.end = guess.place + len(tokens)
+            forced = scout.ff_tokens() if guess.length else []
+            then = _Guess(forced, 0, 0) if forced else self._behind(record, drafts[-1] if guess.length else SEPARATOR)
+            if then is None:
+                return drafts, chances
+            guess.then = guess = then
+
+    def _luck(self, record: _Record, length: int) -> float:
+        """How likely the next token of a guess is right."""
+        common = self._hits[_BUCKETS[length]] / self._tries[_BUCKETS[length]]
+        if length:
+            common = (record.hits + OWN_WEIGHT * common) / (record.tries + OWN_WEIGHT)
+        return min(common, SURE)
+
+    def _chances(self, record: _Record, length: int, chance: float, least: float, most: int) -> list[float]:
+        """How likely the next tokens of a guess are right, each with all before it, as far as that is likely enough."""
+        chances: list[float] = []
         for _ in range(most):
-            bucket = _BUCKETS[length]
-            common = self._hits[bucket] / self._tries[bucket]
-            chance *= min((own + OWN_WEIGHT * common) / tries if length else common, SURE)
+            chance *= self._luck(record, length)
             if chance < least:
                 break
-            least = config.suffix_decoding_min_token_prob
+            least = self._config.suffix_decoding_min_token_prob
             chances.append(chance)
-            if length:
+            if length > _FORM:
                 length = min(length + 1, LONGEST_MATCH)
-        if not chances:
-            return None
-        drafts = guess.upcoming(len(chances))
-        if live.state.grammar is not None and guess.length:
-            began = time.thread_time()
-            drafts = drafts[: live.state.grammar.legal(drafts)]
-            record.is_slow = record.is_slow or time.thread_time() - began > _SLOW
-        return (drafts, chances[: len(drafts)]) if drafts else None
+        return chances
 
     def _choose(self, guesses: list[tuple[LiveSequence, list[int], list[float]]], rows: int) -> bool:
         """Gives the step the drafts that make the most tokens in its time; False where that is none."""

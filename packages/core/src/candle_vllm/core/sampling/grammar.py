@@ -194,6 +194,11 @@ class GrammarState:
         self._filling.result()
         return 0 if self.exhausted else self._grammar.legal(token_ids)
 
+    def ahead(self) -> Grammar | None:
+        """A copy that may be asked about what may come; None where there is none."""
+        self._filling.result()
+        return None if self.exhausted or self._failure is not None else self._grammar.copy()
+
     def forced(self) -> list[int]:
         """See `Grammar.ff_tokens`. Waits for no mask that is not begun."""
         self._filling.result()
