@@ -33,8 +33,9 @@ _OPENING = 12  # tokens of a match that are as good as the place where a predict
 _WORTH, _REST = 1.15, 7  # where sure guesses would make less than this, they are looked for in one step of eight
 _COUNTS = (1, 2, 4, 8, 16)  # of drafts that are looked at to see whether any pay
 _PATIENCE = 16  # steps in which there were guesses and none was worth a try
-_SLOW = 0.003  # seconds that a grammar is asked at most, before nothing is guessed for its text any more
+_SLOW = 0.003  # seconds that asking a grammar takes at most, before nothing is guessed for its text any more
 _LOOKED = 1024  # tokens of prompts and predictions that are looked at in a step, so that no long one holds it up
+_SHORT, _MARK_WEIGHT = 2, 1.5  # matches that fare by what stands before them, and what is believed of them at first
 _FORM = 1  # the length of a match of one token, or of none behind what a grammar left no choice about: forms alone
 
 # How long a match is, in buckets, and what is believed of the next token before any was judged: (hits, of tries).
@@ -50,13 +51,14 @@ class _Guess:
     Attributes:
         tokens, place: where it stands, and the next token's place there.
         length: tokens before that which matched; 0 for what a grammar leaves no choice about.
+        mark: in a form, the token before a short match while none of it was judged; None elsewhere.
         end, then: the place where the text goes on in another way, and what it goes on with; None where it does not.
     """
 
-    __slots__ = ("end", "length", "place", "then", "tokens")
+    __slots__ = ("end", "length", "mark", "place", "then", "tokens")
 
-    def __init__(self, tokens: list[int], place: int, length: int) -> None:
-        self.tokens, self.place, self.length = tokens, place, length
+    def __init__(self, tokens: list[int], place: int, length: int, mark: int | None = None) -> None:
+        self.tokens, self.place, self.length, self.mark = tokens, place, length, mark
         self.end: int | None = None
         self.then: _Guess | None = None
 
@@ -80,18 +82,23 @@ class _Guess:
 class _Record:
     """What is known of one sequence."""
 
-    __slots__ = ("behind", "guess", "hits", "is_slow", "known", "prediction", "text", "tries")
+    __slots__ = ("behind", "fared", "guess", "hits", "known", "prediction", "seconds", "text", "tries")
 
     def __init__(self, live: LiveSequence, prompt: Text, prediction: Text | None) -> None:
         self.text = Text(live.sequence.tokens, prompt)
         self.known = len(live.sequence.tokens)  # tokens that the guess was judged by
         self.guess: _Guess | None = None
         self.behind: dict[int, int] = {}  # in a form: the place behind each token of the answer, where it stood last
+        self.fared: dict[int, tuple[float, float]] = {}  # short matches behind each token there: right, of all
         self.prediction = prediction
         if prediction is not None:
             self.known, self.guess = live.sequence.num_prompt_tokens, _Guess(prediction.tokens, 0, _OPENING)
         self.hits = self.tries = 0.0
-        self.is_slow = False  # asking its grammar takes too long
+        self.seconds = 0.0  # that asking its grammar takes
+
+    def note(self, seconds: float) -> None:
+        """Its grammar was asked so long; what happens once is no habit."""
+        self.seconds += 0.5 * (seconds - self.seconds)
 
 
 def _asks(live: LiveSequence) -> bool:
@@ -277,7 +284,7 @@ class Drafter:
             if record is None:
                 record = _Record(live, self._prompt(live), self._predicted(live.prediction))
                 self._records[live] = record
-            if record.is_slow:
+            if record.seconds > _SLOW:
                 continue
             guess = self._guess(live, record)
             offers.append((live, None if guess is None else self._offer(live, record, guess, least)))
@@ -323,7 +330,7 @@ class Drafter:
                 guess = None
                 continue
             right = guess.tokens[guess.place] == tokens[place]
-            self._judge(record, guess.length, right)
+            self._judge(record, guess, right)
             if not right:
                 guess = None
                 continue
@@ -343,7 +350,7 @@ class Drafter:
                 guess = guess or self._found(live, record)
                 if guess is None or not self._is_better(record, guess, grammar):
                     guess = _Guess(forced, 0, 0)
-            record.is_slow = time.thread_time() - began > _SLOW
+            record.note(time.thread_time() - began)
         record.guess = guess or self._found(live, record) or self._behind(record, tokens[-1])
         return record.guess
 
@@ -352,12 +359,14 @@ class Drafter:
         same text in another way, and then does so again.
         """
         sure = self._hits[0] / self._tries[0]
-        return self._luck(record, guess.length) > sure and bool(grammar.legal(guess.upcoming(1)))
+        return self._luck(record, guess.length, guess.mark) > sure and bool(grammar.legal(guess.upcoming(1)))
 
     def _behind(self, record: _Record, token: int) -> _Guess | None:
         """In a form what followed a token when it stood there last; `SEPARATOR` for what left no choice."""
         place = record.behind.get(token)
-        return None if place is None or place >= len(record.text.tokens) else _Guess(record.text.tokens, place, _FORM)
+        if place is None or place >= len(record.text.tokens):
+            return None
+        return _Guess(record.text.tokens, place, _FORM, token)
 
     def _found(self, live: LiveSequence, record: _Record) -> _Guess | None:
         text, prediction = record.text, record.prediction
@@ -372,10 +381,14 @@ class Drafter:
             there, longer = prediction.find(text.tokens, least, most)
             if longer and longer >= length:
                 tokens, place, length = prediction.tokens, there, longer
-        return _Guess(tokens, place, length) if length else None
+        mark = None if live.state.grammar is None or length > _SHORT else text.tokens[-1]
+        return _Guess(tokens, place, length, mark) if length else None
 
-    def _judge(self, record: _Record, length: int, right: bool) -> None:
-        bucket = _BUCKETS[length]
+    def _judge(self, record: _Record, guess: _Guess, right: bool) -> None:
+        bucket = _BUCKETS[guess.length]
+        if guess.mark is not None:
+            hits, tries = record.fared.get(guess.mark, (0.0, 0.0))
+            record.fared[guess.mark], guess.mark = (hits + right, tries + 1), None
         if self._tries[bucket] >= FADING:
             self._tries[bucket] *= 0.5
             self._hits[bucket] *= 0.5
@@ -398,12 +411,12 @@ class Drafter:
         least = max(least, config.suffix_decoding_min_token_prob)
         grammar = live.state.grammar
         if grammar is None:
-            chances = self._chances(record, guess.length, 1.0, least, most)
+            chances = self._chances(record, guess, 1.0, least, most)
             drafts = guess.upcoming(len(chances))
             return (drafts, chances[: len(drafts)]) if drafts else None
         began = time.thread_time()
         found = self._in_form(grammar, record, guess, least, most)
-        record.is_slow = record.is_slow or time.thread_time() - began > _SLOW
+        record.note(time.thread_time() - began)
         return found if found[0] else None
 
     def _in_form(
@@ -413,7 +426,7 @@ class Drafter:
         drafts, chances = list[int](), list[float]()
         scout = None
         while True:
-            more = self._chances(record, guess.length, chances[-1] if chances else 1.0, least, most - len(drafts))
+            more = self._chances(record, guess, chances[-1] if chances else 1.0, least, most - len(drafts))
             least = self._config.suffix_decoding_min_token_prob
             tokens = guess.upcoming(len(more))
             if guess.length:
@@ -434,18 +447,22 @@ class Drafter:
                 return drafts, chances
             guess.then = guess = then
 
-    def _luck(self, record: _Record, length: int) -> float:
+    def _luck(self, record: _Record, length: int, mark: int | None = None) -> float:
         """How likely the next token of a guess is right."""
-        common = self._hits[_BUCKETS[length]] / self._tries[_BUCKETS[length]]
+        luck = self._hits[_BUCKETS[length]] / self._tries[_BUCKETS[length]]
         if length:
-            common = (record.hits + OWN_WEIGHT * common) / (record.tries + OWN_WEIGHT)
-        return min(common, SURE)
+            luck = (record.hits + OWN_WEIGHT * luck) / (record.tries + OWN_WEIGHT)
+        if mark is not None:
+            hits, tries = record.fared.get(mark, (0.0, 0.0))
+            luck = (hits + _MARK_WEIGHT * luck) / (tries + _MARK_WEIGHT)
+        return min(luck, SURE)
 
-    def _chances(self, record: _Record, length: int, chance: float, least: float, most: int) -> list[float]:
+    def _chances(self, record: _Record, guess: _Guess, chance: float, least: float, most: int) -> list[float]:
         """How likely the next tokens of a guess are right, each with all before it, as far as that is likely enough."""
-        chances: list[float] = []
+        chances, length, mark = list[float](), guess.length, guess.mark
         for _ in range(most):
-            chance *= self._luck(record, length)
+            chance *= self._luck(record, length, mark)
+            mark = None
             if chance < least:
                 break
             least = self._config.suffix_decoding_min_token_prob
