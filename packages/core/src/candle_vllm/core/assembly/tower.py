@@ -123,8 +123,10 @@ def _loaded(
             load_weights(tower, family.weights, stored, model)
     nbytes = sum(tensor.nbytes for tensor in stored.tensors.values())
     logger.info("loaded the tower of %s: %.1f MB in %.2f s", name, nbytes / 1e6, time.perf_counter() - started)
-    mark = _mark(family, tokenizer, described)
-    parts = Sighted(family=family.name, rule=model.rule, mark=mark, embeddings=model.embeddings)
+    mark, asks = (_token(token, tokenizer, described) for token in (family.mark, family.asks or family.mark))
+    parts = Sighted(
+        family=family.name, rule=model.rule, mark=mark, asks=asks, cell=model.cell_pixels, whole=family.whole
+    )
     sight = sight_of(parts, tokenizer, config.max_images)
     return LoadedTower(tower=tower, placement=placement, sight=sight, weight_bytes=nbytes)
 
@@ -132,10 +134,10 @@ def _loaded(
 def sight_of(parts: Sighted, tokenizer: Tokenizer, most: int) -> Sight:
     """How a model sees whose tower is known by its `parts`; `most` pictures of a prompt."""
     family = tower_family_named(parts.family)
-    marks = family.mark * parts.embeddings
 
     def words(cut: Cut) -> Sequence[int]:
-        return tokenizer.encode(family.words_around(cut, marks), add_special_tokens=False, parse_special=True)
+        said = family.words_around(cut, cut.cells(parts.cell))
+        return tokenizer.encode(said, add_special_tokens=False, parse_special=True)
 
     return Sight(parts, words, most=most)
 
@@ -148,8 +150,8 @@ def _processor(folder: Path) -> Fields:
     raise InvalidFileError(f"{folder}: neither {_PROCESSOR} nor {_PROCESSORS} says how pictures are prepared")
 
 
-def _mark(family: TowerFamily, tokenizer: Tokenizer, path: Path) -> int:
-    ids = tokenizer.encode(family.mark, add_special_tokens=False, parse_special=True)
+def _token(token: str, tokenizer: Tokenizer, path: Path) -> int:
+    ids = tokenizer.encode(token, add_special_tokens=False, parse_special=True)
     if len(ids) != 1:
-        raise UnsupportedModelError(f"{path}: the tokenizer has no token {family.mark!r}, which stands for a picture")
+        raise UnsupportedModelError(f"{path}: the tokenizer has no token {token!r}, which stands for a picture")
     return ids[0]

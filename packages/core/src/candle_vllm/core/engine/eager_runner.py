@@ -16,7 +16,7 @@ from candle_vllm.core.engine.model_runner import EncoderRunner, StepwiseRunner
 from candle_vllm.core.kernels.attention.rows import AttentionRows
 from candle_vllm.core.kernels.lora.reference import EagerAdapters
 from candle_vllm.core.layers.attention import StepInput, Taps
-from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Tower
+from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Tower, TowerStep
 from candle_vllm.core.vision.preprocessing import patch_rows
 
 
@@ -128,16 +128,16 @@ class EagerTower:
         made: list[NDArray[np.float32]] = []
         for tile in tiles:
             given, places = patch_rows(tile[None], config.patch, config.cell, config.rule.normalisation)
-            lengths, numbers = (len(given),), places @ (config.side, 1)
+            patches, numbers = (torch.from_numpy(x).to(self._device) for x in (given, places @ (config.side, 1)))
+            step = TowerStep(numbers, (len(given),))
             with torch.inference_mode():
-                x = tower.begin(*(torch.from_numpy(each).to(self._device) for each in (given, numbers)))
+                x = tower.begin(patches, step)
             for layer in tower.layers:
                 with torch.inference_mode():
-                    x = layer(x, lengths)
+                    x = layer(x, step)
                 yield
             with torch.inference_mode():
-                cells = tower.norm(x).reshape(config.embeddings, -1)
-                made.append(tower.project(cells).float().cpu().numpy())
+                made.append(tower.project(config.cells(tower.norm(x))).float().cpu().numpy())
         return np.concatenate(made)
 
 

@@ -47,7 +47,7 @@ from candle_vllm.core.kernels.sampling import RowDraw, draw
 from candle_vllm.core.layers.attention import StepInput, Taps
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.memory import MIB, cache_bytes, room_for
-from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Tower
+from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Tower, TowerStep
 from candle_vllm.core.sampling.sampler import Draw, Sampler, Token, drawn_tokens, right_runs
 from candle_vllm.core.sampling.state import SamplingState
 from candle_vllm.core.vision.preprocessing import patch_rows
@@ -386,7 +386,7 @@ class RecordedTower:
         level = host_isa() if isa is None else isa
         tiles, cells = (
             StepLimits(tokens=rows, sequences=1, logit_rows=1, table_width=0, block_size=1, threads=team.threads)
-            for rows in (config.side**2, config.embeddings)
+            for rows in (config.side**2, (config.side // config.cell) ** 2)
         )
         _compile_first(lambda: (self._record(tower, Recorder(tiles, level)), self._join(tower, Recorder(cells, level))))
         self._team = team
@@ -402,10 +402,11 @@ class RecordedTower:
     def _record(tower: Tower, recorder: Recorder) -> tuple[NDArray[np.float32], list[tuple[int, int]], Recorded]:
         """Where patches go, the ends of the plan's pieces (numbers and operations before), and the last norm."""
         given = recorder.buffer(tower.config.patch_size)
-        x = tower.begin(buffer_value(recorder, given), step_tokens(recorder, recorder.arrays.positions))
+        step = TowerStep(step_tokens(recorder, recorder.arrays.positions))
+        x = tower.begin(buffer_value(recorder, given), step)
         ends = [(0, 0)]
         for layer in tower.layers:
-            x = layer(x, ())
+            x = layer(x, step)
             ends.append((len(recorder.plan), recorder.num_rows))
         hidden: Recorded = tower.norm(x)
         if (len(recorder.plan), recorder.num_rows) != ends[-1]:
@@ -415,12 +416,12 @@ class RecordedTower:
     @staticmethod
     def _join(tower: Tower, recorder: Recorder) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Where cells go, and where their embeddings are."""
-        given = recorder.buffer(tower.config.hidden_size * tower.config.cell**2)
+        given = recorder.buffer(tower.config.cell_size)
         return _rows_of(given), _rows_of(buffer_of(tower.project(buffer_value(recorder, given))))
 
     def embeddings(self, tiles: NDArray[np.uint8]) -> Encoding:
         """See `TowerRunner`."""
-        config, rows = self._config, self._config.side**2
+        config, rows = self._config, math.prod(tiles.shape[1:3]) // self._config.patch**2
         made: list[NDArray[np.float32]] = []
         arrays, began = self._tile.arrays, time.perf_counter()
         arrays.numbers[[StepNumber.TOKENS, StepNumber.SEQUENCES]] = rows, 1
@@ -433,11 +434,11 @@ class RecordedTower:
                 if time.perf_counter() - began > _PIECE:
                     yield
                     began = time.perf_counter()
-            hidden = self._hidden.rows(np.arange(rows))
-            self._joined[: config.embeddings] = hidden.reshape(config.embeddings, -1)
-            self._cells.arrays.numbers[StepNumber.TOKENS] = config.embeddings
+            cells = config.cells(self._hidden.rows(np.arange(rows)))
+            self._joined[: len(cells)] = cells
+            self._cells.arrays.numbers[StepNumber.TOKENS] = len(cells)
             self._team.run(self._joining, self._cells.num_rows)
-            made.append(self._made[: config.embeddings].copy())
+            made.append(self._made[: len(cells)].copy())
         return np.concatenate(made)
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.latent_attention.layout import LatentParts
     from candle_vllm.core.kernels.lora import Place
     from candle_vllm.core.kernels.moe import arguments as moe
+    from candle_vllm.core.kernels.whole_attention import Turned
 
 
 class Matrix(Protocol):
@@ -153,7 +154,7 @@ class Recorded(ABC):
         relative to."""
 
     @abstractmethod
-    def attend_whole(self, heads: int) -> Recorded:
+    def attend_whole(self, heads: int, turned: Turned | None = None) -> Recorded:
         """See `kernels/whole_attention`; this value is qkv, and the texts are the step's sequences."""
 
     @abstractmethod
@@ -193,7 +194,13 @@ class RecordedRows(ABC):
 
 
 class RecordedTokens(ABC):
-    """The token ids of a step while it is recorded, or other numbers of its tokens that a table has rows for."""
+    """The token ids of a step while it is recorded, or other numbers of its tokens that a table has rows for.
+
+    Attributes:
+        numbers: where they stand when the step runs.
+    """
+
+    numbers: NDArray[np.int64]
 
     @abstractmethod
     def embedding(self, matrix: Matrix, scale: float | None = None, place: Place | None = None) -> Recorded:

@@ -16,7 +16,7 @@ from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import Cut, TileRule
+from candle_vllm.core.vision.preprocessing import Cut, Rule
 
 
 class Decoder(Protocol):
@@ -95,10 +95,11 @@ class TowerConfig:
 
     Attributes:
         patch: pixels of a patch's side.
-        side: patches of a tile's side.
+        side: patches of the longest side that a tile may have.
         cell: of a cell's, which becomes one embedding.
         text_size: numbers of an embedding.
         rule: how pictures become tiles.
+        pooled: a cell is the mean of its patches; else they stand side by side.
     """
 
     hidden_size: int
@@ -111,7 +112,8 @@ class TowerConfig:
     side: int
     cell: int
     text_size: int
-    rule: TileRule
+    rule: Rule
+    pooled: bool = False
     num_experts: int = 0
 
     def __post_init__(self) -> None:
@@ -126,9 +128,32 @@ class TowerConfig:
         return 3 * self.patch**2
 
     @property
-    def embeddings(self) -> int:
-        """Of a tile."""
-        return (self.side // self.cell) ** 2
+    def cell_pixels(self) -> int:
+        """Of a cell's side."""
+        return self.cell * self.patch
+
+    @property
+    def cell_size(self) -> int:
+        """Numbers of what `Tower.project` is given of a cell."""
+        return self.hidden_size if self.pooled else self.hidden_size * self.cell**2
+
+    def cells(self, hidden: Any) -> Any:
+        """What `Tower.project` is given [C, cell_size] of the last norm's rows [T, E], an array or a tensor."""
+        whole = hidden.reshape(-1, self.cell**2, self.hidden_size)
+        return whole.mean(1) if self.pooled else whole.reshape(len(whole), -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TowerStep:
+    """What the layers of a tower see of a tile beside x.
+
+    Attributes:
+        places: [T] int64, of each patch row * `TowerConfig.side` + column.
+        lengths: patches of each tile; while a step is recorded it is not looked at.
+    """
+
+    places: Value
+    lengths: Sequence[int] = ()
 
 
 class Tower(Protocol):
@@ -136,7 +161,7 @@ class Tower(Protocol):
 
     Attributes:
         config: its description.
-        layers: each takes x [T, E], and how many patches each tile has, and gives [T, E].
+        layers: each takes x [T, E] and gives [T, E].
         norm: behind the last layer.
     """
 
@@ -144,38 +169,44 @@ class Tower(Protocol):
     def config(self) -> TowerConfig: ...
 
     @property
-    def layers(self) -> Sequence[Callable[[Value, Sequence[int]], Value]]: ...
+    def layers(self) -> Sequence[Callable[[Value, TowerStep], Value]]: ...
 
     @property
     def norm(self) -> Callable[[Value], Value]: ...
 
-    def begin(self, patches: Value, places: Value) -> Value:
-        """x [T, E] of patches [T, numbers of one], whose numbers in their tile are `places` [T] int64."""
+    def begin(self, patches: Value, step: TowerStep) -> Value:
+        """x [T, E] of patches [T, numbers of one]."""
         ...
 
     def project(self, cells: Value) -> Value:
-        """Embeddings [C, text size] of cells, the last norm's rows of whose patches stand side by side."""
+        """Embeddings [C, text size] of cells [C, cell size]."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowerFamily:
-    """How to read, build and fill the towers of one file in this folder.
+    """All that a family of models that see is: one file in this folder has it as `FAMILY`.
+
+    How pixels are prepared, and how many tiles and embeddings a picture has, is the rule of the `TowerConfig`.
 
     Attributes:
         name: of its file.
         hf: `architectures` of the whole models' config.json, and the model_type.
+        seen: model_type of their `vision_config` that are served; empty where the architecture says it all.
         gguf: `clip.projector_type` of GGUF files.
         config_from_hf: reads a tower's description from that, preprocessor_config.json, and the text model's width.
         config_from_gguf: from the metadata of such a file, and the text model's width.
         prepared: the tensors of such a file, by their right names.
         build, weights: as for `Family`.
-        mark: the token that a template writes for a picture, and that stands for each of its embeddings.
-        words_around: what stands in a prompt for a picture, of how it is cut and the marks of one tile.
+        mark: the token that stands for each of a picture's embeddings.
+        asks: the token that a template writes for a picture; empty where it is `mark`.
+        words_around: what stands in a prompt for a picture, of how it is cut, and rows and columns of a tile's cells.
+        whole: the embeddings of a tile see each other in the text model, those behind them too.
     """
 
     name: str
     hf: Mapping[str, str]
+    seen: tuple[str, ...] = ()
     gguf: tuple[str, ...] = ()
     config_from_hf: Callable[[Fields, Fields, int], TowerConfig]
     config_from_gguf: Callable[[Fields, int], TowerConfig]
@@ -183,7 +214,9 @@ class TowerFamily:
     build: Callable[[TowerConfig, Placement], Tower]
     weights: Sequence[WeightName]
     mark: str
-    words_around: Callable[[Cut, str], str]
+    asks: str = ""
+    words_around: Callable[[Cut, tuple[int, int]], str]
+    whole: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

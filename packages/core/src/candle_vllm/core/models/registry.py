@@ -73,7 +73,9 @@ def tower_family(config: Mapping[str, Any]) -> TowerFamily | None:
     """The family of the tower that a `config.json` names; None where it has none that is served."""
     names = config.get("architectures")
     named = names[0] if isinstance(names, list) and len(names) == 1 else None
-    return next((family for family in _towers() if named in family.hf), None)
+    vision = config.get("vision_config")
+    seen = vision.get("model_type") if isinstance(vision, dict) else None
+    return next((each for each in _towers() if named in each.hf and (not each.seen or seen in each.seen)), None)
 
 
 def tower_family_from_gguf(metadata: Mapping[str, Any], path: Path) -> TowerFamily:

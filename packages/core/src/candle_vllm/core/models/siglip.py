@@ -9,6 +9,7 @@ Shapes: T patches, E hidden, P numbers of a patch, C cells.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -26,7 +27,7 @@ from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.views import computed
 from candle_vllm.core.loading.weights import WeightName
-from candle_vllm.core.models.family import TowerConfig, TowerFamily
+from candle_vllm.core.models.family import TowerConfig, TowerFamily, TowerStep
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import MAX_TILE, Cut, tile_rule
 
@@ -124,8 +125,8 @@ class Block:
         self.mlp_norm = LayerNorm(size, config.norm_eps, placement)
         self.mlp = MLP(size, config.intermediate_size, placement, activation=config.activation)
 
-    def __call__(self, x: Value, lengths: Sequence[int]) -> Value:
-        x = x + self.output(whole_attention(self.qkv(self.attention_norm(x)), self.heads, lengths))
+    def __call__(self, x: Value, step: TowerStep) -> Value:
+        x = x + self.output(whole_attention(self.qkv(self.attention_norm(x)), self.heads, step.lengths))
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -142,14 +143,14 @@ class Siglip:
         self.positions = Embedding(config.side**2, size, placement, wide=True)
         self.layers = [Block(config, placement) for _ in range(config.num_layers)]
         self.norm = LayerNorm(size, config.norm_eps, placement)
-        self.projector = Linear(size * config.cell**2, config.text_size, placement)
+        self.projector = Linear(config.cell_size, config.text_size, placement)
 
-    def begin(self, patches: Value, places: Value) -> Value:
-        """x [T, E] of patches [T, P], whose numbers in their tile, row by row, are `places` [T] int64."""
-        return self.positions(places) + self.patches(patches)
+    def begin(self, patches: Value, step: TowerStep) -> Value:
+        """See `Tower`."""
+        return self.positions(step.places) + self.patches(patches)
 
     def project(self, cells: Value) -> Value:
-        """Embeddings [C, text size] of cells, the last norm's rows of whose patches stand side by side."""
+        """See `Tower`."""
         return self.projector(cells)
 
 
@@ -196,8 +197,12 @@ WEIGHTS: Sequence[WeightName] = (
 # ---- words -----------------------------------------------------------------------------------------------------------
 
 
-def words_around(cut: Cut, image: str) -> str:
-    """What stands in a prompt for a picture that is cut so; `image` are the marks of one tile's embeddings."""
+_MARK = "<image>"
+
+
+def words_around(cut: Cut, grid: tuple[int, int]) -> str:
+    """What stands in a prompt for a picture that is cut so; `grid` are rows and columns of a tile's cells."""
+    image = _MARK * math.prod(grid)
     fake, tile = "<fake_token_around_image>", "<fake_token_around_image><row_{}_col_{}>{}"
     if not cut.rows:
         return f"{fake}<global-img>{image}{fake}"
@@ -216,6 +221,6 @@ FAMILY = TowerFamily(
     prepared=prepared,
     build=Siglip,
     weights=WEIGHTS,
-    mark="<image>",
+    mark=_MARK,
     words_around=words_around,
 )

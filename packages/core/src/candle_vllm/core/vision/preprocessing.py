@@ -1,5 +1,7 @@
 """From a picture to the tiles that a tower reads, as the model's `preprocessor_config.json` says (before step 3).
 
+How a family of models cuts pictures is a rule: it says how one of a size is cut, and cuts it. `Rule` names them all.
+
 Pixels stay uint8 until a tower takes them: what is sent and kept is a quarter of what numbers would be, and the
 numbers of a value are looked up. Resampling is Pillow's, so that tiles equal those of transformers' Pillow processors
 to the bit. Shapes: N tiles, h and w pixels of one.
@@ -9,8 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,7 +31,7 @@ class Cut(NamedTuple):
 
     Attributes:
         rows, columns: of the grid of tiles; 0 where the picture is one tile.
-        height, width: of what is cut.
+        height, width: pixels of a tile.
     """
 
     rows: int
@@ -40,6 +43,10 @@ class Cut(NamedTuple):
     def tiles(self) -> int:
         """Those of the grid, and the whole picture as one."""
         return self.rows * self.columns + 1
+
+    def cells(self, size: int) -> tuple[int, int]:
+        """Rows and columns of a tile's cells, which have `size` pixels on a side and become an embedding each."""
+        return self.height // size, self.width // size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +67,7 @@ class Normalisation:
         return (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
 
 
-@dataclasses.dataclass(frozen=True)
-class TileRule:
+class TileRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Idefics3's and SmolVLM's: a grid of square tiles, row by row, and behind it the whole picture as one tile.
 
     The longer side becomes `longest` (small pictures are enlarged too), both sides multiples of a tile; each is a
@@ -82,24 +88,23 @@ class TileRule:
     normalisation: Normalisation
 
     def cut(self, height: int, width: int) -> Cut:
-        """How a picture of this size is cut."""
-        height, width = self._first(height, width)
-        if not self.splits:
-            return Cut(0, 0, self.tile, self.tile)
-        height, width = self._second(height, width)
-        if height <= self.tile and width <= self.tile:
-            return Cut(0, 0, height, width)
-        return Cut(height // self.tile, width // self.tile, height, width)
+        """See `Rule`."""
+        rows = columns = 1
+        if self.splits:
+            height, width = self._second(*self._first(height, width))
+            rows, columns = height // self.tile, width // self.tile
+        grid = (0, 0) if rows == columns == 1 else (rows, columns)
+        return Cut(*grid, self.tile, self.tile)
 
     def tiles(self, picture: Picture) -> NDArray[np.uint8]:
-        """[N, h, w, 3]."""
+        """See `Rule`."""
         import PIL.Image
 
         cut, tile = self.cut(picture.height, picture.width), self.tile
         resample = PIL.Image.Resampling(self.resample)
         height, width = self._first(picture.height, picture.width)
         whole = PIL.Image.fromarray(picture.pixels).resize((width, height), resample)
-        whole = whole.resize((cut.width, cut.height), resample)
+        whole = whole.resize((tile * max(cut.columns, 1), tile * max(cut.rows, 1)), resample)
         if not cut.rows:
             return np.asarray(whole)[None]
         parts = np.asarray(whole).reshape(cut.rows, tile, cut.columns, tile, 3).swapaxes(1, 2)
@@ -135,6 +140,15 @@ class TileRule:
             height = math.ceil(height / tile) * tile
             width = math.ceil(int(height * ratio) / tile) * tile
         return max(height, tile), max(width, tile)
+
+
+Rule: TypeAlias = TileRule
+"""A family's way to cut pictures; which one it is goes with it to another process. Each has
+
+- `normalisation` of the pixels,
+- `cut(height, width)`: how a picture of this size is cut, a `Cut`,
+- `tiles(picture)`: uint8 [N, h, w, 3], as many and as large as that says.
+"""
 
 
 def tile_rule(fields: Fields) -> TileRule:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import threading
 from collections.abc import Callable, Sequence
 
@@ -15,7 +16,7 @@ from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
 from candle_vllm.core.shown import ShownStruct
 from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.core.vision.pictures import LIMITS, Picture, PictureLimits, picture_of
-from candle_vllm.core.vision.preprocessing import Cut, TileRule
+from candle_vllm.core.vision.preprocessing import Cut, Rule
 
 
 class Sighted(ShownStruct, frozen=True, kw_only=True):
@@ -24,14 +25,22 @@ class Sighted(ShownStruct, frozen=True, kw_only=True):
     Attributes:
         family: the file of its family.
         rule: how pictures become tiles.
-        mark: the token that a template writes for a picture, and that stands for each of its embeddings.
-        embeddings: of a tile.
+        mark: the token that stands for each of a picture's embeddings.
+        asks: the token that a template writes for a picture; the same, or another.
+        cell: pixels of the side of what is one embedding.
+        whole: the embeddings of a tile see each other.
     """
 
     family: str
-    rule: TileRule
+    rule: Rule
     mark: int
-    embeddings: int
+    asks: int
+    cell: int
+    whole: bool = False
+
+    def embeddings(self, cut: Cut) -> int:
+        """Of a tile of a picture that is cut so."""
+        return math.prod(cut.cells(self.cell))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +80,7 @@ class Sight:
         """
         if len(images) > self.most:
             raise InvalidParameterError(f"image: {len(images)} pictures; a prompt may have {self.most}", "image")
-        marks = list(ids).count(self.parts.mark)
+        marks = list(ids).count(self.parts.asks)
         if marks != len(images):
             raise InvalidParameterError(
                 f"image: {len(images)} pictures, and {marks} marks for them in the prompt; a picture needs one each",
@@ -82,14 +91,14 @@ class Sight:
         inputs: list[ImageInput] = []
         made: dict[bytes, ImageInput] = {}
         for token in ids:
-            if token != self.parts.mark:
+            if token != self.parts.asks:
                 expanded.append(token)
                 continue
             image, name = next(left)
             with self.one_at_a_time:
                 picture = picture_of(image, self.limits, name)
                 cut = self.parts.rule.cut(picture.height, picture.width)
-                least = len(expanded) + cut.tiles * self.parts.embeddings
+                least = len(expanded) + cut.tiles * self.parts.embeddings(cut)
                 if most_tokens is None or least < most_tokens:  # else there is no use in writing them down
                     expanded += self.words(cut)
                     least = len(expanded)
@@ -114,7 +123,8 @@ class Sight:
             InvalidParameterError: there are not as many marks as embeddings.
         """
         marks = np.flatnonzero(np.asarray(ids) == self.parts.mark)
-        counts = [image.shape[0] * self.parts.embeddings for image in images]
+        cell = self.parts.cell
+        counts = [image.shape[0] * (image.shape[1] // cell) * (image.shape[2] // cell) for image in images]
         if len(marks) != sum(counts):
             raise InvalidParameterError(
                 f"image: {sum(counts)} embeddings of {len(images)} pictures, and {len(marks)} marks for them", "image"

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.moe.arguments import Activation as GatedActivation
     from candle_vllm.core.kernels.moe.arguments import Routing
     from candle_vllm.core.kernels.recorded import Matrix
+    from candle_vllm.core.kernels.whole_attention import Turned
 
 
 def step_tokens(recorder: Recorder, numbers: NDArray[np.int64] | None = None) -> RecordedTokens:
@@ -67,10 +68,10 @@ def buffer_value(recorder: Recorder, buffer: Buffer) -> Recorded:
 
 class _Tokens(RecordedTokens):
     def __init__(self, recorder: Recorder, numbers: NDArray[np.int64]) -> None:
-        self._recorder, self._numbers = recorder, numbers
+        self._recorder, self.numbers = recorder, numbers
 
     def embedding(self, matrix: Matrix, scale: float | None = None, place: Place | None = None) -> Recorded:
-        return _TableRows(self._recorder, matrix, address_of(self._numbers), scale, place)
+        return _TableRows(self._recorder, matrix, address_of(self.numbers), scale, place)
 
 
 class _Value(Recorded):
@@ -224,12 +225,17 @@ class _Value(Recorded):
         scores = Scores(scale, window, softcap, sinks, offset)
         return _attend(self, k, v, (key_cache, value_cache), scores, None)
 
-    def attend_whole(self, heads: int) -> Recorded:
-        from candle_vllm.core.kernels.whole_attention.cpu_record import record_whole_attention
+    def attend_whole(self, heads: int, turned: Turned | None = None) -> Recorded:
+        from candle_vllm.core.kernels.whole_attention.cpu_record import record_turn, record_whole_attention
 
         width = self.width // 3
-        out = self.recorder.buffer(width)
-        record_whole_attention(self.recorder, (self.address, self.buffer.stride), heads, width // heads, out)
+        out, qkv = self.recorder.buffer(width), (self.address, self.buffer.stride)
+        if turned is not None:
+            assert isinstance(turned.places, RecordedTokens)
+            tables = turned.cos, turned.sin
+            record_turn(self.recorder, qkv, heads, width // heads, turned.places.numbers, tables)
+            self.buffer.version += 1
+        record_whole_attention(self.recorder, qkv, heads, width // heads, out)
         return buffer_value(self.recorder, out)
 
     def attend_latent(self, kv: Recorded, parts: LatentParts, cache: Any, *, scale: float) -> Recorded:

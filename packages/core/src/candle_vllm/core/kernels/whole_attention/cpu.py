@@ -1,6 +1,8 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Attention of encoders on the CPU: `lay_out` and, behind a barrier, `attend_whole` (step 6 of a request's life).
 
+Where queries and keys turn, `turn` does that before, in place.
+
 fp32 throughout. The lanes of a vector are 16 queries, so that a softmax needs nothing across lanes, and both products
 are those of `plain_linear` with F32 weights:
 
@@ -29,10 +31,28 @@ from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, float32_at, int64_at, read, step_number
 from candle_vllm.core.kernels.plain_linear.cpu_panel import emit_sums
 from candle_vllm.core.kernels.plain_linear.layout import RUN, PlainKind
-from candle_vllm.core.kernels.whole_attention.cpu_record import HEADER, LINE, PANEL, WholeArguments
+from candle_vllm.core.kernels.whole_attention.cpu_record import HEADER, LINE, PANEL, TurnArguments, WholeArguments
 
-_SEQUENCES = int(StepNumber.SEQUENCES)
+_SEQUENCES, _TOKENS = int(StepNumber.SEQUENCES), int(StepNumber.TOKENS)
 assert PANEL % RUN == 0
+
+
+# ---- turn ------------------------------------------------------------------------------------------------------------
+
+
+def turn(row, thread, threads):
+    """The operation that rotates queries and keys, the first 2 * H * D numbers of each row."""
+    given = read(TurnArguments, row)
+    tokens, dim, half = step_number(row, _TOKENS), given.head_dim, given.half
+    places = int64_at(given.places)
+    for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
+        cos, sin = float32_at(given.cos + 4 * half * places[t]), float32_at(given.sin + 4 * half * places[t])
+        for head in range(2 * given.heads):
+            x = float32_at(given.qkv + 4 * (t * given.stride + head * dim))
+            for i in range(half):
+                a, b = x[i], x[i + half]
+                x[i] = a * cos[i] - b * sin[i]
+                x[i + half] = b * cos[i] + a * sin[i]
 
 
 # ---- lay_out ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, operation
 
@@ -44,6 +47,45 @@ class WholeArguments(NamedTuple):
     scale: float
     scratch: int
     thread_bytes: int
+
+
+class TurnArguments(NamedTuple):
+    """The arguments of `turn`.
+
+    Attributes:
+        qkv, stride, heads, head_dim: as of `WholeArguments`.
+        half: R/2, pairs of a head that turn.
+        places: address of int64 [T], the rows of the tables.
+        cos, sin: addresses of float32 [P, half].
+    """
+
+    qkv: int
+    stride: int
+    heads: int
+    head_dim: int
+    half: int
+    places: int
+    cos: int
+    sin: int
+
+
+def turn_operation() -> int:
+    """Address of the compiled operation."""
+    return operation("whole_attention.cpu:turn")
+
+
+def record_turn(
+    recorder: Recorder,
+    qkv: tuple[int, int],
+    heads: int,
+    head_dim: int,
+    places: NDArray[np.int64],
+    tables: tuple[NDArray[np.float32], NDArray[np.float32]],
+) -> None:
+    """Writes `turn` into a plan: arguments as those of `record_whole_attention`, and cos and sin."""
+    cos, sin = (recorder.keep(table) for table in tables)
+    given = TurnArguments(*qkv, heads, head_dim, tables[0].shape[1], address_of(places), cos, sin)
+    recorder.add(turn_operation(), given)
 
 
 def lay_out_operation() -> int:

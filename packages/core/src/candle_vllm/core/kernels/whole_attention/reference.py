@@ -8,9 +8,18 @@ from itertools import groupby
 import torch
 from torch.nn import functional
 
+from candle_vllm.core.kernels.rotary.reference import rotary
+from candle_vllm.core.kernels.whole_attention import Turned
 
-def whole_attention(qkv: torch.Tensor, heads: int, lengths: Sequence[int]) -> torch.Tensor:
+
+def whole_attention(
+    qkv: torch.Tensor, heads: int, lengths: Sequence[int], turned: Turned | None = None
+) -> torch.Tensor:
     """See the contract in the package."""
+    if turned is not None:
+        q, k, v = qkv.unflatten(-1, (3 * heads, -1)).chunk(3, dim=1)
+        q, k = (rotary(part, turned.places, turned.cos, turned.sin) for part in (q, k))
+        qkv = torch.cat([q, k, v], 1).flatten(1)
     out, start = qkv.new_empty(len(qkv), qkv.shape[1] // 3), 0
     for length, group in groupby(lengths):
         count = sum(1 for _ in group)
