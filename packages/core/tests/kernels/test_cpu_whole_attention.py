@@ -14,9 +14,9 @@ from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
-from candle_vllm.core.kernels.cpu_runtime.values import buffer_value
+from candle_vllm.core.kernels.cpu_runtime.values import buffer_value, step_tokens
 from candle_vllm.core.kernels.embedding import AddArguments, add_operation
-from candle_vllm.core.kernels.whole_attention import whole_attention
+from candle_vllm.core.kernels.whole_attention import Turned, whole_attention
 from candle_vllm.core.kernels.whole_attention.reference import whole_attention as reference
 
 
@@ -28,15 +28,25 @@ def teams() -> Iterator[dict[int, ThreadTeam]]:
         team.close()
 
 
-def run(team: ThreadTeam, threads: int, texts: Sequence[np.ndarray], heads: int, isa: Isa | None = None) -> np.ndarray:
-    """The recorded operations, behind a run that leaves NaN wherever it writes."""
+def run(
+    team: ThreadTeam,
+    threads: int,
+    texts: Sequence[np.ndarray],
+    heads: int,
+    isa: Isa | None = None,
+    turned: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+) -> np.ndarray:
+    """The recorded operations, behind a run that leaves NaN wherever it writes; `turned` are places, cos and sin."""
     lengths, width = [len(text) for text in texts], texts[0].shape[1]
     limits = StepLimits(
         tokens=sum(lengths) + 3, sequences=len(texts) + 1, logit_rows=1, table_width=0, block_size=1, threads=threads
     )
     recorder = Recorder(limits, host_isa() if isa is None else isa)
     source = recorder.buffer(width)
-    result = whole_attention(buffer_value(recorder, source), heads, ())
+    how = None if turned is None else Turned(step_tokens(recorder, recorder.arrays.positions), *turned[1:])
+    result = whole_attention(buffer_value(recorder, source), heads, (), how)
+    if turned is not None:
+        recorder.arrays.positions[: len(turned[0])] = turned[0]
     recorder.arrays.query_start[: len(texts) + 1] = np.cumsum([0, *lengths])
     recorder.arrays.numbers[StepNumber.TOKENS] = sum(lengths)
     recorder.arrays.numbers[StepNumber.SEQUENCES] = len(texts)
@@ -65,6 +75,33 @@ def test_equals_the_reference(teams: dict[int, ThreadTeam], lengths: list[int], 
     texts = [text(length, heads, dim, number) for number, length in enumerate(lengths)]
     wanted = reference(torch.from_numpy(np.concatenate(texts)).double(), heads, lengths)
     assert error(run(teams[2], 2, texts, heads, isa), wanted) < 2e-6
+
+
+@pytest.mark.parametrize(("dim", "turning"), [(16, 16), (64, 64), (20, 8)])
+def test_queries_and_keys_turn(teams: dict[int, ThreadTeam], dim: int, turning: int) -> None:
+    texts, random = [text(length, 3, dim, length) for length in (17, 40)], np.random.default_rng(0)
+    places, angles = random.integers(0, 50, 57), random.uniform(-9, 9, (50, turning // 2))
+    cos, sin = (turn(angles).astype(np.float32) for turn in (np.cos, np.sin))
+    tables = [torch.from_numpy(table).double() for table in (cos, sin)]
+    whole = torch.from_numpy(np.concatenate(texts)).double()
+    q, k = (
+        literally_turned(part.reshape(57, 3, dim), torch.from_numpy(places), *tables) for part in whole.chunk(3, -1)[:2]
+    )
+    wanted = reference(torch.cat([q.flatten(1), k.flatten(1), whole.chunk(3, -1)[2]], 1), 3, [17, 40])
+    by_torch = reference(
+        whole.float(), 3, [17, 40], Turned(torch.from_numpy(places), *map(torch.from_numpy, (cos, sin)))
+    )
+    assert error(by_torch.numpy(), wanted) < 2e-6
+    for threads, team in teams.items():
+        assert error(run(team, threads, texts, 3, turned=(places, cos, sin)), wanted) < 2e-6
+
+
+def literally_turned(x: torch.Tensor, places: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Each pair of a head as a complex number times another."""
+    half, y = cos.shape[1], x.clone()
+    pairs = torch.complex(x[..., :half], x[..., half : 2 * half]) * torch.complex(cos, sin)[places][:, None]
+    y[..., :half], y[..., half : 2 * half] = pairs.real, pairs.imag
+    return y
 
 
 def test_large_scores_hide_others(teams: dict[int, ThreadTeam]) -> None:
