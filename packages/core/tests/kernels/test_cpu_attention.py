@@ -172,11 +172,13 @@ class Model:
 
 @dataclasses.dataclass
 class Step:
-    """One step's rows: for each sequence its table, its length before the step, and q, k, v of its new tokens."""
+    """One step's rows: for each sequence its table, its length before the step, and q, k, v of its new tokens; and how
+    many positions behind its own each token sees."""
 
     tables: list[list[int]]
     before: list[int]
     qkv: list[torch.Tensor]
+    ahead: np.ndarray | None = None
 
     def run(self, model: Model, team: ThreadTeam, max_context: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs the three operations; returns the result [T, H, D] and the bfloat16 queries [T, H, D].
@@ -256,6 +258,7 @@ class Step:
             window=model.window,
             cap=(model.softcap or 0) * LOG2E,
             sinks=0 if sinks is None else sinks.data_ptr(),
+            ahead=0 if self.ahead is None else address_of(self.ahead),
         )
         operations = attend_operation(model.dim, model.isa, *model.kinds), merge_operation(model.dim, model.kinds[1])
         both = [(each, attend) for each in operations]
@@ -276,6 +279,7 @@ class Step:
             tuple(int(n) for n in np.cumsum([0, *lengths])),
             tuple(n + b for n, b in zip(lengths, self.before)),
             torch.tensor([table + [0] * (width - len(table)) for table in self.tables]),
+            None if self.ahead is None else torch.from_numpy(self.ahead),
         )
         window = model.window or None
         scale = 1 / math.log2(math.e)
@@ -377,6 +381,52 @@ def test_instruction_sets(teams: dict[int, ThreadTeam], isa: Isa, window: int) -
 @pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 100, 600, 5000])
 def test_windows(teams: dict[int, ThreadTeam], window: int) -> None:
     check(Model(window=window, heads=6, kv_heads=2), teams[2], [1, 700, 650, 131, 17], [1, 1, 150, 131, 2])
+
+
+def looking_ahead(count: int, spans: list[tuple[int, int]]) -> np.ndarray:
+    """Rows of a step, of which those of a span see each other."""
+    ahead = np.zeros(count, np.int64)
+    for first, behind in spans:
+        ahead[first:behind] = np.arange(behind - first)[::-1]
+    return ahead
+
+
+@pytest.mark.parametrize("window", [0, 5, 60])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("kinds", [(CacheKind.BF16, CacheKind.BF16), (CacheKind.Q8_0, CacheKind.Q8_0)])
+def test_tokens_of_a_picture_see_each_other(
+    teams: dict[int, ThreadTeam], window: int, threads: int, kinds: tuple[CacheKind, CacheKind]
+) -> None:
+    """Across tiles of queries and chunks of keys, and where a sequence is shared among threads."""
+    for new, contexts, spans in (
+        ([90, 40], [700, 40], [(3, 70), (90, 130)]),
+        ([300], [420], [(0, 256), (260, 299)]),
+        ([1, 17], [80, 17], [(2, 3), (9, 18)]),
+    ):
+        model = Model(heads=6, kv_heads=2, window=window, kinds=kinds)
+        pages, rows = Pages(model), [random_qkv(model, context, context) for context in contexts]
+        tables = [pages.table(context) for context in contexts]
+        before = [context - count for context, count in zip(contexts, new)]
+        for table, count, x in zip(tables, before, rows):
+            if count:
+                Step([table], [0], [x[:count]]).run(model, teams[1])
+        step = Step(tables, before, [x[-n:] for x, n in zip(rows, new)], looking_ahead(sum(new), spans))
+        got, q = step.run(model, teams[threads])
+        assert error(got, step.wanted(model, q)) < TOLERANCE
+
+
+def test_a_picture_has_the_same_bits_whatever_else_is_in_the_step(teams: dict[int, ThreadTeam]) -> None:
+    model = Model(heads=6, kv_heads=2, window=50, blocks=400)
+    table, qkv = Pages(model).table(600), random_qkv(model, 600, 5)
+    whole, _ = Step([table], [0], [qkv], looking_ahead(600, [(100, 356), (400, 440)])).run(model, teams[1])
+    plain, _ = Step([table], [0], [qkv]).run(model, teams[1])
+    assert torch.equal(whole[:100], plain[:100])
+    assert not torch.equal(whole[100:355], plain[100:355])
+    for threads in (1, 2, 3):
+        for first, spans in ((100, [(0, 256), (300, 340)]), (200, [(0, 156), (200, 240)]), (380, [(20, 60)])):
+            step = Step([table], [first], [qkv[first:]], looking_ahead(600 - first, spans))
+            last, _ = step.run(model, teams[threads])
+            assert torch.equal(last, whole[first:])
 
 
 @settings(max_examples=25, deadline=None)

@@ -180,6 +180,29 @@ def test_attention_sees_what_it_may_and_nothing_else(
     assert error(got, wanted) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("window", [None, 1, 3, 64])
+def test_tokens_of_a_picture_see_each_other(window: int | None) -> None:
+    heads, kv_heads, dim, context = 4, 2, 8, 21
+    key_cache, value_cache = random(3, 8, kv_heads, dim), random(3, 8, kv_heads, dim, seed=1)
+    q, tables = random(14, heads, dim, seed=2), torch.tensor([[2, 0, 1]] * 3)
+    last = [9, 15, 15, 15, 15, 15, 15, 17, 17, 18, 19, 20]  # of what each token from position 9 on sees
+    ahead = torch.tensor([0, *(end - position for position, end in enumerate(last, 9)), 0])
+    got = paged_attention(
+        q,
+        key_cache,
+        value_cache,
+        AttentionRows((0, 1, 13, 14), (5, context, 9), tables, ahead),
+        scale=0.3,
+        window=window,
+    )
+    keys, values = (cache[[2, 0, 1]].flatten(0, 1).double() for cache in (key_cache, value_cache))
+    for row, (position, end) in enumerate([(4, 4), *enumerate(last, 9), (8, 8)]):
+        first = 0 if window is None else max(0, position - window + 1)
+        for head in range(heads):
+            weights = (keys[first : end + 1, head // 2] @ q[row, head].double() * 0.3).softmax(0)
+            assert error(got[row, head], weights @ values[first : end + 1, head // 2]) < 1e-5
+
+
 @pytest.mark.parametrize("softcap", [None, 0.5])
 def test_sinks_take_their_share_of_every_softmax(softcap: float | None) -> None:
     heads, kv_heads, dim, context = 4, 2, 8, 21

@@ -32,6 +32,7 @@ _Found = tuple[TowerFamily, TowerConfig, Checkpoint, Path]
 """A tower's family, its description, its tensors, and the file that describes it."""
 
 _PROCESSOR = "preprocessor_config.json"
+_MOST_BREAKS = 32  # Gemma has tokens for up to 31
 _PROCESSORS = "processor_config.json"  # newer ones have the same under a key of this
 
 
@@ -70,12 +71,14 @@ def load_tower(
     """
     if config.mmproj is not None and opened.files.format != "gguf":
         raise ConfigError("mmproj belongs to a GGUF model: a folder has what the model sees by in it", "mmproj")
+    if not config.max_images:
+        return None
     with contextlib.ExitStack() as stack:
         if config.mmproj is not None:
             found = _from_gguf(stack.enter_context(open_gguf(config.mmproj)), text_size)
         else:
             found = _from_folder(opened, text_size)
-        if found is None or not config.max_images:
+        if found is None:
             return None
         if device.type != "cpu":
             said = "images are for the CPU so far"
@@ -139,7 +142,19 @@ def sight_of(parts: Sighted, tokenizer: Tokenizer, most: int) -> Sight:
         said = family.words_around(cut, cut.cells(parts.cell))
         return tokenizer.encode(said, add_special_tokens=False, parse_special=True)
 
-    return Sight(parts, words, most=most)
+    return Sight(parts, words, _breaks(tokenizer), most=most)
+
+
+def _breaks(tokenizer: Tokenizer) -> dict[int, int]:
+    """See `Sight.breaks`."""
+    found: dict[int, int] = {}
+    for count in range(1, _MOST_BREAKS + 1):
+        ids = tokenizer.encode("\n" * count, add_special_tokens=False)
+        if len(ids) != 1 and count == 1:
+            return {}
+        if len(ids) == 1:
+            found[ids[0]] = count
+    return found
 
 
 def _processor(folder: Path) -> Fields:
@@ -147,7 +162,10 @@ def _processor(folder: Path) -> Fields:
         if (folder / name).is_file():
             fields = Fields(read_json(folder / name), folder / name)
             return fields if key is None else fields.section(key)
-    raise InvalidFileError(f"{folder}: neither {_PROCESSOR} nor {_PROCESSORS} says how pictures are prepared")
+    raise InvalidFileError(
+        f"{folder}: neither {_PROCESSOR} nor {_PROCESSORS} says how pictures are prepared; for texts alone load the "
+        "model with max_images=0"
+    )
 
 
 def _token(token: str, tokenizer: Tokenizer, path: Path) -> int:

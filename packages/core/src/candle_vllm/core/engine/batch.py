@@ -125,6 +125,21 @@ def embedded_rows(scheduled: Seq[Run], query_start: Ints) -> EmbeddedRows | None
     return EmbeddedRows(np.concatenate(rows), np.concatenate(vectors)) if rows else None
 
 
+def rows_ahead(scheduled: Seq[Run], query_start: Ints) -> Ints | None:
+    """How many positions behind its own each row of a step sees; None where none sees any."""
+    found: Ints | None = None
+    for run, first in zip(scheduled, query_start.tolist()):
+        for image in run.sequence.images if run.start < run.sequence.num_prompt_tokens else ():
+            for begin, end in image.spans:
+                begin = max(begin, run.start)
+                if begin < min(end, run.start + run.count):
+                    assert end <= run.start + run.count, "a tile is not cut"
+                    found = np.zeros(query_start[-1], np.int64) if found is None else found
+                    place = first - run.start
+                    found[place + begin : place + end] = np.arange(end - begin)[::-1]
+    return found
+
+
 class Batch(msgspec.Struct, frozen=True, eq=False):
     """The numbers of one step, all int64; the arrays are valid until it has run, or the next one is built.
 
@@ -142,6 +157,7 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
         goes_on: as in `Step`, and the step before was built here, too.
         adapters: which rows have which; None where none has one. The same object where a step goes on.
         embedded: rows of pictures; None where there are none.
+        ahead: [T] how many positions behind its own each row sees; None where none sees any.
     """
 
     tokens: Ints
@@ -157,6 +173,7 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
     goes_on: bool = False
     adapters: AdapterRows | None = None
     embedded: EmbeddedRows | None = None
+    ahead: Ints | None = None
 
     @property
     def token_ids(self) -> Ints:
@@ -199,11 +216,13 @@ class BatchBuilder:
     Args:
         block_size: tokens of a block; 0 where there is no cache, and so no slots and no tables.
         memory: where the arrays are to be; None for anywhere.
+        images: whether pictures stand where their marks do.
     """
 
-    def __init__(self, block_size: int, memory: StepMemory | None = None) -> None:
+    def __init__(self, block_size: int, memory: StepMemory | None = None, *, images: bool = True) -> None:
         self._block_size = block_size
         self._memory = memory
+        self._images = images
         self._rows: list[tuple[Sequence, int]] = []  # whose each row of the tables is, and since which admission
         self._tables = np.zeros((0, 1), np.int64) if memory is None else memory.block_tables
         self._known: list[int] = []  # blocks that stand in each row
@@ -238,6 +257,7 @@ class BatchBuilder:
             drawn = {item.sequence: place for place, item in enumerate(before)}
             tokens[3, laid.query_start[1:] - 1] = [drawn.get(item.sequence, -1) for item in scheduled]
         self._name_tokens(scheduled, tokens, known=not before)
+        shown = scheduled if self._images and decodes < count else ()
         batch = Batch(
             tokens=tokens,
             query_start=laid.query_start,
@@ -250,7 +270,8 @@ class BatchBuilder:
             drafted=decodes < count and any(run.drafts for run in scheduled),
             drawn_rows=laid.drawn_rows,
             adapters=adapter_rows(scheduled, laid.query_start),
-            embedded=None if decodes == count else embedded_rows(scheduled, laid.query_start),
+            embedded=embedded_rows(shown, laid.query_start),
+            ahead=rows_ahead(shown, laid.query_start),
         )
         self._last = batch if decodes == count and size else None
         self._moving = tokens[1:3]

@@ -94,6 +94,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
     else:
         drafts = draft_settings(config.speculative_config)
     rows = 0 if drafts is None else _draft_rows(drafts, sequences, budget)
+    _require_room_for_images(loaded, sequences + rows, budget)
     if placement.device.type == "cuda":
         if drafts is not None and drafts.method in WITH_WEIGHTS:
             raise ConfigError(
@@ -127,6 +128,20 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
     engine = Engine(runner, scheduler, preparation_for(loaded, plan.max_model_len, config.seed, store), drafter, images)
     engine.cache_bytes = plan.num_blocks * plan.block_bytes
     return engine
+
+
+def _require_room_for_images(loaded: LoadedModel, others: int, budget: int) -> None:
+    """ConfigError where a step has no room for a tile that is not cut, beside so many rows of others."""
+    if loaded.tower is None or not loaded.tower.sight.parts.whole:
+        return
+    config = loaded.tower.tower.config
+    needed = others + (config.side // config.cell) ** 2
+    if budget < needed:
+        raise ConfigError(
+            f"max_num_batched_tokens {budget}: {loaded.name} reads a picture's {needed - others} tokens in one step, "
+            f"beside {others} of others: set max_num_batched_tokens={needed}, or max_images=0",
+            "max_num_batched_tokens",
+        )
 
 
 def _image_store(tower: LoadedTower, runner: ModelRunner) -> ImageStore:
@@ -398,6 +413,7 @@ def _runner_on_cpu(
         table_width=-(-plan.max_model_len // config.block_size),
         block_size=config.block_size,
         threads=config.threads or default_threads(),
+        ahead=isinstance(loaded, LoadedModel) and loaded.sight is not None and loaded.sight.parts.whole,
         **adapters,
     )
     team = beside.team if isinstance(beside, RecordedRunner) else None

@@ -35,7 +35,6 @@ class _Tail:
 
     __slots__ = ("begin", "first", "table", "tokens")
     adapters = ()  # they change the target's hidden states, and nothing here
-    images, num_prompt_tokens = (), 0  # so do pictures
 
     def __init__(self, table: array[int], first: int, size: int) -> None:
         self.table, self.first, self.begin = table, first, first * size

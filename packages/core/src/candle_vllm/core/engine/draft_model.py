@@ -156,7 +156,7 @@ class DraftModel:
         self._longest, self._most_rows, self._cost = longest, most_rows, cost
         size = scheduler.blocks.block_size
         self._size = size
-        self._batches = BatchBuilder(size, runner.step_memory)
+        self._batches = BatchBuilder(size, runner.step_memory, images=False)
         self._owns: dict[LiveSequence, Own] = {}
         self._reserved: list[LiveSequence] = []
         self._full: dict[int, bytes] = {}  # blocks of which every row is right, and what they hold

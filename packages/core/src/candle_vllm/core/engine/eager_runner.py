@@ -71,7 +71,8 @@ class EagerRunner(StepwiseRunner):
             torch.from_numpy(array).to(self.device)
             for array in (batch.token_ids, batch.positions, batch.slots, batch.block_tables)
         )
-        rows = AttentionRows(tuple(batch.query_start.tolist()), tuple(batch.context_lens.tolist()), tables)
+        ahead = None if batch.ahead is None else torch.from_numpy(batch.ahead).to(self.device)
+        rows = AttentionRows(tuple(batch.query_start.tolist()), tuple(batch.context_lens.tolist()), tables, ahead)
         if self.adapters is not None:
             self._adapter_rows = batch.adapters
             self.adapters.choose(batch.adapters, self.device)

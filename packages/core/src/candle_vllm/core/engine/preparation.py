@@ -5,13 +5,12 @@ It needs no engine state and may run in any thread.
 
 from __future__ import annotations
 
+import itertools
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Seq
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from candle_vllm.core.engine.adapters import AdapterStore, Entries
 from candle_vllm.core.engine.admission import check_encoder_task, check_pooling_request, check_request, encoder_tasks
@@ -32,7 +31,7 @@ from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.sampling.thoughts import ThoughtCount, ThoughtLimit, budget_in_tokens
 from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.vision.inputs import ImageInput
-from candle_vllm.core.vision.prompts import Sight
+from candle_vllm.core.vision.prompts import Sight, spans_of
 
 
 class Preparation(ABC):
@@ -190,17 +189,19 @@ class DecoderPreparation(Preparation):
         for index, own in enumerate(states):
             sequence = Sequence(request, index, order=-1)
             sequence.entries = entries
-            sequence.images = tuple(PlacedImage(given, positions.tolist()) for given, positions in placed)
+            sequence.images = tuple(PlacedImage(*each) for each in placed)
             made.append(LiveSequence(sequence, own, self._tokenizer, self._ends, max_length, predicted))
         return made
 
-    def _placed(self, request: GenerationRequest) -> list[tuple[ImageInput, NDArray[np.int64]]]:
-        """The pictures of a request, and where they stand."""
+    def _placed(self, request: GenerationRequest) -> list[tuple[ImageInput, list[int], list[tuple[int, int]]]]:
+        """The pictures of a request, where they stand, and what of each sees itself; see `PlacedImage`."""
         if not request.images:
             return []
         if self._images is None:
             raise InvalidParameterError("image: the model reads text alone", "image")
-        return list(zip(request.images, self._images.places(request.prompt_token_ids, request.images)))
+        places = self._images.places(request.prompt_token_ids, request.images)
+        spans = map(spans_of, places) if self._images.parts.whole else itertools.repeat([])
+        return [(image, each.tolist(), own) for image, each, own in zip(request.images, places, spans)]
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
         """See `Preparation`."""

@@ -188,6 +188,9 @@ class RecordedRunner(StepwiseRunner):
         arrays.query_start[: sequences + 1] = batch.query_start
         arrays.numbers[StepNumber.TOKENS] = count
         arrays.numbers[StepNumber.SEQUENCES] = sequences
+        if len(arrays.ahead):
+            arrays.ahead[:count] = 0 if batch.ahead is None else batch.ahead
+        assert batch.ahead is None or len(arrays.ahead)
 
     def score(self, rows: Ints) -> NDArray[np.float32]:
         """See `ModelRunner`."""

@@ -17,7 +17,7 @@ admitted anew before it is known. How many tokens come of drafts is known when t
 sequence waits for that.
 
 A sequence with adapters or pictures waits for them as well, and others pass it meanwhile: see `AdapterAdmission` and
-`ImageStore`.
+`ImageStore`. Where a picture's tokens see each other, those of a tile are run in one step, which has room for them.
 
 With `reproducible`, no answer depends on others' memory: a sequence is admitted when blocks for its full length are
 free, so that none is preempted, and only blocks of prompts are published, for what was generated was computed by other
@@ -138,14 +138,13 @@ class Scheduler:
         scheduled, prompts, drafts = self._schedule_decodes()
         budget = self.max_num_batched_tokens - len(scheduled) - drafts
         for sequence in prompts:
-            if budget:
-                count = min(sequence.num_uncomputed_tokens, budget)
+            if count := sequence.piece(budget):
                 scheduled.append(Run.next(sequence, count))
                 budget -= count
         for sequence in self._admit(budget):
-            count = min(sequence.num_uncomputed_tokens, budget)
-            scheduled.append(Run.next(sequence, count))
-            budget -= count
+            if count := sequence.piece(budget):
+                scheduled.append(Run.next(sequence, count))
+                budget -= count
             if not budget:
                 break
         decodes = [item for item in scheduled if item.decodes]

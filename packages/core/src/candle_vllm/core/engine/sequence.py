@@ -26,11 +26,13 @@ class PlacedImage(msgspec.Struct, eq=False):
     Attributes:
         given: the picture.
         positions: in the prompt, of each of its embeddings, rising.
+        spans: where in the prompt those of a tile begin and end that see each other, in order; nothing where none do.
         rows: its embeddings float32 [count, E], once they are there.
     """
 
     given: ImageInput
     positions: Seq[int]
+    spans: Seq[tuple[int, int]] = ()
     rows: Any = None
 
     def marks(self, block_size: int) -> Iterator[tuple[int, bytes]]:
@@ -144,6 +146,15 @@ class Sequence:  # its attributes have slots: a step finds them in one place
         self.tokens.append(token_id)
         if self.num_ahead:
             self.num_ahead -= 1
+
+    def piece(self, budget: int) -> int:
+        """How many tokens of what it has to run a step may take, at most `budget`: tiles whose rows see each other are
+        not cut."""
+        start = self.num_computed_tokens
+        end = start + min(self.num_uncomputed_tokens, budget)
+        for image in self.images if start < self.num_prompt_tokens else ():
+            end = next((first for first, behind in image.spans if first < end < behind), end)
+        return max(0, end - start)
 
     def hashes(self, block_size: int) -> list[bytes]:
         """Hashes of all full blocks of the known tokens, kept as the sequence grows."""

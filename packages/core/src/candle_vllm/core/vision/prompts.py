@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -17,6 +17,12 @@ from candle_vllm.core.shown import ShownStruct
 from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.core.vision.pictures import LIMITS, Picture, PictureLimits, picture_of
 from candle_vllm.core.vision.preprocessing import Cut, Rule
+
+
+def spans_of(places: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Where runs of neighbours among rising numbers begin and end."""
+    ends = np.flatnonzero(np.diff(places) > 1) + 1
+    return [(int(part[0]), int(part[-1]) + 1) for part in np.split(places, ends)]
 
 
 class Sighted(ShownStruct, frozen=True, kw_only=True):
@@ -50,6 +56,7 @@ class Sight:
     Attributes:
         parts: of its tower.
         words: the tokens of a picture that is cut so.
+        breaks: how many line breaks a token is, of those that are nothing else; with any, a single one has a token.
         limits: what a picture may be.
         most: pictures of a prompt.
         one_at_a_time: held while a picture is decoded.
@@ -57,6 +64,7 @@ class Sight:
 
     parts: Sighted
     words: Callable[[Cut], Sequence[int]]
+    breaks: Mapping[int, int] = dataclasses.field(default_factory=dict)
     limits: PictureLimits = LIMITS
     most: int = 64
     one_at_a_time: threading.Lock = dataclasses.field(default_factory=threading.Lock, compare=False, repr=False)
@@ -80,27 +88,26 @@ class Sight:
         """
         if len(images) > self.most:
             raise InvalidParameterError(f"image: {len(images)} pictures; a prompt may have {self.most}", "image")
-        marks = list(ids).count(self.parts.asks)
+        marks = (ids := list(ids)).count(self.parts.asks)
         if marks != len(images):
             raise InvalidParameterError(
                 f"image: {len(images)} pictures, and {marks} marks for them in the prompt; a picture needs one each",
                 "image",
             )
-        left = zip(images, names or ["image"] * len(images), strict=True)
         expanded: list[int] = []
         inputs: list[ImageInput] = []
         made: dict[bytes, ImageInput] = {}
-        for token in ids:
-            if token != self.parts.asks:
-                expanded.append(token)
-                continue
-            image, name = next(left)
+        begin = 0
+        for image, name in zip(images, names or ["image"] * len(images), strict=True):
+            end = ids.index(self.parts.asks, begin)
+            self._join(expanded, ids[begin:end])
+            begin = end + 1
             with self.one_at_a_time:
                 picture = picture_of(image, self.limits, name)
                 cut = self.parts.rule.cut(picture.height, picture.width)
                 least = len(expanded) + cut.tiles * self.parts.embeddings(cut)
                 if most_tokens is None or least < most_tokens:  # else there is no use in writing them down
-                    expanded += self.words(cut)
+                    self._join(expanded, self.words(cut))
                     least = len(expanded)
                 if most_tokens is not None and least >= most_tokens:
                     said = f"{name}: with it the prompt has {least} tokens and more; the context is {most_tokens}"
@@ -108,7 +115,23 @@ class Sight:
                 if picture.digest not in made:
                     made[picture.digest] = self._input(picture)
             inputs.append(made[picture.digest])
+        self._join(expanded, ids[begin:])
         return expanded, tuple(inputs)
+
+    def _join(self, ids: list[int], more: Sequence[int]) -> None:
+        """Puts tokens behind others; line breaks that meet become the tokens of one run of them, as in one text."""
+        count, place, breaks = 0, 0, self.breaks
+        if ids and more and ids[-1] in breaks and more[0] in breaks:
+            while ids and ids[-1] in breaks:
+                count += breaks[ids.pop()]
+            while place < len(more) and more[place] in breaks:
+                count += breaks[more[place]]
+                place += 1
+        while count:
+            token, size = max(((one, size) for one, size in breaks.items() if size <= count), key=lambda each: each[1])
+            ids.append(token)
+            count -= size
+        ids += more[place:]
 
     def _input(self, picture: Picture) -> ImageInput:
         tiles = self.parts.rule.tiles(picture)

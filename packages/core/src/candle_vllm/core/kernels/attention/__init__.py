@@ -4,8 +4,9 @@ Contract: q [T, H, D]; key_cache and value_cache [B, S, K, D] of q's dtype, alre
 values; H is a multiple of K, and query head h reads key-value head h // (H / K). `rows` says which tokens belong to
 which sequence and where its blocks are. The token at position p sees positions 0..p, or, with a window w, only
 p - w + 1..p. With a soft cap c, a score s becomes c * tanh(s / c) before it is masked. With sinks [H] fp32, each head's
-number joins its softmax as one score more, uncapped and always seen, whose probability goes to no value. Scores and
-sums are fp32. y [T, H, D] has q's dtype, in new memory.
+number joins its softmax as one score more, uncapped and always seen, whose probability goes to no value. Where `rows`
+says so, on the CPU alone, a token sees some positions behind its own as well: those of a picture see each other. Scores
+and sums are fp32. y [T, H, D] has q's dtype, in new memory.
 
 A cache of float8_e4m3fn, as `kernels/kv_write` writes it, comes with `cache_scales`, those of keys and of values, [1]
 float32 each, by which its numbers are multiplied.

@@ -166,16 +166,28 @@ def _values(
 
 @njit(inline="always")
 def _gather_queries(
-    q: int, to: int, positions: int, first: int, rows: int, group: int, token: int, position: int, stride: int, dim: int
+    q: int,
+    to: int,
+    positions: int,
+    ahead: int,
+    first: int,
+    rows: int,
+    group: int,
+    token: int,
+    position: int,
+    stride: int,
+    dim: int,
 ) -> None:
-    """Copies a tile's query rows beside each other and notes their positions.
+    """Copies a tile's query rows beside each other and notes their positions, and the last ones that they see.
 
     q is the first token's and the KV head's; row number first + i is head (first + i) % group of a token.
     """
     at = int64_at(positions)
     t, h = first // group, first % group
     for i in range(rows):
-        at[i] = position + t
+        at[i] = at[ROW_TILE + i] = position + t
+        if ahead != 0:
+            at[ROW_TILE + i] += int64_at(ahead)[token + t]
         copy_query(to + i * 2 * dim, q + (token + t) * stride + h * 2 * dim, dim)
         h += 1
         if h == group:
@@ -236,7 +248,7 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
         stride = 4 * min(1 << given.block_shift, STRIP)
         tiles = scratch + HEADER + thread * thread_bytes
         positions = tiles + TILE_LIST
-        queries = positions + 8 * ROW_TILE
+        queries = positions + 16 * ROW_TILE
         states = queries + ROW_TILE * query_bytes
         parts = states + ROW_TILE * row_bytes
         scores = parts + SQUARE * row_bytes
@@ -279,6 +291,7 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                     given.q + head * group * query_bytes,
                     queries,
                     positions,
+                    given.ahead,
                     first,
                     rows,
                     group,
@@ -289,7 +302,8 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                 )
                 seen = first_seen(at_position[0], window)
                 chunk = max(first_chunk + turn * run, chunk_of(seen))
-                top = min(first_chunk + turn * run + run - 1, chunk_of(at_position[rows - 1]))
+                last_seen = at_position[ROW_TILE + rows - 1]
+                top = min(first_chunk + turn * run + run - 1, chunk_of(last_seen))
                 to = parts  # of nobody's rows, where the results are not kept
                 if size == 0:
                     for i in range(rows):
@@ -301,7 +315,7 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                         begin_squares(shape, 8)
                 for c in range(chunk, top + 1):
                     start = max(chunk_start(c), seen & ~(LANES - 1))
-                    keys = min(chunk_start(c + 1), at_position[rows - 1] + 1) - start
+                    keys = min(chunk_start(c + 1), last_seen + 1) - start
                     count = (keys + LANES - 1) // LANES
                     filled = (count + TILES - 1) // TILES * TILES
                     end = start + keys - 1
@@ -406,7 +420,10 @@ def make_merge(head_dim: int, rotated: int) -> Callable[..., None]:
                 line = ((h // group) * tokens + t) * group + h % group
                 clear_partial(state, head_dim)
                 first = chunk_of(first_seen(position, window))
-                for c in range(first, chunk_of(position) + 1):
+                last = position
+                if given.ahead != 0:
+                    last += int64_at(given.ahead)[token + t]
+                for c in range(first, chunk_of(last) + 1):
                     merge_partial(state, partials + (c - first_chunk) * step + line * row_bytes, head_dim)
                 if given.sinks != 0:
                     add_sink(state, given.sinks + 4 * h, head_dim)

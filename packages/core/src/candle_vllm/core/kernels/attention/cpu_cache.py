@@ -167,7 +167,7 @@ def chunk_of(position: int) -> int:
 def scratch_per_thread(head_dim: int) -> int:
     """Scratch memory of one thread: what `cpu.make_attend` puts there, in its order."""
     row = 4 * partial_floats(head_dim)
-    rows = ROW_TILE * (8 + 2 * head_dim + row) + SQUARE * (SCORE_STRIDE + PROBABILITY_STRIDE + row)
+    rows = ROW_TILE * (16 + 2 * head_dim + row) + SQUARE * (SCORE_STRIDE + PROBABILITY_STRIDE + row)
     return -(-(TILE_LIST + rows + 2 * LANES * head_dim + 64) // 128) * 128
 
 

@@ -102,6 +102,7 @@ def record_attention(
         window=scores.window or 0,
         cap=(scores.softcap or 0.0) * LOG2E,
         sinks=0 if scores.sinks is None else recorder.keep(scores.sinks * np.float32(LOG2E)),
+        ahead=address_of(arrays.ahead) if limits.ahead else 0,
     )
     recorder.add(attend_operation(dim, recorder.isa, keys, values), attended)
     recorder.add(merge_operation(dim, values), attended)
@@ -162,6 +163,7 @@ class AttendArguments(NamedTuple):
         window: positions that a token sees, its own included; 0 is all.
         cap: soft cap times log2(e); 0 is none.
         sinks: address of float32 [H], the heads' sinks times log2(e); 0 is none.
+        ahead: address of int64 [T], how many positions behind its own a token sees; 0 is none of all.
     """
 
     q: int
@@ -181,6 +183,7 @@ class AttendArguments(NamedTuple):
     window: int = 0
     cap: float = 0.0
     sinks: int = 0
+    ahead: int = 0
 
 
 def attend_operation(

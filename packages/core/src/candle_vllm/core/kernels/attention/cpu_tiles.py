@@ -24,6 +24,7 @@ from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.attention.cpu_cache import (
     PROBABILITY_STRIDE,
+    ROW_TILE,
     SCORE_STRIDE,
     STRETCH_SHIFT,
     CacheKind,
@@ -92,15 +93,15 @@ def score_tiles(_: Any, q: Any, tiles: Any, stride: Any, scores: Any, rows: Any,
     return signature, code
 
 
-def _seen_keys(e: Emitter, position: Any, start: Any, window: Any) -> tuple[Any, Any]:
-    """First and count of the keys from `start` on that a row at `position` sees, as <16 x i32>."""
+def _seen_keys(e: Emitter, position: Any, last: Any, start: Any, window: Any) -> tuple[Any, Any]:
+    """First and count of the keys from `start` to `last` that a row at `position` sees, as <16 x i32>."""
     b, zero, one = e.b, e.int64(0), e.int64(1)
 
     def not_negative(value: Any) -> Any:
         return b.select(b.icmp_signed(">", value, zero), value, zero)
 
-    end = b.add(b.sub(position, start), one)
-    first = b.select(b.icmp_signed(">", window, zero), not_negative(b.sub(end, window)), zero)
+    own, end = (b.add(b.sub(place, start), one) for place in (position, last))
+    first = b.select(b.icmp_signed(">", window, zero), not_negative(b.sub(own, window)), zero)
     return tuple(e.splat(b.trunc(value, I32)) for value in (first, not_negative(b.sub(end, first))))
 
 
@@ -121,7 +122,8 @@ def softmax_rows(
     """exp2(score - m) for `rows` rows over 16 * tiles keys from position `start` on; hidden keys get 0.
 
     They are bfloat16, or, for values of another `kind`, float32 in the place of the scores. `positions` is the address
-    of the rows' int64 positions, `partials` that of their partial results, whose m and s are written; s sums the
+    of the rows' int64 positions, and `ROW_TILE` behind each is the last one that the row sees; `partials` is
+    that of their partial results, whose m and s are written; s sums the
     rounded probabilities. `rows`, `dim` and `kind` are constants.
     """
     signature = types.void(*[types.int64] * 7, rows, dim, kind)
@@ -130,7 +132,10 @@ def softmax_rows(
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        bounds = [_seen_keys(e, e.load(args[3], I64, 8 * row), args[4], args[5]) for row in range(m)]
+        bounds = [
+            _seen_keys(e, *(e.load(args[3], I64, 8 * (row + behind)) for behind in (0, ROW_TILE)), args[4], args[5])
+            for row in range(m)
+        ]
         numbers = ir.Constant(vector(I32), list(range(LANES)))
         lanes = [b.sub(numbers, first) for first, _ in bounds]
 

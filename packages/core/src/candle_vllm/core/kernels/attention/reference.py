@@ -36,7 +36,10 @@ def paged_attention(
             k, v = k * cache_scales[0], v * cache_scales[1]
         for first in range(start, end, _QUERIES):
             last = min(first + _QUERIES, end)
-            out[first:last] = _attend(q[first:last], k, v, context - (end - first), scale, window, softcap, sinks)
+            ahead = None if rows.ahead is None else rows.ahead[first:last, None]
+            out[first:last] = _attend(
+                q[first:last], k, v, context - (end - first), scale, window, softcap, sinks, ahead
+            )
     return out
 
 
@@ -49,8 +52,9 @@ def _attend(
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    ahead: torch.Tensor | None,
 ) -> torch.Tensor:
-    """q [Q, H, D] at positions position, position + 1, ...; k, v [K, C, D]; returns [Q, H, D]."""
+    """q [Q, H, D] at positions position, position + 1, ...; k, v [K, C, D]; ahead [Q, 1]; returns [Q, H, D]."""
     queries, heads, dim = q.shape
     kv_heads, context, _ = k.shape
     grouped = q.float().view(queries, kv_heads, heads // kv_heads, dim).permute(1, 2, 0, 3)  # [K, G, Q, D]
@@ -59,7 +63,7 @@ def _attend(
         scores.div_(softcap).tanh_().mul_(softcap)
     at = torch.arange(position, position + queries, device=q.device).unsqueeze(1)  # [Q, 1]
     seen = torch.arange(context, device=q.device).unsqueeze(0)  # [1, C]
-    hidden = seen > at
+    hidden = seen > (at if ahead is None else at + ahead)
     if window is not None:
         hidden |= seen <= at - window
     scores.view(kv_heads, heads // kv_heads, queries, context).masked_fill_(hidden, float("-inf"))

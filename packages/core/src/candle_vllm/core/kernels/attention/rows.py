@@ -18,11 +18,13 @@ class AttentionRows:
         query_start: R + 1 offsets into the step's tokens; sequence r has query_start[r]..query_start[r + 1].
         context_lens: R lengths, in tokens, the new ones included.
         block_tables: [R, most blocks] int64; a row's tail beyond its context is not read.
+        ahead: [T] int64, how many positions behind its own a token sees; None where none sees any. On the CPU alone.
     """
 
     query_start: tuple[int, ...]
     context_lens: tuple[int, ...]
     block_tables: torch.Tensor
+    ahead: torch.Tensor | None = None
 
     def on_device(self) -> DeviceRows:
         """The same numbers beside the block tables. Leading sequences of one token count as decodes."""

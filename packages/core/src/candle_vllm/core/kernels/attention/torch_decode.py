@@ -60,7 +60,8 @@ def paged_attention(
 def _row(rows: AttentionRows, row: int) -> AttentionRows:
     """One sequence as a step of its own."""
     count = rows.query_start[row + 1] - rows.query_start[row]
-    return type(rows)((0, count), (rows.context_lens[row],), rows.block_tables[row : row + 1])
+    ahead = None if rows.ahead is None else rows.ahead[rows.query_start[row] : rows.query_start[row + 1]]
+    return type(rows)((0, count), (rows.context_lens[row],), rows.block_tables[row : row + 1], ahead)
 
 
 def _attend(

@@ -37,6 +37,7 @@ class StepLimits:
         adapter_rank: of any adapter; 0 where there are none.
         adapter_dtype: in what adapters are multiplied.
         row_adapters: most adapters of one row.
+        ahead: rows may see positions behind their own, see `kernels/attention`.
     """
 
     tokens: int
@@ -48,6 +49,7 @@ class StepLimits:
     adapter_rank: int = 0
     adapter_dtype: NumberType = "BF16"
     row_adapters: int = 1
+    ahead: bool = False
 
     @property
     def block_shift(self) -> int:
@@ -70,6 +72,7 @@ class StepArrays:
         self.context_lens = np.zeros(limits.sequences, np.int64)
         self.block_tables = np.zeros((limits.sequences, limits.table_width), np.int64)
         self.logit_rows = np.zeros(limits.logit_rows, np.int64)
+        self.ahead = np.zeros(limits.tokens if limits.ahead else 0, np.int64)
         self.moved_on = False
 
 
