@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.vision.pictures import picture_of
-from candle_vllm.core.vision.preprocessing import Normalisation, patch_rows, tile_rule
+from candle_vllm.core.vision.preprocessing import Normalisation, fit_rule, patch_rows, stretch_rule, tile_rule
 
 SIZES = [(40, 70), (70, 40), (1, 1), (3, 300), (300, 3), (64, 64), (33, 32), (32, 32), (500, 501), (5, 7)]
 CONFIGS: list[dict[str, Any]] = [
@@ -38,6 +40,64 @@ def test_tiles_are_those_of_transformers(config: dict[str, Any]) -> None:
         assert tiles.shape[0] == rule.cut(height, width).tiles
         ours = rule.normalisation.table[tiles, np.arange(3)].transpose(0, 3, 1, 2)
         assert np.array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("config", [
+    {"size": {"longest_edge": 64}},
+    {"size": {"longest_edge": 100}, "resample": 2, "image_mean": [0.4, 0.5, 0.6], "rescale_factor": 0.004},
+    {"size": {"longest_edge": 512}, "patch_size": 14, "do_normalize": False},
+])  # fmt: skip
+def test_fitted_pictures_are_those_of_transformers(config: dict[str, Any]) -> None:
+    rule = fit_rule(Fields(config, Path("p.json")), 14, 28)
+    theirs = PixtralImageProcessorPil(**config | {"patch_size": {"height": 28, "width": 28}})
+    random = np.random.default_rng(0)
+    for height, width in SIZES:
+        pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        if min(height, width) * rule.longest < max(height, width):
+            assert min(rule.tiles(picture_of(pixels)).shape[1:3]) == 28
+            continue  # a side of no pixels, which transformers cannot make
+        expected = theirs(images=[Image.fromarray(pixels)], return_tensors="np")
+        tiles = rule.tiles(picture_of(pixels))
+        cut = rule.cut(height, width)
+        assert tiles.shape == (1, cut.height, cut.width, 3)
+        assert expected["image_sizes"][0].tolist() == [cut.height, cut.width]
+        ours = rule.normalisation.table[tiles, np.arange(3)].transpose(0, 3, 1, 2)
+        assert np.array_equal(ours, expected["pixel_values"])
+
+
+@pytest.mark.parametrize("config", [
+    {},
+    {"resample": 3, "image_std": [0.2, 0.3, 0.25]},
+    {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 8, "pan_and_scan_max_num_crops": 4,
+     "pan_and_scan_min_ratio_to_activate": 1.2},
+    {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 2, "pan_and_scan_max_num_crops": 1,
+     "pan_and_scan_min_ratio_to_activate": 1.0},
+])  # fmt: skip
+def test_stretched_pictures_are_those_of_transformers(config: dict[str, Any]) -> None:
+    config = {"size": {"height": 56, "width": 56}} | config
+    rule, theirs = stretch_rule(Fields(config, Path("p.json"))), Gemma3ImageProcessorPil(**config)
+    random = np.random.default_rng(0)
+    counts = set[int]()
+    for height, width in [*SIZES, (100, 19), (23, 61), (30, 90)]:
+        pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        expected = theirs(images=[Image.fromarray(pixels)], return_tensors="np")["pixel_values"]
+        tiles = rule.tiles(picture_of(pixels))
+        assert tiles.shape[0] == rule.cut(height, width).tiles
+        ours = rule.normalisation.table[tiles, np.arange(3)].transpose(0, 3, 1, 2)
+        assert np.array_equal(ours, expected)
+        counts.add(len(tiles))
+    assert (len(counts) > 1) == bool(rule.most_parts)
+
+
+def test_published_counts_of_other_families() -> None:
+    """Pixtral 12B, patches of 16 pixels; Mistral Small 3.1, cells of 28: as many as `docs/vision.md` says."""
+    sizes = ((640, 480), (1920, 1080), (3000, 56))
+    pixtral = fit_rule(Fields({"size": {"longest_edge": 1024}}, Path("p.json")), 16, 16)
+    grids = [pixtral.cut(height, width).cells(16) for width, height in sizes]
+    assert [rows * (columns + 1) for rows, columns in grids] == [1230, 2340, 130]
+    mistral = fit_rule(Fields({"size": {"longest_edge": 1540}}, Path("p.json")), 14, 28)
+    grids = [mistral.cut(height, width).cells(28) for width, height in sizes[:2]]
+    assert [rows * (columns + 1) for rows, columns in grids] == [432, 1736]
 
 
 def test_published_sizes_have_published_counts() -> None:

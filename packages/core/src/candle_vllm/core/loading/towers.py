@@ -21,6 +21,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "Gemma3ForConditionalGeneration": {"gemma3_text": "Gemma3ForCausalLM"},
+        "LlavaForConditionalGeneration": {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"},
         "Idefics3ForConditionalGeneration": {"llama": "LlamaForCausalLM"},
         "SmolVLMForConditionalGeneration": {"llama": "LlamaForCausalLM"},
         "Mistral3ForConditionalGeneration": {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"},

@@ -33,8 +33,8 @@ from candle_vllm.core.vision.preprocessing import MAX_TILE, Cut, tile_rule
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
-_ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"})
-_MOST_PATCHES = 1 << 14  # of a tile
+ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"})
+MOST_PATCHES = 1 << 14  # of a tile
 _DEFAULTS = MappingProxyType(
     {
         "idefics3": {"hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12},
@@ -50,7 +50,7 @@ def config_from_hf(fields: Fields, processor: Fields, text_size: int) -> TowerCo
     vision = Fields({**_DEFAULTS["idefics3"], **section.values}, fields.path)
     rule, patch, cell = tile_rule(processor), vision.count("patch_size", 32), fields.count("scale_factor", 2, most=64)
     side = vision.count("image_size", 224) // patch
-    if not 0 < side * side <= _MOST_PATCHES or rule.tile != side * patch or side % cell:
+    if not 0 < side * side <= MOST_PATCHES or rule.tile != side * patch or side % cell:
         raise InvalidFileError(
             f"{processor.path}: tiles of {rule.tile} pixels; vision_config asks for {side} x {side} patches of {patch} "
             f"pixels, {cell} x {cell} of which are one embedding"
@@ -61,7 +61,7 @@ def config_from_hf(fields: Fields, processor: Fields, text_size: int) -> TowerCo
         num_layers=vision.count("num_hidden_layers", most=MAX_LAYERS),
         num_heads=vision.count("num_attention_heads", 16),
         norm_eps=vision.get("layer_norm_eps", float, 1e-6),
-        activation=_ACTIVATIONS[vision.choice("hidden_act", "gelu_pytorch_tanh", *_ACTIVATIONS)],
+        activation=ACTIVATIONS[vision.choice("hidden_act", "gelu_pytorch_tanh", *ACTIVATIONS)],
         patch=patch,
         side=side,
         cell=cell,
@@ -74,7 +74,7 @@ def config_from_gguf(fields: Fields, text_size: int) -> TowerConfig:
     """Reads the metadata of llama.cpp's `mmproj` files of Idefics3 and SmolVLM; keys begin with `clip.vision.`."""
     tile, patch = fields.count("image_size", most=MAX_TILE), fields.count("patch_size")
     cell, side = fields.count("projector.scale_factor", 4, most=64), tile // patch
-    if not 0 < side * side <= _MOST_PATCHES or tile != side * patch or side % cell:
+    if not 0 < side * side <= MOST_PATCHES or tile != side * patch or side % cell:
         raise InvalidFileError(f"{fields.path}: tiles of {tile} pixels, patches of {patch}, {cell} x {cell} in a cell")
     numbers = {f"image_{key}": fields.get(f"image_{key}", list, [0.5] * 3) for key in ("mean", "std")}
     processor = {
@@ -157,7 +157,7 @@ class Siglip:
 # ---- weight names ----------------------------------------------------------------------------------------------------
 
 
-def _kernel(stored: StoredTensor, config: Any) -> StoredTensor:
+def patch_kernel(stored: StoredTensor, config: Any) -> StoredTensor:
     """The kernel of a convolution [E, 3, h, w] as a matrix [E, 3 * h * w]."""
     if len(stored.shape) != 4 or stored.shape[1:] != (3, config.patch, config.patch):
         return stored  # a wrong shape is named by the loader
@@ -165,33 +165,38 @@ def _kernel(stored: StoredTensor, config: Any) -> StoredTensor:
     return computed(stored, shape, lambda values: values.reshape(shape))
 
 
-def _pair(target: str, hf: str, gguf: str | None) -> list[WeightName]:
+def names(*folders: str) -> list[WeightName]:
+    """The table of a tower without its projector; `folders` are what its names may begin with."""
+
+    def pair(target: str, hf: str, gguf: str) -> list[WeightName]:
+        made = {kind: tuple(f"{at}.{hf}.{kind}" for at in folders) for kind in ("weight", "bias")}
+        return [
+            WeightName(f"{target}{kind}", several if several[1:] else several[0], f"{gguf}.{kind}")
+            for kind, several in made.items()
+        ]
+
+    kernel, bias = pair("patches:", "embeddings.patch_embedding", "v.patch_embd")
+    layer, block = "encoder.layers.{i}.", "v.blk.{i}."
     return [
-        WeightName(f"{target}{kind}", f"{hf}.{kind}", None if gguf is None else f"{gguf}.{kind}")
-        for kind in ("weight", "bias")
+        dataclasses.replace(kernel, hf_view=patch_kernel, gguf_view=patch_kernel),
+        bias,
+        pair("positions:", "embeddings.position_embedding", "v.position_embd")[0],
+        *pair("layers.{i}.attention_norm:", layer + "layer_norm1", block + "ln1"),
+        *pair("layers.{i}.qkv:q.", layer + "self_attn.q_proj", block + "attn_q"),
+        *pair("layers.{i}.qkv:k.", layer + "self_attn.k_proj", block + "attn_k"),
+        *pair("layers.{i}.qkv:v.", layer + "self_attn.v_proj", block + "attn_v"),
+        *pair("layers.{i}.output:", layer + "self_attn.out_proj", block + "attn_out"),
+        *pair("layers.{i}.mlp_norm:", layer + "layer_norm2", block + "ln2"),
+        *pair("layers.{i}.mlp.up:", layer + "mlp.fc1", block + "ffn_up"),
+        *pair("layers.{i}.mlp.down:", layer + "mlp.fc2", block + "ffn_down"),
+        *pair("norm:", "post_layernorm", "v.post_ln"),
     ]
 
 
-_AT, _LAYER, _BLOCK = "vision_model.", "vision_model.encoder.layers.{i}.", "v.blk.{i}."
-
 WEIGHTS: Sequence[WeightName] = (
-    WeightName(
-        "patches:weight", _AT + "embeddings.patch_embedding.weight", "v.patch_embd.weight",
-        hf_view=_kernel, gguf_view=_kernel,
-    ),
-    WeightName("patches:bias", _AT + "embeddings.patch_embedding.bias", "v.patch_embd.bias"),
-    WeightName("positions:weight", _AT + "embeddings.position_embedding.weight", "v.position_embd.weight"),
-    *_pair("layers.{i}.attention_norm:", _LAYER + "layer_norm1", _BLOCK + "ln1"),
-    *_pair("layers.{i}.qkv:q.", _LAYER + "self_attn.q_proj", _BLOCK + "attn_q"),
-    *_pair("layers.{i}.qkv:k.", _LAYER + "self_attn.k_proj", _BLOCK + "attn_k"),
-    *_pair("layers.{i}.qkv:v.", _LAYER + "self_attn.v_proj", _BLOCK + "attn_v"),
-    *_pair("layers.{i}.output:", _LAYER + "self_attn.out_proj", _BLOCK + "attn_out"),
-    *_pair("layers.{i}.mlp_norm:", _LAYER + "layer_norm2", _BLOCK + "ln2"),
-    *_pair("layers.{i}.mlp.up:", _LAYER + "mlp.fc1", _BLOCK + "ffn_up"),
-    *_pair("layers.{i}.mlp.down:", _LAYER + "mlp.fc2", _BLOCK + "ffn_down"),
-    *_pair("norm:", _AT + "post_layernorm", "v.post_ln"),
+    *names("vision_model"),
     WeightName("projector:weight", "connector.modality_projection.proj.weight", "mm.model.fc.weight"),
-)  # fmt: skip
+)
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------

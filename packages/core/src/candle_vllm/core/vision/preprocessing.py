@@ -23,6 +23,7 @@ from candle_vllm.core.vision.pictures import Picture
 
 _LANCZOS, _BILINEAR, _BICUBIC = 1, 2, 3  # Pillow's numbers, which config files have
 _MOST_SIDE = 4096  # of a picture that is cut into tiles, as transformers has it
+_MOST_PARTS = 64  # of a picture
 MAX_TILE = 4096
 
 
@@ -142,7 +143,84 @@ class TileRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         return max(height, tile), max(width, tile)
 
 
-Rule: TypeAlias = TileRule
+class FitRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Pixtral's and Mistral 3's: one tile, as large as the picture; larger ones are made smaller, and sides rounded up.
+
+    Attributes:
+        longest: pixels that a side may have.
+        cell: pixels that both sides become a multiple of.
+        resample: Pillow's number of the filter.
+        normalisation: of the pixels.
+    """
+
+    longest: int
+    cell: int
+    resample: int
+    normalisation: Normalisation
+
+    def cut(self, height: int, width: int) -> Cut:
+        """See `Rule`."""
+        ratio = max(height / self.longest, width / self.longest)
+        if ratio > 1:
+            height, width = max(math.floor(height / ratio), 1), max(math.floor(width / ratio), 1)
+        return Cut(0, 0, *(-(-side // self.cell) * self.cell for side in (height, width)))
+
+    def tiles(self, picture: Picture) -> NDArray[np.uint8]:
+        """See `Rule`."""
+        import PIL.Image
+
+        cut, resample = self.cut(picture.height, picture.width), PIL.Image.Resampling(self.resample)
+        return np.asarray(PIL.Image.fromarray(picture.pixels).resize((cut.width, cut.height), resample))[None]
+
+
+class StretchRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Gemma 3's: a square tile of the whole picture, and behind it, with pan and scan, tiles of its parts.
+
+    What has far from equal sides is cut across the longer one, as evenly as goes; every tile is a resampling of its
+    own, from pixels of the picture.
+
+    Attributes:
+        tile: pixels of a tile's side.
+        resample: Pillow's number of the filter.
+        normalisation: of the pixels.
+        most_parts: of a picture; 0 where there are none.
+        least_part: pixels that a part's sides have at least.
+        ratio: of the longer side to the other, from which on there are parts.
+    """
+
+    tile: int
+    resample: int
+    normalisation: Normalisation
+    most_parts: int = 0
+    least_part: int = 1
+    ratio: float = 1.0
+
+    def cut(self, height: int, width: int) -> Cut:
+        """See `Rule`."""
+        longer, other = max(height, width), min(height, width)
+        rows = columns = 0
+        if self.most_parts and longer / other >= self.ratio:
+            count = min(math.floor(longer / self.least_part), math.floor(longer / other + 0.5))
+            count = min(max(count, 2), self.most_parts)
+            if min(math.ceil(longer / count), other) >= self.least_part:
+                rows, columns = (1, count) if width >= height else (count, 1)
+        return Cut(rows, columns, self.tile, self.tile)
+
+    def tiles(self, picture: Picture) -> NDArray[np.uint8]:
+        """See `Rule`."""
+        import PIL.Image
+
+        cut, resample = self.cut(picture.height, picture.width), PIL.Image.Resampling(self.resample)
+        parts = [picture.pixels]
+        if cut.rows:
+            height, width = math.ceil(picture.height / cut.rows), math.ceil(picture.width / cut.columns)
+            places = [(height * row, width * column) for row in range(cut.rows) for column in range(cut.columns)]
+            parts += [np.ascontiguousarray(picture.pixels[y : y + height, x : x + width]) for y, x in places]
+        size = self.tile, self.tile
+        return np.stack([np.asarray(PIL.Image.fromarray(part).resize(size, resample)) for part in parts])
+
+
+Rule: TypeAlias = TileRule | FitRule | StretchRule
 """A family's way to cut pictures; which one it is goes with it to another process. Each has
 
 - `normalisation` of the pixels,
@@ -158,9 +236,7 @@ def tile_rule(fields: Fields) -> TileRule:
         InvalidFileError: a number is missing or impossible.
         UnsupportedModelError: it asks for what is not done here.
     """
-    for name in ("do_resize", "do_convert_rgb"):
-        if not fields.get(name, bool, True):
-            raise UnsupportedModelError(f"{fields.path}: {name} is false, which is not implemented")
+    _require_usual(fields)
     return TileRule(
         longest=fields.section("size").count("longest_edge", most=_MOST_SIDE),
         tile=fields.section("max_image_size").count("longest_edge", most=MAX_TILE),
@@ -168,6 +244,64 @@ def tile_rule(fields: Fields) -> TileRule:
         resample=_filter(fields, _LANCZOS),
         normalisation=_normalisation(fields),
     )
+
+
+def fit_rule(fields: Fields, patch: int, cell: int) -> FitRule:
+    """Reads `preprocessor_config.json` of Pixtral and Mistral 3, for a tower's patches and cells of so many pixels.
+
+    Raises:
+        InvalidFileError, UnsupportedModelError: as `tile_rule`.
+    """
+    _require_usual(fields)
+    given = fields.values.get("patch_size", patch)
+    sides = given if isinstance(given, dict) else {"height": given, "width": given}
+    for name in ("height", "width"):
+        if Fields(sides, fields.path).count(name) not in (patch, cell):
+            raise InvalidFileError(
+                f"{fields.path}: patch_size is {given!r:.60}; config.json asks for patches of {patch} pixels, "
+                f"{cell // patch} x {cell // patch} of which are one embedding"
+            )
+    return FitRule(
+        longest=fields.section("size").count("longest_edge", most=MAX_TILE),
+        cell=cell,
+        resample=_filter(fields, _BICUBIC),
+        normalisation=_normalisation(fields, _CLIP),
+    )
+
+
+def stretch_rule(fields: Fields) -> StretchRule:
+    """Reads `preprocessor_config.json` of Gemma 3.
+
+    Raises:
+        InvalidFileError, UnsupportedModelError: as `tile_rule`.
+    """
+    _require_usual(fields)
+    size, parts = fields.section("size"), {}
+    tile = size.count("height", most=MAX_TILE)
+    if size.count("width") != tile:
+        raise InvalidFileError(f"{fields.path}: size is {dict(size.values)!r:.60}; tiles are squares")
+    if fields.get("do_pan_and_scan", bool, False):
+        least = fields.count("pan_and_scan_min_crop_size")
+        most = fields.count("pan_and_scan_max_num_crops", most=_MOST_PARTS)
+        ratio = fields.get("pan_and_scan_min_ratio_to_activate", float)
+        if least < most:
+            raise InvalidFileError(
+                f"{fields.path}: pan_and_scan_min_crop_size is {least}, less than pan_and_scan_max_num_crops, {most}"
+            )
+        parts = {"most_parts": most, "least_part": least, "ratio": ratio}
+    return StretchRule(
+        tile=tile,
+        resample=_filter(fields, _BILINEAR),
+        normalisation=_normalisation(fields),
+        **parts,
+    )
+
+
+def _require_usual(fields: Fields) -> None:
+    for name, usual in (("do_resize", True), ("do_convert_rgb", True), ("do_center_crop", False)):
+        if bool(fields.get(name, bool, usual)) != usual:
+            said = "false" if usual else "true"
+            raise UnsupportedModelError(f"{fields.path}: {name} is {said}, which is not implemented")
 
 
 def _filter(fields: Fields, default: int) -> int:
@@ -180,11 +314,16 @@ def _filter(fields: Fields, default: int) -> int:
     return number
 
 
-def _normalisation(fields: Fields) -> Normalisation:
+_HALF = ((0.5,) * 3, (0.5,) * 3)
+_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+def _normalisation(fields: Fields, usual: tuple[tuple[float, ...], tuple[float, ...]] = _HALF) -> Normalisation:
+    """`usual` are mean and standard deviation where the file does not say them."""
     scale = fields.get("rescale_factor", float, 1 / 255) if fields.get("do_rescale", bool, True) else 1.0
     mean, std = ((0.0,) * 3, (1.0,) * 3)
     if fields.get("do_normalize", bool, True):
-        mean, std = _three(fields, "image_mean"), _three(fields, "image_std")
+        mean, std = (_three(fields, key, each) for key, each in zip(("image_mean", "image_std"), usual))
     if not all(std):
         raise UnsupportedModelError(f"{fields.path}: image_std has a 0")
     made = Normalisation(scale, mean, std)
@@ -196,8 +335,8 @@ def _normalisation(fields: Fields) -> Normalisation:
     return made
 
 
-def _three(fields: Fields, key: str) -> tuple[float, ...]:
-    values = fields.get(key, list, [0.5] * 3)
+def _three(fields: Fields, key: str, usual: tuple[float, ...]) -> tuple[float, ...]:
+    values = fields.get(key, list, list(usual))
     numbers = [Fields({key: value}, fields.path).get(key, float) for value in values]
     if len(numbers) != 3:
         raise UnsupportedModelError(f"{fields.path}: {key} has {len(numbers)} numbers; pictures have 3 channels")

@@ -1,0 +1,145 @@
+"""Gemma 3's tower: SigLIP's, the means of whose patches in a cell are normed and projected.
+
+A picture is a square of 256 embeddings, which see each other in the text model; with pan and scan its parts are more of
+them. Sources: Gemma Team, 2025, arXiv:2503.19786; Chu et al., 2024, arXiv:2312.16886 (mean of cells).
+Shapes: C cells, E hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.layers.norm import RMSNorm
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.loading.config import MAX_LAYERS
+from candle_vllm.core.loading.views import plus_one, transposed
+from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.models.family import TowerConfig, TowerFamily
+from candle_vllm.core.models.siglip import ACTIVATIONS, MOST_PATCHES, Siglip, names, prepared
+from candle_vllm.core.vision.preprocessing import MAX_TILE, Cut, stretch_rule
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+
+def config_from_hf(fields: Fields, processor: Fields, text_size: int) -> TowerConfig:
+    """Reads `config.json` and `preprocessor_config.json` of Gemma 3."""
+    vision = fields.section("vision_config")
+    patch = vision.count("patch_size", 16)
+    side, count = vision.count("image_size", 224) // patch, fields.count("mm_tokens_per_image", 256)
+    row = math.isqrt(count)
+    if row * row != count or side % row:
+        raise InvalidFileError(
+            f"{fields.path}: mm_tokens_per_image is {count}; {side} x {side} patches cannot become as many squares"
+        )
+    return _config(
+        processor,
+        hidden_size=vision.count("hidden_size", 768),
+        intermediate_size=vision.count("intermediate_size", 3072),
+        num_layers=vision.count("num_hidden_layers", 12, most=MAX_LAYERS),
+        num_heads=vision.count("num_attention_heads", 12),
+        norm_eps=vision.get("layer_norm_eps", float, 1e-6),
+        activation=ACTIVATIONS[vision.choice("hidden_act", "gelu_pytorch_tanh", *ACTIVATIONS)],
+        patch=patch,
+        side=side,
+        cell=side // row,
+        text_size=text_size,
+    )
+
+
+def config_from_gguf(fields: Fields, text_size: int) -> TowerConfig:
+    """Reads the metadata of llama.cpp's `mmproj` files of Gemma 3; keys begin with `clip.vision.`."""
+    tile, patch = fields.count("image_size", most=MAX_TILE), fields.count("patch_size")
+    numbers = {f"image_{key}": fields.get(f"image_{key}", list, [0.5] * 3) for key in ("mean", "std")}
+    return _config(
+        Fields({"size": {"height": tile, "width": tile}, **numbers}, fields.path),
+        hidden_size=fields.count("embedding_length"),
+        intermediate_size=fields.count("feed_forward_length"),
+        num_layers=fields.count("block_count", most=MAX_LAYERS),
+        num_heads=fields.count("attention.head_count"),
+        norm_eps=fields.get("attention.layer_norm_epsilon", float, 1e-6),
+        activation="gelu_tanh",
+        patch=patch,
+        side=tile // patch,
+        cell=fields.count("projector.scale_factor", 4, most=64),
+        text_size=text_size,
+    )
+
+
+def _config(processor: Fields, *, patch: int, side: int, cell: int, **values: Any) -> TowerConfig:
+    rule = stretch_rule(processor)
+    if not 0 < side * side <= MOST_PATCHES or rule.tile != side * patch or side % cell:
+        raise InvalidFileError(
+            f"{processor.path}: tiles of {rule.tile} pixels; the model has {side} x {side} patches of {patch} pixels, "
+            f"{cell} x {cell} of which are one embedding"
+        )
+    return TowerConfig(patch=patch, side=side, cell=cell, rule=rule, pooled=True, **values)
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+class GemmaTower(Siglip):
+    """The tower: patches of tiles to embeddings; see `Tower`."""
+
+    def __init__(self, config: TowerConfig, placement: Placement) -> None:
+        super().__init__(config, placement)
+        self.cell_norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
+
+    def project(self, cells: Value) -> Value:
+        """See `Tower`."""
+        return self.projector(self.cell_norm(cells))
+
+
+# ---- weight names ----------------------------------------------------------------------------------------------------
+
+WEIGHTS: Sequence[WeightName] = (
+    *names("vision_tower.vision_model", "vision_tower"),  # published, and as transformers 5 writes them
+    WeightName(
+        "cell_norm:weight",
+        "multi_modal_projector.mm_soft_emb_norm.weight",
+        "mm.soft_emb_norm.weight",
+        hf_view=plus_one,
+    ),
+    WeightName(
+        "projector:weight",
+        "multi_modal_projector.mm_input_projection_weight",
+        "mm.input_projection.weight",
+        hf_view=transposed,
+        gguf_view=transposed,
+    ),
+)
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+_ASKS, _MARK = "<start_of_image>", "<image_soft_token>"
+
+
+def words_around(cut: Cut, grid: tuple[int, int]) -> str:
+    """What stands in a prompt for a picture: the marks of the whole, and what leads to those of its parts."""
+    tile = f"\n\n{_ASKS}{_MARK * math.prod(grid)}<end_of_image>\n\n"
+    if not cut.rows:
+        return tile
+    parts = " ".join([tile] * (cut.tiles - 1))
+    return f"Here is the original image {tile} and here are some crops to help you see better {parts}"
+
+
+FAMILY = TowerFamily(
+    name="gemma_tower",
+    hf={"Gemma3ForConditionalGeneration": "gemma3"},
+    gguf=("gemma3",),
+    config_from_hf=config_from_hf,
+    config_from_gguf=config_from_gguf,
+    prepared=prepared,
+    build=GemmaTower,
+    weights=WEIGHTS,
+    mark=_MARK,
+    asks=_ASKS,
+    words_around=words_around,
+    whole=True,
+)

@@ -1,0 +1,476 @@
+"""Pixtral, Mistral 3 and Gemma 3 with pictures, of random weights: their towers and logits against transformers, their
+answers however a prompt comes to them, and files that cannot be used."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFWriter
+from gguf_export import export_gguf
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import SMALL, config_of, load, randomise
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+
+from candle_vllm.core import InferenceEngine, SamplingParams
+from candle_vllm.core.devices import choose_device
+from candle_vllm.core.engine.eager_runner import EagerTower
+from candle_vllm.core.engine.images import TowerRunner
+from candle_vllm.core.engine.recorded_runner import RecordedTower
+from candle_vllm.core.errors import ConfigError, InvalidFileError, InvalidParameterError, UnsupportedModelError
+from candle_vllm.core.fields import read_json
+from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.models.registry import tower_family_named
+from candle_vllm.core.remote import RemoteEngine
+from candle_vllm.core.testing.toy_model import write_toy_tokenizer
+
+RANDOM = np.random.default_rng(3)
+SIZES = ((40, 70), (32, 32), (9, 100), (3, 2), (47, 15))
+PICTURES = [RANDOM.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4}
+PIXTRAL = VISION | {"model_type": "pixtral", "hidden_act": "silu", "head_dim": 16}
+GEMMA3 = {
+    "model_type": "gemma3_text",
+    "head_dim": 16,
+    "num_hidden_layers": 3,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 6,  # less than a picture has tokens
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+MISTRAL = {"model_type": "mistral", "head_dim": 16, "rms_norm_eps": 1e-4}  # not that of the tower's norms
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A family: keys of its config, those of its processor, tokens from 259 on, and what a template writes."""
+
+    model_type: str
+    text: Mapping[str, Any]
+    vision: Mapping[str, Any]
+    own: Mapping[str, Any]
+    processor: Mapping[str, Any]
+    tokens: tuple[str, ...]
+    asks: str
+    mark: int
+    gguf: tuple[str, Mapping[str, Any]]  # of the text model, and keys of the tower's file
+
+
+MARKS = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+ROWS = {
+    "Mistral 3": Row(
+        "mistral3", MISTRAL, PIXTRAL | {"image_size": 40}, {"image_token_index": 259, "spatial_merge_size": 2},
+        {"size": {"longest_edge": 40}, "patch_size": {"height": 4, "width": 4}, "resample": 3, **CLIP}, MARKS, "[IMG]",
+        259, ("llama", {"image_size": 40, "spatial_merge_size": 2, **CLIP}),
+    ),
+    "Pixtral": Row(
+        "llava", MISTRAL, PIXTRAL | {"image_size": 24, "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0}},
+        {"image_token_index": 259, "vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
+        {"size": {"longest_edge": 24}, "patch_size": 4, **CLIP}, MARKS, "[IMG]",
+        259, ("llama", {"image_size": 24, **CLIP}),
+    ),
+    "Gemma 3": Row(
+        "gemma3", GEMMA3, VISION | {"model_type": "siglip_vision_model", "image_size": 32, "vision_use_head": False},
+        {"mm_tokens_per_image": 16, "boi_token_index": 259, "eoi_token_index": 260, "image_token_index": 261},
+        {"size": {"height": 32, "width": 32}, "resample": 2, **HALF},
+        ("<start_of_image>", "<end_of_image>", "<image_soft_token>"), "<start_of_image>",
+        261, ("gemma3", {"image_size": 32, "projector.scale_factor": 2, **HALF}),
+    ),
+}  # fmt: skip
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.content is string %}"
+    "{{ message.content }}{% else %}{% for part in message.content %}{% if part.type == 'image' %}ASKS"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_sight(folder: Path, name: str, processor: Mapping[str, Any] = {}, **config: Any) -> Path:
+    row = ROWS[name]
+    said = {"text_config": dict(SMALL) | dict(row.text), "vision_config": dict(row.vision), **row.own} | config
+    made = AutoConfig.for_model(row.model_type, tie_word_embeddings=False, **said)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(made, dtype=torch.float32, attn_implementation="eager")
+    randomise(model)
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(dict(row.processor) | dict(processor)))
+    write_toy_tokenizer(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(list(row.tokens))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    told = read_json(folder / "tokenizer_config.json") | {"chat_template": TEMPLATE.replace("ASKS", row.asks)}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = write_sight(tmp_path_factory.mktemp("sight"), name)
+        return made[name]
+
+    return folder
+
+
+def theirs(folder: Path) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def their_inputs(name: str, folder: Path, pictures: list[NDArray[np.uint8]]) -> dict[str, torch.Tensor]:
+    """What transformers' processor makes of pictures."""
+    said, images = read_json(folder / "preprocessor_config.json"), [Image.fromarray(each) for each in pictures]
+    if name == "Gemma 3":
+        made = Gemma3ImageProcessorPil(**said)(images=images, return_tensors="pt")
+        return {"pixel_values": made["pixel_values"]}
+    patch = 4 * ROWS[name].own.get("spatial_merge_size", 1)
+    made = PixtralImageProcessorPil(**said | {"patch_size": {"height": patch, "width": patch}})(
+        images=images, return_tensors="pt"
+    )
+    return {"pixel_values": made["pixel_values"], "image_sizes": torch.as_tensor(made["image_sizes"])}
+
+
+def their_features(name: str, folder: Path, model: Any, picture: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Of one of two: alone, a picture of a single embedding is too much for transformers."""
+    with torch.inference_mode():
+        found = model.model.get_image_features(**their_inputs(name, folder, [picture] * 2)).pooler_output
+    return found[0].reshape(-1, 64).numpy()
+
+
+def finished(runner: TowerRunner, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+    encoding = runner.embeddings(tiles)
+    while True:
+        try:
+            next(encoding)
+        except StopIteration as done:
+            return done.value
+
+
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("name", ROWS)
+def test_embeddings_are_those_of_transformers(name: str, eager: bool, folders: Callable[[str], Path]) -> None:
+    folder = folders(name)
+    loaded, model = load(folder, enforce_eager=eager, max_images=64), theirs(folder)
+    assert loaded.tower is not None
+    asks = loaded.tower.sight.parts.asks
+    ids, images = loaded.tower.sight.look([asks] * len(PICTURES), PICTURES)
+    places = loaded.tower.sight.places(ids, images)
+    team = ThreadTeam(2)
+    try:
+        tower = loaded.tower.tower
+        runner: TowerRunner = EagerTower(tower, choose_device("cpu")) if eager else RecordedTower(tower, team)
+        for picture, image, place in zip(PICTURES, images, places):
+            found = finished(runner, np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3))
+            expected = their_features(name, folder, model, picture)
+            assert found.shape == expected.shape == (len(place), 64)
+            assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    finally:
+        team.close()
+
+
+def prompt(name: str, *pictures: NDArray[np.uint8]) -> dict[str, Any]:
+    between = f" with\n{ROWS[name].asks}" * (len(pictures) - 1)
+    text = f"<|im_start|>user\n{ROWS[name].asks}\nCompare it{between}.<|im_end|>\n<|im_start|>assistant\n"
+    return {"prompt": text, "multi_modal_data": {"image": list(pictures)}}
+
+
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("name", ROWS)
+def test_logits_are_those_of_transformers(name: str, eager: bool, folders: Callable[[str], Path]) -> None:
+    folder = folders(name)
+    pictures = [PICTURES[0], PICTURES[4], PICTURES[1]]
+    with InferenceEngine(folder, enforce_eager=eager, enable_prefix_caching=False) as engine:
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
+        found = engine.generate(prompt(name, *pictures), params, use_tqdm=False)[0]
+    ids = torch.tensor([found.prompt_token_ids])
+    more = {"token_type_ids": (ids == 261).long()} if name == "Gemma 3" else {}
+    with torch.inference_mode():
+        logits = theirs(folder)(input_ids=ids, **their_inputs(name, folder, pictures), **more).logits[0]
+    expected = logits.log_softmax(-1).numpy()
+    assert found.prompt_logprobs is not None
+    ours = [each.chosen.logprob for each in found.prompt_logprobs[1:] if each is not None]
+    wanted = [expected[place, token] for place, token in enumerate(found.prompt_token_ids[1:])]
+    assert len(ours) == len(found.prompt_token_ids) - 1
+    # keys and values are bfloat16 in the compiled steps
+    assert np.abs(np.array(ours) - np.array(wanted)).max() < (1e-4 if eager else 0.2)
+
+
+@pytest.mark.parametrize("name", ["Mistral 3", "Pixtral"])
+def test_rows_of_a_picture_end_with_a_mark_of_their_own(name: str, folders: Callable[[str], Path]) -> None:
+    """As PixtralProcessor writes them, which needs torchvision."""
+    folder = folders(name)
+    with InferenceEngine(folder) as engine:
+        for picture in PICTURES:
+            found = engine.generate(prompt(name, picture), SamplingParams(max_tokens=1), use_tqdm=False)[0]
+            cell = 4 * ROWS[name].own.get("spatial_merge_size", 1)
+            height, width = their_inputs(name, folder, [picture])["image_sizes"][0].tolist()
+            row = [259] * (width // cell)
+            marks = [*([*row, 260] * (height // cell))[:-1], 261]
+            text = prompt(name, picture)["prompt"].split("[IMG]")
+            head, tail = (Tokenizer.from_file(str(folder / "tokenizer.json")).encode(part).ids for part in text)
+            assert list(found.prompt_token_ids) == [*head, *marks, *tail]
+
+
+def test_line_breaks_around_a_picture_are_those_of_one_text(tmp_path: Path) -> None:
+    """Gemma's tokenizer has a token for each count of line breaks; transformers reads the whole prompt as one text."""
+    folder = write_sight(tmp_path, "Gemma 3")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens(["\n" * count for count in range(2, 6)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    around = "\n\n<start_of_image>" + "<image_soft_token>" * 16 + "<end_of_image>\n\n"
+    sight = load(folder, max_images=64).sight
+    assert sight is not None
+    for text in ("a\n\nb", "\n", "", "x"):
+        parts = [f"One{text}", text, f"{text}two"]
+        ids, _ = sight.look(tokenizer.encode("<start_of_image>".join(parts)).ids, PICTURES[:2])
+        assert ids == tokenizer.encode(around.join(parts)).ids
+
+
+@pytest.mark.parametrize("size", [(20, 90), (90, 20), (40, 45)])
+def test_pan_and_scan_shows_parts_of_wide_pictures(size: tuple[int, int], tmp_path: Path) -> None:
+    said = {
+        "do_pan_and_scan": True,
+        "pan_and_scan_min_crop_size": 16,
+        "pan_and_scan_max_num_crops": 4,
+        "pan_and_scan_min_ratio_to_activate": 1.2,
+    }
+    folder = write_sight(tmp_path, "Gemma 3", said)
+    picture = RANDOM.integers(0, 256, (*size, 3), dtype=np.uint8)
+    pixels = their_inputs("Gemma 3", folder, [picture])["pixel_values"]
+    tile = "\n\n<start_of_image>" + "<image_soft_token>" * 16 + "<end_of_image>\n\n"
+    parts = " ".join([tile] * (len(pixels) - 1))
+    expected = f"Here is the original image {tile} and here are some crops to help you see better {parts}"
+    with InferenceEngine(folder, enforce_eager=True) as engine:
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
+        found = engine.generate(prompt("Gemma 3", picture), params, use_tqdm=False)[0]
+        assert found.prompt_logprobs is not None
+        text = prompt("Gemma 3", picture)["prompt"].replace("<start_of_image>", expected if parts else tile)
+        assert list(found.prompt_token_ids) == Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    ids = torch.tensor([found.prompt_token_ids])
+    with torch.inference_mode():
+        logits = theirs(folder)(input_ids=ids, pixel_values=pixels, token_type_ids=(ids == 261).long()).logits[0]
+    wanted = [logits.log_softmax(-1)[at, token].item() for at, token in enumerate(found.prompt_token_ids[1:])]
+    ours = [each.chosen.logprob for each in found.prompt_logprobs[1:] if each is not None]
+    assert np.abs(np.array(ours) - np.array(wanted)).max() < 1e-4
+
+
+def answers(engine: InferenceEngine | RemoteEngine, prompts: list[Any], **params: Any) -> list[tuple[int, ...]]:
+    asked = SamplingParams(**{"max_tokens": 8, "temperature": 0, "ignore_eos": True} | params)
+    return [tuple(each.outputs[0].token_ids) for each in engine.generate(prompts, asked, use_tqdm=False)]
+
+
+def several(name: str) -> list[Any]:
+    """Prompts of several pictures, of one twice, of one, and of none."""
+    few = [(0, 1), (1, 0), (2, 2), (4,), (3,)]
+    return [*(prompt(name, *(PICTURES[n] for n in each)) for each in few), "<|im_start|>user\nHello<|im_end|>\n"]
+
+
+@pytest.fixture(scope="module")
+def alone(folders: Callable[[str], Path]) -> Callable[[str], list[tuple[int, ...]]]:
+    """Answers to prompts of one step each, nothing cached."""
+    made: dict[str, list[tuple[int, ...]]] = {}
+
+    def found(name: str) -> list[tuple[int, ...]]:
+        if name not in made:
+            with InferenceEngine(folders(name), enable_prefix_caching=False, max_num_batched_tokens=512) as engine:
+                made[name] = [answers(engine, [each])[0] for each in several(name)]
+        return made[name]
+
+    return found
+
+
+@pytest.mark.parametrize("tokens", [512, 41, 36])
+@pytest.mark.parametrize("name", ROWS)
+def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
+    name: str, tokens: int, folders: Callable[[str], Path], alone: Callable[[str], list[tuple[int, ...]]]
+) -> None:
+    assert len(set(alone(name))) == len(alone(name))
+    with InferenceEngine(folders(name), max_num_batched_tokens=tokens, max_num_seqs=4, block_size=16) as engine:
+        assert answers(engine, several(name)) == alone(name)
+        again = engine.generate(
+            several(name), SamplingParams(max_tokens=8, temperature=0, ignore_eos=True), use_tqdm=False
+        )
+        assert [tuple(each.outputs[0].token_ids) for each in again] == alone(name)
+        assert all(each.num_cached_tokens for each in again[:3])
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_answers_survive_preemption(name: str, folders: Callable[[str], Path]) -> None:
+    few = several(name)[:3]
+    layers = config_of(folders(name))["text_config"]["num_hidden_layers"]
+    memory = 24 * 16 * layers * 2 * 2 * 16 * 2  # blocks, tokens, keys and values of two heads in bfloat16
+    with InferenceEngine(
+        folders(name), kv_cache_memory=memory, block_size=16, max_model_len=256, max_num_seqs=4
+    ) as engine:
+        whole = [answers(engine, [each], max_tokens=90)[0] for each in few]
+        assert answers(engine, few, max_tokens=90) == whole
+        assert engine.stats().preemptions
+
+
+def test_conversations_have_pictures_here_and_in_another_process(folders: Callable[[str], Path]) -> None:
+    part = {"type": "image", "image": PICTURES[0]}
+    ask = {"role": "user", "content": [{"type": "text", "text": "What is "}, part]}
+    for name in ROWS:
+        found = []
+        kinds: tuple[Callable[..., InferenceEngine | RemoteEngine], ...] = (InferenceEngine, RemoteEngine)
+        for make in kinds:
+            with make(folders(name)) as engine:
+                assert engine.model_info.modalities == ("text", "image")
+                found.append(engine.chat([ask], SamplingParams(max_tokens=8, temperature=0)))
+        assert found[0].prompt_token_ids == found[1].prompt_token_ids
+        assert found[0].outputs[0].token_ids == found[1].outputs[0].token_ids
+
+
+def write_gguf(name: str, folder: Path, made: Path) -> dict[str, Any]:
+    """The checkpoint as llama.cpp's converter leaves it: settings that name its text model's file and its tower's."""
+    row, config, text = ROWS[name], config_of(folder), made / "text"
+    tensors = {key.removeprefix("model."): each for key, each in load_file(folder / "model.safetensors").items()}
+    text.mkdir(parents=True)
+    language = {re.sub(r"^language_model\.(model\.)?", "", key): each for key, each in tensors.items()}
+    kept = {key: each for key, each in language.items() if not key.startswith(("vision_tower.", "multi_modal_"))}
+    save_file(
+        {key if "lm_head" in key else f"model.{key}": each for key, each in kept.items()}, text / "model.safetensors"
+    )
+    (text / "config.json").write_text(json.dumps(config["text_config"] | {"tie_word_embeddings": False}))
+    architecture, keys = row.gguf
+    export_gguf(text, made / "model.gguf", architecture)
+    writer = GGUFWriter(made / "mmproj.gguf", "clip")
+    family = tower_family_named("gemma_tower" if name == "Gemma 3" else "pixtral")
+    writer.add_string("clip.projector_type", family.gguf[0])
+    writer.add_bool("clip.use_gelu" if name == "Gemma 3" else "clip.use_silu", True)
+    vision = config["vision_config"]
+    numbers = {
+        "patch_size": 4, "embedding_length": vision["hidden_size"], "feed_forward_length": vision["intermediate_size"],
+        "block_count": vision["num_hidden_layers"], "attention.head_count": vision["num_attention_heads"], **keys,
+    }  # fmt: skip
+    for key, value in numbers.items():
+        add = writer.add_array if isinstance(value, list) else writer.add_uint32
+        add(f"clip.vision.{key}", value)
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-6 if name == "Gemma 3" else 1e-5)
+    table = {(line.hf,) if isinstance(line.hf, str) else line.hf: line.gguf for line in family.weights}
+    names = {hf: gguf for several, gguf in table.items() if several for hf in several}
+    for key, tensor in tensors.items():
+        number = re.search(r"layers\.(\d+)\.", key)
+        found = names.get(key if number is None else key.replace(number[0], "layers.{i}."))
+        if not isinstance(found, str):
+            continue
+        data = tensor.float().numpy()
+        if name != "Gemma 3" and key.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = data.reshape(vision["num_attention_heads"], 2, -1, data.shape[1])
+            data = heads.swapaxes(1, 2).reshape(data.shape)
+        if "soft_emb_norm" in key:
+            data = data + 1
+        writer.add_tensor(found.replace("{i}", "" if number is None else number[1]), np.ascontiguousarray(data))
+    if name != "Gemma 3":
+        writer.add_tensor("v.token_embd.img_break", np.zeros(64, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return {"model": str(made / "model.gguf"), "mmproj": made / "mmproj.gguf", "tokenizer": folder}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_gguf_file_beside_the_model_is_the_same_tower(name: str, tmp_path: Path) -> None:
+    """What such files do not say is as it is published: the tower's rotation, and the eps of its last norm."""
+    row, eps = ROWS[name], 1e-6 if name == "Gemma 3" else 1e-5
+    vision = dict(row.vision)
+    vision.pop("rope_parameters", None)
+    text = dict(SMALL) | dict(row.text) | {"rms_norm_eps": eps}
+    folder = write_sight(tmp_path / "folder", name, text_config=text, vision_config=vision)
+    with InferenceEngine(folder) as engine:
+        wanted = answers(engine, several(name))
+    with InferenceEngine(**write_gguf(name, folder, tmp_path / "gguf")) as engine:
+        assert answers(engine, several(name)) == wanted
+
+
+def refused(
+    folder: Path, to: Path, kind: type[Exception], message: str, processor: Mapping[str, Any] = {}, **config: Any
+) -> None:
+    """A checkpoint whose files say something else is refused by name."""
+    to.mkdir(exist_ok=True)
+    for file in folder.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    own = config_of(folder)
+    for key, value in config.items():
+        own[key] = own[key] | value if isinstance(value, dict) else value
+    (to / "config.json").write_text(json.dumps(own))
+    said = read_json(folder / "preprocessor_config.json") | processor
+    (to / "preprocessor_config.json").write_text(json.dumps(said))
+    with pytest.raises(kind, match=message):
+        InferenceEngine(to)
+
+
+def test_pixtrals_that_do_not_fit_are_named(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    def wrong(name: str, kind: type[Exception], message: str, **files: Any) -> None:
+        refused(folders(name), tmp_path, kind, message, **files)
+
+    unsupported = UnsupportedModelError
+    wrong("Mistral 3", unsupported, "vision_feature_layer is -2", vision_feature_layer=-2)
+    wrong("Mistral 3", unsupported, "hidden_act is 'gelu'; implemented: silu", vision_config={"hidden_act": "gelu"})
+    wrong("Mistral 3", unsupported, "projector_hidden_act is 'relu'", projector_hidden_act="relu")
+    wrong("Mistral 3", unsupported, "rope_type is 'yarn'", vision_config={"rope_parameters": {"rope_type": "yarn"}})
+    wrong("Mistral 3", InvalidFileError, "patch_size is 5; config.json asks for", processor={"patch_size": 5})
+    wrong("Mistral 3", InvalidFileError, "longest_edge is missing", processor={"size": {"height": 40, "width": 40}})
+    wrong("Mistral 3", InvalidFileError, "more than 16384", processor={"size": {"longest_edge": 4000}})
+    wrong("Mistral 3", InvalidFileError, "heads of 2 numbers", vision_config={"num_attention_heads": 16})
+    wrong("Mistral 3", unsupported, "do_center_crop is true", processor={"do_center_crop": True})
+    wrong(
+        "Pixtral", unsupported, "vision_feature_select_strategy is 'default'", vision_feature_select_strategy="default"
+    )
+
+
+def test_gemmas_that_do_not_fit_are_named(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    def wrong(kind: type[Exception], message: str, **files: Any) -> None:
+        refused(folders("Gemma 3"), tmp_path, kind, message, **files)
+
+    wrong(InvalidFileError, "mm_tokens_per_image is 15", mm_tokens_per_image=15)
+    wrong(InvalidFileError, "mm_tokens_per_image is 9", mm_tokens_per_image=9)
+    wrong(InvalidFileError, "tiles of 64 pixels", processor={"size": {"height": 64, "width": 64}})
+    wrong(InvalidFileError, "tiles are squares", processor={"size": {"height": 32, "width": 64}})
+    wrong(InvalidFileError, "pan_and_scan_min_crop_size is missing", processor={"do_pan_and_scan": True})
+    crops = {
+        "pan_and_scan_min_crop_size": 3,
+        "pan_and_scan_max_num_crops": 4,
+        "pan_and_scan_min_ratio_to_activate": 1.2,
+    }
+    wrong(InvalidFileError, "less than pan_and_scan_max_num_crops, 4", processor={"do_pan_and_scan": True} | crops)
+    with pytest.raises(
+        ConfigError, match="reads a picture's 16 tokens in one step, beside 20 of others: set max_num_b"
+    ):
+        InferenceEngine(folders("Gemma 3"), max_num_batched_tokens=35, max_num_seqs=4)
+    with InferenceEngine(folders("Gemma 3"), max_num_batched_tokens=35, max_num_seqs=4, max_images=0) as engine:
+        assert engine.model_info.modalities == ("text",)
+
+
+def test_marks_that_nobody_asked_for_are_refused(folders: Callable[[str], Path]) -> None:
+    for name, text in {"Gemma 3": "<image_soft_token>", "Mistral 3": "[IMG]"}.items():
+        with InferenceEngine(folders(name)) as engine:
+            asked = prompt(name, PICTURES[0])
+            asked["prompt"] += text
+            with pytest.raises(InvalidParameterError, match=r"and \d+ marks for them"):
+                engine.generate(asked, SamplingParams(max_tokens=1), use_tqdm=False)
+
+
+def test_a_tower_of_another_kind_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """LLaVA's own, by CLIP: texts alone are read."""
+    vision = VISION | {"model_type": "clip_vision_model", "image_size": 8, "projection_dim": 8}
+    folder = write_sight(tmp_path, "Pixtral", vision_config=vision)
+    with caplog.at_level("INFO"), InferenceEngine(folder) as engine:
+        assert engine.model_info.modalities == ("text",)
+    assert "tensors of the vision tower are left out: it is not served" in caplog.text
