@@ -16,7 +16,8 @@ from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder, StepLimits
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.values import buffer_value, step_tokens
 from candle_vllm.core.kernels.embedding import AddArguments, add_operation
-from candle_vllm.core.kernels.whole_attention import Turned, whole_attention
+from candle_vllm.core.kernels.rotary import Turned
+from candle_vllm.core.kernels.whole_attention import whole_attention
 from candle_vllm.core.kernels.whole_attention.reference import whole_attention as reference
 
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.latent_attention.layout import LatentParts
     from candle_vllm.core.kernels.lora import Place
     from candle_vllm.core.kernels.moe import arguments as moe
-    from candle_vllm.core.kernels.whole_attention import Turned
 
 
 class Matrix(Protocol):
@@ -154,8 +153,11 @@ class Recorded(ABC):
         relative to."""
 
     @abstractmethod
-    def attend_whole(self, heads: int, turned: Turned | None = None) -> Recorded:
-        """See `kernels/whole_attention`; this value is qkv, and the texts are the step's sequences."""
+    def attend_whole(
+        self, heads: int, turned: tuple[RecordedTokens, NDArray[np.float32], NDArray[np.float32]] | None = None
+    ) -> Recorded:
+        """See `kernels/whole_attention`; this value is qkv, and the texts are the step's sequences. `turned` are the
+        places, cos and sin by which queries and keys turn."""
 
     @abstractmethod
     def attend_latent(self, kv: Recorded, parts: LatentParts, cache: Any, *, scale: float) -> Recorded:

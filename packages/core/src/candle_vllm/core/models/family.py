@@ -211,7 +211,7 @@ class TowerFamily:
     config_from_hf: Callable[[Fields, Fields, int], TowerConfig]
     config_from_gguf: Callable[[Fields, int], TowerConfig]
     prepared: Callable[[Mapping[str, StoredTensor], TowerConfig], Mapping[str, StoredTensor]]
-    build: Callable[[TowerConfig, Placement], Tower]
+    build: Callable[[Any, Placement], Tower]
     weights: Sequence[WeightName]
     mark: str
     asks: str = ""

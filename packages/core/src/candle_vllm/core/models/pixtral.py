@@ -21,8 +21,9 @@ from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.activation import Activation, activation
 from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.kernels.rotary import Turned
 from candle_vllm.core.kernels.side_by_side import side_by_side
-from candle_vllm.core.kernels.whole_attention import Turned, whole_attention
+from candle_vllm.core.kernels.whole_attention import whole_attention
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.mlp import GatedMLP
 from candle_vllm.core.layers.norm import RMSNorm

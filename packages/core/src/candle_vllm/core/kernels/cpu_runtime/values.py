@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.moe.arguments import Activation as GatedActivation
     from candle_vllm.core.kernels.moe.arguments import Routing
     from candle_vllm.core.kernels.recorded import Matrix
-    from candle_vllm.core.kernels.whole_attention import Turned
 
 
 def step_tokens(recorder: Recorder, numbers: NDArray[np.int64] | None = None) -> RecordedTokens:
@@ -225,15 +224,15 @@ class _Value(Recorded):
         scores = Scores(scale, window, softcap, sinks, offset)
         return _attend(self, k, v, (key_cache, value_cache), scores, None)
 
-    def attend_whole(self, heads: int, turned: Turned | None = None) -> Recorded:
+    def attend_whole(
+        self, heads: int, turned: tuple[RecordedTokens, NDArray[np.float32], NDArray[np.float32]] | None = None
+    ) -> Recorded:
         from candle_vllm.core.kernels.whole_attention.cpu_record import record_turn, record_whole_attention
 
         width = self.width // 3
         out, qkv = self.recorder.buffer(width), (self.address, self.buffer.stride)
         if turned is not None:
-            assert isinstance(turned.places, RecordedTokens)
-            tables = turned.cos, turned.sin
-            record_turn(self.recorder, qkv, heads, width // heads, turned.places.numbers, tables)
+            record_turn(self.recorder, qkv, heads, width // heads, turned[0].numbers, turned[1:])
             self.buffer.version += 1
         record_whole_attention(self.recorder, qkv, heads, width // heads, out)
         return buffer_value(self.recorder, out)

@@ -8,6 +8,7 @@ Source: Su et al., 2021, arXiv:2104.09864.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from candle_vllm.core.kernels.dispatch import on_gpu
@@ -15,6 +16,20 @@ from candle_vllm.core.kernels.recorded import Recorded, Value
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Turned:
+    """By what heads of a kernel that rotates them itself are rotated.
+
+    Attributes:
+        places: [T] int64, each token's row of the tables.
+        cos, sin: [P, R/2] fp32.
+    """
+
+    places: Value
+    cos: Value
+    sin: Value
 
 
 def rotary(x: Value, positions: torch.Tensor, cos: Value, sin: Value) -> Value:

@@ -10,24 +10,10 @@ Source: Vaswani et al., 2017, arXiv:1706.03762; Heo et al., 2024, arXiv:2403.132
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from candle_vllm.core.kernels.recorded import Recorded, Value
-
-
-@dataclasses.dataclass(frozen=True)
-class Turned:
-    """By what queries and keys are rotated.
-
-    Attributes:
-        places: [T] int64, each token's row of the tables.
-        cos, sin: [P, R/2] fp32.
-    """
-
-    places: Value
-    cos: Value
-    sin: Value
+from candle_vllm.core.kernels.rotary import Turned
 
 
 def whole_attention(qkv: Value, heads: int, lengths: Sequence[int], turned: Turned | None = None) -> Value:
@@ -41,7 +27,7 @@ def whole_attention(qkv: Value, heads: int, lengths: Sequence[int], turned: Turn
         turned: see above.
     """
     if isinstance(qkv, Recorded):
-        return qkv.attend_whole(heads, turned)
+        return qkv.attend_whole(heads, None if turned is None else (turned.places, turned.cos, turned.sin))
     from candle_vllm.core.kernels.whole_attention import reference
 
     return reference.whole_attention(qkv, heads, lengths, turned)

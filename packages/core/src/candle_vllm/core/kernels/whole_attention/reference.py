@@ -8,8 +8,8 @@ from itertools import groupby
 import torch
 from torch.nn import functional
 
+from candle_vllm.core.kernels.rotary import Turned
 from candle_vllm.core.kernels.rotary.reference import rotary
-from candle_vllm.core.kernels.whole_attention import Turned
 
 
 def whole_attention(
