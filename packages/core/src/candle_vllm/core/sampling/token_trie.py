@@ -5,8 +5,8 @@ Made once for a model; it takes a second for 150,000 tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -48,6 +48,9 @@ class Vocabulary(Protocol):
         ...
 
 
+_KEPT = 1024  # texts that grammars left no choice about, each of which is short
+
+
 class TokenTrie:
     """The trie, and what masks need to know of the vocabulary.
 
@@ -87,6 +90,16 @@ class TokenTrie:
     def __call__(self, text: str) -> list[int]:
         """Token ids of a text without special tokens."""
         return self._tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+
+    def _as_written(self, data: bytes) -> tuple[int, ...]:
+        tokens = self(data.decode("utf-8", "ignore"))[:-1]
+        said = b"".join(self.tokens[token] for token in tokens)
+        return tuple(tokens) if data.startswith(said) else ()  # else the tokenizer writes a space of its own
+
+    @cached_property
+    def written(self) -> Callable[[bytes], tuple[int, ...]]:
+        """The tokens of a text as the tokenizer writes it, but the last; names of forms come again and are kept."""
+        return lru_cache(_KEPT)(self._as_written)
 
     @cached_property
     def neighbours(self) -> Neighbours:
