@@ -77,6 +77,7 @@ def test_activations(dtype: torch.dtype) -> None:
     for kind, wanted in (
         ("gelu", 0.5 * wide * (1 + torch.erf(wide / math.sqrt(2)))),
         ("gelu_tanh", 0.5 * wide * (1 + inner.tanh())),
+        ("quick_gelu", wide * (1.702 * wide).sigmoid()),
         ("relu", wide * (wide > 0)),
     ):
         got = activation(x, kind)  # type: ignore[arg-type]

@@ -82,6 +82,7 @@ def lanes_of(emit: Callable[[Emitter, Any], Any]) -> Callable[[np.ndarray], np.n
         ("emit_tanh", torch.tanh, 4e-7),
         ("emit_silu", functional.silu, 1e-6),
         ("emit_gelu_tanh", lambda x: x * (math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)).sigmoid(), 8e-6),
+        ("emit_quick_gelu", lambda x: x * (1.702 * x).sigmoid(), 2e-6),
         ("emit_relu", functional.relu, 0.0),
     ],
 )
@@ -100,7 +101,9 @@ def test_gelu() -> None:
     assert np.abs(lanes_of(emit_functions.emit_gelu)(x) - exact).max() < 2e-6
 
 
-@pytest.mark.parametrize("name", ["emit_tanh", "emit_silu", "emit_gelu_tanh", "emit_gelu", "emit_relu"])
+@pytest.mark.parametrize(
+    "name", ["emit_tanh", "emit_silu", "emit_gelu_tanh", "emit_gelu", "emit_quick_gelu", "emit_relu"]
+)
 def test_what_is_no_number_stays_none(name: str) -> None:
     x = np.array([math.nan] * 8 + [1.0] * 8, np.float32)
     got = lanes_of(getattr(emit_functions, name))(x)

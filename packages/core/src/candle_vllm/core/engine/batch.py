@@ -140,6 +140,56 @@ def rows_ahead(scheduled: Seq[Run], query_start: Ints) -> Ints | None:
     return found
 
 
+class TurnedRows(msgspec.Struct, frozen=True, eq=False):
+    """Rows of a step that other positions turn than those in their sequences.
+
+    Attributes:
+        shifts: [T] int64, what is added to the position of a row.
+        rows: [N] int64, those of pictures, whose shifts are 0.
+        places: [N, 3] int64, their positions in time, height and width.
+    """
+
+    shifts: Ints
+    rows: Ints
+    places: Ints
+
+
+def turned_rows(scheduled: Seq[Run], query_start: Ints) -> TurnedRows | None:
+    """By what the rows of a step are turned where pictures have grids; None where each is by its position alone.
+
+    The tokens of a picture are at one time and have their row and column beside it; the text behind it goes on at the
+    largest of their positions + 1. Source: Wang et al., 2024, arXiv:2409.12191.
+    """
+    if not any(run.sequence.images for run in scheduled):
+        return None
+    shifts, rows, places = np.zeros(query_start[-1], np.int64), list[Ints](), list[Ints]()
+    for run, first in zip(scheduled, query_start.tolist()):
+        last = first + run.count
+        for image in run.sequence.images:
+            if image.grid is None:
+                continue
+            start, end = image.positions[0] - run.start, image.positions[-1] + 1 - run.start
+            if end < run.count:
+                shifts[first + max(end, 0) : last] = image.shift
+            begin, stop = max(start, 0), min(end, run.count)
+            if begin < stop:
+                shifts[first + begin : first + stop] = 0
+                numbers = np.arange(begin - start, stop - start)
+                row, column = np.divmod(numbers, image.grid[1])
+                rows.append(np.arange(first + begin, first + stop))
+                places.append(image.first + np.stack([np.zeros_like(row), row, column], 1))
+    if not rows:
+        return TurnedRows(shifts, np.zeros(0, np.int64), np.zeros((0, 3), np.int64)) if shifts.any() else None
+    return TurnedRows(shifts, np.concatenate(rows), np.concatenate(places))
+
+
+def turns(turned: TurnedRows, positions: Ints, first: int) -> Ints:
+    """How far behind its position's row each row's own is in rotary tables that have those of pictures from `first`."""
+    turns = turned.shifts
+    turns[turned.rows] = first + np.arange(len(turned.rows)) - positions[turned.rows]
+    return turns
+
+
 class Batch(msgspec.Struct, frozen=True, eq=False):
     """The numbers of one step, all int64; the arrays are valid until it has run, or the next one is built.
 

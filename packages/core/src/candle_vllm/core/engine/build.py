@@ -31,6 +31,7 @@ from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention.cpu_cache import BLOCK, PLAIN, CacheKind, number_bytes
 from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.memory import MIB, CachePlan, available_memory, cache_bytes, main_room, plan_cache, room_for
+from candle_vllm.core.models.stack import DecoderStack
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.sampling.params import DEFAULT_SAMPLING
 from candle_vllm.core.sampling.sampler import Sampler
@@ -388,6 +389,11 @@ def _runner_on_cpu(
     placement, blocks = loaded.placement, plan.num_blocks
     model = loaded.head if isinstance(loaded, LoadedHead) else loaded.decoder
     model.prepare(min(plan.max_model_len, loaded.config.max_position))
+    turning = None
+    if isinstance(loaded, LoadedModel) and loaded.tower is not None and loaded.config.rope.axes:
+        assert isinstance(loaded.decoder, DecoderStack)
+        turning = loaded.decoder.rotary
+        turning.make_room(budget)
     if not placement.recorded:
         from candle_vllm.core.engine.eager_runner import EagerHead, EagerRunner
 
@@ -400,7 +406,7 @@ def _runner_on_cpu(
             from candle_vllm.core.kernels.lora.reference import EagerAdapters
 
             number_places(loaded.decoder, joined := EagerAdapters())
-        return EagerRunner(loaded.decoder, *memory, joined, taps)
+        return EagerRunner(loaded.decoder, *memory, joined, taps, turning)
     if adapters and isinstance(loaded, LoadedModel):
         number_places(loaded.decoder)
     from candle_vllm.core.engine.recorded_runner import RecordedHead, RecordedRunner, StepLimits
@@ -420,8 +426,8 @@ def _runner_on_cpu(
     with _room_for_rows(limits):
         if isinstance(loaded, LoadedHead):
             return RecordedHead(loaded.head, blocks, limits, team=team)
-        images = loaded.tower is not None
-        return RecordedRunner(loaded.decoder, blocks, limits, team=team, taps=taps, images=images, kinds=kinds)
+        sees: dict[str, Any] = {"images": loaded.tower is not None, "turning": turning}
+        return RecordedRunner(loaded.decoder, blocks, limits, team=team, taps=taps, kinds=kinds, **sees)
 
 
 def adapter_store(

@@ -10,12 +10,13 @@ import torch
 from numpy.typing import NDArray
 
 from candle_vllm.core.devices import Device
-from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints
+from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, turned_rows, turns
 from candle_vllm.core.engine.images import Encoding
 from candle_vllm.core.engine.model_runner import EncoderRunner, StepwiseRunner
 from candle_vllm.core.kernels.attention.rows import AttentionRows
 from candle_vllm.core.kernels.lora.reference import EagerAdapters
 from candle_vllm.core.layers.attention import StepInput, Taps
+from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Tower, TowerStep
 from candle_vllm.core.vision.preprocessing import patch_rows
 
@@ -29,6 +30,7 @@ class EagerRunner(StepwiseRunner):
         device, dtype: where the cache lives, and its numbers.
         adapters: what the decoder's layers add to their products; None where there are no adapters.
         taps: `hidden_rows` are what goes into these layers; None for what the last norm gives.
+        turning: as for `RecordedRunner`.
     """
 
     fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
@@ -42,6 +44,7 @@ class EagerRunner(StepwiseRunner):
         dtype: torch.dtype,
         adapters: EagerAdapters | None = None,
         taps: Sequence[int] | None = None,
+        turning: Rotary | None = None,
     ) -> None:
         config = decoder.config
         rows = (num_blocks, block_size, config.cache.kv_heads)
@@ -58,6 +61,7 @@ class EagerRunner(StepwiseRunner):
         self.adapters, self._adapter_rows = adapters, None
         self._taps = taps
         self._kept = None if taps is None else Taps(taps)
+        self._turning = turning
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor:
@@ -67,9 +71,13 @@ class EagerRunner(StepwiseRunner):
         return self.score(batch.drawn_rows)
 
     def _step(self, batch: Batch) -> tuple[torch.Tensor, StepInput]:
+        turned = None if self._turning is None else turned_rows(batch.runs, batch.query_start)
+        places = batch.positions
+        if turned is not None and self._turning is not None:
+            places = places + turns(turned, places, self._turning.turn(turned.places))
         token_ids, positions, slots, tables = (
             torch.from_numpy(array).to(self.device)
-            for array in (batch.token_ids, batch.positions, batch.slots, batch.block_tables)
+            for array in (batch.token_ids, places, batch.slots, batch.block_tables)
         )
         ahead = None if batch.ahead is None else torch.from_numpy(batch.ahead).to(self.device)
         rows = AttentionRows(tuple(batch.query_start.tolist()), tuple(batch.context_lens.tolist()), tables, ahead)

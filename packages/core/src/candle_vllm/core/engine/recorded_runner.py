@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, StepMemory
+from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, StepMemory, turned_rows, turns
 from candle_vllm.core.engine.images import Encoding
 from candle_vllm.core.engine.model_runner import EncoderRunner, Landed, StepwiseRunner
 from candle_vllm.core.kernels import sampling
@@ -45,6 +45,7 @@ from candle_vllm.core.kernels.latent_attention.layout import cache_shape as late
 from candle_vllm.core.kernels.recorded import Recorded
 from candle_vllm.core.kernels.sampling import RowDraw, draw
 from candle_vllm.core.layers.attention import StepInput, Taps
+from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.memory import MIB, cache_bytes, room_for
 from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Tower, TowerStep
@@ -71,6 +72,7 @@ class RecordedRunner(StepwiseRunner):
         taps: `hidden_rows` are what goes into these layers; None for what the last norm gives.
         images: steps may have rows of pictures.
         kinds: how keys and values are stored.
+        turning: the model's, where it turns tokens of pictures by three positions; it has room for those of a step.
 
     Attributes:
         team: the threads.
@@ -87,8 +89,10 @@ class RecordedRunner(StepwiseRunner):
         *,
         images: bool = False,
         kinds: tuple[CacheKind, CacheKind] = PLAIN,
+        turning: Rotary | None = None,
     ) -> None:
-        config = decoder.config
+        config, limits = decoder.config, dataclasses.replace(limits, turned=turning is not None)
+        self._turning, self._turned = turning, False  # the last step's were
         size = cache_bytes(config, num_blocks * limits.block_size, number_bytes(config.cache.key_dim, kinds))
         with room_for("the KV cache", size, "kv_cache_memory", _less):
             keys, values = _caches(config, num_blocks, limits.block_size, kinds)
@@ -191,6 +195,13 @@ class RecordedRunner(StepwiseRunner):
         if len(arrays.ahead):
             arrays.ahead[:count] = 0 if batch.ahead is None else batch.ahead
         assert batch.ahead is None or len(arrays.ahead)
+        if arrays.turns is not None and self._turning is not None:
+            turned = turned_rows(batch.runs, batch.query_start)
+            if turned is not None:
+                arrays.turns[:count] = turns(turned, batch.positions, self._turning.turn(turned.places))
+            elif self._turned:
+                arrays.turns[:] = 0
+            self._turned = turned is not None
 
     def score(self, rows: Ints) -> NDArray[np.float32]:
         """See `ModelRunner`."""

@@ -28,12 +28,21 @@ class PlacedImage(msgspec.Struct, eq=False):
         positions: in the prompt, of each of its embeddings, rising.
         spans: where in the prompt those of a tile begin and end that see each other, in order; nothing where none do.
         rows: its embeddings float32 [count, E], once they are there.
+        grid: its rows and columns of embeddings, where these are turned by three positions; they stand side by side.
+        first: the position by which its first embedding is turned then, in time, height and width.
     """
 
     given: ImageInput
     positions: Seq[int]
     spans: Seq[tuple[int, int]] = ()
     rows: Any = None
+    grid: tuple[int, int] | None = None
+    first: int = 0
+
+    @property
+    def shift(self) -> int:
+        """By how much the position that turns a token behind it differs from that in the prompt, at most 0."""
+        return 0 if self.grid is None else self.first + max(self.grid) - (self.positions[-1] + 1)
 
     def marks(self, block_size: int) -> Iterator[tuple[int, bytes]]:
         """Each block that it stands in, and what it shows there: its own key, and from which embedding on."""

@@ -57,7 +57,8 @@ class StepInput:
     """The tensors of one step, as every layer sees them; in a recorded one there are caches alone.
 
     Attributes:
-        positions: [T] int64, each token's position in its sequence; on a GPU int32.
+        positions: [T] int64, each token's position in its sequence, or, of a model that turns tokens of images by three
+            positions, the row of its rotary tables; on a GPU int32.
         slots: [T] int64, where each token's key and value go in the cache; on a GPU int32, -1 for nowhere.
         rows: which tokens belong together.
         key_caches, value_caches: per layer, [B, S, K, D]; while a step is recorded, whatever the recorder made.
@@ -157,7 +158,7 @@ class PagedAttention:
             return None
         bias = self.key_bias.reshape(-1, self.head_dim).copy()
         if self.rotary is not None:
-            cos, sin = (table[:_FAR].mean(0) for table in self.rotary.tables)
+            cos, sin = (table[:_FAR].mean(0) for table in self.rotary.plain_tables)
             half = len(cos)
             first, second = bias[:, :half].copy(), bias[:, half : 2 * half].copy()
             bias[:, :half], bias[:, half : 2 * half] = first * cos - second * sin, second * cos + first * sin

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.kernels.position_scale import position_scale
@@ -24,6 +25,10 @@ class Rotary:
     where original is the context before stretching: by 1 within it.
 
     A GGUF file of Llama 3 carries its scaling as divisors of the frequencies; they are the optional part "factors".
+
+    Where the settings have axes, tokens of images are turned by three positions at once. What turns one of these stands
+    in a row of its own behind those of all positions, and is written there for each step (`turn`); of any other token
+    the three are equal, and its row is that of its position.
 
     Args:
         rope: the scaling.
@@ -45,6 +50,8 @@ class Rotary:
         self._tables: tuple[Value, Value] | None = None
         self._growth, self._original = rope.query_scale, rope.original_max_position
         self._query_factors: Value | None = None
+        self._axes = np.array(rope.axes, np.int64)
+        self._positions = self._room = 0
 
     def prepare(self, positions: int) -> None:
         """Makes the tables for positions below `positions`; larger ones that are there already stay.
@@ -52,31 +59,60 @@ class Rotary:
         An engine calls it with the context that it has memory for, which may be far less than `max_position`.
         """
         assert 0 < positions <= self.max_position
-        if self._tables is None or len(self._tables[0]) < positions:
-            self._tables = self._make_tables(positions)
+        if self._positions < positions:
+            self._positions = positions
+            self._tables = self._make_tables(positions, self._room)
+
+    def make_room(self, tokens: int) -> None:
+        """Makes room for as many tokens of images in a step; what knew the tables before does not know these."""
+        assert len(self._axes)
+        self._positions, self._room = self._positions or self.max_position, tokens
+        self._tables = self._make_tables(self._positions, tokens)
 
     @property
     def tables(self) -> tuple[Value, Value]:
         """cos and sin [P, R/2] in fp32; for the whole context where `prepare` was not called."""
         if self._tables is None:
-            self._tables = self._make_tables(self.max_position)
+            self.prepare(self.max_position)
+            assert self._tables is not None
         return self._tables
 
-    def _make_tables(self, positions: int) -> tuple[Value, Value]:
+    @property
+    def plain_tables(self) -> tuple[Value, Value]:
+        """Those rows of them that are of positions."""
+        cos, sin = self.tables
+        return cos[: self._positions], sin[: self._positions]
+
+    def turn(self, places: NDArray[np.int64]) -> int:
+        """Writes what turns tokens by their places in time, height and width [N, 3]; gives the number of its first row.
+
+        There is room for as many as `make_room` was told; the rows are good until the next call.
+        """
+        assert len(places) <= self._room
+        for table in self.tables:
+            numbers = np.asarray(table)  # shares its memory, on the CPU, where pictures are
+            numbers[self._positions : self._positions + len(places)] = numbers[
+                places[:, self._axes], np.arange(len(self._axes))
+            ]
+        return self._positions
+
+    def _make_tables(self, positions: int, room: int) -> tuple[Value, Value]:
         """The angles are float32, as models are trained with; their cosines and sines are rounded from exact ones."""
         constant = self._placement.constant
         frequencies = self._frequencies if self._factors is None else self._frequencies / self._factors
         if self._growth and positions > self._original:
             periods = np.arange(positions) // self._original
             self._query_factors = constant((1 + self._growth * np.log1p(periods)).astype(np.float32))
-        angles = (np.arange(positions, dtype=np.float32)[:, None] * frequencies).astype(np.float64)
+        numbers = np.arange(positions + room, dtype=np.float32)
+        numbers[positions:] = 0
+        angles = (numbers[:, None] * frequencies).astype(np.float64)
         scale = np.float32(self._scale)
         cos, sin = (constant(function(angles).astype(np.float32) * scale) for function in (np.cos, np.sin))
         return cos, sin
 
     def scaled(self, q: Value, positions: Value) -> Value:
         """Queries [T, H, D] times their position's factor; as they are where it is 1 everywhere."""
-        if self._growth == 0 or len(self.tables[0]) <= self._original:
+        if self._growth == 0 or len(self.plain_tables[0]) <= self._original:
             return q
         assert self._query_factors is not None, "they are made with the tables"
         return position_scale(q, positions, self._query_factors)

@@ -28,6 +28,8 @@ class RopeConfig:
         query_scale: how much queries grow beyond the original context: see `layers/rotary.py`.
         short_factor, long_factor: longrope's divisors of the frequencies, dim / 2 of them each, for contexts up to
             the original one and for longer ones.
+        axes: of each frequency, whether a token's place in time (0), height (1) or width (2) turns it, dim / 2 of them;
+            none where all are turned by one position.
     """
 
     theta: float = 10000.0
@@ -46,6 +48,7 @@ class RopeConfig:
     query_scale: float = 0.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    axes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         smallest = 4 if self.kind == "dynamic" else 2  # its exponent is dim / (dim - 2)
@@ -103,7 +106,8 @@ class RopeConfig:
 def rope_from_hf(fields: Fields, head_dim: int, max_position: int) -> RopeConfig:
     """Reads `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
     nested = fields.section("rope_parameters") if "rope_parameters" in fields else fields.section("rope_scaling")
-    kind = {"su": "longrope"}.get(name := nested.get("rope_type", str, nested.get("type", str, "default")), name)
+    named = {"su": "longrope", "mrope": "default"}
+    kind = named.get(name := nested.get("rope_type", str, nested.get("type", str, "default")), name)
     theta = nested.get("rope_theta", float, fields.get("rope_theta", float, 10000.0))
     partial = nested.get("partial_rotary_factor", float, fields.get("partial_rotary_factor", float, 1.0))
     if kind not in ("default", "linear", "dynamic", "llama3", "yarn", "longrope"):
@@ -129,7 +133,24 @@ def rope_from_hf(fields: Fields, head_dim: int, max_position: int) -> RopeConfig
         mscale_all_dim=nested.get("mscale_all_dim", float, None),
         truncate=nested.get("truncate", bool, True),
         query_scale=nested.get("llama_4_scaling_beta", float, 0.0),
+        axes=_axes(fields, nested.get("mrope_section", list, []), int(head_dim * partial)),
     )
+
+
+def _axes(fields: Fields, sections: list[Any], dim: int) -> tuple[int, ...]:
+    """See `RopeConfig`: the first frequencies are turned by time, the next ones by height, and the last by width.
+
+    Source: Wang et al., 2024, arXiv:2409.12191 (multimodal rotary position embedding).
+    """
+    if not any(sections):
+        return ()
+    counts = [section for section in sections if isinstance(section, int) and section >= 0]
+    if len(counts) != len(sections) or len(counts) < 3 or any(counts[3:]) or sum(counts) != dim // 2:
+        raise InvalidFileError(
+            f"{fields.path}: the rotary sections are {sections!r:.80}; they must be 3 numbers, of time, height and "
+            f"width, {dim // 2} in all"
+        )
+    return tuple(axis for axis, count in enumerate(counts) for _ in range(count))
 
 
 def _longrope(fields: Fields, nested: Fields, theta: float, dim: int, max_position: int) -> RopeConfig:
@@ -163,9 +184,10 @@ def rope_from_gguf(fields: Fields, head_dim: int, max_position: int) -> RopeConf
     )
     if sharpened is not None and kind == "yarn" and factor > 1:  # it multiplies what yarn gives
         sharpened *= 0.1 * math.log(factor) + 1
+    dim = fields.get("rope.dimension_count", int, head_dim)
     return RopeConfig(
         theta=fields.get("rope.freq_base", float, 10000.0),
-        dim=fields.get("rope.dimension_count", int, head_dim),
+        dim=dim,
         kind=kind,
         factor=1.0 if kind == "default" else factor,
         original_max_position=fields.get("rope.scaling.original_context_length", int, max_position),
@@ -175,6 +197,7 @@ def rope_from_gguf(fields: Fields, head_dim: int, max_position: int) -> RopeConf
         mscale=None if multiplier is None else 1.0,
         mscale_all_dim=multiplier,
         query_scale=fields.get("attention.temperature_scale", float, 0.0),
+        axes=_axes(fields, fields.get("rope.dimension_sections", list, []), dim),
     )
 
 

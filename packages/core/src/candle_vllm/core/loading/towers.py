@@ -25,13 +25,34 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Idefics3ForConditionalGeneration": {"llama": "LlamaForCausalLM"},
         "SmolVLMForConditionalGeneration": {"llama": "LlamaForCausalLM"},
         "Mistral3ForConditionalGeneration": {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"},
+        "Qwen2VLForConditionalGeneration": {"qwen2_vl_text": "Qwen2ForCausalLM"},
+        "Qwen2_5_VLForConditionalGeneration": {"qwen2_5_vl_text": "Qwen2ForCausalLM"},
     }
 )
 """By multimodal architecture: the model_type of `text_config`, the first where it is absent, and the text model's
 architecture."""
 
+FLAT = frozenset({"Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"})
+"""Architectures whose published configs have the text model's keys beside `vision_config`, without a `text_config`."""
+
+_QWEN2_VL = MappingProxyType(
+    {
+        "vocab_size": 152064,
+        "hidden_size": 8192,
+        "intermediate_size": 29568,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+    }
+)
+
 DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
+        "qwen2_vl_text": _QWEN2_VL,
+        "qwen2_5_vl_text": _QWEN2_VL,
         "gemma3_text": {
             "vocab_size": 262208,
             "num_attention_heads": 8,
@@ -78,7 +99,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 _CARRIED = ("dtype", "torch_dtype")  # said of the whole model, and meant of the text tower too
 _TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.)|model\.(?:language_model|text_model)\.)(.*)")
-_OTHER = re.compile(r"(?:model\.)?((?:vision_tower|vision_model|multi_modal_projector|connector)\..*)")
+_OTHER = re.compile(r"(?:model\.)?((?:vision_tower|vision_model|multi_modal_projector|connector|visual)\..*)")
 
 
 def text_fields(
@@ -100,9 +121,11 @@ def text_fields(
     if architecture not in TOWERS:
         return architecture, Fields(config, path)
     text, prefix = Fields(config, path).section("text_config").values, "text_config."
+    allowed = TOWERS[architecture]
+    if not text and architecture in FLAT:
+        text, prefix = {key: value for key, value in config.items() if key != "model_type"}, ""
     if not text:
         raise InvalidFileError(f"{path}: text_config is missing: {architecture} keeps its text model's keys there")
-    allowed = TOWERS[architecture]
     model_type = Fields({prefix + key: value for key, value in text.items()}, path, prefix).choice(
         "model_type", next(iter(allowed)), *allowed
     )

@@ -13,6 +13,8 @@ def activation(x: torch.Tensor, kind: str) -> torch.Tensor:
         return functional.gelu(wide).to(x.dtype)
     if kind == "gelu_tanh":
         return functional.gelu(wide, approximate="tanh").to(x.dtype)
+    if kind == "quick_gelu":
+        return (wide * (1.702 * wide).sigmoid()).to(x.dtype)
     if kind == "tanh":
         return wide.tanh().to(x.dtype)
     assert kind == "relu", kind

@@ -21,6 +21,7 @@ from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I32, SHIFTER, Emi
 from candle_vllm.core.kernels.cpu_runtime.emit_functions import (
     emit_gelu,
     emit_gelu_tanh,
+    emit_quick_gelu,
     emit_relu,
     emit_silu,
     emit_swiglu_oai,
@@ -120,6 +121,7 @@ _ACTIVATIONS = MappingProxyType(
         Prologue.GELU: emit_gelu,
         Prologue.RELU: emit_relu,
         Prologue.TANH: emit_tanh,
+        Prologue.QUICK_GELU: emit_quick_gelu,
     }
 )
 

@@ -140,6 +140,7 @@ def _record_write(
         value_cache=address_of(caches[1]),
         scale=scores.scale * LOG2E,
         offset=0 if scores.offset is None or keys is CacheKind.BF16 else recorder.keep(scores.offset),
+        turns=0 if arrays.turns is None else address_of(arrays.turns),
     )
     recorder.add(rotate_and_write_operation(keys, values), written)
 

@@ -93,6 +93,11 @@ def emit_gelu(e: Emitter, x: Any) -> Any:
     return b.fmul(b.fmul(x, e.constant(F32, 0.5)), b.fadd(one, _signed_as(e, erf, x)))
 
 
+def emit_quick_gelu(e: Emitter, x: Any) -> Any:
+    """x * sigmoid(1.702 x)."""
+    return emit_sigmoid_times(e, x, e.b.fmul(x, e.constant(F32, 1.702)))
+
+
 def emit_relu(e: Emitter, x: Any) -> Any:
     """max(x, 0)."""
     return e.b.select(e.b.fcmp_ordered("<", x, e.zeros(F32)), e.zeros(F32), x)

@@ -38,6 +38,7 @@ class StepLimits:
         adapter_dtype: in what adapters are multiplied.
         row_adapters: most adapters of one row.
         ahead: rows may see positions behind their own, see `kernels/attention`.
+        turned: tokens may be turned by more than one position.
     """
 
     tokens: int
@@ -50,6 +51,7 @@ class StepLimits:
     adapter_dtype: NumberType = "BF16"
     row_adapters: int = 1
     ahead: bool = False
+    turned: bool = False
 
     @property
     def block_shift(self) -> int:
@@ -62,6 +64,7 @@ class StepArrays:
 
     Attributes:
         moved_on: they are those of a step that runs the tokens which the last run drew, one of each of its sequences.
+        turns: [tokens] how far behind its position's row that of a token is in rotary tables; None where no plan looks.
     """
 
     def __init__(self, limits: StepLimits) -> None:
@@ -74,6 +77,7 @@ class StepArrays:
         self.logit_rows = np.zeros(limits.logit_rows, np.int64)
         self.ahead = np.zeros(limits.tokens if limits.ahead else 0, np.int64)
         self.moved_on = False
+        self.turns = np.zeros(limits.tokens, np.int64) if limits.turned else None
 
 
 class EntryArrays:

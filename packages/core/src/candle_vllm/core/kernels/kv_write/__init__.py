@@ -59,6 +59,7 @@ class WriteArguments(NamedTuple):
         key_cache, value_cache: addresses of the layer's caches, see `attention/cpu_cache.py`.
         scale: factor of q: softmax scale * log2(e), for `attend` computes powers of two.
         offset: address of float32 [K, D], which is subtracted from keys that are quantised; 0 is none.
+        turns: address of int64 [T], how far behind its position's row that of a token is in `cos` and `sin`; 0 is none.
     """
 
     qkv: int
@@ -81,6 +82,7 @@ class WriteArguments(NamedTuple):
     value_cache: int
     scale: float
     offset: int = 0
+    turns: int = 0
 
 
 def rotate_and_write_operation(keys: int = 0, values: int = 0) -> int:

@@ -232,7 +232,10 @@ def make_rotate_and_write(keys_as: int, values_as: int) -> Callable[..., None]:
         t, h = unit // each, unit % each
         while unit < last:
             x = given.qkv + 4 * t * given.stride
-            at = 4 * half * positions[t]
+            turned = positions[t]
+            if given.turns != 0:
+                turned += int64_at(given.turns)[t]
+            at = 4 * half * turned
             cos, sin = given.cos + at, given.sin + at
             if h < heads:
                 to = given.q + 2 * (t * heads + h) * dim
