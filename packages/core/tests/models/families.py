@@ -30,6 +30,7 @@ class Row:
     undecided: float = 0.0
 
 
+QWEN2_VL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -190,6 +191,7 @@ ROWS: Mapping[str, Row] = {
     "Ministral": Row("ministral", {"head_dim": 32, "sliding_window": 16, "layer_types": MINISTRAL_LAYERS}),
     "Ministral 3": Row("ministral3", {"head_dim": 32, "rope_parameters": MINISTRAL3_ROPE}, "mistral3"),
     "Qwen2": Row("qwen2", {"hidden_size": 128}, "qwen2"),
+    "Qwen2-VL": Row("qwen2", {"hidden_size": 128, "rope_parameters": QWEN2_VL_ROPE}, "qwen2vl"),
     "Qwen3": Row("qwen3", {"head_dim": 32}, "qwen3"),
     "Gemma": Row("gemma", {"head_dim": 32, "hidden_act": "gelu_pytorch_tanh"}, "gemma"),
     "Gemma-2": Row("gemma2", GEMMA2, "gemma2"),

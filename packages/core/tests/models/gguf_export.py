@@ -168,6 +168,12 @@ def _chatglm(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) ->
     return made
 
 
+def _qwen2vl(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """How many frequencies turn by time, height and width, and by an axis that there is not."""
+    writer.add_rope_dimension_sections([*config["rope_parameters"]["mrope_section"], 0])
+    return tensors
+
+
 def _experts(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """Matrices of all experts in one tensor each, as converters merge them; the numbers of a mixture."""
     count = next(config[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in config)
@@ -344,6 +350,7 @@ CONVERTERS: Mapping[str, Convert] = {
     "stablelm": _stablelm,
     "smollm3": _smollm3,
     "qwen2moe": _qwen_moe,
+    "qwen2vl": _qwen2vl,
     "qwen3moe": _qwen_moe,
     "glm4moe": _glm4_moe,
     "gpt-oss": _gpt_oss,

@@ -10,12 +10,20 @@ import pytest
 from PIL import Image
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.errors import InvalidFileError, InvalidParameterError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.vision.pictures import picture_of
-from candle_vllm.core.vision.preprocessing import Normalisation, fit_rule, patch_rows, stretch_rule, tile_rule
+from candle_vllm.core.vision.preprocessing import (
+    Normalisation,
+    area_rule,
+    fit_rule,
+    patch_rows,
+    stretch_rule,
+    tile_rule,
+)
 
 SIZES = [(40, 70), (70, 40), (1, 1), (3, 300), (300, 3), (64, 64), (33, 32), (32, 32), (500, 501), (5, 7)]
 CONFIGS: list[dict[str, Any]] = [
@@ -49,7 +57,8 @@ def test_tiles_are_those_of_transformers(config: dict[str, Any]) -> None:
 ])  # fmt: skip
 def test_fitted_pictures_are_those_of_transformers(config: dict[str, Any]) -> None:
     rule = fit_rule(Fields(config, Path("p.json")), 14, 28)
-    theirs = PixtralImageProcessorPil(**config | {"patch_size": {"height": 28, "width": 28}})
+    given: dict[str, Any] = config | {"patch_size": {"height": 28, "width": 28}}
+    theirs = PixtralImageProcessorPil(**given)
     random = np.random.default_rng(0)
     for height, width in SIZES:
         pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -98,6 +107,42 @@ def test_published_counts_of_other_families() -> None:
     mistral = fit_rule(Fields({"size": {"longest_edge": 1540}}, Path("p.json")), 14, 28)
     grids = [mistral.cut(height, width).cells(28) for width, height in sizes[:2]]
     assert [rows * (columns + 1) for rows, columns in grids] == [432, 1736]
+
+
+AREAS: list[dict[str, Any]] = [
+    {},
+    {"min_pixels": 3136, "max_pixels": 28 * 28 * 9},
+    {"size": {"shortest_edge": 28 * 28 * 30, "longest_edge": 28 * 28 * 40}, "resample": 2},
+    {"patch_size": 4, "min_pixels": 64, "max_pixels": 1000, "image_mean": [0.4, 0.5, 0.6], "rescale_factor": 0.004},
+]
+
+
+@pytest.mark.parametrize("config", AREAS)
+def test_areas_are_those_of_transformers(config: dict[str, Any]) -> None:
+    theirs, random = Qwen2VLImageProcessorPil(**config), np.random.default_rng(0)
+    patch = config.get("patch_size", 14)
+    rule = area_rule(Fields(config, Path("p.json")), 2 * patch, most=1 << 22)
+    for height, width in [*SIZES, (14, 42), (70, 126), (42, 8000), (8000, 40), (1, 200), (700, 900)]:
+        pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        expected = theirs(images=[Image.fromarray(pixels)], return_tensors="np")
+        tiles = rule.tiles(picture_of(pixels))
+        assert (1, *tiles.shape[1:3]) == (1, *rule.cut(height, width)[2:])
+        assert expected["image_grid_thw"].tolist() == [[1, tiles.shape[1] // patch, tiles.shape[2] // patch]]
+        assert max(tiles.shape) <= rule.longest
+        assert tiles.size <= rule.most_cells * 3 * rule.cell**2
+        rows, _ = patch_rows(tiles, patch, 2, rule.normalisation)
+        both = expected["pixel_values"].reshape(len(rows), 3, 2, -1)
+        assert np.array_equal(both[:, :, 0].reshape(rows.shape), rows)
+        assert np.array_equal(both[:, :, 1].reshape(rows.shape), rows)
+
+
+def test_published_areas_have_published_counts() -> None:
+    rule = area_rule(Fields({"max_pixels": 12845056}, Path("p.json")), 28, most=(1 << 14) * 14**2)
+    sizes = (640, 480), (1920, 1080), (3000, 56), (8000, 6000)
+    grids = [rule.cut(height, width).cells(28) for width, height in sizes]
+    assert [rows * columns for rows, columns in grids] == [391, 2691, 214, 55 * 73]
+    with pytest.raises(InvalidParameterError, match="201 x 1 pixels; the longer side may be 200 times the other"):
+        rule.cut(1, 201)
 
 
 def test_published_sizes_have_published_counts() -> None:

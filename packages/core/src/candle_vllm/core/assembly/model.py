@@ -175,6 +175,11 @@ def load_model(
 
                 give_cache_scales(decoder, opened.cache_scales, model.config, placement)
         tower = load_tower(config, device, opened, model.tokenizer, model.config.hidden_size, placement)
+        if tower is not None and tower.sight.parts.turned and not model.config.rope.axes:
+            raise InvalidFileError(
+                f"{config_file(files)}: the sections of rotary positions are missing (mrope_section, in GGUF files "
+                "rope.dimension_sections), by which images have their places"
+            )
     said = {field.name: getattr(model, field.name) for field in dataclasses.fields(Loaded)}
     seconds = time.perf_counter() - started
     logger.info("loaded %s: %.1f MB in %.2f s", files.name, model.weight_bytes / 1e6, seconds)

@@ -59,6 +59,11 @@ def _mistral3(config: Any) -> Keys:
     )
 
 
+def _qwen2_vl(config: Any) -> Keys:
+    """How many frequencies time, height and width turn; llama.cpp has room for one axis more."""
+    return _window(config) | {"rope.dimension_sections": [config.rope.axes.count(axis) for axis in range(4)]}
+
+
 def _stablelm(config: Any) -> Keys:
     return {"use_parallel_residual": config.parallel}
 
@@ -177,6 +182,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "ministral3": Architecture(name="mistral3", more=_mistral3, interleaved=True, log_multiplier=1.0, unread=()),
         "mixtral": Architecture(name="llama", more=_mixtral, interleaved=True, unread=()),
         "qwen2": Architecture(name="qwen2", more=_window, square=True),
+        "qwen2_vl": Architecture(name="qwen2vl", more=_qwen2_vl, square=True),
         "qwen3": Architecture(name="qwen3", more=_window),
         "qwen2_moe": Architecture(name="qwen2moe", more=_qwen_moe, head=True, square=True, every=True, norm=False),
         "qwen3_moe": Architecture(name="qwen3moe", more=_qwen_moe, every=True, norm=True),

@@ -18,7 +18,6 @@ from candle_vllm.core.kernels.lora.reference import EagerAdapters
 from candle_vllm.core.layers.attention import StepInput, Taps
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Tower, TowerStep
-from candle_vllm.core.vision.preprocessing import patch_rows
 
 
 class EagerRunner(StepwiseRunner):
@@ -136,9 +135,10 @@ class EagerTower:
         tower, config = self._tower, self._tower.config
         made: list[NDArray[np.float32]] = []
         for tile in tiles:
-            given, places = patch_rows(tile[None], config.patch, config.cell, config.rule.normalisation)
-            patches, numbers = (torch.from_numpy(x).to(self._device) for x in (given, places @ (config.side, 1)))
-            step = TowerStep(numbers, (len(given),))
+            rows = config.read(tile)
+            given = rows.patches, tower.numbers(rows.places)
+            patches, numbers = (torch.from_numpy(each).to(self._device) for each in given)
+            step = TowerStep(numbers, (len(patches),), rows.windows)
             with torch.inference_mode():
                 x = tower.begin(patches, step)
             for layer in tower.layers:
@@ -146,7 +146,7 @@ class EagerTower:
                     x = layer(x, step)
                 yield
             with torch.inference_mode():
-                made.append(tower.project(config.cells(tower.norm(x))).float().cpu().numpy())
+                made.append(rows.in_order(tower.project(config.cells(tower.norm(x))).float().cpu().numpy()))
         return np.concatenate(made)
 
 

@@ -5,7 +5,6 @@ It needs no engine state and may run in any thread.
 
 from __future__ import annotations
 
-import itertools
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Seq
@@ -30,7 +29,6 @@ from candle_vllm.core.sampling.state import SamplingState
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.sampling.thoughts import ThoughtCount, ThoughtLimit, budget_in_tokens
 from candle_vllm.core.text.tokenizer import Tokenizer
-from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.core.vision.prompts import Sight, spans_of
 
 
@@ -189,19 +187,22 @@ class DecoderPreparation(Preparation):
         for index, own in enumerate(states):
             sequence = Sequence(request, index, order=-1)
             sequence.entries = entries
-            sequence.images = tuple(PlacedImage(*each) for each in placed)
+            sequence.images = tuple(msgspec.structs.replace(each) for each in placed)
             made.append(LiveSequence(sequence, own, self._tokenizer, self._ends, max_length, predicted))
         return made
 
-    def _placed(self, request: GenerationRequest) -> list[tuple[ImageInput, list[int], list[tuple[int, int]]]]:
+    def _placed(self, request: GenerationRequest) -> list[PlacedImage]:
         """The pictures of a request, where they stand, and what of each sees itself; see `PlacedImage`."""
         if not request.images:
             return []
         if self._images is None:
             raise InvalidParameterError("image: the model reads text alone", "image")
-        places = self._images.places(request.prompt_token_ids, request.images)
-        spans = map(spans_of, places) if self._images.parts.whole else itertools.repeat([])
-        return [(image, each.tolist(), own) for image, each, own in zip(request.images, places, spans)]
+        made, sight = list[PlacedImage](), self._images
+        for image, places in zip(request.images, sight.places(request.prompt_token_ids, request.images)):
+            spans = spans_of(places) if sight.parts.whole else []
+            first = int(places[0]) + (made[-1].shift if made else 0)
+            made.append(PlacedImage(image, places.tolist(), spans, grid=sight.grid(image), first=first))
+        return made
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
         """See `Preparation`."""

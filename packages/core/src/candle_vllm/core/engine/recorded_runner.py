@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
 import weakref
@@ -51,7 +52,6 @@ from candle_vllm.core.memory import MIB, cache_bytes, room_for
 from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Tower, TowerStep
 from candle_vllm.core.sampling.sampler import Draw, Sampler, Token, drawn_tokens, right_runs
 from candle_vllm.core.sampling.state import SamplingState
-from candle_vllm.core.vision.preprocessing import patch_rows
 
 _PIECE = 0.05  # seconds that a tower's piece takes at least, but for the last; others wait for it
 
@@ -397,10 +397,11 @@ class RecordedTower:
 
     def __init__(self, tower: Tower, team: ThreadTeam, isa: Isa | None = None) -> None:
         config = self._config = tower.config
-        level = host_isa() if isa is None else isa
+        self._numbers = tower.numbers
+        level, most = host_isa() if isa is None else isa, config.patches // config.cell**2
         tiles, cells = (
-            StepLimits(tokens=rows, sequences=1, logit_rows=1, table_width=0, block_size=1, threads=team.threads)
-            for rows in (config.side**2, (config.side // config.cell) ** 2)
+            StepLimits(tokens=rows, sequences=windows, logit_rows=1, table_width=0, block_size=1, threads=team.threads)
+            for rows, windows in ((config.patches, most if config.windowed else 1), (most, 1))
         )
         _compile_first(lambda: (self._record(tower, Recorder(tiles, level)), self._join(tower, Recorder(cells, level))))
         self._team = team
@@ -438,12 +439,14 @@ class RecordedTower:
         config, rows = self._config, math.prod(tiles.shape[1:3]) // self._config.patch**2
         made: list[NDArray[np.float32]] = []
         arrays, began = self._tile.arrays, time.perf_counter()
-        arrays.numbers[[StepNumber.TOKENS, StepNumber.SEQUENCES]] = rows, 1
-        arrays.query_start[:2] = 0, rows
+        arrays.numbers[StepNumber.TOKENS] = rows
         for tile in tiles:
-            given, places = patch_rows(tile[None], config.patch, config.cell, config.rule.normalisation)
-            self._patches[:rows], arrays.positions[:rows] = given, places @ (config.side, 1)
-            for plan, operations in self._pieces:
+            read = config.read(tile)
+            self._patches[:rows], arrays.positions[:rows] = read.patches, self._numbers(read.places)
+            for number, (plan, operations) in enumerate(self._pieces):
+                lengths = read.windows if number in config.windowed else (rows,)
+                arrays.numbers[StepNumber.SEQUENCES] = len(lengths)
+                arrays.query_start[: len(lengths) + 1] = 0, *itertools.accumulate(lengths)
                 self._team.run(plan, operations)
                 if time.perf_counter() - began > _PIECE:
                     yield
@@ -452,7 +455,7 @@ class RecordedTower:
             self._joined[: len(cells)] = cells
             self._cells.arrays.numbers[StepNumber.TOKENS] = len(cells)
             self._team.run(self._joining, self._cells.num_rows)
-            made.append(self._made[: len(cells)].copy())
+            made.append(read.in_order(self._made[: len(cells)]))
         return np.concatenate(made)
 
 

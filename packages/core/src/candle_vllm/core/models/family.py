@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.fields import Fields
@@ -16,7 +19,7 @@ from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import Cut, Rule
+from candle_vllm.core.vision.preprocessing import Cut, Rule, patch_rows, window_order
 
 
 class Decoder(Protocol):
@@ -100,6 +103,9 @@ class TowerConfig:
         text_size: numbers of an embedding.
         rule: how pictures become tiles.
         pooled: a cell is the mean of its patches; else they stand side by side.
+        most_patches: of a tile; 0 where it is `side` squared.
+        window: cells of the side of a window.
+        windowed: the layers in which patches see those of their window alone.
     """
 
     hidden_size: int
@@ -114,6 +120,9 @@ class TowerConfig:
     text_size: int
     rule: Rule
     pooled: bool = False
+    most_patches: int = 0
+    window: int = 0
+    windowed: frozenset[int] = frozenset()
     num_experts: int = 0
 
     def __post_init__(self) -> None:
@@ -121,6 +130,11 @@ class TowerConfig:
             raise InvalidFileError(f"vision_config: {self.num_heads} heads of {self.hidden_size} numbers")
         if not 0 < self.norm_eps < 1:
             raise InvalidFileError(f"vision_config says the epsilon of its norms is {self.norm_eps}")
+
+    @property
+    def patches(self) -> int:
+        """The most of a tile."""
+        return self.most_patches or self.side**2
 
     @property
     def patch_size(self) -> int:
@@ -142,18 +156,55 @@ class TowerConfig:
         whole = hidden.reshape(-1, self.cell**2, self.hidden_size)
         return whole.mean(1) if self.pooled else whole.reshape(len(whole), -1)
 
+    def read(self, tile: NDArray[np.uint8]) -> TileRows:
+        """What a tower is given of a tile [h, w, 3]."""
+        patches, places = patch_rows(tile[None], self.patch, self.cell, self.rule.normalisation)
+        if not self.windowed:
+            return TileRows(patches, places, None, (len(patches),))
+        each = self.cell**2
+        grid = (tile.shape[0] // self.cell_pixels, tile.shape[1] // self.cell_pixels)
+        order, lengths = window_order(*grid, self.window)
+        rows = (each * order[:, None] + np.arange(each)).reshape(-1)
+        return TileRows(patches[rows], places[rows], order, tuple((lengths * each).tolist()))
+
+
+class TileRows(NamedTuple):
+    """A tile as a tower reads it.
+
+    Attributes:
+        patches: [T, numbers of one] float32.
+        places: [T, 2] int64, row and column of each.
+        order: [C] int64, which of the tile's cells each stands for; None where they are in their order.
+        windows: patches of each window, which stand side by side.
+    """
+
+    patches: NDArray[np.float32]
+    places: NDArray[np.int64]
+    order: NDArray[np.int64] | None
+    windows: tuple[int, ...]
+
+    def in_order(self, made: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The embeddings [C, text size] of the cells in the tile's own order, in new memory."""
+        if self.order is None:
+            return made.copy()
+        found = np.empty_like(made)
+        found[self.order] = made
+        return found
+
 
 @dataclasses.dataclass(frozen=True)
 class TowerStep:
     """What the layers of a tower see of a tile beside x.
 
     Attributes:
-        places: [T] int64, of each patch row * `TowerConfig.side` + column.
+        places: [T] int64, of each patch what `Tower.numbers` says.
         lengths: patches of each tile; while a step is recorded it is not looked at.
+        windows: the same of each window.
     """
 
     places: Value
     lengths: Sequence[int] = ()
+    windows: Sequence[int] = ()
 
 
 class Tower(Protocol):
@@ -173,6 +224,10 @@ class Tower(Protocol):
 
     @property
     def norm(self) -> Callable[[Value], Value]: ...
+
+    def numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What stands for the row and column [T, 2] of each patch, [T]; good for one tile at a time."""
+        ...
 
     def begin(self, patches: Value, step: TowerStep) -> Value:
         """x [T, E] of patches [T, numbers of one]."""
@@ -202,6 +257,7 @@ class TowerFamily:
         asks: the token that a template writes for a picture; empty where it is `mark`.
         words_around: what stands in a prompt for a picture, of how it is cut, and rows and columns of a tile's cells.
         whole: the embeddings of a tile see each other in the text model, those behind them too.
+        turned: the text model turns embeddings by their time, row and column; see `engine/batch.py`.
     """
 
     name: str
@@ -217,6 +273,7 @@ class TowerFamily:
     asks: str = ""
     words_around: Callable[[Cut, tuple[int, int]], str]
     whole: bool = False
+    turned: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

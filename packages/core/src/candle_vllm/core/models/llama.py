@@ -61,6 +61,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     return LlamaConfig(
         **shared
         | {
+            "model_type": "qwen2_vl" if model_type == "qwen2" and shared["rope"].axes else model_type,
             "qkv_bias": model_type == "qwen2" or attention_bias,
             "output_bias": model_type != "qwen2" and attention_bias,
             "mlp_bias": fields.get("mlp_bias", bool, False),
@@ -87,7 +88,7 @@ def _windows(fields: Fields, model_type: str, layers: int) -> tuple[int | None, 
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of llama (which includes Mistral, SmolLM and Yi), mistral3, qwen2 and qwen3."""
+    """Reads GGUF metadata of llama (which includes Mistral, SmolLM and Yi), mistral3, qwen2, qwen2vl and qwen3."""
     shared, tensors = shared_from_gguf(fields, checkpoint), checkpoint.tensors
     return LlamaConfig(
         **shared,
@@ -216,7 +217,7 @@ FAMILY = Family(
         "Qwen2ForCausalLM": "qwen2",
         "Qwen3ForCausalLM": "qwen3",
     },
-    gguf=("llama", "mistral3", "qwen2", "qwen3"),
+    gguf=("llama", "mistral3", "qwen2", "qwen2vl", "qwen3"),
     config_from_hf=config_from_hf,
     config_from_gguf=config_from_gguf,
     build=Llama,

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
@@ -218,6 +219,10 @@ class Pixtral:
             self.merger = Linear(config.cell_size, size, placement)
         self.first = Linear(size, text, placement, bias=bias)
         self.second = Linear(text, text, placement, bias=bias)
+
+    def numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """See `Tower`: rows of the tables, row by row of the largest tile."""
+        return places @ (self.config.side, 1)
 
     def begin(self, patches: Value, step: TowerStep) -> Value:
         """See `Tower`."""

@@ -14,6 +14,9 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.activation import Activation
@@ -144,6 +147,10 @@ class Siglip:
         self.layers = [Block(config, placement) for _ in range(config.num_layers)]
         self.norm = LayerNorm(size, config.norm_eps, placement)
         self.projector = Linear(config.cell_size, config.text_size, placement)
+
+    def numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """See `Tower`: rows of the table, row by row of a tile."""
+        return places @ (self.config.side, 1)
 
     def begin(self, patches: Value, step: TowerStep) -> Value:
         """See `Tower`."""

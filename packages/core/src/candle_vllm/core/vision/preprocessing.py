@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.errors import InvalidFileError, InvalidParameterError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.vision.pictures import Picture
 
@@ -25,6 +25,7 @@ _LANCZOS, _BILINEAR, _BICUBIC = 1, 2, 3  # Pillow's numbers, which config files 
 _MOST_SIDE = 4096  # of a picture that is cut into tiles, as transformers has it
 _MOST_PARTS = 64  # of a picture
 MAX_TILE = 4096
+_MOST_RATIO = 200  # of a picture's sides, as transformers has it
 
 
 class Cut(NamedTuple):
@@ -220,7 +221,61 @@ class StretchRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         return np.stack([np.asarray(PIL.Image.fromarray(part).resize(size, resample)) for part in parts])
 
 
-Rule: TypeAlias = TileRule | FitRule | StretchRule
+class AreaRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Qwen2-VL's: one tile of nearly the picture's own shape, its sides multiples of a cell, its area within bounds.
+
+    Attributes:
+        cell: pixels of a cell's side.
+        least, most: pixels of the picture; a very long one may have more.
+        resample: Pillow's number of the filter.
+        normalisation: of the pixels.
+    """
+
+    cell: int
+    least: int
+    most: int
+    resample: int
+    normalisation: Normalisation
+
+    @property
+    def longest(self) -> int:
+        """Pixels that no side has more of."""
+        return self.cell * (math.isqrt(2 * _MOST_RATIO * self.most) // self.cell + 2)
+
+    @property
+    def most_cells(self) -> int:
+        """Cells that no picture has more of: where a side is one cell at least, or rounded up, the area is exceeded."""
+        return self.most // self.cell**2 + (self.longest + math.isqrt(self.most)) // self.cell + 2
+
+    def cut(self, height: int, width: int) -> Cut:
+        """See `Rule`."""
+        return Cut(0, 0, *self._size(height, width))
+
+    def tiles(self, picture: Picture) -> NDArray[np.uint8]:
+        """See `Rule`."""
+        import PIL.Image
+
+        height, width = self._size(picture.height, picture.width)
+        resample = PIL.Image.Resampling(self.resample)
+        return np.asarray(PIL.Image.fromarray(picture.pixels).resize((width, height), resample))[None]
+
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        """Both sides, rounded to cells (from the middle to even numbers of them); scaled first where it has to be."""
+        if max(height, width) > _MOST_RATIO * min(height, width):
+            said = f"image: {width} x {height} pixels; the longer side may be {_MOST_RATIO} times the other"
+            raise InvalidParameterError(said, "image")
+        cell, sides = self.cell, (height, width)
+        near = [round(side / cell) * cell for side in sides]
+        if math.prod(near) > self.most:
+            shrunk = math.sqrt(height * width / self.most)
+            near = [max(cell, math.floor(side / shrunk / cell) * cell) for side in sides]
+        elif math.prod(near) < self.least:
+            grown = math.sqrt(self.least / (height * width))
+            near = [math.ceil(side * grown / cell) * cell for side in sides]
+        return near[0], near[1]
+
+
+Rule: TypeAlias = TileRule | FitRule | StretchRule | AreaRule
 """A family's way to cut pictures; which one it is goes with it to another process. Each has
 
 - `normalisation` of the pixels,
@@ -295,6 +350,34 @@ def stretch_rule(fields: Fields) -> StretchRule:
         normalisation=_normalisation(fields),
         **parts,
     )
+
+
+def area_rule(fields: Fields, cell: int, most: int) -> AreaRule:
+    """Reads `preprocessor_config.json` of Qwen2-VL and Qwen2.5-VL; a picture becomes no larger than `most` pixels.
+
+    Raises:
+        InvalidFileError, UnsupportedModelError: as those of `tile_rule`.
+    """
+    _require_usual(fields)
+    size = fields.section("size")
+    least = fields.count("min_pixels", size.count("shortest_edge", 56 * 56, most=most), most=most)
+    largest = fields.count("max_pixels", size.count("longest_edge", 28 * 28 * 1280, most=1 << 40), most=1 << 40)
+    if largest < least:
+        raise InvalidFileError(f"{fields.path}: pictures have {least} pixels at least and {largest} at most")
+    return AreaRule(
+        cell=cell,
+        least=least,
+        most=min(largest, most),
+        resample=_filter(fields, _BICUBIC),
+        normalisation=_normalisation(fields, _CLIP),
+    )
+
+
+def window_order(rows: int, columns: int, side: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The cells of a grid, window by window of `side` x `side` (less at the edges), and how many each window has."""
+    row, column = np.indices((rows, columns)).reshape(2, -1)
+    window = row // side * -(-columns // side) + column // side
+    return np.argsort(window, kind="stable"), np.bincount(window)
 
 
 def _require_usual(fields: Fields) -> None:

@@ -35,6 +35,7 @@ class Sighted(ShownStruct, frozen=True, kw_only=True):
         asks: the token that a template writes for a picture; the same, or another.
         cell: pixels of the side of what is one embedding.
         whole: the embeddings of a tile see each other.
+        turned: they are turned by their time, row and column.
     """
 
     family: str
@@ -43,6 +44,7 @@ class Sighted(ShownStruct, frozen=True, kw_only=True):
     asks: int
     cell: int
     whole: bool = False
+    turned: bool = False
 
     def embeddings(self, cut: Cut) -> int:
         """Of a tile of a picture that is cut so."""
@@ -139,11 +141,16 @@ class Sight:
         key = hashlib.sha256(len(how).to_bytes(8, "little") + how + picture.digest).digest()
         return ImageInput(key=key, tiles=tiles.tobytes(), shape=(tiles.shape[0], tiles.shape[1], tiles.shape[2]))
 
+    def grid(self, image: ImageInput) -> tuple[int, int] | None:
+        """Rows and columns of a picture's embeddings where these are turned by them; None elsewhere."""
+        return (image.shape[1] // self.parts.cell, image.shape[2] // self.parts.cell) if self.parts.turned else None
+
     def places(self, ids: Sequence[int], images: Sequence[ImageInput]) -> list[NDArray[np.int64]]:
         """Where in a prompt the embeddings of each picture stand.
 
         Raises:
-            InvalidParameterError: there are not as many marks as embeddings.
+            InvalidParameterError: there are not as many marks as embeddings, or those of one that is turned by its rows
+                and columns do not stand side by side.
         """
         marks = np.flatnonzero(np.asarray(ids) == self.parts.mark)
         cell = self.parts.cell
@@ -152,4 +159,7 @@ class Sight:
             raise InvalidParameterError(
                 f"image: {sum(counts)} embeddings of {len(images)} pictures, and {len(marks)} marks for them", "image"
             )
-        return np.split(marks, np.cumsum(counts)[:-1])
+        found = np.split(marks, np.cumsum(counts)[:-1])
+        if self.parts.turned and any(len(each) and each[-1] - each[0] >= len(each) for each in found):
+            raise InvalidParameterError("image: the marks of a picture must stand side by side in the prompt", "image")
+        return found

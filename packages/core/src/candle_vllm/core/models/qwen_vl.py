@@ -1,0 +1,326 @@
+"""The towers of Qwen2-VL and Qwen2.5-VL, and their way to embeddings of the text model.
+
+Each block is x + attention(norm(x)), then x + mlp(norm(x)); queries and keys are rotated by the row and the column of
+their patch. In Qwen2-VL every patch sees its whole picture; in Qwen2.5-VL, but for some layers, its window of it.
+Behind the last norm cells of 2 x 2 patches become one vector, and two products make an embedding of it.
+Pictures keep their own size, as multiples of a cell. A still picture is two equal frames to the kernels of patches.
+Source: Wang et al., 2024, arXiv:2409.12191; Bai et al., 2025, arXiv:2502.13923.
+Shapes: T patches, E hidden, P numbers of a patch, C cells, D head size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.kernels.activation import Activation, activation
+from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.kernels.rotary import Turned
+from candle_vllm.core.kernels.whole_attention import whole_attention
+from candle_vllm.core.layers.layer_norm import LayerNorm
+from candle_vllm.core.layers.linear import Linear
+from candle_vllm.core.layers.mlp import MLP, GatedMLP
+from candle_vllm.core.layers.norm import RMSNorm
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.loading.config import MAX_LAYERS
+from candle_vllm.core.loading.views import computed, row_part
+from candle_vllm.core.loading.weights import Seen, WeightName
+from candle_vllm.core.models.family import TowerConfig, TowerFamily, TowerStep
+from candle_vllm.core.models.siglip import prepared as swapped_back
+from candle_vllm.core.quantization.tensors import StoredTensor
+from candle_vllm.core.vision.preprocessing import AreaRule, Cut, area_rule
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+_ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
+    {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+)
+_FRAMES = 2  # of a patch
+_THETA = 10000.0
+_EPS = 1e-6
+_MOST_PATCHES = 1 << 14
+"""Of a picture: published settings allow four times as many, whose attention alone takes minutes on a CPU."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QwenTowerConfig(TowerConfig):
+    """The flags of these families.
+
+    Attributes:
+        gated: layers as Qwen2.5-VL has them: RMS norms, and a gate in the feed-forward part.
+    """
+
+    gated: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden_size // self.num_heads % 4:
+            raise InvalidFileError(
+                f"vision_config: {self.num_heads} heads of {self.hidden_size} numbers: a head's must be a multiple of 4"
+            )
+
+
+def config_from_hf(fields: Fields, processor: Fields, text_size: int) -> QwenTowerConfig:
+    """Reads `config.json` and `preprocessor_config.json` of Qwen2-VL and Qwen2.5-VL."""
+    vision, newer = fields.section("vision_config"), _is_newer(fields)
+    patch, cell = vision.count("patch_size", 14), vision.count("spatial_merge_size", 2, most=64)
+    for name, known in (("patch_size", patch), ("merge_size", cell), ("temporal_patch_size", _FRAMES)):
+        if processor.count(name, known) != known:
+            raise InvalidFileError(f"{processor.path}: {name} is {processor.count(name)}; the tower's is {known}")
+    for name, known in (("temporal_patch_size", _FRAMES), ("in_channels", 3), ("in_chans", 3)):
+        if vision.count(name, known) != known:
+            raise UnsupportedModelError(
+                f"{fields.path}: vision_config.{name} is {vision.count(name)}; implemented: {known}"
+            )
+    layers = vision.count("depth", 32, most=MAX_LAYERS)
+    if newer:
+        vision.choice("hidden_act", "silu", "silu")
+        size = vision.count("hidden_size", 3584)
+        own: dict[str, Any] = {
+            "hidden_size": size,
+            "intermediate_size": vision.count("intermediate_size", 3420),
+            "activation": "gelu",  # of the last two products
+            "gated": True,
+            **_windows(vision, layers, patch * cell),
+        }
+    else:
+        size = vision.count("embed_dim", 1280)
+        own = {
+            "hidden_size": size,
+            "intermediate_size": int(size * vision.get("mlp_ratio", float, 4.0)),
+            "activation": _ACTIVATIONS[vision.choice("hidden_act", "quick_gelu", *_ACTIVATIONS)],
+        }
+    return _config(
+        **own,
+        num_layers=layers,
+        num_heads=vision.count("num_heads", 16),
+        patch=patch,
+        cell=cell,
+        text_size=text_size,
+        rule=area_rule(processor, patch * cell, most=_MOST_PATCHES * patch**2),
+    )
+
+
+def _is_newer(fields: Fields) -> bool:
+    return fields.get("architectures", list)[0] == "Qwen2_5_VLForConditionalGeneration"
+
+
+def _windows(vision: Fields, layers: int, pixels: int) -> dict[str, Any]:
+    """The cells of a window's side, each of `pixels`, and which layers have windows."""
+    side, whole = vision.count("window_size", 112), vision.get("fullatt_block_indexes", list, [7, 15, 23, 31])
+    if side < pixels:
+        raise InvalidFileError(f"{vision.path}: vision_config.window_size is {side}; a cell has {pixels} pixels")
+    if not all(isinstance(layer, int) for layer in whole):
+        raise InvalidFileError(f"{vision.path}: vision_config.fullatt_block_indexes is {whole!r:.80}, not layers")
+    return {"window": side // pixels, "windowed": frozenset(range(layers)) - frozenset(whole)}
+
+
+def config_from_gguf(fields: Fields, text_size: int) -> QwenTowerConfig:
+    """Reads the metadata of llama.cpp's `mmproj` files of these; keys begin with `clip.vision.`."""
+    whole = Fields(fields.values, fields.path)
+    kind = whole.get("clip.projector_type", str, fields.get("projector_type", str, ""))
+    patch, cell = fields.count("patch_size"), fields.count("spatial_merge_size", 2, most=64)
+    size, layers = fields.count("embedding_length"), fields.count("block_count", most=MAX_LAYERS)
+    inner = fields.get("feed_forward_length", int, 0)
+    processor = {
+        "min_pixels": fields.count("image_min_pixels", 56 * 56),
+        "max_pixels": fields.count("image_max_pixels", _MOST_PATCHES * patch**2),
+        **{f"image_{key}": fields.values[f"{fields.prefix}image_{key}"] for key in ("mean", "std")
+           if f"image_{key}" in fields},
+    }  # fmt: skip
+    if kind == "qwen2.5vl_merger":
+        if not whole.get("clip.use_silu", bool, True):
+            raise UnsupportedModelError(f"{fields.path}: clip.use_silu is false; implemented: true")
+        every = fields.get("n_wa_pattern", int, 0)
+        windows = {"window_size": fields.count("window_size", 112)}
+        full = [layer for layer in range(layers) if every <= 0 or (layer + 1) % every == 0]
+        own: dict[str, Any] = {
+            "activation": "gelu",
+            "gated": True,
+            **_windows(Fields(windows | {"fullatt_block_indexes": full}, fields.path), layers, patch * cell),
+        }
+    else:
+        own = {"activation": "gelu" if whole.get("clip.use_gelu", bool, False) else "quick_gelu"}
+        inner = inner or 4 * size  # older files say 0
+    if inner < 1:
+        raise InvalidFileError(f"{fields.path}: {fields.prefix}feed_forward_length is {inner}")
+    return _config(
+        **own,
+        hidden_size=size,
+        intermediate_size=inner,
+        num_layers=layers,
+        num_heads=fields.count("attention.head_count"),
+        patch=patch,
+        cell=cell,
+        text_size=text_size,
+        rule=area_rule(Fields(processor, fields.path), patch * cell, most=_MOST_PATCHES * patch**2),
+    )
+
+
+def _config(*, rule: AreaRule, patch: int, cell: int, **own: Any) -> QwenTowerConfig:
+    most: dict[str, Any] = {"side": rule.longest // patch, "most_patches": rule.most_cells * cell**2}
+    return QwenTowerConfig(**own, **most, norm_eps=_EPS, patch=patch, cell=cell, rule=rule)
+
+
+def prepared(tensors: Mapping[str, StoredTensor], config: TowerConfig) -> Mapping[str, StoredTensor]:
+    """The kernels of both frames as one tensor, and up and down by their right names."""
+    first, second = "v.patch_embd.weight", "v.patch_embd.weight.1"
+    found = dict(swapped_back(tensors, config))
+    if first in found and second in found and found[first].shape == found[second].shape:
+        one, other = found[first], found.pop(second)
+        found[first] = computed(one, one.shape, lambda values: values + other.load("F32"), "F32")
+    return found
+
+
+# ---- block -----------------------------------------------------------------------------------------------------------
+
+
+class Block:
+    """One layer: x [T, E] -> [T, E] in fp32."""
+
+    def __init__(self, config: QwenTowerConfig, layer: int, tables: tuple[Value, Value], placement: Placement) -> None:
+        size, inner, norm = config.hidden_size, config.intermediate_size, RMSNorm if config.gated else LayerNorm
+        self.heads = config.num_heads
+        self.windowed = layer in config.windowed
+        self.tables = tables
+        self.attention_norm = norm(size, config.norm_eps, placement)
+        self.qkv = Linear(size, {"q": size, "k": size, "v": size}, placement, bias=True)
+        self.output = Linear(size, size, placement, bias=True)
+        self.mlp_norm = norm(size, config.norm_eps, placement)
+        if config.gated:
+            self.mlp = GatedMLP(size, inner, placement, bias=True)
+        else:
+            self.mlp = MLP(size, inner, placement, activation=config.activation)
+
+    def __call__(self, x: Value, step: TowerStep) -> Value:
+        lengths = step.windows if self.windowed else step.lengths
+        turned = Turned(step.places, *self.tables)
+        x = x + self.output(whole_attention(self.qkv(self.attention_norm(x)), self.heads, lengths, turned))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+# ---- model -----------------------------------------------------------------------------------------------------------
+
+
+class QwenTower:
+    """The tower: patches of a picture to embeddings; see `Tower`."""
+
+    def __init__(self, config: QwenTowerConfig, placement: Placement) -> None:
+        size, joined = config.hidden_size, config.cell_size
+        self.config = config
+        self.patches = Linear(config.patch_size, size, placement)
+        empty = np.zeros((config.most_patches, size // config.num_heads // 2), np.float32)
+        self._tables = placement.constant(empty), placement.constant(empty.copy())  # of a picture: see `numbers`
+        self.layers = [Block(config, layer, self._tables, placement) for layer in range(config.num_layers)]
+        self.norm = (RMSNorm if config.gated else LayerNorm)(size, config.norm_eps, placement)
+        self.joined = Linear(joined, joined, placement, bias=True)
+        self.projector = Linear(joined, config.text_size, placement, bias=True)
+
+    def numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """See `Tower`: a row of the tables for each patch, whose first half its row turns, and the other its column."""
+        quarter = self._tables[0].shape[1] // 2
+        frequencies = np.float32(1) / np.float32(_THETA) ** (np.arange(quarter, dtype=np.float32) / quarter)
+        angles = (places[:, :, None].astype(np.float32) * frequencies.astype(np.float32)).reshape(len(places), -1)
+        for table, function in zip(self._tables, (np.cos, np.sin)):
+            np.asarray(table)[: len(places)] = function(angles.astype(np.float64))  # shares its memory
+        return np.arange(len(places))
+
+    def begin(self, patches: Value, step: TowerStep) -> Value:
+        """See `Tower`."""
+        del step
+        return self.patches(patches)
+
+    def project(self, cells: Value) -> Value:
+        """See `Tower`."""
+        return self.projector(activation(self.joined(cells), "gelu"))
+
+
+# ---- weight names ----------------------------------------------------------------------------------------------------
+
+
+def _kernel(stored: StoredTensor, config: Any) -> StoredTensor:
+    """The kernels of a convolution over both frames [E, 3, 2, h, w], or of their sum, as a matrix [E, 3 * h * w]."""
+    side, shape = config.patch, (stored.shape[0], config.patch_size)
+    if stored.shape[1:] == (3, _FRAMES, side, side):
+        return computed(stored, shape, lambda values: values.sum(2, dtype=np.float32).reshape(shape), "F32")
+    if stored.shape[1:] == (3, side, side):
+        return computed(stored, shape, lambda values: values.reshape(shape), "F32")
+    return stored  # a wrong shape is named by the loader
+
+
+_AT, _LAYER, _BLOCK = "visual.", "visual.blocks.{i}.", "v.blk.{i}."
+_KINDS = ("weight", "bias")
+
+
+def _pair(target: str, hf: str, gguf: str) -> list[WeightName]:
+    return [WeightName(f"{target}{kind}", f"{hf}.{kind}", f"{gguf}.{kind}") for kind in _KINDS]
+
+
+def _of_qkv(number: int, part: str) -> list[WeightName]:
+    third = row_part(number, 3)
+    return [
+        WeightName(
+            f"layers.{{i}}.qkv:{part}.{kind}",
+            Seen(f"{_LAYER}attn.qkv.{kind}", third),
+            (f"{_BLOCK}attn_{part}.{kind}", Seen(f"{_BLOCK}attn_qkv.{kind}", third)),
+        )
+        for kind in _KINDS
+    ]
+
+
+WEIGHTS: Sequence[WeightName] = (
+    WeightName(
+        "patches:weight", _AT + "patch_embed.proj.weight", "v.patch_embd.weight", hf_view=_kernel, gguf_view=_kernel
+    ),
+    *_pair("layers.{i}.attention_norm:", _LAYER + "norm1", _BLOCK + "ln1"),
+    *(line for number, part in enumerate("qkv") for line in _of_qkv(number, part)),
+    *_pair("layers.{i}.output:", _LAYER + "attn.proj", _BLOCK + "attn_out"),
+    *_pair("layers.{i}.mlp_norm:", _LAYER + "norm2", _BLOCK + "ln2"),
+    *_pair("layers.{i}.mlp.up:", _LAYER + "mlp.fc1", _BLOCK + "ffn_up"),
+    *_pair("layers.{i}.mlp.gate_up:gate.", _LAYER + "mlp.gate_proj", _BLOCK + "ffn_gate"),
+    *_pair("layers.{i}.mlp.gate_up:up.", _LAYER + "mlp.up_proj", _BLOCK + "ffn_up"),
+    *(
+        WeightName(
+            f"layers.{{i}}.mlp.down:{kind}",
+            (f"{_LAYER}mlp.fc2.{kind}", f"{_LAYER}mlp.down_proj.{kind}"),
+            f"{_BLOCK}ffn_down.{kind}",
+        )
+        for kind in _KINDS
+    ),
+    *_pair("norm:", _AT + "merger.ln_q", "v.post_ln"),
+    *_pair("joined:", _AT + "merger.mlp.0", "mm.0"),
+    *_pair("projector:", _AT + "merger.mlp.2", "mm.2"),
+)
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+_MARK = "<|image_pad|>"
+
+
+def words_around(cut: Cut, grid: tuple[int, int]) -> str:
+    """What stands in a prompt for a picture of `grid` rows and columns of cells; templates write what is around it."""
+    del cut
+    return _MARK * (grid[0] * grid[1])
+
+
+FAMILY = TowerFamily(
+    name="qwen_vl",
+    hf={"Qwen2VLForConditionalGeneration": "qwen2_vl", "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl"},
+    gguf=("qwen2vl_merger", "qwen2.5vl_merger"),
+    config_from_hf=config_from_hf,
+    config_from_gguf=config_from_gguf,
+    prepared=prepared,
+    build=QwenTower,
+    weights=WEIGHTS,
+    mark=_MARK,
+    words_around=words_around,
+    turned=True,
+)

@@ -1,0 +1,488 @@
+"""Qwen2-VL and Qwen2.5-VL of random weights: towers, positions and logits against transformers, and answers however a
+prompt comes to the model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFWriter
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import SMALL, randomise
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
+from candle_vllm.core.assembly.model import LoadedModel, load_model
+from candle_vllm.core.conversion import write_gguf
+from candle_vllm.core.devices import choose_device
+from candle_vllm.core.engine.batch import turned_rows
+from candle_vllm.core.engine.build import preparation_for
+from candle_vllm.core.engine.eager_runner import EagerTower
+from candle_vllm.core.engine.images import TowerRunner
+from candle_vllm.core.engine.live import LiveSequence
+from candle_vllm.core.engine.recorded_runner import RecordedTower
+from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.sequence import Run
+from candle_vllm.core.errors import InvalidFileError, InvalidParameterError, UnsupportedModelError, WeightsError
+from candle_vllm.core.fields import read_json
+from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.models.qwen_vl import FAMILY
+from candle_vllm.core.remote import RemoteEngine
+from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
+from candle_vllm.core.vision.preprocessing import window_order
+
+MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+START, END, PAD, VIDEO = range(260, 264)
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOWER = {"depth": 3, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+KINDS: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"embed_dim": 32, "mlp_ratio": 4, "hidden_act": "quick_gelu", "hidden_size": 64},
+    "qwen2_5_vl": {
+        "hidden_size": 32, "intermediate_size": 48, "hidden_act": "silu", "out_hidden_size": 64, "window_size": 16,
+        "fullatt_block_indexes": [1],
+    },
+}  # fmt: skip
+ARCHITECTURES = {"qwen2_vl": "Qwen2VLForConditionalGeneration", "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration"}
+PROCESSOR = {
+    "image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 256, "max_pixels": 1600, "patch_size": 4,
+    "merge_size": 2, "temporal_patch_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}  # fmt: skip
+RANDOM = np.random.default_rng(3)
+PICTURES = [
+    RANDOM.integers(0, 256, size, dtype=np.uint8) for size in ((40, 33, 3), (19, 70, 3), (100, 9, 3), (5, 5, 3))
+]
+ONE = "<|vision_start|><|image_pad|><|vision_end|>"
+ASK = f"<|im_start|>user\n{ONE}Compare this with {ONE}, please.<|im_end|>\n<|im_start|>assistant\n"
+PROMPT: dict[str, Any] = {"prompt": ASK, "multi_modal_data": {"image": PICTURES[:2]}}
+OTHER = {"prompt": ASK, "multi_modal_data": {"image": [PICTURES[1], PICTURES[0]]}}
+TWICE = {"prompt": ASK, "multi_modal_data": {"image": [PICTURES[2], PICTURES[2]]}}
+FIRST = {"prompt": f"{ONE}What is this?", "multi_modal_data": {"image": [PICTURES[3]]}}
+PROMPTS: list[Any] = [PROMPT, OTHER, TWICE, FIRST, "<|im_start|>user\nCompare nothing.<|im_end|>\n"]
+GREEDY = SamplingParams(max_tokens=8, temperature=0)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Bytes, two merges and Qwen2's cut, which GGUF has a form for, and the marks."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e")]
+    vocabulary = {text: index for index, text in enumerate([*letters, *(a + b for a, b in merges)])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    cut = pre_tokenizers.Split(Regex(PRE_TOKENIZERS["qwen2"].patterns[0]), "isolated")
+    spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, spelling])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_end|>", "<|im_start|>", *MARKS])
+    assert [tokenizer.token_to_id(mark) for mark in MARKS] == [START, END, PAD, VIDEO]
+    tokenizer.save(str(folder / "tokenizer.json"))
+    said = {"eos_token": "<|im_end|>", "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+
+
+def write(folder: Path, kind: str, **processor: Any) -> Path:
+    config = AutoConfig.for_model(
+        kind,
+        text_config=dict(SMALL)
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+        vision_config=TOWER | KINDS[kind],
+        image_token_id=PAD,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    randomise(model)
+    with torch.no_grad():  # embeddings of pictures as long as those of words
+        model.model.visual.merger.mlp[2].weight.mul_(3)
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | processor))
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> Any:
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def their_pixels(folder: Path, pictures: list[NDArray[np.uint8]]) -> dict[str, torch.Tensor]:
+    said = {key: value for key, value in read_json(folder / "preprocessor_config.json").items() if "type" not in key}
+    processor = Qwen2VLImageProcessorPil(**said)
+    found = processor(images=[Image.fromarray(each) for each in pictures], return_tensors="pt")
+    return {key: found[key] for key in ("pixel_values", "image_grid_thw")}
+
+
+def loaded_from(folder: Path, **settings: Any) -> LoadedModel:
+    loaded = load_model(EngineConfig(model=str(folder), **settings), choose_device("cpu"), lambda *_: None)
+    assert isinstance(loaded, LoadedModel)
+    return loaded
+
+
+def finished(runner: TowerRunner, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+    encoding = runner.embeddings(tiles)
+    while True:
+        try:
+            next(encoding)
+        except StopIteration as done:
+            return done.value
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
+    loaded = loaded_from(folder, enforce_eager=eager)
+    assert loaded.tower is not None
+    with torch.inference_mode():
+        expected = theirs.model.get_image_features(**their_pixels(folder, PICTURES)).pooler_output
+    images = loaded.tower.sight.look([PAD] * len(PICTURES), PICTURES)[1]
+    team = ThreadTeam(2)
+    try:
+        runner: TowerRunner = (
+            EagerTower(loaded.tower.tower, choose_device("cpu")) if eager else RecordedTower(loaded.tower.tower, team)
+        )
+        for image, wanted in zip([*images, images[0]], [*expected, expected[0]], strict=True):
+            found = finished(runner, np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3))
+            assert found.shape == wanted.shape
+            assert np.abs(found - wanted.numpy()).max() < 1e-4 * np.abs(wanted.numpy()).max()
+    finally:
+        team.close()
+
+
+def request_of(loaded: LoadedModel, pictures: list[NDArray[np.uint8]], text: str) -> GenerationRequest:
+    assert loaded.tower is not None
+    ids, images = loaded.tower.sight.look(loaded.tokenizer.encode(text, parse_special=True), pictures)
+    return GenerationRequest(request_id="r", prompt_token_ids=ids, params=GREEDY, images=images)
+
+
+@pytest.mark.parametrize("text", [ASK, ONE * 2 + "?", f"{ONE} and a longer text than before, then {ONE}"])
+@pytest.mark.parametrize("chunks", [[1000], [7], [1, 2, 30]])
+def test_positions_are_those_of_transformers(chunks: list[int], text: str, folder: Path, theirs: Any) -> None:
+    loaded = loaded_from(folder, enforce_eager=True)
+    pictures = PICTURES[1:3]
+    request = request_of(loaded, pictures, text)
+    made = preparation_for(loaded, 512).prepare(request)[0]
+    assert isinstance(made, LiveSequence)
+    sequence = made.sequence
+    ids = torch.tensor([request.prompt_token_ids])
+    grid = their_pixels(folder, pictures)["image_grid_thw"]
+    wanted, delta = theirs.model.get_rope_index(ids, (ids == PAD).int(), grid)
+    assert sequence.images[-1].shift == delta.item()
+    sequence.tokens += [1] * 20  # what is generated later
+    found, start, total = [], 0, len(sequence.tokens)
+    while start < total:
+        count = min(chunks[min(len(found), len(chunks) - 1)], total - start)
+        run = Run(sequence, start, count, 0, 0, False)
+        turned = turned_rows([run], np.array([0, count]))
+        places = np.repeat(np.arange(start, start + count)[:, None], 3, 1)
+        if turned is not None:
+            places += turned.shifts[:, None]
+            places[turned.rows] = turned.places
+        found.append(places)
+        start += count
+    ours = np.concatenate(found).T
+    length = ids.shape[1]
+    assert np.array_equal(ours[:, :length], wanted[:, 0].numpy())
+    assert np.array_equal(ours[:, length:], np.repeat([np.arange(length, total) + delta.item()], 3, 0))
+
+
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("tokens", [512, 23])
+def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path, theirs: Any) -> None:
+    settings: dict[str, Any] = {"enforce_eager": eager, "max_num_batched_tokens": tokens, "max_num_seqs": 8}
+    with InferenceEngine(folder, enable_prefix_caching=False, **settings) as engine:
+        params = SamplingParams(max_tokens=6, temperature=0, prompt_logprobs=1, logprobs=1, ignore_eos=True)
+        found = engine.generate(PROMPT, params, use_tqdm=False)[0]
+    answer = found.outputs[0]
+    everything = [*found.prompt_token_ids, *answer.token_ids]
+    ids = torch.tensor([everything[:-1]])
+    with torch.inference_mode():
+        given = their_pixels(folder, PICTURES[:2]) | {"mm_token_type_ids": (ids == PAD).int()}
+        expected = theirs(input_ids=ids, **given).logits[0].log_softmax(-1).numpy()
+    assert found.prompt_logprobs is not None
+    assert answer.logprobs is not None
+    ours = [each.chosen.logprob for each in [*found.prompt_logprobs[1:], *answer.logprobs] if each is not None]
+    wanted = [expected[place, token] for place, token in enumerate(everything[1:])]
+    # keys and values are bfloat16 in the compiled steps
+    assert np.abs(np.array(ours) - np.array(wanted)).max() < (1e-4 if eager else 0.1)
+
+
+def answers(engine: InferenceEngine | RemoteEngine, prompts: list[Any], **params: Any) -> list[tuple[int, ...]]:
+    asked = SamplingParams(max_tokens=8, temperature=0, **params)
+    return [tuple(each.outputs[0].token_ids) for each in engine.generate(prompts, asked, use_tqdm=False)]
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> list[tuple[int, ...]]:
+    """Answers to prompts of one step each, nothing cached."""
+    with InferenceEngine(folder, enable_prefix_caching=False, max_num_batched_tokens=512) as engine:
+        found = [answers(engine, [prompt])[0] for prompt in PROMPTS]
+        assert len(set(found)) == len(found)
+        return found
+
+
+@pytest.mark.parametrize("tokens", [512, 64, 17])
+def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
+    tokens: int, folder: Path, alone: list[tuple[int, ...]]
+) -> None:
+    with InferenceEngine(folder, max_num_batched_tokens=tokens, max_num_seqs=8) as engine:
+        assert answers(engine, PROMPTS) == alone
+        again = engine.generate(PROMPTS, GREEDY, use_tqdm=False)
+        assert [tuple(each.outputs[0].token_ids) for each in again] == alone
+        assert all(each.num_cached_tokens for each in again[:3])
+        assert answers(engine, PROMPTS[-1:]) == alone[-1:]
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_answers_survive_preemption_and_guesses(eager: bool, folder: Path) -> None:
+    long = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
+    few: dict[str, Any] = {"kv_cache_memory": 100_000 * (1 + eager), "block_size": 16, "max_model_len": 256}
+    preempted = False
+    with InferenceEngine(folder, enforce_eager=eager, **few, speculative_config={"method": "none"}) as engine:
+        whole = [engine.generate(prompt, long, use_tqdm=False)[0].outputs[0].token_ids for prompt in PROMPTS]
+        found = engine.generate(PROMPTS, long, use_tqdm=False)
+        assert [each.outputs[0].token_ids for each in found] == whole
+        preempted = bool(engine.stats().preemptions)
+    assert preempted
+    guesses = {"num_speculative_tokens": 4, "prompt_lookup_min": 2}
+    with InferenceEngine(folder, enforce_eager=eager, max_model_len=256, speculative_config=guesses) as engine:
+        for _ in range(2):  # the second time by what was answered the first
+            found = engine.generate(PROMPTS, long, use_tqdm=False)
+            assert [each.outputs[0].token_ids for each in found] == whole
+        assert engine.stats().accepted_draft_tokens > 100
+
+
+def test_a_text_alone_has_the_bits_of_the_text_model(folder: Path, tmp_path: Path) -> None:
+    config = read_json(folder / "config.json")
+    text = config["text_config"] | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    del text["rope_parameters"]["mrope_section"]
+    for file in folder.glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(text | {"tie_word_embeddings": config["tie_word_embeddings"]}))
+    stored = {
+        name.replace("model.language_model.", "model."): tensor
+        for name, tensor in load_file(folder / "model.safetensors").items()
+        if "visual." not in name
+    }
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    params, found = SamplingParams(max_tokens=8, temperature=0, prompt_logprobs=1), []
+    for source in (folder, tmp_path):
+        with InferenceEngine(source, enable_prefix_caching=False, max_num_batched_tokens=512) as engine:
+            if source == folder:
+                engine.generate(PROMPT, GREEDY, use_tqdm=False)  # leaves nothing behind
+            out = engine.generate(PROMPTS[-1], params, use_tqdm=False)[0]
+            assert out.prompt_logprobs is not None
+            chosen = [each.chosen.logprob for each in out.prompt_logprobs if each is not None]
+            found.append((chosen, out.outputs[0].token_ids))
+    assert found[0] == found[1]
+
+
+def test_conversations_have_pictures_here_and_in_another_process(folder: Path) -> None:
+    ask = {"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "image", "image": PICTURES[0]}]}
+    found = []
+    kinds: tuple[Callable[..., InferenceEngine | RemoteEngine], ...] = (InferenceEngine, RemoteEngine)
+    for make in kinds:
+        with make(folder) as engine:
+            assert engine.model_info.modalities == ("text", "image")
+            found.append(engine.chat([ask], GREEDY))
+    assert found[0].prompt_token_ids == found[1].prompt_token_ids
+    assert found[0].outputs[0].token_ids == found[1].outputs[0].token_ids
+    assert list(found[0].prompt_token_ids).count(PAD) == 5 * 4
+
+
+def test_what_cannot_be_seen_is_refused_by_name(folder: Path) -> None:
+    with InferenceEngine(folder) as engine:
+        for prompt, message in (
+            ({"prompt": "<|video_pad|>", "multi_modal_data": {"video": [1]}}, "multi_modal_data has 'video'"),
+            (
+                {"prompt": ONE, "multi_modal_data": {"image": np.zeros((2, 401, 3), np.uint8)}},
+                "401 x 2 pixels",
+            ),
+            ({"prompt": ONE * 2, "multi_modal_data": {"image": PICTURES[0]}}, "1 pictures, and 2 marks"),
+        ):
+            with pytest.raises(InvalidParameterError, match=message):
+                engine.generate(prompt, GREEDY, use_tqdm=False)
+        with pytest.raises(InvalidParameterError, match="video"):
+            engine.chat([{"role": "user", "content": [{"type": "video", "video": "x.mp4"}]}], GREEDY)
+
+
+def test_marks_of_a_picture_stand_side_by_side(folder: Path) -> None:
+    loaded = loaded_from(folder, enforce_eager=True)
+    request = request_of(loaded, PICTURES[:1], ONE)
+    ids = list(request.prompt_token_ids)
+    ids[2:2] = [5]
+    with pytest.raises(InvalidParameterError, match="must stand side by side"):
+        preparation_for(loaded, 512).prepare(msgspec.structs.replace(request, prompt_token_ids=ids))
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def changed(folder: Path, made: Path, edit: Callable[[dict[str, Any]], object], **processor: Any) -> Path:
+    """A checkpoint whose config says something else."""
+    made.mkdir()
+    for file in folder.iterdir():
+        (made / file.name).write_bytes(file.read_bytes())
+    config = read_json(folder / "config.json")
+    edit(config)
+    (made / "config.json").write_text(json.dumps(config))
+    (made / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | processor))
+    return made
+
+
+def flat(config: dict[str, Any]) -> None:
+    """As published configs have it: the text model's keys beside the others, and rotary settings as they were."""
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    text |= {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+    }
+    config |= {key: value for key, value in text.items() if key != "model_type"}
+    config["vision_config"]["model_type"] = config["model_type"]
+
+
+def test_published_configs_and_names_of_both_layouts_are_read(
+    folder: Path, tmp_path: Path, alone: list[tuple[int, ...]]
+) -> None:
+    made = changed(folder, tmp_path / "flat", flat)
+    stored = load_file(folder / "model.safetensors")
+    plain = {name.replace("model.visual.", "visual."): tensor for name, tensor in stored.items()}
+    plain = {name.replace("model.language_model.", "model."): tensor for name, tensor in plain.items()}
+    newer = {
+        f"model.{name}" if name.startswith("visual.") else name.replace("model.", "model.language_model.", 1): tensor
+        for name, tensor in plain.items()
+    }
+    for layout in (plain, newer):
+        save_file(layout, made / "model.safetensors", {"format": "pt"})
+        with InferenceEngine(made) as engine:
+            assert answers(engine, PROMPTS) == alone
+
+
+def write_mmproj(folder: Path, made: Path, *, joined: bool = False, **changes: Any) -> Path:
+    """The checkpoint's tower as llama.cpp has it; `joined` leaves queries, keys and values in one tensor."""
+    config = read_json(folder / "config.json")
+    newer, vision = config["model_type"] == "qwen2_5_vl", config["vision_config"]
+    writer = GGUFWriter(made, "clip")
+    size = vision["hidden_size"] if newer else vision["embed_dim"]
+    values: dict[str, Any] = {
+        "clip.projector_type": "qwen2.5vl_merger" if newer else "qwen2vl_merger", "clip.vision.image_size": 560,
+        "clip.vision.patch_size": 4, "clip.vision.embedding_length": size, "clip.vision.block_count": 3,
+        "clip.vision.attention.head_count": 2, "clip.vision.feed_forward_length": 48 if newer else 0,
+        "clip.vision.image_min_pixels": 256, "clip.vision.image_max_pixels": 1600,
+    }  # fmt: skip
+    if newer:
+        values |= {"clip.vision.n_wa_pattern": 2, "clip.vision.window_size": 16}
+    for key, value in (values | changes).items():
+        writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
+    writer.add_bool("clip.use_silu", newer)
+    for key in ("image_mean", "image_std"):
+        writer.add_array(f"clip.vision.{key}", PROCESSOR[key])
+    names = {
+        "merger.ln_q": "v.post_ln", "merger.mlp.0": "mm.0", "merger.mlp.2": "mm.2", "norm1": "ln1", "norm2": "ln2",
+        "attn.proj": "attn_out", "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down", "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    }  # fmt: skip
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        _, tower, plain = name.rpartition("visual.")
+        if not tower:
+            continue
+        part, _, kind = plain.rpartition(".")
+        number = re.match(r"blocks\.(\d+)\.", part)
+        block = "" if number is None else f"v.blk.{number[1]}."
+        part, data = part if number is None else part[number.end() :], tensor.numpy()
+        if part == "patch_embed.proj":
+            for frame in range(2):
+                writer.add_tensor("v.patch_embd.weight" + (".1" if frame else ""), data[:, :, frame].copy())
+        elif part == "attn.qkv" and not joined:
+            for letter, third in zip("qkv", np.split(data, 3)):
+                writer.add_tensor(f"{block}attn_{letter}.{kind}", third.copy())
+        else:
+            writer.add_tensor(f"{block}{names.get(part, 'attn_qkv')}.{kind}", data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return made
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_gguf_file_and_that_of_its_tower_are_the_same_model(
+    joined: bool, folder: Path, tmp_path: Path, alone: list[tuple[int, ...]]
+) -> None:
+    text, tower = tmp_path / "model.gguf", write_mmproj(folder, tmp_path / "mmproj.gguf", joined=joined)
+    write_gguf(EngineConfig(model=str(folder), dtype="f32"), text)
+    with InferenceEngine(text, mmproj=tower, tokenizer=folder) as engine:
+        assert engine.model_info.architecture == "qwen2vl"
+        assert answers(engine, PROMPTS) == alone
+
+
+def test_a_tower_that_does_not_fit_is_named(folder: Path, tmp_path: Path) -> None:
+    numbers = iter(range(99))
+
+    def refused(
+        kind: type[Exception], message: str, edit: Callable[[dict[str, Any]], object], **processor: Any
+    ) -> None:
+        with pytest.raises(kind, match=message):
+            InferenceEngine(changed(folder, tmp_path / str(next(numbers)), edit, **processor))
+
+    def tower(**values: Any) -> Callable[[dict[str, Any]], object]:
+        return lambda config: config["vision_config"].update(values)
+
+    def same(config: dict[str, Any]) -> None:
+        pass
+
+    refused(InvalidFileError, "patch_size is 8; the tower's is 4", same, patch_size=8)
+    refused(InvalidFileError, "merge_size is 4; the tower's is 2", same, merge_size=4)
+    refused(InvalidFileError, "pictures have 256 pixels at least and 100 at most", same, max_pixels=100)
+    refused(UnsupportedModelError, "do_resize is false", same, do_resize=False)
+    refused(UnsupportedModelError, r"vision_config\.temporal_patch_size is 1", tower(temporal_patch_size=1))
+    refused(UnsupportedModelError, "hidden_act is 'relu'", tower(hidden_act="relu"))
+    refused(WeightsError, r"visual\.blocks\.3", tower(depth=4))
+    refused(InvalidFileError, "3 heads of 32 numbers", tower(num_heads=3))
+    refused(InvalidFileError, "a head's must be a multiple of 4", tower(num_heads=16))
+    refused(
+        InvalidFileError,
+        "the sections of rotary positions are missing",
+        lambda config: config["text_config"]["rope_parameters"].pop("mrope_section"),
+    )
+    refused(
+        InvalidFileError,
+        "the rotary sections are ",
+        lambda config: config["text_config"]["rope_parameters"].update(mrope_section=[2, 3, 4]),
+    )
+    if read_json(folder / "config.json")["model_type"] == "qwen2_5_vl":
+        refused(InvalidFileError, "window_size is 4; a cell has 8 pixels", tower(window_size=4))
+        refused(InvalidFileError, "fullatt_block_indexes is", tower(fullatt_block_indexes=["x"]))
+
+
+def test_windows_are_squares_of_cells() -> None:
+    order, lengths = window_order(3, 5, 2)
+    assert lengths.tolist() == [4, 4, 2, 2, 2, 1]
+    assert order.tolist() == [0, 1, 5, 6, 2, 3, 7, 8, 4, 9, 10, 11, 12, 13, 14]
+    assert window_order(1, 2, 4)[1].tolist() == [2]
+
+
+def test_the_marks_are_the_familys() -> None:
+    assert FAMILY.mark == MARKS[2]
