@@ -26,15 +26,16 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.devices import choose_device
+from candle_vllm.core.engine.draft_model import DraftModel
 from candle_vllm.core.engine.eager_runner import EagerTower
 from candle_vllm.core.engine.images import TowerRunner
 from candle_vllm.core.engine.recorded_runner import RecordedTower
 from candle_vllm.core.errors import ConfigError, InvalidFileError, InvalidParameterError, UnsupportedModelError
-from candle_vllm.core.fields import read_json
+from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
-from candle_vllm.core.models.registry import tower_family_named
+from candle_vllm.core.models.registry import tower_family, tower_family_named
 from candle_vllm.core.remote import RemoteEngine
-from candle_vllm.core.testing.toy_model import write_toy_tokenizer
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model, write_toy_tokenizer
 
 RANDOM = np.random.default_rng(3)
 SIZES = ((40, 70), (32, 32), (9, 100), (3, 2), (47, 15))
@@ -474,3 +475,100 @@ def test_a_tower_of_another_kind_is_left_out(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level("INFO"), InferenceEngine(folder) as engine:
         assert engine.model_info.modalities == ("text",)
     assert "tensors of the vision tower are left out: it is not served" in caplog.text
+
+
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], int, int, list[int]]] = {
+    "Mistral Small 3.1": (
+        {
+            "architectures": ["Mistral3ForConditionalGeneration"],
+            "model_type": "mistral3",
+            "image_token_index": 10,
+            "multimodal_projector_bias": False,
+            "projector_hidden_act": "gelu",
+            "spatial_merge_size": 2,
+            "vision_feature_layer": -1,
+            "text_config": {"model_type": "mistral", "hidden_size": 5120, "rms_norm_eps": 1e-05},
+            "vision_config": {
+                "attention_dropout": 0.0, "head_dim": 64, "hidden_act": "silu", "hidden_size": 1024, "image_size": 1540,
+                "intermediate_size": 4096, "model_type": "pixtral", "num_attention_heads": 16, "num_channels": 3,
+                "num_hidden_layers": 24, "patch_size": 14, "rope_theta": 10000.0,
+            },
+        },
+        {
+            "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, **CLIP, "resample": 3,
+            "patch_size": {"height": 14, "width": 14}, "rescale_factor": 1 / 255, "size": {"longest_edge": 1540},
+        },
+        110, 28, [414, 1705],
+    ),
+    "Pixtral 12B": (
+        {
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "image_seq_length": 1,
+            "image_token_index": 10,
+            "projector_hidden_act": "gelu",
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full",
+            "text_config": {"model_type": "mistral", "hidden_size": 5120},
+            "vision_config": {
+                "head_dim": 64, "hidden_act": "silu", "image_size": 1024, "is_composition": True, "patch_size": 16,
+                "model_type": "pixtral", "rope_theta": 10000.0,
+            },
+        },
+        {"do_resize": True, **CLIP, "patch_size": {"height": 16, "width": 16}, "size": {"longest_edge": 1024}},
+        64, 16, [1200, 2304],
+    ),
+    "Gemma 3 4B": (
+        {
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "model_type": "gemma3",
+            "boi_token_index": 255999,
+            "eoi_token_index": 256000,
+            "image_token_index": 262144,
+            "mm_tokens_per_image": 256,
+            "text_config": {"model_type": "gemma3_text", "hidden_size": 2560},
+            "vision_config": {
+                "hidden_size": 1152, "image_size": 896, "intermediate_size": 4304, "model_type": "siglip_vision_model",
+                "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14, "vision_use_head": False,
+            },
+        },
+        {
+            "do_convert_rgb": None, "do_normalize": True, "do_pan_and_scan": None, "do_rescale": True,
+            "do_resize": True, **HALF, "image_seq_length": 256, "pan_and_scan_max_num_crops": None,
+            "pan_and_scan_min_crop_size": None, "pan_and_scan_min_ratio_to_activate": None, "resample": 2,
+            "size": {"height": 896, "width": 896},
+        },
+        64, 56, [256, 256],
+    ),
+}  # fmt: skip
+"""What published files say of towers and pictures: patches of the longest side, pixels of an embedding's side, and
+embeddings of 640 x 480 and 1920 x 1080."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read(name: str) -> None:
+    config, processor, side, cell, counts = PUBLISHED[name]
+    family, path = tower_family(config), Path("config.json")
+    assert family is not None
+    found = family.config_from_hf(Fields(config, path), Fields(processor, path), config["text_config"]["hidden_size"])
+    assert (found.side, found.cell_pixels) == (side, cell)
+    cuts = [found.rule.cut(height, width).cells(cell) for width, height in ((640, 480), (1920, 1080))]
+    assert [rows * columns for rows, columns in cuts] == counts
+    assert found.num_layers in (24, 27)
+
+
+def test_a_model_that_drafts_reads_marks_alone(
+    folders: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sees no pictures, and its guesses, which seem to cost nothing here, change no answer."""
+    monkeypatch.setattr(DraftModel, "_prices", lambda *_: [0.0] * 16)
+    monkeypatch.setattr(DraftModel, "_behind", lambda *_: 0)
+    folder = folders("Gemma 3")
+    draft = write_toy_model(tmp_path, toy_config("llama"))
+    (draft / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    drafts = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 3}
+    with InferenceEngine(folder, max_num_seqs=4) as engine:
+        wanted = answers(engine, several("Gemma 3")[:3], max_tokens=24)
+    with InferenceEngine(folder, max_num_seqs=4, speculative_config=drafts) as engine:
+        assert answers(engine, several("Gemma 3")[:3], max_tokens=24) == wanted
+        assert engine.stats().drafts > 3
