@@ -55,6 +55,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         "sampling.cpu_chain:repeats",
         "side_by_side.cpu:copy",
         "whole_attention.cpu:lay_out",
+        "whole_attention.cpu:turn",
     ):
         yield code, ()
     yield "whole_attention.cpu:make_attend_whole", (isa,)
