@@ -35,9 +35,10 @@ from candle_vllm.core.engine.recorded_runner import RecordedTower
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.sequence import Run
 from candle_vllm.core.errors import InvalidFileError, InvalidParameterError, UnsupportedModelError, WeightsError
-from candle_vllm.core.fields import read_json
+from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.models.qwen_vl import FAMILY
+from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
 from candle_vllm.core.vision.preprocessing import window_order
@@ -380,6 +381,60 @@ def test_published_configs_and_names_of_both_layouts_are_read(
             assert answers(engine, PROMPTS) == alone
 
 
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, ...]]] = {
+    "Qwen2-VL-2B": (
+        {
+            "architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl", "hidden_act": "silu",
+            "bos_token_id": 151643, "eos_token_id": 151645, "image_token_id": 151655, "vision_token_id": 151654,
+            "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+            "num_key_value_heads": 2, "max_position_embeddings": 32768, "max_window_layers": 28, "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True, "use_sliding_window": False,
+            "vocab_size": 151936, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+            "vision_config": {
+                "depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3, "hidden_size": 1536,
+                "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14, "temporal_patch_size": 2,
+            },
+        },
+        {},
+        (1280, 5120, 32, 0, 0),
+    ),
+    "Qwen2.5-VL-3B": (
+        {
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "hidden_act": "silu",
+            "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+            "num_key_value_heads": 2, "max_position_embeddings": 128000, "max_window_layers": 70, "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": True, "use_sliding_window": False,
+            "vocab_size": 151936, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+            "vision_config": {
+                "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+                "in_chans": 3, "out_hidden_size": 2048, "patch_size": 14, "spatial_merge_size": 2,
+                "spatial_patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+                "tokens_per_second": 2, "temporal_patch_size": 2,
+            },
+        },
+        {"size": {"shortest_edge": 3136, "longest_edge": 12845056}},
+        (1280, 3420, 32, 4, 28),
+    ),
+}  # fmt: skip
+"""What published files say, and of their towers width, inner width, layers, cells of a window's side, and layers that
+have windows."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read(name: str) -> None:
+    config, size, wanted = PUBLISHED[name]
+    path, patches = Path("config.json"), {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    processor = Fields((size or {"min_pixels": 3136, "max_pixels": 12845056}) | patches, path)
+    found = FAMILY.config_from_hf(Fields(config, path), processor, config["hidden_size"])
+    windows = (found.window, len(found.windowed))
+    assert (found.hidden_size, found.intermediate_size, found.num_layers, *windows) == wanted
+    grids = [found.rule.cut(height, width).cells(28) for width, height in ((640, 480), (1920, 1080))]
+    assert [rows * columns for rows, columns in grids] == [391, 2691]
+    text = family_from_hf(config, path)[1]
+    assert [text.rope.axes.count(axis) for axis in range(3)] == [16, 24, 24]
+    assert text.sliding_windows == (None,) * config["num_hidden_layers"]
+
+
 def write_mmproj(folder: Path, made: Path, *, joined: bool = False, **changes: Any) -> Path:
     """The checkpoint's tower as llama.cpp has it; `joined` leaves queries, keys and values in one tensor."""
     config = read_json(folder / "config.json")
@@ -482,7 +537,3 @@ def test_windows_are_squares_of_cells() -> None:
     assert lengths.tolist() == [4, 4, 2, 2, 2, 1]
     assert order.tolist() == [0, 1, 5, 6, 2, 3, 7, 8, 4, 9, 10, 11, 12, 13, 14]
     assert window_order(1, 2, 4)[1].tolist() == [2]
-
-
-def test_the_marks_are_the_familys() -> None:
-    assert FAMILY.mark == MARKS[2]
