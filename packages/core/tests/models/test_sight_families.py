@@ -26,6 +26,7 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.devices import choose_device
+from candle_vllm.core.engine import recorded_runner
 from candle_vllm.core.engine.draft_model import DraftModel
 from candle_vllm.core.engine.eager_runner import EagerTower
 from candle_vllm.core.engine.images import TowerRunner
@@ -182,6 +183,35 @@ def test_embeddings_are_those_of_transformers(name: str, eager: bool, folders: C
             assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
     finally:
         team.close()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_others_wait_for_an_operation_where_a_layer_takes_long(
+    name: str, folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load(folders(name), max_images=64)
+    assert loaded.tower is not None
+    image = loaded.tower.sight.look([loaded.tower.sight.parts.asks], PICTURES[:1])[1][0]
+    tiles = np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3)
+    team, found, pieces = ThreadTeam(2), list[NDArray[np.float32]](), list[int]()
+    try:
+        runner = RecordedTower(loaded.tower.tower, team)
+        for piece in (1e9, 0.0):
+            monkeypatch.setattr(recorded_runner, "_PIECE", piece)
+            encoding, count = runner.embeddings(tiles), 0
+            while True:
+                try:
+                    next(encoding)
+                    count += 1
+                except StopIteration as done:
+                    found.append(done.value)
+                    break
+            pieces.append(count)
+    finally:
+        team.close()
+    assert np.array_equal(*found)
+    assert pieces[0] == 0
+    assert pieces[1] > 3 * len(loaded.tower.tower.layers)
 
 
 def prompt(name: str, *pictures: NDArray[np.uint8]) -> dict[str, Any]:

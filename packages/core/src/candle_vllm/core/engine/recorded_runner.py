@@ -411,6 +411,9 @@ class RecordedTower:
         plan = np.array(self._tile.plan, np.int64)
         ends = zip(self._ends, self._ends[1:])
         self._pieces = [(plan[first:last].copy(), after - before) for (first, before), (last, after) in ends]
+        bounds, ends = [0, *self._tile.ends], itertools.pairwise(each for _, each in self._ends)
+        operations = [plan[first:last].copy() for first, last in itertools.pairwise(bounds)]
+        self._operations = [[(each, 1) for each in operations[before:after]] for before, after in ends]  # of each piece
         self._joining = np.array(self._cells.plan, np.int64)
 
     @staticmethod
@@ -440,17 +443,22 @@ class RecordedTower:
         made: list[NDArray[np.float32]] = []
         arrays, began = self._tile.arrays, time.perf_counter()
         arrays.numbers[StepNumber.TOKENS] = rows
+        slow = False  # a piece takes too long for others to wait for all of it
         for tile in tiles:
             read = config.read(tile)
             self._patches[:rows], arrays.positions[:rows] = read.patches, self._numbers(read.places)
-            for number, (plan, operations) in enumerate(self._pieces):
+            for number, piece in enumerate(self._pieces):
                 lengths = read.windows if number in config.windowed else (rows,)
                 arrays.numbers[StepNumber.SEQUENCES] = len(lengths)
                 arrays.query_start[: len(lengths) + 1] = 0, *itertools.accumulate(lengths)
-                self._team.run(plan, operations)
-                if time.perf_counter() - began > _PIECE:
-                    yield
-                    began = time.perf_counter()
+                for plan, operations in self._operations[number] if slow else [piece]:
+                    started = time.perf_counter()
+                    self._team.run(plan, operations)
+                    ended = time.perf_counter()
+                    slow = slow or ended - started > _PIECE
+                    if ended - began > _PIECE:
+                        yield
+                        began = time.perf_counter()
             cells = config.cells(self._hidden.rows(np.arange(rows)))
             self._joined[: len(cells)] = cells
             self._cells.arrays.numbers[StepNumber.TOKENS] = len(cells)

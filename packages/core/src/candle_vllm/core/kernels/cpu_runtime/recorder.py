@@ -115,6 +115,7 @@ class Recorder:
         self.isa = isa
         self.arrays = StepArrays(limits)
         self.plan: list[int] = []
+        self.ends: list[int] = []  # of its operations
         self.num_rows = 0
         self.logits: np.ndarray | None = None
         self.adapted = Adapted.NOT
@@ -128,7 +129,7 @@ class Recorder:
 
     def begin(self, adapted: Adapted) -> None:
         """Begins another plan, which has the same memory: one of them runs at a time."""
-        self.plan, self.num_rows, self.adapted = [], 0, adapted
+        self.plan, self.ends, self.num_rows, self.adapted = [], [], 0, adapted
 
     def add(
         self,
@@ -142,6 +143,7 @@ class Recorder:
         numbers = address_of(self.arrays.numbers)
         within = () if inner is None else plan_row(inner[0], numbers, inner[1])
         self.plan += plan_row(operation, numbers, arguments, barrier=barrier, inner=within)
+        self.ends.append(len(self.plan))
         self.num_rows += 1
 
     def keep(self, numbers: NDArray[np.float32]) -> int:
