@@ -64,7 +64,7 @@ def per_weight(kind: str, level: Level, rows: int) -> float:
 
 
 def _packed(KIND: int, BLOCK: int, ISA: int) -> Any:
-    multiply = packed._multiply
+    multiply = packed.multiply
 
     def kernel(weights: int, panel: int, out: int, groups: int, ahead: int) -> None:
         multiply(KIND, BLOCK, ISA, weights, panel, out, groups, ahead)

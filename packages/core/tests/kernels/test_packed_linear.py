@@ -31,9 +31,10 @@ from linear_field import (
     same_bits,
 )
 
+from candle_vllm.core.kernels.activation_quant import Prologue, QuantiseArguments, quantise_operation
 from candle_vllm.core.kernels.cpu_runtime import operation
 from candle_vllm.core.kernels.cpu_runtime.compiler import compile_function
-from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Level, host_isa
+from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, Level, host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, embedding_arguments
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.packed_linear import cpu, layout
@@ -308,9 +309,46 @@ def test_a_tile_has_the_same_bits_in_any_matrix(lone_thread):
 def test_weights_larger_than_the_cache_are_taken_in_turns(lone_thread, monkeypatch):
     matrix, inputs = packed(PackedKind.Q4_K, 63, COLUMNS), activations(20, COLUMNS)
     whole = multiply(lone_thread, matrix, inputs)
-    monkeypatch.setattr(cpu, "_CACHED_BYTES", 1)
+    monkeypatch.setattr(cpu, "CACHED_BYTES", 1)
     make_anew(monkeypatch, layout, cpu, "turns")
     assert same_bits(multiply(lone_thread, matrix, inputs), whole)
+
+
+@pytest.mark.parametrize("prologue", [Prologue.SILU, Prologue.GELU_GATE], ids=lambda prologue: prologue.name)
+@pytest.mark.parametrize("kind", [PackedKind.Q4_1, PackedKind.Q4_K, PackedKind.Q8_0], ids=lambda kind: kind.name)
+def test_gated_products_are_quantised_where_they_are_made(kind, prologue, team, lone_thread):
+    width = 224
+    both, inputs = packed(kind, 2 * width, COLUMNS), activations(15, COLUMNS)
+    tiles = width // 16
+    gate, other = (PackedMatrix(width, COLUMNS, kind, both.data[at : at + tiles]) for at in (0, tiles))
+    sums = multiply(lone_thread, both, inputs)
+    for rows in (1, 2, 4, 5, 8, 15):
+        wanted = [np.zeros((rows, width), np.int8), *(np.zeros((rows, width // 32), np.float32) for _ in range(2))]
+        numbers = np.full(StepNumber.COUNT, rows, np.int64)
+        at = dict(zip(("q", "scales", "sums"), map(address_of, wanted)))
+        before = QuantiseArguments(x=address_of(sums), stride=2 * width, columns=width, **at)
+        run_row(lone_thread, quantise_operation(prologue), numbers, before)
+        found = [np.full_like(each, 77) for each in wanted]
+        xq, xs, xsum = inputs
+        arguments = layout.GatedArguments(
+            rows_from=StepNumber.TOKENS,
+            gate=address_of(gate.data),
+            other=address_of(other.data),
+            tile_bytes=gate.tile_bytes,
+            outputs=width,
+            length=gate.groups,
+            x=address_of(xq),
+            scales=address_of(xs),
+            sums=address_of(xsum),
+            ahead=0,
+            **dict(zip(("q", "q_scales", "q_sums"), map(address_of, found))),
+        )
+        for isa in sorted({host_isa(), host_isa() & Isa.AVX2, Isa.GENERIC}):
+            for each in found:
+                each[:] = 77
+            run_row(team, layout.gated_operation(kind, prologue, isa), numbers, arguments)
+            for one, true in zip(found, wanted):
+                assert np.array_equal(one, true)
 
 
 @pytest.mark.parametrize("kind", [PackedKind.Q4_1, PackedKind.Q6_K], ids=lambda kind: kind.name)

@@ -180,6 +180,8 @@ class Block:
 
 
 class Model:
+    narrows = False
+
     def __init__(self, variant: Variant, placement: Placement) -> None:
         self.config = ModelConfig(
             model_type="toy",

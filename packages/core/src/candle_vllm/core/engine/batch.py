@@ -208,6 +208,7 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
         adapters: which rows have which; None where none has one. The same object where a step goes on.
         embedded: rows of pictures; None where there are none.
         ahead: [T] how many positions behind its own each row sees; None where none sees any.
+        ends_alone: whether of its rows the drawn ones alone are asked for.
     """
 
     tokens: Ints
@@ -224,6 +225,7 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
     adapters: AdapterRows | None = None
     embedded: EmbeddedRows | None = None
     ahead: Ints | None = None
+    ends_alone: bool = False
 
     @property
     def token_ids(self) -> Ints:
@@ -281,12 +283,13 @@ class BatchBuilder:
         self._last: Batch | None = None  # the step before, if all of its sequences decoded
         self._moving = self._tables  # its positions and slots
 
-    def build(self, scheduled: Seq[Run], before: Seq[Run] = ()) -> Batch:
+    def build(self, scheduled: Seq[Run], before: Seq[Run] = (), *, ends_alone: bool = False) -> Batch:
         """Lays the scheduled tokens of all sequences behind each other.
 
         Args:
             scheduled: what runs, decoding sequences first.
             before: the sequences whose next token is not known yet, in the order in which the step before drew them.
+            ends_alone: as in `Batch`.
         """
         last = self._last
         if last is not None and _goes_on(scheduled, last, before):
@@ -322,6 +325,7 @@ class BatchBuilder:
             adapters=adapter_rows(scheduled, laid.query_start),
             embedded=embedded_rows(shown, laid.query_start),
             ahead=rows_ahead(shown, laid.query_start),
+            ends_alone=ends_alone and len(laid.drawn_rows) < total,
         )
         self._last = batch if decodes == count and size else None
         self._moving = tokens[1:3]

@@ -427,6 +427,7 @@ def _runner_on_cpu(
         if isinstance(loaded, LoadedHead):
             return RecordedHead(loaded.head, blocks, limits, team=team)
         sees: dict[str, Any] = {"images": loaded.tower is not None, "turning": turning}
+        sees["whole"] = isinstance(loaded.draft, LoadedHead)
         return RecordedRunner(loaded.decoder, blocks, limits, team=team, taps=taps, kinds=kinds, **sees)
 
 

@@ -281,7 +281,8 @@ class Engine:
         began = time.monotonic()
         before = self._flight.batch.drawing if self._flight is not None else ()
         try:
-            batch = self._batches.build(scheduled, before)
+            ends_alone = not scheduled.goes_on and not any(self._live[run.sequence].reads_rows for run in scheduled)
+            batch = self._batches.build(scheduled, before, ends_alone=ends_alone)
             if not batch.goes_on:
                 lives = cast("list[LiveSequence]", [self._live[item.sequence] for item in batch.drawing])
                 self._drawing = lives, [live.state for live in lives]

@@ -53,6 +53,11 @@ class Live(ABC):
         if self.first_scheduled_time is None:
             self.first_scheduled_time = now
 
+    @property
+    @abstractmethod
+    def reads_rows(self) -> bool:
+        """Whether `read_rows` may read any."""
+
     @abstractmethod
     def read_rows(self, run: Run, offset: int, runner: ModelRunner) -> None:
         """Reads what it wants of a step's rows beside a token, if anything, from the step that was launched last.
@@ -250,10 +255,15 @@ class LiveSequence(Live):
             accepted_predicted_tokens=found,
         )
 
+    @property
+    def reads_rows(self) -> bool:
+        """See `Live`."""
+        return self.request.params.prompt_logprobs is not None and not self.sequence.index
+
     def read_rows(self, run: Run, offset: int, runner: ModelRunner) -> None:
         """See `Live`: log-probabilities of the prompt, where they are asked for."""
         top = self.request.params.prompt_logprobs
-        if top is None or self.sequence.index:
+        if top is None or not self.reads_rows:
             return
         known = len(self.prompt_logprobs) - 1  # after a preemption the first positions are known already
         last = min(run.start + run.count, self.sequence.num_prompt_tokens - 1)

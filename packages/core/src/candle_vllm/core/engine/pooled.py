@@ -38,6 +38,11 @@ class PooledText(Live):
         sequence.max_length = sequence.num_prompt_tokens + 1
         self.pooler = Pooler(plan, sequence.num_prompt_tokens)
 
+    @property
+    def reads_rows(self) -> bool:
+        """See `Live`."""
+        return True
+
     def read_rows(self, run: Run, offset: int, runner: ModelRunner) -> None:
         """See `Live`."""
         wanted = self.pooler.wanted(run.start, run.start + run.count)

@@ -71,6 +71,7 @@ class RecordedRunner(StepwiseRunner):
         team: threads that are there, of whoever closes them: two teams would wait on the same CPUs.
         taps: `hidden_rows` are what goes into these layers; None for what the last norm gives.
         images: steps may have rows of pictures.
+        whole: `hidden_rows` may be asked for of any row of any step.
         kinds: how keys and values are stored.
         turning: the model's, where it turns tokens of pictures by three positions; it has room for those of a step.
 
@@ -88,6 +89,7 @@ class RecordedRunner(StepwiseRunner):
         taps: Sequence[int] | None = None,
         *,
         images: bool = False,
+        whole: bool = False,
         kinds: tuple[CacheKind, CacheKind] = PLAIN,
         turning: Rotary | None = None,
     ) -> None:
@@ -104,10 +106,13 @@ class RecordedRunner(StepwiseRunner):
         kept = None if taps is None else Taps(taps)
         step = StepInput(nothing, nothing, nothing, keys, values, taps=kept, given=self._looked_up)
         self._caches, self._decoder, self._step = (keys, values), decoder, step
+        self._narrows = not (whole or limits.ahead) and decoder.narrows
 
         def record_all() -> None:
             for adapted in (Adapted.NOT, Adapted.ADDED)[: 2 if limits.adapter_rank else 1]:
                 self._record(Recorder(limits, recorder.isa), adapted)
+            if self._narrows:
+                self._record(Recorder(limits, recorder.isa), Adapted.NOT, narrows=True)
 
         _compile_first(record_all, sampling.CODE, sampling.RARE_CODE)
         hidden, *ends = self._record(recorder, Adapted.NOT)
@@ -119,7 +124,7 @@ class RecordedRunner(StepwiseRunner):
         self._draw_drafted = RowDraw(recorder.logits, arrays.numbers, self.team)
         self._sampler = Sampler(_drawing(self), self._draw_rows.controls, self._draw_drafted.controls)
         self._plan = self._planned(hidden, *ends)  # of the last step
-        self._plans = {Adapted.NOT: self._plan}
+        self._plans = {(Adapted.NOT, False): self._plan}
         if limits.adapter_rank:
             self._plan_of(Adapted.ADDED)
         self._adapters: AdapterRows | None = None  # of the last step
@@ -128,12 +133,18 @@ class RecordedRunner(StepwiseRunner):
         # on, nothing of numpy is called: the weights have driven it out of the caches.
         self._rows, self._ids = np.empty(0, np.int64), memoryview(b"")
 
-    def _record(self, recorder: Recorder, adapted: Adapted) -> tuple[list[Recorded], int, int]:
-        """Records a plan: what the layers gave and what is kept of them, and where the head begins."""
+    def _record(
+        self, recorder: Recorder, adapted: Adapted, *, narrows: bool = False
+    ) -> tuple[list[Recorded], int, int]:
+        """Records a plan: what the layers gave and what is kept of them, and where the head begins.
+
+        One that `narrows` has, behind the last layer's keys and values, the rows alone whose logits are wanted.
+        """
         recorder.begin(adapted)
         if self._looked_up is not None:
             self._looked_up.recorder = recorder
-        hidden = self._layers(self._decoder, recorder, self._step)
+        last = self._decoder.config.num_layers - 1 if narrows else None
+        hidden = self._layers(self._decoder, recorder, dataclasses.replace(self._step, narrows=last))
         ends = len(recorder.plan), recorder.num_rows
         self._decoder.logits(hidden)
         kept = self._step.taps
@@ -176,7 +187,11 @@ class RecordedRunner(StepwiseRunner):
             return self._wanted
         self._lay_out(batch)
         self._adapters = batch.adapters
-        self._plan = plan = self._plan_of(_lay_out_adapters(self._recorder, batch.adapters))
+        narrows = self._narrows and batch.ends_alone and batch.adapters is None
+        self._plan = plan = self._plan_of(_lay_out_adapters(self._recorder, batch.adapters), narrows=narrows)
+        if narrows:
+            starts = np.searchsorted(batch.drawn_rows, batch.query_start)
+            self._arrays.wanted_start[: len(starts)] = starts
         rows, count = plan.of_runs if batch.drafted else plan.rows, plan.count + self._plan_draws
         if batch.embedded is not None:
             assert plan.embedding is not None
@@ -220,12 +235,13 @@ class RecordedRunner(StepwiseRunner):
         if self._owns_team:
             self.team.close()
 
-    def _plan_of(self, adapted: Adapted) -> _Plan:
-        """The plan of steps with adapters, recorded when it is first needed."""
-        if adapted not in self._plans:
-            hidden, *ends = self._record(self._recorder, adapted)
-            self._plans[adapted] = self._planned(hidden, *ends)
-        return self._plans[adapted]
+    def _plan_of(self, adapted: Adapted, *, narrows: bool = False) -> _Plan:
+        """The plan of steps with adapters or of those that narrow, recorded when it is first needed."""
+        which = adapted, narrows
+        if which not in self._plans:
+            hidden, *ends = self._record(self._recorder, adapted, narrows=narrows)
+            self._plans[which] = self._planned(hidden, *ends)
+        return self._plans[which]
 
     def _planned(self, values: list[Recorded], head_start: int, layer_rows: int) -> _Plan:
         """The plan that was recorded just now."""
@@ -272,7 +288,7 @@ class RecordedHead(RecordedRunner):
     ) -> None:
         self._given: tuple[NDArray[np.float32], ...] = ()  # rows that a step reads: the model's, and fused ones
         self._fusing = (0, 0)  # operations of the plan that fuse, and numbers of them
-        super().__init__(head, num_blocks, limits, isa, team)  # type: ignore[arg-type]
+        super().__init__(head, num_blocks, limits, isa, team, whole=True)  # type: ignore[arg-type]
 
     def _layers(self, decoder: Any, recorder: Recorder, step: StepInput) -> Recorded:
         """The plan begins with what makes fused hidden states of the model's."""

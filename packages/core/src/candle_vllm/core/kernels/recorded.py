@@ -148,9 +148,10 @@ class Recorded(ABC):
         softcap: float | None = None,
         sinks: NDArray[np.float32] | None = None,
         offset: NDArray[np.float32] | None = None,
+        narrows: bool = False,
     ) -> Recorded:
         """See `kernels/kv_write` and `kernels/attention`; this value is q, and `offset` [K * D] what keys may be taken
-        relative to."""
+        relative to. Where it `narrows`, the result has the rows alone whose successor is wanted."""
 
     @abstractmethod
     def attend_whole(

@@ -67,6 +67,8 @@ class StepInput:
         attend: what computes attention; see `kernels/attention`.
         taps: keeps what goes into some layers, where that is asked for.
         given: rows that stand for pictures; None where there are none.
+        narrows: the layer whose attention gives the rows alone whose successor is wanted, in a recorded step; None for
+            none.
     """
 
     positions: Value
@@ -78,6 +80,7 @@ class StepInput:
     attend: Callable[..., Value] = paged_attention
     taps: Taps | None = None
     given: GivenRows | None = None
+    narrows: int | None = None
 
 
 class PagedAttention:
@@ -142,7 +145,8 @@ class PagedAttention:
         if isinstance(q, Recorded):
             if self.rotary is not None:
                 q, k = self.rotary(self.rotary.scaled(q, step.positions), k, step.positions)
-            return q.attend(k, v, *caches, **scores, offset=self._common_key())
+            narrows = self.layer == step.narrows
+            return q.attend(k, v, *caches, **scores, offset=self._common_key(), narrows=narrows)
         tables = None if self.rotary is None else self.rotary.tables
         q = rotary_write(q, k, v, step.positions, tables, caches, step.slots, norms=norms, cache_scales=scales)
         if self.rotary is not None:

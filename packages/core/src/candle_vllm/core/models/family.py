@@ -23,7 +23,13 @@ from candle_vllm.core.vision.preprocessing import Cut, Rule, patch_rows, window_
 
 
 class Decoder(Protocol):
-    """What the engine needs of a model."""
+    """What the engine needs of a model.
+
+    Attributes:
+        narrows: see `DecoderStack`.
+    """
+
+    narrows: bool
 
     @property
     def config(self) -> ModelConfig:

@@ -170,6 +170,7 @@ class Llama(DecoderStack):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
         tied = config.tie_embeddings
         self.head = None if tied else Embedding(config.vocab_size, config.hidden_size, placement)
+        self.narrows = isinstance(self.layers[-1].mlp, GatedMLP)
 
 
 # ---- weight names ----------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ class DecoderStack:
         rotary: positions of the layers.
         layers: each takes x [T, E] as two summands, of which the second is None at first, and gives two.
         norm: behind the last layer.
+        narrows: whether what follows the last layer's attention may have the rows alone whose successor is wanted.
     """
 
     embed: Embedding
@@ -27,6 +28,7 @@ class DecoderStack:
     layers: Sequence[Callable[[Value, Value | None, StepInput], tuple[Value, Value]]]
     norm: RMSNorm | LayerNorm
     head: Embedding | None
+    narrows: bool = False
 
     def prepare(self, positions: int) -> None:
         """See `Decoder.prepare`."""

@@ -60,9 +60,9 @@ def _turns(x: list[int], y: list[int], step: int) -> list[int]:
     return [x[0], y[0], x[1], y[1]] if step == 1 else [*x, *y]
 
 
-def _emit_groups(e: Emitter, groups: list[list[Any]], q: Any, scales: Any, sums: Any) -> None:
-    """Quantises one group or four, of two vectors of floats each; stores bytes, scales and scaled sums."""
-    b, count = e.b, len(groups)
+def emit_quantised(e: Emitter, groups: list[list[Any]]) -> tuple[list[list[Any]], Any, Any]:
+    """Quantises one group or four, of two vectors of floats each: their bytes, and <4> scales and scaled sums."""
+    b = e.b
 
     def larger(x: Any, y: Any) -> Any:
         return b.select(b.fcmp_ordered(">", x, y), x, y)
@@ -71,19 +71,26 @@ def _emit_groups(e: Emitter, groups: list[list[Any]], q: Any, scales: Any, sums:
     s = b.fdiv(_fold(e, largest, larger), e.constant(F32, 127.0, 4))
     some = b.fcmp_ordered(">", s, e.zeros(F32, 4))
     inverse = b.select(some, b.fdiv(e.constant(F32, 1.0, 4), s), e.zeros(F32, 4))
-    totals = []
+    totals, numbers = [], []
     for index, halves in enumerate(groups):
         factor = b.shuffle_vector(inverse, inverse, ir.Constant(vector(I32), [index] * LANES))
         # Adding the shifter rounds to nearest even and leaves the number in the low bits.
         rounded = [b.fadd(b.fmul(half, factor), e.constant(F32, SHIFTER)) for half in halves]
         whole = [b.bitcast(half, vector(I32)) for half in rounded]
-        for part, numbers in enumerate(whole):
-            e.store(q, b.trunc(numbers, vector(I8)), GROUP * index + LANES * part)
+        numbers.append([b.trunc(half, vector(I8)) for half in whole])
         totals.append(b.add(*whole))
     total = b.sub(_fold(e, totals, b.add), e.constant(I32, GROUP * _SHIFTER_BITS & 0xFFFFFFFF, 4))
-    total = b.fmul(s, b.sitofp(total, vector(F32, 4)))
-    for address, value in ((scales, s), (sums, total)):
-        e.store(address, value if count == 4 else b.extract_element(value, ir.Constant(I32, 0)))
+    return numbers, s, b.fmul(s, b.sitofp(total, vector(F32, 4)))
+
+
+def _emit_groups(e: Emitter, groups: list[list[Any]], q: Any, scales: Any, sums: Any) -> None:
+    """The same of neighbours; stores bytes, scales and scaled sums."""
+    numbers, *floats = emit_quantised(e, groups)
+    for index, halves in enumerate(numbers):
+        for part, half in enumerate(halves):
+            e.store(q, half, GROUP * index + LANES * part)
+    for address, value in zip((scales, sums), floats):
+        e.store(address, value if len(groups) == 4 else e.b.extract_element(value, ir.Constant(I32, 0)))
 
 
 def _groups_code(e: Emitter, args: Any, halves_of: Callable[[Any], list[Any]]) -> None:
@@ -126,6 +133,13 @@ _ACTIVATIONS = MappingProxyType(
 )
 
 
+def emit_gated(e: Emitter, prologue: Prologue, gate: Any, other: Any) -> Any:
+    """16 gated numbers."""
+    if prologue is Prologue.SWIGLU_OAI:
+        return emit_swiglu_oai(e, gate, other)
+    return e.b.fmul(_ACTIVATIONS[prologue](e, gate), other)
+
+
 def prologue_halves(
     e: Emitter,
     prologue: Prologue,
@@ -160,12 +174,9 @@ def prologue_halves(
             e.fma(b.fmul(b.fsub(value, centre), factor), weight, shift)
             for value, weight, shift in zip(*(_two(e, at, group) for at in (x, other, bias)))
         ]
-    if prologue is Prologue.SWIGLU_OAI:
-        return lambda group: [emit_swiglu_oai(e, g, up) for g, up in zip(_two(e, x, group), _two(e, other, group))]
-    act = _ACTIVATIONS[prologue]
     if prologue.gated:
-        return lambda group: [b.fmul(act(e, g), up) for g, up in zip(_two(e, x, group), _two(e, other, group))]
-    return lambda group: [act(e, value) for value in _two(e, x, group)]
+        return lambda group: [emit_gated(e, prologue, g, up) for g, up in zip(_two(e, x, group), _two(e, other, group))]
+    return lambda group: [_ACTIVATIONS[prologue](e, value) for value in _two(e, x, group)]
 
 
 @intrinsic(prefer_literal=True)

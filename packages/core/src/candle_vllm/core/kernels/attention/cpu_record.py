@@ -27,6 +27,7 @@ class Scores:
 
     Attributes:
         offset: [K * D], what quantised keys are taken relative to.
+        narrows: only the rows whose logits are wanted attend.
     """
 
     scale: float
@@ -34,6 +35,7 @@ class Scores:
     softcap: float | None
     sinks: NDArray[np.float32] | None
     offset: NDArray[np.float32] | None = None
+    narrows: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +72,17 @@ def record_attention(
         caches: of keys and of values, as `cpu_cache.py` says.
         scores: what becomes of them.
         tables: cos and sin [P, R/2]; None rotates nothing.
-        out: address of the result, float32 [T, H, D].
+        out: address of the result, float32 [T, H, D]; one row behind the other where not all attend.
     """
     queries = recorder.memory(qkv.heads * qkv.head_dim, np.int16)
     _record_write(recorder, qkv, caches, scores, tables, address_of(queries))
     arrays, limits, dim = recorder.arrays, recorder.limits, qkv.head_dim
+    query_start = arrays.query_start
+    if scores.narrows:
+        every, query_start = queries, arrays.wanted_start
+        queries = recorder.memory(qkv.heads * dim, np.int16)
+        words = qkv.heads * dim // 2
+        recorder.pick_rows((address_of(every), words), words, (address_of(queries), words))
     keys, values = kinds_of(caches, dim, limits.block_size)
     size = scratch_bytes(
         max_tokens=limits.tokens,
@@ -89,7 +97,7 @@ def record_attention(
         out=out,
         key_cache=address_of(caches[0]),
         value_cache=address_of(caches[1]),
-        query_start=address_of(arrays.query_start),
+        query_start=address_of(query_start),
         context_lens=address_of(arrays.context_lens),
         block_tables=address_of(arrays.block_tables),
         table_stride=limits.table_width,

@@ -15,6 +15,7 @@ import numpy as np
 from candle_vllm.core.kernels.activation_quant import GROUP, Groups, Prologue, QuantiseArguments, quantise_operation
 from candle_vllm.core.kernels.activation_rows import InputForm, RowForm, RowsArguments, row_elements, rows_operation
 from candle_vllm.core.kernels.column_order import OrderArguments, order_operation
+from candle_vllm.core.kernels.cpu_runtime.level import bytes_ahead
 from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments, StepNumber, address_of, embedding_arguments
 from candle_vllm.core.kernels.packed_linear import layout as packed
 from candle_vllm.core.kernels.plain_linear import layout as plain
@@ -143,6 +144,41 @@ def linear_call(recorder: Recorder, matrix: Matrix, inputs: Inputs, **how: Any) 
     kernels = _KERNELS[type(matrix)]
     arguments = kernels.linear_arguments(matrix, **inputs.arguments, **how)
     return kernels.linear_operation(matrix.kind, recorder.isa), arguments
+
+
+def gate_products(
+    recorder: Recorder,
+    factors: Sequence[tuple[Matrix, Inputs]],
+    prologue: Prologue,
+    rows_from: StepNumber,
+) -> Inputs | None:
+    """Records two products of one input, gated, in groups; None where no operation does all of it."""
+    if len(factors) != 2:
+        return None
+    (gate, inputs), (other, same) = factors
+    if not isinstance(gate, packed.PackedMatrix) or not isinstance(other, packed.PackedMatrix) or inputs is not same:
+        return None
+    if (gate.kind, gate.rows) != (other.kind, other.rows) or gate.rows % GROUP:
+        return None
+    recorder.keep_matrix(gate)
+    recorder.keep_matrix(other)
+    q = recorder.memory(gate.rows, np.int8)
+    scales, sums = (recorder.memory(gate.rows // GROUP) for _ in range(2))
+    arguments = packed.GatedArguments(
+        rows_from=rows_from,
+        gate=address_of(gate.data),
+        other=address_of(other.data),
+        tile_bytes=gate.tile_bytes,
+        outputs=gate.rows,
+        length=gate.groups,
+        **inputs.arguments,
+        ahead=bytes_ahead(),
+        q=address_of(q),
+        q_scales=address_of(scales),
+        q_sums=address_of(sums),
+    )
+    recorder.add(packed.gated_operation(gate.kind, prologue, recorder.isa), arguments)
+    return Inputs({"x": address_of(q), "scales": address_of(scales), "sums": address_of(sums)}, (q, scales, sums))
 
 
 def read_rows(recorder: Recorder, matrix: Matrix, *, token_ids: int, out: int, out_stride: int) -> None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.lora import NumberType
+from candle_vllm.core.kernels.side_by_side import CopyArguments, copy_operation
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.recorded import Matrix
@@ -63,6 +64,7 @@ class StepArrays:
     """The numbers of a step, at fixed addresses, which are filled before each run.
 
     Attributes:
+        wanted_start: where the logit rows of each sequence begin among all of them, and where the last one's end.
         moved_on: they are those of a step that runs the tokens which the last run drew, one of each of its sequences.
         turns: [tokens] how far behind its position's row that of a token is in rotary tables; None where no plan looks.
     """
@@ -76,6 +78,7 @@ class StepArrays:
         self.block_tables = np.zeros((limits.sequences, limits.table_width), np.int64)
         self.logit_rows = np.zeros(limits.logit_rows, np.int64)
         self.ahead = np.zeros(limits.tokens if limits.ahead else 0, np.int64)
+        self.wanted_start = np.zeros(limits.sequences + 1, np.int64)
         self.moved_on = False
         self.turns = np.zeros(limits.tokens, np.int64) if limits.turned else None
 
@@ -145,6 +148,16 @@ class Recorder:
         self.plan += plan_row(operation, numbers, arguments, barrier=barrier, inner=within)
         self.ends.append(len(self.plan))
         self.num_rows += 1
+
+    def pick_rows(self, rows: tuple[int, int], width: int, to: tuple[int, int]) -> None:
+        """Appends the copying of those rows whose logits are wanted, of `width` words.
+
+        Args:
+            rows, width: address of all, and words from one to the next.
+            to: the same of where they go, one behind the other.
+        """
+        picked, rows_from = address_of(self.arrays.logit_rows), StepNumber.LOGIT_ROWS
+        self.add(copy_operation(), CopyArguments(*rows, width, *to, picked=picked, rows_from=rows_from))
 
     def keep(self, numbers: NDArray[np.float32]) -> int:
         """Address of float32 numbers that must live as long as the plan."""

@@ -95,6 +95,9 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{name}_linear.cpu:make_linear", (kind, isa)
             if name != "scaled":
                 yield f"{name}_linear.cpu:make_embedding", (kind,)
+    for kind in common:
+        for prologue in (Prologue.SILU, Prologue.GELU_GATE):
+            yield "packed_linear.cpu_gated:make_gated", (kind, prologue, isa)
     for name in TYPES:
         yield "weight_quant.cpu:make_quantise", (GGMLQuantizationType[name],)
 

@@ -18,10 +18,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.kernels.activation_quant import Prologue
+from candle_vllm.core.kernels.activation_quant import Groups, Prologue
 from candle_vllm.core.kernels.activation_rows import InputForm
 from candle_vllm.core.kernels.attention.cpu_record import FusedHeads, Scores, record_attention
-from candle_vllm.core.kernels.cpu_runtime.matrices import InputRows, Inputs, linear_call, make_forms, read_rows
+from candle_vllm.core.kernels.cpu_runtime.matrices import (
+    InputRows,
+    Inputs,
+    gate_products,
+    linear_call,
+    make_forms,
+    read_rows,
+)
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
 from candle_vllm.core.kernels.cpu_runtime.recorder import Adapted, Buffer, Recorder, aligned, row_stride
 from candle_vllm.core.kernels.embedding import AddArguments, add_operation
@@ -74,10 +81,21 @@ class _Tokens(RecordedTokens):
 
 
 class _Value(Recorded):
-    """Columns of a buffer; with `head_dim` they are heads."""
+    """Columns of a buffer; with `head_dim` they are heads.
+
+    Attributes:
+        rows_from: which of the step's numbers is its number of rows. With LOGIT_ROWS it has those alone whose logits
+            are wanted, one behind the other.
+    """
 
     def __init__(
-        self, recorder: Recorder, buffer: Buffer, column: int, width: int, head_dim: int | None = None
+        self,
+        recorder: Recorder,
+        buffer: Buffer,
+        column: int,
+        width: int,
+        head_dim: int | None = None,
+        rows_from: StepNumber = StepNumber.TOKENS,
     ) -> None:
         self.recorder = recorder
         self._buffer = buffer
@@ -85,7 +103,7 @@ class _Value(Recorded):
         self.column = column
         self.width = width
         self.head_dim = head_dim
-        self.rows_from = StepNumber.TOKENS
+        self.rows_from = rows_from
 
     @property
     def buffer(self) -> Buffer:
@@ -102,26 +120,39 @@ class _Value(Recorded):
         assert dim == -1
         assert sum(sizes) == self.width
         ends = np.cumsum(sizes).tolist()
-        return [_Value(self.recorder, self.buffer, self.column + end - size, size) for end, size in zip(ends, sizes)]
+        return [self._part(end - size, size) for end, size in zip(ends, sizes)]
 
     def unflatten(self, dim: int, sizes: Sequence[int]) -> Recorded:
         assert dim == -1
         assert sizes[0] == -1
-        return _Value(self.recorder, self.buffer, self.column, self.width, sizes[1])
+        return self._part(0, self.width, sizes[1])
 
     def flatten(self, start: int) -> Recorded:
         assert start == 1
-        return _Value(self.recorder, self.buffer, self.column, self.width)
+        return self._part(0, self.width)
+
+    def _part(self, first: int, width: int, head_dim: int | None = None) -> _Value:
+        return _Value(self.recorder, self.buffer, self.column + first, width, head_dim, self.rows_from)
 
     def __add__(self, other: Recorded) -> Recorded:
         assert isinstance(other, (_Pending, _Prepared)), "only what is not made yet can be added to a value"
         assert (self.column, self.width) == (0, self.buffer.width)
+        target = self.buffer
+        if self.rows_from is not other.rows_from:
+            target = self._wanted_rows()
         if isinstance(other, _Pending):
-            other.emit(self.buffer, accumulate=True)
+            other.emit(target, accumulate=True)
         else:
-            other.onto(self.buffer)
-        self.buffer.version += 1
-        return _Value(self.recorder, self._buffer, 0, self.width)
+            other.onto(target)
+        target.version += 1
+        return _Value(self.recorder, target, 0, self.width, rows_from=other.rows_from)
+
+    def _wanted_rows(self) -> Buffer:
+        """A copy of the rows whose logits are wanted."""
+        assert self.rows_from is StepNumber.TOKENS
+        made = self.recorder.buffer(self.width)
+        self.recorder.pick_rows((self.address, self.buffer.stride), self.width, (address_of(made.array), made.stride))
+        return made
 
     def beside(self, *others: Recorded) -> Recorded:
         parts = [part for part in (self, *others) if isinstance(part, _Value)]
@@ -194,6 +225,7 @@ class _Value(Recorded):
         return _Prepared(self, Prologue.NONE, self.width).linear(matrices, bias, place)
 
     def route(self, routing: Routing) -> Pairs:
+        assert self.rows_from is StepNumber.TOKENS
         return record_route(self.recorder, (self.address, self.buffer.stride), self.width, routing)
 
     def expert_linear(
@@ -218,10 +250,11 @@ class _Value(Recorded):
         softcap: float | None = None,
         sinks: NDArray[np.float32] | None = None,
         offset: NDArray[np.float32] | None = None,
+        narrows: bool = False,
     ) -> Recorded:
         assert isinstance(k, _Value)
         assert isinstance(v, _Value)
-        scores = Scores(scale, window, softcap, sinks, offset)
+        scores = Scores(scale, window, softcap, sinks, offset, narrows)
         return _attend(self, k, v, (key_cache, value_cache), scores, None)
 
     def attend_whole(
@@ -269,9 +302,8 @@ class _Wrapper(_Value):
     """A value that is computed together with what uses it; `source` is what it is computed from."""
 
     def __init__(self, source: _Value, width: int) -> None:
-        super().__init__(source.recorder, source.buffer, source.column, width, source.head_dim)
+        super().__init__(source.recorder, source.buffer, source.column, width, source.head_dim, source.rows_from)
         self.source = source
-        self.rows_from = source.rows_from
 
 
 class _Prepared(_Wrapper):
@@ -355,7 +387,8 @@ class _Prepared(_Wrapper):
 
     def wanted(self) -> Recorded:
         picked = _Prepared(self.source, self._prologue, self.width, self._weight, self._eps)
-        picked._picked, picked.rows_from = address_of(self.recorder.arrays.logit_rows), StepNumber.LOGIT_ROWS
+        if self.rows_from is StepNumber.TOKENS:
+            picked._picked, picked.rows_from = address_of(self.recorder.arrays.logit_rows), StepNumber.LOGIT_ROWS
         return picked
 
     def rows(self, wanted: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -397,6 +430,7 @@ class _Pending(_Value):
     def __add__(self, other: Recorded) -> Recorded:
         if self._made or not isinstance(other, _Pending):
             return super().__add__(other)
+        assert self.rows_from is other.rows_from
         self._added.append(other)
         return self
 
@@ -474,6 +508,16 @@ class _Product(_Pending):
             recorder.add(scale_cap_operation(cap is not None), row)
         return self
 
+    def silu_mul(self) -> Recorded:
+        return self._gated(Prologue.SILU)
+
+    def gelu_tanh_mul(self) -> Recorded:
+        return self._gated(Prologue.GELU_GATE)
+
+    def _gated(self, prologue: Prologue) -> Recorded:
+        alone = not (self._made or self._added) and self._bias is None and self._joins is None
+        return _Gated(self, self._factors if alone else (), prologue)
+
     def _record(self, target: Buffer, accumulate: bool) -> None:
         bias = 0 if self._bias is None else self.recorder.keep(self._bias)
         recorder, joins, column = self.recorder, self._joins, 0
@@ -503,6 +547,34 @@ class _Product(_Pending):
             column += matrix.rows
         if joins is not None and apart and self.rows_from is StepNumber.LOGIT_ROWS:
             joins.replace(target, own, **later)
+
+
+class _Gated(_Value):
+    """A product that is gated, which need not be made itself where one operation does both."""
+
+    def __init__(self, product: _Product, factors: Sequence[tuple[Matrix, Inputs]], prologue: Prologue) -> None:
+        buffer = Buffer(np.empty(0, np.float32), product.width // 2, 0)
+        super().__init__(product.recorder, buffer, 0, product.width // 2, rows_from=product.rows_from)
+        self._product, self._factors, self._prologue = product, factors, prologue
+        self._groups: Inputs | None = None
+        self._prepared: _Prepared | None = None
+
+    @property
+    def buffer(self) -> Buffer:
+        raise AssertionError("a gated product is for matrices alone")
+
+    def linear(
+        self, matrices: Sequence[Matrix], bias: NDArray[np.float32] | None, place: Place | None = None
+    ) -> Recorded:
+        forms = {matrix.input_form for matrix in matrices}
+        if self._prepared is None and forms == {Groups()} and (place is None or not self.recorder.adapted):
+            if self._groups is None:
+                self._groups = gate_products(self.recorder, self._factors, self._prologue, self.rows_from)
+            if (groups := self._groups) is not None:
+                return _Product(self.recorder, [(matrix, groups) for matrix in matrices], bias, self.rows_from)
+        if self._prepared is None:
+            self._prepared = _Prepared(self._product, self._prologue, self.width)
+        return self._prepared.linear(matrices, bias, place)
 
 
 class _PairRows(RecordedRows):
@@ -585,10 +657,11 @@ class _Rotated(_Wrapper):
         softcap: float | None = None,
         sinks: NDArray[np.float32] | None = None,
         offset: NDArray[np.float32] | None = None,
+        narrows: bool = False,
     ) -> Recorded:
         assert isinstance(k, _Rotated)
         assert isinstance(v, _Value)
-        scores = Scores(scale, window, softcap, sinks, offset)
+        scores = Scores(scale, window, softcap, sinks, offset, narrows)
         return _attend(self.source, k.source, v, (key_cache, value_cache), scores, self.tables)
 
 
@@ -614,4 +687,5 @@ def _attend(
     )
     out = Buffer(recorder.memory(q.width), q.width, q.width)
     record_attention(recorder, heads, caches, scores, tables, address_of(out.array))
-    return _Value(recorder, out, 0, q.width, dim)
+    rows_from = StepNumber.LOGIT_ROWS if scores.narrows else StepNumber.TOKENS
+    return _Value(recorder, out, 0, q.width, dim, rows_from)

@@ -50,7 +50,7 @@ from candle_vllm.core.kernels.packed_linear.layout import (
     TileLayout,
 )
 
-_CACHED_BYTES = 384 << 10
+CACHED_BYTES = 384 << 10
 """Weights that one thread goes through again for every block of rows: they stay in its second-level cache."""
 
 
@@ -234,7 +234,7 @@ def _panel_sums(layout: AnyLayout) -> int:
     return 1 if layout.width == GROUP or layout.paired else 2
 
 
-def _record_bytes(layout: AnyLayout, block: int) -> int:
+def record_bytes(layout: AnyLayout, block: int) -> int:
     """Bytes of one group of a panel of `block` rows: the int8 numbers, xs, and one or two sums of each row."""
     return block * (GROUP + 4 + 4 * _panel_sums(layout))
 
@@ -261,7 +261,7 @@ def _sums(e: Emitter, x: Any, layout: AnyLayout, isa: Isa) -> list[Any]:
 
 
 @intrinsic(prefer_literal=True)
-def _fill_row(
+def fill_row(
     _: Any, kind: Any, block: Any, isa: Any, panel: Any, row: Any, xq: Any, xs: Any, xsum: Any, groups: Any
 ) -> Any:
     """Copies one row of activations into a panel of `block` rows."""
@@ -278,7 +278,7 @@ def _fill_row(
         of_float = b.add(at_panel, b.mul(at_row, e.int64(4)))
 
         def body(group: Any, state: list[Any]) -> list[Any]:
-            record, four = b.mul(group, e.int64(_record_bytes(layout, count))), b.mul(group, e.int64(4))
+            record, four = b.mul(group, e.int64(record_bytes(layout, count))), b.mul(group, e.int64(4))
             x = e.load(b.add(at_xq, b.mul(group, e.int64(GROUP))), vector(I8, GROUP))
             for at, part in enumerate(e.parts(x, 4) if paired else [x]):
                 e.store(b.add(of_row, record), part, 16 * at)
@@ -364,7 +364,7 @@ def _add_paired(
 
 
 @intrinsic(prefer_literal=True)
-def _multiply(
+def multiply(
     _: Any, kind: Any, block: Any, isa: Any, weights: Any, panel: Any, out: Any, groups: Any, ahead: Any
 ) -> Any:
     """A tile times a panel of `block` rows: float32 [block, 16] at `out`."""
@@ -381,7 +381,7 @@ def _multiply(
                 for line in range(0, bytes_each, 64):
                     e.prefetch(coming, line)
             place = _block_of(e, at_weights, group, layout)
-            record = b.add(at_panel, b.mul(group, e.int64(_record_bytes(layout, count))))
+            record = b.add(at_panel, b.mul(group, e.int64(record_bytes(layout, count))))
             return _add_group(e, layout, features, Inputs(e, features, count, record), rows, place, totals)
 
         most = rows_at_once(features)
@@ -400,7 +400,7 @@ def _multiply(
 
 def make_linear(KIND: int, ISA: int) -> Any:
     """The linear operation."""
-    TILE_BLOCK, PANEL_GROUP = _CACHED_BYTES, _record_bytes(LAYOUTS[PackedKind(KIND)], 8)  # panel bytes of a group
+    TILE_BLOCK, PANEL_GROUP = CACHED_BYTES, record_bytes(LAYOUTS[PackedKind(KIND)], 8)  # panel bytes of a group
 
     def packed_linear(entry: Any, thread: int, threads: int) -> None:
         given = read(LinearArguments, entry)
@@ -428,19 +428,19 @@ def make_linear(KIND: int, ISA: int) -> Any:
                     at_xq = given.x + source * groups * 32
                     at_xs, at_xsum = given.scales + source * groups * 4, given.sums + source * groups * 4
                     if block == 8:
-                        _fill_row(KIND, 8, ISA, panel, index, at_xq, at_xs, at_xsum, groups)
+                        fill_row(KIND, 8, ISA, panel, index, at_xq, at_xs, at_xsum, groups)
                     elif block == 4:
-                        _fill_row(KIND, 4, ISA, panel, index, at_xq, at_xs, at_xsum, groups)
+                        fill_row(KIND, 4, ISA, panel, index, at_xq, at_xs, at_xsum, groups)
                     else:
-                        _fill_row(KIND, 1, ISA, panel, index, at_xq, at_xs, at_xsum, groups)
+                        fill_row(KIND, 1, ISA, panel, index, at_xq, at_xs, at_xsum, groups)
                 target = given.out + row * given.row_bytes
                 for tile in range(begin, end):
                     if block == 8:
-                        _multiply(KIND, 8, ISA, weights + tile * tile_bytes, panel, sums, groups, ahead)
+                        multiply(KIND, 8, ISA, weights + tile * tile_bytes, panel, sums, groups, ahead)
                     elif block == 4:
-                        _multiply(KIND, 4, ISA, weights + tile * tile_bytes, panel, sums, groups, ahead)
+                        multiply(KIND, 4, ISA, weights + tile * tile_bytes, panel, sums, groups, ahead)
                     else:
-                        _multiply(KIND, 1, ISA, weights + tile * tile_bytes, panel, sums, groups, ahead)
+                        multiply(KIND, 1, ISA, weights + tile * tile_bytes, panel, sums, groups, ahead)
                     lanes = min(columns - tile * 16, 16)
                     at_bias = given.bias + tile * 64 if given.bias else 0
                     write_tile(sums, count, lanes, target + tile * 64, given.row_bytes, at_bias, given.accumulate)

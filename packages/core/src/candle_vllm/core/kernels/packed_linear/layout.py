@@ -37,12 +37,12 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.kernels.activation_quant import Groups
+from candle_vllm.core.kernels.activation_quant import Groups, Prologue
 from candle_vllm.core.kernels.cpu_runtime import operation
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments
@@ -248,6 +248,39 @@ class PackedMatrix:
 def linear_operation(kind: PackedKind, isa: Isa) -> int:
     """Address of the compiled linear operation of a kind."""
     return operation.operation("packed_linear.cpu:make_linear", kind, isa)
+
+
+class GatedArguments(NamedTuple):
+    """The arguments of an operation that gates one product with another and quantises what comes of it.
+
+    Attributes:
+        rows_from: which of the step's numbers is T.
+        gate, other: addresses of the tiles of two matrices of one kind and shape.
+        tile_bytes: from one tile to the next.
+        outputs: N of each, a multiple of 32.
+        length: groups of 32 columns.
+        x, scales, sums, ahead: as in `LinearArguments`.
+        q, q_scales, q_sums: addresses of the results: int8 [T, N], and float32 [T, N / 32] twice.
+    """
+
+    rows_from: int
+    gate: int
+    other: int
+    tile_bytes: int
+    outputs: int
+    length: int
+    x: int
+    scales: int
+    sums: int
+    ahead: int
+    q: int
+    q_scales: int
+    q_sums: int
+
+
+def gated_operation(kind: PackedKind, prologue: Prologue, isa: Isa) -> int:
+    """Address of the compiled operation of a kind."""
+    return operation.operation("packed_linear.cpu_gated:make_gated", kind, prologue, isa)
 
 
 def linear_arguments(matrix: PackedMatrix, **given: Any) -> LinearArguments:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from candle_vllm.core.kernels.cpu_runtime.operation import operation
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, operation
 from candle_vllm.core.kernels.recorded import Recorded, Value
 
 
@@ -27,6 +27,8 @@ class CopyArguments(NamedTuple):
     Attributes:
         x: address of float32 rows [T, columns], `stride` floats apart.
         target: address of the rows that they are copied to, `target_stride` floats apart.
+        picked: address of int64 row numbers, of which x is copied; 0 takes rows 0, 1, 2, ...
+        rows_from: which of the step's numbers is T.
     """
 
     x: int
@@ -34,6 +36,8 @@ class CopyArguments(NamedTuple):
     columns: int
     target: int
     target_stride: int
+    picked: int = 0
+    rows_from: int = StepNumber.TOKENS
 
 
 def copy_operation() -> int:
