@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,18 @@ def test_a_mark_without_a_picture_is_a_token(shared: InferenceEngine) -> None:
     assert shared.generate("<image>", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
     with pytest.raises(InvalidParameterError, match="text alone is read"):
         shared.embed({"prompt": "<image>", "multi_modal_data": {"image": PICTURES[0]}}, use_tqdm=False)
+
+
+def test_without_pillow_a_model_reads_text_alone_and_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("PIL", "PIL.Image"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with caplog.at_level("WARNING"), InferenceEngine(folder) as engine:
+        assert engine.generate("ab", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+        with pytest.raises(InvalidParameterError, match="text alone is read"):
+            engine.generate(PROMPT, GREEDY, use_tqdm=False)
+    assert "reads text alone: pictures need Pillow" in caplog.text
 
 
 def changed(folder: Path, tmp_path: Path, **config: Any) -> Path:

@@ -66,28 +66,29 @@ def load_tower(
         text: how that computes: a tower is recorded only beside recorded steps, whose threads it has.
 
     Raises:
-        ConfigError: Pillow is not installed.
+        ConfigError: there is an `mmproj`, and Pillow is not installed, or the model is on a GPU. Without one the model
+            reads text alone then, and a warning says so.
         ModelLoadError: its files cannot be used.
     """
     if config.mmproj is not None and opened.files.format != "gguf":
         raise ConfigError("mmproj belongs to a GGUF model: a folder has what the model sees by in it", "mmproj")
-    if not config.max_images:
+    if not config.max_images or (config.mmproj is None and opened.tower is None):
+        return None
+    try:
+        if device.type != "cpu":
+            raise ConfigError("images are for the CPU so far: set device='cpu', or leave mmproj out", "mmproj")
+        require_pillow()
+    except ConfigError as error:
+        if config.mmproj is not None:
+            raise
+        logger.warning("%s reads text alone: %s", opened.files.name, error)
         return None
     with contextlib.ExitStack() as stack:
         if config.mmproj is not None:
             found = _from_gguf(stack.enter_context(open_gguf(config.mmproj)), text_size)
         else:
             found = _from_folder(opened, text_size)
-        if found is None:
-            return None
-        if device.type != "cpu":
-            said = "images are for the CPU so far"
-            if config.mmproj is not None:
-                raise ConfigError(f"mmproj: {said}: set device='cpu', or leave it out", "mmproj")
-            logger.warning("%s: %s, and the model reads text alone", opened.files.name, said)
-            return None
-        require_pillow()
-        return _loaded(config, text, opened.files.name, tokenizer, *found)
+        return None if found is None else _loaded(config, text, opened.files.name, tokenizer, *found)
 
 
 def _from_folder(opened: Opened, text_size: int) -> _Found | None:

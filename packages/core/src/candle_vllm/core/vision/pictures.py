@@ -75,7 +75,7 @@ def require_pillow() -> None:
     try:
         import PIL.Image  # noqa: F401
     except ImportError:
-        said = f"pictures need Pillow: {with_extra('vision')}; for texts alone load the model with max_images=0"
+        said = f"pictures need Pillow: {with_extra('vision')}"
         raise ConfigError(said, "max_images") from None
 
 
