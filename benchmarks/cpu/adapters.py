@@ -56,7 +56,12 @@ class Bench:
 
     def __init__(self, model: str, streams: int, threads: int | None) -> None:
         self.config = EngineConfig(
-            model=model, enable_lora=True, max_num_seqs=max(64, streams), enable_prefix_caching=False, threads=threads
+            model=model,
+            enable_lora=True,
+            max_num_seqs=max(64, streams),
+            enable_prefix_caching=False,
+            threads=threads,
+            speculative_config={"method": "none"},  # a step is of one token of each stream
         )
         self.loaded = load_model(self.config, CPU, lambda *_: None)
         self.engine: Engine = build_engine(self.config, self.loaded)

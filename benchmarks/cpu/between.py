@@ -112,7 +112,12 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", choices=sorted(KINDS), default=["greedy", "sampled"])
     options = parser.parse_args()
     model = str(options.model or demo_model())
-    with InferenceEngine(model, enable_prefix_caching=False, max_num_seqs=max(64, *options.batches)) as front:
+    with InferenceEngine(
+        model,
+        enable_prefix_caching=False,
+        max_num_seqs=max(64, *options.batches),
+        speculative_config={"method": "none"},
+    ) as front:
         engine: Any = front._engine
         clocks = clocks_of(engine)
         for batch in options.batches:

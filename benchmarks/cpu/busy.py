@@ -98,7 +98,9 @@ def serve(model: str, threads: int | None) -> None:
     from candle_vllm.core import InferenceEngine, SamplingParams
 
     numbers = random.Random(0)  # noqa: S311 - the same prompts in every run
-    with InferenceEngine(model, enable_prefix_caching=False, threads=threads, max_num_seqs=64) as engine:
+    with InferenceEngine(
+        model, enable_prefix_caching=False, threads=threads, max_num_seqs=64, speculative_config={"method": "none"}
+    ) as engine:
         for line in sys.stdin:
             streams, prompt, output = json.loads(line)
             vocabulary = engine.model_info.vocab_size

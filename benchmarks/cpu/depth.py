@@ -71,7 +71,13 @@ def step_times(engine: InferenceEngine, point: Point, steps: int, numbers: rando
 def measure(model: str, points: list[Point], steps: int, repeat: int) -> Times:
     """Median time of a step at each point that the model's context has room for."""
     seqs = max(64, *(point.streams for point in points))
-    with InferenceEngine(model, enable_prefix_caching=False, max_num_seqs=seqs, max_queued_requests=1024) as engine:
+    with InferenceEngine(
+        model,
+        enable_prefix_caching=False,
+        max_num_seqs=seqs,
+        max_queued_requests=1024,
+        speculative_config={"method": "none"},
+    ) as engine:
         longest = engine.model_info.max_model_len
         for point in points:
             if point.depth > longest:
