@@ -58,7 +58,8 @@ def test_a_family_comes_back_as_it_was(name: str, tmp_path: Path, words: Path) -
 
 
 def test_every_family_has_its_row() -> None:
-    assert {family.hf[name] for name, family in HF_FAMILIES.items()} == set(ARCHITECTURES)
+    told_by_rope = {"qwen2_vl"}  # a Qwen2 whose tokens have three positions
+    assert {family.hf[name] for name, family in HF_FAMILIES.items()} | told_by_rope == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("isq", ["q4_0", "q4k", "q6k"])
