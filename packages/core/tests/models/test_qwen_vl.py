@@ -17,6 +17,7 @@ from gguf import GGUFWriter
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sight import answers, finished
 from tiny import SMALL, randomise
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -142,15 +143,6 @@ def loaded_from(folder: Path, **settings: Any) -> LoadedModel:
     return loaded
 
 
-def finished(runner: TowerRunner, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-    encoding = runner.embeddings(tiles)
-    while True:
-        try:
-            next(encoding)
-        except StopIteration as done:
-            return done.value
-
-
 @pytest.mark.parametrize("eager", [True, False])
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
     loaded = loaded_from(folder, enforce_eager=eager)
@@ -164,7 +156,7 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
             EagerTower(loaded.tower.tower, choose_device("cpu")) if eager else RecordedTower(loaded.tower.tower, team)
         )
         for image, wanted in zip([*images, images[0]], [*expected, expected[0]], strict=True):
-            found = finished(runner, np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3))
+            found, _ = finished(runner, np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3))
             assert found.shape == wanted.shape
             assert np.abs(found - wanted.numpy()).max() < 1e-4 * np.abs(wanted.numpy()).max()
     finally:
@@ -227,11 +219,6 @@ def test_logits_are_those_of_transformers(tokens: int, eager: bool, folder: Path
     wanted = [expected[place, token] for place, token in enumerate(everything[1:])]
     # keys and values are bfloat16 in the compiled steps
     assert np.abs(np.array(ours) - np.array(wanted)).max() < (1e-4 if eager else 0.1)
-
-
-def answers(engine: InferenceEngine | RemoteEngine, prompts: list[Any], **params: Any) -> list[tuple[int, ...]]:
-    asked = SamplingParams(max_tokens=8, temperature=0, **params)
-    return [tuple(each.outputs[0].token_ids) for each in engine.generate(prompts, asked, use_tqdm=False)]
 
 
 @pytest.fixture(scope="module")

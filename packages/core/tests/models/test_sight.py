@@ -17,6 +17,7 @@ from gguf import GGUFWriter
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
+from sight import answers, finished, prompt_error
 from transformers import AutoModelForImageTextToText
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
@@ -67,17 +68,6 @@ def their_pixels(folder: Path, pictures: list[NDArray[np.uint8]]) -> torch.Tenso
     return torch.from_numpy(np.concatenate(tiles))[None]
 
 
-def finished(runner: TowerRunner, tiles: NDArray[np.uint8]) -> tuple[NDArray[np.float32], int]:
-    """What a tower gives, and in how many pieces before that."""
-    encoding, pieces = runner.embeddings(tiles), 0
-    while True:
-        try:
-            next(encoding)
-            pieces += 1
-        except StopIteration as done:
-            return done.value, pieces
-
-
 @pytest.mark.parametrize("eager", [True, False])
 def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs: Any) -> None:
     config = EngineConfig(model=str(folder), enforce_eager=eager)
@@ -116,18 +106,8 @@ def test_logits_are_those_of_transformers(eager: bool, folder: Path, theirs: Any
     mask = torch.ones(*pixels.shape[:2], *pixels.shape[3:], dtype=torch.bool)
     with torch.inference_mode():
         logits = theirs(input_ids=ids, pixel_values=pixels, pixel_attention_mask=mask).logits[0]
-    expected = logits.log_softmax(-1).numpy()
-    assert found.prompt_logprobs is not None
-    ours = [each.chosen.logprob for each in found.prompt_logprobs[1:] if each is not None]
-    wanted = [expected[place, token] for place, token in enumerate(found.prompt_token_ids[1:])]
-    assert len(ours) == len(found.prompt_token_ids) - 1
     # keys and values are bfloat16 in the compiled steps
-    assert np.abs(np.array(ours) - np.array(wanted)).max() < (1e-4 if eager else 0.2)
-
-
-def answers(engine: InferenceEngine | RemoteEngine, prompts: list[Any], **params: Any) -> list[tuple[int, ...]]:
-    asked = SamplingParams(max_tokens=8, temperature=0, **params)
-    return [tuple(each.outputs[0].token_ids) for each in engine.generate(prompts, asked, use_tqdm=False)]
+    assert prompt_error(found, logits) < (1e-4 if eager else 0.2)
 
 
 @pytest.fixture(scope="module")

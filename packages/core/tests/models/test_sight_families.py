@@ -18,6 +18,7 @@ from gguf_export import export_gguf
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sight import answers, finished, prompt_error
 from tiny import SMALL, config_of, load, randomise
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -154,15 +155,6 @@ def their_features(name: str, folder: Path, model: Any, picture: NDArray[np.uint
     return found[0].reshape(-1, 64).numpy()
 
 
-def finished(runner: TowerRunner, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-    encoding = runner.embeddings(tiles)
-    while True:
-        try:
-            next(encoding)
-        except StopIteration as done:
-            return done.value
-
-
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("name", ROWS)
 def test_embeddings_are_those_of_transformers(name: str, eager: bool, folders: Callable[[str], Path]) -> None:
@@ -177,7 +169,7 @@ def test_embeddings_are_those_of_transformers(name: str, eager: bool, folders: C
         tower = loaded.tower.tower
         runner: TowerRunner = EagerTower(tower, choose_device("cpu")) if eager else RecordedTower(tower, team)
         for picture, image, place in zip(PICTURES, images, places):
-            found = finished(runner, np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3))
+            found, _ = finished(runner, np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3))
             expected = their_features(name, folder, model, picture)
             assert found.shape == expected.shape == (len(place), 64)
             assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
@@ -232,13 +224,8 @@ def test_logits_are_those_of_transformers(name: str, eager: bool, folders: Calla
     more = {"token_type_ids": (ids == 261).long()} if name == "Gemma 3" else {}
     with torch.inference_mode():
         logits = theirs(folder)(input_ids=ids, **their_inputs(name, folder, pictures), **more).logits[0]
-    expected = logits.log_softmax(-1).numpy()
-    assert found.prompt_logprobs is not None
-    ours = [each.chosen.logprob for each in found.prompt_logprobs[1:] if each is not None]
-    wanted = [expected[place, token] for place, token in enumerate(found.prompt_token_ids[1:])]
-    assert len(ours) == len(found.prompt_token_ids) - 1
     # keys and values are bfloat16 in the compiled steps
-    assert np.abs(np.array(ours) - np.array(wanted)).max() < (1e-4 if eager else 0.2)
+    assert prompt_error(found, logits) < (1e-4 if eager else 0.2)
 
 
 @pytest.mark.parametrize("name", ["Mistral 3", "Pixtral"])
@@ -298,11 +285,6 @@ def test_pan_and_scan_shows_parts_of_wide_pictures(size: tuple[int, int], tmp_pa
     wanted = [logits.log_softmax(-1)[at, token].item() for at, token in enumerate(found.prompt_token_ids[1:])]
     ours = [each.chosen.logprob for each in found.prompt_logprobs[1:] if each is not None]
     assert np.abs(np.array(ours) - np.array(wanted)).max() < 1e-4
-
-
-def answers(engine: InferenceEngine | RemoteEngine, prompts: list[Any], **params: Any) -> list[tuple[int, ...]]:
-    asked = SamplingParams(**{"max_tokens": 8, "temperature": 0, "ignore_eos": True} | params)
-    return [tuple(each.outputs[0].token_ids) for each in engine.generate(prompts, asked, use_tqdm=False)]
 
 
 def several(name: str) -> list[Any]:

@@ -76,11 +76,11 @@ def load_tower(
         return None
     try:
         if device.type != "cpu":
-            raise ConfigError("images are for the CPU so far: set device='cpu', or leave mmproj out", "mmproj")
+            raise ConfigError("images are for the CPU so far: set device='cpu'")
         require_pillow()
     except ConfigError as error:
         if config.mmproj is not None:
-            raise
+            raise ConfigError(f"mmproj: {error}, or leave it out", "mmproj") from None
         logger.warning("%s reads text alone: %s", opened.files.name, error)
         return None
     with contextlib.ExitStack() as stack:

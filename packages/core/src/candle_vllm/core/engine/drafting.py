@@ -82,7 +82,7 @@ class _Guess:
 class _Record:
     """What is known of one sequence."""
 
-    __slots__ = ("behind", "fared", "guess", "hits", "known", "prediction", "seconds", "text", "tries")
+    __slots__ = ("behind", "fared", "guess", "hits", "known", "prediction", "seconds", "spent", "text", "tries")
 
     def __init__(self, live: LiveSequence, prompt: Text, prediction: Text | None) -> None:
         self.text = Text(live.sequence.tokens, prompt)
@@ -94,11 +94,12 @@ class _Record:
         if prediction is not None:
             self.known, self.guess = live.sequence.num_prompt_tokens, _Guess(prediction.tokens, 0, _OPENING)
         self.hits = self.tries = 0.0
-        self.seconds = 0.0  # that asking its grammar takes
+        self.spent = self.seconds = 0.0  # that its grammar was asked in this step, and is in a usual one
 
-    def note(self, seconds: float) -> None:
-        """Its grammar was asked so long; what happens once is no habit."""
-        self.seconds += 0.5 * (seconds - self.seconds)
+    def note(self) -> None:
+        """A step's guesses are made; what happens once is no habit."""
+        self.seconds += 0.5 * (self.spent - self.seconds)
+        self.spent = 0.0
 
 
 def _asks(live: LiveSequence) -> bool:
@@ -288,6 +289,7 @@ class Drafter:
                 continue
             guess = self._guess(live, record)
             offers.append((live, None if guess is None else self._offer(live, record, guess, least)))
+            record.note()
         if self.model is None:
             guesses = [(live, *offer) for live, offer in offers if offer is not None]
         else:
@@ -350,7 +352,7 @@ class Drafter:
                 guess = guess or self._found(live, record)
                 if guess is None or not self._is_better(record, guess, grammar):
                     guess = _Guess(forced, 0, 0)
-            record.note(time.thread_time() - began)
+            record.spent += time.thread_time() - began
         record.guess = guess or self._found(live, record) or self._behind(record, tokens[-1])
         return record.guess
 
@@ -358,8 +360,8 @@ class Drafter:
         """Whether what followed before is likelier than what must come as the tokenizer writes it: a model may cut the
         same text in another way, and then does so again.
         """
-        sure = self._hits[0] / self._tries[0]
-        return self._luck(record, guess.length, guess.mark) > sure and bool(grammar.legal(guess.upcoming(1)))
+        likelier = self._luck(record, guess.length, guess.mark) > self._luck(record, 0)
+        return likelier and bool(grammar.legal(guess.upcoming(1)))
 
     def _behind(self, record: _Record, token: int) -> _Guess | None:
         """In a form what followed a token when it stood there last; `SEPARATOR` for what left no choice."""
@@ -416,7 +418,7 @@ class Drafter:
             return (drafts, chances[: len(drafts)]) if drafts else None
         began = time.thread_time()
         found = self._in_form(grammar, record, guess, least, most)
-        record.note(time.thread_time() - began)
+        record.spent += time.thread_time() - began
         return found if found[0] else None
 
     def _in_form(
@@ -431,11 +433,13 @@ class Drafter:
             tokens = guess.upcoming(len(more))
             if guess.length:
                 tokens = tokens[: (scout or grammar).legal(tokens)]
+                ended = len(tokens) < len(more)
+            else:
+                ended = guess.place + len(tokens) == len(guess.tokens)
             drafts += tokens
             chances += more[: len(tokens)]
-            left = len(guess.tokens) - guess.place - len(tokens) if not guess.length else len(tokens) == len(more)
             guess.end = guess.then = None
-            if left or not tokens or len(drafts) >= most:
+            if not ended or not tokens or len(drafts) >= most:
                 return drafts, chances
             scout = scout or grammar.ahead()
             if scout is None or not all(map(scout.accept, tokens)):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.fields import Fields
@@ -20,7 +19,15 @@ from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.views import plus_one, transposed
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.family import TowerConfig, TowerFamily
-from candle_vllm.core.models.siglip import ACTIVATIONS, MOST_PATCHES, Siglip, names, prepared
+from candle_vllm.core.models.siglip import (
+    ACTIVATIONS,
+    Siglip,
+    config_of_tiles,
+    gguf_values,
+    names,
+    prepared,
+    processor_of_gguf,
+)
 from candle_vllm.core.vision.preprocessing import MAX_TILE, Cut, stretch_rule
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -36,8 +43,10 @@ def config_from_hf(fields: Fields, processor: Fields, text_size: int) -> TowerCo
         raise InvalidFileError(
             f"{fields.path}: mm_tokens_per_image is {count}; {side} x {side} patches cannot become as many squares"
         )
-    return _config(
+    return config_of_tiles(
         processor,
+        stretch_rule(processor),
+        pooled=True,
         hidden_size=vision.count("hidden_size", 768),
         intermediate_size=vision.count("intermediate_size", 3072),
         num_layers=vision.count("num_hidden_layers", 12, most=MAX_LAYERS),
@@ -53,31 +62,10 @@ def config_from_hf(fields: Fields, processor: Fields, text_size: int) -> TowerCo
 
 def config_from_gguf(fields: Fields, text_size: int) -> TowerConfig:
     """Reads the metadata of llama.cpp's `mmproj` files of Gemma 3; keys begin with `clip.vision.`."""
-    tile, patch = fields.count("image_size", most=MAX_TILE), fields.count("patch_size")
-    numbers = {f"image_{key}": fields.get(f"image_{key}", list, [0.5] * 3) for key in ("mean", "std")}
-    return _config(
-        Fields({"size": {"height": tile, "width": tile}, **numbers}, fields.path),
-        hidden_size=fields.count("embedding_length"),
-        intermediate_size=fields.count("feed_forward_length"),
-        num_layers=fields.count("block_count", most=MAX_LAYERS),
-        num_heads=fields.count("attention.head_count"),
-        norm_eps=fields.get("attention.layer_norm_epsilon", float, 1e-6),
-        activation="gelu_tanh",
-        patch=patch,
-        side=tile // patch,
-        cell=fields.count("projector.scale_factor", 4, most=64),
-        text_size=text_size,
-    )
-
-
-def _config(processor: Fields, *, patch: int, side: int, cell: int, **values: Any) -> TowerConfig:
-    rule = stretch_rule(processor)
-    if not 0 < side * side <= MOST_PATCHES or rule.tile != side * patch or side % cell:
-        raise InvalidFileError(
-            f"{processor.path}: tiles of {rule.tile} pixels; the model has {side} x {side} patches of {patch} pixels, "
-            f"{cell} x {cell} of which are one embedding"
-        )
-    return TowerConfig(patch=patch, side=side, cell=cell, rule=rule, pooled=True, **values)
+    tile = fields.count("image_size", most=MAX_TILE)
+    processor = processor_of_gguf(fields, {"size": {"height": tile, "width": tile}})
+    values = gguf_values(fields, tile)
+    return config_of_tiles(processor, stretch_rule(processor), pooled=True, **values, text_size=text_size)
 
 
 # ---- model -----------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from candle_vllm.core.loading.towers import DEFAULTS
 from candle_vllm.core.loading.views import computed
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.family import TowerConfig, TowerFamily, TowerStep
-from candle_vllm.core.models.siglip import MOST_PATCHES, patch_kernel
+from candle_vllm.core.models.siglip import ACTIVATIONS, MOST_PATCHES, patch_kernel
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import Cut, fit_rule
 
@@ -109,11 +109,8 @@ def config_from_hf(fields: Fields, processor: Fields, text_size: int) -> Pixtral
         theta=rotation.get("rope_theta", float, vision.get("rope_theta", float, 1e4)),
         merged_eps=text.get("rms_norm_eps", float, usual["rms_norm_eps"]) if merges else None,
         projector_bias=fields.get("multimodal_projector_bias", bool, not merges),
-        projector_activation=_ACTIVATIONS[fields.choice("projector_hidden_act", "gelu", *_ACTIVATIONS)],
+        projector_activation=ACTIVATIONS[fields.choice("projector_hidden_act", "gelu", *ACTIVATIONS)],
     )
-
-
-_ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"})
 
 
 def config_from_gguf(fields: Fields, text_size: int) -> PixtralConfig:

@@ -33,15 +33,14 @@ from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.views import computed, row_part
 from candle_vllm.core.loading.weights import Seen, WeightName
 from candle_vllm.core.models.family import TowerConfig, TowerFamily, TowerStep
+from candle_vllm.core.models.siglip import ACTIVATIONS
 from candle_vllm.core.models.siglip import prepared as swapped_back
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import AreaRule, Cut, area_rule
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
-_ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
-    {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-)
+_ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({"quick_gelu": "quick_gelu", **ACTIVATIONS})
 _FRAMES = 2  # of a patch
 _THETA = 10000.0
 _EPS = 1e-6

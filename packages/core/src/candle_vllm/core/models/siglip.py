@@ -32,7 +32,7 @@ from candle_vllm.core.loading.views import computed
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.family import TowerConfig, TowerFamily, TowerStep
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import MAX_TILE, Cut, tile_rule
+from candle_vllm.core.vision.preprocessing import MAX_TILE, Cut, StretchRule, TileRule, tile_rule
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -51,14 +51,10 @@ def config_from_hf(fields: Fields, processor: Fields, text_size: int) -> TowerCo
     """Reads `config.json` and `preprocessor_config.json` of Idefics3 and SmolVLM."""
     section = fields.section("vision_config")
     vision = Fields({**_DEFAULTS["idefics3"], **section.values}, fields.path)
-    rule, patch, cell = tile_rule(processor), vision.count("patch_size", 32), fields.count("scale_factor", 2, most=64)
-    side = vision.count("image_size", 224) // patch
-    if not 0 < side * side <= MOST_PATCHES or rule.tile != side * patch or side % cell:
-        raise InvalidFileError(
-            f"{processor.path}: tiles of {rule.tile} pixels; vision_config asks for {side} x {side} patches of {patch} "
-            f"pixels, {cell} x {cell} of which are one embedding"
-        )
-    return TowerConfig(
+    patch = vision.count("patch_size", 32)
+    return config_of_tiles(
+        processor,
+        tile_rule(processor),
         hidden_size=vision.count("hidden_size"),
         intermediate_size=vision.count("intermediate_size"),
         num_layers=vision.count("num_hidden_layers", most=MAX_LAYERS),
@@ -66,38 +62,59 @@ def config_from_hf(fields: Fields, processor: Fields, text_size: int) -> TowerCo
         norm_eps=vision.get("layer_norm_eps", float, 1e-6),
         activation=ACTIVATIONS[vision.choice("hidden_act", "gelu_pytorch_tanh", *ACTIVATIONS)],
         patch=patch,
-        side=side,
-        cell=cell,
+        side=vision.count("image_size", 224) // patch,
+        cell=fields.count("scale_factor", 2, most=64),
         text_size=text_size,
-        rule=rule,
     )
 
 
 def config_from_gguf(fields: Fields, text_size: int) -> TowerConfig:
     """Reads the metadata of llama.cpp's `mmproj` files of Idefics3 and SmolVLM; keys begin with `clip.vision.`."""
-    tile, patch = fields.count("image_size", most=MAX_TILE), fields.count("patch_size")
-    cell, side = fields.count("projector.scale_factor", 4, most=64), tile // patch
-    if not 0 < side * side <= MOST_PATCHES or tile != side * patch or side % cell:
-        raise InvalidFileError(f"{fields.path}: tiles of {tile} pixels, patches of {patch}, {cell} x {cell} in a cell")
-    numbers = {f"image_{key}": fields.get(f"image_{key}", list, [0.5] * 3) for key in ("mean", "std")}
-    processor = {
+    tile = fields.count("image_size", most=MAX_TILE)
+    size = {
         "size": {"longest_edge": fields.count("preproc_image_size", 4 * tile)},
         "max_image_size": {"longest_edge": tile},
-        **numbers,
     }
-    return TowerConfig(
-        hidden_size=fields.count("embedding_length"),
-        intermediate_size=fields.count("feed_forward_length"),
-        num_layers=fields.count("block_count", most=MAX_LAYERS),
-        num_heads=fields.count("attention.head_count"),
-        norm_eps=fields.get("attention.layer_norm_epsilon", float, 1e-6),
-        activation="gelu_tanh",
-        patch=patch,
-        side=side,
-        cell=cell,
-        text_size=text_size,
-        rule=tile_rule(Fields(processor, fields.path)),
-    )
+    processor = processor_of_gguf(fields, size)
+    return config_of_tiles(processor, tile_rule(processor), **gguf_values(fields, tile), text_size=text_size)
+
+
+def processor_of_gguf(fields: Fields, size: Mapping[str, Any]) -> Fields:
+    """What `preprocessor_config.json` would say, by the metadata of a `mmproj` file; `size` is of the tiles."""
+    numbers = {f"image_{key}": fields.get(f"image_{key}", list, [0.5] * 3) for key in ("mean", "std")}
+    return Fields({**size, **numbers}, fields.path)
+
+
+def gguf_values(fields: Fields, tile: int) -> dict[str, Any]:
+    """What of a `TowerConfig` the metadata of a `mmproj` file says, for tiles of so many pixels."""
+    patch = fields.count("patch_size")
+    return {
+        "hidden_size": fields.count("embedding_length"),
+        "intermediate_size": fields.count("feed_forward_length"),
+        "num_layers": fields.count("block_count", most=MAX_LAYERS),
+        "num_heads": fields.count("attention.head_count"),
+        "norm_eps": fields.get("attention.layer_norm_epsilon", float, 1e-6),
+        "activation": "gelu_tanh",
+        "patch": patch,
+        "side": tile // patch,
+        "cell": fields.count("projector.scale_factor", 4, most=64),
+    }
+
+
+def config_of_tiles(
+    processor: Fields, rule: TileRule | StretchRule, *, patch: int, side: int, cell: int, **values: Any
+) -> TowerConfig:
+    """A tower of square tiles, whose patches must fill them, and its cells these.
+
+    Raises:
+        InvalidFileError: they do not.
+    """
+    if not 0 < side * side <= MOST_PATCHES or rule.tile != side * patch or side % cell:
+        raise InvalidFileError(
+            f"{processor.path}: tiles of {rule.tile} pixels; the model has {side} x {side} patches of {patch} pixels, "
+            f"{cell} x {cell} of which are one embedding"
+        )
+    return TowerConfig(patch=patch, side=side, cell=cell, rule=rule, **values)
 
 
 def prepared(tensors: Mapping[str, StoredTensor], config: TowerConfig) -> Mapping[str, StoredTensor]:

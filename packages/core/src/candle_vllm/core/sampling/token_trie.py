@@ -25,6 +25,7 @@ _SLICES = (
     *(f"{_CHARACTER}{{1,{n}}}" for n in (2, 4, 6, 8, 10, 12, 16, 20, 30)),
     f"{_CHARACTER}+",
 )
+_KEPT = 1024  # texts that grammars left no choice about, each of which is short
 
 
 class Vocabulary(Protocol):
@@ -46,9 +47,6 @@ class Vocabulary(Protocol):
     def encode(self, text: str, add_special_tokens: bool = True, *, parse_special: bool = True) -> list[int]:
         """Token ids of a text."""
         ...
-
-
-_KEPT = 1024  # texts that grammars left no choice about, each of which is short
 
 
 class TokenTrie:

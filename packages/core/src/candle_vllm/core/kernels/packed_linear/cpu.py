@@ -50,6 +50,9 @@ from candle_vllm.core.kernels.packed_linear.layout import (
     TileLayout,
 )
 
+BLOCKS = (8, 4, 1)
+"""Rows of a panel."""
+
 CACHED_BYTES = 384 << 10
 """Weights that one thread goes through again for every block of rows: they stay in its second-level cache."""
 
@@ -260,42 +263,47 @@ def _sums(e: Emitter, x: Any, layout: AnyLayout, isa: Isa) -> list[Any]:
     return [e.b.mul(part, ir.Constant(I32, -layout.zero)) for part in parts]
 
 
+def _emit_row(e: Emitter, layout: AnyLayout, isa: Isa, count: int, given: Any) -> None:
+    """What `fill_row` does, of a panel of `count` rows."""
+    b, (at_panel, at_row, at_xq, at_xs, at_xsum, number) = e.b, given
+    if paired := in_pairs(isa, count):
+        pair, side = b.lshr(at_row, e.int64(1)), b.and_(at_row, e.int64(1))
+        of_row = b.add(b.add(at_panel, b.mul(pair, e.int64(2 * GROUP))), b.mul(side, e.int64(8)))
+    else:
+        of_row = b.add(at_panel, b.mul(at_row, e.int64(GROUP)))
+    of_float = b.add(at_panel, b.mul(at_row, e.int64(4)))
+
+    def body(group: Any, state: list[Any]) -> list[Any]:
+        record, four = b.mul(group, e.int64(record_bytes(layout, count))), b.mul(group, e.int64(4))
+        x = e.load(b.add(at_xq, b.mul(group, e.int64(GROUP))), vector(I8, GROUP))
+        for at, part in enumerate(e.parts(x, 4) if paired else [x]):
+            e.store(b.add(of_row, record), part, 16 * at)
+        floats = b.add(of_float, record)
+        e.store(floats, e.load(b.add(at_xs, four), I32), count * GROUP)
+        if layout.minimum and layout.width == GROUP:
+            sums = [e.load(b.add(at_xsum, four), I32)]
+        else:
+            sums = [] if takes_signed(isa, layout) else _sums(e, x, layout, isa)
+        for index, part in enumerate(sums):
+            e.store(floats, part, count * (GROUP + 4 + 4 * index))
+        return state
+
+    e.loop(number, [], body)
+
+
 @intrinsic(prefer_literal=True)
 def fill_row(
-    _: Any, kind: Any, block: Any, isa: Any, panel: Any, row: Any, xq: Any, xs: Any, xsum: Any, groups: Any
+    _: Any, kind: Any, isa: Any, block: Any, panel: Any, row: Any, xq: Any, xs: Any, xsum: Any, groups: Any
 ) -> Any:
-    """Copies one row of activations into a panel of `block` rows."""
-    layout, count, features = LAYOUTS[PackedKind(kind.literal_value)], block.literal_value, Isa(isa.literal_value)
+    """Copies one row of activations into a panel of `block` rows, one of `BLOCKS`."""
+    layout, features = LAYOUTS[PackedKind(kind.literal_value)], Isa(isa.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        at_panel, at_row, at_xq, at_xs, at_xsum, number = args[3:]
-        if paired := in_pairs(features, count):
-            pair, side = b.lshr(at_row, e.int64(1)), b.and_(at_row, e.int64(1))
-            of_row = b.add(b.add(at_panel, b.mul(pair, e.int64(2 * GROUP))), b.mul(side, e.int64(8)))
-        else:
-            of_row = b.add(at_panel, b.mul(at_row, e.int64(GROUP)))
-        of_float = b.add(at_panel, b.mul(at_row, e.int64(4)))
-
-        def body(group: Any, state: list[Any]) -> list[Any]:
-            record, four = b.mul(group, e.int64(record_bytes(layout, count))), b.mul(group, e.int64(4))
-            x = e.load(b.add(at_xq, b.mul(group, e.int64(GROUP))), vector(I8, GROUP))
-            for at, part in enumerate(e.parts(x, 4) if paired else [x]):
-                e.store(b.add(of_row, record), part, 16 * at)
-            floats = b.add(of_float, record)
-            e.store(floats, e.load(b.add(at_xs, four), I32), count * GROUP)
-            if layout.minimum and layout.width == GROUP:
-                sums = [e.load(b.add(at_xsum, four), I32)]
-            else:
-                sums = [] if takes_signed(features, layout) else _sums(e, x, layout, features)
-            for index, part in enumerate(sums):
-                e.store(floats, part, count * (GROUP + 4 + 4 * index))
-            return state
-
-        e.loop(number, [], body)
+        e.choose(args[2], {n: partial(_emit_row, e, layout, features, n, args[3:]) for n in BLOCKS})
         return context.get_dummy_value()
 
-    return types.void(kind, block, isa, *[types.int64] * 6), code
+    return types.void(kind, isa, *[types.int64] * 7), code
 
 
 # ---- one tile times a panel ------------------------------------------------------------------------------------------
@@ -363,36 +371,41 @@ def _add_paired(
     return results
 
 
+def _emit_tile(e: Emitter, layout: AnyLayout, isa: Isa, count: int, given: Any) -> None:
+    """What `multiply` does, of a panel of `count` rows."""
+    b, (at_weights, at_panel, at_out, number, distance) = e.b, given
+    at_ahead, bytes_each = b.add(at_weights, distance), layout.block_bytes // layout.groups
+
+    def body(group: Any, totals: list[Any], rows: range) -> list[Any]:
+        if not rows.start:
+            coming = b.add(at_ahead, b.mul(group, e.int64(bytes_each)))
+            for line in range(0, bytes_each, 64):
+                e.prefetch(coming, line)
+        place = _block_of(e, at_weights, group, layout)
+        record = b.add(at_panel, b.mul(group, e.int64(record_bytes(layout, count))))
+        return _add_group(e, layout, isa, Inputs(e, isa, count, record), rows, place, totals)
+
+    most = rows_at_once(isa)
+    for first in range(0, count, most):  # a tile stays in the first-level cache
+        rows = range(first, min(first + most, count))
+        totals = e.loop(number, [e.zeros(F32)] * len(rows), partial(body, rows=rows))
+        for row, total in zip(rows, totals):
+            e.store(at_out, total, row * 4 * ROWS)
+
+
 @intrinsic(prefer_literal=True)
 def multiply(
-    _: Any, kind: Any, block: Any, isa: Any, weights: Any, panel: Any, out: Any, groups: Any, ahead: Any
+    _: Any, kind: Any, isa: Any, block: Any, weights: Any, panel: Any, out: Any, groups: Any, ahead: Any
 ) -> Any:
-    """A tile times a panel of `block` rows: float32 [block, 16] at `out`."""
-    layout, count, features = LAYOUTS[PackedKind(kind.literal_value)], block.literal_value, Isa(isa.literal_value)
+    """A tile times a panel of `block` rows, one of `BLOCKS`: float32 [block, 16] at `out`."""
+    layout, features = LAYOUTS[PackedKind(kind.literal_value)], Isa(isa.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        at_weights, at_panel, at_out, number, distance = args[3:]
-        at_ahead, bytes_each = b.add(at_weights, distance), layout.block_bytes // layout.groups
-
-        def body(group: Any, totals: list[Any], rows: range) -> list[Any]:
-            if not rows.start:
-                coming = b.add(at_ahead, b.mul(group, e.int64(bytes_each)))
-                for line in range(0, bytes_each, 64):
-                    e.prefetch(coming, line)
-            place = _block_of(e, at_weights, group, layout)
-            record = b.add(at_panel, b.mul(group, e.int64(record_bytes(layout, count))))
-            return _add_group(e, layout, features, Inputs(e, features, count, record), rows, place, totals)
-
-        most = rows_at_once(features)
-        for first in range(0, count, most):  # a tile stays in the first-level cache
-            rows = range(first, min(first + most, count))
-            totals = e.loop(number, [e.zeros(F32)] * len(rows), partial(body, rows=rows))
-            for row, total in zip(rows, totals):
-                e.store(at_out, total, row * 4 * ROWS)
+        e.choose(args[2], {n: partial(_emit_tile, e, layout, features, n, args[3:]) for n in BLOCKS})
         return context.get_dummy_value()
 
-    return types.void(kind, block, isa, *[types.int64] * 5), code
+    return types.void(kind, isa, *[types.int64] * 6), code
 
 
 # ---- the operations --------------------------------------------------------------------------------------------------
@@ -427,20 +440,10 @@ def make_linear(KIND: int, ISA: int) -> Any:
                         source = int64_at(given.picked)[source]
                     at_xq = given.x + source * groups * 32
                     at_xs, at_xsum = given.scales + source * groups * 4, given.sums + source * groups * 4
-                    if block == 8:
-                        fill_row(KIND, 8, ISA, panel, index, at_xq, at_xs, at_xsum, groups)
-                    elif block == 4:
-                        fill_row(KIND, 4, ISA, panel, index, at_xq, at_xs, at_xsum, groups)
-                    else:
-                        fill_row(KIND, 1, ISA, panel, index, at_xq, at_xs, at_xsum, groups)
+                    fill_row(KIND, ISA, block, panel, index, at_xq, at_xs, at_xsum, groups)
                 target = given.out + row * given.row_bytes
                 for tile in range(begin, end):
-                    if block == 8:
-                        multiply(KIND, 8, ISA, weights + tile * tile_bytes, panel, sums, groups, ahead)
-                    elif block == 4:
-                        multiply(KIND, 4, ISA, weights + tile * tile_bytes, panel, sums, groups, ahead)
-                    else:
-                        multiply(KIND, 1, ISA, weights + tile * tile_bytes, panel, sums, groups, ahead)
+                    multiply(KIND, ISA, block, weights + tile * tile_bytes, panel, sums, groups, ahead)
                     lanes = min(columns - tile * 16, 16)
                     at_bias = given.bias + tile * 64 if given.bias else 0
                     write_tile(sums, count, lanes, target + tile * 64, given.row_bytes, at_bias, given.accumulate)

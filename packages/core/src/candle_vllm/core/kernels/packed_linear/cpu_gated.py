@@ -103,12 +103,7 @@ def make_gated(KIND: int, PROLOGUE: int, ISA: int) -> Any:
                     source = row + min(index, count - 1)
                     at_xq = given.x + source * groups * 32
                     at_xs, at_xsum = given.scales + source * groups * 4, given.sums + source * groups * 4
-                    if block == 8:
-                        fill_row(KIND, 8, ISA, panel, index, at_xq, at_xs, at_xsum, groups)
-                    elif block == 4:
-                        fill_row(KIND, 4, ISA, panel, index, at_xq, at_xs, at_xsum, groups)
-                    else:
-                        fill_row(KIND, 1, ISA, panel, index, at_xq, at_xs, at_xsum, groups)
+                    fill_row(KIND, ISA, block, panel, index, at_xq, at_xs, at_xsum, groups)
                 for unit in range(begin, end, UNITS):
                     some = min(UNITS, end - unit)
                     for tile in range(4 * some):
@@ -117,12 +112,7 @@ def make_gated(KIND: int, PROLOGUE: int, ISA: int) -> Any:
                         if tile >= 2 * some:
                             number, to = number - 2 * some, sums + SUMS + (tile - 2 * some) * TILE
                             weights = given.other
-                        if block == 8:
-                            multiply(KIND, 8, ISA, weights + number * tile_bytes, panel, to, groups, ahead)
-                        elif block == 4:
-                            multiply(KIND, 4, ISA, weights + number * tile_bytes, panel, to, groups, ahead)
-                        else:
-                            multiply(KIND, 1, ISA, weights + number * tile_bytes, panel, to, groups, ahead)
+                        multiply(KIND, ISA, block, weights + number * tile_bytes, panel, to, groups, ahead)
                     for index in range(some):
                         gate, place = sums + 2 * index * TILE, unit + index
                         q = given.q + row * given.outputs + place * WIDTH
