@@ -11,6 +11,10 @@ version NEW:
     sed -i -E 's/^version = ".*"/version = "{{NEW}}"/; s/(candle-vllm-[a-z]+(\[[a-z,-]+\])?==)[0-9][^"]*/\1{{NEW}}/g' \
         pyproject.toml packages/*/pyproject.toml
 
+# wheels and sdists of a release in dist/, checked, and tried in empty environments of every Python at hand
+release *ARGS:
+    python3 deploy/release.py {{ARGS}}
+
 # what CI runs
 ci:
     bash .ci/run
