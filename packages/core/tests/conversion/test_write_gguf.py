@@ -58,7 +58,7 @@ def test_a_family_comes_back_as_it_was(name: str, tmp_path: Path, words: Path) -
 
 
 def test_every_family_has_its_row() -> None:
-    told_by_rope = {"qwen2_vl"}  # a Qwen2 whose tokens have three positions
+    told_by_rope = {"qwen2_vl", "qwen3_vl", "qwen3_vl_moe"}  # whose tokens have three positions
     assert {family.hf[name] for name, family in HF_FAMILIES.items()} | told_by_rope == set(ARCHITECTURES)
 
 

@@ -31,6 +31,7 @@ class Row:
 
 
 QWEN2_VL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+QWEN3_VL_ROPE = QWEN2_VL_ROPE | {"mrope_interleaved": True}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -193,6 +194,7 @@ ROWS: Mapping[str, Row] = {
     "Qwen2": Row("qwen2", {"hidden_size": 128}, "qwen2"),
     "Qwen2-VL": Row("qwen2", {"hidden_size": 128, "rope_parameters": QWEN2_VL_ROPE}, "qwen2vl"),
     "Qwen3": Row("qwen3", {"head_dim": 32}, "qwen3"),
+    "Qwen3-VL": Row("qwen3", {"head_dim": 32, "rope_parameters": QWEN3_VL_ROPE}, "qwen3vl"),
     "Gemma": Row("gemma", {"head_dim": 32, "hidden_act": "gelu_pytorch_tanh"}, "gemma"),
     "Gemma-2": Row("gemma2", GEMMA2, "gemma2"),
     "Gemma-2 scale": Row("gemma2", GEMMA2 | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": None}),
@@ -219,6 +221,12 @@ ROWS: Mapping[str, Row] = {
     "Qwen2-MoE": Row("qwen2_moe", {"hidden_size": 128} | QWEN_MOE, "qwen2moe", undecided=0.1),
     "Qwen2-MoE sparse steps": Row("qwen2_moe", {"hidden_size": 128} | QWEN_MOE | SPARSE_STEPS, undecided=0.1),
     "Qwen3-MoE": Row("qwen3_moe", {"head_dim": 32} | QWEN_MOE | {"norm_topk_prob": True}, "qwen3moe", undecided=0.1),
+    "Qwen3-VL-MoE": Row(
+        "qwen3_moe",
+        {"head_dim": 32, "rope_parameters": QWEN3_VL_ROPE} | QWEN_MOE | {"norm_topk_prob": True},
+        "qwen3vlmoe",
+        undecided=0.1,
+    ),
     "GLM-4-MoE": Row("glm4_moe", {"head_dim": 32} | GLM_MOE, "glm4moe", undecided=0.1),
     "GLM-4-MoE groups": Row("glm4_moe", {"head_dim": 32} | GLM_MOE | GLM_GROUPS, "glm4moe", undecided=0.1),
     "Yi": Row("llama", YI, "llama"),

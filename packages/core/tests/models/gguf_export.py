@@ -196,6 +196,10 @@ def _experts(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) ->
     return made
 
 
+def _qwen3vlmoe(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    return _qwen_moe(writer, config, _qwen2vl(writer, config, tensors))
+
+
 def _qwen_moe(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     if config["model_type"] == "qwen2_moe":
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
@@ -351,6 +355,8 @@ CONVERTERS: Mapping[str, Convert] = {
     "smollm3": _smollm3,
     "qwen2moe": _qwen_moe,
     "qwen2vl": _qwen2vl,
+    "qwen3vl": _qwen2vl,
+    "qwen3vlmoe": _qwen3vlmoe,
     "qwen3moe": _qwen_moe,
     "glm4moe": _glm4_moe,
     "gpt-oss": _gpt_oss,

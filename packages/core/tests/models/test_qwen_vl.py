@@ -1,5 +1,5 @@
-"""Qwen2-VL and Qwen2.5-VL of random weights: towers, positions and logits against transformers, and answers however a
-prompt comes to the model."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL of random weights: towers, positions and logits against transformers, and answers
+however a prompt comes to the model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from candle_vllm.core.engine.build import preparation_for
 from candle_vllm.core.engine.eager_runner import EagerTower
 from candle_vllm.core.engine.images import TowerRunner
 from candle_vllm.core.engine.live import LiveSequence
-from candle_vllm.core.engine.recorded_runner import RecordedTower
+from candle_vllm.core.engine.recorded_tower import RecordedTower
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.sequence import Run
 from candle_vllm.core.errors import InvalidFileError, InvalidParameterError, UnsupportedModelError, WeightsError
@@ -60,8 +60,20 @@ KINDS: dict[str, dict[str, Any]] = {
         "hidden_size": 32, "intermediate_size": 48, "hidden_act": "silu", "out_hidden_size": 64, "window_size": 16,
         "fullatt_block_indexes": [1],
     },
+    "qwen3_vl": {
+        "hidden_size": 32, "intermediate_size": 48, "hidden_act": "gelu_pytorch_tanh", "out_hidden_size": 64,
+        "num_position_embeddings": 49, "deepstack_visual_indexes": [0, 2],
+    },
 }  # fmt: skip
-ARCHITECTURES = {"qwen2_vl": "Qwen2VLForConditionalGeneration", "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration"}
+KINDS["qwen3_vl_moe"] = KINDS["qwen3_vl"]
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "decoder_sparse_step": 1,
+    "head_dim": 16,
+}
+NEWEST = ("qwen3_vl", "qwen3_vl_moe")
 PROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 256, "max_pixels": 1600, "patch_size": 4,
     "merge_size": 2, "temporal_patch_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
@@ -98,12 +110,13 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(said))
 
 
-def write(folder: Path, kind: str, **processor: Any) -> Path:
+def write(folder: Path, kind: str, **vision: Any) -> Path:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    more = {"qwen3_vl": {"head_dim": 16, "num_hidden_layers": 3}, "qwen3_vl_moe": EXPERTS}.get(kind, {})
     config = AutoConfig.for_model(
         kind,
-        text_config=dict(SMALL)
-        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
-        vision_config=TOWER | KINDS[kind],
+        text_config=dict(SMALL) | {"rope_parameters": rope} | more,
+        vision_config=TOWER | KINDS[kind] | vision,
         image_token_id=PAD,
         video_token_id=VIDEO,
         vision_start_token_id=START,
@@ -113,9 +126,10 @@ def write(folder: Path, kind: str, **processor: Any) -> Path:
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, attn_implementation="eager")
     randomise(model)
     with torch.no_grad():  # embeddings of pictures as long as those of words
-        model.model.visual.merger.mlp[2].weight.mul_(3)
+        merger = model.model.visual.merger
+        (merger.linear_fc2 if kind in NEWEST else merger.mlp[2]).weight.mul_(3)
     model.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR | processor))
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     write_tokenizer(folder)
     return folder
 
@@ -148,7 +162,9 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
     loaded = loaded_from(folder, enforce_eager=eager)
     assert loaded.tower is not None
     with torch.inference_mode():
-        expected = theirs.model.get_image_features(**their_pixels(folder, PICTURES)).pooler_output
+        found = theirs.model.get_image_features(**their_pixels(folder, PICTURES))
+        deep = getattr(found, "deepstack_features", None) or []
+        expected = [torch.cat(each, 1) for each in zip(found.pooler_output, *deep, strict=True)]
     images = loaded.tower.sight.look([PAD] * len(PICTURES), PICTURES)[1]
     team = ThreadTeam(2)
     try:
@@ -263,7 +279,9 @@ def test_answers_survive_preemption_and_guesses(eager: bool, folder: Path) -> No
 
 def test_a_text_alone_has_the_bits_of_the_text_model(folder: Path, tmp_path: Path) -> None:
     config = read_json(folder / "config.json")
-    text = config["text_config"] | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    named = {"qwen3_vl": ("Qwen3ForCausalLM", "qwen3"), "qwen3_vl_moe": ("Qwen3MoeForCausalLM", "qwen3_moe")}
+    architecture, kind = named.get(config["model_type"], ("Qwen2ForCausalLM", "qwen2"))
+    text = config["text_config"] | {"architectures": [architecture], "model_type": kind, "norm_topk_prob": True}
     del text["rope_parameters"]["mrope_section"]
     for file in folder.glob("tokenizer*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -351,10 +369,20 @@ def flat(config: dict[str, Any]) -> None:
     config["vision_config"]["model_type"] = config["model_type"]
 
 
+def published(config: dict[str, Any]) -> None:
+    """As those of Qwen3-VL have it: the flag of axes in turns, and the model_type of the whole for the tower."""
+    text = config["text_config"]
+    rope = text.pop("rope_parameters")
+    text["rope_theta"] = rope["rope_theta"]
+    text["rope_scaling"] = {"mrope_interleaved": True, "rope_type": "default", "mrope_section": rope["mrope_section"]}
+    config["vision_config"]["model_type"] = config["model_type"]
+
+
 def test_published_configs_and_names_of_both_layouts_are_read(
     folder: Path, tmp_path: Path, alone: list[tuple[int, ...]]
 ) -> None:
-    made = changed(folder, tmp_path / "flat", flat)
+    newest = read_json(folder / "config.json")["model_type"] in NEWEST
+    made = changed(folder, tmp_path / "flat", published if newest else flat)
     stored = load_file(folder / "model.safetensors")
     plain = {name.replace("model.visual.", "visual."): tensor for name, tensor in stored.items()}
     plain = {name.replace("model.language_model.", "model."): tensor for name, tensor in plain.items()}
@@ -362,7 +390,8 @@ def test_published_configs_and_names_of_both_layouts_are_read(
         f"model.{name}" if name.startswith("visual.") else name.replace("model.", "model.language_model.", 1): tensor
         for name, tensor in plain.items()
     }
-    for layout in (plain, newer):
+    lying = {name: tensor.mT.contiguous() if ".experts." in name else tensor for name, tensor in newer.items()}
+    for layout in (plain, newer, *([lying] if newest and any(".experts." in name for name in newer) else [])):
         save_file(layout, made / "model.safetensors", {"format": "pt"})
         with InferenceEngine(made) as engine:
             assert answers(engine, PROMPTS) == alone
@@ -402,6 +431,31 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, ...]]] = {
         {"size": {"shortest_edge": 3136, "longest_edge": 12845056}},
         (1280, 3420, 32, 4, 28),
     ),
+    "Qwen3-VL-2B": (
+        {
+            "architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", "image_token_id": 151655,
+            "tie_word_embeddings": True,
+            "text_config": {
+                "attention_bias": False, "dtype": "bfloat16", "eos_token_id": 151645, "head_dim": 128,
+                "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 6144,
+                "max_position_embeddings": 262144, "model_type": "qwen3_vl_text", "num_attention_heads": 16,
+                "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+                "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+                "rope_theta": 5000000, "tie_word_embeddings": True, "vocab_size": 151936,
+            },
+            "vision_config": {
+                "deepstack_visual_indexes": [5, 11, 17], "depth": 24, "hidden_act": "gelu_pytorch_tanh",
+                "hidden_size": 1024, "in_channels": 3, "intermediate_size": 4096, "model_type": "qwen3_vl",
+                "num_heads": 16, "num_position_embeddings": 2304, "out_hidden_size": 2048, "patch_size": 16,
+                "spatial_merge_size": 2, "temporal_patch_size": 2,
+            },
+        },
+        {
+            "size": {"longest_edge": 16777216, "shortest_edge": 65536}, "patch_size": 16, "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+        },
+        (1024, 4096, 24, 0, 0),
+    ),
 }  # fmt: skip
 """What published files say, and of their towers width, inner width, layers, cells of a window's side, and layers that
 have windows."""
@@ -411,57 +465,74 @@ have windows."""
 def test_published_configs_are_read(name: str) -> None:
     config, size, wanted = PUBLISHED[name]
     path, patches = Path("config.json"), {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
-    processor = Fields((size or {"min_pixels": 3136, "max_pixels": 12845056}) | patches, path)
-    found = FAMILY.config_from_hf(Fields(config, path), processor, config["hidden_size"])
+    processor = Fields(patches | (size or {"min_pixels": 3136, "max_pixels": 12845056}), path)
+    said = config.get("text_config", config)
+    found = FAMILY.config_from_hf(Fields(config, path), processor, said["hidden_size"])
     windows = (found.window, len(found.windowed))
     assert (found.hidden_size, found.intermediate_size, found.num_layers, *windows) == wanted
-    grids = [found.rule.cut(height, width).cells(28) for width, height in ((640, 480), (1920, 1080))]
-    assert [rows * columns for rows, columns in grids] == [391, 2691]
+    third = name.startswith("Qwen3")
+    sizes = (640, 480), (1920, 1080)
+    grids = [found.rule.cut(height, width).cells(32 if third else 28) for width, height in sizes]
+    assert [rows * columns for rows, columns in grids] == ([300, 2040] if third else [391, 2691])
     text = family_from_hf(config, path)[1]
-    assert [text.rope.axes.count(axis) for axis in range(3)] == [16, 24, 24]
-    assert text.sliding_windows == (None,) * config["num_hidden_layers"]
+    assert [text.rope.axes.count(axis) for axis in range(3)] == ([24, 20, 20] if third else [16, 24, 24])
+    assert text.rope.axes[:4] == ((0, 1, 2, 0) if third else (0,) * 4)
+    assert text.sliding_windows == (None,) * said["num_hidden_layers"]
+    assert (found.learned, found.deep) == ((48, (5, 11, 17)) if third else (0, ()))
+
+
+NAMES = {
+    "merger.ln_q": "v.post_ln", "merger.mlp.0": "mm.0", "merger.mlp.2": "mm.2", "norm1": "ln1", "norm2": "ln2",
+    "attn.proj": "attn_out", "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down", "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "attn.qkv": "attn_qkv",
+    "merger.norm": "v.post_ln", "merger.linear_fc1": "mm.0", "merger.linear_fc2": "mm.2",
+    "mlp.linear_fc1": "ffn_up", "mlp.linear_fc2": "ffn_down", "patch_embed.proj": "v.patch_embd",
+    "pos_embed": "v.position_embd",
+}  # fmt: skip
+"""By Hugging Face's names of a tower's tensors, without those of blocks before them."""
 
 
 def write_mmproj(folder: Path, made: Path, *, joined: bool = False, **changes: Any) -> Path:
     """The checkpoint's tower as llama.cpp has it; `joined` leaves queries, keys and values in one tensor."""
     config = read_json(folder / "config.json")
-    newer, vision = config["model_type"] == "qwen2_5_vl", config["vision_config"]
-    writer = GGUFWriter(made, "clip")
-    size = vision["hidden_size"] if newer else vision["embed_dim"]
+    kind, vision = config["model_type"].removesuffix("_moe"), config["vision_config"]
+    writer, newest = GGUFWriter(made, "clip"), kind == "qwen3_vl"
+    size = vision["embed_dim"] if kind == "qwen2_vl" else vision["hidden_size"]
+    merger = {"qwen2_vl": "qwen2vl_merger", "qwen2_5_vl": "qwen2.5vl_merger", "qwen3_vl": "qwen3vl_merger"}
     values: dict[str, Any] = {
-        "clip.projector_type": "qwen2.5vl_merger" if newer else "qwen2vl_merger", "clip.vision.image_size": 560,
+        "clip.projector_type": merger[kind], "clip.vision.image_size": 7 * 4 if newest else 560,
         "clip.vision.patch_size": 4, "clip.vision.embedding_length": size, "clip.vision.block_count": 3,
-        "clip.vision.attention.head_count": 2, "clip.vision.feed_forward_length": 48 if newer else 0,
+        "clip.vision.attention.head_count": 2, "clip.vision.feed_forward_length": 0 if kind == "qwen2_vl" else 48,
         "clip.vision.image_min_pixels": 256, "clip.vision.image_max_pixels": 1600,
     }  # fmt: skip
-    if newer:
+    if kind == "qwen2_5_vl":
         values |= {"clip.vision.n_wa_pattern": 2, "clip.vision.window_size": 16}
     for key, value in (values | changes).items():
         writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
-    writer.add_bool("clip.use_silu", newer)
+    writer.add_bool("clip.use_gelu" if newest else "clip.use_silu", kind != "qwen2_vl")
+    deep = vision.get("deepstack_visual_indexes", [])
+    if newest:
+        writer.add_array("clip.vision.is_deepstack_layers", [layer in deep for layer in range(3)])
     for key in ("image_mean", "image_std"):
         writer.add_array(f"clip.vision.{key}", PROCESSOR[key])
-    names = {
-        "merger.ln_q": "v.post_ln", "merger.mlp.0": "mm.0", "merger.mlp.2": "mm.2", "norm1": "ln1", "norm2": "ln2",
-        "attn.proj": "attn_out", "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down", "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    }  # fmt: skip
     for name, tensor in load_file(folder / "model.safetensors").items():
         _, tower, plain = name.rpartition("visual.")
         if not tower:
             continue
         part, _, kind = plain.rpartition(".")
-        number = re.match(r"blocks\.(\d+)\.", part)
-        block = "" if number is None else f"v.blk.{number[1]}."
-        part, data = part if number is None else part[number.end() :], tensor.numpy()
-        if part == "patch_embed.proj":
+        block, data = "", tensor.numpy()
+        if (found := re.match(r"blocks\.(\d+)\.", part)) is not None:
+            block, part = f"v.blk.{found[1]}.", part[found.end() :]
+        if (found := re.match(r"deepstack_merger_list\.(\d+)\.(?:linear_)?", part)) is not None:
+            writer.add_tensor(f"v.deepstack.{deep[int(found[1])]}.{part[found.end() :]}.{kind}", data)
+        elif part == "patch_embed.proj" and kind == "weight":
             for frame in range(2):
                 writer.add_tensor("v.patch_embd.weight" + (".1" if frame else ""), data[:, :, frame].copy())
         elif part == "attn.qkv" and not joined:
             for letter, third in zip("qkv", np.split(data, 3)):
                 writer.add_tensor(f"{block}attn_{letter}.{kind}", third.copy())
         else:
-            writer.add_tensor(f"{block}{names.get(part, 'attn_qkv')}.{kind}", data)
+            writer.add_tensor(f"{block}{NAMES[part]}.{kind}", data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -476,8 +547,23 @@ def test_a_gguf_file_and_that_of_its_tower_are_the_same_model(
     text, tower = tmp_path / "model.gguf", write_mmproj(folder, tmp_path / "mmproj.gguf", joined=joined)
     write_gguf(EngineConfig(model=str(folder), dtype="f32"), text)
     with InferenceEngine(text, mmproj=tower, tokenizer=folder) as engine:
-        assert engine.model_info.architecture == "qwen2vl"
+        kind = read_json(folder / "config.json")["model_type"]
+        assert engine.model_info.architecture == (kind.replace("_", "") if kind in NEWEST else "qwen2vl")
         assert answers(engine, PROMPTS) == alone
+
+
+def test_a_text_model_must_have_the_layers_that_a_tower_adds_to(tmp_path: Path) -> None:
+    folder, text = write(tmp_path / "model", "qwen3_vl"), tmp_path / "model.gguf"
+    other = write(tmp_path / "other", "qwen3_vl", deepstack_visual_indexes=[1])
+    write_gguf(EngineConfig(model=str(folder), dtype="f32"), text)
+    with pytest.raises(InvalidFileError, match="n_deepstack_layers is 2; the tower adds to 1 layers"):
+        InferenceEngine(text, mmproj=write_mmproj(other, tmp_path / "mmproj.gguf"), tokenizer=folder)
+    stored = load_file(folder / "model.safetensors")
+    one = {name: tensor for name, tensor in stored.items() if ".layers.1." not in name and ".layers.2." not in name}
+    made = changed(folder, tmp_path / "one", lambda config: config["text_config"].update(num_hidden_layers=1))
+    save_file(one, made / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InvalidFileError, match="adds to 2 layers of a text model of 1"):
+        InferenceEngine(made)
 
 
 def test_a_tower_that_does_not_fit_is_named(folder: Path, tmp_path: Path) -> None:
@@ -502,6 +588,14 @@ def test_a_tower_that_does_not_fit_is_named(folder: Path, tmp_path: Path) -> Non
     refused(UnsupportedModelError, r"vision_config\.temporal_patch_size is 1", tower(temporal_patch_size=1))
     refused(UnsupportedModelError, "hidden_act is 'relu'", tower(hidden_act="relu"))
     refused(WeightsError, r"visual\.blocks\.3", tower(depth=4))
+    kind = read_json(folder / "config.json")["model_type"]
+    if kind in NEWEST:
+        said = "deepstack_visual_indexes is"
+        for deep in ([2, 0], [0, 0], [3], [-1], ["x"]):
+            refused(InvalidFileError, said, tower(deepstack_visual_indexes=deep))
+        refused(WeightsError, r"visual\.deepstack_merger_list\.2", tower(deepstack_visual_indexes=[0, 1, 2]))
+        refused(WeightsError, r"unexpected .*deepstack_merger_list\.1", tower(deepstack_visual_indexes=[0]))
+        refused(WeightsError, "visual.pos_embed.weight has shape", tower(num_position_embeddings=16))
     refused(InvalidFileError, "3 heads of 32 numbers", tower(num_heads=3))
     refused(InvalidFileError, "a head's must be a multiple of 4", tower(num_heads=16))
     refused(
@@ -514,7 +608,7 @@ def test_a_tower_that_does_not_fit_is_named(folder: Path, tmp_path: Path) -> Non
         "the rotary sections are ",
         lambda config: config["text_config"]["rope_parameters"].update(mrope_section=[2, 3, 4]),
     )
-    if read_json(folder / "config.json")["model_type"] == "qwen2_5_vl":
+    if kind == "qwen2_5_vl":
         refused(InvalidFileError, "window_size is 4; a cell has 8 pixels", tower(window_size=4))
         refused(InvalidFileError, "fullatt_block_indexes is", tower(fullatt_block_indexes=["x"]))
 

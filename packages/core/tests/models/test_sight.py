@@ -26,7 +26,7 @@ from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.devices import choose_device
 from candle_vllm.core.engine.eager_runner import EagerTower
 from candle_vllm.core.engine.images import TowerRunner
-from candle_vllm.core.engine.recorded_runner import RecordedTower
+from candle_vllm.core.engine.recorded_tower import RecordedTower
 from candle_vllm.core.errors import (
     ConfigError,
     InvalidFileError,

@@ -27,11 +27,11 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.devices import choose_device
-from candle_vllm.core.engine import recorded_runner
+from candle_vllm.core.engine import recorded_tower
 from candle_vllm.core.engine.draft_model import DraftModel
 from candle_vllm.core.engine.eager_runner import EagerTower
 from candle_vllm.core.engine.images import TowerRunner
-from candle_vllm.core.engine.recorded_runner import RecordedTower
+from candle_vllm.core.engine.recorded_tower import RecordedTower
 from candle_vllm.core.errors import ConfigError, InvalidFileError, InvalidParameterError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
@@ -189,7 +189,7 @@ def test_others_wait_for_an_operation_where_a_layer_takes_long(
     try:
         runner = RecordedTower(loaded.tower.tower, team)
         for piece in (1e9, 0.0):
-            monkeypatch.setattr(recorded_runner, "_PIECE", piece)
+            monkeypatch.setattr(recorded_tower, "_PIECE", piece)
             encoding, count = runner.embeddings(tiles), 0
             while True:
                 try:

@@ -180,10 +180,21 @@ def load_model(
                 f"{config_file(files)}: the sections of rotary positions are missing (mrope_section, in GGUF files "
                 "rope.dimension_sections), by which images have their places"
             )
+        if tower is not None:
+            _check_depth(len(tower.tower.config.deep), model.config, config_file(files))
     said = {field.name: getattr(model, field.name) for field in dataclasses.fields(Loaded)}
     seconds = time.perf_counter() - started
     logger.info("loaded %s: %.1f MB in %.2f s", files.name, model.weight_bytes / 1e6, seconds)
     return LoadedModel(decoder=decoder, tower=tower, **said)
+
+
+def _check_depth(deep: int, model: ModelConfig, described: Path) -> None:
+    """InvalidFileError where a tower adds to more layers than its text model has, or to others than that says."""
+    said = getattr(model, "deep", 0)
+    if deep > model.num_layers:
+        raise InvalidFileError(f"{described}: the tower adds to {deep} layers of a text model of {model.num_layers}")
+    if said not in (0, deep):
+        raise InvalidFileError(f"{described}: n_deepstack_layers is {said}; the tower adds to {deep} layers")
 
 
 def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Described:

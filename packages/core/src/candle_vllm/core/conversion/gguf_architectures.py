@@ -59,9 +59,10 @@ def _mistral3(config: Any) -> Keys:
     )
 
 
-def _qwen2_vl(config: Any) -> Keys:
+def _axes(config: Any) -> Keys:
     """How many frequencies time, height and width turn; llama.cpp has room for one axis more."""
-    return _window(config) | {"rope.dimension_sections": [config.rope.axes.count(axis) for axis in range(4)]}
+    keys: Keys = {"rope.dimension_sections": [config.rope.axes.count(axis) for axis in range(4)]}
+    return _window(config) | keys | ({"n_deepstack_layers": config.deep} if config.deep else {})
 
 
 def _stablelm(config: Any) -> Keys:
@@ -182,10 +183,14 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "ministral3": Architecture(name="mistral3", more=_mistral3, interleaved=True, log_multiplier=1.0, unread=()),
         "mixtral": Architecture(name="llama", more=_mixtral, interleaved=True, unread=()),
         "qwen2": Architecture(name="qwen2", more=_window, square=True),
-        "qwen2_vl": Architecture(name="qwen2vl", more=_qwen2_vl, square=True),
+        "qwen2_vl": Architecture(name="qwen2vl", more=_axes, square=True),
         "qwen3": Architecture(name="qwen3", more=_window),
+        "qwen3_vl": Architecture(name="qwen3vl", more=_axes),
         "qwen2_moe": Architecture(name="qwen2moe", more=_qwen_moe, head=True, square=True, every=True, norm=False),
         "qwen3_moe": Architecture(name="qwen3moe", more=_qwen_moe, every=True, norm=True),
+        "qwen3_vl_moe": Architecture(
+            name="qwen3vlmoe", more=lambda config: _qwen_moe(config) | _axes(config), every=True, norm=True
+        ),
         "gemma": Architecture(name="gemma"),
         "gemma2": Architecture(name="gemma2", more=_gemma2),
         "gemma3_text": Architecture(name="gemma3", more=_gemma3),

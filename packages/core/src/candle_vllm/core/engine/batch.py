@@ -104,7 +104,8 @@ class EmbeddedRows(msgspec.Struct, frozen=True, eq=False):
 
     Attributes:
         rows: [N] int64, which ones.
-        vectors: [N, E] float32, what stands in their place.
+        vectors: [N, V * E] float32, what stands in their place, and behind it what is added behind each of the first
+            V - 1 layers.
     """
 
     rows: Ints

@@ -148,7 +148,8 @@ def _require_room_for_images(loaded: LoadedModel, others: int, budget: int) -> N
 def _image_store(tower: LoadedTower, runner: ModelRunner) -> ImageStore:
     """What encodes the pictures of a model's requests."""
     if tower.placement.recorded:
-        from candle_vllm.core.engine.recorded_runner import RecordedRunner, RecordedTower
+        from candle_vllm.core.engine.recorded_runner import RecordedRunner
+        from candle_vllm.core.engine.recorded_tower import RecordedTower
 
         assert isinstance(runner, RecordedRunner)
         return ImageStore(RecordedTower(tower.tower, runner.team), _MOST_FOR_IMAGES)
@@ -426,7 +427,8 @@ def _runner_on_cpu(
     with _room_for_rows(limits):
         if isinstance(loaded, LoadedHead):
             return RecordedHead(loaded.head, blocks, limits, team=team)
-        sees: dict[str, Any] = {"images": loaded.tower is not None, "turning": turning}
+        vectors = 0 if loaded.tower is None else loaded.tower.tower.config.vectors
+        sees: dict[str, Any] = {"images": vectors, "turning": turning}
         sees["whole"] = isinstance(loaded.draft, LoadedHead)
         return RecordedRunner(loaded.decoder, blocks, limits, team=team, taps=taps, kinds=kinds, **sees)
 

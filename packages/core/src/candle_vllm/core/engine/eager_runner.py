@@ -118,8 +118,19 @@ class _Given:
     vectors: torch.Tensor
 
     def put(self, x: torch.Tensor) -> torch.Tensor:
-        x[self.rows] = self.vectors.to(x.dtype)
+        x[self.rows] = self.vectors[:, : x.shape[1]].to(x.dtype)
         return x
+
+    def add(
+        self, layer: int, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        size = x.shape[1]
+        more = self.vectors[:, (layer + 1) * size : (layer + 2) * size]
+        if not more.shape[1]:
+            return x, residual
+        total = x if residual is None else residual + x
+        total[self.rows] += more.to(x.dtype)
+        return total, None
 
 
 class EagerTower:
@@ -136,17 +147,22 @@ class EagerTower:
         made: list[NDArray[np.float32]] = []
         for tile in tiles:
             rows = config.read(tile)
-            given = rows.patches, tower.numbers(rows.places)
-            patches, numbers = (torch.from_numpy(each).to(self._device) for each in given)
-            step = TowerStep(numbers, (len(patches),), rows.windows)
+            placed = tower.place(rows.places)
+            patches, numbers, start = (
+                None if each is None else torch.from_numpy(each).to(self._device) for each in (rows.patches, *placed)
+            )
+            step = TowerStep(numbers, (len(rows.patches),), rows.windows, start)
             with torch.inference_mode():
-                x = tower.begin(patches, step)
-            for layer in tower.layers:
+                x, deep = tower.begin(patches, step), list[torch.Tensor]()
+            for number, layer in enumerate(tower.layers):
                 with torch.inference_mode():
                     x = layer(x, step)
+                    if number in config.deep:
+                        deep.append(tower.mergers[len(deep)](config.cells(x)))
                 yield
             with torch.inference_mode():
-                made.append(rows.in_order(tower.project(config.cells(tower.norm(x))).float().cpu().numpy()))
+                found = torch.cat([tower.project(config.cells(tower.norm(x))), *deep], 1)
+                made.append(rows.in_order(found.float().cpu().numpy()))
         return np.concatenate(made)
 
 

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
-import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, StepMemory, turned_rows, turns
-from candle_vllm.core.engine.images import Encoding
 from candle_vllm.core.engine.model_runner import EncoderRunner, Landed, StepwiseRunner
 from candle_vllm.core.kernels import sampling
 from candle_vllm.core.kernels.attention.cpu_cache import (
@@ -34,7 +31,6 @@ from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_first, operation
 from candle_vllm.core.kernels.cpu_runtime.recorder import (
     Adapted,
-    Buffer,
     EntryArrays,
     Recorder,
     StepLimits,
@@ -49,11 +45,9 @@ from candle_vllm.core.layers.attention import StepInput, Taps
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.memory import MIB, cache_bytes, room_for
-from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Tower, TowerStep
+from candle_vllm.core.models.family import Decoder, DraftHead, Encoder
 from candle_vllm.core.sampling.sampler import Draw, Sampler, Token, drawn_tokens, right_runs
 from candle_vllm.core.sampling.state import SamplingState
-
-_PIECE = 0.05  # seconds that a tower's piece takes at least, but for the last; others wait for it
 
 
 def _less(left: int) -> str:
@@ -70,7 +64,8 @@ class RecordedRunner(StepwiseRunner):
         isa: instructions that the kernels may use; None is what the CPU has.
         team: threads that are there, of whoever closes them: two teams would wait on the same CPUs.
         taps: `hidden_rows` are what goes into these layers; None for what the last norm gives.
-        images: steps may have rows of pictures.
+        images: vectors of each row that is a picture's: one, and one more for each layer behind which some is added;
+            0 where steps have no such rows.
         whole: `hidden_rows` may be asked for of any row of any step.
         kinds: how keys and values are stored.
         turning: the model's, where it turns tokens of pictures by three positions; it has room for those of a step.
@@ -88,7 +83,7 @@ class RecordedRunner(StepwiseRunner):
         team: ThreadTeam | None = None,
         taps: Sequence[int] | None = None,
         *,
-        images: bool = False,
+        images: int = 0,
         whole: bool = False,
         kinds: tuple[CacheKind, CacheKind] = PLAIN,
         turning: Rotary | None = None,
@@ -102,11 +97,11 @@ class RecordedRunner(StepwiseRunner):
         self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
         nothing: Any = None  # what varies is read when the plan runs
         self._taps = tuple(taps or ())
-        self._looked_up = _RecordedGiven() if images else None
+        self._looked_up = _RecordedGiven(images) if images else None
         kept = None if taps is None else Taps(taps)
         step = StepInput(nothing, nothing, nothing, keys, values, taps=kept, given=self._looked_up)
         self._caches, self._decoder, self._step = (keys, values), decoder, step
-        self._narrows = not (whole or limits.ahead) and decoder.narrows
+        self._narrows = not (whole or limits.ahead) and decoder.narrows and images <= config.num_layers
 
         def record_all() -> None:
             for adapted in (Adapted.NOT, Adapted.ADDED)[: 2 if limits.adapter_rank else 1]:
@@ -114,7 +109,7 @@ class RecordedRunner(StepwiseRunner):
             if self._narrows:
                 self._record(Recorder(limits, recorder.isa), Adapted.NOT, narrows=True)
 
-        _compile_first(record_all, sampling.CODE, sampling.RARE_CODE)
+        compile_together(record_all, sampling.CODE, sampling.RARE_CODE)
         hidden, *ends = self._record(recorder, Adapted.NOT)
         assert recorder.logits is not None
         self._logits = self._wanted = recorder.logits
@@ -142,7 +137,7 @@ class RecordedRunner(StepwiseRunner):
         """
         recorder.begin(adapted)
         if self._looked_up is not None:
-            self._looked_up.recorder = recorder
+            self._looked_up.begin(recorder)
         last = self._decoder.config.num_layers - 1 if narrows else None
         hidden = self._layers(self._decoder, recorder, dataclasses.replace(self._step, narrows=last))
         ends = len(recorder.plan), recorder.num_rows
@@ -193,12 +188,14 @@ class RecordedRunner(StepwiseRunner):
             starts = np.searchsorted(batch.drawn_rows, batch.query_start)
             self._arrays.wanted_start[: len(starts)] = starts
         rows, count = plan.of_runs if batch.drafted else plan.rows, plan.count + self._plan_draws
-        if batch.embedded is not None:
-            assert plan.embedding is not None
-            _, operations, target = plan.embedding
-            self.team.run(rows, operations)
-            target[batch.embedded.rows] = batch.embedded.vectors
-            rows, count = plan.behind_embedding(drafted=batch.drafted), count - operations
+        if (given := batch.embedded) is not None:
+            done, parts = 0, plan.between_stops(drafted=batch.drafted)
+            for number, (stop, part) in enumerate(zip(plan.stops, parts)):
+                self.team.run(part, stop.operations - done)
+                done, size = stop.operations, stop.rows.shape[1]
+                vectors = given.vectors[:, number * size : (number + 1) * size]
+                stop.rows[given.rows] = stop.rows[given.rows] + vectors if number else vectors
+            rows, count = parts[-1], count - done
         return self._with_rows(batch.drawn_rows, rows, count)
 
     def _lay_out(self, batch: Batch) -> None:
@@ -250,8 +247,8 @@ class RecordedRunner(StepwiseRunner):
             np.array([*recorder.plan, *draw.plan], np.int64) for draw in (self._draw_rows, self._draw_drafted)
         )
         head = rows[head_start:], recorder.num_rows - layer_rows
-        embedding = None if self._looked_up is None else self._looked_up.ended
-        return _Plan(rows, runs, recorder.num_rows, *head, values[0], values[1:], embedding)
+        stops = () if self._looked_up is None else tuple(self._looked_up.stops)
+        return _Plan(rows, runs, recorder.num_rows, *head, values[0], values[1:], stops)
 
     def _with_rows(self, rows: Ints, plan: Ints, num_rows: int) -> NDArray[np.float32]:
         arrays, count = self._arrays, len(rows)
@@ -312,6 +309,19 @@ class RecordedHead(RecordedRunner):
         return self._back.rows(rows)
 
 
+class _Stop(NamedTuple):
+    """Where a plan waits in steps with rows of pictures.
+
+    Attributes:
+        numbers, operations: of the plan before it.
+        rows: float32 [T, E], in which those of pictures are written, and behind layers added to.
+    """
+
+    numbers: int
+    operations: int
+    rows: NDArray[np.float32]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """A recorded step.
@@ -323,8 +333,7 @@ class _Plan:
         head, head_count: what of it makes logits.
         hidden: what the layers gave.
         kept: what went into some of them.
-        embedding: numbers and operations of its beginning, which looks tokens up, and the rows of what it makes; None
-            where no rows are given.
+        stops: behind what looks tokens up, and behind the layers whose rows are added to; none where none are given.
     """
 
     rows: Ints
@@ -334,28 +343,42 @@ class _Plan:
     head_count: int
     hidden: Recorded
     kept: list[Recorded]
-    embedding: tuple[int, int, NDArray[np.float32]] | None = None
+    stops: tuple[_Stop, ...] = ()
 
-    def behind_embedding(self, *, drafted: bool) -> Ints:
-        """`rows` or `of_runs` from there on."""
-        return self._behind[drafted]
+    def between_stops(self, *, drafted: bool) -> Sequence[Ints]:
+        """`rows` or `of_runs`, from their beginning and from each stop on."""
+        return self._between[drafted]
 
     @functools.cached_property
-    def _behind(self) -> tuple[Ints, Ints]:
-        assert self.embedding is not None
-        return self.rows[self.embedding[0] :], self.of_runs[self.embedding[0] :]
+    def _between(self) -> tuple[Sequence[Ints], Sequence[Ints]]:
+        begins = [0, *(stop.numbers for stop in self.stops)]
+        return [self.rows[at:] for at in begins], [self.of_runs[at:] for at in begins]
 
 
 class _RecordedGiven:
-    """See `GivenRows`: where a recorded step has looked its tokens up, and which rows are written then."""
+    """See `GivenRows`: where recorded steps stop, that rows of pictures are written, which have so many `vectors`."""
 
-    recorder: Recorder
-    ended: tuple[int, int, NDArray[np.float32]]
+    def __init__(self, vectors: int) -> None:
+        self._vectors = vectors
+
+    def begin(self, recorder: Recorder) -> None:
+        """Another plan is recorded."""
+        self._recorder, self.stops = recorder, list[_Stop]()
 
     def put(self, x: Recorded) -> Recorded:
-        target = _rows_of(buffer_of(x))
-        self.ended = len(self.recorder.plan), self.recorder.num_rows, target
+        self._stop(x)
         return x
+
+    def add(self, layer: int, x: Recorded, residual: Recorded | None) -> tuple[Recorded, Recorded | None]:
+        if layer + 1 >= self._vectors:
+            return x, residual
+        total = x if residual is None else residual + x
+        self._stop(total)
+        return total, None
+
+    def _stop(self, x: Recorded) -> None:
+        rows = buffer_of(x).rows
+        self.stops.append(_Stop(len(self._recorder.plan), self._recorder.num_rows, rows))
 
 
 def _fill_entries(entries: EntryArrays, adapters: AdapterRows) -> None:
@@ -389,7 +412,7 @@ def _drawing(runner: RecordedRunner) -> Draw:
     return lambda logits, controls: weakly.draw_rows(logits, controls)
 
 
-def _compile_first(record: Callable[[], object], more: Sequence[str] = (), later: Sequence[str] = ()) -> None:
+def compile_together(record: Callable[[], object], more: Sequence[str] = (), later: Sequence[str] = ()) -> None:
     """Has what a plan needs compiled side by side at a machine's first start."""
 
     def ask() -> None:
@@ -398,93 +421,6 @@ def _compile_first(record: Callable[[], object], more: Sequence[str] = (), later
             operation(code)
 
     compile_first(ask, later)
-
-
-class RecordedTower:
-    """Replays a tower on the CPU, a tile at a time; see `TowerRunner`.
-
-    Args:
-        tower: the model, its matrices in the layouts of the compiled kernels.
-        team: threads that are there, of whoever closes them.
-        isa: as for `RecordedRunner`.
-    """
-
-    fatal: tuple[type[Exception], ...] = ()
-
-    def __init__(self, tower: Tower, team: ThreadTeam, isa: Isa | None = None) -> None:
-        config = self._config = tower.config
-        self._numbers = tower.numbers
-        level, most = host_isa() if isa is None else isa, config.patches // config.cell**2
-        tiles, cells = (
-            StepLimits(tokens=rows, sequences=windows, logit_rows=1, table_width=0, block_size=1, threads=team.threads)
-            for rows, windows in ((config.patches, most if config.windowed else 1), (most, 1))
-        )
-        _compile_first(lambda: (self._record(tower, Recorder(tiles, level)), self._join(tower, Recorder(cells, level))))
-        self._team = team
-        self._tile, self._cells = Recorder(tiles, level), Recorder(cells, level)
-        self._patches, self._ends, self._hidden = self._record(tower, self._tile)
-        self._joined, self._made = self._join(tower, self._cells)
-        plan = np.array(self._tile.plan, np.int64)
-        ends = zip(self._ends, self._ends[1:])
-        self._pieces = [(plan[first:last].copy(), after - before) for (first, before), (last, after) in ends]
-        bounds, ends = [0, *self._tile.ends], itertools.pairwise(each for _, each in self._ends)
-        operations = [plan[first:last].copy() for first, last in itertools.pairwise(bounds)]
-        self._operations = [[(each, 1) for each in operations[before:after]] for before, after in ends]  # of each piece
-        self._joining = np.array(self._cells.plan, np.int64)
-
-    @staticmethod
-    def _record(tower: Tower, recorder: Recorder) -> tuple[NDArray[np.float32], list[tuple[int, int]], Recorded]:
-        """Where patches go, the ends of the plan's pieces (numbers and operations before), and the last norm."""
-        given = recorder.buffer(tower.config.patch_size)
-        step = TowerStep(step_tokens(recorder, recorder.arrays.positions))
-        x = tower.begin(buffer_value(recorder, given), step)
-        ends = [(0, 0)]
-        for layer in tower.layers:
-            x = layer(x, step)
-            ends.append((len(recorder.plan), recorder.num_rows))
-        hidden: Recorded = tower.norm(x)
-        if (len(recorder.plan), recorder.num_rows) != ends[-1]:
-            ends.append((len(recorder.plan), recorder.num_rows))
-        return _rows_of(given), ends, hidden
-
-    @staticmethod
-    def _join(tower: Tower, recorder: Recorder) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Where cells go, and where their embeddings are."""
-        given = recorder.buffer(tower.config.cell_size)
-        return _rows_of(given), _rows_of(buffer_of(tower.project(buffer_value(recorder, given))))
-
-    def embeddings(self, tiles: NDArray[np.uint8]) -> Encoding:
-        """See `TowerRunner`."""
-        config, rows = self._config, math.prod(tiles.shape[1:3]) // self._config.patch**2
-        made: list[NDArray[np.float32]] = []
-        arrays, began = self._tile.arrays, time.perf_counter()
-        arrays.numbers[StepNumber.TOKENS] = rows
-        slow = False  # a piece takes too long for others to wait for all of it
-        for tile in tiles:
-            read = config.read(tile)
-            self._patches[:rows], arrays.positions[:rows] = read.patches, self._numbers(read.places)
-            for number, piece in enumerate(self._pieces):
-                lengths = read.windows if number in config.windowed else (rows,)
-                arrays.numbers[StepNumber.SEQUENCES] = len(lengths)
-                arrays.query_start[: len(lengths) + 1] = 0, *itertools.accumulate(lengths)
-                for plan, operations in self._operations[number] if slow else [piece]:
-                    started = time.perf_counter()
-                    self._team.run(plan, operations)
-                    ended = time.perf_counter()
-                    slow = slow or ended - started > _PIECE
-                    if ended - began > _PIECE:
-                        yield
-                        began = time.perf_counter()
-            cells = config.cells(self._hidden.rows(np.arange(rows)))
-            self._joined[: len(cells)] = cells
-            self._cells.arrays.numbers[StepNumber.TOKENS] = len(cells)
-            self._team.run(self._joining, self._cells.num_rows)
-            made.append(read.in_order(self._made[: len(cells)]))
-        return np.concatenate(made)
-
-
-def _rows_of(buffer: Buffer) -> NDArray[np.float32]:
-    return buffer.array.reshape(-1, buffer.stride)[:, : buffer.width]
 
 
 class RecordedEncoderRunner(EncoderRunner):
@@ -513,7 +449,7 @@ class RecordedEncoderRunner(EncoderRunner):
             for adapted in (Adapted.NOT, Adapted.ADDED)[: 2 if limits.adapter_rank else 1]:
                 record(Recorder(limits, recorder.isa), adapted)
 
-        _compile_first(record_all)
+        compile_together(record_all)
         self._record, self._plans = record, dict[Adapted, tuple[Recorded, Ints, int]]()
         self._hidden = self._plan_of(Adapted.NOT)[0]  # of the last step
         self._logits = recorder.logits

@@ -51,6 +51,13 @@ class GivenRows(Protocol):
         """x [T, E] with these in their places."""
         ...
 
+    def add(self, layer: int, x: Value, residual: Value | None) -> tuple[Value, Value | None]:
+        """What a layer gave, x [T, E] as two summands, with what is added to these rows behind it.
+
+        Source: Meng et al., 2024, arXiv:2406.04334 (DeepStack).
+        """
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class StepInput:

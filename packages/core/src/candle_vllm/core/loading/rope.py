@@ -133,14 +133,27 @@ def rope_from_hf(fields: Fields, head_dim: int, max_position: int) -> RopeConfig
         mscale_all_dim=nested.get("mscale_all_dim", float, None),
         truncate=nested.get("truncate", bool, True),
         query_scale=nested.get("llama_4_scaling_beta", float, 0.0),
-        axes=_axes(fields, nested.get("mrope_section", list, []), int(head_dim * partial)),
+        axes=_axes(
+            fields,
+            nested.get("mrope_section", list, []),
+            int(head_dim * partial),
+            interleaved=nested.get("mrope_interleaved", bool, False) or _interleaves(fields.get("model_type", str, "")),
+        ),
     )
 
 
-def _axes(fields: Fields, sections: list[Any], dim: int) -> tuple[int, ...]:
+def _interleaves(name: str) -> bool:
+    """Whether a text model of this name, Hugging Face's or that of GGUF files, takes its axes in turns."""
+    return name.replace("_", "").startswith("qwen3vl")
+
+
+def _axes(fields: Fields, sections: list[Any], dim: int, *, interleaved: bool) -> tuple[int, ...]:
     """See `RopeConfig`: the first frequencies are turned by time, the next ones by height, and the last by width.
 
-    Source: Wang et al., 2024, arXiv:2409.12191 (multimodal rotary position embedding).
+    Interleaved, every third frequency is height's, from the second on, and width's, from the third on, until each has
+    its number of them; time has the others.
+    Source: Wang et al., 2024, arXiv:2409.12191 (multimodal rotary position embedding); Bai et al., 2025,
+    arXiv:2511.21631 (interleaved).
     """
     if not any(sections):
         return ()
@@ -150,6 +163,8 @@ def _axes(fields: Fields, sections: list[Any], dim: int) -> tuple[int, ...]:
             f"{fields.path}: the rotary sections are {sections!r:.80}; they must be 3 numbers, of time, height and "
             f"width, {dim // 2} in all"
         )
+    if interleaved:
+        return tuple(axis if (axis := at % 3) and at < 3 * counts[axis] else 0 for at in range(dim // 2))
     return tuple(axis for axis, count in enumerate(counts) for _ in range(count))
 
 
@@ -197,7 +212,9 @@ def rope_from_gguf(fields: Fields, head_dim: int, max_position: int) -> RopeConf
         mscale=None if multiplier is None else 1.0,
         mscale_all_dim=multiplier,
         query_scale=fields.get("attention.temperature_scale", float, 0.0),
-        axes=_axes(fields, fields.get("rope.dimension_sections", list, []), dim),
+        axes=_axes(
+            fields, fields.get("rope.dimension_sections", list, []), dim, interleaved=_interleaves(fields.prefix)
+        ),
     )
 
 

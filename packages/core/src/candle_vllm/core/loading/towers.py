@@ -27,6 +27,8 @@ TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "Mistral3ForConditionalGeneration": {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"},
         "Qwen2VLForConditionalGeneration": {"qwen2_vl_text": "Qwen2ForCausalLM"},
         "Qwen2_5_VLForConditionalGeneration": {"qwen2_5_vl_text": "Qwen2ForCausalLM"},
+        "Qwen3VLForConditionalGeneration": {"qwen3_vl_text": "Qwen3ForCausalLM"},
+        "Qwen3VLMoeForConditionalGeneration": {"qwen3_vl_moe_text": "Qwen3MoeForCausalLM"},
     }
 )
 """By multimodal architecture: the model_type of `text_config`, the first where it is absent, and the text model's
@@ -136,6 +138,8 @@ def text_fields(
         )
     values = {key: config[key] for key in _CARRIED if key in config} | dict(DEFAULTS.get(model_type, {}))
     values |= {key: value for key, value in text.items() if value is not None or key not in values}
+    deep = Fields(config, path).section("vision_config").get("deepstack_visual_indexes", list, [])
+    values["n_deepstack_layers"] = len(deep)  # by GGUF's name
     values["eos_token_id"] = [*_ids(config, path), *_ids(text, path)]
     values["tie_word_embeddings"] = _tied((Fields(config, path), Fields(text, path)), tensors)
     return allowed[model_type], Fields({prefix + key: value for key, value in values.items()}, path, prefix)

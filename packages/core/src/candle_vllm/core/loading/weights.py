@@ -309,7 +309,8 @@ def layer_at(model: object, path: str) -> Loadable | None:
     """The layer behind a path like "layers.3.attention.qkv"; None where the model has none there (a tied head)."""
     found: Any = model
     for name in path.split("."):
-        found = found[int(name)] if name.isdigit() else getattr(found, name, None)
+        part = found[int(name) : int(name) + 1] if name.isdigit() else [getattr(found, name, None)]
+        found = part[0] if part else None
         if found is None:
             return None
     return found

@@ -9,17 +9,18 @@ from __future__ import annotations
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.views import row_part
+from candle_vllm.core.loading.views import View, chain, row_part
 from candle_vllm.core.loading.weights import Seen, WeightName
 from candle_vllm.core.models.attention_names import GG, HF
 
 
-def expert_names(hf: str, *names: str) -> list[WeightName]:
+def expert_names(hf: str, *names: str, upright: View | None = None) -> list[WeightName]:
     """The experts' matrices.
 
     Args:
         hf: what the experts' names begin with in a layer: "mlp.experts".
         names: of gate, up and down there: "gate_proj", "up_proj", "down_proj".
+        upright: how an expert's part of one tensor of all of them is looked at first.
     """
     lines = []
     for part, name in zip(("gate", "up", "down"), names, strict=True):
@@ -27,11 +28,14 @@ def expert_names(hf: str, *names: str) -> list[WeightName]:
         gguf_all, starts = f"{GG}ffn_{part}_exps.weight", dict.fromkeys((f"{HF}{hf}.", f"{HF}mlp.experts."))
         target = f"layers.{{i}}.mlp.experts:{part}.{{e}}.weight"
         if part == "down":
-            hf_all = tuple(start + "down_proj" for start in starts)
+            hf_all = tuple(
+                start + "down_proj" if upright is None else Seen(start + "down_proj", upright) for start in starts
+            )
             lines.append(WeightName(target, (hf_each, *hf_all), (gguf_all, gguf_each)))
             continue
         half = row_part(int(part == "up"), 2)
-        joined = tuple(Seen(start + "gate_up_proj", half) for start in starts)
+        first = half if upright is None else chain(upright, half)
+        joined = tuple(Seen(start + "gate_up_proj", first) for start in starts)
         gguf_joined = Seen(f"{GG}ffn_gate_up_exps.weight", half)
         lines.append(WeightName(target, (hf_each, *joined), (gguf_all, gguf_each, gguf_joined)))
     return lines

@@ -112,6 +112,8 @@ class TowerConfig:
         most_patches: of a tile; 0 where it is `side` squared.
         window: cells of the side of a window.
         windowed: the layers in which patches see those of their window alone.
+        learned: of the side of the table of positions that is resampled to a tile's grid; 0 where none is.
+        deep: layers whose results become embeddings too, which are added behind the first layers of the text model.
     """
 
     hidden_size: int
@@ -129,6 +131,8 @@ class TowerConfig:
     most_patches: int = 0
     window: int = 0
     windowed: frozenset[int] = frozenset()
+    learned: int = 0
+    deep: tuple[int, ...] = ()
     num_experts: int = 0
 
     def __post_init__(self) -> None:
@@ -141,6 +145,11 @@ class TowerConfig:
     def patches(self) -> int:
         """The most of a tile."""
         return self.most_patches or self.side**2
+
+    @property
+    def vectors(self) -> int:
+        """Embeddings of a cell, which stand side by side: that of the last layer, and those of `deep`."""
+        return 1 + len(self.deep)
 
     @property
     def patch_size(self) -> int:
@@ -190,7 +199,7 @@ class TileRows(NamedTuple):
     windows: tuple[int, ...]
 
     def in_order(self, made: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The embeddings [C, text size] of the cells in the tile's own order, in new memory."""
+        """The embeddings [C, vectors * text size] of the cells in the tile's own order, in new memory."""
         if self.order is None:
             return made.copy()
         found = np.empty_like(made)
@@ -198,12 +207,24 @@ class TileRows(NamedTuple):
         return found
 
 
+class Placed(NamedTuple):
+    """What a tower makes of the rows and columns of a tile's patches.
+
+    Attributes:
+        numbers: [T] int64, what stands for each.
+        start: [T, E] float32, what x begins with; None where it begins with the patches alone.
+    """
+
+    numbers: NDArray[np.int64]
+    start: NDArray[np.float32] | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class TowerStep:
     """What the layers of a tower see of a tile beside x.
 
     Attributes:
-        places: [T] int64, of each patch what `Tower.numbers` says.
+        places, start: `numbers` and `start` of `Placed`.
         lengths: patches of each tile; while a step is recorded it is not looked at.
         windows: the same of each window.
     """
@@ -211,6 +232,7 @@ class TowerStep:
     places: Value
     lengths: Sequence[int] = ()
     windows: Sequence[int] = ()
+    start: Value | None = None
 
 
 class Tower(Protocol):
@@ -220,6 +242,7 @@ class Tower(Protocol):
         config: its description.
         layers: each takes x [T, E] and gives [T, E].
         norm: behind the last layer.
+        mergers: embeddings [C, text size] of the cells of each of the config's `deep` layers.
     """
 
     @property
@@ -231,8 +254,11 @@ class Tower(Protocol):
     @property
     def norm(self) -> Callable[[Value], Value]: ...
 
-    def numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """What stands for the row and column [T, 2] of each patch, [T]; good for one tile at a time."""
+    @property
+    def mergers(self) -> Sequence[Callable[[Value], Value]]: ...
+
+    def place(self, places: NDArray[np.int64]) -> Placed:
+        """What it makes of the row and column [T, 2] of each patch; good for one tile at a time."""
         ...
 
     def begin(self, patches: Value, step: TowerStep) -> Value:

@@ -40,6 +40,7 @@ class LlamaConfig(ModelConfig):
         qk_norm: q and k are RMS-normalised per head before rotation.
         mixture, sparse_layers: experts, and which layers have them (`mixtral.py`, `qwen_moe.py`, `glm4_moe.py`).
         unrotated_layers: whose queries and keys do not turn (`smollm3.py`).
+        deep: layers behind which a tower adds to the rows of pictures (`qwen_vl.py`).
     """
 
     qkv_bias: bool = False
@@ -49,6 +50,7 @@ class LlamaConfig(ModelConfig):
     mixture: Mixture | None = None
     sparse_layers: frozenset[int] = frozenset()
     unrotated_layers: frozenset[int] = frozenset()
+    deep: int = 0
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
@@ -61,12 +63,13 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     return LlamaConfig(
         **shared
         | {
-            "model_type": "qwen2_vl" if model_type == "qwen2" and shared["rope"].axes else model_type,
+            "model_type": f"{model_type}_vl" if shared["rope"].axes and "qwen" in model_type else model_type,
             "qkv_bias": model_type == "qwen2" or attention_bias,
             "output_bias": model_type != "qwen2" and attention_bias,
             "mlp_bias": fields.get("mlp_bias", bool, False),
             "qk_norm": model_type == "qwen3",
             "sliding_windows": _windows(fields, model_type, shared["num_layers"]),
+            "deep": fields.get("n_deepstack_layers", int, 0),
         }
     )
 
@@ -88,7 +91,7 @@ def _windows(fields: Fields, model_type: str, layers: int) -> tuple[int | None, 
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of llama (which includes Mistral, SmolLM and Yi), mistral3, qwen2, qwen2vl and qwen3."""
+    """Reads GGUF metadata of llama (which includes Mistral, SmolLM and Yi), mistral3, and qwen2, qwen3 and their vl."""
     shared, tensors = shared_from_gguf(fields, checkpoint), checkpoint.tensors
     return LlamaConfig(
         **shared,
@@ -97,6 +100,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
         mlp_bias="blk.0.ffn_gate.bias" in tensors,
         qk_norm="blk.0.attn_q_norm.weight" in tensors,
         interleaved_rotary=shared["model_type"] in ("llama", "mistral3"),
+        deep=fields.get("n_deepstack_layers", int, 0),
     )
 
 
@@ -218,7 +222,7 @@ FAMILY = Family(
         "Qwen2ForCausalLM": "qwen2",
         "Qwen3ForCausalLM": "qwen3",
     },
-    gguf=("llama", "mistral3", "qwen2", "qwen2vl", "qwen3"),
+    gguf=("llama", "mistral3", "qwen2", "qwen2vl", "qwen3", "qwen3vl"),
     config_from_hf=config_from_hf,
     config_from_gguf=config_from_gguf,
     build=Llama,

@@ -33,7 +33,7 @@ from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.towers import DEFAULTS
 from candle_vllm.core.loading.views import computed
 from candle_vllm.core.loading.weights import WeightName
-from candle_vllm.core.models.family import TowerConfig, TowerFamily, TowerStep
+from candle_vllm.core.models.family import Placed, TowerConfig, TowerFamily, TowerStep
 from candle_vllm.core.models.siglip import ACTIVATIONS, MOST_PATCHES, patch_kernel
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import Cut, fit_rule
@@ -203,6 +203,8 @@ class Tables:
 class Pixtral:
     """The tower: patches of pictures to embeddings; see `Tower`."""
 
+    mergers = ()
+
     def __init__(self, config: PixtralConfig, placement: Placement) -> None:
         size, text, bias = config.hidden_size, config.text_size, config.projector_bias
         self.config = config
@@ -217,9 +219,9 @@ class Pixtral:
         self.first = Linear(size, text, placement, bias=bias)
         self.second = Linear(text, text, placement, bias=bias)
 
-    def numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    def place(self, places: NDArray[np.int64]) -> Placed:
         """See `Tower`: rows of the tables, row by row of the largest tile."""
-        return places @ (self.config.side, 1)
+        return Placed(places @ (self.config.side, 1))
 
     def begin(self, patches: Value, step: TowerStep) -> Value:
         """See `Tower`."""

@@ -1,7 +1,8 @@
 """Qwen2-MoE and Qwen3-MoE: the wiring of Qwen2 and Qwen3 (`llama.py`) with experts in all or some layers.
 
 Qwen2-MoE (Qwen1.5-MoE, Qwen2-57B-A14B) adds a layer that all tokens share, weighed by a sigmoid of the token, and takes
-the chosen experts' scores as they are; Qwen3-MoE has no such layer, and makes them sum to 1.
+the chosen experts' scores as they are; Qwen3-MoE has no such layer, and makes them sum to 1, as does the text model of
+Qwen3-VL-MoE.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.layers.moe import Mixture
 from candle_vllm.core.loading.config import layer_windows, shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.views import as_row
+from candle_vllm.core.loading.views import as_row, transposed
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
@@ -34,7 +35,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
         experts=expert_count(fields, "num_experts", "num_local_experts"),
         top_k=fields.count("num_experts_per_tok"),
         inner_size=fields.count("moe_intermediate_size"),
-        renormalise=fields.get("norm_topk_prob", bool, False),
+        renormalise=bool(shared["rope"].axes) or fields.get("norm_topk_prob", bool, False),
         shared_size=fields.count("shared_expert_intermediate_size") if qwen2 else 0,
         shared_gate=qwen2,
     )
@@ -42,6 +43,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     return LlamaConfig(
         **shared
         | {
+            "model_type": "qwen3_vl_moe" if shared["rope"].axes else model_type,
             "qkv_bias": fields.get("qkv_bias", bool, True) if qwen2 else bias,
             "output_bias": not qwen2 and bias,
             "qk_norm": not qwen2,
@@ -49,6 +51,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
             "mixture": mixture,
             "num_experts": mixture.experts,
             "sparse_layers": _sparse_layers(fields, shared["num_layers"]),
+            "deep": fields.get("n_deepstack_layers", int, 0),
         }
     )
 
@@ -74,7 +77,7 @@ def _sparse_layers(fields: Fields, layers: int) -> frozenset[int]:
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
-    """Reads GGUF metadata of qwen2moe and qwen3moe."""
+    """Reads GGUF metadata of qwen2moe, qwen3moe and qwen3vlmoe."""
     shared, tensors = shared_from_gguf(fields, checkpoint), checkpoint.tensors
     qwen2 = shared["model_type"] == "qwen2moe"
     mixture = Mixture(
@@ -94,6 +97,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
         mixture=mixture,
         num_experts=mixture.experts,
         sparse_layers=sparse_in_gguf(checkpoint, shared["num_layers"]),
+        deep=fields.get("n_deepstack_layers", int, 0),
     )
 
 
@@ -108,17 +112,25 @@ def _shared_size(fields: Fields, tensors: Any) -> int:
 
 _GATE = "layers.{i}.mlp.shared_gate:weight"
 
+
+def _upright(stored: StoredTensor, config: Any) -> StoredTensor:
+    """An expert's matrix, which files of Qwen3-VL-MoE have with its rows as columns."""
+    size, inner = config.hidden_size, config.mixture.inner_size
+    lies = stored.shape in ((size, 2 * inner), (inner, size)) and stored.shape not in ((2 * inner, size), (size, inner))
+    return transposed(stored, config) if lies and config.model_type == "qwen3_vl_moe" else stored
+
+
 WEIGHTS = [
     *llama.WEIGHTS,
     WeightName("layers.{i}.mlp.router:weight", HF + "mlp.gate.weight", GG + "ffn_gate_inp.weight"),
-    *expert_names("mlp.experts", "gate_proj", "up_proj", "down_proj"),
+    *expert_names("mlp.experts", "gate_proj", "up_proj", "down_proj", upright=_upright),
     *shared_names("mlp.shared_expert"),
     WeightName(_GATE, HF + "mlp.shared_expert_gate.weight", GG + "ffn_gate_inp_shexp.weight", None, as_row),
 ]
 
 FAMILY = Family(
     hf={"Qwen2MoeForCausalLM": "qwen2_moe", "Qwen3MoeForCausalLM": "qwen3_moe"},
-    gguf=("qwen2moe", "qwen3moe"),
+    gguf=("qwen2moe", "qwen3moe", "qwen3vlmoe"),
     config_from_hf=config_from_hf,
     config_from_gguf=config_from_gguf,
     build=Llama,

@@ -1,16 +1,19 @@
-"""The towers of Qwen2-VL and Qwen2.5-VL, and their way to embeddings of the text model.
+"""The towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, and their way to embeddings of the text model.
 
 Each block is x + attention(norm(x)), then x + mlp(norm(x)); queries and keys are rotated by the row and the column of
-their patch. In Qwen2-VL every patch sees its whole picture; in Qwen2.5-VL, but for some layers, its window of it.
+their patch. Every patch sees its whole picture; in Qwen2.5-VL, but for some layers, its window of it.
 Behind the last norm cells of 2 x 2 patches become one vector, and two products make an embedding of it.
 Pictures keep their own size, as multiples of a cell. A still picture is two equal frames to the kernels of patches.
-Source: Wang et al., 2024, arXiv:2409.12191; Bai et al., 2025, arXiv:2502.13923.
+Qwen3-VL begins with learned positions as well, of a grid that is stretched to the picture's; of what some layers gave
+it makes embeddings too, which are added to the text model's hidden states behind its first layers.
+Source: Wang et al., 2024, arXiv:2409.12191; Bai et al., 2025, arXiv:2502.13923 and arXiv:2511.21631.
 Shapes: T patches, E hidden, P numbers of a patch, C cells, D head size.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -28,11 +31,11 @@ from candle_vllm.core.layers.layer_norm import LayerNorm
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.mlp import MLP, GatedMLP
 from candle_vllm.core.layers.norm import RMSNorm
-from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.layers.parameters import Placement, TensorParameter
 from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.views import computed, row_part
-from candle_vllm.core.loading.weights import Seen, WeightName
-from candle_vllm.core.models.family import TowerConfig, TowerFamily, TowerStep
+from candle_vllm.core.loading.weights import Parameter, Seen, WeightName
+from candle_vllm.core.models.family import Placed, TowerConfig, TowerFamily, TowerStep
 from candle_vllm.core.models.siglip import ACTIVATIONS
 from candle_vllm.core.models.siglip import prepared as swapped_back
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -67,9 +70,10 @@ class QwenTowerConfig(TowerConfig):
 
 
 def config_from_hf(fields: Fields, processor: Fields, text_size: int) -> QwenTowerConfig:
-    """Reads `config.json` and `preprocessor_config.json` of Qwen2-VL and Qwen2.5-VL."""
-    vision, newer = fields.section("vision_config"), _is_newer(fields)
-    patch, cell = vision.count("patch_size", 14), vision.count("spatial_merge_size", 2, most=64)
+    """Reads `config.json` and `preprocessor_config.json` of Qwen2-VL, Qwen2.5-VL and Qwen3-VL."""
+    vision, named = fields.section("vision_config"), fields.get("architectures", list)[0]
+    third = named.startswith("Qwen3")
+    patch, cell = vision.count("patch_size", 16 if third else 14), vision.count("spatial_merge_size", 2, most=64)
     for name, known in (("patch_size", patch), ("merge_size", cell), ("temporal_patch_size", _FRAMES)):
         if processor.count(name, known) != known:
             raise InvalidFileError(f"{processor.path}: {name} is {processor.count(name)}; the tower's is {known}")
@@ -78,11 +82,19 @@ def config_from_hf(fields: Fields, processor: Fields, text_size: int) -> QwenTow
             raise UnsupportedModelError(
                 f"{fields.path}: vision_config.{name} is {vision.count(name)}; implemented: {known}"
             )
-    layers = vision.count("depth", 32, most=MAX_LAYERS)
-    if newer:
+    layers = vision.count("depth", 27 if third else 32, most=MAX_LAYERS)
+    if third:
+        own: dict[str, Any] = {
+            "hidden_size": vision.count("hidden_size", 1152),
+            "intermediate_size": vision.count("intermediate_size", 4304),
+            "activation": _ACTIVATIONS[vision.choice("hidden_act", "gelu_pytorch_tanh", *_ACTIVATIONS)],
+            "learned": math.isqrt(vision.count("num_position_embeddings", 2304, most=_MOST_PATCHES)),
+            "deep": _deep(vision.get("deepstack_visual_indexes", list, [8, 16, 24]), layers, vision),
+        }
+    elif named == "Qwen2_5_VLForConditionalGeneration":
         vision.choice("hidden_act", "silu", "silu")
         size = vision.count("hidden_size", 3584)
-        own: dict[str, Any] = {
+        own = {
             "hidden_size": size,
             "intermediate_size": vision.count("intermediate_size", 3420),
             "activation": "gelu",  # of the last two products
@@ -107,8 +119,14 @@ def config_from_hf(fields: Fields, processor: Fields, text_size: int) -> QwenTow
     )
 
 
-def _is_newer(fields: Fields) -> bool:
-    return fields.get("architectures", list)[0] == "Qwen2_5_VLForConditionalGeneration"
+def _deep(layers: list[Any], count: int, vision: Fields) -> tuple[int, ...]:
+    """The layers that make further embeddings, of so many."""
+    if not all(isinstance(each, int) and 0 <= each < count for each in layers) or layers != sorted(set(layers)):
+        raise InvalidFileError(
+            f"{vision.path}: vision_config.deepstack_visual_indexes is {layers!r:.80}, not some of {count} layers in "
+            "their order"
+        )
+    return tuple(layers)
 
 
 def _windows(vision: Fields, layers: int, pixels: int) -> dict[str, Any]:
@@ -129,18 +147,27 @@ def config_from_gguf(fields: Fields, text_size: int) -> QwenTowerConfig:
     size, layers = fields.count("embedding_length"), fields.count("block_count", most=MAX_LAYERS)
     inner = fields.get("feed_forward_length", int, 0)
     processor = {
-        "min_pixels": fields.count("image_min_pixels", 56 * 56),
+        "min_pixels": fields.count("image_min_pixels", 256**2 if kind == "qwen3vl_merger" else 56**2),
         "max_pixels": fields.count("image_max_pixels", _MOST_PATCHES * patch**2),
         **{f"image_{key}": fields.values[f"{fields.prefix}image_{key}"] for key in ("mean", "std")
            if f"image_{key}" in fields},
     }  # fmt: skip
-    if kind == "qwen2.5vl_merger":
+    if kind == "qwen3vl_merger":
+        if not whole.get("clip.use_gelu", bool, True):
+            raise UnsupportedModelError(f"{fields.path}: clip.use_gelu is false; implemented: true")
+        deep = [at for at, whether in enumerate(fields.get("is_deepstack_layers", list, [])) if whether]
+        own: dict[str, Any] = {
+            "activation": "gelu_tanh",
+            "learned": fields.count("image_size") // patch,
+            "deep": _deep(deep, layers, fields),
+        }
+    elif kind == "qwen2.5vl_merger":
         if not whole.get("clip.use_silu", bool, True):
             raise UnsupportedModelError(f"{fields.path}: clip.use_silu is false; implemented: true")
         every = fields.get("n_wa_pattern", int, 0)
         windows = {"window_size": fields.count("window_size", 112)}
         full = [layer for layer in range(layers) if every <= 0 or (layer + 1) % every == 0]
-        own: dict[str, Any] = {
+        own = {
             "activation": "gelu",
             "gated": True,
             **_windows(Fields(windows | {"fullatt_block_indexes": full}, fields.path), layers, patch * cell),
@@ -169,12 +196,16 @@ def _config(*, rule: AreaRule, patch: int, cell: int, **own: Any) -> QwenTowerCo
 
 
 def prepared(tensors: Mapping[str, StoredTensor], config: TowerConfig) -> Mapping[str, StoredTensor]:
-    """The kernels of both frames as one tensor, and up and down by their right names."""
+    """The kernels of both frames as one tensor, up and down by their right names, and mergers by their number."""
     first, second = "v.patch_embd.weight", "v.patch_embd.weight.1"
     found = dict(swapped_back(tensors, config))
     if first in found and second in found and found[first].shape == found[second].shape:
         one, other = found[first], found.pop(second)
         found[first] = computed(one, one.shape, lambda values: values + other.load("F32"), "F32")
+    for number, layer in enumerate(config.deep):  # never above its layer's, so none takes the place of another
+        for name in [name for name in found if name.startswith(f"v.deepstack.{layer}.")]:
+            right = name.replace(f".{layer}.", f".{number}.", 1)
+            found[right] = dataclasses.replace(found.pop(name), name=right)
     return found
 
 
@@ -208,33 +239,73 @@ class Block:
 # ---- model -----------------------------------------------------------------------------------------------------------
 
 
+class Positions:
+    """Learned positions of a square grid, which is stretched to a picture's, its corners on those."""
+
+    def __init__(self, side: int, size: int, placement: Placement) -> None:
+        self.side, self.weight = side, placement.empty(side**2, size)
+
+    def __call__(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
+        """[T, E] of the row and column of each patch [T, 2], by both neighbours in each direction."""
+        table, last = np.asarray(self.weight), np.float32(self.side - 1)
+        found = np.zeros((len(places), table.shape[1]), np.float32)
+        steps = [places[:, axis] * (last / max(int(places[:, axis].max()), 1)) for axis in (0, 1)]
+        below = [step.astype(np.int64) for step in steps]
+        shares = [(step - low).astype(np.float32)[:, None] for step, low in zip(steps, below)]
+        for down in (0, 1):
+            for right in (0, 1):
+                rows, columns = (np.minimum(low + more, self.side - 1) for low, more in zip(below, (down, right)))
+                weights = [share if more else 1 - share for share, more in zip(shares, (down, right))]
+                found += table[rows * self.side + columns] * (weights[0] * weights[1])
+        return found
+
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every parameter that must be loaded."""
+        return {"weight": TensorParameter(self.weight)}
+
+
+class Merger:
+    """An embedding [text size] of what a layer gave of a cell's patches, side by side."""
+
+    def __init__(self, config: QwenTowerConfig, placement: Placement) -> None:
+        joined = config.cell_size
+        self.norm = LayerNorm(joined, config.norm_eps, placement)
+        self.first = Linear(joined, joined, placement, bias=True)
+        self.second = Linear(joined, config.text_size, placement, bias=True)
+
+    def __call__(self, cells: Value) -> Value:
+        return self.second(activation(self.first(self.norm(cells)), "gelu"))
+
+
 class QwenTower:
     """The tower: patches of a picture to embeddings; see `Tower`."""
 
     def __init__(self, config: QwenTowerConfig, placement: Placement) -> None:
         size, joined = config.hidden_size, config.cell_size
         self.config = config
-        self.patches = Linear(config.patch_size, size, placement)
+        self.patches = Linear(config.patch_size, size, placement, bias=bool(config.learned))
+        self.positions = Positions(config.learned, size, placement) if config.learned else None
         empty = np.zeros((config.most_patches, size // config.num_heads // 2), np.float32)
         self._tables = placement.constant(empty), placement.constant(empty.copy())  # of a picture: see `numbers`
         self.layers = [Block(config, layer, self._tables, placement) for layer in range(config.num_layers)]
         self.norm = (RMSNorm if config.gated else LayerNorm)(size, config.norm_eps, placement)
         self.joined = Linear(joined, joined, placement, bias=True)
         self.projector = Linear(joined, config.text_size, placement, bias=True)
+        self.mergers = [Merger(config, placement) for _ in config.deep]
 
-    def numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    def place(self, places: NDArray[np.int64]) -> Placed:
         """See `Tower`: a row of the tables for each patch, whose first half its row turns, and the other its column."""
         quarter = self._tables[0].shape[1] // 2
         frequencies = np.float32(1) / np.float32(_THETA) ** (np.arange(quarter, dtype=np.float32) / quarter)
         angles = (places[:, :, None].astype(np.float32) * frequencies.astype(np.float32)).reshape(len(places), -1)
         for table, function in zip(self._tables, (np.cos, np.sin)):
             np.asarray(table)[: len(places)] = function(angles.astype(np.float64))  # shares its memory
-        return np.arange(len(places))
+        return Placed(np.arange(len(places)), None if self.positions is None else self.positions(places))
 
     def begin(self, patches: Value, step: TowerStep) -> Value:
         """See `Tower`."""
-        del step
-        return self.patches(patches)
+        x = self.patches(patches)
+        return x if step.start is None else step.start + x
 
     def project(self, cells: Value) -> Value:
         """See `Tower`."""
@@ -255,11 +326,13 @@ def _kernel(stored: StoredTensor, config: Any) -> StoredTensor:
 
 
 _AT, _LAYER, _BLOCK = "visual.", "visual.blocks.{i}.", "v.blk.{i}."
+_MERGER = "visual.deepstack_merger_list.{i}."
+_DOWN = ("fc2", "down_proj", "linear_fc2")
 _KINDS = ("weight", "bias")
 
 
-def _pair(target: str, hf: str, gguf: str) -> list[WeightName]:
-    return [WeightName(f"{target}{kind}", f"{hf}.{kind}", f"{gguf}.{kind}") for kind in _KINDS]
+def _pair(target: str, hf: Sequence[str], gguf: str) -> list[WeightName]:
+    return [WeightName(f"{target}{kind}", tuple(f"{name}.{kind}" for name in hf), f"{gguf}.{kind}") for kind in _KINDS]
 
 
 def _of_qkv(number: int, part: str) -> list[WeightName]:
@@ -278,24 +351,22 @@ WEIGHTS: Sequence[WeightName] = (
     WeightName(
         "patches:weight", _AT + "patch_embed.proj.weight", "v.patch_embd.weight", hf_view=_kernel, gguf_view=_kernel
     ),
-    *_pair("layers.{i}.attention_norm:", _LAYER + "norm1", _BLOCK + "ln1"),
+    WeightName("patches:bias", _AT + "patch_embed.proj.bias", "v.patch_embd.bias"),
+    WeightName("positions:weight", _AT + "pos_embed.weight", "v.position_embd.weight"),
+    *_pair("layers.{i}.attention_norm:", [_LAYER + "norm1"], _BLOCK + "ln1"),
     *(line for number, part in enumerate("qkv") for line in _of_qkv(number, part)),
-    *_pair("layers.{i}.output:", _LAYER + "attn.proj", _BLOCK + "attn_out"),
-    *_pair("layers.{i}.mlp_norm:", _LAYER + "norm2", _BLOCK + "ln2"),
-    *_pair("layers.{i}.mlp.up:", _LAYER + "mlp.fc1", _BLOCK + "ffn_up"),
-    *_pair("layers.{i}.mlp.gate_up:gate.", _LAYER + "mlp.gate_proj", _BLOCK + "ffn_gate"),
-    *_pair("layers.{i}.mlp.gate_up:up.", _LAYER + "mlp.up_proj", _BLOCK + "ffn_up"),
-    *(
-        WeightName(
-            f"layers.{{i}}.mlp.down:{kind}",
-            (f"{_LAYER}mlp.fc2.{kind}", f"{_LAYER}mlp.down_proj.{kind}"),
-            f"{_BLOCK}ffn_down.{kind}",
-        )
-        for kind in _KINDS
-    ),
-    *_pair("norm:", _AT + "merger.ln_q", "v.post_ln"),
-    *_pair("joined:", _AT + "merger.mlp.0", "mm.0"),
-    *_pair("projector:", _AT + "merger.mlp.2", "mm.2"),
+    *_pair("layers.{i}.output:", [_LAYER + "attn.proj"], _BLOCK + "attn_out"),
+    *_pair("layers.{i}.mlp_norm:", [_LAYER + "norm2"], _BLOCK + "ln2"),
+    *_pair("layers.{i}.mlp.up:", [_LAYER + "mlp.fc1", _LAYER + "mlp.linear_fc1"], _BLOCK + "ffn_up"),
+    *_pair("layers.{i}.mlp.gate_up:gate.", [_LAYER + "mlp.gate_proj"], _BLOCK + "ffn_gate"),
+    *_pair("layers.{i}.mlp.gate_up:up.", [_LAYER + "mlp.up_proj"], _BLOCK + "ffn_up"),
+    *_pair("layers.{i}.mlp.down:", [_LAYER + f"mlp.{name}" for name in _DOWN], _BLOCK + "ffn_down"),
+    *_pair("norm:", [_AT + "merger.ln_q", _AT + "merger.norm"], "v.post_ln"),
+    *_pair("joined:", [_AT + "merger.mlp.0", _AT + "merger.linear_fc1"], "mm.0"),
+    *_pair("projector:", [_AT + "merger.mlp.2", _AT + "merger.linear_fc2"], "mm.2"),
+    *_pair("mergers.{i}.norm:", [_MERGER + "norm"], "v.deepstack.{i}.norm"),
+    *_pair("mergers.{i}.first:", [_MERGER + "linear_fc1"], "v.deepstack.{i}.fc1"),
+    *_pair("mergers.{i}.second:", [_MERGER + "linear_fc2"], "v.deepstack.{i}.fc2"),
 )
 
 
@@ -312,8 +383,13 @@ def words_around(cut: Cut, grid: tuple[int, int]) -> str:
 
 FAMILY = TowerFamily(
     name="qwen_vl",
-    hf={"Qwen2VLForConditionalGeneration": "qwen2_vl", "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl"},
-    gguf=("qwen2vl_merger", "qwen2.5vl_merger"),
+    hf={
+        "Qwen2VLForConditionalGeneration": "qwen2_vl",
+        "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
+        "Qwen3VLForConditionalGeneration": "qwen3_vl",
+        "Qwen3VLMoeForConditionalGeneration": "qwen3_vl_moe",
+    },
+    gguf=("qwen2vl_merger", "qwen2.5vl_merger", "qwen3vl_merger"),
     config_from_hf=config_from_hf,
     config_from_gguf=config_from_gguf,
     prepared=prepared,

@@ -30,7 +30,7 @@ from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.views import computed
 from candle_vllm.core.loading.weights import WeightName
-from candle_vllm.core.models.family import TowerConfig, TowerFamily, TowerStep
+from candle_vllm.core.models.family import Placed, TowerConfig, TowerFamily, TowerStep
 from candle_vllm.core.quantization.tensors import StoredTensor
 from candle_vllm.core.vision.preprocessing import MAX_TILE, Cut, StretchRule, TileRule, tile_rule
 
@@ -156,6 +156,8 @@ class Block:
 class Siglip:
     """The tower: patches of tiles to embeddings; see `Tower`."""
 
+    mergers = ()
+
     def __init__(self, config: TowerConfig, placement: Placement) -> None:
         size = config.hidden_size
         self.config = config
@@ -165,9 +167,9 @@ class Siglip:
         self.norm = LayerNorm(size, config.norm_eps, placement)
         self.projector = Linear(config.cell_size, config.text_size, placement)
 
-    def numbers(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    def place(self, places: NDArray[np.int64]) -> Placed:
         """See `Tower`: rows of the table, row by row of a tile."""
-        return places @ (self.config.side, 1)
+        return Placed(places @ (self.config.side, 1))
 
     def begin(self, patches: Value, step: TowerStep) -> Value:
         """See `Tower`."""

@@ -43,6 +43,8 @@ class DecoderStack:
             if taps is not None:
                 x, residual = taps.keep(number, x, residual)
             x, residual = layer(x, residual, step)
+            if step.given is not None:
+                x, residual = step.given.add(number, x, residual)
         if taps is not None:
             x, residual = taps.keep(len(self.layers), x, residual)
         return self.norm.add(x, residual)[0]

@@ -234,3 +234,8 @@ class Buffer:
     width: int
     stride: int
     version: int = 0
+
+    @property
+    def rows(self) -> NDArray[np.float32]:
+        """[tokens, width], the memory itself."""
+        return self.array.reshape(-1, self.stride)[:, : self.width]
