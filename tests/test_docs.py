@@ -20,7 +20,7 @@ from candle_vllm.server.settings.command_line import parse, split_command
 
 ROOT = Path(__file__).parents[1]
 WITH_CODE = sorted([ROOT / "README.md", ROOT / "LIBRARY_API.md", *ROOT.glob("packages/*/README.md")])
-ALL = sorted([*WITH_CODE, *ROOT.glob("docs/*.md"), ROOT / "CHANGELOG.md"])
+ALL = sorted([*WITH_CODE, *ROOT.glob("docs/*.md"), *ROOT.glob("deploy/**/README.md"), ROOT / "CHANGELOG.md"])
 FILES = re.compile(r'"(?:SmolLM2-135M-Instruct\.Q4_1|model)\.gguf"')
 SERVER = "http://127.0.0.1:2000"
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -148,5 +148,5 @@ def test_links_resolve(path: Path) -> None:
 def test_files_that_are_named_exist(path: Path) -> None:
     """Paths in code spans that begin with a folder of this repository."""
     text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    for name in re.findall(r"`((?:packages|docs|tests|examples|benchmarks)/[^`\s]*)`", text):
+    for name in re.findall(r"`((?:packages|docs|tests|examples|benchmarks|deploy)/[^`\s]*)`", text):
         assert list(ROOT.glob(name.rstrip("/"))), name

@@ -161,8 +161,8 @@ def unpack(archive: Path, folder: Path, budget: Budget) -> str | None:
             zipped = raw.read(2) == _GZIP
             raw.seek(0)
             with gzip.open(raw) if zipped else raw as plain:
-                bounded: Any = _Bounded(plain, most)
-                with tarfile.open(fileobj=bounded, mode="r|", tarinfo=_Member) as tar:
+                bounded: Any = BoundedStream(plain, most)
+                with tarfile.open(fileobj=bounded, mode="r|", tarinfo=BoundedMember) as tar:
                     return _unpack(tar, folder, budget)
     except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, ArithmeticError, RecursionError) as error:
         raise Refused(f"its archive cannot be read ({type(error).__name__})") from None
@@ -217,7 +217,7 @@ def _copy(content: IO[bytes], path: Path, size: int, budget: Budget) -> None:
             out.write(piece)
 
 
-class _Bounded:
+class BoundedStream:
     """What an archive unpacks to, from front to back, and no more than it may."""
 
     def __init__(self, plain: IO[bytes] | gzip.GzipFile, most: int) -> None:
@@ -232,7 +232,7 @@ class _Bounded:
         return piece
 
 
-class _Member(tarfile.TarInfo):
+class BoundedMember(tarfile.TarInfo):
     """A member, whose head is not read into memory where it is too long to be one."""
 
     def _proc_member(self, tar: Any) -> Any:

@@ -1,0 +1,302 @@
+"""A model of candle-vllm as a Cog predictor: weights from anywhere, text as it is made, 32 requests at once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import cog
+from cog import AsyncConcatenateIterator, BaseRunner, Input
+from prompt_templates import COMPLETION, BadTemplate, IgnoresPrompt, render
+
+from candle_vllm.core import InferenceEngine, SamplingParams
+from candle_vllm.core.errors import (
+    CandleVllmError,
+    ChatTemplateError,
+    ConfigError,
+    InvalidParameterError,
+    PromptTooLongError,
+    RequestError,
+)
+from candle_vllm.core.vllm.arguments import translated
+from candle_vllm.server.models.archives import Archive, fetch_archive, model_folder, writable
+
+logger = logging.getLogger("candle_vllm.cog")
+
+CONFIG = "predictor_config.json"
+VOLUME = Path(os.environ.get("CANDLE_VLLM_COG_WEIGHTS_VOLUME", "/weights"))
+CHECKPOINTS = Path("checkpoints")
+AT_ONCE = 32
+CODES = {
+    "E1000": "GenericError",
+    "E1001": "",  # kept free: it never meant anything
+    "E1002": "PromptTooLong",
+    "E1003": "BadPromptTemplate",
+    "E1004": "PromptTemplateError",
+    "E1005": "ImageLoadError",
+    "E1200": "EngineError",
+    "E1201": "UnexpectedEngineArg",
+    "E1202": "InvalidPredictorConfig",
+}
+
+
+class UserError(Exception):
+    """What a user can put right: a code of `CODES`, its name, and a sentence."""
+
+    def __init__(self, code: str, said: str) -> None:
+        super().__init__(f"{code} {CODES[code]}: {said}")
+        self.code = code
+
+
+class PredictorConfig(NamedTuple):
+    """What `predictor_config.json` says.
+
+    Attributes:
+        prompt_template: in the place of the tokenizer's; a text, or a name of `prompt_templates.NAMED`.
+        engine_args: vLLM's names, or those of `EngineConfig`.
+    """
+
+    prompt_template: str | None = None
+    engine_args: Mapping[str, Any] = {}
+
+    @classmethod
+    def read(cls, folders: list[Path]) -> PredictorConfig:
+        """The first that is there; the weights' own comes before the working folder's."""
+        for path in (folder / CONFIG for folder in folders):
+            if path.is_file():
+                try:
+                    given = json.loads(path.read_text(encoding="utf-8"))
+                except ValueError as error:
+                    raise UserError("E1202", f"{path} is no JSON: {error}") from None
+                if not isinstance(given, dict) or given.keys() - {*cls._fields}:
+                    raise UserError("E1202", f"{path} has other keys than {', '.join(cls._fields)}")
+                config = cls(given.get("prompt_template"), given.get("engine_args") or {})
+                if not isinstance(config.engine_args, dict):
+                    raise UserError("E1202", f"engine_args of {path} is no object")
+                if not isinstance(config.prompt_template, (str, type(None))):
+                    raise UserError("E1202", f"prompt_template of {path} is no text")
+                logger.info("settings are those of %s", path)
+                return config
+        return cls()
+
+
+def resolve_weights(weights: str) -> str:
+    """What the engine opens: a folder or a file of this machine, which an archive is brought to, or a Hugging Face id.
+
+    An archive that is whole in the volume or in `checkpoints` is never fetched again.
+    """
+    if weights.startswith("file://"):
+        weights = weights.removeprefix("file://")
+    try:
+        archive = Archive.of(weights, os.environ.get("COG_WEIGHTS_SHA256"))
+        if archive is not None:
+            roots = [VOLUME / "vllm", CHECKPOINTS] if VOLUME.is_dir() else [CHECKPOINTS]
+            for root in roots:
+                if archive.is_kept_in(root):
+                    return str(model_folder(archive.kept_in(root)))
+            return str(fetch_archive(archive, writable(roots)))
+        path = Path(weights)
+        if path.is_dir():
+            if not any(path.iterdir()):
+                raise UserError("E1000", f"the folder {weights} is empty")
+            return str(model_folder(path))
+        if path.is_file() or (weights.count("/") == 1 and not weights.startswith((".", "/"))) or weights == "demo":
+            return weights
+    except (CandleVllmError, OSError) as error:
+        raise UserError("E1000", str(error)) from None
+    raise UserError(
+        "E1000", f"{weights!r:.200} is no folder or file here, no address of a tar archive and no Hugging Face id"
+    )
+
+
+class Runner(BaseRunner):
+    """One model; predictions share its steps."""
+
+    async def setup(self, weights: Optional[str] = None) -> None:  # noqa: UP045  # as Cog reads it
+        """Brings the weights, loads them, and asks the model once.
+
+        Args:
+            weights: `COG_WEIGHTS`: a folder, a file, a tar archive here or at an address, or a Hugging Face id.
+
+        Raises:
+            UserError: with a code of `CODES`.
+        """
+        given = str(weights or os.environ.get("COG_WEIGHTS") or "")
+        if not given:
+            raise UserError("E1000", "no weights: set COG_WEIGHTS to a folder, an address of a .tar or a model's id")
+        source = await asyncio.to_thread(resolve_weights, given)
+        self.config = PredictorConfig.read([Path(source), Path()] if Path(source).is_dir() else [Path()])
+        self.engine = await asyncio.to_thread(self._load, source, self.config.engine_args)
+        self.bos = self.engine.detokenize(self.engine.tokenize(""), skip_special_tokens=False)
+        try:
+            self.engine.apply_chat_template([{"role": "user", "content": "hi"}])
+            self.chats = True
+        except ChatTemplateError:
+            self.chats = False
+        if self.config.prompt_template:
+            self._templated(self.config.prompt_template, "hi", "", "")
+        said = [piece async for piece in self.run(prompt="hi", max_tokens=3)]
+        logger.info("the model answers: %r", "".join(said))
+
+    def healthcheck(self) -> bool:
+        """Whether the engine runs; Cog asks it for `/health-check`."""
+        return self.engine.is_alive
+
+    def _load(self, source: str, engine_args: Mapping[str, Any]) -> InferenceEngine:
+        args = {"max_num_seqs": AT_ONCE, **engine_args}
+        if args.get("tensor_parallel_size") == 1:
+            del args["tensor_parallel_size"]
+        try:
+            config = translated(source, args).config
+        except TypeError as error:
+            raise UserError("E1201", str(error)) from None
+        except ConfigError as error:
+            raise UserError("E1202", str(error)) from None
+        try:
+            return InferenceEngine(config)
+        except CandleVllmError as error:
+            raise UserError("E1200", str(error)) from None
+
+    @cog.streaming
+    @cog.concurrent(max=32)
+    async def run(
+        self,
+        prompt: str = Input(description="What the model goes on with, or answers.", default=""),
+        image: Optional[cog.Path] = Input(description="A picture, for a model that sees.", default=None),  # noqa: B008, UP045
+        system_prompt: str = Input(
+            description="Said to the model first, where its template has a place for it.",
+            default="You are a helpful assistant.",
+        ),
+        min_tokens: int = Input(description="Fewest tokens of the answer.", ge=0, default=0),
+        max_tokens: int = Input(description="Most tokens of the answer.", ge=1, default=512),
+        temperature: float = Input(description="0 is greedy; higher is more varied.", ge=0, le=5, default=0.6),
+        top_p: float = Input(description="Keep the likeliest tokens up to this sum.", ge=0.01, le=1, default=0.9),
+        top_k: int = Input(description="Keep so many of the likeliest tokens; 0 keeps all.", ge=0, default=50),
+        presence_penalty: float = Input(description="For having occurred.", ge=-2, le=2, default=0.0),
+        frequency_penalty: float = Input(description="For each occurrence.", ge=-2, le=2, default=0.0),
+        stop_sequences: str = Input(
+            description="Texts that end the answer, separated by commas; or a JSON list of them.", default=""
+        ),
+        prompt_template: str = Input(
+            description="In the place of the model's own: Jinja, a text with {prompt}, or a name such as COMPLETION.",
+            default="",
+        ),
+        seed: Optional[int] = Input(description="The same again; without it, another each time.", ge=0, default=None),  # noqa: UP045
+    ) -> AsyncConcatenateIterator[str]:
+        """The answer, as it is made."""
+        asked = {name: value for name, value in locals().items() if name != "self"}
+        # Where it is called without Cog, what was not given is its description.
+        asked = {name: value.default if isinstance(value, cog.FieldInfo) else value for name, value in asked.items()}
+        try:
+            async for text in self._stream(**asked):
+                yield text
+        except PromptTooLongError as error:
+            raise UserError("E1002", str(error)) from None
+        except RequestError as error:
+            raise UserError("E1000", str(error)) from None
+
+    async def _stream(
+        self,
+        prompt: str,
+        system_prompt: str,
+        image: Any,
+        stop_sequences: str,
+        prompt_template: str,
+        seed: int | None,
+        max_tokens: int,
+        **sampling: Any,
+    ) -> Any:
+        request = self._prompt(prompt, system_prompt, prompt_template, image)
+        limit, taken = self.engine.model_info.max_model_len, len(request["prompt_token_ids"])
+        if taken + 1 > limit:
+            raise UserError("E1002", f"the prompt has {taken:,} tokens, and the model's context {limit:,}")
+        sampling["min_tokens"] = min(sampling["min_tokens"], max_tokens)
+        params = SamplingParams(
+            max_tokens=min(max_tokens, limit - taken),
+            seed=secrets.randbelow(1 << 31) if seed is None else seed,
+            stop=_stops(stop_sequences),
+            **sampling,
+        )
+        made = 0
+        try:
+            stream = self.engine.stream(request, params, add_special_tokens=False)
+        except InvalidParameterError as error:
+            raise UserError("E1005" if image is not None else "E1000", str(error)) from None
+        try:
+            async for piece in stream:
+                made += len(piece.token_ids)
+                if piece.error is not None:
+                    raise UserError("E1000" if piece.error_kind == "request" else "E1200", piece.error)
+                if piece.text:
+                    yield piece.text
+        finally:
+            await stream.aclose()
+        self.record_metric("input_token_count", taken)
+        self.record_metric("output_token_count", made)
+
+    def _prompt(self, prompt: str, system_prompt: str, template: str, image: Any) -> dict[str, Any]:
+        """Text, tokens and picture of a request; the template is the request's, the config's, the model's, or none."""
+        pictures = []
+        if image is not None:
+            try:
+                pictures.append(Path(image).read_bytes())
+            except OSError as error:
+                raise UserError("E1005", f"the picture cannot be read: {error.strerror}") from None
+        chosen = template or self.config.prompt_template
+        if chosen or not self.chats:
+            text = self._templated(chosen or COMPLETION, prompt, system_prompt, template)
+        else:
+            text = self._conversation(prompt, system_prompt, pictures)
+        adds = not (self.bos and text.startswith(self.bos)) and (bool(chosen) or not self.chats)
+        request: dict[str, Any] = {"prompt": text, "prompt_token_ids": self.engine.tokenize(text, adds)}
+        return {**request, "multi_modal_data": {"image": pictures}} if pictures else request
+
+    def _templated(self, chosen: str, prompt: str, system_prompt: str, given: str) -> str:
+        def jinja(messages: list[dict[str, Any]], source: str, values: dict[str, str]) -> str:
+            return self.engine.apply_chat_template(messages, chat_template=source, chat_template_kwargs=values)
+
+        try:
+            return render(chosen, prompt, system_prompt, jinja)
+        except IgnoresPrompt as error:
+            raise UserError("E1003", str(error)) from None
+        except BadTemplate as error:
+            hint = ". Was the prompt submitted as prompt_template?" if len(given) > len(prompt) else ""
+            raise UserError("E1004", f"{error}{hint}") from None
+
+    def _conversation(self, prompt: str, system_prompt: str, pictures: list[bytes]) -> str:
+        """By the model's own template; where that has no place for a system prompt, it stands before the prompt."""
+
+        def messages(system: str, text: str) -> list[dict[str, Any]]:
+            shown: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+            asked = {"role": "user", "content": [*shown, {"type": "text", "text": text}] if pictures else text}
+            return [{"role": "system", "content": system}, asked] if system else [asked]
+
+        try:
+            try:
+                return self.engine.apply_chat_template(messages(system_prompt, prompt))
+            except ChatTemplateError:
+                return self.engine.apply_chat_template(messages("", f"{system_prompt}\n\n{prompt}".strip()))
+        except ChatTemplateError as error:
+            raise UserError("E1004", str(error)) from None
+        except InvalidParameterError as error:
+            raise UserError("E1005" if pictures else "E1000", str(error)) from None
+
+
+def _stops(text: str) -> list[str]:
+    if text.startswith("["):
+        try:
+            read = json.loads(text)
+        except ValueError:
+            read = None
+        if isinstance(read, list) and all(isinstance(each, str) for each in read):
+            return read
+    return [each for each in text.split(",") if each]
+
+
+Predictor = Runner

@@ -1,0 +1,402 @@
+"""Models in tar archives (before step 1): fetched in ranges side by side, checked, unpacked within bounds, found again.
+
+A model that is there whole has a marker in its folder, which is made beside its place and renamed; whatever broke off
+before is gone on with, or done again, and never taken for the model. Nobody vouches for an archive: plain files come
+out of it, below its folder, and links to them as further names of the same files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import posixpath
+import re
+import shutil
+import sys
+import tarfile
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path, PurePosixPath
+from threading import Lock
+from typing import IO, Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError
+from candle_vllm.core.progress import tell
+from candle_vllm.server.adapters.archives import BoundedMember, BoundedStream
+from candle_vllm.server.adapters.sources import Refused
+
+MARKER = ".complete"
+_PIECE = 16 << 20  # bytes of one range
+_AT_ONCE = 8
+_TRIES = 4
+_SECONDS = 30.0  # without a byte
+_MAX_MEMBERS = 20_000
+_MAX_RATIO = 200  # of what is unpacked to what came
+_SLACK = 16 << 20  # bytes that need no such ratio
+_COPIED = 1 << 20
+_ENDINGS = (".tar.gz", ".tgz", ".tar")
+_SUM = re.compile(r"[0-9a-f]{64}")
+
+
+class Archive(NamedTuple):
+    """Where a model's archive is: an address, or a file of this machine."""
+
+    address: str
+    sha256: str | None = None
+
+    @classmethod
+    def of(cls, text: str, sha256: str | None = None) -> Archive | None:
+        """What a text means, with `#sha256=...` behind it or not; None where it is no archive.
+
+        Raises:
+            InvalidFileError: the sum is none.
+        """
+        address, _, told = text.partition("#sha256=")
+        sha256 = (sha256 or told or "").lower() or None
+        if sha256 is not None and not _SUM.fullmatch(sha256):
+            raise InvalidFileError(
+                f"the SHA-256 of {_shown(address)} must have 64 hexadecimal digits, not {sha256!r:.80}"
+            )
+        remote = urlsplit(address).scheme in ("http", "https")
+        return cls(address, sha256) if remote or address.lower().endswith(_ENDINGS) else None
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it has to be fetched."""
+        return urlsplit(self.address).scheme in ("http", "https")
+
+    @property
+    def name(self) -> str:
+        """What its folder is called: the last part of the path without its ending, or the one before `model.tar`."""
+        parts = [part for part in unquote(urlsplit(self.address).path).split("/") if part] or [""]
+        last = next((parts[-1][: -len(end)] for end in _ENDINGS if parts[-1].lower().endswith(end)), parts[-1])
+        chosen = parts[-2] if last == "model" and len(parts) > 1 else last
+        return re.sub(r"[^\w.-]", "_", chosen).lstrip(".") or self._mark
+
+    @property
+    def source(self) -> str:
+        """The address without who asks and what may be a signature."""
+        return _shown(self.address)
+
+    @property
+    def _mark(self) -> str:
+        return hashlib.sha256(self.source.encode()).hexdigest()[:8]
+
+    def kept_in(self, root: Path) -> Path:
+        """Its folder below `root`, where it is or would be: another model of the same name has the shorter one."""
+        folder = root / self.name
+        marker = _read_marker(folder)
+        return folder if marker is None or self._is(marker) else root / f"{self.name}-{(self.sha256 or self._mark)[:8]}"
+
+    def is_kept_in(self, root: Path) -> bool:
+        """Whether it is there whole."""
+        marker = _read_marker(self.kept_in(root))
+        return marker is not None and self._is(marker)
+
+    def _is(self, marker: dict[str, Any]) -> bool:
+        return marker.get("source") == self.source and self.sha256 in (None, marker.get("sha256"))
+
+
+def fetch_archive(archive: Archive, root: Path) -> Path:
+    """The folder of an archive's model below `root`: as it is there, or fetched and unpacked.
+
+    Processes that ask for the same model wait for one of them. Its progress is told (`candle_vllm.core.progress`).
+
+    Raises:
+        ModelNotFoundError: it cannot be had now; what came of it is kept, and gone on with the next time.
+        InvalidFileError: it is not what its sum says, cannot be unpacked, or holds no model.
+        OSError: the folder cannot be written.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with _alone(root / f".{archive.name}.lock"):
+        folder = archive.kept_in(root)
+        if not archive.is_kept_in(root):
+            if folder.exists() and any(folder.iterdir()):
+                raise InvalidFileError(
+                    f"{folder} has files and no {MARKER}, so somebody else put them there, or was cut off: remove the "
+                    "folder, or name it as the model"
+                )
+            partial = root / f".{folder.name}.partial"
+            file = _download(archive, partial) if archive.is_remote else Path(archive.address)
+            sha256 = _checked(archive, file)
+            fresh = root / f".{folder.name}.unpacking"
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir()
+            try:
+                unpack(file, fresh)
+                model_folder(fresh)
+                marker = {"source": archive.source, "sha256": sha256}
+                (fresh / MARKER).write_text(json.dumps(marker), encoding="utf-8")
+            except BaseException:
+                shutil.rmtree(fresh, ignore_errors=True)
+                raise
+            if folder.exists():
+                folder.rmdir()
+            fresh.rename(folder)
+            for left in (partial, _pieces(partial)):
+                left.unlink(missing_ok=True)
+    return model_folder(folder)
+
+
+def model_folder(folder: Path) -> Path:
+    """The one folder in it, itself included, that has a model's files.
+
+    Raises:
+        InvalidFileError: there is none, or there are several.
+    """
+    found = {path.parent for name in ("config.json", "*.gguf") for path in folder.rglob(name)}
+    tops = [path for path in found if not any(path != other and path.is_relative_to(other) for other in found)]
+    if len(tops) != 1:
+        raise InvalidFileError(
+            f"{folder.name} holds {len(tops) or 'no'} folders with a config.json or a .gguf file, not one"
+        )
+    return tops[0]
+
+
+def _read_marker(folder: Path) -> dict[str, Any] | None:
+    try:
+        read = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return read if isinstance(read, dict) else None
+
+
+def _shown(address: str) -> str:
+    parts = urlsplit(address)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Holds a lock of this machine; what another process holds is waited for, and goes with that process."""
+    with path.open("a") as file:
+        if sys.platform != "win32":  # where such servers share no folder
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _checked(archive: Archive, file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelNotFoundError(f"{archive.source} cannot be read: {error.strerror}") from None
+    if archive.sha256 not in (None, found):
+        if archive.is_remote:
+            file.unlink()
+            _pieces(file).unlink(missing_ok=True)
+        raise InvalidFileError(f"{archive.source} has the SHA-256 {found}, not {archive.sha256}")
+    return found
+
+
+# ---- fetching --------------------------------------------------------------------------------------------------------
+
+
+def _pieces(partial: Path) -> Path:
+    return partial.with_name(partial.name + ".pieces")
+
+
+def _download(archive: Archive, partial: Path) -> Path:
+    import httpx
+
+    shown = archive.source
+    asked: dict[str, Any] = {"follow_redirects": True, "timeout": _SECONDS, "headers": {"accept-encoding": "identity"}}
+    try:
+        with httpx.Client(**asked) as client:
+            with client.stream("GET", archive.address, headers={"range": "bytes=0-0"}) as answer:
+                answer.raise_for_status()
+                told = re.fullmatch(r"bytes 0-0/(\d+)", answer.headers.get("content-range", ""))
+                version = answer.headers.get("etag") or answer.headers.get("last-modified") or ""
+                if answer.status_code == 200:
+                    _whole(answer, partial, shown)
+                    return partial
+            if answer.status_code != 206 or told is None:
+                raise ModelNotFoundError(f"{shown} answered {answer.status_code} without a length")
+            _ranges(client, archive.address, partial, int(told[1]), version)
+    except httpx.HTTPStatusError as error:
+        raise ModelNotFoundError(f"{shown} answered {error.response.status_code}") from None
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ModelNotFoundError(f"{shown} cannot be had ({type(error).__name__}): what came of it is kept") from None
+    return partial
+
+
+def _whole(answer: Any, partial: Path, shown: str) -> None:
+    """One stream to its end, of a server that knows no ranges."""
+    total = int(answer.headers.get("content-length") or 0)
+    _check_room(partial, total)
+    done = 0
+    with partial.open("wb") as out:
+        for piece in answer.iter_raw(_COPIED):
+            out.write(piece)
+            done += len(piece)
+            tell("downloading the model", done, max(total, done))
+    if total and done != total:
+        raise ModelNotFoundError(f"{shown} ended after {done:,} of {total:,} bytes")
+
+
+def _ranges(client: Any, address: str, partial: Path, total: int, version: str) -> None:
+    """All that is missing of it, in pieces side by side; which are there is written down behind each."""
+    shown, count = _shown(address), -(-total // _PIECE)
+    head = json.dumps({"source": shown, "bytes": total, "version": version, "piece": _PIECE}).encode() + b"\n"
+    journal = _pieces(partial)
+    kept = journal.read_bytes() if journal.exists() and partial.exists() else b""
+    if not (kept.startswith(head) and len(kept) == len(head) + count and partial.stat().st_size == total):
+        _check_room(partial, total)
+        journal.unlink(missing_ok=True)
+        with partial.open("wb") as out:
+            out.truncate(total)
+        kept = head + bytes(count)
+        journal.write_bytes(kept)
+    lock = Lock()  # of the file's position
+    missing = [number for number in range(count) if not kept[len(head) + number]]
+    with partial.open("r+b", buffering=0) as out, journal.open("r+b") as done, ThreadPoolExecutor(_AT_ONCE) as workers:
+
+        def piece(number: int) -> int:
+            first = number * _PIECE
+            last = min(first + _PIECE, total) - 1
+            _range(client, address, out, lock, first, last, version)
+            return number
+
+        futures = [workers.submit(piece, number) for number in missing]
+        left = sum(min(_PIECE, total - number * _PIECE) for number in missing)
+        try:
+            for future in as_completed(futures):
+                number = future.result()
+                done.seek(len(head) + number)
+                done.write(b"\1")
+                done.flush()
+                left -= min(_PIECE, total - number * _PIECE)
+                tell("downloading the model", total - left, total)
+        except BaseException:
+            workers.shutdown(cancel_futures=True)
+            raise
+
+
+def _range(client: Any, address: str, out: IO[bytes], lock: Lock, first: int, last: int, version: str) -> None:
+    """The bytes from first to last, both included, written in their place; tried again where the line breaks."""
+    import httpx
+
+    for left in reversed(range(_TRIES)):
+        try:
+            at = first
+            with client.stream("GET", address, headers={"range": f"bytes={first}-{last}"}) as answer:
+                answer.raise_for_status()
+                now = answer.headers.get("etag") or answer.headers.get("last-modified") or ""
+                if answer.status_code != 206 or now != version:
+                    raise ModelNotFoundError(f"{_shown(address)} changed while it was fetched: try again")
+                for piece in answer.iter_raw(_COPIED):
+                    if at + len(piece) > last + 1:
+                        raise ModelNotFoundError(f"{_shown(address)} sent more than it was asked for")
+                    with lock:
+                        out.seek(at)
+                        out.write(piece)
+                    at += len(piece)
+            if at == last + 1:
+                return
+        except (httpx.TransportError, httpx.HTTPStatusError):
+            if not left:
+                raise
+        time.sleep(0.5 * (_TRIES - left))
+    raise ModelNotFoundError(f"{_shown(address)} breaks off again and again: what came of it is kept")
+
+
+def _check_room(path: Path, nbytes: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if nbytes > free:
+        raise ModelNotFoundError(
+            f"the model takes {nbytes >> 20:,} MiB, and {free >> 20:,} MiB are free in {path.parent}"
+        )
+
+
+# ---- unpacking -------------------------------------------------------------------------------------------------------
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpacks an archive, plain or with gzip, into an empty folder.
+
+    Raises:
+        InvalidFileError: it cannot be read, or has a name or a link that leads out, a device, or too much of anything.
+    """
+    most = min(archive.stat().st_size * _MAX_RATIO + _SLACK, shutil.disk_usage(folder).free)
+    try:
+        with archive.open("rb") as raw:
+            zipped = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            with gzip.open(raw) if zipped else raw as plain:
+                bounded: Any = BoundedStream(plain, most)
+                with tarfile.open(fileobj=bounded, mode="r|", tarinfo=BoundedMember) as tar:
+                    _unpack(tar, folder)
+                if zipped:
+                    while bounded.read(_COPIED):  # its sum stands at the end
+                        pass
+    except Refused as error:
+        raise InvalidFileError(f"{archive.name}: {error}") from None
+    except FileExistsError as error:
+        raise InvalidFileError(f"{archive.name} has {Path(error.filename).name!r} twice") from None
+    except (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, ArithmeticError, RecursionError) as error:
+        raise InvalidFileError(f"{archive.name} cannot be unpacked ({type(error).__name__}: {error!s:.200})") from None
+
+
+def _unpack(tar: tarfile.TarFile, folder: Path) -> None:
+    files, links = set[str](), dict[str, str]()
+    for number, member in enumerate(tar):
+        if number >= _MAX_MEMBERS:
+            raise Refused(f"its archive has more than {_MAX_MEMBERS:,} members")
+        path, shown = PurePosixPath(member.name), f"{member.name!r:.100}"
+        if path.is_absolute() or ".." in path.parts or "\\" in member.name:
+            raise Refused(f"its archive has {shown}, which leads out of it")
+        if member.isdir():
+            continue
+        if member.issym() or member.islnk():
+            base = "" if member.islnk() else path.parent.as_posix()
+            links[path.as_posix()] = posixpath.normpath(posixpath.join(base, member.linkname))
+            continue
+        content = tar.extractfile(member) if member.isreg() and not member.issparse() else None
+        if content is None:
+            raise Refused(f"its archive has {shown}, which is no plain file")
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as out:
+            shutil.copyfileobj(content, out, _COPIED)
+        files.add(path.as_posix())
+    _link(folder, files, links)
+
+
+def _link(folder: Path, files: set[str], links: dict[str, str]) -> None:
+    """Links become further names of the files that they lead to, by whatever links."""
+    while ready := [name for name, target in links.items() if target in files]:
+        for name in ready:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.link(folder / links.pop(name), folder / name)
+            files.add(name)
+    if links:
+        name, target = next(iter(links.items()))
+        raise Refused(f"its archive has {name!r:.100}, a link to {target!r:.100}, which is no file of it")
+
+
+def writable(roots: Sequence[Path]) -> Path:
+    """The first folder that is there, or can be made, and can be written.
+
+    Raises:
+        OSError: none can; it says why of the last.
+    """
+    problem: OSError | None = None
+    for root in roots:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            probe = root / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            problem = error
+        else:
+            return root
+    raise problem or OSError("no folder was given")
