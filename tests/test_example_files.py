@@ -10,13 +10,14 @@ from live_server import ServerProcess
 
 ROOT = Path(__file__).parents[1]
 ASK = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
-# They name files that a reader has and this test has not, the model itself, a rival of another variable, or what is
-# for plain weights while the demo model is a GGUF file.
+# They name files that a reader has and this test has not, the model itself, a rival of another variable, what is for
+# plain weights while the demo model is a GGUF file, or for images, which it does not see.
 NOT_BOOTED = {
     "MODEL", "WEIGHT_PATH", "WEIGHT_FILE", "REVISION", "TOKENIZER", "CHAT_TEMPLATE", "MODELS_CONFIG", "HF_TOKEN",
     "HF_TOKEN_PATH", "API_KEY_FILE", "API_KEYS_FILE", "MEM", "KV_FRACTION", "PORT", "ATTENTION_BACKEND", "CUDA_GRAPHS",
     "THREADS", "MCP_COMMAND", "MCP_ARGS", "ISQ", "GPU_MEMORY_UTILIZATION", "SSL_CERTFILE", "SSL_KEYFILE",
     "SSL_CA_CERTS", "SSL_CERT_REQS", "SSL_CIPHERS", "ENABLE_SSL_REFRESH", "MMPROJ", "IMATRIX",
+    "MM_PROCESSOR_KWARGS",
 }  # fmt: skip
 
 

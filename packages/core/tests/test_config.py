@@ -31,6 +31,7 @@ WRONG: dict[str, list[Any]] = {
     "load_format": [5, None, "fast"],
     "mmproj": [5, ""],
     "max_images": [-1, 1025, "4", True, None],
+    "mm_processor_kwargs": [5, "max_pixels", [], {1: 2}],
     "attention_backend": [5, None, "sdpa"],
     "kv_cache_dtype": [5, None, "int8"],
     "key_cache_dtype": [5, "int8", "q5_1"],

@@ -35,7 +35,13 @@ from candle_vllm.core.engine.live import LiveSequence
 from candle_vllm.core.engine.recorded_tower import RecordedTower
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.sequence import Run
-from candle_vllm.core.errors import InvalidFileError, InvalidParameterError, UnsupportedModelError, WeightsError
+from candle_vllm.core.errors import (
+    ConfigError,
+    InvalidFileError,
+    InvalidParameterError,
+    UnsupportedModelError,
+    WeightsError,
+)
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.models.qwen_vl import FAMILY
@@ -331,6 +337,36 @@ def test_what_cannot_be_seen_is_refused_by_name(folder: Path) -> None:
                 engine.generate(prompt, GREEDY, use_tqdm=False)
         with pytest.raises(InvalidParameterError, match="video"):
             engine.chat([{"role": "user", "content": [{"type": "video", "video": "x.mp4"}]}], GREEDY)
+
+
+def test_an_operator_says_how_large_pictures_become(folder: Path, tmp_path: Path) -> None:
+    """By either name, before what the file says; and more than what is usual, up to what is published."""
+    usual = loaded_from(folder, enforce_eager=True).sight
+    assert usual is not None
+    text, tower = tmp_path / "model.gguf", write_mmproj(folder, tmp_path / "mmproj.gguf")
+    write_gguf(EngineConfig(model=str(folder), dtype="f32"), text)
+    for said, least, most in (
+        ({"max_pixels": 640}, 256, 640),
+        ({"size": {"longest_edge": 640, "shortest_edge": 128}}, 128, 640),
+        ({"min_pixels": 512, "size": {"shortest_edge": 128}}, 512, 1600),
+        ({"max_pixels": 16 << 16}, 256, 16 << 16),
+    ):
+        for made in ({"model": str(folder)}, {"model": str(text), "mmproj": tower, "tokenizer": folder}):
+            config = EngineConfig(**made, enforce_eager=True, mm_processor_kwargs=said)
+            sight = load_model(config, choose_device("cpu"), lambda *_: None).sight
+            assert sight is not None
+            assert (sight.parts.rule.least, sight.parts.rule.most) == (least, most)  # type: ignore[union-attr]
+            if most == 640:
+                counts = [len(each.look([PAD], PICTURES[:1])[0]) for each in (sight, usual)]
+                assert counts[0] < counts[1]
+    for said, message in (
+        ({"max_pixel": 640}, "'max_pixel' is not known to this model, which has min_pixels, max_pixels, size.shortest"),
+        ({"max_pixels": 1 + (16 << 16)}, "mm_processor_kwargs: max_pixels is 1048577; it must be 1 to 1048576"),
+        ({"max_pixels": 100}, "mm_processor_kwargs: pictures have 256 pixels at least and 100 at most"),
+        ({"size": {"longest_edge": "x"}}, "mm_processor_kwargs: max_pixels is 'x', not a int"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            loaded_from(folder, mm_processor_kwargs=said)
 
 
 def test_marks_of_a_picture_stand_side_by_side(folder: Path) -> None:

@@ -307,6 +307,27 @@ def test_a_tower_computes_as_its_text_model_does(tmp_path: Path) -> None:
         assert answers(engine, [other]) != first
 
 
+def test_an_operator_says_how_pictures_are_prepared(folder: Path) -> None:
+    """One tile of each, asked for or because they are made small; and only where something is seen."""
+    counts = []
+    for said in (None, {"do_image_splitting": False}, {"size": {"longest_edge": 32}}):
+        with InferenceEngine(folder, mm_processor_kwargs=said) as engine:
+            counts.append(list(engine.generate(PROMPT, GREEDY, use_tqdm=False)[0].prompt_token_ids).count(260))
+    assert counts[0] > counts[1] == counts[2] > 0
+    for settings, message in (
+        ({"mm_processor_kwargs": {"size": {"width": 4}}}, "'size.width' is not known .* size.longest_edge, do_image"),
+        ({"mm_processor_kwargs": {"size": 4}}, "'size' is not known"),
+        (
+            {"mm_processor_kwargs": {"do_image_splitting": 3}},
+            "mm_processor_kwargs: do_image_splitting is 3, not a bool",
+        ),
+        ({"mm_processor_kwargs": {"size": {"longest_edge": 0}}}, "mm_processor_kwargs: longest_edge is 0"),
+        ({"mm_processor_kwargs": {"do_image_splitting": False}, "max_images": 0}, "reads text alone"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            InferenceEngine(folder, **settings)
+
+
 def test_texts_alone_may_be_asked_for(folder: Path) -> None:
     with InferenceEngine(folder, max_images=0) as engine:
         assert engine.model_info.modalities == ("text",)

@@ -412,6 +412,38 @@ def test_a_gguf_file_beside_the_model_is_the_same_tower(name: str, tmp_path: Pat
         assert answers(engine, several(name)) == wanted
 
 
+SAID: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "Mistral 3": ({"size": {"longest_edge": 12}}, {"longest": 12}, "size.longest_edge"),
+    "Pixtral": ({"size": {"longest_edge": 12}}, {"longest": 12}, "size.longest_edge"),
+    "Gemma 3": (
+        {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 8},
+        {"most_parts": 4, "least_part": 8, "ratio": 1.2},
+        "do_pan_and_scan, pan_and_scan_min_crop_size",
+    ),
+}
+"""By family: what an operator says of pictures, what comes of it, and the names that there are."""
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_an_operator_says_how_pictures_are_prepared(name: str, tmp_path: Path) -> None:
+    said, wanted, known = SAID[name]
+    folder = write_sight(tmp_path / "folder", name)
+    gguf = write_gguf(name, folder, tmp_path / "gguf")
+    for made in ({"model": str(folder)}, gguf):
+        others = {key: value for key, value in made.items() if key != "model"}
+        sight = load(Path(made["model"]), **others, max_images=4, mm_processor_kwargs=said).sight
+        assert sight is not None
+        rule = sight.parts.rule
+        assert {key: getattr(rule, key) for key in wanted} == wanted
+        for other, message in (
+            ({"max_pixels": 4}, rf"'max_pixels' is not known to this model, which has {known}"),
+            ({next(iter(said)): "x"}, "mm_processor_kwargs: "),
+        ):
+            with pytest.raises(ConfigError, match=message) as caught:
+                InferenceEngine(**made, mm_processor_kwargs=other)
+            assert caught.value.setting == "mm_processor_kwargs"
+
+
 def refused(
     folder: Path, to: Path, kind: type[Exception], message: str, processor: Mapping[str, Any] = {}, **config: Any
 ) -> None:
@@ -456,7 +488,7 @@ def test_gemmas_that_do_not_fit_are_named(folders: Callable[[str], Path], tmp_pa
     wrong(InvalidFileError, "mm_tokens_per_image is 9", mm_tokens_per_image=9)
     wrong(InvalidFileError, "tiles of 64 pixels", processor={"size": {"height": 64, "width": 64}})
     wrong(InvalidFileError, "tiles are squares", processor={"size": {"height": 32, "width": 64}})
-    wrong(InvalidFileError, "pan_and_scan_min_crop_size is missing", processor={"do_pan_and_scan": True})
+    wrong(InvalidFileError, "min_crop_size is 0", processor={"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 0})
     crops = {
         "pan_and_scan_min_crop_size": 3,
         "pan_and_scan_max_num_crops": 4,

@@ -79,7 +79,6 @@ _SETTINGS: Rows = (
      "speculative_config, which has method, model and num_speculative_tokens", (None,)),
     ("limit_mm_per_prompt", "max_images, how many pictures a prompt may have", (None, {})),
     ("clip_model_path", "mmproj, the GGUF file of what the model sees by", (None,)),
-    ("mm_processor_kwargs", PREPARED, (None, {})),
     ("allowed_local_media_path allowed_media_domains", NO_ADDRESSES, (None, "", [])),
     ("use_mmap use_mlock low_cpu_mem_usage", "weights are mapped while they are loaded"),
     ("enable_chunked_prefill", "it is always so", (True, None)),

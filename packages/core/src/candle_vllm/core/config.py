@@ -216,6 +216,10 @@ class EngineConfig(ExplainedSettings):
     chat_template: Annotated[str | None, Text(), "Jinja source to use instead of the model's own template"] = None
     mmproj: Annotated[Path | None, FilePath(), "GGUF file of what the model sees by, beside a GGUF model"] = None
     max_images: Annotated[int, Integer(0, 1024), "most images of one prompt; 0 leaves out what a model sees by"] = 64
+    mm_processor_kwargs: Annotated[Mapping[str, Any] | None, JsonObject(),
+                                   "how images are prepared where the model's files say otherwise: vLLM's JSON, as "
+                                   '{"max_pixels": 1003520}',
+                                   "Which names there are is the model's: docs/vision.md."] = None
     isq: Annotated[str | None, QuantisedType(ISQ_NAMES), "quantise plain weights while they are loaded "
                    "(docs/quantisation.md): " + ", ".join(ISQ_NAMES),
                    "q4_k stands for q4k. The embedding and the head get at least q6k; norms, biases and routers stay "
@@ -405,6 +409,7 @@ class EngineSettings(TypedDict, total=False):
     chat_template: str | None
     mmproj: Path | None
     max_images: int
+    mm_processor_kwargs: Mapping[str, Any] | None
     isq: str | None
     imatrix: Path | None
     load_format: LoadFormat

@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from candle_vllm.core.assembly.opening import Opened, naming
 from candle_vllm.core.assembly.placement import encoder_placement, room_for_weights
@@ -23,7 +24,7 @@ from candle_vllm.core.models.family import Tower, TowerConfig, TowerFamily
 from candle_vllm.core.models.registry import tower_family, tower_family_from_gguf, tower_family_named
 from candle_vllm.core.text.tokenizer import Tokenizer
 from candle_vllm.core.vision.pictures import require_pillow
-from candle_vllm.core.vision.preprocessing import Cut
+from candle_vllm.core.vision.preprocessing import NOTHING, Cut
 from candle_vllm.core.vision.prompts import Sight, Sighted
 
 logger = logging.getLogger(__name__)
@@ -67,12 +68,17 @@ def load_tower(
 
     Raises:
         ConfigError: there is an `mmproj`, and Pillow is not installed, or the model is on a GPU. Without one the model
-            reads text alone then, and a warning says so.
+            reads text alone then, and a warning says so. Or `mm_processor_kwargs` says what its tower does not know.
         ModelLoadError: its files cannot be used.
     """
     if config.mmproj is not None and opened.files.format != "gguf":
         raise ConfigError("mmproj belongs to a GGUF model: a folder has what the model sees by in it", "mmproj")
     if not config.max_images or (config.mmproj is None and opened.tower is None):
+        if config.mm_processor_kwargs:
+            raise ConfigError(
+                f"mm_processor_kwargs: {opened.files.name} reads text alone, so it sets nothing: leave it out",
+                "mm_processor_kwargs",
+            )
         return None
     try:
         if device.type != "cpu":
@@ -85,27 +91,58 @@ def load_tower(
         return None
     with contextlib.ExitStack() as stack:
         if config.mmproj is not None:
-            found = _from_gguf(stack.enter_context(open_gguf(config.mmproj)), text_size)
+            found = _from_gguf(stack.enter_context(open_gguf(config.mmproj)), text_size, config.mm_processor_kwargs)
         else:
-            found = _from_folder(opened, text_size)
+            found = _from_folder(opened, text_size, config.mm_processor_kwargs)
         return None if found is None else _loaded(config, text, opened.files.name, tokenizer, *found)
 
 
-def _from_folder(opened: Opened, text_size: int) -> _Found | None:
+def _from_folder(opened: Opened, text_size: int, said: Mapping[str, Any] | None) -> _Found | None:
     stored, files = opened.tower, opened.files
     if stored is None or files.config is None:
         return None
     values = read_json(files.config)
     family = tower_family(values)
     assert family is not None
-    model = family.config_from_hf(Fields(values, files.config), _processor(files.folder), text_size)
+    fields, processor = Fields(values, files.config), _processor(files.folder)
+    model = _described(family, said, lambda said: family.config_from_hf(fields, processor, text_size, said))
     return family, model, stored, files.config
 
 
-def _from_gguf(stored: Checkpoint, text_size: int) -> _Found:
+def _from_gguf(stored: Checkpoint, text_size: int, said: Mapping[str, Any] | None) -> _Found:
     family = tower_family_from_gguf(stored.metadata, stored.path)
-    model = family.config_from_gguf(Fields(stored.metadata, stored.path, "clip.vision."), text_size)
+    fields = Fields(stored.metadata, stored.path, "clip.vision.")
+    model = _described(family, said, lambda said: family.config_from_gguf(fields, text_size, said))
     return family, model, stored.with_tensors(family.prepared(stored.tensors, model)), stored.path
+
+
+def _described(
+    family: TowerFamily, said: Mapping[str, Any] | None, read: Callable[[Mapping[str, Any]], TowerConfig]
+) -> TowerConfig:
+    """What the files say of a tower, and an operator of its pictures; errors of his are a `ConfigError`."""
+    model = read(NOTHING)  # what is wrong in the files is blamed on them
+    if not said:
+        return model
+    unknown = [name for name in _named(said) if name not in family.settings]
+    if unknown:
+        raise ConfigError(
+            f"mm_processor_kwargs: {unknown[0]!r:.60} is not known to this model, which has "
+            + ", ".join(family.settings),
+            "mm_processor_kwargs",
+        )
+    try:
+        return read(said)
+    except (InvalidFileError, UnsupportedModelError) as error:
+        raise ConfigError(str(error), "mm_processor_kwargs") from None
+
+
+def _named(said: Mapping[str, Any]) -> Iterator[str]:
+    """The names in it, those within others with a dot."""
+    for name, value in said.items():
+        if isinstance(value, Mapping):
+            yield from (f"{name}.{inner}" for inner in value)
+        else:
+            yield name
 
 
 def _loaded(

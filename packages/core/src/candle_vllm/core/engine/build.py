@@ -72,6 +72,7 @@ _NOT_FOR_ENCODERS = MappingProxyType(
         "kv_fraction": None,
         "deterministic": False,
         "speculative_config": None,
+        "mm_processor_kwargs": None,
     }
 )
 

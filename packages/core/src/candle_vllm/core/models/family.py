@@ -281,8 +281,10 @@ class TowerFamily:
         hf: `architectures` of the whole models' config.json, and the model_type.
         seen: model_type of their `vision_config` that are served; empty where the architecture says it all.
         gguf: `clip.projector_type` of GGUF files.
-        config_from_hf: reads a tower's description from that, preprocessor_config.json, and the text model's width.
-        config_from_gguf: from the metadata of such a file, and the text model's width.
+        settings: keys of preprocessor_config.json that an operator may say otherwise.
+        config_from_hf: reads a tower's description from that, preprocessor_config.json, the text model's width, and
+            what the operator says.
+        config_from_gguf: from the metadata of such a file, the text model's width, and that.
         prepared: the tensors of such a file, by their right names.
         build, weights: as for `Family`.
         mark: the token that stands for each of a picture's embeddings.
@@ -296,8 +298,9 @@ class TowerFamily:
     hf: Mapping[str, str]
     seen: tuple[str, ...] = ()
     gguf: tuple[str, ...] = ()
-    config_from_hf: Callable[[Fields, Fields, int], TowerConfig]
-    config_from_gguf: Callable[[Fields, int], TowerConfig]
+    settings: tuple[str, ...]
+    config_from_hf: Callable[[Fields, Fields, int, Mapping[str, Any]], TowerConfig]
+    config_from_gguf: Callable[[Fields, int, Mapping[str, Any]], TowerConfig]
     prepared: Callable[[Mapping[str, StoredTensor], TowerConfig], Mapping[str, StoredTensor]]
     build: Callable[[Any, Placement], Tower]
     weights: Sequence[WeightName]

@@ -8,7 +8,8 @@ Shapes: C cells, E hidden.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.fields import Fields
@@ -28,13 +29,14 @@ from candle_vllm.core.models.siglip import (
     prepared,
     processor_of_gguf,
 )
-from candle_vllm.core.vision.preprocessing import MAX_TILE, Cut, stretch_rule
+from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, Cut, over, stretch_rule
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 
-def config_from_hf(fields: Fields, processor: Fields, text_size: int) -> TowerConfig:
+def config_from_hf(fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> TowerConfig:
     """Reads `config.json` and `preprocessor_config.json` of Gemma 3."""
+    processor = over(processor, said)
     vision = fields.section("vision_config")
     patch = vision.count("patch_size", 16)
     side, count = vision.count("image_size", 224) // patch, fields.count("mm_tokens_per_image", 256)
@@ -60,10 +62,10 @@ def config_from_hf(fields: Fields, processor: Fields, text_size: int) -> TowerCo
     )
 
 
-def config_from_gguf(fields: Fields, text_size: int) -> TowerConfig:
+def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> TowerConfig:
     """Reads the metadata of llama.cpp's `mmproj` files of Gemma 3; keys begin with `clip.vision.`."""
     tile = fields.count("image_size", most=MAX_TILE)
-    processor = processor_of_gguf(fields, {"size": {"height": tile, "width": tile}})
+    processor = over(processor_of_gguf(fields, {"size": {"height": tile, "width": tile}}), said)
     values = gguf_values(fields, tile)
     return config_of_tiles(processor, stretch_rule(processor), pooled=True, **values, text_size=text_size)
 
@@ -121,6 +123,12 @@ FAMILY = TowerFamily(
     name="gemma_tower",
     hf={"Gemma3ForConditionalGeneration": "gemma3"},
     gguf=("gemma3",),
+    settings=(
+        "do_pan_and_scan",
+        "pan_and_scan_min_crop_size",
+        "pan_and_scan_max_num_crops",
+        "pan_and_scan_min_ratio_to_activate",
+    ),
     config_from_hf=config_from_hf,
     config_from_gguf=config_from_gguf,
     prepared=prepared,

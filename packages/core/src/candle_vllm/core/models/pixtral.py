@@ -36,7 +36,7 @@ from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.family import Placed, TowerConfig, TowerFamily, TowerStep
 from candle_vllm.core.models.siglip import ACTIVATIONS, MOST_PATCHES, patch_kernel
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import Cut, fit_rule
+from candle_vllm.core.vision.preprocessing import NOTHING, Cut, fit_rule, over
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -79,7 +79,9 @@ class PixtralConfig(TowerConfig):
         return self.hidden_size // self.num_heads
 
 
-def config_from_hf(fields: Fields, processor: Fields, text_size: int) -> PixtralConfig:
+def config_from_hf(
+    fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING
+) -> PixtralConfig:
     """Reads `config.json` and `preprocessor_config.json` of Mistral 3, and of LLaVA with a tower of Pixtral."""
     name = fields.get("architectures", list)[0]
     merges = name == "Mistral3ForConditionalGeneration"
@@ -97,7 +99,7 @@ def config_from_hf(fields: Fields, processor: Fields, text_size: int) -> Pixtral
     text = fields.section("text_config")
     usual = DEFAULTS.get(text.get("model_type", str, "mistral"), DEFAULTS["mistral"])
     return _config(
-        processor,
+        over(processor, said),
         hidden_size=vision.count("hidden_size", 1024),
         intermediate_size=vision.count("intermediate_size", 4096),
         num_layers=layers,
@@ -113,7 +115,7 @@ def config_from_hf(fields: Fields, processor: Fields, text_size: int) -> Pixtral
     )
 
 
-def config_from_gguf(fields: Fields, text_size: int) -> PixtralConfig:
+def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> PixtralConfig:
     """Reads the metadata of llama.cpp's `mmproj` files of Pixtral and Mistral 3; keys begin with `clip.vision.`."""
     if not Fields(fields.values, fields.path).get("clip.use_silu", bool, False):
         raise UnsupportedModelError(f"{fields.path}: clip.use_silu is not true; towers of Pixtral have no other gate")
@@ -122,7 +124,7 @@ def config_from_gguf(fields: Fields, text_size: int) -> PixtralConfig:
     numbers = {key: fields.get(key, list) for key in ("image_mean", "image_std")}
     processor = {"size": {"longest_edge": fields.count("image_size")}, **numbers}
     return _config(
-        Fields(processor, fields.path),
+        over(Fields(processor, fields.path), said),
         hidden_size=fields.count("embedding_length"),
         intermediate_size=fields.count("feed_forward_length"),
         num_layers=fields.count("block_count", most=MAX_LAYERS),
@@ -303,6 +305,7 @@ FAMILY = TowerFamily(
     hf={"Mistral3ForConditionalGeneration": "mistral3", "LlavaForConditionalGeneration": "llava"},
     seen=("pixtral",),
     gguf=("pixtral",),
+    settings=("size.longest_edge",),
     config_from_hf=config_from_hf,
     config_from_gguf=config_from_gguf,
     prepared=prepared,

@@ -39,7 +39,7 @@ from candle_vllm.core.models.family import Placed, TowerConfig, TowerFamily, Tow
 from candle_vllm.core.models.siglip import ACTIVATIONS
 from candle_vllm.core.models.siglip import prepared as swapped_back
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import AreaRule, Cut, area_rule
+from candle_vllm.core.vision.preprocessing import NOTHING, AreaRule, Cut, area_rule, over
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -47,8 +47,9 @@ _ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({"quick_gelu": "quick_
 _FRAMES = 2  # of a patch
 _THETA = 10000.0
 _EPS = 1e-6
-_MOST_PATCHES = 1 << 14
-"""Of a picture: published settings allow four times as many, whose attention alone takes minutes on a CPU."""
+_MOST_PATCHES, _MOST_ASKED = 1 << 14, 1 << 16
+"""Of a picture, and where an operator asks for larger ones: published settings allow the latter, whose attention alone
+takes minutes on a CPU."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,9 @@ class QwenTowerConfig(TowerConfig):
             )
 
 
-def config_from_hf(fields: Fields, processor: Fields, text_size: int) -> QwenTowerConfig:
+def config_from_hf(
+    fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING
+) -> QwenTowerConfig:
     """Reads `config.json` and `preprocessor_config.json` of Qwen2-VL, Qwen2.5-VL and Qwen3-VL."""
     vision, named = fields.section("vision_config"), fields.get("architectures", list)[0]
     third = named.startswith("Qwen3")
@@ -115,7 +118,7 @@ def config_from_hf(fields: Fields, processor: Fields, text_size: int) -> QwenTow
         patch=patch,
         cell=cell,
         text_size=text_size,
-        rule=area_rule(processor, patch * cell, most=_MOST_PATCHES * patch**2),
+        rule=_rule(processor, patch, cell, said),
     )
 
 
@@ -139,7 +142,7 @@ def _windows(vision: Fields, layers: int, pixels: int) -> dict[str, Any]:
     return {"window": side // pixels, "windowed": frozenset(range(layers)) - frozenset(whole)}
 
 
-def config_from_gguf(fields: Fields, text_size: int) -> QwenTowerConfig:
+def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> QwenTowerConfig:
     """Reads the metadata of llama.cpp's `mmproj` files of these; keys begin with `clip.vision.`."""
     whole = Fields(fields.values, fields.path)
     kind = whole.get("clip.projector_type", str, fields.get("projector_type", str, ""))
@@ -186,8 +189,20 @@ def config_from_gguf(fields: Fields, text_size: int) -> QwenTowerConfig:
         patch=patch,
         cell=cell,
         text_size=text_size,
-        rule=area_rule(Fields(processor, fields.path), patch * cell, most=_MOST_PATCHES * patch**2),
+        rule=_rule(Fields(processor, fields.path), patch, cell, said),
     )
+
+
+def _rule(processor: Fields, patch: int, cell: int, said: Mapping[str, Any]) -> AreaRule:
+    """How pictures are prepared; of both ways to say their area an operator's comes before that of the file."""
+    size = said.get("size", NOTHING)
+    named = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
+    asked = {name: said.get(name, size.get(edge)) for name, edge in named if name in said or edge in size}
+    fields, most = over(processor, asked), _MOST_PATCHES * patch**2
+    if "max_pixels" in asked:
+        most = _MOST_ASKED * patch**2
+        fields.count("max_pixels", most=most)
+    return area_rule(fields, patch * cell, most=most)
 
 
 def _config(*, rule: AreaRule, patch: int, cell: int, **own: Any) -> QwenTowerConfig:
@@ -390,6 +405,7 @@ FAMILY = TowerFamily(
         "Qwen3VLMoeForConditionalGeneration": "qwen3_vl_moe",
     },
     gguf=("qwen2vl_merger", "qwen2.5vl_merger", "qwen3vl_merger"),
+    settings=("min_pixels", "max_pixels", "size.shortest_edge", "size.longest_edge"),
     config_from_hf=config_from_hf,
     config_from_gguf=config_from_gguf,
     prepared=prepared,

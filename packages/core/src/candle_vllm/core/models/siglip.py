@@ -32,7 +32,7 @@ from candle_vllm.core.loading.views import computed
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.family import Placed, TowerConfig, TowerFamily, TowerStep
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import MAX_TILE, Cut, StretchRule, TileRule, tile_rule
+from candle_vllm.core.vision.preprocessing import MAX_TILE, NOTHING, Cut, StretchRule, TileRule, over, tile_rule
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
@@ -47,8 +47,9 @@ _DEFAULTS = MappingProxyType(
 """Keys that published configs leave out of `vision_config`: the values of transformers' config classes."""
 
 
-def config_from_hf(fields: Fields, processor: Fields, text_size: int) -> TowerConfig:
+def config_from_hf(fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> TowerConfig:
     """Reads `config.json` and `preprocessor_config.json` of Idefics3 and SmolVLM."""
+    processor = over(processor, said)
     section = fields.section("vision_config")
     vision = Fields({**_DEFAULTS["idefics3"], **section.values}, fields.path)
     patch = vision.count("patch_size", 32)
@@ -68,14 +69,14 @@ def config_from_hf(fields: Fields, processor: Fields, text_size: int) -> TowerCo
     )
 
 
-def config_from_gguf(fields: Fields, text_size: int) -> TowerConfig:
+def config_from_gguf(fields: Fields, text_size: int, said: Mapping[str, Any] = NOTHING) -> TowerConfig:
     """Reads the metadata of llama.cpp's `mmproj` files of Idefics3 and SmolVLM; keys begin with `clip.vision.`."""
     tile = fields.count("image_size", most=MAX_TILE)
     size = {
         "size": {"longest_edge": fields.count("preproc_image_size", 4 * tile)},
         "max_image_size": {"longest_edge": tile},
     }
-    processor = processor_of_gguf(fields, size)
+    processor = over(processor_of_gguf(fields, size), said)
     return config_of_tiles(processor, tile_rule(processor), **gguf_values(fields, tile), text_size=text_size)
 
 
@@ -247,6 +248,7 @@ FAMILY = TowerFamily(
     name="siglip",
     hf={"Idefics3ForConditionalGeneration": "idefics3", "SmolVLMForConditionalGeneration": "smolvlm"},
     gguf=("idefics3",),
+    settings=("size.longest_edge", "do_image_splitting"),
     config_from_hf=config_from_hf,
     config_from_gguf=config_from_gguf,
     prepared=prepared,

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple, TypeAlias
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
@@ -284,6 +287,21 @@ Rule: TypeAlias = TileRule | FitRule | StretchRule | AreaRule
 """
 
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+"""What an operator says of pictures who leaves them to the model's files."""
+
+
+def over(fields: Fields, said: Mapping[str, Any]) -> Fields:
+    """`preprocessor_config.json`, and before it what an operator says of pictures: messages name the setting then."""
+    if not said:
+        return fields
+    values = dict(fields.values)
+    for key, value in said.items():
+        old = values.get(key)
+        values[key] = {**old, **value} if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return Fields(values, Path("mm_processor_kwargs"))
+
+
 def tile_rule(fields: Fields) -> TileRule:
     """Reads `preprocessor_config.json` of Idefics3 and SmolVLM.
 
@@ -336,9 +354,9 @@ def stretch_rule(fields: Fields) -> StretchRule:
     if size.count("width") != tile:
         raise InvalidFileError(f"{fields.path}: size is {dict(size.values)!r:.60}; tiles are squares")
     if fields.get("do_pan_and_scan", bool, False):
-        least = fields.count("pan_and_scan_min_crop_size")
-        most = fields.count("pan_and_scan_max_num_crops", most=_MOST_PARTS)
-        ratio = fields.get("pan_and_scan_min_ratio_to_activate", float)
+        least = fields.count("pan_and_scan_min_crop_size", 256)
+        most = fields.count("pan_and_scan_max_num_crops", 4, most=_MOST_PARTS)
+        ratio = fields.get("pan_and_scan_min_ratio_to_activate", float, 1.2)
         if least < most:
             raise InvalidFileError(
                 f"{fields.path}: pan_and_scan_min_crop_size is {least}, less than pan_and_scan_max_num_crops, {most}"

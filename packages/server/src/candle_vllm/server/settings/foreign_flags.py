@@ -193,8 +193,8 @@ ROWS: tuple[Row, ...] = (
     Row("--no-mmproj --language-model-only", "--max-images 0", {"": "--max-images 0"}),
     Row("--mmproj-url --image --video --audio --allowed-local-media-path --allowed-media-domains",
         "nothing is fetched: images come with the request, as data URLs"),
-    Row("--image-min-tokens --image-max-tokens --mm-processor-kwargs",
-        "images are prepared as the model's files say; --max-images limits their number"),
+    Row("--image-min-tokens --image-max-tokens",
+        "--mm-processor-kwargs bounds an image's size in pixels: '{\"min_pixels\": 65536, \"max_pixels\": 1048576}'"),
     Row("--mmproj-offload --no-mmproj-offload --mm-encoder-tp-mode --vision-device --vision-dtype",
         "what a model sees by computes where the model does"),
     # ---- devices and memory

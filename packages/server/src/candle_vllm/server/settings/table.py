@@ -96,6 +96,7 @@ class Settings:
     mmproj: Annotated[Path | None, engine(MODEL, "FILE", flags=("--mmproj", "--vision-model-path"),
         commands=_WITH_TEXT)] = None
     max_images: Annotated[int | None, engine(MODEL, "N", commands=_WITH_TEXT)] = None
+    mm_processor_kwargs: Annotated[Mapping[str, Any] | None, engine(MODEL, "JSON", commands=_WITH_TEXT)] = None
     default_chat_template_kwargs: Annotated[dict[str, Any] | None, own(MODEL,
         JsonObject(), "variables of the chat template, as JSON, where a request does not set them "
         """(chat_template_kwargs): '{"enable_thinking": false}'""", "JSON", in_yaml=True, commands=_SERVE)] = None

@@ -17,7 +17,7 @@ from candle_vllm.server.settings.sources import read_small
 
 _OURS = re.compile(r"--[\w.-]+(?: [\w:/]+)?(?=[,;]|$)")  # an answer that begins with a flag of ours, and not a sentence
 
-_OBJECTS = ("--speculative-config",)
+_OBJECTS = ("--speculative-config", "--mm-processor-kwargs")
 """Flags of ours whose values are objects: `--flag.name VALUE` sets one name."""
 
 Known = Mapping[str, list[str]]
