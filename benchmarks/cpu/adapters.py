@@ -1,11 +1,12 @@
 """What adapters cost: steps and prompts with them beside those of the model alone, in turns in one engine.
 
     python benchmarks/cpu/adapters.py MODEL.gguf [--ranks 16 ...] [--streams 1 32] [--depth 128] [--prompt 1024]
-        [--steps 24] [--repeat 3] [--json]
+        [--steps 24] [--repeat 3] [--lora-dtype int8 bf16 ...] [--json]
 
-Adapters are random and change every product of the layers. For each rank and each number of streams: the model alone,
-one adapter for all streams, and one for each; and one prompt, read with an adapter and without. A figure is the median
-time of a step, or of reading the prompt, over all rounds; the share is the model's own time by it.
+Adapters are random bfloat16 numbers and change every product of the layers. For each type that they may have in memory,
+each in an engine of its own, for each rank and each number of streams: the model alone, one adapter for all streams,
+and one for each; and one prompt, read with an adapter and without. All take turns. A figure is the median time of a
+step, or of reading the prompt, over all rounds; the share is the time of that engine's model alone by it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +39,7 @@ def random_adapter(loaded: LoadedModel, rank: int, numbers: np.random.Generator)
 
     def matrix(rows: int, columns: int) -> Constant:
         values = numbers.standard_normal((rows, columns), np.float32) * np.float32(0.01)
+        values.view(np.uint32)[:] &= 0xFFFF0000  # as files have them
         return Constant("random", values.shape, "F32", values.nbytes, Path("random"), values)
 
     deltas = {
@@ -52,23 +55,30 @@ def random_adapter(loaded: LoadedModel, rank: int, numbers: np.random.Generator)
 
 
 class Bench:
-    """An engine, and how long its steps take."""
+    """An engine, and how long its steps take.
 
-    def __init__(self, model: str, streams: int, threads: int | None) -> None:
+    Args:
+        dtype: of adapters in memory.
+        ranks: of adapters, of each as many as streams.
+    """
+
+    def __init__(self, model: str, streams: int, threads: int | None, dtype: Any, ranks: Sequence[int]) -> None:
         self.config = EngineConfig(
             model=model,
             enable_lora=True,
             max_num_seqs=max(64, streams),
             enable_prefix_caching=False,
             threads=threads,
+            lora_dtype=dtype,
             speculative_config={"method": "none"},  # a step is of one token of each stream
         )
         self.loaded = load_model(self.config, CPU, lambda *_: None)
         self.engine: Engine = build_engine(self.config, self.loaded)
         self.numbers = np.random.default_rng(0)
         self._asked = 0
+        self.made = {rank: self._adapters(rank, streams) for rank in ranks}
 
-    def adapters(self, rank: int, count: int) -> list[PackedAdapter]:
+    def _adapters(self, rank: int, count: int) -> list[PackedAdapter]:
         """Distinct ones."""
         pack = adapter_packer(self.config, self.loaded, self.engine.runner)
         return [pack(random_adapter(self.loaded, rank, self.numbers)) for _ in range(count)]
@@ -125,37 +135,44 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24, help="measured in a round")
     parser.add_argument("--repeat", type=int, default=3, help="rounds")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--lora-dtype", nargs="+", default=["auto"], help="as the engine's setting")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     options = parser.parse_args()
-    bench = Bench(options.model, max(options.streams), options.threads)
-    made = {rank: bench.adapters(rank, max(options.streams)) for rank in options.ranks}
-    times: dict[tuple[str, int, int], list[float]] = defaultdict(list)  # what runs, streams, adapters
+    streams_most = max(options.streams)
+    benches = {
+        dtype: Bench(options.model, streams_most, options.threads, dtype, options.ranks) for dtype in options.lora_dtype
+    }
+    times: dict[tuple[str, int, int, int], list[float]] = defaultdict(list)  # type, rank, streams, adapters
     for turn in range(options.repeat + 1):
-        found: dict[tuple[str, int, int], list[float]] = defaultdict(list)
+        found = defaultdict(list)
         for streams in options.streams:
-            found["", streams, 0] += bench.steps(options.depth, options.steps, [None] * streams)
-            for rank, adapters in made.items():
+            for dtype, bench in benches.items():
+                found[dtype, 0, streams, 0] += bench.steps(options.depth, options.steps, [None] * streams)
+            for rank in options.ranks:
                 for count in sorted({1, streams}):
-                    given = [adapters[stream % count] for stream in range(streams)]
-                    found[f"r {rank}", streams, count] += bench.steps(options.depth, options.steps, given)
-        if options.prompt:
-            found["", 0, 0].append(bench.prompt(options.prompt, None))
-            for rank, adapters in made.items():
-                found[f"r {rank}", 0, 1].append(bench.prompt(options.prompt, adapters[0]))
+                    for dtype, bench in benches.items():
+                        given = [bench.made[rank][stream % count] for stream in range(streams)]
+                        found[dtype, rank, streams, count] += bench.steps(options.depth, options.steps, given)
+        for dtype, bench in benches.items() if options.prompt else ():
+            found[dtype, 0, 0, 0].append(bench.prompt(options.prompt, None))
+            for rank in options.ranks:
+                found[dtype, rank, 0, 1].append(bench.prompt(options.prompt, bench.made[rank][0]))
         if turn:  # the first is not counted: pages are touched, caches filled
             for key, values in found.items():
                 times[key] += values
-    bench.engine.close()
+    for bench in benches.values():
+        bench.engine.close()
     if not options.json:
-        print(f"{'':>6} {'streams':>8} {'adapters':>9} {'ms':>10} {'share':>6}")
-    for (rank, streams, adapters), values in times.items():
-        took, base = statistics.median(values), statistics.median(times["", streams, 0])
+        print(f"{'type':>8} {'rank':>6} {'streams':>8} {'adapters':>9} {'ms':>10} {'share':>6}")
+    for (dtype, rank, streams, adapters), values in times.items():
+        took, base = statistics.median(values), statistics.median(times[dtype, 0, streams, 0])
+        row = {"type": dtype, "rank": rank, "streams": streams, "adapters": adapters, "ms": took * 1e3}
+        row["share"] = base / took
         if options.json:
-            row = {"rank": rank, "streams": streams, "adapters": adapters, "ms": took * 1e3, "share": base / took}
             print(json.dumps(row), flush=True)
         else:
-            what = streams or "prompt"
-            print(f"{rank or 'alone':>6} {what:>8} {adapters:9} {took * 1e3:10.3f} {base / took:6.3f}", flush=True)
+            shown = f"{dtype:>8} {rank or 'alone':>6} {streams or 'prompt':>8} {adapters:9}"
+            print(f"{shown} {took * 1e3:10.3f} {base / took:6.3f}", flush=True)
 
 
 if __name__ == "__main__":

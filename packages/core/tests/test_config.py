@@ -53,7 +53,7 @@ WRONG: dict[str, list[Any]] = {
     "max_lora_rank": [0, 1.5, 16],
     "max_cpu_loras": [0, True, 8],
     "lora_memory": [10, "2G", 1 << 30],
-    "lora_dtype": ["int8", 16, "bf16"],
+    "lora_dtype": ["int4", 16, "bf16"],
     "speculative_config": [5, "suffix", [], {1: 2}, {"method": "fast"}],
     "max_queued_requests": [0, None],
     "threads": [0, "2", False],

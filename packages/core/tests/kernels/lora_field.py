@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.conversion.gguf_tensors import Constant
-from candle_vllm.core.kernels.activation_rows import RowForm, row_elements
+from candle_vllm.core.kernels.activation_rows import row_elements
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
@@ -43,7 +43,7 @@ def fitted(deltas: dict[str, dict[str, Delta]], alora: tuple[int, ...] | None = 
 
 def contents(adapter: PackedAdapter, places: Iterable[Place]) -> list[Any]:
     """All that the operations read of an adapter of A and B alone, in the order of places; addresses are left out."""
-    form = RowForm[adapter.layout.dtype]
+    form = lay.NumberForm[adapter.layout.dtype]
 
     def words(address: int, count: int) -> NDArray[np.int64]:
         return np.frombuffer(ctypes.string_at(int(address), 8 * count), np.int64)
@@ -55,12 +55,16 @@ def contents(adapter: PackedAdapter, places: Iterable[Place]) -> list[Any]:
             found.append(None)
             continue
         a, ranks, parts = words(about, lay.HEAD)
-        found.append((ranks, parts, ctypes.string_at(int(a), int(ranks) * row_elements(place.columns) * form.bytes)))
+        size = int(ranks) * row_elements(place.columns) * form.bytes + 4 * form.block_scales * lay.most_blocks(
+            int(ranks)
+        )
+        found.append((ranks, parts, ctypes.string_at(int(a), size)))
         for number in range(parts):
             part = words(about + 8 * (lay.HEAD + number * lay.PART), lay.PART)
             panels = -(-part[lay.ROWS] // lay.PANEL)
             said = [at for at in range(lay.PART) if at != lay.MATRIX]
-            b = ctypes.string_at(int(part[lay.MATRIX]), int(panels * part[lay.STEPS]) * lay.PANEL_BYTES)
+            size = int(panels) * (int(part[lay.STEPS]) * lay.PANEL_BYTES + form.panel_scales)
+            b = ctypes.string_at(int(part[lay.MATRIX]), size)
             found.append((part[said].tolist(), b))
     return found
 
@@ -81,7 +85,7 @@ def add(
     The model's products are in y, or in `own`, or are made of matrices of float32, by the same operations. Where it is
     late, no thread has begun with `shrink` when others need it.
     """
-    form = RowForm[groups[0][0].layout.dtype]
+    form = lay.NumberForm[groups[0][0].layout.dtype]
     rows = np.array([row for _, of, _ in groups for row in of], np.int64)
     scales = np.array([scale for *_, of in groups for scale in of], np.float32)
     starts = np.concatenate(([0], np.cumsum([len(of) for _, of, _ in groups]))).astype(np.int64)

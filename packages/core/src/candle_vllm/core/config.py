@@ -34,7 +34,7 @@ DType = Literal[
 LoadFormat = Literal["auto", "dummy"]
 KvCacheDType = Literal["auto", "fp8", "q8_0", "q4_0"]
 LoraDType = Literal[
-    "auto", "f32", "bf16", "f16", "float32", "fp32", "float", "bfloat16", "float16", "fp16", "half"
+    "auto", "f32", "bf16", "f16", "int8", "float32", "fp32", "float", "bfloat16", "float16", "fp16", "half"
 ]  # fmt: skip
 CpuLevel = Literal[
     "amx", "avx512-bf16", "avx512-vnni", "avx512", "avx-vnni", "avx2", "neon-bf16", "neon-dotprod", "neon"
@@ -313,10 +313,10 @@ class EngineConfig(ExplainedSettings):
                              "asked for."] = None
     lora_memory: Annotated[int | None, Integer(1 << 10, 1 << 50), "bytes for adapters in memory; without it, a quarter "
                            "of what is free behind the model, at most 4 GiB"] = None
-    lora_dtype: Annotated[LoraDType, Choice(_DTYPES, _DTYPE_ALIASES), "type of adapters in memory: auto, f32, bf16 or "
-                          "f16",
-                          '"auto" is f32 where the base\'s plain matrices are F32, else bf16; f16 is for GPUs, where '
-                          "adapters have the type of activations."] = "auto"
+    lora_dtype: Annotated[LoraDType, Choice((*_DTYPES, "int8"), _DTYPE_ALIASES), "type of adapters in memory: auto, "
+                          "f32, bf16, f16 or int8",
+                          'On the CPU "auto" is int8 where the base\'s matrices are quantised, f32 where they are F32, '
+                          "else bf16. f16 is for GPUs, where adapters have the type of activations."] = "auto"
     max_queued_requests: Annotated[int, Integer(1, 1 << 20),
                                    "most unfinished sequences before new requests are refused"] = 1024
     threads: Annotated[int | None, Integer(1, 1024), "CPU threads; without it, one per allowed physical core",

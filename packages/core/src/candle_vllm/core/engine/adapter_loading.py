@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.kernels.lora.repacking import Repacking
     from candle_vllm.core.quantization.tensors import StoredTensor
 
-_MOST_PACKED = 2  # bytes of a file for one in memory: F32 becomes bfloat16
+_MOST_PACKED = {"F32": 2, "BF16": 2, "I8": 4}  # bytes of a file for one in memory: F32 becomes narrower
 MOST_SEEN = 1 << 23  # places of numbers, of all kinds that are known
 _MOST_MET = 256  # kinds
 
@@ -37,12 +37,21 @@ Watch = Callable[["FittedAdapter", Collection["StoredTensor"]], "Repacking | Non
 
 
 def adapter_limits(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> dict[str, Any]:
-    """What `StepLimits` says of adapters: multiplied in bfloat16, but in float32 where the model's own matrices are."""
+    """What `StepLimits` says of adapters: multiplied as `lora_dtype` says.
+
+    By "auto", in 8 bits where a base is compiled whose own products are of 8 bits, which err many times more; else in
+    bfloat16, but in float32 where the model's own matrices are.
+    """
     dtype = config.lora_dtype.upper()
-    if dtype == "AUTO":
-        dtype = "F32" if loaded.dtype.startswith("f32") else "BF16"
     if dtype == "F16":
-        raise ConfigError("lora_dtype 'f16': adapters are multiplied in bf16 or f32 on the CPU: set one", "lora_dtype")
+        raise ConfigError(
+            "lora_dtype 'f16': adapters are multiplied in bf16, f32 or int8 on the CPU: set one", "lora_dtype"
+        )
+    if dtype == "AUTO" and loaded.placement.recorded and loaded.dtype.startswith("int8"):
+        dtype = "I8"
+    elif dtype == "AUTO":
+        dtype = "F32" if loaded.dtype.startswith("f32") else "BF16"
+    dtype = "I8" if dtype == "INT8" else dtype
     return {"adapter_rank": config.max_lora_rank, "adapter_dtype": dtype, "row_adapters": MAX_ADAPTERS}
 
 
@@ -76,12 +85,12 @@ def adapter_loader(
     config: EngineConfig, loaded: LoadedModel | LoadedEncoder, runner: ModelRunner, memory: int
 ) -> Callable[[Path], LoadedAdapter]:
     """What brings the files of an adapter to memory, `memory` bytes at most; in one thread."""
-    limits = AdapterLimits(max_rank=config.max_lora_rank, max_bytes=_MOST_PACKED * memory)
+    dtype = "BF16" if loaded.placement.device.type == "cuda" else adapter_limits(config, loaded)["adapter_dtype"]
+    limits = AdapterLimits(max_rank=config.max_lora_rank, max_bytes=_MOST_PACKED[dtype] * memory)
     watch: Watch | None = None
     if loaded.placement.recorded:
         from candle_vllm.core.kernels.lora.repacking import repacking_of
 
-        dtype = adapter_limits(config, loaded)["adapter_dtype"]
         watch = partial(repacking_of, places=_places(loaded), dtype=dtype, most=MOST_SEEN)
     pack = adapter_packer(config, loaded, runner)
     return AdapterLoader(adapter_base(model_files(config), config), limits, pack, watch)

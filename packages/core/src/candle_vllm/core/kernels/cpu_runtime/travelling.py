@@ -25,6 +25,7 @@ from candle_vllm.core.kernels.attention.cpu_record import attend_isa
 from candle_vllm.core.kernels.cpu_runtime import kernel_cache
 from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, Level, choose_level, host_level
 from candle_vllm.core.kernels.cpu_runtime.operation import named_function
+from candle_vllm.core.kernels.lora.layout import NumberForm
 from candle_vllm.core.kernels.packed_linear.layout import RARE, PackedKind
 from candle_vllm.core.kernels.plain_linear.layout import PlainKind
 from candle_vllm.core.kernels.scaled_linear.layout import ScaledKind
@@ -76,14 +77,16 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
     for head_dim in HEAD_DIMS:
         for rotated in (0, 1):
             yield "attention.cpu:make_merge", (head_dim, rotated)
-    for form in RowForm:
+    for number_form in NumberForm:
         for name in (
             "cpu_shrink:make_shrink",
             "cpu_expand:make_expand",
             "cpu_experts:make_shrink",
             "cpu_experts:make_expand",
         ):
-            yield f"lora.{name}", (form, isa)
+            yield f"lora.{name}", (number_form, isa)
+    for form in RowForm:
+        yield "lora.cpu_quantise:make_quantise", (form,)
         yield "lora.cpu_tables:make_lookup", (form,)
         yield "latent_attention.cpu_write:make_prepare", (form,)
         for rope, latent in LATENT:

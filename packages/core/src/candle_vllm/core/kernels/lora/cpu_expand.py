@@ -8,14 +8,13 @@ what a row gets from several adapters comes in their order. A sum is one chain o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.activation_rows import RowForm
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, I64, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import IS_X86
@@ -39,6 +38,7 @@ from candle_vllm.core.kernels.lora.cpu_shrink import (
     height_of,
     is_wide,
     ranks_before,
+    scales_of,
     widened,
 )
 from candle_vllm.core.kernels.lora.layout import (
@@ -51,12 +51,14 @@ from candle_vllm.core.kernels.lora.layout import (
     LESS,
     MATRIX,
     OFFSET,
+    PANEL,
     PANEL_BYTES,
     PART,
     ROWS,
     SCALE,
     STEPS,
     ExpandArguments,
+    NumberForm,
 )
 
 _PATIENCE = 1024  # pauses, some 50 us: about what a thread's share of the largest `shrink` takes
@@ -98,30 +100,30 @@ def _scaled(_: Any, source: Any, scale: Any, target: Any) -> Any:
     return types.void(types.int64, types.float32, types.int64), code
 
 
-def _emit_expand(e: Emitter, form: RowForm, isa: Isa, count: int, width: int, onto: bool, given: Any) -> None:
+def _emit_expand(e: Emitter, form: NumberForm, isa: Isa, count: int, width: int, onto: bool, given: Any) -> None:
     """What `_expand_rows` does, of `count` rows and `width` tiles."""
-    b, (at_weights, at_places, offset, number, at_out) = e.b, given
-    parts = 2 if form is RowForm.BF16 else 1
+    b, (at_weights, at_scales, at_places, offset, number, at_out) = e.b, given
     rows = count if is_wide(isa) else min(count, 4)
     sources = [e.load(at_places, I64, 8 * row) for row in range(count)]
     for first in range(0, count, rows):
 
         def body(index: Any, totals: list[Any], first: int = first) -> list[Any]:
-            base, moved = b.add(at_weights, b.mul(index, e.int64(PANEL_BYTES))), b.mul(index, e.int64(4 * parts))
-            weights = []
-            for tile in range(width):
-                e.prefetch(base, VECTOR * tile + AHEAD)
-                weights.append(widened(e, form, base, VECTOR * tile))
-            totals = list(totals)
-            for row in range(rows):
-                for part in range(parts):
+            base = b.add(at_weights, b.mul(index, e.int64(PANEL_BYTES)))
+            moved, totals = b.mul(index, e.int64(4 * form.per_step)), list(totals)
+            for part, weights in _parts(e, form, base, width):
+                for row in range(rows):
                     x = e.splat(e.load(b.add(sources[first + row], moved), F32, 4 * part))
                     for tile in range(width):
                         place = row * width + tile
-                        totals[place] = e.fma(x, weights[tile][part], totals[place])
+                        totals[place] = e.fma(x, weights[tile], totals[place])
             return totals
 
         sums = e.loop_or_skip(number, [e.zeros(F32)] * (rows * width), body)
+        if form is NumberForm.I8:
+            some = b.icmp_signed(">", number, e.int64(0))  # of a bias alone there are none
+            at = b.select(some, at_scales, at_places)
+            scales = [b.select(some, scales_of(e, at, 2 * LANES * tile), e.zeros(F32)) for tile in range(width)]
+            sums = [b.fmul(total, scales[place % width]) for place, total in enumerate(sums)]
         for row in range(rows):
             if not onto:
                 for tile in range(width):
@@ -132,6 +134,20 @@ def _emit_expand(e: Emitter, form: RowForm, isa: Isa, count: int, width: int, on
             for tile in range(width):
                 total = e.fma(scale, sums[row * width + tile], e.load(target, vector(F32), VECTOR * tile))
                 e.store(target, total, VECTOR * tile)
+
+
+def _parts(e: Emitter, form: NumberForm, base: Any, width: int) -> Iterator[tuple[int, list[Any]]]:
+    """The ranks of a step, and what `width` tiles have of each."""
+    if form is not NumberForm.I8:
+        tiles = []
+        for tile in range(width):
+            e.prefetch(base, VECTOR * tile + AHEAD)
+            tiles.append(widened(e, form, base, VECTOR * tile))
+        yield from enumerate(map(list, zip(*tiles, strict=True)))
+        return
+    for part in range(form.per_step):
+        e.prefetch(base, PANEL * part + AHEAD)
+        yield part, [widened(e, form, base, PANEL * part + LANES * tile)[0] for tile in range(width)]
 
 
 _KINDS = ((8, 2, 1), (8, 1, 1), (4, 1, 1), (2, 1, 1), (1, 4, 1), (1, 1, 1), (1, 1, 0))
@@ -147,6 +163,7 @@ def _expand_rows(
     tiles: Any,
     onto: Any,
     weights: Any,
+    scales: Any,
     places: Any,
     at: Any,
     steps: Any,
@@ -154,11 +171,11 @@ def _expand_rows(
 ) -> Any:
     """`tiles` times 16 neighbouring rows of B in a panel times `rows` rows of sums, one of `_KINDS`.
 
-    places: address of int64 [rows], where the rows' numbers begin; behind 64 bytes, of their float32 scales, and of
-    int64 [rows], where their results begin, `at` bytes before these. Where `onto`, the products times the scales are
-    added there; else they are written to `out`, float32 [tiles, rows, 16].
+    scales: address of those of whole numbers. places: address of int64 [rows], where the rows' numbers begin; behind
+    64 bytes, of their float32 scales, and of int64 [rows], where their results begin, `at` bytes before these. Where
+    `onto`, the products times the scales are added there; else they are written to `out`, float32 [tiles, rows, 16].
     """
-    kind, features = RowForm(form.literal_value), Isa(isa.literal_value)
+    kind, features = NumberForm(form.literal_value), Isa(isa.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
@@ -171,7 +188,7 @@ def _expand_rows(
         e.choose(b.add(b.add(b.shl(args[2], e.int64(4)), b.shl(args[3], e.int64(1))), args[4]), cases)
         return context.get_dummy_value()
 
-    return types.void(form, isa, *[types.int64] * 8), code
+    return types.void(form, isa, *[types.int64] * 9), code
 
 
 @intrinsic
@@ -236,10 +253,11 @@ def _spread(row: int, given: Any, first: int, last: int) -> None:
             target[column] = value
 
 
-def make_parts(FORM: int, ISA: int) -> Any:
-    """A function that adds what an adapter has for 8, 4, 2 or 1 rows of a product."""
+def _make_columns(FORM: int, ISA: int) -> Any:
+    """A function that adds columns of a part for 8, 4, 2 or 1 rows of a product."""
 
-    WIDE, PER_STEP = int(is_wide(Isa(ISA))), 2 if FORM == 0 else 1
+    form, WIDE = NumberForm(FORM), int(is_wide(Isa(ISA)))
+    ROW_BYTES, SCALES = form.row_bytes, form.panel_scales
 
     @njit
     def add_columns(part, memory, count, first, last):
@@ -252,21 +270,33 @@ def make_parts(FORM: int, ISA: int) -> Any:
         column = first
         while column < last:
             inside = column & 63  # of a panel
-            at = weights + (column - inside) * 4 * steps + 4 * inside
+            panel = weights + (column >> 6) * (PANEL_BYTES * steps + SCALES)
+            at, at_scales = panel + SCALES + ROW_BYTES * inside, panel + 2 * inside
             left, to = min(64 - inside, last - column), begins + 4 * column
             if plain and left >= 16:
                 tiles = 4 if count == 1 and left >= 64 else 2 if WIDE == 1 and count == 8 and left >= 32 else 1
-                _expand_rows(FORM, ISA, count, tiles, 1, at, memory, to, steps, sums)
+                _expand_rows(FORM, ISA, count, tiles, 1, at, at_scales, memory, to, steps, sums)
                 column += 16 * tiles
                 continue
             for index in range(count):
-                _expand_rows(FORM, ISA, 1, 1, 0, at, memory + 8 * index, 0, steps, sums)
+                _expand_rows(FORM, ISA, 1, 1, 0, at, at_scales, memory + 8 * index, 0, steps, sums)
                 at_bias = bias + 4 * column if bias != 0 else 0
                 at_less = less + 4 * column if less != 0 else 0
                 base = int64_at(bases)[index] + to if less != 0 else 0
                 target = int64_at(targets)[index] + to
                 _add(target, sums, float32_at(scales)[index], at_bias, at_less, base, left, spare)
             column += min(left, 16)
+
+    return add_columns
+
+
+def make_parts(FORM: int, ISA: int) -> Any:
+    """A function that adds what an adapter has for 8, 4, 2 or 1 rows of a product."""
+
+    form = NumberForm(FORM)
+    PER_STEP, MIXED = form.per_step, int(form.whole is not form)
+    add_columns = _make_columns(FORM, ISA)
+    add_whole = _make_columns(int(form.whole), ISA) if form.whole is not form else add_columns
 
     @njit
     def fold_part(part, ranks, h, at, to):
@@ -305,24 +335,28 @@ def make_parts(FORM: int, ISA: int) -> Any:
                 to = factors + 4 * index * most
                 int64_at(memory)[index] = to
                 fold_part(part, ranks, h + index * row_bytes, wholes + 4 * index * most, to)
-            add_columns(part, memory, count, low, high)
+            if MIXED == 1 and int64_at(part)[FULL] != 0:
+                add_whole(part, memory, count, low, high)
+            else:
+                add_columns(part, memory, count, low, high)
 
     return add_parts
 
 
 @njit
-def _ask_columns(about: int, first: int) -> None:
-    """Asks for the beginning of what an adapter adds from a column on; `about` may be 0."""
+def _ask_columns(about: int, first: int, scales: int) -> None:
+    """Asks for the beginning of what an adapter adds from a column on; `about` may be 0. scales: bytes of a panel's."""
     for number in range(int64_at(about)[2] if about != 0 else 0):
         part = about + 8 * (HEAD + PART * number)
         column = first - int64_at(part)[BEGIN]
         if 0 <= column < int64_at(part)[ROWS]:
-            ask(AHEAD, int64_at(part)[MATRIX] + (column & -64) * 4 * int64_at(part)[STEPS])
+            panels = (column >> 6) * (PANEL_BYTES * int64_at(part)[STEPS] + scales)
+            ask(AHEAD, int64_at(part)[MATRIX] + panels)
 
 
 def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
     """The operation for a type of numbers."""
-    add_parts, INNER = make_parts(FORM, ISA), len(ExpandArguments._fields)
+    add_parts, INNER, SCALES = make_parts(FORM, ISA), len(ExpandArguments._fields), NumberForm(FORM).panel_scales
 
     def expand(row, thread, threads):
         inner = inner_row(row, INNER)
@@ -361,7 +395,7 @@ def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
             begin, end = starts[group], starts[group + 1]
             blocks = count_blocks(int64_at(about)[1])
             if group + 1 < groups:
-                _ask_columns(int64_at(tables[group + 1])[given.place], first)
+                _ask_columns(int64_at(tables[group + 1])[given.place], first, SCALES)
             entry = begin
             while entry < end:
                 count = end - entry

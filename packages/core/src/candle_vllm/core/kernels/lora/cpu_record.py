@@ -45,7 +45,7 @@ class Joining:
         self._recorder, self._place, self._rows_from = recorder, place, rows_from
         wanted = rows_from is StepNumber.LOGIT_ROWS
         self._entries: EntryArrays = recorder.logit_entries if wanted else recorder.entries
-        self._form, self._isa = RowForm[recorder.limits.adapter_dtype], recorder.isa
+        self._form, self._isa = lay.NumberForm[recorder.limits.adapter_dtype], recorder.isa
         size = lay.BLOCK_BYTES * lay.most_blocks(lay.filled(recorder.limits.adapter_rank) * len(place.parts))
         self._sums = recorder.memory(recorder.limits.row_adapters * size, np.uint8)
         self.inputs: Inputs | None = None
@@ -80,7 +80,7 @@ class Joining:
     def look_up(self, numbers: int) -> None:
         """Records the same of a table whose rows are looked up by the step's `numbers`, an address."""
         arguments = lay.ShrinkArguments(**self._common | {"x": numbers})
-        self._recorder.add(lay.lookup_operation(self._form), arguments, barrier=False)
+        self._recorder.add(lay.lookup_operation(self._form.whole), arguments, barrier=False)
 
     def own(self, width: int) -> Buffer:
         """Memory for the model's own products."""
@@ -151,7 +151,7 @@ def record_experts(
     recorder: Recorder, place: Place, inputs: Inputs, pairs: Pairs, results: Results, *, by_place: bool
 ) -> None:
     """Records what adapters add to experts' results, of inputs for each entry, or for each place of a pair."""
-    form, count = RowForm[recorder.limits.adapter_dtype], pairs.top_k
+    form, count = lay.NumberForm[recorder.limits.adapter_dtype], pairs.top_k
     parts = len(place.parts) // place.experts
     size = lay.BLOCK_BYTES * lay.most_blocks(lay.filled(recorder.limits.adapter_rank) * parts) * count
     sums = recorder.memory(recorder.limits.row_adapters * size, np.uint8)  # of no use behind these two

@@ -15,12 +15,11 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.activation_rows import RowForm
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, I64, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I16, I32, I64, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at, read, step_number, store_release
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
-from candle_vllm.core.kernels.lora.layout import BLOCK_BYTES, DONE_BYTES, BeginArguments, ShrinkArguments
+from candle_vllm.core.kernels.lora.layout import BLOCK_BYTES, DONE_BYTES, BeginArguments, NumberForm, ShrinkArguments
 
 _RUN = 32
 """Rows of a unit of work of `shrink`: they meet a quarter of a block, which stays in the first-level cache."""
@@ -31,17 +30,26 @@ AHEAD = 2048
 """Bytes of weights that are asked for ahead: runs of them are too short for a CPU to see coming."""
 
 
-def widened(e: Emitter, form: RowForm, address: Any, offset: int) -> list[Any]:
-    """A vector of weights as floats: <16 x float>, of bfloat16 pairs two.
+def widened(e: Emitter, form: NumberForm, address: Any, offset: int) -> list[Any]:
+    """A vector of weights as floats: <16 x float>, of bfloat16 pairs two; of whole numbers 16 bytes.
 
     Their products are made by fused multiply-adds, with float32 numbers that nobody has rounded, so that every CPU has
     the same sums. The instruction for pairs of bfloat16 takes three times as long as such a one on a Xeon with AMX.
     """
-    if form is RowForm.F32:
+    if form is NumberForm.F32:
         return [e.load(address, vector(F32), offset)]
+    if form is NumberForm.I8:
+        codes = e.load(address, vector(I8), offset)
+        return [e.b.sitofp(e.b.sext(codes, vector(I32)), vector(F32))]
     pairs = e.load(address, vector(I32), offset)
     parts = e.b.shl(pairs, e.constant(I32, 16)), e.b.and_(pairs, e.constant(I32, -65536))
     return [e.b.bitcast(part, vector(F32)) for part in parts]
+
+
+def scales_of(e: Emitter, address: Any, offset: int = 0) -> Any:
+    """16 scales, stored in bfloat16."""
+    bits = e.b.zext(e.load(address, vector(I16), offset), vector(I32))
+    return e.b.bitcast(e.b.shl(bits, e.constant(I32, 16)), vector(F32))
 
 
 def is_wide(isa: Isa) -> bool:
@@ -71,33 +79,37 @@ def _repeated(e: Emitter, address: Any, offset: int, height: int, parts: int) ->
     return [e.b.shuffle_vector(few, few, ir.Constant(vector(I32), order)) for order in orders]
 
 
-def _emit_shrink(e: Emitter, form: RowForm, isa: Isa, height: int, count: int, given: Any) -> None:
+def _emit_shrink(e: Emitter, form: NumberForm, isa: Isa, height: int, count: int, given: Any) -> None:
     """What `_shrink_rows` does, of `height` ranks and `count` rows."""
     b, (at_weights, at_inputs, offset, at_outputs, number) = e.b, given
-    parts = 2 if form is RowForm.BF16 else 1
+    parts = 2 if form is NumberForm.BF16 else 1
     chains = 1 if parts == 2 and height == 4 else 2  # of that one, a quarter may be one step
-    x_bytes = 4 * LANES // height * parts
+    turns = 4 if form is NumberForm.I8 and height > 4 else chains
+    size, x_bytes = form.step_bytes, 4 * LANES // height * parts
     rows = count if is_wide(isa) else min(count, 2)
     sources = [b.add(e.load(at_inputs, I64, 8 * row), offset) for row in range(count)]
     for first in range(0, count, rows):
 
         def body(index: Any, totals: list[Any], first: int = first) -> list[Any]:
-            base = b.add(at_weights, b.mul(index, e.int64(VECTOR * chains)))
-            moved = b.mul(index, e.int64(x_bytes * chains))
+            base = b.add(at_weights, b.mul(index, e.int64(size * turns)))
+            moved = b.mul(index, e.int64(x_bytes * turns))
             totals = list(totals)
-            for chain in range(chains):
-                e.prefetch(base, VECTOR * chain + AHEAD)
-                weights = widened(e, form, base, VECTOR * chain)
+            for turn in range(turns):
+                if size * turn % VECTOR == 0:
+                    e.prefetch(base, size * turn + AHEAD)
+                weights = widened(e, form, base, size * turn)
                 for row in range(rows):
-                    place = row * chains + chain
-                    found = _repeated(e, b.add(sources[first + row], moved), x_bytes * chain, height, parts)
+                    place = row * chains + turn % chains
+                    found = _repeated(e, b.add(sources[first + row], moved), x_bytes * turn, height, parts)
                     for x, part in zip(found, weights):
                         totals[place] = e.fma(x, part, totals[place])
             return totals
 
-        sums = e.loop(b.sdiv(number, e.int64(chains)), [e.zeros(F32)] * (rows * chains), body)
+        sums = e.loop(b.sdiv(number, e.int64(turns)), [e.zeros(F32)] * (rows * chains), body)
         for row in range(rows):
             total = sums[row * chains] if chains == 1 else b.fadd(*sums[row * chains : row * chains + 2])
+            if form is NumberForm.I8:
+                total = b.fmul(total, scales_of(e, at_weights, -form.block_scales))
             e.store(e.load(at_outputs, I64, 8 * (first + row)), total)
 
 
@@ -105,12 +117,12 @@ def _emit_shrink(e: Emitter, form: RowForm, isa: Isa, height: int, count: int, g
 def _shrink_rows(
     _: Any, form: Any, isa: Any, height: Any, rows: Any, weights: Any, inputs: Any, at: Any, outputs: Any, steps: Any
 ) -> Any:
-    """A quarter of a block of `height` ranks, 4, 8 or 16, times 1, 4 or 8 rows: 16 sums each.
+    """A quarter of a block of `height` ranks, 4, 8 or 16, times 1, 4 or 8 rows: 16 sums each. It is `steps` vectors.
 
     inputs, outputs: addresses of int64 [rows], where the rows' inputs begin, `at` bytes before what is read, and where
     their sums go.
     """
-    kind, features = RowForm(form.literal_value), Isa(isa.literal_value)
+    kind, features = NumberForm(form.literal_value), Isa(isa.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
@@ -148,15 +160,17 @@ def ranks_before(ranks: int, block: int) -> int:
 
 def make_unit(FORM: int, ISA: int) -> Any:
     """A function that multiplies a quarter of a block by up to 8 rows."""
-    ITEM = RowForm(FORM).bytes
+    form = NumberForm(FORM)
+    ITEM, STEP, SCALES = form.bytes, form.step_bytes, form.block_scales
 
     @njit
     def unit(weights, ranks, block, quarter, inputs, outputs, count, x_bytes):
         """A quarter of a block for up to 8 rows; of 1, 4 or 8 there are addresses, the last of them repeated."""
         height, part = height_of(ranks, block), (x_bytes >> 4) * ITEM  # bytes of a quarter of a rank
-        at = weights + (quarter * ranks + ranks_before(ranks, block)) * part
+        before = quarter * ranks + ranks_before(ranks, block)
+        at = weights + before * part + (quarter * count_blocks(ranks) + block + 1) * SCALES
         rows = 8 if count > 4 else 4 if count > 1 else 1
-        _shrink_rows(FORM, ISA, height, rows, at, inputs, quarter * (x_bytes >> 2), outputs, part * height >> 6)
+        _shrink_rows(FORM, ISA, height, rows, at, inputs, quarter * (x_bytes >> 2), outputs, part * height // STEP)
 
     return unit
 

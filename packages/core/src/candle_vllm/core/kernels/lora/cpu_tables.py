@@ -8,7 +8,6 @@ from typing import Any
 
 from numba import njit, types
 
-from candle_vllm.core.kernels.activation_rows import RowForm
 from candle_vllm.core.kernels.cpu_runtime.primitives import (
     float32_at,
     float_from_bits,
@@ -25,6 +24,7 @@ from candle_vllm.core.kernels.lora.layout import (
     NEW,
     RANK,
     ExpandArguments,
+    NumberForm,
     ShrinkArguments,
 )
 
@@ -45,7 +45,7 @@ def _reader(form: int) -> Any:
 
 def make_lookup(FORM: int) -> Callable[..., None]:
     """Writes the numbers of each entry's row of the table as sums, where `shrink` writes them."""
-    ITEM = RowForm(FORM).bytes
+    ITEM = NumberForm(FORM).bytes
     number_at = _reader(FORM)
 
     def lookup(row, thread, threads):

@@ -12,17 +12,66 @@ ranks][64 / g bytes of neighbouring columns], so that a step is one vector instr
 rank and a share of its columns. **B** is panels of 64 rows, whose last is filled up: each a run of steps of 256 bytes,
 [r][64] of floats, or [r / 2][64][2] of bfloat16.
 
+Of whole numbers of 8 bits a step of A is 16 bytes, as 16 floats lie, and before a block's quarter stand 16 scales of
+its lanes, in bfloat16; a panel of B is [r / 4][4][64] behind the scales of its 64 rows. What is multiplied is BF16
+there where it is no A or B, and where a table's rows are looked up.
+
 A table that is looked up has B as [V][r] in the place of A, and A in the place of B.
 """
 
 from __future__ import annotations
 
+import enum
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from candle_vllm.core.kernels.activation_rows import RowForm
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, operation
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, c_function, operation
+
+
+class NumberForm(enum.IntEnum):
+    """In what an adapter is multiplied, by the names of `NumberType`."""
+
+    BF16 = 0
+    F32 = 1
+    I8 = 2
+
+    @property
+    def bytes(self) -> int:
+        """Of a number."""
+        return (2, 4, 1)[self]
+
+    @property
+    def whole(self) -> NumberForm:
+        """In what matrices are multiplied that stand in the model's place, and tables looked up."""
+        return NumberForm.BF16 if self is NumberForm.I8 else self
+
+    @property
+    def per_step(self) -> int:
+        """Ranks of a step of B."""
+        return 4 // self.bytes
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of A that are made a vector of floats, or two, at a time."""
+        return 16 if self is NumberForm.I8 else 64
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes from one row of B to the next in a step."""
+        return 1 if self is NumberForm.I8 else 4
+
+    @property
+    def block_scales(self) -> int:
+        """Bytes of scales before a block's quarter."""
+        return 32 if self is NumberForm.I8 else 0
+
+    @property
+    def panel_scales(self) -> int:
+        """Bytes of scales before a panel's steps."""
+        return 2 * PANEL if self is NumberForm.I8 else 0
+
 
 QUARTERS = 4
 HEAD = 3
@@ -56,17 +105,41 @@ def filled(rank: int) -> int:
     return -(-rank // 4) * 4
 
 
-def blocks_of(matrix: np.ndarray, itemsize: int) -> np.ndarray:
-    """A [R, K], whose numbers take so many bytes, in quarters of blocks; R is a multiple of 4 and K of 32."""
+def blocks_of(matrix: np.ndarray, form: NumberForm, scales: np.ndarray | None = None) -> np.ndarray:
+    """A [R, K] in quarters of blocks; R is a multiple of 4 and K of 32. Of I8, scales [R, 4, 2], bytes as `matrix`."""
     rank, columns = matrix.shape
     made, first = [], 0
     while first < rank:
         height = next(size for size in (16, 8, 4) if size <= rank - first)
-        width = 64 // itemsize // height
+        width = form.step_bytes // form.bytes // height
         block = matrix[first : first + height].reshape(height, QUARTERS, columns // QUARTERS // width, width)
+        if scales is not None:
+            lanes = scales[first : first + height].repeat(16 // height, 0)
+            made.append(lanes.swapaxes(0, 1).reshape(QUARTERS, -1))
         made.append(block.transpose(1, 2, 0, 3).reshape(QUARTERS, -1))
         first += height
     return np.concatenate(made, 1)
+
+
+def panels_of(matrix: np.ndarray, form: NumberForm, scales: np.ndarray | None = None) -> tuple[int, np.ndarray]:
+    """B [N, r] as panels, and how many steps each has. Of I8, scales [N, 2], bytes as `matrix`."""
+    each, height = form.per_step, -(-len(matrix) // PANEL) * PANEL
+    steps = -(-matrix.shape[1] // each)
+    panels = filled_with_zeros(matrix, height, steps * each).reshape(-1, PANEL, steps, each)
+    if scales is None:
+        return steps, panels.swapaxes(1, 2)
+    numbers = panels.transpose(0, 2, 3, 1).reshape(len(panels), -1)
+    before = filled_with_zeros(scales, height, 2).reshape(len(panels), -1)
+    return steps, np.concatenate((before, numbers), 1)
+
+
+def filled_with_zeros(matrix: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """A matrix with zeros behind its rows and columns."""
+    if matrix.shape == (rows, columns):
+        return matrix
+    made = np.zeros((rows, columns), matrix.dtype)
+    made[: matrix.shape[0], : matrix.shape[1]] = matrix
+    return made
 
 
 class ShrinkArguments(NamedTuple):
@@ -156,7 +229,7 @@ class ExpandArguments(NamedTuple):
     back: int = 0
 
 
-def shrink_operation(form: RowForm, isa: int) -> int:
+def shrink_operation(form: NumberForm, isa: int) -> int:
     """Address of the compiled operation."""
     return operation("lora.cpu_shrink:make_shrink", form, isa)
 
@@ -166,12 +239,12 @@ def begin_operation() -> int:
     return operation("lora.cpu_shrink:begin")
 
 
-def expand_operation(form: RowForm, isa: int) -> int:
+def expand_operation(form: NumberForm, isa: int) -> int:
     """Address of the compiled operation."""
     return operation("lora.cpu_expand:make_expand", form, isa)
 
 
-def lookup_operation(form: RowForm) -> int:
+def lookup_operation(form: NumberForm) -> int:
     """Address of the compiled operation."""
     return operation("lora.cpu_tables:make_lookup", form)
 
@@ -181,11 +254,16 @@ def replace_operation() -> int:
     return operation("lora.cpu_tables:replace")
 
 
-def shrink_experts_operation(form: RowForm, isa: int) -> int:
+def shrink_experts_operation(form: NumberForm, isa: int) -> int:
     """Address of the compiled operation."""
     return operation("lora.cpu_experts:make_shrink", form, isa)
 
 
-def expand_experts_operation(form: RowForm, isa: int) -> int:
+def expand_experts_operation(form: NumberForm, isa: int) -> int:
     """Address of the compiled operation."""
     return operation("lora.cpu_experts:make_expand", form, isa)
+
+
+def quantise_function(form: NumberForm) -> Callable[..., None]:
+    """The compiled function `cpu_quantise.make_quantise`, of bfloat16 or float32 numbers."""
+    return c_function("lora.cpu_quantise:make_quantise", 4, form)

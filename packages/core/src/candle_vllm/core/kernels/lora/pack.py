@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.errors import AdapterError
-from candle_vllm.core.kernels.activation_rows import RowForm, row_elements
+from candle_vllm.core.kernels.activation_rows import row_elements
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter, NumberType, PackedAdapter, Place
@@ -131,18 +131,28 @@ class Packing:
 
     def __init__(self, dtype: NumberType) -> None:
         self.dtype: NumberType = dtype
-        self.form = RowForm[dtype]
+        self.form = lay.NumberForm[dtype]
         self._memory: list[np.ndarray] = []
         self._pieces = WeightMemory()
 
     def pack(self, found: Changes, places: Places) -> CompiledAdapter:
         """Copies what the deltas of `changes_of` hold."""
         every = [delta for _, deltas in found.values() for delta in deltas.values()]
-        numbers = sum(math.prod(part.shape) for d in every for part in (d.a, d.b, d.full) if part is not None)
         # One piece in the order of a step, of large pages where it is large; it is bounded from above, roughly.
-        self._pieces = WeightMemory(numbers * self.form.bytes * 17 // 16 + 512 * (len(every) + len(places)))
+        room = sum(self._bytes_of(delta) for delta in every) * 17 // 16
+        self._pieces = WeightMemory(room + 512 * (len(every) + len(places)))
         address = self.table(found, places)
         return CompiledAdapter(address, sum(each.nbytes for each in self._memory), self.dtype, self._memory)
+
+    def _bytes_of(self, delta: Delta) -> int:
+        """About what its matrices take."""
+        products = sum(math.prod(part.shape) for part in (delta.a, delta.b) if part is not None)
+        scales = 0 if self.form is not lay.NumberForm.I8 or delta.b is None else 2 * delta.b.shape[0] + 512
+        return (
+            products * self.form.bytes
+            + scales
+            + math.prod(delta.full.shape if delta.full is not None else (0,)) * (self.form.whole.bytes)
+        )
 
     def table(self, found: Changes, places: Places) -> int:
         """Address of the table, which is kept last."""
@@ -164,7 +174,7 @@ class Packing:
         ranks = [lay.filled(delta.rank) for _, delta in parts]
         made = np.zeros(lay.HEAD + lay.PART * len(parts), np.int64)
         made[1:3] = lay.filled(sum(ranks)), len(parts)
-        offset, halves = 0, []
+        offset, halves = 0, list[tuple[np.ndarray, ...]]()
         for number, ((begin, end), delta) in enumerate(parts):
             part = made[lay.HEAD + lay.PART * number :][: lay.PART]
             rows = place.columns if place.lookup else end - begin
@@ -172,23 +182,37 @@ class Packing:
             offset += ranks[number]
             self._fill(part, place, delta, rows)
             if delta.a is not None and not place.lookup:
-                halves.append(_filled(self.bits_of(delta.a), lay.filled(delta.rank), row_elements(place.columns)))
+                halves.append(self._half(delta.a, lay.filled(delta.rank), row_elements(place.columns)))
         if place.lookup and parts[0][1].b is not None:
             made[0] = self.kept(self.bits_of(parts[0][1].b))
         if halves:
-            made[0] = self.kept(lay.blocks_of(np.concatenate(halves), self.form.bytes))
+            matrix, *scales = map(np.concatenate, zip(*halves, strict=True))
+            made[0] = self.kept(lay.blocks_of(matrix, self.form, *scales))
         return self.told(made)
+
+    def _half(self, a: StoredTensor, rank: int, columns: int) -> tuple[np.ndarray, ...]:
+        """A, filled up, and the scales of its ranks where it has some."""
+        if self.form is not lay.NumberForm.I8:
+            return (lay.filled_with_zeros(self.bits_of(a), rank, columns),)
+        codes, scales = self.codes_of(a, lay.QUARTERS)
+        scales = lay.filled_with_zeros(scales.reshape(len(scales), -1), rank, 2 * lay.QUARTERS)
+        return lay.filled_with_zeros(codes, rank, columns), scales.reshape(rank, lay.QUARTERS, 2)
 
     def _fill(self, part: NDArray[np.int64], place: Place, delta: Delta, rows: int) -> None:
         """A part's numbers but for where it stands."""
         scale = delta.column_scale
         if delta.full is not None and not place.lookup:
-            part[lay.STEPS], part[lay.MATRIX] = self._steps(self.bits_of(delta.full))
+            part[lay.STEPS], part[lay.MATRIX] = self._panels(self.bits_of(delta.full), self.form.whole)
             part[lay.FULL] = 1
             part[lay.LESS] = self._floats(np.full(rows, -1, np.float32))
         elif delta.a is not None:
-            b = self.bits_of(delta.a).T if place.lookup else self.bits_of(delta.b, scale)
-            part[lay.STEPS], part[lay.MATRIX] = self._steps(b)
+            if self.form is lay.NumberForm.I8:
+                turned, b = place.lookup, delta.a if place.lookup else delta.b
+                codes, scales = self.codes_of(b, 1, scale, turned=turned)
+                part[lay.STEPS], part[lay.MATRIX] = self._panels(codes, self.form, scales[:, 0])
+            else:
+                bits = self.bits_of(delta.a).T if place.lookup else self.bits_of(delta.b, scale)
+                part[lay.STEPS], part[lay.MATRIX] = self._panels(bits, self.form)
         part[lay.RANK] = delta.rank
         part[lay.SCALE] = struct.unpack("<i", struct.pack("<f", delta.scale))[0]
         if delta.bias is not None:
@@ -204,12 +228,10 @@ class Packing:
             part[lay.COUNT] = len(new)
             part[lay.NEW] = self._floats(new)
 
-    def _steps(self, b: np.ndarray) -> tuple[int, int]:
-        """B [N, r] as steps: how many, and where."""
-        each = 2 if self.form is RowForm.BF16 else 1
-        steps = -(-b.shape[1] // each)
-        whole = _filled(b, -(-len(b) // lay.PANEL) * lay.PANEL, steps * each)
-        return steps, self.kept(whole.reshape(-1, lay.PANEL, steps, each).swapaxes(1, 2))
+    def _panels(self, b: np.ndarray, form: lay.NumberForm, scales: np.ndarray | None = None) -> tuple[int, int]:
+        """B [N, r]: how many steps, and where."""
+        steps, panels = lay.panels_of(b, form, scales)
+        return steps, self.kept(panels)
 
     def _floats(self, numbers: NDArray[np.float32]) -> int:
         return self.kept(np.ascontiguousarray(numbers, np.float32))
@@ -217,12 +239,33 @@ class Packing:
     # ---- what is read, and what is kept ------------------------------------------------------------------------------
 
     def bits_of(self, stored: StoredTensor | None, scale: NDArray[np.float32] | None = None) -> np.ndarray:
-        """A matrix, its rows times `scale`, as numbers of the adapter's type, bfloat16 as its bits."""
+        """A matrix, its rows times `scale`, as numbers of the adapter's type, bfloat16 as its bits; of I8, bfloat16."""
         assert stored is not None
+        dtype = self.form.whole.name
         if scale is None:
-            return stored.load(self.dtype)
+            return stored.load(dtype)
         numbers = numbers_of(stored) * scale[:, None]
-        return read_plain(numbers.reshape(-1).view(np.uint8), "F32", numbers.shape, self.dtype)
+        return read_plain(numbers.reshape(-1).view(np.uint8), "F32", numbers.shape, dtype)
+
+    def codes_of(
+        self,
+        stored: StoredTensor | None,
+        groups: int,
+        scale: NDArray[np.float32] | None = None,
+        *,
+        turned: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A matrix, or its columns, times `scale`, as `reference.quantised`: bytes [R, C], and [R, groups, 2]."""
+        numbers = numbers_of(stored)
+        if scale is not None:
+            numbers = numbers * scale[:, None]
+        if turned:
+            numbers = np.ascontiguousarray(numbers.T)
+        rows, columns = numbers.shape
+        made = np.empty(rows * (columns + 2 * groups), np.uint8)
+        quantise(numbers, made, np.array([[0, rows, columns, groups, 0]]))
+        codes, scales = np.split(made, [rows * columns])
+        return codes.reshape(rows, columns), scales.reshape(rows, groups, 2)
 
     def told(self, words: NDArray[np.int64]) -> int:
         """Address of a copy of numbers and addresses that operations go by."""
@@ -236,10 +279,10 @@ class Packing:
         return address_of(memory)
 
 
-def _filled(matrix: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """A matrix with zeros behind its rows and columns."""
-    if matrix.shape == (rows, columns):
-        return matrix
-    made = np.zeros((rows, columns), matrix.dtype)
-    made[: matrix.shape[0], : matrix.shape[1]] = matrix
-    return made
+def quantise(numbers: np.ndarray, target: NDArray[np.uint8], matrices: NDArray[np.int64]) -> None:
+    """Quantises matrices that lie among float32 numbers, or the bits of bfloat16, as `cpu_quantise` says."""
+    assert numbers.flags.c_contiguous
+    assert matrices.flags.c_contiguous
+    form = lay.NumberForm.BF16 if numbers.dtype == np.uint16 else lay.NumberForm.F32
+    function = lay.quantise_function(form)
+    function(address_of(numbers), address_of(target), address_of(matrices), len(matrices))

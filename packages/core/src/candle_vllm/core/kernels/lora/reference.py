@@ -11,7 +11,35 @@ import torch
 from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.lora import Delta, NumberType, PackedAdapter, Place
+from candle_vllm.core.kernels.lora.layout import QUARTERS
 from candle_vllm.core.kernels.torch_numbers import DTYPES
+
+_SMALLEST = np.finfo(np.float32).tiny  # of a scale
+
+
+def quantised(matrix: NDArray[np.float32], groups: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Numbers [R, C] as whole ones, and their scales [R, groups].
+
+    A group is an equal share of the columns, when they are filled up to a multiple of 8 for each. Its scale is its
+    largest number by 127, rounded up to bfloat16; or 0, with numbers of 0, where that is not a normal float.
+    """
+    rows, columns = matrix.shape
+    size = -(-columns // (8 * groups)) * 8
+    whole = np.zeros((rows, groups * size), np.float32)
+    whole[:, :columns] = matrix
+    whole = whole.reshape(rows, groups, size)
+    bits = (np.abs(whole).max(2, initial=0) / np.float32(127)).view(np.uint32)
+    scales = (bits + np.uint32(0xFFFF) & np.uint32(0xFFFF0000)).view(np.float32)
+    scales[scales < _SMALLEST] = 0
+    inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales > 0)
+    codes = np.rint(whole * inverse[..., None]).astype(np.int8)
+    return codes.reshape(rows, -1)[:, :columns], scales
+
+
+def decoded(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What the two of `quantised` mean."""
+    columns, groups = codes.shape[1], scales.shape[1]
+    return codes * scales.repeat(-(-columns // (8 * groups)) * 8, 1)[:, :columns]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,24 +59,29 @@ class TorchDelta:
 
     @classmethod
     def of(cls, place: Place, name: str, delta: Delta, dtype: NumberType, device: Any) -> TorchDelta:
-        """Brings it to a device, its matrices in `dtype`."""
+        """Brings it to a device, its matrices in `dtype`, those of whole numbers decoded."""
 
         def tensor(numbers: Any, kind: str = "F32") -> Any:
             return None if numbers is None else torch.from_numpy(np.array(numbers)).to(device, DTYPES[kind])
 
-        def matrix(stored: Any, factor: Any = None) -> Any:
+        def matrix(stored: Any, factor: Any = None, groups: int = 0) -> Any:
             if stored is None:
                 return None
             numbers = stored.load("F32")
-            return tensor(numbers if factor is None else numbers * factor, dtype)
+            numbers = numbers if factor is None else numbers * factor
+            if dtype != "I8" or groups == 0:
+                return tensor(numbers, "BF16" if dtype == "I8" else dtype)
+            if place.lookup:
+                return tensor(decoded(*quantised(numbers.T, groups)).T)
+            return tensor(decoded(*quantised(numbers, groups)))
 
         c = delta.column_scale
         b_factor = None if c is None or place.lookup else c[:, None]
         return cls(
             *place.parts[name],
             scale=delta.scale,
-            a=matrix(delta.a, c if place.lookup else None),
-            b=matrix(delta.b, b_factor),
+            a=matrix(delta.a, c if place.lookup else None, groups=1 if place.lookup else QUARTERS),
+            b=matrix(delta.b, b_factor, groups=0 if place.lookup else 1),
             bias=tensor(delta.bias),
             less=tensor(None if c is None else c - np.float32(1)),
             full=matrix(delta.full),
@@ -65,7 +98,7 @@ class TorchAdapter:
     """
 
     def __init__(self, found: Mapping[int, tuple[Place, Mapping[str, Delta]]], dtype: NumberType, device: Any = "cpu"):
-        self.dtype = DTYPES[dtype]
+        self.dtype = torch.float32 if dtype == "I8" else DTYPES[dtype]  # of inputs and sums
         self.deltas = {
             number: [TorchDelta.of(place, name, delta, dtype, device) for name, delta in deltas.items()]
             for number, (place, deltas) in found.items()

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,16 @@ from numpy.typing import NDArray
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of
 from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
 from candle_vllm.core.kernels.lora import FittedAdapter, NumberType, PackedAdapter
-from candle_vllm.core.kernels.lora.pack import SERIALS, CompiledAdapter, Packing, Places, changes_of, packed_adapter
+from candle_vllm.core.kernels.lora import layout as lay
+from candle_vllm.core.kernels.lora.pack import (
+    SERIALS,
+    CompiledAdapter,
+    Packing,
+    Places,
+    changes_of,
+    packed_adapter,
+    quantise,
+)
 from candle_vllm.core.loading.tensors import FileTensor
 from candle_vllm.core.quantization.plain import ELEMENTS, read_plain
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -52,6 +61,7 @@ class _Watching(Packing):
         dtype: in what adapters of this kind are multiplied.
         first: where the numbers begin in the file, in bytes.
         most: places that may be kept.
+        matrices: of I8, as `cpu_quantise` takes them; places are those of bytes that it writes.
 
     Attributes:
         nbytes: of the memory.
@@ -60,20 +70,49 @@ class _Watching(Packing):
         copies: where a piece stands, the number that its own are counted from, and it.
     """
 
-    def __init__(self, dtype: NumberType, first: int, most: int) -> None:
+    def __init__(self, dtype: NumberType, first: int, most: int, matrices: NDArray[np.int64]) -> None:
         super().__init__(dtype)
         self._first, self._most, self._seen = first, most, dict[bytes, _Piece]()
+        self._matrices = matrices
         self.nbytes = self.count = 0
         self.words: list[tuple[int, NDArray[np.int64]]] = []
         self.copies: list[tuple[int, int, _Piece]] = []
 
     def bits_of(self, stored: StoredTensor | None, scale: NDArray[np.float32] | None = None) -> np.ndarray:
         """See `Packing`."""
+        if scale is not None or self.form is lay.NumberForm.I8:
+            raise _UnseenError
+        return self._numbers(stored) + 1
+
+    def codes_of(
+        self,
+        stored: StoredTensor | None,
+        groups: int,
+        scale: NDArray[np.float32] | None = None,
+        *,
+        turned: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See `Packing`."""
+        numbers = self._numbers(stored)
+        starts = self._matrices[:, 0]
+        of = self._matrices[np.searchsorted(starts, numbers[:, 0], "right") - 1]
+        begin, rows, columns, counted, at = of.T[..., None]
+        row = (numbers[:, :1] - begin) // columns
+        whole = numbers == begin + row * columns + np.arange(numbers.shape[1])
+        if scale is not None or turned or (counted != groups).any() or (columns != numbers.shape[1]).any():
+            raise _UnseenError
+        if not whole.all():
+            raise _UnseenError
+        scales = at + rows * columns + 2 * (row * groups + np.arange(groups))
+        return numbers - begin + at + 1, scales[..., None] + np.array([1, 2])
+
+    def _numbers(self, stored: StoredTensor | None) -> NDArray[np.int64]:
+        """Those of a matrix, counted from the file's first one."""
         assert stored is not None
         places = stored.file_places()
-        if places is None or scale is not None or stored.dtype is None:
+        if places is None or stored.dtype is None:
             raise _UnseenError
-        return (places - self._first) // ELEMENTS[stored.dtype].itemsize + 1
+        return (places - self._first) // ELEMENTS[stored.dtype].itemsize
 
     def told(self, words: NDArray[np.int64]) -> int:
         """See `Packing`."""
@@ -118,6 +157,7 @@ class Repacking:
         copies: as in `_Watching`.
         size: places that are kept for it.
         products: for A [r, K] and B [N, r] of each r, K and N: where A and B begin in the file, and their scales.
+        matrices: of I8, what is quantised, as `cpu_quantise` takes it, and then counts as the file's numbers.
     """
 
     like: PackedAdapter
@@ -129,12 +169,18 @@ class Repacking:
     copies: list[tuple[int, int, _Piece]]
     products: Mapping[tuple[int, int, int], list[tuple[int, int, float]]]
     size: int
+    matrices: NDArray[np.int64]
 
     def pack(self, data: NDArray[np.uint8], digest: bytes) -> PackedAdapter | None:
         """An adapter whose file has these bytes behind its header; None where its numbers are to be looked at."""
-        numbers = _numbers(data, self.stored, self.dtype)
+        kind = self.dtype if self.dtype != "I8" else "BF16" if self.stored == "BF16" else "F32"
+        numbers = _numbers(data, self.stored, kind)
         if not _is_ordinary(numbers):
             return None
+        if self.dtype == "I8":
+            codes = np.empty(_code_bytes(self.matrices), np.uint8)
+            quantise(numbers, codes, self.matrices)
+            numbers = codes
         memory = aligned(self.nbytes + 64, np.uint8)
         for at, base, piece in self.copies:
             target = memory[at : at + piece.numbers.size * numbers.itemsize].view(numbers.dtype)
@@ -191,7 +237,12 @@ def repacking_of(
         return None
     stored = types.pop()
     first, size = min(tensor.start for tensor in named.values()), ELEMENTS[stored].itemsize
-    watching = _Watching(dtype, first, most)
+    matrices = np.empty((0, 5), np.int64)
+    if dtype == "I8":
+        if any(len(tensor.shape) != 2 for tensor in named.values()):
+            return None
+        matrices = _matrices([(named[of_a], named[of_b]) for of_a, of_b in products], first, size)
+    watching = _Watching(dtype, first, most, matrices)
     try:
         table = watching.table(changes_of(fitted, places), places)
     except _UnseenError:
@@ -215,10 +266,27 @@ def repacking_of(
         copies=watching.copies,
         products=sizes,
         size=watching.count,
+        matrices=matrices,
     )
 
 
-def _numbers(data: NDArray[np.uint8], stored: str, wanted: NumberType) -> NDArray[Any]:
+def _matrices(pairs: Iterable[tuple[FileTensor, FileTensor]], first: int, size: int) -> NDArray[np.int64]:
+    """A and B in the order of the file as `cpu_quantise` takes them; scales stand behind the numbers of each."""
+    sides = {side.start: (side.shape, groups) for pair in pairs for side, groups in zip(pair, (lay.QUARTERS, 1))}
+    made, at = list[tuple[int, ...]](), 0
+    for start, ((rows, columns), groups) in sorted(sides.items()):
+        made.append(((start - first) // size, rows, columns, groups, at))
+        at += rows * (columns + 2 * groups)
+    return np.array(made, np.int64)
+
+
+def _code_bytes(matrices: NDArray[np.int64]) -> int:
+    """Bytes that quantising writes."""
+    _, rows, columns, groups, at = matrices[-1].tolist()
+    return at + rows * (columns + 2 * groups)
+
+
+def _numbers(data: NDArray[np.uint8], stored: str, wanted: str) -> NDArray[Any]:
     """A file's numbers in another type, or as they lie there."""
     kind = ELEMENTS[stored]
     if stored == wanted:

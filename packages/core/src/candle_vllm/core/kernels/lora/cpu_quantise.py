@@ -1,0 +1,129 @@
+# pyright: reportCallIssue=false, reportArgumentType=false
+"""An adapter's numbers as whole numbers of 8 bits with scales, as a compiled function; it holds no lock.
+
+As `reference.quantised` says it, with the same bytes on every CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I16, I32, SHIFTER, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.level import LANES
+from candle_vllm.core.kernels.cpu_runtime.primitives import float_from_bits, int32_at, int64_at, pointers, uint8_at
+from candle_vllm.core.kernels.lora.layout import NumberForm
+from candle_vllm.core.kernels.weight_quant.cpu_search import bits_of
+
+uint16_at = pointers(types.uint16, "uint16")
+_LARGEST = np.float32(127)
+_SMALLEST = 0x00800000  # bits of the smallest scale: what is below has none
+_SHIFTER = np.float32(SHIFTER)
+
+inner = njit(error_model="numpy")
+
+
+def _bits(e: Emitter, form: NumberForm, address: Any) -> Any:
+    """16 numbers as the bits of floats."""
+    if form is NumberForm.F32:
+        return e.load(address, vector(I32))
+    return e.b.shl(e.b.zext(e.load(address, vector(I16)), vector(I32)), e.constant(I32, 16))
+
+
+@intrinsic(prefer_literal=True)
+def _largest(_: Any, form: Any, source: Any, count: Any) -> Any:
+    """Bits of the largest size among 16 * count numbers."""
+    kind = NumberForm(form.literal_value)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+
+        def body(index: Any, state: list[Any]) -> list[Any]:
+            at = b.add(args[1], b.mul(index, e.int64(LANES * kind.bytes)))
+            size = b.and_(_bits(e, kind, at), e.constant(I32, 0x7FFFFFFF))
+            return [b.select(b.icmp_unsigned(">", size, state[0]), size, state[0])]
+
+        (found,) = e.loop_or_skip(args[2], [e.zeros(I32)], body)
+        return b.zext(e.call(f"llvm.vector.reduce.umax.v{LANES}i32", I32, [found]), ir.IntType(64))
+
+    return types.int64(form, types.int64, types.int64), code
+
+
+@intrinsic(prefer_literal=True)
+def _write(_: Any, form: Any, source: Any, count: Any, inverse: Any, target: Any) -> Any:
+    """16 * count numbers times `inverse`, as the nearest whole numbers of 8 bits."""
+    kind = NumberForm(form.literal_value)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        factor = e.splat(args[3])
+
+        def body(index: Any, state: list[Any]) -> list[Any]:
+            at = b.add(args[1], b.mul(index, e.int64(LANES * kind.bytes)))
+            value = b.fmul(b.bitcast(_bits(e, kind, at), vector(F32)), factor)
+            moved = b.bitcast(b.fadd(value, e.constant(F32, SHIFTER)), vector(I32))
+            e.store(b.add(args[4], b.mul(index, e.int64(LANES))), b.trunc(moved, vector(I8)))
+            return state
+
+        e.loop_or_skip(args[2], [], body)
+        return context.get_dummy_value()
+
+    return types.void(form, types.int64, types.int64, types.float32, types.int64), code
+
+
+def make_quantise(FORM: int) -> Callable[..., None]:
+    """The function for numbers of a type, bfloat16 or float32."""
+    ITEM, SHIFT = NumberForm(FORM).bytes, 16 if FORM == 0 else 0
+
+    @inner
+    def bits_at(source, index):
+        if SHIFT == 16:
+            return types.int64(uint16_at(source)[index]) << 16
+        return types.int64(int32_at(source)[index])
+
+    @inner
+    def quantise_group(source, count, target):
+        """Writes codes, and returns the bits of their scale."""
+        whole = count >> 4
+        largest = _largest(FORM, source, whole)
+        for index in range(16 * whole, count):
+            largest = max(largest, bits_at(source, index) & 0x7FFFFFFF)
+        scale = np.float32(float_from_bits(largest) / _LARGEST)
+        bits = (bits_of(scale) + 0xFFFF) & 0x7FFF0000
+        inverse = np.float32(0)
+        if bits < _SMALLEST:
+            bits = 0
+        else:
+            inverse = np.float32(np.float32(1) / float_from_bits(bits))
+        _write(FORM, source, whole, inverse, target)
+        for index in range(16 * whole, count):
+            value = np.float32(float_from_bits(bits_at(source, index)) * inverse)
+            uint8_at(target)[index] = bits_of(np.float32(value + _SHIFTER)) & 255
+        return bits
+
+    def quantise(source, target, matrices, count):
+        """Quantises matrices.
+
+        source, target: addresses of numbers, and of bytes. matrices: address of int64 [count, 5]: the number where one
+        begins, its rows, columns, scales of a row, and the byte where its numbers go [rows, columns], and behind them
+        its scales, bfloat16 [rows, scales].
+        """
+        for number in range(count):
+            told = int64_at(matrices + 40 * number)
+            begin, rows, columns, groups, at = told[0], told[1], told[2], told[3], told[4]
+            size = (columns + 8 * groups - 1) // (8 * groups) * 8
+            for row in range(rows):
+                for group in range(groups):
+                    first = group * size
+                    left = max(min(columns - first, size), 0)
+                    to = target + at + row * columns + first
+                    bits = quantise_group(source + (begin + row * columns + first) * ITEM, left, to)
+                    scale = uint8_at(target + at + rows * columns + 2 * (row * groups + group))
+                    scale[0], scale[1] = bits >> 16 & 255, bits >> 24
+
+    return quantise
