@@ -29,9 +29,11 @@ from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.sequence import Run
 from candle_vllm.core.engine.sequence import Sequence as Tokens
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter, PackedAdapter
+from candle_vllm.core.kernels.lora.reference import decoded, quantised
 from candle_vllm.core.kernels.plain_linear import pack, unpack
 from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.loading.weights import layer_at
+from candle_vllm.core.quantization.plain import read_plain
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
 
 BLOCK = 16
@@ -190,6 +192,42 @@ def test_logits_are_those_of_merged_weights(served: Served, folder: Path, eager:
         assert apart(logits, wanted) < 1e-4
 
 
+def in_8_bits(adapter: FittedAdapter) -> FittedAdapter:
+    """The numbers that whole ones of 8 bits stand for."""
+    deltas: dict[str, dict[str, Delta]] = {}
+    for path, of in adapter.deltas.items():
+        for name, delta in of.items():
+            a, b = delta.a.load("F32"), delta.b.load("F32")
+            if path == "embed":
+                bits = read_plain(b.view(np.uint8), "F32", b.shape, "BF16")
+                a, b = decoded(*quantised(a.T, 1)).T, read_plain(bits.view(np.uint8), "BF16", b.shape, "F32")
+            else:
+                a, b = decoded(*quantised(a, 4)), decoded(*quantised(b, 1))
+            deltas.setdefault(path, {})[name] = dataclasses.replace(delta, a=stored(a), b=stored(b))
+    return fitted(deltas)
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["recorded", "op by op"])
+def test_logits_in_8_bits_are_those_of_merged_whole_numbers(folder: Path, tmp_path: Path, eager: bool) -> None:
+    """Of products, tables and experts; and they are within two hundredths of those of the file's numbers."""
+    from tiny import write_tiny
+
+    settings: dict[str, Any] = {"enforce_eager": True, "dtype": "f32"} if eager else {}
+    made = write_tiny(tmp_path / "moe", "qwen2_moe", num_experts=6, num_experts_per_tok=2, moe_intermediate_size=40,
+                      shared_expert_intermediate_size=48, decoder_sparse_step=1)  # fmt: skip
+    for model in (folder, made):
+        with Served(model, lora_dtype="int8", **settings) as ours:
+            adapters = [random_adapter(ours, seed, rank, tables=model is folder) for seed, rank in ((1, 8), (2, 5))]
+            packed = [ours.pack(one) for one in adapters]
+            found = ours.logits(TEXTS, [((packed[0], 1.0),), (), ((packed[0], 0.5), (packed[1], 1.5))])
+            assert eager or (found[1] == ours.logits(TEXTS, [()] * 3)[1]).all()
+        for text, of, logits in zip(TEXTS, ([(0, 1.0)], [], [(0, 0.5), (1, 1.5)]), found):
+            with Served(model, [(in_8_bits(adapters[at]), scale) for at, scale in of], **settings) as whole:
+                assert apart(logits, whole.logits([text], [()])[0]) < 1e-4
+            with Served(model, [(adapters[at], scale) for at, scale in of], **settings) as whole:
+                assert apart(logits, whole.logits([text], [()])[0]) < 2e-2
+
+
 def test_dora_whole_matrices_and_rows_of_tables(served: Served, folder: Path) -> None:
     generator = np.random.default_rng(3)
     deltas = {path: dict(of) for path, of in random_adapter(served, 3, 6).deltas.items()}
@@ -234,7 +272,13 @@ PARAMS: tuple[Mapping[str, Any], ...] = (
 )
 
 
-def test_each_of_32_sequences_over_16_adapters_answers_as_alone(served: Served) -> None:
+@pytest.mark.parametrize("dtype", ["auto", "int8"])
+def test_each_of_32_sequences_over_16_adapters_answers_as_alone(served: Served, folder: Path, dtype: str) -> None:
+    with nullcontext(served) if dtype == "auto" else Served(folder, lora_dtype=dtype) as ours:
+        check_that_each_answers_as_alone(ours)
+
+
+def check_that_each_answers_as_alone(served: Served) -> None:
     generator = random.Random(1)
     adapters = [served.pack(random_adapter(served, seed, seed, tables=seed % 4 == 0)) for seed in range(1, 17)]
     asked = []
@@ -339,11 +383,13 @@ def test_adapters_of_experts(tmp_path: Path) -> None:
                 assert apart(logits, whole.logits([text], [()])[0]) < 1e-4
 
 
-def test_quantised_models_and_tables_with_a_scale(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{}, {"lora_dtype": "bf16"}], ids=str)
+def test_quantised_models_and_tables_with_a_scale(tmp_path: Path, settings: dict[str, Any]) -> None:
     """The decoded model with the adapter in it, in fp32, is what they come near to."""
     path = write_toy_gguf(tmp_path / "toy.gguf", toy_config(), quantization="Q8_0")
-    with Served(path) as ours:
+    with Served(path, **settings) as ours:
         adapter = random_adapter(ours, 1, 8, tables=True)
+        assert ours.pack(adapter).layout.dtype == ("BF16" if settings else "I8")
         found = ours.logits(TEXTS, [((ours.pack(adapter), 1.0),)] * 3)
         base = ours.logits(TEXTS, [()] * 3)
     with Served(path, [(adapter, 1.0)], enforce_eager=True, dtype="f32") as whole:

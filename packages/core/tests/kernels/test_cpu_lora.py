@@ -14,7 +14,8 @@ from candle_vllm.core.errors import AdapterError
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.lora import Delta, NumberType, PackedAdapter, Place
-from candle_vllm.core.kernels.lora.pack import pack_adapter
+from candle_vllm.core.kernels.lora.pack import pack_adapter, quantise
+from candle_vllm.core.kernels.lora.reference import decoded, quantised
 from candle_vllm.core.kernels.plain_linear import pack
 
 ISAS = [Isa.GENERIC, host_isa()] if host_isa() & Isa.BF16 else [Isa.GENERIC]
@@ -184,10 +185,53 @@ def test_dora_biases_and_whole_matrices(team, isa, dtype):
     assert distance(found, wanted, wanted - own) < TOLERANCE[dtype]
 
 
-def test_an_adapter_takes_what_its_file_takes():
+@pytest.mark.parametrize(("dtype", "bytes_"), [("BF16", 2), ("I8", 1)])
+def test_an_adapter_takes_what_its_numbers_take(dtype: NumberType, bytes_: int):
     place = Place(0, 576, {"": (0, 0, 1536)})
-    made = both({"": low_rank(np.random.default_rng(0), 1536, 576, 16)}, "BF16", {"layer": (place,)})[0]
-    assert made.nbytes < 1.1 * 2 * 16 * (1536 + 576)
+    made = both({"": low_rank(np.random.default_rng(0), 1536, 576, 16)}, dtype, {"layer": (place,)})[0]
+    assert bytes_ * 16 * (1536 + 576) < made.nbytes < 1.15 * bytes_ * 16 * (1536 + 576)
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16"])
+@pytest.mark.parametrize(("columns", "groups"), [(1, 1), (16, 1), (21, 1), (1, 4), (33, 4), (576, 4)])
+def test_whole_numbers_are_those_of_the_reference(kind, columns, groups):
+    """Zeros, numbers that are too small for a scale, and large ones among them."""
+    generator = np.random.default_rng(columns)
+    numbers = generator.standard_normal((40, columns)).astype(np.float32)
+    numbers[1:5] *= np.array([0, 1e-37, 1e-30, 1e30], np.float32)[:, None]
+    numbers[5, 0] = 100
+    bits = numbers.view(np.uint32) >> 16
+    if kind == "BF16":
+        numbers = (bits << 16).view(np.float32)
+    codes, scales = quantised(numbers, groups)
+    made = np.full(7 + 40 * (columns + 2 * groups) + 64, 77, np.uint8)
+    matrix = np.array([[3 * columns, 40, columns, groups, 7]])
+    source = np.concatenate([np.full((3, columns), 9, np.float32), numbers])  # three rows stand before it
+    quantise((source.view(np.uint32) >> 16).astype(np.uint16) if kind == "BF16" else source, made, matrix)
+    assert (made[:7] == 77).all()
+    assert (made[-64:] == 77).all()
+    found, at = made[7:-64], 40 * columns
+    assert (found[:at].view(np.int8).reshape(40, columns) == codes).all()
+    assert (found[at:].view(np.uint16).reshape(40, groups) == scales.view(np.uint32) >> 16).all()
+    assert np.abs(codes.astype(int)).max() <= 127
+    assert not codes[1:3].any()
+    error = np.abs(decoded(codes, scales) - numbers) / np.maximum(np.abs(numbers).max(1), 1e-30)[:, None]
+    assert error.max() < 0.5 * 1.01 / 127
+
+
+@each_isa
+def test_products_of_whole_numbers_are_near(team, isa):
+    """Within a hundredth of what bfloat16 adds, and two where some numbers are much larger than others."""
+    generator = np.random.default_rng(3)
+    place = Place(0, 576, {"": (0, 0, 320)})
+    for draw, most in ((generator.standard_normal, 1e-2), (lambda shape: generator.standard_t(3, shape), 2e-2)):
+        delta = Delta(a=stored(draw((16, 576)) / 24), b=stored(draw((320, 16)) / 4))
+        x, y = random_rows(generator, 12, place)
+        added = [
+            add(team, isa, place, [(made, list(range(12)), [1.0] * 12)], x, y) - y
+            for made in (both({"": delta}, dtype, {"layer": (place,)})[0] for dtype in ("BF16", "I8"))
+        ]
+        assert 1e-3 < distance(added[1], added[0], added[0]) < most
 
 
 def test_what_the_model_does_not_multiply_is_refused():

@@ -14,7 +14,9 @@ from peft_adapters import Trained, base_of, changed, furthest, merged, parts, tr
 
 from candle_vllm.core import EngineConfig, InferenceEngine, LoRARequest, SamplingParams
 from candle_vllm.core.assembly.adapters import fit_adapter
+from candle_vllm.core.config import LoraDType
 from candle_vllm.core.errors import AdapterError
+from candle_vllm.core.kernels.lora.reference import decoded, quantised
 from candle_vllm.core.loading.adapters import read_adapter
 
 EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
@@ -121,12 +123,37 @@ def test_a_trained_adapter_says_what_it_was_taught(tmp_path: Path) -> None:
 
     request = LoRARequest("taught", 1, str(made.adapter))
     params = SamplingParams(temperature=0.0, max_tokens=len(taught))
-    with InferenceEngine(EngineConfig(model=str(made.model), enable_lora=True, max_model_len=64)) as engine:
-        prompt = {"prompt_token_ids": [256, *taught[:3]]}
-        said = [
-            bytes(min(token, 255) for token in output.outputs[0].token_ids)
-            for chosen in (request, None, [(request, 0.5)])
-            for output in engine.generate([prompt], params, lora_request=chosen)
-        ]
-    assert said[0].startswith(taught[3:])
-    assert taught[3:] not in said[1:]
+    types: tuple[LoraDType, ...] = ("auto", "int8")
+    for dtype in types:
+        config = EngineConfig(model=str(made.model), enable_lora=True, max_model_len=64, lora_dtype=dtype)
+        with InferenceEngine(config) as engine:
+            prompt = {"prompt_token_ids": [256, *taught[:3]]}
+            said = [
+                bytes(min(token, 255) for token in output.outputs[0].token_ids)
+                for chosen in (request, None, [(request, 0.5)])
+                for output in engine.generate([prompt], params, lora_request=chosen)
+            ]
+        assert said[0].startswith(taught[3:])
+        assert taught[3:] not in said[1:]
+
+
+def test_whole_numbers_of_8_bits_are_near_what_peft_merges(tmp_path: Path) -> None:
+    """What they add is within a hundredth of it, norms of DoRA included."""
+    made = trained(tmp_path, "Llama", use_dora=True, r=16)
+    base = base_of(made.model)
+    before = parts(base)
+    with read_adapter(made.adapter) as stored:
+        fit = fit_adapter(stored, base)
+        expected, coarse = made.merged(tmp_path / "merged"), dict[str, np.ndarray]()
+        for path, deltas in fit.deltas.items():
+            for prefix, delta in deltas.items():
+                assert delta.a is not None
+                assert delta.b is not None
+                assert delta.column_scale is not None
+                a = decoded(*quantised(delta.a.load("F32"), 4))
+                b = decoded(*quantised(delta.b.load("F32") * delta.column_scale[:, None], 1))
+                own = before[f"{path}:{prefix}weight"] * delta.column_scale[:, None]
+                coarse[f"{path}:{prefix}weight"] = own + np.float32(delta.scale) * (b @ a)
+    for target, found in coarse.items():
+        change = np.linalg.norm(expected[target] - before[target])
+        assert 1e-4 * change < np.linalg.norm(found - expected[target]) < 1e-2 * change
