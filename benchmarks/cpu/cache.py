@@ -1,13 +1,15 @@
-"""What a smaller KV cache gains and costs: decoding at depth, and facts asked back from far above.
+"""What a smaller KV cache gains and costs, and one on disk: steps at depth, facts asked back, prompts after a restart.
 
     python benchmarks/cpu/cache.py step MODEL.gguf [--depth 7000] [--cache auto q8_0 q4_0] [--rounds 48]
     python benchmarks/cpu/cache.py needle MODEL.gguf [--tokens 2000] [--cache auto q8_0 q4_0] [--needles 8]
+    python benchmarks/cpu/cache.py disk MODEL.gguf [--tokens 4096] [--cache auto] [--rounds 3]
 
 `step` has an engine of each type read the same prompt, then decode one token in turns: the median step, and the median
 over the rounds of the first type's time over its own. `needle` puts a line with a number into real text (that of
 `perplexity.py`), at each of some depths, asks for the number behind the text, and counts the answers that have it;
 `nats` are what the right answer's tokens take on average. What each type costs in perplexity, `perplexity.py --cache`
-says.
+says. `disk` reads a prompt in a new engine whose folder of blocks is empty, in another one when they are there, and
+once more there, where they are in memory; and says how fast the folder's files are read alone, and as blocks.
 """
 
 from __future__ import annotations
@@ -16,8 +18,10 @@ import argparse
 import random
 import statistics
 import sys
+import tempfile
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from perplexity import CACHE_SETTINGS, cut, fixed_text
@@ -84,10 +88,39 @@ def needles(model: str, count: int, caches: list[str], tokens: int) -> None:
             print(f"{cache:>10} {found:>4}/{count} {statistics.mean(nats):8.4f}", flush=True)
 
 
+def kept(model: str, cache: str, tokens: int, rounds: int) -> None:
+    """Prints a line for each way to a prompt's first token."""
+    types: dict[str, Any] = {} if cache == "auto" else dict(zip(CACHE_SETTINGS, 2 * cache.split(",")))
+    times: dict[str, list[float]] = {"computed": [], "from disk": [], "from memory": []}
+    one = SamplingParams(temperature=0, max_tokens=1)
+    for number in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            for ways in (("computed",), ("from disk", "from memory")):
+                settings: dict[str, Any] = {"prompt_cache_path": Path(folder) / "blocks", **types}
+                with InferenceEngine(model, max_model_len=tokens + 64, max_num_seqs=1, **settings) as engine:
+                    draws = random.Random(number)  # noqa: S311
+                    prompt = [draws.randrange(engine.model_info.vocab_size) for _ in range(tokens)]
+                    engine.generate([[1, 2, 3]], one, use_tqdm=False)
+                    for way in ways:
+                        began = time.perf_counter()
+                        engine.generate([prompt], one, use_tqdm=False)
+                        times[way].append(time.perf_counter() - began)
+            paths = [path for path in Path(folder).glob("*/*/*/*") if path.is_file()]
+            began = time.perf_counter()
+            size = sum(len(path.read_bytes()) for path in paths)
+            plain = time.perf_counter() - began
+    print(f"{'a prompt of ' + str(tokens):>20} {'ms':>9} {'times as fast':>14}   medians of {rounds}")
+    for way, own in times.items():
+        ratio = statistics.median(one / other for one, other in zip(times["computed"], own))
+        print(f"{way:>20} {statistics.median(own) * 1e3:9.1f} {ratio:14.1f}")
+    more = statistics.median(times["from disk"]) - statistics.median(times["from memory"])
+    print(f"{size / 1e6:.0f} MB: {size / more / 1e9:.2f} GB/s as blocks, {size / plain / 1e9:.2f} as plain files")
+
+
 def main() -> int:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["step", "needle"])
+    parser.add_argument("what", choices=["step", "needle", "disk"])
     parser.add_argument("model", metavar="MODEL.gguf")
     parser.add_argument("--cache", nargs="+", default=["auto", "q8_0", "q4_0"], help="types of keys and values")
     parser.add_argument("--depth", type=int, default=7000, help="tokens of context of a step")
@@ -95,7 +128,9 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=2000, help="of a needle's text")
     parser.add_argument("--needles", type=int, default=8)
     options = parser.parse_args()
-    if options.what == "step":
+    if options.what == "disk":
+        kept(options.model, options.cache[0], options.tokens, min(options.rounds, 5))
+    elif options.what == "step":
         steps(options.model, options.depth, options.cache, options.rounds)
     else:
         needles(options.model, options.needles, options.cache, options.tokens)

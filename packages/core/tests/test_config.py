@@ -54,6 +54,8 @@ WRONG: dict[str, list[Any]] = {
     "max_cpu_loras": [0, True, 8],
     "lora_memory": [10, "2G", 1 << 30],
     "lora_dtype": ["int4", 16, "bf16"],
+    "prompt_cache_path": [5, True, ""],
+    "prompt_cache_bytes": [5, "8G", 1 << 21],
     "speculative_config": [5, "suffix", [], {1: 2}, {"method": "fast"}],
     "max_queued_requests": [0, None],
     "threads": [0, "2", False],

@@ -252,7 +252,8 @@ def test_its_environment_is_read_and_what_has_no_effect_is_named(load: Load) -> 
     made = load(env_file=text, models=(FILES / "models-minimal.yaml").read_text())
     assert (made.settings.enable_prefix_caching, made.settings.hf_token) == (True, "hf_replace_me")
     cache, *others = made.remarks
-    for name in ("BACKEND", "PATH", "REDIS_URL", "TTL", "MAX_PREFIXES", "MIN_LENGTH"):
+    assert made.settings.prompt_cache_path == Path("~/.candle-vllm/cache").expanduser()
+    for name in ("BACKEND", "REDIS_URL", "TTL", "MAX_PREFIXES", "MIN_LENGTH"):
         assert f"CANDLE_VLLM_PROMPT_CACHE_{name}" in cache
     assert "no effect, for what prompts begin with is kept in the KV cache itself" in cache
     assert sorted(remark.split()[0] for remark in others) == ["KEEP_ALIVE_INTERVAL", "MCP_PROXY_PORT", "RUST_LOG"]

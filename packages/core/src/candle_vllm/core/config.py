@@ -294,6 +294,11 @@ class EngineConfig(ExplainedSettings):
                                       "before it, and kv_fraction not beside it."] = None
     enable_prefix_caching: Annotated[bool, Boolean(),
                                      "reuse the KV blocks of equal prompt beginnings (on unless disabled)"] = True
+    prompt_cache_path: Annotated[Path | None, FilePath(), "folder in which full KV blocks are kept as well, so that "
+                                 "beginnings of prompts outlive memory and restarts; on the CPU",
+                                 "It is made for this user alone. None keeps them in memory only."] = None
+    prompt_cache_bytes: Annotated[int, Integer(1 << 20, 1 << 60), "most bytes in prompt_cache_path: the blocks used "
+                                  "longest ago are deleted"] = 8 << 30
     speculative_config: Annotated[Mapping[str, Any] | None, JsonObject(),
                                   "guess several tokens at a time and check them in one step: "
                                   'vLLM\'s JSON, as {"method": "suffix"}; answers stay the same',
@@ -353,6 +358,11 @@ class EngineConfig(ExplainedSettings):
                 f"{'no type is given' if self.isq is None else f'{self.isq} has no search'}: set isq to one of the k "
                 "types, iq4_nl or iq4_xs, or leave it out",
                 "imatrix",
+            )
+        if self.prompt_cache_path is None and self.prompt_cache_bytes != SETTINGS["prompt_cache_bytes"].default:
+            raise ConfigError(
+                "prompt_cache_bytes sets nothing without prompt_cache_path: set that, or leave it out",
+                "prompt_cache_bytes",
             )
         if not self.model:
             raise ConfigError("model is empty: pass a Hugging Face id, a folder or a .gguf file", "model")
@@ -432,6 +442,8 @@ class EngineSettings(TypedDict, total=False):
     kv_fraction: float | None
     gpu_memory_utilization: float | None
     enable_prefix_caching: bool
+    prompt_cache_path: Path | None
+    prompt_cache_bytes: int
     speculative_config: Mapping[str, Any] | None
     enable_lora: bool
     max_loras: int | None

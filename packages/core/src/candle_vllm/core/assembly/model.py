@@ -121,12 +121,14 @@ class LoadedModel(Loaded):
     Attributes:
         draft: the model or the head that drafts for it, where one was asked for.
         tower: what it sees by, where it has that.
+        files: that its weights and description were read from.
     """
 
     decoder: Decoder
     config: ModelConfig
     draft: LoadedModel | LoadedHead | None = None
     tower: LoadedTower | None = None
+    files: tuple[Path, ...] = ()
 
     @property
     def sight(self) -> Sight | None:
@@ -185,7 +187,9 @@ def load_model(
     said = {field.name: getattr(model, field.name) for field in dataclasses.fields(Loaded)}
     seconds = time.perf_counter() - started
     logger.info("loaded %s: %.1f MB in %.2f s", files.name, model.weight_bytes / 1e6, seconds)
-    return LoadedModel(decoder=decoder, tower=tower, **said)
+    beside = (files.config, config.mmproj, config.imatrix)
+    read = (*files.weights, *(path for path in beside if path is not None)) if files.weights else ()
+    return LoadedModel(decoder=decoder, tower=tower, files=read, **said)
 
 
 def _check_depth(deep: int, model: ModelConfig, described: Path) -> None:

@@ -23,6 +23,7 @@ from candle_vllm.core.engine.admission import encoder_tasks
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.images import ImageStore
+from candle_vllm.core.engine.kept_blocks import keep_blocks
 from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, HeadRunner, ModelRunner, StepwiseRunner
 from candle_vllm.core.engine.preparation import DecoderPreparation, EncoderPreparation
 from candle_vllm.core.engine.request import ModelInfo
@@ -71,6 +72,7 @@ _NOT_FOR_ENCODERS = MappingProxyType(
         "kv_cache_memory": None,
         "kv_fraction": None,
         "deterministic": False,
+        "prompt_cache_path": None,
         "speculative_config": None,
         "mm_processor_kwargs": None,
     }
@@ -118,8 +120,16 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
         store = adapter_store(config, loaded, runner, most, plan)
         admission = AdapterAdmission(store, most, patience=sequences)
     images = None if loaded.tower is None else _image_store(loaded.tower, runner)
+    kept = None if config.prompt_cache_path is None else keep_blocks(config, loaded, runner, blocks, draft is not None)
     scheduler = Scheduler(
-        blocks, sequences, budget, reproducible=reproducible, draft_rows=rows, adapters=admission, images=images
+        blocks,
+        sequences,
+        budget,
+        reproducible=reproducible,
+        draft_rows=rows,
+        adapters=admission,
+        images=images,
+        kept=kept,
     )
     drafter = None
     if drafts is not None:
@@ -127,7 +137,8 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
 
         model = None if draft is None else _draft_model(drafts, loaded, runner, draft, scheduler)
         drafter = Drafter(drafts, sequences, rows, model)
-    engine = Engine(runner, scheduler, preparation_for(loaded, plan.max_model_len, config.seed, store), drafter, images)
+    preparation = preparation_for(loaded, plan.max_model_len, config.seed, store)
+    engine = Engine(runner, scheduler, preparation, drafter, images, kept)
     engine.cache_bytes = plan.num_blocks * plan.block_bytes
     return engine
 

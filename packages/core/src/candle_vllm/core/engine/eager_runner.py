@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,6 +102,11 @@ class EagerRunner(StepwiseRunner):
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
         """See `ModelRunner`."""
         return _sum_of(self._hidden, rows)
+
+    def block_memory(self, block: int) -> list[NDArray[Any]]:
+        """See `StepwiseRunner`; of a cache on the CPU."""
+        caches = (*self.key_caches, *self.value_caches)
+        return [cache[block].view(torch.uint8).numpy() for cache in caches if cache.numel()]
 
     @torch.inference_mode()
     def hidden_rows(self, rows: Ints) -> NDArray[np.float32]:

@@ -18,6 +18,7 @@ import msgspec
 from candle_vllm.core.engine.adapters import AdapterCall, AdapterStore
 from candle_vllm.core.engine.batch import Batch, BatchBuilder
 from candle_vllm.core.engine.images import ImageStore
+from candle_vllm.core.engine.kept_blocks import KeptBlocks
 from candle_vllm.core.engine.live import Live, LiveSequence
 from candle_vllm.core.engine.model_runner import Launched, ModelRunner
 from candle_vllm.core.engine.pooled import PooledText
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from candle_vllm.core.engine.drafting import Drafter
 
 logger = logging.getLogger(__name__)
+_PAUSE = 0.01  # seconds that a step waits for blocks on disk, where there is nothing else to do
 _SILENCE = 60.0  # seconds after which a failure to guess is told again
 _TIMED_ROWS = 32  # of `EngineStats.step_seconds`
 _TOLD_ADAPTERS = 64  # of those with sequences
@@ -61,6 +63,7 @@ class Engine:
     Attributes:
         adapters: those that requests may name; None where they may name none.
         images: what pictures become; None where the model sees none.
+        kept: the scheduler's blocks on disk; None where none are kept.
         guess_failures: the first failure to guess of each kind; answers go on without guesses.
     """
 
@@ -71,6 +74,7 @@ class Engine:
         preparation: Preparation,
         drafter: Drafter | None = None,
         images: ImageStore | None = None,
+        kept: KeptBlocks | None = None,
     ) -> None:
         assert drafter is None or not runner.overlaps
         self.runner = runner
@@ -80,6 +84,7 @@ class Engine:
         self.max_model_len = preparation.max_model_len
         self.adapters: AdapterStore | None = preparation.adapters
         self.images = images
+        self.kept = kept
         self.cache_bytes = 0  # of a full KV cache, where that is known
         self._preparation = preparation
         self._drafter = drafter
@@ -147,6 +152,8 @@ class Engine:
     def reset_prefix_cache(self) -> None:
         """Forgets what prompts began with; what is running keeps its blocks."""
         self.scheduler.blocks.reset_prefix_cache()
+        if self.kept is not None:
+            self.kept.reset()
 
     def call_adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
         """What is asked of the adapters by hand, for any thread; see `AdapterStore.call`."""
@@ -164,10 +171,15 @@ class Engine:
         pieces: list[TokenOutput] = [] if self.adapters is None else self._end_unloadable(self.adapters)
         if self.images is not None and self.images.works:
             pieces += self._encode(self.images)
+        if self.kept is not None:
+            self.kept.take()
         began = time.perf_counter()
         changes = -1 if self.adapters is None else self.adapters.changes
         flight = self._launch(pieces)
         idle = flight is None and self._flight is None and bool(self._live)
+        if idle and self.kept is not None and self.kept.reads:
+            self.kept.wait(_PAUSE)
+            idle = False
         self._waits_since = changes if idle and (self.images is None or not self.images.works) else -1
         pieces += self._land()
         self._flight = flight
@@ -239,6 +251,7 @@ class Engine:
             steps=self._num_steps,
             **self._draft_counts(),
             **self._adapter_counts(),
+            **self._kept_counts(),
         )
 
     def _adapter_counts(self) -> dict[str, Any]:
@@ -259,6 +272,17 @@ class Engine:
             "max_adapters": self.scheduler.adapters.most,
             "running_adapters": dict(self.scheduler.adapters.running().most_common(_TOLD_ADAPTERS)),
             "waiting_adapters": dict(waiting.most_common(_TOLD_ADAPTERS)),
+        }
+
+    def _kept_counts(self) -> dict[str, Any]:
+        if self.kept is None:
+            return {}
+        return {
+            "kept_block_bytes": self.kept.num_bytes,
+            "kept_blocks_read": self.kept.num_read,
+            "kept_blocks_written": self.kept.num_written,
+            "kept_blocks_skipped": self.kept.num_skipped,
+            "kept_block_failures": self.kept.num_failed,
         }
 
     def _draft_counts(self) -> dict[str, Any]:
@@ -453,6 +477,8 @@ class Engine:
             self._drafter.close()
         if self.adapters is not None:
             self.adapters.close()
+        if self.kept is not None:
+            self.kept.close()
         self.runner.close()
         self._preparation.close()
 

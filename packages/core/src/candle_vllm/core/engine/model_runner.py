@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -142,6 +142,10 @@ class StepwiseRunner(ABC):
 
     def hidden_rows(self, rows: Ints) -> NDArray[np.float32]:
         """Hidden states [len(rows), F] of rows of the last step: what a head that drafts for the model is given."""
+        raise NotImplementedError
+
+    def block_memory(self, block: int) -> list[NDArray[Any]]:
+        """The parts of a block of the cache, of all layers; see `BlockMemory`."""
         raise NotImplementedError
 
     def close(self) -> None:  # noqa: B027  # most have nothing to end

@@ -227,6 +227,15 @@ class RecordedRunner(StepwiseRunner):
         """See `StepwiseRunner`."""
         return np.concatenate([value.rows(rows) for value in self._plan.kept or (self._plan.hidden,)], 1)
 
+    def block_memory(self, block: int) -> list[NDArray[Any]]:
+        """See `StepwiseRunner`."""
+        keys, values = self._caches
+        if values is keys:  # of latent attention: [stretches, blocks, ...] each
+            stretch, place = divmod(block, keys[0].shape[1])
+            return [layer[stretch, place] for layer in keys]
+        stretch, place = divmod(block, keys[0].shape[2])  # [stretches, heads, blocks, ...] each
+        return [layer[stretch, :, place] for layer in (*keys, *values)]
+
     def close(self) -> None:
         """Ends the threads that are its own."""
         if self._owns_team:

@@ -593,6 +593,10 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
         adapter_load_seconds: what those loads took together.
         max_adapters: most adapters in one step; 0 where there are none.
         running_adapters, waiting_adapters: sequences by adapter, now; the names with most sequences.
+        kept_block_bytes: of blocks on disk, now; 0 where none are kept (`prompt_cache_path`).
+        kept_blocks_read, kept_blocks_written: since the start.
+        kept_blocks_skipped: not written because the disk was behind, since the start.
+        kept_block_failures: blocks that could not be read or written, or were damaged, since the start.
     """
 
     num_running: int
@@ -621,3 +625,8 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
     max_adapters: int = 0
     running_adapters: Mapping[str, int] = msgspec.field(default_factory=dict)
     waiting_adapters: Mapping[str, int] = msgspec.field(default_factory=dict)
+    kept_block_bytes: int = 0
+    kept_blocks_read: int = 0
+    kept_blocks_written: int = 0
+    kept_blocks_skipped: int = 0
+    kept_block_failures: int = 0

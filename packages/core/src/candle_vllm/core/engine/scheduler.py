@@ -16,8 +16,9 @@ Where steps overlap, a step is scheduled while the one before still runs: `launc
 admitted anew before it is known. How many tokens come of drafts is known when their step is over, and not before; the
 sequence waits for that.
 
-A sequence with adapters or pictures waits for them as well, and others pass it meanwhile: see `AdapterAdmission` and
-`ImageStore`. Where a picture's tokens see each other, those of a tile are run in one step, which has room for them.
+A sequence with adapters or pictures, or whose first blocks are on disk, waits for them as well, and others pass it
+meanwhile: see `AdapterAdmission`, `ImageStore` and `KeptBlocks`. Where a picture's tokens see each other, those of a
+tile are run in one step, which has room for them.
 
 With `reproducible`, no answer depends on others' memory: a sequence is admitted when blocks for its full length are
 free, so that none is preempted, and only blocks of prompts are published, for what was generated was computed by other
@@ -48,6 +49,16 @@ class ImageAdmission(Protocol):
     def ended(self, sequence: Sequence) -> None: ...
 
 
+class KeptAdmission(Protocol):
+    """What the scheduler knows of `KeptBlocks`."""
+
+    def offer(self, block: int, digest: bytes) -> None: ...
+
+    def is_ready(self, sequence: object, hashes: Seq[bytes], num_blocks: int) -> bool: ...
+
+    def left(self, sequence: object) -> None: ...
+
+
 class Scheduler:
     """Decides what runs; owns the queues.
 
@@ -59,6 +70,7 @@ class Scheduler:
         draft_rows: most rows of drafts in one step.
         adapters: says who may begin; None where no sequence has adapters.
         images: has what pictures become; None where no sequence has any.
+        kept: has blocks that have left memory; None where they are gone.
     """
 
     def __init__(
@@ -71,6 +83,7 @@ class Scheduler:
         draft_rows: int = 0,
         adapters: AdapterAdmission | None = None,
         images: ImageAdmission | None = None,
+        kept: KeptAdmission | None = None,
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs
         self.blocks = blocks
@@ -80,6 +93,7 @@ class Scheduler:
         self.draft_rows = draft_rows
         self.adapters = adapters
         self.images = images
+        self.kept = kept
         self.has_drafts = False  # some of `running` have
         self.running: list[Sequence] = []  # both in order of rank
         self.waiting: list[Sequence] = []
@@ -102,6 +116,8 @@ class Scheduler:
             self.waiting.remove(sequence)
         if self.images is not None:
             self.images.ended(sequence)
+        if self.kept is not None:
+            self.kept.left(sequence)
         if self.adapters is not None:
             self._all_held = None
             self.adapters.ended(sequence)
@@ -198,6 +214,8 @@ class Scheduler:
         for position in range(first, last):
             if not self.reproducible or (position + 1) * size <= sequence.num_prompt_tokens:
                 self.blocks.publish(sequence.block_table[position], hashes[position])
+                if self.kept is not None:
+                    self.kept.offer(sequence.block_table[position], hashes[position])
             self._computed(hashes[position])
 
     def _schedule_decodes(self) -> tuple[list[Run], list[Sequence], int]:
@@ -285,11 +303,15 @@ class Scheduler:
                 deferred += 1
                 continue
             hashes = self._shareable(sequence)
+            needed = self.blocks.blocks_for(sequence.num_tokens)
+            if self.kept is not None and not self.kept.is_ready(sequence, hashes, needed):
+                deferred += 1
+                continue
             shared = self.blocks.lookup(hashes)
             if len(shared) < len(hashes) and self._computing[hashes[len(shared)]]:
                 deferred += 1
                 continue
-            fresh = self.blocks.blocks_for(sequence.num_tokens) - len(shared)
+            fresh = needed - len(shared)
             reserve = self._reserve(sequence)
             if self.blocks.num_free_after_sharing(shared) - fresh < reserve:
                 return
@@ -335,6 +357,8 @@ class Scheduler:
             sequence.num_cached_tokens = cached
         _insert(self.running, sequence)
         self._going = None
+        if self.kept is not None:
+            self.kept.left(sequence)
         if self.adapters is not None:
             self.adapters.began(sequence)
         if self.blocks.enable_prefix_caching:

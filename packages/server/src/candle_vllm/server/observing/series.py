@@ -188,6 +188,8 @@ GAUGES: tuple[Series, ...] = (
     _adapters("candle_vllm:lora_adapters_in_memory", "Those of them in memory.",
               lambda stats: ((), stats.adapters_in_memory)),
     _adapters("candle_vllm:lora_memory_bytes", "Bytes that these take.", lambda stats: ((), stats.adapter_bytes)),
+    _cache("candle_vllm:prompt_cache_bytes", "Bytes of KV blocks on disk.",
+           lambda stats, _: ((), stats.kept_block_bytes)),
 )  # fmt: skip
 """Of a loaded model, read when they are asked for."""
 
@@ -203,6 +205,18 @@ ENGINE_COUNTERS: tuple[Series, ...] = (
     _sum("candle_vllm:lora_load_failures_total", "Adapters that could not be.", "adapter_load_failures"),
     _sum("candle_vllm:lora_load_seconds_total", "Time of all that, seconds.", "adapter_load_seconds"),
     _sum("candle_vllm:lora_evictions_total", "Adapters that left memory for others.", "adapter_evictions"),
+    _sum("candle_vllm:prompt_cache_blocks_read_total", "KV blocks that were read from disk.", "kept_blocks_read"),
+    _sum("candle_vllm:prompt_cache_blocks_written_total", "KV blocks that were written there.", "kept_blocks_written"),
+    _sum(
+        "candle_vllm:prompt_cache_blocks_skipped_total",
+        "KV blocks that were not, for the disk was behind.",
+        "kept_blocks_skipped",
+    ),
+    _sum(
+        "candle_vllm:prompt_cache_failures_total",
+        "KV blocks that were damaged, or could not be read or written.",
+        "kept_block_failures",
+    ),
 )
 """What the engine counts itself; the sum goes on when a model is unloaded and loaded again."""
 

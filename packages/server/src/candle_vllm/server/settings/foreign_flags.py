@@ -270,12 +270,13 @@ ROWS: tuple[Row, ...] = (
     _only("--cache-reuse", "only what prompts begin with is kept", "0"),
     _idle("--prompt-cache", "what prompts begin with is kept in the KV cache itself; --disable-prefix-cache turns "
           "that off"),
-    _idle("--prompt-cache-backend --prompt-cache-path --prompt-cache-redis-url --prompt-cache-ttl "
+    _idle("--prompt-cache-backend --prompt-cache-redis-url --prompt-cache-ttl "
           "--prompt-cache-max-prefixes --prompt-cache-min-length --prefix-cache-max-tokens",
           "what prompts begin with is kept in the KV cache itself; --disable-prefix-cache turns that off",
           values=True),
-    Row("--prompt-cache-all --prompt-cache-ro --prefix-cache --prefix-cache-retention-interval --slot-save-path",
+    Row("--prompt-cache-all --prompt-cache-ro --prefix-cache --prefix-cache-retention-interval",
         "what prompts begin with is kept in the KV cache itself; --disable-prefix-cache turns that off"),
+    Row("--slot-save-path", "--prompt-cache-path, which keeps what prompts begin with by itself"),
     _idle("--slot-prompt-similarity -sps", "there are no slots: blocks are shared by all requests", values=True),
     Row("--spec-type", f"{_DRAFTS} by what: draft-simple, draft-eagle3, draft-mtp, ngram-simple, ngram-mod or none", {
         "none": "--speculative-config.method none", "ngram-simple": "--speculative-config.method ngram",

@@ -213,7 +213,7 @@ def _webhook(section: dict[str, Any], where: str) -> dict[str, Any]:
 
 ORIGINAL: Mapping[str, str] = {
     **dict.fromkeys(
-        (f"PROMPT_CACHE_{name}" for name in ("BACKEND", "PATH", "REDIS_URL", "TTL", "MAX_PREFIXES", "MIN_LENGTH")),
+        (f"PROMPT_CACHE_{name}" for name in ("BACKEND", "REDIS_URL", "TTL", "MAX_PREFIXES", "MIN_LENGTH")),
         "what prompts begin with is kept in the KV cache itself",
     ),
     "SCHEDULER_CONFIG": "parking_lot in models.yaml, or max_queued_requests and request_timeout, say it",

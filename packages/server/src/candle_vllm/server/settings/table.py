@@ -170,6 +170,9 @@ class Settings:
         "N", name="max_num_batched_tokens", flags=("--prefill-chunk-size", "--max-num-batched-tokens"))] = None
     enable_prefix_caching: Annotated[bool | None, engine(LIMITS,
         off=("--disable-prefix-cache", "--no-enable-prefix-caching"), commands=_REUSING)] = None
+    prompt_cache_path: Annotated[Path | None, engine(LIMITS, "DIR", commands=_REUSING)] = None
+    prompt_cache_bytes: Annotated[int | None, engine(LIMITS, "BYTES", more="; 4G is 4 * 2^30",
+        commands=_REUSING)] = None
     speculative_config: Annotated[Mapping[str, Any] | None, engine(LIMITS, "JSON")] = None
     max_loras: Annotated[int | None, engine(LIMITS, "N", commands=_WITH_ADAPTERS)] = None
     max_lora_rank: Annotated[int | None, engine(LIMITS, "N", commands=_WITH_ADAPTERS)] = None

@@ -1,0 +1,298 @@
+"""Blocks on disk: prompts that begin as one before a restart, what is damaged or late, and the bounds."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from candle_vllm.core import ConfigError, EngineConfig, SamplingParams
+from candle_vllm.core.assembly.model import load_model
+from candle_vllm.core.devices import CPU
+from candle_vllm.core.engine.build import build_engine
+from candle_vllm.core.engine.engine import Engine
+from candle_vllm.core.engine.kept_blocks import BlockFolder, files_mark
+from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+
+SIZE = 16  # tokens of a block
+PROMPT = [3 + n * 7 % 90 for n in range(5 * SIZE + 3)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_model(tmp_path_factory.mktemp("kept") / "toy", toy_config(head_dim=32))
+
+
+@contextmanager
+def running(model: Path, folder: Path | None, **settings: Any) -> Iterator[Engine]:
+    settings = {"kv_cache_memory": 4 << 20, "threads": 1, **settings}
+    config = EngineConfig(model=str(model), prompt_cache_path=folder, block_size=SIZE, **settings)
+    engine = build_engine(config, load_model(config, CPU, lambda *_: None))
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def answer(engine: Engine, prompt: list[int], name: str = "a", **params: Any) -> list[int]:
+    engine.add(engine.prepare(request(prompt, name, **params)))
+    tokens: list[int] = []
+    while engine.has_work:
+        for piece in engine.step():
+            assert piece.error is None
+            tokens += piece.token_ids
+    return tokens
+
+
+def request(prompt: list[int], name: str, **params: Any) -> GenerationRequest:
+    chosen = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, **params)
+    return GenerationRequest(request_id=name, prompt_token_ids=tuple(prompt), params=chosen)
+
+
+def cached(engine: Engine) -> int:
+    return engine.stats().cached_prompt_tokens
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"kv_cache_dtype": "q8_0"}, {"key_cache_dtype": "q8_0", "value_cache_dtype": "q4_0"}, {"enforce_eager": True}],
+    ids=["bf16", "q8_0", "mixed", "eager"],
+)
+def test_a_prompt_is_found_after_a_restart(model: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    with running(model, None, **settings) as engine:
+        right = answer(engine, PROMPT)
+    folder = tmp_path / "kept"
+    with running(model, folder, **settings) as engine:
+        assert answer(engine, PROMPT) == right
+        assert cached(engine) == 0
+    assert folder.stat().st_mode & 0o777 == 0o700
+    with running(model, folder, **settings) as engine:
+        assert answer(engine, PROMPT) == right
+        assert cached(engine) == 5 * SIZE
+        stats = engine.stats()
+        assert (stats.kept_blocks_read, stats.kept_block_failures) == (5, 0)
+        assert answer(engine, PROMPT, "again") == right
+        assert engine.stats().kept_blocks_read == 5  # from memory
+
+
+def test_blocks_come_back_when_they_have_left_memory(model: Path, tmp_path: Path) -> None:
+    """A cache of a few blocks, through which other prompts go meanwhile."""
+    with running(model, tmp_path / "kept", kv_cache_memory=1 << 17, max_model_len=7 * SIZE) as engine:
+        assert engine.stats().num_blocks == 16
+        right = answer(engine, PROMPT)
+        for n in range(4):
+            answer(engine, [9 + n, *PROMPT], f"other {n}")
+        assert not engine.scheduler.blocks.lookup(_hashes(engine, PROMPT)[:1])
+        assert answer(engine, PROMPT, "again") == right
+        assert engine.stats().kept_blocks_read == 5
+
+
+def _hashes(engine: Engine, prompt: list[int]) -> list[bytes]:
+    return engine.prepare(request(prompt, "hash"))[0].sequence.hashes(SIZE)
+
+
+@pytest.mark.parametrize("damage", ["short", "long", "flipped", "renamed", "empty", "link", "missing"])
+def test_what_is_damaged_is_computed_again(model: Path, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "kept"
+    with running(model, folder) as engine:
+        right = answer(engine, PROMPT)
+        hashes = _hashes(engine, PROMPT)
+    paths = [next(folder.glob(f"*/*/{digest.hex()}")) for digest in hashes[:3]]
+    data = paths[2].read_bytes()
+    if damage == "short":
+        paths[2].write_bytes(data[:-1])
+    elif damage == "long":
+        paths[2].write_bytes(data + b"x")
+    elif damage == "flipped":
+        paths[2].write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    elif damage == "renamed":  # a whole block, of another beginning
+        paths[2].write_bytes(paths[1].read_bytes())
+    elif damage == "empty":
+        paths[2].write_bytes(b"")
+    elif damage == "link":
+        (tmp_path / "other").write_bytes(data)
+        paths[2].unlink()
+        paths[2].symlink_to(tmp_path / "other")
+    with running(model, folder) as engine:
+        if damage == "missing":
+            paths[2].unlink()  # by another process, after it was seen
+        assert answer(engine, PROMPT) == right
+        assert cached(engine) == 2 * SIZE
+        assert engine.stats().kept_block_failures == (damage != "link")  # a link was not seen in the first place
+    with running(model, folder) as engine:  # written again
+        assert answer(engine, PROMPT) == right
+        assert cached(engine) == 5 * SIZE
+
+
+def test_a_slow_disk_costs_a_second(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "kept"
+    with running(model, folder) as engine:
+        right = answer(engine, PROMPT)
+    held = threading.Event()
+    whole = BlockFolder.read
+
+    def read(self: BlockFolder, digest: bytes) -> memoryview | None:
+        held.wait(30)
+        return whole(self, digest)
+
+    with running(model, folder) as engine:
+        monkeypatch.setattr(BlockFolder, "read", read)
+        engine.add(engine.prepare(request(PROMPT, "slow")))
+        tokens: dict[str, list[int]] = {"slow": [], "quick": []}
+        began = time.monotonic()
+        while engine.has_work:
+            if time.monotonic() - began > 0.2 and "quick" not in engine._requests and not tokens["quick"]:
+                engine.add(engine.prepare(request([5, 6, 7], "quick")))
+            for piece in engine.step():
+                tokens[piece.request_id] += piece.token_ids
+                if piece.request_id == "quick":
+                    assert not tokens["slow"]  # nobody else waits for it
+        assert tokens["slow"] == right
+        assert time.monotonic() - began < 5
+        assert cached(engine) == 0
+        held.set()
+
+
+def test_a_request_that_is_given_up_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    with running(model, folder) as engine:
+        right = answer(engine, PROMPT)
+    with running(model, folder) as engine:
+        engine.add(engine.prepare(request(PROMPT, "gone")))
+        engine.step()
+        engine.abort("gone")
+        assert not engine.has_work
+        assert engine.stats().num_free_blocks == engine.stats().num_blocks
+        assert answer(engine, PROMPT) == right
+
+
+def test_a_failing_disk_is_told_once_and_answers_go_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def write(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(BlockFolder, "write", write)
+    with running(model, tmp_path / "kept") as engine:
+        right = answer(engine, PROMPT)
+        assert answer(engine, [8, *PROMPT], "other")
+        assert answer(engine, PROMPT, "again") == right
+    assert [each.levelname for each in caplog.records if "No space left" in each.getMessage()] == ["WARNING"]
+
+
+def test_what_answers_depend_on_tells_blocks_apart(model: Path, tmp_path: Path) -> None:
+    """Other weights, another type of cache, another salt: nothing is found."""
+    folder = tmp_path / "kept"
+    with running(model, folder) as engine:
+        answer(engine, PROMPT)
+    with running(model, folder, kv_cache_dtype="q8_0") as engine:
+        answer(engine, PROMPT)
+        assert cached(engine) == 0
+    with running(model, folder) as engine:
+        answer(engine, PROMPT, cache_salt="mine")
+        assert cached(engine) == 0
+    weights = next(model.glob("*.safetensors"))
+    before = files_mark([weights])
+    data = bytearray(weights.read_bytes())
+    other = tmp_path / "other.safetensors"
+    data[-5] ^= 1
+    other.write_bytes(data)
+    os.utime(other, ns=(weights.stat().st_atime_ns, weights.stat().st_mtime_ns))
+    assert files_mark([other]) != before
+
+
+def test_the_bound_deletes_what_was_used_longest_ago(tmp_path: Path) -> None:
+    digests = [bytes([n]) * 32 for n in range(5)]
+    data = bytes(1000)
+    folder = BlockFolder(tmp_path / "kept", "a", 3 * 1040, 1000)
+    for digest in digests[:3]:
+        folder.write(digest, data)
+    assert folder.num_bytes == 3 * 1040
+    assert folder.read(digests[0]) == data  # used now
+    folder.write(digests[3], data)
+    assert [folder.has(digest) for digest in digests] == [True, False, True, True, False]
+    for n, digest in enumerate((digests[2], digests[0], digests[3])):
+        os.utime(next((tmp_path / "kept").glob(f"*/*/{digest.hex()}")), (1000 + n, 1000 + n))
+    other = BlockFolder(tmp_path / "kept", "b", 3 * 1040, 1000)  # after a restart, of another model
+    assert other.num_bytes == 3 * 1040
+    other.write(digests[4], data)
+    assert not folder.read(digests[2])
+    assert folder.read(digests[0]) == data
+    other.clear()
+    assert other.num_bytes == 2 * 1040
+    assert folder.read(digests[3]) == data
+
+
+def test_forgetting_the_prefix_cache_forgets_the_disk(model: Path, tmp_path: Path) -> None:
+    with running(model, tmp_path / "kept") as engine:
+        answer(engine, PROMPT)
+        deadline = time.monotonic() + 10
+        while engine.stats().kept_blocks_written < 5 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        engine.reset_prefix_cache()
+        assert engine.stats().kept_block_bytes == 0
+        answer(engine, PROMPT, "again")
+        assert cached(engine) == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes of files are of other systems")
+def test_a_folder_that_others_can_read_is_refused(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "open"
+    folder.mkdir(mode=0o755)
+    folder.chmod(0o755)
+    with pytest.raises(ConfigError, match="this user's alone") as caught, running(model, folder):
+        pass
+    assert caught.value.setting == "prompt_cache_path"
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="prompt_cache_path"), running(model, tmp_path / "file"):
+        pass
+    with pytest.raises(ConfigError, match="no room for one block"):
+        BlockFolder(tmp_path / "small", "a", 1000, 1000)
+
+
+def test_settings_that_set_nothing_are_told(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with running(model, tmp_path / "kept", enable_prefix_caching=False) as engine:
+        assert engine.kept is None
+    assert "prompt_cache_path sets nothing where nothing is kept in memory" in caplog.text
+    assert not (tmp_path / "kept").exists()
+    with pytest.raises(ConfigError, match="random weights"), running(model, tmp_path / "kept", load_format="dummy"):
+        pass
+    with pytest.raises(ConfigError, match="prompt_cache_bytes sets nothing without prompt_cache_path"):
+        EngineConfig(model="m", prompt_cache_bytes=1 << 30)
+
+
+def test_a_process_that_is_killed_while_it_writes_leaves_no_wrong_block(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from candle_vllm.core.engine.kept_blocks import BlockFolder\n"
+        "folder = BlockFolder(Path(sys.argv[1]), 'a', 1 << 30, 1 << 20)\n"
+        "print('ready', flush=True)\n"
+        "for n in range(100000): folder.write(n.to_bytes(32, 'big'), n.to_bytes(4, 'big') * (1 << 18))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    again = BlockFolder(folder, "a", 1 << 30, 1 << 20)
+    found = 0
+    while again.has(found.to_bytes(32, "big")):
+        data = again.read(found.to_bytes(32, "big"))
+        assert data is not None
+        assert (np.frombuffer(data, ">u4") == found).all()
+        found += 1
+    assert found
