@@ -15,9 +15,9 @@ import pytest
 from guarded_server import Watch, chat_body, guarded
 
 from candle_vllm.core.testing import ScriptedEngine
+from candle_vllm.openai.targets import ForbiddenTarget, allowed_target, is_allowed, parse_target, resolve
 from candle_vllm.server.mailbox.options import WebhookOptions
 from candle_vllm.server.mailbox.record import Record, Status
-from candle_vllm.server.mailbox.targets import ForbiddenTarget, allowed_target, is_allowed, parse_target, resolve
 from candle_vllm.server.mailbox.webhook import Message, Outcome, Sender
 
 # What has been fetched by other servers: metadata services, local files, and spellings that two parsers read apart.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import gc
 import io
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,48 @@ def test_one_that_reads_text_refuses_by_name(start: Callable[..., Any]) -> None:
         answer = client.post("/api/chat", json={"model": "m", "messages": OLLAMA})
         assert answer.status_code == 400
         assert "takes text only" in answer.text
+
+
+def test_images_are_fetched_where_the_operator_lists_their_host(start: Callable[..., Any]) -> None:
+    def asked(url: str) -> list[tuple[str, dict[str, Any]]]:
+        image = {"type": "image_url", "image_url": {"url": url}}
+        block = {"type": "image", "source": {"type": "url", "url": url}}
+        item = {"type": "input_image", "image_url": url}
+        chat: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": [image]}]}
+        return [
+            ("/v1/chat/completions", chat),
+            ("/v1/messages", {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": [block]}]}),
+            ("/v1/messages/count_tokens", {"model": "m", "messages": [{"role": "user", "content": [block]}]}),
+            ("/v1/responses", {"model": "m", "input": [{"role": "user", "content": [item]}]}),
+            ("/tokenize", chat),
+        ]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = FILE.getvalue() if self.path == "/a" else b"<html>"
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as site:
+        threading.Thread(target=site.serve_forever, args=(0.01,), daemon=True).start()
+        host, engine = f"127.0.0.1:{site.server_port}", PacedEngine("A picture.", sees=True)
+        with start(engine, allowed_media_domains=(f"a.example, {host}",)).http() as client:
+            for number, (path, body) in enumerate(asked(f"http://{host}/a"), 1):
+                answer = client.post(path, json=body)
+                assert answer.status_code == 200, answer.text
+                assert len(engine.pictures) == number
+            assert {picture.digest for picture in engine.pictures} == {picture_of(PIXELS).digest}
+            for url, why in ((f"http://{host}/b", "no picture"), ("http://b.example/", "operator does not allow")):
+                for path, body in asked(url):
+                    answer = client.post(path, json=body)
+                    assert answer.status_code == 400
+                    assert why in answer.text
+        site.shutdown()
 
 
 @pytest.mark.parametrize("path", ["/api/generate"])

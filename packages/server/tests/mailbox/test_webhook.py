@@ -19,10 +19,10 @@ import msgspec
 import pytest
 import pytest_asyncio
 
+from candle_vllm.openai.targets import allowed_target, parse_target
 from candle_vllm.server.mailbox.options import WebhookOptions
 from candle_vllm.server.mailbox.record import Record, Status
 from candle_vllm.server.mailbox.signing import WebhookAuth, sign
-from candle_vllm.server.mailbox.targets import allowed_target, parse_target
 from candle_vllm.server.mailbox.webhook import Message, Outcome, Sender
 
 RECORD = Record(

@@ -34,6 +34,7 @@ from candle_vllm.openai.embedding import (
 )
 from candle_vllm.openai.engine import EngineLike, TokenStream
 from candle_vllm.openai.events import Head
+from candle_vllm.openai.fetching import ImageSources
 from candle_vllm.openai.planning import AnswerPlanner
 from candle_vllm.openai.preparation import PreparedChat, TaskPreparation
 from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
@@ -95,6 +96,7 @@ class OpenAIAdapter:
         default_chat_template_kwargs: Mapping[str, Any] | None = None,
         watcher: RequestWatcher | None = None,
         adapters: AdapterNames | None = None,
+        images: ImageSources | None = None,
     ) -> None:
         """
         Args:
@@ -110,6 +112,7 @@ class OpenAIAdapter:
             default_chat_template_kwargs: variables of the chat template where a request does not set them.
             watcher: told of every request that the engine is given.
             adapters: whose names are served as well; None is none.
+            images: where those of requests may come from; None is from the request alone.
 
         Raises:
             ConfigError: there is no format of that name, or the model's sampling defaults cannot be used.
@@ -133,6 +136,7 @@ class OpenAIAdapter:
             allow_priority=allow_priority,
             allow_chat_template=allow_chat_template,
             template_defaults=default_chat_template_kwargs,
+            images=images,
         )
         self._work = WorkerThreads()
         self._embedding = EmbeddingAdapter(
@@ -270,9 +274,7 @@ class OpenAIAdapter:
 
     async def _ready(self, read: Callable[[], Task]) -> _Ready:
         ready = await self._work.prepare(self._prepared, read)
-        if ready.prepared.unseen is not None:
-            seen = await self._work.look(self._preparation.look, ready.task, ready.prepared)
-            ready = ready._replace(prepared=seen)
+        ready = ready._replace(prepared=await self._preparation.see(ready.task, ready.prepared, self._work))
         task, prepared = ready.task, ready.prepared
         grammars = any(tool.grammar is not None for tool in task.tools.tools)
         if prepared.params.structured_outputs is not None or task.form is not None or grammars:

@@ -25,16 +25,17 @@ from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.vision.inputs import ImageInput
-from candle_vllm.core.vision.pictures import from_data_url
 from candle_vllm.openai.answers import AnswerPlan
 from candle_vllm.openai.completion_answers import EchoedPrompt
 from candle_vllm.openai.conversation import images_of, template_messages
 from candle_vllm.openai.engine import EngineLike
 from candle_vllm.openai.errors import UnsupportedParameterError, no_priority
+from candle_vllm.openai.fetching import ImageSources
 from candle_vllm.openai.planning import AnswerPlanner, Planned
 from candle_vllm.openai.protocol.fields import MAX_PROMPT_LOGPROBS
 from candle_vllm.openai.protocol.templating import check_variables
 from candle_vllm.openai.requests import sampling_params
+from candle_vllm.openai.serving import WorkerThreads
 from candle_vllm.openai.task import ImagePart, Task
 
 MAX_HELD_IMAGES = 1 << 30
@@ -52,7 +53,7 @@ class PreparedChat(NamedTuple):
         text: the prompt as text.
         remarks: what the user should know of the form.
         images: those of the prompt.
-        unseen: files of images that have not been looked at, and where the request has them.
+        unseen: images that have not been looked at, files or where they are, and where the request has them.
     """
 
     prompt: list[int]
@@ -61,7 +62,7 @@ class PreparedChat(NamedTuple):
     text: str
     remarks: tuple[str, ...] = ()
     images: tuple[ImageInput, ...] = ()
-    unseen: tuple[Sequence[bytes], Sequence[str]] | None = None
+    unseen: tuple[Sequence[bytes | ImagePart], Sequence[str]] | None = None
 
 
 class PreparedPrompts(NamedTuple):
@@ -80,6 +81,7 @@ class TaskPreparation:
         allow_priority: whether requests may go before others.
         allow_chat_template: whether requests may bring a template.
         template_defaults: variables of the template that count where a request does not set them.
+        images: where those of requests may come from.
 
     Raises:
         ConfigError: one of those cannot be a variable.
@@ -87,9 +89,10 @@ class TaskPreparation:
 
     def __init__(
         self, engine: EngineLike, planner: AnswerPlanner, *, allow_priority: bool, allow_chat_template: bool,
-        template_defaults: Mapping[str, Any] | None = None,
+        template_defaults: Mapping[str, Any] | None = None, images: ImageSources | None = None,
     ) -> None:  # fmt: skip
         self._template_defaults = _checked_variables(template_defaults or {})
+        self._images = images or ImageSources()
         self._engine = engine
         self._planner = planner
         self._allow_priority = allow_priority
@@ -98,7 +101,7 @@ class TaskPreparation:
         self._defaults = _checked_defaults(engine.model_info.default_sampling)
 
     def chat(self, task: Task) -> PreparedChat:
-        """Raises `RequestError`, which blames the fields of the request. What is `unseen` then is for `look`."""
+        """Raises `RequestError`, which blames the fields of the request. What is `unseen` then is for `see`."""
         with task.paths.blamed():
             self._check(task)
             params = sampling_params(task, self._defaults)
@@ -113,11 +116,18 @@ class TaskPreparation:
             params = replace(params, structured_outputs=structured, thoughts=thoughts)
             return PreparedChat(prompt, params, answers, text, unseen=unseen)
 
-    def look(self, task: Task, prepared: PreparedChat) -> PreparedChat:
-        """The same with its images. Raises `RequestError`."""
-        assert prepared.unseen is not None
+    async def see(self, task: Task, prepared: PreparedChat, work: WorkerThreads) -> PreparedChat:
+        """The same with its images, which are had from where they are. Raises `RequestError`."""
+        if prepared.unseen is None:
+            return prepared
+        images, names = prepared.unseen
         with task.paths.blamed():
-            prompt, images = self._engine.look(prepared.prompt, *prepared.unseen)
+            async with self._images.had(images) as files:
+                return await work.look(self._look, task, prepared, files, names)
+
+    def _look(self, task: Task, prepared: PreparedChat, files: Sequence[bytes], names: Sequence[str]) -> PreparedChat:
+        with task.paths.blamed():
+            prompt, images = self._engine.look(prepared.prompt, files, names)
             self._count(images)
             _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), len(prompt))
             return prepared._replace(prompt=prompt, images=images, unseen=None)
@@ -141,21 +151,14 @@ class TaskPreparation:
         with self._counting:
             self._held -= size
 
-    def _unseen(self, task: Task) -> tuple[list[bytes], list[str]] | None:
+    def _unseen(self, task: Task) -> tuple[list[bytes | ImagePart], list[str]] | None:
         images = images_of(task.messages)
         if not images:
             return None
         if "image" not in self._engine.model_info.modalities:
             said = f"{images[0].path}: an image cannot be read: {self._engine.model_info.name} takes text only"
             raise UnsupportedParameterError(said, images[0].path)
-        return [self._fetched(image) for image in images], [image.path for image in images]
-
-    @staticmethod
-    def _fetched(image: ImagePart) -> bytes:
-        if image.source[:5].lower() == "data:":
-            return from_data_url(image.source, name=image.path)
-        said = f"{image.path}: nothing is fetched from an address: send the image as a data URL"
-        raise UnsupportedParameterError(said, image.path)
+        return [self._images.begin(image) for image in images], [image.path for image in images]
 
     def hold(self, task: Task, prepared: PreparedChat) -> PreparedChat:
         """The same with a form that was compiled; it may take seconds. Raises `RequestError`.

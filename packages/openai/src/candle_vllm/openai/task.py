@@ -32,11 +32,13 @@ class ImagePart(NamedTuple):
         source: its address, or its data as a data URL.
         detail: what the request says of how closely it is looked at; no effect.
         path: where the request has it, for errors.
+        stored: the source is the id of a kept file.
     """
 
     source: str
     detail: str | None = None
     path: str = "messages"
+    stored: bool = False
 
 
 Part = TextPart | ImagePart

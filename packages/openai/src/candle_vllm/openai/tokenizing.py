@@ -74,9 +74,7 @@ class TokenizingAdapter:
             ids = await self._work.prepare(self._text, request)
         else:
             task, prepared = await self._work.prepare(self._chat, request)
-            if prepared.unseen is not None:
-                prepared = await self._work.look(self._preparation.look, task, prepared)
-            ids = prepared.prompt
+            ids = (await self._preparation.see(task, prepared, self._work)).prompt
         return await self._work.prepare(self._tokenized, request, ids)
 
     async def detokenize(self, request: DetokenizeRequest) -> Detokenized:

@@ -13,10 +13,10 @@ import random
 from collections import Counter
 from collections.abc import Callable
 
+from candle_vllm.openai.targets import ForbiddenTarget, Target, allowed_target, parse_target
 from candle_vllm.responses.store.entries import StoreUnavailableError
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mailbox.store import MailboxStore, StoredAnswer
-from candle_vllm.server.mailbox.targets import ForbiddenTarget, Target, allowed_target, parse_target
 from candle_vllm.server.mailbox.webhook import Attempt, Message, Outcome, Sender
 
 LEASE_MARGIN_SECONDS = 30.0

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from candle_vllm.core.setting_kinds import Boolean, Integer, Kind, Number, Text
+from candle_vllm.openai.targets import check_pattern, parse_target
 from candle_vllm.server.mailbox.signing import (
     HEADER_NAME,
     RESERVED_HEADERS,
@@ -19,7 +20,6 @@ from candle_vllm.server.mailbox.signing import (
     webhook_auth,
     webhook_secret,
 )
-from candle_vllm.server.mailbox.targets import check_pattern, parse_target
 from candle_vllm.server.settings.options import UsageError, known_keys
 
 HEADER_VALUE = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,1022}[\x21-\x7e])?", re.ASCII)

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from candle_vllm.openai.targets import ForbiddenTarget, Target, allowed_target
 from candle_vllm.server.mailbox.options import HEADER_VALUE, MailboxOptions
 from candle_vllm.server.mailbox.record import MailboxError, invalid
-from candle_vllm.server.mailbox.targets import ForbiddenTarget, Target, allowed_target
 
 MAILBOX_MODE, WEBHOOK_URL, WEBHOOK_MODE, WEBHOOK_BEARER = (
     "X-Mailbox-Mode", "X-Webhook-URL", "X-Webhook-Mode", "X-Webhook-Bearer",

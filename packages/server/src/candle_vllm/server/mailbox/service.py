@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
 
+from candle_vllm.openai.targets import Target, parse_target
 from candle_vllm.responses.store.entries import StoreUnavailableError
 from candle_vllm.responses.store.upkeep import Upkeep
 from candle_vllm.server.mailbox.delivery import Deliverer
@@ -28,7 +29,6 @@ from candle_vllm.server.mailbox.policy import (
 )
 from candle_vllm.server.mailbox.record import MailboxError, Status, invalid, not_found, settled
 from candle_vllm.server.mailbox.store import MailboxStore, StoredAnswer
-from candle_vllm.server.mailbox.targets import Target, parse_target
 from candle_vllm.server.mailbox.webhook import Message, Outcome, Sender
 
 PURGE_SECONDS = 30.0

@@ -17,9 +17,9 @@ from enum import Enum
 import httpx
 import msgspec
 
+from candle_vllm.openai.targets import ForbiddenTarget, Target, resolve
 from candle_vllm.server.mailbox.options import WebhookOptions
 from candle_vllm.server.mailbox.record import Record
-from candle_vllm.server.mailbox.targets import ForbiddenTarget, Target, resolve
 
 TIMESTAMP_HEADER = "X-Webhook-Timestamp"
 ID_HEADER = "Idempotency-Key"

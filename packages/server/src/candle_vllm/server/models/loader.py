@@ -23,7 +23,7 @@ from candle_vllm.server.models.switcher import NoRoomError
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.model_metrics import EngineWatcher, ServedEngine
 from candle_vllm.server.settings import Settings
-from candle_vllm.server.settings.derived import engine_config, thinking_settings, told_in_flags
+from candle_vllm.server.settings.derived import engine_config, image_sources, thinking_settings, told_in_flags
 
 if TYPE_CHECKING:
     from candle_vllm.core import EngineConfig
@@ -106,6 +106,7 @@ def serve_engine(
             default_chat_template_kwargs=settings.default_chat_template_kwargs,
             watcher=watcher,
             adapters=BaseAdapters(adapters, entry.name) if adapters is not None and settings.enable_lora else None,
+            images=image_sources(settings),
         )
     except BaseException:
         watcher.close()

@@ -25,6 +25,7 @@ from candle_vllm.server.settings.table import OPTIONS
 
 if TYPE_CHECKING:
     from candle_vllm.core import EngineConfig, InferenceEngine
+    from candle_vllm.openai.fetching import ImageSources
     from candle_vllm.server.mailbox.options import MailboxOptions
 
 _MAX_TEMPLATE = 1 << 20  # characters
@@ -106,6 +107,18 @@ def thinking_settings(settings: Settings) -> dict[str, Any]:
     """How much a model may think, as an adapter takes it."""
     limit = -1 if settings.reasoning_budget is None else settings.reasoning_budget
     return {"reasoning_budget": limit, "reasoning_budget_message": settings.reasoning_budget_message}
+
+
+def image_sources(settings: Settings) -> ImageSources:
+    """Where images of requests may come from.
+
+    Raises:
+        ConfigError: the folder is none.
+    """
+    from candle_vllm.openai.fetching import ImageSources
+
+    domains = [host.strip() for given in settings.allowed_media_domains for host in given.split(",")]
+    return ImageSources(domains, settings.allowed_local_media_path)
 
 
 def engine_config(settings: Settings, **changes: Any) -> EngineConfig:

@@ -1,8 +1,8 @@
-"""Where a webhook may go: the one parser of its URLs, the operator's list of hosts, and the check of addresses.
+"""Where a program may be sent by others: one parser of URLs, the operator's list of hosts, and the check of addresses.
 
-The guard of the mailbox against requests that reach into the network of the server. A URL is parsed once, by httpx,
-and that same object is what is connected to; a name is resolved once, and the address that was checked is the one
-that is used. Every refusal is a `ValueError` that follows the name of what was wrong.
+The guard of images that are fetched and of webhooks against requests that reach into the network of the server. A URL
+is parsed once, by httpx, and that same object is what is connected to; a name is resolved once, and the address that
+was checked is the one that is used. Every refusal is a `ValueError` that follows the name of what was wrong.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from candle_vllm.responses.addresses import is_allowed, is_host, look_up
+from candle_vllm.openai.addresses import is_allowed, is_host, look_up
 
 if TYPE_CHECKING:
     import httpx
@@ -30,12 +30,12 @@ _PORTS = {"http": 80, "https": 443}
 
 
 class ForbiddenTarget(ValueError):
-    """A webhook may not go there; trying again does not help."""
+    """Nothing goes there; trying again does not help."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A parsed webhook URL.
+    """A parsed URL.
 
     Attributes:
         url: as httpx will use it.
@@ -53,10 +53,10 @@ class Target:
 
 
 def parse_target(text: str, *, trusted: bool = True) -> Target:
-    """A URL that a webhook could have; whether it may go there is `allowed_target`'s question."""
+    """A URL that could be used; whether it may is `allowed_target`'s question."""
     if not 0 < len(text) <= MAX_URL or not _PLAIN.fullmatch(text):
         raise ForbiddenTarget(f"must be a URL of at most {MAX_URL} plain ASCII characters")
-    import httpx  # where there is a webhook
+    import httpx  # where something goes somewhere
 
     try:
         url = httpx.URL(text)
@@ -82,7 +82,7 @@ def allowed_target(text: str, patterns: Sequence[str], allow_private: bool) -> T
     target = parse_target(text, trusted=False)
     matching = [pattern for pattern in patterns if _matches(pattern, target)]
     if not matching:
-        raise ForbiddenTarget("names a host or a port that this server's operator does not allow for webhooks")
+        raise ForbiddenTarget("names a host or a port that this server's operator does not allow")
     exact = any(not pattern.startswith("*.") for pattern in matching)
     return Target(target.url, target.host, target.port, private=allow_private and exact)
 
@@ -102,7 +102,7 @@ async def resolve(target: Target, threads: Executor) -> Sequence[str]:
     """The addresses to connect to, in order; all are checked unless the target is the operator's own.
 
     Args:
-        threads: where the resolver is asked, so that one that hangs holds up webhooks alone.
+        threads: where the resolver is asked, so that one that hangs holds up its like alone.
 
     Raises:
         ForbiddenTarget: one of the addresses may not be reached.
@@ -114,7 +114,7 @@ async def resolve(target: Target, threads: Executor) -> Sequence[str]:
     if not addresses:
         raise OSError("the name has no address")
     if not target.trusted and not all(is_allowed(address, target.private) for address in addresses):
-        raise ForbiddenTarget("has an address that webhooks may not reach")
+        raise ForbiddenTarget("has an address that may not be reached")
     return addresses[:MAX_ADDRESSES]
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from candle_vllm.server.mailbox.targets import (
+from candle_vllm.openai.targets import (
     ForbiddenTarget,
     allowed_target,
     check_pattern,
@@ -160,7 +160,7 @@ async def test_one_forbidden_address_among_good_ones_forbids_the_name(monkeypatc
     assert await resolve(target, threads) == ["8.8.8.8", "1.1.1.1"]
     for bad in ("127.0.0.1", "169.254.169.254", "::ffff:10.0.0.1"):
         _resolver(monkeypatch, "8.8.8.8", bad)
-        with pytest.raises(ForbiddenTarget, match="may not reach"):
+        with pytest.raises(ForbiddenTarget, match="may not be reached"):
             await resolve(target, threads)
 
 
@@ -183,7 +183,7 @@ async def test_the_operators_own_address_is_not_checked(monkeypatch, threads) ->
 
 
 async def test_a_resolver_that_hangs_is_left(monkeypatch, threads) -> None:
-    monkeypatch.setattr("candle_vllm.server.mailbox.targets.RESOLVE_SECONDS", 0.05)
+    monkeypatch.setattr("candle_vllm.openai.targets.RESOLVE_SECONDS", 0.05)
     done = threading.Event()
 
     def getaddrinfo(*_: object, **__: object) -> list[object]:

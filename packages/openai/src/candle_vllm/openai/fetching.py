@@ -1,0 +1,316 @@
+"""Images that do not come with a request (between steps 2 and 3): fetched from addresses whose hosts an operator lists,
+read from a folder, or taken of kept files.
+
+Each connection goes to the address that was checked, as `targets` says; each redirect is a URL like the first one. What
+comes is bounded in bytes, in time and in number, before anything looks at it, and what it is decide its bytes later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import ipaddress
+import os
+import ssl
+import stat
+import threading
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+from candle_vllm.core.errors import ConfigError, EngineOverloadedError, InvalidParameterError
+from candle_vllm.core.vision.pictures import LIMITS, from_data_url
+from candle_vllm.openai.errors import UnsupportedParameterError
+from candle_vllm.openai.targets import ForbiddenTarget, Target, allowed_target, check_pattern, resolve
+from candle_vllm.openai.task import ImagePart
+
+if TYPE_CHECKING:
+    import httpx
+
+SECONDS = 10.0  # for one image: resolving, every redirect and all bytes
+AT_ONCE = 8  # connections
+MAX_REDIRECTS = 3
+MAX_REQUEST_BYTES = 64 << 20  # of all fetched images of a request
+MAX_HELD_BYTES = 512 << 20  # of those of all requests that have not been decoded
+
+_RESOLVING = 4  # names at a time
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "candle-vllm"}
+
+
+class ImageSources:
+    """Where images of requests may come from; without any, from the request alone.
+
+    Args:
+        domains: hosts whose addresses are fetched, as of `targets.check_pattern`: `name` or `*.name` for ports 80 and
+            443, or with a port. An address that stands there itself may be private or loopback.
+        folder: `file://` addresses below it are read.
+        stored: gives the contents of a kept file by its id, for the caller of the request that is being answered;
+            raises `RequestError` where there is none.
+
+    Raises:
+        ConfigError: a domain is none, or the folder is not there.
+    """
+
+    def __init__(
+        self,
+        domains: Sequence[str] = (),
+        folder: Path | str | None = None,
+        stored: Callable[[str, str], Awaitable[bytes]] | None = None,
+    ) -> None:
+        for domain in domains:
+            try:
+                check_pattern(domain)
+            except ValueError as error:
+                raise ConfigError(f"allowed_media_domains {error}", "allowed_media_domains") from None
+        self._domains = tuple(domains)
+        self._folder = None if folder is None else Path(folder).expanduser().resolve()
+        if self._folder is not None and not self._folder.is_dir():
+            raise ConfigError(f"allowed_local_media_path is no folder: {folder}", "allowed_local_media_path")
+        self._stored = stored
+        self._threads = ThreadPoolExecutor(_RESOLVING, "candle-vllm-fetch")
+        self._tls: ssl.SSLContext | None = None
+        self._turns = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore]()
+        self._held, self._counting = 0, threading.Lock()
+
+    def begin(self, image: ImagePart) -> bytes | ImagePart:
+        """The bytes of an image that came with its request, or the image itself if it may be had elsewhere.
+
+        Raises:
+            InvalidParameterError: it is none, or may not be had.
+        """
+        if image.stored:
+            if self._stored is None:
+                said = f"{image.path}: files are not kept here: send the image as a data URL"
+                raise UnsupportedParameterError(said, image.path)
+            return image
+        scheme = image.source[:8].partition(":")[0].lower()
+        if scheme == "data":
+            return from_data_url(image.source, name=image.path)
+        if scheme == "file" and self._folder is not None:
+            self._path(image)
+            return image
+        if scheme in ("http", "https") and self._domains:
+            self._target(image.source, image.path)
+            return image
+        setting = "--allowed-local-media-path" if scheme == "file" else "--allowed-media-domains"
+        said = f"{image.path}: nothing is fetched from an address: send the image as a data URL"
+        if scheme in ("http", "https", "file"):
+            said += f" (the operator may allow some: {setting})"
+        raise UnsupportedParameterError(said, image.path)
+
+    @contextlib.asynccontextmanager
+    async def had(self, images: Sequence[bytes | ImagePart]) -> AsyncIterator[list[bytes]]:
+        """The bytes of all images of a request, each address asked once; they are counted until the block ends.
+
+        Raises:
+            InvalidParameterError: one could not be had, and why.
+            EngineOverloadedError: too many of other requests are there.
+        """
+        wanted = {(image.source, image.stored): image for image in images if isinstance(image, ImagePart)}
+        room = _Room(self)
+        jobs = {key: asyncio.ensure_future(self._one(image, room)) for key, image in wanted.items()}
+        try:
+            await asyncio.gather(*jobs.values())
+            yield [image if isinstance(image, bytes) else jobs[image.source, image.stored].result() for image in images]
+        finally:
+            for job in jobs.values():
+                job.cancel()
+            await asyncio.gather(*jobs.values(), return_exceptions=True)
+            room.leave()
+
+    def count(self, size: int) -> None:
+        """Counts bytes that are held; negative ones are let go.
+
+        Raises:
+            EngineOverloadedError: they would be too many.
+        """
+        with self._counting:
+            if size > 0 and self._held + size > MAX_HELD_BYTES:
+                raise EngineOverloadedError(f"images that were fetched take {self._held >> 20} MB: try again later")
+            self._held += size
+
+    async def _one(self, image: ImagePart, room: _Room) -> bytes:
+        if image.stored:
+            assert self._stored is not None
+            data = await self._stored(image.source, image.path)
+            room.take(len(data), image.path)
+            return data
+        if image.source[:5].lower() == "file:":
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, self._read, image, room)
+        loop = asyncio.get_running_loop()
+        async with self._turns.setdefault(loop, asyncio.Semaphore(AT_ONCE)):
+            return await self._fetch(image, room)
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    def _path(self, image: ImagePart) -> Path:
+        """The path of a `file://` address, as it is written."""
+        try:
+            parts = urlsplit(image.source)
+            path = unquote(parts.path, errors="strict")
+        except ValueError:
+            path, parts = "", urlsplit("")
+        if parts.netloc not in ("", "localhost") or parts.query or parts.fragment or not path.startswith("/"):
+            raise InvalidParameterError(f"{image.path}: must be file:// and the whole path of a file", image.path)
+        if "\0" in path or len(path) > 4096:
+            raise InvalidParameterError(f"{image.path}: is no path of a file", image.path)
+        return Path(path)
+
+    def _read(self, image: ImagePart, room: _Room) -> bytes:
+        """A file below the folder, all links on its way followed; what is elsewhere is not told from nothing."""
+        assert self._folder is not None
+        try:
+            path = self._path(image).resolve(strict=True)
+            if not path.is_relative_to(self._folder):
+                raise FileNotFoundError
+            # What was resolved is opened, and no link that has come there since; a pipe would wait for who writes.
+            number = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+            with open(number, "rb") as file:  # a number has no path
+                about = os.fstat(number)
+                if not stat.S_ISREG(about.st_mode):
+                    raise FileNotFoundError
+                if about.st_size > LIMITS.nbytes:
+                    raise _too_large(image.path, "the file")
+                room.take(about.st_size, image.path)
+                return file.read(about.st_size)
+        except (OSError, RuntimeError):
+            said = f"{image.path}: there is no file of this name below the folder whose files this server reads"
+            raise InvalidParameterError(said, image.path) from None
+
+    # ---- addresses ---------------------------------------------------------------------------------------------------
+
+    def _target(self, url: str, path: str) -> Target:
+        try:
+            return self._allowed(url)
+        except ForbiddenTarget as error:
+            raise InvalidParameterError(f"{path}: the address {error}", path) from None
+
+    def _allowed(self, url: str) -> Target:
+        """What is private must be listed by its address: a name could come to mean another one."""
+        target = allowed_target(url, self._domains, True)
+        return dataclasses.replace(target, private=target.private and _is_address(target.host))
+
+    async def _fetch(self, image: ImagePart, room: _Room) -> bytes:
+        """An image from its address, whose host a failure names, and nothing else of it: a query may be a secret."""
+        import httpx
+
+        target, path = self._target(image.source, image.path), image.path
+        try:
+            async with asyncio.timeout(SECONDS):
+                for _ in range(MAX_REDIRECTS + 1):
+                    answer = await self._ask(target, path, room)
+                    if isinstance(answer, bytes):
+                        return answer
+                    target = self._next(target, answer, path)
+                raise _failed(path, target, f"it was redirected more than {MAX_REDIRECTS} times")
+        except TimeoutError:
+            raise _failed(path, target, f"it was not there within {SECONDS:g} seconds") from None
+        except ForbiddenTarget as error:
+            raise _failed(path, target, f"it {error}") from None
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            raise _failed(path, target, f"it could not be reached ({type(error).__name__})") from None
+
+    def _next(self, target: Target, location: str, path: str) -> Target:
+        """Where a redirect leads, if that is allowed too."""
+        import httpx
+
+        try:
+            url = target.url.join(location)
+            if target.url.scheme == "https" and url.scheme != "https":
+                raise ForbiddenTarget("was redirected from https to another scheme")
+            return self._allowed(str(url))
+        except httpx.InvalidURL:
+            raise _failed(path, target, "it was redirected to what is no URL") from None
+        except ForbiddenTarget as error:
+            raise _failed(path, target, f"it was redirected, and the new address {error}") from None
+
+    async def _ask(self, target: Target, path: str, room: _Room) -> bytes | str:
+        """What is at an address, or where it says that it is."""
+        import httpx
+
+        *others, last = await resolve(target, self._threads)
+        for address in others:
+            with contextlib.suppress(httpx.ConnectError, httpx.ConnectTimeout):
+                return await self._ask_at(address, target, path, room)
+        return await self._ask_at(last, target, path, room)
+
+    async def _ask_at(self, address: str, target: Target, path: str, room: _Room) -> bytes | str:
+        """The connection goes to the address that was checked; the name goes into Host and into TLS."""
+        import httpx
+
+        if target.url.scheme == "https" and self._tls is None:
+            self._tls = await asyncio.get_running_loop().run_in_executor(self._threads, httpx.create_ssl_context)
+        client = httpx.AsyncClient(
+            verify=self._tls if self._tls is not None else False,  # plain HTTP needs none, and loading it takes long
+            trust_env=False,  # a proxy would resolve the name once more
+            follow_redirects=False,
+            timeout=httpx.Timeout(SECONDS, connect=SECONDS / 2),  # a second address may do
+        )
+        headers = {**_HEADERS, "Host": target.url.netloc.decode("ascii")}
+        url, extensions = target.url.copy_with(host=address), {"sni_hostname": target.host}
+        async with client, client.stream("GET", url, headers=headers, extensions=extensions) as answer:
+            if answer.status_code in _REDIRECTS and "location" in answer.headers:
+                return answer.headers["location"]
+            if answer.status_code != 200:
+                raise _failed(path, target, f"it answered {answer.status_code}")
+            return await _body(answer, target, path, room)
+
+
+class _Room:
+    """What the fetched images of one request take."""
+
+    def __init__(self, sources: ImageSources) -> None:
+        self._sources = sources
+        self._size = 0
+        self._counting = threading.Lock()
+
+    def take(self, size: int, path: str) -> None:
+        with self._counting:
+            if self._size + size > MAX_REQUEST_BYTES:
+                said = f"{path}: the images of a request that are fetched may have {MAX_REQUEST_BYTES >> 20} MB in all"
+                raise InvalidParameterError(said, path)
+            self._sources.count(size)
+            self._size += size
+
+    def leave(self) -> None:
+        with self._counting:
+            self._sources.count(-self._size)
+            self._size = 0
+
+
+async def _body(answer: httpx.Response, target: Target, path: str, room: _Room) -> bytes:
+    told = answer.headers.get("content-length", "")
+    if told.isascii() and told.isdigit() and (len(told) > 15 or int(told) > LIMITS.nbytes):
+        raise _too_large(path, target.host)
+    if answer.headers.get("content-encoding", "identity").lower() != "identity":
+        raise _failed(path, target, "it was sent compressed, which nobody asked for")
+    pieces, size = list[bytes](), 0
+    async for piece in answer.aiter_raw():
+        size += len(piece)
+        if size > LIMITS.nbytes:
+            raise _too_large(path, target.host)
+        room.take(len(piece), path)
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def _failed(path: str, target: Target, why: str) -> InvalidParameterError:
+    return InvalidParameterError(f"{path}: the image could not be fetched from {target.host}: {why}", path)
+
+
+def _too_large(path: str, where: str) -> InvalidParameterError:
+    return InvalidParameterError(f"{path}: {where} has more than the {LIMITS.nbytes >> 20} MB of a picture", path)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
