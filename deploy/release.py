@@ -99,6 +99,7 @@ def build(out: Path, repository: str = "") -> list[Path]:
         export(Path(scratch), repository)
         command = (_uv(), "build", "--all-packages", "--out-dir", out.resolve())
         run(*command, folder=Path(scratch), SOURCE_DATE_EPOCH=seconds)
+    (out / "constraints.txt").write_text("\n".join([*_pins(), ""]), encoding="utf-8")  # what it was tried with
     return sorted((*out.glob("candle_vllm*.whl"), *out.glob("candle_vllm*.tar.gz")))
 
 
@@ -134,8 +135,7 @@ def try_out(made: Sequence[Path], python: str, folder: Path) -> str:
     environment = folder / "env"
     programs = environment / ("Scripts" if sys.platform == "win32" else "bin")
     run(_uv(), "venv", "--quiet", "--python", python, environment, folder=folder)
-    pins = folder / "pins.txt"
-    pins.write_text("\n".join(_pins()), encoding="utf-8")
+    pins = made[0].parent / "constraints.txt"
     install = (_uv(), "pip", "install", "--quiet", "--python", environment)
     run(*install, "--constraint", pins, *wheels, folder=folder)
     run(*install, "--no-deps", DEMO, folder=folder)
