@@ -41,7 +41,6 @@ _MAGIC = b"CVKV0001"
 _HEADER = len(_MAGIC) + hashlib.sha256().digest_size
 _WAITING_BYTES = 64 << 20
 """Of blocks that are to be written, or were read and are not in the cache yet; each at least one block."""
-_TAKEN_BYTES = 32 << 20  # of blocks that one step brings to the cache
 _PATIENCE = 1.0  # seconds without a block, after which a sequence waits no longer
 _SILENCE = 60.0  # seconds in which nothing is written behind a failure, and none is told again
 _CLOSING = 10.0  # seconds that an end waits for what is to be written
@@ -302,14 +301,12 @@ class KeptBlocks:
             self._end(reading)
 
     def take(self) -> None:
-        """Brings blocks that were read to the cache, some of them."""
-        size = 0
-        while self._read and size < _TAKEN_BYTES:
+        """Brings blocks that were read to the cache; the bound on them is what a step waits for at most."""
+        for _ in range(len(self._read)):
             with self._wake:
                 reading, digest, data = self._read.popleft()
                 self._read_bytes -= len(data)
                 self._wake.notify_all()
-            size += len(data)
             if not reading.is_over:
                 self._bring(reading, digest, data)
         for reading in self._readings.values():
