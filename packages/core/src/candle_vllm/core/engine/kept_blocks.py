@@ -309,9 +309,10 @@ class KeptBlocks:
                 self._wake.notify_all()
             if not reading.is_over:
                 self._bring(reading, digest, data)
-        for reading in self._readings.values():
-            if not reading.left and not reading.is_over and all(each is not reading for each, *_ in self._read):
-                reading.is_over = True
+        with self._wake:
+            under_way = [reading for reading, *_ in self._read]
+            for reading in self._readings.values():
+                reading.is_over = reading.is_over or not (reading.left or reading in under_way)
 
     def _bring(self, reading: _Reading, digest: bytes, data: memoryview) -> None:
         reading.moved = time.monotonic()
