@@ -156,6 +156,69 @@ def test_images_are_fetched_where_the_operator_lists_their_host(start: Callable[
         site.shutdown()
 
 
+def test_images_may_be_kept_files_of_ones_own(start: Callable[..., Any], tmp_path: Path) -> None:
+    store, engine = f"sqlite:///{tmp_path}/kept.sqlite", PacedEngine("A picture.", sees=True)
+
+    def asked(file_id: str) -> list[tuple[str, dict[str, Any], str]]:
+        image = {"type": "input_image", "file_id": file_id}
+        block = {"type": "image", "source": {"type": "file", "file_id": file_id}}
+        block_body = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": [block]}]}
+        return [
+            (
+                "/v1/chat/completions",
+                {"messages": [{"role": "user", "content": [image]}]},
+                "messages.0.content.0.file_id",
+            ),
+            ("/v1/messages", block_body, "messages.0.content.0.source.file_id"),
+            (
+                "/v1/responses",
+                {"model": "m", "input": [{"role": "user", "content": [image]}]},
+                "input.0.content.0.file_id",
+            ),
+        ]
+
+    with start(engine, api_key=("one", "two"), responses_store=store).http() as client:
+        mine, other = ({"authorization": f"Bearer {key}"} for key in ("one", "two"))
+        files = {"file": ("a.png", FILE.getvalue())}
+        kept = client.post("/v1/files", data={"purpose": "vision"}, files=files, headers=mine).json()
+        assert (kept["purpose"], kept["bytes"], kept["filename"]) == ("vision", len(FILE.getvalue()), "a.png")
+        assert client.get(f"/v1/files/{kept['id']}/content", headers=mine).content == FILE.getvalue()
+        assert [one["id"] for one in client.get("/v1/files?purpose=vision", headers=mine).json()["data"]] == [
+            kept["id"]
+        ]
+        for path, body, field in asked(kept["id"]):
+            answer = client.post(path, json=body, headers=mine)
+            assert answer.status_code == 200, answer.text
+            answer = client.post(path, json=body, headers=other)
+            assert answer.status_code == 400
+            assert field in answer.text
+            assert "not found" in answer.text
+        assert {picture.digest for picture in engine.pictures} == {picture_of(PIXELS).digest}
+        assert len(engine.pictures) == 3
+        begun = {"input_file_id": kept["id"], "endpoint": "/v1/responses", "completion_window": "24h"}
+        assert "was kept for vision" in client.post("/v1/batches", json=begun, headers=mine).text
+    with start(PacedEngine("Again.", sees=True), api_key=("one",), responses_store=store).http(headers=mine) as client:
+        path, body, _ = asked(kept["id"])[0]
+        assert client.post(path, json=body).status_code == 200  # it outlives the server
+        assert client.delete(f"/v1/files/{kept['id']}").json()["deleted"]
+        assert client.post(path, json=body).status_code == 400
+        text = client.post("/v1/files", data={"purpose": "user_data"}, files={"file": ("a", b"text")}).json()
+        path, body, _ = asked(text["id"])[0]
+        assert "no picture" in client.post(path, json=body).text
+    with start(PacedEngine(sees=True), responses_store="off").http() as client:
+        assert "keeps no files" in client.post(*asked("file-1")[0][:1], json=asked("file-1")[0][1]).text
+
+
+@pytest.mark.parametrize("part", [{}, {"file_id": "f", "image_url": URL}, {"file_id": ""}, {"image_url": None}])
+def test_an_image_is_in_one_place(part: dict[str, Any], start: Callable[..., Any]) -> None:
+    content = [{"type": "input_image", **part}]
+    with start(PacedEngine(sees=True)).http() as client:
+        for path, field in (("/v1/chat/completions", "messages"), ("/v1/responses", "input")):
+            answer = client.post(path, json={"model": "m", field: [{"role": "user", "content": content}]})
+            assert answer.status_code == 400
+            assert answer.json()["error"]["param"].startswith(f"{field}.0.content.0.")
+
+
 @pytest.mark.parametrize("path", ["/api/generate"])
 def test_a_prompt_has_images_before_it(path: str, start: Callable[..., Any]) -> None:
     engine = PacedEngine("Yes.", sees=True)

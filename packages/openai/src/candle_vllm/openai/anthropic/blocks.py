@@ -110,10 +110,11 @@ class UrlSource(WireModel):
     url: Annotated[str, Field(min_length=1)]
 
 
-def _source(value: Any) -> Any:
-    if type_of(value) == "file":
-        raise unsupported("type", "files of Anthropic's own service are not here; send the image as base64")
-    return one_of(("base64", "url"))(value)
+class FileSource(WireModel):
+    """An image that is a file of `/v1/files`."""
+
+    type: Literal["file"]
+    file_id: Name
 
 
 class ImageBlock(WireModel):
@@ -121,14 +122,18 @@ class ImageBlock(WireModel):
 
     type: Literal["image"]
     source: Annotated[
-        Annotated[Base64Source, Tag("<base64>")] | Annotated[UrlSource, Tag("<url>")],
+        Annotated[Base64Source, Tag("<base64>")]
+        | Annotated[UrlSource, Tag("<url>")]
+        | Annotated[FileSource, Tag("<file>")],
         Discriminator(lambda value: _kind(value)),
-        BeforeValidator(_source),
+        BeforeValidator(lambda value: one_of(("base64", "url", "file"))(value)),
     ]
     cache_control: CacheControl | None = None
 
     def image(self, path: str) -> ImagePart:
         """The image as a task has it."""
+        if isinstance(self.source, FileSource):
+            return ImagePart(self.source.file_id, path=f"{path}.source.file_id", stored=True)
         if isinstance(self.source, UrlSource):
             return ImagePart(self.source.url, path=f"{path}.source.url")
         return ImagePart(f"data:{self.source.media_type};base64,{self.source.data}", path=f"{path}.source.data")

@@ -42,19 +42,36 @@ class ImageUrl(WireModel):
 
 
 class ImagePart(WireModel):
-    """An image; the newer `input_image`, and some clients, have the address alone in the place of the object."""
+    """An image; the newer `input_image`, and some clients, have the address alone in the place of the object.
+
+    `file_id` is of a file of `/v1/files`.
+    """
 
     type: Literal["image_url", "input_image"]
-    image_url: Annotated[
-        Annotated[str, Field(min_length=1), Tag("<string>")] | Annotated[ImageUrl, Tag("<object>")],
-        Discriminator(lambda value: "<string>" if isinstance(value, str) else "<object>"),
-    ]
+    image_url: (
+        Annotated[
+            Annotated[str, Field(min_length=1), Tag("<string>")] | Annotated[ImageUrl, Tag("<object>")],
+            Discriminator(lambda value: "<string>" if isinstance(value, str) else "<object>"),
+        ]
+        | None
+    ) = None
+    file_id: Name | None = None
     detail: Literal["auto", "low", "high", "original"] | None = None
     prompt_cache_breakpoint: dict[str, Any] | None = None
     cache_control: dict[str, Any] | None = None
 
+    @model_validator(mode="after")
+    def _is_somewhere(self) -> ImagePart:
+        if self.image_url is None and self.file_id is None:
+            raise invalid("image_url", "is required where there is no file_id")
+        if self.image_url is not None and self.file_id is not None:
+            raise invalid("file_id", "and image_url are two images: give one of them")
+        return self
+
     def image(self, path: str) -> Image:
         """The image as a task has it."""
+        if self.image_url is None:
+            return Image(self.file_id or "", self.detail, f"{path}.file_id", stored=True)
         if isinstance(self.image_url, str):
             return Image(self.image_url, self.detail, f"{path}.image_url")
         return Image(self.image_url.url, self.image_url.detail or self.detail, f"{path}.image_url.url")

@@ -161,6 +161,8 @@ def _content(parts: Sequence[Part]) -> Any:
 def _chat_part(part: Part) -> dict[str, Any]:
     if isinstance(part, TextPart):
         return {"type": "text", "text": part.text}
+    if part.stored:
+        return {"type": "input_image", "file_id": part.source}
     image = {"url": part.source} if part.detail is None else {"url": part.source, "detail": part.detail}
     return {"type": "image_url", "image_url": image}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from candle_vllm.openai.protocol.fields import MAX_PARTS, Name, Refusal, WireModel, invalid, unsupported
 from candle_vllm.openai.task import ImagePart as Image
@@ -45,16 +45,27 @@ class TextPart(WireModel):
 
 
 class ImagePart(WireModel):
-    """An image: its data as a data URL, or its address; `detail` has no effect."""
+    """An image: its data as a data URL, its address, or the file of `/v1/files` that it is; `detail` has no effect."""
 
     type: Literal["input_image"]
-    image_url: Annotated[str, Field(min_length=1)]
+    image_url: Annotated[str, Field(min_length=1)] | None = None
+    file_id: Name | None = None
     detail: Literal["auto", "low", "high", "original"] | None = None
     prompt_cache_breakpoint: dict[str, Any] | None = None
 
-    refused_fields: ClassVar[Mapping[str, Refusal]] = {
-        "file_id": Refusal("files are not kept here: send the image as a data URL")
-    }
+    @model_validator(mode="after")
+    def _is_somewhere(self) -> ImagePart:
+        if self.image_url is None and self.file_id is None:
+            raise invalid("image_url", "is required where there is no file_id")
+        if self.image_url is not None and self.file_id is not None:
+            raise invalid("file_id", "and image_url are two images: give one of them")
+        return self
+
+    def image(self, path: str) -> Image:
+        """The image as a task has it."""
+        if self.file_id is not None:
+            return Image(self.file_id, self.detail, f"{path}.file_id", stored=True)
+        return Image(self.image_url or "", self.detail, f"{path}.image_url")
 
 
 class RefusalPart(WireModel):
@@ -113,9 +124,7 @@ def parts_of(content: Any, path: str) -> tuple[Part, ...]:
     if isinstance(content, str) or not any(isinstance(part, ImagePart) for part in content):
         return (TaskText(text_of(content)),)
     return tuple(
-        Image(part.image_url, part.detail, f"{path}.{place}.image_url")
-        if isinstance(part, ImagePart)
-        else TaskText(part.text)
+        part.image(f"{path}.{place}") if isinstance(part, ImagePart) else TaskText(part.text)
         for place, part in enumerate(content)
     )
 

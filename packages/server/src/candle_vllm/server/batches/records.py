@@ -12,6 +12,8 @@ from candle_vllm.openai.protocol.fields import WireModel
 from candle_vllm.responses.protocol.fields import Metadata
 
 BATCH, BATCH_OUTPUT = "batch", "batch_output"  # purposes of files
+SEEN = ("vision", "user_data", "assistants")  # those of files that requests may show to a model
+UPLOADED = (BATCH, *SEEN)
 LEAST_LIFE, LONGEST_LIFE = 3600, 30 * 86400  # seconds
 COMPLETION_SECONDS = 86400
 WORKING = frozenset({"validating", "in_progress", "finalizing", "cancelling"})
@@ -30,7 +32,7 @@ class FileObject(msgspec.Struct, frozen=True, kw_only=True):
     created_at: int
     expires_at: int
     filename: str
-    purpose: Literal["batch", "batch_output"]
+    purpose: Literal["batch", "batch_output", "vision", "user_data", "assistants"]
     status: Literal["processed"] = "processed"
     status_details: None = None
 

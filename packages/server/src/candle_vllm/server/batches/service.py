@@ -15,13 +15,16 @@ from collections.abc import Callable, Iterable
 
 from starlette.types import ASGIApp
 
-from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.core.errors import CandleVllmError, InvalidParameterError
+from candle_vllm.core.vision.pictures import LIMITS
 from candle_vllm.responses.store.backend import Held
-from candle_vllm.responses.store.entries import NotStoredError, new_id
+from candle_vllm.responses.store.entries import NotStoredError, StoreLimitError, new_id
 from candle_vllm.responses.store.upkeep import Upkeep
 from candle_vllm.server.batches.lines import Application, asked_here
 from candle_vllm.server.batches.records import (
+    BATCH,
     COMPLETION_SECONDS,
+    SEEN,
     WORKING,
     Batch,
     BatchRecord,
@@ -30,7 +33,8 @@ from candle_vllm.server.batches.records import (
 from candle_vllm.server.batches.run import LEASE_MS, BatchRun
 from candle_vllm.server.batches.store import BATCHES, BatchStore, FileOptions, new_file_id, on_disk
 from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.http.routing import Caller
+from candle_vllm.server.http.routing import Caller, caller_of
+from candle_vllm.server.observing.request_context import current_request
 
 RENEW_SECONDS = 5.0  # also how soon a batch of an earlier server is found, and a cancelling on another server
 AT_ONCE = 4  # batches that one server works on
@@ -92,7 +96,10 @@ class Batches:
 
     async def create(self, owner: str, wire: BatchRequest) -> Batch:
         """A new batch, which begins soon; NotStoredError where there is no such file."""
-        await self.store.file(owner, wire.input_file_id, "input_file_id")
+        given = await self.store.file(owner, wire.input_file_id, "input_file_id")
+        if given.purpose in SEEN:
+            said = f"input_file_id: the file was kept for {given.purpose}; a batch needs one for {BATCH}"
+            raise InvalidParameterError(said, "input_file_id")
         now = (await self.store.backend()).now // 1000
         batch = Batch(
             id=new_id("batch"), endpoint=wire.endpoint, input_file_id=wire.input_file_id, created_at=now,
@@ -163,3 +170,22 @@ class Batches:
             del self._running[run.held.id]
         if again:
             await self._look()
+
+
+async def stored_image(file_id: str, path: str) -> bytes:
+    """The contents of a file, for the caller of the request that is being answered; `path` is where it is named.
+
+    Raises:
+        InvalidParameterError: it is not there, or too large.
+    """
+    context = current_request.get()
+    app = None if context is None else context.scope.get("app")
+    batches: Batches | None = None if app is None else app.state.batches
+    if context is None or batches is None:
+        said = f"{path}: this server keeps no files: it was started with --responses-store off"
+        raise InvalidParameterError(said, path)
+    try:
+        owner = await batches.store.owner(caller_of(context.scope).key)
+        return await batches.store.whole(owner, file_id, LIMITS.nbytes, path)
+    except (NotStoredError, StoreLimitError) as error:
+        raise InvalidParameterError(f"{path}: {error}", path) from None

@@ -97,14 +97,17 @@ class BatchStore:
 
     # ---- files -------------------------------------------------------------------------------------------------------
 
-    async def upload(self, owner: str, name: str, pieces: AsyncIterator[bytes], seconds: int | None) -> FileObject:
-        """Keeps a file for batches.
+    async def upload(
+        self, owner: str, name: str, pieces: AsyncIterator[bytes], seconds: int | None, purpose: str = BATCH
+    ) -> FileObject:
+        """Keeps a file.
 
         Args:
             owner: whose it is.
             name: what its sender calls it.
             pieces: its contents, each of at most `PIECE` bytes.
             seconds: how long it is kept; None is as long as the operator says.
+            purpose: what for.
 
         Raises:
             StoreLimitError: it is too large.
@@ -122,7 +125,7 @@ class BatchStore:
                 await backend.append(UPLOAD, owner, file_id, [EntryItem(id=str(size), body=piece)])
                 size += len(piece)
             life = min(seconds or self.options.retention_seconds, self.options.retention_seconds)
-            return await self._show(owner, file_id, now, BATCH, name, size, life)
+            return await self._show(owner, file_id, now, purpose, name, size, life)
         except BaseException:
             await asyncio.shield(backend.delete(UPLOAD, owner, file_id))
             raise
@@ -154,6 +157,17 @@ class BatchStore:
             for part in page:
                 yield part
             after = page[-1].id
+
+    async def whole(self, owner: str, file_id: str, most: int, param: str) -> bytes:
+        """All that is in a file.
+
+        Raises:
+            StoreLimitError: it has more than `most` bytes.
+        """
+        file = await self.file(owner, file_id, param)
+        if file.bytes > most:
+            raise StoreLimitError(f"{param}: the file has {file.bytes} bytes, and may have {most}", param)
+        return b"".join([part.body async for part in self.contents(owner, file_id)])
 
     async def delete_file(self, owner: str, file_id: str) -> None:
         """Deletes a file."""

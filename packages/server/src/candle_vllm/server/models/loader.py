@@ -16,6 +16,7 @@ from candle_vllm.openai import OpenAIAdapter
 from candle_vllm.openai.anthropic import MessagesAdapter
 from candle_vllm.openai.ollama import OllamaAdapter
 from candle_vllm.server.adapters.registry import Adapters, BaseAdapters
+from candle_vllm.server.batches.service import stored_image
 from candle_vllm.server.models.admission import Admission
 from candle_vllm.server.models.catalogue import ModelEntry
 from candle_vllm.server.models.slot import ServedModel
@@ -106,7 +107,7 @@ def serve_engine(
             default_chat_template_kwargs=settings.default_chat_template_kwargs,
             watcher=watcher,
             adapters=BaseAdapters(adapters, entry.name) if adapters is not None and settings.enable_lora else None,
-            images=image_sources(settings),
+            images=image_sources(settings, stored_image),
         )
     except BaseException:
         watcher.close()

@@ -18,10 +18,10 @@ from candle_vllm.responses.protocol.request import INCLUDABLE
 from candle_vllm.responses.protocol.response import Response, ResponseDeleted
 from candle_vllm.responses.store.entries import MAX_ID
 from candle_vllm.server.batches.records import (
-    BATCH,
     BATCH_OUTPUT,
     LEAST_LIFE,
     LONGEST_LIFE,
+    UPLOADED,
     Batch,
     BatchList,
     BatchRequest,
@@ -188,10 +188,14 @@ KEPT_OPERATIONS: Mapping[Key, Operation] = {
     ("POST", "/v1/files"): Operation(
         id="upload_file",
         tag="batches",
-        summary="Keep a file of requests for a batch",
+        summary="Keep a file: requests of a batch, or an image",
         form={
-            "file": {"type": "string", "format": "binary", "description": "Lines of JSON: docs/batches.md."},
-            "purpose": {"enum": [BATCH]},
+            "file": {
+                "type": "string",
+                "format": "binary",
+                "description": "Lines of JSON, or an image.",
+            },
+            "purpose": {"enum": [*UPLOADED]},
             "expires_after[anchor]": {"enum": ["created_at"], "default": "created_at"},
             "expires_after[seconds]": {
                 "type": "integer",
@@ -212,7 +216,7 @@ KEPT_OPERATIONS: Mapping[Key, Operation] = {
         query={
             "limit": {"type": "integer", "minimum": 1, "maximum": 10_000, "default": 10_000},
             "order": {"enum": ["desc"], "default": "desc"},
-            "purpose": {"enum": [BATCH, BATCH_OUTPUT]},
+            "purpose": {"enum": [*UPLOADED, BATCH_OUTPUT]},
             **_AFTER,
         },
     ),

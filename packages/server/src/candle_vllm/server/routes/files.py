@@ -1,10 +1,10 @@
-"""`/v1/files`: files of requests for batches, and those of their answers. Each is of the caller's own API key."""
+"""`/v1/files`: requests of batches, their answers, and images. Each file is of the caller's own API key."""
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request
@@ -16,7 +16,14 @@ from starlette.types import Message, Receive
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.errors import InvalidBodyError
-from candle_vllm.server.batches.records import BATCH, BATCH_OUTPUT, LEAST_LIFE, LONGEST_LIFE, FileDeleted, FileList
+from candle_vllm.server.batches.records import (
+    BATCH_OUTPUT,
+    LEAST_LIFE,
+    LONGEST_LIFE,
+    UPLOADED,
+    FileDeleted,
+    FileList,
+)
 from candle_vllm.server.batches.service import Batches
 from candle_vllm.server.batches.store import PIECE, too_large
 from candle_vllm.server.http.body import READING_SECONDS, SILENCE_SECONDS
@@ -47,11 +54,12 @@ async def upload_file(request: Request) -> Response:
         file, purpose = form.get("file"), form.get("purpose")
         if not isinstance(file, UploadFile):
             raise InvalidParameterError("file is missing: the form needs one, with a file name", "file")
-        if purpose != BATCH:
-            raise InvalidParameterError(f"purpose must be {BATCH}, not {purpose!r:.60}", "purpose")
+        if not isinstance(purpose, str) or purpose not in UPLOADED:
+            raise InvalidParameterError(f"purpose must be {_one_of(UPLOADED)}, not {purpose!r:.60}", "purpose")
         if (file.size or 0) > most:
             raise too_large(most)
-        made = await batches.store.upload(owner, safe_name(file.filename or ""), _pieces(file), _seconds(form))
+        name = safe_name(file.filename or "")
+        made = await batches.store.upload(owner, name, _pieces(file), _seconds(form), purpose)
     finally:
         await form.close()
     return Response(to_json_bytes(made), media_type=JSON)
@@ -63,8 +71,9 @@ async def list_files(request: Request) -> Response:
     batches, owner = await batches_and_owner(request)
     query = query_of(request, "limit", "after", "purpose", "order")
     (limit, after), purpose = limit_and_after(query, MAX_LIST, MAX_LIST), query.get("purpose")
-    if purpose not in (None, BATCH, BATCH_OUTPUT):
-        raise InvalidParameterError(f"purpose must be {BATCH} or {BATCH_OUTPUT}, not {purpose!r:.60}", "purpose")
+    if purpose is not None and purpose not in (*UPLOADED, BATCH_OUTPUT):
+        said = f"purpose must be {_one_of((*UPLOADED, BATCH_OUTPUT))}, not {purpose!r:.60}"
+        raise InvalidParameterError(said, "purpose")
     if query.get("order", "desc") != "desc":
         raise InvalidParameterError("order must be desc: lists begin with the newest", "order")
     return page_of(FileList, await batches.store.files(owner, limit + 1, after, purpose), limit)
@@ -112,6 +121,10 @@ async def batches_and_owner(request: Request) -> tuple[Batches, str]:
     if batches is None:
         raise HttpError(404, "This server keeps no files: it was started with --responses-store off.", "store_off")
     return batches, await batches.store.owner(caller_of(request.scope).key)
+
+
+def _one_of(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def safe_name(name: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,8 +109,8 @@ def thinking_settings(settings: Settings) -> dict[str, Any]:
     return {"reasoning_budget": limit, "reasoning_budget_message": settings.reasoning_budget_message}
 
 
-def image_sources(settings: Settings) -> ImageSources:
-    """Where images of requests may come from.
+def image_sources(settings: Settings, stored: Callable[[str, str], Awaitable[bytes]]) -> ImageSources:
+    """Where images of requests may come from; `stored` as of `ImageSources`.
 
     Raises:
         ConfigError: the folder is none.
@@ -118,7 +118,7 @@ def image_sources(settings: Settings) -> ImageSources:
     from candle_vllm.openai.fetching import ImageSources
 
     domains = [host.strip() for given in settings.allowed_media_domains for host in given.split(",")]
-    return ImageSources(domains, settings.allowed_local_media_path)
+    return ImageSources(domains, settings.allowed_local_media_path, stored)
 
 
 def engine_config(settings: Settings, **changes: Any) -> EngineConfig:
