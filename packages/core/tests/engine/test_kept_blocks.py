@@ -16,14 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from candle_vllm.core import ConfigError, EngineConfig, SamplingParams
+from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, LoRARequest, SamplingParams
 from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.devices import CPU
 from candle_vllm.core.engine.build import build_engine
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.kept_blocks import BlockFolder, files_mark
 from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.fields import read_json
+from candle_vllm.core.testing.toy_adapter import write_adapter
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from candle_vllm.core.testing.toy_sight import write_toy_sight
 
 SIZE = 16  # tokens of a block
 PROMPT = [3 + n * 7 % 90 for n in range(5 * SIZE + 3)]
@@ -296,3 +299,48 @@ def test_a_process_that_is_killed_while_it_writes_leaves_no_wrong_block(model: P
         assert (np.frombuffer(data, ">u4") == found).all()
         found += 1
     assert found
+
+
+def test_pictures_tell_blocks_apart(tmp_path: Path) -> None:
+    """The same words with the same picture are found after a restart, with another one as far as it begins."""
+    model = write_toy_sight(tmp_path / "sight")
+    numbers = np.random.default_rng(3)
+    first, second = (numbers.integers(0, 256, (40, 70, 3), dtype=np.uint8) for _ in range(2))
+    settings: dict[str, Any] = {"prompt_cache_path": tmp_path / "kept", "block_size": SIZE, "threads": 1}
+    greedy = SamplingParams(max_tokens=6, temperature=0)
+
+    def asked(picture: Any) -> tuple[tuple[int, ...], int]:
+        with InferenceEngine(model, **settings) as engine:
+            prompt = {"prompt": "0123456789abcdef" * 2 + "<image> what?", "multi_modal_data": {"image": picture}}
+            found = engine.generate(prompt, greedy, use_tqdm=False)[0]  # type: ignore[arg-type]
+            return tuple(found.outputs[0].token_ids), engine.stats().cached_prompt_tokens
+
+    right, none = asked(first)
+    again, all_of_it = asked(first)
+    other, before_it = asked(second)
+    assert (again, none) == (right, 0)
+    assert other != right
+    assert all_of_it > before_it == 2 * SIZE
+
+
+def test_adapters_tell_blocks_apart(model: Path, tmp_path: Path) -> None:
+    """After a restart an adapter finds its own blocks, by what is in it and not by its name."""
+    config = read_json(model / "config.json")
+    sizes = {"q_proj": config["num_attention_heads"] * 32, "v_proj": config["num_key_value_heads"] * 32}
+    shapes = {f"model.layers.0.self_attn.{name}": (size, config["hidden_size"]) for name, size in sizes.items()}
+    for seed in range(2):
+        write_adapter(tmp_path / f"adapter{seed}", shapes, rank=4, seed=seed, size=2)
+    settings: dict[str, Any] = {"prompt_cache_path": tmp_path / "kept", "block_size": SIZE, "threads": 1}
+    greedy = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+
+    def asked(folder: str | None) -> tuple[tuple[int, ...], int]:
+        with InferenceEngine(model, enable_lora=True, **settings) as engine:
+            wanted = None if folder is None else LoRARequest("one", lora_path=str(tmp_path / folder))
+            found = engine.generate([PROMPT], greedy, lora_request=wanted, use_tqdm=False)[0]
+            return tuple(found.outputs[0].token_ids), engine.stats().cached_prompt_tokens
+
+    plain, mine = asked(None), asked("adapter0")
+    assert plain[1] == mine[1] == 0
+    assert asked("adapter1")[1] == 0  # of the same name
+    assert asked("adapter0") == (mine[0], 5 * SIZE)
+    assert asked(None) == (plain[0], 5 * SIZE)
