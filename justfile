@@ -15,6 +15,10 @@ version NEW:
 release *ARGS:
     python3 deploy/release.py {{ARGS}}
 
+# the documentation as a site, in .site/html; a warning or a dead link ends it
+site:
+    NO_MKDOCS_2_WARNING=1 uv run --only-group site mkdocs build --strict
+
 # what CI runs
 ci:
     bash .ci/run

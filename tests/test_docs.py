@@ -20,7 +20,15 @@ from candle_vllm.server.settings.command_line import parse, split_command
 
 ROOT = Path(__file__).parents[1]
 WITH_CODE = sorted([ROOT / "README.md", ROOT / "LIBRARY_API.md", *ROOT.glob("packages/*/README.md")])
-ALL = sorted([*WITH_CODE, *ROOT.glob("docs/*.md"), *ROOT.glob("deploy/**/README.md"), ROOT / "CHANGELOG.md"])
+ALL = sorted(
+    [
+        *WITH_CODE,
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("deploy/**/README.md"),
+        ROOT / "CHANGELOG.md",
+        ROOT / "CONTRIBUTING.md",
+    ]
+)
 FILES = re.compile(r'"(?:SmolLM2-135M-Instruct\.Q4_1|model)\.gguf"')
 SERVER = "http://127.0.0.1:2000"
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
