@@ -24,6 +24,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.devices import choose_device
+from candle_vllm.core.engine import build
 from candle_vllm.core.engine.eager_runner import EagerTower
 from candle_vllm.core.engine.images import TowerRunner
 from candle_vllm.core.engine.recorded_tower import RecordedTower
@@ -37,6 +38,7 @@ from candle_vllm.core.errors import (
 )
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.memory import Room
 from candle_vllm.core.models.siglip import FAMILY
 from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.testing.toy_model import write_toy_gguf
@@ -90,6 +92,8 @@ def test_embeddings_are_those_of_transformers(eager: bool, folder: Path, theirs:
         )
         found, _ = finished(runner, tiles)
         alone, _ = finished(runner, tiles[1:2])
+        if isinstance(runner, RecordedTower):  # what is put aside is enough
+            assert runner.nbytes < loaded.tower.tower.config.step_bytes(2) < 16 * runner.nbytes
     finally:
         team.close()
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
@@ -326,6 +330,23 @@ def test_an_operator_says_how_pictures_are_prepared(folder: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             InferenceEngine(folder, **settings)
+
+
+def test_memory_for_the_largest_picture_is_put_aside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, real = list[tuple[int, int]](), build.main_room
+
+    def room(threads: int, share: float, weights: int = 0) -> Room:
+        given.append((threads, weights))
+        return real(threads, share, weights)
+
+    monkeypatch.setattr(build, "main_room", room)
+    loaded = load_model(EngineConfig(model=str(folder)), choose_device("cpu"), lambda *_: None)
+    assert isinstance(loaded, LoadedModel)
+    assert loaded.tower is not None
+    for most in (64, 0):
+        with InferenceEngine(folder, max_images=most):
+            threads, weights = given[-1]
+            assert weights == (loaded.tower.tower.config.step_bytes(threads) if most else 0)
 
 
 def test_texts_alone_may_be_asked_for(folder: Path) -> None:

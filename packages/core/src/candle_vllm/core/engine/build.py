@@ -164,7 +164,11 @@ def _image_store(tower: LoadedTower, runner: ModelRunner) -> ImageStore:
         from candle_vllm.core.engine.recorded_tower import RecordedTower
 
         assert isinstance(runner, RecordedRunner)
-        return ImageStore(RecordedTower(tower.tower, runner.team), _MOST_FOR_IMAGES)
+        size = tower.tower.config.step_bytes(runner.team.threads)
+        logger.info("the largest picture takes at most %.0f MB while it is encoded", size / 1e6)
+        way = "make pictures smaller with mm_processor_kwargs, or set max_images=0"
+        with room_for("the patches of the largest picture", size, "mm_processor_kwargs", lambda _: way):
+            return ImageStore(RecordedTower(tower.tower, runner.team), _MOST_FOR_IMAGES)
     from candle_vllm.core.engine.eager_runner import EagerTower
 
     return ImageStore(EagerTower(tower.tower, tower.placement.device), _MOST_FOR_IMAGES)
@@ -306,7 +310,7 @@ def _plan_on_cpu(
     weights: int = 0,
     draft: LoadedModel | LoadedHead | Described | DescribedHead | None = None,
 ) -> CachePlan:
-    """The cache on the CPU, where `weights` bytes are yet to come; refuses what needs a GPU."""
+    """The cache on the CPU, where `weights` bytes are yet to come, and what pictures take; refuses what needs a GPU."""
     placement = model.placement
     kinds = cache_kinds(config, model)
     if config.max_cudagraph_capture_size:
@@ -319,7 +323,10 @@ def _plan_on_cpu(
         )
     if config.gpu_memory_utilization is not None:
         logger.warning("gpu_memory_utilization counts on a GPU alone; on the CPU it is `kv_fraction`")
-    room = main_room(config.threads or default_threads(), share, weights)
+    threads = config.threads or default_threads()
+    if isinstance(model, LoadedModel) and model.tower is not None:
+        weights += model.tower.tower.config.step_bytes(threads)
+    room = main_room(threads, share, weights)
     draft = model.draft if isinstance(model, LoadedModel) else draft
     beside = 0 if draft is None else cache_bytes(draft.config, 1, _number_bytes(draft))
     size = _number_bytes(model) if kinds == PLAIN else number_bytes(model.config.cache.key_dim, kinds)

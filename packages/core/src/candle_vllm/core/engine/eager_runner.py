@@ -153,11 +153,11 @@ class EagerTower:
         made: list[NDArray[np.float32]] = []
         for tile in tiles:
             rows = config.read(tile)
-            placed = tower.place(rows.places)
+            placed = tower.place(rows.places, 0, rows.grid)
             patches, numbers, start = (
-                None if each is None else torch.from_numpy(each).to(self._device) for each in (rows.patches, *placed)
+                None if each is None else torch.from_numpy(each).to(self._device) for each in (rows.patches(), *placed)
             )
-            step = TowerStep(numbers, (len(rows.patches),), rows.windows, start)
+            step = TowerStep(numbers, (len(rows.places),), rows.windows, start)
             with torch.inference_mode():
                 x, deep = tower.begin(patches, step), list[torch.Tensor]()
             for number, layer in enumerate(tower.layers):

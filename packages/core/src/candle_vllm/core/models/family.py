@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -19,7 +19,7 @@ from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.vision.preprocessing import Cut, Rule, patch_rows, window_order
+from candle_vllm.core.vision.preprocessing import Cut, Rule, patch_places, patch_rows, window_order
 
 
 class Decoder(Protocol):
@@ -112,6 +112,7 @@ class TowerConfig:
         most_patches: of a tile; 0 where it is `side` squared.
         window: cells of the side of a window.
         windowed: the layers in which patches see those of their window alone.
+        gated: layers have a gate in the feed-forward part.
         learned: of the side of the table of positions that is resampled to a tile's grid; 0 where none is.
         deep: layers whose results become embeddings too, which are added behind the first layers of the text model.
     """
@@ -131,6 +132,7 @@ class TowerConfig:
     most_patches: int = 0
     window: int = 0
     windowed: frozenset[int] = frozenset()
+    gated: bool = False
     learned: int = 0
     deep: tuple[int, ...] = ()
     num_experts: int = 0
@@ -145,6 +147,22 @@ class TowerConfig:
     def patches(self) -> int:
         """The most of a tile."""
         return self.most_patches or self.side**2
+
+    @property
+    def windows(self) -> int:
+        """The most of a tile; 1 where there are none."""
+        if not self.windowed:
+            return 1
+        cells, side = self.patches // self.cell**2, -(-self.side // self.cell)
+        return min(cells, cells // self.window**2 + 2 * side // self.window + 2)
+
+    def step_bytes(self, threads: int) -> int:
+        """Memory that the largest tile takes while so many threads encode it, at most."""
+        size, inner = self.hidden_size, self.intermediate_size * (3 if self.gated else 2)
+        each = 2 * self.patch_size + 8 * size + inner + 32 * (threads + 16)  # rows are rounded up to lines
+        keys = 16 * self.windows * 2 * size  # and values, of windows that are not full
+        cells = 256 * 4 * (3 * self.cell_size + self.text_size)
+        return 4 * (self.patches * each + keys + cells)
 
     @property
     def vectors(self) -> int:
@@ -173,30 +191,57 @@ class TowerConfig:
 
     def read(self, tile: NDArray[np.uint8]) -> TileRows:
         """What a tower is given of a tile [h, w, 3]."""
-        patches, places = patch_rows(tile[None], self.patch, self.cell, self.rule.normalisation)
-        if not self.windowed:
-            return TileRows(patches, places, None, (len(patches),))
+        rows, columns = tile.shape[0] // self.cell_pixels, tile.shape[1] // self.cell_pixels
         each = self.cell**2
-        grid = (tile.shape[0] // self.cell_pixels, tile.shape[1] // self.cell_pixels)
-        order, lengths = window_order(*grid, self.window)
-        rows = (each * order[:, None] + np.arange(each)).reshape(-1)
-        return TileRows(patches[rows], places[rows], order, tuple((lengths * each).tolist()))
+        places = patch_places(rows * self.cell, columns * self.cell, self.cell)
+        if not self.windowed:
+            return TileRows(tile, self, places, None, (len(places),))
+        order, lengths = window_order(rows, columns, self.window)
+        places = places.reshape(-1, each, 2)[order].reshape(-1, 2)
+        return TileRows(tile, self, places, order, tuple((lengths * each).tolist()))
 
 
 class TileRows(NamedTuple):
     """A tile as a tower reads it.
 
     Attributes:
-        patches: [T, numbers of one] float32.
-        places: [T, 2] int64, row and column of each.
+        tile: the tile.
+        config: of the tower.
+        places: [T, 2] int64, row and column of each patch.
         order: [C] int64, which of the tile's cells each stands for; None where they are in their order.
         windows: patches of each window, which stand side by side.
     """
 
-    patches: NDArray[np.float32]
+    tile: NDArray[np.uint8]
+    config: TowerConfig
     places: NDArray[np.int64]
     order: NDArray[np.int64] | None
     windows: tuple[int, ...]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of its patches."""
+        return self.tile.shape[0] // self.config.patch, self.tile.shape[1] // self.config.patch
+
+    def strips(self, most: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Patches [n, numbers of one] of rows of cells, and which ones they are, [n]: some `most` at a time."""
+        config, each = self.config, self.config.cell**2
+        columns = self.grid[1] // config.cell
+        step = max(1, most // (columns * each))
+        after = None if self.order is None else np.argsort(self.order)
+        for row in range(0, self.grid[0] // config.cell, step):
+            strip = self.tile[row * config.cell_pixels : (row + step) * config.cell_pixels]
+            patches, _ = patch_rows(strip[None], config.patch, config.cell, config.rule.normalisation)
+            cells = np.arange(row * columns, row * columns + len(patches) // each)
+            cells = cells if after is None else after[cells]
+            yield (each * cells[:, None] + np.arange(each)).reshape(-1), patches
+
+    def patches(self) -> NDArray[np.float32]:
+        """All of them, [T, numbers of one]."""
+        made = np.empty((len(self.places), self.config.patch_size), np.float32)
+        for rows, patches in self.strips(len(made)):
+            made[rows] = patches
+        return made
 
     def in_order(self, made: NDArray[np.float32]) -> NDArray[np.float32]:
         """The embeddings [C, vectors * text size] of the cells in the tile's own order, in new memory."""
@@ -211,8 +256,8 @@ class Placed(NamedTuple):
     """What a tower makes of the rows and columns of a tile's patches.
 
     Attributes:
-        numbers: [T] int64, what stands for each.
-        start: [T, E] float32, what x begins with; None where it begins with the patches alone.
+        numbers: [n] int64, what stands for each.
+        start: [n, E] float32, what x begins with; None where it begins with the patches alone.
     """
 
     numbers: NDArray[np.int64]
@@ -257,8 +302,11 @@ class Tower(Protocol):
     @property
     def mergers(self) -> Sequence[Callable[[Value], Value]]: ...
 
-    def place(self, places: NDArray[np.int64]) -> Placed:
-        """What it makes of the row and column [T, 2] of each patch; good for one tile at a time."""
+    def place(self, places: NDArray[np.int64], first: int, grid: tuple[int, int]) -> Placed:
+        """What it makes of the row and column [n, 2] of patches from `first` on; good for one tile at a time.
+
+        `grid` are rows and columns of the tile's patches.
+        """
         ...
 
     def begin(self, patches: Value, step: TowerStep) -> Value:

@@ -145,7 +145,7 @@ def _config(processor: Fields, *, patch: int, cell: int, **values: Any) -> Pixtr
         raise InvalidFileError(
             f"{processor.path}: pictures of {rule.longest} pixels in patches of {patch}: more than {MOST_PATCHES}"
         )
-    return PixtralConfig(activation="gelu", patch=patch, side=side, cell=cell, rule=rule, **values)
+    return PixtralConfig(activation="gelu", gated=True, patch=patch, side=side, cell=cell, rule=rule, **values)
 
 
 def prepared(tensors: Mapping[str, StoredTensor], config: TowerConfig) -> Mapping[str, StoredTensor]:
@@ -221,8 +221,9 @@ class Pixtral:
         self.first = Linear(size, text, placement, bias=bias)
         self.second = Linear(text, text, placement, bias=bias)
 
-    def place(self, places: NDArray[np.int64]) -> Placed:
+    def place(self, places: NDArray[np.int64], first: int, grid: tuple[int, int]) -> Placed:
         """See `Tower`: rows of the tables, row by row of the largest tile."""
+        del first, grid
         return Placed(places @ (self.config.side, 1))
 
     def begin(self, patches: Value, step: TowerStep) -> Value:

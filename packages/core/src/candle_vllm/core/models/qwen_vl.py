@@ -54,13 +54,7 @@ takes minutes on a CPU."""
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QwenTowerConfig(TowerConfig):
-    """The flags of these families.
-
-    Attributes:
-        gated: layers as Qwen2.5-VL has them: RMS norms, and a gate in the feed-forward part.
-    """
-
-    gated: bool = False
+    """A tower of these families; those with gates, Qwen2.5-VL's, have RMS norms too."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -260,11 +254,11 @@ class Positions:
     def __init__(self, side: int, size: int, placement: Placement) -> None:
         self.side, self.weight = side, placement.empty(side**2, size)
 
-    def __call__(self, places: NDArray[np.int64]) -> NDArray[np.float32]:
-        """[T, E] of the row and column of each patch [T, 2], by both neighbours in each direction."""
+    def __call__(self, places: NDArray[np.int64], grid: tuple[int, int]) -> NDArray[np.float32]:
+        """[n, E] of the row and column in a grid of each patch [n, 2], by both neighbours in each direction."""
         table, last = np.asarray(self.weight), np.float32(self.side - 1)
         found = np.zeros((len(places), table.shape[1]), np.float32)
-        steps = [places[:, axis] * (last / max(int(places[:, axis].max()), 1)) for axis in (0, 1)]
+        steps = [places[:, axis] * (last / max(count - 1, 1)) for axis, count in enumerate(grid)]
         below = [step.astype(np.int64) for step in steps]
         shares = [(step - low).astype(np.float32)[:, None] for step, low in zip(steps, below)]
         for down in (0, 1):
@@ -308,14 +302,15 @@ class QwenTower:
         self.projector = Linear(joined, config.text_size, placement, bias=True)
         self.mergers = [Merger(config, placement) for _ in config.deep]
 
-    def place(self, places: NDArray[np.int64]) -> Placed:
+    def place(self, places: NDArray[np.int64], first: int, grid: tuple[int, int]) -> Placed:
         """See `Tower`: a row of the tables for each patch, whose first half its row turns, and the other its column."""
         quarter = self._tables[0].shape[1] // 2
         frequencies = np.float32(1) / np.float32(_THETA) ** (np.arange(quarter, dtype=np.float32) / quarter)
         angles = (places[:, :, None].astype(np.float32) * frequencies.astype(np.float32)).reshape(len(places), -1)
         for table, function in zip(self._tables, (np.cos, np.sin)):
-            np.asarray(table)[: len(places)] = function(angles.astype(np.float64))  # shares its memory
-        return Placed(np.arange(len(places)), None if self.positions is None else self.positions(places))
+            np.asarray(table)[first : first + len(places)] = function(angles.astype(np.float64))  # shares its memory
+        start = None if self.positions is None else self.positions(places, grid)
+        return Placed(np.arange(first, first + len(places)), start)
 
     def begin(self, patches: Value, step: TowerStep) -> Value:
         """See `Tower`."""

@@ -168,8 +168,9 @@ class Siglip:
         self.norm = LayerNorm(size, config.norm_eps, placement)
         self.projector = Linear(config.cell_size, config.text_size, placement)
 
-    def place(self, places: NDArray[np.int64]) -> Placed:
+    def place(self, places: NDArray[np.int64], first: int, grid: tuple[int, int]) -> Placed:
         """See `Tower`: rows of the table, row by row of a tile."""
+        del first, grid
         return Placed(places @ (self.config.side, 1))
 
     def begin(self, patches: Value, step: TowerStep) -> Value:

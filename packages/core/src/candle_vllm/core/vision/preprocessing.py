@@ -469,6 +469,11 @@ def patch_rows(
     rows = np.empty(values.shape, np.float32)
     for channel, table in enumerate(normalisation.table.T):
         rows[..., channel, :, :] = table[values[..., channel, :, :]]
-    places = np.indices((height // patch, width // patch)).reshape(2, *grid[1:3], *grid[4:6])
-    places = places.transpose(1, 3, 2, 4, 0).reshape(-1, 2)
+    places = patch_places(height // patch, width // patch, cell)
     return rows.reshape(-1, 3 * patch * patch), np.tile(places, (count, 1))
+
+
+def patch_places(rows: int, columns: int, cell: int) -> NDArray[np.int64]:
+    """Row and column of the patches of a grid [rows * columns, 2], in the order of `patch_rows`."""
+    places = np.indices((rows, columns)).reshape(2, rows // cell, cell, columns // cell, cell)
+    return places.transpose(1, 3, 2, 4, 0).reshape(-1, 2)

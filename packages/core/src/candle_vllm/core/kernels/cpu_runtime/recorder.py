@@ -129,6 +129,7 @@ class Recorder:
         self._free: defaultdict[tuple[int, type], list[np.ndarray]] = defaultdict(list)
         self._scratch: np.ndarray | None = None
         self._row_numbers = np.empty(0, np.int64)
+        self.allocated: list[np.ndarray] = []  # memory of values, and what lies between operations
 
     def begin(self, adapted: Adapted) -> None:
         """Begins another plan, which has the same memory: one of them runs at a time."""
@@ -206,6 +207,7 @@ class Recorder:
     def _allocate(self, count: int, dtype: type) -> np.ndarray:
         made = aligned(count, dtype)
         self._keep.append(made)
+        self.allocated.append(made)
         return made
 
 

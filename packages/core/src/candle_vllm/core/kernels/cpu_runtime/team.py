@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function, operation, plan_row
 from candle_vllm.core.threads import STACK_BYTES, deep_stacks, usable_cpus
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,23 @@ _PLACE = SEMAPHORE + 16  # of what a semaphore itself needs, up to 32 bytes
 _KEPT_PLANS = 8
 
 
-CODE = "cpu_runtime.walk:take_part"
-"""The compiled side."""
+CODE, PART_CODE = "cpu_runtime.walk:take_part", "cpu_runtime.walk:do_parts"
+"""The compiled side, and the operation that does some parts of another one."""
+
+
+class PartArguments(NamedTuple):
+    """The arguments of `do_parts`.
+
+    Attributes:
+        row: address of the operation's row.
+        first, last: the parts.
+        parts: of the whole operation.
+    """
+
+    row: int
+    first: int
+    last: int
+    parts: int
 
 
 class ThreadTeam:
@@ -52,6 +67,7 @@ class ThreadTeam:
         self._shared = -(-address_of(self._memory) // 64) * 64
         self._word(JOB).value = 1  # odd while there is none
         self._plans: dict[int, tuple[np.ndarray, int]] = {}  # and their addresses
+        self._parts: np.ndarray | None = None
         self._semaphores = system_semaphores() if threads > 1 else None
         self.threads = threads if self._make_semaphores(threads) else 1
         self._take_part = c_function(CODE, 5)
@@ -78,6 +94,17 @@ class ThreadTeam:
                 self._forget_plans()
             known = self._plans[id(plan)] = plan, address_of(plan)
         self._take_part(known[1], rows, self._shared, 0, self.threads)
+
+    def run_parts(self, plan: np.ndarray, first: int, last: int, parts: int) -> None:
+        """Runs the parts `first`..`last` of the first operation of a plan, of so many that follow each other.
+
+        It is done as by that many times the threads, a team of them at a time, so that its numbers are the same.
+        """
+        if self._parts is None:
+            given = PartArguments(0, 0, 0, 1)
+            self._parts = np.array(plan_row(operation(PART_CODE), 0, given, barrier=True), np.int64)
+        self._parts[-4:] = address_of(plan), first, last, parts
+        self.run(self._parts, 1)
 
     def close(self) -> None:
         """Ends the helpers and waits for them; of a team that is dropped they end by themselves."""

@@ -1,4 +1,4 @@
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false
 """The compiled side of the thread team: walking a plan, sharing its pieces, waiting, and a helper's life.
 
 **Pieces.** A row is done in as many pieces as there are threads, and piece n is thread n's, unless another one has
@@ -30,6 +30,7 @@ from candle_vllm.core.kernels.cpu_runtime.primitives import (
     fetch_add,
     int64_at,
     load_acquire,
+    read,
     store_release,
 )
 from candle_vllm.core.kernels.cpu_runtime.team import (
@@ -51,6 +52,7 @@ from candle_vllm.core.kernels.cpu_runtime.team import (
     WAIT,
     WORKER_BYTES,
     WORKERS,
+    PartArguments,
 )
 
 _TAKEN_BITS = 20  # of a claim: how many pieces are taken; above them stands the row's number
@@ -168,6 +170,14 @@ def _walk(job: int, plan: int, rows: int, number: int, group: int, shared: int, 
             _await_change(shared, thread, shared + GROUPS, group, _SPINS)
         group += 1
         begin, first, done = at, index + 1, 0
+
+
+def do_parts(row, thread, threads):
+    """The operation that does a thread's shares of some parts of another one."""
+    given = read(PartArguments, row)
+    for part in range(given.first, given.last):
+        at = part * threads + thread
+        call_operation(int64_at(given.row)[0], given.row, at, given.parts * threads)
 
 
 # ---- the two sides ---------------------------------------------------------------------------------------------------

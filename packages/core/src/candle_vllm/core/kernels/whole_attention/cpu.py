@@ -12,6 +12,7 @@ are those of `plain_linear` with F32 weights:
 
 `lay_out` makes the panels of all texts; D and a text's keys are filled up with zeros to multiples of 8. A unit of work
 is a head of 32 queries of a text with all of its keys, handed out by an atomic counter, which `lay_out` begins at 0.
+Where the operation is done in parts, by more threads than have memory, each has its share of the units.
 Every number is one chain of sums over D or over the text's keys: the same bits whatever else is in the step, and
 whichever thread computes it.
 """
@@ -251,13 +252,20 @@ def make_attend_whole(ISA: int) -> Callable[..., None]:
         given = read(WholeArguments, row)
         starts, heads, dim = int64_at(given.query_start), given.heads, given.head_dim
         filled = (dim + 7) & -8
-        queries = given.scratch + HEADER + thread * given.thread_bytes
+        queries = given.scratch + HEADER + thread % given.threads * given.thread_bytes
         tile_bytes = 64 * filled
         results = queries + 2 * tile_bytes
         sums = results + 2 * tile_bytes
         scores = sums + 128
+        total = 0  # units
+        for r in range(step_number(row, _SEQUENCES)):
+            total += ((starts[r + 1] - starts[r] + 31) >> 5) * heads
+        in_parts = threads > given.threads
         before = 0  # units of the texts before this one
-        unit = fetch_add(given.scratch, 1)
+        if in_parts:
+            unit, total = total * thread // threads, total * (thread + 1) // threads
+        else:
+            unit = fetch_add(given.scratch, 1)
         for r in range(step_number(row, _SEQUENCES)):
             start = starts[r]
             length = starts[r + 1] - start
@@ -265,7 +273,7 @@ def make_attend_whole(ISA: int) -> Callable[..., None]:
             score_bytes = 512 * panels
             parts = (length + 31) >> 5
             base = _text_panels(start, r, heads, dim)
-            while unit < before + parts * heads:
+            while unit < min(before + parts * heads, total):
                 head = (unit - before) // parts
                 first = 32 * (unit - before - head * parts)
                 count = min(32, length - first)
@@ -295,7 +303,7 @@ def make_attend_whole(ISA: int) -> Callable[..., None]:
                     result = float32_at(results + (lane >> 4) * tile_bytes + 4 * (lane & 15))
                     for d in range(dim):
                         out[d] = result[16 * d]
-                unit = fetch_add(given.scratch, 1)
+                unit = unit + 1 if in_parts else fetch_add(given.scratch, 1)
             before += parts * heads
 
     return attend_whole

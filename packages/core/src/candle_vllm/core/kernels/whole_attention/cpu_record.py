@@ -33,6 +33,7 @@ class WholeArguments(NamedTuple):
         scale: of scores, times log2(e).
         scratch: address of `scratch_bytes`.
         thread_bytes: of these, each thread's.
+        threads: as many have some.
     """
 
     qkv: int
@@ -47,6 +48,7 @@ class WholeArguments(NamedTuple):
     scale: float
     scratch: int
     thread_bytes: int
+    threads: int
 
 
 class TurnArguments(NamedTuple):
@@ -123,6 +125,7 @@ def record_whole_attention(recorder: Recorder, qkv: tuple[int, int], heads: int,
         scale=head_dim**-0.5 * LOG2E,
         scratch=recorder.scratch(scratch_bytes(limits.tokens, head_dim, limits.threads)),
         thread_bytes=thread_bytes(limits.tokens, head_dim),
+        threads=limits.threads,
     )
     recorder.add(lay_out_operation(), given)
     recorder.add(attend_whole_operation(recorder.isa), given)
