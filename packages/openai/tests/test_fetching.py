@@ -122,12 +122,16 @@ def resolver(monkeypatch: pytest.MonkeyPatch, **names: Sequence[str]) -> list[st
 
 
 async def test_what_is_listed_is_fetched_once(site: Site) -> None:
-    sources = ImageSources([site.host])
+    counted: list[str] = []
+    sources = ImageSources([site.host], count=counted.append)
     url = site.url("/a.png?signature=1")
     assert await had(sources, url, "data:;base64,QUJD", url) == [BODY, b"ABC", BODY]
-    ((path, headers),) = site.asked
+    ((path, headers),) = list(site.asked)
     assert path == "/a.png?signature=1"
     assert headers["Host"] == site.host
+    await refused(sources, "http://evil.example/")
+    await refused(sources, site.url("/nothing"))
+    assert counted == ["fetched", "refused", "failed"]
     assert not {"Cookie", "Authorization", "Referer"} & set(headers)
 
 

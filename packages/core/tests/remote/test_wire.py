@@ -22,8 +22,8 @@ from candle_vllm.core.engine.request import (
     TokenLogprob,
     TokenOutput,
 )
-from candle_vllm.core.errors import CandleVllmError, ConfigError, RequestError
-from candle_vllm.core.remote import wire
+from candle_vllm.core.errors import CandleVllmError, ConfigError, InvalidParameterError, RequestError
+from candle_vllm.core.remote import parcels, wire
 from candle_vllm.core.remote.line import config_fields
 from candle_vllm.core.remote.serving import Outbox
 from candle_vllm.core.remote.wire import (
@@ -39,6 +39,7 @@ from candle_vllm.core.remote.wire import (
     encode,
     make_error,
 )
+from candle_vllm.core.vision.inputs import ImageInput
 
 STATS = EngineStats(
     num_running=1,
@@ -179,3 +180,12 @@ def test_a_step_is_one_message_and_a_piece_that_fits_none_is_refused(monkeypatch
     assert isinstance(refusal, Refused)
     assert refusal.ticket == "7"
     assert isinstance(make_error(refusal.error), RequestError)
+
+
+def test_images_that_are_too_many_for_a_message_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "MAX_FRAME", 1000)
+    image = ImageInput(key=bytes(32), tiles=bytes(3 * 400), shape=(1, 20, 20))
+    request = GenerationRequest(request_id="1", prompt_token_ids=(1,), params=SamplingParams(), images=(image, image))
+    with pytest.raises(InvalidParameterError, match="image: prepared, the 2 images of the request take") as caught:
+        parcels._written(Submit(request))
+    assert caught.value.param == "image"

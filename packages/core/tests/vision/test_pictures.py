@@ -14,9 +14,11 @@ import pytest
 from PIL import Image, ImageOps
 
 from candle_vllm.core.errors import ConfigError, InvalidParameterError
+from candle_vllm.core.vision import pictures
 from candle_vllm.core.vision.pictures import (
     PictureLimits,
     decode_picture,
+    from_base64,
     from_data_url,
     part_picture,
     picture_of,
@@ -173,6 +175,36 @@ def test_parts_name_one_picture(tmp_path: Any) -> None:
     for wrong in ({}, {"image": IMAGE, "url": url}, {"url": "https://a.example/b.png"}, {"path": "none.png"}):
         with pytest.raises(InvalidParameterError, match=r"p.*: "):
             part_picture(wrong, "p")
+
+
+def test_base64_may_be_in_lines() -> None:
+    data = bytes(range(256)) * 3
+    for text in (base64.encodebytes(data).decode(), base64.b64encode(data).decode().replace("A", "A \t\r\n")):
+        assert from_base64(text) == data
+        assert from_data_url(f"data:;base64,{text}", PictureLimits(nbytes=len(data))) == data
+    for text in ("AA\u00a0AA", "AA\0AA", "AA-A", "AAA"):
+        with pytest.raises(InvalidParameterError, match="no base64"):
+            from_base64(text)
+
+
+@pytest.mark.parametrize(("format", "mode"), [("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "RGBA"),
+                                              ("PNG", "P"), ("PNG", "I;16"), ("WEBP", "RGB")])  # fmt: skip
+def test_of_very_large_ones_four_pixels_are_one(format: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shades = np.add.outer(np.arange(40), np.arange(60)).astype(np.uint8)
+    wide = Image.fromarray(shades.astype(np.uint16) * 257)
+    image = wide if mode == "I;16" else Image.fromarray(shades).convert(mode)
+    data = stored(image, format, **({} if format == "PNG" else {"quality": 95}))
+    plain = decode_picture(data).pixels.astype(int)
+    monkeypatch.setattr(pictures, "_WHOLE", 40 * 60 - 1)
+    halved = decode_picture(data).pixels
+    assert halved.shape == (20, 30, 3)
+    assert abs(halved - plain.reshape(20, 2, 30, 2, 3).mean((1, 3))).max() <= 3
+    turned = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(turned, format, exif=exif)
+    assert decode_picture(turned.getvalue()).pixels.shape == (30, 20, 3)
+    assert picture_of(Image.open(io.BytesIO(data))).pixels.shape == (20, 30, 3)
 
 
 @pytest.mark.parametrize("url", ["data:image/png,abc", "data:;base64", "data:image/png;base64,###", "http://a/b"])

@@ -474,6 +474,7 @@ def test_adapters_are_told_while_they_are_on_and_labels_are_bounded() -> None:
         "adapters": 50, "adapters_in_memory": 40, "adapter_bytes": 4096, "adapter_loads": 60, "adapter_evictions": 20,
         "adapter_load_failures": 1, "adapter_load_seconds": 2.5, "max_adapters": 64,
         "running_adapters": {"b": 2, "a": 1}, "waiting_adapters": many,
+        "images_encoded": 7, "images_reused": 3, "image_failures": 2, "image_seconds": 1.5,
     }  # fmt: skip
     shown = text()
     waiting = ",".join(sorted(many)[:16]) + ",..."
@@ -482,6 +483,8 @@ def test_adapters_are_told_while_they_are_on_and_labels_are_bounded() -> None:
     counted = {
         "lora_adapters": 50, "lora_adapters_in_memory": 40, "lora_memory_bytes": 4096, "lora_loads_total": 60,
         "lora_load_failures_total": 1, "lora_load_seconds_total": 2.5, "lora_evictions_total": 20,
+        "images_encoded_total": 7, "images_reused_total": 3, "image_failures_total": 2,
+        "image_encoding_seconds_total": 1.5,
     }  # fmt: skip
     for name, value in counted.items():
         assert f'candle_vllm:{name}{{engine="0",model_name="m"}} {float(value)}' in shown

@@ -47,6 +47,7 @@ def all_events(metrics: Metrics) -> None:
         metrics.answer_kept(outcome)
         metrics.webhook_sent(outcome)
         metrics.adapter_looked_for("hf", "found")
+    metrics.image_fetched("fetched")
     metrics.tool_called("time", "completed")
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
-from candle_vllm.core.errors import ConfigError, EngineOverloadedError, InvalidParameterError
+from candle_vllm.core.errors import ConfigError, EngineOverloadedError, InvalidParameterError, RequestError
 from candle_vllm.core.vision.pictures import LIMITS, from_data_url
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.targets import ForbiddenTarget, Target, allowed_target, check_pattern, resolve
@@ -51,6 +51,7 @@ class ImageSources:
         folder: `file://` addresses below it are read.
         stored: gives the contents of a kept file by its id, for the caller of the request that is being answered;
             raises `RequestError` where there is none.
+        count: told how each address ended: "fetched", "failed" or "refused" (it may not be fetched).
 
     Raises:
         ConfigError: a domain is none, or the folder is not there.
@@ -61,6 +62,7 @@ class ImageSources:
         domains: Sequence[str] = (),
         folder: Path | str | None = None,
         stored: Callable[[str, str], Awaitable[bytes]] | None = None,
+        count: Callable[[str], None] = lambda _: None,
     ) -> None:
         for domain in domains:
             try:
@@ -72,6 +74,7 @@ class ImageSources:
         if self._folder is not None and not self._folder.is_dir():
             raise ConfigError(f"allowed_local_media_path is no folder: {folder}", "allowed_local_media_path")
         self._stored = stored
+        self._count = count
         self._threads = ThreadPoolExecutor(_RESOLVING, "candle-vllm-fetch")
         self._tls: ssl.SSLContext | None = None
         self._turns = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore]()
@@ -95,7 +98,11 @@ class ImageSources:
             self._path(image)
             return image
         if scheme in ("http", "https") and self._domains:
-            self._target(image.source, image.path)
+            try:
+                self._target(image.source, image.path)
+            except InvalidParameterError:
+                self._count("refused")
+                raise
             return image
         setting = "--allowed-local-media-path" if scheme == "file" else "--allowed-media-domains"
         said = f"{image.path}: nothing is fetched from an address: send the image as a data URL"
@@ -145,7 +152,13 @@ class ImageSources:
             return await loop.run_in_executor(self._threads, self._read, image, room)
         loop = asyncio.get_running_loop()
         async with self._turns.setdefault(loop, asyncio.Semaphore(AT_ONCE)):
-            return await self._fetch(image, room)
+            try:
+                data = await self._fetch(image, room)
+            except RequestError:
+                self._count("failed")
+                raise
+            self._count("fetched")
+            return data
 
     # ---- files -------------------------------------------------------------------------------------------------------
 

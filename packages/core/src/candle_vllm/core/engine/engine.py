@@ -252,6 +252,7 @@ class Engine:
             **self._draft_counts(),
             **self._adapter_counts(),
             **self._kept_counts(),
+            **self._image_counts(),
         )
 
     def _adapter_counts(self) -> dict[str, Any]:
@@ -283,6 +284,16 @@ class Engine:
             "kept_blocks_written": self.kept.num_written,
             "kept_blocks_skipped": self.kept.num_skipped,
             "kept_block_failures": self.kept.num_failed,
+        }
+
+    def _image_counts(self) -> dict[str, Any]:
+        if self.images is None:
+            return {}
+        return {
+            "images_encoded": self.images.num_encoded,
+            "images_reused": self.images.num_reused,
+            "image_failures": self.images.num_failed,
+            "image_seconds": self.images.seconds,
         }
 
     def _draft_counts(self) -> dict[str, Any]:

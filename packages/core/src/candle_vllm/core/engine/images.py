@@ -6,6 +6,7 @@ pixels: requests with the same picture share it, one after the other too, as lon
 
 from __future__ import annotations
 
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Generator
 from typing import Protocol
@@ -47,7 +48,8 @@ class ImageStore:
         self._users: Counter[bytes] = Counter()
         self._encoding: tuple[bytes, Encoding] | None = None
         self.failures: dict[bytes, Exception] = {}  # of pictures that somebody still waits for
-        self.num_encoded = self.num_reused = 0
+        self.num_encoded = self.num_reused = self.num_failed = 0
+        self.seconds = 0.0  # of encoding
 
     @property
     def works(self) -> bool:
@@ -100,6 +102,7 @@ class ImageStore:
             key, given = self._wanted.popitem(last=False)
             self._encoding = key, self._runner.embeddings(np.frombuffer(given.tiles, np.uint8).reshape(*given.shape, 3))
         key, encoding = self._encoding
+        begun = time.perf_counter()
         try:
             next(encoding)
         except StopIteration as done:
@@ -112,7 +115,10 @@ class ImageStore:
             raise
         except Exception as error:  # of this picture alone
             self._encoding = None
+            self.num_failed += 1
             self.failures[key] = error
+        finally:
+            self.seconds += time.perf_counter() - begun
 
     def _shrink(self) -> None:
         """Forgets what was used longest ago and has no users, down to the bound."""

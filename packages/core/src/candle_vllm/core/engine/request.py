@@ -597,6 +597,9 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
         kept_blocks_read, kept_blocks_written: since the start.
         kept_blocks_skipped: not written because the disk was behind, since the start.
         kept_block_failures: blocks that could not be read or written, or were damaged, since the start.
+        images_encoded, images_reused, image_failures: images whose embeddings were made, those that requests found
+            made, and those that could not be, since the start.
+        image_seconds: what making them took, since the start.
     """
 
     num_running: int
@@ -630,3 +633,7 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
     kept_blocks_written: int = 0
     kept_blocks_skipped: int = 0
     kept_block_failures: int = 0
+    images_encoded: int = 0
+    images_reused: int = 0
+    image_failures: int = 0
+    image_seconds: float = 0.0

@@ -17,7 +17,7 @@ from candle_vllm.core.engine.admission import check_encoder_task, check_pooling_
 from candle_vllm.core.engine.request import GenerationRequest, ModelInfo, PoolingRequest
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.pooling import ModelPooling
-from candle_vllm.core.remote.wire import Check, FrameTooLargeError, Pool, Submit, encode
+from candle_vllm.core.remote.wire import MAX_FRAME, Check, FrameTooLargeError, Pool, Submit, encode
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.state import SamplingState
 from candle_vllm.core.sampling.structured import StructuredOutputsParams, parsed_json, refused
@@ -133,4 +133,12 @@ def _written(message: Submit | Pool | Check) -> bytes:
             "cannot carry; send whole characters"
         ) from None
     except FrameTooLargeError as error:
+        images = message.request.images if isinstance(message, Submit) else ()
+        if images:
+            took = sum(len(image.tiles) for image in images) >> 20
+            raise InvalidParameterError(
+                f"image: prepared, the {len(images)} images of the request take {took} MB, and an engine in a process "
+                f"of its own is sent {MAX_FRAME >> 20} MB at most: send fewer or smaller ones",
+                "image",
+            ) from None
         raise InvalidParameterError(f"the request is too large: {error}") from None

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 _ORIENTATION = 0x0112
 _LONGEST_SIDE = 1 << 16
+_WHOLE = 1 << 25  # pixels; of what has more, both sides are halved while it is decoded, for no model looks so closely
+_BLANKS = " \t\r\n\f\v"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,8 @@ def decode_picture(data: bytes, limits: PictureLimits = LIMITS, name: str = "ima
     try:
         with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(*image.size, limits, name)
+            if image.width * image.height > _WHOLE:
+                image.draft(None, (image.width // 2, image.height // 2))  # of a JPEG, half is all that is decoded
             return _picture(image)
     except InvalidParameterError:
         raise
@@ -149,15 +153,16 @@ def from_data_url(url: str, limits: PictureLimits = LIMITS, name: str = "image")
     head, comma, data = url.partition(",")
     if not comma or not head[:5].lower() == "data:" or not head.lower().endswith(";base64"):
         raise InvalidParameterError(f"{name}: a data URL is data:image/png;base64, and the picture in base64", name)
-    if len(data) > 4 * (limits.nbytes // 3 + 1):
+    most = 4 * (limits.nbytes // 3 + 1)
+    if len(data) > most and len(data) - sum(map(data.count, _BLANKS)) > most:
         raise InvalidParameterError(f"{name}: a picture may have {limits.nbytes} bytes", name)
     return from_base64(data, name)
 
 
 def from_base64(data: str, name: str = "image") -> bytes:
-    """Bytes of base64; raises InvalidParameterError where it is none."""
+    """Bytes of base64, in lines or not; raises InvalidParameterError where it is none."""
     try:
-        return base64.b64decode(data, validate=True)
+        return base64.b64decode(data.encode("ascii").translate(None, _BLANKS.encode()), validate=True)
     except (binascii.Error, ValueError):
         raise InvalidParameterError(f"{name}: its data are no base64", name) from None
 
@@ -220,10 +225,16 @@ def _picture(image: Image) -> Picture:
     if image.mode.startswith("I;16"):
         image = image.convert("I").point(lambda value: value / 256).convert("L")  # Pillow alone would cut at 255
     if "A" in image.getbands() or image.info.get("transparency") is not None:
-        seen = image.convert("RGBA")
+        seen = _halved(image if image.mode == "RGBA" else image.convert("RGBA"))
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", seen.size, (255, 255, 255, 255)), seen)
+    image = _halved(image if image.mode in ("RGB", "L") else image.convert("RGB"))
     image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     return _of_pixels(np.asarray(image if turn is None else image.transpose(turn)))
+
+
+def _halved(image: Image) -> Image:
+    """Four pixels as one, where there are too many to keep."""
+    return image.reduce(2) if image.width * image.height > _WHOLE else image
 
 
 def _of_pixels(pixels: NDArray[np.uint8]) -> Picture:

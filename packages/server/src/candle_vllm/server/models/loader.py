@@ -107,7 +107,7 @@ def serve_engine(
             default_chat_template_kwargs=settings.default_chat_template_kwargs,
             watcher=watcher,
             adapters=BaseAdapters(adapters, entry.name) if adapters is not None and settings.enable_lora else None,
-            images=image_sources(settings, stored_image),
+            images=image_sources(settings, stored_image, metrics.image_fetched),
         )
     except BaseException:
         watcher.close()

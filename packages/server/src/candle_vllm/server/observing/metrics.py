@@ -131,6 +131,10 @@ class Metrics:
         """A source of adapters was asked for one; `outcome` says how that ended."""
         self._count(series.ADAPTER_LOOKS, source, outcome)
 
+    def image_fetched(self, outcome: str) -> None:
+        """A request named an image by its address; `outcome` says how that ended."""
+        self._count(series.IMAGE_FETCHES, outcome)
+
     def tool_called(self, server: str, status: str) -> None:
         """A tool of an MCP server was called; `status` says how that ended."""
         self._count(series.TOOL_CALLS, server, status)

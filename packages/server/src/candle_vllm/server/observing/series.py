@@ -205,6 +205,10 @@ ENGINE_COUNTERS: tuple[Series, ...] = (
     _sum("candle_vllm:lora_load_failures_total", "Adapters that could not be.", "adapter_load_failures"),
     _sum("candle_vllm:lora_load_seconds_total", "Time of all that, seconds.", "adapter_load_seconds"),
     _sum("candle_vllm:lora_evictions_total", "Adapters that left memory for others.", "adapter_evictions"),
+    _sum("candle_vllm:images_encoded_total", "Images whose embeddings were made.", "images_encoded"),
+    _sum("candle_vllm:images_reused_total", "Images whose embeddings requests found made.", "images_reused"),
+    _sum("candle_vllm:image_failures_total", "Images whose embeddings could not be made.", "image_failures"),
+    _sum("candle_vllm:image_encoding_seconds_total", "Time of making them, seconds.", "image_seconds"),
     _sum("candle_vllm:prompt_cache_blocks_read_total", "KV blocks that were read from disk.", "kept_blocks_read"),
     _sum("candle_vllm:prompt_cache_blocks_written_total", "KV blocks that were written there.", "kept_blocks_written"),
     _sum(
@@ -293,13 +297,16 @@ ADAPTER_LOOKS = Series(
     "candle_vllm:lora_resolutions_total", "counter", ("source", "outcome"),
     "Looks for adapters that a request named, by source and outcome.",
 )  # fmt: skip
+IMAGE_FETCHES = Series(
+    "candle_vllm:image_fetches_total", "counter", _OUTCOME, "Images that requests named by an address, by outcome."
+)  # fmt: skip
 WEBHOOKS = Series("candle_vllm:webhook_deliveries_total", "counter", _OUTCOME, "Webhooks sent, by outcome.")
 TOOL_CALLS = Series(
     "candle_vllm:mcp_tool_calls_total", "counter", ("server", "status"),
     "Calls of tools of MCP servers, by how they ended.")  # fmt: skip
 EVENTS = (
-    REJECTIONS, RATE_LIMITED, LOADS, UNLOADS, LOAD_SECONDS, WAIT_SECONDS, ADAPTER_LOOKS, ANSWERS_KEPT, WEBHOOKS,
-    TOOL_CALLS,
+    REJECTIONS, RATE_LIMITED, LOADS, UNLOADS, LOAD_SECONDS, WAIT_SECONDS, ADAPTER_LOOKS, IMAGE_FETCHES, ANSWERS_KEPT,
+    WEBHOOKS, TOOL_CALLS,
 )  # fmt: skip
 """What happens to the server rather than to a request in an engine."""
 

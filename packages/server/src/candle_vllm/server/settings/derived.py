@@ -109,8 +109,10 @@ def thinking_settings(settings: Settings) -> dict[str, Any]:
     return {"reasoning_budget": limit, "reasoning_budget_message": settings.reasoning_budget_message}
 
 
-def image_sources(settings: Settings, stored: Callable[[str, str], Awaitable[bytes]]) -> ImageSources:
-    """Where images of requests may come from; `stored` as of `ImageSources`.
+def image_sources(
+    settings: Settings, stored: Callable[[str, str], Awaitable[bytes]], count: Callable[[str], None]
+) -> ImageSources:
+    """Where images of requests may come from; `stored` and `count` as of `ImageSources`.
 
     Raises:
         ConfigError: the folder is none.
@@ -118,7 +120,7 @@ def image_sources(settings: Settings, stored: Callable[[str, str], Awaitable[byt
     from candle_vllm.openai.fetching import ImageSources
 
     domains = [host.strip() for given in settings.allowed_media_domains for host in given.split(",")]
-    return ImageSources(domains, settings.allowed_local_media_path, stored)
+    return ImageSources(domains, settings.allowed_local_media_path, stored, count)
 
 
 def engine_config(settings: Settings, **changes: Any) -> EngineConfig:
