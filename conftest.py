@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the tests of every package share stands in `tests`; --import-mode=importlib does not look there by itself."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: MIT
 # After a dev container is made: the environment, and what is asked before a commit.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Makes a release: five wheels and five sdists from what git tracks, checked, and tried in empty environments.
 
     python deploy/release.py [--out dist] [--repository URL] [--python 3.12 ...]

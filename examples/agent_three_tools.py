@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A conversation that acts: the model looks something up, calculates, and takes a note, then answers.
 
     python examples/agent_three_tools.py MODEL [--free]

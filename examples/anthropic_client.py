@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Talk to a running server with Anthropic's own client (`pip install anthropic`).
 
     candle-vllm &

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Drive the engine step by step: requests that come and go between steps, one of them urgent, one aborted.
 
     python examples/custom_loop.py MODEL

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Find the texts that are nearest in meaning to a question.
 
     python examples/embeddings.py MODEL

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Continue several prompts at once.
 
     python examples/library_generate.py MODEL

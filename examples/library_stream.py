@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Show answers of a chat while they are made: two conversations at once in one event loop.
 
     python examples/library_stream.py MODEL

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Talk to a running server with OpenAI's own client (`pip install openai`).
 
     candle-vllm &

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Answers in a given form: JSON by a schema, one of some words, a pattern.
 
     python examples/structured_output.py MODEL

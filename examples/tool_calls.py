@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """An agent's loop in one program, without a server: the model calls a function, gets its result, and answers.
 
     python examples/tool_calls.py MODEL [--sync]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Codex CLI as npm has it, run unchanged against a server of ours, in a home and a folder of its own."""
 
 from __future__ import annotations

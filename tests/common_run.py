@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A plugin of pytest: which cases of a test are in the common run, and which stand behind the marker `every_case`.
 
     @pytest.mark.one_of_each

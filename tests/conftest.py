@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Models that the tests of this folder share."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Runs a module as on another system: `elsewhere.py win32|darwin MODULE [ARGUMENTS]`, or `-c CODE`.
 
 Only our own packages live there. What they import of Python's library is a stand-in that says `sys.platform` of that

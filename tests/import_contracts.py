@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A contract of import-linter's, named in pyproject.toml: the packages that all contracts speak of are there.
 
 It imports `candle_vllm` before the packages are looked for. They are looked for where the spec of `candle_vllm` says,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Servers for the end-to-end tests: in a process of their own, or in a thread of this one; and clients for them."""
 
 from __future__ import annotations

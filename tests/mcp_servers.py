@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Third-party MCP servers, each of a fixed version, kept in the user's cache; where one cannot be had, a test skips."""
 
 from __future__ import annotations

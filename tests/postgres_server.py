@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A real PostgreSQL server for tests of stores: Debian's programs in a temporary folder, on loopback."""
 
 from __future__ import annotations

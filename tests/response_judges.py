@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Judges of responses and of their events: the types of the Open Responses specification and of OpenAI's client."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The program in a `ScriptedServer`'s process: `candle-vllm`, with the engine that `script.json` describes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A server process on an engine that answers by a script: the real command, sockets and signals, without a model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a run of tests took: its slowest tests with the seconds of CPU beside those of the clock, and both as a whole.
 
 A plugin of pytest, loaded by the workspace's `conftest.py`: runs of half a minute and more end with the table. With

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Adapters of real files through a real server: by name from a folder, without a restart, several in the same steps."""
 
 from __future__ import annotations

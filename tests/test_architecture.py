@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """docs/architecture.md is the tree, the packages import in one direction, and the text of the repository is clean."""
 
 from __future__ import annotations
@@ -129,3 +130,17 @@ def test_the_type_checker_is_given_every_package_and_the_benchmarks() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     sources = [f"packages/{package}/src" for package in PACKAGES]
     assert settings["tool"]["pyright"]["include"] == ["benchmarks", *sources, "src"]
+
+
+def test_every_source_file_begins_with_its_licence() -> None:
+    """In the first line, behind that which names a program; what is generated and what is empty has none."""
+    endings = (".py", ".pyi", ".sh", ".ts", ".tsx", ".mjs", ".js", ".css")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    lacking = []
+    for name in listed:
+        if name.endswith(endings) and "/static/" not in name and (ROOT / name).is_file():
+            lines = [line for line in (ROOT / name).read_text(encoding="utf-8").splitlines()[:2] if line[:2] != "#!"]
+            if any(line.strip() for line in lines) and "SPDX-License-Identifier: MIT" not in lines[0]:
+                lacking.append(name)
+    assert not lacking, f"'SPDX-License-Identifier: MIT' is not the first line of {', '.join(lacking[:20])}"

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A real server under thousands of valid, wrong and hostile requests, while models change and engines are killed.
 
 Nothing may come back but what a quiet server would have answered, or a refusal that was asked for; and when it is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Claude Code, unchanged, does its work with a model of ours: it needs nothing but our server.
 
 Where the system allows it, both run in a network of their own that has a loopback and nothing else.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The Cog predictor: weights, templates and codes in this process, and its server with a real model."""
 
 from __future__ import annotations

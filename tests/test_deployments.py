@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What is in deploy/: files are linted by the tools that are to be had, and what can run on this machine runs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What developers have besides the code: hooks that run what CI runs, tasks, a dev container, and the site."""
 
 from __future__ import annotations

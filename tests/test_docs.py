@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The documents are true: their Python runs, their commands are the ones that work, their links lead somewhere."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Windows and macOS as far as this machine shows them: without what they lack, by the stand-ins of `elsewhere.py`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Vectors, scores and rankings of real engines behind a real server, asked with the official client."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The whole way: the `candle-vllm` command in a process of its own, the demo model, and OpenAI's own client."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A real server, asked over every API at once: each answer is the quiet server's, and nothing is left behind."""
 
 from __future__ import annotations

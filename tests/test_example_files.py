@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The example files, booted: every variable of .example.env at once, every model of example.models.yaml in turn."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Every file of `examples/` runs as its head says, on a toy checkpoint."""
 
 from __future__ import annotations

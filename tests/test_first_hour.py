@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The four runs of a first hour on a GPU, dry on the CPU, and what they decide by results that are made up."""
 
 from __future__ import annotations

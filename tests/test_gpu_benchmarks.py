@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The GPU benchmarks run from end to end on the CPU, at toy sizes, and what they compute from times is right.
 
 `test_first_hour.py` runs the kernels and the start, within the runs that they are parts of.

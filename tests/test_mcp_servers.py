@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Links to MCP servers that others wrote: Python ones of the newer protocol era, JavaScript ones of the older."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """docs/mcp.md, "From nothing to a working agent": every step, with the demo model; the last one downloads another."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The five distributions: what they say of each other, the names at the top, and wheels in an empty environment."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The whole way of a conversation that acts: a real model, real tools, an MCP server, in the process and over HTTP."""
 
 from __future__ import annotations

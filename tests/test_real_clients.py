@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The official `openai` and `anthropic` clients against server processes: the demo model's, and one with a script.
 
 What a client does by itself is tested here: its helpers, its error classes, its retries and its limits of time.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Tool calls of a real small model: a named tool with a strict schema gives valid arguments, streamed and whole."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The release: metadata that an index takes, the same bytes twice, and a trial in an empty environment."""
 
 from __future__ import annotations

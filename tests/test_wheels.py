@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a plain installation needs has wheels on the systems that README names, so that nothing is compiled there."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Waiting for what must come true, as long as a busy machine may take: a test that fails by time alone is wrong."""
 
 from __future__ import annotations

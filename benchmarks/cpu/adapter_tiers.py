@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What many registered adapters cost, and what a cold one does to its request and to its neighbours.
 
     python benchmarks/cpu/adapter_tiers.py MODEL.gguf FOLDER [--counts 5 100 1000 2000] [--memory 2000000000]

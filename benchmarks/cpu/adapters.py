@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What adapters cost: steps and prompts with them beside those of the model alone, in turns in one engine.
 
     python benchmarks/cpu/adapters.py MODEL.gguf [--ranks 16 ...] [--streams 1 32] [--depth 128] [--prompt 1024]

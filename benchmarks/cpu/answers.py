@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Reading answers: microseconds of one core per token, one JSON line per result.
 
     python benchmarks/cpu/answers.py [--formats hermes mistral ...] [--tokens 25000 50000 100000] [--rounds 2]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Paged attention on the CPU: one JSON line per result.
 
 Decode: microseconds per layer and GB/s of keys and values read, with as many layers as the model has, each with its own

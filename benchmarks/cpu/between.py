@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What Python does between two steps of the compiled CPU engine: everything outside of the recorded plan.
 
     python benchmarks/cpu/between.py [MODEL.gguf] [--batches 1 32] [--prompt 64] [--spread 0] [--steps 200]

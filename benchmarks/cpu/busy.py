@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What engines keep of their speed beside other work: quiet and beside busy loops, in turns, on one machine.
 
     python benchmarks/cpu/busy.py MODEL.gguf [--loops 0 2 4] [--shapes one batch prompt] [--rounds 3] [--json]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a smaller KV cache gains and costs, and one on disk: steps at depth, facts asked back, prompts after a restart.
 
     python benchmarks/cpu/cache.py step MODEL.gguf [--depth 7000] [--cache auto q8_0 q4_0] [--rounds 48]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """candle-vllm side by side with other CPU engines on one GGUF file and one machine, in one run.
 
     python benchmarks/cpu/compare.py MODEL.gguf [--deep] [--json]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a decoded token costs as its context grows, and what a step costs as its streams grow.
 
     python benchmarks/cpu/depth.py MODEL.gguf [MODEL2.gguf ...] [--json] [--plot FILE.svg]

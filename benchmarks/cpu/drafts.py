@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What guessing tokens gains: answers with guesses and without, in turns, and the bound of it.
 
     python benchmarks/cpu/drafts.py MODEL.gguf [--pairs 10] [--method ngram] [--draft SMALL.gguf]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Vectors of texts by a compiled encoder, beside the same model in torch: tokens per second, in turns.
 
     python benchmarks/cpu/encoders.py [--rounds 5] [--threads 2] [--models minilm base]

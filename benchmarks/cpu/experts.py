@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Speed of a mixture of experts beside a dense layer with as many active weights: a JSON line per number of tokens.
 
     python benchmarks/cpu/experts.py --experts 16 --top-k 4 --hidden 1024 --inner 512 --layers 8 --tokens 1 512

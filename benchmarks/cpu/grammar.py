@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Structured output: what grammars cost, one JSON line per result.
 
     python benchmarks/cpu/grammar.py qwen2.5-coder-0.5b-q4_k_m.gguf [--properties 100] [--walks 5]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Instructions per weight of the CPU's linear layers, for each level and type: a table, counted in the assembly.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Speed of the packed linear layer: one JSON line per type and number of rows.
 
     python benchmarks/cpu/packed_linear.py --kinds Q4_1 Q4_K --shape 1536 576 --rows 1 8 32 512 [--ahead 0 2048]

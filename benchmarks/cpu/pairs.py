@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """candle-vllm and one other engine in turns, both loaded and warm, on one shape: each pair, and the median ratio.
 
     python benchmarks/cpu/pairs.py MODEL.gguf --shape prompt|batch [--pairs 5]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Perplexity of a fixed text on the fast path and on the exact path: what computing in 8 bits costs in quality.
 
     python benchmarks/cpu/perplexity.py MODEL.gguf [MODEL2.gguf ...] [--text FILE] [--tokens 20000] [--window 1024]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Speed of linear layers that read rows of activations: one JSON line per type and number of rows.
 
     python benchmarks/cpu/plain_linear.py --kinds BF16 F32 --shape 1536 576 --rows 1 8 32 512

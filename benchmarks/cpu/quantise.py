@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Speed and error of quantising weights: one JSON line per type.
 
     python benchmarks/cpu/quantise.py --types q4k q8_0

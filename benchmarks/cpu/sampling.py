@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Sampling on the CPU: microseconds per row, one JSON line per result, the reference in torch beside the compiled way.
 
 Logits are noise with a few tokens far above it, as a model's are; `--flat` leaves the noise alone, which is the worst

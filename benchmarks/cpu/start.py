@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Starts on the CPU, of one installation or of several in turns: the first token, `/ready`, and memory.
 
     python benchmarks/cpu/start.py MODEL.gguf [--python OLD/.venv/bin/python --python NEW/.venv/bin/python] [--rounds 5]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What adapters (LoRA) are measured on: what they add to a layer's product, of 1, 8 and 64 of them. See `cases.py`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What attention is measured on: decoding, prompts, and chunks behind a long context. See `cases.py`."""
 
 from __future__ import annotations

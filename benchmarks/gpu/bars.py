@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the GPU path is to reach, what was predicted, and what to look at where it does not: the table of run B.
 
 Everything here works on result lines, the dictionaries that `measure.report` writes, and needs neither torch nor a GPU.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a kernel is measured on: the form of a case, and the cases of norms, rotary, gates, embedding and cache.
 
 A `Planned` case costs nothing until `build` makes its inputs, so that hundreds can be listed and each has the memory

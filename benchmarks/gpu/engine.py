@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The engine end to end, with random weights at a real model's sizes: one JSON line per result.
 
     python benchmarks/gpu/engine.py --model llama-3.1-8b [--gguf] [--batches 1 8 64 256] [--prompts 2048 8192]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The four runs of a first hour on a GPU, each of which decides by its own results: see README.md beside this file.
 
     bash benchmarks/gpu/first_hour.sh A|B|C|D [--out FOLDER] [--before FOLDER ...] [--commit HASH]

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: MIT
 # A run of the first hour on a GPU (A, B, C or D; see README.md); "wheels" collects what has to travel there, and "keep"
 # puts what came back where the next run looks for it, with one compiler's cache among all, the last.
 #

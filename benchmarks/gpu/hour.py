@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """One run of the first hour under way: its parts, within its time; what it has found; the tests as processes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Who waits for whom: the GPU's time in a step, and the host's.
 
 `ReplayClock` and `profiled_seconds` say how much of a step the GPU works: the time of replayed CUDA graphs by events,

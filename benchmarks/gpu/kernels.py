@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Every Triton kernel: correctness, time, and its share of what the GPU was measured to reach; one JSON line each.
 
     python benchmarks/gpu/kernels.py [--only attention|small|linear|gguf|sampling|moe|group|adapters ...]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What travels to a GPU machine and back: wheels, results of earlier runs, and the compiler's cache.
 
 A machine may be bare at each start, have no network, and take little along. So wheels are used only for what it lacks,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What matrices are measured on: plain, GGUF and grouped weights, and mixtures of experts. See `cases.py`.
 
 `torch` among the peers is torch's own product with the same weights in bfloat16.

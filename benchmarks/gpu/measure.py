@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the GPU benchmarks share: facts of the machine, timing, ceilings, correctness, JSON lines and tables.
 
 Device code is timed by CUDA graphs: all calls of a list in one graph, replayed until the time is up; the result is the

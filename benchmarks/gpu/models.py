@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The models that the GPU benchmarks measure: their sizes, and files that need no download.
 
 A folder gets a config.json and a tokenizer, and its weights come from `load_format="dummy"`. A GGUF file is written

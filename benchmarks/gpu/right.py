@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Whether what ran was right, and what to do where it was not: the table of run A."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """All GPU benchmarks within a time: kernels, the engine, its start, and transformers beside it.
 
     python benchmarks/gpu/run.py --minutes 8 --out FOLDER [--only kernels|engine|start|peer] [--quick] [--device cpu]

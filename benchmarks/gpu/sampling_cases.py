@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What sampling is measured on: drawing, editing and standing at a large vocabulary. See `cases.py`."""
 
 from __future__ import annotations

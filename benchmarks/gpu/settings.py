@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`--set PATH=NUMBER`: other tiles, warps, stages and switches than a kernel's own, for one process.
 
 PATH begins with a module below `candle_vllm.core.kernels`; what follows names, in that module,

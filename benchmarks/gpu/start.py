@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Cold start: seconds from the start of a process to the first token, by stage; one JSON line per start.
 
     python benchmarks/gpu/start.py --model llama-3.1-8b [--gguf] [--starts 2] [--quick --device cpu --eager]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Where the time of a step goes, by torch's profiler: one JSON line per kernel, per kind of work, and per step.
 
     python benchmarks/gpu/step_profile.py --model llama-3.1-8b [--gguf] [--batches 1 64] [--prompts 2048] [--most 12]

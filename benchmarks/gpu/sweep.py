@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Other tiles for some cases of `kernels.py`, one setting after the other; one JSON line per trial.
 
     python benchmarks/gpu/sweep.py --only gguf --match 'gguf_linear Q4_K 8B gate, up T=1$'

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """transformers' continuous batching, with the same model, prompts and machine as `engine.py`: one JSON line per result.
 
     python benchmarks/gpu/transformers_peer.py --model llama-3.1-8b [--batches 1 64] [--attention sdpa]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What can be turned on and which tiles can be tried, and what came of it: the tables of runs B and C."""
 
 from __future__ import annotations

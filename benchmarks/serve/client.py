@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Streaming clients on bare sockets, cheap enough to run a thousand of them beside the server that they measure.
 
 A client sends one request, takes the chunks of the answer apart, and notes when each token came. What it notes goes

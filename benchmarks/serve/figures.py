@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the benchmarks share: histograms, facts of the machine, lines of JSON."""
 
 from __future__ import annotations

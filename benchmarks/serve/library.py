@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The library beside the server: the same prompts, the same engine, one process, in turns."""
 
 from __future__ import annotations

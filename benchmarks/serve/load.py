@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Many streams at a fixed rate: what reaches the clients, how evenly, and what the server takes for it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """An engine that has one token for every stream at every tick of a clock, and writes into the token when that was.
 
 It is a `ScriptedEngine` whose streams run through the real engine's thread and inbox, so that what a token costs on its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A server process: started, watched, asked for library rounds, ended."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Answers recorded from one revision and compared with those of another, byte for byte.
 
     python benchmarks/serve/recorded.py record BEFORE.jsonl [--checkout FOLDER]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What `recorded.py` asks: chat, completions, messages and responses, with the parameters and tools that they take."""
 
 from __future__ import annotations

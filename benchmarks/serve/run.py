@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The server under load, one JSON line per result.
 
     python benchmarks/serve/run.py load [--streams 1 32 256 1000] [--rate 20] [--seconds 20]

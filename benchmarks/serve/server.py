@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The server process of the benchmarks: `candle-vllm`'s own `serve` around a paced engine or a model.
 
     python benchmarks/serve/server.py paced --rate 20

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: MIT
 # Copies what the server keeps (responses, conversations, files, answers in the mailbox) to a folder, while it runs:
 #   backup.sh FOLDER [STORE ...]
 # A store is a file of SQLite or postgresql://...; without one, the files in ~/.candle-vllm. The seven newest of each stay.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A model of candle-vllm as a Cog predictor: weights from anywhere, text as it is made, 32 requests at once."""
 
 from __future__ import annotations

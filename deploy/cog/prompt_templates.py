@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Prompt templates by name, and how a template becomes a prompt.
 
 A template with `{{` or `{%` is Jinja, as a model's own chat template is: it reads `messages`, and `prompt` and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Writes `.cog/openapi_schema.json` from the predictor's signature, so that its server runs without `cog build` too.
 
 python schema.py

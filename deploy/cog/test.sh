@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: MIT
 # Starts the predictor's server without a container, asks it, and stops it. COG_WEIGHTS says what of (default: the demo
 # model); the environment that `python` is of must have candle-vllm and cog.
 set -euo pipefail

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The steps of an image of candle-vllm, and of what runs in it; the Dockerfile calls them, and anybody in a folder may.
 
     steps.py install WHEELS INTO [--extras cuda] [--kernels LEVELS|all|none] [--demo]

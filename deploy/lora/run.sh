@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: MIT
 # Serves a model with adapters by name, without a container. Settings are those of .env beside this script, then the
 # environment's, then these defaults; further words are flags of candle-vllm.
 set -euo pipefail

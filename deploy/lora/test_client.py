@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Asks a running server for what a service of adapters promises, and says what it finds; it needs Python alone.
 
     python test_client.py --base-url http://127.0.0.1:8000 [--api-key KEY] [--adapter NAME] [--model NAME]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the site has beside docs/: pages that stand elsewhere in the repository, and the reference, of docstrings.
 
 Links to pages of the site lead there; links to other files of the repository become words, for the site has none.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """LLM inference in one library: the public names of its four packages, each imported when it is first used.
 
 The packages are `core` (the engine), `openai`, `responses` and `server`; they are distributions of their own, and work

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`python -m candle_vllm`: the `candle-vllm` command."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Answers without what differs from one time to the next, so that they can be compared."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What may come back: the answer of a quiet server, or a refusal that was asked for. Anything else is a fault."""
 
 from __future__ import annotations

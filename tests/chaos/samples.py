@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What clients ask: valid requests whose answers are determined, wrong ones, and bytes that are no requests."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Many clients at once, each with its bad habits; an operator who changes models, and somebody who kills engines."""
 
 from __future__ import annotations

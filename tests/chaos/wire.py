@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A client that misbehaves on purpose: requests as bytes, answers read at any pace or not at all."""
 
 from __future__ import annotations

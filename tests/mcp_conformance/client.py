@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The client that the MCP conformance suite judges: `McpLink`, given a server's address as the last argument.
 
 It connects, lists the tools, and calls what the scenario's server waits for.

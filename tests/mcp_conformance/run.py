@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Runs the MCP conformance suite's client scenarios against `McpLink` and prints what came of each.
 
     uv run --group dev python tests/mcp_conformance/run.py [SCENARIO ...]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The MCP conformance suite, which others wrote, judges our links."""
 
 from __future__ import annotations

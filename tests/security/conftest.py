@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Servers, engines and a watched network for the tests of this folder."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the tests of this folder share: servers with settings, raw bytes on a socket, and a network that is watched."""
 
 from __future__ import annotations

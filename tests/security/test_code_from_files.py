@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Code that comes in files or messages: none is imported, unpickled or evaluated, wherever it hides."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Addresses in requests: nothing is fetched for a request, and a webhook goes where the operator allows, or nowhere."""
 
 from __future__ import annotations

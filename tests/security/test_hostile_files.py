@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Model files made to do harm: each ends the start with one line, before memory is taken or read beyond the file."""
 
 from __future__ import annotations

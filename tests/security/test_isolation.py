@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What one user may learn or do of another's, of the machine, or of the log: nothing."""
 
 from __future__ import annotations

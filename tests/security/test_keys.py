@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Keys: nothing but /health and /ready answers without one, however a request is spelled; operators have their own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Huge and hostile requests: each is answered at once by name, and neither the server nor a neighbour notices."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """docs/security.md is a record: each of its tests exists, and each CVE of the field's record is in one of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Chat templates: programs that come with a model or a request, and run with no way out and little time."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the tests do on a page, in words of the user."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A browser, pages in it that report every violation and error, and servers with the web UI.
 
 Needs the package `playwright` and Debian's chromium-headless-shell (or chromium); without them these tests skip.

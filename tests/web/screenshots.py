@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Makes the pictures in docs/images: `uv run --group dev python tests/web/screenshots.py [folder]`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The API key in the page: where it is asked for, shown and kept, and that it leaves by no other way."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What axe-core says of every page, dialog and state: nothing, of whatever weight."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Talking: first chat, stop, reload, edit and branch, continue, delete, errors."""
 
 from __future__ import annotations

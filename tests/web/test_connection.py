@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A server that goes, comes back, or is another one then: the page notices by itself. What it refuses is explained."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Conversations as data: list, search, rename, delete, export, import, models, keys, the server page."""
 
 from __future__ import annotations

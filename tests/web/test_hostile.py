@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The page against servers that answer rubbish, storage that is blocked or full, other tabs, and huge input."""
 
 from __future__ import annotations

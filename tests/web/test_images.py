@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Images in the page: chosen, pasted and dropped, shown before and after they are sent, and kept."""
 
 from __future__ import annotations

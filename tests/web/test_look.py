@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Themes, phone, keyboard, languages."""
 
 from __future__ import annotations

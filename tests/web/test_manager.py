@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The models page: what there is and whether it fits, fetching from a hub on loopback, stopping, removing, refusals."""
 
 from __future__ import annotations

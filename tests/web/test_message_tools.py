@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the icons of a message say: at hovering and focus, by their names, and in words on touch screens."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the page says and does while models are loaded, cannot be loaded, or go."""
 
 from __future__ import annotations

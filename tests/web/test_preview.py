@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The preview of code that a model wrote: it runs on a click alone, and reaches neither network nor page."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The library of prompts: made, changed, used, kept."""
 
 from __future__ import annotations

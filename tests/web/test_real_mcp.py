@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Tools end to end: the command with the page, an MCP server in a process of its own, and a browser."""
 
 from __future__ import annotations

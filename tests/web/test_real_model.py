@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The page in front of the demo model: `candle-vllm --ui-server` as a user starts it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a hostile model, address or file can do to the page: nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The list of conversations: names by the model, pins, folders."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """An answer of 20,000 tokens, several thousand a second: the page draws smoothly to the end."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Tool calls in the page: cards, approval before each run, and the panel with MCP servers."""
 
 from __future__ import annotations

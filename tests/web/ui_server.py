@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A server with the web UI around a scripted engine, in a thread of this process."""
 
 from __future__ import annotations

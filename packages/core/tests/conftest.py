@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Models that several tests share."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """An argument that there is not is answered with the nearest name, that of another library with ours."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """EngineConfig checks every field when it is made."""
 
 from __future__ import annotations

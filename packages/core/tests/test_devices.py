@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Which device is chosen, and what is said of a GPU that cannot be used."""
 
 from __future__ import annotations

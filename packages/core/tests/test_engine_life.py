@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How long an engine lives: it goes with its last name, and it works in the process that made it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Whole engines on a GPU: answers against the CPU's exact path, and what must not change them."""
 
 from __future__ import annotations

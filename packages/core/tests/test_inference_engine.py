@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The library's front door on a tiny random model: same tokens however a request is batched, cached or cut."""
 
 from __future__ import annotations

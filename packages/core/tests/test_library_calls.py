@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Conversations one or many, pieces without an event loop, and what is said of a wrong message."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How much memory there is, and what is said where something does not fit."""
 
 from __future__ import annotations

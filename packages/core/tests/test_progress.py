@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Progress: who listens hears it, and a terminal shows it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Kinds: which texts mean which values, and what the refusals say."""
 
 from __future__ import annotations

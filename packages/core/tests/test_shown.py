@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a person sees who looks at an object: a line or two, however much it holds."""
 
 from __future__ import annotations

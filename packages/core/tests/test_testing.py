@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What stands in for the real thing: ScriptedEngine keeps the engine's contract however its script is cut."""
 
 from __future__ import annotations

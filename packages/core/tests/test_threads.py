@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a process has once: how many threads it computes on; garbage looked for seldom, and not while it ends."""
 
 from __future__ import annotations

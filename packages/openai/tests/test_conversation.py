@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The library's chat and the adapter give a template the same messages."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The table of errors."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Images from elsewhere: what is fetched, what is refused, and that nothing of it leads inside. The server stands on
 loopback, which is reached because its address is listed."""
 

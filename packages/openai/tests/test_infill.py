@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`suffix` of text completions: what an editor sends, what the model is given, and what is refused."""
 
 from __future__ import annotations

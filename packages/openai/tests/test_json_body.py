@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Only strict JSON gets in, and every fault is a RequestError that says where."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The package's boundary, and that its README tells what its tables hold."""
 
 from __future__ import annotations

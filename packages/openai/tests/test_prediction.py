@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`prediction` of chat requests, and counts of guesses: checked, told of in usage, and without effect on the answer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Bodies -> requests: what is accepted, and how each refusal names its field."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Streamed output is identical to whole output, however the engine's text is cut."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A strict tool in auto mode: what is a call for the parser was held to its schema by the grammar."""
 
 from __future__ import annotations

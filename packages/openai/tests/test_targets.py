@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Where webhooks may go: the parser, the operator's list, the check of addresses, and the pin to what was checked."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A budget of thoughts: every spelling of it, what becomes of it for the engine, and what is refused."""
 
 from __future__ import annotations

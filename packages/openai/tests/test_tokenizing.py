@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Texts and conversations to tokens and back, over a scripted engine."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Chat answers with tool calls and reasoning through the whole adapter: scripted engine, official types."""
 
 from __future__ import annotations

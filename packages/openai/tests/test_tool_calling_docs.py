@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """docs/tool-calling.md lists every format with its names, and what it says is refused is."""
 
 from __future__ import annotations

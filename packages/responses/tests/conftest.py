@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Puts the helpers of these tests where they can be imported; --import-mode=importlib does not."""
 
 from __future__ import annotations

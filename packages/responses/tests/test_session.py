@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Sessions remember what was said and done, and only that; any of them can be taken up by another."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A real server on loopback, in a thread, around a scripted engine."""
 
 from __future__ import annotations

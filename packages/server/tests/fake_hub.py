@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A hub on loopback: the routes of Hugging Face that fetching a model asks, over files in memory."""
 
 from __future__ import annotations

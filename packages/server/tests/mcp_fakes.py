@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """MCP servers for the server's tests: one over HTTP in a thread, one as a program on stdio."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A real server on loopback, in a thread, and clients for it."""
 
 from __future__ import annotations

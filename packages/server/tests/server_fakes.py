@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Engines for the server's tests, with a pace and a pulse, and a loader of them for the model manager."""
 
 from __future__ import annotations

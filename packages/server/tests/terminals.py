@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A command on a terminal of its own: what is typed to it, all that it wrote, and what its screen shows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`candle-vllm agent` on a scripted engine, with a real MCP server over stdio and a real terminal."""
 
 from __future__ import annotations

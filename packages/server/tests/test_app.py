@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The application over real connections: answers, streams, errors in the OpenAI envelope, limits, disconnects."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Files and batches over HTTP: the official client's way, who owns what, ends before the end, and another server."""
 
 from __future__ import annotations

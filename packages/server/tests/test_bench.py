@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """bench: its arithmetic, and one run on a scripted engine."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """bench serve, throughput and latency: what is sent and when, what is counted, and what is told of it."""
 
 from __future__ import annotations

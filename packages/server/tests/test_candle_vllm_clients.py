@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What candle-vllm's three example programs send, as they send it: they run unchanged.
 
 A chat on a terminal that names no model, a program of the official client with the name of its author's model, and a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`candle-vllm chat` on a terminal, with a scripted engine."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The command line: help, one-line errors, exit statuses, and commands on a scripted engine."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`/v1/conversations` with the official client: made, changed, filled, read in pages, deleted, and what is refused."""
 
 from __future__ import annotations

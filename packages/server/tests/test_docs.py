@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The pages: from this server alone, and behind the key."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Vectors, scores and rankings over real connections: the official client, keys, limits and errors."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Images over HTTP, with the official clients of four APIs: to a scripted engine, and to a small one that sees."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Models of the hub by name: what they take, fetching, resuming, sums, lists, removing, and the commands for it."""
 
 from __future__ import annotations

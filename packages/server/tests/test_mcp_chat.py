@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Tools of MCP servers in chat requests whose calls go back to the client, and the life of the servers."""
 
 from __future__ import annotations

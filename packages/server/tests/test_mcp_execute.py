@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`--mcp-execute`: chat requests whose tools run in the server."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """From settings to MCP servers: mcp.json, `--mcp-command`, and what is refused at the start."""
 
 from __future__ import annotations

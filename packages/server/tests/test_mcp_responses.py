@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`/v1/responses` with the servers of mcp.json, and with URLs that the operator allows."""
 
 from __future__ import annotations

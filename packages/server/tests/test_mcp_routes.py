@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`/v1/mcp`: servers, tools, and calls of clients."""
 
 from __future__ import annotations

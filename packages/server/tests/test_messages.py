@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Anthropic's API over HTTP, with the official client: whole, streamed, counted, and how it fails."""
 
 from __future__ import annotations

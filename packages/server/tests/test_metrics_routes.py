@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`/metrics` and `/v1/usage` over HTTP: sums are those that clients saw, gauges come back to zero."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Models over HTTP: the `model` field routes, operators load, unload and choose, clients see it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Ollama's API over HTTP, with the official client: chat, texts, vectors, models, and how it fails."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The OpenAPI document: every route is in it, and what it says is what the server takes and gives."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Requests that schemathesis makes of the document: none is a 5xx, and every answer is as described.
 
 Right requests at the edges of each field, wrong ones that differ in one thing, requests without the key, and random

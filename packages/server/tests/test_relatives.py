@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Routes that clients of vLLM and of llama.cpp's server know."""
 
 from __future__ import annotations

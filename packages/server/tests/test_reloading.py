@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """models.yaml read again while the server runs: models come, change and go, and what is asked of them is finished."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`/v1/responses/compact`, and what follows from what it gives."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`/v1/responses` over HTTP, with the official client: whole, streamed, in the background, and how it fails."""
 
 from __future__ import annotations

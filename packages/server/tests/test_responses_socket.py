@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Responses over a WebSocket, asked for by a client of the `websockets` package and judged by the specification."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """run-batch: every line of a file is answered in its place, and what is wrong with one stays its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """serve: addresses are taken before the model loads, signals drain, Unix sockets are cleaned up."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The benchmark of the server runs from end to end for a few seconds, and what it notes and judges is right."""
 
 from __future__ import annotations

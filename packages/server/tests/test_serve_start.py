@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a server process does while its model loads, and when it cannot be loaded."""
 
 from __future__ import annotations

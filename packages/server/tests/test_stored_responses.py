@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`/v1/responses/{id}` with the official client: fetched, streamed, cancelled, deleted, and what is refused."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The web UI's files: what is served, how it may be kept, and that nothing else is."""
 
 from __future__ import annotations

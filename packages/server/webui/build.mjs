@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Builds the bundle into ../src/candle_vllm/server/static. `--check` builds elsewhere and compares.
 //
 // The same source and the same tool versions give the same bytes: names carry a hash of the content, and nothing

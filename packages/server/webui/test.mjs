@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Bundles the unit tests and runs them with Node's own runner. Arguments are handed on to it.
 import { spawn } from "node:child_process";
 import { mkdtemp, readdir, rm } from "node:fs/promises";

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The tiny models of every family, which stand in the folder of the models' tests, can be imported by name."""
 
 from __future__ import annotations

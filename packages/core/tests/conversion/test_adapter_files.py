@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Adapters on their way into files: merged into a model, or as GGUF adapters of their own."""
 
 from __future__ import annotations

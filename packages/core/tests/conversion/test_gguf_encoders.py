@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Encoders and decoders of vectors written as GGUF files: the vectors of the file are those of the folder."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What families say and store in their own way, beside the tests' own converter (`tests/models/gguf_export.py`)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Tokenizers as GGUF metadata, and back: the vocabularies that llama.cpp tests its own tokenizers with."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Models written as GGUF files: what is read back is the model, to the bit where the type of the numbers allows it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Adapters without files, and loads that a test holds up."""
 
 from __future__ import annotations

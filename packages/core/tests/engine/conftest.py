@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The helpers of the tests of engines, kernels and models can be imported by name; no guess fails unseen."""
 
 from __future__ import annotations

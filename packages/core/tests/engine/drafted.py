@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What tests of drafts share: a model of slots, times that hold nothing back, requests of many kinds, their answers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Who begins when there are more adapters than places for them: nobody waits for ever, and nobody for a load alone."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Adapters of one kind: those that are copied have what fitting and packing give them, and are refused as they are."""
 
 from __future__ import annotations

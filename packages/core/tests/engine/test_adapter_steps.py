@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Adapters in steps: logits as of merged weights, answers as each has them alone, whatever else runs."""
 
 from __future__ import annotations

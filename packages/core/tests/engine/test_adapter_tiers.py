@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Adapters in an engine that runs: loads beside its steps, and what becomes of requests meanwhile."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The store of adapters: names, memory, leases and loads, whatever is asked of it in whatever order."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Steps as arrays: what is kept from one step to the next never shows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The block manager: who owns a block, what the free ones remember, and that equal hashes mean equal contents."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Pieces come in order, first ones first, and a thousand of them leave the loop its sockets."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The plan of a GPU's memory and what is refused, over a pretended GPU."""
 
 from __future__ import annotations

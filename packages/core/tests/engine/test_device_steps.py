@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Overlapping steps: on a stream that is as late as a GPU may ever be, answers are those of the step-by-step engine."""
 
 from __future__ import annotations

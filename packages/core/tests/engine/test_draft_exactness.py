@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Drafts that are forced, right, wrong and random, change no token, log-probability or end, whatever a request asks."""
 
 from __future__ import annotations

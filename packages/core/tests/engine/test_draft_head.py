@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Heads that read hidden states: they compute what they are defined to be, and answers stay what they are."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Drafts by a model: its cache is right whatever happens to sequences, and answers stay what they are."""
 
 from __future__ import annotations

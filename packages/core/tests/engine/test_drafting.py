@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Drafts that are guessed: what is found, how much of it is tried, and that answers stay what they are."""
 
 from __future__ import annotations

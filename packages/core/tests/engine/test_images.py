@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Pictures on their way to embeddings: who shares them, what stays, and what becomes of those that fail or go away."""
 
 from __future__ import annotations

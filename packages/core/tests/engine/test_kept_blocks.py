@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Blocks on disk: prompts that begin as one before a restart, what is damaged or late, and the bounds."""
 
 from __future__ import annotations

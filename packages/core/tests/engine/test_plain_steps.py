@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Recorded steps over plain matrices, alone and beside quantised ones, against the same weights computed by torch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Keys and values in 8 and 4 bits: an answer has the bits that it has alone, however its request is served."""
 
 from __future__ import annotations

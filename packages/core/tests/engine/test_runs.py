@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Steps that give a sequence several tokens: texts, ends and cache are those of the same tokens one at a time.
 
 A scripted model's logits follow from the tokens before them alone. Drafts are its own next tokens, up to some place.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The scheduler against a simulated engine: every request ends, no block leaks, nobody writes into a shared block."""
 
 from __future__ import annotations

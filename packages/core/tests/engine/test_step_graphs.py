@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Recorded steps on the CPU: the model's own numbers, and the same bits however a request is batched, cached or cut."""
 
 from __future__ import annotations

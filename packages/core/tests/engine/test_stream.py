@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Where the pieces of a request go: to who waits for them, or past it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Structured output end to end: a random model writes valid texts, and its neighbours write what they would anyhow."""
 
 from __future__ import annotations

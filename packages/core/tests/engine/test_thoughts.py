@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A budget of thoughts in an engine: alone, in a batch, behind a cached prompt, and before a form."""
 
 from __future__ import annotations

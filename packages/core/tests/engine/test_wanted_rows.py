@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Behind the last layer's keys and values a recorded step has the rows alone that are drawn from: the same bits."""
 
 from __future__ import annotations

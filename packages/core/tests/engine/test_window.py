@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How much of one call the engine holds at a time: two steps' worth of tokens, and one text at least."""
 
 from __future__ import annotations

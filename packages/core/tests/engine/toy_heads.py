@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Random heads that draft for toy models, and what they compute, in plain torch and by their definitions alone."""
 
 from __future__ import annotations

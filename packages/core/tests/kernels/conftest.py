@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The helpers of this folder can be imported by name."""
 
 from __future__ import annotations

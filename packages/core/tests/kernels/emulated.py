@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false
 """Compiled kernels run by QEMU, as on a processor that this machine is not: an ARM64, or an x86-64 with less.
 

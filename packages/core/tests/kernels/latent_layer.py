@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A layer of latent attention for tests: its weights, and its result by keys and values that are made in full."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A compiled linear operation run by itself, for the tests of every kind of matrix."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Adapters made of numbers, and what the compiled operations add, for tests."""
 
 from __future__ import annotations

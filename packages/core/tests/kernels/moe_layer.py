@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A mixture of experts for tests, in one call: gate and up, down, and the sum."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Quantised activations against the reference, and the same bits however the work is split."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Choosing what computes attention, and what FlashAttention is told, by stand-ins that compute what it documents."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Columns in another order: the compiled operation against the reference, however the work is split."""
 
 from __future__ import annotations

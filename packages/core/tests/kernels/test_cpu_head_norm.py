@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Norms of heads, and norms onto a residual, on the CPU against the references."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Recorded steps of latent attention on the CPU, against the same layer in torch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What adapters add on the CPU: as plain torch has it, whatever else is in the step, in every variant."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The compiled mixture of experts against the reference: every kind of matrix, odd sizes, and one order of sums."""
 
 from __future__ import annotations

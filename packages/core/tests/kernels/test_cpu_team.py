@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The thread team: every piece is done once and in its time, however threads run; closing ends the helpers."""
 
 from __future__ import annotations

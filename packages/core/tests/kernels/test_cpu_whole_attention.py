@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Attention of encoders on the CPU against the reference, and the same bits whatever else is in a step."""
 
 from __future__ import annotations

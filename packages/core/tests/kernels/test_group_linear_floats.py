@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Linear layers with small floats: the layout keeps every number, and what no kernel reads is refused."""
 
 from __future__ import annotations

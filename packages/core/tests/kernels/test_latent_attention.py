@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Latent attention in torch: the absorbed form against keys and values that are made in full."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Linear layers on the CPU: where the result is written, and a row's bits."""
 
 from __future__ import annotations

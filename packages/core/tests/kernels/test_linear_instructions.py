@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The tensor instructions that linear layers promise to take for every number of tokens, in the compiled code.
 
 None on compute capability 7.5: Triton multiplies there without tensor cores (docs/kernels.md).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Mixture of experts: the reference against loops that are literal enough to check by eye."""
 
 from __future__ import annotations

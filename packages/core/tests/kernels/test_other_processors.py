@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Kernels made for other processors, run by QEMU: they have the bits that they have here, and no newer instruction.
 
 An emulated processor knows the instructions of its level and ends at any other.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The packed linear layer: packing keeps every number, and each compiled variant gives the same bits as the others."""
 
 from __future__ import annotations

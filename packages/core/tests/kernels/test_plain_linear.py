@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The plain linear layer: the layout keeps every number, and each compiled variant gives the same bits."""
 
 from __future__ import annotations

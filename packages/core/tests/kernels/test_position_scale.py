@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Queries times a number of their position: the formula, the CPU's operation, and when nothing is computed."""
 
 from __future__ import annotations

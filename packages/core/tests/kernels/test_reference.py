@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The references against torch's own operators or a loop that is literal enough to check by eye."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Scaling and soft-capping on the CPU, and the functions that recorded steps compute by themselves."""
 
 from __future__ import annotations

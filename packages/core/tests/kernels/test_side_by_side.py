@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Rows side by side: exact copies, whatever stands beside them."""
 
 from __future__ import annotations

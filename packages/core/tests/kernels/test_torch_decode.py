@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Attention of many short steps at once against the reference, which takes one sequence after the other."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Quantised weights: the compiled functions against the reference to the byte, and both against other quantisers.
 
 The figures of `CPP_ERRORS` are the relative RMS errors of llama.cpp's reference quantisers for the same numbers,

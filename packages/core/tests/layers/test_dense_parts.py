@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What dense families have beyond Llama's parts, in small decoders: op by op in torch against recorded steps.
 
 Every variant wires the layers as its families do. In recorded steps queries, keys, values and probabilities are

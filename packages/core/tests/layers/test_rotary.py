@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Rotary settings that cannot be computed with are refused before a request meets them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Adapters as files: every key is honoured or refused, every tensor used or refused, and strangers may do nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Scales of a float8 cache that are stored beside the weights."""
 
 from __future__ import annotations

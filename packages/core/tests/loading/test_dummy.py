@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Models of which only the config and the tokenizer are there."""
 
 from __future__ import annotations

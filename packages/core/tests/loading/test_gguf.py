@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The GGUF reader: what writers write is read back, and whatever else stands in a file is an error of the tree."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Importance matrices in both formats, and what is no such file."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What loading leaves as it found it."""
 
 from __future__ import annotations

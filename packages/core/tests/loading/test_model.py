@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What load_model makes of the small files beside the weights."""
 
 from __future__ import annotations

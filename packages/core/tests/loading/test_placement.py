@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Which type a model computes in, where its GPU has no bfloat16, and what float16 is too small for."""
 
 from __future__ import annotations

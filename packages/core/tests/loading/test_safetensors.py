@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The safetensors reader: one file, shards and folders; damaged headers and indexes are errors of the tree."""
 
 from __future__ import annotations

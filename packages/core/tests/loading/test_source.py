@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Finding a model's files: paths, folders, and the hub (a fake one: nothing here reaches a network)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Mapped files, and the copy of plain elements out of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Views of stored tensors give what the same indexing gives of the whole, plain or quantised."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A tokenizer with more tokens than the model has rows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Tables of names: layers, experts, alternatives, and everything wrong named at once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Tiny Phi, StableLM and SmolLM3 checkpoints for tests that change their configs or files."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The table of families: for each a few tiny configurations, among them every flag that changes the arithmetic.
 
 A row is what transformers' config is made with, beside `tiny.SMALL`. The row's name begins with the family's line in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A tiny checkpoint in a format of quantised weights, beside the plain checkpoint of the numbers that it means."""
 
 from __future__ import annotations

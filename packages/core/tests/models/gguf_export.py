@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A converter from a tiny checkpoint to GGUF, apart from the library's own: names by the `gguf` package's table.
 
 Each architecture's function writes its metadata, and says what its tensors become, as llama.cpp's converter does it.

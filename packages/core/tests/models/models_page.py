@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The table of docs/models.md, made of the registry and of what the tests of this folder are run with.
 
 `uv run --group dev python packages/core/tests/models/models_page.py` writes it anew; a test compares.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Adapters that PEFT makes of tiny models, and what they should do to each matrix."""
 
 from __future__ import annotations

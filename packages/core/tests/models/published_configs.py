@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`config.json` files as their authors published them: old keys, nulls, and keys of nobody's; see `test_published.py`.
 
 Written down from the models' pages and transformers' documentation; keys that say nothing of the arithmetic (dropout,

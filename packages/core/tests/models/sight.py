@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What tests of models that see share: a tower's answer, answers of an engine, and log-probabilities of a prompt."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Adapters of PEFT, fitted to models of every family: what they do to each matrix is what PEFT's merging does."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """DeepSeek's own: older GGUF files, what is ignored, what is refused by name, the cache, and the engine over it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Configs of Phi, StableLM and SmolLM3: as they are published, as old files leave keys out, and wrong."""
 
 from __future__ import annotations

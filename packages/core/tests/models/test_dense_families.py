@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Phi, StableLM and SmolLM3 beyond the table of families: long-rope's choice, and files that are stored otherwise."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Adapters of models that give vectors, scores and classes: what PEFT computes with them, beside others or alone."""
 
 from __future__ import annotations

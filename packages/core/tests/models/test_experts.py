@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Experts: other names and types of theirs, a mixture of copies, gpt-oss in MXFP4, and what is refused by name."""
 
 from __future__ import annotations

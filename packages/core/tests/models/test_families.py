@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Every family against transformers: whole prompts, chunks and decoding; op by op, compiled, and from GGUF."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Every family in every format of quantised weights: the logits are those of the numbers that the format means."""
 
 from __future__ import annotations

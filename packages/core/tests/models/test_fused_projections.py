@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """GGUF files with q, k and v in one matrix, as llama.cpp's converter writes them when it is asked to."""
 
 from __future__ import annotations

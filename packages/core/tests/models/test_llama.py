@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The Llama wiring and its flags against transformers, on small random checkpoints."""
 
 from __future__ import annotations

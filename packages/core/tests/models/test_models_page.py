@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """docs/models.md says of every architecture and format what the tests say."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Checkpoints as they are published load: their configs with old keys and nulls, their tensors under the old names.
 
 The shape of a model is shrunk and its structure kept; transformers makes and saves it, in the names of the published

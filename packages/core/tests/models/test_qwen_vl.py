@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL of random weights: towers, positions and logits against transformers, and answers
 however a prompt comes to the model."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Real models against transformers: the unquantised stories15M, and the demo model read from one GGUF file by both.
 
 Greedy decoding is checked by teaching: the engine writes 200 tokens, then transformers runs prompt and output in one

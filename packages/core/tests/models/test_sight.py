@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A model that sees, of random weights: its tower and its logits against transformers, and its answers however a prompt
 comes to it."""
 

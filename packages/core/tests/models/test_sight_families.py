@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Pixtral, Mistral 3 and Gemma 3 with pictures, of random weights: their towers and logits against transformers, their
 answers however a prompt comes to them, and files that cannot be used."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`yarn_scaling_factor` against transformers, whose config says the same, and where it is refused."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Text towers of multimodal checkpoints against transformers, and configs as they are published or wrong."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Tiny random models of every family, made and saved by transformers, and the logits that both sides give."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Vectors of models that generate: transformers' hidden states, however a text is batched, cut, cached or preempted."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Encoders and cross-encoders against transformers, and an engine that reads texts whole."""
 
 from __future__ import annotations

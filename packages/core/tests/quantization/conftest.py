@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The helpers of this folder, and those of the models' tests, can be imported by name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Quantised layers as other programs store them, written out literally, and the weights that their bytes mean.
 
 Nothing here is the library's: codes are put into words one by one, and weights are computed number by number or group

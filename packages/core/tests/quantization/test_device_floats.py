@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """FP8 and NVFP4 on a GPU's path: matrices stay small floats, whatever a model makes of their rows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Every ggml tensor type decodes bit for bit as the `gguf` package decodes it."""
 
 from __future__ import annotations

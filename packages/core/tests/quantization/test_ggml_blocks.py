@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What is in a block: the rows fill it, arrays and tensors are taken apart alike, and put together again."""
 
 from __future__ import annotations

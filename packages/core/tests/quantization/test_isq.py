@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Plain weights quantised while they are loaded: the same blocks, numbers and memory as a file that holds them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """MXFP4 of GGUF files keeps its numbers where its own kernel is not there: on a GPU, and without a compiler."""
 
 from __future__ import annotations

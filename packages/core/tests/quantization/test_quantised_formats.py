@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Quantised safetensors, bit for bit: each format against its own arithmetic, as written out in `format_writers`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Quantised layers whose parts lie: every one is a typed error that names the file and the tensor."""
 
 from __future__ import annotations

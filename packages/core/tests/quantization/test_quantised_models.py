@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A small Llama stored in every quantised safetensors format gives the logits of its decoded weights, on every path."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Two processes that notice when the other has gone, and strangers who are not heard."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """An engine in its own process gives what an engine in this one gives, and leaves nothing behind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What is written is read as it was, and what is not a message is refused."""
 
 from __future__ import annotations

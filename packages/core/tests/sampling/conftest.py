@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A small vocabulary for grammars, and the JSON-Schema-Test-Suite."""
 
 from __future__ import annotations

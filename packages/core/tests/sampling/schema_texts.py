@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Texts of JSON values, and texts that grammars allow."""
 
 from __future__ import annotations

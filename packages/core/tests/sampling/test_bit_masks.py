@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Masks of bits on logits, and states with a grammar in the processors."""
 
 from __future__ import annotations

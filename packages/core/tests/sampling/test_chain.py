@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """llama.cpp's samplers: the reference against other people's and by hand, the compiled chain against the reference."""
 
 from __future__ import annotations

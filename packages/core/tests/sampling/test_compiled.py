@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The compiled functions against the reference in torch: cuts, ties, standing, edits, and the way without Numba."""
 
 from __future__ import annotations

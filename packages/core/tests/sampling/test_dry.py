@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """DRY: lengths of repetitions and sequence breakers against what they say, tried out place by place, and its time."""
 
 from __future__ import annotations

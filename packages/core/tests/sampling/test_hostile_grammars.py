@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Forms that are made to take time or memory: refused or compiled in seconds, and their masks bounded."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Keywords that are said by cases: with a validator as judge, what a grammar takes are the instances of its schema."""
 
 from __future__ import annotations

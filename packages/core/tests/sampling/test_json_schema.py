@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Schemas that are refused before they are compiled, by name, and what older drafts become."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The JSON-Schema-Test-Suite: what a schema accepts is what its grammar accepts, or the schema is refused.
 
 Instances are written compactly, the keys of an object in any order: a grammar takes them in one, and must take no wrong

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Grammars of every kind over a small vocabulary: which texts they take, token by token through their masks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Raw log-probabilities: values, ranks, order, memory, and what they leave alone."""
 
 from __future__ import annotations

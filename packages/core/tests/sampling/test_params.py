@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Every field of SamplingParams: its bounds, its types, and the field that the error names."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Masks, bias and penalties by hand-computed example."""
 
 from __future__ import annotations

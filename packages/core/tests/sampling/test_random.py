@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The generator against its published vectors, and what a seed promises."""
 
 from __future__ import annotations

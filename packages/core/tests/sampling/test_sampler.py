@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The sampler against a literal reference, against its own rows alone, and against the distributions it promises."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a sequence's state refuses, counts and forbids."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """StructuredOutputsParams: what is refused before any grammar is compiled."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Random tokens of the masks, for many schemas: whatever is said, the whole text is an instance of the schema."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A budget of thoughts: what is counted, what is forced, and what undoes it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The vocabulary as llguidance sees it is freed with its model."""
 
 from __future__ import annotations

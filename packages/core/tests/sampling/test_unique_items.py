@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Arrays of open values that say nothing twice: no text repeats an element, and every other text can be said."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """ChatTemplate: what transformers renders, and what hostile templates lead to."""
 
 from __future__ import annotations

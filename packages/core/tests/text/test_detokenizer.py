@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Detokenizer: pieces add up to the whole text, whatever the tokens and the stop strings."""
 
 from __future__ import annotations

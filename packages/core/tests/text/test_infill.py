@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Filling in the middle: marks by the names of tokens or a file's ids, and the prompts made with them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Vocabularies rebuilt from GGUF against llama.cpp's own tokenisations."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Tokenizer: the two ways in, what hostile files and wrong calls lead to, and the bytes behind tokens."""
 
 from __future__ import annotations

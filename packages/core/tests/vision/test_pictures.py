@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What strangers send as pictures: read as a person would see it, or refused in a sentence."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Tiles against transformers' Pillow processors, to the bit."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """vLLM's `AsyncLLM`: outputs that grow, pieces, or one whole; requests that end when nobody wants them."""
 
 from __future__ import annotations

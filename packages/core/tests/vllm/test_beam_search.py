@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Beam search, against transformers' and against a search of ten lines over its log-probabilities."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """vLLM's `LLM`: the same tokens as the engine's own calls, in vLLM's outputs and with its defaults."""
 
 from __future__ import annotations

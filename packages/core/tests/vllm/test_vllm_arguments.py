@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """vLLM's arguments as settings of an engine: taken, translated, or refused by name."""
 
 from __future__ import annotations

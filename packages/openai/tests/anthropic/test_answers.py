@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Whole messages and streams of events over a scripted engine, judged by the official client's types."""
 
 from __future__ import annotations

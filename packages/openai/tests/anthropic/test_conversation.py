@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the chat template gets of Anthropic's requests, and which fields have no effect."""
 
 from __future__ import annotations

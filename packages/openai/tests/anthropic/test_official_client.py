@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The official client, unchanged, over a transport that does what a route would do; and what Claude Code sends."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A coding agent's conversation through the chat templates of real models: all of it reaches the prompt."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The input of calls: what is passed on can be read at every moment, and is the arguments where they are right."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Requests with exactly one thing wrong are refused with Anthropic's path of the field."""
 
 from __future__ import annotations

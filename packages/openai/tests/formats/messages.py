@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Parsing for tests: texts cut in every way, and the message that the events add up to."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """One text or more for every format, and the message that it holds. Texts are those that templates and models write."""
 
 # ruff: noqa: E501 - a sample is one text

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Which format is chosen for a model: by option, response template, chat template and type, in this order."""
 
 from __future__ import annotations

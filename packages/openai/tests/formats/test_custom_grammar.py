@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A user's Lark grammar within a JSON string takes the spellings of just those texts that it takes by itself."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Calls in the way of another model: complete, of a tool that is offered, where an answer begins; otherwise text."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Grammars of tool calls: whatever they allow is read back as valid calls of known tools, and nothing else."""
 
 from __future__ import annotations

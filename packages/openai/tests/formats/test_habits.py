@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Habits of models, and what other servers' parsers were caught with: each is a case with its name."""
 
 from __future__ import annotations

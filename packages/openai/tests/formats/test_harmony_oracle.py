@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Harmony as OpenAI's own parser reads it: what the two make of one row of tokens is the same."""
 
 from __future__ import annotations

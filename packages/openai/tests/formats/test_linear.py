@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Reading takes time in proportion to the text: of every format, and of texts that are made to take longer.
 
 Seconds are of the processor, the best of three, and the bar is generous: what is read again from its beginning for each

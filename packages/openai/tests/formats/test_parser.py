@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The parser of every format: however a text is cut, one message comes of it; one that was cut off invents nothing."""
 
 from __future__ import annotations

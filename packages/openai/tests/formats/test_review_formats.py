@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Ways of writing of single formats: what models of each write beside the form that their templates teach them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Grammars of structured answers beside thoughts and calls, and the spellings that templates teach models."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What reviewers of the parser found: calls in thoughts, names of tags in prose, other formats' habits, lost text."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Slips that models make in any format and that have one meaning: each is read the same way wherever it stands."""
 
 from __future__ import annotations

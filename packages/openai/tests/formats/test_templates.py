@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Real chat templates: which formats are chosen for them, and that what they write is read back equal."""
 
 from __future__ import annotations

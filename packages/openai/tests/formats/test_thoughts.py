@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Thoughts that the prompt opens: every pair of marks that a format has closes them, in answers and before a form."""
 
 from __future__ import annotations

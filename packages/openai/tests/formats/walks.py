@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Random texts of a grammar: walks over the tokens that core's backend allows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Ollama's requests: durations, options, and what is refused by name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Every answer is read by the official client's own types, whole and in pieces."""
 
 from __future__ import annotations

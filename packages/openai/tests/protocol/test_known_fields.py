@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """No field that OpenAI or vLLM defines is unknown here: each is honoured, without effect, or refused by name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Messages: content forms, template form, and calls tied to their results."""
 
 from __future__ import annotations

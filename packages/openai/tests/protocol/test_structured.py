@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """response_format and structured_outputs: what the engine is told, and how each refusal names its field."""
 
 from __future__ import annotations

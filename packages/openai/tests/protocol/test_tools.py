@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Tools: what is accepted, what a request says about them in one piece, and how each refusal names its field."""
 
 from __future__ import annotations

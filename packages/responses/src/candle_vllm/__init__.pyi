@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: MIT
 """For type checkers of a checkout, to which this folder is a part of the package in `src`; not in the wheel."""

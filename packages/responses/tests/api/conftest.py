@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Kept responses in memory, and answers that tests write themselves."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Responses in the background: events for readers that come and go, every way to end, bounds, two servers."""
 
 from __future__ import annotations

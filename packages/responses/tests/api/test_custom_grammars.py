@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Custom tools with a grammar: a random model writes nothing else, and a grammar that is none is refused."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Events of conversations become events of responses, in order and without gaps, and the response is what they told."""
 
 from __future__ import annotations

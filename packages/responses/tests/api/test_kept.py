@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Kept responses and conversations without HTTP: turns, lists, the form of items, when the store is opened."""
 
 from __future__ import annotations

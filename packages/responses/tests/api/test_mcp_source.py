@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """MCP servers of requests: the operator's own by their labels, and URLs that the operator allows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Items become messages: merged, in order, each call with its result, and what does not fit is refused by name."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Responses over a scripted engine: whole and streamed alike, with tools that run here, memory, limits and failures."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Requests become tasks, and whatever is wrong is said of what the caller wrote."""
 
 from __future__ import annotations

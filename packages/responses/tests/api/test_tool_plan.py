@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Tools of a request: their names for the model, the choice among them, and what the response shows of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Every test of this folder leaves no task behind."""
 
 from __future__ import annotations

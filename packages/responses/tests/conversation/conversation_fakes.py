@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Engines that call tools by a script, tools that can be watched, and what to look at afterwards."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A model behind a URL: what servers send, what they refuse, and what is never shown."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Conversations with a scripted model: exact turns, calls, results and ends."""
 
 from __future__ import annotations

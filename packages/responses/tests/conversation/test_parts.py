@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The small parts of a conversation: its transcript, its channel, its watch for loops, and the end of a task."""
 
 from __future__ import annotations

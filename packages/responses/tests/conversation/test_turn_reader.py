@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """One answer from chunks as different servers send them."""
 
 from __future__ import annotations

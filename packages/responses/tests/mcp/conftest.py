@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Servers for the tests of this folder: scripted ones on stdio, real ones over HTTP in a thread."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """MCP servers over HTTP: the SDK's own in both eras, and applications that misbehave."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """An MCP server on stdio in plain Python that behaves as its first argument says; the second is a file of its notes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Fleets: servers together, their tools in one registry, and one that fails beside those that do not."""
 
 from __future__ import annotations

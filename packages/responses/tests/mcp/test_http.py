@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """An OAuth client gets its token from the authorization server that the MCP server names, and sends it there alone."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Links over HTTP in both protocol eras: what a failing server comes to, row by row of the SDK's own behaviour.
 
 Without a link, the SDK cancels the caller where a server of the newer era dies, and never makes a new session.

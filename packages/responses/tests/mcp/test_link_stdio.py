@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Links to servers on stdio: what a good one gives, and what each kind of bad one comes to."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A peer's log: the last lines, cut, cleaned and without secrets."""
 
 from __future__ import annotations

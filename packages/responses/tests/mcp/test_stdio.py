@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Lines from chunks, however these are cut, and never more of a long one than its ends."""
 
 from __future__ import annotations

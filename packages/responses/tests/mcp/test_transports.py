@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What passes a watched stream: at a bounded pace, and its end is told."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """mcp.json: where it is found, the forms that it may have, and what is wrong with others."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The example file and the files in the documentation are what they say."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """McpServerConfig: made in Python with the same checks, and silent about secrets."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """docs/responses.md says of every field what it does."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Requests: every field of the official client's is taken, without effect, or refused by name."""
 
 from __future__ import annotations

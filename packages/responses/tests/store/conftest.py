@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Stores of responses in memory, in an SQLite file and in a real PostgreSQL, with a clock that stands still."""
 
 from __future__ import annotations

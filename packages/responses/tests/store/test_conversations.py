@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Conversations in the store, on SQLite and on a real PostgreSQL: items, pages, owners, bounds, order."""
 
 from __future__ import annotations

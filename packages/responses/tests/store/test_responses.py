@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Responses in the store, on SQLite and on a real PostgreSQL: owners, chains, bounds, leases, versions, faults."""
 
 from __future__ import annotations

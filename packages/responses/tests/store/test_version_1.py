@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Stores that servers with tables of version 1 left behind: nothing of them is lost, and they are used as before."""
 
 from __future__ import annotations

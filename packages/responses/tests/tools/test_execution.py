@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """One call of a tool never raises for what the tool does, and leaves nothing running."""
 
 from __future__ import annotations

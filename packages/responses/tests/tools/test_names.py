@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Names are allowed, stable, different for different tools, and have a hash where they cannot be read back."""
 
 from __future__ import annotations

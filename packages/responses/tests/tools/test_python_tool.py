@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Python functions as tools."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The registry: functions one by one, servers all at once, no name twice."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Arguments are checked against schemas that nobody trusts: without the network, and within a limit."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Docstrings in Google's style."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a model reads of a tool's output."""
 
 from __future__ import annotations

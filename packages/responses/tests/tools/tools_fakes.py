@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Tools for these tests: of a function, with any name, server and schema."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Adapters' files in a few bytes, archives of them, and a store of files over HTTP."""
 
 from __future__ import annotations

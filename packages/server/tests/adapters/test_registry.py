@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The adapters of a server by name: one look for many askers, what is missing, what a name means and never means."""
 
 from __future__ import annotations

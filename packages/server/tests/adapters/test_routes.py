@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Adapters by the `model` of a request, through every API; the routes of vLLM and llama.cpp; keys that are bound."""
 
 from __future__ import annotations

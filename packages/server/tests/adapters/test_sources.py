@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Where adapters come from: names that lead nowhere else, allow-lists, pinned revisions, faults, and the cache."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """API keys guard every route but /health and /ready; CORS opens nothing else."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Waiting for an answer while watching the connection: what comes too late is given back."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Failures as answers: the envelope of the API that was asked, and what is left to the server."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Keys with names: a file of them, when they end, what they open, and the file read again while the server runs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Requests and tokens per minute: what a key has used up is refused until it is filled up again, on every route."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Requests that are sent one behind the other on a connection, and what is no request behind one that is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """EventStream alone: one write per tick, comments in silence, the end in every case."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """HTTPS with real certificates and a real client."""
 
 from __future__ import annotations

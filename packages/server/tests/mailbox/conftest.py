@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A receiver of webhooks on loopback, and stores in SQLite and in a real PostgreSQL."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Answers that outlive their clients, over HTTP: kept, pushed, fetched, and plain requests end as before."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The operator's settings: the webhook section, its secrets, and what is refused."""
 
 from __future__ import annotations

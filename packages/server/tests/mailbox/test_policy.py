@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What headers ask for, and which headers are refused."""
 
 from __future__ import annotations

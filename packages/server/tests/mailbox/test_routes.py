@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`/v1/mailbox` over HTTP: what each caller sees, fetches, deletes and pushes, and which values are refused."""
 
 from __future__ import annotations

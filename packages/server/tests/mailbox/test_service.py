@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The mailbox at work: what is kept and pushed, retries, restarts, fairness and the end."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The store, on SQLite and on a real PostgreSQL: order, owners, bounds, expiry, pushes, versions."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """One push: what is sent, signed and checked, and how the receiver's behaviour is taken."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Admission: places are bounded and shared fairly, and every one comes back."""
 
 from __future__ import annotations

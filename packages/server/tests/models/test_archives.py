@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Models in tar archives: names, ranges, what broke off, hostile archives."""
 
 from __future__ import annotations

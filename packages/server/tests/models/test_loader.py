@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a model is given where others are loaded."""
 
 from __future__ import annotations

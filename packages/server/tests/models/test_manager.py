@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The model manager: loads are shared, switches drain, failures reach everyone who waits, nothing is lost."""
 
 from __future__ import annotations

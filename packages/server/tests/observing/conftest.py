@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A small application with a watched engine, called directly or served on loopback."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the dashboard asks, and the series that prometheus-client brings."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """EngineWatcher: what is counted is what clients were told, and every request is counted once."""
 
 from __future__ import annotations

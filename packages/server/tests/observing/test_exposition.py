@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The answer to a scrape: both formats, and a real Prometheus that reads it."""
 
 from __future__ import annotations

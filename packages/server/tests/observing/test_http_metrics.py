@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """HTTP metrics: labels of bounded sets, and gauges that come back to zero."""
 
 from __future__ import annotations

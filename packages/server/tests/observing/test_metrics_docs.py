@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """docs/metrics.md and the dashboard speak of the series that there are."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The gauges and counters of a real engine: exact when it is idle, and nothing left after aborts."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The log of requests: one line each, whatever a client sends."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Histogram and UsageTable: the same numbers as prometheus-client's, and bounded."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Tracing: spans with the names of OpenTelemetry's conventions, and a collector that cannot hurt."""
 
 from __future__ import annotations

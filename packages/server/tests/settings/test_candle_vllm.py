@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What people bring from candle-vllm, the original: its command lines work, or say what has no effect here."""
 
 from __future__ import annotations

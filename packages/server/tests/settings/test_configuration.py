@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Settings: precedence of the sources, rivals, models.yaml, addresses, tokens; every mistake is named."""
 
 from __future__ import annotations

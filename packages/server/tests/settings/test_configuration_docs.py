@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """docs/configuration.md, .example.env and example.models.yaml list exactly what the table of settings has."""
 
 from __future__ import annotations

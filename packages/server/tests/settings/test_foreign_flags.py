@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Flags of other programs are answered with their name here, or with why there is none."""
 
 from __future__ import annotations

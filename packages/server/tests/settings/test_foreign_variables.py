@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Names of other deployments in the environment: honoured in their place, and nobody's server opens by a spelling."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Rows of chat and text completions."""
 
 from __future__ import annotations

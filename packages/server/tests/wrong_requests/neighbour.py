@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A client of its own process that reads a stream and tells when each piece came, until its input ends.
 
 Prints a line for each piece: its time (`time.monotonic()`, which is the machine's) and the server's processor time by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Rows of vectors, scores, rankings, tokens, and of the routes for operators."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Rows of responses."""
 
 from __future__ import annotations

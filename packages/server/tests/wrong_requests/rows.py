@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Requests with exactly one thing wrong: a right body, and one change of it.
 
 A row says where the body is changed, to what, and which `param` the answer must have. Routes that are added later put

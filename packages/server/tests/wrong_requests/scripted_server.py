@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A server process around a scripted engine: a token every 10 ms. Prints its port. For `test_neighbours.py`."""
 
 from __future__ import annotations

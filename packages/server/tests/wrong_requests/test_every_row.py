@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Each request with one thing wrong is refused by the name of the field, in the envelope, over a real connection."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What is wrong below the fields: content types, JSON, methods, sizes and lengths, on every route that takes a body."""
 
 from __future__ import annotations

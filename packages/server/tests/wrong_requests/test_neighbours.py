@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A hostile request holds up nobody else's stream and fills no memory: measured on a server process of its own.
 
 A neighbour in a third process reads a stream of a hundred pieces a second all the while. While a hostile request is

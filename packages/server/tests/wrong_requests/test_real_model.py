@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Requests whose fault is found by a real model: its vocabulary, its context, its grammars."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The beginning: stored things are read, the server is asked, the page is drawn.
 
 import { effect, untracked } from "@preact/signals";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Draws nodes without a page: what the components would make, as plain objects and as text.
 
 import type { Tokens } from "marked";

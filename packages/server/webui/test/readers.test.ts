@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { readChunk, readInventory, readModel, readResult, readServer, readShown, readTool, underBases } from "../src/api/readers.ts";

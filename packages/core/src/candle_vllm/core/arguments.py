@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What is said to an argument that there is not: the nearest name, and to the names of other libraries ours.
 
 A row of the tables is the names and the answer: a name of ours that does the same, perhaps with what else there is to

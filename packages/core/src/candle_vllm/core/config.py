@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """EngineConfig: the one table of an engine's settings, each checked when it is made."""
 
 from __future__ import annotations

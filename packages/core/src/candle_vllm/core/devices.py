@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Which device an engine computes on, and why a GPU cannot be used; before step 1 of a request's life.
 
 torch is imported once a GPU is asked for, or "auto" finds a driver that has one.

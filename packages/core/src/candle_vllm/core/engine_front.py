@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """EngineFront: what callers do with an engine, wherever it runs (steps 3 and 10 of a request's life).
 
 `InferenceEngine` runs its engine in a thread, `RemoteEngine` in a process of its own. What both share stands here:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Every failure that a user can cause, as one tree.
 
     CandleVllmError

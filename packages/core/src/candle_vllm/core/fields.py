@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Typed, strict access to what a file says: `config.json`, GGUF metadata. Every error names the file and the key."""
 
 from __future__ import annotations

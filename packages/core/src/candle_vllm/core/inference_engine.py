@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """InferenceEngine: the library's front door. Loads a model, owns the engine thread, and takes prompts."""
 
 from __future__ import annotations

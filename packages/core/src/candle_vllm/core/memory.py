@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How much memory there is, how many KV-cache blocks fit, and what to say where something does not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How the vector of one text is made of its hidden states: what a model's files say, and what a request may change.
 
 No torch here. The name `PoolingParams` and its `dimensions` are vLLM's.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What is done while a model loads, and how much of it: told where it happens, heard by whoever shows it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a setting may hold: one class for each sort of value, for the engine's settings and for a server's.
 
 Programs pass typed values to `EngineConfig`, which reads them by `taken`; people write texts on command lines, in

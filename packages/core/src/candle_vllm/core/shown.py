@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How objects that a library's user meets are written out: short, for a person at a prompt, whatever they hold."""
 
 from __future__ import annotations

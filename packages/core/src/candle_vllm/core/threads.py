@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a process has once: threads, how many and with which stacks; when Python looks for cycles of garbage."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The compiled engine on CPUs that lack instructions, with too many threads, and with matrices of odd shapes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false
 """The compiled kernels on disk: kept for one version and CPU, in a folder of the user's own, and never in the way."""
 

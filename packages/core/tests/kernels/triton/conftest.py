@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The tests of this folder run the Triton kernels on a GPU, or under Triton's interpreter on the CPU.
 
 The interpreter is chosen when triton is imported, by TRITON_INTERPRET=1, for the whole process. So the tests of kernels

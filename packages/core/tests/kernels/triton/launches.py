@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Runs a toy engine with every Triton launch compiled as a GPU would specialise it, and not executed.
 
 A process of its own, for it puts a driver in Triton's place that says it is an H100. Prints a JSON line for each form

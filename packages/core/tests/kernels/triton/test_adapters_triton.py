@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Adapters in a GPU's steps: answers are those of layers that run op by op, in captured steps and others."""
 
 from __future__ import annotations

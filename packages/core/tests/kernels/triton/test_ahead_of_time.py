@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Triton kernels compile for the GPUs we name, without spilling registers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Paged attention of the GPU against the reference: scattered pages, NaN wherever nothing may be read."""
 
 from __future__ import annotations

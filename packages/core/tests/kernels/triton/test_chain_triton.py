@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """llama.cpp's chain on a GPU against the reference."""
 
 from __future__ import annotations

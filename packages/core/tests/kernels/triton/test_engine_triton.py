@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Whole steps over the Triton kernels: a toy model's answers are those of the references."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Every family of `tests/models/families.py` over the GPU's path: steps by the Triton kernels equal those in torch."""
 
 from __future__ import annotations

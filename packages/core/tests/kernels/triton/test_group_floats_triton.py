@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Linear layers with small floats: the kernels give what the reference gives."""
 
 from __future__ import annotations

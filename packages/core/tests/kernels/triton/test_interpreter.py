@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Every test file of this folder under Triton's interpreter, in processes of their own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Writing the paged cache: exact copies, nothing beside them, and fp8 with scales."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Every launch of whole engines compiles for a GPU that need not be there, and none for the first time in service."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Linear layers with plain weights: what the kernels give, and that a row's bits are its own.
 
 Under the interpreter a product of tiles is numpy's, whose order of sums depends on the tile. Whole numbers, which

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What adapters add to products, by Triton: against the contract in fp64, at odd shapes and true ranks."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Mixture of experts: the kernels give what the reference gives, and the pairs stand in the experts' order."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Linear layers with GGUF weights: the layout keeps every number, and the kernels give what the reference gives."""
 
 from __future__ import annotations

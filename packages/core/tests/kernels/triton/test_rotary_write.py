@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Norms of heads, rotary and the cache write in one launch, against one after the other."""
 
 from __future__ import annotations

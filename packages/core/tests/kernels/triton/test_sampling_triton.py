@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Sampling on a GPU against the reference: draws, cuts, ties, standing, edits, and independence of rows."""
 
 from __future__ import annotations

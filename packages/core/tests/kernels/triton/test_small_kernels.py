@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """RMSNorm, rotary embedding, gates and embedding rows against their references."""
 
 from __future__ import annotations

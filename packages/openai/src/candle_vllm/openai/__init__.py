@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The OpenAI API over a candle-vllm engine, without HTTP: requests, answers, streams and errors."""
 
 from candle_vllm.openai.adapter import OpenAIAdapter

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """OpenAIAdapter: OpenAI's requests answered by an engine, whole or streamed, without HTTP.
 
 It covers steps 2, 3 and 10 of a request's life and calls the engine for those between.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Which network addresses others may send a program to: public ones, and private ones where that is said."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How one request's answers are to be read, and the reading: pieces of text -> events (step 10)."""
 
 from __future__ import annotations

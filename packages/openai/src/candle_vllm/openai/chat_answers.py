@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Events -> chunks of a chat answer, and those -> the whole answer (step 10).
 
 There is one path: a whole answer is the sum of the chunks that a stream would have sent, so the two cannot differ.

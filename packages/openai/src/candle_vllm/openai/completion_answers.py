@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The same as `chat_answers` for `/v1/completions`: events -> chunks, chunks -> the whole answer (step 10)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Messages of a task -> the dictionaries that chat templates expect (step 3), and what a template takes of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """EmbeddingAdapter: vectors, scores and rankings by one engine, without HTTP (steps 2, 3 and 10 of a request's life).
 
 A score is what the engine says of a pair: the number of a cross-encoder's head, brought to 0..1 by a sigmoid where the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """EngineLike: what the adapter needs of an engine. `InferenceEngine` and `ScriptedEngine` both have it."""
 
 from __future__ import annotations

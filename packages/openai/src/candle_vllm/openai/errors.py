@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The one table: exception -> HTTP status, OpenAI error body and headers. No HTTP library is involved.
 
 Reached from every step of a request's life; `server` sends what `to_error` returns.

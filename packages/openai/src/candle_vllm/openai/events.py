@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What happens while an answer is made, one neutral event at a time (step 10): the contract between those who answer
 and the edges that write an API's words.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Images that do not come with a request (between steps 2 and 3): fetched from addresses whose hosts an operator lists,
 read from a folder, or taken of kept files.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Gaps in texts in the words of Mistral's API, `/v1/fim/completions`, without HTTP (steps 2 and 10).
 
 A request is read as a task that an `OpenAIAdapter` answers; its answer has the form of a chat answer.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Bytes -> JSON value, strictly: RFC 8259 and nothing more (step 2 of a request's life), and answers -> bytes.
 
 Refused, beside bad syntax: duplicate names, NaN and Infinity, lone surrogates, nesting beyond `MAX_DEPTH`, and more

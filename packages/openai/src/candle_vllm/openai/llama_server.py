@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The texts of llama.cpp's server: `/completion` and `/infill`, whole or streamed, without HTTP (steps 2 and 10).
 
 A request is read as a task that an `OpenAIAdapter` answers, and what happens meanwhile is written in llama.cpp's words.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The engine's log-probabilities -> the three wire forms: chat, the older completions form, vLLM's prompt form."""
 
 from __future__ import annotations

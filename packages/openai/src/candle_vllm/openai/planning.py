@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a chat request's answers may hold and how they are held to it: formats, tools and structured output (step 2).
 
 The formats are chosen once per model, by its files; a plan is made once per request, when its prompt is known. One

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Steps 2 and 3 of a request: checked fields -> prompt tokens, sampling parameters, and how answers are read.
 
 Rendering a template, tokenizing a long prompt and compiling a grammar take long enough to hold up every other stream

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the sender of a request should know although it is answered: collected while it is prepared, for who answers.
 
 Whoever has an answer with headers (a server) begins to collect; the layers that find something need not know of it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """OpenAI's edge: bytes to a checked request, and that to a task and sampling parameters (step 2).
 
 Precedence of sampling values: the request's, then the model's own defaults, then ours.

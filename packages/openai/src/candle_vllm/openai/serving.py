@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What adapters of one engine share: the names of its model, and threads beside the event loop.
 
 Threads are for what would hold up an event loop: some for prompts, others for grammars, which may take seconds.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Streams of events and chunks that abort their requests when they are closed, begun or not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """SyncOpenAIAdapter: the adapter for programs without an event loop."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Where a program may be sent by others: one parser of URLs, the operator's list of hosts, and the check of addresses.
 
 The guard of images that are fetched and of webhooks against requests that reach into the network of the server. A URL

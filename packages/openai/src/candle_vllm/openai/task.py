@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a request asks for, in no API's words (step 2): the contract between the edges that read requests and those who
 answer them.
 

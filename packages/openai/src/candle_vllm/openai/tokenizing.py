@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """TokenizingAdapter: texts and conversations to token ids and back, without HTTP (steps 2 and 3 of a request's life).
 
 A conversation is prepared exactly as a chat request with the same fields, so the count is that of its prompt.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A body's bytes, or an object, as a checked request of its kind (step 2 of a request's life).
 
 What pydantic finds becomes one `InvalidParameterError` in plain words, with the field as a dotted path.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Conversations that act: a model, its tools, and the loop between them.
 
 Names are imported when they are first used, so that a program pays for MCP only where it uses it.

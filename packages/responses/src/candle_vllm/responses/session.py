@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """ResponsesSession: a conversation that remembers what was said and acts through tools."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The HTTP server and the command line: step 1 and the last half of step 10 of a request's life.
 
 `Settings` and `create_app` are imported on first use, so that `candle-vllm --help` loads no web framework.

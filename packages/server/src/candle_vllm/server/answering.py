@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Answering a generation request, whole or streamed: what the routes of every API share.
 
 Steps 1 and 10 of a request's life. The body is read and checked, the request takes its turn at a model, the adapter

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """create_app: the ASGI application around a model manager, or around one engine.
 
 Steps 1 and 10 of a request's life. No globals: everything a route needs stands on `app.state`, so that several

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The `candle-vllm` command: serve, generate, chat, agent, bench, run-batch, quantize, config, and those for downloads.
 
 Before step 1 of a request's life. Whatever a user can cause ends as one line on standard error and exit status 2;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Stopping without cutting answers: uvicorn's server with a drain that has an end.
 
 The last thing that happens to a request that is still running at shutdown: it gets `--shutdown-timeout` seconds,

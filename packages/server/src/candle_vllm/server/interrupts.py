@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Ctrl+C while a command starts, and the end of a process in which threads still work.
 
 Before step 1 of a request's life. Imported before anything else, so it imports next to nothing.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Answers that outlive their clients: a request that asked for it goes on when its client has gone.
 
 Between steps 2 and 10 of a request's life. Its chunks are read by a task of their own; its client reads along, or the

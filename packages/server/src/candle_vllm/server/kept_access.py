@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the routes of kept responses and conversations share: whose they are, their queries, and their refusals.
 
 Step 1 of a request's life; nothing is generated here.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Long work in threads of its own, for an event loop that waits for it, gives up or stops it (beside step 1)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What an operator changed is read again while the server runs: models.yaml and the files of keys.
 
 Beside the ten steps: on SIGHUP, or because a request of an operator asks for it. Where a file is wrong, what was read

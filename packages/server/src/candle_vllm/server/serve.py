@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """serve: bind the address, run uvicorn, load the model, drain on a signal.
 
 The frame around steps 1 to 10. The address is taken before the model is loaded, because a port in use should cost

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The stream of a chat answer.
 
 import { EventReader } from "./events.ts";

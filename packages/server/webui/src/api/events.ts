@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Server-sent events out of bytes that may be cut anywhere.
 
 /** Takes bytes as they come and gives the data of each event that is complete. */

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Requests to this server: addresses relative to the page, the API key, and errors with what the server said.
 
 export type Failure = "network" | "http" | "stream" | "dropped" | "format";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Prometheus' text format -> the numbers of the server page.
 
 export interface Sample {

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Lets the page draw and answer the user while much data comes at once.
 
 const MAX_MS = 10; // of work without a pause

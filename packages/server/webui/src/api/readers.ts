@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // What comes from a server or a file is looked at before it is used: the few shapes, read field by field.
 
 import type { ChatChunk, Inventory, McpContent, McpResult, McpServer, McpTool, ModelCard, TokenLogprob, ToolCallDelta, Usage } from "./types.ts";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // What the server says of itself: models, MCP servers, counts.
 
 import { ApiError, getJson, jsonRequest, postJson, send } from "./http.ts";

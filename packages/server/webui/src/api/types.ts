@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Wire types: the parts of the server's answers that the page reads.
 
 export interface ModelCard {

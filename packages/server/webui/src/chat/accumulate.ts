@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The chunks of a stream -> one step of an answer.
 
 import { OUTPUT_COUNTS } from "../api/readers.ts";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Which tools may run without being asked for, and on what they were when the user said so.
 
 import type { McpTool } from "../api/types.ts";

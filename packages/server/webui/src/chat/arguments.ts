@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The arguments of a call: read, and checked against the tool's JSON schema before anybody is asked about them.
 //
 // The same is let through and said as by the server's own loop, which checks again when a call runs. What is not known

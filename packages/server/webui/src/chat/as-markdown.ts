@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // A branch of a conversation -> Markdown for other programs. What is in a message cannot reach into the next one: a
 // fence that was left open is closed, and HTML that would swallow what follows is text, as it is on the page.
 

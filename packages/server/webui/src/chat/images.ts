@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Images of a question: as data URLs, small enough to be sent, and to be kept by the browser.
 
 const MAX_SIDE = 2048; // pixels; what models look at is not larger

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // A branch of a conversation -> the body of a chat request.
 
 import type { McpTool, WireMessage, WirePart } from "../api/types.ts";

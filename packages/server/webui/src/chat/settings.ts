@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Settings of requests: their ranges, how chat and general settings come together, and what goes on the wire.
 
 import type { ChatSettings } from "./types.ts";

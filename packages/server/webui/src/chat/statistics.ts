@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Numbers under an answer, summed over its steps.
 
 import type { AssistantMessage, Step } from "./types.ts";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Names of conversations: the first line of the question, until the model has made one of question and answer.
 
 import { type Message, textOf } from "./types.ts";

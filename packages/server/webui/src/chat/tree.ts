@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The tree of a conversation's messages: branches are siblings, and what is shown is the path to one leaf.
 
 import type { Message } from "./types.ts";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // One answer from the first request to the last: stream, tool calls, results, next stream.
 //
 // All that a turn knows stands in its message, so that a page that was reloaded can take it up again.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // What a conversation consists of. Everything here is plain data: it is kept in IndexedDB and exported as it is.
 
 import type { ErrorInfo } from "../api/http.ts";

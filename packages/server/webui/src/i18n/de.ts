@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Deutsch.
 
 import type { Texts } from "./en.ts";

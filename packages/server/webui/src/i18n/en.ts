@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // English: the dictionary that the others follow.
 
 import type { Imported } from "../store/transfer.ts";

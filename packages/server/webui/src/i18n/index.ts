@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The page's texts in the language that is chosen: `t.value.name`.
 
 import { computed, signal } from "@preact/signals";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // A block of code: label, buttons, colours once it is whole.
 
 import { useEffect, useState } from "preact/hooks";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Blocks of Markdown -> nodes. Nodes alone: no text ever becomes HTML.
 
 import type { Token, Tokens } from "marked";

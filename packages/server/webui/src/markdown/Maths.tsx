@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // A formula: MathML, or what was written where that is not understood.
 
 import { createElement, type VNode } from "preact";

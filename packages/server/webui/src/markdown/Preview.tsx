@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // What code of a page or a picture shows, where it can reach nothing: neither the network nor this page.
 //
 // The frame is a document of this server with a policy of its own, for one that is written here (srcdoc, data:, blob:)

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Markdown that grows -> blocks, of which only the last one is read again.
 
 import { Marked, type Token, type Tokens, type TokenizerAndRendererExtension } from "marked";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // HTML entities in Markdown text: the numeric ones and those that people write.
 
 const NAMED: Readonly<Record<string, string>> = {

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Colours for code: highlight.js' grammars, whose result is taken as a tree and never as HTML. Loaded when first needed.
 
 import highlighter from "highlight.js/lib/core";

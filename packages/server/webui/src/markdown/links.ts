@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Which addresses may be followed, and which pictures shown.
 
 const SCHEMES = new Set(["http:", "https:", "mailto:"]);

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // MathML as a tree: its nodes, and the few kinds of them that are made often.
 
 import { ALPHABETS } from "./maths-symbols.ts";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The text of a formula and the place that is being read.
 
 /** Something that is not known here: the formula is shown as it was written. */

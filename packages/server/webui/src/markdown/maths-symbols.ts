@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Commands of TeX that stand for one sign.
 
 const table = (text: string): Readonly<Record<string, string>> =>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The part of TeX's maths that models write -> MathML as a tree. What is not known makes the whole formula plain text.
 
 import { fixed, type MathNode, node, restyled, sign, wrapped } from "./maths-nodes.ts";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Characters that nobody sees, or that turn others around: what is agreed to has to be what is read.
 
 // Controls (but line feed and tab), zero widths, marks and overrides of direction, tags, variation selectors.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // All conversations, and the one that is shown.
 
 import { batch, computed, signal, type Signal } from "@preact/signals";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Which dialog is open.
 
 import { signal } from "@preact/signals";

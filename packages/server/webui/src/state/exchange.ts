@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // What goes out as a file, and what comes in.
 
 import { asMarkdown } from "../chat/as-markdown.ts";

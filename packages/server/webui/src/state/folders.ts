@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Folders of conversations. Which conversations are in one stands in these.
 
 import { signal } from "@preact/signals";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Draws at most once a frame, and leaves the page half of its time where drawing takes long.
 
 export class FrameQueue {

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // What the server's models take, which can be fetched, and what is being fetched; asked for while somebody looks.
 
 import { signal } from "@preact/signals";

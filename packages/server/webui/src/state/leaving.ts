@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Whether the page is going away: what fails then fails for that reason, and is nothing to keep.
 
 let leaving = false;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The server's MCP servers and tools, where it has some.
 
 import { computed, signal } from "@preact/signals";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The models of the server and which of them is chosen; whether the server is there, asked again and again.
 
 import { computed, signal } from "@preact/signals";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Model, settings and tools of the conversation that is shown, or of the one that the next message begins.
 
 import { computed, signal } from "@preact/signals";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Banners above the page, and what is said to screen readers.
 
 import { signal } from "@preact/signals";

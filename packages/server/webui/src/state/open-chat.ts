@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // A conversation that is open: its messages as signals, and the answer that is being written.
 
 import { batch, type ReadonlySignal, type Signal, signal } from "@preact/signals";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The key in the address that a server without API keys prints: by it the page, and no other, may run tools.
 
 import { signal } from "@preact/signals";

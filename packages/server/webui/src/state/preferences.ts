@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // What the user prefers, as a signal that is kept; and the API key.
 
 import { effect, signal } from "@preact/signals";

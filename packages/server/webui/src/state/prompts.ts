@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The library of prompts.
 
 import { signal } from "@preact/signals";

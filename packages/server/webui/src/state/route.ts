@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Which page is shown: the part of the address after #. An address never does more than show something.
 
 import { signal } from "@preact/signals";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The store that everything is kept in.
 
 import { signal } from "@preact/signals";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // What tabs of this page tell each other: that something kept is not what it was, and which conversations stand still now.
 
 import { isId } from "../store/records.ts";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Titles by the model: asked for when nothing else is, and dropped as soon as the user wants something.
 
 import { streamChat } from "../api/chat.ts";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // IndexedDB: conversations, and their messages one by one. Where it cannot be had, a Map stands in for it.
 
 import type { Conversation, Message } from "../chat/types.ts";

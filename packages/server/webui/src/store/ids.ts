@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Random ids. `crypto.randomUUID` is missing on pages that come over plain HTTP from another machine.
 
 export function newId(): string {

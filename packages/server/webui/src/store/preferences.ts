@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Small things that stay in the browser: theme, language, general settings, tools. In localStorage, as JSON.
 
 import type { AlwaysAllowed } from "../chat/approval.ts";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // What is kept of conversations, folders and prompts, read field by field: from the database, where an older page may have
 // written it, and from files.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Export and import: one JSON document with conversations. What comes in is checked piece by piece. Ids stay, so that
 // what is here already is known again; nothing that is here gives way.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Fetching models: by name, from the list of known ones, and how far those are that are being fetched.
 
 import { useId, useState } from "preact/hooks";

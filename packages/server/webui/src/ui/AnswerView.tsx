@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // What the model said: thoughts, text, tool calls, and the numbers.
 
 import { useState } from "preact/hooks";

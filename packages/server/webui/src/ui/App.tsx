@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The whole page.
 
 import { useEffect } from "preact/hooks";

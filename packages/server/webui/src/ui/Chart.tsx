@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // A line of values over time, with axes; the last value stands above it, and all of it in words for screen readers.
 
 import { t } from "../i18n/index.ts";

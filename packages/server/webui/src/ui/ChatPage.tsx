@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The conversation that is shown: head, messages, input.
 
 import { t } from "../i18n/index.ts";

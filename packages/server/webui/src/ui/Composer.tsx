@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The input: Enter sends, Shift+Enter begins a line, Escape stops.
 
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";

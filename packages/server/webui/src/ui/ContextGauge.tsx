@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // How much of the model's context the conversation fills.
 
 import { contextTokens } from "../chat/statistics.ts";

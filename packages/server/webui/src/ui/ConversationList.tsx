@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The list of conversations: those that are pinned, the folders, and the others by their age.
 
 import { useEffect, useId, useLayoutEffect, useRef, useState } from "preact/hooks";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // A button that copies a text and says that it did.
 
 import { useEffect, useState } from "preact/hooks";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Export, import, and deletion of all conversations.
 
 import { useRef, useState } from "preact/hooks";

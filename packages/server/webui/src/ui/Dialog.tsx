@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Dialogs: the browser's own, which keep the focus inside and close with Escape.
 
 import type { ComponentChildren } from "preact";

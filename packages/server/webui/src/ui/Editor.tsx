@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The field in which a message is changed, and where the focus goes when it closes.
 
 import { useLayoutEffect, useRef, useState } from "preact/hooks";

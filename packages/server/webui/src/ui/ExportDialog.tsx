@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // One conversation as a file: all of it for another browser, or what is shown as Markdown.
 
 import { useState } from "preact/hooks";

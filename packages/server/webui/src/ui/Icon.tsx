@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The page's icons: lines on a grid of 24.
 
 const PATHS = {

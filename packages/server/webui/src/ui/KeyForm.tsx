@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The field for the API key, with where the key is kept.
 
 import { useId, useState } from "preact/hooks";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // An answer token by token, shaded by how likely each one was; the one that is chosen shows what else was likely.
 
 import { useState } from "preact/hooks";

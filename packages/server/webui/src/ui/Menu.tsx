@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // A button with a menu above everything else. Arrow keys, Home and End move in it; Escape, Tab or a click elsewhere close it.
 
 import { useId, useLayoutEffect, useRef, useState } from "preact/hooks";

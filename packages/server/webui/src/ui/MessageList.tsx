@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The messages of a branch. The last ones are drawn first, earlier ones when they come into view.
 
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";

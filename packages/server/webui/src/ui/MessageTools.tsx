@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // What can be done with a message: icons that say at hovering and focus what they do, and a menu in words on touch screens.
 
 import { signal } from "@preact/signals";

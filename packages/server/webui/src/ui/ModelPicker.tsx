@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The models: which one answers, and loading and unloading them.
 
 import { useEffect, useState } from "preact/hooks";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // What the page says of a model: what is known of it, what is done with it and how much of that, or why it failed.
 
 import { errorInfo, sayable } from "../api/http.ts";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The models page: which models the server has, what they take and whether they fit, and fetching and removing them.
 
 import { useEffect } from "preact/hooks";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Puts a conversation into a folder; without one, makes a folder.
 
 import { useId, useRef } from "preact/hooks";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Banners at the head of the page: what happened, and what can be done about it.
 
 import { t } from "../i18n/index.ts";

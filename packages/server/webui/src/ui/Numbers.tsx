@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The numbers under an answer.
 
 import { statisticsOf } from "../chat/statistics.ts";

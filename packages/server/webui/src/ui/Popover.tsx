@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // A panel that opens below its button, or above it, and closes at Escape, a click elsewhere, or when the focus leaves.
 
 import type { ComponentChildren } from "preact";

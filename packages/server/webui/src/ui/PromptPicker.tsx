@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Prompts at the input: a menu of them, and a list that opens where a message begins with "/".
 
 import { useEffect, useId, useLayoutEffect, useState } from "preact/hooks";

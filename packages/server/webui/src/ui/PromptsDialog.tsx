@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The library of prompts: the list, and the form for one.
 
 import { useId, useState } from "preact/hooks";

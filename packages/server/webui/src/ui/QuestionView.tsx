@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // What the user said.
 
 import { useState } from "preact/hooks";

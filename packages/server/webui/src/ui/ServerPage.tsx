@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The server page: what it does now, and how that went over the last minutes.
 
 import { useEffect, useState } from "preact/hooks";

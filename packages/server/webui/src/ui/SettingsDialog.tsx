@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Settings: of this conversation, of all, the key, and what is done with the data.
 
 import type { ComponentChildren } from "preact";

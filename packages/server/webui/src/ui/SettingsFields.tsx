@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The fields of one set of chat settings. An empty field leaves the value to the wider settings, then to the server; each
 // says what counts then.
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The sheet of keyboard shortcuts.
 
 import { t } from "../i18n/index.ts";

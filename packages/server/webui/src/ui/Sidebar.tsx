@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The conversations, and the ways to the other pages.
 
 import { useState } from "preact/hooks";

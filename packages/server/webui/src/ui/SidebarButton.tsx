@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Opens the list of conversations where it is hidden.
 
 import { t } from "../i18n/index.ts";

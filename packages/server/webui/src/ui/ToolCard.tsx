@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // A tool call: what is asked for, whether it may run, and what came of it.
 
 import type { McpContent } from "../api/types.ts";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The tools page: MCP servers, their state and log, and which of their tools models may use.
 
 import { useEffect, useState } from "preact/hooks";

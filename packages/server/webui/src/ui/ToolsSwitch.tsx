@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // The tools of the chat that is shown: off until they are turned on here.
 
 import { useState } from "preact/hooks";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Says what a button without words does (its `data-tip`): while the pointer rests on it, or the keyboard has come to it.
 // One element for the whole page, in the top layer; Escape hides it.
 

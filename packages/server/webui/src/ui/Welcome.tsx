@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // What stands where no message is yet.
 
 import type { ModelCard } from "../api/types.ts";

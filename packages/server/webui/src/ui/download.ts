@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Gives the user a file.
 
 const TYPES = { json: "application/json", md: "text/markdown" };

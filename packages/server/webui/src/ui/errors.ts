@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // What went wrong, in the user's language.
 
 import { sayable, type ErrorInfo } from "../api/http.ts";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // A component that is drawn again only where its properties say so (preact/compat's memo, without the rest of it).
 
 import { type ComponentType, type FunctionComponent, Component, createElement } from "preact";

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: MIT
 // Keys that work anywhere on the page.
 
 import { current } from "../state/chats.ts";

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a model is to adapters: the places that they fit, and the weights that run, decoded where they are asked for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """An adapter's tensors by the modules that they belong to, and what can be done to them without a model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Fits an adapter to a model: its tensors become what is done to each matrix, or the adapter is refused by name.
 
 Every tensor is used. Matrices that the model has fused, split or in another order get the rows of B that are theirs;

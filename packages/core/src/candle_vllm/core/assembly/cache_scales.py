@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Scales of a float8 cache that a checkpoint was calibrated with: found among its tensors, and given to the layers.
 
 A layer's keys are stored over its scale of keys, its values over that of values (`kernels/kv_write`). The names are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What drafts for a model: a small model, a head, or the model's own layer for further tokens.
 
 It is loaded behind the one that it drafts for, and refused where it was made for another one, or their words differ.

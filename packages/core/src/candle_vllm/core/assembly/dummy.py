@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Random weights for a model of which only `config.json` is there: `load_format="dummy"`.
 
 Stands before step 1 of a request's life. The result is a `Checkpoint` like any other, so that all that follows (which

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """From resolved files to an encoder that is ready to run, or to a decoder where the files hold one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """In-situ quantisation: plain weights become blocks of a GGUF type while they are loaded, one tensor after the other.
 
 Stands before step 1 of a request's life. Every matrix of a family's table is looked at as the model wants it (its views

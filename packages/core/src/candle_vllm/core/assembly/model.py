@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """From resolved files to a model that is ready to run, with its tokenizer and chat template."""
 
 from __future__ import annotations

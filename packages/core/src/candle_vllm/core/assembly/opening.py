@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Opening a model: from what was asked for to its files, its stored tensors and its tokenizer, before any is loaded."""
 
 from __future__ import annotations

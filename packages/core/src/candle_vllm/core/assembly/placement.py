@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How a model computes: recorded steps over matrices in their own types where that is possible, torch elsewhere."""
 
 from __future__ import annotations

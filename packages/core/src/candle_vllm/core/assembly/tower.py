@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A model's tower, and how it sees: from a multimodal model's files to what an engine needs beside its decoder."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Merging adapters into a model on its way to a file."""
 
 from __future__ import annotations

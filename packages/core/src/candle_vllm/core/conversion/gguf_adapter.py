@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Writes an adapter (LoRA) as a GGUF file, which this library and llama.cpp take beside a GGUF model.
 
 GGUF names each matrix as the model's file does, with rows in that file's order, and has one alpha for all: a tensor's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The architectures that GGUF files are written for: one row for each, with what its metadata says beyond the usual."""
 
 from __future__ import annotations

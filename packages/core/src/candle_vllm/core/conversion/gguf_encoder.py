@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """An encoder as a GGUF file: BERT and RoBERTa, which the file holds as a BERT, with the pooling of their vectors."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Writes a GGUF file: metadata, the table of tensors, then their data, one tensor after the other."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How a family is laid out in a GGUF file, and what llama.cpp refuses in files of its kind."""
 
 from __future__ import annotations

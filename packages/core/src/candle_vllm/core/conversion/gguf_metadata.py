@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A model's description as GGUF metadata.
 
 What has been written is read again by the family, and must give the model that was described: what GGUF has no key for

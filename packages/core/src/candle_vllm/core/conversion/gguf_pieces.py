@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Vocabularies of encoders as GGUF metadata: WordPiece is "bert", SentencePiece's unigram model "t5".
 
 GGUF names no normaliser and no cut of theirs, so the result is read again, and must cut a text as the original does.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The tensors of a GGUF file, found by a family's table of names read backwards.
 
 The table says how a stored tensor of either format becomes the one that the model wants. A tensor of the GGUF file is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A tokenizer as GGUF metadata: the way back from a `tokenizer.json` to `tokenizer.ggml.*`.
 
 Byte-pair models have two forms there, and those of encoders one each (`gguf_pieces.py`). Merges over GPT-2's byte

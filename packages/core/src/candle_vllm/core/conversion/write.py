@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Writes a model's folder as one GGUF file, its matrices quantised or plain, tensor by tensor."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Step 4, with adapters: which waiting sequences may begin, as far as their adapters say.
 
 A sequence begins when its adapters are in memory and the step has room for them (`max_loras` different ones). Until

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Brings adapters from their files to memory, as the steps of a model want them; in the store's own thread.
 
 Read, fitted, packed: most of that is the same for adapters of one kind, whose files differ in nothing but numbers, as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """AdapterStore: the adapters that an engine knows by name, those of them in memory, and the thread that loads them.
 
 Beside step 4 of a request's life. An adapter lies on disk, or in memory as steps want it. What sequences wait for is

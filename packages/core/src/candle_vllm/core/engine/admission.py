@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Before step 4: whether a request can be served at all, by the model's task, vocabulary and context. No torch here."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Step 5: what was scheduled, as arrays."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Step 4: which KV-cache blocks belong to whom. No torch here: blocks are numbers.
 
 The cache is `num_blocks` blocks of `block_size` token positions. A sequence holds a block table, the list of its

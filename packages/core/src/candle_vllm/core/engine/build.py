@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """From a loaded model to an engine: how large the cache is, how much a step holds, and what runs it."""
 
 from __future__ import annotations

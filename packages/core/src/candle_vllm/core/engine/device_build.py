@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """An engine's runner on a GPU, and the plan of its memory.
 
 The largest steps are run over a cache of one block: once without their kernels, which are compiled side by side

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Step 5 on a GPU: the numbers of a step, where its kernels read them.
 
 Their memory never moves, so that a captured step finds the next one's numbers where it found its own.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Steps 5 to 7 on a GPU: a step is launched, and the next one prepared while it runs.
 
 The host writes a step's numbers into staged memory; one copy brings them over. Tokens that the step before drew are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Drafts by layers that read the target's hidden states: EAGLE-3 heads and layers for further tokens (behind step 9).
 
 What such a layer is given at position p is token p + 1 and what the target made of p. So it reads each of the target's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Drafts by a small model of the same vocabulary: its guesses, and when asking it pays (behind step 9).
 
 The model's cache has the same blocks as the target's, at the same numbers: a sequence's block table is that of both. A

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Drafts: what may come next, guessed without a model, and how many guesses a step tries (behind step 9).
 
 A step reads the weights once, whatever its rows are, so trying a few guessed tokens costs little more than a plain

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Steps 6 and 7 in torch, one operation after the other: any decoder or encoder on any device."""
 
 from __future__ import annotations

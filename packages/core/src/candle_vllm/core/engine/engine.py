@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """One step of the engine: schedule, run, sample, settle. Single-threaded; `EngineThread` drives it.
 
 `prepare` does all work that needs no engine state (checks, sampling state) and may run in any thread; everything else

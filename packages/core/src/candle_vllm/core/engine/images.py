@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Pictures of waiting requests become embeddings (before step 4): encoded once, in pieces between steps, and kept.
 
 A sequence with pictures begins when all of theirs are there; others pass it meanwhile. What is encoded belongs to the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Full blocks of the KV cache on disk, behind the prefix cache in memory (step 4 of a request's life).
 
 Every block that is published is written behind the steps' back, so that what a prompt began with is there after it has

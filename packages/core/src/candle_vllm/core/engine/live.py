@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Steps 8 and 9 for one sequence: append the sampled token, decide whether it ends, and turn it into text."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Steps 6 and 7: the model with its KV cache if it has one, and the draw. A batch goes in, tokens come out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A text of which numbers are wanted, from admission to its only piece (steps 6 and 8 of a request's life).
 
 The hidden states of its positions may come in pieces. Sums are float64, so that the pieces in which a text was run make

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """PoolingCalls: what `InferenceEngine.embed` and `score` do, for callers that wait and for those in an event loop.
 
 A call may bring thousands of texts. All are checked before any is run; then the engine holds a window of them at a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a request says its answer will be, for the most part: guessed from, and counted when the answer is whole."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Checks of a request, and what is made of it before it is queued: sequences and sampling states (before step 4).
 
 It needs no engine state and may run in any thread.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Steps that are recorded once and replayed: the layers run on recorded values, and later steps replay the plan.
 
 On the CPU a plan is a table of operations over fixed buffers, walked by the threads of a `ThreadTeam` in one call. One

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A tower that is recorded once and replayed, a tile at a time, in pieces between steps (before step 4)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Where the end of a text stood before: in itself, in a prompt that others begin with, in answers of the past."""
 
 from __future__ import annotations

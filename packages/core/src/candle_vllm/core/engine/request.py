@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What crosses the engine's boundary: small frozen structs, so that the engine can move to its own process.
 
 A caller hands in a `GenerationRequest`; the engine hands back `TokenOutput`s, one per sequence and step in which

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Step 4: who runs in the next step, and how many tokens of each. No torch here.
 
 Every step has a budget of tokens. Sequences that decode come first with one token each, then prompts that have begun,

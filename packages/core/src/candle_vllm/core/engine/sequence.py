@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Step 4: the scheduler's view of one running or waiting sequence, and its share of a step. No torch here."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Where the pieces of requests go: into an async iterator, or to a caller that waits for all (behind step 8)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The thread that runs the engine's steps, and how requests and pieces cross its boundary."""
 
 from __future__ import annotations

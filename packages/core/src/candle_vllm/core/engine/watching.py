@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Who is told of a request what its caller sees of it, for counting, logs and traces (beside steps 3 to 10)."""
 
 from __future__ import annotations

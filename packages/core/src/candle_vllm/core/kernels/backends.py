@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How stored matrices become those of a GPU, laid out for its kernels or decoded where it has none, or torch's.
 
 Each gives the matrix, and why a quantised one takes more memory there than it is stored in, for a log.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The few things that a GPU's steps need of CUDA: work in order, captured work, marks to wait for, staged memory.
 
 A `DeviceStream` runs what it is given in order and at some later time. What a step reads or writes on the device is

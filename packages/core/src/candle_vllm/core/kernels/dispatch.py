@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Which implementation of a kernel computes a tensor; inside step 6 of a request's life."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Matrices of a backend, and the product of an input with several that a checkpoint stores side by side.
 
 Recorded steps multiply the matrices of `recorded.py`; outside them a `DeviceMatrix` knows its own kernels.

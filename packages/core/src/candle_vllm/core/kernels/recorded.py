@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Values that stand for the result of a kernel while a step is recorded.
 
 When the layers run on `Recorded` values instead of tensors, every kernel writes an operation into a plan instead of

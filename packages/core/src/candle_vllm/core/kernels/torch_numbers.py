@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Stored numbers as torch has them: the types by their names, tensors over the same memory, conversions."""
 
 from __future__ import annotations

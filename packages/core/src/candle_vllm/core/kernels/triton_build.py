@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Compiling Triton kernels ahead of time, for GPUs that need not be there (step 6 of a request's life).
 
 A Triton kernel's module names in `AOT` the forms that it launches, one `Build` each; `modules` finds these modules.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Where adapters join in: the products of a model, each with a number, by the paths that weights are loaded by."""
 
 from __future__ import annotations

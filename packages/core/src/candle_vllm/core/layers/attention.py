@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Attention over the paged cache, and what a step tells the layers about itself."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The embedding table and the output head, which may be the same matrix."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Latent attention over the paged cache: norm of latent rows, matrices of every head."""
 
 from __future__ import annotations

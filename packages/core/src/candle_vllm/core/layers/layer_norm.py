@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """LayerNorm: of hidden states, and of heads that have weights of their own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Linear layers: the one place where a layer's products happen, on every backend and however steps are run.
 
 Several stored matrices that read the same input are one product (q, k, v; gate, up). A layer's experts are one `Linear`

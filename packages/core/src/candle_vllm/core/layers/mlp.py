@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Feed-forward layers: with a gate, and without."""
 
 from __future__ import annotations

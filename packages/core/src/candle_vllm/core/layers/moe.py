@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Mixture of experts in the place of a feed-forward layer: router, experts, and what all tokens share."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Normalisation layers."""
 
 from __future__ import annotations

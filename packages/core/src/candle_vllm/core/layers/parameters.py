@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What every layer with weights has in common: named parameters that the loader fills from stored tensors."""
 
 from __future__ import annotations

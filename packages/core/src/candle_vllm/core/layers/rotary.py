@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Rotary position embedding: the frequencies of every scaling kind, and the tables made of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The keys of an adapter's `adapter_config.json`: each is honoured, has no effect on inference, or is refused by name.
 
 Source: `LoraConfig` of PEFT 0.21.

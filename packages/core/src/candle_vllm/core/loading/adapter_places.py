@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Where the tensors of an adapter belong: a family's table of names, read for products instead of weights.
 
 A table says how a stored matrix W becomes those that the model multiplies: by rows of it, in some order, perhaps after

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Reads adapters (LoRA) as files hold them: a PEFT folder, or one GGUF file; nothing here knows the model.
 
 A file is read whole before it is looked at: an operator may write to it while a server runs, a mapped file that is cut

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A model's own description, read once and strictly into frozen dataclasses.
 
 `config.json` and GGUF metadata are read through `Fields`, which names the file and the key in every error. Each model

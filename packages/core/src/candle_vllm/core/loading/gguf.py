@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Reads GGUF files, v2 and v3, little-endian: metadata and tensor table, every number checked before it is used.
 
 Stands before step 1 of a request's life. No count, length or offset of the file is trusted: each is held against the

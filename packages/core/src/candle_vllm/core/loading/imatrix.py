@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Importance matrices of llama.cpp: how much each input of a matrix mattered on some texts, for quantising it.
 
 Stands before step 1 of a request's life. An entry bears the name of a tensor in GGUF files and has, for each column,

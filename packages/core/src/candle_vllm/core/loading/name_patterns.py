@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Patterns of module names, as an adapter's rank_pattern and alpha_pattern have them, in time linear in the name.
 
 PEFT takes a key for a regular expression and matches `(.*\\.)?(KEY)$`. An adapter is a stranger's file, so here a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How a model's own vectors are made, by its files (loading, before step 1 of a request).
 
 A folder of sentence-transformers names its parts in `modules.json`: the transformer, a pooling (with a `config.json`

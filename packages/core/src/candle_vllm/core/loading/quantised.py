@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Quantised safetensors: a config's `quantization_config`, and one tensor for a matrix's parts.
 
 Stands before step 1 of a request's life. What the parts mean is in `quantization/`, a file for each format. Which

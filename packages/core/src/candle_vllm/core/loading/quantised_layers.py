@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The layers that each method of a `quantization_config` stores, and by which scheme.
 
 Stands before step 1 of a request's life; used by `quantised.py`. A config's settings are read strictly; what each layer

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Rotary position embedding as a model describes it: `rope_parameters` or `rope_scaling`, and GGUF's `rope.*`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Reads safetensors checkpoints: one file, or the shards of a folder, with headers checked before data is touched.
 
 Stands before step 1 of a request's life. The header's JSON is checked against the file's size and against itself:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Finds a model's files: from a path, a folder or a Hugging Face id to the weights and what lies beside them.
 
 Stands before step 1 of a request's life: the first thing that loading a model does. A path never reaches the network;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A longer context than a model says it has: `yarn_scaling_factor` of the engine's settings."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a checkpoint is to the loader: named tensors that stay in a mapped file until they are asked for.
 
 Stands before step 1 of a request's life: `gguf.py` and `safetensors.py` fill a `Checkpoint`, the weight loader reads

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The text tower of a multimodal checkpoint: its description, and its tensors' names.
 
 Stands before step 1 of a request's life. The tensors of a tower that sees are told apart; `assembly/tower.py` loads

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Decoders without a head, as many embedding models are published: their class, their names, and what they can do.
 
 Stands before step 1 of a request's life. Such a checkpoint was saved from the base model: it may name that class

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Views of stored tensors: the rows, experts and orders in which a model wants what a file holds.
 
 Stands before step 1 of a request's life. A family's table of names says which view a tensor passes on its way

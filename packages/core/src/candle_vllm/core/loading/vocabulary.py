@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A model's tokenizer, brought to the rows of its embedding table (loading, before step 3 of a request can run).
 
 The two are often of different size. Rows without a token are harmless. A token without a row is not: a plain text would

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Filling a model from a checkpoint through the family's table of weight names.
 
 The table has one line per tensor: where it goes in the model, its Hugging Face name and its GGUF name, with `{i}` for

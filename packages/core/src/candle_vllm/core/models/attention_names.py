@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Names of queries, keys and values as most families have them; in GGUF files matrices of their own, or rows of one.
 
 Source: llama.cpp's `create_tensor_qkv`; its converter's `--fuse-qkv` writes the second kind for most architectures.

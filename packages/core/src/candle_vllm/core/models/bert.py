@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """BERT and the families that differ from it by flags: RoBERTa and XLM-RoBERTa count positions from behind the padding
 token and tell no texts of a pair apart. As encoders of texts, and as cross-encoders with a head of one number.
 

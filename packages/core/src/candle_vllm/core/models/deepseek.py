@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """DeepSeek-V2, V3 and R1: latent attention, and experts in all but the first layers.
 
 Each block is x + attention(norm(x)), then x + mlp(norm(x)). Queries come from x, or from a latent vector of their own.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """DeepSeek's own description: `config.json` of V2 and V3, and GGUF metadata of deepseek2."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """EAGLE-3 heads: one layer that guesses a model's next tokens from what goes into three of its layers.
 
 At position p the head sees the embedding of token p + 1 and the model's hidden states of p, fused to one vector g; it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Names under which checkpoints store experts, shared by the families that have them.
 
 Hugging Face: a tensor for each expert, or one of all of them, gate and up joined (`gate_up_proj` [X, 2F, E], the gate's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the loader and the engine need of a model family: how to read, build, fill and run its models."""
 
 from __future__ import annotations

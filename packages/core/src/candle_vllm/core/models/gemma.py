@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The Gemma wiring: GeGLU, norms stored as distances from 1, scaled embeddings.
 
 Gemma 2 norms what attention and the feed-forward layer give as well as what they get, caps scores and logits softly,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What config.json and GGUF metadata say about a Gemma, as `gemma.py` wants it."""
 
 from __future__ import annotations

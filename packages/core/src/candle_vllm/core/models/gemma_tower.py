@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Gemma 3's tower: SigLIP's, the means of whose patches in a cell are normed and projected.
 
 A picture is a square of 256 embeddings, which see each other in the text model; with pan and scan its parts are more of

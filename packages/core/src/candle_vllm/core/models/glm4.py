@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The GLM-4 wiring: half of a head turns, in pairs of neighbours; gate and up are one matrix.
 
 GLM-4-0414 norms what attention and the feed-forward layer give as well as what they get; GLM-4-9B-Chat does not.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """GLM-4-MoE (GLM-4.5, 4.6, 4.7, Air): the Llama wiring, part of each head rotated, and experts.
 
 Experts are scored by sigmoids and chosen with a correction, within groups, as DeepSeek-V3's are; a layer that all

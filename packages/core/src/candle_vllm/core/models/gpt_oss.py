@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """gpt-oss: attention with a learned sink for each head, a window in every other layer, and experts with biases.
 
 Each block is x + attention(norm(x)), then x + experts(norm(x)). Experts are gated by a clamped SwiGLU. Checkpoints come

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The Llama wiring and the families that differ from it by flags.
 
 Llama 1 to 3.x, SmolLM and Yi as they are; Mistral adds a sliding window, Ministral one in some layers; Ministral 3 has

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Mixtral: the Llama wiring (`llama.py`) with experts in every layer, of which the best k get shares that sum to 1.
 
 GGUF files of Mixtral name the architecture llama; the count of experts tells them apart (`registry.py`).

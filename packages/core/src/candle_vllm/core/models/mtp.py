@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Layers that predict further tokens (MTP, "nextn"), trained with a model and stored in its own checkpoint.
 
 At position p such a layer is given the embedding of token p + 1 and what the model's last norm gives at p; both are

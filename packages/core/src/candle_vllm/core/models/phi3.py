@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Phi-3, Phi-3.5 and Phi-4: the Llama wiring (`llama.py`) with fused matrices and long-rope.
 
 q, k and v are stored as one matrix, gate and up as another; Phi-4-mini turns a part of each head. Models of 128k tokens

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Pixtral's tower, and Mistral 3's and LLaVA's ways from it to embeddings of the text model.
 
 A picture is one tile of any size. Each block is x + attention(norm(x)), then x + mlp(norm(x)), where queries and keys

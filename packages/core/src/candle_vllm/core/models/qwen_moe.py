@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Qwen2-MoE and Qwen3-MoE: the wiring of Qwen2 and Qwen3 (`llama.py`) with experts in all or some layers.
 
 Qwen2-MoE (Qwen1.5-MoE, Qwen2-57B-A14B) adds a layer that all tokens share, weighed by a sigmoid of the token, and takes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, and their way to embeddings of the text model.
 
 Each block is x + attention(norm(x)), then x + mlp(norm(x)); queries and keys are rotated by the row and the column of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Which family serves which architecture. A new family is one file in this folder and one name in `FAMILIES`."""
 
 from __future__ import annotations

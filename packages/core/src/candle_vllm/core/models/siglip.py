@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """SigLIP's tower as Idefics3 and SmolVLM have it, and their way to embeddings of the text model.
 
 Each block is x + attention(norm(x)), then x + mlp(norm(x)); every patch of a tile sees all of that tile. Behind the

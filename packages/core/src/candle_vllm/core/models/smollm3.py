@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """SmolLM3: the Llama wiring (`llama.py`) in which the queries and keys of every fourth layer do not turn.
 
 Source: Yang et al., 2025, arXiv:2501.18795 (RNoPE).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The StableLM wiring: LayerNorm, SwiGLU, and a part of each head that turns.
 
 Each block is x + attention(norm(x)), then x + mlp(norm(x)); StableLM-2-12B has one norm for both instead, and a norm of

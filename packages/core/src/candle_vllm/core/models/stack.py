@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What every decoder does with its parts: embedding, layers one after the other, the last norm, the head."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """AWQ in its "gemm" layout: codes of 4 bits packed along the outputs, shuffled.
 
 Stands before step 1 of a request's life. Of a layer [N, K] with G groups of inputs:

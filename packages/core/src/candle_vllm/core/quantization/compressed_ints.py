@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """compressed-tensors' whole numbers: codes of 4 or 8 bits in int32, or one by one in int8.
 
 Stands before step 1 of a request's life. Of a layer [N, K] with G groups of inputs, or one scale for a row or all:

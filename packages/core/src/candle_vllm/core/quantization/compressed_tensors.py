@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """compressed-tensors: the schemes of a config's groups, and a layer's weight by one of them.
 
 Stands before step 1 of a request's life. Whole numbers are in `compressed_ints.py`, the other formats are those of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """MXFP4 and NVFP4: floats of 4 bits (e2m1) in small groups with scales of 8 bits.
 
 Stands before step 1 of a request's life. A number is one of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives; two are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """FP8: a float of 8 bits for each weight, and a scale for a tensor, a row or a block.
 
 Stands before step 1 of a request's life. A weight is scale * number in fp32. Numbers are e4m3 (without infinities) or

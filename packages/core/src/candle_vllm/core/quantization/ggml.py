@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """ggml's tensor types: their block sizes, and the way back to numbers.
 
 Stands before step 1 of a request's life: the loader dequantises what no kernel reads directly. The common types are

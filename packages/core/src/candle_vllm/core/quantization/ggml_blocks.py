@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What is in a block of ggml's common types: a row for each, which everything that takes blocks apart reads.
 
 Stands before step 1 of a request's life. `take_apart` does it byte by byte, for numpy arrays and torch tensors alike;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """ggml's tensor types: their numbers in GGUF files, and the size of their blocks.
 
 The `gguf` package has the same, and a test compares the two. It is not read here because importing it takes longer than

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """GPTQ: codes of 4 or 8 bits packed along the inputs, scales and zeros of groups of inputs.
 
 Stands before step 1 of a request's life. Of a layer [N, K] with G groups there are, P = 32 / bits codes in an int32:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Whole numbers in groups that share a scale: what GPTQ, AWQ and the like are, once unpacked.
 
 Stands before step 1 of a request's life. A weight is scale * (code - zero) in fp32, which is exact for scales of 16

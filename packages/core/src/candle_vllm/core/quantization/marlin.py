@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """GPTQ checkpoints in the layout of the first Marlin kernel, brought back to plain codes.
 
 Stands before step 1 of a request's life. Codes are symmetric, of 4 bits. Of a layer [N, K] with G groups of

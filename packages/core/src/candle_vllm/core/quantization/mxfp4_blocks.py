@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """GGUF's MXFP4 blocks as Q5_0 blocks, number for number, for kernels that do not read their own.
 
 Used at load, before step 1 of a request's life. A block of MXFP4 is a byte e and 16 bytes of codes, whose numbers are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Numbers that are stored one by one: their types, as numpy holds them, and the way from one type to another.
 
 Stands before step 1 of a request's life. A type goes by the name that safetensors files and GGUF files give it. Numpy

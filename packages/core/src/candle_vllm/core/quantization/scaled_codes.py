@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Small floats with scales: what FP8 and NVFP4 checkpoints hold of some rows of a matrix, as it is stored.
 
 Stands before step 1 of a request's life. A weight is its float, times the float of its group where there are groups,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """One logical tensor for the parts that a quantised safetensors format stores of a matrix.
 
 Stands before step 1 of a request's life. A format reads runs of rows of its parts (`WeightSource`); a `QuantisedTensor`

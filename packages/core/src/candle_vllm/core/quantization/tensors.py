@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A tensor of a checkpoint as it is stored, and the way from plain elements to numbers.
 
 Stands before step 1 of a request's life. Files are little-endian, and so is every machine that this library runs on.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The engine's process: loads the model, serves it until it is told to end or its parent has gone.
 
 Started as `python -m candle_vllm.core.remote.child` by `EngineProcess`, which says everything else over the standard

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """RemoteEngine: an engine in a process of its own, with the methods of `InferenceEngine`."""
 
 from __future__ import annotations

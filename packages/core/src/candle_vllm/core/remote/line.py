@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The line between the processes: the first words to the child, the sockets' limits, and a bell. Both ends use it.
 
 The first words go over the child's standard input: how to reach its parent, and what to load. Nothing of it stands on a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The caller's end of the line: an engine whose steps are run elsewhere, and the thread that drives it (steps 3 to 10).
 
 `RemoteThread` drives a `RemoteLink` as it drives `Engine`: `add` and `abort` send, `step` waits for what comes. Only

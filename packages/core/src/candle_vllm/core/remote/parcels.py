@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Checks of a request in the caller's process, and its bytes for the engine's (between steps 3 and 4 of its life).
 
 Everything that follows from the request, the vocabulary and the context is refused here, before it is sent. What takes

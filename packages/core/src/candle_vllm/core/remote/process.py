@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """EngineProcess: the child that runs an engine, and the socket to it. Before step 1 of a request's life.
 
 The socket lies in a folder that only this user can enter, on Windows at a port of this machine, and the child is known

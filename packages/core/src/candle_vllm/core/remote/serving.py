@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """In the engine's process: where requests come in, the engine that serves them, and where pieces go (steps 4 to 9).
 
 The desk has one socket and belongs to the process's main thread; the outbox has the other and belongs to the engine's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What crosses the boundary between the processes, and how it is written: MessagePack, read into typed structs.
 
 A request is known by its ticket, a number that is never used twice: the caller's request id stays in the caller's

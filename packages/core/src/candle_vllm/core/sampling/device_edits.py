@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a batch's states ask to be done to its logits (step 7 of ten): tensors for a GPU's kernels, or at once in torch.
 
 Bias and forbidden tokens are short lists, made anew for each step. Allowed tokens, and those that a grammar leaves, are

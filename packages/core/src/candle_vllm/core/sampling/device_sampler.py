@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """DeviceSampler: logits of a batch to one token per sequence, without waiting for the device (step 7 of ten).
 
 It does what `Sampler` does, by the functions of `kernels/sampling` whose arguments and results stay on the device. The

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """DRY ("don't repeat yourself"): what is taken off tokens that would continue a repetition (step 7 of ten).
 
 As in llama.cpp: where the last n tokens of the text were there before, and a token followed them then, its logit loses

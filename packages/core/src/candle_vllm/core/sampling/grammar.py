@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Grammars: what a backend of structured output implements, and a sequence's place in one (step 7 of ten).
 
 A backend knows the vocabulary. A grammar is a place in a text: which tokens may come next there. A mask depends on

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """JSON schemas in the keywords that llguidance has: what others say is said by cases.
 
 `if`, `dependentRequired` and their like are alternatives; `contains` is one for each place where the match may be;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """One JSON schema as it was sent: the spelling of its draft, the shape of its keywords, what in it says nothing.
 
 A schema is read as draft 2020-12; what older drafts spell differently (`definitions`, a list as `items`, a boolean

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What is certain about a JSON schema without compiling it: types, values, and which schemas exclude each other."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The keywords that llguidance lacks, each in others: alternatives, and schemas that must hold too (see `json_cases`).
 
 Every function gets the schema that the keyword stands in, which it may change, and gives what must hold beside it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The opposite of a JSON schema: what takes exactly the values that the schema does not take.
 
 One step of it: schemas inside a schema appear as `{"not": ...}`. Every keyword of a schema gives alternatives, each of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a `$ref` of a JSON schema points to: places, anchors and ids of the same document.
 
 Nothing is fetched: a reference to another document is refused.

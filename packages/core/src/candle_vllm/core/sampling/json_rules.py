@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Rules of JSON schemas beyond single keywords: patterns that meet, recursion.
 
 - Each pattern that must hold on a text beside others may double the work. The compiler makes one expression of all that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """JSON schemas before they are compiled: what cannot be guaranteed is refused by name, and what would explode, too.
 
 A schema is first said in llguidance's own keywords (`json_cases`). Here is decided what those may ask for: numbers that

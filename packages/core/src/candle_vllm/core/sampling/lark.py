@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Pieces of grammars in llguidance's dialect of Lark: quoted texts, special tokens, and a user's own grammar.
 
 A user's grammar is looked through before it is compiled: options that would be passed over or that break what the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Grammars by llguidance, over our own tokenizer's bytes (step 7 of ten).
 
 A vocabulary becomes a trie once, when the first grammar is asked for. Compiled grammars are kept, so that a form that

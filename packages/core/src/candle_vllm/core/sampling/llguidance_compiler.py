@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """From the form that a text must have to llguidance's matcher (step 7 of ten).
 
 A form is a list of named grammars: its own, those that it refers to, one of what stands around it, and before them one

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """One text's place in a grammar of llguidance (step 7 of ten)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """SamplingParams: how the tokens of one request are chosen. Field names and meanings are vLLM's."""
 
 from __future__ import annotations

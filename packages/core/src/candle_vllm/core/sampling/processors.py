@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What changes logits before a token is chosen: processors, masks, bias, penalties, llama.cpp's chain (step 7 of ten).
 
 The order: the request's own logits_processors, so that no form or mask can be undone by them; then as in vLLM

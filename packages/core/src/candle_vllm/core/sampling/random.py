@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Counter-based random numbers: one uniform per (seed, sequence, position), with no state to save (step 7 of ten).
 
 Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC'11). Its output is

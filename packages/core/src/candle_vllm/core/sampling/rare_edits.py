@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What few requests ask to be done to their rows of logits: processors of their own, DRY and the chain (step 7 of ten).
 
 Shapes: V vocabulary.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Sampler: logits of a batch to one token per sequence (step 7 of ten).
 
     raw log-probabilities -> processors (masks, bias, penalties) -> greedy, or temperature, min_p, top_k, top_p, draw

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """SamplingState: what the sampler remembers of one sequence, from admission to its last token (step 7 of ten).
 
 It is made once, when the sequence is admitted, and outlives preemption: the engine may drop the sequence's cache and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Structural tags: free text with parts in a given form between marks, as grammars (vLLM's and xgrammar's wire forms).
 
 The older form has `structures` (`begin`, `schema`, `end`) that begin wherever one of `triggers` appears; the newer one

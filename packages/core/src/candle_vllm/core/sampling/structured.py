@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """StructuredOutputsParams: what form a text must have. The names are vLLM's; `reasoning_*` and `around` are ours.
 
 What can be checked without a vocabulary is checked here; a `GrammarBackend` checks the rest when it compiles.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How long a model may think: a budget for thoughts, and the tokens that end them when it is spent (step 7 of ten).
 
 Thoughts stand between two marks of the model's own format. Tokens between them are counted; when there are as many as

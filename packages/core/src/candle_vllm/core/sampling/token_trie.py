@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A vocabulary as llguidance wants it: the bytes of every token in a trie, special tokens apart (step 7 of ten).
 
 Made once for a model; it takes a second for 150,000 tokens.

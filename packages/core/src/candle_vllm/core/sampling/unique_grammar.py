@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A grammar of llguidance beside arrays that say nothing twice (step 7 of ten); see `unique_items`."""
 
 from __future__ import annotations

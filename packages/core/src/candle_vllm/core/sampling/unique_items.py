@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Arrays that say nothing twice (`uniqueItems` of open values): which tokens would repeat an element (step 7 of ten).
 
 No grammar remembers what was said, so the text is followed here beside it: by the schemas that may hold at each place,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Where in the texts of a JSON schema arrays must not repeat themselves (`uniqueItems`), for `unique_items`."""
 
 from __future__ import annotations

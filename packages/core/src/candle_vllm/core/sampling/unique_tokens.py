@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The tokens of a vocabulary in the order of their bytes, and those that hold more than one element of an array.
 
 For arrays that say nothing twice (`unique_items`), made once for a model that is asked for one.

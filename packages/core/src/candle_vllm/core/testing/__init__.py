@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Stand-ins for tests of code that uses the engine; shipped, because users test their code as well.
 
 `ScriptedEngine` and `ByteTokenizer` need no model and no torch. `candle_vllm.core.testing.toy_model` writes a real

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A tokenizer of bytes, for tests."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Steps in torch whose numbers do not depend on what else is in a step, for tests that compare tokens.
 
 Torch promises no bits across shapes: the order of a sum depends on how many rows are computed together and on the

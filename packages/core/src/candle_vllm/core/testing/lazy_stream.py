@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A device stream without a device, for tests: as late as a GPU may ever be.
 
 Work is kept, and runs only when somebody waits for a mark behind it. So a host that reads a result too early, or

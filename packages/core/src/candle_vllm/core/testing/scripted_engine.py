@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """An engine that says what it is told, for tests of code that uses the engine.
 
 `ScriptedEngine` has `InferenceEngine`'s surface and needs no model and no torch. It answers at once, keeps to the same

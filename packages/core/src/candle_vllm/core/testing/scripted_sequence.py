@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a `ScriptedEngine` says: its sequences, by the contract of the real engine."""
 
 from __future__ import annotations

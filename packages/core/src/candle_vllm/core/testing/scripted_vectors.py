@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Vectors and scores for `ScriptedEngine`: made up from the tokens, the same for the same text, without a model."""
 
 from __future__ import annotations

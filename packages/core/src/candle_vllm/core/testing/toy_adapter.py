@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Writes real adapters (LoRA) of random numbers, as PEFT saves them, without PEFT and in milliseconds."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Encoders of a few hundred kilobytes: random weights and a WordPiece tokenizer, as sentence-transformers' folders."""
 
 from __future__ import annotations

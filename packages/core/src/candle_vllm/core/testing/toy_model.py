@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Real checkpoints of a few hundred kilobytes: random weights, a byte tokenizer and a chat template."""
 
 from __future__ import annotations

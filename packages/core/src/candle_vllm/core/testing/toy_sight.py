@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A real checkpoint of a model that sees, of a few hundred kilobytes: SmolVLM's shape, with random weights."""
 
 from __future__ import annotations

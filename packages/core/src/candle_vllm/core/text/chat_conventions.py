@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How a model was trained to chat, as its files say it; what reads its answers is chosen by this."""
 
 from __future__ import annotations

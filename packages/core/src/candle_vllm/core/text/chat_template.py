@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A conversation as the text that the model was trained on (step 3 of a request).
 
 The rules are those of transformers' `apply_chat_template`, so that a template renders here as it does there. Templates

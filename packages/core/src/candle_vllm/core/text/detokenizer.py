@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """One sequence's tokens as text, piece by piece (step 9 of a request).
 
 Every token stands for bytes (`Tokenizer.token_bytes`), and text is those bytes as UTF-8. Decoding bytes as they come

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A `tokenizers.Tokenizer` rebuilt from a GGUF vocabulary (loading, before step 3 of a request can run).
 
 Four kinds of model, each rebuilt so that the ids are llama.cpp's:

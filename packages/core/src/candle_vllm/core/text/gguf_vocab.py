@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The vocabulary that a GGUF file carries, checked and typed (loading, before step 3 of a request can run).
 
 Metadata comes from a file that anyone may have written: every key is checked for type, length and range here, so

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Filling in the middle: the marks by which a vocabulary tells that its model was trained to, and prompts with them.
 
 A model that was trained on it reads what stands before and behind a gap, each behind its mark, and goes on with what

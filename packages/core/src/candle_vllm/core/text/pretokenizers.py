@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How text is cut into words before byte-pair merging: one entry per `tokenizer.ggml.pre` (step 3 of a request).
 
 GGUF stores the name of the cut, not the cut itself. Each entry lists regular expressions that are applied one after

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a caller of the library may pass as prompts and messages, and what a template gets of these (steps 1 and 3)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Which tokens end a turn and which are never shown (step 3 and 9 of a request).
 
 Files name one end-of-sequence token; chat models stop at others as well. The texts and the exceptions among them are

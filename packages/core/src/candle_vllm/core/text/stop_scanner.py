@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Finds stop strings in text that arrives in pieces (step 9 of a request).
 
 The stop that counts is the one that is complete first; of several that end at the same character, the longest. What

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What one rendering of a chat template may use: processor time and text (step 3 of a request).
 
 Templates come with model files and are programs. Every loop turn, macro, operator, filter and call of a sandboxed

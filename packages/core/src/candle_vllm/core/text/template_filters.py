@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The filters and functions that chat templates may use (step 3 of a request).
 
 Jinja's own filters, each measured before it runs, and the three helpers that transformers adds.

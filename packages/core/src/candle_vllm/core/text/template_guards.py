@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Size checks around the operators, formats and methods that a chat template may use (step 3 of a request).
 
 Everything that can make a large value out of small ones is measured before it runs, because Python cannot be stopped

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a chat template can write, and how it wants messages: seen in small conversations that are rendered through it,
 when a model is loaded."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The Jinja environment in which chat templates run (step 3 of a request).
 
 Jinja's immutable sandbox keeps a template from reaching into Python. This one also keeps it from running on for ever

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The bytes that a token stands for, by the tokenizer's decoder (steps 3 and 9 of a request).
 
 The `tokenizers` package decodes lists of tokens to text, and a token that is half a character cannot be decoded

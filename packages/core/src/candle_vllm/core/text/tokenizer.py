@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Words to token ids and back (step 3 of a request; the detokenizer of step 9 reads the token bytes from here)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A tokenizer from a Hugging Face model folder (loading, before step 3 of a request can run).
 
 tokenizer.json holds the vocabulary and its rules; tokenizer_config.json and special_tokens_map.json say which tokens

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A picture as it goes to the engine. No numpy here: the scheduler's sequences have some."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Pictures as they are sent, checked and decoded to pixels (before step 3).
 
 Bytes of a stranger are given to Pillow only: its loaders are limited to four formats by name, a picture's size is read

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """From a picture to the tiles that a tower reads, as the model's `preprocessor_config.json` says (before step 3).
 
 How a family of models cuts pictures is a rule: it says how one of a size is cut, and cuts it. `Rule` names them all.

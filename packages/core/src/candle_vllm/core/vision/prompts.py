@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Pictures in prompts: what stands for them among the tokens, and what goes to the engine with these (step 3)."""
 
 from __future__ import annotations

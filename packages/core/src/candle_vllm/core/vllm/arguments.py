@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What vLLM's `LLM`, `EngineArgs` and `AsyncLLM` are made from, as settings of an engine.
 
 Three kinds of names: those of `EngineConfig`, which mean here what they mean there or are told apart below; those that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """AsyncLLM: vLLM's class for programs with an event loop, over an engine of ours."""
 
 from __future__ import annotations

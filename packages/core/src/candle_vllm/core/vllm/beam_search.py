@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Beam search: the likeliest continuations of a prompt that a search of some width finds, as vLLM's `beam_search`.
 
 At every step each beam is continued by the 2w likeliest tokens of the model; what ends with an end token is complete,

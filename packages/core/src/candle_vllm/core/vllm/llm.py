@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """LLM: vLLM's class for programs without an event loop, over an engine of ours.
 
 What differs from `InferenceEngine` is what vLLM's users expect: its names and outputs, its sampling defaults (the

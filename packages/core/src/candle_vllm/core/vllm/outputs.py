@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What vLLM's library gives back, by its names: requests with their texts, vectors, classes or scores.
 
 The engine's own outputs (`core/engine/request.py`) are frozen and hold tuples; these hold what programs written for

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Anthropic's Messages API over an `OpenAIAdapter`, without HTTP: requests, answers, streams and errors."""
 
 from candle_vllm.openai.anthropic.adapter import MessagesAdapter, MessageStream

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Anthropic's answers and the events of its streams (step 10)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Content blocks of Anthropic's requests (step 2).
 
 Text, images, what a model thought, the calls it made, and their results can be read. Every other type is refused by its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The table of errors in Anthropic's words: exception -> status, error body and headers.
 
 It is made from OpenAI's table, so that the two routes agree on what is whose fault and on what may be told.

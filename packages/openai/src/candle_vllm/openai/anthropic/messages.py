@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The messages of Anthropic's requests, and the rules that tie calls to their results (step 2)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Anthropic's requests: bytes to a checked object (step 2)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Events of an answer -> Anthropic's events, and those -> the whole message (step 10).
 
 There is one path: a whole message is the sum of the events that a stream would have sent, so the two cannot differ.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Anthropic's edge: checked requests -> tasks, and errors in Anthropic's words (step 2)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The arguments of a call as they come -> JSON text of an object that clients can read at every moment (step 10).
 
 Clients of this API parse a call's input while it streams, and fail on text that is no JSON. Models write such text. So

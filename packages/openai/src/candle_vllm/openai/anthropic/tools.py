@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Tools of Anthropic's requests, and the choice among them (step 2)."""
 
 from __future__ import annotations

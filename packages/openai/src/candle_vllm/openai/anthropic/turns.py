@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Anthropic's messages -> those of a task (step 2).
 
 Consecutive messages of one role become one. Texts of one message stand on lines of their own, as parts do.

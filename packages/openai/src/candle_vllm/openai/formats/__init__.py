@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: MIT
 """How models write thoughts and tool calls: formats, the parser that reads them, the grammars that hold them."""

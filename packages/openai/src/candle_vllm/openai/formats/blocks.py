@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Messages in blocks, each behind a mark that says what it is (Inkling)."""
 
 from __future__ import annotations

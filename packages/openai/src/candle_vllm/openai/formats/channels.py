@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Messages in several parts, each with a header that says what it is."""
 
 from __future__ import annotations

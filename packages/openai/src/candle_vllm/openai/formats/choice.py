@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Which formats a model writes: asked for, told by its tokenizer, seen in its chat template, or known of its kind."""
 
 from __future__ import annotations

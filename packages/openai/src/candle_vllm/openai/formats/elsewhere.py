@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Calls in the way of other models, where an answer begins with them: complete, of tools that are offered (step 10)."""
 
 from __future__ import annotations

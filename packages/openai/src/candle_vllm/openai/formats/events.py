@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a parser finds in a model's text (step 10): pieces of content, of reasoning, and of tool calls.
 
 Pieces of one kind that follow each other may be cut anywhere; their concatenation does not depend on the cuts.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Gemma's calls: `call:get_weather{city:<escape>Paris<escape>,days:2}`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A grammar of tool calls from a row of `table`: what a model may write, and nothing else (step 2).
 
 In mode "required" a message is its reasoning and calls. In mode "auto" it is free text, in which a call is held to the

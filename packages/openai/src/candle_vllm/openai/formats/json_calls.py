@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Calls that are JSON objects: `{"name": "f", "arguments": {...}}`, alone, in a row, or in a list."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """JSON in texts that are there, and JSON inside of a string of JSON (step 10)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """One JSON value, passed on as it comes (step 10).
 
 What is valid is passed on byte for byte. Slips that models make and that have one meaning are mended on the way: raw

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How a model lays out a message: what its reasoning and its calls look like, and the same for one vocabulary.
 
 The table of layouts is `table`. For a vocabulary, each special token in a text becomes one character that no text can

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Calls whose name stands before the arguments: JSON, `[TOOL_CALLS]f[ARGS]{...}`, `<function=f>{...}</function>`, or a
 text that is the one argument of a tool, as code is."""
 

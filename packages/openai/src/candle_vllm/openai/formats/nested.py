@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Calls whose arguments are tags in tags: MiniMax M3's `<invoke name="f"><tags><item>a</item></tags></invoke>`."""
 
 from __future__ import annotations

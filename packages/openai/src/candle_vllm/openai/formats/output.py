@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a parser has found of one message so far, its texts and its tool calls, put together as events (step 10)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """One incremental parser for reasoning and tool calls of every format (step 10).
 
 It reads a model's text in pieces and holds back only what may be the beginning of a mark. However the text is cut, the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Calls written as Python: `[get_weather(city="Paris", days=2), get_time()]`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A model's text as it comes, for parsers that are written as if it were all there, and which of it is code.
 
 A parser is a generator: it `yield`s whenever it needs more text than there is, and is resumed when more has come. What

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The table of reasoning formats: one row for each way in which models write their thoughts."""
 
 from __future__ import annotations

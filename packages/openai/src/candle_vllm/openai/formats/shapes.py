@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Ways to write calls that more than one row of `table` has, and marks that rows share."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The table of formats: one row for each way in which models write calls. `reasoning_table` has those of thoughts.
 
 The samples that tests check are in `tests/formats/samples.py`; `docs/tool-calling.md` shows the table.

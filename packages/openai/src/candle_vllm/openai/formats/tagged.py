@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Calls whose arguments are tagged texts: `<function=f><parameter=a>1</parameter></function>` and its kin."""
 
 from __future__ import annotations

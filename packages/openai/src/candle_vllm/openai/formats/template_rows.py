@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The row of the table that a template tells of: read back from what a chat template writes, by the marks in its text,
 or by the `response_template` of a tokenizer (transformers 5).
 

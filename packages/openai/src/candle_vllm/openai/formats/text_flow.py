@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Messages that are text with marks in it: where thoughts and calls begin and end (step 10).
 
 A mark is believed where it makes sense. What was taken for one and is none is text, which is looked at again, but not

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Text of an argument -> its JSON value, by the tool's schema: for formats that write values without quotes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Ollama's API over an `OpenAIAdapter`, without HTTP: requests, answers and streams."""
 
 from candle_vllm.openai.ollama.adapter import LineStream, OllamaAdapter

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """OllamaAdapter: Ollama's API answered by an `OpenAIAdapter`, whole or streamed, without HTTP.
 
 A request is read as a task, and what happens while it is answered is written as Ollama's lines (steps 2 and 10).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Ollama's answers: events -> lines of a stream, and those -> the whole answer (step 10).
 
 There is one path: a whole answer is the sum of the lines that a stream would have had, so the two cannot differ.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Wire types of `/v1/completions`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Custom tools, whose input is any text: wire types, the function with one text that a model is shown for each, and
 what it calls that with."""
 

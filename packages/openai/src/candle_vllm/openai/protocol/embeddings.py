@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Wire types of `/v1/embeddings`, and of `/pooling` and `/classify` as vLLM has them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What every request object shares: strict types, no unknown names, and the tables of names with no effect here."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The fields that chat and completion requests share: OpenAI's, and vLLM's extra ones that the engine has."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The messages of a chat request, and the rules that tie tool calls to their results."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Answer of `/v1/models`."""
 
 from __future__ import annotations

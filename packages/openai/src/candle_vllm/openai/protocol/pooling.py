@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What requests for vectors and for scores share, and their token counts."""
 
 from __future__ import annotations

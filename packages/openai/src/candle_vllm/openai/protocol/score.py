@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Requests for scores of pairs and for rankings, and their answers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Wire types of structured output: OpenAI's `response_format` and vLLM's `structured_outputs` (step 2).
 
 Both become core's `StructuredOutputsParams`, whose caps and whose grammar compiler have the last word.

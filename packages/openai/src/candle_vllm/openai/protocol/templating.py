@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The fields of a chat request that its template sees (step 3), and how much may be thought."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Wire types of `/tokenize` and `/detokenize`, as vLLM has them."""
 
 from __future__ import annotations

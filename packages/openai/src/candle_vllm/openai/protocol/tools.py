@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Wire types of functions, custom tools and the choice among them, and what they say in one piece (step 2)."""
 
 from __future__ import annotations

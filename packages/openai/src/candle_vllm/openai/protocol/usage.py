@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Token counts of an answer."""
 
 from __future__ import annotations

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: MIT
 """The Responses API without HTTP: requests to conversations, and their events to responses."""

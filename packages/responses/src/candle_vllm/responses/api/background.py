@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Responses that run without their client: tasks of the application, their events kept for whoever comes back.
 
 The store has a lease on each of them, which is renewed while it runs: where this process dies, the response has

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What came of each call of a conversation, and which calls wait for agreement or have it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Calls while they grow: of functions, of custom tools, and of tools of MCP servers, which have a result here."""
 
 from __future__ import annotations

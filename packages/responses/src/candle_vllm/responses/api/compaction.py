@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Compaction: a conversation becomes what users said in it and a summary that its model writes.
 
 The summary travels as an item of type `compaction`, encoded and not encrypted, and is shown to the model where the item

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """ConnectionMemory: responses that nobody keeps, for as long as the connection that asked for them is open.
 
 A client that stays connected may continue a response with `store: false`. What a store has stays there: only what is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`/v1/conversations` without HTTP: conversations, their metadata and their items."""
 
 from __future__ import annotations

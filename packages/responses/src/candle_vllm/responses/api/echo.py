@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The response as it begins: the request's fields, with their defaults, as the answer repeats them.
 
 Its tools are those of the request, without those that do not run here, and without secrets.

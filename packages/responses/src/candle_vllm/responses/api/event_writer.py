@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """EventWriter: what happens in a conversation -> the events of a streamed response.
 
 There is one path: the response at the end is made of the items that the events have told, so whole and streamed

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Output items while they grow: each writes its own events, into the one log of a response."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """KeptResponses: responses and conversations in a store, as whoever answers and whoever asks for them later use them.
 
 They are entries by the hash of their key and their id. Nothing is told of another key's: it does not exist. Every

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Where the MCP servers of a request come from: the operator's own, and URLs that the operator allows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Input items -> the messages of a task.
 
 Items of one answer that stand next to each other become one assistant message. The result of a call stands right

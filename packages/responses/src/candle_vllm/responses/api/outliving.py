@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Answers that outlive their clients: a task reads one to its end, and whoever wants reads along.
 
 So run the responses in the background, and the answers that the server's mailbox keeps.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Responder: the Responses API over a chat model, its tools and kept responses, whole or streamed, without HTTP."""
 
 from __future__ import annotations

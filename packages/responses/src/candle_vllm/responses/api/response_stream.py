@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """ResponseStream: the events of one response, made by a task of its own until its reader has them or leaves."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Items as they are kept and shown, with their id, type and status; pages of them; a response as it is kept."""
 
 from __future__ import annotations

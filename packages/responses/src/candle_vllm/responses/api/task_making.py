@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """TaskMaker: from a checked request to a task, with its history, its servers' tools, and what it must fit."""
 
 from __future__ import annotations

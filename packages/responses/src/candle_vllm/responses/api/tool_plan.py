@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The tools of a request: what the model is shown, what runs here, and under which names."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """TurnItems: what a model says and what becomes of its calls -> output items, each at its place and told to its end."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """TurnModel: the model of one response, with what holds for all of its turns together.
 
 `max_output_tokens` is a limit of the whole response: each turn gets what the turns before have left. `truncation: auto`

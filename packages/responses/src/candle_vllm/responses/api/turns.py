@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """ConversationTurns: one response at a time in a conversation; the next one sees what the one before it added.
 
 Within a process a lock sees to that, among the servers of one store a lease in it, which is renewed while it is held.

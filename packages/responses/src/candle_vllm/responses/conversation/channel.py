@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Tasks that work for a reader: a bounded way for what they send, and their end for good."""
 
 from __future__ import annotations

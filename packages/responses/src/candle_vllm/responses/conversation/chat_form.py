@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """OpenAI's chat form: messages that a library's user gives and gets, requests to other servers, tasks written so."""
 
 from __future__ import annotations

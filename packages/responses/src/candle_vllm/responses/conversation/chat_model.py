@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Who answers a turn: an engine of this process, or any server with OpenAI's chat API."""
 
 from __future__ import annotations

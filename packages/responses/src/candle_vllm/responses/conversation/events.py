@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What happens in a conversation, one typed event at a time.
 
 A turn: `TurnStarted`, then deltas of thoughts, text and calls as they are generated, then `TurnFinished` with the whole

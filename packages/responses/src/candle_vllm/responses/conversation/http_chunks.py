@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """JSON of a chat stream -> events, as tolerant as OpenAI-compatible servers are different.
 
 Read are: `reasoning` for `reasoning_content`, content as a list of parts, names and ids of calls once or in every

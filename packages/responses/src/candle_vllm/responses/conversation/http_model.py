@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """HttpModel: any server with OpenAI's chat API answers the turns; what can go wrong with it."""
 
 from __future__ import annotations

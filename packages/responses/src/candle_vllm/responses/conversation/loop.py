@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """ConversationLoop: a model and its tools take turns until the model has answered, or something ends it.
 
 The one loop behind `ResponsesSession`, the chat route that executes tools, and `/v1/responses`.

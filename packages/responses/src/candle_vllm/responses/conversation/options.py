@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a caller says about a conversation, and what it came to."""
 
 from __future__ import annotations

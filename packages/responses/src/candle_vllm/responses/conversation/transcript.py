@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Transcript: what a conversation grows by, and only by what really happened.
 
 An assistant message with calls is *open* until every call has its tool message. A call that has begun is never open

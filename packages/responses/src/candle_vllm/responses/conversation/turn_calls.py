@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The calls of one turn: what may run, what must wait, and the results, which come in any order.
 
 Two phases: first every call is checked and, where the policy says so, somebody is asked, one call after the other;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """TurnReader: what happens in one answer -> the conversation's events, and the whole message at the end.
 
 Ids that were used in an earlier turn, and those that cannot be ids, are replaced.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """mcp.json: where it lies, what it may look like, and the servers in it.
 
 Accepted are `mcpServers` (Claude, Cursor, llama-server, candle-vllm), `servers` with `inputs` (VS Code), `servers` as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """One connection to a server, from its opening to its end, held by a task of its own.
 
 The SDK's client belongs to the task that enters it: when a transport fails, that task is cancelled, whatever it does

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """McpFleet: all servers of a configuration, and their tools in one registry."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """HTTP below a connection: who the client says it is, bounded bodies, what the statuses say, and public addresses."""
 
 from __future__ import annotations

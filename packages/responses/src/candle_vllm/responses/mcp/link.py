@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """McpLink: a server that is there, or comes back, and LinkTool: one of its tools for the registry.
 
 A supervisor keeps the connection; calls go through the one of the moment. A call is never made a second time by itself:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Peer: the server at the other end of a link, its log, and what went wrong with it as one sentence without secrets."""
 
 from __future__ import annotations

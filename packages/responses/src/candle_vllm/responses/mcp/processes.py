@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Child processes in groups of their own: started, watched and ended with everything that they started."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """McpServerConfig: how one MCP server is reached and what of it may be used."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The keys of a server in mcp.json: ours and those of other programs, to the fields of `McpServerConfig`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The values of a server's settings: what each must be, and those that may be secret as they may be shown.
 
 Messages name the server and the setting, and never show a value that may be secret.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The stdio transport: a server as a child process, JSON-RPC in lines on its pipes.
 
 The SDK's own client reads lines of any length, wants a file for standard error, and leaves what the server started when

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Keeps a server connected: opens a connection, has its tools watched, and opens another when it ends.
 
 The first attempt after that comes after half a second, the next ones later and later up to thirty; a call that wants

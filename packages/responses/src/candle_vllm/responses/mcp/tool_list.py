@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The tools that a server lists: all pages, within limits, those that the configuration lets in; listed again when they
 change, and a session in doubt asked."""
 

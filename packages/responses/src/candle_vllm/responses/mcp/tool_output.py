@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a server's tool gives back, as our own pieces, and whether it fits the schema that its server declares."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How a connection to a server is opened, stdio, streamable HTTP or the older SSE transport, and what it sends watched:
 its end is noticed, its pace and its rubbish are bounded."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`${...}` in mcp.json: environment variables, inputs and folders.
 
     ${NAME}  ${env:NAME}          an environment variable, which must be set

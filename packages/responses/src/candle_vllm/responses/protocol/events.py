@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Events of a streamed response; each has the next number, from 0, without gaps."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Names of the Responses API that have no effect here, those that are refused, and kinds of values that many have."""
 
 from __future__ import annotations

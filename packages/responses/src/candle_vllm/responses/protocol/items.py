@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Input items, everything that a conversation is made of, and the content parts that messages are made of."""
 
 from __future__ import annotations

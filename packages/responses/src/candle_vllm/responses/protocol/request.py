@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The requests: `POST /v1/responses` and `POST /v1/responses/input_tokens`, from bytes to a checked object."""
 
 from __future__ import annotations

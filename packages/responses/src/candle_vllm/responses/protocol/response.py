@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What comes of a request: the response and the items that it is made of."""
 
 from __future__ import annotations

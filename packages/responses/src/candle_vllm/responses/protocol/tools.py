@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Tools of a request, functions, custom tools, namespaces of them, MCP servers, and the choice among them."""
 
 from __future__ import annotations

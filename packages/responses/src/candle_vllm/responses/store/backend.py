@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a store must do: the protocol between what is kept and where it is kept.
 
 A store holds entries: responses, conversations with their parts, answers of the mailbox. Each belongs to an owner,

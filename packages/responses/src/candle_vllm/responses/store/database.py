@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A database behind one thread: SQLite or PostgreSQL, tables with a version, calls that are bounded in number and time.
 
 One thread and one connection do all the work of a store, so there is one writer in each process. Every call is one

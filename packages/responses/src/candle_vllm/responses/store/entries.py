@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a store keeps: entries and their parts, and what responses make of them; what it refuses."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The operator's side of the store: where it is and what keeps it, how much it holds, and for how long."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How a store in tables stays within its bounds: the oldest of the owner that has most makes room."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """SqlBackend: a store in SQLite or PostgreSQL, or in this process's memory. Each method is one transaction."""
 
 from __future__ import annotations

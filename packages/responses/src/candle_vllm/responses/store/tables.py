@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The tables of a store in a database, and how those of version 1 become these.
 
 Version 1 had other tables for the mailbox than for responses, and turns in a third. One layout for all of them needs

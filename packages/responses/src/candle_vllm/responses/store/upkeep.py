@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Upkeep: what is done again and again while a store is open, its purging and the renewing of leases."""
 
 from __future__ import annotations

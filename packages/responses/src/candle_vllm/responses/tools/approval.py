@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Who may run which tool: never asked, always asked, by tool, or by a callback."""
 
 from __future__ import annotations

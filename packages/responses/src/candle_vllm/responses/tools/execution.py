@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """One call of a tool: found, checked, agreed to, run within its time, and told to the model. It never raises for what a
 tool does.
 

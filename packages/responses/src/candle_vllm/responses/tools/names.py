@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Names of tools: from a server's label and a tool's own name to what a model may call.
 
 OpenAI allows letters, digits, "_" and "-", at most 64 of them. `server__tool` is used as it is where the two can be

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Python functions as tools: their signature is the schema, their docstring the description."""
 
 from __future__ import annotations

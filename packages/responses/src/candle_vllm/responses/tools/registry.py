@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The tools of a conversation or a server, by the names that a model calls."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Checks arguments against a tool's JSON schema, which may come from a server that nobody trusts.
 
 Nothing is fetched: references outside of the schema allow everything. The work is bounded: schemas to `MAX_SCHEMA`

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a Python function says of itself: its signature as a JSON schema, its docstring in Google's style."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a tool is, what a model asks of it, what comes of that, and what a tool raises to speak to the model."""
 
 from __future__ import annotations

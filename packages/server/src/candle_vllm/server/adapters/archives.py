@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Adapters in tar archives behind addresses (before step 1), which nobody vouches for: a few plain files of one, within
 bounds, and nothing else.
 

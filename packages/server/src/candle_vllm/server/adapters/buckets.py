@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Adapters in buckets of S3-compatible stores (before step 1)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Fetched adapters on disk: bounded by bytes, the least used goes first, and nothing half fetched is ever found.
 
 An adapter is filled beside its place and renamed into it when it is whole; what comes has its bytes reserved, so that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What sources from elsewhere share: an adapter is pinned, then it is in the cache or is fetched into it.
 
 Before step 1 of a request's life, in threads. Each fetches from the place alone that the operator named; what a request

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Adapters of Hugging Face: whose repositories are taken, and which of their revisions (before step 1)."""
 
 from __future__ import annotations

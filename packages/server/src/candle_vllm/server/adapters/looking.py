@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Looks for adapters where they may be: one look for many askers, and none that waits for another source's.
 
 Before step 1 of a request's life. A look says whether a source has a name, and takes no longer than asking it; fetching

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The adapters of one server: those that the operator named, and those that a request named and a source has.
 
 Step 1 of a request's life, behind the name in `model`. Many who ask for the same new adapter wait for one look; a name

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`--lora-resolver`: what each means, and the adapters of a server with its sources."""
 
 from __future__ import annotations

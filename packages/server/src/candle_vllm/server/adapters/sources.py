@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Where adapters come from: the grammar of their names, what a source is, and the local folder.
 
 Before step 1 of a request's life, in threads. A name from a request reaches a source only in the grammar of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """One line of a batch, in OpenAI's format: read, asked of the application, and written as a line of its own.
 
 A line enters the life of a request at step 1, like any request that comes over HTTP: the application is asked in this

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What `/v1/files` and `/v1/batches` take and give: OpenAI's file and batch objects. Times are seconds since 1970."""
 
 from __future__ import annotations

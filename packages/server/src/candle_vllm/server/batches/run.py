@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """BatchRun: the work on one batch, from the check of its input to the files of its results."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Batches: answers the lines of batches beside everybody else's requests, at a lower priority, and in half of the
 places that a model has.
 

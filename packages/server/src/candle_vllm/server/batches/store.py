@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """BatchStore: files and batches in a store, each of them of one API key.
 
 A file is an entry whose parts are its contents: what was uploaded in pieces of one size, what batches made in lines.

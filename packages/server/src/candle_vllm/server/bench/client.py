@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Clients on bare sockets, cheap enough to run a thousand of them beside the server that they measure.
 
 A client sends one request over a connection of its own and takes the body of the answer apart as it comes: in chunks,

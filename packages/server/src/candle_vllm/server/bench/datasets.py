@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Data sets of `bench`: what is asked, and how long the answers shall be.
 
 Lengths are in tokens of whoever counts them (`Words`): the server itself by its `/tokenize` and `/detokenize`, or a

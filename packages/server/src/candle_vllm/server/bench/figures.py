@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What `bench` reports: latencies in percentiles, throughput, goodput, under the names that vLLM's results have.
 
     ttft    from the sending of a request to the first event with content

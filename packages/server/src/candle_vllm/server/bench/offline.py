@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`candle-vllm bench throughput`, `latency` and `speculation`: the engine in this process, asked without HTTP.
 
 Calls the engine at step 3 of a request's life, as `vllm bench throughput` and `vllm bench latency` do, under their

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`candle-vllm bench serve`: how a server with OpenAI's API answers, measured from outside as `vllm bench serve` does.
 
 All requests are made before the first is sent. They arrive all at once, or at random: gaps between them follow a gamma

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`candle-vllm agent`: one request, carried out with the tools of MCP servers, on the terminal.
 
 The answer goes to standard output; what the tools do, and the questions whether they may, to standard error. Its turns

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`candle-vllm bench`: how fast a model is on this machine, without HTTP.
 
 Calls the engine at step 3 of a request's life. After one short request (start-up) and one unmeasured round, every

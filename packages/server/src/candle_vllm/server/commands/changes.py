@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a call of a tool would change, for the person who is asked whether it may.
 
 Tools that write files take a path and a text, or a text and what stands in its place, under the names below; of other

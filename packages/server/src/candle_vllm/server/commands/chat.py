@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`candle-vllm chat`: a conversation on the terminal.
 
 Each turn enters the life of a request at step 2. Ctrl+C during an answer stops the answer and keeps what was said;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`candle-vllm config`: every setting with its value and where that comes from; reads no weights.
 
 What nobody gave is shown as it will be: from the model's files, where they are on this machine, and from the machine.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`candle-vllm generate`: continue one prompt, streamed to standard output.
 
 Enters the life of a request at step 2 (with `--chat`, through the adapter) or 3 (without).

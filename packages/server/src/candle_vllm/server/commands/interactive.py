@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a person at a terminal has and a pipe has not: a line that is edited and kept, a sign of life, and colour.
 
 Before step 2 of a request's life and after step 10. prompt_toolkit and rich are imported for a terminal only.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`candle-vllm pull | list | rm | show | ps | run`: the models on this machine, and those of a server that runs.
 
 Outside the life of a request, but for `run`, which is `chat` or one answer with a model that is fetched first.

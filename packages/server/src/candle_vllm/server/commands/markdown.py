@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """An answer's Markdown in colour while it is written, on a terminal.
 
 A block of Markdown that has ended is printed once and for all; the one that is being written is drawn anew below it, in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`candle-vllm run-batch`: answers the requests of a file, in OpenAI's batch format, and writes a file of answers.
 
 Nothing listens: the lines are asked of the application in this process, at step 1 of a request's life. A file may lie

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the commands with text share: a conversation as a request, its answer as text, and safe output.
 
 Step 2 and the first half of step 10 of a request's life, without HTTP.

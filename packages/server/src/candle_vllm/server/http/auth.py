@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Who may ask at all: API keys, before every route but /health, /ping and /ready; no page from elsewhere, anywhere.
 
 Both are pure ASGI middleware. The pages for people are guarded by keys too. A browser cannot send one from its address

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Reading a request's body with a limit, and waiting for an answer while watching the connection.
 
 Step 1 of a request's life, and the client-gone edge of the picture: a disconnect cancels the waiting, which aborts

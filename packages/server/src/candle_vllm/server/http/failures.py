@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Every failure of a request as an answer, in the envelope of the API that was asked (steps 1 and 10).
 
 Anthropic's routes answer in Anthropic's words, Ollama's in Ollama's, all others in OpenAI's.

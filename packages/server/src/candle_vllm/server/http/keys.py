@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """API keys: which there are, whose they are and until when; files of them are read again while the server runs.
 
 Read before step 1 of a request's life and asked in it. A key of `--api-keys-file` has a name, and stands for whoever

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Requests and tokens per minute of each API key: who may begin, what answers cost, and what clients are told of it.
 
 Before step 2 of a request's life, and beside step 9, where tokens are counted. Each limit is a bucket that holds what

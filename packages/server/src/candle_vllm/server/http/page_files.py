@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Files of the pages that people open: what every one of them is sent with, and how a browser may keep it.
 
 Outside the ten steps. A page may load nothing from elsewhere, run no script that is not a file of this server, and be

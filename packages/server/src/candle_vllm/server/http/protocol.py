@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """uvicorn's protocols: HTTP with limits on request heads, in bytes and in time, and on connections; web sockets.
 
 Below step 1 of a request's life. Without the limits, clients that never end their headers would fill the memory or

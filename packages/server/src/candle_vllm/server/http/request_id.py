@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Request ids, the request log, and what the sender should know (`x-warning`): the outermost ASGI layer.
 
 Steps 1 and 10 of a request's life. A client's own `x-request-id` is kept when it is harmless; every response

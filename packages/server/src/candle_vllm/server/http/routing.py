@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The path and the method of a request as the router takes them, and who it comes from (step 1)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Server-sent events: an adapter's chunks -> bytes on the connection.
 
 Step 10 of a request's life. Pure ASGI: chunks that are ready in the same tick leave in one write, silence is

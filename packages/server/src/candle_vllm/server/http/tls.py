@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """HTTPS: certificate and key as a context of TLS, checked before a model is loaded, and read again when they change.
 
 Below step 1 of a request's life.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Pushes in the background: what is due is claimed from the store, tried, and tried again later where it failed.
 
 The queue is the store itself, so it is bounded like the store and survives a restart; of the pushes that are under

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The operator's side of the mailbox: where it is kept, how much, and where its webhooks may go.
 
 Read before step 1 of a request's life. `webhook_options` reads the `webhook` section of a settings file.

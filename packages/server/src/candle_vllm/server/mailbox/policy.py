@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a request's headers ask of the mailbox: `X-Mailbox-Mode` and `X-Webhook-*`, candle-vllm's names.
 
 Read at step 1 of a request's life, so that a wrong header is refused before anything is generated.

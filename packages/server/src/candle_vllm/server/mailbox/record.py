@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the mailbox tells: the record of an answer in its forms on the wire, and refusals.
 
 A record is made at step 10 of a request's life, when the answer is complete or has failed.

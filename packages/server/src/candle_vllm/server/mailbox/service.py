@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Mailbox: what the server's routes use of all this.
 
 At step 1 of a request's life `policy` reads what it asks for; at step 10 `keep` takes its answer, also after its

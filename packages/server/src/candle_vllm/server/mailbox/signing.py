@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How a push shows whose it is: the operator's token, key or signature, as they are read, checked and sent.
 
 `${NAME}` in a secret of the settings file stands for a variable of the environment, and nowhere else.

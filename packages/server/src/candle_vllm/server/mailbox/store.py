@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """MailboxStore: answers by the hash of their key and their id, with their open pushes.
 
 An answer that its client may fetch is an entry of the kind `answer`, one that is there for its push alone a `push`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """One push: the record as an HTTP request, signed, to an address that was checked.
 
 The body is what `GET /v1/mailbox/{request_id}` answers. Nothing of the receiver's answer is kept but its status.

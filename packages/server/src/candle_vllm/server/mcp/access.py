@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Which MCP servers requests to `/v1/responses` may name (step 2 of a request's life)."""
 
 from __future__ import annotations

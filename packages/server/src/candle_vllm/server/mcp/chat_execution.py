@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A chat request whose tools run here: turns of the model and calls between them, as one chat completion.
 
 Steps 2 to 10 of a request's life, once for each turn. The calls are not given to the client, which would run them too;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Tools of MCP servers in chat requests that bring none of their own (steps 1 and 2 of a request's life).
 
 A request without `tools` is given them; `tools: []` and `tool_choice: "none"` leave them out. The calls go back to the

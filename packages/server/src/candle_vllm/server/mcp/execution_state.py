@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a conversation whose tools run here has come to so far: tokens, calls, and the words of its last turn."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """From settings to the MCP servers and what may be done with their tools (before step 1 of a request's life).
 
 The SDK is not imported here: without servers nobody pays for it.

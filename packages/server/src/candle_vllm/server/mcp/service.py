@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """McpService: the MCP servers of one application, from its start to its end, and the calls of their tools counted.
 
 Beside the ten steps. The servers connect while the model is loaded and requests are answered; one that cannot be

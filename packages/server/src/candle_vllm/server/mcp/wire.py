@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the routes of `/v1/mcp` take and give."""
 
 from __future__ import annotations

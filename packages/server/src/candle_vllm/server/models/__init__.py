@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: MIT
 """Which models there are, and how a request gets the one that it asks for."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Admission: a bounded queue before a model's engine, shared fairly between API keys.
 
 Between steps 1 and 2 of a request's life. The engine runs what it is given in order of arrival; so that one key's

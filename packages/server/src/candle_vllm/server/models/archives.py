@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Models in tar archives (before step 1): fetched in ranges side by side, checked, unpacked within bounds, found again.
 
 A model that is there whole has a marker in its folder, which is made beside its place and renamed; whatever broke off

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What is said of the models, for clients and operators, and the bodies that name one (step 1 of a request's life)."""
 
 from __future__ import annotations

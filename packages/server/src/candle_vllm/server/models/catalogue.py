@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The catalogue: which models this server knows, by which names, each with its settings.
 
 Read in step 1 of a request's life, where the `model` field chooses. What is loaded is the manager's business.

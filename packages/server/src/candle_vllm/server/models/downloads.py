@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Models on Hugging Face and in its cache here: their names, what they take, and removing them.
 
 Before step 1 of a request's life, in threads. Everything goes through huggingface_hub, which is imported inside the

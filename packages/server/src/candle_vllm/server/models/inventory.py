@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What an operator manages: the models with what they take and whether they fit, known names, what is being fetched.
 
 Outside the ten steps, in threads: files are looked at, none is read.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The models on this machine: what their files say before they are loaded.
 
 Before step 1 of a request's life, in threads. What knows files is imported inside the functions, because that takes

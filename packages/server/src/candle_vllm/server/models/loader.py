@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """From an entry of the catalogue to a served model: is there room, then engine, adapters and admission.
 
 Before step 1 of a request's life, in a thread of the manager's. The engine is imported inside the functions, because

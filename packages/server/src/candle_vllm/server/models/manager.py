@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The model manager: who asks for a model gets it, once it is loaded, and a turn in it, once there is a place.
 
 Step 1 of a request's life, behind the name in `model`. Everyone who wants the same model waits for the same load, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Fetching models: one file after the other by ranges, and the pulls that run, followed and stopped by whoever asks.
 
 Before step 1 of a request's life. What has arrived of a file is kept under the file's sum, so that a pull that broke

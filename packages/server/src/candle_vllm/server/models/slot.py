@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """One model of the catalogue as the manager sees it: its state, who uses it, and who waits for it.
 
 Step 1 of a request's life. Nothing here waits or loads; the manager does.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The model switcher: the one task that loads and unloads models, one after the other.
 
 Step 1 of a request's life, behind the manager. A model that is wanted is loaded beside the others where memory allows;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """From counts to what a scrape is answered with: Prometheus's text, or OpenMetrics where it is asked for.
 
 It runs in a worker thread: with many models it is a few milliseconds of work, which streams should not wait for.

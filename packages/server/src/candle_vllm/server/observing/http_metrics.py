@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """HTTP metrics: pure ASGI middleware around all others but the one that makes request ids.
 
 Steps 1 and 10 of a request's life. Labels come from small sets only: the template of the route that took the request,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Metrics: everything that one application counts, the registry that `/metrics` is made from, and who is told.
 
 No globals: a process may hold several applications, each with its own. The parts that change with every token are

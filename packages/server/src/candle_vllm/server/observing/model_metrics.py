@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """ModelMetrics: everything counted under one model's name, while it is loaded and after.
 
 Beside steps 4 to 9 of a request's life. Its counters belong to the name: they go on when the model is unloaded and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What is known of the HTTP request that a generation belongs to, for those who observe the engine.
 
 Step 1 of a request's life leaves it in a context variable, and step 4 finds it there: the layers between, which know

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The log of requests: one line for each request to an engine that has ended. After step 10 of a request's life.
 
 Prompts are written only where the operator asks for it, and cut; nothing that a client sends can begin a line of its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """RequestRecord: what one request to the engine has done so far, and the summary of it when it ends.
 
 Beside steps 4 to 9 of a request's life. Only the task that reads the request's pieces writes here, so that a token

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The one table of series: what `/metrics` shows, apart from the process's own memory and time.
 
 docs/metrics.md explains each of them. Names that begin with `vllm:` mean what they mean in vLLM; those that only

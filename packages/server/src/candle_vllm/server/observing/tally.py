@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What is added up: histograms without a lock, for what is measured at every token, and tokens by model and key.
 
 The histograms of prometheus-client take a lock and walk through their buckets; a token of a fast model has no time for

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Tracing: a span for each request to an engine, in OpenTelemetry's terms for generative models. After step 10.
 
 Off unless an endpoint is given, and an optional extra: `candle-vllm[telemetry]`. Spans are made when a request

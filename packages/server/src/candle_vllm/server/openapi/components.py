@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Wire types as JSON schemas: requests from pydantic models, answers from msgspec structs.
 
 Outside the ten steps: made once, for the document. The schemas say what the types check one field at a time; rules

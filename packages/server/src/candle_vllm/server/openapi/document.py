@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The document of one application: the table of routes for those that it has, with its keys (outside the ten steps)."""
 
 from __future__ import annotations

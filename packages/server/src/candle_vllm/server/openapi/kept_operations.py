@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The table of routes of kept responses, of conversations, and of files and batches. Outside the ten steps."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The rows of Ollama's routes in the table of `operations.py`. Outside the ten steps."""
 
 from __future__ import annotations

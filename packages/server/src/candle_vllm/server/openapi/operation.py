@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What the document says of one route. Outside the ten steps."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The table of routes: what each takes, gives and refuses. The document is made of it.
 
 A route that is not in it fails a test. Outside the ten steps.

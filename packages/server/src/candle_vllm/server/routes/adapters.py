@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`/v1/load_lora_adapter`, `/v1/unload_lora_adapter` and `/lora-adapters`: adapters in the words of vLLM and llama.cpp.
 
 Beside step 1 of a request's life, whose `model` names an adapter without any of these.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`/v1/batches`: files of requests that are answered without a client. Each is of the caller's own API key."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`/v1/conversations`: conversations and their items. Every one is of the caller's own API key."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`/openapi.json`, and `/docs`: pages that show it and try it out.
 
 Outside the ten steps. Everything comes from this server: the pages may load nothing from elsewhere, run no script that

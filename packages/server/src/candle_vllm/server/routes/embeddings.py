@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`/v1/embeddings`, `/v1/score` and `/v1/rerank`: steps 1 and 10 of a request's life.
 
 `/score`, `/rerank` and `/v2/rerank` are the same routes under the names that clients of vLLM, Jina and Cohere use.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`/v1/files`: requests of batches, their answers, and images. Each file is of the caller's own API key."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`/v1/chat/completions` and `/v1/completions`: steps 1 and 10 of a request's life."""
 
 from __future__ import annotations

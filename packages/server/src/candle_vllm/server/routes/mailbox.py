@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`/v1/mailbox`: finished answers of clients that had gone, fetched, deleted or pushed by their owner.
 
 Outside the ten steps: nothing is generated here. Every answer is of the caller's own API key; another's record does

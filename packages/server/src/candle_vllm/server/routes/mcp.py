@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`/v1/mcp`: the MCP servers, their tools, and calls that a client makes itself, such as the web page.
 
 Outside the ten steps: no model is asked here.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`/v1/messages` and `/v1/messages/count_tokens`: Anthropic's API (steps 1 and 10 of a request's life)."""
 
 from __future__ import annotations

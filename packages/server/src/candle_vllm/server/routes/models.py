@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`/v1/models` and `/v1/queues`: which models there are, how an operator loads, unloads and chooses them, who waits.
 
 Step 1 of a request's life.

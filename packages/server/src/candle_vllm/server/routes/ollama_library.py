@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`/api/pull`, `/api/copy` and `/api/delete`: Ollama's API for changing which models there are.
 
 Outside the ten steps. All of it is off until the operator allows it, and for clients with a key, or on this machine.

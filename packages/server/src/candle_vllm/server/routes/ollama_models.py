@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`/api/tags` and its kin: Ollama's API for the models that there are (step 1 of a request's life)."""
 
 from __future__ import annotations

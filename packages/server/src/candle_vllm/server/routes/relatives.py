@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What clients of vLLM, of llama.cpp's server and of Mistral's API ask besides OpenAI's API: what is served, how busy
 it is, and texts in their words.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`POST /v1/responses` and `/v1/responses/input_tokens`: steps 1 and 10 of a request's life.
 
 Responses that are kept are fetched by the routes of `stored_responses`. `Responders` makes who answers in the name of

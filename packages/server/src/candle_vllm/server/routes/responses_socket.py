@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`/v1/responses` over a WebSocket: steps 1 and 10 of responses that one connection asks for, one behind the other.
 
 A text message is a `response.create` event: the body of `POST /v1/responses` with that `type`. Its answer are the

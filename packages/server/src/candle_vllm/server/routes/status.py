@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Whether the server can answer, and what it has done so far: `/health`, `/ready`, `/metrics` and their like.
 
 Outside the ten steps: asked by load balancers, Prometheus and people. `/health` and `/ready` need no

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`/v1/responses/{response_id}`: responses after they were made. Every one is of the caller's own API key."""
 
 from __future__ import annotations

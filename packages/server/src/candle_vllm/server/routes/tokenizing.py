@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """`/tokenize` and `/detokenize`: steps 1 to 3 of a request's life, and no further.
 
 They use a model's tokenizer and wait in no queue: the engine has nothing to do for them.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The web UI at `/`: the files of the bundle that `packages/server/webui` builds.
 
 Outside the ten steps. The files are the same in every installation and say nothing of this one, so they need no key;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Settings: one table, the sources that give them, and what is made of them."""
 
 from candle_vllm.server.settings.options import Address

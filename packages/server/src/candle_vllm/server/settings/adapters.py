@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The adapters that an operator names: `--lora-modules`, and `adapters` of models.yaml.
 
 Read before step 1 of a request's life.

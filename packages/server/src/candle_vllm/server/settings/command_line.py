@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The command line's grammar, made from the table in `table.py`.
 
 Read before step 1 of a request's life. argparse splits the line; the values are converted by the same kinds as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The configuration: every source merged into the settings of the process and a catalogue of models.
 
 Made before step 1 of a request's life. Precedence: command line > environment > names of other deployments in it >

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """From settings to what they set up: the engine and its model, the store of responses, the mailbox.
 
 Done before step 1 of a request's life. The engine is imported inside the functions, because a wrong flag should be

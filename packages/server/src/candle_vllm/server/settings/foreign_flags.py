@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Flags and commands of vLLM, llama.cpp, Ollama and candle-vllm that are called otherwise here, or are not needed.
 
 A row is the flags, the answer, and what they are taken for. The answer is a flag that does the same, with what else

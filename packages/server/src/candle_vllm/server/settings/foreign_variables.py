@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Environment variables of other deployments: what each means here, or that it means nothing.
 
 Read before step 1 of a request's life. Names such as PORT are everybody's: they stand below `CANDLE_VLLM_*`, count in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """models.yaml: named models with their settings; candle-vllm's own keys are read by `original_keys`.
 
 Read before step 1 of a request's life. A key that is not known is refused with the nearest one that is, a key that is

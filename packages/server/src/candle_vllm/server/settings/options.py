@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a setting is: its name, flags, kind and help, how a wrong one is refused, and the forms of `--host`.
 
 The engine's are told in the table of `EngineConfig`.

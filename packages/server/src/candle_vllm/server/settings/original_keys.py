@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """candle-vllm's own keys of models.yaml, and its variables: what each means here, or a remark that it means nothing.
 
 Read before step 1 of a request's life. A key with a meaning becomes the setting that means the same; of one without,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Sources of settings: what one gives, the environment and `.env`, and which source decides where several speak.
 
 Read before step 1 of a request's life. Every source becomes a `SettingsSource`: typed values by setting name. A name

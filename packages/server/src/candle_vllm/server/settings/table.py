@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The one table of settings: flags, variables, models.yaml keys, help and the fields of `Settings` all come from it.
 
 Read before step 1 of a request's life. A setting called `block_size` is the field `Settings.block_size`, the

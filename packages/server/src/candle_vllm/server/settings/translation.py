@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Command lines and YAML files of other programs' flags, as this command line has them.
 
 Read before step 1 of a request's life. What stands for what is told in `foreign_flags.py`.

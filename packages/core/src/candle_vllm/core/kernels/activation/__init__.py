@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Activations of feed-forward layers without a gate.
 
 Contract: x [T, F] of any float dtype; y = act(x) has x's shape and dtype, in new memory; the arithmetic is fp32.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Activations in plain torch."""
 
 from __future__ import annotations

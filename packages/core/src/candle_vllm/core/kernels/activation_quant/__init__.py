@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Quantising activations to 8 bits, with what comes right before it.
 
 Contract: x float32 [T, C]; first a prologue makes y [T, K]:

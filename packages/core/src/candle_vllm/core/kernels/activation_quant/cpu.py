@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Quantising activations on the CPU, the prologue fused into the same pass.
 

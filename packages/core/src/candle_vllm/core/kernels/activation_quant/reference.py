@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Quantising activations, and what comes right before, in plain torch."""
 
 from __future__ import annotations

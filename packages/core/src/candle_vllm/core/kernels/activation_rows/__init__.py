@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Rows of activations as plain matrices read them, with what comes right before.
 
 Contract: x float32 [T, C] goes through a prologue (see `kernels/activation_quant`) to y float32 [T, K]. Result: y in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Rows for plain matrices on the CPU, the prologue fused into the same pass.
 

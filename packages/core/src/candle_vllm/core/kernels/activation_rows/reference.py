@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Rows of activations in plain torch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Paged attention: causal attention of new tokens over a cache that is kept in blocks.
 
 Contract: q [T, H, D]; key_cache and value_cache [B, S, K, D] of q's dtype, already holding the new tokens' keys and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What an attention backend is, what a model asks of it, and what no FlashAttention serves."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What computes attention, chosen once at start (inside step 6 of a request's life).
 
     triton       the kernels of this package; what "auto" is on a GPU

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How keys and values lie in memory on the CPU: what `kv_write/cpu.py` writes and `attention/cpu.py` reads.
 
 A slot is block * S + offset. 1,024 neighbouring slots are a **stretch** (or one block, if that is larger): all that a

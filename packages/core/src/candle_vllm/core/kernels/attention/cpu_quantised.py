@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Quantised keys and values on the CPU, emitted: blocks of 32 numbers written, scored and summed in whole numbers.
 

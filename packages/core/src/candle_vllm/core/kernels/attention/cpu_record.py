@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Recording a layer's attention: rotary and the cache write, attention, and its merge (step 6 of a request's life)."""
 
 from __future__ import annotations

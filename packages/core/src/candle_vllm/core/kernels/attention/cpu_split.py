@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How paged attention is cut into work on the CPU, and the scratch memory that this takes (step 6 of a request's life).
 
 The chunks of a sequence depend on positions alone, so that a row's result is always made of the same parts. Which

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Scores and values of 16 query rows at a time on AMX, whose registers hold squares (step 6 of a request's life).
 

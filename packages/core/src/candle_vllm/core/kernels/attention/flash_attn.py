@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Attention by the FlashAttention packages (step 6 of a request's life): flash-attn 2.x and flash-attn-4.
 
 Both read the paged cache themselves, by `flash_attn_varlen_func`, in a call for the sequences of one token and one for

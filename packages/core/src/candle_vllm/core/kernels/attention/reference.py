@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Paged attention in plain torch, one sequence after the other."""
 
 from __future__ import annotations

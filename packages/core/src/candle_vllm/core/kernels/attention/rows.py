@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Where the tokens of a step belong: which sequence, and where its blocks are."""
 
 from __future__ import annotations

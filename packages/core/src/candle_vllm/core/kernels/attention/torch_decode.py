@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Paged attention of many short steps in plain torch: sequences of one new token are computed together.
 
 The reference takes some thirty calls for each sequence and layer, which is what a step op by op spends its time on.

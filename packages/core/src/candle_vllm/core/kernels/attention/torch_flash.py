@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Attention by the FlashAttention that torch carries, `torch.nn.attention.varlen` (step 6 of a request's life).
 
 From torch 2.13 on it reads pages: FlashAttention 2 those of a multiple of 256 tokens, FlashAttention 3 any on Hopper, 4

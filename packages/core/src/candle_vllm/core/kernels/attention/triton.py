@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Paged attention on a GPU (step 6 of a request's life): checks, and which kernel computes which tokens.
 
 The first `decodes` sequences of a step, with one token each, go to `triton_decode`, the others to `triton_prefill`.

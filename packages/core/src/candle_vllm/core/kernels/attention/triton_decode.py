@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 """Paged attention of one new token of each sequence on a GPU, split over the keys so that it fills the machine.
 

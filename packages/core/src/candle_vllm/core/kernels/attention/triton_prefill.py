@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 """Paged attention of several new tokens of a sequence on a GPU: prompts, chunks of prompts, drafts to be checked.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """What the attention kernels of the GPU share: reading a tile of the paged cache, and one step of the online softmax.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Columns of rows in another order, for matrices whose groups of inputs are no neighbours.
 
 Part of step 6 of a request's life.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Columns in another order on the CPU (part of step 6 of a request's life)."""
 

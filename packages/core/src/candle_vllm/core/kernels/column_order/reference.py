@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Columns in another order, in plain torch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How stored matrices become those of recorded steps; `kernels/backends.py` has the other backends.
 
 Used at load, before step 1 of a request's life.

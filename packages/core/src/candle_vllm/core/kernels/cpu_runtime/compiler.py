@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """From a Python function to machine code, by Numba and LLVM; imported only where something has to be compiled."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false
 """Vector code for the CPU kernels, emitted as LLVM IR through Numba's `@intrinsic`.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Functions of 16 floats that the CPU kernels share: exp, tanh, erf, and the activations made of them.
 
 Results are NaN where inputs are; relative errors are below 4e-7 where nothing else is said.

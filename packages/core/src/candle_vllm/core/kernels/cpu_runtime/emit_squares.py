@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """AMX's registers in vector code: each holds up to 16 lines of up to 64 bytes, and products add squares of 16 by 16.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false
 """Tables of constants that vector code reads: of sixteen bytes by one shuffle, longer ones by gathering from memory."""
 

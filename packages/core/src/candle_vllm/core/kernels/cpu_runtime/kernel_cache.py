@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Where compiled kernels are kept on disk, one folder for each version and CPU, and when they may be trusted."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What this CPU can do: the vectors and instructions that kernels use, and the level for which they are compiled.
 
 Machine code is made for few levels instead of for every model of CPU, so that what one machine compiled runs on all of

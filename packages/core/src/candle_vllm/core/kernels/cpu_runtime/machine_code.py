@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Machine code of Linux without LLVM, x86-64 and ARM64: an object file becomes an image that runs where it is mapped.
 
 An image is text and constants, linked with each other; calls to the C library go through slots behind them, which are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What depends on how a matrix is stored while a step is recorded: making the form of its input, and its operations.
 
 Matrices of all kinds may stand side by side in one product; each form of their common input is made once.

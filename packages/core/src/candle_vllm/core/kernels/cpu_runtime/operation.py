@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Operations: compiled functions that a plan calls by address, named here and compiled only where they are not kept.
 
 An operation is `op(row, thread, threads)`. `row` is its row of the plan, int64 numbers: [0] its own address, [1] flags

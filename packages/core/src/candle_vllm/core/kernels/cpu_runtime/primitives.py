@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Intrinsics that several kernels and the thread team need: memory by address, atomics, waiting, rows of a plan."""
 
 # pyright: reportArgumentType=false, reportCallIssue=false

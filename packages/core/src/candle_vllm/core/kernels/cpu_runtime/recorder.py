@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a recorded CPU step is written to: the rows of its plan, and the memory behind them.
 
 - **Memory.** Values live in float32 buffers of the largest step's size. A buffer whose value is no longer referred to

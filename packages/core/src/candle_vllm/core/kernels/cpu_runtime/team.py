@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The threads that run a plan: one pool for the whole step, which share the pieces of its operations.
 
 A step enters the pool once. Threads that wait spin for microseconds, between steps for a fraction of a millisecond, and

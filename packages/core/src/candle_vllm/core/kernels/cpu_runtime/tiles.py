@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """What the linear operations of all weight formats share: arguments, memory on the stack, writing a tile of results."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Machine code that travels with the package, so that a machine of a common level needs neither Numba nor time.
 
     python -m candle_vllm.core.kernels.cpu_runtime.travelling

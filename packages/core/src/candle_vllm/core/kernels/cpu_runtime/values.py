@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Recording a step on the CPU: the layers run once on values of this module, and each kernel adds rows to a plan.
 
 Nothing is computed while recording. **Fusion** is decided on the way: a norm, a gate and an activation are not computed

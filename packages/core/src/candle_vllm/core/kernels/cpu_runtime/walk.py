@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """The compiled side of the thread team: walking a plan, sharing its pieces, waiting, and a helper's life.
 

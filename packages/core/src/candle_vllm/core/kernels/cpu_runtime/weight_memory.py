@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Memory for the weights of recorded steps, in few large pieces; used at load, before step 1 of a request's life.
 
 A single row of activations reads all weights once, as fast as the memory goes. That needs the system's large pages: on

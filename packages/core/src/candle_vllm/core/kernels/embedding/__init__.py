@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Embedding rows.
 
 Contract: token_ids [T] int64 below V, table [V, E]; y [T, E] has the table's dtype, in new memory; an exact copy.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Adding rows of a table to others on the CPU; `packed_linear` and its like read the rows of their kinds of matrix."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Embedding rows in plain torch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Linear layers and embedding rows with GGUF weights that stay quantised, on a GPU; step 6 of a request's life.
 
 Contract: x [T, K] bfloat16 or float16, its rows contiguous; a `GgufMatrix` [N, K], or [V, E] for embedding rows; bias

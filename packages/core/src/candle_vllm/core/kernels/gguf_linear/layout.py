@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How quantised weights lie in a GPU's memory: what `pack.py` writes, and `triton.py` and `reference.py` read.
 
 Stands inside step 6 of a request's life. K is cut into **steps** of 128 weights (64 for 8 bits), in groups of 32. A

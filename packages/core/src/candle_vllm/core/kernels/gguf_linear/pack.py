@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """GGUF bytes to the GPU's layout: done once, at load, before step 1 of a request's life.
 
 The bytes are copied to the device as they are and taken apart there, some rows at a time, in plain torch.

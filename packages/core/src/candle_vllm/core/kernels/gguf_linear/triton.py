@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Linear layers and embedding rows with GGUF's quantised weights on a GPU (step 6 of a request's life).
 
 `linear_exact`: codes meet x exactly, for few rows (decoding), and for any number where a row's bits must be its own.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How the planes of `layout.py` are read: the codec of each kind of GGUF matrix; inside step 6 of a request's life.
 
 Two forms of a code. **Pairs** are for few rows of activations, where instructions per weight decide: one mask takes two

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Linear layers whose weights are codes of 4 or 8 bits in groups, on a GPU; step 6 of a request's life.
 
 What files of GPTQ, AWQ and compressed-tensors hold once they are unpacked: a weight is scale * (code - zero), and the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How weights of 4 or 8 bits in groups lie in a GPU's memory: what `pack.py` and `pack_floats.py` write.
 
 Stands inside step 6 of a request's life. Codes lie as those of `kernels/gguf_linear` do, so that the same functions

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Small floats with scales to the GPU's layout: done once, at load, before step 1 of a request's life."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The linear layer with weights in groups in plain torch, literal enough to check by eye: step 6."""
 
 from __future__ import annotations

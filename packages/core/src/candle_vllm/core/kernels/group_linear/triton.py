@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Linear layers with weights in groups on a GPU (step 6 of a request's life).
 
 `linear_exact` is for few rows, and for any number where a row's bits must be its own; groups wider than 32 cost less:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Writing new keys and values into the paged cache.
 
 Contract: key and value [T, K, D] of the cache's dtype, key_cache and value_cache [B, S, K, D], slots [T] int64, all

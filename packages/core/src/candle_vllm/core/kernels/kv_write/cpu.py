@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Rotary embedding, cache write and query conversion in one pass on the CPU (step 6 of a request's life).
 

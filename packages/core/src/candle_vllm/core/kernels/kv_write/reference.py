@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Writing the paged cache in plain torch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Writing the paged cache on a GPU (step 6 of a request's life): one launch copies the keys and values of all tokens.
 

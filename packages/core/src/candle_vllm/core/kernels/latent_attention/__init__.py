@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Multi-head latent attention: over a paged cache of one latent row for each token.
 
 A row of the cache is [rope | latent], R + L numbers for all heads together: the part of the key that is rotated, and a

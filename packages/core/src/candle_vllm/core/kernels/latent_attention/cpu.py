@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Latent attention on the CPU: `attend` and, behind a barrier, `merge`; step 6 of a request.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """A matrix for every head on the CPU, by the operation of plain matrices.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Recording a layer's latent attention: the operations of this folder, one after the other."""
 
 from __future__ import annotations

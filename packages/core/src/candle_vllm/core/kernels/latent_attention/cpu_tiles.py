@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """The emitted inner loops of latent attention on the CPU: scores, softmax, values.
 

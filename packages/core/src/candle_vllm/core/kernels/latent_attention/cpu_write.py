@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """What stands between projections and latent attention on the CPU, in one pass over a step.
 

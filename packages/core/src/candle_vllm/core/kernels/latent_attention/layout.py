@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a layer's part of latent attention consists of on the CPU."""
 
 from __future__ import annotations

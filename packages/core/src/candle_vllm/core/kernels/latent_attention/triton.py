@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Latent attention on a GPU: checks, and which kernel computes which tokens.
 
 As in `attention/triton.py`: the first `decodes` sequences of a step go to `triton_decode`, the others to

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Writing latent rows to the cache on a GPU: one program for each token.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """LayerNorm of rows, and of heads that have weights of their own.
 
 Contract: x [T, ..., E] of any float dtype, weight [E] fp32, or [H, E] for x [T, H, E], and bias [E] fp32 or None; y has

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Linear layer with a plain weight; step 6 of a request's life.
 
 Contract: x [T, I] and weight [O, I] of one float dtype, bias [O] of the same or None; y [T, O] = x weight^T + bias has

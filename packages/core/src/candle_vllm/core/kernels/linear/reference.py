@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Linear layer in plain torch; its matrix products already sum bf16 and fp16 in fp32."""
 
 from __future__ import annotations

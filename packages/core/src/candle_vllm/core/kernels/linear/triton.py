@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Linear layers on a GPU, with the same bits for any number of rows (step 6 of a request's life).
 
 One kernel for any number of rows of x and every way in which a matrix is stored; what is multiplied how it leaves to

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Adapters (LoRA): what one does to the matrices of a model; step 6 of a request's life.
 
 A `Delta` changes one matrix W [N, K] of a `Linear`, whose result for a row x of the input that has this adapter is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 """`expand`, the sums of `shrink` times B, as a compiled CPU operation that makes the model's own product too.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """What adapters add to experts' products on the CPU: row by row, for each pair of an entry and an expert.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """An adapter's numbers as whole numbers of 8 bits with scales, as a compiled function; it holds no lock.
 

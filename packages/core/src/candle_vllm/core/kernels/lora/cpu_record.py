@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Recording what adapters add on the CPU: `shrink` before a product, `expand` around it.
 
 `shrink` reads the input in a form of its own, which is made beside that of the matrices. It and `expand`, which calls

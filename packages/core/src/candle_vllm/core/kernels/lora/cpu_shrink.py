@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false
 """`shrink`, rows of the input times A, as a compiled CPU operation, beside the model's own product.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """What adapters change of tables on the CPU: products that are looked up, and rows in the place of the model's."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Adapters in a GPU's steps: where their numbers are there, and which rows of a step have which.
 
 An adapter comes over in one piece of memory when a step first has it, into one of as many slots as a step may have

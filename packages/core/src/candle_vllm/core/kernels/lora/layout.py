@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How an adapter lies in memory for the compiled CPU operations: `pack.py` writes what they read.
 
 An adapter takes what it has, and is not padded to a slot's size. Every adapter has a **table** with a number for each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """From an adapter that fits a model to one that is ready for its steps."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What adapters add, in plain torch, literal enough to check by eye: what layers add that run op by op."""
 
 from __future__ import annotations

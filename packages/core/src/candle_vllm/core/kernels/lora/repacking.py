@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Adapters whose files differ in nothing but their numbers: packed as one of them was, by copying alone.
 
 What packing does with an adapter of A and B alone follows from its configuration and from the names and shapes of its

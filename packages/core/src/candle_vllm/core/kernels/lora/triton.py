@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 """What adapters add to a product, on a GPU (step 6 of a request's life): two launches, whatever a step's adapters are.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Mixture of experts: which experts a token goes to, and what they make of it; step 6 of a request's life.
 
 Letters: T tokens, X experts, k experts of a token, E hidden size, F an expert's inner size.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What a mixture of experts is given: kinds of arguments, and pairs of tokens and experts; inside step 6."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Mixture of experts as compiled CPU operations: choosing, sorting pairs, the experts' matrices, the weighted sum.
 

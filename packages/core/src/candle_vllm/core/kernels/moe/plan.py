@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Recording a mixture of experts: the operations of `cpu.py` in their order, and the memory between them; step 6.
 
 A plan may run any step up to its limits, so there is room for k rows for each of the largest step's tokens. With one

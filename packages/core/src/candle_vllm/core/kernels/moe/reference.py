@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Mixture of experts in plain torch, literal enough to check by eye: step 6, and what tests compare with."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Linear layer with quantised weights and int8 activations, on the CPU; step 6 of a request's life.
 
 Contract. Activations: `xq` int8 [T, K], rows K apart; `xs` float32 [T, K/32], max|x| / 127 of each group of 32 (0 for a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The packed linear layer as compiled CPU operations: step 6 of a request's life.
 
 A thread owns a run of tiles. It takes as many of them as stay in the cache, and for these goes through the rows of

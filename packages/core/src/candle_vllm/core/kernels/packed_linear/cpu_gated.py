@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Two products of one input, gated and quantised where their sums are made: step 6 of a request's life.
 
 What a feed-forward layer's last matrix reads is made without a float of gate or up in memory. A thread owns a run of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Groups of the types whose weights stand in a grid, as vector code: what `cpu.py` multiplies; step 6 of a request.
 
 An index of eight weights is looked up as a word of eight nibbles, which say which of a few sizes a weight has; its sign

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The sums of a group of packed weights, in the instructions of each level: codes times activations, all of them exact.
 
 - VNNI, AVX-VNNI: four products of an unsigned and a signed byte are added to 32 bits by one instruction.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The types whose weights stand in a grid: IQ1, IQ2 and IQ3. How they lie in memory, and the way there from a file.
 
 Stands beside `layout.py`, inside step 6 of a request's life. An index chooses four or eight neighbouring weights at

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How packed weights lie in memory: what `pack.py` writes, and `cpu.py` and `reference.py` read.
 
 Stands inside step 6 of a request's life. 16 rows are a **tile**. A tile is a run of **blocks** along K, each with its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """GGUF bytes to the packed layout, in numpy: done once, at load, before step 1 of a request's life.
 
 A chunk of rows is taken apart (`split.py`) and its parts are written with 16 rows side by side. Chunks are shared among

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The packed linear layer in plain numpy, literal enough to check by eye: step 6, and what the tests compare with."""
 
 from __future__ import annotations

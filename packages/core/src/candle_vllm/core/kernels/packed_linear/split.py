@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Blocks of ggml's types as the parts of the packed layout: numpy, used at load by `pack.py`.
 
 What stands where in a block is told in `quantization/ggml_blocks.py`. What has to be worked on is brought into

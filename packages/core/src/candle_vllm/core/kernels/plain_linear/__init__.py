@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Linear layer with plain weights, on the CPU; step 6 of a request's life.
 
 Contract. Activations x [T, K] as `kernels/activation_rows` makes them: bfloat16 for BF16 weights, float32 for F16 and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The plain linear layer as compiled CPU operations: step 6 of a request's life.
 
 A thread owns a run of tiles, and goes through them with rows of activations in blocks of 8, 4 or 1. A block's rows are

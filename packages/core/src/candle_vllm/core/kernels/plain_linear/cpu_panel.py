@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What linear layers with activations in rows share: the panel of activations, tiles times a panel, writing results.
 
 Stands inside step 6 of a request's life. A block's rows are copied into a **panel** on the stack, element by element

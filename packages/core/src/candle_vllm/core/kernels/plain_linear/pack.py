@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Stored plain numbers to the layout of the kernels: done once, at load, before step 1 of a request's life.
 
 A chunk of rows is converted where its type must change, and written with 16 rows side by side. Chunks are shared among

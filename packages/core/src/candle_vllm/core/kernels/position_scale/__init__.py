@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Heads times a number of their position: queries that grow sharper far into a long context.
 
 Contract: x [T, H, D] of any float dtype, table [P] fp32, positions [T] below P. Token t becomes

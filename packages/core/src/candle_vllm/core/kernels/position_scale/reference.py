@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Heads times a number of their position in plain torch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """RMSNorm, alone and with the sum that stands before it.
 
 Contract: x [T, ..., E] of any float dtype, weight [E] of any float dtype; y has x's shape and dtype, in new memory. The

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Norms on the CPU that stand by themselves: of every head of a value, in place, and of rows, added to a residual.
 

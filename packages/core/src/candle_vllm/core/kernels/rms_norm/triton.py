@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 """RMSNorm on a GPU, also of sums and of heads (step 6 of a request's life).
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Rotary position embedding, in the half-split order of GPT-NeoX (pair i is dimensions i and i + R/2).
 
 Contract: x [T, N, D] of any float dtype, cos and sin [P, R/2] fp32 with R <= D, positions [T] int64 below P. The first

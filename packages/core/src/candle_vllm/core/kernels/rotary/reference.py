@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Rotary position embedding in plain torch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false
 """Rotary position embedding on a GPU (step 6 of a request's life): one launch for the queries and keys of a layer.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What stands between the projections of a layer and its attention: norms of heads, rotary, and the cache write.
 
 Contract: q [T, H, D], k and v [T, K, D] of one float dtype, positions [T], cos and sin [P, R/2] as in `kernels/rotary`,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Norms of heads, rotary and the cache write on a GPU (step 6 of a request's life): one launch for a layer.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Sampling: logits of a batch to one token per row, where a token stands among the others, and edits of logits.
 
 Contract, with R rows of V logits in float32. The parameters of a row are five float64 numbers, in the order of

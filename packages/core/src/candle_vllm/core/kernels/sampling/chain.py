@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """llama.cpp's chain: which tokens of a row may be drawn, by samplers that look at more than where a logit stands.
 
 Contract: a row of V logits in float32, changed in place, and float64 numbers in the order of `Link`. What may not be

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What sampling is asked and answers: parameters of rows, where tokens stand, edits of logits."""
 
 from __future__ import annotations

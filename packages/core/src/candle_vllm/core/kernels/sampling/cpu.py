@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Sampling as compiled functions: two or three passes over a row's memory, nothing sorted (step 7 of ten).
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """llama.cpp's chain as a compiled function: each sampler hides tokens in the row itself, and nothing is sorted.
 

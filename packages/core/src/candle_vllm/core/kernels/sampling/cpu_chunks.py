@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """The emitted inner loops of sampling on the CPU: what is done to 512 logits at a time (step 7 of a request's life).
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Finding where a row of logits is cut, without sorting it: the k-th largest, and the last token that top_p keeps.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Sampling in plain torch: the reference of `cpu.py` and `triton.py`, and what machines without Numba use.
 
 Every step works on the whole vocabulary in float64, so that it can be checked by eye. Nothing waits for the device but

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 """llama.cpp's chain on a GPU (step 7 of ten): one program for each row, one launch, nothing sorted, nothing waited for.

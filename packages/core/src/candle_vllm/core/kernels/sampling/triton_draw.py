@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 """Drawing one token per row on a GPU (step 7 of ten): up to five launches, nothing sorted, nothing waited for.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false
 """Edits of logits on a GPU (step 7 of ten): bias, then masks and penalties in one pass over the rows that have any.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 """What the sampling kernels on a GPU share: rows in chunks, logits as integers, and where a row is cut.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false
 """Where tokens stand among the logits of their rows, on a GPU (step 7 of ten): five launches, nothing sorted.

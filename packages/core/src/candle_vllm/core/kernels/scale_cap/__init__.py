@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Scaling and soft-capping rows in place: embeddings times a factor, logits that end in c tanh(z / c).
 
 Contract: x [T, N] float32 (without a cap any float dtype) becomes x * scale, and with a cap c > 0,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Scaling and soft-capping rows on the CPU, in place (part of step 6 of a request's life)."""
 

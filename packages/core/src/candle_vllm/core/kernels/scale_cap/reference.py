@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Scaling and soft-capping in plain torch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Linear layer with weights that are small floats with scales (FP8, NVFP4), on the CPU; step 6 of a request's life.
 
 Contract. Activations x [T, K], bfloat16, as `kernels/activation_rows` makes them, each row zero behind K. Weights

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The linear layer of small floats as compiled CPU operations: step 6 of a request's life.
 
 The shape is that of `plain_linear/cpu.py`, and so are its panels. A few rows widen weights in registers. One row adds

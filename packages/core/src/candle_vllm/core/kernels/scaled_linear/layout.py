@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How small floats with scales lie in memory: what `pack.py` writes, and `cpu.py` and `reference.py` read.
 
 Stands inside step 6 of a request's life. 16 rows are a **tile**, a run of **spans** along K, of which the last may be

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Small floats with scales to the layout of the kernels: done once, at load, before step 1 of a request's life."""
 
 from __future__ import annotations

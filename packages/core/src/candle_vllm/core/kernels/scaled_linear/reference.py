@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The linear layer of small floats in plain numpy, literal enough to check by eye: step 6, and what tests compare."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Rows of several values side by side.
 
 Contract: values [T, W1], [T, W2], ... of one dtype; y [T, W1 + W2 + ...] of that dtype, in new memory; an exact copy.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Rows side by side, in plain torch; on every device."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Activation-and-multiply, the gates of SwiGLU and GeGLU.
 
 Contract: x [T, 2F] holds gate then up, of any float dtype; y [T, F] = act(gate) * up has x's dtype, in new memory; the

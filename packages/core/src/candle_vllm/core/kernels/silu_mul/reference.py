@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Activation-and-multiply in plain torch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false
 """The gates of SwiGLU and GeGLU on a GPU (step 6 of a request's life). A program does part of one token's row."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Quantising weights: rows of floats to the blocks of twelve of GGUF's types.
 
 Contract: x float32 [R, C], C a multiple of the type's block, to uint8 [R, C / block * bytes per block], laid out as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 """Quantising weights as compiled functions, one for each type; they hold no lock and share nothing.
 

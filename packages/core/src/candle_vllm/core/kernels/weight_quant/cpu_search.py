@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """The searches for a group's scale, 16 groups at a time: each lane of the vectors is a group of its own.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The searches of `kernels/weight_quant` in numpy, number for number as the compiled functions.
 
 Shapes: x float32 [G, n], a group in each row; all sums go from a group's first number to its last, in float32.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Making quantised blocks of plain rows, in chunks and on several threads, as ggml and its files have them.
 
 Stands before step 1 of a request's life. What the bytes mean is in `ggml_blocks.py`, how they are found in

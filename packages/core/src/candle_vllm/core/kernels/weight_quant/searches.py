@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """How scales and minima of a group are searched, by type; the numbers that `cpu.py` and `reference.py` share."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Attention of encoders: every token sees its whole text, and nothing is cached.
 
 Contract: qkv [T, 3 * H * D] of any float dtype has the queries of all heads, their keys and their values side by side,

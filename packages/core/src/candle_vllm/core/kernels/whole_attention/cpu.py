@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Attention of encoders on the CPU: `lay_out` and, behind a barrier, `attend_whole` (step 6 of a request's life).
 

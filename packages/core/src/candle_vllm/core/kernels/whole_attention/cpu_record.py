@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Recording attention of encoders: both operations of `cpu.py`, and the memory between them (step 6 of ten)."""
 
 from __future__ import annotations

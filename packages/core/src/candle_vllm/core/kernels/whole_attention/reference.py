@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Attention of encoders in plain torch."""
 
 from __future__ import annotations

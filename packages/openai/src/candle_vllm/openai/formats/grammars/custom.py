@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """A user's Lark grammar for the input of a custom tool: a text between marks, or one that stands in a JSON string.
 
 In the latter, strings and regular expressions become those of their JSON spelling, where a quote, a backslash and a

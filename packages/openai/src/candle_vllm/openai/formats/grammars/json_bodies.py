@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Grammars of calls with JSON arguments: `JsonCalls` and `NamedJson`."""
 
 from __future__ import annotations

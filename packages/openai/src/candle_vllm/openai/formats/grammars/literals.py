@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Grammars of calls in notations that are like JSON and are not: `Pythonic` and `Gemma`."""
 
 from __future__ import annotations

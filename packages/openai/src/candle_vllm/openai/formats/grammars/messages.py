@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Grammars of whole messages that come in parts with headers: `Harmony`, `Headed` and `Blocks`."""
 
 from __future__ import annotations

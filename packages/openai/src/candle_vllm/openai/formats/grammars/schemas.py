@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """JSON schemas of arguments, taken apart for formats that do not write JSON.
 
 What a schema asks for and a format cannot express is refused by the name of the tool and of the keyword.

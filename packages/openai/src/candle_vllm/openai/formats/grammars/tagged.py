@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Grammars of calls whose arguments are tagged texts (`Tagged`), or tags in tags (`Nested`)."""
 
 from __future__ import annotations

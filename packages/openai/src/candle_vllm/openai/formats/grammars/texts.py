@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Terminals of strings that stand without quotes, and of the numbers and words between them; and JSON whose strings
 hold no closing tag, for formats that write JSON between tags and look for the tag alone."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Puts a grammar together, in llguidance's dialect of Lark (its docs/syntax.md), and what those of all bodies share.
 
 A special token in a mark is that token, never its letters; free text has no special tokens. White space where a model
