@@ -93,7 +93,7 @@ def kept(model: str, cache: str, tokens: int, rounds: int) -> None:
     """Prints a line for each way to a prompt's first token."""
     types: dict[str, Any] = {} if cache == "auto" else dict(zip(CACHE_SETTINGS, 2 * cache.split(",")))
     times: dict[str, list[float]] = {"computed": [], "from disk": [], "from memory": []}
-    one = SamplingParams(temperature=0, max_tokens=1)
+    one, size, plain = SamplingParams(temperature=0, max_tokens=1), 0, 1.0
     for number in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
             for ways in (("computed",), ("from disk", "from memory")):
