@@ -2,15 +2,16 @@
 """What a smaller KV cache gains and costs, and one on disk: steps at depth, facts asked back, prompts after a restart.
 
     python benchmarks/cpu/cache.py step MODEL.gguf [--depth 7000] [--cache auto q8_0 q4_0] [--rounds 48]
-    python benchmarks/cpu/cache.py needle MODEL.gguf [--tokens 2000] [--cache auto q8_0 q4_0] [--needles 8]
+    python benchmarks/cpu/cache.py needle MODEL.gguf [--tokens 2000] [--cache auto q8_0 q4_0] [--texts 3]
     python benchmarks/cpu/cache.py disk MODEL.gguf [--tokens 4096] [--cache auto] [--rounds 3]
 
 `step` has an engine of each type read the same prompt, then decode one token in turns: the median step, and the median
-over the rounds of the first type's time over its own. `needle` puts a line with a number into real text (that of
-`perplexity.py`), at each of some depths, asks for the number behind the text, and counts the answers that have it;
-`nats` are what the right answer's tokens take on average. What each type costs in perplexity, `perplexity.py --cache`
-says. `disk` reads a prompt in a new engine whose folder of blocks is empty, in another one when they are there, and
-once more there, where they are in memory; and says how fast the folder's files are read alone, and as blocks.
+over the rounds of the first type's time over its own. `needle` hides lines with numbers at eight depths of real text
+(that of `perplexity.py`), asks for each behind it, in another order, and counts those whose every token is the
+likeliest one, so that a greedy answer has them; `nats` are what the right answers' tokens take on average. What each
+type costs in perplexity, `perplexity.py --cache` says. `disk` reads a prompt in a new engine whose folder of blocks is
+empty, in another one when they are there, and once more there, where they are in memory; and says how fast the folder's
+files are read alone, and as blocks.
 """
 
 from __future__ import annotations
@@ -65,28 +66,48 @@ def steps(model: str, depth: int, caches: list[str], rounds: int) -> None:
         print(f"{cache:>10} {statistics.median(own) * 1e3:9.3f} {ratio:14.2f}", flush=True)
 
 
-def needles(model: str, count: int, caches: list[str], tokens: int) -> None:
+def hidden(
+    engine: InferenceEngine, text: list[int], tokens: int, numbers: random.Random
+) -> tuple[list[int], list[range]]:
+    """So many tokens of a text with a line for each name and the questions behind them, and where the answers stand."""
+
+    def words(line: str) -> list[int]:
+        return engine.tokenize(line, add_special_tokens=False)
+
+    lines, asked = list[list[int]](), list[tuple[list[int], list[int]]]()
+    for name in NAMES:
+        secret = numbers.randrange(10_000, 99_999)
+        lines.append(words(f"\nThe secret number of {name} is {secret}.\n"))
+        asked.append((words(f"\nThe secret number of {name} is"), words(f" {secret}")))
+    numbers.shuffle(asked)
+    end, given, answers = words("."), list[int](), list[range]()
+    piece = (tokens - sum(len(part) for each in (lines, *asked) for part in each) - len(asked) * len(end)) // len(lines)
+    for n, line in enumerate(lines):
+        before, behind = piece * n + piece // 2, piece * (n + 1)
+        given += text[piece * n : before] + line + text[before:behind]
+    for question, answer in asked:
+        given += question
+        answers.append(range(len(given), len(given) + len(answer)))
+        given += answer + end
+    return given, answers
+
+
+def needles(model: str, texts: int, caches: list[str], tokens: int) -> None:
     """Prints a line for each type."""
-    print(f"{'cache':>10} {'found':>7} {'nats':>8}   of {count} numbers in texts of {tokens} tokens")
+    print(f"{'cache':>10} {'found':>7} {'nats':>8}   {len(NAMES)} numbers in each of {texts} texts of {tokens} tokens")
+    scored = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     for cache in caches:
         with ExitStack() as stack:
-            engine = open_engine(stack, model, cache, tokens + 128)
-            numbers, found, nats = random.Random(1), 0, list[float]()  # noqa: S311 - the same needles for every type
-            text = cut(engine, fixed_text()[1], 2 * tokens, 2 * tokens)[1][0]
-            for n in range(count):
-                name, secret = NAMES[n % len(NAMES)], str(numbers.randrange(10_000, 99_999))
-                line = engine.tokenize(f"\nThe secret number of {name} is {secret}.\n", add_special_tokens=False)
-                asked = engine.tokenize(f"\nThe secret number of {name} is", add_special_tokens=False)
-                answer = engine.tokenize(f" {secret}", add_special_tokens=False)
-                room = tokens - len(line) - len(asked)
-                at, start = room * (2 * n + 1) // (2 * count), numbers.randrange(max(1, len(text) - room))
-                given = text[start : start + at] + line + text[start + at : start + room] + asked
-                greedy = SamplingParams(temperature=0, max_tokens=len(answer) + 1)
-                found += secret in engine.generate([given], greedy, use_tqdm=False)[0].text
-                scored = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-                known = engine.generate([given + answer], scored, use_tqdm=False)[0].prompt_logprobs or ()
-                nats += [-each.chosen.logprob for each in known[-len(answer) :] if each is not None]
-            print(f"{cache:>10} {found:>4}/{count} {statistics.mean(nats):8.4f}", flush=True)
+            engine = open_engine(stack, model, cache, tokens + 8)
+            numbers, found, nats = random.Random(1), list[bool](), list[float]()  # noqa: S311 - the same for every type
+            for text in cut(engine, fixed_text()[1], texts * tokens, tokens)[1][:texts]:
+                given, answers = hidden(engine, text, tokens, numbers)
+                known = engine.generate([given], scored, use_tqdm=False)[0].prompt_logprobs or ()
+                for answer in answers:
+                    chosen = [each.chosen for each in known[answer.start : answer.stop] if each is not None]
+                    found.append(all(each.rank == 1 for each in chosen))
+                    nats += [-each.logprob for each in chosen]
+            print(f"{cache:>10} {sum(found):>4}/{len(found)} {statistics.mean(nats):8.4f}", flush=True)
 
 
 def kept(model: str, cache: str, tokens: int, rounds: int) -> None:
@@ -127,14 +148,14 @@ def main() -> int:
     parser.add_argument("--depth", type=int, default=7000, help="tokens of context of a step")
     parser.add_argument("--rounds", type=int, default=48, help="steps of each type")
     parser.add_argument("--tokens", type=int, default=2000, help="of a needle's text")
-    parser.add_argument("--needles", type=int, default=8)
+    parser.add_argument("--texts", type=int, default=3, help="with needles")
     options = parser.parse_args()
     if options.what == "disk":
         kept(options.model, options.cache[0], options.tokens, min(options.rounds, 5))
     elif options.what == "step":
         steps(options.model, options.depth, options.cache, options.rounds)
     else:
-        needles(options.model, options.needles, options.cache, options.tokens)
+        needles(options.model, options.texts, options.cache, options.tokens)
     return 0
 
 

@@ -23,7 +23,9 @@ from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 TYPES = {
     "q8_0": {"kv_cache_dtype": "q8_0"},
     "q4_0": {"kv_cache_dtype": "q4_0"},
+    "q5_1": {"kv_cache_dtype": "q5_1"},
     "q8_0,q4_0": {"key_cache_dtype": "q8_0", "value_cache_dtype": "q4_0"},
+    "q8_0,q5_1": {"key_cache_dtype": "q8_0", "value_cache_dtype": "q5_1"},
 }
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=2)
 SEEDED = SamplingParams(temperature=0.9, seed=7, max_tokens=24, ignore_eos=True)
@@ -59,7 +61,7 @@ def answers(engine: InferenceEngine, prompts: list[list[int]], **how: Any) -> li
     return [(output.token_ids, output.outputs[0].logprobs) for output in found]
 
 
-@pytest.fixture(scope="module", params=few(TYPES, "q8_0", "q4_0"))
+@pytest.fixture(scope="module", params=few(TYPES, "q8_0", "q4_0", "q5_1"))
 def types(request: pytest.FixtureRequest) -> dict[str, str]:
     return TYPES[request.param]
 
@@ -95,8 +97,8 @@ def test_from_the_prefix_cache_and_after_preemption(
 ) -> None:
     """Blocks that others wrote, and a cache of so few blocks that somebody has to begin again."""
     keys, values = (
-        {"q8_0": 64, "q4_0": 32}[types.get(name) or types["kv_cache_dtype"]] + scales
-        for name, scales in (("key_cache_dtype", 4), ("value_cache_dtype", 4))
+        {"q8_0": 64 + 4, "q4_0": 32 + 4, "q5_1": 40 + 8}[types.get(name) or types["kv_cache_dtype"]]
+        for name in ("key_cache_dtype", "value_cache_dtype")
     )
     memory = 16 * 16 * 2 * 2 * (keys + values)  # of 16 blocks of 16 tokens, in two layers of two heads
     with caplog.at_level(logging.INFO), opened(
@@ -129,6 +131,7 @@ def test_it_is_read_as_it_was_rounded(folder: Path, alone: dict[str, Any], types
     ("model", "settings", "message"),
     [
         ({"head_dim": 16}, {"kv_cache_dtype": "q8_0"}, "blocks of 32 numbers, and this model heads of 16"),
+        ({"head_dim": 48}, {"value_cache_dtype": "q5_1"}, "value_cache_dtype='q5_1' has blocks of 32 numbers"),
         ({"head_dim": 32}, {"key_cache_dtype": "fp8"}, "key_cache_dtype='fp8' needs a GPU: on the CPU set 'q8_0'"),
     ],
 )

@@ -86,23 +86,36 @@ def decoded_keys(cache: np.ndarray, dim: int, kind: CacheKind) -> torch.Tensor:
     places, strip = cache.shape[:-1], cache.shape[-1] // key_bytes(kind, dim)
     codes, scales = np.split(cache, [strip * code_bytes(kind, dim)], -1)
     codes = codes.reshape(*places, -1, strip, 4).swapaxes(-3, -2)  # [..., W, words, 4]
+    halves = scales.copy().view(np.float16).reshape(*places, -1, strip, 2).swapaxes(-3, -2).astype(np.float32)
+    if kind is CacheKind.Q5_1:
+        codes = codes.reshape(*places, strip, dim // 32, 5, 4)
+        bits = codes[..., 4:, :] >> np.arange(8, dtype=np.uint8)[:, None] & 1  # [..., W, blocks, 8, 4]
+        codes = np.stack([codes[..., :4, :] & 15, codes[..., :4, :] >> 4], -2).reshape(bits.shape) | bits << 4
+        scale, minimum = (halves[..., n, None] for n in range(2))
+        return torch.from_numpy((codes.reshape(*places, strip, -1, 32) * scale + minimum).reshape(*places, strip, dim))
     if kind is CacheKind.Q4_0:
         codes = np.stack([codes & 15, codes >> 4], -2)  # [..., W, words, half, 4]
     codes = codes.reshape(*places, strip, dim).astype(np.float32) - BIAS[kind]
-    halves = scales.copy().view(np.float16).reshape(*places, -1, strip, 2).swapaxes(-3, -2).reshape(*places, strip, -1)
-    return torch.from_numpy(codes * halves[..., : dim // 32].astype(np.float32).repeat(32, -1))
+    halves = halves.reshape(*places, strip, -1)
+    return torch.from_numpy(codes * halves[..., : dim // 32].repeat(32, -1))
 
 
 def decoded_values(cache: np.ndarray, dim: int, kind: CacheKind) -> torch.Tensor:
     """Values [stretches, K, blocks, tiles, 16, D] of a layer's tiles of bytes."""
     places = cache.shape[:-1]
     codes, scales = np.split(cache, [16 * code_bytes(kind, dim)], -1)
+    halves = scales.copy().view(np.float16).reshape(*places, dim // 32, -1, 16, 1).astype(np.float32)
+    codes = codes.reshape(*places, dim // 32, -1)
+    codes, bits = (codes[..., :256], codes[..., 256:]) if kind is CacheKind.Q5_1 else (codes, None)
     codes = codes.reshape(*places, dim // 32, 4, -1, 4)
-    if kind is CacheKind.Q4_0:
+    if kind is not CacheKind.Q8_0:
         codes = np.concatenate([codes & 15, codes >> 4], -2)
     codes = codes.swapaxes(-1, -2).reshape(*places, dim // 32, 16, 32)
-    halves = scales.copy().view(np.float16).reshape(*places, dim // 32, 16, 1).astype(np.float32)
-    numbers = (codes.astype(np.float32) - BIAS[kind]) * halves
+    if bits is not None:
+        codes = codes | np.unpackbits(bits, axis=-1, bitorder="little").reshape(codes.shape) << 4
+    numbers = (codes.astype(np.float32) - BIAS[kind]) * halves[..., 0, :, :]
+    if bits is not None:
+        numbers += halves[..., 1, :, :]
     return torch.from_numpy(np.moveaxis(numbers, -3, -2).reshape(*places, 16, dim))
 
 
@@ -555,6 +568,7 @@ def test_supported() -> None:
 
 QUANTISED = [(kind, kind) for kind in CacheKind if kind is not CacheKind.BF16]
 MIXED = [(keys, values) for keys in CacheKind for values in CacheKind if keys is not values]
+USUAL = [(CacheKind.Q8_0, CacheKind.BF16), (CacheKind.Q8_0, CacheKind.Q5_1)]
 READERS = [Isa.GENERIC, *([Isa.AVX_VNNI] if host_isa() & Isa.VNNI else [])]  # besides this CPU's own
 
 
@@ -575,7 +589,7 @@ def test_quantised_windows_caps_and_sinks(teams: dict[int, ThreadTeam], kinds: t
 
 
 @pytest.mark.parametrize("isa", few([host_isa(), *READERS], host_isa()))
-@pytest.mark.parametrize(("keys", "values"), few([*QUANTISED, MIXED[2]], *QUANTISED))
+@pytest.mark.parametrize(("keys", "values"), few([*QUANTISED, *USUAL], *QUANTISED))
 def test_no_bit_of_a_quantised_cache_depends_on_how_it_is_read(
     teams: dict[int, ThreadTeam], keys: CacheKind, values: CacheKind, isa: Isa
 ) -> None:
@@ -626,7 +640,8 @@ def test_what_is_written_is_within_half_a_step(teams: dict[int, ThreadTeam], kin
     model = Model(heads=5, kv_heads=5, rotary=32, block=block, dim=96, kinds=(kind, kind))
     table, qkv = Pages(model).table(77), random_qkv(model, 77, 4)
     wide = qkv.view(77, 15, 96)
-    wide[3], wide[5, :, ::7], wide[6] = 0, 40, wide[6] * 1e5
+    # A minimum is a half, which ends at 65504.
+    wide[3], wide[5, :, ::7], wide[6] = 0, 40, wide[6] * (1e4 if kind is CacheKind.Q5_1 else 1e5)
     _, q = Step([table], [0], [qkv]).run(model, teams[2])
     rotated = rotary_reference.rotary(wide[:, :10], torch.arange(77), model.cos, model.sin)
     queries = rotated[:, :5] * torch.tensor(model.scale, dtype=torch.float32)
@@ -634,7 +649,7 @@ def test_what_is_written_is_within_half_a_step(teams: dict[int, ThreadTeam], kin
     for got, wanted, steps in ((q, queries, 127), (kept[0], rotated[:, 5:], 0), (kept[1], wide[:, 10:], 0)):
         got, wanted = turned(got), turned(wanted)
         top = wanted.unflatten(-1, (3, 32)).abs().amax(-1, keepdim=True)
-        reach = steps or {CacheKind.Q8_0: 127, CacheKind.Q4_0: 8}[kind]
+        reach = steps or {CacheKind.Q8_0: 127, CacheKind.Q4_0: 8, CacheKind.Q5_1: 15.5}[kind]
         off = (got - wanted).unflatten(-1, (3, 32)).abs() / (top + 1e-30)
         # A number as far from 0 as the farthest, on the other side, has no code of its own in q4_0.
         assert off.max() <= (1.01 if kind is CacheKind.Q4_0 and not steps else 0.51) / reach

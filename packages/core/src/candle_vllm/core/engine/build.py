@@ -354,7 +354,10 @@ def cache_kinds(config: EngineConfig, model: LoadedModel | Described) -> tuple[C
             raise ConfigError(f"{asked} needs a GPU: on the CPU set 'q8_0', or leave it out", name)
         kind = CacheKind["BF16" if dtype == "auto" else dtype.upper()]
         if dtype != "auto" and not model.placement.recorded:
-            raise ConfigError(f"{asked} is of the compiled kernels, which do not run this model: leave it out", name)
+            others = "enforce_eager, or key and value types" if config.enforce_eager else "it"
+            raise ConfigError(
+                f"{asked} is of the compiled kernels, which do not run this model: leave out {others}", name
+            )
         if kind is not CacheKind.BF16 and model.config.latent is not None:
             raise ConfigError(
                 f"{asked} cannot be had with latent attention, whose cache is small already: leave it out", name

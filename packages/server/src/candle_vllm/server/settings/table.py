@@ -67,7 +67,7 @@ _CACHE_ALIASES = {  # candle-vllm's bf16 means auto, too
     "k8v4": "turbo8", "4bit": "turbo4", "k3v4": "turbo3",
 }  # fmt: skip
 _TURBO = dict.fromkeys(
-    ("turbo8", "turbo4", "turbo3"), "the cache has 16 bits a number, or 8 (q8_0, on a GPU fp8) or 4 (q4_0)"
+    ("turbo8", "turbo4", "turbo3"), "the cache has 16 bits a number, or 8 (q8_0, on a GPU fp8), 5 (q5_1) or 4 (q4_0)"
 )
 _CACHE = {"aliases": _CACHE_ALIASES, "absent": _TURBO}
 _ISQ_ALIASES = {name[:-1] + "_k": name for name in ISQ_NAMES if name.endswith("k")}

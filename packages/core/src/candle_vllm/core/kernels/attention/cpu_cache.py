@@ -34,6 +34,12 @@ class CacheKind(enum.IntEnum):
     BF16 = 0
     Q8_0 = 1
     Q4_0 = 2
+    Q5_1 = 3
+
+    @property
+    def has_minima(self) -> bool:
+        """Whether a block has a minimum beside its scale."""
+        return self is CacheKind.Q5_1
 
     def fits(self, head_dim: int) -> bool:
         """Whether heads of D numbers can be stored so."""
@@ -45,19 +51,21 @@ PLAIN = (CacheKind.BF16, CacheKind.BF16)
 
 
 def code_bytes(kind: CacheKind, head_dim: int) -> int:
-    """Bytes of a slot's codes, without their scales."""
-    return {CacheKind.BF16: 2 * head_dim, CacheKind.Q8_0: head_dim, CacheKind.Q4_0: head_dim // 2}[kind]
+    """Bytes of a slot's codes, without their scales and minima."""
+    bits = {CacheKind.BF16: 16, CacheKind.Q8_0: 8, CacheKind.Q4_0: 4, CacheKind.Q5_1: 5}[kind]
+    return bits * head_dim // 8
 
 
 def key_bytes(kind: CacheKind, head_dim: int) -> int:
-    """Bytes that a slot's key takes: the scales of two blocks share a word."""
-    scales = 0 if kind is CacheKind.BF16 else 4 * -(-head_dim // (2 * BLOCK))
-    return code_bytes(kind, head_dim) + scales
+    """Bytes that a slot's key takes: the scales of two blocks share a word, or a block's scale and minimum do."""
+    words = 0 if kind is CacheKind.BF16 else -(-head_dim // (BLOCK if kind.has_minima else 2 * BLOCK))
+    return code_bytes(kind, head_dim) + 4 * words
 
 
 def value_bytes(kind: CacheKind, head_dim: int) -> int:
     """Bytes that a slot's value takes."""
-    return code_bytes(kind, head_dim) + (0 if kind is CacheKind.BF16 else 2 * (head_dim // BLOCK))
+    halves = 0 if kind is CacheKind.BF16 else head_dim // BLOCK * (2 if kind.has_minima else 1)
+    return code_bytes(kind, head_dim) + 2 * halves
 
 
 MOST_DIM = 256

@@ -3,17 +3,23 @@
 """Quantised keys and values on the CPU, emitted: blocks of 32 numbers written, scored and summed in whole numbers.
 
 A block's numbers are its scale, a half, times (code - `BIAS`), codes being unsigned: q8_0 has 8 bits and q4_0 has 4, as
-GGUF defines them. Where the codes stand is made for one instruction, four products of bytes in each of 16 lanes:
+GGUF defines them; or, in q5_1, times a code of 5 bits, and then its minimum, a half, is added. Where the codes stand is
+made for one instruction, four products of bytes in each of 16 lanes:
 
 - keys, in strips of W positions as in `cpu_tiles`: words of 4 dimensions, [D / 4, W] (q8_0), or of 8, the first four in
   the low halves of its bytes (q4_0); then the scales of two blocks as one word, [D / 64, W];
 - values, in tiles of 16 positions: [D / 32, 4, 32, 4] bytes, four positions of a dimension side by side (q8_0), or
   [D / 32, 4, 16, 4] with dimension i + 16 in the high halves (q4_0); then scales [D / 32, 16].
 
+q5_1 is q4_0 with a word of fifth bits behind each block's codes: of keys [D / 32, 4 + 1, W], dimension 4 k + j at bit
+8 j + k, and of values [16] behind the block's 256 bytes, a dimension at the bit of its number. Scale and minimum are
+one word of a key, [D / 32, W], and [D / 32, 2, 16] of values. A key's minimum meets the sum of a query's codes; those
+of values are summed times a row's probabilities, in order of position in each lane, and then the lanes.
+
 No two positions share a byte, for two threads may write them. A query is int8 [D], then a float32 scale and an int32
 sum of its codes for each block. A chunk's probabilities, times the scales of its values, become whole numbers of 15
-bits below the largest of them, a row's alone. So all sums of products are exact: no bit of a result depends on the
-instructions that compute it, or on what is computed beside it.
+bits below the largest of them, a row's alone. So all sums of products with codes are exact, and others have one order:
+no bit of a result depends on the instructions that compute it, or on what is computed beside it.
 
 Queries, keys and values are first multiplied by a Hadamard matrix, which spreads what stands out in a few dimensions;
 that of the values is undone behind attention. Keys are before that taken relative to what all of a head's have in
@@ -37,26 +43,48 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
     PROBABILITY_STRIDE,
     SCORE_STRIDE,
     CacheKind,
+    code_bytes,
     partial_floats,
 )
 from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, I64, SHIFTER, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_larger, emit_largest_lane
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 
-BIAS = {CacheKind.Q8_0: 128, CacheKind.Q4_0: 8}
-_BITS = {CacheKind.Q8_0: 8, CacheKind.Q4_0: 4}
+BIAS = {CacheKind.Q8_0: 128, CacheKind.Q4_0: 8, CacheKind.Q5_1: 0}
+_BITS = {CacheKind.Q8_0: 8, CacheKind.Q4_0: 4, CacheKind.Q5_1: 4}  # of a code, but for a fifth that stands apart
 _TILES = 4  # key tiles that share the load of a query word, as in `cpu_tiles`
 _LARGEST_HALF = 65504.0
 _LARGEST_WEIGHT = 16383.0
 _LEAST = 1e-30  # below it a block, or a chunk's weights, are zeros
 
 
-def _halves(e: Emitter, codes: Any, kind: CacheKind) -> list[Any]:
-    """Words of codes, unpacked: four in each lane."""
+def _halves(e: Emitter, codes: Any, kind: CacheKind, fifths: list[Any]) -> list[Any]:
+    """Words of codes, unpacked: four in each lane. `fifths` are q5_1's fifth bits of either half, where they belong."""
     if kind is CacheKind.Q8_0:
         return [codes]
     low, b = e.constant(I32, 0x0F0F0F0F), e.b
-    return [b.and_(codes, low), b.and_(b.lshr(codes, e.constant(I32, 4)), low)]
+    halves = [b.and_(codes, low), b.and_(b.lshr(codes, e.constant(I32, 4)), low)]
+    return [b.or_(half, fifth) for half, fifth in zip(halves, fifths)] if kind is CacheKind.Q5_1 else halves
+
+
+def _fifths_of_keys(e: Emitter, bits: Any) -> list[Any]:
+    """The lowest two bits of each byte, as fifth bits of the codes of one half and the other."""
+    b, fifth = e.b, e.constant(I32, 0x10101010)
+    return [b.and_(b.shl(bits, e.constant(I32, left)), fifth) for left in (4, 3)]
+
+
+def _fifths_of_values(e: Emitter, at: Any) -> list[Any]:
+    """Fifth bits of four positions, whose words stand at an address: of dimension i, and of i + 16, in lane i."""
+    b, found = e.b, []
+    words = e.load(at, vector(I8, LANES))
+    own = ir.Constant(vector(I8, 4 * LANES), [1 << (lane & 7) for lane in range(LANES) for _ in range(4)])
+    for first in (0, 2):
+        order = [4 * position + first + (lane >> 3) for lane in range(LANES) for position in range(4)]
+        spread = b.shuffle_vector(words, words, ir.Constant(vector(I32, 4 * LANES), order))
+        there = b.icmp_unsigned("!=", b.and_(spread, own), e.zeros(I8, 4 * LANES))
+        fifth = b.select(there, e.constant(I8, 16, 4 * LANES), e.zeros(I8, 4 * LANES))
+        found.append(b.bitcast(fifth, vector(I32)))
+    return found
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -69,18 +97,22 @@ def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
     tiles = [e.load(tiles_at, I64, 8 * n) for n in range(_TILES)]
     words = 8 * BLOCK * _BITS[kind] // 256  # of a block
     parts = 8 // words
-    scales = b.mul(stride, e.int64(d // BLOCK * words))
+    lines = words + 1 if kind is CacheKind.Q5_1 else words
+    scales = b.mul(stride, e.int64(d // BLOCK * lines))
     for row in range(m):
         for n in range(_TILES):
             e.store(scores, e.zeros(F32), SCORE_STRIDE * row + 4 * LANES * n)
 
     def block(number: Any, state: list[Any]) -> list[Any]:
-        first = b.mul(number, e.int64(words))
+        first = b.mul(number, e.int64(lines))
 
-        def word(index: Any, totals: list[Any]) -> list[Any]:
+        def word(index: Any, state: list[Any]) -> list[Any]:
+            totals, bits = state[: m * _TILES], state[m * _TILES :]
             line = b.mul(b.add(first, index), stride)
             at = b.add(queries, b.add(b.mul(number, e.int64(BLOCK)), b.mul(index, e.int64(4 * parts))))
-            keys = [_halves(e, e.load(b.add(tile, line), vector(I32)), kind) for tile in tiles]
+            fifths = [_fifths_of_keys(e, each) for each in bits] or [[]] * _TILES
+            loaded = [e.load(b.add(tile, line), vector(I32)) for tile in tiles]
+            keys = [_halves(e, codes, kind, each) for codes, each in zip(loaded, fifths)]
             for part in range(parts):
                 rows = [e.splat(e.load(at, I32, 2 * d * row + 4 * part)) for row in range(m)]
                 totals = [
@@ -88,26 +120,40 @@ def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
                     for row in range(m)
                     for n in range(_TILES)
                 ]
-            return totals
+            return totals + [b.lshr(each, e.constant(I32, 2)) for each in bits]
 
         of_block = b.add(queries, b.shl(number, e.int64(2)))
         sums = [e.splat(e.load(of_block, I32, 2 * d * row + d + d // 8)) for row in range(m)]
         bias = e.constant(I32, -BIAS[kind])
         begin = [b.mul(each, bias) for each in sums]
-        totals = e.loop(e.int64(words), [begin[row] for row in range(m) for _ in range(_TILES)], word)
-        pair = b.add(scales, b.mul(b.lshr(number, e.int64(1)), stride))
-        shift = e.splat(b.trunc(b.shl(b.and_(number, e.int64(1)), e.int64(4)), I32))
+        last = b.mul(b.add(first, e.int64(words)), stride)
+        bits = [e.load(b.add(tile, last), vector(I32)) for tile in tiles] if kind is CacheKind.Q5_1 else []
+        totals = e.loop(e.int64(words), [begin[row] for row in range(m) for _ in range(_TILES)] + bits, word)
+        pair, shift = number, e.zeros(I32)
+        if not kind.has_minima:
+            pair = b.lshr(number, e.int64(1))
+            shift = e.splat(b.trunc(b.shl(b.and_(number, e.int64(1)), e.int64(4)), I32))
+        pair = b.add(scales, b.mul(pair, stride))
         of_query = [e.splat(e.load(of_block, F32, 2 * d * row + d)) for row in range(m)]
         for n, tile in enumerate(tiles):
-            halves = b.trunc(b.lshr(e.load(b.add(tile, pair), vector(I32)), shift), vector(I16))
-            scale = e.half_to_float(b.bitcast(halves, vector(F16)))
+            word_of_halves = e.load(b.add(tile, pair), vector(I32))
+            scale = _half_of(e, word_of_halves, shift)
             for row in range(m):
                 at = SCORE_STRIDE * row + 4 * LANES * n
+                score = e.load(scores, vector(F32), at)
+                if kind.has_minima:
+                    minimum = _half_of(e, word_of_halves, e.constant(I32, 16))
+                    score = e.fma(b.sitofp(sums[row], vector(F32)), b.fmul(minimum, of_query[row]), score)
                 product = b.sitofp(totals[_TILES * row + n], vector(F32))
-                e.store(scores, e.fma(product, b.fmul(scale, of_query[row]), e.load(scores, vector(F32), at)), at)
+                e.store(scores, e.fma(product, b.fmul(scale, of_query[row]), score), at)
         return state
 
     e.loop(e.int64(d // BLOCK), [], block)
+
+
+def _half_of(e: Emitter, words: Any, shift: Any) -> Any:
+    """The half that stands in words from a bit on, as floats."""
+    return e.half_to_float(e.b.bitcast(e.b.trunc(e.b.lshr(words, shift), vector(I16)), vector(F16)))
 
 
 def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa) -> None:
@@ -115,7 +161,9 @@ def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
     b = e.b
     exact, weights, tiles_at, keys, partials = args
     count = b.lshr(b.add(keys, e.int64(LANES - 1)), e.int64(4))
-    tile_codes = LANES * BLOCK * _BITS[kind] // 8  # bytes of a tile's block
+    whole_codes = LANES * BLOCK * _BITS[kind] // 8  # bytes of a tile's block, without fifth bits
+    tile_codes = LANES * code_bytes(kind, BLOCK)
+    halves_of_block = 4 * LANES if kind.has_minima else 2 * LANES  # in bytes
     vectors = 2 if kind is CacheKind.Q8_0 else 1  # of a group of four positions
     scales = d // BLOCK * tile_codes
     shifter = e.constant(F32, SHIFTER)
@@ -124,7 +172,7 @@ def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
         return e.load(b.add(tiles_at, b.shl(tile, e.int64(3))), I64)
 
     def block(number: Any, state: list[Any]) -> list[Any]:
-        of_scales, of_codes = b.shl(number, e.int64(5)), b.mul(number, e.int64(tile_codes))
+        of_scales, of_codes = (b.mul(number, e.int64(size)) for size in (halves_of_block, tile_codes))
 
         def weighed(tile: Any) -> list[Any]:
             """The probabilities of a tile times the scales of its values. Hidden ones may be of no number."""
@@ -158,15 +206,29 @@ def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
                 results.append(b.add(sums[row], number))
             return results
 
+        def lowest(tile: Any, sums: list[Any]) -> list[Any]:
+            minimum = e.half_to_float(e.load(b.add(tile_at(tile), of_scales), vector(F16), scales + 2 * LANES))
+            found = []
+            for row in range(m):
+                p = e.load(b.add(exact, b.shl(tile, e.int64(6))), vector(F32), SCORE_STRIDE * row)
+                there = b.fcmp_ordered(">", p, e.zeros(F32))
+                found.append(b.select(there, e.fma(p, minimum, sums[row]), sums[row]))
+            return found
+
         sums = e.loop(count, [e.zeros(I32)] * m, whole)
+        minima = [e.zeros(F32)] * m
+        if kind.has_minima:
+            minima = [e.splat(e.sum_lanes(each)) for each in e.loop(count, minima, lowest)]
         begin = [b.mul(e.splat(_sum_numbers(e, each)), e.constant(I32, -BIAS[kind])) for each in sums]
 
         def products(tile: Any, totals: list[Any]) -> list[Any]:
             codes, at = b.add(tile_at(tile), of_codes), b.add(weights, b.shl(tile, e.int64(4)))
             for group in range(LANES // 4):
-                parts = []
+                parts, fifths = [], []
+                if kind is CacheKind.Q5_1:
+                    fifths = _fifths_of_values(e, b.add(codes, e.int64(whole_codes + LANES * group)))
                 for n in range(vectors):
-                    parts += _halves(e, e.load(codes, vector(I32), 64 * (vectors * group + n)), kind)
+                    parts += _halves(e, e.load(codes, vector(I32), 64 * (vectors * group + n)), kind, fifths)
                 for row in range(m):
                     for place, level in ((4 * row, 0), (4 * row + 2, CHUNK)):
                         word = e.splat(e.load(at, I32, PROBABILITY_STRIDE * row + level + 4 * group))
@@ -182,6 +244,8 @@ def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
                 high, low = totals[4 * row + n], totals[4 * row + 2 + n]
                 total = b.add(b.add(b.shl(high, e.constant(I32, 7)), low), begin[row])
                 value = b.fmul(b.sitofp(total, vector(F32)), factor)
+                if kind.has_minima:
+                    value = b.fadd(value, minima[row])
                 e.store(at, value, 4 * (partial_floats(d) * row + LANES * n))
         return state
 
@@ -222,10 +286,24 @@ def _largest(e: Emitter, values: list[Any]) -> Any:
     return emit_largest_lane(e, emit_larger(e, *values))
 
 
-def _block_codes(e: Emitter, x: Any, kind: CacheKind) -> tuple[Any, list[Any]]:
-    """The scale of 32 floats, the bits of a half, and their codes: two vectors of whole numbers from 0 on."""
+def _to_half(e: Emitter, x: Any) -> tuple[Any, Any]:
+    """Floats of one value as the bits of its half, and as the floats that are left of them."""
+    b = e.b
+    half = b.fptrunc(_limited(e, x, -_LARGEST_HALF, _LARGEST_HALF), vector(F16))
+    return b.extract_element(b.bitcast(half, vector(I16)), ir.Constant(I32, 0)), e.half_to_float(half)
+
+
+def _block_codes(e: Emitter, x: Any, kind: CacheKind) -> tuple[list[Any], list[Any]]:
+    """Scale and perhaps minimum of 32 floats, as bits of halves, and their codes: two vectors of numbers from 0 on."""
     b = e.b
     values = [e.load(x, vector(F32), 64 * n) for n in range(2)]
+    if kind is CacheKind.Q5_1:
+        above, below = _largest(e, values), _largest(e, [b.fneg(value) for value in values])
+        low, minimum = _to_half(e, b.fneg(below))
+        bits, scale = _to_half(e, b.fmul(b.fsub(above, minimum), e.constant(F32, 1 / 31)))
+        inverse = _inverse(e, scale)
+        above_it = [b.fmul(b.fsub(value, minimum), inverse) for value in values]
+        return [bits, low], [_rounded(e, _limited(e, each, 0.0, 31.0)) for each in above_it]
     if kind is CacheKind.Q8_0:
         top = _largest(e, [e.call("llvm.fabs.v16f32", vector(F32), [value]) for value in values])
         scale = b.fmul(top, e.constant(F32, 1 / 127))
@@ -233,12 +311,11 @@ def _block_codes(e: Emitter, x: Any, kind: CacheKind) -> tuple[Any, list[Any]]:
         # The number farthest from 0 becomes -8, of which there is no positive counterpart.
         above, below = _largest(e, values), _largest(e, [b.fneg(value) for value in values])
         scale = b.fmul(b.select(b.fcmp_ordered(">", above, below), above, b.fneg(below)), e.constant(F32, -1 / 8))
-    half = b.fptrunc(_limited(e, scale, -_LARGEST_HALF, _LARGEST_HALF), vector(F16))
-    inverse, bias = _inverse(e, e.half_to_float(half)), BIAS[kind]
+    bits, scale = _to_half(e, scale)
+    inverse = _inverse(e, scale)
     ends = (-127.0, 127.0) if kind is CacheKind.Q8_0 else (-8.0, 7.0)
     codes = [_rounded(e, _limited(e, b.fmul(value, inverse), *ends)) for value in values]
-    bits = b.extract_element(b.bitcast(half, vector(I16)), ir.Constant(I32, 0))
-    return bits, [b.add(code, e.constant(I32, bias)) for code in codes]
+    return [bits], [b.add(code, e.constant(I32, BIAS[kind])) for code in codes]
 
 
 @intrinsic
@@ -264,38 +341,51 @@ def quantise_query(_: Any, x: Any, to: Any, scale: Any, total: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def quantise_key(_: Any, x: Any, to: Any, stride: Any, scale: Any, kind: Any) -> Any:
-    """32 floats to a position's words of a strip, `stride` bytes apart, and a half at the address `scale`."""
+    """32 floats to a position's words of a strip, `stride` bytes apart, and halves at the address `scale`."""
     signature = types.void(*[types.int64] * 4, kind)
     kind_ = CacheKind(kind.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        bits, codes = _block_codes(e, args[0], kind_)
-        words = []
+        halves, codes = _block_codes(e, args[0], kind_)
+        words, fifths = [], []
         for each in codes:
             four = b.bitcast(b.trunc(each, vector(I8)), vector(I32, 4))
             words += [b.extract_element(four, ir.Constant(I32, n)) for n in range(4)]
+        if kind_ is CacheKind.Q5_1:
+            every = ir.Constant(I32, 0)
+            for k, word in enumerate(words):
+                fifth = b.and_(b.lshr(word, ir.Constant(I32, 4)), ir.Constant(I32, 0x01010101))
+                every = b.or_(every, b.shl(fifth, ir.Constant(I32, k)))
+            words, fifths = [b.and_(word, ir.Constant(I32, 0x0F0F0F0F)) for word in words], [every]
         if kind_ is not CacheKind.Q8_0:
             words = [b.or_(low, b.shl(high, ir.Constant(I32, 4))) for low, high in zip(words[::2], words[1::2])]
         at = args[1]
-        for word in words:
+        for word in words + fifths:
             e.store(at, word)
             at = b.add(at, args[2])
-        e.store(args[3], bits)
+        for n, half in enumerate(halves):
+            e.store(args[3], half, 2 * n)
         return context.get_dummy_value()
 
     return signature, code
 
 
 @intrinsic(prefer_literal=True)
-def quantise_value(_: Any, x: Any, to: Any, scale: Any, kind: Any) -> Any:
-    """32 floats to every fourth byte from `to` on, and a half at the address `scale`."""
-    signature = types.void(*[types.int64] * 3, kind)
+def quantise_value(_: Any, x: Any, to: Any, fifths: Any, scale: Any, kind: Any) -> Any:
+    """32 floats to every fourth byte from `to` on, fifth bits as a word at an address, and halves, of a tile's scales
+    and minima, from the address `scale` on."""
+    signature = types.void(*[types.int64] * 4, kind)
     kind_ = CacheKind(kind.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        bits, codes = _block_codes(e, args[0], kind_)
+        halves, codes = _block_codes(e, args[0], kind_)
+        if kind_ is CacheKind.Q5_1:
+            fives = [b.icmp_unsigned(">", code, e.constant(I32, 15)) for code in codes]
+            low, high = (b.zext(b.bitcast(each, I16), I32) for each in fives)
+            e.store(args[2], b.or_(low, b.shl(high, ir.Constant(I32, 16))))
+            codes = [b.and_(code, e.constant(I32, 15)) for code in codes]
         if kind_ is not CacheKind.Q8_0:
             codes = [b.or_(codes[0], b.shl(codes[1], e.constant(I32, 4)))]
         spread = ir.Constant(vector(I32, 64), [i // 4 if i % 4 == 0 else LANES for i in range(64)])
@@ -303,7 +393,8 @@ def quantise_value(_: Any, x: Any, to: Any, scale: Any, kind: Any) -> Any:
         for n, each in enumerate(codes):
             wide = b.shuffle_vector(b.trunc(each, vector(I8)), e.zeros(I8), spread)
             e.store_masked(b.add(args[1], e.int64(64 * n)), wide, mask)
-        e.store(args[2], bits)
+        for n, half in enumerate(halves):
+            e.store(args[3], half, 2 * LANES * n)
         return context.get_dummy_value()
 
     return signature, code

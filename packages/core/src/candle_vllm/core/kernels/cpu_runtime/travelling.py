@@ -71,7 +71,8 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "rms_norm.cpu:make_norm_onto", (flag,)
         yield "scale_cap.cpu:make_scale_cap", (flag,)
         yield "latent_attention.cpu_heads:make_heads", (flag,)
-    for keys, values in (*zip(CacheKind, CacheKind), (CacheKind.Q8_0, CacheKind.Q4_0)):
+    mixed = ((CacheKind.Q8_0, values) for values in (CacheKind.Q4_0, CacheKind.Q5_1))
+    for keys, values in (*zip(CacheKind, CacheKind), *mixed):
         yield "kv_write.cpu:make_rotate_and_write", (keys, values)
         for head_dim in filter(keys.fits, HEAD_DIMS):
             yield "attention.cpu:make_attend", (head_dim, attend_isa(isa, keys, values), keys, values)

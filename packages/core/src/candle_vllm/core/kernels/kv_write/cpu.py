@@ -29,6 +29,7 @@ from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 from candle_vllm.core.kernels.kv_write import WriteArguments
 
 _QUERY, _KEY, _VALUE, _FLOATS = range(4)
+_WITH_MINIMA = int(CacheKind.Q5_1)
 
 
 # ---- emitted code ----------------------------------------------------------------------------------------------------
@@ -195,7 +196,7 @@ def _write_key_blocks(row: int, dim: int, cache: int, place: int, strip: int, si
     scales = to + codes * strip
     step = codes * strip // (dim // BLOCK)
     for n in range(dim // BLOCK):
-        scale = scales + (n >> 1) * 4 * strip + 2 * (n & 1)
+        scale = scales + (4 * strip * n if kind == _WITH_MINIMA else 4 * strip * (n >> 1) + 2 * (n & 1))
         quantise_key(row + 4 * BLOCK * n, to + step * n, 4 * strip, scale, kind)
 
 
@@ -205,10 +206,14 @@ def _write_value_blocks(row: int, dim: int, cache: int, place: int, size: int, c
     within = place & (LANES - 1)
     tile = cache + size * (place & -LANES)
     step = codes * LANES // (dim // BLOCK)
-    to = tile + (step >> 2) * (within >> 2) + (within & 3)
+    whole, halves = step, 1
+    if kind == _WITH_MINIMA:
+        whole, halves = step - 4 * LANES, 2  # the fifth bits stand behind the rest
+    to = tile + (whole >> 2) * (within >> 2) + (within & 3)
     for n in range(dim // BLOCK):
-        scale = tile + codes * LANES + 2 * LANES * n + 2 * within
-        quantise_value(row + 4 * BLOCK * n, to + step * n, scale, kind)
+        scale = tile + codes * LANES + 2 * LANES * halves * n + 2 * within
+        fifths = tile + step * n + whole + 4 * within
+        quantise_value(row + 4 * BLOCK * n, to + step * n, fifths, scale, kind)
 
 
 def make_rotate_and_write(keys_as: int, values_as: int) -> Callable[..., None]:
@@ -217,6 +222,7 @@ def make_rotate_and_write(keys_as: int, values_as: int) -> Callable[..., None]:
     plain_keys, plain_values = keys == CacheKind.BF16, values == CacheKind.BF16
     # What a number takes, in 1/64 bytes: heads' sizes are known where the operation runs.
     key_codes, value_codes = code_bytes(keys, 64), code_bytes(values, 64)
+    key_minima, value_minima = int(keys.has_minima), int(values.has_minima)
 
     def rotate_and_write(row, thread, threads):
         given = read(WriteArguments, row)
@@ -261,7 +267,7 @@ def make_rotate_and_write(keys_as: int, values_as: int) -> Callable[..., None]:
                             _subtract(floats, given.offset + 4 * head * dim, dim)
                         rotate_row(floats, dim)
                         codes = key_codes * dim // 64
-                        size = codes + 4 * ((blocks + 1) // 2)
+                        size = codes + 4 * (blocks if key_minima else (blocks + 1) // 2)
                         _write_key_blocks(floats, dim, given.key_cache, place, strip, size, codes, keys_as)
                 else:
                     source = x + 4 * (given.v_column + head * dim)
@@ -272,7 +278,8 @@ def make_rotate_and_write(keys_as: int, values_as: int) -> Callable[..., None]:
                         _write_rest(source, 0, dim, one, floats, 0, _FLOATS)
                         rotate_row(floats, dim)
                         codes = value_codes * dim // 64
-                        _write_value_blocks(floats, dim, given.value_cache, place, codes + 2 * blocks, codes, values_as)
+                        size = codes + 2 * blocks * (1 + value_minima)
+                        _write_value_blocks(floats, dim, given.value_cache, place, size, codes, values_as)
             unit += 1
             h += 1
             if h == each:
