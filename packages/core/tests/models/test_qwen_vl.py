@@ -4,8 +4,10 @@ however a prompt comes to the model."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,17 +16,20 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
+from peft import LoraConfig, get_peft_model
+from peft_adapters import randomise as randomise_adapter
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sight import answers, finished
+from sight import answers, finished, prompt_error
 from tiny import SMALL, randomise
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
+from candle_vllm.core import EngineConfig, InferenceEngine, LoRARequest, SamplingParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.conversion import write_gguf
 from candle_vllm.core.devices import choose_device
@@ -40,6 +45,7 @@ from candle_vllm.core.errors import (
     ConfigError,
     InvalidFileError,
     InvalidParameterError,
+    RequestError,
     UnsupportedModelError,
     WeightsError,
 )
@@ -531,8 +537,9 @@ NAMES = {
 """By Hugging Face's names of a tower's tensors, without those of blocks before them."""
 
 
-def write_mmproj(folder: Path, made: Path, *, joined: bool = False, **changes: Any) -> Path:
-    """The checkpoint's tower as llama.cpp has it; `joined` leaves queries, keys and values in one tensor."""
+def write_mmproj(folder: Path, made: Path, *, joined: bool = False, quantised: bool = False, **changes: Any) -> Path:
+    """The checkpoint's tower as llama.cpp has it; `joined` leaves queries, keys and values in one tensor, and matrices
+    are `quantised` to Q8_0 where blocks of 32 fill their rows."""
     config = read_json(folder / "config.json")
     kind, vision = config["model_type"].removesuffix("_moe"), config["vision_config"]
     writer, newest = GGUFWriter(made, "clip"), kind == "qwen3_vl"
@@ -554,6 +561,14 @@ def write_mmproj(folder: Path, made: Path, *, joined: bool = False, **changes: A
         writer.add_array("clip.vision.is_deepstack_layers", [layer in deep for layer in range(3)])
     for key in ("image_mean", "image_std"):
         writer.add_array(f"clip.vision.{key}", PROCESSOR[key])
+
+    def put(name: str, data: NDArray[np.float32]) -> None:
+        if quantised and data.ndim == 2 and data.shape[1] % 32 == 0 and "position" not in name:
+            kind = GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, quantize(data, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, data)
+
     for name, tensor in load_file(folder / "model.safetensors").items():
         _, tower, plain = name.rpartition("visual.")
         if not tower:
@@ -563,15 +578,15 @@ def write_mmproj(folder: Path, made: Path, *, joined: bool = False, **changes: A
         if (found := re.match(r"blocks\.(\d+)\.", part)) is not None:
             block, part = f"v.blk.{found[1]}.", part[found.end() :]
         if (found := re.match(r"deepstack_merger_list\.(\d+)\.(?:linear_)?", part)) is not None:
-            writer.add_tensor(f"v.deepstack.{deep[int(found[1])]}.{part[found.end() :]}.{kind}", data)
+            put(f"v.deepstack.{deep[int(found[1])]}.{part[found.end() :]}.{kind}", data)
         elif part == "patch_embed.proj" and kind == "weight":
             for frame in range(2):
                 writer.add_tensor("v.patch_embd.weight" + (".1" if frame else ""), data[:, :, frame].copy())
         elif part == "attn.qkv" and not joined:
             for letter, third in zip("qkv", np.split(data, 3)):
-                writer.add_tensor(f"{block}attn_{letter}.{kind}", third.copy())
+                put(f"{block}attn_{letter}.{kind}", third.copy())
         else:
-            writer.add_tensor(f"{block}{NAMES[part]}.{kind}", data)
+            put(f"{block}{NAMES[part]}.{kind}", data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -589,6 +604,89 @@ def test_a_gguf_file_and_that_of_its_tower_are_the_same_model(
         kind = read_json(folder / "config.json")["model_type"]
         assert engine.model_info.architecture == (kind.replace("_", "") if kind in NEWEST else "qwen2vl")
         assert answers(engine, PROMPTS) == alone
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_tower_may_be_quantised(joined: bool, folder: Path, tmp_path: Path) -> None:
+    """It gives what one of the numbers that its blocks stand for gives; where those are multiplied as they are stored,
+    what they are multiplied by is rounded as well."""
+    text, tower = tmp_path / "model.gguf", write_mmproj(folder, tmp_path / "m.gguf", joined=joined, quantised=True)
+    write_gguf(EngineConfig(model=str(folder), dtype="f32"), text)
+    kind, stored = GGMLQuantizationType.Q8_0, load_file(folder / "model.safetensors")
+    for name, tensor in stored.items():
+        if "visual." in name and tensor.dim() == 2 and tensor.shape[1] % 32 == 0 and "pos_embed" not in name:
+            stored[name] = torch.from_numpy(dequantize(quantize(tensor.numpy(), kind), kind).reshape(tensor.shape))
+    plain = changed(folder, tmp_path / "plain", lambda _: None)
+    save_file(stored, plain / "model.safetensors", {"format": "pt"})
+    wanted = loaded_from(plain, enforce_eager=True)
+    quantised = EngineConfig(model=str(text), mmproj=tower, tokenizer=folder)
+    assert wanted.tower is not None
+    assert wanted.sight is not None
+    team, cpu = ThreadTeam(2), choose_device("cpu")
+    try:
+        for eager, most in ((True, 1e-4), (False, 2e-2)):
+            loaded = load_model(dataclasses.replace(quantised, enforce_eager=eager), cpu, lambda *_: None)
+            assert loaded.tower is not None
+            found = loaded.tower.tower
+            runner: TowerRunner = EagerTower(found, cpu) if eager else RecordedTower(found, team)
+            for image in wanted.sight.look([PAD] * 2, PICTURES[:2])[1]:
+                tiles = np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3)
+                ours, theirs = finished(runner, tiles)[0], finished(EagerTower(wanted.tower.tower, cpu), tiles)[0]
+                error = np.square(ours - theirs).mean() / np.square(theirs).mean()
+                assert (0.0 if eager else 1e-12) <= error < most**2
+    finally:
+        team.close()
+
+
+def test_a_text_model_that_is_quantised_has_pictures(folder: Path) -> None:
+    with InferenceEngine(folder, isq="q8_0", enable_prefix_caching=False) as engine:
+        wanted = [answers(engine, [prompt])[0] for prompt in PROMPTS]
+    with InferenceEngine(folder, isq="q8_0", max_num_batched_tokens=23, max_num_seqs=8) as engine:
+        assert answers(engine, PROMPTS) == wanted
+        assert answers(engine, PROMPTS) == wanted
+
+
+def adapted(folder: Path, made: Path, targets: str) -> Any:
+    """PEFT's model with an adapter of random numbers, which is saved."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice
+        whole = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        model = get_peft_model(whole, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+        randomise_adapter(model, 1)
+        model.save_pretrained(str(made))
+    return model.eval()
+
+
+def test_adapters_change_the_text_model_of_a_prompt_with_pictures(folder: Path, tmp_path: Path) -> None:
+    theirs = adapted(folder, tmp_path / "a", r".*language_model.*\.(q_proj|v_proj)")
+    request = LoRARequest("a", lora_path=str(tmp_path / "a"))
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
+    with InferenceEngine(folder, enforce_eager=True, enable_lora=True) as engine:
+        found = engine.generate(PROMPT, params, lora_request=request, use_tqdm=False)[0]
+        plain = engine.generate(PROMPT, params, use_tqdm=False)[0]
+    ids = torch.tensor([list(found.prompt_token_ids)])
+    with torch.inference_mode():
+        given = their_pixels(folder, PICTURES[:2]) | {"mm_token_type_ids": (ids == PAD).int()}
+        logits = theirs(input_ids=ids, **given).logits[0]
+    assert prompt_error(found, logits) < 1e-4
+    assert prompt_error(plain, logits) > 1e-2
+    asked = [request, None, request, None, request]
+    with InferenceEngine(folder, enable_lora=True, max_num_batched_tokens=64, max_num_seqs=8) as engine:
+        wanted = [
+            engine.generate(prompt, GREEDY, lora_request=each, use_tqdm=False)[0].outputs[0].token_ids
+            for prompt, each in zip(PROMPTS, asked, strict=True)
+        ]
+        together = engine.generate(PROMPTS, GREEDY, lora_request=asked, use_tqdm=False)
+        assert [each.outputs[0].token_ids for each in together] == wanted
+
+
+def test_an_adapter_of_a_tower_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    adapted(folder, tmp_path / "a", r".*visual.*\.qkv")
+    with (
+        InferenceEngine(folder, enable_lora=True) as engine,
+        pytest.raises(RequestError, match=r"visual\.blocks\.0\.attn\.qkv.* belongs to what the model sees by"),
+    ):
+        engine.generate("a", GREEDY, lora_request=LoRARequest("a", lora_path=str(tmp_path / "a")), use_tqdm=False)
 
 
 def test_a_text_model_must_have_the_layers_that_a_tower_adds_to(tmp_path: Path) -> None:

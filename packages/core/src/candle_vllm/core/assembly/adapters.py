@@ -32,6 +32,7 @@ from candle_vllm.core.kernels.lora import Delta, FittedAdapter
 from candle_vllm.core.loading.adapter_places import Format, Spot
 from candle_vllm.core.loading.adapters import StoredAdapter
 from candle_vllm.core.loading.config import EncoderConfig
+from candle_vllm.core.loading.towers import of_tower
 from candle_vllm.core.loading.views import entry, parts_of_experts
 from candle_vllm.core.quantization.tensors import StoredTensor
 
@@ -131,6 +132,8 @@ class _Fit:
         if not spots and any(re.fullmatch(pattern, f"{module}.weight") for pattern in self._base.unused):
             self._notes.append(f"{module} is not computed by {self._base.name}, so that nothing comes of its adapter")
             return
+        if not spots and of_tower(module):
+            self._refuse(first.name, "it belongs to what the model sees by, and adapters change its text model alone")
         self._check_place(first, module, spots, vectors=self._merging and kinds <= {"full", "bias"})
         for kind, tensor in parts.items():
             if kind == "copy":

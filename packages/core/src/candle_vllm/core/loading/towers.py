@@ -172,6 +172,11 @@ def split_towers(config: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Che
     return checkpoint.with_tensors(made), checkpoint.with_tensors(others)
 
 
+def of_tower(name: str) -> bool:
+    """Whether a tensor, or a module, of a multimodal model is not of its text tower."""
+    return _OTHER.match(name) is not None
+
+
 def _ids(config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
     return Fields(config, path).token_ids("eos_token_id")
 
