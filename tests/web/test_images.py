@@ -123,6 +123,37 @@ def test_there_is_an_end_to_them(page: Any) -> None:
     page.get_by_text("A message takes up to 8 images.").first.wait_for()
 
 
+def test_images_that_the_server_would_not_take_together_are_left_out(open_page: Callable[..., Any]) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (400, 600, 3), dtype=np.uint8)  # a PNG of 0.7 MB
+    with ui_server(lambda _: "A picture.", sees=True, max_body_mb=2) as site:
+        page = open_page(site.url)
+        page.locator("#attach-file").set_input_files(
+            [file(np.roll(noise, number), name=f"{number}.png") for number in range(4)]
+        )
+        page.get_by_text("more than the server takes in one request (2 MiB)").first.wait_for()
+        assert waiting(page).count() == 1
+        say(page, "One")
+        said(page, "A picture.")
+        wait_idle(page)
+        page.locator("#attach-file").set_input_files([file(255 - noise, name="b.png")])
+        page.get_by_text("more than the server takes in one request (2 MiB)").first.wait_for()
+        assert waiting(page).count() == 0
+        assert len(site.engine.pictures) == 1
+
+
+def test_a_phone_shows_the_images_of_a_message(page: Any, tmp_path: Path) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.locator("#attach-file").set_input_files([file(name=f"{number}.png") for number in range(8)])
+    eventually(page, lambda: waiting(page).count() == 8)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    say(page, "These?")
+    said(page, "A picture.")
+    wait_idle(page)
+    assert page.locator(".question .picture").count() == 8
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.screenshot(path=tmp_path / "phone.png")
+
+
 def test_a_model_that_reads_text_is_shown_none(chat: Any) -> None:
     chat.locator("#attach-file").set_input_files([file()])
     chat.get_by_text("a.png: the chosen model reads text only.").first.wait_for()

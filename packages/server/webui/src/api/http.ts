@@ -23,6 +23,10 @@ const MAX_MESSAGE = 2000; // characters of an error that are shown
 const MAX_WAIT_MS = 15_000; // for what the server knows without work
 
 let currentKey: () => string = () => "";
+let mostBody = Infinity;
+
+/** Bytes that a request may have, as the server has said. */
+export const maxBody = (): number => mostBody;
 
 /** Says where the API key comes from; it is asked for at each request. */
 export function useKey(source: () => string): void {
@@ -42,6 +46,8 @@ export async function send(path: string, init: RequestInit = {}, ownKey = ""): P
     throw new ApiError({ kind: "network", message: "" });
   }
   if (!response.ok) throw await failureOf(response);
+  const said = Number(response.headers.get("x-max-body-bytes"));
+  if (said > 0) mostBody = said;
   return response;
 }
 

@@ -5,6 +5,7 @@ const MAX_SIDE = 2048; // pixels; what models look at is not larger
 const MAX_PLAIN = 1 << 20; // bytes of a file that is sent as it is
 const MAX_KEPT = 4 << 20; // characters of one
 const QUALITY = 0.9;
+const TEXT_BESIDE = 7 / 8; // of a request, for images; the rest is for what is said
 const TYPES = ["image/png", "image/jpeg", "image/webp", "image/gif"];
 const DATA = /^data:image\/(?:png|jpeg|webp|gif);base64,[A-Za-z0-9+/]+={0,2}$/;
 
@@ -41,6 +42,17 @@ function asUrl(blob: Blob): Promise<string> {
     reader.onerror = () => reject(reader.error!);
     reader.readAsDataURL(blob);
   });
+}
+
+/** As many of the images as have room beside others of that size in a request of at most so many bytes, text included. */
+export function fitting(images: readonly string[], held: number, most: number): string[] {
+  const taken: string[] = [];
+  for (const url of images) {
+    held += url.length;
+    if (held > most * TEXT_BESIDE) break;
+    taken.push(url);
+  }
+  return taken;
 }
 
 /** Images from a file or the database: those that are none are left out. */

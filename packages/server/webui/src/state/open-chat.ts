@@ -78,6 +78,12 @@ export class OpenChat {
     return messages.findLast((one): one is AssistantMessage => one.role === "assistant");
   }
 
+  /** Characters of the images that go with the next question. */
+  get imageSize(): number {
+    const messages = this.path.value.map((id) => this.nodes.get(id)!.value);
+    return messages.reduce((sum, one) => sum + (one.role === "user" ? (one.images ?? []).join("").length : 0), 0);
+  }
+
   send(text: string, images: readonly string[] = []): void {
     this.ask(text, images, this.path.value.at(-1) ?? null);
   }

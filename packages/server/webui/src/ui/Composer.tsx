@@ -3,7 +3,8 @@
 
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { fenced } from "../chat/as-markdown.ts";
-import { isImage, MAX_IMAGES, readImage } from "../chat/images.ts";
+import { maxBody } from "../api/http.ts";
+import { fitting, isImage, MAX_IMAGES, readImage } from "../chat/images.ts";
 import type { Prompt } from "../chat/types.ts";
 import { formatNumber, t } from "../i18n/index.ts";
 import type { OpenChat } from "../state/open-chat.ts";
@@ -80,8 +81,12 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
     const pictures = files.filter(isImage);
     const found = sees ? await Promise.all(pictures.map(readImage)) : [];
     const read = found.filter((url) => url !== undefined);
-    const more = await readFiles(files.filter((one) => !isImage(one)), refusedImages(pictures, found, sees, images.length));
-    if (read.length) setImages((before) => [...before, ...read].slice(0, MAX_IMAGES));
+    const all = [...images, ...read].slice(0, MAX_IMAGES);
+    const fit = fitting(all, chat?.imageSize ?? 0, maxBody());
+    const refused = refusedImages(pictures, found, sees, images.length);
+    if (fit.length < all.length) refused.push(t.value.imagesTooLarge(`${formatNumber(Math.floor(maxBody() / (1 << 20)))} MiB`));
+    const more = await readFiles(files.filter((one) => !isImage(one)), refused);
+    if (read.length) setImages(fit);
     const before = field.current?.value ?? "";
     if (more) write(before + (before && !before.endsWith("\n") ? "\n" : "") + more);
     field.current?.focus();

@@ -42,8 +42,8 @@ router = APIRouter()
 _ANTHROPIC = "anthropic-version"  # a header that Anthropic's clients always send
 
 
-def _json(content: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(content), status, media_type="application/json")
+def _json(content: Any, status: int = 200, **headers: str) -> Response:
+    return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
 
 
 @router.get("/v1/models")
@@ -52,7 +52,8 @@ async def list_models(request: Request) -> Response:
     listed = await cards(request.app.state.manager, caller_of(request.scope))
     if _ANTHROPIC in request.headers:
         return _json(anthropic_list(listed))
-    return _json({"object": "list", "data": listed})
+    most = str(request.app.state.settings.max_body_mb << 20)  # by which the page keeps its images small enough
+    return _json({"object": "list", "data": listed}, **{"x-max-body-bytes": most})
 
 
 @router.get("/v1/models/status")
