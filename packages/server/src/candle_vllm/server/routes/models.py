@@ -7,7 +7,7 @@ Step 1 of a request's life.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ router = APIRouter()
 _ANTHROPIC = "anthropic-version"  # a header that Anthropic's clients always send
 
 
-def _json(content: Any, status: int = 200, **headers: str) -> Response:
+def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
 
 
@@ -53,7 +53,7 @@ async def list_models(request: Request) -> Response:
     if _ANTHROPIC in request.headers:
         return _json(anthropic_list(listed))
     most = str(request.app.state.settings.max_body_mb << 20)  # by which the page keeps its images small enough
-    return _json({"object": "list", "data": listed}, **{"x-max-body-bytes": most})
+    return _json({"object": "list", "data": listed}, headers={"x-max-body-bytes": most})
 
 
 @router.get("/v1/models/status")
