@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import importlib
 import io
 import json
 import sys
@@ -45,12 +46,9 @@ def write(folder: Path, family: str) -> Path:
         return write_toy_sight(folder)
     for name in ("models", "quantization"):
         sys.path.insert(0, str(ROOT / "packages/core/tests" / name))
-    import test_qwen_vl
-    import test_sight_families
-
-    if family in test_sight_families.ROWS:
-        return test_sight_families.write_sight(folder, family)
-    return test_qwen_vl.write(folder, family)
+    others: Any = importlib.import_module("test_sight_families")
+    qwen: Any = importlib.import_module("test_qwen_vl")
+    return others.write_sight(folder, family) if family in others.ROWS else qwen.write(folder, family)
 
 
 @contextlib.contextmanager
