@@ -32,7 +32,7 @@ class Row:
 
 
 QWEN2_VL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
-QWEN3_VL_ROPE = QWEN2_VL_ROPE | {"mrope_interleaved": True}
+QWEN3_VL_ROPE = QWEN2_VL_ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
