@@ -197,7 +197,7 @@ def test_names_of_trunks_and_of_larger_models_are_put_right(prefix: str, tmp_pat
 
 TENSORS: list[tuple[dict[str, tuple[int, ...]], dict[str, Any], str]] = [
     ({"model.layers.7.self_attn.q_proj.lora_A.weight": (8, 64)}, {}, "no module 'model.layers.7"),
-    ({"visual.blocks.0.attn.qkv.lora_A.weight": (8, 64)}, {}, "no module 'visual"),
+    ({"visual.blocks.0.attn.qkv.lora_A.weight": (8, 64)}, {}, "belongs to what the model sees by"),
     ({"model.layers.0.self_attn.k_proj.lora_A.weight": (8, 64)}, {}, "other half"),
     ({"model.layers.0.self_attn.k_proj.lora_B.weight": (32, 8)}, {}, "other half"),
     ({f"{Q}.lora_E": (8, 1)}, {}, "no part of an adapter"),
