@@ -146,14 +146,15 @@ def main() -> int:
     parser.add_argument("model", metavar="MODEL.gguf")
     parser.add_argument("--cache", nargs="+", default=["auto", "q8_0", "q4_0"], help="types of keys and values")
     parser.add_argument("--depth", type=int, default=7000, help="tokens of context of a step")
-    parser.add_argument("--rounds", type=int, default=48, help="steps of each type")
+    parser.add_argument("--rounds", type=int, help="steps of each type (48), or new engines (3)")
     parser.add_argument("--tokens", type=int, default=2000, help="of a needle's text")
     parser.add_argument("--texts", type=int, default=3, help="with needles")
     options = parser.parse_args()
     if options.what == "disk":
-        kept(options.model, options.cache[0], options.tokens, min(options.rounds, 5))
+        for cache in options.cache:
+            kept(options.model, cache, options.tokens, options.rounds or 3)
     elif options.what == "step":
-        steps(options.model, options.depth, options.cache, options.rounds)
+        steps(options.model, options.depth, options.cache, options.rounds or 48)
     else:
         needles(options.model, options.texts, options.cache, options.tokens)
     return 0

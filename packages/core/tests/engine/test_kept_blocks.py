@@ -164,7 +164,7 @@ def test_a_slow_disk_costs_a_second(model: Path, tmp_path: Path, monkeypatch: py
                     assert not tokens["slow"]  # nobody else waits for it
         assert tokens["slow"] == right
         assert time.monotonic() - began < 5
-        assert cached(engine) == 0
+        assert (cached(engine), engine.stats().kept_block_failures) == (0, 1)
         held.set()
 
 
@@ -345,3 +345,21 @@ def test_adapters_tell_blocks_apart(model: Path, tmp_path: Path) -> None:
     assert asked("adapter1")[1] == 0  # of the same name
     assert asked("adapter0") == (mine[0], 5 * SIZE)
     assert asked(None) == (plain[0], 5 * SIZE)
+
+
+def test_what_is_being_written_is_forgotten_too(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go = threading.Event(), threading.Event()
+    whole = BlockFolder.write
+
+    def write(self: BlockFolder, digest: bytes, data: Any) -> None:
+        begun.set()
+        go.wait(30)
+        whole(self, digest, data)
+
+    monkeypatch.setattr(BlockFolder, "write", write)
+    with running(model, tmp_path / "kept") as engine:
+        answer(engine, PROMPT)
+        assert begun.wait(30)
+        engine.reset_prefix_cache()
+        go.set()
+    assert not [path for path in (tmp_path / "kept").glob("*/*/*") if path.is_file()]

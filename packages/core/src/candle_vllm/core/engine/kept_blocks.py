@@ -156,8 +156,14 @@ class BlockFolder:
 
     def clear(self) -> None:
         """Deletes the blocks of its own fingerprint."""
-        for name in [name for name in list(self._sizes) if name.startswith(self._own)]:
+        with self._lock:
+            own = [name for name in self._sizes if name.startswith(self._own)]
+        for name in own:
             self._forget(name)
+
+    def forget(self, digest: bytes) -> None:
+        """Deletes a block."""
+        self._forget(self._name(digest))
 
     def _shrink(self) -> None:
         while self.num_bytes > self._most_bytes:
@@ -280,6 +286,7 @@ class KeptBlocks:
         if reading is not None:
             if not reading.is_over and time.monotonic() - reading.moved > _PATIENCE:
                 self._end(reading)
+                self._failed()
             return reading.is_over
         first = len(self._blocks.lookup(hashes))
         missing: list[bytes] = []
@@ -303,6 +310,8 @@ class KeptBlocks:
 
     def take(self) -> None:
         """Brings blocks that were read to the cache; the bound on them is what a step waits for at most."""
+        if not self._readings and not self._read:
+            return
         for _ in range(len(self._read)):
             with self._wake:
                 reading, digest, data = self._read.popleft()
@@ -354,6 +363,10 @@ class KeptBlocks:
         for thread in self._threads:
             thread.join(_CLOSING)
 
+    def _failed(self) -> None:
+        with self._wake:
+            self.num_failed += 1
+
     def _end(self, reading: _Reading) -> None:
         reading.is_over = True
         with self._wake:
@@ -403,12 +416,15 @@ class KeptBlocks:
                 self._folder.write(digest, data)
                 self.num_written += 1
             except OSError as error:
-                self.num_failed += 1
+                self._failed()
                 self._quiet_until = time.monotonic() + _SILENCE
                 logger.warning("blocks of the KV cache cannot be kept, for %.0f s none is written: %s", _SILENCE, error)
             with self._wake:
-                if self._to_write.pop(digest, None) is not None:
+                if self._to_write.get(digest) is data:
+                    del self._to_write[digest]
                     self._written_bytes -= len(data)
+                else:  # all was forgotten meanwhile
+                    self._folder.forget(digest)
 
 
 def keep_blocks(

@@ -597,7 +597,7 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
         kept_block_bytes: of blocks on disk, now; 0 where none are kept (`prompt_cache_path`).
         kept_blocks_read, kept_blocks_written: since the start.
         kept_blocks_skipped: not written because the disk was behind, since the start.
-        kept_block_failures: blocks that could not be read or written, or were damaged, since the start.
+        kept_block_failures: blocks that could not be read or written, were damaged or late, since the start.
         images_encoded, images_reused, image_failures: images whose embeddings were made, those that requests found
             made, and those that could not be, since the start.
         image_seconds: what making them took, since the start.

@@ -219,7 +219,7 @@ ENGINE_COUNTERS: tuple[Series, ...] = (
     ),
     _sum(
         "candle_vllm:prompt_cache_failures_total",
-        "KV blocks that were damaged, or could not be read or written.",
+        "KV blocks that were damaged or late, or could not be read or written.",
         "kept_block_failures",
     ),
 )
