@@ -306,7 +306,8 @@ def test_keys_are_described_as_they_are() -> None:
     assert {path for path, needs in managed.items() if needs} == {
         "/v1/models/status", "/v1/models/load", "/v1/models/unload", "/v1/models/select", "/metrics", "/v1/usage",
         "/v1/models/inventory", "/v1/models/reload", "/v1/models/add", "/v1/models/remove",
-        "/server_info", "/reset_prefix_cache", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/lora-adapters",
+        "/server_info", "/reset_prefix_cache", "/sleep", "/wake_up", "/is_sleeping",
+        "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/lora-adapters",
         "/api/pull", "/api/copy", "/api/delete",
         "/v1/queues", "/v1/queues/{model_id}",
     }  # fmt: skip

@@ -136,6 +136,34 @@ def test_a_reset_of_the_prefix_cache_is_for_operators(start: Callable[..., Any])
         assert running.engine.prefix_cache_resets == 1
 
 
+def test_models_sleep_and_wake(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine(), api_key=("key",), management_key=("operator",))
+    operator, body = {"authorization": "Bearer operator"}, {"messages": [{"role": "user", "content": "hello"}]}
+    with running.http() as client:
+        for method, path in (("POST", "/sleep"), ("POST", "/wake_up"), ("GET", "/is_sleeping")):
+            assert client.request(method, path, headers={"authorization": "Bearer key"}).status_code == 401
+        for wrong, code in {"level=3": "wrong_level", "level=": "wrong_level", "mode=keep": "wrong_mode"}.items():
+            refused = client.post(f"/sleep?{wrong}", headers=operator)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (400, code)
+        assert client.post("/wake_up?tags=cache", headers=operator).json()["error"]["code"] == "wrong_tags"
+        assert client.post("/sleep?model=other", headers=operator).status_code == 404
+        assert client.get("/is_sleeping", headers=operator).json() == {"is_sleeping": False}
+        assert client.post("/sleep?level=2", headers=operator).status_code == 200
+        assert client.get("/is_sleeping", headers=operator).json() == {"is_sleeping": True}
+        refused = client.post("/v1/chat/completions", json=body, headers={"authorization": "Bearer key"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_sleeping")
+        assert "/wake_up" in refused.json()["error"]["message"]
+        metrics = client.get("/metrics", headers=operator).text
+        assert re.search(r'vllm:engine_sleep_state\{[^}]*sleep_state="discard_all"[^}]*\} 1\b', metrics)
+        assert client.post("/wake_up?tags=weights", headers=operator).status_code == 200
+        assert client.get("/is_sleeping", headers=operator).json() == {"is_sleeping": True}
+        assert client.post("/wake_up", headers=operator).status_code == 200
+        answered = client.post("/v1/chat/completions", json=body, headers={"authorization": "Bearer key"})
+        assert answered.status_code == 200
+        metrics = client.get("/metrics", headers=operator).text
+        assert re.search(r'vllm:engine_sleep_state\{[^}]*sleep_state="awake"[^}]*\} 1\b', metrics)
+
+
 def pieces(answer: httpx.Response) -> list[dict[str, Any]]:
     assert answer.headers["content-type"].startswith("text/event-stream")
     return [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line]

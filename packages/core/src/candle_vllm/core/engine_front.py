@@ -37,6 +37,7 @@ from candle_vllm.core.engine.request import (
     adapter_uses,
     each_adapter_uses,
 )
+from candle_vllm.core.engine.sleeping import check_sleep, read_tags
 from candle_vllm.core.engine.stream import Bar, Inbox, TokenIterator, TokenStream, run_all, whole
 from candle_vllm.core.engine.thread import EngineThread, StepEngine
 from candle_vllm.core.engine.watching import RequestInfo, RequestWatcher, watched_pooling, watched_submit
@@ -249,6 +250,50 @@ class EngineFront(ABC):
         if texts.template is None:
             raise ChatTemplateError(f"{self._info.name} has no chat template: pass one (`chat_template`)", "messages")
         return texts.template
+
+    @property
+    @abstractmethod
+    def is_sleeping(self) -> bool:
+        """Whether it sleeps: requests are refused (`EngineSleepingError`) before all of it is awake."""
+
+    @explained()
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Gives memory back and takes no requests; returns when that is done.
+
+        Args:
+            level: 1 gives the memory of the KV cache back, and a GPU's of the weights, which go to the host's. 2 drops
+                the weights as well; they are read from the model's files when it wakes up.
+            mode: "abort" ends what runs or waits, as `abort` does; "wait" lets it end first.
+
+        What prompts began with is forgotten, but for blocks on disk. Adapters stay. An engine that sleeps may be put to
+        sleep at the other level; from 2 it comes back by waking alone.
+
+        Raises:
+            CandleVllmError: this engine cannot sleep so: random weights at level 2, or the CPU of another system than
+                Linux. Nothing has changed then.
+            EngineDeadError: it has stopped.
+        """
+        check_sleep(level, mode)
+        self._sleep(level, mode)
+
+    @explained()
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Fills memory again; answers are what they were before, to the bit. One that is awake stays so.
+
+        Args:
+            tags: "weights", "kv_cache" or both; None is both. Requests are taken once both are awake.
+
+        Raises:
+            CandleVllmError: the weights cannot be read again, or there is too little memory: it sleeps on.
+            EngineDeadError: it has stopped.
+        """
+        self._wake_up(read_tags(tags))
+
+    @abstractmethod
+    def _sleep(self, level: int, mode: str) -> None: ...
+
+    @abstractmethod
+    def _wake_up(self, tags: frozenset[str]) -> None: ...
 
     @abstractmethod
     def reset_prefix_cache(self) -> None:

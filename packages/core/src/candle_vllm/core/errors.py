@@ -16,6 +16,7 @@
     │   └── ChatTemplateError    the model's template refused, failed or ran out of time
     ├── RequestAbortedError      the request was aborted before it finished
     ├── EngineOverloadedError    the queue is full: try again later
+    ├── EngineSleepingError      the engine has given its memory back and waits to be woken
     └── EngineDeadError          the engine has stopped and takes no more requests
 
 A message says what was given, what is allowed, and what to do. `assert` is for our own invariants.
@@ -103,6 +104,10 @@ class RequestAbortedError(CandleVllmError):
 
 class EngineOverloadedError(CandleVllmError):
     """The waiting queue is full."""
+
+
+class EngineSleepingError(CandleVllmError):
+    """The engine sleeps: it takes requests again once it is woken."""
 
 
 class EngineDeadError(CandleVllmError):

@@ -22,9 +22,9 @@ from candle_vllm.core.engine.adapters import AdapterCall
 from candle_vllm.core.engine.build import build_engine, model_info
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.request import AdapterInfo, LoraChoice, TokenOutput, adapter_uses
-from candle_vllm.core.engine.thread import EngineThread
+from candle_vllm.core.engine.thread import SLEEPS, EngineThread
 from candle_vllm.core.engine_front import EngineFront
-from candle_vllm.core.errors import ConfigError, EngineDeadError
+from candle_vllm.core.errors import ConfigError, EngineDeadError, EngineSleepingError, InvalidParameterError
 from candle_vllm.core.kernels.cpu_runtime.operation import use_level
 from candle_vllm.core.memory import room_for
 from candle_vllm.core.progress import progress_bar, tell
@@ -121,6 +121,8 @@ class InferenceEngine(EngineFront):
         engine = self._own_loop()
         uses = adapter_uses(lora_request)
         request = self._request(prompt, sampling_params, request_id, priority, add_special_tokens, uses)
+        if engine.is_sleeping:
+            raise EngineSleepingError(SLEEPS)
         engine.add(engine.prepare(request))
         return request.request_id
 
@@ -156,6 +158,29 @@ class InferenceEngine(EngineFront):
             self._thread.reset_prefix_cache()
         else:
             self._require()[0].reset_prefix_cache()
+
+    @property
+    def is_sleeping(self) -> bool:
+        """See `EngineFront`."""
+        self._working()
+        if self._thread is not None:
+            return self._thread.is_sleeping
+        return self._require()[0].is_sleeping
+
+    def _sleep(self, level: int, mode: str) -> None:
+        if not self._manual:
+            self._running_thread().sleep(level, mode)
+            return
+        engine = self._own_loop()
+        if mode == "wait" and engine.has_work:
+            raise InvalidParameterError("mode 'wait': call step until nothing is unfinished, then sleep", "mode")
+        self._ended += engine.sleep(level)
+
+    def _wake_up(self, tags: frozenset[str]) -> None:
+        if not self._manual:
+            self._running_thread().wake_up(tags)
+        else:
+            self._own_loop().wake_up(sorted(tags))
 
     def _adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
         """See `EngineFront`."""

@@ -34,6 +34,9 @@ def deep_stacks() -> Iterator[None]:
 LOADING_THREADS: ContextVar[int | None] = ContextVar("LOADING_THREADS", default=None)
 """How many threads decode and lay out one tensor, where somebody said it; a thread that is started asks for itself."""
 
+LOADED_PART: ContextVar[object] = ContextVar("LOADED_PART", default=None)
+"""Which part of a model is being loaded in this thread: the same one has the same name when it is loaded again."""
+
 
 def loading_threads() -> int:
     """How many threads decode and lay out one tensor: as many as were asked for, or `default_threads`."""

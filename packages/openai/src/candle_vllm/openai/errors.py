@@ -15,6 +15,7 @@ from candle_vllm.core.errors import (
     CandleVllmError,
     EngineDeadError,
     EngineOverloadedError,
+    EngineSleepingError,
     InvalidParameterError,
     PromptTooLongError,
     RequestAbortedError,
@@ -102,6 +103,7 @@ _TABLE = (
     _Row(ModelNotServedError, 404, "invalid_request_error", "model_not_found"),
     _Row(RequestError, 400, "invalid_request_error", "invalid_request"),
     _Row(EngineOverloadedError, 503, "server_error", "overloaded", {"retry-after": "1"}),
+    _Row(EngineSleepingError, 503, "server_error", "model_sleeping", {"retry-after": "5"}),
     _Row(EngineDeadError, 503, "server_error", "engine_dead", {"retry-after": "5"}, _DEAD),
     # The caller of an aborted request is gone; whoever still reads this lost it to a shutdown, and may try again.
     _Row(RequestAbortedError, 503, "server_error", "request_aborted"),

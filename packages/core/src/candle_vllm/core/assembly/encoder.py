@@ -6,10 +6,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from candle_vllm.core.assembly.draft import find_draft, load_draft
-from candle_vllm.core.assembly.model import Loaded, LoadedModel, fill, load_model, pooling_of
+from candle_vllm.core.assembly.model import Loaded, LoadedModel, files_read, fill, load_model, pooling_of
 from candle_vllm.core.assembly.opening import (
     Opened,
     config_file,
@@ -24,6 +24,7 @@ from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.fields import read_json
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory, loading
 from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.loading.gguf import open_gguf
@@ -47,9 +48,25 @@ class LoadedEncoder(Loaded):
 
 
 def load_any_model(
+    config: EngineConfig,
+    device: Device,
+    progress: Callable[[int, int], object],
+    again: Sequence[WeightMemory] = (),
+) -> LoadedModel | LoadedEncoder:
+    """Loads `config.model`, whichever kind it is; arguments and errors as `load_model`.
+
+    Args:
+        config, device, progress: as of `load_model`.
+        again: memories of the same model, whose matrices are written to their places once more.
+    """
+    with loading(again) as memories:
+        loaded = _load_any_model(config, device, progress)
+    return dataclasses.replace(loaded, memories=tuple(memories))
+
+
+def _load_any_model(
     config: EngineConfig, device: Device, progress: Callable[[int, int], object]
 ) -> LoadedModel | LoadedEncoder:
-    """Loads `config.model`, whichever kind it is; arguments and errors as `load_model`."""
     files = model_files(config)
     find_draft(config)
     found = _of_config(files)
@@ -129,6 +146,7 @@ def _load_encoder(
         quantization=stored_types(checkpoint),
         num_parameters=sum(tensor.numel for tensor in tensors),
         weight_bytes=weight_bytes,
+        files=files_read(config, files),
     )
 
 

@@ -29,6 +29,7 @@ from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import InvalidFileError, InvalidParameterError
 from candle_vllm.core.fields import Fields, read_json
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.imatrix import read_imatrix
@@ -71,6 +72,8 @@ class Loaded:
         quantization: stored tensor types and how many tensors of each, where they are not plain.
         num_parameters: stored numbers.
         weight_bytes: stored bytes.
+        files: that its weights and description were read from; none where they are random.
+        memories: where its matrices are in recorded steps, and those of what was loaded with it.
     """
 
     name: str
@@ -85,6 +88,8 @@ class Loaded:
     quantization: str | None
     num_parameters: int
     weight_bytes: int
+    files: tuple[Path, ...] = ()
+    memories: tuple[WeightMemory, ...] = ()
 
     @property
     def sight(self) -> Sight | None:
@@ -122,14 +127,12 @@ class LoadedModel(Loaded):
     Attributes:
         draft: the model or the head that drafts for it, where one was asked for.
         tower: what it sees by, where it has that.
-        files: that its weights and description were read from.
     """
 
     decoder: Decoder
     config: ModelConfig
     draft: LoadedModel | LoadedHead | None = None
     tower: LoadedTower | None = None
-    files: tuple[Path, ...] = ()
 
     @property
     def sight(self) -> Sight | None:
@@ -186,11 +189,16 @@ def load_model(
         if tower is not None:
             _check_depth(len(tower.tower.config.deep), model.config, config_file(files))
     said = {field.name: getattr(model, field.name) for field in dataclasses.fields(Loaded)}
+    said["files"] = files_read(config, files)
     seconds = time.perf_counter() - started
     logger.info("loaded %s: %.1f MB in %.2f s", files.name, model.weight_bytes / 1e6, seconds)
+    return LoadedModel(decoder=decoder, tower=tower, **said)
+
+
+def files_read(config: EngineConfig, files: ModelFiles) -> tuple[Path, ...]:
+    """The files that say what a model computes; none where its weights are random."""
     beside = (files.config, config.mmproj, config.imatrix)
-    read = (*files.weights, *(path for path in beside if path is not None)) if files.weights else ()
-    return LoadedModel(decoder=decoder, tower=tower, files=read, **said)
+    return (*files.weights, *(path for path in beside if path is not None)) if files.weights else ()
 
 
 def _check_depth(deep: int, model: ModelConfig, described: Path) -> None:

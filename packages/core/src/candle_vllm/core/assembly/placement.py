@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device, fitting, is_amd, require_torch, use_threads
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import new_memory
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, packed_kind
 from candle_vllm.core.kernels.packed_linear.pack import MAX_COLUMNS as MAX_PACKED_COLUMNS
 from candle_vllm.core.kernels.plain_linear import MAX_COLUMNS, PlainKind, plain_kind
@@ -81,7 +81,7 @@ def _recorded(config: EngineConfig, in_torch: Placement, obstacle: str | None) -
     """Recorded steps on the CPU, or torch where something stands against them."""
     if obstacle is None:
         wanted = plain_kind(config.dtype.upper()) if config.dtype in DTYPES else None
-        return Placement(in_torch.device, "F32", WeightMemory(), wanted)
+        return Placement(in_torch.device, "F32", new_memory(), wanted)
     placement = _in_torch(config, in_torch, obstacle)
     logger.warning("weights are decoded and computed op by op in torch, which is slow: %s", obstacle)
     return placement

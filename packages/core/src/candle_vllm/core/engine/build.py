@@ -29,6 +29,7 @@ from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, HeadRunner, Mo
 from candle_vllm.core.engine.preparation import DecoderPreparation, EncoderPreparation
 from candle_vllm.core.engine.request import ModelInfo
 from candle_vllm.core.engine.scheduler import Scheduler, WholeTexts
+from candle_vllm.core.engine.sleeping import Sleeper
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention.cpu_cache import BLOCK, PLAIN, CacheKind, number_bytes
 from candle_vllm.core.layers.adapters import number_places
@@ -86,8 +87,9 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
     Raises:
         ConfigError: settings that cannot work together, or not with this model and memory.
     """
+    sleeper = Sleeper(config, loaded)  # before anything is made of what is loaded
     if isinstance(loaded, LoadedEncoder):
-        return _build_encoder(config, loaded)
+        return _build_encoder(config, loaded, sleeper)
     placement = loaded.placement
     defaults = DEFAULTS[placement.device.type]
     longest = config.max_model_len or loaded.config.max_position
@@ -139,7 +141,8 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
         model = None if draft is None else _draft_model(drafts, loaded, runner, draft, scheduler)
         drafter = Drafter(drafts, sequences, rows, model)
     preparation = preparation_for(loaded, plan.max_model_len, config.seed, store)
-    engine = Engine(runner, scheduler, preparation, drafter, images, kept)
+    sleeper.runners = [runner] if draft is None else [runner, draft]
+    engine = Engine(runner, scheduler, preparation, drafter, images, kept, sleeper)
     engine.cache_bytes = plan.num_blocks * plan.block_bytes
     return engine
 
@@ -255,7 +258,7 @@ def preparation_for(
     )
 
 
-def _build_encoder(config: EngineConfig, loaded: LoadedEncoder) -> Engine:
+def _build_encoder(config: EngineConfig, loaded: LoadedEncoder, sleeper: Sleeper) -> Engine:
     """The engine for an encoder; refuses settings of caches and of generation, which would set nothing."""
     for name, unset in _NOT_FOR_ENCODERS.items():
         if getattr(config, name) != unset:
@@ -300,6 +303,7 @@ def _build_encoder(config: EngineConfig, loaded: LoadedEncoder) -> Engine:
         runner,
         WholeTexts(sequences, budget, admission),
         EncoderPreparation(loaded.name, loaded.config, loaded.pooling, loaded.max_model_len, store),
+        sleeper=sleeper,
     )
 
 

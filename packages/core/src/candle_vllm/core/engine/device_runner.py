@@ -196,9 +196,28 @@ class DeviceRunner:
         self._sampler.close()
         self.key_caches = self.value_caches = ()
 
+    def drop_cache(self) -> None:
+        """See `ModelRunner`; what was captured goes too, for it knows addresses."""
+        self._stream.mark().wait()
+        self._graphs.clear()
+        self._hidden = self._kept = torch.empty(0)
+        self.key_caches = self.value_caches = ()
+
+    def restore_cache(self) -> None:
+        """See `ModelRunner`."""
+        self._allocate(self._num_blocks)
+
+    def wake_up(self) -> None:
+        """See `ModelRunner`."""
+        self._stream.join()
+        self._capture()
+
     def allocate(self, num_blocks: int) -> None:
         """Makes the cache, and captures steps."""
         self._allocate(num_blocks)
+        self._capture()
+
+    def _capture(self) -> None:
         began = time.perf_counter()
         sizes = [*self._buckets, *self._mixed]
         for size in reversed(sizes):  # the memory of the largest serves the others
@@ -266,7 +285,7 @@ class DeviceRunner:
         return smallest, prompt, decoding, *(functools.partial(blank, size) for size in self._mixed[-1:])
 
     def _allocate(self, num_blocks: int) -> None:
-        config = self.decoder.config
+        config, self._num_blocks = self.decoder.config, num_blocks
         rows = (num_blocks, self._limits.block_size, config.cache.kv_heads)
 
         def caches(dim: int) -> tuple[torch.Tensor, ...]:

@@ -109,6 +109,17 @@ class EagerRunner(StepwiseRunner):
         caches = (*self.key_caches, *self.value_caches)
         return [cache[block].view(torch.uint8).numpy() for cache in caches if cache.numel()]
 
+    def drop_cache(self) -> None:
+        """See `StepwiseRunner`."""
+        self._hidden = self._hidden[:0].clone()
+        for cache in (*self.key_caches, *self.value_caches):
+            cache.untyped_storage().resize_(0)
+
+    def restore_cache(self) -> None:
+        """See `StepwiseRunner`."""
+        for cache in (*self.key_caches, *self.value_caches):
+            cache.untyped_storage().resize_(cache.numel() * cache.itemsize)
+
     @torch.inference_mode()
     def hidden_rows(self, rows: Ints) -> NDArray[np.float32]:
         """See `StepwiseRunner`."""

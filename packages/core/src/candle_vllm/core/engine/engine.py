@@ -27,7 +27,8 @@ from candle_vllm.core.engine.preparation import Preparation
 from candle_vllm.core.engine.request import AdapterInfo, EngineStats, FinishReason, TokenOutput, joined
 from candle_vllm.core.engine.scheduler import Scheduler, WholeTexts
 from candle_vllm.core.engine.sequence import Run, Sequence, Step
-from candle_vllm.core.errors import InvalidParameterError, RequestError
+from candle_vllm.core.engine.sleeping import Sleeper
+from candle_vllm.core.errors import CandleVllmError, InvalidParameterError, RequestError
 from candle_vllm.core.sampling.sampler import Drawn, Token
 from candle_vllm.core.sampling.state import SamplingState
 
@@ -65,6 +66,7 @@ class Engine:
         adapters: those that requests may name; None where they may name none.
         images: what pictures become; None where the model sees none.
         kept: the scheduler's blocks on disk; None where none are kept.
+        sleeper: gives memory back and fills it again; None where a model was not loaded from files.
         guess_failures: the first failure to guess of each kind; answers go on without guesses.
     """
 
@@ -76,6 +78,7 @@ class Engine:
         drafter: Drafter | None = None,
         images: ImageStore | None = None,
         kept: KeptBlocks | None = None,
+        sleeper: Sleeper | None = None,
     ) -> None:
         assert drafter is None or not runner.overlaps
         self.runner = runner
@@ -86,6 +89,7 @@ class Engine:
         self.adapters: AdapterStore | None = preparation.adapters
         self.images = images
         self.kept = kept
+        self.sleeper = sleeper
         self.cache_bytes = 0  # of a full KV cache, where that is known
         self._preparation = preparation
         self._drafter = drafter
@@ -155,6 +159,33 @@ class Engine:
         self.scheduler.blocks.reset_prefix_cache()
         if self.kept is not None:
             self.kept.reset()
+
+    def sleep(self, level: int) -> list[TokenOutput]:
+        """Gives memory back; see `Sleeper`. What runs or waits is aborted: its last pieces.
+
+        Raises:
+            CandleVllmError: this engine cannot sleep so; nothing was aborted then.
+        """
+        if self.sleeper is None:
+            raise CandleVllmError("this engine was not loaded from files, and cannot sleep")
+        self.sleeper.check(level)
+        pieces = [piece for request_id in list(self._requests) for piece in self.abort(request_id)]
+        pieces += self._land()
+        self.scheduler.blocks.reset_prefix_cache()
+        if self.kept is not None:
+            self.kept.rest()
+        self.sleeper.sleep(level)
+        return pieces
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether anything is given back that a step needs."""
+        return self.sleeper is not None and bool(self.sleeper.asleep)
+
+    def wake_up(self, tags: Seq[str]) -> None:
+        """Fills memory again; nothing may be added before all of it is. Errors as `Sleeper.wake_up`."""
+        if self.sleeper is not None:
+            self.sleeper.wake_up(tags)
 
     def call_adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
         """What is asked of the adapters by hand, for any thread; see `AdapterStore.call`."""
@@ -250,6 +281,7 @@ class Engine:
             finished=dict(self._finished),
             preemptions=self.scheduler.num_preemptions,
             steps=self._num_steps,
+            sleep_level=0 if self.sleeper is None else self.sleeper.level,
             **self._draft_counts(),
             **self._adapter_counts(),
             **self._kept_counts(),

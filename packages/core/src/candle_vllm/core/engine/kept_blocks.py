@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +34,7 @@ from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.model_runner import ModelRunner, StepwiseRunner
+from candle_vllm.core.engine.sleeping import files_mark
 from candle_vllm.core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,6 @@ _SILENCE = 60.0  # seconds in which nothing is written behind a failure, and non
 _CLOSING = 10.0  # seconds that an end waits for what is to be written
 _NAME = re.compile(r"[0-9a-f]{32}/[0-9a-f]{2}/[0-9a-f]{64}")
 _READING = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-_SAMPLES, _SAMPLE = 16, 1 << 16  # places of a weight file that are looked at, and bytes there
 
 
 class BlockMemory(Protocol):
@@ -56,19 +56,6 @@ class BlockMemory(Protocol):
     def block_memory(self, block: int) -> list[NDArray[Any]]:
         """The parts of a block, of all layers, in an order of their own; to be read and written."""
         ...
-
-
-def files_mark(paths: Iterable[Path]) -> str:
-    """Tells files of weights apart without reading all of them: size, time of change and samples of each."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            info = os.fstat(file.fileno())
-            digest.update(f"{info.st_size} {info.st_mtime_ns} ".encode())
-            for number in range(_SAMPLES):
-                file.seek(max(0, info.st_size - _SAMPLE) * number // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()
 
 
 class BlockFolder:
@@ -345,6 +332,12 @@ class KeptBlocks:
         with self._wake:
             if self.reads and not self._read:
                 self._wake.wait(seconds)
+
+    def rest(self) -> None:
+        """The cache is about to go: what was read for it is not brought there any more."""
+        for reading in self._readings.values():
+            self._end(reading)
+        self.take()
 
     def reset(self) -> None:
         """Forgets all blocks, on disk too."""

@@ -73,6 +73,18 @@ class ModelRunner(Protocol):
         """The sum [E] of the hidden states, in fp32, of any rows of the last step; at most `MAX_HIDDEN_ROWS`."""
         ...
 
+    def drop_cache(self) -> None:
+        """Gives the memory of the cache back; nothing may run before `wake_up`."""
+        ...
+
+    def restore_cache(self) -> None:
+        """The cache has memory again; what it holds means nothing."""
+        ...
+
+    def wake_up(self) -> None:
+        """Weights and cache are there again, elsewhere maybe."""
+        ...
+
     def close(self) -> None:
         """Ends what runs beside the caller's thread."""
         ...
@@ -149,6 +161,15 @@ class StepwiseRunner(ABC):
         """The parts of a block of the cache, of all layers; see `BlockMemory`."""
         raise NotImplementedError
 
+    def drop_cache(self) -> None:  # noqa: B027  # an encoder has none
+        """See `ModelRunner`."""
+
+    def restore_cache(self) -> None:  # noqa: B027
+        """See `ModelRunner`."""
+
+    def wake_up(self) -> None:  # noqa: B027  # most have everything where it was
+        """See `ModelRunner`."""
+
     def close(self) -> None:  # noqa: B027  # most have nothing to end
         """See `ModelRunner`."""
 
@@ -180,6 +201,18 @@ class HeadRunner(Protocol):
 
     def draw_rows(self, logits: Value, controls: NDArray[np.float64]) -> tuple[Ints, NDArray[np.float32]]:
         """See `StepwiseRunner`."""
+        ...
+
+    def drop_cache(self) -> None:
+        """See `ModelRunner`."""
+        ...
+
+    def restore_cache(self) -> None:
+        """See `ModelRunner`."""
+        ...
+
+    def wake_up(self) -> None:
+        """See `ModelRunner`."""
         ...
 
     def close(self) -> None:

@@ -39,6 +39,7 @@ from candle_vllm.core.kernels.cpu_runtime.recorder import (
 )
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.values import buffer_of, buffer_value, step_tokens
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import drop_pages
 from candle_vllm.core.kernels.latent_attention.layout import cache_shape as latent_cache_shape
 from candle_vllm.core.kernels.recorded import Recorded
 from candle_vllm.core.kernels.sampling import RowDraw, draw
@@ -236,6 +237,12 @@ class RecordedRunner(StepwiseRunner):
             return [layer[stretch, place] for layer in keys]
         stretch, place = divmod(block, keys[0].shape[2])  # [stretches, heads, blocks, ...] each
         return [layer[stretch, :, place] for layer in (*keys, *values)]
+
+    def drop_cache(self) -> None:
+        """See `ModelRunner`."""
+        for cache in {id(layers[0].base): layers[0].base for layers in self._caches}.values():
+            assert cache is not None
+            drop_pages(cache)
 
     def close(self) -> None:
         """Ends the threads that are its own."""

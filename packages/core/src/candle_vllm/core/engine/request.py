@@ -598,6 +598,7 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
         kept_blocks_read, kept_blocks_written: since the start.
         kept_blocks_skipped: not written because the disk was behind, since the start.
         kept_block_failures: blocks that could not be read or written, were damaged or late, since the start.
+        sleep_level: 0 while it is awake; see `InferenceEngine.sleep`.
         images_encoded, images_reused, image_failures: images whose embeddings were made, those that requests found
             made, and those that could not be, since the start.
         image_seconds: what making them took, since the start.
@@ -634,6 +635,7 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
     kept_blocks_written: int = 0
     kept_blocks_skipped: int = 0
     kept_block_failures: int = 0
+    sleep_level: int = 0
     images_encoded: int = 0
     images_reused: int = 0
     image_failures: int = 0

@@ -8,15 +8,27 @@ import dataclasses
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import CancelledError, Future
 from typing import Any, Protocol
 
 from candle_vllm.core.engine.request import EngineStats, GenerationRequest, TokenOutput
-from candle_vllm.core.errors import CandleVllmError, EngineDeadError, EngineOverloadedError, InvalidParameterError
+from candle_vllm.core.engine.sleeping import TAGS
+from candle_vllm.core.errors import (
+    CandleVllmError,
+    EngineDeadError,
+    EngineOverloadedError,
+    EngineSleepingError,
+    InvalidParameterError,
+)
 from candle_vllm.core.threads import deep_stacks
 
 logger = logging.getLogger(__name__)
+
+SLEEPS = "the engine sleeps: wake it up (`wake_up`, POST /wake_up), or try again later"
+_LOOK = 0.01  # seconds between two looks whether all requests have ended
 
 BATCH = 8  # readers that are woken before the loop may look at its sockets
 
@@ -127,6 +139,10 @@ class StepEngine(Protocol):
 
     def reset_prefix_cache(self) -> None: ...
 
+    def sleep(self, level: int) -> list[TokenOutput]: ...
+
+    def wake_up(self, tags: Sequence[str]) -> None: ...
+
     def step(self) -> list[TokenOutput]: ...
 
     def stats(self) -> EngineStats: ...
@@ -148,6 +164,9 @@ class EngineThread:
         self._commands: list[Callable[[], None]] = []
         self._couriers: dict[asyncio.AbstractEventLoop, Courier] = {}  # for this thread alone
         self._wake = threading.Condition()  # guards everything above that callers touch
+        self._asleep: frozenset[str] = frozenset()  # while any tag is there, nothing is taken
+        self._answers: set[Future[None]] = set()
+        self._nights = threading.Lock()  # one sleeps or wakes at a time
         self._closing = False
         self._dead: EngineDeadError | None = None
         self._owner = os.getpid()
@@ -166,12 +185,15 @@ class EngineThread:
         Raises:
             EngineOverloadedError: too many sequences are live.
             EngineDeadError: the engine has stopped.
+            EngineSleepingError: it sleeps.
             InvalidParameterError: the request id is in use.
         """
         request_id = prepared[0].request.request_id
         with self._wake:
             if self._dead is not None or self._closing:
                 raise self._dead or EngineDeadError("the engine is closed")
+            if self._asleep:
+                raise EngineSleepingError(SLEEPS)
             if request_id in self._clients:
                 raise InvalidParameterError(f"request id {request_id!r} is in use", "request_id")
             if self._clients and self._live_sequences + len(prepared) > self._max_sequences:
@@ -204,6 +226,72 @@ class EngineThread:
                 raise self._dead or EngineDeadError("the engine is closed")
             self._commands.append(self._engine.reset_prefix_cache)
             self._wake.notify()
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether anything of it is asleep."""
+        return bool(self._asleep)
+
+    def sleep(self, level: int, mode: str) -> None:
+        """Takes no request any more, and gives memory back when nothing runs; returns when that is done.
+
+        Args:
+            level, mode: as of `InferenceEngine.sleep`.
+
+        Raises:
+            CandleVllmError: the engine cannot sleep so.
+            EngineDeadError: it has stopped.
+        """
+        with self._nights:
+            with self._wake:
+                before, self._asleep = self._asleep, TAGS
+            try:
+                while mode == "wait" and self._clients and self.is_alive:
+                    time.sleep(_LOOK)
+                self._engine_sleep(level)
+            except BaseException:
+                with self._wake:
+                    self._asleep = before
+                raise
+
+    def wake_up(self, tags: frozenset[str]) -> None:
+        """Fills the memory of these tags again; once that of all is, requests are taken. Errors as `sleep`."""
+        with self._nights:
+            self._engine_wake_up(tags)
+            with self._wake:
+                self._asleep -= tags
+
+    def _engine_sleep(self, level: int) -> None:
+        self._do(lambda: self._deliver(self._engine.sleep(level)))
+
+    def _engine_wake_up(self, tags: frozenset[str]) -> None:
+        self._do(lambda: self._engine.wake_up(sorted(tags)))
+
+    def _do(self, work: Callable[[], None]) -> None:
+        """Has the thread do something between two steps, and waits for it."""
+        answer: Future[None] = Future()
+
+        def command() -> None:
+            try:
+                work()
+            except Exception as error:
+                answer.set_exception(error)
+            else:
+                answer.set_result(None)
+
+        with self._wake:
+            if self._dead is not None or self._closing:
+                raise self._dead or EngineDeadError("the engine is closed")
+            self._answers.add(answer)
+            self._commands.append(command)
+            self._wake.notify()
+        try:
+            answer.result()
+        except CancelledError:
+            raise self._dead or EngineDeadError("the engine is closed") from None
+        finally:
+            with self._wake:
+                self._answers.discard(answer)
 
     def wake(self) -> None:
         """Has the engine make a step and tell its numbers, whatever it waits for; from any thread."""
@@ -298,5 +386,8 @@ class EngineThread:
             self._dead = error
             clients, self._clients = list(self._clients.values()), {}
             self._live_sequences = 0
+            answers = list(self._answers)
+        for answer in answers:
+            answer.cancel()
         for client in clients:
             self._put(client.sink, error)

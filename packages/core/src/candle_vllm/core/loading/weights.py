@@ -19,7 +19,7 @@ from candle_vllm.core.errors import WeightsError
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import Spare, View, entry
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.threads import LOADING_THREADS
+from candle_vllm.core.threads import LOADED_PART, LOADING_THREADS
 
 logger = logging.getLogger(__name__)
 
@@ -206,8 +206,9 @@ def load_weights(
     """
     jobs = _match(model, table, checkpoint, config, ignored)
 
-    def run(job: _Job) -> str | None:
+    def run(job: _Job, number: int) -> str | None:
         stored, place, _ = job
+        LOADED_PART.set(number)  # in a thread that loads and does nothing else
         why = place.fill(stored)
         stored.release()
         return why
@@ -216,7 +217,7 @@ def load_weights(
     left = Counter(path for _, _, path in jobs)
     # One dequantises while the other copies.
     with ThreadPoolExecutor(2, initializer=LOADING_THREADS.set, initargs=(LOADING_THREADS.get(),)) as pool:
-        for (stored, _, path), why in zip(jobs, pool.map(run, jobs)):
+        for (stored, _, path), why in zip(jobs, pool.map(run, jobs, range(len(jobs)))):
             progress(stored.nbytes)
             if why is not None:
                 decoded.setdefault(why, []).append(stored)

@@ -103,6 +103,20 @@ class RemoteEngine(EngineFront):
         """See `EngineFront`."""
         self._running_thread().reset_prefix_cache()
 
+    @property
+    def is_sleeping(self) -> bool:
+        """See `EngineFront`."""
+        self._working()
+        return self._thread.is_sleeping
+
+    def _sleep(self, level: int, mode: str) -> None:
+        self._working()
+        self._thread.sleep(level, mode)
+
+    def _wake_up(self, tags: frozenset[str]) -> None:
+        self._working()
+        self._thread.wake_up(tags)
+
     def _adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
         """See `EngineFront`."""
         self._working()

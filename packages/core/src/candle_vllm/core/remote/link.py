@@ -36,6 +36,7 @@ from candle_vllm.core.remote.wire import (
     Ready,
     Refused,
     Reset,
+    Sleep,
     Told,
     encode,
     make_error,
@@ -122,6 +123,14 @@ class RemoteLink:
     def reset_prefix_cache(self) -> None:
         """Tells the child; messages are read in their order, so that later requests come later."""
         self._process.send(encode(Reset()))
+
+    def sleep(self, level: int) -> list[TokenOutput]:
+        """The thread asks and waits, for it is not its own that does it."""
+        raise NotImplementedError
+
+    def wake_up(self, tags: Sequence[str]) -> None:
+        """See `sleep`."""
+        raise NotImplementedError
 
     def call(self, number: int, data: bytes, answer: Future[Any]) -> None:
         """Sends a question; `answer` is set when the child has answered it."""
@@ -251,8 +260,16 @@ class RemoteThread(EngineThread):
         number = next(self._numbers)
         return self._ask(number, encode(Ask(number, call)), "an adapter", "loaded")
 
-    def _ask(self, number: int, data: bytes, what: str, done: str) -> Any:
-        """The answer to a question; `what` is to be `done`."""
+    def _engine_sleep(self, level: int) -> None:
+        number = next(self._numbers)
+        self._ask(number, encode(Sleep(number, level)), "the engine", "put to sleep", None)
+
+    def _engine_wake_up(self, tags: frozenset[str]) -> None:
+        number = next(self._numbers)
+        self._ask(number, encode(Sleep(number, 0, tuple(sorted(tags)))), "the engine", "woken", None)
+
+    def _ask(self, number: int, data: bytes, what: str, done: str, patience: float | None = CALL_TIMEOUT) -> Any:
+        """The answer to a question; `what` is to be `done` within so many seconds."""
         answer: Future[Any] = Future()
         with self._wake:
             if self._dead is not None or self._closing:
@@ -263,7 +280,7 @@ class RemoteThread(EngineThread):
             self._commands.append(lambda: self._link.call(number, data, answer))
         self._link.wake()
         try:
-            return answer.result(CALL_TIMEOUT)
+            return answer.result(patience)
         except TimeoutError:
             answer.cancel()
             raise EngineOverloadedError(

@@ -35,6 +35,7 @@ from candle_vllm.core.remote.wire import (
     Reader,
     Refused,
     Reset,
+    Sleep,
     ToChild,
     Told,
     describe_error,
@@ -225,6 +226,8 @@ class RequestDesk:
             self._engine.thread.abort(message.ticket)
         elif isinstance(message, Reset):
             self._engine.thread.reset_prefix_cache()
+        elif isinstance(message, Sleep):
+            self._callers.submit(self._sleep, message)
         elif isinstance(message, Check):
             self._workers.submit(self._check, message.number, message.params)
         elif isinstance(message, Ask):
@@ -267,6 +270,21 @@ class RequestDesk:
                 self._submit(request, prepared)
 
         self._hand_over(hand_over)
+
+    def _sleep(self, message: Sleep) -> None:
+        described = None
+        try:
+            if message.level:
+                self._engine.sleep(message.level)
+            else:
+                self._engine.wake_up(message.tags)
+        except CandleVllmError as error:
+            described = describe_error(error)
+        except Exception as error:
+            logger.exception("the engine could not be put to sleep, or woken")
+            described = describe_error(CandleVllmError(f"the engine failed: {type(error).__name__}: {error}"))
+        answer = encode(Checked(message.number, described))
+        self._hand_over(lambda: self._socket.send(answer))
 
     def _check(self, number: int, params: StructuredOutputsParams) -> None:
         described = None

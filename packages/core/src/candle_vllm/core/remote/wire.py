@@ -69,6 +69,14 @@ class Reset(msgspec.Struct, frozen=True, array_like=True, tag="reset"):
     """Forget what prompts began with."""
 
 
+class Sleep(msgspec.Struct, frozen=True, array_like=True, tag="sleep"):
+    """Give memory back at this level; 0 is to fill that of the tags again. Answered by `Checked` with the number."""
+
+    number: int
+    level: int
+    tags: tuple[str, ...] = ()
+
+
 class Check(msgspec.Struct, frozen=True, array_like=True, tag="check"):
     """Is a form of texts possible? Answered by `Checked` with the same number."""
 
@@ -150,7 +158,7 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
 
 
 class Checked(msgspec.Struct, frozen=True, array_like=True, tag="checked"):
-    """The answer to `Check`; None is yes."""
+    """The answer to `Check` and to `Sleep`; None is yes, or done."""
 
     number: int
     error: WireError | None = None
@@ -170,7 +178,7 @@ class Ended(msgspec.Struct, frozen=True, array_like=True, tag="ended"):
     message: str
 
 
-ToChild = Submit | Pool | Abort | Check | Reset | Ask
+ToChild = Submit | Pool | Abort | Check | Reset | Ask | Sleep
 FromChild = Pieces | Refused | Checked | Told | Ended
 Greeting = Ready | Failed | Loading
 

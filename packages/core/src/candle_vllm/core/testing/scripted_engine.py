@@ -26,9 +26,16 @@ from candle_vllm.core.engine.request import (
     ModelInfo,
     TokenOutput,
 )
+from candle_vllm.core.engine.sleeping import TAGS, check_sleep, read_tags
 from candle_vllm.core.engine.stream import Shortcut, TokenStream, whole
+from candle_vllm.core.engine.thread import SLEEPS
 from candle_vllm.core.engine.watching import RequestInfo, RequestWatcher, watched_submit
-from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError, PromptTooLongError
+from candle_vllm.core.errors import (
+    ChatTemplateError,
+    EngineSleepingError,
+    InvalidParameterError,
+    PromptTooLongError,
+)
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
@@ -110,6 +117,8 @@ class ScriptedEngine(ScriptedVectors):
         self.requests: list[GenerationRequest] = []
         self.aborted: list[str] = []
         self.prefix_cache_resets = 0
+        self.asleep: frozenset[str] = frozenset()
+        self.sleep_level = 0
         self.template_calls: list[TemplateCall] = []
         self.pictures: list[Picture] = []
         self.adapters: dict[str, AdapterInfo] = {}
@@ -175,6 +184,21 @@ class ScriptedEngine(ScriptedVectors):
     def reset_prefix_cache(self) -> None:
         """Counts how often it was asked for."""
         self.prefix_cache_resets += 1
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether anything of it is asleep."""
+        return bool(self.asleep)
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Takes no requests from now on; those that run go on."""
+        check_sleep(level, mode)
+        self.asleep, self.sleep_level = TAGS, level
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Takes requests again, once all of it is awake."""
+        self.asleep -= read_tags(tags)
+        self.sleep_level = self.sleep_level if self.asleep else 0
 
     def look(
         self, token_ids: Sequence[int], images: Sequence[object], names: Sequence[str] = ()
@@ -267,6 +291,7 @@ class ScriptedEngine(ScriptedVectors):
             finished=dict(self._finished),
             preemptions=0,
             steps=self._generated,
+            sleep_level=self.sleep_level,
         )
 
     def add_lora(self, lora_request: LoRARequest) -> AdapterInfo:
@@ -298,6 +323,8 @@ class ScriptedEngine(ScriptedVectors):
     def _check(self, request: GenerationRequest) -> None:
         if request.params.structured_outputs is not None:
             self.check_structured_outputs(request.params.structured_outputs)
+        if self.asleep:
+            raise EngineSleepingError(SLEEPS)
         if self.submit_error is not None:
             raise self.submit_error
         ids, limit = request.prompt_token_ids, self._info.max_model_len

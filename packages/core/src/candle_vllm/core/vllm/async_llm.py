@@ -159,6 +159,18 @@ class AsyncLLM:
         self.engine.reset_prefix_cache()
         return True
 
+    async def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Gives memory back; as `InferenceEngine.sleep`."""
+        await asyncio.to_thread(self.engine.sleep, level, mode)
+
+    async def wake_up(self, tags: list[str] | None = None) -> None:
+        """Fills memory again; as `InferenceEngine.wake_up`."""
+        await asyncio.to_thread(self.engine.wake_up, tags)
+
+    async def is_sleeping(self) -> bool:
+        """Whether it sleeps."""
+        return self.engine.is_sleeping
+
     async def add_lora(self, lora_request: LoRARequest) -> bool:
         """Makes an adapter known and loads it; True. Errors as of `InferenceEngine.add_lora`."""
         await asyncio.to_thread(self.engine.add_lora, lora_request)

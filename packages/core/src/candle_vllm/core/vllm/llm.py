@@ -46,8 +46,6 @@ _ABSENT = {
     "enqueue": "generate takes all prompts at once; add_request and step are methods of InferenceEngine",
     "enqueue_chat": "chat takes all conversations at once",
     "wait_for_completion": "generate and chat wait",
-    "sleep": "close() gives the memory back",
-    "wake_up": "make another LLM",
     "collective_rpc": "there are no workers, and no function of a caller's is run beside the model",
     "apply_model": "no function of a caller's is run on a model",
     "start_profile": "Python's profilers see what a step does",
@@ -409,6 +407,14 @@ class LLM:
         """Forgets what prompts have left in the cache; True, as in vLLM where nothing kept it from that."""
         self.engine.reset_prefix_cache()
         return True
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Gives memory back; as `InferenceEngine.sleep`."""
+        self.engine.sleep(level, mode)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Fills memory again; as `InferenceEngine.wake_up`."""
+        self.engine.wake_up(tags)
 
     def get_tokenizer(self) -> LlmTokenizer:
         """The model's tokenizer and template."""

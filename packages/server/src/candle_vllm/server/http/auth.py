@@ -30,7 +30,7 @@ MANAGEMENT_PATHS = frozenset({
     "/metrics", "/v1/models/load", "/v1/models/unload", "/v1/models/select", "/v1/models/reload",
     "/v1/models/add", "/v1/models/remove", "/v1/models/status", "/v1/models/inventory", "/v1/usage",
     "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/server_info", "/reset_prefix_cache", "/v1/queues",
-    "/api/pull", "/api/copy", "/api/delete",
+    "/sleep", "/wake_up", "/is_sleeping", "/api/pull", "/api/copy", "/api/delete",
 })  # fmt: skip
 MIX = "/lora-adapters"  # which clients may look at, and operators change
 PAGES = ("/openapi.json", "/docs")  # and what is below /docs/

@@ -16,7 +16,13 @@ from typing import Protocol
 
 from candle_vllm.core.engine.request import FinishReason, RequestMetrics, TokenOutput
 from candle_vllm.core.engine.watching import Pooled, RequestInfo
-from candle_vllm.core.errors import EngineDeadError, EngineOverloadedError, RequestAbortedError, RequestError
+from candle_vllm.core.errors import (
+    EngineDeadError,
+    EngineOverloadedError,
+    EngineSleepingError,
+    RequestAbortedError,
+    RequestError,
+)
 from candle_vllm.server.observing.request_context import RequestContext
 from candle_vllm.server.observing.tally import Histogram
 
@@ -263,6 +269,8 @@ def _refusal(error: Exception, *more: type[Exception]) -> str | None:
     """Why a request was refused, where it was; a value of `Rejection`."""
     if isinstance(error, EngineOverloadedError):
         return "queue_full"
+    if isinstance(error, EngineSleepingError):
+        return "model_not_ready"
     if isinstance(error, RequestError):
         return "invalid_request"
     return "engine_dead" if isinstance(error, more) else None

@@ -169,6 +169,8 @@ def _per_token(request: FinishedRequest) -> Iterable[float | None]:
 
 # ---- of models -------------------------------------------------------------------------------------------------------
 
+SLEEP_STATES = ("awake", "weights_offloaded", "discard_all")
+
 GAUGES: tuple[Series, ...] = (
     _gauge("vllm:num_requests_running", "Sequences that the engine is running.",
            lambda engine: engine.runs.num_running if engine.runs else 0),
@@ -182,6 +184,10 @@ GAUGES: tuple[Series, ...] = (
     _gauge("candle_vllm:num_requests_queued", "Sequences that wait before the engine.", lambda engine: engine.queued),
     _gauge("candle_vllm:engine_up", "1 while the loaded model's engine works, 0 once it has failed.",
            lambda engine: int(engine.alive)),
+    Series("vllm:engine_sleep_state", "gauge", (*MODEL, "sleep_state"),
+           "Whether the engine is awake, sleeps at level 1 (weights_offloaded) or at level 2 (discard_all): 1 or 0.",
+           read=lambda model: () if model.engine is None or model.engine.stats is None else [
+               ((state,), int(model.engine.stats.sleep_level == level)) for level, state in enumerate(SLEEP_STATES)]),
     _adapters("vllm:lora_requests_info", "Adapters with running and with waiting sequences; the time of the scrape.",
               lambda stats: ((str(stats.max_adapters), _named(stats.running_adapters), _named(stats.waiting_adapters)),
                              time.time()), "max_lora", "running_lora_adapters", "waiting_lora_adapters"),

@@ -70,7 +70,7 @@ from candle_vllm.server.openapi.ollama_operations import OLLAMA_OPERATIONS
 from candle_vllm.server.openapi.operation import BODY_ERRORS, Key, Operation
 from candle_vllm.server.routes.adapters import LoadAdapterRequest, NumberedAdapter, Succeeded, UnloadAdapterRequest
 from candle_vllm.server.routes.mailbox import DEFAULT_LIST, MAX_LIST, Delivered, PushRequest
-from candle_vllm.server.routes.relatives import Load, Properties, ServerInfo, Slot, TokenizerInfo
+from candle_vllm.server.routes.relatives import Load, Properties, ServerInfo, Sleeping, Slot, TokenizerInfo
 
 MODEL_ERRORS = (404, 503)
 QUEUE_ERRORS = (*MODEL_ERRORS, 429, 504)
@@ -142,6 +142,7 @@ _MAILBOX = (400, 404, 503)
 _RECORD = {"request_id": "The id of the answer."}
 _ANTHROPIC = Naming("Anthropic", "Out")
 _WHICH = {"model": {"type": "string", "description": "A served name; without it the default model."}}
+_NAMED = {"model": {"type": "string", "description": "A served name; without it every loaded model."}}
 _CARDS = (LoadedCard, UnloadedCard, AdapterCard)
 _CHANGED = (400, 409)
 _MANAGED = (*BODY_ERRORS, *MODEL_ERRORS)
@@ -529,6 +530,54 @@ OPERATIONS: Mapping[Key, Operation] = {
         tag="operators",
         summary="Have loaded models forget what prompts began with",
         answers={204: ()},
+        manages=True,
+    ),
+    ("POST", "/sleep"): Operation(
+        id="sleep",
+        tag="operators",
+        summary="Have loaded models give their memory back; requests to them are refused with 503 from then on",
+        answers={200: ()},
+        errors=(400, 404, 409, 503),
+        query={
+            "level": {
+                "type": "integer",
+                "enum": [1, 2],
+                "default": 1,
+                "description": "1 gives back the KV cache and a GPU's memory of the weights, 2 the weights as well.",
+            },
+            "mode": {
+                "type": "string",
+                "enum": ["abort", "wait"],
+                "default": "abort",
+                "description": "Whether requests that run or wait end now, or are waited for.",
+            },
+            **_NAMED,
+        },
+        manages=True,
+    ),
+    ("POST", "/wake_up"): Operation(
+        id="wake_up",
+        tag="operators",
+        summary="Have models that sleep fill their memory again",
+        answers={200: ()},
+        errors=(400, 404, 409, 503),
+        query={
+            "tags": {
+                "type": "array",
+                "items": {"type": "string", "enum": ["weights", "kv_cache"]},
+                "description": "What is filled; without it everything. Requests are taken once both are.",
+            },
+            **_NAMED,
+        },
+        manages=True,
+    ),
+    ("GET", "/is_sleeping"): Operation(
+        id="is_sleeping",
+        tag="operators",
+        summary="Whether a loaded model sleeps",
+        answers={200: (Sleeping,)},
+        errors=(404,),
+        query=_NAMED,
         manages=True,
     ),
     ("GET", "/tokenizer_info"): Operation(

@@ -17,6 +17,8 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from candle_vllm.core.engine.sleeping import MODES, TAGS
+from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError
 from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
 from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.embedding import parse_classify_request, parse_pooling_request
@@ -31,10 +33,13 @@ from candle_vllm.openai.llama_server import (
 from candle_vllm.openai.requests import parse_chat_request
 from candle_vllm.openai.validation import parse_body
 from candle_vllm.server.answering import GenerationApi, answer, answer_parsed_with, answer_with, deadline_of
+from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import error_event
 from candle_vllm.server.http.sse import data_event
+from candle_vllm.server.loop_threads import in_thread
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ServedModel
+from candle_vllm.server.observing.model_metrics import ServedEngine
 from candle_vllm.server.routes.status import health
 from candle_vllm.server.settings.options import shown
 from candle_vllm.server.settings.table import OPTIONS
@@ -49,6 +54,12 @@ class Load(msgspec.Struct, frozen=True):
     """How busy the server is: the sequences of all requests, those included that wait for their turn or their model."""
 
     server_load: int
+
+
+class Sleeping(msgspec.Struct, frozen=True):
+    """Whether a model sleeps."""
+
+    is_sleeping: bool
 
 
 class ServerInfo(msgspec.Struct, frozen=True):
@@ -226,6 +237,53 @@ async def reset_prefix_cache(request: Request) -> Response:
         if slot.model is not None:
             slot.model.engine.reset_prefix_cache()
     return Response(status_code=204)
+
+
+@router.post("/sleep")
+async def sleep(request: Request) -> Response:
+    """Has every loaded model, or that of `?model=`, give its memory back; it has no body."""
+    level, mode = request.query_params.get("level", "1"), request.query_params.get("mode", "abort")
+    if level not in ("1", "2"):
+        raise HttpError(400, f"level {level!r:.40}: 1 (keep the weights in memory) or 2 (drop them).", "wrong_level")
+    if mode not in MODES:
+        raise HttpError(400, f"mode {mode!r:.40}: {' or '.join(MODES)}.", "wrong_mode")
+    return await _each_engine(request, lambda engine: engine.sleep(int(level), mode))
+
+
+@router.post("/wake_up")
+async def wake_up(request: Request) -> Response:
+    """Has those fill it again: all of it, or that of `?tags=`."""
+    tags = request.query_params.getlist("tags")
+    if not TAGS.issuperset(tags):
+        raise HttpError(400, f"tags {tags!r:.100}: {' and '.join(sorted(TAGS))} are possible.", "wrong_tags")
+    return await _each_engine(request, lambda engine: engine.wake_up(tags or None))
+
+
+@router.get("/is_sleeping")
+async def is_sleeping(request: Request) -> Response:
+    """Whether any loaded model, or that of `?model=`, sleeps."""
+    asleep = any(engine.is_sleeping for engine in _engines(request))
+    return Response(msgspec.json.encode(Sleeping(asleep)), media_type="application/json")
+
+
+def _engines(request: Request) -> list[ServedEngine]:
+    """Those of the loaded models, or of the one that was named; one that is not loaded has none."""
+    manager: ModelManager = request.app.state.manager
+    name = request.query_params.get("model")
+    slots = [manager.find(name, exact=True)] if name else manager.slots.values()
+    return [slot.model.engine for slot in slots if slot.model is not None]
+
+
+async def _each_engine(request: Request, work: Callable[[ServedEngine], None]) -> Response:
+    engines = _engines(request)
+    try:
+        for engine in engines:
+            await in_thread(lambda engine=engine: work(engine), "sleep")
+    except (EngineDeadError, ConfigError):
+        raise
+    except CandleVllmError as error:
+        raise HttpError(409, str(error), "cannot_sleep") from error
+    return Response(status_code=200)
 
 
 @router.post("/apply-template")

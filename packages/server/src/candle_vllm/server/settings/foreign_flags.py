@@ -299,8 +299,8 @@ ROWS: tuple[Row, ...] = (
     Row("--cudagraph-capture-sizes", f"{_OWN}; --disable-cuda-graph and --enforce-eager turn graphs off"),
     _only("--stream-interval", "every token is sent when it is there", "1"),
     _called("--sleep-idle-seconds", "--idle-unload-secs", _1=""),
-    Row("--enable-sleep-mode --keepalive", "--idle-unload-secs, after which a model is unloaded; "
-        "/v1/models/unload does it at once"),
+    _idle("--enable-sleep-mode", "every engine can sleep: POST /sleep and POST /wake_up are there for operators"),
+    Row("--keepalive", "--idle-unload-secs, after which a model is unloaded; /v1/models/unload does it at once"),
     _idle("--no-warmup --warmup --perf --no-perf", "a start has no run for warming; candle-vllm bench measures"),
     # ---- sampling and prompts
     _called("--temp", "--temperature"),

@@ -4,16 +4,76 @@
 A single row of activations reads all weights once, as fast as the memory goes. That needs the system's large pages: on
 pages of 4 KiB, weights were read up to a third slower. Numpy asks for large pages for arrays from 4 MiB on, and most
 matrices of a small model are smaller than that, so they share.
+
+What a model's matrices take can be given back to the system while their addresses stay theirs, and be filled again by
+loading the model once more: a recorded step, which knows addresses alone, then reads the same numbers.
 """
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 import threading
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import numpy as np
 
+from candle_vllm.core.threads import LOADED_PART
+
 PIECE_BYTES = 64 << 20
 ALIGNMENT = 64
+
+_MADE: ContextVar[list[WeightMemory] | None] = ContextVar("_MADE", default=None)
+_AGAIN: ContextVar[Iterator[WeightMemory] | None] = ContextVar("_AGAIN", default=None)
+
+
+@contextmanager
+def loading(again: Sequence[WeightMemory] = ()) -> Iterator[list[WeightMemory]]:
+    """Around loading a model: the memories that `new_memory` gives meanwhile, in their order.
+
+    With those of the first time it gives these, and what is taken are the places of the first time.
+    """
+    made: list[WeightMemory] = []
+    tokens = _MADE.set(made), _AGAIN.set(iter(again) if again else None)
+    for memory in again:
+        memory.begin_again()
+    try:
+        yield made
+    finally:
+        _MADE.reset(tokens[0])
+        _AGAIN.reset(tokens[1])
+
+
+def new_memory() -> WeightMemory:
+    """Memory for the weights of one model, or of a part of it that is loaded by itself."""
+    again, made = _AGAIN.get(), _MADE.get()
+    memory = WeightMemory() if again is None else next(again)
+    if made is not None:
+        made.append(memory)
+    return memory
+
+
+def can_drop_pages() -> bool:
+    """Whether this system takes memory back whose addresses stay."""
+    return sys.platform == "linux"
+
+
+def drop_pages(array: np.ndarray) -> int:
+    """Gives whole pages of an array's memory back to the system, bytes; they read as zeros from then on."""
+    start = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (array.ctypes.data + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if length <= 0:
+        return 0
+    system = ctypes.CDLL(None, use_errno=True)
+    if system.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED) != 0:
+        raise OSError(ctypes.get_errno(), "the system does not take memory back")
+    return length
 
 
 class WeightMemory:
@@ -28,19 +88,50 @@ class WeightMemory:
         self._piece = np.empty(0, np.uint8)
         self._used = 0
         self._lock = threading.Lock()
+        # Of each part of a model: the memory that it took, in its order, as long as somebody has it.
+        self._taken: dict[object, list[tuple[weakref.ref[np.ndarray], int, int]]] = {}
+        self._whole: list[weakref.ref[np.ndarray]] = []  # pieces
+        self._stays: set[int] = set()  # of these, addresses of those with what no part took
+        self._again: Counter[object] | None = None  # how many places each part has been given again
 
     def take(self, count: int) -> np.ndarray:
         """`count` uninitialised bytes, uint8, at a multiple of 64.
 
         What a piece has left is abandoned when it is too small; it was never touched, so that it costs no memory.
         """
+        part: Any = LOADED_PART.get()
         with self._lock:
-            return self._take(count)
+            if self._again is not None and part is not None:
+                known = self._taken.get(part, ())
+                number = self._again[part]
+                self._again[part] += 1
+                owner = known[number][0]() if number < len(known) and known[number][2] == count else None
+                if owner is not None:
+                    return owner[known[number][1] :][:count]
+                return np.empty(count, np.uint8)  # of what nobody has kept
+            found = self._take(count)
+            owner: Any = found.base
+            if part is None:
+                self._stays.add(owner.ctypes.data)
+            else:
+                place = found.ctypes.data - owner.ctypes.data
+                self._taken.setdefault(part, []).append((weakref.ref(owner), place, count))
+            return found
+
+    def begin_again(self) -> None:
+        """From now on parts are given the places that they had."""
+        self._again = Counter()
+
+    def drop(self) -> int:
+        """Gives the memory of all parts back to the system, bytes; their places stay theirs, and read as zeros."""
+        pieces = [piece for each in self._whole if (piece := each()) is not None]
+        return sum(drop_pages(piece) for piece in pieces if piece.ctypes.data not in self._stays)
 
     def _take(self, count: int) -> np.ndarray:
         space = -(-count // ALIGNMENT) * ALIGNMENT
         if self._used + space > self._piece.size:
             memory = np.empty(max(space, self._piece_bytes) + ALIGNMENT, np.uint8)
+            self._whole = [*(each for each in self._whole if each() is not None), weakref.ref(memory)]
             start = -memory.ctypes.data % ALIGNMENT
             piece = memory[start : start + memory.size - ALIGNMENT]
             if space >= self._piece_bytes:  # a piece of its own; the current one goes on being filled
