@@ -81,6 +81,12 @@ class PacedSteps:
 
     def reset_prefix_cache(self) -> None: ...
 
+    def sleep(self, level: int) -> list[TokenOutput]:
+        raise NotImplementedError
+
+    def wake_up(self, tags: Sequence[str]) -> None:
+        raise NotImplementedError
+
     def step(self) -> list[TokenOutput]:
         now = time.monotonic()
         self._next = max(self._next + self._pause, now - self._pause)  # late ticks are made up for, one of them
