@@ -24,12 +24,14 @@ from candle_vllm.core.assembly.opening import (
     stored_types,
 )
 from candle_vllm.core.assembly.placement import choose_placement, computing_dtype, room_for_weights
+from candle_vllm.core.assembly.shards import shard_of
 from candle_vllm.core.assembly.tower import LoadedTower, load_tower
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import InvalidFileError, InvalidParameterError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
+from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.imatrix import read_imatrix
@@ -38,7 +40,7 @@ from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.stretch import stretched
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.vocabulary import end_tokens
-from candle_vllm.core.loading.weights import WeightName, check_weights, load_weights, places
+from candle_vllm.core.loading.weights import Cut, WeightName, check_weights, load_weights, places
 from candle_vllm.core.memory import refuse_longer
 from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Family
 from candle_vllm.core.models.registry import family_from_gguf, family_from_hf
@@ -155,6 +157,7 @@ def load_model(
     device: Device,
     progress: Callable[[int, int], object],
     opened: Opened | None = None,
+    ranks: Collective | None = None,
 ) -> LoadedModel:
     """Resolves `config.model`, downloads it where needed, and loads it.
 
@@ -163,8 +166,10 @@ def load_model(
         device: where to load it.
         progress: called with bytes done and bytes in all.
         opened: what `open_model` gave, where that was called already; it is closed.
+        ranks: among which the model is divided, where this is one of several.
 
     Raises:
+        ConfigError: it cannot be divided among so many.
         ModelNotFoundError: the model names nothing that exists.
         ModelLoadError: its files cannot be used; the message names the file.
     """
@@ -173,9 +178,14 @@ def load_model(
     with opened.checkpoint as checkpoint:
         model = describe_model(config, device, opened)
         placement, stored = model.placement, model.stored
+        family, full = model.family, model.config
+        shard = None if ranks is None else shard_of(files.name, family, full, stored, ranks)
         with naming(config_file(files), checkpoint.path), room_for_weights(files.name, placement, stored):
-            decoder = model.family.build(model.config, placement, checkpoint)
-            fill(decoder, model.family.weights, model.family.ignored(model.config), model.config, stored, progress)
+            decoder = family.build(full if shard is None else shard.config, placement, checkpoint)
+            cut = None if shard is None else shard.cut
+            fill(decoder, family.weights, family.ignored(full), full, stored, progress, cut)
+            if shard is not None:
+                shard.join(decoder)
             if config.kv_cache_dtype == "fp8":
                 from candle_vllm.core.assembly.cache_scales import give_cache_scales
 
@@ -293,8 +303,9 @@ def fill(
     config: ModelConfig | EncoderConfig,
     checkpoint: Checkpoint,
     progress: Callable[[int, int], object],
+    cut: Cut | None = None,
 ) -> None:
-    """Gives a model its weights; `progress` is called with bytes done and bytes in all."""
+    """Gives a model its weights, those of a shard by `cut`; `progress` is called with bytes done and bytes in all."""
     done, total = 0, sum(tensor.nbytes for tensor in checkpoint.tensors.values())
 
     def report(count: int) -> None:
@@ -302,7 +313,7 @@ def fill(
         done += count
         progress(done, total)
 
-    load_weights(model, table, checkpoint, config, ignored=ignored, progress=report)
+    load_weights(model, table, checkpoint, config, ignored=ignored, progress=report, cut=cut)
 
 
 def _template(config: EngineConfig, tokenizer: Tokenizer, described: Path) -> ChatTemplate | None:

@@ -4,13 +4,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.lora import Place
 from candle_vllm.core.kernels.recorded import Recorded, RecordedTokens, Value
 from candle_vllm.core.kernels.scale_cap import scale_cap_
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.parameters import Placement, TensorParameter
 from candle_vllm.core.loading.weights import Parameter
+
+
+class VocabularyShare(NamedTuple):
+    """A rank's part of a table whose rows are divided.
+
+    Attributes:
+        collective: the ranks.
+        first: the row that is its first one.
+        most: rows of any rank.
+        total: V.
+    """
+
+    collective: Collective
+    first: int
+    most: int
+    total: int
 
 
 class Embedding:
@@ -26,6 +44,7 @@ class Embedding:
         wide: rows are fp32 whatever the table is.
 
     Attributes:
+        share: the rows that this rank has of a table that is divided; None where it has all.
         place: where adapters join in when rows are looked up; when they are multiplied, it is the table's own.
     """
 
@@ -46,6 +65,7 @@ class Embedding:
         self._placement = placement
         self.table = Linear(size, vocab_size, placement, kept=False)
         self.place: Place | None = None
+        self.share: VocabularyShare | None = None
 
     def __call__(self, token_ids: Value) -> Value:
         return self.rows(token_ids, self.scale)
@@ -55,21 +75,36 @@ class Embedding:
         (matrix,) = self.table.matrices
         if isinstance(token_ids, RecordedTokens):
             return token_ids.embedding(matrix, scale, self.place)
+        if self.share is not None:
+            return self._divided(matrix, token_ids, scale, self.share)
         rows = matrix.take(token_ids, self._placement.torch_dtype)
         if self.table.adapters is not None:
             rows = self.table.adapters.look_up(self.place, token_ids, rows)
         rows = rows.float() if self._wide else rows
         return rows if scale is None else scale_cap_(rows, scale)
 
+    def _divided(self, matrix: Any, token_ids: Value, scale: float | None, share: VocabularyShare) -> Value:
+        """Rows that the ranks find each in its own part of the table."""
+        places = token_ids - share.first
+        others = (places < 0) | (places >= matrix.rows)
+        rows = matrix.take(places.masked_fill(others, 0), self._placement.torch_dtype)
+        rows = rows.float() if self._wide else rows
+        rows = share.collective.sum(rows.masked_fill(others.unsqueeze(-1), 0))
+        return rows if scale is None else scale_cap_(rows, scale)
+
     def logits(self, hidden: Value, out: Value | None = None) -> Value:
         """Scores [T, V] in fp32 of every token of the vocabulary; into `out` where it is given."""
         if isinstance(hidden, Recorded):
             return self.table(hidden.wanted()).logits(self.bias, self.logit_scale, self.softcap)
-        scores = self.table(hidden)
-        scores = scores.float() if out is None else out.copy_(scores)
+        scores, share = self.table(hidden), self.share
+        scores = scores.float() if out is None or share is not None else out.copy_(scores)
         if self.bias is not None:
             scores += self.bias
-        return scale_cap_(scores, self.logit_scale, self.softcap)
+        scores = scale_cap_(scores, self.logit_scale, self.softcap)
+        if share is None:
+            return scores
+        whole = share.collective.gather(scores, share.most)[:, : share.total]
+        return whole if out is None else out.copy_(whole)
 
     def finish(self) -> None:
         """See `Finishes`."""

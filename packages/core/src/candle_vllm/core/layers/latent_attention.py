@@ -25,6 +25,8 @@ class HeadMatrices:
     of the model's but a cached row's images that meet queries and results instead: attention's own products.
     """
 
+    sections = 1
+
     def __init__(self, heads: int, outputs: int, inputs: int, placement: Placement) -> None:
         self.shape = (heads, outputs, inputs)
         self._placement = placement

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.lora import Place
 from candle_vllm.core.kernels.moe import Activation, expert_linear
 from candle_vllm.core.kernels.recorded import Recorded, Value
@@ -36,11 +37,14 @@ class Linear:
         placement: where the weights live.
         kept: whether small floats, and whole numbers in an order of their own, may stay what they are.
         experts: X, whose parameters are "{name}.{e}.weight"; 0 where every token meets the same matrix.
+        sections: see `Parameter`.
 
     Attributes:
         pieces: the matrices as they were filled, by the beginnings of their parameters' names.
         place: where adapters join in; None where they never do.
         adapters: what they add where layers run op by op; see `number_places`.
+        collective: the ranks over which results are summed, where each has a part of the inputs; None where one has
+            all of them, and for experts, whose results are summed once they are combined.
     """
 
     def __init__(
@@ -52,9 +56,10 @@ class Linear:
         bias: bool = False,
         kept: bool = True,
         experts: int = 0,
+        sections: int = 1,
     ) -> None:
         sizes = {"": out_features} if isinstance(out_features, int) else dict(out_features)
-        self._placement, self._kept, self._experts = placement, kept, experts
+        self._placement, self._kept, self._experts, self._sections = placement, kept, experts, sections
         self.in_features = in_features
         ends = list(itertools.accumulate(sizes.values()))
         rows = {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends)}
@@ -68,6 +73,7 @@ class Linear:
         self.pieces: dict[str, Piece] = {}
         self.place: Place | None = None
         self.adapters: EagerAdapters | None = None
+        self.collective: Collective | None = None
 
     def __call__(self, x: Value, pairs: Any = None, activation: Activation | None = None) -> Value:
         """y; of experts for `pairs`, and where an activation is named act(gate) * up, see `kernels/moe`.
@@ -81,7 +87,8 @@ class Linear:
         3. Where W has a part of the inputs only, as a shard, y is summed over the shards.
         4. The bias is added, once; the activation follows.
 
-        Nothing stands at 3 yet, so the kernels of 1 do 4 while they have the sums; for that, 2 is added last.
+        The kernels of 1 do 4 while they have the sums, where there are shards those of one rank alone, whose others
+        have biases of 0; for that, 2 is added behind it.
         """
         invariant = self._placement.invariant
         if pairs is None:
@@ -90,7 +97,8 @@ class Linear:
             from candle_vllm.core.kernels.matrices import multiply
 
             y = multiply(x.to(self._torch_dtype), self.matrices, self.bias, invariant=invariant)
-            return y if self.adapters is None else self.adapters.add(self.place, x, y, self.bias)
+            y = y if self.adapters is None else self.adapters.add(self.place, x, y, self.bias)
+            return y if self.collective is None else self.collective.sum(y)
         joins = {"place": self.place, "adapters": self.adapters}
         return expert_linear(x, self.matrices, pairs, self.bias, activation=activation, invariant=invariant, **joins)
 
@@ -138,7 +146,7 @@ class Linear:
         found: dict[str, Parameter] = {}
         for prefix, (expert, rows) in self._places.items():
             shape = (rows.stop - rows.start, self.in_features)
-            found[prefix + "weight"] = MatrixParameter(self.pieces, prefix, shape, backend)
+            found[prefix + "weight"] = MatrixParameter(self.pieces, prefix, shape, backend, self._sections)
             if self.bias is not None:
                 found[prefix + "bias"] = TensorParameter(self.bias[expert][rows])
         return found

@@ -35,7 +35,7 @@ class GatedMLP:
         fused: bool = False,
     ) -> None:
         shards = 2 * intermediate_size if fused else {"gate": intermediate_size, "up": intermediate_size}
-        self.gate_up = Linear(hidden_size, shards, placement, bias=bias)
+        self.gate_up = Linear(hidden_size, shards, placement, bias=bias, sections=2 if fused else 1)
         self.down = Linear(intermediate_size, hidden_size, placement, bias=bias)
         self._gate = silu_mul if activation == "silu" else gelu_tanh_mul
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.fields import MAX_COUNT
+from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.moe import MOST_EXPERTS, Activation, Routing, Scoring, combine, route
 from candle_vllm.core.kernels.plain_linear import PlainKind
 from candle_vllm.core.kernels.recorded import Recorded, Value
@@ -107,7 +108,11 @@ class ExpertMLPs:
 
 
 class SparseMLP:
-    """Each token x [T, E] goes to k of X experts, and through a layer that all tokens share where there is one."""
+    """Each token x [T, E] goes to k of X experts, and through a layer that all tokens share where there is one.
+
+    Attributes:
+        collective: the ranks over which results are summed, where each has a part of every expert; else None.
+    """
 
     def __init__(self, hidden_size: int, mixture: Mixture, placement: Placement) -> None:
         self._mixture = mixture
@@ -115,6 +120,7 @@ class SparseMLP:
         self.experts = ExpertMLPs(hidden_size, mixture, placement)
         self.shared = GatedMLP(hidden_size, mixture.shared_size, placement) if mixture.shared_size else None
         self.shared_gate = Linear(hidden_size, 1, placement) if mixture.shared_gate else None
+        self.collective: Collective | None = None
 
     def __call__(self, x: Value) -> Value:
         logits = self.router(x)
@@ -122,7 +128,8 @@ class SparseMLP:
         gate = None if self.shared_gate is None else self.shared_gate(x)
         pairs = route(logits, self._routing())
         dtype = None if isinstance(x, Recorded) else x.dtype
-        return combine(self.experts(x, pairs), pairs, dtype, shared, gate)
+        y = combine(self.experts(x, pairs), pairs, dtype, shared, gate)
+        return y if self.collective is None else self.collective.sum(y)
 
     def _routing(self) -> Routing:
         mixture = self._mixture

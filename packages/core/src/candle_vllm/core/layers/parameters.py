@@ -106,6 +106,8 @@ SHAPES = Placement(CPU, "F32", shapes_only=True)
 class TensorParameter:
     """A plain tensor, or array, that stored numbers are copied into."""
 
+    sections = 1
+
     def __init__(self, tensor: Value) -> None:
         self._tensor = tensor
 
@@ -131,13 +133,19 @@ class MatrixParameter:
         pieces, name: where the matrix goes.
         shape: [N, K].
         backend: gives what packs it.
+        sections: see `Parameter`.
     """
 
     def __init__(
-        self, pieces: dict[str, Any], name: str, shape: tuple[int, int], backend: Callable[[], Backend[Packed]]
+        self,
+        pieces: dict[str, Any],
+        name: str,
+        shape: tuple[int, int],
+        backend: Callable[[], Backend[Packed]],
+        sections: int = 1,
     ) -> None:
         self._pieces, self._name, self._backend = pieces, name, backend
-        self.shape = shape
+        self.shape, self.sections = shape, sections
 
     def fill(self, stored: StoredTensor) -> str | None:
         """Packs the tensor."""

@@ -31,6 +31,11 @@ class Parameter(Protocol):
     """A place for one stored tensor."""
 
     @property
+    def sections(self) -> int:
+        """Matrices that stand above each other in it, of which a shard has a part of each."""
+        ...
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape that the stored tensor must have."""
         ...
@@ -57,6 +62,7 @@ class Finishes(Protocol):
         ...
 
 
+Cut: TypeAlias = Callable[[str, StoredTensor], StoredTensor]
 _Job = tuple[StoredTensor, Parameter, str]  # what, where to, and the layer's path
 
 
@@ -190,6 +196,7 @@ def load_weights(
     *,
     ignored: Sequence[str] = (),
     progress: Callable[[int], object] = lambda _: None,
+    cut: Cut | None = None,
 ) -> None:
     """Copies every tensor of `checkpoint` into `model`.
 
@@ -200,11 +207,12 @@ def load_weights(
         config: the model's; views are given it.
         ignored: patterns of stored names that carry nothing (buffers that old checkpoints saved).
         progress: called with the bytes of each tensor as it is done.
+        cut: gives what of a tensor, by its target, a shard of the model has.
 
     Raises:
         WeightsError: with all names that do not match.
     """
-    jobs = _match(model, table, checkpoint, config, ignored)
+    jobs = _match(model, table, checkpoint, config, ignored, cut)
 
     def run(job: _Job, number: int) -> str | None:
         stored, place, _ = job
@@ -241,6 +249,7 @@ def _match(
     checkpoint: Checkpoint,
     config: Counted,
     ignored: Sequence[str],
+    cut: Cut | None = None,
 ) -> list[_Job]:
     """What goes where, layer by layer; a `WeightsError` where the names or the shapes differ."""
     jobs: list[_Job] = []
@@ -261,6 +270,7 @@ def _match(
             continue
         used.add(name)
         stored, place = line.look(checkpoint.tensors[name], name, config), known[path][part]
+        stored = stored if cut is None else cut(line.target, stored)
         if tuple(stored.shape) != place.shape:
             misshapen.append(
                 f"tensor {name} has shape {list(stored.shape)}; the model's config asks for {list(place.shape)}"

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: MIT
+"""Tensor parallel: what of a model a rank has, and where ranks add up their results.
+
+A rank's model is the family's own, of fewer heads, narrower feed-forward layers and fewer words; no family knows of it.
+What it gets of each tensor is seen from the shapes of all ranks' models. Where it has some of a matrix's inputs, the
+results are summed over the ranks, once for attention and once for what follows it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.kernels.collectives import Collective
+from candle_vllm.core.layers.embedding import Embedding, VocabularyShare
+from candle_vllm.core.layers.linear import Linear
+from candle_vllm.core.layers.moe import ExpertMLPs, SparseMLP
+from candle_vllm.core.layers.parameters import SHAPES
+from candle_vllm.core.loading.config import ModelConfig
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.weights import expand, layer_at
+from candle_vllm.core.models.family import Decoder, Family
+from candle_vllm.core.quantization.tensors import StoredTensor
+
+MOST_RANKS = 64
+
+
+class _Shape(NamedTuple):
+    """Of a parameter, and the matrices that stand above each other in it."""
+
+    sizes: tuple[int, ...]
+    sections: int
+
+
+class _Cut(NamedTuple):
+    """What a rank has of a parameter: entries of one dimension, from `first` to `last` of each section."""
+
+    dimension: int
+    first: int
+    last: int
+    sections: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A rank's part of a model.
+
+    Attributes:
+        config: what its own model is built by.
+        cuts: what it has of the parameters that are divided, by their targets in the family's table.
+        collective: the ranks.
+        full: the whole model's description.
+    """
+
+    config: ModelConfig
+    cuts: Mapping[str, _Cut]
+    collective: Collective
+    full: ModelConfig
+
+    def cut(self, target: str, stored: StoredTensor) -> StoredTensor:
+        """What it has of a tensor.
+
+        Raises:
+            WeightsError: what is stored together would be cut.
+        """
+        cut = self.cuts.get(target)
+        if cut is None:
+            return stored
+        if cut.dimension == 0:
+            if cut.sections == 1:
+                return stored.rows(cut.first, cut.last)
+            each = stored.shape[0] // cut.sections
+            return stored.select((np.arange(cut.sections)[:, None] * each + np.arange(cut.first, cut.last)).reshape(-1))
+        return stored.columns(cut.first, cut.last)
+
+    def join(self, decoder: Decoder) -> None:
+        """Has the ranks' results added up where each has a part of the inputs; the model's weights are there."""
+        for target, cut in self.cuts.items():
+            path, _ = target.split(":")
+            layer = layer_at(decoder, path)
+            if cut.dimension == 1:
+                self._sum_behind(decoder, path, layer)
+            elif isinstance(layer, Embedding) and layer.share is None:
+                most = -(-self.full.vocab_size // self.collective.size)
+                layer.share = VocabularyShare(self.collective, cut.first, most, self.full.vocab_size)
+
+    def _sum_behind(self, decoder: Decoder, path: str, layer: Any) -> None:
+        linear = layer.down if isinstance(layer, ExpertMLPs) else layer
+        assert isinstance(linear, Linear), path
+        if linear.bias is not None and self.collective.rank:
+            linear.bias[...] = 0  # the first rank adds it
+        names = path.split(".")
+        above = (layer_at(decoder, ".".join(names[:end])) for end in range(len(names), 0, -1))
+        owner: Any = next((each for each in above if isinstance(each, SparseMLP)), linear)
+        owner.collective = self.collective
+
+
+def shard_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpoint, collective: Collective) -> Shard:
+    """A rank's part of a model.
+
+    Args:
+        name: the model's, for messages.
+        family, config: what the whole model is built by.
+        checkpoint: its tensors.
+        collective: the ranks.
+
+    Raises:
+        ConfigError: it cannot be divided among so many, with the numbers that it can be.
+    """
+    size = collective.size
+    units = _Units.of(family, config, checkpoint)
+    obstacle = units.obstacle(config, size)
+    if obstacle is not None:
+        able = [str(n) for n in range(1, MOST_RANKS + 1) if units.obstacle(config, n) is None]
+        raise ConfigError(
+            f"{name} cannot be divided among {size} ranks: {obstacle}. Set tensor_parallel_size to one of "
+            f"{', '.join(able)}",
+            "tensor_parallel_size",
+        )
+    configs = [units.narrowed(config, rank, size) for rank in range(size)]
+    whole = _shapes(family, config, checkpoint)
+    parts = [_shapes(family, each, checkpoint) for each in configs]
+    cuts: dict[str, _Cut] = {}
+    for target, shape in whole.items():
+        if not all(target in part for part in parts):
+            raise ConfigError(
+                f"{name} cannot be divided among ranks: it has tensors of single heads ({target}), for which that is "
+                "not implemented. Leave tensor_parallel_size out",
+                "tensor_parallel_size",
+            )
+        cut = _cut(target, shape, [part[target] for part in parts], collective.rank)
+        if cut is not None:
+            cuts[target] = cut
+    return Shard(configs[collective.rank], cuts, collective, config)
+
+
+def _shapes(family: Family, config: ModelConfig, checkpoint: Checkpoint) -> dict[str, _Shape]:
+    """Of every parameter of a model, by its target."""
+    model = family.build(config, SHAPES, checkpoint)
+    known: dict[str, Mapping[str, Any]] = {}
+    found: dict[str, _Shape] = {}
+    for line in expand(family.weights, config, checkpoint.format):
+        path, part = line.target.split(":")
+        if path not in known:
+            layer = layer_at(model, path)
+            known[path] = layer.parameters() if layer is not None else {}
+        if line.names and part in known[path]:
+            parameter = known[path][part]
+            found[line.target] = _Shape(tuple(parameter.shape), parameter.sections)
+    return found
+
+
+def _cut(target: str, whole: _Shape, parts: Sequence[_Shape], rank: int) -> _Cut | None:
+    """What a rank has of a parameter; None for all."""
+    differ = [n for n, total in enumerate(whole.sizes) if any(part.sizes[n] != total for part in parts)]
+    if not differ:
+        return None
+    (dimension,) = differ
+    assert dimension < 2, target
+    sections = whole.sections if dimension == 0 else 1
+    total, sizes = whole.sizes[dimension] // sections, [part.sizes[dimension] // sections for part in parts]
+    if sum(sizes) == total:
+        first = sum(sizes[:rank])
+    else:  # fewer heads of keys than ranks: neighbours have the same
+        each = sizes[0]
+        assert set(sizes) == {each}, target
+        first = rank * (total // each) // len(sizes) * each
+    return _Cut(dimension, first, first + sizes[rank], sections)
+
+
+class _Units(NamedTuple):
+    """At multiples of what a model may be divided.
+
+    Attributes:
+        heads: of queries.
+        inner, experts, shared: numbers between the matrices of dense feed-forward layers, of experts, and of what all
+            tokens share.
+    """
+
+    heads: int = 1
+    inner: int = 1
+    experts: int = 1
+    shared: int = 1
+
+    @classmethod
+    def of(cls, family: Family, config: ModelConfig, checkpoint: Checkpoint) -> _Units:
+        """What is stored together stays together."""
+        stored = {
+            line.target: (line, name)
+            for line in expand(family.weights, config, checkpoint.format)
+            if line.names and (name := line.find(checkpoint.tensors)) is not None
+        }
+        whole = _shapes(family, config, checkpoint)
+
+        def unit(count: int, narrow: Callable[[], ModelConfig]) -> int:
+            """How many of `count` stay together, where a model of fewer has fewer columns somewhere."""
+            if count < 2:
+                return 1
+            least = 1
+            for target, shape in _shapes(family, narrow(), checkpoint).items():
+                if len(shape.sizes) == 2 and shape.sizes[1] != whole[target].sizes[1] and target in stored:
+                    line, name = stored[target]
+                    columns = whole[target].sizes[1]
+                    step = line.look(checkpoint.tensors[name], name, config).column_step
+                    each = columns // count
+                    least = math.lcm(least, step // math.gcd(step, each))
+            return min(least, count)
+
+        def fewer(**sizes: int) -> ModelConfig:
+            return dataclasses.replace(config, mixture=dataclasses.replace(mixture, **sizes))  # type: ignore[call-arg]
+
+        mixture: Any = getattr(config, "mixture", None)
+        found = cls(
+            unit(config.num_heads, lambda: dataclasses.replace(config, num_heads=1, num_kv_heads=1)),
+            unit(config.intermediate_size, lambda: dataclasses.replace(config, intermediate_size=1)),
+        )
+        if mixture is None:
+            return found
+        return found._replace(
+            experts=unit(mixture.inner_size, lambda: fewer(inner_size=1)),
+            shared=unit(mixture.shared_size, lambda: fewer(shared_size=1)),
+        )
+
+    def _heads(self, config: ModelConfig, size: int) -> int:
+        """Heads of queries that stay together among so many ranks."""
+        if config.latent is not None or size > config.num_kv_heads:
+            return self.heads
+        return math.lcm(self.heads, config.num_heads // config.num_kv_heads)
+
+    def obstacle(self, config: ModelConfig, size: int) -> str | None:
+        """Why it cannot be divided among so many ranks; None where it can."""
+        heads, kv = config.num_heads, config.num_kv_heads
+        if config.latent is None and size > kv and (size % kv or heads % size or heads // size % self.heads):
+            return f"{kv} key-value heads and {heads} heads cannot be shared by them alike"
+        mixture: Any = getattr(config, "mixture", None)
+        parts = [
+            ("heads", heads, self._heads(config, size)),
+            ("numbers of its feed-forward layers", config.intermediate_size, self.inner),
+            ("words", config.vocab_size, -(-config.vocab_size // size)),
+        ]
+        if mixture is not None:
+            parts.append(("numbers of its experts", mixture.inner_size, self.experts))
+            if mixture.shared_size:
+                parts.append(("numbers of its shared expert", mixture.shared_size, self.shared))
+        for what, total, unit in parts:
+            if -(-total // unit) < size:
+                return f"its {total} {what} stay together by {unit}, which gives some of them none"
+        return None
+
+    def narrowed(self, config: ModelConfig, rank: int, size: int) -> ModelConfig:
+        """What a rank's model is built by."""
+        heads = _share(config.num_heads, self._heads(config, size), rank, size)
+        mixture: Any = getattr(config, "mixture", None)
+        kv = heads if config.latent is not None else max(1, heads * config.num_kv_heads // config.num_heads)
+        sizes: dict[str, Any] = {
+            "num_heads": heads,
+            "num_kv_heads": kv,
+            "intermediate_size": _share(config.intermediate_size, self.inner, rank, size),
+            "vocab_size": _share(config.vocab_size, -(-config.vocab_size // size), rank, size),
+        }
+        if mixture is not None:
+            shared = _share(mixture.shared_size, self.shared, rank, size) if mixture.shared_size else 0
+            inner = _share(mixture.inner_size, self.experts, rank, size)
+            sizes["mixture"] = dataclasses.replace(mixture, inner_size=inner, shared_size=shared)
+        return dataclasses.replace(config, **sizes)
+
+
+def _share(total: int, unit: int, rank: int, size: int) -> int:
+    """How much of `total` a rank has, at multiples of a unit: the first ones have one more where it does not divide."""
+    blocks = -(-total // unit)
+    each, more = divmod(blocks, size)
+    first = rank * each + min(rank, more)
+    last = first + each + (rank < more)
+    return min(total, last * unit) - min(total, first * unit)

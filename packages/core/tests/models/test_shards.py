@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: MIT
+"""Models divided among ranks, here threads of one process, against the whole ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FORMATS, ROWS
+from family_formats import write_format
+from gguf_export import export_gguf
+from tiny import BLOCK, LENGTH, eager_logits, error, some_tokens, step_logits, write_tiny
+
+from candle_vllm.core import EngineConfig
+from candle_vllm.core.assembly import model as loading
+from candle_vllm.core.assembly.model import load_model
+from candle_vllm.core.devices import CPU
+from candle_vllm.core.engine.eager_runner import EagerRunner
+from candle_vllm.core.errors import ConfigError
+
+
+class Threads:
+    """Ranks in threads; see `Collective`. All add up in the order of ranks."""
+
+    def __init__(self, rank: int, size: int, shared: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.size, self._shared, self._barrier = rank, size, shared, barrier
+
+    def _all(self, x: Any) -> list[Any]:
+        self._shared[self.rank] = x
+        self._barrier.wait(60)
+        found = list(self._shared)
+        self._barrier.wait(60)
+        return found
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self._all(x)).sum(0)
+
+    def gather(self, x: torch.Tensor, width: int) -> torch.Tensor:
+        assert x.shape[1] <= width
+        return torch.cat([torch.nn.functional.pad(each, (0, width - each.shape[1])) for each in self._all(x)], 1)
+
+    def least(self, number: int) -> int:
+        return min(self._all(number))
+
+    def close(self) -> None:
+        self._barrier.abort()
+
+
+def divided(size: int, work: Callable[[Threads], Any]) -> list[Any]:
+    """What each of so many ranks gives."""
+    shared, barrier = [None] * size, threading.Barrier(size)
+
+    def run(rank: int) -> Any:
+        try:
+            return work(Threads(rank, size, shared, barrier))
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(run, range(size)))
+
+
+def logits_of(source: Path, size: int, chunks: list[int], **settings: Any) -> list[torch.Tensor]:
+    """Logits of each rank."""
+
+    def work(ranks: Threads) -> torch.Tensor:
+        config = EngineConfig(model=str(source), enforce_eager=True, **settings)
+        loaded = load_model(config, CPU, lambda done, total: None, ranks=ranks)
+        runner = EagerRunner(loaded.decoder, 32, BLOCK, CPU, loaded.placement.torch_dtype)
+        return step_logits(runner, some_tokens(), chunks)
+
+    return divided(size, work)
+
+
+BY_HEADS = "StableLM-2-12B"  # has a tensor for each head's norm
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name != BY_HEADS])
+def test_ranks_give_the_logits_of_one(name: str, tmp_path: Path) -> None:
+    row = ROWS[name]
+    write_tiny(tmp_path, row.model_type, **row.config)
+    whole = eager_logits(tmp_path, some_tokens(), [LENGTH])
+    for logits in logits_of(tmp_path, 2, [30, 1, LENGTH - 31]):
+        assert error(logits, whole) < 1e-5
+
+
+UNEVEN = {  # of three ranks
+    "Qwen2-MoE": {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3},
+    "GLM-4": {"num_attention_heads": 6, "num_key_value_heads": 3},
+    "gpt-oss": {"num_attention_heads": 6, "num_key_value_heads": 3},
+    "DeepSeek-V3": {"num_attention_heads": 6, "num_key_value_heads": 6},
+}
+
+
+@pytest.mark.parametrize("size", [3, 4])
+@pytest.mark.parametrize("name", UNEVEN)
+def test_more_ranks(name: str, size: int, tmp_path: Path) -> None:
+    """Three ranks have a head of keys each; of four, two have the same one."""
+    row = ROWS[name]
+    write_tiny(tmp_path, row.model_type, **{**row.config, **(UNEVEN[name] if size == 3 else {})})
+    whole = eager_logits(tmp_path, some_tokens(), [LENGTH])
+    parts = logits_of(tmp_path, size, [LENGTH])
+    assert all(torch.equal(part, parts[0]) for part in parts)
+    assert error(parts[0], whole) < 1e-5
+
+
+def test_tensors_of_single_heads_are_refused(tmp_path: Path) -> None:
+    row = ROWS[BY_HEADS]
+    write_tiny(tmp_path, row.model_type, **row.config)
+    with pytest.raises(ConfigError, match="tensors of single heads") as raised:
+        logits_of(tmp_path, 2, [LENGTH])
+    assert raised.value.setting == "tensor_parallel_size"
+
+
+def test_numbers_that_work_are_named(tmp_path: Path) -> None:
+    write_tiny(tmp_path, "llama", hidden_size=96, num_attention_heads=12, num_key_value_heads=3)
+    with pytest.raises(ConfigError, match="Set tensor_parallel_size to one of 1, 2, 3, 6, 12"):
+        logits_of(tmp_path, 5, [LENGTH])
+
+
+@pytest.mark.parametrize("isq", ["q8_0", "q4k"])
+def test_blocks_stay_whole(isq: str, tmp_path: Path) -> None:
+    """Three blocks of 256 among two ranks are two and one."""
+    write_tiny(tmp_path, "llama", hidden_size=256, intermediate_size=768, head_dim=128, vocab_size=512)
+    whole = eager_logits(tmp_path, some_tokens(), [LENGTH], isq=isq)
+    parts = logits_of(tmp_path, 2, [LENGTH], isq=isq)
+    assert error(parts[1], whole) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mixtral"])
+def test_rows_of_gguf_are_cut_in_their_order(name: str, tmp_path: Path) -> None:
+    """Heads of q and k are stored in pairs of neighbours, and experts as one tensor."""
+    row = ROWS[name]
+    folder = write_tiny(tmp_path / "model", row.model_type, **row.config)
+    path = export_gguf(folder, tmp_path / "model.gguf", str(row.gguf), quantization="Q8_0")
+    whole = eager_logits(path, some_tokens(), [LENGTH])
+    assert error(logits_of(path, 2, [LENGTH])[1], whole) < 1e-5
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_quantised_matrices_are_cut_as_a_gpu_holds_them(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = {"hidden_size": 128, "intermediate_size": 384, "head_dim": 64}
+    write_tiny(tmp_path / "model", "llama", **size)
+    stored, plain = write_format(tmp_path / "model", format, tmp_path)
+    whole, usual = eager_logits(plain, some_tokens(), [LENGTH]), loading.choose_placement
+
+    def placed(*arguments: Any) -> Any:
+        return dataclasses.replace(usual(*arguments), keeps_quantised=True)
+
+    monkeypatch.setattr(loading, "choose_placement", placed)
+    assert error(logits_of(stored, 2, [LENGTH])[1], whole) < 1e-5
