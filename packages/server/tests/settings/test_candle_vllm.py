@@ -47,10 +47,11 @@ def load(tmp_path: Path) -> Load:
 # ---- command lines ---------------------------------------------------------------------------------------------------
 
 
-def test_of_several_devices_the_first_is_used_and_a_remark_says_so(load: Load, tmp_path: Path) -> None:
+def test_a_model_is_divided_among_several_devices(load: Load, tmp_path: Path) -> None:
     made = load(f"--d 0,1 --w {tmp_path} --isq q4k --ui-server")
-    assert engine_config(made.settings).device == "cuda:0"
-    assert [remark for remark in made.remarks if "cuda:0 is used, and cuda:1 is not" in remark]
+    config = engine_config(made.settings)
+    assert (config.device, config.tensor_parallel_size) == ("cuda:0,cuda:1", 2)
+    assert engine_config(load("--m x --cpu --num-shards 2").settings).tensor_parallel_size == 2
     assert load("--d 2 --m x").remarks == ()
 
 
@@ -160,13 +161,13 @@ SAID = {
     "example.models": [
         "parking_lot.pool: worker_threads", "parking_lot.pool: max_blocking_threads",
         "parking_lot.pool: thread_stack_size", "kvcache_mem_cpu", "multithread",
-        "prompt_cache: backend, cache_path, min_prefix_length", "device_ids: one device computes", "vision_mode proxy",
+        "prompt_cache: backend, cache_path, min_prefix_length", "vision_mode proxy",
         "parking_lot: timeout_secs", "quantization",
     ],
     "models": ["multithread"],
     "models-minimal": [],
     "models-optimized": ["multithread", "kvcache_compression", "prompt_cache: backend", "vision_mode native"],
-    "models-fixed": ["device_ids: one device computes a model, and that is 1; [2]"],
+    "models-fixed": [],
     "sample.models": ["quantization", "worker_threads", "max_units", "parking_lot: mailbox has no effect"],
     "test.models": [],
     "parking-lot.models": ["worker_threads", "max_units", "queue: backend, persistence, postgres_url", "surrealdb"],
@@ -196,14 +197,14 @@ def test_keys_with_a_meaning_are_honoured(load: Load) -> None:
     example = _entries(load, "example.models")
     mistral, vision, local = example["mistral"], example["qwen-vl"], example["local"]
     assert (mistral.device, mistral.mem, mistral.isq, mistral.enable_prefix_caching) == ("auto", 4096, "q4k", True)
-    assert (vision.device, vision.mem, vision.dtype, vision.max_queued_requests) == ("auto", 8192, "f16", 32)
+    assert (vision.device, vision.mem, vision.dtype, vision.max_queued_requests) == ("cuda:0,cuda:1", 8192, "f16", 32)
     assert (local.isq, local.mem, mistral.max_queued_requests, mistral.request_timeout) == (None, 2048, 1000, 120)
     optimized = _entries(load, "models-optimized")
     assert [(one.mem, one.dtype, one.temperature) for one in optimized.values()] == [
         (8192, "bf16", 0.2), (2048, "bf16", 0.2)
     ]  # fmt: skip
     fixed, sample = _entries(load, "models-fixed")["fixed"], _entries(load, "sample.models")["a"]
-    assert (fixed.device, fixed.isq, fixed.mem, sample.enable_prefix_caching) == ("cuda:1", None, 4096, False)
+    assert (fixed.device, fixed.isq, fixed.mem, sample.enable_prefix_caching) == ("cuda:1,cuda:2", None, 4096, False)
     assert _entries(load, "models-minimal")["tiny"].device == "cpu"
 
 

@@ -147,7 +147,8 @@ TRANSLATED: dict[str, dict[str, Any]] = {
     "--port 1 Qwen/Qwen3-4B": {"port": 1, "model": "Qwen/Qwen3-4B"},
     "--served-model-name a b --api-key k1 k2": {"served_model_name": ("a", "b"), "api_key": ("k1", "k2")},
     "--api-key k1 --api-key k2": {"api_key": ("k1", "k2")},
-    "-tp 1 --tensor-parallel-size=1 -O3 --swap-space 4": {},
+    "-tp 1 -O3 --swap-space 4": {"tensor_parallel_size": 1},
+    "-tp 2 --num-shards 2": {"tensor_parallel_size": 2},
     "--scheduling-policy priority --enable-log-requests": {"enable_request_priority": True, "log_requests": True},
     "--disable-log-requests --uvicorn-log-level critical": {"log_requests": False, "log_level": "error"},
     "--generation-config vllm": {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1},
@@ -227,7 +228,8 @@ def test_a_file_of_flags_stands_below_those_beside_it(tmp_path: Path) -> None:
     source, own = parse("serve", ["--config", str(path), "--port", "1", "--mem", "64", "other/name"])
     assert own == {}
     assert dict(source.values) == {
-        "model": "other/name", "port": 1, "mem": 64, "max_model_len": 8192, "served_model_name": ("a", "b"),
+        "model": "other/name", "tensor_parallel_size": 1,
+        "port": 1, "mem": 64, "max_model_len": 8192, "served_model_name": ("a", "b"),
         "enable_prefix_caching": False, "enforce_eager": True, "temperature": 0.5}  # fmt: skip
     assert source.given_as["port"] == "--p"
     assert source.given_as["max_model_len"] == f"--max-model-len in {path}"
@@ -242,7 +244,7 @@ def test_a_file_of_flags_stands_below_those_beside_it(tmp_path: Path) -> None:
         ("port:", "serve.yaml: port has no value"),
         ("prot: 1", "serve.yaml: unknown flag --prot"),
         ("port: x", "serve.yaml: --p/--port must be a whole number"),
-        ("tensor-parallel-size: 2", "serve.yaml: --tensor-parallel-size 2 is not taken"),
+        ("pipeline-parallel-size: 2", "serve.yaml: --pipeline-parallel-size 2 is not taken"),
         ("trust-remote-code: false\nmax-loras: false", "serve.yaml: max-loras: leave it out"),
         ("config: a.yaml", "serve.yaml: config stands on the command line alone"),
         ("help: true", "serve.yaml: help stands on the command line alone"),
@@ -260,8 +262,8 @@ def test_a_wrong_file_of_flags_is_named(tmp_path: Path, text: str, message: str)
     ("arguments", "message"),
     [
         (
-            ["--tensor-parallel-size", "2"],
-            "--tensor-parallel-size 2 is not taken: an engine computes on one device",
+            ["--pipeline-parallel-size", "2"],
+            "--pipeline-parallel-size 2 is not taken: a model is divided among the GPUs of one machine",
         ),
         (["-ngl", "20"], "a model lies whole on a GPU or on the CPU (--device)"),
         (["bench", "--alias", "a"], "--alias is called --served-model-name here (of `candle-vllm serve, "),

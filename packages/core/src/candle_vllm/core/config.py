@@ -231,8 +231,13 @@ class EngineConfig(ExplainedSettings):
     load_format: Annotated[LoadFormat, Choice(get_args(LoadFormat)), "auto reads the weights; dummy fills them with "
                            "random numbers, to measure a model without its files",
                            '"dummy" needs config.json and the tokenizer alone.'] = "auto"
-    device: Annotated[str, Device(), "auto, cpu, cuda or cuda:N",
-                      '"auto" is the first GPU that can be used, else the CPU.'] = "auto"
+    device: Annotated[str, Device(several=True), "auto, cpu, cuda, cuda:N, or several GPUs, as cuda:0,cuda:1",
+                      '"auto" is the first GPU that can be used, else the CPU; several divide the model among them.'
+                      ] = "auto"
+    tensor_parallel_size: Annotated[int, Integer(1, 64), "divide the model among so many GPUs, or ranks on the CPU, "
+                                    "each a process of its own (docs/scaling.md)",
+                                    "Several devices (cuda:0,1) say it, too. Ranks on the CPU compute op by op in "
+                                    "torch, to try it out."] = 1
     dtype: Annotated[DType, Choice(_DTYPES, _DTYPE_ALIASES), "type of plain matrices: auto (each one's own; on a GPU "
                      "bf16, or f16 where it has none), f32, bf16 or f16",
                      'On the CPU "auto" keeps the type of each matrix (F64 becomes f32), and quantised ones stay as '
@@ -369,8 +374,38 @@ class EngineConfig(ExplainedSettings):
                 "prompt_cache_bytes sets nothing without prompt_cache_path: set that, or leave it out",
                 "prompt_cache_bytes",
             )
+        self._check_ranks()
         if not self.model:
             raise ConfigError("model is empty: pass a Hugging Face id, a folder or a .gguf file", "model")
+
+    def _check_ranks(self) -> None:
+        """Several devices are as many ranks; refuses what these cannot do."""
+        devices = self.device.split(",")
+        if len(set(devices)) < len(devices):
+            raise ConfigError(f"device {self.device!r} names a GPU twice: name each once", "device")
+        if len(devices) > 1:
+            if self.tensor_parallel_size not in (1, len(devices)):
+                raise ConfigError(
+                    f"device names {len(devices)} GPUs, and tensor_parallel_size is {self.tensor_parallel_size}: name "
+                    "as many, or leave one of both out",
+                    "tensor_parallel_size",
+                )
+            object.__setattr__(self, "tensor_parallel_size", len(devices))
+        if self.tensor_parallel_size == 1:
+            return
+        drafts = draft_settings(self.speculative_config)
+        refused = {
+            "enable_lora": self.enable_lora,
+            "prompt_cache_path": self.prompt_cache_path is not None,
+            "mmproj": self.mmproj is not None,
+            "speculative_config": drafts is not None and drafts.method in WITH_WEIGHTS,
+        }
+        for name, given in refused.items():
+            if given:
+                what = f"{name} with weights of its own" if name == "speculative_config" else name
+                raise ConfigError(
+                    f"{what} is not implemented for several ranks: leave it out, or set tensor_parallel_size=1", name
+                )
 
     def __repr__(self) -> str:
         """What differs from the defaults, without secrets."""
@@ -429,6 +464,7 @@ class EngineSettings(TypedDict, total=False):
     imatrix: Path | None
     load_format: LoadFormat
     device: str
+    tensor_parallel_size: int
     dtype: DType
     enforce_eager: bool
     attention_backend: AttentionBackend

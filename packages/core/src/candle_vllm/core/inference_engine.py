@@ -21,6 +21,7 @@ from candle_vllm.core.devices import choose_device, give_back
 from candle_vllm.core.engine.adapters import AdapterCall
 from candle_vllm.core.engine.build import build_engine, model_info
 from candle_vllm.core.engine.engine import Engine
+from candle_vllm.core.engine.ranks import Ranks
 from candle_vllm.core.engine.request import AdapterInfo, LoraChoice, TokenOutput, adapter_uses
 from candle_vllm.core.engine.thread import SLEEPS, EngineThread
 from candle_vllm.core.engine_front import EngineFront
@@ -67,6 +68,17 @@ class InferenceEngine(EngineFront):
             raise ConfigError(f"pass an EngineConfig or settings, not both: {', '.join(settings)}")
         self.config = config
         self._owner = os.getpid()
+        ranks = None if config.tensor_parallel_size == 1 else Ranks(config)
+        try:
+            self._load(config if ranks is None else ranks.config, ranks, on_progress)
+        except BaseException:
+            if ranks is not None:
+                ranks.close()
+            raise
+
+    def _load(
+        self, config: EngineConfig, ranks: Ranks | None, on_progress: Callable[[int, int], object] | None
+    ) -> None:
         device = choose_device(config.device)
         LOADING_THREADS.set(config.threads)
         use_level(config.cpu_level)
@@ -78,12 +90,14 @@ class InferenceEngine(EngineFront):
 
         with nullcontext() if on_progress is not None else progress_bar():
             tell("reading the model's files")
-            loaded = load_any_model(config, device, weights)
+            loaded = load_any_model(config, device, weights, None if ranks is None else ranks.collective)
+            if ranks is not None:
+                ranks.all_loaded()
             self._loaded: LoadedModel | LoadedEncoder | None = loaded
             tell("preparing the steps")
-            self._engine: Engine | None = build_engine(config, loaded)
+            self._engine: Engine | None = build_engine(config, loaded, ranks)
         self._thread: EngineThread | None = None
-        self._manual = False
+        self._manual, self._ranks = False, ranks
         self._ended: list[TokenOutput] = []  # pieces of requests that were aborted between steps
         self._lock = threading.Lock()  # guards how the engine is driven
         self._finalizer = weakref.finalize(self, _shut_down, None, self._engine, self._owner)
@@ -217,6 +231,8 @@ class InferenceEngine(EngineFront):
             if self._thread is None:
                 with room_for("the engine", 0):
                     self._thread = self._make_thread(engine)
+                if self._ranks is not None:
+                    self._ranks.on_death = self._thread.fail
                 if engine.adapters is not None:
                     engine.adapters.on_change = self._thread.wake
                 self._finalizer.detach()

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device, gpu_memory
 from candle_vllm.core.errors import ConfigError, NoMemoryError
+from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.threads import STACK_BYTES, control_groups, loading_threads, read_or_nothing
 
@@ -51,6 +52,11 @@ class CachePlan:
     max_model_len: int
     message: str
     warning: str = ""
+
+    def agreed(self, ranks: Collective) -> CachePlan:
+        """What every rank has room for."""
+        blocks, longest = (ranks.least(number) for number in (self.num_blocks, self.max_model_len))
+        return dataclasses.replace(self, num_blocks=blocks, max_model_len=longest)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -307,8 +307,10 @@ class Device:
     several: bool = False
 
     def taken(self, value: Any) -> str:
-        if not _DEVICE.fullmatch(Text().taken(value)):
-            raise ValueError(_NO_METAL if value.lower() in _APPLE else "is not one of auto, cpu, cuda, cuda:N")
+        kind = _DEVICE if not self.several or "," not in Text().taken(value) else _DEVICES
+        if not kind.fullmatch(Text().taken(value)):
+            more = ", cuda:N,cuda:M" if self.several else ""
+            raise ValueError(_NO_METAL if value.lower() in _APPLE else f"is not one of auto, cpu, cuda, cuda:N{more}")
         return value
 
     def from_text(self, text: str) -> str:

@@ -24,6 +24,7 @@ from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.fields import read_json
+from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory, loading
 from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.config import EncoderConfig
@@ -52,20 +53,21 @@ def load_any_model(
     device: Device,
     progress: Callable[[int, int], object],
     again: Sequence[WeightMemory] = (),
+    ranks: Collective | None = None,
 ) -> LoadedModel | LoadedEncoder:
     """Loads `config.model`, whichever kind it is; arguments and errors as `load_model`.
 
     Args:
-        config, device, progress: as of `load_model`.
+        config, device, progress, ranks: as of `load_model`.
         again: memories of the same model, whose matrices are written to their places once more.
     """
     with loading(again) as memories:
-        loaded = _load_any_model(config, device, progress)
+        loaded = _load_any_model(config, device, progress, ranks)
     return dataclasses.replace(loaded, memories=tuple(memories))
 
 
 def _load_any_model(
-    config: EngineConfig, device: Device, progress: Callable[[int, int], object]
+    config: EngineConfig, device: Device, progress: Callable[[int, int], object], ranks: Collective | None
 ) -> LoadedModel | LoadedEncoder:
     files = model_files(config)
     find_draft(config)
@@ -78,10 +80,15 @@ def _load_any_model(
         opened = open_model(files, device)
     found = found or describe_encoder(files, opened)
     if found is None:
-        loaded = load_model(config, device, progress, opened)
+        loaded = load_model(config, device, progress, opened, ranks)
         return dataclasses.replace(loaded, draft=load_draft(config, loaded, device, progress))
     with opened.checkpoint:
         _check_isq(config)
+        if ranks is not None:
+            raise ConfigError(
+                f"{files.name} reads texts whole, and is not divided among ranks: leave tensor_parallel_size out",
+                "tensor_parallel_size",
+            )
         return _load_encoder(config, device, progress, opened, *found)
 
 

@@ -79,7 +79,12 @@ class Shard:
         return stored.columns(cut.first, cut.last)
 
     def join(self, decoder: Decoder) -> None:
-        """Has the ranks' results added up where each has a part of the inputs; the model's weights are there."""
+        """Has the ranks' results added up where each has a part of the inputs; the model's weights are there.
+
+        From then on its words are those of the whole model.
+        """
+        whole: Any = decoder
+        whole.config = dataclasses.replace(self.config, vocab_size=self.full.vocab_size)
         for target, cut in self.cuts.items():
             path, _ = target.split(":")
             layer = layer_at(decoder, path)

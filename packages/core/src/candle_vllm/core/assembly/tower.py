@@ -82,8 +82,8 @@ def load_tower(
             )
         return None
     try:
-        if device.type != "cpu":
-            raise ConfigError("images are for the CPU so far: set device='cpu'")
+        if device.type != "cpu" or config.tensor_parallel_size > 1:
+            raise ConfigError("images are for one rank on the CPU so far: set device='cpu'")
         require_pillow()
     except ConfigError as error:
         if config.mmproj is not None:

@@ -27,11 +27,13 @@ from candle_vllm.core.engine.images import ImageStore
 from candle_vllm.core.engine.kept_blocks import keep_blocks
 from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, HeadRunner, ModelRunner, StepwiseRunner
 from candle_vllm.core.engine.preparation import DecoderPreparation, EncoderPreparation
+from candle_vllm.core.engine.ranks import RankedRunner, Ranks
 from candle_vllm.core.engine.request import ModelInfo
 from candle_vllm.core.engine.scheduler import Scheduler, WholeTexts
 from candle_vllm.core.engine.sleeping import Sleeper
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention.cpu_cache import BLOCK, PLAIN, CacheKind, number_bytes
+from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.memory import MIB, CachePlan, available_memory, cache_bytes, main_room, plan_cache, room_for
 from candle_vllm.core.models.stack import DecoderStack
@@ -81,8 +83,8 @@ _NOT_FOR_ENCODERS = MappingProxyType(
 )
 
 
-def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> Engine:
-    """The engine for a loaded model.
+def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, ranks: Ranks | None = None) -> Engine:
+    """The engine for a loaded model, of which `ranks` have the other parts.
 
     Raises:
         ConfigError: settings that cannot work together, or not with this model and memory.
@@ -91,30 +93,18 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
     if isinstance(loaded, LoadedEncoder):
         return _build_encoder(config, loaded, sleeper)
     placement = loaded.placement
-    defaults = DEFAULTS[placement.device.type]
-    longest = config.max_model_len or loaded.config.max_position
-    if config.max_num_batched_tokens == 0 and placement.device.type == "cpu":  # where the cache may cut the context
-        longest = _plan_on_cpu(config, loaded, config.max_num_seqs or defaults.sequences, defaults.share).max_model_len
-    sequences, budget = step_size(config, placement.device, longest)
-    if config.speculative_config is None and placement.recorded and budget > sequences:
-        drafts = SpeculativeConfig()  # no answer is another by it, so that it need not be asked for
-    else:
-        drafts = draft_settings(config.speculative_config)
-    rows = 0 if drafts is None else _draft_rows(drafts, sequences, budget)
+    sequences, budget, drafts, rows = _step(config, loaded)
     _require_room_for_images(loaded, sequences + rows, budget)
+    collective = None if ranks is None else ranks.collective
+    runner, draft, plan = _build_runner(config, loaded, collective)
     if placement.device.type == "cuda":
-        if drafts is not None and drafts.method in WITH_WEIGHTS:
-            raise ConfigError(
-                "speculative_config: models and heads draft on the CPU alone: on a GPU take the method suffix or ngram",
-                "speculative_config",
-            )
-        from candle_vllm.core.engine.device_build import adapter_slots, build_on_gpu
+        from candle_vllm.core.engine.device_build import adapter_slots
 
         most_adapters = adapter_slots(config)
-        (runner, plan), draft = build_on_gpu(config, loaded, budget, sequences, defaults.share, rows), None
     else:
         most_adapters = config.max_loras or sequences
-        runner, draft, plan = _build_on_cpu(config, loaded, budget, sequences, rows)
+    if ranks is not None:
+        runner = RankedRunner(runner, ranks)
     blocks = BlockManager(plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
     reproducible = config.deterministic and placement.device.type == "cuda"
     store, admission = None, None
@@ -145,6 +135,44 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> E
     engine = Engine(runner, scheduler, preparation, drafter, images, kept, sleeper)
     engine.cache_bytes = plan.num_blocks * plan.block_bytes
     return engine
+
+
+def build_rank(config: EngineConfig, loaded: LoadedModel, ranks: Collective) -> ModelRunner:
+    """What runs another rank's part of a model; errors as `build_engine`, of which the first rank tells."""
+    return _build_runner(config, loaded, ranks)[0]
+
+
+def _step(config: EngineConfig, loaded: LoadedModel) -> tuple[int, int, SpeculativeConfig | None, int]:
+    """The largest step, sequences and tokens; what is guessed, and the most rows of guesses."""
+    placement = loaded.placement
+    defaults = DEFAULTS[placement.device.type]
+    longest = config.max_model_len or loaded.config.max_position
+    if config.max_num_batched_tokens == 0 and placement.device.type == "cpu":  # where the cache may cut the context
+        longest = _plan_on_cpu(config, loaded, config.max_num_seqs or defaults.sequences, defaults.share).max_model_len
+    sequences, budget = step_size(config, placement.device, longest)
+    if config.speculative_config is None and placement.recorded and budget > sequences:
+        drafts = SpeculativeConfig()  # no answer is another by it, so that it need not be asked for
+    else:
+        drafts = draft_settings(config.speculative_config)
+    return sequences, budget, drafts, 0 if drafts is None else _draft_rows(drafts, sequences, budget)
+
+
+def _build_runner(
+    config: EngineConfig, loaded: LoadedModel, ranks: Collective | None
+) -> tuple[Any, StepwiseRunner | HeadRunner | None, CachePlan]:
+    """What runs the model or this rank's part of it, what runs that of drafts, and the cache of both."""
+    sequences, budget, drafts, rows = _step(config, loaded)
+    if loaded.placement.device.type == "cpu":
+        return _build_on_cpu(config, loaded, budget, sequences, rows, ranks)
+    if drafts is not None and drafts.method in WITH_WEIGHTS:
+        raise ConfigError(
+            "speculative_config: models and heads draft on the CPU alone: on a GPU take the method suffix or ngram",
+            "speculative_config",
+        )
+    from candle_vllm.core.engine.device_build import build_on_gpu
+
+    runner, plan = build_on_gpu(config, loaded, budget, sequences, DEFAULTS["cuda"].share, rows, ranks)
+    return runner, None, plan
 
 
 def _require_room_for_images(loaded: LoadedModel, others: int, budget: int) -> None:
@@ -378,10 +406,16 @@ def cache_kinds(config: EngineConfig, model: LoadedModel | Described) -> tuple[C
 
 
 def _build_on_cpu(
-    config: EngineConfig, loaded: LoadedModel, budget: int, sequences: int, draft_rows: int
+    config: EngineConfig,
+    loaded: LoadedModel,
+    budget: int,
+    sequences: int,
+    draft_rows: int,
+    ranks: Collective | None = None,
 ) -> tuple[StepwiseRunner, StepwiseRunner | HeadRunner | None, CachePlan]:
     """What runs the model, and the model of drafts where there is one; the cache of both."""
     plan = _plan_on_cpu(config, loaded, sequences, DEFAULTS["cpu"].share)
+    plan = plan if ranks is None else plan.agreed(ranks)
     logger.info(plan.message)
     if plan.warning:
         logger.warning(plan.warning)

@@ -21,6 +21,7 @@ from candle_vllm.core.engine.device_runner import MOST_CAPTURED, DeviceRunner
 from candle_vllm.core.errors import ConfigError, NoMemoryError
 from candle_vllm.core.kernels.attention.backend import AttentionNeeds
 from candle_vllm.core.kernels.attention.backends import choose, choose_latent
+from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.device_stream import CudaStream, DeviceStream, Work
 from candle_vllm.core.kernels.torch_numbers import NAMES
 from candle_vllm.core.kernels.triton_build import capability, compile_together
@@ -39,15 +40,21 @@ _SLACK = 128 * MIB  # modules of kernels, a workspace of cuBLAS for each thread,
 
 
 def build_on_gpu(
-    config: EngineConfig, loaded: LoadedModel, budget: int, sequences: int, share: float, draft_rows: int = 0
+    config: EngineConfig,
+    loaded: LoadedModel,
+    budget: int,
+    sequences: int,
+    share: float,
+    draft_rows: int = 0,
+    ranks: Collective | None = None,
 ) -> tuple[DeviceRunner, CachePlan]:
     """The runner, its cache allocated and its steps captured, and the plan of the cache; `draft_rows` are the most
-    drafts of a step, which are rows of their own.
+    drafts of a step, which are rows of their own. `ranks` have the other parts of the model, and do the same.
 
     Raises:
         ConfigError: settings that cannot work with this model, GPU and memory.
     """
-    device, model = loaded.placement.device, loaded.config
+    device, model = loaded.placement.device, loaded.decoder.config
     _refuse_cache_of_cpu(config)
     select = choose if model.cache.value_dim else choose_latent
     backend = select(config.attention_backend, _needs(config, loaded))
@@ -79,7 +86,7 @@ def build_on_gpu(
             graphs=graphs,
             finite_cache=backend.finite_cache,
             captured_prompts=config.max_cudagraph_capture_size,
-            overlaps=not draft_rows,
+            overlaps=not draft_rows and ranks is None,  # tokens are drawn by the first rank alone
             adapters=adapters,
         )
         steps = runner.largest_steps()
@@ -93,6 +100,7 @@ def build_on_gpu(
         raise _too_little(budget, sequences, device)
     kept = f" beside {torch.cuda.memory_allocated(device) // MIB} MiB of weights and {aside // MIB} MiB for steps"
     plan = plan_cache(config, model, dtype.itemsize, sequences, Room(free - aside, share, kept, total=total))
+    plan = plan if ranks is None else plan.agreed(ranks)
     logger.info(plan.message)
     if plan.warning:
         logger.warning(plan.warning)

@@ -299,6 +299,16 @@ class EngineThread:
             self._commands.append(lambda: None)
             self._wake.notify()
 
+    def fail(self, error: EngineDeadError) -> None:
+        """Has the engine end with an error before its next step; from any thread."""
+
+        def end() -> None:
+            raise error
+
+        with self._wake:
+            self._commands.append(end)
+            self._wake.notify()
+
     def close(self) -> None:
         """Aborts what is left, stops the thread and waits for it."""
         with self._wake:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -133,7 +133,6 @@ def load_configuration(
         except UsageError as error:
             raise UsageError(f"{models_file.path}: {error}" if models_file and section else str(error)) from None
     remarks += [remark for source in upper for remark in source.remarks]
-    remarks += [remark for entry in entries for remark in _of_devices(entry)]
     if serving:
         remarks += models_file.remarks if models_file is not None and name is not None else ()
         remarks += [*dotenv_remarks(dotenv), *key_remarks(settings, environ, dotenv)]
@@ -148,12 +147,6 @@ def load_configuration(
         entry_of=entry_of,
         again=partial(load_configuration, command_line, environ, folder=folder, home=home, command=command),
     )
-
-
-def _of_devices(entry: ModelEntry) -> Iterator[str]:
-    first, _, others = (entry.settings.device or "").partition(",")
-    if others:
-        yield f"{entry.name} is computed on one device: {first} is used, and {others} is not"
 
 
 def load_settings(command_line: SettingsSource, environ: Mapping[str, str], *, folder: Path, home: Path) -> Settings:

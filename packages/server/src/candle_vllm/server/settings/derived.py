@@ -135,8 +135,6 @@ def engine_config(settings: Settings, **changes: Any) -> EngineConfig:
     values |= {"weight_file": weight_file, "chat_template": _template(settings.chat_template)}
     if settings.mem is not None:
         values["kv_cache_memory"] = settings.mem << 20
-    if settings.device is not None:
-        values["device"] = settings.device.split(",")[0]  # of several, as the configuration's remarks say
     values |= changes
     return EngineConfig(model=model, **{name: value for name, value in values.items() if value is not None})
 

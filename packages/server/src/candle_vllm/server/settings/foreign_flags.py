@@ -140,7 +140,7 @@ def _adapter(path: str, scale: float) -> list[str]:
     return ["--enable-lora", "--lora-modules", json.dumps(given)]
 
 
-_ONE_DEVICE = "an engine computes on one device; for several GPUs start a server on each (--device cuda:N)"
+_ONE_DEVICE = "a model is divided among the GPUs of one machine (--tensor-parallel-size), and in no other way"
 _WHOLE = "a model lies whole on a GPU or on the CPU (--device); nothing is divided between them"
 _DRAFTS = "--speculative-config says how tokens are guessed"
 _OWN = "the kernels are this project's own and chosen for the machine"
@@ -211,11 +211,12 @@ ROWS: tuple[Row, ...] = (
     Row("-dev", "--device", {ANY: _device}),
     Row("-mg --main-gpu", "--device cuda:N", {ANY: "--device cuda:{}"}),
     Row("--list-devices", "candle-vllm config shows the device that is taken"),
-    _only("-tp --tensor-parallel-size -pp --pipeline-parallel-size -dp --data-parallel-size -dcp "
-          "--decode-context-parallel-size --num-nodes --nnodes --num-shards", _ONE_DEVICE, "1"),
+    _only("-pp --pipeline-parallel-size -dp --data-parallel-size -dcp "
+          "--decode-context-parallel-size --num-nodes --nnodes", _ONE_DEVICE, "1"),
+    _called("-tp --num-shards", "--tensor-parallel-size"),
     _only("--node-rank -n-gpu --data-parallel-rank", _ONE_DEVICE, "0"),
     _only("--distributed-executor-backend", _ONE_DEVICE, "uni", "mp"),
-    _only("-sm --split-mode", _ONE_DEVICE, "none"),
+    _only("-sm --split-mode", "--tensor-parallel-size N divides every matrix among N GPUs", "none"),
     Row("-ts --tensor-split --enable-expert-parallel --master-addr --master-port --rpc --worker-use-ray",
         _ONE_DEVICE),
     _idle("--disable-custom-all-reduce --multithread", _ONE_DEVICE),

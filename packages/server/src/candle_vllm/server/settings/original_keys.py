@@ -78,7 +78,7 @@ def our_params(params: Mapping[Any, Any], title: str, remarks: list[str], *, sto
     for key, value in given(params, f"{title}: params").items():
         where = f"{title}{line_of(params, key)}: {key}"
         if key == "device_ids":
-            name, means = "device", _device(value, where, remarks)
+            name, means = "device", _device(value, where)
         elif key == "kvcache_mem_gpu":
             name, means = "mem", value
         elif key == "prompt_cache":
@@ -103,13 +103,13 @@ def our_params(params: Mapping[Any, Any], title: str, remarks: list[str], *, sto
     return found
 
 
-def _device(value: Any, where: str, remarks: list[str]) -> str:
-    """`device` for a list of GPUs: none is the CPU, and the first GPU is the CPU where there is no GPU."""
+def _device(value: Any, where: str) -> str:
+    """`device` for a list of GPUs: none is the CPU, and the first GPU alone is the CPU where there is no GPU."""
     if not isinstance(value, list) or len(value) > _MAX_DEVICES:
         raise UsageError(f"{where} must be a list of at most {_MAX_DEVICES} whole numbers, not {value!r:.60}")
     numbers = [convert(_DEVICE_ID, number, where) for number in value]
     if len(numbers) > 1:
-        remarks.append(f"{where}: one device computes a model, and that is {numbers[0]}; {numbers[1:]} are not used")
+        return ",".join(f"cuda:{number}" for number in numbers)
     return "cpu" if not numbers else "auto" if numbers[0] == 0 else f"cuda:{numbers[0]}"
 
 

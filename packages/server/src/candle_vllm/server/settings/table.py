@@ -136,9 +136,10 @@ class Settings:
     load_format: Annotated[str | None, engine(MODEL, "FORMAT", commands=_LOADING)] = None
     enable_lora: Annotated[bool, engine(MODEL, commands=_WITH_ADAPTERS)] = False
     device: Annotated[str | None, engine(DEVICE,
-        "DEVICE", text="auto, cpu, cuda, cuda:N, or N alone for a GPU; of several (0,1) the first is used; --cpu is "
-        "--device cpu", reading={"several": True},
+        "DEVICE", text="auto, cpu, cuda, cuda:N, or N alone for a GPU; among several (0,1) the model is divided; --cpu "
+        "is --device cpu", reading={"several": True},
         flags=("--d", "--device"), constants={"--cpu": "cpu"})] = None
+    tensor_parallel_size: Annotated[int | None, engine(DEVICE, "N")] = None
     dtype: Annotated[str | None, engine(DEVICE, "TYPE")] = None
     enforce_eager: Annotated[bool, engine(DEVICE)] = False
     attention_backend: Annotated[str | None, engine(DEVICE,

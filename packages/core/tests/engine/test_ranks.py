@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: MIT
+"""Engines over several processes: the answers of one, every kind of request, and ranks that die."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
+from candle_vllm.core.engine.ranks import MOST_BYTES, Go, Line, Ready, Score, ToRank
+from candle_vllm.core.errors import ConfigError, EngineDeadError
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="several ranks need sockets that a child inherits")
+
+GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+PROMPTS = ["The quick brown fox", "jumps over", "the lazy dog and then it " * 4]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_model(tmp_path_factory.mktemp("toy"), toy_config(num_attention_heads=6, num_key_value_heads=3))
+
+
+def engine_of(model: Path, size: int, **settings: Any) -> InferenceEngine:
+    usual = {
+        "device": "cpu",
+        "enforce_eager": True,
+        "threads": 1,
+        "block_size": 8,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 40,
+    }
+    return InferenceEngine(str(model), tensor_parallel_size=size, **usual | settings)
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path) -> Iterator[InferenceEngine]:
+    with engine_of(model, 1) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def ranks(model: Path) -> Iterator[InferenceEngine]:
+    """Two, of which the first has two heads of keys and the other one has one."""
+    with engine_of(model, 2) as engine:
+        yield engine
+
+
+def pids(engine: InferenceEngine) -> list[int]:
+    found = engine._ranks
+    assert found is not None
+    return [process.pid for process in found._processes]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, 0)
+            return True
+        return False
+
+
+def gone(found: list[int], seconds: float = 10.0) -> bool:
+    until = time.monotonic() + seconds
+    while any(map(is_alive, found)) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not any(map(is_alive, found))
+
+
+KINDS = {
+    "greedy": GREEDY,
+    "seeded": SamplingParams(max_tokens=24, temperature=0.9, seed=7, ignore_eos=True),
+    "several": SamplingParams(max_tokens=8, temperature=1.0, seed=3, n=3),
+    "penalties": SamplingParams(max_tokens=24, temperature=0.0, repetition_penalty=1.3, logit_bias={65: 4.0}),
+    "log-probabilities": SamplingParams(max_tokens=8, temperature=0.0, logprobs=3, prompt_logprobs=2),
+    "form": SamplingParams(
+        max_tokens=24, temperature=0.0, structured_outputs=StructuredOutputsParams(choice=["yes", "no", "never"])
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_request(kind: str, whole: InferenceEngine, ranks: InferenceEngine) -> None:
+    """A small random model's likeliest tokens are far apart beside 1e-5, so the texts are the same."""
+    for ours, right in zip(ranks.generate(PROMPTS, KINDS[kind]), whole.generate(PROMPTS, KINDS[kind]), strict=True):
+        assert [each.token_ids for each in ours.outputs] == [each.token_ids for each in right.outputs]
+        if kind == "log-probabilities":
+            assert ours.prompt_logprobs is not None
+            assert right.prompt_logprobs is not None
+            found, wanted = (
+                [each.chosen.logprob for each in some if each is not None]
+                for some in (ours.prompt_logprobs, right.prompt_logprobs)
+            )
+            assert found == pytest.approx(wanted, abs=1e-4)
+
+
+def test_answers_are_the_same_whatever_runs_beside_them(ranks: InferenceEngine) -> None:
+    """The prefix cache, chunks of prompts and neighbours change no bit of what the same ranks answer."""
+    alone = [ranks.generate([prompt], GREEDY)[0].outputs[0].token_ids for prompt in PROMPTS]
+    ranks.reset_prefix_cache()
+    again = [output.outputs[0].token_ids for output in ranks.generate(PROMPTS * 3, GREEDY)]
+    assert again == alone * 3
+    assert ranks.stats().cached_prompt_tokens > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"kv_cache_memory": 12 * 8 * 2 * 2 * 3 * 16 * 4}, {"speculative_config": {"method": "suffix"}}],
+    ids=["preempted", "guessed"],
+)
+def test_few_blocks_and_guesses(settings: dict[str, Any], model: Path, whole: InferenceEngine) -> None:
+    prompts = [prompt[:20] for prompt in PROMPTS]
+    right = [output.outputs[0].token_ids for output in whole.generate(prompts, GREEDY)]
+    with engine_of(model, 3, max_model_len=64, **settings) as engine:
+        assert [output.outputs[0].token_ids for output in engine.generate(prompts, GREEDY)] == right
+        found = pids(engine)
+    assert gone(found)
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_rank_that_dies_ends_the_engine_by_name(model: Path, busy: bool) -> None:
+    with engine_of(model, 3, max_model_len=512) as engine:
+        found, errors = pids(engine), list[Exception]()
+        long = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+
+        def ask() -> None:
+            try:
+                engine.generate(["a"], long)
+            except EngineDeadError as error:
+                errors.append(error)
+
+        asking = threading.Thread(target=ask)
+        if busy:
+            asking.start()
+            while engine.stats().generation_tokens < 3:
+                time.sleep(0.01)
+        else:
+            engine.generate(["a"], GREEDY)
+        began = time.monotonic()
+        os.kill(found[1], signal.SIGKILL)
+        if busy:
+            asking.join(10)
+            assert str(errors[0]).startswith("the engine has stopped: rank 2 has ended (killed by SIGKILL)")
+        while engine.is_alive and time.monotonic() < began + 10:
+            time.sleep(0.05)
+        assert not engine.is_alive
+        assert gone(found)
+        assert time.monotonic() - began < 10
+        with pytest.raises(EngineDeadError, match="rank 2 has ended"):
+            engine.generate(["a"], GREEDY)
+
+
+def test_ranks_end_with_the_first_one(model: Path) -> None:
+    script = (
+        "import os, sys, time\n"
+        "from candle_vllm.core import InferenceEngine\n"
+        "engine = InferenceEngine(sys.argv[1], device='cpu', enforce_eager=True, threads=1, tensor_parallel_size=2)\n"
+        "print(*(process.pid for process in engine._ranks._processes), flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    first = subprocess.Popen([sys.executable, "-c", script, str(model)], stdout=subprocess.PIPE, text=True)
+    with first:
+        assert first.stdout is not None
+        found = [int(each) for each in first.stdout.readline().split()]
+        assert found
+        first.kill()
+    assert gone(found)
+
+
+def test_what_a_rank_cannot_load_is_said(tmp_path: Path) -> None:
+    """The first rank's own refusal, and no rank is left."""
+    narrow = write_toy_model(tmp_path, toy_config())
+    before = children()
+    with pytest.raises(ConfigError, match="tensor_parallel_size to one of 1, 2, 4") as raised:
+        engine_of(narrow, 3)
+    assert raised.value.setting == "tensor_parallel_size"
+    assert children() == before
+
+
+def test_a_rank_that_cannot_begin_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("candle_vllm.core.engine.ranks._RANK", (sys.executable, "-c", "raise SystemExit(3)"))
+    with pytest.raises(Exception, match=r"rank 1 has ended .*exit status 3"):
+        engine_of(model, 2)
+
+
+def children() -> set[str]:
+    """Processes of this one."""
+    return (
+        set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()) if sys.platform == "linux" else set()
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "blamed"),
+    [
+        ({"enable_lora": True}, "enable_lora"),
+        ({"prompt_cache_path": "kept"}, "prompt_cache_path"),
+        ({"speculative_config": {"method": "mtp"}}, "speculative_config"),
+        ({"device": "cuda:0,cuda:1,cuda:2"}, "tensor_parallel_size"),
+        ({"device": "cuda:1,cuda:1"}, "device"),
+    ],
+)
+def test_what_ranks_cannot_do_is_refused(settings: dict[str, Any], blamed: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        EngineConfig(model="m", tensor_parallel_size=2, **settings)
+    assert raised.value.setting == blamed
+
+
+def test_several_devices_are_as_many_ranks() -> None:
+    assert EngineConfig(model="m", device="cuda:0,cuda:1").tensor_parallel_size == 2
+
+
+def test_lines_refuse_what_is_no_message() -> None:
+    near, far = socket.socketpair()
+    with near, far:
+        ours, theirs = Line(near), Line(far)
+        ours.send(Score(b"12345678"))
+        assert theirs.receive(ToRank) == Score(b"12345678")
+        near.sendall((MOST_BYTES + 1).to_bytes(4, "little"))
+        with pytest.raises(ValueError, match="at most"):
+            theirs.receive(ToRank)
+    near, far = socket.socketpair()
+    with near, far:
+        ours, theirs = Line(near), Line(far)
+        ours.send(Ready(1))
+        with pytest.raises(ValueError, match="Invalid value 'Ready'"):
+            theirs.receive(Go)
+        near.sendall((5).to_bytes(4, "little") + b"12")
+        near.close()
+        with pytest.raises(EOFError):
+            theirs.receive(ToRank)
