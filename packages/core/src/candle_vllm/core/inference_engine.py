@@ -90,7 +90,7 @@ class InferenceEngine(EngineFront):
 
         with nullcontext() if on_progress is not None else progress_bar():
             tell("reading the model's files")
-            loaded = load_any_model(config, device, weights, None if ranks is None else ranks.collective)
+            loaded = load_any_model(config, device, weights, ranks=None if ranks is None else ranks.collective)
             if ranks is not None:
                 ranks.all_loaded()
             self._loaded: LoadedModel | LoadedEncoder | None = loaded

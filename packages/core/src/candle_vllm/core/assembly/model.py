@@ -30,8 +30,8 @@ from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import InvalidFileError, InvalidParameterError
 from candle_vllm.core.fields import Fields, read_json
-from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.collectives import Collective
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.imatrix import read_imatrix

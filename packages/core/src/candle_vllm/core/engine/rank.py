@@ -70,7 +70,7 @@ def main(descriptor: int) -> int:
 
 def _loaded(config: EngineConfig, ranks: Collective, line: Line) -> ModelRunner:
     LOADING_THREADS.set(config.threads)
-    loaded = load_any_model(config, choose_device(config.device), lambda *_: None, ranks)
+    loaded = load_any_model(config, choose_device(config.device), lambda *_: None, ranks=ranks)
     assert isinstance(loaded, LoadedModel)
     line.send(Ready(1))
     line.receive(Go)

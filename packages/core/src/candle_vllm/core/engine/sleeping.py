@@ -102,6 +102,8 @@ class Sleeper:
 
     def check(self, level: int) -> None:
         """Raises `CandleVllmError` where this engine cannot sleep so."""
+        if self._config.tensor_parallel_size > 1:
+            raise CandleVllmError("an engine of several ranks does not sleep: close it, or unload the model")
         if self._tensors is None and not can_drop_pages():
             raise CandleVllmError("on the CPU an engine sleeps on Linux alone: close it, or unload the model")
         if level == 2 and not self._loaded.files:
