@@ -19,7 +19,7 @@ import pytest
 
 from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.engine.ranks import MOST_BYTES, Go, Line, Ready, Score, ToRank
-from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError
+from candle_vllm.core.errors import ConfigError, EngineDeadError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 
@@ -221,10 +221,15 @@ def test_what_ranks_cannot_do_is_refused(settings: dict[str, Any], blamed: str) 
     assert raised.value.setting == blamed
 
 
-def test_ranks_do_not_sleep(ranks: InferenceEngine) -> None:
-    with pytest.raises(CandleVllmError, match="several ranks does not sleep"):
-        ranks.sleep()
-    assert not ranks.is_sleeping
+@pytest.mark.parametrize("level", [1, 2])
+def test_ranks_sleep_and_wake_with_the_same_bits(level: int, ranks: InferenceEngine) -> None:
+    right = ranks.generate(PROMPTS, GREEDY)
+    ranks.sleep(level)
+    assert ranks.is_sleeping
+    ranks.wake_up()
+    assert [each.outputs[0].token_ids for each in ranks.generate(PROMPTS, GREEDY)] == [
+        each.outputs[0].token_ids for each in right
+    ]
 
 
 def test_several_devices_are_as_many_ranks() -> None:

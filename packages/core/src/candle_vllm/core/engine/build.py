@@ -89,13 +89,13 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
     Raises:
         ConfigError: settings that cannot work together, or not with this model and memory.
     """
-    sleeper = Sleeper(config, loaded)  # before anything is made of what is loaded
+    collective = None if ranks is None else ranks.collective
+    sleeper = Sleeper(config, loaded, collective)  # before anything is made of what is loaded
     if isinstance(loaded, LoadedEncoder):
         return _build_encoder(config, loaded, sleeper)
     placement = loaded.placement
     sequences, budget, drafts, rows = _step(config, loaded)
     _require_room_for_images(loaded, sequences + rows, budget)
-    collective = None if ranks is None else ranks.collective
     runner, draft, plan = _build_runner(config, loaded, collective)
     if placement.device.type == "cuda":
         from candle_vllm.core.engine.device_build import adapter_slots
@@ -105,6 +105,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
         most_adapters = config.max_loras or sequences
     if ranks is not None:
         runner = RankedRunner(runner, ranks)
+        sleeper.tell = runner.sleep
     blocks = BlockManager(plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
     reproducible = config.deterministic and placement.device.type == "cuda"
     store, admission = None, None
@@ -137,9 +138,12 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
     return engine
 
 
-def build_rank(config: EngineConfig, loaded: LoadedModel, ranks: Collective) -> ModelRunner:
-    """What runs another rank's part of a model; errors as `build_engine`, of which the first rank tells."""
-    return _build_runner(config, loaded, ranks)[0]
+def build_rank(config: EngineConfig, loaded: LoadedModel, ranks: Collective) -> tuple[ModelRunner, Sleeper]:
+    """What runs another rank's part of a model, and gives its memory back; errors as `build_engine`."""
+    sleeper = Sleeper(config, loaded, ranks)
+    runner = _build_runner(config, loaded, ranks)[0]
+    sleeper.runners = [runner]
+    return runner, sleeper
 
 
 def _step(config: EngineConfig, loaded: LoadedModel) -> tuple[int, int, SpeculativeConfig | None, int]:

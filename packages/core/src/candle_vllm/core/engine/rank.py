@@ -25,12 +25,15 @@ from candle_vllm.core.engine.ranks import (
     Line,
     Ready,
     Score,
+    Sleep,
     ToldBatches,
     ToRank,
+    WakeUp,
     meet,
     rows_told,
     said_of,
 )
+from candle_vllm.core.engine.sleeping import Sleeper
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.threads import LOADING_THREADS, collect_seldom
@@ -54,11 +57,11 @@ def main(descriptor: int) -> int:
         line.receive(Go)
         ranks = meet(begin.rank, begin.size, config.device, Path(begin.folder))
         try:
-            runner = _loaded(config, ranks, line)
+            runner, sleeper = _loaded(config, ranks, line)
         except CandleVllmError as error:
             line.send(said_of(error))
             return 1
-        _serve(runner, line)
+        _serve(runner, sleeper, line)
     except (EOFError, BrokenPipeError):
         logger.debug("the first rank has gone")
         return 0
@@ -68,7 +71,7 @@ def main(descriptor: int) -> int:
     return 0
 
 
-def _loaded(config: EngineConfig, ranks: Collective, line: Line) -> ModelRunner:
+def _loaded(config: EngineConfig, ranks: Collective, line: Line) -> tuple[ModelRunner, Sleeper]:
     LOADING_THREADS.set(config.threads)
     loaded = load_any_model(config, choose_device(config.device), lambda *_: None, ranks=ranks)
     assert isinstance(loaded, LoadedModel)
@@ -77,7 +80,7 @@ def _loaded(config: EngineConfig, ranks: Collective, line: Line) -> ModelRunner:
     return build_rank(config, loaded, ranks)
 
 
-def _serve(runner: ModelRunner, line: Line) -> None:
+def _serve(runner: ModelRunner, sleeper: Sleeper, line: Line) -> None:
     batches = ToldBatches()
     while True:
         message: ToRank = line.receive(ToRank)
@@ -85,6 +88,11 @@ def _serve(runner: ModelRunner, line: Line) -> None:
             runner.forward(batches.batch(message), ())
         elif isinstance(message, Score):
             runner.score(rows_told(message))
+        elif isinstance(message, Sleep):
+            sleeper.check(message.level)
+            sleeper.sleep(message.level)
+        elif isinstance(message, WakeUp):
+            sleeper.wake_up(message.tags)
         else:
             raise ValueError(f"a rank at work is told {type(message).__name__}")
 

@@ -76,7 +76,19 @@ class Score(msgspec.Struct, tag=True, frozen=True):
     rows: bytes
 
 
-ToRank: TypeAlias = Begin | Go | Forward | Score
+class Sleep(msgspec.Struct, tag=True, frozen=True):
+    """Give memory back; see `Sleeper`."""
+
+    level: int
+
+
+class WakeUp(msgspec.Struct, tag=True, frozen=True):
+    """Fill it again."""
+
+    tags: frozenset[str]
+
+
+ToRank: TypeAlias = Begin | Go | Forward | Score | Sleep | WakeUp
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
@@ -341,6 +353,22 @@ class RankedRunner:
         """See `StepwiseRunner`."""
         assert isinstance(self._runner, StepwiseRunner)
         return self._runner.hidden_rows(rows)
+
+    def drop_cache(self) -> None:
+        """See `ModelRunner`; the others are told by `sleep`."""
+        self._runner.drop_cache()
+
+    def restore_cache(self) -> None:
+        """See `ModelRunner`."""
+        self._runner.restore_cache()
+
+    def wake_up(self) -> None:
+        """See `ModelRunner`."""
+        self._runner.wake_up()
+
+    def sleep(self, asked: int | frozenset[str]) -> None:
+        """Has the others sleep at a level, or wake by tags."""
+        self._ranks.tell(Sleep(asked) if isinstance(asked, int) else WakeUp(asked))
 
     def close(self) -> None:
         """See `ModelRunner`."""

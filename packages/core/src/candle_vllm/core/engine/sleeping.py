@@ -22,6 +22,7 @@ from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import give_back
 from candle_vllm.core.engine.model_runner import HeadRunner, ModelRunner
 from candle_vllm.core.errors import CandleVllmError, InvalidParameterError
+from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import can_drop_pages
 from candle_vllm.core.threads import LOADING_THREADS
 
@@ -81,18 +82,23 @@ class Sleeper:
     Args:
         config: the engine's settings.
         loaded: its model, before anything was prepared with it.
+        ranks: among which the model is divided, if it is.
 
     Attributes:
+        tell: has the other ranks do the same, before this one does; called with a level, or tags.
         asleep: tags of what is given back.
         level: 0 while nothing is.
         runners: what has caches: of the model, and of what drafts for it.
     """
 
-    def __init__(self, config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> None:
+    def __init__(
+        self, config: EngineConfig, loaded: LoadedModel | LoadedEncoder, ranks: Collective | None = None
+    ) -> None:
         self.asleep: frozenset[str] = frozenset()
         self.level = 0
         self.runners: Sequence[ModelRunner | HeadRunner] = ()
-        self._config, self._loaded = config, loaded
+        self.tell: Callable[[int | frozenset[str]], object] = lambda _: None
+        self._config, self._loaded, self._ranks = config, loaded, ranks
         self._mark = ""
         self._tensors: OffloadedWeights | None = None
         if not loaded.placement.recorded:
@@ -102,8 +108,6 @@ class Sleeper:
 
     def check(self, level: int) -> None:
         """Raises `CandleVllmError` where this engine cannot sleep so."""
-        if self._config.tensor_parallel_size > 1:
-            raise CandleVllmError("an engine of several ranks does not sleep: close it, or unload the model")
         if self._tensors is None and not can_drop_pages():
             raise CandleVllmError("on the CPU an engine sleeps on Linux alone: close it, or unload the model")
         if level == 2 and not self._loaded.files:
@@ -117,6 +121,7 @@ class Sleeper:
             return
         level = max(level, self.level if WEIGHTS in self.asleep else 0)
         began = time.perf_counter()
+        self.tell(level)
         if KV_CACHE not in self.asleep:
             for runner in self.runners:
                 runner.drop_cache()
@@ -138,6 +143,8 @@ class Sleeper:
             CandleVllmError: it cannot be; what was asked for sleeps on.
         """
         began, asked = time.perf_counter(), self.asleep.intersection(tags)
+        if asked:
+            self.tell(asked)
         if WEIGHTS in asked:
             if self.level == 2:
                 self._load_again()
@@ -166,7 +173,7 @@ class Sleeper:
             raise CandleVllmError(f"the files of {loaded.name} are others than when it went to sleep: unload it")
         LOADING_THREADS.set(self._config.threads)  # in the engine's thread
         nothing: Callable[[int, int], object] = lambda *_: None  # noqa: E731
-        fresh = load_any_model(self._config, loaded.placement.device, nothing, loaded.memories)
+        fresh = load_any_model(self._config, loaded.placement.device, nothing, loaded.memories, self._ranks)
         if self._tensors is not None:
             from candle_vllm.core.kernels.offloading import tensors_in
 
