@@ -7,6 +7,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from socket import create_connection
 from typing import Any
 
 import openresponses_types.types as spec
@@ -244,3 +245,13 @@ def test_the_end_of_a_drain_tells_of_the_cut(start: Callable[..., Running]) -> N
         server.server.should_exit = True
         last = answer(socket)[-1]
         assert last["type"] == "response.failed"
+
+
+def test_a_client_that_does_not_answer_the_close_is_cut_off(start: Callable[..., Running]) -> None:
+    server = start(PacedEngine("OK."))
+    head = "Host: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    with create_connection(("127.0.0.1", server.port), timeout=60) as client, client.makefile("rb") as read:
+        client.sendall(f"GET /v1/responses HTTP/1.1\r\n{head}Sec-WebSocket-Key: {'A' * 22}==\r\n\r\n".encode())
+        assert read.readline() == b"HTTP/1.1 101 Switching Protocols\r\n"
+        server.stop()  # a thread that fails fails the test
+        assert b"\x03\xf4" in read.read()  # 1012, and then the end

@@ -126,8 +126,20 @@ class DrainingServer(uvicorn.Server):
         if self.force_exit:  # uvicorn leaves it out then
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.lifespan.shutdown(), _LAST_WORDS_SECONDS)
+        await self._end_connections()
         if announced:
             logger.info("stopped")
+
+    async def _end_connections(self) -> None:
+        """Gives clients a while for what they still read or answer: no connection may outlive the event loop."""
+        connections = self.server_state.connections
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_SECONDS):
+                while connections and not self.force_exit:
+                    await asyncio.sleep(_LOOK_SECONDS)
+        for connection in list(connections):
+            connection.transport.abort()
+        await asyncio.sleep(_LOOK_SECONDS if connections else 0)  # they are told, and their sockets closed
 
     async def _forced(self) -> None:
         while not self.force_exit:
