@@ -339,11 +339,62 @@ async def test_files_below_the_folder_are_read(tmp_path: Path) -> None:
         f"{tmp_path}/media2/a.png", "/dev/zero", "/proc/self/environ",
     ):  # fmt: skip
         assert await refused(sources, f"file://{path}") == nothing, path
-    for url in ("file:relative.png", "file://host/a.png", f"file://{folder}/a?x", "file:///%00", "file:///%ff"):
+    for url in (
+        "file:relative.png",
+        "file://host/a.png",
+        f"file://{folder}/a?x",
+        "file:///%00",
+        "file:///%ff",
+        "file:////h/a",
+    ):
         assert (await refused(sources, url)).startswith("p0: "), url
     (folder / "large").write_bytes(b"")
     os.truncate(folder / "large", (20 << 20) + 1)
     assert "more than the 20 MB" in await refused(sources, f"file://{folder}/large")
+
+
+async def test_a_folder_that_becomes_a_link_while_a_file_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, found = tmp_path / "media", Path.resolve
+    for place in (folder / "in", tmp_path / "secret"):
+        place.mkdir(parents=True)
+        (place / "a.png").write_bytes(place.name.encode())
+    sources = ImageSources(folder=folder)
+
+    def then_swapped(path: Path, strict: bool = False) -> Path:
+        resolved = found(path, strict)
+        (folder / "in").rename(tmp_path / "was")
+        (folder / "in").symlink_to(tmp_path / "secret")
+        return resolved
+
+    monkeypatch.setattr(Path, "resolve", then_swapped)
+    assert "there is no file of this name" in await refused(sources, f"file://{folder}/in/a.png")
+
+
+async def test_a_file_that_is_read_for_a_request_that_is_over_is_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.png").write_bytes(BODY)
+    sources, open_it = ImageSources(folder=tmp_path), fetching._opened_below
+    begun, over, read = threading.Event(), threading.Event(), threading.Event()
+
+    def slowly(*given: Path) -> int:
+        begun.set()
+        over.wait(60)
+        read.set()
+        return open_it(*given)
+
+    monkeypatch.setattr(fetching, "_opened_below", slowly)
+    asked = asyncio.create_task(had(sources, f"file://{tmp_path}/a.png"))
+    await asyncio.to_thread(begun.wait, 60)
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    over.set()
+    await asyncio.to_thread(sources._threads.shutdown)
+    assert read.is_set()
+    assert sources._held == 0
 
 
 async def test_kept_files_are_of_who_asks() -> None:

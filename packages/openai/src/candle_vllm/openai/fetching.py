@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import ipaddress
 import os
+import re
 import ssl
 import stat
 import threading
@@ -170,7 +171,7 @@ class ImageSources:
             path = unquote(parts.path, errors="strict")
         except ValueError:
             path, parts = "", urlsplit("")
-        if parts.netloc not in ("", "localhost") or parts.query or parts.fragment or not path.startswith("/"):
+        if parts.netloc not in ("", "localhost") or parts.query or parts.fragment or not re.match("/(?!/)", path):
             raise InvalidParameterError(f"{image.path}: must be file:// and the whole path of a file", image.path)
         if "\0" in path or len(path) > 4096:
             raise InvalidParameterError(f"{image.path}: is no path of a file", image.path)
@@ -183,10 +184,8 @@ class ImageSources:
             path = self._path(image).resolve(strict=True)
             if not path.is_relative_to(self._folder):
                 raise FileNotFoundError
-            # What was resolved is opened, and no link that has come there since; a pipe would wait for who writes.
-            number = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-            with open(number, "rb") as file:  # a number has no path
-                about = os.fstat(number)
+            with open(_opened_below(self._folder, path), "rb") as file:  # a number has no path
+                about = os.fstat(file.fileno())
                 if not stat.S_ISREG(about.st_mode):
                     raise FileNotFoundError
                 if about.st_size > LIMITS.nbytes:
@@ -282,10 +281,13 @@ class _Room:
     def __init__(self, sources: ImageSources) -> None:
         self._sources = sources
         self._size = 0
+        self._over = False
         self._counting = threading.Lock()
 
     def take(self, size: int, path: str) -> None:
         with self._counting:
+            if self._over:  # a thread read a file meanwhile
+                raise InvalidParameterError(f"{path}: the request is over", path)
             if self._size + size > MAX_REQUEST_BYTES:
                 said = f"{path}: the images of a request that are fetched may have {MAX_REQUEST_BYTES >> 20} MB in all"
                 raise InvalidParameterError(said, path)
@@ -295,7 +297,25 @@ class _Room:
     def leave(self) -> None:
         with self._counting:
             self._sources.count(-self._size)
-            self._size = 0
+            self._size, self._over = 0, True
+
+
+def _opened_below(folder: Path, path: Path) -> int:
+    """What was resolved, opened folder by folder, and by no link that has come there since; OSError where it is not.
+
+    A pipe would wait for who writes.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    if os.open not in os.supports_dir_fd:
+        return os.open(path, flags)
+    number = os.open(folder, os.O_RDONLY)
+    for part in path.relative_to(folder).parts:
+        above = number
+        try:
+            number = os.open(part, flags, dir_fd=above)
+        finally:
+            os.close(above)
+    return number
 
 
 async def _body(answer: httpx.Response, target: Target, path: str, room: _Room) -> bytes:
