@@ -51,7 +51,7 @@ class Place(http.server.ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.content, self.ranges, self.version = MODEL, True, '"1"'
-        self.sent = 0
+        self.sent = self.moved = 0
         self.asked: list[str] = []
         self.breaks: Callable[[str], bool] = lambda asked: False
 
@@ -72,6 +72,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         content, whole = place.content, len(place.content)
         if place.ranges and asked:
             first, last = map(int, asked.removeprefix("bytes=").split("-"))
+            first, last = (each + (last > 0) * place.moved for each in (first, last))
             content = content[first : last + 1]
             self.send_response(206)
             self.send_header("content-range", f"bytes {first}-{last}/{whole}")
@@ -121,6 +122,8 @@ def test_what_is_no_archive() -> None:
     assert Archive.of("/srv/models/tiny") is None
     with pytest.raises(InvalidFileError, match="must have 64 hexadecimal digits, not 'abc'"):
         Archive.of("https://weights.example/a.tar#sha256=abc")
+    with pytest.raises(InvalidFileError, match="is no address"):
+        Archive.of("https://[weights.example/a.tar")
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -149,6 +152,30 @@ def test_goes_on_where_it_broke_off(place: Place, tmp_path: Path) -> None:
     place.breaks = lambda asked: False
     assert (fetch_archive(archive, tmp_path) / "model.safetensors").read_bytes() == WEIGHTS
     assert 0 < place.sent - before < len(MODEL) // 2  # what had come was not asked for again
+
+
+def test_a_file_that_takes_less_than_it_is_given(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Thin(io.FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(bytes(data)[: max(1, len(data) // 2)])
+
+    opened = Path.open
+
+    def thinly(path: Path, mode: str = "r", *given: Any, **named: Any) -> Any:
+        return (
+            Thin(path, "r+")
+            if path.name.endswith(".partial") and mode == "r+b"
+            else opened(path, mode, *given, **named)
+        )
+
+    monkeypatch.setattr(Path, "open", thinly)
+    assert (fetch_archive(Archive(place.url), tmp_path) / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_a_server_that_sends_another_range(place: Place, tmp_path: Path) -> None:
+    place.moved = 1
+    with pytest.raises(ModelNotFoundError, match="sent other bytes than it was asked for"):
+        fetch_archive(Archive(place.url), tmp_path)
 
 
 def test_another_version_begins_anew(place: Place, tmp_path: Path) -> None:
@@ -218,6 +245,7 @@ def test_links_within_are_files(tmp_path: Path) -> None:
         (tar_of(special("a", tarfile.SYMTYPE, ".."), ("a/b", b"")), "a link to '..', which is no file of it"),
         (tar_of(special("a", tarfile.LNKTYPE, "../x")), "which is no file of it"),
         (tar_of(special("a", tarfile.SYMTYPE, "b"), special("b", tarfile.SYMTYPE, "a")), "which is no file of it"),
+        (tar_of(("a/" * 32 + "b", b"")), "more than 32 folders deep"),
         (tar_of(special("a", tarfile.CHRTYPE)), "no plain file"),
         (tar_of(special("a", tarfile.FIFOTYPE)), "no plain file"),
         (tar_of(("a", b"1"), ("a", b"2")), "has 'a' twice"),

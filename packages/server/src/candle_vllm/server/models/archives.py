@@ -40,6 +40,7 @@ _SECONDS = 30.0  # without a byte
 _MAX_MEMBERS = 20_000
 _MAX_RATIO = 200  # of what is unpacked to what came
 _SLACK = 16 << 20  # bytes that need no such ratio
+_MOST_PARTS = 32  # of a name: each of a member's may be a folder of its own
 _COPIED = 1 << 20
 _ENDINGS = (".tar.gz", ".tgz", ".tar")
 _SUM = re.compile(r"[0-9a-f]{64}")
@@ -56,7 +57,7 @@ class Archive(NamedTuple):
         """What a text means, with `#sha256=...` behind it or not; None where it is no archive.
 
         Raises:
-            InvalidFileError: the sum is none.
+            InvalidFileError: the sum is none, or the address.
         """
         address, _, told = text.partition("#sha256=")
         sha256 = (sha256 or told or "").lower() or None
@@ -64,7 +65,10 @@ class Archive(NamedTuple):
             raise InvalidFileError(
                 f"the SHA-256 of {_shown(address)} must have 64 hexadecimal digits, not {sha256!r:.80}"
             )
-        remote = urlsplit(address).scheme in ("http", "https")
+        try:
+            remote = urlsplit(address).scheme in ("http", "https")
+        except ValueError:
+            raise InvalidFileError(f"{address!r:.200} is no address") from None
         return cls(address, sha256) if remote or address.lower().endswith(_ENDINGS) else None
 
     @property
@@ -293,12 +297,16 @@ def _range(client: Any, address: str, out: IO[bytes], lock: Lock, first: int, la
                 now = answer.headers.get("etag") or answer.headers.get("last-modified") or ""
                 if answer.status_code != 206 or now != version:
                     raise ModelNotFoundError(f"{_shown(address)} changed while it was fetched: try again")
+                if not answer.headers.get("content-range", "").startswith(f"bytes {first}-{last}/"):
+                    raise ModelNotFoundError(f"{_shown(address)} sent other bytes than it was asked for")
                 for piece in answer.iter_raw(_COPIED):
                     if at + len(piece) > last + 1:
                         raise ModelNotFoundError(f"{_shown(address)} sent more than it was asked for")
                     with lock:
                         out.seek(at)
-                        out.write(piece)
+                        rest = memoryview(piece)
+                        while rest:  # a file without a buffer may take less, as where the disk is nearly full
+                            rest = rest[out.write(rest) :]
                     at += len(piece)
             if at == last + 1:
                 return
@@ -354,6 +362,8 @@ def _unpack(tar: tarfile.TarFile, folder: Path) -> None:
         path, shown = PurePosixPath(member.name), f"{member.name!r:.100}"
         if path.is_absolute() or ".." in path.parts or "\\" in member.name:
             raise Refused(f"its archive has {shown}, which leads out of it")
+        if len(path.parts) > _MOST_PARTS:
+            raise Refused(f"its archive has {shown}, which is more than {_MOST_PARTS} folders deep")
         if member.isdir():
             continue
         if member.issym() or member.islnk():
