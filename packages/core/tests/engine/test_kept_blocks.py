@@ -238,6 +238,18 @@ def test_the_bound_deletes_what_was_used_longest_ago(tmp_path: Path) -> None:
     assert folder.read(digests[3]) == data
 
 
+def test_engines_that_write_to_one_folder_keep_one_bound(tmp_path: Path) -> None:
+    folders = [BlockFolder(tmp_path / "kept", name, 32 * 1040, 1000) for name in "aab"]
+    for number in range(50):
+        for each, folder in enumerate(folders):
+            folder.write(bytes([each, number]) * 16, bytes(1000))
+    on_disk = [path.stat().st_size for path in (tmp_path / "kept").glob("*/*/*")]
+    assert 24 * 1040 <= sum(on_disk) <= (32 + 3 * 2) * 1040
+    folders[0].clear()  # what the second wrote is of the same model
+    assert not list((tmp_path / "kept" / folders[1]._own).glob("*/*"))
+    assert list((tmp_path / "kept").glob("*/*/*"))
+
+
 def test_forgetting_the_prefix_cache_forgets_the_disk(model: Path, tmp_path: Path) -> None:
     with running(model, tmp_path / "kept") as engine:
         answer(engine, PROMPT)

@@ -43,6 +43,7 @@ _MAGIC = b"CVKV0001"
 _HEADER = len(_MAGIC) + hashlib.sha256().digest_size
 _WAITING_BYTES = 64 << 20
 """Of blocks that are to be written, or were read and are not in the cache yet; each at least one block."""
+_LOOKS = 16  # while as many bytes are written as may be there, what others wrote is looked for so often
 _PATIENCE = 1.0  # seconds without a block, after which a sequence waits no longer
 _SILENCE = 60.0  # seconds in which nothing is written behind a failure, and none is told again
 _CLOSING = 10.0  # seconds that an end waits for what is to be written
@@ -64,7 +65,8 @@ class BlockFolder:
     Args:
         folder: where they are; made for this user alone.
         fingerprint: of all that blocks of equal hashes have in common: weights, types, kernels.
-        most_bytes: of all files in the folder, those of other fingerprints included.
+        most_bytes: of all files in the folder, those of other fingerprints included. Of engines that write there at the
+            same time, each may be a sixteenth of it above.
         block_bytes: of a block.
 
     Raises:
@@ -88,7 +90,7 @@ class BlockFolder:
         except OSError as error:
             text = f"prompt_cache_path {str(folder)!r} cannot be used: {error}"
             raise ConfigError(text, "prompt_cache_path") from error
-        self.num_bytes = sum(self._sizes.values())
+        self.num_bytes, self._written = sum(self._sizes.values()), 0
         self._shrink()
 
     def _name(self, digest: bytes) -> str:
@@ -139,10 +141,23 @@ class BlockFolder:
             if name not in self._sizes:
                 self._sizes[name] = _HEADER + len(data)
                 self.num_bytes += _HEADER + len(data)
+            self._written += _HEADER + len(data)
+        if self._written > self._most_bytes // _LOOKS:
+            self._look()
         self._shrink()
 
+    def _look(self) -> None:
+        """Counts what is there: other engines may write to the same folder."""
+        found = _found(self._root)
+        with self._lock:
+            self._sizes = OrderedDict((name, size) for name, size in self._sizes.items() if name in found)
+            for name, size in found.items():
+                self._sizes.setdefault(name, size)
+            self.num_bytes, self._written = sum(self._sizes.values()), 0
+
     def clear(self) -> None:
-        """Deletes the blocks of its own fingerprint."""
+        """Deletes the blocks of its own fingerprint, those that other engines wrote too."""
+        self._look()
         with self._lock:
             own = [name for name in self._sizes if name.startswith(self._own)]
         for name in own:
