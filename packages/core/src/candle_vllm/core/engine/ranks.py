@@ -385,6 +385,10 @@ class RankedRunner:
             raise EngineDeadError(f"{dead}; here: {type(error).__name__}: {error}") from error
 
     def _message(self, batch: Batch) -> Forward:
+        if batch.drafted and not isinstance(self._runner, StepwiseRunner):
+            from candle_vllm.core.engine.device_runner import by_rows
+
+            batch = by_rows(batch)  # as the first rank runs it
         known = batch.tables_version is self._tables_version
         self._tables_version = batch.tables_version
         return Forward(
