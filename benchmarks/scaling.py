@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """What ranks cost, measured here, and what a step on several GPUs takes by arithmetic; see docs/scaling.md.
 
-    python benchmarks/scaling.py message     what telling 1 to 7 others a step takes
-    python benchmarks/scaling.py sum         adding up 8 KB to 1 MB between processes of this machine, by Gloo
-    python benchmarks/scaling.py engine      steps of a small random model by 1 to 3 ranks, op by op
-    python benchmarks/scaling.py model       the table of 1 to 8 GPUs
+python benchmarks/scaling.py message     what telling 1 to 7 others a step takes
+python benchmarks/scaling.py sum         adding up 8 KB to 1 MB between processes of this machine, by Gloo
+python benchmarks/scaling.py engine      steps of a small random model by 1 to 3 ranks, op by op
+python benchmarks/scaling.py model       the table of 1 to 8 GPUs
 """
 
 from __future__ import annotations

@@ -6,10 +6,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    import torch
+from candle_vllm.core.kernels.recorded import Value
 
 _PATIENCE = 60.0
 _Result = TypeVar("_Result")
@@ -28,7 +27,7 @@ class ThreadRanks:
         self._barrier.wait(_PATIENCE)
         return found
 
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
+    def sum(self, x: Value) -> Value:
         """See `Collective`."""
         first, *others = self._all(x)
         total = first.clone()
@@ -36,7 +35,7 @@ class ThreadRanks:
             total += each
         return total
 
-    def gather(self, x: torch.Tensor, width: int) -> torch.Tensor:
+    def gather(self, x: Value, width: int) -> Value:
         """See `Collective`."""
         wide = x.new_zeros(x.shape[0], self.size, width)
         for rank, part in enumerate(self._all(x)):
