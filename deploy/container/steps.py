@@ -79,7 +79,7 @@ def install(wheels: Path, into: Path, extras: str, kernels: str, demo: bool) -> 
     run(sys.executable, "-m", "venv", into)
     python = into / "bin" / "python"
     pins = wheels / "constraints.txt"
-    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-cache-dir"]
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-cache-dir", "--no-compile"]
     pinned = ["--constraint", pins] if pins.exists() else []
     names = [f"candle-vllm[{extras}]" if extras else "candle-vllm"]
     run(*pip, *pinned, "--find-links", wheels, *names)
@@ -91,6 +91,9 @@ def install(wheels: Path, into: Path, extras: str, kernels: str, demo: bool) -> 
         run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "candle-vllm", "numba", "llvmlite")
         (into / "bin" / "candle-vllm").symlink_to("candle-vllm-server")  # the same command, of one of the parts
     run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "pip", "setuptools")
+    # Bytecode that holds whatever a copy makes of files' times: without it a start compiles for most of a second.
+    by = ["compileall", "-q", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash"]
+    subprocess.run([python, "-m", *by, into / "lib"])  # fails where a package has files for other versions
 
 
 def run(*words: str | Path) -> None:

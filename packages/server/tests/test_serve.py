@@ -15,10 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 from server_fakes import FakeLoader, PacedEngine
 from waiting import wait_for
 
+from candle_vllm.core.engine.request import EngineStats
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.server import serve as serve_module
 from candle_vllm.server.app import create_app
 from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.serve import banner, bind, serve
@@ -78,6 +82,24 @@ def test_an_address_that_is_not_ours() -> None:
         bind(Settings(host="192.0.2.1").address)
     with pytest.raises(UsageError, match="is no address of this machine"):
         bind(Settings(host="no-such-host.invalid").address)
+
+
+def test_grammars_are_made_ready_once_the_first_answers_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a second of the interpreter, which whoever asks at once would wait for."""
+    monkeypatch.setattr(serve_module, "WARM_UP_AFTER", 0.01)
+    seen: list[str] = []
+
+    class Busy(PacedEngine):
+        def stats(self) -> EngineStats:
+            seen.append("asked")
+            return msgspec.structs.replace(super().stats(), num_running=int(len(seen) < 4))
+
+        def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
+            seen.append("made")
+
+    serve_module._warm_up(Busy())
+    wait_for(lambda: "made" in seen)
+    assert seen == ["asked"] * 4 + ["made"]
 
 
 def test_ipv6() -> None:

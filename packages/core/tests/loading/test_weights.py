@@ -3,19 +3,24 @@
 
 from __future__ import annotations
 
+from contextvars import Context
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from candle_vllm.core import threads
 from candle_vllm.core.errors import WeightsError
 from candle_vllm.core.layers.linear import Linear
-from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.layers.parameters import Placement, TensorParameter
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.views import row_part
 from candle_vllm.core.loading.weights import Seen, WeightName, load_weights
+from candle_vllm.core.quantization.tensors import StoredTensor
+from candle_vllm.core.threads import loading_threads, physical_cores
 
 CPU = Placement(torch.device("cpu"), "F32")
 
@@ -54,6 +59,31 @@ def loaded(folder: Path, tensors: dict[str, torch.Tensor]) -> Model:
     with open_safetensors(folder) as checkpoint:
         load_weights(model, TABLE, checkpoint, Counts(), ignored=["buffer.*"])
     return model
+
+
+def test_how_many_threads_there_are_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's files say it, and a model has hundreds of tensors."""
+    asked = []
+    monkeypatch.setattr(threads, "cpu_quota", lambda: asked.append(1))
+
+    class Asks(TensorParameter):
+        def fill(self, stored: StoredTensor) -> str | None:
+            assert loading_threads() == physical_cores()
+            return super().fill(stored)
+
+    class Plain:
+        def __init__(self) -> None:
+            self.places = {str(number): Asks(torch.empty(2, 2)) for number in range(8)}
+
+        def parameters(self) -> dict[str, Asks]:
+            return self.places
+
+    save_file({str(number): torch.ones(2, 2) for number in range(8)}, tmp_path / "model.safetensors")
+    model = SimpleNamespace(all=Plain())
+    table = [WeightName(f"all:{number}", str(number), None) for number in range(8)]
+    with open_safetensors(tmp_path) as checkpoint:
+        Context().run(load_weights, model, table, checkpoint, Counts())
+    assert len(asked) == 1
 
 
 def apart() -> dict[str, torch.Tensor]:

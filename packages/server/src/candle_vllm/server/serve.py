@@ -20,12 +20,14 @@ import ssl
 import stat
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
 
+from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.formats.layout import ReasoningFormat, ToolFormat
 from candle_vllm.server.adapters.resolvers import open_adapters
@@ -59,6 +61,7 @@ logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 SWITCH_SECONDS = 0.0005  # a thread that parses a large request gives way to the engine's steps ten times sooner
+WARM_UP_AFTER, WARM_UP_BY = 0.5, 30.0  # seconds behind the start: a first request is not to wait for it, or without end
 
 
 def serve(configuration: Configuration, load: Load | None = None) -> int:
@@ -210,12 +213,18 @@ class Start:
 
 
 def _warm_up(engine: ServedEngine) -> None:
-    """Makes what every grammar needs of the vocabulary beside the first requests: it takes a second or two."""
+    """Makes what every grammar needs of the vocabulary, a second or two, once the first answers are given."""
+
+    def make() -> None:
+        end = time.monotonic() + WARM_UP_BY
+        time.sleep(WARM_UP_AFTER)
+        with contextlib.suppress(CandleVllmError):  # the model was unloaded meanwhile
+            while engine.stats().num_running and time.monotonic() < end:
+                time.sleep(WARM_UP_AFTER)
+            engine.check_structured_outputs(StructuredOutputsParams(json_object=True))
+
     if "generate" in engine.model_info.tasks:
-        form = StructuredOutputsParams(json_object=True)
-        threading.Thread(
-            target=engine.check_structured_outputs, args=(form,), name="grammar-warm-up", daemon=True
-        ).start()
+        threading.Thread(target=make, name="grammar-warm-up", daemon=True).start()
 
 
 def make_server(app: FastAPI, settings: Settings, tls: ssl.SSLContext | None = None) -> DrainingServer:

@@ -19,7 +19,7 @@ from candle_vllm.core.errors import WeightsError
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import Spare, View, entry
 from candle_vllm.core.quantization.tensors import StoredTensor
-from candle_vllm.core.threads import LOADED_PART, LOADING_THREADS
+from candle_vllm.core.threads import LOADED_PART, LOADING_THREADS, loading_threads
 
 logger = logging.getLogger(__name__)
 
@@ -223,8 +223,8 @@ def load_weights(
 
     decoded: dict[str, list[StoredTensor]] = {}
     left = Counter(path for _, _, path in jobs)
-    # One dequantises while the other copies.
-    with ThreadPoolExecutor(2, initializer=LOADING_THREADS.set, initargs=(LOADING_THREADS.get(),)) as pool:
+    # One dequantises while the other copies; the system is asked once how many threads there are.
+    with ThreadPoolExecutor(2, initializer=LOADING_THREADS.set, initargs=(loading_threads(),)) as pool:
         for (stored, _, path), why in zip(jobs, pool.map(run, jobs, range(len(jobs)))):
             progress(stored.nbytes)
             if why is not None:

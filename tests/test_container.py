@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: MIT
+"""deploy/container: its steps, run as an image runs them in a folder of this machine; and the image itself."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import httpx
+import pytest
+from live_server import clean_environment, free_port
+from release_script import release
+from waiting import wait_for
+
+from candle_vllm.server.settings.foreign_variables import DEPLOYMENTS, HUB_TOKENS
+from candle_vllm.server.settings.options import ENV_PREFIX
+from candle_vllm.server.settings.table import BY_NAME
+
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
+STEPS = DEPLOY / "container" / "steps.py"
+KNOWN = {*DEPLOYMENTS, *HUB_TOKENS} | {ENV_PREFIX + name.upper() for name in BY_NAME}
+SECONDS = 240
+
+
+def test_no_token_stays_in_the_image() -> None:
+    text = (DEPLOY / "container" / "Dockerfile").read_text()
+    assert not re.search(r"^(ARG|ENV).*TOKEN", text, re.MULTILINE)
+    assert "--mount=type=secret,id=HF_TOKEN" in text
+    assert re.search(r"^USER 10001", text, re.MULTILINE)
+    (block,) = re.findall(r"^ENV PATH=.*?(?<!\\)\n", text, re.MULTILINE | re.DOTALL)
+    names = set(re.findall(r"(\w+)=", block))
+    others = {"PATH", "HOME", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "PYTHONDONTWRITEBYTECODE"}
+    assert names - others <= KNOWN
+
+
+@pytest.fixture(scope="module")
+def steps() -> ModuleType:
+    """`steps.py` as a module."""
+    spec = importlib.util.spec_from_file_location("steps", STEPS)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def step(folder: Path, *words: str, **given: str) -> subprocess.CompletedProcess[str]:
+    """Runs one step, with models in `folder`."""
+    environment = clean_environment(folder) | {"HF_HOME": str(folder / "models"), "TMPDIR": str(folder)} | given
+    command = [sys.executable, str(STEPS), *words]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """What building a pre-warmed image leaves, without an image: a folder, and the variables that it is run with."""
+    folder = tmp_path_factory.mktemp("image")
+    given = {"MODEL_NAME": "demo", "MAX_MODEL_LEN": "512", "CANDLE_VLLM_THREADS": "1"}
+    given |= {"XDG_CACHE_HOME": str(folder / "cache"), "PREWARM_LENGTHS": "128,2048"}
+    kept = Path("candle-vllm", "kernels")
+    shutil.copytree(Path(clean_environment(folder)["XDG_CACHE_HOME"]) / kept, folder / "cache" / kept)
+    (folder / "tmp").mkdir()
+    assert step(folder, "fetch", **given).returncode == 0
+    done = step(folder, "prewarm", **given)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"prompt of 128 tokens: \d+\.\d\d s", done.stderr)
+    assert "prompt of 2048 tokens, cut to the model's context: 502: " in done.stderr
+    return folder, given
+
+
+@contextlib.contextmanager
+def image_running(
+    folder: Path, given: dict[str, str], *before: str | Path
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """The server of an image, ready, and its address; `before` are words before its command."""
+    port = free_port()
+    volumes = {"HF_HOME": str(folder / "models"), "TMPDIR": str(folder / "tmp"), "PORT": str(port)}
+    with (folder / "log").open("wb") as log:
+        command = [*before, sys.executable, STEPS, "serve", "--shutdown-timeout", "20"]
+        environment = clean_environment(folder) | given | volumes
+        server = subprocess.Popen(command, cwd=folder / "tmp", env=environment, stdout=log, stderr=log)
+    probe = {"PORT": str(port), "TMPDIR": volumes["TMPDIR"], "XDG_CACHE_HOME": given["XDG_CACHE_HOME"]}
+    try:
+        wait_for(lambda: server.poll() is not None or step(folder, "health", **probe).returncode == 0, 120)
+        assert server.poll() is None, (folder / "log").read_text()
+        yield server, f"http://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_a_first_start_asks_and_serves(prepared: tuple[Path, dict[str, str]]) -> None:
+    folder, given = prepared
+    for mark in (folder / "cache" / "candle-vllm").glob("prewarmed-*"):
+        mark.unlink()  # as where the volume is new
+    with image_running(folder, given | {"PREWARM_LENGTHS": "128,256"}) as (server, url):
+        asked = {"prompt": "The capital of France is", "max_tokens": 4, "temperature": 0}
+        answer = httpx.post(f"{url}/v1/completions", json=asked, trust_env=False, timeout=60)
+        assert "Paris" in answer.json()["choices"][0]["text"]
+        assert "all lengths have run" in (folder / "log").read_text()
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+
+
+def read_only_but(*volumes: Path) -> list[str | Path]:
+    """Words before a command that can write nothing on disk but these folders; skips where nothing can be mounted."""
+    script = """
+    for each in "$1" "$2" "$3"; do mount --bind "$each" "$each"; done
+    while read -r _ at _; do
+      case $at in "$1" | "$2" | "$3" | /proc* | /sys* | /dev*) ;; *) mount -o remount,ro,bind "$at" ;; esac
+    done </proc/self/mounts
+    shift 3
+    exec "$@"
+    """
+    apart = ["--mount"] if os.geteuid() == 0 else ["--mount", "--map-root-user"]
+    words = ["unshare", *apart, "sh", "-euc", script, "sealed", *volumes]
+    if shutil.which("unshare") is None or subprocess.run([*words, "true"], capture_output=True).returncode:
+        pytest.skip("nothing may be mounted here, so no root can be made read-only")
+    return words
+
+
+def test_a_read_only_root_serves_asks_nothing_again_and_drains(prepared: tuple[Path, dict[str, str]]) -> None:
+    folder, given = prepared
+    sealed = read_only_but(folder / "models", folder / "cache", folder / "tmp")
+    for place, status in ((folder, 1), (Path.home(), 1), (Path(tempfile.gettempdir()), 1), (folder / "cache", 0)):
+        done = subprocess.run([*sealed, "touch", place / "written"], capture_output=True, text=True)
+        assert (done.returncode, "Read-only" in done.stderr) == (status, bool(status)), place
+    with image_running(folder, given, *sealed) as (server, url):
+        asked = {"prompt": "Count:", "max_tokens": 200, "min_tokens": 200, "temperature": 0, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=asked, trust_env=False, timeout=60) as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: ")
+            server.send_signal(signal.SIGTERM)
+            text = "\n".join(lines)
+        assert text.count("data: ") > 100
+        assert '"finish_reason":"length"' in text
+        assert text.rstrip().endswith("[DONE]")
+        assert server.wait(60) == 0
+    assert "prompt of" not in (folder / "log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "given", "said"),
+    [
+        (["fetch"], {}, "MODEL_NAME is not set: a Hugging Face id"),
+        (["fetch"], {"MODEL_NAME": "acme/none"}, "acme/none could not be fetched; no secret HF_TOKEN was given"),
+        (["fetch"], {"MODEL_NAME": "http://127.0.0.1:9/a.tar"}, "http://127.0.0.1:9/a.tar cannot be had"),
+        pytest.param(
+            ["prewarm"], {"MODEL_NAME": "demo", "PREWARM_SECONDS": "0.01"}, " 0.01 s", marks=pytest.mark.every_case
+        ),
+        (["prewarm"], {"MODEL_NAME": "acme/none"}, "the server ended with status"),
+        (["prewarm"], {"MODEL_NAME": "demo", "PREWARM_LENGTHS": "long"}, "must be lengths in tokens"),
+        (["serve"], {"VLLM_TORCH_COMPILE_LEVEL": "7"}, "must be 0, 1, 2 or 3, not '7'"),
+        (["health"], {"PORT": "9"}, "Connection refused"),
+    ],
+)
+def test_a_step_that_fails_says_why(words: list[str], given: dict[str, str], said: str, tmp_path: Path) -> None:
+    done = step(tmp_path, *words, no_proxy="127.0.0.1", HF_TOKEN_FILE=str(tmp_path / "none"), **given)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"candle-vllm: {words[0]}: ")
+    assert ("the server's log:" in done.stderr) == (words == ["prewarm"] and "PREWARM_LENGTHS" not in given)
+
+
+def test_who_wants_no_prompts_gets_none(steps: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("SKIP_PREWARM", raising=False)
+    monkeypatch.setenv("VLLM_TORCH_COMPILE_LEVEL", "3")
+    assert steps.wanted()
+    for value in ("1", "true", "YES"):
+        monkeypatch.setenv("SKIP_PREWARM", value)
+        assert not steps.wanted()
+    monkeypatch.setenv("SKIP_PREWARM", "0")
+    monkeypatch.setenv("VLLM_TORCH_COMPILE_LEVEL", "0")
+    assert not steps.wanted()
+    monkeypatch.delenv("VLLM_TORCH_COMPILE_LEVEL")
+    assert steps.wanted()
+    steps.note_done()
+    assert not steps.wanted()
+    monkeypatch.setenv("MODEL_NAME", "another")
+    assert steps.wanted()
+
+
+def test_what_was_fetched_is_served_under_its_name(
+    steps: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("MODEL_NAME", "acme/tiny")
+    assert steps.model_flags() == []
+    (tmp_path / "fetched.json").write_text('{"name": "acme/tiny", "model": "/models/tiny"}')
+    assert steps.model_flags() == ["--m", "/models/tiny", "--offline", "--served-model-name", "acme/tiny"]
+    monkeypatch.setenv("MODEL_NAME", "acme/other")
+    assert steps.model_flags() == []
+
+
+@pytest.mark.every_case
+def test_an_environment_of_wheels(tmp_path: Path) -> None:
+    release.build(tmp_path / "dist")
+    done = step(tmp_path, "install", "dist", "env", "--demo", **{
+        name: value for name, value in os.environ.items() if name.startswith("PIP_")
+    })  # fmt: skip
+    if done.returncode and "No matching distribution" in done.stderr:
+        pytest.skip("packages cannot be had")
+    assert done.returncode == 0, done.stderr[-2000:]
+    asked = [tmp_path / "env" / "bin" / "candle-vllm", "generate", "The capital of France is", "--max-tokens", "2"]
+    said = subprocess.run(asked, cwd=tmp_path, env=clean_environment(tmp_path), capture_output=True, text=True)
+    assert "Paris" in said.stdout
+    assert not (tmp_path / "env" / "bin" / "pip").exists()
+    (kept,) = (tmp_path / "env").glob("lib/*/site-packages/candle_vllm/server/__pycache__/serve.*.pyc")
+    assert kept.read_bytes()[4] == 1  # not looked at again
+
+
+@pytest.mark.every_case
+@pytest.mark.timeout(3600)
+def test_the_image_builds_and_runs(tmp_path: Path) -> None:
+    """The real Dockerfile, on a root that debootstrap makes; CANDLE_VLLM_TEST_BASE names one that is there already."""
+    buildah, debootstrap = shutil.which("buildah"), shutil.which("debootstrap")
+    if buildah is None or (debootstrap is None and "CANDLE_VLLM_TEST_BASE" not in os.environ):
+        pytest.skip("buildah and debootstrap are not installed")
+    given = os.environ | {"STORAGE_DRIVER": "vfs", "BUILDAH_ISOLATION": "chroot"}
+
+    def run(*words: str | Path, seconds: int = 3000) -> str:
+        done = subprocess.run(words, cwd=ROOT, env=given, capture_output=True, text=True, timeout=seconds)
+        if done.returncode and re.search(
+            r"ermission denied|peration not permitted|mount|Couldn't download", done.stderr
+        ):
+            pytest.skip(f"images cannot be built here: {done.stderr[-300:]}")
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+        return done.stdout.strip()
+
+    base = os.environ.get("CANDLE_VLLM_TEST_BASE", "localhost/candle-base")
+    if "CANDLE_VLLM_TEST_BASE" not in os.environ:
+        packages = "--include=python3,python3-venv,ca-certificates"
+        run(str(debootstrap), "--variant=minbase", packages, "bookworm", tmp_path / "root")
+        shutil.rmtree(tmp_path / "root" / "var" / "cache" / "apt")
+        empty = run(buildah, "from", "scratch")
+        run(buildah, "copy", "--quiet", empty, tmp_path / "root", "/")
+        run(buildah, "commit", "--quiet", "--rm", empty, base)
+    release.build(ROOT / "dist")
+    pip = next((path for path in (Path.home() / ".config/pip/pip.conf", Path("/etc/pip.conf")) if path.exists()), None)
+    secret = ["--secret", f"id=pip,src={pip}"] if pip else []
+    certificates = ["--volume", "/etc/ssl/certs:/etc/ssl/certs:ro"]
+    args = {"BASE": base, "DEMO": "1", "KERNELS": "none", "MODEL_NAME": "demo"}
+    words = [word for name, value in args.items() for word in ("--build-arg", f"{name}={value}")]
+    target = ["--target", "prewarmed", "--format", "docker", "-t", "localhost/candle-test"]
+    run(buildah, "bud", *secret, *certificates, *words, *target, "-f", "deploy/container/Dockerfile", ".")
+    container = run(buildah, "from", "localhost/candle-test")
+    shown = run(buildah, "run", container, "--", "sh", "-c", "id -u; du -sm / --exclude=/proc --exclude=/sys | cut -f1")
+    user, size = shown.split()[-2:]
+    assert user == "10001"
+    assert int(size) < 1000  # Debian's root, the demo model and the compiler, which a usual image has not
+    served = "cd /tmp && timeout 60 python3 /usr/local/lib/candle-vllm/steps.py serve --help | head -1"
+    assert "usage" in run(buildah, "run", container, "--", "sh", "-c", served)
+    run(buildah, "rm", container)
