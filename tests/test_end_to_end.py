@@ -3,18 +3,24 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from live_server import ServerProcess, openai_client, run_command
+from live_server import COMMAND, ServerProcess, clean_environment, openai_client, run_command
 from waiting import wait_for
+
+from candle_vllm.core.config import demo_model
 
 pytestmark = pytest.mark.timeout(600)  # a busy machine is many times slower than an idle one
 
@@ -224,3 +230,67 @@ def test_bench_prints_one_json_object(tmp_path: Path) -> None:
     assert result["model"] == MODEL
     assert {"torch", "python", "candle-vllm-core"} <= set(result["versions"])
     assert {"architecture", "quantization", "dtype", "device", "cpus", "machine"} <= set(result)
+
+
+# ---- a model at an address -------------------------------------------------------------------------------------------
+
+
+class Shelf(http.server.ThreadingHTTPServer):
+    """The demo model's file at an address, in ranges; while `stalls`, the last pieces do not come."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(("127.0.0.1", 0), _Shelf)
+        self.content, self.sent, self.stalls = content, 0, threading.Event()
+
+
+class _Shelf(http.server.BaseHTTPRequestHandler):
+    server: Shelf  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def do_GET(self) -> None:
+        whole = len(self.server.content)
+        first, last = map(int, self.headers["range"].removeprefix("bytes=").split("-"))
+        self.send_response(206)
+        self.send_header("content-range", f"bytes {first}-{last}/{whole}")
+        self.send_header("content-length", str(last - first + 1))
+        self.end_headers()
+        if first > whole // 2 and self.server.stalls.is_set():
+            wait_for(lambda: not self.server.stalls.is_set(), 120)
+            return
+        self.wfile.write(self.server.content[first : last + 1])
+        self.server.sent += last - first + 1
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_a_model_at_an_address_is_fetched_once_also_behind_a_kill(tmp_path: Path) -> None:
+    file = demo_model()
+    assert file is not None
+    content = file.read_bytes()
+    with Shelf(content) as shelf, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("no_proxy", "127.0.0.1")
+        threading.Thread(target=shelf.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        address = f"http://127.0.0.1:{shelf.server_port}/tiny.gguf?signature=me#sha256={sha256(content).hexdigest()}"
+        flags = ["--m", address, "--download-dir", str(tmp_path / "cache"), *ONE_THREAD]
+        fetching = [*flags, "--no-offline"]
+
+        shelf.stalls.set()
+        first = subprocess.Popen([COMMAND, *fetching, "--p", "0"], cwd=tmp_path, env=clean_environment(tmp_path))
+        journal = tmp_path / "cache" / "archives" / ".tiny.partial.pieces"
+        wait_for(lambda: journal.exists() and journal.read_bytes().count(b"\1") >= 2, 60)
+        first.kill()
+        first.wait()
+        come = shelf.sent
+        shelf.stalls.clear()
+
+        server = ServerProcess(tmp_path, *fetching)
+        try:
+            with openai_client(server.url) as client:
+                assert [model.id for model in client.models.list()] == ["tiny"]
+                assert "Paris" in greedy(client, CAPITAL)
+        finally:
+            assert server.stop() == 0
+        assert shelf.sent < len(content) + come / 2
+        assert "signature" not in (tmp_path / "server.log").read_text()
+        shelf.shutdown()
+    assert "Paris" in run_command(tmp_path, "generate", CAPITAL, "--max-tokens", "4", "--temperature", "0", *flags)

@@ -107,21 +107,18 @@ def fetch() -> None:
     """Brings the model of MODEL_NAME, so that nothing is fetched later."""
     name = os.environ.get("MODEL_NAME", "")
     if not name:
-        raise Failed("MODEL_NAME is not set: a Hugging Face id, or the address of a tar archive")
+        raise Failed("MODEL_NAME is not set: a Hugging Face id, or the address of a tar archive or a GGUF file")
     environment = dict(os.environ)
     if SECRET.is_file():
         environment["HF_TOKEN"] = SECRET.read_text(encoding="utf-8").strip()
     models = Path(setting("HF_HOME", "/models"))
     if "://" in name:
         from candle_vllm.core.errors import CandleVllmError
-        from candle_vllm.server.models.archives import Archive, fetch_archive
+        from candle_vllm.server.models.archives import model_at
 
         try:
-            archive = Archive.of(name)
-            if archive is None:
-                raise Failed(f"{name} is no address of a tar archive")
-            found = str(fetch_archive(archive, models / "archives").resolve())
-        except (CandleVllmError, OSError) as error:
+            found = str(model_at(name, models / "hub").resolve())
+        except CandleVllmError as error:
             raise Failed(str(error)) from None
     else:
         found = name

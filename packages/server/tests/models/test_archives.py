@@ -11,14 +11,18 @@ import os
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError
 from candle_vllm.server.models import archives
-from candle_vllm.server.models.archives import MARKER, Archive, fetch_archive, unpack, writable
+from candle_vllm.server.models.archives import MARKER, Archive, fetch_archive, model_at, unpack, writable
+from candle_vllm.server.models.catalogue import source_name
+from candle_vllm.server.settings import Settings
 
 WEIGHTS = os.urandom(300_000)
 
@@ -57,7 +61,10 @@ class Place(http.server.ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/models/tiny/model.tar?signature=1"
+        return self.at("tiny/model.tar")
+
+    def at(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.server_port}/models/{path}?signature=1"
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -109,6 +116,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
         ("https://weights.example/a/b%20c.tgz", "b_c"),
         ("/srv/big.tar", "big"),
         ("https://weights.example/model.tar", "model"),
+        ("https://weights.example/a/tiny.Q4_0.gguf?x=1", "tiny.Q4_0"),
     ],
 )
 def test_names(address: str, name: str) -> None:
@@ -278,3 +286,58 @@ def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with pytest.raises(ModelNotFoundError, match="cannot be had"):
         fetch_archive(Archive("http://127.0.0.1:9/a/model.tar"), tmp_path)
+
+
+# ---- an operator's address -------------------------------------------------------------------------------------------
+
+
+def test_a_gguf_file_is_fetched_once_and_found_without_writing(
+    place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place.content = b"GGUF" + WEIGHTS
+    with pytest.raises(ModelNotFoundError, match="and nothing is fetched: leave out --offline"):
+        model_at(place.at("tiny.gguf"), tmp_path, offline=True)
+    folder = model_at(place.at("tiny.gguf"), tmp_path)
+    assert folder == tmp_path / "archives" / "tiny"
+    assert (folder / "tiny.gguf").read_bytes() == place.content
+    assert "without encryption and without #sha256=" in caplog.text
+    assert "signature" not in caplog.text
+    place.asked.clear()
+    (folder.parent / ".tiny.lock").unlink()
+    assert model_at(place.at("tiny.gguf"), tmp_path, offline=True) == folder
+    assert (place.asked, [path.name for path in folder.parent.iterdir()]) == ([], ["tiny"])
+
+
+@pytest.mark.parametrize(
+    ("address", "content", "said"),
+    [
+        ("tiny.gguf", b"<html>", "what came as tiny.gguf is no GGUF file"),
+        ("tiny-00001-of-00002.gguf", b"GGUF", "is a part of a model"),
+        ("model.tar", b"GGUF", "cannot be unpacked"),
+    ],
+)
+def test_what_is_no_model(address: str, content: bytes, said: str, place: Place, tmp_path: Path) -> None:
+    place.content = content
+    with pytest.raises(InvalidFileError, match=said):
+        model_at(place.at(address), tmp_path)
+    assert not any(path.is_dir() for path in (tmp_path / "archives").iterdir())
+
+
+def test_addresses_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"'ftp://weights.example/a.tar' is no address of a model"):
+        model_at("ftp://user:secret@weights.example/a.tar", tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelNotFoundError, match=r"cannot be kept in .*: Not a directory"):
+        model_at("https://weights.example/a.tar", tmp_path / "file")
+
+    def to_plain(request: httpx.Request) -> httpx.Response:
+        assert request.url.scheme == "https"
+        return httpx.Response(302, headers={"location": "http://weights.example/b.tar"})
+
+    monkeypatch.setattr(httpx, "Client", partial(httpx.Client, transport=httpx.MockTransport(to_plain)))
+    with pytest.raises(ModelNotFoundError, match="leads to an address without encryption"):
+        model_at("https://weights.example/a.tar", tmp_path)
+
+
+def test_a_server_calls_it_as_its_file_is_called() -> None:
+    assert source_name(Settings(model="https://me:secret@weights.example/llama/model.tar?key=1"), None) == "llama"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Models in tar archives (before step 1): fetched in ranges side by side, checked, unpacked within bounds, found again.
+"""Models at addresses, GGUF files and tar archives (before step 1): fetched in ranges side by side, checked, kept.
 
 A model that is there whole has a marker in its folder, which is made beside its place and renamed; whatever broke off
 before is gone on with, or done again, and never taken for the model. Nobody vouches for an archive: plain files come
@@ -12,6 +12,7 @@ import contextlib
 import gzip
 import hashlib
 import json
+import logging
 import os
 import posixpath
 import re
@@ -28,9 +29,12 @@ from typing import IO, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError
+from candle_vllm.core.loading.gguf import split_names
 from candle_vllm.core.progress import tell
 from candle_vllm.server.adapters.archives import BoundedMember, BoundedStream
 from candle_vllm.server.adapters.sources import Refused
+
+logger = logging.getLogger(__name__)
 
 MARKER = ".complete"
 _PIECE = 16 << 20  # bytes of one range
@@ -43,11 +47,12 @@ _SLACK = 16 << 20  # bytes that need no such ratio
 _MOST_PARTS = 32  # of a name: each of a member's may be a folder of its own
 _COPIED = 1 << 20
 _ENDINGS = (".tar.gz", ".tgz", ".tar")
+_GGUF = ".gguf"
 _SUM = re.compile(r"[0-9a-f]{64}")
 
 
 class Archive(NamedTuple):
-    """Where a model's archive is: an address, or a file of this machine."""
+    """Where a model's archive is: a file of this machine, or an address, which may be a GGUF file's as well."""
 
     address: str
     sha256: str | None = None
@@ -63,7 +68,7 @@ class Archive(NamedTuple):
         sha256 = (sha256 or told or "").lower() or None
         if sha256 is not None and not _SUM.fullmatch(sha256):
             raise InvalidFileError(
-                f"the SHA-256 of {_shown(address)} must have 64 hexadecimal digits, not {sha256!r:.80}"
+                f"the SHA-256 of {without_secrets(address)} must have 64 hexadecimal digits, not {sha256!r:.80}"
             )
         try:
             remote = urlsplit(address).scheme in ("http", "https")
@@ -80,14 +85,21 @@ class Archive(NamedTuple):
     def name(self) -> str:
         """What its folder is called: the last part of the path without its ending, or the one before `model.tar`."""
         parts = [part for part in unquote(urlsplit(self.address).path).split("/") if part] or [""]
-        last = next((parts[-1][: -len(end)] for end in _ENDINGS if parts[-1].lower().endswith(end)), parts[-1])
+        last = next(
+            (parts[-1][: -len(end)] for end in (*_ENDINGS, _GGUF) if parts[-1].lower().endswith(end)), parts[-1]
+        )
         chosen = parts[-2] if last == "model" and len(parts) > 1 else last
         return re.sub(r"[^\w.-]", "_", chosen).lstrip(".") or self._mark
 
     @property
     def source(self) -> str:
         """The address without who asks and what may be a signature."""
-        return _shown(self.address)
+        return without_secrets(self.address)
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether it is no archive but the file itself."""
+        return urlsplit(self.address).path.lower().endswith(_GGUF)
 
     @property
     def _mark(self) -> str:
@@ -118,6 +130,8 @@ def fetch_archive(archive: Archive, root: Path) -> Path:
         InvalidFileError: it is not what its sum says, cannot be unpacked, or holds no model.
         OSError: the folder cannot be written.
     """
+    if archive.is_kept_in(root):  # where nothing need be written
+        return model_folder(archive.kept_in(root))
     root.mkdir(parents=True, exist_ok=True)
     with _alone(root / f".{archive.name}.lock"):
         folder = archive.kept_in(root)
@@ -134,7 +148,10 @@ def fetch_archive(archive: Archive, root: Path) -> Path:
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir()
             try:
-                unpack(file, fresh)
+                if archive.is_gguf:
+                    _take_gguf(file, fresh / f"{archive.name}{_GGUF}")
+                else:
+                    unpack(file, fresh)
                 model_folder(fresh)
                 marker = {"source": archive.source, "sha256": sha256}
                 (fresh / MARKER).write_text(json.dumps(marker), encoding="utf-8")
@@ -164,6 +181,35 @@ def model_folder(folder: Path) -> Path:
     return tops[0]
 
 
+def model_at(address: str, cache: Path, *, offline: bool = False) -> Path:
+    """The folder of the model at an address that an operator gave, `https://...` to a tar archive or a .gguf file.
+
+    Args:
+        address: with `#sha256=...` behind it, or nobody knows what comes.
+        cache: where models are kept; it goes to a folder of its own there, and is never fetched twice.
+        offline: only what is there.
+
+    Raises:
+        ModelNotFoundError, InvalidFileError: as `fetch_archive`.
+    """
+    archive = Archive.of(address)
+    if archive is None or not archive.is_remote:
+        raise ModelNotFoundError(f"{without_secrets(address)!r:.200} is no address of a model: it begins with https://")
+    root = cache / "archives"
+    if not archive.is_kept_in(root):
+        if offline:
+            raise ModelNotFoundError(f"{archive.source} is not in {root}, and nothing is fetched: leave out --offline")
+        if archive.sha256 is None and archive.address.startswith("http:"):
+            logger.warning(
+                "%s is fetched without encryption and without #sha256=: whoever is between chooses the model",
+                archive.source,
+            )
+    try:
+        return fetch_archive(archive, root)
+    except OSError as error:
+        raise ModelNotFoundError(f"{archive.source} cannot be kept in {root}: {error.strerror or error}") from None
+
+
 def _read_marker(folder: Path) -> dict[str, Any] | None:
     try:
         read = json.loads((folder / MARKER).read_text(encoding="utf-8"))
@@ -172,9 +218,14 @@ def _read_marker(folder: Path) -> dict[str, Any] | None:
     return read if isinstance(read, dict) else None
 
 
-def _shown(address: str) -> str:
-    parts = urlsplit(address)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+def without_secrets(address: str) -> str:
+    """An address without who asks and what may be a signature; any other text as it is."""
+    if "://" not in address:
+        return address
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(address)
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+    return address
 
 
 @contextlib.contextmanager
@@ -202,6 +253,20 @@ def _checked(archive: Archive, file: Path) -> str:
     return found
 
 
+def _take_gguf(file: Path, target: Path) -> None:
+    """Moves a file to its place.
+
+    Raises:
+        InvalidFileError: it is no GGUF file, or a part of a model.
+    """
+    if len(split_names(target.name)) > 1:
+        raise InvalidFileError(f"{target.name} is a part of a model: an archive may hold all of them")
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise InvalidFileError(f"what came as {target.name} is no GGUF file")
+    file.rename(target)
+
+
 # ---- fetching --------------------------------------------------------------------------------------------------------
 
 
@@ -214,6 +279,12 @@ def _download(archive: Archive, partial: Path) -> Path:
 
     shown = archive.source
     asked: dict[str, Any] = {"follow_redirects": True, "timeout": _SECONDS, "headers": {"accept-encoding": "identity"}}
+
+    def check(request: httpx.Request) -> None:
+        if archive.address.lower().startswith("https:") and request.url.scheme != "https":
+            raise ModelNotFoundError(f"{shown} leads to an address without encryption, which is not followed")
+
+    asked["event_hooks"] = {"request": [check]}
     try:
         with httpx.Client(**asked) as client:
             with client.stream("GET", archive.address, headers={"range": "bytes=0-0"}) as answer:
@@ -249,7 +320,7 @@ def _whole(answer: Any, partial: Path, shown: str) -> None:
 
 def _ranges(client: Any, address: str, partial: Path, total: int, version: str) -> None:
     """All that is missing of it, in pieces side by side; which are there is written down behind each."""
-    shown, count = _shown(address), -(-total // _PIECE)
+    shown, count = without_secrets(address), -(-total // _PIECE)
     head = json.dumps({"source": shown, "bytes": total, "version": version, "piece": _PIECE}).encode() + b"\n"
     journal = _pieces(partial)
     kept = journal.read_bytes() if journal.exists() and partial.exists() else b""
@@ -296,12 +367,12 @@ def _range(client: Any, address: str, out: IO[bytes], lock: Lock, first: int, la
                 answer.raise_for_status()
                 now = answer.headers.get("etag") or answer.headers.get("last-modified") or ""
                 if answer.status_code != 206 or now != version:
-                    raise ModelNotFoundError(f"{_shown(address)} changed while it was fetched: try again")
+                    raise ModelNotFoundError(f"{without_secrets(address)} changed while it was fetched: try again")
                 if not answer.headers.get("content-range", "").startswith(f"bytes {first}-{last}/"):
-                    raise ModelNotFoundError(f"{_shown(address)} sent other bytes than it was asked for")
+                    raise ModelNotFoundError(f"{without_secrets(address)} sent other bytes than it was asked for")
                 for piece in answer.iter_raw(_COPIED):
                     if at + len(piece) > last + 1:
-                        raise ModelNotFoundError(f"{_shown(address)} sent more than it was asked for")
+                        raise ModelNotFoundError(f"{without_secrets(address)} sent more than it was asked for")
                     with lock:
                         out.seek(at)
                         rest = memoryview(piece)
@@ -314,7 +385,7 @@ def _range(client: Any, address: str, out: IO[bytes], lock: Lock, first: int, la
             if not left:
                 raise
         time.sleep(0.5 * (_TRIES - left))
-    raise ModelNotFoundError(f"{_shown(address)} breaks off again and again: what came of it is kept")
+    raise ModelNotFoundError(f"{without_secrets(address)} breaks off again and again: what came of it is kept")
 
 
 def _check_room(path: Path, nbytes: int) -> None:

@@ -104,6 +104,10 @@ def source_name(settings: Settings, demo: Path | None) -> str:
     if settings.weight_path is None and is_demo(settings.model or "") and demo is not None:
         return demo.stem
     source = str(settings.weight_path or settings.model or settings.weight_file)
+    if "://" in source:
+        from candle_vllm.server.models.archives import Archive  # whoever has no address does not import it
+
+        return source if (archive := Archive.of(source)) is None else archive.name
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         return path.stem

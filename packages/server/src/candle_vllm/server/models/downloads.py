@@ -28,6 +28,7 @@ from candle_vllm.core.loading.source import (
 )
 from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.derived import cache_folder
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedRepoInfo, CachedRevisionInfo
@@ -349,13 +350,6 @@ def remove(settings: Settings, local: Local) -> int:
                 file.blob_path.unlink(missing_ok=True)
                 file.file_path.unlink(missing_ok=True)
     return freed
-
-
-def cache_folder(settings: Settings) -> Path:
-    """Where downloads are kept."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return Path(settings.download_dir or HF_HUB_CACHE).expanduser()
 
 
 def _repos(settings: Settings) -> Iterator[CachedRepoInfo]:

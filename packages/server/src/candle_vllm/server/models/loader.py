@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from candle_vllm.core.config import SETTINGS
+from candle_vllm.core.config import SETTINGS, demo_model
 from candle_vllm.core.errors import NoMemoryError
 from candle_vllm.openai import OpenAIAdapter
 from candle_vllm.openai.anthropic import MessagesAdapter
@@ -19,7 +19,7 @@ from candle_vllm.openai.ollama import OllamaAdapter
 from candle_vllm.server.adapters.registry import Adapters, BaseAdapters
 from candle_vllm.server.batches.service import stored_image
 from candle_vllm.server.models.admission import Admission
-from candle_vllm.server.models.catalogue import ModelEntry
+from candle_vllm.server.models.catalogue import ModelEntry, source_name
 from candle_vllm.server.models.slot import ServedModel
 from candle_vllm.server.models.switcher import NoRoomError
 from candle_vllm.server.observing.metrics import Metrics
@@ -159,8 +159,8 @@ def check_model(settings: Settings, beside: Sequence[ServedModel]) -> None:
     most = free_memory(choose_device(config.device)) + held_by(beside)
     if need > most:
         raise NoMemoryError(
-            f"{settings.model} needs {need // MIB} MiB, and {most // MIB} MiB would be left without any other model: "
-            "take a smaller --mem, or a model with fewer bits"
+            f"{_called(settings)} needs {need // MIB} MiB, and {most // MIB} MiB would be left without any other model"
+            ": take a smaller --mem, or a model with fewer bits"
         )
 
 
@@ -192,13 +192,17 @@ def room_beside(settings: Settings, beside: Sequence[ServedModel]) -> dict[str, 
     need = weights + WORKSPACE + ((config.kv_cache_memory or LEAST_CACHE) if keeps else 0)
     if need > free:
         raise NoRoomError(
-            f"{settings.model} needs {need // MIB} MiB and {max(free, 0) // MIB} MiB are left beside "
+            f"{_called(settings)} needs {need // MIB} MiB and {max(free, 0) // MIB} MiB are left beside "
             f"{len(beside)} loaded models (a smaller --mem leaves more)"
         )
     if config.kv_cache_memory is not None or device.type == "cuda" or not keeps:
         return {}
     share = config.kv_fraction or CACHE_SHARE
     return {"kv_cache_memory": max(LEAST_CACHE, int((free - weights - WORKSPACE) * share)), "kv_fraction": None}
+
+
+def _called(settings: Settings) -> str:
+    return source_name(settings, demo_model())
 
 
 def _weight_bytes(config: EngineConfig) -> int:

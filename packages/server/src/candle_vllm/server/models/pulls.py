@@ -28,13 +28,13 @@ from candle_vllm.server.models.downloads import (
     Plan,
     PullError,
     Room,
-    cache_folder,
     downloaded,
     plan_pull,
     refused_by_hub,
     room_of,
 )
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.derived import cache_folder
 
 logger = logging.getLogger(__name__)
 

