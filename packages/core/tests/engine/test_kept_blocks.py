@@ -20,10 +20,11 @@ import pytest
 from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, LoRARequest, SamplingParams
 from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.devices import CPU
+from candle_vllm.core.engine.block_stores import BlockFolder
 from candle_vllm.core.engine.build import build_engine
 from candle_vllm.core.engine.engine import Engine
-from candle_vllm.core.engine.kept_blocks import BlockFolder, files_mark
 from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.sleeping import files_mark
 from candle_vllm.core.fields import read_json
 from candle_vllm.core.testing.toy_adapter import write_adapter
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
@@ -231,7 +232,8 @@ def test_the_bound_deletes_what_was_used_longest_ago(tmp_path: Path) -> None:
     other = BlockFolder(tmp_path / "kept", "b", 3 * 1040, 1000)  # after a restart, of another model
     assert other.num_bytes == 3 * 1040
     other.write(digests[4], data)
-    assert not folder.read(digests[2])
+    with pytest.raises(OSError, match="cannot be read"):
+        folder.read(digests[2])
     assert folder.read(digests[0]) == data
     other.clear()
     assert other.num_bytes == 2 * 1040
@@ -292,7 +294,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_no_wrong_block(model: P
     folder = tmp_path / "kept"
     code = (
         "import sys; from pathlib import Path\n"
-        "from candle_vllm.core.engine.kept_blocks import BlockFolder\n"
+        "from candle_vllm.core.engine.block_stores import BlockFolder\n"
         "folder = BlockFolder(Path(sys.argv[1]), 'a', 1 << 30, 1 << 20)\n"
         "print('ready', flush=True)\n"
         "for n in range(100000): folder.write(n.to_bytes(32, 'big'), n.to_bytes(4, 'big') * (1 << 18))\n"
@@ -357,6 +359,16 @@ def test_adapters_tell_blocks_apart(model: Path, tmp_path: Path) -> None:
     assert asked("adapter1")[1] == 0  # of the same name
     assert asked("adapter0") == (mine[0], 5 * SIZE)
     assert asked(None) == (plain[0], 5 * SIZE)
+
+
+def test_blocks_outlive_sleep(model: Path, tmp_path: Path) -> None:
+    with InferenceEngine(model, prompt_cache_path=tmp_path / "kept", block_size=SIZE, threads=1) as engine:
+        greedy = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+        right = engine.generate([PROMPT], greedy, use_tqdm=False)[0].outputs[0].token_ids
+        engine.sleep(2)
+        engine.wake_up()
+        assert engine.generate([PROMPT], greedy, use_tqdm=False)[0].outputs[0].token_ids == right
+        assert engine.stats().kept_blocks_read == 5
 
 
 def test_what_is_being_written_is_forgotten_too(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

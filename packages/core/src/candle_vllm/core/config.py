@@ -304,11 +304,19 @@ class EngineConfig(ExplainedSettings):
                                       "before it, and kv_fraction not beside it."] = None
     enable_prefix_caching: Annotated[bool, Boolean(),
                                      "reuse the KV blocks of equal prompt beginnings (on unless disabled)"] = True
+    kv_offloading_size: Annotated[float | None, Number(0, 1 << 20, open_low=True,
+                                  said="of GiB above 0: try 16"), "GiB of main memory behind the KV "
+                                  "cache of a GPU: full blocks are kept there as well",
+                                  "None keeps them on the GPU only."] = None
     prompt_cache_path: Annotated[Path | None, FilePath(), "folder in which full KV blocks are kept as well, so that "
-                                 "beginnings of prompts outlive memory and restarts; on the CPU",
+                                 "beginnings of prompts outlive memory and restarts",
                                  "It is made for this user alone. None keeps them in memory only."] = None
-    prompt_cache_bytes: Annotated[int, Integer(1 << 20, 1 << 60), "most bytes in prompt_cache_path: the blocks used "
-                                  "longest ago are deleted"] = 8 << 30
+    prompt_cache_url: Annotated[str | None, Text(), "Redis in which full KV blocks are kept as well, for all servers "
+                                "of a model: redis://[user:password@]host[:port][/db], or rediss:// for TLS",
+                                "Behind the folder of prompt_cache_path, where there is one."] = dataclasses.field(
+        default=None, repr=False)
+    prompt_cache_bytes: Annotated[int, Integer(1 << 20, 1 << 60), "most bytes in prompt_cache_path, and in Redis of "
+                                  "each model: the blocks used longest ago are deleted"] = 8 << 30
     speculative_config: Annotated[Mapping[str, Any] | None, JsonObject(),
                                   "guess several tokens at a time and check them in one step: "
                                   'vLLM\'s JSON, as {"method": "suffix"}; answers stay the same',
@@ -369,9 +377,11 @@ class EngineConfig(ExplainedSettings):
                 "types, iq4_nl or iq4_xs, or leave it out",
                 "imatrix",
             )
-        if self.prompt_cache_path is None and self.prompt_cache_bytes != SETTINGS["prompt_cache_bytes"].default:
+        kept = self.prompt_cache_path is not None or self.prompt_cache_url is not None
+        if not kept and self.prompt_cache_bytes != SETTINGS["prompt_cache_bytes"].default:
             raise ConfigError(
-                "prompt_cache_bytes sets nothing without prompt_cache_path: set that, or leave it out",
+                "prompt_cache_bytes sets nothing without prompt_cache_path or prompt_cache_url: set one of them, or "
+                "leave it out",
                 "prompt_cache_bytes",
             )
         self._check_ranks()
@@ -397,6 +407,8 @@ class EngineConfig(ExplainedSettings):
         refused = {
             "enable_lora": self.enable_lora,
             "prompt_cache_path": self.prompt_cache_path is not None,
+            "prompt_cache_url": self.prompt_cache_url is not None,
+            "kv_offloading_size": self.kv_offloading_size is not None,
             "mmproj": self.mmproj is not None,
             "speculative_config": drafts is not None and drafts.method in WITH_WEIGHTS,
         }
@@ -483,7 +495,9 @@ class EngineSettings(TypedDict, total=False):
     kv_fraction: float | None
     gpu_memory_utilization: float | None
     enable_prefix_caching: bool
+    kv_offloading_size: float | None
     prompt_cache_path: Path | None
+    prompt_cache_url: str | None
     prompt_cache_bytes: int
     speculative_config: Mapping[str, Any] | None
     enable_lora: bool

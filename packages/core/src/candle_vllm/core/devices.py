@@ -125,6 +125,15 @@ def is_amd() -> bool:
     return torch.version.hip is not None
 
 
+def device_name(device: Device) -> str:
+    """What it is, for what must not go from one kind of GPU to another."""
+    if device.type == "cpu":
+        return "cpu"
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
 def gpu_memory(device: Device) -> int:
     """Bytes that are free on a GPU."""
     import torch

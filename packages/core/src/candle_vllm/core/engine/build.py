@@ -77,6 +77,8 @@ _NOT_FOR_ENCODERS = MappingProxyType(
         "kv_fraction": None,
         "deterministic": False,
         "prompt_cache_path": None,
+        "prompt_cache_url": None,
+        "kv_offloading_size": None,
         "speculative_config": None,
         "mm_processor_kwargs": None,
     }
@@ -114,7 +116,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
         store = adapter_store(config, loaded, runner, most, plan)
         admission = AdapterAdmission(store, most, patience=sequences)
     images = None if loaded.tower is None else _image_store(loaded.tower, runner)
-    kept = None if config.prompt_cache_path is None else keep_blocks(config, loaded, runner, blocks, draft is not None)
+    kept = keep_blocks(config, loaded, runner, blocks, draft is not None)
     scheduler = Scheduler(
         blocks,
         sequences,

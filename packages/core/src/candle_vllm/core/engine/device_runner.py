@@ -30,6 +30,7 @@ from candle_vllm.core.engine.sequence import Tokens
 from candle_vllm.core.kernels.attention.rows import DeviceRows
 from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, Sent, Work, copy
 from candle_vllm.core.kernels.lora.device import DeviceAdapters
+from candle_vllm.core.kernels.offloading import block_bytes, block_parts
 from candle_vllm.core.kernels.triton_build import next_power_of_2
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.models.family import Decoder
@@ -195,6 +196,44 @@ class DeviceRunner:
         self._graphs.clear()
         self._sampler.close()
         self.key_caches = self.value_caches = ()
+
+    @property
+    def block_bytes(self) -> int:
+        """See `BlockMemory`."""
+        return block_bytes((*self.key_caches, *self.value_caches))
+
+    def copy_out(self, block: int) -> Callable[[], bytearray]:
+        """See `BlockMemory`; the copy is behind the steps that were launched, and nobody waits for it here."""
+        parts = block_parts((*self.key_caches, *self.value_caches), block)
+        staged = self._stream.staged(sum(map(len, parts)))
+
+        def work() -> None:
+            start = 0
+            for part in parts:
+                copy(staged[start : start + len(part)], part)
+                start += len(part)
+
+        self._stream.run(work)
+        mark = self._stream.mark()
+
+        def taken() -> bytearray:
+            mark.wait()
+            return bytearray(staged.numpy())  # what is staged is scarce
+
+        return taken
+
+    def copy_in(self, block: int, data: bytes | bytearray | memoryview) -> None:
+        """See `BlockMemory`."""
+        parts = block_parts((*self.key_caches, *self.value_caches), block)
+        sent = Sent(self._stream, np.frombuffer(data, np.uint8))
+
+        def work() -> None:
+            there, start = sent.there(), 0
+            for part in parts:
+                copy(part, there[start : start + len(part)])
+                start += len(part)
+
+        self._stream.run(work)
 
     def drop_cache(self) -> None:
         """See `ModelRunner`; what was captured goes too, for it knows addresses."""

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from candle_vllm.core.engine.images import Encoding
 from candle_vllm.core.engine.model_runner import EncoderRunner, StepwiseRunner
 from candle_vllm.core.kernels.attention.rows import AttentionRows
 from candle_vllm.core.kernels.lora.reference import EagerAdapters
+from candle_vllm.core.kernels.offloading import block_bytes, block_parts
 from candle_vllm.core.layers.attention import StepInput, Taps
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Tower, TowerStep
@@ -104,10 +104,26 @@ class EagerRunner(StepwiseRunner):
         """See `ModelRunner`."""
         return _sum_of(self._hidden, rows)
 
-    def block_memory(self, block: int) -> list[NDArray[Any]]:
-        """See `StepwiseRunner`; of a cache on the CPU."""
-        caches = (*self.key_caches, *self.value_caches)
-        return [cache[block].view(torch.uint8).numpy() for cache in caches if cache.numel()]
+    @property
+    def block_bytes(self) -> int:
+        """See `BlockMemory`."""
+        return block_bytes(self._caches)
+
+    def copy_out(self, block: int) -> Callable[[], memoryview]:
+        """See `BlockMemory`; it is copied now."""
+        data = torch.cat(block_parts(self._caches, block)).cpu().numpy().data
+        return lambda: data
+
+    def copy_in(self, block: int, data: bytes | bytearray | memoryview) -> None:
+        """See `BlockMemory`."""
+        start, there = 0, torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+        for part in block_parts(self._caches, block):
+            part.copy_(there[start : start + len(part)])
+            start += len(part)
+
+    @property
+    def _caches(self) -> tuple[torch.Tensor, ...]:
+        return (*self.key_caches, *self.value_caches)
 
     def drop_cache(self) -> None:
         """See `StepwiseRunner`."""

@@ -65,7 +65,7 @@ class Engine:
     Attributes:
         adapters: those that requests may name; None where they may name none.
         images: what pictures become; None where the model sees none.
-        kept: the scheduler's blocks on disk; None where none are kept.
+        kept: the scheduler's blocks besides the cache; None where none are kept.
         sleeper: gives memory back and fills it again; None where a model was not loaded from files.
         guess_failures: the first failure to guess of each kind; answers go on without guesses.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -155,10 +155,6 @@ class StepwiseRunner(ABC):
 
     def hidden_rows(self, rows: Ints) -> NDArray[np.float32]:
         """Hidden states [len(rows), F] of rows of the last step: what a head that drafts for the model is given."""
-        raise NotImplementedError
-
-    def block_memory(self, block: int) -> list[NDArray[Any]]:
-        """The parts of a block of the cache, of all layers; see `BlockMemory`."""
         raise NotImplementedError
 
     def drop_cache(self) -> None:  # noqa: B027  # an encoder has none

@@ -229,8 +229,29 @@ class RecordedRunner(StepwiseRunner):
         """See `StepwiseRunner`."""
         return np.concatenate([value.rows(rows) for value in self._plan.kept or (self._plan.hidden,)], 1)
 
-    def block_memory(self, block: int) -> list[NDArray[Any]]:
-        """See `StepwiseRunner`."""
+    @property
+    def block_bytes(self) -> int:
+        """See `BlockMemory`."""
+        return sum(part.nbytes for part in self._block(0))
+
+    def copy_out(self, block: int) -> Callable[[], bytearray]:
+        """See `BlockMemory`; it is copied now."""
+        data, start = bytearray(self.block_bytes), 0
+        flat = np.frombuffer(data, np.uint8)
+        for part in self._block(block):
+            flat[start : start + part.nbytes].view(part.dtype).reshape(part.shape)[...] = part
+            start += part.nbytes
+        return lambda: data
+
+    def copy_in(self, block: int, data: bytes | bytearray | memoryview) -> None:
+        """See `BlockMemory`."""
+        flat, start = np.frombuffer(data, np.uint8), 0
+        for part in self._block(block):
+            part[...] = flat[start : start + part.nbytes].view(part.dtype).reshape(part.shape)
+            start += part.nbytes
+
+    def _block(self, block: int) -> list[NDArray[Any]]:
+        """The parts of a block of the cache, of all layers, to be read and written."""
         keys, values = self._caches
         if values is keys:  # of latent attention: [stretches, blocks, ...] each
             stretch, place = divmod(block, keys[0].shape[1])

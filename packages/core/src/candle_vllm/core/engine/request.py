@@ -594,9 +594,9 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
         adapter_load_seconds: what those loads took together.
         max_adapters: most adapters in one step; 0 where there are none.
         running_adapters, waiting_adapters: sequences by adapter, now; the names with most sequences.
-        kept_block_bytes: of blocks on disk, now; 0 where none are kept (`prompt_cache_path`).
+        kept_block_bytes: of blocks besides the cache, now: on disk, in main memory, in Redis; 0 where none are kept.
         kept_blocks_read, kept_blocks_written: since the start.
-        kept_blocks_skipped: not written because the disk was behind, since the start.
+        kept_blocks_skipped: not written because that was behind, since the start.
         kept_block_failures: blocks that could not be read or written, were damaged or late, since the start.
         sleep_level: 0 while it is awake; see `InferenceEngine.sleep`.
         images_encoded, images_reused, image_failures: images whose embeddings were made, those that requests found

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Weights that leave a device while an engine sleeps: to the host's memory and back, or for good, to be loaded again.
+"""What leaves a device: weights while an engine sleeps, and blocks of the KV cache.
+
+Weights go to the host's memory and back, or for good, to be loaded again.
 
 What has a tensor keeps it, and finds numbers in it again; captured work has addresses, and must be captured anew.
 """
@@ -36,6 +38,16 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
         if dataclasses.is_dataclass(value):
             yield from _tensors([getattr(value, field.name) for field in dataclasses.fields(value)], seen)
         yield from _tensors(list(getattr(value, "__dict__", {}).values()), seen)
+
+
+def block_parts(caches: Sequence[torch.Tensor], block: int) -> list[torch.Tensor]:
+    """A block of caches [blocks, ...], as bytes uint8 [size] each, in place."""
+    return [cache[block].view(torch.uint8).view(-1) for cache in caches if cache.numel()]
+
+
+def block_bytes(caches: Sequence[torch.Tensor]) -> int:
+    """Bytes of a block of caches [blocks, ...]."""
+    return sum(cache[0].numel() * cache.itemsize for cache in caches if cache.numel())
 
 
 class OffloadedWeights:

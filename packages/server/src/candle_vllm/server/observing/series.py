@@ -195,7 +195,7 @@ GAUGES: tuple[Series, ...] = (
     _adapters("candle_vllm:lora_adapters_in_memory", "Those of them in memory.",
               lambda stats: ((), stats.adapters_in_memory)),
     _adapters("candle_vllm:lora_memory_bytes", "Bytes that these take.", lambda stats: ((), stats.adapter_bytes)),
-    _cache("candle_vllm:prompt_cache_bytes", "Bytes of KV blocks on disk.",
+    _cache("candle_vllm:prompt_cache_bytes", "Bytes of KV blocks besides the cache: on disk, in main memory, in Redis.",
            lambda stats, _: ((), stats.kept_block_bytes)),
 )  # fmt: skip
 """Of a loaded model, read when they are asked for."""
@@ -216,11 +216,11 @@ ENGINE_COUNTERS: tuple[Series, ...] = (
     _sum("candle_vllm:images_reused_total", "Images whose embeddings requests found made.", "images_reused"),
     _sum("candle_vllm:image_failures_total", "Images whose embeddings could not be made.", "image_failures"),
     _sum("candle_vllm:image_encoding_seconds_total", "Time of making them, seconds.", "image_seconds"),
-    _sum("candle_vllm:prompt_cache_blocks_read_total", "KV blocks that were read from disk.", "kept_blocks_read"),
+    _sum("candle_vllm:prompt_cache_blocks_read_total", "KV blocks that were read from there.", "kept_blocks_read"),
     _sum("candle_vllm:prompt_cache_blocks_written_total", "KV blocks that were written there.", "kept_blocks_written"),
     _sum(
         "candle_vllm:prompt_cache_blocks_skipped_total",
-        "KV blocks that were not, for the disk was behind.",
+        "KV blocks that were not, for that was behind.",
         "kept_blocks_skipped",
     ),
     _sum(

@@ -202,7 +202,9 @@ ROWS: tuple[Row, ...] = (
     Row("-ngl --gpu-layers --n-gpu-layers --num-gpu", _WHOLE, {ANY: _layers}),
     _only("--cpu-offload-gb -ncmoe --n-cpu-moe", _WHOLE, "0"),
     Row("-cmoe --cpu-moe -ot --override-tensor -ncffn --n-cpu-ffn --moe-cache-mib -nkvo --no-kv-offload "
-        "--kv-offloading-size --kv-offloading-backend --num-experts-offload-per-rank", _WHOLE),
+        "--num-experts-offload-per-rank", _WHOLE),
+    _only("--kv-offloading-backend", "--kv-offloading-size is this project's own; --prompt-cache-path and "
+          "--prompt-cache-url keep blocks elsewhere", "native"),
     _so("-kvo --kv-offload --op-offload", _ALWAYS),
     _idle("--no-op-offload --no-host", _WHOLE),
     _idle("-fit --fit -fitt --fit-target -fitc --fit-ctx",
@@ -272,7 +274,8 @@ ROWS: tuple[Row, ...] = (
     _only("--cache-reuse", "only what prompts begin with is kept", "0"),
     _idle("--prompt-cache", "what prompts begin with is kept in the KV cache itself; --disable-prefix-cache turns "
           "that off"),
-    _idle("--prompt-cache-backend --prompt-cache-redis-url --prompt-cache-ttl "
+    _called("--prompt-cache-redis-url", "--prompt-cache-url"),
+    _idle("--prompt-cache-backend --prompt-cache-ttl "
           "--prompt-cache-max-prefixes --prompt-cache-min-length --prefix-cache-max-tokens",
           "what prompts begin with is kept in the KV cache itself; --disable-prefix-cache turns that off",
           values=True),

@@ -173,7 +173,12 @@ class Settings:
         "N", name="max_num_batched_tokens", flags=("--prefill-chunk-size", "--max-num-batched-tokens"))] = None
     enable_prefix_caching: Annotated[bool | None, engine(LIMITS,
         off=("--disable-prefix-cache", "--no-enable-prefix-caching"), commands=_REUSING)] = None
+    kv_offloading_size: Annotated[float | None, engine(LIMITS, "GIB", commands=_REUSING)] = None
     prompt_cache_path: Annotated[Path | None, engine(LIMITS, "DIR", commands=_REUSING)] = None
+    prompt_cache_url: Annotated[str | None, own(LIMITS,
+        Secret(), "Redis in which full KV blocks are kept as well, for all servers of a model: "
+        "redis://[user:password@]host[:port][/db], or rediss:// for TLS", "URL", in_yaml=True,
+        engine="prompt_cache_url", commands=_REUSING)] = field(default=None, repr=False)
     prompt_cache_bytes: Annotated[int | None, engine(LIMITS, "BYTES", more="; 4G is 4 * 2^30",
         commands=_REUSING)] = None
     speculative_config: Annotated[Mapping[str, Any] | None, engine(LIMITS, "JSON")] = None
