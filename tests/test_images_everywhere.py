@@ -22,6 +22,7 @@ from waiting import wait_for
 
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.testing.toy_sight import write_toy_sight
+from candle_vllm.responses import ConversationOptions, McpServerConfig, ResponsesSession
 from candle_vllm.server import Settings
 from candle_vllm.server.app import create_app
 from candle_vllm.server.serve import bind, make_server
@@ -132,3 +133,41 @@ def test_every_api_shows_a_model_the_same(family: str, tmp_path: Path) -> None:
                     found[f"{api}, {'streamed' if stream else 'whole'}"] = read(api, made)
     assert found == dict.fromkeys(found, expected)
     assert len(found) == 10
+
+
+SERVER = """
+import sys
+from mcp.server import MCPServer
+from mcp.server.mcpserver import Image
+
+server = MCPServer("camera")
+
+@server.tool()
+def look() -> Image:
+    return Image(path=sys.argv[1])
+
+server.run(transport="stdio")
+"""
+
+
+async def test_a_small_model_is_shown_what_a_tool_returns(tmp_path: Path) -> None:
+    (tmp_path / "camera.py").write_text(SERVER)
+    (tmp_path / "picture.png").write_bytes(FILE.getvalue())
+    arguments = [str(tmp_path / "camera.py"), str(tmp_path / "picture.png")]
+    camera = McpServerConfig(name="camera", command=sys.executable, args=arguments, auto_approve=["*"])
+    call = {"id": "call_1", "type": "function", "function": {"name": "camera__look", "arguments": "{}"}}
+    said = [{"role": "user", "content": WORDS}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    with InferenceEngine(write(tmp_path / "model", "SmolVLM")) as engine:
+        async with ResponsesSession(engine, said, mcp_servers=camera) as session:
+            options = ConversationOptions(max_turns=1, request={"max_tokens": 6, "temperature": 0})
+            result = await session.run_conversation(options=options)
+            given: Any = session.messages[:3]
+        assert given[2]["content"] == [{"type": "image_url", "image_url": {"url": URL}}]
+        whole: Any = [
+            *said,
+            {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "image", "image": PIXELS}]},
+        ]
+        output = engine.chat(whole, SamplingParams(max_tokens=6, temperature=0))
+        assert result.final_message == output.outputs[0].text
+        assert result.usage.prompt_tokens == len(output.prompt_token_ids)
+        assert output.prompt_token_ids.count(260) == 5 * 16  # tiles

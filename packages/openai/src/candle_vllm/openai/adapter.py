@@ -162,6 +162,15 @@ class OpenAIAdapter:
         """The name to answer with, for a request that calls its model so; raises `ModelNotServedError`."""
         return self._names.served(name)
 
+    @property
+    def max_images(self) -> int:
+        """Of a request; 0 where the model reads text alone."""
+        return self._engine.model_info.max_images
+
+    async def try_picture(self, data: bytes) -> None:
+        """Raises `RequestError` where the model cannot be shown a picture, a file's bytes, as the result of a tool."""
+        await self._work.look(self._preparation.try_picture, data)
+
     def tokens_of(self, text: str) -> list[int]:
         """A text's tokens, with the special ones around it."""
         return self._engine.tokenize(text)

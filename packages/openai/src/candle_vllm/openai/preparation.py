@@ -37,11 +37,18 @@ from candle_vllm.openai.protocol.fields import MAX_PROMPT_LOGPROBS
 from candle_vllm.openai.protocol.templating import check_variables
 from candle_vllm.openai.requests import sampling_params
 from candle_vllm.openai.serving import WorkerThreads
-from candle_vllm.openai.task import ImagePart, Task
+from candle_vllm.openai.task import Call, ImagePart, Message, Task, TextPart
 
 MAX_HELD_IMAGES = 1 << 30
 """Bytes of the images of all requests that wait or run; one alone may have more."""
 _MOST_TRIED = 64  # tools that are tried one by one
+
+
+_LOOKED = (
+    Message(role="user", parts=(TextPart("?"),)),
+    Message(role="assistant", calls=(Call("call_image", "look", "{}"),)),
+    Message(role="tool", parts=(ImagePart(""),), call_id="call_image"),
+)
 
 
 class PreparedChat(NamedTuple):
@@ -151,6 +158,12 @@ class TaskPreparation:
     def _uncount(self, size: int) -> None:
         with self._counting:
             self._held -= size
+
+    def try_picture(self, data: bytes) -> None:
+        """Looks at a picture as a tool's result; raises `RequestError` where the model cannot be shown it there."""
+        said = template_messages(_LOOKED)
+        prompt = self._engine.tokenize(self._engine.apply_chat_template(said), add_special_tokens=False)
+        self._engine.look(prompt, [data], ["the image"])
 
     def _unseen(self, task: Task) -> tuple[list[bytes | ImagePart], list[str]] | None:
         images = images_of(task.messages)

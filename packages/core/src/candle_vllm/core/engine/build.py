@@ -552,6 +552,7 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
         model_sampling=loaded.default_sampling if generates else {},
         tasks=("generate", *vectors) if generates else vectors,
         modalities=("text",) if loaded.sight is None else ("text", "image"),
+        max_images=0 if loaded.sight is None else loaded.sight.most,
         labels=() if isinstance(loaded, LoadedModel) else loaded.config.labels,
         embedding_size=0 if loaded.pooling is None else loaded.pooling.size,
         max_num_seqs=engine.max_num_seqs,

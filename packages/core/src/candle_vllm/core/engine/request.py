@@ -533,6 +533,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
         model_sampling: what the model's files say of it, and how many tokens an answer has ("max_tokens").
         tasks: what the model does: "generate", "embed", "score", "classify".
         modalities: what it reads: "text", and "image" where it sees.
+        max_images: of a prompt; 0 where it reads text alone.
         labels: names of what a classifier tells apart, or of a cross-encoder's score.
         embedding_size: length of its vectors; 0 where it gives none.
         max_num_seqs: most sequences in one step.
@@ -549,6 +550,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
             "max_num_seqs",
             "kv_cache_bytes",
             "model_sampling",
+            "max_images",
             "labels",
         }
     )
@@ -568,6 +570,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
     model_sampling: Mapping[str, float | int] = msgspec.field(default_factory=dict)
     tasks: tuple[str, ...] = ("generate",)
     modalities: tuple[str, ...] = ("text",)
+    max_images: int = 0
     labels: tuple[str, ...] = ()
     embedding_size: int = 0
     max_num_seqs: int = 1

@@ -12,7 +12,7 @@ import msgspec
 from msgspec.structs import replace
 
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
-from candle_vllm.openai.conversation import TemplateHabits
+from candle_vllm.openai.conversation import TemplateHabits, images_of
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.task import Task
 from candle_vllm.responses.api.call_results import Placed
@@ -255,7 +255,7 @@ class Responder:
 def _conversation(loop: ConversationLoop, prepared: Prepared, task: Task) -> AsyncGenerator[Event]:
     plan, made = prepared.plan, prepared.made
     ids = {call.id for message in task.messages for call in message.calls}
-    transcript = Transcript(_open_calls(task, made), ids)
+    transcript = Transcript(_open_calls(task, made), ids, len(images_of(task.messages)))
     later = plan.use(plan.choice.freed(), parallel=prepared.request.parallel_tool_calls)
 
     def ask(_: Sequence[ToolDefinition], *, first: bool) -> Task:

@@ -18,7 +18,7 @@ from candle_vllm.core.errors import CandleVllmError, InvalidParameterError, Prom
 from candle_vllm.openai.events import Event, Usage
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES
 from candle_vllm.openai.task import Message, Paths, Task
-from candle_vllm.responses.conversation.chat_model import ChatModel
+from candle_vllm.responses.conversation.chat_model import ChatModel, eyes_of
 
 _STEPS = 16  # how often a prompt is shortened at most; each try costs what a prompt's tokens cost
 
@@ -37,6 +37,7 @@ class TurnModel:
 
     Attributes:
         entered: called when a turn has been taken by the engine, and will be answered.
+        eyes: the model's.
     """
 
     def __init__(self, model: ChatModel, *, max_tokens: int | None = None, truncate: bool = False) -> None:
@@ -44,6 +45,7 @@ class TurnModel:
         self._left = max_tokens
         self._truncate = truncate
         self.entered = lambda: None
+        self.eyes = eyes_of(model)
 
     @asynccontextmanager
     async def stream(self, request: Task | Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[Event]]:

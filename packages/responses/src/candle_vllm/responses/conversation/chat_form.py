@@ -39,7 +39,8 @@ class ChatTranscript(Transcript):
         check_is_list(messages)
         self._given = [_checked_message(message, place) for place, message in enumerate(messages)]
         calls = [call for message in self._given for call in _calls_of(message) if isinstance(call, Mapping)]
-        super().__init__(_last_calls(self._given), {call["id"] for call in calls if isinstance(call.get("id"), str)})
+        ids = {call["id"] for call in calls if isinstance(call.get("id"), str)}
+        super().__init__(_last_calls(self._given), ids, sum(map(_images_in, self._given)))
 
     @property
     def messages(self) -> list[ChatMessage]:
@@ -57,6 +58,12 @@ class ChatTranscript(Transcript):
         if not first and "tool_choice" in request:
             request["tool_choice"] = _free_choice(request["tool_choice"])
         return request
+
+
+def _images_in(message: Mapping[str, Any]) -> int:
+    parts = message.get("content")
+    kinds = [part.get("type") for part in parts if isinstance(part, Mapping)] if isinstance(parts, list) else []
+    return sum(kind in ("image_url", "input_image") for kind in kinds)
 
 
 def _limit(thinking: ThinkingLimit | None) -> dict[str, Any]:

@@ -32,11 +32,34 @@ class ChatModel(Protocol):
         ...
 
 
+class Eyes(Protocol):
+    """How a model is shown the pictures that its tools return."""
+
+    @property
+    def max_images(self) -> int:
+        """Of all messages of a turn; 0 where it reads text alone."""
+        ...
+
+    async def try_picture(self, data: bytes) -> None:
+        """Raises `RequestError` where the model cannot be shown this file as the result of a tool."""
+        ...
+
+
+def eyes_of(model: ChatModel) -> Eyes | None:
+    """The `eyes` of a model; None where it has none, or nobody knows."""
+    return getattr(model, "eyes", None)
+
+
 class InProcessModel:
-    """Asks an adapter: steps 2 to 10 of a request's life, without HTTP."""
+    """Asks an adapter: steps 2 to 10 of a request's life, without HTTP.
+
+    Attributes:
+        eyes: the adapter's.
+    """
 
     def __init__(self, adapter: OpenAIAdapter) -> None:
         self._adapter = adapter
+        self.eyes: Eyes = adapter
 
     @asynccontextmanager
     async def stream(self, request: Task | Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[Event]]:

@@ -16,7 +16,7 @@ from candle_vllm.core.errors import RequestAbortedError
 from candle_vllm.openai.task import Task
 from candle_vllm.responses.conversation.channel import EventChannel, end_task
 from candle_vllm.responses.conversation.chat_form import ChatTranscript, chat_message, client_names
-from candle_vllm.responses.conversation.chat_model import ChatModel
+from candle_vllm.responses.conversation.chat_model import ChatModel, eyes_of
 from candle_vllm.responses.conversation.events import ConversationFinished, Event, TurnFinished, TurnStarted
 from candle_vllm.responses.conversation.options import (
     ConversationOptions,
@@ -25,7 +25,7 @@ from candle_vllm.responses.conversation.options import (
     StopReason,
 )
 from candle_vllm.responses.conversation.transcript import LOST, Transcript
-from candle_vllm.responses.conversation.turn_calls import Decisions, TurnCalls
+from candle_vllm.responses.conversation.turn_calls import Decisions, ShownPictures, TurnCalls
 from candle_vllm.responses.conversation.turn_reader import TurnReader
 from candle_vllm.responses.tools.execution import parsed_arguments
 from candle_vllm.responses.tools.registry import ToolRegistry
@@ -146,7 +146,8 @@ class ConversationLoop:
         decisions = Decisions(frozenset(approved), frozenset(denied), self._auto_approve)
         decisions.check(transcript)
         channel: EventChannel[Event] = EventChannel()
-        calls = TurnCalls(self._tools, self._options, decisions, names, transcript, channel)
+        shown = ShownPictures(eyes_of(self._model), transcript, self._options.max_result_chars)
+        calls = TurnCalls(self._tools, self._options, decisions, names, transcript, channel, shown)
         conversation = _Conversation(self._model, self._options, ask, transcript, calls, channel)
         task = asyncio.create_task(conversation.run(), name="conversation")
         task.add_done_callback(partial(_close, channel))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from candle_vllm.openai.task import Message, TextPart
+from candle_vllm.openai.task import Message, Part, TextPart
 from candle_vllm.responses.tools.tool import ToolCall, ToolResult
 
 LOST = "The call was cut off before its result was known. It may have done some or all of its work."
@@ -22,13 +22,18 @@ class Transcript:
     Args:
         open_calls: of the last assistant message that was given, in its order.
         call_ids: of all calls that were given.
+        images: in the messages that were given.
+
+    Attributes:
+        images: in all messages; who adds results with some counts them.
     """
 
-    def __init__(self, open_calls: Sequence[ToolCall] = (), call_ids: Iterable[str] = ()) -> None:
+    def __init__(self, open_calls: Sequence[ToolCall] = (), call_ids: Iterable[str] = (), images: int = 0) -> None:
         self._calls = tuple(open_calls)
         self._ids = set(call_ids)
+        self.images = images
         self._messages: tuple[Message, ...] = ()
-        self._results: dict[str, str] = {}
+        self._results: dict[str, tuple[Part, ...]] = {}
         self._begun: set[str] = set()
 
     @property
@@ -64,10 +69,15 @@ class Transcript:
         """Notes that a call runs from now on."""
         self._begun.add(call.id)
 
-    def add_result(self, result: ToolResult) -> None:
-        """Adds a result; results stand in the order of the calls, whenever they come."""
+    def add_result(self, result: ToolResult, parts: tuple[Part, ...] = ()) -> None:
+        """Adds a result; results stand in the order of the calls, whenever they come.
+
+        Args:
+            result: whose text the model sees.
+            parts: what it sees in place of the text, where there are images.
+        """
         assert result.call.id in {call.id for call in self.open_calls}, "the call is not open"
-        self._results[result.call.id] = result.text
+        self._results[result.call.id] = parts or (TextPart(result.text),)
 
     def lost_calls(self) -> tuple[ToolCall, ...]:
         """Calls that have begun and have no result."""
@@ -76,8 +86,8 @@ class Transcript:
     def settle(self) -> None:
         """Answers the calls that have begun and have no result."""
         for call in self.lost_calls():
-            self._results[call.id] = LOST
+            self._results[call.id] = (TextPart(LOST),)
 
 
-def _result(call_id: str, text: str) -> Message:
-    return Message(role="tool", parts=(TextPart(text),), call_id=call_id)
+def _result(call_id: str, parts: tuple[Part, ...]) -> Message:
+    return Message(role="tool", parts=parts, call_id=call_id)

@@ -13,8 +13,11 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.errors import InvalidParameterError, RequestError
+from candle_vllm.core.vision.pictures import from_base64
+from candle_vllm.openai.task import ImagePart, Part, TextPart
 from candle_vllm.responses.conversation.channel import EventChannel
+from candle_vllm.responses.conversation.chat_model import Eyes
 from candle_vllm.responses.conversation.events import (
     ApprovalRequested,
     Event,
@@ -34,9 +37,14 @@ from candle_vllm.responses.tools.tool import (
     ToolProgress,
     ToolResult,
     ToolStatus,
+    is_picture,
+    output_pieces,
     output_size,
+    output_text,
+    picture_type,
 )
 
+MAX_PICTURES = 64 << 20  # characters of base64 of all pictures that a conversation is shown
 MAX_KEPT = 64 << 20  # characters of output in the results; beyond it they keep what the model saw
 
 
@@ -69,6 +77,58 @@ class Decisions(NamedTuple):
             raise InvalidParameterError(f"{min(both)!r:.80} cannot be approved and denied", "denied")
 
 
+class ShownPictures:
+    """The pictures of results: those that the model can be shown stand in its messages, of others it is told why not.
+
+    A picture is looked at before it joins the conversation, which could not go on with one that is broken.
+
+    Args:
+        eyes: of the model; None is shown none.
+        transcript: has the images that there are.
+        max_chars: of a result's text.
+    """
+
+    def __init__(self, eyes: Eyes | None, transcript: Transcript, max_chars: int) -> None:
+        self._eyes = None if eyes is None or not eyes.max_images else eyes
+        self._transcript = transcript
+        self._max_chars = max_chars
+        self._room = MAX_PICTURES
+        self._turn = asyncio.Lock()  # calls end at the same time, and count together
+
+    async def of(self, result: ToolResult) -> tuple[ToolResult, tuple[Part, ...]]:
+        """The result, whose text says which pictures cannot be shown; and what the model sees, where it is not text."""
+        pictures = {place: part for place, part in enumerate(result.output.content) if is_picture(part)}
+        if self._eyes is None or not pictures:
+            return result, ()
+        async with self._turn:
+            faults, images = dict[int, str](), dict[int, str]()
+            for place, part in pictures.items():
+                fault = await self._fault(self._eyes, part.data or "", self._transcript.images + len(images))
+                if fault is None:
+                    self._room -= len(part.data or "")
+                    images[place] = f"data:{picture_type(part)};base64,{part.data}"
+                else:
+                    faults[place] = fault
+            if faults:
+                result = replace(result, text=output_text(result.output, self._max_chars, faults))
+            pieces = output_pieces(result.output, self._max_chars, faults, images)
+            parts = tuple(TextPart(text) if image is None else ImagePart(image) for text, image in pieces)
+            self._transcript.images += len(images)  # before another result is looked at
+            return result, parts if images else ()
+
+    async def _fault(self, eyes: Eyes, data: str, there: int) -> str | None:
+        """Why a picture cannot be shown beside so many others, in words for a model."""
+        if there >= eyes.max_images:
+            return f"it is not shown: a conversation may have {eyes.max_images} images"
+        if len(data) > self._room:
+            return f"it is not shown: the images of tools have {MAX_PICTURES >> 20} MB of base64 in all"
+        try:
+            await eyes.try_picture(await asyncio.to_thread(from_base64, data, "the image"))
+        except RequestError as error:
+            return f"it cannot be shown: {str(error).removeprefix('the image: ')}"
+        return None
+
+
 class TurnCalls:
     """Runs the calls of a conversation, turn by turn.
 
@@ -79,6 +139,7 @@ class TurnCalls:
         client_names: tools that the caller runs.
         transcript: gets the results.
         channel: gets the events.
+        pictures: which of those in results the model is shown.
     """
 
     def __init__(
@@ -89,6 +150,7 @@ class TurnCalls:
         client_names: Collection[str],
         transcript: Transcript,
         channel: EventChannel[Event],
+        pictures: ShownPictures,
     ) -> None:
         self._tools = tools
         self._options = options
@@ -96,6 +158,7 @@ class TurnCalls:
         self._client_names = client_names
         self._transcript = transcript
         self._channel = channel
+        self._pictures = pictures
         self._results: dict[str, ToolResult | None] = {}  # by call id, in the order of the calls
         self._room = options.max_tool_calls
         self._kept = 0  # size of the outputs in the results
@@ -205,10 +268,11 @@ class TurnCalls:
             )
 
     async def _finish(self, result: ToolResult) -> None:
+        result, parts = await self._pictures.of(result)
         self._kept += output_size(result.output)
         kept = result
         if self._kept > MAX_KEPT:
             kept = replace(result, output=ToolOutput.of_text(result.text, is_error=result.output.is_error))
         self._results[result.call.id] = kept
-        self._transcript.add_result(result)
+        self._transcript.add_result(result, parts)
         await self._channel.send(ToolFinished(result=result))

@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol
 
 import msgspec
 
 from candle_vllm.core.errors import CandleVllmError
 
+_PICTURE = re.compile(r"image/[a-z0-9.+-]{1,40}")
 NOTHING = "(the tool returned nothing)"
 
 ToolStatus = Literal[
@@ -167,17 +171,66 @@ class ToolArgumentsError(ToolError):
     status: ClassVar[ToolStatus] = "invalid_arguments"
 
 
-def output_text(output: ToolOutput, max_chars: int) -> str:
+def is_picture(part: ContentPart) -> bool:
+    """Whether a piece has the data of an image."""
+    return bool(part.data) and (part.kind == "image" or (part.kind == "resource" and picture_type(part) != ""))
+
+
+def picture_type(part: ContentPart) -> str:
+    """The media type of an image as a tool gave it, "" where that is none."""
+    return part.mime_type if part.mime_type and _PICTURE.fullmatch(part.mime_type) else ""
+
+
+def output_text(output: ToolOutput, max_chars: int, faults: Mapping[int, str] = MappingProxyType({})) -> str:
     """The output as text of at most `max_chars` characters; where it is cut, its end says so.
 
     Texts and text resources stand as they are; of pictures, sound and other data the model learns what there is.
     Structured output is shown as JSON where there is no text that says the same.
+
+    Args:
+        output: of a tool.
+        max_chars: at least 1.
+        faults: what is said of some of its pieces besides, by their places.
     """
-    texts = [_part_text(part) for part in output.content]
+    ((text, _),) = output_pieces(output, max_chars, faults)
+    return text
+
+
+def output_pieces(
+    output: ToolOutput, max_chars: int, faults: Mapping[int, str] = MappingProxyType({}),
+    images: Mapping[int, str] = MappingProxyType({}),
+) -> list[tuple[str, str | None]]:  # fmt: skip
+    """The output in pieces, texts and images; see `output_text`, whose limit holds for the texts together.
+
+    Args:
+        output: of a tool.
+        max_chars: of all texts.
+        faults: what is said of some of its pieces besides, by their places.
+        images: addresses of those that are shown.
+
+    Returns:
+        Texts with None, and images with "" and their address; at least one.
+    """
+    runs, made = [list[str]()], list[str]()
+    for place, part in enumerate(output.content):
+        if place in images:
+            made.append(images[place])
+            runs.append([])
+        elif text := _part_text(part, faults.get(place)):
+            runs[-1].append(text)
     if output.structured is not None and not _has_text(output):
-        texts.append(_json(output.structured))
-    text = "\n".join(text for text in texts if text) or NOTHING
-    return cut(text.encode("utf-8", "replace").decode("utf-8"), max_chars)
+        runs[-1].append(_json(output.structured))
+    if not made and not runs[0]:
+        runs[0].append(NOTHING)
+    pieces: list[tuple[str, str | None]] = []
+    for run, image in zip_longest(runs, made):
+        if run:
+            text = cut("\n".join(run).encode("utf-8", "replace").decode("utf-8"), max_chars)
+            max_chars -= len(text)
+            pieces.append((text, None))
+        if image is not None:
+            pieces.append(("", image))
+    return [piece for piece in pieces if piece[0] or piece[1]] or [("", None)]
 
 
 def cut(text: str, max_chars: int) -> str:
@@ -198,13 +251,13 @@ def _has_text(output: ToolOutput) -> bool:
     return any(part.kind == "text" and part.text for part in output.content)
 
 
-def _part_text(part: ContentPart) -> str:
+def _part_text(part: ContentPart, fault: str | None = None) -> str:
     if part.kind == "text":
         return part.text or ""
     if part.kind == "resource_link":
         return _bracketed("link to a resource", part.name, part.uri, part.mime_type)
     size = None if part.data is None else f"{_bytes_of_base64(part.data)} bytes"
-    label = _bracketed(part.kind, part.name, part.uri, part.mime_type, size)
+    label = _bracketed(part.kind, part.name, part.uri, part.mime_type, size, fault)
     return f"{label}\n{part.text}" if part.text else label
 
 

@@ -21,6 +21,7 @@ from starlette.types import Scope
 from candle_vllm.core.errors import PromptTooLongError
 from candle_vllm.openai import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from candle_vllm.openai.chat_answers import told_of
+from candle_vllm.openai.conversation import images_of
 from candle_vllm.openai.events import Begun, Head
 from candle_vllm.openai.events import Event as AnswerEvent
 from candle_vllm.openai.protocol.chat import ChatChoice, ChatDelta, ChatLogprobs, ChatMessage, ChunkChoice
@@ -28,7 +29,7 @@ from candle_vllm.openai.protocol.tools import function_of, read_choice
 from candle_vllm.openai.requests import read_chat
 from candle_vllm.openai.task import Task
 from candle_vllm.responses.api.turn_model import TokensSpentError, TurnModel
-from candle_vllm.responses.conversation.chat_model import ChatModel, InProcessModel
+from candle_vllm.responses.conversation.chat_model import ChatModel, InProcessModel, eyes_of
 from candle_vllm.responses.conversation.events import CallStarted, Event, ReasoningDelta, TextDelta, TurnFinished
 from candle_vllm.responses.conversation.loop import Ask, ConversationLoop
 from candle_vllm.responses.conversation.options import ConversationOptions
@@ -52,6 +53,7 @@ class WatchedTurns:
     Attributes:
         head: of the first turn, once it has begun: its id, time and names are those of the answer.
         entered: the engine has taken the first turn.
+        eyes: the model's.
     """
 
     def __init__(self, model: ChatModel, scope: Scope) -> None:
@@ -60,6 +62,7 @@ class WatchedTurns:
         self._turns = 0
         self.head: Head | None = None
         self.entered = asyncio.Event()
+        self.eyes = eyes_of(model)
 
     @asynccontextmanager
     async def stream(self, request: Task | Mapping[str, Any]) -> AsyncGenerator[AsyncIterator[AnswerEvent]]:
@@ -178,7 +181,8 @@ def _asked(wire: ChatCompletionRequest, defaults: Mapping[str, Any], limit: int 
         sampling={**defaults, **task.sampling},
         paths=task.paths._replace(fields={**task.paths.fields, **names}),
     )
-    transcript = Transcript((), {call.id for message in task.messages for call in message.calls})
+    ids = {call.id for message in task.messages for call in message.calls}
+    transcript = Transcript((), ids, len(images_of(task.messages)))
 
     def ask(tools: Sequence[ToolDefinition], *, first: bool) -> Task:
         functions = [function_of(tool.name, tool.description, tool.parameters, None) for tool in tools]
