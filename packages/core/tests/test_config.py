@@ -63,6 +63,7 @@ WRONG: dict[str, list[Any]] = {
     "speculative_config": [5, "suffix", [], {1: 2}, {"method": "fast"}],
     "max_queued_requests": [0, None],
     "threads": [0, "2", False],
+    "cpu_ranks": [0, 65, "auto", True],
     "cpu_level": [5, "avx9", ""],
     "seed": ["1", 1.0, 1 << 64],
 }

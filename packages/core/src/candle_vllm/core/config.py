@@ -344,6 +344,12 @@ class EngineConfig(ExplainedSettings):
                                    "most unfinished sequences before new requests are refused"] = 1024
     threads: Annotated[int | None, Integer(1, 1024), "CPU threads; without it, one per allowed physical core",
                        "On a GPU they are those of loading alone."] = None
+    cpu_ranks: Annotated[int | None, Integer(1, 64),
+                         "groups of CPU threads, each with its rows of every matrix in the memory of its own NUMA "
+                         "node; without it, one for each node",
+                         "Those nodes count whose CPUs this process may use, on Linux; elsewhere there is one. Answers "
+                         "are the same to the bit (docs/scaling.md)."
+                         ] = None
     cpu_level: Annotated[CpuLevel | None, Choice(get_args(CpuLevel)),
                          "which of this CPU's instructions are used: " + ", ".join(get_args(CpuLevel)),
                          "Without it, all that the kernels know. It counts for the whole process (docs/kernels.md)."
@@ -508,6 +514,7 @@ class EngineSettings(TypedDict, total=False):
     lora_dtype: LoraDType
     max_queued_requests: int
     threads: int | None
+    cpu_ranks: int | None
     cpu_level: CpuLevel | None
     seed: int | None
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device, fitting, is_amd, require_torch, use_threads
 from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.kernels.cpu_runtime.numa import plan_ranks
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import new_memory
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, packed_kind
 from candle_vllm.core.kernels.packed_linear.pack import MAX_COLUMNS as MAX_PACKED_COLUMNS
@@ -84,7 +85,9 @@ def _recorded(config: EngineConfig, in_torch: Placement, obstacle: str | None) -
     """Recorded steps on the CPU, or torch where something stands against them."""
     if obstacle is None:
         wanted = plain_kind(config.dtype.upper()) if config.dtype in DTYPES else None
-        return Placement(in_torch.device, "F32", new_memory(), wanted)
+        threads = config.threads or default_threads()
+        memory = new_memory(lambda: plan_ranks(config.cpu_ranks, threads))
+        return Placement(in_torch.device, "F32", memory, wanted)
     placement = _in_torch(config, in_torch, obstacle)
     logger.warning("weights are decoded and computed op by op in torch, which is slow: %s", obstacle)
     return placement
@@ -94,8 +97,13 @@ def _in_torch(config: EngineConfig, placement: Placement, reason: str) -> Placem
     """The placement, for which torch computes on as many threads as `config` says; `reason` is why it does.
 
     Raises:
-        ConfigError: torch is not installed.
+        ConfigError: torch is not installed, or CPU ranks are asked for.
     """
+    if config.cpu_ranks is not None and config.cpu_ranks > 1:
+        raise ConfigError(
+            f"cpu_ranks={config.cpu_ranks} divides what the compiled CPU kernels do, and {reason}: leave it out",
+            "cpu_ranks",
+        )
     require_torch(reason)
     use_threads(config.threads or default_threads())
     return placement

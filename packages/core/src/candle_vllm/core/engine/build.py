@@ -45,6 +45,7 @@ from candle_vllm.core.threads import default_threads
 if TYPE_CHECKING:
     from candle_vllm.core.engine.draft_model import DraftModel
     from candle_vllm.core.kernels.cpu_runtime.recorder import StepLimits
+    from candle_vllm.core.layers.parameters import Placement
 
 _COMPILER_BYTES = 256 * MIB
 _LEAST_FOR_ADAPTERS, _MOST_FOR_ADAPTERS = 64 * MIB, 4096 * MIB
@@ -312,7 +313,7 @@ def _build_encoder(config: EngineConfig, loaded: LoadedEncoder, sleeper: Sleeper
             logit_rows=sequences,
             table_width=0,
             block_size=1,
-            threads=config.threads or default_threads(),
+            **_threads(config, placement),
             **adapters,
         )
         if adapters:
@@ -486,7 +487,7 @@ def _runner_on_cpu(
         logit_rows=rows,
         table_width=-(-plan.max_model_len // config.block_size),
         block_size=config.block_size,
-        threads=config.threads or default_threads(),
+        **_threads(config, loaded.placement),
         ahead=isinstance(loaded, LoadedModel) and loaded.sight is not None and loaded.sight.parts.whole,
         **adapters,
     )
@@ -514,6 +515,15 @@ def adapter_store(
     return AdapterStore(
         adapter_loader(config, loaded, runner, memory), most=config.max_cpu_loras, most_bytes=memory, most_at_once=most
     )
+
+
+def _threads(config: EngineConfig, placement: Placement) -> dict[str, Any]:
+    """Those of `StepLimits`, and the ranks for which weights were placed."""
+    memory = placement.weight_memory
+    assert memory is not None
+    if memory.ranks is not None:
+        return {"threads": memory.ranks.threads, "ranks": memory.ranks}
+    return {"threads": config.threads or default_threads()}
 
 
 def _room_for_rows(limits: StepLimits) -> AbstractContextManager[None]:

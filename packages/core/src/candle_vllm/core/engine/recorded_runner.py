@@ -29,6 +29,7 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
 )
 from candle_vllm.core.kernels.cpu_runtime import team
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
+from candle_vllm.core.kernels.cpu_runtime.numa import CpuRanks
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, compile_first, operation
 from candle_vllm.core.kernels.cpu_runtime.recorder import (
     Adapted,
@@ -94,7 +95,7 @@ class RecordedRunner(StepwiseRunner):
         self._turning, self._turned = turning, False  # the last step's were
         size = cache_bytes(config, num_blocks * limits.block_size, number_bytes(config.cache.key_dim, kinds))
         with room_for("the KV cache", size, "kv_cache_memory", _less):
-            keys, values = _caches(config, num_blocks, limits.block_size, kinds)
+            keys, values = _caches(config, num_blocks, limits.block_size, kinds, limits.ranks)
         super().__init__()
         self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
         nothing: Any = None  # what varies is read when the plan runs
@@ -115,7 +116,7 @@ class RecordedRunner(StepwiseRunner):
         hidden, *ends = self._record(recorder, Adapted.NOT)
         assert recorder.logits is not None
         self._logits = self._wanted = recorder.logits
-        self._owns_team, self.team = team is None, ThreadTeam(limits.threads) if team is None else team
+        self._owns_team, self.team = team is None, ThreadTeam(limits.threads, limits.ranks) if team is None else team
         self._arrays = arrays = recorder.arrays
         self._draw_rows = RowDraw(recorder.logits, arrays.numbers, self.team, arrays)
         self._draw_drafted = RowDraw(recorder.logits, arrays.numbers, self.team)
@@ -491,7 +492,7 @@ class RecordedEncoderRunner(EncoderRunner):
         self._record, self._plans = record, dict[Adapted, tuple[Recorded, Ints, int]]()
         self._hidden = self._plan_of(Adapted.NOT)[0]  # of the last step
         self._logits = recorder.logits
-        self._team = ThreadTeam(limits.threads)
+        self._team = ThreadTeam(limits.threads, limits.ranks)
 
     def _plan_of(self, adapted: Adapted) -> tuple[Recorded, Ints, int]:
         """What the layers give, and the plan and its rows: recorded when it is first needed."""
@@ -529,9 +530,16 @@ class RecordedEncoderRunner(EncoderRunner):
 
 
 def _caches(
-    config: ModelConfig, num_blocks: int, block_size: int, kinds: tuple[CacheKind, CacheKind]
+    config: ModelConfig,
+    num_blocks: int,
+    block_size: int,
+    kinds: tuple[CacheKind, CacheKind],
+    ranks: CpuRanks | None,
 ) -> tuple[tuple[np.ndarray, ...], ...]:
-    """The caches of keys and of values, of each layer; the same twice where values are a part of the keys."""
+    """The caches of keys and of values, of each layer; the same twice where values are a part of the keys.
+
+    A rank's heads lie on its node; where there are no heads to divide, pages come from all nodes in turns.
+    """
     cache, layers = config.cache, config.num_layers
     if not cache.value_dim:
         shapes = [latent_cache_shape(num_blocks, block_size, layers, cache.key_dim)]
@@ -539,5 +547,21 @@ def _caches(
         shape = (num_blocks, block_size, layers, cache.kv_heads, cache.key_dim)
         shapes = [key_cache_shape(*shape, kinds[0]), value_cache_shape(*shape, kinds[1])]
     types = [np.int16 if kind is CacheKind.BF16 else np.uint8 for kind in kinds]
-    made = [tuple(aligned(math.prod(each), dtype).reshape(each).swapaxes(0, 1)) for each, dtype in zip(shapes, types)]
+    by_heads = bool(cache.value_dim) and ranks is not None and ranks.divides(cache.kv_heads)
+    made: list[tuple[np.ndarray, ...]] = []
+    for each, dtype in zip(shapes, types):
+        count = math.prod(each)
+        if ranks is None or not ranks.apart:
+            memory = aligned(count, dtype)
+        else:
+            memory = ranks.pages(count * np.dtype(dtype).itemsize)
+            if by_heads:
+                ranks.place(memory, ranks.borders(memory.size))
+            memory = memory.view(dtype)
+        if by_heads:  # to [stretches, layers, heads, ...], as it is without ranks
+            stretches, _, heads, *rest = each
+            every = memory.reshape(heads, stretches, layers, *rest)
+            made.append(tuple(np.moveaxis(every, 0, 2).swapaxes(0, 1)))
+        else:
+            made.append(tuple(memory.reshape(each).swapaxes(0, 1)))
     return made[0], made[-1]

@@ -23,6 +23,7 @@ from candle_vllm.core.devices import Device, choose_device
 from candle_vllm.core.engine.build import DEFAULTS, foreseen_cache, step_size
 from candle_vllm.core.errors import ModelNotFoundError
 from candle_vllm.core.kernels.cpu_runtime.level import best_level
+from candle_vllm.core.kernels.cpu_runtime.numa import plan_ranks
 from candle_vllm.core.loading.source import HUB_ID, ModelFiles
 from candle_vllm.core.memory import cache_bytes
 from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
@@ -156,6 +157,8 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
             found[option.name] = Derived(_plain(value), DEFAULT)
     device = choose_device(config.device)
     sequences, tokens = step_size(config, device)
+    divided = plan_ranks(None, config.threads or default_threads()) if device.type == "cpu" else None
+    ranks = 1 if divided is None else len(divided.each)
     share = DEFAULTS[device.type].share
     found |= {
         "model": Derived(config.model, "default: the demo model"),
@@ -163,6 +166,7 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
         "device": Derived(str(device), "derived: " + ("a GPU" if device.type == "cuda" else "no GPU can be used")),
         "cpu_level": Derived(best_level().name, "derived: all of this CPU's instructions that the kernels know"),
         "threads": Derived(default_threads(), "derived: one for each core that this process is allowed"),
+        "cpu_ranks": Derived(ranks, "derived: one for each NUMA node that this process may use"),
         "max_num_seqs": Derived(sequences, f"default on {device.type}"),
         "prefill_chunk_size": Derived(tokens, f"default on {device.type}"),
         "kv_fraction": Derived(share, f"default on {device.type}"),

@@ -238,8 +238,10 @@ ROWS: tuple[Row, ...] = (
     _idle("-lm --load-mode -lzm --lazy-mode --max-parallel-loading-workers", _MAPPED, values=True),
     _idle("-tb --threads-batch", "--threads is for prompts and answers", values=True),
     _called("-t --num-thread --n-threads", "--threads", _1=""),
-    Row("-C --cpu-mask -Cr --cpu-range --cpu-strict -Cb --cpu-mask-batch -Crb --cpu-range-batch --cpu-strict-batch "
-        "--numa", "start it under taskset or numactl: threads are as many as the CPUs that it may use"),
+    Row("-C --cpu-mask -Cr --cpu-range --cpu-strict -Cb --cpu-mask-batch -Crb --cpu-range-batch --cpu-strict-batch",
+        "start it under taskset or numactl: threads are as many as the CPUs that it may use"),
+    Row("--numa", "--cpu-ranks divides threads and memory among the nodes; which are used, taskset or numactl says",
+        {"distribute": "", "numactl": ""}),
     Row("--prio --prio-batch", "start it under nice"),
     _idle("--poll --poll-batch", "threads spin for a fraction of a millisecond and then sleep", values=True),
     _so("--check-tensors", "every number of a file's head is checked before it is used"),

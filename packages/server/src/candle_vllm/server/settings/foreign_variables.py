@@ -42,6 +42,7 @@ HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Variables with the Hugging Face token, which may stand in `.env` too."""
 
 IDLE: Mapping[str, str] = {
+    "MAP_NUMA_NODE": "CPU threads and weights are divided among the NUMA nodes that may be used (--cpu-ranks)",
     "KEEP_ALIVE_INTERVAL": "streams that are silent for 15 seconds send a comment",
     "MCP_PROXY_PORT": "servers of mcp.json are started and talked to by this process",
 }

@@ -164,6 +164,7 @@ class Settings:
         Boolean(), "run the engine in a process of its own, which is started again when it dies", in_yaml=True,
         commands=_SERVE)] = False
     threads: Annotated[int | None, engine(DEVICE, "N")] = None
+    cpu_ranks: Annotated[int | None, engine(DEVICE, "N", more=", as with auto", reading={"auto": True})] = None
     cpu_level: Annotated[str | None, engine(DEVICE, "LEVEL")] = None
     max_model_len: Annotated[int | None, engine(LIMITS,
         "N", more="; auto: as many as the model has and memory holds", reading={"auto": True})] = None

@@ -14,7 +14,8 @@ unit of work is such a tile with all its chunks, merged on the way, or, where th
 run of its chunks, whose partial results go to scratch memory and are merged by the second operation.
 
 Units are handed out by an atomic counter, a sequence's longest first, so that a slow thread does less; `merge` sets the
-counter back to 0, and the barriers before and behind it keep that apart from every use.
+counter back to 0, and the barriers before and behind it keep that apart from every use. Where ranks of threads have
+heads of their own, each has a counter of its own, which counts the units of these heads.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ from candle_vllm.core.kernels.attention.cpu_tiles import (
 from candle_vllm.core.kernels.cpu_runtime.emit_squares import end_squares
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
-from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, int64_at, read, step_number
+from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, int64_at, rank_of, read, step_number
 
 _SEQUENCES = int(StepNumber.SEQUENCES)
 _RUNS_PER_THREAD = 12  # units that a single stream is cut into, where it is long: reading is fastest in long runs
@@ -263,7 +264,11 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
         sequences = step_number(row, _SEQUENCES)
         total = total_cost(starts, contexts, sequences, window)
         before = 0  # units of the sequences before this one
-        unit = fetch_add(scratch, 1)
+        counter, own, end = rank_of(given.ranks, thread, threads)
+        first_head, own_heads = kv_heads * own // threads, kv_heads * (end - own) // threads
+        if counter == 0:
+            counter = scratch
+        unit = fetch_add(counter, 1)
         for r in range(sequences):
             token, context = starts[r], contexts[r]
             tokens = starts[r + 1] - token
@@ -279,13 +284,13 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                 chunks = last_chunk - first_chunk + 1
                 run = max(1, chunks * units // (threads * _RUNS_PER_THREAD))
                 runs = (chunks + run - 1) // run
-                units *= runs
+            units = row_tiles * own_heads * runs
             while unit < before + units:
                 rest = units - 1 - (unit - before)
                 turn = rest % runs
                 rest //= runs
-                head = rest % kv_heads
-                tile = rest // kv_heads
+                head = first_head + rest % own_heads
+                tile = rest // own_heads
                 first = tile * ROW_TILE
                 rows = min(ROW_TILE, all_rows - first)
                 _gather_queries(
@@ -322,8 +327,8 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                     end = start + keys - 1
                     _list_tiles(
                         tiles,
-                        given.key_cache,
-                        given.value_cache,
+                        given.key_cache + head * given.head_gap * key_size,
+                        given.value_cache + head * given.head_gap * value_size,
                         table,
                         start,
                         filled,
@@ -378,7 +383,7 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                         if h == group:
                             h = 0
                             t += 1
-                unit = fetch_add(scratch, 1)
+                unit = fetch_add(counter, 1)
             before += units
             partials += size
             free -= size
@@ -438,5 +443,8 @@ def make_merge(head_dim: int, rotated: int) -> Callable[..., None]:
             free -= size
         if thread == 0:
             int64_at(scratch)[0] = 0
+        counter, own, _ = rank_of(given.ranks, thread, threads)
+        if thread == own and counter != 0:
+            int64_at(counter)[0] = 0
 
     return merge

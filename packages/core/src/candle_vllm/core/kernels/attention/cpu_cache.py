@@ -6,6 +6,9 @@ layer's head has of them lies side by side, and the layers and heads of a stretc
 is read in long runs, which the processor fetches ahead, and a short one touches little memory: the system hands it out
 in pages of 2 MiB, and with each head's slots in a place of its own the first token took one page for every head.
 
+Where ranks of threads have heads of their own (`cpu_runtime/numa.py`), all that a head has in all stretches and layers
+lies side by side instead, so that a rank's heads are one run of pages, which lie on its node.
+
 In a stretch, keys are in strips and values in pairs of positions, see `cpu_tiles.py`; quantised ones are in strips and
 in tiles, see `cpu_quantised.py`. Each takes as many bytes for every slot, so that one computation of a slot's place
 serves both.
@@ -112,6 +115,13 @@ def value_cache_shape(
 def stretch_step(key_layer_strides: tuple[int, ...], head_dim: int, kind: CacheKind = CacheKind.BF16) -> int:
     """Slots from one stretch to the next, from the strides of a layer's keys in bytes."""
     return key_layer_strides[0] // key_bytes(kind, head_dim)
+
+
+def head_gap(
+    key_layer_strides: tuple[int, ...], block_size: int, head_dim: int, kind: CacheKind = CacheKind.BF16
+) -> int:
+    """Slots from the end of a head's part of a stretch to the next head's; 0 where they follow each other."""
+    return key_layer_strides[1] // key_bytes(kind, head_dim) - max(STRETCH, block_size)
 
 
 def kinds_of(caches: tuple[np.ndarray, np.ndarray], head_dim: int, block_size: int) -> tuple[CacheKind, CacheKind]:

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.kernels.attention.cpu_cache import PLAIN, CacheKind, kinds_of, scratch_bytes, stretch_step
+from candle_vllm.core.kernels.attention.cpu_cache import (
+    PLAIN,
+    CacheKind,
+    head_gap,
+    kinds_of,
+    scratch_bytes,
+    stretch_step,
+)
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import (
     address_of,
@@ -112,6 +119,8 @@ def record_attention(
         cap=(scores.softcap or 0.0) * LOG2E,
         sinks=0 if scores.sinks is None else recorder.keep(scores.sinks * np.float32(LOG2E)),
         ahead=address_of(arrays.ahead) if limits.ahead else 0,
+        head_gap=head_gap(caches[0].strides, limits.block_size, dim, keys),
+        ranks=recorder.ranks if limits.ranks is not None and limits.ranks.divides(qkv.kv_heads) else 0,
     )
     recorder.add(attend_operation(dim, recorder.isa, keys, values), attended)
     recorder.add(merge_operation(dim, values), attended)
@@ -150,6 +159,7 @@ def _record_write(
         scale=scores.scale * LOG2E,
         offset=0 if scores.offset is None or keys is CacheKind.BF16 else recorder.keep(scores.offset),
         turns=0 if arrays.turns is None else address_of(arrays.turns),
+        head_gap=head_gap(caches[0].strides, recorder.limits.block_size, qkv.head_dim, keys),
     )
     recorder.add(rotate_and_write_operation(keys, values), written)
 
@@ -174,6 +184,8 @@ class AttendArguments(NamedTuple):
         cap: soft cap times log2(e); 0 is none.
         sinks: address of float32 [H], the heads' sinks times log2(e); 0 is none.
         ahead: address of int64 [T], how many positions behind its own a token sees; 0 is none of all.
+        head_gap: see `cpu_cache.head_gap`.
+        ranks: see `rank_of`; 0 where the heads are not divided among ranks.
     """
 
     q: int
@@ -194,6 +206,8 @@ class AttendArguments(NamedTuple):
     cap: float = 0.0
     sinks: int = 0
     ahead: int = 0
+    head_gap: int = 0
+    ranks: int = 0
 
 
 def attend_operation(

@@ -166,6 +166,20 @@ def read(_: Any, declared: Any, row: Any) -> Any:
 
 
 @njit(inline="always")
+def rank_of(table: int, thread: int, threads: int) -> tuple[int, int, int]:
+    """Address of a counter of the thread's rank, its first thread, and the first one behind it.
+
+    Args:
+        table: address of the number of threads, and a line of 64 bytes behind it for each; 0 where all are one rank, as
+            they are where an operation is done by others than the table's.
+    """
+    if table == 0 or int64_at(table)[0] != threads:
+        return 0, 0, threads
+    line = int64_at(table + 64 * (1 + thread))
+    return line[0], line[1], line[2]
+
+
+@njit(inline="always")
 def inner_row(row: int, arguments: int) -> int:
     """Address of the row that stands within one, behind its own arguments; 0 where there is none."""
     size = 8 * (FIRST_ARGUMENT + arguments)

@@ -23,6 +23,7 @@ from candle_vllm.core.kernels.lora import NumberType
 from candle_vllm.core.kernels.side_by_side import CopyArguments, copy_operation
 
 if TYPE_CHECKING:
+    from candle_vllm.core.kernels.cpu_runtime.numa import CpuRanks
     from candle_vllm.core.kernels.recorded import Matrix
 
 
@@ -41,6 +42,7 @@ class StepLimits:
         row_adapters: most adapters of one row.
         ahead: rows may see positions behind their own, see `kernels/attention`.
         turned: tokens may be turned by more than one position.
+        ranks: how threads are divided; None for not.
     """
 
     tokens: int
@@ -54,6 +56,7 @@ class StepLimits:
     row_adapters: int = 1
     ahead: bool = False
     turned: bool = False
+    ranks: CpuRanks | None = None
 
     @property
     def block_shift(self) -> int:
@@ -131,6 +134,7 @@ class Recorder:
         self._scratch: np.ndarray | None = None
         self._row_numbers = np.empty(0, np.int64)
         self.allocated: list[np.ndarray] = []  # memory of values, and what lies between operations
+        self.ranks = 0 if limits.ranks is None else self._rank_table(limits.ranks)
 
     def begin(self, adapted: Adapted) -> None:
         """Begins another plan, which has the same memory: one of them runs at a time."""
@@ -204,6 +208,17 @@ class Recorder:
         if self._scratch is None or self._scratch.nbytes < size:
             self._scratch = self._allocate(size, np.uint8)
         return address_of(self._scratch)
+
+    def _rank_table(self, ranks: CpuRanks) -> int:
+        """Address of what operations that know ranks read, see `primitives.rank_of`; lines of 8 numbers."""
+        counters = aligned(8 * len(ranks.each), np.int64)
+        table = aligned(8 * (1 + ranks.threads), np.int64)
+        table[0] = ranks.threads
+        for thread in range(ranks.threads):
+            rank = ranks.of_thread(thread)
+            counter = self.keep_array(counters) + 64 * rank
+            table[8 * (1 + thread) :][:3] = counter, *ranks.starts[rank : rank + 2]
+        return self.keep_array(table)
 
     def _allocate(self, count: int, dtype: type) -> np.ndarray:
         made = aligned(count, dtype)

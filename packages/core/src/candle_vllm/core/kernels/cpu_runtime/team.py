@@ -9,13 +9,16 @@ caller's thread is number 0. Nothing here holds Python's lock while a plan runs.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
+import os
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import NamedTuple
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -23,12 +26,16 @@ from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function, operation, plan_row
 from candle_vllm.core.threads import STACK_BYTES, deep_stacks, usable_cpus
 
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.cpu_runtime.numa import CpuRanks
+
 logger = logging.getLogger(__name__)
 
 # The team's shared numbers, each on a cache line of its own (64 bytes), as byte offsets.
 JOB, PLAN, ROWS, FIRST_ROW, FIRST_GROUP, NEXT_ROW, GROUPS, DONE, SLEEPERS, STOP, WAIT, WORKERS = range(0, 12 * 64, 64)
 POST = WAIT + 8  # neither changes
 CLAIM, ASLEEP, SEMAPHORE, INSIDE = range(0, 4 * 64, 64)  # of each thread, behind WORKERS
+RANK = INSIDE + 8  # the first thread of its rank, and how many there are; neither changes
 WORKER_BYTES = 4 * 64
 _PLACE = SEMAPHORE + 16  # of what a semaphore itself needs, up to 32 bytes
 _KEPT_PLANS = 8
@@ -58,12 +65,14 @@ class ThreadTeam:
 
     Args:
         threads: how many, the caller's included; more than there are CPUs are slower, and no less right.
+        ranks: how they are divided. Helpers run on their rank's CPUs, and the caller on the first rank's from its first
+            plan on, unless it is the process' main thread, whose children would be bound, too.
 
     Raises:
         ConfigError: the system does not start so many.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, ranks: CpuRanks | None = None) -> None:
         self._memory = np.zeros(64 + WORKERS + threads * WORKER_BYTES, np.uint8)
         self._shared = -(-address_of(self._memory) // 64) * 64
         self._word(JOB).value = 1  # odd while there is none
@@ -71,11 +80,14 @@ class ThreadTeam:
         self._parts: np.ndarray | None = None
         self._semaphores = system_semaphores() if threads > 1 else None
         self.threads = threads if self._make_semaphores(threads) else 1
+        self.ranks = ranks if ranks is not None and ranks.threads == self.threads else None
+        self._bound: int | None = None  # the caller that runs on its rank's CPUs
+        self._tell_ranks()
         self._take_part = c_function(CODE, 5)
         self._helpers = [
             threading.Thread(
                 target=_help,
-                args=(self._take_part, self._memory, self._shared, number, self.threads),
+                args=(self._take_part, self._memory, self._shared, number, self.threads, self._cpus_of(number)),
                 name=f"candle-vllm-cpu-{number}",
                 daemon=True,
             )
@@ -89,6 +101,8 @@ class ThreadTeam:
 
     def run(self, plan: np.ndarray, rows: int) -> None:
         """Runs a plan: `rows` operations behind each other in an int64 array. One caller at a time."""
+        if self.ranks is not None:
+            self._bind_caller()
         known = self._plans.get(id(plan))
         if known is None:
             if len(self._plans) == _KEPT_PLANS:
@@ -117,6 +131,25 @@ class ThreadTeam:
                 helper.join()
         self._helpers = []
         self._drop_semaphores()
+
+    def _tell_ranks(self) -> None:
+        starts = (0, self.threads) if self.ranks is None else self.ranks.starts
+        for first, last in itertools.pairwise(starts):
+            for thread in range(first, last):
+                at = WORKERS + thread * WORKER_BYTES + RANK
+                self._word(at).value, self._word(at + 8).value = first, last - first
+        if self.ranks is not None:
+            logger.info("%d CPU ranks: %s", len(self.ranks.each), self.ranks)
+
+    def _cpus_of(self, thread: int) -> frozenset[int]:
+        """Where a thread runs; nothing for anywhere."""
+        return frozenset() if self.ranks is None else self.ranks.each[self.ranks.of_thread(thread)].cpus
+
+    def _bind_caller(self) -> None:
+        if self._bound != threading.get_ident():
+            self._bound = threading.get_ident()
+            if threading.current_thread() is not threading.main_thread():
+                _run_on(self._cpus_of(0))
 
     def _word(self, offset: int) -> ctypes.c_int64:
         return ctypes.c_int64.from_address(self._shared + offset)
@@ -165,10 +198,26 @@ class ThreadTeam:
             word.value = 0
 
 
-def _help(take_part: Callable[..., object], memory: np.ndarray, shared: int, number: int, threads: int) -> None:
+def _help(
+    take_part: Callable[..., object],
+    memory: np.ndarray,
+    shared: int,
+    number: int,
+    threads: int,
+    cpus: frozenset[int],
+) -> None:
     """A helper's life; what it sleeps in stays as long as it."""
     del memory  # the thread has it
+    if cpus:
+        _run_on(cpus)
     take_part(0, 0, shared, number, threads)
+
+
+def _run_on(cpus: frozenset[int]) -> None:
+    """Keeps this thread on some CPUs, where the system lets it."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.sched_setaffinity(0, cpus)
 
 
 def _end(take_part: Callable[..., object], memory: np.ndarray, shared: int, threads: int, plans: object) -> None:

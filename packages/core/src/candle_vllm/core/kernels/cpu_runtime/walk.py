@@ -4,8 +4,9 @@
 
 **Pieces.** A row is done in as many pieces as there are threads, and piece n is thread n's, unless another one has
 nothing left to do and finds it free: a thread that does not run because the machine is busy is waited for only where it
-holds a piece. A piece is taken by counting up its owner's claim, which carries the row's number. Rows are numbered
-through the team's life, so that a thread that comes back late finds higher numbers and can take nothing of an old row.
+holds a piece. Of another rank (`numa.py`), whose weights are far away, pieces are taken only when they have been free
+for long. A piece is taken by counting up its owner's claim, which carries the row's number. Rows are numbered through
+the team's life, so that a thread that comes back late finds higher numbers and can take nothing of an old row.
 
 **Groups.** Rows up to a barrier are a group. Threads count the pieces that they have done into DONE, once in each; who
 completes it opens the next one by counting GROUPS up. A piece that is taken keeps its group, so the job, from ending
@@ -46,6 +47,7 @@ from candle_vllm.core.kernels.cpu_runtime.team import (
     NEXT_ROW,
     PLAN,
     POST,
+    RANK,
     ROWS,
     SEMAPHORE,
     SLEEPERS,
@@ -59,6 +61,7 @@ from candle_vllm.core.kernels.cpu_runtime.team import (
 _TAKEN_BITS = 20  # of a claim: how many pieces are taken; above them stands the row's number
 _PATIENCE = 200  # turns of waiting before others' pieces are looked for: some 2 us
 _SPINS = 6000  # and before sleeping: some 60 us
+_FAR_PATIENCE = 2000  # and before those of other ranks are: some 20 us
 _IDLE_SPINS = 20_000  # the same between steps: some 0.2 ms
 
 
@@ -119,13 +122,29 @@ def _do_share(at: int, number: int, shared: int, owner: int, threads: int) -> in
 
 
 @njit
-def _do_others(at: int, number: int, rows: int, shared: int, thread: int, threads: int) -> int:
-    """Does what other threads have left of a group of rows; returns how many pieces that was."""
+def _do_some(at: int, number: int, rows: int, shared: int, first: int, count: int, turn: int, threads: int) -> int:
+    """Does what is left of a group of rows by `count` threads from `first` on, beginning with the `turn`th of them;
+    returns how many pieces that was."""
     done = 0
     for index in range(rows):
-        for other in range(1, threads):
-            done += _do_share(at, number + index, shared, (thread + other) % threads, threads)
+        for other in range(count):
+            done += _do_share(at, number + index, shared, first + (turn + other) % count, threads)
         at += int64_at(at)[1] >> 8
+    return done
+
+
+@njit
+def _do_others(at: int, number: int, rows: int, group: int, shared: int, thread: int, threads: int) -> int:
+    """Does what other threads have left of a group of rows; returns how many pieces that was."""
+    rank = shared + WORKERS + thread * WORKER_BYTES + RANK
+    first, count = load_acquire(rank), load_acquire(rank + 8)
+    done = _do_some(at, number, rows, shared, first, count, thread - first + 1, threads)
+    if done == 0 and count < threads:
+        for _ in range(_FAR_PATIENCE):
+            if load_acquire(shared + GROUPS) != group:
+                return 0
+            cpu_relax(IS_X86)
+        done = _do_some(at, number, rows, shared, 0, threads, first + count, threads)
     return done
 
 
@@ -160,7 +179,7 @@ def _walk(job: int, plan: int, rows: int, number: int, group: int, shared: int, 
                 cpu_relax(IS_X86)
             done = 0
             if load_acquire(shared + GROUPS) == group:
-                done = _do_others(begin, number + first, index + 1 - first, shared, thread, threads)
+                done = _do_others(begin, number + first, index + 1 - first, group, shared, thread, threads)
             patience = _PATIENCE if done == 0 else 0  # whoever was not there will not be there for the next group
             last = _completes(shared, done, total)
         if last:

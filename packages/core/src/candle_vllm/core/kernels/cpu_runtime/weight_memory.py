@@ -7,24 +7,34 @@ matrices of a small model are smaller than that, so they share.
 
 What a model's matrices take can be given back to the system while their addresses stay theirs, and be filled again by
 loading the model once more: a recorded step, which knows addresses alone, then reads the same numbers.
+
+Where threads are divided into ranks, each rank's rows of a matrix lie on its own node, those of a model that was given
+back and is filled again as well.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import mmap
 import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from candle_vllm.core.threads import LOADED_PART
+from candle_vllm.core.threads import LOADED_PART, read_or_nothing
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.cpu_runtime.numa import CpuRanks
+
+logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 64 << 20
 ALIGNMENT = 64
@@ -50,10 +60,10 @@ def loading(again: Sequence[WeightMemory] = ()) -> Iterator[list[WeightMemory]]:
         _AGAIN.reset(tokens[1])
 
 
-def new_memory() -> WeightMemory:
-    """Memory for the weights of one model, or of a part of it that is loaded by itself."""
+def new_memory(ranks: Callable[[], CpuRanks | None] = lambda: None) -> WeightMemory:
+    """Memory for the weights of one model, or of a part of it that is loaded by itself; `ranks` are asked for once."""
     again, made = _AGAIN.get(), _MADE.get()
-    memory = WeightMemory() if again is None else next(again)
+    memory = WeightMemory(ranks=ranks()) if again is None else next(again)
     if made is not None:
         made.append(memory)
     return memory
@@ -81,10 +91,13 @@ class WeightMemory:
 
     Args:
         piece_bytes: size of a piece; larger matrices have one of their own.
+        ranks: of the threads that read it.
     """
 
-    def __init__(self, piece_bytes: int = PIECE_BYTES) -> None:
+    def __init__(self, piece_bytes: int = PIECE_BYTES, ranks: CpuRanks | None = None) -> None:
         self._piece_bytes = piece_bytes
+        self.ranks = ranks
+        self._left = most_areas() if ranks is not None and ranks.apart else 0
         self._piece = np.empty(0, np.uint8)
         self._used = 0
         self._lock = threading.Lock()
@@ -94,10 +107,13 @@ class WeightMemory:
         self._stays: set[int] = set()  # of these, addresses of those with what no part took
         self._again: Counter[object] | None = None  # how many places each part has been given again
 
-    def take(self, count: int) -> np.ndarray:
+    def take(self, count: int, tiles: int = 1) -> np.ndarray:
         """`count` uninitialised bytes, uint8, at a multiple of 64.
 
         What a piece has left is abandoned when it is too small; it was never touched, so that it costs no memory.
+
+        Args:
+            tiles: equal parts, one behind the other, that threads share.
         """
         part: Any = LOADED_PART.get()
         with self._lock:
@@ -110,6 +126,8 @@ class WeightMemory:
                     return owner[known[number][1] :][:count]
                 return np.empty(count, np.uint8)  # of what nobody has kept
             found = self._take(count)
+            if self._left > 0 and tiles > 1:
+                self._place(found, tiles)
             owner: Any = found.base
             if part is None:
                 self._stays.add(owner.ctypes.data)
@@ -127,10 +145,22 @@ class WeightMemory:
         pieces = [piece for each in self._whole if (piece := each()) is not None]
         return sum(drop_pages(piece) for piece in pieces if piece.ctypes.data not in self._stays)
 
+    def _place(self, taken: np.ndarray, tiles: int) -> None:
+        """Where pages cannot be a rank's any more, they come from all nodes in turns."""
+        assert self.ranks is not None
+        self._left -= self.ranks.place(taken, [taken.size // tiles * tile for tile in self.ranks.borders(tiles)])
+        if self._left <= 0:
+            logger.warning(
+                "there are too many matrices for placing each rank's rows on its node, so that the rest is read from "
+                "all nodes in turns: raise vm.max_map_count"
+            )
+
     def _take(self, count: int) -> np.ndarray:
         space = -(-count // ALIGNMENT) * ALIGNMENT
         if self._used + space > self._piece.size:
-            memory = np.empty(max(space, self._piece_bytes) + ALIGNMENT, np.uint8)
+            size = max(space, self._piece_bytes) + ALIGNMENT
+            ranks = self.ranks
+            memory = np.empty(size, np.uint8) if ranks is None or not ranks.apart else ranks.pages(size)
             self._whole = [*(each for each in self._whole if each() is not None), weakref.ref(memory)]
             start = -memory.ctypes.data % ALIGNMENT
             piece = memory[start : start + memory.size - ALIGNMENT]
@@ -139,3 +169,9 @@ class WeightMemory:
             self._piece, self._used = piece, 0
         start, self._used = self._used, self._used + space
         return self._piece[start : start + count]
+
+
+def most_areas(root: Path = Path("/")) -> int:
+    """How many areas of memory may have a node of their own: half of what Linux allows a process."""
+    text = read_or_nothing(root / "proc/sys/vm/max_map_count").strip()
+    return int(text) // 2 if text.isdecimal() else 1 << 15

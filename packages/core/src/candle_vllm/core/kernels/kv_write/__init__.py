@@ -61,6 +61,7 @@ class WriteArguments(NamedTuple):
         scale: factor of q: softmax scale * log2(e), for `attend` computes powers of two.
         offset: address of float32 [K, D], which is subtracted from keys that are quantised; 0 is none.
         turns: address of int64 [T], how far behind its position's row that of a token is in `cos` and `sin`; 0 is none.
+        head_gap: see `attention/cpu_cache.py`.
     """
 
     qkv: int
@@ -84,6 +85,7 @@ class WriteArguments(NamedTuple):
     scale: float
     offset: int = 0
     turns: int = 0
+    head_gap: int = 0
 
 
 def rotate_and_write_operation(keys: int = 0, values: int = 0) -> int:

@@ -256,6 +256,7 @@ def make_rotate_and_write(keys_as: int, values_as: int) -> Callable[..., None]:
             else:
                 head = (h - heads) % kv_heads
                 place = place_of(slots[t], head, given.block_shift, given.stretch_step)
+                place += head * given.head_gap
                 if h < heads + kv_heads:
                     source = x + 4 * (given.k_column + head * dim)
                     if plain_keys:

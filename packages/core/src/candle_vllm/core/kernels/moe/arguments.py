@@ -142,6 +142,7 @@ class ExpertsArguments(NamedTuple):
         num_experts: X.
         matrices: of each expert; their tiles are as dear as each other.
         picked: of int64: the row of the activations for each place.
+        ranks: see `rank_of`.
     """
 
     starts: int
@@ -149,6 +150,7 @@ class ExpertsArguments(NamedTuple):
     num_experts: int
     matrices: int
     picked: int
+    ranks: int = 0
 
 
 def experts_operation() -> int:

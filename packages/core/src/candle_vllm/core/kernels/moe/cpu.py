@@ -6,7 +6,8 @@ A pair is a token and one of its experts; pair t * k + j is token t's jth. Sorte
 behind each other, in the order of the tokens, each at its **place**. So the rows that an expert multiplies are
 neighbours in the result, and its matrices are read once for all of them.
 
-`experts` multiplies nothing itself: it shares tiles of all asked experts' matrices among the threads, and calls the
+`experts` multiplies nothing itself: it shares tiles of all asked experts' matrices among the threads (those of a rank's
+rows among the rank's), and calls the
 linear operation of each matrix's own kind for them, with a row of arguments of which it changes the places that all
 kinds have in common. So matrices of any kinds may stand side by side, a row has the bits that the linear layer gives
 it, and with one token only the chosen experts' weights are read.
@@ -29,6 +30,7 @@ from candle_vllm.core.kernels.cpu_runtime.primitives import (
     fetch_add,
     float32_at,
     int64_at,
+    rank_of,
     read,
     step_number,
     store_release,
@@ -157,14 +159,19 @@ def experts(row, thread, threads):
     """The operation that multiplies."""
     given = read(ExpertsArguments, row)
     starts, table, count, matrices = int64_at(given.starts), given.table, given.num_experts, given.matrices
+    ranked = given.ranks != 0  # each rank has its rows of every matrix
+    _, rank, end = rank_of(given.ranks, thread, threads)
     total = 0
     for x in range(count):
         rows = starts[x + 1] - starts[x]
         if rows > 0:
             for m in range(matrices):
                 entry = int64_at(table + (x * matrices + m) * ENTRY * 8)
-                total += ((entry[_OUTPUTS] + 15) >> 4) * (rows + READING)
-    low, high = total * thread // threads, total * (thread + 1) // threads
+                tiles = (entry[_OUTPUTS] + 15) >> 4
+                if ranked:
+                    tiles = tiles * end // threads - tiles * rank // threads
+                total += tiles * (rows + READING)
+    low, high = total * (thread - rank) // (end - rank), total * (thread - rank + 1) // (end - rank)
     memory = stack_bytes(ENTRY * 8 + 64)
     own, numbers = int64_at(memory), int64_at(memory + ENTRY * 8)
     at = 0
@@ -175,13 +182,17 @@ def experts(row, thread, threads):
             continue
         for m in range(matrices):
             entry = int64_at(table + (x * matrices + m) * ENTRY * 8)
-            cost, tiles = rows + READING, (entry[_OUTPUTS] + 15) >> 4
+            cost, tiles, before = rows + READING, (entry[_OUTPUTS] + 15) >> 4, 0
+            if ranked:
+                before = tiles * rank // threads
+                tiles = tiles * end // threads - before
             # A tile is the thread's within whose share of the cost its own begins.
             first = min((max(low - at, 0) + cost - 1) // cost, tiles)
             last = min((max(high - at, 0) + cost - 1) // cost, tiles)
             at += tiles * cost
             if first >= last:
                 continue
+            first, last = first + before, last + before
             for index in range(ENTRY):
                 own[index] = entry[index]
             numbers[0] = rows

@@ -162,6 +162,7 @@ def record_products(
         num_experts=count,
         matrices=len(matrices),
         picked=address_of(picked),
+        ranks=recorder.ranks,
     )
     recorder.add(given.experts_operation(), arguments)
     return Results(pairs, rows, stride, width)

@@ -81,7 +81,7 @@ def pack(
     if kind.type is not ggml_type:
         cost = (8.5 * size) / (8 * width)
         logger.info("%s has no kernel of its own here: packed as 8 bits, %.1f times the memory", ggml_type.name, cost)
-    data = (memory or WeightMemory(0)).take(tiles * layout.tile_bytes(columns)).reshape(tiles, -1)
+    data = (memory or WeightMemory(0)).take(tiles * layout.tile_bytes(columns), tiles).reshape(tiles, -1)
     source = raw.reshape(rows, columns // size, width)
 
     def job(first: int, last: int) -> None:

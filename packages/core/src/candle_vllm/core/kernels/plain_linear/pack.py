@@ -57,7 +57,7 @@ def pack(
     if raw.dtype != np.uint8 or raw.size != rows * columns * ELEMENTS[stored].itemsize:
         raise ValueError(f"{raw.size} bytes given for a {stored} matrix of {rows} x {columns}")
     tiles, steps = -(-rows // ROWS), kind.steps(columns)
-    data = (memory or WeightMemory(0)).take(tiles * steps * kind.step_bytes).reshape(tiles, -1)
+    data = (memory or WeightMemory(0)).take(tiles * steps * kind.step_bytes, tiles).reshape(tiles, -1)
     source = raw.reshape(rows, columns * ELEMENTS[stored].itemsize)
 
     def job(first: int, last: int) -> None:

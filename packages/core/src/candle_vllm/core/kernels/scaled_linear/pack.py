@@ -39,7 +39,7 @@ def pack(codes: ScaledCodes, memory: WeightMemory | None = None) -> ScaledMatrix
     span_turns = _span_turns(codes, kind)
     tiles = -(-rows // ROWS)
     empty = ScaledMatrix(rows, columns, kind, span_turns, np.empty(0, np.uint8))
-    data = (memory or WeightMemory(0)).take(tiles * empty.tile_bytes).reshape(tiles, -1)
+    data = (memory or WeightMemory(0)).take(tiles * empty.tile_bytes, tiles).reshape(tiles, -1)
     matrix = ScaledMatrix(rows, columns, kind, span_turns, data)
 
     def job(first: int, last: int) -> None:

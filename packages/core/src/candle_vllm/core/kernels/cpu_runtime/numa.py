@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: MIT
+"""CPU ranks: groups of a team's threads, one for each NUMA node, and memory on the node of the rank that reads it.
+
+Threads have numbers; a rank has those from one to another, and an operation's pieces follow each other in the order of
+threads. So the rows that a rank multiplies are the same in every step, and so are the pages that they lie on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import itertools
+import logging
+import mmap
+import os
+import platform
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of
+from candle_vllm.core.threads import read_or_nothing, usable_cpus
+
+logger = logging.getLogger(__name__)
+
+PAGE = mmap.PAGESIZE
+
+
+class CpuRank(NamedTuple):
+    """A group of threads.
+
+    Attributes:
+        cpus: on which they run.
+        nodes: whose CPUs these are.
+        memory: nodes from which its pages come.
+    """
+
+    cpus: frozenset[int]
+    nodes: tuple[int, ...]
+    memory: tuple[int, ...]
+
+
+def bind_pages(address: int, size: int, nodes: Sequence[int]) -> int:
+    """Asks Linux for pages of these nodes when memory is first touched: of one where it has some left, of several in
+    turns.
+
+    Args:
+        address, size: whole pages.
+
+    Returns:
+        0, or the number of the system's error.
+    """
+    call = _MBIND.get(platform.machine().lower())
+    if call is None or sys.platform != "linux":
+        return 38  # ENOSYS
+    mask = (ctypes.c_uint64 * (max(nodes) // 64 + 1))()
+    for node in nodes:
+        mask[node // 64] |= 1 << node % 64
+    system = ctypes.CDLL(None, use_errno=True)
+    arguments = (address, size, _PREFERRED if len(nodes) == 1 else _INTERLEAVE, ctypes.addressof(mask))
+    failed = system.syscall(*map(ctypes.c_long, (call, *arguments, 64 * len(mask) + 1, 0)))
+    return ctypes.get_errno() if failed else 0
+
+
+_MBIND = MappingProxyType(
+    {"x86_64": 237, "amd64": 237, "aarch64": 235, "riscv64": 235, "loongarch64": 235, "ppc64le": 259, "s390x": 268}
+)
+_PREFERRED, _INTERLEAVE = 1, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class CpuRanks:
+    """How a team's threads are divided, two ranks at least.
+
+    Attributes:
+        each: the ranks.
+        starts: each one's first thread, and behind the last one how many threads there are.
+        bind: see `bind_pages`.
+    """
+
+    each: tuple[CpuRank, ...]
+    starts: tuple[int, ...]
+    bind: Callable[[int, int, Sequence[int]], int] = dataclasses.field(default=bind_pages, compare=False)
+
+    @property
+    def threads(self) -> int:
+        """Of the team."""
+        return self.starts[-1]
+
+    @functools.cached_property
+    def nodes(self) -> tuple[int, ...]:
+        """All nodes that have memory of ranks."""
+        return tuple(sorted({node for rank in self.each for node in rank.memory}))
+
+    @property
+    def apart(self) -> bool:
+        """Whether the ranks' memory is not all the same; else nothing is placed."""
+        return len({rank.memory for rank in self.each}) > 1
+
+    def of_thread(self, thread: int) -> int:
+        """A thread's rank."""
+        return next(rank for rank, end in enumerate(self.starts[1:]) if thread < end)
+
+    def borders(self, units: int) -> list[int]:
+        """Where each rank's units begin, of so many that threads share, and how many there are."""
+        return [units * start // self.threads for start in self.starts]
+
+    def divides(self, heads: int) -> bool:
+        """Whether each rank can have as many of so many heads as it has of the threads, and has one."""
+        shares = self.borders(heads)
+        exact = all(heads * start % self.threads == 0 for start in self.starts)
+        return exact and all(first < last for first, last in itertools.pairwise(shares))
+
+    def pages(self, size: int) -> np.ndarray:
+        """Untouched bytes, from a page's beginning on, whose pages come from all ranks' nodes in turns."""
+        memory = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        advice = getattr(mmap, "MADV_HUGEPAGE", None)
+        if advice is not None:
+            try:
+                memory.madvise(advice)
+            except OSError:  # a kernel without large pages
+                logger.debug("no large pages", exc_info=True)
+        made = np.frombuffer(memory, np.uint8)
+        self._bind(address_of(made), made.size, self.nodes)
+        return made
+
+    def place(self, memory: np.ndarray, borders: Sequence[int]) -> int:
+        """Has untouched memory come from its ranks' nodes, as `pages` gave it; returns how many pieces were placed.
+
+        A page belongs to the rank in whose part its beginning is.
+
+        Args:
+            memory: of bytes, without gaps.
+            borders: where each rank's part of it begins, and where the last one ends.
+        """
+        at = address_of(memory)
+        edges = [-(-(at + border) // PAGE) * PAGE for border in borders]
+        placed = 0
+        for rank, first, last in zip(self.each, edges, edges[1:]):
+            if first < last:
+                placed += 1
+                self._bind(first, last - first, rank.memory)
+        return placed
+
+    def _bind(self, address: int, size: int, nodes: Sequence[int]) -> None:
+        error = self.bind(address, -(-size // PAGE) * PAGE, nodes)
+        if error:
+            _say_refused(error)
+
+    def __str__(self) -> str:
+        lines = list[str]()
+        for rank, first, last in zip(self.each, self.starts, self.starts[1:]):
+            nodes = " and ".join(map(str, rank.nodes))
+            lines.append(f"{last - first} of {self.threads} threads on node {nodes} (CPUs {cpu_ranges(rank.cpus)})")
+        return ", ".join(lines)
+
+
+@functools.cache
+def _say_refused(error: int) -> None:
+    """Once for each error."""
+    logger.warning(
+        "the system does not let memory be placed (%s): ranks read it wherever loading touched it first; a container "
+        "may need the capability SYS_NICE",
+        os.strerror(error),
+    )
+
+
+# ---- which ranks -----------------------------------------------------------------------------------------------------
+
+
+def plan_ranks(
+    asked: int | None, threads: int, cpus: frozenset[int] | None = None, root: Path = Path("/")
+) -> CpuRanks | None:
+    """Divides threads among the nodes whose CPUs this process may use; None where all are one rank.
+
+    Fewer ranks than nodes have neighbouring ones together, those of a socket first; more share a node's CPUs.
+
+    Args:
+        asked: how many; None for one for each node, and no more than threads.
+        threads: of the team.
+        cpus: which may be used; None asks the system.
+        root: where the file system begins.
+
+    Raises:
+        ConfigError: more than one elsewhere than on Linux, or more than threads.
+    """
+    if sys.platform != "linux":
+        if asked is not None and asked > 1:
+            raise ConfigError(
+                f"cpu_ranks={asked} needs Linux, which says which CPUs are near which memory, and this is "
+                f"{sys.platform}: leave it out, or set cpu_ranks=1",
+                "cpu_ranks",
+            )
+        return None
+    if asked == 1:
+        return None
+    usable = usable_cpus() if cpus is None else cpus
+    nodes = _nodes(usable, root)
+    count = min(len(nodes), threads) if asked is None else asked
+    if count > threads:
+        raise ConfigError(
+            f"cpu_ranks={count} needs a thread for each, and there are {threads}: set cpu_ranks={threads} or less, or "
+            f"threads={count} or more",
+            "cpu_ranks",
+        )
+    if count == 1:
+        return None
+    ranks, weights = [], []
+    if count <= len(nodes):
+        for rank in range(count):
+            mine = nodes[len(nodes) * rank // count : len(nodes) * (rank + 1) // count]
+            ranks.append(_joined(mine, root))
+            weights.append(float(len(ranks[-1].cpus)))
+    else:
+        on = [nodes[rank * len(nodes) // count] for rank in range(count)]
+        shared = Counter(node for node, _ in on)
+        for node, its_cpus in on:
+            ranks.append(_joined([(node, its_cpus)], root))
+            weights.append(len(its_cpus) / shared[node])
+    return CpuRanks(tuple(ranks), _starts(weights, threads))
+
+
+def _joined(nodes: Sequence[tuple[int, frozenset[int]]], root: Path) -> CpuRank:
+    memory = sorted({_memory_of(node, root) for node, _ in nodes})
+    return CpuRank(frozenset().union(*(cpus for _, cpus in nodes)), tuple(node for node, _ in nodes), tuple(memory))
+
+
+def _starts(weights: Sequence[float], threads: int) -> tuple[int, ...]:
+    """Shares threads by weight; each gets one."""
+    starts, total = [0], sum(weights)
+    for rank in range(1, len(weights)):
+        wanted = int(threads * sum(weights[:rank]) / total + 0.5)
+        starts.append(min(max(wanted, starts[-1] + 1), threads - (len(weights) - rank)))
+    return *starts, threads
+
+
+_NODES = "sys/devices/system/node"
+
+
+def _nodes(usable: frozenset[int], root: Path) -> list[tuple[int, frozenset[int]]]:
+    """Nodes with CPUs that may be used, and these; those of a socket are neighbours. One where none are known."""
+    found = []
+    for folder in (root / _NODES).glob("node*"):
+        number = folder.name.removeprefix("node")
+        cpus = usable & parsed_ranges(read_or_nothing(folder / "cpulist"))
+        if number.isdecimal() and cpus:
+            found.append((_socket(min(cpus), root), int(number), cpus))
+    return [(node, cpus) for _, node, cpus in sorted(found, key=lambda each: each[:2])] or [(0, usable)]
+
+
+def _socket(cpu: int, root: Path) -> int:
+    text = read_or_nothing(root / f"sys/devices/system/cpu/cpu{cpu}/topology/physical_package_id").strip()
+    return int(text) if text.isdecimal() else 0
+
+
+def _memory_of(node: int, root: Path) -> int:
+    """The node itself, or the one nearest to it that has memory."""
+    having = parsed_ranges(read_or_nothing(root / _NODES / "has_memory"))
+    if not having or node in having:
+        return node
+    online = sorted(parsed_ranges(read_or_nothing(root / _NODES / "online")))
+    distances = read_or_nothing(root / _NODES / f"node{node}" / "distance").split()
+    near = [(int(far), other) for far, other in zip(distances, online) if far.isdecimal() and other in having]
+    return min(near)[1] if near else min(having)
+
+
+def parsed_ranges(text: str) -> frozenset[int]:
+    """The numbers of a list as Linux writes it, "0-3,8"; none of what is no such list."""
+    numbers: set[int] = set()
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()):
+            return frozenset(numbers)
+        numbers.update(range(int(first), int(last or first) + 1))
+    return frozenset(numbers)
+
+
+def cpu_ranges(cpus: frozenset[int]) -> str:
+    """The same the other way round."""
+    runs = [
+        [number for _, number in run] for _, run in itertools.groupby(enumerate(sorted(cpus)), lambda e: e[1] - e[0])
+    ]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
