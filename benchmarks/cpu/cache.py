@@ -3,7 +3,7 @@
 
     python benchmarks/cpu/cache.py step MODEL.gguf [--depth 7000] [--cache auto q8_0 q4_0] [--rounds 48]
     python benchmarks/cpu/cache.py needle MODEL.gguf [--tokens 2000] [--cache auto q8_0 q4_0] [--texts 3]
-    python benchmarks/cpu/cache.py disk MODEL.gguf [--tokens 4096] [--cache auto] [--rounds 3]
+    python benchmarks/cpu/cache.py disk MODEL.gguf [--tokens 4096] [--cache auto] [--rounds 3] [--url redis://localhost]
 
 `step` has an engine of each type read the same prompt, then decode one token in turns: the median step, and the median
 over the rounds of the first type's time over its own. `needle` hides lines with numbers at eight depths of real text
@@ -11,7 +11,7 @@ over the rounds of the first type's time over its own. `needle` hides lines with
 likeliest one, so that a greedy answer has them; `nats` are what the right answers' tokens take on average. What each
 type costs in perplexity, `perplexity.py --cache` says. `disk` reads a prompt in a new engine whose folder of blocks is
 empty, in another one when they are there, and once more there, where they are in memory; and says how fast the folder's
-files are read alone, and as blocks.
+files are read alone, and as blocks. With `--url` the blocks are in Redis, whose model's blocks are deleted.
 """
 
 from __future__ import annotations
@@ -110,33 +110,43 @@ def needles(model: str, texts: int, caches: list[str], tokens: int) -> None:
             print(f"{cache:>10} {sum(found):>4}/{len(found)} {statistics.mean(nats):8.4f}", flush=True)
 
 
-def kept(model: str, cache: str, tokens: int, rounds: int) -> None:
+def kept(model: str, cache: str, tokens: int, rounds: int, url: str | None) -> None:
     """Prints a line for each way to a prompt's first token."""
     types: dict[str, Any] = {} if cache == "auto" else dict(zip(CACHE_SETTINGS, 2 * cache.split(",")))
-    times: dict[str, list[float]] = {"computed": [], "from disk": [], "from memory": []}
-    one, size, plain = SamplingParams(temperature=0, max_tokens=1), 0, 1.0
+    far = "from disk" if url is None else "from Redis"
+    times: dict[str, list[float]] = {"computed": [], far: [], "from memory": []}
+    one, size, plain, engine_bytes = SamplingParams(temperature=0, max_tokens=1), 0, 1.0, 0
     for number in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
-            for ways in (("computed",), ("from disk", "from memory")):
-                settings: dict[str, Any] = {"prompt_cache_path": Path(folder) / "blocks", **types}
+            for ways in (("computed",), (far, "from memory")):
+                place: Any = (
+                    {"prompt_cache_path": Path(folder) / "blocks"} if url is None else {"prompt_cache_url": url}
+                )
+                settings: dict[str, Any] = {**place, **types}
                 with InferenceEngine(model, max_model_len=tokens + 64, max_num_seqs=1, **settings) as engine:
                     draws = random.Random(number)  # noqa: S311
                     prompt = [draws.randrange(engine.model_info.vocab_size) for _ in range(tokens)]
                     engine.generate([[1, 2, 3]], one, use_tqdm=False)
+                    if url is not None and far not in ways:
+                        engine.reset_prefix_cache()
+                        time.sleep(1)
                     for way in ways:
                         began = time.perf_counter()
                         engine.generate([prompt], one, use_tqdm=False)
                         times[way].append(time.perf_counter() - began)
+                    engine_bytes = engine.stats().kept_block_bytes
             paths = [path for path in Path(folder).glob("*/*/*/*") if path.is_file()]
             began = time.perf_counter()
             size = sum(len(path.read_bytes()) for path in paths)
             plain = time.perf_counter() - began
+            size = size or engine_bytes
     print(f"{'a prompt of ' + str(tokens):>20} {'ms':>9} {'times as fast':>14}   medians of {rounds}")
     for way, own in times.items():
         ratio = statistics.median(one / other for one, other in zip(times["computed"], own))
         print(f"{way:>20} {statistics.median(own) * 1e3:9.1f} {ratio:14.1f}")
-    more = statistics.median(times["from disk"]) - statistics.median(times["from memory"])
-    print(f"{size / 1e6:.0f} MB: {size / more / 1e9:.2f} GB/s as blocks, {size / plain / 1e9:.2f} as plain files")
+    more = statistics.median(times[far]) - statistics.median(times["from memory"])
+    alone = f", {size / plain / 1e9:.2f} as plain files" if url is None else ""
+    print(f"{size / 1e6:.0f} MB: {size / more / 1e9:.2f} GB/s as blocks{alone}")
 
 
 def main() -> int:
@@ -149,10 +159,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="steps of each type (48), or new engines (3)")
     parser.add_argument("--tokens", type=int, default=2000, help="of a needle's text")
     parser.add_argument("--texts", type=int, default=3, help="with needles")
+    parser.add_argument("--url", help="of Redis, in the place of a folder")
     options = parser.parse_args()
     if options.what == "disk":
         for cache in options.cache:
-            kept(options.model, cache, options.tokens, options.rounds or 3)
+            kept(options.model, cache, options.tokens, options.rounds or 3, options.url)
     elif options.what == "step":
         steps(options.model, options.depth, options.cache, options.rounds or 48)
     else:

@@ -99,11 +99,13 @@ class Failing(HostBlocks):
         raise OSError("full")
 
 
-def test_what_is_found_further_away_comes_nearer(tmp_path: Path) -> None:
+def test_what_is_found_further_away_comes_nearer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     near, far = HostBlocks(5000, 1000), BlockFolder(tmp_path / "kept", "a", 1 << 20, 1000)
     tiers: BlockStore = Tiers([near, Failing(5000, 1000), far])
+    tiers.write(DIGESTS[0], bytes(1000))  # somebody took it
+    assert "in one place of several: full" in caplog.text
     with pytest.raises(OSError, match="full"):
-        tiers.write(DIGESTS[0], bytes(1000))
+        Tiers([Failing(5000, 1000)]).write(DIGESTS[0], bytes(1000))
     assert (near.has(DIGESTS[0]), far.has(DIGESTS[0]), tiers.has(DIGESTS[0])) == (True, True, False)
     near.clear()
     assert tiers.read(DIGESTS[0]) == bytes(1000)

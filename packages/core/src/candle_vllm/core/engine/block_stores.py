@@ -33,6 +33,7 @@ Bytes: TypeAlias = bytes | bytearray | memoryview
 _MAGIC = b"CVKV0001"
 HEADER = len(_MAGIC) + hashlib.sha256().digest_size
 _LOOKS = 16  # while as many bytes are written as may be there, what others wrote is looked for so often
+_SILENCE = 60.0  # seconds in which nothing more is told of a store that fails
 _UNFINISHED = 60.0  # seconds, after which what was being written is deleted
 _NAME = re.compile(r"[0-9a-f]{32}/[0-9a-f]{2}/[0-9a-f]{64}")
 _READING = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
@@ -315,7 +316,7 @@ class Tiers:
     """Several stores, the nearest first: what is found further away is brought nearer, and all are written to."""
 
     def __init__(self, stores: Sequence[BlockStore]) -> None:
-        self._stores = stores
+        self._stores, self._told_until = stores, 0.0
 
     @property
     def num_bytes(self) -> int:
@@ -351,15 +352,19 @@ class Tiers:
         return None
 
     def write(self, digest: bytes, data: Bytes) -> None:
-        """See `BlockStore`; one that fails does not keep the others from having it."""
-        failure: OSError | None = None
+        """See `BlockStore`; it fails where nobody takes it."""
+        failure, taken = OSError("there is no store"), False
         for store in self._stores:
-            if not store.has(digest):
-                try:
+            try:
+                if not store.has(digest):
                     store.write(digest, data)
-                except OSError as error:
-                    failure = error
-        if failure is not None:
+                taken = True
+            except OSError as error:
+                failure = error
+                if time.monotonic() >= self._told_until:
+                    self._told_until = time.monotonic() + _SILENCE
+                    logger.warning("blocks of the KV cache cannot be kept in one place of several: %s", error)
+        if not taken:
             raise failure
 
     def forget(self, digest: bytes) -> None:

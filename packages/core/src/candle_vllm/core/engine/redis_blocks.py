@@ -96,6 +96,8 @@ class RedisBlocks:
 
     def write(self, digest: bytes, data: Bytes) -> None:
         """See `BlockStore`; those used longest ago go where there are too many."""
+        if time.monotonic() < self._quiet_until:
+            raise BlockError("Redis did not answer, and is left alone for a while")
         try:
             if self._to_clear:
                 self._clear()
