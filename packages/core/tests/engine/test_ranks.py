@@ -135,7 +135,8 @@ def test_few_blocks_and_guesses(settings: dict[str, Any], model: Path, whole: In
 @pytest.mark.parametrize("busy", [True, False])
 def test_a_rank_that_dies_ends_the_engine_by_name(model: Path, busy: bool) -> None:
     with engine_of(model, 3, max_model_len=512) as engine:
-        found, errors = pids(engine), list[Exception]()
+        found, errors, told = pids(engine), list[Exception](), threading.Event()
+        engine.add_death_callback(told.set)
         long = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
 
         def ask() -> None:
@@ -159,6 +160,7 @@ def test_a_rank_that_dies_ends_the_engine_by_name(model: Path, busy: bool) -> No
         while engine.is_alive and time.monotonic() < began + 10:
             time.sleep(0.05)
         assert not engine.is_alive
+        assert told.wait(10)
         assert gone(found)
         assert time.monotonic() - began < 10
         with pytest.raises(EngineDeadError, match="rank 2 has ended"):

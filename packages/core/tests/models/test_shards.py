@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,60 +20,19 @@ from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.devices import CPU
 from candle_vllm.core.engine.eager_runner import EagerRunner
 from candle_vllm.core.errors import ConfigError
-
-
-class Threads:
-    """Ranks in threads; see `Collective`. All add up in the order of ranks."""
-
-    def __init__(self, rank: int, size: int, shared: list[Any], barrier: threading.Barrier) -> None:
-        self.rank, self.size, self._shared, self._barrier = rank, size, shared, barrier
-
-    def _all(self, x: Any) -> list[Any]:
-        self._shared[self.rank] = x
-        self._barrier.wait(60)
-        found = list(self._shared)
-        self._barrier.wait(60)
-        return found
-
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.stack(self._all(x)).sum(0)
-
-    def gather(self, x: torch.Tensor, width: int) -> torch.Tensor:
-        assert x.shape[1] <= width
-        return torch.cat([torch.nn.functional.pad(each, (0, width - each.shape[1])) for each in self._all(x)], 1)
-
-    def least(self, number: int) -> int:
-        return min(self._all(number))
-
-    def close(self) -> None:
-        self._barrier.abort()
-
-
-def divided(size: int, work: Callable[[Threads], Any]) -> list[Any]:
-    """What each of so many ranks gives."""
-    shared, barrier = [None] * size, threading.Barrier(size)
-
-    def run(rank: int) -> Any:
-        try:
-            return work(Threads(rank, size, shared, barrier))
-        except BaseException:
-            barrier.abort()
-            raise
-
-    with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(run, range(size)))
+from candle_vllm.core.testing.thread_ranks import ThreadRanks, in_threads
 
 
 def logits_of(source: Path, size: int, chunks: list[int], **settings: Any) -> list[torch.Tensor]:
     """Logits of each rank."""
 
-    def work(ranks: Threads) -> torch.Tensor:
+    def work(ranks: ThreadRanks) -> torch.Tensor:
         config = EngineConfig(model=str(source), enforce_eager=True, **settings)
         loaded = load_model(config, CPU, lambda done, total: None, ranks=ranks)
         runner = EagerRunner(loaded.decoder, 32, BLOCK, CPU, loaded.placement.torch_dtype)
         return step_logits(runner, some_tokens(), chunks)
 
-    return divided(size, work)
+    return in_threads(size, work)
 
 
 BY_HEADS = "StableLM-2-12B"  # has a tensor for each head's norm

@@ -110,7 +110,12 @@ class InferenceEngine(EngineFront):
         return alive and not self._is_elsewhere
 
     def add_death_callback(self, callback: Callable[[], None]) -> None:
-        """Never calls: an engine in this process does not die by itself."""
+        """Calls `callback` once, from another thread, when one of several ranks has died; at once where it has.
+
+        An engine of one rank in this process does not die by itself.
+        """
+        if self._ranks is not None:
+            self._ranks.add_death_callback(callback)
 
     def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
         """See `EngineFront`."""
@@ -232,7 +237,7 @@ class InferenceEngine(EngineFront):
                 with room_for("the engine", 0):
                     self._thread = self._make_thread(engine)
                 if self._ranks is not None:
-                    self._ranks.on_death = self._thread.fail
+                    self._ranks.fail = self._thread.fail
                 if engine.adapters is not None:
                     engine.adapters.on_change = self._thread.wake
                 self._finalizer.detach()

@@ -129,7 +129,7 @@ class DeviceRunner:
         if batch.drafted:
             self._drafts = [run.drafts for run in batch.drawing]
             self._run_sampler.look_ahead(states, self._drafts)
-            batch, states = _by_rows(batch), ()
+            batch, states = by_rows(batch), ()
         with self._over_if_it_fails():
             self._size = size = self._captured_size(batch)
             self._asks = self._inputs.send(batch, states, size)
@@ -434,7 +434,7 @@ class Passed:
         return ()
 
 
-def _by_rows(batch: Batch) -> Batch:
+def by_rows(batch: Batch) -> Batch:
     """A step in which each row of a run with drafts is a sequence that decodes, with the blocks of its own.
 
     All rows' keys and values are written before a layer attends, and each sees what stands before it; so its bits are

@@ -156,6 +156,7 @@ class Ranks:
 
     Attributes:
         config: of this rank.
+        fail: ends the engine that has them; called when one has died.
 
     Raises:
         ConfigError: this system cannot have several ranks.
@@ -170,7 +171,8 @@ class Ranks:
         self._failure: str | None = None
         self._lock = threading.Lock()
         self._closing = False
-        self.on_death: Callable[[EngineDeadError], object] = lambda _: None
+        self.fail: Callable[[EngineDeadError], object] = lambda _: None
+        self._callbacks: list[Callable[[], None]] = []
         self._folder = Path(tempfile.mkdtemp(prefix="candle-vllm-ranks-"))
         self._lines: list[Line] = []
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -273,12 +275,24 @@ class Ranks:
             return f"killed by {signal.Signals(-status).name}"
         return f"killed by signal {-status}"
 
+    def add_death_callback(self, callback: Callable[[], None]) -> None:
+        """Calls it once, when one has died; at once where one has."""
+        with self._lock:
+            if self._failure is None:
+                self._callbacks.append(callback)
+                return
+        callback()
+
     def _watch(self) -> None:
         """Waits until one has gone."""
         while not self._closing:
             if any(process.poll() is not None for process in self._processes):
                 if not self._closing:
-                    self.on_death(self.dead())
+                    self.fail(self.dead())
+                    with self._lock:
+                        callbacks, self._callbacks = self._callbacks, []
+                    for callback in callbacks:
+                        callback()
                 return
             time.sleep(0.1)
 
@@ -385,6 +399,10 @@ class RankedRunner:
             raise EngineDeadError(f"{dead}; here: {type(error).__name__}: {error}") from error
 
     def _message(self, batch: Batch) -> Forward:
+        if batch.drafted and not isinstance(self._runner, StepwiseRunner):
+            from candle_vllm.core.engine.device_runner import by_rows
+
+            batch = by_rows(batch)  # as the first rank runs it
         known = batch.tables_version is self._tables_version
         self._tables_version = batch.tables_version
         return Forward(

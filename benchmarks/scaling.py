@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: MIT
+"""What ranks cost, measured here, and what a step on several GPUs takes by arithmetic; see docs/scaling.md.
+
+python benchmarks/scaling.py message     what telling 1 to 7 others a step takes
+python benchmarks/scaling.py sum         adding up 8 KB to 1 MB between processes of this machine, by Gloo
+python benchmarks/scaling.py engine      steps of a small random model by 1 to 3 ranks, op by op
+python benchmarks/scaling.py model       the table of 1 to 8 GPUs
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import socket
+import statistics
+import tempfile
+import threading
+import time
+from array import array
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from candle_vllm.core import InferenceEngine, SamplingParams
+from candle_vllm.core.engine.batch import BatchBuilder
+from candle_vllm.core.engine.ranks import Line, RankedRunner, ToldBatches, ToRank
+from candle_vllm.core.engine.request import GenerationRequest
+from candle_vllm.core.engine.sequence import Run, Sequence
+from candle_vllm.core.kernels.collectives import ProcessGroup
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+
+ROUNDS = 400
+
+
+class Model(NamedTuple):
+    """Layers, width, and bytes of weights that a step of one row reads."""
+
+    layers: int
+    width: int
+    gigabytes: float
+
+
+MODELS = {
+    "8B, bf16": Model(32, 4096, 15.0),
+    "8B, Q4_K": Model(32, 4096, 4.6),
+    "32B, Q4_K": Model(64, 5120, 19.0),
+    "70B, Q4_K": Model(80, 8192, 40.0),
+}
+LINKS = {  # microseconds of one sum of a few rows, published: NCCL on eight H100, NCCL on PCIe, host staging
+    "NVLink": 21.0,
+    "PCIe": 16.0,
+    "no peer access": 39.0,
+}
+BANDWIDTH, SHARE, FIXED = 3350.0, 0.7, 0.4
+"""GB/s of an H100's memory, how much of it kernels reach, and milliseconds of a step that no rank shortens."""
+
+
+def message() -> None:
+    """A step of 64 sequences at 2,000 tokens each, told to so many others that read it."""
+    for others in (1, 3, 7):
+        pairs = [socket.socketpair() for _ in range(others)]
+        lines = [Line(near) for near, _ in pairs]
+        readers = [threading.Thread(target=_read, args=(Line(far),), daemon=True) for _, far in pairs]
+        for reader in readers:
+            reader.start()
+        runs = [_run(number) for number in range(64)]
+        builder, ranks = BatchBuilder(64), RankedRunner(_Nothing(), None)  # type: ignore[arg-type]
+        times = []
+        for _ in range(ROUNDS):
+            batch = builder.build(runs)
+            began = time.perf_counter()
+            told = ranks._message(batch)
+            for line in lines:
+                line.send(told)
+            times.append(time.perf_counter() - began)
+        print(f"{others} others: {statistics.median(times) * 1e6:.0f} us a step")
+        for line in lines:
+            line.socket.close()
+
+
+class _Nothing:
+    fatal = ()
+
+
+def _run(number: int) -> Run:
+    request = GenerationRequest(request_id=str(number), prompt_token_ids=[1] * 2000, params=SamplingParams())
+    sequence = Sequence(request, 0, 0)
+    sequence.block_table = array("i", range(32))
+    return Run.next(sequence, 1)
+
+
+def _read(line: Line) -> None:
+    batches = ToldBatches()
+    try:
+        while True:
+            told: Any = line.receive(ToRank)
+            batches.batch(told)
+    except EOFError:
+        return
+
+
+def add_up() -> None:
+    """Two processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        other = multiprocessing.get_context("spawn").Process(target=_sums, args=(1, folder))
+        other.start()
+        _sums(0, folder)
+        other.join()
+
+
+def _sums(rank: int, folder: str) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    group = ProcessGroup(rank, 2, "cpu", Path(folder) / "store", patience=60)
+    for size in (8 << 10, 64 << 10, 1 << 20):
+        x, times = torch.zeros(1, size // 4), []
+        for _ in range(ROUNDS):
+            began = time.perf_counter()
+            group.sum(x)
+            times.append(time.perf_counter() - began)
+        if not rank:
+            print(f"{size >> 10} KB: {statistics.median(times) * 1e6:.0f} us")
+
+
+def engine() -> None:
+    """A step that decodes 8 sequences."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_toy_model(Path(folder), toy_config(num_attention_heads=6, num_key_value_heads=3))
+        for size in (1, 2, 3):
+            settings: dict[str, Any] = {"device": "cpu", "threads": 1, "enforce_eager": True}
+            with InferenceEngine(model, tensor_parallel_size=size, **settings) as made:
+                params = SamplingParams(max_tokens=128, temperature=0.0, ignore_eos=True)
+                made.generate(["a"] * 8, params)
+                began = time.perf_counter()
+                made.generate(["a"] * 8, params)
+                print(f"{size} ranks: {(time.perf_counter() - began) / 128 * 1e3:.2f} ms a step")
+
+
+def model() -> None:
+    """Tokens a second of one sequence."""
+    print("| model | link | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in (1, 2, 4, 8)) + " |")
+    print("|" + "---|" * 6)
+    for name, each in MODELS.items():
+        for link, cost in LINKS.items():
+            rates = []
+            for n in (1, 2, 4, 8):
+                reading = each.gigabytes / (n * BANDWIDTH * SHARE) * 1e3
+                summing = 0.0 if n == 1 else 2 * each.layers * cost / 1e3
+                rates.append(f"{1e3 / (reading + summing + FIXED):.0f}")
+            print(f"| {name} | {link} | " + " | ".join(rates) + " |")
+
+
+if __name__ == "__main__":
+    works = {"message": message, "sum": add_up, "engine": engine, "model": model}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=works)
+    works[parser.parse_args().what]()
