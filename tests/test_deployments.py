@@ -18,6 +18,7 @@ import httpx
 import pytest
 import yaml
 from live_server import ServerProcess, clean_environment, free_port
+from postgres_server import new_database, postgres_server
 from waiting import wait_for
 
 from candle_vllm.core import InferenceEngine
@@ -307,3 +308,33 @@ def test_a_backup_of_a_store_that_is_written(tmp_path: Path) -> None:
     bad = subprocess.run([*command, str(tmp_path / "bad.sqlite")], env=environment, capture_output=True, text=True)
     assert bad.returncode != 0
     assert subprocess.run(["bash", str(script)], capture_output=True).returncode == 2
+
+
+def test_a_backup_of_postgresql_is_restored(tmp_path: Path) -> None:
+    if shutil.which("pg_dump") is None or shutil.which("pg_restore") is None:
+        pytest.skip("PostgreSQL's clients are not installed (Debian: postgresql)")
+    script = DEPLOY / "backup" / "backup.sh"
+    with postgres_server() as server:
+        import psycopg
+
+        kept, empty = new_database(server), new_database(server)
+        with psycopg.connect(kept) as store:
+            store.execute("create table kept (text text)")
+            store.execute("insert into kept values ('before')")
+        command = ["bash", str(script), str(tmp_path), f"{kept}?connect_timeout=5".replace("ql:", "ql+psycopg:")]
+        with psycopg.connect(kept) as writer:  # a transaction that is not over is not in it
+            writer.execute("insert into kept values ('meanwhile')")
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        made = Path(done.stdout.strip())
+        assert made.name.startswith(f"{kept.rsplit('/', 1)[1]}-")
+        assert made.stat().st_mode & 0o077 == 0
+        subprocess.run(["pg_restore", "--dbname", empty, "--no-owner", made], check=True, timeout=60)
+        with psycopg.connect(empty) as copy:
+            assert copy.execute("select text from kept").fetchall() == [("before",)]
+        command[-1] = kept.replace("/store_", "/none_")
+        bad = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert bad.returncode != 0
+        assert not bad.stdout
+        assert "does not exist" in bad.stderr
+    assert [path for path in tmp_path.iterdir() if not path.name.startswith(".")] == [made]

@@ -28,7 +28,7 @@ for store in "$@"; do
   case $store in
   postgres*://*)
     name=$(sed -E 's#.*/([^/?]+).*#\1#' <<<"$store")
-    pg_dump --format custom --file "$folder/.$name-$now" "$store"
+    pg_dump --format custom --file "$folder/.$name-$now" "${store/+psycopg:/:}" # which is the server's own way to say it
     target=$folder/$name-$now.dump
     ;;
   *)
