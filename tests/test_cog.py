@@ -126,6 +126,18 @@ def test_a_model_that_cannot_be_loaded(folder: Path, predict: ModuleType, toy_mo
     assert refused(predict, "model").startswith("E1200 EngineError: ")
 
 
+@pytest.mark.parametrize(
+    ("given", "found", "ranks"),
+    [({}, 0, 1), ({}, 4, 4), ({"tensor_parallel_size": 2}, 4, 2), ({"device": "cpu"}, 4, 1)],
+)
+def test_all_gpus_are_used(
+    given: dict[str, Any], found: int, ranks: int, predict: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "gpus", lambda: found)
+    monkeypatch.setattr(predict, "InferenceEngine", lambda config: config)
+    assert predict.Runner()._load("demo", given).tensor_parallel_size == ranks
+
+
 @pytest.fixture(scope="module")
 def runner(predict: ModuleType, toy_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A predictor that is set up, without a config."""

@@ -116,6 +116,15 @@ def resolve_weights(weights: str) -> str:
     )
 
 
+def gpus() -> int:
+    """How many GPUs this process may use; torch, which knows it, is imported only where there is a driver."""
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
 class Runner(BaseRunner):
     """One model; predictions share its steps."""
 
@@ -151,8 +160,8 @@ class Runner(BaseRunner):
 
     def _load(self, source: str, engine_args: Mapping[str, Any]) -> InferenceEngine:
         args = {"max_num_seqs": AT_ONCE, **engine_args}
-        if args.get("tensor_parallel_size") == 1:
-            del args["tensor_parallel_size"]
+        if "device" not in args:
+            args.setdefault("tensor_parallel_size", max(1, gpus()))
         try:
             config = translated(source, args).config
         except TypeError as error:

@@ -71,7 +71,7 @@ def test_how_vectors_are_made() -> None:
 @pytest.mark.parametrize(
     ("given", "error", "said"),
     [
-        ({"tensor_parallel_size": 2}, TypeError, "an engine computes on one device"),
+        ({"pipeline_parallel_size": 2}, TypeError, "one device"),
         ({"fully_sharded_loras": True}, TypeError, "adapters lie whole"),
         ({"trust_remote_code": True}, TypeError, "never run"),
         ({"spec_model": "draft", "spec_method": "ngram"}, ConfigError, "model belongs to the method draft_model"),
