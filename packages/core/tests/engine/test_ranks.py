@@ -17,10 +17,12 @@ from typing import Any
 
 import pytest
 
-from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
+from candle_vllm.core import EngineConfig, InferenceEngine, LoRARequest, SamplingParams
 from candle_vllm.core.engine.ranks import MOST_BYTES, Go, Line, Ready, Score, ToRank
-from candle_vllm.core.errors import ConfigError, EngineDeadError
+from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError
+from candle_vllm.core.fields import read_json
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.core.testing.toy_adapter import write_adapter
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="several ranks need sockets that a child inherits")
@@ -210,7 +212,6 @@ def children() -> set[str]:
 @pytest.mark.parametrize(
     ("settings", "blamed"),
     [
-        ({"enable_lora": True}, "enable_lora"),
         ({"prompt_cache_path": "kept"}, "prompt_cache_path"),
         ({"speculative_config": {"method": "mtp"}}, "speculative_config"),
         ({"device": "cuda:0,cuda:1,cuda:2"}, "tensor_parallel_size"),
@@ -257,3 +258,34 @@ def test_lines_refuse_what_is_no_message() -> None:
         near.close()
         with pytest.raises(EOFError):
             theirs.receive(ToRank)
+
+
+def test_adapters(model: Path, tmp_path: Path) -> None:
+    """Each rank has its part of those that are asked for, and forgets what is unloaded; a broken one hurts its own."""
+    config = read_json(model / "config.json")
+    sizes = {"q": config["num_attention_heads"], "v": config["num_key_value_heads"]}
+    shapes = {
+        f"model.layers.{layer}.self_attn.{name}_proj": (heads * config["head_dim"], config["hidden_size"])
+        for layer in (0, 1)
+        for name, heads in sizes.items()
+    }
+    for number in range(3):
+        write_adapter(tmp_path / f"a{number}", shapes, rank=4, seed=number, size=2)
+    (tmp_path / "a2" / "adapter_model.safetensors").write_bytes(b"nothing")
+
+    def answers(size: int) -> list[Any]:
+        with engine_of(model, size, enable_lora=True, lora_dtype="f32") as engine:
+            uses = {name: LoRARequest(name, lora_path=str(tmp_path / name)) for name in ("a0", "a1", "a2")}
+            wanted = [None, uses["a0"], uses["a1"], uses["a0"]]
+            found = [each.outputs[0].token_ids for each in engine.generate(["abc"] * 4, GREEDY, lora_request=wanted)]
+            with pytest.raises(CandleVllmError, match="a2"):
+                engine.generate(["abc"], GREEDY, lora_request=uses["a2"])
+            assert engine.remove_lora("a0")
+            found.append(engine.generate(["abc"], GREEDY, lora_request=uses["a1"])[0].outputs[0].token_ids)
+            return found
+
+    right = answers(1)
+    assert answers(2) == right
+    assert right[1] == right[3]
+    assert right[2] == right[4]
+    assert len({tuple(each) for each in right}) == 3

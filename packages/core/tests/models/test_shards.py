@@ -12,15 +12,33 @@ import torch
 from families import FORMATS, ROWS
 from family_formats import write_format
 from gguf_export import export_gguf
+from peft_adapters import base_of, trained
 from tiny import BLOCK, LENGTH, eager_logits, error, some_tokens, step_logits, write_tiny
 
 from candle_vllm.core import EngineConfig
 from candle_vllm.core.assembly import model as loading
-from candle_vllm.core.assembly.model import load_model
+from candle_vllm.core.assembly.adapters import fit_adapter
+from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.devices import CPU
 from candle_vllm.core.engine.eager_runner import EagerRunner
 from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.kernels.lora.pack import pack_adapter
+from candle_vllm.core.kernels.lora.reference import EagerAdapters
+from candle_vllm.core.layers.adapters import number_places
+from candle_vllm.core.loading.adapters import read_adapter
 from candle_vllm.core.testing.thread_ranks import ThreadRanks, in_threads
+
+
+def adapted_logits(loaded: LoadedModel, source: Path, adapter: Path) -> torch.Tensor:
+    """Logits with an adapter, of which a rank has its part."""
+    joined = EagerAdapters()
+    places = number_places(loaded.decoder, joined)
+    with read_adapter(adapter) as stored:
+        fitted = fit_adapter(stored, base_of(source))
+        fitted = fitted if loaded.shard is None else loaded.shard.cut_adapter(fitted)
+        packed = pack_adapter(fitted, places, "F32", compiled=False)
+    runner = EagerRunner(loaded.decoder, 32, BLOCK, CPU, torch.float32, joined)
+    return step_logits(runner, some_tokens(), [30, LENGTH - 30], ((packed, 0.7),))
 
 
 def logits_of(source: Path, size: int, chunks: list[int], **settings: Any) -> list[torch.Tensor]:
@@ -28,7 +46,7 @@ def logits_of(source: Path, size: int, chunks: list[int], **settings: Any) -> li
 
     def work(ranks: ThreadRanks) -> torch.Tensor:
         config = EngineConfig(model=str(source), enforce_eager=True, **settings)
-        loaded = load_model(config, CPU, lambda done, total: None, ranks=ranks)
+        loaded = load_model(config, CPU, lambda *_: None, ranks=ranks)
         runner = EagerRunner(loaded.decoder, 32, BLOCK, CPU, loaded.placement.torch_dtype)
         return step_logits(runner, some_tokens(), chunks)
 
@@ -47,6 +65,7 @@ def test_ranks_give_the_logits_of_one(name: str, tmp_path: Path) -> None:
         assert error(logits, whole) < 1e-5
 
 
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 UNEVEN = {  # of three ranks
     "Qwen2-MoE": {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3},
     "GLM-4": {"num_attention_heads": 6, "num_key_value_heads": 3},
@@ -114,3 +133,32 @@ def test_quantised_matrices_are_cut_as_a_gpu_holds_them(
 
     monkeypatch.setattr(loading, "choose_placement", placed)
     assert error(logits_of(stored, 2, [LENGTH])[1], whole) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("Llama", {"target_modules": ["q_proj", "o_proj", "embed_tokens", "lm_head"]}),
+        ("Llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]}),
+        ("Llama", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5, 100, 200]}),
+        ("Qwen2", {"use_dora": True, "bias": "all"}),
+        ("GLM-4", {}),
+        (
+            "Qwen3-MoE",
+            {"target_modules": ["k_proj"], "target_parameters": [f"mlp.experts.{n}_proj" for n in ("gate_up", "down")]},
+        ),
+        ("DeepSeek-V2", {"target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"]}),
+    ],
+)
+def test_adapters_are_cut_as_their_matrices_are(name: str, config: dict[str, Any], tmp_path: Path) -> None:
+    made = trained(tmp_path, name, **config)
+    engine = EngineConfig(model=str(made.model), enforce_eager=True)
+    whole = adapted_logits(load_model(engine, CPU, lambda *_: None), made.model, made.adapter)
+    plain = eager_logits(made.model, some_tokens(), [LENGTH])
+    assert error(whole, plain) > 1e-3
+
+    def part(ranks: ThreadRanks) -> torch.Tensor:
+        return adapted_logits(load_model(engine, CPU, lambda *_: None, ranks=ranks), made.model, made.adapter)
+
+    for logits in in_threads(2, part):
+        assert error(logits, whole) < 1e-5

@@ -124,10 +124,11 @@ def recorded_logits(source: Path, tokens: list[int], chunks: list[int], **settin
         runner.close()
 
 
-def step_logits(runner: ModelRunner, tokens: list[int], chunks: list[int]) -> torch.Tensor:
+def step_logits(runner: ModelRunner, tokens: list[int], chunks: list[int], adapters: Any = ()) -> torch.Tensor:
     """Logits [T, V] of every position, a step for each chunk."""
     request = GenerationRequest(request_id="r", prompt_token_ids=tokens, params=SamplingParams())
     sequence = Sequence(request, 0, 0)
+    sequence.adapters = adapters
     sequence.block_table = array("i", reversed(range(-(-len(tokens) // BLOCK))))
     found, start = [], 0
     for chunk in chunks:

@@ -411,7 +411,6 @@ class EngineConfig(ExplainedSettings):
             return
         drafts = draft_settings(self.speculative_config)
         refused = {
-            "enable_lora": self.enable_lora,
             "prompt_cache_path": self.prompt_cache_path is not None,
             "prompt_cache_url": self.prompt_cache_url is not None,
             "kv_offloading_size": self.kv_offloading_size is not None,

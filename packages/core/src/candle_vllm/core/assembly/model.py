@@ -24,7 +24,7 @@ from candle_vllm.core.assembly.opening import (
     stored_types,
 )
 from candle_vllm.core.assembly.placement import choose_placement, computing_dtype, room_for_weights
-from candle_vllm.core.assembly.shards import shard_of
+from candle_vllm.core.assembly.shards import Shard, shard_of
 from candle_vllm.core.assembly.tower import LoadedTower, load_tower
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device
@@ -129,12 +129,14 @@ class LoadedModel(Loaded):
     Attributes:
         draft: the model or the head that drafts for it, where one was asked for.
         tower: what it sees by, where it has that.
+        shard: which part of a model it is; None for the whole.
     """
 
     decoder: Decoder
     config: ModelConfig
     draft: LoadedModel | LoadedHead | None = None
     tower: LoadedTower | None = None
+    shard: Shard | None = None
 
     @property
     def sight(self) -> Sight | None:
@@ -202,7 +204,7 @@ def load_model(
     said["files"] = files_read(config, files)
     seconds = time.perf_counter() - started
     logger.info("loaded %s: %.1f MB in %.2f s", files.name, model.weight_bytes / 1e6, seconds)
-    return LoadedModel(decoder=decoder, tower=tower, **said)
+    return LoadedModel(decoder=decoder, tower=tower, shard=shard, **said)
 
 
 def files_read(config: EngineConfig, files: ModelFiles) -> tuple[Path, ...]:

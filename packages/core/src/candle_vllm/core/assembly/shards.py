@@ -14,9 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.collectives import Collective
+from candle_vllm.core.kernels.lora import Delta, FittedAdapter
 from candle_vllm.core.layers.embedding import Embedding, VocabularyShare
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.moe import ExpertMLPs, SparseMLP
@@ -45,6 +47,11 @@ class _Cut(NamedTuple):
     last: int
     sections: int
 
+    def among(self, total: int) -> NDArray[np.int64]:
+        """Which of the whole's entries they are."""
+        sections = np.arange(self.sections)[:, None] * (total // self.sections)
+        return (sections + np.arange(self.first, self.last)).reshape(-1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
@@ -72,11 +79,20 @@ class Shard:
         if cut is None:
             return stored
         if cut.dimension == 0:
-            if cut.sections == 1:
-                return stored.rows(cut.first, cut.last)
-            each = stored.shape[0] // cut.sections
-            return stored.select((np.arange(cut.sections)[:, None] * each + np.arange(cut.first, cut.last)).reshape(-1))
+            return stored.rows(cut.first, cut.last) if cut.sections == 1 else stored.select(cut.among(stored.shape[0]))
         return stored.columns(cut.first, cut.last)
+
+    def cut_adapter(self, adapter: FittedAdapter) -> FittedAdapter:
+        """What a rank has of an adapter: of B what it has of outputs, of A what it has of inputs; a bias once."""
+        found: dict[str, dict[str, Delta]] = {}
+        for path, deltas in adapter.deltas.items():
+            for name, delta in deltas.items():
+                target = f"{path}:{name}weight"
+                cut = self.cuts.get(target) or self.cuts.get(target.replace("head:", "embed:"))
+                mine = delta if cut is None else _cut_delta(delta, cut, self.collective.rank)
+                if mine is not None:
+                    found.setdefault(path, {})[name] = mine
+        return dataclasses.replace(adapter, deltas=found)
 
     def join(self, decoder: Decoder) -> None:
         """Has the ranks' results added up where each has a part of the inputs; the model's weights are there.
@@ -273,6 +289,37 @@ class _Units(NamedTuple):
             inner = _share(mixture.inner_size, self.experts, rank, size)
             sizes["mixture"] = dataclasses.replace(mixture, inner_size=inner, shared_size=shared)
         return dataclasses.replace(config, **sizes)
+
+
+def _cut_delta(delta: Delta, cut: _Cut, rank: int) -> Delta | None:
+    """What a rank has of what is done to a matrix; None for nothing."""
+    if cut.dimension == 1:
+        a = None if delta.a is None else delta.a.columns(cut.first, cut.last)
+        bias = None if rank else delta.bias
+        assert delta.full is None
+        assert delta.rows is None
+        return None if a is None and bias is None else dataclasses.replace(delta, a=a, bias=bias)
+
+    def some(numbers: Any) -> Any:
+        return None if numbers is None else numbers[cut.among(len(numbers))]
+
+    def chosen(stored: StoredTensor | None) -> StoredTensor | None:
+        return None if stored is None else stored.select(cut.among(stored.shape[0]))
+
+    rows = delta.rows
+    if rows is not None:  # of a table, by its words
+        mine = (rows[0] >= cut.first) & (rows[0] < cut.last)
+        rows = (rows[0][mine] - cut.first, rows[1][mine]) if mine.any() else None
+    found = dataclasses.replace(
+        delta,
+        b=chosen(delta.b),
+        bias=some(delta.bias),
+        column_scale=some(delta.column_scale),
+        full=chosen(delta.full),
+        rows=rows,
+    )
+    nothing = found.a is None and found.bias is None and found.full is None and rows is None
+    return None if nothing else found
 
 
 def _share(total: int, unit: int, rank: int, size: int) -> int:

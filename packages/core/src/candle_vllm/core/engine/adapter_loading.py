@@ -20,6 +20,7 @@ from candle_vllm.core.assembly.opening import model_files
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.adapters import LoadedAdapter
 from candle_vllm.core.engine.model_runner import ModelRunner
+from candle_vllm.core.engine.ranks import RankedRunner
 from candle_vllm.core.engine.request import MAX_ADAPTERS
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.layers.adapters import number_places
@@ -93,8 +94,25 @@ def adapter_loader(
         from candle_vllm.core.kernels.lora.repacking import repacking_of
 
         watch = partial(repacking_of, places=_places(loaded), dtype=dtype, most=MOST_SEEN)
-    pack = adapter_packer(config, loaded, runner)
-    return AdapterLoader(adapter_base(model_files(config), config), limits, pack, watch)
+    ranks = runner if isinstance(runner, RankedRunner) else None
+    pack = adapter_packer(config, loaded, runner if ranks is None else ranks.own)
+    if isinstance(loaded, LoadedModel) and (shard := loaded.shard) is not None:
+        whole = pack
+        pack = lambda fitted: whole(shard.cut_adapter(fitted))  # noqa: E731
+    load = AdapterLoader(adapter_base(model_files(config), config), limits, pack, watch)
+    return load if ranks is None else partial(_on_all, load, ranks)
+
+
+def _on_all(load: Callable[[Path], LoadedAdapter], ranks: RankedRunner, path: Path) -> LoadedAdapter:
+    """Has every rank load its part of an adapter; errors as of `AdapterLoader`."""
+    number = ranks.load_adapter(path)
+    try:
+        found = load(path)
+    except BaseException:
+        ranks.adapter_is_loaded(number, None)
+        raise
+    ranks.adapter_is_loaded(number, found.packed)
+    return found
 
 
 class AdapterLoader:

@@ -7,22 +7,31 @@ Started as `python -m candle_vllm.core.engine.rank DESCRIPTOR` by `Ranks`, which
 from __future__ import annotations
 
 import logging
+import queue
 import signal
 import socket
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from candle_vllm.core.assembly.encoder import load_any_model
 from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import choose_device
+from candle_vllm.core.engine.adapter_loading import adapter_loader
+from candle_vllm.core.engine.adapters import LoadedAdapter
 from candle_vllm.core.engine.build import build_rank
 from candle_vllm.core.engine.model_runner import ModelRunner
 from candle_vllm.core.engine.ranks import (
+    AdapterLoaded,
     Begin,
+    ForgetAdapters,
     Forward,
     Go,
     Line,
+    LoadAdapter,
     Ready,
     Score,
     Sleep,
@@ -36,9 +45,12 @@ from candle_vllm.core.engine.ranks import (
 from candle_vllm.core.engine.sleeping import Sleeper
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.core.kernels.collectives import Collective
+from candle_vllm.core.memory import available_memory
 from candle_vllm.core.threads import LOADING_THREADS, collect_seldom
 
 logger = logging.getLogger(__name__)
+
+Load: TypeAlias = Callable[[Path], LoadedAdapter]
 
 
 def main(descriptor: int) -> int:
@@ -57,11 +69,11 @@ def main(descriptor: int) -> int:
         line.receive(Go)
         ranks = meet(begin.rank, begin.size, config.device, Path(begin.folder))
         try:
-            runner, sleeper = _loaded(config, ranks, line)
+            runner, sleeper, load = _loaded(config, ranks, line)
         except CandleVllmError as error:
             line.send(said_of(error))
             return 1
-        _serve(runner, sleeper, line)
+        _serve(runner, sleeper, load, line)
     except (EOFError, BrokenPipeError):
         logger.debug("the first rank has gone")
         return 0
@@ -71,23 +83,50 @@ def main(descriptor: int) -> int:
     return 0
 
 
-def _loaded(config: EngineConfig, ranks: Collective, line: Line) -> tuple[ModelRunner, Sleeper]:
+def _loaded(config: EngineConfig, ranks: Collective, line: Line) -> tuple[ModelRunner, Sleeper, Load | None]:
     LOADING_THREADS.set(config.threads)
     loaded = load_any_model(config, choose_device(config.device), lambda *_: None, ranks=ranks)
     assert isinstance(loaded, LoadedModel)
     line.send(Ready(1))
     line.receive(Go)
-    return build_rank(config, loaded, ranks)
+    runner, sleeper = build_rank(config, loaded, ranks)
+    load = None
+    if config.enable_lora:
+        load = adapter_loader(config, loaded, runner, config.lora_memory or available_memory())  # the first one counts
+    return runner, sleeper, load
 
 
-def _serve(runner: ModelRunner, sleeper: Sleeper, line: Line) -> None:
-    batches = ToldBatches()
+def _load_adapters(asked: queue.SimpleQueue[LoadAdapter], load: Load, batches: ToldBatches, line: Line) -> None:
+    """Loads what is asked for, in a thread of its own."""
+    while True:
+        each = asked.get()
+        try:
+            packed: Any = load(Path(each.path)).packed
+        except CandleVllmError as error:
+            line.send(AdapterLoaded(each.number, b"", str(error)))
+        except Exception as error:
+            logger.exception("an adapter could not be loaded")
+            line.send(AdapterLoaded(each.number, b"", f"{type(error).__name__}: {error}"))
+        else:
+            batches.adapters[each.number] = packed
+            line.send(AdapterLoaded(each.number, packed.digest))
+
+
+def _serve(runner: ModelRunner, sleeper: Sleeper, load: Load | None, line: Line) -> None:
+    batches, asked = ToldBatches(), queue.SimpleQueue[LoadAdapter]()
+    if load is not None:
+        threading.Thread(target=_load_adapters, args=(asked, load, batches, line), daemon=True).start()
     while True:
         message: ToRank = line.receive(ToRank)
         if isinstance(message, Forward):
             runner.forward(batches.batch(message), ())
         elif isinstance(message, Score):
             runner.score(rows_told(message))
+        elif isinstance(message, LoadAdapter):
+            asked.put(message)
+        elif isinstance(message, ForgetAdapters):
+            for number in message.numbers:
+                batches.adapters.pop(number, None)
         elif isinstance(message, Sleep):
             sleeper.check(message.level)
             sleeper.sleep(message.level)

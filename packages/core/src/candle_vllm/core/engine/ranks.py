@@ -8,8 +8,10 @@ the rank at its other end; a rank that ends, ends all others and the engine.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import itertools
 import logging
 import shutil
 import signal
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -28,9 +31,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.engine.batch import Batch, Ints, StepMemory
+from candle_vllm.core.engine.adapters import Adapter
+from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, StepMemory
 from candle_vllm.core.engine.model_runner import Launched, ModelRunner, StepwiseRunner
-from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError, ModelLoadError
+from candle_vllm.core.errors import AdapterError, CandleVllmError, ConfigError, EngineDeadError, ModelLoadError
 from candle_vllm.core.kernels.collectives import Collective, ProcessGroup
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.sampling.state import SamplingState
@@ -58,6 +62,29 @@ class Go(msgspec.Struct, tag=True, frozen=True):
     """All ranks are where this one is; the next thing is done together."""
 
 
+class Adapters(msgspec.Struct, frozen=True):
+    """Which rows of a step have which adapters: an `AdapterRows` as bytes, and the numbers of its adapters."""
+
+    rows: bytes
+    scales: bytes
+    starts: bytes
+    sources: bytes
+    numbers: tuple[int, ...]
+
+
+class LoadAdapter(msgspec.Struct, tag=True, frozen=True):
+    """Load a part of the adapter at a path, beside the steps."""
+
+    number: int
+    path: str
+
+
+class ForgetAdapters(msgspec.Struct, tag=True, frozen=True):
+    """No step has these any more."""
+
+    numbers: tuple[int, ...]
+
+
 class Forward(msgspec.Struct, tag=True, frozen=True):
     """A step: the arrays of a `Batch` as bytes of int64; no tables where they are those of the step before."""
 
@@ -68,6 +95,7 @@ class Forward(msgspec.Struct, tag=True, frozen=True):
     num_decodes: int
     tables: bytes | None
     ahead: bytes | None
+    adapters: Adapters | None
 
 
 class Score(msgspec.Struct, tag=True, frozen=True):
@@ -88,7 +116,7 @@ class WakeUp(msgspec.Struct, tag=True, frozen=True):
     tags: frozenset[str]
 
 
-ToRank: TypeAlias = Begin | Go | Forward | Score | Sleep | WakeUp
+ToRank: TypeAlias = Begin | Go | Forward | Score | Sleep | WakeUp | LoadAdapter | ForgetAdapters
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
@@ -104,7 +132,15 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     setting: str | None = None
 
 
-FromRank: TypeAlias = Ready | Failed
+class AdapterLoaded(msgspec.Struct, tag=True, frozen=True):
+    """A rank's part of an adapter is there, of files with this digest; or why it is not."""
+
+    number: int
+    digest: bytes
+    failure: str | None = None
+
+
+FromRank: TypeAlias = Ready | Failed | AdapterLoaded
 _Message = TypeVar("_Message")
 
 
@@ -113,14 +149,15 @@ class Line:
 
     def __init__(self, end: socket.socket) -> None:
         self.socket = end
-        self._encoder = msgspec.msgpack.Encoder()
+        self._sending = threading.Lock()  # steps and adapters have threads of their own
 
     def send(self, message: ToRank | FromRank) -> None:
         """Sends a message; OSError where the other end has gone."""
-        data = self._encoder.encode(message)
+        data = msgspec.msgpack.encode(message)
         if len(data) > MOST_BYTES:
             raise ValueError(f"a message of {len(data)} bytes; at most {MOST_BYTES} are sent")
-        self.socket.sendall(len(data).to_bytes(4, "little") + data)
+        with self._sending:
+            self.socket.sendall(len(data).to_bytes(4, "little") + data)
 
     def receive(self, kind: type[_Message] | Any) -> _Message:
         """Waits for a message.
@@ -227,7 +264,7 @@ class Ranks:
                 ) from None
             if isinstance(said, Failed):
                 raise ConfigError(said.message, said.setting)
-            assert said.stage == stage
+            assert said == Ready(stage)
         self.tell(Go())
 
     def tell(self, message: ToRank) -> None:
@@ -241,6 +278,23 @@ class Ranks:
                 line.send(message)
         except OSError:
             raise self.dead() from None
+
+    def adapters_loaded(self, number: int) -> list[AdapterLoaded]:
+        """Waits until the others have loaded an adapter or failed to; one is loaded at a time, by one thread.
+
+        Raises:
+            EngineDeadError: one of them has gone.
+        """
+        found: list[AdapterLoaded] = []
+        for line in self._lines:
+            try:
+                said: FromRank = line.receive(FromRank)
+            except (EOFError, OSError):
+                raise self.dead() from None
+            assert isinstance(said, AdapterLoaded)
+            assert said.number == number
+            found.append(said)
+        return found
 
     def dead(self) -> EngineDeadError:
         """All are ended, for one has gone; who it was, and how."""
@@ -333,12 +387,19 @@ class RankedRunner:
     """The first rank's runner, which has the others run their parts of each step; see `ModelRunner`.
 
     Whatever fails in a step is the end of the engine: nobody knows where the other ranks are.
+
+    Attributes:
+        own: what runs the first rank's part.
     """
 
     overlaps = False
 
     def __init__(self, runner: ModelRunner, ranks: Ranks) -> None:
-        self._runner, self._ranks = runner, ranks
+        self.own = self._runner = runner
+        self._ranks = ranks
+        self._numbers: dict[int, int] = {}  # of adapters in memory, by their serial numbers
+        self._adapters = itertools.count(1)
+        self._forgotten: collections.deque[int] = collections.deque()
         self.fatal = (*runner.fatal, EngineDeadError)
         self._tables_version: object = None
 
@@ -380,6 +441,47 @@ class RankedRunner:
         """See `ModelRunner`."""
         self._runner.wake_up()
 
+    def load_adapter(self, path: Path) -> int:
+        """Has the others begin to load an adapter; gives its number. In one thread, beside the steps."""
+        number = next(self._adapters)
+        self._ranks.tell(LoadAdapter(number, str(path)))
+        return number
+
+    def adapter_is_loaded(self, number: int, packed: Adapter | None) -> None:
+        """Waits until the others have it; None where the first rank could not load it, and nobody is to have it.
+
+        Raises:
+            AdapterError: another rank could not load it, or found others files than this one.
+        """
+        found = self._ranks.adapters_loaded(number)
+        if packed is not None:
+            self._numbers[packed.serial] = number
+            weakref.finalize(packed, self._forget, packed.serial)
+            failed = next((each.failure for each in found if each.failure is not None), None)
+            if failed is None and any(each.digest != packed.digest for each in found):
+                failed = "the files changed while the ranks loaded them"
+            if failed is not None:
+                raise AdapterError(failed)
+        else:
+            self._forgotten.append(number)
+
+    def _forget(self, serial: int) -> None:
+        self._forgotten.append(self._numbers.pop(serial))
+
+    def _told(self, adapters: AdapterRows | None) -> Adapters | None:
+        if self._forgotten:
+            gone = [self._forgotten.popleft() for _ in range(len(self._forgotten))]
+            self._ranks.tell(ForgetAdapters(tuple(gone)))
+        if adapters is None:
+            return None
+        return Adapters(
+            _bytes(adapters.rows),
+            np.ascontiguousarray(adapters.scales, np.float32).tobytes(),
+            _bytes(adapters.starts),
+            _bytes(adapters.sources),
+            tuple(self._numbers[each.serial] for each in adapters.adapters),
+        )
+
     def sleep(self, asked: int | frozenset[str]) -> None:
         """Has the others sleep at a level, or wake by tags."""
         self._ranks.tell(Sleep(asked) if isinstance(asked, int) else WakeUp(asked))
@@ -413,13 +515,19 @@ class RankedRunner:
             batch.num_decodes,
             None if known else _bytes(batch.block_tables),
             None if batch.ahead is None else _bytes(batch.ahead),
+            self._told(batch.adapters),
         )
 
 
 class ToldBatches:
-    """Makes batches of what another rank is told; their runs are known to the first rank alone."""
+    """Makes batches of what another rank is told; their runs are known to the first rank alone.
+
+    Attributes:
+        adapters: those that are loaded, by their numbers.
+    """
 
     def __init__(self) -> None:
+        self.adapters: dict[int, Any] = {}
         self._tables, self._version = np.zeros((0, 0), np.int64), object()
 
     def batch(self, told: Forward) -> Batch:
@@ -439,7 +547,13 @@ class ToldBatches:
             drafted=False,
             drawn_rows=_ints(told.drawn_rows),
             ahead=None if told.ahead is None else _ints(told.ahead),
+            adapters=None if told.adapters is None else self._rows(told.adapters),
         )
+
+    def _rows(self, told: Adapters) -> AdapterRows:
+        scales = np.frombuffer(told.scales, np.float32).copy()
+        adapters = [self.adapters[number] for number in told.numbers]
+        return AdapterRows(_ints(told.rows), scales, _ints(told.starts), adapters, _ints(told.sources))
 
 
 def rows_told(message: Score) -> Ints:

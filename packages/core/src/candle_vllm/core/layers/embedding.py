@@ -87,7 +87,10 @@ class Embedding:
         """Rows that the ranks find each in its own part of the table."""
         places = token_ids - share.first
         others = (places < 0) | (places >= matrix.rows)
-        rows = matrix.take(places.masked_fill(others, 0), self._placement.torch_dtype)
+        places = places.masked_fill(others, 0)
+        rows = matrix.take(places, self._placement.torch_dtype)
+        if self.table.adapters is not None:
+            rows = self.table.adapters.look_up(self.place, places, rows)
         rows = rows.float() if self._wide else rows
         rows = share.collective.sum(rows.masked_fill(others.unsqueeze(-1), 0))
         return rows if scale is None else scale_cap_(rows, scale)
