@@ -286,15 +286,25 @@ WRONG = [
 ]
 
 
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedServer]:
+    """A server with small bodies and strict names."""
+    flags = ("--max-body-mb", "8", "--strict-model-names")
+    server = ScriptedServer(tmp_path_factory.mktemp("strict"), {}, *flags)
+    yield server
+    assert server.stop() == 0
+
+
 @pytest.mark.parametrize(("change", "kind", "param"), WRONG, ids=[str(param) for _, _, param in WRONG])
-def test_wrong_requests_are_the_clients_own_errors(start: Start, change: Any, kind: str, param: str | None) -> None:
-    server = start({}, "--max-body-mb", "8", "--strict-model-names")
+def test_wrong_requests_are_the_clients_own_errors(
+    strict: ScriptedServer, change: Any, kind: str, param: str | None
+) -> None:
     fields: dict[str, Any] = {"model": "scripted", "messages": said("x"), "max_tokens": 9, "extra_body": change}
-    with openai_client(server.url) as client:
+    with openai_client(strict.url) as client:
         expected = getattr(openai, kind, openai.APIStatusError)
         with pytest.raises(expected) as theirs:
             client.chat.completions.create(**fields)
-    with anthropic_client(server.url) as client:
+    with anthropic_client(strict.url) as client:
         expected = getattr(anthropic, kind, anthropic.APIStatusError)
         with pytest.raises(expected) as ours:
             client.messages.create(**fields)
@@ -306,8 +316,16 @@ def test_wrong_requests_are_the_clients_own_errors(start: Start, change: Any, ki
         assert error["error"]["message"].startswith(param + ":")
 
 
-def test_openai_sees_a_stream_fail(start: Start) -> None:
-    server = start({}, fail_after=3)
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedServer]:
+    """A server whose engine fails behind three pieces."""
+    server = ScriptedServer(tmp_path_factory.mktemp("failing"), {}, engine={"fail_after": 3})
+    yield server
+    assert server.stop() == 0
+
+
+def test_openai_sees_a_stream_fail(failing: ScriptedServer) -> None:
+    server, before = failing, len(failing.answered(0))
     seen: list[Any] = []
     with openai_client(server.url) as client:
         chunks = client.chat.completions.create(model="scripted", messages=said("x"), stream=True)
@@ -317,11 +335,11 @@ def test_openai_sees_a_stream_fail(start: Start) -> None:
             client.chat.completions.create(model="scripted", messages=said("x"))
     assert "".join(filter(None, seen)) == "Not"
     assert failure.value.type == "server_error"
-    assert server.answered(2) == [(CHAT, 200), (CHAT, 500)]
+    assert server.answered(before + 2)[before:] == [(CHAT, 200), (CHAT, 500)]
 
 
-def test_anthropic_sees_a_stream_fail(start: Start) -> None:
-    server = start({}, fail_after=3)
+def test_anthropic_sees_a_stream_fail(failing: ScriptedServer) -> None:
+    server, before = failing, len(failing.answered(0))
     fields: dict[str, Any] = {"model": "scripted", "max_tokens": 99, "messages": said("x")}
     seen: list[str] = []
     with anthropic_client(server.url) as client:
@@ -331,13 +349,21 @@ def test_anthropic_sees_a_stream_fail(start: Start) -> None:
             client.messages.create(**fields)
     assert "".join(seen) == "Not"
     assert failure.value.body["error"]["type"] == "api_error"  # type: ignore[index]
-    assert server.answered(2) == [(MESSAGES, 200), (MESSAGES, 500)]
+    assert server.answered(before + 2)[before:] == [(MESSAGES, 200), (MESSAGES, 500)]
+
+
+@pytest.fixture(scope="module")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedServer]:
+    """A server with a key."""
+    server = ScriptedServer(tmp_path_factory.mktemp("keyed"), {"Think": "Four."}, "--api-key", "right")
+    yield server
+    assert server.stop() == 0
 
 
 @pytest.mark.parametrize("header", ["Authorization", "x-api-key"])
 @pytest.mark.parametrize("key", ["right", "wrong"])
-def test_keys_by_either_header(start: Start, header: str, key: str) -> None:
-    server = start({"Think": "Four."}, "--api-key", "right")
+def test_keys_by_either_header(keyed: ScriptedServer, header: str, key: str) -> None:
+    server, before = keyed, len(keyed.answered(0))
     bearer = header == "Authorization"
     theirs: Any = {"Authorization": f"Bearer {key}" if bearer else openai.omit} | ({} if bearer else {"x-api-key": key})
     ours: Any = {"auth_token": key, "api_key": None} if bearer else {"api_key": key}
@@ -351,7 +377,7 @@ def test_keys_by_either_header(start: Start, header: str, key: str) -> None:
                 chats.chat.completions.create(**fields, extra_headers=theirs)
             with pytest.raises(anthropic.AuthenticationError):
                 messages.messages.create(**fields)
-    assert [status for _, status in server.answered(2)] == [200 if key == "right" else 401] * 2
+    assert [status for _, status in server.answered(before + 2)[before:]] == [200 if key == "right" else 401] * 2
 
 
 # ---- retries and limits of time --------------------------------------------------------------------------------------
