@@ -225,6 +225,8 @@ def test_logits_in_8_bits_are_those_of_merged_whole_numbers(folder: Path, tmp_pa
         for text, of, logits in zip(TEXTS, ([(0, 1.0)], [], [(0, 0.5), (1, 1.5)]), found):
             with Served(model, [(in_8_bits(adapters[at]), scale) for at, scale in of], **settings) as whole:
                 assert apart(logits, whole.logits([text], [()])[0]) < 1e-4
+            if len(of) < 2:
+                continue
             with Served(model, [(adapters[at], scale) for at, scale in of], **settings) as whole:
                 assert apart(logits, whole.logits([text], [()])[0]) < 2e-2
 

@@ -238,6 +238,7 @@ FORMED = [
 ]
 
 
+@pytest.mark.one_of_each
 @pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("params", [EVERYTHING, RARE, FORMED], ids=["everything", "rare", "formed"])
 def test_drafts_change_no_answer(

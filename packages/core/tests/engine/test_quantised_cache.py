@@ -61,7 +61,7 @@ def answers(engine: InferenceEngine, prompts: list[list[int]], **how: Any) -> li
     return [(output.token_ids, output.outputs[0].logprobs) for output in found]
 
 
-@pytest.fixture(scope="module", params=few(TYPES, "q8_0", "q4_0", "q5_1"))
+@pytest.fixture(scope="module", params=few(TYPES, "q8_0", "q5_1"))
 def types(request: pytest.FixtureRequest) -> dict[str, str]:
     return TYPES[request.param]
 

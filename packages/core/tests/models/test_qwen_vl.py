@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from common_run import few
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
@@ -273,12 +274,20 @@ def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
         assert answers(engine, PROMPTS[-1:]) == alone[-1:]
 
 
-@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize(
+    ("folder", "eager"),
+    few(
+        [(kind, eager) for kind in KINDS for eager in (True, False)],
+        ("qwen3_vl_moe", True),
+        *((kind, False) for kind in KINDS),
+    ),
+    indirect=["folder"],
+)
 def test_answers_survive_preemption_and_guesses(eager: bool, folder: Path) -> None:
     long = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
-    few: dict[str, Any] = {"kv_cache_memory": 100_000 * (1 + eager), "block_size": 16, "max_model_len": 256}
+    small: dict[str, Any] = {"kv_cache_memory": 100_000 * (1 + eager), "block_size": 16, "max_model_len": 256}
     preempted = False
-    with InferenceEngine(folder, enforce_eager=eager, **few, speculative_config={"method": "none"}) as engine:
+    with InferenceEngine(folder, enforce_eager=eager, **small, speculative_config={"method": "none"}) as engine:
         whole = [engine.generate(prompt, long, use_tqdm=False)[0].outputs[0].token_ids for prompt in PROMPTS]
         found = engine.generate(PROMPTS, long, use_tqdm=False)
         assert [each.outputs[0].token_ids for each in found] == whole
@@ -319,6 +328,7 @@ def test_a_text_alone_has_the_bits_of_the_text_model(folder: Path, tmp_path: Pat
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("folder", few(KINDS, "qwen3_vl"), indirect=True)
 def test_conversations_have_pictures_here_and_in_another_process(folder: Path) -> None:
     ask = {"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "image", "image": PICTURES[0]}]}
     found = []

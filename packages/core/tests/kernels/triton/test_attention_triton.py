@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from common_run import few
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention import reference, triton_decode, triton_items, triton_prefill
@@ -151,7 +152,7 @@ def test_long_contexts_are_split_and_merged(device: torch.device) -> None:
     assert torch.equal(run(narrow), run(step))
 
 
-@pytest.mark.parametrize("context", [511, 512, 513, 700])
+@pytest.mark.parametrize("context", few([511, 512, 513, 700], 512, 513))
 def test_splits_grow_where_their_number_ends(
     device: torch.device, context: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,7 +189,7 @@ def test_every_number_of_an_fp8_cache_is_read_exactly(device: torch.device, dtyp
     assert torch.equal(got.float().nan_to_num(1000), codes.float().view(1, 16, 16).nan_to_num(1000))
 
 
-@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("window", few([None, 70], 70))
 def test_a_sequence_does_not_notice_its_neighbours(device: torch.device, window: int | None) -> None:
     """The same sequences alone and in company, elsewhere in the cache: the same bits."""
     shape = {"heads": 4, "kv_heads": 2, "dim": 32, "dtype": torch.bfloat16}
@@ -200,7 +201,7 @@ def test_a_sequence_does_not_notice_its_neighbours(device: torch.device, window:
         assert torch.equal(run(alone, window=window), got[start : start + count]), row
 
 
-@pytest.mark.parametrize("window", [None, 33])
+@pytest.mark.parametrize("window", few([None, 33], 33))
 def test_chunks_do_not_change_a_prompt(device: torch.device, window: int | None) -> None:
     shape = {"heads": 4, "kv_heads": 2, "dim": 32, "dtype": torch.bfloat16}
     whole = run(make_step(device, (150,), (150,), **shape), window=window)

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from common_run import few
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention import triton_items
@@ -83,7 +84,7 @@ class Step:
         assert error(got, wanted) < TOLERANCE[got.dtype]
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("dtype", few(TOLERANCE, torch.bfloat16))
 def test_a_mixed_step(device: torch.device, dtype: torch.dtype) -> None:
     """Decodes, a whole prompt, chunks with context before them, and the last token of a prompt."""
     step = Step(device, (1, 260, 20, 25, 29, 17), (1, 1, 20, 4, 13, 1), dtype=dtype)
@@ -99,7 +100,7 @@ def test_shapes(device: torch.device, heads: int, rope: int, latent: int) -> Non
     Step(device, (40, 1, 9, 12), (1, 1, 3, 1), **shape).check()
 
 
-@pytest.mark.parametrize("size", [16, 32, 256])
+@pytest.mark.parametrize("size", few([16, 32, 256], 16, 256))
 def test_block_sizes(device: torch.device, size: int) -> None:
     Step(device, (257, 100), (1, 40), size=size, dtype=torch.bfloat16).check()
 
@@ -135,12 +136,16 @@ def test_a_filler_of_a_captured_step_gets_zeros(device: torch.device) -> None:
 
 @pytest.mark.parametrize(
     ("contexts", "queries", "decoding"),
-    [
-        ((20, 25, 17), (20, 4, 1), 0),
-        ((1, 300, 17), (1, 1, 1), 3),
+    few(
+        [
+            ((20, 25, 17), (20, 4, 1), 0),
+            ((1, 300, 17), (1, 1, 1), 3),
+            ((1, 300, 20, 25, 17), (1, 1, 20, 4, 1), 2),
+            ((1,), (1,), 0),
+        ],
         ((1, 300, 20, 25, 17), (1, 1, 20, 4, 1), 2),
         ((1,), (1,), 0),
-    ],
+    ),
 )
 def test_how_many_decode_is_a_number_on_the_device(
     device: torch.device,

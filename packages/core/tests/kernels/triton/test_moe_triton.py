@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from common_run import few
 from moe_layer import Biases, Experts, matrix_of, moe
 
 from candle_vllm.core.kernels.gguf_linear import GgufMatrix, pack
@@ -292,7 +293,7 @@ def test_without_tensor_cores(kind: PackedKind | None, tokens: int, device: torc
     assert ratio(got, wanted) < TOLERANCE
 
 
-@pytest.mark.parametrize("tokens", [3, 20, 40])
+@pytest.mark.parametrize("tokens", few([3, 20, 40], 3, 40))
 def test_quantised_experts_with_rows_that_fill_no_tile(tokens: int, device: torch.device) -> None:
     """And with one matrix that is not quantised."""
     x, gate_up, down, weights, experts = quantised(tokens, (PackedKind.Q4_1, PackedKind.Q5_0), 3, 32, 96, device)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from common_run import few
 
 from candle_vllm.core.kernels import dispatch
 from candle_vllm.core.kernels import sampling as kernels
@@ -71,9 +72,10 @@ CONTROLS = [
 
 
 SIZES = [(1, "equal")] + [(123, kind) for kind in LOGITS] + [(4321, "usual"), (4321, "mostly masked")]
+COMMON = [(1, "equal"), (123, "usual"), (123, "ties"), (123, "mostly masked"), (123, "both zeros"), (4321, "usual")]
 
 
-@pytest.mark.parametrize(("vocabulary", "kind"), SIZES)
+@pytest.mark.parametrize(("vocabulary", "kind"), few(SIZES, *COMMON))
 def test_draws_equal_the_references(device: torch.device, kind: str, vocabulary: int) -> None:
     logits = LOGITS[kind](vocabulary)
     logits[:, 0] = logits[:, 0].clamp(min=-30)  # a token to choose
@@ -119,7 +121,7 @@ def test_ties_at_the_cut_of_top_p_keep_the_lower_ids(device: torch.device) -> No
     assert (np.diff(ids) >= 0).all()
 
 
-@pytest.mark.parametrize("k", [1, 49, 4096])
+@pytest.mark.parametrize("k", few([1, 49, 4096], 1, 4096))
 def test_top_k_of_distinct_logits_keeps_k(device: torch.device, k: int) -> None:
     order = torch.randperm(4097, generator=torch.Generator().manual_seed(k))
     row = torch.arange(4097, dtype=torch.float32)[order]
@@ -175,7 +177,7 @@ def test_a_row_does_not_depend_on_its_neighbours_nor_on_where_it_lies(device: to
             assert (ids[0], largest[0]) == (together[row], peaks[row])
 
 
-@pytest.mark.parametrize(("vocabulary", "kind"), SIZES)
+@pytest.mark.parametrize(("vocabulary", "kind"), few(SIZES, *COMMON))
 def test_standing_equals_the_references(device: torch.device, kind: str, vocabulary: int) -> None:
     logits = LOGITS[kind](vocabulary)
     logits[:, 0] = logits[:, 0].clamp(min=-30)
