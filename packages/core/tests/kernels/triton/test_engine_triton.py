@@ -93,7 +93,7 @@ CONFIG = toy_config("qwen3", max_position_embeddings=CONTEXT, head_dim=32, tie_w
 SMALL = toy_config("llama", max_position_embeddings=CONTEXT, head_dim=32, num_hidden_layers=1)  # interpreted: seconds
 
 
-@pytest.mark.parametrize("prompts", [0, 32])
+@pytest.mark.parametrize("prompts", few([0, 32], 32))
 def test_plain_weights(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompts: int) -> None:
     loaded = load(write_toy_model(tmp_path / "toy", CONFIG), device, "f32", monkeypatch)
     got = answers(loaded, device, prompts=prompts)

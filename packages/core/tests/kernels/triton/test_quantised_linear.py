@@ -10,6 +10,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from common_run import few
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.gguf_linear import GgufMatrix, linear, pack, reference, stack, triton
@@ -151,7 +152,11 @@ def test_many_rows(kind: PackedKind, device: torch.device) -> None:
     assert ratio(triton.linear(x, matrix), reference.linear(x, matrix)) < TOLERANCE
 
 
-@pytest.mark.parametrize("kind", [PackedKind.Q4_K, PackedKind.Q2_K, PackedKind.Q5_1], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind",
+    few([PackedKind.Q4_K, PackedKind.Q2_K, PackedKind.Q5_1], PackedKind.Q4_K, PackedKind.Q5_1),
+    ids=lambda kind: kind.name,
+)
 @pytest.mark.usefixtures("turing")
 def test_without_tensor_cores(kind: PackedKind, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float16: codes that meet x exactly for few rows; for more, pieces of the matrix are decoded for torch."""
@@ -206,8 +211,8 @@ def test_bits_of_a_row_for_any_number_of_rows(
     bias = -linear(alone, matrix, invariant=True)[0]
     wanted = linear(alone, matrix, bias, invariant=True)[0]
     assert int((wanted != 0).sum()) > 20
-    for few, counts in ((64, (5, 17, 70)), (0, (1, 70))):  # 0: by one program
-        monkeypatch.setattr(triton, "CODED_CUT", cut._replace(few=few, enough=10**9 if few else 0))
+    for most, counts in ((64, (5, 17, 70)), (0, (1, 70))):  # 0: by one program
+        monkeypatch.setattr(triton, "CODED_CUT", cut._replace(few=most, enough=10**9 if most else 0))
         for count in counts:
             some, at = (alone, 0) if count == 1 else (x[:count], place)
             assert torch.equal(linear(some, matrix, bias, invariant=True)[at], wanted)
