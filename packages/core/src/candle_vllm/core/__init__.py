@@ -50,7 +50,7 @@ from candle_vllm.core.text.prompts import TextPrompt, TokensPrompt
 
 if TYPE_CHECKING:
     from candle_vllm.core.inference_engine import InferenceEngine
-    from candle_vllm.core.remote import RemoteEngine
+    from candle_vllm.core.remote import RemoteEngine, ReplicatedEngine
     from candle_vllm.core.vllm.arguments import AsyncEngineArgs, EngineArgs
     from candle_vllm.core.vllm.async_llm import AsyncLLM
     from candle_vllm.core.vllm.beam_search import BeamSearchParams
@@ -101,6 +101,7 @@ __all__ = [
     "PositionLogprobs",
     "PromptTooLongError",
     "RemoteEngine",
+    "ReplicatedEngine",
     "RequestAbortedError",
     "RequestError",
     "RequestOutput",
@@ -122,7 +123,7 @@ _LATER = MappingProxyType({
     name: module
     for module, names in (
         ("inference_engine", "InferenceEngine"),
-        ("remote", "RemoteEngine"),
+        ("remote", "RemoteEngine ReplicatedEngine"),
         ("vllm.llm", "LLM"),
         ("vllm.async_llm", "AsyncLLM"),
         ("vllm.beam_search", "BeamSearchParams"),

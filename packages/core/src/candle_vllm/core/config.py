@@ -238,6 +238,9 @@ class EngineConfig(ExplainedSettings):
                                     "each a process of its own (docs/scaling.md)",
                                     "Several devices (cuda:0,1) say it, too. Ranks on the CPU compute op by op in "
                                     "torch, to try it out."] = 1
+    data_parallel_size: Annotated[int, Integer(1, 64), "replicas of the model behind one address, each in a process "
+                                  "of its own, on its own GPUs or its share of the CPU's threads (docs/scaling.md)",
+                                  "For `ReplicatedEngine`; each has a KV cache of its own."] = 1
     dtype: Annotated[DType, Choice(_DTYPES, _DTYPE_ALIASES), "type of plain matrices: auto (each one's own; on a GPU "
                      "bf16, or f16 where it has none), f32, bf16 or f16",
                      'On the CPU "auto" keeps the type of each matrix (F64 becomes f32), and quantised ones stay as '
@@ -395,18 +398,25 @@ class EngineConfig(ExplainedSettings):
             raise ConfigError("model is empty: pass a Hugging Face id, a folder or a .gguf file", "model")
 
     def _check_ranks(self) -> None:
-        """Several devices are as many ranks; refuses what these cannot do."""
-        devices = self.device.split(",")
+        """Several devices are as many ranks, of each replica as many; refuses what these cannot do."""
+        devices, replicas = self.device.split(","), self.data_parallel_size
         if len(set(devices)) < len(devices):
             raise ConfigError(f"device {self.device!r} names a GPU twice: name each once", "device")
+        if len(devices) % replicas and self.device.startswith("cuda:"):
+            raise ConfigError(
+                f"device names {len(devices)} GPUs for {replicas} replicas: name as many for each, or set device='cuda' "
+                "for the first ones",
+                "device",
+            )
         if len(devices) > 1:
-            if self.tensor_parallel_size not in (1, len(devices)):
+            ranks = len(devices) // replicas
+            if self.tensor_parallel_size not in (1, ranks):
                 raise ConfigError(
                     f"device names {len(devices)} GPUs, and tensor_parallel_size is {self.tensor_parallel_size}: name "
-                    "as many, or leave one of both out",
+                    "as many for each replica, or leave one of both out",
                     "tensor_parallel_size",
                 )
-            object.__setattr__(self, "tensor_parallel_size", len(devices))
+            object.__setattr__(self, "tensor_parallel_size", ranks)
         if self.tensor_parallel_size == 1:
             return
         drafts = draft_settings(self.speculative_config)
@@ -482,6 +492,7 @@ class EngineSettings(TypedDict, total=False):
     load_format: LoadFormat
     device: str
     tensor_parallel_size: int
+    data_parallel_size: int
     dtype: DType
     enforce_eager: bool
     attention_backend: AttentionBackend
@@ -516,6 +527,20 @@ class EngineSettings(TypedDict, total=False):
     cpu_ranks: int | None
     cpu_level: CpuLevel | None
     seed: int | None
+
+
+def require_one(config: EngineConfig) -> None:
+    """Refuses several replicas for an engine that is one.
+
+    Raises:
+        ConfigError: they are asked for, with what has them.
+    """
+    if config.data_parallel_size > 1:
+        raise ConfigError(
+            f"data_parallel_size={config.data_parallel_size} is for ReplicatedEngine, and this engine is one: use that "
+            "class, or leave it out",
+            "data_parallel_size",
+        )
 
 
 def _explain() -> None:

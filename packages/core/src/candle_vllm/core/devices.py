@@ -62,6 +62,11 @@ def choose_device(wanted: str) -> Device:
     return CPU
 
 
+def means_gpus(wanted: str) -> bool:
+    """Whether a setting is for GPUs: it names them, or is "auto" where a driver knows of one. torch is not asked."""
+    return wanted.startswith("cuda") or (wanted == "auto" and _driver_has_gpu())
+
+
 def gpu_obstacle(index: int) -> str | None:
     """Why GPU number `index` cannot be used, in one sentence; None if it can."""
     if importlib.util.find_spec("torch") is None:

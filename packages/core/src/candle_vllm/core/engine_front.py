@@ -39,7 +39,7 @@ from candle_vllm.core.engine.request import (
 )
 from candle_vllm.core.engine.sleeping import check_sleep, read_tags
 from candle_vllm.core.engine.stream import Bar, Inbox, TokenIterator, TokenStream, run_all, whole
-from candle_vllm.core.engine.thread import EngineThread, StepEngine
+from candle_vllm.core.engine.thread import PreparingEngine, RequestRunner
 from candle_vllm.core.engine.watching import RequestInfo, RequestWatcher, watched_pooling, watched_submit
 from candle_vllm.core.errors import (
     ChatTemplateError,
@@ -720,10 +720,10 @@ class EngineFront(ABC):
     # ---- inside ------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _require(self) -> tuple[StepEngine, Texts]:
+    def _require(self) -> tuple[PreparingEngine, Texts]:
         """The engine and its texts; raises `EngineDeadError` once it is closed."""
 
-    def _working(self) -> StepEngine:
+    def _working(self) -> PreparingEngine:
         """The engine, in the process where its threads are: a child that was forked off has the memory alone.
 
         Raises:
@@ -741,8 +741,8 @@ class EngineFront(ABC):
         return os.getpid() != self._owner
 
     @abstractmethod
-    def _running_thread(self) -> EngineThread:
-        """The thread that drives the engine, started on first use."""
+    def _running_thread(self) -> RequestRunner:
+        """What drives the engine, started on first use."""
 
     def _pooling(self, lora_request: LoraChoice | Sequence[LoraChoice]) -> PoolingCalls:
         texts = self._require()[1]

@@ -16,7 +16,7 @@ from typing import Unpack, cast
 from candle_vllm.core.arguments import explained
 from candle_vllm.core.assembly.encoder import LoadedEncoder, load_any_model
 from candle_vllm.core.assembly.model import LoadedModel
-from candle_vllm.core.config import EngineConfig, EngineSettings
+from candle_vllm.core.config import EngineConfig, EngineSettings, require_one
 from candle_vllm.core.devices import choose_device, give_back
 from candle_vllm.core.engine.adapters import AdapterCall
 from candle_vllm.core.engine.build import build_engine, model_info
@@ -66,6 +66,7 @@ class InferenceEngine(EngineFront):
         config = model if isinstance(model, EngineConfig) else EngineConfig(model=cast("str", model), **settings)
         if isinstance(model, EngineConfig) and settings:
             raise ConfigError(f"pass an EngineConfig or settings, not both: {', '.join(settings)}")
+        require_one(config)
         self.config = config
         self._owner = os.getpid()
         ranks = None if config.tensor_parallel_size == 1 else Ranks(config)

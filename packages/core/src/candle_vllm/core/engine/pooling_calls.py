@@ -27,7 +27,7 @@ from candle_vllm.core.engine.request import (
     each_adapter_uses,
 )
 from candle_vllm.core.engine.stream import Bar, Entry, Window
-from candle_vllm.core.engine.thread import EngineThread, StepEngine
+from candle_vllm.core.engine.thread import PreparingEngine, RequestRunner
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError, RequestError
 from candle_vllm.core.pooling import PoolingParams
 from candle_vllm.core.text.prompts import Prompt, as_prompts, read_prompt
@@ -51,8 +51,8 @@ class PoolingCalls:
 
     def __init__(
         self,
-        engine: StepEngine,
-        thread: Callable[[], EngineThread],
+        engine: PreparingEngine,
+        thread: Callable[[], RequestRunner],
         tokenizer: Tokenizer,
         info: ModelInfo,
         lora_request: LoraChoice | Sequence[LoraChoice] = None,

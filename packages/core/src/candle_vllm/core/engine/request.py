@@ -577,6 +577,26 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
     kv_cache_bytes: int = 0
 
 
+class ReplicaStats(ShownStruct, frozen=True, kw_only=True):
+    """One of several engines with the same model.
+
+    Attributes:
+        alive: it takes requests; one that has died is started again.
+        restarts: how often it was, since the start of all.
+        num_running, num_waiting, num_blocks, num_free_blocks: as of `EngineStats`; 0 while it is not alive.
+        prompt_tokens, cached_prompt_tokens: as of `EngineStats`, since it was started last.
+    """
+
+    alive: bool
+    restarts: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+
+
 class EngineStats(ShownStruct, frozen=True, kw_only=True):
     """A snapshot of the engine's counters.
 
@@ -605,6 +625,7 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
         images_encoded, images_reused, image_failures: images whose embeddings were made, those that requests found
             made, and those that could not be, since the start.
         image_seconds: what making them took, since the start.
+        replicas: what each of several engines has of it; empty where there is one.
     """
 
     num_running: int
@@ -643,3 +664,4 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
     images_reused: int = 0
     image_failures: int = 0
     image_seconds: float = 0.0
+    replicas: tuple[ReplicaStats, ...] = ()

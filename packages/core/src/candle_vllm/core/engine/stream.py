@@ -21,7 +21,7 @@ from candle_vllm.core.engine.request import (
     PoolingRequest,
     TokenOutput,
 )
-from candle_vllm.core.engine.thread import Delivery, EngineThread, Sink
+from candle_vllm.core.engine.thread import Delivery, RequestRunner, Sink
 from candle_vllm.core.engine.watching import RequestWatch
 from candle_vllm.core.errors import (
     CandleVllmError,
@@ -178,7 +178,7 @@ class TokenIterator(Iterator[TokenOutput]):
         EngineOverloadedError, EngineDeadError: the request was not taken.
     """
 
-    def __init__(self, thread: EngineThread, request: GenerationRequest, prepared: Sequence[Any]) -> None:
+    def __init__(self, thread: RequestRunner, request: GenerationRequest, prepared: Sequence[Any]) -> None:
         self.request = request
         self._thread = thread
         self._mailbox = _Mailbox()
@@ -231,7 +231,7 @@ class TokenIterator(Iterator[TokenOutput]):
 
 
 def run_all(
-    thread: EngineThread, todo: Sequence[tuple[GenerationRequest, Sequence[Any]]], use_tqdm: Bar
+    thread: RequestRunner, todo: Sequence[tuple[GenerationRequest, Sequence[Any]]], use_tqdm: Bar
 ) -> Iterator[tuple[int, GenerationOutput]]:
     """Runs requests with no more in the engine at a time than its queue takes; yields each with its number, as it ends.
 
@@ -271,7 +271,7 @@ def shown_bar(what: str, total: int, shown: Bar) -> Iterator[Callable[[], object
 
 
 def _try_submit(
-    thread: EngineThread,
+    thread: RequestRunner,
     entry: tuple[int, tuple[GenerationRequest, Sequence[Any]]],
     sink: _Mailbox,
     collectors: dict[str, tuple[int, OutputCollector]],
@@ -363,7 +363,7 @@ class Window:
         step_tokens: tokens of a full step.
     """
 
-    def __init__(self, thread: EngineThread, entries: Sequence[Entry], step_tokens: int) -> None:
+    def __init__(self, thread: RequestRunner, entries: Sequence[Entry], step_tokens: int) -> None:
         self._thread = thread
         self._entries = entries
         self._max_tokens = STEPS_UNDER_WAY * step_tokens

@@ -115,13 +115,33 @@ class Prepared(Protocol):
     def request(self) -> GenerationRequest: ...
 
 
-class StepEngine(Protocol):
-    """What the thread and its callers need of an engine: `Engine` and `RemoteLink` have it."""
+class PreparingEngine(Protocol):
+    """What callers need of an engine before they hand a request to whoever runs it."""
 
     max_model_len: int
 
     @property
     def max_step_tokens(self) -> int: ...
+
+    def prepare(self, request: GenerationRequest) -> Sequence[Any]: ...
+
+    def stats(self) -> EngineStats: ...
+
+
+class RequestRunner(Protocol):
+    """What runs requests that were prepared: an `EngineThread`, or several behind one front."""
+
+    def submit(self, prepared: Sequence[Any], sink: Sink) -> None:
+        """See `EngineThread.submit`."""
+        ...
+
+    def abort(self, request_id: str, sink: Sink | None = None) -> None:
+        """See `EngineThread.abort`."""
+        ...
+
+
+class StepEngine(PreparingEngine, Protocol):
+    """What the thread needs of an engine: `Engine` and `RemoteLink` have it."""
 
     @property
     def has_work(self) -> bool: ...
@@ -130,8 +150,6 @@ class StepEngine(Protocol):
     def waits(self) -> bool:
         """A step would do nothing before `wake` is called, or anything new is asked for."""
         ...
-
-    def prepare(self, request: GenerationRequest) -> Sequence[Any]: ...
 
     def add(self, prepared: Sequence[Any]) -> None: ...
 
@@ -144,8 +162,6 @@ class StepEngine(Protocol):
     def wake_up(self, tags: Sequence[str]) -> None: ...
 
     def step(self) -> list[TokenOutput]: ...
-
-    def stats(self) -> EngineStats: ...
 
 
 class EngineThread:

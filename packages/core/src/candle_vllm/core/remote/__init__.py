@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The engine in a process of its own: steps 4 to 9 of a request's life there, the others here.
+"""Engines in processes of their own: steps 4 to 9 of a request's life there, the others here.
 
-No torch is imported for it in this process.
+No torch is imported for them in this process.
 """
 
 from candle_vllm.core.remote.engine import RemoteEngine
+from candle_vllm.core.remote.replicas import ReplicatedEngine
 
-__all__ = ["RemoteEngine"]
+__all__ = ["RemoteEngine", "ReplicatedEngine"]

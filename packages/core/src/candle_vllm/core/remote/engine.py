@@ -12,10 +12,9 @@ from typing import Unpack, cast
 
 from tokenizers import Tokenizer as Backend
 
-from candle_vllm.core.config import EngineConfig, EngineSettings
+from candle_vllm.core.config import EngineConfig, EngineSettings, require_one
 from candle_vllm.core.engine.adapters import AdapterCall
 from candle_vllm.core.engine.request import AdapterInfo
-from candle_vllm.core.engine.thread import EngineThread, StepEngine
 from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import ConfigError, EngineDeadError
 from candle_vllm.core.remote.link import RemoteLink, RemoteThread
@@ -48,9 +47,13 @@ class RemoteEngine(EngineFront):
         config = model if isinstance(model, EngineConfig) else EngineConfig(model=cast("str", model), **settings)
         if isinstance(model, EngineConfig) and settings:
             raise ConfigError(f"pass an EngineConfig or settings, not both: {', '.join(settings)}")
+        require_one(config)
+        self._load(config, EngineProcess(config))
+
+    def _load(self, config: EngineConfig, process: EngineProcess) -> None:
+        """Waits until a process that was started has loaded its model."""
         self.config = config
         self._owner = os.getpid()
-        process = EngineProcess(config)
         try:
             ready = process.greeting()
             self._texts: _Texts | None = _Texts(ready, config.max_images)
@@ -60,6 +63,7 @@ class RemoteEngine(EngineFront):
             process.close(kill=True)
             raise
         self._info = ready.info
+        self._pooling_plan = ready.pooling
         self._process = process
         self._lock = threading.Lock()  # guards closing
         self._thread = RemoteThread(self._link, config.max_queued_requests, process.kill)
@@ -132,12 +136,12 @@ class RemoteEngine(EngineFront):
             self._finalizer()
             self._texts = None
 
-    def _require(self) -> tuple[StepEngine, _Texts]:
+    def _require(self) -> tuple[RemoteLink, _Texts]:
         if self._texts is None:
             raise EngineDeadError("the engine is closed")
         return self._link, self._texts
 
-    def _running_thread(self) -> EngineThread:
+    def _running_thread(self) -> RemoteThread:
         self._working()
         return self._thread
 

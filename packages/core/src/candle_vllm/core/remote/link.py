@@ -54,6 +54,7 @@ class _Live:
     request: GenerationRequest
     ticket: str
     unfinished: set[int]
+    begun: bool = False
 
 
 class RemoteLink:
@@ -67,6 +68,7 @@ class RemoteLink:
     Attributes:
         wake: makes `step` return soon; thread-safe.
         on_refused: called with the request id and the error where the child does not take a request.
+        on_begun, on_over: called with the request id when its first piece has come, and when it has ended anyhow.
     """
 
     waits = False
@@ -77,6 +79,8 @@ class RemoteLink:
         self.max_step_tokens = ready.max_step_tokens
         self.prepare = writer.prepare
         self.on_refused: Callable[[str, CandleVllmError], None] = lambda _id, _error: None
+        self.on_begun: Callable[[str], None] = lambda _id: None
+        self.on_over: Callable[[str], None] = lambda _id: None
         self._process = process
         self._stats = ready.stats
         self._reader = Reader(FromChild)
@@ -181,6 +185,9 @@ class RemoteLink:
             return
         if piece.index not in live.unfinished:
             raise EngineDeadError("the engine process sent a piece of a sequence that is not there, and is ended")
+        if not live.begun:
+            live.begun = True
+            self.on_begun(live.request.request_id)
         if piece.finished:
             live.unfinished.remove(piece.index)
             if not live.unfinished:
@@ -200,6 +207,7 @@ class RemoteLink:
     def _forget(self, live: _Live) -> None:
         del self._by_ticket[live.ticket]
         del self._by_id[live.request.request_id]
+        self.on_over(live.request.request_id)
 
 
 logger = logging.getLogger(__name__)

@@ -29,6 +29,7 @@ from candle_vllm.server.settings.derived import engine_config, image_sources, th
 
 if TYPE_CHECKING:
     from candle_vllm.core import EngineConfig
+    from candle_vllm.core.devices import Device
 
 MIB = 1 << 20
 WORKSPACE = 256 * MIB  # what steps take besides weights and cache
@@ -44,7 +45,7 @@ class ModelLoader:
 
     Args:
         metrics: counts what the engines do.
-        start_engine: makes an engine of its configuration; None chooses by `engine_process`.
+        start_engine: makes an engine of its configuration; None chooses by the settings.
         adapters: of the models.
     """
 
@@ -76,7 +77,7 @@ class ModelLoader:
         """
         changes = room_beside(entry.settings, beside) if beside else {}
         config = engine_config(entry.settings, **changes)
-        start = self._start_engine or (remote_engine if entry.settings.engine_process else local_engine)
+        start = self._start_engine or _starter(entry.settings)
         with told_in_flags():
             engine = start(config)
         return serve_engine(engine, entry, self._metrics, self._adapters)
@@ -140,6 +141,19 @@ def remote_engine(config: EngineConfig) -> ServedEngine:
     return RemoteEngine(config)
 
 
+def replicated_engine(config: EngineConfig) -> ServedEngine:
+    """Several engines in processes of their own."""
+    from candle_vllm.core.remote import ReplicatedEngine
+
+    return ReplicatedEngine(config)
+
+
+def _starter(settings: Settings) -> Callable[[EngineConfig], ServedEngine]:
+    if (settings.data_parallel_size or 1) > 1:
+        return replicated_engine
+    return remote_engine if settings.engine_process else local_engine
+
+
 def check_model(settings: Settings, beside: Sequence[ServedModel]) -> None:
     """Raises what can be known of a model before room is made for it, without reading its weights."""
     from candle_vllm.core.assembly.draft import find_draft
@@ -154,9 +168,9 @@ def check_model(settings: Settings, beside: Sequence[ServedModel]) -> None:
         pass
     if not beside:
         return
-    weights = _weight_bytes(config)
-    need = weights + WORKSPACE + (config.kv_cache_memory or LEAST_CACHE)
-    most = free_memory(choose_device(config.device)) + held_by(beside)
+    device = choose_device(_first_device(config))
+    need = _copies(config, device) * (_weight_bytes(config) + WORKSPACE + (config.kv_cache_memory or LEAST_CACHE))
+    most = free_memory(device) + held_by(beside)
     if need > most:
         raise NoMemoryError(
             f"{_called(settings)} needs {need // MIB} MiB, and {most // MIB} MiB would be left without any other model"
@@ -185,11 +199,12 @@ def room_beside(settings: Settings, beside: Sequence[ServedModel]) -> dict[str, 
     from candle_vllm.core.memory import free_memory
 
     config = engine_config(settings)
-    device = choose_device(config.device)
+    device = choose_device(_first_device(config))
+    copies = _copies(config, device)
     weights, keeps = _weight_bytes(config), not is_encoder(model_files(config))
     promised = 0 if device.type == "cuda" else sum(model.engine.model_info.kv_cache_bytes for model in beside)
     free = free_memory(device) - promised
-    need = weights + WORKSPACE + ((config.kv_cache_memory or LEAST_CACHE) if keeps else 0)
+    need = copies * (weights + WORKSPACE + ((config.kv_cache_memory or LEAST_CACHE) if keeps else 0))
     if need > free:
         raise NoRoomError(
             f"{_called(settings)} needs {need // MIB} MiB and {max(free, 0) // MIB} MiB are left beside "
@@ -198,7 +213,18 @@ def room_beside(settings: Settings, beside: Sequence[ServedModel]) -> dict[str, 
     if config.kv_cache_memory is not None or device.type == "cuda" or not keeps:
         return {}
     share = config.kv_fraction or CACHE_SHARE
-    return {"kv_cache_memory": max(LEAST_CACHE, int((free - weights - WORKSPACE) * share)), "kv_fraction": None}
+    cache = int((free / copies - weights - WORKSPACE) * share)
+    return {"kv_cache_memory": max(LEAST_CACHE, cache), "kv_fraction": None}
+
+
+def _first_device(config: EngineConfig) -> str:
+    """Where the first replica computes; on GPUs each has one of its own, and they are alike."""
+    return config.device.partition(",")[0]
+
+
+def _copies(config: EngineConfig, device: Device) -> int:
+    """How many replicas share a device's memory."""
+    return config.data_parallel_size if device.type == "cpu" else 1
 
 
 def _called(settings: Settings) -> str:

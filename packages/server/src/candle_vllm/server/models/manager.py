@@ -166,7 +166,7 @@ class ModelManager:
         if slot.state is ModelState.READY and slot.model is not None:
             if slot.model.engine.is_alive:
                 return slot.lease()
-            if not slot.entry.settings.engine_process or self._switcher is None:
+            if not slot.entry.settings.has_own_process or self._switcher is None:
                 self.metrics.refused(slot.entry.names[0], Rejection.ENGINE_DEAD)
                 raise EngineDeadError("the engine has stopped")
             self.died(slot, slot.model)
@@ -340,7 +340,7 @@ class ModelManager:
     @property
     def is_healthy(self) -> bool:
         """False once an engine has stopped that will not come back by itself."""
-        alive = all(model.engine.is_alive or model.entry.settings.engine_process for model in self.loaded)
+        alive = all(model.engine.is_alive or model.entry.settings.has_own_process for model in self.loaded)
         return alive and not any(slot.given_up for slot in self.slots.values())
 
     async def close(self) -> None:

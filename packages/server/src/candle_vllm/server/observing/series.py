@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from candle_vllm.core.engine.request import EngineStats, FinishReason
+from candle_vllm.core.engine.request import EngineStats, FinishReason, ReplicaStats
 from candle_vllm.server.observing.request_record import FinishedRequest
 from candle_vllm.server.observing.tally import Histogram, UsageCounts
 
@@ -128,6 +128,16 @@ def _adapters(name: str, text: str, row: Callable[[EngineStats], Row], *labels: 
     return Series(name, "gauge", (*MODEL, *labels), text, read=read)
 
 
+def _replicas(name: str, text: str, value: Callable[[ReplicaStats], float]) -> Series:
+    """Of each replica of a loaded model, where there are several."""
+
+    def read(model: ModelReading) -> Iterable[Row]:
+        stats = None if model.engine is None else model.engine.stats
+        return [((str(number),), value(each)) for number, each in enumerate(stats.replicas)] if stats else ()
+
+    return Series(name, "gauge", (*MODEL, "replica"), text, read=read)
+
+
 def _named(counts: Mapping[str, int]) -> str:
     """Adapters with sequences, the most of them first; a label has no more than `MOST_NAMED`."""
     names = sorted(counts, key=lambda name: (-counts[name], name))
@@ -197,6 +207,16 @@ GAUGES: tuple[Series, ...] = (
     _adapters("candle_vllm:lora_memory_bytes", "Bytes that these take.", lambda stats: ((), stats.adapter_bytes)),
     _cache("candle_vllm:prompt_cache_bytes", "Bytes of KV blocks besides the cache: on disk, in main memory, in Redis.",
            lambda stats, _: ((), stats.kept_block_bytes)),
+    _replicas("candle_vllm:replica_up", "1 while a replica takes requests, 0 while it is started again.",
+              lambda replica: int(replica.alive)),
+    _replicas("candle_vllm:replica_restarts", "How often it was started again since the model was loaded.",
+              lambda replica: replica.restarts),
+    _replicas("candle_vllm:replica_requests_running", "Sequences that it is running.",
+              lambda replica: replica.num_running),
+    _replicas("candle_vllm:replica_requests_waiting", "Sequences that wait in it.",
+              lambda replica: replica.num_waiting),
+    _replicas("candle_vllm:replica_kv_cache_usage_perc", "Share of its KV cache's blocks that sequences hold, 0 to 1.",
+              lambda replica: 1 - replica.num_free_blocks / replica.num_blocks if replica.num_blocks else 0),
 )  # fmt: skip
 """Of a loaded model, read when they are asked for."""
 

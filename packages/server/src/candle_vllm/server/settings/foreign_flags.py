@@ -140,6 +140,10 @@ def _adapter(path: str, scale: float) -> list[str]:
     return ["--enable-lora", "--lora-modules", json.dumps(given)]
 
 
+_REPLICAS = (
+    "--data-parallel-size starts all replicas on this machine, behind one address; on several machines start a server "
+    "on each, with a proxy before them"
+)
 _ONE_DEVICE = "a model is divided among the GPUs of one machine (--tensor-parallel-size), and in no other way"
 _WHOLE = "a model lies whole on a GPU or on the CPU (--device); nothing is divided between them"
 _DRAFTS = "--speculative-config says how tokens are guessed"
@@ -213,10 +217,16 @@ ROWS: tuple[Row, ...] = (
     Row("-dev", "--device", {ANY: _device}),
     Row("-mg --main-gpu", "--device cuda:N", {ANY: "--device cuda:{}"}),
     Row("--list-devices", "candle-vllm config shows the device that is taken"),
-    _only("-pp --pipeline-parallel-size -dp --data-parallel-size -dcp "
-          "--decode-context-parallel-size --num-nodes --nnodes", _ONE_DEVICE, "1"),
+    _only("-pp --pipeline-parallel-size -dcp --decode-context-parallel-size --num-nodes --nnodes", _ONE_DEVICE, "1"),
     _called("-tp --num-shards", "--tensor-parallel-size"),
-    _only("--node-rank -n-gpu --data-parallel-rank", _ONE_DEVICE, "0"),
+    _called("-dp --dp-size", "--data-parallel-size"),
+    _called("-dpl --data-parallel-size-local", "--data-parallel-size", ": all replicas are on this machine"),
+    _only("-dpb --data-parallel-backend", _REPLICAS, "mp"),
+    _only("-dpn --data-parallel-rank -dpr --data-parallel-start-rank", _REPLICAS, "0"),
+    Row("-dpa --data-parallel-address -dpp --data-parallel-rpc-port -dph --data-parallel-hybrid-lb -dpe "
+        "--data-parallel-external-lb -dpm --data-parallel-multi-port-external-lb --headless", _REPLICAS),
+    _idle("--load-balance-method", "requests go where their beginning is cached, unless others wait there", values=True),
+    _only("--node-rank -n-gpu", _ONE_DEVICE, "0"),
     _only("--distributed-executor-backend", _ONE_DEVICE, "uni", "mp"),
     _only("-sm --split-mode", "--tensor-parallel-size N divides every matrix among N GPUs", "none"),
     Row("-ts --tensor-split --enable-expert-parallel --master-addr --master-port --rpc --worker-use-ray",

@@ -140,6 +140,9 @@ class Settings:
         "is --device cpu", reading={"several": True},
         flags=("--d", "--device"), constants={"--cpu": "cpu"})] = None
     tensor_parallel_size: Annotated[int | None, engine(DEVICE, "N")] = None
+    data_parallel_size: Annotated[int | None, engine(DEVICE, "N",
+        text="replicas of the model behind one address, each in a process of its own, on its own GPU or its share of "
+        "the CPU's threads (docs/scaling.md)", commands=_SERVE)] = None
     dtype: Annotated[str | None, engine(DEVICE, "TYPE")] = None
     enforce_eager: Annotated[bool, engine(DEVICE)] = False
     attention_backend: Annotated[str | None, engine(DEVICE,
@@ -398,6 +401,11 @@ class Settings:
     def has_api_keys(self) -> bool:
         """Whether clients need a key."""
         return bool(self.api_key or self.api_key_file or self.api_keys_file)
+
+    @property
+    def has_own_process(self) -> bool:
+        """Whether the model's engine, or each of several, runs in a process of its own, and is started again."""
+        return self.engine_process or (self.data_parallel_size or 1) > 1
 
     @property
     def default_sampling(self) -> dict[str, float | int]:

@@ -1,0 +1,531 @@
+# SPDX-License-Identifier: MIT
+"""Fleet: several engine processes with the same model, as one to whoever hands requests over (steps 3 to 10).
+
+Each replica is a `RemoteEngine` with its own thread here. The fleet chooses where a request goes, keeps what adapters
+all of them have, starts again what has died, and adds their numbers up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from struct import pack
+from typing import Any, Final
+
+from msgspec.structs import fields, replace
+
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.devices import means_gpus
+from candle_vllm.core.engine.adapters import MAX_LOOSE_NAMES, AdapterCall
+from candle_vllm.core.engine.block_manager import block_hashes
+from candle_vllm.core.engine.request import (
+    AdapterInfo,
+    AdapterUse,
+    EngineStats,
+    GenerationRequest,
+    ModelInfo,
+    ReplicaStats,
+)
+from candle_vllm.core.engine.sequence import PlacedImage
+from candle_vllm.core.engine.thread import Sink
+from candle_vllm.core.errors import (
+    CandleVllmError,
+    EngineDeadError,
+    EngineOverloadedError,
+    InvalidParameterError,
+)
+from candle_vllm.core.remote.engine import RemoteEngine
+from candle_vllm.core.remote.parcels import Parcel, RequestWriter
+from candle_vllm.core.remote.process import EngineProcess
+from candle_vllm.core.remote.routing import Room, Router
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.core.threads import default_threads
+
+logger = logging.getLogger(__name__)
+
+MAX_DEATHS: Final = 5
+"""Deaths of a replica within `DEATH_WINDOW` seconds, after which it is not started again."""
+DEATH_WINDOW: Final = 300.0
+_PAUSE: Final = 1.0  # seconds before a replica that could not be started is tried again; doubled each time
+_CPU_SHARE: Final = 0.4  # kv_fraction's default on the CPU
+_LEAST_KEPT: Final = 1 << 20  # of prompt_cache_bytes
+_STATES = ("ready", "loading", "cold", "failed")  # of an adapter that replicas have in several, the first counts
+
+
+def replica_configs(config: EngineConfig) -> list[EngineConfig]:
+    """The configuration of each replica: its GPU, or its part of the CPU's threads and of the memory for caches.
+
+    `kv_cache_memory`, and shares of a GPU, are those of each; on the CPU `kv_fraction` is that of all.
+    """
+    count, gpus = config.data_parallel_size, means_gpus(config.device)
+    devices = config.device.split(",")
+    if gpus and len(devices) == 1:
+        devices = [f"cuda:{number}" for number in range(count)]
+    threads = default_threads() if config.threads is None else config.threads
+    if not gpus and threads < count:
+        logger.warning("%d replicas share %d threads: fewer would answer sooner", count, threads)
+    made = []
+    for number in range(count):
+        changes: dict[str, Any] = {"data_parallel_size": 1, "device": devices[number] if gpus else "cpu"}
+        changes["threads"] = max(1, threads // count + (number < threads % count))
+        if not gpus and config.kv_cache_memory is None:
+            changes["kv_fraction"] = (config.kv_fraction or _CPU_SHARE) / count
+        if config.prompt_cache_path is not None:  # a folder's bound is kept by one process
+            changes["prompt_cache_path"] = config.prompt_cache_path / f"replica-{number}"
+            changes["prompt_cache_bytes"] = max(_LEAST_KEPT, config.prompt_cache_bytes // count)
+        made.append(dataclasses.replace(config, **changes))
+    return made
+
+
+class Replica(RemoteEngine):
+    """One of several engines.
+
+    Args:
+        config: its own.
+        process: which was started with it.
+
+    Raises:
+        ConfigError, ModelNotFoundError, ModelLoadError: it cannot be loaded.
+    """
+
+    def __init__(self, config: EngineConfig, process: EngineProcess) -> None:  # it is started before, beside others
+        self._load(config, process)
+
+    @property
+    def room(self) -> Room:
+        """What it has room for."""
+        stats = self._link.stats()
+        blocks = stats.num_blocks if self.config.enable_prefix_caching else 0
+        return Room(blocks, stats.block_size, self.model_info.max_num_seqs)
+
+    @property
+    def max_step_tokens(self) -> int:
+        """Most tokens of one step."""
+        return self._link.max_step_tokens
+
+    def submit(self, prepared: Sequence[Parcel], sink: Sink) -> None:
+        """See `EngineThread.submit`."""
+        self._running_thread().submit(prepared, sink)
+
+    def drop(self, request_id: str, sink: Sink | None) -> None:
+        """See `EngineThread.abort`."""
+        self._thread.abort(request_id, sink)
+
+    def writer(self, info: ModelInfo) -> RequestWriter:
+        """What checks requests to it and its like."""
+        return RequestWriter(info, self._require()[1].tokenizer, self._pooling_plan, self.config.seed)
+
+    def follow(self, begun: Callable[[str], None], over: Callable[[str], None]) -> None:
+        """Has its thread tell of requests whose first piece has come, and that have ended. Before the first request."""
+        self._link.on_begun, self._link.on_over = begun, over
+
+    def last_stats(self) -> EngineStats:
+        """What it said last, whether or not it is alive."""
+        return self._link.stats()
+
+    def call(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
+        """See `AdapterStore.call`."""
+        return self._adapters(call)
+
+
+class Fleet:
+    """Replicas of one model, all loaded when this returns.
+
+    Args:
+        config: of all; see `replica_configs`.
+
+    Attributes:
+        info: of the model; sizes are those of all replicas together.
+        texts: the model's tokenizer and template, and how it sees.
+        max_model_len, max_step_tokens: as of an engine; the steps of all.
+
+    Raises:
+        ConfigError, ModelNotFoundError, ModelLoadError: one of them cannot be loaded.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._configs = replica_configs(config)
+        self._most = config.max_queued_requests
+        self._lock = threading.RLock()  # guards what follows
+        self._closed = threading.Event()
+        self._dead: EngineDeadError | None = None
+        self._callbacks: list[Callable[[], None]] = []
+        self._deaths: list[list[float]] = [[] for _ in self._configs]
+        self._restarts = [0] * len(self._configs)
+        self._up = [True] * len(self._configs)
+        self._starting: dict[threading.Thread, EngineProcess | None] = {}
+        self._past: EngineStats | None = None
+        self._changing = threading.RLock()  # adapters are changed one call at a time, in all replicas
+        self._added: dict[str, AdapterUse] = {}
+        self._pinned: set[str] = set()
+        self._loose: OrderedDict[str, str] = OrderedDict()  # paths that requests alone gave, by name
+        self._replicas = self._load_all()
+        infos = [replica.model_info for replica in self._replicas]
+        self.max_model_len = min(info.max_model_len for info in infos)
+        self.max_step_tokens = sum(replica.max_step_tokens for replica in self._replicas)
+        self.texts = self._replicas[0]._require()[1]
+        self.info: ModelInfo = replace(
+            infos[0],
+            max_model_len=self.max_model_len,
+            device=",".join(dict.fromkeys(info.device for info in infos)),
+            weight_bytes=sum(info.weight_bytes for info in infos),
+            max_num_seqs=sum(info.max_num_seqs for info in infos),
+            kv_cache_bytes=sum(info.kv_cache_bytes for info in infos),
+        )
+        self._writer = self._replicas[0].writer(self.info)
+        self._router = Router([replica.room for replica in self._replicas])
+        self._block_size = self._replicas[0].room.block_size if self._replicas[0].room.num_blocks else 0
+        for number, replica in enumerate(self._replicas):
+            replica.follow(self._router.begun, self._router.over)
+            self._watch(number, replica)
+
+    def _load_all(self) -> list[Replica]:
+        """Starts all processes, which load side by side, and waits for each."""
+        processes: list[EngineProcess] = []
+        replicas: list[Replica] = []
+        try:
+            for each in self._configs:
+                processes.append(EngineProcess(each))
+            for each, process in zip(self._configs, processes, strict=True):
+                replicas.append(Replica(each, process))
+        except BaseException:  # an interrupt as well
+            for process in processes[len(replicas) :]:
+                process.close(kill=True)
+            for replica in replicas:
+                replica.close()
+            raise
+        return replicas
+
+    # ---- what is known -----------------------------------------------------------------------------------------------
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether any replica takes requests."""
+        return self._dead is None and not self._closed.is_set()
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the replicas."""
+        return [replica.pid for replica in self._replicas]
+
+    def stats(self) -> EngineStats:
+        """The sums over all replicas, and the numbers of each."""
+        with self._lock:
+            each = [replica.last_stats() if up else None for replica, up in zip(self._replicas, self._up)]
+            told = tuple(_of_replica(stats, restarts) for stats, restarts in zip(each, self._restarts))
+            alive = [stats for stats in each if stats is not None]
+            past = [] if self._past is None else [self._past]
+            return replace(combined(alive + past or [_ended(self._replicas[0].last_stats())]), replicas=told)
+
+    def add_death_callback(self, callback: Callable[[], None]) -> None:
+        """Calls `callback` once, when no replica is left; at once where none is."""
+        with self._lock:
+            waits = self._dead is None
+            if waits:
+                self._callbacks.append(callback)
+        if not waits and not self._closed.is_set():
+            callback()
+
+    # ---- requests ----------------------------------------------------------------------------------------------------
+
+    def prepare(self, request: GenerationRequest) -> Sequence[Parcel]:
+        """See `RequestWriter.prepare`; adapters get the paths that any replica can find them by."""
+        if request.adapters:
+            request = replace(request, adapters=tuple(self._located(use) for use in request.adapters))
+        return self._writer.prepare(request)
+
+    def submit(self, prepared: Sequence[Parcel], sink: Sink) -> None:
+        """See `EngineThread.submit`; the router chooses the replica."""
+        request = prepared[0].request
+        name, count = request.request_id, len(prepared)
+        if name in self._router:
+            raise InvalidParameterError(f"request id {name!r} is in use", "request_id")
+        live = self._router.sequences
+        if live and live + count > self._most:
+            raise EngineOverloadedError(
+                f"{live} sequences are running or waiting and {self._most} may be (`max_queued_requests`): try again "
+                "later"
+            )
+        hashes, refused = self._hashes(request), set[int]()
+        while True:
+            number = self._router.give(name, hashes, len(request.prompt_token_ids), count, refused)
+            if number is None:
+                raise self._dead or EngineDeadError("the engine is closed")
+            try:
+                self._replicas[number].submit(prepared, sink)
+                return
+            except EngineDeadError:  # what dies is told a moment later
+                self._router.over(name)
+                refused.add(number)
+            except BaseException:
+                self._router.over(name)
+                raise
+
+    def abort(self, request_id: str, sink: Sink | None = None) -> None:
+        """See `EngineThread.abort`."""
+        number = self._router.place_of(request_id)
+        if number is not None:
+            self._replicas[number].drop(request_id, sink)
+
+    def reset_prefix_cache(self) -> None:
+        """See `EngineThread.reset_prefix_cache`."""
+        self._router.forget_prefixes()
+        self._each(RemoteEngine.reset_prefix_cache)
+
+    def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
+        """See `RemoteEngine.check_structured_outputs`; one replica is asked."""
+        for replica in self._living():
+            try:
+                return replica.check_structured_outputs(params)
+            except EngineDeadError:
+                continue
+        raise self._dead or EngineDeadError("the engine is closed")
+
+    def _hashes(self, request: GenerationRequest) -> list[bytes]:
+        """Of the full blocks of a prompt, as the replicas' own in what they tell apart; see `Sequence.hashes`."""
+        size = self._block_size
+        if not size or len(request.prompt_token_ids) < size:
+            return []
+        marks: dict[int, bytes] = {}
+        for use in request.adapters:  # from the first block on, though one may begin to act later
+            if use.scale:
+                marks[0] = marks.get(0, b"") + use.name.encode() + b"\0" + pack("<d", use.scale)
+        if request.images and self.texts.sight is not None:
+            for image, places in zip(
+                request.images, self.texts.sight.places(request.prompt_token_ids, request.images), strict=True
+            ):
+                for block, mark in PlacedImage(image, places.tolist()).marks(size):
+                    marks[block] = marks.get(block, b"") + mark
+        return block_hashes(request.prompt_token_ids, size, request.params.cache_salt, marks=marks)
+
+    # ---- adapters ----------------------------------------------------------------------------------------------------
+
+    def call_adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
+        """See `AdapterStore.call`; all replicas carry it out, and one that cannot undoes it in all."""
+        if call.what == "list":
+            return _merged(self._each(lambda replica: replica.call(call)))
+        assert call.adapter is not None
+        name = call.adapter.name
+        with self._changing:
+            done: list[Replica] = []
+
+            def carry_out(replica: Replica) -> tuple[AdapterInfo, ...]:
+                infos = replica.call(call)
+                done.append(replica)
+                return infos
+
+            known = name in self._added or name in self._loose
+            try:
+                infos = _merged(self._each(carry_out))
+            except CandleVllmError:
+                for replica in done if call.what == "add" and not known else ():
+                    replica.remove_lora(name)
+                raise
+            if call.what == "remove":
+                self._added.pop(name, None)
+                self._loose.pop(name, None)
+                self._pinned.discard(name)
+            else:
+                self._added[name] = AdapterUse(name=name, path=infos[0].path)
+                self._loose.pop(name, None)
+                if call.what == "pin":
+                    self._pinned.add(name)
+            return infos
+
+    def _located(self, use: AdapterUse) -> AdapterUse:
+        """An adapter as every replica finds it: one that a request named with a path is known where that went alone."""
+        if use.load_inplace:
+            raise InvalidParameterError(
+                f"load_inplace: the request reaches one of {len(self._replicas)} replicas; have all read the files of "
+                f"{use.name!r:.80} anew by add_lora",
+                "lora_request",
+            )
+        added = self._added.get(use.name)
+        known = self._loose.get(use.name, "") if added is None else added.path
+        if use.path and known and use.path != known:
+            raise InvalidParameterError(
+                f"adapter {use.name!r:.80} has other files than the request names: ask by its name, or add the "
+                "request's files with add_lora and load_inplace=True",
+                "lora_request",
+            )
+        if use.path and added is None:
+            self._loose[use.name] = use.path
+            self._loose.move_to_end(use.name)
+            while len(self._loose) > MAX_LOOSE_NAMES:
+                self._loose.popitem(last=False)
+        return replace(use, path=known) if known and not use.path else use
+
+    # ---- life and death ----------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Ends all processes. Closing twice is fine."""
+        with self._lock:
+            self._closed.set()
+            starting = dict(self._starting)
+        for process in starting.values():
+            if process is not None:
+                process.kill()  # the rest is its thread's, which waits for it
+        with ThreadPoolExecutor(len(self._replicas)) as workers:
+            list(workers.map(RemoteEngine.close, self._replicas))
+        for thread in starting:
+            if thread is not threading.current_thread():
+                thread.join()
+
+    def _living(self) -> list[Replica]:
+        with self._lock:
+            return [replica for replica, up in zip(self._replicas, self._up) if up]
+
+    def _each(self, work: Callable[[Replica], Any]) -> list[Any]:
+        """What all living replicas say, side by side; one that dies meanwhile says nothing.
+
+        Raises:
+            EngineDeadError: none is left.
+            CandleVllmError: what one of them raised, when all have answered.
+        """
+        living = self._living()
+        said: list[Any] = []
+        if living and not self._closed.is_set():
+            with ThreadPoolExecutor(len(living)) as workers:
+                answers = [workers.submit(work, replica) for replica in living]
+            for answer in answers:
+                if not isinstance(answer.exception(), EngineDeadError):
+                    said.append(answer)
+        if not said:
+            raise self._dead or EngineDeadError("the engine is closed")
+        return [answer.result() for answer in said]
+
+    def _watch(self, number: int, replica: Replica) -> None:
+        replica.add_death_callback(lambda: self._died(number))
+
+    def _died(self, number: int) -> None:
+        """A replica's process has ended by itself; called in its thread, when its requests have been told."""
+        with self._lock:
+            if self._closed.is_set() or not self._up[number]:
+                return
+            last = _ended(self._replicas[number].last_stats())
+            self._past = last if self._past is None else combined([self._past, last])
+            self._up[number] = False
+            self._router.lost(number)
+            callbacks: list[Callable[[], None]] = []
+            if not any(self._up):
+                self._dead = EngineDeadError(f"all {len(self._up)} engine processes have ended")
+                callbacks, self._callbacks = self._callbacks, []
+            else:
+                thread = threading.Thread(target=self._restart, args=(number,), name=f"replica-{number}", daemon=True)
+                self._starting[thread] = None
+                thread.start()
+        for callback in callbacks:
+            callback()
+
+    def _restart(self, number: int) -> None:
+        """Starts a replica again, in a thread of its own, unless it dies too often."""
+        this, deaths = threading.current_thread(), self._deaths[number]
+        self._replicas[number].close()
+        try:
+            while self.is_alive:
+                now = time.monotonic()
+                deaths[:] = [*(then for then in deaths if now - then < DEATH_WINDOW), now]
+                if len(deaths) > MAX_DEATHS:
+                    logger.error("replica %d has died %d times and is not started again", number, len(deaths))
+                    return
+                logger.warning("replica %d has died and is started again; the others go on", number)
+                try:
+                    self._bring_back(number, this)
+                    return
+                except CandleVllmError as error:
+                    if self.is_alive:
+                        logger.error("replica %d could not be started: %s", number, error)
+                self._closed.wait(_PAUSE * 2 ** len(deaths))
+        finally:
+            with self._lock:
+                del self._starting[this]
+
+    def _bring_back(self, number: int, thread: threading.Thread) -> None:
+        process = EngineProcess(self._configs[number])
+        with self._lock:
+            self._starting[thread] = process
+            closed = self._closed.is_set()
+        if closed:
+            process.close(kill=True)
+            return
+        replica = Replica(self._configs[number], process)
+        replica.follow(self._router.begun, self._router.over)
+        with self._changing:  # so that it has what the others have
+            for name, use in self._added.items():
+                try:
+                    replica.call(AdapterCall("add", use))
+                    if name in self._pinned:
+                        replica.call(AdapterCall("pin", AdapterUse(name=name)))
+                except CandleVllmError as error:
+                    logger.warning("replica %d has no adapter %r any more: %s", number, name, error)
+            with self._lock:
+                stays = self.is_alive
+                if stays:
+                    self._replicas[number] = replica
+                    self._up[number] = True
+                    self._restarts[number] += 1
+                    self._router.back(number, replica.room)
+        if not stays:
+            replica.close()
+            return
+        self._watch(number, replica)
+        logger.info("replica %d is there again", number)
+
+
+# ---- numbers of several ----------------------------------------------------------------------------------------------
+
+_NOW = (
+    "num_running", "num_waiting", "num_blocks", "num_free_blocks", "adapters", "adapters_in_memory", "adapter_bytes",
+    "kept_block_bytes", "running_adapters", "waiting_adapters",
+)  # fmt: skip
+"""Numbers of `EngineStats` that are of this moment; all others go on counting."""
+_ALIKE = ("block_size", "max_adapters", "adapters")
+"""Numbers that all replicas have alike."""
+
+
+def combined(each: Sequence[EngineStats]) -> EngineStats:
+    """The sums of several engines' numbers; times of steps are those of the first that has some."""
+    sums: dict[str, Any] = {}
+    for field in fields(EngineStats):
+        values = [getattr(stats, field.name) for stats in each]
+        if field.name in _ALIKE:
+            sums[field.name] = max(values)
+        elif field.name == "step_seconds":
+            sums[field.name] = next(filter(None, values), ())
+        elif field.name == "accepted_per_position":
+            length = max(map(len, values))
+            sums[field.name] = tuple(sum(value[n] for value in values if n < len(value)) for n in range(length))
+        elif field.name == "replicas":
+            continue
+        elif isinstance(values[0], (int, float)):
+            sums[field.name] = sum(values)
+        else:
+            sums[field.name] = dict(sum((Counter(value) for value in values), Counter[str]()))
+    return EngineStats(**sums)
+
+
+def _ended(stats: EngineStats) -> EngineStats:
+    """What an engine had counted when it ended."""
+    return replace(stats, **{name: type(getattr(stats, name))() for name in _NOW})
+
+
+def _of_replica(stats: EngineStats | None, restarts: int) -> ReplicaStats:
+    if stats is None:
+        return ReplicaStats(alive=False, restarts=restarts)
+    same = (each.name for each in fields(ReplicaStats) if each.name not in ("alive", "restarts"))
+    return ReplicaStats(alive=True, restarts=restarts, **{name: getattr(stats, name) for name in same})
+
+
+def _merged(each: Iterable[tuple[AdapterInfo, ...]]) -> tuple[AdapterInfo, ...]:
+    """Adapters of several replicas by name, each as the replica tells it that is furthest with it."""
+    best: dict[str, AdapterInfo] = {}
+    for info in (info for infos in each for info in infos):
+        known = best.get(info.name)
+        if known is None or _STATES.index(info.state) < _STATES.index(known.state):
+            best[info.name] = info
+    return tuple(best.values())

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""ReplicatedEngine: several engines with the same model behind one front, with the methods of `InferenceEngine`."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Unpack, cast
+
+from candle_vllm.core.config import EngineConfig, EngineSettings
+from candle_vllm.core.engine.adapters import AdapterCall
+from candle_vllm.core.engine.request import AdapterInfo
+from candle_vllm.core.engine_front import EngineFront, Texts
+from candle_vllm.core.errors import ConfigError, EngineDeadError
+from candle_vllm.core.remote.fleet import Fleet
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
+
+
+class ReplicatedEngine(EngineFront):
+    """A model in `data_parallel_size` processes, each with a copy of its own; requests go to the one that suits best.
+
+    Args:
+        model: a Hugging Face id, a folder, a `.gguf` file, or a whole `EngineConfig`.
+        settings: fields of `EngineConfig`, where `model` is not one.
+
+    Raises:
+        ConfigError, ModelNotFoundError, ModelLoadError: the model cannot be served as asked.
+
+    A request goes where the least is to be done before it is answered: where its beginning is in the cache, unless
+    others wait there for longer than it takes to run that beginning elsewhere. Answers do not depend on where they are
+    made, as far as an engine's do not depend on what runs beside them. When a process ends, the requests that it had
+    get an `EngineDeadError`, the others go on, and it is started again; when the last one ends, the engine has ended.
+    """
+
+    def __init__(self, model: str | Path | EngineConfig, **settings: Unpack[EngineSettings]) -> None:
+        config = model if isinstance(model, EngineConfig) else EngineConfig(model=cast("str", model), **settings)
+        if isinstance(model, EngineConfig) and settings:
+            raise ConfigError(f"pass an EngineConfig or settings, not both: {', '.join(settings)}")
+        self.config = config
+        self._owner = os.getpid()
+        self._fleet: Fleet | None = Fleet(config)
+        self._info = self._fleet.info
+        self._finalizer = weakref.finalize(self, _shut_down, self._fleet, self._owner)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the replicas; that of one which has died is its last."""
+        return self._require()[0].pids
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the engine is closed, or all of its processes have ended."""
+        return self._fleet is not None and self._fleet.is_alive and not self._is_elsewhere
+
+    def add_death_callback(self, callback: Callable[[], None]) -> None:
+        """Calls `callback` once, when the last process has ended without being told to; see `RemoteEngine`."""
+        self._require()[0].add_death_callback(callback)
+
+    def check_structured_outputs(self, params: StructuredOutputsParams) -> None:
+        """See `RemoteEngine.check_structured_outputs`."""
+        self._check_generates()
+        self._running_thread().check_structured_outputs(params)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request and frees its blocks before the next step; unknown ids are ignored."""
+        self._running_thread().abort(request_id)
+
+    def reset_prefix_cache(self) -> None:
+        """See `EngineFront`; of all replicas."""
+        self._running_thread().reset_prefix_cache()
+
+    def _adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
+        """See `EngineFront`."""
+        return self._running_thread().call_adapters(call)
+
+    def close(self) -> None:
+        """Aborts what is running and ends the processes, by force after 10 s. Closing twice is fine."""
+        if self._is_elsewhere:  # the processes are the parent's
+            self._finalizer.detach()
+        else:
+            self._finalizer()
+        self._fleet = None
+
+    def _require(self) -> tuple[Fleet, Texts]:
+        if self._fleet is None:
+            raise EngineDeadError("the engine is closed")
+        return self._fleet, self._fleet.texts
+
+    def _running_thread(self) -> Fleet:
+        self._working()
+        return self._require()[0]
+
+
+def _shut_down(fleet: Fleet, owner: int) -> None:
+    if os.getpid() == owner:
+        fleet.close()
