@@ -32,6 +32,7 @@ from candle_vllm.core import (
     SamplingParams,
     StructuredOutputsParams,
 )
+from candle_vllm.core.errors import EngineSleepingError
 from candle_vllm.core.remote import fleet
 from candle_vllm.core.remote.fleet import combined, replica_configs
 from candle_vllm.core.testing.toy_adapter import linear_shapes, write_adapter
@@ -212,6 +213,24 @@ async def test_a_replica_that_dies_is_started_again_and_the_others_go_on(engine:
     assert not deaths
 
 
+def test_all_sleep_and_wake(engine: ReplicatedEngine) -> None:
+    prompts = [conversation(n, 40) for n in range(4)]
+    awake = engine.generate(prompts, GREEDY)
+    engine.sleep()
+    assert engine.is_sleeping
+    with pytest.raises(EngineSleepingError):
+        engine.generate(prompts, GREEDY)
+    assert engine._require()[0]._router.sequences == 0
+    os.kill(engine.pids[1], signal.SIGKILL)  # what is started again meanwhile sleeps as well
+    wait_for(lambda: engine.stats().replicas[1].restarts and at_rest(engine))
+    assert all(replica.is_sleeping for replica in engine._require()[0]._living())
+    engine.wake_up(["weights"])
+    assert engine.is_sleeping
+    engine.wake_up()
+    assert not engine.is_sleeping
+    assert [one.outputs for one in engine.generate(prompts, GREEDY)] == [one.outputs for one in awake]
+
+
 def test_when_none_is_left_the_engine_has_ended(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet, "MAX_DEATHS", 0)  # nor is it started again where it dies too often
     told = threading.Event()
@@ -252,30 +271,29 @@ def test_a_model_that_cannot_be_loaded_is_said_once(tmp_path: Path) -> None:
         ReplicatedEngine(str(tmp_path / "nowhere"), data_parallel_size=2)
 
 
-def test_each_replica_has_its_share(tmp_path: Path) -> None:
-    cpu = EngineConfig(model="m", device="cpu", data_parallel_size=3, threads=8, prompt_cache_path=tmp_path)
+def test_each_replica_has_its_share() -> None:
+    cpu = EngineConfig(model="m", device="cpu", data_parallel_size=3, threads=8)
     each = replica_configs(cpu)
     assert [(one.threads, one.device, one.data_parallel_size) for one in each] == [
         (3, "cpu", 1), (3, "cpu", 1), (2, "cpu", 1),
     ]  # fmt: skip
     assert sum(one.kv_fraction or 0 for one in each) == pytest.approx(0.4)
-    assert len({one.prompt_cache_path for one in each}) == 3
-    assert sum(one.prompt_cache_bytes for one in each) <= cpu.prompt_cache_bytes
     fixed = replica_configs(dataclasses.replace(cpu, kv_cache_memory=1 << 20))
     assert {(one.kv_cache_memory, one.kv_fraction) for one in fixed} == {(1 << 20, None)}
     for device, wanted in (("cuda", ["cuda:0", "cuda:1"]), ("cuda:3,cuda:1", ["cuda:3", "cuda:1"])):
         gpus = replica_configs(EngineConfig(model="m", device=device, data_parallel_size=2, threads=1))
         assert [one.device for one in gpus] == wanted
         assert {one.kv_fraction for one in gpus} == {None}
+    each = replica_configs(EngineConfig(model="m", device="cuda", data_parallel_size=2, tensor_parallel_size=2))
+    assert [(one.device, one.tensor_parallel_size) for one in each] == [("cuda:0,cuda:1", 2), ("cuda:2,cuda:3", 2)]
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"device": "cuda:0,cuda:1"}, "names 2 GPUs, and data_parallel_size is 1"),
-        ({"device": "cuda:0,cuda:1", "data_parallel_size": 3}, "names 2 GPUs, and data_parallel_size is 3"),
+        ({"device": "cuda:0,cuda:1", "data_parallel_size": 3}, "names 2 GPUs for 3 replicas"),
         ({"device": "cuda:1,cuda:1", "data_parallel_size": 2}, "names a GPU twice"),
-        ({"device": "cuda:1", "data_parallel_size": 2}, "one GPU for 2 replicas"),
+        ({"device": "cuda:1", "data_parallel_size": 2}, "names 1 GPUs for 2 replicas"),
     ],
 )
 def test_devices_and_replicas_must_agree(settings: dict[str, Any], message: str) -> None:

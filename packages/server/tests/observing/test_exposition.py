@@ -22,6 +22,7 @@ from dashboard_queries import ROOT, expressions, names_in
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from server_fakes import PacedEngine, whole_answer
 
+from candle_vllm.core.engine.request import ReplicaStats
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.server.observing.exposition import render
 from candle_vllm.server.observing.metrics import Metrics, Outcome, Rejection
@@ -70,6 +71,10 @@ async def test_every_series_is_there_with_its_labels(noted: Any) -> None:
         assert (family.type, family.documentation) == (series.kind, series.help)
         assert {frozenset(set(sample.labels) - {"le"}) for sample in family.samples} == {frozenset(labels)}
     assert families["candle_vllm:model_load_seconds"].samples[-1].value in (1.0, 2.0)
+    each = {name: families["candle_vllm:replica_" + name].samples for name in ("up", "restarts", "kv_cache_usage_perc")}
+    assert {name: [(one.labels["replica"], one.value) for one in samples] for name, samples in each.items()} == {
+        "up": [("0", 1), ("1", 0)], "restarts": [("0", 0), ("1", 2)], "kv_cache_usage_perc": [("0", 0.75), ("1", 0)],
+    }  # fmt: skip
 
 
 def test_events_are_counted() -> None:
@@ -155,7 +160,11 @@ class _Blocks(PacedEngine):
     def stats(self) -> Any:
         stats, adapters = super().stats(), {"max_adapters": 4, "adapters": 2, "waiting_adapters": {"a": 1}}
         cached = stats.prompt_tokens // 2
-        return msgspec.structs.replace(stats, num_free_blocks=400, cached_prompt_tokens=cached, **adapters)
+        each = ReplicaStats(alive=True, num_running=1, num_blocks=4, num_free_blocks=1)
+        replicas = (each, ReplicaStats(alive=False, restarts=2))
+        return msgspec.structs.replace(
+            stats, num_free_blocks=400, cached_prompt_tokens=cached, replicas=replicas, **adapters
+        )
 
 
 def _cached() -> PacedEngine:

@@ -32,6 +32,7 @@ from candle_vllm.core.engine.request import (
     ReplicaStats,
 )
 from candle_vllm.core.engine.sequence import PlacedImage
+from candle_vllm.core.engine.sleeping import TAGS
 from candle_vllm.core.engine.thread import Sink
 from candle_vllm.core.errors import (
     CandleVllmError,
@@ -53,31 +54,30 @@ MAX_DEATHS: Final = 5
 DEATH_WINDOW: Final = 300.0
 _PAUSE: Final = 1.0  # seconds before a replica that could not be started is tried again; doubled each time
 _CPU_SHARE: Final = 0.4  # kv_fraction's default on the CPU
-_LEAST_KEPT: Final = 1 << 20  # of prompt_cache_bytes
 _STATES = ("ready", "loading", "cold", "failed")  # of an adapter that replicas have in several, the first counts
 
 
 def replica_configs(config: EngineConfig) -> list[EngineConfig]:
-    """The configuration of each replica: its GPU, or its part of the CPU's threads and of the memory for caches.
+    """The configuration of each replica: its GPUs, or its part of the CPU's threads and of the memory for caches.
 
     `kv_cache_memory`, and shares of a GPU, are those of each; on the CPU `kv_fraction` is that of all.
     """
     count, gpus = config.data_parallel_size, means_gpus(config.device)
     devices = config.device.split(",")
+    ranks = config.tensor_parallel_size
     if gpus and len(devices) == 1:
-        devices = [f"cuda:{number}" for number in range(count)]
+        devices = [f"cuda:{number}" for number in range(count * ranks)]
     threads = default_threads() if config.threads is None else config.threads
     if not gpus and threads < count:
         logger.warning("%d replicas share %d threads: fewer would answer sooner", count, threads)
     made = []
     for number in range(count):
-        changes: dict[str, Any] = {"data_parallel_size": 1, "device": devices[number] if gpus else "cpu"}
+        changes: dict[str, Any] = {"data_parallel_size": 1, "device": "cpu"}
+        if gpus:
+            changes["device"] = ",".join(devices[number * ranks : (number + 1) * ranks])
         changes["threads"] = max(1, threads // count + (number < threads % count))
         if not gpus and config.kv_cache_memory is None:
             changes["kv_fraction"] = (config.kv_fraction or _CPU_SHARE) / count
-        if config.prompt_cache_path is not None:  # a folder's bound is kept by one process
-            changes["prompt_cache_path"] = config.prompt_cache_path / f"replica-{number}"
-            changes["prompt_cache_bytes"] = max(_LEAST_KEPT, config.prompt_cache_bytes // count)
         made.append(dataclasses.replace(config, **changes))
     return made
 
@@ -160,7 +160,9 @@ class Fleet:
         self._up = [True] * len(self._configs)
         self._starting: dict[threading.Thread, EngineProcess | None] = {}
         self._past: EngineStats | None = None
-        self._changing = threading.RLock()  # adapters are changed one call at a time, in all replicas
+        self._changing = threading.RLock()  # adapters and sleep are changed by one call at a time, in all replicas
+        self._level = 0
+        self._woken: frozenset[str] = frozenset()
         self._added: dict[str, AdapterUse] = {}
         self._pinned: set[str] = set()
         self._loose: OrderedDict[str, str] = OrderedDict()  # paths that requests alone gave, by name
@@ -285,6 +287,33 @@ class Fleet:
             except EngineDeadError:
                 continue
         raise self._dead or EngineDeadError("the engine is closed")
+
+    # ---- sleep -------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether any replica is asleep."""
+        return any(replica.is_sleeping for replica in self._living())
+
+    def sleep(self, level: int, mode: str) -> None:
+        """See `EngineThread.sleep`; where one cannot sleep, those that could wake up again."""
+        with self._changing:
+            try:
+                self._each(lambda replica: replica.sleep(level, mode))
+            except CandleVllmError:
+                if not self._level:
+                    self._each(RemoteEngine.wake_up)
+                raise
+            self._level, self._woken = level, frozenset()
+            self._router.forget_prefixes()
+
+    def wake_up(self, tags: frozenset[str]) -> None:
+        """See `EngineThread.wake_up`."""
+        with self._changing:
+            self._each(lambda replica: replica.wake_up(sorted(tags)))
+            self._woken |= tags
+            if self._woken >= TAGS:
+                self._level, self._woken = 0, frozenset()
 
     def _hashes(self, request: GenerationRequest) -> list[bytes]:
         """Of the full blocks of a prompt, as the replicas' own in what they tell apart; see `Sequence.hashes`."""
@@ -463,6 +492,10 @@ class Fleet:
                         replica.call(AdapterCall("pin", AdapterUse(name=name)))
                 except CandleVllmError as error:
                     logger.warning("replica %d has no adapter %r any more: %s", number, name, error)
+            if self._level:
+                replica.sleep(self._level)
+                if self._woken:
+                    replica.wake_up(sorted(self._woken))
             with self._lock:
                 stays = self.is_alive
                 if stays:
@@ -481,11 +514,11 @@ class Fleet:
 
 _NOW = (
     "num_running", "num_waiting", "num_blocks", "num_free_blocks", "adapters", "adapters_in_memory", "adapter_bytes",
-    "kept_block_bytes", "running_adapters", "waiting_adapters",
+    "kept_block_bytes", "sleep_level", "running_adapters", "waiting_adapters",
 )  # fmt: skip
 """Numbers of `EngineStats` that are of this moment; all others go on counting."""
-_ALIKE = ("block_size", "max_adapters", "adapters")
-"""Numbers that all replicas have alike."""
+_ALIKE = ("block_size", "max_adapters", "adapters", "sleep_level", "kept_block_bytes")
+"""Numbers that all replicas have alike, or of something that they share."""
 
 
 def combined(each: Sequence[EngineStats]) -> EngineStats:

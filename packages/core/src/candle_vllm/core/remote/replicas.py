@@ -71,6 +71,17 @@ class ReplicatedEngine(EngineFront):
         """See `EngineFront`; of all replicas."""
         self._running_thread().reset_prefix_cache()
 
+    @property
+    def is_sleeping(self) -> bool:
+        """See `EngineFront`."""
+        return self._running_thread().is_sleeping
+
+    def _sleep(self, level: int, mode: str) -> None:
+        self._running_thread().sleep(level, mode)
+
+    def _wake_up(self, tags: frozenset[str]) -> None:
+        self._running_thread().wake_up(tags)
+
     def _adapters(self, call: AdapterCall) -> tuple[AdapterInfo, ...]:
         """See `EngineFront`."""
         return self._running_thread().call_adapters(call)

@@ -23,6 +23,7 @@ from candle_vllm.core.engine_front import EngineFront
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.inference_engine import InferenceEngine
 from candle_vllm.core.pooling import PoolingParams
+from candle_vllm.core.remote import ReplicatedEngine
 from candle_vllm.core.sampling.params import RequestOutputKind, SamplingParams
 from candle_vllm.core.text.prompts import Message, Prompt
 from candle_vllm.core.vllm.arguments import EngineArgs, check_quantization, translated
@@ -112,7 +113,8 @@ class Opened:
                 raise TypeError(f"an engine that is there takes no arguments: {', '.join(arguments)}")
             return cls(model, False, PoolingParams(), Defaults(model))
         made = translated(model, arguments)
-        engine = InferenceEngine(made.config)
+        several = made.config.data_parallel_size > 1
+        engine = ReplicatedEngine(made.config) if several else InferenceEngine(made.config)
         check_quantization(made.quantization, engine.model_info.quantization)
         return cls(engine, True, made.pooling, Defaults(engine, made.generation, made.sampling))
 
