@@ -40,6 +40,7 @@ from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 
 CONFIG = toy_config(max_position_embeddings=1 << 15)
 SETTINGS: dict[str, Any] = {"threads": 2, "block_size": 16, "speculative_config": {"method": "none"}, "seed": 5}
+ALONE: dict[str, Any] = {**SETTINGS, "threads": 1}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 ENDLESS = SamplingParams(temperature=0.0, max_tokens=30_000, ignore_eos=True)  # some seconds
 
@@ -90,7 +91,7 @@ def test_answers_are_those_of_one_engine_bit_for_bit(made: Path, engine: Replica
         ),
     ]
     each = [params[number % 3] for number in range(12)]
-    with InferenceEngine(str(made / "model"), **{**SETTINGS, "threads": 1}) as one:
+    with InferenceEngine(str(made / "model"), **ALONE) as one:
         wanted = one.generate(prompts, each)
         vectors = one.embed(prompts)
     given = engine.generate(prompts, each)
@@ -124,16 +125,15 @@ def test_sessions_stay_where_their_beginning_is(engine: ReplicatedEngine) -> Non
 
 async def test_ids_are_unique_over_all_and_aborts_find_theirs(engine: ReplicatedEngine) -> None:
     streams = [engine.stream(conversation(n, 30), ENDLESS, request_id=f"r{n}") for n in range(4)]
-    for stream in streams:
-        await anext(stream)
+    await asyncio.gather(*map(anext, streams))
     await until(lambda: [each.num_running for each in engine.stats().replicas] == [2, 2])
-    with pytest.raises(InvalidParameterError, match="r1.* in use"):
+    with pytest.raises(InvalidParameterError, match=r"r1.* in use"):
         engine.stream([1, 2, 3], GREEDY, request_id="r1")
     engine.abort("r0")
     engine.abort("nobody")
     assert [piece.finish_reason async for piece in streams[0]][-1] == "abort"
     await streams[1].aclose()
-    del streams[2:], stream
+    del streams[2:]
     await until(lambda: at_rest(engine))
     assert engine._require()[0]._router.sequences == 0
 
@@ -161,7 +161,9 @@ def test_adapters_are_in_all_replicas(made: Path, engine: ReplicatedEngine) -> N
     # What a request brought with it is found wherever the next one goes, and means the same there.
     loose = LoRARequest("loose", lora_path=str(made / "a1"))
     first = engine.generate(prompt, GREEDY, lora_request=loose)[0].outputs
-    again = engine.generate([conversation(n, 40) for n in range(4)] + [prompt], GREEDY, lora_request=LoRARequest("loose"))
+    again = engine.generate(
+        [conversation(n, 40) for n in range(4)] + [prompt], GREEDY, lora_request=LoRARequest("loose")
+    )
     assert again[-1].outputs == first
     with pytest.raises(InvalidParameterError, match="has other files"):
         engine.generate(prompt, GREEDY, lora_request=LoRARequest("loose", lora_path=str(made / "a0")))
@@ -171,7 +173,8 @@ def test_adapters_are_in_all_replicas(made: Path, engine: ReplicatedEngine) -> N
         engine.add_lora(LoRARequest("bad", lora_path=str(made / "none")))
     assert {each.name for each in engine.list_loras()} == {"a0", "loose"}
     assert engine.pin_lora("a0").pinned
-    assert engine.remove_lora("loose") and not engine.remove_lora("loose")
+    assert engine.remove_lora("loose")
+    assert not engine.remove_lora("loose")
     with pytest.raises(InvalidParameterError, match="no adapter 'loose'"):
         engine.generate(prompt, GREEDY, lora_request=LoRARequest("loose"))
 
@@ -204,7 +207,8 @@ async def test_a_replica_that_dies_is_started_again_and_the_others_go_on(engine:
     assert (await engine.agenerate(prompt, GREEDY)).outputs  # while one is missing
     assert engine.is_alive
     await until(lambda: at_rest(engine))
-    assert engine.pids[0] != old[0] and engine.pids[1] == old[1]
+    assert engine.pids[0] != old[0]
+    assert engine.pids[1] == old[1]
     assert [each.restarts for each in engine.stats().replicas] == [1, 0]
     assert engine.stats().steps > before.steps  # what it had counted is not lost
     each = await asyncio.gather(*(engine.agenerate(prompt, GREEDY, lora_request=LoRARequest("a0")) for _ in range(8)))

@@ -35,7 +35,10 @@ from candle_vllm.core.vllm.arguments import translated
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}},
         ),
         ({"attention_backend": "FLASH_ATTN"}, {"attention_backend": "flash_attn"}),
-        ({"pipeline_parallel_size": 1, "trust_remote_code": False, "runner": "pooling", "disable_log_stats": False}, {}),
+        (
+            {"pipeline_parallel_size": 1, "trust_remote_code": False, "runner": "pooling", "disable_log_stats": False},
+            {},
+        ),
         ({"chat_template": "{{ messages }}"}, {"chat_template": "{{ messages }}"}),
         ({"device": "cpu", "threads": 1, "isq": "q4k"}, {"device": "cpu", "threads": 1, "isq": "q4k"}),
     ],

@@ -28,8 +28,8 @@ NO_ADDRESSES = "a picture is a file's bytes, an array or a PIL.Image: none is op
 
 _WHOLE = "a model lies whole on a GPU or on the CPU (device); nothing is divided between them"
 _ONE_DEVICE = (
-    "a model is divided among the GPUs of one machine (tensor_parallel_size) or copied to them (data_parallel_size), and "
-    "in no other way"
+    "a model is divided among the GPUs of one machine (tensor_parallel_size) or copied to them (data_parallel_size), "
+    "and in no other way"
 )
 _STORED = "the checkpoint says how it is quantised; isq quantises plain weights while they are loaded"
 _FORM = "structured_outputs, as in structured_outputs=StructuredOutputsParams("

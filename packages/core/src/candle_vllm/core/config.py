@@ -404,8 +404,8 @@ class EngineConfig(ExplainedSettings):
             raise ConfigError(f"device {self.device!r} names a GPU twice: name each once", "device")
         if len(devices) % replicas and self.device.startswith("cuda:"):
             raise ConfigError(
-                f"device names {len(devices)} GPUs for {replicas} replicas: name as many for each, or set device='cuda' "
-                "for the first ones",
+                f"device names {len(devices)} GPUs for {replicas} replicas: name as many for each, or set "
+                "device='cuda' for the first ones",
                 "device",
             )
         if len(devices) > 1:

@@ -161,7 +161,8 @@ class InferenceEngine(EngineFront):
     @property
     def has_unfinished_requests(self) -> bool:
         """True while `step` has something to do."""
-        return bool(self._ended) or self._working().has_work
+        self._working()
+        return bool(self._ended) or self._require()[0].has_work
 
     def abort(self, request_id: str) -> None:
         """Ends a request before the next step and frees its blocks; unknown ids are ignored."""

@@ -236,7 +236,7 @@ def simulate(
     load: Sequence[Asked],
     count: int,
     choose: Choose,
-    machine: Machine = Machine(),  # noqa: B008
+    machine: Machine = Machine(),
     begun: Callable[[str], None] = lambda _: None,
     over: Callable[[str], None] = lambda _: None,
 ) -> Outcome:

@@ -225,7 +225,8 @@ ROWS: tuple[Row, ...] = (
     _only("-dpn --data-parallel-rank -dpr --data-parallel-start-rank", _REPLICAS, "0"),
     Row("-dpa --data-parallel-address -dpp --data-parallel-rpc-port -dph --data-parallel-hybrid-lb -dpe "
         "--data-parallel-external-lb -dpm --data-parallel-multi-port-external-lb --headless", _REPLICAS),
-    _idle("--load-balance-method", "requests go where their beginning is cached, unless others wait there", values=True),
+    _idle("--load-balance-method", "requests go where their beginning is cached, unless others wait there",
+          values=True),
     _only("--node-rank -n-gpu", _ONE_DEVICE, "0"),
     _only("--distributed-executor-backend", _ONE_DEVICE, "uni", "mp"),
     _only("-sm --split-mode", "--tensor-parallel-size N divides every matrix among N GPUs", "none"),
