@@ -119,7 +119,7 @@ _SETTINGS: Rows = (
      "io_processor_plugin video_pruning_rate", PREPARED, (None, False, {}, 0)),
     ("reasoning_parser tool_call_parser reasoning_config",
      "texts are read by candle_vllm.openai's OpenAIAdapter, by the model's own format", (None, "")),
-    ("kv_offloading_size kv_offloading_backend offload_params cpu_offload_params kv_events_config ec_transfer_config",
+    ("kv_offloading_backend offload_params cpu_offload_params kv_events_config ec_transfer_config",
      "the cache lies where the engine computes", (None,)),
     ("enable_log_requests log_level logging_config log_config_file otlp_traces_endpoint",
      "what is logged goes to Python's logging, by the name candle_vllm; traces are a server's", (None, False)),
