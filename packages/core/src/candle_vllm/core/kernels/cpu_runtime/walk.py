@@ -61,7 +61,7 @@ from candle_vllm.core.kernels.cpu_runtime.team import (
 _TAKEN_BITS = 20  # of a claim: how many pieces are taken; above them stands the row's number
 _PATIENCE = 200  # turns of waiting before others' pieces are looked for: some 2 us
 _SPINS = 6000  # and before sleeping: some 60 us
-_FAR_PATIENCE = 2000  # and before those of other ranks are: some 20 us
+_FAR = 10  # times as long before those of other ranks are
 _IDLE_SPINS = 20_000  # the same between steps: some 0.2 ms
 
 
@@ -134,13 +134,15 @@ def _do_some(at: int, number: int, rows: int, shared: int, first: int, count: in
 
 
 @njit
-def _do_others(at: int, number: int, rows: int, group: int, shared: int, thread: int, threads: int) -> int:
+def _do_others(
+    at: int, number: int, rows: int, group: int, shared: int, thread: int, threads: int, patience: int
+) -> int:
     """Does what other threads have left of a group of rows; returns how many pieces that was."""
     rank = shared + WORKERS + thread * WORKER_BYTES + RANK
     first, count = load_acquire(rank), load_acquire(rank + 8)
     done = _do_some(at, number, rows, shared, first, count, thread - first + 1, threads)
     if done == 0 and count < threads:
-        for _ in range(_FAR_PATIENCE):
+        for _ in range(_FAR * patience):
             if load_acquire(shared + GROUPS) != group:
                 return 0
             cpu_relax(IS_X86)
@@ -179,7 +181,8 @@ def _walk(job: int, plan: int, rows: int, number: int, group: int, shared: int, 
                 cpu_relax(IS_X86)
             done = 0
             if load_acquire(shared + GROUPS) == group:
-                done = _do_others(begin, number + first, index + 1 - first, group, shared, thread, threads)
+                count = index + 1 - first
+                done = _do_others(begin, number + first, count, group, shared, thread, threads, patience)
             patience = _PATIENCE if done == 0 else 0  # whoever was not there will not be there for the next group
             last = _completes(shared, done, total)
         if last:
