@@ -21,8 +21,10 @@ import pytest
 from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError
 from candle_vllm.server.models import archives
 from candle_vllm.server.models.archives import MARKER, Archive, fetch_archive, model_at, unpack, writable
-from candle_vllm.server.models.catalogue import source_name
+from candle_vllm.server.models.catalogue import Catalogue, ModelEntry, source_name
+from candle_vllm.server.reloading import warn_of_missing
 from candle_vllm.server.settings import Settings
+from candle_vllm.server.settings.derived import engine_config
 
 WEIGHTS = os.urandom(300_000)
 
@@ -341,3 +343,16 @@ def test_addresses_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_server_calls_it_as_its_file_is_called() -> None:
     assert source_name(Settings(model="https://me:secret@weights.example/llama/model.tar?key=1"), None) == "llama"
+
+
+def test_only_a_load_fetches(place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither what is told of a model to clients, nor what the settings are, is a reason to."""
+    settings = Settings(model=place.at("tiny.gguf"), download_dir=tmp_path)
+    assert engine_config(settings, fetch=False).model == place.at("tiny.gguf").partition("?")[0]
+    with pytest.raises(ModelNotFoundError, match="nothing is fetched"):
+        engine_config(settings, offline=True)
+    warn_of_missing(Catalogue([ModelEntry("tiny", Settings(model=place.at("tiny.gguf").partition("?")[0]))]))
+    assert (place.asked, caplog.text) == ([], "")
+    place.content = b"GGUF" + WEIGHTS
+    kept = str(tmp_path / "archives" / "tiny")
+    assert engine_config(settings).model == engine_config(settings, fetch=False).model == kept

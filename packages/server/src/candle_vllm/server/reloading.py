@@ -183,5 +183,6 @@ def warn_of_missing(catalogue: Catalogue) -> None:
     """Says at the start what the first client of a model would find out."""
     for entry in catalogue.entries:
         model = entry.settings.model or ""
-        if (model.endswith(".gguf") or Path(model).is_absolute()) and not Path(model).expanduser().exists():
+        is_path = (model.endswith(".gguf") and "://" not in model) or Path(model).is_absolute()
+        if is_path and not Path(model).expanduser().exists():
             logger.warning("the model %s cannot be loaded: there is no %s", entry.name, model)

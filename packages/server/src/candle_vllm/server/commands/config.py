@@ -110,7 +110,7 @@ def check(configuration: Configuration) -> None:
     for entry in configuration.catalogue.entries:
         settings = entry.settings
         if entry is configuration.catalogue.default or settings.weight_path is None:
-            engine_config(settings)
+            engine_config(settings, fetch=False)
         refuse_wrong_formats(settings)
     settings = configuration.settings
     store_options(settings)
@@ -150,7 +150,7 @@ _UNSET = {  # what it means that nobody gave it, where that is not the engine's 
 def derived(configuration: Configuration) -> dict[str, Derived]:
     """What will be where nobody gave it; of a model that is not on this machine yet, what is known without it."""
     settings, names = configuration.settings, configuration.catalogue.default.names
-    config = engine_config(settings)
+    config = engine_config(settings, fetch=False)
     found = {name: Derived(value, DEFAULT) for name, value in _UNSET.items()}
     for option in OPTIONS:
         if option.engine is not None and (value := getattr(config, option.engine)) is not None:
@@ -185,7 +185,8 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
     try:
         files = model_files(dataclasses.replace(config, offline=True))
     except ModelNotFoundError:
-        if settings.offline or not HUB_ID.fullmatch(config.model) or Path(config.model).exists():
+        comes = HUB_ID.fullmatch(config.model) or "://" in config.model
+        if settings.offline or not comes or Path(config.model).exists():
             raise
         later = Derived("the model says it", "derived: the model is not on this machine yet")
         return found | dict.fromkeys(_OF_MODEL, later)

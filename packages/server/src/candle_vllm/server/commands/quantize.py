@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from candle_vllm.core.conversion import write_gguf, write_gguf_adapter
 from candle_vllm.core.progress import progress_bar, tell
@@ -35,7 +36,7 @@ def quantize(
         raise UsageError("--out FILE.gguf is missing: it names the file to write")
     if lora and lora_to_gguf is not None:
         raise UsageError("--lora merges adapters into a model, --lora-to-gguf writes one as a file: give one of them")
-    changes = {"dtype": dtype} if dtype is not None else {}
+    changes: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
     LOADING_THREADS.set(threads or settings.threads)
 
     def progress(done: int, total: int) -> None:

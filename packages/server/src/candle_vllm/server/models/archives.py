@@ -253,6 +253,12 @@ def _checked(archive: Archive, file: Path) -> str:
     return found
 
 
+def kept_at(address: str, cache: Path) -> Path | None:
+    """The folder of `model_at` where it is there already."""
+    archive, root = Archive.of(address), cache / "archives"
+    return model_folder(archive.kept_in(root)) if archive is not None and archive.is_kept_in(root) else None
+
+
 def _take_gguf(file: Path, target: Path) -> None:
     """Moves a file to its place.
 

@@ -57,8 +57,14 @@ def may_change(settings: Settings) -> bool:
     return keyed or settings.address.unix_path is not None or is_loopback(settings.address.host)
 
 
-def model_source(settings: Settings) -> tuple[str, str | None]:
-    """The model and its weight file, as `EngineConfig` takes them."""
+def model_source(settings: Settings, *, fetch: bool = True, offline: bool = False) -> tuple[str, str | None]:
+    """The model and its weight file, as `EngineConfig` takes them.
+
+    Args:
+        settings: the operator's.
+        fetch: whether a model at an address is brought here; else it is said where it is, or would come from.
+        offline: only what is there.
+    """
     if settings.weight_path is not None:
         if not settings.weight_path.is_dir():
             raise UsageError(f"weight path {settings.weight_path} is not a folder; for one file use --m or --f")
@@ -67,9 +73,12 @@ def model_source(settings: Settings) -> tuple[str, str | None]:
         if is_demo(settings.model) and (demo := demo_model()) is not None:
             return str(demo), settings.weight_file
         if "://" in settings.model:
-            from candle_vllm.server.models.archives import model_at
+            from candle_vllm.server.models.archives import kept_at, model_at, without_secrets
 
-            return str(model_at(settings.model, cache_folder(settings), offline=settings.offline)), settings.weight_file
+            cache = cache_folder(settings)
+            if not fetch:
+                return str(kept_at(settings.model, cache) or without_secrets(settings.model)), settings.weight_file
+            return str(model_at(settings.model, cache, offline=offline or settings.offline)), settings.weight_file
         return settings.model, settings.weight_file
     if settings.weight_file is not None:
         if not Path(settings.weight_file).is_file():
@@ -135,11 +144,17 @@ def image_sources(
     return ImageSources(domains, settings.allowed_local_media_path, stored, count)
 
 
-def engine_config(settings: Settings, **changes: Any) -> EngineConfig:
-    """The engine's configuration; a setting that was not given is left to `EngineConfig`'s own default."""
+def engine_config(settings: Settings, *, fetch: bool = True, **changes: Any) -> EngineConfig:
+    """The engine's configuration; a setting that was not given is left to `EngineConfig`'s own default.
+
+    Args:
+        settings: the operator's.
+        fetch: as of `model_source`.
+        changes: fields in the place of the settings'.
+    """
     from candle_vllm.core import EngineConfig
 
-    model, weight_file = model_source(settings)
+    model, weight_file = model_source(settings, fetch=fetch, offline=bool(changes.get("offline")))
     if settings.revision is not None and os.path.exists(os.path.expanduser(model)):
         raise UsageError(f"--revision chooses a version on Hugging Face, but the model is {model}: leave it out")
     values = {option.engine: getattr(settings, option.name) for option in OPTIONS if option.engine is not None}
