@@ -20,9 +20,15 @@ from PIL import Image
 from server_fakes import PacedEngine
 
 from candle_vllm.core import InferenceEngine, SamplingParams
+from candle_vllm.core.errors import EngineOverloadedError
 from candle_vllm.core.testing.toy_sight import write_toy_sight
 from candle_vllm.core.vision.pictures import picture_of
 from candle_vllm.openai import preparation
+from candle_vllm.openai.fetching import MAX_HELD_BYTES, ImageSources
+from candle_vllm.server import Settings
+from candle_vllm.server.models.catalogue import ModelEntry
+from candle_vllm.server.models.loader import ModelLoader
+from candle_vllm.server.observing.metrics import Observation
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)
 FILE = io.BytesIO()
@@ -155,6 +161,24 @@ def test_images_are_fetched_where_the_operator_lists_their_host(start: Callable[
                     assert answer.status_code == 400
                     assert why in answer.text
         site.shutdown()
+
+
+async def test_what_is_had_from_elsewhere_counts_for_all_models_together() -> None:
+    async def stored(file_id: str, path: str) -> bytes:
+        return FILE.getvalue()
+
+    images = ImageSources(stored=stored)
+    load = ModelLoader(Observation(Settings()).metrics, lambda _: PacedEngine("Seen.", sees=True), images=images)
+    models = [load(ModelEntry(name, Settings(model=name)), ()) for name in ("a", "b")]
+    said: Any = {"messages": [{"role": "user", "content": [{"type": "input_image", "file_id": "file-1"}]}]}
+    images.count(MAX_HELD_BYTES)
+    for model in models:
+        with pytest.raises(EngineOverloadedError, match="images that were fetched take 512 MB"):
+            await model.adapter.chat(said)
+    images.count(-MAX_HELD_BYTES)
+    for model in models:
+        assert (await model.adapter.chat(said)).choices[0].message.content == "Seen."
+        model.watcher.close()
 
 
 def test_images_may_be_kept_files_of_ones_own(start: Callable[..., Any], tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_lines_name_adapters_as_requests_to_a_server_do(
     monkeypatch.setattr(
         module,
         "ModelLoader",
-        lambda metrics, adapters: lambda entry, _beside: serve_engine(engine, entry, metrics, adapters),
+        lambda metrics, adapters, **_: lambda entry, _beside: serve_engine(engine, entry, metrics, adapters),
     )
     for name in ("local/poems", "named"):
         folder = tmp_path / name

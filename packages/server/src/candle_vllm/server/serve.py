@@ -32,6 +32,7 @@ from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.formats.layout import ReasoningFormat, ToolFormat
 from candle_vllm.server.adapters.resolvers import open_adapters
 from candle_vllm.server.app import create_app
+from candle_vllm.server.batches.service import stored_image
 from candle_vllm.server.drain import DrainingServer
 from candle_vllm.server.http.protocol import WebSocketProtocol, http_protocol
 from candle_vllm.server.http.tls import refresh, tls_context
@@ -49,7 +50,7 @@ from candle_vllm.server.routes.ollama_library import refuse_open_changes, served
 from candle_vllm.server.routes.webui import new_page_key, page_address
 from candle_vllm.server.settings import Address, Settings
 from candle_vllm.server.settings.configuration import Configuration
-from candle_vllm.server.settings.derived import refuse_wrong_formats
+from candle_vllm.server.settings.derived import image_sources, refuse_wrong_formats
 from candle_vllm.server.settings.options import UsageError
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
     try:
         observation = Observation(settings)
         adapters = open_adapters(settings, observation.metrics.adapter_looked_for)
-        load = load or ModelLoader(observation.metrics, adapters=adapters)
+        images = image_sources(settings, stored_image, observation.metrics.image_fetched)
+        load = load or ModelLoader(observation.metrics, adapters=adapters, images=images)
         manager = ModelManager(with_fetched(configuration), load, limits_of(settings), observation.metrics, adapters)
         app = create_app(manager, settings, mailbox=open_mailbox(configuration.mailbox), mcp=mcp)
         app.state.page_key = new_page_key(settings, mcp is not None)

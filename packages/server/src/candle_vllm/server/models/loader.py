@@ -30,6 +30,7 @@ from candle_vllm.server.settings.derived import engine_config, image_sources, th
 if TYPE_CHECKING:
     from candle_vllm.core import EngineConfig
     from candle_vllm.core.devices import Device
+    from candle_vllm.openai.fetching import ImageSources
 
 MIB = 1 << 20
 WORKSPACE = 256 * MIB  # what steps take besides weights and cache
@@ -47,6 +48,7 @@ class ModelLoader:
         metrics: counts what the engines do.
         start_engine: makes an engine of its configuration; None chooses by the settings.
         adapters: of the models.
+        images: where those of requests may come from, whichever model they are for; None is for each as it is set.
     """
 
     def __init__(
@@ -54,10 +56,12 @@ class ModelLoader:
         metrics: Metrics,
         start_engine: Callable[[EngineConfig], ServedEngine] | None = None,
         adapters: Adapters | None = None,
+        images: ImageSources | None = None,
     ) -> None:
         self._metrics = metrics
         self._adapters = adapters
         self._start_engine = start_engine
+        self._images = images
 
     def check(self, entry: ModelEntry, beside: Sequence[ServedModel]) -> None:
         """Finds the model's files, downloads them where need be, and reads their heads.
@@ -80,13 +84,14 @@ class ModelLoader:
         start = self._start_engine or _starter(entry.settings)
         with told_in_flags():
             engine = start(config)
-        return serve_engine(engine, entry, self._metrics, self._adapters)
+        return serve_engine(engine, entry, self._metrics, self._adapters, self._images)
 
 
 def serve_engine(
-    engine: ServedEngine, entry: ModelEntry, metrics: Metrics, adapters: Adapters | None = None
-) -> ServedModel:
-    """A loaded engine with all that answers in its name."""
+    engine: ServedEngine, entry: ModelEntry, metrics: Metrics, adapters: Adapters | None = None,
+    images: ImageSources | None = None,
+) -> ServedModel:  # fmt: skip
+    """A loaded engine with all that answers in its name; `images` as of `ModelLoader`."""
     settings, info, name = entry.settings, engine.model_info, entry.names[0]
     admission = Admission(
         # Those that run in a step, and a few that wait in the engine itself, so that no step has a place free.
@@ -109,7 +114,7 @@ def serve_engine(
             default_chat_template_kwargs=settings.default_chat_template_kwargs,
             watcher=watcher,
             adapters=BaseAdapters(adapters, entry.name) if adapters is not None and settings.enable_lora else None,
-            images=image_sources(settings, stored_image, metrics.image_fetched),
+            images=images or image_sources(settings, stored_image, metrics.image_fetched),
         )
     except BaseException:
         watcher.close()
