@@ -20,10 +20,14 @@ from gguf import GGUFReader
 from server_fakes import PacedEngine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from candle_vllm.core import EngineConfig, memory
 from candle_vllm.core import config as core_config
+from candle_vllm.core.assembly.model import load_model
+from candle_vllm.core.devices import choose_device
 from candle_vllm.core.errors import ModelNotFoundError
 from candle_vllm.core.testing.toy_adapter import write_adapter
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from candle_vllm.core.testing.toy_sight import write_toy_sight
 from candle_vllm.server.cli import main
 from candle_vllm.server.commands import chat as chat_module
 from candle_vllm.server.commands import generate as generate_module
@@ -393,6 +397,23 @@ def test_a_server_starts_with_the_imports_that_it_needs(starting_model: Path) ->
 def _config(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, dict[str, Any]]:
     assert main(["config", "--json", *arguments]) == 0
     return json.loads(capsys.readouterr().out)["settings"]
+
+
+def test_config_counts_what_a_model_sees_by(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights, and what its steps take, are no room for a cache."""
+    model = write_toy_sight(tmp_path / "sight")
+    monkeypatch.setattr(memory, "tightest_limit", lambda: memory.Limit(64 << 20, "the test", 0, 0))
+    given = "--m", str(model), "--device", "cpu", "--kv-fraction", "0.5", "--threads", "2", "--max-num-seqs", "512"
+    reads = _config(capsys, *given, "--max-images", "0")["kv_cache_memory_bytes"]["value"]
+    sees = _config(capsys, *given)["kv_cache_memory_bytes"]["value"]
+    config = EngineConfig(model=str(model), threads=2)
+    tower = load_model(config, choose_device("cpu"), lambda *_: None).tower
+    assert tower is not None
+    expected = (tower.tower.config.step_bytes(2) + tower.weight_bytes) // 2
+    assert expected > 1 << 17
+    assert reads - sees == pytest.approx(expected, abs=1 << 16)  # blocks are whole
 
 
 def test_config_shows_what_will_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

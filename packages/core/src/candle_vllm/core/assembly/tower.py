@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from candle_vllm.core.assembly.opening import Opened, naming
-from candle_vllm.core.assembly.placement import encoder_placement, room_for_weights
+from candle_vllm.core.assembly.placement import encoder_placement, memory_of, room_for_weights
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedModelError
@@ -68,6 +68,32 @@ def load_tower(
         text: how that computes: a tower is recorded only beside recorded steps, whose threads it has.
 
     Raises:
+        ConfigError: as of `_opened`.
+        ModelLoadError: its files cannot be used.
+    """
+    with _opened(config, device, opened, text_size) as found:
+        return None if found is None else _loaded(config, text, opened.files.name, tokenizer, *found)
+
+
+def tower_memory(
+    config: EngineConfig, device: Device, opened: Opened, text_size: int, text: Placement, threads: int
+) -> int:
+    """Bytes that a tower will take, its weights and its steps with so many threads; 0 where there is none.
+
+    The other arguments and what is raised are as of `load_tower`; no weights are read.
+    """
+    with _opened(config, device, opened, text_size) as found:
+        if found is None:
+            return 0
+        _, model, stored, _ = found
+        return model.step_bytes(threads) + memory_of(_placed(config, text, stored), stored)
+
+
+@contextlib.contextmanager
+def _opened(config: EngineConfig, device: Device, opened: Opened, text_size: int) -> Iterator[_Found | None]:
+    """What the files say of a tower, for as long as its own one is open.
+
+    Raises:
         ConfigError: there is an `mmproj`, and Pillow is not installed, or the model is on a GPU. Without one the model
             reads text alone then, and a warning says so. Or `mm_processor_kwargs` says what its tower does not know.
         ModelLoadError: its files cannot be used.
@@ -80,7 +106,8 @@ def load_tower(
                 f"mm_processor_kwargs: {opened.files.name} reads text alone, so it sets nothing: leave it out",
                 "mm_processor_kwargs",
             )
-        return None
+        yield None
+        return
     try:
         if device.type != "cpu" or config.tensor_parallel_size > 1:
             raise ConfigError("images are for one rank on the CPU so far: set device='cpu'")
@@ -89,13 +116,18 @@ def load_tower(
         if config.mmproj is not None:
             raise ConfigError(f"mmproj: {error}, or leave it out", "mmproj") from None
         logger.warning("%s reads text alone: %s", opened.files.name, error)
-        return None
-    with contextlib.ExitStack() as stack:
-        if config.mmproj is not None:
-            found = _from_gguf(stack.enter_context(open_gguf(config.mmproj)), text_size, config.mm_processor_kwargs)
-        else:
-            found = _from_folder(opened, text_size, config.mm_processor_kwargs)
-        return None if found is None else _loaded(config, text, opened.files.name, tokenizer, *found)
+        yield None
+        return
+    if config.mmproj is None:
+        yield _from_folder(opened, text_size, config.mm_processor_kwargs)
+        return
+    with open_gguf(config.mmproj) as stored:
+        yield _from_gguf(stored, text_size, config.mm_processor_kwargs)
+
+
+def _placed(config: EngineConfig, text: Placement, stored: Checkpoint) -> Placement:
+    """Where a tower's weights are, beside a text model's."""
+    return encoder_placement(config, text.device, stored) if text.recorded else text
 
 
 def _from_folder(opened: Opened, text_size: int, said: Mapping[str, Any] | None) -> _Found | None:
@@ -157,7 +189,7 @@ def _loaded(
     described: Path,
 ) -> LoadedTower:
     started = time.perf_counter()
-    placement = encoder_placement(config, text.device, stored) if text.recorded else text
+    placement = _placed(config, text, stored)
     with naming(described, stored.path):
         check_weights(lambda: family.build(model, SHAPES), family.weights, stored, model)
         with room_for_weights(f"the tower of {name}", placement, stored):

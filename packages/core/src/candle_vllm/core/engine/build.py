@@ -265,15 +265,17 @@ def step_size(config: EngineConfig, device: Device, longest: int = 0) -> tuple[i
     return sequences, budget
 
 
-def foreseen_cache(config: EngineConfig, model: Described, draft: Described | DescribedHead | None = None) -> CachePlan:
+def foreseen_cache(
+    config: EngineConfig, model: Described, draft: Described | DescribedHead | None = None, tower: int = 0
+) -> CachePlan:
     """The cache that a model on the CPU will have, as far as memory stays as it is; errors as `build_engine`.
 
-    `draft` is the model of drafts, where there will be one.
+    `draft` is the model of drafts, where there will be one, and `tower` the bytes of what the model sees by.
     """
     sequences, _ = step_size(config, model.placement.device)
     share = DEFAULTS[model.placement.device.type].share
     weights = sum(memory_of(each.placement, each.stored) for each in (model, draft) if each is not None)
-    return _plan_on_cpu(config, model, sequences, share, weights, draft)
+    return _plan_on_cpu(config, model, sequences, share, weights + tower, draft)
 
 
 def preparation_for(

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 from candle_vllm.core.assembly.draft import describe_draft
 from candle_vllm.core.assembly.encoder import is_encoder
-from candle_vllm.core.assembly.model import describe_model
-from candle_vllm.core.assembly.opening import model_files, open_model
+from candle_vllm.core.assembly.model import Described, describe_model
+from candle_vllm.core.assembly.opening import Opened, model_files, open_model
+from candle_vllm.core.assembly.tower import tower_memory
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device, choose_device
 from candle_vllm.core.engine.build import DEFAULTS, foreseen_cache, step_size
@@ -25,7 +26,7 @@ from candle_vllm.core.errors import ModelNotFoundError
 from candle_vllm.core.kernels.cpu_runtime.level import best_level
 from candle_vllm.core.kernels.cpu_runtime.numa import plan_ranks
 from candle_vllm.core.loading.source import HUB_ID, ModelFiles
-from candle_vllm.core.memory import cache_bytes
+from candle_vllm.core.memory import CachePlan, cache_bytes
 from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
 from candle_vllm.core.text.chat_conventions import chat_conventions
 from candle_vllm.core.threads import default_threads
@@ -200,6 +201,13 @@ _OF_MODEL = (
 )  # fmt: skip
 
 
+def _foreseen(config: EngineConfig, model: Described, opened: Opened) -> CachePlan:
+    """The cache of a model on the CPU, beside its model of drafts and what it sees by."""
+    placement, threads = model.placement, config.threads or default_threads()
+    tower = tower_memory(config, placement.device, opened, model.config.hidden_size, placement, threads)
+    return foreseen_cache(config, model, describe_draft(config, model, placement.device), tower)
+
+
 def _of_model(settings: Settings, config: EngineConfig, files: ModelFiles, device: Device) -> dict[str, Derived]:
     """What a model's files say, its weights unread."""
     own = Derived("the model's own", f"derived from {files.name}")
@@ -209,7 +217,7 @@ def _of_model(settings: Settings, config: EngineConfig, files: ModelFiles, devic
     opened = open_model(files, device)
     with opened.checkpoint:
         model = describe_model(config, device, opened)
-        cache = foreseen_cache(config, model, describe_draft(config, model, device)) if device.type == "cpu" else None
+        cache = _foreseen(config, model, opened) if device.type == "cpu" else None
     template = None if model.template is None else model.template.source
     choice = AnswerPlanner(
         chat_conventions(model.tokenizer, template),
