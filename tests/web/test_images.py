@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from actions import archive, button, conversation, eventually, import_file, said
 from PIL import Image
 from ui_server import ui_server
 
+from candle_vllm.core import InferenceEngine
+from candle_vllm.core.testing.toy_sight import write_toy_sight
 from candle_vllm.core.vision.pictures import picture_of
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
@@ -169,3 +172,28 @@ def test_what_comes_in_from_a_file_is_an_image_or_nothing(page: Any, tmp_path: P
     page.locator(".conversation-link").first.click()
     page.locator(".question .picture").wait_for()
     assert page.locator(".question .picture img").evaluate_all("images => images.map(({ src }) => src)") == [url]
+
+
+def test_a_small_random_model_is_shown_one(open_page: Callable[..., Any], tmp_path: Path) -> None:
+    """Of SmolVLM's shape, in a real browser: five tiles of 16 embeddings are counted in its prompt."""
+    with (
+        InferenceEngine(write_toy_sight(tmp_path / "sight")) as engine,
+        ui_server(model=engine, tool_parser=None, reasoning_parser=None) as site,
+    ):
+        page = open_page(site.url)
+        page.keyboard.press("Control+,")
+        page.get_by_label("Most tokens", exact=True).fill("6")
+        page.keyboard.press("Escape")
+        page.locator("#attach-file").set_input_files([file()])
+        waiting(page).wait_for()
+        with page.expect_response("**/v1/chat/completions") as answer:
+            say(page, "What is this?")
+            wait_idle(page)
+        pieces = [json.loads(line[6:]) for line in answer.value.text().splitlines() if line.startswith("data: {")]
+        usage = next(piece["usage"] for piece in reversed(pieces) if piece.get("usage"))
+        assert usage["completion_tokens"] == 6
+        assert 80 < usage["prompt_tokens"] < 80 + 100
+        assert engine.stats().images_encoded == 1
+        page.locator(".question .picture").wait_for()
+        page.locator(".answer .markdown").last.wait_for()
+        page.screenshot(path=tmp_path / "seen.png")

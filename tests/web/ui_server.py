@@ -106,15 +106,16 @@ def answer(prompt: str) -> str:
 @contextlib.contextmanager
 def ui_server(
     script: Callable[[str], Any] = answer, pause: float = 0.0, manager: ModelManager | None = None, sees: bool = False,
-    **settings: Any,
+    model: Any = None, **settings: Any,
 ) -> Iterator[Any]:  # fmt: skip
-    """Serves the page, with the models of a manager where one is given; gives an object with `url` and `engine`."""
+    """Serves the page, with the models of a manager, or with an engine that is no script, where one is given; gives an
+    object with `url` and `engine`."""
     options = {
         "tool_parser": "hermes", "reasoning_parser": "think", "served_model_name": ("demo-model", "other-name"),
         "port": 0, **settings,
     }  # fmt: skip
     made = Settings(shutdown_timeout=1, ui_server=True, **options)
-    engine = PacedEngine(script, pause=pause, max_model_len=400_000, num_cached_tokens=3, sees=sees)
+    engine = model or PacedEngine(script, pause=pause, max_model_len=400_000, num_cached_tokens=3, sees=sees)
     server, listener = make_server(create_app(manager or engine, made), made), bind(made.address)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
