@@ -40,7 +40,7 @@ def random_bytes(kind: PackedKind, rows: int, columns: int, seed: int = 0, octav
 
 def widths(kind: PackedKind) -> tuple[int, ...]:
     """K of several steps; for the simple types one that is no whole number of steps too."""
-    return (768,) if kind.name.endswith("K") else (768, 416)
+    return (768,) if PLANES[kind].layout.nested else (768, 416)
 
 
 @functools.cache
@@ -83,7 +83,7 @@ def test_the_layout_keeps_every_number(kind: PackedKind, device: torch.device) -
 
 @each_kind
 def test_takes_little_more_memory_than_the_file(kind: PackedKind, device: torch.device) -> None:
-    for columns in (1024, *((960,) if not kind.name.endswith("K") else ())):
+    for columns in (1024, *((960,) if not PLANES[kind].layout.nested else ())):
         raw = random_bytes(kind, 5, columns)
         assert pack(raw, GgmlType[kind.name], 5, columns, device).nbytes <= 1.1 * raw.nbytes
 
@@ -96,12 +96,13 @@ def test_chunks_of_rows_meet(device: torch.device, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_type_without_a_layout_is_rounded_to_8_bits(device: torch.device) -> None:
-    size, width = ggml.block_layout(GgmlType.IQ4_NL)
-    raw = np.random.default_rng(0).integers(0, 256, (3, 64 // size, width), dtype=np.uint8)
-    raw[:, :, :2] = np.array([0.01], np.float16).view(np.uint8)
-    assert gguf_kind(GgmlType.IQ4_NL) == PackedKind.Q8_0
-    wanted = torch.from_numpy(ggml.dequantize(raw, GgmlType.IQ4_NL, (3, 64)))
-    got = reference.dequantise(pack(raw.reshape(-1), GgmlType.IQ4_NL, 3, 64, device)).cpu()
+    size, width = ggml.block_layout(GgmlType.IQ1_M)
+    raw = np.random.default_rng(0).integers(0, 256, (3, 256 // size, width), dtype=np.uint8)
+    raw[:, :, 48:] = raw[:, :, 48:] & 0x0F | np.array([0, 0, 0, 0, 0, 0x40, 0, 0x20], np.uint8)  # the scale's bits
+    assert gguf_kind(GgmlType.IQ1_M) == PackedKind.Q8_0
+    wanted = torch.from_numpy(ggml.dequantize(raw, GgmlType.IQ1_M, (3, 256)))
+    got = reference.dequantise(pack(raw.reshape(-1), GgmlType.IQ1_M, 3, 256, device)).cpu()
+    assert float(wanted.abs().max()) > 0
     assert float((got - wanted).abs().max()) <= 0.004 * float(wanted.abs().max())
 
 
@@ -154,13 +155,13 @@ def test_many_rows(kind: PackedKind, device: torch.device) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    few([PackedKind.Q4_K, PackedKind.Q2_K, PackedKind.Q5_1], PackedKind.Q4_K, PackedKind.Q5_1),
+    few([PackedKind.Q4_K, PackedKind.Q2_K, PackedKind.Q5_1, PackedKind.IQ4_XS], PackedKind.Q4_K, PackedKind.Q5_1),
     ids=lambda kind: kind.name,
 )
 @pytest.mark.usefixtures("turing")
 def test_without_tensor_cores(kind: PackedKind, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float16: codes that meet x exactly for few rows; for more, pieces of the matrix are decoded for torch."""
-    columns = 512 if kind.name.endswith("K") else 160
+    columns = 512 if PLANES[kind].layout.nested else 160
     asked = []
     monkeypatch.setattr(triton, "PIECE", 9 * columns)
     monkeypatch.setattr(triton, "plain_linear", lambda *given, out: asked.append(out) or plain_linear(*given, out=out))

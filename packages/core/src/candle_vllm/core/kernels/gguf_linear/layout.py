@@ -13,7 +13,9 @@ matrix is a few planes, each with the step first, so that what neighbouring rows
             Q4_K Q5_K         a word with the scales u8 of the four groups, one with their minima u8
             Q3_K Q6_K         two words with the scales i8 of the eight half groups
             Q2_K              the same with scale | minimum << 4
-    supers  [K / 256, N]  int32, K-quants only: super-scale f16, negated super-minimum f16 or 0
+            IQ4_NL            as Q4_0
+            IQ4_XS            a word with the scales i8 of the four groups
+    supers  [K / 256, N]  int32, K-quants and IQ4_XS: super-scale f16, negated super-minimum f16 or 0
 
 Element i of a step's 16 holds, of each group g, the codes of weights 32 g + 2 i + h for h = 0 and 1, at bit
 bits * (g + groups * h), plus 8 for single bits of an odd step. The two codes of a pair stand half an element apart, so
@@ -21,10 +23,11 @@ that one mask takes both out of an int32 as the two float16 or bfloat16 numbers 
 register.
 
 A code is unsigned; a weight is scale * (code - zero) for the types without a minimum, else scale * code + minimum.
-Rows are not filled up; columns are, to whole steps, with scales of 0. Against the file this takes 2.8 % more for Q4_K,
-2.3 % for Q5_K, 5.5 % for Q3_K, 1 % for Q6_K, nothing for the others where K is a multiple of 128 (at most 11 % from
-K = 576 on), and no number changes. (With a float16 scale and
-minimum for each group instead of the small numbers, Q4_K would take 11 % more, Q2_K 52 %, and scales would be rounded.)
+Codes of IQ4_NL and IQ4_XS stand for the numbers of a table: there a weight is scale * number. Rows are not filled up;
+columns are, to whole steps, with scales of 0. Against the file this takes 2.8 % more for Q4_K, 2.3 % for Q5_K, 5.5 %
+for Q3_K, 2.9 % for IQ4_XS, 1 % for Q6_K, nothing for the others where K is a multiple of 128 (at most 11 % from K = 576
+on), and no number changes. (With a float16 scale and minimum for each group instead of the small numbers, Q4_K would
+take 11 % more, Q2_K 52 %, and scales would be rounded.)
 """
 
 from __future__ import annotations
@@ -76,7 +79,7 @@ class Planes:
     def words(self) -> int:
         """Words of a row in a step of `scales`."""
         if self.layout.nested:
-            return 2
+            return 1 if self.layout.lone else 2
         return self.groups if self.layout.minimum else self.groups // 2
 
     def steps(self, columns: int) -> int:
@@ -108,7 +111,7 @@ PLANES: Mapping[PackedKind, Planes] = MappingProxyType(
     {
         kind: _planes(layout)
         for kind, layout in LAYOUTS.items()
-        if isinstance(layout, TileLayout) and kind <= PackedKind.Q6_K
+        if isinstance(layout, TileLayout) and kind <= PackedKind.IQ4_XS
     }
 )
 

@@ -77,7 +77,10 @@ def _on_device(part: np.ndarray, device: torch.device) -> torch.Tensor:
 
 def _store(parts: BlockParts[torch.Tensor], planes: Planes, found: dict[str, torch.Tensor | None], rows: slice) -> None:
     """Writes the parts of some rows to their place in the planes."""
-    codes = _arranged(parts.codes.flatten(1) + planes.layout.zero, planes)  # unsigned
+    codes = parts.codes.flatten(1)
+    if planes.layout.values is None:  # else they are unsigned
+        codes = codes + planes.layout.zero
+    codes = _arranged(codes, planes)
     for name, first, bits in (("low", 0, planes.low), ("high", planes.low, planes.high)):
         target = found[name]
         if target is not None:
@@ -129,9 +132,8 @@ def _pairs(low: torch.Tensor, high: torch.Tensor | None) -> torch.Tensor:
 def _scale_words(parts: BlockParts[torch.Tensor], planes: Planes) -> torch.Tensor:
     """int32 [R, steps, words]."""
     if parts.scales is not None:
-        return (
-            _small(parts.scales, parts.minima, planes).reshape(len(parts.scales), -1, 8).contiguous().view(torch.int32)
-        )
+        small = _small(parts.scales, parts.minima, planes)
+        return small.reshape(len(small), -1, 4 * planes.words).contiguous().view(torch.int32)
     numbers = [_half(part) for part in (parts.scale, parts.minimum) if part is not None]
     groups = torch.stack(numbers, -1)  # [R, groups of the row, 1 or 2]
     groups = torch.nn.functional.pad(groups, (0, 0, 0, -groups.shape[1] % planes.groups))

@@ -45,8 +45,10 @@ def dequantise(matrix: GgufMatrix) -> torch.Tensor:
             high = torch.stack([high, high >> 8], 1).flatten(0, 1)[: len(matrix.low)]
         codes |= _codes(high, planes.high, planes.groups) << planes.low
     scale, minimum = _scales(matrix)  # [N, K / width, 1]
-    weights = codes.flatten(1).float().unflatten(1, (-1, layout.width))
-    weights = (weights - layout.zero) * scale
+    numbers = codes.flatten(1) - layout.zero
+    if layout.values is not None:
+        numbers = torch.tensor(layout.values, dtype=torch.int32, device=codes.device)[codes.flatten(1)]
+    weights = numbers.float().unflatten(1, (-1, layout.width)) * scale
     if minimum is not None:
         weights += minimum
     return weights.flatten(1)[:, : matrix.columns].contiguous()

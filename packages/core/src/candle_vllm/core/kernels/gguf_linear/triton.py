@@ -28,11 +28,9 @@ from candle_vllm.core.kernels.gguf_linear.layout import PLANES, GgufMatrix
 from candle_vllm.core.kernels.gguf_linear.triton_codes import (
     codec,
     float_code,
-    high_words,
     operand,
     planned,
     scale_of,
-    scale_words,
 )
 from candle_vllm.core.kernels.linear import linear as plain_linear
 from candle_vllm.core.kernels.linear.triton import CODED_CUT, Tile, build, launch, tile_for
@@ -58,6 +56,9 @@ TILES = MappingProxyType(
 PLAIN_TILES = MappingProxyType(  # without tensor cores: the largest that do not spill
     {16: (Tile(8, 32, 4, 1),), 32: (Tile(8, 32, 4, 1), Tile(16, 32, 8, 1))}
 )
+# Where codes are looked up, which takes registers: the largest that do not spill.
+TABLE_TILES = (Tile(8, 32, 1, 4), Tile(16, 64, 2, 4), Tile(32, 32, 2, 4), Tile(64, 32, 8, 4))
+PLAIN_TABLE_TILES = (Tile(8, 32, 8, 1), Tile(16, 32, 8, 1))
 ROUNDED_TILES = (Tile(32, 128, 8, 3), Tile(64, 128, 8, 3), Tile(128, 128, 8, 3))
 PIECE = 1 << 24  # weights that are decoded at a time, where torch multiplies
 
@@ -85,13 +86,10 @@ def embedding_kernel(
     row = tl.load(token_ids + token + tl.arange(0, 1)).to(tl.int64)
     inside = (row >= 0) & (row < N)
     height = tl.cast(N, tl.int64)
-    words = scale_words(scales, supers, step, row, inside, height, FORM.nested, FORM.count)
+    planes = (low, high, scales, supers)
+    words = FORM.words(planes, step, row, inside, height, None, FORM)
     element = tl.arange(0, 16)
-    place = (step * height + row) * 16 + element
-    lows = tl.load(low + place, mask=inside, other=0)
-    highs = lows
-    if HIGH > 0:
-        highs = high_words(high, step, height, row, element, inside, HIGH)
+    lows, highs = FORM.codes(planes, step, element[None, :], row, inside, height, FORM, False)
     for g in tl.static_range(G):
         scale, minimum = scale_of(words, g, 0, FORM)
         if WIDTH == 16:
@@ -153,6 +151,8 @@ def embedding(token_ids: torch.Tensor, matrix: GgufMatrix, dtype: torch.dtype) -
 
 
 def _tile(tokens: int, kind: PackedKind, capability: int) -> Tile:
+    if PLANES[kind].layout.values is not None:
+        return tile_for(tokens, TABLE_TILES if capability >= TENSOR_CORES else PLAIN_TABLE_TILES)
     return tile_for(tokens, (TILES if capability >= TENSOR_CORES else PLAIN_TILES)[LAYOUTS[kind].width])
 
 
@@ -189,12 +189,13 @@ def _embedding(kind: PackedKind, dtype: str) -> Build:
     )
 
 
-_USUAL = (PackedKind.Q4_K, PackedKind.Q6_K)
+_USUAL = (PackedKind.Q4_K, PackedKind.Q6_K, PackedKind.IQ4_XS)
 
 AOT = (
     *(_exact(kind, 16) for kind in PLANES),
     *(_exact(kind, tokens, WITH_TENSOR_CORES) for kind in _USUAL for tokens in (1, 64)),
     *(_exact(kind, 32) for kind in _USUAL),
+    *(_exact(PackedKind.IQ4_XS, tokens, WITH_TENSOR_CORES) for tokens in (1, 32, 64)),
     *(_exact(kind, 128, form="fold") for kind in PLANES),
     *(_exact(kind, 128, (80, 100, 120), form="fold") for kind in _USUAL),
     _exact(PackedKind.Q3_K, 8, WITH_TENSOR_CORES, dtype="fp16", form="whole"),
@@ -202,8 +203,11 @@ AOT = (
     *(_exact(kind, tokens, (75,), dtype="fp16") for tokens in (8, 16) for kind in PLANES),
     *(_exact(kind, 128, (75,), dtype="fp16", form="fold") for kind in _USUAL),
     _exact(PackedKind.Q5_1, 16, (75,), dtype="fp16", columns=4128, form="whole"),
-    *(_rounded(kind, "bf16", 4096, 512, (90,)) for kind in PLANES if kind.name.endswith("K")),
-    *(_rounded(kind, "bf16", 4096, 512, (80, 100, 120)) for kind in (PackedKind.Q4_K, PackedKind.Q3_K)),
+    *(_rounded(kind, "bf16", 4096, 512, (90,)) for kind in PLANES if PLANES[kind].layout.nested),
+    *(
+        _rounded(kind, "bf16", 4096, 512, (80, 100, 120))
+        for kind in (PackedKind.Q4_K, PackedKind.Q3_K, PackedKind.IQ4_XS)
+    ),
     _rounded(PackedKind.Q8_0, "fp16", 4096, 32, WITH_TENSOR_CORES),
     _rounded(PackedKind.Q5_1, "bf16", 4128, 64, WITH_TENSOR_CORES),
     _embedding(PackedKind.Q6_K, "bf16"),

@@ -6,11 +6,14 @@ codes out of a word, and the exponent of 128 (bfloat16) or 1024 (float16) is put
 numbers 128 + code or 1024 + code without a conversion; scales meet the sums. **Floats** are for many rows, where a
 weight is used often: 2048 + code in float32, so that one multiply-add scales it and takes the 2048 off again.
 
+Codes that are looked up become numbers plus a zero, of 8 bits, before either form: each bit of a number is a function
+of the four bits of its code, which is worked out for the eight codes of a word at once.
+
 Names: g group of a step, h half of a pair, G groups of a step (4, or 2 for 8 bits), LOW and HIGH bits of the planes.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false, reportIndexIssue=false
-# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -126,9 +129,12 @@ def scale_of(words, g: tl.constexpr, half: tl.constexpr, FORM: tl.constexpr):
     ZERO: tl.constexpr = FORM.zero
     w0, w1, w2, w3, above = words
     if NESTED:
-        if WIDTH == 32:
+        if WIDTH == 32 and MINIMUM:
             scale = ((w0 >> (8 * g)) & 255).to(tl.float32) * half_of(above, False)
             minimum = ((w1 >> (8 * g)) & 255).to(tl.float32) * half_of(above, True)
+        elif WIDTH == 32:
+            scale = ((w0 << (24 - 8 * g)) >> 24).to(tl.float32) * half_of(above, False)
+            minimum = scale * -ZERO
         else:
             index: tl.constexpr = (2 * g + half) % 4
             word = w0 if g < 2 else w1
@@ -170,6 +176,52 @@ def _codes(planes, step, element, row, inside, height, FORM: tl.constexpr, EXACT
         if EXACT:
             highs = spread(highs, HIGH)
     return lows, highs
+
+
+@triton.jit
+def truth(bit0, bit1, bit2, bit3, TABLE: tl.constexpr):
+    """A function of four bits, at every place of a word: bit c of the table is what comes of code c."""
+    upper = bit3 & _of_three(bit0, bit1, bit2, TABLE >> 8)
+    return upper | ~bit3 & _of_three(bit0, bit1, bit2, TABLE & 255)
+
+
+@triton.jit
+def _of_three(bit0, bit1, bit2, TABLE: tl.constexpr):
+    return bit2 & _of_two(bit0, bit1, TABLE >> 4) | ~bit2 & _of_two(bit0, bit1, TABLE & 15)
+
+
+@triton.jit
+def _of_two(bit0, bit1, TABLE: tl.constexpr):
+    FIRST: tl.constexpr = -(TABLE & 1)  # all bits, or none
+    SECOND: tl.constexpr = -(TABLE >> 1 & 1)
+    THIRD: tl.constexpr = -(TABLE >> 2 & 1)
+    FOURTH: tl.constexpr = -(TABLE >> 3 & 1)
+    return bit1 & (bit0 & FOURTH | ~bit0 & THIRD) | ~bit1 & (bit0 & SECOND | ~bit0 & FIRST)
+
+
+@triton.jit
+def _found(planes, step, element, row, inside, height, FORM: tl.constexpr, _EXACT: tl.constexpr):
+    """The numbers that codes of 4 bits stand for, their lower and their upper four bits at the places of the codes."""
+    word = tl.load(planes[0] + (step * height + row)[:, None] * 16 + element, mask=inside[:, None], other=0)
+    one = word
+    two = word >> 1
+    four = word >> 2
+    eight = word >> 3
+    lower = truth(one, two, four, eight, FORM.tables[0]) & 0x11111111
+    upper = truth(one, two, four, eight, FORM.tables[4]) & 0x11111111
+    for bit in tl.static_range(1, 4):
+        lower |= (truth(one, two, four, eight, FORM.tables[bit]) & 0x11111111) << bit
+        upper |= (truth(one, two, four, eight, FORM.tables[4 + bit]) & 0x11111111) << bit
+    return lower, upper
+
+
+@triton.jit
+def _half_pairs(
+    codes, _words, at: tl.constexpr, g: tl.constexpr, FORM: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr
+):
+    """magic + the lower or the upper four bits of a number, as dtype [ROWS, width]."""
+    half = codes[0] if at == 0 else codes[1]
+    return pair_tile(half, half, 0, g, 4, 0, dtype, ROWS, FORM.width)
 
 
 @triton.jit
@@ -215,12 +267,14 @@ class GgufCodec(Codec):
     Attributes:
         count: words of a row in a step of `scales`.
         nested, minimum, zero: as in `packed_linear.layout.TileLayout`.
+        tables: where codes are looked up, for each bit of number + zero: bit c is what it is for code c.
     """
 
     count: int
     nested: bool
     minimum: bool
     zero: int
+    tables: tuple[int, ...]
 
 
 @functools.cache
@@ -228,20 +282,22 @@ def codec(kind: PackedKind) -> GgufCodec:
     """How the kernels read matrices of a kind."""
     planes = PLANES[kind]
     layout = planes.layout
+    numbers = [] if layout.values is None else [value + layout.zero for value in layout.values]
     return GgufCodec(
         words=_words,
-        codes=_codes,
+        codes=_found if numbers else _codes,
         scale=_scale,
-        tile=code_pairs,
+        tile=_half_pairs if numbers else code_pairs,
         rounded=_rounded,
         low=planes.low,
-        high=planes.high,
+        high=4 if numbers else planes.high,
         parts=planes.groups,
         width=layout.width,
         count=planes.words,
         nested=layout.nested,
         minimum=layout.minimum,
         zero=layout.zero,
+        tables=tuple(sum((number >> bit & 1) << code for code, number in enumerate(numbers)) for bit in range(8)),
     )
 
 

@@ -42,7 +42,7 @@ class Codec:
         scale: (words, unit, part, OFFSET, FORM): (scale, shift) of a unit, fp32 [R]; `shift` meets the sums of x.
         tile: (codes, words, at, g, FORM, dtype, ROWS): [R, width] for `exact`, from bit `at` of a code on.
         rounded: (codes, words, g, FORM, dtype, ROWS): weights [R, 32] for `rounded`.
-        low, high: bits of a code in the two planes; high may be 0. Codes of 8 bits meet x as two of 4.
+        low, high: bits of a code in the two that `codes` gives; high may be 0. Codes of 8 bits meet x as two of 4.
         parts: of a step, of 32 weights each.
         unit: parts of a step that share a scale for certain.
         width: weights that share a scale, where that is less than 32, else 32.
@@ -182,7 +182,7 @@ def exact(
     E: tl.constexpr = WIDTH // 2  # elements that meet x at a time
     PARTS: tl.constexpr = FORM.parts
     UNIT: tl.constexpr = FORM.unit
-    EIGHT: tl.constexpr = FORM.low == 8
+    EIGHT: tl.constexpr = FORM.low + FORM.high == 8
     FLOATS: tl.constexpr = FORM.floats
     dtype: tl.constexpr = x_at.dtype.element_ty
     MAGIC: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0

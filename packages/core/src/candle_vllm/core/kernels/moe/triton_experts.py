@@ -69,6 +69,9 @@ PLAIN_SLOW = Tiles(
     (Tile(8, 32, 2, 1, 32), Tile(16, 32, 4, 1, 32), Tile(32, 32, 8, 1, 32), Tile(64, 32, 8, 1, 32)), _MANY_SLOW
 )
 GGUF_SLOW = Tiles((Tile(8, 32, 4, 1), Tile(16, 32, 8, 1), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1)), _MANY_SLOW)
+# Where codes are looked up, which takes registers.
+TABLE = GGUF._replace(few=(*GGUF.few[:-1], Tile(64, 16, 4, 3)))
+TABLE_SLOW = GGUF_SLOW._replace(few=(*GGUF_SLOW.few[:-1], Tile(64, 16, 8, 1)))
 TOGETHER = 8  # tiles of rows that are taken with each other, so that their tokens stay in the cache
 
 
@@ -272,7 +275,7 @@ def product(
     assert bias is None or (bias.is_contiguous() and bias.device == x.device)
     stored, device = matrix.stored, x.device
     assert stored != "codes", "experts of whole numbers come in GGUF's blocks"
-    tiles = _tiles(stored, capability(device))
+    tiles = _tiles(stored, matrix.kind, capability(device))
     tile = tile_for(pairs.tokens, tiles.few) if blocks is None else tile_for(blocks.most, tiles.many)
     operand, rows = matrix.operand(tile.columns), out.shape[1]
     assert operand.planes[0].device == device
@@ -311,9 +314,11 @@ def block_tokens(pairs: Pairs) -> int:
     return tile_for(pairs.number // pairs.count, PLAIN.many).tokens
 
 
-def _tiles(stored: Stored, capability: int) -> Tiles:
+def _tiles(stored: Stored, kind: str, capability: int) -> Tiles:
     if stored == "floats":
         return FLOATS
+    if stored == "gguf" and PLANES[PackedKind[kind]].layout.values is not None:
+        return TABLE_SLOW if capability < TENSOR_CORES else TABLE
     if capability < TENSOR_CORES:
         return PLAIN_SLOW if stored == "plain" else GGUF_SLOW
     if stored == "gguf":
@@ -355,7 +360,7 @@ def _build(
     group_size: int = 128,
 ) -> Build:
     stored: Stored = "plain" if kind == "plain" else "gguf" if isinstance(kind, PackedKind) else "floats"
-    tiles = _tiles(stored, capabilities[0])
+    tiles = _tiles(stored, kind.name if isinstance(kind, PackedKind) else kind, capabilities[0])
     tile = tile_for(tokens, tiles.few if kernel is few_kernel else tiles.many)
     label = f"{dtype}-{columns}"
     if kind == "plain":
@@ -412,6 +417,8 @@ AOT = (
     _build(few_kernel, PackedKind.Q4_K, "gelu_tanh", 32, WITH_TENSOR_CORES),
     _build(few_kernel, PackedKind.Q4_K, "silu", 64, _HOPPER),
     _build(few_kernel, PackedKind.Q5_K, None, 64, _HOPPER),
+    *(_build(few_kernel, PackedKind.IQ4_XS, gate, 64, WITH_TENSOR_CORES) for gate in ("silu", None)),
+    _build(few_kernel, PackedKind.IQ4_XS, "silu", 64, _TURING),
     *(_build(many_kernel, kind, "silu", 128, _HOPPER) for kind in PLANES),
     *(_build(many_kernel, PackedKind.Q4_K, "silu", tokens, WITH_TENSOR_CORES) for tokens in _TOKENS[many_kernel]),
     *(_build(many_kernel, PackedKind.Q6_K, None, tokens, WITH_TENSOR_CORES) for tokens in (16, 128)),
