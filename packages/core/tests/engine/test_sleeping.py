@@ -241,10 +241,11 @@ def test_what_cannot_be_read_again_does_not_go(tmp_path: Path, model: Path) -> N
         assert before.st_size == len(data)
 
 
-def test_an_engine_elsewhere_sleeps(model: Path) -> None:
-    with RemoteEngine(model, **SETTINGS) as engine:
+def test_an_engine_elsewhere_sleeps(model: Path, tmp_path: Path) -> None:
+    long = write_toy_model(tmp_path / "toy", toy_config(head_dim=32, max_position_embeddings=8192))
+    with RemoteEngine(long, **SETTINGS | {"kv_cache_memory": 16 << 20}) as engine:
         right = answer(engine)
-        stream = engine.generate_stream(PROMPT, SamplingParams(temperature=0, max_tokens=400, ignore_eos=True))
+        stream = engine.generate_stream(PROMPT, SamplingParams(temperature=0, max_tokens=8000, ignore_eos=True))
         next(stream)
         engine.sleep(2)
         with pytest.raises(RequestAbortedError):

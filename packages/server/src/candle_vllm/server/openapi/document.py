@@ -184,7 +184,7 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
 def _answer(operation: Operation, status: int) -> dict[str, Any]:
     limits = _LIMITS if 429 in operation.errors else {}
     described: dict[str, Any] = {"description": _MEANINGS[status], "headers": {"x-request-id": _ID, **limits}}
-    if status == 204:
+    if status == 204 or not operation.media:
         return described
     schema: Schema = {"type": "string"}
     if kinds := operation.answers[status]:

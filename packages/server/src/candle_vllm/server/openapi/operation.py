@@ -31,7 +31,7 @@ class Operation:
         body: types of the request; several mean one of them.
         example: a body that works with any model of its kind.
         form: the fields of a body that is a form, by name, each with its schema.
-        media: type of a good answer's body; those of JSON have types.
+        media: type of a good answer's body; those of JSON have types. Empty where there is no body.
         events: types of an event's data, where the answer can be a stream.
         lines: types of a line, where the answer can be lines of JSON.
         error: type of a refusal's body.

@@ -537,6 +537,7 @@ OPERATIONS: Mapping[Key, Operation] = {
         tag="operators",
         summary="Have loaded models give their memory back; requests to them are refused with 503 from then on",
         answers={200: ()},
+        media="",
         errors=(400, 404, 409, 503),
         query={
             "level": {
@@ -560,6 +561,7 @@ OPERATIONS: Mapping[Key, Operation] = {
         tag="operators",
         summary="Have models that sleep fill their memory again",
         answers={200: ()},
+        media="",
         errors=(400, 404, 409, 503),
         query={
             "tags": {
