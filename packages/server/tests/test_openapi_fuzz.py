@@ -40,8 +40,8 @@ def test_the_server_keeps_to_its_document(start: Callable[..., Any], tmp_path: P
         sys.executable, "-m", "schemathesis.cli", "run", f"{running.url}/openapi.json",
         "--header", "Authorization: Bearer key",
         "--phases", "examples,coverage,fuzzing", "--exclude-checks", UNUSED, "--max-examples", "10",
-        "--exclude-path-regex", f"{ASLEEP}|{excluded}", "--no-shrink", "--generation-deterministic", "--request-timeout", "60",
-        "--no-color",
+        "--exclude-path-regex", f"{ASLEEP}|{excluded}", "--no-shrink", "--generation-deterministic",
+        "--request-timeout", "60", "--no-color",
     ]  # fmt: skip
     made = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False)
     assert made.returncode == 0, made.stdout[-20_000:] + made.stderr[-2000:]
