@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,13 +185,12 @@ def test_a_small_random_model_is_shown_one(open_page: Callable[..., Any], tmp_pa
         page.keyboard.press("Escape")
         page.locator("#attach-file").set_input_files([file()])
         waiting(page).wait_for()
-        with page.expect_response("**/v1/chat/completions") as answer:
-            say(page, "What is this?")
-            wait_idle(page)
-        pieces = [json.loads(line[6:]) for line in answer.value.text().splitlines() if line.startswith("data: {")]
-        usage = next(piece["usage"] for piece in reversed(pieces) if piece.get("usage"))
-        assert usage["completion_tokens"] == 6
-        assert 80 < usage["prompt_tokens"] < 80 + 100
+        say(page, "What is this?")
+        page.locator(".answer").wait_for()
+        wait_idle(page)
+        stats = engine.stats()
+        assert stats.generation_tokens >= 6
+        assert stats.prompt_tokens > 80
         assert engine.stats().images_encoded == 1
         page.locator(".question .picture").wait_for()
         page.locator(".answer .markdown").last.wait_for()
