@@ -25,6 +25,7 @@ from candle_vllm.core.errors import (
     ConfigError,
     EngineDeadError,
     EngineOverloadedError,
+    EngineSleepingError,
     InvalidParameterError,
     RequestAbortedError,
     RequestError,
@@ -343,7 +344,7 @@ def _failures(field: Callable[[int, int], str], only: str) -> Iterator[None]:
         elif error.param in ("prompt", "pairs"):
             error.param = only
         raise
-    except (ConfigError, EngineOverloadedError, EngineDeadError, RequestAbortedError):
+    except (ConfigError, EngineOverloadedError, EngineDeadError, EngineSleepingError, RequestAbortedError):
         raise
     except CandleVllmError as error:
         raise GenerationFailedError(str(error)) from error
