@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.engine.batch import BatchBuilder
-from candle_vllm.core.engine.ranks import Line, RankedRunner, ToldBatches, ToRank
+from candle_vllm.core.engine.rank_line import Line, ToldBatches, ToRank
+from candle_vllm.core.engine.ranks import RankedRunner
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.sequence import Run, Sequence
 from candle_vllm.core.kernels.collectives import ProcessGroup

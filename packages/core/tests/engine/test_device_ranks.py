@@ -16,7 +16,8 @@ from candle_vllm.core import EngineConfig, SamplingParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.devices import Device
 from candle_vllm.core.engine.eager_runner import EagerRunner
-from candle_vllm.core.engine.ranks import Forward, RankedRunner, ToldBatches, rows_told
+from candle_vllm.core.engine.rank_line import Forward, ToldBatches, as_ints
+from candle_vllm.core.engine.ranks import RankedRunner
 from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.thread_ranks import ThreadRanks, in_threads
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
@@ -56,7 +57,7 @@ class Beside:
                 if isinstance(message, Forward):
                     self._runner.forward(batches.batch(message), ())
                 else:
-                    self._runner.score(rows_told(message))
+                    self._runner.score(as_ints(message.rows))
                 if self._stream is not None:
                     self._stream.mark().wait()
             except Exception as error:

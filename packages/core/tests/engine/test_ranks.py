@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from candle_vllm.core import EngineConfig, InferenceEngine, LoRARequest, SamplingParams
-from candle_vllm.core.engine.ranks import MOST_BYTES, Go, Line, Ready, Score, ToRank
-from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError
+from candle_vllm.core.engine.rank_line import MOST_BYTES, Go, Line, Ready, Score, ToRank
+from candle_vllm.core.engine.ranks import Ranks
+from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError, ModelLoadError
 from candle_vllm.core.fields import read_json
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.testing.toy_adapter import write_adapter
@@ -200,6 +201,25 @@ def test_a_rank_that_cannot_begin_is_named(model: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("candle_vllm.core.engine.ranks._RANK", (sys.executable, "-c", "raise SystemExit(3)"))
     with pytest.raises(Exception, match=r"rank 1 has ended .*exit status 3"):
         engine_of(model, 2)
+
+
+def test_a_rank_that_ends_while_steps_are_made_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done together fails in the first rank too, by words of the library below."""
+    loaded = Ranks.all_loaded
+
+    def killed(self: Ranks) -> None:
+        self._processes[0].kill()
+        loaded(self)
+
+    monkeypatch.setattr(Ranks, "all_loaded", killed)
+    with pytest.raises(ModelLoadError, match=r"rank 1 has ended .*killed by SIGKILL"):
+        engine_of(model, 2)
+
+
+def test_one_gpu_is_not_several(model: Path) -> None:
+    with pytest.raises(ConfigError, match="name as many") as raised:
+        engine_of(model, 2, device="cuda:3")
+    assert raised.value.setting == "device"
 
 
 def children() -> set[str]:

@@ -25,7 +25,6 @@ from candle_vllm.core.engine.request import (
 )
 from candle_vllm.core.errors import CandleVllmError, ConfigError, InvalidParameterError, RequestError
 from candle_vllm.core.remote import parcels, wire
-from candle_vllm.core.remote.line import config_fields
 from candle_vllm.core.remote.serving import Outbox
 from candle_vllm.core.remote.wire import (
     Check,
@@ -142,7 +141,7 @@ def test_an_unknown_class_becomes_the_nearest_known_one() -> None:
 
 def test_a_configuration_comes_back_as_itself() -> None:
     config = EngineConfig(model="m", tokenizer=Path("/a"), seed=3, kv_fraction=0.5, hf_token="secret")
-    assert EngineConfig(**config_fields(config)) == config
+    assert EngineConfig(**config.plain()) == config
 
 
 class FakeSocket:

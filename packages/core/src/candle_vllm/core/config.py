@@ -434,6 +434,11 @@ class EngineConfig(ExplainedSettings):
                     f"{what} is not implemented for several ranks: leave it out, or set tensor_parallel_size=1", name
                 )
 
+    def plain(self) -> dict[str, Any]:
+        """The fields as plain values, for another process."""
+        values = {each.name: getattr(self, each.name) for each in SETTINGS.values()}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
     def __repr__(self) -> str:
         """What differs from the defaults, without secrets."""
         given = {each.name: getattr(self, each.name) for each in SETTINGS.values() if not each.secret}

@@ -70,12 +70,8 @@ class InferenceEngine(EngineFront):
         self.config = config
         self._owner = os.getpid()
         ranks = None if config.tensor_parallel_size == 1 else Ranks(config)
-        try:
+        with nullcontext() if ranks is None else ranks.starting():
             self._load(config if ranks is None else ranks.config, ranks, on_progress)
-        except BaseException:
-            if ranks is not None:
-                ranks.close()
-            raise
 
     def _load(
         self, config: EngineConfig, ranks: Ranks | None, on_progress: Callable[[int, int], object] | None

@@ -8,6 +8,7 @@ import ctypes
 import gc
 import math
 import os
+import signal
 import struct
 import sys
 import threading
@@ -205,3 +206,15 @@ def collector_paused() -> Iterator[None]:
 def _let_go() -> None:
     if "triton" not in sys.modules:  # it writes a line for each object of its own that was not collected
         gc.freeze()
+
+
+def ending(status: int | None) -> str:
+    """How a child process has ended, by its `returncode`; None where it has not, and has only hung up."""
+    if status is None:
+        return "it closed its end of the line"
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return f"killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"killed by signal {-status}"

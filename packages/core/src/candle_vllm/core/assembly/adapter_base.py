@@ -21,7 +21,7 @@ from candle_vllm.core.loading.adapter_places import AdapterPlaces
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.weights import Parameter, WeightName, expand, layer_at
+from candle_vllm.core.loading.weights import WeightName, expand, parameters_of
 from candle_vllm.core.models.family import Decoder, Encoder, EncoderFamily, Family
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.plain import read_plain
@@ -106,15 +106,8 @@ def _encoder_base(
 def _shapes(
     built: Decoder | Encoder, table: Sequence[WeightName], model: ModelConfig | EncoderConfig, format: str
 ) -> dict[str, tuple[int, ...]]:
-    known: dict[str, Mapping[str, Parameter]] = {}
-    found: dict[str, tuple[int, ...]] = {}
-    for line in expand(table, model, format):
-        path, part = line.target.split(":")
-        if path not in known:
-            layer = layer_at(built, path)
-            known[path] = {} if layer is None else layer.parameters()
-        if part in known[path]:
-            found[line.target] = known[path][part].shape
+    parts = parameters_of(built, table, model, format)
+    found = {target: tuple(each.shape) for target, each in parts.items()}
     aliases = {target: stored_target(target, model) for target in ("head:weight", "head:bias") if model.has_head}
     found |= {target: found[other] for target, other in aliases.items() if other in found}
     return found

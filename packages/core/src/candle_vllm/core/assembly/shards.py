@@ -25,7 +25,7 @@ from candle_vllm.core.layers.moe import ExpertMLPs, SparseMLP
 from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.weights import expand, layer_at
+from candle_vllm.core.loading.weights import expand, layer_at, parameters_of
 from candle_vllm.core.models.family import Decoder, Family
 from candle_vllm.core.quantization.tensors import StoredTensor
 
@@ -162,18 +162,8 @@ def shard_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpo
 
 def _shapes(family: Family, config: ModelConfig, checkpoint: Checkpoint) -> dict[str, _Shape]:
     """Of every parameter of a model, by its target."""
-    model = family.build(config, SHAPES, checkpoint)
-    known: dict[str, Mapping[str, Any]] = {}
-    found: dict[str, _Shape] = {}
-    for line in expand(family.weights, config, checkpoint.format):
-        path, part = line.target.split(":")
-        if path not in known:
-            layer = layer_at(model, path)
-            known[path] = layer.parameters() if layer is not None else {}
-        if line.names and part in known[path]:
-            parameter = known[path][part]
-            found[line.target] = _Shape(tuple(parameter.shape), parameter.sections)
-    return found
+    found = parameters_of(family.build(config, SHAPES, checkpoint), family.weights, config, checkpoint.format)
+    return {target: _Shape(tuple(each.shape), each.sections) for target, each in found.items()}
 
 
 def _cut(target: str, whole: _Shape, parts: Sequence[_Shape], rank: int) -> _Cut | None:

@@ -24,9 +24,10 @@ from candle_vllm.core.engine.adapter_loading import adapter_loader
 from candle_vllm.core.engine.adapters import LoadedAdapter
 from candle_vllm.core.engine.build import build_rank
 from candle_vllm.core.engine.model_runner import ModelRunner
-from candle_vllm.core.engine.ranks import (
+from candle_vllm.core.engine.rank_line import (
     AdapterLoaded,
     Begin,
+    Failed,
     ForgetAdapters,
     Forward,
     Go,
@@ -38,10 +39,9 @@ from candle_vllm.core.engine.ranks import (
     ToldBatches,
     ToRank,
     WakeUp,
-    meet,
-    rows_told,
-    said_of,
+    as_ints,
 )
+from candle_vllm.core.engine.ranks import meet
 from candle_vllm.core.engine.sleeping import Sleeper
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.core.kernels.collectives import Collective
@@ -71,7 +71,7 @@ def main(descriptor: int) -> int:
         try:
             runner, sleeper, load = _loaded(config, ranks, line)
         except CandleVllmError as error:
-            line.send(said_of(error))
+            line.send(Failed(str(error), getattr(error, "setting", None)))
             return 1
         _serve(runner, sleeper, load, line)
     except (EOFError, BrokenPipeError):
@@ -121,7 +121,7 @@ def _serve(runner: ModelRunner, sleeper: Sleeper, load: Load | None, line: Line)
         if isinstance(message, Forward):
             runner.forward(batches.batch(message), ())
         elif isinstance(message, Score):
-            runner.score(rows_told(message))
+            runner.score(as_ints(message.rows))
         elif isinstance(message, LoadAdapter):
             asked.put(message)
         elif isinstance(message, ForgetAdapters):

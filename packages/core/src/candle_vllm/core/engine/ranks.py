@@ -2,8 +2,7 @@
 """Ranks: processes that each run a part of the model, told every step by the first of them.
 
 The first rank is the engine's own process: it schedules, tells the others what to run in one message each, runs its own
-part, and draws. What comes over a line are frames of one of a few types, behind their length. A line that ends, ends
-the rank at its other end; a rank that ends, ends all others and the engine.
+part, and draws. A line that ends, ends the rank at its other end; a rank that ends, ends all others and the engine.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import dataclasses
 import itertools
 import logging
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -22,11 +20,10 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeVar
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,155 +31,38 @@ from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.adapters import Adapter
 from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, StepMemory
 from candle_vllm.core.engine.model_runner import Launched, ModelRunner, StepwiseRunner
+from candle_vllm.core.engine.rank_line import (
+    AdapterLoaded,
+    Adapters,
+    Begin,
+    Failed,
+    ForgetAdapters,
+    Forward,
+    FromRank,
+    Go,
+    Line,
+    LoadAdapter,
+    Ready,
+    Score,
+    Sleep,
+    ToRank,
+    WakeUp,
+    as_bytes,
+)
 from candle_vllm.core.errors import AdapterError, CandleVllmError, ConfigError, EngineDeadError, ModelLoadError
 from candle_vllm.core.kernels.collectives import Collective, ProcessGroup
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.sampling.state import SamplingState
-from candle_vllm.core.threads import default_threads
+from candle_vllm.core.threads import default_threads, ending
 
 logger = logging.getLogger(__name__)
 
-MOST_BYTES = 1 << 28  # of a frame
+_Result = TypeVar("_Result")
+
 PATIENCE = 60.0  # seconds that a rank waits for the others in the midst of a step
+_LAST_WORDS = 0.5  # seconds that what a rank says before it ends may take to get here
 _ENDING = 5.0  # seconds that a rank may take to end
 _RANK = (sys.executable, "-P", "-m", "candle_vllm.core.engine.rank")
-
-
-class Begin(msgspec.Struct, tag=True, frozen=True):
-    """What a rank is: its settings, which one of how many, the folder where the ranks find each other."""
-
-    config: dict[str, Any]
-    rank: int
-    size: int
-    folder: str
-    log_level: int
-
-
-class Go(msgspec.Struct, tag=True, frozen=True):
-    """All ranks are where this one is; the next thing is done together."""
-
-
-class Adapters(msgspec.Struct, frozen=True):
-    """Which rows of a step have which adapters: an `AdapterRows` as bytes, and the numbers of its adapters."""
-
-    rows: bytes
-    scales: bytes
-    starts: bytes
-    sources: bytes
-    numbers: tuple[int, ...]
-
-
-class LoadAdapter(msgspec.Struct, tag=True, frozen=True):
-    """Load a part of the adapter at a path, beside the steps."""
-
-    number: int
-    path: str
-
-
-class ForgetAdapters(msgspec.Struct, tag=True, frozen=True):
-    """No step has these any more."""
-
-    numbers: tuple[int, ...]
-
-
-class Forward(msgspec.Struct, tag=True, frozen=True):
-    """A step: the arrays of a `Batch` as bytes of int64; no tables where they are those of the step before."""
-
-    tokens: bytes
-    query_start: bytes
-    context_lens: bytes
-    drawn_rows: bytes
-    num_decodes: int
-    tables: bytes | None
-    ahead: bytes | None
-    adapters: Adapters | None
-
-
-class Score(msgspec.Struct, tag=True, frozen=True):
-    """Logits of rows of the last step."""
-
-    rows: bytes
-
-
-class Sleep(msgspec.Struct, tag=True, frozen=True):
-    """Give memory back; see `Sleeper`."""
-
-    level: int
-
-
-class WakeUp(msgspec.Struct, tag=True, frozen=True):
-    """Fill it again."""
-
-    tags: frozenset[str]
-
-
-ToRank: TypeAlias = Begin | Go | Forward | Score | Sleep | WakeUp | LoadAdapter | ForgetAdapters
-
-
-class Ready(msgspec.Struct, tag=True, frozen=True):
-    """A rank has come so far: 0 it is there, 1 its weights are."""
-
-    stage: int
-
-
-class Failed(msgspec.Struct, tag=True, frozen=True):
-    """A rank cannot go on; `setting` is which one is to blame, if any."""
-
-    message: str
-    setting: str | None = None
-
-
-class AdapterLoaded(msgspec.Struct, tag=True, frozen=True):
-    """A rank's part of an adapter is there, of files with this digest; or why it is not."""
-
-    number: int
-    digest: bytes
-    failure: str | None = None
-
-
-FromRank: TypeAlias = Ready | Failed | AdapterLoaded
-_Message = TypeVar("_Message")
-
-
-class Line:
-    """One end of the line between the first rank and another one."""
-
-    def __init__(self, end: socket.socket) -> None:
-        self.socket = end
-        self._sending = threading.Lock()  # steps and adapters have threads of their own
-
-    def send(self, message: ToRank | FromRank) -> None:
-        """Sends a message; OSError where the other end has gone."""
-        data = msgspec.msgpack.encode(message)
-        if len(data) > MOST_BYTES:
-            raise ValueError(f"a message of {len(data)} bytes; at most {MOST_BYTES} are sent")
-        with self._sending:
-            self.socket.sendall(len(data).to_bytes(4, "little") + data)
-
-    def receive(self, kind: type[_Message] | Any) -> _Message:
-        """Waits for a message.
-
-        Raises:
-            EOFError: the other end has gone.
-            ValueError: what came is no such message.
-        """
-        size = int.from_bytes(self._exactly(4), "little")
-        if size > MOST_BYTES:
-            raise ValueError(f"a message of {size} bytes is announced; at most {MOST_BYTES} are read")
-        return msgspec.msgpack.decode(self._exactly(size), type=kind)
-
-    def _exactly(self, count: int) -> bytearray:
-        data, done = bytearray(count), 0
-        with memoryview(data) as view:
-            while done < count:
-                try:
-                    got = self.socket.recv_into(view[done:])
-                except ConnectionError:
-                    got = 0
-                if not got:
-                    raise EOFError("the other end of the line has gone")
-                done += got
-        return data
 
 
 class Ranks:
@@ -203,6 +83,12 @@ class Ranks:
         if not hasattr(socket, "AF_UNIX") or sys.platform == "win32":
             raise ConfigError("several ranks are not implemented on Windows: leave tensor_parallel_size out")
         self.size = config.tensor_parallel_size
+        if config.device not in ("auto", "cpu", "cuda") and "," not in config.device:
+            raise ConfigError(
+                f"device names one GPU, {config.device}, and tensor_parallel_size is {self.size}: name as many, or set "
+                "device='cuda' for the first ones",
+                "device",
+            )
         self.config = rank_config(config, 0)
         self._collective: ProcessGroup | None = None
         self._failure: str | None = None
@@ -229,11 +115,8 @@ class Ranks:
             )
         self._processes.append(process)
         self._lines.append(Line(near))
-        fields = dataclasses.fields(config)
-        values = {each.name: getattr(rank_config(config, rank), each.name) for each in fields}
-        plain = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
         level = logging.getLogger("candle_vllm").getEffectiveLevel()
-        self._lines[-1].send(Begin(plain, rank, self.size, str(self._folder), level))
+        self._lines[-1].send(Begin(rank_config(config, rank).plain(), rank, self.size, str(self._folder), level))
 
     @property
     def collective(self) -> Collective:
@@ -296,12 +179,34 @@ class Ranks:
             found.append(said)
         return found
 
+    @contextlib.contextmanager
+    def starting(self) -> Iterator[None]:
+        """Around making an engine: where that fails, the others are ended, and what one of them said is raised."""
+        try:
+            yield
+        except BaseException as error:
+            blamed = None if isinstance(error, CandleVllmError) else self._blamed()
+            self.close()
+            if blamed is None:
+                raise
+            raise blamed from error
+
+    def _blamed(self) -> CandleVllmError | None:
+        for line in self._lines:
+            line.socket.settimeout(_LAST_WORDS)
+            with contextlib.suppress(EOFError, OSError):
+                said: FromRank = line.receive(FromRank)
+                if isinstance(said, Failed):
+                    return ConfigError(said.message, said.setting)
+        gone = self._gone()
+        return None if gone is None else ModelLoadError(f"the model cannot be divided: {gone}")
+
     def dead(self) -> EngineDeadError:
         """All are ended, for one has gone; who it was, and how."""
         with self._lock:
             if self._failure is None:
                 gone = self._gone()
-                self._failure = gone or f"a rank did not do its part of a step within {PATIENCE:.0f} s"
+                self._failure = gone or "a step over several ranks failed"
                 for process in self._processes:
                     process.kill()
         return EngineDeadError(f"the engine has stopped: {self._failure}")
@@ -320,14 +225,7 @@ class Ranks:
         process = self._processes[number - 1]
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(1.0)
-        status = process.returncode
-        if status is None:
-            return "it closed its end of the line"
-        if status >= 0:
-            return f"exit status {status}"
-        with contextlib.suppress(ValueError):
-            return f"killed by {signal.Signals(-status).name}"
-        return f"killed by signal {-status}"
+        return ending(process.returncode)
 
     def add_death_callback(self, callback: Callable[[], None]) -> None:
         """Calls it once, when one has died; at once where one has."""
@@ -368,7 +266,7 @@ class Ranks:
 
 def meet(rank: int, size: int, device: str, folder: Path) -> ProcessGroup:
     """The ranks, which find each other by a file; all of them call it."""
-    return ProcessGroup(rank, size, "cpu" if device == "auto" else device, folder / "store", patience=PATIENCE)
+    return ProcessGroup(rank, size, device, folder / "store", patience=PATIENCE)
 
 
 def rank_config(config: EngineConfig, rank: int) -> EngineConfig:
@@ -379,8 +277,7 @@ def rank_config(config: EngineConfig, rank: int) -> EngineConfig:
         return dataclasses.replace(config, threads=threads)
     if len(devices) == 1:
         devices = [f"cuda:{number}" for number in range(config.tensor_parallel_size)]
-    own = devices[rank]
-    return dataclasses.replace(config, device=own)
+    return dataclasses.replace(config, device=devices[rank])
 
 
 class RankedRunner:
@@ -418,7 +315,7 @@ class RankedRunner:
 
     def score(self, rows: Ints) -> Value:
         """See `ModelRunner`."""
-        return self._together(Score(_bytes(rows)), lambda: self._runner.score(rows))
+        return self._together(Score(as_bytes(rows)), lambda: self._runner.score(rows))
 
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
         """See `ModelRunner`; each rank has the hidden states whole."""
@@ -475,10 +372,10 @@ class RankedRunner:
         if adapters is None:
             return None
         return Adapters(
-            _bytes(adapters.rows),
+            as_bytes(adapters.rows),
             np.ascontiguousarray(adapters.scales, np.float32).tobytes(),
-            _bytes(adapters.starts),
-            _bytes(adapters.sources),
+            as_bytes(adapters.starts),
+            as_bytes(adapters.sources),
             tuple(self._numbers[each.serial] for each in adapters.adapters),
         )
 
@@ -491,7 +388,7 @@ class RankedRunner:
         self._ranks.close()
         self._runner.close()
 
-    def _together(self, message: ToRank, own: Callable[[], _Message]) -> _Message:
+    def _together(self, message: ToRank, own: Callable[[], _Result]) -> _Result:
         self._ranks.tell(message)
         try:
             return own()
@@ -508,67 +405,12 @@ class RankedRunner:
         known = batch.tables_version is self._tables_version
         self._tables_version = batch.tables_version
         return Forward(
-            _bytes(batch.tokens),
-            _bytes(batch.query_start),
-            _bytes(batch.context_lens),
-            _bytes(batch.drawn_rows),
+            as_bytes(batch.tokens),
+            as_bytes(batch.query_start),
+            as_bytes(batch.context_lens),
+            as_bytes(batch.drawn_rows),
             batch.num_decodes,
-            None if known else _bytes(batch.block_tables),
-            None if batch.ahead is None else _bytes(batch.ahead),
+            None if known else as_bytes(batch.block_tables),
+            None if batch.ahead is None else as_bytes(batch.ahead),
             self._told(batch.adapters),
         )
-
-
-class ToldBatches:
-    """Makes batches of what another rank is told; their runs are known to the first rank alone.
-
-    Attributes:
-        adapters: those that are loaded, by their numbers.
-    """
-
-    def __init__(self) -> None:
-        self.adapters: dict[int, Any] = {}
-        self._tables, self._version = np.zeros((0, 0), np.int64), object()
-
-    def batch(self, told: Forward) -> Batch:
-        """The step."""
-        contexts = _ints(told.context_lens)
-        if told.tables is not None:
-            self._tables, self._version = _ints(told.tables).reshape(len(contexts), -1), object()
-        return Batch(
-            tokens=_ints(told.tokens).reshape(4, -1),
-            query_start=_ints(told.query_start),
-            context_lens=contexts,
-            block_tables=self._tables,
-            tables_version=self._version,
-            num_decodes=told.num_decodes,
-            runs=(),
-            drawing=(),
-            drafted=False,
-            drawn_rows=_ints(told.drawn_rows),
-            ahead=None if told.ahead is None else _ints(told.ahead),
-            adapters=None if told.adapters is None else self._rows(told.adapters),
-        )
-
-    def _rows(self, told: Adapters) -> AdapterRows:
-        scales = np.frombuffer(told.scales, np.float32).copy()
-        adapters = [self.adapters[number] for number in told.numbers]
-        return AdapterRows(_ints(told.rows), scales, _ints(told.starts), adapters, _ints(told.sources))
-
-
-def rows_told(message: Score) -> Ints:
-    """The rows."""
-    return _ints(message.rows)
-
-
-def _bytes(array: Ints) -> bytes:
-    return np.ascontiguousarray(array, np.int64).tobytes()
-
-
-def _ints(data: bytes) -> Ints:
-    return np.frombuffer(data, np.int64).copy()
-
-
-def said_of(error: CandleVllmError) -> Failed:
-    """What a rank says of why it cannot go on."""
-    return Failed(str(error), getattr(error, "setting", None))

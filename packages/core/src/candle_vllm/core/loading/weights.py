@@ -303,6 +303,20 @@ def expand(table: Iterable[WeightName], config: Counted, format: str = "safetens
                 yield Line(target.replace("{e}", str(e)), spelled, e)
 
 
+def parameters_of(model: object, table: Iterable[WeightName], config: Counted, format: str) -> Mapping[str, Parameter]:
+    """Every part of a table that the model has, by its target."""
+    known: dict[str, Mapping[str, Parameter]] = {}
+    found: dict[str, Parameter] = {}
+    for line in expand(table, config, format):
+        path, part = line.target.split(":")
+        if path not in known:
+            layer = layer_at(model, path)
+            known[path] = layer.parameters() if layer is not None else {}
+        if part in known[path]:
+            found[line.target] = known[path][part]
+    return found
+
+
 def places(model: object) -> Callable[[str], bool]:
     """Whether the model has the part that a line's target names; tables have lines that only some models need."""
     known: dict[str, Mapping[str, Parameter]] = {}

@@ -8,12 +8,10 @@ command line, which others on the machine can read. Before step 1 of a request's
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import socket
 import threading
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -91,9 +89,7 @@ def write_start(config: EngineConfig, token: bytes, address: str, folder: str, a
         ConfigError: a setting cannot be handed over.
     """
     level = logging.getLogger("candle_vllm").getEffectiveLevel()
-    start = Start(
-        token=token, address=address, folder=folder, alive=alive, log_level=level, config=config_fields(config)
-    )
+    start = Start(token=token, address=address, folder=folder, alive=alive, log_level=level, config=config.plain())
     try:
         data = msgspec.msgpack.encode(start)
     except (UnicodeEncodeError, TypeError) as error:
@@ -114,12 +110,6 @@ def read_start(descriptor: int) -> Start:
     if size > MAX_START:
         raise ValueError(f"the parent announces {size} bytes; at most {MAX_START} are read")
     return msgspec.msgpack.decode(_read_exactly(descriptor, size), type=Start)
-
-
-def config_fields(config: EngineConfig) -> dict[str, Any]:
-    """The fields of a configuration as plain values."""
-    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def _read_exactly(descriptor: int, count: int) -> bytes:

@@ -15,7 +15,6 @@ import logging
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -40,6 +39,7 @@ from candle_vllm.core.remote.wire import (
     Ready,
     make_error,
 )
+from candle_vllm.core.threads import ending
 
 logger = logging.getLogger(__name__)
 
@@ -226,10 +226,7 @@ class EngineProcess:
         """How the child ended."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(1.0)
-        status = self._popen.returncode
-        if status is None:
-            return "it closed its end of the line"
-        return f"killed by {_signal_name(-status)}" if status < 0 else f"exit status {status}"
+        return ending(self._popen.returncode)
 
     def _hold(self, end: socket.socket) -> None:
         """Keeps the other end of `alive` in the child's place, until it has ended."""
@@ -252,10 +249,3 @@ def _private_folder() -> str:
         return folder
     os.rmdir(folder)
     return tempfile.mkdtemp(prefix="candle-vllm-", dir="/tmp")
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
