@@ -16,6 +16,7 @@ from candle_vllm.core.errors import (
     CandleVllmError,
     EngineDeadError,
     EngineOverloadedError,
+    EngineSleepingError,
     InvalidParameterError,
     PromptTooLongError,
     RequestError,
@@ -362,7 +363,9 @@ async def test_names_of_models_may_be_strict() -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("error", [EngineOverloadedError("full"), EngineDeadError("dead")])
+@pytest.mark.parametrize(
+    "error", [EngineOverloadedError("full"), EngineDeadError("dead"), EngineSleepingError("asleep")]
+)
 async def test_an_engine_that_takes_nothing(name: str, error: CandleVllmError) -> None:
     call, fields = CALLS[name]
     with pytest.raises(type(error)):
