@@ -136,7 +136,7 @@ def test_a_reset_of_the_prefix_cache_is_for_operators(start: Callable[..., Any])
         assert running.engine.prefix_cache_resets == 1
 
 
-def test_models_sleep_and_wake(start: Callable[..., Any]) -> None:
+def test_models_sleep_and_wake(start: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     running = start(PacedEngine(), api_key=("key",), management_key=("operator",))
     operator, body = {"authorization": "Bearer operator"}, {"messages": [{"role": "user", "content": "hello"}]}
     with running.http() as client:
@@ -153,6 +153,7 @@ def test_models_sleep_and_wake(start: Callable[..., Any]) -> None:
         refused = client.post("/v1/chat/completions", json=body, headers={"authorization": "Bearer key"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_sleeping")
         assert "/wake_up" in refused.json()["error"]["message"]
+        assert not [record for record in caplog.records if record.levelname == "ERROR"]  # an operator wanted it so
         metrics = client.get("/metrics", headers=operator).text
         assert re.search(r'vllm:engine_sleep_state\{[^}]*sleep_state="discard_all"[^}]*\} 1\b', metrics)
         assert client.post("/wake_up?tags=weights", headers=operator).status_code == 200

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from candle_vllm.core.errors import CandleVllmError, EngineDeadError, RequestAbortedError
+from candle_vllm.core.errors import CandleVllmError, EngineDeadError, EngineSleepingError, RequestAbortedError
 from candle_vllm.openai import to_error, to_json_bytes
 from candle_vllm.openai.anthropic import anthropic_error, to_anthropic_error
 from candle_vllm.openai.ollama.answers import Failure
@@ -130,7 +130,7 @@ def ollama_error_line(failure: Exception) -> bytes:
 def _log(what: str, failure: Exception) -> None:
     if isinstance(failure, EngineDeadError):
         logger.error("%s: %s", what, failure)  # it ends many requests at once, and has been logged where it happened
-    elif to_error(failure).status >= 500 and not isinstance(failure, RequestAbortedError):
+    elif to_error(failure).status >= 500 and not isinstance(failure, (RequestAbortedError, EngineSleepingError)):
         logger.error("%s", what, exc_info=failure)
 
 
