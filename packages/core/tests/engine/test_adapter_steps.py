@@ -214,6 +214,7 @@ def test_logits_in_8_bits_are_those_of_merged_whole_numbers(folder: Path, tmp_pa
     from tiny import write_tiny
 
     settings: dict[str, Any] = {"enforce_eager": True, "dtype": "f32"} if eager else {}
+    near = 1e-4 if eager else 2e-3  # a cache in bfloat16 rounds what is near otherwise
     made = write_tiny(tmp_path / "moe", "qwen2_moe", num_experts=6, num_experts_per_tok=2, moe_intermediate_size=40,
                       shared_expert_intermediate_size=48, decoder_sparse_step=1)  # fmt: skip
     for model in (folder, made):
@@ -224,7 +225,7 @@ def test_logits_in_8_bits_are_those_of_merged_whole_numbers(folder: Path, tmp_pa
             assert eager or (found[1] == ours.logits(TEXTS, [()] * 3)[1]).all()
         for text, of, logits in zip(TEXTS, ([(0, 1.0)], [], [(0, 0.5), (1, 1.5)]), found):
             with Served(model, [(in_8_bits(adapters[at]), scale) for at, scale in of], **settings) as whole:
-                assert apart(logits, whole.logits([text], [()])[0]) < 1e-4
+                assert apart(logits, whole.logits([text], [()])[0]) < near
             if len(of) < 2:
                 continue
             with Served(model, [(adapters[at], scale) for at, scale in of], **settings) as whole:

@@ -22,7 +22,7 @@ from candle_vllm.core.kernels.plain_linear import pack
 ISAS = [Isa.GENERIC, host_isa()] if host_isa() & Isa.BF16 else [Isa.GENERIC]
 each_isa = pytest.mark.parametrize("isa", ISAS, ids=str)
 each_type = pytest.mark.parametrize("dtype", ["F32", "BF16", "I8"])
-TOLERANCE = {"F32": 1e-6, "BF16": 5e-3, "I8": 1e-6}  # of BF16 the reference rounds inputs too
+TOLERANCE = {"F32": 1e-6, "BF16": 5e-3, "I8": 1e-5}  # of BF16 the reference rounds inputs too; of I8 ties differ
 PLACES = {"layer": (Place(1, 96, {"q.": (0, 0, 40), "k.": (0, 40, 53), "v.": (0, 53, 123)}),)}
 
 

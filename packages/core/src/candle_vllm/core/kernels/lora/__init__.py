@@ -16,10 +16,11 @@ or, with a matrix in W's place, t * (x full^T - x W^T + own bias). A and c * B a
 adapter is multiplied, F32 or BF16, and so are x and s (x A^T) in torch and on a GPU; in the compiled CPU operations
 these two stay fp32. In I8, A and c * B are whole numbers of -127 .. 127 with scales, one for each rank and quarter of A
 and one for each row of B (for each column of A, where a table is looked up): the largest number by 127, rounded up to
-BF16. The numbers of a table that is looked up, and matrices in W's place, are BF16 there, and x and s (x A^T) fp32
-everywhere. A step's rows stand in groups, one for each adapter, in the
-order of `PackedAdapter.serial`, in which they are added where a row stands in several. A row that stands in none keeps
-its bits, and what is added to one depends on nothing but the row, its adapters and their scales.
+BF16. x and x A^T are whole numbers of 16 bits there, with an fp32 scale for each row and up to 512 columns of a quarter
+of x, and for each row of x A^T. The numbers of a table that is looked up, and matrices in W's place, are BF16, and x is
+fp32 where it meets these. A step's rows stand in groups, one for each adapter, in the order of `PackedAdapter.serial`,
+in which they are added where a row stands in several. A row that stands in none keeps its bits, and what is added to
+one depends on nothing but the row, its adapters and their scales.
 Source: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353).
 """
 

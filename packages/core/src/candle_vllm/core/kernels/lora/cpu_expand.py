@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
@@ -34,13 +35,16 @@ from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 from candle_vllm.core.kernels.lora.cpu_shrink import (
     AHEAD,
     VECTOR,
+    added,
     ask,
     count_blocks,
     height_of,
+    in_16_bits,
     is_wide,
     ranks_before,
     scales_of,
     widened,
+    zeros_of,
 )
 from candle_vllm.core.kernels.lora.layout import (
     BEGIN,
@@ -51,6 +55,7 @@ from candle_vllm.core.kernels.lora.layout import (
     HEAD,
     LESS,
     MATRIX,
+    MOST_16,
     OFFSET,
     PANEL,
     PANEL_BYTES,
@@ -63,6 +68,16 @@ from candle_vllm.core.kernels.lora.layout import (
 )
 
 _PATIENCE = 1024  # pauses, some 50 us: about what a thread's share of the largest `shrink` takes
+
+
+_FACTORS, _SUMS = 320, 384
+_WHOLES = _SUMS + 1024
+"""Where the memory of `make_parts` has the scales of rows' whole numbers; sums of tiles; and of ranks."""
+
+PARTS_MEMORY = _WHOLES + 64
+
+_MOST_SUM = 2**31 // 127
+"""What numbers that meet those of 8 bits may come to together."""
 
 
 @intrinsic
@@ -104,27 +119,32 @@ def _scaled(_: Any, source: Any, scale: Any, target: Any) -> Any:
 def _emit_expand(e: Emitter, form: NumberForm, isa: Isa, count: int, width: int, onto: bool, given: Any) -> None:
     """What `_expand_rows` does, of `count` rows and `width` tiles."""
     b, (at_weights, at_scales, at_places, offset, number, at_out) = e.b, given
-    rows = count if is_wide(isa) else min(count, 4)
+    rows, whole = count if is_wide(isa) else min(count, 4), form is NumberForm.I8
+    kind, moves = (I32, 2) if whole else (F32, 4)
     sources = [e.load(at_places, I64, 8 * row) for row in range(count)]
     for first in range(0, count, rows):
 
         def body(index: Any, totals: list[Any], first: int = first) -> list[Any]:
             base = b.add(at_weights, b.mul(index, e.int64(PANEL_BYTES)))
-            moved, totals = b.mul(index, e.int64(4 * form.per_step)), list(totals)
+            moved, totals = b.mul(index, e.int64(moves * form.per_step)), list(totals)
             for part, weights in _parts(e, form, base, width):
                 for row in range(rows):
-                    x = e.splat(e.load(b.add(sources[first + row], moved), F32, 4 * part))
+                    x = e.splat(e.load(b.add(sources[first + row], moved), kind, 4 * part))
                     for tile in range(width):
                         place = row * width + tile
-                        totals[place] = e.fma(x, weights[tile], totals[place])
+                        totals[place] = added(e, form, isa, x, weights[tile], totals[place])
             return totals
 
-        sums = e.loop_or_skip(number, [e.zeros(F32)] * (rows * width), body)
-        if form is NumberForm.I8:
+        sums = e.loop_or_skip(number, [zeros_of(e, form)] * (rows * width), body)
+        if whole:
             some = b.icmp_signed(">", number, e.int64(0))  # of a bias alone there are none
             at = b.select(some, at_scales, at_places)
             scales = [b.select(some, scales_of(e, at, 2 * LANES * tile), e.zeros(F32)) for tile in range(width)]
-            sums = [b.fmul(total, scales[place % width]) for place, total in enumerate(sums)]
+            factors = [e.splat(e.load(at_places, F32, _FACTORS + 8 * (first + row))) for row in range(rows)]
+            sums = [
+                b.fmul(b.fmul(b.sitofp(total, vector(F32)), scales[place % width]), factors[place // width])
+                for place, total in enumerate(sums)
+            ]
         for row in range(rows):
             if not onto:
                 for tile in range(width):
@@ -146,9 +166,10 @@ def _parts(e: Emitter, form: NumberForm, base: Any, width: int) -> Iterator[tupl
             tiles.append(widened(e, form, base, VECTOR * tile))
         yield from enumerate(map(list, zip(*tiles, strict=True)))
         return
-    for part in range(form.per_step):
-        e.prefetch(base, PANEL * part + AHEAD)
-        yield part, [widened(e, form, base, PANEL * part + LANES * tile)[0] for tile in range(width)]
+    for part in range(form.per_step // 2):
+        for line in range(0, 2 * PANEL, VECTOR):
+            e.prefetch(base, 2 * PANEL * part + line + AHEAD)
+        yield part, [widened(e, form, base, 2 * (PANEL * part + LANES * tile))[0] for tile in range(width)]
 
 
 _KINDS = ((8, 2, 1), (8, 1, 1), (4, 1, 1), (2, 1, 1), (1, 4, 1), (1, 1, 1), (1, 1, 0))
@@ -173,8 +194,9 @@ def _expand_rows(
     """`tiles` times 16 neighbouring rows of B in a panel times `rows` rows of sums, one of `_KINDS`.
 
     scales: address of those of whole numbers. places: address of int64 [rows], where the rows' numbers begin; behind
-    64 bytes, of their float32 scales, and of int64 [rows], where their results begin, `at` bytes before these. Where
-    `onto`, the products times the scales are added there; else they are written to `out`, float32 [tiles, rows, 16].
+    64 bytes, of their float32 scales, and of int64 [rows], where their results begin, `at` bytes before these; and
+    `_FACTORS` behind it, of the scales of the rows' numbers, where they are whole, 8 bytes apart. Where `onto`, the
+    products times the scales are added there; else they are written to `out`, float32 [tiles, rows, 16].
     """
     kind, features = NumberForm(form.literal_value), Isa(isa.literal_value)
 
@@ -263,7 +285,7 @@ def _make_columns(FORM: int, ISA: int) -> Any:
     @njit
     def add_columns(part, memory, count, first, last):
         """A part's columns first .. last, of the part."""
-        scales, targets, bases, sums = memory + 64, memory + 128, memory + 192, memory + 320
+        scales, targets, bases, sums = memory + 64, memory + 128, memory + 192, memory + _SUMS
         spare, steps = sums + 512, int64_at(part)[STEPS]
         weights, begins = int64_at(part)[MATRIX], 4 * int64_at(part)[BEGIN]
         bias, less = int64_at(part)[BIAS], int64_at(part)[LESS]
@@ -296,20 +318,30 @@ def make_parts(FORM: int, ISA: int) -> Any:
 
     form = NumberForm(FORM)
     PER_STEP, MIXED = form.per_step, int(form.whole is not form)
+    WHOLE = int(form is NumberForm.I8)
     add_columns = _make_columns(FORM, ISA)
     add_whole = _make_columns(int(form.whole), ISA) if form.whole is not form else add_columns
 
     @njit
     def fold_part(part, ranks, h, at, to):
-        """The sums of a row and a part's ranks, which have room at `at`, times its scale: its numbers, at `to`."""
+        """The sums of a row and a part's ranks, which have room at `at`, times its scale: its numbers, at `to`.
+
+        Whole ones are without the scale that is returned.
+        """
         begins, count = int64_at(part)[OFFSET], int64_at(part)[STEPS] * PER_STEP
         for block in range(begins >> 4, count_blocks(ranks)):
             before, height = ranks_before(ranks, block), height_of(ranks, block)
             if begins < before + height and before < begins + count:
                 _fold(height, h + block * BLOCK_BYTES, at + 4 * before)
         scale = float_from_bits(int64_at(part)[SCALE])
+        if WHOLE == 1:
+            most = min(MOST_16, np.float32(_MOST_SUM // max(count, 1)))
+            if count & 15 == 0:
+                return scale * in_16_bits(16, at + 4 * begins, count, most, to)
+            return scale * in_16_bits(4, at + 4 * begins, count, most, to)
         for rank in range(0, count, 16):
             _scaled(at + 4 * (begins + rank), scale, to + 4 * rank)
+        return np.float32(1)
 
     @njit
     def add_parts(about, h, count, memory, most, first, last):
@@ -317,9 +349,9 @@ def make_parts(FORM: int, ISA: int) -> Any:
 
         about: the adapter's description. h: address of the rows' sums. most: floats that a row's numbers take. memory:
         of 8 numbers' places, 8 scales, 8 targets, 8 addresses of the model's own products, and 8 inputs, 64 bytes each,
-        of which all but the first are given; 1,024 bytes; 2 times 8 times `most` floats.
+        of which all but the first are given; `PARTS_MEMORY` bytes with these; 2 times 8 times `most` floats.
         """
-        wholes = memory + 1344
+        wholes = memory + _WHOLES
         factors = wholes + 8 * 4 * most
         ranks, parts = int64_at(about)[1], int64_at(about)[2]
         row_bytes = count_blocks(ranks) * BLOCK_BYTES
@@ -335,7 +367,8 @@ def make_parts(FORM: int, ISA: int) -> Any:
                     continue
                 to = factors + 4 * index * most
                 int64_at(memory)[index] = to
-                fold_part(part, ranks, h + index * row_bytes, wholes + 4 * index * most, to)
+                factor = fold_part(part, ranks, h + index * row_bytes, wholes + 4 * index * most, to)
+                float32_at(memory + _FACTORS)[2 * index] = factor
             if MIXED == 1 and int64_at(part)[FULL] != 0:
                 add_whole(part, memory, count, low, high)
             else:
@@ -388,7 +421,7 @@ def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
             if about != 0:
                 most = max(most, int64_at(about)[1])
         most = (most + 31) & -16  # what is written in vectors may go beyond a rank
-        memory = stack_bytes(5 * 64 + 1024 + 8 * 4 * most * 2 + 64)
+        memory = stack_bytes(PARTS_MEMORY + 8 * 4 * most * 2)
         for group in range(groups):
             about = int64_at(tables[group])[given.place]
             if about == 0:

@@ -11,20 +11,20 @@ from collections.abc import Callable
 
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
-from candle_vllm.core.kernels.lora.cpu_expand import make_parts
-from candle_vllm.core.kernels.lora.cpu_shrink import count_blocks, make_unit
+from candle_vllm.core.kernels.lora.cpu_expand import PARTS_MEMORY, make_parts
+from candle_vllm.core.kernels.lora.cpu_shrink import RESULTS, RUN_MEMORY, SOURCES, count_blocks, make_run
 from candle_vllm.core.kernels.lora.layout import BLOCK_BYTES, ExpandArguments, ShrinkArguments
 
 
 def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
     """The operation for a type of numbers."""
-    unit = make_unit(FORM, ISA)
+    multiply = make_run(FORM, ISA)
 
     def shrink_experts(row, thread, threads):
         given = read(ShrinkArguments, row)
         groups, top_k = step_number(row, given.groups_from), given.top_k
         starts, tables = int64_at(given.starts), int64_at(given.tables)
-        memory = stack_bytes(128)
+        memory = stack_bytes(RUN_MEMORY)
         for group in range(groups):
             table = int64_at(tables[group])[given.place]
             if table == 0:
@@ -39,12 +39,12 @@ def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
                     continue
                 source = int64_at(given.places)[chosen] if given.by_place != 0 else int64_at(given.rows)[entry]
                 ranks = int64_at(about)[1]
-                int64_at(memory)[0] = given.x + source * given.x_bytes
-                sums = given.h + entry * given.h_bytes + pair % top_k * (given.h_bytes // top_k)
-                for block in range(count_blocks(ranks)):
-                    for quarter in range(4):
-                        int64_at(memory + 64)[0] = sums + block * BLOCK_BYTES + quarter * 64
-                        unit(int64_at(about)[0], ranks, block, quarter, memory, memory + 64, 1, given.x_bytes)
+                int64_at(memory + SOURCES)[0] = given.x + source * given.x_bytes
+                int64_at(memory + RESULTS)[0] = (
+                    given.h + entry * given.h_bytes + pair % top_k * (given.h_bytes // top_k)
+                )
+                for quarter in range(4):
+                    multiply(int64_at(about)[0], ranks, quarter, 0, count_blocks(ranks), 1, given.x_bytes, memory)
 
     return shrink_experts
 
@@ -62,7 +62,7 @@ def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
         groups, top_k = step_number(row, given.groups_from), given.top_k
         starts, tables = int64_at(given.starts), int64_at(given.tables)
         most = (given.h_bytes // top_k // BLOCK_BYTES) * 16 + 32
-        memory = stack_bytes(5 * 64 + 1024 + 8 * 4 * most * 2 + 64)
+        memory = stack_bytes(PARTS_MEMORY + 8 * 4 * most * 2)
         for group in range(groups):
             table = int64_at(tables[group])[given.place]
             if table == 0:

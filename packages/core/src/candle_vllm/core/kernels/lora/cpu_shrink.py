@@ -4,7 +4,8 @@
 
 It waits for nothing. Weights are read once for all rows of a group, up to 8 of which meet a vector of them at a time.
 Threads share runs of rows, quarters of the columns and blocks of ranks. Sums have one order, whatever else is in the
-step: two chains over the steps of a quarter, then the quarters. Step 6 of a request's life.
+step: two chains over the steps of a quarter, then the quarters. Whole numbers meet inputs of 16 bits: their sums are
+exact, a `SPAN` at a time. Step 6 of a request's life.
 """
 
 from __future__ import annotations
@@ -16,35 +17,91 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I16, I32, I64, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I16, I32, I64, SHIFTER, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
-from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at, read, step_number, store_release
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number, store_release
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
-from candle_vllm.core.kernels.lora.layout import BLOCK_BYTES, DONE_BYTES, BeginArguments, NumberForm, ShrinkArguments
+from candle_vllm.core.kernels.lora.layout import (
+    BLOCK_BYTES,
+    DONE_BYTES,
+    MOST_16,
+    SPAN,
+    BeginArguments,
+    NumberForm,
+    ShrinkArguments,
+)
 
 _RUN = 32
 """Rows of a unit of work of `shrink`: they meet a quarter of a block, which stays in the first-level cache."""
 
 VECTOR = 4 * LANES
 
+_SMALLEST = 0x0D800000  # bits of 2^-100: what is all below has a scale of 0
+
 AHEAD = 2048
 """Bytes of weights that are asked for ahead: runs of them are too short for a CPU to see coming."""
 
 
 def widened(e: Emitter, form: NumberForm, address: Any, offset: int) -> list[Any]:
-    """A vector of weights as floats: <16 x float>, of bfloat16 pairs two; of whole numbers 16 bytes.
+    """A vector of weights as floats: <16 x float>, of bfloat16 pairs two; of whole numbers 32 of 16 bits.
 
-    Their products are made by fused multiply-adds, with float32 numbers that nobody has rounded, so that every CPU has
-    the same sums. The instruction for pairs of bfloat16 takes three times as long as such a one on a Xeon with AMX.
+    Products of floats are fused multiply-adds, with float32 numbers that nobody has rounded, so that every CPU has the
+    same sums. The instruction for pairs of bfloat16 takes three times as long as such a one on a Xeon with AMX.
     """
     if form is NumberForm.F32:
         return [e.load(address, vector(F32), offset)]
     if form is NumberForm.I8:
-        codes = e.load(address, vector(I8), offset)
-        return [e.b.sitofp(e.b.sext(codes, vector(I32)), vector(F32))]
+        return [e.b.sext(e.load(address, vector(I8, 2 * LANES), offset), vector(I16, 2 * LANES))]
     pairs = e.load(address, vector(I32), offset)
     parts = e.b.shl(pairs, e.constant(I32, 16)), e.b.and_(pairs, e.constant(I32, -65536))
     return [e.b.bitcast(part, vector(F32)) for part in parts]
+
+
+def added(e: Emitter, form: NumberForm, isa: Isa, x: Any, weights: Any, total: Any) -> Any:
+    """A sum with the products of what `widened` gives: floats, or <16 x i32> and pairs of 16 bits."""
+    return e.dot_i16(total, x, weights, isa) if form is NumberForm.I8 else e.fma(x, weights, total)
+
+
+def zeros_of(e: Emitter, form: NumberForm) -> Any:
+    """What `added` begins with."""
+    return e.zeros(I32 if form is NumberForm.I8 else F32)
+
+
+@intrinsic(prefer_literal=True)
+def in_16_bits(_: Any, lanes: Any, source: Any, count: Any, most: Any, target: Any) -> Any:
+    """Writes floats as whole numbers of 16 bits, as `reference.in_16_bits`, and returns their scale.
+
+    count: of them, a multiple of `lanes`. most: what the largest of them becomes.
+    """
+    each = lanes.literal_value
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        _, source, count, most, target = args
+        words, floats, vectors = vector(I32, each), vector(F32, each), b.sdiv(count, e.int64(each))
+
+        def size(index: Any, state: list[Any]) -> list[Any]:
+            bits = b.and_(
+                e.load(b.add(source, b.mul(index, e.int64(4 * each))), words), e.constant(I32, 2**31 - 1, each)
+            )
+            return [b.select(b.icmp_unsigned(">", bits, state[0]), bits, state[0])]
+
+        (found,) = e.loop_or_skip(vectors, [e.zeros(I32, each)], size)
+        bits = e.call(f"llvm.vector.reduce.umax.v{each}i32", I32, [found])
+        tiny, zero = b.icmp_unsigned("<", bits, ir.Constant(I32, _SMALLEST)), ir.Constant(F32, 0.0)
+        scale = b.select(tiny, zero, b.fdiv(b.bitcast(bits, F32), most))
+        inverse = e.splat(b.select(tiny, zero, b.fdiv(ir.Constant(F32, 1.0), scale)), each)
+
+        def write(index: Any, state: list[Any]) -> list[Any]:
+            value = b.fmul(e.load(b.add(source, b.mul(index, e.int64(4 * each))), floats), inverse)
+            moved = b.bitcast(b.fadd(value, e.constant(F32, SHIFTER, each)), words)
+            e.store(b.add(target, b.mul(index, e.int64(2 * each))), b.trunc(moved, vector(I16, each)))
+            return state
+
+        e.loop_or_skip(vectors, [], write)
+        return scale
+
+    return types.float32(lanes, types.int64, types.int64, types.float32, types.int64), code
 
 
 def scales_of(e: Emitter, address: Any, offset: int = 0) -> Any:
@@ -70,24 +127,28 @@ def ask(_: Any, count: Any, address: Any) -> Any:
     return types.void(count, types.int64), code
 
 
-def _repeated(e: Emitter, address: Any, offset: int, height: int, parts: int) -> list[Any]:
-    """What 16 / height lanes of weights meet of the neighbouring floats at an address, in turns, by `widened`."""
+def _repeated(e: Emitter, kind: Any, address: Any, offset: int, height: int, parts: int) -> list[Any]:
+    """What 16 / height lanes of weights meet of the neighbours at an address, floats or pairs, by `widened`."""
     count = LANES // height
     if count == 1:
-        return [e.splat(e.load(address, F32, offset + 4 * part)) for part in range(parts)]
-    few = e.load(address, vector(F32, count * parts), offset)
+        return [e.splat(e.load(address, kind, offset + 4 * part)) for part in range(parts)]
+    few = e.load(address, vector(kind, count * parts), offset)
     orders = [[lane % count * parts + part for lane in range(LANES)] for part in range(parts)]
     return [e.b.shuffle_vector(few, few, ir.Constant(vector(I32), order)) for order in orders]
 
 
 def _emit_shrink(e: Emitter, form: NumberForm, isa: Isa, height: int, count: int, given: Any) -> None:
     """What `_shrink_rows` does, of `height` ranks and `count` rows."""
-    b, (at_weights, at_inputs, offset, at_outputs, number) = e.b, given
-    parts = 2 if form is NumberForm.BF16 else 1
-    chains = 1 if parts == 2 and height == 4 else 2  # of that one, a quarter may be one step
-    turns = 4 if form is NumberForm.I8 and height > 4 else chains
+    b, (at_weights, at_scales, at_inputs, offset, at_outputs, number, onto) = e.b, given
+    parts, whole = 2 if form is NumberForm.BF16 else 1, form is NumberForm.I8
+    chains = 1 if form is not NumberForm.F32 and height == 4 else 2  # of these, a quarter may be one step
     size, x_bytes = form.step_bytes, 4 * LANES // height * parts
     rows = count if is_wide(isa) else min(count, 2)
+    turns = chains
+    if whole:  # whose sums are exact in any order
+        turns = height // 4
+        chains = max(1, min(turns, (8 if is_wide(isa) else 4) // rows))
+    kind = I32 if whole else F32
     sources = [b.add(e.load(at_inputs, I64, 8 * row), offset) for row in range(count)]
     for first in range(0, count, rows):
 
@@ -101,27 +162,45 @@ def _emit_shrink(e: Emitter, form: NumberForm, isa: Isa, height: int, count: int
                 weights = widened(e, form, base, size * turn)
                 for row in range(rows):
                     place = row * chains + turn % chains
-                    found = _repeated(e, b.add(sources[first + row], moved), x_bytes * turn, height, parts)
+                    found = _repeated(e, kind, b.add(sources[first + row], moved), x_bytes * turn, height, parts)
                     for x, part in zip(found, weights):
-                        totals[place] = e.fma(x, part, totals[place])
+                        totals[place] = added(e, form, isa, x, part, totals[place])
             return totals
 
-        sums = e.loop(b.sdiv(number, e.int64(turns)), [e.zeros(F32)] * (rows * chains), body)
+        sums = e.loop(b.sdiv(number, e.int64(turns)), [zeros_of(e, form)] * (rows * chains), body)
         for row in range(rows):
-            total = sums[row * chains] if chains == 1 else b.fadd(*sums[row * chains : row * chains + 2])
-            if form is NumberForm.I8:
-                total = b.fmul(total, scales_of(e, at_weights, -form.block_scales))
-            e.store(e.load(at_outputs, I64, 8 * (first + row)), total)
+            total, *others = sums[row * chains : row * chains + chains]
+            target = e.load(at_outputs, I64, 8 * (first + row))
+            for other in others:
+                total = b.add(total, other) if whole else b.fadd(total, other)
+            if whole:
+                factor = e.splat(e.load(at_inputs, F32, X_SCALES + 4 * (first + row)))
+                before = b.select(b.icmp_signed("!=", onto, e.int64(0)), e.load(target, vector(F32)), e.zeros(F32))
+                total = b.fmul(b.fmul(b.sitofp(total, vector(F32)), factor), scales_of(e, at_scales))
+                total = b.fadd(before, total)
+            e.store(target, total)
 
 
 @intrinsic(prefer_literal=True)
 def _shrink_rows(
-    _: Any, form: Any, isa: Any, height: Any, rows: Any, weights: Any, inputs: Any, at: Any, outputs: Any, steps: Any
+    _: Any,
+    form: Any,
+    isa: Any,
+    height: Any,
+    rows: Any,
+    weights: Any,
+    scales: Any,
+    inputs: Any,
+    at: Any,
+    outputs: Any,
+    steps: Any,
+    onto: Any,
 ) -> Any:
-    """A quarter of a block of `height` ranks, 4, 8 or 16, times 1, 4 or 8 rows: 16 sums each. It is `steps` vectors.
+    """`steps` vectors of a block of `height` ranks, 4, 8 or 16, times 1, 4 or 8 rows: 16 sums each.
 
     inputs, outputs: addresses of int64 [rows], where the rows' inputs begin, `at` bytes before what is read, and where
-    their sums go.
+    their sums go. scales: address of those of whole numbers; `X_SCALES` bytes behind the inputs' are theirs, and where
+    `onto`, sums are added to what is there.
     """
     kind, features = NumberForm(form.literal_value), Isa(isa.literal_value)
 
@@ -135,7 +214,7 @@ def _shrink_rows(
         e.choose(b.add(b.shl(args[2], e.int64(4)), args[3]), cases)
         return context.get_dummy_value()
 
-    return types.void(form, isa, *[types.int64] * 7), code
+    return types.void(form, isa, *[types.int64] * 9), code
 
 
 @njit
@@ -159,26 +238,56 @@ def ranks_before(ranks: int, block: int) -> int:
     return 16 * block - (8 if block > ranks >> 4 else 0)
 
 
-def make_unit(FORM: int, ISA: int) -> Any:
-    """A function that multiplies a quarter of a block by up to 8 rows."""
+SOURCES, RESULTS, X_SCALES, _CODES = 128, 192, 256, 320
+"""Where the memory of `make_run` has, of 8 rows: where inputs begin, and sums; scales; and numbers of 16 bits."""
+
+RUN_MEMORY = _CODES + 8 * 2 * SPAN
+
+
+def make_run(FORM: int, ISA: int) -> Any:
+    """A function that multiplies a quarter of some blocks by up to 8 rows."""
     form = NumberForm(FORM)
-    ITEM, STEP, SCALES = form.bytes, form.step_bytes, form.block_scales
+    ITEM, STEP, SCALES, WHOLE = form.bytes, form.step_bytes, form.block_scales, int(form is NumberForm.I8)
 
     @njit
-    def unit(weights, ranks, block, quarter, inputs, outputs, count, x_bytes):
-        """A quarter of a block for up to 8 rows; of 1, 4 or 8 there are addresses, the last of them repeated."""
-        height, part = height_of(ranks, block), (x_bytes >> 4) * ITEM  # bytes of a quarter of a rank
-        before = quarter * ranks + ranks_before(ranks, block)
-        at = weights + before * part + (quarter * count_blocks(ranks) + block + 1) * SCALES
-        rows = 8 if count > 4 else 4 if count > 1 else 1
-        _shrink_rows(FORM, ISA, height, rows, at, inputs, quarter * (x_bytes >> 2), outputs, part * height // STEP)
+    def run(weights, ranks, quarter, first, last, count, x_bytes, memory):
+        """Blocks first .. last. memory: `RUN_MEMORY` bytes, with the places of inputs and sums of `count` rows."""
+        columns, blocks = x_bytes >> 4, count_blocks(ranks)
+        rows = 8 if count > 4 else 4 if count > 1 else 1  # the last of them repeated
+        inputs, outputs, scales = int64_at(memory), int64_at(memory + 64), float32_at(memory + X_SCALES)
+        begin = 0
+        while begin < columns:
+            size = min(columns - begin, SPAN) if WHOLE == 1 else columns
+            for index in range(rows):
+                if index >= count:
+                    inputs[index] = inputs[count - 1]
+                    scales[index] = scales[count - 1]
+                    continue
+                inputs[index] = int64_at(memory + SOURCES)[index] + 4 * (quarter * columns + begin)
+                if WHOLE == 1:
+                    codes = memory + _CODES + 2 * SPAN * index
+                    if size & 15 == 0:
+                        scales[index] = in_16_bits(16, inputs[index], size, MOST_16, codes)
+                    else:
+                        scales[index] = in_16_bits(8, inputs[index], size, MOST_16, codes)
+                    inputs[index] = codes
+            for block in range(first, last):
+                height = height_of(ranks, block)
+                before = (quarter * ranks + ranks_before(ranks, block)) * columns * ITEM
+                about = weights + before + (quarter * blocks + block) * SCALES
+                at, steps = about + SCALES + begin * height * ITEM, size * height * ITEM // STEP
+                for index in range(rows):
+                    result = int64_at(memory + RESULTS)[min(index, count - 1)]
+                    outputs[index] = result + (block * 4 + quarter) * 64
+                _shrink_rows(FORM, ISA, height, rows, at, about, memory, 0, memory + 64, steps, begin)
+            begin += size
 
-    return unit
+    return run
 
 
 def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
     """The operation for a type of numbers."""
-    unit, RUN = make_unit(FORM, ISA), _RUN
+    multiply, RUN = make_run(FORM, ISA), _RUN
 
     def shrink(row, thread, threads):
         given = read(ShrinkArguments, row)
@@ -192,8 +301,8 @@ def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
                 runs = (starts[group + 1] - starts[group] + RUN - 1) // RUN
                 total += 4 * count_blocks(int64_at(about)[1]) * runs
         first, last = total * thread // threads, total * (thread + 1) // threads
-        memory = stack_bytes(128)
-        inputs, outputs = int64_at(memory), int64_at(memory + 64)
+        memory = stack_bytes(RUN_MEMORY)
+        sources, results = int64_at(memory + SOURCES), int64_at(memory + RESULTS)
         before = 0
         for group in range(groups):
             about = int64_at(tables[group])[given.place]
@@ -203,23 +312,24 @@ def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
             ranks = int64_at(about)[1]
             blocks = count_blocks(ranks)
             for entry in range(begin, end, RUN):
-                low, high = max(first - before, 0), min(last - before, 4 * blocks)
+                number, high = max(first - before, 0), min(last - before, 4 * blocks)
                 before += 4 * blocks
-                if low < high and entry + RUN >= end and before < last and group + 1 < groups:
+                if number < high and entry + RUN >= end and before < last and group + 1 < groups:
                     following = int64_at(tables[group + 1])[given.place]
                     if following != 0:
                         ask(AHEAD, int64_at(following)[0])
                 stop = min(entry + RUN, end)
-                for number in range(low, high):
-                    quarter, block = number // blocks, number % blocks
+                while number < high:
+                    quarter = number // blocks
+                    low, until = number - quarter * blocks, min(blocks, high - quarter * blocks)
                     for at in range(entry, stop, 8):
                         count = min(stop - at, 8)
-                        for index in range(8 if count > 4 else 4 if count > 1 else 1):
-                            source = at + min(index, count - 1)
-                            inputs[index] = given.x + int64_at(given.rows)[source] * given.x_bytes
-                            sums = given.h + begin * given.h_bytes + (source - begin) * blocks * BLOCK_BYTES
-                            outputs[index] = sums + (block * 4 + quarter) * 64
-                        unit(int64_at(about)[0], ranks, block, quarter, memory, memory + 64, count, given.x_bytes)
+                        for index in range(count):
+                            sources[index] = given.x + int64_at(given.rows)[at + index] * given.x_bytes
+                            place = at + index - begin
+                            results[index] = given.h + begin * given.h_bytes + place * blocks * BLOCK_BYTES
+                        multiply(int64_at(about)[0], ranks, quarter, low, until, count, given.x_bytes, memory)
+                    number = (quarter + 1) * blocks
         store_release(given.done + DONE_BYTES * thread, 1)
 
     return shrink

@@ -13,9 +13,9 @@ ranks][64 / g bytes of neighbouring columns], so that a step is one vector instr
 rank and a share of its columns. **B** is panels of 64 rows, whose last is filled up: each a run of steps of 256 bytes,
 [r][64] of floats, or [r / 2][64][2] of bfloat16.
 
-Of whole numbers of 8 bits a step of A is 16 bytes, as 16 floats lie, and before a block's quarter stand 16 scales of
-its lanes, in bfloat16; a panel of B is [r / 4][4][64] behind the scales of its 64 rows. What is multiplied is BF16
-there where it is no A or B, and where a table's rows are looked up.
+Of whole numbers of 8 bits a step of A is 32 bytes, as 32 of bfloat16 lie, and before a block's quarter stand 16 scales
+of its lanes, in bfloat16; a panel of B is [r / 4][2][64][2] behind the scales of its 64 rows. What is multiplied is
+BF16 there where it is no A or B, and where a table's rows are looked up.
 
 A table that is looked up has B as [V][r] in the place of A, and A in the place of B.
 """
@@ -55,13 +55,13 @@ class NumberForm(enum.IntEnum):
 
     @property
     def step_bytes(self) -> int:
-        """Bytes of A that are made a vector of floats, or two, at a time."""
-        return 16 if self is NumberForm.I8 else 64
+        """Bytes of A that are made a vector of floats, or two, or one of pairs of 16 bits, at a time."""
+        return 32 if self is NumberForm.I8 else 64
 
     @property
     def row_bytes(self) -> int:
         """Bytes from one row of B to the next in a step."""
-        return 1 if self is NumberForm.I8 else 4
+        return 2 if self is NumberForm.I8 else 4
 
     @property
     def block_scales(self) -> int:
@@ -84,6 +84,10 @@ place of the model's rows IDS, or of all of them."""
 
 PANEL, PANEL_BYTES = 64, 256
 """Rows of B that lie together, and bytes of a step of them."""
+
+SPAN, MOST_16 = 512, np.float32(32767)
+"""Of whole numbers: columns of a quarter whose inputs, of 16 bits, have one scale, and the largest of these; sums of
+so many products fit 32 bits."""
 
 BLOCK_BYTES = QUARTERS * 64
 """Sums of a row and a block of ranks."""
@@ -129,7 +133,7 @@ def panels_of(matrix: np.ndarray, form: NumberForm, scales: np.ndarray | None = 
     panels = filled_with_zeros(matrix, height, steps * each).reshape(-1, PANEL, steps, each)
     if scales is None:
         return steps, panels.swapaxes(1, 2)
-    numbers = panels.transpose(0, 2, 3, 1).reshape(len(panels), -1)
+    numbers = panels.reshape(-1, PANEL, steps, each // 2, 2).transpose(0, 2, 3, 1, 4).reshape(len(panels), -1)
     before = filled_with_zeros(scales, height, 2).reshape(len(panels), -1)
     return steps, np.concatenate((before, numbers), 1)
 

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from candle_vllm.core.kernels.activation_rows import row_elements
 from candle_vllm.core.kernels.lora import Delta, NumberType, PackedAdapter, Place
-from candle_vllm.core.kernels.lora.layout import QUARTERS
+from candle_vllm.core.kernels.lora.layout import MOST_16, QUARTERS, SPAN, filled
 from candle_vllm.core.kernels.torch_numbers import DTYPES
 
 _SMALLEST = np.finfo(np.float32).tiny  # of a scale
@@ -41,6 +42,20 @@ def decoded(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> NDArray[np.
     """What the two of `quantised` mean."""
     columns, groups = codes.shape[1], scales.shape[1]
     return codes * scales.repeat(-(-columns // (8 * groups)) * 8, 1)[:, :columns]
+
+
+def in_16_bits(x: torch.Tensor, most: float = float(MOST_16)) -> torch.Tensor:
+    """Rows [n, g] as whole numbers of 16 bits times one float32 scale each, the row's largest number by `most`."""
+    largest = x.abs().amax(1, keepdim=True) if x.shape[1] else x.new_zeros(len(x), 1)
+    scale = torch.where(largest < 2.0**-100, 0, largest / most)
+    return torch.round(x * torch.where(scale == 0, 0, 1 / scale)) * scale
+
+
+def _inputs_in_16_bits(x: torch.Tensor) -> torch.Tensor:
+    """Inputs [n, K] so, in groups of `SPAN` columns of each quarter."""
+    quarter = row_elements(x.shape[1]) // QUARTERS
+    groups = [columns.split(SPAN, 1) for columns in x.split(quarter, 1)]
+    return torch.cat([in_16_bits(group) for of in groups for group in of], 1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,7 +114,8 @@ class TorchAdapter:
     """
 
     def __init__(self, found: Mapping[int, tuple[Place, Mapping[str, Delta]]], dtype: NumberType, device: Any = "cpu"):
-        self.dtype = torch.float32 if dtype == "I8" else DTYPES[dtype]  # of inputs and sums
+        self.whole = dtype == "I8"  # inputs and sums are rounded to 16 bits, else to `dtype`
+        self.dtype = torch.float32 if self.whole else DTYPES[dtype]
         self.deltas = {
             number: [TorchDelta.of(place, name, delta, dtype, device) for name, delta in deltas.items()]
             for number, (place, deltas) in found.items()
@@ -114,7 +130,9 @@ class TorchAdapter:
         if delta.full is not None:
             total += rounded @ delta.full.float().T - own
         elif delta.a is not None and delta.b is not None:
-            h = (rounded @ delta.a.float().T * delta.scale).to(self.dtype).float()
+            if self.whole:
+                rounded = _inputs_in_16_bits(x)
+            h = self._sums(rounded @ delta.a.float().T, delta)
             total += h @ delta.b.float().T
         if delta.less is not None:
             total += delta.less * own
@@ -125,14 +143,19 @@ class TorchAdapter:
             total[:, ids] += rounded @ new.T - own[:, ids]
         return total
 
+    def _sums(self, h: torch.Tensor, delta: TorchDelta) -> torch.Tensor:
+        """Sums [n, r] times their scale, as B meets them."""
+        if self.whole:
+            return in_16_bits(h, min(float(MOST_16), 2**31 // 127 // filled(h.shape[1]))) * delta.scale
+        return (h * delta.scale).to(self.dtype).float()
+
     def looked_up(self, delta: TorchDelta, ids: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         """The same for a table's rows [n, K] of these numbers."""
         total = torch.zeros_like(own)
         if delta.full is not None:
             return delta.full[ids].float() - own
         if delta.a is not None and delta.b is not None:
-            h = (delta.b[ids].float() * delta.scale).to(self.dtype).float()
-            total += h @ delta.a.float()
+            total += self._sums(delta.b[ids].float(), delta) @ delta.a.float()
         if delta.less is not None:
             total += delta.less * own
         if delta.rows is not None:
