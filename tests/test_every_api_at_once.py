@@ -49,7 +49,8 @@ MODELS = {
 }  # fmt: skip
 LENGTHS = {  # the field that says how long an answer is
     "/v1/chat/completions": "max_tokens", "/v1/completions": "max_tokens", "/v1/messages": "max_tokens",
-    "/v1/responses": "max_output_tokens", "/completion": "n_predict", "/infill": "n_predict",
+    "/v1/responses": "max_output_tokens", "/completion": "n_predict", "/completions": "n_predict",
+    "/infill": "n_predict",
     "/api/chat": "options", "/api/generate": "options",
 }  # fmt: skip
 NAMELESS = (

@@ -40,6 +40,7 @@ SAID = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 
 ITEM = [{"type": "input_image", "image_url": URL}, {"type": "input_text", "text": WORDS}]
 BLOCK = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": DATA}}
 LIMITS = {"num_predict": 6, "temperature": 0}
+LLAMA = {"n_predict": 6, "temperature": 0}
 
 
 def write(folder: Path, family: str) -> Path:
@@ -110,6 +111,8 @@ def read(api: str, made: list[dict[str, Any]]) -> tuple[str, int, int]:
             if whole.get("usage"):
                 text = "".join(part["text"] for item in whole["output"] for part in item.get("content") or ())
                 prompt, completion = whole["usage"]["input_tokens"], whole["usage"]["output_tokens"]
+        elif api == "llama":
+            text, prompt, completion = each["content"], each["tokens_evaluated"], each["tokens_predicted"]
         else:
             text += each.get("response", "") or each.get("message", {}).get("content", "")
             prompt, completion = each.get("prompt_eval_count", prompt), each.get("eval_count", completion)
@@ -131,8 +134,12 @@ def test_every_api_shows_a_model_the_same(family: str, tmp_path: Path) -> None:
                     assert answer.status_code == 200, answer.text
                     made = pieces(answer.text) if stream else [answer.json()]
                     found[f"{api}, {'streamed' if stream else 'whole'}"] = read(api, made)
+            prompt = client.post("/apply-template", json={"messages": SAID}).json()["prompt"]
+            assert "<__media__>" in prompt
+            seen = {"prompt_string": prompt, "multimodal_data": [DATA]}
+            found["llama"] = read("llama", [client.post("/completion", json={"prompt": seen, **LLAMA}).json()])
     assert found == dict.fromkeys(found, expected)
-    assert len(found) == 10
+    assert len(found) == 11
 
 
 SERVER = """

@@ -15,8 +15,8 @@ import msgspec
 import pytest
 from guarded_server import Watch, chat_body, guarded
 
+from candle_vllm.core.targets import ForbiddenTarget, allowed_target, is_allowed, parse_target, resolve
 from candle_vllm.core.testing import ScriptedEngine
-from candle_vllm.openai.targets import ForbiddenTarget, allowed_target, is_allowed, parse_target, resolve
 from candle_vllm.server.mailbox.options import WebhookOptions
 from candle_vllm.server.mailbox.record import Record, Status
 from candle_vllm.server.mailbox.webhook import Message, Outcome, Sender

@@ -35,6 +35,8 @@ WRONG: dict[str, list[Any]] = {
     "mmproj": [5, ""],
     "max_images": [-1, 1025, "4", True, None],
     "mm_processor_kwargs": [5, "max_pixels", [], {1: 2}],
+    "allowed_media_domains": [5, None, "", "https://a.example", ["a.example", "*"], [5]],
+    "allowed_local_media_path": [5, ""],
     "attention_backend": [5, None, "sdpa"],
     "kv_cache_dtype": [5, None, "int8"],
     "key_cache_dtype": [5, "int8", "q5_0"],

@@ -22,9 +22,9 @@ from server_fakes import PacedEngine
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.errors import EngineOverloadedError
 from candle_vllm.core.testing.toy_sight import write_toy_sight
+from candle_vllm.core.vision.fetching import MAX_HELD_BYTES, ImageSources
 from candle_vllm.core.vision.pictures import picture_of
 from candle_vllm.openai import preparation
-from candle_vllm.openai.fetching import MAX_HELD_BYTES, ImageSources
 from candle_vllm.server import Settings
 from candle_vllm.server.models.catalogue import ModelEntry
 from candle_vllm.server.models.loader import ModelLoader
@@ -87,6 +87,45 @@ def test_an_engine_is_shown_what_was_sent(ask: Any, start: Callable[..., Any]) -
     assert len(engine.requests[0].images) == 1
 
 
+def test_llama_cpps_prompts_have_images(start: Callable[..., Any]) -> None:
+    engine = PacedEngine("A picture.", sees=True)
+    asked = {"prompt_string": "What is <__media__>?", "multimodal_data": [DATA]}
+    with start(engine).http() as client:
+        one = client.post("/completion", json={"prompt": asked, "n_predict": 50}).json()
+        both = client.post("/completions", json={"prompt": [asked, "a", asked], "n_predict": 50}).json()
+        assert [one["content"], *(each["content"] for each in both)] == ["A picture."] * 4
+        assert {picture.digest for picture in engine.pictures} == {picture_of(PIXELS).digest}
+        assert "What is <image>?" in engine.detokenize(engine.requests[0].prompt_token_ids)
+        assert [len(request.images) for request in engine.requests] == [1, 1, 0, 1]
+        text = client.post("/apply-template", json={"messages": OPENAI}).json()["prompt"]
+        assert "What is <__media__>" in text
+        seen = {**asked, "prompt_string": text}
+        streamed = client.post("/completion", json={"prompt": seen, "n_predict": 50, "stream": True}).text
+        assert streamed.count('"stop":true') == 1
+        behind_first = engine.requests[-1].prompt_token_ids[1:]  # this engine has one before texts, and none in chats
+        assert behind_first == asked_in_chat(client, engine)
+        for wrong, said in (
+            ({"prompt_string": "What?"}, "Failed to tokenize prompt: 1 images, and <__media__> stands in the text 0"),
+            ({"multimodal_data": [DATA, DATA]}, "Failed to tokenize prompt: 2 images"),
+            ({"multimodal_data": ["!"]}, "no base64"),
+            ({"multimodal_data": ["QUJD"]}, "no picture in a format that is read"),
+        ):
+            answer = client.post("/completions", json={"prompt": [{**asked, **wrong}]})
+            error = answer.json()["error"]
+            assert (answer.status_code, said in error["message"]) == (400, True), error
+            assert error["param"].startswith("prompt.0.multimodal_data")
+    with start(PacedEngine()).http() as client:
+        for data in ([DATA], []):
+            answer = client.post("/completion", json={"prompt": {**asked, "multimodal_data": data}})
+            assert answer.status_code == 400
+            assert "model does not support multimodal requests" in answer.text
+
+
+def asked_in_chat(client: Any, engine: PacedEngine) -> Any:
+    client.post("/v1/chat/completions", json={"messages": OPENAI})
+    return engine.requests[-1].prompt_token_ids
+
+
 def test_a_tools_result_may_be_an_image(start: Callable[..., Any]) -> None:
     engine = PacedEngine("I see.", sees=True)
     call = {"id": "a", "type": "function", "function": {"name": "shot", "arguments": "{}"}}
@@ -105,7 +144,8 @@ def test_a_model_says_what_it_reads(start: Callable[..., Any]) -> None:
         with running.http() as client, ollama.Client(host=running.url, trust_env=False) as other:
             card = client.get("/v1/models").json()["data"][0]
             assert card["modalities"] == (["text", "image"] if sees else ["text"])
-            assert client.get("/props").json()["modalities"]["vision"] is sees
+            props = client.get("/props").json()
+            assert (props["modalities"]["vision"], props["media_marker"]) == (sees, "<__media__>")
             assert ("vision" in (other.show(card["id"]).capabilities or ())) is sees
 
 
@@ -297,7 +337,7 @@ def test_images_are_not_lost_where_there_is_no_template(start: Callable[..., Any
 @pytest.mark.parametrize(
     ("path", "body", "said"),
     [
-        ("/completion", {"prompt": "a", "image_data": [{"id": 1, "data": DATA}]}, "images stand in messages"),
+        ("/completion", {"prompt": "a", "image_data": [{"id": 1, "data": DATA}]}, "images are those of the prompt"),
         ("/v1/responses", {"model": "m", "input": "a", "image": {"url": URL}}, "send input_image"),
         ("/v1/chat/completions", {"messages": OPENAI, "mm_processor_kwargs": {"a": 1}}, "as the model's files say"),
         ("/tokenize", {"messages": OPENAI, "mm_processor_kwargs": {"a": 1}}, "as the model's files say"),

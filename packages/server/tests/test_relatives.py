@@ -260,6 +260,18 @@ def test_a_completion_in_llama_cpps_words(start: Callable[..., Any]) -> None:
         assert last == {**whole, "timings": None}
 
 
+def test_several_prompts_are_answered_in_llama_cpps_words(start: Callable[..., Any]) -> None:
+    with start(PacedEngine(["one"])).http() as client:
+        body = {"prompt": ["a", [1, 2], {"prompt_string": "<__media__>"}], "n_predict": 4}
+        answers = client.post("/completions", json=body).json()
+        assert [(each["index"], each["content"], each["tokens_evaluated"]) for each in answers] == [
+            (0, "one", 2), (1, "one", 2), (2, "one", 12)
+        ]  # fmt: skip
+        assert client.post("/completions", json={**body, "prompt": ["a"]}).json()["content"] == "one"
+        refused = client.post("/completions", json={**body, "stream": True})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "stream")
+
+
 def test_an_answer_follows_a_schema(start: Callable[..., Any]) -> None:
     running = start(PacedEngine(["{}"]))
     with running.http() as client:

@@ -20,7 +20,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from candle_vllm.openai.targets import allowed_target, parse_target
+from candle_vllm.core.targets import allowed_target, parse_target
 from candle_vllm.server.mailbox.options import WebhookOptions
 from candle_vllm.server.mailbox.record import Record, Status
 from candle_vllm.server.mailbox.signing import WebhookAuth, sign

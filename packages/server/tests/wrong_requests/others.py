@@ -172,8 +172,18 @@ LLAMA_ROWS = [
 COMPLETION_ROWS = [
     *LLAMA_ROWS,
     Row("prompt", GONE),
-    Row("prompt", ["a", "b"]),
+    Row("prompt", ["a", 1], "prompt.1"),
+    Row("prompt", [], "prompt"),
     Row("prompt", [1, -1], "prompt.1"),
+    Row("prompt", {"prompt_string": 1}, "prompt.prompt_string"),
+    Row("prompt", {"multimodal_data": []}, "prompt.prompt_string"),
+    Row("prompt", [{"prompt_string": "a", "multimodal_data": "a"}], "prompt.0.multimodal_data"),
+    Row(
+        "prompt",
+        {"prompt_string": "<__media__>", "multimodal_data": ["QUJD"]},
+        "prompt.multimodal_data",
+        code="unsupported_parameter",
+    ),
 ]
 INFILL_ROWS = [
     *LLAMA_ROWS,
@@ -231,7 +241,7 @@ ROUTES = [
     Route("/tokenize", {"prompt": "a"}, TOKENIZE_ROWS),
     Route("/tokenize", {"messages": MESSAGES}, TOKENIZE_CHAT_ROWS),
     Route("/detokenize", {"tokens": [1]}, DETOKENIZE_ROWS),
-    Route("/completion", {"prompt": "a", "n_predict": 4}, COMPLETION_ROWS),
+    *[Route(path, {"prompt": "a", "n_predict": 4}, COMPLETION_ROWS) for path in ("/completion", "/completions")],
     Route("/infill", {"input_prefix": "a", "input_suffix": "", "n_predict": 4}, INFILL_ROWS),
     Route("/v1/fim/completions", {"prompt": "a", "suffix": "", "max_tokens": 4}, FIM_ROWS),
     Route("/apply-template", {"messages": MESSAGES}, TEMPLATE_ROWS),

@@ -24,7 +24,6 @@ from candle_vllm.core.shown import ShownStruct
 # Why some things are not here, in words without arguments or flags: other tables of foreign names say it as well.
 NO_CODE = "code of a model's repository is never run: its architecture is built in, or refused"
 PREPARED = "pictures are read as they are, and prepared as the model's files say"
-NO_ADDRESSES = "a picture is a file's bytes, an array or a PIL.Image: none is opened or fetched by a name"
 
 _WHOLE = "a model lies whole on a GPU or on the CPU (device); nothing is divided between them"
 _ONE_DEVICE = (
@@ -85,7 +84,6 @@ _SETTINGS: Rows = (
      "speculative_config, which has method, model and num_speculative_tokens", (None,)),
     ("limit_mm_per_prompt", "max_images, how many pictures a prompt may have", (None, {})),
     ("clip_model_path", "mmproj, the GGUF file of what the model sees by", (None,)),
-    ("allowed_local_media_path allowed_media_domains", NO_ADDRESSES, (None, "", [])),
     ("use_mmap use_mlock low_cpu_mem_usage", "weights are mapped while they are loaded"),
     ("enable_chunked_prefill", "it is always so", (True, None)),
     ("task runner", "an engine does whatever the model can",

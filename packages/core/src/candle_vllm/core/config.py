@@ -21,6 +21,7 @@ from candle_vllm.core.setting_kinds import (
     Device,
     EngineKind,
     FilePath,
+    Hosts,
     Integer,
     JsonObject,
     Number,
@@ -221,6 +222,12 @@ class EngineConfig(ExplainedSettings):
                                    "how images are prepared where the model's files say otherwise: vLLM's JSON, as "
                                    '{"max_pixels": 1003520}',
                                    "Which names there are is the model's: docs/vision.md."] = None
+    allowed_media_domains: Annotated[tuple[str, ...], Hosts(),
+                                     "host that images of requests may be fetched from (docs/vision.md): example.com, "
+                                     "*.example.com, either with :PORT",
+                                     "A text or a list; nothing is fetched without."] = ()
+    allowed_local_media_path: Annotated[Path | None, FilePath(),
+                                        "folder whose files requests may name as images (file://)"] = None
     isq: Annotated[str | None, QuantisedType(ISQ_NAMES), "quantise plain weights while they are loaded "
                    "(docs/quantisation.md): " + ", ".join(ISQ_NAMES),
                    "q4_k stands for q4k. The embedding and the head get at least q6k; norms, biases and routers stay "
@@ -492,6 +499,8 @@ class EngineSettings(TypedDict, total=False):
     mmproj: Path | None
     max_images: int
     mm_processor_kwargs: Mapping[str, Any] | None
+    allowed_media_domains: tuple[str, ...]
+    allowed_local_media_path: Path | None
     isq: str | None
     imatrix: Path | None
     load_format: LoadFormat

@@ -58,6 +58,7 @@ from candle_vllm.core.text.infill import InfillPrompt, infill_prompt
 from candle_vllm.core.text.prompts import (
     Message,
     Prompt,
+    addresses_of,
     as_conversations,
     as_prompts,
     one_conversation,
@@ -65,8 +66,10 @@ from candle_vllm.core.text.prompts import (
     prompt_pictures,
     prompt_texts,
     read_prompt,
+    with_files,
 )
 from candle_vllm.core.text.tokenizer import Tokenizer
+from candle_vllm.core.vision.fetching import ImageSources
 from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.core.vision.prompts import Sight
 
@@ -91,9 +94,11 @@ class EngineFront(ABC):
 
     Attributes:
         config: the engine's settings.
+        image_sources: where pictures of conversations may come from, by those; for adapters over the engine as well.
     """
 
     config: EngineConfig
+    image_sources: ImageSources
     _info: ModelInfo
     _owner: int  # the process that made it
 
@@ -212,6 +217,24 @@ class EngineFront(ABC):
         if self._sight is None:
             raise InvalidParameterError(f"image: {self._info.name} reads text alone", "image")
         return self._sight.look(token_ids, images, names, self._info.max_model_len)
+
+    async def fetch_images(self, messages: Sequence[Message]) -> list[Message]:
+        """A conversation whose pictures are all in it, for `achat_stream`; `chat`, `chat_stream` and `achat` do it.
+
+        Pictures at addresses are had as `allowed_media_domains` and `allowed_local_media_path` allow: `https://`,
+        `http://` and `file://`, each checked at every redirect, with 20 MB and 10 seconds each and 64 MB in all.
+
+        Raises:
+            UnsupportedParameterError: nothing is allowed there.
+            InvalidParameterError: one could not be had, and why.
+        """
+        template = self._require()[1].template
+        conversation = one_conversation(messages, template, sees=self._sight is not None)
+        return await self._with_images(conversation)
+
+    async def _with_images(self, conversation: Sequence[Message]) -> list[Message]:
+        wanted = addresses_of(conversation)
+        return with_files(conversation, await self.image_sources.files(wanted)) if wanted else list(conversation)
 
     def apply_chat_template(self, messages: Sequence[Message], **options: Any) -> str:
         """The conversation as one prompt text, by the model's own template.
@@ -451,7 +474,8 @@ class EngineFront(ABC):
         sees = self._sight is not None
         conversations, several = as_conversations(messages, template, sees=sees)
         texts = prompt_texts("chat", conversations, template, options, _SAMPLING, sees=sees)
-        prompts = [self._chat_prompt(text, each) for text, each in zip(texts, conversations)]
+        places = [f"messages[{number}]" if several else "messages" for number in range(len(conversations))]
+        prompts = [self._chat_prompt(*each) for each in zip(texts, conversations, places)]
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = self._chat_params(sampling_params)
         else:
@@ -494,7 +518,8 @@ class EngineFront(ABC):
         **options: Any,
     ) -> GenerationOutput:
         """`chat` for one conversation, in an event loop. Cancelling it aborts the request."""
-        prompt = self._chat_prompt(self._rendered("achat", messages, options)[0], messages)
+        text = self._rendered("achat", messages, options)[0]
+        prompt = self._seen_prompt(text, await self._with_images(messages) if self._sight is not None else messages)
         params = self._chat_params(sampling_params)
         return await whole(
             self.stream(prompt, params, request_id=request_id, priority=priority, lora_request=lora_request)
@@ -693,8 +718,11 @@ class EngineFront(ABC):
         lora_request: LoraChoice = None,
         **options: Any,
     ) -> TokenStream:
-        """`stream` for one conversation, for `async for` in an event loop; parameters and `options` as of `chat`."""
-        prompt = self._chat_prompt(self._rendered("achat_stream", messages, options)[0], messages)
+        """`stream` for one conversation, for `async for` in an event loop; parameters and `options` as of `chat`.
+
+        It waits for nothing: messages with pictures at addresses go through `fetch_images` before.
+        """
+        prompt = self._seen_prompt(self._rendered("achat_stream", messages, options)[0], messages)
         params = self._chat_params(sampling_params)
         return self.stream(prompt, params, request_id=request_id, priority=priority, lora_request=lora_request)
 
@@ -753,10 +781,17 @@ class EngineFront(ABC):
         if "generate" not in self._info.tasks:
             check_encoder_task(self._info.name, "generate", self._info.tasks)
 
-    def _chat_prompt(self, text: str, conversation: Sequence[Message]) -> Prompt:
+    def _chat_prompt(self, text: str, conversation: Sequence[Message], place: str = "messages") -> Prompt:
+        """`_seen_prompt`, with the pictures that are elsewhere fetched."""
+        wanted = addresses_of(conversation, place) if self._sight is not None else []
+        if wanted:
+            conversation = with_files(conversation, self.image_sources.files_now(wanted))
+        return self._seen_prompt(text, conversation, place)
+
+    def _seen_prompt(self, text: str, conversation: Sequence[Message], place: str = "messages") -> Prompt:
         """The prompt of a conversation, which has its special tokens already, with its pictures."""
         prompt = {"prompt": text, "prompt_token_ids": self.tokenize(text, add_special_tokens=False)}
-        pictures = pictures_of(conversation) if self._sight is not None else []
+        pictures = pictures_of(conversation, place) if self._sight is not None else []
         return {**prompt, "multi_modal_data": {"image": pictures}} if pictures else prompt
 
     def _chat_params(self, params: SamplingParams | None) -> SamplingParams:

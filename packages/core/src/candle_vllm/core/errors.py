@@ -12,6 +12,7 @@
     │   └── AdapterError         an adapter's files are damaged, hostile, or do not fit the model
     ├── RequestError             one request is wrong; its neighbours are not affected
     │   ├── InvalidParameterError  a field out of range or of the wrong type
+    │   │   └── UnsupportedParameterError  it asks for what is not done here
     │   ├── PromptTooLongError   the prompt, or prompt + max_tokens, exceeds the context or the cache
     │   └── ChatTemplateError    the model's template refused, failed or ran out of time
     ├── RequestAbortedError      the request was aborted before it finished
@@ -88,6 +89,10 @@ class RequestError(CandleVllmError):
 
 class InvalidParameterError(RequestError):
     """A request field is out of range, of the wrong type, or unknown."""
+
+
+class UnsupportedParameterError(InvalidParameterError):
+    """The request asks for something that exists elsewhere and is not implemented here, or not allowed."""
 
 
 class PromptTooLongError(RequestError):

@@ -33,6 +33,7 @@ from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.prompts import Prompt
 from candle_vllm.core.threads import LOADING_THREADS
+from candle_vllm.core.vision.fetching import ImageSources
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class InferenceEngine(EngineFront):
             raise ConfigError(f"pass an EngineConfig or settings, not both: {', '.join(settings)}")
         require_one(config)
         self.config = config
+        self.image_sources = ImageSources.of(config)
         self._owner = os.getpid()
         ranks = None if config.tensor_parallel_size == 1 else Ranks(config)
         with nullcontext() if ranks is None else ranks.starting():

@@ -86,6 +86,29 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Hosts:
+    """Hosts that others may send this program to, with commas between them; see `targets.check_pattern`."""
+
+    most: int = 512
+
+    def taken(self, value: Any) -> tuple[str, ...]:
+        given = [value] if isinstance(value, str) else value
+        if not isinstance(given, (list, tuple)) or not all(isinstance(each, str) for each in given):
+            raise ValueError("is neither a text nor a list of texts")
+        return tuple(host.strip() for each in given for host in self.check(each).split(","))
+
+    def from_text(self, text: str) -> str:
+        return self.check(text)
+
+    def check(self, value: Any) -> str:
+        from candle_vllm.core.targets import check_pattern  # which a program without such hosts has no need of
+
+        for host in Text(self.most).check(value).split(","):
+            check_pattern(host.strip())
+        return value
+
+
+@dataclass(frozen=True)
 class FreeText:
     """What a person writes for the model: anything but nothing (or that too), line ends and blanks included."""
 

@@ -23,6 +23,7 @@ from candle_vllm.core.engine.request import ModelInfo
 from candle_vllm.core.engine.watching import RequestWatcher
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.params import SamplingParams
+from candle_vllm.core.vision.fetching import ImageSources
 from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.openai.answers import AnswerPlan, AnswerReader
 from candle_vllm.openai.chat_answers import ChatWriter, join_chat
@@ -35,7 +36,6 @@ from candle_vllm.openai.embedding import (
 )
 from candle_vllm.openai.engine import EngineLike, TokenStream
 from candle_vllm.openai.events import Head
-from candle_vllm.openai.fetching import ImageSources
 from candle_vllm.openai.planning import AnswerPlanner
 from candle_vllm.openai.preparation import PreparedChat, TaskPreparation
 from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
@@ -61,7 +61,7 @@ from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.requests import parse_chat_request, parse_completion_request, read_chat, read_completion
 from candle_vllm.openai.serving import AdapterNames, ServedNames, WorkerThreads
 from candle_vllm.openai.streams import AnswerStream, ChunkStream
-from candle_vllm.openai.task import Task, ThinkingLimit
+from candle_vllm.openai.task import MEDIA_MARK, Task, ThinkingLimit
 from candle_vllm.openai.tokenizing import TokenizingAdapter, parse_detokenize_request, parse_tokenize_request
 
 Fields = Mapping[str, Any]  # a request as a plain object, checked when it is used
@@ -163,6 +163,11 @@ class OpenAIAdapter:
         return self._names.served(name)
 
     @property
+    def beginning(self) -> str:
+        """The token, as text, that the model's texts begin with; empty where it has none."""
+        return self._engine.chat_conventions.token_names.get("bos_token") or ""
+
+    @property
     def max_images(self) -> int:
         """Of a request; 0 where the model reads text alone."""
         return self._engine.model_info.max_images
@@ -221,10 +226,11 @@ class OpenAIAdapter:
         return len((await self._ready(read)).prepared.prompt)
 
     async def apply_template(self, request: ChatCompletionRequest) -> RenderedPrompt:
-        """The text that a chat request begins with; nothing is generated."""
+        """The text that a chat request begins with, with `MEDIA_MARK` for each image; nothing is generated."""
         self._names.served(request.model)
-        ready = await self._ready(partial(read_chat, _checked_chat(request)))
-        return RenderedPrompt(prompt=ready.prepared.text)
+        prepared = (await self._ready(partial(read_chat, _checked_chat(request)))).prepared
+        text, mark = prepared.text, self._engine.model_info.image_text
+        return RenderedPrompt(prompt=text.replace(mark, MEDIA_MARK) if prepared.images else text)
 
     @explained(**{"the request, as in complete({...})": CompletionRequest.wire_names()})
     async def complete(self, request: CompletionRequest | Fields) -> Completion:
@@ -317,7 +323,8 @@ class OpenAIAdapter:
 
     async def _continued(self, task: Task) -> tuple[AnswerStream, Sequence[EchoedPrompt]]:
         head = self._head("cmpl-", task.request_id, self._names.served(task.model))
-        prompts, params = await self._work.prepare(self._preparation.prompts, task)
+        prepared = await self._work.prepare(self._preparation.prompts, task)
+        prompts, params, images, _ = await self._preparation.see_prompt(task, prepared, self._work)
         if task.form is not None:
             remark(await self._work.compile(self._preparation.check_form, task))
         sources: list[TokenStream] = []
@@ -325,7 +332,7 @@ class OpenAIAdapter:
             for number, prompt in enumerate(prompts):
                 request_id = head.id if len(prompts) == 1 else f"{head.id}-{number}"
                 with task.paths.blamed():
-                    sources.append(self._submit(task, prompt.token_ids, params, request_id, "prompt"))
+                    sources.append(self._submit(task, prompt.token_ids, params, request_id, "prompt", images))
         except BaseException:
             for source in sources:
                 await source.aclose()

@@ -20,6 +20,7 @@ from candle_vllm.core.errors import (
     PromptTooLongError,
     RequestAbortedError,
     RequestError,
+    UnsupportedParameterError,
 )
 
 
@@ -51,10 +52,6 @@ class InvalidBodyError(RequestError):
 
 class UnknownParameterError(InvalidParameterError):
     """The request has a field that nobody defines, most often a misspelt one."""
-
-
-class UnsupportedParameterError(InvalidParameterError):
-    """The request asks for something that exists elsewhere and is not implemented here."""
 
 
 def no_priority() -> UnsupportedParameterError:

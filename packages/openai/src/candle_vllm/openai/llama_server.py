@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The texts of llama.cpp's server: `/completion` and `/infill`, whole or streamed, without HTTP (steps 2 and 10).
+"""The texts of llama.cpp's server: `/completion`, with images or not, and `/infill`, without HTTP (steps 2 and 10).
 
 A request is read as a task that an `OpenAIAdapter` answers, and what happens meanwhile is written in llama.cpp's words.
 """
@@ -7,26 +7,36 @@ A request is read as a task that an `OpenAIAdapter` answers, and what happens me
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import aclosing
-from typing import Annotated, Any, ClassVar
+from contextlib import AsyncExitStack, aclosing
+from typing import Annotated, Any, ClassVar, Self, cast
 
 import msgspec
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling import params as caps
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.adapter import OpenAIAdapter
 from candle_vllm.openai.events import Begun, Ended, Event, Text, Usage
-from candle_vllm.openai.protocol.fields import GUESS_FIELDS, ModelName, Refusal, TokenIds, WireModel, prompt_form
+from candle_vllm.openai.protocol.fields import (
+    GUESS_FIELDS,
+    MAX_PROMPTS,
+    ModelName,
+    Refusal,
+    TokenIds,
+    WireModel,
+    invalid,
+    prompt_form,
+)
 from candle_vllm.openai.protocol.generation import LlamaFields, LoraScales, lora_scales
 from candle_vllm.openai.remarks import remark
 from candle_vllm.openai.streams import ChunkStream
-from candle_vllm.openai.task import Paths, Task
+from candle_vllm.openai.task import ImagePart, Paths, Task
 
 MAX_EXTRA = 256  # pieces of other files
+MAX_IMAGES = 1024  # of a prompt, before the model's own bound is asked
 _SNIPPET = "\n\n--- snippet ---\n\n"
 
 _REFUSED: Mapping[str, Refusal] = {
@@ -39,7 +49,7 @@ _REFUSED: Mapping[str, Refusal] = {
     "return_progress": Refusal("nothing is sent before the first token", (False,)),
     "timings_per_token": Refusal("times come with the last piece", (False,)),
     "post_sampling_probs": Refusal("log-probabilities are those of /v1/completions", (False,)),
-    "image_data": Refusal("images stand in messages: use /v1/chat/completions", ([],)),
+    "image_data": Refusal("images are those of the prompt: {prompt_string, multimodal_data}", ([],)),
     "n_cmpl": Refusal("several answers are those of /v1/completions (n)", (1,)),
 }
 WITHOUT_EFFECT: Mapping[str, str] = {
@@ -97,16 +107,75 @@ class _Asked(LlamaFields):
             raise InvalidParameterError(f"json_schema cannot be used: {error}", "json_schema") from None
 
 
+class MediaPrompt(WireModel):
+    """A text, perhaps with images.
+
+    Attributes:
+        multimodal_data: images in base64, in the order of their marks in the text (`task.MEDIA_MARK`), one each.
+    """
+
+    prompt_string: str
+    multimodal_data: Annotated[list[str], Field(max_length=MAX_IMAGES, fail_fast=True)] | None = None
+
+
+def _form(value: Any) -> str:
+    """The tag of a prompt, or of a list of them."""
+    if isinstance(value, dict):
+        return "<object>"
+    form = prompt_form(value)
+    several = isinstance(value, list) and value and isinstance(value[0], (str, list, dict))
+    return "<list>" if several else form
+
+
+_Prompt = Annotated[
+    Annotated[str, Tag("<string>")] | Annotated[TokenIds, Tag("<tokens>")] | Annotated[MediaPrompt, Tag("<object>")],
+    Discriminator(_form),
+]
+
+
 class LlamaCompletionRequest(_Asked):
-    """A text, or its tokens, to continue."""
+    """A text to continue, its tokens, or a text with images; or a list of those, each with its own answer."""
 
     prompt: Annotated[
-        Annotated[str, Tag("<string>")] | Annotated[TokenIds, Tag("<tokens>")], Discriminator(prompt_form)
+        Annotated[str, Tag("<string>")]
+        | Annotated[TokenIds, Tag("<tokens>")]
+        | Annotated[MediaPrompt, Tag("<object>")]
+        | Annotated[list[_Prompt], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<list>")],
+        Discriminator(_form),
     ]
 
-    def task(self, shared: Mapping[str, Any]) -> Task:
+    @model_validator(mode="after")
+    def _one_is_streamed(self) -> Self:
+        if self.stream and len(self.prompts) > 1:
+            raise invalid("stream", "is for one prompt; the answers to several come whole")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int] | MediaPrompt]:
+        """The prompts, one entry each."""
+        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        return cast(Any, self.prompt) if several else [cast(Any, self.prompt)]
+
+    def tasks(self, shared: Mapping[str, Any]) -> list[Task]:
         """What is asked for."""
-        return Task(prompts=(self.prompt,), **shared)
+        prompts = self.prompts
+        names = ["prompt"] if prompts[0] is self.prompt else [f"prompt.{number}" for number in range(len(prompts))]
+        return [_task(prompt, name, shared) for prompt, name in zip(prompts, names, strict=True)]
+
+
+def _task(prompt: str | list[int] | MediaPrompt, name: str, shared: Mapping[str, Any]) -> Task:
+    """What is asked for by a prompt of the name that the request has for it."""
+    if not isinstance(prompt, MediaPrompt):
+        return Task(prompts=(prompt,), **shared)
+    if prompt.multimodal_data is None:
+        return Task(prompts=(prompt.prompt_string,), **shared)
+    field = f"{name}.multimodal_data"
+    images = tuple(
+        ImagePart(f"data:;base64,{data}", path=f"{field}.{place}") for place, data in enumerate(prompt.multimodal_data)
+    )
+    paths: Paths = shared["paths"]
+    shared = {**shared, "paths": paths._replace(fields={**paths.fields, "images": field})}
+    return Task(prompts=(prompt.prompt_string,), images=images, **shared)
 
 
 class Extra(WireModel):
@@ -133,11 +202,11 @@ class InfillRequest(_Asked):
     input_suffix: str
     input_extra: Annotated[list[Extra], Field(max_length=MAX_EXTRA, fail_fast=True)] | None = None
 
-    def task(self, shared: Mapping[str, Any]) -> Task:
+    def tasks(self, shared: Mapping[str, Any]) -> list[Task]:
         """What is asked for. Without a suffix the text is continued."""
         before = "".join(_SNIPPET + each.text for each in self.input_extra or ())
-        return Task(prompts=(f"{before}\n\n{self.input_prefix}" if before else self.input_prefix,),
-                    suffix=self.input_suffix, **shared)  # fmt: skip
+        prefix = f"{before}\n\n{self.input_prefix}" if before else self.input_prefix
+        return [Task(prompts=(prefix,), suffix=self.input_suffix, **shared)]
 
 
 LlamaRequest = LlamaCompletionRequest | InfillRequest
@@ -188,13 +257,18 @@ class LlamaStream(ChunkStream[LlamaText]):
 async def llama_stream(
     adapter: OpenAIAdapter, request: LlamaRequest, defaults: Mapping[str, Any] | None = None
 ) -> LlamaStream:
-    """Submits the request and gives its pieces as they come; close the stream to abort it.
+    """Submits a request of one prompt and gives its pieces as they come; close the stream to abort it.
 
     Args:
         adapter: answers it; raises what its methods raise.
         request: a checked one.
         defaults: by names of `SamplingParams`, for what the request leaves open; before the model's own.
     """
+    (task,) = _tasks(adapter, request, defaults)
+    return LlamaStream(await adapter.continued(task), _Writer())
+
+
+def _tasks(adapter: OpenAIAdapter, request: LlamaRequest, defaults: Mapping[str, Any] | None) -> list[Task]:
     said = [
         f"{name} has no effect: {why}" for name, why in WITHOUT_EFFECT.items() if getattr(request, name) is not None
     ]
@@ -203,7 +277,7 @@ async def llama_stream(
     spelled = {"max_tokens": "n_predict", "repetition_penalty": "repeat_penalty", "structured_outputs": "json_schema"}
     if isinstance(request, InfillRequest):
         spelled |= {"prompt": "input_prefix", "suffix": "input_suffix"}
-    task = request.task({
+    tasks = request.tasks({
         "model": request.model,
         "paths": Paths(spelled),
         "form": request.form(),
@@ -211,16 +285,29 @@ async def llama_stream(
         "scored_only": request.n_predict == 0,
         "lora": lora_scales(request.lora),
     })  # fmt: skip
-    return LlamaStream(await adapter.continued(task), _Writer())
+    return [replace(task, add_special_tokens=not _begins(task.prompts[0], adapter.beginning)) for task in tasks]
+
+
+def _begins(prompt: str | Sequence[int], beginning: str) -> bool:
+    """Whether a text has its first token already, as one that a template wrote."""
+    return bool(beginning) and isinstance(prompt, str) and prompt.startswith(beginning)
 
 
 async def llama_answer(
     adapter: OpenAIAdapter, request: LlamaRequest, defaults: Mapping[str, Any] | None = None
-) -> LlamaText:
-    """The whole answer, which is the sum of a stream's pieces. Cancelling it aborts the request."""
-    async with aclosing(await llama_stream(adapter, request, defaults)) as stream:
-        pieces = [piece async for piece in stream]
-    return replace(pieces[-1], content="".join(piece.content for piece in pieces))
+) -> LlamaText | list[LlamaText]:
+    """The whole answer, which is the sum of a stream's pieces, or those to several prompts, which are answered at the
+    same time. Cancelling it aborts the request."""
+    answers: list[LlamaText] = []
+    async with AsyncExitStack() as streams:
+        begun = [
+            await streams.enter_async_context(aclosing(LlamaStream(await adapter.continued(task), _Writer())))
+            for task in _tasks(adapter, request, defaults)
+        ]
+        for index, stream in enumerate(begun):
+            pieces = [piece async for piece in stream]
+            answers.append(replace(pieces[-1], content="".join(piece.content for piece in pieces), index=index))
+    return answers if len(answers) > 1 else answers[0]
 
 
 class _Writer:

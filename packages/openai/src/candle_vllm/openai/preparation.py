@@ -25,19 +25,19 @@ from candle_vllm.core.sampling.json_schema import schema_remarks
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_template import ChatTemplate
+from candle_vllm.core.vision.fetching import ImageAddress, ImageSources
 from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.openai.answers import AnswerPlan
 from candle_vllm.openai.completion_answers import EchoedPrompt
 from candle_vllm.openai.conversation import images_of, template_messages
 from candle_vllm.openai.engine import EngineLike
 from candle_vllm.openai.errors import UnsupportedParameterError, no_priority
-from candle_vllm.openai.fetching import ImageSources
 from candle_vllm.openai.planning import AnswerPlanner, Planned
 from candle_vllm.openai.protocol.fields import MAX_PROMPT_LOGPROBS
 from candle_vllm.openai.protocol.templating import check_variables
 from candle_vllm.openai.requests import sampling_params
 from candle_vllm.openai.serving import WorkerThreads
-from candle_vllm.openai.task import Call, ImagePart, Message, Task, TextPart
+from candle_vllm.openai.task import MEDIA_MARK, Call, ImagePart, Message, Task, TextPart
 
 MAX_HELD_IMAGES = 1 << 30
 """Bytes of the images of all requests that wait or run; one alone may have more."""
@@ -49,6 +49,9 @@ _LOOKED = (
     Message(role="assistant", calls=(Call("call_image", "look", "{}"),)),
     Message(role="tool", parts=(ImagePart(""),), call_id="call_image"),
 )
+
+
+Unseen = tuple[Sequence[bytes | ImageAddress], Sequence[str]]
 
 
 class PreparedChat(NamedTuple):
@@ -70,14 +73,20 @@ class PreparedChat(NamedTuple):
     text: str
     remarks: tuple[str, ...] = ()
     images: tuple[ImageInput, ...] = ()
-    unseen: tuple[Sequence[bytes | ImagePart], Sequence[str]] | None = None
+    unseen: Unseen | None = None
 
 
 class PreparedPrompts(NamedTuple):
-    """A task of prompts, ready to be submitted."""
+    """A task of prompts, ready to be submitted.
+
+    Attributes:
+        images, unseen: of the only prompt, as of `PreparedChat`.
+    """
 
     prompts: list[EchoedPrompt]
     params: SamplingParams
+    images: tuple[ImageInput, ...] = ()
+    unseen: Unseen | None = None
 
 
 class TaskPreparation:
@@ -128,17 +137,32 @@ class TaskPreparation:
         """The same with its images, which are had from where they are. Raises `RequestError`."""
         if prepared.unseen is None:
             return prepared
-        images, names = prepared.unseen
-        with task.paths.blamed():
-            async with self._images.had(images) as files:
-                return await work.look(self._look, task, prepared, files, names)
+        prompt, images = await self._seen(task, prepared.prompt, prepared.unseen, work)
+        return prepared._replace(prompt=prompt, images=images, unseen=None)
 
-    def _look(self, task: Task, prepared: PreparedChat, files: Sequence[bytes], names: Sequence[str]) -> PreparedChat:
+    async def see_prompt(self, task: Task, prepared: PreparedPrompts, work: WorkerThreads) -> PreparedPrompts:
+        """`see` of a task's only prompt."""
+        if prepared.unseen is None:
+            return prepared
+        (prompt,) = prepared.prompts
+        ids, images = await self._seen(task, prompt.token_ids, prepared.unseen, work)
+        return prepared._replace(prompts=[prompt._replace(token_ids=tuple(ids))], images=images, unseen=None)
+
+    async def _seen(
+        self, task: Task, prompt: Sequence[int], unseen: Unseen, work: WorkerThreads
+    ) -> tuple[list[int], tuple[ImageInput, ...]]:
         with task.paths.blamed():
-            prompt, images = self._engine.look(prepared.prompt, files, names)
+            async with self._images.had(unseen[0]) as files:
+                return await work.look(self._look, task, prompt, files, unseen[1])
+
+    def _look(
+        self, task: Task, prompt: Sequence[int], files: Sequence[bytes], names: Sequence[str]
+    ) -> tuple[list[int], tuple[ImageInput, ...]]:
+        with task.paths.blamed():
+            ids, images = self._engine.look(prompt, files, names)
             self._count(images)
-            _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), len(prompt))
-            return prepared._replace(prompt=prompt, images=images, unseen=None)
+            _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), len(ids))
+            return ids, images
 
     def _count(self, images: Sequence[ImageInput]) -> None:
         """Counts what images take until their requests are over; they are enlarged before they queue.
@@ -165,14 +189,34 @@ class TaskPreparation:
         prompt = self._engine.tokenize(self._engine.apply_chat_template(said), add_special_tokens=False)
         self._engine.look(prompt, [data], ["the image"])
 
-    def _unseen(self, task: Task) -> tuple[list[bytes | ImagePart], list[str]] | None:
+    def _unseen(self, task: Task) -> Unseen | None:
         images = images_of(task.messages)
         if not images:
             return None
         if "image" not in self._engine.model_info.modalities:
             said = f"{images[0].path}: an image cannot be read: {self._engine.model_info.name} takes text only"
             raise UnsupportedParameterError(said, images[0].path)
-        return [self._images.begin(image) for image in images], [image.path for image in images]
+        return self._begun(images)
+
+    def _begun(self, images: Sequence[ImagePart]) -> Unseen:
+        where = [ImageAddress(image.source, image.path, image.stored) for image in images]
+        return [self._images.begin(each) for each in where], [each.path for each in where]
+
+    def _marked(self, prompt: str, images: Sequence[ImagePart]) -> str:
+        """A text with the model's own marks for its images."""
+        info = self._engine.model_info
+        if "image" not in info.modalities:
+            raise UnsupportedParameterError(
+                "images: Multimodal data provided, but model does not support multimodal requests.", "images"
+            )
+        marks = prompt.count(MEDIA_MARK)
+        if marks != len(images):
+            raise InvalidParameterError(
+                f"images: Failed to tokenize prompt: {len(images)} images, and {MEDIA_MARK} stands in the text {marks} "
+                "times: each needs one",
+                "images",
+            )
+        return prompt.replace(MEDIA_MARK, info.image_text)
 
     def hold(self, task: Task, prepared: PreparedChat) -> PreparedChat:
         """The same with a form that was compiled; it may take seconds. Raises `RequestError`.
@@ -270,12 +314,13 @@ class TaskPreparation:
                 params = replace(params, stop_token_ids=tuple(ends))
                 prompts = [EchoedPrompt("", "", one.token_ids) for one in filled]
             else:
-                prompts = [self._prompt(task, prompt) for prompt in task.prompts]
+                given = task.prompts if task.images is None else [self._marked(str(task.prompts[0]), task.images)]
+                prompts = [self._prompt(task, prompt) for prompt in given]
             tokens = sum(len(prompt.token_ids) for prompt in prompts)
             _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), tokens)
             if task.echo_prompts:
                 _check_prompt_logprobs("logprobs", task.sampling.get("logprobs"), tokens, task.choices)
-            return PreparedPrompts(prompts, params)
+            return PreparedPrompts(prompts, params, unseen=self._begun(task.images) if task.images else None)
 
     def check_form(self, task: Task) -> tuple[str, ...]:
         """Compiles the form of texts that continue prompts; it may take seconds. Raises `RequestError`.

@@ -44,6 +44,9 @@ class ImagePart(NamedTuple):
 
 Part = TextPart | ImagePart
 
+MEDIA_MARK = "<__media__>"
+"""What stands for an image in a prompt that is a text, whatever the model's own mark is; llama.cpp's."""
+
 
 class Call(msgspec.Struct, frozen=True):
     """A call that an earlier answer made; `arguments` are JSON text as the model wrote it, which may be broken."""
@@ -201,6 +204,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         messages: at least one; or none where there are `prompts`.
         prompts: texts, or ids of tokens, that answers continue as they are.
+        images: of the only prompt, a text with `MEDIA_MARK` for each; None where it is not read for marks.
         suffix: what stands behind the answers, which are to fill the gap between prompt and this; "" is nothing.
         before: ids of tokens that stand before the prompt, of an earlier one with its answer.
         tools: those that may be called, and the choice among them.
@@ -230,6 +234,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     paths: Paths
     messages: tuple[Message, ...] = ()
     prompts: tuple[str | Sequence[int], ...] = ()
+    images: tuple[ImagePart, ...] | None = None
     suffix: str = ""
     before: tuple[int, ...] = ()
     tools: ToolUse = ToolUse()

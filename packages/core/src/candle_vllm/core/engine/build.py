@@ -565,6 +565,7 @@ def model_info(loaded: LoadedModel | LoadedEncoder, engine: Engine) -> ModelInfo
         tasks=("generate", *vectors) if generates else vectors,
         modalities=("text",) if loaded.sight is None else ("text", "image"),
         max_images=0 if loaded.sight is None else loaded.sight.most,
+        image_text="" if loaded.sight is None else loaded.sight.parts.written,
         labels=() if isinstance(loaded, LoadedModel) else loaded.config.labels,
         embedding_size=0 if loaded.pooling is None else loaded.pooling.size,
         max_num_seqs=engine.max_num_seqs,

@@ -534,6 +534,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
         tasks: what the model does: "generate", "embed", "score", "classify".
         modalities: what it reads: "text", and "image" where it sees.
         max_images: of a prompt; 0 where it reads text alone.
+        image_text: what its template writes for one; empty there.
         labels: names of what a classifier tells apart, or of a cross-encoder's score.
         embedding_size: length of its vectors; 0 where it gives none.
         max_num_seqs: most sequences in one step.
@@ -551,6 +552,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
             "kv_cache_bytes",
             "model_sampling",
             "max_images",
+            "image_text",
             "labels",
         }
     )
@@ -571,6 +573,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
     tasks: tuple[str, ...] = ("generate",)
     modalities: tuple[str, ...] = ("text",)
     max_images: int = 0
+    image_text: str = ""
     labels: tuple[str, ...] = ()
     embedding_size: int = 0
     max_num_seqs: int = 1

@@ -338,6 +338,7 @@ class TowerFamily:
         build, weights: as for `Family`.
         mark: the token that stands for each of a picture's embeddings.
         asks: the token that a template writes for a picture; empty where it is `mark`.
+        written: all that a template writes for one; empty where it is `asks`.
         words_around: what stands in a prompt for a picture, of how it is cut, and rows and columns of a tile's cells.
         whole: the embeddings of a tile see each other in the text model, those behind them too.
         turned: the text model turns embeddings by their time, row and column; see `engine/batch.py`.
@@ -355,6 +356,7 @@ class TowerFamily:
     weights: Sequence[WeightName]
     mark: str
     asks: str = ""
+    written: str = ""
     words_around: Callable[[Cut, tuple[int, int]], str]
     whole: bool = False
     turned: bool = False

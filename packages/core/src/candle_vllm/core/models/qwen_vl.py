@@ -408,6 +408,7 @@ FAMILY = TowerFamily(
     build=QwenTower,
     weights=WEIGHTS,
     mark=_MARK,
+    written=f"<|vision_start|>{_MARK}<|vision_end|>",
     words_around=words_around,
     turned=True,
 )

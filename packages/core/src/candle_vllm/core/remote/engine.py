@@ -24,6 +24,7 @@ from candle_vllm.core.remote.wire import Ready, TokenizerParts
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.tokenizer import Tokenizer
+from candle_vllm.core.vision.fetching import ImageSources
 from candle_vllm.core.vision.prompts import Sight
 
 
@@ -57,6 +58,7 @@ class RemoteEngine(EngineFront):
         try:
             ready = process.greeting()
             self._texts: _Texts | None = _Texts(ready, config.max_images)
+            self.image_sources = ImageSources.of(config)
             writer = RequestWriter(ready.info, self._texts.tokenizer, ready.pooling, config.seed)
             self._link = RemoteLink(process, ready, writer)
         except BaseException:  # an interrupt, while it loads, as well

@@ -16,6 +16,7 @@ from candle_vllm.core.engine_front import EngineFront, Texts
 from candle_vllm.core.errors import ConfigError, EngineDeadError
 from candle_vllm.core.remote.fleet import Fleet
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.core.vision.fetching import ImageSources
 
 
 class ReplicatedEngine(EngineFront):
@@ -39,6 +40,7 @@ class ReplicatedEngine(EngineFront):
         if isinstance(model, EngineConfig) and settings:
             raise ConfigError(f"pass an EngineConfig or settings, not both: {', '.join(settings)}")
         self.config = config
+        self.image_sources = ImageSources.of(config)
         self._owner = os.getpid()
         self._fleet: Fleet | None = Fleet(config)
         self._info = self._fleet.info

@@ -151,6 +151,7 @@ class ScriptedEngine(ScriptedVectors):
             tasks=tuple(tasks),
             modalities=("text", "image") if sees else ("text",),
             max_images=64 if sees else 0,
+            image_text="<image>" if sees else "",
             embedding_size=SIZE if "embed" in tasks else 0,
             max_num_seqs=256,
             labels=("first", "second", "third") if "classify" in tasks else (),

@@ -15,7 +15,8 @@ from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError
 from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.template_needs import TemplateNeeds, TemplateProbe, fit, template_needs
-from candle_vllm.core.vision.pictures import part_picture
+from candle_vllm.core.vision.fetching import ImageAddress
+from candle_vllm.core.vision.pictures import part_address, part_picture
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = Mapping[str, Any]
@@ -265,13 +266,39 @@ def pictures_of(conversation: Sequence[Message], place: str = "messages") -> lis
     Raises:
         InvalidParameterError: a part has none.
     """
+    return [part_picture(part, where) for part, where in _picture_parts(conversation, place)]
+
+
+def addresses_of(conversation: Sequence[Message], place: str = "messages") -> list[ImageAddress]:
+    """Where the pictures of a conversation that was looked at are, of those that are elsewhere."""
+    found = ((part_address(part), where) for part, where in _picture_parts(conversation, place))
+    return [ImageAddress(source, where) for source, where in found if source is not None]
+
+
+def with_files(conversation: Sequence[Message], files: Iterable[bytes]) -> list[Message]:
+    """A conversation with the files of its `addresses_of` in their places."""
+    left = iter(files)
+
+    def had(part: Any) -> Any:
+        found = _is_picture(part) and part_address(part) is not None
+        return {"type": "image", "image": next(left)} if found else part
+
     return [
-        part_picture(part, f"{place}[{number}].content[{index}]")
+        {**message, "content": [had(part) for part in message["content"]]}
+        if isinstance(message.get("content"), (list, tuple))
+        else message
+        for message in conversation
+    ]
+
+
+def _picture_parts(conversation: Sequence[Message], place: str) -> Iterable[tuple[Mapping[str, Any], str]]:
+    return (
+        (part, f"{place}[{number}].content[{index}]")
         for number, message in enumerate(conversation)
         if isinstance(message.get("content"), (list, tuple))
         for index, part in enumerate(message["content"])
         if _is_picture(part)
-    ]
+    )
 
 
 def _template_call(call: Mapping[str, Any]) -> dict[str, Any]:

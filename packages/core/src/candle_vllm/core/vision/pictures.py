@@ -172,7 +172,7 @@ def part_picture(part: Mapping[str, Any], place: str) -> object:
     """What a part of a message says its picture is, as `picture_of` takes it; `place` is the part's, for messages.
 
     Parts are those of OpenAI's API (`image_url`, `input_image`), of transformers (`image` with `image`, `path`, `url`
-    or `base64`) and of vLLM (`image_pil`). Nothing is fetched.
+    or `base64`) and of vLLM (`image_pil`). Nothing is fetched: see `part_address`.
 
     Raises:
         InvalidParameterError: it has none, or an address of another machine.
@@ -197,8 +197,20 @@ def part_picture(part: Mapping[str, Any], place: str) -> object:
     if given[:5].lower() == "data:":
         return from_data_url(given, name=place)
     raise InvalidParameterError(
-        f"{place}: nothing is fetched from an address: pass a data URL, or {{'type': 'image', 'path': ...}}", place
+        f"{place}: an address is fetched by chat, chat_stream and achat alone; elsewhere fetch_images does it before: "
+        "await engine.fetch_images(messages)",
+        place,
     )
+
+
+def part_address(part: Mapping[str, Any]) -> str | None:
+    """The address that a part of a message has for its picture, which is elsewhere; None where there is none."""
+    for key in ("image", "image_url", "url"):
+        given = part.get(key)
+        given = given.get("url") if isinstance(given, Mapping) else given
+        if isinstance(given, str) and given[:5].lower() != "data:":
+            return given
+    return None
 
 
 def _check_size(width: int, height: int, limits: PictureLimits, name: str) -> None:

@@ -34,6 +34,7 @@ class Sighted(ShownStruct, frozen=True, kw_only=True):
         rule: how pictures become tiles.
         mark: the token that stands for each of a picture's embeddings.
         asks: the token that a template writes for a picture; the same, or another.
+        written: all that it writes for one, as text.
         cell: pixels of the side of what is one embedding.
         whole: the embeddings of a tile see each other.
         turned: they are turned by their time, row and column.
@@ -43,6 +44,7 @@ class Sighted(ShownStruct, frozen=True, kw_only=True):
     rule: Rule
     mark: int
     asks: int
+    written: str = ""
     cell: int
     whole: bool = False
     turned: bool = False

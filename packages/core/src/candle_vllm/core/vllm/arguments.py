@@ -223,6 +223,7 @@ _TRANSLATED: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "hf_token": _token,
     "tokenizer": _tokenizer,
     "chat_template": _template,
+    "allowed_local_media_path": lambda value: {} if value in (None, "") else {"allowed_local_media_path": value},
     "kv_cache_memory_bytes": lambda value: {} if value is None else {"kv_cache_memory": value},
 }
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 import ipaddress
 from urllib.parse import unquote, urlsplit
 
-from candle_vllm.openai.addresses import is_host
+from candle_vllm.core.targets import is_host
 from candle_vllm.responses.tools.names import matches
 
 ANY = "*"

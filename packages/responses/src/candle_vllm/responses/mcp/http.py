@@ -14,7 +14,7 @@ import msgspec
 from mcp.client.auth.extensions.client_credentials import ClientCredentialsOAuthProvider
 from mcp.shared.exceptions import MCPDeprecationWarning
 
-from candle_vllm.openai.addresses import is_allowed, look_up
+from candle_vllm.core.targets import is_allowed, look_up
 from candle_vllm.responses.mcp.peer import Peer
 from candle_vllm.responses.mcp.server_config import McpServerConfig
 from candle_vllm.responses.mcp.server_values import OAuthClient

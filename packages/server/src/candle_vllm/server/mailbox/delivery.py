@@ -14,7 +14,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 
-from candle_vllm.openai.targets import ForbiddenTarget, Target, allowed_target, parse_target
+from candle_vllm.core.targets import ForbiddenTarget, Target, allowed_target, parse_target
 from candle_vllm.responses.store.entries import StoreUnavailableError
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mailbox.store import MailboxStore, StoredAnswer

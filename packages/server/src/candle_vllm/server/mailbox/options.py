@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from candle_vllm.core.setting_kinds import Boolean, Integer, Kind, Number, Text
-from candle_vllm.openai.targets import check_pattern, parse_target
+from candle_vllm.core.targets import check_pattern, parse_target
 from candle_vllm.server.mailbox.signing import (
     HEADER_NAME,
     RESERVED_HEADERS,

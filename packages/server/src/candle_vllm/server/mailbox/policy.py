@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from candle_vllm.openai.targets import ForbiddenTarget, Target, allowed_target
+from candle_vllm.core.targets import ForbiddenTarget, Target, allowed_target
 from candle_vllm.server.mailbox.options import HEADER_VALUE, MailboxOptions
 from candle_vllm.server.mailbox.record import MailboxError, invalid
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
 
-from candle_vllm.openai.targets import Target, parse_target
+from candle_vllm.core.targets import Target, parse_target
 from candle_vllm.responses.store.entries import StoreUnavailableError
 from candle_vllm.responses.store.upkeep import Upkeep
 from candle_vllm.server.mailbox.delivery import Deliverer

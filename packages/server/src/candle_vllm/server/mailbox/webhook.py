@@ -18,7 +18,7 @@ from enum import Enum
 import httpx
 import msgspec
 
-from candle_vllm.openai.targets import ForbiddenTarget, Target, resolve
+from candle_vllm.core.targets import ForbiddenTarget, Target, resolve
 from candle_vllm.server.mailbox.options import WebhookOptions
 from candle_vllm.server.mailbox.record import Record
 

@@ -30,7 +30,7 @@ from candle_vllm.server.settings.derived import engine_config, image_sources, th
 if TYPE_CHECKING:
     from candle_vllm.core import EngineConfig
     from candle_vllm.core.devices import Device
-    from candle_vllm.openai.fetching import ImageSources
+    from candle_vllm.core.vision.fetching import ImageSources
 
 MIB = 1 << 20
 WORKSPACE = 256 * MIB  # what steps take besides weights and cache

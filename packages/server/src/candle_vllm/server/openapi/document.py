@@ -191,6 +191,8 @@ def _answer(operation: Operation, status: int) -> dict[str, Any]:
         schema = operation.naming.one_of(kinds)
     if operation.bare:
         schema = {"type": "array", "items": schema}
+    if operation.one_or_more:
+        schema = {"anyOf": [schema, {"type": "array", "items": schema}]}
     content: dict[str, Any] = {operation.media: {"schema": as_list(schema) if operation.listed else schema}}
     if operation.events:
         content["text/event-stream"] = {"schema": _events(operation)}

@@ -38,6 +38,7 @@ class Operation:
         naming: what these types are called in the document.
         listed: the answer is a list of objects of the types.
         bare: the answer is an array of them.
+        one_or_more: the answer is one of them, or an array.
         bare_body: the body is an array of them.
         manages: the route is for operators.
         public: the route needs no key.
@@ -60,6 +61,7 @@ class Operation:
     naming: Naming = field(default_factory=Naming)
     listed: bool = False
     bare: bool = False
+    one_or_more: bool = False
     bare_body: bool = False
     manages: bool = False
     public: bool = False

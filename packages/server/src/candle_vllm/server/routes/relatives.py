@@ -31,6 +31,7 @@ from candle_vllm.openai.llama_server import (
     llama_stream,
 )
 from candle_vllm.openai.requests import parse_chat_request
+from candle_vllm.openai.task import MEDIA_MARK
 from candle_vllm.openai.validation import parse_body
 from candle_vllm.server.answering import GenerationApi, answer, answer_parsed_with, answer_with, deadline_of
 from candle_vllm.server.http.errors import HttpError
@@ -99,6 +100,7 @@ class Modalities(msgspec.Struct, frozen=True):
     """What a model reads besides text."""
 
     vision: bool = False
+    video: bool = False
     audio: bool = False
 
 
@@ -108,6 +110,7 @@ class Properties(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         total_slots: most sequences in one step.
         model_path: the model's name; where its files lie is nobody's business.
+        media_marker: what stands for an image in the `prompt_string` of `/completion`.
     """
 
     default_generation_settings: GenerationSettings
@@ -118,6 +121,7 @@ class Properties(msgspec.Struct, frozen=True, kw_only=True):
     bos_token: str
     eos_token: str
     modalities: Modalities
+    media_marker: str
     build_info: str
 
 
@@ -214,6 +218,7 @@ def _properties(model: ServedModel) -> Properties:
         bos_token=names.get("bos_token", ""),
         eos_token=names.get("eos_token", ""),
         modalities=Modalities(vision="image" in info.modalities),
+        media_marker=MEDIA_MARK,
         build_info=f"candle-vllm {version('candle-vllm-server')}",
     )
 
@@ -339,8 +344,9 @@ COMPLETION, INFILL = _api(LlamaCompletionRequest), _api(InfillRequest)
 
 
 @router.post("/completion")
+@router.post("/completions")
 async def completion(request: Request) -> Response:
-    """A text continued, in llama.cpp's words."""
+    """A text continued, perhaps one with images, in llama.cpp's words."""
     return await answer(request, COMPLETION)
 
 

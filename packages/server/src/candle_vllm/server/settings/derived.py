@@ -26,7 +26,7 @@ from candle_vllm.server.settings.table import OPTIONS
 
 if TYPE_CHECKING:
     from candle_vllm.core import EngineConfig, InferenceEngine
-    from candle_vllm.openai.fetching import ImageSources
+    from candle_vllm.core.vision.fetching import ImageSources
     from candle_vllm.server.mailbox.options import MailboxOptions
 
 _MAX_TEMPLATE = 1 << 20  # characters
@@ -138,7 +138,7 @@ def image_sources(
     Raises:
         ConfigError: the folder is none.
     """
-    from candle_vllm.openai.fetching import ImageSources
+    from candle_vllm.core.vision.fetching import ImageSources
 
     domains = [host.strip() for given in settings.allowed_media_domains for host in given.split(",")]
     return ImageSources(domains, settings.allowed_local_media_path, stored, count)

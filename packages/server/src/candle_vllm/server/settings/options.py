@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from candle_vllm.core.config import SETTINGS
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.core.setting_kinds import Boolean, Integer, Kind, Secret, Text, nearest
+from candle_vllm.core.setting_kinds import Boolean, Integer, Kind, Secret, nearest
 
 ENV_PREFIX = "CANDLE_VLLM_"
 COMMANDS = {
@@ -77,17 +77,6 @@ ONLY: Mapping[str, tuple[str, ...]] = {
 """Commands that have a few settings of their groups alone."""
 NAMING = ("run", "pull", "show", "rm")
 """Commands whose model is an argument."""
-
-
-class Hosts(Text):
-    """Hosts that others may send this server to, with commas between them; see `check_pattern`."""
-
-    def check(self, value: Any) -> str:
-        from candle_vllm.openai.targets import check_pattern  # which a server without such hosts has no need of
-
-        for host in super().check(value).split(","):
-            check_pattern(host.strip())
-        return value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,6 @@ from candle_vllm.server.settings.options import (
     SAMPLING,
     TOOLS,
     Address,
-    Hosts,
     Option,
     UsageError,
     engine,
@@ -345,11 +344,9 @@ class Settings:
     enable_ssl_refresh: Annotated[bool, own(HTTP,
         Boolean(), "read certificate and key again when their files change", commands=_SERVE)] = False
     max_body_mb: Annotated[int, own(HTTP, Integer(1, 1024), "largest request body, in MB of 2^20 bytes", "MB")] = 8
-    allowed_media_domains: Annotated[tuple[str, ...], own(HTTP,
-        Hosts(512), "host that images of requests may be fetched from (docs/vision.md): example.com, *.example.com, "
-        "either with :PORT; several with commas; repeatable", "HOST", commands=_SERVE)] = ()
-    allowed_local_media_path: Annotated[Path | None, own(HTTP,
-        FilePath(), "folder whose files requests may name as images (file://)", "DIR", commands=_SERVE)] = None
+    allowed_media_domains: Annotated[tuple[str, ...], engine(HTTP, "HOST", more="; several with commas; repeatable",
+        in_yaml=False, commands=_SERVE)] = ()
+    allowed_local_media_path: Annotated[Path | None, engine(HTTP, "DIR", in_yaml=False, commands=_SERVE)] = None
     enable_request_priority: Annotated[bool, own(HTTP,
         Boolean(), "let clients put their requests before those of others (`priority`)")] = False
     enable_force_include_usage: Annotated[bool, own(HTTP,

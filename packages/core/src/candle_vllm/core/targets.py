@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where a program may be sent by others: one parser of URLs, the operator's list of hosts, and the check of addresses.
+"""Where a program may be sent by others: addresses, one parser of URLs, and the operator's list of hosts.
 
 The guard of images that are fetched and of webhooks against requests that reach into the network of the server. A URL
 is parsed once, by httpx, and that same object is what is connected to; a name is resolved once, and the address that
@@ -11,12 +11,11 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import re
+import socket
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from candle_vllm.openai.addresses import is_allowed, is_host, look_up
 
 if TYPE_CHECKING:
     import httpx
@@ -28,6 +27,23 @@ MAX_ADDRESSES = 4  # of one name that are tried
 _PLAIN = re.compile(r"[!#-;=?-\[\]_a-z~]+", re.ASCII)  # no blanks, quotes or backslashes
 _PATTERN = re.compile(r"(?P<any>\*\.)?(?P<host>\[[0-9a-f:.]+\]|[a-z0-9.-]+)(?::(?P<port>[1-9][0-9]{0,4}))?", re.ASCII)
 _PORTS = {"http": 80, "https": 443}
+
+_NAME = re.compile(r"(?:(?!-)[a-z0-9-]{1,63}(?<!-)\.)*(?!-)[a-z0-9-]{1,63}(?<!-)", re.ASCII)
+_Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+_PRIVATE: Sequence[_Network] = tuple(
+    map(
+        ipaddress.ip_network,
+        ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "127.0.0.0/8", "::1/128", "fc00::/7"),
+    )
+)
+# Not public, or a door to other addresses, though `is_global` lets them pass; and addresses of cloud metadata.
+_NEVER: Sequence[_Network] = tuple(
+    map(
+        ipaddress.ip_network,
+        ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "2001::/23", "2002::/16", "3fff::/20", "fd00:ec2::/32"),
+    )
+)
+_PUBLIC_V6 = ipaddress.ip_network("2000::/3")  # leaves out mapped IPv4 addresses and NAT64
 
 
 class ForbiddenTarget(ValueError):
@@ -117,6 +133,39 @@ async def resolve(target: Target, threads: Executor) -> Sequence[str]:
     if not target.trusted and not all(is_allowed(address, target.private) for address in addresses):
         raise ForbiddenTarget("has an address that may not be reached")
     return addresses[:MAX_ADDRESSES]
+
+
+def is_allowed(text: str, private: bool) -> bool:
+    """Whether an address is public, or private where that is allowed; never link-local, multicast or reserved."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:  # with a zone, or none at all
+        return False
+    if any(address in network for network in _NEVER) or getattr(address, "scope_id", None):
+        return False
+    if any(address in network for network in _PRIVATE):
+        return private
+    public = address.is_global and not address.is_multicast and not address.is_reserved
+    return public and (address.version == 4 or address in _PUBLIC_V6)
+
+
+def is_host(host: str) -> bool:
+    """Whether a text in lower case is a name without a final dot, or an address in its usual spelling."""
+    if len(host) > 253:
+        return False
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        # A name whose last part is a number is an address in an old spelling (127.1, 0x7f000001).
+        last = host.rpartition(".")[2]
+        return _NAME.fullmatch(host) is not None and re.fullmatch(r"\d+|0x[0-9a-f]*", last, re.ASCII) is None
+    return "%" not in host
+
+
+def look_up(host: str, port: int) -> list[str]:
+    """The addresses of a name, in order; blocks, and raises OSError where there is none."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
 def _canonical(host: str) -> str:

@@ -5,6 +5,7 @@ loopback, which is reached because its address is listed."""
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import socket
 import threading
@@ -14,13 +15,20 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from candle_vllm.core.errors import ConfigError, EngineOverloadedError, InvalidParameterError
-from candle_vllm.openai import fetching, targets
-from candle_vllm.openai.errors import UnsupportedParameterError
-from candle_vllm.openai.fetching import ImageSources
-from candle_vllm.openai.task import ImagePart
+from candle_vllm.core import LLM, InferenceEngine, SamplingParams, targets
+from candle_vllm.core.errors import (
+    ConfigError,
+    EngineOverloadedError,
+    InvalidParameterError,
+    UnsupportedParameterError,
+)
+from candle_vllm.core.testing.toy_sight import write_toy_sight
+from candle_vllm.core.vision import fetching
+from candle_vllm.core.vision.fetching import ImageAddress, ImageSources
 
 BODY = b"bytes of an image"
 
@@ -93,7 +101,7 @@ def site() -> Iterator[Site]:
 
 
 async def had(sources: ImageSources, *urls: str) -> list[bytes]:
-    images = [sources.begin(ImagePart(url, path=f"p{place}")) for place, url in enumerate(urls)]
+    images = [sources.begin(ImageAddress(url, path=f"p{place}")) for place, url in enumerate(urls)]
     async with sources.had(images) as files:
         return files
 
@@ -264,7 +272,7 @@ async def test_a_request_and_all_of_them_are_bounded(site: Site, monkeypatch: py
     with pytest.raises(InvalidParameterError, match="in all"):
         await had(sources, site.url(), site.url("/b.png"))
     monkeypatch.setattr(fetching, "MAX_HELD_BYTES", len(BODY) + 5)
-    async with sources.had([ImagePart(site.url())]):
+    async with sources.had([ImageAddress(site.url())]):
         with pytest.raises(EngineOverloadedError, match="try again later"):
             await had(sources, site.url("/b.png"))
     assert await had(sources, site.url("/b.png")) == [BODY]
@@ -405,13 +413,23 @@ async def test_kept_files_are_of_who_asks() -> None:
 
     keeping: Callable[[str, str], Awaitable[bytes]] = stored
     sources = ImageSources(stored=keeping)
-    async with sources.had([sources.begin(ImagePart("file-1", path="p0", stored=True))]) as files:
+    async with sources.had([sources.begin(ImageAddress("file-1", path="p0", stored=True))]) as files:
         assert files == [BODY]
     with pytest.raises(InvalidParameterError, match="no file file-2"):
-        async with sources.had([ImagePart("file-2", path="p0", stored=True)]):
+        async with sources.had([ImageAddress("file-2", path="p0", stored=True)]):
             pass
     with pytest.raises(UnsupportedParameterError, match="files are not kept here"):
-        ImageSources().begin(ImagePart("file-1", path="p0", stored=True))
+        ImageSources().begin(ImageAddress("file-1", path="p0", stored=True))
+
+
+async def test_who_has_no_event_loop_is_served_as_well(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(BODY[:5])
+    sources = ImageSources([site.host], tmp_path)
+    wanted = [ImageAddress(site.url()), ImageAddress(f"file://{tmp_path}/a.png"), ImageAddress("data:;base64,QUJD")]
+    assert sources.files_now(wanted) == await sources.files(wanted) == [BODY, BODY[:5], b"ABC"]
+    with pytest.raises(InvalidParameterError, match="image: the address names a host"):
+        sources.files_now([ImageAddress("https://evil.example/")])
+    assert sources._held == 0
 
 
 def test_settings_that_are_none(tmp_path: Path) -> None:
@@ -420,3 +438,47 @@ def test_settings_that_are_none(tmp_path: Path) -> None:
             ImageSources([domain])
     with pytest.raises(ConfigError, match="allowed_local_media_path"):
         ImageSources(folder=tmp_path / "nothing")
+
+
+# ---- conversations of the library ------------------------------------------------------------------------------------
+
+
+async def test_chat_takes_pictures_from_where_they_may_come(site: Site, tmp_path: Path) -> None:
+    model = write_toy_sight(tmp_path / "model")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    file = (tmp_path / "a.png").read_bytes()
+    site.answers |= {"/a.png": sends(file), "/moved": moved("/a.png"), "/inside": moved("http://10.0.0.1/a.png")}
+    params = SamplingParams(max_tokens=6, temperature=0)
+
+    def asks(part: Any) -> list[Any]:
+        return [{"role": "user", "content": [part, {"type": "text", "text": "What is this?"}]}]
+
+    def at(url: str) -> list[Any]:
+        return asks({"type": "image_url", "image_url": {"url": url}})
+
+    data = at(f"data:;base64,{base64.b64encode(file).decode()}")
+    allowed: dict[str, Any] = {"allowed_media_domains": site.host, "allowed_local_media_path": tmp_path}
+    with InferenceEngine(model, threads=1, kv_cache_memory=16 << 20, **allowed) as engine:
+        text = engine.chat(data, params).text
+        elsewhere = [at(site.url()), at(f"file://{tmp_path}/a.png"), asks({"type": "image", "url": site.url("/moved")})]
+        conversations = [*elsewhere, asks({"type": "image_pil", "image_pil": Image.fromarray(pixels)})]
+        assert [each.text for each in engine.chat(conversations, params, use_tqdm=False)] == [text] * 4
+        assert LLM(engine).chat(elsewhere[0], params, use_tqdm=False)[0].outputs[0].text == text
+        assert "".join(piece.text for piece in engine.chat_stream(elsewhere[0], params)) == text
+        assert (await engine.achat(elsewhere[1], params)).text == text
+        with pytest.raises(InvalidParameterError, match=r"messages\[0\]\.content\[0\]: .* await engine\.fetch_images"):
+            engine.achat_stream(elsewhere[0], params)
+        messages = await engine.fetch_images(elsewhere[0])
+        assert "".join([piece.text async for piece in engine.achat_stream(messages, params)]) == text
+        for url in ("https://evil.example/", site.url("/inside"), site.url(host="localhost"), "file:///etc/passwd"):
+            with pytest.raises(InvalidParameterError, match=r"^messages\[1\]\[0\]\.content\[0\]: ") as caught:
+                engine.chat([data, at(url)], params, use_tqdm=False)
+            assert "10.0.0.1" not in str(caught.value)
+    with (
+        InferenceEngine(model, threads=1, kv_cache_memory=16 << 20) as engine,
+        pytest.raises(UnsupportedParameterError, match="in the library allowed_media_domains"),
+    ):
+        engine.chat(at(site.url()), params)
+    with pytest.raises(ConfigError, match="allowed_local_media_path is no folder"):
+        InferenceEngine(model, allowed_local_media_path=tmp_path / "nothing")

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from candle_vllm.openai.targets import (
+from candle_vllm.core.targets import (
     ForbiddenTarget,
     allowed_target,
     check_pattern,
@@ -184,7 +184,7 @@ async def test_the_operators_own_address_is_not_checked(monkeypatch, threads) ->
 
 
 async def test_a_resolver_that_hangs_is_left(monkeypatch, threads) -> None:
-    monkeypatch.setattr("candle_vllm.openai.targets.RESOLVE_SECONDS", 0.05)
+    monkeypatch.setattr("candle_vllm.core.targets.RESOLVE_SECONDS", 0.05)
     done = threading.Event()
 
     def getaddrinfo(*_: object, **__: object) -> list[object]:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Images that do not come with a request (between steps 2 and 3): fetched from addresses whose hosts an operator lists,
-read from a folder, or taken of kept files.
+"""Pictures that do not come with a prompt (before step 3): fetched from addresses whose hosts are listed, read from a
+folder, or taken of kept files; for a server's requests and for a library's conversations alike.
 
 Each connection goes to the address that was checked, as `targets` says; each redirect is a URL like the first one. What
 comes is bounded in bytes, in time and in number, before anything looks at it, and what it is decide its bytes later.
@@ -14,23 +14,29 @@ import dataclasses
 import ipaddress
 import os
 import re
-import ssl
 import stat
 import threading
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
 
-from candle_vllm.core.errors import ConfigError, EngineOverloadedError, InvalidParameterError, RequestError
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.errors import (
+    ConfigError,
+    EngineOverloadedError,
+    InvalidParameterError,
+    RequestError,
+    UnsupportedParameterError,
+)
+from candle_vllm.core.targets import ForbiddenTarget, Target, allowed_target, check_pattern, resolve
 from candle_vllm.core.vision.pictures import LIMITS, from_data_url
-from candle_vllm.openai.errors import UnsupportedParameterError
-from candle_vllm.openai.targets import ForbiddenTarget, Target, allowed_target, check_pattern, resolve
-from candle_vllm.openai.task import ImagePart
 
 if TYPE_CHECKING:
+    import ssl
+
     import httpx
 
 SECONDS = 10.0  # for one image: resolving, every redirect and all bytes
@@ -44,8 +50,22 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "candle-vllm"}
 
 
+class ImageAddress(NamedTuple):
+    """Where a picture is.
+
+    Attributes:
+        source: its address, or its data as a data URL.
+        path: where the request has it, for errors.
+        stored: the source is the id of a kept file.
+    """
+
+    source: str
+    path: str = "image"
+    stored: bool = False
+
+
 class ImageSources:
-    """Where images of requests may come from; without any, from the request alone.
+    """Where pictures of requests may come from; without any, from the request alone.
 
     Args:
         domains: hosts whose addresses are fetched, as of `targets.check_pattern`: `name` or `*.name` for ports 80 and
@@ -82,7 +102,12 @@ class ImageSources:
         self._turns = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore]()
         self._held, self._counting = 0, threading.Lock()
 
-    def begin(self, image: ImagePart) -> bytes | ImagePart:
+    @classmethod
+    def of(cls, config: EngineConfig) -> Self:
+        """Those that an engine's settings allow."""
+        return cls(config.allowed_media_domains, config.allowed_local_media_path)
+
+    def begin(self, image: ImageAddress) -> bytes | ImageAddress:
         """The bytes of an image that came with its request, or the image itself if it may be had elsewhere.
 
         Raises:
@@ -106,21 +131,21 @@ class ImageSources:
                 self._count("refused")
                 raise
             return image
-        setting = "--allowed-local-media-path" if scheme == "file" else "--allowed-media-domains"
+        setting = "allowed-local-media-path" if scheme == "file" else "allowed-media-domains"
         said = f"{image.path}: nothing is fetched from an address: send the image as a data URL"
         if scheme in ("http", "https", "file"):
-            said += f" (the operator may allow some: {setting})"
+            said += f" (the operator may allow some: --{setting}, in the library {setting.replace('-', '_')})"
         raise UnsupportedParameterError(said, image.path)
 
     @contextlib.asynccontextmanager
-    async def had(self, images: Sequence[bytes | ImagePart]) -> AsyncIterator[list[bytes]]:
+    async def had(self, images: Sequence[bytes | ImageAddress]) -> AsyncIterator[list[bytes]]:
         """The bytes of all images of a request, each address asked once; they are counted until the block ends.
 
         Raises:
             InvalidParameterError: one could not be had, and why.
             EngineOverloadedError: too many of other requests are there.
         """
-        wanted = {(image.source, image.stored): image for image in images if isinstance(image, ImagePart)}
+        wanted = {(image.source, image.stored): image for image in images if isinstance(image, ImageAddress)}
         room = _Room(self)
         jobs = {key: asyncio.ensure_future(self._one(image, room)) for key, image in wanted.items()}
         try:
@@ -131,6 +156,15 @@ class ImageSources:
                 job.cancel()
             await asyncio.gather(*jobs.values(), return_exceptions=True)
             room.leave()
+
+    async def files(self, images: Sequence[ImageAddress]) -> list[bytes]:
+        """The bytes of pictures, for who keeps them: they are counted while they come. Errors as of `begin`, `had`."""
+        async with self.had([self.begin(image) for image in images]) as files:
+            return files
+
+    def files_now(self, images: Sequence[ImageAddress]) -> list[bytes]:
+        """`files` for who has no event loop, or is called in one that runs."""
+        return _waited(self.files(images))
 
     def count(self, size: int) -> None:
         """Counts bytes that are held; negative ones are let go.
@@ -143,7 +177,7 @@ class ImageSources:
                 raise EngineOverloadedError(f"images that were fetched take {self._held >> 20} MB: try again later")
             self._held += size
 
-    async def _one(self, image: ImagePart, room: _Room) -> bytes:
+    async def _one(self, image: ImageAddress, room: _Room) -> bytes:
         if image.stored:
             assert self._stored is not None
             data = await self._stored(image.source, image.path)
@@ -164,7 +198,7 @@ class ImageSources:
 
     # ---- files -------------------------------------------------------------------------------------------------------
 
-    def _path(self, image: ImagePart) -> Path:
+    def _path(self, image: ImageAddress) -> Path:
         """The path of a `file://` address, as it is written."""
         try:
             parts = urlsplit(image.source)
@@ -177,7 +211,7 @@ class ImageSources:
             raise InvalidParameterError(f"{image.path}: is no path of a file", image.path)
         return Path(path)
 
-    def _read(self, image: ImagePart, room: _Room) -> bytes:
+    def _read(self, image: ImageAddress, room: _Room) -> bytes:
         """A file below the folder, all links on its way followed; what is elsewhere is not told from nothing."""
         assert self._folder is not None
         try:
@@ -209,7 +243,7 @@ class ImageSources:
         target = allowed_target(url, self._domains, True)
         return dataclasses.replace(target, private=target.private and _is_address(target.host))
 
-    async def _fetch(self, image: ImagePart, room: _Room) -> bytes:
+    async def _fetch(self, image: ImageAddress, room: _Room) -> bytes:
         """An image from its address, whose host a failure names, and nothing else of it: a query may be a secret."""
         import httpx
 
@@ -298,6 +332,30 @@ class _Room:
         with self._counting:
             self._sources.count(-self._size)
             self._size, self._over = 0, True
+
+
+def _waited(work: Coroutine[Any, Any, list[bytes]]) -> list[bytes]:
+    """What some work comes to, in an event loop of another thread: in this one another may run.
+
+    An interrupt ends it.
+    """
+    loops: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
+
+    async def told() -> list[bytes]:
+        task = asyncio.current_task()
+        assert task is not None
+        loops.append((asyncio.get_running_loop(), task))
+        return await work
+
+    with ThreadPoolExecutor(1, "candle-vllm-fetch") as thread:
+        done = thread.submit(asyncio.run, told())
+        try:
+            return done.result()
+        except KeyboardInterrupt:
+            for loop, task in loops:
+                with contextlib.suppress(RuntimeError):  # it ended meanwhile
+                    loop.call_soon_threadsafe(task.cancel)
+            raise
 
 
 def _opened_below(folder: Path, path: Path) -> int:
