@@ -37,7 +37,7 @@ def engine(toy_model: Path) -> Iterator[InferenceEngine]:
     [
         ("n_ctx", "it is called max_model_len"),
         ("max_model_length", "did you mean max_model_len?"),
-        ("n_gpu_layers", "nothing is divided"),
+        ("n_gpu_layers", "but for experts that cpu_experts leaves"),
         ("tp_size", "called tensor_parallel_size"),
         ("mem_fraction_static", "it is called gpu_memory_utilization"),
         ("temperature", r"generate\(prompts, SamplingParams"),

@@ -175,6 +175,10 @@ TRANSLATED: dict[str, dict[str, Any]] = {
         "method": "draft_model"}},
     """--chat-template-kwargs '{"enable_thinking": false}'""": {
         "default_chat_template_kwargs": {"enable_thinking": False}},
+    "-ncmoe 10": {"cpu_experts": 10},
+    "--cpu-moe": {"cpu_experts": 1024},
+    "--num-experts-offload-per-rank 0": {"cpu_experts": 0},
+    "--num-experts-offload-per-rank 15": {"cpu_experts": None},
     "-dev CUDA1 --reasoning-format none": {"device": "cuda:1", "reasoning_parser": "none"},
 }  # fmt: skip
 

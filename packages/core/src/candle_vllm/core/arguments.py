@@ -25,7 +25,7 @@ from candle_vllm.core.shown import ShownStruct
 NO_CODE = "code of a model's repository is never run: its architecture is built in, or refused"
 PREPARED = "pictures are read as they are, and prepared as the model's files say"
 
-_WHOLE = "a model lies whole on a GPU or on the CPU (device); nothing is divided between them"
+_WHOLE = "a model lies whole on a GPU or on the CPU (device), but for experts that cpu_experts leaves to the CPU"
 _ONE_DEVICE = (
     "a model is divided among the GPUs of one machine (tensor_parallel_size) or copied to them (data_parallel_size), "
     "and in no other way"

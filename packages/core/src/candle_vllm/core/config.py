@@ -133,6 +133,8 @@ _DRAFT_LIMITS: Mapping[str, tuple[float, float]] = MappingProxyType(
         "draft_p_min": (0.0, 1.0),
     }
 )
+MOST_LAYERS = 1024
+"""Of any model: a setting that counts layers means all of them by it."""
 _FILES = ("model", "revision", "weight_file")
 WITH_WEIGHTS = ("draft_model", "eagle3", "mtp")
 """Methods by which weights are asked for guesses, on the CPU alone."""
@@ -248,6 +250,11 @@ class EngineConfig(ExplainedSettings):
     data_parallel_size: Annotated[int, Integer(1, 64), "replicas of the model behind one address, each in a process "
                                   "of its own, on its own GPUs or its share of the CPU's threads (docs/scaling.md)",
                                   "For `ReplicatedEngine`; each has a KV cache of its own."] = 1
+    cpu_experts: Annotated[int | None, Integer(0, MOST_LAYERS), "experts of the first N layers of a model on a GPU "
+                           "stay in main memory, quantised as they are, and the CPU computes them; 0 for none "
+                           "(docs/scaling.md)",
+                           "None is as many as do not fit. What layers share, attention and the rest are the GPU's."
+                           ] = None
     dtype: Annotated[DType, Choice(_DTYPES, _DTYPE_ALIASES), "type of plain matrices: auto (each one's own; on a GPU "
                      "bf16, or f16 where it has none), f32, bf16 or f16",
                      'On the CPU "auto" keeps the type of each matrix (F64 becomes f32), and quantised ones stay as '
@@ -432,6 +439,7 @@ class EngineConfig(ExplainedSettings):
             "prompt_cache_url": self.prompt_cache_url is not None,
             "kv_offloading_size": self.kv_offloading_size is not None,
             "mmproj": self.mmproj is not None,
+            "cpu_experts": bool(self.cpu_experts),
             "speculative_config": drafts is not None and drafts.method in WITH_WEIGHTS,
         }
         for name, given in refused.items():
@@ -507,6 +515,7 @@ class EngineSettings(TypedDict, total=False):
     device: str
     tensor_parallel_size: int
     data_parallel_size: int
+    cpu_experts: int | None
     dtype: DType
     enforce_eager: bool
     attention_backend: AttentionBackend

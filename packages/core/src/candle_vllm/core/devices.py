@@ -139,11 +139,11 @@ def device_name(device: Device) -> str:
     return torch.cuda.get_device_name(device)
 
 
-def gpu_memory(device: Device) -> int:
-    """Bytes that are free on a GPU."""
+def gpu_memory(device: Device) -> tuple[int, int]:
+    """Bytes of a GPU that are free, and all of them."""
     import torch
 
-    return torch.cuda.mem_get_info(device)[0]
+    return torch.cuda.mem_get_info(device)
 
 
 @contextmanager

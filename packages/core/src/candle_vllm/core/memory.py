@@ -213,7 +213,7 @@ def _shrunk_context(
 
 def free_memory(device: Device) -> int:
     """Bytes that are free on a device."""
-    return available_memory() if device.type == "cpu" else gpu_memory(device)
+    return available_memory() if device.type == "cpu" else gpu_memory(device)[0]
 
 
 def available_memory() -> int:

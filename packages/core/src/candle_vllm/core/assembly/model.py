@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from candle_vllm.core.assembly.offload import Split, plan_split
 from candle_vllm.core.assembly.opening import (
     Opened,
     config_file,
@@ -74,6 +75,7 @@ class Loaded:
         quantization: stored tensor types and how many tensors of each, where they are not plain.
         num_parameters: stored numbers.
         weight_bytes: stored bytes.
+        split: what of it is not on its GPU; None where everything is in one place.
         files: that its weights and description were read from; none where they are random.
         memories: where its matrices are in recorded steps, and those of what was loaded with it.
     """
@@ -90,6 +92,7 @@ class Loaded:
     quantization: str | None
     num_parameters: int
     weight_bytes: int
+    split: Split | None = None
     files: tuple[Path, ...] = ()
     memories: tuple[WeightMemory, ...] = ()
 
@@ -179,11 +182,16 @@ def load_model(
     files, started = opened.files, time.perf_counter()
     with opened.checkpoint as checkpoint:
         model = describe_model(config, device, opened)
-        placement, stored = model.placement, model.stored
+        placement, stored, split = model.placement, model.stored, model.split
         family, full = model.family, model.config
         shard = None if ranks is None else shard_of(files.name, family, full, stored, ranks)
-        with naming(config_file(files), checkpoint.path), room_for_weights(files.name, placement, stored):
+        elsewhere, size = (frozenset[str](), 0) if split is None else (split.names, split.host_bytes)
+        room = room_for_weights(files.name, placement, stored, elsewhere, size)
+        with naming(config_file(files), checkpoint.path), room:
             decoder = family.build(full if shard is None else shard.config, placement, checkpoint)
+            if split is not None:
+                logger.info(split.message)
+                split.place(decoder)
             cut = None if shard is None else shard.cut
             fill(decoder, family.weights, family.ignored(full), full, stored, progress, cut)
             if shard is not None:
@@ -247,6 +255,7 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
         _check_weights(family, model_config, checkpoint)
         stored = as_loaded(config, family, model_config, checkpoint)
         placement = choose_placement(config, device, stored, model_config)
+        split = plan_split(config, device, placement, family, model_config, stored)
     return Described(
         name=files.name,
         placement=placement,
@@ -262,6 +271,7 @@ def describe_model(config: EngineConfig, device: Device, opened: Opened) -> Desc
         quantization=stored_types(stored),
         num_parameters=sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()),
         weight_bytes=sum(tensor.nbytes for tensor in stored.tensors.values()),
+        split=split,
     )
 
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Set
+from contextlib import contextmanager, nullcontext
 
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device, fitting, is_amd, require_torch, use_threads
@@ -78,7 +78,7 @@ def encoder_placement(config: EngineConfig, device: Device, checkpoint: Checkpoi
     in_torch = Placement(device, device_dtype(config, device))
     if config.enforce_eager or device.type == "cuda":
         return _in_torch(config, in_torch, "enforce_eager is set" if config.enforce_eager else f"{device} is a GPU")
-    return _recorded(config, in_torch, _matrix_obstacle(checkpoint))
+    return _recorded(config, in_torch, matrix_obstacle(checkpoint))
 
 
 def _recorded(config: EngineConfig, in_torch: Placement, obstacle: str | None) -> Placement:
@@ -99,7 +99,8 @@ def _in_torch(config: EngineConfig, placement: Placement, reason: str) -> Placem
     Raises:
         ConfigError: torch is not installed, or CPU ranks are asked for.
     """
-    if config.cpu_ranks is not None and config.cpu_ranks > 1:
+    with_experts = placement.device.type == "cuda" and config.cpu_experts != 0  # which the CPU may compute
+    if config.cpu_ranks is not None and config.cpu_ranks > 1 and not with_experts:
         raise ConfigError(
             f"cpu_ranks={config.cpu_ranks} divides what the compiled CPU kernels do, and {reason}: leave it out",
             "cpu_ranks",
@@ -150,7 +151,7 @@ def _beyond_f16(config: EngineConfig, device: Device, model: str, *, kept: bool)
 
 def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: int) -> str | None:
     """Why the compiled CPU kernels cannot run a decoder's checkpoint; None if they can."""
-    obstacle = _matrix_obstacle(checkpoint)
+    obstacle = matrix_obstacle(checkpoint)
     if obstacle is not None:
         return obstacle
     from candle_vllm.core.kernels.attention.cpu_cache import supported
@@ -164,7 +165,8 @@ def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: i
     return None
 
 
-def _matrix_obstacle(checkpoint: Checkpoint) -> str | None:
+def matrix_obstacle(checkpoint: Checkpoint) -> str | None:
+    """Why the compiled CPU kernels cannot multiply a checkpoint's matrices; None if they can."""
     from candle_vllm.core.kernels.cpu_runtime.kernel_cache import can_compile
 
     if not can_compile():
@@ -195,8 +197,18 @@ def memory_of(placement: Placement, checkpoint: Checkpoint) -> int:
 
 
 @contextmanager
-def room_for_weights(name: str, placement: Placement, checkpoint: Checkpoint) -> Iterator[None]:
-    """Around loading weights: where memory runs out, a ConfigError says of which, and what would fit."""
+def room_for_weights(
+    name: str, placement: Placement, checkpoint: Checkpoint, elsewhere: Set[str] = frozenset(), host_bytes: int = 0
+) -> Iterator[None]:
+    """Around loading weights: where memory runs out, a ConfigError says of which, and what would fit.
+
+    The tensors of names `elsewhere` take so many bytes of main memory, while the rest goes to a GPU.
+    """
+    on_host = nullcontext()
+    if elsewhere:
+        rest = {each: tensor for each, tensor in checkpoint.tensors.items() if each not in elsewhere}
+        checkpoint, experts = checkpoint.with_tensors(rest), f"the experts of {name} in main memory"
+        on_host = room_for(experts, host_bytes, "cpu_experts", lambda _: "set cpu_experts to fewer layers")
     what, size = f"the weights of {name}", memory_of(placement, checkpoint)
     numbers = sum(tensor.numel for tensor in checkpoint.tensors.values())
 
@@ -205,7 +217,8 @@ def room_for_weights(name: str, placement: Placement, checkpoint: Checkpoint) ->
         plain = all(tensor.dtype is not None for tensor in checkpoint.tensors.values())
         return f"quantise it while it is loaded (isq={smaller[0]!r})" if plain and smaller else _FEWER
 
-    with fitting(placement.device, what, size), room_for(what, size if placement.device.type == "cpu" else 0, way=way):
+    in_main = size if placement.device.type == "cpu" else 0
+    with fitting(placement.device, what, size), on_host, room_for(what, in_main, way=way):
         yield
 
 

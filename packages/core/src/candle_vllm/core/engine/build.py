@@ -82,6 +82,7 @@ _NOT_FOR_ENCODERS = MappingProxyType(
         "kv_offloading_size": None,
         "speculative_config": None,
         "mm_processor_kwargs": None,
+        "cpu_experts": None,
     }
 )
 

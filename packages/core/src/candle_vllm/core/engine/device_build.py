@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from candle_vllm.core.assembly.model import LoadedModel
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.devices import Device, give_back
+from candle_vllm.core.devices import Device, give_back, leave_cores_to_others
 from candle_vllm.core.engine.device_inputs import DeviceLimits
 from candle_vllm.core.engine.device_runner import MOST_CAPTURED, DeviceRunner
 from candle_vllm.core.errors import ConfigError, NoMemoryError
@@ -23,10 +23,13 @@ from candle_vllm.core.kernels.attention.backend import AttentionNeeds
 from candle_vllm.core.kernels.attention.backends import choose, choose_latent
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.device_stream import CudaStream, DeviceStream, Work
+from candle_vllm.core.kernels.moe.host import HostExperts
 from candle_vllm.core.kernels.torch_numbers import NAMES
 from candle_vllm.core.kernels.triton_build import capability, compile_together
 from candle_vllm.core.layers.adapters import number_places
+from candle_vllm.core.layers.moe import mixtures_of
 from candle_vllm.core.memory import MIB, CachePlan, Room, plan_cache
+from candle_vllm.core.threads import default_threads
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.lora.device import DeviceAdapters
@@ -76,6 +79,7 @@ def build_on_gpu(
     give_back()
     try:
         loaded.decoder.prepare(model.max_position)
+        host = host_experts(config, loaded, stream, budget)
         adapters, adapter_bytes = _adapters(config, loaded, stream, rows) if config.enable_lora else (None, 0)
         runner = DeviceRunner(
             loaded.decoder,
@@ -86,8 +90,10 @@ def build_on_gpu(
             graphs=graphs,
             finite_cache=backend.finite_cache,
             captured_prompts=config.max_cudagraph_capture_size,
-            overlaps=not draft_rows and ranks is None,  # tokens are drawn by the first rank alone
+            # tokens are drawn by the first rank alone; where the host computes, nothing is ahead of it
+            overlaps=not draft_rows and ranks is None and host is None,
             adapters=adapters,
+            host=host,
         )
         steps = runner.largest_steps()
         compile_together(lambda: _pass(steps, stream), device)
@@ -153,6 +159,30 @@ def _adapters(config: EngineConfig, loaded: LoadedModel, stream: DeviceStream, r
     adapters = DeviceAdapters(stream, places, dtype, slots=slots, rank=rank, rows=most, memory=room)
     number_places(loaded.decoder, adapters)
     return adapters, room
+
+
+def host_experts(config: EngineConfig, loaded: LoadedModel, stream: DeviceStream, tokens: int) -> HostExperts | None:
+    """What computes experts that are in main memory, which their layers know from then on; None where none are."""
+    if loaded.split is None:
+        return None
+    decoder: Any = loaded.decoder
+    there = [each for number, each in mixtures_of(decoder.layers).items() if number < loaded.split.layers]
+    ranks = loaded.split.memory.ranks
+    leave_cores_to_others()
+    size, experts = there[0].sizes
+    host = HostExperts(
+        stream,
+        [each.record_experts for each in there],
+        size=size,
+        experts=experts,
+        tokens=tokens,
+        dtype=loaded.placement.torch_dtype,
+        threads=(config.threads or default_threads()) if ranks is None else ranks.threads,
+        ranks=ranks,
+    )
+    for each, layer in zip(there, host.layers, strict=True):
+        each.elsewhere = layer
+    return host
 
 
 def _needs(config: EngineConfig, loaded: LoadedModel) -> AttentionNeeds:

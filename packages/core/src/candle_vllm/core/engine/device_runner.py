@@ -6,6 +6,9 @@ taken from where they were left on the device, so the host need not know them. A
 of a captured graph, one for each size of batch; what remains of a graph's rows decodes nothing. A step with prompts is
 launched operation by operation, or, up to a number of tokens, the replay of a graph too. Tokens go back to the host
 behind a mark.
+
+Where experts are in main memory (`kernels/moe/host.py`), the host computes within a step: it is launched, or replayed,
+in pieces, and the next one is not launched ahead.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from candle_vllm.core.engine.sequence import Tokens
 from candle_vllm.core.kernels.attention.rows import DeviceRows
 from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, Sent, Work, copy
 from candle_vllm.core.kernels.lora.device import DeviceAdapters
+from candle_vllm.core.kernels.moe.host import HostExperts
 from candle_vllm.core.kernels.offloading import block_bytes, block_parts
 from candle_vllm.core.kernels.triton_build import next_power_of_2
 from candle_vllm.core.layers.attention import StepInput
@@ -75,6 +79,8 @@ class DeviceRunner:
         overlaps: whether the next step may be launched before this one's tokens are known; not where there are drafts,
             which begin with these tokens. `limits` must have a sequence for each draft, too.
 
+        host: computes the experts that are in main memory; None where none are. It is closed with the runner.
+
     Attributes:
         adapters: what the decoder's layers add to their products; None where there are no adapters. Given, too.
     """
@@ -95,8 +101,9 @@ class DeviceRunner:
         captured_prompts: int = 0,
         overlaps: bool = True,
         adapters: DeviceAdapters | None = None,
+        host: HostExperts | None = None,
     ) -> None:
-        self.decoder = decoder
+        self.decoder, self._host = decoder, host
         self.overlaps = overlaps
         self._empty = torch.zeros if finite_cache else torch.empty
         self._limits = limits
@@ -133,6 +140,7 @@ class DeviceRunner:
         with self._over_if_it_fails():
             self._size = size = self._captured_size(batch)
             self._asks = self._inputs.send(batch, states, size)
+            self._count_on_host(batch.tokens.shape[1])
             self._entries = entries = batch.adapters
             if size is None:
                 self._stream.run(self._eager(batch))
@@ -142,6 +150,11 @@ class DeviceRunner:
                 self._stream.run(self._captured(size, adapted=entries is not None))
             if size is not None and size.mixed:
                 self._stream.run(self._take_kept)
+            self._count_on_host(0)  # what is run besides holds no tokens
+
+    def _count_on_host(self, tokens: int) -> None:
+        if self._host is not None:
+            self._stream.run(functools.partial(self._host.begin, tokens))
 
     def draw(self, states: Sequence[SamplingState]) -> DrawnRows | Passed | Landed:
         """See `ModelRunner`."""
@@ -195,6 +208,8 @@ class DeviceRunner:
             self._stream.mark().wait()
         self._graphs.clear()
         self._sampler.close()
+        if self._host is not None:
+            self._host.close()
         self.key_caches = self.value_caches = ()
 
     @property

@@ -8,6 +8,7 @@ is what captured and recorded steps know by its address, adapters, and what requ
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -98,7 +99,9 @@ class Sleeper:
         self.level = 0
         self.runners: Sequence[ModelRunner | HeadRunner] = ()
         self.tell: Callable[[int | frozenset[str]], object] = lambda _: None
-        self._config, self._loaded, self._ranks = config, loaded, ranks
+        split = loaded.split  # it is loaded again as it was
+        layers = 0 if split is None else split.layers
+        self._config, self._loaded, self._ranks = dataclasses.replace(config, cpu_experts=layers), loaded, ranks
         self._mark = ""
         self._tensors: OffloadedWeights | None = None
         if not loaded.placement.recorded:
@@ -108,7 +111,7 @@ class Sleeper:
 
     def check(self, level: int) -> None:
         """Raises `CandleVllmError` where this engine cannot sleep so."""
-        if self._tensors is None and not can_drop_pages():
+        if (self._tensors is None or (level == 2 and self._loaded.memories)) and not can_drop_pages():
             raise CandleVllmError("on the CPU an engine sleeps on Linux alone: close it, or unload the model")
         if level == 2 and not self._loaded.files:
             raise CandleVllmError("random weights cannot be read again: sleep at level 1, or unload the model")

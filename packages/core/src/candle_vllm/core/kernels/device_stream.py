@@ -57,6 +57,13 @@ class DeviceStream(Protocol):
         """
         ...
 
+    def between(self, host: Work) -> None:
+        """In work: the host does something before it gives the stream what follows, also where that is captured.
+
+        Captured work is in pieces then. `host` runs no work; it may mark what was given before it, and wait for that.
+        """
+        ...
+
     def mark(self) -> Mark:
         """Marks the end of what was given so far."""
         ...
@@ -97,6 +104,8 @@ class CudaStream:
         self.device = torch.device(device)
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._pieces: list[Work] | None = None  # of what is being captured
+        self._graph: torch.cuda.CUDAGraph | None = None
         self.join()
 
     def run(self, work: Work) -> None:
@@ -111,20 +120,50 @@ class CudaStream:
 
     def capture(self, work: Work) -> Work:
         """See `DeviceStream`."""
-        graph = torch.cuda.CUDAGraph()
+        self._pieces = pieces = list[Work]()
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream), collector_paused():
-            # Not `torch.cuda.graph`: it empties caches each time, which takes longer than this. The generator's state,
-            # which a capture registers, must not be made in inference mode.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
+                self._begin_piece()
                 with torch.inference_mode():
                     work()
+                self._end_piece()
             except BaseException:
-                with contextlib.suppress(RuntimeError):  # the first error is the one that says something
-                    graph.capture_end()
+                if self._graph is not None:
+                    with contextlib.suppress(RuntimeError):  # the first error is the one that says something
+                        self._graph.capture_end()
                 raise
-            graph.capture_end()
-        return graph.replay
+            finally:
+                self._pieces = self._graph = None
+
+        def replay() -> None:
+            for piece in pieces:
+                piece()
+
+        return replay
+
+    def _begin_piece(self) -> None:
+        # Not `torch.cuda.graph`: it empties caches each time, which takes longer than this. The generator's state,
+        # which a capture registers, must not be made in inference mode.
+        with torch.inference_mode(mode=False):
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        self._graph = graph
+
+    def _end_piece(self) -> None:
+        graph, self._graph = self._graph, None
+        assert graph is not None
+        assert self._pieces is not None
+        graph.capture_end()
+        self._pieces.append(graph.replay)
+
+    def between(self, host: Work) -> None:
+        """See `DeviceStream`."""
+        if self._pieces is None:
+            host()
+            return
+        self._end_piece()
+        self._pieces.append(host)
+        self._begin_piece()
 
     def mark(self) -> _CudaMark:
         """See `DeviceStream`."""

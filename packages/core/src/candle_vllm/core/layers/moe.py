@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.fields import MAX_COUNT
 from candle_vllm.core.kernels.collectives import Collective
-from candle_vllm.core.kernels.moe import MOST_EXPERTS, Activation, Routing, Scoring, combine, route
+from candle_vllm.core.kernels.moe import MOST_EXPERTS, Activation, Routing, Scoring, combine, gated_rows, route
 from candle_vllm.core.kernels.plain_linear import PlainKind
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.layers.linear import Linear
@@ -67,6 +67,10 @@ class Mixture:
             raise InvalidFileError(f"{self.top_k} experts of a token cannot be chosen among {candidates}")
 
 
+HostLayer: TypeAlias = Callable[[Value, Value, Callable[[], Value] | None], tuple[Value, Value]]
+"""Given x, logits, and what else may run meanwhile: the experts' sums, and what that gave."""
+
+
 class Router:
     """Scores of experts: x [T, E] -> logits [T, X], in fp32 whatever the model's other weights are."""
 
@@ -112,18 +116,47 @@ class SparseMLP:
 
     Attributes:
         collective: the ranks over which results are summed, where each has a part of every expert; else None.
+        elsewhere: what computes the experts of steps on a GPU whose matrices are in main memory, see
+            `kernels/moe/host.py`; None where they are with the rest.
     """
 
     def __init__(self, hidden_size: int, mixture: Mixture, placement: Placement) -> None:
-        self._mixture = mixture
+        self._hidden_size, self._mixture = hidden_size, mixture
         self.router = Router(hidden_size, mixture, placement)
         self.experts = ExpertMLPs(hidden_size, mixture, placement)
         self.shared = GatedMLP(hidden_size, mixture.shared_size, placement) if mixture.shared_size else None
         self.shared_gate = Linear(hidden_size, 1, placement) if mixture.shared_gate else None
         self.collective: Collective | None = None
+        self.elsewhere: HostLayer | None = None
+
+    def leave_to_host(self, placement: Placement) -> None:
+        """Its experts will be computed by the CPU, in recorded steps; nothing of them may be filled yet."""
+        self.experts = ExpertMLPs(self._hidden_size, self._mixture, placement)
+        if self.router.correction is not None:
+            self.router.correction = placement.empty(self._mixture.experts)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """E and X."""
+        return self._hidden_size, self._mixture.experts
+
+    def record_experts(self, x: Recorded, logits: Recorded) -> Recorded:
+        """Records what the experts make of x [T, E], which the router gave these logits."""
+        pairs = route(logits, self._routing())
+        return combine(self.experts(x, pairs), pairs, None)
+
+    def _with_host(self, elsewhere: HostLayer, x: Value, logits: Value) -> Value:
+        """The same as `__call__`, what all tokens share being computed meanwhile."""
+        if self.shared is None:
+            return elsewhere(x, logits, None)[0]
+        mlp, gate = self.shared, self.shared_gate
+        y, shared = elsewhere(x, logits, lambda: gated_rows(mlp(x), None if gate is None else gate(x)))
+        return y + shared
 
     def __call__(self, x: Value) -> Value:
         logits = self.router(x)
+        if self.elsewhere is not None:
+            return self._with_host(self.elsewhere, x, logits)
         shared = None if self.shared is None else self.shared(x)
         gate = None if self.shared_gate is None else self.shared_gate(x)
         pairs = route(logits, self._routing())
@@ -142,3 +175,9 @@ class SparseMLP:
             top_groups=mixture.top_groups,
             scale=mixture.scale,
         )
+
+
+def mixtures_of(layers: Sequence[Any]) -> dict[int, SparseMLP]:
+    """Those among a decoder's layers that have experts, by their numbers."""
+    found = {number: getattr(layer, "mlp", None) for number, layer in enumerate(layers)}
+    return {number: mlp for number, mlp in found.items() if isinstance(mlp, SparseMLP)}

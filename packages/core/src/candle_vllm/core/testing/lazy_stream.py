@@ -28,6 +28,7 @@ class LazyStream:
         self.captured = 0
         self.replayed = 0
         self._todo: deque[Work] = deque()
+        self._running = False
         self._given = 0
         self._done = 0
 
@@ -49,9 +50,13 @@ class LazyStream:
 
         return replay
 
+    def between(self, host: Work) -> None:
+        """See `DeviceStream`; what the work did before it is done."""
+        host()
+
     def mark(self) -> _LazyMark:
         """See `DeviceStream`."""
-        return _LazyMark(self, self._given)
+        return _LazyMark(self, self._done if self._running else self._given)
 
     def staged(self, size: int) -> torch.Tensor:
         """See `DeviceStream`. What is not written holds numbers that are too large for anything."""
@@ -67,7 +72,11 @@ class LazyStream:
         with torch.inference_mode():
             while self._done < count:
                 self._done += 1
-                self._todo.popleft()()
+                self._running = True
+                try:
+                    self._todo.popleft()()
+                finally:
+                    self._running = False
 
 
 class _LazyMark:

@@ -171,6 +171,9 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
         "max_num_seqs": Derived(sequences, f"default on {device.type}"),
         "prefill_chunk_size": Derived(tokens, f"default on {device.type}"),
         "kv_fraction": Derived(share, f"default on {device.type}"),
+        "cpu_experts": Derived(0, "derived: there is one place for everything, the CPU")
+        if device.type == "cpu"
+        else Derived("as many layers' as do not fit", "default on cuda"),
         "max_loras": Derived(sequences if device.type == "cpu" else 8, f"default on {device.type}"),
         "max_cpu_loras": Derived("as many as lora_memory holds", DEFAULT),
         "lora_memory": Derived("a quarter of what is free, at most 4 GiB", DEFAULT),
@@ -238,6 +241,13 @@ def _of_model(settings: Settings, config: EngineConfig, files: ModelFiles, devic
     }
     for name, value in {**_SAMPLING, **model.default_sampling}.items():
         found[name] = Derived(value, source if name in model.default_sampling else DEFAULT)
+    if device.type == "cuda":
+        split = model.split
+        found["cpu_experts"] = (
+            Derived(0, "derived: the GPU holds the model, or it has no experts")
+            if split is None
+            else Derived(split.layers, f"derived: {split.message}")
+        )
     left = Derived("what is left of the GPU after loading, times kv_fraction", "derived when the model is loaded")
     if cache is None:
         return found | dict.fromkeys(("mem", "kv_cache_memory_bytes"), left)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from candle_vllm.core.arguments import NO_CODE
+from candle_vllm.core.config import MOST_LAYERS
 
 Becomes = str | Callable[[str], list[str]]
 ANY = "*"
@@ -145,7 +146,7 @@ _REPLICAS = (
     "on each, with a proxy before them"
 )
 _ONE_DEVICE = "a model is divided among the GPUs of one machine (--tensor-parallel-size), and in no other way"
-_WHOLE = "a model lies whole on a GPU or on the CPU (--device); nothing is divided between them"
+_WHOLE = "a model lies whole on a GPU or on the CPU (--device), but for experts that --cpu-experts leaves to the CPU"
 _DRAFTS = "--speculative-config says how tokens are guessed"
 _OWN = "the kernels are this project's own and chosen for the machine"
 _MAPPED = "weights are mapped while they are loaded, and then lie in memory in the kernels' order"
@@ -204,9 +205,12 @@ ROWS: tuple[Row, ...] = (
         "what a model sees by computes where the model does"),
     # ---- devices and memory
     Row("-ngl --gpu-layers --n-gpu-layers --num-gpu", _WHOLE, {ANY: _layers}),
-    _only("--cpu-offload-gb -ncmoe --n-cpu-moe", _WHOLE, "0"),
-    Row("-cmoe --cpu-moe -ot --override-tensor -ncffn --n-cpu-ffn --moe-cache-mib -nkvo --no-kv-offload "
-        "--num-experts-offload-per-rank", _WHOLE),
+    _called("-ncmoe --n-cpu-moe", "--cpu-experts", ", layers whose experts the CPU computes"),
+    Row("-cmoe --cpu-moe", f"--cpu-experts {MOST_LAYERS}, which is all layers", {"": f"--cpu-experts {MOST_LAYERS}"}),
+    Row("--num-experts-offload-per-rank", "--cpu-experts counts layers whose experts the CPU computes, and not experts "
+        "of each layer; auto is as many as do not fit", {"0": "--cpu-experts 0", ANY: "--cpu-experts auto"}),
+    _only("--cpu-offload-gb", _WHOLE, "0"),
+    Row("-ot --override-tensor -ncffn --n-cpu-ffn --moe-cache-mib -nkvo --no-kv-offload", _WHOLE),
     _only("--kv-offloading-backend", "--kv-offloading-size is this project's own; --prompt-cache-path and "
           "--prompt-cache-url keep blocks elsewhere", "native"),
     _so("-kvo --kv-offload --op-offload", _ALWAYS),

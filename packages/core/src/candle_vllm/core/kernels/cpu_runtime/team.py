@@ -67,12 +67,14 @@ class ThreadTeam:
         threads: how many, the caller's included; more than there are CPUs are slower, and no less right.
         ranks: how they are divided. Helpers run on their rank's CPUs, and the caller on the first rank's from its first
             plan on, unless it is the process' main thread, whose children would be bound, too.
+        kept_plans: how many plans are run in turns, at least.
 
     Raises:
         ConfigError: the system does not start so many.
     """
 
-    def __init__(self, threads: int, ranks: CpuRanks | None = None) -> None:
+    def __init__(self, threads: int, ranks: CpuRanks | None = None, *, kept_plans: int = 0) -> None:
+        self._kept_plans = max(_KEPT_PLANS, kept_plans)
         self._memory = np.zeros(64 + WORKERS + threads * WORKER_BYTES, np.uint8)
         self._shared = -(-address_of(self._memory) // 64) * 64
         self._word(JOB).value = 1  # odd while there is none
@@ -105,7 +107,7 @@ class ThreadTeam:
             self._bind_caller()
         known = self._plans.get(id(plan))
         if known is None:
-            if len(self._plans) == _KEPT_PLANS:
+            if len(self._plans) == self._kept_plans:
                 self._forget_plans()
             known = self._plans[id(plan)] = plan, address_of(plan)
         self._take_part(known[1], rows, self._shared, 0, self.threads)

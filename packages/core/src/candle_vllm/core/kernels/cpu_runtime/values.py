@@ -68,6 +68,12 @@ def buffer_of(value: Recorded) -> Buffer:
     return value.buffer
 
 
+def put_value(value: Recorded, target: Buffer) -> None:
+    """Makes a value that was not made yet in `target`."""
+    assert isinstance(value, _Pending)
+    value.emit(target, accumulate=False)
+
+
 def buffer_value(recorder: Recorder, buffer: Buffer) -> Recorded:
     """What stands in a buffer when the step begins (or will stand there, by rows already in the plan), whole rows."""
     return _Value(recorder, buffer, 0, buffer.width)

@@ -63,6 +63,7 @@ __all__ = [
     "Scoring",
     "combine",
     "expert_linear",
+    "gated_rows",
     "route",
 ]
 
@@ -149,6 +150,11 @@ def combine(
         from candle_vllm.core.kernels.moe import reference
 
         y = reference.combine(results, pairs).to(dtype)
-    if shared is None:
-        return y
-    return y + (shared if gate is None else torch.sigmoid(gate.float()).to(y.dtype) * shared)
+    return y if shared is None else y + gated_rows(shared, gate)
+
+
+def gated_rows(shared: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    """What all tokens share, [T, N], times gate [T, 1]'s sigmoid where there is one."""
+    import torch
+
+    return shared if gate is None else torch.sigmoid(gate.float()).to(shared.dtype) * shared
