@@ -4,6 +4,7 @@
 python benchmarks/scaling.py message     what telling 1 to 7 others a step takes
 python benchmarks/scaling.py sum         adding up 8 KB to 1 MB between processes of this machine, by Gloo
 python benchmarks/scaling.py engine      steps of a small random model by 1 to 3 ranks, op by op
+python benchmarks/scaling.py stages      prompts and steps of a larger one by one rank and by 2 stages, and who is busy
 python benchmarks/scaling.py model       the table of 1 to 8 GPUs
 """
 
@@ -11,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import socket
 import statistics
 import tempfile
 import threading
 import time
 from array import array
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,6 +140,63 @@ def engine() -> None:
                 print(f"{size} ranks: {(time.perf_counter() - began) / 128 * 1e3:.2f} ms a step")
 
 
+def stages() -> None:
+    """Seconds of one rank, and of two stages with one step at a time and with two in flight; and how busy each is."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    }
+    config = toy_config(**sizes, head_dim=64, num_hidden_layers=8, max_position_embeddings=1024)
+    answer = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+    works = {
+        "8 prompts of 480 tokens": ([f"{n}" * 480 for n in range(8)], SamplingParams(max_tokens=1)),
+        "32 sequences": (["a"] * 32, answer),
+        "8 sequences": (["a"] * 8, answer),
+    }
+    settings: dict[str, Any] = {"device": "cpu", "threads": 1, "enforce_eager": True, "kv_cache_memory": 1 << 29}
+    settings |= {"enable_prefix_caching": False, "max_num_batched_tokens": 256}
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_toy_model(Path(folder), config)
+        for count, flying in ((1, 1), (2, 1), (2, 2)):
+            with InferenceEngine(model, pipeline_parallel_size=count, **settings) as made:
+                engine: Any = made._engine
+                if flying < count:
+                    engine.scheduler.in_flight, engine.step = 1, _one_at_a_time(engine)
+                    engine.scheduler._go_on = lambda _: None
+                ranks = [os.getpid(), *(each.pid for each in made._ranks._processes)] if made._ranks else [os.getpid()]
+                for name, (prompts, params) in works.items():
+                    seconds, busy = min(_worked(made, ranks, prompts, params) for _ in range(3))
+                    shares = " ".join(f"{share:.2f}" for share in busy)
+                    print(f"{count} stages, {flying} in flight, {name}: {seconds:.2f} s, busy {shares}")
+
+
+def _one_at_a_time(engine: Any) -> Callable[[], Any]:
+    step = engine.step
+
+    def landed() -> Any:
+        pieces = step()
+        while engine._flights:
+            pieces += engine._land()
+        return pieces
+
+    return landed
+
+
+def _worked(made: InferenceEngine, ranks: list[int], prompts: list[str], params: Any) -> tuple[float, list[float]]:
+    """Seconds, and what share of them each rank was busy."""
+
+    def times() -> list[float]:
+        lines = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in ranks]
+        return [(int(line[11]) + int(line[12])) / os.sysconf("SC_CLK_TCK") for line in lines]
+
+    before, began = times(), time.perf_counter()
+    made.generate(prompts, params)
+    seconds = time.perf_counter() - began
+    return seconds, [(now - then) / seconds for now, then in zip(times(), before)]
+
+
 def model() -> None:
     """Tokens a second of one sequence."""
     print("| model | link | " + " | ".join(f"{n} GPU{'s' * (n > 1)}" for n in (1, 2, 4, 8)) + " |")
@@ -152,7 +212,7 @@ def model() -> None:
 
 
 if __name__ == "__main__":
-    works = {"message": message, "sum": add_up, "engine": engine, "model": model}
+    works = {"message": message, "sum": add_up, "engine": engine, "stages": stages, "model": model}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=works)
     works[parser.parse_args().what]()

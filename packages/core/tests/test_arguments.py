@@ -168,7 +168,11 @@ def test_the_tables_speak_of_what_is_there_and_what_is_not() -> None:
 
 
 def test_what_is_so_anyway_may_be_said() -> None:
-    settings: dict[str, Any] = {"pipeline_parallel_size": 1, "fully_sharded_loras": False, "limit_mm_per_prompt": {}}
+    settings: dict[str, Any] = {
+        "nnodes": 1,
+        "fully_sharded_loras": False,
+        "limit_mm_per_prompt": {},
+    }
     assert EngineConfig(model="m", **settings) == EngineConfig(model="m")
     params: dict[str, Any] = {"detokenize": True, "skip_clone": True}
     assert SamplingParams(**params) == SamplingParams()
@@ -177,9 +181,13 @@ def test_what_is_so_anyway_may_be_said() -> None:
 @pytest.mark.parametrize(
     ("make", "given", "said"),
     [
-        (EngineConfig, {"model": "m", "pipeline_parallel_size": 2}, "in no other way"),
-        (EngineConfig, {"model": "m", "pipeline_parallel_size": True}, "in no other way"),
-        (EngineConfig, {"model": "m", "pipeline_parallel_size": 1, "fully_sharded_loras": True}, "adapters lie whole"),
+        (EngineConfig, {"model": "m", "nnodes": 2}, "in no other way"),
+        (EngineConfig, {"model": "m", "nnodes": True}, "in no other way"),
+        (
+            EngineConfig,
+            {"model": "m", "nnodes": 1, "fully_sharded_loras": True},
+            "adapters lie whole",
+        ),
         (SamplingParams, {"detokenize": False}, "always so"),
         (PoolingParams, {"task": "embed"}, "the method says it"),
     ],

@@ -6,6 +6,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,3 +104,27 @@ def answers(parts: list[LoadedModel], params: list[SamplingParams], **settings: 
 @pytest.mark.parametrize("settings", [{"graphs": True}, {"graphs": True, "prompts": 64}, {"drafts": 24}], ids=str)
 def test_answers_are_those_op_by_op(parts: list[LoadedModel], settings: dict[str, Any]) -> None:
     assert answers(parts, EVERYTHING, **settings) == answers(parts, EVERYTHING)
+
+
+@pytest.mark.parametrize("settings", [{"graphs": True}, {"graphs": True, "prompts": 64}], ids=str)
+def test_stages_give_the_answers_of_all_layers(settings: dict[str, Any], tmp_path: Path) -> None:
+    """What goes over a border is sent and received within what is captured."""
+    folder = write_toy_model(tmp_path, toy_config("llama", max_position_embeddings=CONTEXT, num_hidden_layers=3))
+    config = EngineConfig(model=str(folder), enforce_eager=True)
+
+    def load(ranks: ThreadRanks | None) -> LoadedModel:
+        return load_model(config, Device("cpu"), lambda *_: None, ranks=ranks)
+
+    def built(ranks: ThreadRanks) -> tuple[Any, Any]:
+        assert ranks.stages is not None
+        return device_runner(stages[ranks.stages.rank], **settings)
+
+    whole, stages = load(None), in_threads(1, load, 2)
+    right = drive(make(whole, EagerRunner(whole.decoder, 200, SIZE, CPU, torch.float32)), asked(EVERYTHING), every=3)
+    (first, _), (second, stream) = in_threads(1, built, 2)
+    beside: Any = Beside(second, stream)
+    try:
+        assert drive(make(stages[0], RankedRunner(first, beside)), asked(EVERYTHING), every=3) == right
+    finally:
+        beside.close()
+    assert first.key_caches[-1].numel() == second.key_caches[0].numel() == 0

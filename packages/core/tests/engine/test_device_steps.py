@@ -217,7 +217,7 @@ def test_steps_overlap(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> 
     landing, ahead = engine._land, []
 
     def watched() -> Any:
-        under_way, given = engine._flight is not None, stream.pending
+        under_way, given = bool(engine._flights), stream.pending
         pieces = landing()
         if under_way:
             ahead.append((given, stream.pending))

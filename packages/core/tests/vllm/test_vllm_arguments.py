@@ -74,7 +74,7 @@ def test_how_vectors_are_made() -> None:
 @pytest.mark.parametrize(
     ("given", "error", "said"),
     [
-        ({"pipeline_parallel_size": 2}, TypeError, "in no other way"),
+        ({"decode_context_parallel_size": 2}, TypeError, "in no other way"),
         ({"fully_sharded_loras": True}, TypeError, "adapters lie whole"),
         ({"trust_remote_code": True}, TypeError, "never run"),
         ({"spec_model": "draft", "spec_method": "ngram"}, ConfigError, "model belongs to the method draft_model"),

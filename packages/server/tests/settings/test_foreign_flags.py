@@ -149,6 +149,7 @@ TRANSLATED: dict[str, dict[str, Any]] = {
     "--api-key k1 --api-key k2": {"api_key": ("k1", "k2")},
     "-tp 1 -O3 --swap-space 4": {"tensor_parallel_size": 1},
     "-tp 2 --num-shards 2": {"tensor_parallel_size": 2},
+    "-pp 2": {"pipeline_parallel_size": 2},
     "--scheduling-policy priority --enable-log-requests": {"enable_request_priority": True, "log_requests": True},
     "--disable-log-requests --uvicorn-log-level critical": {"log_requests": False, "log_level": "error"},
     "--generation-config vllm": {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1},
@@ -248,7 +249,7 @@ def test_a_file_of_flags_stands_below_those_beside_it(tmp_path: Path) -> None:
         ("port:", "serve.yaml: port has no value"),
         ("prot: 1", "serve.yaml: unknown flag --prot"),
         ("port: x", "serve.yaml: --p/--port must be a whole number"),
-        ("pipeline-parallel-size: 2", "serve.yaml: --pipeline-parallel-size 2 is not taken"),
+        ("decode-context-parallel-size: 2", "serve.yaml: --decode-context-parallel-size 2 is not taken"),
         ("trust-remote-code: false\nmax-loras: false", "serve.yaml: max-loras: leave it out"),
         ("config: a.yaml", "serve.yaml: config stands on the command line alone"),
         ("help: true", "serve.yaml: help stands on the command line alone"),
@@ -266,8 +267,8 @@ def test_a_wrong_file_of_flags_is_named(tmp_path: Path, text: str, message: str)
     ("arguments", "message"),
     [
         (
-            ["--pipeline-parallel-size", "2"],
-            "--pipeline-parallel-size 2 is not taken: a model is divided among the GPUs of one machine",
+            ["--decode-context-parallel-size", "2"],
+            "--decode-context-parallel-size 2 is not taken: a model is divided among the GPUs of one machine",
         ),
         (["-ngl", "20"], "a model lies whole on a GPU or on the CPU (--device)"),
         (["bench", "--alias", "a"], "--alias is called --served-model-name here (of `candle-vllm serve, "),

@@ -27,8 +27,8 @@ PREPARED = "pictures are read as they are, and prepared as the model's files say
 
 _WHOLE = "a model lies whole on a GPU or on the CPU (device), but for experts that cpu_experts leaves to the CPU"
 _ONE_DEVICE = (
-    "a model is divided among the GPUs of one machine (tensor_parallel_size) or copied to them (data_parallel_size), "
-    "and in no other way"
+    "a model is divided among the GPUs of one machine (tensor_parallel_size, pipeline_parallel_size) or copied to them "
+    "(data_parallel_size), and in no other way"
 )
 _STORED = "the checkpoint says how it is quantised; isq quantises plain weights while they are loaded"
 _FORM = "structured_outputs, as in structured_outputs=StructuredOutputsParams("
@@ -69,14 +69,14 @@ _SETTINGS: Rows = (
      "yarn_scaling_factor, for a longer context; else the model's files say it"),
     ("n_gpu_layers gpu_layers offload_kqv max_memory", _WHOLE),
     ("cpu_offload_gb swap_space offload_group_size", _WHOLE, (0, 0.0)),
-    ("pipeline_parallel_size decode_context_parallel_size "
-     "prefill_context_parallel_size nnodes", _ONE_DEVICE, (1,)),
+    ("decode_context_parallel_size prefill_context_parallel_size nnodes", _ONE_DEVICE, (1,)),
     ("enable_expert_parallel enable_eplb enable_dbo", _ONE_DEVICE, (False,)),
     ("distributed_executor_backend", _ONE_DEVICE, (None, "uni")),
     ("disable_custom_all_reduce", _ONE_DEVICE, (False, True)),
     ("tp_size", "tensor_parallel_size"),
     ("dp_size", "data_parallel_size"),
-    ("pp_size tensor_split split_mode", _ONE_DEVICE),
+    ("pp_size", "pipeline_parallel_size"),
+    ("tensor_split split_mode", _ONE_DEVICE),
     ("quantization quantization_config", _STORED, (None,)),
     ("load_in_4bit load_in_8bit", _STORED, (False,)),
     ("lora_path lora_base lora_scale", "enable_lora; a request says which adapter (lora_request)"),

@@ -247,6 +247,10 @@ class EngineConfig(ExplainedSettings):
                                     "each a process of its own (docs/scaling.md)",
                                     "Several devices (cuda:0,1) say it, too. Ranks on the CPU compute op by op in "
                                     "torch, to try it out."] = 1
+    pipeline_parallel_size: Annotated[int, Integer(1, 64), "stages that have some of the model's layers each, and run "
+                                      "after each other; each is as many ranks as tensor_parallel_size says "
+                                      "(docs/scaling.md)",
+                                      "Layers are divided so that the stage with most bytes has as few as can be."] = 1
     data_parallel_size: Annotated[int, Integer(1, 64), "replicas of the model behind one address, each in a process "
                                   "of its own, on its own GPUs or its share of the CPU's threads (docs/scaling.md)",
                                   "For `ReplicatedEngine`; each has a KV cache of its own."] = 1
@@ -422,16 +426,19 @@ class EngineConfig(ExplainedSettings):
                 "device='cuda' for the first ones",
                 "device",
             )
+        stages = self.pipeline_parallel_size
         if len(devices) > 1:
             ranks = len(devices) // replicas
-            if self.tensor_parallel_size not in (1, ranks):
+            if self.tensor_parallel_size * stages not in (stages, ranks) or ranks % stages:
+                asked = f"tensor_parallel_size is {self.tensor_parallel_size}"
+                asked += f" and pipeline_parallel_size {stages}" if stages > 1 else ""
                 raise ConfigError(
-                    f"device names {len(devices)} GPUs, and tensor_parallel_size is {self.tensor_parallel_size}: name "
-                    "as many for each replica, or leave one of both out",
+                    f"device names {len(devices)} GPUs, and {asked}: name as many for each replica, or leave one of "
+                    "both out",
                     "tensor_parallel_size",
                 )
-            object.__setattr__(self, "tensor_parallel_size", ranks)
-        if self.tensor_parallel_size == 1:
+            object.__setattr__(self, "tensor_parallel_size", ranks // stages)
+        if self.ranks == 1:
             return
         drafts = draft_settings(self.speculative_config)
         refused = {
@@ -446,8 +453,21 @@ class EngineConfig(ExplainedSettings):
             if given:
                 what = f"{name} with weights of its own" if name == "speculative_config" else name
                 raise ConfigError(
-                    f"{what} is not implemented for several ranks: leave it out, or set tensor_parallel_size=1", name
+                    f"{what} is not implemented for several ranks: leave it out, or set tensor_parallel_size=1 and "
+                    "pipeline_parallel_size=1",
+                    name,
                 )
+        if drafts is not None and stages > 1:
+            raise ConfigError(
+                "speculative_config is not implemented for several stages, whose steps are in flight before tokens are "
+                "known: leave it out, or set tensor_parallel_size in the place of pipeline_parallel_size",
+                "speculative_config",
+            )
+
+    @property
+    def ranks(self) -> int:
+        """Processes that have a part of the model each."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     def plain(self) -> dict[str, Any]:
         """The fields as plain values, for another process."""
@@ -514,6 +534,7 @@ class EngineSettings(TypedDict, total=False):
     load_format: LoadFormat
     device: str
     tensor_parallel_size: int
+    pipeline_parallel_size: int
     data_parallel_size: int
     cpu_experts: int | None
     dtype: DType

@@ -71,7 +71,7 @@ class InferenceEngine(EngineFront):
         self.config = config
         self.image_sources = ImageSources.of(config)
         self._owner = os.getpid()
-        ranks = None if config.tensor_parallel_size == 1 else Ranks(config)
+        ranks = None if config.ranks == 1 else Ranks(config)
         with nullcontext() if ranks is None else ranks.starting():
             self._load(config if ranks is None else ranks.config, ranks, on_progress)
 

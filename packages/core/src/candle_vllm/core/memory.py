@@ -100,7 +100,13 @@ def main_room(threads: int, share: float, weights: int = 0) -> Room:
 
 
 def plan_cache(
-    config: EngineConfig, model: ModelConfig, dtype_bytes: float, sequences: int, room: Room, beside: int = 0
+    config: EngineConfig,
+    model: ModelConfig,
+    dtype_bytes: float,
+    sequences: int,
+    room: Room,
+    beside: int = 0,
+    layers: int | None = None,
 ) -> CachePlan:
     """Divides the memory for the KV cache into blocks.
 
@@ -111,6 +117,7 @@ def plan_cache(
         sequences: most sequences in one step; the cache never holds more than that many of full length.
         room: what there is.
         beside: bytes of one token in another model's cache, which has as many blocks.
+        layers: how many of the model's are here; None is all.
 
     Raises:
         ConfigError: when the asked-for context does not fit, with values that would.
@@ -123,7 +130,8 @@ def plan_cache(
             f"set kv_cache_memory={int(available * 0.9) // MIB * MIB} (bytes) or less",
             "kv_cache_memory",
         )
-    token_bytes = cache_bytes(model, 1, dtype_bytes) + beside
+    layers = model.num_layers if layers is None else layers
+    token_bytes = cache_bytes(model, 1, dtype_bytes, layers) + beside
     block_bytes = token_bytes * config.block_size
     budget = config.kv_cache_memory or int(available * share)
     of_whole = config.gpu_memory_utilization is not None and room.total > 0 and not config.kv_cache_memory
@@ -145,8 +153,8 @@ def plan_cache(
     message = (
         f"KV cache: room for {num_blocks * config.block_size:,} tokens in blocks of {config.block_size}; at most "
         f"{_size(num_blocks * block_bytes)}, {needed} ({source}){kept}; one token takes "
-        f"{_numbers(model)} x {dtype_bytes:g} B{f' and {beside} B for drafts' if beside else ''} = {token_bytes} B; "
-        f"context {context:,}"
+        f"{_numbers(model, layers)} x {dtype_bytes:g} B{f' and {beside} B for drafts' if beside else ''} = "
+        f"{token_bytes} B; context {context:,}"
     )
     cut = ""
     if context < model.max_position:
@@ -173,14 +181,14 @@ def refuse_longer(config: EngineConfig, model: ModelConfig) -> None:
         )
 
 
-def cache_bytes(model: ModelConfig, tokens: int, dtype_bytes: float) -> int:
-    """Bytes of so many tokens in the cache, of all layers, keys and values."""
-    return round(tokens * model.num_layers * model.cache.numbers * dtype_bytes)
+def cache_bytes(model: ModelConfig, tokens: int, dtype_bytes: float, layers: int | None = None) -> int:
+    """Bytes of so many tokens in the cache, of so many layers or all, keys and values."""
+    return round(tokens * (model.num_layers if layers is None else layers) * model.cache.numbers * dtype_bytes)
 
 
-def _numbers(model: ModelConfig) -> str:
+def _numbers(model: ModelConfig, count: int) -> str:
     """What is kept of a token: keys and values, or only the former."""
-    cache, layers = model.cache, f"{model.num_layers} layers"
+    cache, layers = model.cache, f"{count} layers"
     if cache.key_dim == cache.value_dim:
         return f"2 x {layers} x {cache.kv_heads} heads x {cache.key_dim}"
     return f"{layers} x {cache.kv_heads} head x {cache.key_dim + cache.value_dim}"

@@ -86,7 +86,8 @@ def _load_any_model(
         _check_isq(config)
         if ranks is not None:
             raise ConfigError(
-                f"{files.name} reads texts whole, and is not divided among ranks: leave tensor_parallel_size out",
+                f"{files.name} reads texts whole, and is not divided among ranks: leave tensor_parallel_size and "
+                "pipeline_parallel_size out",
                 "tensor_parallel_size",
             )
         return _load_encoder(config, device, progress, opened, *found)

@@ -142,6 +142,11 @@ class LoadedModel(Loaded):
     shard: Shard | None = None
 
     @property
+    def num_layers(self) -> int:
+        """How many layers of the model are here."""
+        return self.config.num_layers if self.shard is None else self.shard.num_layers
+
+    @property
     def sight(self) -> Sight | None:
         """See `Loaded`."""
         return None if self.tower is None else self.tower.sight
@@ -185,6 +190,7 @@ def load_model(
         placement, stored, split = model.placement, model.stored, model.split
         family, full = model.family, model.config
         shard = None if ranks is None else shard_of(files.name, family, full, stored, ranks)
+        stored = stored if shard is None else shard.stored(stored)
         elsewhere, size = (frozenset[str](), 0) if split is None else (split.names, split.host_bytes)
         room = room_for_weights(files.name, placement, stored, elsewhere, size)
         with naming(config_file(files), checkpoint.path), room:
@@ -193,6 +199,8 @@ def load_model(
                 logger.info(split.message)
                 split.place(decoder)
             cut = None if shard is None else shard.cut
+            if shard is not None and shard.stage is not None:
+                shard.stage.keep(decoder, placement)
             fill(decoder, family.weights, family.ignored(full), full, stored, progress, cut)
             if shard is not None:
                 shard.join(decoder)

@@ -86,7 +86,7 @@ def plan_split(
         raise ConfigError(
             f"cpu_experts={wanted} is for models with experts, and this one has none: leave it out", "cpu_experts"
         )
-    if wanted == 0 or not of_layers or (wanted is None and config.tensor_parallel_size > 1):
+    if wanted == 0 or not of_layers or (wanted is None and config.ranks > 1):
         return None
     host = Placement(
         CPU,

@@ -59,9 +59,9 @@ def choose_placement(config: EngineConfig, device: Device, checkpoint: Checkpoin
     in_torch = Placement(device, dtype, invariant=config.deterministic and device.type == "cuda")
     if config.enforce_eager:
         return _in_torch(config, in_torch, "enforce_eager is set")
-    if device.type == "cpu" and config.tensor_parallel_size > 1:
+    if device.type == "cpu" and config.ranks > 1:
         logger.warning("ranks on the CPU decode the weights and compute op by op in torch, which is slow")
-        return _in_torch(config, in_torch, "tensor_parallel_size is above 1")
+        return _in_torch(config, in_torch, "there are several ranks")
     if device.type == "cuda":
         if quantised and in_torch.dtype == "F32":
             raise ConfigError(

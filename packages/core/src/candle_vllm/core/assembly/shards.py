@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from candle_vllm.core.assembly.stages import StagePart, stage_of
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter
@@ -62,12 +63,23 @@ class Shard:
         cuts: what it has of the parameters that are divided, by their targets in the family's table.
         collective: the ranks.
         full: the whole model's description.
+        stage: what it has of the model's layers; None for all.
     """
 
     config: ModelConfig
     cuts: Mapping[str, _Cut]
     collective: Collective
     full: ModelConfig
+    stage: StagePart | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers it has."""
+        return self.full.num_layers if self.stage is None else len(self.stage.layers)
+
+    def stored(self, checkpoint: Checkpoint) -> Checkpoint:
+        """What it reads of a checkpoint."""
+        return checkpoint if self.stage is None else checkpoint.with_tensors(self.stage.tensors)
 
     def cut(self, target: str, stored: StoredTensor) -> StoredTensor:
         """What it has of a tensor.
@@ -86,6 +98,8 @@ class Shard:
         """What a rank has of an adapter: of B what it has of outputs, of A what it has of inputs; a bias once."""
         found: dict[str, dict[str, Delta]] = {}
         for path, deltas in adapter.deltas.items():
+            if self.stage is not None and not self.stage.has(path):
+                continue
             for name, delta in deltas.items():
                 target = f"{path}:{name}weight"
                 cut = self.cuts.get(target) or self.cuts.get(target.replace("head:", "embed:"))
@@ -104,6 +118,8 @@ class Shard:
         for target, cut in self.cuts.items():
             path, _ = target.split(":")
             layer = layer_at(decoder, path)
+            if layer is None:  # another stage has it
+                continue
             if cut.dimension == 1:
                 self._sum_behind(decoder, path, layer)
             elif isinstance(layer, Embedding) and layer.share is None:
@@ -157,7 +173,8 @@ def shard_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpo
         cut = _cut(target, shape, [part[target] for part in parts], collective.rank)
         if cut is not None:
             cuts[target] = cut
-    return Shard(configs[collective.rank], cuts, collective, config)
+    stage = None if collective.stages is None else stage_of(name, family, config, checkpoint, collective.stages)
+    return Shard(configs[collective.rank], cuts, collective, config, stage)
 
 
 def _shapes(family: Family, config: ModelConfig, checkpoint: Checkpoint) -> dict[str, _Shape]:

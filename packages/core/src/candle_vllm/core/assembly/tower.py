@@ -109,7 +109,7 @@ def _opened(config: EngineConfig, device: Device, opened: Opened, text_size: int
         yield None
         return
     try:
-        if device.type != "cpu" or config.tensor_parallel_size > 1:
+        if device.type != "cpu" or config.ranks > 1:
             raise ConfigError("images are for one rank on the CPU so far: set device='cpu'")
         require_pillow()
     except ConfigError as error:

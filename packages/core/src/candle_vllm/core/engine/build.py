@@ -128,6 +128,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
         adapters=admission,
         images=images,
         kept=kept,
+        in_flight=runner.in_flight,
     )
     drafter = None
     if drafts is not None:
@@ -373,7 +374,8 @@ def _plan_on_cpu(
     draft = model.draft if isinstance(model, LoadedModel) else draft
     beside = 0 if draft is None else cache_bytes(draft.config, 1, _number_bytes(draft))
     size = _number_bytes(model) if kinds == PLAIN else number_bytes(model.config.cache.key_dim, kinds)
-    return plan_cache(config, model.config, size, sequences, room, beside)
+    layers = model.num_layers if isinstance(model, LoadedModel) else None
+    return plan_cache(config, model.config, size, sequences, room, beside, layers)
 
 
 def _number_bytes(model: LoadedModel | LoadedHead | Described | DescribedHead) -> int:
@@ -467,7 +469,7 @@ def _runner_on_cpu(
         turning = loaded.decoder.rotary
         turning.make_room(budget)
     if not placement.recorded:
-        from candle_vllm.core.engine.eager_runner import EagerHead, EagerRunner
+        from candle_vllm.core.engine.eager_runner import EagerHead, EagerRunner, StageRunner
 
         memory = blocks, config.block_size, placement.device, placement.torch_dtype
         if isinstance(loaded, LoadedHead):
@@ -478,6 +480,8 @@ def _runner_on_cpu(
             from candle_vllm.core.kernels.lora.reference import EagerAdapters
 
             number_places(loaded.decoder, joined := EagerAdapters())
+        if isinstance(loaded.decoder, DecoderStack) and loaded.decoder.stage is not None:
+            return StageRunner(loaded.decoder, *memory, joined)
         return EagerRunner(loaded.decoder, *memory, joined, taps, turning)
     if adapters and isinstance(loaded, LoadedModel):
         number_places(loaded.decoder)

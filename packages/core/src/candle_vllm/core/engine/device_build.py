@@ -105,7 +105,8 @@ def build_on_gpu(
     if aside >= free:
         raise _too_little(budget, sequences, device)
     kept = f" beside {torch.cuda.memory_allocated(device) // MIB} MiB of weights and {aside // MIB} MiB for steps"
-    plan = plan_cache(config, model, dtype.itemsize, sequences, Room(free - aside, share, kept, total=total))
+    room = Room(free - aside, share, kept, total=total)
+    plan = plan_cache(config, model, dtype.itemsize, sequences, room, layers=loaded.num_layers)
     plan = plan if ranks is None else plan.agreed(ranks)
     logger.info(plan.message)
     if plan.warning:

@@ -38,6 +38,7 @@ from candle_vllm.core.kernels.offloading import block_bytes, block_parts
 from candle_vllm.core.kernels.triton_build import next_power_of_2
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.models.family import Decoder
+from candle_vllm.core.models.stack import DecoderStack, layers_here
 from candle_vllm.core.sampling.device_sampler import DeviceSampler, DrawnRows
 from candle_vllm.core.sampling.sampler import Sampler
 from candle_vllm.core.sampling.state import SamplingState
@@ -86,6 +87,7 @@ class DeviceRunner:
     """
 
     fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
+    in_flight = 1
     step_memory = None
 
     def __init__(
@@ -104,6 +106,8 @@ class DeviceRunner:
         host: HostExperts | None = None,
     ) -> None:
         self.decoder, self._host = decoder, host
+        stage = decoder.stage if isinstance(decoder, DecoderStack) else None
+        self._has_head = stage is None or stage.is_first
         self.overlaps = overlaps
         self._empty = torch.zeros if finite_cache else torch.empty
         self._limits = limits
@@ -187,12 +191,15 @@ class DeviceRunner:
                 self._stream.mark().wait()
             raise
 
+    def land(self) -> None:
+        """See `ModelRunner`; a step is over before the next one is launched."""
+
     def score(self, rows: Ints) -> torch.Tensor:
         """See `ModelRunner`. Waits for the step."""
         scores: list[torch.Tensor] = []
         self._stream.run(self._score(rows, scores))
         self._stream.mark().wait()
-        return scores[0]
+        return scores[0] if scores else torch.empty(0)
 
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
         """See `ModelRunner`. Waits for the step."""
@@ -341,11 +348,13 @@ class DeviceRunner:
     def _allocate(self, num_blocks: int) -> None:
         config, self._num_blocks = self.decoder.config, num_blocks
         rows = (num_blocks, self._limits.block_size, config.cache.kv_heads)
+        here = layers_here(self.decoder, config.num_layers)
 
         def caches(dim: int) -> tuple[torch.Tensor, ...]:
             shape = (*rows, dim)
             return tuple(
-                self._empty(shape, dtype=self._dtype, device=self._stream.device) for _ in range(config.num_layers)
+                self._empty(shape if number in here else 0, dtype=self._dtype, device=self._stream.device)
+                for number in range(config.num_layers)
             )
 
         self.key_caches, self.value_caches = caches(config.cache.key_dim), caches(config.cache.value_dim)
@@ -388,7 +397,7 @@ class DeviceRunner:
             take()
             self._hidden = self._forward(tokens, places)
             take_drawn()
-            if samples:
+            if samples and self._has_head:
                 self.decoder.logits(self._hidden[self._inputs.sample_rows(samples)], self._logits[:samples])
 
         return work
@@ -408,6 +417,8 @@ class DeviceRunner:
         """Any step that is at most so large; work on the device."""
         self._take_sent(adapted, head=False)
         hidden = self._forward(size.tokens, self._inputs.rows_for(size))
+        if not self._has_head:
+            return
         if size.mixed:
             if not len(self._kept):
                 self._kept = hidden.new_zeros(self._mixed[-1].tokens, hidden.shape[1])
@@ -432,7 +443,8 @@ class DeviceRunner:
 
         def work() -> None:
             take()
-            scores.append(self.decoder.logits(self._hidden[wanted.there()]))
+            if self._has_head:
+                scores.append(self.decoder.logits(self._hidden[wanted.there()]))
 
         return work
 

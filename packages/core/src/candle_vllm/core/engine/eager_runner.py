@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +22,8 @@ from candle_vllm.core.kernels.offloading import block_bytes, block_parts
 from candle_vllm.core.layers.attention import StepInput, Taps
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Tower, TowerStep
+from candle_vllm.core.models.stack import DecoderStack, layers_here
+from candle_vllm.core.sampling.state import SamplingState
 
 
 class EagerRunner(StepwiseRunner):
@@ -54,8 +58,12 @@ class EagerRunner(StepwiseRunner):
         self.decoder = decoder
         self.device = device
         # Not cleared: the system hands out pages as they are first written, and attention reads only what was.
+        here = layers_here(decoder, config.num_layers)
         self.key_caches, self.value_caches = (
-            tuple(torch.empty(shape, device=device, dtype=dtype) for _ in range(config.num_layers))
+            tuple(
+                torch.empty(shape if number in here else 0, device=device, dtype=dtype)
+                for number in range(config.num_layers)
+            )
             for shape in (keys, values)
         )
         self._hidden = torch.empty(0, config.hidden_size)
@@ -142,6 +150,53 @@ class EagerRunner(StepwiseRunner):
         kept = [self._hidden] if self._kept is None else [self._kept.values[number] for number in self._taps or ()]
         wanted = torch.from_numpy(rows).to(self.device)
         return torch.cat([value[wanted].float() for value in kept], 1).cpu().numpy()
+
+
+class StageRunner(EagerRunner):
+    """Runs a stage of a model. On the first one steps are under way from `forward` to `land`, as many as there are
+    stages; what is drawn and asked for is of the step that landed last.
+
+    Args:
+        decoder: of which this is a stage.
+        others: as for `EagerRunner`.
+    """
+
+    def __init__(self, decoder: Decoder, *others: Any) -> None:
+        super().__init__(decoder, *others)
+        assert isinstance(decoder, DecoderStack)
+        assert decoder.stage is not None
+        self._stack, self._stage = decoder, decoder.stage
+        self.in_flight = self._stage.line.size
+        self._begun: collections.deque[_Begun] = collections.deque()
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
+        """See `ModelRunner`; what the stages behind do is not waited for."""
+        del states
+        token_ids, step = self._step(batch)
+        self._stack.begin(token_ids, step)
+        if self._stage.is_first:
+            self._begun.append(_Begun(len(token_ids), batch.drawn_rows, batch.adapters))
+
+    @torch.inference_mode()
+    def land(self) -> None:
+        """See `RankedRunner.draw`."""
+        if self._stage.is_first:
+            step = self._begun.popleft()
+            self._hidden, self._adapter_rows = self._stage.returned(step.tokens), step.adapters
+            self._drawn_from = self.score(step.drawn_rows)
+
+    def score(self, rows: Ints) -> torch.Tensor:
+        """See `ModelRunner`; a stage behind the first has no head, and gives nothing."""
+        return super().score(rows) if self._stage.is_first else torch.empty(0)
+
+
+class _Begun(NamedTuple):
+    """A step under way: its tokens, and of its `Batch` what is needed when it is over."""
+
+    tokens: int
+    drawn_rows: Ints
+    adapters: AdapterRows | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Any, cast
 
@@ -43,13 +43,15 @@ _TOLD_ADAPTERS = 64  # of those with sequences
 
 
 class _Flight(msgspec.Struct, frozen=True, eq=False):
-    """A step that was launched and is not settled; `lives` are those that it draws for, `ahead` by sequences booked."""
+    """A step that was launched at a time, `began`, and is not settled; `lives` are those that it draws for, `ahead` by
+    sequences booked."""
 
     step: Step
     batch: Batch
     lives: Seq[LiveSequence]
     launched: Launched
     ahead: bool
+    began: float
 
 
 class Engine:
@@ -96,7 +98,7 @@ class Engine:
         block_size = scheduler.blocks.block_size if scheduler.blocks.num_blocks else 0
         self._batches = BatchBuilder(block_size, runner.step_memory)
         self._drawing: tuple[list[LiveSequence], list[SamplingState]] = ([], [])  # those that the last step draws for
-        self._flight: _Flight | None = None
+        self._flights: deque[_Flight] = deque()  # in the order in which they were launched
         self._live: dict[Sequence, Live] = {}
         self._requests: dict[str, list[Live]] = {}
         self._arrivals = 0
@@ -121,7 +123,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """True while any sequence is unfinished, or a step is under way."""
-        return bool(self._live) or self._flight is not None
+        return bool(self._live) or bool(self._flights)
 
     @property
     def waits(self) -> bool:
@@ -170,7 +172,8 @@ class Engine:
             raise CandleVllmError("this engine was not loaded from files, and cannot sleep")
         self.sleeper.check(level)
         pieces = [piece for request_id in list(self._requests) for piece in self.abort(request_id)]
-        pieces += self._land()
+        while self._flights:
+            pieces += self._land()
         self.scheduler.blocks.reset_prefix_cache()
         if self.kept is not None:
             self.kept.rest()
@@ -199,6 +202,9 @@ class Engine:
         Where steps overlap, this launches a step and settles the one before, which ran while this one was prepared.
         A sequence whose next draw depends on its last token (a grammar) does not change that: the step before is
         settled when the model's part of this one has been launched, and the draw follows.
+
+        Where several steps may be in flight, this launches one more and settles the first of them once they are as many
+        as may be, or there was none to launch.
         """
         pieces: list[TokenOutput] = [] if self.adapters is None else self._end_unloadable(self.adapters)
         if self.images is not None and self.images.works:
@@ -208,13 +214,19 @@ class Engine:
         began = time.perf_counter()
         changes = -1 if self.adapters is None else self.adapters.changes
         flight = self._launch(pieces)
-        idle = flight is None and self._flight is None and bool(self._live)
+        idle = flight is None and not self._flights and bool(self._live)
         if idle and self.kept is not None and self.kept.reads:
             self.kept.wait(_PAUSE)
             idle = False
         self._waits_since = changes if idle and (self.images is None or not self.images.works) else -1
+        if self.runner.in_flight > 1:
+            if flight is not None:
+                self._flights.append(flight)
+            full = flight is None or len(self._flights) == self.runner.in_flight
+            return pieces + self._land() if full else pieces
         pieces += self._land()
-        self._flight = flight
+        if flight is not None:
+            self._flights.append(flight)
         if not self.runner.overlaps:
             pieces += self._land()
             if self._drafter is not None and flight is not None:
@@ -346,8 +358,8 @@ class Engine:
         scheduled = self.scheduler.schedule()
         if not scheduled:
             return None
-        began = time.monotonic()
-        before = self._flight.batch.drawing if self._flight is not None else ()
+        began, several = time.monotonic(), self.runner.in_flight > 1
+        before = () if several or not self._flights else self._flights[-1].batch.drawing
         try:
             ends_alone = not scheduled.goes_on and not any(self._live[run.sequence].reads_rows for run in scheduled)
             batch = self._batches.build(scheduled, before, ends_alone=ends_alone)
@@ -356,7 +368,7 @@ class Engine:
                 self._drawing = lives, [live.state for live in lives]
             lives, states = self._drawing
             self.runner.forward(batch, states)
-            if self._flight is not None and any(state.reads_tokens for state in states):
+            if self._flights and not several and any(state.reads_tokens for state in states):
                 pieces += self._land()
             launched = self.runner.draw(states)
         except self.runner.fatal:
@@ -369,17 +381,17 @@ class Engine:
         ahead = self.runner.overlaps or not batch.goes_on  # else tokens are known before anything else is scheduled
         if ahead:
             self.scheduler.launched(scheduled)
-            for state in states:
+            for state in states if self.runner.overlaps else ():
                 state.num_ahead += 1  # of drafts nothing is known ahead: a sequence with them waits for its step
-        if batch.num_decodes < len(scheduled):
+        if batch.num_decodes < len(scheduled) and not several:
             pieces += self._read_prompts(batch, began)
-        return _Flight(scheduled, batch, lives, launched, ahead)
+        return _Flight(scheduled, batch, lives, launched, ahead, began)
 
     def _land(self) -> list[TokenOutput]:
-        """Waits for the step that was launched last, if any, and settles it."""
-        flight, self._flight = self._flight, None
-        if flight is None:
+        """Waits for the first of the steps that were launched, if any, and settles it."""
+        if not self._flights:
             return []
+        flight, pieces = self._flights.popleft(), list[TokenOutput]()
         try:
             drawn = flight.launched.tokens()
         except self.runner.fatal:
@@ -387,7 +399,9 @@ class Engine:
         except Exception as error:
             logger.exception("a step of %d sequences failed", len(flight.batch.runs))
             return [self._fail(item.sequence, error) for item in flight.batch.runs if item.sequence in self._live]
-        return self._settle(flight, drawn)
+        if self.runner.in_flight > 1 and flight.batch.num_decodes < len(flight.step):
+            pieces = self._read_prompts(flight.batch, flight.began)
+        return pieces + self._settle(flight, drawn)
 
     def _settle(self, flight: _Flight, drawn: Seq[Drawn]) -> list[TokenOutput]:
         """Books the step, then appends, stops, frees and publishes."""
@@ -396,7 +410,7 @@ class Engine:
         if flight.ahead:
             for live in flight.lives:
                 live.sequence.num_ahead -= 1
-                live.state.num_ahead -= 1
+                live.state.num_ahead -= self.runner.overlaps
         if batch.drafted:
             self.scheduler.settle([run for run in step if not run.drafts])
         elif step.fills or not step.goes_on:

@@ -35,6 +35,10 @@ class ModelRunner(Protocol):
     overlaps: bool
     """Whether a step may be launched before the tokens of the one before are taken."""
 
+    in_flight: int
+    """Steps of disjoint sequences that may be under way at once; above 1 a step's tokens are drawn as they are taken,
+    and its rows may be read from then on."""
+
     fatal: tuple[type[Exception], ...]
     """Errors after which nothing that is on the device can be trusted."""
 
@@ -60,6 +64,10 @@ class ModelRunner(Protocol):
             states: the same, now with all that they say of their next tokens: the tokens before those are known on the
                 host where `reads_tokens` asks for it.
         """
+        ...
+
+    def land(self) -> None:
+        """Where several steps are in flight, waits for the first of them, of which `draw` is then."""
         ...
 
     def score(self, rows: Ints) -> Value:
@@ -108,6 +116,7 @@ class StepwiseRunner(ABC):
     """A `ModelRunner` that has finished what it starts when it returns; the sampler gets its logits."""
 
     overlaps = False
+    in_flight = 1
     fatal: tuple[type[Exception], ...] = ()
 
     def __init__(self, sampler: Sampler | None = None) -> None:
@@ -133,6 +142,9 @@ class StepwiseRunner(ABC):
         if self._drafts is not None:
             return Landed(self._sampler.sample_runs(self._drawn_from, states, self._drafts))
         return Landed(self._sampler.sample(self._drawn_from, states))
+
+    def land(self) -> None:  # noqa: B027  # one step at a time is over when it is launched
+        """See `ModelRunner`."""
 
     @abstractmethod
     def run(self, batch: Batch) -> Value:

@@ -31,6 +31,7 @@ from candle_vllm.core.engine.rank_line import (
     ForgetAdapters,
     Forward,
     Go,
+    Land,
     Line,
     LoadAdapter,
     Ready,
@@ -67,7 +68,7 @@ def main(descriptor: int) -> int:
         config = EngineConfig(**begin.config)
         line.send(Ready(0))
         line.receive(Go)
-        ranks = meet(begin.rank, begin.size, config.device, Path(begin.folder))
+        ranks = meet(begin.rank, begin.size, config.device, Path(begin.folder), config.pipeline_parallel_size)
         try:
             runner, sleeper, load = _loaded(config, ranks, line)
         except CandleVllmError as error:
@@ -120,6 +121,8 @@ def _serve(runner: ModelRunner, sleeper: Sleeper, load: Load | None, line: Line)
         message: ToRank = line.receive(ToRank)
         if isinstance(message, Forward):
             runner.forward(batches.batch(message), ())
+        elif isinstance(message, Land):
+            runner.land()
         elif isinstance(message, Score):
             runner.score(as_ints(message.rows))
         elif isinstance(message, LoadAdapter):

@@ -65,6 +65,10 @@ class Forward(msgspec.Struct, tag=True, frozen=True):
     adapters: Adapters | None
 
 
+class Land(msgspec.Struct, tag=True, frozen=True):
+    """The step that was begun first: what the last stage made of it comes back to the first one, which has the head."""
+
+
 class Score(msgspec.Struct, tag=True, frozen=True):
     """Logits of rows of the last step."""
 
@@ -83,7 +87,7 @@ class WakeUp(msgspec.Struct, tag=True, frozen=True):
     tags: frozenset[str]
 
 
-ToRank: TypeAlias = Begin | Go | Forward | Score | Sleep | WakeUp | LoadAdapter | ForgetAdapters
+ToRank: TypeAlias = Begin | Go | Forward | Land | Score | Sleep | WakeUp | LoadAdapter | ForgetAdapters
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):

@@ -22,7 +22,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,7 @@ from candle_vllm.core.engine.rank_line import (
     Forward,
     FromRank,
     Go,
+    Land,
     Line,
     LoadAdapter,
     Ready,
@@ -52,6 +53,7 @@ from candle_vllm.core.engine.rank_line import (
 from candle_vllm.core.errors import AdapterError, CandleVllmError, ConfigError, EngineDeadError, ModelLoadError
 from candle_vllm.core.kernels.collectives import Collective, ProcessGroup
 from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.sampling.sampler import Drawn
 from candle_vllm.core.sampling.state import SamplingState
 from candle_vllm.core.threads import default_threads, ending
 
@@ -82,11 +84,11 @@ class Ranks:
     def __init__(self, config: EngineConfig) -> None:
         if not hasattr(socket, "AF_UNIX") or sys.platform == "win32":
             raise ConfigError("several ranks are not implemented on Windows: leave tensor_parallel_size out")
-        self.size = config.tensor_parallel_size
+        self.size = config.ranks
         if config.device not in ("auto", "cpu", "cuda") and "," not in config.device:
             raise ConfigError(
-                f"device names one GPU, {config.device}, and tensor_parallel_size is {self.size}: name as many, or set "
-                "device='cuda' for the first ones",
+                f"device names one GPU, {config.device}, and {self.size} ranks are asked for (tensor_parallel_size, "
+                "pipeline_parallel_size): name as many, or set device='cuda' for the first ones",
                 "device",
             )
         self.config = rank_config(config, 0)
@@ -123,7 +125,8 @@ class Ranks:
         """What the ranks do together; made when they are all there."""
         if self._collective is None:
             self._wait(0)
-            self._collective = meet(0, self.size, self.config.device, self._folder)
+            stages = self.config.pipeline_parallel_size
+            self._collective = meet(0, self.size, self.config.device, self._folder, stages)
         return self._collective
 
     def all_loaded(self) -> None:
@@ -264,20 +267,35 @@ class Ranks:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def meet(rank: int, size: int, device: str, folder: Path) -> ProcessGroup:
-    """The ranks, which find each other by a file; all of them call it."""
-    return ProcessGroup(rank, size, device, folder / "store", patience=PATIENCE)
+def meet(rank: int, size: int, device: str, folder: Path, stages: int = 1) -> ProcessGroup:
+    """The ranks, which find each other by files; all of them call it. Those of a stage stand beside each other."""
+    stage, number = divmod(rank, size // stages)
+    line = None
+    if stages > 1:
+        line = ProcessGroup(stage, stages, device, folder / f"line{number}", patience=PATIENCE)
+    return ProcessGroup(number, size // stages, device, folder / f"store{stage}", patience=PATIENCE, stages=line)
 
 
 def rank_config(config: EngineConfig, rank: int) -> EngineConfig:
     """What a rank is configured by: a device of its own, on the CPU a share of the threads."""
     devices = config.device.split(",")
     if devices == ["cpu"]:
-        threads = config.threads or max(1, default_threads() // config.tensor_parallel_size)
+        threads = config.threads or max(1, default_threads() // config.ranks)
         return dataclasses.replace(config, threads=threads)
     if len(devices) == 1:
-        devices = [f"cuda:{number}" for number in range(config.tensor_parallel_size)]
+        devices = [f"cuda:{number}" for number in range(config.ranks)]
     return dataclasses.replace(config, device=devices[rank])
+
+
+class _InFlight(NamedTuple):
+    """See `Launched`."""
+
+    land: Callable[[Sequence[SamplingState]], Sequence[Drawn]]
+    states: Sequence[SamplingState]
+
+    def tokens(self) -> Sequence[Drawn]:
+        """See `Launched`."""
+        return self.land(self.states)
 
 
 class RankedRunner:
@@ -293,6 +311,7 @@ class RankedRunner:
 
     def __init__(self, runner: ModelRunner, ranks: Ranks) -> None:
         self.own = self._runner = runner
+        self.in_flight = runner.in_flight
         self._ranks = ranks
         self._numbers: dict[int, int] = {}  # of adapters in memory, by their serial numbers
         self._adapters = itertools.count(1)
@@ -310,8 +329,16 @@ class RankedRunner:
         self._together(self._message(batch), lambda: self._runner.forward(batch, states))
 
     def draw(self, states: Sequence[SamplingState]) -> Launched:
-        """See `ModelRunner`."""
-        return self._runner.draw(states)
+        """See `ModelRunner`. Where several steps are in flight, this one's tokens are drawn when they are taken."""
+        return _InFlight(self._land, states) if self.in_flight > 1 else self._runner.draw(states)
+
+    def land(self) -> None:
+        """See `ModelRunner`; it is part of taking the tokens."""
+
+    def _land(self, states: Sequence[SamplingState]) -> Sequence[Drawn]:
+        """What the step that was begun first draws, once it is over."""
+        self._together(Land() if self._ranks.config.tensor_parallel_size > 1 else None, self._runner.land)
+        return self._runner.draw(states).tokens()
 
     def score(self, rows: Ints) -> Value:
         """See `ModelRunner`."""
@@ -388,8 +415,9 @@ class RankedRunner:
         self._ranks.close()
         self._runner.close()
 
-    def _together(self, message: ToRank, own: Callable[[], _Result]) -> _Result:
-        self._ranks.tell(message)
+    def _together(self, message: ToRank | None, own: Callable[[], _Result]) -> _Result:
+        if message is not None:
+            self._ranks.tell(message)
         try:
             return own()
         except Exception as error:

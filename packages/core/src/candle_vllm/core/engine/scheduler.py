@@ -17,6 +17,10 @@ Where steps overlap, a step is scheduled while the one before still runs: `launc
 admitted anew before it is known. How many tokens come of drafts is known when their step is over, and not before; the
 sequence waits for that.
 
+Where a model's layers are divided among stages, as many steps are `in_flight`, so that each stage has one to run. A
+sequence that decodes is in one of them at most, and waits for its token; a step takes its share of those that run. The
+pieces of a prompt follow each other from step to step, for each stage runs the steps in their order.
+
 A sequence with adapters or pictures, or whose first blocks are on disk, waits for them as well, and others pass it
 meanwhile: see `AdapterAdmission`, `ImageStore` and `KeptBlocks`. Where a picture's tokens see each other, those of a
 tile are run in one step, which has room for them.
@@ -72,6 +76,7 @@ class Scheduler:
         adapters: says who may begin; None where no sequence has adapters.
         images: has what pictures become; None where no sequence has any.
         kept: has blocks that have left memory; None where they are gone.
+        in_flight: steps that may be under way at once; see above.
     """
 
     def __init__(
@@ -85,6 +90,7 @@ class Scheduler:
         adapters: AdapterAdmission | None = None,
         images: ImageAdmission | None = None,
         kept: KeptAdmission | None = None,
+        in_flight: int = 1,
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs
         self.blocks = blocks
@@ -95,6 +101,7 @@ class Scheduler:
         self.adapters = adapters
         self.images = images
         self.kept = kept
+        self.in_flight = in_flight
         self.has_drafts = False  # some of `running` have
         self.running: list[Sequence] = []  # both in order of rank
         self.waiting: list[Sequence] = []
@@ -133,7 +140,7 @@ class Scheduler:
             return step
         step = self._schedule()
         decode = len(step) == len(self.running) and step and step[-1].decodes  # so do all before it
-        self._going = _Going(step, self.blocks.block_size) if decode else None
+        self._going = _Going(step, self.blocks.block_size) if decode and self.in_flight == 1 else None
         return step
 
     def _go_on(self, going: _Going) -> Step | None:
@@ -226,10 +233,14 @@ class Scheduler:
             Those, the running sequences that have more to run, and the rows of drafts behind the former.
         """
         scheduled, prompts, tried, tries = [], [], 0, self.draft_rows > 0 and self.has_drafts
-        running, size = self.running, self.blocks.block_size
+        running, size, apart = self.running, self.blocks.block_size, self.in_flight > 1
+        share = -(-len(running) // self.in_flight)
         position = 0
         while position < len(running):
             sequence = running[position]
+            if apart and (sequence.num_ahead or (sequence.num_uncomputed_tokens == 1 and len(scheduled) >= share)):
+                position += 1
+                continue
             length, left = len(sequence.tokens) + sequence.num_ahead, sequence.num_uncomputed_tokens
             if left == 1 and length < sequence.max_length:
                 start = length - 1

@@ -6,6 +6,7 @@ All ranks call the same things in the same order. Source: Shoeybi et al., 2019, 
 
 from __future__ import annotations
 
+import collections
 import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,15 +17,46 @@ if TYPE_CHECKING:
     import torch
 
 
-class Collective(Protocol):
-    """The ranks of a model, as one of them sees them.
+class Stages(Protocol):
+    """The stages of a model whose layers are divided, as a rank of one of them sees its like in the others.
+
+    What goes from one to another arrives in the order in which it was sent.
 
     Attributes:
-        rank, size: which one it is, from 0 on, and how many there are.
+        rank, size: which stage it is of, from 0 on, and how many there are.
     """
 
     rank: int
     size: int
+
+    def send(self, x: Value, to: int) -> None:
+        """Hands x [...] over, which nobody may write to any more; waits for nobody, but for a GPU's stream."""
+        ...
+
+    def receive(self, x: Value, source: int) -> Value:
+        """x, filled with what a stage has sent."""
+        ...
+
+    def least(self, number: int) -> int:
+        """See `Collective`."""
+        ...
+
+    def close(self) -> None:
+        """See `Collective`."""
+        ...
+
+
+class Collective(Protocol):
+    """The ranks of a model, as one of them sees them; where its layers are divided, those of its stage.
+
+    Attributes:
+        rank, size: which one it is, from 0 on, and how many there are.
+        stages: the stages; None where its layers are not divided.
+    """
+
+    rank: int
+    size: int
+    stages: Stages | None
 
     def sum(self, x: Value) -> Value:
         """x [...] of all ranks added up, which may be x itself overwritten; the same bits on each."""
@@ -35,7 +67,7 @@ class Collective(Protocol):
         ...
 
     def least(self, number: int) -> int:
-        """The least of what the ranks say, below 2^63."""
+        """The least of what the ranks say, those of all stages, below 2^63."""
         ...
 
     def close(self) -> None:
@@ -54,15 +86,25 @@ class ProcessGroup:
         store: a file in a folder that only this user can enter, by which the ranks find each other; or a store.
         patience: seconds that a rank waits for the others.
         host: the address at which Gloo listens for the others.
+        stages: see `Collective`.
     """
 
     def __init__(
-        self, rank: int, size: int, device: str, store: Path | Any, *, patience: float, host: str = "127.0.0.1"
+        self,
+        rank: int,
+        size: int,
+        device: str,
+        store: Path | Any,
+        *,
+        patience: float,
+        host: str = "127.0.0.1",
+        stages: Stages | None = None,
     ) -> None:
         import torch
         from torch import distributed
 
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.stages = rank, size, stages
+        self._sent: collections.deque[tuple[Any, Any]] = collections.deque()  # on its way, and what is read meanwhile
         found: Any = distributed.FileStore(str(store), size) if isinstance(store, Path) else store
         wait = datetime.timedelta(seconds=patience)
         gloo: Any = distributed.ProcessGroupGloo
@@ -71,7 +113,7 @@ class ProcessGroup:
         options._timeout = wait
         self._host: Any = gloo(distributed.PrefixStore("host", found), rank, size, options)
         self._group: Any = self._host
-        if torch.device(device).type == "cuda":
+        if torch.device(device).type == "cuda" and size > 1:
             nccl: Any = distributed.ProcessGroupNCCL
             named = nccl.Options()
             named._timeout = wait
@@ -103,7 +145,22 @@ class ProcessGroup:
         options: Any = distributed.AllreduceOptions()
         options.reduceOp = distributed.ReduceOp.MIN
         self._host.allreduce([found], options).wait()
-        return int(found)
+        return int(found) if self.stages is None else self.stages.least(int(found))
+
+    def send(self, x: torch.Tensor, to: int) -> None:
+        """See `Stages`."""
+        work = self._group.send([x], to, 0)
+        if x.is_cuda:
+            work.wait()  # the stream does, and what was captured with it
+            return
+        self._sent.append((work, x))
+        while self._sent[0][0].is_completed() and len(self._sent) > 1:
+            self._sent.popleft()
+
+    def receive(self, x: torch.Tensor, source: int) -> torch.Tensor:
+        """See `Stages`."""
+        self._group.recv([x], source, 0).wait()
+        return x
 
     def close(self) -> None:
         """See `Collective`."""
@@ -112,3 +169,5 @@ class ProcessGroup:
             if end is not None:
                 end()
         self._group = self._host = None
+        if self.stages is not None:
+            self.stages.close()

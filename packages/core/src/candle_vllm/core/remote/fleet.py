@@ -64,7 +64,7 @@ def replica_configs(config: EngineConfig) -> list[EngineConfig]:
     """
     count, gpus = config.data_parallel_size, means_gpus(config.device)
     devices = config.device.split(",")
-    ranks = config.tensor_parallel_size
+    ranks = config.ranks
     if gpus and len(devices) == 1:
         devices = [f"cuda:{number}" for number in range(count * ranks)]
     threads = default_threads() if config.threads is None else config.threads

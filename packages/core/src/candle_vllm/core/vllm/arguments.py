@@ -130,7 +130,6 @@ class EngineArgs:
             _add_flag(parser, name, "vLLM's", False, str)
         for name in ("pooler_config", "override_generation_config"):
             _add_flag(parser, name, "vLLM's, as JSON", False, json.loads)
-        _add_flag(parser, "pipeline_parallel_size", "vLLM's: 1", False, int)
         _add_flag(parser, "trust_remote_code", "vLLM's: never", True, str)
         return parser
 

@@ -145,7 +145,10 @@ _REPLICAS = (
     "--data-parallel-size starts all replicas on this machine, behind one address; on several machines start a server "
     "on each, with a proxy before them"
 )
-_ONE_DEVICE = "a model is divided among the GPUs of one machine (--tensor-parallel-size), and in no other way"
+_ONE_DEVICE = (
+    "a model is divided among the GPUs of one machine (--tensor-parallel-size, --pipeline-parallel-size), and "
+    "in no other way"
+)
 _WHOLE = "a model lies whole on a GPU or on the CPU (--device), but for experts that --cpu-experts leaves to the CPU"
 _DRAFTS = "--speculative-config says how tokens are guessed"
 _OWN = "the kernels are this project's own and chosen for the machine"
@@ -221,8 +224,9 @@ ROWS: tuple[Row, ...] = (
     Row("-dev", "--device", {ANY: _device}),
     Row("-mg --main-gpu", "--device cuda:N", {ANY: "--device cuda:{}"}),
     Row("--list-devices", "candle-vllm config shows the device that is taken"),
-    _only("-pp --pipeline-parallel-size -dcp --decode-context-parallel-size --num-nodes --nnodes", _ONE_DEVICE, "1"),
+    _only("-dcp --decode-context-parallel-size --num-nodes --nnodes", _ONE_DEVICE, "1"),
     _called("-tp --num-shards", "--tensor-parallel-size"),
+    _called("-pp --pp-size", "--pipeline-parallel-size"),
     _called("-dp --dp-size", "--data-parallel-size"),
     _called("-dpl --data-parallel-size-local", "--data-parallel-size", ": all replicas are on this machine"),
     _only("-dpb --data-parallel-backend", _REPLICAS, "mp"),

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: MIT
+"""Pipeline parallel: which of a model's layers a stage has, and what of its tensors.
+
+A stage's model is the family's own, without the layers of the others; no family knows of it. The first stage has the
+embedding and the head, which may be one table, the last one the last norm: its results go back to the first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.kernels.collectives import Stages
+from candle_vllm.core.layers.embedding import Embedding
+from candle_vllm.core.layers.parameters import SHAPES, Placement
+from candle_vllm.core.loading.config import ModelConfig
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.weights import expand
+from candle_vllm.core.models.family import Decoder, Family
+from candle_vllm.core.models.stack import DecoderStack, Stage
+from candle_vllm.core.quantization.tensors import StoredTensor
+
+_LAYER = re.compile(r"layers\.(\d+)\.")
+
+
+class StagePart(NamedTuple):
+    """What a stage has of a model.
+
+    Attributes:
+        line: the stages.
+        layers: the numbers of its layers.
+        tables: names of the model's parts that are tables of words, which the first stage has.
+        tensors: what is stored of it.
+    """
+
+    line: Stages
+    layers: range
+    tables: frozenset[str]
+    tensors: Mapping[str, StoredTensor]
+
+    def has(self, path: str) -> bool:
+        """Whether it has the part of the model that stands there: "layers.3.mlp.down", "embed"."""
+        layer = _LAYER.match(path)
+        if layer is not None:
+            return int(layer[1]) in self.layers
+        name = path.partition(".")[0]
+        if name == "norm":
+            return self.line.rank == self.line.size - 1
+        return name not in self.tables or self.line.rank == 0
+
+    def keep(self, decoder: Decoder, placement: Placement) -> None:
+        """Lets go of what other stages have of a model whose matrices take no memory yet, and joins it to them."""
+        assert isinstance(decoder, DecoderStack)
+        stack: Any = decoder
+        stack.layers = [layer if number in self.layers else None for number, layer in enumerate(decoder.layers)]
+        for name in (*self.tables, "norm"):
+            if not self.has(name):
+                setattr(stack, name, None)
+
+        def empty(*shape: int) -> Any:
+            return placement.empty(*shape, dtype=placement.dtype)
+
+        stack.stage = Stage(self.line, decoder.config.hidden_size, empty)
+
+
+def stage_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpoint, line: Stages) -> StagePart:
+    """A stage's part of a model, which is divided so that the stage with most bytes has as few as can be.
+
+    Args:
+        name: the model's, for messages.
+        family, config: what the whole model is built by.
+        checkpoint: its tensors.
+        line: the stages.
+
+    Raises:
+        ConfigError: it has fewer layers than there are to be stages.
+    """
+    if line.size > config.num_layers:
+        raise ConfigError(
+            f"{name} has {config.num_layers} layers, which gives some of {line.size} stages none: set "
+            f"pipeline_parallel_size to {config.num_layers} or less",
+            "pipeline_parallel_size",
+        )
+    tensors, paths = checkpoint.tensors, dict[str, set[str]]()
+    for each in expand(family.weights, config, checkpoint.format):
+        if each.names and (stored := each.find(tensors)) is not None:
+            paths.setdefault(stored, set()).add(each.target.partition(":")[0])
+    layers, ends = [0] * config.num_layers, 0
+    for stored, where in paths.items():
+        numbers = {int(found[1]) for path in where if (found := _LAYER.match(path)) is not None}
+        for number in numbers:
+            layers[number] += tensors[stored].nbytes // len(numbers)
+        ends += 0 if numbers else tensors[stored].nbytes
+    shapes = vars(family.build(config, SHAPES, checkpoint))
+    tables = {name for name, each in shapes.items() if isinstance(each, Embedding)}
+    part = StagePart(line, divide(layers, ends, line.size)[line.rank], frozenset({*tables, "head"}), {})
+    mine = {stored: tensors[stored] for stored, where in paths.items() if any(map(part.has, where))}
+    return part._replace(tensors=mine)
+
+
+def divide(layers: Sequence[int], first: int, stages: int) -> list[range]:
+    """Which layers each stage has, at least one each.
+
+    Args:
+        layers: bytes of each.
+        first: bytes that the first stage has besides.
+        stages: how many there are.
+    """
+    sums = [0]
+    for size in layers:
+        sums.append(sums[-1] + size)
+    # of so many stages that have the layers up to an end: the most bytes of one, the sum of squares, where each ends
+    best = {end: (first + sums[end], (first + sums[end]) ** 2, (end,)) for end in range(1, len(sums))}
+    for stage in range(1, stages):
+        best = {
+            end: min(
+                (max(most, size), squares + size**2, (*ends, end))
+                for start, (most, squares, ends) in best.items()
+                if start < end
+                for size in [sums[end] - sums[start]]
+            )
+            for end in range(stage + 1, len(sums))
+        }
+    ends = best[len(layers)][2]
+    return [range(start, end) for start, end in zip((0, *ends), ends)]
