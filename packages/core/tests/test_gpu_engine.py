@@ -72,6 +72,8 @@ def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
         ({"deterministic": True}, 0.03),
         ({"attention_backend": "torch"}, 0.03),
         ({"kv_cache_dtype": "fp8"}, 0.15),
+        ({"kv_cache_dtype": "fp8_per_token_head"}, 0.15),
+        ({"kv_cache_dtype": "int8_per_token_head"}, 0.05),
     ],
     ids=str,
 )

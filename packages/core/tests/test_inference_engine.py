@@ -560,6 +560,7 @@ def test_a_salt_keeps_caches_apart(toy_model: Path) -> None:
         ({"device": "cuda"}, "device='cpu'"),
         ({"attention_backend": "flash_attn"}, "attention_backend='flash_attn' needs a GPU"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8' needs a GPU: on the CPU set 'q8_0'"),
+        ({"kv_cache_dtype": "int8_per_token_head"}, "'int8_per_token_head' needs a GPU: on the CPU set 'q8_0'"),
         ({"value_cache_dtype": "fp8"}, "value_cache_dtype='fp8' needs a GPU"),
         (
             {"kv_cache_dtype": "q8_0", "enforce_eager": True},

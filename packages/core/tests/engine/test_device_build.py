@@ -96,19 +96,40 @@ def test_forms_are_compiled_before_steps_are_measured(
     assert first.count("step") == again[: first.count("step") + 3].count("step") > 0, "all of them, to their end"
 
 
-def test_it_answers(loaded: LoadedModel, memory: Memory) -> None:
+@pytest.mark.parametrize(
+    ("capability", "dtype", "stored"),
+    [
+        ((9, 0), "auto", torch.float32),
+        ((9, 0), "fp8", torch.float8_e4m3fn),
+        ((9, 0), "fp8_per_token_head", torch.float8_e4m3fn),
+        ((8, 0), "fp8_per_token_head", torch.uint8),
+        ((7, 5), "int8_per_token_head", torch.int8),
+    ],
+)
+def test_it_answers(
+    loaded: LoadedModel, memory: Memory, capability: tuple[int, int], dtype: str, stored: torch.dtype
+) -> None:
     from candle_vllm.core.engine.block_manager import BlockManager
     from candle_vllm.core.engine.build import preparation_for
     from candle_vllm.core.engine.engine import Engine
     from candle_vllm.core.engine.scheduler import Scheduler
 
-    runner, plan = build(loaded, kv_cache_memory=MIB)
+    memory.capability = capability
+    runner, plan = build(loaded, kv_cache_memory=MIB, kv_cache_dtype=dtype)
+    assert runner.key_caches[0].dtype == stored
+    assert plan.block_bytes == runner.block_bytes
+    head, numbers = loaded.config.cache.key_dim, loaded.config.num_layers * loaded.config.cache.numbers
+    assert plan.block_bytes == 16 * numbers * (head + 4 if "token" in dtype else head * stored.itemsize) // head
     scheduler = Scheduler(BlockManager(plan.num_blocks, 16), 8, 64)
     engine = Engine(runner, scheduler, preparation_for(loaded, plan.max_model_len))
     params = SamplingParams(max_tokens=5, ignore_eos=True)
     engine.add(engine.prepare(GenerationRequest(request_id="r", prompt_token_ids=[1, 2, 3], params=params)))
     tokens = [token for _ in range(8) for piece in engine.step() for token in piece.token_ids]
     assert len(tokens) == 5
+    taken = runner.copy_out(0)()
+    assert len(taken) == plan.block_bytes
+    runner.copy_in(1, taken)
+    assert runner.copy_out(1)() == taken, "scales go with their numbers"
     runner.close()
 
 
@@ -123,7 +144,7 @@ def test_it_answers(loaded: LoadedModel, memory: Memory) -> None:
         (
             {"capability": (8, 0)},
             {"kv_cache_dtype": "q4_0"},
-            r"kv_cache_dtype='q4_0' is of the CPU: on a GPU set 'fp8'",
+            r"kv_cache_dtype='q4_0' is of the CPU: on a GPU set 'int8_per_token_head'",
         ),
         ({"capability": (8, 0)}, {"key_cache_dtype": "fp8"}, r"leave key_cache_dtype out, or set kv_cache_dtype"),
         ({}, {"kv_cache_memory": MIB, "max_model_len": 100000}, "beyond the model's context"),

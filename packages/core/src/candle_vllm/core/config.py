@@ -34,7 +34,7 @@ DType = Literal[
     "auto", "f32", "bf16", "f16", "float32", "fp32", "float", "bfloat16", "float16", "fp16", "half"
 ]  # fmt: skip
 LoadFormat = Literal["auto", "dummy"]
-KvCacheDType = Literal["auto", "fp8", "q8_0", "q5_1", "q4_0"]
+KvCacheDType = Literal["auto", "fp8", "fp8_per_token_head", "int8_per_token_head", "q8_0", "q5_1", "q4_0"]
 LoraDType = Literal[
     "auto", "f32", "bf16", "f16", "int8", "float32", "fp32", "float", "bfloat16", "float16", "fp16", "half"
 ]  # fmt: skip
@@ -275,11 +275,13 @@ class EngineConfig(ExplainedSettings):
                                  '"torch_flash" is the FlashAttention that torch carries, "flash_attn" the package '
                                  'of that name, "torch" the reference.'] = "auto"
     kv_cache_dtype: Annotated[KvCacheDType, Choice(get_args(KvCacheDType)), "type of keys and values: auto (that of "
-                              "activations), q8_0, q5_1 or q4_0 on the CPU, or fp8 on a GPU, scaled as the checkpoint "
-                              "says, else by 1",
+                              "activations); on the CPU q8_0, q5_1 or q4_0; on a GPU int8_per_token_head or "
+                              "fp8_per_token_head, with a scale for each token and head, or fp8, scaled as the "
+                              "checkpoint says, else by 1",
                               '"auto" is bf16 on the CPU, where blocks of 32 numbers of a head take 34 bytes in q8_0, '
                               '24 in q5_1 and 18 in q4_0; "fp8" is float8_e4m3fn, on GPUs from compute capability 8.9 '
-                              "on. Where memory matters, take q8_0 for keys and q5_1 or q4_0 for values: of "
+                              "on; with scales of their own D numbers of a head take D + 4 bytes, on any GPU. Where "
+                              "memory matters on the CPU, take q8_0 for keys and q5_1 or q4_0 for values: of "
                               "SmolLM2-135M's perplexity in bf16 they have 1.000 and 1.007, and q5_1 and q4_0 for both "
                               "1.015 and 1.061."] = "auto"
     key_cache_dtype: Annotated[KvCacheDType | None, Choice(get_args(KvCacheDType)), "type of keys alone, on the CPU: "

@@ -186,6 +186,17 @@ def cache_bytes(model: ModelConfig, tokens: int, dtype_bytes: float, layers: int
     return round(tokens * (model.num_layers if layers is None else layers) * model.cache.numbers * dtype_bytes)
 
 
+def device_number_bytes(config: EngineConfig, model: ModelConfig, plain: int) -> float:
+    """Bytes of one number in a GPU's cache, with its share of a scale; `plain` are those of activations' type."""
+    if config.kv_cache_dtype == "auto":
+        return plain
+    if config.kv_cache_dtype == "fp8":
+        return 1
+    from candle_vllm.core.kernels.kv_write.scaled_rows import SCALE
+
+    return 1 + SCALE / model.cache.key_dim
+
+
 def _numbers(model: ModelConfig, count: int) -> str:
     """What is kept of a token: keys and values, or only the former."""
     cache, layers = model.cache, f"{count} layers"

@@ -9,8 +9,8 @@ All that takes long and needs no attention: it is started when the tests are col
 others leave of the machine, and the tests that wait for it come last.
 
 Triton's interpreter is wrong in a few places, which are put right here: it multiplies the bits of bfloat16 matrices as
-integers, it truncates to bfloat16 and loses carries on the way to e4m3, where a GPU rounds to nearest even, and it
-takes e4m3's NaN for 480.
+integers and takes an integer for the bits of a bfloat16, it truncates to bfloat16 and loses carries on the way to e4m3,
+where a GPU rounds to nearest even, and it takes e4m3's NaN for 480.
 """
 
 from __future__ import annotations
@@ -149,6 +149,12 @@ if INTERPRETED and importlib.util.find_spec("triton") is not None:
         a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return dot(self, a, b, *others)
 
+    def exact_integers(self, source, target):
+        """A bfloat16 of an integer is not the integer as its bits."""
+        if target.scalar == tl.bfloat16:
+            source, target = self.cast_impl(source, tl.float32), tl.bfloat16
+        return self.cast_impl(source, target)
+
     # Triton 3.6 takes the bound of a loop out of an array in a way that numpy 2.4 refuses.
     patch_tensor = interpreter._patch_lang_tensor
 
@@ -178,6 +184,7 @@ if INTERPRETED and importlib.util.find_spec("triton") is not None:
     interpreter._patch_lang_tensor = patch_bounds
     interpreter._convert_float = rounding_convert
     interpreter.InterpreterBuilder.create_dot = widening_dot
+    interpreter.InterpreterBuilder.create_si_to_fp = exact_integers
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from candle_vllm.core.kernels.attention.backend import AttentionNeeds, Backend
 from candle_vllm.core.kernels.attention.backends import choose
 from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
 from candle_vllm.core.kernels.attention.triton import paged_attention
+from candle_vllm.core.kernels.kv_write.scaled_rows import SCALE, codes_and_scales, write_rows
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 
@@ -187,6 +188,72 @@ def test_every_number_of_an_fp8_cache_is_read_exactly(device: torch.device, dtyp
         q, keys, cache.to(device), replace(rows, decodes=decodes), scale=1.0, cache_scales=scales
     ).cpu()
     assert torch.equal(got.float().nan_to_num(1000), codes.float().view(1, 16, 16).nan_to_num(1000))
+
+
+SCALED = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn, "bits of e4m3": torch.uint8}
+
+
+def scaled(step: Step, kind: torch.dtype) -> Step:
+    """The step over caches whose rows have scales of their own; where nothing was written they are NaN."""
+    if kind == torch.float8_e4m3fn and step.q.is_cuda and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("e4m3 needs compute capability 8.9")
+    caches = []
+    for cache in (step.key_cache, step.value_cache):
+        blocks, size, heads, dim = cache.shape
+        small = torch.zeros(blocks, size, heads, dim + SCALE, dtype=torch.uint8, device=cache.device).view(kind)
+        write_rows(cache.flatten(0, 1), small, torch.arange(blocks * size, device=cache.device))
+        caches.append(small)
+    return replace(step, key_cache=caches[0], value_cache=caches[1])
+
+
+@pytest.mark.one_of_each
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("kind", SCALED)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "size"), [(6, 2, 80, 16), (4, 4, 64, 32)])
+def test_rows_with_scales(
+    device: torch.device, dtype: torch.dtype, kind: str, heads: int, kv_heads: int, dim: int, size: int
+) -> None:
+    shape = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "size": size, "dtype": dtype}
+    step = scaled(make_step(device, (1, 260, 40, 45, 69, 17), (1, 1, 40, 4, 33, 1), **shape), SCALED[kind])
+    check(step)
+    check(step, decodes=0)
+
+
+@pytest.mark.one_of_each
+@pytest.mark.parametrize("kind", SCALED)
+@pytest.mark.parametrize(
+    "options", [{"window": 5}, {"window": 64, "softcap": 2.0}, {"softcap": 2.0, "sinks": torch.ones(4)}]
+)
+def test_rows_with_scales_under_windows_caps_and_sinks(device: torch.device, kind: str, options: dict) -> None:
+    options = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    shape = {"heads": 4, "kv_heads": 2, "dim": 32, "dtype": torch.float16}
+    check(scaled(make_step(device, (200, 300, 150, 140), (1, 1, 150, 30), **shape), SCALED[kind]), **options)
+
+
+@pytest.mark.parametrize("kind", ["int8", "bits of e4m3"])
+@pytest.mark.usefixtures("turing")
+def test_rows_with_scales_without_tensor_cores(device: torch.device, kind: str) -> None:
+    shape = {"heads": 6, "kv_heads": 2, "dim": 64, "dtype": torch.float16}
+    check(scaled(make_step(device, (1, 290, 40, 45, 17), (1, 1, 40, 4, 1), **shape), SCALED[kind]))
+
+
+@pytest.mark.one_of_each
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("kind", SCALED)
+@pytest.mark.parametrize("decodes", [1, 0])
+def test_every_code_is_read_exactly(device: torch.device, dtype: torch.dtype, kind: str, decodes: int) -> None:
+    """All codes as the values of a sequence of one token, whose softmax is 1, beside scales of 1."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    if kind != "int8":
+        codes = torch.where(codes & 127 == 127, 0, codes)  # NaN is never written
+    values = codes.view(torch.int8).float() if kind == "int8" else codes.view(torch.float8_e4m3fn).float()
+    zeros = torch.zeros(1, 16, 16, 16, device=device)
+    rows = AttentionRows((0, 1), (1,), torch.zeros(1, 1, dtype=torch.int64, device=device))
+    step = scaled(Step(torch.zeros(1, 16, 16, dtype=dtype, device=device), zeros, zeros, rows), SCALED[kind])
+    stored, scales = codes_and_scales(step.value_cache)
+    stored[0, 0], scales[0] = codes.view(16, 16).to(device).view(stored.dtype), 1.0
+    got = run(step, replace(rows.on_device(), decodes=decodes))
+    assert torch.equal(got.float().cpu(), values.view(1, 16, 16))
 
 
 @pytest.mark.parametrize("window", few([None, 70], 70))

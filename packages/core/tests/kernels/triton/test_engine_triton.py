@@ -50,11 +50,17 @@ def load(path: Path, device: torch.device, dtype: str, monkeypatch: pytest.Monke
     return loading.load_model(config, device, lambda *_: None)
 
 
-def answers(loaded: LoadedModel, device: torch.device, *, prompts: int = 0) -> list[GenerationOutput]:
-    """The second request comes when the first decodes; steps with prompts are captured up to so many tokens."""
+def answers(
+    loaded: LoadedModel, device: torch.device, *, prompts: int = 0, cache: torch.dtype | None = None
+) -> list[GenerationOutput]:
+    """The second request comes when the first decodes; steps with prompts are captured up to so many tokens.
+
+    `cache` is its type where its rows have scales of their own.
+    """
     stream = LazyStream() if device.type == "cpu" else CudaStream(device)
     limits = DeviceLimits(32, 2, CONTEXT // SIZE, SIZE)
-    runner = DeviceRunner(loaded.decoder, limits, stream, loaded.placement.torch_dtype, captured_prompts=prompts)
+    dtype, row_scales = cache or loaded.placement.torch_dtype, cache is not None
+    runner = DeviceRunner(loaded.decoder, limits, stream, dtype, captured_prompts=prompts, row_scales=row_scales)
     for work in runner.largest_steps():
         work()
     runner.allocate(12)
@@ -100,6 +106,22 @@ def test_plain_weights(device: torch.device, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(dispatch, "interpreted", lambda: False)
     reference = load(write_toy_model(tmp_path / "toy", CONFIG), torch.device("cpu"), "f32", monkeypatch)
     check(got, answers(reference, torch.device("cpu")), 1e-4)
+
+
+@pytest.mark.parametrize("cache", few([torch.int8, torch.uint8], torch.int8))
+def test_a_cache_whose_rows_have_scales(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: torch.dtype
+) -> None:
+    """The kernels against the references over the same cache, and both near the plain one."""
+    path = write_toy_model(tmp_path / "toy", {**CONFIG, "num_hidden_layers": 1})
+    got = answers(load(path, device, "f32", monkeypatch), device, cache=cache)
+    monkeypatch.setattr(dispatch, "interpreted", lambda: False)
+    reference = load(path, torch.device("cpu"), "f32", monkeypatch)
+    check(got, answers(reference, torch.device("cpu"), cache=cache), 1e-3)
+    plain = answers(reference, torch.device("cpu"))
+    check(got, plain, 0.02 if cache == torch.int8 else 0.05)
+    with pytest.raises(AssertionError):
+        check(got, plain, 1e-6)
 
 
 @pytest.mark.parametrize("invariant", few([False, True], True))  # families have the other on the way to their logits

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Writing the paged cache: exact copies, nothing beside them, and fp8 with scales."""
+"""Writing the paged cache: exact copies, nothing beside them, and 8 bits with scales."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from candle_vllm.core.kernels.kv_write import reference
+from candle_vllm.core.kernels.kv_write.scaled_rows import codes_and_scales, read_blocks
 from candle_vllm.core.kernels.kv_write.triton import kv_write
 
 
@@ -57,6 +58,42 @@ def test_fp8_scales_rounds_and_saturates(device: torch.device, dtype: torch.dtyp
     for a, b in zip(got, wanted):
         assert torch.equal(a.float(), b.float())
     assert got[0][0, 3, 0, :4].tolist() == [448.0, -448.0, 448.0, 0.0]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn, torch.uint8])
+def test_rows_with_scales_are_those_of_the_reference(
+    device: torch.device, dtype: torch.dtype, kind: torch.dtype
+) -> None:
+    """To the byte: zeros, halves between two codes, small and large numbers, and rows with what is no number."""
+    if kind == torch.float8_e4m3fn and device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("e4m3 needs compute capability 8.9")
+    key = random(6, 3, 33, dtype=dtype)
+    key[0, 0], key[0, 1], key[0, 2] = 0, 1e-3 * key[0, 1] ** 5, 1e4 * key[0, 2]
+    key[1, 0, :6] = torch.tensor([127.0, 0.5, 1.5, -2.5, -0.5, 63.5])  # over a scale of 1 in int8
+    key[1, 1, :6] = torch.tensor([448.0, 2**-9, 1.5 * 2**-9, 2**-10, 27 / 16, -29 / 16])
+    key[1, 0, 6:] = key[1, 1, 6:] = 0
+    key[2, 0, 3], key[2, 1, 4] = math.nan, math.inf
+    key = key.to(device)
+    got = [torch.full((2, 16, 3, 37), 99, dtype=torch.uint8, device=device).view(kind) for _ in range(2)]
+    wanted = [cache.clone() for cache in got]
+    slots = torch.tensor([3, 30, 7, 0, 16, -1], device=device)
+    kv_write(key, key * 3, *got, slots)
+    reference.kv_write(key, key * 3, *wanted, slots)
+    for one, other in zip(got, wanted):
+        codes, scales = codes_and_scales(one)
+        assert torch.equal(codes, codes_and_scales(other)[0])
+        assert torch.equal(scales.nan_to_num(7.0), codes_and_scales(other)[1].nan_to_num(7.0))
+    rows = read_blocks(got[0], torch.arange(2, device=device)).flatten(0, 1)[slots[:5]].cpu()
+    assert rows[2, :2].isnan().all()
+    assert (rows[0, 0] == 0).all()
+    assert rows[1, 0, :6].tolist() == [127, 0, 2, -2, 0, 64] or kind != torch.int8
+    there = torch.ones(5, 3, dtype=torch.bool)
+    there[2, :2] = False
+    gone = (rows - key[:5].float().cpu())[there].abs().amax(1)
+    step = 1 / 250 if kind == torch.int8 else 1 / 27  # half a step of the largest number
+    assert (gone <= step * key[:5].float().cpu()[there].abs().amax(1)).all()
 
 
 def test_a_layout_that_the_kernel_does_not_read_is_refused(device: torch.device) -> None:

@@ -209,7 +209,11 @@ def test_backends() -> None:
     assert choose_latent("auto", replace(needs, head_dim=576)).name == "triton"
     for name, change, message in (
         ("torch_flash", {}, "latent attention has kernels of its own: leave it out"),
-        ("auto", {"fp8_cache": True}, "kv_cache_dtype='fp8' cannot be had with latent attention"),
+        (
+            "auto",
+            {"cache_dtype": "int8_per_token_head"},
+            "kv_cache_dtype='int8_per_token_head' cannot be had with latent attention",
+        ),
         ("triton", {"block_size": 8}, "block_size=16"),
         ("auto", {"head_dim": 1088}, "latent rows of at most 640 numbers, not 1088"),
     ):

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from candle_vllm.core.kernels.kv_write.scaled_rows import SCALE, read_blocks
 from candle_vllm.core.kernels.rms_norm import HeadNorms
 from candle_vllm.core.kernels.rotary_write import reference, rotary_write, triton
 
@@ -80,6 +81,40 @@ def test_it_is_the_three_one_after_the_other(
         nowhere = torch.full((1,), -1, device=device)
         alone = triton.rotary_write(*one, tables, tuple(caches), nowhere, norms=norms, cache_scales=scales)  # type: ignore[arg-type]
         assert torch.equal(alone[0], results[0][0][row]), "neighbours do not matter"
+
+
+@pytest.mark.one_of_each
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn, torch.uint8])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "rotated"), [(9, 3, 64, 64), (5, 5, 80, 32), (20, 7, 96, 74)])
+def test_rows_with_scales(
+    device: torch.device,
+    dtype: torch.dtype,
+    normed: bool,
+    kind: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    rotated: int,
+) -> None:
+    if kind == torch.float8_e4m3fn and device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("e4m3 needs compute capability 8.9")
+    angles = torch.arange(50).unsqueeze(1) * torch.logspace(0, -2, rotated // 2)
+    tables = angles.cos().to(device), angles.sin().to(device)
+    q, k, v = (random(4, count, dim, dtype=dtype, seed=count).to(device) for count in (heads, kv_heads, kv_heads))
+    positions = torch.tensor([49, 0, 7, 7], device=device)
+    slots = torch.tensor([19, -1, 0, 6], device=device, dtype=torch.int32)
+    norms = HeadNorms(random(dim, seed=1).to(device), random(dim, seed=2).to(device), 1e-5) if normed else None
+    results = []
+    for write in (triton.rotary_write, reference.rotary_write):
+        shape = (BLOCKS, SIZE, kv_heads, dim + SCALE)
+        caches = [torch.full(shape, 255, dtype=torch.uint8, device=device).view(kind) for _ in range(2)]  # NaN
+        out = write(q, k, v, positions, tables, tuple(caches), slots, norms=norms)
+        results.append((out, *(read_blocks(cache, torch.arange(BLOCKS, device=device)) for cache in caches)))
+    for place, (got, wanted) in enumerate(zip(*results)):
+        # What is rounded differently before it may become the neighbouring code.
+        check(got, wanted, 2e-2 if place else TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("normed", [False, True])

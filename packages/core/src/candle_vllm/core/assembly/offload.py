@@ -20,7 +20,7 @@ from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import expand
-from candle_vllm.core.memory import MIB, cache_bytes
+from candle_vllm.core.memory import MIB, cache_bytes, device_number_bytes
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.threads import default_threads
 
@@ -146,7 +146,7 @@ def _what_does_not_fit(
         free = max(0, free - int(total * (1 - config.gpu_memory_utilization)))
     steps = max(_STEPS, total // _SHARE_FOR_STEPS)
     tokens = min(model.max_position, _TOKENS)
-    number = 1 if config.kv_cache_dtype == "fp8" else ELEMENTS[placement.dtype].itemsize
+    number = device_number_bytes(config, model, ELEMENTS[placement.dtype].itemsize)
     cache = config.kv_cache_memory or cache_bytes(model, tokens, number)
     weights = memory_of(placement, stored)
     room = free - steps - cache

@@ -394,7 +394,7 @@ def cache_kinds(config: EngineConfig, model: LoadedModel | Described) -> tuple[C
         given = getattr(config, name)
         name, dtype = (name, given) if given is not None else ("kv_cache_dtype", config.kv_cache_dtype)
         asked = f"{name}={dtype!r}"
-        if dtype == "fp8":
+        if dtype in ("fp8", "fp8_per_token_head", "int8_per_token_head"):
             raise ConfigError(f"{asked} needs a GPU: on the CPU set 'q8_0', or leave it out", name)
         kind = CacheKind["BF16" if dtype == "auto" else dtype.upper()]
         if dtype != "auto" and not model.placement.recorded:

@@ -28,7 +28,7 @@ from candle_vllm.core.kernels.torch_numbers import NAMES
 from candle_vllm.core.kernels.triton_build import capability, compile_together
 from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.layers.moe import mixtures_of
-from candle_vllm.core.memory import MIB, CachePlan, Room, plan_cache
+from candle_vllm.core.memory import MIB, CachePlan, Room, device_number_bytes, plan_cache
 from candle_vllm.core.threads import default_threads
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def build_on_gpu(
             "stands against it (cuda_graphs=False, enforce_eager=True, attention_backend)",
             "max_cudagraph_capture_size",
         )
-    dtype = torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else loaded.placement.torch_dtype
+    dtype, row_scales = _cache_type(config, loaded)
     rows = sequences + draft_rows
     limits = DeviceLimits(budget, rows, -(-model.max_position // config.block_size), config.block_size)
     stream = CudaStream(device)
@@ -94,6 +94,7 @@ def build_on_gpu(
             overlaps=not draft_rows and ranks is None and host is None,
             adapters=adapters,
             host=host,
+            row_scales=row_scales,
         )
         steps = runner.largest_steps()
         compile_together(lambda: _pass(steps, stream), device)
@@ -106,7 +107,8 @@ def build_on_gpu(
         raise _too_little(budget, sequences, device)
     kept = f" beside {torch.cuda.memory_allocated(device) // MIB} MiB of weights and {aside // MIB} MiB for steps"
     room = Room(free - aside, share, kept, total=total)
-    plan = plan_cache(config, model, dtype.itemsize, sequences, room, layers=loaded.num_layers)
+    size = device_number_bytes(config, model, loaded.placement.torch_dtype.itemsize)
+    plan = plan_cache(config, model, size, sequences, room, layers=loaded.num_layers)
     plan = plan if ranks is None else plan.agreed(ranks)
     logger.info(plan.message)
     if plan.warning:
@@ -124,9 +126,10 @@ def build_on_gpu(
 
 
 def _refuse_cache_of_cpu(config: EngineConfig) -> None:
-    if config.kv_cache_dtype not in ("auto", "fp8"):
+    if config.kv_cache_dtype in ("q8_0", "q5_1", "q4_0"):
         raise ConfigError(
-            f"kv_cache_dtype={config.kv_cache_dtype!r} is of the CPU: on a GPU set 'fp8', or leave it out",
+            f"kv_cache_dtype={config.kv_cache_dtype!r} is of the CPU: on a GPU set 'int8_per_token_head', which has "
+            "the size of q8_0, or leave it out",
             "kv_cache_dtype",
         )
     for name in ("key_cache_dtype", "value_cache_dtype"):
@@ -134,6 +137,17 @@ def _refuse_cache_of_cpu(config: EngineConfig) -> None:
             raise ConfigError(
                 f"on a GPU keys and values have one type: leave {name} out, or set kv_cache_dtype for both", name
             )
+
+
+def _cache_type(config: EngineConfig, loaded: LoadedModel) -> tuple[torch.dtype, bool]:
+    """The type of a cache's numbers, and whether its rows have scales of their own."""
+    if config.kv_cache_dtype == "auto":
+        return loaded.placement.torch_dtype, False
+    if config.kv_cache_dtype == "int8_per_token_head":
+        return torch.int8, True
+    if config.kv_cache_dtype == "fp8_per_token_head":
+        return torch.float8_e4m3fn if capability(loaded.placement.device) >= 89 else torch.uint8, True
+    return torch.float8_e4m3fn, False
 
 
 def adapter_slots(config: EngineConfig) -> int:
@@ -196,7 +210,7 @@ def _needs(config: EngineConfig, loaded: LoadedModel) -> AttentionNeeds:
         windows=any(window is not None for window in model.sliding_windows),
         soft_caps=model.attention_softcap is not None,
         sinks=model.attention_sinks,
-        fp8_cache=config.kv_cache_dtype == "fp8",
+        cache_dtype=config.kv_cache_dtype,
         deterministic=config.deterministic,
     )
 

@@ -32,6 +32,7 @@ from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, Landed
 from candle_vllm.core.engine.sequence import Tokens
 from candle_vllm.core.kernels.attention.rows import DeviceRows
 from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, Sent, Work, copy
+from candle_vllm.core.kernels.kv_write.scaled_rows import SCALE
 from candle_vllm.core.kernels.lora.device import DeviceAdapters
 from candle_vllm.core.kernels.moe.host import HostExperts
 from candle_vllm.core.kernels.offloading import block_bytes, block_parts
@@ -72,7 +73,7 @@ class DeviceRunner:
         decoder: the model, on the stream's device.
         limits: the largest step.
         stream: where steps run.
-        dtype: of the cache; float8_e4m3fn is scaled by 1.
+        dtype: of the cache; float8_e4m3fn is scaled by 1, where rows have no scales of their own.
         attend: what computes attention, see `kernels/attention`; None is the package's own.
         graphs: capture decoding steps.
         finite_cache: every number of the cache must be finite from the start.
@@ -81,6 +82,7 @@ class DeviceRunner:
             which begin with these tokens. `limits` must have a sequence for each draft, too.
 
         host: computes the experts that are in main memory; None where none are. It is closed with the runner.
+        row_scales: the cache's rows have scales of their own, see `kernels/kv_write/scaled_rows`.
 
     Attributes:
         adapters: what the decoder's layers add to their products; None where there are no adapters. Given, too.
@@ -104,6 +106,7 @@ class DeviceRunner:
         overlaps: bool = True,
         adapters: DeviceAdapters | None = None,
         host: HostExperts | None = None,
+        row_scales: bool = False,
     ) -> None:
         self.decoder, self._host = decoder, host
         stage = decoder.stage if isinstance(decoder, DecoderStack) else None
@@ -115,7 +118,8 @@ class DeviceRunner:
         self._dtype = dtype
         self._attend: dict[str, Any] = {} if attend is None else {"attend": attend}
         one = torch.ones(1, dtype=torch.float32, device=stream.device)
-        self._scales = (one, one) if dtype == torch.float8_e4m3fn else None
+        self._scales = (one, one) if dtype == torch.float8_e4m3fn and not row_scales else None
+        self._beside = SCALE if row_scales else 0
         self._inputs = DeviceInputs(stream, limits)
         vocabulary, sequences = decoder.config.vocab_size, limits.sequences
         self._logits = torch.zeros(sequences, vocabulary, dtype=torch.float32, device=stream.device)
@@ -351,7 +355,7 @@ class DeviceRunner:
         here = layers_here(self.decoder, config.num_layers)
 
         def caches(dim: int) -> tuple[torch.Tensor, ...]:
-            shape = (*rows, dim)
+            shape = (*rows, dim + self._beside)
             return tuple(
                 self._empty(shape if number in here else 0, dtype=self._dtype, device=self._stream.device)
                 for number in range(config.num_layers)

@@ -26,7 +26,8 @@ from candle_vllm.core.errors import ModelNotFoundError
 from candle_vllm.core.kernels.cpu_runtime.level import best_level
 from candle_vllm.core.kernels.cpu_runtime.numa import plan_ranks
 from candle_vllm.core.loading.source import HUB_ID, ModelFiles
-from candle_vllm.core.memory import CachePlan, cache_bytes
+from candle_vllm.core.memory import CachePlan, cache_bytes, device_number_bytes
+from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
 from candle_vllm.core.text.chat_conventions import chat_conventions
 from candle_vllm.core.threads import default_threads
@@ -248,8 +249,11 @@ def _of_model(settings: Settings, config: EngineConfig, files: ModelFiles, devic
             if split is None
             else Derived(split.layers, f"derived: {split.message}")
         )
-    left = Derived("what is left of the GPU after loading, times kv_fraction", "derived when the model is loaded")
     if cache is None:
+        number_bytes = device_number_bytes(config, model.config, ELEMENTS[model.placement.dtype].itemsize)
+        token = cache_bytes(model.config, 1, number_bytes)
+        words = f"what is left of the GPU after loading, times kv_fraction; a token takes {token:,} B"
+        left = Derived(words, "derived when the model is loaded")
         return found | dict.fromkeys(("mem", "kv_cache_memory_bytes"), left)
     size, room = cache.num_blocks * cache.block_bytes, cache.num_blocks * config.block_size
     words = f"derived: {room:,} tokens, reserved and taken as they fill"

@@ -63,11 +63,12 @@ _CALLING = ("serve", "agent", "run-batch", "config")  # those whose requests hav
 _LEVELS = Choice(("debug", "info", "warning", "error"), {"warn": "warning"})
 _CACHE_ALIASES = {  # candle-vllm's bf16 means auto, too
     "fp8_e4m3": "fp8", "e4m3": "fp8", "bf16": "auto", "bfloat16": "auto",
-    "k8v4": "turbo8", "4bit": "turbo4", "k3v4": "turbo3",
+    "int8": "int8_per_token_head", "k8v4": "turbo8", "4bit": "turbo4", "k3v4": "turbo3",
 }  # fmt: skip
 _TURBO = dict.fromkeys(
-    ("turbo8", "turbo4", "turbo3"), "the cache has 16 bits a number, or 8 (q8_0, on a GPU fp8), 5 (q5_1) or 4 (q4_0)"
-)
+    ("turbo8", "turbo4", "turbo3"),
+    "the cache has 16 bits a number, or 8 (q8_0, on a GPU int8 or fp8), 5 (q5_1) or 4 (q4_0)",
+) | {"fp8_e5m2": "floats of 8 bits are e4m3 here, which have a bit of precision more"}
 _CACHE = {"aliases": _CACHE_ALIASES, "absent": _TURBO}
 _ISQ_ALIASES = {name[:-1] + "_k": name for name in ISQ_NAMES if name.endswith("k")}
 

@@ -10,9 +10,10 @@ says so, on the CPU alone, a token sees some positions behind its own as well: t
 and sums are fp32. y [T, H, D] has q's dtype, in new memory.
 
 A cache of float8_e4m3fn, as `kernels/kv_write` writes it, comes with `cache_scales`, those of keys and of values, [1]
-float32 each, by which its numbers are multiplied.
+float32 each, by which its numbers are multiplied. One whose rows have scales of their own is [B, S, K, D + 4], see
+`kernels/kv_write/scaled_rows`.
 
-On a GPU D is 256 at most, and even where the cache is float8, and S a power of two from 16 on. Where the step's
+On a GPU D is 256 at most, and even where the cache has 8 bits, and S a power of two from 16 on. Where the step's
 numbers are on the device (`DeviceRows`) nothing waits for it, and launches depend on the shapes of tensors and on
 `decodes` only, so that they can be captured: the rows of y from query_start[R] on hold anything, sequences among the
 first `decodes` without context get zeros. With `decoding` it is a number on the device that says how many sequences
@@ -47,7 +48,6 @@ def paged_attention(
 ) -> torch.Tensor:
     """softmax(q k^T * scale) v for every sequence of the step."""
     assert q.shape[1] % key_cache.shape[2] == 0
-    assert q.shape[2] == key_cache.shape[3]
     assert sinks is None or sinks.shape == q.shape[1:2]
     options = {"scale": scale, "window": window, "softcap": softcap, "cache_scales": cache_scales, "sinks": sinks}
     if on_gpu(q):

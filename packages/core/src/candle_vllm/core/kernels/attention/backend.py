@@ -42,7 +42,7 @@ class AttentionNeeds:
         windows: whether a layer has a sliding window.
         soft_caps: whether a layer caps its scores.
         sinks: whether a layer's heads have sinks.
-        fp8_cache: whether the cache is float8.
+        cache_dtype: of keys and values, as `EngineConfig.kv_cache_dtype` names it.
         deterministic: whether a result must not depend on the rest of the step, nor on how a prompt is cut.
     """
 
@@ -53,7 +53,7 @@ class AttentionNeeds:
     windows: bool = False
     soft_caps: bool = False
     sinks: bool = False
-    fp8_cache: bool = False
+    cache_dtype: str = "auto"
     deterministic: bool = False
 
 
@@ -86,8 +86,8 @@ def flash_refusal(needs: AttentionNeeds) -> str | None:
         return f"FlashAttention computes f16 and bf16, not {needs.dtype}"
     if needs.sinks:
         return "FlashAttention has no attention sinks"
-    if needs.fp8_cache:
-        return "FlashAttention does not read a float8 cache beside queries of another type"
+    if needs.cache_dtype != "auto":
+        return f"FlashAttention does not read a cache of {needs.cache_dtype} beside queries of another type"
     if torch.version.hip is not None:
         return "FlashAttention is used on NVIDIA GPUs alone"
     if needs.capability is None or needs.capability < (8, 0):
@@ -132,6 +132,9 @@ def triton_refusal(needs: AttentionNeeds) -> str | None:
         return f"the Triton kernels need heads of at most 256 numbers, not {needs.head_dim}"
     if needs.block_size < 16:
         return f"the Triton kernels need blocks of at least 16 tokens, and block_size is {needs.block_size}"
-    if needs.fp8_cache and needs.capability < (8, 9):
-        return "a float8 cache needs an NVIDIA GPU of compute capability 8.9"
+    if needs.cache_dtype == "fp8" and needs.capability < (8, 9):
+        return (
+            "kv_cache_dtype='fp8' needs an NVIDIA GPU of compute capability 8.9, 'fp8_per_token_head' and "
+            "'int8_per_token_head' do not"
+        )
     return None

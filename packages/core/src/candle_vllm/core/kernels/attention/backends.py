@@ -132,9 +132,10 @@ def choose_latent(name: str, needs: AttentionNeeds) -> Backend:
             "leave it out",
             SETTING,
         )
-    if needs.fp8_cache:
+    if needs.cache_dtype != "auto":
         raise ConfigError(
-            "kv_cache_dtype='fp8' cannot be had with latent attention, whose cache is small already: leave it out",
+            f"kv_cache_dtype={needs.cache_dtype!r} cannot be had with latent attention, whose cache is small already: "
+            "leave it out",
             "kv_cache_dtype",
         )
     if needs.capability is not None and needs.capability < (8, 0):

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from candle_vllm.core.kernels.kv_write.scaled_rows import has_row_scales, read_blocks
+
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.attention.rows import AttentionRows
 
@@ -31,8 +33,10 @@ def paged_attention(
     for row, context in enumerate(rows.context_lens):
         start, end = rows.query_start[row], rows.query_start[row + 1]
         table = rows.block_tables[row, : -(-context // size)]
-        k = key_cache[table].flatten(0, 1)[:context].transpose(0, 1).float()  # [K, C, D]
-        v = value_cache[table].flatten(0, 1)[:context].transpose(0, 1).float()
+        k, v = (  # [K, C, D]
+            blocks_of(cache, table, q.shape[2]).flatten(0, 1)[:context].transpose(0, 1).float()
+            for cache in (key_cache, value_cache)
+        )
         if cache_scales is not None:
             k, v = k * cache_scales[0], v * cache_scales[1]
         for first in range(start, end, _QUERIES):
@@ -42,6 +46,11 @@ def paged_attention(
                 q[first:last], k, v, context - (end - first), scale, window, softcap, sinks, ahead
             )
     return out
+
+
+def blocks_of(cache: torch.Tensor, tables: torch.Tensor, dim: int) -> torch.Tensor:
+    """Blocks of a cache for heads of D numbers, [..., S, K, D]: as they are stored, or fp32 where rows have scales."""
+    return read_blocks(cache, tables) if has_row_scales(cache, dim) else cache[tables]
 
 
 def _attend(

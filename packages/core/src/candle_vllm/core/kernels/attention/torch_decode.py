@@ -40,7 +40,7 @@ def paged_attention(
     options = {"scale": scale, "window": window, "softcap": softcap, "cache_scales": cache_scales, "sinks": sinks}
     if len(single) < 2:
         return reference.paged_attention(q, key_cache, value_cache, rows, **options)
-    _, size, kv_heads, dim = key_cache.shape
+    size, kv_heads, dim = *key_cache.shape[1:3], q.shape[2]
     out = torch.zeros_like(q)  # of rows that only fill up a batch, which have no context
     single.sort(key=lambda row: rows.context_lens[row])  # neighbours of like lengths fill up little
     while single:
@@ -87,8 +87,9 @@ def _attend(
     tables = tables.masked_fill(hidden[:, ::size], 0)  # the tail of a table may hold anything
     if window is not None:
         hidden |= at < contexts[:, None] - window
-    k = key_cache[tables].flatten(1, 2).permute(0, 2, 3, 1).float()  # [R, K, D, C]
-    v = value_cache[tables].flatten(1, 2).float().masked_fill_(hidden[:, :, None, None], 0)  # may be no number there
+    k = reference.blocks_of(key_cache, tables, dim).flatten(1, 2).permute(0, 2, 3, 1).float()  # [R, K, D, C]
+    v = reference.blocks_of(value_cache, tables, dim).flatten(1, 2).float()
+    v = v.masked_fill_(hidden[:, :, None, None], 0)  # may be no number there
     if cache_scales is not None:
         k, v = k * cache_scales[0], v * cache_scales[1]
     scores = torch.matmul(q.float().view(count, kv_heads, -1, dim), k).mul_(scale)  # [R, K, G, C]

@@ -13,6 +13,8 @@ import torch
 from candle_vllm.core.kernels.attention.rows import DeviceRows
 from candle_vllm.core.kernels.attention.triton_decode import decode
 from candle_vllm.core.kernels.attention.triton_prefill import prefill
+from candle_vllm.core.kernels.kv_write.scaled_rows import has_row_scales
+from candle_vllm.core.kernels.kv_write.triton import check_scaled
 
 MOST_DIM = 256
 
@@ -95,8 +97,14 @@ def _check(
     assert key_cache.shape == value_cache.shape
     assert key_cache.is_contiguous()
     assert value_cache.is_contiguous()
-    assert key_cache.dtype == value_cache.dtype == (torch.float8_e4m3fn if scales else q.dtype)
-    assert scales is None or dim % 2 == 0, "float8 values are read in pairs"
+    assert key_cache.dtype == value_cache.dtype
+    scaled = has_row_scales(key_cache, dim)
+    if scaled:
+        assert scales is None
+        check_scaled(key_cache, dim)
+    else:
+        assert key_cache.dtype == (torch.float8_e4m3fn if scales else q.dtype)
+    assert dim % 2 == 0 or not (scales or scaled), "values of 8 bits are read in pairs"
     count = rows.context_lens.shape[0]
     assert rows.query_start.shape == (count + 1,)
     assert rows.block_tables.shape[0] == count

@@ -31,11 +31,17 @@ from candle_vllm.core.kernels.attention.triton_tiles import (
     add_values,
     as_queries,
     attend_tile,
+    key_unit,
+    load_scales,
     load_tile,
     tile_slots,
     unpack_pairs,
+    value_rest,
+    value_unit,
     weigh_tile,
 )
+from candle_vllm.core.kernels.kv_write.scaled_rows import SCALE, has_row_scales
+from candle_vllm.core.kernels.kv_write.triton import build_types
 from candle_vllm.core.kernels.triton_build import (
     OPTIONS,
     TENSOR_CORES,
@@ -58,8 +64,8 @@ _MERGED = 8  # splits that the merging kernel reads together
 )
 def decode_kernel(
     q,  # [R, H, D]
-    key_cache,  # [B, S, K, D]
-    value_cache,  # [B, S, K, D]
+    key_cache,  # [B, S, K, D], or as `kv_write/scaled_rows` says where EXTRA
+    value_cache,
     out,  # [R, H, D]
     partial_values,  # [R, SPLITS, H, D] fp32
     partial_states,  # [R, SPLITS, H, 2] fp32: top, sum
@@ -85,12 +91,14 @@ def decode_kernel(
     WINDOW: tl.constexpr,  # 0 for none
     CAP: tl.constexpr,
     FP8: tl.constexpr,
+    EXTRA: tl.constexpr,  # bytes of scales in a block
     SINKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    stored: tl.constexpr = key_cache.dtype.element_ty
     if items is not None:
         total = tl.load(items) * K
     else:
@@ -105,6 +113,8 @@ def decode_kernel(
     if FP8:
         factor = scale * tl.load(key_scale)
         out_factor = tl.load(value_scale)
+    if EXTRA:
+        out_factor = value_rest(stored)
     cap_in = 0.0
     if CAP:
         cap_in = factor / cap
@@ -131,7 +141,7 @@ def decode_kernel(
 
         tops = tl.full([GP], float("-inf"), tl.float32)
         sums = tl.zeros([GP], tl.float32)
-        if FP8:
+        if FP8 or EXTRA:
             # Values are turned on their way to the product, which the hardware does with numbers of 16 bits alone. So
             # two neighbours are read as one, and become two products, of the even and of the odd places.
             pairs_at = value_cache.to(tl.pointer_type(tl.int16), bitcast=True) + head * (D // 2)
@@ -139,23 +149,27 @@ def decode_kernel(
             odd = tl.zeros([GP, DP // 2], tl.float32)
             for at in range(begin, end, BLOCK_N):
                 slots = tile_slots(table, at, end, S, BLOCK_N, True)
-                k = as_queries(load_tile(keys_at, slots, at, end, K * D, D, DP, True), queries.dtype)
-                pairs = load_tile(pairs_at, slots, at, end, K * D // 2, D // 2, DP // 2, True)
-                low, high = unpack_pairs(pairs, queries.dtype)
+                k = as_queries(load_tile(keys_at, slots, at, end, K * D, D, DP, True, S, EXTRA), queries.dtype)
+                pairs = load_tile(pairs_at, slots, at, end, K * D // 2, D // 2, DP // 2, True, S, EXTRA // 2)
+                k_scales, v_scales = None, None
+                if EXTRA:
+                    k_scales = load_scales(key_cache, slots, at, end, head, K, D, S, key_unit(stored), True)
+                    v_scales = load_scales(value_cache, slots, at, end, head, K, D, S, value_unit(stored), True)
                 tops, sums, weights, keep = weigh_tile(
-                    queries, tops, sums, k, positions, at, factor, cap_in, cap, CAP, WINDOW, True
+                    queries, tops, sums, k, k_scales, positions, at, factor, cap_in, cap, CAP, WINDOW, True
                 )
-                even = add_values(weights, low, even, keep)
-                odd = add_values(weights, high, odd, keep)
+                low, high = unpack_pairs(pairs, stored, queries.dtype)
+                even = add_values(weights, low, v_scales, even, keep)
+                odd = add_values(weights, high, v_scales, odd, keep)
             values = tl.reshape(tl.join(even, odd), [GP, DP])
         else:
             values = tl.zeros([GP, DP], tl.float32)
             for at in range(begin, end, BLOCK_N):
                 slots = tile_slots(table, at, end, S, BLOCK_N, True)
-                k = load_tile(keys_at, slots, at, end, K * D, D, DP, True)
-                v = load_tile(values_at, slots, at, end, K * D, D, DP, True)
+                k = load_tile(keys_at, slots, at, end, K * D, D, DP, True, S, 0)
+                v = load_tile(values_at, slots, at, end, K * D, D, DP, True, S, 0)
                 tops, sums, values = attend_tile(
-                    queries, tops, sums, values, k, v, positions, at, factor, cap_in, cap, CAP, WINDOW, True
+                    queries, tops, sums, values, k, v, None, None, positions, at, factor, cap_in, cap, CAP, WINDOW, True
                 )
         values = values * out_factor
         if count == 1:
@@ -273,8 +287,8 @@ def decode(
     """
     heads, dim = q.shape[1:]
     block_size, kv_heads = key_cache.shape[1:3]
-    # An fp8 cache has wider tiles, but not beside queries of fp32, in which the tiles are then computed.
-    size = 4 if q.dtype == torch.float32 else key_cache.element_size()
+    rows_scaled = has_row_scales(key_cache, dim)
+    size = _size(dim, q.element_size(), key_cache.element_size(), rows_scaled)
     shape = splits(next_power_of_2(dim), size, kv_heads, capability(q.device))
     most = q.shape[0] if triton_items.ITEM_LIST else _ROWS
     rows = min(q.shape[0], most)
@@ -309,6 +323,7 @@ def decode(
             block_tables.stride(0),
             **constants,
             FP8=scales is not None,
+            EXTRA=SCALE * block_size * kv_heads * rows_scaled,
             num_warps=shape.num_warps,
             num_stages=stages(shape.num_stages),
             **OPTIONS,
@@ -325,6 +340,15 @@ def decode(
             num_warps=2,
             **OPTIONS,
         )
+
+
+def _size(dim: int, query_bytes: int, cache_bytes: int, rows_scaled: bool) -> int:
+    """Bytes of a number, as `splits` counts them.
+
+    A cache of 8 bits has wider tiles, but not beside queries of fp32, in which the tiles are then computed, nor small
+    heads beside scales, for which some compilers find no registers.
+    """
+    return 4 if query_bytes == 4 else 2 if rows_scaled and dim <= 128 else cache_bytes
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -371,9 +395,11 @@ def _builds(
     mixed: bool = False,
     listed: bool = False,
     turing: bool = False,
+    rows: str = "",
 ) -> tuple[Build, Build]:
-    cache = "fp8e4nv" if fp8 else dtype
-    shape = splits(next_power_of_2(dim), 4 if dtype == "fp32" else 1 if fp8 else 2, kv_heads, 75 if turing else 90)
+    cache = rows or ("fp8e4nv" if fp8 else dtype)
+    size = _size(dim, 4 if dtype == "fp32" else 2, 1 if fp8 or rows else 2, bool(rows))
+    shape = splits(next_power_of_2(dim), size, kv_heads, 75 if turing else 90)
     constants = _constants(shape, kv_heads, group, dim, block_size, window, cap, sinks)
     partials = {"partial_values": "*fp32", "partial_states": "*fp32", "out": f"*{dtype}", "context_lens": "*i32"}
     partials |= {"first": "i32"} | ({"decoding": "*i32"} if mixed else {})
@@ -382,14 +408,20 @@ def _builds(
     arguments |= dict.fromkeys(("rows", "q_stride", "table_stride"), "i32")
     scales, sink = ("key_scale", "value_scale"), {"sinks": "*fp32"} if sinks else {}
     label = f"{dtype}-d{dim}-g{group}-s{block_size}" + "-window" * bool(window) + "-cap" * cap + "-fp8" * fp8
-    label += "-sinks" * sinks + "-mixed" * mixed + "-listed" * listed
+    label += "-sinks" * sinks + "-mixed" * mixed + "-listed" * listed + f"-{rows}-rows" * bool(rows)
     none = dict.fromkeys(("sinks",) * (not sinks) + ("decoding",) * (not mixed))
-    targets = (75,) if turing else (90, 100, 120) if fp8 else WITH_TENSOR_CORES
+    targets = (75,) if turing else build_types(cache, WITH_TENSOR_CORES)
     return (
         Build(
             decode_kernel,
             arguments | sink | (dict.fromkeys(scales, "*fp32") if fp8 else {}) | ({"items": "*i32"} if listed else {}),
-            {**constants, "FP8": fp8, **none, **({} if fp8 else dict.fromkeys(scales))}
+            {
+                **constants,
+                "FP8": fp8,
+                "EXTRA": SCALE * block_size * kv_heads * bool(rows),
+                **none,
+                **({} if fp8 else dict.fromkeys(scales)),
+            }
             | ({} if listed else {"items": None}),
             num_warps=shape.num_warps,
             num_stages=shape.num_stages,
@@ -425,6 +457,13 @@ AOT = (
     *_builds("bf16", 128, 8, 4, 16, fp8=True)[:1],
     *_builds("fp32", 128, 8, 4, 16, fp8=True)[:1],
     *_builds("bf16", 64, 8, 8, 16, window=128, sinks=True),
+    *_builds("bf16", 128, 8, 4, 16, rows="i8")[:1],
+    *_builds("bf16", 128, 8, 4, 16, rows="fp8e4nv")[:1],
+    *_builds("bf16", 128, 8, 4, 16, rows="u8")[:1],
+    *_builds("fp32", 128, 8, 4, 16, rows="i8")[:1],
+    *_builds("bf16", 256, 4, 4, 16, window=1024, cap=True, rows="i8")[:1],
+    *_builds("fp16", 128, 8, 4, 16, rows="i8", turing=True)[:1],
+    *_builds("fp16", 128, 8, 4, 16, rows="u8", turing=True)[:1],
     *_builds("fp16", 128, 8, 4, 16, turing=True),
     *_builds("fp16", 128, 8, 4, 16, mixed=True, turing=True),
     *_builds("fp16", 128, 8, 4, 16, mixed=True, listed=True, turing=True)[:1],

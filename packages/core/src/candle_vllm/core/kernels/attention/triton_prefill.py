@@ -17,9 +17,19 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.attention.triton_tiles import as_queries, attend_tile, load_tile, tile_slots
+from candle_vllm.core.kernels.attention.triton_tiles import (
+    as_queries,
+    attend_tile,
+    key_unit,
+    load_scales,
+    load_tile,
+    tile_slots,
+    value_rest,
+    value_unit,
+)
+from candle_vllm.core.kernels.kv_write.scaled_rows import SCALE, has_row_scales
+from candle_vllm.core.kernels.kv_write.triton import build_types
 from candle_vllm.core.kernels.triton_build import (
-    CAPABILITIES,
     OPTIONS,
     TENSOR_CORES,
     Build,
@@ -69,8 +79,8 @@ def find_tile(query_start, rows, tile, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr
 )
 def prefill_kernel(
     q,  # [T, H, D]
-    key_cache,  # [B, S, K, D]
-    value_cache,  # [B, S, K, D]
+    key_cache,  # [B, S, K, D], or as `kv_write/scaled_rows` says where EXTRA
+    value_cache,
     out,  # [T, H, D]
     query_start,  # [rows + 1]
     context_lens,  # [rows]
@@ -92,12 +102,14 @@ def prefill_kernel(
     WINDOW: tl.constexpr,  # 0 for none
     CAP: tl.constexpr,
     FP8: tl.constexpr,
+    EXTRA: tl.constexpr,  # bytes of scales in a block
     SINKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     BLOCK_Q: tl.constexpr = BLOCK_M // G
+    stored: tl.constexpr = key_cache.dtype.element_ty
     head = tl.program_id(0) % K
     # From the last tile back: late tiles of a prompt have most to do, and should not be what the GPU waits for.
     tile = tl.num_programs(0) // K - 1 - tl.program_id(0) // K
@@ -136,6 +148,8 @@ def prefill_kernel(
         if FP8:
             factor = scale * tl.load(key_scale)
             out_factor = tl.load(value_scale)
+        if EXTRA:
+            out_factor = value_rest(stored)
         cap_in = 0.0
         if CAP:
             cap_in = factor / cap
@@ -151,24 +165,81 @@ def prefill_kernel(
         if WINDOW:
             for at in range(begin, unmasked, BLOCK_N):
                 slots = tile_slots(table, at, last + 1, S, BLOCK_N, False)
-                k = as_queries(load_tile(keys_at, slots, at, last + 1, K * D, D, DP, False), queries.dtype)
-                v = as_queries(load_tile(values_at, slots, at, last + 1, K * D, D, DP, False), queries.dtype)
+                k = as_queries(load_tile(keys_at, slots, at, last + 1, K * D, D, DP, False, S, EXTRA), queries.dtype)
+                v = as_queries(load_tile(values_at, slots, at, last + 1, K * D, D, DP, False, S, EXTRA), queries.dtype)
+                k_scales, v_scales = None, None
+                if EXTRA:
+                    k_scales = load_scales(key_cache, slots, at, last + 1, head, K, D, S, key_unit(stored), False)
+                    v_scales = load_scales(value_cache, slots, at, last + 1, head, K, D, S, value_unit(stored), False)
                 tops, sums, values = attend_tile(
-                    queries, tops, sums, values, k, v, positions, at, factor, cap_in, cap, CAP, WINDOW, True
+                    queries,
+                    tops,
+                    sums,
+                    values,
+                    k,
+                    v,
+                    k_scales,
+                    v_scales,
+                    positions,
+                    at,
+                    factor,
+                    cap_in,
+                    cap,
+                    CAP,
+                    WINDOW,
+                    True,
                 )
         for at in range(unmasked, whole, BLOCK_N):
             slots = tile_slots(table, at, last + 1, S, BLOCK_N, False)
-            k = as_queries(load_tile(keys_at, slots, at, last + 1, K * D, D, DP, False), queries.dtype)
-            v = as_queries(load_tile(values_at, slots, at, last + 1, K * D, D, DP, False), queries.dtype)
+            k = as_queries(load_tile(keys_at, slots, at, last + 1, K * D, D, DP, False, S, EXTRA), queries.dtype)
+            v = as_queries(load_tile(values_at, slots, at, last + 1, K * D, D, DP, False, S, EXTRA), queries.dtype)
+            k_scales, v_scales = None, None
+            if EXTRA:
+                k_scales = load_scales(key_cache, slots, at, last + 1, head, K, D, S, key_unit(stored), False)
+                v_scales = load_scales(value_cache, slots, at, last + 1, head, K, D, S, value_unit(stored), False)
             tops, sums, values = attend_tile(
-                queries, tops, sums, values, k, v, positions, at, factor, cap_in, cap, CAP, WINDOW, False
+                queries,
+                tops,
+                sums,
+                values,
+                k,
+                v,
+                k_scales,
+                v_scales,
+                positions,
+                at,
+                factor,
+                cap_in,
+                cap,
+                CAP,
+                WINDOW,
+                False,
             )
         for at in range(whole, last + 1, BLOCK_N):
             slots = tile_slots(table, at, last + 1, S, BLOCK_N, True)
-            k = as_queries(load_tile(keys_at, slots, at, last + 1, K * D, D, DP, True), queries.dtype)
-            v = as_queries(load_tile(values_at, slots, at, last + 1, K * D, D, DP, True), queries.dtype)
+            k = as_queries(load_tile(keys_at, slots, at, last + 1, K * D, D, DP, True, S, EXTRA), queries.dtype)
+            v = as_queries(load_tile(values_at, slots, at, last + 1, K * D, D, DP, True, S, EXTRA), queries.dtype)
+            k_scales, v_scales = None, None
+            if EXTRA:
+                k_scales = load_scales(key_cache, slots, at, last + 1, head, K, D, S, key_unit(stored), True)
+                v_scales = load_scales(value_cache, slots, at, last + 1, head, K, D, S, value_unit(stored), True)
             tops, sums, values = attend_tile(
-                queries, tops, sums, values, k, v, positions, at, factor, cap_in, cap, CAP, WINDOW, True
+                queries,
+                tops,
+                sums,
+                values,
+                k,
+                v,
+                k_scales,
+                v_scales,
+                positions,
+                at,
+                factor,
+                cap_in,
+                cap,
+                CAP,
+                WINDOW,
+                True,
             )
         if SINKS:
             sink = tl.load(sinks + heads, mask=lines < BLOCK_Q * G, other=0.0) * 1.4426950408889634
@@ -228,7 +299,8 @@ def prefill(
     With `decoding` from query_start[decoding[0]] on: the other rows are not touched.
     """
     rows = context_lens.shape[0]
-    block_size, kv_heads, dim = key_cache.shape[1:]
+    block_size, kv_heads, dim = *key_cache.shape[1:3], q.shape[2]
+    rows_scaled = has_row_scales(key_cache, dim)
     group = q.shape[1] // kv_heads
     shape = tiles(next_power_of_2(dim), q.element_size(), group, capability(q.device))
     assert group <= shape.rows
@@ -251,7 +323,7 @@ def prefill(
         rows,
         q.stride(0),
         block_tables.stride(0),
-        **_constants(shape, kv_heads, group, dim, block_size, window or 0, *flags),
+        **_constants(shape, kv_heads, group, dim, block_size, window or 0, *flags, rows_scaled),
         num_warps=shape.num_warps,
         num_stages=stages(shape.num_stages),
         **OPTIONS,
@@ -259,7 +331,16 @@ def prefill(
 
 
 def _constants(
-    shape: Tiles, kv_heads: int, group: int, dim: int, block_size: int, window: int, cap: bool, fp8: bool, sinks: bool
+    shape: Tiles,
+    kv_heads: int,
+    group: int,
+    dim: int,
+    block_size: int,
+    window: int,
+    cap: bool,
+    fp8: bool,
+    sinks: bool,
+    rows: bool,
 ) -> dict[str, Any]:
     return {
         "K": kv_heads,
@@ -270,6 +351,7 @@ def _constants(
         "WINDOW": window,
         "CAP": cap,
         "FP8": fp8,
+        "EXTRA": SCALE * block_size * kv_heads * rows,
         "SINKS": sinks,
         "BLOCK_M": shape.rows,
         "BLOCK_N": shape.keys,
@@ -288,21 +370,23 @@ def _builds(
     fp8: bool = False,
     sinks: bool = False,
     mixed: bool = False,
+    rows: str = "",
 ) -> list[Build]:
-    cache = "fp8e4nv" if fp8 else dtype
+    cache = rows or ("fp8e4nv" if fp8 else dtype)
     arguments = {"q": f"*{dtype}", "key_cache": f"*{cache}", "value_cache": f"*{cache}", "out": f"*{dtype}"}
     arguments |= {"query_start": "*i32", "context_lens": "*i32", "block_tables": "*i32", "scale": "fp32", "cap": "fp32"}
     arguments |= dict.fromkeys(("rows", "q_stride", "table_stride"), "i32")
     arguments |= {"decoding": "*i32"} if mixed else {}
     pointers = ("key_scale", "value_scale") * fp8 + ("sinks",) * sinks
     label = f"{dtype}-d{dim}-g{group}-s{block_size}" + "-window" * bool(window) + "-cap" * cap + "-fp8" * fp8
+    label += f"-{rows}-rows" * bool(rows)
     builds = []
-    for target in (90, 100, 120) if fp8 else CAPABILITIES:
+    for target in build_types(cache):
         shape = tiles(next_power_of_2(dim), 4 if dtype == "fp32" else 2, group, target)
         build = Build(
             prefill_kernel,
             arguments | dict.fromkeys(pointers, "*fp32"),
-            _constants(shape, 8, group, dim, block_size, window, cap, fp8, sinks)
+            _constants(shape, 8, group, dim, block_size, window, cap, fp8, sinks, bool(rows))
             | {name: None for name in ("key_scale", "value_scale", "sinks") if name not in pointers}
             | ({} if mixed else {"decoding": None}),
             num_warps=shape.num_warps,
@@ -327,4 +411,9 @@ AOT = (
     *_builds("fp32", 256, 1, 16, window=1024),
     *_builds("bf16", 128, 4, 16, fp8=True),
     *_builds("bf16", 64, 8, 16, window=128, sinks=True),
+    *_builds("bf16", 128, 4, 16, rows="i8"),
+    *_builds("bf16", 128, 4, 16, rows="fp8e4nv"),
+    *_builds("fp16", 128, 4, 16, rows="u8"),
+    *_builds("fp32", 128, 4, 16, rows="i8"),
+    *_builds("bf16", 256, 4, 16, window=1024, cap=True, rows="i8"),
 )

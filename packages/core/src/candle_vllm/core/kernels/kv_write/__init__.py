@@ -8,6 +8,9 @@ keeps its contents. An exact copy.
 A cache of float8_e4m3fn takes key and value of any float dtype with a scale each, [1] float32: what is written is the
 number over its scale in fp32, clamped to +-448 and rounded to nearest even; a NaN stays one. Source: Micikevicius et
 al., 2022, arXiv:2209.05433.
+
+A cache in which every row has a scale of its own, [B, S, K, D + 4] of one-byte numbers, is that of
+`scaled_rows`; it takes key and value of any float dtype and no scales.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ def kv_write(
     """Copies each token's key and value to its slot."""
     assert key.shape == value.shape
     assert key_cache.shape == value_cache.shape
-    assert key.shape[1:] == key_cache.shape[2:]
+    assert key.shape[1] == key_cache.shape[2]
     from candle_vllm.core.kernels.kv_write import reference
 
     write = reference.kv_write

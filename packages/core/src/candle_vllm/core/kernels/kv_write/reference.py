@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import torch
 
+from candle_vllm.core.kernels.kv_write.scaled_rows import has_row_scales, write_rows
+
 
 def kv_write(
     key: torch.Tensor,
@@ -21,7 +23,9 @@ def kv_write(
     if not bool(there.all()):
         key, value, slots = key[there], value[there], slots[there]
     for rows, cache, scale in ((key, key_cache, key_scale), (value, value_cache, value_scale)):
-        if scale is None:
+        if has_row_scales(cache, rows.shape[2]):
+            write_rows(rows, cache, slots)
+        elif scale is None:
             cache.flatten(0, 1).index_copy_(0, slots, rows)
         else:
             largest = torch.finfo(cache.dtype).max

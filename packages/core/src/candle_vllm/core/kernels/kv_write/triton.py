@@ -2,16 +2,20 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 """Writing the paged cache on a GPU (step 6 of a request's life): one launch copies the keys and values of all tokens.
 
-A program copies one token, all its heads, key and value. Slots are read on the device and tokens whose slot is negative
-are left out, so that a captured step may be longer than what is scheduled.
+A program copies one token, all its heads, key and value; of a cache whose rows have scales, some heads. Slots are
+read on the device and tokens whose slot is negative are left out, so that a captured step may be longer than what is
+scheduled.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from candle_vllm.core.kernels.kv_write.scaled_rows import LARGEST, SCALE, has_row_scales
 from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build, cdiv, next_power_of_2
 
 _MOST = 1024  # numbers that a program has in registers at a time
@@ -25,6 +29,94 @@ def for_cache(x, scale, dtype: tl.constexpr, FP8: tl.constexpr, LARGEST: tl.cons
         x = x.to(tl.float32) / tl.load(scale)
         x = tl.clamp(x, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     return x.to(dtype)
+
+
+@triton.jit
+def row_top(x):
+    """Largest magnitude of each row, x [N, W], as the bits of float32 [N]; NaN is above infinity there."""
+    return tl.max(x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+
+
+@triton.jit
+def row_scale(top, LARGEST: tl.constexpr):
+    """The scales [N] fp32 of rows with these largest magnitudes; see `scaled_rows`."""
+    return tl.div_rn(top.to(tl.float32, bitcast=True), tl.full(top.shape, LARGEST, tl.float32))
+
+
+@triton.jit
+def e4m3_bits(x):
+    """Float32 of at most 448 as the bits of float8_e4m3fn, uint8, to nearest even; for GPUs that lack the type."""
+    bits = x.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    code = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - 960
+    # Below 2^-6 codes count steps of 2^-9, which is the last place of a float32 from 2^14 on.
+    steps = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    return (tl.where(size < 0x3C800000, steps, code) | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def row_codes(x, scale, dtype: tl.constexpr, LARGEST: tl.constexpr):
+    """Rows x [N, W] over their scales [N], as codes of `dtype`."""
+    x = x.to(tl.float32)
+    over = tl.where(scale == 0.0, 1.0, scale)[:, None]
+    x = tl.div_rn(x, tl.broadcast_to(over, x.shape))
+    x = tl.clamp(tl.where(x == x, x, 0.0), -LARGEST, LARGEST)
+    if dtype == tl.int8:
+        x = x + 12582912.0 - 12582912.0  # to nearest even: 1.5 * 2^23, whose last place is 1
+    elif dtype == tl.uint8:
+        x = e4m3_bits(x)
+    return x.to(dtype)
+
+
+@triton.jit
+def row_place(slot, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr, EXTRA: tl.constexpr):
+    """Where a slot's numbers begin; in a block EXTRA bytes of scales stand behind the codes, or none."""
+    place = slot * (K * D)
+    if EXTRA:
+        place += slot // S * EXTRA
+    return place
+
+
+@triton.jit
+def scales_place(cache, slot, K: tl.constexpr, D: tl.constexpr, S: tl.constexpr):
+    """Where the scale of a slot's row of head 0 is; that of the next head is S further on."""
+    scales = cache.to(tl.pointer_type(tl.float32), bitcast=True)
+    return scales + slot // S * (S * K * D // 4 + S * K) + S * K * D // 4 + slot % S
+
+
+@triton.jit
+def write_rows_kernel(
+    key,  # [T, K, D]
+    value,  # [T, K, D]
+    key_cache,  # [B, S, K, D + 4], see `scaled_rows`
+    value_cache,
+    slots,  # [T]
+    key_stride,  # numbers from a token to the next
+    value_stride,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    S: tl.constexpr,
+    EXTRA: tl.constexpr,
+    HEADS: tl.constexpr,  # of a program
+    LARGEST: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token).to(tl.int64)
+    if slot >= 0:
+        heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+        dims = tl.arange(0, DP)[None, :]
+        inside = (heads < K)[:, None] & (dims < D)
+        at = heads[:, None] * D + dims
+        place = row_place(slot, K, D, S, EXTRA)
+        k = tl.load(key + token * key_stride + at, mask=inside, other=0.0)
+        v = tl.load(value + token * value_stride + at, mask=inside, other=0.0)
+        k_scale = row_scale(row_top(k), LARGEST)
+        v_scale = row_scale(row_top(v), LARGEST)
+        tl.store(key_cache + place + at, row_codes(k, k_scale, key_cache.dtype.element_ty, LARGEST), mask=inside)
+        tl.store(value_cache + place + at, row_codes(v, v_scale, value_cache.dtype.element_ty, LARGEST), mask=inside)
+        tl.store(scales_place(key_cache, slot, K, D, S) + heads * S, k_scale, mask=heads < K)
+        tl.store(scales_place(value_cache, slot, K, D, S) + heads * S, v_scale, mask=heads < K)
 
 
 @triton.jit
@@ -69,12 +161,17 @@ def kv_write(
     """See the contract in the package. Slots may be int32 too; a token whose slot is negative is left out."""
     tokens, heads, dim = key.shape
     width = heads * dim
-    fp8 = key_cache.dtype == torch.float8_e4m3fn
+    scaled = has_row_scales(key_cache, dim)
+    fp8 = key_cache.dtype == torch.float8_e4m3fn and not scaled
     for rows in (key, value):
         assert rows.stride()[1:] == (dim, 1), "the heads of a token lie behind each other"
     for cache in (key_cache, value_cache):
         assert cache.is_contiguous()
-        assert cache.dtype == (torch.float8_e4m3fn if fp8 else key.dtype)
+        assert cache.dtype == key_cache.dtype
+    if scaled:
+        check_scaled(key_cache, dim)
+    else:
+        assert key_cache.dtype == (torch.float8_e4m3fn if fp8 else key.dtype)
     assert value.dtype == key.dtype
     assert slots.shape == (tokens,)
     assert slots.stride() == (1,)
@@ -82,6 +179,21 @@ def kv_write(
     assert len({x.device for x in (key, value, key_cache, value_cache, slots)}) == 1
     assert fp8 == (key_scale is not None) == (value_scale is not None), "a cache of fp8 has scales, others have none"
     if not tokens:
+        return
+    if scaled:
+        constants = _row_constants(heads, dim, key_cache.shape[1], LARGEST[key_cache.dtype])
+        write_rows_kernel[(tokens, cdiv(heads, constants["HEADS"]))](
+            key,
+            value,
+            key_cache,
+            value_cache,
+            slots,
+            key.stride(0),
+            value.stride(0),
+            **constants,
+            num_warps=4,
+            **OPTIONS,
+        )
         return
     constants = _constants(width, fp8)
     kv_write_kernel[(tokens, cdiv(width, constants["CHUNK"]))](
@@ -98,6 +210,26 @@ def kv_write(
         num_warps=4,
         **OPTIONS,
     )
+
+
+def check_scaled(cache: torch.Tensor, dim: int) -> None:
+    """A cache whose rows have scales of their own, for heads of D numbers."""
+    assert cache.dtype in LARGEST
+    assert cache.shape[3] == dim + SCALE
+    assert cache.shape[1] * cache.shape[2] * dim % SCALE == 0
+
+
+def _row_constants(heads: int, dim: int, size: int, largest: float) -> dict[str, Any]:
+    padded = next_power_of_2(dim)
+    return {
+        "K": heads,
+        "D": dim,
+        "DP": padded,
+        "S": size,
+        "EXTRA": SCALE * size * heads,
+        "HEADS": min(max(1, _MOST // padded), next_power_of_2(heads)),
+        "LARGEST": largest,
+    }
 
 
 def _constants(width: int, fp8: bool) -> dict[str, int | float | bool]:
@@ -122,9 +254,32 @@ def _build(dtype: str, cache: str, width: int) -> Build:
     )
 
 
+def build_types(cache: str, capabilities: tuple[int, ...] = CAPABILITIES) -> tuple[int, ...]:
+    """The GPUs on which a cache has numbers of this type: e4m3 is one from compute capability 8.9 on, its bits are for
+    those below."""
+    e4m3 = {"fp8e4nv": True, "u8": False}
+    return tuple(one for one in capabilities if cache not in e4m3 or (one >= 89) == e4m3[cache])
+
+
+def _row_build(dtype: str, cache: str, heads: int, dim: int) -> Build:
+    arguments = dict.fromkeys(("key", "value"), f"*{dtype}") | dict.fromkeys(("key_cache", "value_cache"), f"*{cache}")
+    return Build(
+        write_rows_kernel,
+        arguments | {"slots": "*i64", "key_stride": "i32", "value_stride": "i32"},
+        _row_constants(heads, dim, 16, 127.0 if cache == "i8" else 448.0),
+        aligned=("key_stride", "value_stride"),
+        label=f"{dtype}-{cache}-{heads}x{dim}-rows",
+        capabilities=build_types(cache),
+    )
+
+
 AOT = (
     _build("bf16", "bf16", 1024),
     _build("fp16", "fp16", 80),
     _build("fp32", "fp32", 640),
     _build("bf16", "fp8e4nv", 1024),
+    _row_build("bf16", "i8", 8, 128),
+    _row_build("bf16", "fp8e4nv", 8, 128),
+    _row_build("fp16", "u8", 8, 128),
+    _row_build("fp16", "i8", 3, 80),
 )

@@ -47,7 +47,7 @@ def rotary_write(
     assert k.shape == v.shape
     assert (q.shape[0], q.shape[2]) == (k.shape[0], k.shape[2])
     assert k.dtype == v.dtype == q.dtype
-    assert k.shape[1:] == caches[0].shape[2:]
+    assert k.shape[1] == caches[0].shape[2]
     if tables is None:
         if norms is not None:
             q, k = rms_norm(q, norms.q, norms.eps), rms_norm(k, norms.k, norms.eps)

@@ -14,10 +14,21 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.kv_write.triton import for_cache
+from candle_vllm.core.kernels.kv_write.scaled_rows import LARGEST, SCALE, has_row_scales
+from candle_vllm.core.kernels.kv_write.triton import (
+    build_types,
+    check_scaled,
+    for_cache,
+    row_codes,
+    row_place,
+    row_scale,
+    row_top,
+    scales_place,
+)
 from candle_vllm.core.kernels.rms_norm import HeadNorms
-from candle_vllm.core.kernels.triton_build import CAPABILITIES, OPTIONS, Build, cdiv, next_power_of_2
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
 
+_LARGEST = torch.finfo(torch.float8_e4m3fn).max
 _PAIRS = 256  # of a program; not measured yet
 
 
@@ -63,8 +74,8 @@ def rotary_write_kernel(
     k,  # [T, K, D]
     v,  # [T, K, D]
     q_out,  # [T, H, D] contiguous
-    key_cache,  # [B * S, K, D]
-    value_cache,  # [B * S, K, D]
+    key_cache,  # [B * S, K, D], or as `kv_write/scaled_rows` says where EXTRA
+    value_cache,
     slots,  # [T]
     positions,  # [T]
     cos,  # [P, HALF] contiguous, fp32
@@ -91,6 +102,8 @@ def rotary_write_kernel(
     NORM: tl.constexpr,
     FP8: tl.constexpr,
     LARGEST: tl.constexpr,
+    S: tl.constexpr,  # of a block, where EXTRA
+    EXTRA: tl.constexpr,  # bytes of scales in a block
 ):
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -114,23 +127,39 @@ def rotary_write_kernel(
     else:
         slot = tl.load(slots + token).to(tl.int64)
         if slot >= 0:
-            head = (part - parts) * HEADS + tl.arange(0, HEADS)[:, None]
+            heads = (part - parts) * HEADS + tl.arange(0, HEADS)
+            head = heads[:, None]
             a, b, rest = _heads(
                 k + token * k_token, k_head, k_weight, eps, head, cosines, sines, K, D, HALF, HALVES, RESTS, NORM
             )
             there = head < K
-            target = key_cache + slot * (K * D) + head * D
-            a = for_cache(a.to(dtype), key_scale, key_cache.dtype.element_ty, FP8, LARGEST)
-            b = for_cache(b.to(dtype), key_scale, key_cache.dtype.element_ty, FP8, LARGEST)
-            rest = for_cache(rest, key_scale, key_cache.dtype.element_ty, FP8, LARGEST)
+            place = row_place(slot, K, D, S, EXTRA) + head * D
+            target = key_cache + place
+            stored: tl.constexpr = key_cache.dtype.element_ty
+            a, b = a.to(dtype), b.to(dtype)
+            if EXTRA:
+                scale = row_scale(tl.maximum(tl.maximum(row_top(a), row_top(b)), row_top(rest)), LARGEST)
+                tl.store(scales_place(key_cache, slot, K, D, S) + heads * S, scale, mask=heads < K)
+                a = row_codes(a, scale, stored, LARGEST)
+                b = row_codes(b, scale, stored, LARGEST)
+                rest = row_codes(rest, scale, stored, LARGEST)
+            else:
+                a = for_cache(a, key_scale, stored, FP8, LARGEST)
+                b = for_cache(b, key_scale, stored, FP8, LARGEST)
+                rest = for_cache(rest, key_scale, stored, FP8, LARGEST)
             tl.store(target + pair, a, mask=there & (pair < HALF))
             tl.store(target + HALF + pair, b, mask=there & (pair < HALF))
             tl.store(target + beyond, rest, mask=there & (beyond < D))
             column = tl.arange(0, DP)[None, :]
             inside = there & (column < D)
             values = tl.load(v + token * v_token + head.to(tl.int64) * v_head + column, mask=inside, other=0.0)
-            values = for_cache(values, value_scale, value_cache.dtype.element_ty, FP8, LARGEST)
-            tl.store(value_cache + slot * (K * D) + head * D + column, values, mask=inside)
+            if EXTRA:
+                scale = row_scale(row_top(values), LARGEST)
+                tl.store(scales_place(value_cache, slot, K, D, S) + heads * S, scale, mask=heads < K)
+                values = row_codes(values, scale, stored, LARGEST)
+            else:
+                values = for_cache(values, value_scale, stored, FP8, LARGEST)
+            tl.store(value_cache + place + column, values, mask=inside)
 
 
 def rotary_write(
@@ -152,7 +181,10 @@ def rotary_write(
     if not tokens:
         return out
     kv_heads = k.shape[1]
+    size = caches[0].shape[1] if has_row_scales(caches[0], dim) else 0
+    largest = LARGEST[caches[0].dtype] if size else _LARGEST
     constants = _constants(heads, kv_heads, dim, tables[0].shape[1], norms is not None, cache_scales is not None)
+    constants |= _row_constants(kv_heads, size, largest)
     parts = cdiv(heads, constants["HEADS"]) + cdiv(kv_heads, constants["HEADS"])
     rotary_write_kernel[(tokens, parts)](
         q,
@@ -201,7 +233,11 @@ def _check(
     for cache in caches:
         assert cache.shape == caches[0].shape
         assert cache.is_contiguous()
-        assert cache.dtype == (torch.float8_e4m3fn if cache_scales else q.dtype)
+        if has_row_scales(cache, dim):
+            assert cache_scales is None
+            check_scaled(cache, dim)
+        else:
+            assert cache.dtype == (torch.float8_e4m3fn if cache_scales else q.dtype)
     for weight in norms[:2] if norms else ():
         assert weight.shape == (dim,)
         assert weight.is_contiguous()
@@ -223,18 +259,32 @@ def _constants(heads: int, kv_heads: int, dim: int, half: int, norm: bool, fp8: 
         "HEADS": min(max(1, _PAIRS // halves), next_power_of_2(heads)),
         "NORM": norm,
         "FP8": fp8,
-        "LARGEST": torch.finfo(torch.float8_e4m3fn).max,
     }
 
 
+def _row_constants(kv_heads: int, size: int, largest: float) -> dict[str, Any]:
+    """`size` is that of a block whose rows have scales of their own, else 0."""
+    return {"LARGEST": largest, "S": size or 1, "EXTRA": SCALE * size * kv_heads}
+
+
 def _build(
-    dtype: str, heads: int, kv_heads: int, dim: int, half: int, *, norm: bool = False, fp8: bool = False
+    dtype: str,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    half: int,
+    *,
+    norm: bool = False,
+    fp8: bool = False,
+    rows: str = "",
 ) -> Build:
+    cache = rows or ("fp8e4nv" if fp8 else dtype)
     strides = ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head")
     arguments = dict.fromkeys(("q", "k", "v", "q_out"), f"*{dtype}") | dict.fromkeys(("cos", "sin"), "*fp32")
-    arguments |= dict.fromkeys(("key_cache", "value_cache"), "*fp8e4nv" if fp8 else f"*{dtype}")
+    arguments |= dict.fromkeys(("key_cache", "value_cache"), f"*{cache}")
     arguments |= {"positions": "*i32", "slots": "*i32", "eps": "fp32"} | dict.fromkeys(strides, "i32")
     constants: dict[str, Any] = _constants(heads, kv_heads, dim, half, norm, fp8)
+    constants |= _row_constants(kv_heads, 16 if rows else 0, 127.0 if rows == "i8" else _LARGEST)
     for names, there in ((("q_weight", "k_weight"), norm), (("key_scale", "value_scale"), fp8)):
         if there:
             arguments |= dict.fromkeys(names, "*fp32")
@@ -245,8 +295,11 @@ def _build(
         arguments,
         constants,
         aligned=strides,
-        label=f"{dtype}-{heads}-{kv_heads}-{dim}-{2 * half}" + "-norm" * norm + "-fp8" * fp8,
-        capabilities=(90, 100, 120) if fp8 else CAPABILITIES,
+        label=f"{dtype}-{heads}-{kv_heads}-{dim}-{2 * half}"
+        + "-norm" * norm
+        + "-fp8" * fp8
+        + f"-{rows}-rows" * bool(rows),
+        capabilities=build_types(cache),
     )
 
 
@@ -256,4 +309,7 @@ AOT = (
     _build("fp16", 9, 3, 64, 32),
     _build("fp32", 24, 8, 96, 36, norm=True),
     _build("bf16", 32, 8, 128, 64, fp8=True),
+    _build("bf16", 32, 8, 128, 64, rows="i8"),
+    _build("bf16", 16, 8, 128, 64, norm=True, rows="fp8e4nv"),
+    _build("fp16", 32, 8, 128, 64, rows="u8"),
 )
