@@ -37,7 +37,8 @@ def engine(toy_model: Path) -> Iterator[InferenceEngine]:
     [
         ("n_ctx", "it is called max_model_len"),
         ("max_model_length", "did you mean max_model_len?"),
-        ("n_gpu_layers", "but for experts that cpu_experts leaves"),
+        ("n_gpu_layers", "called gpu_layers"),
+        ("max_memory", "say what of a model is not on its GPU"),
         ("tp_size", "called tensor_parallel_size"),
         ("mem_fraction_static", "it is called gpu_memory_utilization"),
         ("temperature", r"generate\(prompts, SamplingParams"),

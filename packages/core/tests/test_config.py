@@ -27,6 +27,8 @@ WRONG: dict[str, list[Any]] = {
     "device": [5, None, "gpu", "cuda:x", "cpu,cuda:0", "cuda:0,"],
     "tensor_parallel_size": [0, "2", 65],
     "cpu_experts": [-1, "auto", 1025, True],
+    "cpu_offload_gb": [-1, "8", math.inf, True],
+    "gpu_layers": [-1, "all", 1025, True],
     "pipeline_parallel_size": [0, 65, True, "2", None],
     "data_parallel_size": [0, 65, 1.5, True, "2", None],
     "dtype": [5, None, "f64", []],

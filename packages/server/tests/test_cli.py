@@ -460,6 +460,25 @@ def test_config_says_how_keys_and_values_are_kept(tmp_path: Path, capsys: pytest
     assert [shown[f"{which}_cache_dtype"]["value"] for which in ("kv", "key", "value")] == ["q8_0", "q8_0", "q4_0"]
 
 
+def test_config_says_what_does_not_fit_a_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same sum as a start's, where a GPU of that much memory is."""
+    from candle_vllm.core.assembly import offload, placement
+    from candle_vllm.core.devices import Device
+    from candle_vllm.server.commands import config as command
+
+    monkeypatch.setattr(command, "choose_device", lambda _: Device("cuda:0"))
+    monkeypatch.setattr(placement, "device_dtype", lambda *_: "BF16")
+    monkeypatch.setattr(offload, "gpu_memory", lambda _: (1 << 30, 2 << 30))
+    model = str(write_toy_model(tmp_path / "toy"))
+    shown = _config(capsys, "--m", model, "--device", "cuda")
+    assert (shown["cpu_experts"]["value"], shown["gpu_layers"]["value"]) == (0, 0)
+    assert "of 1024 MiB that are free on cuda:0, 1024 are kept for steps" in shown["gpu_layers"]["from"]
+    shown = _config(capsys, "--m", model, "--device", "cuda", "--cpu-offload-gb", "0")
+    assert (shown["gpu_layers"]["value"], shown["cpu_offload_gb"]["from"][:16]) == (2, "the command line")
+
+
 def test_config_of_a_model_that_is_not_here_yet(capsys: pytest.CaptureFixture[str]) -> None:
     shown = _config(capsys, "--m", "nobody/nothing", "--device", "cpu")
     assert shown["max_model_len"] == {

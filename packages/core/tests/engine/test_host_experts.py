@@ -27,8 +27,11 @@ from candle_vllm.core.engine import device_build
 from candle_vllm.core.engine.device_inputs import DeviceLimits
 from candle_vllm.core.engine.device_runner import DeviceRunner
 from candle_vllm.core.engine.sleeping import Sleeper
+from candle_vllm.core.kernels import offloading
 from candle_vllm.core.kernels.device_stream import CudaStream
 from candle_vllm.core.kernels.moe import host
+from candle_vllm.core.kernels.offloading import HostWeights, tensors_in
+from candle_vllm.core.layers.adapters import linears_in
 from candle_vllm.core.layers.moe import mixtures_of
 from candle_vllm.core.memory import MIB
 from candle_vllm.core.testing.exact_sums import exact_sums
@@ -47,6 +50,7 @@ def split(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is planned for a GPU happens, although tensors are on the CPU."""
     usual = loading.plan_split
     monkeypatch.setattr(loading, "plan_split", lambda config, device, *others: usual(config, GPU, *others))
+    monkeypatch.setattr(offload, "gpu_memory", lambda _: (100 << 30, 100 << 30))
 
 
 def load(source: Path, layers: int | None, **settings: Any) -> LoadedModel:
@@ -260,7 +264,7 @@ def test_it_sleeps(level: int, mixture: Path, runner_of: Callable[..., Made]) ->
     """At level 2 experts are read from the file again, to where they were."""
     loaded = load(mixture, 1024)
     assert loaded.split is not None
-    assert list(loaded.memories) == [loaded.split.memory]
+    assert list(loaded.memories) == [loaded.split.host and loaded.split.host.weight_memory]
     away = dataclasses.replace(loaded, placement=dataclasses.replace(loaded.placement, device=GPU))
     sleeper = Sleeper(EngineConfig(model=str(mixture), enforce_eager=True, max_images=0, threads=2), away)
     runner, _ = runner_of(loaded, graphs=True)
@@ -363,8 +367,8 @@ def test_as_many_go_as_do_not_fit(
     free = whole + kept - (short * each - each // 2 if short else 0)
     monkeypatch.setattr(offload, "gpu_memory", lambda _: (free, 8 << 30))
     with caplog.at_level(logging.INFO):
-        loaded = load(mixture, None)
-    assert (loaded.split and loaded.split.layers) == layers
+        loaded = load(mixture, None, cpu_offload_gb=0)
+    assert (loaded.split and loaded.split.experts) == layers
     if layers is not None:
         assert f"{layers * each // MIB} MiB, are in main memory, and the CPU computes them" in caplog.text
         assert f"of {free // MIB} MiB that are free on cuda:0, 1024 are kept for steps" in caplog.text
@@ -376,15 +380,119 @@ def _weights(folder: Path) -> dict[str, Any]:
     return {name.replace(".", "_"): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
+# ---- layers that a GPU reads over the bus ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bus(split: None, monkeypatch: pytest.MonkeyPatch) -> list[HostWeights]:
+    """Memory of the host that stands for what a GPU sees of it."""
+    made: list[HostWeights] = []
+
+    def memory(_: object) -> HostWeights:
+        made.append(HostWeights("cpu"))
+        return made[-1]
+
+    monkeypatch.setattr(offloading, "HostWeights", memory)
+    return made
+
+
+def test_layers_on_the_bus_compute_the_same(
+    bus: list[HostWeights], mixture: Path, runner_of: Callable[..., Made], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the last layer all matrices, alone and beside experts that the CPU computes; as layers, and as gigabytes."""
+    tokens = some_tokens(20)
+    right = step_logits(runner_of(load(mixture, 0))[0], tokens, [19, 1])
+    with caplog.at_level(logging.INFO):
+        for experts, given in ((0, {"gpu_layers": 1}), (1, {"gpu_layers": 1}), (1024, {"cpu_offload_gb": 1e-4})):
+            loaded = load(mixture, experts, **given)
+            first, last = (linears_in(layer) for layer in _layers(loaded))
+            assert not any(bus[-1].holds(each) for each in tensors_in(*(linear.matrices for linear in first)))
+            there = [each for linear in last for each in tensors_in(linear.matrices)]
+            assert len(there) >= (4 if experts == 1024 else 6)
+            assert all(bus[-1].holds(each) for each in there)
+            assert error(step_logits(runner_of(loaded)[0], tokens, [19, 1]), right) < 1e-4
+    assert "the weights of the last 1 of 2 layers, 0 MiB, are in main memory, and the GPU reads them" in caplog.text
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_what_is_on_the_bus_sleeps(
+    level: int, bus: list[HostWeights], mixture: Path, runner_of: Callable[..., Made]
+) -> None:
+    """It stays where it is at level 1, and is read from the file again at level 2."""
+    loaded = load(mixture, 0, gpu_layers=1)
+    away = dataclasses.replace(loaded, placement=dataclasses.replace(loaded.placement, device=GPU))
+    sleeper = Sleeper(EngineConfig(model=str(mixture), enforce_eager=True, max_images=0, threads=2), away)
+    runner, tokens = runner_of(loaded, graphs=True)[0], some_tokens(20)
+    sleeper.runners = [runner]
+    right, (first, last) = step_logits(runner, tokens, [19, 1]), (_layers(loaded)[n].attention for n in (0, 1))
+    sleeper.check(level)
+    sleeper.sleep(level)
+    kept = [bool(tensors_in(each.qkv.matrices)[0].numel()) for each in (first, last)]
+    assert kept == [False, level == 1]
+    assert bool(bus[0].nbytes) == (level == 1)
+    if level == 2:
+        sleeper._loaded = loaded  # tensors of a device are on the CPU here
+    sleeper.wake_up({"weights", "kv_cache"})
+    assert torch.equal(step_logits(runner, tokens, [19, 1]), right)
+    assert bus[0].holds(tensors_in(last.qkv.matrices)[0])
+
+
+def test_pinned_bytes_by_their_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device's tensors are views of pinned pieces; what asks for them is told address and size."""
+    asked: list[Any] = []
+
+    def seen(given: Any, device: torch.device) -> torch.Tensor:
+        asked.append((given.__cuda_array_interface__, device))
+        return given._held
+
+    monkeypatch.setattr(torch, "as_tensor", seen)
+    usual = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda size, *, dtype, pin_memory: usual(size, dtype=dtype) if pin_memory else 0
+    )
+    monkeypatch.setattr(offloading, "PIECE_BYTES", 1024)
+    memory, parts = HostWeights("cuda:1"), [torch.arange(100.0), torch.arange(7), torch.arange(200.0).view(2, 100)]
+    copies = [part.clone() for part in parts]
+    memory.take(parts)
+    assert all(torch.equal(part, copy) and memory.holds(part) for part, copy in zip(parts, copies, strict=True))
+    assert [part.data_ptr() % 256 for part in parts] == [parts[0].data_ptr() % 256] * 2 + [parts[2].data_ptr() % 256]
+    assert [(told["shape"], told["typestr"], str(device)) for told, device in asked] == [((1024,), "|u1", "cuda:1")] * 2
+    assert [told["data"] for told, _ in asked] == [(parts[0].data_ptr(), False), (parts[2].data_ptr(), False)]
+    assert memory.nbytes == 2048
+
+
+def test_what_does_not_fit_is_read_over_the_bus(
+    bus: list[HostWeights], mixture: Path, toy_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a mixture once all experts have gone; where experts stay, or there are none, at once; and nothing where 0."""
+    monkeypatch.setattr(offload, "gpu_memory", lambda _: (1 << 20, 8 << 30))
+    for source, experts, given, wanted in (
+        (mixture, None, {}, (2, 0)),
+        (mixture, 0, {}, (0, 0)),
+        (toy_model, None, {}, (0, 0)),
+        (mixture, None, {"cpu_offload_gb": 0.0}, (2, 2)),
+        (mixture, None, {"gpu_layers": 1024}, (2, 2)),
+    ):
+        split = load(source, experts, **given).split
+        assert split is not None
+        assert (split.experts, split.layers) == wanted
+        assert "are kept for steps" in split.message
+    assert load(mixture, 0, cpu_offload_gb=0).split is None
+    assert load(toy_model, 0, gpu_layers=1024).split is None
+
+
 def test_what_cannot_be_is_refused_by_name(
     toy_model: Path, mixture: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(ConfigError, match=r"cpu_experts is not implemented for several ranks: .*_size=1"):
         EngineConfig(model="m", cpu_experts=3, tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="both say how many layers are on the GPU: set one of them"):
+        EngineConfig(model="m", cpu_offload_gb=1, gpu_layers=4)
     assert load(mixture, 3).split is None
-    assert "cpu_experts=3 sets nothing: on the CPU all experts are there" in caplog.text
+    assert "cpu_experts=3 sets nothing: the CPU computes, and everything is there" in caplog.text
     usual = loading.plan_split
     monkeypatch.setattr(loading, "plan_split", lambda config, device, *others: usual(config, GPU, *others))
+    monkeypatch.setattr(offload, "gpu_memory", lambda _: (100 << 30, 100 << 30))
     with pytest.raises(ConfigError, match="is for models with experts, and this one has none: leave it out"):
         load(toy_model, 1)
     monkeypatch.setattr(offload, "matrix_obstacle", lambda _: "they are what they are")

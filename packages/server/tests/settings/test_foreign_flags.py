@@ -157,7 +157,9 @@ TRANSLATED: dict[str, dict[str, Any]] = {
     """--allowed-origins '["https://a.example", "*"]'""": {"cors_origin": ("https://a.example", "*")},
     "--uds /run/v.sock": {"host": "unix:///run/v.sock"},
     "-m a.gguf -c 4096 -ngl 99 -np 2 -t 4 --jinja --mlock -fa": {
-        "model": "a.gguf", "max_model_len": 4096, "max_num_seqs": 2, "threads": 4},
+        "model": "a.gguf", "max_model_len": 4096, "gpu_layers": 99, "max_num_seqs": 2, "threads": 4},
+    "-ngl all --cpu-offload-gb 0": {"gpu_layers": 1024, "cpu_offload_gb": 0.0},
+    "--n-gpu-layers auto": {"gpu_layers": None},
     "-c 0 -ngl 0 -np -1 -fa auto --no-webui": {"max_model_len": None, "device": "cpu", "ui_server": False},
     "--speculative-config.method ngram --speculative-config.num-speculative-tokens=4": {
         "speculative_config": {"method": "ngram", "num_speculative_tokens": 4}},
@@ -199,7 +201,7 @@ def test_a_flag_without_effect_is_named() -> None:
     ("line", "message"),
     [
         ("--tensor-parallel-size", "--tensor-parallel-size: expected one argument"),
-        ("-ngl 20", "-ngl must be 0, auto, all or at least 99: a model lies whole"),
+        ("-ngl some", "--gpu-layers/--n-gpu-layers must be a whole number, not 'some'"),
         ("--allowed-origins *", "--allowed-origins must be a JSON list, not '*'"),
         ("""--override-generation-config '{"max_tokens": 5}'""", "'max_tokens' is none of the numbers temperature"),
         ("""--override-generation-config '{"top_k": "a"}'""", "'top_k' is none of the numbers"),
@@ -270,7 +272,10 @@ def test_a_wrong_file_of_flags_is_named(tmp_path: Path, text: str, message: str)
             ["--decode-context-parallel-size", "2"],
             "--decode-context-parallel-size 2 is not taken: a model is divided among the GPUs of one machine",
         ),
-        (["-ngl", "20"], "a model lies whole on a GPU or on the CPU (--device)"),
+        (
+            ["-ot", "exps=CPU"],
+            "what of a model is not on its GPU is said by --cpu-experts, --cpu-offload-gb and --gpu-layers",
+        ),
         (["bench", "--alias", "a"], "--alias is called --served-model-name here (of `candle-vllm serve, "),
         (
             ["-n", "5"],

@@ -25,7 +25,7 @@ from candle_vllm.core.shown import ShownStruct
 NO_CODE = "code of a model's repository is never run: its architecture is built in, or refused"
 PREPARED = "pictures are read as they are, and prepared as the model's files say"
 
-_WHOLE = "a model lies whole on a GPU or on the CPU (device), but for experts that cpu_experts leaves to the CPU"
+_WHOLE = "cpu_experts, cpu_offload_gb and gpu_layers say what of a model is not on its GPU"
 _ONE_DEVICE = (
     "a model is divided among the GPUs of one machine (tensor_parallel_size, pipeline_parallel_size) or copied to them "
     "(data_parallel_size), and in no other way"
@@ -67,8 +67,9 @@ _SETTINGS: Rows = (
     ("random_seed", "seed"),
     ("rope_scaling rope_freq_base rope_freq_scale rope_scaling_type yarn_ext_factor",
      "yarn_scaling_factor, for a longer context; else the model's files say it"),
-    ("n_gpu_layers gpu_layers offload_kqv max_memory", _WHOLE),
-    ("cpu_offload_gb swap_space offload_group_size", _WHOLE, (0, 0.0)),
+    ("n_gpu_layers", "gpu_layers"),
+    ("offload_kqv max_memory", _WHOLE),
+    ("swap_space offload_group_size", _WHOLE, (0, 0.0)),
     ("decode_context_parallel_size prefill_context_parallel_size nnodes", _ONE_DEVICE, (1,)),
     ("enable_expert_parallel enable_eplb enable_dbo", _ONE_DEVICE, (False,)),
     ("distributed_executor_backend", _ONE_DEVICE, (None, "uni")),

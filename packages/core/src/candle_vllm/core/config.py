@@ -259,6 +259,13 @@ class EngineConfig(ExplainedSettings):
                            "(docs/scaling.md)",
                            "None is as many as do not fit. What layers share, attention and the rest are the GPU's."
                            ] = None
+    cpu_offload_gb: Annotated[float | None, Number(0, 1 << 20, said="of GiB from 0 on: try 8"),
+                              "GiB of weights that stay in main memory, and that a GPU reads over the bus in every "
+                              "step: whole layers from the last one; 0 for none (docs/scaling.md)",
+                              "None is as much as does not fit."] = None
+    gpu_layers: Annotated[int | None, Integer(0, MOST_LAYERS), "layers whose weights are on the GPU: it reads those of "
+                          "the others over the bus, as with cpu_offload_gb",
+                          "None says nothing. In the place of cpu_offload_gb."] = None
     dtype: Annotated[DType, Choice(_DTYPES, _DTYPE_ALIASES), "type of plain matrices: auto (each one's own; on a GPU "
                      "bf16, or f16 where it has none), f32, bf16 or f16",
                      'On the CPU "auto" keeps the type of each matrix (F64 becomes f32), and quantised ones stay as '
@@ -406,6 +413,10 @@ class EngineConfig(ExplainedSettings):
                 "types, iq4_nl or iq4_xs, or leave it out",
                 "imatrix",
             )
+        if self.cpu_offload_gb and self.gpu_layers is not None:
+            raise ConfigError(
+                "cpu_offload_gb and gpu_layers both say how many layers are on the GPU: set one of them", "gpu_layers"
+            )
         kept = self.prompt_cache_path is not None or self.prompt_cache_url is not None
         if not kept and self.prompt_cache_bytes != SETTINGS["prompt_cache_bytes"].default:
             raise ConfigError(
@@ -449,6 +460,7 @@ class EngineConfig(ExplainedSettings):
             "kv_offloading_size": self.kv_offloading_size is not None,
             "mmproj": self.mmproj is not None,
             "cpu_experts": bool(self.cpu_experts),
+            "cpu_offload_gb": bool(self.cpu_offload_gb),
             "speculative_config": drafts is not None and drafts.method in WITH_WEIGHTS,
         }
         for name, given in refused.items():
@@ -539,6 +551,8 @@ class EngineSettings(TypedDict, total=False):
     pipeline_parallel_size: int
     data_parallel_size: int
     cpu_experts: int | None
+    cpu_offload_gb: float | None
+    gpu_layers: int | None
     dtype: DType
     enforce_eager: bool
     attention_backend: AttentionBackend

@@ -166,7 +166,8 @@ class FilePath:
 class Integer:
     """A whole number in a range. Sizes may end in k, m, g, t (powers of 1000) or K, M, G, T (powers of 1024).
 
-    Where it may be `auto`, people may write that, or -1, for None: that nobody says it.
+    Where it may be `auto`, people may write that, or -1, for None: that nobody says it. Where it counts parts of a
+    `whole`, they may write `all`, which is `high`.
     """
 
     low: int
@@ -174,6 +175,7 @@ class Integer:
     units: bool = True
     power_of_two: bool = False
     auto: bool = False
+    whole: bool = False
 
     def taken(self, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not self.low <= value <= self.high:
@@ -185,6 +187,8 @@ class Integer:
     def from_text(self, text: str) -> int | None:
         if self.auto and text.strip() in ("auto", "-1"):
             return None
+        if self.whole and text.strip() == "all":
+            return self.high
         match = _SIZE.fullmatch(text.strip())
         if match is None or (match[2] and not self.units):
             raise ValueError(f"must be a whole number, not {text!r:.60}{self._hint()}")

@@ -1,71 +1,92 @@
 # SPDX-License-Identifier: MIT
-"""What of a model is not on its GPU: experts that the CPU computes, as many as somebody set, or as do not fit."""
+"""What of a model is not on its GPU: experts that the CPU computes, and layers whose matrices are read over the bus.
+
+As much as somebody set, or as does not fit.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 from collections.abc import Mapping, Set
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from candle_vllm.core.assembly.placement import DTYPES, matrix_obstacle, memory_of
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import CPU, Device, gpu_memory
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.cpu_runtime.numa import plan_ranks
-from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory, new_memory
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import new_memory
 from candle_vllm.core.kernels.plain_linear import plain_kind
+from candle_vllm.core.layers.adapters import linears_in
+from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.moe import mixtures_of
-from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.weights import expand
+from candle_vllm.core.loading.weights import expand, layer_at
 from candle_vllm.core.memory import MIB, cache_bytes, device_number_bytes
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.threads import default_threads
 
 if TYPE_CHECKING:
+    from candle_vllm.core.kernels.offloading import HostWeights
     from candle_vllm.core.models.family import Decoder, Family
 
 logger = logging.getLogger(__name__)
 
 _STEPS = 1 << 30
-_SHARE_FOR_STEPS = 16
-"""What is kept for steps where it is not known yet what they take: 1 GiB, or a sixteenth of a larger GPU."""
-_TOKENS = 16384
-"""Of one sequence, for which a KV cache is kept at least."""
+"""Bytes that are kept for steps, of which it is not known yet what they take."""
+_TOKENS = 4096
+"""Of one sequence, for which a KV cache is kept where no context is asked for: few, for what goes makes steps slow."""
+_SETTINGS = ("cpu_experts", "cpu_offload_gb", "gpu_layers")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Split:
-    """Which experts of a model on a GPU the CPU computes.
+    """What of a model on a GPU is in main memory.
 
     Attributes:
-        layers: those of the first so many layers.
-        host: where their matrices go.
-        names: of the stored tensors that these are.
-        host_bytes: of main memory that they take.
+        experts: the CPU computes those of the first so many layers.
+        host: where their matrices go; None where there are none.
+        layers: the GPU reads the matrices of layers from this one on over the bus.
+        bus: where those are; None where there are none.
+        names: of the stored tensors in main memory.
+        host_bytes: that they take there.
+        bus_bytes: those of the layers.
         message: the arithmetic, for the log.
     """
 
+    experts: int
+    host: Placement | None
     layers: int
-    host: Placement
+    bus: HostWeights | None
     names: frozenset[str]
     host_bytes: int
+    bus_bytes: int
     message: str
 
-    @property
-    def memory(self) -> WeightMemory:
-        """Where the experts' matrices are."""
-        assert self.host.weight_memory is not None
-        return self.host.weight_memory
-
     def place(self, decoder: Decoder) -> None:
-        """Gives the layers of a model that was built, and not filled, experts that lie there."""
+        """Says so to the layers of a model that was built, and not filled."""
         model: Any = decoder
-        for number, mixture in mixtures_of(model.layers).items():
-            if number < self.layers:
-                mixture.leave_to_host(self.host)
+        if self.host is not None:
+            for number, mixture in mixtures_of(model.layers).items():
+                if number < self.experts:
+                    mixture.leave_to_host(self.host)
+        if self.bus is not None:
+            for linear in linears_in(model.layers[self.layers :]):
+                linear.keep_in(self.bus)
+
+
+class _Layers(NamedTuple):
+    """The names of stored tensors by the numbers of their layers: those of experts, and of all other products."""
+
+    experts: Mapping[int, set[str]]
+    rest: Mapping[int, set[str]]
+
+    def of(self, number: int, *, experts: bool = True) -> set[str]:
+        """Those of a layer, with its experts or without."""
+        return self.rest.get(number, set()) | (self.experts.get(number, set()) if experts else set())
 
 
 def plan_split(
@@ -76,55 +97,86 @@ def plan_split(
     Raises:
         ConfigError: it was set, and cannot be had with this model.
     """
-    wanted = config.cpu_experts
     if device.type == "cpu":
-        if wanted:
-            logger.warning("cpu_experts=%d sets nothing: on the CPU all experts are there", wanted)
+        for name in _SETTINGS:
+            if given := getattr(config, name):
+                logger.warning("%s=%g sets nothing: the CPU computes, and everything is there", name, given)
         return None
-    of_layers = _experts(family, model, stored)
-    if wanted and not of_layers:
+    found = _layers(family, model, stored)
+    if config.cpu_experts and not found.experts:
         raise ConfigError(
-            f"cpu_experts={wanted} is for models with experts, and this one has none: leave it out", "cpu_experts"
+            f"cpu_experts={config.cpu_experts} is for models with experts, and this one has none: leave it out, or set "
+            "cpu_offload_gb",
+            "cpu_experts",
         )
-    if wanted == 0 or not of_layers or (wanted is None and config.ranks > 1):
+    experts, layers, why = _how_many(config, device, placement, model, stored, found)
+    gone = {name for number, each in found.experts.items() if number < experts for name in each}
+    read = {name for number in range(layers, model.num_layers) for name in found.of(number)} - gone
+    if config.cpu_experts and not gone:
+        first = min(found.experts)
+        logger.warning("cpu_experts=%d sets nothing: layer %d is the first with experts", config.cpu_experts, first)
+    if not gone and not read:
         return None
-    host = Placement(
+    for name in _SETTINGS[1:] if read else ():
+        if config.ranks > 1 and getattr(config, name) is not None:
+            raise ConfigError(f"{name} is not implemented for several ranks: leave it out, or take one GPU", name)
+    host, bus, size, over_bus, told = None, None, 0, 0, list[str]()
+    if gone:
+        host = _host(config)
+        obstacle, size = matrix_obstacle(_among(stored, gone)), memory_of(host, _among(stored, gone))
+        if obstacle is not None:
+            raise ConfigError(
+                f"cpu_experts={config.cpu_experts or experts}: the CPU cannot compute these experts, for {obstacle}: "
+                "set cpu_experts=0, and cpu_offload_gb where the model does not fit",
+                "cpu_experts",
+            )
+        which = "all layers" if experts > max(found.experts) else f"the first {experts} of {model.num_layers} layers"
+        told.append(f"the experts of {which}, {size // MIB} MiB, are in main memory, and the CPU computes them")
+    if read:
+        from candle_vllm.core.kernels.offloading import HostWeights
+
+        bus, over_bus = HostWeights(device), memory_of(placement, _among(stored, read))
+        which = "all layers" if layers == 0 else f"the last {model.num_layers - layers} of {model.num_layers} layers"
+        told.append(
+            f"the weights of {which}, {over_bus // MIB} MiB, are in main memory, and the GPU reads them over the bus"
+        )
+    return Split(
+        experts=experts if gone else 0,
+        host=host,
+        layers=layers,
+        bus=bus,
+        names=frozenset(gone | read),
+        host_bytes=size + over_bus,
+        bus_bytes=over_bus,
+        message=f"{'; '.join(told)}: {why}",
+    )
+
+
+def _host(config: EngineConfig) -> Placement:
+    """Where experts go that the CPU computes."""
+    return Placement(
         CPU,
         "F32",
         new_memory(lambda: plan_ranks(config.cpu_ranks, config.threads or default_threads())),
         plain_kind(config.dtype.upper()) if config.dtype in DTYPES else None,
     )
-    last = max(of_layers) + 1
-    if wanted is None:
-        layers, why = _what_does_not_fit(config, device, placement, model, stored, of_layers)
-    else:
-        layers, why = min(wanted, last), "as it was set"
-    if not layers:
-        return None
-    experts = _among(stored, {name for number, each in of_layers.items() if number < layers for name in each})
-    obstacle = matrix_obstacle(experts)
-    if obstacle is not None:
-        raise ConfigError(
-            f"cpu_experts={wanted or layers}: the CPU cannot compute these experts, for {obstacle}: set cpu_experts=0, "
-            "and take a GPU that holds the model, or a model with fewer bits",
-            "cpu_experts",
-        )
-    size = memory_of(host, experts)
-    which = "all layers" if layers == last else f"the first {layers} of {model.num_layers} layers"
-    message = f"the experts of {which}, {size // MIB} MiB, are in main memory, and the CPU computes them: {why}"
-    return Split(layers, host, frozenset(experts.tensors), size, message)
 
 
-def _experts(family: Family, model: ModelConfig, stored: Checkpoint) -> dict[int, set[str]]:
-    """The names of the stored tensors of each layer's experts."""
-    found: dict[int, set[str]] = {}
+def _layers(family: Family, model: ModelConfig, stored: Checkpoint) -> _Layers:
+    experts: dict[int, set[str]] = {}
+    rest: dict[int, set[str]] = {}
+    shapes = family.build(model, SHAPES, stored)
     for line in expand(family.weights, model, stored.format):
         path, _, part = line.target.partition(":")
-        if part and path.startswith("layers.") and path.endswith(".mlp.experts") and line.names:
-            name = line.find(stored.tensors)
-            if name is not None:
-                found.setdefault(int(path.split(".")[1]), set()).add(name)
-    return found
+        name = line.find(stored.tensors) if part and path.startswith("layers.") and line.names else None
+        if name is None:
+            continue
+        number = int(path.split(".")[1])
+        if path.endswith(".mlp.experts"):
+            experts.setdefault(number, set()).add(name)
+        elif part.endswith("weight") and isinstance(layer_at(shapes, path), Linear):
+            rest.setdefault(number, set()).add(name)
+    return _Layers(experts, rest)
 
 
 def _among(stored: Checkpoint, names: Set[str]) -> Checkpoint:
@@ -132,32 +184,49 @@ def _among(stored: Checkpoint, names: Set[str]) -> Checkpoint:
     return stored.with_tensors({name: tensor for name, tensor in stored.tensors.items() if name in names})
 
 
-def _what_does_not_fit(
-    config: EngineConfig,
-    device: Device,
-    placement: Placement,
-    model: ModelConfig,
-    stored: Checkpoint,
-    of_layers: Mapping[int, set[str]],
-) -> tuple[int, str]:
-    """The least layers whose experts must go, so that the rest fits; all of them where that is not enough. And why."""
+def _how_many(
+    config: EngineConfig, device: Device, placement: Placement, model: ModelConfig, stored: Checkpoint, found: _Layers
+) -> tuple[int, int, str]:
+    """The experts of how many layers the CPU computes, from which layer on the rest is read over the bus, and why.
+
+    Where nothing is said of either, as few go as must: experts first, for a token needs a few of them.
+    """
+    last = model.num_layers
+    experts, layers, chosen = min(config.cpu_experts or 0, last), last, False
+    if config.gpu_layers is not None:
+        layers = min(config.gpu_layers, last)
+    elif config.cpu_offload_gb:
+        left = config.cpu_offload_gb * (1 << 30)
+        while left > 0 and layers:
+            layers -= 1
+            left -= _size(placement, stored, found, layers, experts)
+    free_experts, free_layers = config.cpu_experts is None, config.cpu_offload_gb is None and config.gpu_layers is None
+    if not (free_experts or free_layers) or config.ranks > 1:
+        return experts, layers, "as it was set"
     free, total = gpu_memory(device)
     if config.gpu_memory_utilization is not None:
         free = max(0, free - int(total * (1 - config.gpu_memory_utilization)))
-    steps = max(_STEPS, total // _SHARE_FOR_STEPS)
-    tokens = min(model.max_position, _TOKENS)
     number = device_number_bytes(config, model, ELEMENTS[placement.dtype].itemsize)
+    tokens = model.max_position if config.max_model_len is not None else min(model.max_position, _TOKENS)
     cache = config.kv_cache_memory or cache_bytes(model, tokens, number)
     weights = memory_of(placement, stored)
-    room = free - steps - cache
+    over = weights - (free - _STEPS - cache)
+    over -= sum(memory_of(placement, _among(stored, found.experts[n])) for n in found.experts if n < experts)
+    over -= sum(_size(placement, stored, found, n, experts) for n in range(layers, last))
+    for n in sorted(found.experts) if free_experts else ():
+        if over > 0 and n < layers:
+            over -= memory_of(placement, _among(stored, found.experts[n]))
+            experts, chosen = n + 1, True
+    while free_layers and over > 0 and layers:
+        layers, chosen = layers - 1, True
+        over -= _size(placement, stored, found, layers, experts)
     why = (
-        f"the weights take {weights // MIB} MiB, and of {free // MIB} MiB that are free on {device}, {steps // MIB} "
+        f"the weights take {weights // MIB} MiB, and of {free // MIB} MiB that are free on {device}, {_STEPS // MIB} "
         f"are kept for steps and {cache // MIB} for a KV cache"
     )
-    layers = 0
-    for number in sorted(of_layers):
-        if weights <= room:
-            break
-        weights -= memory_of(placement, _among(stored, of_layers[number]))
-        layers = number + 1
-    return layers, why
+    return experts, layers, why if chosen else "as it was set"
+
+
+def _size(placement: Placement, stored: Checkpoint, found: _Layers, number: int, experts: int) -> int:
+    """Bytes of a layer's matrices, without its experts where the CPU computes those."""
+    return memory_of(placement, _among(stored, found.of(number, experts=number >= experts)))

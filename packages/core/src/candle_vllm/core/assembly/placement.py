@@ -207,8 +207,8 @@ def room_for_weights(
     on_host = nullcontext()
     if elsewhere:
         rest = {each: tensor for each, tensor in checkpoint.tensors.items() if each not in elsewhere}
-        checkpoint, experts = checkpoint.with_tensors(rest), f"the experts of {name} in main memory"
-        on_host = room_for(experts, host_bytes, "cpu_experts", lambda _: "set cpu_experts to fewer layers")
+        checkpoint, part = checkpoint.with_tensors(rest), f"the part of {name} that is in main memory"
+        on_host = room_for(part, host_bytes, "cpu_experts", lambda _: "set cpu_experts or cpu_offload_gb to less")
     what, size = f"the weights of {name}", memory_of(placement, checkpoint)
     numbers = sum(tensor.numel for tensor in checkpoint.tensors.values())
 

@@ -83,6 +83,8 @@ _NOT_FOR_ENCODERS = MappingProxyType(
         "speculative_config": None,
         "mm_processor_kwargs": None,
         "cpu_experts": None,
+        "cpu_offload_gb": None,
+        "gpu_layers": None,
     }
 )
 

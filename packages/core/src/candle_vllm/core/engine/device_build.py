@@ -178,11 +178,12 @@ def _adapters(config: EngineConfig, loaded: LoadedModel, stream: DeviceStream, r
 
 def host_experts(config: EngineConfig, loaded: LoadedModel, stream: DeviceStream, tokens: int) -> HostExperts | None:
     """What computes experts that are in main memory, which their layers know from then on; None where none are."""
-    if loaded.split is None:
+    if loaded.split is None or loaded.split.host is None:
         return None
     decoder: Any = loaded.decoder
-    there = [each for number, each in mixtures_of(decoder.layers).items() if number < loaded.split.layers]
-    ranks = loaded.split.memory.ranks
+    there = [each for number, each in mixtures_of(decoder.layers).items() if number < loaded.split.experts]
+    memory = loaded.split.host.weight_memory
+    ranks = None if memory is None else memory.ranks
     leave_cores_to_others()
     size, experts = there[0].sizes
     host = HostExperts(

@@ -99,15 +99,14 @@ class Sleeper:
         self.level = 0
         self.runners: Sequence[ModelRunner | HeadRunner] = ()
         self.tell: Callable[[int | frozenset[str]], object] = lambda _: None
-        split = loaded.split  # it is loaded again as it was
-        layers = 0 if split is None else split.layers
-        self._config, self._loaded, self._ranks = dataclasses.replace(config, cpu_experts=layers), loaded, ranks
+        self._config, self._loaded, self._ranks = _as_split(config, loaded), loaded, ranks
         self._mark = ""
         self._tensors: OffloadedWeights | None = None
         if not loaded.placement.recorded:
             from candle_vllm.core.kernels.offloading import OffloadedWeights, tensors_in
 
-            self._tensors = OffloadedWeights(tensors_in(*_layers(loaded)))
+            bus = None if loaded.split is None else loaded.split.bus
+            self._tensors = OffloadedWeights(tensors_in(*_layers(loaded)), bus)
 
     def check(self, level: int) -> None:
         """Raises `CandleVllmError` where this engine cannot sleep so."""
@@ -180,7 +179,17 @@ class Sleeper:
         if self._tensors is not None:
             from candle_vllm.core.kernels.offloading import tensors_in
 
-            self._tensors.adopt(tensors_in(*_layers(fresh)))
+            self._tensors.adopt(tensors_in(*_layers(fresh)), None if fresh.split is None else fresh.split.bus)
+
+
+def _as_split(config: EngineConfig, loaded: LoadedModel | LoadedEncoder) -> EngineConfig:
+    """The settings by which as much of the model goes to main memory again, whatever a GPU has free then."""
+    if isinstance(loaded, LoadedEncoder) or loaded.placement.device.type == "cpu":
+        return config
+    split = loaded.split
+    if split is None:
+        return dataclasses.replace(config, cpu_experts=0, cpu_offload_gb=0, gpu_layers=None)
+    return dataclasses.replace(config, cpu_experts=split.experts, cpu_offload_gb=None, gpu_layers=split.layers)
 
 
 def _layers(loaded: LoadedModel | LoadedEncoder) -> list[Any]:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What leaves a device: weights while an engine sleeps, and blocks of the KV cache.
 
-Weights go to the host's memory and back, or for good, to be loaded again.
+Weights go to the host's memory and back, or for good, to be loaded again; or they are there from the beginning, and the
+device reads them over the bus.
 
 What has a tensor keeps it, and finds numbers in it again; captured work has addresses, and must be captured anew.
 """
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 _OURS = "candle_vllm."
+PIECE_BYTES = 256 << 20
+_ALIGNMENT = 256
 
 
 def tensors_in(*roots: object) -> list[torch.Tensor]:
@@ -50,15 +53,91 @@ def block_bytes(caches: Sequence[torch.Tensor]) -> int:
     return sum(cache[0].numel() * cache.itemsize for cache in caches if cache.numel())
 
 
+class HostWeights:
+    """Weights in pinned memory of the host, which a GPU reads where they are, over the bus.
+
+    With unified addressing a pinned address is one of the device, too: a tensor of the device over it is made by the
+    CUDA array interface, and kernels find nothing else in it. On the CPU it is memory as any other.
+
+    Args:
+        device: which reads them.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._device = torch.device(device)
+        self._pieces: list[tuple[torch.Tensor, torch.Tensor]] = []  # uint8, of the host and of the device; shared
+        self._used = 0  # of the last
+
+    def take(self, *roots: object) -> None:
+        """Brings all tensors of layers or matrices here, each for itself; they must be filled."""
+        with torch.no_grad():
+            for tensor in tensors_in(*roots):
+                held, there = (place.view(tensor.dtype).view(tensor.shape) for place in self._room(tensor.nbytes))
+                held.copy_(tensor)
+                tensor.set_(there.untyped_storage(), int(there.storage_offset()), there.size(), there.stride())
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is here."""
+        return any(tensor.untyped_storage().data_ptr() == piece.data_ptr() for _, piece in self._pieces)
+
+    @property
+    def nbytes(self) -> int:
+        """Of pinned memory that it has taken."""
+        return sum(piece.numel() for _, piece in self._pieces)
+
+    def drop(self) -> None:
+        """Lets go of its memory; whose tensors were here must let go as well."""
+        self._pieces, self._used = [], 0
+
+    def become(self, other: HostWeights) -> None:
+        """Has what another has."""
+        self._pieces, self._used = other._pieces, other._used
+
+    def _room(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self._pieces or self._used + size > self._pieces[-1][0].numel():
+            # Pinned memory comes in powers of two, so that small ones share a piece.
+            held = torch.empty(max(size, PIECE_BYTES), dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+            self._pieces.append((held, held if self._device.type == "cpu" else _seen_by(self._device, held)))
+            self._used = 0
+        start, (held, seen) = self._used, self._pieces[-1]
+        self._used += -(-size // _ALIGNMENT) * _ALIGNMENT
+        return held[start : start + size], seen[start : start + size]
+
+
+class PinnedArray:
+    """Pinned bytes by the CUDA array interface, version 3; see Numba's documentation of it.
+
+    Args:
+        held: uint8 [n]; it lives as long as this.
+    """
+
+    def __init__(self, held: torch.Tensor) -> None:
+        self._held = held
+        self.__cuda_array_interface__ = {
+            "shape": (held.numel(),),
+            "typestr": "|u1",
+            "data": (held.data_ptr(), False),
+            "strides": None,
+            "version": 3,
+        }
+
+
+def _seen_by(device: torch.device, held: torch.Tensor) -> torch.Tensor:
+    seen = torch.as_tensor(PinnedArray(held), device=device)
+    assert seen.data_ptr() == held.data_ptr(), "the host's pinned addresses are not the device's"
+    return seen
+
+
 class OffloadedWeights:
     """The tensors of a model, which may be away.
 
     Args:
         tensors: of the model, as it was loaded.
+        stays: what of them is in the host's memory anyway.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._tensors = tensors
+    def __init__(self, tensors: Sequence[torch.Tensor], stays: HostWeights | None = None) -> None:
+        self._tensors, self._stays = tensors, stays
         self._device = tensors[0].device if tensors else torch.device("cpu")
         self._held: list[tuple[torch.Tensor, list[_Place]]] = []  # of each storage its bytes, and who has what of them
 
@@ -67,6 +146,8 @@ class OffloadedWeights:
         """Their numbers go to the host's memory, from which copies are fast, and the device's is given back."""
         shared: dict[int, list[torch.Tensor]] = {}
         for each in self._tensors:
+            if self._stays is not None and self._stays.holds(each):
+                continue
             shared.setdefault(each.untyped_storage().data_ptr(), []).append(each)
         for tensors in shared.values():
             there = _bytes_of(tensors[0].untyped_storage())
@@ -92,10 +173,14 @@ class OffloadedWeights:
         """Their numbers are gone, wherever they were."""
         self._held = []
         _empty(self._tensors)
+        if self._stays is not None:
+            self._stays.drop()
 
     @torch.no_grad()
-    def adopt(self, fresh: Sequence[torch.Tensor]) -> None:
+    def adopt(self, fresh: Sequence[torch.Tensor], stays: HostWeights | None = None) -> None:
         """They are those of the same model, which was loaded again."""
+        if self._stays is not None and stays is not None:
+            self._stays.become(stays)
         for each, new in zip(self._tensors, fresh, strict=True):
             each.set_(new.untyped_storage(), int(new.storage_offset()), new.size(), new.stride())
 

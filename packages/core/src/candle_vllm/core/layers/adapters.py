@@ -54,6 +54,15 @@ def number_places(model: object, adapters: EagerAdapters | None = None) -> Mappi
     return made
 
 
+def linears_in(layers: object) -> Iterator[Linear]:
+    """Every product of layers, but those of routers and heads."""
+    for _, layer in _layers(layers, ""):
+        if isinstance(layer, Linear):
+            yield layer
+        elif isinstance(layer, ExpertMLPs):
+            yield from (layer.gate_up, layer.down)
+
+
 def _layers(layer: object, path: str) -> Iterator[tuple[str, object]]:
     """What has matrices, by its path."""
     if isinstance(layer, (Linear, Router, ExpertMLPs, Embedding)):

@@ -23,6 +23,7 @@ from candle_vllm.core.loading.weights import Parameter
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.lora.reference import EagerAdapters
     from candle_vllm.core.kernels.matrices import DeviceMatrix, Piece
+    from candle_vllm.core.kernels.offloading import HostWeights
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,12 @@ class Linear:
         self.place: Place | None = None
         self.adapters: EagerAdapters | None = None
         self.collective: Collective | None = None
+        self._kept_in: HostWeights | None = None
+
+    def keep_in(self, memory: HostWeights) -> None:
+        """Its matrices will lie there once they are filled; those of recorded steps are in main memory anyway."""
+        if not self._placement.recorded:
+            self._kept_in = memory
 
     def __call__(self, x: Value, pairs: Any = None, activation: Activation | None = None) -> Value:
         """y; of experts for `pairs`, and where an activation is named act(gate) * up, see `kernels/moe`.
@@ -129,6 +136,9 @@ class Linear:
     def finish(self) -> None:
         """See `Finishes`."""
         assert self.matrices
+        kept_in, self._kept_in = self._kept_in, None
+        if kept_in is not None:
+            kept_in.take(self.matrices)
 
     def _one(self, pieces: Sequence[DeviceMatrix]) -> DeviceMatrix:
         """Experts are one matrix: of all rows as they are where all are stored alike, else of plain numbers."""

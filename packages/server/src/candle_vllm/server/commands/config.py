@@ -128,6 +128,8 @@ class Derived(NamedTuple):
     source: str
 
 
+_ELSEWHERE = ("cpu_experts", "cpu_offload_gb", "gpu_layers")
+
 _UNSET = {  # what it means that nobody gave it, where that is not the engine's business
     "isq": "off",
     "yarn_scaling_factor": "off",
@@ -172,9 +174,12 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
         "max_num_seqs": Derived(sequences, f"default on {device.type}"),
         "prefill_chunk_size": Derived(tokens, f"default on {device.type}"),
         "kv_fraction": Derived(share, f"default on {device.type}"),
-        "cpu_experts": Derived(0, "derived: there is one place for everything, the CPU")
-        if device.type == "cpu"
-        else Derived("as many layers' as do not fit", "default on cuda"),
+        **dict.fromkeys(
+            _ELSEWHERE,
+            Derived("does not count", "default on cpu: everything is there")
+            if device.type == "cpu"
+            else Derived("as much as does not fit", "default on cuda"),
+        ),
         "max_loras": Derived(sequences if device.type == "cpu" else 8, f"default on {device.type}"),
         "max_cpu_loras": Derived("as many as lora_memory holds", DEFAULT),
         "lora_memory": Derived("a quarter of what is free, at most 4 GiB", DEFAULT),
@@ -243,12 +248,11 @@ def _of_model(settings: Settings, config: EngineConfig, files: ModelFiles, devic
     for name, value in {**_SAMPLING, **model.default_sampling}.items():
         found[name] = Derived(value, source if name in model.default_sampling else DEFAULT)
     if device.type == "cuda":
-        split = model.split
-        found["cpu_experts"] = (
-            Derived(0, "derived: the GPU holds the model, or it has no experts")
-            if split is None
-            else Derived(split.layers, f"derived: {split.message}")
-        )
+        split, layers = model.split, model.config.num_layers
+        why = "derived: the GPU holds the model, or nothing else was asked for" if split is None else split.message
+        found["cpu_experts"] = Derived(0 if split is None else split.experts, why)
+        found["gpu_layers"] = Derived(layers if split is None else split.layers, why)
+        found["cpu_offload_gb"] = Derived(0 if split is None else round(split.bus_bytes / (1 << 30), 1), why)
     if cache is None:
         number_bytes = device_number_bytes(config, model.config, ELEMENTS[model.placement.dtype].itemsize)
         token = cache_bytes(model.config, 1, number_bytes)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from candle_vllm.core.arguments import NO_CODE
-from candle_vllm.core.config import MOST_LAYERS
 
 Becomes = str | Callable[[str], list[str]]
 ANY = "*"
@@ -91,15 +90,6 @@ def _socket(path: str) -> list[str]:
     return ["--host", f"unix://{Path(path).expanduser().absolute()}"]
 
 
-def _layers(text: str) -> list[str]:
-    """`-ngl`: all layers or none; 99 and more is how people write all."""
-    if text in ("auto", "all", "-1") or (text.isdecimal() and len(text) < 9 and int(text) >= 99):
-        return []
-    if text == "0":
-        return ["--device", "cpu"]
-    raise ValueError(f"must be 0, auto, all or at least 99: {_WHOLE}")
-
-
 def _device(text: str) -> list[str]:
     """llama.cpp's names of devices: CUDA0, none."""
     name = text.lower()
@@ -149,7 +139,7 @@ _ONE_DEVICE = (
     "a model is divided among the GPUs of one machine (--tensor-parallel-size, --pipeline-parallel-size), and "
     "in no other way"
 )
-_WHOLE = "a model lies whole on a GPU or on the CPU (--device), but for experts that --cpu-experts leaves to the CPU"
+_WHOLE = "what of a model is not on its GPU is said by --cpu-experts, --cpu-offload-gb and --gpu-layers"
 _DRAFTS = "--speculative-config says how tokens are guessed"
 _OWN = "the kernels are this project's own and chosen for the machine"
 _MAPPED = "weights are mapped while they are loaded, and then lie in memory in the kernels' order"
@@ -207,12 +197,12 @@ ROWS: tuple[Row, ...] = (
     Row("--mmproj-offload --no-mmproj-offload --mm-encoder-tp-mode --vision-device --vision-dtype",
         "what a model sees by computes where the model does"),
     # ---- devices and memory
-    Row("-ngl --gpu-layers --n-gpu-layers --num-gpu", _WHOLE, {ANY: _layers}),
+    Row("-ngl --num-gpu", "--gpu-layers, and 0 is --device cpu",
+        {"0": "--device cpu", ANY: "--gpu-layers {}"}),
     _called("-ncmoe --n-cpu-moe", "--cpu-experts", ", layers whose experts the CPU computes"),
-    Row("-cmoe --cpu-moe", f"--cpu-experts {MOST_LAYERS}, which is all layers", {"": f"--cpu-experts {MOST_LAYERS}"}),
+    Row("-cmoe --cpu-moe", "--cpu-experts all", {"": "--cpu-experts all"}),
     Row("--num-experts-offload-per-rank", "--cpu-experts counts layers whose experts the CPU computes, and not experts "
         "of each layer; auto is as many as do not fit", {"0": "--cpu-experts 0", ANY: "--cpu-experts auto"}),
-    _only("--cpu-offload-gb", _WHOLE, "0"),
     Row("-ot --override-tensor -ncffn --n-cpu-ffn --moe-cache-mib -nkvo --no-kv-offload", _WHOLE),
     _only("--kv-offloading-backend", "--kv-offloading-size is this project's own; --prompt-cache-path and "
           "--prompt-cache-url keep blocks elsewhere", "native"),

@@ -144,8 +144,11 @@ class Settings:
     data_parallel_size: Annotated[int | None, engine(DEVICE, "N",
         text="replicas of the model behind one address, each in a process of its own, on its own GPU or its share of "
         "the CPU's threads (docs/scaling.md)", commands=_SERVE)] = None
-    cpu_experts: Annotated[int | None, engine(DEVICE, "N", more="; auto: as many as do not fit",
-        reading={"auto": True})] = None
+    cpu_experts: Annotated[int | None, engine(DEVICE, "N", more="; auto: as many as do not fit; all: of all layers",
+        reading={"auto": True, "whole": True})] = None
+    cpu_offload_gb: Annotated[float | None, engine(DEVICE, "GIB", more="; without it, as much as does not fit")] = None
+    gpu_layers: Annotated[int | None, engine(DEVICE, "N", more="; auto: as many as fit; all: the model must fit",
+        reading={"auto": True, "whole": True}, flags=("--gpu-layers", "--n-gpu-layers"))] = None
     dtype: Annotated[str | None, engine(DEVICE, "TYPE")] = None
     enforce_eager: Annotated[bool, engine(DEVICE)] = False
     attention_backend: Annotated[str | None, engine(DEVICE,
