@@ -30,6 +30,7 @@ WRONG: dict[str, list[Any]] = {
     "cpu_offload_gb": [-1, "8", math.inf, True],
     "gpu_layers": [-1, "all", 1025, True],
     "pipeline_parallel_size": [0, 65, True, "2", None],
+    "enable_expert_parallel": ["no", 1, None],
     "data_parallel_size": [0, 65, 1.5, True, "2", None],
     "dtype": [5, None, "f64", []],
     "enforce_eager": ["no", 1, None],

@@ -119,6 +119,68 @@ def test_rows_of_gguf_are_cut_in_their_order(name: str, tmp_path: Path) -> None:
     assert error(logits_of(path, 2, [LENGTH])[1], whole) < 1e-5
 
 
+MIXTURES = ["Mixtral", "Qwen2-MoE", "Qwen3-MoE", "GLM-4-MoE", "gpt-oss", "DeepSeek-V2", "DeepSeek-V3"]
+
+
+OFTEN = [("gpt-oss", 2), ("Qwen2-MoE", 3)]
+CASES = [(name, size) for name in MIXTURES for size in (2, 3) if size == 2 or name in UNEVEN]
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [pytest.param(*case, marks=() if case in OFTEN else pytest.mark.every_case) for case in CASES]
+)
+def test_whole_experts_on_each_rank(name: str, size: int, tmp_path: Path) -> None:
+    """Of three ranks some have an expert more than others; what is shared is cut as ever."""
+    row = ROWS[name]
+    write_tiny(tmp_path, row.model_type, **{**row.config, **(UNEVEN[name] if size == 3 else {})})
+    whole = eager_logits(tmp_path, some_tokens(), [LENGTH])
+    parts = logits_of(tmp_path, size, [30, 1, LENGTH - 31], enable_expert_parallel=True, tensor_parallel_size=size)
+    for logits in parts:
+        assert error(logits, whole) < 1e-5
+
+
+def test_a_rank_reads_its_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven experts, of one block of 256 each, which cannot be cut."""
+    row = ROWS["Mixtral"]
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_attention_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": 7,
+    }
+    write_tiny(tmp_path, row.model_type, **{**row.config, **sizes})
+    settings: dict[str, Any] = {"isq": "q4k", "tensor_parallel_size": 2}
+    with pytest.raises(ConfigError, match="numbers of its experts stay together by 256"):
+        logits_of(tmp_path, 2, [LENGTH], **settings)
+    counts, filled = list[int](), loading.fill
+
+    def fill(model: Any, *others: Any) -> None:
+        counts.append(sum(len(layer.mlp.experts.down._places) for layer in model.layers))
+        filled(model, *others)
+
+    whole = eager_logits(tmp_path, some_tokens(), [LENGTH], isq="q4k")
+    monkeypatch.setattr(loading, "fill", fill)
+    parts = logits_of(tmp_path, 2, [LENGTH], enable_expert_parallel=True, **settings)
+    assert error(parts[1], whole) < 1e-5
+    assert sorted(counts) == [6, 8]
+
+
+def test_whole_experts_are_refused_where_there_are_none_or_few(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "dense", "llama")
+    with pytest.raises(ConfigError, match="has no experts") as raised:
+        logits_of(tmp_path / "dense", 2, [LENGTH], enable_expert_parallel=True, tensor_parallel_size=2)
+    assert raised.value.setting == "enable_expert_parallel"
+    row = ROWS["Mixtral"]
+    sizes = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 16}
+    sizes |= {"num_local_experts": 2, "num_experts_per_tok": 1}
+    write_tiny(tmp_path / "few", row.model_type, **{**row.config, **sizes})
+    with pytest.raises(ConfigError, match="its 2 experts stay together by 1"):
+        logits_of(tmp_path / "few", 4, [LENGTH], enable_expert_parallel=True, tensor_parallel_size=4)
+    with pytest.raises(ConfigError, match="set tensor_parallel_size"):
+        EngineConfig(model="m", enable_expert_parallel=True)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_quantised_matrices_are_cut_as_a_gpu_holds_them(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -162,3 +224,20 @@ def test_adapters_are_cut_as_their_matrices_are(name: str, config: dict[str, Any
 
     for logits in in_threads(2, part):
         assert error(logits, whole) < 1e-5
+
+
+def test_adapters_of_whole_experts(tmp_path: Path) -> None:
+    """Each rank has what is done to its own."""
+    parameters = [f"mlp.experts.{n}_proj" for n in ("gate_up", "down")]
+    made = trained(tmp_path, "Qwen3-MoE", target_modules=["k_proj"], target_parameters=parameters)
+    whole, part = (
+        EngineConfig(model=str(made.model), enforce_eager=True, **more)
+        for more in ({}, {"tensor_parallel_size": 2, "enable_expert_parallel": True})
+    )
+    right = adapted_logits(load_model(whole, CPU, lambda *_: None), made.model, made.adapter)
+
+    def adapted(ranks: ThreadRanks) -> torch.Tensor:
+        return adapted_logits(load_model(part, CPU, lambda *_: None, ranks=ranks), made.model, made.adapter)
+
+    for logits in in_threads(2, adapted):
+        assert error(logits, right) < 1e-5

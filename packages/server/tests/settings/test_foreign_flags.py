@@ -149,7 +149,7 @@ TRANSLATED: dict[str, dict[str, Any]] = {
     "--api-key k1 --api-key k2": {"api_key": ("k1", "k2")},
     "-tp 1 -O3 --swap-space 4": {"tensor_parallel_size": 1},
     "-tp 2 --num-shards 2": {"tensor_parallel_size": 2},
-    "-pp 2": {"pipeline_parallel_size": 2},
+    "-pp 2 -ep": {"pipeline_parallel_size": 2, "enable_expert_parallel": True},
     "--scheduling-policy priority --enable-log-requests": {"enable_request_priority": True, "log_requests": True},
     "--disable-log-requests --uvicorn-log-level critical": {"log_requests": False, "log_level": "error"},
     "--generation-config vllm": {"temperature": 1, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1},

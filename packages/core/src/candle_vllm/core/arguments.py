@@ -71,7 +71,7 @@ _SETTINGS: Rows = (
     ("offload_kqv max_memory", _WHOLE),
     ("swap_space offload_group_size", _WHOLE, (0, 0.0)),
     ("decode_context_parallel_size prefill_context_parallel_size nnodes", _ONE_DEVICE, (1,)),
-    ("enable_expert_parallel enable_eplb enable_dbo", _ONE_DEVICE, (False,)),
+    ("enable_eplb enable_dbo", _ONE_DEVICE, (False,)),
     ("distributed_executor_backend", _ONE_DEVICE, (None, "uni")),
     ("disable_custom_all_reduce", _ONE_DEVICE, (False, True)),
     ("tp_size", "tensor_parallel_size"),

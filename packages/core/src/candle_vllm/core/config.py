@@ -251,6 +251,8 @@ class EngineConfig(ExplainedSettings):
                                       "after each other; each is as many ranks as tensor_parallel_size says "
                                       "(docs/scaling.md)",
                                       "Layers are divided so that the stage with most bytes has as few as can be."] = 1
+    enable_expert_parallel: Annotated[bool, Boolean(), "among the ranks of tensor_parallel_size, whole experts of a "
+                                      "mixture on each, in the place of a part of every one (docs/scaling.md)"] = False
     data_parallel_size: Annotated[int, Integer(1, 64), "replicas of the model behind one address, each in a process "
                                   "of its own, on its own GPUs or its share of the CPU's threads (docs/scaling.md)",
                                   "For `ReplicatedEngine`; each has a KV cache of its own."] = 1
@@ -451,6 +453,12 @@ class EngineConfig(ExplainedSettings):
                     "tensor_parallel_size",
                 )
             object.__setattr__(self, "tensor_parallel_size", ranks // stages)
+        if self.enable_expert_parallel and self.tensor_parallel_size == 1:
+            raise ConfigError(
+                "enable_expert_parallel divides experts among ranks, and there is one: set tensor_parallel_size, or "
+                "leave it out",
+                "enable_expert_parallel",
+            )
         if self.ranks == 1:
             return
         drafts = draft_settings(self.speculative_config)
@@ -549,6 +557,7 @@ class EngineSettings(TypedDict, total=False):
     device: str
     tensor_parallel_size: int
     pipeline_parallel_size: int
+    enable_expert_parallel: bool
     data_parallel_size: int
     cpu_experts: int | None
     cpu_offload_gb: float | None

@@ -189,7 +189,9 @@ def load_model(
         model = describe_model(config, device, opened)
         placement, stored, split = model.placement, model.stored, model.split
         family, full = model.family, model.config
-        shard = None if ranks is None else shard_of(files.name, family, full, stored, ranks)
+        shard, apart = None, config.enable_expert_parallel
+        if ranks is not None:
+            shard = shard_of(files.name, family, full, stored, ranks, apart=apart)
         stored = stored if shard is None else shard.stored(stored)
         elsewhere, size = (frozenset[str](), 0) if split is None else (split.names, split.host_bytes)
         room = room_for_weights(files.name, placement, stored, elsewhere, size)

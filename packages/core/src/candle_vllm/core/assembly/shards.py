@@ -3,13 +3,15 @@
 
 A rank's model is the family's own, of fewer heads, narrower feed-forward layers and fewer words; no family knows of it.
 What it gets of each tensor is seen from the shapes of all ranks' models. Where it has some of a matrix's inputs, the
-results are summed over the ranks, once for attention and once for what follows it.
+results are summed over the ranks, once for attention and once for what follows it. Experts may be whole, some on each
+rank (expert parallel): all have all tokens, and what their experts make of them is summed as the rest is.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter
 from candle_vllm.core.layers.embedding import Embedding, VocabularyShare
 from candle_vllm.core.layers.linear import Linear
-from candle_vllm.core.layers.moe import ExpertMLPs, SparseMLP
+from candle_vllm.core.layers.moe import ExpertMLPs, SparseMLP, mixtures_of
 from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
@@ -31,6 +33,7 @@ from candle_vllm.core.models.family import Decoder, Family
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 MOST_RANKS = 64
+_EXPERT = re.compile(r"\.experts:\w+\.\d+\.")  # in the target of what one of many experts has
 
 
 class _Shape(NamedTuple):
@@ -64,13 +67,17 @@ class Shard:
         collective: the ranks.
         full: the whole model's description.
         stage: what it has of the model's layers; None for all.
+        absent: targets of the experts that other ranks have whole.
+        tensors: names of what is stored of it.
     """
 
     config: ModelConfig
     cuts: Mapping[str, _Cut]
     collective: Collective
     full: ModelConfig
-    stage: StagePart | None = None
+    stage: StagePart | None
+    absent: frozenset[str]
+    tensors: frozenset[str]
 
     @property
     def num_layers(self) -> int:
@@ -79,7 +86,9 @@ class Shard:
 
     def stored(self, checkpoint: Checkpoint) -> Checkpoint:
         """What it reads of a checkpoint."""
-        return checkpoint if self.stage is None else checkpoint.with_tensors(self.stage.tensors)
+        if self.stage is None and not self.absent:
+            return checkpoint
+        return checkpoint.with_tensors({name: checkpoint.tensors[name] for name in self.tensors})
 
     def cut(self, target: str, stored: StoredTensor) -> StoredTensor:
         """What it has of a tensor.
@@ -102,6 +111,8 @@ class Shard:
                 continue
             for name, delta in deltas.items():
                 target = f"{path}:{name}weight"
+                if target in self.absent:
+                    continue
                 cut = self.cuts.get(target) or self.cuts.get(target.replace("head:", "embed:"))
                 mine = delta if cut is None else _cut_delta(delta, cut, self.collective.rank)
                 if mine is not None:
@@ -115,6 +126,9 @@ class Shard:
         """
         whole: Any = decoder
         whole.config = dataclasses.replace(self.config, vocab_size=self.full.vocab_size)
+        if self.absent:
+            for mixture in mixtures_of(whole.layers).values():
+                mixture.collective = self.collective
         for target, cut in self.cuts.items():
             path, _ = target.split(":")
             layer = layer_at(decoder, path)
@@ -137,7 +151,15 @@ class Shard:
         owner.collective = self.collective
 
 
-def shard_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpoint, collective: Collective) -> Shard:
+def shard_of(
+    name: str,
+    family: Family,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    collective: Collective,
+    *,
+    apart: bool = False,
+) -> Shard:
     """A rank's part of a model.
 
     Args:
@@ -145,12 +167,17 @@ def shard_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpo
         family, config: what the whole model is built by.
         checkpoint: its tensors.
         collective: the ranks.
+        apart: experts are whole, some on each rank; else each rank has a part of every one.
 
     Raises:
         ConfigError: it cannot be divided among so many, with the numbers that it can be.
     """
     size = collective.size
-    units = _Units.of(family, config, checkpoint)
+    if apart and getattr(config, "mixture", None) is None:
+        raise ConfigError(
+            f"{name} has no experts, and enable_expert_parallel divides nothing: leave it out", "enable_expert_parallel"
+        )
+    units = _Units.of(family, config, checkpoint)._replace(apart=apart)
     obstacle = units.obstacle(config, size)
     if obstacle is not None:
         able = [str(n) for n in range(1, MOST_RANKS + 1) if units.obstacle(config, n) is None]
@@ -162,8 +189,12 @@ def shard_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpo
     configs = [units.narrowed(config, rank, size) for rank in range(size)]
     whole = _shapes(family, config, checkpoint)
     parts = [_shapes(family, each, checkpoint) for each in configs]
-    cuts: dict[str, _Cut] = {}
+    cuts, absent, mine = dict[str, _Cut](), set[str](), parts[collective.rank]
     for target, shape in whole.items():
+        if apart and _EXPERT.search(target):
+            if target not in mine:
+                absent.add(target)
+            continue
         if not all(target in part for part in parts):
             raise ConfigError(
                 f"{name} cannot be divided among ranks: it has tensors of single heads ({target}), for which that is "
@@ -174,7 +205,13 @@ def shard_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpo
         if cut is not None:
             cuts[target] = cut
     stage = None if collective.stages is None else stage_of(name, family, config, checkpoint, collective.stages)
-    return Shard(configs[collective.rank], cuts, collective, config, stage)
+    stored = {
+        stored
+        for line in expand(family.weights, config, checkpoint.format)
+        if line.names and line.target in mine and (stage is None or stage.has(line.target.partition(":")[0]))
+        if (stored := line.find(checkpoint.tensors)) is not None
+    }
+    return Shard(configs[collective.rank], cuts, collective, config, stage, frozenset(absent), frozenset(stored))
 
 
 def _shapes(family: Family, config: ModelConfig, checkpoint: Checkpoint) -> dict[str, _Shape]:
@@ -208,12 +245,14 @@ class _Units(NamedTuple):
         heads: of queries.
         inner, experts, shared: numbers between the matrices of dense feed-forward layers, of experts, and of what all
             tokens share.
+        apart: see `shard_of`.
     """
 
     heads: int = 1
     inner: int = 1
     experts: int = 1
     shared: int = 1
+    apart: bool = False
 
     @classmethod
     def of(cls, family: Family, config: ModelConfig, checkpoint: Checkpoint) -> _Units:
@@ -272,7 +311,8 @@ class _Units(NamedTuple):
             ("words", config.vocab_size, -(-config.vocab_size // size)),
         ]
         if mixture is not None:
-            parts.append(("numbers of its experts", mixture.inner_size, self.experts))
+            whole = ("experts", mixture.experts, 1)
+            parts.append(whole if self.apart else ("numbers of its experts", mixture.inner_size, self.experts))
             if mixture.shared_size:
                 parts.append(("numbers of its shared expert", mixture.shared_size, self.shared))
         for what, total, unit in parts:
@@ -293,8 +333,12 @@ class _Units(NamedTuple):
         }
         if mixture is not None:
             shared = _share(mixture.shared_size, self.shared, rank, size) if mixture.shared_size else 0
-            inner = _share(mixture.inner_size, self.experts, rank, size)
-            sizes["mixture"] = dataclasses.replace(mixture, inner_size=inner, shared_size=shared)
+            if self.apart:
+                counts = [_share(mixture.experts, 1, each, size) for each in range(rank + 1)]
+                part = {"first": sum(counts[:-1]), "held": counts[-1]}
+            else:
+                part = {"inner_size": _share(mixture.inner_size, self.experts, rank, size)}
+            sizes["mixture"] = dataclasses.replace(mixture, shared_size=shared, **part)
         return dataclasses.replace(config, **sizes)
 
 

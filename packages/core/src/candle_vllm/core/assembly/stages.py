@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Pipeline parallel: which of a model's layers a stage has, and what of its tensors.
+"""Pipeline parallel: which of a model's layers a stage has.
 
 A stage's model is the family's own, without the layers of the others; no family knows of it. The first stage has the
 embedding and the head, which may be one table, the last one the last norm: its results go back to the first.
@@ -8,7 +8,7 @@ embedding and the head, which may be one table, the last one the last norm: its 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from candle_vllm.core.errors import ConfigError
@@ -20,7 +20,6 @@ from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import expand
 from candle_vllm.core.models.family import Decoder, Family
 from candle_vllm.core.models.stack import DecoderStack, Stage
-from candle_vllm.core.quantization.tensors import StoredTensor
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
@@ -32,13 +31,11 @@ class StagePart(NamedTuple):
         line: the stages.
         layers: the numbers of its layers.
         tables: names of the model's parts that are tables of words, which the first stage has.
-        tensors: what is stored of it.
     """
 
     line: Stages
     layers: range
     tables: frozenset[str]
-    tensors: Mapping[str, StoredTensor]
 
     def has(self, path: str) -> bool:
         """Whether it has the part of the model that stands there: "layers.3.mlp.down", "embed"."""
@@ -95,9 +92,7 @@ def stage_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpo
         ends += 0 if numbers else tensors[stored].nbytes
     shapes = vars(family.build(config, SHAPES, checkpoint))
     tables = {name for name, each in shapes.items() if isinstance(each, Embedding)}
-    part = StagePart(line, divide(layers, ends, line.size)[line.rank], frozenset({*tables, "head"}), {})
-    mine = {stored: tensors[stored] for stored, where in paths.items() if any(map(part.has, where))}
-    return part._replace(tensors=mine)
+    return StagePart(line, divide(layers, ends, line.size)[line.rank], frozenset({*tables, "head"}))
 
 
 def divide(layers: Sequence[int], first: int, stages: int) -> list[range]:

@@ -39,6 +39,7 @@ class Linear:
         kept: whether small floats, and whole numbers in an order of their own, may stay what they are.
         experts: X, whose parameters are "{name}.{e}.weight"; 0 where every token meets the same matrix.
         sections: see `Parameter`.
+        first: the number of the first expert, where others have those before it.
 
     Attributes:
         pieces: the matrices as they were filled, by the beginnings of their parameters' names.
@@ -58,6 +59,7 @@ class Linear:
         kept: bool = True,
         experts: int = 0,
         sections: int = 1,
+        first: int = 0,
     ) -> None:
         sizes = {"": out_features} if isinstance(out_features, int) else dict(out_features)
         self._placement, self._kept, self._experts, self._sections = placement, kept, experts, sections
@@ -66,7 +68,7 @@ class Linear:
         rows = {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends)}
         self._places: dict[str, tuple[Any, slice]]  # of each part in the bias
         if experts:
-            self._places = {f"{name}.{e}.": (e, rows[name]) for e in range(experts) for name in sizes}
+            self._places = {f"{name}.{first + e}.": (e, rows[name]) for e in range(experts) for name in sizes}
         else:
             self._places = {f"{name}." if name else "": (..., rows[name]) for name in sizes}
         shape, dtype = ((experts, ends[-1]), "F32") if experts else ((ends[-1],), placement.dtype)

@@ -33,6 +33,7 @@ class Mixture:
         router_bias, expert_bias: whether there are biases.
         shared_size: F of the layer that every token goes through; 0 where there is none.
         shared_gate: its result is multiplied by a sigmoid of the token (Qwen2-MoE).
+        first, held: which of the experts are here, so many from one on; None is all from there.
     """
 
     experts: int
@@ -49,6 +50,13 @@ class Mixture:
     expert_bias: bool = False
     shared_size: int = 0
     shared_gate: bool = False
+    first: int = 0
+    held: int | None = None
+
+    @property
+    def here(self) -> int:
+        """How many experts are here."""
+        return self.experts - self.first if self.held is None else self.held
 
     def __post_init__(self) -> None:
         if not 0 < self.experts <= MOST_EXPERTS:
@@ -92,7 +100,8 @@ class ExpertMLPs:
     """The experts' gated feed-forward layers. Parts: gate.{e}.weight [F, E], up.{e}.weight, down.{e}.weight [E, F]."""
 
     def __init__(self, hidden_size: int, mixture: Mixture, placement: Placement) -> None:
-        inner, options = mixture.inner_size, {"bias": mixture.expert_bias, "experts": mixture.experts}
+        inner, here = mixture.inner_size, {"experts": mixture.here, "first": mixture.first}
+        options: dict[str, Any] = {"bias": mixture.expert_bias, **here}
         self._activation: Activation = mixture.activation
         self.gate_up = Linear(hidden_size, {"gate": inner, "up": inner}, placement, **options)
         self.down = Linear(inner, {"down": hidden_size}, placement, **options)
@@ -115,7 +124,8 @@ class SparseMLP:
     """Each token x [T, E] goes to k of X experts, and through a layer that all tokens share where there is one.
 
     Attributes:
-        collective: the ranks over which results are summed, where each has a part of every expert; else None.
+        collective: the ranks over which results are summed, where each has a part of every expert, or some of the
+            experts; else None.
         elsewhere: what computes the experts of steps on a GPU whose matrices are in main memory, see
             `kernels/moe/host.py`; None where they are with the rest.
     """
@@ -160,6 +170,8 @@ class SparseMLP:
         shared = None if self.shared is None else self.shared(x)
         gate = None if self.shared_gate is None else self.shared_gate(x)
         pairs = route(logits, self._routing())
+        if self._mixture.here < self._mixture.experts:
+            pairs = pairs.among(self._mixture.first, self._mixture.here)
         dtype = None if isinstance(x, Recorded) else x.dtype
         y = combine(self.experts(x, pairs), pairs, dtype, shared, gate)
         return y if self.collective is None else self.collective.sum(y)

@@ -141,6 +141,7 @@ class Settings:
         flags=("--d", "--device"), constants={"--cpu": "cpu"})] = None
     tensor_parallel_size: Annotated[int | None, engine(DEVICE, "N")] = None
     pipeline_parallel_size: Annotated[int | None, engine(DEVICE, "N")] = None
+    enable_expert_parallel: Annotated[bool, engine(DEVICE)] = False
     data_parallel_size: Annotated[int | None, engine(DEVICE, "N",
         text="replicas of the model behind one address, each in a process of its own, on its own GPU or its share of "
         "the CPU's threads (docs/scaling.md)", commands=_SERVE)] = None

@@ -74,6 +74,10 @@ class Pairs:
         assert self.weights.dtype == torch.float32
         assert 0 < self.count <= MOST_EXPERTS
 
+    def among(self, first: int, count: int) -> Pairs:
+        """The same where so many experts from one on are all that there are; the others become none."""
+        return Pairs(self.weights, self.experts - first, count)
+
     @property
     def tokens(self) -> int:
         """T."""
