@@ -106,7 +106,9 @@ def test_answers_are_those_op_by_op(parts: list[LoadedModel], settings: dict[str
     assert answers(parts, EVERYTHING, **settings) == answers(parts, EVERYTHING)
 
 
-@pytest.mark.parametrize("settings", [{"graphs": True}, {"graphs": True, "prompts": 64}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"graphs": True, "prompts": 64}, pytest.param({"graphs": True}, marks=pytest.mark.every_case)], ids=str
+)
 def test_stages_give_the_answers_of_all_layers(settings: dict[str, Any], tmp_path: Path) -> None:
     """What goes over a border is sent and received within what is captured."""
     folder = write_toy_model(tmp_path, toy_config("llama", max_position_embeddings=CONTEXT, num_hidden_layers=3))

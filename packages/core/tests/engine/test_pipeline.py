@@ -24,6 +24,9 @@ from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="several ranks need sockets that a child inherits")
 
 
+BLOCK = 8 * 2 * 2 * 2 * 16 * 4  # bytes, of the two layers of the stage that has more
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_toy_model(tmp_path_factory.mktemp("toy"), toy_config(num_hidden_layers=3))
@@ -37,8 +40,9 @@ def whole(model: Path) -> Iterator[InferenceEngine]:
 
 @pytest.fixture(scope="module")
 def staged(model: Path) -> Iterator[InferenceEngine]:
-    """Two stages."""
-    with engine_of(model, 1, pipeline_parallel_size=2, enable_lora=True, lora_dtype="f32") as engine:
+    """Two stages, with fewer blocks than `answers` would take."""
+    room = {"max_model_len": 192, "kv_cache_memory": 40 * BLOCK}
+    with engine_of(model, 1, pipeline_parallel_size=2, enable_lora=True, lora_dtype="f32", **room) as engine:
         yield engine
 
 
@@ -51,6 +55,8 @@ def answers(engine: InferenceEngine, params: SamplingParams, **options: Any) -> 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_request(kind: str, whole: InferenceEngine, staged: InferenceEngine) -> None:
     assert answers(staged, KINDS[kind]) == answers(whole, KINDS[kind])
+    if kind == "greedy":
+        assert staged.stats().preemptions
 
 
 def test_log_probabilities_of_prompts_and_vectors(whole: InferenceEngine, staged: InferenceEngine) -> None:
@@ -75,7 +81,7 @@ def test_steps_are_in_flight_of_disjoint_sequences(staged: InferenceEngine, monk
         return landed()
 
     monkeypatch.setattr(engine, "_land", land)
-    assert all(len(each) == 24 for outputs in answers(staged, GREEDY) for each in outputs)
+    assert all(len(output.outputs[0].token_ids) == 24 for output in staged.generate(["a"] * 8, GREEDY))
     full = [flights for flights in seen if len(flights) == 2]
     assert len(full) > 0.8 * len(seen)
     assert all(not first & second for first, second in full)
@@ -87,8 +93,8 @@ def test_the_prefix_cache_and_requests_that_end_in_flight(staged: InferenceEngin
     alone = [staged.generate([prompt], GREEDY)[0].outputs[0].token_ids for prompt in PROMPTS]
     before = staged.stats().cached_prompt_tokens
     form = KINDS["form"].structured_outputs
-    long = SamplingParams(max_tokens=300, temperature=1.0, seed=1, ignore_eos=True)
-    for params in (long, SamplingParams(max_tokens=300, structured_outputs=form, prompt_logprobs=1)):
+    long = SamplingParams(max_tokens=80, temperature=1.0, seed=1, ignore_eos=True)
+    for params in (long, SamplingParams(max_tokens=80, structured_outputs=form, prompt_logprobs=1)):
         with staged.generate_stream(PROMPTS[0], params) as stream:
             asking = threading.Thread(target=lambda s=stream: (time.sleep(0.05), s.close()))
             asking.start()
@@ -121,12 +127,12 @@ def test_adapters(model: Path, tmp_path: Path, whole: InferenceEngine, staged: I
     assert len({str(each) for each in found[:1] + answers(staged, GREEDY, lora_request=uses[1])[:1]}) == 2
 
 
+@pytest.mark.every_case
 def test_few_blocks_and_four_ranks(model: Path, whole: InferenceEngine) -> None:
     """Two stages of two ranks each; sequences are preempted while their steps are in flight."""
     prompts = [prompt[:20] for prompt in PROMPTS]
     right = [output.outputs[0].token_ids for output in whole.generate(prompts, GREEDY)]
-    block = 8 * 2 * 2 * 2 * 16 * 4  # of the two layers of the stage that has more
-    settings = {"max_model_len": 64, "kv_cache_memory": 12 * block, "pipeline_parallel_size": 2}
+    settings = {"max_model_len": 64, "kv_cache_memory": 12 * BLOCK, "pipeline_parallel_size": 2}
     with engine_of(model, 2, **settings) as engine:
         assert [output.outputs[0].token_ids for output in engine.generate(prompts, GREEDY)] == right
         assert engine.stats().preemptions
@@ -135,6 +141,7 @@ def test_few_blocks_and_four_ranks(model: Path, whole: InferenceEngine) -> None:
     assert gone(found)
 
 
+@pytest.mark.every_case
 def test_a_stage_that_dies_ends_the_engine_by_name(model: Path) -> None:
     with engine_of(model, 1, pipeline_parallel_size=2, max_model_len=512) as engine:
         found, errors = pids(engine), list[Exception]()
