@@ -5,7 +5,7 @@ python benchmarks/scaling.py message     what telling 1 to 7 others a step takes
 python benchmarks/scaling.py sum         adding up 8 KB to 1 MB between processes of this machine, by Gloo
 python benchmarks/scaling.py engine      steps of a small random model by 1 to 3 ranks, op by op
 python benchmarks/scaling.py stages      prompts and steps of a larger one by one rank and by 2 stages, and who is busy
-python benchmarks/scaling.py model       the table of 1 to 8 GPUs
+python benchmarks/scaling.py model       the tables of 1 to 8 GPUs, as ranks and as stages
 """
 
 from __future__ import annotations
@@ -208,6 +208,12 @@ def model() -> None:
                 reading = each.gigabytes / (n * BANDWIDTH * SHARE) * 1e3
                 summing = 0.0 if n == 1 else 2 * each.layers * cost / 1e3
                 rates.append(f"{1e3 / (reading + summing + FIXED):.0f}")
+            print(f"| {name} | {link} | " + " | ".join(rates) + " |")
+    print("\nthe same by stages, where a border costs no more than a sum")
+    for name, each in MODELS.items():
+        for link, cost in LINKS.items():
+            reading = each.gigabytes / (BANDWIDTH * SHARE) * 1e3
+            rates = [f"{1e3 / (reading + (n > 1) * n * cost / 1e3 + FIXED):.0f}" for n in (1, 2, 4, 8)]
             print(f"| {name} | {link} | " + " | ".join(rates) + " |")
 
 
