@@ -17,7 +17,7 @@ import torch
 from gguf import GGUFWriter
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sight import answers, finished, prompt_error
 from transformers import AutoModelForImageTextToText
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
@@ -38,6 +38,7 @@ from candle_vllm.core.errors import (
     WeightsError,
 )
 from candle_vllm.core.fields import Fields, read_json
+from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.memory import Room
 from candle_vllm.core.models.siglip import FAMILY
@@ -285,6 +286,24 @@ def test_a_gguf_file_beside_the_model_is_the_same_tower(
 ) -> None:
     with InferenceEngine(**write_towers(folder, tmp_path / "gguf", swapped=swapped)) as engine:
         assert answers(engine, PROMPTS) == alone
+
+
+def test_towers_of_f16_lose_little(folder: Path, tmp_path: Path) -> None:
+    made = changed(folder, tmp_path)
+    halves = {name: tensor.half() for name, tensor in load_file(folder / "model.safetensors").items()}
+    (made / "model.safetensors").unlink()
+    save_file(halves, made / "model.safetensors")
+    found: list[NDArray[np.float32]] = []
+    team = ThreadTeam(2)
+    for settings in ({}, {"dtype": "f16"}, {"dtype": "f32"}):
+        loaded = load_model(EngineConfig(model=str(made), **settings), choose_device("cpu"), lambda *_: None)
+        assert loaded.tower is not None
+        tiles = np.frombuffer(loaded.tower.sight.look([260], PICTURES[:1])[1][0].tiles, np.uint8).reshape(-1, 32, 32, 3)
+        found.append(finished(RecordedTower(loaded.tower.tower, team), tiles)[0])
+    team.close()
+    assert np.array_equal(found[1], found[2])  # F16 is exact where it is asked for
+    lost = float(np.sqrt(np.mean((found[0] - found[2]) ** 2) / np.mean(found[2] ** 2)))
+    assert 0 < lost < 1.5e-3 if host_isa() & Isa.VNNI else lost == 0
 
 
 def test_wrong_files_beside_a_model_are_named(folder: Path, tmp_path: Path) -> None:

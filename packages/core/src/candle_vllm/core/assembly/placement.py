@@ -231,6 +231,8 @@ def _memory_of(placement: Placement, tensor: StoredTensor) -> int:
     if placement.keeps_quantised:
         return tensor.numel * ELEMENTS[placement.dtype].itemsize
     kind = placement.plain_kind
+    if placement.words and kind is None and tensor.dtype == "F16":
+        return tensor.numel * 17 // 8  # with a scale for each 32
     return tensor.numel * ELEMENTS[(tensor.dtype or "BF16") if kind is None else kind.name].itemsize
 
 

@@ -17,6 +17,7 @@ from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
+from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.loading.tensors import Checkpoint
@@ -127,7 +128,11 @@ def _opened(config: EngineConfig, device: Device, opened: Opened, text_size: int
 
 def _placed(config: EngineConfig, text: Placement, stored: Checkpoint) -> Placement:
     """Where a tower's weights are, beside a text model's."""
-    return encoder_placement(config, text.device, stored) if text.recorded else text
+    if not text.recorded:
+        return text
+    # Many patches are multiplied at a time: what counts is arithmetic, and not memory as in a text model's steps.
+    fast = bool(host_isa() & Isa.VNNI)
+    return dataclasses.replace(encoder_placement(config, text.device, stored), words=fast)
 
 
 def _from_folder(opened: Opened, text_size: int, said: Mapping[str, Any] | None) -> _Found | None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from candle_vllm.core.kernels.collectives import Collective
@@ -63,7 +64,7 @@ class Embedding:
         self.scale, self.logit_scale, self.softcap, self._wide = scale, logit_scale, softcap, wide
         self.bias = placement.empty(vocab_size) if bias else None
         self._placement = placement
-        self.table = Linear(size, vocab_size, placement, kept=False)
+        self.table = Linear(size, vocab_size, replace(placement, words=False), kept=False)
         self.place: Place | None = None
         self.share: VocabularyShare | None = None
 

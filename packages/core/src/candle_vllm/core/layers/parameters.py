@@ -37,6 +37,7 @@ class Placement:
         weight_memory: where matrices go in the layouts of the compiled CPU kernels, and steps are recorded; None where
             the layers run op by op in torch.
         plain_kind: what recorded steps make of plain matrices; None keeps each one's own type.
+        words: recorded steps multiply F16 matrices as whole numbers of 14 bits (`kernels/word_linear`).
         keeps_quantised: where steps are not recorded, quantised matrices stay as they are stored, in the layouts of
             the GPU's kernels; else they become plain numbers of `dtype`.
         invariant: a token's numbers do not depend on what else is in the step, at some cost.
@@ -47,6 +48,7 @@ class Placement:
     dtype: str
     weight_memory: WeightMemory | None = None
     plain_kind: PlainKind | None = None
+    words: bool = False
     keeps_quantised: bool = False
     invariant: bool = False
     shapes_only: bool = False
@@ -91,7 +93,7 @@ class Placement:
         if self.weight_memory is not None:
             from candle_vllm.core.kernels.cpu_runtime.backend import RecordedBackend
 
-            return RecordedBackend(self.weight_memory, self.plain_kind, groups, floats)
+            return RecordedBackend(self.weight_memory, self.plain_kind, groups, floats, self.words)
         from candle_vllm.core.kernels.backends import DeviceBackend, PlainBackend
 
         if not self.keeps_quantised:

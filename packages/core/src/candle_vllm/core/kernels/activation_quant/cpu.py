@@ -36,7 +36,7 @@ _SHIFTER_BITS = 0x4B400000  # of `SHIFTER`
 # ---- emitted code ----------------------------------------------------------------------------------------------------
 
 
-def _fold(e: Emitter, vectors: list[Any], combine: Callable[[Any, Any], Any]) -> Any:
+def fold(e: Emitter, vectors: list[Any], combine: Callable[[Any, Any], Any]) -> Any:
     """One, or four, vectors of 16 combined across their lanes: lane i of the <4> result is vector i's."""
 
     def pick(x: Any, y: Any, order: list[int]) -> Any:
@@ -61,17 +61,24 @@ def _turns(x: list[int], y: list[int], step: int) -> list[int]:
     return [x[0], y[0], x[1], y[1]] if step == 1 else [*x, *y]
 
 
-def emit_quantised(e: Emitter, groups: list[list[Any]]) -> tuple[list[list[Any]], Any, Any]:
-    """Quantises one group or four, of two vectors of floats each: their bytes, and <4> scales and scaled sums."""
+def emit_scales(e: Emitter, groups: list[list[Any]], most: float) -> tuple[Any, Any]:
+    """The <4> scales by which one group or four, of two vectors of floats each, are `most` at most, and 1 over each."""
     b = e.b
 
     def larger(x: Any, y: Any) -> Any:
         return b.select(b.fcmp_ordered(">", x, y), x, y)
 
     largest = [larger(*(e.call("llvm.fabs.v16f32", vector(F32), [half]) for half in halves)) for halves in groups]
-    s = b.fdiv(_fold(e, largest, larger), e.constant(F32, 127.0, 4))
+    s = b.fdiv(fold(e, largest, larger), e.constant(F32, most, 4))
     some = b.fcmp_ordered(">", s, e.zeros(F32, 4))
-    inverse = b.select(some, b.fdiv(e.constant(F32, 1.0, 4), s), e.zeros(F32, 4))
+    return s, b.select(some, b.fdiv(e.constant(F32, 1.0, 4), s), e.zeros(F32, 4))
+
+
+def emit_quantised(e: Emitter, groups: list[list[Any]]) -> tuple[list[list[Any]], Any, Any]:
+    """Quantises one group or four, of two vectors of floats each: their bytes, and <4> scales and scaled sums."""
+    b = e.b
+
+    s, inverse = emit_scales(e, groups, 127.0)
     totals, numbers = [], []
     for index, halves in enumerate(groups):
         factor = b.shuffle_vector(inverse, inverse, ir.Constant(vector(I32), [index] * LANES))
@@ -80,7 +87,7 @@ def emit_quantised(e: Emitter, groups: list[list[Any]]) -> tuple[list[list[Any]]
         whole = [b.bitcast(half, vector(I32)) for half in rounded]
         numbers.append([b.trunc(half, vector(I8)) for half in whole])
         totals.append(b.add(*whole))
-    total = b.sub(_fold(e, totals, b.add), e.constant(I32, GROUP * _SHIFTER_BITS & 0xFFFFFFFF, 4))
+    total = b.sub(fold(e, totals, b.add), e.constant(I32, GROUP * _SHIFTER_BITS & 0xFFFFFFFF, 4))
     return numbers, s, b.fmul(s, b.sitofp(total, vector(F32, 4)))
 
 

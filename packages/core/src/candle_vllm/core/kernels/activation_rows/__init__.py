@@ -4,6 +4,8 @@
 Contract: x float32 [T, C] goes through a prologue (see `kernels/activation_quant`) to y float32 [T, K]. Result: y in
 the form F32 as it is, in the form BF16 rounded to the nearest bfloat16, ties to even (not for NaN). A row of the result
 takes `row_elements(K)` numbers, which is K up to the next multiple of 32, and is zero behind K. K is any number from 1.
+In the form of `WordForm` each group of 32 is whole numbers of 16 bits, at most 8191 (`WORD`), rounded to nearest, ties
+to even, and behind all of them stand the groups' scales, float32: the largest of a group over 8191.
 """
 
 from __future__ import annotations
@@ -27,13 +29,33 @@ class RowForm(enum.IntEnum):
         return 2 if self is RowForm.BF16 else 4
 
 
-InputForm: TypeAlias = Groups | RowForm
+class WordForm(enum.IntEnum):
+    """Whole numbers of 14 bits with a scale for each group."""
+
+    I16 = 2
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a number."""
+        return 2
+
+
+WORD = 8191
+"""The largest of a group, which times 32 and the largest weight of `word_linear` stays below 2^31."""
+
+InputForm: TypeAlias = Groups | RowForm | WordForm
 """How a matrix reads its input."""
 
 
 def row_elements(columns: int) -> int:
     """Numbers that a row of K columns takes."""
     return -(-columns // GROUP) * GROUP
+
+
+def row_bytes(form: RowForm | WordForm, columns: int) -> int:
+    """Bytes of a row of K columns, a multiple of 64."""
+    numbers = form.bytes * row_elements(columns)
+    return numbers + 64 * -(-row_elements(columns) // (16 * GROUP)) if isinstance(form, WordForm) else numbers
 
 
 class RowsArguments(NamedTuple):
@@ -58,6 +80,6 @@ class RowsArguments(NamedTuple):
     rows_from: int = StepNumber.TOKENS
 
 
-def rows_operation(prologue: Prologue, form: RowForm) -> int:
+def rows_operation(prologue: Prologue, form: RowForm | WordForm) -> int:
     """Address of the compiled operation."""
     return operation("activation_rows.cpu:make_rows", prologue, prologue.gated, form, form.bytes)

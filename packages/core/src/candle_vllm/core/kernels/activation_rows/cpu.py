@@ -11,19 +11,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.activation_quant import GROUP, Prologue
 from candle_vllm.core.kernels.activation_quant.cpu import (
+    emit_scales,
     layer_scale,
     prologue_halves,
     rms_scale,
     row_mean,
     share,
 )
-from candle_vllm.core.kernels.activation_rows import RowForm, RowsArguments
-from candle_vllm.core.kernels.cpu_runtime.emit import Emitter
+from candle_vllm.core.kernels.activation_rows import WORD, RowForm, RowsArguments, WordForm
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, SHIFTER, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
@@ -40,21 +42,32 @@ def _write_groups(
     scale: Any,
     mean: Any,
     out: Any,
+    scales: Any,
     first: Any,
     count: Any,
 ) -> Any:
-    """Groups of 32 of a row behind its prologue; `other` to `mean` are those of `prologue_halves`."""
-    before, wanted = Prologue(prologue.literal_value), RowForm(form.literal_value)
+    """Groups of 32 of a row behind its prologue; `other` to `mean` are those of `prologue_halves`.
+
+    scales: where those of whole numbers go.
+    """
+    before, words = Prologue(prologue.literal_value), form.literal_value == WordForm.I16
+    wanted = WordForm.I16 if words else RowForm(form.literal_value)
     integers = [types.int64] * 3
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        at_x, at_other, at_bias, factor, centre, at_out, start, number = args[2:]
+        at_x, at_other, at_bias, factor, centre, at_out, at_scales, start, number = args[2:]
         halves = prologue_halves(e, before, at_x, at_other, factor, mean=centre, bias=at_bias)
 
         def body(index: Any, state: list[Any]) -> list[Any]:
             group = b.add(start, index)
             target = b.add(at_out, b.mul(group, e.int64(GROUP * wanted.bytes)))
+            if words:
+                numbers, scale_of = _words(e, halves(group))
+                for part, half in enumerate(numbers):
+                    e.store(target, half, part * LANES * wanted.bytes)
+                e.store(b.add(at_scales, b.shl(group, e.int64(2))), scale_of)
+                return state
             for part, half in enumerate(halves(group)):
                 numbers = e.float_to_bf16(half) if wanted is RowForm.BF16 else half
                 e.store(target, numbers, part * LANES * wanted.bytes)
@@ -63,7 +76,17 @@ def _write_groups(
         e.loop(number, [], body)
         return context.get_dummy_value()
 
-    return types.void(prologue, form, *integers, types.float32, types.float32, *integers), code
+    return types.void(prologue, form, *integers, types.float32, types.float32, *integers, types.int64), code
+
+
+def _words(e: Emitter, halves: list[Any]) -> tuple[list[Any], Any]:
+    """A group as whole numbers of 16 bits, and its scale."""
+    b = e.b
+    scales, inverse = emit_scales(e, [halves], float(WORD))
+    factor = b.shuffle_vector(inverse, inverse, ir.Constant(vector(I32), [0] * LANES))
+    rounded = [b.fadd(b.fmul(half, factor), e.constant(F32, SHIFTER)) for half in halves]
+    numbers = [b.trunc(b.bitcast(half, vector(I32)), vector(I16)) for half in rounded]
+    return numbers, b.extract_element(scales, ir.Constant(I32, 0))
 
 
 @njit
@@ -85,7 +108,9 @@ def make_rows(PROLOGUE: int, GATED: int, FORM: int, BYTES: int) -> Callable[...,
         weight, columns, eps = given.weight, given.columns, given.eps
         rows = step_number(row, given.rows_from)
         groups = (columns + GROUP - 1) // GROUP
-        row_bytes = groups * GROUP * 4
+        row_bytes, out_bytes = groups * GROUP * 4, groups * GROUP * BYTES
+        if FORM == 2:
+            out_bytes += ((groups + 15) >> 4) * 64
         first_row, row_count, first_group, group_count = share(rows, groups, thread, threads)
         if group_count == 0:
             return
@@ -112,8 +137,8 @@ def make_rows(PROLOGUE: int, GATED: int, FORM: int, BYTES: int) -> Callable[...,
             elif PROLOGUE == 3:
                 mean = row_mean(at, columns)
                 scale = layer_scale(at, columns, mean, eps)
-            target = given.out + t * groups * GROUP * BYTES
-            bias = weight + row_bytes
-            _write_groups(PROLOGUE, FORM, at, other, bias, scale, mean, target, first_group, group_count)
+            target = given.out + t * out_bytes
+            bias, scales = weight + row_bytes, target + groups * GROUP * BYTES
+            _write_groups(PROLOGUE, FORM, at, other, bias, scale, mean, target, scales, first_group, group_count)
 
     return activation_rows

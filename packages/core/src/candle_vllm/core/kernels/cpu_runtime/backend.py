@@ -33,12 +33,14 @@ class RecordedBackend:
         kind: what plain ones become; None keeps each one's own type.
         groups: whether the layer brings its input to an order of the matrix's own.
         floats_kept: whether the layer multiplies small floats with scales; else they come decoded.
+        words: F16 matrices become whole numbers of 14 bits.
     """
 
     memory: WeightMemory
     kind: PlainKind | None
     groups: bool
     floats_kept: bool
+    words: bool = False
 
     def plain(self, stored: StoredTensor) -> tuple[Matrix, str | None]:
         """See `Backend.plain`."""
@@ -46,6 +48,11 @@ class RecordedBackend:
 
         assert stored.dtype is not None
         rows, columns = stored.shape
+        if self.words and stored.dtype == "F16" and self.kind is None:
+            from candle_vllm.core.kernels import word_linear
+
+            if (made := word_linear.pack(stored.raw(), rows, columns, self.memory)) is not None:
+                return made, None
         return plain_linear.pack(stored.raw(), stored.dtype, rows, columns, self.kind, self.memory), None
 
     def blocks(self, stored: StoredTensor, read: Callable[[], Blocks]) -> tuple[Matrix, str | None]:

@@ -14,13 +14,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from candle_vllm.core.kernels.activation_quant import GROUP, Groups, Prologue, QuantiseArguments, quantise_operation
-from candle_vllm.core.kernels.activation_rows import InputForm, RowForm, RowsArguments, row_elements, rows_operation
+from candle_vllm.core.kernels.activation_rows import (
+    InputForm,
+    RowForm,
+    RowsArguments,
+    row_bytes,
+    row_elements,
+    rows_operation,
+)
 from candle_vllm.core.kernels.column_order import OrderArguments, order_operation
 from candle_vllm.core.kernels.cpu_runtime.level import bytes_ahead
 from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments, StepNumber, address_of, embedding_arguments
 from candle_vllm.core.kernels.packed_linear import layout as packed
 from candle_vllm.core.kernels.plain_linear import layout as plain
 from candle_vllm.core.kernels.scaled_linear import layout as scaled
+from candle_vllm.core.kernels.word_linear import layout as words
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
@@ -28,7 +36,7 @@ if TYPE_CHECKING:
 
 
 _KERNELS: Mapping[type, Any] = MappingProxyType(
-    {packed.PackedMatrix: packed, plain.PlainMatrix: plain, scaled.ScaledMatrix: scaled}
+    {packed.PackedMatrix: packed, plain.PlainMatrix: plain, scaled.ScaledMatrix: scaled, words.WordMatrix: words}
 )
 """The operations of each kind of matrix, under the same names."""
 
@@ -110,9 +118,10 @@ def _make_inputs(
         arguments = QuantiseArguments(**common, q=at_q, scales=at_scales, sums=at_sums, rows=at_rows)
         recorder.add(quantise_operation(prologue, wide), arguments, barrier=barrier)
         return Inputs({"x": at_q, "scales": at_scales, "sums": at_sums}, (q, scales, sums))
-    out = recorder.memory(copies * row_elements(columns), np.int16 if form is RowForm.BF16 else np.float32)
+    size = row_bytes(form, columns)
+    out = recorder.memory(copies * size // form.bytes, np.float32 if form is RowForm.F32 else np.int16)
     recorder.add(rows_operation(prologue, form), RowsArguments(**common, out=address_of(out)), barrier=barrier)
-    return Inputs({"x": address_of(out), "x_bytes": form.bytes * row_elements(columns)}, (out,))
+    return Inputs({"x": address_of(out), "x_bytes": size}, (out,))
 
 
 def _ordered_inputs(recorder: Recorder, order: bytes, source: InputRows, *, copies: int, barrier: bool) -> Inputs:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from candle_vllm.core.kernels.activation_quant import Prologue
-from candle_vllm.core.kernels.activation_rows import RowForm
+from candle_vllm.core.kernels.activation_rows import RowForm, WordForm
 from candle_vllm.core.kernels.attention.cpu_cache import CacheKind
 from candle_vllm.core.kernels.attention.cpu_record import attend_isa
 from candle_vllm.core.kernels.cpu_runtime import kernel_cache
@@ -67,6 +67,10 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         for form in RowForm:
             yield "activation_quant.cpu:make_quantise", (prologue, prologue.gated, form.bytes)
             yield "activation_rows.cpu:make_rows", (prologue, prologue.gated, form, form.bytes)
+        if isa & Isa.VNNI:  # elsewhere F16 stays what it is
+            yield "activation_rows.cpu:make_rows", (prologue, prologue.gated, WordForm.I16, WordForm.I16.bytes)
+    if isa & Isa.VNNI:
+        yield "word_linear.cpu:make_linear", (isa,)
     for flag in (0, 1):
         yield "rms_norm.cpu:make_head_norm", (flag,)
         yield "rms_norm.cpu:make_norm_onto", (flag,)

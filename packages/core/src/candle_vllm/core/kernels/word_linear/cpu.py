@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: MIT
+"""The layer as a compiled CPU operation: step 6 of a request's life.
+
+Rows are taken in groups of blocks of 8, copied into panels (`plain_linear/cpu_panel.py`), that stay in the second-level
+cache; each two tiles meet all of them, a part of K at a time. In a group of 32 columns 16 sums of whole numbers stay in
+registers; those of floats wait in memory, in the first-level cache, for there are 32 registers.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import types
+from numba.extending import intrinsic
+
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.level import Isa
+from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
+from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
+from candle_vllm.core.kernels.plain_linear.cpu_panel import VECTOR_BYTES, fill_panel, write_tiles
+from candle_vllm.core.kernels.word_linear.layout import GROUP_BYTES, SCALES, STEPS
+
+_CACHED_BYTES = 384 << 10
+"""Panels that one thread goes through again for every two tiles: they stay in its second-level cache."""
+
+_PANELS = 8  # most of a group
+_PART = 11
+"""Groups of columns that all panels meet before the next ones: two tiles' are 24 KiB."""
+
+_HEIGHT = 8  # rows of a panel
+_TURN = 4  # steps of the loop's turn
+
+
+@intrinsic(prefer_literal=True)
+def _multiply(
+    _: Any, tiles: Any, isa: Any, weights: Any, tile_bytes: Any, panel: Any, scales: Any, out: Any, groups: Any
+) -> Any:
+    """Adds neighbouring tiles times a panel to float32 [tiles, 8, 16] at `out`; `scales` are the panel's."""
+    width, features = tiles.literal_value, Isa(isa.literal_value)
+    places = [(tile, row) for tile in range(width) for row in range(_HEIGHT)]
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_weights, size, at_panel, at_scales, at_out, count = args[2:]
+        bases = [b.add(at_weights, b.mul(size, e.int64(tile))) for tile in range(width)]
+
+        def group(index: Any, state: list[Any]) -> list[Any]:
+            offset = b.mul(index, e.int64(GROUP_BYTES))
+            own = [b.add(base, offset) for base in bases]
+            x = b.add(at_panel, b.mul(index, e.int64(STEPS * _HEIGHT * 4)))
+
+            def turn(number: Any, totals: list[Any]) -> list[Any]:
+                totals = list(totals)
+                along = [b.add(each, b.mul(number, e.int64(_TURN * VECTOR_BYTES))) for each in own]
+                across = b.add(x, b.mul(number, e.int64(_TURN * _HEIGHT * 4)))
+                for step in range(_TURN):
+                    loaded = [e.load(each, vector(I32), step * VECTOR_BYTES) for each in along]
+                    for row in range(_HEIGHT):
+                        splat = e.splat(e.load(across, I32, 4 * (step * _HEIGHT + row)))
+                        for tile, words in enumerate(loaded):
+                            at = tile * _HEIGHT + row
+                            totals[at] = e.dot_i16(totals[at], splat, words, features)
+                return totals
+
+            totals = e.loop(e.int64(STEPS // _TURN), [e.zeros(I32) for _ in places], turn)
+            factors = [e.load(each, vector(F32), SCALES) for each in own]
+            given = b.add(at_scales, b.mul(index, e.int64(_HEIGHT * 4)))
+            for (tile, row), total in zip(places, totals):
+                factor = b.fmul(factors[tile], e.splat(e.load(given, F32, 4 * row)))
+                place = (tile * _HEIGHT + row) * VECTOR_BYTES
+                before = e.load(at_out, vector(F32), place)
+                e.store(at_out, e.fma(b.sitofp(total, vector(F32)), factor, before), place)
+            return state
+
+        e.loop(count, [], group)
+        return context.get_dummy_value()
+
+    return types.void(tiles, isa, *[types.int64] * 6), code
+
+
+def make_linear(ISA: int) -> Any:
+    """The linear operation."""
+    CACHED, PANELS, PART = _CACHED_BYTES, _PANELS, _PART
+    GROUP, X, S = GROUP_BYTES, STEPS * _HEIGHT * 4, _HEIGHT * 4  # bytes: of weights, of a panel's numbers and scales
+
+    def word_linear(entry: Any, thread: int, threads: int) -> None:
+        given = read(LinearArguments, entry)
+        rows = step_number(entry, given.rows_from)
+        tile_bytes, columns, groups, x_bytes = given.tile_bytes, given.outputs, given.length, given.x_bytes
+        tiles = (columns + 15) >> 4
+        first, last = tiles * thread // threads, tiles * (thread + 1) // threads
+        if rows <= 0 or first == last:
+            return
+        panel_bytes = 8 * x_bytes
+        most = min(max(CACHED // panel_bytes, 1), PANELS)
+        panels = stack_bytes(most * (panel_bytes + 1024) + 64)
+        sums = panels + most * panel_bytes
+        addresses = sums + most * 1024
+        at_address, values = int64_at(addresses), float32_at(sums)
+        row = 0
+        while row < rows:
+            count = min(8 * most, rows - row)
+            blocks = (count + 7) >> 3
+            for block in range(blocks):
+                for index in range(8):
+                    source = row + min(8 * block + index, count - 1)
+                    if given.picked != 0:
+                        source = int64_at(given.picked)[source]
+                    at_address[index] = given.x + source * x_bytes
+                fill_panel(8, panels + block * panel_bytes, addresses, x_bytes >> 6)
+            tile = first
+            while tile < last:
+                at = given.weights + tile * tile_bytes
+                width = 2 if last - tile >= 2 else 1
+                for index in range(256 * blocks):
+                    values[index] = 0.0
+                for begin in range(0, groups, PART):
+                    some, part = min(PART, groups - begin), at + begin * GROUP
+                    for block in range(blocks):
+                        panel, to = panels + block * panel_bytes, sums + 1024 * block
+                        x, s = panel + begin * X, panel + groups * X + begin * S
+                        if width == 2:
+                            _multiply(2, ISA, part, tile_bytes, x, s, to, some)
+                        else:
+                            _multiply(1, ISA, part, tile_bytes, x, s, to, some)
+                for block in range(blocks):
+                    target = given.out + (row + 8 * block) * given.row_bytes
+                    some = min(8, count - 8 * block)
+                    write_tiles(
+                        sums + 1024 * block, 8, some, tile, width, columns, target, given.row_bytes, given.bias,
+                        given.accumulate,
+                    )  # fmt: skip
+                tile += width
+            row += count
+
+    return word_linear

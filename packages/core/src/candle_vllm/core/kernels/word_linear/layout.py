@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: MIT
+"""How weights of 14 bits lie in memory, and what lays them out: step 6 of a request's life, and before step 1.
+
+16 rows are a **tile**, a run of groups of 32 columns. A group is 16 steps of [16 rows, 2 columns] int16, and behind
+them float32 [16 rows], the scales. What is beyond K or N is zero.
+"""
+
+from __future__ import annotations
+
+import enum
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from candle_vllm.core.kernels.activation_rows import GROUP, WordForm
+from candle_vllm.core.kernels.cpu_runtime import operation
+from candle_vllm.core.kernels.cpu_runtime.level import Isa
+from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments
+from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
+from candle_vllm.core.kernels.plain_linear.layout import ROWS
+from candle_vllm.core.threads import loading_threads
+
+STEPS = GROUP // 2
+"""Steps of a group."""
+
+SCALES = STEPS * ROWS * 4
+"""Bytes of a group before its scales."""
+
+GROUP_BYTES = SCALES + 4 * ROWS
+
+BITS = 13
+"""Of a weight, without its sign."""
+
+_CHUNK = 1 << 19  # weights per round
+
+
+class WordKind(enum.IntEnum):
+    """The one layout."""
+
+    I16 = 0
+
+
+@dataclass(frozen=True, eq=False)
+class WordMatrix:
+    """A weight matrix of whole numbers with scales, 16 rows interleaved.
+
+    Attributes:
+        rows: N, outputs.
+        columns: K, inputs.
+        data: uint8 [tiles, bytes of a tile], contiguous, starting at a multiple of 64 bytes.
+    """
+
+    rows: int
+    columns: int
+    data: np.ndarray
+
+    @property
+    def kind(self) -> WordKind:
+        """See `Matrix`."""
+        return WordKind.I16
+
+    @property
+    def groups(self) -> int:
+        """Groups of a tile."""
+        return -(-self.columns // GROUP)
+
+    @property
+    def input_form(self) -> WordForm:
+        """See `Matrix`."""
+        return WordForm.I16
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of a tile."""
+        return self.groups * GROUP_BYTES
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return self.data.nbytes
+
+
+def pack(raw: np.ndarray, rows: int, columns: int, memory: WeightMemory | None = None) -> WordMatrix | None:
+    """Lays out a matrix of F16 numbers; None where one is not finite.
+
+    Args:
+        raw: their bytes, uint8, contiguous; need not be aligned.
+        rows, columns: N and K.
+        memory: where the result goes; None takes memory of its own.
+    """
+    stored = np.ascontiguousarray(raw).view(np.uint8).reshape(rows, 2 * columns)
+    tiles, groups = -(-rows // ROWS), -(-columns // GROUP)
+    step = max(1, _CHUNK // (ROWS * columns))
+    places = [(first, min(first + step, tiles)) for first in range(0, tiles, step)]
+
+    def numbers(first: int, last: int) -> np.ndarray:
+        return np.ascontiguousarray(stored[first * ROWS : last * ROWS]).view(np.float16)
+
+    with ThreadPoolExecutor(max(1, min(loading_threads(), len(places)))) as pool:
+        if not all(pool.map(lambda place: bool(np.isfinite(numbers(*place)).all()), places)):
+            return None
+        data = (memory or WeightMemory(0)).take(tiles * groups * GROUP_BYTES, tiles).reshape(tiles, -1)
+        list(pool.map(lambda place: _store(numbers(*place), data[place[0] : place[1]]), places))
+    return WordMatrix(rows, columns, data)
+
+
+def _store(numbers: np.ndarray, tiles: np.ndarray) -> None:
+    """Writes rows of F16 numbers to their tiles, uint8 [tiles, bytes]."""
+    groups = tiles.shape[1] // GROUP_BYTES
+    whole = np.zeros((len(tiles) * ROWS, groups * GROUP), np.float32)
+    whole[: numbers.shape[0], : numbers.shape[1]] = numbers
+    each = whole.reshape(len(tiles), ROWS, groups, STEPS, 2)
+    _, exponents = np.frexp(np.abs(each).max((3, 4)))  # [tiles, rows, groups]: the largest is below 2^exponent
+    words = np.rint(np.ldexp(each, (BITS - exponents)[..., None, None])).astype(np.int16)
+    at = tiles.reshape(len(tiles), groups, GROUP_BYTES)
+    at[:, :, :SCALES] = words.transpose(0, 2, 3, 1, 4).reshape(len(tiles), groups, -1).view(np.uint8)
+    scales = np.ldexp(np.float32(1), exponents - BITS).transpose(0, 2, 1)
+    at[:, :, SCALES:] = np.ascontiguousarray(scales, np.float32).view(np.uint8)
+
+
+def linear_operation(kind: WordKind, isa: Isa) -> int:
+    """Address of the compiled linear operation."""
+    del kind
+    return operation.operation("word_linear.cpu:make_linear", isa)
+
+
+def linear_arguments(matrix: WordMatrix, *, x_bytes: int, **given: Any) -> LinearArguments:
+    """See `operation.linear_arguments`."""
+    return operation.linear_arguments(matrix, matrix.groups, x_bytes=x_bytes, **given)

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: MIT
+"""The layer in plain numpy, literal enough to check by eye: what the tests compare with."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from candle_vllm.core.kernels.activation_rows import GROUP
+from candle_vllm.core.kernels.plain_linear.layout import ROWS
+from candle_vllm.core.kernels.word_linear.layout import GROUP_BYTES, SCALES, STEPS, WordMatrix
+
+
+def parts(matrix: WordMatrix) -> tuple[np.ndarray, np.ndarray]:
+    """Whole numbers int16 [N, G, 32] and scales float32 [N, G] of a matrix."""
+    tiles = matrix.data.reshape(-1, matrix.groups, GROUP_BYTES)
+    words = np.ascontiguousarray(tiles[:, :, :SCALES]).view(np.int16).reshape(-1, matrix.groups, STEPS, ROWS, 2)
+    scales = np.ascontiguousarray(tiles[:, :, SCALES:]).view(np.float32)
+    rows = words.transpose(0, 3, 1, 2, 4).reshape(-1, matrix.groups, GROUP)
+    return rows[: matrix.rows], scales.transpose(0, 2, 1).reshape(-1, matrix.groups)[: matrix.rows]
+
+
+def unpack(matrix: WordMatrix) -> np.ndarray:
+    """The weights as float32 [N, K]."""
+    words, scales = parts(matrix)
+    return (words * scales[..., None]).reshape(matrix.rows, -1)[:, : matrix.columns].astype(np.float32)
+
+
+def linear(matrix: WordMatrix, x: np.ndarray, scales: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    """Weights times whole numbers x int16 [T, G, 32] with scales [T, G], plus bias [N]: float32 [T, N]."""
+    words, own = parts(matrix)
+    sums = np.einsum("tgk,ngk->tng", x.astype(np.int64), words.astype(np.int64))
+    assert np.abs(sums).max(initial=0) < 2**31
+    y = (sums * (own[None].astype(np.float64) * scales[:, None])).sum(-1)
+    return (y if bias is None else y + bias).astype(np.float32)
