@@ -124,6 +124,9 @@ class IdleDevice:
         """As it is: it will not run."""
         return work
 
+    def between(self, host: Callable[[], None]) -> None:
+        """Of work that will not run."""
+
     def mark(self) -> IdleDevice:
         """Of work that is over."""
         return self
