@@ -145,6 +145,20 @@ def test_added_within_the_product_as_behind_it(team, isa, rows):
 
 
 @each_type
+def test_what_two_threads_do_at_once_is_the_same(dtype):
+    """More threads than cores: some come so late that others do their share as well."""
+    generator, many = np.random.default_rng(2), ThreadTeam(8)
+    (place,) = PLACES["layer"]
+    deltas = {name: low_rank(generator, end - begin, 96, 16) for name, (_, begin, end) in place.parts.items()}
+    adapter, _ = both(deltas, dtype)
+    x, y = random_rows(generator, 64, place)
+    groups = [(adapter, list(range(64)), [0.5] * 64)]
+    first = add(many, host_isa(), place, groups, x, y)
+    assert all((add(many, host_isa(), place, groups, x, y) == first).all() for _ in range(20))
+    many.close()
+
+
+@each_type
 def test_every_cpu_adds_the_same(team, dtype):
     generator = np.random.default_rng(9)
     (place,) = PLACES["layer"]

@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
@@ -24,7 +22,6 @@ from candle_vllm.core.kernels.cpu_runtime.primitives import (
     call_operation,
     cpu_relax,
     float32_at,
-    float_from_bits,
     inner_row,
     int64_at,
     load_acquire,
@@ -34,14 +31,14 @@ from candle_vllm.core.kernels.cpu_runtime.primitives import (
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 from candle_vllm.core.kernels.lora.cpu_shrink import (
     AHEAD,
+    FOLDED,
     VECTOR,
     added,
+    are_shared,
     ask,
     count_blocks,
-    height_of,
-    in_16_bits,
     is_wide,
-    ranks_before,
+    make_fold,
     scales_of,
     widened,
     zeros_of,
@@ -55,13 +52,11 @@ from candle_vllm.core.kernels.lora.layout import (
     HEAD,
     LESS,
     MATRIX,
-    MOST_16,
     OFFSET,
     PANEL,
     PANEL_BYTES,
     PART,
     ROWS,
-    SCALE,
     STEPS,
     ExpandArguments,
     NumberForm,
@@ -75,45 +70,6 @@ _WHOLES = _SUMS + 1024
 """Where the memory of `make_parts` has the scales of rows' whole numbers; sums of tiles; and of ranks."""
 
 PARTS_MEMORY = _WHOLES + 64
-
-_MOST_SUM = 2**31 // 127
-"""What numbers that meet those of 8 bits may come to together."""
-
-
-@intrinsic
-def _fold(_: Any, height: Any, sums: Any, target: Any) -> Any:
-    """The quarters of a block's sums, and the shares of each rank's, added up: `height` floats at `target`."""
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        quarters = [e.load(args[1], vector(F32), VECTOR * quarter) for quarter in range(4)]
-        whole = b.fadd(b.fadd(quarters[0], quarters[1]), b.fadd(quarters[2], quarters[3]))
-
-        def fold(ranks: int) -> None:
-            value, lanes = whole, LANES
-            while lanes > ranks:
-                lanes //= 2
-                pairs = [[2 * n + start for n in range(lanes)] for start in (0, 1)]
-                even, odd = (b.shuffle_vector(value, value, ir.Constant(vector(I32, lanes), each)) for each in pairs)
-                value = b.fadd(even, odd)
-            e.store(args[2], value)
-
-        e.choose(args[0], {ranks: lambda ranks=ranks: fold(ranks) for ranks in (16, 8, 4)})
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), code
-
-
-@intrinsic
-def _scaled(_: Any, source: Any, scale: Any, target: Any) -> Any:
-    """16 floats times a scale."""
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        e.store(args[2], b.fmul(e.load(args[0], vector(F32)), e.splat(args[1])))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.float32, types.int64), code
 
 
 def _emit_expand(e: Emitter, form: NumberForm, isa: Isa, count: int, width: int, onto: bool, given: Any) -> None:
@@ -317,39 +273,18 @@ def make_parts(FORM: int, ISA: int) -> Any:
     """A function that adds what an adapter has for 8, 4, 2 or 1 rows of a product."""
 
     form = NumberForm(FORM)
-    PER_STEP, MIXED = form.per_step, int(form.whole is not form)
-    WHOLE = int(form is NumberForm.I8)
+    MIXED, fold_part = int(form.whole is not form), make_fold(FORM)
     add_columns = _make_columns(FORM, ISA)
     add_whole = _make_columns(int(form.whole), ISA) if form.whole is not form else add_columns
 
     @njit
-    def fold_part(part, ranks, h, at, to):
-        """The sums of a row and a part's ranks, which have room at `at`, times its scale: its numbers, at `to`.
-
-        Whole ones are without the scale that is returned.
-        """
-        begins, count = int64_at(part)[OFFSET], int64_at(part)[STEPS] * PER_STEP
-        for block in range(begins >> 4, count_blocks(ranks)):
-            before, height = ranks_before(ranks, block), height_of(ranks, block)
-            if begins < before + height and before < begins + count:
-                _fold(height, h + block * BLOCK_BYTES, at + 4 * before)
-        scale = float_from_bits(int64_at(part)[SCALE])
-        if WHOLE == 1:
-            most = min(MOST_16, np.float32(_MOST_SUM // max(count, 1)))
-            if count & 15 == 0:
-                return scale * in_16_bits(16, at + 4 * begins, count, most, to)
-            return scale * in_16_bits(4, at + 4 * begins, count, most, to)
-        for rank in range(0, count, 16):
-            _scaled(at + 4 * (begins + rank), scale, to + 4 * rank)
-        return np.float32(1)
-
-    @njit
-    def add_parts(about, h, count, memory, most, first, last):
+    def add_parts(about, h, folded, count, memory, most, first, last):
         """Adds columns first .. last.
 
-        about: the adapter's description. h: address of the rows' sums. most: floats that a row's numbers take. memory:
-        of 8 numbers' places, 8 scales, 8 targets, 8 addresses of the model's own products, and 8 inputs, 64 bytes each,
-        of which all but the first are given; `PARTS_MEMORY` bytes with these; 2 times 8 times `most` floats.
+        about: the adapter's description. h: address of the rows' sums, or of what was made of them. most: floats that a
+        row's numbers take. memory: of 8 numbers' places, 8 scales, 8 targets, 8 addresses of the model's own products,
+        and 8 inputs, 64 bytes each, of which all but the first are given; `PARTS_MEMORY` bytes with these; 2 times 8
+        times `most` floats.
         """
         wholes = memory + _WHOLES
         factors = wholes + 8 * 4 * most
@@ -364,6 +299,13 @@ def make_parts(FORM: int, ISA: int) -> Any:
             for index in range(count):
                 if int64_at(part)[FULL] != 0:
                     int64_at(memory)[index] = int64_at(memory + 256)[index]
+                    continue
+                if folded:
+                    made = h + index * row_bytes
+                    int64_at(memory)[index] = made + 4 * int64_at(part)[OFFSET]
+                    float32_at(memory + _FACTORS)[2 * index] = 0
+                    if ranks != 0:
+                        float32_at(memory + _FACTORS)[2 * index] = float32_at(made + 4 * ranks + FOLDED)[number]
                     continue
                 to = factors + 4 * index * most
                 int64_at(memory)[index] = to
@@ -415,6 +357,7 @@ def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
             _spread(row, given, first, last)
         groups = step_number(row, given.groups_from)
         starts, tables = int64_at(given.starts), int64_at(given.tables)
+        folded = given.back != 0 and are_shared(starts[groups], threads)
         most = 0
         for group in range(groups):
             about = int64_at(tables[group])[given.place]
@@ -441,7 +384,7 @@ def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
                     int64_at(memory + 192)[index] = given.base + place * given.base_bytes
                     int64_at(memory + 256)[index] = given.x + place * given.x_bytes
                 h = given.h + begin * given.h_bytes + (entry - begin) * blocks * BLOCK_BYTES
-                add_parts(about, h, count, memory, most, first, last)
+                add_parts(about, h, folded, count, memory, most, first, last)
                 entry += count
 
     return expand

@@ -78,6 +78,6 @@ def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
                 float32_at(memory + 64)[0] = float32_at(given.scales)[entry]
                 int64_at(memory + 128)[0] = given.out + int64_at(given.places)[chosen] * given.row_bytes
                 int64_at(memory + 192)[0] = 0
-                add_parts(about, at, 1, memory, most, first, last)
+                add_parts(about, at, False, 1, memory, most, first, last)
 
     return expand_experts

@@ -3,7 +3,9 @@
 """`shrink`, rows of the input times A, as a compiled CPU operation, beside the model's own product.
 
 It waits for nothing. Weights are read once for all rows of a group, up to 8 of which meet a vector of them at a time.
-Threads share runs of rows, quarters of the columns and blocks of ranks. Sums have one order, whatever else is in the
+Threads share entries, as the rows that they made of the input, and make numbers that B meets of their sums: what one
+core wrote takes another long to read. Where entries are few, they share runs of rows, quarters of the columns and
+blocks of ranks, and `expand` makes these numbers. Sums have one order, whatever else is in the
 step: two chains over the steps of a quarter, then the quarters. Whole numbers meet inputs of 16 bits: their sums are
 exact, a `SPAN` at a time. Step 6 of a request's life.
 """
@@ -13,19 +15,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I16, I32, I64, SHIFTER, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
-from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number, store_release
+from candle_vllm.core.kernels.cpu_runtime.primitives import (
+    float32_at,
+    float_from_bits,
+    int64_at,
+    read,
+    step_number,
+    store_release,
+)
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 from candle_vllm.core.kernels.lora.layout import (
     BLOCK_BYTES,
     DONE_BYTES,
+    FULL,
+    HEAD,
     MOST_16,
+    OFFSET,
+    PART,
+    SCALE,
     SPAN,
+    STEPS,
     BeginArguments,
     NumberForm,
     ShrinkArguments,
@@ -285,40 +301,142 @@ def make_run(FORM: int, ISA: int) -> Any:
     return run
 
 
+@intrinsic
+def _fold(_: Any, height: Any, sums: Any, target: Any) -> Any:
+    """The quarters of a block's sums, and the shares of each rank's, added up: `height` floats at `target`."""
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        quarters = [e.load(args[1], vector(F32), VECTOR * quarter) for quarter in range(4)]
+        whole = b.fadd(b.fadd(quarters[0], quarters[1]), b.fadd(quarters[2], quarters[3]))
+
+        def fold(ranks: int) -> None:
+            value, lanes = whole, LANES
+            while lanes > ranks:
+                lanes //= 2
+                pairs = [[2 * n + start for n in range(lanes)] for start in (0, 1)]
+                even, odd = (b.shuffle_vector(value, value, ir.Constant(vector(I32, lanes), each)) for each in pairs)
+                value = b.fadd(even, odd)
+            e.store(args[2], value)
+
+        e.choose(args[0], {ranks: lambda ranks=ranks: fold(ranks) for ranks in (16, 8, 4)})
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), code
+
+
+@intrinsic
+def _scaled(_: Any, source: Any, scale: Any, target: Any) -> Any:
+    """16 floats times a scale."""
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        e.store(args[2], b.fmul(e.load(args[0], vector(F32)), e.splat(args[1])))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32, types.int64), code
+
+
+def make_fold(FORM: int) -> Any:
+    """A function that makes of sums what B meets."""
+    form = NumberForm(FORM)
+    PER_STEP, WHOLE = form.per_step, int(form is NumberForm.I8)
+
+    @njit
+    def fold_part(part, ranks, h, at, to):
+        """The sums of a row and a part's ranks, which have room at `at`, times its scale: its numbers, at `to`.
+
+        Whole ones are without the scale that is returned.
+        """
+        begins, count = int64_at(part)[OFFSET], int64_at(part)[STEPS] * PER_STEP
+        for block in range(begins >> 4, count_blocks(ranks)):
+            before, height = ranks_before(ranks, block), height_of(ranks, block)
+            if begins < before + height and before < begins + count:
+                _fold(height, h + block * BLOCK_BYTES, at + 4 * before)
+        scale = float_from_bits(int64_at(part)[SCALE])
+        if WHOLE == 1:
+            most = min(MOST_16, np.float32(2**31 // 127 // max(count, 1)))  # sums with 8 bits fit 32
+            if count & 15 == 0:
+                return scale * in_16_bits(16, at + 4 * begins, count, most, to)
+            return scale * in_16_bits(4, at + 4 * begins, count, most, to)
+        for rank in range(0, count, 16):
+            _scaled(at + 4 * (begins + rank), scale, to + 4 * rank)
+        return np.float32(1)
+
+    return fold_part
+
+
+@njit
+def are_shared(entries: int, threads: int) -> bool:
+    """Whether threads share a step's entries, and `shrink` leaves what B meets where sums stand otherwise.
+
+    It stands there as a part's ranks, 4 bytes for each; `FOLDED` bytes behind all ranks' are the parts' scales.
+    """
+    return entries >= 4 * threads
+
+
+FOLDED = 64
+
+
 def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
     """The operation for a type of numbers."""
-    multiply, RUN = make_run(FORM, ISA), _RUN
+    multiply, fold_part, RUN = make_run(FORM, ISA), make_fold(FORM), _RUN
+
+    @njit
+    def fold_row(about, sums, h, memory, most):
+        """Writes what B meets of a row's sums; memory: 2 times `most` floats."""
+        ranks, made = int64_at(about)[1], memory + 4 * most
+        for number in range(int64_at(about)[2]):
+            part = about + 8 * (HEAD + PART * number)
+            if int64_at(part)[FULL] == 0 and int64_at(part)[STEPS] != 0:
+                factor = fold_part(part, ranks, sums, memory, made + 4 * int64_at(part)[OFFSET])
+                float32_at(made + 4 * ranks + FOLDED)[number] = factor
+        for number in range(ranks):
+            float32_at(h)[number] = float32_at(made)[number]
+        for number in range(int64_at(about)[2] if ranks != 0 else 0):
+            float32_at(h + 4 * ranks + FOLDED)[number] = float32_at(made + 4 * ranks + FOLDED)[number]
 
     def shrink(row, thread, threads):
         given = read(ShrinkArguments, row)
         groups = step_number(row, given.groups_from)
         starts, tables = int64_at(given.starts), int64_at(given.tables)
-        total = 0
+        total, most, run_bytes, entries = 0, 0, 0, starts[groups]
         for group in range(groups):
             about = int64_at(tables[group])[given.place]
             if about != 0:
                 ask(320, about + 64)  # for `expand`
                 runs = (starts[group + 1] - starts[group] + RUN - 1) // RUN
                 total += 4 * count_blocks(int64_at(about)[1]) * runs
+                most = max(most, int64_at(about)[1] + int64_at(about)[2])
+                run_bytes = max(run_bytes, 8 * count_blocks(int64_at(about)[1]) * BLOCK_BYTES)
+        shared, first_entry, last_entry = are_shared(entries, threads), 0, entries
+        if shared:
+            first_entry, last_entry = entries * thread // threads, entries * (thread + 1) // threads
         first, last = total * thread // threads, total * (thread + 1) // threads
-        memory = stack_bytes(RUN_MEMORY)
+        most = (most + 63) & -16  # what is written in vectors may go beyond a rank
+        run = 8 if shared else RUN
+        memory = stack_bytes(RUN_MEMORY + 8 * most + (run_bytes if shared else 0))
+        own = memory + RUN_MEMORY + 8 * most  # sums that nobody else may see: another may do the same work meanwhile
         sources, results = int64_at(memory + SOURCES), int64_at(memory + RESULTS)
         before = 0
         for group in range(groups):
             about = int64_at(tables[group])[given.place]
-            if about == 0 or before >= last:
+            if about == 0 or (not shared and before >= last):
                 continue
-            begin, end = starts[group], starts[group + 1]
+            begin, end = starts[group], min(starts[group + 1], last_entry)
             ranks = int64_at(about)[1]
             blocks = count_blocks(ranks)
-            for entry in range(begin, end, RUN):
+            for entry in range(max(begin, first_entry), end, run):
                 number, high = max(first - before, 0), min(last - before, 4 * blocks)
                 before += 4 * blocks
-                if number < high and entry + RUN >= end and before < last and group + 1 < groups:
+                more = before < last
+                if shared:
+                    number, high, more = 0, 4 * blocks, end < last_entry
+                if number < high and entry + run >= end and more and group + 1 < groups:
                     following = int64_at(tables[group + 1])[given.place]
                     if following != 0:
                         ask(AHEAD, int64_at(following)[0])
-                stop = min(entry + RUN, end)
+                stop = min(entry + run, end)
                 while number < high:
                     quarter = number // blocks
                     low, until = number - quarter * blocks, min(blocks, high - quarter * blocks)
@@ -328,8 +446,14 @@ def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
                             sources[index] = given.x + int64_at(given.rows)[at + index] * given.x_bytes
                             place = at + index - begin
                             results[index] = given.h + begin * given.h_bytes + place * blocks * BLOCK_BYTES
+                            if shared:
+                                results[index] = own + index * blocks * BLOCK_BYTES
                         multiply(int64_at(about)[0], ranks, quarter, low, until, count, given.x_bytes, memory)
                     number = (quarter + 1) * blocks
+                for at in range(entry, stop if shared else entry):
+                    sums = own + (at - entry) * blocks * BLOCK_BYTES
+                    h = given.h + begin * given.h_bytes + (at - begin) * blocks * BLOCK_BYTES
+                    fold_row(about, sums, h, memory + RUN_MEMORY, most)
         store_release(given.done + DONE_BYTES * thread, 1)
 
     return shrink
