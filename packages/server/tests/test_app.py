@@ -435,7 +435,7 @@ def test_the_log_of_requests_says_who_asked_and_never_the_key(start, caplog: pyt
 def test_what_other_servers_have_is_answered_with_what_it_is_called_here(start) -> None:
     with start().http() as client:
         for path, here in (
-            ("/completions", "/v1/completions"),
+            ("/generate", "/v1/completions"),
             ("/chat/completions", "/v1/chat/completions"),
         ):  # fmt: skip
             assert f", {here} does here." in client.post(path, json={}).json()["error"]["message"]

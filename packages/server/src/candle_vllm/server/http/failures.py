@@ -135,8 +135,6 @@ def _log(what: str, failure: Exception) -> None:
 
 
 _ROUTES_HERE = {  # of llama.cpp and of clients whose base URL lacks /v1
-    "/completion": "/v1/completions",
-    "/completions": "/v1/completions",
     "/generate": "/v1/completions",
     "/chat/completions": "/v1/chat/completions",
     "/models": "/v1/models",
