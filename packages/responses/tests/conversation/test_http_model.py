@@ -478,6 +478,7 @@ def test_whatever_a_chat_request_asks_for_can_be_asked_of_another_server() -> No
     left_out = set(Task.__struct_fields__) - {
         "paths",
         "prompts",
+        "images",  # of a prompt: a chat's stand in its messages
         "suffix",
         "echo_prompts",
         "scored_only",
