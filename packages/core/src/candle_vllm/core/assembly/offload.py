@@ -181,7 +181,7 @@ def _layers(family: Family, model: ModelConfig, stored: Checkpoint) -> _Layers:
 
 def _among(stored: Checkpoint, names: Set[str]) -> Checkpoint:
     """Some of the tensors."""
-    return stored.with_tensors({name: tensor for name, tensor in stored.tensors.items() if name in names})
+    return stored.with_tensors({name: stored.tensors[name] for name in names})
 
 
 def _how_many(

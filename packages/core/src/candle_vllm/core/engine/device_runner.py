@@ -80,12 +80,12 @@ class DeviceRunner:
         captured_prompts: capture steps with prompts, too, up to so many tokens; `attend` must be `mixed`.
         overlaps: whether the next step may be launched before this one's tokens are known; not where there are drafts,
             which begin with these tokens. `limits` must have a sequence for each draft, too.
-
+        adapters: see below.
         host: computes the experts that are in main memory; None where none are. It is closed with the runner.
         row_scales: the cache's rows have scales of their own, see `kernels/kv_write/scaled_rows`.
 
     Attributes:
-        adapters: what the decoder's layers add to their products; None where there are no adapters. Given, too.
+        adapters: what the decoder's layers add to their products; None where there are no adapters.
     """
 
     fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)

@@ -102,6 +102,7 @@ def padded_row(x: int, columns: int, target: int) -> int:
 
 def make_rows(PROLOGUE: int, GATED: int, FORM: int, BYTES: int) -> Callable[..., None]:
     """The operation for a prologue and a form; BYTES of a number."""
+    WORDS = int(FORM == WordForm.I16)
 
     def activation_rows(row, thread, threads):
         given = read(RowsArguments, row)
@@ -109,7 +110,7 @@ def make_rows(PROLOGUE: int, GATED: int, FORM: int, BYTES: int) -> Callable[...,
         rows = step_number(row, given.rows_from)
         groups = (columns + GROUP - 1) // GROUP
         row_bytes, out_bytes = groups * GROUP * 4, groups * GROUP * BYTES
-        if FORM == 2:
+        if WORDS == 1:
             out_bytes += ((groups + 15) >> 4) * 64
         first_row, row_count, first_group, group_count = share(rows, groups, thread, threads)
         if group_count == 0:

@@ -73,6 +73,49 @@ def find_tile(query_start, rows, tile, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr
 
 
 # Tables of a step begin at any row: their alignment must not make another form of the kernel.
+@triton.jit
+def attend_keys(
+    queries,
+    tops,
+    sums,
+    values,
+    key_cache,
+    value_cache,
+    table,  # of the row's blocks
+    at,  # position of the tile's first key
+    end,  # of the keys
+    head,
+    positions,
+    factor,
+    cap_in,
+    cap,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    S: tl.constexpr,
+    EXTRA: tl.constexpr,
+    CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ENDS: tl.constexpr,  # some keys of the tile may be behind the end
+    MASKED: tl.constexpr,
+):
+    """A tile of a sequence's keys and values into the state of M rows; see `attend_tile`."""
+    stored: tl.constexpr = key_cache.dtype.element_ty
+    slots = tile_slots(table, at, end, S, BLOCK_N, ENDS)
+    k = load_tile(key_cache + head * D, slots, at, end, K * D, D, DP, ENDS, S, EXTRA)
+    v = load_tile(value_cache + head * D, slots, at, end, K * D, D, DP, ENDS, S, EXTRA)
+    k_scales, v_scales = None, None
+    if EXTRA:
+        k_scales = load_scales(key_cache, slots, at, end, head, K, D, S, key_unit(stored), ENDS)
+        v_scales = load_scales(value_cache, slots, at, end, head, K, D, S, value_unit(stored), ENDS)
+    k = as_queries(k, queries.dtype)
+    v = as_queries(v, queries.dtype)
+    return attend_tile(
+        queries, tops, sums, values, k, v, k_scales, v_scales, positions, at, factor, cap_in, cap, CAP, WINDOW, MASKED
+    )
+
+
 @triton.jit(
     do_not_specialize=["rows", "table_stride"],
     do_not_specialize_on_alignment=["query_start", "context_lens", "block_tables", "decoding"],
@@ -156,89 +199,90 @@ def prefill_kernel(
             factor = 1.0
         factor = factor * 1.4426950408889634
         table = block_tables + row.to(tl.int64) * table_stride
-        keys_at = key_cache + head * D
-        values_at = value_cache + head * D
 
         tops = tl.full([BLOCK_M], float("-inf"), tl.float32)
         sums = tl.zeros([BLOCK_M], tl.float32)
         values = tl.zeros([BLOCK_M, DP], tl.float32)
         if WINDOW:
             for at in range(begin, unmasked, BLOCK_N):
-                slots = tile_slots(table, at, last + 1, S, BLOCK_N, False)
-                k = as_queries(load_tile(keys_at, slots, at, last + 1, K * D, D, DP, False, S, EXTRA), queries.dtype)
-                v = as_queries(load_tile(values_at, slots, at, last + 1, K * D, D, DP, False, S, EXTRA), queries.dtype)
-                k_scales, v_scales = None, None
-                if EXTRA:
-                    k_scales = load_scales(key_cache, slots, at, last + 1, head, K, D, S, key_unit(stored), False)
-                    v_scales = load_scales(value_cache, slots, at, last + 1, head, K, D, S, value_unit(stored), False)
-                tops, sums, values = attend_tile(
+                tops, sums, values = attend_keys(
                     queries,
                     tops,
                     sums,
                     values,
-                    k,
-                    v,
-                    k_scales,
-                    v_scales,
-                    positions,
+                    key_cache,
+                    value_cache,
+                    table,
                     at,
+                    last + 1,
+                    head,
+                    positions,
                     factor,
                     cap_in,
                     cap,
+                    K,
+                    D,
+                    DP,
+                    S,
+                    EXTRA,
                     CAP,
                     WINDOW,
+                    BLOCK_N,
+                    False,
                     True,
                 )
         for at in range(unmasked, whole, BLOCK_N):
-            slots = tile_slots(table, at, last + 1, S, BLOCK_N, False)
-            k = as_queries(load_tile(keys_at, slots, at, last + 1, K * D, D, DP, False, S, EXTRA), queries.dtype)
-            v = as_queries(load_tile(values_at, slots, at, last + 1, K * D, D, DP, False, S, EXTRA), queries.dtype)
-            k_scales, v_scales = None, None
-            if EXTRA:
-                k_scales = load_scales(key_cache, slots, at, last + 1, head, K, D, S, key_unit(stored), False)
-                v_scales = load_scales(value_cache, slots, at, last + 1, head, K, D, S, value_unit(stored), False)
-            tops, sums, values = attend_tile(
+            tops, sums, values = attend_keys(
                 queries,
                 tops,
                 sums,
                 values,
-                k,
-                v,
-                k_scales,
-                v_scales,
-                positions,
+                key_cache,
+                value_cache,
+                table,
                 at,
+                last + 1,
+                head,
+                positions,
                 factor,
                 cap_in,
                 cap,
+                K,
+                D,
+                DP,
+                S,
+                EXTRA,
                 CAP,
                 WINDOW,
+                BLOCK_N,
+                False,
                 False,
             )
         for at in range(whole, last + 1, BLOCK_N):
-            slots = tile_slots(table, at, last + 1, S, BLOCK_N, True)
-            k = as_queries(load_tile(keys_at, slots, at, last + 1, K * D, D, DP, True, S, EXTRA), queries.dtype)
-            v = as_queries(load_tile(values_at, slots, at, last + 1, K * D, D, DP, True, S, EXTRA), queries.dtype)
-            k_scales, v_scales = None, None
-            if EXTRA:
-                k_scales = load_scales(key_cache, slots, at, last + 1, head, K, D, S, key_unit(stored), True)
-                v_scales = load_scales(value_cache, slots, at, last + 1, head, K, D, S, value_unit(stored), True)
-            tops, sums, values = attend_tile(
+            tops, sums, values = attend_keys(
                 queries,
                 tops,
                 sums,
                 values,
-                k,
-                v,
-                k_scales,
-                v_scales,
-                positions,
+                key_cache,
+                value_cache,
+                table,
                 at,
+                last + 1,
+                head,
+                positions,
                 factor,
                 cap_in,
                 cap,
+                K,
+                D,
+                DP,
+                S,
+                EXTRA,
                 CAP,
                 WINDOW,
+                BLOCK_N,
+                True,
                 True,
             )
         if SINKS:

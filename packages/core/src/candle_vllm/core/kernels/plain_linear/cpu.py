@@ -30,7 +30,7 @@ from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import EmbeddingArguments, LinearArguments
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
-from candle_vllm.core.kernels.plain_linear.cpu_panel import emit_sums, fill_panel, write_tiles
+from candle_vllm.core.kernels.plain_linear.cpu_panel import emit_sums, fill_panel, fill_panels, write_tiles
 from candle_vllm.core.kernels.plain_linear.layout import ROWS, RUN, PlainKind
 
 _CACHED_BYTES = 384 << 10
@@ -106,13 +106,7 @@ def make_linear(KIND: int, ISA: int) -> Any:
             if count & 7 <= 4:  # a smaller block is left for the end
                 count &= -8
             blocks = (count + 7) >> 3
-            for block in range(blocks):
-                for index in range(8):
-                    source = row + min(8 * block + index, count - 1)
-                    if given.picked != 0:
-                        source = int64_at(given.picked)[source]
-                    at_address[index] = given.x + source * x_bytes
-                fill_panel(8, panels + block * panel_bytes, addresses, x_bytes >> 6)
+            fill_panels(given, row, count, addresses, panels)
             tile = first
             while tile < last:
                 at = weights + tile * tile_bytes

@@ -19,6 +19,7 @@ from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I32, I64, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
+from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at
 from candle_vllm.core.kernels.cpu_runtime.tiles import write_tile
 from candle_vllm.core.kernels.plain_linear.layout import ROWS, RUN, PlainKind
 
@@ -65,6 +66,22 @@ def fill_panel(_: Any, block: Any, panel: Any, addresses: Any, vectors: Any) -> 
         return context.get_dummy_value()
 
     return types.void(block, *[types.int64] * 3), code
+
+
+@njit
+def fill_panels(given: Any, row: int, count: int, addresses: int, panels: int) -> None:
+    """Copies rows `row` .. `row + count` of an operation's input into panels of 8, the last row repeated.
+
+    addresses: of memory for int64 [8].
+    """
+    at_address, x_bytes = int64_at(addresses), given.x_bytes
+    for block in range((count + 7) >> 3):
+        for index in range(8):
+            source = row + min(8 * block + index, count - 1)
+            if given.picked != 0:
+                source = int64_at(given.picked)[source]
+            at_address[index] = given.x + source * x_bytes
+        fill_panel(8, panels + 8 * x_bytes * block, addresses, x_bytes >> 6)
 
 
 # ---- tiles times a panel ---------------------------------------------------------------------------------------------

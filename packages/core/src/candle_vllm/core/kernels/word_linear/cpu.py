@@ -18,9 +18,9 @@ from numba.extending import intrinsic
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments
-from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
-from candle_vllm.core.kernels.plain_linear.cpu_panel import VECTOR_BYTES, fill_panel, write_tiles
+from candle_vllm.core.kernels.plain_linear.cpu_panel import VECTOR_BYTES, fill_panels, write_tiles
 from candle_vllm.core.kernels.word_linear.layout import GROUP_BYTES, SCALES, STEPS
 
 _CACHED_BYTES = 384 << 10
@@ -99,18 +99,12 @@ def make_linear(ISA: int) -> Any:
         panels = stack_bytes(most * (panel_bytes + 1024) + 64)
         sums = panels + most * panel_bytes
         addresses = sums + most * 1024
-        at_address, values = int64_at(addresses), float32_at(sums)
+        values = float32_at(sums)
         row = 0
         while row < rows:
             count = min(8 * most, rows - row)
             blocks = (count + 7) >> 3
-            for block in range(blocks):
-                for index in range(8):
-                    source = row + min(8 * block + index, count - 1)
-                    if given.picked != 0:
-                        source = int64_at(given.picked)[source]
-                    at_address[index] = given.x + source * x_bytes
-                fill_panel(8, panels + block * panel_bytes, addresses, x_bytes >> 6)
+            fill_panels(given, row, count, addresses, panels)
             tile = first
             while tile < last:
                 at = given.weights + tile * tile_bytes
