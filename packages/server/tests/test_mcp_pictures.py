@@ -54,3 +54,8 @@ def test_they_reach_a_model_that_sees(start_mcp: Callable[..., Any], tmp_path: P
     assert seen() == (("image", True) if sees else ("text", False))
     output: Any = response.output[1]
     assert output.output.startswith("[image: image/png, ")
+    # A response that goes on from it shows the model the same.
+    engine.pictures.clear()
+    client.responses.create(model="default", input="And now?", previous_response_id=response.id, tools=[TOOL])
+    del engine.template_calls[-1].messages[3:]  # the answer, and what was asked next
+    assert seen() == (("image", True) if sees else ("text", False))

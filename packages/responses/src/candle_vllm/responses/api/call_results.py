@@ -17,6 +17,8 @@ from candle_vllm.responses.protocol.items import (
     McpApprovalRequestItem,
     McpApprovalResponseItem,
     McpCallItem,
+    MessageItem,
+    images_in,
     parts_of,
 )
 
@@ -33,9 +35,16 @@ class Placed(NamedTuple):
 
 
 class CallResults:
-    """What came of each call, by its id, and which calls somebody has agreed to."""
+    """What came of each call, by its id, and which calls somebody has agreed to.
 
-    def __init__(self, items: Sequence[Placed]) -> None:
+    Args:
+        items: of the conversation.
+        max_images: that the model may be shown; of `mcp_call` items beyond it, and of all where it is 0, the text
+            stands in their place.
+    """
+
+    def __init__(self, items: Sequence[Placed], max_images: int = 0) -> None:
+        self._shown = _shown(items, max_images)
         self.parts: dict[str, tuple[Part, ...]] = {}
         self.approved: dict[str, str] = {}  # id of the call -> path of the agreement
         self.call_paths: dict[str, str] = {}
@@ -85,10 +94,13 @@ class CallResults:
         if request is not None and request in self._requests:
             self.approved.pop(request, None)
             self.run_by_approval.add(item.id)
-            self.parts[request] = (TextPart(_outcome(item)),)
+            self.parts[request] = self._parts(item, path)
             return
         self._claim(item.id, f"{path}.id")
-        self.parts[item.id] = (TextPart(_outcome(item)),)
+        self.parts[item.id] = self._parts(item, path)
+
+    def _parts(self, item: McpCallItem, path: str) -> tuple[Part, ...]:
+        return parts_of(item.content, f"{path}.content") if item.id in self._shown else (TextPart(_outcome(item)),)
 
     def _decided(self, item: McpApprovalResponseItem, path: str) -> None:
         request = item.approval_request_id
@@ -100,6 +112,20 @@ class CallResults:
             self.approved[request] = f"{path}.approval_request_id"
         else:
             self.parts[request] = (TextPart(f"{DENIED} {item.reason}" if item.reason else DENIED),)
+
+
+def _shown(items: Sequence[Placed], room: int) -> set[str]:
+    """The ids of `mcp_call` items whose images there is room for beside those of messages, the latest first."""
+    shown = set[str]()
+    if room:
+        for item, _ in items:
+            if isinstance(item, (MessageItem, CallOutputItem)):
+                room -= images_in(item.content if isinstance(item, MessageItem) else item.output)
+        for item, _ in reversed(items):
+            if isinstance(item, McpCallItem) and 0 < (images := images_in(item.content)) <= room:
+                room -= images
+                shown.add(item.id)
+    return shown
 
 
 def _outcome(item: McpCallItem) -> str:

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from msgspec import UNSET
 
 from candle_vllm.openai.protocol.custom_tools import custom_input
+from candle_vllm.openai.task import Part, TextPart
 from candle_vllm.responses.api.call_results import NOT_RUN
 from candle_vllm.responses.api.item_writers import Emit, ItemWriter
 from candle_vllm.responses.protocol import events as wire
@@ -14,6 +17,8 @@ from candle_vllm.responses.protocol.response import (
     FunctionCallOut,
     McpCallOut,
     ProtocolFailure,
+    ShownImage,
+    ShownText,
     ToolFailure,
 )
 from candle_vllm.responses.tools.tool import ToolResult
@@ -97,6 +102,7 @@ class McpCallWriter(CallWriter):
         self._server, self._name, self._approval = server, name, approval
         self._told = False
         self._result: ToolResult | None = None
+        self._shown: Sequence[Part] = ()
 
     def begin(self) -> None:
         super().begin()
@@ -112,9 +118,9 @@ class McpCallWriter(CallWriter):
             self._told = True
             self._emit(wire.McpArgumentsDone, arguments=self.arguments)
 
-    def finish(self, result: ToolResult) -> None:
-        """The last events, with what came of the call."""
-        self._result = result
+    def finish(self, result: ToolResult, shown: Sequence[Part] = ()) -> None:
+        """The last events, with what came of the call, and what the model sees of that where it is not text."""
+        self._result, self._shown = result, shown
         self.end("completed" if result.status == "completed" else "failed")
 
     def item(self, status: str) -> McpCallOut:
@@ -126,6 +132,7 @@ class McpCallWriter(CallWriter):
             name=self._name,
             arguments=self.arguments,
             output=result.text if result is not None and result.status == "completed" else None,
+            content=tuple(map(_shown, self._shown)) or UNSET,
             error=None if result is None or result.status == "completed" else _failure(result),
             approval_request_id=self._approval,
         )
@@ -134,6 +141,10 @@ class McpCallWriter(CallWriter):
         self.end_arguments()
         failed = self._result is None or self._result.status != "completed"
         self._emit(wire.McpCallFailed if failed else wire.McpCallCompleted)
+
+
+def _shown(part: Part) -> ShownText | ShownImage:
+    return ShownText(text=part.text) if isinstance(part, TextPart) else ShownImage(image_url=part.source)
 
 
 def _failure(result: ToolResult) -> ToolFailure | ProtocolFailure:

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from candle_vllm.responses.api.item_writers import OutputLog, new_id
 from candle_vllm.responses.api.tool_plan import ToolPlan
-from candle_vllm.responses.api.turn_items import TurnItems
+from candle_vllm.responses.api.turn_items import MAX_SHOWN, TurnItems
 from candle_vllm.responses.conversation import events as said
 from candle_vllm.responses.conversation.options import ConversationUsage, StopReason
 from candle_vllm.responses.protocol import events as wire
@@ -43,6 +43,7 @@ class EventWriter:
         plan: the tools; where they are not known yet, `resume` says them.
         encoded: thoughts come in the form that is sent back, too.
         tells_guesses: usage has the counts of guessed tokens.
+        room: bytes of the images in its items.
         clock: seconds since 1970.
 
     Attributes:
@@ -57,14 +58,15 @@ class EventWriter:
         *,
         encoded: bool = False,
         tells_guesses: bool = False,
+        room: int = MAX_SHOWN,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.response = response
         self.concluded = False
-        self._encoded, self._tells_guesses = encoded, tells_guesses
+        self._encoded, self._tells_guesses, self._room = encoded, tells_guesses, room
         self._clock = clock
         self._log = OutputLog()
-        self._items = TurnItems(self._log, plan or ToolPlan(), encoded=encoded)
+        self._items = TurnItems(self._log, plan or ToolPlan(), encoded=encoded, room=room)
         self._usage = ConversationUsage()
 
     def start(self) -> list[wire.StreamEvent]:
@@ -77,7 +79,7 @@ class EventWriter:
     def resume(self, plan: ToolPlan | None = None) -> list[wire.StreamEvent]:
         """Work has begun, with these tools."""
         if plan is not None:
-            self._items = TurnItems(self._log, plan, encoded=self._encoded)
+            self._items = TurnItems(self._log, plan, encoded=self._encoded, room=self._room)
         if self.response.status == "queued":
             self.response = replace(self.response, status="in_progress")
             self._log.emit(wire.ResponseInProgress, response=self.response)
@@ -114,7 +116,7 @@ class EventWriter:
             case said.ToolStarted():
                 items.run(event.call)
             case said.ToolFinished():
-                items.ran(event.result)
+                items.ran(event.result, event.shown)
             case said.ToolProgressed():
                 pass  # the specification has no event for it
             case said.ConversationFinished():

@@ -68,7 +68,7 @@ def encode_thoughts(text: str) -> str:
 
 
 def translate(
-    items: Sequence[Placed], instructions: str | None, names: ToolNames, habits: TemplateHabits
+    items: Sequence[Placed], instructions: str | None, names: ToolNames, habits: TemplateHabits, max_images: int = 0
 ) -> Translated:
     """The messages of a request.
 
@@ -77,12 +77,13 @@ def translate(
         instructions: go before everything.
         names: of tools in calls.
         habits: what the model's template takes.
+        max_images: that the model may be shown, those in results of its own tools among them.
 
     Raises:
         InvalidParameterError: calls and results do not belong together, or there are too many in one answer; the item
             is named.
     """
-    results = CallResults(items)
+    results = CallResults(items, max_images)
     body = _Body(names, habits, results)
     if instructions:
         body.head.append(instructions)

@@ -26,8 +26,9 @@ from candle_vllm.responses.api.response_stream import ResponseStream
 from candle_vllm.responses.api.stored_items import entry_of, stored_items
 from candle_vllm.responses.api.task_making import Prepared, TaskMaker, gather_items, has_servers
 from candle_vllm.responses.api.tool_plan import ToolPlan
+from candle_vllm.responses.api.turn_items import MAX_SHOWN
 from candle_vllm.responses.api.turn_model import TokensSpentError, TurnModel
-from candle_vllm.responses.conversation.chat_model import ChatModel
+from candle_vllm.responses.conversation.chat_model import ChatModel, eyes_of
 from candle_vllm.responses.conversation.events import Event, ToolStarted
 from candle_vllm.responses.conversation.loop import ConversationLoop
 from candle_vllm.responses.conversation.options import ConversationOptions
@@ -100,7 +101,7 @@ class Responder:
         self._kept = kept
         self._memory = memory
         self._options = options or ResponderOptions()
-        self._task_maker = TaskMaker(servers or NoServers(), habits, self._options.sampling_defaults)
+        self._task_maker = TaskMaker(servers or NoServers(), habits, self._options.sampling_defaults, eyes_of(model))
 
     async def create(self, request: ResponsesRequest | Fields, *, owner: str = "") -> Response:
         """The whole response; what `create_stream` would tell in its last event. Cancelling it ends the response.
@@ -151,7 +152,10 @@ class Responder:
                 model = parsed.model
             response = begin_response(parsed, model=model, stored=stored, defaults=defaults)
             writer = EventWriter(
-                response, encoded=parsed.wants_encrypted, tells_guesses=bool(parsed.return_draft_counts)
+                response,
+                encoded=parsed.wants_encrypted,
+                tells_guesses=bool(parsed.return_draft_counts),
+                room=self._room(stored),
             )
 
             async def work(stream: ResponseStream) -> None:
@@ -199,6 +203,13 @@ class Responder:
                     raise UnsupportedParameterError(f"{field} is not supported: this server keeps no responses", field)
             return False
         return request.store is not False
+
+    def _room(self, stored: bool) -> int:
+        """Bytes of the images in an answer: what is kept of it must fit into the store."""
+        if self._kept is None or not stored:
+            return MAX_SHOWN
+        options = self._kept.options
+        return min(MAX_SHOWN, options.max_record_bytes // 4, options.max_bytes // 4)
 
     async def _ready(
         self, request: ResponsesRequest, owner: str, stack: AsyncExitStack, *, check: bool

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.errors import InvalidParameterError, RequestError
 from candle_vllm.core.sampling.params import SAMPLER_FIELDS
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.conversation import TemplateHabits
@@ -27,7 +28,8 @@ from candle_vllm.responses.api.mcp_source import McpSource, OpenServer
 from candle_vllm.responses.api.messages import Translated, translate
 from candle_vllm.responses.api.tool_plan import PlannedTool, ToolPlan, plan_tools
 from candle_vllm.responses.api.turn_model import check_number, fewer
-from candle_vllm.responses.protocol.items import InputItem, ItemReference
+from candle_vllm.responses.conversation.chat_model import Eyes
+from candle_vllm.responses.protocol.items import InputItem, ItemReference, McpCallItem, images_in
 from candle_vllm.responses.protocol.request import JsonSchemaFormat, PromptFields, ResponsesRequest
 from candle_vllm.responses.protocol.tools import McpTool
 from candle_vllm.responses.store.entries import Item, NotStoredError
@@ -40,6 +42,9 @@ _SAME_NAMES = (  # in a request and in `SamplingParams`
     "stop", "cache_salt", *SAMPLER_FIELDS,
 )  # fmt: skip
 _ITEM = TypeAdapter[InputItem](InputItem)
+_PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTj2FAAAAABJRU5ErkJggg=="
+)  # a picture
 MAX_URLS = 16  # MCP servers that one request names by their URLs; each is a connection of its own
 
 
@@ -102,6 +107,7 @@ class TaskMaker:
         servers: where MCP servers come from.
         habits: what the model's template takes; None is everything.
         sampling_defaults: for fields that a request leaves open.
+        eyes: the model's, for the images in results of its own tools; None is shown none.
     """
 
     def __init__(
@@ -109,10 +115,12 @@ class TaskMaker:
         servers: McpSource,
         habits: Callable[[], Awaitable[TemplateHabits]] | None,
         sampling_defaults: Mapping[str, Any],
+        eyes: Eyes | None = None,
     ) -> None:
         self._servers = servers
         self._habits = habits
         self._sampling_defaults = sampling_defaults
+        self._eyes = eyes
 
     def check_servers(self, request: PromptFields) -> None:
         """Refuses MCP servers that are not there or must not be dialled, without dialling any."""
@@ -149,7 +157,8 @@ class TaskMaker:
         servers = await self._open(request, stack)
         plan = plan_tools(request, servers)
         habits = await self._habits() if self._habits is not None else TemplateHabits()
-        made = await asyncio.to_thread(translate, items, request.instructions, plan, habits)
+        shown = await self._max_images(items)
+        made = await asyncio.to_thread(translate, items, request.instructions, plan, habits, shown)
         defaults = self._sampling_defaults if isinstance(request, ResponsesRequest) else {}
         if request.truncation != "auto":
             _check_length(request, len(made.messages))
@@ -158,6 +167,17 @@ class TaskMaker:
         if check or made.approved:
             await asyncio.to_thread(prepared.task)
         return prepared
+
+    async def _max_images(self, items: Sequence[Placed]) -> int:
+        """Of the conversation, where it has images in results and the model's template has a place for them."""
+        shown = any(isinstance(item, McpCallItem) and images_in(item.content) for item, _ in items)
+        if not shown or self._eyes is None or not self._eyes.max_images:
+            return 0
+        try:
+            await self._eyes.try_picture(_PIXEL)
+        except RequestError:
+            return 0
+        return self._eyes.max_images
 
     async def _open(self, request: PromptFields, stack: AsyncExitStack) -> dict[int, OpenServer]:
         """All at the same time; where one fails, those that are open are closed with the stack."""

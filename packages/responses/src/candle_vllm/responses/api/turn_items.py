@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from msgspec import UNSET
 
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai.protocol.chat import ChatTokenLogprob
+from candle_vllm.openai.task import ImagePart, Part
 from candle_vllm.responses.api.call_writers import CallWriter, CustomWriter, FunctionWriter, McpCallWriter
 from candle_vllm.responses.api.item_writers import ItemWriter, MessageWriter, OutputLog, ReasoningWriter, new_id
 from candle_vllm.responses.api.tool_plan import ToolPlan
 from candle_vllm.responses.protocol.items import Phase
 from candle_vllm.responses.protocol.response import McpApprovalRequestOut
 from candle_vllm.responses.tools.tool import ToolCall, ToolResult
+
+MAX_SHOWN = 8 << 20  # bytes of the images of results in one response
+MAX_SHOWN_OF_ITEM = 3 << 20  # of those in one item; a conversation's items have 4 MB
 
 _Writer = TypeVar("_Writer", bound=ItemWriter)
 
@@ -26,12 +31,14 @@ class TurnItems:
         log: gets their events.
         plan: the tools.
         encoded: thoughts come in the form that is sent back, too.
+        room: bytes of the images that all items together have.
     """
 
-    def __init__(self, log: OutputLog, plan: ToolPlan, *, encoded: bool) -> None:
+    def __init__(self, log: OutputLog, plan: ToolPlan, *, encoded: bool, room: int = MAX_SHOWN) -> None:
         self._log = log
         self._plan = plan
         self._encoded = encoded
+        self._room = room
         self._open: MessageWriter | ReasoningWriter | None = None
         self._calls: dict[str, CallWriter] = {}  # by the id of the call; those that are not done
         self._told: set[str] = set()  # ids of calls that have an item
@@ -127,12 +134,15 @@ class TurnItems:
         writer.add(call.arguments)
         writer.end_arguments()
 
-    def ran(self, result: ToolResult) -> None:
-        """A call has its result."""
+    def ran(self, result: ToolResult, shown: Sequence[Part] = ()) -> None:
+        """A call has its result; its item has what the model is shown of that, where there is room for the images."""
         self.run(result.call)  # one that was not let run, such as one with wrong arguments
         writer = self._calls.get(result.call.id)
         if isinstance(writer, McpCallWriter):
-            writer.finish(result)
+            size = sum(len(part.source) for part in shown if isinstance(part, ImagePart))
+            fits = size <= min(self._room, MAX_SHOWN_OF_ITEM)
+            self._room -= size if fits else 0
+            writer.finish(result, shown if fits else ())
             self._settle(writer)
 
     def close(self, status: str) -> None:

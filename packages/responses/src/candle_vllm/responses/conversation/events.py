@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from candle_vllm.openai.task import Part
 from candle_vllm.responses.conversation.options import ConversationResult, ConversationUsage
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolProgress, ToolResult
 
@@ -90,9 +91,15 @@ class ToolProgressed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class ToolFinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A call has its result; also one that did not run (no such tool, wrong arguments, denied)."""
+    """A call has its result; also one that did not run (no such tool, wrong arguments, denied).
+
+    Attributes:
+        result: what came of it.
+        shown: what the model sees of it in place of the text, where images are among that.
+    """
 
     result: ToolResult
+    shown: tuple[Part, ...] = ()
 
 
 class ConversationFinished(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -275,4 +275,4 @@ class TurnCalls:
             kept = replace(result, output=ToolOutput.of_text(result.text, is_error=result.output.is_error))
         self._results[result.call.id] = kept
         self._transcript.add_result(result, parts)
-        await self._channel.send(ToolFinished(result=result))
+        await self._channel.send(ToolFinished(result=result, shown=parts))

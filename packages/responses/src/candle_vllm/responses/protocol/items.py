@@ -130,6 +130,11 @@ def parts_of(content: Any, path: str) -> tuple[Part, ...]:
     )
 
 
+def images_in(content: Any) -> int:
+    """How many images a content has."""
+    return 0 if isinstance(content, str) else sum(isinstance(part, ImagePart) for part in content or ())
+
+
 Phase = Literal["commentary", "final_answer"]
 """What a message of the model is: said before or between calls, or the answer."""
 
@@ -248,7 +253,7 @@ class McpListToolsItem(WireModel):
 
 
 class McpCallItem(WireModel):
-    """A call that was run on an MCP server, and what came of it."""
+    """A call that was run on an MCP server, and what came of it; `content` is shown to a model that sees."""
 
     type: Literal["mcp_call"]
     id: ItemId
@@ -256,6 +261,7 @@ class McpCallItem(WireModel):
     name: Name
     arguments: Text
     output: Text | None = None
+    content: Annotated[list[_OutputPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     error: Any = None
     status: Status | None = None
     approval_request_id: ItemId | None = None

@@ -120,12 +120,25 @@ class ProtocolFailure(_Typed, frozen=True, kw_only=True, tag="mcp_protocol_error
     message: str
 
 
+class ShownText(_Typed, frozen=True, kw_only=True, tag="input_text"):
+    """Text of a result that the model was shown."""
+
+    text: str
+
+
+class ShownImage(_Typed, frozen=True, kw_only=True, tag="input_image"):
+    """An image of a result that the model was shown, as a data URL."""
+
+    image_url: str
+
+
 class McpCallOut(_Typed, frozen=True, kw_only=True, tag="mcp_call"):
     """A call that the server made on an MCP server.
 
     Attributes:
         status: `completed`, `failed`, or `incomplete` where it was not run.
-        output: what the model sees of the result; null where it failed.
+        output: the result as text; null where it failed.
+        content: what the model saw of the result, where images were among that.
         approval_request_id: the request that somebody agreed to.
     """
 
@@ -135,6 +148,7 @@ class McpCallOut(_Typed, frozen=True, kw_only=True, tag="mcp_call"):
     name: str
     arguments: str
     output: str | None = None
+    content: tuple[ShownText | ShownImage, ...] | UnsetType = UNSET
     error: ToolFailure | ProtocolFailure | None = None
     approval_request_id: str | None = None
 
