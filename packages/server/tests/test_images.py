@@ -50,6 +50,10 @@ OLLAMA: list[Any] = [{"role": "user", "content": "What is ", "images": [DATA]}]
 def ask_openai(running: Any) -> tuple[str | None, int]:
     answer = running.openai().chat.completions.create(model="m", messages=OPENAI, max_tokens=6, temperature=0)
     assert answer.usage is not None
+    with running.http() as client:
+        tokens = client.post("/tokenize", json={"messages": OPENAI}).json()
+        counted = client.post("/v1/chat/completions/input_tokens", json={"messages": OPENAI}).json()
+    assert tokens["count"] == len(tokens["tokens"]) == counted["input_tokens"] == answer.usage.prompt_tokens
     return answer.choices[0].message.content, answer.usage.prompt_tokens
 
 

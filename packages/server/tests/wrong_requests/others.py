@@ -244,7 +244,10 @@ ROUTES = [
     *[Route(path, {"prompt": "a", "n_predict": 4}, COMPLETION_ROWS) for path in ("/completion", "/completions")],
     Route("/infill", {"input_prefix": "a", "input_suffix": "", "n_predict": 4}, INFILL_ROWS),
     Route("/v1/fim/completions", {"prompt": "a", "suffix": "", "max_tokens": 4}, FIM_ROWS),
-    Route("/apply-template", {"messages": MESSAGES}, TEMPLATE_ROWS),
+    *[
+        Route(path, {"messages": MESSAGES}, TEMPLATE_ROWS)
+        for path in ("/apply-template", "/v1/chat/completions/input_tokens")
+    ],
     Route("/classify", {"model": "default", "input": "a"}, CLASSIFY_ROWS),
     Route("/pooling", {"model": "default", "input": "a", "pooling": "mean", "task": "embed"}, POOLING_ROWS),
     *[Route(f"/v1/models/{verb}", {"model": "default"}, MANAGED_ROWS) for verb in ("load", "select")],

@@ -222,6 +222,15 @@ OPERATIONS: Mapping[Key, Operation] = {
         errors=(*BODY_ERRORS, *MODEL_ERRORS, 504),
         naming=RESPONSES,
     ),
+    ("POST", "/v1/chat/completions/input_tokens"): Operation(
+        id="count_chat_tokens",
+        tag="tokens",
+        summary="How many tokens a chat request's prompt has, images included",
+        body=(ChatCompletionRequest,),
+        example={"messages": _MESSAGES},
+        answers={200: (InputTokens,)},
+        errors=(*BODY_ERRORS, *MODEL_ERRORS, 504),
+    ),
     ("POST", "/v1/embeddings"): Operation(
         id="create_embedding",
         tag="vectors and scores",

@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: MIT
-"""`/tokenize` and `/detokenize`: steps 1 to 3 of a request's life, and no further.
+"""`/tokenize`, `/detokenize` and the count of a chat request: steps 1 to 3 of a request's life, and no further.
 
 They use a model's tokenizer and wait in no queue: the engine has nothing to do for them.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from candle_vllm.openai.protocol.chat import ChatCompletionRequest
+from candle_vllm.openai.requests import parse_chat_request, read_chat
 from candle_vllm.openai.tokenizing import parse_detokenize_request, parse_tokenize_request
+from candle_vllm.responses.protocol.response import InputTokens
 from candle_vllm.server.answering import answer_with
+from candle_vllm.server.models.slot import ServedModel
 
 router = APIRouter()
 
@@ -29,3 +35,13 @@ async def detokenize(request: Request) -> Response:
     return await answer_with(
         request, parse_detokenize_request, lambda model, wire: model.adapter.detokenize(wire), queued=False
     )
+
+
+@router.post("/v1/chat/completions/input_tokens")
+async def count_chat_tokens(request: Request) -> Response:
+    """How many tokens the prompt of a chat request has, as llama.cpp counts them; nothing is generated."""
+
+    async def count(model: ServedModel, wire: ChatCompletionRequest) -> InputTokens:
+        return InputTokens(input_tokens=await model.adapter.count_tokens(partial(read_chat, wire)))
+
+    return await answer_with(request, parse_chat_request, count, queued=False)
