@@ -46,6 +46,7 @@ from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition
 
 if TYPE_CHECKING:
     from candle_vllm.responses.api.kept import KeptResponses
+    from candle_vllm.responses.store.options import StoreOptions
 
 Fields = Mapping[str, Any]  # a request as a plain object, checked when it is used
 
@@ -151,11 +152,15 @@ class Responder:
             if parsed.model is not None and (parsed.model in names or not names):
                 model = parsed.model
             response = begin_response(parsed, model=model, stored=stored, defaults=defaults)
+            given = await asyncio.to_thread(_given, items) if stored or self._memory is not None else ()
+            room = MAX_SHOWN
+            if self._kept is not None and stored and has_servers(parsed):
+                room = await asyncio.to_thread(_room, self._kept.options, given)
             writer = EventWriter(
                 response,
                 encoded=parsed.wants_encrypted,
                 tells_guesses=bool(parsed.return_draft_counts),
-                room=self._room(stored),
+                room=room,
             )
 
             async def work(stream: ResponseStream) -> None:
@@ -164,7 +169,6 @@ class Responder:
                 ready = prepared or (await self._ready(parsed, owner, stream.opened, check=False))[0]
                 await self._answer(stream, writer, parsed, ready, owner if stored and keep else None)
 
-            given = await asyncio.to_thread(_given, items) if stored or self._memory is not None else ()
             return ResponseStream(writer, work, given, opened=stack.pop_all())
 
     async def compact(self, request: CompactRequest | Fields, *, owner: str = "") -> CompactedResponse:
@@ -203,13 +207,6 @@ class Responder:
                     raise UnsupportedParameterError(f"{field} is not supported: this server keeps no responses", field)
             return False
         return request.store is not False
-
-    def _room(self, stored: bool) -> int:
-        """Bytes of the images in an answer: what is kept of it must fit into the store."""
-        if self._kept is None or not stored:
-            return MAX_SHOWN
-        options = self._kept.options
-        return min(MAX_SHOWN, options.max_record_bytes // 4, options.max_bytes // 4)
 
     async def _ready(
         self, request: ResponsesRequest, owner: str, stack: AsyncExitStack, *, check: bool
@@ -285,3 +282,9 @@ def _open_calls(task: Task, made: Translated) -> list[ToolCall]:
 def _given(items: Sequence[Placed]) -> list[dict[str, Any]]:
     """What came with the request itself, as it is kept."""
     return stored_items([one.item for one in items if one.path.startswith("input")])
+
+
+def _room(options: StoreOptions, given: Sequence[Mapping[str, Any]]) -> int:
+    """Bytes that the images in an answer may have: with what was given it must fit into the store."""
+    left = min(options.max_record_bytes, options.max_bytes) - len(msgspec.json.encode(given))
+    return max(0, min(MAX_SHOWN, left // 2))
