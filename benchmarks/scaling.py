@@ -6,6 +6,7 @@ python benchmarks/scaling.py sum         adding up 8 KB to 1 MB between processe
 python benchmarks/scaling.py engine      steps of a small random model by 1 to 3 ranks, op by op
 python benchmarks/scaling.py stages      prompts and steps of a larger one by one rank and by 2 stages, and who is busy
 python benchmarks/scaling.py model       the tables of 1 to 8 GPUs, as ranks and as stages
+python benchmarks/scaling.py machines    the table of 1 to 8 machines with 1 to 16 GPUs together
 """
 
 from __future__ import annotations
@@ -54,6 +55,12 @@ LINKS = {  # microseconds of one sum of a few rows, published: NCCL on eight H10
     "PCIe": 16.0,
     "no peer access": 39.0,
 }
+LARGE = {  # layers, width, GB that a step of one row reads; and GB of all weights
+    "70B, bf16": (Model(80, 8192, 141.0), 141.0),
+    "R1 671B, Q4_K, 37B of them active": (Model(61, 7168, 22.4), 404.0),
+}
+NETWORK = 59.0
+"""Microseconds of one sum of a few rows between four machines, published: NCCL over RoCE, 48 KB."""
 BANDWIDTH, SHARE, FIXED = 3350.0, 0.7, 0.4
 """GB/s of an H100's memory, how much of it kernels reach, and milliseconds of a step that no rank shortens."""
 
@@ -82,7 +89,7 @@ def message() -> None:
 
 
 class _Nothing:
-    fatal = ()
+    fatal, in_flight = (), 1
 
 
 def _run(number: int) -> Run:
@@ -111,11 +118,37 @@ def add_up() -> None:
         other.join()
 
 
+class _Files:
+    """Notes as files of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def _path(self, key: str) -> Path:
+        return self._folder / key.encode().hex()
+
+    def set(self, key: str, value: bytes) -> None:
+        new = self._path(key).with_suffix(f".{os.getpid()}")
+        new.write_bytes(value)
+        new.replace(self._path(key))
+
+    def has(self, key: str) -> bool:
+        return self._path(key).exists()
+
+    def get(self, key: str) -> bytes:
+        while not self.has(key):
+            time.sleep(0.01)
+        return self._path(key).read_bytes()
+
+    def add(self, key: str, amount: int) -> int:
+        raise NotImplementedError("sums of two need no counters")
+
+
 def _sums(rank: int, folder: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    group = ProcessGroup(rank, 2, "cpu", Path(folder) / "store", patience=60)
+    group = ProcessGroup(rank, 2, "cpu", _Files(Path(folder)), "sums", patience=60)
     for size in (8 << 10, 64 << 10, 1 << 20):
         x, times = torch.zeros(1, size // 4), []
         for _ in range(ROUNDS):
@@ -165,7 +198,8 @@ def stages() -> None:
                 if flying < count:
                     engine.scheduler.in_flight, engine.step = 1, _one_at_a_time(engine)
                     engine.scheduler._go_on = lambda _: None
-                ranks = [os.getpid(), *(each.pid for each in made._ranks._processes)] if made._ranks else [os.getpid()]
+                others = made._ranks._others.values() if made._ranks else ()
+                ranks = [os.getpid(), *(each.process.pid for each in others if each.process is not None)]
                 for name, (prompts, params) in works.items():
                     seconds, busy = min(_worked(made, ranks, prompts, params) for _ in range(3))
                     shares = " ".join(f"{share:.2f}" for share in busy)
@@ -217,8 +251,37 @@ def model() -> None:
             print(f"| {name} | {link} | " + " | ".join(rates) + " |")
 
 
+def machines() -> None:
+    """Tokens a second of one sequence, of machines with NVLink inside; a stage for each, or ranks over all of them."""
+    shapes = [(1, 2), (1, 4), (1, 8), (2, 1), (2, 4), (2, 8), (4, 1), (4, 4), (8, 1), (8, 2)]
+    print(
+        "| machines x GPUs | flags on each | "
+        + " | ".join(f"{each}: GB a GPU, as stages, as ranks" for each in LARGE)
+        + " |"
+    )
+    print("|" + "---|" * (2 + len(LARGE)))
+    for count, gpus in shapes:
+        flags = f"-tp {gpus}" + (f" -pp {count} --nnodes {count}" if count > 1 else "")
+        cells = []
+        for each, whole in LARGE.values():
+            inside = 0.0 if gpus == 1 else 2 * each.layers * LINKS["NVLink"] / 1e3
+            reading = each.gigabytes / (gpus * BANDWIDTH * SHARE) * 1e3
+            staged = 1e3 / (reading + inside + (count > 1) * count * NETWORK / 1e3 + FIXED)
+            across = each.gigabytes / (count * gpus * BANDWIDTH * SHARE) * 1e3 + 2 * each.layers * NETWORK / 1e3
+            ranked = f", {1e3 / (across + FIXED):.0f}" if count > 1 else ""
+            cells.append(f"{whole / count / gpus:.0f}, {staged:.0f}{ranked}")
+        print(f"| {count} x {gpus} | `{flags}` | " + " | ".join(cells) + " |")
+
+
 if __name__ == "__main__":
-    works = {"message": message, "sum": add_up, "engine": engine, "stages": stages, "model": model}
+    works = {
+        "message": message,
+        "sum": add_up,
+        "engine": engine,
+        "stages": stages,
+        "model": model,
+        "machines": machines,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=works)
     works[parser.parse_args().what]()

@@ -170,7 +170,7 @@ def test_the_tables_speak_of_what_is_there_and_what_is_not() -> None:
 
 def test_what_is_so_anyway_may_be_said() -> None:
     settings: dict[str, Any] = {
-        "nnodes": 1,
+        "enable_eplb": False,
         "fully_sharded_loras": False,
         "limit_mm_per_prompt": {},
     }
@@ -182,11 +182,11 @@ def test_what_is_so_anyway_may_be_said() -> None:
 @pytest.mark.parametrize(
     ("make", "given", "said"),
     [
-        (EngineConfig, {"model": "m", "nnodes": 2}, "in no other way"),
-        (EngineConfig, {"model": "m", "nnodes": True}, "in no other way"),
+        (EngineConfig, {"model": "m", "enable_eplb": True}, "in no other way"),
+        (EngineConfig, {"model": "m", "enable_eplb": 1}, "in no other way"),
         (
             EngineConfig,
-            {"model": "m", "nnodes": 1, "fully_sharded_loras": True},
+            {"model": "m", "enable_eplb": False, "fully_sharded_loras": True},
             "adapters lie whole",
         ),
         (SamplingParams, {"detokenize": False}, "always so"),

@@ -65,7 +65,7 @@ def ranks(model: Path) -> Iterator[InferenceEngine]:
 def pids(engine: InferenceEngine) -> list[int]:
     found = engine._ranks
     assert found is not None
-    return [process.pid for process in found._processes]
+    return [other.process.pid for other in found._others.values() if other.process is not None]
 
 
 def is_alive(pid: int) -> bool:
@@ -175,7 +175,7 @@ def test_ranks_end_with_the_first_one(model: Path) -> None:
         "import os, sys, time\n"
         "from candle_vllm.core import InferenceEngine\n"
         "engine = InferenceEngine(sys.argv[1], device='cpu', enforce_eager=True, threads=1, tensor_parallel_size=2)\n"
-        "print(*(process.pid for process in engine._ranks._processes), flush=True)\n"
+        "print(*(other.process.pid for other in engine._ranks._others.values()), flush=True)\n"
         "time.sleep(60)\n"
     )
     first = subprocess.Popen([sys.executable, "-c", script, str(model)], stdout=subprocess.PIPE, text=True)
@@ -198,7 +198,7 @@ def test_what_a_rank_cannot_load_is_said(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_cannot_begin_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("candle_vllm.core.engine.ranks._RANK", (sys.executable, "-c", "raise SystemExit(3)"))
+    monkeypatch.setattr("candle_vllm.core.engine.ranks.RANK", (sys.executable, "-c", "raise SystemExit(3)"))
     with pytest.raises(Exception, match=r"rank 1 has ended .*exit status 3"):
         engine_of(model, 2)
 
@@ -207,9 +207,11 @@ def test_a_rank_that_ends_while_steps_are_made_is_named(model: Path, monkeypatch
     """What is done together fails in the first rank too, by words of the library below."""
     loaded = Ranks.all_loaded
 
-    def killed(self: Ranks) -> None:
-        self._processes[0].kill()
-        loaded(self)
+    def killed(self: Ranks, files: Any) -> None:
+        process = self._others[1].process
+        assert process is not None
+        process.kill()
+        loaded(self, files)
 
     monkeypatch.setattr(Ranks, "all_loaded", killed)
     with pytest.raises(ModelLoadError, match=r"rank 1 has ended .*killed by SIGKILL"):

@@ -80,7 +80,7 @@ def test_how_vectors_are_made() -> None:
         ({"spec_model": "draft", "spec_method": "ngram"}, ConfigError, "model belongs to the method draft_model"),
         ({"spec_method": "eagle"}, ConfigError, "speculative_config: the method 'eagle' is not there"),
         ({"served_model_name": "m"}, TypeError, "names are a server's"),
-        ({"master_addr": "10.0.0.1"}, TypeError, "in no other way"),
+        ({"device_ids": [1]}, TypeError, "in no other way"),
         ({"limit_mm_per_prompt": {"image": 1}}, TypeError, "max_images"),
         ({"logits_processors": [object]}, TypeError, "requests have them, as functions"),
         ({"temperature": 1}, TypeError, "requests have it"),

@@ -149,6 +149,8 @@ TRANSLATED: dict[str, dict[str, Any]] = {
     "--api-key k1 --api-key k2": {"api_key": ("k1", "k2")},
     "-tp 1 -O3 --swap-space 4": {"tensor_parallel_size": 1},
     "-tp 2 --num-shards 2": {"tensor_parallel_size": 2},
+    "--num-nodes 2 --headless": {"nnodes": 2},
+    "--worker-use-ray": {"distributed_executor_backend": "ray"},
     "-pp 2 -ep": {"pipeline_parallel_size": 2, "enable_expert_parallel": True},
     "--scheduling-policy priority --enable-log-requests": {"enable_request_priority": True, "log_requests": True},
     "--disable-log-requests --uvicorn-log-level critical": {"log_requests": False, "log_level": "error"},
@@ -270,7 +272,7 @@ def test_a_wrong_file_of_flags_is_named(tmp_path: Path, text: str, message: str)
     [
         (
             ["--decode-context-parallel-size", "2"],
-            "--decode-context-parallel-size 2 is not taken: a model is divided among the GPUs of one machine",
+            "--decode-context-parallel-size 2 is not taken: a model is divided among GPUs by --tensor-parallel-size",
         ),
         (
             ["-ot", "exps=CPU"],

@@ -27,8 +27,8 @@ PREPARED = "pictures are read as they are, and prepared as the model's files say
 
 _WHOLE = "cpu_experts, cpu_offload_gb and gpu_layers say what of a model is not on its GPU"
 _ONE_DEVICE = (
-    "a model is divided among the GPUs of one machine (tensor_parallel_size, pipeline_parallel_size) or copied to them "
-    "(data_parallel_size), and in no other way"
+    "a model is divided among GPUs (tensor_parallel_size, pipeline_parallel_size, nnodes) or copied to those of one "
+    "machine (data_parallel_size), and in no other way"
 )
 _STORED = "the checkpoint says how it is quantised; isq quantises plain weights while they are loaded"
 _FORM = "structured_outputs, as in structured_outputs=StructuredOutputsParams("
@@ -70,9 +70,8 @@ _SETTINGS: Rows = (
     ("n_gpu_layers", "gpu_layers"),
     ("offload_kqv max_memory", _WHOLE),
     ("swap_space offload_group_size", _WHOLE, (0, 0.0)),
-    ("decode_context_parallel_size prefill_context_parallel_size nnodes", _ONE_DEVICE, (1,)),
+    ("decode_context_parallel_size prefill_context_parallel_size", _ONE_DEVICE, (1,)),
     ("enable_eplb enable_dbo", _ONE_DEVICE, (False,)),
-    ("distributed_executor_backend", _ONE_DEVICE, (None, "uni")),
     ("disable_custom_all_reduce", _ONE_DEVICE, (False, True)),
     ("tp_size", "tensor_parallel_size"),
     ("dp_size", "data_parallel_size"),
@@ -103,7 +102,7 @@ _SETTINGS: Rows = (
     ("max_num_queued_reqs", "max_queued_requests", (None,)),
     ("max_num_scheduled_tokens", "max_num_batched_tokens", (None,)),
     ("cudagraph_capture_sizes", "max_cudagraph_capture_size", (None,)),
-    ("master_addr master_port node_rank device_ids numa_bind numa_bind_nodes numa_bind_cpus data_parallel_rank "
+    ("device_ids numa_bind numa_bind_nodes numa_bind_cpus data_parallel_rank "
      "data_parallel_size_local data_parallel_address data_parallel_backend eplb_config ubatch_size all2all_backend",
      _ONE_DEVICE, (None, 0, False, "mp")),
     ("moe_backend linear_backend mamba_backend", "kernels are chosen for the machine", (None, "auto")),

@@ -33,6 +33,7 @@ from candle_vllm.core.setting_kinds import (
 DType = Literal[
     "auto", "f32", "bf16", "f16", "float32", "fp32", "float", "bfloat16", "float16", "fp16", "half"
 ]  # fmt: skip
+ExecutorBackend = Literal["mp", "ray"]
 LoadFormat = Literal["auto", "dummy"]
 KvCacheDType = Literal["auto", "fp8", "fp8_per_token_head", "int8_per_token_head", "q8_0", "q5_1", "q4_0"]
 LoraDType = Literal[
@@ -43,6 +44,7 @@ CpuLevel = Literal[
 ]  # fmt: skip
 AttentionBackend = Literal["auto", "triton", "torch_flash", "flash_attn", "torch"]
 
+_LEAST_KEY = 16  # characters of a cluster's key
 _DTYPES = ("auto", "f32", "bf16", "f16")
 _DTYPE_ALIASES = MappingProxyType({
     "float32": "f32", "fp32": "f32", "float": "f32", "bfloat16": "bf16", "float16": "f16", "fp16": "f16", "half": "f16",
@@ -251,6 +253,19 @@ class EngineConfig(ExplainedSettings):
                                       "after each other; each is as many ranks as tensor_parallel_size says "
                                       "(docs/scaling.md)",
                                       "Layers are divided so that the stage with most bytes has as few as can be."] = 1
+    nnodes: Annotated[int, Integer(1, 64), "machines that have as many ranks of the model each; the same command is "
+                      "started on all, with a node_rank of its own (docs/scaling.md)"] = 1
+    node_rank: Annotated[int, Integer(0, 63), "which of nnodes this machine is; 0 is the first, which serves"] = 0
+    master_addr: Annotated[str, Text(253), "address of the first of nnodes, at which the others reach it"] = "127.0.0.1"
+    master_port: Annotated[int, Integer(1, 65535), "port of the first of nnodes, at which the others join"] = 29501
+    cluster_key: Annotated[str | None, Text(), "what all nnodes must know, 16 characters or more",
+                           "Who knows it can have the nodes load a model, and read and change what they compute."
+                           ] = dataclasses.field(
+        default=None, repr=False)
+    distributed_executor_backend: Annotated[ExecutorBackend, Choice(get_args(ExecutorBackend)),
+                                            "what starts the ranks: mp, processes of this machine (of several, with "
+                                            "nnodes), or ray, a Ray cluster that runs already (docs/scaling.md)"
+                                            ] = "mp"
     enable_expert_parallel: Annotated[bool, Boolean(), "among the ranks of tensor_parallel_size, whole experts of a "
                                       "mixture on each, in the place of a part of every one (docs/scaling.md)"] = False
     data_parallel_size: Annotated[int, Integer(1, 64), "replicas of the model behind one address, each in a process "
@@ -443,7 +458,7 @@ class EngineConfig(ExplainedSettings):
             )
         stages = self.pipeline_parallel_size
         if len(devices) > 1:
-            ranks = len(devices) // replicas
+            ranks = len(devices) * self.nnodes // replicas
             if self.tensor_parallel_size * stages not in (stages, ranks) or ranks % stages:
                 asked = f"tensor_parallel_size is {self.tensor_parallel_size}"
                 asked += f" and pipeline_parallel_size {stages}" if stages > 1 else ""
@@ -459,6 +474,8 @@ class EngineConfig(ExplainedSettings):
                 "leave it out",
                 "enable_expert_parallel",
             )
+        if self.nnodes > 1:
+            self._check_nodes()
         if self.ranks == 1:
             return
         drafts = draft_settings(self.speculative_config)
@@ -484,6 +501,36 @@ class EngineConfig(ExplainedSettings):
                 "speculative_config is not implemented for several stages, whose steps are in flight before tokens are "
                 "known: leave it out, or set tensor_parallel_size in the place of pipeline_parallel_size",
                 "speculative_config",
+            )
+
+    def _check_nodes(self) -> None:
+        if self.node_rank >= self.nnodes:
+            raise ConfigError(f"node_rank {self.node_rank} of {self.nnodes} nodes: the first is 0", "node_rank")
+        if self.ranks % self.nnodes:
+            raise ConfigError(
+                f"{self.ranks} ranks (tensor_parallel_size times pipeline_parallel_size) cannot be divided among "
+                f"{self.nnodes} nodes: each has as many",
+                "nnodes",
+            )
+        if self.distributed_executor_backend == "ray":
+            raise ConfigError("Ray says which machines there are: leave nnodes out", "nnodes")
+        if self.data_parallel_size > 1:
+            raise ConfigError(
+                "replicas on several machines are not implemented: leave data_parallel_size out, or start a server on "
+                "each machine with a proxy before them",
+                "data_parallel_size",
+            )
+        if self.cluster_key is None or len(self.cluster_key) < _LEAST_KEY:
+            raise ConfigError(
+                f"nnodes needs cluster_key, the same {_LEAST_KEY} characters or more on every node: whoever connects "
+                "without it is turned away",
+                "cluster_key",
+            )
+        if self.master_addr in ("", "0.0.0.0", "::"):  # noqa: S104 - refused
+            raise ConfigError(
+                f"master_addr {self.master_addr!r} is every address: name the one at which the others reach the first "
+                "node",
+                "master_addr",
             )
 
     @property
@@ -557,6 +604,12 @@ class EngineSettings(TypedDict, total=False):
     device: str
     tensor_parallel_size: int
     pipeline_parallel_size: int
+    nnodes: int
+    node_rank: int
+    master_addr: str
+    master_port: int
+    cluster_key: str | None
+    distributed_executor_backend: ExecutorBackend
     enable_expert_parallel: bool
     data_parallel_size: int
     cpu_experts: int | None

@@ -91,7 +91,7 @@ class InferenceEngine(EngineFront):
             tell("reading the model's files")
             loaded = load_any_model(config, device, weights, ranks=None if ranks is None else ranks.collective)
             if ranks is not None:
-                ranks.all_loaded()
+                ranks.all_loaded(loaded.files)
             self._loaded: LoadedModel | LoadedEncoder | None = loaded
             tell("preparing the steps")
             self._engine: Engine | None = build_engine(config, loaded, ranks)

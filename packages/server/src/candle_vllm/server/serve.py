@@ -50,7 +50,7 @@ from candle_vllm.server.routes.ollama_library import refuse_open_changes, served
 from candle_vllm.server.routes.webui import new_page_key, page_address
 from candle_vllm.server.settings import Address, Settings
 from candle_vllm.server.settings.configuration import Configuration
-from candle_vllm.server.settings.derived import image_sources, refuse_wrong_formats
+from candle_vllm.server.settings.derived import engine_config, image_sources, refuse_wrong_formats
 from candle_vllm.server.settings.options import UsageError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ WARM_UP_AFTER, WARM_UP_BY = 0.5, 30.0  # seconds behind the start: a first reque
 
 
 def serve(configuration: Configuration, load: Load | None = None) -> int:
-    """Serves until a signal; 0 after a drain.
+    """Serves until a signal; 0 after a drain. A node that is not the first runs its ranks of the model instead.
 
     Args:
         configuration: what to serve, and where.
@@ -76,6 +76,10 @@ def serve(configuration: Configuration, load: Load | None = None) -> int:
         CandleVllmError: the address or the first model cannot be had.
     """
     settings = configuration.settings
+    if settings.node_rank:
+        from candle_vllm.core.engine.nodes import run_node
+
+        return run_node(engine_config(configuration.catalogue.default.settings))
     for entry in configuration.catalogue.entries:
         refuse_wrong_formats(entry.settings)
     mcp = open_mcp(settings)

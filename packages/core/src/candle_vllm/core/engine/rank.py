@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A rank's process: loads its part of the model, and runs its part of every step that the first rank tells it.
 
-Started as `python -m candle_vllm.core.engine.rank DESCRIPTOR` by `Ranks`, which says everything else over that line.
+Started as `python -m candle_vllm.core.engine.rank LINE,SIDE` by `Ranks`, with the descriptors of its two lines, which
+say everything else; or as `... rank join`, with an `Invitation` on its standard input, to be a rank of another machine.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from candle_vllm.core.engine.adapter_loading import adapter_loader
 from candle_vllm.core.engine.adapters import LoadedAdapter
 from candle_vllm.core.engine.build import build_rank
 from candle_vllm.core.engine.model_runner import ModelRunner
+from candle_vllm.core.engine.nodes import REFUSED, Invitation, join
 from candle_vllm.core.engine.rank_line import (
+    SILENCE,
     AdapterLoaded,
     Begin,
     Failed,
@@ -36,6 +39,7 @@ from candle_vllm.core.engine.rank_line import (
     LoadAdapter,
     Ready,
     Score,
+    Side,
     Sleep,
     ToldBatches,
     ToRank,
@@ -43,52 +47,86 @@ from candle_vllm.core.engine.rank_line import (
     as_ints,
 )
 from candle_vllm.core.engine.ranks import meet
-from candle_vllm.core.engine.sleeping import Sleeper
-from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.core.engine.sleeping import Sleeper, files_mark
+from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.memory import available_memory
 from candle_vllm.core.threads import LOADING_THREADS, collect_seldom
 
 logger = logging.getLogger(__name__)
 
+_LATER = 3  # ticks that the first rank has to say of a link that was cut, before this one ends and so says nothing
+
 Load: TypeAlias = Callable[[Path], LoadedAdapter]
 
 
-def main(descriptor: int) -> int:
+def main(given: str) -> int:
     """Runs a rank until the line ends; returns the exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the first rank, which ends the others
         signal.signal(number, signal.SIG_IGN)
     collect_seldom()
-    line = Line(socket.socket(fileno=descriptor))
-    line.socket.set_inheritable(False)
     try:
-        begin: Begin = line.receive(Begin)
-        level, name = begin.log_level, f"rank {begin.rank}"
-        logging.basicConfig(level=level, format=f"%(asctime)s %(levelname)s {name}: %(name)s: %(message)s")
-        config = EngineConfig(**begin.config)
-        line.send(Ready(0))
-        line.receive(Go)
-        ranks = meet(begin.rank, begin.size, config.device, Path(begin.folder), config.pipeline_parallel_size)
-        try:
-            runner, sleeper, load = _loaded(config, ranks, line)
-        except CandleVllmError as error:
-            line.send(Failed(str(error), getattr(error, "setting", None)))
-            return 1
-        _serve(runner, sleeper, load, line)
-    except (EOFError, BrokenPipeError):
-        logger.debug("the first rank has gone")
+        if given == "join":
+            return _join()
+        line, side = map(_descriptor, given.split(","))
+        return _run(line, side, None)
+    except (EOFError, OSError):
+        logger.debug("the first rank has gone", exc_info=True)
         return 0
     except Exception:
         logger.exception("a rank has failed")
         return 1
+
+
+def _descriptor(number: str) -> Line:
+    line = Line(socket.socket(fileno=int(number)))
+    line.socket.set_inheritable(False)
+    return line
+
+
+def _join() -> int:
+    given = sys.stdin.buffer
+    _log_as("rank", logging.INFO)
+    try:
+        line, side, invitation = join(given)
+    except ConfigError as error:
+        logger.error("%s", error)
+        return REFUSED
+    return _run(line, side, invitation)
+
+
+def _log_as(name: str, level: int) -> None:
+    logging.basicConfig(level=level, format=f"%(asctime)s %(levelname)s {name}: %(name)s: %(message)s", force=True)
+
+
+def _run(line: Line, side_line: Line, invitation: Invitation | None) -> int:
+    side = Side(side_line, line, None if invitation is None else SILENCE + _LATER)
+    begin: Begin = line.receive(Begin)
+    _log_as(f"rank {begin.rank}", begin.log_level)
+    try:
+        own: dict[str, Any] = {} if invitation is None else invitation.own | {"cluster_key": invitation.key}
+        config = EngineConfig(**begin.config | own)
+        line.send(Ready(0))
+        line.receive(Go)
+        host = begin.host or line.socket.getsockname()[0]
+        ranks = meet(begin.rank, begin.size, config.device, side, host, config.pipeline_parallel_size)
+        runner, sleeper, load = _loaded(config, ranks, line, theirs=invitation is not None)
+    except EngineDeadError:
+        return 0
+    except CandleVllmError as error:
+        line.send(Failed(str(error), getattr(error, "setting", None)))
+        return 1
+    _serve(runner, sleeper, load, line)
     return 0
 
 
-def _loaded(config: EngineConfig, ranks: Collective, line: Line) -> tuple[ModelRunner, Sleeper, Load | None]:
+def _loaded(
+    config: EngineConfig, ranks: Collective, line: Line, *, theirs: bool
+) -> tuple[ModelRunner, Sleeper, Load | None]:
     LOADING_THREADS.set(config.threads)
     loaded = load_any_model(config, choose_device(config.device), lambda *_: None, ranks=ranks)
     assert isinstance(loaded, LoadedModel)
-    line.send(Ready(1))
+    line.send(Ready(1, files_mark(loaded.files, times=False) if theirs else None))
     line.receive(Go)
     runner, sleeper = build_rank(config, loaded, ranks)
     load = None
@@ -140,4 +178,4 @@ def _serve(runner: ModelRunner, sleeper: Sleeper, load: Load | None, line: Line)
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(sys.argv[1]))

@@ -1,27 +1,47 @@
 # SPDX-License-Identifier: MIT
-"""What goes over the lines between the first rank and the others: frames of a few types, behind their length."""
+"""What goes over the lines between the first rank and the others: frames of a few types, behind their length.
+
+Each has two: over the line it is told what to run, over the side line both say that they live, and the others read and
+write the board by which the ranks find each other.
+"""
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import hashlib
+import hmac
+import itertools
+import os
+import queue
 import socket
 import threading
+import time
+from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
 
 from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints
+from candle_vllm.core.errors import EngineDeadError
 
 MOST_BYTES = 1 << 28  # of a frame
+_PIECE = 1 << 20  # bytes of a frame that are given memory before they have come
+_TAG_BYTES = 16  # behind each frame of a line to another machine
+TICK = 1.0  # seconds between two signs of life
+SILENCE = 8  # ticks without a sign of life after which the other end counts as gone
+_GRACE = 1.0  # seconds that a rank has to end in good order when the first one has gone
+_FINDING = 120.0  # seconds that a rank waits for what another one writes to the board
 
 
 class Begin(msgspec.Struct, tag=True, frozen=True):
-    """What a rank is: its settings, which one of how many, the folder where the ranks find each other."""
+    """What a rank is: its settings, which one of how many, at which address the others reach it ("": its line's)."""
 
     config: dict[str, Any]
     rank: int
     size: int
-    folder: str
+    host: str
     log_level: int
 
 
@@ -91,9 +111,10 @@ ToRank: TypeAlias = Begin | Go | Forward | Land | Score | Sleep | WakeUp | LoadA
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
-    """A rank has come so far: 0 it is there, 1 its weights are."""
+    """A rank has come so far: 0 it is there, 1 its weights are, of files with this mark where they are its own."""
 
     stage: int
+    files: str | None = None
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):
@@ -112,23 +133,69 @@ class AdapterLoaded(msgspec.Struct, tag=True, frozen=True):
 
 
 FromRank: TypeAlias = Ready | Failed | AdapterLoaded
+
+
+class Alive(msgspec.Struct, tag=True, frozen=True):
+    """Who sends it lives; both ends do, once a tick."""
+
+
+class Write(msgspec.Struct, tag=True, frozen=True):
+    """Write to the board."""
+
+    key: str
+    value: bytes
+
+
+class Read(msgspec.Struct, tag=True, frozen=True):
+    """What is there; once it is, unless `wait` is False."""
+
+    number: int
+    key: str
+    wait: bool = True
+
+
+class Add(msgspec.Struct, tag=True, frozen=True):
+    """Add to a number there; the answer is the sum, in decimal."""
+
+    number: int
+    key: str
+    amount: int
+
+
+class Found(msgspec.Struct, tag=True, frozen=True):
+    """The answer to a `Read` or an `Add`."""
+
+    number: int
+    value: bytes | None
+
+
+FromSide: TypeAlias = Alive | Write | Read | Add
+ToSide: TypeAlias = Alive | Found
 _Message = TypeVar("_Message")
 
 
 class Line:
-    """One end of the line between the first rank and another one."""
+    """One end of a line between the first rank and another one.
 
-    def __init__(self, end: socket.socket) -> None:
+    Args:
+        end: the socket.
+        keys: by which frames are signed that are sent, and those that come; None within one machine. Frames are
+            counted, so that none can be left out, sent again or changed; they are not hidden.
+    """
+
+    def __init__(self, end: socket.socket, keys: tuple[bytes, bytes] | None = None) -> None:
         self.socket = end
+        self._keys, self._sent, self._received = keys, itertools.count(), itertools.count()
         self._sending = threading.Lock()  # steps and adapters have threads of their own
 
-    def send(self, message: ToRank | FromRank) -> None:
+    def send(self, message: ToRank | FromRank | FromSide | ToSide) -> None:
         """Sends a message; OSError where the other end has gone."""
         data = msgspec.msgpack.encode(message)
         if len(data) > MOST_BYTES:
             raise ValueError(f"a message of {len(data)} bytes; at most {MOST_BYTES} are sent")
         with self._sending:
-            self.socket.sendall(len(data).to_bytes(4, "little") + data)
+            tag = b"" if self._keys is None else _tag(self._keys[0], next(self._sent), data)
+            self.socket.sendall(len(data).to_bytes(4, "little") + data + tag)
 
     def receive(self, kind: type[_Message] | Any) -> _Message:
         """Waits for a message.
@@ -140,20 +207,177 @@ class Line:
         size = int.from_bytes(self._exactly(4), "little")
         if size > MOST_BYTES:
             raise ValueError(f"a message of {size} bytes is announced; at most {MOST_BYTES} are read")
-        return msgspec.msgpack.decode(self._exactly(size), type=kind)
+        data = self._exactly(size)
+        if self._keys is not None:
+            tag = self._exactly(_TAG_BYTES)
+            if not hmac.compare_digest(tag, _tag(self._keys[1], next(self._received), data)):
+                raise ValueError("what came over a line was not sent by its other end")
+        return msgspec.msgpack.decode(data, type=kind)
 
     def _exactly(self, count: int) -> bytearray:
-        data, done = bytearray(count), 0
-        with memoryview(data) as view:
-            while done < count:
+        data, done = bytearray(), 0
+        while done < count:
+            if done == len(data):
+                data.extend(bytes(min(_PIECE, count - done)))
+            with memoryview(data) as view:
                 try:
                     got = self.socket.recv_into(view[done:])
                 except ConnectionError:
                     got = 0
-                if not got:
-                    raise EOFError("the other end of the line has gone")
-                done += got
+            if not got:
+                raise EOFError("the other end of the line has gone")
+            done += got
         return data
+
+    def end(self) -> None:
+        """Ends it at both ends, for whoever waits for it here as well; what has come can still be received."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+
+def _tag(key: bytes, number: int, data: bytes | bytearray) -> bytes:
+    digest = hashlib.blake2b(number.to_bytes(8, "little"), key=key, digest_size=_TAG_BYTES)
+    digest.update(data)
+    return digest.digest()
+
+
+class Board:
+    """What ranks write for each other, by names: where they are found; the first rank has it."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, bytes] = {}
+        self._waiting: dict[str, list[Callable[[bytes], object]]] = collections.defaultdict(list)
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def set(self, key: str, value: bytes) -> None:
+        """Writes."""
+        with self._changed:
+            self._found[key] = value
+            told = self._waiting.pop(key, ())
+            self._changed.notify_all()
+        for each in told:
+            each(value)
+
+    def get(self, key: str) -> bytes:
+        """Waits until it is there.
+
+        Raises:
+            EngineDeadError: the ranks are ended.
+        """
+        with self._changed:
+            there = self._changed.wait_for(lambda: self._closed or key in self._found, _FINDING)
+            if self._closed or not there:
+                raise EngineDeadError("the ranks did not find each other")
+            return self._found[key]
+
+    def has(self, key: str) -> bool:
+        """Whether it is there."""
+        with self._changed:
+            return key in self._found
+
+    def add(self, key: str, amount: int) -> int:
+        """Adds to a number, 0 at first; the sum."""
+        with self._changed:
+            total = int(self._found.get(key, b"0")) + amount
+        self.set(key, str(total).encode())
+        return total
+
+    def answer(self, asked: Write | Read | Add, side: Line) -> None:
+        """Does what another rank asks for."""
+        if isinstance(asked, Write):
+            self.set(asked.key, asked.value)
+            return
+        number = asked.number
+        if isinstance(asked, Add):
+            found: bytes | None = str(self.add(asked.key, asked.amount)).encode()
+        else:
+            with self._changed:
+                found = self._found.get(asked.key)
+                if found is None and asked.wait:
+                    self._waiting[asked.key].append(lambda value: _reply(side, Found(number, value)))
+                    return
+        _reply(side, Found(number, found))
+
+    def close(self) -> None:
+        """Nobody waits any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+def _reply(side: Line, found: Found) -> None:
+    with contextlib.suppress(OSError):  # who asked has gone
+        side.send(found)
+
+
+class Side:
+    """A rank's end of its side line: says that it lives, asks for the board, ends the process when the first has gone.
+
+    Args:
+        line: the side line.
+        told: the other line, which ends with it.
+        silence: ticks without a sign of life after which the first rank counts as gone; None: only the end of the line
+            says so.
+    """
+
+    def __init__(self, line: Line, told: Line, silence: int | None) -> None:
+        self._line, self._told, self._silence = line, told, silence
+        self._quiet = 0
+        self._numbers = itertools.count()
+        self._asked: dict[int, queue.SimpleQueue[bytes | None]] = {}
+        for work in (self._listen, self._beat):
+            threading.Thread(target=work, name="candle-vllm-rank-side", daemon=True).start()
+
+    def _listen(self) -> None:
+        with contextlib.suppress(EOFError, OSError, ValueError):
+            while True:
+                said: ToSide = self._line.receive(ToSide)
+                self._quiet = 0
+                if isinstance(said, Found) and said.number in self._asked:
+                    self._asked.pop(said.number).put(said.value)
+        self._end()
+
+    def _beat(self) -> None:
+        with contextlib.suppress(OSError):
+            while self._silence is None or self._quiet < self._silence:
+                self._line.send(Alive())
+                time.sleep(TICK)
+                self._quiet += 1  # ticks of this process, for one that was stopped is not to blame the other
+        self._end()
+
+    def _end(self) -> None:
+        self._line.end()
+        self._told.end()
+        time.sleep(_GRACE)
+        os._exit(0)  # what waits in the midst of a step would wait for ever
+
+    def _ask(self, make: Callable[[int], Read | Add]) -> bytes | None:
+        number, answer = next(self._numbers), queue.SimpleQueue[bytes | None]()
+        self._asked[number] = answer
+        self._line.send(make(number))
+        try:
+            return answer.get(timeout=_FINDING)
+        except queue.Empty:
+            raise EngineDeadError("the ranks did not find each other") from None
+
+    def set(self, key: str, value: bytes) -> None:
+        """See `Board`."""
+        self._line.send(Write(key, value))
+
+    def get(self, key: str) -> bytes:
+        """See `Board`."""
+        found = self._ask(lambda number: Read(number, key))
+        assert found is not None
+        return found
+
+    def has(self, key: str) -> bool:
+        """See `Board`."""
+        return self._ask(lambda number: Read(number, key, wait=False)) is not None
+
+    def add(self, key: str, amount: int) -> int:
+        """See `Board`."""
+        return int(self._ask(lambda number: Add(number, key, amount)) or 0)
 
 
 class ToldBatches:

@@ -12,17 +12,15 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,14 +29,20 @@ from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.adapters import Adapter
 from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, StepMemory
 from candle_vllm.core.engine.model_runner import Launched, ModelRunner, StepwiseRunner
+from candle_vllm.core.engine.nodes import RANK, Door, rank_device
 from candle_vllm.core.engine.rank_line import (
+    SILENCE,
+    TICK,
     AdapterLoaded,
     Adapters,
+    Alive,
     Begin,
+    Board,
     Failed,
     ForgetAdapters,
     Forward,
     FromRank,
+    FromSide,
     Go,
     Land,
     Line,
@@ -50,12 +54,16 @@ from candle_vllm.core.engine.rank_line import (
     WakeUp,
     as_bytes,
 )
+from candle_vllm.core.engine.sleeping import files_mark
 from candle_vllm.core.errors import AdapterError, CandleVllmError, ConfigError, EngineDeadError, ModelLoadError
-from candle_vllm.core.kernels.collectives import Collective, ProcessGroup
+from candle_vllm.core.kernels.collectives import Collective, Notes, ProcessGroup
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.sampling.sampler import Drawn
 from candle_vllm.core.sampling.state import SamplingState
-from candle_vllm.core.threads import default_threads, ending
+from candle_vllm.core.threads import ending
+
+if TYPE_CHECKING:
+    from candle_vllm.core.engine.ray_ranks import RayRanks
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +72,33 @@ _Result = TypeVar("_Result")
 PATIENCE = 60.0  # seconds that a rank waits for the others in the midst of a step
 _LAST_WORDS = 0.5  # seconds that what a rank says before it ends may take to get here
 _ENDING = 5.0  # seconds that a rank may take to end
-_RANK = (sys.executable, "-P", "-m", "candle_vllm.core.engine.rank")
+_LOADING = 30  # ticks without a sign of life while it loads, when one operation may keep the interpreter for long
+_SECRETS: dict[str, Any] = {"hf_token": None, "cluster_key": None}  # stay on this machine
+_LOOK = 0.1  # seconds between two looks at whether all live
+
+
+class _Other:
+    """Another rank, as the first one sees it.
+
+    Attributes:
+        line: by which it is told.
+        side: where it says that it lives.
+        process: where it is one of this machine.
+        where: the address of its machine; "" for this one.
+        quiet: ticks since it last said that it lives.
+        gone: how it went, once it has.
+    """
+
+    def __init__(self, line: Line, side: Line, process: subprocess.Popen[bytes] | None, where: str = "") -> None:
+        self.line, self.side, self.process, self.where = line, side, process, where
+        self.quiet = 0
+        self.gone: str | None = None
+
+    def fate(self) -> str | None:
+        """How it ended, or None where it lives."""
+        if self.process is not None and self.process.poll() is not None:
+            return ending(self.process.returncode)
+        return self.gone
 
 
 class Ranks:
@@ -84,74 +118,123 @@ class Ranks:
     def __init__(self, config: EngineConfig) -> None:
         if not hasattr(socket, "AF_UNIX") or sys.platform == "win32":
             raise ConfigError("several ranks are not implemented on Windows: leave tensor_parallel_size out")
-        self.size = config.ranks
-        if config.device not in ("auto", "cpu", "cuda") and "," not in config.device:
+        if config.node_rank:
             raise ConfigError(
-                f"device names one GPU, {config.device}, and {self.size} ranks are asked for (tensor_parallel_size, "
+                f"this is node {config.node_rank} of {config.nnodes}, which runs ranks and no engine: `candle-vllm "
+                "serve` with node_rank runs them, and the engine is on node 0",
+                "node_rank",
+            )
+        self.size, here = config.ranks, config.ranks // config.nnodes
+        if config.device not in ("auto", "cpu", "cuda") and "," not in config.device and here > 1:
+            raise ConfigError(
+                f"device names one GPU, {config.device}, and {here} ranks are asked for (tensor_parallel_size, "
                 "pipeline_parallel_size): name as many, or set device='cuda' for the first ones",
                 "device",
             )
-        self.config = rank_config(config, 0)
         self._collective: ProcessGroup | None = None
         self._failure: str | None = None
         self._lock = threading.Lock()
         self._closing = False
+        self._loading = True
         self.fail: Callable[[EngineDeadError], object] = lambda _: None
         self._callbacks: list[Callable[[], None]] = []
-        self._folder = Path(tempfile.mkdtemp(prefix="candle-vllm-ranks-"))
-        self._lines: list[Line] = []
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._board = Board()
+        self._others: dict[int, _Other] = {}
+        self._door: Door | None = None
+        self._placed: RayRanks | None = None
+        self._settings = config.plain()
         try:
-            for rank in range(1, self.size):
+            if config.distributed_executor_backend == "ray":
+                from candle_vllm.core.engine.ray_ranks import RayRanks
+
+                self._placed = RayRanks(config)
+                self.config, self._door, here = self._placed.config, self._placed.door, 1
+            else:
+                self.config = dataclasses.replace(config, **rank_device(config, 0))
+            if config.nnodes > 1:
+                assert config.cluster_key is not None
+                where, missing = (config.master_addr, config.master_port), range(here, self.size)
+                self._door = Door(*where, config.cluster_key, missing, self.size, config.nnodes)
+            self._host = "127.0.0.1" if self._door is None else self._door.host
+            for rank in range(1, here):
                 self._start(config, rank)
+            threading.Thread(target=self._watch, name="candle-vllm-ranks", daemon=True).start()
         except BaseException:
             self.close()
             raise
 
     def _start(self, config: EngineConfig, rank: int) -> None:
-        near, far = socket.socketpair()
-        with far:
-            given = far.fileno()
+        (near, far), (near_side, far_side) = socket.socketpair(), socket.socketpair()
+        with far, far_side:
+            given = far.fileno(), far_side.fileno()
             process = subprocess.Popen(
-                (*_RANK, str(given)), stdin=subprocess.DEVNULL, pass_fds=(given,), start_new_session=True
+                (*RANK, f"{given[0]},{given[1]}"), stdin=subprocess.DEVNULL, pass_fds=given, start_new_session=True
             )
-        self._processes.append(process)
-        self._lines.append(Line(near))
+        self._begin(rank, _Other(Line(near), Line(near_side), process), rank_device(config, rank), self._host)
+
+    def _begin(self, rank: int, other: _Other, own: dict[str, Any], host: str) -> None:
         level = logging.getLogger("candle_vllm").getEffectiveLevel()
-        self._lines[-1].send(Begin(rank_config(config, rank).plain(), rank, self.size, str(self._folder), level))
+        self._others[rank] = other
+        threading.Thread(target=self._attend, args=(other,), name="candle-vllm-rank", daemon=True).start()
+        with contextlib.suppress(OSError):  # it has ended, which is noticed
+            other.line.send(Begin(self._settings | own, rank, self.size, host, level))
+
+    def _attend(self, other: _Other) -> None:
+        """Hears what a rank says beside the steps, until it has gone."""
+        with contextlib.suppress(EOFError, OSError, ValueError):
+            while True:
+                said: FromSide = other.side.receive(FromSide)
+                other.quiet = 0
+                if not isinstance(said, Alive):
+                    self._board.answer(said, other.side)
+        if other.process is None:  # one of this machine is waited for, to say how it ended
+            other.gone = other.gone or "its connection has ended"
 
     @property
     def collective(self) -> Collective:
         """What the ranks do together; made when they are all there."""
         if self._collective is None:
+            if self._door is not None:
+                for rank, (line, side, where) in self._door.everyone().items():
+                    self._begin(rank, _Other(line, side, None, where), _SECRETS, "")
             self._wait(0)
             stages = self.config.pipeline_parallel_size
-            self._collective = meet(0, self.size, self.config.device, self._folder, stages)
+            self._collective = meet(0, self.size, self.config.device, self._board, self._host, stages)
         return self._collective
 
-    def all_loaded(self) -> None:
+    def all_loaded(self, files: Sequence[Path]) -> None:
         """Waits until every rank has its weights.
+
+        Args:
+            files: from which this one has its own.
 
         Raises:
             CandleVllmError: one cannot have them; what it said.
         """
-        self._wait(1)
-        threading.Thread(target=self._watch, name="candle-vllm-ranks", daemon=True).start()
+        marks = [said.files for said in self._wait(1) if said.files is not None]
+        if marks and set(marks) != {files_mark(files, times=False)}:
+            raise ModelLoadError(
+                "the nodes have different files of the model: have the same revision or the same folder on each"
+            )
 
-    def _wait(self, stage: int) -> None:
+    def _wait(self, stage: int) -> list[Ready]:
         """Until all have come so far; then they go on together."""
-        for number, line in enumerate(self._lines, 1):
+        found: list[Ready] = []
+        for number, other in self._others.items():
             try:
-                said: FromRank = line.receive(FromRank)
-            except EOFError:
+                said: FromRank = other.line.receive(FromRank)
+            except (EOFError, OSError):
                 raise ModelLoadError(
-                    f"rank {number} has ended while it loaded its part of the model ({self._fate(number)}); its last "
+                    f"{self._gone() or f'rank {number} has ended'} while it loaded its part of the model; its last "
                     "words are in the log. Where memory is short, the system kills it"
                 ) from None
             if isinstance(said, Failed):
-                raise ConfigError(said.message, said.setting)
-            assert said == Ready(stage)
+                raise ConfigError(_said_by(number, other) + said.message, said.setting)
+            if not isinstance(said, Ready) or said.stage != stage:
+                raise ModelLoadError(f"rank {number} says {type(said).__name__} where it should be ready")
+            found.append(said)
         self.tell(Go())
+        return found
 
     def tell(self, message: ToRank) -> None:
         """Tells all others.
@@ -160,8 +243,8 @@ class Ranks:
             EngineDeadError: one of them has gone.
         """
         try:
-            for line in self._lines:
-                line.send(message)
+            for other in self._others.values():
+                other.line.send(message)
         except OSError:
             raise self.dead() from None
 
@@ -172,9 +255,9 @@ class Ranks:
             EngineDeadError: one of them has gone.
         """
         found: list[AdapterLoaded] = []
-        for line in self._lines:
+        for other in self._others.values():
             try:
-                said: FromRank = line.receive(FromRank)
+                said: FromRank = other.line.receive(FromRank)
             except (EOFError, OSError):
                 raise self.dead() from None
             assert isinstance(said, AdapterLoaded)
@@ -187,48 +270,61 @@ class Ranks:
         """Around making an engine: where that fails, the others are ended, and what one of them said is raised."""
         try:
             yield
+            self._loading = False
         except BaseException as error:
-            blamed = None if isinstance(error, CandleVllmError) else self._blamed()
+            known = isinstance(error, CandleVllmError) and not isinstance(error, EngineDeadError)
+            blamed = None if known else self._blamed()
             self.close()
             if blamed is None:
                 raise
             raise blamed from error
 
     def _blamed(self) -> CandleVllmError | None:
-        for line in self._lines:
-            line.socket.settimeout(_LAST_WORDS)
-            with contextlib.suppress(EOFError, OSError):
-                said: FromRank = line.receive(FromRank)
+        for number, other in self._others.items():
+            other.line.socket.settimeout(_LAST_WORDS)
+            with contextlib.suppress(EOFError, OSError, ValueError):
+                said: FromRank = other.line.receive(FromRank)
                 if isinstance(said, Failed):
-                    return ConfigError(said.message, said.setting)
-        gone = self._gone()
+                    return ConfigError(_said_by(number, other) + said.message, said.setting)
+        gone = self._failure or self._gone()
         return None if gone is None else ModelLoadError(f"the model cannot be divided: {gone}")
 
-    def dead(self) -> EngineDeadError:
-        """All are ended, for one has gone; who it was, and how."""
+    def dead(self, here: str = "") -> EngineDeadError:
+        """All are ended, for one has gone; who it was, and how.
+
+        Args:
+            here: how what ranks do together failed in this one, which is told where none of them is known to have gone.
+        """
         with self._lock:
             if self._failure is None:
-                gone = self._gone()
-                self._failure = gone or "a step over several ranks failed"
-                for process in self._processes:
-                    process.kill()
+                self._failure = self._gone() or "a step over several ranks failed" + (here and f": {here}")
+                self._end()
         return EngineDeadError(f"the engine has stopped: {self._failure}")
+
+    def _end(self) -> None:
+        """Ends them at once, and whoever waits for them here."""
+        for other in self._others.values():
+            if other.process is not None:
+                other.process.kill()
+            other.line.end()
+            other.side.end()
+        if self._door is not None:
+            self._door.close()
+        self._board.close()
+        if self._collective is not None:
+            self._collective.abort()
 
     def _gone(self) -> str | None:
         """Which rank has ended; waits for a moment, for others end because it did."""
         until = time.monotonic() + 0.5
         while time.monotonic() < until:
-            for number, process in enumerate(self._processes, 1):
-                if process.poll() is not None:
-                    return f"rank {number} has ended ({self._fate(number)})"
+            for number, other in self._others.items():
+                fate = other.fate()
+                if fate is not None:
+                    where = f" at {other.where}" if other.where else ""
+                    return f"rank {number}{where} has ended ({fate})"
             time.sleep(0.01)
         return None
-
-    def _fate(self, number: int) -> str:
-        process = self._processes[number - 1]
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(1.0)
-        return ending(process.returncode)
 
     def add_death_callback(self, callback: Callable[[], None]) -> None:
         """Calls it once, when one has died; at once where one has."""
@@ -239,52 +335,74 @@ class Ranks:
         callback()
 
     def _watch(self) -> None:
-        """Waits until one has gone."""
+        """Says that this rank lives, and waits until another one has gone."""
         while not self._closing:
-            if any(process.poll() is not None for process in self._processes):
-                if not self._closing:
-                    self.fail(self.dead())
-                    with self._lock:
-                        callbacks, self._callbacks = self._callbacks, []
-                    for callback in callbacks:
-                        callback()
+            others = list(self._others.values())
+            for other in others:
+                with contextlib.suppress(OSError):
+                    other.side.send(Alive())
+            until = time.monotonic() + TICK
+            while time.monotonic() < until:
+                if self._closing or any(other.fate() is not None for other in others):
+                    break
+                time.sleep(_LOOK)
+            for other in others:  # in ticks of this process: where it was stopped, the others are not to blame
+                other.quiet += 1
+                if other.gone is None and other.quiet > (_LOADING if self._loading else SILENCE):
+                    other.gone = f"it has not been heard of for {other.quiet * TICK:.0f} s"
+            if not self._closing and any(other.fate() is not None for other in others):
+                self._tell_of_death()
                 return
-            time.sleep(0.1)
+
+    def _tell_of_death(self) -> None:
+        if self._loading:
+            time.sleep(_LAST_WORDS)  # whoever loads may be told why
+        if self._closing:
+            return
+        self.fail(self.dead())
+        with self._lock:
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
 
     def close(self) -> None:
         """Ends the other ranks, and waits until they have."""
         self._closing = True
-        for line in self._lines:
-            line.socket.close()
+        if self._door is not None:
+            self._door.close()
+        self._board.close()
+        for other in self._others.values():
+            other.line.end()
+            other.side.end()
         if self._collective is not None:
             self._collective.close()
         until = time.monotonic() + _ENDING
-        for process in self._processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, until - time.monotonic()))
-            process.kill()
-            process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        for other in self._others.values():
+            if other.process is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    other.process.wait(max(0.0, until - time.monotonic()))
+                other.process.kill()
+                other.process.wait()
+            other.line.socket.close()
+            other.side.socket.close()
+        if self._placed is not None:
+            self._placed.close()
 
 
-def meet(rank: int, size: int, device: str, folder: Path, stages: int = 1) -> ProcessGroup:
-    """The ranks, which find each other by files; all of them call it. Those of a stage stand beside each other."""
+def _said_by(number: int, other: _Other) -> str:
+    """Before what a rank of another machine says; one of this machine says what this one would."""
+    return f"rank {number} at {other.where}: " if other.where else ""
+
+
+def meet(rank: int, size: int, device: str, notes: Notes, host: str, stages: int = 1) -> ProcessGroup:
+    """The ranks, which find each other by notes; all of them call it. Those of a stage stand beside each other."""
     stage, number = divmod(rank, size // stages)
     line = None
     if stages > 1:
-        line = ProcessGroup(stage, stages, device, folder / f"line{number}", patience=PATIENCE)
-    return ProcessGroup(number, size // stages, device, folder / f"store{stage}", patience=PATIENCE, stages=line)
-
-
-def rank_config(config: EngineConfig, rank: int) -> EngineConfig:
-    """What a rank is configured by: a device of its own, on the CPU a share of the threads."""
-    devices = config.device.split(",")
-    if devices == ["cpu"]:
-        threads = config.threads or max(1, default_threads() // config.ranks)
-        return dataclasses.replace(config, threads=threads)
-    if len(devices) == 1:
-        devices = [f"cuda:{number}" for number in range(config.ranks)]
-    return dataclasses.replace(config, device=devices[rank])
+        line = ProcessGroup(stage, stages, device, notes, f"line{number}", patience=PATIENCE, host=host)
+    return ProcessGroup(
+        number, size // stages, device, notes, f"stage{stage}", patience=PATIENCE, host=host, stages=line
+    )
 
 
 class _InFlight(NamedTuple):
@@ -421,9 +539,8 @@ class RankedRunner:
         try:
             return own()
         except Exception as error:
-            dead = self._ranks.dead()
             logger.debug("a step over ranks failed", exc_info=error)
-            raise EngineDeadError(f"{dead}; here: {type(error).__name__}: {error}") from error
+            raise self._ranks.dead(f"{type(error).__name__}: {error}") from error
 
     def _message(self, batch: Batch) -> Forward:
         if batch.drafted and not isinstance(self._runner, StepwiseRunner):

@@ -41,13 +41,13 @@ MODES: Final = ("abort", "wait")
 _SAMPLES, _SAMPLE = 16, 1 << 16  # places of a weight file that are looked at, and bytes there
 
 
-def files_mark(paths: Iterable[Path]) -> str:
-    """Tells files of weights apart without reading all of them: size, time of change and samples of each."""
+def files_mark(paths: Iterable[Path], *, times: bool = True) -> str:
+    """Tells files of weights apart without reading all of them: size, time of change (if asked) and samples of each."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
             info = os.fstat(file.fileno())
-            digest.update(f"{info.st_size} {info.st_mtime_ns} ".encode())
+            digest.update(f"{info.st_size} {info.st_mtime_ns if times else 0} ".encode())
             for number in range(_SAMPLES):
                 file.seek(max(0, info.st_size - _SAMPLE) * number // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE))

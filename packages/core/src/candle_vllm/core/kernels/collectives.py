@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import collections
 import datetime
-from pathlib import Path
+import queue
+import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
 from candle_vllm.core.kernels.recorded import Value
 
 if TYPE_CHECKING:
     import torch
+
+_FINDING = 10.0  # seconds in which ranks that know of each other are connected
+_ABANDONED: list[Any] = []
+_LOOK = datetime.timedelta(seconds=0.5)  # after so long somebody who waits looks whether the others are still there
 
 
 class Stages(Protocol):
@@ -75,6 +80,51 @@ class Collective(Protocol):
         ...
 
 
+class Notes(Protocol):
+    """What processes write for each other, by names, to find each other."""
+
+    def set(self, key: str, value: bytes) -> None:
+        """Writes."""
+        ...
+
+    def get(self, key: str) -> bytes:
+        """Waits until it is there."""
+        ...
+
+    def has(self, key: str) -> bool:
+        """Whether it is there."""
+        ...
+
+    def add(self, key: str, amount: int) -> int:
+        """Adds to a number, 0 at first; the sum."""
+        ...
+
+
+def _store(notes: Notes) -> Any:
+    """The same as torch.distributed asks for it; its own (TCPStore) lets everybody in, at every address."""
+    from torch import distributed
+
+    class NotesStore(distributed.Store):
+        def set(self, key: str, value: Any) -> None:
+            notes.set(key, bytes(value))
+
+        def get(self, key: str) -> bytes:
+            return notes.get(key)
+
+        def wait(self, keys: list[str], timeout: Any = None) -> None:
+            del timeout
+            for key in keys:
+                notes.get(key)
+
+        def check(self, keys: list[str]) -> bool:
+            return all(map(notes.has, keys))
+
+        def add(self, key: str, value: int) -> int:
+            return notes.add(key, value)
+
+    return NotesStore()
+
+
 class ProcessGroup:
     """Ranks in processes of their own, over torch.distributed: NCCL between GPUs, Gloo elsewhere; see `Collective`.
 
@@ -83,8 +133,10 @@ class ProcessGroup:
     Args:
         rank, size: see `Collective`.
         device: where what is summed lives.
-        store: a file in a folder that only this user can enter, by which the ranks find each other; or a store.
-        patience: seconds that a rank waits for the others.
+        notes: by which the ranks find each other.
+        name: of the group, in the notes.
+        patience: seconds that a rank waits for the others in the midst of a step; to find each other they have
+            `_FINDING`.
         host: the address at which Gloo listens for the others.
         stages: see `Collective`.
     """
@@ -94,7 +146,8 @@ class ProcessGroup:
         rank: int,
         size: int,
         device: str,
-        store: Path | Any,
+        notes: Notes,
+        name: str,
         *,
         patience: float,
         host: str = "127.0.0.1",
@@ -105,25 +158,42 @@ class ProcessGroup:
 
         self.rank, self.size, self.stages = rank, size, stages
         self._sent: collections.deque[tuple[Any, Any]] = collections.deque()  # on its way, and what is read meanwhile
-        found: Any = distributed.FileStore(str(store), size) if isinstance(store, Path) else store
+        self._gone = threading.Event()
+        self._receiver: _Receiver | None = None
+        self._store = found = _store(notes)  # lives as long as the groups, whose C++ calls it
         wait = datetime.timedelta(seconds=patience)
         gloo: Any = distributed.ProcessGroupGloo
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname=host)]
-        options._timeout = wait
-        self._host: Any = gloo(distributed.PrefixStore("host", found), rank, size, options)
+        options._timeout = datetime.timedelta(seconds=_FINDING)
+        self._host: Any = gloo(distributed.PrefixStore(f"{name}/host", found), rank, size, options)
+        self._host._set_default_timeout(wait)
         self._group: Any = self._host
         if torch.device(device).type == "cuda" and size > 1:
             nccl: Any = distributed.ProcessGroupNCCL
             named = nccl.Options()
             named._timeout = wait
-            self._group = nccl(distributed.PrefixStore("device", found), rank, size, named)
+            self._group = nccl(distributed.PrefixStore(f"{name}/device", found), rank, size, named)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """See `Collective`."""
         x = x.contiguous()
-        self._group.allreduce([x]).wait()
+        self._over(self._group.allreduce([x]))
         return x
+
+    def _over(self, work: Any) -> None:
+        """Waits until it is done, or the others have gone."""
+        if self._group is not self._host:
+            work.wait()  # a GPU's stream does
+            return
+        while True:
+            try:
+                work.wait(_LOOK)
+            except RuntimeError:
+                if self._gone.is_set() or work.is_completed():  # not if only the time is over
+                    raise
+            else:
+                return
 
     def gather(self, x: torch.Tensor, width: int) -> torch.Tensor:
         """See `Collective`."""
@@ -133,7 +203,7 @@ class ProcessGroup:
             wider[:, :own] = x
             x = wider
         parts = x.new_empty(self.size * rows, width)
-        self._group._allgather_base(parts, x.contiguous()).wait()
+        self._over(self._group._allgather_base(parts, x.contiguous()))
         return parts.view(self.size, rows, width).transpose(0, 1).reshape(rows, self.size * width)
 
     def least(self, number: int) -> int:
@@ -144,7 +214,7 @@ class ProcessGroup:
         found = torch.tensor([number])
         options: Any = distributed.AllreduceOptions()
         options.reduceOp = distributed.ReduceOp.MIN
-        self._host.allreduce([found], options).wait()
+        self._over(self._host.allreduce([found], options))
         return int(found) if self.stages is None else self.stages.least(int(found))
 
     def send(self, x: torch.Tensor, to: int) -> None:
@@ -159,11 +229,27 @@ class ProcessGroup:
 
     def receive(self, x: torch.Tensor, source: int) -> torch.Tensor:
         """See `Stages`."""
-        self._group.recv([x], source, 0).wait()
+        work = self._group.recv([x], source, 0)
+        if x.is_cuda:
+            work.wait()
+            return x
+        if self._receiver is None:
+            self._receiver = _Receiver()
+        self._receiver.wait(work, self._gone)
         return x
+
+    def abort(self) -> None:
+        """Has whoever waits for the others fail, for they have gone; from any thread."""
+        self._gone.set()
+        if self._group is not self._host and self._group is not None:
+            self._group.abort()
+        if isinstance(self.stages, ProcessGroup):
+            self.stages.abort()
 
     def close(self) -> None:
         """See `Collective`."""
+        if self._gone.is_set():
+            _ABANDONED.append((self._host, self._store))  # something waits in it yet, and its end would wait for that
         for group in {id(each): each for each in (self._group, self._host)}.values():
             end = getattr(group, "abort", None)  # NCCL's, which waits for nobody
             if end is not None:
@@ -171,3 +257,39 @@ class ProcessGroup:
         self._group = self._host = None
         if self.stages is not None:
             self.stages.close()
+
+
+class _Receiver:
+    """Waits for what is received, in a thread of its own, which may wait on when the others have gone.
+
+    A wait of Gloo's for what another process sends cannot be cut short: its end would be the end of all connections.
+    """
+
+    def __init__(self) -> None:
+        self._works: queue.SimpleQueue[tuple[Any, queue.SimpleQueue[Exception | None]]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="candle-vllm-receiver", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            work, done = self._works.get()
+            try:
+                work.wait()
+            except Exception as error:  # raised where somebody waits for it
+                done.put(error)
+            else:
+                done.put(None)
+
+    def wait(self, work: Any, gone: threading.Event) -> None:
+        """Until it has come; RuntimeError where `gone` is set before."""
+        done = queue.SimpleQueue[Exception | None]()
+        self._works.put((work, done))
+        while True:
+            try:
+                failed = done.get(timeout=_LOOK.total_seconds())
+            except queue.Empty:
+                if gone.is_set():
+                    raise RuntimeError("the other ranks have gone") from None
+            else:
+                if failed is not None:
+                    raise failed
+                return

@@ -136,8 +136,8 @@ _REPLICAS = (
     "on each, with a proxy before them"
 )
 _ONE_DEVICE = (
-    "a model is divided among the GPUs of one machine (--tensor-parallel-size, --pipeline-parallel-size), and "
-    "in no other way"
+    "a model is divided among GPUs by --tensor-parallel-size and --pipeline-parallel-size, those of several machines "
+    "with --nnodes or by Ray, and in no other way"
 )
 _WHOLE = "what of a model is not on its GPU is said by --cpu-experts, --cpu-offload-gb and --gpu-layers"
 _DRAFTS = "--speculative-config says how tokens are guessed"
@@ -214,7 +214,10 @@ ROWS: tuple[Row, ...] = (
     Row("-dev", "--device", {ANY: _device}),
     Row("-mg --main-gpu", "--device cuda:N", {ANY: "--device cuda:{}"}),
     Row("--list-devices", "candle-vllm config shows the device that is taken"),
-    _only("-dcp --decode-context-parallel-size --num-nodes --nnodes", _ONE_DEVICE, "1"),
+    _only("-dcp --decode-context-parallel-size", _ONE_DEVICE, "1"),
+    _called("--num-nodes", "--nnodes"),
+    _idle("--headless", "a node whose --node-rank is not 0 serves nothing anyway"),
+    Row("--worker-use-ray", "--distributed-executor-backend ray", {"": "--distributed-executor-backend ray"}),
     _called("-tp --num-shards", "--tensor-parallel-size"),
     _called("-pp --pp-size", "--pipeline-parallel-size"),
     Row("-ep", "--enable-expert-parallel", {"": "--enable-expert-parallel"}),
@@ -223,14 +226,12 @@ ROWS: tuple[Row, ...] = (
     _only("-dpb --data-parallel-backend", _REPLICAS, "mp"),
     _only("-dpn --data-parallel-rank -dpr --data-parallel-start-rank", _REPLICAS, "0"),
     Row("-dpa --data-parallel-address -dpp --data-parallel-rpc-port -dph --data-parallel-hybrid-lb -dpe "
-        "--data-parallel-external-lb -dpm --data-parallel-multi-port-external-lb --headless", _REPLICAS),
+        "--data-parallel-external-lb -dpm --data-parallel-multi-port-external-lb", _REPLICAS),
     _idle("--load-balance-method", "requests go where their beginning is cached, unless others wait there",
           values=True),
-    _only("--node-rank -n-gpu", _ONE_DEVICE, "0"),
-    _only("--distributed-executor-backend", _ONE_DEVICE, "uni", "mp"),
+    _only("-n-gpu", _ONE_DEVICE, "0"),
     _only("-sm --split-mode", "--tensor-parallel-size N divides every matrix among N GPUs", "none"),
-    Row("-ts --tensor-split --master-addr --master-port --rpc --worker-use-ray",
-        _ONE_DEVICE),
+    Row("-ts --tensor-split --rpc", _ONE_DEVICE),
     _idle("--disable-custom-all-reduce --multithread", _ONE_DEVICE),
     _called("--gpu-memory-fraction", "--gpu-memory-utilization"),
     _called("--max-seq-len --max-model-length -c --ctx-size --num-ctx", "--max-model-len",

@@ -141,6 +141,15 @@ class Settings:
         flags=("--d", "--device"), constants={"--cpu": "cpu"})] = None
     tensor_parallel_size: Annotated[int | None, engine(DEVICE, "N")] = None
     pipeline_parallel_size: Annotated[int | None, engine(DEVICE, "N")] = None
+    nnodes: Annotated[int | None, engine(DEVICE, "N")] = None
+    node_rank: Annotated[int | None, engine(DEVICE, "K", more="; the others serve nothing", commands=_SERVE)] = None
+    master_addr: Annotated[str | None, engine(DEVICE, "HOST")] = None
+    master_port: Annotated[int | None, engine(DEVICE, "PORT")] = None
+    cluster_key: Annotated[str | None, own(DEVICE,
+        Secret(), "what all nnodes must know, 16 characters or more; others are turned away", "KEY",
+        engine="cluster_key")] = field(default=None, repr=False)
+    distributed_executor_backend: Annotated[str | None, engine(DEVICE,
+        "NAME", reading={"aliases": {"uni": "mp"}})] = None
     enable_expert_parallel: Annotated[bool, engine(DEVICE)] = False
     data_parallel_size: Annotated[int | None, engine(DEVICE, "N",
         text="replicas of the model behind one address, each in a process of its own, on its own GPU or its share of "

@@ -1,0 +1,467 @@
+# SPDX-License-Identifier: MIT
+"""Ranks of several machines: how they join, what they answer, and what happens when one, or the way to it, goes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
+from candle_vllm.core.engine import nodes
+from candle_vllm.core.engine.nodes import Door, Invitation, _connect
+from candle_vllm.core.engine.rank_line import Go, Line, Ready, Score
+from candle_vllm.core.errors import ConfigError, EngineDeadError, ModelLoadError
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="several ranks need sockets that a child inherits")
+
+KEY = "a key that all of the nodes know"
+GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+LONG = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+PROMPTS = ["The quick brown fox", "jumps over", "the lazy dog and then it " * 4]
+USUAL: dict[str, Any] = {
+    "device": "cpu", "enforce_eager": True, "threads": 1, "block_size": 8, "max_num_seqs": 8, "max_model_len": 512,
+    "max_num_batched_tokens": 40, "nnodes": 2, "cluster_key": KEY,
+}  # fmt: skip
+
+
+def usual(**other: Any) -> dict[str, Any]:
+    return USUAL | other
+
+
+NODE = (
+    "import json, sys, logging\n"
+    "from candle_vllm.core import EngineConfig\n"
+    "from candle_vllm.core.engine.nodes import run_node\n"
+    "logging.basicConfig(level='INFO')\n"
+    "sys.exit(run_node(EngineConfig(**json.loads(sys.argv[1]))))\n"
+)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy_model(tmp_path_factory.mktemp("toy"), toy_config(num_attention_heads=6, num_key_value_heads=3))
+
+
+@pytest.fixture(scope="module")
+def right(model: Path) -> list[tuple[int, ...]]:
+    one = usual(nnodes=1, cluster_key=None)
+    with InferenceEngine(str(model), **one) as engine:
+        return tokens(engine)
+
+
+def tokens(engine: InferenceEngine) -> list[tuple[int, ...]]:
+    return [tuple(output.outputs[0].token_ids) for output in engine.generate(PROMPTS, GREEDY)]
+
+
+class Node:
+    """The second node, in a process of its own; what it has said."""
+
+    def __init__(self, model: Path, port: int, settings: dict[str, Any]) -> None:
+        given = usual(model=str(model), node_rank=1, master_port=port, tensor_parallel_size=2) | settings
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", NODE, json.dumps(given)], stderr=subprocess.PIPE, text=True, errors="replace"
+        )
+        self._said: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self._said.extend(self.process.stderr)
+
+    @property
+    def said(self) -> str:
+        return "".join(self._said)
+
+    @property
+    def rank(self) -> int | None:
+        """The process of its rank, where there is one."""
+        pid = self.process.pid
+        found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return int(found[0]) if found else None
+
+    def end(self) -> None:
+        self.process.terminate()
+        assert self.process.wait(10) in (0, nodes.REFUSED, -signal.SIGKILL)
+        self._reader.join(5)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+
+@contextlib.contextmanager
+def node(model: Path, port: int, **settings: Any) -> Iterator[Node]:
+    found = Node(model, port, settings)
+    try:
+        yield found
+    finally:
+        found.end()
+
+
+def engine_of(model: Path, port: int, **settings: Any) -> InferenceEngine:
+    return InferenceEngine(str(model), **usual(**{"tensor_parallel_size": 2, "master_port": port} | settings))
+
+
+def within(seconds: float, true: Callable[[], object]) -> None:
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until, "it took too long"
+        time.sleep(0.05)
+
+
+def rank_of(second: Node) -> int:
+    found = second.rank
+    assert found is not None
+    return found
+
+
+def dies(engine: InferenceEngine, hurt: Callable[[], object], match: str, seconds: float = 10.0) -> None:
+    """Who waits for a long answer while something is hurt gets an error in time, by name."""
+    errors: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            engine.generate(["a"], LONG)
+        except EngineDeadError as error:
+            errors.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    within(30, lambda: engine.stats().generation_tokens > 2)
+    hurt()
+    asking.join(seconds)
+    assert not asking.is_alive(), f"who asked still waits after {seconds} s"
+    assert match in str(errors[0])
+    assert not engine.is_alive
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_two_nodes_answer_lose_a_rank_and_come_back(model: Path, right: list[tuple[int, ...]]) -> None:
+    port = free_port()
+    with node(model, port) as second:
+        with engine_of(model, port) as engine:
+            assert tokens(engine) == right
+            rank = rank_of(second)
+            dies(engine, lambda: os.kill(rank, signal.SIGKILL), "rank 1 at 127.0.0.1 has ended")
+        with engine_of(model, port, pipeline_parallel_size=1) as engine:  # the node has started another rank
+            assert tokens(engine) == right
+        within(10, lambda: "wait for the first node" in second.said)
+
+
+@pytest.mark.every_case
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("parallel", ["ranks", "stages"])
+def test_a_rank_that_hangs_is_gone(model: Path, right: list[tuple[int, ...]], parallel: str) -> None:
+    """Stopped, so that its connections stand: nothing but its silence tells of it."""
+    sizes = {"tensor_parallel_size": 1, "pipeline_parallel_size": 2} if parallel == "stages" else {}
+    port = free_port()
+    with node(model, port, **sizes) as second, engine_of(model, port, **sizes) as engine:
+        assert tokens(engine) == right
+        rank = rank_of(second)
+        dies(engine, lambda: os.kill(rank, signal.SIGSTOP), "has not been heard of")
+        began = time.monotonic()
+        engine.close()
+        assert time.monotonic() - began < 10
+
+
+@pytest.mark.every_case
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("end", ["first", "node"])
+def test_whoever_dies(model: Path, right: list[tuple[int, ...]], end: str) -> None:
+    port = free_port()
+    script = (
+        "import json, sys\n"
+        "from candle_vllm.core import InferenceEngine, SamplingParams\n"
+        "engine = InferenceEngine(**json.loads(sys.argv[1]))\n"
+        "print('there', flush=True)\n"
+        "engine.generate(['a'], SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True))\n"
+    )
+    given = usual(model=str(model), tensor_parallel_size=2, master_port=port)
+    with node(model, port) as second:
+        if end == "first":
+            first = subprocess.Popen(
+                [sys.executable, "-c", script, json.dumps(given)], stdout=subprocess.PIPE, text=True
+            )
+            with first:
+                assert first.stdout is not None
+                assert first.stdout.readline() == "there\n"
+                rank = rank_of(second)
+                first.kill()
+            within(10, lambda: not Path(f"/proc/{rank}").exists())  # and the node has another one, which waits
+            with engine_of(model, port) as engine:
+                assert tokens(engine) == right
+            return
+        with engine_of(model, port) as engine:
+            rank = rank_of(second)
+            dies(engine, second.process.kill, "rank 1 at 127.0.0.1 has ended")
+            within(10, lambda: not Path(f"/proc/{rank}").exists())
+
+
+class Wire:
+    """Between a node and the first one: forwards until it is cut, and then nothing more, without a word."""
+
+    def __init__(self, port: int) -> None:
+        self._to, self.cut, self._over = port, threading.Event(), threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        ends: dict[socket.socket, socket.socket] = {}
+        while not self.cut.is_set():
+            for each in select.select([self._listener, *ends], (), (), 0.1)[0]:
+                if each is self._listener:
+                    near = each.accept()[0]
+                    try:
+                        far = socket.create_connection(("127.0.0.1", self._to), 5)
+                    except OSError:
+                        near.close()
+                        continue
+                    ends[near], ends[far] = far, near
+                elif each in ends:
+                    other = ends[each]
+                    data = b""
+                    with contextlib.suppress(OSError):
+                        data = each.recv(1 << 16)
+                    with contextlib.suppress(OSError):
+                        if data:
+                            other.sendall(data)
+                            continue
+                    for one in (each, other):
+                        ends.pop(one)
+                        one.close()
+        self._over.wait(60)
+        for each in (self._listener, *ends):
+            each.close()
+
+    def close(self) -> None:
+        self.cut.set()
+        self._over.set()
+        self._thread.join(5)
+
+
+@pytest.mark.every_case
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_link_that_is_cut(model: Path, right: list[tuple[int, ...]]) -> None:
+    port = free_port()
+    wire = Wire(port)
+    with contextlib.closing(wire), node(model, wire.port) as second, engine_of(model, port) as engine:
+        assert tokens(engine) == right
+        rank = rank_of(second)
+        dies(engine, wire.cut.set, "has not been heard of")
+        within(15, lambda: not Path(f"/proc/{rank}").exists())
+
+
+KINDS = {
+    "greedy": GREEDY,
+    "seeded": SamplingParams(max_tokens=40, temperature=0.9, seed=7, ignore_eos=True),
+    "several": SamplingParams(max_tokens=20, temperature=1.0, seed=3, n=3, ignore_eos=True),
+    "form": SamplingParams(
+        max_tokens=40, temperature=0.0, structured_outputs=StructuredOutputsParams(regex="[a-c ]{30,60}")
+    ),
+}
+
+
+@pytest.mark.every_case
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("seed", range(8))
+def test_chaos(model: Path, seed: int) -> None:
+    """Something goes at any moment, while the model loads as well; whoever asks is answered rightly or by an error.
+
+    And in time: within 10 s, or 30 where a rank hangs while it loads. Then the next engine answers again.
+    """
+    chance = random.Random(seed)
+    with InferenceEngine(str(model), **usual(nnodes=1, cluster_key=None)) as engine:
+        right = {kind: [o.token_ids for o in engine.generate(["a"], KINDS[kind])[0].outputs] for kind in KINDS}
+    port = free_port()
+    wire = Wire(port)
+    how = chance.choice(["kill", "stop", "cut", "node"])
+    sizes = chance.choice([{}, {"tensor_parallel_size": 1, "pipeline_parallel_size": 2}])
+    hurt: list[float] = []
+    with contextlib.closing(wire), node(model, wire.port, **sizes) as second:
+        within(20, lambda: second.rank)
+
+        def harm() -> None:
+            time.sleep(chance.uniform(0, 8))
+            hurt.append(time.monotonic())
+            rank = second.rank
+            if how == "cut":
+                wire.cut.set()
+            elif how == "node":
+                second.process.kill()
+            elif rank is not None:
+                os.kill(rank, signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+
+        harming = threading.Thread(target=harm)
+        harming.start()
+        loaded = False
+        try:
+            if chance.random() < 0.5:
+                time.sleep(1)
+            with engine_of(model, port, **sizes) as engine:
+                loaded = True
+                while True:
+                    kind = chance.choice(list(KINDS))
+                    prompts = ["a"] * chance.randint(1, 4)
+                    for output in engine.generate(prompts, KINDS[kind]):
+                        assert [each.token_ids for each in output.outputs] == right[kind]
+                    if hurt and time.monotonic() > hurt[0] + 20:  # between two ranks, where nobody was hurt
+                        break
+        except (EngineDeadError, ModelLoadError, ConfigError):
+            assert hurt
+        harming.join()
+        assert time.monotonic() - hurt[0] < (12 if loaded else 34)  # with what the next lines of its end take
+    with node(model, port, **sizes), engine_of(model, port, **sizes) as engine:
+        for kind in KINDS:
+            assert [o.token_ids for o in engine.generate(["a"], KINDS[kind])[0].outputs] == right[kind]
+
+
+@pytest.mark.every_case
+def test_other_files_on_a_node(model: Path, tmp_path: Path) -> None:
+    port = free_port()
+    other = write_toy_model(tmp_path, toy_config(num_attention_heads=6, num_key_value_heads=3), seed=5)
+    with node(other, port), pytest.raises(ModelLoadError, match="different files"):
+        engine_of(model, port)
+
+
+def test_what_a_node_was_started_with_is_checked(model: Path) -> None:
+    for settings, match in (
+        ({"node_rank": 2}, "node_rank 2 of 2"),
+        ({"cluster_key": None}, "cluster_key"),
+        ({"cluster_key": "short"}, "16 characters"),
+        ({"tensor_parallel_size": 3}, "cannot be divided among 2 nodes"),
+        ({"master_addr": "0.0.0.0"}, "every address"),
+        ({"data_parallel_size": 2}, "replicas on several machines"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            EngineConfig(**usual(**{"model": str(model), "tensor_parallel_size": 2} | settings))
+    assert KEY not in repr(EngineConfig(**usual(model=str(model), tensor_parallel_size=2)))
+
+
+# ---- the door --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def door() -> Iterator[Door]:
+    found = Door("127.0.0.1", 0, KEY, range(1, 2), 2, 2)
+    yield found
+    found.close()
+
+
+def invitation(door: Door, **other: Any) -> Invitation:
+    return msgspec.structs.replace(Invitation(door.host, door.port, KEY, 1, 2, 2, {}, 20), **other)
+
+
+def test_a_rank_joins_by_two_lines(door: Door) -> None:
+    far, far_side = (_connect(invitation(door), side=side) for side in (False, True))
+    joined = door.everyone()[1]
+    joined.line.send(Go())
+    assert far.receive(Go) == Go()
+    far_side.send(Ready(0))
+    assert joined.side.receive(Ready) == Ready(0)
+    within(5, lambda: is_closed(door))  # nobody comes in afterwards
+    for end in (far, far_side, joined.line, joined.side):
+        end.socket.close()
+
+
+def is_closed(door: Door) -> bool:
+    try:
+        socket.create_connection((door.host, door.port), 5).close()
+    except OSError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        ({"key": "another key than the nodes have"}, "does not know this node's key"),
+        ({"rank": 2}, "waits for ranks 1 to 1 of 2"),
+        ({"size": 4}, "same nnodes"),
+        ({"nodes": 3}, "same nnodes"),
+    ],
+)
+def test_who_may_not_join(door: Door, other: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        _connect(invitation(door, **other), side=False)
+
+
+def test_another_version_may_not_join(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter(["0.0.1", nodes.version("candle-vllm-core"), nodes.version("candle-vllm-core")])
+    monkeypatch.setattr(nodes, "version", lambda _: next(found))
+    with pytest.raises(ConfigError, match=r"it has version 0\.0\.1"):
+        _connect(invitation(door), side=False)
+
+
+def test_a_first_node_that_does_not_know_the_key_is_not_believed(door: Door) -> None:
+    """Somebody who listens in its place, and says yes to everything."""
+    with socket.create_server(("127.0.0.1", 0)) as impostor:
+
+        def run() -> None:
+            end = impostor.accept()[0]
+            with end:
+                end.sendall(nodes._MAGIC + bytes(32))
+                nodes._take(end)
+                end.sendall(nodes._frame(b"\x81\xa7refusal\xa0") + bytes(32))
+
+        threading.Thread(target=run, daemon=True).start()
+        with pytest.raises(ConfigError, match="does not know the key"):
+            _connect(invitation(door, port=impostor.getsockname()[1]), side=False)
+
+
+def test_strangers_hurt_nobody(door: Door) -> None:
+    """Silence, noise and a flood of connections; then the rank joins as ever."""
+    ends = [socket.create_connection((door.host, door.port)) for _ in range(8)]
+    for number, end in enumerate(ends):
+        with contextlib.suppress(OSError):
+            end.sendall(bytes([number]) * number * 100)
+    far, side = (_connect(invitation(door), side=side) for side in (False, True))
+    (joined,) = door.everyone().values()
+    for end in (*ends, far.socket, side.socket, joined.line.socket, joined.side.socket):
+        end.close()
+
+
+def test_a_signed_line_refuses_what_was_changed_or_sent_again() -> None:
+    near, far = socket.socketpair()
+    one, other = bytes(32), bytes(range(32))
+    sender, receiver = Line(near, (one, other)), Line(far, (other, one))
+    sender.send(Score(b"rows"))
+    assert receiver.receive(Score) == Score(b"rows")
+    sender.send(Score(b"more"))
+    frame = far.recv(1 << 10)
+    for wrong in (
+        frame[:8] + bytes([frame[8] ^ 1]) + frame[9:],
+        frame,
+    ):  # the second one is right, and the first was not
+        near.sendall(wrong)
+        if wrong is frame:
+            receiver._received = iter([2])  # type: ignore[assignment]
+        with pytest.raises(ValueError, match="not sent by its other end"):
+            receiver.receive(Score)
+    near.close()
+    far.close()

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: MIT
+"""Ranks that Ray places on two simulated machines: an answer, a machine that goes in mid-stream, and one that comes."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from candle_vllm.core import ConfigError, InferenceEngine, SamplingParams
+from candle_vllm.core.engine import ray_ranks
+from candle_vllm.core.errors import EngineDeadError
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+
+GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+LONG = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+PROMPTS = ["The quick brown fox", "the lazy dog and then it " * 4]
+USUAL: dict[str, Any] = {
+    "device": "cpu", "enforce_eager": True, "threads": 1, "block_size": 8, "max_num_seqs": 8, "max_model_len": 512,
+    "max_num_batched_tokens": 40,
+}  # fmt: skip
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """One machine with a CPU, on which this process is."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed")
+    from ray.cluster_utils import Cluster
+
+    small = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+    found: Any = Cluster(initialize_head=True, head_node_args=small)
+    ray.init(address=found.address, logging_level=logging.ERROR, log_to_driver=False)
+    try:
+        yield found
+    finally:
+        ray.shutdown()
+        found.shutdown()
+
+
+def add_machine(cluster: Any) -> Any:
+    return cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+
+
+def tokens(engine: InferenceEngine) -> list[tuple[int, ...]]:
+    return [tuple(output.outputs[0].token_ids) for output in engine.generate(PROMPTS, GREEDY)]
+
+
+@pytest.mark.every_case
+@pytest.mark.timeout(240)
+def test_two_machines_one_of_which_goes_and_comes_back(cluster: Any, tmp_path: Path) -> None:
+    model = write_toy_model(tmp_path, toy_config(num_attention_heads=6, num_key_value_heads=3))
+    with InferenceEngine(str(model), **USUAL) as engine:
+        right = tokens(engine)
+    asked: dict[str, Any] = USUAL | {"distributed_executor_backend": "ray", "tensor_parallel_size": 2}
+    second = add_machine(cluster)
+    errors: list[Exception] = []
+    with InferenceEngine(str(model), **asked) as engine:
+        assert tokens(engine) == right
+
+        def ask() -> None:
+            try:
+                engine.generate(["a"], LONG)
+            except EngineDeadError as error:
+                errors.append(error)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        while engine.stats().generation_tokens < 40:
+            time.sleep(0.02)
+        began = time.monotonic()
+        cluster.remove_node(second)
+        asking.join(30)
+        assert not asking.is_alive()
+        assert time.monotonic() - began < 30
+        assert str(errors[0]).startswith("the engine has stopped: rank 1 at ")
+    with ThreadPoolExecutor(1) as pool:  # the next start waits for a machine
+        started = pool.submit(InferenceEngine, str(model), **asked)
+        time.sleep(2)
+        assert not started.done()
+        add_machine(cluster)
+        with started.result(60) as engine:
+            assert tokens(engine) == right
+
+
+def test_without_a_cluster_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray", reason="Ray is not installed")
+
+    def nobody(**_: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", nobody)
+    model = write_toy_model(tmp_path, toy_config())
+    with pytest.raises(ConfigError, match="`ray start --head` starts one") as raised:
+        InferenceEngine(str(model), **USUAL, distributed_executor_backend="ray", tensor_parallel_size=2)
+    assert raised.value.setting == "distributed_executor_backend"
+
+
+def test_places_that_never_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the cluster lacks is said, and what was asked for is given back."""
+    ray = pytest.importorskip("ray", reason="Ray is not installed")
+    removed: list[object] = []
+
+    class Group:
+        def ready(self) -> object:
+            return self
+
+    class Context:
+        def get_node_id(self) -> str:
+            return "node"
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "get_runtime_context", Context)
+    monkeypatch.setattr(ray, "wait", lambda *_, **__: ([], []))
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
+    groups = importlib.import_module("ray.util.placement_group")
+    monkeypatch.setattr(groups, "placement_group", lambda *_, **__: Group())
+    monkeypatch.setattr(groups, "remove_placement_group", removed.append)
+    monkeypatch.setattr(ray_ranks, "JOINING", -1.0)
+    model = write_toy_model(tmp_path, toy_config())
+    with pytest.raises(ConfigError, match=r"2 times \{'CPU': 1.0\}.* \{'CPU': 1.0\} free"):
+        InferenceEngine(str(model), **USUAL, distributed_executor_backend="ray", tensor_parallel_size=2)
+    assert len(removed) == 1
