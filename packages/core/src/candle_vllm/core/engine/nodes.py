@@ -48,6 +48,7 @@ OWN = (
     "threads",
 )
 """Settings that are each node's own: where files lie, and what computes. All else is as the first node has it."""
+_PROCESS = secrets.token_bytes(16)  # of this process
 _MAGIC = b"candle-vllm ranks 1\n"
 _NONCE = 32
 _MOST_HELLO = 1024  # bytes
@@ -60,12 +61,13 @@ _ENDING = 10.0  # seconds that the ranks of a node may take to end
 
 
 class Hello(msgspec.Struct, frozen=True):
-    """Who wants to join."""
+    """Who wants to join; `process` tells it from others that say they are the same rank."""
 
     rank: int
     size: int
     nodes: int
     side: bool
+    process: bytes
     version: str
     nonce: bytes
 
@@ -131,7 +133,7 @@ class Door:
             ) from None
         self.host, self.port = self._listener.getsockname()[:2]
         self._changed = threading.Condition()
-        self._found: dict[tuple[int, bool], Line] = {}
+        self._found: dict[int, tuple[bytes, dict[bool, Line]]] = {}
         self._closed = False
         self._shaking = threading.Semaphore(_AT_ONCE)
         threading.Thread(target=self._listen, name="candle-vllm-nodes", daemon=True).start()
@@ -176,14 +178,17 @@ class Door:
         _keep(connection)
         line = Line(connection, _keys(self._key, nonce, said))
         with self._changed:
-            former = self._found.get((hello.rank, hello.side))
             if self._closed:
                 connection.close()
                 return
-            self._found[hello.rank, hello.side] = line
+            process, lines = self._found.get(hello.rank, (hello.process, {}))
+            if process != hello.process:  # the rank was started again meanwhile
+                for former in lines.values():
+                    former.socket.close()
+                lines = {}
+            lines[hello.side] = line
+            self._found[hello.rank] = hello.process, lines
             self._changed.notify_all()
-        if former is not None:  # of a rank that was started again meanwhile
-            former.socket.close()
 
     def _refusal(self, hello: Hello) -> str:
         if hello.version != version("candle-vllm-core"):
@@ -197,7 +202,7 @@ class Door:
         return ""
 
     def _missing(self) -> list[int]:
-        return [rank for rank in self._ranks if not {(rank, False), (rank, True)} <= self._found.keys()]
+        return [rank for rank in self._ranks if len(self._found.get(rank, (b"", {}))[1]) < 2]
 
     def everyone(self) -> dict[int, Joined]:
         """Waits until all are there; nobody comes in afterwards.
@@ -223,9 +228,9 @@ class Door:
                     logger.info("waiting at %s port %d for ranks %s", self.host, self.port, _listed(missing))
             self._closed = True
             found, self._found = self._found, {}
+        lines = {rank: found[rank][1] for rank in self._ranks}
         return {
-            rank: Joined(found[rank, False], found[rank, True], found[rank, False].socket.getpeername()[0])
-            for rank in self._ranks
+            rank: Joined(each[False], each[True], each[False].socket.getpeername()[0]) for rank, each in lines.items()
         }
 
     def close(self) -> None:
@@ -233,8 +238,9 @@ class Door:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            for line in self._found.values():
-                line.socket.close()
+            for _, lines in self._found.values():
+                for line in lines.values():
+                    line.socket.close()
 
 
 def join(given: IO[bytes]) -> tuple[Line, Line, Invitation]:
@@ -285,16 +291,16 @@ def _introduce(connection: socket.socket, invitation: Invitation, side: bool) ->
     if _exactly(connection, len(_MAGIC)) != _MAGIC:
         raise ValueError(f"who listens at {invitation.host} port {invitation.port} is no first node of this version")
     nonce = _exactly(connection, _NONCE)
-    hello = msgspec.msgpack.encode(
-        Hello(
-            invitation.rank,
-            invitation.size,
-            invitation.nodes,
-            side,
-            version("candle-vllm-core"),
-            secrets.token_bytes(_NONCE),
-        )
+    said = Hello(
+        invitation.rank,
+        invitation.size,
+        invitation.nodes,
+        side,
+        _PROCESS,
+        version("candle-vllm-core"),
+        secrets.token_bytes(_NONCE),
     )
+    hello = msgspec.msgpack.encode(said)
     connection.sendall(_frame(hello) + _mac(key, b"hello", nonce, hello))
     try:
         verdict = _take(connection)
