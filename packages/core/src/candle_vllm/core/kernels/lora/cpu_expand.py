@@ -30,14 +30,14 @@ from candle_vllm.core.kernels.cpu_runtime.primitives import (
 )
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
 from candle_vllm.core.kernels.lora.cpu_shrink import (
-    AHEAD,
     FOLDED,
     VECTOR,
     added,
     are_shared,
-    ask,
+    ask_ahead,
     count_blocks,
     is_wide,
+    jump_to,
     make_fold,
     scales_of,
     widened,
@@ -74,7 +74,7 @@ PARTS_MEMORY = _WHOLES + 64
 
 def _emit_expand(e: Emitter, form: NumberForm, isa: Isa, count: int, width: int, onto: bool, given: Any) -> None:
     """What `_expand_rows` does, of `count` rows and `width` tiles."""
-    b, (at_weights, at_scales, at_places, offset, number, at_out) = e.b, given
+    b, (at_weights, at_scales, at_places, offset, number, at_out, end, jump) = e.b, given
     rows, whole = count if is_wide(isa) else min(count, 4), form is NumberForm.I8
     kind, moves = (I32, 2) if whole else (F32, 4)
     sources = [e.load(at_places, I64, 8 * row) for row in range(count)]
@@ -83,6 +83,7 @@ def _emit_expand(e: Emitter, form: NumberForm, isa: Isa, count: int, width: int,
         def body(index: Any, totals: list[Any], first: int = first) -> list[Any]:
             base = b.add(at_weights, b.mul(index, e.int64(PANEL_BYTES)))
             moved, totals = b.mul(index, e.int64(moves * form.per_step)), list(totals)
+            ask_ahead(e, base, PANEL_BYTES if form is NumberForm.I8 else VECTOR * width, end, jump)
             for part, weights in _parts(e, form, base, width):
                 for row in range(rows):
                     x = e.splat(e.load(b.add(sources[first + row], moved), kind, 4 * part))
@@ -116,15 +117,10 @@ def _emit_expand(e: Emitter, form: NumberForm, isa: Isa, count: int, width: int,
 def _parts(e: Emitter, form: NumberForm, base: Any, width: int) -> Iterator[tuple[int, list[Any]]]:
     """The ranks of a step, and what `width` tiles have of each."""
     if form is not NumberForm.I8:
-        tiles = []
-        for tile in range(width):
-            e.prefetch(base, VECTOR * tile + AHEAD)
-            tiles.append(widened(e, form, base, VECTOR * tile))
+        tiles = [widened(e, form, base, VECTOR * tile) for tile in range(width)]
         yield from enumerate(map(list, zip(*tiles, strict=True)))
         return
     for part in range(form.per_step // 2):
-        for line in range(0, 2 * PANEL, VECTOR):
-            e.prefetch(base, 2 * PANEL * part + line + AHEAD)
         yield part, [widened(e, form, base, 2 * (PANEL * part + LANES * tile))[0] for tile in range(width)]
 
 
@@ -146,13 +142,16 @@ def _expand_rows(
     at: Any,
     steps: Any,
     out: Any,
+    end: Any,
+    jump: Any,
 ) -> Any:
     """`tiles` times 16 neighbouring rows of B in a panel times `rows` rows of sums, one of `_KINDS`.
 
     scales: address of those of whole numbers. places: address of int64 [rows], where the rows' numbers begin; behind
     64 bytes, of their float32 scales, and of int64 [rows], where their results begin, `at` bytes before these; and
     `_FACTORS` behind it, of the scales of the rows' numbers, where they are whole, 8 bytes apart. Where `onto`, the
-    products times the scales are added there; else they are written to `out`, float32 [tiles, rows, 16].
+    products times the scales are added there; else they are written to `out`, float32 [tiles, rows, 16]. end, jump: of
+    `ask_ahead`.
     """
     kind, features = NumberForm(form.literal_value), Isa(isa.literal_value)
 
@@ -167,7 +166,7 @@ def _expand_rows(
         e.choose(b.add(b.add(b.shl(args[2], e.int64(4)), b.shl(args[3], e.int64(1))), args[4]), cases)
         return context.get_dummy_value()
 
-    return types.void(form, isa, *[types.int64] * 9), code
+    return types.void(form, isa, *[types.int64] * 11), code
 
 
 @intrinsic
@@ -239,14 +238,16 @@ def _make_columns(FORM: int, ISA: int) -> Any:
     ROW_BYTES, SCALES = form.row_bytes, form.panel_scales
 
     @njit
-    def add_columns(part, memory, count, first, last):
-        """A part's columns first .. last, of the part."""
+    def add_columns(part, memory, count, first, last, onward):
+        """A part's columns first .. last, of the part; onward: address of what is read next, or 0."""
         scales, targets, bases, sums = memory + 64, memory + 128, memory + 192, memory + _SUMS
         spare, steps = sums + 512, int64_at(part)[STEPS]
         weights, begins = int64_at(part)[MATRIX], 4 * int64_at(part)[BEGIN]
         bias, less = int64_at(part)[BIAS], int64_at(part)[LESS]
         plain = bias == 0 and less == 0
         column = first
+        end = weights + (last + 63 >> 6) * (PANEL_BYTES * steps + SCALES)
+        jump = jump_to(onward, end)
         while column < last:
             inside = column & 63  # of a panel
             panel = weights + (column >> 6) * (PANEL_BYTES * steps + SCALES)
@@ -254,11 +255,11 @@ def _make_columns(FORM: int, ISA: int) -> Any:
             left, to = min(64 - inside, last - column), begins + 4 * column
             if plain and left >= 16:
                 tiles = 4 if count == 1 and left >= 64 else 2 if WIDE == 1 and count == 8 and left >= 32 else 1
-                _expand_rows(FORM, ISA, count, tiles, 1, at, at_scales, memory, to, steps, sums)
+                _expand_rows(FORM, ISA, count, tiles, 1, at, at_scales, memory, to, steps, sums, end, jump)
                 column += 16 * tiles
                 continue
             for index in range(count):
-                _expand_rows(FORM, ISA, 1, 1, 0, at, at_scales, memory + 8 * index, 0, steps, sums)
+                _expand_rows(FORM, ISA, 1, 1, 0, at, at_scales, memory + 8 * index, 0, steps, sums, end, jump)
                 at_bias = bias + 4 * column if bias != 0 else 0
                 at_less = less + 4 * column if less != 0 else 0
                 base = int64_at(bases)[index] + to if less != 0 else 0
@@ -269,17 +270,28 @@ def _make_columns(FORM: int, ISA: int) -> Any:
     return add_columns
 
 
+@njit
+def _panel_of(about: int, column: int, scales: int) -> int:
+    """Where what an adapter adds from a column on begins, or 0; `about` may be 0. scales: bytes of a panel's."""
+    for number in range(int64_at(about)[2] if about != 0 else 0):
+        part = about + 8 * (HEAD + PART * number)
+        inside = column - int64_at(part)[BEGIN]
+        if 0 <= inside < int64_at(part)[ROWS] and int64_at(part)[STEPS] != 0:
+            return int64_at(part)[MATRIX] + (inside >> 6) * (PANEL_BYTES * int64_at(part)[STEPS] + scales)
+    return 0
+
+
 def make_parts(FORM: int, ISA: int) -> Any:
     """A function that adds what an adapter has for 8, 4, 2 or 1 rows of a product."""
 
     form = NumberForm(FORM)
-    MIXED, fold_part = int(form.whole is not form), make_fold(FORM)
+    MIXED, SCALES, fold_part = int(form.whole is not form), form.panel_scales, make_fold(FORM)
     add_columns = _make_columns(FORM, ISA)
     add_whole = _make_columns(int(form.whole), ISA) if form.whole is not form else add_columns
 
     @njit
-    def add_parts(about, h, folded, count, memory, most, first, last):
-        """Adds columns first .. last.
+    def add_parts(about, h, folded, count, memory, most, first, last, following):
+        """Adds columns first .. last, before those of the adapter `following`, if there is one.
 
         about: the adapter's description. h: address of the rows' sums, or of what was made of them. most: floats that a
         row's numbers take. memory: of 8 numbers' places, 8 scales, 8 targets, 8 addresses of the model's own products,
@@ -296,6 +308,8 @@ def make_parts(FORM: int, ISA: int) -> Any:
             low, high = max(first - begins, 0), min(last - begins, rows)
             if low >= high:
                 continue
+            ends = high == last - begins
+            onward = _panel_of(following if ends else about, first if ends else begins + rows, SCALES)
             for index in range(count):
                 if int64_at(part)[FULL] != 0:
                     int64_at(memory)[index] = int64_at(memory + 256)[index]
@@ -312,27 +326,16 @@ def make_parts(FORM: int, ISA: int) -> Any:
                 factor = fold_part(part, ranks, h + index * row_bytes, wholes + 4 * index * most, to)
                 float32_at(memory + _FACTORS)[2 * index] = factor
             if MIXED == 1 and int64_at(part)[FULL] != 0:
-                add_whole(part, memory, count, low, high)
+                add_whole(part, memory, count, low, high, 0)
             else:
-                add_columns(part, memory, count, low, high)
+                add_columns(part, memory, count, low, high, onward)
 
     return add_parts
 
 
-@njit
-def _ask_columns(about: int, first: int, scales: int) -> None:
-    """Asks for the beginning of what an adapter adds from a column on; `about` may be 0. scales: bytes of a panel's."""
-    for number in range(int64_at(about)[2] if about != 0 else 0):
-        part = about + 8 * (HEAD + PART * number)
-        column = first - int64_at(part)[BEGIN]
-        if 0 <= column < int64_at(part)[ROWS]:
-            panels = (column >> 6) * (PANEL_BYTES * int64_at(part)[STEPS] + scales)
-            ask(AHEAD, int64_at(part)[MATRIX] + panels)
-
-
 def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
     """The operation for a type of numbers."""
-    add_parts, INNER, SCALES = make_parts(FORM, ISA), len(ExpandArguments._fields), NumberForm(FORM).panel_scales
+    add_parts, INNER = make_parts(FORM, ISA), len(ExpandArguments._fields)
 
     def expand(row, thread, threads):
         inner = inner_row(row, INNER)
@@ -371,8 +374,6 @@ def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
                 continue
             begin, end = starts[group], starts[group + 1]
             blocks = count_blocks(int64_at(about)[1])
-            if group + 1 < groups:
-                _ask_columns(int64_at(tables[group + 1])[given.place], first, SCALES)
             entry = begin
             while entry < end:
                 count = end - entry
@@ -384,7 +385,8 @@ def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
                     int64_at(memory + 192)[index] = given.base + place * given.base_bytes
                     int64_at(memory + 256)[index] = given.x + place * given.x_bytes
                 h = given.h + begin * given.h_bytes + (entry - begin) * blocks * BLOCK_BYTES
-                add_parts(about, h, folded, count, memory, most, first, last)
                 entry += count
+                following = int64_at(tables[group + 1])[given.place] if entry == end and group + 1 < groups else 0
+                add_parts(about, h, folded, count, memory, most, first, last, following)
 
     return expand

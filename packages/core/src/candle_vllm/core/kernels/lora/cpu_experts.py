@@ -44,7 +44,7 @@ def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
                     given.h + entry * given.h_bytes + pair % top_k * (given.h_bytes // top_k)
                 )
                 for quarter in range(4):
-                    multiply(int64_at(about)[0], ranks, quarter, 0, count_blocks(ranks), 1, given.x_bytes, memory)
+                    multiply(int64_at(about)[0], ranks, quarter, 0, count_blocks(ranks), 1, given.x_bytes, memory, 0)
 
     return shrink_experts
 
@@ -78,6 +78,6 @@ def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
                 float32_at(memory + 64)[0] = float32_at(given.scales)[entry]
                 int64_at(memory + 128)[0] = given.out + int64_at(given.places)[chosen] * given.row_bytes
                 int64_at(memory + 192)[0] = 0
-                add_parts(about, at, False, 1, memory, most, first, last)
+                add_parts(about, at, False, 1, memory, most, first, last, 0)
 
     return expand_experts

@@ -55,7 +55,8 @@ VECTOR = 4 * LANES
 _SMALLEST = 0x0D800000  # bits of 2^-100: what is all below has a scale of 0
 
 AHEAD = 2048
-"""Bytes of weights that are asked for ahead: runs of them are too short for a CPU to see coming."""
+"""Bytes of weights that are asked for ahead: runs of them are too short for a CPU to see coming. What an adapter's end
+leaves of them is asked for at the next one's beginning."""
 
 
 def widened(e: Emitter, form: NumberForm, address: Any, offset: int) -> list[Any]:
@@ -126,6 +127,20 @@ def scales_of(e: Emitter, address: Any, offset: int = 0) -> Any:
     return e.b.bitcast(e.b.shl(bits, e.constant(I32, 16)), vector(F32))
 
 
+def ask_ahead(e: Emitter, base: Any, size: int, end: Any, jump: Any) -> None:
+    """Asks for what is read `AHEAD` bytes behind `size` at an address; from `end` on it is `jump` bytes further."""
+    at = e.b.add(base, e.int64(AHEAD))
+    at = e.b.select(e.b.icmp_unsigned("<", at, end), at, e.b.add(at, jump))
+    for offset in range(0, size, VECTOR):
+        e.prefetch(at, offset)
+
+
+@njit
+def jump_to(onward: int, end: int) -> int:
+    """Bytes from where a run of weights ends to what is read next; `onward` is 0 where that is nothing."""
+    return onward - end if onward != 0 else -AHEAD  # to what is being read, which costs nothing
+
+
 def is_wide(isa: Isa) -> bool:
     return isa.wide
 
@@ -155,7 +170,7 @@ def _repeated(e: Emitter, kind: Any, address: Any, offset: int, height: int, par
 
 def _emit_shrink(e: Emitter, form: NumberForm, isa: Isa, height: int, count: int, given: Any) -> None:
     """What `_shrink_rows` does, of `height` ranks and `count` rows."""
-    b, (at_weights, at_scales, at_inputs, offset, at_outputs, number, onto) = e.b, given
+    b, (at_weights, at_scales, at_inputs, offset, at_outputs, number, onto, end, jump) = e.b, given
     parts, whole = 2 if form is NumberForm.BF16 else 1, form is NumberForm.I8
     chains = 1 if form is not NumberForm.F32 and height == 4 else 2  # of these, a quarter may be one step
     size, x_bytes = form.step_bytes, 4 * LANES // height * parts
@@ -172,9 +187,8 @@ def _emit_shrink(e: Emitter, form: NumberForm, isa: Isa, height: int, count: int
             base = b.add(at_weights, b.mul(index, e.int64(size * turns)))
             moved = b.mul(index, e.int64(x_bytes * turns))
             totals = list(totals)
+            ask_ahead(e, base, size * turns, end, jump)
             for turn in range(turns):
-                if size * turn % VECTOR == 0:
-                    e.prefetch(base, size * turn + AHEAD)
                 weights = widened(e, form, base, size * turn)
                 for row in range(rows):
                     place = row * chains + turn % chains
@@ -211,12 +225,14 @@ def _shrink_rows(
     outputs: Any,
     steps: Any,
     onto: Any,
+    end: Any,
+    jump: Any,
 ) -> Any:
     """`steps` vectors of a block of `height` ranks, 4, 8 or 16, times 1, 4 or 8 rows: 16 sums each.
 
     inputs, outputs: addresses of int64 [rows], where the rows' inputs begin, `at` bytes before what is read, and where
     their sums go. scales: address of those of whole numbers; `X_SCALES` bytes behind the inputs' are theirs, and where
-    `onto`, sums are added to what is there.
+    `onto`, sums are added to what is there. end, jump: of `ask_ahead`.
     """
     kind, features = NumberForm(form.literal_value), Isa(isa.literal_value)
 
@@ -230,7 +246,7 @@ def _shrink_rows(
         e.choose(b.add(b.shl(args[2], e.int64(4)), args[3]), cases)
         return context.get_dummy_value()
 
-    return types.void(form, isa, *[types.int64] * 9), code
+    return types.void(form, isa, *[types.int64] * 11), code
 
 
 @njit
@@ -266,9 +282,15 @@ def make_run(FORM: int, ISA: int) -> Any:
     ITEM, STEP, SCALES, WHOLE = form.bytes, form.step_bytes, form.block_scales, int(form is NumberForm.I8)
 
     @njit
-    def run(weights, ranks, quarter, first, last, count, x_bytes, memory):
-        """Blocks first .. last. memory: `RUN_MEMORY` bytes, with the places of inputs and sums of `count` rows."""
+    def run(weights, ranks, quarter, first, last, count, x_bytes, memory, onward):
+        """Blocks first .. last.
+
+        memory: `RUN_MEMORY` bytes, with the places of inputs and sums of `count` rows. onward: address of what is read
+        behind the last quarter's last block, or 0.
+        """
         columns, blocks = x_bytes >> 4, count_blocks(ranks)
+        end = weights + 4 * (ranks * columns * ITEM + blocks * SCALES)
+        jump = jump_to(onward, end)
         rows = 8 if count > 4 else 4 if count > 1 else 1  # the last of them repeated
         inputs, outputs, scales = int64_at(memory), int64_at(memory + 64), float32_at(memory + X_SCALES)
         begin = 0
@@ -295,7 +317,7 @@ def make_run(FORM: int, ISA: int) -> Any:
                 for index in range(rows):
                     result = int64_at(memory + RESULTS)[min(index, count - 1)]
                     outputs[index] = result + (block * 4 + quarter) * 64
-                _shrink_rows(FORM, ISA, height, rows, at, about, memory, 0, memory + 64, steps, begin)
+                _shrink_rows(FORM, ISA, height, rows, at, about, memory, 0, memory + 64, steps, begin, end, jump)
             begin += size
 
     return run
@@ -432,10 +454,11 @@ def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
                 more = before < last
                 if shared:
                     number, high, more = 0, 4 * blocks, end < last_entry
+                onward = 0
                 if number < high and entry + run >= end and more and group + 1 < groups:
                     following = int64_at(tables[group + 1])[given.place]
                     if following != 0:
-                        ask(AHEAD, int64_at(following)[0])
+                        onward = int64_at(following)[0]
                 stop = min(entry + run, end)
                 while number < high:
                     quarter = number // blocks
@@ -448,7 +471,8 @@ def make_shrink(FORM: int, ISA: int) -> Callable[..., None]:
                             results[index] = given.h + begin * given.h_bytes + place * blocks * BLOCK_BYTES
                             if shared:
                                 results[index] = own + index * blocks * BLOCK_BYTES
-                        multiply(int64_at(about)[0], ranks, quarter, low, until, count, given.x_bytes, memory)
+                        weights = int64_at(about)[0]
+                        multiply(weights, ranks, quarter, low, until, count, given.x_bytes, memory, onward)
                     number = (quarter + 1) * blocks
                 for at in range(entry, stop if shared else entry):
                     sums = own + (at - entry) * blocks * BLOCK_BYTES
