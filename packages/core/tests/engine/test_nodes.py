@@ -360,6 +360,7 @@ def test_other_files_on_a_node(model: Path, tmp_path: Path) -> None:
 def test_what_a_node_was_started_with_is_checked(model: Path) -> None:
     for settings, match in (
         ({"node_rank": 2}, "node_rank 2 of 2"),
+        ({"node_rank": 1, "nnodes": 1}, "node_rank 1 of one node"),
         ({"cluster_key": None}, "cluster_key"),
         ({"cluster_key": "short"}, "16 characters"),
         ({"tensor_parallel_size": 3}, "cannot be divided among 2 nodes"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from candle_vllm.core import ConfigError, InferenceEngine, SamplingParams
+from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.engine import ray_ranks
 from candle_vllm.core.errors import EngineDeadError
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
@@ -87,6 +87,22 @@ def test_two_machines_one_of_which_goes_and_comes_back(cluster: Any, tmp_path: P
         add_machine(cluster)
         with started.result(60) as engine:
             assert tokens(engine) == right
+
+
+@pytest.mark.parametrize(
+    ("settings", "setting", "match"),
+    [
+        ({"nnodes": 2, "cluster_key": "a key of the nodes"}, "nnodes", "which machines"),
+        ({"data_parallel_size": 2}, "data_parallel_size", "no replicas"),
+        ({"device": "cuda:0,cuda:1"}, "device", "name none"),
+        ({"tensor_parallel_size": 1}, "distributed_executor_backend", "there is one"),
+    ],
+)
+def test_what_ray_decides_is_refused(settings: dict[str, Any], setting: str, match: str) -> None:
+    asked: dict[str, Any] = {"distributed_executor_backend": "ray", "tensor_parallel_size": 2}
+    with pytest.raises(ConfigError, match=match) as raised:
+        EngineConfig(model="m", **asked | settings)
+    assert raised.value.setting == setting
 
 
 def test_without_a_cluster_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -476,6 +476,10 @@ class EngineConfig(ExplainedSettings):
             )
         if self.nnodes > 1:
             self._check_nodes()
+        elif self.node_rank:
+            raise ConfigError(f"node_rank {self.node_rank} of one node: set nnodes, the same on all", "node_rank")
+        if self.distributed_executor_backend == "ray":
+            self._check_ray()
         if self.ranks == 1:
             return
         drafts = draft_settings(self.speculative_config)
@@ -512,8 +516,6 @@ class EngineConfig(ExplainedSettings):
                 f"{self.nnodes} nodes: each has as many",
                 "nnodes",
             )
-        if self.distributed_executor_backend == "ray":
-            raise ConfigError("Ray says which machines there are: leave nnodes out", "nnodes")
         if self.data_parallel_size > 1:
             raise ConfigError(
                 "replicas on several machines are not implemented: leave data_parallel_size out, or start a server on "
@@ -532,6 +534,19 @@ class EngineConfig(ExplainedSettings):
                 "node",
                 "master_addr",
             )
+
+    def _check_ray(self) -> None:
+        refused = {
+            "nnodes": (self.nnodes > 1, "says which machines there are: leave nnodes out"),
+            "data_parallel_size": (self.data_parallel_size > 1, "places ranks and no replicas: leave it out"),
+            "device": (self.device not in ("auto", "cpu", "cuda"), "gives each rank its GPU: name none"),
+            "distributed_executor_backend": (
+                self.ranks == 1, "places ranks, and there is one: set tensor_parallel_size or pipeline_parallel_size"
+            ),
+        }  # fmt: skip
+        for name, (given, reason) in refused.items():
+            if given:
+                raise ConfigError(f"{name}: Ray {reason}", name)
 
     @property
     def ranks(self) -> int:
