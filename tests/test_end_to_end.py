@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
+import signal
+import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -294,3 +298,39 @@ def test_a_model_at_an_address_is_fetched_once_also_behind_a_kill(tmp_path: Path
         assert "signature" not in (tmp_path / "server.log").read_text()
         shelf.shutdown()
     assert "Paris" in run_command(tmp_path, "generate", CAPITAL, "--max-tokens", "4", "--temperature", "0", *flags)
+
+
+@pytest.mark.every_case
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_two_nodes_serve_one_model_and_come_back(tmp_path: Path, toy_model: Path) -> None:
+    """The original's way to several machines; when a rank dies, the server starts the model anew with another one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    flags = ["--cpu", *ONE_THREAD, "--m", str(toy_model), "--num-nodes", "2", "-pp", "2", "--master-port", port]
+    flags += ["--cluster-key", "what-both-of-them-know", "--max-model-len", "256"]
+    ask = {"prompt": "The quick brown", "max_tokens": 8, "temperature": 0.0}
+    (tmp_path / "second").mkdir()
+    with (tmp_path / "second.log").open("w") as log:
+        second = subprocess.Popen(
+            [COMMAND, *flags, "--node-rank", "1", "--p", "0"],
+            stdin=subprocess.DEVNULL, stderr=log, cwd=tmp_path / "second", env=clean_environment(tmp_path / "second"),
+        )  # fmt: skip
+    try:
+        process = ServerProcess(tmp_path, *flags)
+        try:
+            with httpx.Client(base_url=process.url, timeout=60, trust_env=False) as client:
+                first = client.post("/v1/completions", json=ask).json()["choices"][0]["text"]
+                (rank,) = Path(f"/proc/{second.pid}/task/{second.pid}/children").read_text().split()
+                os.kill(int(rank), signal.SIGKILL)
+                deadline = time.monotonic() + 60
+                while (again := client.post("/v1/completions", json=ask)).status_code != 200:
+                    assert again.json()["error"]["code"] in ("engine_dead", "model_loading"), again.text
+                    assert time.monotonic() < deadline
+                    time.sleep(0.2)
+                assert again.json()["choices"][0]["text"] == first
+        finally:
+            assert process.stop() == 0
+    finally:
+        second.terminate()
+        assert second.wait(20) == 0
