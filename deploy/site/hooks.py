@@ -28,7 +28,7 @@ PACKAGES = ("core", "openai", "responses", "server")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 
 
-def on_config(config: MkDocsConfig) -> None:  # noqa: ARG001
+def on_startup(*, command: str, dirty: bool) -> None:  # noqa: ARG001
     """Lays the four packages beside each other: what reads docstrings takes the first of a namespace for the whole."""
     folder = ROOT / ".site" / "sources" / "candle_vllm"
     shutil.rmtree(folder, ignore_errors=True)

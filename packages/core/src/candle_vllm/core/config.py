@@ -359,7 +359,7 @@ class EngineConfig(ExplainedSettings):
                                  "beginnings of prompts outlive memory and restarts",
                                  "It is made for this user alone. None keeps them in memory only."] = None
     prompt_cache_url: Annotated[str | None, Text(), "Redis in which full KV blocks are kept as well, for all servers "
-                                "of a model: redis://[user:password@]host[:port][/db], or rediss:// for TLS",
+                                "of a model: redis://user:password@host:port/db, or rediss:// for TLS",
                                 "Behind the folder of prompt_cache_path, where there is one."] = dataclasses.field(
         default=None, repr=False)
     prompt_cache_bytes: Annotated[int, Integer(1 << 20, 1 << 60), "most bytes in prompt_cache_path, and in Redis of "

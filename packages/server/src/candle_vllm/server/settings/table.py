@@ -197,7 +197,7 @@ class Settings:
     prompt_cache_path: Annotated[Path | None, engine(LIMITS, "DIR", commands=_REUSING)] = None
     prompt_cache_url: Annotated[str | None, own(LIMITS,
         Secret(), "Redis in which full KV blocks are kept as well, for all servers of a model: "
-        "redis://[user:password@]host[:port][/db], or rediss:// for TLS", "URL", in_yaml=True,
+        "redis://user:password@host:port/db, or rediss:// for TLS", "URL", in_yaml=True,
         engine="prompt_cache_url", commands=_REUSING)] = field(default=None, repr=False)
     prompt_cache_bytes: Annotated[int | None, engine(LIMITS, "BYTES", more="; 4G is 4 * 2^30",
         commands=_REUSING)] = None
