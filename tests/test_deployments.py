@@ -131,6 +131,9 @@ def test_kubernetes_with_ray(tmp_path: Path) -> None:
     pods = [head["template"], workers["template"]]
     named = [{"apiVersion": "v1", "kind": "Pod", **pod, "metadata": {"name": "a", **pod["metadata"]}} for pod in pods]
     validate(named, tmp_path)
+    for pod in pods:  # without its own, the operator gives a container probes that ask for Ray's dashboard
+        (container,) = pod["spec"]["containers"]
+        assert {"readinessProbe", "livenessProbe"} <= container.keys()
     assert cluster["spec"]["authOptions"] == {"mode": "token"}
     assert f'"ray=={cluster["spec"]["rayVersion"]}"' in (ROOT / "pyproject.toml").read_text()
     server = head["template"]["spec"]["containers"][0]
