@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 from waiting import until
 
-from candle_vllm.responses.mcp import stdio, supervisor
+from candle_vllm.responses.mcp import processes, stdio, supervisor
 from candle_vllm.responses.mcp.link import McpLink
 from candle_vllm.responses.mcp.peer import McpServerError
 from candle_vllm.responses.tools.tool import (
@@ -204,6 +205,33 @@ async def test_a_start_that_is_cancelled_leaves_nothing(scripted: Scripted, note
         await start
     assert link.state == "closed"
     assert not notes.alive
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no groups of processes there")
+async def test_a_process_that_is_cancelled_again_while_it_spawns_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine a program may run before the loop knows of it; who cancels may do so more than once."""
+    spawn, told = asyncio.create_subprocess_exec, asyncio.Event()
+    started: list[Any] = []
+
+    async def slowly(*given: Any, **others: Any) -> Any:
+        started.append(await spawn(*given, **others))
+        await told.wait()
+        return started[0]
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", slowly)
+    start = asyncio.create_task(
+        processes.start_process("sleep", ["1000"], environment={"PATH": os.defpath}, folder=str(tmp_path))
+    )
+    await until(lambda: len(started) == 1)
+    for _ in range(3):
+        start.cancel()
+        await asyncio.sleep(0.01)
+    told.set()
+    await asyncio.wait({start})
+    assert start.cancelled()
+    assert started[0].returncode is not None
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.001, 0.003, 0.01, 0.03])

@@ -86,8 +86,13 @@ async def start_process(
         return await asyncio.shield(spawning)
     except asyncio.CancelledError:
         with contextlib.suppress(OSError, ValueError):
-            await to_the_end(end_process(await spawning, grace=0.0))
+            await to_the_end(_end_spawned(spawning))
         raise
+
+
+async def _end_spawned(spawning: asyncio.Future[Process]) -> None:
+    """Ends what may not have been started yet; whoever waits for `spawning` by itself would cancel that as well."""
+    await end_process(await spawning, grace=0.0)
 
 
 async def end_process(process: Process, *, grace: float | None = None) -> None:
