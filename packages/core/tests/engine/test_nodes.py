@@ -20,31 +20,22 @@ from typing import Any
 
 import msgspec
 import pytest
+from test_ranks import GREEDY, KINDS, PROMPTS, dies, gone
+from test_ranks import USUAL as ALONE
+from test_ranks import engine_of as engine_alone
 
-from candle_vllm.core import EngineConfig, InferenceEngine, SamplingParams
+from candle_vllm.core import EngineConfig, InferenceEngine
 from candle_vllm.core.engine import nodes
 from candle_vllm.core.engine.nodes import Door, Invitation, _connect
 from candle_vllm.core.engine.rank_line import Go, Line, Ready, Score
 from candle_vllm.core.errors import ConfigError, EngineDeadError, ModelLoadError
-from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="several ranks need sockets that a child inherits")
 
 KEY = "a key that all of the nodes know"
-GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
-LONG = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
-PROMPTS = ["The quick brown fox", "jumps over", "the lazy dog and then it " * 4]
-USUAL: dict[str, Any] = {
-    "device": "cpu", "enforce_eager": True, "threads": 1, "block_size": 8, "max_num_seqs": 8, "max_model_len": 512,
-    "max_num_batched_tokens": 40, "nnodes": 2, "cluster_key": KEY,
-}  # fmt: skip
-
-
-def usual(**other: Any) -> dict[str, Any]:
-    return USUAL | other
-
-
+USUAL: dict[str, Any] = ALONE | {"nnodes": 2, "cluster_key": KEY, "max_model_len": 512}
+SILENT = "rank 1 at 127.0.0.1 has ended (it has not been heard of for "
 NODE = (
     "import json, sys, logging\n"
     "from candle_vllm.core import EngineConfig\n"
@@ -68,8 +59,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def right(model: Path) -> list[tuple[int, ...]]:
-    one = usual(nnodes=1, cluster_key=None)
-    with InferenceEngine(str(model), **one) as engine:
+    with engine_alone(model, 1) as engine:
         return tokens(engine)
 
 
@@ -81,7 +71,7 @@ class Node:
     """The second node, in a process of its own; what it has said."""
 
     def __init__(self, model: Path, port: int, settings: dict[str, Any]) -> None:
-        given = usual(model=str(model), node_rank=1, master_port=port, tensor_parallel_size=2) | settings
+        given = USUAL | {"model": str(model), "node_rank": 1, "master_port": port, "tensor_parallel_size": 2} | settings
         self.process = subprocess.Popen(
             [sys.executable, "-c", NODE, json.dumps(given)], stderr=subprocess.PIPE, text=True, errors="replace"
         )
@@ -122,7 +112,7 @@ def node(model: Path, port: int, **settings: Any) -> Iterator[Node]:
 
 
 def engine_of(model: Path, port: int, **settings: Any) -> InferenceEngine:
-    return InferenceEngine(str(model), **usual(**{"tensor_parallel_size": 2, "master_port": port} | settings))
+    return InferenceEngine(str(model), **USUAL | {"tensor_parallel_size": 2, "master_port": port} | settings)
 
 
 def within(seconds: float, true: Callable[[], object]) -> None:
@@ -136,26 +126,6 @@ def rank_of(second: Node) -> int:
     found = second.rank
     assert found is not None
     return found
-
-
-def dies(engine: InferenceEngine, hurt: Callable[[], object], match: str, seconds: float = 10.0) -> None:
-    """Who waits for a long answer while something is hurt gets an error in time, by name."""
-    errors: list[Exception] = []
-
-    def ask() -> None:
-        try:
-            engine.generate(["a"], LONG)
-        except EngineDeadError as error:
-            errors.append(error)
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    within(30, lambda: engine.stats().generation_tokens > 2)
-    hurt()
-    asking.join(seconds)
-    assert not asking.is_alive(), f"who asked still waits after {seconds} s"
-    assert match in str(errors[0])
-    assert not engine.is_alive
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -181,7 +151,7 @@ def test_a_rank_that_hangs_is_gone(model: Path, right: list[tuple[int, ...]], pa
     with node(model, port, **sizes) as second, engine_of(model, port, **sizes) as engine:
         assert tokens(engine) == right
         rank = rank_of(second)
-        dies(engine, lambda: os.kill(rank, signal.SIGSTOP), "has not been heard of")
+        dies(engine, lambda: os.kill(rank, signal.SIGSTOP), SILENT)
         began = time.monotonic()
         engine.close()
         assert time.monotonic() - began < 10
@@ -199,7 +169,7 @@ def test_whoever_dies(model: Path, right: list[tuple[int, ...]], end: str) -> No
         "print('there', flush=True)\n"
         "engine.generate(['a'], SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True))\n"
     )
-    given = usual(model=str(model), tensor_parallel_size=2, master_port=port)
+    given = USUAL | {"model": str(model), "tensor_parallel_size": 2, "master_port": port}
     with node(model, port) as second:
         if end == "first":
             first = subprocess.Popen(
@@ -210,14 +180,14 @@ def test_whoever_dies(model: Path, right: list[tuple[int, ...]], end: str) -> No
                 assert first.stdout.readline() == "there\n"
                 rank = rank_of(second)
                 first.kill()
-            within(10, lambda: not Path(f"/proc/{rank}").exists())  # and the node has another one, which waits
+            assert gone([rank], 10)  # and the node has another one, which waits
             with engine_of(model, port) as engine:
                 assert tokens(engine) == right
             return
         with engine_of(model, port) as engine:
             rank = rank_of(second)
             dies(engine, second.process.kill, "rank 1 at 127.0.0.1 has ended")
-            within(10, lambda: not Path(f"/proc/{rank}").exists())
+            assert gone([rank], 10)
 
 
 class Wire:
@@ -272,18 +242,8 @@ def test_a_link_that_is_cut(model: Path, right: list[tuple[int, ...]]) -> None:
     with contextlib.closing(wire), node(model, wire.port) as second, engine_of(model, port) as engine:
         assert tokens(engine) == right
         rank = rank_of(second)
-        dies(engine, wire.cut.set, "has not been heard of")
-        within(15, lambda: not Path(f"/proc/{rank}").exists())
-
-
-KINDS = {
-    "greedy": GREEDY,
-    "seeded": SamplingParams(max_tokens=40, temperature=0.9, seed=7, ignore_eos=True),
-    "several": SamplingParams(max_tokens=20, temperature=1.0, seed=3, n=3, ignore_eos=True),
-    "form": SamplingParams(
-        max_tokens=40, temperature=0.0, structured_outputs=StructuredOutputsParams(regex="[a-c ]{30,60}")
-    ),
-}
+        dies(engine, wire.cut.set, SILENT)
+        assert gone([rank], 15)
 
 
 @pytest.mark.every_case
@@ -296,7 +256,7 @@ def test_chaos(model: Path, seed: int) -> None:
     And in time: within 10 s, or 30 where a rank hangs while it loads. Then the next engine answers again.
     """
     chance = random.Random(seed)
-    with InferenceEngine(str(model), **usual(nnodes=1, cluster_key=None)) as engine:
+    with engine_alone(model, 1) as engine:
         right = {kind: [o.token_ids for o in engine.generate(["a"], KINDS[kind])[0].outputs] for kind in KINDS}
     port = free_port()
     wire = Wire(port)
@@ -357,7 +317,8 @@ def test_other_files_on_a_node(model: Path, tmp_path: Path) -> None:
         engine_of(model, port)
 
 
-def test_what_a_node_was_started_with_is_checked(model: Path) -> None:
+def test_what_a_node_was_started_with_is_checked() -> None:
+    asked: dict[str, Any] = USUAL | {"model": "m", "tensor_parallel_size": 2}
     for settings, match in (
         ({"node_rank": 2}, "node_rank 2 of 2"),
         ({"node_rank": 1, "nnodes": 1}, "node_rank 1 of one node"),
@@ -368,8 +329,8 @@ def test_what_a_node_was_started_with_is_checked(model: Path) -> None:
         ({"data_parallel_size": 2}, "replicas on several machines"),
     ):
         with pytest.raises(ConfigError, match=match):
-            EngineConfig(**usual(**{"model": str(model), "tensor_parallel_size": 2} | settings))
-    assert KEY not in repr(EngineConfig(**usual(model=str(model), tensor_parallel_size=2)))
+            EngineConfig(**asked | settings)
+    assert KEY not in repr(EngineConfig(**asked))
 
 
 # ---- the door --------------------------------------------------------------------------------------------------------
@@ -425,7 +386,7 @@ def test_a_rank_that_was_started_again_takes_the_place_of_the_first(
 @pytest.mark.parametrize(
     ("other", "match"),
     [
-        ({"key": "another key than the nodes have"}, "does not know this node's key"),
+        ({"key": "another key than the nodes have"}, "do not know the same key"),
         ({"rank": 2}, "waits for ranks 1 to 1 of 2"),
         ({"size": 4}, "same nnodes"),
         ({"nodes": 3}, "same nnodes"),
@@ -455,7 +416,7 @@ def test_a_first_node_that_does_not_know_the_key_is_not_believed(door: Door) -> 
                 end.sendall(nodes._frame(b"\x81\xa7refusal\xa0") + bytes(32))
 
         threading.Thread(target=run, daemon=True).start()
-        with pytest.raises(ConfigError, match="does not know the key"):
+        with pytest.raises(ConfigError, match="do not know the same key"):
             _connect(invitation(door, port=impostor.getsockname()[1]), side=False)
 
 

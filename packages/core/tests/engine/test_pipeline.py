@@ -9,14 +9,15 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_ranks import GREEDY, KINDS, PROMPTS, engine_of, gone, pids
+from test_ranks import GREEDY, KINDS, PROMPTS, dies, engine_of, gone, pids
 
 from candle_vllm.core import EngineConfig, InferenceEngine, LoRARequest, PoolingParams, SamplingParams
-from candle_vllm.core.errors import ConfigError, EngineDeadError
+from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.fields import read_json
 from candle_vllm.core.testing.toy_adapter import write_adapter
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
@@ -144,21 +145,9 @@ def test_few_blocks_and_four_ranks(model: Path, whole: InferenceEngine) -> None:
 @pytest.mark.every_case
 def test_a_stage_that_dies_ends_the_engine_by_name(model: Path) -> None:
     with engine_of(model, 1, pipeline_parallel_size=2, max_model_len=512) as engine:
-        found, errors = pids(engine), list[Exception]()
-
-        def ask() -> None:
-            try:
-                engine.generate(["a"] * 4, SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True))
-            except EngineDeadError as error:
-                errors.append(error)
-
-        asking = threading.Thread(target=ask)
-        asking.start()
-        while engine.stats().generation_tokens < 3:
-            time.sleep(0.01)
-        os.kill(found[0], signal.SIGKILL)
-        asking.join(10)
-        assert str(errors[0]).startswith("the engine has stopped: rank 1 has ended (killed by SIGKILL)")
+        found = pids(engine)
+        kill = partial(os.kill, found[0], signal.SIGKILL)
+        dies(engine, kill, "rank 1 has ended (killed by SIGKILL)", prompts=4)
     assert gone(found)
 
 

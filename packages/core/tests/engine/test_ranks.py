@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,13 @@ from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="several ranks need sockets that a child inherits")
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+LONG = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
 PROMPTS = ["The quick brown fox", "jumps over", "the lazy dog and then it " * 4]
+
+USUAL: dict[str, Any] = {
+    "device": "cpu", "enforce_eager": True, "threads": 1, "block_size": 8, "max_num_seqs": 8,
+    "max_num_batched_tokens": 40,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def engine_of(model: Path, size: int, **settings: Any) -> InferenceEngine:
-    usual = {
-        "device": "cpu",
-        "enforce_eager": True,
-        "threads": 1,
-        "block_size": 8,
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 40,
-    }
-    return InferenceEngine(str(model), tensor_parallel_size=size, **usual | settings)
+    return InferenceEngine(str(model), tensor_parallel_size=size, **USUAL | settings)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +81,28 @@ def gone(found: list[int], seconds: float = 10.0) -> bool:
     while any(map(is_alive, found)) and time.monotonic() < until:
         time.sleep(0.05)
     return not any(map(is_alive, found))
+
+
+def dies(
+    engine: InferenceEngine, hurt: Callable[[], object], said: str, seconds: float = 10.0, prompts: int = 1
+) -> None:
+    """Who waits for long answers while something is hurt gets an error in time, which begins so."""
+    errors: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            engine.generate(["a"] * prompts, LONG)
+        except EngineDeadError as error:
+            errors.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while engine.stats().generation_tokens < 3:
+        time.sleep(0.01)
+    hurt()
+    asking.join(seconds)
+    assert not asking.is_alive(), f"who asked still waits after {seconds} s"
+    assert str(errors[0]).startswith(f"the engine has stopped: {said}"), errors[0]
 
 
 KINDS = {
@@ -138,28 +158,15 @@ def test_few_blocks_and_guesses(settings: dict[str, Any], model: Path, whole: In
 @pytest.mark.parametrize("busy", [True, False])
 def test_a_rank_that_dies_ends_the_engine_by_name(model: Path, busy: bool) -> None:
     with engine_of(model, 3, max_model_len=512) as engine:
-        found, errors, told = pids(engine), list[Exception](), threading.Event()
+        found, told = pids(engine), threading.Event()
         engine.add_death_callback(told.set)
-        long = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
-
-        def ask() -> None:
-            try:
-                engine.generate(["a"], long)
-            except EngineDeadError as error:
-                errors.append(error)
-
-        asking = threading.Thread(target=ask)
-        if busy:
-            asking.start()
-            while engine.stats().generation_tokens < 3:
-                time.sleep(0.01)
-        else:
+        if not busy:
             engine.generate(["a"], GREEDY)
         began = time.monotonic()
-        os.kill(found[1], signal.SIGKILL)
         if busy:
-            asking.join(10)
-            assert str(errors[0]).startswith("the engine has stopped: rank 2 has ended (killed by SIGKILL)")
+            dies(engine, lambda: os.kill(found[1], signal.SIGKILL), "rank 2 has ended (killed by SIGKILL)")
+        else:
+            os.kill(found[1], signal.SIGKILL)
         while engine.is_alive and time.monotonic() < began + 10:
             time.sleep(0.05)
         assert not engine.is_alive

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,19 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_ranks import GREEDY, PROMPTS, dies, engine_of
 
-from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, SamplingParams
+from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine
 from candle_vllm.core.engine import ray_ranks
-from candle_vllm.core.errors import EngineDeadError
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 
-GREEDY = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
-LONG = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
-PROMPTS = ["The quick brown fox", "the lazy dog and then it " * 4]
-USUAL: dict[str, Any] = {
-    "device": "cpu", "enforce_eager": True, "threads": 1, "block_size": 8, "max_num_seqs": 8, "max_model_len": 512,
-    "max_num_batched_tokens": 40,
-}  # fmt: skip
+RAY: dict[str, Any] = {"distributed_executor_backend": "ray", "max_model_len": 512}
 
 
 @pytest.fixture
@@ -56,32 +49,14 @@ def tokens(engine: InferenceEngine) -> list[tuple[int, ...]]:
 @pytest.mark.timeout(240)
 def test_two_machines_one_of_which_goes_and_comes_back(cluster: Any, tmp_path: Path) -> None:
     model = write_toy_model(tmp_path, toy_config(num_attention_heads=6, num_key_value_heads=3))
-    with InferenceEngine(str(model), **USUAL) as engine:
+    with engine_of(model, 1) as engine:
         right = tokens(engine)
-    asked: dict[str, Any] = USUAL | {"distributed_executor_backend": "ray", "tensor_parallel_size": 2}
     second = add_machine(cluster)
-    errors: list[Exception] = []
-    with InferenceEngine(str(model), **asked) as engine:
+    with engine_of(model, 2, **RAY) as engine:
         assert tokens(engine) == right
-
-        def ask() -> None:
-            try:
-                engine.generate(["a"], LONG)
-            except EngineDeadError as error:
-                errors.append(error)
-
-        asking = threading.Thread(target=ask)
-        asking.start()
-        while engine.stats().generation_tokens < 40:
-            time.sleep(0.02)
-        began = time.monotonic()
-        cluster.remove_node(second)
-        asking.join(30)
-        assert not asking.is_alive()
-        assert time.monotonic() - began < 30
-        assert str(errors[0]).startswith("the engine has stopped: rank 1 at ")
+        dies(engine, lambda: cluster.remove_node(second), "rank 1 at ", seconds=30)
     with ThreadPoolExecutor(1) as pool:  # the next start waits for a machine
-        started = pool.submit(InferenceEngine, str(model), **asked)
+        started = pool.submit(engine_of, model, 2, **RAY)
         time.sleep(2)
         assert not started.done()
         add_machine(cluster)
@@ -115,7 +90,7 @@ def test_without_a_cluster_it_says_what_to_do(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(ray, "init", nobody)
     model = write_toy_model(tmp_path, toy_config())
     with pytest.raises(ConfigError, match="`ray start --head` starts one") as raised:
-        InferenceEngine(str(model), **USUAL, distributed_executor_backend="ray", tensor_parallel_size=2)
+        engine_of(model, 2, **RAY)
     assert raised.value.setting == "distributed_executor_backend"
 
 
@@ -142,5 +117,5 @@ def test_places_that_never_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ray_ranks, "JOINING", -1.0)
     model = write_toy_model(tmp_path, toy_config())
     with pytest.raises(ConfigError, match=r"2 times \{'CPU': 1.0\}.* \{'CPU': 1.0\} free"):
-        InferenceEngine(str(model), **USUAL, distributed_executor_backend="ray", tensor_parallel_size=2)
+        engine_of(model, 2, **RAY)
     assert len(removed) == 1

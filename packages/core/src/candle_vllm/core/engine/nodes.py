@@ -27,7 +27,7 @@ from typing import IO, Any, NamedTuple
 import msgspec
 
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.engine.rank_line import SILENCE, TICK, Line
+from candle_vllm.core.engine.rank_line import SILENCE, TICK, Line, read_exactly
 from candle_vllm.core.errors import ConfigError, EngineDeadError
 from candle_vllm.core.threads import default_threads, ending
 
@@ -35,18 +35,7 @@ logger = logging.getLogger(__name__)
 
 RANK = (sys.executable, "-P", "-m", "candle_vllm.core.engine.rank")
 REFUSED = 2  # exit status of a rank that the first node does not want
-OWN = (
-    "model",
-    "weight_file",
-    "revision",
-    "tokenizer",
-    "mmproj",
-    "download_dir",
-    "hf_token",
-    "offline",
-    "device",
-    "threads",
-)
+OWN = ("model", "weight_file", "revision", "tokenizer", "download_dir", "hf_token", "offline", "device", "threads")
 """Settings that are each node's own: where files lie, and what computes. All else is as the first node has it."""
 _PROCESS = secrets.token_bytes(16)  # of this process
 _MAGIC = b"candle-vllm ranks 1\n"
@@ -113,15 +102,13 @@ class Door:
 
     Attributes:
         host, port: where it listens.
-        key: as given.
 
     Raises:
         ConfigError: nobody can listen there.
     """
 
     def __init__(self, host: str, port: int, key: str, ranks: range, size: int, nodes: int) -> None:
-        self.key, self._ranks, self._size, self._nodes = key, ranks, size, nodes
-        self._key = key.encode()
+        self._key, self._ranks, self._size, self._nodes = key.encode(), ranks, size, nodes
         try:
             self._listener = socket.create_server((host, port), backlog=128, family=_family(host, port))
         except OSError as error:
@@ -167,7 +154,8 @@ class Door:
         nonce = secrets.token_bytes(_NONCE)
         connection.sendall(_MAGIC + nonce)
         said = _take(connection)
-        if not hmac.compare_digest(_exactly(connection, 32), _mac(self._key, b"hello", nonce, said)):
+        if not hmac.compare_digest(read_exactly(connection, 32), _mac(self._key, b"hello", nonce, said)):
+            connection.sendall(_frame(b"") + bytes(32))  # which is no proof: it is not to ask again
             raise ValueError("it does not know the key of this cluster (cluster_key)")
         hello = msgspec.msgpack.decode(said, type=Hello)
         refusal = self._refusal(hello)
@@ -288,9 +276,9 @@ def _connect(invitation: Invitation, *, side: bool) -> Line:
 def _introduce(connection: socket.socket, invitation: Invitation, side: bool) -> Line:
     connection.settimeout(_SHAKING)
     key = invitation.key.encode()
-    if _exactly(connection, len(_MAGIC)) != _MAGIC:
+    if read_exactly(connection, len(_MAGIC)) != _MAGIC:
         raise ValueError(f"who listens at {invitation.host} port {invitation.port} is no first node of this version")
-    nonce = _exactly(connection, _NONCE)
+    nonce = read_exactly(connection, _NONCE)
     said = Hello(
         invitation.rank,
         invitation.size,
@@ -302,15 +290,12 @@ def _introduce(connection: socket.socket, invitation: Invitation, side: bool) ->
     )
     hello = msgspec.msgpack.encode(said)
     connection.sendall(_frame(hello) + _mac(key, b"hello", nonce, hello))
-    try:
-        verdict = _take(connection)
-        proof = _exactly(connection, 32)
-    except (EOFError, ConnectionError):
+    verdict = _take(connection)
+    if not hmac.compare_digest(read_exactly(connection, 32), _mac(key, b"verdict", nonce, hello, verdict)):
         raise ValueError(
-            "the first node closed the connection: it does not know this node's key (cluster_key, the same on all)"
-        ) from None
-    if not hmac.compare_digest(proof, _mac(key, b"verdict", nonce, hello, verdict)):
-        raise ValueError("who listens there does not know the key of this cluster (cluster_key)")
+            f"the first node at {invitation.host} port {invitation.port} and this one do not know the same key: "
+            "cluster_key is the same on all nodes"
+        )
     refusal = msgspec.msgpack.decode(verdict, type=Verdict).refusal
     if refusal:
         raise ValueError(f"the first node refuses this rank: {refusal}")
@@ -319,15 +304,16 @@ def _introduce(connection: socket.socket, invitation: Invitation, side: bool) ->
     return Line(connection, (there, here))
 
 
-def _keys(key: bytes, nonce: bytes, hello: bytes) -> tuple[bytes, bytes]:
+def _keys(key: bytes, nonce: bytes | bytearray, hello: bytes | bytearray) -> tuple[bytes, bytes]:
     """By which the first node signs, and by which the other rank does."""
     return _mac(key, b"to the rank", nonce, hello), _mac(key, b"to the first", nonce, hello)
 
 
-def _mac(key: bytes, *parts: bytes) -> bytes:
+def _mac(key: bytes, *parts: bytes | bytearray) -> bytes:
     digest = hmac.new(key, digestmod=hashlib.sha256)
     for part in parts:
-        digest.update(len(part).to_bytes(4, "little") + part)
+        digest.update(len(part).to_bytes(4, "little"))
+        digest.update(part)
     return digest.digest()
 
 
@@ -335,21 +321,11 @@ def _frame(data: bytes) -> bytes:
     return len(data).to_bytes(2, "little") + data
 
 
-def _take(connection: socket.socket) -> bytes:
-    size = int.from_bytes(_exactly(connection, 2), "little")
+def _take(connection: socket.socket) -> bytearray:
+    size = int.from_bytes(read_exactly(connection, 2), "little")
     if size > _MOST_HELLO:
         raise ValueError("what it says is too long")
-    return _exactly(connection, size)
-
-
-def _exactly(connection: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count:
-        got = connection.recv(count - len(data))
-        if not got:
-            raise EOFError("it has gone")
-        data += got
-    return data
+    return read_exactly(connection, size)
 
 
 def _keep(connection: socket.socket) -> None:
@@ -377,12 +353,17 @@ def _listed(ranks: list[int]) -> str:
     return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"
 
 
+def share_of_threads(asked: int | None, ranks: int) -> int:
+    """Threads of one of so many ranks of this machine: as many as were asked for, or its share of the cores."""
+    return asked or max(1, default_threads() // ranks)
+
+
 def rank_device(config: EngineConfig, rank: int) -> dict[str, Any]:
     """The device of a rank's own among those of its node, on the CPU a share of the threads: settings."""
     here = config.ranks // config.nnodes
     devices = config.device.split(",")
     if devices == ["cpu"]:
-        return {"threads": config.threads or max(1, default_threads() // here)}
+        return {"threads": share_of_threads(config.threads, here)}
     if len(devices) == 1:
         devices = [f"cuda:{number}" for number in range(here)]
     return {"device": devices[rank % here]}

@@ -204,35 +204,37 @@ class Line:
             EOFError: the other end has gone.
             ValueError: what came is no such message.
         """
-        size = int.from_bytes(self._exactly(4), "little")
+        size = int.from_bytes(read_exactly(self.socket, 4), "little")
         if size > MOST_BYTES:
             raise ValueError(f"a message of {size} bytes is announced; at most {MOST_BYTES} are read")
-        data = self._exactly(size)
+        data = read_exactly(self.socket, size)
         if self._keys is not None:
-            tag = self._exactly(_TAG_BYTES)
+            tag = read_exactly(self.socket, _TAG_BYTES)
             if not hmac.compare_digest(tag, _tag(self._keys[1], next(self._received), data)):
                 raise ValueError("what came over a line was not sent by its other end")
         return msgspec.msgpack.decode(data, type=kind)
-
-    def _exactly(self, count: int) -> bytearray:
-        data, done = bytearray(), 0
-        while done < count:
-            if done == len(data):
-                data.extend(bytes(min(_PIECE, count - done)))
-            with memoryview(data) as view:
-                try:
-                    got = self.socket.recv_into(view[done:])
-                except ConnectionError:
-                    got = 0
-            if not got:
-                raise EOFError("the other end of the line has gone")
-            done += got
-        return data
 
     def end(self) -> None:
         """Ends it at both ends, for whoever waits for it here as well; what has come can still be received."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
+
+
+def read_exactly(end: socket.socket, count: int) -> bytearray:
+    """So many bytes; memory is taken as they come. EOFError where the other end has gone."""
+    data, done = bytearray(), 0
+    while done < count:
+        if done == len(data):
+            data.extend(bytes(min(_PIECE, count - done)))
+        with memoryview(data) as view:
+            try:
+                got = end.recv_into(view[done:])
+            except ConnectionError:
+                got = 0
+        if not got:
+            raise EOFError("the other end of the line has gone")
+        done += got
+    return data
 
 
 def _tag(key: bytes, number: int, data: bytes | bytearray) -> bytes:
@@ -280,8 +282,8 @@ class Board:
         """Adds to a number, 0 at first; the sum."""
         with self._changed:
             total = int(self._found.get(key, b"0")) + amount
-        self.set(key, str(total).encode())
-        return total
+            self.set(key, str(total).encode())
+            return total
 
     def answer(self, asked: Write | Read | Add, side: Line) -> None:
         """Does what another rank asks for."""

@@ -303,7 +303,7 @@ class Ranks:
 
     def _end(self) -> None:
         """Ends them at once, and whoever waits for them here."""
-        for other in self._others.values():
+        for other in list(self._others.values()):  # some may join meanwhile
             if other.process is not None:
                 other.process.kill()
             other.line.end()
@@ -318,7 +318,7 @@ class Ranks:
         """Which rank has ended; waits for a moment, for others end because it did."""
         until = time.monotonic() + 0.5
         while time.monotonic() < until:
-            for number, other in self._others.items():
+            for number, other in list(self._others.items()):
                 fate = other.fate()
                 if fate is not None:
                     where = f" at {other.where}" if other.where else ""
@@ -348,7 +348,7 @@ class Ranks:
                 time.sleep(_LOOK)
             for other in others:  # in ticks of this process: where it was stopped, the others are not to blame
                 other.quiet += 1
-                if other.gone is None and other.quiet > (_LOADING if self._loading else SILENCE):
+                if other.gone is None and other.quiet >= (_LOADING if self._loading else SILENCE):
                     other.gone = f"it has not been heard of for {other.quiet * TICK:.0f} s"
             if not self._closing and any(other.fate() is not None for other in others):
                 self._tell_of_death()

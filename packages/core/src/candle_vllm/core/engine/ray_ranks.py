@@ -17,9 +17,8 @@ from typing import Any
 import msgspec
 
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.engine.nodes import JOINING, Door, Invitation, start_rank
+from candle_vllm.core.engine.nodes import JOINING, Door, Invitation, share_of_threads, start_rank
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.core.threads import default_threads
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +44,8 @@ class RankActor:
             share: how many ranks are on this machine; each takes as many of its cores, if nobody said how many.
         """
         given = msgspec.json.decode(invitation, type=Invitation)
-        if given.own["device"] == "cpu" and "threads" not in given.own:
-            given.own["threads"] = max(1, default_threads() // share)
+        if given.own["device"] == "cpu":
+            given.own["threads"] = share_of_threads(given.own["threads"], share)
         with start_rank(given) as process:
             return process.wait()
 
@@ -71,6 +70,7 @@ class RayRanks:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         self._ray, self._actors = ray, list[Any]()
+        self.door: Door | None = None
         gpu = config.device != "cpu"
         here = ray.get_runtime_context().get_node_id()
         bundles = [{"GPU": 1.0} if gpu else {"CPU": 1.0}] * config.ranks
@@ -87,23 +87,19 @@ class RayRanks:
                 strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
                 asked: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if gpu else {"num_cpus": 1}
                 self._actors.append(actor.options(**asked, scheduling_strategy=strategy, max_concurrency=2).remote())
-            self.config = self._first(config, on_each.count(here)) if not gpu else self._with_gpu(config)
-            self.door = Door(
-                ray.util.get_node_ip_address(), 0, secrets.token_hex(32), range(1, config.ranks), config.ranks, 1
-            )
+            share = share_of_threads(config.threads, on_each.count(here))
+            self.config = self._with_gpu(config) if gpu else dataclasses.replace(config, threads=share)
+            key = secrets.token_hex(32)
+            self.door = Door(ray.util.get_node_ip_address(), 0, key, range(1, config.ranks), config.ranks, 1)
+            logger.info("Ray has places for %d ranks on %d machines", config.ranks, len(set(on_each)))
+            level = logging.getLogger("candle_vllm").getEffectiveLevel()
+            own = {"device": "cuda:0" if gpu else "cpu", "hf_token": config.hf_token, "threads": config.threads}
+            for rank in range(1, config.ranks):
+                said = Invitation(self.door.host, self.door.port, key, rank, config.ranks, 1, own, level)
+                self._actors[rank].run.remote(msgspec.json.encode(said), on_each.count(on_each[rank]))
         except BaseException:
             self.close()
             raise
-        logger.info("Ray has places for %d ranks on %d machines", config.ranks, len(set(on_each)))
-        level = logging.getLogger("candle_vllm").getEffectiveLevel()
-        own: dict[str, Any] = {"device": "cuda:0" if gpu else "cpu", "hf_token": config.hf_token}
-        if config.threads is not None:
-            own["threads"] = config.threads
-        for rank, (each, node) in enumerate(zip(self._actors, on_each, strict=True)):
-            if rank:
-                door = self.door
-                said = Invitation(door.host, door.port, door.key, rank, config.ranks, 1, own, level)
-                each.run.remote(msgspec.json.encode(said), on_each.count(node))
 
     def _wait(self, bundles: list[dict[str, float]]) -> None:
         """Until all places are free; machines may have to be started first."""
@@ -115,18 +111,24 @@ class RayRanks:
                 raise ConfigError(f"Ray has no places for the ranks: {wanted}", _SETTING)
             logger.info("waiting for places in the Ray cluster: %s", wanted)
 
-    def _first(self, config: EngineConfig, share: int) -> EngineConfig:
-        return dataclasses.replace(config, threads=config.threads or max(1, default_threads() // share))
-
     def _with_gpu(self, config: EngineConfig) -> EngineConfig:
         """The GPU that Ray gave the first rank, by the number that it has in this process."""
         given = self._ray.get(self._actors[0].device.remote())
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        number = given if seen is None else str(seen.split(",").index(given))
-        return dataclasses.replace(config, device=f"cuda:{number}")
+        if seen is None:
+            return dataclasses.replace(config, device=f"cuda:{given}")
+        if given not in seen.split(","):
+            raise ConfigError(
+                f"Ray gave the first rank GPU {given}, and this process sees {seen} (CUDA_VISIBLE_DEVICES): leave that "
+                "variable out",
+                _SETTING,
+            )
+        return dataclasses.replace(config, device=f"cuda:{seen.split(',').index(given)}")
 
     def close(self) -> None:
-        """Gives the places back."""
+        """Gives the places back, and lets nobody in any more."""
+        if self.door is not None:
+            self.door.close()
         from ray.util.placement_group import remove_placement_group
 
         with contextlib.suppress(Exception):  # a cluster that has gone has nothing to give back

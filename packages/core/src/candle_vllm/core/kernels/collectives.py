@@ -17,7 +17,7 @@ from candle_vllm.core.kernels.recorded import Value
 if TYPE_CHECKING:
     import torch
 
-_FINDING = 10.0  # seconds in which ranks that know of each other are connected
+_CONNECTING = 10.0  # seconds in which ranks that know of each other are connected
 _ABANDONED: list[Any] = []
 _LOOK = datetime.timedelta(seconds=0.5)  # after so long somebody who waits looks whether the others are still there
 
@@ -135,8 +135,8 @@ class ProcessGroup:
         device: where what is summed lives.
         notes: by which the ranks find each other.
         name: of the group, in the notes.
-        patience: seconds that a rank waits for the others in the midst of a step; to find each other they have
-            `_FINDING`.
+        patience: seconds that a rank waits for the others in the midst of a step; to connect, once they have
+            found each other, they have `_CONNECTING`.
         host: the address at which Gloo listens for the others.
         stages: see `Collective`.
     """
@@ -165,7 +165,7 @@ class ProcessGroup:
         gloo: Any = distributed.ProcessGroupGloo
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname=host)]
-        options._timeout = datetime.timedelta(seconds=_FINDING)
+        options._timeout = datetime.timedelta(seconds=_CONNECTING)
         self._host: Any = gloo(distributed.PrefixStore(f"{name}/host", found), rank, size, options)
         self._host._set_default_timeout(wait)
         self._group: Any = self._host
