@@ -95,10 +95,13 @@ class Emitter:
         name = f"llvm.masked.store.v{lanes}{element}.p0"
         self.call(name, ir.VoidType(), [value, at, ir.Constant(I32, 1), mask])
 
-    def prefetch(self, address: Any, offset: int = 0) -> None:
-        """Asks for the cache line at address + offset, which will be read; it may lie behind the end of memory."""
+    def prefetch(self, address: Any, offset: int = 0, *, near: int = 3) -> None:
+        """Asks for the cache line at address + offset, which will be read; it may lie behind the end of memory.
+
+        near: 3 brings it to all caches, 2 to all but the first.
+        """
         at = self.b.add(address, self.int64(offset)) if offset else address
-        how = [ir.Constant(I32, number) for number in (0, 3, 1)]  # a read, to all caches, of data
+        how = [ir.Constant(I32, number) for number in (0, near, 1)]  # a read, of data
         self.call("llvm.prefetch.p0", ir.VoidType(), [self.b.inttoptr(at, I8.as_pointer()), *how])
 
     def splat(self, value: Any, lanes: int = LANES) -> Any:

@@ -43,6 +43,8 @@ from candle_vllm.core.threads import collector_paused
 NUMBERS = 2  # where a row has the address of the step's numbers
 FIRST_ARGUMENT = 3
 BARRIER = 1  # flag: every thread waits for the others behind this operation
+RUNS_BYTES = 4096
+"""Of a list of memory that will be read soon, see `tiles.py`."""
 IS_X86 = int(platform.machine().lower() in ("x86_64", "amd64", "i686"))
 
 
@@ -267,6 +269,8 @@ class LinearArguments(NamedTuple):
         scales, sums: addresses of these of quantised activations.
         span: turns of a span, of small floats.
         ahead: how many bytes of quantised weights are asked for before they are read.
+        beside: address of what each thread asks for meanwhile, for something else, `RUNS_BYTES` apart; or 0.
+            Quantised weights heed it.
     """
 
     rows_from: int
@@ -285,6 +289,7 @@ class LinearArguments(NamedTuple):
     sums: int
     span: int
     ahead: int
+    beside: int = 0
 
 
 def linear_arguments(

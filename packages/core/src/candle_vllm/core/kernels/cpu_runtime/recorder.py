@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
+from candle_vllm.core.kernels.cpu_runtime.operation import RUNS_BYTES, StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.lora import NumberType
 from candle_vllm.core.kernels.side_by_side import CopyArguments, copy_operation
 
@@ -133,6 +133,7 @@ class Recorder:
         self._free: defaultdict[tuple[int, type], list[np.ndarray]] = defaultdict(list)
         self._scratch: np.ndarray | None = None
         self._row_numbers = np.empty(0, np.int64)
+        self._beside: np.ndarray | None = None
         self.allocated: list[np.ndarray] = []  # memory of values, and what lies between operations
         self.ranks = 0 if limits.ranks is None else self._rank_table(limits.ranks)
 
@@ -208,6 +209,12 @@ class Recorder:
         if self._scratch is None or self._scratch.nbytes < size:
             self._scratch = self._allocate(size, np.uint8)
         return address_of(self._scratch)
+
+    def beside(self) -> int:
+        """Address of each thread's list of what it asks for beside a product; see `LinearArguments`."""
+        if self._beside is None:
+            self._beside = self._allocate(self.limits.threads * RUNS_BYTES, np.uint8)
+        return address_of(self._beside)
 
     def _rank_table(self, ranks: CpuRanks) -> int:
         """Address of what operations that know ranks read, see `primitives.rank_of`; lines of 8 numbers."""

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
@@ -12,10 +12,8 @@ from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
-from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at
-
-if TYPE_CHECKING:
-    pass
+from candle_vllm.core.kernels.cpu_runtime.operation import RUNS_BYTES
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
 
 ROWS = LANES
 """Rows of weights in a tile."""
@@ -77,3 +75,65 @@ def write_tile(sums: int, rows: int, lanes: int, out: int, row_bytes: int, bias:
             if accumulate:
                 value += old[lane]
             old[lane] = value
+
+
+# ---- what is asked for beside a product ------------------------------------------------------------------------------
+
+# A list of runs of memory that will be read soon: where in which run it is, and the runs' begins and ends.
+
+_AT, _END, _NEXT, _COUNT, _LINES, _HEAD = range(6)
+_MOST_RUNS = (RUNS_BYTES // 8 - _HEAD) // 2
+
+
+@intrinsic
+def _ask_line(_: Any, address: Any) -> Any:
+    """Asks for a cache line that is not read at once."""
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        Emitter(b).prefetch(args[0], near=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), code
+
+
+@njit
+def no_runs(runs: int) -> None:
+    """Makes an empty list at an address."""
+    for place in range(_HEAD):
+        int64_at(runs)[place] = 0
+
+
+@njit
+def add_run(runs: int, begin: int, end: int) -> None:
+    """Adds the memory between two addresses; what has no room is not asked for."""
+    number = int64_at(runs)[_COUNT]
+    if number < _MOST_RUNS and begin < end:
+        int64_at(runs)[_HEAD + 2 * number] = begin
+        int64_at(runs)[_HEAD + 2 * number + 1] = end
+        int64_at(runs)[_COUNT] = number + 1
+        int64_at(runs)[_LINES] += (end - begin + 63) >> 6
+
+
+@njit
+def lines_each(runs: int, turns: int) -> int:
+    """How many lines are to be asked for in each of so many turns."""
+    return (int64_at(runs)[_LINES] + turns - 1) // turns if runs != 0 else 0
+
+
+@njit
+def ask_lines(runs: int, lines: int) -> None:
+    """Asks for the next lines of a list."""
+    at, end = int64_at(runs)[_AT], int64_at(runs)[_END]
+    while lines > 0:
+        if at >= end:
+            number = int64_at(runs)[_NEXT]
+            if number >= int64_at(runs)[_COUNT]:  # where another does the same work meanwhile, it may be more
+                break
+            at, end = int64_at(runs)[_HEAD + 2 * number], int64_at(runs)[_HEAD + 2 * number + 1]
+            int64_at(runs)[_NEXT] = number + 1
+        some = min(lines, (end - at + 63) >> 6)
+        for _ in range(some):
+            _ask_line(at)
+            at += 64
+        lines -= some
+    int64_at(runs)[_AT], int64_at(runs)[_END] = at, end

@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, I64, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import IS_X86
+from candle_vllm.core.kernels.cpu_runtime.operation import IS_X86, RUNS_BYTES
 from candle_vllm.core.kernels.cpu_runtime.primitives import (
     call_operation,
     cpu_relax,
@@ -28,7 +28,7 @@ from candle_vllm.core.kernels.cpu_runtime.primitives import (
     read,
     step_number,
 )
-from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
+from candle_vllm.core.kernels.cpu_runtime.tiles import add_run, no_runs, stack_bytes
 from candle_vllm.core.kernels.lora.cpu_shrink import (
     FOLDED,
     VECTOR,
@@ -333,15 +333,43 @@ def make_parts(FORM: int, ISA: int) -> Any:
     return add_parts
 
 
+def _make_list(FORM: int) -> Any:
+    """A function that lists what columns of a place's product are added from."""
+    SCALES = NumberForm(FORM).panel_scales
+
+    @njit
+    def list_parts(tables, groups, place, first, last, runs):
+        for group in range(groups):
+            about = int64_at(tables[group])[place]
+            for number in range(int64_at(about)[2] if about != 0 else 0):
+                part = about + 8 * (HEAD + PART * number)
+                begins = int64_at(part)[BEGIN]
+                low, high = max(first - begins, 0), min(last - begins, int64_at(part)[ROWS])
+                if low < high and int64_at(part)[STEPS] != 0 and int64_at(part)[FULL] == 0:
+                    size, weights = PANEL_BYTES * int64_at(part)[STEPS] + SCALES, int64_at(part)[MATRIX]
+                    add_run(runs, weights + (low >> 6) * size, weights + (high + 63 >> 6) * size)
+
+    return list_parts
+
+
 def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
     """The operation for a type of numbers."""
     add_parts, INNER = make_parts(FORM, ISA), len(ExpandArguments._fields)
+    list_parts, RUNS = _make_list(FORM), RUNS_BYTES
 
     def expand(row, thread, threads):
+        given = read(ExpandArguments, row)
+        tiles = (given.columns + 15) >> 4  # shared as the operations that multiply matrices share them
+        first = given.first + 16 * (tiles * thread // threads)
+        last = given.first + min(16 * (tiles * (thread + 1) // threads), given.columns)
         inner = inner_row(row, INNER)
         if inner != 0:
+            if given.beside != 0:
+                runs, many = given.beside + RUNS * thread, step_number(row, given.groups_from)
+                no_runs(runs)
+                if are_shared(int64_at(given.starts)[many], threads):
+                    list_parts(int64_at(given.tables), many, given.place, first, last, runs)
             call_operation(int64_at(inner)[0], inner, thread, threads)
-        given = read(ExpandArguments, row)
         if given.back != 0:
             before = row - given.back
             for other in range(threads):
@@ -351,9 +379,6 @@ def make_expand(FORM: int, ISA: int) -> Callable[..., None]:
                     left -= 1
                 if left == 0:
                     call_operation(int64_at(before)[0], before, other, threads)
-        tiles = (given.columns + 15) >> 4  # shared as the operations that multiply matrices share them
-        first = given.first + 16 * (tiles * thread // threads)
-        last = given.first + min(16 * (tiles * (thread + 1) // threads), given.columns)
         if first >= last:
             return
         if given.base != 0:

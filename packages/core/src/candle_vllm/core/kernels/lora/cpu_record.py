@@ -111,6 +111,9 @@ class Joining:
             barrier: as for `Recorder.add`.
             how: what of `_arguments` is not usual.
         """
+        if product is not None:
+            how["beside"] = self._recorder.beside()
+            product = product[0], product[1]._replace(beside=how["beside"])
         arguments = self._arguments(target, own, columns, **how)
         self._recorder.add(lay.expand_operation(self._form, self._isa), arguments, barrier=barrier, inner=product)
 
@@ -128,6 +131,7 @@ class Joining:
         bias: int = 0,
         accumulate: bool = False,
         numbers: int = 0,
+        beside: int = 0,
     ) -> lay.ExpandArguments:
         first, count = columns
         return lay.ExpandArguments(
@@ -144,6 +148,7 @@ class Joining:
             bias=bias,
             numbers=numbers,
             inputs=self._place.columns,
+            beside=beside,
             back=8 * (len(self._recorder.plan) - self._begins) if self._done else 0,
         )
 

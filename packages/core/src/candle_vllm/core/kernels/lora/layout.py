@@ -204,6 +204,7 @@ class ExpandArguments(NamedTuple):
         numbers: of lookups, the step's.
         inputs: K.
         back: bytes to the row of `shrink`, which stands in the same group of operations; 0 where it is done.
+        beside: as in `LinearArguments`, of the operation within.
     """
 
     place: int
@@ -232,6 +233,7 @@ class ExpandArguments(NamedTuple):
     top_k: int = 0
     done: int = 0
     back: int = 0
+    beside: int = 0
 
 
 def shrink_operation(form: NumberForm, isa: int) -> int:

@@ -27,9 +27,9 @@ from numba.extending import intrinsic
 from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.emit_tables import look_up
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
-from candle_vllm.core.kernels.cpu_runtime.operation import EmbeddingArguments, LinearArguments
+from candle_vllm.core.kernels.cpu_runtime.operation import RUNS_BYTES, EmbeddingArguments, LinearArguments
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
-from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes, write_tile
+from candle_vllm.core.kernels.cpu_runtime.tiles import ask_lines, lines_each, stack_bytes, write_tile
 from candle_vllm.core.kernels.packed_linear.cpu_grids import GridGroup
 from candle_vllm.core.kernels.packed_linear.cpu_sums import (
     Inputs,
@@ -415,6 +415,7 @@ def multiply(
 def make_linear(KIND: int, ISA: int) -> Any:
     """The linear operation."""
     TILE_BLOCK, PANEL_GROUP = CACHED_BYTES, record_bytes(LAYOUTS[PackedKind(KIND)], 8)  # panel bytes of a group
+    RUNS = RUNS_BYTES
 
     def packed_linear(entry: Any, thread: int, threads: int) -> None:
         given = read(LinearArguments, entry)
@@ -426,7 +427,10 @@ def make_linear(KIND: int, ISA: int) -> Any:
             return
         panel = stack_bytes(groups * PANEL_GROUP + 512)
         sums = panel + groups * PANEL_GROUP
-        ahead = given.ahead
+        ahead, beside = given.ahead, 0
+        if given.beside != 0:
+            beside = given.beside + RUNS * thread
+        lines = lines_each(beside, (last - first) * ((rows + 7) >> 3))
         step = max(TILE_BLOCK // tile_bytes, 1)
         for begin in range(first, last, step):
             end = min(begin + step, last)
@@ -445,6 +449,8 @@ def make_linear(KIND: int, ISA: int) -> Any:
                 target = given.out + row * given.row_bytes
                 for tile in range(begin, end):
                     multiply(KIND, ISA, block, weights + tile * tile_bytes, panel, sums, groups, ahead)
+                    if lines != 0:
+                        ask_lines(beside, lines)
                     lanes = min(columns - tile * 16, 16)
                     at_bias = given.bias + tile * 64 if given.bias else 0
                     write_tile(sums, count, lanes, target + tile * 64, given.row_bytes, at_bias, given.accumulate)
