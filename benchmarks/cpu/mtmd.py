@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Models that see beside llama.cpp's libmtmd: the same files, image and prompt, one thread each; random weights.
+"""Models that see beside llama.cpp's libmtmd: the same files, image and prompt; random weights.
 
-    python benchmarks/cpu/mtmd.py equal|speed smolvlm|qwen2vl --peer-python PATH
-        [--size 448x336] [--type F32|F16|Q8_0] [--tokens 32] [--pairs 3]
+    python benchmarks/cpu/mtmd.py equal|speed|request smolvlm|qwen2vl --peer-python PATH
+        [--size 448x336] [--type F32|F16|Q8_0] [--tokens 32] [--pairs 3] [--threads 1]
 
 PATH is a Python with llama-cpp-python, which brings libmtmd. `equal` writes a small model and its tower, lets both
 answer greedily, and says how many tokens are the same, how far apart the logits of the first two tokens are where they
 part, and how far the embeddings of both lie from those of exact products. `speed` writes a tower of SmolVLM-256M's or
-Qwen2-VL-2B's shape, and measures processor time of encoding one image, in turns.
+Qwen2-VL-2B's shape, and measures processor time of encoding one image, in turns, and the time that passes. `request`
+has both answer one token to a prompt with that image and to the same again, each in a process of its own, and says how
+long that takes and the largest memory.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ said = json.loads(sys.argv[1])
 llama_cpp.llama_backend_init()
 model = llama_cpp.llama_model_load_from_file(said["model"].encode(), llama_cpp.llama_model_default_params())
 params = m.mtmd_context_params_default()
-params.use_gpu, params.n_threads, params.print_timings, params.warmup = False, 1, False, False
+params.use_gpu, params.n_threads, params.print_timings, params.warmup = False, said["threads"], False, False
 sight = m.mtmd_init_from_file(said["mmproj"].encode(), model, params)
 assert sight
 pixels = np.load(said["pixels"])
@@ -72,21 +74,30 @@ counts = [m.mtmd_input_chunk_get_n_tokens(each) for each in images]
 wide = llama_cpp.llama_model_n_embd(model)
 
 def encoded():
-    made, used = [], 0.0
+    made, used, passed = [], 0.0, 0.0
     for image, count in zip(images, counts):
-        began = time.process_time()
+        began, then = time.process_time(), time.perf_counter()
         assert m.mtmd_encode_chunk(sight, image) == 0
-        used += time.process_time() - began
+        used, passed = used + time.process_time() - began, passed + time.perf_counter() - then
         made.append(np.ctypeslib.as_array(m.mtmd_get_output_embd(sight), (count, wide)).copy())
-    return np.concatenate(made), used
+    return np.concatenate(made), used, passed
 
+own = llama_cpp.llama_context_default_params()
+own.n_ctx, own.n_batch, own.n_ubatch = 4096, 2048, 2048
+own.n_threads = own.n_threads_batch = said["threads"]
 if said["mode"] == "speed":
     print("ready", sum(counts), flush=True)
     for _ in sys.stdin:
-        print(encoded()[1], flush=True)
+        print(*encoded()[1:], flush=True)
+elif said["mode"] == "request":
+    context = llama_cpp.llama_init_from_model(model, own)
+    for _ in range(2):
+        began, past = time.perf_counter(), llama_cpp.llama_pos(0)
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        assert m.mtmd_helper_eval_chunks(sight, context, chunks, 0, 0, 2048, True, ctypes.byref(past)) == 0
+        print(f"theirs: {m.mtmd_helper_get_n_tokens(chunks)} tokens, {time.perf_counter() - began:.3f} s", flush=True)
+    print("theirs:", *(line for line in open("/proc/self/status") if line.startswith("VmHWM")), end="")
 else:
-    own = llama_cpp.llama_context_default_params()
-    own.n_ctx, own.n_batch, own.n_ubatch, own.n_threads, own.n_threads_batch = 4096, 2048, 2048, 1, 1
     own.type_k = own.type_v = 0  # F32
     context = llama_cpp.llama_init_from_model(model, own)
     np.save(said["embeddings"], encoded()[0])
@@ -242,9 +253,11 @@ def marked(family: str) -> str:
 
 
 class Ours:
-    """The tower of the same files, on one thread; `exact` computes op by op in F32 what the files' numbers give."""
+    """The tower of the same files; `exact` computes op by op in F32 what the files' numbers give."""
 
-    def __init__(self, family: str, files: dict[str, Any], pixels: NDArray[np.uint8], *, exact: bool = False) -> None:
+    def __init__(
+        self, family: str, files: dict[str, Any], pixels: NDArray[np.uint8], *, exact: bool = False, threads: int = 1
+    ) -> None:
         config = EngineConfig(**files, enforce_eager=exact, dtype="f32" if exact else "auto")
         cpu = choose_device("cpu")
         loaded = load_model(config, cpu, lambda *_: None)
@@ -254,16 +267,17 @@ class Ours:
         _, (image,) = loaded.sight.look(ids, [pixels])
         self.tiles = np.frombuffer(image.tiles, np.uint8).reshape(*image.shape, 3)
         tower = loaded.tower.tower
-        self._runner = EagerTower(tower, cpu) if exact else RecordedTower(tower, ThreadTeam(1))
+        self._runner = EagerTower(tower, cpu) if exact else RecordedTower(tower, ThreadTeam(threads))
 
-    def encode(self) -> tuple[NDArray[np.float32], float]:
-        """The embeddings, a row each, and the seconds of processor time that they took."""
-        encoding, began = self._runner.embeddings(self.tiles), time.process_time()
+    def encode(self) -> tuple[NDArray[np.float32], float, float]:
+        """The embeddings, a row each, the seconds of processor time that they took, and the seconds that passed."""
+        encoding, began, then = self._runner.embeddings(self.tiles), time.process_time(), time.perf_counter()
         while True:
             try:
                 next(encoding)
             except StopIteration as done:
-                return done.value.reshape(-1, done.value.shape[-1]), time.process_time() - began
+                used, passed = time.process_time() - began, time.perf_counter() - then
+                return done.value.reshape(-1, done.value.shape[-1]), used, passed
 
 
 def equal(given: argparse.Namespace, folder: Path, files: dict[str, Any], pixels: NDArray[np.uint8]) -> None:
@@ -290,7 +304,7 @@ def compare(
 ) -> None:
     """Lets the other answer, and prints how it differs."""
     ours = list(made.outputs[0].token_ids)
-    said = peer_settings(folder, files) | {"mode": "equal", "tokens": given.tokens}
+    said = peer_settings(folder, files) | {"mode": "equal", "tokens": given.tokens, "threads": 1}
     command = [given.peer_python, "-c", PEER, json.dumps(said)]
     told = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=given.peer_log, text=True).stdout
     theirs = json.loads(told.splitlines()[-1])
@@ -314,8 +328,8 @@ def difference(found: NDArray[np.float32], exact: NDArray[np.float32]) -> str:
 
 
 def speed(given: argparse.Namespace, folder: Path, files: dict[str, Any], pixels: NDArray[np.uint8]) -> None:
-    """Seconds of processor time of both, in turns."""
-    said = peer_settings(folder, files) | {"mode": "speed"}
+    """Seconds of processor time of both, in turns, and the seconds that passed."""
+    said = peer_settings(folder, files) | {"mode": "speed", "threads": given.threads}
     command = [given.peer_python, "-c", PEER, json.dumps(said)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=given.peer_log, text=True
@@ -324,18 +338,31 @@ def speed(given: argparse.Namespace, folder: Path, files: dict[str, Any], pixels
         assert peer.stdout is not None
         while not (line := peer.stdout.readline()).startswith("ready"):
             assert line, "the other has ended"
-        ours = Ours(given.family, files, pixels)
+        ours = Ours(given.family, files, pixels, threads=given.threads)
         ours.encode()  # which compiles
-        ratios = []
+        ratios = list[list[float]]()
         for _ in range(given.pairs):
-            mine = ours.encode()[1]
+            mine = ours.encode()[1:]
             print("go", file=peer.stdin, flush=True)
-            other = float(peer.stdout.readline())
-            ratios.append(other / mine)
-            print(
-                f"{line.split()[1]} embeddings: ours {mine:.2f} s, theirs {other:.2f} s, {ratios[-1]:.2f}", flush=True
-            )
-        print(f"{given.type}: {statistics.median(ratios):.2f} times as fast (median of {given.pairs})")
+            other = [float(each) for each in peer.stdout.readline().split()]
+            ratios.append([their / own for their, own in zip(other, mine, strict=True)])
+            for what, own, their, ratio in zip(("of a processor", "passed"), mine, other, ratios[-1], strict=True):
+                print(
+                    f"{line.split()[1]} embeddings, s {what}: ours {own:.2f}, theirs {their:.2f}, {ratio:.2f}",
+                    flush=True,
+                )
+        used, passed = (statistics.median(each) for each in zip(*ratios, strict=True))
+        print(f"{given.type}: {used:.2f} of processor time, {passed:.2f} of time (medians of {given.pairs})")
+
+
+def request(given: argparse.Namespace, folder: Path, files: dict[str, Any], _: NDArray[np.uint8]) -> None:
+    """A prompt with an image and the same again, in each program; ours is `images.py`."""
+    said = peer_settings(folder, files) | {"mode": "request", "threads": given.threads}
+    program = [sys.executable, Path(__file__).with_name("images.py"), files["model"], "--mmproj", files["mmproj"]]
+    told = ["--tokenizer", files["tokenizer"], "--prompt", marked(given.family), "--size", given.size]
+    for _ in range(given.pairs):
+        subprocess.run([*program, *told, "--rounds", "1", "--threads", str(given.threads)], check=True)
+        subprocess.run([given.peer_python, "-c", PEER, json.dumps(said)], check=True, stderr=given.peer_log)
 
 
 def peer_settings(folder: Path, files: dict[str, Any]) -> dict[str, Any]:
@@ -347,13 +374,14 @@ def peer_settings(folder: Path, files: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Writes the files and runs both."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("mode", choices=("equal", "speed"))
+    parser.add_argument("mode", choices=("equal", "speed", "request"))
     parser.add_argument("family", choices=tuple(KINDS))
     parser.add_argument("--peer-python", required=True)
     parser.add_argument("--size", default="448x336")
     parser.add_argument("--type", default="F16", choices=("F32", "F16", "Q8_0"))
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peer-log", type=argparse.FileType("w"), default=subprocess.DEVNULL)
     given = parser.parse_args()
     width, height = map(int, given.size.split("x"))
@@ -365,7 +393,7 @@ def main() -> None:
         text = write_text(given.family, folder, shape.text)
         tower = write_tower(given.family, folder / "mmproj.gguf", shape, given.type)
         files = {"model": str(text), "mmproj": tower, "tokenizer": folder}
-        (equal if given.mode == "equal" else speed)(given, folder, files, pixels)
+        {"equal": equal, "speed": speed, "request": request}[given.mode](given, folder, files, pixels)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,3 +42,32 @@ def prompt_error(found: GenerationOutput, logits: torch.Tensor) -> float:
     expected = logits.log_softmax(-1).numpy()
     wanted = [expected[place, token] for place, token in enumerate(found.prompt_token_ids[1:])]
     return float(np.abs(np.array(ours) - np.array(wanted)).max())
+
+
+WITHOUT_TORCH = """
+import json, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "triton"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+import numpy as np
+from candle_vllm.core import InferenceEngine, SamplingParams
+
+params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+for folder, text, pixels in json.load(sys.stdin):
+    prompt = {"prompt": text, "multi_modal_data": {"image": [np.array(each, np.uint8) for each in pixels]}}
+    with InferenceEngine(folder, device="cpu", threads=1) as engine:
+        print(json.dumps(engine.generate([prompt], params, use_tqdm=False)[0].outputs[0].token_ids))
+"""
+
+
+def answers_without_torch(prompts: list[tuple[Path, str, list[NDArray[np.uint8]]]]) -> list[tuple[int, ...]]:
+    """Greedy answers of models in a process that cannot import torch; to a prompt with pictures each."""
+    given = json.dumps([[str(folder), text, [each.tolist() for each in pixels]] for folder, text, pixels in prompts])
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH], input=given, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return [tuple(json.loads(line)) for line in run.stdout.splitlines()]

@@ -24,7 +24,7 @@ from peft import LoraConfig, get_peft_model
 from peft_adapters import randomise as randomise_adapter
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sight import answers, finished, prompt_error
+from sight import answers, answers_without_torch, finished, prompt_error
 from tiny import SMALL, randomise
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -272,6 +272,12 @@ def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
         assert [tuple(each.outputs[0].token_ids) for each in again] == alone
         assert all(each.num_cached_tokens for each in again[:3])
         assert answers(engine, PROMPTS[-1:]) == alone[-1:]
+
+
+@pytest.mark.parametrize("folder", few(KINDS, "qwen3_vl"), indirect=True)
+def test_pictures_need_no_torch(folder: Path) -> None:
+    with InferenceEngine(folder, device="cpu") as engine:
+        assert answers_without_torch([(folder, ASK, PICTURES[:2])]) == answers(engine, [PROMPT])
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from gguf_export import export_gguf
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sight import answers, finished, prompt_error
+from sight import answers, answers_without_torch, finished, prompt_error
 from tiny import SMALL, config_of, load, randomise
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -39,6 +39,7 @@ from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.models.registry import tower_family, tower_family_named
 from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model, write_toy_tokenizer
+from candle_vllm.core.testing.toy_sight import write_toy_sight
 
 RANDOM = np.random.default_rng(3)
 SIZES = ((40, 70), (32, 32), (9, 100), (3, 2), (47, 15))
@@ -350,6 +351,19 @@ def test_conversations_have_pictures_here_and_in_another_process(folders: Callab
                 found.append(engine.chat([ask], SamplingParams(max_tokens=8, temperature=0)))
         assert found[0].prompt_token_ids == found[1].prompt_token_ids
         assert found[0].outputs[0].token_ids == found[1].outputs[0].token_ids
+
+
+def test_pictures_need_no_torch(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """Of these families and of SmolVLM."""
+    models = [*map(folders, ROWS), write_toy_sight(tmp_path / "toy")]
+    asks = [row.asks for row in ROWS.values()] + ["<image>"]
+    expected = []
+    for folder, ask in zip(models, asks):
+        prompt = {"prompt": f"See {ask} now", "multi_modal_data": {"image": PICTURES[:1]}}
+        with InferenceEngine(folder, device="cpu") as engine:
+            expected += answers(engine, [prompt])
+    given = [(folder, f"See {ask} now", PICTURES[:1]) for folder, ask in zip(models, asks)]
+    assert answers_without_torch(given) == expected
 
 
 def write_gguf(name: str, folder: Path, made: Path) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class Placement:
 
     def constant(self, numbers: NDArray[np.float32]) -> Value:
         """Numbers of the host that stay as they are: themselves where steps are recorded, else a tensor."""
-        if self.recorded:
+        if self.recorded or self.shapes_only:
             return numbers
         from candle_vllm.core.kernels.torch_numbers import tensor_of
 

@@ -113,9 +113,12 @@ class TileRule(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         whole = whole.resize((tile * max(cut.columns, 1), tile * max(cut.rows, 1)), resample)
         if not cut.rows:
             return np.asarray(whole)[None]
-        parts = np.asarray(whole).reshape(cut.rows, tile, cut.columns, tile, 3).swapaxes(1, 2)
-        small = np.asarray(whole.resize((tile, tile), resample))
-        return np.concatenate([parts.reshape(-1, tile, tile, 3), small[None]])
+        made = np.empty((cut.rows * cut.columns + 1, tile, tile, 3), np.uint8)
+        made[-1] = np.asarray(whole.resize((tile, tile), resample))
+        for number, part in enumerate(made[:-1]):
+            row, column = tile * (number // cut.columns), tile * (number % cut.columns)
+            part[...] = np.asarray(whole.crop((column, row, column + tile, row + tile)))
+        return made
 
     def _first(self, height: int, width: int) -> tuple[int, int]:
         """The longer side as `longest`, the other even, none above the most."""
