@@ -360,7 +360,7 @@ def request(given: argparse.Namespace, folder: Path, files: dict[str, Any], _: N
     said = peer_settings(folder, files) | {"mode": "request", "threads": given.threads}
     program = [sys.executable, Path(__file__).with_name("images.py"), files["model"], "--mmproj", files["mmproj"]]
     told = ["--tokenizer", files["tokenizer"], "--prompt", marked(given.family), "--size", given.size]
-    for _ in range(given.pairs):
+    for _pair in range(given.pairs):
         subprocess.run([*program, *told, "--rounds", "1", "--threads", str(given.threads)], check=True)
         subprocess.run([given.peer_python, "-c", PEER, json.dumps(said)], check=True, stderr=given.peer_log)
 
