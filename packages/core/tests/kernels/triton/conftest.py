@@ -16,11 +16,13 @@ where a GPU rounds to nearest even, and it takes e4m3's NaN for 480.
 from __future__ import annotations
 
 import importlib.util
+import math
 import multiprocessing
 import os
 import subprocess
 import sys
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,37 @@ if INTERPRETED and importlib.util.find_spec("triton") is not None:
             replaced.add(languages)
         return self.rewrite()(*args, **options)
 
+    # Half of its time went to the same few types, made and described again for every operation, and to overflows, which
+    # it looks for with or without `debug` and tells only with it.
+    options = interpreter.interpreter_builder.options
+    interpreter.interpreter_builder.options = replace(options, sanitize_overflow=options.debug)
+    numpy_type, numpy_types = interpreter._get_np_dtype, dict[str, np.dtype]()
+    make_block, blocks = tl.block_type.__init__, dict[tuple[str, tuple[int, ...]], dict[str, Any]]()
+    shapes: dict[tuple[int, ...], tuple[tl.constexpr, tl.tuple]] = {}
+
+    def known_numpy_type(kind: tl.dtype) -> np.dtype:
+        if (name := kind.scalar.name) not in numpy_types:
+            numpy_types[name] = numpy_type(kind)
+        return numpy_types[name]
+
+    def known_block(self: Any, element: tl.dtype, shape: Any) -> None:
+        key = element.name, tuple(size.value if isinstance(size, tl.constexpr) else size for size in shape)
+        if element.is_ptr() or key not in blocks:
+            make_block(self, element, shape)
+            blocks[key] = vars(self).copy()
+        else:
+            vars(self).update(blocks[key])
+
+    def tensor_of_known_shape(self: Any, handle: Any, type: tl.dtype) -> None:
+        sizes = tuple(type.shape.values) if type.is_block() else ()
+        if sizes not in shapes:
+            shapes[sizes] = tl.constexpr(math.prod(sizes)), tl.tuple([tl.constexpr(size) for size in sizes])
+        self.numel, self.shape = shapes[sizes]
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+
+    interpreter._get_np_dtype = known_numpy_type
+    tl.block_type.__init__ = known_block
+    tl.tensor.__init__ = tensor_of_known_shape
     interpreter.GridExecutor.__call__ = launch_alone
     interpreter.InterpretedFunction.__call__ = call_device_function
     interpreter._patch_lang_tensor = patch_bounds
