@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The client that the MCP conformance suite judges: `McpLink`, given a server's address as the last argument.
+"""The client that the MCP conformance suite judges: `McpLink`.
 
-It connects, lists the tools, and calls what the scenario's server waits for.
+It connects to a server, lists the tools, and calls what the scenario's server waits for.
+
+    python client.py SOCKET
+
+makes one, a process of its own, for each `relay.py` that asks for it: what is imported takes longer than a scenario.
 """
 
 from __future__ import annotations
@@ -9,13 +13,18 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
+import socket
 import sys
-from typing import Any
+import traceback
+from typing import Any, NoReturn
 
 from candle_vllm.responses.mcp.link import McpLink, definition_of
 from candle_vllm.responses.mcp.server_config import McpServerConfig
 from candle_vllm.responses.mcp.server_values import OAuthClient
 from candle_vllm.responses.tools.tool import ToolError
+
+LONGEST = 60  # seconds
 
 
 def configuration(url: str, context: dict[str, Any]) -> McpServerConfig:
@@ -43,10 +52,10 @@ def calls(link: McpLink, context: dict[str, Any]) -> list[tuple[str, dict[str, A
     return [(name, arguments_for(tool.input_schema)) for name, tool in link.tools.items()]
 
 
-async def main() -> None:
-    """Runs one scenario; what a tool or its server says is no failure of the client."""
-    context = json.loads(os.environ.get("MCP_CONFORMANCE_CONTEXT", "{}"))
-    async with McpLink(configuration(sys.argv[-1], context)) as link:
+async def play(address: str, environment: dict[str, str]) -> None:
+    """Plays one scenario; what a tool or its server says is no failure of the client."""
+    context = json.loads(environment.get("MCP_CONFORMANCE_CONTEXT", "{}"))
+    async with McpLink(configuration(address, context)) as link:
         print("tools:", *link.tools)
         for name, arguments in calls(link, context):
             try:
@@ -56,5 +65,38 @@ async def main() -> None:
                 print(f"{name}{arguments}: {error}")
 
 
+def answer(relay: socket.socket) -> NoReturn:
+    """Ends this process when its scenario has ended; what it prints goes where the relay's would go."""
+    signal.alarm(LONGEST)
+    said, outputs, _, _ = socket.recv_fds(relay, 1 << 16, 2)
+    while not said.endswith(b"\n"):
+        said += relay.recv(1 << 16)
+    for output, number in zip(outputs, (1, 2), strict=True):
+        os.dup2(output, number)
+    status = 1
+    try:
+        asyncio.run(play(**json.loads(said)))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    relay.sendall(bytes([status]))
+    os._exit(status)
+
+
+def main() -> None:
+    """Listens until it is killed."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(sys.argv[1])
+        listener.listen()
+        print("listening", flush=True)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        while True:
+            relay, _ = listener.accept()
+            with relay:
+                if os.fork() == 0:
+                    answer(relay)
+
+
 if __name__ == "__main__":
-    asyncio.run(main())
+    main()

@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -64,16 +65,20 @@ class Outcome(NamedTuple):
     output: str
 
 
-def run_scenario(scenario: str, version: str | None) -> Outcome:
-    """Runs one; None is a scenario of an extension, which belongs to no version of the specification."""
-    client = f"{sys.executable} {HERE / 'client.py'}"
+def run_scenario(scenario: str, version: str | None, clients: str) -> Outcome:
+    """Runs one; None is a scenario of an extension, which belongs to no version of the specification.
+
+    Args:
+        clients: the socket of `client.py`.
+    """
+    client = f"{sys.executable} -IS {HERE / 'relay.py'} {clients}"
     command = [str(node_24()), str(conformance_suite()), "client", "--command", client, "--scenario", scenario]
     done = subprocess.run(
         [*command, *(["--spec-version", version] if version else [])],
         capture_output=True,
         text=True,
         timeout=_SECONDS,
-        env={"PATH": os.defpath, "HOME": os.environ["HOME"]},
+        env=_environment(),
     )
     output = done.stdout + done.stderr
     counts = _COUNTS.search(output)
@@ -82,12 +87,24 @@ def run_scenario(scenario: str, version: str | None) -> Outcome:
     return Outcome(scenario, version, done.returncode == 0 and judged, checks, output)
 
 
+def _environment() -> dict[str, str]:
+    return {"PATH": os.defpath, "HOME": os.environ["HOME"]}
+
+
 def run_scenarios(scenarios: Sequence[tuple[str, str | None]]) -> list[Outcome]:
     """Runs them, two at a time."""
     node_24()  # what is installed at the first need must not be installed twice at the same time
     conformance_suite()
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda one: run_scenario(*one), scenarios))
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        clients = f"{folder}/clients"
+        command = [sys.executable, HERE / "client.py", clients]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=_environment()) as process:
+            try:
+                assert process.stdout is not None
+                assert process.stdout.readline() == b"listening\n"
+                return list(pool.map(lambda one: run_scenario(*one, clients), scenarios))
+            finally:
+                process.kill()
 
 
 def all_scenarios() -> list[tuple[str, str | None]]:
