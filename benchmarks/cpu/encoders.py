@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import BertModel
+from transformers.models.bert.modeling_bert import BertModel
 
 from candle_vllm.core import InferenceEngine
 from candle_vllm.core.testing.toy_encoder import TOY_ENCODER_VOCAB_SIZE, toy_encoder_config, write_toy_encoder

@@ -29,7 +29,8 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.configuration_auto import AutoConfig
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from candle_vllm.core import EngineConfig, GenerationOutput, InferenceEngine, SamplingParams
 from candle_vllm.core.assembly.model import load_model

@@ -28,8 +28,10 @@ from models import SHAPES, write_folder
 
 sys.path.remove(str(Path(__file__).parent))  # transformers looks for a package named kernels
 
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.generation import configuration_utils
+from transformers.generation.configuration_utils import GenerationConfig
+from transformers.models.auto.configuration_auto import AutoConfig
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 
 def main() -> None:
@@ -81,13 +83,13 @@ def run(model: Any, batch: int, depth: int, output: int) -> list[Any]:
     prompts = [[numbers.randrange(2, model.config.vocab_size) for _ in range(depth)] for _ in range(batch)]
     settings = GenerationConfig(max_new_tokens=output, do_sample=False, eos_token_id=-1, pad_token_id=0)
     wanted: dict[str, Any] = {"record_timestamps": True, "progress_bar": False}
-    if hasattr(transformers, "ContinuousBatchingConfig"):
-        taken = inspect.signature(transformers.ContinuousBatchingConfig).parameters
+    if hasattr(configuration_utils, "ContinuousBatchingConfig"):
+        taken = inspect.signature(configuration_utils.ContinuousBatchingConfig).parameters
         limits: dict[str, Any] = {"auto_switch_to_flash": False, "max_memory_percent": 0.6}
         if model.device.type == "cpu":
             limits |= {"num_blocks": 16, "max_batch_tokens": 64}  # the default takes most of the memory
         limits = {name: value for name, value in limits.items() if name in taken}
-        wanted["continuous_batching_config"] = transformers.ContinuousBatchingConfig(**limits)
+        wanted["continuous_batching_config"] = configuration_utils.ContinuousBatchingConfig(**limits)
     results = list(model.generate_batch(inputs=prompts, generation_config=settings, **wanted).values())
     for result in results:
         if result.error or len(result.generated_tokens) != output:
