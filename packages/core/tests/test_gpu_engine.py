@@ -8,11 +8,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from candle_vllm.core import ConfigError, GenerationOutput, InferenceEngine, SamplingParams
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from candle_vllm.core.testing.toy_sight import write_toy_sight
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -160,3 +162,19 @@ def test_streams_and_aborts(model: Path) -> None:
             step += 1
         assert engine.stats().num_free_blocks == engine.stats().num_blocks
         assert len(ended) == len(PROMPTS)
+
+
+def test_pictures_are_those_of_the_cpu(tmp_path: Path) -> None:
+    folder, random = write_toy_sight(tmp_path), np.random.default_rng(0)
+    prompts = [
+        {"prompt": "Look <image> now", "multi_modal_data": {"image": random.integers(0, 256, size, dtype=np.uint8)}}
+        for size in ((40, 33, 3), (19, 70, 3))
+    ]
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, prompt_logprobs=0)
+    found = []
+    for device in ("cuda", "cpu"):
+        with InferenceEngine(folder, device=device, dtype="f32", kv_cache_memory=64 << 20) as engine:
+            outputs = engine.generate(prompts, params, use_tqdm=False)
+            scores = [e.chosen.logprob for output in outputs for e in output.prompt_logprobs or () if e]
+            found.append(torch.tensor(scores, dtype=torch.float64))
+    assert error(*found) < 1e-2  # the CPU's cache is bfloat16

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_sight_families import write_sight
 
 from candle_vllm.core import ConfigError, EngineConfig, SamplingParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
@@ -19,6 +20,7 @@ from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.kernels.device_stream import Work
 from candle_vllm.core.memory import MIB
 from candle_vllm.core.testing.lazy_stream import LazyStream
+from candle_vllm.core.testing.toy_sight import write_toy_sight
 
 
 @dataclasses.dataclass
@@ -67,6 +69,25 @@ def test_the_cache_gets_its_share_of_what_steps_leave(
     assert len(runner.key_caches[0]) == plan.num_blocks
     assert "0.01 of 72 MiB free beside 50 MiB of weights and 328 MiB for steps" in caplog.text
     assert "attention by torch cannot be" in caplog.text, "the reference is not captured"
+
+
+def test_a_picture_has_its_memory_while_it_is_encoded(memory: Memory, tmp_path: Path) -> None:
+    config = EngineConfig(model=str(write_toy_sight(tmp_path)), enforce_eager=True)
+    loaded = load_model(config, torch.device("cpu"), lambda *_: None)
+    assert loaded.tower is not None
+    memory.free = 340 * MIB
+    plans = [build(each, kv_fraction=0.1)[1] for each in (loaded, dataclasses.replace(loaded, tower=None))]
+    less = (plans[1].num_blocks - plans[0].num_blocks) * plans[0].block_bytes
+    assert less == pytest.approx(loaded.tower.tower.config.step_bytes(1) / 10, abs=2 * plans[0].block_bytes)
+
+
+def test_pictures_whose_tokens_see_each_other_are_not_reproducible(memory: Memory, tmp_path: Path) -> None:
+    config = EngineConfig(model=str(write_sight(tmp_path, "Gemma 3")), enforce_eager=True)
+    loaded = load_model(config, torch.device("cpu"), lambda *_: None)
+    with pytest.raises(ConfigError, match="set max_images=0") as caught:
+        build(loaded, deterministic=True)
+    assert caught.value.setting == "deterministic"
+    build(dataclasses.replace(loaded, tower=None))[0].close()
 
 
 def test_forms_are_compiled_before_steps_are_measured(

@@ -7,15 +7,33 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from candle_vllm.core import GenerationOutput, InferenceEngine, SamplingParams
-from candle_vllm.core.engine.images import TowerRunner
+from candle_vllm.core.assembly.model import LoadedModel
+from candle_vllm.core.config import SpeculativeConfig
+from candle_vllm.core.devices import CPU
+from candle_vllm.core.engine.block_manager import BlockManager
+from candle_vllm.core.engine.build import preparation_for
+from candle_vllm.core.engine.device_inputs import DeviceLimits
+from candle_vllm.core.engine.device_runner import DeviceRunner
+from candle_vllm.core.engine.drafting import Drafter
+from candle_vllm.core.engine.eager_runner import EagerRunner, EagerTower
+from candle_vllm.core.engine.engine import Engine
+from candle_vllm.core.engine.images import ImageStore, TowerRunner
+from candle_vllm.core.engine.request import GenerationRequest, OutputCollector
+from candle_vllm.core.engine.scheduler import Scheduler
+from candle_vllm.core.kernels.device_stream import CudaStream, DeviceStream
 from candle_vllm.core.remote import RemoteEngine
+from candle_vllm.core.testing.lazy_stream import LazyStream
+
+Answers: TypeAlias = list[tuple[tuple[int, ...], list[float]]]
+"""Tokens, and log-probabilities of a prompt."""
+BLOCK, CONTEXT = 16, 256
 
 
 def finished(runner: TowerRunner, tiles: NDArray[np.uint8]) -> tuple[NDArray[np.float32], int]:
@@ -42,6 +60,83 @@ def prompt_error(found: GenerationOutput, logits: torch.Tensor) -> float:
     expected = logits.log_softmax(-1).numpy()
     wanted = [expected[place, token] for place, token in enumerate(found.prompt_token_ids[1:])]
     return float(np.abs(np.array(ours) - np.array(wanted)).max())
+
+
+def engine_of(loaded: LoadedModel, runner: DeviceRunner | EagerRunner, budget: int, drafts: int = 0) -> Engine:
+    assert loaded.tower is not None
+    images = ImageStore(EagerTower(loaded.tower.tower, loaded.placement.device), 1 << 24)
+    scheduler = Scheduler(BlockManager(100, BLOCK), 4, budget, draft_rows=drafts, images=images)
+    drafter = Drafter(SpeculativeConfig(), 4, drafts) if drafts else None
+    return Engine(runner, scheduler, preparation_for(loaded, CONTEXT, seed=0), drafter, images)
+
+
+def answers_op_by_op(
+    loaded: LoadedModel, prompts: list[tuple[str, list[NDArray[np.uint8]]]], tokens: int = 12
+) -> Answers:
+    """Of steps that wait for each other."""
+    loaded.decoder.prepare(CONTEXT)
+    runner = EagerRunner(loaded.decoder, 100, BLOCK, CPU, torch.float32, None, None, loaded.turning(CONTEXT))
+    return driven(engine_of(loaded, runner, CONTEXT), loaded, prompts, tokens)
+
+
+def answers_of_a_gpu(
+    loaded: LoadedModel,
+    prompts: list[tuple[str, list[NDArray[np.uint8]]]],
+    *,
+    graphs: bool = True,
+    captured: int = 0,
+    budget: int = CONTEXT,
+    drafts: int = 0,
+    tokens: int = 12,
+) -> tuple[Answers, DeviceStream]:
+    """Of a GPU's steps; on the CPU on a stream that does nothing before it is waited for."""
+    device = torch.device(loaded.placement.device)
+    stream = CudaStream(device) if device.type == "cuda" else LazyStream()
+    limits = DeviceLimits(budget, 4 + drafts, -(-CONTEXT // BLOCK), BLOCK)
+    loaded.decoder.prepare(CONTEXT)
+    runner = DeviceRunner(
+        loaded.decoder, limits, stream, torch.float32, graphs=graphs, finite_cache=True, captured_prompts=captured,
+        overlaps=not drafts, turning=loaded.turning(budget),
+    )  # fmt: skip
+    for work in runner.largest_steps() if graphs else ():
+        work()
+    runner.allocate(100)
+    return driven(engine_of(loaded, runner, budget, drafts), loaded, prompts, tokens), stream
+
+
+def require_same(found: Answers, expected: Answers) -> None:
+    """The same tokens, and log-probabilities of the prompts up to 1e-4."""
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
+    for (_, read), (_, wanted) in zip(found, expected, strict=True):
+        assert np.abs(np.array(read) - wanted).max(initial=0) < 1e-4
+
+
+def driven(
+    engine: Engine, loaded: LoadedModel, prompts: list[tuple[str, list[NDArray[np.uint8]]]], tokens: int
+) -> Answers:
+    """Greedy tokens and the prompts' log-probabilities; a request comes every third step."""
+    assert loaded.tower is not None
+    waiting, steps = list(enumerate(prompts)), 0
+    collectors = dict[str, OutputCollector]()
+    while waiting or engine.has_work:
+        if waiting and steps % 3 == 0:
+            number, (text, pictures) = waiting.pop(0)
+            ids, images = loaded.tower.sight.look(loaded.tokenizer.encode(text, parse_special=True), pictures)
+            params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, prompt_logprobs=1)
+            request = GenerationRequest(request_id=str(number), prompt_token_ids=ids, params=params, images=images)
+            collectors[str(number)] = OutputCollector(request)
+            engine.add(engine.prepare(request))
+        for piece in engine.step():
+            collectors[piece.request_id].add(piece)
+        steps += 1
+        assert steps < 2000
+    found: Answers = []
+    for collector in collectors.values():
+        output = collector.result()
+        assert output.prompt_logprobs is not None
+        read = [each.chosen.logprob for each in output.prompt_logprobs[1:] if each is not None]
+        found.append((tuple(output.outputs[0].token_ids), read))
+    return found
 
 
 WITHOUT_TORCH = """

@@ -24,7 +24,15 @@ from peft import LoraConfig, get_peft_model
 from peft_adapters import randomise as randomise_adapter
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sight import answers, answers_without_torch, finished, prompt_error
+from sight import (
+    answers,
+    answers_of_a_gpu,
+    answers_op_by_op,
+    answers_without_torch,
+    finished,
+    prompt_error,
+    require_same,
+)
 from tiny import SMALL, randomise
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -55,6 +63,8 @@ from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.models.qwen_vl import FAMILY
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.remote import RemoteEngine
+from candle_vllm.core.testing.exact_sums import exact_sums
+from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
 from candle_vllm.core.vision.preprocessing import window_order
 
@@ -105,6 +115,11 @@ TWICE = {"prompt": ASK, "multi_modal_data": {"image": [PICTURES[2], PICTURES[2]]
 FIRST = {"prompt": f"{ONE}What is this?", "multi_modal_data": {"image": [PICTURES[3]]}}
 PROMPTS: list[Any] = [PROMPT, OTHER, TWICE, FIRST, "<|im_start|>user\nCompare nothing.<|im_end|>\n"]
 GREEDY = SamplingParams(max_tokens=8, temperature=0)
+GPU_STEPS: dict[str, dict[str, Any]] = {
+    "captured": {"captured": 64, "budget": 40},
+    "one by one": {"graphs": False},
+    "guesses": {"drafts": 8},
+}
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -305,6 +320,27 @@ def test_answers_survive_preemption_and_guesses(eager: bool, folder: Path) -> No
             found = engine.generate(PROMPTS, long, use_tqdm=False)
             assert [each.outputs[0].token_ids for each in found] == whole
         assert engine.stats().accepted_draft_tokens > 100
+
+
+@pytest.mark.parametrize(
+    ("folder", "how"),
+    few([(kind, how) for kind in KINDS for how in GPU_STEPS], ("qwen3_vl", "captured")),
+    indirect=["folder"],
+)
+def test_steps_of_a_gpu_have_the_same_answers(folder: Path, how: str) -> None:
+    """Its runner, by the references of its kernels: tokens that three positions turn, in what is captured too."""
+    loaded = loaded_from(folder, enforce_eager=True)
+    asked = [
+        (ASK, PICTURES[:2]),
+        (ASK, [PICTURES[2]] * 2),
+        ("Nothing to see.", []),
+        (f"{ONE}What is this?", PICTURES[3:]),
+    ]
+    with exact_sums():
+        found, stream = answers_of_a_gpu(loaded, asked, **GPU_STEPS[how])
+        require_same(found, answers_op_by_op(loaded, asked))
+    assert isinstance(stream, LazyStream)
+    assert bool(stream.replayed) == (how != "one by one")
 
 
 def test_a_text_alone_has_the_bits_of_the_text_model(folder: Path, tmp_path: Path) -> None:

@@ -14,12 +14,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from common_run import few
 from gguf import GGUFWriter
 from gguf_export import export_gguf
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sight import answers, answers_without_torch, finished, prompt_error
+from sight import (
+    answers,
+    answers_of_a_gpu,
+    answers_op_by_op,
+    answers_without_torch,
+    finished,
+    prompt_error,
+    require_same,
+)
 from tiny import SMALL, config_of, load, randomise
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -38,6 +47,8 @@ from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.models.registry import tower_family, tower_family_named
 from candle_vllm.core.remote import RemoteEngine
+from candle_vllm.core.testing.exact_sums import exact_sums
+from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model, write_toy_tokenizer
 from candle_vllm.core.testing.toy_sight import write_toy_sight
 
@@ -351,6 +362,18 @@ def test_conversations_have_pictures_here_and_in_another_process(folders: Callab
                 found.append(engine.chat([ask], SamplingParams(max_tokens=8, temperature=0)))
         assert found[0].prompt_token_ids == found[1].prompt_token_ids
         assert found[0].outputs[0].token_ids == found[1].outputs[0].token_ids
+
+
+@pytest.mark.parametrize("name", few(list(ROWS), "Gemma 3"))
+def test_steps_of_a_gpu_have_the_same_answers(name: str, folders: Callable[[str], Path]) -> None:
+    """Where tokens of a picture see each other, too."""
+    loaded, asks = load(folders(name), enforce_eager=True, max_images=64), ROWS[name].asks
+    asked = [(f"Compare {asks} with {asks}", PICTURES[:2]), ("Nothing to see.", []), (f"{asks} and?", PICTURES[2:3])]
+    with exact_sums():
+        found, stream = answers_of_a_gpu(loaded, asked, captured=64, budget=128)
+        require_same(found, answers_op_by_op(loaded, asked))
+    assert isinstance(stream, LazyStream)
+    assert stream.replayed
 
 
 def test_pictures_need_no_torch(folders: Callable[[str], Path], tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.layers.parameters import SHAPES, Placement
+from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.imatrix import read_imatrix
 from candle_vllm.core.loading.pooling import read_pooling
@@ -45,6 +46,7 @@ from candle_vllm.core.loading.weights import Cut, WeightName, check_weights, loa
 from candle_vllm.core.memory import refuse_longer
 from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Family
 from candle_vllm.core.models.registry import family_from_gguf, family_from_hf
+from candle_vllm.core.models.stack import DecoderStack
 from candle_vllm.core.pooling import ModelPooling, PoolingKind
 from candle_vllm.core.sampling.params import MAX_TOKENS, SamplingParams
 from candle_vllm.core.text.chat_template import ChatTemplate
@@ -151,6 +153,17 @@ class LoadedModel(Loaded):
         """See `Loaded`."""
         return None if self.tower is None else self.tower.sight
 
+    def turning(self, tokens: int) -> Rotary | None:
+        """What turns tokens of pictures by three positions, with room for so many in a step; None where nothing does.
+
+        Its tables are made anew: it is asked for before anything knows them.
+        """
+        if self.tower is None or not self.config.rope.axes:
+            return None
+        assert isinstance(self.decoder, DecoderStack)
+        self.decoder.rotary.make_room(tokens)
+        return self.decoder.rotary
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Described(Loaded):
@@ -210,7 +223,7 @@ def load_model(
                 from candle_vllm.core.assembly.cache_scales import give_cache_scales
 
                 give_cache_scales(decoder, opened.cache_scales, model.config, placement)
-        tower = load_tower(config, device, opened, model.tokenizer, model.config.hidden_size, placement)
+        tower = load_tower(config, opened, model.tokenizer, model.config.hidden_size, placement)
         if tower is not None and tower.sight.parts.turned and not model.config.rope.axes:
             raise InvalidFileError(
                 f"{config_file(files)}: the sections of rotary positions are missing (mrope_section, in GGUF files "

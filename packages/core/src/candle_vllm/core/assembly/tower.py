@@ -14,7 +14,6 @@ from typing import Any
 from candle_vllm.core.assembly.opening import Opened, naming
 from candle_vllm.core.assembly.placement import encoder_placement, memory_of, room_for_weights
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
@@ -57,12 +56,12 @@ class LoadedTower:
 
 
 def load_tower(
-    config: EngineConfig, device: Device, opened: Opened, tokenizer: Tokenizer, text_size: int, text: Placement
+    config: EngineConfig, opened: Opened, tokenizer: Tokenizer, text_size: int, text: Placement
 ) -> LoadedTower | None:
     """The tower of a model that has one; None of any other.
 
     Args:
-        config, device: the engine's.
+        config: the engine's.
         opened: the model's files.
         tokenizer: its own.
         text_size: the width of its text model.
@@ -72,18 +71,16 @@ def load_tower(
         ConfigError: as of `_opened`.
         ModelLoadError: its files cannot be used.
     """
-    with _opened(config, device, opened, text_size) as found:
+    with _opened(config, opened, text_size) as found:
         return None if found is None else _loaded(config, text, opened.files.name, tokenizer, *found)
 
 
-def tower_memory(
-    config: EngineConfig, device: Device, opened: Opened, text_size: int, text: Placement, threads: int
-) -> int:
+def tower_memory(config: EngineConfig, opened: Opened, text_size: int, text: Placement, threads: int) -> int:
     """Bytes that a tower will take, its weights and its steps with so many threads; 0 where there is none.
 
     The other arguments and what is raised are as of `load_tower`; no weights are read.
     """
-    with _opened(config, device, opened, text_size) as found:
+    with _opened(config, opened, text_size) as found:
         if found is None:
             return 0
         _, model, stored, _ = found
@@ -91,12 +88,13 @@ def tower_memory(
 
 
 @contextlib.contextmanager
-def _opened(config: EngineConfig, device: Device, opened: Opened, text_size: int) -> Iterator[_Found | None]:
+def _opened(config: EngineConfig, opened: Opened, text_size: int) -> Iterator[_Found | None]:
     """What the files say of a tower, for as long as its own one is open.
 
     Raises:
-        ConfigError: there is an `mmproj`, and Pillow is not installed, or the model is on a GPU. Without one the model
-            reads text alone then, and a warning says so. Or `mm_processor_kwargs` says what its tower does not know.
+        ConfigError: there is an `mmproj`, and Pillow is not installed, or the model is divided among ranks. Without one
+            the model reads text alone then, and a warning says so. Or `mm_processor_kwargs` says what its tower does
+            not know.
         ModelLoadError: its files cannot be used.
     """
     if config.mmproj is not None and opened.files.format != "gguf":
@@ -110,8 +108,8 @@ def _opened(config: EngineConfig, device: Device, opened: Opened, text_size: int
         yield None
         return
     try:
-        if device.type != "cpu" or config.ranks > 1:
-            raise ConfigError("images are for one rank on the CPU so far: set device='cpu'")
+        if config.ranks > 1:
+            raise ConfigError("images are for one rank so far: set tensor_parallel_size=1 and pipeline_parallel_size=1")
         require_pillow()
     except ConfigError as error:
         if config.mmproj is not None:

@@ -465,11 +465,7 @@ def _runner_on_cpu(
     placement, blocks = loaded.placement, plan.num_blocks
     model = loaded.head if isinstance(loaded, LoadedHead) else loaded.decoder
     model.prepare(min(plan.max_model_len, loaded.config.max_position))
-    turning = None
-    if isinstance(loaded, LoadedModel) and loaded.tower is not None and loaded.config.rope.axes:
-        assert isinstance(loaded.decoder, DecoderStack)
-        turning = loaded.decoder.rotary
-        turning.make_room(budget)
+    turning = loaded.turning(budget) if isinstance(loaded, LoadedModel) else None
     if not placement.recorded:
         from candle_vllm.core.engine.eager_runner import EagerHead, EagerRunner, StageRunner
 

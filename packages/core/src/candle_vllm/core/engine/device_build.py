@@ -59,6 +59,7 @@ def build_on_gpu(
     """
     device, model = loaded.placement.device, loaded.decoder.config
     _refuse_cache_of_cpu(config)
+    _refuse_images(config, loaded)
     select = choose if model.cache.value_dim else choose_latent
     backend = select(config.attention_backend, _needs(config, loaded))
     if backend.note:
@@ -79,6 +80,7 @@ def build_on_gpu(
     give_back()
     try:
         loaded.decoder.prepare(model.max_position)
+        turning = loaded.turning(budget)
         host = host_experts(config, loaded, stream, budget)
         adapters, adapter_bytes = _adapters(config, loaded, stream, rows) if config.enable_lora else (None, 0)
         runner = DeviceRunner(
@@ -95,6 +97,7 @@ def build_on_gpu(
             adapters=adapters,
             host=host,
             row_scales=row_scales,
+            turning=turning,
         )
         steps = runner.largest_steps()
         compile_together(lambda: _pass(steps, stream), device)
@@ -102,6 +105,8 @@ def build_on_gpu(
     except torch.OutOfMemoryError as error:
         raise _too_little(budget, sequences, device) from error
     aside = sum(peaks) + runner.edit_bytes + runner.num_graphs * _GRAPH_BYTES + _SLACK + adapter_bytes
+    if loaded.tower is not None:
+        aside += loaded.tower.tower.config.step_bytes(1)  # the largest picture, while it is encoded
     free, total = torch.cuda.mem_get_info(device)
     if aside >= free:
         raise _too_little(budget, sequences, device)
@@ -123,6 +128,15 @@ def build_on_gpu(
             "kv_cache_memory",
         ) from error
     return runner, plan
+
+
+def _refuse_images(config: EngineConfig, loaded: LoadedModel) -> None:
+    if loaded.sight is not None and loaded.sight.parts.whole and config.deterministic:
+        raise ConfigError(
+            f"deterministic: where tokens of a picture see each other, as with {loaded.name}, their sums on a GPU "
+            "depend on what else is in the step: set max_images=0, or leave 'deterministic' out",
+            "deterministic",
+        )
 
 
 def _refuse_cache_of_cpu(config: EngineConfig) -> None:

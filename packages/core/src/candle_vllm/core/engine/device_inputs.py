@@ -7,15 +7,17 @@ Their memory never moves, so that a captured step finds the next one's numbers w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from candle_vllm.core.engine.batch import Batch, Ints
+from candle_vllm.core.engine.eager_runner import GivenTensors
 from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
-from candle_vllm.core.kernels.device_stream import DeviceStream, Staging, aligned, copy
+from candle_vllm.core.kernels.device_stream import DeviceStream, Sent, Staging, aligned, copy
 from candle_vllm.core.kernels.sampling import asks
 from candle_vllm.core.kernels.sampling.contract import Control
 from candle_vllm.core.sampling.sampler import controls as controls_of
@@ -97,8 +99,12 @@ class DeviceInputs:
         """[most sequences, 5] float64, how each row's token is drawn; see `kernels/sampling`."""
         return self._there["controls"]
 
-    def send(self, batch: Batch, states: Sequence[SamplingState], size: StepSize | None) -> tuple[bool, bool]:
+    def send(
+        self, batch: Batch, states: Sequence[SamplingState], size: StepSize | None, turns: Ints | None = None
+    ) -> tuple[bool, bool]:
         """Sends a step over, filled up to the size that it was captured for, if it was.
+
+        `turns` are added to the positions, see `batch.turns`.
 
         Returns:
             `kernels.sampling.asks` of its draws.
@@ -109,6 +115,8 @@ class DeviceInputs:
         stride = aligned(size.tokens)
         numbers = room[: 4 * stride].reshape(4, stride)
         numbers[:, :tokens] = batch.tokens
+        if turns is not None:
+            numbers[1, :tokens] += turns
         numbers[:, tokens : size.tokens] = _FILLER
         host["context_lens"][:rows] = batch.context_lens
         host["context_lens"][rows : size.rows] = 0
@@ -184,6 +192,13 @@ class DeviceInputs:
         self.send(batch, (), None)
         return batch
 
+    def given(self, batch: Batch) -> Callable[[], GivenTensors | None]:
+        """What brings a batch's rows of pictures over; work."""
+        if batch.embedded is None:
+            return lambda: None
+        rows, vectors = (Sent(self._stream, each) for each in (batch.embedded.rows, batch.embedded.vectors))
+        return lambda: GivenTensors(rows.there(), vectors.there())
+
     def rows_of(self, batch: Batch) -> DeviceRows:
         """Which tokens of a batch that was sent belong together."""
         rows = len(batch.context_lens)
@@ -227,6 +242,31 @@ class DeviceInputs:
     def sample_rows(self, count: int) -> torch.Tensor:
         """[count] int32: the tokens whose successor is drawn."""
         return self._there["sample_rows"][:count]
+
+
+def by_rows(batch: Batch) -> Batch:
+    """A step in which each row of a run with drafts is a sequence that decodes, with the blocks of its own.
+
+    All rows' keys and values are written before a layer attends, and each sees what stands before it; so its bits are
+    those of a step of one row wherever those of decoding do not depend on the rest of the step.
+    """
+    counts = np.diff(batch.query_start)
+    apart = np.array([run.decodes or bool(run.drafts) for run in batch.runs])
+    first = int(apart.sum())
+    assert apart[:first].all(), "prompts stand behind what decodes"
+    rows = int(counts[:first].sum())
+    owners = np.concatenate([np.repeat(np.arange(first), counts[:first]), np.arange(first, len(counts))])
+    contexts = batch.context_lens[owners]
+    contexts[:rows] = batch.positions[:rows] + 1
+    return msgspec.structs.replace(
+        batch,
+        query_start=np.concatenate([np.arange(rows), batch.query_start[first:]]),
+        context_lens=contexts,
+        block_tables=batch.block_tables[owners],
+        tables_version=object(),
+        num_decodes=rows,
+        drafted=False,
+    )
 
 
 _FILLER = np.array([[0], [0], [-1], [-1]])  # token id, position, slot, source of a token that is none

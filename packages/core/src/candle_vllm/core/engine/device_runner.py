@@ -21,15 +21,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints
-from candle_vllm.core.engine.device_inputs import DeviceInputs, DeviceLimits, StepSize
+from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, turned_rows, turns
+from candle_vllm.core.engine.device_inputs import DeviceInputs, DeviceLimits, StepSize, by_rows
+from candle_vllm.core.engine.eager_runner import GivenTensors
 from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, Landed
 from candle_vllm.core.engine.sequence import Tokens
+from candle_vllm.core.kernels.attention.backends import attend_by_reference
 from candle_vllm.core.kernels.attention.rows import DeviceRows
 from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, Sent, Work, copy
 from candle_vllm.core.kernels.kv_write.scaled_rows import SCALE
@@ -38,6 +39,7 @@ from candle_vllm.core.kernels.moe.host import HostExperts
 from candle_vllm.core.kernels.offloading import block_bytes, block_parts
 from candle_vllm.core.kernels.triton_build import next_power_of_2
 from candle_vllm.core.layers.attention import StepInput
+from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.models.family import Decoder
 from candle_vllm.core.models.stack import DecoderStack, layers_here
 from candle_vllm.core.sampling.device_sampler import DeviceSampler, DrawnRows
@@ -83,6 +85,7 @@ class DeviceRunner:
         adapters: see below.
         host: computes the experts that are in main memory; None where none are. It is closed with the runner.
         row_scales: the cache's rows have scales of their own, see `kernels/kv_write/scaled_rows`.
+        turning: as for `RecordedRunner`.
 
     Attributes:
         adapters: what the decoder's layers add to their products; None where there are no adapters.
@@ -107,6 +110,7 @@ class DeviceRunner:
         adapters: DeviceAdapters | None = None,
         host: HostExperts | None = None,
         row_scales: bool = False,
+        turning: Rotary | None = None,
     ) -> None:
         self.decoder, self._host = decoder, host
         stage = decoder.stage if isinstance(decoder, DecoderStack) else None
@@ -120,6 +124,7 @@ class DeviceRunner:
         one = torch.ones(1, dtype=torch.float32, device=stream.device)
         self._scales = (one, one) if dtype == torch.float8_e4m3fn and not row_scales else None
         self._beside = SCALE if row_scales else 0
+        self._turning = turning
         self._inputs = DeviceInputs(stream, limits)
         vocabulary, sequences = decoder.config.vocab_size, limits.sequences
         self._logits = torch.zeros(sequences, vocabulary, dtype=torch.float32, device=stream.device)
@@ -140,14 +145,14 @@ class DeviceRunner:
 
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
         """See `ModelRunner`. Rows of drafts are run as decoding ones, by the same graphs and kernels."""
-        self._drafts = None
+        shifts, self._drafts = self._turn(batch), None
         if batch.drafted:
             self._drafts = [run.drafts for run in batch.drawing]
             self._run_sampler.look_ahead(states, self._drafts)
             batch, states = by_rows(batch), ()
         with self._over_if_it_fails():
             self._size = size = self._captured_size(batch)
-            self._asks = self._inputs.send(batch, states, size)
+            self._asks = self._inputs.send(batch, states, size, shifts)
             self._count_on_host(batch.tokens.shape[1])
             self._entries = entries = batch.adapters
             if size is None:
@@ -159,6 +164,16 @@ class DeviceRunner:
             if size is not None and size.mixed:
                 self._stream.run(self._take_kept)
             self._count_on_host(0)  # what is run besides holds no tokens
+
+    def _turn(self, batch: Batch) -> Ints | None:
+        """Writes what turns rows of pictures, and gives how far from its position's row each row's own is."""
+        turned = None if self._turning is None else turned_rows(batch.runs, batch.query_start)
+        if turned is None or self._turning is None:
+            return None
+        if len(turned.rows):
+            turn, sources = self._turning.turn_there, Sent(self._stream, self._turning.sources(turned.places))
+            self._stream.run(lambda: turn(sources.there()))
+        return turns(turned, batch.positions, self._turning.first_turned)
 
     def _count_on_host(self, tokens: int) -> None:
         if self._host is not None:
@@ -366,6 +381,8 @@ class DeviceRunner:
 
     def _captured_size(self, batch: Batch) -> StepSize | None:
         """What the captured step that runs a batch is made for; None where none runs it."""
+        if batch.embedded is not None:
+            return None
         decodes = batch.num_decodes == len(batch.context_lens)
         if batch.adapters is not None and not (decodes and self._added().capturable(batch.adapters)):
             return None
@@ -391,7 +408,8 @@ class DeviceRunner:
     def _eager(self, batch: Batch) -> Work:
         """Any step, operation by operation."""
         tokens, samples, places = len(batch.token_ids), len(batch.drawn_rows), self._inputs.rows_of(batch)
-        entries = batch.adapters
+        entries, given = batch.adapters, self._inputs.given(batch)
+        ahead = None if batch.ahead is None else Sent(self._stream, batch.ahead)
         take, take_drawn = (
             self._taking(some) for some in (entries, None if entries is None else entries.among(batch.drawn_rows))
         )
@@ -399,7 +417,7 @@ class DeviceRunner:
         def work() -> None:
             self._hidden = torch.empty(0)  # that of the step before makes room
             take()
-            self._hidden = self._forward(tokens, places)
+            self._hidden = self._forward(tokens, places, given(), None if ahead is None else ahead.there())
             take_drawn()
             if samples and self._has_head:
                 self.decoder.logits(self._hidden[self._inputs.sample_rows(samples)], self._logits[:samples])
@@ -435,9 +453,15 @@ class DeviceRunner:
         """What is asked for of the last step is what a captured one left."""
         self._hidden = self._kept
 
-    def _forward(self, tokens: int, places: DeviceRows) -> torch.Tensor:
+    def _forward(
+        self, tokens: int, places: DeviceRows, given: GivenTensors | None = None, ahead: torch.Tensor | None = None
+    ) -> torch.Tensor:
         positions, slots = self._inputs.positions_and_slots(tokens)
-        step = StepInput(positions, slots, places, self.key_caches, self.value_caches, self._scales, **self._attend)
+        how: dict[str, Any] = {**self._attend, "given": given}
+        if ahead is not None:  # no kernel here has rows that see what is behind them
+            places = dataclasses.replace(places, host=dataclasses.replace(places.on_host(), ahead=ahead))
+            how["attend"] = attend_by_reference
+        step = StepInput(positions, slots, places, self.key_caches, self.value_caches, self._scales, **how)
         return self.decoder.forward(self._inputs.token_ids(tokens, self._sampler.ids), step)
 
     def _score(self, rows: Ints, scores: list[torch.Tensor]) -> Work:
@@ -463,31 +487,6 @@ class Passed:
         """Nothing; waits for the step."""
         self.mark.wait()
         return ()
-
-
-def by_rows(batch: Batch) -> Batch:
-    """A step in which each row of a run with drafts is a sequence that decodes, with the blocks of its own.
-
-    All rows' keys and values are written before a layer attends, and each sees what stands before it; so its bits are
-    those of a step of one row wherever those of decoding do not depend on the rest of the step.
-    """
-    counts = np.diff(batch.query_start)
-    apart = np.array([run.decodes or bool(run.drafts) for run in batch.runs])
-    first = int(apart.sum())
-    assert apart[:first].all(), "prompts stand behind what decodes"
-    rows = int(counts[:first].sum())
-    owners = np.concatenate([np.repeat(np.arange(first), counts[:first]), np.arange(first, len(counts))])
-    contexts = batch.context_lens[owners]
-    contexts[:rows] = batch.positions[:rows] + 1
-    return msgspec.structs.replace(
-        batch,
-        query_start=np.concatenate([np.arange(rows), batch.query_start[first:]]),
-        context_lens=contexts,
-        block_tables=batch.block_tables[owners],
-        tables_version=object(),
-        num_decodes=rows,
-        drafted=False,
-    )
 
 
 _ONE = StepSize(1, 1, False)

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,7 +99,7 @@ class EagerRunner(StepwiseRunner):
             places, vectors = (
                 torch.from_numpy(each).to(self.device) for each in (batch.embedded.rows, batch.embedded.vectors)
             )
-            given = _Given(places, vectors)
+            given = GivenTensors(places, vectors)
         return token_ids, StepInput(positions, slots, rows, *caches, taps=self._kept, given=given)
 
     @torch.inference_mode()
@@ -200,7 +201,7 @@ class _Begun(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Given:
+class GivenTensors:
     """See `GivenRows`."""
 
     rows: torch.Tensor
@@ -223,12 +224,19 @@ class _Given:
 
 
 class EagerTower:
-    """Runs a tower; see `TowerRunner`."""
+    """Runs a tower; see `TowerRunner`. On a GPU beside the steps, which have a stream of their own."""
 
     fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
 
     def __init__(self, tower: Tower, device: torch.device | Device) -> None:
-        self._tower, self._device = tower, device
+        self._tower, self._device = tower, torch.device(device)
+
+    @contextlib.contextmanager
+    def _there(self) -> Iterator[None]:
+        """Around each piece: the engine's thread has a device of its own, and others compute between the pieces."""
+        where = torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
+        with where, torch.inference_mode():
+            yield
 
     def embeddings(self, tiles: NDArray[np.uint8]) -> Encoding:
         """See `TowerRunner`."""
@@ -236,20 +244,21 @@ class EagerTower:
         made: list[NDArray[np.float32]] = []
         for tile in tiles:
             rows = config.read(tile)
-            placed = tower.place(rows.places, 0, rows.grid)
-            patches, numbers, start = (
-                None if each is None else torch.from_numpy(each).to(self._device) for each in (rows.patches(), *placed)
-            )
-            step = TowerStep(numbers, (len(rows.places),), rows.windows, start)
-            with torch.inference_mode():
+            with self._there():
+                placed = tower.place(rows.places, 0, rows.grid)
+                patches, numbers, start = (
+                    None if each is None else torch.from_numpy(each).to(self._device)
+                    for each in (rows.patches(), *placed)
+                )
+                step = TowerStep(numbers, (len(rows.places),), rows.windows, start)
                 x, deep = tower.begin(patches, step), list[torch.Tensor]()
             for number, layer in enumerate(tower.layers):
-                with torch.inference_mode():
+                with self._there():
                     x = layer(x, step)
                     if number in config.deep:
                         deep.append(tower.mergers[len(deep)](config.cells(x)))
                 yield
-            with torch.inference_mode():
+            with self._there():
                 found = torch.cat([tower.project(config.cells(tower.norm(x))), *deep], 1)
                 made.append(rows.in_order(found.float().cpu().numpy()))
         return np.concatenate(made)

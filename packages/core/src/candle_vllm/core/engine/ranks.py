@@ -544,7 +544,7 @@ class RankedRunner:
 
     def _message(self, batch: Batch) -> Forward:
         if batch.drafted and not isinstance(self._runner, StepwiseRunner):
-            from candle_vllm.core.engine.device_runner import by_rows
+            from candle_vllm.core.engine.device_inputs import by_rows
 
             batch = by_rows(batch)  # as the first rank runs it
         known = batch.tables_version is self._tables_version

@@ -105,6 +105,25 @@ SHAPES = Placement(CPU, "F32", shapes_only=True)
 """Where a model has shapes and no memory."""
 
 
+def on_host(values: Value) -> NDArray[np.float32]:
+    """Numbers of a model as an array; those of the CPU share their memory."""
+    if isinstance(values, np.ndarray):
+        return values
+    plain: Any = values
+    return plain.cpu().numpy()
+
+
+def write_rows(table: Value, first: int, rows: NDArray[np.float32]) -> None:
+    """Writes rows [n, K] of a table that is a `constant`, wherever it is, from row `first` on."""
+    if isinstance(table, np.ndarray):
+        table[first : first + len(rows)] = rows
+        return
+    from candle_vllm.core.kernels.torch_numbers import tensor_of
+
+    place: Any = table
+    place[first : first + len(rows)].copy_(tensor_of(rows, "F32"))
+
+
 class TensorParameter:
     """A plain tensor, or array, that stored numbers are copied into."""
 

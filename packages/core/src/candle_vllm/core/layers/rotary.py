@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,11 +92,27 @@ class Rotary:
         """
         assert len(places) <= self._room
         for table in self.tables:
-            numbers = np.asarray(table)  # shares its memory, on the CPU, where pictures are
-            numbers[self._positions : self._positions + len(places)] = numbers[
-                places[:, self._axes], np.arange(len(self._axes))
+            numbers = np.asarray(table)  # shares its memory
+            numbers[self.first_turned : self.first_turned + len(places)] = numbers[
+                self.sources(places), np.arange(len(self._axes))
             ]
+        return self.first_turned
+
+    @property
+    def first_turned(self) -> int:
+        """The row of the tables that `turn` writes first."""
         return self._positions
+
+    def sources(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[N, R/2] the row of the tables that has each number of what turns tokens by their places [N, 3]."""
+        return places[:, self._axes]
+
+    def turn_there(self, sources: Any) -> None:
+        """`turn` of tables on a GPU, by `sources` there; work."""
+        assert len(sources) <= self._room
+        for table in self.tables:
+            numbers: Any = table
+            numbers[self.first_turned : self.first_turned + len(sources)] = numbers.gather(0, sources)
 
     def _make_tables(self, positions: int, room: int) -> tuple[Value, Value]:
         """The angles are float32, as models are trained with; their cosines and sines are rounded from exact ones."""

@@ -32,7 +32,7 @@ from candle_vllm.core.layers.layer_norm import LayerNorm
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.mlp import MLP, GatedMLP
 from candle_vllm.core.layers.norm import RMSNorm
-from candle_vllm.core.layers.parameters import Placement, TensorParameter
+from candle_vllm.core.layers.parameters import Placement, TensorParameter, on_host, write_rows
 from candle_vllm.core.loading.config import MAX_LAYERS
 from candle_vllm.core.loading.views import computed, row_part
 from candle_vllm.core.loading.weights import Parameter, Seen, WeightName
@@ -257,7 +257,7 @@ class Positions:
 
     def __call__(self, places: NDArray[np.int64], grid: tuple[int, int]) -> NDArray[np.float32]:
         """[n, E] of the row and column in a grid of each patch [n, 2], by both neighbours in each direction."""
-        table, last = np.asarray(self.weight), np.float32(self.side - 1)
+        table, last = on_host(self.weight), np.float32(self.side - 1)
         found = np.zeros((len(places), table.shape[1]), np.float32)
         steps = [places[:, axis] * (last / max(count - 1, 1)) for axis, count in enumerate(grid)]
         below = [step.astype(np.int64) for step in steps]
@@ -309,7 +309,7 @@ class QwenTower:
         frequencies = np.float32(1) / np.float32(_THETA) ** (np.arange(quarter, dtype=np.float32) / quarter)
         angles = (places[:, :, None].astype(np.float32) * frequencies.astype(np.float32)).reshape(len(places), -1)
         for table, function in zip(self._tables, (np.cos, np.sin)):
-            np.asarray(table)[first : first + len(places)] = function(angles.astype(np.float64))  # shares its memory
+            write_rows(table, first, function(angles.astype(np.float64)).astype(np.float32))
         start = None if self.positions is None else self.positions(places, grid)
         return Placed(np.arange(first, first + len(places)), start)
 

@@ -213,7 +213,7 @@ _OF_MODEL = (
 def _foreseen(config: EngineConfig, model: Described, opened: Opened) -> CachePlan:
     """The cache of a model on the CPU, beside its model of drafts and what it sees by."""
     placement, threads = model.placement, config.threads or default_threads()
-    tower = tower_memory(config, placement.device, opened, model.config.hidden_size, placement, threads)
+    tower = tower_memory(config, opened, model.config.hidden_size, placement, threads)
     return foreseen_cache(config, model, describe_draft(config, model, placement.device), tower)
 
 

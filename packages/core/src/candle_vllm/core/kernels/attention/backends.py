@@ -76,10 +76,10 @@ def _torch(needs: AttentionNeeds) -> Backend | str:
         return (
             "on a GPU the sums of torch's matrix products depend on how a prompt is cut, which 'deterministic' forbids"
         )
-    return Backend("torch", _attend_by_reference, capturable=False, note="one sequence after the other, for comparison")
+    return Backend("torch", attend_by_reference, capturable=False, note="one sequence after the other, for comparison")
 
 
-def _attend_by_reference(
+def attend_by_reference(
     q: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
