@@ -14,7 +14,7 @@ from gguf_export import export_gguf
 from peft_adapters import Trained, base_of, changed, furthest, merged, parts, trained
 
 from candle_vllm.core import EngineConfig, InferenceEngine, LoRARequest, SamplingParams
-from candle_vllm.core.assembly.adapters import fit_adapter
+from candle_vllm.core.assembly.adapters import fit_adapter, norms_with
 from candle_vllm.core.config import LoraDType
 from candle_vllm.core.errors import AdapterError
 from candle_vllm.core.kernels.lora.reference import decoded, quantised
@@ -158,3 +158,17 @@ def test_whole_numbers_of_8_bits_are_near_what_peft_merges(tmp_path: Path) -> No
     for target, found in coarse.items():
         change = np.linalg.norm(expected[target] - before[target])
         assert 1e-4 * change < np.linalg.norm(found - expected[target]) < 1e-2 * change
+
+
+def test_norms_of_what_cancels_out_are_exact() -> None:
+    """DoRA's, of W + s B A: two rows are nearly gone, and one is."""
+    random = np.random.default_rng(0)
+    w, a, b = (random.standard_normal(shape, np.float32) for shape in ((9, 640), (8, 640), (9, 8)))
+    w[2:4] = -(b[2:4] @ a) * np.array([[1.0001], [0.99999]], np.float32)
+    w[5], b[5] = 0, 0
+    found = norms_with(w, a, b, np.ascontiguousarray(a.T), a.astype(np.float64) @ a.T)
+    exact = np.linalg.norm(w.astype(np.float64) + b.astype(np.float64) @ a, axis=1)
+    assert found[5] == 0
+    assert np.abs(found - exact).max() < 1e-5 * np.linalg.norm(w, axis=1).max()
+    assert exact[2] < 2e-3 * np.linalg.norm(w[2])
+    assert found == pytest.approx(exact, rel=2e-2, abs=1e-12)

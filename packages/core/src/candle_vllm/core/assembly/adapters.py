@@ -35,11 +35,13 @@ from candle_vllm.core.loading.config import EncoderConfig
 from candle_vllm.core.loading.towers import of_tower
 from candle_vllm.core.loading.views import entry, parts_of_experts
 from candle_vllm.core.quantization.tensors import StoredTensor
+from candle_vllm.core.threads import LOADING_THREADS, loading_threads
 
 _MERGE = "merge it into the model with `candle-vllm quantize --lora` or PEFT's merge_and_unload, and serve that"
 _TABLES = {"embed": "embed:weight", "head": "head:weight"}
 _SCORES = ("head", "score")  # of an encoder
 _LEAST, _MOST = 1e-9, 1e6  # times B A; less would do nothing
+_CANCELLED = 0.01  # of what two parts' squares are together: less is computed of their sum
 _SAMPLE = 64  # rows by which a copy of a table is compared with the base's
 
 
@@ -55,6 +57,7 @@ def fit_adapter(stored: StoredAdapter, base: AdapterBase, *, merging: bool = Fal
         AdapterError: a tensor has no place, a wrong shape or no finite numbers, or asks for what is not served.
     """
     with ExitStack() as opened:
+        opened.callback(LOADING_THREADS.reset, LOADING_THREADS.set(loading_threads()))  # the system is asked once
         fit = _Fit(stored, base, opened, merging)
         fit.run()
         return fit.result()
@@ -452,9 +455,9 @@ class _Fit:
         assert delta.b is not None
         a, b = delta.a.load("F32"), delta.b.load("F32") * np.float32(delta.scale)
         norms = np.empty(len(b), np.float32)
+        across, turned = np.einsum("rk,sk->rs", a, a, dtype=np.float64), np.ascontiguousarray(a.T)
         for first, rows in decoded(weight):
-            rows += b[first : first + len(rows)] @ a
-            norms[first : first + len(rows)] = np.sqrt(np.einsum("nk,nk->n", rows, rows))
+            norms[first : first + len(rows)] = norms_with(rows, a, b[first : first + len(rows)], turned, across)
         if not norms.all():
             self._refuse(delta.b.name, "a row of the base with it is zero, and DoRA divides by its norm")
         with np.errstate(over="ignore"):
@@ -483,3 +486,24 @@ class _Fit:
 
     def _refuse(self, name: str, why: str) -> NoReturn:
         refuse(self._stored, name, why)
+
+
+def norms_with(
+    rows: NDArray[np.float32],
+    a: NDArray[np.float32],
+    b: NDArray[np.float32],
+    turned: NDArray[np.float32],
+    across: NDArray[np.float64],
+) -> NDArray[np.float32]:
+    """||w + b A|| of each of some rows w [n, K], b [n, r]: of their parts' products, where these do not cancel out.
+
+    So B A, as large as W, is made for the rows alone of which little would be left. turned: A^T. across: A A^T.
+    """
+    own = np.einsum("nk,nk->n", rows, rows).astype(np.float64)
+    added = np.einsum("nr,nr->n", b @ across, b)
+    squares = own + 2 * np.einsum("nr,nr->n", rows @ turned, b, dtype=np.float64) + added
+    few = np.flatnonzero(squares < _CANCELLED * (own + added))
+    if len(few):
+        whole = rows[few] + b[few] @ a
+        squares[few] = np.einsum("nk,nk->n", whole, whole)
+    return np.sqrt(squares).astype(np.float32)
