@@ -322,6 +322,8 @@ def test_what_a_node_was_started_with_is_checked() -> None:
     for settings, match in (
         ({"node_rank": 2}, "node_rank 2 of 2"),
         ({"node_rank": 1, "nnodes": 1}, "node_rank 1 of one node"),
+        ({"nnodes": 1, "master_addr": "10.0.0.1"}, "master_addr is for several nodes"),
+        ({"nnodes": 1, "master_addr": "127.0.0.1", "master_port": 4000}, "master_port is for several nodes"),
         ({"cluster_key": None}, "cluster_key"),
         ({"cluster_key": "short"}, "16 characters"),
         ({"tensor_parallel_size": 3}, "cannot be divided among 2 nodes"),

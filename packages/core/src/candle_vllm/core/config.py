@@ -478,6 +478,12 @@ class EngineConfig(ExplainedSettings):
             self._check_nodes()
         elif self.node_rank:
             raise ConfigError(f"node_rank {self.node_rank} of one node: set nnodes, the same on all", "node_rank")
+        else:
+            for name in ("master_addr", "master_port"):  # a key may lie ready
+                if getattr(self, name) != getattr(EngineConfig, name):
+                    raise ConfigError(
+                        f"{name} is for several nodes: set nnodes, the same on all, or leave it out", name
+                    )
         if self.distributed_executor_backend == "ray":
             self._check_ray()
         if self.ranks == 1:
