@@ -31,11 +31,23 @@ os.environ.setdefault("XDG_CACHE_HOME", str(Path.home() / ".cache"))
 gc.disable()  # what collecting tests leaves behind stays: a quarter of its time would be spent on looking for garbage
 
 
+FROZEN = pytest.StashKey[int]()
+
+
 def pytest_collection_finish() -> None:
     """Garbage of tests is looked for, but never among what was there before them."""
     gc.freeze()
     gc.set_threshold(20_000, 10, 10)  # the usual 700 take a tenth of the time of tests
     gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_imported_is_no_garbage(request: pytest.FixtureRequest) -> None:
+    """Nor among what tests of files before this one imported: each engine that is closed looks for garbage."""
+    if len(sys.modules) > request.config.stash.get(FROZEN, 0) + 20:
+        gc.collect()
+        gc.freeze()
+        request.config.stash[FROZEN] = len(sys.modules)
 
 
 @pytest.fixture(scope="session")
