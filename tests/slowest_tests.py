@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a run of tests took: its slowest tests with the seconds of CPU beside those of the clock, and both as a whole.
+"""What a run of tests took: its slowest tests and files, seconds of CPU beside those of the clock, and both as a whole.
 
 A plugin of pytest, loaded by the workspace's `conftest.py`: runs of half a minute and more end with the table. With
 TEST_TIMES in the environment the rows go to a file of that folder instead, and `python tests/slowest_tests.py FOLDER`
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-ROWS = 30
+ROWS, FILES = 30, 20
 SHORT = 30.0  # seconds; a run that took less prints no table
 
 Row = tuple[str, float, float]  # a test's name, seconds of the clock, seconds of CPU
@@ -53,10 +53,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def table(rows: list[Row], wall: float, used: float) -> list[str]:
-    """Lines for the slowest tests. What runs beside a test, and a child that ends in it, count as the test's CPU."""
+    """Lines for the slowest tests, and for the files that took most CPU.
+
+    What runs beside a test, and a child that ends in it, count as the test's CPU.
+    """
     slowest = sorted(rows, key=lambda row: -row[1])[:ROWS]
-    lines = [f"{seconds:8.1f} s {cpu:8.1f} s CPU  {name}" for name, seconds, cpu in slowest]
-    return [*lines, f"{wall:8.1f} s {used:8.1f} s CPU  the whole run"]
+    files: dict[str, tuple[float, float]] = {}
+    for name, seconds, cpu in rows:
+        before = files.get(path := name.partition("::")[0], (0.0, 0.0))
+        files[path] = before[0] + seconds, before[1] + cpu
+    longest = sorted(((path, *sums) for path, sums in files.items()), key=lambda row: -row[2])[:FILES]
+    shown = [*slowest, *longest, ("the whole run", wall, used)]
+    return [f"{seconds:8.1f} s {cpu:8.1f} s CPU  {name}" for name, seconds, cpu in shown]
 
 
 def main(folder: Path) -> None:
