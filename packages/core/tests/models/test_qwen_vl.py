@@ -660,8 +660,8 @@ def test_a_gguf_file_and_that_of_its_tower_are_the_same_model(
 
 @pytest.mark.parametrize("joined", [False, True])
 def test_a_tower_may_be_quantised(joined: bool, folder: Path, tmp_path: Path) -> None:
-    """It gives what one of the numbers that its blocks stand for gives; where those are multiplied as they are stored,
-    what they are multiplied by is rounded as well."""
+    """In its file, or as it is loaded: it gives what one of the numbers that its blocks stand for gives; where those
+    are multiplied as they are stored, what they are multiplied by is rounded as well."""
     text, tower = tmp_path / "model.gguf", write_mmproj(folder, tmp_path / "m.gguf", joined=joined, quantised=True)
     write_gguf(EngineConfig(model=str(folder), dtype="f32"), text)
     kind, stored = GGMLQuantizationType.Q8_0, load_file(folder / "model.safetensors")
@@ -676,8 +676,11 @@ def test_a_tower_may_be_quantised(joined: bool, folder: Path, tmp_path: Path) ->
     assert wanted.sight is not None
     team, cpu = ThreadTeam(2), choose_device("cpu")
     try:
-        for eager, most in ((True, 1e-4), (False, 2e-2)):
-            loaded = load_model(dataclasses.replace(quantised, enforce_eager=eager), cpu, lambda *_: None)
+        in_situ = EngineConfig(model=str(folder), isq="q8_0")
+        for config, eager, most in (
+            (quantised, True, 1e-4), (quantised, False, 2e-2), (in_situ, True, 1e-4), (in_situ, False, 2e-2)
+        ):  # fmt: skip
+            loaded = load_model(dataclasses.replace(config, enforce_eager=eager), cpu, lambda *_: None)
             assert loaded.tower is not None
             found = loaded.tower.tower
             runner: TowerRunner = EagerTower(found, cpu) if eager else RecordedTower(found, team)

@@ -20,7 +20,7 @@ from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.weights import check_weights, load_weights
+from candle_vllm.core.loading.weights import check_weights, load_weights, places
 from candle_vllm.core.models.family import Tower, TowerConfig, TowerFamily
 from candle_vllm.core.models.registry import tower_family, tower_family_from_gguf, tower_family_named
 from candle_vllm.core.text.tokenizer import Tokenizer
@@ -118,7 +118,8 @@ def _opened(config: EngineConfig, opened: Opened, text_size: int) -> Iterator[_F
         yield None
         return
     if config.mmproj is None:
-        yield _from_folder(opened, text_size, config.mm_processor_kwargs)
+        found = _from_folder(opened, text_size, config.mm_processor_kwargs)
+        yield found if found is None or config.isq is None else _quantised(*found)
         return
     with open_gguf(config.mmproj) as stored:
         yield _from_gguf(stored, text_size, config.mm_processor_kwargs)
@@ -143,6 +144,18 @@ def _from_folder(opened: Opened, text_size: int, said: Mapping[str, Any] | None)
     fields, processor = Fields(values, files.config), _processor(files.folder)
     model = _described(family, said, lambda said: family.config_from_hf(fields, processor, text_size, said))
     return family, model, stored, files.config
+
+
+def _quantised(family: TowerFamily, model: TowerConfig, stored: Checkpoint, described: Path) -> _Found:
+    """A tower whose matrices are Q8_0, whatever `isq` makes of the text model; all tokens see a tower's errors.
+
+    What is added to patches stays as it is.
+    """
+    from candle_vllm.core.assembly.isq import quantised_in_situ
+
+    there = places(family.build(model, SHAPES))
+    has_place: Callable[[str], bool] = lambda target: not target.startswith("positions:") and there(target)  # noqa: E731
+    return family, model, quantised_in_situ("q8_0", family.weights, stored, model, has_place), described
 
 
 def _from_gguf(stored: Checkpoint, text_size: int, said: Mapping[str, Any] | None) -> _Found:
