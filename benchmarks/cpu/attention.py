@@ -42,15 +42,27 @@ SHAPES = {"smollm2": (9, 3, 64, 30), "qwen2.5-0.5b": (14, 2, 64, 24), "llama-8b"
 MEMORY = 3 << 30  # most bytes of caches
 
 
-def small_bf16(random: np.random.Generator, count: int) -> np.ndarray:
-    """Small bfloat16 numbers of either sign, at a multiple of 64 bytes as a cache has to be."""
-    memory = np.empty(2 * count + 64, np.uint8)
+def aligned(size: int) -> np.ndarray:
+    """So many bytes at a multiple of 64 bytes, as a cache has to be."""
+    memory = np.empty(size + 64, np.uint8)
     start = -address_of(memory) % 64
-    numbers = memory[start : start + 2 * count].view(np.uint16)
+    return memory[start : start + size]
+
+
+def small_bf16(random: np.random.Generator, count: int) -> np.ndarray:
+    """Small bfloat16 numbers of either sign."""
+    numbers = aligned(2 * count).view(np.uint16)
     numbers[:] = random.integers(0, 1 << 16, count, np.uint16)
     numbers &= 0x83FF
     numbers |= 0x3C00
     return numbers
+
+
+def quantised(shape: tuple[int, ...]) -> np.ndarray:
+    """Bytes that are codes and scales."""
+    codes = aligned(math.prod(shape))
+    codes[:] = 0x35
+    return codes.reshape(shape)
 
 
 class Bench:
@@ -82,8 +94,7 @@ class Bench:
             )
             if kind is CacheKind.BF16
             else (
-                np.full(shape, 0x35, np.uint8).swapaxes(0, 1)
-                for shape in (key_cache_shape(*at, kind), value_cache_shape(*at, kind))
+                quantised(shape).swapaxes(0, 1) for shape in (key_cache_shape(*at, kind), value_cache_shape(*at, kind))
             )
         )
         self.q = small_bf16(random, tokens * self.heads * self.dim)

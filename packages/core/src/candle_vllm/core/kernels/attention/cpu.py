@@ -13,6 +13,9 @@ it when is free: the query rows of one KV head (tokens x heads of the group) are
 unit of work is such a tile with all its chunks, merged on the way, or, where that would leave threads without work, a
 run of its chunks, whose partial results go to scratch memory and are merged by the second operation.
 
+Quantised keys and values are asked for a chunk before they are read: in the order in which codes lie, processors do not
+foresee what comes, and a single stream would wait for memory that is half idle.
+
 Units are handed out by an atomic counter, a sequence's longest first, so that a slow thread does less; `merge` sets the
 counter back to 0, and the barriers before and behind it keep that apart from every use. Where ranks of threads have
 heads of their own, each has a counter of its own, which counts the units of these heads.
@@ -25,6 +28,7 @@ from collections.abc import Callable
 from numba import njit
 
 from candle_vllm.core.kernels.attention.cpu_cache import (
+    CHUNK,
     HEADER,
     PROBABILITY_STRIDE,
     ROW_TILE,
@@ -33,6 +37,7 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
     SQUARE,
     STRIP,
     TILE_LIST,
+    VALUE_TILES,
     CacheKind,
     key_bytes,
     partial_floats,
@@ -76,7 +81,7 @@ from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, int64_at, rank_of, read, step_number
 
 _SEQUENCES = int(StepNumber.SEQUENCES)
-_RUNS_PER_THREAD = 12  # units that a single stream is cut into, where it is long: reading is fastest in long runs
+_RUNS_PER_THREAD = 6  # units that a single stream is cut into, where it is long: reading is fastest in long runs
 
 
 # ---- attend ----------------------------------------------------------------------------------------------------------
@@ -97,7 +102,7 @@ def _list_tiles(
     key_size: int,
     value_size: int,
 ) -> None:
-    """Writes the addresses of `count` key tiles, then of their value tiles, from position `start` on.
+    """Writes the addresses of `count` key tiles and, `VALUE_TILES` behind, of their value tiles, from `start` on.
 
     `keys` and `values` are the layer's caches, which take so many bytes a slot; behind the tile of position `last` it
     is repeated.
@@ -109,22 +114,33 @@ def _list_tiles(
         slot = (table[position >> shift] << shift) + (position & ((1 << shift) - 1))
         place = place_of(slot & -LANES, head, shift, step)
         to[n] = keys + key_size * (place & -strip) + 4 * (place & (strip - 1))
-        to[count + n] = values + value_size * place
+        to[VALUE_TILES // 8 + n] = values + value_size * place
 
 
 @njit(inline="always")
-def _scores(q: int, tiles: int, stride: int, scores: int, count: int, rows: int, dim: int, kind: int, isa: int) -> None:
+def _scores(
+    q: int,
+    tiles: int,
+    coming: int,
+    stride: int,
+    scores: int,
+    count: int,
+    rows: int,
+    dim: int,
+    kind: int,
+    isa: int,
+) -> None:
     """Scores of up to 4 rows with all tiles of a chunk."""
     for n in range(0, count, TILES):
-        at, to = tiles + 8 * n, scores + 4 * LANES * n
+        at, ask, to = tiles + 8 * n, coming + 8 * n, scores + 4 * LANES * n
         if rows == 4:
-            score_tiles(q, at, stride, to, 4, dim, kind, isa)
+            score_tiles(q, at, ask, stride, to, 4, dim, kind, isa)
         elif rows == 3:
-            score_tiles(q, at, stride, to, 3, dim, kind, isa)
+            score_tiles(q, at, ask, stride, to, 3, dim, kind, isa)
         elif rows == 2:
-            score_tiles(q, at, stride, to, 2, dim, kind, isa)
+            score_tiles(q, at, ask, stride, to, 2, dim, kind, isa)
         else:
-            score_tiles(q, at, stride, to, 1, dim, kind, isa)
+            score_tiles(q, at, ask, stride, to, 1, dim, kind, isa)
 
 
 @njit(inline="always")
@@ -153,17 +169,26 @@ def _softmax(
 
 @njit(inline="always")
 def _values(
-    scores: int, probabilities: int, tiles: int, keys: int, to: int, rows: int, dim: int, kind: int, isa: int
+    scores: int,
+    probabilities: int,
+    tiles: int,
+    coming: int,
+    keys: int,
+    to: int,
+    rows: int,
+    dim: int,
+    kind: int,
+    isa: int,
 ) -> None:
     """The value product of up to 4 rows."""
     if rows == 4:
-        value_tiles(scores, probabilities, tiles, keys, to, 4, dim, kind, isa)
+        value_tiles(scores, probabilities, tiles, coming, keys, to, 4, dim, kind, isa)
     elif rows == 3:
-        value_tiles(scores, probabilities, tiles, keys, to, 3, dim, kind, isa)
+        value_tiles(scores, probabilities, tiles, coming, keys, to, 3, dim, kind, isa)
     elif rows == 2:
-        value_tiles(scores, probabilities, tiles, keys, to, 2, dim, kind, isa)
+        value_tiles(scores, probabilities, tiles, coming, keys, to, 2, dim, kind, isa)
     else:
-        value_tiles(scores, probabilities, tiles, keys, to, 1, dim, kind, isa)
+        value_tiles(scores, probabilities, tiles, coming, keys, to, 1, dim, kind, isa)
 
 
 @njit(inline="always")
@@ -201,24 +226,25 @@ def _gather_queries(
 def _attend_rows(memory, chunk, to, size, rows, stride, cap, dim, keys_as, values_as, isa) -> None:
     """Partial results of up to 4 rows with a chunk, `size` bytes apart at `to`.
 
-    `memory` is where the rows' queries and positions are, the tiles, and room for scores and probabilities; `chunk` its
-    first position, keys and tiles, those with what fills them up, and the window.
+    `memory` is where the rows' queries and positions are, the tiles, those that are asked for meanwhile, and room for
+    scores and probabilities; `chunk` its first position, keys and tiles, and the window.
     """
-    queries, positions, tiles, scores, probabilities = memory
-    start, keys, count, filled, window = chunk
-    _scores(queries, tiles, stride, scores, count, rows, dim, keys_as, isa)
+    queries, positions, tiles, coming, scores, probabilities = memory
+    start, keys, count, window = chunk
+    _scores(queries, tiles, coming, stride, scores, count, rows, dim, keys_as, isa)
     if cap > 0:
         for j in range(rows):
             cap_scores(scores + j * SCORE_STRIDE, count, cap)
     _softmax(scores, probabilities, count, positions, start, window, to, rows, dim, values_as)
-    _values(scores, probabilities, tiles + 8 * filled, keys, to, rows, dim, values_as, isa)
+    values, asked = tiles + VALUE_TILES, coming + VALUE_TILES
+    _values(scores, probabilities, values, asked, keys, to, rows, dim, values_as, isa)
 
 
 @njit(inline="always")
 def _attend_square(memory, chunk, to, size, rows, stride, cap, dim, keys_as, values_as, isa) -> None:
     """The same for up to 16 rows of bfloat16; as many results are written as the registers have rows."""
-    queries, positions, tiles, scores, probabilities = memory
-    start, _, count, filled, window = chunk
+    queries, positions, tiles, _, scores, probabilities = memory
+    start, _, count, window = chunk
     for n in range(0, count, TILES):
         score_squares(queries, tiles + 8 * n, stride, scores + 4 * LANES * n, dim)
     for j in range(0, rows, ROWS):
@@ -228,13 +254,14 @@ def _attend_square(memory, chunk, to, size, rows, stride, cap, dim, keys_as, val
                 cap_scores(at + i * SCORE_STRIDE, count, cap)
         weights = probabilities + j * PROBABILITY_STRIDE
         _softmax(at, weights, count, positions + 8 * j, start, window, to + j * size, some, dim, values_as)
-    value_squares(probabilities, tiles + 8 * filled, count, to, dim)
+    value_squares(probabilities, tiles + VALUE_TILES, count, to, dim)
 
 
 def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callable[..., None]:
     """The operation for one head size, and one `CacheKind` of keys and of values."""
     key_size, value_size = key_bytes(CacheKind(keys_as), head_dim), value_bytes(CacheKind(values_as), head_dim)
     rotated = values_as != CacheKind.BF16
+    asks = keys_as != CacheKind.BF16 or rotated
     squares = bool(isa & Isa.AMX) and fits(head_dim) and keys_as == values_as == CacheKind.BF16
     attend_block = _attend_square if squares else _attend_rows
     block = SQUARE if squares else ROWS
@@ -249,7 +276,8 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
         group = heads // kv_heads
         stride = 4 * min(1 << given.block_shift, STRIP)
         tiles = scratch + HEADER + thread * thread_bytes
-        positions = tiles + TILE_LIST
+        coming = tiles + TILE_LIST
+        positions = coming + TILE_LIST
         queries = positions + 16 * ROW_TILE
         states = queries + ROW_TILE * query_bytes
         parts = states + ROW_TILE * row_bytes
@@ -323,34 +351,35 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                     start = max(chunk_start(c), seen & ~(LANES - 1))
                     keys = min(chunk_start(c + 1), last_seen + 1) - start
                     count = (keys + LANES - 1) // LANES
-                    filled = (count + TILES - 1) // TILES * TILES
-                    end = start + keys - 1
-                    _list_tiles(
-                        tiles,
-                        given.key_cache + head * given.head_gap * key_size,
-                        given.value_cache + head * given.head_gap * value_size,
-                        table,
-                        start,
-                        filled,
-                        end,
-                        given.block_shift,
-                        head,
-                        given.stretch_step,
-                        key_size,
-                        value_size,
-                    )
+                    # What is read from memory arrives too late, unless it is asked for a chunk before.
+                    for n in range(1 if asks and c > chunk else 0, 2 if asks and c < top else 1):
+                        _list_tiles(
+                            coming if n else tiles,
+                            given.key_cache + head * given.head_gap * key_size,
+                            given.value_cache + head * given.head_gap * value_size,
+                            table,
+                            chunk_start(c + 1) if n else start,
+                            CHUNK // LANES if n else (count + TILES - 1) // TILES * TILES,
+                            min(chunk_start(c + 2) - 1, last_seen) if n else start + keys - 1,
+                            given.block_shift,
+                            head,
+                            given.stretch_step,
+                            key_size,
+                            value_size,
+                        )
                     if size > 0:
                         to = partials + (((c - first_chunk) * kv_heads + head) * all_rows + first) * row_bytes
                     if squares and keys % LANES != 0:
-                        copy_seen(last_values, int64_at(tiles)[filled + count - 1], keys % LANES, head_dim)
-                        int64_at(tiles)[filled + count - 1] = last_values
+                        copy_seen(last_values, int64_at(tiles)[VALUE_TILES // 8 + count - 1], keys % LANES, head_dim)
+                        int64_at(tiles)[VALUE_TILES // 8 + count - 1] = last_values
                     for i in range(0, rows, block):
                         some = min(block, rows - i)
                         target = parts
                         if size > 0 and not squares:
                             target = to + i * row_bytes
-                        memory = queries + i * query_bytes, positions + 8 * i, tiles, scores, probabilities
-                        seen_keys = start, keys, count, filled, window
+                        asked = coming if asks and c < top and i == 0 else tiles
+                        memory = queries + i * query_bytes, positions + 8 * i, tiles, asked, scores, probabilities
+                        seen_keys = start, keys, count, window
                         attend_block(
                             memory,
                             seen_keys,
@@ -370,6 +399,7 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                         elif squares:
                             for j in range(some):
                                 copy_partial(to + (i + j) * row_bytes, parts + j * row_bytes, head_dim)
+                    tiles, coming = coming, tiles
                 if size == 0:
                     t, h = first // group, first % group
                     for i in range(rows):

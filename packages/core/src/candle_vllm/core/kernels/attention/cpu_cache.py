@@ -171,7 +171,10 @@ _MOST_PARTIALS = 32 << 20  # bytes, where one sequence needs no more
 HEADER = 64  # bytes before the threads' scratch memory: the counter, on a cache line of its own
 
 
-TILE_LIST = 16 * (CHUNK // LANES)  # bytes of the addresses of a chunk's tiles, keys and values
+VALUE_TILES = 8 * (CHUNK // LANES)  # where, in bytes, the addresses of value tiles begin in a chunk's list of tiles
+
+
+TILE_LIST = 2 * VALUE_TILES  # its bytes; a thread has two, of the chunk at hand and of the one that comes
 
 
 def chunk_of(position: int) -> int:
@@ -187,7 +190,7 @@ def scratch_per_thread(head_dim: int) -> int:
     """Scratch memory of one thread: what `cpu.make_attend` puts there, in its order."""
     row = 4 * partial_floats(head_dim)
     rows = ROW_TILE * (16 + 2 * head_dim + row) + SQUARE * (SCORE_STRIDE + PROBABILITY_STRIDE + row)
-    return -(-(TILE_LIST + rows + 2 * LANES * head_dim + 64) // 128) * 128
+    return -(-(2 * TILE_LIST + rows + 2 * LANES * head_dim + 64) // 128) * 128
 
 
 def scratch_bytes(*, max_tokens: int, max_seqs: int, heads: int, head_dim: int, max_context: int, threads: int) -> int:

@@ -93,8 +93,8 @@ def _fifths_of_values(e: Emitter, at: Any) -> list[Any]:
 def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa) -> None:
     """As `cpu_tiles.score_tiles`, of quantised queries and keys."""
     b = e.b
-    queries, tiles_at, stride, scores = args
-    tiles = [e.load(tiles_at, I64, 8 * n) for n in range(_TILES)]
+    queries, tiles_at, coming_at, stride, scores = args
+    tiles, coming = ([e.load(at, I64, 8 * n) for n in range(_TILES)] for at in (tiles_at, coming_at))
     words = 8 * BLOCK * _BITS[kind] // 256  # of a block
     parts = 8 // words
     lines = words + 1 if kind is CacheKind.Q5_1 else words
@@ -111,6 +111,8 @@ def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
             line = b.mul(b.add(first, index), stride)
             at = b.add(queries, b.add(b.mul(number, e.int64(BLOCK)), b.mul(index, e.int64(4 * parts))))
             fifths = [_fifths_of_keys(e, each) for each in bits] or [[]] * _TILES
+            for tile in coming:
+                e.prefetch(b.add(tile, line))
             loaded = [e.load(b.add(tile, line), vector(I32)) for tile in tiles]
             keys = [_halves(e, codes, kind, each) for codes, each in zip(loaded, fifths)]
             for part in range(parts):
@@ -135,6 +137,8 @@ def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
             shift = e.splat(b.trunc(b.shl(b.and_(number, e.int64(1)), e.int64(4)), I32))
         pair = b.add(scales, b.mul(pair, stride))
         of_query = [e.splat(e.load(of_block, F32, 2 * d * row + d)) for row in range(m)]
+        for tile in coming:
+            e.prefetch(b.add(tile, pair))
         for n, tile in enumerate(tiles):
             word_of_halves = e.load(b.add(tile, pair), vector(I32))
             scale = _half_of(e, word_of_halves, shift)
@@ -159,7 +163,7 @@ def _half_of(e: Emitter, words: Any, shift: Any) -> Any:
 def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa) -> None:
     """As `cpu_tiles.value_tiles`, of quantised values; the probabilities are float32, where the scores were."""
     b = e.b
-    exact, weights, tiles_at, keys, partials = args
+    exact, weights, tiles_at, coming_at, keys, partials = args
     count = b.lshr(b.add(keys, e.int64(LANES - 1)), e.int64(4))
     whole_codes = LANES * BLOCK * _BITS[kind] // 8  # bytes of a tile's block, without fifth bits
     tile_codes = LANES * code_bytes(kind, BLOCK)
@@ -168,7 +172,7 @@ def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
     scales = d // BLOCK * tile_codes
     shifter = e.constant(F32, SHIFTER)
 
-    def tile_at(tile: Any) -> Any:
+    def tile_at(tile: Any, tiles_at: Any = tiles_at) -> Any:
         return e.load(b.add(tiles_at, b.shl(tile, e.int64(3))), I64)
 
     def block(number: Any, state: list[Any]) -> list[Any]:
@@ -223,6 +227,10 @@ def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
 
         def products(tile: Any, totals: list[Any]) -> list[Any]:
             codes, at = b.add(tile_at(tile), of_codes), b.add(weights, b.shl(tile, e.int64(4)))
+            coming = tile_at(tile, coming_at)
+            for line in range(0, tile_codes, 64):
+                e.prefetch(b.add(coming, of_codes), line)
+            e.prefetch(b.add(coming, of_scales), scales)
             for group in range(LANES // 4):
                 parts, fifths = [], []
                 if kind is CacheKind.Q5_1:

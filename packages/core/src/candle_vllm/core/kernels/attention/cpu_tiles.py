@@ -57,26 +57,37 @@ def emit_exp2(e: Emitter, x: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def score_tiles(_: Any, q: Any, tiles: Any, stride: Any, scores: Any, rows: Any, dim: Any, kind: Any, isa: Any) -> Any:
+def score_tiles(
+    _: Any,
+    q: Any,
+    tiles: Any,
+    coming: Any,
+    stride: Any,
+    scores: Any,
+    rows: Any,
+    dim: Any,
+    kind: Any,
+    isa: Any,
+) -> Any:
     """Scores of `rows` query rows (2 D bytes apart) with the keys of four tiles.
 
-    `tiles` is the address of the four tiles' addresses, `stride` the bytes from one pair of dimensions to the next;
-    `rows`, `dim`, `kind` and `isa` are constants.
+    `tiles` is the address of the four tiles' addresses, `coming` that of four which are asked for meanwhile (or the
+    same), `stride` the bytes from one pair of dimensions to the next; `rows`, `dim`, `kind` and `isa` are constants.
     """
-    signature = types.void(*[types.int64] * 4, rows, dim, kind, isa)
+    signature = types.void(*[types.int64] * 5, rows, dim, kind, isa)
     m, d, features = rows.literal_value, dim.literal_value, Isa(isa.literal_value)
     stored = CacheKind(kind.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
         if stored is not CacheKind.BF16:
-            emit_scores(e, args[:4], m, d, stored, features)
+            emit_scores(e, args[:5], m, d, stored, features)
             return context.get_dummy_value()
         tiles = [e.load(args[1], I64, 8 * n) for n in range(TILES)]
 
         def body(pair: Any, totals: list[Any]) -> list[Any]:
             at = b.add(args[0], b.shl(pair, e.int64(2)))
-            line = b.mul(pair, args[2])
+            line = b.mul(pair, args[3])
             k = [e.load(b.add(tile, line), vector(I32)) for tile in tiles]
             queries = [e.splat(e.load(at, I32, 2 * d * row)) for row in range(m)]
             return [
@@ -88,7 +99,7 @@ def score_tiles(_: Any, q: Any, tiles: Any, stride: Any, scores: Any, rows: Any,
         totals = e.loop(e.int64(d // 2), [e.zeros(F32)] * (m * TILES), body)
         for row in range(m):
             for n in range(TILES):
-                e.store(args[3], totals[TILES * row + n], SCORE_STRIDE * row + 4 * LANES * n)
+                e.store(args[4], totals[TILES * row + n], SCORE_STRIDE * row + 4 * LANES * n)
         return context.get_dummy_value()
 
     return signature, code
@@ -183,7 +194,7 @@ def softmax_rows(
 def _value_pass(e: Emitter, args: Any, m: int, d: int, starts: list[int], features: Isa) -> None:
     """The value product for the vectors that begin at some dimensions; args as in `value_tiles`, but for the scores."""
     b = e.b
-    probabilities, tiles, keys, partials = args
+    probabilities, tiles, _, keys, partials = args
     blocks = len(starts)
     pairs = b.lshr(b.add(keys, e.int64(1)), e.int64(1))
     odd = b.trunc(b.and_(keys, e.int64(1)), I32)
@@ -217,6 +228,7 @@ def value_tiles(
     scores: Any,
     probabilities: Any,
     tiles: Any,
+    coming: Any,
     keys: Any,
     partials: Any,
     rows: Any,
@@ -226,22 +238,23 @@ def value_tiles(
 ) -> Any:
     """The values of the first `keys` keys of some tiles, weighted by the rows' probabilities, into partial results.
 
-    `tiles` is the address of the tiles' addresses; `rows`, `dim`, `kind` and `isa` are constants. What a kind but
-    bfloat16 has in the place of the scores are its probabilities, and that of these is free.
+    `tiles` is the address of the tiles' addresses, `coming` that of as many which are asked for meanwhile (or the
+    same); `rows`, `dim`, `kind` and `isa` are constants. What a kind but bfloat16 has in the place of the scores are
+    its probabilities, and that of these is free.
     """
-    signature = types.void(*[types.int64] * 5, rows, dim, kind, isa)
+    signature = types.void(*[types.int64] * 6, rows, dim, kind, isa)
     m, d, features = rows.literal_value, dim.literal_value, Isa(isa.literal_value)
     stored = CacheKind(kind.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         if stored is not CacheKind.BF16:
-            emit_values(Emitter(b), args[:5], m, d, stored, features)
+            emit_values(Emitter(b), args[:6], m, d, stored, features)
             return context.get_dummy_value()
         starts = vector_starts(d)
         passes = -(-len(starts) // _BLOCKS)
         width = -(-len(starts) // passes)
         for first in range(0, len(starts), width):
-            _value_pass(Emitter(b), args[1:5], m, d, starts[first : first + width], features)
+            _value_pass(Emitter(b), args[1:6], m, d, starts[first : first + width], features)
         return context.get_dummy_value()
 
     return signature, code
