@@ -2,7 +2,7 @@
 """What ranks cost, measured here, and what a step on several GPUs takes by arithmetic; see docs/scaling.md.
 
 python benchmarks/scaling.py message     what telling 1 to 7 others a step takes
-python benchmarks/scaling.py sum         adding up 8 KB to 1 MB between processes of this machine, by Gloo
+python benchmarks/scaling.py sum         adding up 8 KB to 8 MB between processes of this machine, by Gloo and by memory
 python benchmarks/scaling.py engine      steps of a small random model by 1 to 3 ranks, op by op
 python benchmarks/scaling.py stages      prompts and steps of a larger one by one rank and by 2 stages, and who is busy
 python benchmarks/scaling.py model       the tables of 1 to 8 GPUs, as ranks and as stages
@@ -30,7 +30,7 @@ from candle_vllm.core.engine.rank_line import Line, ToldBatches, ToRank
 from candle_vllm.core.engine.ranks import RankedRunner
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.sequence import Run, Sequence
-from candle_vllm.core.kernels.collectives import ProcessGroup
+from candle_vllm.core.kernels.collectives import ProcessGroup, shared_memory
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 
 ROUNDS = 400
@@ -111,11 +111,14 @@ def _read(line: Line) -> None:
 
 def add_up() -> None:
     """Two processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        other = multiprocessing.get_context("spawn").Process(target=_sums, args=(1, folder))
-        other.start()
-        _sums(0, folder)
-        other.join()
+    for memory in (None, shared_memory(2)):
+        print("Gloo" if memory is None else "shared memory")
+        path = None if memory is None else f"/proc/{os.getpid()}/fd/{memory.fileno()}"
+        with tempfile.TemporaryDirectory() as folder:
+            other = multiprocessing.get_context("spawn").Process(target=_sums, args=(1, folder, path))
+            other.start()
+            _sums(0, folder, path)
+            other.join()
 
 
 class _Notes:
@@ -131,12 +134,13 @@ class _Notes:
         self.has: Any = lambda key: store.check([key])
 
 
-def _sums(rank: int, folder: str) -> None:
+def _sums(rank: int, folder: str, path: str | None) -> None:
     import torch
 
     torch.set_num_threads(1)
-    group = ProcessGroup(rank, 2, "cpu", _Notes(Path(folder) / "store"), "sums", patience=60)
-    for size in (8 << 10, 64 << 10, 1 << 20):
+    memory = None if path is None else open(path, "r+b", buffering=0)  # noqa: SIM115 - for as long as the process is
+    group = ProcessGroup(rank, 2, "cpu", _Notes(Path(folder) / "store"), "sums", patience=60, memory=memory)
+    for size in (8 << 10, 64 << 10, 1 << 20, 8 << 20):
         x, times = torch.zeros(1, size // 4), []
         for _ in range(ROUNDS):
             began = time.perf_counter()

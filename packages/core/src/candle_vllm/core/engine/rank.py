@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: MIT
 """A rank's process: loads its part of the model, and runs its part of every step that the first rank tells it.
 
-Started as `python -m candle_vllm.core.engine.rank LINE,SIDE` by `Ranks`, with the descriptors of its two lines, which
-say everything else; or as `... rank join`, with an `Invitation` on its standard input, to be a rank of another machine.
+Started as `python -m candle_vllm.core.engine.rank LINE,SIDE[,MEMORY]` by `Ranks`, with the descriptors of its two
+lines, which say everything else, and of the memory in which ranks of one machine add up; or as `... rank join`, with an
+`Invitation` on its standard input, to be a rank of another machine.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import queue
 import signal
 import socket
@@ -15,7 +18,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 from candle_vllm.core.assembly.encoder import load_any_model
 from candle_vllm.core.assembly.model import LoadedModel
@@ -68,8 +71,10 @@ def main(given: str) -> int:
     try:
         if given == "join":
             return _join()
-        line, side = map(_descriptor, given.split(","))
-        return _run(line, side, None)
+        line, side, *memory = given.split(",")
+        with contextlib.ExitStack() as opened:
+            shared = opened.enter_context(os.fdopen(int(memory[0]), "r+b", buffering=0)) if memory else None
+            return _run(_descriptor(line), _descriptor(side), None, shared)
     except (EOFError, OSError):
         logger.debug("the first rank has gone", exc_info=True)
         return 0
@@ -99,7 +104,7 @@ def _log_as(name: str, level: int) -> None:
     logging.basicConfig(level=level, format=f"%(asctime)s %(levelname)s {name}: %(name)s: %(message)s", force=True)
 
 
-def _run(line: Line, side_line: Line, invitation: Invitation | None) -> int:
+def _run(line: Line, side_line: Line, invitation: Invitation | None, memory: BinaryIO | None = None) -> int:
     side = Side(side_line, line, None if invitation is None else SILENCE + _LATER)
     begin: Begin = line.receive(Begin)
     _log_as(f"rank {begin.rank}", begin.log_level)
@@ -109,7 +114,8 @@ def _run(line: Line, side_line: Line, invitation: Invitation | None) -> int:
         line.send(Ready(0))
         line.receive(Go)
         host = begin.host or line.socket.getsockname()[0]
-        ranks = meet(begin.rank, begin.size, config.device, side, host, config.pipeline_parallel_size)
+        stages = config.pipeline_parallel_size
+        ranks = meet(begin.rank, begin.size, config.device, side, host, stages, memory)
         runner, sleeper, load = _loaded(config, ranks, line, theirs=invitation is not None)
     except EngineDeadError:
         return 0

@@ -20,7 +20,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +56,7 @@ from candle_vllm.core.engine.rank_line import (
 )
 from candle_vllm.core.engine.sleeping import files_mark
 from candle_vllm.core.errors import AdapterError, CandleVllmError, ConfigError, EngineDeadError, ModelLoadError
-from candle_vllm.core.kernels.collectives import Collective, Notes, ProcessGroup
+from candle_vllm.core.kernels.collectives import Collective, Notes, ProcessGroup, shared_memory
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.sampling.sampler import Drawn
 from candle_vllm.core.sampling.state import SamplingState
@@ -142,6 +142,7 @@ class Ranks:
         self._others: dict[int, _Other] = {}
         self._door: Door | None = None
         self._placed: RayRanks | None = None
+        self._memory: BinaryIO | None = None
         self._settings = config.plain()
         try:
             if config.distributed_executor_backend == "ray":
@@ -156,6 +157,8 @@ class Ranks:
                 where, missing = (config.master_addr, config.master_port), range(here, self.size)
                 self._door = Door(*where, config.cluster_key, missing, self.size, config.nnodes)
             self._host = "127.0.0.1" if self._door is None else self._door.host
+            if config.device == "cpu" and here == self.size:
+                self._memory = shared_memory(self.size)
             for rank in range(1, here):
                 self._start(config, rank)
             threading.Thread(target=self._watch, name="candle-vllm-ranks", daemon=True).start()
@@ -166,9 +169,9 @@ class Ranks:
     def _start(self, config: EngineConfig, rank: int) -> None:
         (near, far), (near_side, far_side) = socket.socketpair(), socket.socketpair()
         with far, far_side:
-            given = far.fileno(), far_side.fileno()
+            given = [far.fileno(), far_side.fileno(), *(() if self._memory is None else (self._memory.fileno(),))]
             process = subprocess.Popen(
-                (*RANK, f"{given[0]},{given[1]}"), stdin=subprocess.DEVNULL, pass_fds=given, start_new_session=True
+                (*RANK, ",".join(map(str, given))), stdin=subprocess.DEVNULL, pass_fds=given, start_new_session=True
             )
         self._begin(rank, _Other(Line(near), Line(near_side), process), rank_device(config, rank), self._host)
 
@@ -199,7 +202,7 @@ class Ranks:
                     self._begin(rank, _Other(line, side, None, where), _SECRETS, "")
             self._wait(0)
             stages = self.config.pipeline_parallel_size
-            self._collective = meet(0, self.size, self.config.device, self._board, self._host, stages)
+            self._collective = meet(0, self.size, self.config.device, self._board, self._host, stages, self._memory)
         return self._collective
 
     def all_loaded(self, files: Sequence[Path]) -> None:
@@ -385,6 +388,8 @@ class Ranks:
                 other.process.wait()
             other.line.socket.close()
             other.side.socket.close()
+        if self._memory is not None:
+            self._memory.close()
         if self._placed is not None:
             self._placed.close()
 
@@ -394,14 +399,18 @@ def _said_by(number: int, other: _Other) -> str:
     return f"rank {number} at {other.where}: " if other.where else ""
 
 
-def meet(rank: int, size: int, device: str, notes: Notes, host: str, stages: int = 1) -> ProcessGroup:
+def meet(
+    rank: int, size: int, device: str, notes: Notes, host: str, stages: int = 1, memory: BinaryIO | None = None
+) -> ProcessGroup:
     """The ranks, which find each other by notes; all of them call it. Those of a stage stand beside each other."""
     stage, number = divmod(rank, size // stages)
     line = None
     if stages > 1:
         line = ProcessGroup(stage, stages, device, notes, f"line{number}", patience=PATIENCE, host=host)
+    beside = size // stages
+    shared: dict[str, Any] = {"memory": memory, "first": stage * beside}
     return ProcessGroup(
-        number, size // stages, device, notes, f"stage{stage}", patience=PATIENCE, host=host, stages=line
+        number, beside, device, notes, f"stage{stage}", patience=PATIENCE, host=host, stages=line, **shared
     )
 
 

@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import collections
 import datetime
+import mmap
+import os
 import queue
+import sys
 import threading
-from typing import TYPE_CHECKING, Any, Protocol
+import time
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
+import numpy as np
+
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function
 from candle_vllm.core.kernels.recorded import Value
 
 if TYPE_CHECKING:
@@ -20,6 +27,11 @@ if TYPE_CHECKING:
 _CONNECTING = 10.0  # seconds in which ranks that know of each other are connected
 _ABANDONED: list[Any] = []
 _LOOK = datetime.timedelta(seconds=0.5)  # after so long somebody who waits looks whether the others are still there
+SLOT_BYTES = 1 << 16  # of a piece that ranks add up in shared memory
+FIRST_SLOT = 4096  # where a rank's slots begin in its block, behind its counter
+BLOCK_BYTES = FIRST_SLOT + 2 * SLOT_BYTES  # of a rank
+_TURNS = 2000  # of waiting for a rank of this machine before this one sleeps; some 25 us
+_NAPS = 50e-6, 1e-3  # seconds that it sleeps at first, and at most
 
 
 class Stages(Protocol):
@@ -125,8 +137,76 @@ def _store(notes: Notes) -> Any:
     return NotesStore()
 
 
+def shared_memory(ranks: int) -> BinaryIO | None:
+    """Memory in which ranks of this machine add up, for their processes by its descriptor; None but on Linux.
+
+    It has no name by which others could open it, and keeps its size.
+    """
+    if sys.platform != "linux":
+        return None
+    import fcntl
+
+    file = os.fdopen(os.memfd_create("candle-vllm-ranks", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "r+b", buffering=0)
+    file.truncate(ranks * BLOCK_BYTES)
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return file
+
+
+class _SharedSums:
+    """Sums of float32 between ranks of this machine; the order of their parts is that of the ranks.
+
+    Args:
+        memory: see `shared_memory`.
+        first: the block of the group's first rank.
+        rank, size, patience: see `ProcessGroup`.
+        gone: set where the others have gone.
+
+    Raises:
+        ValueError: the memory is too small.
+    """
+
+    def __init__(
+        self, memory: BinaryIO, first: int, rank: int, size: int, patience: float, gone: threading.Event
+    ) -> None:
+        self._memory = np.frombuffer(mmap.mmap(memory.fileno(), (first + size) * BLOCK_BYTES), np.uint8)
+        self._state = np.zeros(1, np.int64)
+        self._given = address_of(self._memory) + first * BLOCK_BYTES, rank, size
+        self._state_at = address_of(self._state)
+        self._number, self._patience, self._gone = 0, patience, gone
+        self._add_up = c_function("cpu_runtime.shared_sum:add_up", 8)
+
+    def add(self, address: int, count: int) -> None:
+        """Overwrites so many numbers with their sums.
+
+        Raises:
+            RuntimeError: the others have gone, or have not come in time.
+        """
+        most = SLOT_BYTES // 4
+        for start in range(0, count, most):
+            self._number += 1
+            self._state[0] = 0
+            given = *self._given, self._number, address + 4 * start, min(most, count - start), _TURNS, self._state_at
+            self._add_up(*given)
+            if self._state[0] != 2:
+                self._wait(given)
+
+    def _wait(self, given: tuple[int, ...]) -> None:
+        nap, most = _NAPS
+        until = time.monotonic() + self._patience
+        while self._state[0] != 2:
+            if self._gone.is_set():
+                raise RuntimeError("the other ranks have gone")
+            if time.monotonic() > until:
+                raise RuntimeError(f"the other ranks have not come within {self._patience:.0f} s")
+            time.sleep(nap)
+            nap = min(2 * nap, most)
+            self._add_up(*given)
+
+
 class ProcessGroup:
     """Ranks in processes of their own, over torch.distributed: NCCL between GPUs, Gloo elsewhere; see `Collective`.
+
+    Those of one machine add up in shared memory, on the CPU, where they are given some.
 
     No global group is made, so that a process may have several, and others of its own.
 
@@ -139,6 +219,8 @@ class ProcessGroup:
             found each other, they have `_CONNECTING`.
         host: the address at which Gloo listens for the others.
         stages: see `Collective`.
+        memory: in which all of them add up, of one machine; see `shared_memory`.
+        first: which of the ranks in that memory is this group's first one.
     """
 
     def __init__(
@@ -152,6 +234,8 @@ class ProcessGroup:
         patience: float,
         host: str = "127.0.0.1",
         stages: Stages | None = None,
+        memory: BinaryIO | None = None,
+        first: int = 0,
     ) -> None:
         import torch
         from torch import distributed
@@ -169,6 +253,9 @@ class ProcessGroup:
         self._host: Any = gloo(distributed.PrefixStore(f"{name}/host", found), rank, size, options)
         self._host._set_default_timeout(wait)
         self._group: Any = self._host
+        self._shared: _SharedSums | None = None
+        if memory is not None and torch.device(device).type == "cpu" and size > 1:
+            self._shared = _SharedSums(memory, first, rank, size, patience, self._gone)
         if torch.device(device).type == "cuda" and size > 1:
             nccl: Any = distributed.ProcessGroupNCCL
             named = nccl.Options()
@@ -178,8 +265,12 @@ class ProcessGroup:
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """See `Collective`."""
         x = x.contiguous()
-        self._over(self._group.allreduce([x]))
-        return x
+        if self._shared is None or not x.is_floating_point() or x.itemsize > 4:
+            self._over(self._group.allreduce([x]))
+            return x
+        wide = x.float()  # x itself, or of a small type, which is rounded once
+        self._shared.add(wide.data_ptr(), wide.numel())
+        return x if wide is x else x.copy_(wide)
 
     def _over(self, work: Any) -> None:
         """Waits until it is done, or the others have gone."""
