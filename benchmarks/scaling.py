@@ -140,6 +140,7 @@ def _sums(rank: int, folder: str, path: str | None) -> None:
     torch.set_num_threads(1)
     memory = None if path is None else open(path, "r+b", buffering=0)  # noqa: SIM115 - for as long as the process is
     group = ProcessGroup(rank, 2, "cpu", _Notes(Path(folder) / "store"), "sums", patience=60, memory=memory)
+    assert group.sum(torch.full((1, 3), rank + 1.0)).tolist() == [[3.0] * 3]
     for size in (8 << 10, 64 << 10, 1 << 20, 8 << 20):
         x, times = torch.zeros(1, size // 4), []
         for _ in range(ROUNDS):

@@ -35,6 +35,7 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
 from candle_vllm.core.kernels.attention.cpu_record import AttendArguments, attend_operation, merge_operation
 from candle_vllm.core.kernels.cpu_runtime.level import host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, plan_row
+from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.kv_write import WriteArguments, rotate_and_write_operation
 
@@ -42,16 +43,9 @@ SHAPES = {"smollm2": (9, 3, 64, 30), "qwen2.5-0.5b": (14, 2, 64, 24), "llama-8b"
 MEMORY = 3 << 30  # most bytes of caches
 
 
-def aligned(size: int) -> np.ndarray:
-    """So many bytes at a multiple of 64 bytes, as a cache has to be."""
-    memory = np.empty(size + 64, np.uint8)
-    start = -address_of(memory) % 64
-    return memory[start : start + size]
-
-
 def small_bf16(random: np.random.Generator, count: int) -> np.ndarray:
     """Small bfloat16 numbers of either sign."""
-    numbers = aligned(2 * count).view(np.uint16)
+    numbers = aligned(count, np.uint16)
     numbers[:] = random.integers(0, 1 << 16, count, np.uint16)
     numbers &= 0x83FF
     numbers |= 0x3C00
@@ -60,7 +54,7 @@ def small_bf16(random: np.random.Generator, count: int) -> np.ndarray:
 
 def quantised(shape: tuple[int, ...]) -> np.ndarray:
     """Bytes that are codes and scales."""
-    codes = aligned(math.prod(shape))
+    codes = aligned(math.prod(shape), np.uint8)
     codes[:] = 0x35
     return codes.reshape(shape)
 

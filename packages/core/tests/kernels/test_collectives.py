@@ -25,6 +25,8 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int6
 
 
 class _Notes:
+    """Notes in a file, by torch's own store."""
+
     def __init__(self, path: Path, size: int) -> None:
         from torch import distributed
 
@@ -132,6 +134,15 @@ def test_memory_has_no_name_and_keeps_its_size() -> None:
                 file.truncate(size)
         with pytest.raises(ValueError, match="length"):
             mmap.mmap(file.fileno(), os.fstat(file.fileno()).st_size + mmap.PAGESIZE)
+
+
+def test_a_system_that_forbids_it_has_none(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def forbidden(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "memfd_create", forbidden)
+    assert shared_memory(2) is None
+    assert "Permission denied" in caplog.text
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ lines, which say everything else, and of the memory in which ranks of one machin
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import queue
@@ -72,9 +71,8 @@ def main(given: str) -> int:
         if given == "join":
             return _join()
         line, side, *memory = given.split(",")
-        with contextlib.ExitStack() as opened:
-            shared = opened.enter_context(os.fdopen(int(memory[0]), "r+b", buffering=0)) if memory else None
-            return _run(_descriptor(line), _descriptor(side), None, shared)
+        shared = os.fdopen(int(memory[0]), "r+b", buffering=0) if memory else None
+        return _run(_descriptor(line), _descriptor(side), None, shared)
     except (EOFError, OSError):
         logger.debug("the first rank has gone", exc_info=True)
         return 0

@@ -169,7 +169,9 @@ class Ranks:
     def _start(self, config: EngineConfig, rank: int) -> None:
         (near, far), (near_side, far_side) = socket.socketpair(), socket.socketpair()
         with far, far_side:
-            given = [far.fileno(), far_side.fileno(), *(() if self._memory is None else (self._memory.fileno(),))]
+            given = [far.fileno(), far_side.fileno()]
+            if self._memory is not None:
+                given.append(self._memory.fileno())
             process = subprocess.Popen(
                 (*RANK, ",".join(map(str, given))), stdin=subprocess.DEVNULL, pass_fds=given, start_new_session=True
             )
@@ -403,15 +405,15 @@ def meet(
     rank: int, size: int, device: str, notes: Notes, host: str, stages: int = 1, memory: BinaryIO | None = None
 ) -> ProcessGroup:
     """The ranks, which find each other by notes; all of them call it. Those of a stage stand beside each other."""
-    stage, number = divmod(rank, size // stages)
+    beside = size // stages
+    stage, number = divmod(rank, beside)
     line = None
     if stages > 1:
         line = ProcessGroup(stage, stages, device, notes, f"line{number}", patience=PATIENCE, host=host)
-    beside = size // stages
-    shared: dict[str, Any] = {"memory": memory, "first": stage * beside}
     return ProcessGroup(
-        number, beside, device, notes, f"stage{stage}", patience=PATIENCE, host=host, stages=line, **shared
-    )
+        number, beside, device, notes, f"stage{stage}",
+        patience=PATIENCE, host=host, stages=line, memory=memory, first=stage * beside,
+    )  # fmt: skip
 
 
 class _InFlight(NamedTuple):

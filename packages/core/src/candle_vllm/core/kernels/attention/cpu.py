@@ -352,15 +352,15 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                     keys = min(chunk_start(c + 1), last_seen + 1) - start
                     count = (keys + LANES - 1) // LANES
                     # What is read from memory arrives too late, unless it is asked for a chunk before.
-                    for n in range(1 if asks and c > chunk else 0, 2 if asks and c < top else 1):
+                    for n in range(c + 1 if asks and c > chunk else c, min(c + asks, top) + 1):
                         _list_tiles(
-                            coming if n else tiles,
+                            tiles if n == c else coming,
                             given.key_cache + head * given.head_gap * key_size,
                             given.value_cache + head * given.head_gap * value_size,
                             table,
-                            chunk_start(c + 1) if n else start,
-                            CHUNK // LANES if n else (count + TILES - 1) // TILES * TILES,
-                            min(chunk_start(c + 2) - 1, last_seen) if n else start + keys - 1,
+                            max(chunk_start(n), start),
+                            CHUNK // LANES if asks else (count + TILES - 1) // TILES * TILES,
+                            min(chunk_start(n + 1) - 1, last_seen),
                             given.block_shift,
                             head,
                             given.stretch_step,

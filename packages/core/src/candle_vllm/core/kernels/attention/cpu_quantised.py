@@ -172,8 +172,8 @@ def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
     scales = d // BLOCK * tile_codes
     shifter = e.constant(F32, SHIFTER)
 
-    def tile_at(tile: Any, tiles_at: Any = tiles_at) -> Any:
-        return e.load(b.add(tiles_at, b.shl(tile, e.int64(3))), I64)
+    def tile_at(tile: Any, among: Any = tiles_at) -> Any:
+        return e.load(b.add(among, b.shl(tile, e.int64(3))), I64)
 
     def block(number: Any, state: list[Any]) -> list[Any]:
         of_scales, of_codes = (b.mul(number, e.int64(size)) for size in (halves_of_block, tile_codes))

@@ -71,8 +71,9 @@ def score_tiles(
 ) -> Any:
     """Scores of `rows` query rows (2 D bytes apart) with the keys of four tiles.
 
-    `tiles` is the address of the four tiles' addresses, `coming` that of four which are asked for meanwhile (or the
-    same), `stride` the bytes from one pair of dimensions to the next; `rows`, `dim`, `kind` and `isa` are constants.
+    `tiles` is the address of the four tiles' addresses, `coming` that of four which, if quantised, are asked for
+    meanwhile (or the same), `stride` the bytes from one pair of dimensions to the next; `rows`, `dim`, `kind` and
+    `isa` are constants.
     """
     signature = types.void(*[types.int64] * 5, rows, dim, kind, isa)
     m, d, features = rows.literal_value, dim.literal_value, Isa(isa.literal_value)
@@ -238,9 +239,9 @@ def value_tiles(
 ) -> Any:
     """The values of the first `keys` keys of some tiles, weighted by the rows' probabilities, into partial results.
 
-    `tiles` is the address of the tiles' addresses, `coming` that of as many which are asked for meanwhile (or the
-    same); `rows`, `dim`, `kind` and `isa` are constants. What a kind but bfloat16 has in the place of the scores are
-    its probabilities, and that of these is free.
+    `tiles` is the address of the tiles' addresses, `coming` that of as many which, if quantised, are asked for
+    meanwhile (or the same); `rows`, `dim`, `kind` and `isa` are constants. What a kind but bfloat16 has in the place of
+    the scores are its probabilities, and that of these is free.
     """
     signature = types.void(*[types.int64] * 6, rows, dim, kind, isa)
     m, d, features = rows.literal_value, dim.literal_value, Isa(isa.literal_value)

@@ -41,8 +41,8 @@ LATENT = ((64, 512),)  # of rotation and latent vector: DeepSeek's
 def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
     """What travels, for CPUs with these instructions, as `operation` is asked for it: code and constants."""
     for code in (
+        "collectives.cpu:add_up",
         "column_order.cpu:column_order",
-        "cpu_runtime.shared_sum:add_up",
         "cpu_runtime.walk:do_parts",
         "cpu_runtime.walk:take_part",
         "embedding.cpu:add",

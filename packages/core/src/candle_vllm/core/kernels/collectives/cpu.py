@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""The compiled side of sums over ranks in shared memory; `collectives.py` owns the memory and calls it.
+"""The compiled side of sums over ranks in shared memory.
 
 Each rank has a block: its counter on a line of its own, and from `FIRST_SLOT` on two slots, used in turns. It writes
 its part into one, counts up, and waits for the others' counters; then all parts are there. Who counts n + 1 has read

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import datetime
+import logging
 import mmap
 import os
 import queue
@@ -18,11 +19,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import numpy as np
 
-from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function
 from candle_vllm.core.kernels.recorded import Value
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 _CONNECTING = 10.0  # seconds in which ranks that know of each other are connected
 _ABANDONED: list[Any] = []
@@ -138,15 +140,20 @@ def _store(notes: Notes) -> Any:
 
 
 def shared_memory(ranks: int) -> BinaryIO | None:
-    """Memory in which ranks of this machine add up, for their processes by its descriptor; None but on Linux.
+    """Memory in which ranks of this machine add up, for their processes by its descriptor; None where there is none.
 
-    It has no name by which others could open it, and keeps its size.
+    It has no name by which others could open it, and keeps its size. Only Linux has it, and some systems forbid it.
     """
     if sys.platform != "linux":
         return None
     import fcntl
 
-    file = os.fdopen(os.memfd_create("candle-vllm-ranks", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "r+b", buffering=0)
+    try:
+        made = os.memfd_create("candle-vllm-ranks", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        logger.warning("ranks add up by Gloo, which takes longer: the system gives no memory to share (%s)", error)
+        return None
+    file = os.fdopen(made, "r+b", buffering=0)
     file.truncate(ranks * BLOCK_BYTES)
     fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     return file
@@ -168,12 +175,14 @@ class _SharedSums:
     def __init__(
         self, memory: BinaryIO, first: int, rank: int, size: int, patience: float, gone: threading.Event
     ) -> None:
+        from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function
+
         self._memory = np.frombuffer(mmap.mmap(memory.fileno(), (first + size) * BLOCK_BYTES), np.uint8)
         self._state = np.zeros(1, np.int64)
         self._given = address_of(self._memory) + first * BLOCK_BYTES, rank, size
         self._state_at = address_of(self._state)
         self._number, self._patience, self._gone = 0, patience, gone
-        self._add_up = c_function("cpu_runtime.shared_sum:add_up", 8)
+        self._add_up = c_function("collectives.cpu:add_up", 8)
 
     def add(self, address: int, count: int) -> None:
         """Overwrites so many numbers with their sums.
