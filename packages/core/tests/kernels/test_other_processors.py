@@ -25,12 +25,14 @@ from test_packed_linear import activations, packed
 from candle_vllm.core.kernels.cpu_runtime import machine_code
 from candle_vllm.core.kernels.cpu_runtime.compiler import compile_function
 from candle_vllm.core.kernels.cpu_runtime.emit import I32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit_tables import gather
 from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, host_isa, host_level, links_here
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.packed_linear import PackedKind, PackedMatrix
 from candle_vllm.core.kernels.packed_linear import cpu as packed_cpu
 from candle_vllm.core.kernels.packed_linear import layout as packed_layout
+from candle_vllm.core.kernels.packed_linear.grids import GridLayout
 from candle_vllm.core.kernels.plain_linear import PlainKind
 from candle_vllm.core.kernels.plain_linear import cpu as plain_cpu
 from candle_vllm.core.kernels.plain_linear import layout as plain_layout
@@ -83,6 +85,34 @@ def multiply(processor: Emulated, function: int, matrix: Any, layout: Any, rows:
     return out[:rows].copy()
 
 
+def make_gathers(isa: Isa) -> Callable[[int, int], None]:
+    """Squares of 96 numbers below 256, from a table, less the numbers: so many at once that every register has some."""
+    table = np.arange(256, dtype=np.uint32) ** 2
+
+    @intrinsic
+    def squares(_: Any, numbers: Any, to: Any) -> Any:
+        def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+            e = Emitter(b)
+            places = [e.load(args[0], vector(I32), 64 * part) for part in range(6)]
+            for part, found in enumerate([gather(e, table, place, isa) for place in places]):
+                e.store(args[1], e.b.sub(found, places[part]), 64 * part)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 2), code
+
+    def take(numbers: int, to: int) -> None:
+        squares(numbers, to)
+
+    return take
+
+
+def gathers(processor: Emulated) -> bool:
+    """Whether the emulator itself gathers: QEMU 7 takes a vector of indices in register 4 for none at all."""
+    places, out = processor.array(np.arange(150, 246, dtype=np.uint32)), processor.array(np.zeros(96, np.uint32))
+    processor.call(processor.load(make_gathers(processor.level.isa)), *map(processor.place, (places, out)))
+    return np.array_equal(out, places**2 - places)
+
+
 def check_packed(processor: Emulated, team: ThreadTeam, kind: PackedKind) -> None:
     matrix: PackedMatrix = packed(kind, OUTPUTS, COLUMNS)
     function = processor.load(packed_cpu.make_linear(int(kind), int(processor.level.isa)))
@@ -131,6 +161,8 @@ def test_codes_of_all_eight_bits_are_unsigned(processor: Emulated) -> None:
 @pytest.mark.every_case
 @pytest.mark.parametrize("kind", [kind for kind in PackedKind if kind.name != "Q4_1"], ids=lambda kind: kind.name)
 def test_products_of_every_type_have_the_same_bits(processor: Emulated, team: ThreadTeam, kind: PackedKind) -> None:
+    if isinstance(packed_layout.LAYOUTS[kind], GridLayout) and not gathers(processor):
+        pytest.skip("this QEMU loses gathered numbers")
     check_packed(processor, team, kind)
 
 

@@ -40,7 +40,8 @@ LoraDType = Literal[
     "auto", "f32", "bf16", "f16", "int8", "float32", "fp32", "float", "bfloat16", "float16", "fp16", "half"
 ]  # fmt: skip
 CpuLevel = Literal[
-    "amx", "avx512-bf16", "avx512-vnni", "avx512", "avx-vnni", "avx2", "neon-bf16", "neon-dotprod", "neon"
+    "amx", "avx512-bf16", "avx512-vbmi", "avx512-vnni", "avx512", "avx-vnni", "avx2",
+    "neon-bf16", "neon-dotprod", "neon",
 ]  # fmt: skip
 AttentionBackend = Literal["auto", "triton", "torch_flash", "flash_attn", "torch"]
 

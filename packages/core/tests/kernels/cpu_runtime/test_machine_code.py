@@ -85,12 +85,13 @@ def test_loaded_code_cannot_be_written() -> None:
 
 
 def test_a_level_is_the_most_able_whose_flags_are_all_there() -> None:
-    squares, best, middle, plain, short, least, arm, dots, neon = LEVELS
+    squares, best, shuffles, middle, plain, short, least, arm, dots, neon = LEVELS
     for entry in LEVELS:
         assert level_of(entry.flags | {"something"}, entry.machine) is entry
     x86 = partial(level_of, named="x86_64")
     assert x86(squares.flags - {"amx_tile"}) is best
-    assert x86(best.flags - {"avx512_bf16"}) is middle
+    assert x86(best.flags - {"avx512_bf16"}) is shuffles
+    assert x86(best.flags - {"avx512vbmi"}) is middle
     assert x86(best.flags - {"avx512_vnni"}) is plain
     assert x86(best.flags - {"avx512f"} | {"avx_vnni"}) is short
     assert x86(best.flags - {"avx512f"}) is least

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false
-"""Tables of constants that vector code reads: of sixteen bytes by one shuffle, longer ones by gathering from memory."""
+"""Tables of constants that vector code reads: of sixteen bytes by one shuffle, of some hundreds by a few where the CPU
+has VBMI, else by gathering from memory."""
 
 from __future__ import annotations
 
@@ -40,6 +41,31 @@ def look_up(e: Emitter, numbers: Sequence[int], words: Any, isa: Isa, lanes: int
     table, kind = _row(numbers, _BYTES // count), vector(I8, _BYTES // count)
     found = [e.call(name, kind, [table, part]) for part in e.parts(words, count, I8)]
     return e.whole([e.b.bitcast(part, vector(I32, LANES // count)) for part in found])
+
+
+def look_up_bytes(e: Emitter, tables: np.ndarray, places: Any, more: Sequence[Any]) -> list[Any]:
+    """For each of 64 bytes the byte of that place in each table, by shuffles of whole registers; asks for VBMI.
+
+    Args:
+        tables: uint8 [number, entries], at most 256 times 2 to the number of `more` of them, and no fewer.
+        places: <64 x i8>, the lowest eight bits.
+        more: the bits above, from the ninth on, each <64 x i1>.
+
+    Returns:
+        <64 x i8> for each table.
+    """
+    name, kind = "llvm.x86.avx512.vpermi2var.qi.512", vector(I8, 64)
+    upper = [e.b.icmp_signed("<", places, e.zeros(I8, 64)), *more]
+    assert tables.shape[1] == 128 << len(upper)
+    found = []
+    for table in tables:
+        at = table_address(e, table)
+        rows = [e.load(at, kind, start) for start in range(0, len(table), 64)]
+        left = [e.call(name, kind, [low, places, high]) for low, high in zip(rows[::2], rows[1::2])]
+        for bit in upper:
+            left = [e.b.select(bit, high, low) for low, high in zip(left[::2], left[1::2])]
+        found.append(left[0])
+    return found
 
 
 def table_address(e: Emitter, table: np.ndarray) -> Any:

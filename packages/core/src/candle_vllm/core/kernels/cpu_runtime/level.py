@@ -37,6 +37,7 @@ class Isa(enum.IntFlag):
     DOTPROD = 128  # 16 products of 8 bits, summed by fours, with one activation for all
     I8MM = 256  # 2 x 8 times 8 x 2 numbers of 8 bits
     ARM_BF16 = 512  # DOTPROD's way with bfloat16, summed by twos
+    VBMI = 1024  # AVX512-VBMI: 64 bytes are chosen from 128
 
     @property
     def bf16(self) -> Isa:
@@ -75,12 +76,21 @@ _AMX = _AVX512 | {
     *("amx_bf16", "amx_int8", "amx_tile", "avx512_bf16", "avx512_bitalg", "avx512_fp16", "avx512_vbmi2", "avx512_vnni"),
     *("avx512_vpopcntdq", "avx512ifma", "avx512vbmi", "gfni", "vaes", "vpclmulqdq"),
 }
+_VBMI = _AVX512 | {"avx512_vnni", "avx512vbmi"}
 _WIDE = Isa.AVX512 | Isa.AVX2
 _NEON = frozenset(["asimd"])
 _DOTPROD = _NEON | frozenset(["atomics", "asimddp", "fphp", "asimdhp"])
 LEVELS = (
-    Level("amx", "x86_64", "sapphirerapids", Isa.AMX | Isa.BF16 | Isa.VNNI | _WIDE, _AMX),
-    Level("avx512-bf16", "x86_64", "cooperlake", Isa.BF16 | Isa.VNNI | _WIDE, _AVX512 | {"avx512_vnni", "avx512_bf16"}),
+    Level("amx", "x86_64", "sapphirerapids", Isa.AMX | Isa.BF16 | Isa.VBMI | Isa.VNNI | _WIDE, _AMX),
+    Level(
+        "avx512-bf16",
+        "x86_64",
+        "cooperlake",
+        Isa.BF16 | Isa.VBMI | Isa.VNNI | _WIDE,
+        _VBMI | {"avx512_bf16"},
+        "+avx512vbmi",
+    ),
+    Level("avx512-vbmi", "x86_64", "cascadelake", Isa.VBMI | Isa.VNNI | _WIDE, _VBMI, "+avx512vbmi"),
     Level("avx512-vnni", "x86_64", "cascadelake", Isa.VNNI | _WIDE, _AVX512 | {"avx512_vnni"}),
     Level("avx512", "x86_64", "skylake-avx512", _WIDE, _AVX512),
     Level("avx-vnni", "x86_64", "x86-64-v3", Isa.AVX_VNNI | Isa.AVX2, _AVX2 | {"avx_vnni"}, "+avxvnni"),

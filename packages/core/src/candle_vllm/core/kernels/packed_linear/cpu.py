@@ -277,6 +277,8 @@ def _emit_row(e: Emitter, layout: AnyLayout, isa: Isa, count: int, given: Any) -
     def body(group: Any, state: list[Any]) -> list[Any]:
         record, four = b.mul(group, e.int64(record_bytes(layout, count))), b.mul(group, e.int64(4))
         x = e.load(b.add(at_xq, b.mul(group, e.int64(GROUP))), vector(I8, GROUP))
+        if isinstance(layout, GridLayout):
+            x = b.shuffle_vector(x, x, ir.Constant(vector(I32, GROUP), [ir.Constant(I32, at) for at in layout.order]))
         for at, part in enumerate(e.parts(x, 4) if paired else [x]):
             e.store(b.add(of_row, record), part, 16 * at)
         floats = b.add(of_float, record)
@@ -503,7 +505,8 @@ def _unpack_grid(e: Emitter, grid: GridGroup, lane: Any, out: Any, group: Any) -
         numbers = b.bitcast(b.extract_element(grid.quad(quad), picked), vector(I8, 4))
         numbers = b.sub(b.zext(numbers, vector(I32, 4)), e.constant(I32, grid.layout.zero, 4))
         value = b.fmul(b.sitofp(numbers, vector(F32, 4)), scales[quad * len(scales) // 8])
-        e.store(target, value, 16 * quad)
+        for at, weight in enumerate(grid.layout.order[4 * quad : 4 * quad + 4]):
+            e.store(target, b.extract_element(value, ir.Constant(I32, at)), 4 * weight)
 
 
 def make_embedding(KIND: int) -> Any:

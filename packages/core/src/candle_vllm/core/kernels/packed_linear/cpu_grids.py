@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
+# pyright: reportCallIssue=false
 """Groups of the types whose weights stand in a grid, as vector code: what `cpu.py` multiplies; step 6 of a request.
 
-An index of eight weights is looked up as a word of eight nibbles, which say which of a few sizes a weight has; its sign
-is put into the same nibble, and a shuffle makes a byte of each. An index of four weights is looked up as four bytes,
-which are negated where the sign says so. Both give 128 + weight, unsigned.
+What an index stands for is two bytes, one for its first and one for its other weights, in which each weight has a few
+bits that say which of the type's sizes it has. They are looked up for all indices of a group at once, from tables in
+registers where the CPU has instructions for that (VBMI), else gathered; those of two neighbours make a word
+(`GridLayout.order`). Its signs are put between the sizes, and a shuffle makes 128 + weight, unsigned, of each nibble.
+IQ1, whose list is long and has no signs, is gathered index by index: a word of eight nibbles for each.
 """
 
 from __future__ import annotations
@@ -15,12 +18,12 @@ import numpy as np
 from llvmlite import ir
 
 from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, Emitter, vector
-from candle_vllm.core.kernels.cpu_runtime.emit_tables import gather, look_up
+from candle_vllm.core.kernels.cpu_runtime.emit_tables import gather, look_up, look_up_bytes
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
-from candle_vllm.core.kernels.packed_linear.grids import ROWS, SIGNS_BITS, GridLayout, numbers
+from candle_vllm.core.kernels.packed_linear.grids import ROWS, GridLayout, numbers
 
 _HIGH_BITS = {"IQ1_S": 3, "IQ1_M": 4, "IQ2_XS": 1, "IQ2_S": 2, "IQ3_S": 1}
-_SIZES = {"IQ1": (-8, 0, 8), "IQ2": (8, 25, 43)}
+_SIGN = 0x88888888
 
 
 class GridGroup:
@@ -29,7 +32,8 @@ class GridGroup:
     def __init__(self, e: Emitter, layout: GridLayout, isa: Isa, block: Any, group: Any, codes: Any) -> None:
         self.e, self.layout, self.isa = e, layout, isa
         self.block, self.group, self.codes = block, group, codes
-        self._halves: dict[int, list[Any]] = {}
+        self._words: dict[int, Any] = {}
+        self._pairs: dict[int, Any] = {}
 
     def scales(self) -> list[Any]:
         """Of the whole, or of its halves: vectors of floats."""
@@ -42,21 +46,70 @@ class GridGroup:
         return found
 
     def quad(self, quad: int) -> Any:
-        """128 + weight of the weights 4 quad to 4 quad + 3."""
+        """128 + weight of the weights at places 4 quad to 4 quad + 3 of `GridLayout.order`."""
+        word, high = divmod(quad, 2)
+        if word not in self._words:
+            self._words[word] = self._signed(word) if self.layout.signs else self._of_index(word)
+        found = self._shifted(self._words[word], -4 * high)
+        return look_up(self.e, self._bytes_of_nibbles, self._and(found, 0x0F0F0F0F), self.isa)
+
+    # ---- words of eight nibbles --------------------------------------------------------------------------------------
+
+    def _signed(self, word: int) -> Any:
+        """Sizes, and the signs above them."""
+        shared = self.layout.span // 4  # words for which one has sizes: IQ2's have two bits
+        sizes = self._shifted(self._pair(word // shared), -2 * (word % shared))
+        signs = self._shifted(self._signs, 3 - word)
+        return self.e.b.or_(self._and(sizes, ~_SIGN), self._and(signs, _SIGN))
+
+    def _of_index(self, index: int) -> Any:
+        """Of IQ1: sizes, and on which side the eighth is."""
+        found = gather(self.e, self._table, self._index(index), self.isa)
+        moved = self._shifted(self._high, 16 if self.layout.name == "IQ1_S" else 28 - 4 * index)
+        side = self._and(self.e.b.ashr(moved, self.e.constant(I32, 31)), 0x44444444)
+        return self.e.b.or_(found, side)
+
+    def _pair(self, pair: int) -> Any:
+        """What the indices 2 pair and 2 pair + 1 stand for: their first bytes, then their second ones."""
+        if pair in self._pairs:
+            return self._pairs[pair]
         e, b = self.e, self.e.b
-        if self.layout.span == 4:
-            found = gather(e, self._table, self._index(quad), self.isa)
-            place = ((quad % 2) * 4 + quad // 2) & 7
-            flag = b.and_(self._bytes(self._signs), e.constant(I8, 1 << place, 64))
-            given = self._bytes(found)
-            turned = b.sub(e.zeros(I8, 64), given)
-            return b.bitcast(b.select(b.icmp_unsigned("!=", flag, e.zeros(I8, 64)), turned, given), vector(I32))
-        index, half = divmod(quad, 2)
-        if index not in self._halves:
-            word = b.or_(gather(e, self._table, self._index(index), self.isa), self._flags(index))
-            self._halves[index] = [word, self._shifted(word, -4)]
-        nibbles = b.and_(self._halves[index][half], e.constant(I32, 0x0F0F0F0F))
-        return look_up(e, self._bytes_of_nibbles, nibbles, self.isa)
+        if not self.isa & Isa.VBMI:
+            tables = (self._table, self._table << np.uint32(8))
+            both = [gather(e, table, self._index(2 * pair + at), self.isa) for at, table in enumerate(tables)]
+            self._pairs[pair] = b.or_(*both)
+            return self._pairs[pair]
+        low, first = self._bytes(self._low[pair // 2]), pair // 2 * 2
+        more = [self._ninth] if self.layout.name == "IQ2_XS" else self._upper(first * 2)
+        planes = look_up_bytes(e, self._planes, low, more)
+        for side in (0, 1):
+            order = [4 * lane + 2 * side + at % 2 + 64 * (at // 2) for lane in range(ROWS) for at in range(4)]
+            mixed = b.shuffle_vector(*planes, ir.Constant(vector(I32, 64), [ir.Constant(I32, at) for at in order]))
+            self._pairs[first + side] = b.bitcast(mixed, vector(I32))
+        return self._pairs[pair]
+
+    def _upper(self, first: int) -> list[Any]:
+        """Bits above the eighth of the four indices from `first` on, each <64 x i1>."""
+        bits = _HIGH_BITS.get(self.layout.name, 0)
+        if not bits:
+            return []
+        rows = self.e.load(self.codes, vector(I8), self.layout.place["high"])
+        spread = [ir.Constant(I32, at // 4) for at in range(64)]
+        rows = self.e.b.shuffle_vector(rows, rows, ir.Constant(vector(I32, 64), spread))
+        return [self._are_set(rows, [1 << bits * (first + at) + bit for at in range(4)]) for bit in range(bits)]
+
+    @property
+    def _ninth(self) -> Any:
+        """The same where they stand among the signs: those of the indices 0 to 3, in bytes 2, 3, 2 and 3."""
+        rows = self._bytes(self._stored_signs)
+        order = ir.Constant(vector(I32, 64), [ir.Constant(I32, at | 2) for at in range(64)])
+        rows = self.e.b.shuffle_vector(rows, rows, order)
+        return self._are_set(rows, [1 << bit % 8 for bit in self.layout.left_out])
+
+    def _are_set(self, rows: Any, bits: list[int]) -> Any:
+        """Which of the bits are in the four bytes of each lane."""
+        wanted = ir.Constant(vector(I8, 64), [ir.Constant(I8, bit) for bit in bits * ROWS])
+        return self.e.b.icmp_unsigned("!=", self.e.b.and_(rows, wanted), self.e.zeros(I8, 64))
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 
@@ -86,30 +139,21 @@ class GridGroup:
         bits = _HIGH_BITS.get(self.layout.name, 0)
         if not bits:
             return found
-        start = SIGNS_BITS if self.layout.name == "IQ2_XS" else 0
-        source = self._stored_signs if start else self._high
+        xs = self.layout.name == "IQ2_XS"
+        start = self.layout.left_out[index] if xs else bits * index
+        source = self._stored_signs if xs else self._high
         mask = ((1 << min(bits, 3)) - 1) << 8
-        return self.e.b.or_(found, self._and(self._shifted(source, 8 - start - bits * index), mask))
-
-    def _flags(self, index: int) -> Any:
-        """What is put into the nibbles of an index: signs, or on which side IQ1's eighth is."""
-        name = self.layout.name
-        if name == "IQ1_S":
-            return self._eighths(15)
-        if name == "IQ1_M":
-            return self._eighths(4 * index + 3)
-        return self._and(self._shifted(self._signs, 3 - index), 0x88888888)
-
-    def _eighths(self, bit: int) -> Any:
-        moved = self._shifted(self._high, 31 - bit)
-        return self._and(self.e.b.ashr(moved, self.e.constant(I32, 31)), 0x44444444)
+        return self.e.b.or_(found, self._and(self._shifted(source, 8 - start), mask))
 
     def _small(self) -> list[Any]:
         e, b, layout = self.e, self.e.b, self.layout
         if layout.name == "IQ1_S":
             return [self._and(self._shifted(self._high, -12), 7)]
-        if layout.name in ("IQ2_XXS", "IQ3_XXS"):
-            return [self._shifted(self._stored_signs, -SIGNS_BITS)]
+        if layout.name == "IQ3_XXS":
+            return [self._shifted(self._stored_signs, -28)]
+        if layout.name == "IQ2_XXS":
+            odd, even = self._shifted(self._stored_signs, -28), self._shifted(self._stored_signs, -21)
+            return [b.or_(self._and(odd, 0b1010), self._and(even, 0b0101))]
         if layout.scales:
             both = self._part("scales", 1)
             return [self._and(both, 15), self._shifted(both, -4)]
@@ -149,32 +193,46 @@ class GridGroup:
 
     @cached_property
     def _signs(self) -> Any:
-        """With those that the file leaves to parity: the highest four bits."""
-        words = self._stored_signs
-        if not self.layout.parity:
+        """With those that the file leaves to parity."""
+        words, layout, b = self._stored_signs, self.layout, self.e.b
+        if not layout.parity:
             return words
-        b = self.e.b
-        words = self._and(words, (1 << SIGNS_BITS) - 1)
-        parity = words
-        for by in (-16, -8, -4):
+        told = sum(1 << bit for bit in layout.left_out)
+        words = parity = self._and(words, ~told)
+        for by in (16, 8, 4) if layout.span == 4 else (16, 4, 1):  # to the places of an eighth weight
             parity = b.xor(parity, self._shifted(parity, by))
-        return b.or_(words, self._shifted(parity, SIGNS_BITS))
+        return b.or_(words, self._and(parity, told))
+
+    @cached_property
+    def _planes(self) -> np.ndarray:
+        """What an index stands for, uint8 [2, entries]: sizes of the first half of its weights, and of the others."""
+        found = numbers(self.layout.name)
+        codes = np.searchsorted(self._sizes, found).astype(np.uint8).reshape(len(found), 2, -1)
+        bits = 8 // codes.shape[2]
+        return np.ascontiguousarray(
+            (codes << bits * np.arange(codes.shape[2], dtype=np.uint8)).sum(2, dtype=np.uint8).T
+        )
 
     @property
     def _table(self) -> np.ndarray:
-        """A word for each index."""
-        found = numbers(self.layout.name)
-        if self.layout.span == 4:
-            return np.ascontiguousarray((found + 128).astype(np.uint8)).view(np.uint32)[:, 0]
-        sizes = _SIZES[self.layout.name[:3]]
-        codes = np.searchsorted(sizes, found).astype(np.uint32)
+        """A word for each index: bytes 0 and 2 are the planes'; of IQ1 eight nibbles, of the weights 0, 4, 1, 5, ..."""
+        if self.layout.signs:
+            first, second = self._planes.astype(np.uint32)
+            return first | second << np.uint32(16)
+        codes = np.searchsorted(self._sizes, numbers(self.layout.name)).astype(np.uint32)
         places = np.arange(8)
         return (codes << (8 * (places % 4) + 4 * (places // 4)).astype(np.uint32)).sum(1, dtype=np.uint32)
 
     @property
+    def _sizes(self) -> np.ndarray:
+        """Every size of the type's weights."""
+        return np.unique(numbers(self.layout.name))
+
+    @property
     def _bytes_of_nibbles(self) -> list[int]:
-        """128 + weight: two bits for the size, one for the side of IQ1's eighth, one for the sign."""
-        sizes = (*_SIZES[self.layout.name[:3]], 0)
-        if self.layout.name.startswith("IQ1"):
-            return [128 + sizes[nibble & 3] + (-1 if nibble & 4 else 1) for nibble in range(16)]
-        return [128 + (-1 if nibble & 8 else 1) * sizes[nibble & 3] for nibble in range(16)]
+        """128 + weight: two or three bits for the size, one for the sign; of IQ1 one for the side of the eighth."""
+        sizes, few = self._sizes.tolist(), 7 if self.layout.span == 4 else 3
+        sizes += [0] * (few + 1 - len(sizes))
+        if not self.layout.signs:
+            return [128 + sizes[nibble & few] + (-1 if nibble & 4 else 1) for nibble in range(16)]
+        return [128 + (-1 if nibble & 8 else 1) * sizes[nibble & few] for nibble in range(16)]

@@ -10,10 +10,13 @@ rows:
     groups  of 32 weights, eight times: low bytes of the indices, u32[16] (twice for IQ3, which has eight indices),
             signs u32[16], high bits of the indices u8[16] or u16[16], scales u8[16], as far as the type has them
 
-Weight 8 k + 4 h + b has its sign in byte b, bit 4 h + k. Where the file leaves the sign of each eighth weight to the
-parity of the other seven, these bits, the four highest, hold something else: the scale of the group (IQ2_XXS, IQ3_XXS)
-or the ninth bits of the indices (IQ2_XS). IQ1 has no signs: its weights are -1, 0 or 1 plus or minus an eighth, of
-which the bits above the indices tell. A weight is super-scale * (2 * scale + 1) * `unit` * number.
+A weight's sign meets its size in a nibble, and eight nibbles are a word, of which a group of a row has four: bytes 0
+and 1 of a word stand for the first weights of two neighbouring indices, bytes 2 and 3 for their other ones
+(`GridLayout.order`). Signs of the weights in byte c of word k are bits k (low nibble) and 4 + k (high nibble) of byte
+c. Where the file leaves the sign of each eighth weight to the parity of the other seven, these four bits hold something
+else: the scale of the group (IQ2_XXS, IQ3_XXS) or the ninth bits of the indices (IQ2_XS). IQ1 has no signs: its weights
+are -1, 0 or 1 plus or minus an eighth, of which the bits above the indices tell. A weight is
+super-scale * (2 * scale + 1) * `unit` * number.
 
 A tile has exactly the bytes of the file. The lists are read from the `gguf` package. Source: ggml's `ggml-common.h`.
 """
@@ -22,13 +25,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 
 ROWS, GROUPS = 16, 8
-SIGNS_BITS = 28
-"""Signs in a word where parity makes the others."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,25 @@ class GridLayout:
     def tile_bytes(self, columns: int) -> int:
         """Bytes of a tile of `columns` weights per row."""
         return columns // 256 * self.block_bytes
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """The weight of a group at each of its 32 places: nibble q % 2 of byte c of word q // 2 is place 4 q + c."""
+        if not self.signs:
+            return tuple(range(32))
+        found = []
+        for place in range(32):
+            word, high, other, odd = place >> 3, place >> 2 & 1, place >> 1 & 1, place & 1
+            if self.span == 4:
+                found.append(8 * word + 4 * odd + 2 * other + high)
+            else:
+                found.append(16 * (word >> 1) + 8 * odd + 4 * other + 2 * high + (word & 1))
+        return tuple(found)
+
+    @property
+    def left_out(self) -> tuple[int, ...]:
+        """Bits of a word of signs that the file leaves to parity, those of weights 7, 15, 23 and 31."""
+        return (28, 29, 30, 31) if self.span == 4 else (21, 29, 23, 31)
 
     @property
     def place(self) -> dict[str, int]:
@@ -145,7 +165,7 @@ def split(blocks: np.ndarray, layout: GridLayout) -> Iterable[tuple[int, np.ndar
     elif name == "IQ2_XXS":
         words = part(2, 66, np.uint32)
         yield in_group("low", words[..., ::2])
-        yield in_group("signs", _signs_of_seven(words[..., 1::2]) | words[..., 1::2] & np.uint32(0xF0000000))
+        yield in_group("signs", _signs_of_seven(words[..., 1::2], layout) | _left_out(words[..., 1::2]))
     elif name == "IQ2_XS":
         pairs = part(2, 66, np.uint16).reshape(*blocks.shape[:2], GROUPS, 4)
         yield in_group("low", np.ascontiguousarray(pairs & 255).astype(np.uint8).view(np.uint32)[..., 0])
@@ -153,12 +173,12 @@ def split(blocks: np.ndarray, layout: GridLayout) -> Iterable[tuple[int, np.ndar
         ninth = signs.copy()
         for index in range(4):
             signs |= (pairs[..., index] >> 9).astype(np.uint32) << np.uint32(7 * index)
-            ninth |= (pairs[..., index] >> 8 & 1).astype(np.uint32) << np.uint32(SIGNS_BITS + index)
-        yield in_group("signs", _signs_of_seven(signs) | ninth)
+            ninth |= (pairs[..., index] >> 8 & 1).astype(np.uint32) << np.uint32(28 + index)
+        yield in_group("signs", _signs_of_seven(signs, layout) | _left_out(ninth))
         yield in_group("scales", blocks[..., 66:74])
     elif name == "IQ2_S":
         yield in_group("low", part(2, 34, np.uint32))
-        yield in_group("signs", _signs(part(34, 66, np.uint32)))
+        yield in_group("signs", _signs(part(34, 66, np.uint32), layout))
         yield in_group("high", blocks[..., 66:74])
         yield in_group("scales", blocks[..., 74:82])
     else:
@@ -167,10 +187,10 @@ def split(blocks: np.ndarray, layout: GridLayout) -> Iterable[tuple[int, np.ndar
         yield in_group("low", words[..., 1::2], 4 * ROWS)
         if name == "IQ3_XXS":
             words = part(66, 98, np.uint32)
-            yield in_group("signs", _signs_of_seven(words) | words & np.uint32(0xF0000000))
+            yield in_group("signs", _signs_of_seven(words, layout) | words & np.uint32(0xF0000000))
         else:
             yield in_group("high", blocks[..., 66:74])
-            yield in_group("signs", _signs(part(74, 106, np.uint32)))
+            yield in_group("signs", _signs(part(74, 106, np.uint32), layout))
             for pair in range(4):
                 yield ROWS * (2 + pair), blocks[..., 106 + pair]
 
@@ -189,20 +209,29 @@ def store(blocks: np.ndarray, layout: GridLayout, tiles: np.ndarray) -> None:
         groups[..., at : at + size].view(part.dtype)[:] = rows.transpose(0, 2, 3, 1)
 
 
-def _signs(words: np.ndarray) -> np.ndarray:
-    """Bits 8 k + 4 h + b at 8 b + 4 h + k: the two bits of k change places with those of b."""
-    for apart, chosen in ((7, 0x00AA00AA), (14, 0x0000CCCC)):
+_CHANGES = {8: ((2, 0x0C0C0C0C), (14, 0x0000CCCC)), 4: ((3, 0x0A0A0A0A), (7, 0x00AA00AA), (14, 0x0000CCCC))}
+"""How far apart pairs of bits are that change places, and the lower ones: from a sign for each weight in turn."""
+
+
+def _signs(words: np.ndarray, layout: GridLayout) -> np.ndarray:
+    """Bits of weights 0 to 31 as they stand in a tile."""
+    for apart, chosen in _CHANGES[layout.span]:
         change = (words >> np.uint32(apart) ^ words) & np.uint32(chosen)
         words = words ^ change ^ change << np.uint32(apart)
     return words
 
 
-def _signs_of_seven(words: np.ndarray) -> np.ndarray:
+def _signs_of_seven(words: np.ndarray, layout: GridLayout) -> np.ndarray:
     """The same of 4 times 7 bits; those of the eighth are 0."""
     spread = words & np.uint32(0x7F)
     for index in range(1, 4):
         spread |= (words & np.uint32(0x7F << 7 * index)) << np.uint32(index)
-    return _signs(spread)
+    return _signs(spread, layout)
+
+
+def _left_out(words: np.ndarray) -> np.ndarray:
+    """Bits 28 to 31 where IQ2 has the signs that parity tells."""
+    return words >> np.uint32(7) & np.uint32(0x00A00000) | words & np.uint32(0xA0000000)
 
 
 # ---- the way back, literal enough to check by eye --------------------------------------------------------------------
@@ -221,14 +250,15 @@ def dequantise(data: np.ndarray, layout: GridLayout) -> np.ndarray:
     signs = part(place["signs"], np.uint32) if layout.signs else np.zeros_like(low[0])
     high = part(place["high"], np.uint16 if layout.high == 2 else np.uint8) if layout.high else signs
     bits = {"IQ1_S": 3, "IQ1_M": 4, "IQ2_XS": 1, "IQ2_S": 2, "IQ3_S": 1}.get(layout.name, 0)
-    start = SIGNS_BITS if layout.name == "IQ2_XS" else 0
+    starts = layout.left_out if layout.name == "IQ2_XS" else [bits * k for k in range(count)]
     most = (1 << min(bits, 3)) - 1
-    chosen = [index | (high >> start + bits * k & most) << 8 for k, index in enumerate(low)]
+    chosen = [index | (high >> start & most) << 8 for start, index in zip(starts, low)]
     found = numbers(layout.name)[np.stack(chosen, -1)].astype(np.float32)  # [tiles, blocks, groups, rows, k, span]
     found = found.reshape(*found.shape[:4], 32)
     weight = np.arange(32)
     if layout.signs:
-        flags = signs[..., None] >> 8 * (weight % 4) + 4 * (weight // 4 % 2) + weight // 8 & 1
+        stands = np.argsort(layout.order)
+        flags = signs[..., None] >> 8 * (stands % 4) + 4 * (stands // 4 % 2) + stands // 8 & 1
         if layout.parity:
             of_eight = flags.reshape(*flags.shape[:-1], 4, 8)
             of_eight[..., 7] = of_eight[..., :7].sum(-1) & 1
@@ -252,7 +282,7 @@ def dequantise(data: np.ndarray, layout: GridLayout) -> np.ndarray:
         elif layout.scales:
             small = part(place["scales"], np.uint8)[..., None] >> 4 * half & 15
         else:
-            small = (signs >> SIGNS_BITS)[..., None]
+            small = sum((signs >> bit & 1) << at for at, bit in enumerate(layout.left_out))[..., None]
     supers = bits16.view(np.float16).astype(np.float32)[:, :, None, :, None]
     scale = supers * (2 * small + 1).astype(np.float32) * np.float32(layout.unit)  # [tiles, blocks, groups, rows, half]
     weights = found * scale.repeat(layout.width, -1)
