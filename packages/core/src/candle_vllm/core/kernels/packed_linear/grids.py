@@ -282,7 +282,8 @@ def dequantise(data: np.ndarray, layout: GridLayout) -> np.ndarray:
         elif layout.scales:
             small = part(place["scales"], np.uint8)[..., None] >> 4 * half & 15
         else:
-            small = sum((signs >> bit & 1) << at for at, bit in enumerate(layout.left_out))[..., None]
+            bits4 = np.stack([signs >> bit & 1 for bit in layout.left_out], -1)
+            small = (bits4 << np.arange(4)).sum(-1)[..., None]
     supers = bits16.view(np.float16).astype(np.float32)[:, :, None, :, None]
     scale = supers * (2 * small + 1).astype(np.float32) * np.float32(layout.unit)  # [tiles, blocks, groups, rows, half]
     weights = found * scale.repeat(layout.width, -1)
