@@ -13,8 +13,9 @@ it when is free: the query rows of one KV head (tokens x heads of the group) are
 unit of work is such a tile with all its chunks, merged on the way, or, where that would leave threads without work, a
 run of its chunks, whose partial results go to scratch memory and are merged by the second operation.
 
-Quantised keys and values are asked for a chunk before they are read: in the order in which codes lie, processors do not
-foresee what comes, and a single stream would wait for memory that is half idle.
+Quantised keys and values are asked for a chunk before they are read, for which a thread claims a unit while it does the
+last chunk of another: in the order in which codes lie, processors do not foresee what comes, and a single stream would
+wait for memory that is half idle.
 
 Units are handed out by an atomic counter, a sequence's longest first, so that a slow thread does less; `merge` sets the
 counter back to 0, and the barriers before and behind it keep that apart from every use. Where ranks of threads have
@@ -339,6 +340,7 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                 last_seen = at_position[ROW_TILE + rows - 1]
                 top = min(first_chunk + turn * run + run - 1, chunk_of(last_seen))
                 to = parts  # of nobody's rows, where the results are not kept
+                following = -1  # the unit after this one, where it is claimed before this one is done
                 if size == 0:
                     for i in range(rows):
                         clear_partial(states + i * row_bytes, head_dim)
@@ -351,18 +353,27 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                     start = max(chunk_start(c), seen & ~(LANES - 1))
                     keys = min(chunk_start(c + 1), last_seen + 1) - start
                     count = (keys + LANES - 1) // LANES
-                    # What is read from memory arrives too late, unless it is asked for a chunk before.
-                    for n in range(c + 1 if asks and c > chunk else c, min(c + asks, top) + 1):
+                    # What is read from memory arrives too late, unless it is asked for a chunk before: of this unit,
+                    # or of the one that this thread does next, where it has the same rows.
+                    next_head, next_chunk, asked = head, c + 1, asks and c < top
+                    if asks and c == top:
+                        following = fetch_add(counter, 1)
+                        rest = units - 1 - (following - before)
+                        asked = rest >= 0 and rest // runs // own_heads == tile
+                        next_head = first_head + rest // runs % own_heads
+                        next_chunk = max(first_chunk + rest % runs * run, chunk_of(seen))
+                    for when in range(1 if asks and c > chunk else 0, 2 if asked else 1):
+                        of, n = (head, c) if when == 0 else (next_head, next_chunk)
                         _list_tiles(
-                            tiles if n == c else coming,
-                            given.key_cache + head * given.head_gap * key_size,
-                            given.value_cache + head * given.head_gap * value_size,
+                            tiles if when == 0 else coming,
+                            given.key_cache + of * given.head_gap * key_size,
+                            given.value_cache + of * given.head_gap * value_size,
                             table,
-                            max(chunk_start(n), start),
+                            max(chunk_start(n), seen & ~(LANES - 1)),
                             CHUNK // LANES if asks else (count + TILES - 1) // TILES * TILES,
                             min(chunk_start(n + 1) - 1, last_seen),
                             given.block_shift,
-                            head,
+                            of,
                             given.stretch_step,
                             key_size,
                             value_size,
@@ -377,8 +388,8 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                         target = parts
                         if size > 0 and not squares:
                             target = to + i * row_bytes
-                        asked = coming if asks and c < top and i == 0 else tiles
-                        memory = queries + i * query_bytes, positions + 8 * i, tiles, asked, scores, probabilities
+                        ask = coming if asked and i == 0 else tiles
+                        memory = queries + i * query_bytes, positions + 8 * i, tiles, ask, scores, probabilities
                         seen_keys = start, keys, count, window
                         attend_block(
                             memory,
@@ -413,7 +424,7 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                         if h == group:
                             h = 0
                             t += 1
-                unit = fetch_add(counter, 1)
+                unit = following if following >= 0 else fetch_add(counter, 1)
             before += units
             partials += size
             free -= size
