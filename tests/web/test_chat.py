@@ -109,6 +109,30 @@ def test_escape_stops_and_a_reload_loses_nothing(slow_site: Site, open_page: Cal
     said(page, "Stopped.")
 
 
+_SLOW_DATABASE = """
+const open = IDBFactory.prototype.open;
+IDBFactory.prototype.open = function (...given) {
+  const request = open.apply(this, given);
+  const late = (handler) => request.addEventListener("success", (event) => setTimeout(() => handler(event), 1500));
+  Object.defineProperty(request, "onsuccess", { set: late });
+  return request;
+};
+"""
+
+
+def test_what_is_sent_before_the_database_is_open_is_kept(chat: Any) -> None:
+    ask(chat, "First")
+    chat.add_init_script(_SLOW_DATABASE)
+    chat.reload()
+    assert ask(chat, "Second") == "You said: Second"
+    chat.goto(chat.url.split("#")[0])
+    chat.reload()
+    assert ask(chat, "Third") == "You said: Third"
+    chat.reload()
+    said(chat, "You said: Third")
+    assert chat.locator(".conversation-link").count() == 2  # the second went to the first's, where the page was
+
+
 def test_reload_keeps_a_finished_chat(chat: Any) -> None:
     ask(chat, "Hello")
     chat.reload()

@@ -24,12 +24,17 @@ export const conversations = computed<readonly Conversation[]>(() =>
 export const current = signal<OpenChat | null>(null);
 
 /** Reads what is kept; `beside` reads what else there is, each time that another tab may have changed it. */
+let begin: () => void;
+
+/** When what is kept has been read and the conversation of the address is open: what is written before goes nowhere. */
+export const started = new Promise<void>((resolve) => (begin = resolve));
+
 export async function startChats(beside: () => Promise<void>): Promise<void> {
   const read = async () => {
     await Promise.all([readList(), beside()]);
   };
   await startStorage(read);
-  await followRoute();
+  await followRoute().finally(begin);
   route.subscribe(() => void followRoute());
   document.addEventListener("visibilitychange", () => {
     if (!document.hidden) read().then(reopenChanged, unsaved);

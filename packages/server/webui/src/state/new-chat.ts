@@ -3,7 +3,7 @@
 
 import { computed, signal } from "@preact/signals";
 import type { ChatSettings, Conversation } from "../chat/types.ts";
-import { beginChat, current } from "./chats.ts";
+import { beginChat, current, started } from "./chats.ts";
 
 type Start = Pick<Conversation, "model" | "settings" | "tools">;
 
@@ -20,7 +20,8 @@ export function changeStart(change: Partial<Start>): void {
 export const changeChatSettings = (settings: ChatSettings): void => changeStart({ settings });
 
 /** Sends a message to the conversation that is shown, or begins one. */
-export function sendMessage(text: string, images: readonly string[] = []): void {
+export async function sendMessage(text: string, images: readonly string[] = []): Promise<void> {
+  await started;
   const chat = current.peek();
   if (chat) {
     chat.send(text, images);

@@ -217,13 +217,14 @@ export class OpenChat {
   }
 
   private hostFor(draft: AssistantMessage, node: Signal<Message>) {
-    let saved = 0;
+    let saving: ReturnType<typeof setTimeout> | undefined;
+    const save = () => {
+      saving = undefined;
+      this.save(draft);
+    };
     const frames = new FrameQueue(() => {
       node.value = snapshot(draft);
-      if (performance.now() - saved > SAVE_MS) {
-        saved = performance.now();
-        this.save(draft);
-      }
+      saving ??= setTimeout(save, SAVE_MS);
     });
     return {
       request: (goOn: boolean) => this.request(draft, goOn),
@@ -239,7 +240,8 @@ export class OpenChat {
       },
       settled: () => {
         node.value = snapshot(draft);
-        this.save(draft);
+        clearTimeout(saving);
+        save();
         if (draft.state !== "streaming") this.finish(draft);
       },
     };

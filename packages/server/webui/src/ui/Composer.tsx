@@ -51,7 +51,7 @@ export function Composer({ chat }: { chat: OpenChat | null }) {
     const said = text.trim();
     write("");
     setImages([]);
-    sendMessage(said, images);
+    void sendMessage(said, images);
   };
   const insert = (more: string, from: number, to: number) => {
     const area = field.current;
