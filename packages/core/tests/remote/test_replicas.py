@@ -188,24 +188,28 @@ async def test_a_replica_that_dies_is_started_again_and_the_others_go_on(engine:
     engine.add_death_callback(lambda: deaths.append(1))
     await until(lambda: at_rest(engine))
     streams = [engine.stream(conversation(n, 30), ENDLESS) for n in range(4)]
-    for stream in streams:
-        await anext(stream)
+    known = asyncio.Event()
+
+    async def fate(stream: Any) -> str:
+        read = 0
+        try:
+            while read < 2000:
+                await anext(stream)
+                read += known.is_set()
+        except EngineDeadError as error:
+            return str(error)
+        return "goes on"
+
+    reading = asyncio.gather(*map(fate, streams))
     await until(lambda: sum(replica.num_running for replica in engine.stats().replicas) == len(streams))
     first, second = (replica.num_running for replica in engine.stats().replicas)
     assert first
     assert second
     old = list(engine.pids)
     os.kill(old[0], signal.SIGKILL)
-
-    async def fate(stream: Any) -> str:
-        try:
-            for _ in range(2000):
-                await anext(stream)
-        except EngineDeadError as error:
-            return str(error)
-        return "goes on"
-
-    fates = await asyncio.gather(*map(fate, streams))
+    await until(lambda: not engine.stats().replicas[0].alive or engine.stats().replicas[0].restarts == 1)
+    known.set()
+    fates = await reading
     lost = "the engine process has ended (killed by SIGKILL)"
     assert sorted(fates) == ["goes on"] * second + [lost] * first
     for stream in streams:
