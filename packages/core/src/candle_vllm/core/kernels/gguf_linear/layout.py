@@ -15,7 +15,8 @@ matrix is a few planes, each with the step first, so that what neighbouring rows
             Q2_K              the same with scale | minimum << 4
             IQ4_NL            as Q4_0
             IQ4_XS            a word with the scales i8 of the four groups
-    supers  [K / 256, N]  int32, K-quants and IQ4_XS: super-scale f16, negated super-minimum f16 or 0
+            IQ1, IQ2, IQ3     the same, or where 16 weights share a scale as Q6_K
+    supers  [K / 256, N]  int32, K-quants and IQ types: super-scale f16, negated super-minimum f16 or 0
 
 Element i of a step's 16 holds, of each group g, the codes of weights 32 g + 2 i + h for h = 0 and 1, at bit
 bits * (g + groups * h), plus 8 for single bits of an odd step. The two codes of a pair stand half an element apart, so
@@ -23,11 +24,14 @@ that one mask takes both out of an int32 as the two float16 or bfloat16 numbers 
 register.
 
 A code is unsigned; a weight is scale * (code - zero) for the types without a minimum, else scale * code + minimum.
-Codes of IQ4_NL and IQ4_XS stand for the numbers of a table: there a weight is scale * number. Rows are not filled up;
-columns are, to whole steps, with scales of 0. Against the file this takes 2.8 % more for Q4_K, 2.3 % for Q5_K, 5.5 %
-for Q3_K, 2.9 % for IQ4_XS, 1 % for Q6_K, nothing for the others where K is a multiple of 128 (at most 11 % from K = 576
-on), and no number changes. (With a float16 scale and minimum for each group instead of the small numbers, Q4_K would
-take 11 % more, Q2_K 52 %, and scales would be rounded.)
+Codes of IQ types stand for the numbers of a table: there a weight is scale * number. IQ1, IQ2 and IQ3, whose indices
+choose several weights from a long list, get a code of 4 bits for each weight, which is enough to name every size and
+sign that a list has: exact, though 1.3 times (IQ3_S) to 2.8 times (IQ1_S) the file's bytes, and without gathering.
+
+Rows are not filled up; columns are, to whole steps, with scales of 0. Against the file this takes 2.8 % more for Q4_K,
+2.3 % for Q5_K, 5.5 % for Q3_K, 2.9 % for IQ4_XS, 1 % for Q6_K, nothing for the other types above IQ3 where K is a
+multiple of 128 (at most 11 % from K = 576 on), and no number changes. (With a float16 scale and minimum for each group
+instead of the small numbers, Q4_K would take 11 % more, Q2_K 52 %, and scales would be rounded.)
 """
 
 from __future__ import annotations
@@ -38,7 +42,15 @@ from types import MappingProxyType
 
 import torch
 
-from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, PackedKind, TileLayout, packed_kind
+from candle_vllm.core.kernels.packed_linear.grids import GridLayout, values
+from candle_vllm.core.kernels.packed_linear.layout import (
+    GROUP,
+    LAYOUTS,
+    AnyLayout,
+    PackedKind,
+    TileLayout,
+    packed_kind,
+)
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 WORDS = 16
@@ -58,12 +70,14 @@ class Planes:
 
     Attributes:
         low, high: bits of a code in the two planes; high may be 0.
-        layout: what is known of the kind everywhere.
+        layout: what is known of the kind everywhere; of IQ1, IQ2 and IQ3 what their codes here are.
+        factor: what the small scales are multiplied with.
     """
 
     low: int
     high: int
     layout: TileLayout
+    factor: float = 1.0
 
     @property
     def groups(self) -> int:
@@ -102,18 +116,20 @@ class Planes:
         }
 
 
-def _planes(layout: TileLayout) -> Planes:
+def _planes(layout: AnyLayout) -> Planes:
+    if isinstance(layout, GridLayout):
+        coded = TileLayout(4, layout.width, False, True, layout.groups, layout.zero, values(layout.name))
+        return Planes(4, 0, coded, layout.unit)
     low = {2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 8: 8}[layout.bits]
     return Planes(low, layout.bits - low, layout)
 
 
 PLANES: Mapping[PackedKind, Planes] = MappingProxyType(
-    {
-        kind: _planes(layout)
-        for kind, layout in LAYOUTS.items()
-        if isinstance(layout, TileLayout) and kind <= PackedKind.IQ4_XS
-    }
+    {kind: _planes(layout) for kind, layout in LAYOUTS.items() if kind < PackedKind.MXFP4}
 )
+
+OWN_FORMS = tuple(kind for kind in PLANES if kind <= PackedKind.IQ4_XS or kind is PackedKind.IQ2_S)
+"""Kinds whose kernels differ by more than a table: the other IQ types are as IQ4_XS, or as IQ2_S."""
 
 
 def gguf_kind(ggml_type: GGMLQuantizationType) -> PackedKind:

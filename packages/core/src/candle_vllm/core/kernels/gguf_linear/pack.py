@@ -13,6 +13,9 @@ import torch
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.gguf_linear.layout import PLANES, WORDS, GgufMatrix, Planes, gguf_kind
+from candle_vllm.core.kernels.packed_linear import grids
+from candle_vllm.core.kernels.packed_linear.grids import GridLayout
+from candle_vllm.core.kernels.packed_linear.layout import LAYOUTS
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_blocks import CONTENTS, BlockParts, take_apart
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
@@ -65,9 +68,22 @@ def pack(
         part = np.ascontiguousarray(source[first : first + step])
         if kind.type is not ggml_type:
             part = ggml.round_to_q8_0(part, ggml_type)
-        parts = take_apart(_on_device(part, device), CONTENTS[kind.type], torch)
+        layout = LAYOUTS[kind]
+        if isinstance(layout, GridLayout):
+            parts = _of_grid(part, layout, device)
+        else:
+            parts = take_apart(_on_device(part, device), CONTENTS[kind.type], torch)
         _store(parts, planes, found, slice(first, first + step))
     return GgufMatrix(rows, columns, kind, **found)  # pyright: ignore[reportArgumentType]  # the names are its own
+
+
+def _of_grid(part: np.ndarray, layout: GridLayout, device: torch.device) -> BlockParts[torch.Tensor]:
+    """Rows of blocks [R, B, bytes] whose weights stand in a list, with a code for each."""
+    found = grids.take_apart(part, layout, lambda array: torch.from_numpy(array).to(device))
+    codes = torch.from_numpy(grids.codes(layout.name)).to(device)[found.indices]
+    codes = codes.view(found.flags.shape) | found.flags << 3
+    scale = found.supers.to(torch.int16).view(torch.uint8).unflatten(-1, (-1, 2))
+    return BlockParts(codes.to(torch.uint8), scale, None, found.scales.to(torch.uint8))
 
 
 def _on_device(part: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -76,7 +76,7 @@ def _scales(matrix: GgufMatrix) -> tuple[torch.Tensor, torch.Tensor | None]:
     supers = matrix.supers.t().clone(memory_format=torch.contiguous_format).view(torch.float16).float()
     scale, minimum = (half.repeat_interleave(256 // layout.width, 1) for half in (supers[:, 0::2], supers[:, 1::2]))
     if not layout.minimum:
-        return (scale * words.view(torch.int8).flatten(1))[:, :, None], None
+        return (scale * words.view(torch.int8).flatten(1) * matrix.planes.factor)[:, :, None], None
     small = words.view(torch.uint8)  # [N, steps, 8]
     if layout.width == GROUP:
         first, second = small[:, :, :4].flatten(1), small[:, :, 4:].flatten(1)

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from candle_vllm.core.kernels.gguf_linear.layout import PLANES, GgufMatrix
+from candle_vllm.core.kernels.gguf_linear.layout import OWN_FORMS, PLANES, GgufMatrix
 from candle_vllm.core.kernels.gguf_linear.triton_codes import (
     codec,
     float_code,
@@ -58,7 +58,9 @@ PLAIN_TILES = MappingProxyType(  # without tensor cores: the largest that do not
 )
 # Where codes are looked up, which takes registers: the largest that do not spill.
 TABLE_TILES = (Tile(8, 32, 1, 4), Tile(16, 64, 2, 4), Tile(32, 32, 2, 4), Tile(64, 32, 8, 4))
-PLAIN_TABLE_TILES = (Tile(8, 32, 8, 1), Tile(16, 32, 8, 1))
+PLAIN_TABLE_TILES = MappingProxyType(
+    {16: (Tile(8, 16, 4, 1), Tile(16, 32, 8, 1)), 32: (Tile(8, 32, 8, 1), Tile(16, 32, 8, 1))}
+)
 ROUNDED_TILES = (Tile(32, 128, 8, 3), Tile(64, 128, 8, 3), Tile(128, 128, 8, 3))
 PIECE = 1 << 24  # weights that are decoded at a time, where torch multiplies
 
@@ -152,7 +154,7 @@ def embedding(token_ids: torch.Tensor, matrix: GgufMatrix, dtype: torch.dtype) -
 
 def _tile(tokens: int, kind: PackedKind, capability: int) -> Tile:
     if PLANES[kind].layout.values is not None:
-        return tile_for(tokens, TABLE_TILES if capability >= TENSOR_CORES else PLAIN_TABLE_TILES)
+        return tile_for(tokens, TABLE_TILES if capability >= TENSOR_CORES else PLAIN_TABLE_TILES[LAYOUTS[kind].width])
     return tile_for(tokens, (TILES if capability >= TENSOR_CORES else PLAIN_TILES)[LAYOUTS[kind].width])
 
 
@@ -189,21 +191,22 @@ def _embedding(kind: PackedKind, dtype: str) -> Build:
     )
 
 
+_LOOKED_UP = (PackedKind.IQ4_XS, PackedKind.IQ2_S)
 _USUAL = (PackedKind.Q4_K, PackedKind.Q6_K, PackedKind.IQ4_XS)
 
 AOT = (
-    *(_exact(kind, 16) for kind in PLANES),
+    *(_exact(kind, 16) for kind in OWN_FORMS),
     *(_exact(kind, tokens, WITH_TENSOR_CORES) for kind in _USUAL for tokens in (1, 64)),
     *(_exact(kind, 32) for kind in _USUAL),
-    *(_exact(PackedKind.IQ4_XS, tokens, WITH_TENSOR_CORES) for tokens in (1, 32, 64)),
-    *(_exact(kind, 128, form="fold") for kind in PLANES),
+    *(_exact(kind, tokens, WITH_TENSOR_CORES) for kind in _LOOKED_UP for tokens in (1, 32, 64)),
+    *(_exact(kind, 128, form="fold") for kind in OWN_FORMS),
     *(_exact(kind, 128, (80, 100, 120), form="fold") for kind in _USUAL),
     _exact(PackedKind.Q3_K, 8, WITH_TENSOR_CORES, dtype="fp16", form="whole"),
     _exact(PackedKind.Q5_1, 16, WITH_TENSOR_CORES, columns=4128, form="whole"),
-    *(_exact(kind, tokens, (75,), dtype="fp16") for tokens in (8, 16) for kind in PLANES),
+    *(_exact(kind, tokens, (75,), dtype="fp16") for tokens in (8, 16) for kind in OWN_FORMS),
     *(_exact(kind, 128, (75,), dtype="fp16", form="fold") for kind in _USUAL),
     _exact(PackedKind.Q5_1, 16, (75,), dtype="fp16", columns=4128, form="whole"),
-    *(_rounded(kind, "bf16", 4096, 512, (90,)) for kind in PLANES if PLANES[kind].layout.nested),
+    *(_rounded(kind, "bf16", 4096, 512, (90,)) for kind in OWN_FORMS if PLANES[kind].layout.nested),
     *(
         _rounded(kind, "bf16", 4096, 512, (80, 100, 120))
         for kind in (PackedKind.Q4_K, PackedKind.Q3_K, PackedKind.IQ4_XS)

@@ -127,13 +127,14 @@ def scale_of(words, g: tl.constexpr, half: tl.constexpr, FORM: tl.constexpr):
     MINIMUM: tl.constexpr = FORM.minimum
     WIDTH: tl.constexpr = FORM.width
     ZERO: tl.constexpr = FORM.zero
+    FACTOR: tl.constexpr = FORM.factor
     w0, w1, w2, w3, above = words
     if NESTED:
         if WIDTH == 32 and MINIMUM:
             scale = ((w0 >> (8 * g)) & 255).to(tl.float32) * half_of(above, False)
             minimum = ((w1 >> (8 * g)) & 255).to(tl.float32) * half_of(above, True)
         elif WIDTH == 32:
-            scale = ((w0 << (24 - 8 * g)) >> 24).to(tl.float32) * half_of(above, False)
+            scale = ((w0 << (24 - 8 * g)) >> 24).to(tl.float32) * (half_of(above, False) * FACTOR)
             minimum = scale * -ZERO
         else:
             index: tl.constexpr = (2 * g + half) % 4
@@ -142,7 +143,7 @@ def scale_of(words, g: tl.constexpr, half: tl.constexpr, FORM: tl.constexpr):
                 scale = ((word >> (8 * index)) & 15).to(tl.float32) * half_of(above, False)
                 minimum = ((word >> (8 * index + 4)) & 15).to(tl.float32) * half_of(above, True)
             else:
-                scale = ((word << (24 - 8 * index)) >> 24).to(tl.float32) * half_of(above, False)
+                scale = ((word << (24 - 8 * index)) >> 24).to(tl.float32) * (half_of(above, False) * FACTOR)
                 minimum = scale * -ZERO
     elif MINIMUM:
         pair = w0 if g == 0 else (w1 if g == 1 else (w2 if g == 2 else w3))
@@ -267,6 +268,7 @@ class GgufCodec(Codec):
     Attributes:
         count: words of a row in a step of `scales`.
         nested, minimum, zero: as in `packed_linear.layout.TileLayout`.
+        factor: as in `Planes`.
         tables: where codes are looked up, for each bit of number + zero: bit c is what it is for code c.
     """
 
@@ -274,6 +276,7 @@ class GgufCodec(Codec):
     nested: bool
     minimum: bool
     zero: int
+    factor: float
     tables: tuple[int, ...]
 
 
@@ -297,6 +300,7 @@ def codec(kind: PackedKind) -> GgufCodec:
         nested=layout.nested,
         minimum=layout.minimum,
         zero=layout.zero,
+        factor=planes.factor,
         tables=tuple(sum((number >> bit & 1) << code for code, number in enumerate(numbers)) for bit in range(8)),
     )
 

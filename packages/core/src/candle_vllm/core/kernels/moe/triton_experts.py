@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from candle_vllm.core.kernels.gguf_linear import triton_codes as gguf
-from candle_vllm.core.kernels.gguf_linear.layout import PLANES
+from candle_vllm.core.kernels.gguf_linear.layout import OWN_FORMS, PLANES
 from candle_vllm.core.kernels.group_linear import triton_codes as group
 from candle_vllm.core.kernels.group_linear.layout import Numbers
 from candle_vllm.core.kernels.linear.triton import Tile, tile_for, tile_of
@@ -411,23 +411,23 @@ AOT = (
     _build(many_kernel, "plain", "swiglu_oai", 128, _OTHERS, columns=2880, bias="fp32"),
     _build(few_kernel, "plain", "swiglu_oai", 16, _TURING, dtype="fp16", columns=2880, bias="fp32"),
     _build(many_kernel, "plain", None, 128, _TURING, dtype="fp16", columns=2880, bias="fp32"),
-    *(_build(few_kernel, kind, "silu", 16, _HOPPER) for kind in PLANES),
+    *(_build(few_kernel, kind, "silu", 16, _HOPPER) for kind in OWN_FORMS),
     _build(few_kernel, PackedKind.Q4_K, "silu", 8, WITH_TENSOR_CORES),
     _build(few_kernel, PackedKind.Q6_K, None, 8, WITH_TENSOR_CORES),
     _build(few_kernel, PackedKind.Q4_K, "gelu_tanh", 32, WITH_TENSOR_CORES),
     _build(few_kernel, PackedKind.Q4_K, "silu", 64, _HOPPER),
     _build(few_kernel, PackedKind.Q5_K, None, 64, _HOPPER),
-    *(_build(few_kernel, PackedKind.IQ4_XS, gate, 64, WITH_TENSOR_CORES) for gate in ("silu", None)),
+    *(_build(few_kernel, kind, gate, 64, WITH_TENSOR_CORES) for kind in OWN_FORMS[-2:] for gate in ("silu", None)),
     _build(few_kernel, PackedKind.IQ4_XS, "silu", 64, _TURING),
-    *(_build(many_kernel, kind, "silu", 128, _HOPPER) for kind in PLANES),
+    *(_build(many_kernel, kind, "silu", 128, _HOPPER) for kind in OWN_FORMS),
     *(_build(many_kernel, PackedKind.Q4_K, "silu", tokens, WITH_TENSOR_CORES) for tokens in _TOKENS[many_kernel]),
     *(_build(many_kernel, PackedKind.Q6_K, None, tokens, WITH_TENSOR_CORES) for tokens in (16, 128)),
     _build(few_kernel, PackedKind.Q5_0, "swiglu_oai", 16, WITH_TENSOR_CORES, bias="fp32"),
     _build(few_kernel, PackedKind.Q5_0, None, 8, WITH_TENSOR_CORES, bias="fp32"),
     _build(many_kernel, PackedKind.Q5_0, "swiglu_oai", 128, WITH_TENSOR_CORES, bias="fp32"),
-    *(_build(few_kernel, kind, "silu", 8, _TURING) for kind in PLANES),
+    *(_build(few_kernel, kind, "silu", 8, _TURING) for kind in OWN_FORMS),
     *(_build(few_kernel, PackedKind.Q4_K, "gelu_tanh", tokens, _TURING) for tokens in (16, 32, 64)),
-    *(_build(many_kernel, kind, "silu", 128, _TURING) for kind in PLANES),
+    *(_build(many_kernel, kind, "silu", 128, _TURING) for kind in OWN_FORMS),
     *(_build(many_kernel, PackedKind.Q4_K, None, tokens, _TURING) for tokens in (16, 32, 64)),
     _build(few_kernel, PackedKind.Q5_0, "swiglu_oai", 16, _TURING, bias="fp32"),
     _build(few_kernel, "e4m3", "silu", 8, WITH_TENSOR_CORES),

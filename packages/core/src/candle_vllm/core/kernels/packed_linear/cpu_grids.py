@@ -20,9 +20,8 @@ from llvmlite import ir
 from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.emit_tables import gather, look_up, look_up_bytes
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
-from candle_vllm.core.kernels.packed_linear.grids import ROWS, GridLayout, numbers
+from candle_vllm.core.kernels.packed_linear.grids import HIGH_BITS, ROWS, GridLayout, numbers
 
-_HIGH_BITS = {"IQ1_S": 3, "IQ1_M": 4, "IQ2_XS": 1, "IQ2_S": 2, "IQ3_S": 1}
 _SIGN = 0x88888888
 
 
@@ -90,7 +89,7 @@ class GridGroup:
 
     def _upper(self, first: int) -> list[Any]:
         """Bits above the eighth of the four indices from `first` on, each <64 x i1>."""
-        bits = _HIGH_BITS.get(self.layout.name, 0)
+        bits = HIGH_BITS.get(self.layout.name, 0)
         if not bits:
             return []
         rows = self.e.load(self.codes, vector(I8), self.layout.place["high"])
@@ -136,7 +135,7 @@ class GridGroup:
         place = index % 4
         found = self._shifted(low, -8 * place)
         found = found if place == 3 else self._and(found, 255)
-        bits = _HIGH_BITS.get(self.layout.name, 0)
+        bits = HIGH_BITS.get(self.layout.name, 0)
         if not bits:
             return found
         xs = self.layout.name == "IQ2_XS"

@@ -23,13 +23,20 @@ A tile has exactly the bytes of the file. The lists are read from the `gguf` pac
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from candle_vllm.core.quantization import ggml
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
+
 ROWS, GROUPS = 16, 8
+HIGH_BITS: Mapping[str, int] = MappingProxyType({"IQ1_S": 3, "IQ1_M": 4, "IQ2_XS": 1, "IQ2_S": 2, "IQ3_S": 1})
+"""Bits of an index above its low byte, in types that have some; of IQ1_M one more, which is no part of it."""
 
 
 @dataclass(frozen=True)
@@ -234,57 +241,109 @@ def _left_out(words: np.ndarray) -> np.ndarray:
     return words >> np.uint32(7) & np.uint32(0x00A00000) | words & np.uint32(0xA0000000)
 
 
-# ---- the way back, literal enough to check by eye --------------------------------------------------------------------
+# ---- the way back, literal enough to check by eye; of numpy's arrays, or of a library's that computes alike ----------
+
+
+class GridParts(NamedTuple):
+    """What blocks are made of.
+
+    Attributes:
+        indices: whole numbers [..., 8, 32 / span], of the list.
+        flags: [..., 8, 32], 0 or 1: whether a weight is negated, or in IQ1, whether its eighth is taken off.
+        scales: [..., 8, 32 / width], odd.
+        supers: [...], the bits of the super-scales.
+    """
+
+    indices: Any
+    flags: Any
+    scales: Any
+    supers: Any
+
+
+def take_apart(blocks: np.ndarray, layout: GridLayout, to: Callable[[np.ndarray], Any]) -> GridParts:
+    """The parts of rows of blocks, uint8 [R, B, bytes]; `to` brings int64 arrays to where they are computed with."""
+    return _decoded(dict(split(blocks, layout)), layout, to)
+
+
+def _decoded(parts: Mapping[int, np.ndarray], layout: GridLayout, to: Callable[[np.ndarray], Any]) -> GridParts:
+    """`parts` are as `split` gives them."""
+
+    def part(name: str, more: int = 0) -> Any:
+        return to(parts[layout.head_bytes + layout.place[name] + more].astype(np.int64))
+
+    def bits(words: Any, places: Sequence[int], most: int = 1) -> Any:
+        return words[..., None] >> to(np.array(places)) & most
+
+    count, places = 32 // layout.span, range(32)
+    low = bits(part("low"), range(0, 32, 8), 255)
+    indices = to(np.zeros((*low.shape[:-1], count), np.int64))
+    indices[..., :4] = low
+    if count == 8:
+        indices[..., 4:] = bits(part("low", 4 * ROWS), range(0, 32, 8), 255)
+    signs = part("signs") if layout.signs else None
+    high = part("high") if layout.high else None
+    above = HIGH_BITS.get(layout.name, 0)
+    if layout.name == "IQ2_XS":
+        indices |= bits(signs, layout.left_out) << 8
+    elif above:
+        indices |= bits(high, range(0, above * count, above), (1 << min(above, 3)) - 1) << 8
+    if signs is None:
+        flags = bits(high, [15 if layout.name == "IQ1_S" else 4 * (weight // 8) + 3 for weight in places])
+    else:
+        stands = np.argsort(layout.order)
+        flags = bits(signs, [int(8 * (at % 4) + 4 * (at // 4 % 2) + at // 8) for at in stands])
+        if layout.parity:
+            for last in (7, 15, 23, 31):
+                flags[..., last] = flags[..., last - 7 : last].sum(-1) & 1
+    if layout.name == "IQ1_M":
+        words = [to(parts[2 * ROWS * word].astype(np.int64)) for word in range(4)]
+        supers = sum((word >> 12 << 4 * place for place, word in enumerate(words)), start=0 * words[0])
+        small = to(np.zeros((*flags.shape[:-1], 2), np.int64))
+        for group in range(GROUPS):
+            small[..., group, :] = bits(words[group // 2] >> 6 * (group % 2), (0, 3), 7)
+        return GridParts(indices, flags, 2 * small + 1, supers)
+    supers = to(parts[0].astype(np.int64))
+    if layout.name == "IQ3_S":
+        small = to(np.zeros((*flags.shape[:-1], 1), np.int64))
+        for pair in range(4):
+            found = to(parts[ROWS * (2 + pair)].astype(np.int64))
+            small[..., 2 * pair : 2 * pair + 2, 0] = bits(found, (0, 4), 15)
+    elif layout.name == "IQ1_S":
+        small = bits(high, (12,), 7)
+    elif layout.scales:
+        small = bits(part("scales"), (0, 4), 15)
+    else:
+        small = (bits(signs, layout.left_out) << to(np.arange(4))).sum(-1)[..., None]
+    return GridParts(indices, flags, 2 * small + 1, supers)
+
+
+def values(name: str) -> tuple[int, ...]:
+    """The numbers of codes of four bits that name every weight of a type: which of its sizes, and above it the flag."""
+    sizes = np.unique(numbers(name)).tolist()
+    sizes += [0] * (8 - len(sizes))
+    if FORMATS[name].signs:
+        return (*sizes, *(-size for size in sizes))
+    return (*(size + 1 for size in sizes), *(size - 1 for size in sizes))
+
+
+def codes(name: str) -> np.ndarray:
+    """The lower three bits of these codes for each index, int64 [entries, span]."""
+    found = numbers(name)
+    return np.searchsorted(np.unique(found), found).astype(np.int64)
 
 
 def dequantise(data: np.ndarray, layout: GridLayout) -> np.ndarray:
     """The weights of tiles, uint8 [tiles, bytes], as float32 [16 * tiles, K]: ggml's numbers, to the bit."""
     blocks = data.reshape(len(data), -1, layout.block_bytes)
-    records = blocks[..., layout.head_bytes :].reshape(*blocks.shape[:2], GROUPS, layout.code_bytes)
-
-    def part(at: int, kind: type[np.generic], source: np.ndarray = records) -> np.ndarray:
-        return np.ascontiguousarray(source[..., at : at + ROWS * np.dtype(kind).itemsize]).view(kind).astype(np.int64)
-
-    place, count = layout.place, 32 // layout.span
-    low = [part(4 * ROWS * (k // 4), np.uint32) >> 8 * (k % 4) & 255 for k in range(count)]
-    signs = part(place["signs"], np.uint32) if layout.signs else np.zeros_like(low[0])
-    high = part(place["high"], np.uint16 if layout.high == 2 else np.uint8) if layout.high else signs
-    bits = {"IQ1_S": 3, "IQ1_M": 4, "IQ2_XS": 1, "IQ2_S": 2, "IQ3_S": 1}.get(layout.name, 0)
-    starts = layout.left_out if layout.name == "IQ2_XS" else [bits * k for k in range(count)]
-    most = (1 << min(bits, 3)) - 1
-    chosen = [index | (high >> start & most) << 8 for start, index in zip(starts, low)]
-    found = numbers(layout.name)[np.stack(chosen, -1)].astype(np.float32)  # [tiles, blocks, groups, rows, k, span]
-    found = found.reshape(*found.shape[:4], 32)
-    weight = np.arange(32)
-    if layout.signs:
-        stands = np.argsort(layout.order)
-        flags = signs[..., None] >> 8 * (stands % 4) + 4 * (stands // 4 % 2) + stands // 8 & 1
-        if layout.parity:
-            of_eight = flags.reshape(*flags.shape[:-1], 4, 8)
-            of_eight[..., 7] = of_eight[..., :7].sum(-1) & 1
-        found *= 1 - 2 * flags
-    else:
-        shift = 15 if layout.name == "IQ1_S" else 4 * (weight // 8) + 3
-        found += 1 - 2 * (high[..., None] >> shift & 1)
-    half = np.arange(32 // layout.width)
-    if layout.name == "IQ1_M":
-        words = np.stack([part(2 * ROWS * word, np.uint16, blocks) for word in range(4)], 2)  # [tiles, blocks, 4, rows]
-        tops = words >> 12 << 4 * np.arange(4)[:, None]
-        bits16 = np.bitwise_or.reduce(tops, axis=2).astype(np.uint16)
-        small = words.repeat(2, 2)[..., None] >> (6 * (np.arange(8) % 2))[:, None, None] + 3 * half & 7
-    else:
-        bits16 = part(0, np.uint16, blocks).astype(np.uint16)
-        if layout.name == "IQ3_S":
-            pairs = np.stack([part(ROWS * (2 + pair), np.uint8, blocks) for pair in range(4)], 2)
-            small = (pairs.repeat(2, 2) >> (4 * (np.arange(8) % 2))[:, None] & 15)[..., None]
-        elif layout.name == "IQ1_S":
-            small = (high >> 12 & 7)[..., None]
-        elif layout.scales:
-            small = part(place["scales"], np.uint8)[..., None] >> 4 * half & 15
-        else:
-            bits4 = np.stack([signs >> bit & 1 for bit in layout.left_out], -1)
-            small = (bits4 << np.arange(4)).sum(-1)[..., None]
-    supers = bits16.view(np.float16).astype(np.float32)[:, :, None, :, None]
-    scale = supers * (2 * small + 1).astype(np.float32) * np.float32(layout.unit)  # [tiles, blocks, groups, rows, half]
-    weights = found * scale.repeat(layout.width, -1)
-    return weights.transpose(0, 3, 1, 2, 4).reshape(ROWS * len(data), -1)
+    groups = blocks[..., layout.head_bytes :].reshape(*blocks.shape[:2], GROUPS, layout.code_bytes)
+    parts = {}
+    for at, like in split(np.zeros((1, 1, ggml.block_layout(GGMLQuantizationType[layout.name])[1]), np.uint8), layout):
+        source, start = (blocks, at) if like.ndim == 2 else (groups, at - layout.head_bytes)
+        part = np.ascontiguousarray(source[..., start : start + ROWS * like.itemsize]).view(like.dtype)
+        parts[at] = np.moveaxis(part, -1, 1)  # [tiles, rows, blocks], and maybe groups
+    found = _decoded(parts, layout, lambda part: part)
+    given = codes(layout.name)[found.indices].reshape(*found.flags.shape) | found.flags << 3
+    weights = np.array(values(layout.name), np.float32)[given]
+    supers = found.supers.astype(np.uint16).view(np.float16).astype(np.float32)
+    scale = supers[..., None, None] * found.scales.astype(np.float32) * np.float32(layout.unit)
+    return (weights * scale.repeat(layout.width, -1)).reshape(ROWS * len(data), -1)
