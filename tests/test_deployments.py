@@ -21,7 +21,7 @@ from live_server import ServerProcess, clean_environment, free_port
 from postgres_server import new_database, postgres_server
 from waiting import wait_for
 
-from candle_vllm.core import InferenceEngine
+from candle_vllm.core import EngineConfig, InferenceEngine
 from candle_vllm.core.testing.toy_adapter import linear_shapes, write_adapter
 from candle_vllm.server.settings.foreign_variables import DEPLOYMENTS, HUB_TOKENS
 from candle_vllm.server.settings.options import ENV_PREFIX
@@ -151,6 +151,44 @@ def test_kubernetes_with_ray(tmp_path: Path) -> None:
     (service,) = (each for each in made if each["kind"] == "Service")
     assert [service["spec"]["selector"].items() <= own.items() for own in labels] == [True, False]
     assert all(pod["spec"]["terminationGracePeriodSeconds"] > BY_NAME["shutdown_timeout"].default for pod in pods)
+
+
+def test_kubernetes_with_nodes(tmp_path: Path) -> None:
+    """The server is node 0, the pods of the set are the others: told the same, but who they are and where node 0 is."""
+    made = rendered("nodes", tmp_path)
+    (deployment,) = (each for each in made if each["kind"] == "Deployment")
+    (ranks,) = (each for each in made if each["kind"] == "StatefulSet")
+    (config,) = (each for each in made if each["kind"] == "ConfigMap")
+    services = {each["metadata"]["name"]: each["spec"] for each in made if each["kind"] == "Service"}
+    pods = [each["spec"]["template"] for each in (deployment, ranks)]
+    labels, containers = ([pod["metadata"]["labels"] for pod in pods], [pod["spec"]["containers"][0] for pod in pods])
+    told = []
+    for container in containers:
+        assert container["image"] == "candle-vllm:cuda"
+        assert container["envFrom"] == [{"configMapRef": {"name": config["metadata"]["name"]}}]
+        env = {each["name"]: each.get("value") or each["valueFrom"] for each in container["env"]}
+        assert {*env, *config["data"]} <= {*KNOWN, "SKIP_PREWARM"}
+        told.append({name.removeprefix("CANDLE_VLLM_"): value for name, value in env.items()})
+    for name in ("NNODES", "TENSOR_PARALLEL_SIZE", "PIPELINE_PARALLEL_SIZE", "CLUSTER_KEY", "DEVICE"):
+        assert told[0][name] == told[1][name]
+    assert int(told[0]["NNODES"]) == 1 + ranks["spec"]["replicas"]
+    gpus = [container["resources"]["limits"]["nvidia.com/gpu"] for container in containers]
+    ways = int(told[0]["TENSOR_PARALLEL_SIZE"]) * int(told[0]["PIPELINE_PARALLEL_SIZE"])
+    assert ways == gpus[0] * int(told[0]["NNODES"])
+    assert gpus[0] == gpus[1]
+    assert told[0]["MASTER_ADDR"] == {"fieldRef": {"fieldPath": "status.podIP"}}
+    assert "NODE_RANK" not in told[0]
+    first = services[told[1]["MASTER_ADDR"]]
+    assert first["publishNotReadyAddresses"]
+    assert first["ports"][0]["port"] == EngineConfig.master_port
+    assert ranks["spec"]["ordinals"] == {"start": 1}
+    assert told[1]["NODE_RANK"] == {"fieldRef": {"fieldPath": "metadata.labels['apps.kubernetes.io/pod-index']"}}
+    for selector in (services["candle-vllm"]["selector"], first["selector"]):
+        assert [selector.items() <= own.items() for own in labels] == [True, False]
+    selectors = [each["spec"]["selector"]["matchLabels"].items() for each in (deployment, ranks)]
+    assert [[each <= own.items() for own in labels] for each in selectors] == [[True, False], [False, True]]
+    policies = [each["spec"]["podSelector"]["matchLabels"] for each in made if each["kind"] == "NetworkPolicy"]
+    assert [sum(each.items() <= own.items() for each in policies) for own in labels] == [2, 1]
 
 
 STACK = {
