@@ -96,6 +96,11 @@ class Planes:
             return 1 if self.layout.lone else 2
         return self.groups if self.layout.minimum else self.groups // 2
 
+    @property
+    def bits_each(self) -> float:
+        """Bits of memory for a weight."""
+        return self.low + self.high + 32 * self.words / self.step + (32 / SUPER if self.layout.nested else 0)
+
     def steps(self, columns: int) -> int:
         """Steps of a row."""
         return -(-columns // self.step)
