@@ -102,6 +102,35 @@ def test_grammars_are_made_ready_once_the_first_answers_are_given(monkeypatch: p
     assert seen == ["asked"] * 4 + ["made"]
 
 
+_WARMING = """
+import sys, time
+sys.path.append({tests!r})
+from server_fakes import PacedEngine
+from candle_vllm.server import serve
+class Slow(PacedEngine):
+    def check_structured_outputs(self, params):
+        print("begun", flush=True)
+        time.sleep(0.5)
+        print("made", flush=True)
+serve.WARM_UP_AFTER = {after}
+serve._warm_up(Slow())
+time.sleep(0.25)
+print("ends", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("after", "said"), [(0.01, ["begun", "ends", "made"]), (5.0, ["ends"])])
+def test_the_end_of_the_process_waits_for_grammars_that_are_made_and_makes_no_more(
+    after: float, said: list[str]
+) -> None:
+    """A thread that is left within compiled code when the interpreter ends may end it by a signal."""
+    done = subprocess.run(
+        [sys.executable, "-c", _WARMING.format(tests=TESTS, after=after)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == said
+
+
 def test_ipv6() -> None:
     with bind(Settings(host="[::1]:0").address) as listener:
         assert listener.family == socket.AF_INET6

@@ -219,18 +219,28 @@ class Start:
 
 
 def _warm_up(engine: ServedEngine) -> None:
-    """Makes what every grammar needs of the vocabulary, a second or two, once the first answers are given."""
+    """Makes what every grammar needs of the vocabulary, a second or two, once the first answers are given.
+
+    The process waits for it at its end: a thread that an interpreter ends within compiled code may take all down.
+    """
+    main = threading.main_thread()
+
+    def lives_on() -> bool:
+        end = time.monotonic() + WARM_UP_AFTER
+        while main.is_alive() and time.monotonic() < end:
+            time.sleep(min(0.05, WARM_UP_AFTER))
+        return main.is_alive()
 
     def make() -> None:
         end = time.monotonic() + WARM_UP_BY
-        time.sleep(WARM_UP_AFTER)
         with contextlib.suppress(CandleVllmError):  # the model was unloaded meanwhile
-            while engine.stats().num_running and time.monotonic() < end:
-                time.sleep(WARM_UP_AFTER)
-            engine.check_structured_outputs(StructuredOutputsParams(json_object=True))
+            while lives_on():
+                if not engine.stats().num_running or time.monotonic() > end:
+                    engine.check_structured_outputs(StructuredOutputsParams(json_object=True))
+                    break
 
     if "generate" in engine.model_info.tasks:
-        threading.Thread(target=make, name="grammar-warm-up", daemon=True).start()
+        threading.Thread(target=make, name="grammar-warm-up", daemon=False).start()
 
 
 def make_server(app: FastAPI, settings: Settings, tls: ssl.SSLContext | None = None) -> DrainingServer:
