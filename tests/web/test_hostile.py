@@ -88,12 +88,40 @@ def test_another_tab_goes_on_and_deletes(chat: Any) -> None:
     chat.get_by_text("What can I help with?").wait_for()
 
 
+def test_what_is_sent_while_another_tab_s_answer_is_read_stays(chat: Any) -> None:
+    ask(chat, "first")
+    other = chat.context.new_page()
+    other.goto(chat.url)
+    said(other, "You said: first")
+    chat.locator("#composer").fill("third")
+    chat.evaluate("""() => {
+      const read = IDBIndex.prototype.getAll;
+      IDBIndex.prototype.getAll = function (...wanted) {
+        const answer = read.apply(this, wanted);
+        const field = document.querySelector("#composer");
+        if (field.value) field.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter", bubbles: true }));
+        return answer;
+      };
+    }""")
+    ask(other, "second")
+    said(chat, "You said: third")
+    said(other, "You said: third")
+    said(chat, "You said: first")
+
+
+# A tab that is shown looks after the others, whenever the browser says so.
+_ALONE = """
+delete window.BroadcastChannel;
+document.addEventListener("visibilitychange", (event) => event.stopImmediatePropagation());
+"""
+
+
 def test_a_tab_writes_what_it_changed(chat: Any) -> None:
-    chat.add_init_script("delete window.BroadcastChannel")  # neither tab hears of the other
+    chat.add_init_script(_ALONE)  # neither tab hears of the other
     chat.reload()
     ask(chat, "first")
     other = chat.context.new_page()
-    other.add_init_script("delete window.BroadcastChannel")
+    other.add_init_script(_ALONE)
     other.goto(chat.url)
     said(other, "You said: first")
     act(chat, "first", "Rename")
@@ -114,6 +142,21 @@ def test_a_tab_writes_what_it_changed(chat: Any) -> None:
     chat.reload()
     chat.get_by_text("Your conversations will appear here.").wait_for()
     assert chat.evaluate(STORED) == 0
+
+
+def test_an_answer_is_not_written_again_after_its_end(chat: Any) -> None:
+    """Another tab may have removed it meanwhile."""
+    chat.evaluate("""() => {
+      const put = IDBObjectStore.prototype.put;
+      window.ends = 0;
+      IDBObjectStore.prototype.put = function (record, ...rest) {
+        if (record.state === "done") window.ends++;
+        return put.call(this, record, ...rest);
+      };
+    }""")
+    ask(chat, "first")
+    chat.wait_for_timeout(1500)
+    assert chat.evaluate("window.ends") == 1
 
 
 STORED = """

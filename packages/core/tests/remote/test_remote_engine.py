@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -364,15 +365,23 @@ async def test_closing_ends_running_streams(toy_model: Path) -> None:
         engine.tokenize("x")
 
 
-def test_a_model_that_cannot_be_loaded_raises_the_same_error(tmp_path: Path) -> None:
-    before = set(os.listdir("/tmp"))
+def test_a_model_that_cannot_be_loaded_raises_the_same_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders: list[str] = []
+    make_folder = tempfile.mkdtemp
+
+    def noted(**given: str) -> str:
+        folders.append(make_folder(**given))
+        return folders[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", noted)
     for make in (InferenceEngine, RemoteEngine):
         with pytest.raises(ModelNotFoundError) as caught:
             make(str(tmp_path / "nothing.gguf"))
         with pytest.raises(ConfigError):
             make("model", block_size=7)
         assert str(tmp_path / "nothing.gguf") in str(caught.value)
-    assert not [name for name in set(os.listdir("/tmp")) - before if name.startswith("candle-vllm-")]
+    assert folders
+    assert not [folder for folder in folders if os.path.exists(folder)]
 
 
 def test_errors_keep_their_class(remote: RemoteEngine) -> None:

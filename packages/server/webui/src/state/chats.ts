@@ -84,13 +84,30 @@ function gone(id: string): void {
   notify("info", t.value.deletedElsewhere);
 }
 
-/** Reads a conversation again where it is open and nothing is being written. */
-export async function reopen(id: string): Promise<void> {
+let reading: Promise<unknown> = Promise.resolve();
+
+/** Reads a conversation again where it is open and nothing is being written; several one after the other. */
+export function reopen(id: string): Promise<void> {
+  const read = reading.then(() => readAgain(id));
+  reading = read.catch(() => undefined);
+  return read;
+}
+
+async function readAgain(id: string): Promise<void> {
+  const shown = current.value?.info.peek().id === id ? current.value : undefined;
+  const path = shown?.path.peek();
   if (opened.get(id)?.isBusy) return;
   opened.delete(id);
-  if (current.value?.info.peek().id !== id) return;
+  if (!shown) return;
   const read = await openChat(id);
-  if (read && current.value?.info.peek().id === id) current.value = read;
+  if (!read || current.value !== shown) return;
+  if (shown.path.peek() === path) {
+    current.value = read;
+    return;
+  }
+  opened.set(id, shown); // the user went on with it meanwhile
+  if (shown.isBusy) changedElsewhere.add(id);
+  else await readAgain(id);
 }
 
 async function followRoute(): Promise<void> {

@@ -224,7 +224,7 @@ export class OpenChat {
     };
     const frames = new FrameQueue(() => {
       node.value = snapshot(draft);
-      saving ??= setTimeout(save, SAVE_MS);
+      if (draft.state === "streaming") saving ??= setTimeout(save, SAVE_MS); // what has ended was saved when it did
     });
     return {
       request: (goOn: boolean) => this.request(draft, goOn),

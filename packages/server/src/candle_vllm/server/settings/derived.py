@@ -184,7 +184,7 @@ def load_engine(settings: Settings, **changes: Any) -> InferenceEngine:
             return InferenceEngine(engine_config(settings, **changes))
 
 
-_ADVICE = re.compile(r"`([a-z_]+)`|\b([a-z_]+)=('[^']{0,60}'|[\w.]{0,60}\w)(?: \(bytes\))?", re.ASCII)
+_ADVICE = re.compile(r"`([a-z_][a-z0-9_]*)`|\b([a-z_][a-z0-9_]*)=('[^']{0,60}'|[\w.]{0,60}\w)(?: \(bytes\))?", re.ASCII)
 
 
 def in_flags(text: str) -> str:

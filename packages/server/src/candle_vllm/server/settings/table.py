@@ -151,6 +151,7 @@ class Settings:
     distributed_executor_backend: Annotated[str | None, engine(DEVICE,
         "NAME", reading={"aliases": {"uni": "mp"}})] = None
     enable_expert_parallel: Annotated[bool, engine(DEVICE)] = False
+    all2all_backend: Annotated[str | None, engine(DEVICE, "NAME")] = None
     data_parallel_size: Annotated[int | None, engine(DEVICE, "N",
         text="replicas of the model behind one address, each in a process of its own, on its own GPU or its share of "
         "the CPU's threads (docs/scaling.md)", commands=_SERVE)] = None
