@@ -4,6 +4,7 @@
     python benchmarks/cpu/cache.py step MODEL.gguf [--depth 7000] [--cache auto q8_0 q4_0] [--rounds 48]
     python benchmarks/cpu/cache.py needle MODEL.gguf [--tokens 2000] [--cache auto q8_0 q4_0] [--texts 3]
     python benchmarks/cpu/cache.py disk MODEL.gguf [--tokens 4096] [--cache auto] [--rounds 3] [--url redis://localhost]
+                                                   [--cold] [--folder DIR]
 
 `step` has an engine of each type read the same prompt, then decode one token in turns: the median step, and the median
 over the rounds of the first type's time over its own. `needle` hides lines with numbers at eight depths of real text
@@ -11,12 +12,16 @@ over the rounds of the first type's time over its own. `needle` hides lines with
 likeliest one, so that a greedy answer has them; `nats` are what the right answers' tokens take on average. What each
 type costs in perplexity, `perplexity.py --cache` says. `disk` reads a prompt in a new engine whose folder of blocks is
 empty, in another one when they are there, and once more there, where they are in memory; and says how fast the folder's
-files are read alone, and as blocks. With `--url` the blocks are in Redis, whose model's blocks are deleted.
+files are read alone, and as blocks. With `--cold` the system's memory forgets the files before each of both (which it
+does of files that are on disk, without more rights), and they are read alone in their order, in the same pieces, before
+and behind; the median of the rounds' ratios says how much of the disk's speed blocks get. `--folder` is on the disk to
+measure. With `--url` the blocks are in Redis, whose model's blocks are deleted.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import sys
@@ -110,14 +115,31 @@ def needles(model: str, texts: int, caches: list[str], tokens: int) -> None:
             print(f"{cache:>10} {sum(found):>4}/{len(found)} {statistics.mean(nats):8.4f}", flush=True)
 
 
-def kept(model: str, cache: str, tokens: int, rounds: int, url: str | None) -> None:
+def forgotten(paths: list[Path]) -> None:
+    """Has the system's memory forget files, which are on disk then."""
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(file)
+
+
+def read_alone(paths: list[Path]) -> tuple[int, float]:
+    """Bytes of files, and the seconds that reading them takes."""
+    began = time.perf_counter()
+    return sum(len(path.read_bytes()) for path in paths), time.perf_counter() - began
+
+
+def kept(model: str, cache: str, tokens: int, rounds: int, url: str | None, cold: bool, at: str | None) -> None:
     """Prints a line for each way to a prompt's first token."""
     types: dict[str, Any] = {} if cache == "auto" else dict(zip(CACHE_SETTINGS, 2 * cache.split(",")))
     far = "from disk" if url is None else "from Redis"
     times: dict[str, list[float]] = {"computed": [], far: [], "from memory": []}
-    one, size, plain, engine_bytes = SamplingParams(temperature=0, max_tokens=1), 0, 1.0, 0
+    one, size, engine_bytes, alone, before = SamplingParams(temperature=0, max_tokens=1), 0, 0, list[float](), 0.0
     for number in range(rounds):
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=at) as folder:
             for ways in (("computed",), (far, "from memory")):
                 place: Any = (
                     {"prompt_cache_path": Path(folder) / "blocks"} if url is None else {"prompt_cache_url": url}
@@ -130,23 +152,32 @@ def kept(model: str, cache: str, tokens: int, rounds: int, url: str | None) -> N
                     if url is not None and far not in ways:
                         engine.reset_prefix_cache()
                         time.sleep(1)
+                    paths = sorted(Path(folder).glob("*/*/*/*"), key=lambda path: path.stat().st_mtime_ns)
                     for way in ways:
+                        if cold and way == far:
+                            forgotten(paths)
+                            before = read_alone(paths)[1]
+                            forgotten(paths)
                         began = time.perf_counter()
                         engine.generate([prompt], one, use_tqdm=False)
                         times[way].append(time.perf_counter() - began)
+                        if way == far:
+                            if cold:
+                                forgotten(paths)
+                            size, seconds = read_alone(paths)
+                            alone.append(statistics.mean((before, seconds)) if cold else seconds)
                     engine_bytes = engine.stats().kept_block_bytes
-            paths = [path for path in Path(folder).glob("*/*/*/*") if path.is_file()]
-            began = time.perf_counter()
-            size = sum(len(path.read_bytes()) for path in paths)
-            plain = time.perf_counter() - began
             size = size or engine_bytes
     print(f"{'a prompt of ' + str(tokens):>20} {'ms':>9} {'times as fast':>14}   medians of {rounds}")
     for way, own in times.items():
         ratio = statistics.median(one / other for one, other in zip(times["computed"], own))
         print(f"{way:>20} {statistics.median(own) * 1e3:9.1f} {ratio:14.1f}")
-    more = statistics.median(times[far]) - statistics.median(times["from memory"])
-    alone = f", {size / plain / 1e9:.2f} as plain files" if url is None else ""
-    print(f"{size / 1e6:.0f} MB: {size / more / 1e9:.2f} GB/s as blocks{alone}")
+    more = [disk - memory for disk, memory in zip(times[far], times["from memory"])]
+    rates = f"{size / 1e6:.0f} MB: {size / statistics.median(more) / 1e9:.2f} GB/s as blocks"
+    if url is None:
+        share = statistics.median(plain / blocks for plain, blocks in zip(alone, more))
+        rates += f", {size / statistics.median(alone) / 1e9:.2f} as plain files{' that were cold' * cold}: {share:.2f}"
+    print(rates)
 
 
 def main() -> int:
@@ -160,10 +191,12 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=2000, help="of a needle's text")
     parser.add_argument("--texts", type=int, default=3, help="with needles")
     parser.add_argument("--url", help="of Redis, in the place of a folder")
+    parser.add_argument("--cold", action="store_true", help="from the disk, not from the system's memory")
+    parser.add_argument("--folder", metavar="DIR", help="where blocks are kept meanwhile, in the place of /tmp")
     options = parser.parse_args()
     if options.what == "disk":
         for cache in options.cache:
-            kept(options.model, cache, options.tokens, options.rounds or 3, options.url)
+            kept(options.model, cache, options.tokens, options.rounds or 3, options.url, options.cold, options.folder)
     elif options.what == "step":
         steps(options.model, options.depth, options.cache, options.rounds or 48)
     else:

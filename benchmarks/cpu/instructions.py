@@ -6,7 +6,9 @@
 
 For processors that are not at hand, where time means nothing. The kernel that multiplies a tile is compiled for a
 level, and the instructions of its innermost loops are counted: they are what runs for each group of a row's weights.
-Divided by their products, of a weight and an activation each. A load in an instruction counts with it.
+Divided by their products, of a weight and an activation each. A load in an instruction counts with it. Where registers
+are short, eight rows and more are multiplied after a tile was unpacked and before its sums are scaled, in loops of
+their own: of quantised types the loop of products alone is counted there.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from candle_vllm.core.kernels.cpu_runtime.compiler import assembly
 from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Level
 from candle_vllm.core.kernels.packed_linear import PackedKind
 from candle_vllm.core.kernels.packed_linear import cpu as packed
+from candle_vllm.core.kernels.packed_linear.cpu_panel import blocks
 from candle_vllm.core.kernels.plain_linear import PlainKind
 from candle_vllm.core.kernels.plain_linear import cpu as plain
 
@@ -59,16 +62,20 @@ def per_weight(kind: str, level: Level, rows: int) -> float:
         tiles = 2 if level.isa.wide and rows == 8 else 1
         text = assembly(_plain(int(PlainKind[kind]), rows, tiles, int(level.isa)), level)
     else:
-        text = assembly(_packed(int(PackedKind[kind]), rows, int(level.isa)), level)
-    found = [line for loop in loops(text) for line in loop]
-    return len(found) / sum(products(line, plain=plain) for line in found)
+        text = assembly(_packed(int(PackedKind[kind]), rows, level), level)
+    found = [[sum(products(line, plain=plain) for line in loop), len(loop)] for loop in loops(text)]
+    if not plain and rows > blocks(level.isa)[0]:
+        found = [loop for loop in found if loop[0]]
+    made, lines = map(sum, zip(*found))
+    return lines / made
 
 
-def _packed(KIND: int, BLOCK: int, ISA: int) -> Any:
-    multiply = packed.multiply
+def _packed(KIND: int, rows: int, level: Level) -> Any:
+    ISA, BLOCK = int(level.isa), min(rows, blocks(level.isa)[0])
+    multiply, PANELS = packed.multiply, rows // BLOCK
 
-    def kernel(weights: int, panel: int, out: int, groups: int, ahead: int) -> None:
-        multiply(KIND, BLOCK, ISA, weights, panel, out, groups, ahead)
+    def kernel(weights: int, panel: int, out: int, groups: int, ahead: int, scratch: int) -> None:
+        multiply(KIND, ISA, BLOCK, weights, panel, PANELS, out, groups, ahead, scratch)
 
     return kernel
 

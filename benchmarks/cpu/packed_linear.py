@@ -5,9 +5,10 @@
         [--level avx2]
 
 A plan of as many different matrices as fill `--megabytes` is run several times; the fastest and the median round count.
-`gops` are multiplications and additions, `gbps` the packed bytes of the weights, `blocks` the forms of the kernel that
-take the rows. `--ahead` measures several distances at which weights are asked for, in turns (this CPU's alone, unless
-given); `of_first` is the median of the rounds' ratios to the first. With `--pack`, the time to pack a GGUF
+`gops` are multiplications and additions, `gbps` the packed bytes of the weights, `file_gbps` the file's, `blocks` the
+forms of the kernel that take the rows. A type is measured as it is packed here, or a layout (IQ3_S_CODES).
+`--ahead` measures several distances at which weights are asked for, in turns (this CPU's alone, unless given);
+`of_first` is the median of the rounds' ratios to the first. With `--pack`, the time to pack a GGUF
 matrix of 16 million weights of each type as well.
 """
 
@@ -24,7 +25,7 @@ from candle_vllm.core.kernels.cpu_runtime.level import bytes_ahead, host_isa, ho
 from candle_vllm.core.kernels.cpu_runtime.operation import address_of, plan_row, use_level
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
-from candle_vllm.core.kernels.packed_linear import PackedKind, PackedMatrix, pack
+from candle_vllm.core.kernels.packed_linear import PackedKind, PackedMatrix, host_kind, pack
 from candle_vllm.core.kernels.packed_linear.layout import LAYOUTS, ROWS, linear_arguments, linear_operation
 from candle_vllm.core.kernels.packed_linear.reference import quantise
 from candle_vllm.core.quantization import ggml
@@ -47,11 +48,17 @@ def main() -> None:
     use_level(options.level)
     team = ThreadTeam(options.threads)
     for name in options.kinds:
-        kind = PackedKind[name]
+        types = GGMLQuantizationType.__members__
+        kind = host_kind(types[name]) if name in types else PackedKind[name]
         start = time.perf_counter()
         operation = linear_operation(kind, host_isa())
         compiled = time.perf_counter() - start
-        report = {"kernel": "packed_linear", "kind": name, "level": host_level().name, "compile_s": round(compiled, 2)}
+        report = {
+            "kernel": "packed_linear",
+            "kind": kind.name,
+            "level": host_level().name,
+            "compile_s": round(compiled, 2),
+        }
         if options.pack:
             report["pack_s_per_16M"] = round(_pack_time(kind), 4)
         for rows in options.rows:
@@ -87,6 +94,7 @@ def _measure(team: ThreadTeam, operation: int, kind: PackedKind, rows: int, opti
             start = time.perf_counter()
             team.run(table, copies)
             times[ahead].append((time.perf_counter() - start) / copies)
+    block, stored = ggml.block_layout(kind.type)
     firsts, reports = times[options.ahead[0]], []
     for ahead, found in times.items():
         best = min(found[1:])
@@ -102,6 +110,7 @@ def _measure(team: ThreadTeam, operation: int, kind: PackedKind, rows: int, opti
                 "of_first": round(statistics.median(one / first for one, first in zip(found[1:], firsts[1:])), 3),
                 "gops": round(2e-9 * rows * n * k / best, 1),
                 "gbps": round(1e-9 * size / best, 1),
+                "file_gbps": round(1e-9 * (n * k // block * stored) / best, 1),
                 "bits_per_weight": size * 8 / (-(-n // ROWS) * ROWS * k),
             }
         )
@@ -126,13 +135,13 @@ def _random_matrix(kind: PackedKind, n: int, k: int, memory: WeightMemory) -> Pa
 
 def _pack_time(kind: PackedKind) -> float:
     """Seconds to pack 4096 x 4096 weights, best of three."""
-    ggml_type = GGMLQuantizationType[kind.name]
+    ggml_type = kind.type
     size, width = ggml.block_layout(ggml_type)
     raw = np.zeros(4096 * 4096 // size * width, np.uint8)
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        pack(raw, ggml_type, 4096, 4096)
+        pack(raw, ggml_type, 4096, 4096, kind=kind)
         times.append(time.perf_counter() - start)
     return min(times)
 

@@ -14,7 +14,16 @@ import pytest
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
-from candle_vllm.core.kernels.packed_linear import PackedKind, PackedMatrix, dequantise, pack, packed_kind, reference
+from candle_vllm.core.kernels.packed_linear import (
+    PackedKind,
+    PackedMatrix,
+    dequantise,
+    grids,
+    host_kind,
+    pack,
+    packed_kind,
+    reference,
+)
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_blocks import CONTENTS
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType as GgmlType
@@ -42,7 +51,12 @@ from candle_vllm.core.kernels.packed_linear import cpu, layout
 
 COLUMNS = 768
 each_kind = pytest.mark.parametrize("kind", list(PackedKind), ids=lambda kind: kind.name)
-RARELY = (PackedKind.Q8_K, PackedKind.TQ2_0, PackedKind.Q1_0)  # compiled for the exhaustive run alone
+IN_CODES = [PackedKind[f"{name}_CODES"] for name in grids.FORMATS]
+USUAL_CODES = (PackedKind.IQ3_S_CODES, PackedKind.IQ2_S_CODES)  # of four bits, and of three with two scales
+RARELY = (  # compiled for the exhaustive run alone
+    *(PackedKind.Q8_K, PackedKind.TQ2_0, PackedKind.Q1_0),
+    *(kind for kind in IN_CODES if kind not in USUAL_CODES),
+)
 each_compiled = pytest.mark.parametrize(
     "kind",
     [pytest.param(kind, marks=pytest.mark.every_case if kind in RARELY else ()) for kind in PackedKind],
@@ -58,9 +72,9 @@ def others(kind: PackedKind) -> list[Level]:
 def random_bytes(kind: PackedKind, rows: int, columns: int, seed: int = 0) -> np.ndarray:
     """Blocks with random codes and scales of either sign, uint8 [rows * bytes]."""
     random = np.random.default_rng(seed)
-    size, width = ggml.block_layout(GgmlType[kind.name])
+    size, width = ggml.block_layout(kind.type)
     raw = random.integers(0, 256, (rows, columns // size, width), dtype=np.uint8)
-    if kind is PackedKind.IQ1_M:  # the float is in the highest bits of four words; 1 to 2, of either sign
+    if kind.type is GgmlType.IQ1_M:  # the float is in the highest bits of four words; 1 to 2, of either sign
         words = raw[:, :, 48:].view(np.uint16)
         words[:] = words & 0x0FFF | words & np.array([0xF000, 0xF000, 0xF000, 0x8000], np.uint16)
         words[:, :, 2] = words[:, :, 2] & 0x3FFF | 0xC000
@@ -85,7 +99,7 @@ def random_bytes(kind: PackedKind, rows: int, columns: int, seed: int = 0) -> np
 
 @functools.cache
 def packed(kind: PackedKind, rows: int, columns: int) -> PackedMatrix:
-    return pack(random_bytes(kind, rows, columns), GgmlType[kind.name], rows, columns)
+    return pack(random_bytes(kind, rows, columns), kind.type, rows, columns, kind=kind)
 
 
 @functools.cache
@@ -141,13 +155,13 @@ def read_rows(team: ThreadTeam, matrix: PackedMatrix, ids: np.ndarray) -> np.nda
 @pytest.mark.parametrize(("rows", "columns"), [(1, 256), (17, 768), (48, 512)])
 def test_packing_keeps_every_number(kind, rows, columns):
     raw = random_bytes(kind, rows, columns)
-    wanted = ggml.dequantize(raw, GgmlType[kind.name], (rows, columns))
-    matrix = pack(raw, GgmlType[kind.name], rows, columns)
+    wanted = ggml.dequantize(raw, kind.type, (rows, columns))
+    matrix = pack(raw, kind.type, rows, columns, kind=kind)
     assert np.array_equal(dequantise(matrix), wanted)
     if kind.name not in ("Q8_K", "Q1_0"):  # which the library does not decode
         assert np.array_equal(wanted.reshape(-1), gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(kind.type)))
     assert address_of(matrix.data) % 64 == 0
-    assert rows % 16 or matrix.nbytes <= 1.04 * raw.nbytes
+    assert rows % 16 or kind in IN_CODES or matrix.nbytes <= 1.04 * raw.nbytes
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
@@ -185,17 +199,35 @@ def test_every_quantised_type_keeps_its_size():
     """But for Q8_1, which stands in no file."""
     for ggml_type in set(GgmlType) - ggml.PLAIN_TYPES - {GgmlType.Q8_1}:
         size, width = ggml.block_layout(ggml_type)
-        matrix = pack(np.zeros(16 * 512 // size * width, np.uint8), ggml_type, 16, 512)
+        matrix = pack(np.zeros(16 * 512 // size * width, np.uint8), ggml_type, 16, 512, kind=packed_kind(ggml_type))
         assert matrix.kind.type is ggml_type
         assert matrix.nbytes <= 1.04 * (16 * 512 // size * width)
     with pytest.raises(UnsupportedModelError, match="Q8_1"):
         packed_kind(GgmlType.Q8_1)
 
 
+def test_grids_become_codes_where_their_lists_would_be_gathered(monkeypatch):
+    for level in LEVELS:
+        monkeypatch.setattr(layout, "host_isa", lambda level=level: level.isa)
+        for kind in IN_CODES:
+            assert host_kind(kind.type) is (packed_kind(kind.type) if level.isa & Isa.VBMI else kind)
+        assert host_kind(GgmlType.Q4_K) is PackedKind.Q4_K
+    matrix = pack(random_bytes(PackedKind.IQ3_S, 16, 512), GgmlType.IQ3_S, 16, 512)
+    assert matrix.kind is PackedKind.IQ3_S_CODES
+    assert matrix.nbytes == 16 * 512 * 4.375 / 8
+    assert packed(PackedKind.IQ2_XXS_CODES, 16, 512).nbytes == 16 * 512 * 3.375 / 8
+
+
+@pytest.mark.parametrize("kind", IN_CODES, ids=lambda kind: kind.name)
+def test_codes_name_every_number_of_a_list(kind):
+    of_codes = layout.LAYOUTS[kind]
+    assert isinstance(of_codes, layout.TileLayout)
+    assert of_codes.values == tuple(sorted(set(grids.values(kind.type.name)) - {0}))
+
+
 @pytest.fixture
 def no_compiler(monkeypatch):
-    module = importlib.import_module("candle_vllm.core.kernels.packed_linear.pack")
-    monkeypatch.setattr(module, "has_compiler", lambda: False)
+    monkeypatch.setattr(layout, "has_compiler", lambda: False)
 
 
 @pytest.mark.parametrize("name", ["IQ2_XXS", "TQ1_0", "NVFP4"])
@@ -292,7 +324,22 @@ def test_every_level_gives_the_same_bits(kind, level, lone_thread):
         assert same_bits(part, whole[:rows])
 
 
-@pytest.mark.parametrize("name", ["IQ4_NL", "IQ2_XXS"])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.every_case if kind in RARELY else ()) for kind in IN_CODES],
+    ids=lambda kind: kind.name,
+)
+def test_codes_have_the_bits_of_grids(kind, team):
+    raw, inputs = random_bytes(kind, 63, COLUMNS), activations(63, COLUMNS)
+    in_grids, in_codes = (pack(raw, kind.type, 63, COLUMNS, kind=each) for each in (packed_kind(kind.type), kind))
+    for rows in (1, 4, 8, 63):
+        some = tuple(part[:rows] for part in inputs)
+        assert same_bits(multiply(team, in_codes, some), multiply(team, in_grids, some))
+    ids = np.arange(63)
+    assert same_bits(read_rows(team, in_codes, ids), read_rows(team, in_grids, ids))
+
+
+@pytest.mark.parametrize("name", ["IQ4_NL", "IQ2_XXS", "IQ2_S_CODES"])
 def test_codes_are_looked_up_alike_on_other_processors(name, lone_thread):
     matrix, inputs = packed(PackedKind[name], 17, 256), activations(5, 256)
     wanted = multiply(lone_thread, matrix, inputs)

@@ -21,7 +21,7 @@ def random_blocks(kind: GGMLQuantizationType) -> np.ndarray:
 
 
 def test_every_type_that_kernels_multiply_has_a_row() -> None:
-    assert {kind.type for kind in PackedKind if kind.name not in FORMATS} <= set(CONTENTS)
+    assert {kind.type for kind in PackedKind if kind.type.name not in FORMATS} <= set(CONTENTS)
 
 
 @each_type

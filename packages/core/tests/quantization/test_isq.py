@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny import write_tiny
 
 from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, SamplingParams, WeightsError
-from candle_vllm.core.assembly.isq import quantised_in_situ
+from candle_vllm.core.assembly.isq import in_situ, quantised_in_situ
 from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.config import ISQ_NAMES
 from candle_vllm.core.kernels.gguf_linear import GgufMatrix
@@ -28,6 +28,7 @@ from candle_vllm.core.kernels.gguf_linear.reference import dequantise
 from candle_vllm.core.kernels.torch_numbers import NAMES
 from candle_vllm.core.kernels.weight_quant import rows
 from candle_vllm.core.kernels.weight_quant.rows import ISQ_TYPES, quantise
+from candle_vllm.core.kernels.weight_quant.searches import SIMPLE
 from candle_vllm.core.layers.parameters import MatrixParameter, Placement
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.loading.views import row_part, transposed
@@ -79,6 +80,37 @@ def test_every_type_loads_and_its_kernels_agree_with_the_decoded_weights(name: s
     compiled, decoded = answer(folder, isq=name), answer(folder, isq=name, enforce_eager=True)
     assert f"{ISQ_TYPES[name].name} x" in compiled[2] == decoded[2]
     assert abs(compiled[1][0] - decoded[1][0]).max() < 0.2  # the compiled kernels have 8-bit activations
+
+
+@pytest.mark.parametrize("name", few(ISQ_NAMES, *(name for name in ISQ_NAMES if name not in ("q8_0", "q4k", "iq4_xs"))))
+@pytest.mark.parametrize("weighed", [False, True])
+def test_a_part_is_quantised_as_the_whole_is(name: str, weighed: bool, tmp_path: Path) -> None:
+    """Rows in any order, and columns at the borders of blocks, have the bytes of the whole; nothing else is read."""
+    kind, numbers = ISQ_TYPES[name], np.random.default_rng(7)
+    size, width = ggml.block_layout(kind)
+    weights = torch.from_numpy(numbers.standard_normal((6, 4 * 256), np.float32)).to(torch.bfloat16)
+    importance = numbers.random((1, 4 * 256), np.float32) + 0.1 if weighed and kind.name not in SIMPLE else None
+    bad = weights.clone()
+    bad[[0, 4]] = torch.nan  # rows of others
+    bad[:, :256] = torch.nan
+    bad[:, 768:] = torch.nan
+    save_file({"w": weights, "bad": bad}, tmp_path / "model.safetensors")
+    with open_safetensors(tmp_path) as checkpoint:
+        whole, hurt = (in_situ(checkpoint.tensors[each], kind, importance) for each in ("w", "bad"))
+        blocks = slice(256 // size * width, 768 // size * width)
+        with pytest.raises(WeightsError, match="cannot be quantised"):
+            hurt.rows(1, 4).raw()
+        right = whole.raw()
+        for cut, rows_of in (
+            (hurt.rows(1, 4).columns(256, 768), slice(1, 4)),
+            (hurt.columns(256, 768).rows(1, 4), slice(1, 4)),
+            (hurt.select(np.array([5, 2, 3])).columns(256, 768), [5, 2, 3]),
+        ):
+            part = right[rows_of][:, blocks]
+            assert np.array_equal(cut.raw(), part)
+            assert (cut.shape, cut.nbytes, cut.type_name) == ((3, 512), part.nbytes, whole.type_name)
+        with pytest.raises(WeightsError, match="cannot be cut"):
+            whole.columns(16, 512)
 
 
 def test_what_becomes_what(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -28,7 +28,7 @@ def stored(*exponents: int) -> np.ndarray:
 
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("candle_vllm.core.kernels.packed_linear.pack")
+    module = importlib.import_module("candle_vllm.core.kernels.packed_linear.layout")
     monkeypatch.setattr(module, "has_compiler", lambda: False)
 
 

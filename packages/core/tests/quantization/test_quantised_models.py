@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,11 +39,14 @@ from candle_vllm.core.assembly.placement import choose_placement, memory_of
 from candle_vllm.core.engine.eager_runner import EagerRunner
 from candle_vllm.core.errors import ConfigError, InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.kernels import packed_linear, plain_linear, scaled_linear
+from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
+from candle_vllm.core.kernels.packed_linear import layout as packed_layout
 from candle_vllm.core.kernels.scaled_linear import ScaledMatrix
 from candle_vllm.core.layers.parameters import MatrixParameter, Placement
 from candle_vllm.core.loading.quantised import read_quantised
 from candle_vllm.core.loading.safetensors import open_safetensors
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 
 TOKENS = some_tokens(20)
 CHUNKS = [13, 6, 1]
@@ -150,6 +154,16 @@ def test_what_is_decoded_is_said(folders: Folders, caplog: pytest.LogCaptureFixt
     assert len(lines) == 1, "a line for each reason"
     assert "14 quantised tensors" in lines[0]
     assert "a scale for 20 columns has no kernel" in lines[0]
+
+
+@pytest.mark.parametrize(("name", "bits"), [("Q4_K", 4.625), ("IQ3_S", 4.375), ("IQ2_XXS", 3.375)])
+def test_memory_of_gguf_types_is_that_of_their_layouts(name: str, bits: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_layout, "host_isa", lambda: Isa.AVX2)
+    tensor = SimpleNamespace(
+        dtype=None, span=None, block_type=GGMLQuantizationType[name], shape=(32, 512), numel=32 * 512
+    )
+    checkpoint: Any = SimpleNamespace(tensors={"weight": tensor})
+    assert memory_of(Placement(CPU, "F32", WeightMemory()), checkpoint) == 32 * 512 * bits / 8
 
 
 def test_memory_is_that_of_what_is_kept(folders: Folders) -> None:

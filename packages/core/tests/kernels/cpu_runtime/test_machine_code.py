@@ -156,7 +156,7 @@ def test_every_function_that_is_asked_for_can_travel() -> None:
             named |= set(re.findall(r'"(\w+\.(?:cpu|walk)\w*:\w+)"', path.read_text()))
     listed = {code for code, _ in travelling.functions(~Isa.GENERIC)}
     assert len(named) > 20
-    assert named == listed
+    assert named == listed | {"packed_linear.cpu_grids:make_codes"}  # of types whose kernels do not travel either
 
 
 def test_every_function_that_travels_is_there() -> None:

@@ -38,6 +38,7 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
     SQUARE,
     STRIP,
     TILE_LIST,
+    TILES,
     VALUE_TILES,
     CacheKind,
     key_bytes,
@@ -64,12 +65,12 @@ from candle_vllm.core.kernels.attention.cpu_squares import (
     value_squares,
 )
 from candle_vllm.core.kernels.attention.cpu_tiles import (
-    TILES,
     add_sink,
     cap_scores,
     clear_partial,
     copy_query,
     finish_partial,
+    in_floats,
     merge_partial,
     place_of,
     score_tiles,
@@ -156,16 +157,17 @@ def _softmax(
     rows: int,
     dim: int,
     kind: int,
+    isa: int,
 ) -> None:
     """Probabilities of up to 4 rows."""
     if rows == 4:
-        softmax_rows(scores, to, tiles, positions, start, window, partials, 4, dim, kind)
+        softmax_rows(scores, to, tiles, positions, start, window, partials, 4, dim, kind, isa)
     elif rows == 3:
-        softmax_rows(scores, to, tiles, positions, start, window, partials, 3, dim, kind)
+        softmax_rows(scores, to, tiles, positions, start, window, partials, 3, dim, kind, isa)
     elif rows == 2:
-        softmax_rows(scores, to, tiles, positions, start, window, partials, 2, dim, kind)
+        softmax_rows(scores, to, tiles, positions, start, window, partials, 2, dim, kind, isa)
     else:
-        softmax_rows(scores, to, tiles, positions, start, window, partials, 1, dim, kind)
+        softmax_rows(scores, to, tiles, positions, start, window, partials, 1, dim, kind, isa)
 
 
 @njit(inline="always")
@@ -205,6 +207,7 @@ def _gather_queries(
     position: int,
     stride: int,
     dim: int,
+    wide: int,
 ) -> None:
     """Copies a tile's query rows beside each other and notes their positions, and the last ones that they see.
 
@@ -216,7 +219,7 @@ def _gather_queries(
         at[i] = at[ROW_TILE + i] = position + t
         if ahead != 0:
             at[ROW_TILE + i] += int64_at(ahead)[token + t]
-        copy_query(to + i * 2 * dim, q + (token + t) * stride + h * 2 * dim, dim)
+        copy_query(to + i * (4 if wide else 2) * dim, q + (token + t) * stride + h * 2 * dim, dim, wide)
         h += 1
         if h == group:
             h = 0
@@ -236,7 +239,7 @@ def _attend_rows(memory, chunk, to, size, rows, stride, cap, dim, keys_as, value
     if cap > 0:
         for j in range(rows):
             cap_scores(scores + j * SCORE_STRIDE, count, cap)
-    _softmax(scores, probabilities, count, positions, start, window, to, rows, dim, values_as)
+    _softmax(scores, probabilities, count, positions, start, window, to, rows, dim, values_as, isa)
     values, asked = tiles + VALUE_TILES, coming + VALUE_TILES
     _values(scores, probabilities, values, asked, keys, to, rows, dim, values_as, isa)
 
@@ -254,7 +257,7 @@ def _attend_square(memory, chunk, to, size, rows, stride, cap, dim, keys_as, val
             for i in range(some):
                 cap_scores(at + i * SCORE_STRIDE, count, cap)
         weights = probabilities + j * PROBABILITY_STRIDE
-        _softmax(at, weights, count, positions + 8 * j, start, window, to + j * size, some, dim, values_as)
+        _softmax(at, weights, count, positions + 8 * j, start, window, to + j * size, some, dim, values_as, isa)
     value_squares(probabilities, tiles + VALUE_TILES, count, to, dim)
 
 
@@ -269,6 +272,8 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
     row_bytes = 4 * partial_floats(head_dim)
     thread_bytes = scratch_per_thread(head_dim)
     query_bytes = 2 * head_dim
+    wide = int(in_floats(isa) and keys_as == CacheKind.BF16)
+    row_query = query_bytes << wide  # bytes of a query row in a tile
 
     def attend(row, thread, threads):
         given = read(AttendArguments, row)
@@ -280,7 +285,7 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
         coming = tiles + TILE_LIST
         positions = coming + TILE_LIST
         queries = positions + 16 * ROW_TILE
-        states = queries + ROW_TILE * query_bytes
+        states = queries + ROW_TILE * row_query
         parts = states + ROW_TILE * row_bytes
         scores = parts + SQUARE * row_bytes
         probabilities = scores + SQUARE * SCORE_STRIDE
@@ -334,6 +339,7 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                     context - tokens,
                     heads * query_bytes,
                     head_dim,
+                    wide,
                 )
                 seen = first_seen(at_position[0], window)
                 chunk = max(first_chunk + turn * run, chunk_of(seen))
@@ -389,7 +395,7 @@ def make_attend(head_dim: int, isa: int, keys_as: int, values_as: int) -> Callab
                         if size > 0 and not squares:
                             target = to + i * row_bytes
                         ask = coming if asked and i == 0 else tiles
-                        memory = queries + i * query_bytes, positions + 8 * i, tiles, ask, scores, probabilities
+                        memory = queries + i * row_query, positions + 8 * i, tiles, ask, scores, probabilities
                         seen_keys = start, keys, count, window
                         attend_block(
                             memory,

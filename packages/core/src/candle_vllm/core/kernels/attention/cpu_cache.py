@@ -134,6 +134,9 @@ def kinds_of(caches: tuple[np.ndarray, np.ndarray], head_dim: int, block_size: i
 ROWS = 4  # query rows that share a load
 
 
+TILES = 4  # key tiles that share one
+
+
 SQUARE = 16  # query rows of AMX's registers
 
 
@@ -189,7 +192,7 @@ def chunk_of(position: int) -> int:
 def scratch_per_thread(head_dim: int) -> int:
     """Scratch memory of one thread: what `cpu.make_attend` puts there, in its order."""
     row = 4 * partial_floats(head_dim)
-    rows = ROW_TILE * (16 + 2 * head_dim + row) + SQUARE * (SCORE_STRIDE + PROBABILITY_STRIDE + row)
+    rows = ROW_TILE * (16 + 4 * head_dim + row) + SQUARE * (SCORE_STRIDE + PROBABILITY_STRIDE + row)
     return -(-(2 * TILE_LIST + rows + 2 * LANES * head_dim + 64) // 128) * 128
 
 

@@ -31,6 +31,7 @@ tells keys apart, as in Qwen2, the rounding would hide the rest behind it. Sourc
 from __future__ import annotations
 
 import math
+from functools import reduce
 from typing import Any
 
 from llvmlite import ir
@@ -42,6 +43,7 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
     CHUNK,
     PROBABILITY_STRIDE,
     SCORE_STRIDE,
+    TILES,
     CacheKind,
     code_bytes,
     partial_floats,
@@ -51,8 +53,8 @@ from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_larger, emi
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 
 BIAS = {CacheKind.Q8_0: 128, CacheKind.Q4_0: 8, CacheKind.Q5_1: 0}
+_LARGEST_CODE = {CacheKind.Q8_0: 255, CacheKind.Q4_0: 15, CacheKind.Q5_1: 31}
 _BITS = {CacheKind.Q8_0: 8, CacheKind.Q4_0: 4, CacheKind.Q5_1: 4}  # of a code, but for a fifth that stands apart
-_TILES = 4  # key tiles that share the load of a query word, as in `cpu_tiles`
 _LARGEST_HALF = 65504.0
 _LARGEST_WEIGHT = 16383.0
 _LEAST = 1e-30  # below it a block, or a chunk's weights, are zeros
@@ -87,6 +89,24 @@ def _fifths_of_values(e: Emitter, at: Any) -> list[Any]:
     return found
 
 
+def _in_turn(kind: CacheKind, isa: Isa) -> bool:
+    """Whether registers hold the sums of one tile of keys or half a value's dimensions, not of all.
+
+    Of codes of a byte, whose unpacking takes longest there, it is slower to read memory in that order.
+    """
+    return not isa.wide and kind is not CacheKind.Q8_0
+
+
+def _dots(e: Emitter, total: Any, codes: list[Any], words: list[Any], kind: CacheKind, isa: Isa) -> Any:
+    """total[lane] += all products of the lane's bytes of codes and of words, at most four of each."""
+    if not isa & Isa.AVX2 or isa & (Isa.AVX_VNNI | Isa.VNNI):
+        for code, word in zip(codes, words):
+            total = e.dot_u8_i8(total, code, word, isa, largest=_LARGEST_CODE[kind])
+        return total
+    products = [e.pairs_u8_i8(*both, isa) for both in zip(codes, words)]  # of which four are below 2^15
+    return e.dot_i16(total, e.b.bitcast(reduce(e.b.add, products), vector(I32)), e.constant(I32, 0x00010001), isa)
+
+
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -94,23 +114,46 @@ def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
     """As `cpu_tiles.score_tiles`, of quantised queries and keys."""
     b = e.b
     queries, tiles_at, coming_at, stride, scores = args
-    tiles, coming = ([e.load(at, I64, 8 * n) for n in range(_TILES)] for at in (tiles_at, coming_at))
     words = 8 * BLOCK * _BITS[kind] // 256  # of a block
     parts = 8 // words
     lines = words + 1 if kind is CacheKind.Q5_1 else words
     scales = b.mul(stride, e.int64(d // BLOCK * lines))
     for row in range(m):
-        for n in range(_TILES):
+        for n in range(TILES):
             e.store(scores, e.zeros(F32), SCORE_STRIDE * row + 4 * LANES * n)
 
+    def begins(number: Any) -> tuple[list[Any], list[Any], Any]:
+        """The rows' sums in a block, what sums of products begin at, and where the block's scales stand."""
+        of_block = b.add(queries, b.shl(number, e.int64(2)))
+        sums = [e.splat(e.load(of_block, I32, 2 * d * row + d + d // 8)) for row in range(m)]
+        place = number if kind.has_minima else b.lshr(number, e.int64(1))
+        return sums, [b.mul(each, e.constant(I32, -BIAS[kind])) for each in sums], b.add(scales, b.mul(place, stride))
+
+    def add(number: Any, place: Any, tile: Any, target: Any, sums: list[Any], totals: list[Any]) -> None:
+        """Adds a block's totals to the scores of a tile."""
+        of_block, shift = b.add(queries, b.shl(number, e.int64(2))), e.zeros(I32)
+        if not kind.has_minima:
+            shift = e.splat(b.trunc(b.shl(b.and_(number, e.int64(1)), e.int64(4)), I32))
+        word_of_halves = e.load(b.add(tile, place), vector(I32))
+        scale = _half_of(e, word_of_halves, shift)
+        for row, total in enumerate(totals):
+            of_query = e.splat(e.load(of_block, F32, 2 * d * row + d))
+            score = e.load(target, vector(F32), SCORE_STRIDE * row)
+            if kind.has_minima:
+                minimum = _half_of(e, word_of_halves, e.constant(I32, 16))
+                score = e.fma(b.sitofp(sums[row], vector(F32)), b.fmul(minimum, of_query), score)
+            score = e.fma(b.sitofp(total, vector(F32)), b.fmul(scale, of_query), score)
+            e.store(target, score, SCORE_STRIDE * row)
+
     def block(number: Any, state: list[Any]) -> list[Any]:
+        tiles, coming = ([e.load(at, I64, 8 * n) for n in range(TILES)] for at in (tiles_at, coming_at))
         first = b.mul(number, e.int64(lines))
 
         def word(index: Any, state: list[Any]) -> list[Any]:
-            totals, bits = state[: m * _TILES], state[m * _TILES :]
+            totals, bits = state[: m * TILES], state[m * TILES :]
             line = b.mul(b.add(first, index), stride)
             at = b.add(queries, b.add(b.mul(number, e.int64(BLOCK)), b.mul(index, e.int64(4 * parts))))
-            fifths = [_fifths_of_keys(e, each) for each in bits] or [[]] * _TILES
+            fifths = [_fifths_of_keys(e, each) for each in bits] or [[]] * TILES
             for tile in coming:
                 e.prefetch(b.add(tile, line))
             loaded = [e.load(b.add(tile, line), vector(I32)) for tile in tiles]
@@ -118,41 +161,51 @@ def emit_scores(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
             for part in range(parts):
                 rows = [e.splat(e.load(at, I32, 2 * d * row + 4 * part)) for row in range(m)]
                 totals = [
-                    e.dot_u8_i8(totals[_TILES * row + n], keys[n][part], rows[row], isa)
+                    e.dot_u8_i8(totals[TILES * row + n], keys[n][part], rows[row], isa, largest=_LARGEST_CODE[kind])
                     for row in range(m)
-                    for n in range(_TILES)
+                    for n in range(TILES)
                 ]
             return totals + [b.lshr(each, e.constant(I32, 2)) for each in bits]
 
-        of_block = b.add(queries, b.shl(number, e.int64(2)))
-        sums = [e.splat(e.load(of_block, I32, 2 * d * row + d + d // 8)) for row in range(m)]
-        bias = e.constant(I32, -BIAS[kind])
-        begin = [b.mul(each, bias) for each in sums]
+        sums, begin, place = begins(number)
         last = b.mul(b.add(first, e.int64(words)), stride)
         bits = [e.load(b.add(tile, last), vector(I32)) for tile in tiles] if kind is CacheKind.Q5_1 else []
-        totals = e.loop(e.int64(words), [begin[row] for row in range(m) for _ in range(_TILES)] + bits, word)
-        pair, shift = number, e.zeros(I32)
-        if not kind.has_minima:
-            pair = b.lshr(number, e.int64(1))
-            shift = e.splat(b.trunc(b.shl(b.and_(number, e.int64(1)), e.int64(4)), I32))
-        pair = b.add(scales, b.mul(pair, stride))
-        of_query = [e.splat(e.load(of_block, F32, 2 * d * row + d)) for row in range(m)]
+        totals = e.loop(e.int64(words), [begin[row] for row in range(m) for _ in range(TILES)] + bits, word)
         for tile in coming:
-            e.prefetch(b.add(tile, pair))
+            e.prefetch(b.add(tile, place))
         for n, tile in enumerate(tiles):
-            word_of_halves = e.load(b.add(tile, pair), vector(I32))
-            scale = _half_of(e, word_of_halves, shift)
-            for row in range(m):
-                at = SCORE_STRIDE * row + 4 * LANES * n
-                score = e.load(scores, vector(F32), at)
-                if kind.has_minima:
-                    minimum = _half_of(e, word_of_halves, e.constant(I32, 16))
-                    score = e.fma(b.sitofp(sums[row], vector(F32)), b.fmul(minimum, of_query[row]), score)
-                product = b.sitofp(totals[_TILES * row + n], vector(F32))
-                e.store(scores, e.fma(product, b.fmul(scale, of_query[row]), score), at)
+            add(number, place, tile, b.add(scores, e.int64(4 * LANES * n)), sums, totals[n : m * TILES : TILES])
         return state
 
-    e.loop(e.int64(d // BLOCK), [], block)
+    def block_in_turn(number: Any, state: list[Any]) -> list[Any]:
+        first, of_block = b.mul(number, e.int64(lines)), b.add(queries, b.mul(number, e.int64(BLOCK)))
+        lines_at = [b.mul(b.add(first, e.int64(index)), stride) for index in range(lines)]
+        sums, begin, place = begins(number)
+
+        def of_tile(n: Any, state: list[Any]) -> list[Any]:
+            tile, coming = (e.load(b.add(at, b.shl(n, e.int64(3))), I64) for at in (tiles_at, coming_at))
+            totals = list(begin)
+            for line in (*lines_at, place):
+                e.prefetch(b.add(coming, line))
+            for start in range(0, words, 2):
+                codes = list[Any]()
+                for index in (start, start + 1):
+                    fifths = list[Any]()
+                    if kind is CacheKind.Q5_1:
+                        bits = e.load(b.add(tile, lines_at[-1]), vector(I32))
+                        fifths = _fifths_of_keys(e, b.lshr(bits, e.constant(I32, 2 * index)))
+                    codes += _halves(e, e.load(b.add(tile, lines_at[index]), vector(I32)), kind, fifths)
+                for row in range(m):
+                    at = range(8 * start, 8 * start + 16, 4)
+                    four = [e.splat(e.load(of_block, I32, 2 * d * row + offset)) for offset in at]
+                    totals[row] = e.made_here(_dots(e, totals[row], codes, four, kind, isa), isa)
+            add(number, place, tile, b.add(scores, b.shl(n, e.int64(6))), sums, totals)
+            return state
+
+        e.loop(e.int64(TILES), [], of_tile)
+        return state
+
+    e.loop(e.int64(d // BLOCK), [], block_in_turn if _in_turn(kind, isa) else block)
 
 
 def _half_of(e: Emitter, words: Any, shift: Any) -> Any:
@@ -231,17 +284,31 @@ def emit_values(e: Emitter, args: Any, m: int, d: int, kind: CacheKind, isa: Isa
             for line in range(0, tile_codes, 64):
                 e.prefetch(b.add(coming, of_codes), line)
             e.prefetch(b.add(coming, of_scales), scales)
-            for group in range(LANES // 4):
-                parts, fifths = [], []
+
+            def unpacked(group: int) -> list[Any]:
+                """The codes of a group of four positions, of dimensions 0 to 15 and of 16 to 31."""
+                fifths = list[Any]()
                 if kind is CacheKind.Q5_1:
                     fifths = _fifths_of_values(e, b.add(codes, e.int64(whole_codes + LANES * group)))
-                for n in range(vectors):
-                    parts += _halves(e, e.load(codes, vector(I32), 64 * (vectors * group + n)), kind, fifths)
-                for row in range(m):
-                    for place, level in ((4 * row, 0), (4 * row + 2, CHUNK)):
-                        word = e.splat(e.load(at, I32, PROBABILITY_STRIDE * row + level + 4 * group))
-                        for n, part in enumerate(parts):
-                            totals[place + n] = e.dot_u8_i8(totals[place + n], part, word, isa)
+                loaded = [e.load(codes, vector(I32), 64 * (vectors * group + n)) for n in range(vectors)]
+                return [part for each in loaded for part in _halves(e, each, kind, fifths)]
+
+            groups = range(LANES // 4)
+            places = [(4 * row + 2 * low, PROBABILITY_STRIDE * row + CHUNK * low) for row in range(m) for low in (0, 1)]
+            if _in_turn(kind, isa):
+                for n in range(2):
+                    parts = [unpacked(group)[n] for group in groups]
+                    for place, start in places:
+                        words = [e.splat(e.load(at, I32, start + 4 * group)) for group in groups]
+                        totals[place + n] = e.made_here(_dots(e, totals[place + n], parts, words, kind, isa), isa)
+                return totals
+            for group in groups:
+                parts = unpacked(group)
+                for place, start in places:
+                    word = e.splat(e.load(at, I32, start + 4 * group))
+                    for n, part in enumerate(parts):
+                        found = e.dot_u8_i8(totals[place + n], part, word, isa, largest=_LARGEST_CODE[kind])
+                        totals[place + n] = found
             return totals
 
         totals = e.loop(count, [e.zeros(I32)] * (4 * m), lambda tile, totals: products(tile, list(totals)))

@@ -222,6 +222,8 @@ def attend_isa(isa: Isa, keys: CacheKind, values: CacheKind) -> Isa:
     if (keys, values) == PLAIN:
         return isa.bf16
     used = isa & (Isa.VNNI | Isa.AVX_VNNI)
+    if not used and {keys, values} & {CacheKind.Q4_0, CacheKind.Q5_1}:
+        used = isa & (Isa.AVX512 | Isa.AVX2 | Isa.NEON)
     return used | isa.bf16 & ~Isa.AMX if CacheKind.BF16 in (keys, values) else used
 
 

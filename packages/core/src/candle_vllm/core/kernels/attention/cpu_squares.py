@@ -18,8 +18,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from candle_vllm.core.kernels.attention.cpu_cache import PROBABILITY_STRIDE, SCORE_STRIDE, partial_floats
-from candle_vllm.core.kernels.attention.cpu_tiles import TILES
+from candle_vllm.core.kernels.attention.cpu_cache import PROBABILITY_STRIDE, SCORE_STRIDE, TILES, partial_floats
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I64, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.emit_squares import load_square, shape_squares, square_call, store_square
 from candle_vllm.core.kernels.cpu_runtime.level import LANES

@@ -28,6 +28,7 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
     ROW_TILE,
     SCORE_STRIDE,
     STRETCH_SHIFT,
+    TILES,
     CacheKind,
     partial_floats,
     state_at,
@@ -37,9 +38,19 @@ from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, I64, SHIFTE
 from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_larger, emit_largest_lane, emit_tanh
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 
-TILES = 4  # key tiles that share the load of a query pair
 NOTHING = -1e30  # the maximum of no scores; finite, so that exp2 of a difference of two of them is 1 and not NaN
+_RUN = 8  # most pairs of dimensions that some tiles go through before the others do, where not all share registers
 _BLOCKS = 5  # most vectors of a row's dimensions whose sums are held in registers
+
+
+def in_floats(isa: int) -> bool:
+    """Whether bfloat16 is widened and multiplied as float32, for want of an instruction for its products."""
+    return not Isa(isa).bf16
+
+
+def vectors_at_once(isa: Isa, rows: int) -> int:
+    """How many vectors of sums of each row registers hold: of 16 numbers, which are two registers of AVX2."""
+    return TILES if isa.wide else max(TILES // rows, 1)
 
 
 def vector_starts(head_dim: int) -> list[int]:
@@ -69,11 +80,11 @@ def score_tiles(
     kind: Any,
     isa: Any,
 ) -> Any:
-    """Scores of `rows` query rows (2 D bytes apart) with the keys of four tiles.
+    """Scores of `rows` query rows with the keys of four tiles.
 
-    `tiles` is the address of the four tiles' addresses, `coming` that of four which, if quantised, are asked for
-    meanwhile (or the same), `stride` the bytes from one pair of dimensions to the next; `rows`, `dim`, `kind` and
-    `isa` are constants.
+    The rows are as `copy_query` writes them. `tiles` is the address of the four tiles' addresses, `coming` that of four
+    which, if quantised, are asked for meanwhile (or the same), `stride` the bytes from one pair of dimensions to the
+    next; `rows`, `dim`, `kind` and `isa` are constants.
     """
     signature = types.void(*[types.int64] * 5, rows, dim, kind, isa)
     m, d, features = rows.literal_value, dim.literal_value, Isa(isa.literal_value)
@@ -85,25 +96,67 @@ def score_tiles(
             emit_scores(e, args[:5], m, d, stored, features)
             return context.get_dummy_value()
         tiles = [e.load(args[1], I64, 8 * n) for n in range(TILES)]
-
-        def body(pair: Any, totals: list[Any]) -> list[Any]:
-            at = b.add(args[0], b.shl(pair, e.int64(2)))
-            line = b.mul(pair, args[3])
-            k = [e.load(b.add(tile, line), vector(I32)) for tile in tiles]
-            queries = [e.splat(e.load(at, I32, 2 * d * row)) for row in range(m)]
-            return [
-                e.dot_bf16(totals[TILES * row + n], k[n], queries[row], features)
-                for row in range(m)
-                for n in range(TILES)
-            ]
-
-        totals = e.loop(e.int64(d // 2), [e.zeros(F32)] * (m * TILES), body)
-        for row in range(m):
-            for n in range(TILES):
-                e.store(args[4], totals[TILES * row + n], SCORE_STRIDE * row + 4 * LANES * n)
+        _scores(e, args, m, d, tiles, features)
         return context.get_dummy_value()
 
     return signature, code
+
+
+def _scores(e: Emitter, args: Any, m: int, d: int, tiles: list[Any], isa: Isa) -> None:
+    """`score_tiles` of bfloat16: as many tiles at once as registers hold, a run of dimensions after the other."""
+    b, queries, stride, scores, pairs, at_once = e.b, args[0], args[3], args[4], d // 2, vectors_at_once(isa, m)
+    run = pairs if at_once == TILES else next(n for n in range(min(_RUN, pairs), 0, -1) if pairs % n == 0)
+
+    def of_tiles(begin: Any, some: range) -> None:
+        places = [(row, n) for n in some for row in range(m)]
+
+        def body(index: Any, totals: list[Any]) -> list[Any]:
+            pair = b.add(begin, index)
+            line = b.mul(pair, stride)
+            products = [_pairs(e, e.load(b.add(tiles[n], line), vector(I32)), isa) for n in some]
+            factors = [_spread_pair(e, queries, pair, d * row, isa) for row in range(m)]
+            return [
+                _add_product(e, total, products[n - some.start], factors[row], isa)
+                for total, (row, n) in zip(totals, places)
+            ]
+
+        at = [SCORE_STRIDE * row + 4 * LANES * n for row, n in places]
+        totals = [e.zeros(F32) if run == pairs else e.load(scores, vector(F32), place) for place in at]
+        for total, place in zip(e.loop(e.int64(run), totals, body), at):
+            e.store(scores, total, place)
+
+    def of_run(number: Any, state: list[Any]) -> list[Any]:
+        for first in range(0, TILES, at_once):
+            of_tiles(b.mul(number, e.int64(run)), range(first, min(first + at_once, TILES)))
+        return state
+
+    if run < pairs:
+        for row in range(m):
+            for n in range(TILES):
+                e.store(scores, e.zeros(F32), SCORE_STRIDE * row + 4 * LANES * n)
+    e.loop(e.int64(pairs // run), [], of_run)
+
+
+def _pairs(e: Emitter, words: Any, isa: Isa) -> list[Any]:
+    """Pairs of bfloat16, <16 x i32>, as they are multiplied."""
+    return e.widened_pairs(words) if in_floats(isa) else [words]
+
+
+def _spread_pair(e: Emitter, numbers: Any, pair: Any, first: int, isa: Isa) -> list[Any]:
+    """A pair of a row's numbers, which begins `first` of them behind an address, in every lane: as `_pairs`."""
+    if not in_floats(isa):
+        return [e.splat(e.load(e.b.add(numbers, e.b.shl(pair, e.int64(2))), I32, 2 * first))]
+    at = e.b.add(numbers, e.b.shl(pair, e.int64(3)))
+    return [e.splat(e.load(at, F32, 4 * (first + half))) for half in range(2)]
+
+
+def _add_product(e: Emitter, total: Any, x: list[Any], y: list[Any], isa: Isa) -> Any:
+    """total[lane] += the two products of the lane's pairs."""
+    if not in_floats(isa):
+        return e.dot_bf16(total, *x, *y, isa)
+    for both in zip(x, y):
+        total = e.fma(*both, total)
+    return total
 
 
 def _seen_keys(e: Emitter, position: Any, last: Any, start: Any, window: Any) -> tuple[Any, Any]:
@@ -131,16 +184,17 @@ def softmax_rows(
     rows: Any,
     dim: Any,
     kind: Any,
+    isa: Any,
 ) -> Any:
     """exp2(score - m) for `rows` rows over 16 * tiles keys from position `start` on; hidden keys get 0.
 
-    They are bfloat16, or, for values of another `kind`, float32 in the place of the scores. `positions` is the address
-    of the rows' int64 positions, and `ROW_TILE` behind each is the last one that the row sees; `partials` is
-    that of their partial results, whose m and s are written; s sums the
-    rounded probabilities. `rows`, `dim` and `kind` are constants.
+    They are bfloat16, which `in_floats` has as float32 in the place of the scores, or, for values of another `kind`,
+    float32 there that is not rounded. `positions` is the address of the rows' int64 positions, and `ROW_TILE` behind
+    each is the last one that the row sees; `partials` is that of their partial results, whose m and s are written; s
+    sums the rounded probabilities. `rows`, `dim`, `kind` and `isa` are constants.
     """
-    signature = types.void(*[types.int64] * 7, rows, dim, kind)
-    m, d = rows.literal_value, dim.literal_value
+    signature = types.void(*[types.int64] * 7, rows, dim, kind, isa)
+    m, d, wide = rows.literal_value, dim.literal_value, in_floats(isa.literal_value)
     exact = CacheKind(kind.literal_value) is not CacheKind.BF16
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -178,7 +232,10 @@ def softmax_rows(
                 # To the nearest bfloat16, halves up: s sums the same rounded numbers, so this adds no bias.
                 bits = b.and_(b.add(bits, e.constant(I32, 0x8000)), e.constant(I32, -65536))
                 bits = b.select(seen(tile, row), bits, e.zeros(I32))
-                e.store(at, b.trunc(b.lshr(bits, e.constant(I32, 16)), vector(I16)), PROBABILITY_STRIDE * row)
+                if wide:
+                    e.store(b.add(args[0], b.shl(tile, e.int64(6))), bits, SCORE_STRIDE * row)
+                else:
+                    e.store(at, b.trunc(b.lshr(bits, e.constant(I32, 16)), vector(I16)), PROBABILITY_STRIDE * row)
                 results.append(b.fadd(totals[row], b.bitcast(bits, vector(F32))))
             return results
 
@@ -192,35 +249,56 @@ def softmax_rows(
     return signature, code
 
 
-def _value_pass(e: Emitter, args: Any, m: int, d: int, starts: list[int], features: Isa) -> None:
-    """The value product for the vectors that begin at some dimensions; args as in `value_tiles`, but for the scores."""
+def _values(e: Emitter, args: Any, m: int, d: int, isa: Isa) -> None:
+    """`value_tiles` of bfloat16: as many vectors of dimensions at once as registers hold, a tile after the other."""
     b = e.b
-    probabilities, tiles, _, keys, partials = args
-    blocks = len(starts)
+    scores, probabilities, tiles, _, keys, partials = args
+    weights, row_numbers = (scores, SCORE_STRIDE // 4) if in_floats(isa) else (probabilities, PROBABILITY_STRIDE // 2)
     pairs = b.lshr(b.add(keys, e.int64(1)), e.int64(1))
-    odd = b.trunc(b.and_(keys, e.int64(1)), I32)
+    odd = b.icmp_unsigned("==", b.and_(keys, e.int64(1)), e.int64(1))
     # Beyond the last key stands whatever was there before, perhaps NaN, which a probability of 0 would not hide.
     last, all_bits = b.sub(pairs, e.int64(1)), ir.Constant(I32, -1)
-    last_mask = b.select(b.icmp_unsigned("==", odd, ir.Constant(I32, 1)), ir.Constant(I32, 0xFFFF), all_bits)
+    last_mask = b.select(odd, ir.Constant(I32, 0xFFFF), all_bits)
+    starts = vector_starts(d)
+    passes = -(-len(starts) // (_BLOCKS if isa.wide else vectors_at_once(isa, m)))
+    width = -(-len(starts) // passes)
+    parts = [starts[first : first + width] for first in range(0, len(starts), width)]
+    # Where the last vector repeats some of the one before it, no sums may be kept from tile to tile.
+    whole = isa.wide or len(parts) == 1 or d % LANES != 0
 
-    def body(pair: Any, totals: list[Any]) -> list[Any]:
-        slot = b.add(tiles, b.and_(pair, e.int64(-8)))
-        within = b.mul(b.and_(pair, e.int64(7)), e.int64(4 * d))
-        at = b.add(e.load(slot, I64), within)
-        mask = e.splat(b.select(b.icmp_signed("==", pair, last), last_mask, all_bits))
-        v = [b.and_(e.load(at, vector(I32), 4 * start), mask) for start in starts]
-        p_at = b.add(probabilities, b.shl(pair, e.int64(2)))
-        weights = [e.splat(e.load(p_at, I32, PROBABILITY_STRIDE * row)) for row in range(m)]
-        return [
-            e.dot_bf16(totals[blocks * row + n], v[n], weights[row], features)
-            for row in range(m)
-            for n in range(blocks)
-        ]
+    def of_part(begin: Any, count: Any, part: list[int]) -> None:
+        places = [(row, n) for n in range(len(part)) for row in range(m)]
 
-    totals = e.loop_or_skip(pairs, [e.zeros(F32)] * (m * blocks), body)
+        def body(index: Any, totals: list[Any]) -> list[Any]:
+            pair = b.add(begin, index)
+            within = b.mul(b.and_(pair, e.int64(7)), e.int64(4 * d))
+            at = b.add(e.load(b.add(tiles, b.and_(pair, e.int64(-8))), I64), within)
+            mask = e.splat(b.select(b.icmp_signed("==", pair, last), last_mask, all_bits))
+            values = [_pairs(e, b.and_(e.load(at, vector(I32), 4 * start), mask), isa) for start in part]
+            factors = [_spread_pair(e, weights, pair, row_numbers * row, isa) for row in range(m)]
+            return [_add_product(e, total, values[n], factors[row], isa) for total, (row, n) in zip(totals, places)]
+
+        at = [4 * (partial_floats(d) * row + part[n]) for row, n in places]
+        totals = [e.zeros(F32) if whole else e.load(partials, vector(F32), place) for place in at]
+        for total, place in zip(e.loop_or_skip(count, totals, body), at):
+            e.store(partials, total, place)
+
+    if whole:
+        for part in parts:
+            of_part(e.int64(0), pairs, part)
+        return
     for row in range(m):
-        for n, start in enumerate(starts):
-            e.store(partials, totals[blocks * row + n], 4 * (partial_floats(d) * row + start))
+        for start in starts:
+            e.store(partials, e.zeros(F32), 4 * (partial_floats(d) * row + start))
+
+    def of_tile(tile: Any, state: list[Any]) -> list[Any]:
+        begin, eight = b.shl(tile, e.int64(3)), e.int64(8)
+        left = b.sub(pairs, begin)
+        for part in parts:
+            of_part(begin, b.select(b.icmp_signed("<", left, eight), left, eight), part)
+        return state
+
+    e.loop_or_skip(b.lshr(b.add(pairs, e.int64(7)), e.int64(3)), [], of_tile)
 
 
 @intrinsic(prefer_literal=True)
@@ -251,11 +329,7 @@ def value_tiles(
         if stored is not CacheKind.BF16:
             emit_values(Emitter(b), args[:6], m, d, stored, features)
             return context.get_dummy_value()
-        starts = vector_starts(d)
-        passes = -(-len(starts) // _BLOCKS)
-        width = -(-len(starts) // passes)
-        for first in range(0, len(starts), width):
-            _value_pass(Emitter(b), args[1:6], m, d, starts[first : first + width], features)
+        _values(Emitter(b), args[:6], m, d, features)
         return context.get_dummy_value()
 
     return signature, code
@@ -369,14 +443,17 @@ def finish_partial(_: Any, partial: Any, out: Any, dim: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def copy_query(_: Any, to: Any, source: Any, dim: Any) -> Any:
-    """Copies a row of 2 D bytes."""
-    signature = types.void(types.int64, types.int64, dim)
+def copy_query(_: Any, to: Any, source: Any, dim: Any, wide: Any) -> Any:
+    """Copies a row of 2 D bytes; `wide` says whether as float32, from bfloat16."""
+    signature = types.void(types.int64, types.int64, dim, wide)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
         for start in vector_starts(dim.literal_value):
-            e.store(args[0], e.load(args[1], vector(I16), 2 * start), 2 * start)
+            row = e.load(args[1], vector(I16), 2 * start)
+            if wide.literal_value:
+                row = b.shl(b.zext(row, vector(I32)), e.constant(I32, 16))
+            e.store(args[0], row, (4 if wide.literal_value else 2) * start)
         return context.get_dummy_value()
 
     return signature, code

@@ -88,6 +88,18 @@ class Emitter:
         instruction = self.b.store(value, self.b.inttoptr(at, value.type.as_pointer()))
         instruction.align = 1
 
+    def made_here(self, value: Any, isa: Isa) -> Any:
+        """The same vector, which is made before what is so marked behind it.
+
+        LLVM orders a long block as if there were more registers than there are, and then keeps numbers on the stack.
+        """
+        size, register = (128, "w") if isa & Isa.NEON else (512 if isa.wide else 256, "x")
+        found = []
+        for part in self.parts(value, max(value.type.count * _bits(value.type.element) // size, 1)):
+            kind = ir.FunctionType(part.type, [part.type])
+            found.append(self.b.asm(kind, "", f"={register},0", [part], side_effect=True))
+        return self.whole(found)
+
     def store_masked(self, address: Any, value: Any, mask: Any) -> None:
         """Writes those lanes of a vector whose bit in `mask`, <lanes x i1>, is set; the rest is not touched."""
         at = self.b.inttoptr(address, value.type.as_pointer())
@@ -158,18 +170,30 @@ class Emitter:
         rounded = self.b.add(self.b.add(bits, self.constant(I32, 0x7FFF)), odd)
         return self.b.trunc(self.b.lshr(rounded, self.constant(I32, 16)), vector(I16))
 
-    def dot_u8_i8(self, total: Any, unsigned: Any, signed: Any, isa: Isa) -> Any:
-        """total[lane] += the four products of the lane's unsigned and signed bytes; all are <16 x i32>, exact."""
+    def dot_u8_i8(self, total: Any, unsigned: Any, signed: Any, isa: Isa, *, largest: int = 255) -> Any:
+        """total[lane] += the four products of the lane's unsigned and signed bytes; all are <16 x i32>, exact.
+
+        The unsigned ones are at most `largest`.
+        """
         if isa & Isa.VNNI:
             return self.in_parts("llvm.x86.avx512.vpdpbusd.512", 1, total, (unsigned, I8), (signed, I8))
         if isa & Isa.AVX_VNNI:
             return self.in_parts("llvm.x86.avx512.vpdpbusd.256", 2, total, (unsigned, I8), (signed, I8))
+        if largest <= 128 and isa & (Isa.AVX2 | Isa.AVX512):  # then two products are below 2^15
+            sums = self.b.bitcast(self.pairs_u8_i8(unsigned, signed, isa), vector(I32))
+            return self.dot_i16(total, sums, self.constant(I32, 0x00010001), isa)
         # Even and odd bytes as 16-bit numbers; the sums of two products each are what pmaddwd and its like compute.
         pairs, eight = vector(I16, 2 * LANES), self.constant(I16, 8, 2 * LANES)
         u, s = self.b.bitcast(unsigned, pairs), self.b.bitcast(signed, pairs)
         even = (self.b.and_(u, self.constant(I16, 255, 2 * LANES)), self.b.ashr(self.b.shl(s, eight), eight))
         odd = (self.b.lshr(u, eight), self.b.ashr(s, eight))
         return self.dot_i16(self.dot_i16(total, *even, isa), *odd, isa)
+
+    def pairs_u8_i8(self, unsigned: Any, signed: Any, isa: Isa) -> Any:
+        """Sums of two products each of unsigned and signed bytes, <32 x i16>, which saturate; of AVX2 and AVX-512."""
+        count, name = (1, "llvm.x86.avx512.pmaddubs.w.512") if isa.wide else (2, "llvm.x86.avx2.pmadd.ub.sw")
+        pairs = zip(self.parts(unsigned, count, I8), self.parts(signed, count, I8))
+        return self.whole([self.call(name, vector(I16, 2 * LANES // count), list(both)) for both in pairs])
 
     def dot_i16(self, total: Any, x: Any, y: Any, isa: Isa) -> Any:
         """total[lane] += the two products of the lane's signed 16-bit pairs, <16 x i32> by their bits; exact."""
@@ -195,10 +219,14 @@ class Emitter:
             return self.in_parts("llvm.x86.avx512bf16.dpbf16ps.512", 1, total, (x, BF16), (y, BF16))
         if isa & Isa.ARM_BF16:
             return self.in_parts("llvm.aarch64.neon.bfdot.v4f32.v8bf16", 4, total, (x, BF16), (y, BF16))
-        high = self.constant(I32, -65536)
-        for part in (lambda v: self.b.shl(v, self.constant(I32, 16)), lambda v: self.b.and_(v, high)):
-            total = self.fma(*(self.b.bitcast(part(value), vector(F32)) for value in (x, y)), total)
+        for pair in zip(self.widened_pairs(x), self.widened_pairs(y)):
+            total = self.fma(*pair, total)
         return total
+
+    def widened_pairs(self, x: Any) -> list[Any]:
+        """The lower and the upper bfloat16 of each lane of <16 x i32>, as 16 floats each."""
+        low, high = self.b.shl(x, self.constant(I32, 16)), self.b.and_(x, self.constant(I32, -65536))
+        return [self.b.bitcast(part, vector(F32)) for part in (low, high)]
 
     def power_of_two(self, shifted: Any, rest: Any) -> Any:
         """2^(n + rest) of 16 floats, `shifted` being SHIFTER + n with whole n, and rest within [-0.5, 0.5]."""

@@ -18,8 +18,8 @@ compiled operations, and only a CPU engine imports it.
 
 from __future__ import annotations
 
-from candle_vllm.core.kernels.packed_linear.layout import GROUP, PackedKind, PackedMatrix, packed_kind
+from candle_vllm.core.kernels.packed_linear.layout import GROUP, PackedKind, PackedMatrix, host_kind, packed_kind
 from candle_vllm.core.kernels.packed_linear.pack import pack
 from candle_vllm.core.kernels.packed_linear.reference import dequantise
 
-__all__ = ["GROUP", "PackedKind", "PackedMatrix", "dequantise", "pack", "packed_kind"]
+__all__ = ["GROUP", "PackedKind", "PackedMatrix", "dequantise", "host_kind", "pack", "packed_kind"]

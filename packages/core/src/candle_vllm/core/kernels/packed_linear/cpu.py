@@ -2,10 +2,9 @@
 """The packed linear layer as compiled CPU operations: step 6 of a request's life.
 
 A thread owns a run of tiles. It takes as many of them as stay in the cache, and for these goes through the rows of
-activations in blocks of 8, 4 or 1. A block's activations are first copied into a **panel** on the stack, in the order
-in which the kernel reads them, with what is needed of their sums; a block that is not full repeats its last row, and
-the repetitions are not written. For each group of the panel the kernel unpacks 8 vectors of codes and multiplies each
-with every row (`cpu_sums.py`), so the codes are read and unpacked once for up to 8 rows, 4 where registers are short.
+activations in panels (`cpu_panel.py`). For each group of a panel the kernel unpacks 8 vectors of codes and multiplies
+each with every row (`cpu_sums.py`), so the codes are read and unpacked once for up to 8 rows. Where registers are short
+a few groups of a tile are unpacked into the first-level cache for several panels of 4 rows (`_emit_tall`).
 
 Codes are unsigned; where the weight is scale * (code - zero), the int32 sums start at -zero * sum(x) instead of 0. Some
 levels take codes of 8 bits as signed numbers instead.
@@ -17,8 +16,9 @@ memory, which some CPUs fetch ahead early enough by themselves and others do not
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
@@ -31,14 +31,8 @@ from candle_vllm.core.kernels.cpu_runtime.operation import RUNS_BYTES, Embedding
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import ask_lines, lines_each, stack_bytes, write_tile
 from candle_vllm.core.kernels.packed_linear.cpu_grids import GridGroup
-from candle_vllm.core.kernels.packed_linear.cpu_sums import (
-    Inputs,
-    emit_activation_sums,
-    emit_sums,
-    in_pairs,
-    rows_at_once,
-    takes_signed,
-)
+from candle_vllm.core.kernels.packed_linear.cpu_panel import blocks, cut_rows, fill_row, most_panels, record_bytes
+from candle_vllm.core.kernels.packed_linear.cpu_sums import Inputs, emit_sums, rows_at_once, steps, takes_signed
 from candle_vllm.core.kernels.packed_linear.grids import GridLayout
 from candle_vllm.core.kernels.packed_linear.layout import (
     GROUP,
@@ -51,8 +45,11 @@ from candle_vllm.core.kernels.packed_linear.layout import (
     TileLayout,
 )
 
-BLOCKS = (8, 4, 1)
-"""Rows of a panel."""
+UNPACKED = 4
+"""Groups that are unpacked at a time for several panels: these and the panels' share stay in the first-level cache."""
+
+UNPACKED_BYTES = (8 + 4) * VECTOR_BYTES  # of a group: its codes, and up to four vectors of scales and minima
+SCRATCH_BYTES = UNPACKED * (UNPACKED_BYTES + 4 * 2 * VECTOR_BYTES)  # and the sums of a panel's rows
 
 CACHED_BYTES = 384 << 10
 """Weights that one thread goes through again for every block of rows: they stay in its second-level cache."""
@@ -80,14 +77,20 @@ def _quad(
 ) -> Any:
     """Quad `quad` of group `group` of a block: 4 bytes in each lane, signed where `takes_signed` says so.
 
+    Of one lane they are code + zero; of 16 what `emit_sums` multiplies.
+
     `codes` is as `_block_of` has it.
     """
     if layout.bits == 0:
         return _digit(e, codes, e.b.add(e.b.shl(group, e.int64(3)), e.int64(quad)), lanes)
     found, signed = _stored_quad(e, codes, layout, quad, lanes), takes_signed(isa, layout)
     if layout.values is not None:
+        of_steps = steps(layout) if lanes == ROWS else None
+        if of_steps and of_steps.are_codes:
+            return found
         zero = 0 if signed else layout.zero
-        return look_up(e, [(value + zero) & 255 for value in layout.values], found, isa, lanes)
+        numbers = of_steps.numbers if of_steps else [(value + zero) & 255 for value in layout.values]
+        return look_up(e, [*numbers, *[0] * (16 - len(numbers))], found, isa, lanes)
     return e.b.xor(found, _words(e, layout.zero, lanes)) if signed else found
 
 
@@ -102,6 +105,11 @@ def _stored_quad(e: Emitter, codes: Any, layout: TileLayout, quad: int, lanes: i
         return words(quad)
     if bits == 1:
         return _field(e, words(0), quad, 1, 1, lanes)
+    if bits == 3 and layout.values is not None:
+        if quad < 6:
+            return _field(e, words(quad // 2), quad % 2 * 3, 0, 3, lanes)
+        low = _field(e, words(2 * (quad - 6)), 6, 0, 2, lanes)
+        return e.b.or_(low, _field(e, words(1), quad, 2, 1, lanes))
     if bits in (3, 5):
         high = _field(e, words(0), quad, bits - 1, 1, lanes)
     else:
@@ -230,141 +238,72 @@ def _block_of(e: Emitter, weights: Any, group: Any, layout: AnyLayout) -> tuple[
     return block, number, e.b.add(block, inside)
 
 
-# ---- the panel of activations ----------------------------------------------------------------------------------------
-
-
-def _panel_sums(layout: AnyLayout) -> int:
-    """Numbers per row and group in a panel that say what the sums are."""
-    return 1 if layout.width == GROUP or layout.paired else 2
-
-
-def record_bytes(layout: AnyLayout, block: int) -> int:
-    """Bytes of one group of a panel of `block` rows: the int8 numbers, xs, and one or two sums of each row."""
-    return block * (GROUP + 4 + 4 * _panel_sums(layout))
-
-
-def _sums(e: Emitter, x: Any, layout: AnyLayout, isa: Isa) -> list[Any]:
-    """What the panel keeps of the sum of 32 int8 numbers, given as <32 x i8>: for each half, or for the whole.
-
-    Sums times the minima are floats, or a pair of integers; sums times the code of weight 0 are integers below zero.
-    """
-    wide = [ir.Constant(I32, i) for i in range(2 * GROUP)]
-    x = e.b.shuffle_vector(x, e.zeros(I8, GROUP), ir.Constant(vector(I32, 2 * GROUP), wide))
-    total = emit_activation_sums(e, isa, x)
-    for step in (1, 2) if layout.width == 16 else (1, 2, 4):
-        order = ir.Constant(vector(I32), [ir.Constant(I32, i ^ step) for i in range(ROWS)])
-        total = e.b.add(total, e.b.shuffle_vector(total, total, order))
-    halves = range(GROUP // layout.width)
-    parts = [e.b.extract_element(total, ir.Constant(I32, 4 * half)) for half in halves]
-    if layout.paired:
-        low, high = parts
-        return [e.b.or_(e.b.and_(low, ir.Constant(I32, 0xFFFF)), e.b.shl(high, ir.Constant(I32, 16)))]
-    if layout.minimum:
-        return [e.b.bitcast(e.b.sitofp(part, F32), I32) for part in parts]
-    return [e.b.mul(part, ir.Constant(I32, -layout.zero)) for part in parts]
-
-
-def _emit_row(e: Emitter, layout: AnyLayout, isa: Isa, count: int, given: Any) -> None:
-    """What `fill_row` does, of a panel of `count` rows."""
-    b, (at_panel, at_row, at_xq, at_xs, at_xsum, number) = e.b, given
-    if paired := in_pairs(isa, count):
-        pair, side = b.lshr(at_row, e.int64(1)), b.and_(at_row, e.int64(1))
-        of_row = b.add(b.add(at_panel, b.mul(pair, e.int64(2 * GROUP))), b.mul(side, e.int64(8)))
-    else:
-        of_row = b.add(at_panel, b.mul(at_row, e.int64(GROUP)))
-    of_float = b.add(at_panel, b.mul(at_row, e.int64(4)))
-
-    def body(group: Any, state: list[Any]) -> list[Any]:
-        record, four = b.mul(group, e.int64(record_bytes(layout, count))), b.mul(group, e.int64(4))
-        x = e.load(b.add(at_xq, b.mul(group, e.int64(GROUP))), vector(I8, GROUP))
-        if isinstance(layout, GridLayout):
-            x = b.shuffle_vector(x, x, ir.Constant(vector(I32, GROUP), [ir.Constant(I32, at) for at in layout.order]))
-        for at, part in enumerate(e.parts(x, 4) if paired else [x]):
-            e.store(b.add(of_row, record), part, 16 * at)
-        floats = b.add(of_float, record)
-        e.store(floats, e.load(b.add(at_xs, four), I32), count * GROUP)
-        if layout.minimum and layout.width == GROUP:
-            sums = [e.load(b.add(at_xsum, four), I32)]
-        else:
-            sums = [] if takes_signed(isa, layout) else _sums(e, x, layout, isa)
-        for index, part in enumerate(sums):
-            e.store(floats, part, count * (GROUP + 4 + 4 * index))
-        return state
-
-    e.loop(number, [], body)
-
-
-@intrinsic(prefer_literal=True)
-def fill_row(
-    _: Any, kind: Any, isa: Any, block: Any, panel: Any, row: Any, xq: Any, xs: Any, xsum: Any, groups: Any
-) -> Any:
-    """Copies one row of activations into a panel of `block` rows, one of `BLOCKS`."""
-    layout, features = LAYOUTS[PackedKind(kind.literal_value)], Isa(isa.literal_value)
-
-    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        e.choose(args[2], {n: partial(_emit_row, e, layout, features, n, args[3:]) for n in BLOCKS})
-        return context.get_dummy_value()
-
-    return types.void(kind, isa, *[types.int64] * 7), code
-
-
 # ---- one tile times a panel ------------------------------------------------------------------------------------------
 
 
-def _add_group(
-    e: Emitter, layout: AnyLayout, isa: Isa, inputs: Inputs, rows: range, weights: tuple[Any, Any, Any], old: list[Any]
-) -> list[Any]:
-    """Adds one group's share to the totals of some rows of a panel; `weights` is what `_block_of` returns."""
-    if not isinstance(layout, GridLayout) and layout.paired:
-        return _add_paired(e, layout, isa, inputs, rows, weights, old)
-    head, number, codes = weights
+class _Group(NamedTuple):
+    """A group of a tile: scales and minima, vectors of 16 (with small ones where paired), and its codes by quads."""
+
+    scales: list[Any]
+    minima: list[Any]
+    quad: Callable[[int], Any]
+
+
+def _packed_group(e: Emitter, layout: AnyLayout, isa: Isa, weights: Any, group: Any) -> _Group:
+    """Group `group` of a tile as it is packed."""
+    head, number, codes = _block_of(e, weights, group, layout)
     if isinstance(layout, GridLayout):
         grid = GridGroup(e, layout, isa, head, number, codes)
-        scales, minima = grid.scales(), []
+        less = _words(e, layout.zero, ROWS) if takes_signed(isa, layout) else e.zeros(I32)
+        return _Group(grid.scales(), [], lambda quad: e.b.xor(grid.quad(quad), less))
+    if layout.paired:
+        scale, minimum = _floats(e, head, layout)
+        small = _pairs(e, head, number, layout)
+        scales, minima = [scale, small[0]], [minimum, small[1]]
     else:
-        grid = None
         scales, minima = _scales(e, head, number, layout)
+    return _Group(scales, minima, lambda quad: _quad(e, number, codes, layout, quad, isa))
 
-    def quad_codes(quad: int) -> Any:
-        if not grid:
-            return _quad(e, number, codes, layout, quad, isa)
-        found = grid.quad(quad)
-        return e.b.xor(found, _words(e, layout.zero, ROWS)) if signed else found
 
-    signed, scaled, totals = takes_signed(isa, layout), list[Any](), old
-    for half, scale in enumerate(scales):
-        quads = range(half * 4, half * 4 + 8 // len(scales))
-        begin = 0 if layout.minimum or signed else 1 + half
-        sums = emit_sums(inputs, layout, quad_codes, quads, rows, begin)
-        floats = [e.b.sitofp(part, vector(F32)) for part in sums]
+def _sums_of(inputs: Inputs, rows: range, group: _Group) -> list[list[Any]]:
+    """The sums of a group, or of its halves, each <16 x i32> for each row."""
+    layout, isa = inputs.layout, inputs.isa
+    halves = GROUP // layout.width
+    apart = not (layout.minimum or takes_signed(isa, layout))  # where zeros have a share, of which sums begin
+    size = 8 // halves
+    return [
+        emit_sums(inputs, group.quad, range(half * size, (half + 1) * size), rows, 1 + half if apart else 0)
+        for half in range(halves)
+    ]
+
+
+def _add_group(inputs: Inputs, rows: range, group: _Group, sums: list[list[Any]], old: list[Any]) -> list[Any]:
+    """Adds a group's share to the totals of some rows of a panel; `sums` are as `_sums_of` has them."""
+    e, layout = inputs.e, inputs.layout
+    if not isinstance(layout, GridLayout) and layout.paired:
+        return _add_paired(inputs, rows, group, sums, old)
+    scaled, totals = list[Any](), old
+    for half, scale in zip(sums, group.scales):
+        floats = [e.b.sitofp(part, vector(F32)) for part in half]
         if layout.width == GROUP:
             xs = [inputs.number(row, 0, F32) for row in rows]
             totals = [e.fma(value, e.b.fmul(scale, x), total) for value, x, total in zip(floats, xs, totals)]
-            if minima:
-                totals = [e.fma(minima[0], inputs.number(row, 1, F32), total) for row, total in zip(rows, totals)]
+            if group.minima:
+                least = group.minima[0]
+                totals = [e.fma(least, inputs.number(row, 1, F32), total) for row, total in zip(rows, totals)]
+        elif scaled:
+            scaled = [e.fma(value, scale, before) for value, before in zip(floats, scaled)]
         else:
-            scaled = [
-                e.fma(value, scale, before) if half else e.b.fmul(value, scale)
-                for value, before in zip(floats, scaled or floats)
-            ]
+            scaled = [e.b.fmul(value, scale) for value in floats]
     if layout.width != GROUP:
         totals = [e.fma(value, inputs.number(row, 0, F32), total) for row, value, total in zip(rows, scaled, totals)]
     return totals
 
 
-def _add_paired(
-    e: Emitter, layout: TileLayout, isa: Isa, inputs: Inputs, rows: range, weights: tuple[Any, Any, Any], old: list[Any]
-) -> list[Any]:
+def _add_paired(inputs: Inputs, rows: range, group: _Group, halves: list[list[Any]], old: list[Any]) -> list[Any]:
     """`_add_group` for a paired kind: the halves, below 2^13 each, are scaled and added as integers."""
-    head, number, codes = weights
-    scale, minimum = _floats(e, head, layout)
-    sub_scales, sub_minima = _pairs(e, head, number, layout)
-
-    def quad_codes(quad: int) -> Any:
-        return _quad(e, number, codes, layout, quad, isa)
-
-    halves = [emit_sums(inputs, layout, quad_codes, range(first, first + 4), rows, 0) for first in (0, 4)]
+    e, isa = inputs.e, inputs.isa
+    (scale, sub_scales), (minimum, sub_minima) = group.scales, group.minima
     results = []
     for row, low, high, total in zip(rows, *halves, old):
         scaled = e.b.sitofp(e.dot_i16(e.zeros(I32), _paired(e, low, high), sub_scales, isa), vector(F32))
@@ -374,41 +313,157 @@ def _add_paired(
     return results
 
 
-def _emit_tile(e: Emitter, layout: AnyLayout, isa: Isa, count: int, given: Any) -> None:
-    """What `multiply` does, of a panel of `count` rows."""
-    b, (at_weights, at_panel, at_out, number, distance) = e.b, given
-    at_ahead, bytes_each = b.add(at_weights, distance), layout.block_bytes // layout.groups
+class _Tile(NamedTuple):
+    """What `multiply` is given: addresses, counts and a distance in bytes, all of them int64."""
 
-    def body(group: Any, totals: list[Any], rows: range) -> list[Any]:
-        if not rows.start:
-            coming = b.add(at_ahead, b.mul(group, e.int64(bytes_each)))
-            for line in range(0, bytes_each, 64):
-                e.prefetch(coming, line)
-        place = _block_of(e, at_weights, group, layout)
-        record = b.add(at_panel, b.mul(group, e.int64(record_bytes(layout, count))))
-        return _add_group(e, layout, isa, Inputs(e, isa, count, record), rows, place, totals)
+    weights: Any
+    panel: Any
+    panels: Any
+    out: Any
+    groups: Any
+    ahead: Any
+    scratch: Any
 
+
+def _ask_ahead(e: Emitter, layout: AnyLayout, at: _Tile, group: Any) -> None:
+    """Asks for what stands `ahead` of a group."""
+    bytes_each = layout.block_bytes // layout.groups
+    coming = e.b.add(e.b.add(at.weights, at.ahead), e.b.mul(group, e.int64(bytes_each)))
+    for line in range(0, bytes_each, 64):
+        e.prefetch(coming, line)
+
+
+def _record(e: Emitter, layout: AnyLayout, isa: Isa, count: int, panel: Any, group: Any) -> Inputs:
+    """A group's activations in a panel of `count` rows."""
+    return Inputs(e, isa, layout, count, e.b.add(panel, e.b.mul(group, e.int64(record_bytes(layout, count)))))
+
+
+def _rows_in_turn(isa: Isa, count: int) -> list[range]:
+    """The rows of a panel, as many together as are multiplied at once."""
     most = rows_at_once(isa)
-    for first in range(0, count, most):  # a tile stays in the first-level cache
-        rows = range(first, min(first + most, count))
-        totals = e.loop(number, [e.zeros(F32)] * len(rows), partial(body, rows=rows))
+    return [range(first, min(first + most, count)) for first in range(0, count, most)]
+
+
+def _emit_tile(e: Emitter, layout: AnyLayout, isa: Isa, count: int, at: _Tile) -> None:
+    """What `multiply` does, of one panel of `count` rows."""
+
+    def body(number: Any, totals: list[Any], rows: range) -> list[Any]:
+        if not rows.start:
+            _ask_ahead(e, layout, at, number)
+        inputs = _record(e, layout, isa, count, at.panel, number)
+        found = _packed_group(e, layout, isa, at.weights, number)
+        return _add_group(inputs, rows, found, _sums_of(inputs, rows, found), totals)
+
+    for rows in _rows_in_turn(isa, count):  # a tile stays in the first-level cache
+        totals = e.loop(at.groups, [e.zeros(F32)] * len(rows), partial(body, rows=rows))
         for row, total in zip(rows, totals):
-            e.store(at_out, total, row * 4 * ROWS)
+            e.store(at.out, total, row * 4 * ROWS)
+
+
+def _emit_tall(e: Emitter, layout: AnyLayout, isa: Isa, count: int, at: _Tile) -> None:
+    """What `multiply` does, of several panels.
+
+    A few groups are unpacked for all of them; for each panel, first the sums of these are made and then added to the
+    totals, since there are not registers for both. What is between stays in the first-level cache.
+    """
+    b, of_panel, row_sums = e.b, count * 4 * ROWS, VECTOR_BYTES * GROUP // layout.width
+    panel_bytes = b.mul(at.groups, e.int64(record_bytes(layout, count)))
+    at_sums = b.add(at.scratch, e.int64(UNPACKED * UNPACKED_BYTES))
+
+    def clear(panel: Any, state: list[Any]) -> list[Any]:
+        for row in range(count):
+            e.store(b.add(at.out, b.mul(panel, e.int64(of_panel))), e.zeros(F32), row * 4 * ROWS)
+        return state
+
+    def some(number: Any, state: list[Any]) -> list[Any]:
+        first = b.mul(number, e.int64(UNPACKED))
+        left, kinds = b.sub(at.groups, first), list[list[Any]]()
+        few = b.select(b.icmp_signed("<", left, e.int64(UNPACKED)), left, e.int64(UNPACKED))
+
+        def unpack(group: Any, state: list[Any]) -> list[Any]:
+            place = b.add(at.scratch, b.mul(group, e.int64(UNPACKED_BYTES)))
+            group = b.add(first, group)
+            _ask_ahead(e, layout, at, group)
+            found = _packed_group(e, layout, isa, at.weights, group)
+            numbers = [*found.scales, *found.minima]
+            for index, value in enumerate([*map(found.quad, range(8)), *numbers]):
+                e.store(place, value, VECTOR_BYTES * index)
+            kinds[:] = [[part.type for part in parts] for parts in (found.scales, found.minima)]
+            return state
+
+        def unpacked(group: Any) -> _Group:
+            place = b.add(at.scratch, b.mul(group, e.int64(UNPACKED_BYTES)))
+            offsets = iter(range(8 * VECTOR_BYTES, UNPACKED_BYTES, VECTOR_BYTES))
+            scales, minima = ([e.load(place, kind, next(offsets)) for kind in some] for some in kinds)
+            return _Group(scales, minima, lambda quad: e.load(place, vector(I32), VECTOR_BYTES * quad))
+
+        def multiply_panel(panel: Any, state: list[Any]) -> list[Any]:
+            out = b.add(at.out, b.mul(panel, e.int64(of_panel)))
+            from_panel = b.add(at.panel, b.mul(panel, panel_bytes))
+
+            def places(group: Any) -> tuple[Inputs, Any]:
+                inputs = _record(e, layout, isa, count, from_panel, b.add(first, group))
+                return inputs, b.add(at_sums, b.mul(group, e.int64(count * row_sums)))
+
+            def multiply_group(group: Any, state: list[Any], rows: range) -> list[Any]:
+                inputs, place = places(group)
+                for half, parts in enumerate(_sums_of(inputs, rows, unpacked(group))):
+                    for row, part in zip(rows, parts):
+                        e.store(place, part, row * row_sums + VECTOR_BYTES * half)
+                return state
+
+            def add(group: Any, totals: list[Any], rows: range) -> list[Any]:
+                inputs, place = places(group)
+                halves = range(0, row_sums, VECTOR_BYTES)
+                sums = [[e.load(place, vector(I32), row * row_sums + half) for row in rows] for half in halves]
+                return _add_group(inputs, rows, unpacked(group), sums, totals)
+
+            for rows in _rows_in_turn(isa, count):
+                e.loop(few, [], partial(multiply_group, rows=rows))
+                totals = [e.load(out, vector(F32), row * 4 * ROWS) for row in rows]
+                for row, total in zip(rows, e.loop(few, totals, partial(add, rows=rows))):
+                    e.store(out, total, row * 4 * ROWS)
+            return state
+
+        e.loop(few, [], unpack)
+        e.loop(at.panels, [], multiply_panel)
+        return state
+
+    e.loop(at.panels, [], clear)
+    e.loop(b.udiv(b.add(at.groups, e.int64(UNPACKED - 1)), e.int64(UNPACKED)), [], some)
 
 
 @intrinsic(prefer_literal=True)
 def multiply(
-    _: Any, kind: Any, isa: Any, block: Any, weights: Any, panel: Any, out: Any, groups: Any, ahead: Any
+    _: Any,
+    kind: Any,
+    isa: Any,
+    block: Any,
+    weights: Any,
+    panel: Any,
+    panels: Any,
+    out: Any,
+    groups: Any,
+    ahead: Any,
+    scratch: Any,
 ) -> Any:
-    """A tile times a panel of `block` rows, one of `BLOCKS`: float32 [block, 16] at `out`."""
+    """A tile times `panels` panels of `block` rows, see `blocks`: float32 [panels * block, 16] at `out`.
+
+    `scratch` is room for SCRATCH_BYTES, which several panels take.
+    """
     layout, features = LAYOUTS[PackedKind(kind.literal_value)], Isa(isa.literal_value)
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        e = Emitter(b)
-        e.choose(args[2], {n: partial(_emit_tile, e, layout, features, n, args[3:]) for n in BLOCKS})
+        e, at = Emitter(b), _Tile(*args[3:])
+        cases = {n: partial(_emit_tile, e, layout, features, n, at) for n in blocks(features)}
+        number = args[2]
+        if most_panels(features) > 1:
+            cases[0] = partial(_emit_tall, e, layout, features, blocks(features)[0], at)
+            number = b.select(b.icmp_signed(">", at.panels, e.int64(1)), e.int64(0), number)
+        e.choose(number, cases)
         return context.get_dummy_value()
 
-    return types.void(kind, isa, *[types.int64] * 6), code
+    return types.void(kind, isa, *[types.int64] * 8), code
 
 
 # ---- the operations --------------------------------------------------------------------------------------------------
@@ -416,8 +471,8 @@ def multiply(
 
 def make_linear(KIND: int, ISA: int) -> Any:
     """The linear operation."""
-    TILE_BLOCK, PANEL_GROUP = CACHED_BYTES, record_bytes(LAYOUTS[PackedKind(KIND)], 8)  # panel bytes of a group
-    RUNS = RUNS_BYTES
+    FULL, MOST, RUNS, SCRATCH = blocks(Isa(ISA))[0], most_panels(Isa(ISA)), RUNS_BYTES, SCRATCH_BYTES
+    TILE_BLOCK, PANEL_GROUP = CACHED_BYTES, record_bytes(LAYOUTS[PackedKind(KIND)], FULL)  # panel bytes of a group
 
     def packed_linear(entry: Any, thread: int, threads: int) -> None:
         given = read(LinearArguments, entry)
@@ -427,30 +482,34 @@ def make_linear(KIND: int, ISA: int) -> Any:
         first, last = tiles * thread // threads, tiles * (thread + 1) // threads
         if rows <= 0 or first == last:
             return
-        panel = stack_bytes(groups * PANEL_GROUP + 512)
-        sums = panel + groups * PANEL_GROUP
+        _, most = cut_rows(rows, groups, FULL, MOST, PANEL_GROUP)
+        scratch = stack_bytes(SCRATCH + most * (FULL * 64 + groups * PANEL_GROUP))
+        sums = scratch + SCRATCH
+        panel = sums + most * FULL * 64
         ahead, beside = given.ahead, 0
         if given.beside != 0:
             beside = given.beside + RUNS * thread
-        lines = lines_each(beside, (last - first) * ((rows + 7) >> 3))
+        turns = (rows + most * FULL - 1) // (most * FULL)
+        lines = lines_each(beside, (last - first) * turns)
         step = max(TILE_BLOCK // tile_bytes, 1)
         for begin in range(first, last, step):
             end = min(begin + step, last)
             row = 0
             while row < rows:
-                left = rows - row
-                block = 8 if left > 4 else 4 if left > 1 else 1
-                count = min(block, left)
-                for index in range(block):
+                block, panels = cut_rows(rows - row, groups, FULL, MOST, PANEL_GROUP)
+                count = min(block * panels, rows - row)
+                for index in range(block * panels):
                     source = row + min(index, count - 1)
                     if given.picked != 0:
                         source = int64_at(given.picked)[source]
                     at_xq = given.x + source * groups * 32
                     at_xs, at_xsum = given.scales + source * groups * 4, given.sums + source * groups * 4
-                    fill_row(KIND, ISA, block, panel, index, at_xq, at_xs, at_xsum, groups)
+                    place = panel + index // block * groups * PANEL_GROUP
+                    fill_row(KIND, ISA, block, place, index % block, at_xq, at_xs, at_xsum, groups)
                 target = given.out + row * given.row_bytes
                 for tile in range(begin, end):
-                    multiply(KIND, ISA, block, weights + tile * tile_bytes, panel, sums, groups, ahead)
+                    at_tile = weights + tile * tile_bytes
+                    multiply(KIND, ISA, block, at_tile, panel, panels, sums, groups, ahead, scratch)
                     if lines != 0:
                         ask_lines(beside, lines)
                     lanes = min(columns - tile * 16, 16)

@@ -20,13 +20,14 @@ from numba.extending import intrinsic
 from candle_vllm.core.kernels.activation_quant import Prologue
 from candle_vllm.core.kernels.activation_quant.cpu import emit_gated, emit_quantised
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.primitives import read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
-from candle_vllm.core.kernels.packed_linear.cpu import CACHED_BYTES, fill_row, multiply, record_bytes
+from candle_vllm.core.kernels.packed_linear.cpu import CACHED_BYTES, SCRATCH_BYTES, multiply
+from candle_vllm.core.kernels.packed_linear.cpu_panel import blocks, cut_rows, fill_row, most_panels, record_bytes
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, ROWS, GatedArguments, PackedKind
 
 _UNITS = 4  # whose sums are kept at a time
-_TILE_SUMS = 8 * 4 * ROWS  # bytes of a tile's sums
 
 
 @intrinsic(prefer_literal=True)
@@ -36,6 +37,7 @@ def _gate_rows(
     together: Any,
     gate: Any,
     other: Any,
+    tile_sums: Any,
     first: Any,
     last: Any,
     q: Any,
@@ -46,17 +48,19 @@ def _gate_rows(
 ) -> Any:
     """Gates and quantises `together` rows of a unit, one or four, from row `first` on; those behind `last` are it.
 
-    `gate` and `other` are the addresses of the sums of two tiles each; q, scales and sums those of row 0's results,
-    `row_bytes` and `group_bytes` from one row to the next. `prologue` and `together` are constants.
+    `gate` and `other` are the addresses of the sums of two tiles each, `tile_sums` bytes apart; q, scales and sums
+    those of row 0's results, `row_bytes` and `group_bytes` from one row to the next. `prologue` and `together` are
+    constants.
     """
     before, count = Prologue(prologue.literal_value), together.literal_value
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        _, _, gate, other, first, last, q, row_bytes, scales, sums, group_bytes = args
+        _, _, gate, other, tile_sums, first, last, q, row_bytes, scales, sums, group_bytes = args
 
         def gated(row: int, part: int) -> Any:
-            at = b.add(b.mul(first, e.int64(4 * ROWS)), e.int64(4 * ROWS * row + _TILE_SUMS * part))
+            at = b.add(b.mul(first, e.int64(4 * ROWS)), e.int64(4 * ROWS * row))
+            at = b.add(at, b.mul(tile_sums, e.int64(part)))
             return emit_gated(e, before, *(e.load(b.add(base, at), vector(F32)) for base in (gate, other)))
 
         numbers, s, total = emit_quantised(e, [[gated(row, part) for part in range(2)] for row in range(count)])
@@ -70,13 +74,15 @@ def _gate_rows(
                 e.store(b.add(base, b.mul(place, group_bytes)), number)
         return context.get_dummy_value()
 
-    return types.void(prologue, together, *[types.int64] * 9), code
+    return types.void(prologue, together, *[types.int64] * 10), code
 
 
 def make_gated(KIND: int, PROLOGUE: int, ISA: int) -> Any:
     """The operation of two matrices of a kind."""
-    PANEL_GROUP, BLOCK, UNITS = record_bytes(LAYOUTS[PackedKind(KIND)], 8), CACHED_BYTES, _UNITS
-    TILE, SUMS, WIDTH = _TILE_SUMS, 2 * _UNITS * _TILE_SUMS, GROUP
+    FULL, MOST, BLOCK, UNITS = blocks(Isa(ISA))[0], most_panels(Isa(ISA)), CACHED_BYTES, _UNITS
+    PANEL_GROUP = record_bytes(LAYOUTS[PackedKind(KIND)], FULL)
+    TILE, WIDTH, SCRATCH = MOST * FULL * 4 * ROWS, GROUP, SCRATCH_BYTES  # bytes of a tile's sums
+    SUMS = 2 * _UNITS * TILE
 
     def packed_gated(entry: Any, thread: int, threads: int) -> None:
         given = read(GatedArguments, entry)
@@ -90,21 +96,23 @@ def make_gated(KIND: int, PROLOGUE: int, ISA: int) -> Any:
         first, last = units * thread // threads, units * (thread + 1) // threads
         if rows <= 0 or first == last:
             return
-        panel = stack_bytes(groups * PANEL_GROUP + 2 * SUMS)
-        sums = panel + groups * PANEL_GROUP
+        _, most = cut_rows(rows, groups, FULL, MOST, PANEL_GROUP)
+        scratch = stack_bytes(SCRATCH + 2 * SUMS + most * groups * PANEL_GROUP)
+        sums = scratch + SCRATCH
+        panel = sums + 2 * SUMS
         step = max(BLOCK // (4 * tile_bytes), 1)
         for begin in range(first, last, step):
             end = min(begin + step, last)
             row = 0
             while row < rows:
-                left = rows - row
-                block = 8 if left > 4 else 4 if left > 1 else 1
-                count = min(block, left)
-                for index in range(block):
+                block, panels = cut_rows(rows - row, groups, FULL, MOST, PANEL_GROUP)
+                count = min(block * panels, rows - row)
+                for index in range(block * panels):
                     source = row + min(index, count - 1)
                     at_xq = given.x + source * groups * 32
                     at_xs, at_xsum = given.scales + source * groups * 4, given.sums + source * groups * 4
-                    fill_row(KIND, ISA, block, panel, index, at_xq, at_xs, at_xsum, groups)
+                    at_panel = panel + index // block * groups * PANEL_GROUP
+                    fill_row(KIND, ISA, block, at_panel, index % block, at_xq, at_xs, at_xsum, groups)
                 for unit in range(begin, end, UNITS):
                     some = min(UNITS, end - unit)
                     for tile in range(4 * some):
@@ -113,7 +121,8 @@ def make_gated(KIND: int, PROLOGUE: int, ISA: int) -> Any:
                         if tile >= 2 * some:
                             number, to = number - 2 * some, sums + SUMS + (tile - 2 * some) * TILE
                             weights = given.other
-                        multiply(KIND, ISA, block, weights + number * tile_bytes, panel, to, groups, ahead)
+                        at_tile = weights + number * tile_bytes
+                        multiply(KIND, ISA, block, at_tile, panel, panels, to, groups, ahead, scratch)
                     for index in range(some):
                         gate, place = sums + 2 * index * TILE, unit + index
                         q = given.q + row * given.outputs + place * WIDTH
@@ -121,15 +130,16 @@ def make_gated(KIND: int, PROLOGUE: int, ISA: int) -> Any:
                         scales, totals = given.q_scales + at, given.q_sums + at
                         if block == 1:
                             _gate_rows(
-                                PROLOGUE, 1, gate, gate + SUMS, 0, 0, q, given.outputs, scales, totals, 4 * units
+                                PROLOGUE, 1, gate, gate + SUMS, TILE, 0, 0, q, given.outputs, scales, totals, 4 * units
                             )
                         else:
-                            for four in range(0, block, 4):
+                            for four in range(0, block * panels, 4):
                                 _gate_rows(
                                     PROLOGUE,
                                     4,
                                     gate,
                                     gate + SUMS,
+                                    TILE,
                                     four,
                                     count - 1,
                                     q,

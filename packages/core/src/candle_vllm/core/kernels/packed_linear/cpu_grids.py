@@ -7,42 +7,68 @@ bits that say which of the type's sizes it has. They are looked up for all indic
 registers where the CPU has instructions for that (VBMI), else gathered; those of two neighbours make a word
 (`GridLayout.order`). Its signs are put between the sizes, and a shuffle makes 128 + weight, unsigned, of each nibble.
 IQ1, whose list is long and has no signs, is gathered index by index: a word of eight nibbles for each.
+
+Where lists would be gathered for every product, they are gathered once, while a matrix is packed: `make_codes` turns
+tiles of grids into tiles of codes (`layout.py`).
 """
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections import defaultdict
+from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, Emitter, vector
 from candle_vllm.core.kernels.cpu_runtime.emit_tables import gather, look_up, look_up_bytes
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
-from candle_vllm.core.kernels.packed_linear.grids import HIGH_BITS, ROWS, GridLayout, numbers
+from candle_vllm.core.kernels.packed_linear.grids import FORMATS, GROUPS, HIGH_BITS, ROWS, GridLayout, numbers
+from candle_vllm.core.kernels.packed_linear.layout import LAYOUTS, VECTOR_BYTES, PackedKind, TileLayout
 
 _SIGN = 0x88888888
 
 
 class GridGroup:
-    """A group of 16 rows: its scales, and its weights four by four."""
+    """A group of 16 rows: its scales, and its weights four by four.
 
-    def __init__(self, e: Emitter, layout: GridLayout, isa: Isa, block: Any, group: Any, codes: Any) -> None:
-        self.e, self.layout, self.isa = e, layout, isa
+    Args:
+        e, layout, isa: of the code.
+        block, group, codes: where it stands, see `cpu.py`.
+        named: the numbers whose places are given instead of the weights.
+    """
+
+    def __init__(
+        self,
+        e: Emitter,
+        layout: GridLayout,
+        isa: Isa,
+        block: Any,
+        group: Any,
+        codes: Any,
+        named: tuple[int, ...] | None = None,
+    ) -> None:
+        self.e, self.layout, self.isa, self._named = e, layout, isa, named
         self.block, self.group, self.codes = block, group, codes
         self._words: dict[int, Any] = {}
         self._pairs: dict[int, Any] = {}
 
     def scales(self) -> list[Any]:
         """Of the whole, or of its halves: vectors of floats."""
-        e, layout = self.e, self.layout
-        unit = e.b.fmul(self._super(), e.constant(F32, layout.unit))
-        found = []
-        for small in self._small():
-            odd = e.b.or_(e.b.shl(small, e.constant(I32, 1)), e.constant(I32, 1))
-            found.append(e.b.fmul(unit, e.b.sitofp(odd, vector(F32))))
-        return found
+        e, unit = self.e, self.unit()
+        return [e.b.fmul(unit, e.b.sitofp(odd, vector(F32))) for odd in self.odds()]
+
+    def unit(self) -> Any:
+        """What scales are multiples of: a vector of floats."""
+        return self.e.b.fmul(self._super(), self.e.constant(F32, self.layout.unit))
+
+    def odds(self) -> list[Any]:
+        """Which multiples, of the whole or of its halves: vectors of odd numbers of 32 bits."""
+        one = self.e.constant(I32, 1)
+        return [self.e.b.or_(self.e.b.shl(small, one), one) for small in self._small()]
 
     def quad(self, quad: int) -> Any:
         """128 + weight of the weights at places 4 quad to 4 quad + 3 of `GridLayout.order`."""
@@ -232,6 +258,94 @@ class GridGroup:
         """128 + weight: two or three bits for the size, one for the sign; of IQ1 one for the side of the eighth."""
         sizes, few = self._sizes.tolist(), 7 if self.layout.span == 4 else 3
         sizes += [0] * (few + 1 - len(sizes))
-        if not self.layout.signs:
-            return [128 + sizes[nibble & few] + (-1 if nibble & 4 else 1) for nibble in range(16)]
-        return [128 + (-1 if nibble & 8 else 1) * sizes[nibble & few] for nibble in range(16)]
+        if self.layout.signs:
+            found = [(-1 if nibble & 8 else 1) * sizes[nibble & few] for nibble in range(16)]
+        else:
+            found = [sizes[nibble & few] + (-1 if nibble & 4 else 1) for nibble in range(16)]
+        if self._named is None:
+            return [128 + number for number in found]
+        return [self._named.index(number) if number in self._named else 0 for number in found]
+
+
+# ---- tiles of codes --------------------------------------------------------------------------------------------------
+
+
+def _in_order(e: Emitter, layout: GridLayout, quads: list[Any]) -> list[Any]:
+    """Quads of weights as they stand in `GridLayout.order`, one after the other instead."""
+    stands, found = np.argsort(layout.order), []
+    for quad in range(8):
+        masks: defaultdict[tuple[int, int], int] = defaultdict(int)
+        for byte in range(4):
+            source, at = divmod(int(stands[4 * quad + byte]), 4)
+            masks[source, 8 * (byte - at)] |= 255 << 8 * at
+        parts = []
+        for (source, by), mask in masks.items():
+            part = e.b.and_(quads[source], e.constant(I32, mask))
+            shift = e.b.shl if by > 0 else e.b.lshr
+            parts.append(shift(part, e.constant(I32, abs(by))) if by else part)
+        found.append(reduce(e.b.or_, parts))
+    return found
+
+
+def _vectors(e: Emitter, quads: list[Any], bits: int) -> list[Any]:
+    """Quads of codes as the vectors of a group: nibbles or triples."""
+
+    def field(quad: int, start: int, count: int, target: int) -> Any:
+        words = quads[quad]
+        if start or count < bits:
+            words = e.b.and_(words, e.constant(I32, ((1 << count) - 1 << start) * 0x01010101))
+        by = target - start
+        return (e.b.shl if by > 0 else e.b.lshr)(words, e.constant(I32, abs(by))) if by else words
+
+    if bits == 4:
+        return [e.b.or_(field(quad, 0, 4, 0), field(quad + 4, 0, 4, 4)) for quad in range(4)]
+    above = ((field(6, 0, 2, 6),), (field(6, 2, 1, 6), field(7, 2, 1, 7)), (field(7, 0, 2, 6),))
+    return [
+        reduce(e.b.or_, more, e.b.or_(field(2 * at, 0, 3, 0), field(2 * at + 1, 0, 3, 3)))
+        for at, more in enumerate(above)
+    ]
+
+
+@intrinsic(prefer_literal=True)
+def _code_blocks(_: Any, kind: Any, isa: Any, blocks: Any, to: Any, count: Any) -> Any:
+    """`make_codes` of blocks that follow each other."""
+    named = PackedKind(kind.literal_value)
+    layout, grid, features = LAYOUTS[named], FORMATS[named.type.name], Isa(isa.literal_value)
+    assert isinstance(layout, TileLayout)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+
+        def block(index: Any, state: list[Any]) -> list[Any]:
+            source = b.add(args[2], b.mul(index, e.int64(grid.block_bytes)))
+            target = b.add(args[3], b.mul(index, e.int64(layout.block_bytes)))
+
+            def group(number: Any, state: list[Any]) -> list[Any]:
+                codes = b.add(source, b.add(b.mul(number, e.int64(grid.code_bytes)), e.int64(grid.head_bytes)))
+                found = GridGroup(e, grid, features, source, number, codes, layout.values)
+                e.store(target, found.unit())
+                small = b.add(target, b.mul(number, e.int64(layout.small_bytes)))
+                for half, odd in enumerate(found.odds()):
+                    e.store(small, b.trunc(odd, vector(I8)), layout.floats_bytes + half * ROWS)
+                place = b.add(target, b.add(b.mul(number, e.int64(layout.code_bytes)), e.int64(layout.head_bytes)))
+                quads = _in_order(e, grid, [found.quad(quad) for quad in range(8)])
+                for at, part in enumerate(_vectors(e, quads, layout.bits)):
+                    e.store(place, part, at * VECTOR_BYTES)
+                return state
+
+            e.loop(e.int64(GROUPS), [], group)
+            return state
+
+        e.loop(args[4], [], block)
+        return context.get_dummy_value()
+
+    return types.void(kind, isa, *[types.int64] * 3), code
+
+
+def make_codes(KIND: int, ISA: int) -> Any:
+    """Turns blocks of a type's grids into those of codes: their addresses, and how many they are."""
+
+    def grids_to_codes(blocks: int, to: int, count: int) -> None:
+        _code_blocks(KIND, ISA, blocks, to, count)
+
+    return grids_to_codes

@@ -4,18 +4,23 @@
 - VNNI, AVX-VNNI: four products of an unsigned and a signed byte are added to 32 bits by one instruction.
 - AVX2, AVX-512: pairs of products are added up in 16 bits (vpmaddubsw), which saturate. A code has at most 6 bits, or
   is taken as a signed number's size, at most 128, times the activation with that number's sign; the activation is at
-  most 127. As many quads are added in 16 bits as stay below 2^15 whatever the numbers are, and then widened.
+  most 127. As many quads are added in 16 bits as stay below 2^15 whatever the numbers are, and then widened; where the
+  numbers have a zero among them, all of a scale (`are_centred`).
 - NEON: products of signed bytes in 16 bits (smull), summed as far as that holds; DOTPROD: four of them to 32 bits, with
   one activation for all rows of the tile (sdot by element); I8MM: two rows of weights times two of activations (smmla),
   for which a panel has the rows of activations in pairs, eight bytes in turns.
 
-A code of eight bits is signed for all of these: its zero is subtracted, and sums begin at 0.
+A code of eight bits is signed for all of these: its zero is subtracted, and sums begin at 0. So are numbers that are
+looked up, where they span more than 127 steps (IQ4, and grids). Others are steps from the lowest (`Steps`), which need
+neither a sign nor, where they are as far apart as their codes, to be looked up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import cache
+from math import gcd
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -29,10 +34,42 @@ _ACTIVATION = 127  # the largest, either way
 _UNSIGNED = Isa.VNNI | Isa.AVX_VNNI
 
 
+class Steps(NamedTuple):
+    """Numbers that codes stand for, as lowest + step * `numbers`, of which none passes 127."""
+
+    numbers: tuple[int, ...]
+    step: int
+    lowest: int
+
+    @property
+    def are_codes(self) -> bool:
+        """Whether nothing has to be looked up."""
+        return self.numbers == tuple(range(len(self.numbers)))
+
+
+@cache
+def steps(layout: AnyLayout) -> Steps | None:
+    """Of a layout whose codes are looked up; None for one of others, or with numbers that are too far apart."""
+    if isinstance(layout, GridLayout) or layout.values is None:
+        return None
+    lowest = min(layout.values)
+    step = gcd(*(value - lowest for value in layout.values))
+    found = tuple((value - lowest) // step for value in layout.values)
+    return Steps(found, step, lowest) if max(found) <= _ACTIVATION else None
+
+
+def zero_of(layout: AnyLayout) -> int:
+    """How much less the numbers are than what is multiplied, where that has no sign."""
+    found = steps(layout)
+    return -found.lowest if found else layout.zero
+
+
 def largest_code(layout: AnyLayout) -> int:
     """The largest size of a code's number; above 63 it is a signed one."""
     if isinstance(layout, GridLayout):
         return 128 if layout.name.startswith("IQ1") else int(np.abs(numbers(layout.name)).max())
+    if found := steps(layout):
+        return max(found.numbers)
     if layout.values is not None:
         return max(map(abs, layout.values))
     return 128 if layout.bits == 8 else max(2, (1 << layout.bits) - 1)  # digits, and the codes of one bit, are up to 2
@@ -42,12 +79,27 @@ def takes_signed(isa: Isa, layout: AnyLayout) -> bool:
     """Whether codes are multiplied as signed numbers, less their zero."""
     if isa & _UNSIGNED or not isa & (Isa.AVX2 | Isa.AVX512 | Isa.NEON):
         return False
-    return isinstance(layout, GridLayout) or layout.values is not None or layout.bits == 8
+    if isinstance(layout, GridLayout):
+        return True
+    return steps(layout) is None if layout.values is not None else layout.bits == 8
+
+
+def are_centred(isa: Isa, layout: AnyLayout) -> bool:
+    """Whether all sums of numbers under one scale are made in 16 bits, beginning at the zeros' share of them.
+
+    They may pass 2^15 on the way, which does no harm: in the end they are those of the numbers less their zero.
+    """
+    if isa & (_UNSIGNED | Isa.NEON) or not isa & (Isa.AVX2 | Isa.AVX512) or layout.minimum or takes_signed(isa, layout):
+        return False
+    found, zero, largest = steps(layout), zero_of(layout), largest_code(layout)
+    if found and found.step > 1:
+        return False
+    return largest <= _ACTIVATION and max(zero, largest - zero) * layout.width * _ACTIVATION // 2 < 1 << 15
 
 
 def rows_at_once(isa: Isa) -> int:
     """Rows of activations whose sums, 16 numbers each, stay in registers."""
-    return 8 if isa.wide else 4
+    return 8 if isa.wide else 2 if isa & Isa.NEON and not isa & Isa.DOTPROD else 4
 
 
 def in_pairs(isa: Isa, block: int) -> bool:
@@ -59,13 +111,13 @@ class Inputs:
     """A group's record in a panel of activations.
 
     Args:
-        e, isa: of the code.
+        e, isa, layout: of the code.
         block: rows of the panel.
         record: where the record begins.
     """
 
-    def __init__(self, e: Emitter, isa: Isa, block: int, record: Any) -> None:
-        self.e, self.isa, self.block, self.record = e, isa, block, record
+    def __init__(self, e: Emitter, isa: Isa, layout: AnyLayout, block: int, record: Any) -> None:
+        self.e, self.isa, self.layout, self.block, self.record = e, isa, layout, block, record
         self._loaded: dict[tuple[int, int], Any] = {}
 
     def number(self, row: int, index: int, kind: ir.Type) -> Any:
@@ -103,23 +155,37 @@ class Inputs:
 
 def emit_sums(
     inputs: Inputs,
-    layout: AnyLayout,
     codes: Callable[[int], Any],
     quads: Sequence[int],
     rows: Sequence[int],
     begin: int,
 ) -> list[Any]:
-    """Sums of codes times activations, <16 x i32> for each row.
+    """Sums of the numbers of codes times activations, <16 x i32> for each row.
 
     Args:
         inputs: the group's activations.
-        layout: of the codes.
         codes: codes(quad) emits them, <16 x i32>, signed where `takes_signed` says so.
         quads: which are summed.
         rows: of which rows of the panel.
         begin: the index of `Inputs.begins` at which sums begin; 0 for nothing.
     """
-    e, isa = inputs.e, inputs.isa
+    e, found = inputs.e, steps(inputs.layout)
+    if found and found.step > 1:
+        sums = _emit_products(inputs, codes, quads, rows, 0)
+        sums = [e.b.mul(part, e.constant(I32, found.step)) for part in sums]
+        return [e.b.add(part, inputs.begins(row, begin)) for row, part in zip(rows, sums)]
+    return _emit_products(inputs, codes, quads, rows, begin)
+
+
+def _emit_products(
+    inputs: Inputs,
+    codes: Callable[[int], Any],
+    quads: Sequence[int],
+    rows: Sequence[int],
+    begin: int,
+) -> list[Any]:
+    """`emit_sums` of what `codes` emits."""
+    e, isa, layout = inputs.e, inputs.isa, inputs.layout
     if in_pairs(isa, inputs.block):
         return _by_matrices(inputs, codes, quads, rows, begin)
     totals = [inputs.begins(row, begin) if begin else e.zeros(I32) for row in rows]
@@ -127,17 +193,24 @@ def emit_sums(
         for quad in quads:
             code = codes(quad)
             totals = [_dot(e, isa, total, code, inputs.quad(row, quad)) for row, total in zip(rows, totals)]
+            totals = _in_turn(e, isa, totals) if isa & Isa.DOTPROD else totals
         return totals
-    largest, signed = largest_code(layout), takes_signed(isa, layout)
-    room = _room(isa, largest)
+    largest, signed, centred = largest_code(layout), takes_signed(isa, layout), are_centred(isa, layout)
+    room = len(quads) if centred else _room(isa, largest)
+    totals = [e.zeros(I32) for _ in rows] if centred else totals
     for first in range(0, len(quads), room):
         narrow: list[list[Any]] = [[] for _ in rows]
+        if centred:
+            narrow = [e.parts(inputs.begins(row, begin), 1 if isa.wide else 2, I16) for row in rows]
         for quad in quads[first : first + room]:
             code = codes(quad)
             for at, row in enumerate(rows):
                 products = _products(e, isa, code, inputs.quad(row, quad), signed=signed)
                 narrow[at] = [e.b.add(*both) for both in zip(narrow[at], products)] if narrow[at] else products
+                if room > 1:
+                    narrow[at] = _in_turn(e, isa, narrow[at])
         totals = [e.b.add(total, _widened(e, isa, parts)) for total, parts in zip(totals, narrow)]
+        totals = _in_turn(e, isa, totals)
     return totals
 
 
@@ -147,6 +220,12 @@ def emit_activation_sums(e: Emitter, isa: Isa, x: Any) -> Any:
     if isa & (_UNSIGNED | Isa.DOTPROD) or not isa & (Isa.AVX2 | Isa.AVX512 | Isa.NEON):
         return _dot(e, isa, e.zeros(I32), ones, words)
     return _widened(e, isa, _products(e, isa, ones, words, signed=False))
+
+
+def _in_turn(e: Emitter, isa: Isa, sums: list[Any]) -> list[Any]:
+    """The same sums, of AVX2 or with DOTPROD made before what is multiplied next: their registers are few."""
+    few = not isa.wide and (not isa & Isa.NEON or (isa & Isa.DOTPROD and len(sums) > 1))
+    return [e.made_here(each, isa) for each in sums] if few else sums
 
 
 # ---- by fours --------------------------------------------------------------------------------------------------------

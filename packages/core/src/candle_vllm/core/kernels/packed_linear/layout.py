@@ -22,6 +22,9 @@ A group's codes are vectors of 64 bytes, 4 bytes for each of the 16 rows. **Quad
     nibbles       vector i holds quad i in the low and quad i + 4 in the high nibbles      (4 vectors; 4, 5 and 6 bits)
     pairs         vector p holds quad 4p + f in bits 2f and 2f + 1, for f = 0 to 3         (2 vectors; 2, 3 and 6 bits)
     single bits   bit j belongs to quad j                                                  (1 vector; 1, 3, 5 bits)
+    triples       vector v holds quad 2v in bits 0 to 2 and quad 2v + 1 in bits 3 to 5, for v = 0 to 2; above them stand
+                  quad 6 (its low bits in vector 0, the highest in bit 6 of vector 1) and quad 7 (its low bits in vector
+                  2, the highest in bit 7 of vector 1)           (3 vectors; 3 bits that are looked up, IQ1 and IQ2)
     trits         of a block's 64 quads, vector i holds those from 5i on: bytes are ceil(256 / 243 * their digits to the
                   base of 3), the first highest, as in TQ1_0                               (13 vectors for eight groups)
 
@@ -29,7 +32,13 @@ More than one of these stand behind each other, high bits first: the kernel then
 lie, which the CPU's prefetching needs (with the fifth bits behind the nibbles, Q5_1 was read a third slower). A code is
 unsigned; a weight is scale * (code - zero) for the types without a minimum, else scale * code + minimum. IQ4_NL,
 IQ4_XS, MXFP4 and NVFP4 have a table of 16 numbers, in which a code is looked up first; there a weight is scale *
-number. Of the other IQ types `grids.py` tells.
+number.
+
+The other IQ types have two layouts. `grids.py` tells of the file's own form, which is multiplied where the CPU looks up
+64 bytes at once (VBMI). Elsewhere their lists would be gathered, which takes several times as long as reading the
+weights does: there a weight becomes, while it is packed, the code of its number among the 16 (IQ3) or 6 that its type
+has (`*_CODES`: K-quant heads whose super-scale times the type's unit is an f32, and scales 2 * scale + 1 are i8). Both
+forms give the same bits.
 """
 
 from __future__ import annotations
@@ -45,7 +54,8 @@ import numpy as np
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.activation_quant import Groups, Prologue
 from candle_vllm.core.kernels.cpu_runtime import operation
-from candle_vllm.core.kernels.cpu_runtime.level import Isa
+from candle_vllm.core.kernels.cpu_runtime.kernel_cache import has_compiler
+from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import LinearArguments
 from candle_vllm.core.kernels.packed_linear.grids import FORMATS, GridLayout
 from candle_vllm.core.quantization import ggml
@@ -94,15 +104,22 @@ class PackedKind(enum.IntEnum):
     TQ1_0 = 22
     TQ2_0 = 23
     Q1_0 = 24
+    IQ1_S_CODES = 25
+    IQ1_M_CODES = 26
+    IQ2_XXS_CODES = 27
+    IQ2_XS_CODES = 28
+    IQ2_S_CODES = 29
+    IQ3_XXS_CODES = 30
+    IQ3_S_CODES = 31
 
     @property
     def type(self) -> GGMLQuantizationType:
         """That type."""
-        return GGMLQuantizationType[self.name]
+        return GGMLQuantizationType[self.name.removesuffix("_CODES")]
 
 
 def packed_kind(ggml_type: GGMLQuantizationType) -> PackedKind:
-    """The layout of a tensor type on the CPU: its own, or 8 bits for a type without one.
+    """The layout that keeps a tensor type in the file's form, or 8 bits for a type without one.
 
     Raises:
         UnsupportedModelError: the type is not quantised, or nothing decodes it.
@@ -113,6 +130,20 @@ def packed_kind(ggml_type: GGMLQuantizationType) -> PackedKind:
         return PackedKind[ggml_type.name]
     ggml.check_decodable(ggml_type)
     return PackedKind.Q8_0
+
+
+def host_kind(ggml_type: GGMLQuantizationType) -> PackedKind:
+    """The layout that a tensor type is packed in for this CPU, at the level that kernels are compiled for.
+
+    Raises:
+        UnsupportedModelError: as `packed_kind`.
+    """
+    kind = packed_kind(ggml_type)
+    if kind in RARE and not has_compiler():  # the code of 8 bits travels
+        return PackedKind.Q8_0
+    if kind.name in FORMATS and not host_isa() & Isa.VBMI:
+        return PackedKind[f"{kind.name}_CODES"]
+    return kind
 
 
 @dataclass(frozen=True)
@@ -185,9 +216,22 @@ AnyLayout: TypeAlias = TileLayout | GridLayout
 """What the kernels of all kinds ask of a layout, both have."""
 
 
+_NUMBERS = {
+    "IQ1": (-9, -7, -1, 1, 7, 9),
+    "IQ2": (-43, -25, -8, 8, 25, 43),
+    "IQ3_XXS": (-62, -52, -44, -36, -28, -20, -12, -4, 4, 12, 20, 28, 36, 44, 52, 62),
+    "IQ3_S": tuple(range(-15, 16, 2)),
+}
+"""Every number that stands in a type's list, of either sign; IQ1's are eight times the list's, plus or minus 1."""
+
+
 def _layout(kind: PackedKind) -> AnyLayout:
     if kind.name in FORMATS:
         return FORMATS[kind.name]
+    if grid := FORMATS.get(kind.type.name):
+        found = next(numbers for name, numbers in _NUMBERS.items() if grid.name.startswith(name))
+        bits = (len(found) - 1).bit_length()
+        return TileLayout(bits, grid.width, False, True, grid.groups, grid.zero, found, "f32")
     found, nested = CONTENTS[kind.type], bool(CONTENTS[kind.type].small)
     minimum, groups = found.minimum is not None, ggml.block_layout(kind.type)[0] // GROUP
     zero = 0 if minimum else 128 if found.values or found.bits == 8 else found.zero

@@ -13,19 +13,19 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.kernels.cpu_runtime.kernel_cache import has_compiler
+from candle_vllm.core.kernels.cpu_runtime.level import host_isa
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of, c_function
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.packed_linear import grids
-from candle_vllm.core.kernels.packed_linear.grids import GridLayout
+from candle_vllm.core.kernels.packed_linear.grids import FORMATS, GridLayout
 from candle_vllm.core.kernels.packed_linear.layout import (
     GROUP,
     LAYOUTS,
-    RARE,
     ROWS,
     PackedKind,
     PackedMatrix,
     TileLayout,
-    packed_kind,
+    host_kind,
 )
 from candle_vllm.core.kernels.packed_linear.split import ChunkCodes, split
 from candle_vllm.core.quantization import ggml
@@ -43,14 +43,19 @@ CHUNK = 1 << 19
 
 
 def pack(
-    raw: np.ndarray, ggml_type: GGMLQuantizationType, rows: int, columns: int, memory: WeightMemory | None = None
+    raw: np.ndarray,
+    ggml_type: GGMLQuantizationType,
+    rows: int,
+    columns: int,
+    memory: WeightMemory | None = None,
+    kind: PackedKind | None = None,
 ) -> PackedMatrix:
     """Packs a quantised matrix.
 
-    Every type keeps its numbers exactly, at its own size. Only where a kernel would have to be compiled and Numba is
-    not installed, numbers are decoded and rounded to 8 bits with a scale for each 32 weights (an error of at most 0.4 %
-    of a group's largest weight, against the several per cent that such types have themselves), which a log line says;
-    MXFP4 then becomes Q5_0 without loss.
+    Every type keeps its numbers exactly, at its own size; IQ1 to IQ3 take more on most CPUs (`layout.py`). Only where
+    a kernel would have to be compiled and Numba is not installed, numbers are decoded and rounded to 8 bits with a
+    scale for each 32 weights (an error of at most 0.4 % of a group's largest weight, against the several per cent that
+    such types have themselves), which a log line says; MXFP4 then becomes Q5_0 without loss.
 
     Args:
         raw: the tensor's bytes, uint8, contiguous; need not be aligned.
@@ -58,15 +63,13 @@ def pack(
         rows: N; the rows stay in their order.
         columns: K, at most 65,536.
         memory: where the result goes; a model's matrices should share one. None takes memory of its own.
+        kind: a layout of the type; None takes `host_kind`.
 
     Raises:
         UnsupportedModelError: no kernel multiplies such a matrix.
         ValueError: `raw` is not as long as the shape says.
     """
-    kind = packed_kind(ggml_type)
-    compiled = kind not in RARE or has_compiler()
-    if not compiled:  # the code of 8 bits travels
-        kind = PackedKind.Q8_0
+    kind = kind or host_kind(ggml_type)
     size, width = ggml.block_layout(ggml_type)
     if rows < 1 or columns < 1 or columns % max(size, GROUP) or columns > MAX_COLUMNS:
         raise UnsupportedModelError(
@@ -75,10 +78,11 @@ def pack(
         )
     if raw.dtype != np.uint8 or raw.size != rows * (columns // size) * width:
         raise ValueError(f"{raw.size} bytes given for a {ggml_type.name} matrix of {rows} x {columns}")
-    if not compiled and ggml_type is GGMLQuantizationType.MXFP4 and (blocks := as_q5_0(raw)) is not None:
+    own = kind.type is ggml_type
+    if not own and ggml_type is GGMLQuantizationType.MXFP4 and (blocks := as_q5_0(raw)) is not None:
         return pack(blocks, GGMLQuantizationType.Q5_0, rows, columns, memory)
     layout, tiles = LAYOUTS[kind], -(-rows // ROWS)
-    if kind.type is not ggml_type:
+    if not own:
         cost = (8.5 * size) / (8 * width)
         logger.info("%s has no kernel of its own here: packed as 8 bits, %.1f times the memory", ggml_type.name, cost)
     data = (memory or WeightMemory(0)).take(tiles * layout.tile_bytes(columns), tiles).reshape(tiles, -1)
@@ -89,10 +93,12 @@ def pack(
         missing = (last - first) * ROWS - len(parts)
         if missing:
             parts = np.concatenate([parts, np.zeros((missing, *parts.shape[1:]), np.uint8)])
-        if kind.type is not ggml_type:
+        if not own:
             parts = ggml.round_to_q8_0(parts, ggml_type)
         if isinstance(layout, GridLayout):
             grids.store(np.ascontiguousarray(parts), layout, data[first:last])
+        elif own and ggml_type.name in FORMATS:
+            _store_codes(np.ascontiguousarray(parts), kind, data[first:last])
         else:
             _store(split(parts, kind), layout, data[first:last])
 
@@ -107,6 +113,15 @@ def pack(
             for running in [pool.submit(job, *part) for part in rounds]:
                 running.result()
     return PackedMatrix(rows, columns, kind, data)
+
+
+def _store_codes(blocks: np.ndarray, kind: PackedKind, tiles: np.ndarray) -> None:
+    """Writes rows of blocks whose weights stand in a grid to tiles of codes, uint8 [tiles, bytes]."""
+    grid, count = FORMATS[kind.type.name], len(tiles) * blocks.shape[1]
+    stored = np.empty((len(tiles), blocks.shape[1] * grid.block_bytes), np.uint8)
+    grids.store(blocks, grid, stored)
+    expand = c_function("packed_linear.cpu_grids:make_codes", 3, kind, host_isa())
+    expand(address_of(stored), address_of(tiles), count)
 
 
 def _store(parts: ChunkCodes, layout: TileLayout, tiles: np.ndarray) -> None:

@@ -62,8 +62,8 @@ def _numbers(codes: np.ndarray, layout: TileLayout) -> np.ndarray:
         if layout.bits == 6:
             quads |= _pairs(vectors[..., :2, :]) << 4
     else:
-        quads = _pairs(vectors[..., -2:, :])
-    if layout.bits in (1, 3, 5):
+        quads = _pairs(vectors[..., -2:, :]) if layout.values is None else _triples(vectors)
+    if layout.bits in (1, 5) or (layout.bits == 3 and layout.values is None):
         single = np.stack([vectors[..., 0, :] >> j & 1 for j in range(8)], axis=-2)
         quads |= single << max(layout.bits - 1, 1)
     return quads.reshape(*quads.shape[:-1], ROWS, 4)
@@ -81,6 +81,14 @@ def _digits(codes: np.ndarray, layout: TileLayout) -> np.ndarray:
 def _pairs(vectors: np.ndarray) -> np.ndarray:
     """Two vectors of 2-bit numbers as 8 quads."""
     fields = [vectors[..., p, :] >> 2 * f & 3 for p in range(2) for f in range(4)]
+    return np.stack(fields, axis=-2)
+
+
+def _triples(vectors: np.ndarray) -> np.ndarray:
+    """Three vectors of 3-bit numbers as 8 quads."""
+    first, second, third = (vectors[..., v, :] for v in range(3))
+    fields = [part >> place & 7 for part in (first, second, third) for place in (0, 3)]
+    fields += [first >> 6 | second >> 4 & 4, third >> 6 | second >> 5 & 4]
     return np.stack(fields, axis=-2)
 
 

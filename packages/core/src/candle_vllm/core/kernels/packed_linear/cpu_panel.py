@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: MIT
+# pyright: reportCallIssue=false, reportArgumentType=false
+"""Panels of activations for the packed linear layer: rows side by side, in the order in which the kernel reads them.
+
+A panel has 8, 4 or 1 rows; one that is not full repeats its last row, and the repetitions are not written. For each
+group of 32 numbers it has a record: the rows' int8 numbers, then their scales, then what is needed of their sums. Where
+registers are short a panel has 4 rows, and up to 8 panels are multiplied with a tile that is unpacked once (`cpu.py`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I8, I16, I32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.level import Isa
+from candle_vllm.core.kernels.packed_linear.cpu_sums import (
+    are_centred,
+    emit_activation_sums,
+    in_pairs,
+    takes_signed,
+    zero_of,
+)
+from candle_vllm.core.kernels.packed_linear.grids import GridLayout
+from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, ROWS, AnyLayout, PackedKind
+
+TALL_ROWS = 32
+"""Rows in the panels of one turn, where registers are short."""
+
+PANEL_BYTES = 192 << 10
+"""And what they may take of a core's second-level cache."""
+
+
+def blocks(isa: Isa) -> tuple[int, ...]:
+    """Rows that a panel may have."""
+    return (8, 4, 1) if isa.wide else (4, 1)
+
+
+def most_panels(isa: Isa) -> int:
+    """How many full panels are multiplied in one turn, at most."""
+    return 1 if isa.wide else TALL_ROWS // blocks(isa)[0]
+
+
+@njit
+def cut_rows(left: int, groups: int, full: int, most: int, group_bytes: int) -> tuple[int, int]:
+    """Rows of a panel, and how many panels a turn takes of the rows that are left.
+
+    `full` are the rows of a full panel, `group_bytes` its bytes for a group, and `most` is `most_panels`.
+    """
+    block = 1 if left == 1 else 4 if full > 4 and left <= 4 else full
+    most = max(min(most, PANEL_BYTES // (groups * group_bytes)), 1)
+    return block, min((left + block - 1) // block, most)
+
+
+def _panel_sums(layout: AnyLayout) -> int:
+    """Numbers per row and group in a panel that say what the sums are."""
+    return 1 if layout.width == GROUP or layout.paired else 2
+
+
+def record_bytes(layout: AnyLayout, block: int) -> int:
+    """Bytes of one group of a panel of `block` rows: the int8 numbers, xs, and one or two sums of each row."""
+    return block * (GROUP + 4 + 4 * _panel_sums(layout))
+
+
+def _sums(e: Emitter, x: Any, layout: AnyLayout, isa: Isa) -> list[Any]:
+    """What the panel keeps of the sum of 32 int8 numbers, given as <32 x i8>: for each half, or for the whole.
+
+    Sums times the minima are floats, or a pair of integers; sums times the code of weight 0 are integers below zero.
+    """
+    wide = [ir.Constant(I32, i) for i in range(2 * GROUP)]
+    x = e.b.shuffle_vector(x, e.zeros(I8, GROUP), ir.Constant(vector(I32, 2 * GROUP), wide))
+    centred = are_centred(isa, layout)
+    if centred:
+        words = e.b.bitcast(x, vector(I32))
+        total = e.b.bitcast(e.pairs_u8_i8(e.constant(I32, 0x01010101), words, isa), vector(I32))
+    else:
+        total = emit_activation_sums(e, isa, x)
+    kind = vector(I16, 2 * ROWS) if centred else vector(I32)
+    for step in (1, 2) if layout.width == 16 else (1, 2, 4):
+        order = ir.Constant(vector(I32), [ir.Constant(I32, i ^ step) for i in range(ROWS)])
+        parts = [e.b.bitcast(part, kind) for part in (total, e.b.shuffle_vector(total, total, order))]
+        total = e.b.bitcast(e.b.add(*parts), vector(I32))
+    if centred:
+        total = e.b.mul(e.b.bitcast(total, kind), e.constant(I16, -zero_of(layout), 2 * ROWS))
+        total = e.b.bitcast(total, vector(I32))
+    halves = range(GROUP // layout.width)
+    parts = [e.b.extract_element(total, ir.Constant(I32, 4 * half)) for half in halves]
+    if layout.paired:
+        low, high = parts
+        return [e.b.or_(e.b.and_(low, ir.Constant(I32, 0xFFFF)), e.b.shl(high, ir.Constant(I32, 16)))]
+    if layout.minimum:
+        return [e.b.bitcast(e.b.sitofp(part, F32), I32) for part in parts]
+    return parts if centred else [e.b.mul(part, ir.Constant(I32, -zero_of(layout))) for part in parts]
+
+
+def _emit_row(e: Emitter, layout: AnyLayout, isa: Isa, count: int, given: Any) -> None:
+    """What `fill_row` does, of a panel of `count` rows."""
+    b, (at_panel, at_row, at_xq, at_xs, at_xsum, number) = e.b, given
+    if paired := in_pairs(isa, count):
+        pair, side = b.lshr(at_row, e.int64(1)), b.and_(at_row, e.int64(1))
+        of_row = b.add(b.add(at_panel, b.mul(pair, e.int64(2 * GROUP))), b.mul(side, e.int64(8)))
+    else:
+        of_row = b.add(at_panel, b.mul(at_row, e.int64(GROUP)))
+    of_float = b.add(at_panel, b.mul(at_row, e.int64(4)))
+
+    def body(group: Any, state: list[Any]) -> list[Any]:
+        record, four = b.mul(group, e.int64(record_bytes(layout, count))), b.mul(group, e.int64(4))
+        x = e.load(b.add(at_xq, b.mul(group, e.int64(GROUP))), vector(I8, GROUP))
+        if isinstance(layout, GridLayout):
+            x = b.shuffle_vector(x, x, ir.Constant(vector(I32, GROUP), [ir.Constant(I32, at) for at in layout.order]))
+        for at, part in enumerate(e.parts(x, 4) if paired else [x]):
+            e.store(b.add(of_row, record), part, 16 * at)
+        floats = b.add(of_float, record)
+        e.store(floats, e.load(b.add(at_xs, four), I32), count * GROUP)
+        if layout.minimum and layout.width == GROUP:
+            sums = [e.load(b.add(at_xsum, four), I32)]
+        else:
+            sums = [] if takes_signed(isa, layout) else _sums(e, x, layout, isa)
+        for index, part in enumerate(sums):
+            e.store(floats, part, count * (GROUP + 4 + 4 * index))
+        return state
+
+    e.loop(number, [], body)
+
+
+@intrinsic(prefer_literal=True)
+def fill_row(
+    _: Any, kind: Any, isa: Any, block: Any, panel: Any, row: Any, xq: Any, xs: Any, xsum: Any, groups: Any
+) -> Any:
+    """Copies one row of activations into a panel of `block` rows, one of `blocks`."""
+    layout, features = LAYOUTS[PackedKind(kind.literal_value)], Isa(isa.literal_value)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        e.choose(args[2], {n: partial(_emit_row, e, layout, features, n, args[3:]) for n in blocks(features)})
+        return context.get_dummy_value()
+
+    return types.void(kind, isa, *[types.int64] * 7), code
