@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: MIT
 """What ranks cost, measured here, and what a step on several GPUs takes by arithmetic; see docs/scaling.md.
 
-python benchmarks/scaling.py message     what telling 1 to 7 others a step takes
+python benchmarks/scaling.py message     what scheduling a step and telling it to 0 to 7 others takes
 python benchmarks/scaling.py sum         adding up 8 KB to 8 MB between processes of this machine, by Gloo and by memory
+python benchmarks/scaling.py draw        draws by two processes: rows put together, and candidates and sums instead
 python benchmarks/scaling.py engine      steps of a small random model by 1 to 3 ranks, op by op
 python benchmarks/scaling.py stages      prompts and steps of a larger one by one rank and by 2 stages, and who is busy
 python benchmarks/scaling.py model       the tables of 1 to 8 GPUs, as ranks and as stages
 python benchmarks/scaling.py machines    the table of 1 to 8 machines with 1 to 16 GPUs together
+python benchmarks/scaling.py experts     bytes and time of a layer with whole experts, by sums and by exchanges
 """
 
 from __future__ import annotations
@@ -14,26 +16,40 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import random
 import socket
 import statistics
 import tempfile
-import threading
 import time
-from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.engine.batch import BatchBuilder
-from candle_vllm.core.engine.rank_line import Line, ToldBatches, ToRank
+from candle_vllm.core.engine.block_manager import BlockManager
+from candle_vllm.core.engine.message_ring import MessageRing, RingLine
+from candle_vllm.core.engine.rank_line import Line, Ready, ToRank, encoded
 from candle_vllm.core.engine.ranks import RankedRunner
 from candle_vllm.core.engine.request import GenerationRequest
-from candle_vllm.core.engine.sequence import Run, Sequence
-from candle_vllm.core.kernels.collectives import ProcessGroup, shared_memory
+from candle_vllm.core.engine.scheduler import Scheduler
+from candle_vllm.core.engine.sequence import Sequence
+from candle_vllm.core.kernels import sampling as kernels
+from candle_vllm.core.kernels.collectives import ProcessGroup, VocabularyShare, shared_memory
+from candle_vllm.core.kernels.collectives.token_shares import rows_sent
+from candle_vllm.core.kernels.sampling.shares import Shares, told
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 
 ROUNDS = 400
+VOCABULARY = 151936
+DRAWS = {  # temperature, min_p, top_k, top_p
+    "greedy": (0.0, 0.0, 0.0, 1.0),
+    "temperature": (0.8, 0.0, 0.0, 1.0),
+    "top_k 20, top_p 0.9": (0.8, 0.0, 20.0, 0.9),
+    "top_p 0.9": (0.3, 0.0, 0.0, 0.9),  # of which random logits leave a few
+}
 
 
 class Model(NamedTuple):
@@ -59,6 +75,13 @@ LARGE = {  # layers, width, GB that a step of one row reads; and GB of all weigh
     "70B, bf16": (Model(80, 8192, 141.0), 141.0),
     "R1 671B, Q4_K, 37B of them active": (Model(61, 7168, 22.4), 404.0),
 }
+MIXTURES = {  # layers with experts, width, experts of a token, experts
+    "R1, V3": (58, 7168, 8, 256),
+    "Qwen3-235B-A22B": (94, 4096, 8, 128),
+    "gpt-oss-120b": (36, 2880, 4, 128),
+}
+RDMA = 50.0
+"""GB/s of a GPU to others over a network of 400 Gb/s, published for exchanges (DeepEP: 43 to 58)."""
 NETWORK = 59.0
 """Microseconds of one sum of a few rows between four machines, published: NCCL over RoCE, 48 KB."""
 BANDWIDTH, SHARE, FIXED = 3350.0, 0.7, 0.4
@@ -66,47 +89,93 @@ BANDWIDTH, SHARE, FIXED = 3350.0, 0.7, 0.4
 
 
 def message() -> None:
-    """A step of 64 sequences at 2,000 tokens each, told to so many others that read it."""
-    for others in (1, 3, 7):
-        pairs = [socket.socketpair() for _ in range(others)]
-        lines = [Line(near) for near, _ in pairs]
-        readers = [threading.Thread(target=_read, args=(Line(far),), daemon=True) for _, far in pairs]
-        for reader in readers:
-            reader.start()
-        runs = [_run(number) for number in range(64)]
-        builder, ranks = BatchBuilder(64), RankedRunner(_Nothing(), None)  # type: ignore[arg-type]
-        times = []
-        for _ in range(ROUNDS):
-            batch = builder.build(runs)
-            began = time.perf_counter()
-            told = ranks._message(batch)
+    """Scheduling a step of 64 sequences of some 2,000 tokens and telling it, by turns to nobody, 1, 3 and 7 others."""
+    counts, context = (1, 3, 7), multiprocessing.get_context("spawn")
+    tells: dict[str, Callable[[Any], object]] = {"nobody": lambda _: None}
+    ended, processes, heard = list[Callable[[], object]](), list[Any](), context.SimpleQueue()
+    for count in counts:
+        ring = MessageRing(count)
+        for way in ("ring", "lines"):
+            pairs = [socket.socketpair() for _ in range(count)]
+            lines = [Line(near) for near, _ in pairs]
+            ended += [line.end for line in lines]
+            path = f"/proc/{os.getpid()}/fd/{ring.memory.fileno()}" if way == "ring" else None
+            name = f"{count} others by {way}"
+            for rank, (_, far) in enumerate(pairs, 1):
+                processes.append(context.Process(target=_read, args=(far, path, rank, name, heard)))
+                processes[-1].start()
+                far.close()
             for line in lines:
-                line.send(told)
-            times.append(time.perf_counter() - began)
-        print(f"{others} others: {statistics.median(times) * 1e6:.0f} us a step")
-        for line in lines:
-            line.socket.close()
+                line.receive(Ready)
+            tells[name] = _by_ring(ring) if way == "ring" else _by_lines(lines)
+    scheduler, builder = Scheduler(BlockManager(64 * 128, 32), 64, 1 << 18), BatchBuilder(32)
+    for number in range(64):
+        request = GenerationRequest(
+            request_id=str(number), prompt_token_ids=[number] * (1984 + number), params=SamplingParams(max_tokens=9999)
+        )
+        scheduler.add(Sequence(request, 0, number))
+    ranks, times = RankedRunner(_Nothing(), None), {way: list[tuple[float, float]]() for way in tells}  # type: ignore[arg-type]
+    begins = {way: list[float]() for way in tells}
+    for _ in range(ROUNDS):
+        for way in random.sample(list(tells), len(tells)):
+            time.sleep(0.003)  # as long as a short step: who was told has read, and waits
+            began = time.perf_counter()
+            step = scheduler.schedule()
+            batch = builder.build(step)
+            built = time.perf_counter()
+            if way != "nobody":
+                tells[way](ranks._message(batch))
+            times[way].append((built - began, time.perf_counter() - began))
+            begins[way].append(built)
+            scheduler.launched(step)
+            scheduler.settle(step)
+            for run in step:
+                run.sequence.append(7)
+    for end in ended:
+        end()
+    last = {way: [0.0] * ROUNDS for way in tells}
+    for _ in processes:
+        way, each = heard.get()
+        last[way] = list(map(max, last[way], each))
+    for process in processes:
+        process.join()
+    for way, found in times.items():
+        scheduled, whole = (statistics.median(each) * 1e6 for each in zip(*found[2:]))
+        told = statistics.median(both - first for first, both in found[2:]) * 1e6
+        after = statistics.median(there - built for there, built in zip(last[way], begins[way])) * 1e6
+        print(f"{way}: {whole:.0f} us a step, {scheduled:.0f} of them to schedule it and {told:.0f} to tell it", end="")
+        print(f"; {after:.0f} until the last one has it" if way != "nobody" else "")
 
 
 class _Nothing:
-    fatal, in_flight = (), 1
+    fatal, in_flight, divides = (), 1, False
 
 
-def _run(number: int) -> Run:
-    request = GenerationRequest(request_id=str(number), prompt_token_ids=[1] * 2000, params=SamplingParams())
-    sequence = Sequence(request, 0, 0)
-    sequence.block_table = array("i", range(32))
-    return Run.next(sequence, 1)
+def _by_ring(ring: MessageRing) -> Callable[[Any], None]:
+    return lambda told: ring.write(encoded(told), 60)
 
 
-def _read(line: Line) -> None:
-    batches = ToldBatches()
+def _by_lines(lines: list[Line]) -> Callable[[Any], None]:
+    def tell(told: Any) -> None:
+        data = encoded(told)
+        for line in lines:
+            line.send_encoded(data)
+
+    return tell
+
+
+def _read(end: socket.socket, path: str | None, rank: int, name: str, heard: Any) -> None:
+    line, times = Line(end), list[float]()
+    if path is not None:
+        with open(path, "r+b", buffering=0) as memory:
+            line = RingLine(end, memory, rank)
+    line.send(Ready(0))
     try:
         while True:
-            told: Any = line.receive(ToRank)
-            batches.batch(told)
+            line.receive(ToRank)
+            times.append(time.perf_counter())
     except EOFError:
-        return
+        heard.put((name, times))
 
 
 def add_up() -> None:
@@ -121,13 +190,60 @@ def add_up() -> None:
             other.join()
 
 
+def draws() -> None:
+    """Two processes with half of the columns each: rows put together and drawn from, and candidates and sums."""
+    memory = shared_memory(2)
+    assert memory is not None
+    path = f"/proc/{os.getpid()}/fd/{memory.fileno()}"
+    with tempfile.TemporaryDirectory() as folder:
+        other = multiprocessing.get_context("spawn").Process(target=_draws, args=(1, folder, path))
+        other.start()
+        _draws(0, folder, path)
+        other.join()
+
+
+def _draws(rank: int, folder: str, path: str) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    with open(path, "r+b", buffering=0) as memory:
+        notes = _Notes(Path(folder) / "store")
+        groups = {
+            "Gloo": ProcessGroup(rank, 2, "cpu", notes, "gloo", patience=60),
+            "shared memory": ProcessGroup(rank, 2, "cpu", notes, "shared", patience=60, memory=memory),
+        }
+    most = VOCABULARY // 2
+    for rows in (1, 32):
+        logits = np.random.default_rng(rows).standard_normal((rows, VOCABULARY)).astype(np.float32) * 3
+        own = torch.from_numpy(logits[:, rank * most : (rank + 1) * most].copy())
+        for name, control in DRAWS.items():
+            wanted = np.tile([*control, 0.46371, -1, told(control, None)], (rows, 1))
+            controls, times = np.ascontiguousarray(wanted[:, :5]), dict[str, list[float]]()
+            for way in (*groups, "candidates"):
+                group = groups.get(way, groups["shared memory"])
+                share, taken = VocabularyShare(group, rank * most, most, VOCABULARY), times.setdefault(way, [])
+                for _ in range(100 if rows == 1 else 20):
+                    group.sum(torch.zeros(2))  # they begin at the same time
+                    began = time.perf_counter()
+                    if way == "candidates":
+                        assert not len(Shares(own, share, wanted).lacking)
+                    else:
+                        whole = share.whole(own)
+                        if not rank:
+                            kernels.draw(whole, controls)
+                    taken.append(time.perf_counter() - began)
+            if not rank:
+                said = ", ".join(f"{way} {statistics.median(each) * 1e3:.2f} ms" for way, each in times.items())
+                print(f"{rows} rows, {name}: {said}")
+
+
 class _Notes:
     """Notes in a file, by torch's own store."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, ranks: int = 2) -> None:
         from torch import distributed
 
-        store = distributed.FileStore(str(path), 2)
+        store = distributed.FileStore(str(path), ranks)
         self.set: Any = store.set
         self.get: Any = store.get
         self.add: Any = store.add
@@ -265,14 +381,81 @@ def machines() -> None:
         print(f"| {count} x {gpus} | `{flags}` | " + " | ".join(cells) + " |")
 
 
+def experts() -> None:
+    """What a rank sends in a layer, by arithmetic; and the time of 2 and 4 ranks here whose experts compute nothing."""
+    print("| model | " + " | ".join(f"{n} ranks" for n in (8, 16, 32, 64)) + " |")
+    print("|" + "---|" * 5)
+    for name, (layers, width, top_k, count) in MIXTURES.items():
+        cells = []
+        for n in (8, 16, 32, 64):
+            rows = rows_sent([count // n] * n, top_k)
+            sums, exchanges = (each * width * 2 * 8192 / 1e6 for each in rows)  # bf16
+            saved = (sums - exchanges) * layers / RDMA  # MB by GB/s are milliseconds
+            cells.append(f"{sums:.0f}, {exchanges:.0f} ({exchanges / sums:.0%}), {saved:.0f} ms")
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    for size in (2, 4):
+        with tempfile.TemporaryDirectory() as folder:
+            start = multiprocessing.get_context("spawn").Process
+            others = [start(target=_layers, args=(rank, size, folder)) for rank in range(1, size)]
+            for other in others:
+                other.start()
+            _layers(0, size, folder)
+            for other in others:
+                other.join()
+
+
+def _layers(rank: int, size: int, folder: str) -> None:
+    import torch
+
+    from candle_vllm.core.kernels.collectives.token_shares import TokenShares
+    from candle_vllm.core.kernels.moe import Pairs
+
+    torch.set_num_threads(1)
+    group: Any = ProcessGroup(rank, size, "cpu", _Notes(Path(folder) / "store", size), "layers", patience=60)
+    width, top_k, held = 1024, 2, [32 // size] * size
+    shares, counted, exchange = TokenShares(group, held, 0.0), [0], group.exchange
+
+    def exchanged(x: Any, sent: Any, received: Any) -> Any:
+        counted[0] += (sum(sent) - sent[rank]) * x.shape[1] * x.itemsize
+        return exchange(x, sent, received)
+
+    group.exchange = exchanged
+    for tokens in (64, 512, 2048):
+        made = torch.Generator().manual_seed(tokens)
+        y = torch.randn(tokens, width, generator=made)
+        chosen = torch.rand(tokens, sum(held), generator=made).topk(top_k).indices.to(torch.int32)
+        line, own = [], slice(rank * tokens // size, (rank + 1) * tokens // size)
+        for divided in (False, True):
+            pairs = Pairs(torch.ones(tokens, top_k), chosen, sum(held))
+            if divided:
+                pairs = Pairs(pairs.weights[own].contiguous(), chosen[own].contiguous(), sum(held))
+            times = []
+            for _ in range(30):
+                counted[0] = 0
+                began = time.perf_counter()
+                shares.begin(tokens, may_divide=divided)
+                x = shares.sum(y.clone())
+                shares.whole(shares.experts(x, pairs, lambda rows, _: rows), None)
+                times.append(time.perf_counter() - began)
+            share = (size - 1) / size * tokens * width * 4
+            sent = counted[0] + share if divided else 4 * share
+            line.append(f"{sent / 1e6:.2f} MB, {statistics.median(times) * 1e3:.2f} ms")
+        if not rank:
+            print(f"{size} ranks, {tokens} tokens: by sums {line[0]}; by exchanges {line[1]}", flush=True)
+    group.least(0)  # nobody ends before the others have what they wait for
+    group.close()
+
+
 if __name__ == "__main__":
     works = {
         "message": message,
         "sum": add_up,
+        "draw": draws,
         "engine": engine,
         "stages": stages,
         "model": model,
         "machines": machines,
+        "experts": experts,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=works)

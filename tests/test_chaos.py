@@ -260,7 +260,7 @@ def besiege(folder: Path, scale: Scale, *flags: str) -> None:
 
 # ---- the tests -------------------------------------------------------------------------------------------------------
 
-SWITCHING = Scale(clients=130, changes=4, kills=0, seed=1, elsewhere=0.002)
+SWITCHING = Scale(clients=90, changes=3, kills=0, seed=1, elsewhere=0.002)
 KILLING = Scale(clients=130, changes=0, kills=1, seed=2, elsewhere=0.6)
 
 

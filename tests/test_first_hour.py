@@ -129,6 +129,18 @@ def dry_without_log(folder: Path, run: str) -> tuple[str, int]:
     return done.stdout, done.returncode
 
 
+@pytest.mark.every_case
+@pytest.mark.timeout(300)
+def test_several_gpus_are_measured_in_every_way() -> None:
+    command = [sys.executable, str(SCRIPTS / "several.py"), "--quick", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(text) for text in done.stdout.splitlines()]
+    assert {line["way"] for line in lines} == {"one", "tp", "pp", "pp-1", "dp", "moe-tp", "moe-ep"}
+    assert [line["what"] for line in lines] == ["load", "decode", "prefill"] * 7
+    assert all(line["tok_s"] > 0 for line in lines if line["what"] != "load")
+
+
 # ---- decisions -------------------------------------------------------------------------------------------------------
 
 GPU = {"machine": "NVIDIA H200"}

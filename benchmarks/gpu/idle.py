@@ -134,6 +134,13 @@ class IdleDevice:
     def wait(self) -> None:
         """Returns at once."""
 
+    def beside(self) -> IdleDevice:
+        """Which does as little."""
+        return self
+
+    def after(self, mark: object) -> None:
+        """Everything is over."""
+
     def staged(self, size: int) -> torch.Tensor:
         """Memory, all zeros."""
         return torch.zeros(size, dtype=torch.uint8)

@@ -37,6 +37,7 @@ WRONG: dict[str, list[Any]] = {
     "cluster_key": [5, b"a key of sixteen"],
     "distributed_executor_backend": [5, None, "uni", "external_launcher"],
     "enable_expert_parallel": ["no", 1, None],
+    "all2all_backend": [5, None, "naive", "pplx", "deepep_high_throughput", "flashinfer_nvlink_one_sided"],
     "data_parallel_size": [0, 65, 1.5, True, "2", None],
     "dtype": [5, None, "f64", []],
     "enforce_eager": ["no", 1, None],

@@ -327,7 +327,10 @@ def test_halves_of_an_adapter_make_the_whole(served: Served) -> None:
     ]
     (found,) = served.logits(TEXTS[:1], [tuple((served.pack(half), 1.0) for half in halves)])
     (wanted,) = served.logits(TEXTS[:1], [((served.pack(whole), 1.0),)])
-    assert apart(found, wanted) < 1e-5
+    # Sums in another order differ in their last bits, and a key or a value may then be rounded to the other bfloat16.
+    assert apart(found, wanted) < 1e-4
+    (half,) = served.logits(TEXTS[:1], [((served.pack(halves[0]), 1.0),)])
+    assert apart(half, wanted) > 1e-2
 
 
 def test_cached_blocks_belong_to_their_adapters(served: Served) -> None:

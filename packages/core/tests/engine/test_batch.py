@@ -14,6 +14,8 @@ from candle_vllm.core import SamplingParams
 from candle_vllm.core.engine import batch as batch_module
 from candle_vllm.core.engine.batch import Batch, BatchBuilder
 from candle_vllm.core.engine.block_manager import BlockManager
+from candle_vllm.core.engine.rank_line import Forward, Next, ToldBatches, ToRank, as_bytes, decoder, encoded
+from candle_vllm.core.engine.ranks import RankedRunner
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.engine.sequence import Run, Sequence
@@ -50,16 +52,47 @@ def check(batch: Batch, scheduled: list[Run], before: list[Run]) -> None:
     assert batch.num_decodes == sum(item.decodes for item in scheduled)
 
 
+class Told:
+    """What another rank makes of the steps that it is told, in the fewest words."""
+
+    fatal, in_flight, divides = (), 1, False
+
+    def __init__(self) -> None:
+        self._ranks: Any = RankedRunner(self, None)  # type: ignore[arg-type]
+        self._batches, self._versions = ToldBatches(), (object(), object())
+        self.next = self.whole = 0
+
+    def hears(self, batch: Batch) -> None:
+        message = decoder(ToRank).decode(encoded(self._ranks._message(batch)))
+        assert batch.goes_on or not isinstance(message, Next)
+        self.next += isinstance(message, Next)
+        self.whole += batch.goes_on and isinstance(message, Forward)
+        made = self._batches.batch(message)
+        for name in ("tokens", "query_start", "context_lens", "drawn_rows"):
+            np.testing.assert_array_equal(getattr(made, name), getattr(batch, name), name)
+        used = np.arange(batch.block_tables.shape[1]) * SIZE < batch.context_lens[:, None]
+        np.testing.assert_array_equal(made.block_tables * used, batch.block_tables * used)
+        assert made.num_decodes == batch.num_decodes
+        versions = batch.tables_version, made.tables_version
+        same = [new is old for new, old in zip(versions, self._versions)]
+        assert same[0] == same[1]
+        self._versions = versions
+
+
 @pytest.mark.parametrize("overlapping", [False, True])
 def test_any_run_of_steps(overlapping: bool) -> None:
-    """Sequences come and go, are preempted and come back a token at a time, with blocks for few of them."""
-    rng = random.Random(3)
-    preemptions = unchanged = recomputed = 0
+    """Sequences come and go, are preempted and come back a token at a time, with blocks for few of them.
+
+    Another rank that is told most of the steps makes the same of them.
+    """
+    rng, missing = random.Random(3), random.Random(4)
+    preemptions = unchanged = recomputed = told_next = told_whole = 0
     for _ in range(40):
         places, longest = rng.choice((3, 8)), rng.choice((6, 24))
         scheduler = Scheduler(BlockManager(rng.randrange(9, 24), SIZE), places, rng.choice((places, 20)))
         builder, before, flight, version = BatchBuilder(SIZE), [], None, None
         ends: dict[Sequence, int] = {}
+        other = Told()
         for step in range(120):
             if rng.random() < 0.3 and len(ends) < 9:
                 prompt = [rng.randrange(9) for _ in range(rng.randrange(1, longest))]
@@ -72,6 +105,8 @@ def test_any_run_of_steps(overlapping: bool) -> None:
             if scheduled:
                 batch = builder.build(scheduled, before)
                 check(batch, scheduled, before)
+                if missing.random() < 0.9:
+                    other.hears(batch)
                 unchanged += batch.tables_version is version
                 last = scheduled[-1]
                 recomputed += last.count == 1 and not last.wanted and last.start >= last.sequence.num_prompt_tokens
@@ -89,9 +124,36 @@ def test_any_run_of_steps(overlapping: bool) -> None:
                         scheduler.remove(item.sequence)
             before = [item for item in scheduled if item.wanted] if overlapping else []
         preemptions += scheduler.num_preemptions
+        told_next, told_whole = told_next + other.next, told_whole + other.whole
     assert preemptions > 20
     assert unchanged > 100
+    assert overlapping or told_next > 100
+    assert overlapping or told_whole > 10, "where the one before was missed"
     assert recomputed > 0, "one token of what is recomputed, beside nothing but decoding sequences"
+
+
+@pytest.mark.parametrize(
+    ("before", "told", "said"),
+    [
+        ((), Next(bytes(8), ()), "1 sequences goes on"),
+        ((3, 5), Next(bytes(8), ()), "1 sequences goes on"),
+        ((3,), Next(bytes(16), ()), "2 sequences goes on"),
+        ((3,), Next(bytes(8), ((1, 1, 1),)), "sequence 1 begins"),
+        ((3,), Next(bytes(8), ((-1, 1, 1),)), "sequence -1 begins"),
+        ((3,), Next(bytes(8), ((0, 2, 1),)), "block 2 of"),
+        ((3,), Next(bytes(8), ((0, 0, 1),)), "block 0 of"),
+    ],
+)
+def test_a_step_that_cannot_go_on_is_refused(before: tuple[int, ...], told: Next, said: str) -> None:
+    batches = ToldBatches()
+    if before:
+        count = len(before)
+        rows, starts, contexts, tables = (
+            as_bytes(np.array(each)) for each in ([list(before)] * 4, range(count + 1), before, [[0]] * count)
+        )
+        batches.batch(Forward(rows, starts, contexts, starts[:-8], count, tables, None, None))
+    with pytest.raises(ValueError, match=said):
+        batches.batch(told)
 
 
 def test_tables_that_stay_say_so() -> None:

@@ -14,12 +14,15 @@ from test_sight_families import write_sight
 
 from candle_vllm.core import ConfigError, EngineConfig, SamplingParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
+from candle_vllm.core.devices import Device
 from candle_vllm.core.engine import device_build
 from candle_vllm.core.engine.device_build import build_on_gpu
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.kernels.device_stream import Work
 from candle_vllm.core.memory import MIB
 from candle_vllm.core.testing.lazy_stream import LazyStream
+from candle_vllm.core.testing.thread_ranks import Meetings, MeetingStages, ThreadRanks, in_threads
+from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.core.testing.toy_sight import write_toy_sight
 
 
@@ -88,6 +91,28 @@ def test_pictures_whose_tokens_see_each_other_are_not_reproducible(memory: Memor
         build(loaded, deterministic=True)
     assert caught.value.setting == "deterministic"
     build(dataclasses.replace(loaded, tower=None))[0].close()
+
+
+def test_stages_are_built_at_once(memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first steps connect them; places for what goes over borders are there when memory is planned."""
+    model = write_toy_model(tmp_path, toy_config(num_hidden_layers=3))
+    config = EngineConfig(model=str(model), attention_backend="torch", block_size=16, pipeline_parallel_size=2)
+    monkeypatch.setattr(device_build, "CudaStream", lambda device: LazyStream(serial=True))
+    monkeypatch.setattr(device_build, "compile_together", lambda work, device: 0)  # is for one thread of a process
+    meetings = Meetings()
+
+    def built(ranks: ThreadRanks) -> tuple[Any, int]:
+        assert ranks.stages is not None
+        part = load_model(dataclasses.replace(config, enforce_eager=True), Device("cpu"), lambda *_: None, ranks=ranks)
+        decoder: Any = part.decoder
+        decoder.stage.line = MeetingStages(ranks.stages.rank, 2, meetings)
+        runner, plan = build_on_gpu(config, part, 64, 8, 0.9, ranks=ranks)
+        return runner, plan.num_blocks
+
+    (first, blocks), (second, others) = in_threads(1, built, 2)
+    assert blocks == others > 0
+    assert (first.in_flight, second.in_flight, first.overlaps) == (2, 2, False)
+    assert {shape for shapes in meetings.asked.values() for shape in shapes} == {(2, 1, 64), (1, 64)}
 
 
 def test_forms_are_compiled_before_steps_are_measured(

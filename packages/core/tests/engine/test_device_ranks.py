@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,19 +10,29 @@ from typing import Any
 
 import pytest
 import torch
-from test_device_steps import CPU, EVERYTHING, SIZE, asked, device_runner, drive, make
+from common_run import few
+from families import ROWS
+from late_stages import join
+from test_device_steps import CPU, EVERYTHING, SHORT, SIZE, asked, device_runner, drive, make
+from tiny import write_tiny
 
 from candle_vllm.core import EngineConfig, SamplingParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.devices import Device
 from candle_vllm.core.engine.eager_runner import EagerRunner
-from candle_vllm.core.engine.rank_line import Forward, ToldBatches, as_ints
+from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS
+from candle_vllm.core.engine.rank_line import Whole
 from candle_vllm.core.engine.ranks import RankedRunner
+from candle_vllm.core.kernels.collectives.token_shares import TokenShares
+from candle_vllm.core.kernels.sampling import shares
 from candle_vllm.core.testing.exact_sums import exact_sums
-from candle_vllm.core.testing.thread_ranks import ThreadRanks, in_threads
+from candle_vllm.core.testing.thread_ranks import ThreadRanks, ToldRanks, in_threads
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 
 CONTEXT = 192
+CONFIG = EngineConfig(model="toy")
+CAPTURED = {"graphs": True, "prompts": 64}
+LIMITS: dict[str, Any] = {"sequences": 8}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,92 +50,128 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> list[LoadedModel]:
     return in_threads(2, lambda ranks: load_model(config, Device("cpu"), lambda *_: None, ranks=ranks))
 
 
-class Beside:
-    """The second rank, in a thread; told as over a line."""
-
-    def __init__(self, runner: Any, stream: Any) -> None:
-        self._told: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.failed: Exception | None = None
-        self._runner, self._stream = runner, stream
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        batches = ToldBatches()
-        while (message := self._told.get()) is not None:
-            try:
-                if isinstance(message, Forward):
-                    self._runner.forward(batches.batch(message), ())
-                else:
-                    self._runner.score(as_ints(message.rows))
-                if self._stream is not None:
-                    self._stream.mark().wait()
-            except Exception as error:
-                self.failed = error
-                return
-
-    def tell(self, message: Any) -> None:
-        assert self.failed is None
-        self._told.put(message)
-
-    def close(self) -> None:
-        self._told.put(None)
-        self._thread.join(30)
-
-
 def together(parts: list[LoadedModel]) -> None:
     """The two parts meet anew: a test that failed may have left them apart."""
     shared, barrier = [None, None], threading.Barrier(2)
     for rank, part in enumerate(parts):
-        decoder: Any = part.decoder
-        ranks = ThreadRanks(rank, 2, shared, barrier)
-        for layer in decoder.layers:
-            layer.attention.output.collective = layer.mlp.down.collective = ranks
-        for table in (decoder.embed, decoder.head):
-            table.share = table.share._replace(collective=ranks)
+        join(part, ThreadRanks(rank, 2, shared, barrier))
 
 
 def answers(parts: list[LoadedModel], params: list[SamplingParams], **settings: Any) -> dict[str, Any]:
     together(parts)
+    return drawn(parts, params, **settings)
+
+
+def drawn(
+    parts: list[LoadedModel], params: list[SamplingParams], most: int | None = None, **settings: Any
+) -> dict[str, Any]:
+    """Of the first so many requests."""
     if settings:  # both are built, and capture, at the same time
-        (first, _), (second, stream) = in_threads(2, lambda ranks: device_runner(parts[ranks.rank], **settings))
+        (first, _), (second, stream) = in_threads(
+            2, lambda ranks: device_runner(parts[ranks.rank], **LIMITS, **settings)
+        )
     else:
         stream = None
         first, second = (EagerRunner(part.decoder, 200, SIZE, CPU, torch.float32) for part in parts)
-    beside: Any = Beside(second, stream)
+    beside: Any = ToldRanks(CONFIG, [(second, stream)])
     runner = RankedRunner(first, beside)
     try:
-        return drive(make(parts[0], runner, drafts=settings.get("drafts", 0)), asked(params), every=3)
+        return drive(make(parts[0], runner, **LIMITS, drafts=settings.get("drafts", 0)), asked(params)[:most], every=1)
     finally:
         beside.close()
 
 
-@pytest.mark.parametrize("settings", [{"graphs": True}, {"graphs": True, "prompts": 64}, {"drafts": 24}], ids=str)
-def test_answers_are_those_op_by_op(parts: list[LoadedModel], settings: dict[str, Any]) -> None:
-    assert answers(parts, EVERYTHING, **settings) == answers(parts, EVERYTHING)
+@pytest.fixture(scope="module", params=few([EVERYTHING, SHORT], SHORT), ids=["everything", "short"])
+def wanted(parts: list[LoadedModel], request: pytest.FixtureRequest) -> tuple[list[SamplingParams], dict[str, Any]]:
+    """What is asked, and the answers op by op."""
+    return request.param, answers(parts, request.param)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"graphs": True, "prompts": 64}, pytest.param({"graphs": True}, marks=pytest.mark.every_case)], ids=str
-)
-def test_stages_give_the_answers_of_all_layers(settings: dict[str, Any], tmp_path: Path) -> None:
-    """What goes over a border is sent and received within what is captured."""
-    folder = write_toy_model(tmp_path, toy_config("llama", max_position_embeddings=CONTEXT, num_hidden_layers=3))
-    config = EngineConfig(model=str(folder), enforce_eager=True)
+@pytest.mark.parametrize("settings", few([{"graphs": True}, CAPTURED, {"drafts": 24}], CAPTURED), ids=str)
+def test_answers_are_those_op_by_op(
+    parts: list[LoadedModel], wanted: tuple[list[SamplingParams], dict[str, Any]], settings: dict[str, Any]
+) -> None:
+    params, right = wanted
+    assert answers(parts, params, **settings) == right
 
-    def load(ranks: ThreadRanks | None) -> LoadedModel:
-        return load_model(config, Device("cpu"), lambda *_: None, ranks=ranks)
 
-    def built(ranks: ThreadRanks) -> tuple[Any, Any]:
-        assert ranks.stages is not None
-        return device_runner(stages[ranks.stages.rank], **settings)
+@pytest.mark.parametrize("settings", few([{}, CAPTURED], {}), ids=str)
+def test_whole_logits_travel_for_edited_rows_alone(
+    parts: list[LoadedModel], settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps that only draw send candidates and sums; where one of their rows is edited, that row is put together."""
+    together, rows = ThreadRanks.gather, list[int]()
 
-    whole, stages = load(None), in_threads(1, load, 2)
-    right = drive(make(whole, EagerRunner(whole.decoder, 200, SIZE, CPU, torch.float32)), asked(EVERYTHING), every=3)
-    (first, _), (second, stream) = in_threads(1, built, 2)
-    beside: Any = Beside(second, stream)
+    def counted(ranks: ThreadRanks, x: Any, width: int) -> Any:
+        if x.dtype == torch.float32 and ranks.rank == 0 and len(x) < MAX_SCORED_ROWS:  # as many are for a start alone
+            rows.append(len(x))
+        return together(ranks, x, width)
+
+    monkeypatch.setattr(ThreadRanks, "gather", counted)
+    plain = [
+        SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=2),
+        SamplingParams(temperature=0.9, seed=1, max_tokens=6, ignore_eos=True),
+        SamplingParams(temperature=0.9, seed=2, max_tokens=6, ignore_eos=True, top_k=20, top_p=0.9),
+    ]
+    answers(parts, plain, **settings)
+    assert not rows
+    edited = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, presence_penalty=0.5)
+    answers(parts, [*plain, edited], **settings)
+    assert sum(rows) == 6 * len([i for i in range(len(asked(plain))) if i % 4 == 3])
+
+
+@pytest.mark.parametrize("settings", few([{}, CAPTURED, {"drafts": 24}], {"drafts": 24}), ids=str)
+def test_rows_of_which_too_little_was_told_are_put_together(
+    parts: list[LoadedModel],
+    wanted: tuple[list[SamplingParams], dict[str, Any]],
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As those of a large vocabulary are that are flat."""
+    params, right = wanted
+    monkeypatch.setattr(shares, "MOST_TOLD", 4)
+    put_together, told = ToldRanks.tell, list[Whole]()
+
+    def noted(beside: ToldRanks, message: Any) -> None:
+        if isinstance(message, Whole):
+            told.append(message)
+        put_together(beside, message)
+
+    monkeypatch.setattr(ToldRanks, "tell", noted)
+    assert answers(parts, params, **settings) == right
+    assert len(told) > 5
+
+
+def test_tokens_are_sent_to_their_experts_in_steps_that_are_not_captured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those with prompts; a captured step, and one that is measured, has all tokens on each rank."""
+    row, some = ROWS["Qwen2-MoE"], SHORT[:4]
+    write_tiny(tmp_path, row.model_type, **row.config | {"max_position_embeddings": CONTEXT})
+    settings: dict[str, Any] = {"enable_expert_parallel": True, "tensor_parallel_size": 2, "enforce_eager": True}
+    config = EngineConfig(model=str(tmp_path), all2all_backend="all_to_all", **settings)
+    parts = in_threads(2, lambda ranks: load_model(config, Device("cpu"), lambda *_: None, ranks=ranks))
+    right = drawn(parts, some, 4)
+    begun, sums, begin, add_up = list[bool](), list[bool](), TokenShares.begin, TokenShares.sum
+
+    def begins(self: TokenShares, tokens: int, *, may_divide: bool) -> None:
+        begun.append(may_divide)
+        begin(self, tokens, may_divide=may_divide)
+
+    def summed(self: TokenShares, y: Any) -> Any:
+        found = add_up(self, y)
+        sums.append(len(found) < len(y))
+        return found
+
+    monkeypatch.setattr(TokenShares, "begin", begins)
+    monkeypatch.setattr(TokenShares, "sum", summed)
+    (first, _), (second, stream) = in_threads(2, lambda ranks: device_runner(parts[ranks.rank], **LIMITS))
+    assert not any(begun)
+    beside: Any = ToldRanks(config, [(second, stream)])
     try:
-        assert drive(make(stages[0], RankedRunner(first, beside)), asked(EVERYTHING), every=3) == right
+        engine = make(parts[0], RankedRunner(first, beside), **LIMITS)
+        assert drive(engine, asked(some)[:4], every=1) == right
     finally:
         beside.close()
-    assert first.key_caches[-1].numel() == second.key_caches[0].numel() == 0
+    assert any(begun)
+    assert any(sums)

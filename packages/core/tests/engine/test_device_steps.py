@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -53,6 +54,7 @@ EVERYTHING = [
     SamplingParams(temperature=1.0, seed=8, max_tokens=1),
     SamplingParams(temperature=1.0, seed=8, max_tokens=60, ignore_eos=True),
 ]
+SHORT = [msgspec.structs.replace(each, max_tokens=min(each.max_tokens or 9, 9)) for each in EVERYTHING]
 
 
 def reversed_row(tokens: Sequence[int], row: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -103,7 +105,8 @@ def make(
     reproducible: bool = False,
     drafts: int = 0,
 ) -> Engine:
-    scheduler = Scheduler(BlockManager(blocks, SIZE), sequences, budget, reproducible=reproducible, draft_rows=drafts)
+    how: dict[str, Any] = {"reproducible": reproducible, "draft_rows": drafts, "in_flight": runner.in_flight}
+    scheduler = Scheduler(BlockManager(blocks, SIZE), sequences, budget, **how)
     drafter = Drafter(SpeculativeConfig(), sequences, drafts) if drafts else None
     return Engine(runner, scheduler, preparation_for(loaded, CONTEXT, seed=0), drafter)
 
@@ -117,8 +120,9 @@ def device_runner(
     graphs: bool = True,
     prompts: int = 0,
     drafts: int = 0,
+    stream: LazyStream | None = None,
 ) -> tuple[DeviceRunner, LazyStream]:
-    stream = LazyStream()
+    stream = LazyStream() if stream is None else stream
     limits = DeviceLimits(budget, sequences + drafts, -(-CONTEXT // SIZE), SIZE)
     settings = {"graphs": graphs, "finite_cache": True, "captured_prompts": prompts, "overlaps": not drafts}
     runner = DeviceRunner(loaded.decoder, limits, stream, torch.float32, **settings)

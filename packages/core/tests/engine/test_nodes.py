@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from test_ranks import GREEDY, KINDS, PROMPTS, dies, gone
 from test_ranks import USUAL as ALONE
 from test_ranks import engine_of as engine_alone
+from test_sight import write_towers
 
 from candle_vllm.core import EngineConfig, InferenceEngine
 from candle_vllm.core.engine import nodes
@@ -30,6 +32,7 @@ from candle_vllm.core.engine.nodes import Door, Invitation, _connect
 from candle_vllm.core.engine.rank_line import Go, Line, Ready, Score
 from candle_vllm.core.errors import ConfigError, EngineDeadError, ModelLoadError
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from candle_vllm.core.testing.toy_sight import write_toy_sight
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="several ranks need sockets that a child inherits")
 
@@ -317,6 +320,21 @@ def test_other_files_on_a_node(model: Path, tmp_path: Path) -> None:
         engine_of(model, port)
 
 
+@pytest.mark.every_case
+def test_the_first_node_alone_sees(tmp_path: Path) -> None:
+    """It alone has the file of the tower."""
+    files = write_towers(write_toy_sight(tmp_path / "toy", splits=False), tmp_path / "gguf")
+    model, port, picture = Path(files["model"]), free_port(), np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)
+    asked: Any = {"prompt": "See <image> now", "multi_modal_data": {"image": picture}}
+    with engine_alone(model, 1, mmproj=files["mmproj"], tokenizer=files["tokenizer"]) as engine:
+        right = engine.generate(asked, GREEDY)[0].outputs[0].token_ids
+    with (
+        node(model, port, tokenizer=str(files["tokenizer"])),
+        engine_of(model, port, mmproj=files["mmproj"], tokenizer=files["tokenizer"]) as engine,
+    ):
+        assert engine.generate(asked, GREEDY)[0].outputs[0].token_ids == right
+
+
 def test_what_a_node_was_started_with_is_checked() -> None:
     asked: dict[str, Any] = USUAL | {"model": "m", "tensor_parallel_size": 2}
     for settings, match in (
@@ -347,6 +365,22 @@ def door() -> Iterator[Door]:
 
 def invitation(door: Door, **other: Any) -> Invitation:
     return msgspec.structs.replace(Invitation(door.host, door.port, KEY, 1, 2, 2, {}, 20), **other)
+
+
+def test_a_rank_joins_a_process_with_many_files() -> None:
+    resource = pytest.importorskip("resource")
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] <= 1200:
+        pytest.skip("a process may have no such descriptor")
+    with contextlib.ExitStack() as stack:
+        for _ in range(1100):
+            stack.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        door = Door("127.0.0.1", 0, KEY, range(1, 2), 2, 2)
+        stack.callback(door.close)
+        assert door._listener.fileno() >= 1024
+        far = [_connect(invitation(door), side=side) for side in (False, True)]
+        joined = door.everyone()[1]
+        for each in (*far, joined.line, joined.side):
+            each.socket.close()
 
 
 def test_a_rank_joins_by_two_lines(door: Door) -> None:
@@ -453,3 +487,46 @@ def test_a_signed_line_refuses_what_was_changed_or_sent_again() -> None:
             receiver.receive(Score)
     near.close()
     far.close()
+
+
+def pretend_redis(listener: socket.socket, kept: dict[bytes, bytes]) -> None:
+    """Answers the few commands by which blocks are kept and found."""
+
+    def answer(command: list[bytes]) -> bytes:
+        name = command[0].upper()
+        if name == b"SET":
+            kept[command[1]] = command[2]
+        elif name == b"GETRANGE":
+            found = kept.get(command[1], b"")
+            return b"$%d\r\n%s\r\n" % (len(found), found)
+        return b"+OK\r\n" if name in (b"SET", b"CLIENT") else b":1\r\n"
+
+    def serve(connection: socket.socket) -> None:
+        with contextlib.suppress(OSError, ValueError), connection, connection.makefile("rb") as asked:
+            while line := asked.readline():
+                parts = [asked.read(int(asked.readline()[1:]) + 2)[:-2] for _ in range(int(line[1:]))]
+                connection.sendall(answer(parts))
+
+    with contextlib.suppress(OSError):
+        while True:
+            threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+
+@pytest.mark.every_case
+def test_blocks_in_redis_whose_address_each_node_knows_itself(model: Path, right: list[tuple[int, ...]]) -> None:
+    kept: dict[bytes, bytes] = {}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=pretend_redis, args=(listener, kept), daemon=True).start()
+        url: dict[str, Any] = {"prompt_cache_url": f"redis://127.0.0.1:{listener.getsockname()[1]}"}
+        for number in range(2):
+            port = free_port()
+            with node(model, port, **url), engine_of(model, port, **url) as engine:
+                assert tokens(engine) == right
+                assert (engine.stats().kept_blocks_read > 0) is bool(number)
+        owners = {key[: len(b"candle-vllm:kv:") + 32] for key in kept}
+        assert len(owners) == 2  # a rank's parts have a name of their own
+        port = free_port()
+        refused = "rank 1 at 127.0.0.1: prompt_cache_url is set on the first node, and not on this one"
+        with node(model, port), pytest.raises(ConfigError, match=refused), engine_of(model, port, **url):
+            pass
+        listener.shutdown(socket.SHUT_RDWR)

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_ranks import GREEDY, KINDS, PROMPTS, dies, engine_of, gone, pids
+from test_ranks import GREEDY, KINDS, PROMPTS, dies, engine_of, gone, pids, seeing
 
 from candle_vllm.core import EngineConfig, InferenceEngine, LoRARequest, PoolingParams, SamplingParams
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.fields import read_json
 from candle_vllm.core.testing.toy_adapter import write_adapter
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from candle_vllm.core.testing.toy_sight import write_toy_sight
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="several ranks need sockets that a child inherits")
 
@@ -151,11 +152,19 @@ def test_a_stage_that_dies_ends_the_engine_by_name(model: Path) -> None:
     assert gone(found)
 
 
+@pytest.mark.every_case
+def test_pictures(tmp_path: Path) -> None:
+    folder = write_toy_sight(tmp_path)
+    right = seeing(folder)
+    assert seeing(folder, pipeline_parallel_size=2) == right
+
+
 def test_what_stages_cannot_do_is_refused() -> None:
     refused: list[tuple[dict[str, Any], str]] = [
         ({"speculative_config": {"method": "suffix"}}, "speculative_config"),
+        ({"speculative_config": {"method": "mtp"}}, "speculative_config"),
         ({"device": "cuda:0,cuda:1,cuda:2"}, "tensor_parallel_size"),
-        ({"kv_offloading_size": 1.0}, "kv_offloading_size"),
+        ({"cpu_offload_gb": 1.0}, "cpu_offload_gb"),
     ]
     for settings, blamed in refused:
         with pytest.raises(ConfigError) as raised:

@@ -13,18 +13,35 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from common_run import few
+from families import ROWS
+from tiny import write_tiny
 
 from candle_vllm.core import EngineConfig, InferenceEngine, LoRARequest, SamplingParams
-from candle_vllm.core.engine.rank_line import MOST_BYTES, Go, Line, Ready, Score, ToRank
-from candle_vllm.core.engine.ranks import Ranks
+from candle_vllm.core.engine import rank
+from candle_vllm.core.engine.rank_line import (
+    MOST_BYTES,
+    AdapterLoaded,
+    ForgetAdapters,
+    Go,
+    Line,
+    LoadAdapter,
+    Ready,
+    Score,
+    ToRank,
+)
+from candle_vllm.core.engine.ranks import RankedRunner, Ranks
 from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError, ModelLoadError
 from candle_vllm.core.fields import read_json
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.testing.toy_adapter import write_adapter
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from candle_vllm.core.testing.toy_sight import write_toy_sight
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="several ranks need sockets that a child inherits")
 
@@ -139,6 +156,22 @@ def test_answers_are_the_same_whatever_runs_beside_them(ranks: InferenceEngine) 
     again = [output.outputs[0].token_ids for output in ranks.generate(PROMPTS * 3, GREEDY)]
     assert again == alone * 3
     assert ranks.stats().cached_prompt_tokens > 0
+    by_itself = [ranks.generate(PROMPTS[:1], each)[0].outputs[0] for each in DRAWS]
+    for one, other in zip(by_itself, ranks.generate(PROMPTS[:1] * len(DRAWS), DRAWS), strict=True):
+        assert other.outputs[0].token_ids == one.token_ids
+        found, wanted = ([p.chosen.logprob for p in each.logprobs or ()] for each in (other.outputs[0], one))
+        assert found == pytest.approx(wanted, abs=1e-5)  # torch's sums depend on how many rows there are
+
+
+DRAWS = [
+    SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True, logprobs=3),
+    SamplingParams(max_tokens=12, temperature=1.0, seed=4, ignore_eos=True, logprobs=0),
+    SamplingParams(max_tokens=12, temperature=0.8, seed=5, ignore_eos=True, top_p=0.8, logprobs=1),
+    SamplingParams(max_tokens=12, temperature=0.8, seed=6, ignore_eos=True, min_p=0.05, top_k=30),
+    SamplingParams(
+        max_tokens=12, temperature=0.8, seed=7, ignore_eos=True, top_k=9, repetition_penalty=1.2, logprobs=2
+    ),
+]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +208,28 @@ def test_a_rank_that_dies_ends_the_engine_by_name(model: Path, busy: bool) -> No
         assert time.monotonic() - began < 10
         with pytest.raises(EngineDeadError, match="rank 2 has ended"):
             engine.generate(["a"], GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("size", "stages"), few([(3, 1), (2, 2)], (3, 1)), ids=["three ranks", "two of each of two stages"]
+)
+def test_tokens_are_sent_to_their_experts(size: int, stages: int, tmp_path: Path) -> None:
+    """The texts of one rank, whatever runs beside them; and a rank that dies meanwhile ends the engine by name."""
+    sizes = {"num_attention_heads": 6, "num_key_value_heads": 6, "n_routed_experts": 8, "num_hidden_layers": 3}
+    model = write_tiny(tmp_path, "deepseek_v3", **{**ROWS["DeepSeek-V3"].config, **sizes})
+    with engine_of(model, 1) as engine:
+        right = [output.outputs[0].token_ids for output in engine.generate(PROMPTS, GREEDY)]
+    settings: dict[str, Any] = {"enable_expert_parallel": True, "all2all_backend": "all_to_all", "max_model_len": 512}
+    with engine_of(model, size, pipeline_parallel_size=stages, **settings) as engine:
+        alone = [engine.generate([prompt], GREEDY)[0].outputs[0].token_ids for prompt in PROMPTS]
+        assert alone == right
+        engine.reset_prefix_cache()
+        assert [output.outputs[0].token_ids for output in engine.generate(PROMPTS * 3, GREEDY)] == right * 3
+        assert engine.stats().cached_prompt_tokens > 0
+        found, began = pids(engine), time.monotonic()
+        dies(engine, lambda: os.kill(found[-1], signal.SIGKILL), f"rank {len(found)} has ended", prompts=8)
+        assert gone(found)
+        assert time.monotonic() - began < 10
 
 
 def test_ranks_end_with_the_first_one(model: Path) -> None:
@@ -225,6 +280,99 @@ def test_a_rank_that_ends_while_steps_are_made_is_named(model: Path, monkeypatch
         engine_of(model, 2)
 
 
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@LINUX
+@pytest.mark.parametrize("when", ["it begins", pytest.param("it has loaded", marks=pytest.mark.every_case)])
+def test_a_rank_that_is_stopped_while_it_loads_is_named_in_time(
+    model: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    stopped, name = list[float](), "_begin" if when == "it begins" else "all_loaded"
+    whole = getattr(Ranks, name)
+
+    def work(self: Ranks, *given: Any) -> None:
+        process = (given[1] if name == "_begin" else self._others[1]).process
+        assert process is not None
+        os.kill(process.pid, signal.SIGSTOP)
+        stopped.append(time.monotonic())
+        whole(self, *given)
+
+    monkeypatch.setattr(Ranks, name, work)
+    with pytest.raises(ModelLoadError, match=r"rank 1 has ended \(it has not been heard of for 8 s\)"):
+        engine_of(model, 2)
+    assert time.monotonic() - stopped[0] < 10
+
+
+BUSY = """
+import ctypes, functools, operator, sys, time
+from candle_vllm.core.engine import rank
+
+def keeps_the_interpreter(seconds):
+    until = time.monotonic() + seconds
+    if sys.argv[1] == "computes":
+        any(map(functools.partial(operator.lt, until), iter(time.monotonic, None)))
+    else:
+        ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+
+def load(*given, **options):
+    keeps_the_interpreter(float(sys.argv[2]))
+    return whole(*given, **options)
+
+whole, rank.load_any_model = rank.load_any_model, load
+sys.exit(rank.main(sys.argv[3]))
+"""
+
+
+@LINUX
+@pytest.mark.parametrize(
+    ("does", "seconds", "allowed"),
+    [
+        ("computes", 5, 4),
+        pytest.param("computes", 35, 30, marks=pytest.mark.every_case),
+        pytest.param("sleeps", 10, 4, marks=pytest.mark.every_case),
+    ],
+)
+def test_a_rank_that_computes_is_not_blamed_for_keeping_the_interpreter(
+    model: Path, monkeypatch: pytest.MonkeyPatch, does: str, seconds: float, allowed: int
+) -> None:
+    """Longer than a rank may be silent while it loads, which is mostly shorter here."""
+    monkeypatch.setattr("candle_vllm.core.engine.ranks.RANK", (sys.executable, "-c", BUSY, does, str(seconds)))
+    monkeypatch.setattr("candle_vllm.core.engine.ranks._LOADING", allowed)
+    if does == "sleeps":
+        with pytest.raises(ModelLoadError, match=r"rank 1 has ended .*not been heard of"):
+            engine_of(model, 2)
+    else:
+        with engine_of(model, 2) as engine:
+            assert engine.generate(["a"], GREEDY)[0].outputs[0].token_ids
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ranks share no memory there")
+@pytest.mark.parametrize(
+    ("error", "status", "logged"),
+    [(EOFError(), 0, False), (BrokenPipeError(), 0, False), (OSError(28, "No space left on device"), 1, True)],
+    ids=repr,
+)
+def test_a_rank_says_what_it_fails_by(
+    error: Exception, status: int, logged: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """But for the end of its line; and the memory that it was given is not given to processes of its own."""
+    pair, memory = socket.socketpair(), os.memfd_create("memory", 0)
+
+    def fail(line: Line, side: Line, invitation: None, ring: Any, memory: None) -> int:
+        with line.socket, side.socket, ring:
+            assert not os.get_inheritable(ring.fileno())
+        assert invitation is memory is None
+        raise error
+
+    monkeypatch.setattr(rank, "_run", fail)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(rank, "collect_seldom", lambda: None)
+    line, side = (each.detach() for each in pair)
+    assert rank.main(f"{line},{side},{memory},") == status
+    assert ("No space left" in caplog.text) == logged
+
+
 def test_one_gpu_is_not_several(model: Path) -> None:
     with pytest.raises(ConfigError, match="name as many") as raised:
         engine_of(model, 2, device="cuda:3")
@@ -241,8 +389,7 @@ def children() -> set[str]:
 @pytest.mark.parametrize(
     ("settings", "blamed"),
     [
-        ({"prompt_cache_path": "kept"}, "prompt_cache_path"),
-        ({"speculative_config": {"method": "mtp"}}, "speculative_config"),
+        ({"cpu_experts": 4}, "cpu_experts"),
         ({"device": "cuda:0,cuda:1,cuda:2"}, "tensor_parallel_size"),
         ({"device": "cuda:1,cuda:1"}, "device"),
     ],
@@ -287,6 +434,62 @@ def test_lines_refuse_what_is_no_message() -> None:
         near.close()
         with pytest.raises(EOFError):
             theirs.receive(ToRank)
+
+
+def seeing(folder: Path, **settings: Any) -> list[Any]:
+    """Answers of a model to prompts with two pictures, with one of them twice, and with none; and again, cached."""
+    random = np.random.default_rng(3)
+    one, other = (random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((40, 70), (32, 32)))
+    ask = "<|im_start|>user\nCompare <image> with <image>.<|im_end|>\n<|im_start|>assistant\n"
+    asked: list[Any] = [
+        {"prompt": ask, "multi_modal_data": {"image": pictures}}
+        for pictures in ([one, other], [one, one], [other, one])
+    ]
+    with InferenceEngine(str(folder), **USUAL | settings) as engine:
+        found = [engine.generate([*asked, "Hello"], GREEDY) for _ in range(2)]
+        assert engine.model_info.max_images
+        assert all(answer.num_cached_tokens for answer in found[1][:3])
+        assert engine.stats().images_encoded == 2
+        if settings.get("tensor_parallel_size"):
+            engine.sleep(2)
+            engine.wake_up()
+            found.append(engine.generate([*asked, "Hello"], GREEDY))
+        return [[answer.outputs[0].token_ids for answer in answers] for answers in found]
+
+
+def test_pictures(tmp_path: Path) -> None:
+    """They are cut by steps of 40 tokens; what they became stands in the prefix cache of all ranks."""
+    folder = write_toy_sight(tmp_path)
+    right, *again = seeing(folder)
+    assert again == [right]
+    assert len({str(each) for each in right}) == 4
+    assert seeing(folder, tensor_parallel_size=2) == [right] * 3
+
+
+class Packed:
+    """An adapter in memory, as far as ranks know it."""
+
+    digest = b"same"
+
+    def __init__(self, serial: int) -> None:
+        self.serial = serial
+
+
+def test_adapters_that_come_and_go_between_steps_are_forgotten() -> None:
+    """Before the next one is loaded, so that no rank keeps more of them than the first one."""
+    told = list[Any]()
+    ranks: Any = SimpleNamespace(tell=told.append, adapters_loaded=lambda number: [AdapterLoaded(number, b"same")])
+    runner: Any = SimpleNamespace(in_flight=1, fatal=(), divides=False, fetch=None)
+    ours = RankedRunner(runner, ranks)
+    for serial in range(3):
+        packed: Any = Packed(serial)
+        ours.adapter_is_loaded(ours.load_adapter(Path("a")), packed)
+        del packed
+    ours.adapter_is_loaded(ours.load_adapter(Path("a")), None)
+    ours.load_adapter(Path("b"))
+    loads = [LoadAdapter(number, "a") for number in (1, 2, 3, 4)]
+    forgets = [ForgetAdapters((number,)) for number in (1, 2, 3, 4)]
+    assert told == [each for pair in zip(loads, forgets) for each in pair] + [LoadAdapter(5, "b")]
 
 
 def test_adapters(model: Path, tmp_path: Path) -> None:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import importlib
-import logging
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,14 +24,16 @@ RAY: dict[str, Any] = {"distributed_executor_backend": "ray", "max_model_len": 5
 
 
 @pytest.fixture
-def cluster() -> Iterator[Any]:
-    """One machine with a CPU, on which this process is."""
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """One machine with a CPU, on which this process is; the engine finds it by its address."""
     ray = pytest.importorskip("ray", reason="Ray is not installed")
+    from ray._private import ray_constants
     from ray.cluster_utils import Cluster
 
+    monkeypatch.setattr(ray_constants, "RAY_ENABLE_UV_RUN_RUNTIME_ENV", False)  # read as Ray is imported, which it is
     small = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
     found: Any = Cluster(initialize_head=True, head_node_args=small)
-    ray.init(address=found.address, logging_level=logging.ERROR, log_to_driver=False)
+    monkeypatch.setenv("RAY_ADDRESS", found.address)
     try:
         yield found
     finally:
@@ -62,6 +66,23 @@ def test_two_machines_one_of_which_goes_and_comes_back(cluster: Any, tmp_path: P
         add_machine(cluster)
         with started.result(60) as engine:
             assert tokens(engine) == right
+
+
+@pytest.mark.every_case
+def test_workers_run_in_the_environment_of_their_machine() -> None:
+    """Whoever starts the first rank by `uv run` does not have Ray make environments on the machines."""
+    pytest.importorskip("ray", reason="Ray is not installed")
+    code = """
+import contextlib
+from candle_vllm.core.engine import ray_ranks
+from candle_vllm.core.errors import ConfigError
+with contextlib.suppress(ConfigError):  # there is no cluster
+    ray_ranks._connected()
+from ray._private.ray_constants import RAY_ENABLE_UV_RUN_RUNTIME_ENV
+assert not RAY_ENABLE_UV_RUN_RUNTIME_ENV
+"""
+    given = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    subprocess.run([sys.executable, "-c", code], env=given, check=True, timeout=120)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Sums over ranks of one machine, in shared memory."""
+"""What ranks of one machine do in shared memory: sums, and parts side by side; and rows from each to each."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from candle_vllm.core.kernels.collectives import SLOT_BYTES, ProcessGroup, share
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has memory without a name")
 
 SIZES = (1, 3, 1023, SLOT_BYTES // 4, SLOT_BYTES // 4 + 1, 3 * SLOT_BYTES // 4 + 7)
+PARTS = ((1, 24, torch.uint8), (3, 5, torch.uint8), (2, 3, torch.float32), (5, SLOT_BYTES // 4 + 3, torch.float32))
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64)
 
 
@@ -57,11 +58,37 @@ def _sums(rank: int, size: int, folder: Path, memory: str) -> None:
                 x = _part(rank, count + turn, dtype)
                 assert group.sum(x) is x
                 found[f"{turn} {dtype} {count}"] = x.double().numpy() if x.is_floating_point() else x.numpy()
+    for rows, width, dtype in PARTS:
+        own = _part(rank, rows * (width - (rank == size - 1)), torch.float32).view(rows, -1).to(dtype)
+        found[f"{rows} {width} {dtype}"] = group.gather(own, width).numpy()
     np.savez(folder / f"{rank}.npz", **found)
+    for dtype in (*TYPES, torch.uint8):
+        _exchanges(group, dtype)
+
+
+def _exchanges(group: ProcessGroup, dtype: torch.dtype) -> None:
+    """Rows that say from where to where they go; some ranks send some others nothing, and then all send one nothing."""
+    rank, size = group.rank, group.size
+    line = group.gather(torch.arange(1, rank + 2).to(dtype)[None], size)
+    assert line.dtype == dtype
+    assert line.view(size, size).tolist() == [[*range(1, each + 2), *[0] * (size - each - 1)] for each in range(size)]
+    for counts in (lambda one, other: (2 * one + 3 * other) % 4, lambda _, other: 5 if other else 0):
+        sent, received = ([counts(*pair) for pair in pairs] for pairs in _pairs(rank, size))
+        rows = [[rank, to, number] for to in range(size) for number in range(sent[to])]
+        found = group.exchange(torch.tensor(rows, dtype=dtype).reshape(-1, 3), sent, received)
+        assert found.dtype == dtype
+        assert found.tolist() == [[of, rank, number] for of in range(size) for number in range(received[of])]
+
+
+def _pairs(rank: int, size: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """From this rank to each, and from each to this one."""
+    return [(rank, other) for other in range(size)], [(other, rank) for other in range(size)]
 
 
 def _waits(rank: int, size: int, folder: Path, memory: str) -> None:
-    _group(rank, size, folder, memory).sum(torch.ones(4))
+    group = _group(rank, size, folder, memory)
+    group.sum(torch.ones(4))
+    group.exchange(torch.ones(2, 1), [1, 1], [1, 1])
     time.sleep(600)
 
 
@@ -72,7 +99,7 @@ def _started(work: str, size: int, folder: Path, memory: str) -> list[subprocess
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_sums_are_those_of_numpy_and_the_same_on_each_rank(size: int, tmp_path: Path) -> None:
+def test_sums_and_parts_side_by_side_are_those_of_numpy_and_the_same_on_each_rank(size: int, tmp_path: Path) -> None:
     with shared_memory(size + 1) or pytest.fail("there is no memory") as file:
         memory = f"/proc/{os.getpid()}/fd/{file.fileno()}"
         others = _started("sums", size, tmp_path, memory)
@@ -92,24 +119,30 @@ def test_sums_are_those_of_numpy_and_the_same_on_each_rank(size: int, tmp_path: 
                 expected = torch.from_numpy(whole).to(dtype)
                 expected = expected.double() if expected.is_floating_point() else expected
                 for each in found:
-                    got = each[f"{turn} {dtype} {count}"]
-                    if dtype == torch.float64 and size > 2:  # Gloo's, in an order of its own
-                        np.testing.assert_allclose(got, expected.numpy(), rtol=1e-12, atol=1e-12)
-                    else:
-                        np.testing.assert_array_equal(got, expected.numpy())
-                    np.testing.assert_array_equal(got, found[0][f"{turn} {dtype} {count}"])
+                    np.testing.assert_array_equal(each[f"{turn} {dtype} {count}"], expected.numpy())
+    for rows, width, dtype in PARTS:
+        beside = np.zeros((rows, size, width), torch.empty(0, dtype=dtype).numpy().dtype)
+        for rank in range(size):
+            own = _part(rank, rows * (width - (rank == size - 1)), torch.float32).view(rows, -1).to(dtype).numpy()
+            beside[:, rank, : own.shape[1]] = own
+        for each in found:
+            np.testing.assert_array_equal(each[f"{rows} {width} {dtype}"], beside.reshape(rows, -1))
 
 
-@pytest.mark.parametrize("how", ["abort", "killed", "patience"])
+SELDOM = pytest.param("abort in an exchange", marks=pytest.mark.every_case)
+
+
+@pytest.mark.parametrize("how", ["abort", "killed", "patience", "killed in an exchange", SELDOM])
 def test_who_waits_for_a_rank_that_does_not_come_fails(how: str, tmp_path: Path) -> None:
     with shared_memory(3) or pytest.fail("there is no memory") as file:
         memory = f"/proc/{os.getpid()}/fd/{file.fileno()}"
         (other,) = _started("waits", 2, tmp_path, memory)
         group = _group(0, 2, tmp_path, memory, 0.5 if how == "patience" else 60.0)
         assert group.sum(torch.ones(4)).tolist() == [2.0] * 4
+        assert group.exchange(torch.ones(2, 1), [1, 1], [1, 1]).tolist() == [[1.0]] * 2
 
         def end() -> None:
-            if how == "killed":
+            if how.startswith("killed"):
                 other.kill()
                 other.wait()  # as the ranks' watcher sees it
             group.abort()
@@ -118,8 +151,12 @@ def test_who_waits_for_a_rank_that_does_not_come_fails(how: str, tmp_path: Path)
         if how != "patience":
             timer.start()
         began = time.monotonic()
-        with pytest.raises(RuntimeError, match="within" if how == "patience" else "have gone"):
-            group.sum(torch.ones(4))
+        if how.endswith("exchange"):  # which says so in words of the library below
+            with pytest.raises(RuntimeError):
+                group.exchange(torch.ones(2, 1), [1, 1], [1, 1])
+        else:
+            with pytest.raises(RuntimeError, match="within" if how == "patience" else "have gone"):
+                group.sum(torch.ones(4))
         assert 0.25 < time.monotonic() - began < 10
         other.kill()
         other.wait()

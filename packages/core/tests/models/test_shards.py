@@ -7,12 +7,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import FORMATS, ROWS
 from family_formats import write_format
 from gguf_export import export_gguf
 from peft_adapters import base_of, trained
+from safetensors.torch import load_file, save_file
 from tiny import BLOCK, LENGTH, eager_logits, error, some_tokens, step_logits, write_tiny
 
 from candle_vllm.core import EngineConfig
@@ -22,10 +24,15 @@ from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.devices import CPU
 from candle_vllm.core.engine.eager_runner import EagerRunner
 from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.kernels.collectives import token_shares
+from candle_vllm.core.kernels.collectives.token_shares import TokenShares
 from candle_vllm.core.kernels.lora.pack import pack_adapter
 from candle_vllm.core.kernels.lora.reference import EagerAdapters
+from candle_vllm.core.kernels.weight_quant.rows import quantise
 from candle_vllm.core.layers.adapters import number_places
+from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.adapters import read_adapter
+from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.thread_ranks import ThreadRanks, in_threads
 
 
@@ -53,10 +60,7 @@ def logits_of(source: Path, size: int, chunks: list[int], **settings: Any) -> li
     return in_threads(size, work)
 
 
-BY_HEADS = "StableLM-2-12B"  # has a tensor for each head's norm
-
-
-@pytest.mark.parametrize("name", [name for name in ROWS if name != BY_HEADS])
+@pytest.mark.parametrize("name", ROWS)
 def test_ranks_give_the_logits_of_one(name: str, tmp_path: Path) -> None:
     row = ROWS[name]
     write_tiny(tmp_path, row.model_type, **row.config)
@@ -70,6 +74,7 @@ UNEVEN = {  # of three ranks
     "Qwen2-MoE": {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3},
     "GLM-4": {"num_attention_heads": 6, "num_key_value_heads": 3},
     "gpt-oss": {"num_attention_heads": 6, "num_key_value_heads": 3},
+    "StableLM-2-12B": {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3},
     "DeepSeek-V3": {"num_attention_heads": 6, "num_key_value_heads": 6},
 }
 
@@ -86,14 +91,6 @@ def test_more_ranks(name: str, size: int, tmp_path: Path) -> None:
     assert error(parts[0], whole) < 1e-5
 
 
-def test_tensors_of_single_heads_are_refused(tmp_path: Path) -> None:
-    row = ROWS[BY_HEADS]
-    write_tiny(tmp_path, row.model_type, **row.config)
-    with pytest.raises(ConfigError, match="tensors of single heads") as raised:
-        logits_of(tmp_path, 2, [LENGTH])
-    assert raised.value.setting == "tensor_parallel_size"
-
-
 def test_numbers_that_work_are_named(tmp_path: Path) -> None:
     write_tiny(tmp_path, "llama", hidden_size=96, num_attention_heads=12, num_key_value_heads=3)
     with pytest.raises(ConfigError, match="Set tensor_parallel_size to one of 1, 2, 3, 6, 12"):
@@ -101,17 +98,26 @@ def test_numbers_that_work_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("isq", ["q8_0", "q4k"])
-def test_blocks_stay_whole(isq: str, tmp_path: Path) -> None:
-    """Three blocks of 256 among two ranks are two and one."""
+def test_blocks_stay_whole(isq: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three blocks of 256 among two ranks are two and one; what is quantised is what a rank has, and nothing else."""
     write_tiny(tmp_path, "llama", hidden_size=256, intermediate_size=768, head_dim=128, vocab_size=512)
+    sizes = list[int]()
+
+    def counted(raw: np.ndarray, *given: Any) -> np.ndarray:
+        sizes.append(raw.nbytes)
+        return quantise(raw, *given)
+
+    monkeypatch.setattr("candle_vllm.core.assembly.isq.quantise", counted)
     whole = eager_logits(tmp_path, some_tokens(), [LENGTH], isq=isq)
+    of_all, sizes[:] = sum(sizes), []
     parts = logits_of(tmp_path, 2, [LENGTH], isq=isq)
     assert error(parts[1], whole) < 1e-5
+    assert sum(sizes) == of_all
 
 
-@pytest.mark.parametrize("name", ["Llama", "Mixtral"])
+@pytest.mark.parametrize("name", ["Llama", "Mixtral", "StableLM-2-12B"])
 def test_rows_of_gguf_are_cut_in_their_order(name: str, tmp_path: Path) -> None:
-    """Heads of q and k are stored in pairs of neighbours, and experts as one tensor."""
+    """Heads of q and k are stored in pairs of neighbours, experts as one tensor, and so are norms of heads."""
     row = ROWS[name]
     folder = write_tiny(tmp_path / "model", row.model_type, **row.config)
     path = export_gguf(folder, tmp_path / "model.gguf", str(row.gguf), quantization="Q8_0")
@@ -137,6 +143,98 @@ def test_whole_experts_on_each_rank(name: str, size: int, tmp_path: Path) -> Non
     parts = logits_of(tmp_path, size, [30, 1, LENGTH - 31], enable_expert_parallel=True, tensor_parallel_size=size)
     for logits in parts:
         assert error(logits, whole) < 1e-5
+
+
+SENT = [("Mixtral", 4), ("DeepSeek-V3", 3)]
+SENT_CASES = [(name, size) for name in MIXTURES for size in (2, 3, 4) if size != 3 or name in UNEVEN]
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [pytest.param(*case, marks=() if case in SENT else pytest.mark.every_case) for case in SENT_CASES]
+)
+def test_tokens_are_sent_to_the_ranks_of_their_experts(
+    name: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of steps with fewer tokens than ranks every rank has all; what is shared is whole on each.
+
+    Bits are those of steps that are not divided, whatever the chunks are.
+    """
+    row = ROWS[name]
+    write_tiny(tmp_path, row.model_type, **{**row.config, **(UNEVEN[name] if size == 3 else {})})
+    whole = eager_logits(tmp_path, some_tokens(), [LENGTH])
+    settings: dict[str, Any] = {"enable_expert_parallel": True, "tensor_parallel_size": size}
+    settings |= {"all2all_backend": "all_to_all"}
+    rows, begin = list[int](), TokenShares.begin
+    add_up = TokenShares.sum
+
+    def summed(self: TokenShares, y: Any) -> Any:
+        found = add_up(self, y)
+        rows.append(len(found))
+        return found
+
+    monkeypatch.setattr(TokenShares, "sum", summed)
+    with exact_sums():
+        parts = logits_of(tmp_path, size, [30, 1, 3, LENGTH - 34], **settings)
+        assert {30 // size, 1, (LENGTH - 34) // size} <= set(rows)
+        rows.clear()
+        monkeypatch.setattr(TokenShares, "begin", lambda self, tokens, **_: begin(self, tokens, may_divide=False))
+        right = logits_of(tmp_path, size, [LENGTH], **settings)
+        assert set(rows) == {LENGTH}
+    for logits in parts:
+        assert error(logits, whole) < 1e-5
+        assert torch.equal(logits, right[0])
+
+
+@pytest.mark.parametrize(("name", "divides"), [("Mixtral", True), ("Qwen2-MoE", False)])
+def test_tokens_are_sent_by_themselves_where_that_pays(
+    name: str, divides: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU; not where what all tokens share would be whole on each rank for it."""
+    row = ROWS[name]
+    write_tiny(tmp_path, row.model_type, **row.config)
+    config = EngineConfig(model=str(tmp_path), tensor_parallel_size=4, enable_expert_parallel=True, enforce_eager=True)
+
+    def load(ranks: ThreadRanks) -> Any:
+        return load_model(config, CPU, lambda *_: None, ranks=ranks).decoder
+
+    assert [decoder.shares for decoder in in_threads(4, load)] == [None] * 4
+    monkeypatch.setattr(loading, "_exchanges", lambda *_: "auto")
+    monkeypatch.setattr(token_shares, "MOST_SHARE", 0.99)
+    decoders = in_threads(4, load)
+    assert [decoder.shares is not None for decoder in decoders] == [divides] * 4
+    shared = {None if each.mlp.shared is None else each.mlp.shared.down.in_features for each in decoders[0].layers}
+    assert shared == ({None} if divides else {row.config["shared_expert_intermediate_size"] // 4})
+
+
+def test_where_bits_are_promised_on_a_gpu_no_step_is_divided() -> None:
+    asked: dict[str, Any] = {"model": "m", "tensor_parallel_size": 2, "enable_expert_parallel": True}
+    gpu = dataclasses.replace(SHAPES, device=torch.device("cuda"))
+    fixed = dataclasses.replace(gpu, invariant=True)
+    auto, always = EngineConfig(**asked), EngineConfig(**asked, all2all_backend="all_to_all")
+    assert [loading._exchanges(auto, each) for each in (gpu, fixed)] == ["auto", "allgather_reducescatter"]
+    assert loading._exchanges(always, gpu) == "all_to_all"
+    with pytest.raises(ConfigError, match="leave 'deterministic' out") as raised:
+        loading._exchanges(always, fixed)
+    assert raised.value.setting == "all2all_backend"
+
+
+@pytest.mark.parametrize("dtype", ["f32", pytest.param("bf16", marks=pytest.mark.every_case)])
+def test_all_tokens_on_the_experts_of_one_rank(dtype: str, tmp_path: Path) -> None:
+    """Seven experts of three ranks, of which the first two are always chosen: two ranks get nothing."""
+    row = ROWS["Mixtral"]
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96, "num_local_experts": 7}
+    write_tiny(tmp_path, row.model_type, **{**row.config, **heads})
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if name.endswith(("gate.weight", "router.weight")) and tensor.shape[0] == 7:
+            tensor.zero_()
+    assert not all(tensor.any() for tensor in tensors.values())
+    save_file(tensors, path, {"format": "pt"})
+    whole = eager_logits(tmp_path, some_tokens(), [LENGTH])
+    settings: dict[str, Any] = {"enable_expert_parallel": True, "tensor_parallel_size": 3, "dtype": dtype}
+    for logits in logits_of(tmp_path, 3, [30, LENGTH - 30], all2all_backend="all_to_all", **settings):
+        assert error(logits, whole) < (1e-5 if dtype == "f32" else 0.05)
 
 
 def test_a_rank_reads_its_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +277,9 @@ def test_whole_experts_are_refused_where_there_are_none_or_few(tmp_path: Path) -
         logits_of(tmp_path / "few", 4, [LENGTH], enable_expert_parallel=True, tensor_parallel_size=4)
     with pytest.raises(ConfigError, match="set tensor_parallel_size"):
         EngineConfig(model="m", enable_expert_parallel=True)
+    with pytest.raises(ConfigError, match="set enable_expert_parallel") as raised:
+        EngineConfig(model="m", tensor_parallel_size=2, all2all_backend="all_to_all")
+    assert raised.value.setting == "all2all_backend"
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -226,13 +327,14 @@ def test_adapters_are_cut_as_their_matrices_are(name: str, config: dict[str, Any
         assert error(logits, whole) < 1e-5
 
 
-def test_adapters_of_whole_experts(tmp_path: Path) -> None:
-    """Each rank has what is done to its own."""
+@pytest.mark.parametrize("exchanges", ["allgather_reducescatter", "all_to_all"])
+def test_adapters_of_whole_experts(exchanges: str, tmp_path: Path) -> None:
+    """Each rank has what is done to its own. Steps with adapters, which know tokens by their rows, are not divided."""
     parameters = [f"mlp.experts.{n}_proj" for n in ("gate_up", "down")]
     made = trained(tmp_path, "Qwen3-MoE", target_modules=["k_proj"], target_parameters=parameters)
     whole, part = (
         EngineConfig(model=str(made.model), enforce_eager=True, **more)
-        for more in ({}, {"tensor_parallel_size": 2, "enable_expert_parallel": True})
+        for more in ({}, {"tensor_parallel_size": 2, "enable_expert_parallel": True, "all2all_backend": exchanges})
     )
     right = adapted_logits(load_model(whole, CPU, lambda *_: None), made.model, made.adapter)
 

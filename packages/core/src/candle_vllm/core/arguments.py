@@ -103,7 +103,7 @@ _SETTINGS: Rows = (
     ("max_num_scheduled_tokens", "max_num_batched_tokens", (None,)),
     ("cudagraph_capture_sizes", "max_cudagraph_capture_size", (None,)),
     ("device_ids numa_bind numa_bind_nodes numa_bind_cpus data_parallel_rank "
-     "data_parallel_size_local data_parallel_address data_parallel_backend eplb_config ubatch_size all2all_backend",
+     "data_parallel_size_local data_parallel_address data_parallel_backend eplb_config ubatch_size",
      _ONE_DEVICE, (None, 0, False, "mp")),
     ("moe_backend linear_backend mamba_backend", "kernels are chosen for the machine", (None, "auto")),
     ("model_weights model_loader_extra_config ignore_patterns safetensors_load_strategy pt_load_map_location "

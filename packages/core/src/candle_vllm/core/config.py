@@ -34,6 +34,7 @@ DType = Literal[
     "auto", "f32", "bf16", "f16", "float32", "fp32", "float", "bfloat16", "float16", "fp16", "half"
 ]  # fmt: skip
 ExecutorBackend = Literal["mp", "ray"]
+All2AllBackend = Literal["auto", "allgather_reducescatter", "all_to_all"]
 LoadFormat = Literal["auto", "dummy"]
 KvCacheDType = Literal["auto", "fp8", "fp8_per_token_head", "int8_per_token_head", "q8_0", "q5_1", "q4_0"]
 LoraDType = Literal[
@@ -269,6 +270,13 @@ class EngineConfig(ExplainedSettings):
                                             ] = "mp"
     enable_expert_parallel: Annotated[bool, Boolean(), "among the ranks of tensor_parallel_size, whole experts of a "
                                       "mixture on each, in the place of a part of every one (docs/scaling.md)"] = False
+    all2all_backend: Annotated[All2AllBackend, Choice(get_args(All2AllBackend)),
+                               "how tokens come to the experts of enable_expert_parallel: allgather_reducescatter "
+                               "(every rank has all tokens), all_to_all (each has its share, and sends them), or auto "
+                               "(on GPUs what sends fewer bytes; docs/scaling.md)",
+                               "Captured steps are never divided, nor those of fewer tokens than ranks. With "
+                               '"all_to_all" what all tokens share is whole on each rank; "auto" never does that.'
+                               ] = "auto"
     data_parallel_size: Annotated[int, Integer(1, 64), "replicas of the model behind one address, each in a process "
                                   "of its own, on its own GPUs or its share of the CPU's threads (docs/scaling.md)",
                                   "For `ReplicatedEngine`; each has a KV cache of its own."] = 1
@@ -475,6 +483,12 @@ class EngineConfig(ExplainedSettings):
                 "leave it out",
                 "enable_expert_parallel",
             )
+        if self.all2all_backend != "auto" and not self.enable_expert_parallel:
+            raise ConfigError(
+                f"all2all_backend={self.all2all_backend!r} says how tokens come to whole experts: set "
+                "enable_expert_parallel, or leave it out",
+                "all2all_backend",
+            )
         if self.nnodes > 1:
             self._check_nodes()
         elif self.node_rank:
@@ -491,19 +505,13 @@ class EngineConfig(ExplainedSettings):
             return
         drafts = draft_settings(self.speculative_config)
         refused = {
-            "prompt_cache_path": self.prompt_cache_path is not None,
-            "prompt_cache_url": self.prompt_cache_url is not None,
-            "kv_offloading_size": self.kv_offloading_size is not None,
-            "mmproj": self.mmproj is not None,
             "cpu_experts": bool(self.cpu_experts),
             "cpu_offload_gb": bool(self.cpu_offload_gb),
-            "speculative_config": drafts is not None and drafts.method in WITH_WEIGHTS,
         }
         for name, given in refused.items():
             if given:
-                what = f"{name} with weights of its own" if name == "speculative_config" else name
                 raise ConfigError(
-                    f"{what} is not implemented for several ranks: leave it out, or set tensor_parallel_size=1 and "
+                    f"{name} is not implemented for several ranks: leave it out, or set tensor_parallel_size=1 and "
                     "pipeline_parallel_size=1",
                     name,
                 )
@@ -633,6 +641,7 @@ class EngineSettings(TypedDict, total=False):
     cluster_key: str | None
     distributed_executor_backend: ExecutorBackend
     enable_expert_parallel: bool
+    all2all_backend: All2AllBackend
     data_parallel_size: int
     cpu_experts: int | None
     cpu_offload_gb: float | None

@@ -208,6 +208,18 @@ def _let_go() -> None:
         gc.freeze()
 
 
+def process_state(pid: int) -> tuple[str, float] | None:
+    """The state of a process, a letter, and the seconds of CPU time that its threads have taken.
+
+    See proc(5), /proc/PID/stat; None where there is no such thing.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 def ending(status: int | None) -> str:
     """How a child process has ended, by its `returncode`; None where it has not, and has only hung up."""
     if status is None:

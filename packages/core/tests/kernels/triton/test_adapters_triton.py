@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,8 @@ from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "engine")]
+from late_stages import Staged
 from lora_field import fitted, low_rank, stored
 
 CPU = torch.device("cpu")
@@ -43,10 +46,14 @@ Places = Mapping[str, Sequence[Place]]
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = toy_config("qwen2", max_position_embeddings=CONTEXT)  # whose q, k and v have biases
-    folder = write_toy_model(tmp_path_factory.mktemp("toy") / "toy", config)
-    return load_model(EngineConfig(model=str(folder), enforce_eager=True), Device("cpu"), lambda *_: None)
+    return write_toy_model(tmp_path_factory.mktemp("toy") / "toy", config)
+
+
+@pytest.fixture(scope="module")
+def loaded(model: Path) -> LoadedModel:
+    return load_model(EngineConfig(model=str(model), enforce_eager=True), Device("cpu"), lambda *_: None)
 
 
 def made(places: Places, seed: int, rank: int, *, dora: bool = False, tables: bool = False) -> FittedAdapter:
@@ -70,9 +77,8 @@ def made(places: Places, seed: int, rank: int, *, dora: bool = False, tables: bo
 
 
 def engine_of(loaded: LoadedModel, runner: ModelRunner) -> Engine:
-    return Engine(
-        runner, Scheduler(BlockManager(BLOCKS, SIZE), SEQUENCES, 40), preparation_for(loaded, CONTEXT, seed=0)
-    )
+    scheduler = Scheduler(BlockManager(BLOCKS, SIZE), SEQUENCES, 40, in_flight=runner.in_flight)
+    return Engine(runner, scheduler, preparation_for(loaded, CONTEXT, seed=0))
 
 
 def answers(engine: Engine, asked: Sequence[Sequence[tuple[PackedAdapter, float]]]) -> list[Any]:
@@ -125,17 +131,24 @@ def expected(loaded: LoadedModel) -> Any:
     return answer
 
 
-def on_device(
-    loaded: LoadedModel, asked: Sequence[Sequence[tuple[FittedAdapter, float]]], slots: int = 2
-) -> tuple[list[Any], LazyStream, DeviceAdapters]:
-    stream = LazyStream()
-    places = number_places(loaded.decoder)
-    every = [place for of in places.values() for place in of]
+def built(
+    loaded: LoadedModel, slots: int, stream: LazyStream | None = None
+) -> tuple[DeviceRunner, LazyStream, DeviceAdapters]:
+    stream = LazyStream() if stream is None else stream
+    every = [place for of in number_places(loaded.decoder).values() for place in of]
     added = DeviceAdapters(stream, every, torch.float32, slots=slots, rank=24, rows=SEQUENCES, memory=1 << 30)
     number_places(loaded.decoder, added)
     limits = DeviceLimits(40, SEQUENCES, -(-CONTEXT // SIZE), SIZE)
     runner = DeviceRunner(loaded.decoder, limits, stream, torch.float32, finite_cache=True, adapters=added)
     runner.allocate(BLOCKS)
+    return runner, stream, added
+
+
+def on_device(
+    loaded: LoadedModel, asked: Sequence[Sequence[tuple[FittedAdapter, float]]], slots: int = 2
+) -> tuple[list[Any], LazyStream, DeviceAdapters]:
+    places = number_places(loaded.decoder)
+    runner, stream, added = built(loaded, slots)
     packed = {
         id(one): pack_adapter(one, places, "F32", compiled=False, packed=added.packed)
         for own in asked
@@ -158,6 +171,49 @@ def test_adapters_of_products_are_in_captured_steps(loaded: LoadedModel, expecte
     assert stream.replayed > 4
     assert len(added._held) == 2
     assert expected([[]]) != expected([[(one, 1.0)]]), "adapters say something"
+
+
+@pytest.mark.every_case
+def test_adapters_of_stages_are_in_captured_steps_in_flight(
+    model: Path, loaded: LoadedModel, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each stage has its part of what is told by number; the head's is added when a step lands."""
+    turn, run_next = threading.Lock(), LazyStream.run_next
+
+    def in_turn(stream: LazyStream) -> bool:
+        with turn:  # Triton's interpreter is for one thread at a time
+            return run_next(stream)
+
+    monkeypatch.setattr(LazyStream, "run_next", in_turn)
+    places = number_places(loaded.decoder)
+    one, two, three = made(places, 1, 8), made(places, 2, 20, dora=True), made(places, 3, 1, tables=True)
+    asked = [[(one, 1.0)], [(two, 0.5)], [], [(three, 1.0)]]
+    wanted = expected(asked)
+
+    def load(ranks: Any) -> LoadedModel:
+        config = EngineConfig(model=str(model), enforce_eager=True)
+        return load_model(config, Device("cpu"), lambda *_: None, ranks=ranks)
+
+    with Staged(load, lambda part, stream: built(part, 2, stream)[0], 2) as staged:
+        parts, packed = staged.parts, dict[int, PackedAdapter]()
+        runners = [staged.first, *(each.runner for each in staged.others)]
+        for number, adapter in enumerate((one, two, three), 1):
+            for rank, (part, runner) in enumerate(zip(parts, runners)):
+                assert runner.adapters is not None
+                there = number_places(part.decoder, runner.adapters)
+                deltas = {path: of for path, of in adapter.deltas.items() if path in there}
+                own = dataclasses.replace(adapter, deltas=deltas)
+                own = pack_adapter(own, there, "F32", compiled=False, packed=runner.adapters.packed)
+                if rank:
+                    staged.others[rank - 1].batches.adapters[number] = own  # type: ignore[assignment]
+                else:
+                    packed[id(adapter)] = own
+                    staged.runner._numbers[own.serial] = number
+        replayed = staged.stream.replayed
+        engine = staged.watched(engine_of(parts[0], staged.runner))
+        assert answers(engine, [[(packed[id(each)], scale) for each, scale in own] for own in asked]) == wanted
+        assert staged.stream.replayed > replayed
+        assert max(staged.flights) == 2
 
 
 @pytest.mark.every_case

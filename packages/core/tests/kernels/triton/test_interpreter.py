@@ -24,9 +24,28 @@ pytestmark = [
 
 def check(done: subprocess.CompletedProcess[str], file: str) -> None:
     """Several files share a process: what failed in this one, or whatever kept the process from naming any."""
-    failed = re.findall(r"^(?:FAILED|ERROR) .*", done.stdout, re.MULTILINE)
-    assert [line for line in failed if f"/{file}" in line] == [], done.stdout[-8000:]
-    assert failed or (done.returncode == 0 and " passed" in done.stdout), done.stdout[-8000:] + done.stderr[-2000:]
+    failed = re.findall(r"^(?:FAILED|ERROR) (?:.*/)?(test_\w+\.py)\b", done.stdout, re.MULTILINE)
+    assert file not in failed, done.stdout[-8000:]
+    told = f"exit {done.returncode}\n{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
+    assert failed or (done.returncode == 0 and " passed" in done.stdout), told
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "says"),
+    [
+        (1, "FAILED test_a.py::test_b - assert 0\n1 failed, 3 passed", "FAILED"),
+        (2, "ERROR packages/core/test_a.py - ImportError", "ERROR"),
+        (-11, "4 passed", "exit -11"),
+        (5, "no tests ran", "exit 5"),
+    ],
+)
+def test_what_fails_under_the_interpreter_is_seen(code: int, output: str, says: str) -> None:
+    with pytest.raises(AssertionError, match=says):
+        check(subprocess.CompletedProcess([], code, output, ""), "test_a.py")
+
+
+def test_what_fails_in_another_file_is_said_there() -> None:
+    check(subprocess.CompletedProcess([], 1, "FAILED test_a.py::test_b\n1 failed, 3 passed", ""), "test_aa.py")
 
 
 @pytest.mark.parametrize("file", FILES)

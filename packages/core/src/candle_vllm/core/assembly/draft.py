@@ -18,6 +18,7 @@ from candle_vllm.core.assembly.model import (
     Described,
     LoadedHead,
     LoadedModel,
+    as_loaded,
     describe_family,
     describe_model,
     fill,
@@ -39,7 +40,7 @@ from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.source import ModelFiles
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.weights import WeightName, check_weights
+from candle_vllm.core.loading.weights import WeightName, check_weights, expand
 from candle_vllm.core.models.family import DraftHead
 from candle_vllm.core.models.stack import DecoderStack
 from candle_vllm.core.text.tokenizer import Tokenizer
@@ -113,7 +114,7 @@ def load_draft(
         opened = open_draft(drafts or config, settings.method, device)
         if settings.method != "draft_model":
             with opened.checkpoint:
-                return load_head(drafts or config, settings.method, target, opened, device, progress)
+                return load_head(drafts or config, settings.method, target, opened, device, progress, config)
         draft = load_model(drafts or config, device, progress, opened)
     difference = vocabulary_difference(target.tokenizer, draft.tokenizer)
     if difference is not None:
@@ -214,8 +215,9 @@ def load_head(
     opened: Opened,
     device: Device,
     progress: Callable[[int, int], object],
+    whole: EngineConfig,
 ) -> LoadedHead:
-    """The head with its weights; errors as `load_draft`."""
+    """The head with its weights; `whole` are the settings of the model that it drafts for. Errors as `load_draft`."""
     if not isinstance(target.decoder, DecoderStack):
         raise ConfigError(
             f"speculative_config: {target.config.model_type} gives no hidden states, which the method {method} needs",
@@ -223,8 +225,9 @@ def load_head(
         )
     found = describe_head(config, method, target, opened, device)
     stored = found.stored
+    tables = None if target.shard is None else _whole_tables(whole, target, found, device)
     with naming(config_file(opened.files), stored.path), room_for_weights(found.name, found.placement, stored):
-        head = found.build(found.placement, target.decoder)
+        head = found.build(found.placement, tables or target.decoder)
         fill(head, found.weights, found.ignored, found.config, stored, progress)
     return LoadedHead(
         name=found.name,
@@ -235,6 +238,34 @@ def load_head(
         meant=found.meant,
         weight_bytes=sum(tensor.nbytes for tensor in stored.tensors.values()),
     )
+
+
+def _whole_tables(config: EngineConfig, target: LoadedModel, found: DescribedHead, device: Device) -> DecoderStack:
+    """A model without layers for a head to share what it lacks with, where ranks have parts of that model's tables.
+
+    Its last norm is there too, and of the tables those alone that the head has none of its own of.
+    """
+    head: Any = found.build(SHAPES, target.decoder)
+    opened = open_model(model_files(config), device)
+    with opened.checkpoint as checkpoint, naming(config_file(opened.files), checkpoint.path):
+        family, _ = describe_family(opened.files, checkpoint, opened.metadata)
+        model, stored = target.config, as_loaded(config, family, target.config, checkpoint)
+        whole: Any = family.build(model, target.placement, checkpoint)
+        whole.layers = [None] * model.num_layers
+        scores = "embed" if whole.head is None else "head"
+        lacking = {name for name, own in (("embed", head.own_embed), (scores, head.own_head)) if own is None}
+        for name in {"embed", "head"} - lacking:
+            setattr(whole, name, None)
+        names = {
+            name
+            for line in expand(family.weights, model, checkpoint.format)
+            if line.names and line.target.partition(":")[0] in {*lacking, "norm", "rotary"}
+            if (name := line.find(stored.tensors)) is not None
+        }
+        part = stored.with_tensors({name: stored.tensors[name] for name in names})
+        with room_for_weights(f"what {found.name} shares with {target.name}", target.placement, part):
+            fill(whole, family.weights, family.ignored(model), model, part, lambda *_: None)
+    return whole
 
 
 def _describe_eagle3(target: Described | LoadedModel, opened: Opened) -> DescribedHead:

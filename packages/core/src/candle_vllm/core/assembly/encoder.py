@@ -24,7 +24,7 @@ from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.fields import read_json
-from candle_vllm.core.kernels.collectives import Collective
+from candle_vllm.core.kernels.collectives import Collective, is_first
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory, loading
 from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.config import EncoderConfig
@@ -70,7 +70,8 @@ def _load_any_model(
     config: EngineConfig, device: Device, progress: Callable[[int, int], object], ranks: Collective | None
 ) -> LoadedModel | LoadedEncoder:
     files = model_files(config)
-    find_draft(config)
+    if ranks is None or is_first(ranks):
+        find_draft(config)
     found = _of_config(files)
     if found is not None and files.format == "dummy":
         raise ConfigError("load_format 'dummy' makes decoders alone: leave it out for an encoder", "load_format")
@@ -81,6 +82,8 @@ def _load_any_model(
     found = found or describe_encoder(files, opened)
     if found is None:
         loaded = load_model(config, device, progress, opened, ranks)
+        if ranks is not None and not is_first(ranks):
+            return loaded
         return dataclasses.replace(loaded, draft=load_draft(config, loaded, device, progress))
     with opened.checkpoint:
         _check_isq(config)

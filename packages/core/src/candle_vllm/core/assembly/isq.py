@@ -46,6 +46,32 @@ class InSitu(Viewed):
     kind: GGMLQuantizationType
     importance: np.ndarray | None = None
 
+    def select(self, order: np.ndarray) -> StoredTensor:
+        """See `StoredTensor.select`: no other rows are read and quantised, for each is quantised by itself."""
+        return self._part(self.source.select(order)) if self._is_plain else Viewed.select(self, order)
+
+    def rows(self, first: int, last: int) -> StoredTensor:
+        """See `StoredTensor.rows`, and `select`."""
+        self._check_cut("rows", first, last, self.shape[:1])
+        return self._part(self.source.rows(first, last)) if self._is_plain else Viewed.rows(self, first, last)
+
+    def columns(self, first: int, last: int) -> StoredTensor:
+        """See `StoredTensor.columns`: so is each block."""
+        self._check_columns(first, last)
+        if not self._is_plain:
+            return Viewed.columns(self, first, last)
+        importance = None if self.importance is None else np.ascontiguousarray(self.importance[:, first:last])
+        return self._part(self.source.columns(first, last), importance)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether rows and columns are those of the source, and all rows have the same importance."""
+        return self.source.shape == self.shape and (self.importance is None or len(self.importance) == 1)
+
+    def _part(self, source: StoredTensor, importance: np.ndarray | None = None) -> InSitu:
+        importance = self.importance if importance is None else importance
+        return in_situ(source, self.kind, importance)
+
     def raw(self) -> np.ndarray:
         """See `StoredTensor.raw`; made anew at each call.
 

@@ -27,9 +27,9 @@ from candle_vllm.core.assembly.opening import (
 from candle_vllm.core.assembly.placement import choose_placement, computing_dtype, room_for_weights
 from candle_vllm.core.assembly.shards import Shard, shard_of
 from candle_vllm.core.assembly.tower import LoadedTower, load_tower
-from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.config import All2AllBackend, EngineConfig
 from candle_vllm.core.devices import Device
-from candle_vllm.core.errors import InvalidFileError, InvalidParameterError
+from candle_vllm.core.errors import ConfigError, InvalidFileError, InvalidParameterError
 from candle_vllm.core.fields import Fields, read_json
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
@@ -132,8 +132,8 @@ class LoadedModel(Loaded):
     """A decoder with its weights; the context in `config` is cut to what was asked for.
 
     Attributes:
-        draft: the model or the head that drafts for it, where one was asked for.
-        tower: what it sees by, where it has that.
+        draft: the model or the head that drafts for it, where one was asked for; the first of several ranks has it.
+        tower: what it sees by, where it has that; the first of several ranks has it.
         shard: which part of a model it is; None for the whole.
     """
 
@@ -158,7 +158,8 @@ class LoadedModel(Loaded):
 
         Its tables are made anew: it is asked for before anything knows them.
         """
-        if self.tower is None or not self.config.rope.axes:
+        elsewhere = self.shard is not None and not self.shard.is_first
+        if not self.config.rope.axes or (self.tower is None and not elsewhere):
             return None
         assert isinstance(self.decoder, DecoderStack)
         self.decoder.rotary.make_room(tokens)
@@ -202,9 +203,10 @@ def load_model(
         model = describe_model(config, device, opened)
         placement, stored, split = model.placement, model.stored, model.split
         family, full = model.family, model.config
-        shard, apart = None, config.enable_expert_parallel
+        shard = None
         if ranks is not None:
-            shard = shard_of(files.name, family, full, stored, ranks, apart=apart)
+            apart, exchanges = config.enable_expert_parallel, _exchanges(config, placement)
+            shard = shard_of(files.name, family, full, stored, ranks, apart=apart, exchanges=exchanges)
         stored = stored if shard is None else shard.stored(stored)
         elsewhere, size = (frozenset[str](), 0) if split is None else (split.names, split.host_bytes)
         room = room_for_weights(files.name, placement, stored, elsewhere, size)
@@ -223,7 +225,9 @@ def load_model(
                 from candle_vllm.core.assembly.cache_scales import give_cache_scales
 
                 give_cache_scales(decoder, opened.cache_scales, model.config, placement)
-        tower = load_tower(config, opened, model.tokenizer, model.config.hidden_size, placement)
+        tower = None
+        if shard is None or shard.is_first:
+            tower = load_tower(config, opened, model.tokenizer, model.config.hidden_size, placement)
         if tower is not None and tower.sight.parts.turned and not model.config.rope.axes:
             raise InvalidFileError(
                 f"{config_file(files)}: the sections of rotary positions are missing (mrope_section, in GGUF files "
@@ -236,6 +240,20 @@ def load_model(
     seconds = time.perf_counter() - started
     logger.info("loaded %s: %.1f MB in %.2f s", files.name, model.weight_bytes / 1e6, seconds)
     return LoadedModel(decoder=decoder, tower=tower, shard=shard, **said)
+
+
+def _exchanges(config: EngineConfig, placement: Placement) -> All2AllBackend:
+    """How tokens come to whole experts; on the CPU, where fewer bytes take no less time, as it is asked for alone."""
+    asked = config.all2all_backend
+    if asked == "all_to_all" and placement.invariant:
+        raise ConfigError(
+            "all2all_backend='all_to_all' divides steps with prompts and leaves captured ones whole, whose sums a GPU "
+            "takes in other orders: leave it out, or leave 'deterministic' out",
+            "all2all_backend",
+        )
+    if asked == "auto" and (placement.invariant or placement.device.type == "cpu"):
+        return "allgather_reducescatter"
+    return asked
 
 
 def files_read(config: EngineConfig, files: ModelFiles) -> tuple[Path, ...]:

@@ -14,7 +14,7 @@ from candle_vllm.core.devices import Device, fitting, is_amd, require_torch, use
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.cpu_runtime.numa import plan_ranks
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import new_memory
-from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, PackedKind, packed_kind
+from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, ROWS, PackedKind, host_kind, packed_kind
 from candle_vllm.core.kernels.packed_linear.pack import MAX_COLUMNS as MAX_PACKED_COLUMNS
 from candle_vllm.core.kernels.plain_linear import MAX_COLUMNS, PlainKind, plain_kind
 from candle_vllm.core.kernels.scaled_linear import LEAST_SPAN
@@ -226,8 +226,11 @@ def _memory_of(placement: Placement, tensor: StoredTensor) -> int:
     if not (placement.recorded or placement.keeps_quantised):
         return tensor.numel * ELEMENTS[placement.dtype].itemsize
     if tensor.dtype is None and not _is_decoded(placement, tensor):
-        if placement.recorded or tensor.block_type is None:
+        if tensor.block_type is None:
             return tensor.nbytes
+        if placement.recorded:
+            layout = LAYOUTS[host_kind(tensor.block_type)]
+            return tensor.numel * layout.block_bytes // (ROWS * GROUP * layout.groups)
         from candle_vllm.core.kernels.gguf_linear.layout import PLANES, gguf_kind
 
         kind = PackedKind.Q5_0 if tensor.type_name == "MXFP4" else gguf_kind(tensor.block_type)

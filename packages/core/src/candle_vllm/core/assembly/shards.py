@@ -4,14 +4,15 @@
 A rank's model is the family's own, of fewer heads, narrower feed-forward layers and fewer words; no family knows of it.
 What it gets of each tensor is seen from the shapes of all ranks' models. Where it has some of a matrix's inputs, the
 results are summed over the ranks, once for attention and once for what follows it. Experts may be whole, some on each
-rank (expert parallel): all have all tokens, and what their experts make of them is summed as the rest is.
+rank (expert parallel): all have all tokens, and what their experts make of them is summed as the rest is; or each rank
+has some of the tokens there, and they are sent to their experts (`kernels/collectives/token_shares.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.assembly.stages import StagePart, stage_of
+from candle_vllm.core.config import All2AllBackend
 from candle_vllm.core.errors import ConfigError
-from candle_vllm.core.kernels.collectives import Collective
+from candle_vllm.core.kernels.collectives import Collective, VocabularyShare, is_first
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter
-from candle_vllm.core.layers.embedding import Embedding, VocabularyShare
+from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.moe import ExpertMLPs, SparseMLP, mixtures_of
 from candle_vllm.core.layers.parameters import SHAPES
@@ -32,8 +34,9 @@ from candle_vllm.core.loading.weights import expand, layer_at, parameters_of
 from candle_vllm.core.models.family import Decoder, Family
 from candle_vllm.core.quantization.tensors import StoredTensor
 
+logger = logging.getLogger(__name__)
+
 MOST_RANKS = 64
-_EXPERT = re.compile(r"\.experts:\w+\.\d+\.")  # in the target of what one of many experts has
 
 
 class _Shape(NamedTuple):
@@ -67,7 +70,8 @@ class Shard:
         collective: the ranks.
         full: the whole model's description.
         stage: what it has of the model's layers; None for all.
-        absent: targets of the experts that other ranks have whole.
+        absent: targets of what other ranks have whole, of experts or of heads.
+        exchanges: how tokens come to experts; see `all2all_backend`.
         tensors: names of what is stored of it.
     """
 
@@ -77,7 +81,13 @@ class Shard:
     full: ModelConfig
     stage: StagePart | None
     absent: frozenset[str]
+    exchanges: All2AllBackend
     tensors: frozenset[str]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is that of the first rank, which alone has what a model sees by and what drafts for it."""
+        return is_first(self.collective)
 
     @property
     def num_layers(self) -> int:
@@ -139,6 +149,31 @@ class Shard:
             elif isinstance(layer, Embedding) and layer.share is None:
                 most = -(-self.full.vocab_size // self.collective.size)
                 layer.share = VocabularyShare(self.collective, cut.first, most, self.full.vocab_size)
+        if self.absent and self.exchanges != "allgather_reducescatter":
+            self._divide_tokens(whole)
+
+    def _divide_tokens(self, decoder: Any) -> None:
+        """Has layers with experts divide a step's tokens, where that is asked for or may pay."""
+        from candle_vllm.core.kernels.collectives.token_shares import TokenShares, least_step, rows_sent
+
+        size, mixture = self.collective.size, getattr(self.full, "mixture")  # noqa: B009 - who has experts has one
+        held = [_share(mixture.experts, 1, rank, size) for rank in range(size)]
+        least = 0.0 if self.exchanges == "all_to_all" else least_step(held, mixture.top_k)
+        if least == math.inf or (least and mixture.shared_size):
+            return
+        if not self.collective.rank:
+            sums, exchanges = rows_sent(held, mixture.top_k)
+            tokens = max(size, math.ceil(least / self.full.hidden_size / 2))
+            share = 100 * exchanges / sums
+            logger.info(
+                "steps with prompts of some %d tokens or more divide them among %d ranks, which send %.0f %% of the "
+                "bytes in layers with experts",
+                *(tokens, size, share),
+            )
+        decoder.shares = shares = TokenShares(self.collective, held, least)
+        for number, sparse in mixtures_of(decoder.layers).items():
+            block = decoder.layers[number]
+            sparse.shares = block.mlp_norm.shares = block.attention.output.collective = shares
 
     def _sum_behind(self, decoder: Decoder, path: str, layer: Any) -> None:
         linear = layer.down if isinstance(layer, ExpertMLPs) else layer
@@ -159,6 +194,7 @@ def shard_of(
     collective: Collective,
     *,
     apart: bool = False,
+    exchanges: All2AllBackend = "allgather_reducescatter",
 ) -> Shard:
     """A rank's part of a model.
 
@@ -168,6 +204,7 @@ def shard_of(
         checkpoint: its tensors.
         collective: the ranks.
         apart: experts are whole, some on each rank; else each rank has a part of every one.
+        exchanges: how tokens come to whole experts; where always by exchanges, what all tokens share is whole, too.
 
     Raises:
         ConfigError: it cannot be divided among so many, with the numbers that it can be.
@@ -177,7 +214,7 @@ def shard_of(
         raise ConfigError(
             f"{name} has no experts, and enable_expert_parallel divides nothing: leave it out", "enable_expert_parallel"
         )
-    units = _Units.of(family, config, checkpoint)._replace(apart=apart)
+    units = _Units.of(family, config, checkpoint)._replace(apart=apart, exchanged=exchanges == "all_to_all")
     obstacle = units.obstacle(config, size)
     if obstacle is not None:
         able = [str(n) for n in range(1, MOST_RANKS + 1) if units.obstacle(config, n) is None]
@@ -191,16 +228,10 @@ def shard_of(
     parts = [_shapes(family, each, checkpoint) for each in configs]
     cuts, absent, mine = dict[str, _Cut](), set[str](), parts[collective.rank]
     for target, shape in whole.items():
-        if apart and _EXPERT.search(target):
+        if not all(target in part for part in parts):  # of an expert, or a head
             if target not in mine:
                 absent.add(target)
             continue
-        if not all(target in part for part in parts):
-            raise ConfigError(
-                f"{name} cannot be divided among ranks: it has tensors of single heads ({target}), for which that is "
-                "not implemented. Leave tensor_parallel_size out",
-                "tensor_parallel_size",
-            )
         cut = _cut(target, shape, [part[target] for part in parts], collective.rank)
         if cut is not None:
             cuts[target] = cut
@@ -211,7 +242,8 @@ def shard_of(
         if line.names and line.target in mine and (stage is None or stage.has(line.target.partition(":")[0]))
         if (stored := line.find(checkpoint.tensors)) is not None
     }
-    return Shard(configs[collective.rank], cuts, collective, config, stage, frozenset(absent), frozenset(stored))
+    how: All2AllBackend = exchanges if apart else "allgather_reducescatter"
+    return Shard(configs[collective.rank], cuts, collective, config, stage, frozenset(absent), how, frozenset(stored))
 
 
 def _shapes(family: Family, config: ModelConfig, checkpoint: Checkpoint) -> dict[str, _Shape]:
@@ -246,6 +278,7 @@ class _Units(NamedTuple):
         inner, experts, shared: numbers between the matrices of dense feed-forward layers, of experts, and of what all
             tokens share.
         apart: see `shard_of`.
+        exchanged: what all tokens share is whole on each rank, which multiplies its own tokens by it.
     """
 
     heads: int = 1
@@ -253,6 +286,7 @@ class _Units(NamedTuple):
     experts: int = 1
     shared: int = 1
     apart: bool = False
+    exchanged: bool = False
 
     @classmethod
     def of(cls, family: Family, config: ModelConfig, checkpoint: Checkpoint) -> _Units:
@@ -313,7 +347,7 @@ class _Units(NamedTuple):
         if mixture is not None:
             whole = ("experts", mixture.experts, 1)
             parts.append(whole if self.apart else ("numbers of its experts", mixture.inner_size, self.experts))
-            if mixture.shared_size:
+            if mixture.shared_size and not self.exchanged:
                 parts.append(("numbers of its shared expert", mixture.shared_size, self.shared))
         for what, total, unit in parts:
             if -(-total // unit) < size:
@@ -322,7 +356,8 @@ class _Units(NamedTuple):
 
     def narrowed(self, config: ModelConfig, rank: int, size: int) -> ModelConfig:
         """What a rank's model is built by."""
-        heads = _share(config.num_heads, self._heads(config, size), rank, size)
+        shares = [_share(config.num_heads, self._heads(config, size), each, size) for each in range(rank + 1)]
+        first, heads = sum(shares[:-1]), shares[-1]
         mixture: Any = getattr(config, "mixture", None)
         kv = heads if config.latent is not None else max(1, heads * config.num_kv_heads // config.num_heads)
         sizes: dict[str, Any] = {
@@ -331,8 +366,12 @@ class _Units(NamedTuple):
             "intermediate_size": _share(config.intermediate_size, self.inner, rank, size),
             "vocab_size": _share(config.vocab_size, -(-config.vocab_size // size), rank, size),
         }
+        if hasattr(config, "first_heads"):
+            sizes["first_heads"] = first, first * config.num_kv_heads // config.num_heads
         if mixture is not None:
-            shared = _share(mixture.shared_size, self.shared, rank, size) if mixture.shared_size else 0
+            shared = mixture.shared_size
+            if shared and not self.exchanged:
+                shared = _share(shared, self.shared, rank, size)
             if self.apart:
                 counts = [_share(mixture.experts, 1, each, size) for each in range(rank + 1)]
                 part = {"first": sum(counts[:-1]), "held": counts[-1]}

@@ -59,7 +59,7 @@ class StagePart(NamedTuple):
         def empty(*shape: int) -> Any:
             return placement.empty(*shape, dtype=placement.dtype)
 
-        stack.stage = Stage(self.line, decoder.config.hidden_size, empty)
+        stack.stage = Stage(self.line, self.layers, decoder.config.hidden_size, empty)
 
 
 def stage_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpoint, line: Stages) -> StagePart:

@@ -92,9 +92,8 @@ def _opened(config: EngineConfig, opened: Opened, text_size: int) -> Iterator[_F
     """What the files say of a tower, for as long as its own one is open.
 
     Raises:
-        ConfigError: there is an `mmproj`, and Pillow is not installed, or the model is divided among ranks. Without one
-            the model reads text alone then, and a warning says so. Or `mm_processor_kwargs` says what its tower does
-            not know.
+        ConfigError: there is an `mmproj`, and Pillow is not installed. Without one the model reads text alone then, and
+            a warning says so. Or `mm_processor_kwargs` says what its tower does not know.
         ModelLoadError: its files cannot be used.
     """
     if config.mmproj is not None and opened.files.format != "gguf":
@@ -108,8 +107,6 @@ def _opened(config: EngineConfig, opened: Opened, text_size: int) -> Iterator[_F
         yield None
         return
     try:
-        if config.ranks > 1:
-            raise ConfigError("images are for one rank so far: set tensor_parallel_size=1 and pipeline_parallel_size=1")
         require_pillow()
     except ConfigError as error:
         if config.mmproj is not None:

@@ -187,7 +187,7 @@ def turned_rows(scheduled: Seq[Run], query_start: Ints) -> TurnedRows | None:
 
 def turns(turned: TurnedRows, positions: Ints, first: int) -> Ints:
     """How far behind its position's row each row's own is in rotary tables that have those of pictures from `first`."""
-    turns = turned.shifts
+    turns = turned.shifts.copy()
     turns[turned.rows] = first + np.arange(len(turned.rows)) - positions[turned.rows]
     return turns
 
@@ -210,7 +210,11 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
         adapters: which rows have which; None where none has one. The same object where a step goes on.
         embedded: rows of pictures; None where there are none.
         ahead: [T] how many positions behind its own each row sees; None where none sees any.
+        turned: what turns rows behind and in pictures that have grids; None where their positions alone do.
         ends_alone: whether of its rows the drawn ones alone are asked for.
+        begun: where it goes on, what has changed of the tables: row, column and block of each that was begun.
+        wishes: [drawn rows, 7] what is drawn from logits that are divided among ranks, see `kernels/sampling/shares`;
+            None where they are not.
     """
 
     tokens: Ints
@@ -227,7 +231,10 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
     adapters: AdapterRows | None = None
     embedded: EmbeddedRows | None = None
     ahead: Ints | None = None
+    turned: TurnedRows | None = None
     ends_alone: bool = False
+    begun: Seq[tuple[int, int, int]] = ()
+    wishes: NDArray[np.float64] | None = None
 
     @property
     def token_ids(self) -> Ints:
@@ -327,6 +334,7 @@ class BatchBuilder:
             adapters=adapter_rows(scheduled, laid.query_start),
             embedded=embedded_rows(shown, laid.query_start),
             ahead=rows_ahead(shown, laid.query_start),
+            turned=turned_rows(scheduled, laid.query_start) if self._images else None,
             ends_alone=ends_alone and len(laid.drawn_rows) < total,
         )
         self._last = batch if decodes == count and size else None
@@ -359,7 +367,7 @@ class BatchBuilder:
 
     def _next(self, last: Batch, step: Step, before: Seq[Run]) -> Batch:
         """The step behind `last`, where `_goes_on` says so."""
-        tokens, contexts, tables = last.tokens, last.context_lens, last.block_tables
+        tokens, contexts, tables, begun = last.tokens, last.context_lens, last.block_tables, ()
         if self._memory is None or not self._memory.moved_on:
             self._moving += 1
             contexts += 1
@@ -368,7 +376,7 @@ class BatchBuilder:
             else:
                 tokens[0], tokens[3] = [item.sequence.tokens[item.start] for item in step], -1
         if step.begins:
-            tables = self._begin_blocks(step, last)
+            tables, begun = self._begin_blocks(step, last)
         self._last = batch = Batch(
             tokens=tokens,
             query_start=last.query_start,
@@ -382,13 +390,15 @@ class BatchBuilder:
             drawn_rows=last.drawn_rows,
             goes_on=True,
             adapters=last.adapters,
+            turned=last.turned,
+            begun=begun,
         )
         return batch
 
-    def _begin_blocks(self, step: Step, last: Batch) -> Ints:
-        """The tables where some sequences of a step that goes on begin a block; their slots are those of that."""
+    def _begin_blocks(self, step: Step, last: Batch) -> tuple[Ints, Seq[tuple[int, int, int]]]:
+        """The tables where some sequences of a step that goes on begin a block, and these; their slots are of that."""
         self._version = object()
-        tables, slots = self._tables, last.slots
+        tables, slots, begun = self._tables, last.slots, list[tuple[int, int, int]]()
         for row in step.begins:
             run, number = step[row], self._known[row]
             assert number * self._block_size == run.start
@@ -397,7 +407,8 @@ class BatchBuilder:
             block = tables[row, number] = run.sequence.block_table[number]
             slots[row] = block * self._block_size
             self._known[row] = number + 1
-        return tables[: len(step), : max(self._known)]
+            begun.append((row, number, block))
+        return tables[: len(step), : max(self._known)], begun
 
     @staticmethod
     def _name_tokens(scheduled: Seq[Run], tokens: Ints, *, known: bool) -> None:

@@ -19,9 +19,10 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol, TypeAlias
 
 from candle_vllm.core.errors import ConfigError
@@ -191,20 +192,21 @@ class BlockFolder:
         self._shrink()
 
     def _look(self) -> None:
-        """Counts what is there: other engines may write to the same folder."""
-        found = _found(self._root)
+        """Counts what is there, and when it was used: other engines, and other ranks, may have the same folder."""
         with self._lock:
-            self._sizes = OrderedDict((name, size) for name, size in self._sizes.items() if name in found)
-            for name, size in found.items():
-                self._sizes.setdefault(name, size)
+            order = {name: number for number, name in enumerate(self._sizes)}
+        found = _found(self._root, order)
+        with self._lock:
+            self._sizes = found
             self.num_bytes, self._written = sum(self._sizes.values()), 0
 
     def close(self) -> None:
         """Nothing is open."""
 
     def clear(self) -> None:
-        """See `BlockStore`; those that other engines wrote too."""
-        self._look()
+        """See `BlockStore`; those that other engines wrote too, as far as the folder can be read."""
+        with suppress(OSError):
+            self._look()
         with self._lock:
             own = [name for name in self._sizes if name.startswith(self._own)]
         for name in own:
@@ -236,19 +238,22 @@ def _require_own(folder: Path) -> None:
         raise PermissionError("others can use it, and blocks tell what was asked: it must be this user's alone (0700)")
 
 
-def _found(folder: Path) -> OrderedDict[str, int]:
-    """Sizes of the blocks' files by name, the one used longest ago first; what was being written is deleted."""
-    found: list[tuple[float, str, int]] = []
+def _found(folder: Path, order: Mapping[str, int] = MappingProxyType({})) -> OrderedDict[str, int]:
+    """Sizes of the blocks' files by name, the one used longest ago first; what was being written is deleted.
+
+    `order` says which of some of them was used first, where times are too coarse to tell.
+    """
+    found: list[tuple[float, int, str, int]] = []
     for path in folder.glob("*/*/*"):
         with suppress(OSError):
             info, name = path.lstat(), "/".join(path.parts[-3:])
             if not stat.S_ISREG(info.st_mode):
                 continue
             if _NAME.fullmatch(name):
-                found.append((info.st_mtime, name, info.st_size))
+                found.append((info.st_mtime, order.get(name, len(order)), name, info.st_size))
             elif path.name.startswith(".part-") and info.st_mtime < time.time() - _UNFINISHED:
                 path.unlink()
-    return OrderedDict((name, size) for _, name, size in sorted(found))
+    return OrderedDict((name, size) for _, _, name, size in sorted(found))
 
 
 class HostBlocks:

@@ -27,7 +27,7 @@ from candle_vllm.core.engine.images import ImageStore
 from candle_vllm.core.engine.kept_blocks import keep_blocks
 from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, HeadRunner, ModelRunner, StepwiseRunner
 from candle_vllm.core.engine.preparation import DecoderPreparation, EncoderPreparation
-from candle_vllm.core.engine.ranks import RankedRunner, Ranks
+from candle_vllm.core.engine.ranks import RankedParts, RankedRunner, Ranks
 from candle_vllm.core.engine.request import ModelInfo
 from candle_vllm.core.engine.scheduler import Scheduler, WholeTexts
 from candle_vllm.core.engine.sleeping import Sleeper
@@ -103,6 +103,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
     sequences, budget, drafts, rows = _step(config, loaded)
     _require_room_for_images(loaded, sequences + rows, budget)
     runner, draft, plan = _build_runner(config, loaded, collective)
+    own = runner
     if placement.device.type == "cuda":
         from candle_vllm.core.engine.device_build import adapter_slots
 
@@ -120,7 +121,8 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
         store = adapter_store(config, loaded, runner, most, plan)
         admission = AdapterAdmission(store, most, patience=sequences)
     images = None if loaded.tower is None else _image_store(loaded.tower, runner)
-    kept = keep_blocks(config, loaded, runner, blocks, draft is not None)
+    others = None if ranks is None else RankedParts(ranks)
+    kept = keep_blocks(config, loaded, own, blocks, draft is not None, others)
     scheduler = Scheduler(
         blocks,
         sequences,
@@ -246,7 +248,7 @@ def _draft_model(
     if isinstance(draft, LoadedModel):
         assert isinstance(runner, StepwiseRunner)
         return DraftModel(runner, drafts, scheduler, words, longest, rows, cost)
-    assert isinstance(target, StepwiseRunner)
+    assert isinstance(target, (StepwiseRunner, RankedRunner))
     head: Any = runner
     return DraftingHead(head, target, draft.meant, drafts, scheduler, words, longest, rows, cost, draft.guessed)
 
@@ -479,7 +481,7 @@ def _runner_on_cpu(
 
             number_places(loaded.decoder, joined := EagerAdapters())
         if isinstance(loaded.decoder, DecoderStack) and loaded.decoder.stage is not None:
-            return StageRunner(loaded.decoder, *memory, joined)
+            return StageRunner(loaded.decoder, *memory, joined, taps, turning)
         return EagerRunner(loaded.decoder, *memory, joined, taps, turning)
     if adapters and isinstance(loaded, LoadedModel):
         number_places(loaded.decoder)

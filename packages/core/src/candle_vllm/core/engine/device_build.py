@@ -184,8 +184,8 @@ def _adapters(config: EngineConfig, loaded: LoadedModel, stream: DeviceStream, r
     products = [place for place in places if not (place.lookup or place.experts)]
     sizes = sum(place.columns * len(place.parts) + max(end for _, _, end in place.parts.values()) for place in products)
     room = slots * min(rank, _USUAL_RANK) * sizes * dtype.itemsize
-    most = min(rows, MOST_CAPTURED)
-    adapters = DeviceAdapters(stream, places, dtype, slots=slots, rank=rank, rows=most, memory=room)
+    most, flying = min(rows, MOST_CAPTURED), config.pipeline_parallel_size
+    adapters = DeviceAdapters(stream, places, dtype, slots=slots, rank=rank, rows=most, memory=room, in_flight=flying)
     number_places(loaded.decoder, adapters)
     return adapters, room
 

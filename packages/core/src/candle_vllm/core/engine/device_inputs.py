@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -67,16 +68,20 @@ class DeviceInputs:
     Args:
         stream: which copies them.
         limits: the largest step.
+        in_flight: steps that may be under way at once. Where they are several, how a step's tokens are drawn is sent
+            when it has landed (`send_draws`), for others are sent meanwhile.
     """
 
-    def __init__(self, stream: DeviceStream, limits: DeviceLimits) -> None:
+    def __init__(self, stream: DeviceStream, limits: DeviceLimits, in_flight: int = 1) -> None:
         self._stream = stream
         self._limits = limits
         sequences = limits.sequences
+        controls: dict[str, Any] = {"controls": ((sequences, 5), np.float64)}
+        several = in_flight > 1
         self._staging = Staging(
             stream,
             {
-                "controls": ((sequences, 5), np.float64),
+                **({} if several else controls),
                 "context_lens": ((sequences,), np.int32),
                 "query_start": ((sequences + 1,), np.int32),
                 "sample_rows": ((sequences,), np.int32),
@@ -84,7 +89,9 @@ class DeviceInputs:
             },
             # Of each token four numbers, then the block tables, as wide as the step needs them.
             room=4 * aligned(limits.tokens) + sequences * limits.table_width,
+            pieces=max(2, in_flight),
         )
+        self._draws = Staging(stream, controls, room=0) if several else self._staging
         self._there, self._room = self._staging.device, self._staging.device_room
         self._tables = torch.zeros(sequences, limits.table_width, dtype=torch.int32, device=stream.device)
         self._tables_version: object = None
@@ -97,7 +104,7 @@ class DeviceInputs:
     @property
     def controls(self) -> torch.Tensor:
         """[most sequences, 5] float64, how each row's token is drawn; see `kernels/sampling`."""
-        return self._there["controls"]
+        return self._draws.device["controls"]
 
     def send(
         self, batch: Batch, states: Sequence[SamplingState], size: StepSize | None, turns: Ints | None = None
@@ -126,10 +133,29 @@ class DeviceInputs:
             host["sample_rows"][: len(batch.drawn_rows)] = batch.drawn_rows
             host["sample_rows"][len(batch.drawn_rows) : size.rows] = 0
             host["decoding"][0] = batch.num_decodes
-        if states:
+        if batch.wishes is not None and self._draws is self._staging:
+            self._write_wishes(host["controls"], batch.wishes)
+        elif states:
             self._write_controls(host["controls"], states)
         self._send_tables(room[4 * stride :], 4 * stride, batch)
         return self._asks
+
+    def send_draws(self, states: Sequence[SamplingState]) -> tuple[bool, bool]:
+        """Sends how the tokens of the step that has landed are drawn; the same result."""
+        host, _ = self._draws.host()
+        self._write_controls(host["controls"], states)
+        self._draws.send(0)
+        return self._asks
+
+    def send_wishes(self, wishes: NDArray[np.float64]) -> None:
+        """The same where ranks draw together; see `Batch.wishes`."""
+        host, _ = self._draws.host()
+        self._write_wishes(host["controls"], wishes)
+        self._draws.send(0)
+
+    def _write_wishes(self, controls: NDArray[np.float64], wishes: NDArray[np.float64]) -> None:
+        controls[: len(wishes)] = wishes[:, : len(Control)]
+        controls[len(wishes) :] = _LIKELIEST
 
     def _write_controls(self, controls: NDArray[np.float64], states: Sequence[SamplingState]) -> None:
         """How each row is drawn. But for the random numbers that stays as long as the sequences do."""
@@ -163,7 +189,11 @@ class DeviceInputs:
         room[: 4 * stride].reshape(4, stride)[...] = _FILLER
         for name in ("context_lens", "query_start", "sample_rows", "decoding"):
             host[name][:] = 0
-        host["controls"][:] = _LIKELIEST
+        if self._draws is self._staging:
+            host["controls"][:] = _LIKELIEST
+        else:
+            self._draws.host()[0]["controls"][:] = _LIKELIEST
+            self._draws.send(0)
         self._staging.send(4 * stride)
 
     def send_zeros(self, starts: Ints, last_context: int) -> Batch:

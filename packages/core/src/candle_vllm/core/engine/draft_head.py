@@ -26,6 +26,7 @@ from candle_vllm.core.engine.batch import Batch
 from candle_vllm.core.engine.draft_model import Asked, DraftModel, Own
 from candle_vllm.core.engine.live import LiveSequence
 from candle_vllm.core.engine.model_runner import HeadRunner, StepwiseRunner
+from candle_vllm.core.engine.ranks import RankedRunner
 from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.engine.sequence import Run
 from candle_vllm.core.kernels.recorded import Value
@@ -67,7 +68,7 @@ class DraftingHead(DraftModel):
     def __init__(
         self,
         head: HeadRunner,
-        target: StepwiseRunner,
+        target: StepwiseRunner | RankedRunner,
         meant: NDArray[np.int64] | None,
         config: SpeculativeConfig,
         scheduler: Scheduler,

@@ -14,12 +14,14 @@ import torch
 from numpy.typing import NDArray
 
 from candle_vllm.core.devices import Device
-from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, turned_rows, turns
+from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, turns
 from candle_vllm.core.engine.images import Encoding
 from candle_vllm.core.engine.model_runner import EncoderRunner, StepwiseRunner
 from candle_vllm.core.kernels.attention.rows import AttentionRows
+from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.lora.reference import EagerAdapters
 from candle_vllm.core.kernels.offloading import block_bytes, block_parts
+from candle_vllm.core.kernels.sampling.shares import Shares, prepare
 from candle_vllm.core.layers.attention import StepInput, Taps
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Tower, TowerStep
@@ -72,19 +74,28 @@ class EagerRunner(StepwiseRunner):
         self._taps = taps
         self._kept = None if taps is None else Taps(taps)
         self._turning = turning
+        if self.divides and torch.device(device).type == "cpu":
+            prepare()
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> torch.Tensor:
+    def run(self, batch: Batch) -> torch.Tensor | Shares:
         """See `StepwiseRunner`."""
         token_ids, step = self._step(batch)
         self._hidden = self.decoder.forward(token_ids, step)
-        return self.score(batch.drawn_rows)
+        return self.score(batch.drawn_rows, batch.wishes)
+
+    @property
+    def divides(self) -> bool:
+        """See `ModelRunner`."""
+        decoder = self.decoder
+        if not isinstance(decoder, DecoderStack) or not (decoder.stage is None or decoder.stage.is_first):
+            return False  # a stage behind the first has no head
+        return decoder.scoring.share is not None
 
     def _step(self, batch: Batch) -> tuple[torch.Tensor, StepInput]:
-        turned = None if self._turning is None else turned_rows(batch.runs, batch.query_start)
         places = batch.positions
-        if turned is not None and self._turning is not None:
-            places = places + turns(turned, places, self._turning.turn(turned.places))
+        if batch.turned is not None and self._turning is not None:
+            places = places + turns(batch.turned, places, self._turning.turn(batch.turned.places))
         token_ids, positions, slots, tables = (
             torch.from_numpy(array).to(self.device)
             for array in (batch.token_ids, places, batch.slots, batch.block_tables)
@@ -100,14 +111,21 @@ class EagerRunner(StepwiseRunner):
                 torch.from_numpy(each).to(self.device) for each in (batch.embedded.rows, batch.embedded.vectors)
             )
             given = GivenTensors(places, vectors)
-        return token_ids, StepInput(positions, slots, rows, *caches, taps=self._kept, given=given)
+        how: dict[str, Any] = {"taps": self._kept, "given": given, "may_divide": batch.adapters is None}
+        return token_ids, StepInput(positions, slots, rows, *caches, **how)
 
     @torch.inference_mode()
-    def score(self, rows: Ints) -> torch.Tensor:
-        """See `ModelRunner`."""
+    def score(self, rows: Ints, wishes: NDArray[np.float64] | None = None) -> Any:
+        """See `ModelRunner`; with wishes this rank's `Shares` of the logits."""
         if self.adapters is not None:
             self.adapters.choose(self._adapter_rows, self.device, rows)
-        return self.decoder.logits(self._hidden[torch.from_numpy(rows).to(self.device)])
+        hidden = self._hidden[torch.from_numpy(rows).to(self.device)]
+        if wishes is None:
+            return self.decoder.logits(hidden)
+        assert isinstance(self.decoder, DecoderStack)
+        scoring = self.decoder.scoring
+        assert scoring.share is not None
+        return Shares(scoring.own_logits(hidden), scoring.share, wishes)
 
     def hidden_sum(self, rows: Ints) -> NDArray[np.float64]:
         """See `ModelRunner`."""
@@ -175,21 +193,33 @@ class StageRunner(EagerRunner):
         """See `ModelRunner`; what the stages behind do is not waited for."""
         del states
         token_ids, step = self._step(batch)
-        self._stack.begin(token_ids, step)
-        if self._stage.is_first:
-            self._begun.append(_Begun(len(token_ids), batch.drawn_rows, batch.adapters))
+        stage, tokens = self._stage, len(token_ids)
+        given, width = step.given, 0 if batch.embedded is None else batch.embedded.vectors.shape[1]
+        arrived = None if stage.is_first else stage.take(stage.empty(*stage.arrives(tokens)))
+        if given is not None and stage.vectors_arrive(width):
+            stage.take(given.vectors)
+        stage.hand_on(self._stack.part(token_ids, step, arrived))
+        if given is not None and stage.vectors_leave(width):
+            stage.hand_on(given.vectors)
+        if stage.is_first:
+            self._begun.append(_Begun(tokens, batch.drawn_rows, batch.adapters, batch.wishes))
 
     @torch.inference_mode()
     def land(self) -> None:
         """See `RankedRunner.draw`."""
         if self._stage.is_first:
-            step = self._begun.popleft()
-            self._hidden, self._adapter_rows = self._stage.returned(step.tokens), step.adapters
-            self._drawn_from = self.score(step.drawn_rows)
+            step, stage = self._begun.popleft(), self._stage
+            self._hidden = stage.take_back(stage.empty(*stage.returns(step.tokens)))
+            self._adapter_rows = step.adapters
+            self._drawn_from = self.score(step.drawn_rows, step.wishes)
 
-    def score(self, rows: Ints) -> torch.Tensor:
+    def score(self, rows: Ints, wishes: NDArray[np.float64] | None = None) -> Any:
         """See `ModelRunner`; a stage behind the first has no head, and gives nothing."""
-        return super().score(rows) if self._stage.is_first else torch.empty(0)
+        return super().score(rows, wishes) if self._stage.is_first else torch.empty(0)
+
+    def put_together(self, rows: Ints) -> Any:
+        """See `ModelRunner`."""
+        return super().put_together(rows) if self._stage.is_first else torch.empty(0)
 
 
 class _Begun(NamedTuple):
@@ -198,16 +228,19 @@ class _Begun(NamedTuple):
     tokens: int
     drawn_rows: Ints
     adapters: AdapterRows | None
+    wishes: NDArray[np.float64] | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class GivenTensors:
     """See `GivenRows`."""
 
     rows: torch.Tensor
     vectors: torch.Tensor
 
-    def put(self, x: torch.Tensor) -> torch.Tensor:
+    def put(self, x: torch.Tensor, ranks: Collective | None) -> torch.Tensor:
+        if ranks is not None:
+            self.vectors = ranks.sum(self.vectors)
         x[self.rows] = self.vectors[:, : x.shape[1]].to(x.dtype)
         return x
 

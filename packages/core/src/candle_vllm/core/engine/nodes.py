@@ -14,7 +14,6 @@ import hmac
 import logging
 import os
 import secrets
-import select
 import signal
 import socket
 import subprocess
@@ -35,8 +34,9 @@ logger = logging.getLogger(__name__)
 
 RANK = (sys.executable, "-P", "-m", "candle_vllm.core.engine.rank")
 REFUSED = 2  # exit status of a rank that the first node does not want
-OWN = ("model", "weight_file", "revision", "tokenizer", "download_dir", "hf_token", "offline", "device", "threads")
-"""Settings that are each node's own: where files lie, and what computes. All else is as the first node has it."""
+OWN = ("model", "weight_file", "revision", "tokenizer", "download_dir", "hf_token", "offline", "device", "threads",
+       "prompt_cache_url")  # fmt: skip
+"""Settings that are each node's own: where files lie, what computes, secrets. All else is as the first node has it."""
 _PROCESS = secrets.token_bytes(16)  # of this process
 _MAGIC = b"candle-vllm ranks 1\n"
 _NONCE = 32
@@ -44,6 +44,7 @@ _MOST_HELLO = 1024  # bytes
 _SHAKING = 5.0  # seconds that a handshake may take
 _AT_ONCE = 64  # handshakes at the same time
 _AGAIN = 1.0  # seconds until a rank asks again whether the first node is there
+_GLANCE = 0.2  # seconds between two looks whether anybody is to come in any more
 _NOTICE = 30.0  # seconds between two lines of the log about who is missing
 JOINING = 1800.0  # seconds that the first node waits for the others
 _ENDING = 10.0  # seconds that the ranks of a node may take to end
@@ -118,6 +119,7 @@ class Door:
                 "master_addr is an address of the first node that the others can reach",
                 "master_addr",
             ) from None
+        self._listener.settimeout(_GLANCE)  # not by select(2), which knows no descriptor from 1024 on
         self.host, self.port = self._listener.getsockname()[:2]
         self._changed = threading.Condition()
         self._found: dict[int, tuple[bytes, dict[bool, Line]]] = {}
@@ -127,11 +129,9 @@ class Door:
 
     def _listen(self) -> None:
         while not self._closed:
-            if not select.select([self._listener], (), (), 0.2)[0]:
-                continue
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
+            except OSError:  # the time is over, or who came has gone
                 continue
             if not self._shaking.acquire(blocking=False):
                 connection.close()

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
 """A rank's process: loads its part of the model, and runs its part of every step that the first rank tells it.
 
-Started as `python -m candle_vllm.core.engine.rank LINE,SIDE[,MEMORY]` by `Ranks`, with the descriptors of its two
-lines, which say everything else, and of the memory in which ranks of one machine add up; or as `... rank join`, with an
-`Invitation` on its standard input, to be a rank of another machine.
+Started as `python -m candle_vllm.core.engine.rank LINE,SIDE,RING,MEMORY` by `Ranks`, with the descriptors of its two
+lines, which say everything else, of the ring by which ranks of one machine are told, and of the memory in which they
+add up ("" where there is none); or as `... rank join`, with an `Invitation` on its standard input, to be a rank of
+another machine.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import queue
@@ -26,21 +28,28 @@ from candle_vllm.core.devices import choose_device
 from candle_vllm.core.engine.adapter_loading import adapter_loader
 from candle_vllm.core.engine.adapters import LoadedAdapter
 from candle_vllm.core.engine.build import build_rank
+from candle_vllm.core.engine.kept_blocks import BlockParts, keep_parts
+from candle_vllm.core.engine.message_ring import RingLine
 from candle_vllm.core.engine.model_runner import ModelRunner
 from candle_vllm.core.engine.nodes import REFUSED, Invitation, join
 from candle_vllm.core.engine.rank_line import (
     SILENCE,
     AdapterLoaded,
     Begin,
+    BlockRead,
+    BlocksClosed,
+    BringBlocks,
+    CloseBlocks,
+    EndReading,
     Failed,
     ForgetAdapters,
-    Forward,
+    ForgetBlocks,
     Go,
-    Land,
+    KeepBlocks,
     Line,
     LoadAdapter,
+    ReadBlocks,
     Ready,
-    Score,
     Side,
     Sleep,
     ToldBatches,
@@ -70,10 +79,9 @@ def main(given: str) -> int:
     try:
         if given == "join":
             return _join()
-        line, side, *memory = given.split(",")
-        shared = os.fdopen(int(memory[0]), "r+b", buffering=0) if memory else None
-        return _run(_descriptor(line), _descriptor(side), None, shared)
-    except (EOFError, OSError):
+        line, side, ring, memory = given.split(",")
+        return _run(_descriptor(line), _descriptor(side), None, _shared(ring), _shared(memory))
+    except (EOFError, ConnectionError):
         logger.debug("the first rank has gone", exc_info=True)
         return 0
     except Exception:
@@ -85,6 +93,13 @@ def _descriptor(number: str) -> Line:
     line = Line(socket.socket(fileno=int(number)))
     line.socket.set_inheritable(False)
     return line
+
+
+def _shared(number: str) -> BinaryIO | None:
+    if not number:
+        return None
+    os.set_inheritable(int(number), False)
+    return os.fdopen(int(number), "r+b", buffering=0)
 
 
 def _join() -> int:
@@ -102,31 +117,47 @@ def _log_as(name: str, level: int) -> None:
     logging.basicConfig(level=level, format=f"%(asctime)s %(levelname)s {name}: %(name)s: %(message)s", force=True)
 
 
-def _run(line: Line, side_line: Line, invitation: Invitation | None, memory: BinaryIO | None = None) -> int:
+def _run(
+    line: Line,
+    side_line: Line,
+    invitation: Invitation | None,
+    ring: BinaryIO | None = None,
+    memory: BinaryIO | None = None,
+) -> int:
     side = Side(side_line, line, None if invitation is None else SILENCE + _LATER)
     begin: Begin = line.receive(Begin)
+    if ring is not None:
+        line = RingLine(line.socket, ring, begin.rank)
     _log_as(f"rank {begin.rank}", begin.log_level)
     try:
         own: dict[str, Any] = {} if invitation is None else invitation.own | {"cluster_key": invitation.key}
+        if begin.kept_in_redis and own.get("prompt_cache_url") is None:
+            raise ConfigError(
+                "prompt_cache_url is set on the first node, and not on this one; it may have a password, which is not "
+                "sent: set it on every node",
+                "prompt_cache_url",
+            )
+        if invitation is not None and not begin.kept_in_redis:
+            own.pop("prompt_cache_url", None)
         config = EngineConfig(**begin.config | own)
         line.send(Ready(0))
         line.receive(Go)
         host = begin.host or line.socket.getsockname()[0]
         stages = config.pipeline_parallel_size
         ranks = meet(begin.rank, begin.size, config.device, side, host, stages, memory)
-        runner, sleeper, load = _loaded(config, ranks, line, theirs=invitation is not None)
+        runner, sleeper, load, parts = _loaded(config, ranks, begin.rank, line, side, theirs=invitation is not None)
     except EngineDeadError:
         return 0
     except CandleVllmError as error:
         line.send(Failed(str(error), getattr(error, "setting", None)))
         return 1
-    _serve(runner, sleeper, load, line)
+    _serve(runner, sleeper, load, parts, line, side)
     return 0
 
 
 def _loaded(
-    config: EngineConfig, ranks: Collective, line: Line, *, theirs: bool
-) -> tuple[ModelRunner, Sleeper, Load | None]:
+    config: EngineConfig, ranks: Collective, rank: int, line: Line, side: Side, *, theirs: bool
+) -> tuple[ModelRunner, Sleeper, Load | None, BlockParts | None]:
     LOADING_THREADS.set(config.threads)
     loaded = load_any_model(config, choose_device(config.device), lambda *_: None, ranks=ranks)
     assert isinstance(loaded, LoadedModel)
@@ -136,7 +167,17 @@ def _loaded(
     load = None
     if config.enable_lora:
         load = adapter_loader(config, loaded, runner, config.lora_memory or available_memory())  # the first one counts
-    return runner, sleeper, load
+    parts = keep_parts(config, loaded, runner, rank, lambda *said: side.tell(BlockRead(*said)))
+    if parts is not None:
+        side.read_by(functools.partial(_read_blocks, parts))
+    return runner, sleeper, load, parts
+
+
+def _read_blocks(parts: BlockParts, asked: ReadBlocks | EndReading) -> None:
+    if isinstance(asked, ReadBlocks):
+        parts.read(asked.reading, asked.digests)
+    else:
+        parts.end(asked.reading, asked.brought)
 
 
 def _load_adapters(asked: queue.SimpleQueue[LoadAdapter], load: Load, batches: ToldBatches, line: Line) -> None:
@@ -155,19 +196,17 @@ def _load_adapters(asked: queue.SimpleQueue[LoadAdapter], load: Load, batches: T
             line.send(AdapterLoaded(each.number, packed.digest))
 
 
-def _serve(runner: ModelRunner, sleeper: Sleeper, load: Load | None, line: Line) -> None:
+def _serve(
+    runner: ModelRunner, sleeper: Sleeper, load: Load | None, parts: BlockParts | None, line: Line, side: Side
+) -> None:
     batches, asked = ToldBatches(), queue.SimpleQueue[LoadAdapter]()
     if load is not None:
         threading.Thread(target=_load_adapters, args=(asked, load, batches, line), daemon=True).start()
     while True:
         message: ToRank = line.receive(ToRank)
-        if isinstance(message, Forward):
-            runner.forward(batches.batch(message), ())
-        elif isinstance(message, Land):
-            runner.land()
-        elif isinstance(message, Score):
-            runner.score(as_ints(message.rows))
-        elif isinstance(message, LoadAdapter):
+        if batches.run(runner, message):
+            continue
+        if isinstance(message, LoadAdapter):
             asked.put(message)
         elif isinstance(message, ForgetAdapters):
             for number in message.numbers:
@@ -177,6 +216,17 @@ def _serve(runner: ModelRunner, sleeper: Sleeper, load: Load | None, line: Line)
             sleeper.sleep(message.level)
         elif isinstance(message, WakeUp):
             sleeper.wake_up(message.tags)
+        elif parts is not None and isinstance(message, KeepBlocks):
+            for block, digest in zip(as_ints(message.blocks).tolist(), message.digests, strict=True):
+                parts.offer(block, digest)
+        elif parts is not None and isinstance(message, BringBlocks):
+            for block in as_ints(message.blocks).tolist():
+                parts.bring(message.reading, block)
+        elif parts is not None and isinstance(message, ForgetBlocks):
+            parts.clear()
+        elif parts is not None and isinstance(message, CloseBlocks):
+            parts.close()
+            side.tell(BlocksClosed())
         else:
             raise ValueError(f"a rank at work is told {type(message).__name__}")
 

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
 """What goes over the lines between the first rank and the others: frames of a few types, behind their length.
 
-Each has two: over the line it is told what to run, over the side line both say that they live, and the others read and
-write the board by which the ranks find each other.
+Each has two: over the line it is told what to run, in the order of the steps. Over the side line, beside the steps,
+both say that they live, the others read and write the board by which the ranks find each other, and blocks are read.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import hashlib
 import hmac
 import itertools
@@ -22,9 +23,13 @@ from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
-from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints
+from candle_vllm.core.engine.batch import AdapterRows, Batch, EmbeddedRows, Ints, TurnedRows
+from candle_vllm.core.engine.model_runner import ModelRunner
 from candle_vllm.core.errors import EngineDeadError
+from candle_vllm.core.kernels.sampling.contract import Control
+from candle_vllm.core.kernels.sampling.shares import Wish
 
 MOST_BYTES = 1 << 28  # of a frame
 _PIECE = 1 << 20  # bytes of a frame that are given memory before they have come
@@ -36,13 +41,17 @@ _FINDING = 120.0  # seconds that a rank waits for what another one writes to the
 
 
 class Begin(msgspec.Struct, tag=True, frozen=True):
-    """What a rank is: its settings, which one of how many, at which address the others reach it ("": its line's)."""
+    """What a rank is: its settings, which one of how many, at which address the others reach it ("": its line's).
+
+    `kept_in_redis`: where, it must know itself, for the address has a password.
+    """
 
     config: dict[str, Any]
     rank: int
     size: int
     host: str
     log_level: int
+    kept_in_redis: bool = False
 
 
 class Go(msgspec.Struct, tag=True, frozen=True):
@@ -59,6 +68,21 @@ class Adapters(msgspec.Struct, frozen=True):
     numbers: tuple[int, ...]
 
 
+class Seen(msgspec.Struct, frozen=True):
+    """Which rows of a step stand for pictures, and how many numbers each is given, which the first rank has."""
+
+    rows: bytes
+    width: int
+
+
+class Turned(msgspec.Struct, frozen=True):
+    """A `TurnedRows` as bytes of int64."""
+
+    shifts: bytes
+    rows: bytes
+    places: bytes
+
+
 class LoadAdapter(msgspec.Struct, tag=True, frozen=True):
     """Load a part of the adapter at a path, beside the steps."""
 
@@ -73,7 +97,10 @@ class ForgetAdapters(msgspec.Struct, tag=True, frozen=True):
 
 
 class Forward(msgspec.Struct, tag=True, frozen=True):
-    """A step: the arrays of a `Batch` as bytes of int64; no tables where they are those of the step before."""
+    """A step: the arrays of a `Batch` as bytes of int64; no tables where they are those of the step before.
+
+    `wishes` are those of the draw, as bytes of float64; None where logits are not divided.
+    """
 
     tokens: bytes
     query_start: bytes
@@ -83,6 +110,23 @@ class Forward(msgspec.Struct, tag=True, frozen=True):
     tables: bytes | None
     ahead: bytes | None
     adapters: Adapters | None
+    seen: Seen | None = None
+    turned: Turned | None = None
+    wishes: bytes | None = None
+
+
+class Whole(msgspec.Struct, tag=True, frozen=True):
+    """Put these of the rows together that the last step draws from: candidates do not say what is drawn."""
+
+    rows: bytes
+
+
+class Next(msgspec.Struct, tag=True, frozen=True):
+    """The step behind the one that was told last, each of whose sequences goes on by one token; see `Batch.begun`."""
+
+    token_ids: bytes
+    begun: tuple[tuple[int, int, int], ...]
+    wishes: bytes | None = None
 
 
 class Land(msgspec.Struct, tag=True, frozen=True):
@@ -107,7 +151,32 @@ class WakeUp(msgspec.Struct, tag=True, frozen=True):
     tags: frozenset[str]
 
 
-ToRank: TypeAlias = Begin | Go | Forward | Land | Score | Sleep | WakeUp | LoadAdapter | ForgetAdapters
+class KeepBlocks(msgspec.Struct, tag=True, frozen=True):
+    """Write this rank's parts of blocks, whose numbers are bytes of int64, by their hashes; see `BlockParts.offer`."""
+
+    blocks: bytes
+    digests: tuple[bytes, ...]
+
+
+class BringBlocks(msgspec.Struct, tag=True, frozen=True):
+    """Write the next parts of a reading to the cache, at these blocks; see `BlockParts.bring`."""
+
+    reading: int
+    blocks: bytes
+
+
+class ForgetBlocks(msgspec.Struct, tag=True, frozen=True):
+    """Delete all parts of blocks that are kept."""
+
+
+class CloseBlocks(msgspec.Struct, tag=True, frozen=True):
+    """Write what is to be written; the answer is `BlocksClosed`."""
+
+
+ToRank: TypeAlias = (
+    Begin | Go | Forward | Next | Whole | Land | Score | Sleep | WakeUp | LoadAdapter | ForgetAdapters
+    | KeepBlocks | BringBlocks | ForgetBlocks | CloseBlocks
+)  # fmt: skip
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
@@ -169,8 +238,34 @@ class Found(msgspec.Struct, tag=True, frozen=True):
     value: bytes | None
 
 
-FromSide: TypeAlias = Alive | Write | Read | Add
-ToSide: TypeAlias = Alive | Found
+class ReadBlocks(msgspec.Struct, tag=True, frozen=True):
+    """Begin to read parts of blocks, beside the steps; see `BlockParts.read`."""
+
+    reading: int
+    digests: tuple[bytes, ...]
+
+
+class EndReading(msgspec.Struct, tag=True, frozen=True):
+    """No more of a reading is brought than so many blocks in all; see `BlockParts.end`."""
+
+    reading: int
+    brought: int
+
+
+class BlockRead(msgspec.Struct, tag=True, frozen=True):
+    """What became of the next block of a reading; see `BlockParts`."""
+
+    reading: int
+    found: bool
+    failed: bool
+
+
+class BlocksClosed(msgspec.Struct, tag=True, frozen=True):
+    """What was to be written is, as far as it can be."""
+
+
+FromSide: TypeAlias = Alive | Write | Read | Add | BlockRead | BlocksClosed
+ToSide: TypeAlias = Alive | Found | ReadBlocks | EndReading
 _Message = TypeVar("_Message")
 
 
@@ -190,9 +285,10 @@ class Line:
 
     def send(self, message: ToRank | FromRank | FromSide | ToSide) -> None:
         """Sends a message; OSError where the other end has gone."""
-        data = msgspec.msgpack.encode(message)
-        if len(data) > MOST_BYTES:
-            raise ValueError(f"a message of {len(data)} bytes; at most {MOST_BYTES} are sent")
+        self.send_encoded(encoded(message))
+
+    def send_encoded(self, data: bytes) -> None:
+        """Sends a message that `encoded` has made, which may be sent over several lines."""
         with self._sending:
             tag = b"" if self._keys is None else _tag(self._keys[0], next(self._sent), data)
             self.socket.sendall(len(data).to_bytes(4, "little") + data + tag)
@@ -212,12 +308,26 @@ class Line:
             tag = read_exactly(self.socket, _TAG_BYTES)
             if not hmac.compare_digest(tag, _tag(self._keys[1], next(self._received), data)):
                 raise ValueError("what came over a line was not sent by its other end")
-        return msgspec.msgpack.decode(data, type=kind)
+        return decoder(kind).decode(data)
 
     def end(self) -> None:
         """Ends it at both ends, for whoever waits for it here as well; what has come can still be received."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
+
+
+def encoded(message: ToRank | FromRank | FromSide | ToSide) -> bytes:
+    """A message as it is sent; ValueError where it is too long."""
+    data = msgspec.msgpack.encode(message)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"a message of {len(data)} bytes; at most {MOST_BYTES} are sent")
+    return data
+
+
+@functools.cache
+def decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
+    """What reads messages of a kind, and refuses others; making one takes longer than reading a message."""
+    return msgspec.msgpack.Decoder(kind)
 
 
 def read_exactly(end: socket.socket, count: int) -> bytearray:
@@ -328,6 +438,9 @@ class Side:
         self._quiet = 0
         self._numbers = itertools.count()
         self._asked: dict[int, queue.SimpleQueue[bytes | None]] = {}
+        self._reads: Callable[[ReadBlocks | EndReading], object] | None = None
+        self._early: list[ReadBlocks | EndReading] = []  # said before anybody reads
+        self._reading = threading.Lock()
         for work in (self._listen, self._beat):
             threading.Thread(target=work, name="candle-vllm-rank-side", daemon=True).start()
 
@@ -338,6 +451,12 @@ class Side:
                 self._quiet = 0
                 if isinstance(said, Found) and said.number in self._asked:
                     self._asked.pop(said.number).put(said.value)
+                elif isinstance(said, ReadBlocks | EndReading):
+                    with self._reading:
+                        if self._reads is None:
+                            self._early.append(said)
+                        else:
+                            self._reads(said)
         self._end()
 
     def _beat(self) -> None:
@@ -363,6 +482,18 @@ class Side:
         except queue.Empty:
             raise EngineDeadError("the ranks did not find each other") from None
 
+    def tell(self, message: BlockRead | BlocksClosed) -> None:
+        """Tells the first rank, as long as it is there."""
+        with contextlib.suppress(OSError):
+            self._line.send(message)
+
+    def read_by(self, reads: Callable[[ReadBlocks | EndReading], object]) -> None:
+        """Who reads blocks, quick to answer; called in the thread that listens, in order."""
+        with self._reading:
+            for each in self._early:
+                reads(each)
+            self._reads, self._early = reads, []
+
     def set(self, key: str, value: bytes) -> None:
         """See `Board`."""
         self._line.send(Write(key, value))
@@ -382,6 +513,9 @@ class Side:
         return int(self._ask(lambda number: Add(number, key, amount)) or 0)
 
 
+_ONE_ON = np.array([[0], [1], [1], [0]])  # of a token's numbers, see `Batch`
+
+
 class ToldBatches:
     """Makes batches of what another rank is told; their runs are known to the first rank alone.
 
@@ -392,17 +526,70 @@ class ToldBatches:
     def __init__(self) -> None:
         self.adapters: dict[int, Any] = {}
         self._tables, self._version = np.zeros((0, 0), np.int64), object()
+        self._width = 0  # of the tables, which may have room for more
+        self._last: Batch | None = None
 
-    def batch(self, told: Forward) -> Batch:
-        """The step."""
+    def batch(self, told: Forward | Next) -> Batch:
+        """The step.
+
+        Raises:
+            ValueError: it is the next one, and is not behind any.
+        """
+        self._last = batch = self._next(told) if isinstance(told, Next) else self._forward(told)
+        return batch
+
+    def run(self, runner: ModelRunner, told: ToRank) -> bool:
+        """Has a rank's part run of what is told, where it is one of a step; whether it was."""
+        if isinstance(told, Forward | Next):
+            runner.forward(self.batch(told), ())
+        elif isinstance(told, Whole):
+            runner.put_together(as_ints(told.rows))
+        elif isinstance(told, Land):
+            runner.land()
+        elif isinstance(told, Score):
+            runner.score(as_ints(told.rows))
+        else:
+            return False
+        return True
+
+    def _next(self, told: Next) -> Batch:
+        last, ids = self._last, as_ints(told.token_ids)
+        if last is None or not len(ids) == len(last.context_lens) == last.tokens.shape[1]:
+            raise ValueError(f"a step of {len(ids)} sequences goes on, and the one before was not like it")
+        tokens = last.tokens + _ONE_ON
+        tokens[0], tokens[3] = ids, -1
+        for row, column, block in told.begun:
+            if not (0 <= row < len(ids) and 0 < column <= self._width):
+                raise ValueError(f"block {column} of sequence {row} begins, of {len(ids)} with up to {self._width}")
+            if column == self._tables.shape[1]:
+                wider = np.zeros((len(ids), 2 * column), np.int64)
+                wider[:, :column] = self._tables
+                self._tables = wider
+            self._tables[row, column] = block
+            tokens[2, row] = block * (tokens[1, row] // column)  # a block's first token is at column * its size
+            self._width = max(self._width, column + 1)
+            self._version = object()
+        return msgspec.structs.replace(
+            last,
+            tokens=tokens,
+            context_lens=last.context_lens + 1,
+            block_tables=self._tables[:, : self._width],
+            tables_version=self._version,
+            embedded=None,  # what goes on writes, and sees nothing behind itself
+            ahead=None,
+            wishes=_wishes(told),
+        )
+
+    def _forward(self, told: Forward) -> Batch:
         contexts = as_ints(told.context_lens)
         if told.tables is not None:
             self._tables, self._version = as_ints(told.tables).reshape(len(contexts), -1), object()
+            self._width = self._tables.shape[1]
         return Batch(
             tokens=as_ints(told.tokens).reshape(4, -1),
             query_start=as_ints(told.query_start),
             context_lens=contexts,
-            block_tables=self._tables,
+            block_tables=self._tables[:, : self._width],
             tables_version=self._version,
             num_decodes=told.num_decodes,
             runs=(),
@@ -411,12 +598,28 @@ class ToldBatches:
             drawn_rows=as_ints(told.drawn_rows),
             ahead=None if told.ahead is None else as_ints(told.ahead),
             adapters=None if told.adapters is None else self._rows(told.adapters),
+            embedded=None if told.seen is None else _seen(told.seen),
+            turned=None if told.turned is None else _turned(told.turned),
+            wishes=_wishes(told),
         )
 
     def _rows(self, told: Adapters) -> AdapterRows:
         scales = np.frombuffer(told.scales, np.float32).copy()
         adapters = [self.adapters[number] for number in told.numbers]
         return AdapterRows(as_ints(told.rows), scales, as_ints(told.starts), adapters, as_ints(told.sources))
+
+
+def _wishes(told: Forward | Next) -> NDArray[np.float64] | None:
+    return None if told.wishes is None else np.frombuffer(told.wishes).reshape(-1, len(Control) + len(Wish))
+
+
+def _seen(told: Seen) -> EmbeddedRows:
+    rows = as_ints(told.rows)
+    return EmbeddedRows(rows, np.zeros((len(rows), told.width), np.float32))
+
+
+def _turned(told: Turned) -> TurnedRows:
+    return TurnedRows(as_ints(told.shifts), as_ints(told.rows), as_ints(told.places).reshape(-1, 3))
 
 
 def as_bytes(array: Ints) -> bytes:

@@ -22,12 +22,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.adapters import Adapter
-from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, StepMemory
+from candle_vllm.core.engine.batch import AdapterRows, Batch, EmbeddedRows, Ints, StepMemory, TurnedRows
+from candle_vllm.core.engine.message_ring import MessageRing, made_ring
 from candle_vllm.core.engine.model_runner import Launched, ModelRunner, StepwiseRunner
 from candle_vllm.core.engine.nodes import RANK, Door, rank_device
 from candle_vllm.core.engine.rank_line import (
@@ -37,30 +39,45 @@ from candle_vllm.core.engine.rank_line import (
     Adapters,
     Alive,
     Begin,
+    BlockRead,
+    BlocksClosed,
     Board,
+    BringBlocks,
+    CloseBlocks,
+    EndReading,
     Failed,
     ForgetAdapters,
+    ForgetBlocks,
     Forward,
     FromRank,
     FromSide,
     Go,
+    KeepBlocks,
     Land,
     Line,
     LoadAdapter,
+    Next,
+    ReadBlocks,
     Ready,
     Score,
+    Seen,
     Sleep,
     ToRank,
+    ToSide,
+    Turned,
     WakeUp,
+    Whole,
     as_bytes,
+    encoded,
 )
 from candle_vllm.core.engine.sleeping import files_mark
 from candle_vllm.core.errors import AdapterError, CandleVllmError, ConfigError, EngineDeadError, ModelLoadError
 from candle_vllm.core.kernels.collectives import Collective, Notes, ProcessGroup, shared_memory
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.sampling.sampler import Drawn
+from candle_vllm.core.sampling.shared_rows import wishes
 from candle_vllm.core.sampling.state import SamplingState
-from candle_vllm.core.threads import ending
+from candle_vllm.core.threads import ending, process_state
 
 if TYPE_CHECKING:
     from candle_vllm.core.engine.ray_ranks import RayRanks
@@ -72,9 +89,11 @@ _Result = TypeVar("_Result")
 PATIENCE = 60.0  # seconds that a rank waits for the others in the midst of a step
 _LAST_WORDS = 0.5  # seconds that what a rank says before it ends may take to get here
 _ENDING = 5.0  # seconds that a rank may take to end
-_LOADING = 30  # ticks without a sign of life while it loads, when one operation may keep the interpreter for long
-_SECRETS: dict[str, Any] = {"hf_token": None, "cluster_key": None}  # stay on this machine
+_LOADING = 30  # ticks without a sign of life while it loads, where one operation may keep the interpreter for long
+_SECRETS: dict[str, Any] = {"hf_token": None, "cluster_key": None, "prompt_cache_url": None}  # stay on this machine
 _LOOK = 0.1  # seconds between two looks at whether all live
+_STOPPED = "Tt"  # states of a process that was stopped, by a signal or a debugger
+_COMPUTES = 0.1  # seconds of CPU time a second, from which a process computes
 
 
 class _Other:
@@ -85,7 +104,7 @@ class _Other:
         side: where it says that it lives.
         process: where it is one of this machine.
         where: the address of its machine; "" for this one.
-        quiet: ticks since it last said that it lives.
+        quiet: ticks since it last said that it lives, or was seen to compute while it loaded.
         gone: how it went, once it has.
     """
 
@@ -93,10 +112,26 @@ class _Other:
         self.line, self.side, self.process, self.where = line, side, process, where
         self.quiet = 0
         self.gone: str | None = None
+        self._computed = 0.0
+
+    def limit(self) -> int:
+        """Ticks for which it may be quiet while it loads; none count in which it has computed.
+
+        Its own signs of life wait for the interpreter, which importing a library or laying out a matrix may keep. The
+        system knows what it does, if it is a process of this machine and there is /proc.
+        """
+        seen = None if self.process is None else process_state(self.process.pid)
+        if seen is None:
+            return _LOADING
+        state, computed = seen
+        if computed - self._computed >= _COMPUTES * TICK:  # its threads look for the interpreter from time to time
+            self.quiet = 0
+        self._computed = computed
+        return SILENCE if state in _STOPPED else _LOADING
 
     def fate(self) -> str | None:
         """How it ended, or None where it lives."""
-        if self.process is not None and self.process.poll() is not None:
+        if self.gone is None and self.process is not None and self.process.poll() is not None:
             return ending(self.process.returncode)
         return self.gone
 
@@ -110,6 +145,7 @@ class Ranks:
     Attributes:
         config: of this rank.
         fail: ends the engine that has them; called when one has died.
+        on_blocks: called with what a rank, by its number, says of blocks that are kept; in any thread.
 
     Raises:
         ConfigError: this system cannot have several ranks.
@@ -138,12 +174,14 @@ class Ranks:
         self._loading = True
         self.fail: Callable[[EngineDeadError], object] = lambda _: None
         self._callbacks: list[Callable[[], None]] = []
+        self.on_blocks: Callable[[int, BlockRead | BlocksClosed], object] = lambda *_: None
         self._board = Board()
         self._others: dict[int, _Other] = {}
         self._door: Door | None = None
         self._placed: RayRanks | None = None
+        self._ring: MessageRing | None = None
         self._memory: BinaryIO | None = None
-        self._settings = config.plain()
+        self._settings = config.plain() | {"mmproj": None}  # the first rank alone sees
         try:
             if config.distributed_executor_backend == "ray":
                 from candle_vllm.core.engine.ray_ranks import RayRanks
@@ -159,6 +197,8 @@ class Ranks:
             self._host = "127.0.0.1" if self._door is None else self._door.host
             if config.device == "cpu" and here == self.size:
                 self._memory = shared_memory(self.size)
+            if here > 1:
+                self._ring = made_ring(here - 1)
             for rank in range(1, here):
                 self._start(config, rank)
             threading.Thread(target=self._watch, name="candle-vllm-ranks", daemon=True).start()
@@ -169,28 +209,32 @@ class Ranks:
     def _start(self, config: EngineConfig, rank: int) -> None:
         (near, far), (near_side, far_side) = socket.socketpair(), socket.socketpair()
         with far, far_side:
-            given = [far.fileno(), far_side.fileno()]
-            if self._memory is not None:
-                given.append(self._memory.fileno())
+            ring = None if self._ring is None else self._ring.memory
+            given = [None if each is None else each.fileno() for each in (far, far_side, ring, self._memory)]
             process = subprocess.Popen(
-                (*RANK, ",".join(map(str, given))), stdin=subprocess.DEVNULL, pass_fds=given, start_new_session=True
+                (*RANK, ",".join("" if each is None else str(each) for each in given)),
+                stdin=subprocess.DEVNULL,
+                pass_fds=[each for each in given if each is not None],
+                start_new_session=True,
             )
         self._begin(rank, _Other(Line(near), Line(near_side), process), rank_device(config, rank), self._host)
 
-    def _begin(self, rank: int, other: _Other, own: dict[str, Any], host: str) -> None:
+    def _begin(self, rank: int, other: _Other, own: dict[str, Any], host: str, *, kept_in_redis: bool = False) -> None:
         level = logging.getLogger("candle_vllm").getEffectiveLevel()
         self._others[rank] = other
-        threading.Thread(target=self._attend, args=(other,), name="candle-vllm-rank", daemon=True).start()
+        threading.Thread(target=self._attend, args=(rank, other), name="candle-vllm-rank", daemon=True).start()
         with contextlib.suppress(OSError):  # it has ended, which is noticed
-            other.line.send(Begin(self._settings | own, rank, self.size, host, level))
+            other.line.send(Begin(self._settings | own, rank, self.size, host, level, kept_in_redis))
 
-    def _attend(self, other: _Other) -> None:
+    def _attend(self, rank: int, other: _Other) -> None:
         """Hears what a rank says beside the steps, until it has gone."""
         with contextlib.suppress(EOFError, OSError, ValueError):
             while True:
                 said: FromSide = other.side.receive(FromSide)
                 other.quiet = 0
-                if not isinstance(said, Alive):
+                if isinstance(said, BlockRead | BlocksClosed):
+                    self.on_blocks(rank, said)
+                elif not isinstance(said, Alive):
                     self._board.answer(said, other.side)
         if other.process is None:  # one of this machine is waited for, to say how it ended
             other.gone = other.gone or "its connection has ended"
@@ -201,7 +245,8 @@ class Ranks:
         if self._collective is None:
             if self._door is not None:
                 for rank, (line, side, where) in self._door.everyone().items():
-                    self._begin(rank, _Other(line, side, None, where), _SECRETS, "")
+                    kept = self.config.prompt_cache_url is not None
+                    self._begin(rank, _Other(line, side, None, where), _SECRETS, "", kept_in_redis=kept)
             self._wait(0)
             stages = self.config.pipeline_parallel_size
             self._collective = meet(0, self.size, self.config.device, self._board, self._host, stages, self._memory)
@@ -217,7 +262,8 @@ class Ranks:
             CandleVllmError: one cannot have them; what it said.
         """
         marks = [said.files for said in self._wait(1) if said.files is not None]
-        if marks and set(marks) != {files_mark(files, times=False)}:
+        others = [path for path in files if path != self.config.mmproj]
+        if marks and set(marks) != {files_mark(others, times=False)}:
             raise ModelLoadError(
                 "the nodes have different files of the model: have the same revision or the same folder on each"
             )
@@ -230,8 +276,8 @@ class Ranks:
                 said: FromRank = other.line.receive(FromRank)
             except (EOFError, OSError):
                 raise ModelLoadError(
-                    f"{self._gone() or f'rank {number} has ended'} while it loaded its part of the model; its last "
-                    "words are in the log. Where memory is short, the system kills it"
+                    f"{self._failure or self._gone() or f'rank {number} has ended'} while it loaded its part of the "
+                    "model; its last words are in the log. Where memory is short, the system kills it"
                 ) from None
             if isinstance(said, Failed):
                 raise ConfigError(_said_by(number, other) + said.message, said.setting)
@@ -242,16 +288,33 @@ class Ranks:
         return found
 
     def tell(self, message: ToRank) -> None:
-        """Tells all others.
+        """Tells all others: those of this machine by the ring where there is one, each of the rest over its line.
 
         Raises:
             EngineDeadError: one of them has gone.
         """
+        data = encoded(message)
         try:
+            if self._ring is not None:
+                self._ring.write(data, PATIENCE)
             for other in self._others.values():
-                other.line.send(message)
+                if self._ring is None or other.process is None:
+                    other.line.send_encoded(data)
+        except TimeoutError as error:
+            raise self.dead(str(error)) from None
         except OSError:
             raise self.dead() from None
+
+    def tell_beside(self, message: ToSide) -> None:
+        """Tells all others beside the steps; one that has gone hears nothing."""
+        for other in self._others.values():
+            with contextlib.suppress(OSError):
+                other.side.send(message)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether one of them has gone, and all are ended."""
+        return self._failure is not None
 
     def adapters_loaded(self, number: int) -> list[AdapterLoaded]:
         """Waits until the others have loaded an adapter or failed to; one is loaded at a time, by one thread.
@@ -313,6 +376,8 @@ class Ranks:
                 other.process.kill()
             other.line.end()
             other.side.end()
+        if self._ring is not None:
+            self._ring.end()
         if self._door is not None:
             self._door.close()
         self._board.close()
@@ -353,7 +418,8 @@ class Ranks:
                 time.sleep(_LOOK)
             for other in others:  # in ticks of this process: where it was stopped, the others are not to blame
                 other.quiet += 1
-                if other.gone is None and other.quiet >= (_LOADING if self._loading else SILENCE):
+                limit = other.limit() if self._loading else SILENCE
+                if other.gone is None and other.quiet >= limit:
                     other.gone = f"it has not been heard of for {other.quiet * TICK:.0f} s"
             if not self._closing and any(other.fate() is not None for other in others):
                 self._tell_of_death()
@@ -379,6 +445,8 @@ class Ranks:
         for other in self._others.values():
             other.line.end()
             other.side.end()
+        if self._ring is not None:
+            self._ring.end()
         if self._collective is not None:
             self._collective.close()
         until = time.monotonic() + _ENDING
@@ -390,6 +458,8 @@ class Ranks:
                 other.process.wait()
             other.line.socket.close()
             other.side.socket.close()
+        if self._ring is not None:
+            self._ring.close()
         if self._memory is not None:
             self._memory.close()
         if self._placed is not None:
@@ -409,11 +479,63 @@ def meet(
     stage, number = divmod(rank, beside)
     line = None
     if stages > 1:
-        line = ProcessGroup(stage, stages, device, notes, f"line{number}", patience=PATIENCE, host=host)
+        line = ProcessGroup(stage, stages, device, notes, f"line{number}", patience=PATIENCE, host=host, ring=True)
     return ProcessGroup(
         number, beside, device, notes, f"stage{stage}",
         patience=PATIENCE, host=host, stages=line, memory=memory, first=stage * beside,
     )  # fmt: skip
+
+
+class RankedParts:
+    """The parts of blocks that the other ranks keep; see `OtherParts`."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks, self.count = ranks, ranks.size - 1
+        self._closed: set[int] = set()
+
+    def listen(self, heard: Callable[[int, int, bool, bool], None]) -> None:
+        """See `OtherParts`."""
+
+        def said(rank: int, message: BlockRead | BlocksClosed) -> None:
+            if isinstance(message, BlockRead):
+                heard(rank, message.reading, message.found, message.failed)
+            else:
+                self._closed.add(rank)
+
+        self._ranks.on_blocks = said
+
+    def offer(self, blocks: Sequence[tuple[int, bytes]]) -> None:
+        """See `OtherParts`."""
+        numbers, digests = zip(*blocks, strict=True)
+        self._tell(KeepBlocks(as_bytes(np.array(numbers)), digests))
+
+    def read(self, number: int, digests: Sequence[bytes]) -> None:
+        """See `OtherParts`; at once, whatever steps are under way."""
+        self._ranks.tell_beside(ReadBlocks(number, tuple(digests)))
+
+    def bring(self, number: int, blocks: Sequence[int]) -> None:
+        """See `OtherParts`; between the steps that were told before and those that are told later."""
+        self._tell(BringBlocks(number, as_bytes(np.array(blocks))))
+
+    def end(self, number: int, brought: int) -> None:
+        """See `OtherParts`."""
+        self._ranks.tell_beside(EndReading(number, brought))
+
+    def clear(self) -> None:
+        """See `OtherParts`."""
+        self._tell(ForgetBlocks())
+
+    def close(self) -> None:
+        """See `OtherParts`."""
+        self._tell(CloseBlocks())
+
+    def closed(self) -> bool:
+        """See `OtherParts`."""
+        return self._ranks.is_dead or len(self._closed) == self.count
+
+    def _tell(self, message: ToRank) -> None:
+        with contextlib.suppress(EngineDeadError):  # by which the engine ends anyway
+            self._ranks.tell(message)
 
 
 class _InFlight(NamedTuple):
@@ -447,6 +569,11 @@ class RankedRunner:
         self._forgotten: collections.deque[int] = collections.deque()
         self.fatal = (*runner.fatal, EngineDeadError)
         self._tables_version: object = None
+        self._told: Batch | None = None  # the step that was told last
+        self._place = 0  # in its first sequence
+        self.divides = runner.divides
+        self.fetch: Callable[[Ints], Value] | None = self._fetch
+        runner.fetch = self.fetch
 
     @property
     def step_memory(self) -> StepMemory | None:
@@ -455,11 +582,16 @@ class RankedRunner:
 
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
         """See `ModelRunner`."""
+        if self.divides:
+            drafts = [run.drafts for run in batch.drawing] if batch.drafted else None
+            batch = msgspec.structs.replace(batch, wishes=wishes(states, drafts))
         self._together(self._message(batch), lambda: self._runner.forward(batch, states))
 
     def draw(self, states: Sequence[SamplingState]) -> Launched:
         """See `ModelRunner`. Where several steps are in flight, this one's tokens are drawn when they are taken."""
-        return _InFlight(self._land, states) if self.in_flight > 1 else self._runner.draw(states)
+        if self.in_flight > 1:
+            return _InFlight(self._land, states)
+        return self._runner.draw(states)
 
     def land(self) -> None:
         """See `ModelRunner`; it is part of taking the tokens."""
@@ -468,6 +600,13 @@ class RankedRunner:
         """What the step that was begun first draws, once it is over."""
         self._together(Land() if self._ranks.config.tensor_parallel_size > 1 else None, self._runner.land)
         return self._runner.draw(states).tokens()
+
+    def put_together(self, rows: Ints) -> Value:
+        """See `ModelRunner`."""
+        return self._runner.put_together(rows)
+
+    def _fetch(self, rows: Ints) -> Value:
+        return self._together(Whole(as_bytes(rows)), lambda: self._runner.put_together(rows))
 
     def score(self, rows: Ints) -> Value:
         """See `ModelRunner`."""
@@ -496,6 +635,7 @@ class RankedRunner:
 
     def load_adapter(self, path: Path) -> int:
         """Has the others begin to load an adapter; gives its number. In one thread, beside the steps."""
+        self._tell_of_forgotten()  # where no step comes between, others would keep all that were ever loaded
         number = next(self._adapters)
         self._ranks.tell(LoadAdapter(number, str(path)))
         return number
@@ -521,10 +661,16 @@ class RankedRunner:
     def _forget(self, serial: int) -> None:
         self._forgotten.append(self._numbers.pop(serial))
 
-    def _told(self, adapters: AdapterRows | None) -> Adapters | None:
-        if self._forgotten:
-            gone = [self._forgotten.popleft() for _ in range(len(self._forgotten))]
+    def _tell_of_forgotten(self) -> None:
+        """By the thread of the steps or of the adapters: whatever is yet to be told of a step has not let go of its."""
+        gone = list[int]()
+        with contextlib.suppress(IndexError):
+            while True:
+                gone.append(self._forgotten.popleft())
+        if gone:
             self._ranks.tell(ForgetAdapters(tuple(gone)))
+
+    def _numbered(self, adapters: AdapterRows | None) -> Adapters | None:
         if adapters is None:
             return None
         return Adapters(
@@ -553,7 +699,15 @@ class RankedRunner:
             logger.debug("a step over ranks failed", exc_info=error)
             raise self._ranks.dead(f"{type(error).__name__}: {error}") from error
 
-    def _message(self, batch: Batch) -> Forward:
+    def _message(self, batch: Batch) -> Forward | Next:
+        if self._forgotten:
+            self._tell_of_forgotten()
+        told, place = self._told, self._place
+        self._told, self._place = batch, batch.runs[0].start
+        behind = told is not None and batch.tokens is told.tokens and self._place == place + 1
+        if behind and batch.goes_on and not self.overlaps:  # else tokens are not known
+            self._tables_version = batch.tables_version
+            return Next(as_bytes(batch.token_ids), tuple(batch.begun), _wishes(batch))
         if batch.drafted and not isinstance(self._runner, StepwiseRunner):
             from candle_vllm.core.engine.device_inputs import by_rows
 
@@ -568,5 +722,20 @@ class RankedRunner:
             batch.num_decodes,
             None if known else as_bytes(batch.block_tables),
             None if batch.ahead is None else as_bytes(batch.ahead),
-            self._told(batch.adapters),
+            self._numbered(batch.adapters),
+            None if batch.embedded is None else _seen(batch.embedded),
+            None if batch.turned is None else _turned(batch.turned),
+            _wishes(batch),
         )
+
+
+def _wishes(batch: Batch) -> bytes | None:
+    return None if batch.wishes is None else batch.wishes.tobytes()
+
+
+def _seen(given: EmbeddedRows) -> Seen:
+    return Seen(as_bytes(given.rows), given.vectors.shape[1])
+
+
+def _turned(turned: TurnedRows) -> Turned:
+    return Turned(as_bytes(turned.shifts), as_bytes(turned.rows), as_bytes(turned.places))

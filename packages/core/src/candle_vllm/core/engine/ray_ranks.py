@@ -94,6 +94,7 @@ class RayRanks:
             logger.info("Ray has places for %d ranks on %d machines", config.ranks, len(set(on_each)))
             level = logging.getLogger("candle_vllm").getEffectiveLevel()
             own = {"device": "cuda:0" if gpu else "cpu", "hf_token": config.hf_token, "threads": config.threads}
+            own["prompt_cache_url"] = config.prompt_cache_url
             for rank in range(1, config.ranks):
                 said = Invitation(self.door.host, self.door.port, key, rank, config.ranks, 1, own, level)
                 self._actors[rank].run.remote(msgspec.json.encode(said), on_each.count(on_each[rank]))
@@ -138,7 +139,10 @@ class RayRanks:
 
 
 def _connected() -> Any:
-    """Ray, with a cluster."""
+    """Ray, with a cluster, whose workers run in the environments that the machines have."""
+    # Started by `uv run`, Ray would else send this process's working directory to all of them and make an environment
+    # in it there, which `--no-sync` forbids; then no rank ever comes.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         import ray
     except ImportError:

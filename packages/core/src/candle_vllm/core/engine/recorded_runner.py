@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, StepMemory, turned_rows, turns
+from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, StepMemory, turns
 from candle_vllm.core.engine.model_runner import EncoderRunner, Landed, StepwiseRunner
 from candle_vllm.core.kernels import sampling
 from candle_vllm.core.kernels.attention.cpu_cache import (
@@ -27,6 +27,7 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
     number_bytes,
     value_cache_shape,
 )
+from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.cpu_runtime import team
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.numa import CpuRanks
@@ -42,7 +43,7 @@ from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.values import buffer_of, buffer_value, step_tokens
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import drop_pages
 from candle_vllm.core.kernels.latent_attention.layout import cache_shape as latent_cache_shape
-from candle_vllm.core.kernels.recorded import Recorded
+from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.kernels.sampling import RowDraw, draw
 from candle_vllm.core.layers.attention import StepInput, Taps
 from candle_vllm.core.layers.rotary import Rotary
@@ -211,7 +212,7 @@ class RecordedRunner(StepwiseRunner):
             arrays.ahead[:count] = 0 if batch.ahead is None else batch.ahead
         assert batch.ahead is None or len(arrays.ahead)
         if arrays.turns is not None and self._turning is not None:
-            turned = turned_rows(batch.runs, batch.query_start)
+            turned = batch.turned
             if turned is not None:
                 arrays.turns[:count] = turns(turned, batch.positions, self._turning.turn(turned.places))
             elif self._turned:
@@ -397,6 +398,8 @@ class _Plan:
 class _RecordedGiven:
     """See `GivenRows`: where recorded steps stop, that rows of pictures are written, which have so many `vectors`."""
 
+    vectors: Value = None  # written while a plan stops
+
     def __init__(self, vectors: int) -> None:
         self._vectors = vectors
 
@@ -404,7 +407,8 @@ class _RecordedGiven:
         """Another plan is recorded."""
         self._recorder, self.stops = recorder, list[_Stop]()
 
-    def put(self, x: Recorded) -> Recorded:
+    def put(self, x: Recorded, ranks: Collective | None) -> Recorded:
+        assert ranks is None, "ranks run op by op"
         self._stop(x)
         return x
 

@@ -621,6 +621,7 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
         max_adapters: most adapters in one step; 0 where there are none.
         running_adapters, waiting_adapters: sequences by adapter, now; the names with most sequences.
         kept_block_bytes: of blocks besides the cache, now: on disk, in main memory, in Redis; 0 where none are kept.
+            In main memory and in Redis those of the first rank.
         kept_blocks_read, kept_blocks_written: since the start.
         kept_blocks_skipped: not written because that was behind, since the start.
         kept_block_failures: blocks that could not be read or written, were damaged or late, since the start.

@@ -68,6 +68,14 @@ class DeviceStream(Protocol):
         """Marks the end of what was given so far."""
         ...
 
+    def beside(self) -> DeviceStream:
+        """Another stream of the same device; its work and this one's are in no order but by `after`."""
+        ...
+
+    def after(self, mark: Mark) -> None:
+        """What is given from now on comes after a mark of a stream beside this one; waits for nothing here."""
+        ...
+
     def staged(self, size: int) -> torch.Tensor:
         """Memory of the host, uint8 [size], from which copies to the device need not wait."""
         ...
@@ -172,6 +180,15 @@ class CudaStream:
             event.record(self._stream)
         return _CudaMark(event)
 
+    def beside(self) -> CudaStream:
+        """See `DeviceStream`."""
+        return CudaStream(self.device)
+
+    def after(self, mark: Mark) -> None:
+        """See `DeviceStream`."""
+        assert isinstance(mark, _CudaMark)
+        self._stream.wait_event(mark.event)
+
     def staged(self, size: int) -> torch.Tensor:
         """See `DeviceStream`."""
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
@@ -179,11 +196,11 @@ class CudaStream:
 
 class _CudaMark:
     def __init__(self, event: torch.cuda.Event) -> None:
-        self._event = event
+        self.event = event
 
     def wait(self) -> None:
         """See `Mark`."""
-        self._event.synchronize()
+        self.event.synchronize()
 
 
 ALIGNMENT = 64

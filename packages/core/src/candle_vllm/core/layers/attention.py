@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from candle_vllm.core.kernels.attention import paged_attention
 from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
+from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.kernels.rms_norm import HeadNorms
 from candle_vllm.core.kernels.rotary_write import rotary_write
@@ -46,10 +47,16 @@ class Taps:
 
 
 class GivenRows(Protocol):
-    """Rows of a step that are given, and not looked up in the embedding table."""
+    """Rows of a step that are given, and not looked up in the embedding table.
 
-    def put(self, x: Value) -> Value:
-        """x [T, E] with these in their places."""
+    Attributes:
+        vectors: what they are given.
+    """
+
+    vectors: Value
+
+    def put(self, x: Value, ranks: Collective | None) -> Value:
+        """x [T, E] with these in their places; of several ranks the first has them, and the others get them here."""
         ...
 
     def add(self, layer: int, x: Value, residual: Value | None) -> tuple[Value, Value | None]:
@@ -75,6 +82,7 @@ class StepInput:
         attend: what computes attention; see `kernels/attention`.
         taps: keeps what goes into some layers, where that is asked for.
         given: rows that stand for pictures; None where there are none.
+        may_divide: ranks may divide the tokens among them; see `TokenShares.begin`.
         narrows: the layer whose attention gives the rows alone whose successor is wanted, in a recorded step; None for
             none.
     """
@@ -88,6 +96,7 @@ class StepInput:
     attend: Callable[..., Value] = paged_attention
     taps: Taps | None = None
     given: GivenRows | None = None
+    may_divide: bool = False
     narrows: int | None = None
 
 

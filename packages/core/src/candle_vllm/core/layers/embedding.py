@@ -5,31 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
-from candle_vllm.core.kernels.collectives import Collective
+from candle_vllm.core.kernels.collectives import VocabularyShare
 from candle_vllm.core.kernels.lora import Place
 from candle_vllm.core.kernels.recorded import Recorded, RecordedTokens, Value
 from candle_vllm.core.kernels.scale_cap import scale_cap_
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.parameters import Placement, TensorParameter
 from candle_vllm.core.loading.weights import Parameter
-
-
-class VocabularyShare(NamedTuple):
-    """A rank's part of a table whose rows are divided.
-
-    Attributes:
-        collective: the ranks.
-        first: the row that is its first one.
-        most: rows of any rank.
-        total: V.
-    """
-
-    collective: Collective
-    first: int
-    most: int
-    total: int
 
 
 class Embedding:
@@ -100,15 +84,18 @@ class Embedding:
         """Scores [T, V] in fp32 of every token of the vocabulary; into `out` where it is given."""
         if isinstance(hidden, Recorded):
             return self.table(hidden.wanted()).logits(self.bias, self.logit_scale, self.softcap)
-        scores, share = self.table(hidden), self.share
-        scores = scores.float() if out is None or share is not None else out.copy_(scores)
+        if self.share is not None:
+            whole = self.share.whole(self.own_logits(hidden))
+            return whole if out is None else out.copy_(whole)
+        return self.own_logits(hidden, out)
+
+    def own_logits(self, hidden: Value, out: Value | None = None) -> Value:
+        """Scores [T, up to V] in fp32 of the tokens that this rank has; into `out` where it is given."""
+        scores = self.table(hidden)
+        scores = scores.float() if out is None else out.copy_(scores)
         if self.bias is not None:
             scores += self.bias
-        scores = scale_cap_(scores, self.logit_scale, self.softcap)
-        if share is None:
-            return scores
-        whole = share.collective.gather(scores, share.most)[:, : share.total]
-        return whole if out is None else out.copy_(whole)
+        return scale_cap_(scores, self.logit_scale, self.softcap)
 
     def finish(self) -> None:
         """See `Finishes`."""

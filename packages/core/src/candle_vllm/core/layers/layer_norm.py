@@ -39,13 +39,16 @@ class LayerNorm:
 class HeadLayerNorm:
     """LayerNorm over each head of x [T, heads, size], a row of the weight [heads, size] for each; no bias.
 
-    Checkpoints have the weight as one tensor, "weight", or, with `rows`, a tensor "0.weight", "1.weight", ... a head.
+    Checkpoints have the weight as one tensor, "weight", or, with `rows`, a tensor "0.weight", "1.weight", ... a head,
+    of which the first one here has the number `first`.
     """
 
-    def __init__(self, heads: int, size: int, eps: float, placement: Placement, *, rows: bool = False) -> None:
+    def __init__(
+        self, heads: int, size: int, eps: float, placement: Placement, *, rows: bool = False, first: int = 0
+    ) -> None:
         self.eps = eps
         self.weight = placement.empty(heads, size)
-        self._rows = rows
+        self._rows, self._first = rows, first
 
     def __call__(self, x: Value) -> Value:
         return layer_norm(x, self.weight, None, self.eps)
@@ -54,4 +57,4 @@ class HeadLayerNorm:
         """Every parameter that must be loaded."""
         if not self._rows:
             return {"weight": TensorParameter(self.weight)}
-        return {f"{head}.weight": TensorParameter(row) for head, row in enumerate(self.weight)}
+        return {f"{head}.weight": TensorParameter(row) for head, row in enumerate(self.weight, self._first)}

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from candle_vllm.core.kernels.collectives import Collective
+from candle_vllm.core.kernels.collectives import Sums
 from candle_vllm.core.kernels.lora import Place
 from candle_vllm.core.kernels.moe import Activation, expert_linear
 from candle_vllm.core.kernels.recorded import Recorded, Value
@@ -76,7 +76,7 @@ class Linear:
         self.pieces: dict[str, Piece] = {}
         self.place: Place | None = None
         self.adapters: EagerAdapters | None = None
-        self.collective: Collective | None = None
+        self.collective: Sums | None = None
         self._kept_in: HostWeights | None = None
 
     def keep_in(self, memory: HostWeights) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.fields import MAX_COUNT
@@ -17,6 +17,9 @@ from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.mlp import GatedMLP
 from candle_vllm.core.layers.parameters import Placement, TensorParameter
 from candle_vllm.core.loading.weights import Parameter
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.collectives.token_shares import TokenShares
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,6 +129,7 @@ class SparseMLP:
     Attributes:
         collective: the ranks over which results are summed, where each has a part of every expert, or some of the
             experts; else None.
+        shares: what sends tokens to the ranks of their experts; None where each rank has all tokens.
         elsewhere: what computes the experts of steps on a GPU whose matrices are in main memory, see
             `kernels/moe/host.py`; None where they are with the rest.
     """
@@ -137,6 +141,7 @@ class SparseMLP:
         self.shared = GatedMLP(hidden_size, mixture.shared_size, placement) if mixture.shared_size else None
         self.shared_gate = Linear(hidden_size, 1, placement) if mixture.shared_gate else None
         self.collective: Collective | None = None
+        self.shares: TokenShares | None = None
         self.elsewhere: HostLayer | None = None
 
     def leave_to_host(self, placement: Placement) -> None:
@@ -170,11 +175,18 @@ class SparseMLP:
         shared = None if self.shared is None else self.shared(x)
         gate = None if self.shared_gate is None else self.shared_gate(x)
         pairs = route(logits, self._routing())
+        if self.shares is not None:
+            y = self.shares.experts(x, pairs, self._combined)
+            return y if shared is None else y + gated_rows(shared, gate)
+        y = self._combined(x, pairs, shared, gate)
+        return y if self.collective is None else self.collective.sum(y)
+
+    def _combined(self, x: Value, pairs: Any, shared: Value | None = None, gate: Value | None = None) -> Value:
+        """What the experts that are here make of x, whose pairs are of all experts; with what all tokens share."""
         if self._mixture.here < self._mixture.experts:
             pairs = pairs.among(self._mixture.first, self._mixture.here)
         dtype = None if isinstance(x, Recorded) else x.dtype
-        y = combine(self.experts(x, pairs), pairs, dtype, shared, gate)
-        return y if self.collective is None else self.collective.sum(y)
+        return combine(self.experts(x, pairs), pairs, dtype, shared, gate)
 
     def _routing(self) -> Routing:
         mixture = self._mixture

@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.rms_norm import add_rms_norm, rms_norm
 from candle_vllm.core.layers.parameters import Placement, TensorParameter
 from candle_vllm.core.loading.weights import Parameter
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.collectives.token_shares import TokenShares
 
 
 class RMSNorm:
@@ -16,11 +20,15 @@ class RMSNorm:
 
     A norm behind a matrix is added to a residual as any value is: `residual + norm(x)`, or
     `next_norm.add(norm(x), residual)`; in a recorded step either is one operation.
+
+    Attributes:
+        shares: where x may be this rank's rows alone, and the residual is those of all; else None.
     """
 
     def __init__(self, size: int, eps: float, placement: Placement) -> None:
         self.eps = eps
         self.weight = placement.empty(size)
+        self.shares: TokenShares | None = None
 
     def __call__(self, x: Value) -> Value:
         return rms_norm(x, self.weight, self.eps)
@@ -29,6 +37,8 @@ class RMSNorm:
         """(norm of residual + x, residual + x): a layer's input, and what its output is added to; None is nothing."""
         if residual is None:
             return self(x), x
+        if self.shares is not None:
+            residual = self.shares.of(residual)
         return add_rms_norm(x, residual, self.weight, self.eps)
 
     def parameters(self) -> Mapping[str, Parameter]:

@@ -43,11 +43,13 @@ class StableLmConfig(ModelConfig):
         qkv_bias: of queries, keys and values.
         parallel: attention and the feed-forward layer get the same input.
         head_norms: of q and k before rotation, their weights stored as one tensor ("whole") or one a head ("cut").
+        first_heads: the numbers of the first heads of queries and of keys; not 0 where it has some of a model's.
     """
 
     qkv_bias: bool = False
     parallel: bool = False
     head_norms: Literal["none", "whole", "cut"] = "none"
+    first_heads: tuple[int, int] = (0, 0)
 
 
 def config_from_hf(fields: Fields, model_type: str) -> StableLmConfig:
@@ -91,8 +93,9 @@ class Attention:
         self.qkv = Linear(config.hidden_size, shards, placement, bias=config.qkv_bias)
         self.output = Linear(heads * dim, config.hidden_size, placement)
         normed, cut = config.head_norms != "none", config.head_norms == "cut"
-        self.q_norm = HeadLayerNorm(heads, dim, eps, placement, rows=cut) if normed else None
-        self.k_norm = HeadLayerNorm(kv_heads, dim, eps, placement, rows=cut) if normed else None
+        q, k = config.first_heads
+        self.q_norm = HeadLayerNorm(heads, dim, eps, placement, rows=cut, first=q) if normed else None
+        self.k_norm = HeadLayerNorm(kv_heads, dim, eps, placement, rows=cut, first=k) if normed else None
         self.attend = PagedAttention(layer, dim, rotary, self.q_norm, self.k_norm, window=config.sliding_windows[layer])
 
     def __call__(self, x: Value, step: StepInput) -> Value:

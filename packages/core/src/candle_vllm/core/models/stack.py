@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.kernels.collectives import Stages
 from candle_vllm.core.kernels.recorded import Value
@@ -14,20 +14,25 @@ from candle_vllm.core.layers.layer_norm import LayerNorm
 from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.rotary import Rotary
 
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.collectives.token_shares import TokenShares
+
 
 class Stage:
     """Some of a model's layers, in a ring with the others: the first stage gets back what the last norm gives.
 
-    What goes over a border is x [T, E] as its two summands, so that bits are those of all layers in one place.
+    What goes over a border is x [T, E] as its two summands, so that bits are those of all layers in one place. Where
+    layers further on add of the vectors of rows that are given (`GivenRows`), these go over it too.
 
-    Args:
+    Attributes:
         line: the stages.
+        layers: the numbers of its layers.
         size: E.
-        empty: memory for activations of a shape.
+        empty: gives memory for activations of a shape.
     """
 
-    def __init__(self, line: Stages, size: int, empty: Callable[..., Any]) -> None:
-        self.line, self._size, self._empty = line, size, empty
+    def __init__(self, line: Stages, layers: range, size: int, empty: Callable[..., Any]) -> None:
+        self.line, self.layers, self.size, self.empty = line, layers, size, empty
 
     @property
     def is_first(self) -> bool:
@@ -39,24 +44,37 @@ class Stage:
         """Whether it has the last norm."""
         return self.line.rank == self.line.size - 1
 
-    def taken(self, tokens: int) -> tuple[Value, Value]:
-        """x of so many tokens, from the stage before."""
-        both = self.line.receive(self._empty(2, tokens, self._size), self.line.rank - 1)
-        return both[0], both[1]
+    def arrives(self, tokens: int) -> tuple[int, ...]:
+        """The shape of what comes from the stage before, of so many tokens."""
+        return 2, tokens, self.size
 
-    def hand_on(self, x: Value, residual: Value | None, norm: Callable[..., tuple[Value, Value]] | None) -> None:
-        """x to the stage behind; the last one's `norm` of it to the first."""
-        if norm is not None:
-            self.line.send(norm(x, residual)[0], 0)
-            return
-        assert residual is not None, "there is a layer before a border"
-        both = x.new_empty((2, *x.shape))
-        both[0], both[1] = x, residual
-        self.line.send(both, self.line.rank + 1)
+    def leaves(self, tokens: int) -> tuple[int, ...]:
+        """The shape of what goes to the stage behind, of the last one to the first."""
+        return self.returns(tokens) if self.is_last else (2, tokens, self.size)
 
-    def returned(self, tokens: int) -> Value:
-        """The hidden states [T, E] of so many tokens, from the last stage."""
-        return self.line.receive(self._empty(tokens, self._size), self.line.size - 1)
+    def returns(self, tokens: int) -> tuple[int, ...]:
+        """The shape of what the last stage gives back to the first."""
+        return tokens, self.size
+
+    def vectors_arrive(self, width: int) -> bool:
+        """Whether the stage before hands on vectors of so many numbers."""
+        return not self.is_first and width > (self.layers.start + 1) * self.size
+
+    def vectors_leave(self, width: int) -> bool:
+        """Whether vectors of so many numbers go to the stage behind."""
+        return not self.is_last and width > (self.layers.stop + 1) * self.size
+
+    def take(self, x: Value) -> Value:
+        """x, filled with what the stage before hands on."""
+        return self.line.receive(x, self.line.rank - 1)
+
+    def hand_on(self, x: Value) -> None:
+        """What `DecoderStack.part` gave, or vectors, to the stage behind; of the last one to the first."""
+        self.line.send(x, 0 if self.is_last else self.line.rank + 1)
+
+    def take_back(self, x: Value) -> Value:
+        """x, filled with the hidden states that the last stage gives back."""
+        return self.line.receive(x, self.line.size - 1)
 
 
 class DecoderStack:
@@ -69,6 +87,7 @@ class DecoderStack:
             for one of another stage.
         norm: behind the last layer.
         stage: where this is a part of the model's layers; None where it has all.
+        shares: what divides the tokens of a layer among ranks; None where each has all.
         narrows: whether what follows the last layer's attention may have the rows alone whose successor is wanted.
     """
 
@@ -79,49 +98,68 @@ class DecoderStack:
     head: Embedding | None
     narrows: bool = False
     stage: Stage | None = None
+    shares: TokenShares | None = None
 
     def prepare(self, positions: int) -> None:
         """See `Decoder.prepare`."""
         self.rotary.prepare(positions)
 
     def forward(self, token_ids: Value, step: StepInput) -> Value:
-        """Hidden states [T, E] behind the last norm; a stage behind the first gives nothing."""
-        stage = self.stage
-        if stage is None:
-            return self.norm.add(*self._through(token_ids, step))[0]
-        self.begin(token_ids, step)
-        return stage.returned(len(token_ids)) if stage.is_first else None
+        """Hidden states [T, E] behind the last norm, of a model whose layers are all here."""
+        assert self.stage is None, "a stage gives `part`"
+        return self.norm.add(*self._through(token_ids, step, None))[0]
 
-    def begin(self, token_ids: Value, step: StepInput) -> None:
-        """What a stage does of `forward`; the first one asks for what comes of it (`returned`) in the same order."""
+    def part(self, token_ids: Value, step: StepInput, arrived: Value | None, left: Value | None = None) -> Value:
+        """What a stage hands on, of the shape of `Stage.leaves`.
+
+        Args:
+            token_ids, step: see `forward`; of the ids the first stage alone takes more than their number. What is given
+                has the vectors that have arrived.
+            arrived: x [2, T, E] of the stage before; None on the first one.
+            left: memory for the result; None for any.
+        """
         assert self.stage is not None
-        x, residual = self._through(token_ids, step)
-        self.stage.hand_on(x, residual, self.norm.add if self.stage.is_last else None)
+        x, residual = self._through(token_ids, step, arrived)
+        if self.stage.is_last:
+            hidden = self.norm.add(x, residual)[0]
+            return hidden if left is None else left.copy_(hidden)
+        both = x.new_empty((2, *x.shape)) if left is None else left
+        both[0], both[1] = x, 0 if residual is None else residual
+        return both
 
-    def _through(self, token_ids: Value, step: StepInput) -> tuple[Value, Value | None]:
+    def _through(self, token_ids: Value, step: StepInput, arrived: Value | None) -> tuple[Value, Value | None]:
         """x behind the layers that are here."""
-        taps, residual = step.taps, None
-        if self.stage is None or self.stage.is_first:
+        taps, given, residual, shares = step.taps, step.given, None, self.shares
+        if shares is not None:
+            shares.begin(len(token_ids), may_divide=step.may_divide)
+        if arrived is None:
             x = self.embed(token_ids)
-            if step.given is not None:
-                x = step.given.put(x)
+            if given is not None:
+                x = given.put(x, None if self.embed.share is None else self.embed.share.collective)
         else:
-            x, residual = self.stage.taken(len(token_ids))
+            x, residual = arrived[0], arrived[1]
         for number, layer in enumerate(self.layers):
             if layer is None:
                 continue
             if taps is not None:
                 x, residual = taps.keep(number, x, residual)
             x, residual = layer(x, residual, step)
-            if step.given is not None:
-                x, residual = step.given.add(number, x, residual)
+            if shares is not None:
+                x, residual = shares.whole(x, residual)
+            if given is not None:
+                x, residual = given.add(number, x, residual)
         if taps is not None:
             x, residual = taps.keep(len(self.layers), x, residual)
         return x, residual
 
     def logits(self, hidden: Value, out: Value | None = None) -> Value:
         """Scores [T, V] in fp32."""
-        return (self.embed if self.head is None else self.head).logits(hidden, out)
+        return self.scoring.logits(hidden, out)
+
+    @property
+    def scoring(self) -> Embedding:
+        """What gives the logits."""
+        return self.embed if self.head is None else self.head
 
 
 def layers_here(model: object, count: int) -> frozenset[int]:

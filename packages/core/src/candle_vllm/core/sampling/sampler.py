@@ -186,7 +186,7 @@ class Sampler:
         """As `only_draws`, of the rows of runs, see `sample_runs`; if so, `run_controls` are theirs now."""
         if self._run_controls is None or not _at_once(states) or any(state.only_masks for state in states):
             return False
-        controls = _run_controls(states, drafts)
+        controls = run_controls(states, drafts)
         self._run_controls[: len(controls)] = controls
         return True
 
@@ -293,7 +293,7 @@ class Sampler:
         with _without_gradients(logits):
             logits = _in_one_piece(logits)
             counted = _mask_runs(logits, states, drafts)
-            ids, largest = self._draw(logits, np.array(_run_controls(states, drafts)))
+            ids, largest = self._draw(logits, np.array(run_controls(states, drafts)))
             return right_runs(drawn_tokens(ids.tolist(), largest.tolist()), drafts, counted)
 
     @staticmethod
@@ -336,7 +336,7 @@ def _at_once(states: Sequence[SamplingState]) -> bool:
     )
 
 
-def _run_controls(states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
+def run_controls(states: Sequence[SamplingState], drafts: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
     """Parameters of the rows of runs, see `kernels.Control`."""
     rows: list[tuple[float, ...]] = []
     for state, own in zip(states, drafts, strict=True):

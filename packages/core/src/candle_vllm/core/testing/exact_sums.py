@@ -29,7 +29,7 @@ _WIDE = {
         "scaled_dot_product_attention", "sigmoid", "silu", "softmax", "_softmax", "sum", "tanh", "tanh_",
     )
 }  # fmt: skip
-_STEPS = ((EagerRunner, "run"), (EagerRunner, "score"), (EncoderRunner, "run"), (LazyStream, "run_until"))
+_STEPS = ((EagerRunner, "run"), (EagerRunner, "score"), (EncoderRunner, "run"), (LazyStream, "run_next"))
 
 
 class _Wide(TorchDispatchMode):

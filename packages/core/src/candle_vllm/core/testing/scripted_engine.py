@@ -330,7 +330,7 @@ class ScriptedEngine(ScriptedVectors):
         if self.submit_error is not None:
             raise self.submit_error
         ids, limit = request.prompt_token_ids, self._info.max_model_len
-        if not ids or not all(0 <= token < self.tokenizer.vocab_size for token in ids):
+        if not ids or min(ids) < 0 or max(ids) >= self.tokenizer.vocab_size:
             raise InvalidParameterError("the prompt needs at least one token, all of them in the vocabulary", "prompt")
         if len(ids) + (request.params.max_tokens or 1) > limit:
             raise PromptTooLongError(

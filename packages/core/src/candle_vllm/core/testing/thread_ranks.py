@@ -1,16 +1,29 @@
 # SPDX-License-Identifier: MIT
-"""Ranks in threads of one process, for tests: what they do together is done in the order of ranks."""
+"""Ranks in threads of one process, for tests: what they do together is done in the order of ranks.
+
+Those behind the first are told as over lines, whatever is said being encoded.
+"""
 
 from __future__ import annotations
 
+import collections
+import itertools
 import queue
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias, TypeVar
 
+import msgspec
+
+from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.engine.model_runner import ModelRunner
+from candle_vllm.core.engine.rank_line import ToldBatches, ToRank
+from candle_vllm.core.errors import EngineDeadError
 from candle_vllm.core.kernels.collectives import Stages
 from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.testing.lazy_stream import LazyStream, NotYetError
 
 _PATIENCE = 60.0
 _Result = TypeVar("_Result")
@@ -48,6 +61,16 @@ class ThreadRanks:
             wide[:, rank, : part.shape[1]] = part
         return wide.flatten(1)
 
+    def exchange(self, x: Value, sent: Sequence[int], received: Sequence[int]) -> Value:
+        """See `Collective`."""
+        assert len(x) == sum(sent)
+        parts = [rows.split(list(counts))[self.rank] for rows, counts in self._all((x, sent))]
+        assert [len(part) for part in parts] == list(received)
+        found = x.new_empty(sum(received), x.shape[1])
+        for rows, part in zip(found.split(list(received)), parts, strict=True):
+            rows.copy_(part)
+        return found
+
     def least(self, number: int) -> int:
         """See `Collective`."""
         found = min(self._all(number))
@@ -76,6 +99,95 @@ class ThreadStages(ThreadRanks):
         return x.copy_(self._boxes[source, self.rank].get(timeout=_PATIENCE))
 
 
+class Meetings:
+    """What meets where devices send to each other as NCCL may: nothing is on its way, each end waits for the other.
+
+    Attributes:
+        asked: the shapes that each end was asked for, in order, by sender, receiver and which of them it is.
+    """
+
+    def __init__(self) -> None:
+        self.asked: dict[tuple[int, int, int], list[tuple[int, ...]]] = collections.defaultdict(list)
+        self._waiting: dict[tuple[int, int, int], Any] = {}
+        self._over: set[tuple[int, int, int]] = set()
+        self._lock = threading.Lock()
+
+    def meet(self, sender: int, receiver: int, end: int, x: Value) -> None:
+        """One end, 0 the sender's, in work of a `LazyStream`.
+
+        Raises:
+            AssertionError: the ends ask for different things.
+            NotYetError: the other one has not come.
+        """
+        own, other = (sender, receiver, end), (sender, receiver, 1 - end)
+        with self._lock:
+            if own in self._over:
+                self._over.remove(own)
+                return
+            if own not in self._waiting:
+                self.asked[own].append(tuple(x.shape))
+                self._waiting[own] = x
+            if other not in self._waiting:
+                raise NotYetError
+            source, target = self._waiting.pop((sender, receiver, 0)), self._waiting.pop((sender, receiver, 1))
+            assert source.shape == target.shape, f"{sender} sends {source.shape}, {receiver} takes {target.shape}"
+            target.copy_(source)
+            self._over.add(other)
+
+
+class MeetingStages(ThreadStages):
+    """See `Stages` and `Meetings`; of devices that are lazy."""
+
+    def __init__(self, rank: int, size: int, meetings: Meetings) -> None:
+        super().__init__(rank, size, [None] * size, threading.Barrier(1), {})
+        self.meetings = meetings
+
+    def send(self, x: Value, to: int) -> None:
+        """See `Stages`."""
+        self.meetings.meet(self.rank, to, 0, x)
+
+    def receive(self, x: Value, source: int) -> Value:
+        """See `Stages`."""
+        self.meetings.meet(source, self.rank, 1, x)
+        return x
+
+
+class MeetingRanks(ThreadRanks):
+    """See `Collective`; of devices that are lazy, in whose work ranks wait for each other.
+
+    Args:
+        rank, size: see `Collective`.
+        said: what the ranks have said, by the number of the exchange and by rank; one for all of them.
+        stream: on which the work runs.
+
+    Attributes:
+        asked: of each exchange, the type of what was said and how many rows it has.
+    """
+
+    def __init__(self, rank: int, size: int, said: dict[int, dict[int, Any]], stream: LazyStream) -> None:
+        super().__init__(rank, size, [], threading.Barrier(1))
+        self.asked: list[tuple[Any, int]] = []
+        self._said, self._stream = said, stream
+        self._numbers = itertools.count()
+
+    def _all(self, x: Any) -> list[Any]:
+        number = next(self._numbers)
+        said = self._said.setdefault(number, {})
+        self.asked.append((x.dtype, len(x)))
+        said[self.rank] = x.clone()
+        until = time.monotonic() + _PATIENCE
+        while len(said) < self.size:
+            if self._stream.meanwhile():
+                continue
+            time.sleep(0.0005)
+            if time.monotonic() > until:
+                raise RuntimeError(f"another rank has not come to exchange {number}, of {self.asked[-1]}")
+        self._said.pop(number - 1, None)  # all have come here, so nobody reads that one any more
+        kinds = {(each.dtype, len(each)) for each in said.values()}
+        assert len(kinds) == 1, f"ranks say different things in exchange {number}: {kinds}"
+        return [said[each] for each in range(self.size)]
+
+
 def lines(size: int) -> list[ThreadStages]:
     """So many stages, each as its rank sees them."""
     shared, barrier = [None] * size, threading.Barrier(size)
@@ -99,3 +211,56 @@ def in_threads(size: int, work: Callable[[ThreadRanks], _Result], stages: int = 
 
     with ThreadPoolExecutor(size * stages) as pool:
         return list(pool.map(run, range(size * stages)))
+
+
+class ToldRanks:
+    """The ranks behind the first one; see `Ranks`.
+
+    Args:
+        config: of the engine.
+        others: what runs the part of each, and the stream that it works on, where that is one.
+
+    Attributes:
+        failed: of those that failed, why.
+    """
+
+    def __init__(self, config: EngineConfig, others: Sequence[tuple[ModelRunner, LazyStream | None]]) -> None:
+        self.config, self.failed = config, list[Exception]()
+        self._told = [queue.SimpleQueue[bytes | None]() for _ in others]
+        self._threads = [
+            threading.Thread(target=self._run, args=(told, *other), daemon=True)
+            for told, other in zip(self._told, others)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, told: queue.SimpleQueue[bytes | None], runner: ModelRunner, stream: LazyStream | None) -> None:
+        batches = ToldBatches()
+        while True:
+            try:
+                while stream is not None and told.empty():  # a device computes while it is told nothing
+                    if not stream.progress():
+                        time.sleep(0.0005)
+                if (data := told.get()) is None:
+                    return
+                batches.run(runner, msgspec.msgpack.decode(data, type=ToRank))
+            except Exception as error:
+                self.failed.append(error)
+                return
+
+    def tell(self, message: ToRank) -> None:
+        """See `Ranks`."""
+        assert not self.failed
+        for told in self._told:
+            told.put(msgspec.msgpack.encode(message))
+
+    def dead(self, here: str = "") -> EngineDeadError:
+        """See `Ranks`."""
+        return EngineDeadError(f"{here} {self.failed}")
+
+    def close(self) -> None:
+        """Ends the threads."""
+        for told in self._told:
+            told.put(None)
+        for thread in self._threads:
+            thread.join(_PATIENCE)

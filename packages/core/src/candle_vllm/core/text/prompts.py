@@ -105,8 +105,8 @@ def prompt_pictures(prompt: Any) -> list[Any]:
 
 def as_token_ids(prompt: Any) -> list[int]:
     """A prompt of token ids as a list; anything with whole numbers in it will do, a numpy array as well."""
-    if type(prompt) is list and set(map(type, prompt)) <= {int}:
-        return prompt.copy()  # a million of them without a loop of ours, on which a server's other requests wait
+    if type(prompt) in (list, tuple) and set(map(type, prompt)) <= {int}:
+        return list(prompt)  # a million of them without a loop of ours, on which a server's other requests wait
     try:
         if isinstance(prompt, (bytes, bytearray, Mapping)) or any(isinstance(token, bool) for token in prompt):
             raise TypeError

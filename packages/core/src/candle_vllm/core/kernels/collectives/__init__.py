@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the ranks of a model do together: sums over their parts, and parts side by side.
+"""What the ranks of a model do together: sums over their parts, parts side by side, and rows from each to each.
 
 All ranks call the same things in the same order. Source: Shoeybi et al., 2019, arXiv:1909.08053 (Megatron-LM).
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import datetime
+import errno
 import logging
 import mmap
 import os
@@ -15,7 +16,8 @@ import queue
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
@@ -39,7 +41,8 @@ _NAPS = 50e-6, 1e-3  # seconds that it sleeps at first, and at most
 class Stages(Protocol):
     """The stages of a model whose layers are divided, as a rank of one of them sees its like in the others.
 
-    What goes from one to another arrives in the order in which it was sent.
+    What goes from one to another arrives in the order in which it was sent. What the last one gives back to the first
+    has a way of its own, beside what those two hand on: neither waits for the other.
 
     Attributes:
         rank, size: which stage it is of, from 0 on, and how many there are.
@@ -65,6 +68,14 @@ class Stages(Protocol):
         ...
 
 
+class Sums(Protocol):
+    """What adds up the parts that ranks have of a result."""
+
+    def sum(self, x: Value) -> Value:
+        """x [T, ...] of all ranks added up: all rows of it, or of a divided step this rank's alone."""
+        ...
+
+
 class Collective(Protocol):
     """The ranks of a model, as one of them sees them; where its layers are divided, those of its stage.
 
@@ -85,6 +96,15 @@ class Collective(Protocol):
         """x [T, up to width] of all ranks side by side, [T, size * width]; what is missing of one's is 0."""
         ...
 
+    def exchange(self, x: Value, sent: Sequence[int], received: Sequence[int]) -> Value:
+        """Rows from each rank to each (all to all): those that come, [sum of received, C], in the order of the ranks.
+
+        Args:
+            x: [sum of sent, C], of any type: rows for the first rank, then for the second one, and so on.
+            sent, received: how many rows go to each rank and come from each, this one among them.
+        """
+        ...
+
     def least(self, number: int) -> int:
         """The least of what the ranks say, those of all stages, below 2^63."""
         ...
@@ -92,6 +112,31 @@ class Collective(Protocol):
     def close(self) -> None:
         """Lets go of the others."""
         ...
+
+
+def is_first(ranks: Collective) -> bool:
+    """Whether this is the engine's own rank, the first one of the first stage."""
+    return ranks.rank == 0 and (ranks.stages is None or ranks.stages.rank == 0)
+
+
+class VocabularyShare(NamedTuple):
+    """A rank's part of a table whose rows are divided.
+
+    Attributes:
+        collective: the ranks.
+        first: the row that is its first one.
+        most: rows of any rank, of each but the last.
+        total: V.
+    """
+
+    collective: Collective
+    first: int
+    most: int
+    total: int
+
+    def whole(self, own: Value) -> Value:
+        """What all ranks have of rows, put together: [T, V] of [T, up to `most`]."""
+        return self.collective.gather(own, self.most)[:, : self.total]
 
 
 class Notes(Protocol):
@@ -140,27 +185,37 @@ def _store(notes: Notes) -> Any:
 
 
 def shared_memory(ranks: int) -> BinaryIO | None:
-    """Memory in which ranks of this machine add up, for their processes by its descriptor; None where there is none.
-
-    It has no name by which others could open it, and keeps its size. Only Linux has it, and some systems forbid it.
-    """
+    """Memory in which ranks of this machine add up; None where there is none. See `sealed_memory`."""
     if sys.platform != "linux":
         return None
-    import fcntl
-
     try:
-        made = os.memfd_create("candle-vllm-ranks", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        return sealed_memory(ranks * BLOCK_BYTES)
     except OSError as error:
         logger.warning("ranks add up by Gloo, which takes longer: the system gives no memory to share (%s)", error)
         return None
+
+
+def sealed_memory(size: int) -> BinaryIO:
+    """So many bytes of memory, all 0, that ranks of this machine share; for their processes by its descriptor.
+
+    It has no name by which others could open it, and keeps its size.
+
+    Raises:
+        OSError: only Linux has it, and some systems forbid it.
+    """
+    if sys.platform != "linux":
+        raise OSError(errno.ENOSYS, "only Linux has it")
+    import fcntl
+
+    made = os.memfd_create("candle-vllm-ranks", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     file = os.fdopen(made, "r+b", buffering=0)
-    file.truncate(ranks * BLOCK_BYTES)
+    file.truncate(size)
     fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     return file
 
 
-class _SharedSums:
-    """Sums of float32 between ranks of this machine; the order of their parts is that of the ranks.
+class _SharedMemory:
+    """What ranks of this machine do in memory: sums of float32, in the order of the ranks, and parts side by side.
 
     Args:
         memory: see `shared_memory`.
@@ -183,6 +238,7 @@ class _SharedSums:
         self._state_at = address_of(self._state)
         self._number, self._patience, self._gone = 0, patience, gone
         self._add_up = c_function("collectives.cpu:add_up", 8)
+        self._stand_together = c_function("collectives.cpu:stand_together", 10)
 
     def add(self, address: int, count: int) -> None:
         """Overwrites so many numbers with their sums.
@@ -192,14 +248,28 @@ class _SharedSums:
         """
         most = SLOT_BYTES // 4
         for start in range(0, count, most):
-            self._number += 1
-            self._state[0] = 0
-            given = *self._given, self._number, address + 4 * start, min(most, count - start), _TURNS, self._state_at
-            self._add_up(*given)
-            if self._state[0] != 2:
-                self._wait(given)
+            self._do(self._add_up, address + 4 * start, min(most, count - start))
 
-    def _wait(self, given: tuple[int, ...]) -> None:
+    def put_together(self, address: int, count: int, out: int) -> None:
+        """Has so many numbers of 8 bytes of each rank stand behind each other, in the order of the ranks.
+
+        Raises:
+            RuntimeError: as `add`.
+        """
+        most = SLOT_BYTES // 8
+        for start in range(0, count, most):
+            place = out + 8 * start, 8 * count
+            self._do(self._stand_together, address + 8 * start, min(most, count - start), *place)
+
+    def _do(self, function: Callable[..., None], *piece: int) -> None:
+        self._number += 1
+        self._state[0] = 0
+        given = *self._given, self._number, *piece, _TURNS, self._state_at
+        function(*given)
+        if self._state[0] != 2:
+            self._wait(function, given)
+
+    def _wait(self, function: Callable[..., None], given: tuple[int, ...]) -> None:
         nap, most = _NAPS
         until = time.monotonic() + self._patience
         while self._state[0] != 2:
@@ -209,13 +279,13 @@ class _SharedSums:
                 raise RuntimeError(f"the other ranks have not come within {self._patience:.0f} s")
             time.sleep(nap)
             nap = min(2 * nap, most)
-            self._add_up(*given)
+            function(*given)
 
 
 class ProcessGroup:
     """Ranks in processes of their own, over torch.distributed: NCCL between GPUs, Gloo elsewhere; see `Collective`.
 
-    Those of one machine add up in shared memory, on the CPU, where they are given some.
+    Those of one machine do it in shared memory, on the CPU, where they are given some.
 
     No global group is made, so that a process may have several, and others of its own.
 
@@ -230,6 +300,8 @@ class ProcessGroup:
         stages: see `Collective`.
         memory: in which all of them add up, of one machine; see `shared_memory`.
         first: which of the ranks in that memory is this group's first one.
+        ring: it is `Stages`: what goes back has a communicator of its own. One does all that it is asked for in order,
+            so that what is sent to the stage behind, and waits for it, would keep back what that one gives back.
     """
 
     def __init__(
@@ -245,6 +317,7 @@ class ProcessGroup:
         stages: Stages | None = None,
         memory: BinaryIO | None = None,
         first: int = 0,
+        ring: bool = False,
     ) -> None:
         import torch
         from torch import distributed
@@ -262,24 +335,42 @@ class ProcessGroup:
         self._host: Any = gloo(distributed.PrefixStore(f"{name}/host", found), rank, size, options)
         self._host._set_default_timeout(wait)
         self._group: Any = self._host
-        self._shared: _SharedSums | None = None
+        self._back: Any = self._host
+        self._shared: _SharedMemory | None = None
         if memory is not None and torch.device(device).type == "cpu" and size > 1:
-            self._shared = _SharedSums(memory, first, rank, size, patience, self._gone)
+            self._shared = _SharedMemory(memory, first, rank, size, patience, self._gone)
         if torch.device(device).type == "cuda" and size > 1:
             nccl: Any = distributed.ProcessGroupNCCL
             named = nccl.Options()
             named._timeout = wait
-            self._group = nccl(distributed.PrefixStore(f"{name}/device", found), rank, size, named)
+            self._group = self._back = nccl(distributed.PrefixStore(f"{name}/device", found), rank, size, named)
+            if ring:
+                self._back = nccl(distributed.PrefixStore(f"{name}/back", found), rank, size, named)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """See `Collective`."""
         x = x.contiguous()
         if self._shared is None or not x.is_floating_point() or x.itemsize > 4:
+            if self._group is self._host and self.size > 2 and x.is_floating_point():
+                return x.copy_(self._sum_in_order(x.view(-1)).view(x.shape))
             self._over(self._group.allreduce([x]))
             return x
         wide = x.float()  # x itself, or of a small type, which is rounded once
         self._shared.add(wide.data_ptr(), wide.numel())
         return x if wide is x else x.copy_(wide)
+
+    def _sum_in_order(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of x [N] in the order of the ranks: each adds up all of few numbers, else a share of them.
+
+        The library's own adds up a number in an order that depends on its place, and so on what else is in a step.
+        """
+        if x.nbytes <= SLOT_BYTES:
+            return added_up(self.gather(x[None], len(x)).view(self.size, -1))
+        most = -(-len(x) // self.size)
+        counts = [max(0, min(most, len(x) - rank * most)) for rank in range(self.size)]
+        own = counts[self.rank]
+        parts = self.exchange(x[:, None], counts, [own] * self.size).view(self.size, own)
+        return self.gather(added_up(parts)[None], most)[0, : len(x)]
 
     def _over(self, work: Any) -> None:
         """Waits until it is done, or the others have gone."""
@@ -302,9 +393,21 @@ class ProcessGroup:
             wider = x.new_zeros(rows, width)
             wider[:, :own] = x
             x = wider
-        parts = x.new_empty(self.size * rows, width)
-        self._over(self._group._allgather_base(parts, x.contiguous()))
+        parts, x = x.new_empty(self.size * rows, width), x.contiguous()
+        if self._shared is not None and x.nbytes % 8 == 0:
+            self._shared.put_together(x.data_ptr(), x.nbytes // 8, parts.data_ptr())
+        else:
+            self._over(self._group._allgather_base(parts, x))
         return parts.view(self.size, rows, width).transpose(0, 1).reshape(rows, self.size * width)
+
+    def exchange(self, x: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> torch.Tensor:
+        """See `Collective`."""
+        import torch
+
+        found = x.new_empty(sum(received), x.shape[1])
+        ours, theirs = (each.contiguous().view(torch.uint8) for each in (x, found))  # of any type, as it is
+        self._over(self._group.alltoall_base(theirs, ours, list(received), list(sent)))
+        return found
 
     def least(self, number: int) -> int:
         """See `Collective`."""
@@ -319,7 +422,7 @@ class ProcessGroup:
 
     def send(self, x: torch.Tensor, to: int) -> None:
         """See `Stages`."""
-        work = self._group.send([x], to, 0)
+        work = (self._group if to > self.rank else self._back).send([x], to, 0)
         if x.is_cuda:
             work.wait()  # the stream does, and what was captured with it
             return
@@ -329,7 +432,7 @@ class ProcessGroup:
 
     def receive(self, x: torch.Tensor, source: int) -> torch.Tensor:
         """See `Stages`."""
-        work = self._group.recv([x], source, 0)
+        work = (self._group if source < self.rank else self._back).recv([x], source, 0)
         if x.is_cuda:
             work.wait()
             return x
@@ -341,8 +444,9 @@ class ProcessGroup:
     def abort(self) -> None:
         """Has whoever waits for the others fail, for they have gone; from any thread."""
         self._gone.set()
-        if self._group is not self._host and self._group is not None:
-            self._group.abort()
+        for group in {id(each): each for each in (self._group, self._back)}.values():
+            if group is not self._host and group is not None:
+                group.abort()
         if isinstance(self.stages, ProcessGroup):
             self.stages.abort()
 
@@ -350,13 +454,26 @@ class ProcessGroup:
         """See `Collective`."""
         if self._gone.is_set():
             _ABANDONED.append((self._host, self._store))  # something waits in it yet, and its end would wait for that
-        for group in {id(each): each for each in (self._group, self._host)}.values():
+        for group in {id(each): each for each in (self._group, self._back, self._host)}.values():
             end = getattr(group, "abort", None)  # NCCL's, which waits for nobody
             if end is not None:
                 end()
-        self._group = self._host = None
+        self._group = self._back = self._host = None
         if self.stages is not None:
             self.stages.close()
+
+
+def added_up(parts: torch.Tensor) -> torch.Tensor:
+    """Parts [n, ...] of n ranks added up in their order, at least in fp32, and rounded once; on a GPU in any order."""
+    import torch
+
+    wide = torch.promote_types(parts.dtype, torch.float32)
+    if parts.is_cuda:
+        return parts.sum(0, dtype=wide).to(parts.dtype)
+    total = parts[0].to(wide, copy=True)
+    for part in parts[1:]:
+        total += part
+    return total.to(parts.dtype)
 
 
 class _Receiver:

@@ -42,6 +42,7 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
     """What travels, for CPUs with these instructions, as `operation` is asked for it: code and constants."""
     for code in (
         "collectives.cpu:add_up",
+        "collectives.cpu:stand_together",
         "column_order.cpu:column_order",
         "cpu_runtime.walk:do_parts",
         "cpu_runtime.walk:take_part",
@@ -54,7 +55,9 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         "position_scale.cpu:position_scale",
         "sampling.cpu:adjust",
         "sampling.cpu:draw_rows",
+        "sampling.cpu:pick_rows",
         "sampling.cpu:stand",
+        "sampling.cpu:tell_rows",
         "sampling.cpu_chain:narrow",
         "sampling.cpu_chain:repeats",
         "side_by_side.cpu:copy",

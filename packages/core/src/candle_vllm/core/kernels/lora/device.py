@@ -101,7 +101,7 @@ class DeviceAdapter(TorchAdapter):
     def on(self, piece: torch.Tensor) -> TorchAdapter:
         """The same over a copy of the piece."""
         made = TorchAdapter.__new__(TorchAdapter)
-        made.dtype, made.nbytes = self.dtype, self.nbytes
+        made.dtype, made.nbytes, made.whole = self.dtype, self.nbytes, self.whole
         made.deltas = {number: [self._moved(delta, piece) for delta in of] for number, of in self.deltas.items()}
         return made
 
@@ -150,6 +150,7 @@ class DeviceAdapters(EagerAdapters):
         rank: the largest there may be.
         rows: of the largest captured step.
         memory: bytes that adapters without a turn may keep.
+        in_flight: steps that the host may be ahead.
     """
 
     def __init__(
@@ -162,6 +163,7 @@ class DeviceAdapters(EagerAdapters):
         rank: int,
         rows: int,
         memory: int,
+        in_flight: int = 2,
     ) -> None:
         super().__init__()
         self._stream, self._dtype, self._rank, self._memory = stream, dtype, rank, memory
@@ -186,7 +188,8 @@ class DeviceAdapters(EagerAdapters):
         }
         self._rows = rows
         lines = {"table": ((3, rows), np.int32), "rows": ((rows,), np.int32), "scales": ((rows,), np.float32)}
-        self._staging = Staging(stream, {f"{of}_{name}": kind for of in _OF for name, kind in lines.items()}, room=0)
+        tables = {f"{of}_{name}": kind for of in _OF for name, kind in lines.items()}
+        self._staging = Staging(stream, tables, room=0, pieces=max(2, in_flight))
         stream.join()
 
     def packed(self, found: Mapping[int, tuple[Place, Mapping[str, Delta]]]) -> DeviceAdapter:

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: MIT
+"""Models that see, divided among ranks and stages: the answers of one rank, whatever prompts are cut into.
+
+The ranks are threads of one process; `tests/engine/test_sight_over_processes.py` has processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_qwen_vl
+import test_sight_families
+from common_run import few
+from sight import answers_of_ranks, answers_op_by_op, require_same
+from tiny import load
+
+from candle_vllm.core.testing.exact_sums import exact_sums
+from candle_vllm.core.testing.toy_sight import write_toy_sight
+
+WRITERS: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "SmolVLM": (lambda folder: write_toy_sight(folder, splits=False), "<image>"),
+    **{
+        name: (lambda folder, name=name: test_sight_families.write_sight(folder, name), row.asks)
+        for name, row in test_sight_families.ROWS.items()
+    },
+    **{
+        name: (lambda folder, name=name: test_qwen_vl.write(folder, name), test_qwen_vl.ONE)
+        for name in test_qwen_vl.KINDS
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = WRITERS[name][0](tmp_path_factory.mktemp("sight"))
+        return made[name]
+
+    return folder
+
+
+def prompts(name: str) -> list[tuple[str, Any]]:
+    """Of two pictures, of none, of one, of one twice behind what an earlier one begins with."""
+    asks, pictures = WRITERS[name][1], test_qwen_vl.PICTURES[:3]
+    return [
+        (f"Compare {asks} with {asks}", pictures[:2]),
+        ("Nothing to see.", []),
+        (f"{asks} and?", pictures[2:]),
+        (f"Compare {asks} with {asks}", [pictures[0]] * 2),
+    ]
+
+
+CASES = [(name, size, stages) for name in WRITERS for size, stages in ((2, 1), (1, 2), (2, 2))]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "stages"), few(CASES, ("Gemma 3", 2, 1), ("qwen3_vl", 2, 1), ("qwen2_vl", 1, 2))
+)
+def test_answers_are_those_of_one_rank(name: str, size: int, stages: int, written: Callable[[str], Path]) -> None:
+    """With prompts whole, and cut within a picture where that may be."""
+    right = answers_op_by_op(load(written(name), enforce_eager=True, max_images=64), prompts(name))
+    for budget in (256, 40):
+        require_same(answers_of_ranks(written(name), prompts(name), size, stages, budget=budget), right)
+
+
+GPU = [(name, size, stages) for name in WRITERS for size, stages in ((2, 1), (1, 2))]
+
+
+@pytest.mark.parametrize(("name", "size", "stages"), few(GPU, ("qwen3_vl", 2, 1)))
+def test_steps_of_gpus_have_the_same_answers(name: str, size: int, stages: int, written: Callable[[str], Path]) -> None:
+    """What is launched and captured, with prompts cut; the first rank's tower works between the steps."""
+    with exact_sums():
+        right = answers_op_by_op(load(written(name), enforce_eager=True, max_images=64), prompts(name))
+        require_same(answers_of_ranks(written(name), prompts(name), size, stages, budget=40, gpu=True), right)
