@@ -201,11 +201,11 @@ class Late(LazyStream):
     def __init__(self) -> None:
         super().__init__()
         self.on_their_way: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._hosts: set[int] = set()
+        self._hosts: dict[int, torch.Tensor] = {}  # held, or a copy on the device could come to lie where one was
 
     def staged(self, size: int) -> torch.Tensor:
         made = super().staged(size)
-        self._hosts.add(made.data_ptr())
+        self._hosts[made.data_ptr()] = made
         return made
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
