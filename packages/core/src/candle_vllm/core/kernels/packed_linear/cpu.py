@@ -25,6 +25,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.cpu_runtime.emit import F16, F32, I8, I16, I32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit_squares import end_squares
 from candle_vllm.core.kernels.cpu_runtime.emit_tables import look_up
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import RUNS_BYTES, EmbeddingArguments, LinearArguments
@@ -32,7 +33,16 @@ from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at
 from candle_vllm.core.kernels.cpu_runtime.tiles import ask_lines, lines_each, stack_bytes, write_tile
 from candle_vllm.core.kernels.packed_linear.cpu_grids import GridGroup
 from candle_vllm.core.kernels.packed_linear.cpu_panel import blocks, cut_rows, fill_row, most_panels, record_bytes
-from candle_vllm.core.kernels.packed_linear.cpu_sums import Inputs, emit_sums, rows_at_once, steps, takes_signed
+from candle_vllm.core.kernels.packed_linear.cpu_sums import (
+    Inputs,
+    emit_sums,
+    rows_at_once,
+    shape_sums,
+    square_sums,
+    steps,
+    takes_signed,
+    takes_squares,
+)
 from candle_vllm.core.kernels.packed_linear.grids import GridLayout
 from candle_vllm.core.kernels.packed_linear.layout import (
     GROUP,
@@ -49,10 +59,14 @@ UNPACKED = 4
 """Groups that are unpacked at a time for several panels: these and the panels' share stay in the first-level cache."""
 
 UNPACKED_BYTES = (8 + 4) * VECTOR_BYTES  # of a group: its codes, and up to four vectors of scales and minima
-SCRATCH_BYTES = UNPACKED * (UNPACKED_BYTES + 4 * 2 * VECTOR_BYTES)  # and the sums of a panel's rows
 
 CACHED_BYTES = 384 << 10
 """Weights that one thread goes through again for every block of rows: they stay in its second-level cache."""
+
+
+def scratch_bytes(isa: Isa) -> int:
+    """Room for what is unpacked at a time, and the sums of a panel's rows with it."""
+    return UNPACKED * (UNPACKED_BYTES + blocks(isa)[0] * 2 * VECTOR_BYTES)
 
 
 # ---- reading packed weights: for 16 rows at once, or for one row (lanes = 1, at its own addresses) -------------------
@@ -92,6 +106,21 @@ def _quad(
         numbers = of_steps.numbers if of_steps else [(value + zero) & 255 for value in layout.values]
         return look_up(e, [*numbers, *[0] * (16 - len(numbers))], found, isa, lanes)
     return e.b.xor(found, _words(e, layout.zero, lanes)) if signed else found
+
+
+def _signed_quad(e: Emitter, group: Any, codes: Any, layout: TileLayout, quad: int, isa: Isa) -> Any:
+    """The same of 16 lanes as the numbers that are scaled, whatever the level takes."""
+    if layout.values is not None:
+        numbers = [value & 255 for value in layout.values]
+        return look_up(e, [*numbers, *[0] * (16 - len(numbers))], _stored_quad(e, codes, layout, quad, ROWS), isa, ROWS)
+    found = _quad(e, group, codes, layout, quad, Isa.GENERIC)
+    return _less(e, found, layout.zero)
+
+
+def _less(e: Emitter, words: Any, zero: int) -> Any:
+    """Each byte less a zero."""
+    kind = vector(I8, 4 * ROWS)
+    return e.b.bitcast(e.b.sub(e.b.bitcast(words, kind), e.constant(I8, zero, 4 * ROWS)), vector(I32)) if zero else words
 
 
 def _stored_quad(e: Emitter, codes: Any, layout: TileLayout, quad: int, lanes: int) -> Any:
@@ -249,20 +278,23 @@ class _Group(NamedTuple):
     quad: Callable[[int], Any]
 
 
-def _packed_group(e: Emitter, layout: AnyLayout, isa: Isa, weights: Any, group: Any) -> _Group:
-    """Group `group` of a tile as it is packed."""
+def _packed_group(
+    e: Emitter, layout: AnyLayout, isa: Isa, weights: Any, group: Any, *, signed: bool = False
+) -> _Group:
+    """Group `group` of a tile as it is packed; its codes are `signed` as AMX takes them, or as `takes_signed` says."""
     head, number, codes = _block_of(e, weights, group, layout)
     if isinstance(layout, GridLayout):
         grid = GridGroup(e, layout, isa, head, number, codes)
-        less = _words(e, layout.zero, ROWS) if takes_signed(isa, layout) else e.zeros(I32)
-        return _Group(grid.scales(), [], lambda quad: e.b.xor(grid.quad(quad), less))
+        zero = layout.zero if signed or takes_signed(isa, layout) else 0
+        return _Group(grid.scales(), [], lambda quad: _less(e, grid.quad(quad), zero))
     if layout.paired:
         scale, minimum = _floats(e, head, layout)
         small = _pairs(e, head, number, layout)
         scales, minima = [scale, small[0]], [minimum, small[1]]
     else:
         scales, minima = _scales(e, head, number, layout)
-    return _Group(scales, minima, lambda quad: _quad(e, number, codes, layout, quad, isa))
+    read = _signed_quad if signed else _quad
+    return _Group(scales, minima, lambda quad: read(e, number, codes, layout, quad, isa))
 
 
 def _sums_of(inputs: Inputs, rows: range, group: _Group) -> list[list[Any]]:
@@ -361,11 +393,12 @@ def _emit_tile(e: Emitter, layout: AnyLayout, isa: Isa, count: int, at: _Tile) -
 
 
 def _emit_tall(e: Emitter, layout: AnyLayout, isa: Isa, count: int, at: _Tile) -> None:
-    """What `multiply` does, of several panels.
+    """What `multiply` does, of several panels, or with AMX.
 
     A few groups are unpacked for all of them; for each panel, first the sums of these are made and then added to the
     totals, since there are not registers for both. What is between stays in the first-level cache.
     """
+    squares = takes_squares(isa)
     b, of_panel, row_sums = e.b, count * 4 * ROWS, VECTOR_BYTES * GROUP // layout.width
     panel_bytes = b.mul(at.groups, e.int64(record_bytes(layout, count)))
     at_sums = b.add(at.scratch, e.int64(UNPACKED * UNPACKED_BYTES))
@@ -381,18 +414,21 @@ def _emit_tall(e: Emitter, layout: AnyLayout, isa: Isa, count: int, at: _Tile) -
         few = b.select(b.icmp_signed("<", left, e.int64(UNPACKED)), left, e.int64(UNPACKED))
 
         def unpack(group: Any, state: list[Any]) -> list[Any]:
-            place = b.add(at.scratch, b.mul(group, e.int64(UNPACKED_BYTES)))
+            place = codes_of(group)
             group = b.add(first, group)
             _ask_ahead(e, layout, at, group)
-            found = _packed_group(e, layout, isa, at.weights, group)
+            found = _packed_group(e, layout, isa, at.weights, group, signed=squares)
             numbers = [*found.scales, *found.minima]
             for index, value in enumerate([*map(found.quad, range(8)), *numbers]):
                 e.store(place, value, VECTOR_BYTES * index)
             kinds[:] = [[part.type for part in parts] for parts in (found.scales, found.minima)]
             return state
 
+        def codes_of(group: Any) -> Any:
+            return b.add(at.scratch, b.mul(group, e.int64(UNPACKED_BYTES)))
+
         def unpacked(group: Any) -> _Group:
-            place = b.add(at.scratch, b.mul(group, e.int64(UNPACKED_BYTES)))
+            place = codes_of(group)
             offsets = iter(range(8 * VECTOR_BYTES, UNPACKED_BYTES, VECTOR_BYTES))
             scales, minima = ([e.load(place, kind, next(offsets)) for kind in some] for some in kinds)
             return _Group(scales, minima, lambda quad: e.load(place, vector(I32), VECTOR_BYTES * quad))
@@ -412,14 +448,22 @@ def _emit_tall(e: Emitter, layout: AnyLayout, isa: Isa, count: int, at: _Tile) -
                         e.store(place, part, row * row_sums + VECTOR_BYTES * half)
                 return state
 
+            def multiply_squares(group: Any, state: list[Any]) -> list[Any]:
+                inputs, place = places(group)
+                square_sums(inputs, codes_of(group), place, row_sums)
+                return state
+
             def add(group: Any, totals: list[Any], rows: range) -> list[Any]:
                 inputs, place = places(group)
                 halves = range(0, row_sums, VECTOR_BYTES)
                 sums = [[e.load(place, vector(I32), row * row_sums + half) for row in rows] for half in halves]
                 return _add_group(inputs, rows, unpacked(group), sums, totals)
 
-            for rows in _rows_in_turn(isa, count):
-                e.loop(few, [], partial(multiply_group, rows=rows))
+            if squares:
+                e.loop(few, [], multiply_squares)
+            for rows in [range(count)] if squares else _rows_in_turn(isa, count):
+                if not squares:
+                    e.loop(few, [], partial(multiply_group, rows=rows))
                 totals = [e.load(out, vector(F32), row * 4 * ROWS) for row in rows]
                 for row, total in zip(rows, e.loop(few, totals, partial(add, rows=rows))):
                     e.store(out, total, row * 4 * ROWS)
@@ -449,7 +493,7 @@ def multiply(
 ) -> Any:
     """A tile times `panels` panels of `block` rows, see `blocks`: float32 [panels * block, 16] at `out`.
 
-    `scratch` is room for SCRATCH_BYTES, which several panels take.
+    `scratch` is room for `scratch_bytes`, which several panels take, and those that AMX multiplies.
     """
     layout, features = LAYOUTS[PackedKind(kind.literal_value)], Isa(isa.literal_value)
 
@@ -457,7 +501,9 @@ def multiply(
         e, at = Emitter(b), _Tile(*args[3:])
         cases = {n: partial(_emit_tile, e, layout, features, n, at) for n in blocks(features)}
         number = args[2]
-        if most_panels(features) > 1:
+        if takes_squares(features):
+            cases[blocks(features)[0]] = partial(_emit_tall, e, layout, features, blocks(features)[0], at)
+        elif most_panels(features) > 1:
             cases[0] = partial(_emit_tall, e, layout, features, blocks(features)[0], at)
             number = b.select(b.icmp_signed(">", at.panels, e.int64(1)), e.int64(0), number)
         e.choose(number, cases)
@@ -471,7 +517,8 @@ def multiply(
 
 def make_linear(KIND: int, ISA: int) -> Any:
     """The linear operation."""
-    FULL, MOST, RUNS, SCRATCH = blocks(Isa(ISA))[0], most_panels(Isa(ISA)), RUNS_BYTES, SCRATCH_BYTES
+    FULL, MOST, RUNS, SCRATCH = blocks(Isa(ISA))[0], most_panels(Isa(ISA)), RUNS_BYTES, scratch_bytes(Isa(ISA))
+    SQUARES = takes_squares(Isa(ISA))
     TILE_BLOCK, PANEL_GROUP = CACHED_BYTES, record_bytes(LAYOUTS[PackedKind(KIND)], FULL)  # panel bytes of a group
 
     def packed_linear(entry: Any, thread: int, threads: int) -> None:
@@ -486,6 +533,8 @@ def make_linear(KIND: int, ISA: int) -> Any:
         scratch = stack_bytes(SCRATCH + most * (FULL * 64 + groups * PANEL_GROUP))
         sums = scratch + SCRATCH
         panel = sums + most * FULL * 64
+        if SQUARES and rows > FULL // 2:
+            shape_sums(KIND, scratch)
         ahead, beside = given.ahead, 0
         if given.beside != 0:
             beside = given.beside + RUNS * thread
@@ -516,6 +565,8 @@ def make_linear(KIND: int, ISA: int) -> Any:
                     at_bias = given.bias + tile * 64 if given.bias else 0
                     write_tile(sums, count, lanes, target + tile * 64, given.row_bytes, at_bias, given.accumulate)
                 row += count
+        if SQUARES and rows > FULL // 2:
+            end_squares()
 
     return packed_linear
 

@@ -20,11 +20,13 @@ from numba.extending import intrinsic
 from candle_vllm.core.kernels.activation_quant import Prologue
 from candle_vllm.core.kernels.activation_quant.cpu import emit_gated, emit_quantised
 from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit_squares import end_squares
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.primitives import read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
-from candle_vllm.core.kernels.packed_linear.cpu import CACHED_BYTES, SCRATCH_BYTES, multiply
+from candle_vllm.core.kernels.packed_linear.cpu import CACHED_BYTES, multiply, scratch_bytes
 from candle_vllm.core.kernels.packed_linear.cpu_panel import blocks, cut_rows, fill_row, most_panels, record_bytes
+from candle_vllm.core.kernels.packed_linear.cpu_sums import shape_sums, takes_squares
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, ROWS, GatedArguments, PackedKind
 
 _UNITS = 4  # whose sums are kept at a time
@@ -81,7 +83,8 @@ def make_gated(KIND: int, PROLOGUE: int, ISA: int) -> Any:
     """The operation of two matrices of a kind."""
     FULL, MOST, BLOCK, UNITS = blocks(Isa(ISA))[0], most_panels(Isa(ISA)), CACHED_BYTES, _UNITS
     PANEL_GROUP = record_bytes(LAYOUTS[PackedKind(KIND)], FULL)
-    TILE, WIDTH, SCRATCH = MOST * FULL * 4 * ROWS, GROUP, SCRATCH_BYTES  # bytes of a tile's sums
+    TILE, WIDTH, SCRATCH = MOST * FULL * 4 * ROWS, GROUP, scratch_bytes(Isa(ISA))  # bytes of a tile's sums
+    SQUARES = takes_squares(Isa(ISA))
     SUMS = 2 * _UNITS * TILE
 
     def packed_gated(entry: Any, thread: int, threads: int) -> None:
@@ -100,6 +103,8 @@ def make_gated(KIND: int, PROLOGUE: int, ISA: int) -> Any:
         scratch = stack_bytes(SCRATCH + 2 * SUMS + most * groups * PANEL_GROUP)
         sums = scratch + SCRATCH
         panel = sums + 2 * SUMS
+        if SQUARES and rows > FULL // 2:
+            shape_sums(KIND, scratch)
         step = max(BLOCK // (4 * tile_bytes), 1)
         for begin in range(first, last, step):
             end = min(begin + step, last)
@@ -149,5 +154,7 @@ def make_gated(KIND: int, PROLOGUE: int, ISA: int) -> Any:
                                     4 * units,
                                 )
                 row += count
+        if SQUARES and rows > FULL // 2:
+            end_squares()
 
     return packed_gated

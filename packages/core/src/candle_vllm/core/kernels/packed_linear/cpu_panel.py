@@ -23,6 +23,7 @@ from candle_vllm.core.kernels.packed_linear.cpu_sums import (
     emit_activation_sums,
     in_pairs,
     takes_signed,
+    takes_squares,
     zero_of,
 )
 from candle_vllm.core.kernels.packed_linear.grids import GridLayout
@@ -37,12 +38,12 @@ PANEL_BYTES = 192 << 10
 
 def blocks(isa: Isa) -> tuple[int, ...]:
     """Rows that a panel may have."""
-    return (8, 4, 1) if isa.wide else (4, 1)
+    return (16, 8, 4, 1) if takes_squares(isa) else (8, 4, 1) if isa.wide else (4, 1)
 
 
 def most_panels(isa: Isa) -> int:
     """How many full panels are multiplied in one turn, at most."""
-    return 1 if isa.wide else TALL_ROWS // blocks(isa)[0]
+    return TALL_ROWS // blocks(isa)[0] if takes_squares(isa) or not isa.wide else 1
 
 
 @njit
@@ -51,7 +52,9 @@ def cut_rows(left: int, groups: int, full: int, most: int, group_bytes: int) -> 
 
     `full` are the rows of a full panel, `group_bytes` its bytes for a group, and `most` is `most_panels`.
     """
-    block = 1 if left == 1 else 4 if full > 4 and left <= 4 else full
+    block = 1 if left == 1 else full
+    while block >= 8 and left <= block // 2:
+        block //= 2
     most = max(min(most, PANEL_BYTES // (groups * group_bytes)), 1)
     return block, min((left + block - 1) // block, most)
 

@@ -24,14 +24,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from candle_vllm.core.kernels.cpu_runtime.emit import I8, I16, I32, I64, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit_squares import load_square, shape_squares, square_call, store_square
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.packed_linear.grids import GridLayout, numbers
-from candle_vllm.core.kernels.packed_linear.layout import GROUP, AnyLayout
+from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, VECTOR_BYTES, AnyLayout, PackedKind
 
 _ACTIVATION = 127  # the largest, either way
 _UNSIGNED = Isa.VNNI | Isa.AVX_VNNI
+_SUMS, _ACTIVATIONS, _CODES = range(3)  # AMX's registers
 
 
 class Steps(NamedTuple):
@@ -314,3 +318,37 @@ def _by_matrices(
                 order = ir.Constant(vector(I32, 4), [ir.Constant(I32, 2 * lane + side) for lane in range(4)])
                 found[2 * pair + side].append(e.b.shuffle_vector(totals[pair, 0], totals[pair, 1], order))
     return [e.whole(parts) for parts in found.values()]
+
+
+# ---- sixteen rows at once --------------------------------------------------------------------------------------------
+
+
+def takes_squares(isa: Isa) -> bool:
+    """Whether panels of 16 rows are multiplied by AMX."""
+    return bool(isa & Isa.AMX)
+
+
+@intrinsic(prefer_literal=True)
+def shape_sums(_: Any, kind: Any, memory: Any) -> Any:
+    """Shapes AMX's registers for `square_sums`, by way of 64 bytes of memory; `end_squares` follows in the end."""
+    width = LAYOUTS[PackedKind(kind.literal_value)].width
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        shape_squares(Emitter(b), args[1], [(LANES, VECTOR_BYTES), (LANES, width), (width // 4, VECTOR_BYTES)])
+        return context.get_dummy_value()
+
+    return types.void(kind, types.int64), code
+
+
+def square_sums(inputs: Inputs, codes: Any, place: Any, stride: int) -> None:
+    """Writes the sums of a group, or of its halves side by side: 16 rows, `stride` bytes apart.
+
+    `codes` is the address of its quads as signed numbers, see `layout.py`, one behind the other.
+    """
+    e, width = inputs.e, inputs.layout.width
+    for half in range(GROUP // width):
+        load_square(e, _CODES, e.b.add(codes, e.int64(width // 4 * VECTOR_BYTES * half)), e.int64(VECTOR_BYTES))
+        load_square(e, _ACTIVATIONS, e.b.add(inputs.record, e.int64(width * half)), e.int64(GROUP))
+        square_call(e, "tilezero", _SUMS)
+        square_call(e, "tdpbssd", _SUMS, _ACTIVATIONS, _CODES)
+        store_square(e, _SUMS, e.b.add(place, e.int64(VECTOR_BYTES * half)), stride)
