@@ -22,6 +22,7 @@ from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Level
 from candle_vllm.core.kernels.packed_linear import PackedKind
 from candle_vllm.core.kernels.packed_linear import cpu as packed
 from candle_vllm.core.kernels.packed_linear.cpu_panel import blocks
+from candle_vllm.core.kernels.packed_linear.layout import LAYOUTS
 from candle_vllm.core.kernels.plain_linear import PlainKind
 from candle_vllm.core.kernels.plain_linear import cpu as plain
 
@@ -64,14 +65,14 @@ def per_weight(kind: str, level: Level, rows: int) -> float:
     else:
         text = assembly(_packed(int(PackedKind[kind]), rows, level), level)
     found = [[sum(products(line, plain=plain) for line in loop), len(loop)] for loop in loops(text)]
-    if not plain and rows > blocks(level.isa)[0]:
+    if not plain and rows > blocks(level.isa, LAYOUTS[PackedKind[kind]])[0]:
         found = [loop for loop in found if loop[0]]
     made, lines = map(sum, zip(*found))
     return lines / made
 
 
 def _packed(KIND: int, rows: int, level: Level) -> Any:
-    ISA, BLOCK = int(level.isa), min(rows, blocks(level.isa)[0])
+    ISA, BLOCK = int(level.isa), min(rows, blocks(level.isa, LAYOUTS[PackedKind(KIND)])[0])
     multiply, PANELS = packed.multiply, rows // BLOCK
 
     def kernel(weights: int, panel: int, out: int, groups: int, ahead: int, scratch: int) -> None:

@@ -4,7 +4,8 @@
 A thread owns a run of tiles. It takes as many of them as stay in the cache, and for these goes through the rows of
 activations in panels (`cpu_panel.py`). For each group of a panel the kernel unpacks 8 vectors of codes and multiplies
 each with every row (`cpu_sums.py`), so the codes are read and unpacked once for up to 8 rows. Where registers are short
-a few groups of a tile are unpacked into the first-level cache for several panels of 4 rows (`_emit_tall`).
+a few groups of a tile are unpacked into the first-level cache for several panels of 4 rows (`_emit_tall`), and with AMX
+for panels of 16.
 
 Codes are unsigned; where the weight is scale * (code - zero), the int32 sums start at -zero * sum(x) instead of 0. Some
 levels take codes of 8 bits as signed numbers instead.
@@ -32,7 +33,14 @@ from candle_vllm.core.kernels.cpu_runtime.operation import RUNS_BYTES, Embedding
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
 from candle_vllm.core.kernels.cpu_runtime.tiles import ask_lines, lines_each, stack_bytes, write_tile
 from candle_vllm.core.kernels.packed_linear.cpu_grids import GridGroup
-from candle_vllm.core.kernels.packed_linear.cpu_panel import blocks, cut_rows, fill_row, most_panels, record_bytes
+from candle_vllm.core.kernels.packed_linear.cpu_panel import (
+    TALL_ROWS,
+    blocks,
+    cut_rows,
+    fill_row,
+    most_panels,
+    record_bytes,
+)
 from candle_vllm.core.kernels.packed_linear.cpu_sums import (
     Inputs,
     emit_sums,
@@ -64,9 +72,10 @@ CACHED_BYTES = 384 << 10
 """Weights that one thread goes through again for every block of rows: they stay in its second-level cache."""
 
 
-def scratch_bytes(isa: Isa) -> int:
-    """Room for what is unpacked at a time, and the sums of a panel's rows with it."""
-    return UNPACKED * (UNPACKED_BYTES + blocks(isa)[0] * 2 * VECTOR_BYTES)
+def scratch_bytes(isa: Isa, layout: AnyLayout) -> int:
+    """Room for what is unpacked at a time, and its sums: of a panel's rows, with AMX of all."""
+    rows = TALL_ROWS if takes_squares(isa, layout) else blocks(isa, layout)[0]
+    return UNPACKED * (UNPACKED_BYTES + rows * VECTOR_BYTES * GROUP // layout.width)
 
 
 # ---- reading packed weights: for 16 rows at once, or for one row (lanes = 1, at its own addresses) -------------------
@@ -109,12 +118,11 @@ def _quad(
 
 
 def _signed_quad(e: Emitter, group: Any, codes: Any, layout: TileLayout, quad: int, isa: Isa) -> Any:
-    """The same of 16 lanes as the numbers that are scaled, whatever the level takes."""
+    """The same of 16 lanes as numbers less their zero, which AMX takes."""
     if layout.values is not None:
         numbers = [value & 255 for value in layout.values]
         return look_up(e, [*numbers, *[0] * (16 - len(numbers))], _stored_quad(e, codes, layout, quad, ROWS), isa, ROWS)
-    found = _quad(e, group, codes, layout, quad, Isa.GENERIC)
-    return _less(e, found, layout.zero)
+    return _less(e, _quad(e, group, codes, layout, quad, Isa.GENERIC), layout.zero)
 
 
 def _less(e: Emitter, words: Any, zero: int) -> Any:
@@ -281,7 +289,7 @@ class _Group(NamedTuple):
 def _packed_group(
     e: Emitter, layout: AnyLayout, isa: Isa, weights: Any, group: Any, *, signed: bool = False
 ) -> _Group:
-    """Group `group` of a tile as it is packed; its codes are `signed` as AMX takes them, or as `takes_signed` says."""
+    """Group `group` of a tile as it is packed; its codes are `signed`, or as `takes_signed` says."""
     head, number, codes = _block_of(e, weights, group, layout)
     if isinstance(layout, GridLayout):
         grid = GridGroup(e, layout, isa, head, number, codes)
@@ -396,9 +404,10 @@ def _emit_tall(e: Emitter, layout: AnyLayout, isa: Isa, count: int, at: _Tile) -
     """What `multiply` does, of several panels, or with AMX.
 
     A few groups are unpacked for all of them; for each panel, first the sums of these are made and then added to the
-    totals, since there are not registers for both. What is between stays in the first-level cache.
+    totals, since there are not registers for both. AMX makes the sums of all panels before. What is between stays in the
+    first-level cache.
     """
-    squares = takes_squares(isa)
+    squares = takes_squares(isa, layout)
     b, of_panel, row_sums = e.b, count * 4 * ROWS, VECTOR_BYTES * GROUP // layout.width
     panel_bytes = b.mul(at.groups, e.int64(record_bytes(layout, count)))
     at_sums = b.add(at.scratch, e.int64(UNPACKED * UNPACKED_BYTES))
@@ -433,13 +442,19 @@ def _emit_tall(e: Emitter, layout: AnyLayout, isa: Isa, count: int, at: _Tile) -
             scales, minima = ([e.load(place, kind, next(offsets)) for kind in some] for some in kinds)
             return _Group(scales, minima, lambda quad: e.load(place, vector(I32), VECTOR_BYTES * quad))
 
+        def places_in(panel: Any, group: Any) -> tuple[Inputs, Any]:
+            from_panel = b.add(at.panel, b.mul(panel, panel_bytes))
+            inputs = _record(e, layout, isa, count, from_panel, b.add(first, group))
+            number = b.add(group, b.mul(panel, e.int64(UNPACKED))) if squares else group
+            return inputs, b.add(at_sums, b.mul(number, e.int64(count * row_sums)))
+
+        def multiply_squares(group: Any, state: list[Any]) -> list[Any]:
+            square_sums(e, codes_of(group), at.panels, lambda panel: places_in(panel, group))
+            return state
+
         def multiply_panel(panel: Any, state: list[Any]) -> list[Any]:
             out = b.add(at.out, b.mul(panel, e.int64(of_panel)))
-            from_panel = b.add(at.panel, b.mul(panel, panel_bytes))
-
-            def places(group: Any) -> tuple[Inputs, Any]:
-                inputs = _record(e, layout, isa, count, from_panel, b.add(first, group))
-                return inputs, b.add(at_sums, b.mul(group, e.int64(count * row_sums)))
+            places = partial(places_in, panel)
 
             def multiply_group(group: Any, state: list[Any], rows: range) -> list[Any]:
                 inputs, place = places(group)
@@ -448,19 +463,12 @@ def _emit_tall(e: Emitter, layout: AnyLayout, isa: Isa, count: int, at: _Tile) -
                         e.store(place, part, row * row_sums + VECTOR_BYTES * half)
                 return state
 
-            def multiply_squares(group: Any, state: list[Any]) -> list[Any]:
-                inputs, place = places(group)
-                square_sums(inputs, codes_of(group), place, row_sums)
-                return state
-
             def add(group: Any, totals: list[Any], rows: range) -> list[Any]:
                 inputs, place = places(group)
                 halves = range(0, row_sums, VECTOR_BYTES)
                 sums = [[e.load(place, vector(I32), row * row_sums + half) for row in rows] for half in halves]
                 return _add_group(inputs, rows, unpacked(group), sums, totals)
 
-            if squares:
-                e.loop(few, [], multiply_squares)
             for rows in [range(count)] if squares else _rows_in_turn(isa, count):
                 if not squares:
                     e.loop(few, [], partial(multiply_group, rows=rows))
@@ -470,6 +478,8 @@ def _emit_tall(e: Emitter, layout: AnyLayout, isa: Isa, count: int, at: _Tile) -
             return state
 
         e.loop(few, [], unpack)
+        if squares:
+            e.loop(few, [], multiply_squares)
         e.loop(at.panels, [], multiply_panel)
         return state
 
@@ -499,12 +509,13 @@ def multiply(
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e, at = Emitter(b), _Tile(*args[3:])
-        cases = {n: partial(_emit_tile, e, layout, features, n, at) for n in blocks(features)}
-        number = args[2]
-        if takes_squares(features):
-            cases[blocks(features)[0]] = partial(_emit_tall, e, layout, features, blocks(features)[0], at)
-        elif most_panels(features) > 1:
-            cases[0] = partial(_emit_tall, e, layout, features, blocks(features)[0], at)
+        counts = blocks(features, layout)
+        cases = {n: partial(_emit_tile, e, layout, features, n, at) for n in counts}
+        number, tall = args[2], partial(_emit_tall, e, layout, features, counts[0], at)
+        if takes_squares(features, layout):
+            cases[counts[0]] = tall
+        elif most_panels(features, layout) > 1:
+            cases[0] = tall
             number = b.select(b.icmp_signed(">", at.panels, e.int64(1)), e.int64(0), number)
         e.choose(number, cases)
         return context.get_dummy_value()
@@ -517,9 +528,10 @@ def multiply(
 
 def make_linear(KIND: int, ISA: int) -> Any:
     """The linear operation."""
-    FULL, MOST, RUNS, SCRATCH = blocks(Isa(ISA))[0], most_panels(Isa(ISA)), RUNS_BYTES, scratch_bytes(Isa(ISA))
-    SQUARES = takes_squares(Isa(ISA))
-    TILE_BLOCK, PANEL_GROUP = CACHED_BYTES, record_bytes(LAYOUTS[PackedKind(KIND)], FULL)  # panel bytes of a group
+    layout, isa = LAYOUTS[PackedKind(KIND)], Isa(ISA)
+    FULL, MOST, RUNS, SCRATCH = blocks(isa, layout)[0], most_panels(isa, layout), RUNS_BYTES, scratch_bytes(isa, layout)
+    SQUARES, TILE_BLOCK = takes_squares(isa, layout), CACHED_BYTES
+    PANEL_GROUP = record_bytes(layout, FULL)  # panel bytes of a group
 
     def packed_linear(entry: Any, thread: int, threads: int) -> None:
         given = read(LinearArguments, entry)
@@ -534,7 +546,7 @@ def make_linear(KIND: int, ISA: int) -> Any:
         sums = scratch + SCRATCH
         panel = sums + most * FULL * 64
         if SQUARES and rows > FULL // 2:
-            shape_sums(KIND, scratch)
+            shape_sums(scratch)
         ahead, beside = given.ahead, 0
         if given.beside != 0:
             beside = given.beside + RUNS * thread

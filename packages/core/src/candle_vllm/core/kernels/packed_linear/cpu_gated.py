@@ -81,10 +81,10 @@ def _gate_rows(
 
 def make_gated(KIND: int, PROLOGUE: int, ISA: int) -> Any:
     """The operation of two matrices of a kind."""
-    FULL, MOST, BLOCK, UNITS = blocks(Isa(ISA))[0], most_panels(Isa(ISA)), CACHED_BYTES, _UNITS
-    PANEL_GROUP = record_bytes(LAYOUTS[PackedKind(KIND)], FULL)
-    TILE, WIDTH, SCRATCH = MOST * FULL * 4 * ROWS, GROUP, scratch_bytes(Isa(ISA))  # bytes of a tile's sums
-    SQUARES = takes_squares(Isa(ISA))
+    layout, isa = LAYOUTS[PackedKind(KIND)], Isa(ISA)
+    FULL, MOST, BLOCK, UNITS = blocks(isa, layout)[0], most_panels(isa, layout), CACHED_BYTES, _UNITS
+    PANEL_GROUP, SCRATCH, SQUARES = record_bytes(layout, FULL), scratch_bytes(isa, layout), takes_squares(isa, layout)
+    TILE, WIDTH = MOST * FULL * 4 * ROWS, GROUP  # bytes of a tile's sums
     SUMS = 2 * _UNITS * TILE
 
     def packed_gated(entry: Any, thread: int, threads: int) -> None:
@@ -104,7 +104,7 @@ def make_gated(KIND: int, PROLOGUE: int, ISA: int) -> Any:
         sums = scratch + SCRATCH
         panel = sums + 2 * SUMS
         if SQUARES and rows > FULL // 2:
-            shape_sums(KIND, scratch)
+            shape_sums(scratch)
         step = max(BLOCK // (4 * tile_bytes), 1)
         for begin in range(first, last, step):
             end = min(begin + step, last)

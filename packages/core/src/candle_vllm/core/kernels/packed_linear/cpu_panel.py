@@ -4,7 +4,8 @@
 
 A panel has 8, 4 or 1 rows; one that is not full repeats its last row, and the repetitions are not written. For each
 group of 32 numbers it has a record: the rows' int8 numbers, then their scales, then what is needed of their sums. Where
-registers are short a panel has 4 rows, and up to 8 panels are multiplied with a tile that is unpacked once (`cpu.py`).
+registers are short a panel has 4 rows, and where AMX multiplies 16; then panels of up to 32 rows are multiplied with a
+tile that is unpacked once (`cpu.py`).
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ from candle_vllm.core.kernels.packed_linear.grids import GridLayout
 from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, ROWS, AnyLayout, PackedKind
 
 TALL_ROWS = 32
-"""Rows in the panels of one turn, where registers are short."""
+"""Rows in the panels of one turn, where a tile is unpacked for all of them."""
 
 PANEL_BYTES = 192 << 10
 """And what they may take of a core's second-level cache."""
 
 
-def blocks(isa: Isa) -> tuple[int, ...]:
-    """Rows that a panel may have."""
-    return (16, 8, 4, 1) if takes_squares(isa) else (8, 4, 1) if isa.wide else (4, 1)
+def blocks(isa: Isa, layout: AnyLayout) -> tuple[int, ...]:
+    """Rows that a panel may have, most first."""
+    return (16, 8, 4, 1) if takes_squares(isa, layout) else (8, 4, 1) if isa.wide else (4, 1)
 
 
-def most_panels(isa: Isa) -> int:
+def most_panels(isa: Isa, layout: AnyLayout) -> int:
     """How many full panels are multiplied in one turn, at most."""
-    return TALL_ROWS // blocks(isa)[0] if takes_squares(isa) or not isa.wide else 1
+    return TALL_ROWS // blocks(isa, layout)[0] if takes_squares(isa, layout) or not isa.wide else 1
 
 
 @njit
@@ -139,7 +140,7 @@ def fill_row(
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
         e = Emitter(b)
-        e.choose(args[2], {n: partial(_emit_row, e, layout, features, n, args[3:]) for n in blocks(features)})
+        e.choose(args[2], {n: partial(_emit_row, e, layout, features, n, args[3:]) for n in blocks(features, layout)})
         return context.get_dummy_value()
 
     return types.void(kind, isa, *[types.int64] * 7), code

@@ -31,7 +31,7 @@ from candle_vllm.core.kernels.cpu_runtime.emit import I8, I16, I32, I64, Emitter
 from candle_vllm.core.kernels.cpu_runtime.emit_squares import load_square, shape_squares, square_call, store_square
 from candle_vllm.core.kernels.cpu_runtime.level import LANES, Isa
 from candle_vllm.core.kernels.packed_linear.grids import GridLayout, numbers
-from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, VECTOR_BYTES, AnyLayout, PackedKind
+from candle_vllm.core.kernels.packed_linear.layout import GROUP, VECTOR_BYTES, AnyLayout
 
 _ACTIVATION = 127  # the largest, either way
 _UNSIGNED = Isa.VNNI | Isa.AVX_VNNI
@@ -323,32 +323,36 @@ def _by_matrices(
 # ---- sixteen rows at once --------------------------------------------------------------------------------------------
 
 
-def takes_squares(isa: Isa) -> bool:
-    """Whether panels of 16 rows are multiplied by AMX."""
-    return bool(isa & Isa.AMX)
+def takes_squares(isa: Isa, layout: AnyLayout) -> bool:
+    """Whether panels of 16 rows are multiplied by AMX: where a group has one scale, since half of one takes as long."""
+    return bool(isa & Isa.AMX) and layout.width == GROUP
 
 
 @intrinsic(prefer_literal=True)
-def shape_sums(_: Any, kind: Any, memory: Any) -> Any:
+def shape_sums(_: Any, memory: Any) -> Any:
     """Shapes AMX's registers for `square_sums`, by way of 64 bytes of memory; `end_squares` follows in the end."""
-    width = LAYOUTS[PackedKind(kind.literal_value)].width
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
-        shape_squares(Emitter(b), args[1], [(LANES, VECTOR_BYTES), (LANES, width), (width // 4, VECTOR_BYTES)])
+        shape_squares(Emitter(b), args[0], [(LANES, VECTOR_BYTES), (LANES, GROUP), (GROUP // 4, VECTOR_BYTES)])
         return context.get_dummy_value()
 
-    return types.void(kind, types.int64), code
+    return types.void(types.int64), code
 
 
-def square_sums(inputs: Inputs, codes: Any, place: Any, stride: int) -> None:
-    """Writes the sums of a group, or of its halves side by side: 16 rows, `stride` bytes apart.
+def square_sums(e: Emitter, codes: Any, panels: Any, places: Callable[[Any], tuple[Inputs, Any]]) -> None:
+    """Writes the sums of a group, 16 rows of each panel.
 
-    `codes` is the address of its quads as signed numbers, see `layout.py`, one behind the other.
+    `codes` is the address of its quads as signed numbers, see `layout.py`, one behind the other; `places` gives a
+    panel's activations and the address of its sums.
     """
-    e, width = inputs.e, inputs.layout.width
-    for half in range(GROUP // width):
-        load_square(e, _CODES, e.b.add(codes, e.int64(width // 4 * VECTOR_BYTES * half)), e.int64(VECTOR_BYTES))
-        load_square(e, _ACTIVATIONS, e.b.add(inputs.record, e.int64(width * half)), e.int64(GROUP))
+    load_square(e, _CODES, codes, e.int64(VECTOR_BYTES))
+
+    def multiply(panel: Any, state: list[Any]) -> list[Any]:
+        inputs, sums = places(panel)
+        load_square(e, _ACTIVATIONS, inputs.record, e.int64(GROUP))
         square_call(e, "tilezero", _SUMS)
         square_call(e, "tdpbssd", _SUMS, _ACTIVATIONS, _CODES)
-        store_square(e, _SUMS, e.b.add(place, e.int64(VECTOR_BYTES * half)), stride)
+        store_square(e, _SUMS, sums, VECTOR_BYTES)
+        return state
+
+    e.loop(panels, [], multiply)
