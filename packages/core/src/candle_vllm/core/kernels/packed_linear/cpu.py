@@ -3,9 +3,9 @@
 
 A thread owns a run of tiles. It takes as many of them as stay in the cache, and for these goes through the rows of
 activations in panels (`cpu_panel.py`). For each group of a panel the kernel unpacks 8 vectors of codes and multiplies
-each with every row (`cpu_sums.py`), so the codes are read and unpacked once for up to 8 rows. Where registers are short
-a few groups of a tile are unpacked into the first-level cache for several panels of 4 rows (`_emit_tall`), and with AMX
-for panels of 16.
+each with every row (`cpu_sums.py`), so the codes are read and unpacked once for up to 8 rows. Where registers are short,
+with AMX, and of types that are costly to unpack, a few groups of a tile are unpacked into the first-level cache for
+several panels (`_emit_tall`).
 
 Codes are unsigned; where the weight is scale * (code - zero), the int32 sums start at -zero * sum(x) instead of 0. Some
 levels take codes of 8 bits as signed numbers instead.

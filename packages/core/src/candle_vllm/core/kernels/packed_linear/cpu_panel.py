@@ -4,8 +4,8 @@
 
 A panel has 8, 4 or 1 rows; one that is not full repeats its last row, and the repetitions are not written. For each
 group of 32 numbers it has a record: the rows' int8 numbers, then their scales, then what is needed of their sums. Where
-registers are short a panel has 4 rows, and where AMX multiplies 16; then panels of up to 32 rows are multiplied with a
-tile that is unpacked once (`cpu.py`).
+registers are short a panel has 4 rows, and where AMX multiplies 16. There, and where weights are costly to unpack, a
+tile is unpacked once for the panels of up to 32 rows (`cpu.py`).
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ def blocks(isa: Isa, layout: AnyLayout) -> tuple[int, ...]:
 
 
 def most_panels(isa: Isa, layout: AnyLayout) -> int:
-    """How many full panels are multiplied in one turn, at most."""
-    return TALL_ROWS // blocks(isa, layout)[0] if takes_squares(isa, layout) or not isa.wide else 1
+    """How many full panels are multiplied in one turn, at most: several where that is faster than to unpack for each."""
+    costly = isinstance(layout, GridLayout) or layout.bits == 0
+    return TALL_ROWS // blocks(isa, layout)[0] if costly or takes_squares(isa, layout) or not isa.wide else 1
 
 
 @njit
