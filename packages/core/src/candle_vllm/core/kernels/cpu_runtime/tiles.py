@@ -86,7 +86,7 @@ _MOST_RUNS = (RUNS_BYTES // 8 - _HEAD) // 2
 
 
 @intrinsic
-def _ask_line(_: Any, address: Any) -> Any:
+def ask_line(_: Any, address: Any) -> Any:
     """Asks for a cache line that is not read at once."""
 
     def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
@@ -133,7 +133,7 @@ def ask_lines(runs: int, lines: int) -> None:
             int64_at(runs)[_NEXT] = number + 1
         some = min(lines, (end - at + 63) >> 6)
         for _ in range(some):
-            _ask_line(at)
+            ask_line(at)
             at += 64
         lines -= some
     int64_at(runs)[_AT], int64_at(runs)[_END] = at, end

@@ -25,7 +25,7 @@ from candle_vllm.core.kernels.cpu_runtime.emit import F32, I16, I32, Emitter, ve
 from candle_vllm.core.kernels.cpu_runtime.level import LANES
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
 from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, float_from_bits, int64_at, read, step_number
-from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
+from candle_vllm.core.kernels.cpu_runtime.tiles import ask_line, stack_bytes
 from candle_vllm.core.kernels.kv_write import WriteArguments
 
 _QUERY, _KEY, _VALUE, _FLOATS = range(4)
@@ -216,10 +216,20 @@ def _write_value_blocks(row: int, dim: int, cache: int, place: int, size: int, c
         quantise_value(row + 4 * BLOCK * n, to + step * n, fifths, scale, kind)
 
 
+@njit(inline="always")
+def _ask_lines(key: int, stride: int, value: int, dim: int) -> None:
+    """Asks for the lines of a position's key and value in a bfloat16 cache, which no core may have."""
+    for pair in range(dim >> 1):
+        ask_line(key + stride * pair)
+    for at in range(0, 4 * dim, 64):
+        ask_line(value + at)
+
+
 def make_rotate_and_write(keys_as: int, values_as: int) -> Callable[..., None]:
     """The operation for one `CacheKind` of keys and of values."""
     keys, values = CacheKind(keys_as), CacheKind(values_as)
     plain_keys, plain_values = keys == CacheKind.BF16, values == CacheKind.BF16
+    ASKS = plain_keys and plain_values  # for the next token's place, where that is another sequence's
     # What a number takes, in 1/64 bytes: heads' sizes are known where the operation runs.
     key_codes, value_codes = code_bytes(keys, 64), code_bytes(values, 64)
     key_minima, value_minima = int(keys.has_minima), int(values.has_minima)
@@ -257,6 +267,11 @@ def make_rotate_and_write(keys_as: int, values_as: int) -> Callable[..., None]:
                 head = (h - heads) % kv_heads
                 place = place_of(slots[t], head, given.block_shift, given.stretch_step)
                 place += head * given.head_gap
+                if ASKS and h < heads + kv_heads and t + 1 < tokens and slots[t + 1] != slots[t] + 1:
+                    coming = place_of(slots[t + 1], head, given.block_shift, given.stretch_step)
+                    coming += head * given.head_gap
+                    to = given.key_cache + 2 * dim * (coming & -strip) + 4 * (coming & (strip - 1))
+                    _ask_lines(to, 4 * strip, given.value_cache + 2 * dim * (coming & ~1), dim)
                 if h < heads + kv_heads:
                     source = x + 4 * (given.k_column + head * dim)
                     if plain_keys:
