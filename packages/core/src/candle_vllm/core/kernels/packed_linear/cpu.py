@@ -3,9 +3,9 @@
 
 A thread owns a run of tiles. It takes as many of them as stay in the cache, and for these goes through the rows of
 activations in panels (`cpu_panel.py`). For each group of a panel the kernel unpacks 8 vectors of codes and multiplies
-each with every row (`cpu_sums.py`), so the codes are read and unpacked once for up to 8 rows. Where registers are short,
-with AMX, and of types that are costly to unpack, a few groups of a tile are unpacked into the first-level cache for
-several panels (`_emit_tall`).
+each with every row (`cpu_sums.py`), so the codes are read and unpacked once for up to 8 rows. Where registers are
+short, with AMX, and of types that are costly to unpack, a few groups of a tile are unpacked into the first-level cache
+for several panels (`_emit_tall`).
 
 Codes are unsigned; where the weight is scale * (code - zero), the int32 sums start at -zero * sum(x) instead of 0. Some
 levels take codes of 8 bits as signed numbers instead.
@@ -127,8 +127,10 @@ def _signed_quad(e: Emitter, group: Any, codes: Any, layout: TileLayout, quad: i
 
 def _less(e: Emitter, words: Any, zero: int) -> Any:
     """Each byte less a zero."""
-    kind = vector(I8, 4 * ROWS)
-    return e.b.bitcast(e.b.sub(e.b.bitcast(words, kind), e.constant(I8, zero, 4 * ROWS)), vector(I32)) if zero else words
+    if zero == 0:
+        return words
+    zeros = e.constant(I8, zero, 4 * ROWS)
+    return e.b.bitcast(e.b.sub(e.b.bitcast(words, zeros.type), zeros), words.type)
 
 
 def _stored_quad(e: Emitter, codes: Any, layout: TileLayout, quad: int, lanes: int) -> Any:
@@ -286,9 +288,7 @@ class _Group(NamedTuple):
     quad: Callable[[int], Any]
 
 
-def _packed_group(
-    e: Emitter, layout: AnyLayout, isa: Isa, weights: Any, group: Any, *, signed: bool = False
-) -> _Group:
+def _packed_group(e: Emitter, layout: AnyLayout, isa: Isa, weights: Any, group: Any, *, signed: bool = False) -> _Group:
     """Group `group` of a tile as it is packed; its codes are `signed`, or as `takes_signed` says."""
     head, number, codes = _block_of(e, weights, group, layout)
     if isinstance(layout, GridLayout):
@@ -404,8 +404,8 @@ def _emit_tall(e: Emitter, layout: AnyLayout, isa: Isa, count: int, at: _Tile) -
     """What `multiply` does, of several panels, or with AMX.
 
     A few groups are unpacked for all of them; for each panel, first the sums of these are made and then added to the
-    totals, since there are not registers for both. AMX makes the sums of all panels before. What is between stays in the
-    first-level cache.
+    totals, since there are not registers for both; AMX makes the sums of all panels before. What is between stays in
+    the first-level cache.
     """
     squares = takes_squares(isa, layout)
     b, of_panel, row_sums = e.b, count * 4 * ROWS, VECTOR_BYTES * GROUP // layout.width

@@ -43,7 +43,7 @@ def blocks(isa: Isa, layout: AnyLayout) -> tuple[int, ...]:
 
 
 def most_panels(isa: Isa, layout: AnyLayout) -> int:
-    """How many full panels are multiplied in one turn, at most: several where that is faster than to unpack for each."""
+    """How many full panels are multiplied in one turn, at most: several where to unpack for each would be slower."""
     costly = isinstance(layout, GridLayout) or layout.bits == 0
     return TALL_ROWS // blocks(isa, layout)[0] if costly or takes_squares(isa, layout) or not isa.wide else 1
 
