@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: MIT
 """The models that the GPU benchmarks measure: their sizes, and files that need no download.
 
+    python benchmarks/gpu/models.py MODEL.gguf --shape llama-1.1b --mixture IQ2_XXS     writes one, for other benchmarks
+
 A folder gets a config.json and a tokenizer, and its weights come from `load_format="dummy"`. A GGUF file is written
-whole, in the mixture of types that llama.cpp calls Q4_K_M: 8 million random weights, repeated, with scales that make
-them as large as a model's, since arithmetic on zeros would run faster than on a model. The tokenizer has one token for
-each byte and made-up words for all other ids, but no merges, so reading it is a little faster than reading a real one.
+whole, in a mixture of types (`MIXTURES`): 8 million random weights, repeated, with scales that make them as large as a
+model's, since arithmetic on zeros would run faster than on a model. The tokenizer has one token for each byte and
+made-up words for all other ids, but no merges, so reading it is a little faster than reading a real one.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -77,6 +80,7 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
             "llama", "LlamaForCausalLM", 32, 4096, 14336, 32, 8, 128, 128256, 131072, False, _LLAMA_MORE
         ),
         "qwen3-0.6b": Shape("qwen3", "Qwen3ForCausalLM", 28, 1024, 3072, 16, 8, 128, 151936, 40960, True, _QWEN_MORE),
+        "llama-1.1b": Shape("llama", "LlamaForCausalLM", 22, 2048, 5632, 32, 4, 64, 32000, 2048, False, _TOY_MORE),
         "toy": Shape("llama", "LlamaForCausalLM", 2, 256, 512, 4, 2, 64, 512, 2048, False, _TOY_MORE),
     }
 )
@@ -139,8 +143,33 @@ def vocabulary_words(count: int) -> list[str]:
 # ---- a GGUF file -----------------------------------------------------------------------------------------------------
 
 
-def write_gguf(path: Path, shape: Shape) -> Path:
-    """A llama in Q4_K_M: what llama.cpp gives 6 bits has 6 bits, the other matrices 4."""
+class Mixture(NamedTuple):
+    """The types of a file's matrices; `better` is of those that llama.cpp gives more bits in its Q4_K_M."""
+
+    table: str
+    usual: str
+    better: str
+    head: str
+
+
+MIXTURES: Mapping[str, Mixture] = MappingProxyType(
+    {"Q4_K_M": Mixture("Q4_K", "Q4_K", "Q6_K", "Q6_K"), "IQ2_XXS": Mixture("Q2_K", "IQ2_XXS", "IQ2_XXS", "Q5_K")}
+)
+
+# Bytes of 256 weights, where their floats are, and those that make the weights 0.02 large.
+_BLOCKS: Mapping[str, tuple[int, int, tuple[float, ...]]] = MappingProxyType(
+    {
+        "Q2_K": (84, 80, (0.002, 0.002)),
+        "Q4_K": (144, 0, (0.8e-4, 0.6e-3)),
+        "Q5_K": (176, 0, (0.4e-4, 0.6e-3)),
+        "Q6_K": (210, 208, (1.5e-5,)),
+        "IQ2_XXS": (66, 0, (4e-4,)),
+    }
+)
+
+
+def write_gguf(path: Path, shape: Shape, mixture: str = "Q4_K_M") -> Path:
+    """A llama in a mixture of types."""
     from gguf import GGMLQuantizationType, GGUFWriter
 
     assert shape.model_type == "llama"
@@ -162,7 +191,7 @@ def write_gguf(path: Path, shape: Shape) -> Path:
     writer.add_token_types([3, 3] + [1] * (len(words) - 2))
     writer.add_token_merges(["a a"])  # a file without merges has no byte-pair tokenizer
     writer.add_eos_token_id(1)
-    tensors = list(gguf_tensors(shape))
+    tensors = list(gguf_tensors(shape, mixture))
     for name, kind, rows, columns in tensors:
         size = rows * columns * 4 if kind == "F32" else rows * row_bytes(kind, columns)
         numbers = (columns,) if kind == "F32" else (rows, columns)
@@ -172,7 +201,7 @@ def write_gguf(path: Path, shape: Shape) -> Path:
     writer.write_ti_data_to_file()
     writer.close()
     with path.open("ab") as stream:
-        patterns = {kind: _blocks(kind, 1 << 15) for kind in ("Q4_K", "Q6_K")}
+        patterns = {kind: _blocks(kind, 1 << 15) for kind in set(MIXTURES[mixture])}
         for _, kind, rows, columns in tensors:
             stream.write(bytes(-stream.tell() % 32))
             if kind == "F32":
@@ -183,17 +212,18 @@ def write_gguf(path: Path, shape: Shape) -> Path:
     return path
 
 
-def gguf_tensors(shape: Shape) -> Iterator[tuple[str, str, int, int]]:
+def gguf_tensors(shape: Shape, mixture: str = "Q4_K_M") -> Iterator[tuple[str, str, int, int]]:
     """Name, type, rows and columns of every tensor; a norm is one row."""
-    yield "token_embd.weight", "Q4_K", shape.vocabulary, shape.hidden
+    of = MIXTURES[mixture]
+    yield "token_embd.weight", of.table, shape.vocabulary, shape.hidden
     for layer in range(shape.layers):
         yield f"blk.{layer}.attn_norm.weight", "F32", 1, shape.hidden
         yield f"blk.{layer}.ffn_norm.weight", "F32", 1, shape.hidden
         for name, (rows, columns) in shape.layer_matrices.items():
             better = name in ("attn_v", "ffn_down") and _more_bits(layer, shape.layers)
-            yield f"blk.{layer}.{name}.weight", "Q6_K" if better else "Q4_K", rows, columns
+            yield f"blk.{layer}.{name}.weight", of.better if better else of.usual, rows, columns
     yield "output_norm.weight", "F32", 1, shape.hidden
-    yield "output.weight", "Q6_K", shape.vocabulary, shape.hidden
+    yield "output.weight", of.head, shape.vocabulary, shape.hidden
 
 
 def gguf_read_bytes(shape: Shape) -> int:
@@ -206,9 +236,9 @@ def gguf_read_bytes(shape: Shape) -> int:
 
 
 def row_bytes(kind: str, columns: int) -> int:
-    """Bytes of a row of a K-quant matrix, as the file has it."""
+    """Bytes of a row of a quantised matrix, as the file has it."""
     assert columns % 256 == 0
-    return columns // 256 * {"Q4_K": 144, "Q6_K": 210}[kind]
+    return columns // 256 * _BLOCKS[kind][0]
 
 
 def _more_bits(layer: int, layers: int) -> bool:
@@ -218,15 +248,27 @@ def _more_bits(layer: int, layers: int) -> bool:
 
 def _blocks(kind: str, count: int) -> bytes:
     """Random blocks whose weights have a standard deviation of about 0.02."""
-    random = np.random.default_rng(0)
-    blocks = random.integers(0, 256, (count, row_bytes(kind, 256)), np.uint8)
-    if kind == "Q4_K":  # d and dmin, f16, before 6-bit scales and minima: d * scale * code - dmin * minimum
-        blocks[:, :4] = np.array([0.8e-4, 0.6e-3], np.float16).view(np.uint8)
-    else:  # d, f16, behind 8-bit scales: d * scale * (code - 32)
-        blocks[:, -2:] = np.array([1.5e-5], np.float16).view(np.uint8)
+    size, at, floats = _BLOCKS[kind]
+    blocks = np.random.default_rng(0).integers(0, 256, (count, size), np.uint8)
+    blocks[:, at : at + 2 * len(floats)] = np.array(floats, np.float16).view(np.uint8)
     return blocks.tobytes()
 
 
 def _write_repeated(stream: Any, pattern: bytes, size: int) -> None:
     for start in range(0, size, len(pattern)):
         stream.write(pattern[: size - start])
+
+
+def main() -> None:
+    """Writes a GGUF file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, metavar="MODEL.gguf")
+    shapes = [name for name, shape in SHAPES.items() if shape.model_type == "llama"]
+    parser.add_argument("--shape", choices=shapes, default="llama-1.1b")
+    parser.add_argument("--mixture", choices=list(MIXTURES), default="Q4_K_M")
+    options = parser.parse_args()
+    write_gguf(options.model, SHAPES[options.shape], options.mixture)
+
+
+if __name__ == "__main__":
+    main()
