@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import queue
 import random
 import select
 import signal
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from test_ranks import engine_of as engine_alone
 from test_sight import write_towers
 
 from candle_vllm.core import EngineConfig, InferenceEngine
-from candle_vllm.core.engine import nodes
+from candle_vllm.core.engine import nodes, rank_line
 from candle_vllm.core.engine.nodes import Door, Invitation, _connect
 from candle_vllm.core.engine.rank_line import Go, Line, Ready, Score
 from candle_vllm.core.errors import ConfigError, EngineDeadError, ModelLoadError
@@ -380,6 +383,55 @@ def test_a_rank_joins_a_process_with_many_files() -> None:
         far = [_connect(invitation(door), side=side) for side in (False, True)]
         joined = door.everyone()[1]
         for each in (*far, joined.line, joined.side):
+            each.socket.close()
+
+
+class Full:
+    """A listener of a process that may open no more files for a while."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self.listener, self.refused, self.until = listener, 0, time.monotonic() + 1
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        if time.monotonic() < self.until:
+            self.refused += 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return self.listener.accept()
+
+    def close(self) -> None:
+        self.listener.close()
+
+
+def test_a_rank_joins_when_files_may_be_opened_again(door: Door, caplog: pytest.LogCaptureFixture) -> None:
+    full = Full(door._listener)
+    door._listener = full  # pyright: ignore[reportAttributeAccessIssue]
+    far = [_connect(invitation(door), side=side) for side in (False, True)]
+    joined = door.everyone()[1]
+    assert 1 <= full.refused <= 7  # it waits, and does not ask as fast as it can
+    assert [record.getMessage() for record in caplog.records if "let in" in record.getMessage()] == [
+        f"who wants to join as a rank cannot be let in: [Errno {errno.EMFILE}] {os.strerror(errno.EMFILE)}"
+    ]
+    for each in (*far, joined.line, joined.side):
+        each.socket.close()
+
+
+def test_a_rank_whose_reader_fails_ends(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+    monkeypatch.setattr(rank_line, "_GRACE", 0)
+    monkeypatch.setattr(rank_line, "os", types.SimpleNamespace(_exit=ended.put))
+    ends = [tuple(map(Line, socket.socketpair())) for _ in range(2)]
+
+    def fail(asked: object) -> None:
+        raise KeyError("nobody expects that")
+
+    side = rank_line.Side(ends[0][0], ends[1][0], None)
+    side.read_by(fail)
+    ends[0][1].send(rank_line.EndReading(0, 0))
+    for _ in range(2):  # who listens and who says that it lives
+        assert ended.get(timeout=10) == 0
+    assert "can no longer be asked for blocks" in caplog.text
+    for pair in ends:
+        for each in pair:
             each.socket.close()
 
 

@@ -128,10 +128,17 @@ class Door:
         threading.Thread(target=self._listen, name="candle-vllm-nodes", daemon=True).start()
 
     def _listen(self) -> None:
+        said = ""
         while not self._closed:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:  # the time is over, or who came has gone
+            except TimeoutError:
+                continue
+            except OSError as error:  # who came has gone, or this process may have no more files, and again at once
+                if str(error) != said:
+                    said = str(error)
+                    logger.warning("who wants to join as a rank cannot be let in: %s", said)
+                time.sleep(_GLANCE)
                 continue
             if not self._shaking.acquire(blocking=False):
                 connection.close()

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import hmac
 import itertools
+import logging
 import os
 import queue
 import socket
@@ -30,6 +31,8 @@ from candle_vllm.core.engine.model_runner import ModelRunner
 from candle_vllm.core.errors import EngineDeadError
 from candle_vllm.core.kernels.sampling.contract import Control
 from candle_vllm.core.kernels.sampling.shares import Wish
+
+logger = logging.getLogger(__name__)
 
 MOST_BYTES = 1 << 28  # of a frame
 _PIECE = 1 << 20  # bytes of a frame that are given memory before they have come
@@ -445,7 +448,7 @@ class Side:
             threading.Thread(target=work, name="candle-vllm-rank-side", daemon=True).start()
 
     def _listen(self) -> None:
-        with contextlib.suppress(EOFError, OSError, ValueError):
+        try:
             while True:
                 said: ToSide = self._line.receive(ToSide)
                 self._quiet = 0
@@ -457,6 +460,10 @@ class Side:
                             self._early.append(said)
                         else:
                             self._reads(said)
+        except (EOFError, OSError, ValueError):
+            pass
+        except Exception:  # of who reads: the first rank would wait for blocks, for this one says that it lives
+            logger.exception("a rank ends, since it can no longer be asked for blocks")
         self._end()
 
     def _beat(self) -> None:
