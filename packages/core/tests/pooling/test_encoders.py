@@ -406,8 +406,9 @@ async def test_cancelled_texts_are_not_run_and_a_full_queue_refuses(
 async def test_closing_ends_what_waits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch)
     engine = InferenceEngine(str(folder), max_num_seqs=1)
-    tasks = [asyncio.create_task(engine.aembed(word)) for word in ("one", "two")]
+    tasks = [asyncio.create_task(engine.aembed("one"))]
     await asyncio.to_thread(gate.reached.wait, 30)
+    tasks.append(asyncio.create_task(engine.aembed("two")))  # texts become tokens in several threads
     thread = engine._thread
     assert thread is not None
     while len(thread._clients) < 2:
