@@ -415,14 +415,17 @@ def test_a_rank_joins_when_files_may_be_opened_again(door: Door, caplog: pytest.
         each.socket.close()
 
 
-def test_a_rank_whose_reader_fails_ends(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("error", [KeyError, OSError, ValueError])
+def test_a_rank_whose_reader_fails_ends(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: type[Exception]
+) -> None:
     ended: queue.SimpleQueue[int] = queue.SimpleQueue()
     monkeypatch.setattr(rank_line, "_GRACE", 0)
     monkeypatch.setattr(rank_line, "os", types.SimpleNamespace(_exit=ended.put))
     ends = [tuple(map(Line, socket.socketpair())) for _ in range(2)]
 
     def fail(asked: object) -> None:
-        raise KeyError("nobody expects that")
+        raise error("nobody expects that")
 
     side = rank_line.Side(ends[0][0], ends[1][0], None)
     side.read_by(fail)

@@ -164,6 +164,17 @@ def test_packing_keeps_every_number(kind, rows, columns):
     assert rows % 16 or kind in IN_CODES or matrix.nbytes <= 1.04 * raw.nbytes
 
 
+@pytest.mark.parametrize("columns", [1280, 5120], ids=["few groups", "fewer panels at once"])
+@pytest.mark.parametrize("name", ["Q4_1", "Q6_K", "IQ3_S", "TQ1_0"])
+def test_a_row_has_the_bits_that_it_has_alone(name, columns, lone_thread):
+    matrix, inputs = packed(PackedKind[name], 33, columns), activations(41, columns)
+    alone = np.concatenate(
+        [multiply(lone_thread, matrix, tuple(part[row : row + 1] for part in inputs)) for row in range(41)]
+    )
+    for rows in (8, 9, 16, 17, 24, 33, 40, 41):
+        assert same_bits(multiply(lone_thread, matrix, tuple(part[:rows] for part in inputs)), alone[:rows])
+
+
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_odd_number_of_groups(name, lone_thread):
     matrix = packed(PackedKind[name], 17, 96)

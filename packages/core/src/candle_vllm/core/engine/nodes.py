@@ -131,20 +131,33 @@ class Door:
         said = ""
         while not self._closed:
             try:
-                connection, _ = self._listener.accept()
+                self._let_in()
+                said = ""
             except TimeoutError:
                 continue
-            except OSError as error:  # who came has gone, or this process may have no more files, and again at once
+            except (
+                OSError,
+                RuntimeError,
+            ) as error:  # this process may have no more files or threads, and again at once
                 if str(error) != said:
                     said = str(error)
                     logger.warning("who wants to join as a rank cannot be let in: %s", said)
                 time.sleep(_GLANCE)
-                continue
-            if not self._shaking.acquire(blocking=False):
-                connection.close()
-                continue
-            threading.Thread(target=self._admit, args=(connection,), name="candle-vllm-joining", daemon=True).start()
         self._listener.close()
+
+    def _let_in(self) -> None:
+        """Waits for one and has a thread of its own look who it is."""
+        connection, _ = self._listener.accept()
+        if not self._shaking.acquire(blocking=False):
+            connection.close()
+            return
+        looking = threading.Thread(target=self._admit, args=(connection,), name="candle-vllm-joining", daemon=True)
+        try:
+            looking.start()
+        except RuntimeError:
+            self._shaking.release()
+            connection.close()
+            raise
 
     def _admit(self, connection: socket.socket) -> None:
         try:

@@ -449,8 +449,7 @@ class Side:
 
     def _listen(self) -> None:
         try:
-            while True:
-                said: ToSide = self._line.receive(ToSide)
+            while (said := self._heard()) is not None:
                 self._quiet = 0
                 if isinstance(said, Found) and said.number in self._asked:
                     self._asked.pop(said.number).put(said.value)
@@ -460,11 +459,16 @@ class Side:
                             self._early.append(said)
                         else:
                             self._reads(said)
-        except (EOFError, OSError, ValueError):
-            pass
         except Exception:  # of who reads: the first rank would wait for blocks, for this one says that it lives
             logger.exception("a rank ends, since it can no longer be asked for blocks")
         self._end()
+
+    def _heard(self) -> ToSide | None:
+        """The next thing that the first rank says; None when it has gone."""
+        try:
+            return self._line.receive(ToSide)
+        except (EOFError, OSError, ValueError):
+            return None
 
     def _beat(self) -> None:
         with contextlib.suppress(OSError):

@@ -29,7 +29,7 @@ class Isa(enum.IntFlag):
     GENERIC = 0
     VNNI = 1  # AVX512-VNNI: 64 products of 8 bits, summed by fours
     BF16 = 2  # AVX512-BF16: 32 products of bfloat16, summed by twos
-    AMX = 4  # AMX-BF16: 16 by 16 sums of 32 products of bfloat16
+    AMX = 4  # AMX-BF16 and -INT8: 16 by 16 sums of 32 products of bfloat16, or of up to 64 of 8 bits
     AVX512 = 8  # 32 registers of 512 bits; every CPU with one of the two above has them
     AVX2 = 16  # 16 registers of 256 bits; every CPU with AVX-512 has them
     AVX_VNNI = 32  # VNNI's instructions with 256 bits, without AVX-512

@@ -229,7 +229,9 @@ def make_rotate_and_write(keys_as: int, values_as: int) -> Callable[..., None]:
     """The operation for one `CacheKind` of keys and of values."""
     keys, values = CacheKind(keys_as), CacheKind(values_as)
     plain_keys, plain_values = keys == CacheKind.BF16, values == CacheKind.BF16
-    ASKS = plain_keys and plain_values  # for the next token's place, where that is another sequence's
+    ASKS = (
+        plain_keys and plain_values
+    )  # for the next token's place, where this thread writes it and it is another sequence's
     # What a number takes, in 1/64 bytes: heads' sizes are known where the operation runs.
     key_codes, value_codes = code_bytes(keys, 64), code_bytes(values, 64)
     key_minima, value_minima = int(keys.has_minima), int(values.has_minima)
@@ -267,7 +269,7 @@ def make_rotate_and_write(keys_as: int, values_as: int) -> Callable[..., None]:
                 head = (h - heads) % kv_heads
                 place = place_of(slots[t], head, given.block_shift, given.stretch_step)
                 place += head * given.head_gap
-                if ASKS and h < heads + kv_heads and t + 1 < tokens and slots[t + 1] != slots[t] + 1:
+                if ASKS and h < heads + kv_heads and unit + each < last and slots[t + 1] != slots[t] + 1:
                     coming = place_of(slots[t + 1], head, given.block_shift, given.stretch_step)
                     coming += head * given.head_gap
                     to = given.key_cache + 2 * dim * (coming & -strip) + 4 * (coming & (strip - 1))

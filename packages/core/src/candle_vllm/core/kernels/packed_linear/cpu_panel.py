@@ -2,7 +2,7 @@
 # pyright: reportCallIssue=false, reportArgumentType=false
 """Panels of activations for the packed linear layer: rows side by side, in the order in which the kernel reads them.
 
-A panel has 8, 4 or 1 rows; one that is not full repeats its last row, and the repetitions are not written. For each
+A panel has 16, 8, 4 or 1 rows; one that is not full repeats its last row, and the repetitions are not written. For each
 group of 32 numbers it has a record: the rows' int8 numbers, then their scales, then what is needed of their sums. Where
 registers are short a panel has 4 rows, and where AMX multiplies 16. There, and where weights are costly to unpack, a
 tile is unpacked once for the panels of up to 32 rows (`cpu.py`).
