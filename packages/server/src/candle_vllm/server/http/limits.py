@@ -24,6 +24,7 @@ HEADERS = tuple(
     f"x-ratelimit-{what}-{kind}" for kind in ("requests", "tokens") for what in ("limit", "remaining", "reset")
 )
 MINUTE = 60.0
+ROUNDING = 1e-6  # seconds: who waited as long as it was told may be so much too early, by floats
 _SWEEP = 1024  # meters, from where on those that are as new are let go
 
 
@@ -155,9 +156,10 @@ class RateLimits:
             return
         now = self.clock()
         for kind, bucket in meter.buckets():
-            if bucket.level(now) < 1:
+            wait = bucket.until(1, now)
+            if wait > ROUNDING:
                 self._refused(caller.label, kind)
-                seconds = max(1, math.ceil(bucket.until(1, now)))
+                seconds = max(1, math.ceil(wait))
                 whose = f"The key {caller.label!r}" if caller.label else "This server"
                 message = f"{whose} allows {bucket.limit} {kind} per minute, and they are used up: wait {seconds} s."
                 raise HttpError(429, message, "rate_limit_exceeded", {"retry-after": str(seconds)})
