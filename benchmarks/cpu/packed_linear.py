@@ -6,7 +6,7 @@
 
 A plan of as many different matrices as fill `--megabytes` is run several times; the fastest and the median round count.
 `gops` are multiplications and additions, `gbps` the packed bytes of the weights, `file_gbps` the file's, `blocks` the
-forms of the kernel that take the rows. A type is measured as it is packed here, or a layout (IQ3_S_CODES).
+rows of the panels in which the kernel takes them. A type is measured as it is packed here, or a layout (IQ3_S_CODES).
 `--ahead` measures several distances at which weights are asked for, in turns (this CPU's alone, unless given);
 `of_first` is the median of the rounds' ratios to the first. With `--pack`, the time to pack a GGUF
 matrix of 16 million weights of each type as well.
@@ -26,7 +26,8 @@ from candle_vllm.core.kernels.cpu_runtime.operation import address_of, plan_row,
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import WeightMemory
 from candle_vllm.core.kernels.packed_linear import PackedKind, PackedMatrix, host_kind, pack
-from candle_vllm.core.kernels.packed_linear.layout import LAYOUTS, ROWS, linear_arguments, linear_operation
+from candle_vllm.core.kernels.packed_linear.cpu_panel import blocks, cut_rows, most_panels, record_bytes
+from candle_vllm.core.kernels.packed_linear.layout import GROUP, LAYOUTS, ROWS, linear_arguments, linear_operation
 from candle_vllm.core.kernels.packed_linear.reference import quantise
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
@@ -103,7 +104,7 @@ def _measure(team: ThreadTeam, operation: int, kind: PackedKind, rows: int, opti
                 "n": n,
                 "k": k,
                 "rows": rows,
-                "blocks": _blocks(rows),
+                "blocks": _blocks(kind, k, rows),
                 "ahead": ahead,
                 "us": round(best * 1e6, 1),
                 "median_us": round(statistics.median(found[1:]) * 1e6, 1),
@@ -117,10 +118,14 @@ def _measure(team: ThreadTeam, operation: int, kind: PackedKind, rows: int, opti
     return reports
 
 
-def _blocks(rows: int) -> list[int]:
-    """The forms in which `packed_linear.cpu.make_linear` takes so many rows."""
-    left = rows % 8
-    return [8] * (rows // 8) + ([8 if left > 4 else 4 if left > 1 else 1] if left else [])
+def _blocks(kind: PackedKind, k: int, rows: int) -> list[int]:
+    """The rows of the panels in which `packed_linear.cpu.make_linear` takes so many."""
+    layout, found = LAYOUTS[kind], list[int]()
+    full, most = blocks(host_isa(), layout)[0], most_panels(host_isa(), layout)
+    while (left := rows - sum(found)) > 0:
+        block, panels = cut_rows(left, k // GROUP, full, most, record_bytes(layout, full))
+        found += [block] * panels
+    return found
 
 
 def _random_matrix(kind: PackedKind, n: int, k: int, memory: WeightMemory) -> PackedMatrix:
