@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the tests of every package share stands in `tests`; --import-mode=importlib does not look there by itself."""
+"""What the tests of every package share. Helpers are imported by their full names, which begin at this folder."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parent / "tests"))
-pytest_plugins = ["common_run", "slowest_tests"]
+sys.path.insert(0, str(Path(__file__).parent))
+pytest_plugins = ["tests.common_run", "tests.slowest_tests"]
 with contextlib.suppress(ImportError):  # tests on a GPU machine run without it
     from hypothesis import HealthCheck, settings
 
@@ -53,7 +53,7 @@ def _what_is_imported_is_no_garbage(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(scope="session")
 def llama_cpp_models() -> Path:
     """llama.cpp's `models` folder: ggml-vocab-*.gguf with .inp and .out, and templates/*.jinja."""
-    from registry_packages import CACHE, pypi_file, unpacked
+    from tests.registry_packages import CACHE, pypi_file, unpacked
 
     name = "llama_cpp_python-0.3.36"
     sha256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from registry_packages import CACHE, checked, npm_file, unpacked
+
+from tests.registry_packages import CACHE, checked, npm_file, unpacked
 
 VERSION = "2.1.329"
 _SHA256 = "a74d6c8441a19b2d2f44c1f5735b37dc0a34b2d4f224f8333d08ce03cf2060bb"

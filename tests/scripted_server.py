@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from live_server import ServerProcess
-from waiting import wait_for
+from tests.live_server import ServerProcess
+from tests.waiting import wait_for
 
 _PROGRAM = Path(__file__).with_name("scripted_program.py")
 _NAMESPACE = ("unshare", "--map-root-user", "--net")

@@ -12,12 +12,12 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import serving
 
 from candle_vllm.core import InferenceEngine, LoRARequest, SamplingParams
 from candle_vllm.core.testing.toy_adapter import linear_shapes, write_adapter
 from candle_vllm.core.testing.toy_model import write_toy_model
 from candle_vllm.server.cli import main
+from tests.live_server import serving
 
 PROMPT = "abc" * 10
 ASKED = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0, "ignore_eos": True, "return_token_ids": True}

@@ -23,11 +23,11 @@ from chaos.answers import usage_of
 from chaos.judge import Judge, Limits
 from chaos.samples import CLIENT_KEYS, OPERATOR_KEY, cheap, generations, wrong
 from chaos.siege import MODELS, Scale, Siege, ask, operator
-from live_server import ServerProcess
 from prometheus_client.parser import text_string_to_metric_families
-from waiting import until, wait_for
 
 from candle_vllm.server.settings.derived import demo_model
+from tests.live_server import ServerProcess
+from tests.waiting import until, wait_for
 
 pytestmark = [
     pytest.mark.timeout(1800),

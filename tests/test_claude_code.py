@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from claude_code import ClaudeCode, claude_code
-from scripted_server import ScriptedServer, can_be_isolated, tool_call
+
+from tests.claude_code import ClaudeCode, claude_code
+from tests.scripted_server import ScriptedServer, can_be_isolated, tool_call
 
 pytestmark = [pytest.mark.peer, pytest.mark.timeout(600)]
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from codex import Codex, codex
-from scripted_server import ScriptedServer, can_be_isolated, tool_call
+
+from tests.codex import Codex, codex
+from tests.scripted_server import ScriptedServer, can_be_isolated, tool_call
 
 pytestmark = [pytest.mark.peer, pytest.mark.timeout(600)]
 

@@ -24,8 +24,9 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import clean_environment
-from waiting import wait_for
+
+from tests.live_server import clean_environment
+from tests.waiting import wait_for
 
 pytest.importorskip("cog", reason="the package cog is not there")
 

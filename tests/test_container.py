@@ -19,13 +19,13 @@ from types import ModuleType
 
 import httpx
 import pytest
-from live_server import clean_environment, free_port
-from release_script import release
-from waiting import wait_for
 
 from candle_vllm.server.settings.foreign_variables import DEPLOYMENTS, HUB_TOKENS
 from candle_vllm.server.settings.options import ENV_PREFIX
 from candle_vllm.server.settings.table import BY_NAME
+from tests.live_server import clean_environment, free_port
+from tests.release_script import release
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"

@@ -17,15 +17,15 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from live_server import ServerProcess, clean_environment, free_port
-from postgres_server import new_database, postgres_server
-from waiting import wait_for
 
 from candle_vllm.core import EngineConfig, InferenceEngine
 from candle_vllm.core.testing.toy_adapter import linear_shapes, write_adapter
 from candle_vllm.server.settings.foreign_variables import DEPLOYMENTS, HUB_TOKENS
 from candle_vllm.server.settings.options import ENV_PREFIX
 from candle_vllm.server.settings.table import BY_NAME
+from tests.live_server import ServerProcess, clean_environment, free_port
+from tests.postgres_server import new_database, postgres_server
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"

@@ -14,10 +14,10 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import serving
 
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.server.settings.command_line import parse, split_command
+from tests.live_server import serving
 
 ROOT = Path(__file__).parents[1]
 WITH_CODE = sorted([ROOT / "README.md", ROOT / "LIBRARY_API.md", *ROOT.glob("packages/*/README.md")])

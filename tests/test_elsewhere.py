@@ -14,11 +14,11 @@ from typing import Any
 
 import httpx
 import pytest
-from common_run import few
-from live_server import PATIENCE, clean_environment
-from waiting import wait_for
 
 from candle_vllm.core import InferenceEngine, SamplingParams
+from tests.common_run import few
+from tests.live_server import PATIENCE, clean_environment
+from tests.waiting import wait_for
 
 ELSEWHERE = Path(__file__).with_name("elsewhere.py")
 SYSTEMS = ["win32", "darwin"]

@@ -10,11 +10,11 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from live_server import openai_client, serving
 
 from candle_vllm.core import InferenceEngine
 from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
+from tests.live_server import openai_client, serving
 
 TEXTS = ["hello", "the quick brown fox", "jumps over the lazy dog", "x"]
 

@@ -21,10 +21,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from live_server import COMMAND, ServerProcess, clean_environment, openai_client, run_command
-from waiting import wait_for
 
 from candle_vllm.core.config import demo_model
+from tests.live_server import COMMAND, ServerProcess, clean_environment, openai_client, run_command
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.timeout(600)  # a busy machine is many times slower than an idle one
 

@@ -20,8 +20,6 @@ from typing import Any
 
 import httpx
 import pytest
-from common_run import few
-from waiting import until, wait_for
 from websockets.asyncio.client import connect
 
 from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
@@ -32,6 +30,8 @@ from candle_vllm.server.models.loader import ModelLoader
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.serve import bind, make_server
+from tests.common_run import few
+from tests.waiting import until, wait_for
 
 pytestmark = pytest.mark.timeout(1200)
 

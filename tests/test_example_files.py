@@ -7,7 +7,8 @@ from pathlib import Path
 
 import httpx
 import yaml
-from live_server import ServerProcess
+
+from tests.live_server import ServerProcess
 
 ROOT = Path(__file__).parents[1]
 ASK = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}

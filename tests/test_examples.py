@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from live_server import serving
 
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.server.settings.derived import demo_model
+from tests.live_server import serving
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import importlib
 import io
 import json
 import sys
@@ -18,7 +17,6 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from waiting import wait_for
 
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.testing.toy_sight import write_toy_sight
@@ -26,6 +24,8 @@ from candle_vllm.responses import ConversationOptions, McpServerConfig, Response
 from candle_vllm.server import Settings
 from candle_vllm.server.app import create_app
 from candle_vllm.server.serve import bind, make_server
+from packages.core.tests.models import test_qwen_vl, test_sight_families
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[1]
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)
@@ -46,11 +46,8 @@ LLAMA = {"n_predict": 6, "temperature": 0}
 def write(folder: Path, family: str) -> Path:
     if family == "SmolVLM":
         return write_toy_sight(folder)
-    for name in ("models", "quantization"):
-        sys.path.insert(0, str(ROOT / "packages/core/tests" / name))
-    others: Any = importlib.import_module("test_sight_families")
-    qwen: Any = importlib.import_module("test_qwen_vl")
-    return others.write_sight(folder, family) if family in others.ROWS else qwen.write(folder, family)
+    row = family in test_sight_families.ROWS
+    return test_sight_families.write_sight(folder, family) if row else test_qwen_vl.write(folder, family)
 
 
 @contextlib.contextmanager

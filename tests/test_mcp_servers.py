@@ -12,13 +12,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from mcp_servers import everything_over_http, npm_server, python_server
-from waiting import until
 
 from candle_vllm.responses.mcp.fleet import McpFleet
 from candle_vllm.responses.mcp.link import McpLink
 from candle_vllm.responses.mcp.server_config import McpServerConfig
 from candle_vllm.responses.tools.tool import ToolError, ToolOutput, ToolProgress, ToolTimedOutError
+from tests.mcp_servers import everything_over_http, npm_server, python_server
+from tests.waiting import until
 
 pytestmark = [pytest.mark.peer, pytest.mark.timeout(600)]
 

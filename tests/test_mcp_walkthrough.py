@@ -14,7 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import COMMAND, ServerProcess, clean_environment
+
+from tests.live_server import COMMAND, ServerProcess, clean_environment
 
 PAGE = (Path(__file__).parents[1] / "docs" / "mcp.md").read_text(encoding="utf-8")
 WALK = PAGE.split("## From nothing to a working agent\n")[1].split("\n## ")[0]

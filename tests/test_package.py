@@ -22,12 +22,12 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import ServerProcess, clean_environment
-from release_script import release
-from waiting import wait_for
 
 import candle_vllm
 from candle_vllm.core.testing.toy_encoder import write_toy_encoder
+from tests.live_server import ServerProcess, clean_environment
+from tests.release_script import release
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("core", "openai", "responses", "server")

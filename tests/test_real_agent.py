@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
-from live_server import serving
 from pydantic import Field
 
 from candle_vllm.core import InferenceEngine
@@ -19,6 +18,7 @@ from candle_vllm.openai import OpenAIAdapter
 from candle_vllm.responses import ConversationFinished, ConversationOptions, McpServerConfig, ResponsesSession
 from candle_vllm.responses.conversation.events import CallArgumentsDelta, ToolFinished, TurnFinished
 from candle_vllm.server.settings.derived import demo_model
+from tests.live_server import serving
 
 SERVER = """
 import anyio

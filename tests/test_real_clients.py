@@ -18,10 +18,11 @@ from typing import Any
 import anthropic
 import openai
 import pytest
-from live_server import ServerProcess, openai_client
 from pydantic import BaseModel, ConfigDict, Field
-from scripted_server import ScriptedServer
-from waiting import wait_for
+
+from tests.live_server import ServerProcess, openai_client
+from tests.scripted_server import ScriptedServer
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.timeout(600)  # a busy machine is many times slower than an idle one
 

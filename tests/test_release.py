@@ -15,8 +15,9 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
-from common_run import few
-from release_script import release
+
+from tests.common_run import few
+from tests.release_script import release
 
 REPOSITORY = "https://git.example/somebody/candle-vllm"
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import httpx
 import psutil
-from live_server import ServerProcess
-from waiting import wait_for
+
+from tests.live_server import ServerProcess
+from tests.waiting import wait_for
 
 ASK = {"prompt": "Once upon a time", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
 

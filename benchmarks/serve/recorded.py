@@ -55,21 +55,16 @@ LOCAL = re.compile(r"(127\.0\.0\.1|localhost):\d+")
 def wrong(checkout: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Every row of wrong requests that the tests of a checkout know, for the scripted model, whose limits they mean."""
     program = (
-        "import json, sys; sys.path[:0] = sys.argv[1:]\n"
-        "from wrong_requests import generating, others, responses\n"
-        "from wrong_requests.rows import changed\n"
+        "import json, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from packages.server.tests.wrong_requests import generating, others, responses\n"
+        "from packages.server.tests.wrong_requests.rows import changed\n"
         "for module in (generating, others, responses):\n"
         "    for route in module.ROUTES:\n"
         "        for row in route.rows:\n"
         "            print(json.dumps([route.path, changed(route.right, row)]))\n"
     )
-    tests = checkout / "packages/server/tests"
-    out = subprocess.run(
-        [python(checkout), "-c", program, str(tests), str(checkout / "tests")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = [python(checkout), "-c", program, str(checkout)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True)
     for line in out.stdout.splitlines():
         path, body = json.loads(line)
         yield "script", path, body

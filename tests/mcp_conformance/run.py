@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent))  # for mcp_servers, when this is run as a program
+sys.path.insert(0, str(HERE.parents[1]))  # run as a program
 
-from mcp_servers import conformance_suite, node_24  # noqa: E402
+from tests.mcp_servers import conformance_suite, node_24  # noqa: E402
 
 OLDER, NEWER = "2025-11-25", "2026-07-28"
 PASSING: tuple[tuple[str, str | None], ...] = (

@@ -4,18 +4,14 @@
 from __future__ import annotations
 
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.append(str(Path(__file__).parent))  # for guarded_server; --import-mode=importlib does not
-
-from guarded_server import KEY, OPERATOR, Guarded, Watch, guarded
-
 from candle_vllm.core import InferenceEngine
+from tests.security.guarded_server import KEY, OPERATOR, Guarded, Watch, guarded
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import httpx
-from waiting import wait_for
 
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.server import Settings
 from candle_vllm.server.app import ServedEngine, create_app
 from candle_vllm.server.serve import bind, make_server
+from tests.waiting import wait_for
 
 KEY = "client-key"
 OPERATOR = "operator-key"

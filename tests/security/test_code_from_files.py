@@ -20,8 +20,6 @@ import msgspec
 import pytest
 import torch
 import zmq
-from common_run import few
-from guarded_server import chat_body, guarded
 
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.errors import CandleVllmError, UnsupportedModelError
@@ -33,6 +31,8 @@ from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.openai.formats.table import TOOL_FORMATS
 from candle_vllm.openai.formats.values import python_value
+from tests.common_run import few
+from tests.security.guarded_server import chat_body, guarded
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "packages").glob("*/src/**/*.py"))

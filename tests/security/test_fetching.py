@@ -13,13 +13,13 @@ from typing import Any
 
 import msgspec
 import pytest
-from guarded_server import Watch, chat_body, guarded
 
 from candle_vllm.core.targets import ForbiddenTarget, allowed_target, is_allowed, parse_target, resolve
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.server.mailbox.options import WebhookOptions
 from candle_vllm.server.mailbox.record import Record, Status
 from candle_vllm.server.mailbox.webhook import Message, Outcome, Sender
+from tests.security.guarded_server import Watch, chat_body, guarded
 
 # What has been fetched by other servers: metadata services, local files, and spellings that two parsers read apart.
 URLS = [
@@ -143,7 +143,7 @@ def test_media_parsing(sees: bool) -> None:
 
 def test_media_libraries_are_no_dependencies() -> None:
     """CVE-2026-22778: what is not imported cannot be attacked. Pillow is asked in one room, by names of formats."""
-    from test_code_from_files import SOURCES
+    from tests.security.test_code_from_files import SOURCES
 
     for path in SOURCES:
         text, pillow = path.read_text("utf-8"), () if "/core/vision/" in path.as_posix() else ("PIL",)

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
-from live_server import COMMAND, PATIENCE, clean_environment
 
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.errors import CandleVllmError, ModelLoadError
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from tests.live_server import COMMAND, PATIENCE, clean_environment
 
 MAX = (1 << 64) - 1
 U8, U32, STRING, ARRAY = 0, 4, 8, 9

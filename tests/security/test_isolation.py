@@ -13,12 +13,12 @@ from typing import Any
 
 import httpx
 import pytest
-from guarded_server import KEY, Guarded, Watch, chat_body, guarded
-from live_server import ServerProcess
 
 from candle_vllm.core.engine import block_manager
 from candle_vllm.core.engine.block_manager import block_hashes
 from candle_vllm.core.testing import ScriptedEngine
+from tests.live_server import ServerProcess
+from tests.security.guarded_server import KEY, Guarded, Watch, chat_body, guarded
 
 LONG = "The quick brown fox jumps over the lazy dog. " * 8  # several blocks
 

@@ -8,7 +8,6 @@ import re
 from itertools import product
 
 import pytest
-from guarded_server import HEALTH, KEY, OPERATOR, Guarded, guarded, parse_answer
 from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
@@ -17,6 +16,7 @@ from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.server import Settings, create_app
 from candle_vllm.server.http.auth import MANAGEMENT_PATHS, PUBLIC_PATHS
 from candle_vllm.server.settings import Settings as AllSettings
+from tests.security.guarded_server import HEALTH, KEY, OPERATOR, Guarded, guarded, parse_answer
 
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD")
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import httpx
 import pytest
-from common_run import few
-from guarded_server import Guarded, chat_body, guarded, parse_answer, post_bytes
 
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.openai.formats.table import TOOL_FORMATS
+from tests.common_run import few
+from tests.security.guarded_server import Guarded, chat_body, guarded, parse_answer, post_bytes
 
 NEIGHBOUR = {"model": "default", "prompt": "a", "max_tokens": 300, "temperature": 0, "ignore_eos": True, "stream": True}
 HUGE = 1 << 70

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guarded_server import HELLO, Guarded, chat_body, guarded
 
 from candle_vllm.core import InferenceEngine
 from candle_vllm.core.errors import CandleVllmError, ChatTemplateError, UnsupportedModelError
 from candle_vllm.core.testing import toy_model as toys
 from candle_vllm.core.text import template_budget
 from candle_vllm.core.text.chat_template import ChatTemplate
+from tests.security.guarded_server import HELLO, Guarded, chat_body, guarded
 
 MARK = "sandbox-was-left"
 

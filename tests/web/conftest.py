@@ -9,22 +9,17 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from registry_packages import npm_file
-
-sys.path.append(str(Path(__file__).parent))  # --import-mode=importlib does not
-
-from ui_server import BIG, REPO, TOY, Site, ui_server
-
-from fake_hub import FakeHub, installed  # pyright: ignore[reportMissingImports]  # isort: skip  # ui_server says where
 
 from candle_vllm.core.testing.toy_model import write_toy_model
+from packages.server.tests.fake_hub import FakeHub, installed
+from tests.registry_packages import npm_file
+from tests.web.ui_server import BIG, REPO, TOY, Site, ui_server
 
 _WATCH = """
 window.violations = [];

@@ -10,11 +10,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a program
 
-from actions import archive, ask, conversation, import_file, say, tools_on
 from playwright.sync_api import sync_playwright  # pyright: ignore[reportMissingImports]
-from ui_server import ui_server
+
+from tests.web.actions import archive, ask, conversation, import_file, say, tools_on
+from tests.web.ui_server import ui_server
 
 ROOT = Path(__file__).parents[2]
 ANSWER = """The **least squares** line through the points is the one with the smallest sum of squared distances:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from actions import ask, button
-from ui_server import Site, ui_server
+
+from tests.web.actions import ask, button
+from tests.web.ui_server import Site, ui_server
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from actions import button, findings, said, tools_on
-from test_manager import managed, row
-from test_models import SteppedLoader, two_models
-from test_tools import Mcp
-from ui_server import BIG, REPO, TOY, Site, ui_server
 
 from candle_vllm.core.errors import InvalidFileError
+from tests.web.actions import button, findings, said, tools_on
+from tests.web.test_manager import managed, row
+from tests.web.test_models import SteppedLoader, two_models
+from tests.web.test_tools import Mcp
+from tests.web.ui_server import BIG, REPO, TOY, Site, ui_server
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 

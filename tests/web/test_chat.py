@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any
 
 import pytest
-from actions import ask, button, eventually, said, say, wait_idle
-from ui_server import MARKDOWN, Site
 
 from candle_vllm.core.engine.request import RequestMetrics
+from tests.web.actions import ask, button, eventually, said, say, wait_idle
+from tests.web.ui_server import MARKDOWN, Site
 
 
 def test_first_chat_from_an_empty_profile(chat: Any, site: Site) -> None:

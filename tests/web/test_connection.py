@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from actions import ask, button, eventually, said, say
-from ui_server import Site, ui_server
+
+from tests.web.actions import ask, button, eventually, said, say
+from tests.web.ui_server import Site, ui_server
 
 ROOT = Path(__file__).parents[2]
 SOON = 20_000  # ms: far more than the page takes, on a busy machine too

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from actions import act, archive, ask, button, conversation, import_file, said
-from ui_server import Site, ui_server
+
+from tests.web.actions import act, archive, ask, button, conversation, import_file, said
+from tests.web.ui_server import Site, ui_server
 
 
 def titles(page: Any) -> list[str]:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from actions import act, archive, ask, button, conversation, import_file, said, say, wait_idle
-from common_run import few
-from ui_server import Site
+
+from tests.common_run import few
+from tests.web.actions import act, archive, ask, button, conversation, import_file, said, say, wait_idle
+from tests.web.ui_server import Site
 
 ROUTES = ("v1/models", "v1/mcp/servers", "v1/mcp/tools", "metrics", "version")
 RUBBISH = (

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from actions import archive, button, conversation, eventually, import_file, said, say, wait_idle
 from PIL import Image
-from ui_server import ui_server
 
 from candle_vllm.core import InferenceEngine
 from candle_vllm.core.testing.toy_sight import write_toy_sight
 from candle_vllm.core.vision.pictures import picture_of
+from tests.web.actions import archive, button, conversation, eventually, import_file, said, say, wait_idle
+from tests.web.ui_server import ui_server
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
 

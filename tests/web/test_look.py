@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from actions import act, ask, button, eventually, findings, said, say, wait_idle
-from ui_server import Site
+
+from tests.web.actions import act, ask, button, eventually, findings, said, say, wait_idle
+from tests.web.ui_server import Site
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 

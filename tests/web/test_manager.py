@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from actions import button
-from ui_server import BIG, REPO, TOY, Site, ui_server
+from tests.web.actions import button
+from tests.web.ui_server import BIG, REPO, TOY, Site, ui_server
 
-from fake_hub import FakeHub  # pyright: ignore[reportMissingImports]  # isort: skip  # ui_server says where
-from server_fakes import FakeLoader  # pyright: ignore[reportMissingImports]  # isort: skip
+from packages.server.tests.fake_hub import FakeHub  # pyright: ignore[reportMissingImports]  # isort: skip  # ui_server says where
+from packages.server.tests.server_fakes import FakeLoader  # pyright: ignore[reportMissingImports]  # isort: skip
 
 from candle_vllm.server import Settings
 from candle_vllm.server.models.catalogue import Catalogue, ModelEntry

@@ -11,9 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from actions import ask, button, findings
-from common_run import few
-from ui_server import Site, ui_server
+
+from tests.common_run import few
+from tests.web.actions import ask, button, findings
+from tests.web.ui_server import Site, ui_server
 
 SETTLED = 900  # milliseconds after which everything that is tried has been tried
 

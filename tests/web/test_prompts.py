@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from actions import ask, button, said
-from ui_server import Site
+from tests.web.actions import ask, button, said
+from tests.web.ui_server import Site
 
 
 def make(page: Any, name: str, text: str, kind: str = "Message") -> None:

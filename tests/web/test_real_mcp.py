@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from actions import button, said, say, tools_on
-from scripted_server import ScriptedServer
+
+from tests.scripted_server import ScriptedServer
+from tests.web.actions import button, said, say, tools_on
 
 PROGRAM = """
 from mcp.server import MCPServer

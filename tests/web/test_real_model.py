@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from actions import ask, button, say
-from live_server import ServerProcess
+from tests.live_server import ServerProcess
+from tests.web.actions import ask, button, say
 
 
 def test_a_chat_with_the_demo_model(browser: Any, open_page: Callable[..., Any], tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from actions import archive, ask, button, conversation, import_file, said
-from ui_server import Site
+from tests.web.actions import archive, ask, button, conversation, import_file, said
+from tests.web.ui_server import Site
 
 
 def test_hostile_markdown_is_text(chat: Any) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from actions import act, archive, ask, button, conversation, import_file, said, say
-from ui_server import Site
+
+from tests.web.actions import act, archive, ask, button, conversation, import_file, said, say
+from tests.web.ui_server import Site
 
 CHAT = "**/v1/chat/completions"
 

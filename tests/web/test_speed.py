@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from actions import say
-from common_run import few
-from ui_server import MARKDOWN, Site, ui_server
+
+from tests.common_run import few
+from tests.web.actions import say
+from tests.web.ui_server import MARKDOWN, Site, ui_server
 
 TOKENS = 20_000
 LENGTH = 4  # characters of a token

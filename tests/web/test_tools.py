@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from actions import archive, ask, button, conversation, import_file, said, say, tools_on, wait_idle
-from ui_server import Site
+
+from tests.web.actions import archive, ask, button, conversation, import_file, said, say, tools_on, wait_idle
+from tests.web.ui_server import Site
 
 SERVERS = [
     {

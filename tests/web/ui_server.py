@@ -4,22 +4,16 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
-
-from waiting import wait_for
-
-sys.path.append(str(Path(__file__).parents[2] / "packages" / "server" / "tests"))
-
-from server_fakes import PacedEngine  # pyright: ignore[reportMissingImports]
 
 from candle_vllm.server import Settings
 from candle_vllm.server.app import create_app
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.serve import bind, make_server
+from packages.server.tests.server_fakes import PacedEngine
+from tests.waiting import wait_for
 
 REPO = "org/model-GGUF"  # on the hub on loopback: files that are no model, the first of `BIG` bytes
 TOY = "org/toy"  # a real model

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
-from waiting import wait_for
 
 from candle_vllm.core import (
     CandleVllmError,
@@ -36,6 +35,7 @@ from candle_vllm.core import progress as progress_module
 from candle_vllm.core.engine.request import GenerationOutput
 from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from tests.waiting import wait_for
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 

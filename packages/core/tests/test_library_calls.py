@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from waiting import wait_for
 
 from candle_vllm.core import (
     ChatTemplateError,
@@ -24,6 +23,7 @@ from candle_vllm.core import (
     RequestError,
     SamplingParams,
 )
+from tests.waiting import wait_for
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 

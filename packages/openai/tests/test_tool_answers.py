@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import openai.types.chat as official
@@ -16,10 +14,8 @@ import pytest
 from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError, RequestAbortedError, RequestError
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.openai import OpenAIAdapter, SyncOpenAIAdapter, parse_chat_request, to_error, to_json_bytes
-
-sys.path.append(str(Path(__file__).parent / "formats"))
-from samples import SAMPLES, Sample
-from samples import TOOLS as SCHEMAS
+from packages.openai.tests.formats.samples import SAMPLES, Sample
+from packages.openai.tests.formats.samples import TOOLS as SCHEMAS
 
 HI = [{"role": "user", "content": "Hi"}]
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": schema}} for name, schema in SCHEMAS.items()]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conversation_fakes import Gate, adapter_of, call_text, engine_of, other_tasks, settled, user
 
 from candle_vllm.core import CandleVllmError, ConfigError, InvalidParameterError, RequestAbortedError, RequestError
 from candle_vllm.core.testing import ScriptedEngine
@@ -29,6 +28,15 @@ from candle_vllm.responses import (
 from candle_vllm.responses.conversation.chat_model import InProcessModel
 from candle_vllm.responses.conversation.events import ToolStarted
 from candle_vllm.responses.conversation.transcript import LOST
+from packages.responses.tests.conversation.conversation_fakes import (
+    Gate,
+    adapter_of,
+    call_text,
+    engine_of,
+    other_tasks,
+    settled,
+    user,
+)
 
 
 def add(a: int, b: int) -> int:

@@ -4,20 +4,15 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.append(str(Path(__file__).parent))  # --import-mode=importlib does not
-
-from running_server import Running
-from server_fakes import PacedEngine
-
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.settings import Settings
+from packages.server.tests.running_server import Running
+from packages.server.tests.server_fakes import PacedEngine
 
 
 @pytest.fixture
@@ -36,7 +31,7 @@ def start() -> Iterator[Callable[..., Running]]:
 @pytest.fixture(scope="module")
 def web() -> Iterator[Any]:
     """An MCP server at a URL (`HttpMcpServer`)."""
-    from mcp_fakes import HttpMcpServer
+    from packages.server.tests.mcp_fakes import HttpMcpServer
 
     server = HttpMcpServer()
     yield server
@@ -77,6 +72,6 @@ def start_mcp() -> Iterator[Callable[..., Running]]:
 @pytest.fixture
 def fake_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A hub (`FakeHub`) that huggingface_hub asks in the place of its own; it has no repositories yet."""
-    from fake_hub import installed
+    from packages.server.tests.fake_hub import installed
 
     yield from installed(monkeypatch)

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import openai
-from server_fakes import PacedEngine
-from waiting import wait_for
 
 from candle_vllm.server.app import create_app
 from candle_vllm.server.http.tls import tls_context
@@ -20,6 +18,8 @@ from candle_vllm.server.mailbox.service import Mailbox
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.serve import bind, make_server
 from candle_vllm.server.settings import Settings
+from packages.server.tests.server_fakes import PacedEngine
+from tests.waiting import wait_for
 
 if TYPE_CHECKING:
     from candle_vllm.server.mcp.service import McpService

@@ -19,8 +19,8 @@ import pyte
 
 PROGRAM = """
 import sys
-sys.path.append({tests!r})
-from server_fakes import PacedEngine
+sys.path.insert(0, {root!r})
+from packages.server.tests.server_fakes import PacedEngine
 from candle_vllm.server import cli
 from candle_vllm.server.commands import {command} as module
 left = {texts!r}
@@ -56,7 +56,7 @@ class Terminal:
         columns: int = 80,
     ) -> None:
         code = PROGRAM.format(
-            tests=str(Path(__file__).parent),
+            root=str(Path(__file__).parents[3]),
             command=arguments[0],
             texts=list(texts),
             pause=pause,

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from server_fakes import PacedEngine
-from terminals import Terminal
 
 from candle_vllm.responses.conversation import events
 from candle_vllm.responses.conversation.options import ConversationUsage
@@ -25,6 +23,8 @@ from candle_vllm.server.cli import main
 from candle_vllm.server.commands import agent as agent_module
 from candle_vllm.server.commands.agent import AgentDisplay, TerminalApproval
 from candle_vllm.server.commands.changes import changes
+from packages.server.tests.server_fakes import PacedEngine
+from packages.server.tests.terminals import Terminal
 
 SERVER = """
 import sys

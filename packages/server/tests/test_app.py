@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 import httpx
 import openai
 import pytest
-from server_fakes import PacedEngine
 
 from candle_vllm.core.errors import ConfigError, EngineOverloadedError
 from candle_vllm.server import Settings, create_app
@@ -28,6 +27,7 @@ from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mailbox.service import Mailbox
 from candle_vllm.server.observing.request_log import log_formatter
 from candle_vllm.server.serve import bind, make_server
+from packages.server.tests.server_fakes import PacedEngine
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 CHAT = {"model": "scripted", "messages": MESSAGES}

@@ -12,12 +12,12 @@ import httpx
 import msgspec
 import openai
 import pytest
-from running_server import Running
-from server_fakes import PacedEngine
 
 from candle_vllm.server.batches import run, service
 from candle_vllm.server.batches.lines import PRIORITY
 from candle_vllm.server.routes.files import safe_name
+from packages.server.tests.running_server import Running
+from packages.server.tests.server_fakes import PacedEngine
 
 wait_for = Running.wait_for
 URL = "/v1/completions"

@@ -7,12 +7,12 @@ import json
 import sys
 
 import pytest
-from server_fakes import PacedEngine
 
 from candle_vllm.core import EngineConfig
 from candle_vllm.server.cli import main
 from candle_vllm.server.commands import bench as module
 from candle_vllm.server.commands.bench import _Times, figures, process_age, round_figure
+from packages.server.tests.server_fakes import PacedEngine
 
 
 def test_figures() -> None:

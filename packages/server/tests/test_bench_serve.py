@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server_fakes import PacedEngine
 
 from candle_vllm.core import CandleVllmError
 from candle_vllm.core.config import demo_model
@@ -27,6 +26,7 @@ from candle_vllm.server.bench.datasets import LocalWords, Sample, Shape, make_sa
 from candle_vllm.server.bench.figures import Seen, read_goals, read_metrics, read_percentiles, summary, table
 from candle_vllm.server.cli import main
 from candle_vllm.server.settings.options import UsageError
+from packages.server.tests.server_fakes import PacedEngine
 
 
 class Letters:
@@ -158,7 +158,7 @@ def _engine(monkeypatch: pytest.MonkeyPatch) -> PacedEngine:
 
 
 async def _all(engine: PacedEngine, prompts: Sequence[Any], params: Any) -> list[Any]:
-    from server_fakes import whole_answer
+    from packages.server.tests.server_fakes import whole_answer
 
     each = params if isinstance(params, list) else [params] * len(prompts)
     return [await whole_answer(engine, *one) for one in zip(prompts, each, strict=True)]

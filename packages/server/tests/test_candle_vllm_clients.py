@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from server_fakes import PacedEngine
+
+from packages.server.tests.server_fakes import PacedEngine
 
 PIECES = ["Hel", "lo", "!"]
 

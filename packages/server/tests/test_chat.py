@@ -20,8 +20,6 @@ from PIL import Image
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from rich.console import Console
-from server_fakes import PacedEngine
-from terminals import Terminal
 
 from candle_vllm.core.errors import ModelNotFoundError
 from candle_vllm.server.cli import main
@@ -32,6 +30,8 @@ from candle_vllm.server.commands.interactive import HISTORY_FILE, MAX_HISTORY, e
 from candle_vllm.server.commands.terminal import Said
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import UsageError
+from packages.server.tests.server_fakes import PacedEngine
+from packages.server.tests.terminals import Terminal
 
 CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 

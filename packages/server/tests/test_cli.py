@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGUFReader
-from server_fakes import PacedEngine
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from candle_vllm.core import EngineConfig, memory
@@ -36,6 +35,7 @@ from candle_vllm.server.settings.command_line import COMMAND_OPTIONS, parse
 from candle_vllm.server.settings.configuration import load_configuration
 from candle_vllm.server.settings.options import COMMANDS, ONLY, UsageError
 from candle_vllm.server.settings.table import OPTIONS, settings_of
+from packages.server.tests.server_fakes import PacedEngine
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,9 @@ from typing import Any
 
 import openai
 import pytest
-from running_server import Running
-from server_fakes import PacedEngine
+
+from packages.server.tests.running_server import Running
+from packages.server.tests.server_fakes import PacedEngine
 
 KEYS = ("first-key", "second-key")
 USER: dict[str, Any] = {"role": "user", "content": "Hello!"}

@@ -9,9 +9,9 @@ from typing import Any
 
 import openai
 import pytest
-from server_fakes import PacedEngine
 
 from candle_vllm.core.errors import EngineOverloadedError
+from packages.server.tests.server_fakes import PacedEngine
 
 TEXTS = ["one", "two", "three and four"]
 BODIES: dict[str, dict[str, Any]] = {

@@ -17,7 +17,6 @@ import numpy as np
 import ollama
 import pytest
 from PIL import Image
-from server_fakes import PacedEngine
 
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.errors import EngineOverloadedError
@@ -29,6 +28,7 @@ from candle_vllm.server import Settings
 from candle_vllm.server.models.catalogue import ModelEntry
 from candle_vllm.server.models.loader import ModelLoader
 from candle_vllm.server.observing.metrics import Observation
+from packages.server.tests.server_fakes import PacedEngine
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)
 FILE = io.BytesIO()

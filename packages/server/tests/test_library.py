@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_hub import FakeHub
-from server_fakes import PacedEngine
 
 from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError
 from candle_vllm.core.progress import Progress, heard_by
@@ -34,6 +32,8 @@ from candle_vllm.server.serve import with_fetched
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.command_line import parse
 from candle_vllm.server.settings.configuration import load_configuration
+from packages.server.tests.fake_hub import FakeHub
+from packages.server.tests.server_fakes import PacedEngine
 
 BIG = os.urandom(3 << 20)
 REPO = "org/model-GGUF"

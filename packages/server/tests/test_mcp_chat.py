@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mcp_fakes import call_text, is_alive, stdio_config
-from server_fakes import PacedEngine
 
 from candle_vllm.responses.mcp import processes
 from candle_vllm.server.mcp.options import McpOptions
 from candle_vllm.server.mcp.service import McpService
+from packages.server.tests.mcp_fakes import call_text, is_alive, stdio_config
+from packages.server.tests.server_fakes import PacedEngine
 
 Start = Callable[..., Any]
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 200}

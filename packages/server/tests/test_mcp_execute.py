@@ -12,9 +12,6 @@ from typing import Any
 
 import openai
 import pytest
-from mcp_fakes import Seen, call_text, stdio_config, turns
-from server_fakes import PacedEngine
-from waiting import wait_for
 
 from candle_vllm.openai.chat_answers import Told
 from candle_vllm.openai.protocol.usage import CompletionTokensDetails
@@ -24,6 +21,9 @@ from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mailbox.service import Mailbox
 from candle_vllm.server.mcp.execution_state import ExecutionState
+from packages.server.tests.mcp_fakes import Seen, call_text, stdio_config, turns
+from packages.server.tests.server_fakes import PacedEngine
+from tests.waiting import wait_for
 
 Start = Callable[..., Any]
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Twice 21?"}]}

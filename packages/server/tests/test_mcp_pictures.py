@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mcp_fakes import call_text, stdio_config, turns
-from server_fakes import PacedEngine
+
+from packages.server.tests.mcp_fakes import call_text, stdio_config, turns
+from packages.server.tests.server_fakes import PacedEngine
 
 SERVER = """
 import io

@@ -9,8 +9,9 @@ from typing import Any
 
 import openai
 import pytest
-from mcp_fakes import Seen, call_text, stdio_config, turns
-from server_fakes import PacedEngine
+
+from packages.server.tests.mcp_fakes import Seen, call_text, stdio_config, turns
+from packages.server.tests.server_fakes import PacedEngine
 
 Start = Callable[..., Any]
 ASK: dict[str, Any] = {"model": "default", "input": "Say hi."}

@@ -9,12 +9,12 @@ from typing import Any
 
 import anthropic
 import pytest
-from server_fakes import FakeLoader, PacedEngine
 
 from candle_vllm.core.errors import EngineOverloadedError, ModelLoadError
 from candle_vllm.server import Settings
 from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.manager import ModelManager
+from packages.server.tests.server_fakes import FakeLoader, PacedEngine
 
 ASK: dict[str, Any] = {"max_tokens": 50, "messages": [{"role": "user", "content": "Hi"}], "model": "scripted"}
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
-from server_fakes import PacedEngine
+
+from packages.server.tests.server_fakes import PacedEngine
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 

@@ -11,8 +11,6 @@ import anthropic
 import httpx
 import msgspec
 import pytest
-from server_fakes import FakeLoader
-from waiting import wait_for
 
 from candle_vllm.core.errors import (
     ConfigError,
@@ -28,6 +26,8 @@ from candle_vllm.server import Settings
 from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.switcher import ManagerLimits, NoRoomError
+from packages.server.tests.server_fakes import FakeLoader
+from tests.waiting import wait_for
 
 
 def _manager(loader: FakeLoader, **limits: Any) -> ModelManager:

@@ -17,8 +17,6 @@ from typing import Any
 import httpx
 import ollama
 import pytest
-from server_fakes import FakeLoader, PacedEngine
-from waiting import wait_for
 
 from candle_vllm.core.errors import EngineOverloadedError
 from candle_vllm.core.testing.toy_model import write_toy_model
@@ -28,6 +26,8 @@ from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.routes.ollama_library import refuse_open_changes
 from candle_vllm.server.serve import bind, bind_second, make_server
 from candle_vllm.server.settings.options import UsageError
+from packages.server.tests.server_fakes import FakeLoader, PacedEngine
+from tests.waiting import wait_for
 
 HI: list[Any] = [{"role": "user", "content": "Hi"}]
 ASK: dict[str, Any] = {"model": "scripted", "messages": HI}

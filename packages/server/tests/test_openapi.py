@@ -18,7 +18,6 @@ from fastapi.routing import iter_route_contexts
 from openai.types.completion_create_params import CompletionCreateParamsStreaming
 from openai.types.embedding_create_params import EmbeddingCreateParams
 from schemathesis.specs.openapi.definitions import OPENAPI_31_VALIDATOR
-from server_fakes import PacedEngine
 
 from candle_vllm.openai import ChatCompletion, ChatCompletionRequest
 from candle_vllm.server import Settings, create_app
@@ -26,6 +25,7 @@ from candle_vllm.server.app import ROUTERS
 from candle_vllm.server.openapi.components import Naming
 from candle_vllm.server.openapi.document import keys_of, make_document
 from candle_vllm.server.openapi.operations import FOR_PEOPLE, OPERATIONS
+from packages.server.tests.server_fakes import PacedEngine
 
 DOCUMENT = make_document(OPERATIONS, keys=True, management_keys=False)
 SCHEMAS = DOCUMENT["components"]["schemas"]

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server_fakes import PacedEngine
+
+from packages.server.tests.server_fakes import PacedEngine
 
 # The schemas do not have the rules between fields, so a request that follows them may be wrong all the same.
 UNUSED = "positive_data_acceptance"

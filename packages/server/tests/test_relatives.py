@@ -12,9 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
-from server_fakes import PacedEngine
 
 from candle_vllm.core.testing.scripted_engine import ScriptedEngine
+from packages.server.tests.server_fakes import PacedEngine
 
 MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 MESSAGES = [{"role": "user", "content": "Hi"}]

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server_fakes import FakeLoader
-from waiting import until
 
 from candle_vllm.openai import ModelNotServedError
 from candle_vllm.server.http.keys import Keyring
@@ -25,6 +23,8 @@ from candle_vllm.server.reloading import Reloader
 from candle_vllm.server.settings.configuration import load_configuration
 from candle_vllm.server.settings.options import UsageError
 from candle_vllm.server.settings.sources import SettingsSource
+from packages.server.tests.server_fakes import FakeLoader
+from tests.waiting import until
 
 FILE = """
 default_model: a

@@ -10,8 +10,9 @@ from typing import Any
 import httpx
 import openresponses_types.types as spec
 import pytest
-from running_server import Running
-from server_fakes import PacedEngine
+
+from packages.server.tests.running_server import Running
+from packages.server.tests.server_fakes import PacedEngine
 
 ASKED: list[dict[str, Any]] = [
     {"type": "message", "role": "user", "content": "We agreed to launch on Tuesday."},

@@ -13,9 +13,6 @@ import pytest
 import uvicorn
 from mcp.server import MCPServer
 from pydantic import BaseModel
-from response_judges import judge_events, judge_response
-from running_server import Running
-from server_fakes import FakeLoader, PacedEngine
 
 from candle_vllm.core.errors import EngineOverloadedError, ModelLoadError
 from candle_vllm.responses.api.mcp_source import McpServers
@@ -24,6 +21,9 @@ from candle_vllm.server import Settings
 from candle_vllm.server.mailbox.policy import MAILBOX_MODE
 from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.manager import ModelManager
+from packages.server.tests.running_server import Running
+from packages.server.tests.server_fakes import FakeLoader, PacedEngine
+from tests.response_judges import judge_events, judge_response
 
 Start = Callable[..., Any]
 ASK: dict[str, Any] = {"model": "scripted", "input": "Hi"}

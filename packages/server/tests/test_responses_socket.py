@@ -12,12 +12,13 @@ from typing import Any
 
 import openresponses_types.types as spec
 import pytest
-from response_judges import judge_events
-from running_server import Running
-from server_fakes import PacedEngine
-from waiting import wait_for
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
+
+from packages.server.tests.running_server import Running
+from packages.server.tests.server_fakes import PacedEngine
+from tests.response_judges import judge_events
+from tests.waiting import wait_for
 
 ENDS = ("response.completed", "response.failed", "response.incomplete")
 SLOW = {"pause": 0.02}

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server_fakes import PacedEngine
 
 from candle_vllm.server.batches.lines import (
     PRIORITY,
@@ -29,6 +28,7 @@ from candle_vllm.server.cli import main
 from candle_vllm.server.commands import run_batch as module
 from candle_vllm.server.http.routing import Caller, acting_for
 from candle_vllm.server.models.loader import serve_engine
+from packages.server.tests.server_fakes import PacedEngine
 
 
 @pytest.fixture

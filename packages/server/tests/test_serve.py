@@ -17,8 +17,6 @@ from pathlib import Path
 import httpx
 import msgspec
 import pytest
-from server_fakes import FakeLoader, PacedEngine
-from waiting import wait_for
 
 from candle_vllm.core.engine.request import EngineStats
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
@@ -29,12 +27,14 @@ from candle_vllm.server.serve import banner, bind, serve
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.configuration import Configuration
 from candle_vllm.server.settings.options import UsageError
+from packages.server.tests.server_fakes import FakeLoader, PacedEngine
+from tests.waiting import wait_for
 
-TESTS = str(Path(__file__).parent)
+ROOT = str(Path(__file__).parents[3])
 SCRIPT = """
 import sys
-sys.path.append({tests!r})
-from server_fakes import PacedEngine
+sys.path.insert(0, {root!r})
+from packages.server.tests.server_fakes import PacedEngine
 from candle_vllm.server import serve
 from candle_vllm.server.cli import main
 from candle_vllm.server.models.loader import serve_engine
@@ -104,8 +104,8 @@ def test_grammars_are_made_ready_once_the_first_answers_are_given(monkeypatch: p
 
 _WARMING = """
 import sys, time
-sys.path.append({tests!r})
-from server_fakes import PacedEngine
+sys.path.insert(0, {root!r})
+from packages.server.tests.server_fakes import PacedEngine
 from candle_vllm.server import serve
 class Slow(PacedEngine):
     def check_structured_outputs(self, params):
@@ -125,7 +125,7 @@ def test_the_end_of_the_process_waits_for_grammars_that_are_made_and_makes_no_mo
 ) -> None:
     """A thread that is left within compiled code when the interpreter ends may end it by a signal."""
     done = subprocess.run(
-        [sys.executable, "-c", _WARMING.format(tests=TESTS, after=after)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", _WARMING.format(root=ROOT, after=after)], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == said
@@ -162,7 +162,7 @@ def test_the_banner_says_where_and_what() -> None:
 @contextmanager
 def _process(*arguments: str, pieces: int = 50, cwd: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server process on a scripted engine, and its base URL."""
-    script = SCRIPT.format(tests=TESTS, pieces=pieces, arguments=["--p", "0", *arguments])
+    script = SCRIPT.format(root=ROOT, pieces=pieces, arguments=["--p", "0", *arguments])
     command = [sys.executable, "-c", script]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd) as process:
         try:
@@ -269,7 +269,7 @@ def test_a_whole_answer_that_is_cut_off_is_a_503(tmp_path: Path) -> None:
 
 def test_a_mailbox_that_cannot_be_opened_is_a_users_error(tmp_path: Path) -> None:
     (tmp_path / "m.sqlite").write_bytes(b"garbage" * 500)
-    script = SCRIPT.format(tests=TESTS, pieces=1, arguments=["--p", "0", "--mailbox", f"sqlite:///{tmp_path}/m.sqlite"])
+    script = SCRIPT.format(root=ROOT, pieces=1, arguments=["--p", "0", "--mailbox", f"sqlite:///{tmp_path}/m.sqlite"])
     ended = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False
     )

@@ -18,11 +18,11 @@ import pytest
 
 from candle_vllm.core.testing.toy_model import write_toy_model
 
-TESTS = str(Path(__file__).parent)
+ROOT = str(Path(__file__).parents[3])
 SCRIPT = """
 import sys
-sys.path.append({tests!r})
-from server_fakes import FakeLoader
+sys.path.insert(0, {root!r})
+from packages.server.tests.server_fakes import FakeLoader
 from candle_vllm.core.errors import ModelLoadError
 from candle_vllm.server import serve
 from candle_vllm.server.cli import main
@@ -45,7 +45,7 @@ def _free_port() -> int:
 @contextmanager
 def _starting(folder: Path, port: int, seconds: float, *, fails: bool = False) -> Iterator[subprocess.Popen[str]]:
     arguments = ["--p", str(port)]
-    script = SCRIPT.format(tests=TESTS, seconds=seconds, fails=fails, arguments=arguments)
+    script = SCRIPT.format(root=ROOT, seconds=seconds, fails=fails, arguments=arguments)
     command = [sys.executable, "-c", script]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder) as process:
         try:

@@ -15,8 +15,6 @@ from typing import Any
 import openai
 import pytest
 from openresponses_types.types import ResponseResource
-from running_server import Running
-from server_fakes import PacedEngine
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.server import Settings, create_app
@@ -24,6 +22,8 @@ from candle_vllm.server.commands.config import HIDDEN, effective
 from candle_vllm.server.settings.configuration import load_configuration
 from candle_vllm.server.settings.options import UsageError
 from candle_vllm.server.settings.sources import SettingsSource
+from packages.server.tests.running_server import Running
+from packages.server.tests.server_fakes import PacedEngine
 
 KEYS = ("first-key", "second-key")
 WORDS = "one two three four"

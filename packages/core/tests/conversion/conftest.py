@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""The tiny models of every family, which stand in the folder of the models' tests, can be imported by name."""
+"""A tokenizer with merges, for the tests of this folder."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
 
 
 @pytest.fixture(scope="session")

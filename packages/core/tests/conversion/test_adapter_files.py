@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from families import ROWS
 from gguf import GGUFReader
-from gguf_export import export_gguf
-from peft_adapters import base_of, furthest, merged, parts, trained
 from safetensors.torch import load_file, save_file
 
 from candle_vllm.core import AdapterError, ConfigError, EngineConfig
 from candle_vllm.core.assembly.adapters import fit_adapter
 from candle_vllm.core.conversion import write_gguf, write_gguf_adapter
 from candle_vllm.core.loading.adapters import read_adapter
+from packages.core.tests.models.families import ROWS
+from packages.core.tests.models.gguf_export import export_gguf
+from packages.core.tests.models.peft_adapters import base_of, furthest, merged, parts, trained
 
 EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 TABLES = {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}

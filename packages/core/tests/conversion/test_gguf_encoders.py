@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from families import ROWS
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
-from tiny import write_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from candle_vllm.core import EngineConfig, InferenceEngine, UnsupportedModelError
 from candle_vllm.core.conversion import WrittenFile, write_gguf
 from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
+from packages.core.tests.models.families import ROWS
+from packages.core.tests.models.tiny import write_tiny
 
 TEXTS = ["hello", "the quick brown fox's 2nd jump!", "x" * 90, "a b"]
 POOLINGS = {"mean": 1, "cls": 2, "lasttoken": 3}

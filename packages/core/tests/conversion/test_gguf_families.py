@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import DEEPSEEK_YARN, LLAMA3, ROWS
 from gguf import GGUFReader, quants
-from gguf_export import export_gguf
 from safetensors.torch import load_file, save_file
-from tiny import eager_logits, error, load, some_tokens, write_tiny
 
 from candle_vllm.core import EngineConfig, UnsupportedModelError, WeightsError
 from candle_vllm.core.conversion import write_gguf
+from packages.core.tests.models.families import DEEPSEEK_YARN, LLAMA3, ROWS
+from packages.core.tests.models.gguf_export import export_gguf
+from packages.core.tests.models.tiny import eager_logits, error, load, some_tokens, write_tiny
 
 TOKENS = some_tokens(40)
 COMPARED = [name for name, row in ROWS.items() if row.gguf is not None and name not in ("Yi", "QwQ")]

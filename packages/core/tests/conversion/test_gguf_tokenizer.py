@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from common_run import few
 from gguf import GGUFReader
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -19,6 +18,7 @@ from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.text import tokenizer as ours
 from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
+from tests.common_run import few
 
 NAMES = ["llama-spm", "llama-bpe", "qwen2", "gpt-2", "starcoder", "deepseek-coder", "deepseek-llm", "falcon"]
 

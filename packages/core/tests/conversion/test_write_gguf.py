@@ -11,11 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from common_run import few
-from families import ROWS, first_rows
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
-from tiny import eager_logits, error, load, recorded_logits, some_tokens, write_tiny
 
 from candle_vllm.core import ConfigError, EngineConfig, ModelNotFoundError, UnsupportedModelError, WeightsError
 from candle_vllm.core.conversion import WrittenFile, write_gguf
@@ -23,6 +20,9 @@ from candle_vllm.core.conversion.gguf_architectures import ARCHITECTURES, archit
 from candle_vllm.core.models.registry import HF_FAMILIES
 from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from packages.core.tests.models.families import ROWS, first_rows
+from packages.core.tests.models.tiny import eager_logits, error, load, recorded_logits, some_tokens, write_tiny
+from tests.common_run import few
 
 TOKENS = some_tokens(40)
 UNSAYABLE = {  # what there is no key for

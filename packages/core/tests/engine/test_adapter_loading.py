@@ -14,8 +14,6 @@ import pytest
 
 pytest.importorskip("numba")
 
-from lora_field import contents
-
 from candle_vllm.core import AdapterError, EngineConfig
 from candle_vllm.core.assembly.adapter_base import adapter_base
 from candle_vllm.core.assembly.adapters import fit_adapter
@@ -32,6 +30,7 @@ from candle_vllm.core.loading.adapters import AdapterLimits, read_adapter
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.testing.toy_adapter import ATTENTION, EVERY_LINEAR, write_adapter
 from candle_vllm.core.testing.toy_model import save_plain, toy_config, write_toy_gguf, write_toy_model
+from packages.core.tests.kernels.lora_field import contents
 
 
 class Loading:

@@ -17,8 +17,6 @@ import torch
 
 pytest.importorskip("numba")
 
-from lora_field import fitted, low_rank, stored
-
 from candle_vllm.core import EngineConfig, SamplingParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.devices import CPU
@@ -36,6 +34,7 @@ from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.loading.weights import layer_at
 from candle_vllm.core.quantization.plain import read_plain
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from packages.core.tests.kernels.lora_field import fitted, low_rank, stored
 
 BLOCK = 16
 Adapters = tuple[tuple[PackedAdapter, float], ...]
@@ -211,7 +210,7 @@ def in_8_bits(adapter: FittedAdapter) -> FittedAdapter:
 @pytest.mark.parametrize("eager", [False, True], ids=["recorded", "op by op"])
 def test_logits_in_8_bits_are_those_of_merged_whole_numbers(folder: Path, tmp_path: Path, eager: bool) -> None:
     """Of products, tables and experts; and they are within two hundredths of those of the file's numbers."""
-    from tiny import write_tiny
+    from packages.core.tests.models.tiny import write_tiny
 
     settings: dict[str, Any] = {"enforce_eager": True, "dtype": "f32"} if eager else {}
     near = 1e-4 if eager else 2e-3  # a cache in bfloat16 rounds what is near otherwise
@@ -375,7 +374,7 @@ def test_an_activated_adapter_acts_from_its_words_on(served: Served) -> None:
 
 
 def test_adapters_of_experts(tmp_path: Path) -> None:
-    from tiny import write_tiny
+    from packages.core.tests.models.tiny import write_tiny
 
     made = write_tiny(tmp_path / "moe", "qwen2_moe", num_experts=6, num_experts_per_tok=2, moe_intermediate_size=40,
                       shared_expert_intermediate_size=48, decoder_sparse_step=1)  # fmt: skip

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import write_tiny
 
 from candle_vllm.core import ConfigError, InferenceEngine, SamplingParams
 from candle_vllm.core.assembly import placement
@@ -23,6 +22,7 @@ from candle_vllm.core.kernels.cpu_runtime import numa
 from candle_vllm.core.kernels.cpu_runtime.numa import CpuRank, CpuRanks
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from packages.core.tests.models.tiny import write_tiny
 
 pytest.importorskip("numba")
 if sys.platform != "linux":

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_sight_families import write_sight
 
 from candle_vllm.core import ConfigError, EngineConfig, SamplingParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
@@ -24,6 +23,7 @@ from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.thread_ranks import Meetings, MeetingStages, ThreadRanks, in_threads
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.core.testing.toy_sight import write_toy_sight
+from packages.core.tests.models.test_sight_families import write_sight
 
 
 @dataclasses.dataclass

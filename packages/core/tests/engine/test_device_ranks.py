@@ -10,11 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from common_run import few
-from families import ROWS
-from late_stages import join
-from test_device_steps import CPU, EVERYTHING, SHORT, SIZE, asked, device_runner, drive, make
-from tiny import write_tiny
 
 from candle_vllm.core import EngineConfig, SamplingParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
@@ -28,6 +23,11 @@ from candle_vllm.core.kernels.sampling import shares
 from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.thread_ranks import ThreadRanks, ToldRanks, in_threads
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from packages.core.tests.engine.late_stages import join
+from packages.core.tests.engine.test_device_steps import CPU, EVERYTHING, SHORT, SIZE, asked, device_runner, drive, make
+from packages.core.tests.models.families import ROWS
+from packages.core.tests.models.tiny import write_tiny
+from tests.common_run import few
 
 CONTEXT = 192
 CONFIG = EngineConfig(model="toy")

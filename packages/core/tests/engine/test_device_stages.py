@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from common_run import few
-from late_stages import Staged
-from test_device_steps import CONTEXT, CPU, EVERYTHING, FORMED, RARE, SHORT, SIZE, asked, device_runner, drive, make
 
 from candle_vllm.core import EngineConfig, SamplingParams
 from candle_vllm.core.assembly.model import LoadedModel, load_model
@@ -26,6 +23,21 @@ from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.thread_ranks import Meetings, MeetingStages, ThreadRanks, in_threads
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from packages.core.tests.engine.late_stages import Staged
+from packages.core.tests.engine.test_device_steps import (
+    CONTEXT,
+    CPU,
+    EVERYTHING,
+    FORMED,
+    RARE,
+    SHORT,
+    SIZE,
+    asked,
+    device_runner,
+    drive,
+    make,
+)
+from tests.common_run import few
 
 
 @pytest.fixture(scope="module", autouse=True)

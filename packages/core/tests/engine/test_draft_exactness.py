@@ -9,14 +9,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import pytest
-from drafted import FreeTimes, SameTimes
-from toy_heads import NextTokens, eagle3_config, eagle3_weights, write_head
 
 from candle_vllm.core import InferenceEngine, SamplingParams, StructuredOutputsParams
 from candle_vllm.core.engine.draft_head import DraftingHead
 from candle_vllm.core.engine.live import LiveSequence
 from candle_vllm.core.sampling.thoughts import ThoughtBudget
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from packages.core.tests.engine.drafted import FreeTimes, SameTimes
+from packages.core.tests.engine.toy_heads import NextTokens, eagle3_config, eagle3_weights, write_head
 
 EOS, END = 258, ". So: "
 SCHEMA = {

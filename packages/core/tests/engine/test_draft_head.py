@@ -15,26 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from drafted import FreeTimes, SameTimes, SlotModel, answers, driven, requests
-from families import DEEPSEEK, GLM_MOE
-from gguf_export import export_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lora_field import fitted, low_rank
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from tiny import write_tiny
-from toy_heads import (
-    NextTokens,
-    Weights,
-    eagle3_config,
-    eagle3_fused,
-    eagle3_rows,
-    eagle3_weights,
-    model_states,
-    write_gguf_head,
-    write_head,
-)
 
 from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, ModelLoadError, SamplingParams
 from candle_vllm.core.assembly.draft import load_draft
@@ -55,6 +39,22 @@ from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
 from candle_vllm.core.text.tokenizer import Tokenizer
+from packages.core.tests.engine.drafted import FreeTimes, SameTimes, SlotModel, answers, driven, requests
+from packages.core.tests.engine.toy_heads import (
+    NextTokens,
+    Weights,
+    eagle3_config,
+    eagle3_fused,
+    eagle3_rows,
+    eagle3_weights,
+    model_states,
+    write_gguf_head,
+    write_head,
+)
+from packages.core.tests.kernels.lora_field import fitted, low_rank
+from packages.core.tests.models.families import DEEPSEEK, GLM_MOE
+from packages.core.tests.models.gguf_export import export_gguf
+from packages.core.tests.models.tiny import write_tiny
 
 Seen = list[tuple[tuple[int, ...], tuple[int, ...], np.ndarray]]
 """Of each guess: the tokens of its text, the guesses before it, and the head's logits."""

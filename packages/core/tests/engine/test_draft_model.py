@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drafted import FreeTimes, SameTimes, SlotModel, answers, driven, requests
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +30,7 @@ from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.core.text.tokenizer import Tokenizer
+from packages.core.tests.engine.drafted import FreeTimes, SameTimes, SlotModel, answers, driven, requests
 
 EOS, CONTEXT = 258, 80
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from common_run import few
-from drafted import FreeTimes, SameTimes, answers
-from test_draft_head import CONFIG, MODELS, apart, eagle3_reference, loaded, watched
-from tiny import write_tiny
-from toy_heads import NextTokens, eagle3_config, eagle3_weights, write_head
 
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.engine.draft_model import DraftModel
 from candle_vllm.core.testing.toy_model import write_toy_model
+from packages.core.tests.engine.drafted import FreeTimes, SameTimes, answers
+from packages.core.tests.engine.test_draft_head import CONFIG, MODELS, apart, eagle3_reference, loaded, watched
+from packages.core.tests.engine.toy_heads import NextTokens, eagle3_config, eagle3_weights, write_head
+from packages.core.tests.models.tiny import write_tiny
+from tests.common_run import few
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="several ranks need sockets that a child inherits")
 

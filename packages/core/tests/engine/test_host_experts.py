@@ -11,11 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from common_run import few
-from families import ROWS
-from gguf_export import export_gguf
-from test_device_steps import EVERYTHING, asked, drive, make
-from tiny import cuts, error, recorded_logits, some_tokens, step_logits, typical_spread, write_tiny
 
 from candle_vllm.core import ConfigError, EngineConfig
 from candle_vllm.core.assembly import model as loading
@@ -36,6 +31,19 @@ from candle_vllm.core.layers.moe import mixtures_of
 from candle_vllm.core.memory import MIB
 from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.lazy_stream import LazyStream
+from packages.core.tests.engine.test_device_steps import EVERYTHING, asked, drive, make
+from packages.core.tests.models.families import ROWS
+from packages.core.tests.models.gguf_export import export_gguf
+from packages.core.tests.models.tiny import (
+    cuts,
+    error,
+    recorded_logits,
+    some_tokens,
+    step_logits,
+    typical_spread,
+    write_tiny,
+)
+from tests.common_run import few
 
 BLOCK = 16
 WITH_EXPERTS = [name for name, row in ROWS.items() if any("expert" in key for key in row.config)]

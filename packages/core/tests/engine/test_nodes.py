@@ -24,10 +24,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from test_ranks import GREEDY, KINDS, PROMPTS, dies, gone
-from test_ranks import USUAL as ALONE
-from test_ranks import engine_of as engine_alone
-from test_sight import write_towers
 
 from candle_vllm.core import EngineConfig, InferenceEngine
 from candle_vllm.core.engine import nodes, rank_line
@@ -36,6 +32,10 @@ from candle_vllm.core.engine.rank_line import Go, Line, Ready, Score
 from candle_vllm.core.errors import ConfigError, EngineDeadError, ModelLoadError
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.core.testing.toy_sight import write_toy_sight
+from packages.core.tests.engine.test_ranks import GREEDY, KINDS, PROMPTS, dies, gone
+from packages.core.tests.engine.test_ranks import USUAL as ALONE
+from packages.core.tests.engine.test_ranks import engine_of as engine_alone
+from packages.core.tests.models.test_sight import write_towers
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="several ranks need sockets that a child inherits")
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_ranks import GREEDY, KINDS, PROMPTS, dies, engine_of, gone, pids, seeing
 
 from candle_vllm.core import EngineConfig, InferenceEngine, LoRARequest, PoolingParams, SamplingParams
 from candle_vllm.core.errors import ConfigError
@@ -22,6 +21,7 @@ from candle_vllm.core.fields import read_json
 from candle_vllm.core.testing.toy_adapter import write_adapter
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.core.testing.toy_sight import write_toy_sight
+from packages.core.tests.engine.test_ranks import GREEDY, KINDS, PROMPTS, dies, engine_of, gone, pids, seeing
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="several ranks need sockets that a child inherits")
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from common_run import few
 from safetensors.numpy import load_file, save_file
+
+from tests.common_run import few
 
 pytest.importorskip("numba")
 

@@ -18,9 +18,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from common_run import few
-from families import ROWS
-from tiny import write_tiny
 
 from candle_vllm.core import EngineConfig, InferenceEngine, LoRARequest, SamplingParams
 from candle_vllm.core.engine import rank
@@ -42,6 +39,9 @@ from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.testing.toy_adapter import write_adapter
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.core.testing.toy_sight import write_toy_sight
+from packages.core.tests.models.families import ROWS
+from packages.core.tests.models.tiny import write_tiny
+from tests.common_run import few
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="several ranks need sockets that a child inherits")
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_ranks import GREEDY, PROMPTS, dies, engine_of
 
 from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine
 from candle_vllm.core.engine import ray_ranks
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from packages.core.tests.engine.test_ranks import GREEDY, PROMPTS, dies, engine_of
 
 RAY: dict[str, Any] = {"distributed_executor_backend": "ray", "max_model_len": 512}
 

@@ -196,8 +196,9 @@ class NextTokens:
     """
 
     def __init__(self, folder: Path, layout: str) -> None:
-        from tiny import randomise
         from transformers import AutoModelForCausalLM
+
+        from packages.core.tests.models.tiny import randomise
 
         options = {"dtype": torch.float32, "attn_implementation": "eager"}
         self.model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common_run import few
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.common_run import few
 
 pytest.importorskip("numba")
 

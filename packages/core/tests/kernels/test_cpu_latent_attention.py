@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from latent_layer import EPS, SIZES, Layer, error
+
+from packages.core.tests.kernels.latent_layer import EPS, SIZES, Layer, error
 
 pytest.importorskip("numba")
 

@@ -9,8 +9,6 @@ import torch
 
 pytest.importorskip("numba")
 
-from lora_field import add, fitted, low_rank, stored
-
 from candle_vllm.core.errors import AdapterError
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
@@ -18,6 +16,7 @@ from candle_vllm.core.kernels.lora import Delta, NumberType, PackedAdapter, Plac
 from candle_vllm.core.kernels.lora.pack import pack_adapter, quantise
 from candle_vllm.core.kernels.lora.reference import decoded, quantised
 from candle_vllm.core.kernels.plain_linear import pack
+from packages.core.tests.kernels.lora_field import add, fitted, low_rank, stored
 
 ISAS = [Isa.GENERIC, host_isa()] if host_isa() & Isa.BF16 else [Isa.GENERIC]
 each_isa = pytest.mark.parametrize("isa", ISAS, ids=str)

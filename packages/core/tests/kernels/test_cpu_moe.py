@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from gguf import quants
-from moe_layer import Biases, moe, route
 
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
+from packages.core.tests.kernels.moe_layer import Biases, moe, route
 
 pytest.importorskip("numba")
 

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from waiting import wait_for
 
 from candle_vllm.core.kernels.cpu_runtime import team as team_module
 from candle_vllm.core.kernels.cpu_runtime.kernel_cache import compiled_address
 from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, address_of
 from candle_vllm.core.kernels.cpu_runtime.primitives import fetch_add, int64_at
 from candle_vllm.core.kernels.cpu_runtime.team import Semaphores, ThreadTeam
+from tests.waiting import wait_for
 
 
 def neighbour_plus_one(row, thread, threads):

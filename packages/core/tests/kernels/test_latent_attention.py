@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from latent_layer import SIZES, Layer, error, random
 
 from candle_vllm.core.kernels.attention import reference as attention_reference
 from candle_vllm.core.kernels.attention.rows import AttentionRows
 from candle_vllm.core.kernels.latent_attention import head_linear, latent_attention, latent_write
+from packages.core.tests.kernels.latent_layer import SIZES, Layer, error, random
 
 
 @pytest.mark.parametrize("name", SIZES)

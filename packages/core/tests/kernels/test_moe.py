@@ -9,12 +9,12 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from moe_layer import moe, route
 
 from candle_vllm.core.kernels.gguf_linear import pack
 from candle_vllm.core.kernels.gguf_linear import reference as gguf_reference
 from candle_vllm.core.kernels.moe import MOST_EXPERTS, Activation, Scoring
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType as GgmlType
+from packages.core.tests.kernels.moe_layer import moe, route
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

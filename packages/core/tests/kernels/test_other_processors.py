@@ -16,11 +16,8 @@ import pytest
 
 pytest.importorskip("numba")
 
-from emulated import Emulated, emulator
-from linear_field import error, multiply_in_field, same_bits
 from numba import types
 from numba.extending import intrinsic
-from test_packed_linear import activations, packed
 
 from candle_vllm.core.kernels.cpu_runtime import machine_code
 from candle_vllm.core.kernels.cpu_runtime.compiler import compile_function
@@ -37,6 +34,9 @@ from candle_vllm.core.kernels.plain_linear import PlainKind
 from candle_vllm.core.kernels.plain_linear import cpu as plain_cpu
 from candle_vllm.core.kernels.plain_linear import layout as plain_layout
 from candle_vllm.core.kernels.plain_linear import pack as pack_plain
+from packages.core.tests.kernels.emulated import Emulated, emulator
+from packages.core.tests.kernels.linear_field import error, multiply_in_field, same_bits
+from packages.core.tests.kernels.test_packed_linear import activations, packed
 
 LEVEL = {level.name: level for level in LEVELS}
 CPUS = {

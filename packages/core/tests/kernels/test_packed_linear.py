@@ -30,7 +30,14 @@ from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType as Ggm
 
 pytest.importorskip("numba")
 
-from linear_field import (
+from candle_vllm.core.kernels.activation_quant import Prologue, QuantiseArguments, quantise_operation
+from candle_vllm.core.kernels.cpu_runtime import operation
+from candle_vllm.core.kernels.cpu_runtime.compiler import compile_function
+from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, Level, host_isa
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, embedding_arguments
+from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.kernels.packed_linear import cpu, layout
+from packages.core.tests.kernels.linear_field import (
     LEVELS_HERE,
     PLAIN,
     error,
@@ -40,14 +47,6 @@ from linear_field import (
     run_row,
     same_bits,
 )
-
-from candle_vllm.core.kernels.activation_quant import Prologue, QuantiseArguments, quantise_operation
-from candle_vllm.core.kernels.cpu_runtime import operation
-from candle_vllm.core.kernels.cpu_runtime.compiler import compile_function
-from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, Level, host_isa
-from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, embedding_arguments
-from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
-from candle_vllm.core.kernels.packed_linear import cpu, layout
 
 COLUMNS = 768
 each_kind = pytest.mark.parametrize("kind", list(PackedKind), ids=lambda kind: kind.name)

@@ -18,14 +18,13 @@ from candle_vllm.core.kernels.torch_numbers import DTYPES, NAMES
 
 pytest.importorskip("numba")
 
-from linear_field import error, make_anew, multiply_in_field, run_row, same_bits
-
 from candle_vllm.core.kernels.activation_rows import row_elements
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, embedding_arguments
 from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.plain_linear import cpu, layout
+from packages.core.tests.kernels.linear_field import error, make_anew, multiply_in_field, run_row, same_bits
 
 # The generic path runs everywhere; BF16 only where the CPU has it.
 ISAS = [Isa.GENERIC, Isa.BF16] if host_isa() & Isa.BF16 else [Isa.GENERIC]

@@ -20,8 +20,6 @@ from candle_vllm.core.quantization.scaled_codes import FLOAT_NAMES, GROUP, Scale
 
 pytest.importorskip("numba")
 
-from linear_field import error, make_anew, multiply_in_field, run_row, same_bits
-
 from candle_vllm.core.kernels.activation_rows import row_elements
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of
@@ -30,6 +28,7 @@ from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.plain_linear import layout as plain_layout
 from candle_vllm.core.kernels.plain_linear import pack as pack_plain
 from candle_vllm.core.kernels.scaled_linear import cpu, layout
+from packages.core.tests.kernels.linear_field import error, make_anew, multiply_in_field, run_row, same_bits
 
 # The generic path runs everywhere; BF16 only where the CPU has it.
 ISAS = [Isa.GENERIC, Isa.BF16] if host_isa() & Isa.BF16 else [Isa.GENERIC]

@@ -13,8 +13,6 @@ from candle_vllm.core.kernels.word_linear import WordMatrix, pack, reference, un
 
 pytest.importorskip("numba")
 
-from linear_field import error, multiply_in_field, run_row, same_bits
-
 from candle_vllm.core.kernels.activation_quant import Prologue
 from candle_vllm.core.kernels.activation_rows import GROUP, WORD, RowsArguments, WordForm, row_bytes, rows_operation
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
@@ -22,6 +20,7 @@ from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_o
 from candle_vllm.core.kernels.cpu_runtime.recorder import aligned
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.kernels.word_linear import cpu, layout
+from packages.core.tests.kernels.linear_field import error, multiply_in_field, run_row, same_bits
 
 RANDOM = np.random.default_rng(5)
 ODD = 301

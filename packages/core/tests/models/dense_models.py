@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from families import PHI2, PHI3, PHI4_MINI, SMOLLM3, STABLELM, STABLELM_12B
 from gguf import GGUFWriter
-from tiny import config_of, write_tiny
 
 from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.models.registry import family_from_gguf
+from packages.core.tests.models.families import PHI2, PHI3, PHI4_MINI, SMOLLM3, STABLELM, STABLELM_12B
+from packages.core.tests.models.tiny import config_of, write_tiny
 
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "phi": PHI2,

@@ -9,10 +9,11 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from families import FORMATS
-from format_writers import WRITERS
 from safetensors.torch import load_file, save_file
-from tiny import config_of
+
+from packages.core.tests.models.families import FORMATS
+from packages.core.tests.models.tiny import config_of
+from packages.core.tests.quantization.format_writers import WRITERS
 
 _KEPT_PLAIN = re.compile(r"embed|lm_head|\.gate\.weight|router|norm|shared_expert_gate|kv_b_proj")
 """What the makers of quantised checkpoints leave alone."""

@@ -21,9 +21,9 @@ from gguf import (
     get_tensor_name_map,
 )
 from safetensors.torch import load_file
-from tiny import config_of
 
 from candle_vllm.core.testing.toy_model import add_toy_vocabulary
+from packages.core.tests.models.tiny import config_of
 
 Tensors = dict[str, np.ndarray]
 Convert = Callable[[GGUFWriter, Mapping[str, Any], Tensors], Tensors]

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "quantization")]
+    sys.path.insert(0, str(Path(__file__).parents[4]))  # run as a program
 
-from families import CUDA_ISQ, FORMATS, ISQ_TYPES, ROWS, TOWERS, cuda_rows, first_rows
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from candle_vllm.core.models.registry import HF_ENCODERS, HF_FAMILIES
+from packages.core.tests.models.families import CUDA_ISQ, FORMATS, ISQ_TYPES, ROWS, TOWERS, cuda_rows, first_rows
 
 PAGE = Path(__file__).parents[4] / "docs" / "models.md"
 BEGIN, END = "<!-- table of families: begin -->", "<!-- table of families: end -->"

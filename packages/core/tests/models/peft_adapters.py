@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from families import ROWS
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import write_tiny
 from transformers import AutoModelForCausalLM
 
 from candle_vllm.core import EngineConfig
 from candle_vllm.core.assembly.adapter_base import AdapterBase, adapter_base
 from candle_vllm.core.assembly.opening import model_files
 from candle_vllm.core.kernels.lora import FittedAdapter
+from packages.core.tests.models.families import ROWS
+from packages.core.tests.models.tiny import write_tiny
 
 Parts = dict[str, np.ndarray]
 

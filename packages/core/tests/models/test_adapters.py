@@ -9,9 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import ROWS, first_rows
-from gguf_export import export_gguf
-from peft_adapters import Trained, base_of, changed, furthest, merged, parts, trained
 
 from candle_vllm.core import EngineConfig, InferenceEngine, LoRARequest, SamplingParams
 from candle_vllm.core.assembly.adapters import fit_adapter, norms_with
@@ -19,6 +16,9 @@ from candle_vllm.core.config import LoraDType
 from candle_vllm.core.errors import AdapterError
 from candle_vllm.core.kernels.lora.reference import decoded, quantised
 from candle_vllm.core.loading.adapters import read_adapter
+from packages.core.tests.models.families import ROWS, first_rows
+from packages.core.tests.models.gguf_export import export_gguf
+from packages.core.tests.models.peft_adapters import Trained, base_of, changed, furthest, merged, parts, trained
 
 EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 TABLES = {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}

@@ -10,13 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import family_formats
-import gguf_export
 import pytest
 import torch
-from families import DEEPSEEK, DEEPSEEK_YARN
 from safetensors.torch import load_file, save_file
-from tiny import eager_logits, error, load, recorded_logits, some_tokens, spread, typical_spread, write_tiny
 
 from candle_vllm.core import EngineConfig, InferenceEngine, InvalidFileError, SamplingParams, UnsupportedModelError
 from candle_vllm.core.engine.eager_runner import EagerRunner
@@ -24,6 +20,18 @@ from candle_vllm.core.errors import WeightsError
 from candle_vllm.core.layers.rotary import attention_scale
 from candle_vllm.core.loading.rope import RopeConfig
 from candle_vllm.core.memory import Room, plan_cache
+from packages.core.tests.models import family_formats, gguf_export
+from packages.core.tests.models.families import DEEPSEEK, DEEPSEEK_YARN
+from packages.core.tests.models.tiny import (
+    eager_logits,
+    error,
+    load,
+    recorded_logits,
+    some_tokens,
+    spread,
+    typical_spread,
+    write_tiny,
+)
 
 DENSE = DEEPSEEK | {
     "first_k_dense_replace": 2,

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dense_models import edited, folders, gguf_config
-from families import PHI4_MINI
-from tiny import load
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.layers.rotary import attention_scale, inverse_frequencies
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models.registry import family_from_gguf, family_from_hf
+from packages.core.tests.models.dense_models import edited, folders, gguf_config
+from packages.core.tests.models.families import PHI4_MINI
+from packages.core.tests.models.tiny import load
 
 
 @pytest.fixture(scope="module")

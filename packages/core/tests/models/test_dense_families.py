@@ -10,14 +10,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dense_models import MODELS, edited, folders
 from gguf import GGUFWriter
-from gguf_export import CONVERTERS, export_gguf
 from safetensors.torch import load_file, save_file
-from tiny import config_of, cuts, eager_logits, error, load, recorded_logits, some_tokens, spread, their_logits
-from tiny import write_tiny as write
 
 from candle_vllm.core.layers.rotary import attention_scale
+from packages.core.tests.models.dense_models import MODELS, edited, folders
+from packages.core.tests.models.gguf_export import CONVERTERS, export_gguf
+from packages.core.tests.models.tiny import (
+    config_of,
+    cuts,
+    eager_logits,
+    error,
+    load,
+    recorded_logits,
+    some_tokens,
+    spread,
+    their_logits,
+)
+from packages.core.tests.models.tiny import write_tiny as write
 
 TOKENS = some_tokens()
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
-from peft_adapters import randomise, trained
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from candle_vllm.core import EngineConfig, InferenceEngine, LoRARequest, RequestError
 from candle_vllm.core.engine import build
 from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
 from candle_vllm.core.text.tokenizer import Tokenizer
+from packages.core.tests.models.peft_adapters import randomise, trained
 
 WORDS = ["hello", "a", "the quick brown fox", "jumps over the lazy dog, twice!", "x" * 90]
 LABELS = {"id2label": {"0": "sad", "1": "glad", "2": "mad"}, "label2id": {"sad": 0, "glad": 1, "mad": 2}}

@@ -11,14 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import ROWS
 from gguf import GGUFReader, GGUFWriter, quants
-from gguf_export import export_gguf
 from safetensors.torch import load_file, save_file
-from tiny import config_of, cuts, eager_logits, error, recorded_logits, some_tokens, spread, typical_spread, write_tiny
 
 from candle_vllm.core import InferenceEngine, InvalidFileError, SamplingParams, UnsupportedModelError, WeightsError
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
+from packages.core.tests.models.families import ROWS
+from packages.core.tests.models.gguf_export import export_gguf
+from packages.core.tests.models.tiny import (
+    config_of,
+    cuts,
+    eager_logits,
+    error,
+    recorded_logits,
+    some_tokens,
+    spread,
+    typical_spread,
+    write_tiny,
+)
 
 TOKENS = some_tokens(24)
 Weights = dict[str, torch.Tensor]

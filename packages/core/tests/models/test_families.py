@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import ROWS
-from gguf_export import export_gguf
-from tiny import (
+
+from candle_vllm.core import EngineConfig
+from candle_vllm.core.conversion import write_gguf
+from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
+from packages.core.tests.models.families import ROWS
+from packages.core.tests.models.gguf_export import export_gguf
+from packages.core.tests.models.tiny import (
     cuts,
     eager_logits,
     error,
@@ -24,10 +28,6 @@ from tiny import (
     typical_spread,
     write_tiny,
 )
-
-from candle_vllm.core import EngineConfig
-from candle_vllm.core.conversion import write_gguf
-from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from families import FORMATS, ISQ_TYPES, ROWS, first_rows
-from family_formats import write_format
-from tiny import device_logits, eager_logits, error, recorded_logits, some_tokens, typical_spread, write_tiny
+
+from packages.core.tests.models.families import FORMATS, ISQ_TYPES, ROWS, first_rows
+from packages.core.tests.models.family_formats import write_format
+from packages.core.tests.models.tiny import (
+    device_logits,
+    eager_logits,
+    error,
+    recorded_logits,
+    some_tokens,
+    typical_spread,
+    write_tiny,
+)
 
 TOKENS = some_tokens(12)
 CUT = [7, 4, 1]

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from families import ROWS
 from gguf import GGUFWriter
-from gguf_export import CONVERTERS, Tensors, export_gguf
-from tiny import eager_logits, error, recorded_logits, some_tokens, spread, write_tiny
 
 from candle_vllm.core.loading.gguf import open_gguf
+from packages.core.tests.models.families import ROWS
+from packages.core.tests.models.gguf_export import CONVERTERS, Tensors, export_gguf
+from packages.core.tests.models.tiny import eager_logits, error, recorded_logits, some_tokens, spread, write_tiny
 
 TOKENS = some_tokens(24)
 KINDS = ("Llama", "Ministral 3", "Qwen2", "Qwen3-MoE", "Gemma-3", "StableLM-2", "SmolLM3", "GLM-4-MoE", "gpt-oss")

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from families import ROWS
-from models_page import PAGE, page, rows_by_class
-
 from candle_vllm.core.models.registry import GGUF_FAMILIES, HF_FAMILIES
+from packages.core.tests.models.families import ROWS
+from packages.core.tests.models.models_page import PAGE, page, rows_by_class
 
 
 def test_the_table_is_current() -> None:

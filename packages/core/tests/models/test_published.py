@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from published_configs import CONFIGS
 from safetensors import safe_open
-from tiny import SMALL, eager_logits, error, randomise, some_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.testing.toy_model import write_toy_tokenizer
+from packages.core.tests.models.published_configs import CONFIGS
+from packages.core.tests.models.tiny import SMALL, eager_logits, error, randomise, some_tokens
 
 TOKENS = some_tokens(56)
 NAMES = {  # a name of each kind that transformers 5 changes as it reads, and that published files have

@@ -16,24 +16,12 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from common_run import few
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 from peft import LoraConfig, get_peft_model
-from peft_adapters import randomise as randomise_adapter
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sight import (
-    answers,
-    answers_of_a_gpu,
-    answers_op_by_op,
-    answers_without_torch,
-    finished,
-    prompt_error,
-    require_same,
-)
-from tiny import SMALL, randomise
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -67,6 +55,18 @@ from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
 from candle_vllm.core.vision.preprocessing import window_order
+from packages.core.tests.models.peft_adapters import randomise as randomise_adapter
+from packages.core.tests.models.sight import (
+    answers,
+    answers_of_a_gpu,
+    answers_op_by_op,
+    answers_without_torch,
+    finished,
+    prompt_error,
+    require_same,
+)
+from packages.core.tests.models.tiny import SMALL, randomise
+from tests.common_run import few
 
 MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 START, END, PAD, VIDEO = range(260, 264)

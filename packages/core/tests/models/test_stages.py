@@ -9,11 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from common_run import few
-from families import FORMATS, ROWS
-from family_formats import write_format
-from gguf_export import export_gguf
-from tiny import BLOCK, LENGTH, eager_logits, error, some_tokens, step_logits, write_tiny
 
 from candle_vllm.core import EngineConfig
 from candle_vllm.core.assembly import model as loading
@@ -24,6 +19,11 @@ from candle_vllm.core.engine.eager_runner import StageRunner
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.testing.thread_ranks import ThreadRanks, in_threads
+from packages.core.tests.models.families import FORMATS, ROWS
+from packages.core.tests.models.family_formats import write_format
+from packages.core.tests.models.gguf_export import export_gguf
+from packages.core.tests.models.tiny import BLOCK, LENGTH, eager_logits, error, some_tokens, step_logits, write_tiny
+from tests.common_run import few
 
 
 class Steps(StageRunner):

@@ -7,12 +7,21 @@ import json
 from pathlib import Path
 
 import pytest
-from families import GEMMA3, LLAMA3
-from gguf_export import export_gguf
-from tiny import config_of, cuts, eager_logits, error, load, some_tokens, their_logits, write_tiny
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.testing.toy_model import write_toy_tokenizer
+from packages.core.tests.models.families import GEMMA3, LLAMA3
+from packages.core.tests.models.gguf_export import export_gguf
+from packages.core.tests.models.tiny import (
+    config_of,
+    cuts,
+    eager_logits,
+    error,
+    load,
+    some_tokens,
+    their_logits,
+    write_tiny,
+)
 
 CONTEXT, FACTOR = 20, 4.0
 

@@ -10,16 +10,27 @@ from typing import Any
 
 import pytest
 import torch
-from families import GEMMA3, MINISTRAL3_ROPE
-from family_formats import write_format
 from safetensors.torch import load_file, save_file
-from tiny import SMALL, config_of, cuts, eager_logits, error, load, randomise, recorded_logits, some_tokens, spread
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.loading.towers import DEFAULTS, text_fields
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.testing.toy_model import write_toy_tokenizer
+from packages.core.tests.models.families import GEMMA3, MINISTRAL3_ROPE
+from packages.core.tests.models.family_formats import write_format
+from packages.core.tests.models.tiny import (
+    SMALL,
+    config_of,
+    cuts,
+    eager_logits,
+    error,
+    load,
+    randomise,
+    recorded_logits,
+    some_tokens,
+    spread,
+)
 
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {

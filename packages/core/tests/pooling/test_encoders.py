@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFWriter
-from registry_packages import CACHE, pypi_file, unpacked
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -37,6 +36,7 @@ from candle_vllm.core.engine.model_runner import EncoderRunner
 from candle_vllm.core.pooling import PoolingKind, PoolingParams
 from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
 from candle_vllm.core.text.tokenizer import Tokenizer
+from tests.registry_packages import CACHE, pypi_file, unpacked
 
 ENCODERS = ("BertModel", "RobertaModel", "XLMRobertaModel")
 CROSS_ENCODERS = tuple(f"{name.removesuffix('Model')}ForSequenceClassification" for name in ENCODERS)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from format_writers import WRITERS, Written
 from safetensors.torch import save_file
 
 from candle_vllm.core.errors import UnsupportedModelError
@@ -25,6 +24,7 @@ from candle_vllm.core.layers.parameters import MatrixParameter, Placement
 from candle_vllm.core.loading.quantised import read_quantised
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.quantization.tensors import StoredTensor
+from packages.core.tests.quantization.format_writers import WRITERS, Written
 
 DEVICE = Placement(torch.device("cpu"), "F32", keeps_quantised=True)
 KEPT = [name for name in WRITERS if ("fp8" in name and not name.endswith("blocks")) or "nvfp4" in name]

@@ -14,10 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common_run import few
-from format_writers import WRITERS, quantise_model
 from safetensors.torch import load_file, save_file
-from tiny import write_tiny
 
 from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, SamplingParams, WeightsError
 from candle_vllm.core.assembly.isq import in_situ, quantised_in_situ
@@ -37,6 +34,9 @@ from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.testing.toy_encoder import write_toy_encoder
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from packages.core.tests.models.tiny import write_tiny
+from packages.core.tests.quantization.format_writers import WRITERS, quantise_model
+from tests.common_run import few
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, logprobs=5, ignore_eos=True)

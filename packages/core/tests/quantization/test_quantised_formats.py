@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from format_writers import WRITERS, Written, ct_packed, gptq, marlin, mxfp4, nvfp4, write_safetensors
 from gguf import quants
 
 from candle_vllm.core.errors import UnsupportedModelError, WeightsError
@@ -23,6 +22,16 @@ from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.quantization import stored as stored_module
 from candle_vllm.core.quantization.stored import QuantisedTensor
 from candle_vllm.core.quantization.tensors import StoredTensor
+from packages.core.tests.quantization.format_writers import (
+    WRITERS,
+    Written,
+    ct_packed,
+    gptq,
+    marlin,
+    mxfp4,
+    nvfp4,
+    write_safetensors,
+)
 
 BLOCKS = {
     "gptq": "Q4_0",

@@ -10,11 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from format_writers import Written, awq, ct_int8, ct_packed, fp8, gptq, marlin, mxfp4, nvfp4, write_safetensors
 
 from candle_vllm.core.errors import InvalidFileError, ModelLoadError
 from candle_vllm.core.loading.quantised import read_quantised
 from candle_vllm.core.loading.safetensors import open_safetensors
+from packages.core.tests.quantization.format_writers import (
+    Written,
+    awq,
+    ct_int8,
+    ct_packed,
+    fp8,
+    gptq,
+    marlin,
+    mxfp4,
+    nvfp4,
+    write_safetensors,
+)
 
 Parts = dict[str, torch.Tensor]
 WEIGHT = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))

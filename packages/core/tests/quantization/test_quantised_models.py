@@ -16,22 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from format_writers import WRITERS, Writer, fp8, marlin, mxfp4, quantise_model
 from safetensors.torch import load_file, save_file
-from tiny import (
-    BLOCK,
-    CPU,
-    config_of,
-    eager_logits,
-    error,
-    load,
-    recorded_logits,
-    some_tokens,
-    spread,
-    step_logits,
-    typical_spread,
-)
-from tiny import write_tiny as write_model
 
 from candle_vllm.core import EngineConfig
 from candle_vllm.core.assembly import model as loading
@@ -47,6 +32,21 @@ from candle_vllm.core.layers.parameters import MatrixParameter, Placement
 from candle_vllm.core.loading.quantised import read_quantised
 from candle_vllm.core.loading.safetensors import open_safetensors
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
+from packages.core.tests.models.tiny import (
+    BLOCK,
+    CPU,
+    config_of,
+    eager_logits,
+    error,
+    load,
+    recorded_logits,
+    some_tokens,
+    spread,
+    step_logits,
+    typical_spread,
+)
+from packages.core.tests.models.tiny import write_tiny as write_model
+from packages.core.tests.quantization.format_writers import WRITERS, Writer, fp8, marlin, mxfp4, quantise_model
 
 TOKENS = some_tokens(20)
 CHUNKS = [13, 6, 1]

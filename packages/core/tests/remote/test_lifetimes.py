@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import zmq
-from waiting import wait_for
 
 from candle_vllm.core import EngineConfig, EngineDeadError, ModelLoadError, UnsupportedModelError
 from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.remote.process import EngineProcess
+from tests.waiting import wait_for
 
 # A child that says what the last argument is once it was started, and then waits to be ended.
 FAKE = textwrap.dedent(

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from waiting import until
 
 from candle_vllm.core import (
     ChatTemplateError,
@@ -36,6 +35,7 @@ from candle_vllm.core.progress import Progress, heard_by
 from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.testing.toy_encoder import write_toy_encoder
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from tests.waiting import until
 
 PROMPT = [(7 * i) % 256 for i in range(40)]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 from msgspec.structs import replace
-from waiting import until, wait_for
 
 from candle_vllm.core import (
     AdapterError,
@@ -37,6 +36,7 @@ from candle_vllm.core.remote import fleet
 from candle_vllm.core.remote.fleet import combined, replica_configs
 from candle_vllm.core.testing.toy_adapter import linear_shapes, write_adapter
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from tests.waiting import until, wait_for
 
 CONFIG = toy_config(max_position_embeddings=1 << 15)
 SETTINGS: dict[str, Any] = {"threads": 2, "block_size": 16, "speculative_config": {"method": "none"}, "seed": 5}

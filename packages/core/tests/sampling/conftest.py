@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from registry_packages import CACHE, pypi_file, unpacked
 
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
-
-sys.path.append(str(Path(__file__).parent))  # for schema_texts; --import-mode=importlib does not
+from tests.registry_packages import CACHE, pypi_file, unpacked
 
 WORDS = (
     '{"',

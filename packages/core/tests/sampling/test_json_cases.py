@@ -13,7 +13,6 @@ import jsonschema
 import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
-from schema_texts import accepts, spellings, walk
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.json_dialect import KNOWN
@@ -21,6 +20,7 @@ from candle_vllm.core.sampling.json_schema import checked_schema, compilable_sch
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.testing import ByteTokenizer
+from packages.core.tests.sampling.schema_texts import accepts, spellings, walk
 
 VALUES: list[Any] = [None, True, False, 0, 1, 2, 5, -1, 1.5, "", "a", "ab", "b", "abc", [], [1], [1, 1], [1, "a"], {}]
 VALUES += [{"a": 1}, {"b": "a"}, {"a": 1, "b": 2}, {"a": "a", "c": None}, {"a": 1, "b": "b", "c": 2}, [[1], [1]]]

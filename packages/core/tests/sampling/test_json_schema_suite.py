@@ -13,11 +13,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from schema_texts import accepts, refused, spellings
 
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.testing import ByteTokenizer
+from packages.core.tests.sampling.schema_texts import accepts, refused, spellings
 
 MOST_SPELLINGS = 200
 # Wrong instances that are let through: file, and why.

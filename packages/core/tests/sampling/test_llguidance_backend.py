@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from waiting import wait_for
 
 from candle_vllm.core.errors import EngineDeadError, InvalidParameterError
 from candle_vllm.core.sampling import llguidance_backend
@@ -19,6 +18,7 @@ from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.llguidance_grammar import LlguidanceGrammar
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.sampling.token_trie import TokenTrie
+from tests.waiting import wait_for
 
 SmallVocabulary = Any  # see conftest.py
 SIZE = 300

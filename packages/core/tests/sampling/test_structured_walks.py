@@ -9,10 +9,10 @@ from typing import Any
 
 import jsonschema
 import pytest
-from schema_texts import walk
 
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from packages.core.tests.sampling.schema_texts import walk
 
 SEEDS = 12
 SHORT = {"type": "string", "maxLength": 4}

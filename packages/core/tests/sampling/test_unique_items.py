@@ -13,7 +13,6 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from schema_texts import accepts
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.device_edits import mask_flags
@@ -22,6 +21,7 @@ from candle_vllm.core.sampling.json_schema import Budget, compilable_schema
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.sampling.unique_sites import Sites
+from packages.core.tests.sampling.schema_texts import accepts
 
 WORDS = (
     *(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from waiting import until
 
 from candle_vllm.core import (
     AsyncEngineArgs,
@@ -24,6 +23,7 @@ from candle_vllm.core import (
     SamplingParams,
 )
 from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
+from tests.waiting import until
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
 

@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from messages import Parsed, parse, parser
+from packages.openai.tests.formats.messages import Parsed, parse, parser
 
 TOOLS: dict[str, dict[str, Any]] = {
     "get_weather": {

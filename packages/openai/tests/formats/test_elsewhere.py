@@ -7,9 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from messages import REASONING, Parsed, check_linear, parse, repeated
-from messages import TOOLS as FORMATS
-from samples import SHORT, TOOLS
 
 from candle_vllm.core.text.chat_conventions import ChatConventions
 from candle_vllm.openai import parse_chat_request
@@ -19,6 +16,9 @@ from candle_vllm.openai.formats.parser import OutputParser
 from candle_vllm.openai.formats.table import TOOL_FORMATS
 from candle_vllm.openai.planning import AnswerPlanner
 from candle_vllm.openai.requests import read_chat
+from packages.openai.tests.formats.messages import REASONING, Parsed, check_linear, parse, repeated
+from packages.openai.tests.formats.messages import TOOLS as FORMATS
+from packages.openai.tests.formats.samples import SHORT, TOOLS
 
 X = '{"city": "x"}'
 CALL = '{"name": "f2", "arguments": {"city": "x"}}'

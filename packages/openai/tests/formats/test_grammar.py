@@ -15,11 +15,6 @@ from typing import Any, Literal, NamedTuple
 
 import jsonschema
 import pytest
-from common_run import few
-from messages import Parsed, parse
-from samples import SAMPLES, TOOLS, Sample
-from test_custom_grammar import PATCH
-from walks import Vocabulary, accepts, allowed, walk
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.errors import UnsupportedParameterError
@@ -27,6 +22,11 @@ from candle_vllm.openai.formats.grammar import tool_grammar
 from candle_vllm.openai.formats.layout import Layout, ReasoningFormat, ToolFormat, bind
 from candle_vllm.openai.formats.parser import OutputParser
 from candle_vllm.openai.formats.table import REASONING_FORMATS, TOOL_FORMATS
+from packages.openai.tests.formats.messages import Parsed, parse
+from packages.openai.tests.formats.samples import SAMPLES, TOOLS, Sample
+from packages.openai.tests.formats.test_custom_grammar import PATCH
+from packages.openai.tests.formats.walks import Vocabulary, accepts, allowed, walk
+from tests.common_run import few
 
 ROWS = {row.name: row for row in TOOL_FORMATS}
 THOUGHTS = {row.name: row for row in REASONING_FORMATS}

@@ -7,8 +7,9 @@ import json
 from typing import Any
 
 import pytest
-from messages import Parsed, parse, parser
-from samples import TOOLS
+
+from packages.openai.tests.formats.messages import Parsed, parse, parser
+from packages.openai.tests.formats.samples import TOOLS
 
 X = '{"name": "f2", "arguments": {"city": "x"}}'
 F2 = ("id0", "f2", '{"city": "x"}', True)

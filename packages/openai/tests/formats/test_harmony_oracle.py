@@ -11,10 +11,10 @@ import openai_harmony as harmony
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from messages import REASONING, TOOLS, Parsed, parse
 
 from candle_vllm.openai.formats.layout import Layout, SpecialText, bind
 from candle_vllm.openai.formats.parser import OutputParser
+from packages.openai.tests.formats.messages import REASONING, TOOLS, Parsed, parse
 
 ENCODING = harmony.load_harmony_encoding(harmony.HarmonyEncodingName.HARMONY_GPT_OSS)
 NAMES = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|return|>", "<|call|>")

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from messages import SMALL, check_linear, parse, parser, repeated
-from samples import SHORT, TOOLS, Sample
 
 from candle_vllm.openai.formats.layout import ToolFormat
 from candle_vllm.openai.formats.parser import OutputParser
 from candle_vllm.openai.formats.table import TOOL_FORMATS
+from packages.openai.tests.formats.messages import SMALL, check_linear, parse, parser, repeated
+from packages.openai.tests.formats.samples import SHORT, TOOLS, Sample
 
 HERMES = '<tool_call>{"name": "f2", "arguments": '
 

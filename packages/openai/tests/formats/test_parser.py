@@ -12,12 +12,12 @@ from collections.abc import Iterable, Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from messages import Parsed, parse, parser
-from samples import SAMPLES, SHORT, SMALL, TOOLS, Sample, chunked, cut, read
 
 from candle_vllm.openai.formats.layout import Body, Layout, ToolFormat, bind
 from candle_vllm.openai.formats.parser import OutputParser
 from candle_vllm.openai.formats.table import REASONING_FORMATS, TOOL_FORMATS
+from packages.openai.tests.formats.messages import Parsed, parse, parser
+from packages.openai.tests.formats.samples import SAMPLES, SHORT, SMALL, TOOLS, Sample, chunked, cut, read
 
 PAIRS = 20  # of cuts, for each sample
 ENDS = 12  # at which a sample is cut off and read by characters

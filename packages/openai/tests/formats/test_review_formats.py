@@ -8,8 +8,6 @@ import time
 from typing import Any
 
 import pytest
-from messages import Parsed, parse, parser
-from samples import TOOLS
 
 from candle_vllm.core.text.chat_conventions import ChatConventions
 from candle_vllm.openai import parse_chat_request
@@ -19,6 +17,8 @@ from candle_vllm.openai.formats.parser import OutputParser
 from candle_vllm.openai.formats.table import reasoning_names, tool_names
 from candle_vllm.openai.planning import AnswerPlanner
 from candle_vllm.openai.requests import read_chat
+from packages.openai.tests.formats.messages import Parsed, parse, parser
+from packages.openai.tests.formats.samples import TOOLS
 
 X = '{"city": "x"}'
 CALL = '{"name": "f2", "arguments": {"city": "x"}}'

@@ -10,9 +10,6 @@ from typing import Any
 
 import jsonschema
 import pytest
-from messages import Parsed, parse
-from test_grammar import Tool, check, vocabulary
-from walks import Vocabulary, accepts, walk
 
 from candle_vllm.core.sampling.grammar import Grammar
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
@@ -26,6 +23,9 @@ from candle_vllm.openai.formats.table import REASONING_FORMATS, TOOL_FORMATS, re
 from candle_vllm.openai.planning import AnswerPlanner, constrain
 from candle_vllm.openai.requests import read_chat
 from candle_vllm.openai.task import ToolUse
+from packages.openai.tests.formats.messages import Parsed, parse
+from packages.openai.tests.formats.test_grammar import Tool, check, vocabulary
+from packages.openai.tests.formats.walks import Vocabulary, accepts, walk
 
 ROWS, THOUGHTS = tool_names(), reasoning_names()
 FORM = {

@@ -6,12 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from messages import REASONING, TOOLS, Parsed, parse, parser
 
 from candle_vllm.openai.formats.events import CallArguments, Event
 from candle_vllm.openai.formats.layout import Layout, bind
 from candle_vllm.openai.formats.output import CallSink
 from candle_vllm.openai.formats.parser import OutputParser
+from packages.openai.tests.formats.messages import REASONING, TOOLS, Parsed, parse, parser
 
 SCHEMAS: dict[str, dict[str, Any]] = {
     "f2": {"type": "object", "properties": {"city": {"type": "string"}, "on": {"type": "boolean"}}},

@@ -9,12 +9,12 @@ import re
 from typing import Any
 
 import pytest
-from messages import REASONING, Parsed, parse, parser
-from messages import TOOLS as FORMATS
-from samples import SAMPLES, SHORT, SMALL, TOOLS, Sample
 
 from candle_vllm.openai.formats.layout import Layout, bind
 from candle_vllm.openai.formats.parser import OutputParser
+from packages.openai.tests.formats.messages import REASONING, Parsed, parse, parser
+from packages.openai.tests.formats.messages import TOOLS as FORMATS
+from packages.openai.tests.formats.samples import SAMPLES, SHORT, SMALL, TOOLS, Sample
 
 JSON = [sample for sample in SHORT if SMALL in sample.text]  # arguments are an object of JSON
 IN_OBJECTS = [sample for sample in JSON if f'": {SMALL}' in sample.text and sample.tools != "apertus"]

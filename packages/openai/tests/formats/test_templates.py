@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from messages import parse
 
 from candle_vllm.core.errors import ChatTemplateError
 from candle_vllm.core.text.chat_template import ChatTemplate
@@ -19,6 +18,7 @@ from candle_vllm.openai.formats.choice import Choice, choose_layout
 from candle_vllm.openai.formats.layout import Layout
 from candle_vllm.openai.formats.parser import OutputParser
 from candle_vllm.openai.formats.reasoning_table import open_mark
+from packages.openai.tests.formats.messages import parse
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 ENDS = (  # of messages with calls, where those have ends of their own; and what stands behind a message

@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from messages import Parsed, parse
-from test_review_grammars import ANSWER, TOOLS, Model
 
 from candle_vllm.core.text.chat_conventions import ChatConventions
 from candle_vllm.openai import parse_chat_request
@@ -18,6 +16,8 @@ from candle_vllm.openai.formats.parser import OutputParser
 from candle_vllm.openai.formats.reasoning_table import REASONING_FORMATS, open_mark
 from candle_vllm.openai.planning import AnswerPlanner, Planned
 from candle_vllm.openai.requests import read_chat
+from packages.openai.tests.formats.messages import Parsed, parse
+from packages.openai.tests.formats.test_review_grammars import ANSWER, TOOLS, Model
 
 FORM = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
 PAIRS = [

@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from waiting import until
 
 from candle_vllm.core.errors import EngineOverloadedError, InvalidParameterError
 from candle_vllm.responses.api import background as module
@@ -23,6 +22,7 @@ from candle_vllm.responses.protocol import events as wire
 from candle_vllm.responses.protocol.response import Response
 from candle_vllm.responses.store.entries import Entry, NotStoredError, StoreUnavailableError
 from candle_vllm.responses.store.options import StoreOptions
+from tests.waiting import until
 
 Make = Callable[..., Response]
 

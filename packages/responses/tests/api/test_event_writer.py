@@ -7,7 +7,6 @@ import json
 from typing import Any
 
 import pytest
-from response_judges import judge_events
 
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai import to_json_bytes
@@ -22,6 +21,7 @@ from candle_vllm.responses.conversation.options import ConversationResult, Conve
 from candle_vllm.responses.protocol.events import ErrorDetail
 from candle_vllm.responses.protocol.request import parse_responses_request
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolOutput, ToolResult
+from tests.response_judges import judge_events
 
 USAGE = ConversationUsage(
     prompt_tokens=10,

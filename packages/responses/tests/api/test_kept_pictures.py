@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from response_judges import judge_response
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.testing import ScriptedEngine
@@ -28,6 +27,7 @@ from candle_vllm.responses.conversation.chat_model import InProcessModel
 from candle_vllm.responses.protocol.tools import McpTool
 from candle_vllm.responses.store.options import StoreOptions
 from candle_vllm.responses.tools.tool import ContentPart, ToolDefinition, ToolOutput
+from tests.response_judges import judge_response
 
 FILE = io.BytesIO()
 Image.effect_noise((60, 50), 90).save(FILE, "PNG")

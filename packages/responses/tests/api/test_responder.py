@@ -11,8 +11,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from response_judges import judge_events, judge_response
-from waiting import skip, until
 
 from candle_vllm.core.errors import (
     CandleVllmError,
@@ -37,6 +35,8 @@ from candle_vllm.responses.store.entries import Entry, NotStoredError
 from candle_vllm.responses.store.options import StoreOptions
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import Report, ToolDefinition, ToolOutput
+from tests.response_judges import judge_events, judge_response
+from tests.waiting import skip, until
 
 TEMPLATE = "{{ tools }}<tool_call>"  # writes calls, so that tools can be called
 FUNCTION = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}

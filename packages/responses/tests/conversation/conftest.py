@@ -4,15 +4,11 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parent))  # --import-mode=importlib does not
-
-from conversation_fakes import other_tasks
+from packages.responses.tests.conversation.conversation_fakes import other_tasks
 
 
 @pytest.fixture(autouse=True)

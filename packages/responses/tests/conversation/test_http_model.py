@@ -11,7 +11,6 @@ from typing import Any
 
 import httpx2
 import pytest
-from conversation_fakes import Bench, settled, user
 
 from candle_vllm.core.errors import (
     CandleVllmError,
@@ -32,6 +31,7 @@ from candle_vllm.responses.conversation.http_model import (
     ModelServerError,
     ModelServerRequestError,
 )
+from packages.responses.tests.conversation.conversation_fakes import Bench, settled, user
 
 KEY = "sk-very-secret"
 

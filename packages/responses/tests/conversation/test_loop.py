@@ -10,8 +10,6 @@ import time
 from typing import Any, ClassVar
 
 import pytest
-from conversation_fakes import Bench, Gate, call_text, other_tasks, settled, user
-from waiting import skip, until
 
 from candle_vllm.core.errors import CandleVllmError, InvalidParameterError, PromptTooLongError, RequestAbortedError
 from candle_vllm.responses.conversation import turn_calls
@@ -29,6 +27,8 @@ from candle_vllm.responses.conversation.events import (
 )
 from candle_vllm.responses.tools.approval import Approval
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolOutput, ToolProgress
+from packages.responses.tests.conversation.conversation_fakes import Bench, Gate, call_text, other_tasks, settled, user
+from tests.waiting import skip, until
 
 
 def add(a: int, b: int) -> int:

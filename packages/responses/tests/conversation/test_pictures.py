@@ -8,7 +8,6 @@ import io
 from typing import Any
 
 import pytest
-from conversation_fakes import Bench, call_text, turns
 from PIL import Image
 
 from candle_vllm.core.testing import ScriptedEngine
@@ -16,6 +15,7 @@ from candle_vllm.openai import OpenAIAdapter
 from candle_vllm.responses.conversation import turn_calls
 from candle_vllm.responses.conversation.chat_model import InProcessModel
 from candle_vllm.responses.tools.tool import ContentPart, ToolDefinition, ToolOutput
+from packages.responses.tests.conversation.conversation_fakes import Bench, call_text, turns
 
 
 def png(colour: str = "red") -> str:

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from waiting import PATIENCE, until
 
 from candle_vllm.responses.mcp import processes
 from candle_vllm.responses.mcp.server_config import McpServerConfig
+from tests.waiting import PATIENCE, until
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE))  # for http_apps; --import-mode=importlib does not
 
 
 def make_config(name: str = "test", **fields: Any) -> McpServerConfig:

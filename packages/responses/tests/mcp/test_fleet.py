@@ -10,8 +10,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from http_apps import Seen, scripted_app
-from waiting import until
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.responses.mcp.fleet import McpFleet
@@ -19,6 +17,8 @@ from candle_vllm.responses.mcp.peer import McpServerError
 from candle_vllm.responses.tools.approval import decide
 from candle_vllm.responses.tools.registry import ToolRegistry
 from candle_vllm.responses.tools.tool import ToolCall, ToolUnavailableError
+from packages.responses.tests.mcp.http_apps import Seen, scripted_app
+from tests.waiting import until
 
 Scripted = Callable[..., Any]
 

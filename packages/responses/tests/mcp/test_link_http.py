@@ -13,14 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from http_apps import Seen, good_server, legacy_only, moved, scripted_app
 from mcp.server.transport_security import TransportSecuritySettings
-from waiting import until
 
 from candle_vllm.responses.mcp import http, supervisor
 from candle_vllm.responses.mcp.link import McpLink
 from candle_vllm.responses.mcp.peer import McpServerError
 from candle_vllm.responses.tools.tool import ToolError, ToolOutput, ToolTimedOutError, ToolUnavailableError
+from packages.responses.tests.mcp.http_apps import Seen, good_server, legacy_only, moved, scripted_app
+from tests.waiting import until
 
 ERAS = ["2026-07-28", "2025-11-25"]
 Serve = Callable[..., Any]

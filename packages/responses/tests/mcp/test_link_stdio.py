@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from waiting import until
 
 from candle_vllm.responses.mcp import processes, stdio, supervisor
 from candle_vllm.responses.mcp.link import McpLink
@@ -26,6 +25,7 @@ from candle_vllm.responses.tools.tool import (
     ToolTimedOutError,
     ToolUnavailableError,
 )
+from tests.waiting import until
 
 Scripted = Callable[..., Any]
 

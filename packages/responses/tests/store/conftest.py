@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,9 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-sys.path.append(str(Path(__file__).parents[4] / "tests"))  # for postgres_server; --import-mode=importlib does not
-
-from postgres_server import new_database, postgres_server
-
 from candle_vllm.responses.api.kept import KeptResponses
 from candle_vllm.responses.store.options import StoreOptions
+from tests.postgres_server import new_database, postgres_server
 
 
 class Clock:

@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from tools_fakes import FakeTool, call
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.tools import execution
@@ -32,6 +31,7 @@ from candle_vllm.responses.tools.tool import (
     ToolTimedOutError,
     ToolUnavailableError,
 )
+from packages.responses.tests.tools.tools_fakes import FakeTool, call
 
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
 

@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal, Optional
 
 import pytest
 from pydantic import BaseModel, Field
-from tools_fakes import call
 from typing_extensions import TypedDict
 
 from candle_vllm.core.errors import InvalidParameterError
@@ -31,6 +30,7 @@ from candle_vllm.responses.tools.tool import (
     ToolResult,
     ToolUnavailableError,
 )
+from packages.responses.tests.tools.tools_fakes import call
 
 
 @dataclass

@@ -6,12 +6,12 @@ from __future__ import annotations
 import logging
 
 import pytest
-from tools_fakes import FakeTool
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.tools.names import hashed_name
 from candle_vllm.responses.tools.registry import MAX_TOOLS, ToolRegistry
 from candle_vllm.responses.tools.tool import ToolOutput
+from packages.responses.tests.tools.tools_fakes import FakeTool
 
 
 def now() -> str:

@@ -5,17 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parent))
-
-from server_fakes import FakeLoader
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.errors import ModelNotServedError
@@ -29,6 +24,7 @@ from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.adapters import read_specs
 from candle_vllm.server.settings.models_file import read_models_file
 from candle_vllm.server.settings.options import UsageError
+from packages.server.tests.server_fakes import FakeLoader
 
 
 class FakeSource:

@@ -4,19 +4,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.append(str(Path(__file__).parent))
-
-from adapter_fakes import CONFIG, WEIGHTS, files
-from fake_hub import COMMIT
-from running_server import Running
-from server_fakes import PacedEngine
 
 from candle_vllm.core.engine.request import AdapterUse
 from candle_vllm.core.errors import AdapterError
@@ -24,6 +16,10 @@ from candle_vllm.server.adapters.registry import BaseAdapters
 from candle_vllm.server.routes.ollama_library import refuse_open_changes
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import UsageError
+from packages.server.tests.adapters.adapter_fakes import CONFIG, WEIGHTS, files
+from packages.server.tests.fake_hub import COMMIT
+from packages.server.tests.running_server import Running
+from packages.server.tests.server_fakes import PacedEngine
 
 Start = Callable[..., Running]
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}

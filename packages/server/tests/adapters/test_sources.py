@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -13,11 +12,6 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-
-sys.path.append(str(Path(__file__).parent))
-
-from adapter_fakes import CONFIG, WEIGHTS, Store, archive, config, files, member, whole
-from fake_hub import COMMIT
 
 from candle_vllm.server.adapters.archives import MAX_MEMBERS, TarSource, unpack
 from candle_vllm.server.adapters.buckets import BucketSource
@@ -37,6 +31,8 @@ from candle_vllm.server.adapters.sources import (
 )
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import UsageError
+from packages.server.tests.adapters.adapter_fakes import CONFIG, WEIGHTS, Store, archive, config, files, member, whole
+from packages.server.tests.fake_hub import COMMIT
 
 HOSTILE = (
     "../x", "/etc", "a/../b", "a//b", "a/", "", ".", "..", ".hidden", "a/.git", "a\\b", "a\0b", "a b", "a\nb", "~root",

@@ -10,7 +10,6 @@ from typing import Any
 
 import openai
 import pytest
-from server_fakes import PacedEngine
 from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.testclient import TestClient
@@ -21,6 +20,7 @@ from candle_vllm.server.http.auth import MANAGEMENT_PATHS, PAGES, PUBLIC_PATHS, 
 from candle_vllm.server.http.routing import Caller, caller_of
 from candle_vllm.server.models.slot import ModelState
 from candle_vllm.server.settings.options import UsageError
+from packages.server.tests.server_fakes import PacedEngine
 
 KEYS = ("first-key", "second-key")
 APP = create_app(PacedEngine(), Settings())

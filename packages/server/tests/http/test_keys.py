@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server_fakes import PacedEngine
 from starlette.testclient import TestClient
 
 from candle_vllm.server import Settings, create_app
@@ -20,6 +19,7 @@ from candle_vllm.server.http import keys
 from candle_vllm.server.http.keys import Keyring, read_named_keys
 from candle_vllm.server.http.routing import Limits
 from candle_vllm.server.settings.options import UsageError
+from packages.server.tests.server_fakes import PacedEngine
 
 ALICE, BOB, OPS = "alice-secret-1", "bob-secret-2", "ops-secret-3"
 FILE = f"""

@@ -15,13 +15,13 @@ import openai
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from running_server import Running
-from server_fakes import PacedEngine
 
 from candle_vllm.server import Settings
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.limits import HEADERS, RateLimits, duration
 from candle_vllm.server.http.routing import NOBODY, Caller, Limits
+from packages.server.tests.running_server import Running
+from packages.server.tests.server_fakes import PacedEngine
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
 

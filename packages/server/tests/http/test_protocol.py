@@ -9,9 +9,9 @@ import socket
 from typing import Any
 
 import pytest
-from server_fakes import PacedEngine
 
 from candle_vllm.server.http import protocol
+from packages.server.tests.server_fakes import PacedEngine
 
 COMPLETION = {"model": "scripted", "prompt": "x"}
 

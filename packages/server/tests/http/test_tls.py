@@ -19,13 +19,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from running_server import Running
-from server_fakes import PacedEngine
 
 from candle_vllm.server.cli import main
 from candle_vllm.server.http import tls
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import UsageError
+from packages.server.tests.running_server import Running
+from packages.server.tests.server_fakes import PacedEngine
 
 Issuer = tuple[x509.Certificate, ec.EllipticCurvePrivateKey]
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -16,12 +15,9 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-sys.path.append(str(Path(__file__).parents[4] / "tests"))  # for postgres_server; --import-mode=importlib does not
-
-from postgres_server import new_database, postgres_server
-
 from candle_vllm.server.mailbox.options import MailboxOptions, WebhookOptions
 from candle_vllm.server.mailbox.service import Mailbox
+from tests.postgres_server import new_database, postgres_server
 
 
 @dataclass

@@ -15,9 +15,6 @@ from typing import Any
 
 import httpx
 import pytest
-import running_server
-from running_server import Running
-from server_fakes import PacedEngine
 
 from candle_vllm.server import Settings
 from candle_vllm.server.keeping import KeptForm, OutlivingAnswer, Wish
@@ -26,6 +23,9 @@ from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode
 from candle_vllm.server.mailbox.service import Mailbox
 from candle_vllm.server.serve import bind
 from candle_vllm.server.settings import Address
+from packages.server.tests import running_server
+from packages.server.tests.running_server import Running
+from packages.server.tests.server_fakes import PacedEngine
 
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
 KEPT = {"x-mailbox-mode": "on_disconnect"}

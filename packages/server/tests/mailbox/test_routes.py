@@ -13,10 +13,10 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from server_fakes import PacedEngine
 
 from candle_vllm.server import Settings, create_app
 from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode
+from packages.server.tests.server_fakes import PacedEngine
 
 KEYS = ("first-key", "second-key")
 ALWAYS = DeliveryPolicy(Mode.ALWAYS, Mode.NEVER)

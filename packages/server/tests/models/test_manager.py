@@ -7,8 +7,6 @@ import asyncio
 import time
 
 import pytest
-from server_fakes import FakeLoader, PacedEngine
-from waiting import skip, until
 
 from candle_vllm.core.config import DEMO_NAME, SETTINGS
 from candle_vllm.core.errors import EngineDeadError, ModelNotFoundError, NoMemoryError
@@ -24,6 +22,8 @@ from candle_vllm.server.models.switcher import ManagerLimits, NoRoomError
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.settings.derived import in_flags, told_in_flags
 from candle_vllm.server.settings.options import UsageError
+from packages.server.tests.server_fakes import FakeLoader, PacedEngine
+from tests.waiting import skip, until
 
 NAMES = ("a", "b", "c")
 

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,7 +15,6 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 from prometheus_client.parser import text_string_to_metric_families
-from server_fakes import PacedEngine, watched
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -30,8 +27,7 @@ from candle_vllm.server.observing.http_metrics import HttpMetricsMiddleware
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.request_context import begin_generation
 from candle_vllm.server.observing.request_record import FinishedRequest
-
-sys.path.append(str(Path(__file__).parent))  # --import-mode=importlib does not
+from packages.server.tests.server_fakes import PacedEngine, watched
 
 
 class Samples:

@@ -17,7 +17,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import generate_latest
-from server_fakes import PacedEngine, watched, whole_answer
 
 from candle_vllm.core.engine.request import EngineStats, FinishReason, GenerationRequest, RequestMetrics, TokenOutput
 from candle_vllm.core.engine.stream import Shortcut, TokenStream
@@ -35,6 +34,7 @@ from candle_vllm.openai.answers import TokenCounts
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.model_metrics import EngineWatcher
 from candle_vllm.server.observing.tally import UsageCounts
+from packages.server.tests.server_fakes import PacedEngine, watched, whole_answer
 
 FIVE = SamplingParams(max_tokens=5)
 

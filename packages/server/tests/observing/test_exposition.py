@@ -18,15 +18,15 @@ import httpx
 import msgspec
 import prometheus_client.parser as prometheus_parser
 import pytest
-from dashboard_queries import ROOT, expressions, names_in
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
-from server_fakes import PacedEngine, whole_answer
 
 from candle_vllm.core.engine.request import ReplicaStats
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.server.observing.exposition import render
 from candle_vllm.server.observing.metrics import Metrics, Outcome, Rejection
 from candle_vllm.server.observing.series import ALL_SERIES, HTTP
+from packages.server.tests.observing.dashboard_queries import ROOT, expressions, names_in
+from packages.server.tests.server_fakes import PacedEngine, whole_answer
 
 CONFIG = ROOT / "deploy" / "prometheus" / "prometheus.yml"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"

@@ -7,14 +7,14 @@ import asyncio
 from typing import Any
 
 import pytest
-from server_fakes import PacedEngine
 from starlette.types import Receive, Scope, Send
-from waiting import until
 
 from candle_vllm.server.http.routing import Caller
 from candle_vllm.server.observing.http_metrics import HttpMetricsMiddleware
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.request_context import RequestContext, begin_generation, current_request
+from packages.server.tests.server_fakes import PacedEngine
+from tests.waiting import until
 
 
 async def test_requests_are_counted_by_template_method_and_status(noted: Any) -> None:

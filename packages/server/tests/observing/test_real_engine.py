@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from server_fakes import whole_answer
 
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.testing.toy_model import write_toy_model
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.model_metrics import EngineWatcher
+from packages.server.tests.server_fakes import whole_answer
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import sys
 from typing import Any
 
 import pytest
-from server_fakes import PacedEngine, whole_answer
 
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.server.observing.request_log import (
@@ -22,6 +21,7 @@ from candle_vllm.server.observing.request_log import (
     key_values,
     log_formatter,
 )
+from packages.server.tests.server_fakes import PacedEngine, whole_answer
 
 LOGGER = "candle_vllm.server.generations"
 HOSTILE = 'a"b\\ \r\nINFO forged: yes\x1b[2J\u2028next\x85\u202eevil\x7f ünïcode 漢字'

@@ -18,12 +18,12 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from opentelemetry.trace import SpanKind, StatusCode
-from server_fakes import PacedEngine, whole_answer
 
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.server.observing import tracing as module
 from candle_vllm.server.observing.tracing import Tracing, otlp_tracing
 from candle_vllm.server.settings.options import UsageError
+from packages.server.tests.server_fakes import PacedEngine, whole_answer
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 CHAT = {"messages": [{"role": "user", "content": "secret"}], "max_tokens": 4, "temperature": 0.5, "n": 2, "seed": 9}

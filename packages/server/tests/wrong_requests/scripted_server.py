@@ -8,14 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1]))
-
-from server_fakes import PacedEngine
+sys.path.insert(0, str(Path(__file__).parents[4]))  # run as a program
 
 from candle_vllm.core.errors import PromptTooLongError
 from candle_vllm.server.app import create_app
 from candle_vllm.server.serve import bind, make_server
 from candle_vllm.server.settings import Settings
+from packages.server.tests.server_fakes import PacedEngine
 
 PAUSE = 0.01
 CONTEXT = 1 << 20

@@ -11,8 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
-from server_fakes import PacedEngine
 from wrong_requests import generating, others
+
+from packages.server.tests.server_fakes import PacedEngine
 
 BODIES = {route.path: json.dumps(route.right).encode() for route in (*generating.ROUTES, *others.ROUTES)}
 JSON = {"content-type": "application/json"}

@@ -112,7 +112,8 @@ _COMPILE = """
 import sys
 import threading
 sys.path.insert(0, {folder!r})
-import pytest, test_kernel_cache as test
+import pytest
+from packages.core.tests.kernels.cpu_runtime import test_kernel_cache as test
 names = test.compiled_now(pytest.MonkeyPatch())
 for amount in map(int, sys.argv[1:]):
     assert test.sum_of(amount) == amount
@@ -121,7 +122,7 @@ print("compiled", names.count("add"))
 
 
 def start(*amounts: str) -> subprocess.Popen[str]:
-    program = [sys.executable, "-c", _COMPILE.format(folder=str(Path(__file__).parent)), *amounts]
+    program = [sys.executable, "-c", _COMPILE.format(folder=str(Path(__file__).parents[5])), *amounts]
     return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -402,7 +403,7 @@ os.execv(sys.executable, [sys.executable, "-c", sys.argv[1], "1", "20"])
 def test_a_read_only_folder_works_and_warns(root: Path) -> None:
     root.mkdir(parents=True)
     root.chmod(0o500)
-    program = _COMPILE.format(folder=str(Path(__file__).parent))
+    program = _COMPILE.format(folder=str(Path(__file__).parents[5]))
     found = subprocess.run([sys.executable, "-c", _READ_ONLY, program], capture_output=True, text=True, timeout=240)
     assert found.returncode == 0, found.stderr
     assert "compiled at every start" in found.stderr

@@ -32,9 +32,6 @@ import torch
 from candle_vllm.core.kernels import triton_build
 from candle_vllm.core.kernels.triton_build import Usage, compile_form
 
-for folder in ("quantization", "models"):  # for the table of families
-    sys.path.append(str(Path(__file__).parents[2] / folder))
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = Path(__file__).parent
 PROCESSES = 2  # of tests under the interpreter, a half of the files for each

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,10 +34,8 @@ from candle_vllm.core.kernels.lora.reference import EagerAdapters
 from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
-
-sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "engine")]
-from late_stages import Staged
-from lora_field import fitted, low_rank, stored
+from packages.core.tests.engine.late_stages import Staged
+from packages.core.tests.kernels.lora_field import fitted, low_rank, stored
 
 CPU = torch.device("cpu")
 SIZE, CONTEXT, BLOCKS, SEQUENCES = 16, 96, 60, 2

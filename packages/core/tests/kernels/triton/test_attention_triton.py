@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from common_run import few
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention import reference, triton_decode, triton_items, triton_prefill
@@ -18,6 +17,7 @@ from candle_vllm.core.kernels.attention.backends import choose
 from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
 from candle_vllm.core.kernels.attention.triton import paged_attention
 from candle_vllm.core.kernels.kv_write.scaled_rows import SCALE, codes_and_scales, write_rows
+from tests.common_run import few
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from common_run import few
-from format_writers import Written, gptq, quantise_model
 
 from candle_vllm.core import EngineConfig, SamplingParams
 from candle_vllm.core.assembly import model as loading
@@ -26,6 +24,8 @@ from candle_vllm.core.kernels import dispatch
 from candle_vllm.core.kernels.device_stream import CudaStream
 from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from packages.core.tests.quantization.format_writers import Written, gptq, quantise_model
+from tests.common_run import few
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 SIZE, CONTEXT = 16, 64

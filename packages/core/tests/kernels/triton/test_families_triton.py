@@ -9,11 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from common_run import few
-from families import CUDA_ISQ, FORMATS, ROWS, cuda_rows, first_rows
-from family_formats import write_format
-from gguf_export import export_gguf
-from tiny import eager_logits, error, some_tokens, step_logits, typical_spread, write_tiny
 
 from candle_vllm.core import EngineConfig
 from candle_vllm.core.assembly import model as loading
@@ -22,6 +17,11 @@ from candle_vllm.core.engine.device_runner import DeviceRunner
 from candle_vllm.core.kernels import dispatch
 from candle_vllm.core.kernels.device_stream import CudaStream
 from candle_vllm.core.testing.lazy_stream import LazyStream
+from packages.core.tests.models.families import CUDA_ISQ, FORMATS, ROWS, cuda_rows, first_rows
+from packages.core.tests.models.family_formats import write_format
+from packages.core.tests.models.gguf_export import export_gguf
+from packages.core.tests.models.tiny import eager_logits, error, some_tokens, step_logits, typical_spread, write_tiny
+from tests.common_run import few
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 BLOCK = 16

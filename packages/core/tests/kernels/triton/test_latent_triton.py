@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from common_run import few
 
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention import triton_items
@@ -20,6 +19,7 @@ from candle_vllm.core.kernels.latent_attention import head_linear, reference, tr
 from candle_vllm.core.kernels.latent_attention.triton import latent_attention
 from candle_vllm.core.kernels.latent_attention.triton_heads import head_linear as heads_on_gpu
 from candle_vllm.core.kernels.latent_attention.triton_write import latent_write
+from tests.common_run import few
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common_run import few
-from moe_layer import Biases, Experts, matrix_of, moe
 
 from candle_vllm.core.kernels.gguf_linear import GgufMatrix, pack
 from candle_vllm.core.kernels.gguf_linear.layout import OWN_FORMS
@@ -26,6 +24,8 @@ from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_blocks import CONTENTS
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType as GgmlType
 from candle_vllm.core.quantization.scaled_codes import FLOAT_NAMES, Floats, ScaledCodes
+from packages.core.tests.kernels.moe_layer import Biases, Experts, matrix_of, moe
+from tests.common_run import few
 
 TOLERANCE = 5e-3
 

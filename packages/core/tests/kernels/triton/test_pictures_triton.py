@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from common_run import few
-from sight import answers_of_a_gpu, answers_op_by_op, require_same
-from test_qwen_vl import KINDS, ONE, PICTURES, write
-from test_sight_families import ROWS, write_sight
 
 from candle_vllm.core import EngineConfig
 from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.devices import CPU
 from candle_vllm.core.kernels import dispatch
+from packages.core.tests.models.sight import answers_of_a_gpu, answers_op_by_op, require_same
+from packages.core.tests.models.test_qwen_vl import KINDS, ONE, PICTURES, write
+from packages.core.tests.models.test_sight_families import ROWS, write_sight
+from tests.common_run import few
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 WIDTH = 40  # of towers: heads of 20, no power of two, as of 80 in those that are published

@@ -10,7 +10,6 @@ import types
 import numpy as np
 import pytest
 import torch
-from common_run import few
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.kernels.gguf_linear import GgufMatrix, linear, pack, reference, stack, triton
@@ -22,6 +21,7 @@ from candle_vllm.core.kernels.packed_linear.layout import PackedKind
 from candle_vllm.core.quantization import ggml
 from candle_vllm.core.quantization.ggml_blocks import CONTENTS
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType as GgmlType
+from tests.common_run import few
 
 TOLERANCE = 5e-3
 each_kind = pytest.mark.parametrize("kind", list(PLANES), ids=lambda kind: kind.name)

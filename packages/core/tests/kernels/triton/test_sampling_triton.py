@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common_run import few
 
 from candle_vllm.core.kernels import dispatch
 from candle_vllm.core.kernels import sampling as kernels
@@ -18,6 +17,7 @@ from candle_vllm.core.kernels.sampling.contract import DeviceEdits
 from candle_vllm.core.sampling.device_edits import apply_in_torch
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.state import SamplingState
+from tests.common_run import few
 
 # NumPy, in which Triton's interpreter computes, warns where the kernels mean to get inf or NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
