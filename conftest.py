@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-pytest_plugins = ["tests.common_run", "tests.slowest_tests"]
+pytest_plugins = ["tests.common_run", "tests.slowest_tests", "tests.restless", "tests.workers"]
 with contextlib.suppress(ImportError):  # tests on a GPU machine run without it
     from hypothesis import HealthCheck, settings
 
@@ -31,6 +31,8 @@ os.environ.setdefault("XDG_CACHE_HOME", str(Path.home() / ".cache"))
 gc.disable()  # what collecting tests leaves behind stays: a quarter of its time would be spent on looking for garbage
 
 
+# What a test starts with uv finds this environment as it is.
+os.environ.setdefault("UV_NO_SYNC", "1")
 FROZEN = pytest.StashKey[int]()
 
 
@@ -39,6 +41,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(20_000, 10, 10)  # the usual 700 take a tenth of the time of tests
     gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """What was frozen is garbage at the end: else nanobind reports every type of Triton as leaked."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -87,7 +87,6 @@ class Background:
         tests = names[0].startswith("test_")
         options = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *(["-m", "every_case"] if every_case else [])]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if tests else {})
-        environment.pop("TEST_TIMES", None)  # the tests that wait for these stand in the table
         files = [str(HERE / name) for name in names]
         command = ["nice", "-n", "10", sys.executable, *(options if tests else []), *files]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: MIT
+"""A run on a machine that has no time: `pytest -m restless` stops processes at random and changes thread switching.
+
+Every second, one process on the average, of the workers and of what their tests have started, is stopped for 0.2 to
+1.5 s. `--switch-interval` is the time for which a Python thread keeps the interpreter, in all of these processes: 0.1 s
+shows what waits for a thread that is slow to come, 1e-6 what two threads may do between each other's steps. A failure
+that such a run finds is a fault of the product or of the test: neither is about speed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+MARKER = "restless"
+EACH = 1.0  # seconds between two pauses, on the average
+SHORTEST, LONGEST = 0.2, 1.5  # seconds of a pause
+_SITE = Path(__file__).with_name("restless_site")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("workers")
+    group.addoption(
+        "--switch-interval", type=float, default=1e-6, help="seconds, for -m restless: 0.1 and 1e-6 are of use"
+    )
+    group.addoption("--restless-seed", type=int, default=0, help="of the pauses of -m restless")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr != MARKER:
+        return
+    config.option.markexpr = config.getini("addopts")[-1]  # the tests of the common run
+    os.environ["CANDLE_VLLM_TEST_SWITCH_INTERVAL"] = str(config.option.switch_interval)
+    path = os.environ.get("PYTHONPATH", "")
+    if str(_SITE) not in path.split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(_SITE), path] if path else [str(_SITE)])
+    config.stash[_PAUSES] = Pauses(config.option.restless_seed)
+
+
+class Pauses:
+    """Which processes are stopped, and until when."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._due = time.monotonic()
+        self._stopped: dict[psutil.Process, float] = {}
+
+    def next(self, parents: Sequence[int]) -> float:
+        """Stop and wake the processes whose time has come, among the `parents` and their descendants.
+
+        Returns:
+            seconds until it should be called again.
+        """
+        now = time.monotonic()
+        for process, end in list(self._stopped.items()):
+            if end <= now:
+                self._wake(process)
+        if self._due <= now:
+            self._due = now + self._random.expovariate(1 / EACH)
+            with contextlib.suppress(psutil.Error):
+                parent = psutil.Process(self._random.choice(parents))
+                process = self._random.choice([parent, *parent.children(recursive=True)])
+                if process not in self._stopped and process.status() != psutil.STATUS_STOPPED:
+                    process.suspend()
+                    self._stopped[process] = now + self._random.uniform(SHORTEST, LONGEST)
+        return max(0.0, min([self._due, *self._stopped.values()]) - now)
+
+    def _wake(self, process: psutil.Process) -> None:
+        del self._stopped[process]
+        with contextlib.suppress(psutil.Error):
+            process.resume()
+
+    def end(self) -> None:
+        """Wake everything that is stopped."""
+        for process in list(self._stopped):
+            self._wake(process)
+
+
+_PAUSES = pytest.StashKey[Pauses]()
+
+
+def pauses(config: pytest.Config) -> Pauses | None:
+    """The pauses of a restless run, else None."""
+    return config.stash.get(_PAUSES, None)

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: MIT
+"""Runs that are divided among workers: what they report, and what is run once more."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+INI = """
+[pytest]
+addopts = -ra --import-mode=importlib -m 'not every_case'
+markers =
+    every_case: left out
+    restless: all of them
+"""
+CONFTEST = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+pytest_plugins = ["tests.slowest_tests", "tests.restless", "tests.workers"]
+from tests import workers
+from pathlib import Path
+workers.FLAKY = Path(__file__).parent / "flaky.txt"
+workers.FEW = 0
+workers.ROOT = Path(__file__).parent
+"""
+
+
+def run(folder: Path, *options: str, **files: str) -> subprocess.CompletedProcess[str]:
+    """Run pytest with the plugin on test files of these texts."""
+    (folder / "conftest.py").write_text(CONFTEST)
+    (folder / "pytest.ini").write_text(INI)
+    for name, text in files.items():
+        path = folder / (name.replace("__", "/") + ".py")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("import os, pytest, time\nfrom pathlib import Path\n" + text)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, str(folder)]
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment.pop("CANDLE_VLLM_TEST_WORKER", None)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_every_kind_of_report_arrives_and_failures_make_the_run_red(tmp_path: Path) -> None:
+    done = run(
+        tmp_path,
+        test_a="def test_right(): pass\ndef test_wrong(): assert 1 == 2\n",
+        test_b="@pytest.mark.skip(reason='not here')\ndef test_skipped(): pass\n"
+        "@pytest.mark.every_case\ndef test_left_out(): pass\n"
+        "@pytest.fixture\ndef broken(): raise OSError('no disk')\ndef test_error(broken): pass\n"
+        "@pytest.mark.xfail(strict=True)\ndef test_known(): assert False\n",
+        test_c="import not_there\n",
+    )
+    assert done.returncode == 1
+    assert "assert 1 == 2" in done.stdout
+    assert "FAILED test_a.py::test_wrong" in done.stdout
+    assert "ERROR test_b.py::test_error - OSError: no disk" in done.stdout
+    assert "SKIPPED [1] test_b.py:3: not here" in done.stdout
+    assert "No module named 'not_there'" in done.stdout
+    for count in ("1 failed", "1 passed", "1 skipped", "1 deselected", "1 xfailed", "2 errors"):
+        assert count in done.stdout.splitlines()[-1], done.stdout
+    assert not (tmp_path / "flaky.txt").exists()
+
+
+ONCE = "def once(name):\n    path = Path(__file__).with_name(name)\n    was = path.exists()\n    path.touch()\n    return not was\n"
+
+
+def test_lost_time_connections_and_processes_run_once_more_and_are_listed(tmp_path: Path) -> None:
+    done = run(
+        tmp_path,
+        test_a=ONCE + "def test_late():\n    if once('a'): raise TimeoutError('waited in vain')\n"
+        "def test_cut():\n    try:\n        if once('b'): raise ConnectionResetError('gone')\n"
+        "    except ConnectionResetError as error:\n        raise ValueError('no answer') from error\n",
+        test_b=ONCE + "def test_first(): pass\ndef test_dies():\n    if once('c'): os.kill(os.getpid(), 11)\n"
+        "def test_behind(): pass\n",
+        test_c="def test_other(): pass\n",
+    )
+    assert done.returncode == 0, done.stdout
+    assert "= FLAKY =" in done.stdout
+    assert "6 passed" in done.stdout.splitlines()[-1], done.stdout
+    told = (tmp_path / "flaky.txt").read_text().splitlines()
+    assert len(told) == 3
+    assert any("test_b.py::test_dies  the worker process was ended by signal 11" in line for line in told)
+    assert any("test_a.py::test_late  TimeoutError: waited in vain" in line for line in told)
+    assert any("test_a.py::test_cut  ConnectionResetError: gone" in line for line in told)
+
+
+def test_what_fails_twice_is_red_and_wrong_values_have_no_second_run(tmp_path: Path) -> None:
+    done = run(
+        tmp_path,
+        test_a="def test_late(): raise TimeoutError('waited in vain')\n",
+        test_b=ONCE + "def test_value(): assert not once('a')\n",
+        kernels__test_c=ONCE + "def test_kernel():\n    if once('b'): raise TimeoutError('late')\n",
+        security__test_d=ONCE + "def test_attack():\n    if once('c'): os._exit(0)\n",
+        test_e="def test_dies_always(): os.kill(os.getpid(), 9)\n",
+    )
+    assert done.returncode == 1
+    for test in (
+        "test_a.py::test_late",
+        "test_b.py::test_value",
+        "kernels/test_c.py::test_kernel",
+        "security/test_d.py::test_attack",
+        "test_e.py::test_dies_always",
+    ):
+        assert f"FAILED {test}" in done.stdout, done.stdout
+    assert "the worker process ended with status 0 while it ran this test" in done.stdout
+    assert "the worker process was ended by signal 9 while it ran this test" in done.stdout
+    assert "5 failed" in done.stdout.splitlines()[-1], done.stdout
+    assert not (tmp_path / "flaky.txt").exists()
+
+
+def test_fixtures_of_a_session_and_of_a_folder_serve_all_files(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "conftest.py").write_text(
+        "import os, pytest\nfrom pathlib import Path\n"
+        "@pytest.fixture(scope='session')\ndef shared():\n"
+        "    with Path(__file__).with_name('made').open('a') as file: print('made', file=file)\n"
+        "    yield 1\n"
+        "    with Path(__file__).with_name('made').open('a') as file: print('ended', file=file)\n"
+    )
+    files = {f"folder__test_{name}": "def test_uses(shared): assert shared == 1\n" for name in "abcdef"}
+    done = run(tmp_path, "--workers", "1", **files)
+    assert done.returncode == 0, done.stdout
+    assert "6 passed" in done.stdout.splitlines()[-1]
+    assert (folder / "made").read_text().splitlines() == ["made", "ended"]
+
+
+def test_a_restless_run_has_the_common_tests_and_the_switch_interval(tmp_path: Path) -> None:
+    text = "import subprocess, sys\ndef test_interval():\n    assert sys.getswitchinterval() == 0.125\n"
+    text += "    code = 'import sys; print(sys.getswitchinterval())'\n"
+    text += "    assert float(subprocess.check_output([sys.executable, '-c', code])) == 0.125\n"
+    text += "@pytest.mark.every_case\ndef test_left_out(): assert False\n"
+    done = run(tmp_path, "-m", "restless", "--switch-interval", "0.125", test_a=text, test_b="def test_other(): pass\n")
+    assert done.returncode == 0, done.stdout
+    assert "2 passed, 1 deselected" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("options", [("--workers", "0"), ("-s",)])
+def test_a_run_can_stay_in_one_process(tmp_path: Path, options: tuple[str, ...]) -> None:
+    done = run(tmp_path, *options, test_a="def test_parent():\n    assert os.getppid() == " + str(os.getpid()) + "\n")
+    assert done.returncode == 0, done.stdout
+
+
+_IMPORT = re.compile(r"^\s*(?:from|import) (\w+)|sys\.path.*Path\(__file__\)\.parents?\b(?:\[(\d)\])?", re.MULTILINE)
+
+
+def test_helpers_are_imported_by_full_names_alone() -> None:
+    """No folder of tests is on the import path, so that no two modules of the tree can shadow each other."""
+    paths = [path for folder in [*ROOT.glob("packages/*/tests"), ROOT / "tests"] for path in folder.rglob("*.py")]
+    modules = {path.stem for path in paths}
+    assert {"server_fakes", "waiting", "adapter_fakes"} < modules
+    offenders = [
+        f"{path.relative_to(ROOT)}: {found[0]}"
+        for path in [*paths, ROOT / "conftest.py"]
+        for found in _IMPORT.finditer(path.read_text())
+        if (found[1] in modules if found[1] else path.parents[int(found[2] or 0)] != ROOT)
+    ]
+    assert offenders == []

@@ -1,0 +1,432 @@
+# SPDX-License-Identifier: MIT
+"""Divide the files of a run among worker processes, and run once more, alone, what failed by time or by a lost process.
+
+A plugin of pytest, loaded by the workspace's `conftest.py`. A run that names more than `FEW` files is divided: each of
+`--workers` processes (4, because tests of servers, of processes and of the page wait more than they compute) is a pytest
+session that asks this process for a file, collects it, runs it, and sends its reports. Files that take longest by
+`tests/file_times.json` come first; `--write-file-times` writes that table anew. `--workers 0`, `--pdb`, `-s` and
+`--collect-only` keep a run in one process.
+
+A test whose failure has a cause of `passing` (a timeout, a lost connection, a process that has ended) is run once more
+by a process of its own when all others have ended. If it passes then, the run ends with the section FLAKY and exits 0,
+and a line is appended to `flaky.txt`. Failures in folders of `NEVER_AGAIN` count at once.
+
+Messages between the processes are JSON objects over a pair of pipes, `multiprocessing.connection` without pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests import restless, slowest_tests
+
+ROOT = Path(__file__).parents[1]
+TIMES = ROOT / "tests" / "file_times.json"
+FLAKY = ROOT / "flaky.txt"
+FEW = 8  # files; a run of so few is not divided
+TOGETHER = (
+    ROOT / "packages/core/tests/kernels/triton",
+)  # folders whose files share what is started when they are collected
+NEVER_AGAIN = ("kernels", "security")
+VARIABLE = "CANDLE_VLLM_TEST_WORKER"  # two file descriptors: what a worker reads from, and writes to
+Message = dict[str, Any]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("workers")
+    group.addoption(
+        "--workers", type=int, default=4, help="processes among which a run of many files is divided; 0: none"
+    )
+    group.addoption(
+        "--write-file-times", action="store_true", help="write what each file took to tests/file_times.json"
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if VARIABLE in os.environ:
+        config.pluginmanager.register(Worker(config), "worker")
+    elif config.option.workers and not (
+        config.option.usepdb or config.option.collectonly or config.option.capture == "no"
+    ):
+        units = find_units(config)
+        if sum(len(unit) for unit in units) > FEW:
+            config.pluginmanager.register(Division(config, units), "division")
+
+
+def find_units(config: pytest.Config) -> list[list[str]]:
+    """What the arguments of a run name, as lists of files and node ids that one worker runs together, longest first."""
+    times: dict[str, float] = json.loads(TIMES.read_text())
+    files: dict[str, None] = {}
+    for argument in config.args:
+        name, _, test = argument.partition("::")
+        path = (config.invocation_params.dir / name).resolve()
+        if test or not path.is_dir():
+            files[argument] = None
+        else:
+            for found in sorted(path.rglob("test_*.py")):
+                if not {".venv", "node_modules"} & set(found.parts):
+                    files[str(found)] = None
+    units: dict[str, list[str]] = {}
+    for file in files:
+        folder = Path(file.partition("::")[0]).parent
+        units.setdefault(str(folder) if folder in TOGETHER else file, []).append(file)
+
+    def seconds(unit: list[str]) -> float:
+        return sum(times.get(os.path.relpath(file, ROOT), 1.0) for file in unit)
+
+    return sorted(units.values(), key=seconds, reverse=True)
+
+
+# ---- a worker --------------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """The session of a worker process: it runs what it is given, and reports."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        given, told = map(int, os.environ.pop(VARIABLE).split(","))
+        os.set_inheritable(given, False)
+        os.set_inheritable(told, False)
+        self._config = config
+        self._given, self._told = Connection(given, writable=False), Connection(told, readable=False)
+        self._folders: dict[Path, pytest.Collector] = {}
+
+    def _tell(self, **message: Any) -> None:
+        self._told.send_bytes(json.dumps(message, default=str).encode())
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_collect_directory(self, path: Path) -> Iterator[None]:
+        """A folder is one node for all units: fixtures of a `conftest.py` belong to the node that was collected first."""
+        found = yield
+        return found and self._folders.setdefault(path, found)
+
+    def pytest_collection(self) -> bool:
+        return True  # each unit is collected when its turn is near
+
+    def _next(self, session: pytest.Session) -> list[pytest.Item]:
+        """Ask for units until one has tests."""
+        while True:
+            self._tell(kind="next")
+            message = json.loads(self._given.recv_bytes())
+            if message["unit"] is None:
+                return []
+            done = set(message["done"])
+            try:
+                items = [item for item in session.perform_collect(message["unit"]) if str(item.nodeid) not in done]
+            except pytest.UsageError as error:
+                self._tell(kind="failure", where=message["unit"][0], text="\n".join(map(str, error.args)))
+                continue
+            self._tell(kind="collected", number=len(items))
+            if items:
+                return items
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        items = self._next(session)
+        while items:
+            following = self._next(session)  # known before the last test ends, so that it keeps what the next one needs
+            for item, after in zip(items, [*items[1:], following[0] if following else None]):
+                self._tell(kind="begin", test=str(item.nodeid))
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
+                self._tell(kind="end", test=str(item.nodeid))
+            items = following
+        self._tell(kind="rows", rows=slowest_tests.rows())
+        return True
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+        report: Any = yield
+        if report.failed and call.excinfo is not None and not set(NEVER_AGAIN) & set(item.path.parts):
+            report.passing = passing(call.excinfo.value)
+        return report
+
+    def _report(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        data = self._config.hook.pytest_report_to_serializable(config=self._config, report=report)
+        self._tell(kind="report", report=data)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._report(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if not report.passed:
+            self._report(report)
+
+    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
+        self._tell(kind="deselected", number=len(items))
+
+
+def passing(error: BaseException) -> str:
+    """The cause of a failure, where it is one that a busy machine alone can bring about; else an empty text."""
+    import httpx
+
+    from candle_vllm.core.errors import EngineDeadError
+
+    kinds: tuple[type[BaseException], ...] = (
+        TimeoutError, ConnectionError, EOFError, EngineDeadError, subprocess.TimeoutExpired, httpx.TransportError,
+    )  # fmt: skip
+    if playwright := sys.modules.get("playwright.sync_api"):
+        kinds = (*kinds, playwright.TimeoutError)
+    if isinstance(error, BaseExceptionGroup):
+        causes = [passing(each) for each in error.exceptions]
+        return causes[0] if all(causes) else ""
+    ended = isinstance(error, subprocess.CalledProcessError) and error.returncode < 0
+    too_long = isinstance(error, pytest.fail.Exception) and str(error).startswith("Timeout (>")  # of pytest-timeout
+    if ended or too_long or isinstance(error, kinds):
+        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return passing(error.__cause__) if error.__cause__ else ""
+
+
+# ---- the process that divides ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Process:
+    """A worker as the dividing process sees it.
+
+    Attributes:
+        units: given to it and not known to be finished, oldest first.
+        test: the node id of the test that runs, or "".
+        done: node ids of tests that have ended, or were begun when a worker died.
+        output: what the process itself wrote.
+    """
+
+    popen: subprocess.Popen[bytes]
+    given: Connection
+    told: Connection
+    output: Any
+    units: list[list[str]] = field(default_factory=list)
+    test: str = ""
+    ended: bool = False
+
+
+class Division:
+    """The session of the process that was started: it runs no test itself."""
+
+    def __init__(self, config: pytest.Config, units: list[list[str]]) -> None:
+        self._config, self._left = config, units
+        self._running: dict[Connection, Process] = {}
+        self._done: list[str] = []
+        self._again: dict[str, list[pytest.TestReport]] = {}  # by node id, the reports of tests that run once more
+        self._flaky: list[str] = []
+        self._rows: list[slowest_tests.Row] = []
+        self._pauses = restless.pauses(config)
+
+    def pytest_collection(self) -> bool:
+        return True
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self._session = session
+        self._terminal: Any = self._config.pluginmanager.getplugin("terminalreporter")
+        self._log = self._config.pluginmanager.subset_hook_caller("pytest_runtest_logreport", [self._terminal])
+        try:
+            for _ in range(min(self._config.option.workers, len(self._left))):
+                self._start()
+            self._serve()
+            again, self._again = self._again, {}
+            if again and not session.shouldfail:
+                self._run_again(again)
+        finally:
+            if self._pauses:
+                self._pauses.end()
+            for process in self._running.values():
+                process.popen.kill()
+                process.popen.wait()
+                process.output.close()
+        if session.shouldfail:
+            raise session.Failed(session.shouldfail)
+        if self._config.option.write_file_times:
+            write_file_times(self._rows)
+        return True
+
+    # What a worker says
+
+    def _start(self) -> None:
+        reads, given = Pipe(duplex=False)
+        told, writes = Pipe(duplex=False)
+        handles = reads.fileno(), writes.fileno()
+        environment = {**os.environ, VARIABLE: ",".join(map(str, handles))}
+        environment.pop(
+            "PYTHONDONTWRITEBYTECODE", None
+        )  # tests start hundreds of processes, each would compile our modules
+        output = tempfile.TemporaryFile()
+        command = [sys.executable, "-m", "pytest", *map(str, self._config.invocation_params.args)]
+        popen = subprocess.Popen(
+            command, env=environment, pass_fds=handles, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            cwd=self._config.invocation_params.dir,
+        )  # fmt: skip
+        reads.close()
+        writes.close()
+        self._running[told] = Process(popen, given, told, output)
+
+    def _serve(self) -> None:
+        """Answer the workers until all have ended."""
+        while self._running and not self._session.shouldfail:
+            processes = [one.popen.pid for one in self._running.values()]
+            waits = self._pauses.next(processes) if self._pauses else None
+            for told in wait(list(self._running), waits):
+                process = self._running[told]
+                try:
+                    self._take(process, json.loads(told.recv_bytes()))
+                except (EOFError, OSError):
+                    del self._running[told]
+                    self._has_ended(process)
+
+    def _take(self, process: Process, message: Message) -> None:
+        kind = message["kind"]
+        if kind == "next":
+            if len(process.units) > 1:  # it has begun the second one
+                self._finished(process.units.pop(0))
+            unit = self._left.pop(0) if self._left else None
+            if unit:
+                process.units.append(unit)
+            process.given.send_bytes(json.dumps({"unit": unit, "done": self._done}).encode())
+        elif kind == "begin":
+            process.test = message["test"]
+        elif kind == "end":
+            process.test = ""
+            self._done.append(message["test"])
+        elif kind == "collected":
+            self._session.testscollected += message["number"]
+        elif kind == "deselected":
+            self._config.hook.pytest_deselected(items=[SimpleNamespace()] * message["number"])
+        elif kind == "report":
+            report = self._config.hook.pytest_report_from_serializable(config=self._config, data=message["report"])
+            if isinstance(report.longrepr, list):  # file, line and reason of what was skipped; JSON has no tuples
+                report.longrepr = tuple(report.longrepr)
+            if isinstance(report, pytest.CollectReport):
+                self._config.hook.pytest_collectreport(report=report)
+            else:
+                self._count(report)
+        elif kind == "failure":
+            self._fail(message["where"], message["text"])
+        elif kind == "rows":
+            process.ended = True
+            self._rows += [tuple(row) for row in message["rows"]]
+            for unit in process.units:
+                self._finished(unit)
+            process.units = []
+
+    def _count(self, report: Any) -> None:
+        """Let every plugin but the terminal have a report: that one would print points of many files in one line."""
+        if report.failed and getattr(report, "passing", ""):
+            self._again.setdefault(report.nodeid, []).append(report)
+            return
+        self._log(report=report)
+        category, _, _ = self._config.hook.pytest_report_teststatus(report=report, config=self._config)
+        self._terminal.stats.setdefault(category, []).append(report)
+        if report.failed:
+            self._terminal.write_line(f"FAILED {report.nodeid}", red=True)
+
+    def _fail(self, test: str, text: str) -> None:
+        location = test.partition("::")[0], None, test
+        self._count(pytest.TestReport(test, location, {}, "failed", text, "call"))
+
+    def _finished(self, unit: list[str]) -> None:
+        names = [os.path.relpath(file.partition("::")[0], ROOT) for file in unit]
+        files = set(names)
+        counts = {
+            category: number
+            for category in ("passed", "skipped", "failed", "error", "xfailed")
+            if (number := sum(one.nodeid.partition("::")[0] in files for one in self._terminal.stats.get(category, ())))
+        }
+        if counts:
+            told = ", ".join(f"{number} {category}" for category, number in counts.items())
+            name = names[0] if len(names) == 1 else str(Path(names[0]).parent)
+            self._terminal.write_line(f"{time.monotonic() - slowest_tests.BEGAN:6.0f} s  {name}: {told}")
+
+    def _has_ended(self, process: Process) -> None:
+        """A worker's pipe was closed: it has ended as it should, or its test is to blame."""
+        code = process.popen.wait()
+        process.given.close()
+        process.told.close()
+        with process.output as output:
+            output.seek(0)
+            tail = output.read()[-8000:].decode(errors="replace")
+        if process.ended and code in (
+            pytest.ExitCode.OK,
+            pytest.ExitCode.TESTS_FAILED,
+            pytest.ExitCode.NO_TESTS_COLLECTED,
+        ):
+            return
+        how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
+        test = process.test or (process.units[0][0] if process.units else "behind the last test")
+        text = f"the worker process {how} while it ran this test; it wrote:\n{tail}"
+        report: Any = pytest.TestReport(test, (test.partition("::")[0], None, test), {}, "failed", text, "call")
+        if process.test and not set(NEVER_AGAIN) & set(Path(test.partition("::")[0]).parts):
+            report.passing = f"the worker process {how}"
+        self._count(report)
+        if process.test:
+            self._done.append(process.test)
+            self._left[:0] = process.units
+        else:  # it died while it collected the first of its units, or between tests
+            self._left[:0] = process.units[1:]
+        if self._left:
+            self._start()
+
+    # Once more
+
+    def _run_again(self, again: dict[str, list[pytest.TestReport]]) -> None:
+        self._terminal.write_line(
+            f"{len(again)} tests that failed by time, a lost connection or a lost process run again, alone"
+        )
+        if self._pauses:
+            self._pauses.end()
+        self._left, self._pauses, self._done = [[test] for test in again], None, []
+        failed = {id(one) for category in ("failed", "error") for one in self._terminal.stats.get(category, ())}
+        self._start()
+        self._serve()
+        twice = self._again
+        self._again = {}
+        now = {
+            one.nodeid
+            for category in ("failed", "error")
+            for one in self._terminal.stats.get(category, ())
+            if id(one) not in failed
+        }
+        for test, reports in again.items():
+            if test in twice or test in now:
+                for report in twice.get(test, reports):
+                    report.passing = ""
+                    self._count(report)
+            else:
+                self._flaky.append(f"{test}  {reports[0].passing}")
+        if self._flaky:
+            stamp = time.strftime("%Y-%m-%d %H:%M")
+            with FLAKY.open("a") as file:
+                file.writelines(f"{stamp}  {line}\n" for line in self._flaky)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self._rows:
+            rows, took = self._rows, time.monotonic() - slowest_tests.BEGAN
+            terminalreporter.section(f"slowest of {len(rows)} tests")
+            for line in slowest_tests.table(rows, took, slowest_tests.cpu()):
+                terminalreporter.write_line(line)
+        if self._flaky:
+            terminalreporter.section("FLAKY", red=True, bold=True)
+            terminalreporter.write_line(f"passed when run again, alone; {FLAKY.name} keeps them:")
+            for line in self._flaky:
+                terminalreporter.write_line(line)
+
+
+def write_file_times(rows: list[slowest_tests.Row]) -> None:
+    """Write the seconds of each file that took at least two, those of files that were not run as they were."""
+    times: dict[str, float] = json.loads(TIMES.read_text())
+    sums: dict[str, float] = {}
+    for name, seconds, _ in rows:
+        file = name.partition("::")[0]
+        sums[file] = sums.get(file, 0.0) + seconds
+    times = {name: seconds for name, seconds in (times | sums).items() if seconds >= 2 and (ROOT / name).exists()}
+    TIMES.write_text(json.dumps({name: round(times[name]) for name in sorted(times)}, indent=0) + "\n")
