@@ -11,10 +11,15 @@ PATIENCE = 60.0  # seconds; an idle machine needs a few hundredths
 
 
 def wait_for(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
-    """Polls until `condition` holds; fails after `seconds`."""
+    """Poll until `condition` holds.
+
+    Raises:
+        TimeoutError: it does not hold after `seconds`.
+    """
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        if time.monotonic() >= end:
+            raise TimeoutError("waited in vain")
         time.sleep(0.005)
 
 
@@ -22,7 +27,8 @@ async def until(condition: Callable[[], object], seconds: float = PATIENCE) -> N
     """The same, while the event loop goes on."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        if time.monotonic() >= end:
+            raise TimeoutError("waited in vain")
         await asyncio.sleep(0.005)
 
 
