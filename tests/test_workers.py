@@ -66,7 +66,13 @@ def test_every_kind_of_report_arrives_and_failures_make_the_run_red(tmp_path: Pa
     assert not (tmp_path / "flaky.txt").exists()
 
 
-ONCE = "def once(name):\n    path = Path(__file__).with_name(name)\n    was = path.exists()\n    path.touch()\n    return not was\n"
+ONCE = """
+def once(name):
+    path = Path(__file__).with_name(name)
+    was = path.exists()
+    path.touch()
+    return not was
+"""
 
 
 def test_lost_time_connections_and_processes_run_once_more_and_are_listed(tmp_path: Path) -> None:

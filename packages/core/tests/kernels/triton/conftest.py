@@ -85,7 +85,16 @@ class Background:
     def _run(self, names: list[str], every_case: bool) -> subprocess.CompletedProcess[str]:
         """Test files under the interpreter, or a script."""
         tests = names[0].startswith("test_")
-        options = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *(["-m", "every_case"] if every_case else [])]
+        options = [
+            "-m",
+            "pytest",
+            "-q",
+            "--workers",
+            "0",
+            "-p",
+            "no:cacheprovider",
+            *(["-m", "every_case"] if every_case else []),
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if tests else {})
         files = [str(HERE / name) for name in names]
         command = ["nice", "-n", "10", sys.executable, *(options if tests else []), *files]
