@@ -2,10 +2,10 @@
 """Divide the files of a run among worker processes, and run once more, alone, what failed by time or by a lost process.
 
 A plugin of pytest, loaded by the workspace's `conftest.py`. A run that names more than `FEW` files is divided. Each of
-`--workers` processes (4, because tests of servers, of processes and of the page wait more than they compute) is a
-pytest session that asks this process for a file, collects it, runs it, and sends its reports. Files that take longest by
-`tests/file_times.json` come first; `--write-file-times` writes that table anew. `--workers 0`, `--pdb`, `-s` and
-`--collect-only` keep a run in one process.
+`--workers` processes is a pytest session that asks this process for a file, collects it, runs it, and sends its reports.
+The default of four is more than two cores need for computing, because tests of servers, of processes and of the page
+mostly wait. Files that take longest by `tests/file_times.json` come first; `--write-file-times` writes that table anew.
+`--workers 0`, `--pdb`, `-s` and `--collect-only` keep a run in one process.
 
 A test whose failure has a cause of `passing` (a timeout, a lost connection, a process that has ended) is run once more
 by a process of its own when all others have ended. If it passes then, the run ends with the section FLAKY and exits 0,
@@ -255,10 +255,8 @@ class Division:
         told, writes = Pipe(duplex=False)
         handles = reads.fileno(), writes.fileno()
         environment = {**os.environ, VARIABLE: ",".join(map(str, handles))}
-        environment.pop(
-            "PYTHONDONTWRITEBYTECODE", None
-        )  # tests start hundreds of processes, each would compile our modules
-        output = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the worker has ended
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process that a test starts compiles every module
+        output = tempfile.TemporaryFile()  # noqa: SIM115 - until the worker ends
         command = [sys.executable, "-m", "pytest", *map(str, self._config.invocation_params.args)]
         popen = subprocess.Popen(
             command, env=environment, pass_fds=handles, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
