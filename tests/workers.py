@@ -2,7 +2,7 @@
 """Divide the files of a run among worker processes, and run once more, alone, what failed by time or by a lost process.
 
 A plugin of pytest, loaded by the workspace's `conftest.py`. A run that names more than `FEW` files is divided. Each of
-`--workers` processes is a pytest session that asks this process for a file, collects it, runs it, and sends its reports.
+`--workers` processes is a pytest session that asks this process for a file, collects and runs it, and sends its reports.
 The default of four is more than two cores need for computing, because tests of servers, of processes and of the page
 mostly wait. Files that take longest by `tests/file_times.json` come first; `--write-file-times` writes that table anew.
 `--workers 0`, `--pdb`, `-s` and `--collect-only` keep a run in one process.
@@ -255,7 +255,7 @@ class Division:
         told, writes = Pipe(duplex=False)
         handles = reads.fileno(), writes.fileno()
         environment = {**os.environ, VARIABLE: ",".join(map(str, handles))}
-        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process that a test starts compiles every module
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process compiles every module
         output = tempfile.TemporaryFile()  # noqa: SIM115 - until the worker ends
         command = [sys.executable, "-m", "pytest", *map(str, self._config.invocation_params.args)]
         popen = subprocess.Popen(
