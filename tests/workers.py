@@ -2,8 +2,8 @@
 """Divide the files of a run among worker processes, and run once more, alone, what failed by time or by a lost process.
 
 A plugin of pytest, loaded by the workspace's `conftest.py`. A run that names more than `FEW` files is divided. Each of
-`--workers` processes is a pytest session that asks this process for a file, collects and runs it, and sends its reports.
-The default of four is more than two cores need for computing, because tests of servers, of processes and of the page
+`--workers` processes is a pytest session that asks this process for a file, runs it, and sends its reports. The
+default of four is more than two cores need for computing, because tests of servers, of processes and of the page
 mostly wait. Files that take longest by `tests/file_times.json` come first; `--write-file-times` writes that table anew.
 `--workers 0`, `--pdb`, `-s` and `--collect-only` keep a run in one process.
 
@@ -256,11 +256,11 @@ class Division:
         handles = reads.fileno(), writes.fileno()
         environment = {**os.environ, VARIABLE: ",".join(map(str, handles))}
         environment.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process compiles every module
-        output = tempfile.TemporaryFile()  # noqa: SIM115 - until the worker ends
+        output = tempfile.TemporaryFile()  # noqa: SIM115
         command = [sys.executable, "-m", "pytest", *map(str, self._config.invocation_params.args)]
         popen = subprocess.Popen(
-            command, env=environment, pass_fds=handles, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            cwd=self._config.invocation_params.dir,
+            command, env=environment, cwd=self._config.invocation_params.dir, pass_fds=handles,
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
         reads.close()
         writes.close()
