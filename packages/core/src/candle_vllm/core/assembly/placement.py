@@ -72,7 +72,7 @@ def resolve_ranks(config: EngineConfig) -> EngineConfig:
     if given:
         raise ConfigError(
             f"{' and '.join(f'{name}={getattr(config, name)!r}' for name in given)} would divide the model among GPUs, "
-            "and no GPU is used here: leave that out, or set enforce_eager=True to try it on the CPU in torch, slowly",
+            "and no GPU is used here: leave that out (docs/scaling.md)",
             given[0],
         )
     ranks, threads = config.tensor_parallel_size, config.threads or default_threads()

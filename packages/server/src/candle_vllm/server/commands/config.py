@@ -164,6 +164,9 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
     sequences, tokens = step_size(config, device)
     divided = plan_ranks(config.cpu_ranks, config.threads or default_threads()) if device.type == "cpu" else None
     ranks = 1 if divided is None else len(divided.each)
+    why = "one for each NUMA node that this process may use"
+    if config.cpu_ranks is not None:
+        why = "tensor_parallel_size, without a GPU"
     share = DEFAULTS[device.type].share
     found |= {
         "model": Derived(config.model, "default: the demo model"),
@@ -171,15 +174,7 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
         "device": Derived(str(device), "derived: " + ("a GPU" if device.type == "cuda" else "no GPU can be used")),
         "cpu_level": Derived(best_level().name, "derived: all of this CPU's instructions that the kernels know"),
         "threads": Derived(default_threads(), "derived: one for each core that this process is allowed"),
-        "cpu_ranks": Derived(
-            ranks,
-            "derived: "
-            + (
-                "one for each NUMA node that this process may use"
-                if config.cpu_ranks is None
-                else "--tensor-parallel-size"
-            ),
-        ),
+        "cpu_ranks": Derived(ranks, f"derived: {why}"),
         "max_num_seqs": Derived(sequences, f"default on {device.type}"),
         "prefill_chunk_size": Derived(tokens, f"default on {device.type}"),
         "kv_fraction": Derived(share, f"default on {device.type}"),
