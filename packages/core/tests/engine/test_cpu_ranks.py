@@ -339,3 +339,6 @@ def test_a_gpu_that_cannot_be_used_is_as_none(no_gpu: None, monkeypatch: pytest.
     assert (resolved.device, resolved.ranks, resolved.cpu_ranks) == (CPU, 1, 2)
     with pytest.raises(ConfigError, match="device 'cuda:0' cannot be used: torch is not installed"):
         InferenceEngine("/nowhere", device="cuda:0,cuda:1")
+    node: dict[str, Any] = TWO_NODES | {"tensor_parallel_size": 4, "node_rank": 1}
+    with pytest.raises(ConfigError, match="device names one GPU, cuda:3, and 2 ranks are asked for"):
+        run_node(EngineConfig(model="/nowhere", device="cuda:3", **node))

@@ -48,10 +48,18 @@ def resolve_ranks(config: EngineConfig) -> EngineConfig:
     With `enforce_eager` the ranks stay processes, which compute in torch.
 
     Raises:
-        ConfigError: the GPU that was asked for cannot be used, or the ranks need a GPU and there is none.
+        ConfigError: fewer GPUs are named than ranks, the GPU that was asked for cannot be used, or the ranks need a
+            GPU and there is none.
     """
     if config.ranks == 1:
         return config
+    here = config.ranks // config.nnodes
+    if config.device not in ("auto", "cpu", "cuda") and "," not in config.device and here > 1:
+        raise ConfigError(
+            f"device names one GPU, {config.device}, and {here} ranks are asked for (tensor_parallel_size, "
+            "pipeline_parallel_size): name as many, or set device='cuda' for the first ones",
+            "device",
+        )
     replicas, ray = config.data_parallel_size, config.distributed_executor_backend == "ray"
     if replicas > 1 or config.node_rank or ray:  # other processes compute, or Ray says where: no GPU is opened here
         on_gpu = means_gpus(config.device)
