@@ -83,6 +83,7 @@ def test_a_gpu_that_can_be_used(gpus: Gpus) -> None:
     assert choose_device("auto") == Device("cuda:0")
     assert choose_device("cuda") == Device("cuda:0")
     assert choose_device("cuda:1") == Device("cuda:1")
+    assert choose_device("cuda:1,cuda:0") == Device("cuda:1")
     assert choose_device("cpu") == CPU
 
 

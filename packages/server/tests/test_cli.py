@@ -447,6 +447,79 @@ def test_config_shows_what_will_be(tmp_path: Path, capsys: pytest.CaptureFixture
     assert {name for name in engine_settings if shown[name]["value"] is None} <= empty
 
 
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a GPU, on which no other process starts."""
+
+    def start(*_: object, **__: object) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr("candle_vllm.core.devices._driver_has_gpu", lambda: False)
+    monkeypatch.setattr("candle_vllm.core.devices.gpu_obstacle", lambda index: "no GPU was found")
+    monkeypatch.setattr(subprocess, "Popen", start)
+
+
+def test_ranks_without_a_gpu_are_cpu_ranks(tmp_path: Path, no_gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(write_toy_model(tmp_path / "toy", toy_config(head_dim=32)))
+    usual = "--m", model, "--threads", "2"
+    asked = "generate", "the quick", *usual, "--temperature", "0", "--max-tokens", "8", "--log-level", "info"
+    assert main([*asked, "--cpu-ranks", "1"]) == 0
+    alone = capsys.readouterr().out
+    assert alone.strip()
+    assert main([*asked, "-tp", "2"]) == 0
+    out, error = capsys.readouterr()
+    assert out == alone
+    assert error.count("no GPU is used: tensor_parallel_size=2 means cpu_ranks=2") == 1
+    assert _config(capsys, *usual, "-tp", "2")["cpu_ranks"] == {
+        "value": 2,
+        "from": "derived: tensor_parallel_size, without a GPU",
+    }
+
+
+_NODES = "--nnodes 2 -tp 2 --cluster-key 0123456789abcdef"
+_GPUS = "would divide the model among GPUs, and no GPU is used here"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("generate hi -pp 2", f"--pipeline-parallel-size 2 {_GPUS}"),
+        ("serve -tp 2 --pp-size 2", f"--pipeline-parallel-size 2 {_GPUS}"),
+        ("config -tp 2 -pp 2", f"--pipeline-parallel-size 2 {_GPUS}"),
+        (f"serve {_NODES}", f"--nnodes 2 {_GPUS}"),
+        (f"serve {_NODES} --node-rank 1", f"--nnodes 2 {_GPUS}"),
+        ("serve -tp 2 --worker-use-ray", f"--distributed-executor-backend ray {_GPUS}"),
+        ("generate hi -tp 2 -ep", f"--enable-expert-parallel {_GPUS}"),
+        ("serve -tp 2 -dp 2 --threads 3", "each rank of 2 replicas needs a thread, of which there are 3"),
+        ("generate hi -tp 2 --threads 1", "each rank needs a thread, of which there are 1"),
+        ("generate hi --d 0,1", "device 'cuda:0' cannot be used: no GPU was found"),
+        ("config --d 0,1", "device 'cuda:0' cannot be used: no GPU was found"),
+    ],
+)
+def test_ranks_that_need_a_gpu_are_refused_before_anything_is_loaded(
+    line: str, message: str, no_gpu: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model is nowhere: who looked for it would say so."""
+    command, *arguments = line.split()
+    port = ["--p", "0"] if command == "serve" else []
+    assert main([command, *arguments, *port, "--m", "nobody/nothing", "--offline"]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.count("\n") == 1, error
+    assert error.startswith("candle-vllm: error: ")
+    assert message in error
+
+
+def test_ranks_in_torch_without_torch_are_refused_in_one_line(
+    no_gpu: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    line = ["serve", "--p", "0", "--device", "cpu", "--enforce-eager", "-tp", "2", "--m", "nobody/nothing", "--offline"]
+    assert main(line) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "`uv run --extra torch candle-vllm`" in error
+
+
 def test_config_says_which_format_and_how_much_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(write_toy_model(tmp_path / "toy"))
     shown = _config(capsys, "--m", model, "--device", "cpu", "--tool-parser", "hermes", "--mem", "1")

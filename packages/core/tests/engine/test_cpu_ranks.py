@@ -6,22 +6,30 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from candle_vllm.core import ConfigError, InferenceEngine, SamplingParams
+from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.assembly import placement
+from candle_vllm.core.assembly.placement import resolve_ranks
+from candle_vllm.core.devices import CPU, Device
 from candle_vllm.core.engine import recorded_runner
+from candle_vllm.core.engine.nodes import run_node
 from candle_vllm.core.kernels.cpu_runtime import numa
 from candle_vllm.core.kernels.cpu_runtime.numa import CpuRank, CpuRanks
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.remote import ReplicatedEngine
+from candle_vllm.core.remote.fleet import replica_configs
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from candle_vllm.core.vllm.llm import LLM
 from packages.core.tests.models.tiny import write_tiny
 
 pytest.importorskip("numba")
@@ -189,6 +197,148 @@ def test_more_ranks_than_threads_are_refused_with_what_works(folder: Path) -> No
         InferenceEngine(str(_written(gguf, folder)), threads=2, cpu_ranks=4)
 
 
-def test_ranks_of_kernels_that_are_not_compiled_are_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="cpu_ranks=2 divides what the compiled CPU kernels do, and enforce_eager"):
-        InferenceEngine(str(_written(gguf, folder)), threads=2, cpu_ranks=2, enforce_eager=True)
+def without_kernels(folder: Path) -> Path:
+    return write_toy_model(folder / "without", toy_config(hidden_size=128, head_dim=8))
+
+
+@pytest.mark.parametrize(
+    ("write", "settings", "reason"),
+    [
+        (gguf, {"cpu_ranks": 2, "enforce_eager": True}, "enforce_eager is set"),
+        (without_kernels, {"tensor_parallel_size": 2}, "heads of 8"),
+    ],
+)
+def test_ranks_of_kernels_that_are_not_compiled_are_refused(
+    write: Callable[[Path], Path], settings: dict[str, Any], reason: str, folder: Path
+) -> None:
+    said = f"cpu_ranks=2 divides what the compiled CPU kernels do, and {reason}.*: leave out what sets it, cpu_ranks or"
+    with pytest.raises(ConfigError, match=said):
+        InferenceEngine(str(_written(write, folder)), device="cpu", threads=2, **settings)
+
+
+# ---- what tensor_parallel_size and its like mean without a GPU -------------------------------------------------------
+
+TWO_NODES: dict[str, Any] = {"nnodes": 2, "tensor_parallel_size": 2, "cluster_key": "0123456789abcdef"}
+RAY: dict[str, Any] = {"distributed_executor_backend": "ray", "tensor_parallel_size": 2}
+FOR_GPUS: dict[str, tuple[dict[str, Any], str]] = {
+    "stages": ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2"),
+    "stages of ranks": ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, "pipeline_parallel_size=2"),
+    "nodes": (TWO_NODES, "nnodes=2"),
+    "second node": (TWO_NODES | {"node_rank": 1}, "nnodes=2"),
+    "ray": (RAY, "distributed_executor_backend='ray'"),
+    "experts": ({"tensor_parallel_size": 2, "enable_expert_parallel": True}, "enable_expert_parallel=True"),
+    "both": (
+        {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "enable_expert_parallel": True},
+        "pipeline_parallel_size=2 and enable_expert_parallel=True",
+    ),
+    "replicas": ({"data_parallel_size": 2, "pipeline_parallel_size": 2}, "pipeline_parallel_size=2"),
+}
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a GPU, on which no other process starts."""
+
+    def start(*_: object, **__: object) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr("candle_vllm.core.devices._driver_has_gpu", lambda: False)
+    monkeypatch.setattr(subprocess, "Popen", start)
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_tensor_parallel_size_means_cpu_ranks(
+    device: str, folder: Path, no_gpu: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = _written(dense, folder)
+    with caplog.at_level(logging.INFO):
+        divided = numbers(model, device=device, threads=2, tensor_parallel_size=2)
+    assert divided == numbers(model, threads=2, cpu_ranks=1)
+    assert caplog.text.count("no GPU is used: tensor_parallel_size=2 means cpu_ranks=2 (docs/scaling.md)") == 1
+    assert "2 CPU ranks: 1 of 2 threads" in caplog.text
+
+
+def test_the_same_under_the_names_of_vllm(folder: Path, no_gpu: None) -> None:
+    texts = []
+    for size in (1, 2):
+        with LLM(str(_written(dense, folder)), tensor_parallel_size=size, threads=2, max_model_len=128) as llm:
+            asked = SamplingParams(temperature=0.0, max_tokens=12)
+            texts.append([each.outputs[0].text for each in llm.generate(["the quick", "fox"], asked, use_tqdm=False)])
+    assert texts[0] == texts[1] != ["", ""]
+
+
+@pytest.mark.parametrize("case", FOR_GPUS)
+def test_what_divides_among_gpus_alone_is_refused_before_anything_starts(case: str, no_gpu: None) -> None:
+    """The model is nowhere: who looked for it would say so."""
+    settings, named = FOR_GPUS[case]
+    start: Callable[[EngineConfig], object] = InferenceEngine
+    if "data_parallel_size" in settings:
+        start = ReplicatedEngine
+    elif "node_rank" in settings:
+        start = run_node
+    with pytest.raises(ConfigError) as refused:
+        start(EngineConfig(model="/nowhere", **settings))
+    assert str(refused.value) == (
+        f"{named} would divide the model among GPUs, and no GPU is used here: leave that out (docs/scaling.md)"
+    )
+    assert refused.value.setting == named.partition("=")[0]
+    kept = resolve_ranks(EngineConfig(model="/nowhere", enforce_eager=True, **settings))  # processes, in torch
+    assert (kept.device, kept.ranks) == ("cpu", EngineConfig(model="/nowhere", **settings).ranks)
+
+
+@pytest.mark.parametrize(
+    ("settings", "system", "message"),
+    [
+        ({"threads": 2, "cpu_ranks": 3}, "linux", "cpu_ranks=3 says otherwise: leave one of them out"),
+        ({"threads": 1}, "linux", "each rank needs a thread, of which there are 1: .* threads=2 or more"),
+        ({"threads": 3, "data_parallel_size": 2}, "linux", "each rank of 2 replicas .* are 3: .* threads=4 or more"),
+        ({"threads": 2}, "darwin", "CPU ranks need Linux: leave it out"),
+    ],
+)
+def test_cpu_ranks_that_cannot_be_are_refused_as_they_were_asked_for(
+    settings: dict[str, Any], system: str, message: str, no_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(placement, "sys", SimpleNamespace(platform=system))
+    with pytest.raises(ConfigError, match=f"tensor_parallel_size=2 means as many CPU ranks .*{message}") as refused:
+        resolve_ranks(EngineConfig(model="/nowhere", tensor_parallel_size=2, **settings))
+    assert refused.value.setting == "tensor_parallel_size"
+
+
+def test_replicas_have_as_many_cpu_ranks_each(no_gpu: None) -> None:
+    config = EngineConfig(model="m", tensor_parallel_size=2, data_parallel_size=2, threads=5)
+    each = [(one.device, one.tensor_parallel_size, one.cpu_ranks, one.threads) for one in replica_configs(config)]
+    assert each == [("cpu", 1, 2, 3), ("cpu", 1, 2, 2)]
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_ranks_in_torch_without_torch_are_refused_with_what_installs_it(
+    device: str, no_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ConfigError, match=r"^enforce_eager is set, so layers .* torch, .* `uv run --extra torch "):
+        InferenceEngine("/nowhere", device=device, enforce_eager=True, tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize("case", FOR_GPUS)
+def test_with_a_gpu_nothing_is_changed(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that only starts others opens no GPU: it would take memory there, or a GPU that Ray gave another."""
+    settings, _ = FOR_GPUS[case]
+    opened = list[str]()
+    monkeypatch.setattr("candle_vllm.core.devices._driver_has_gpu", lambda: True)
+    monkeypatch.setattr(placement, "choose_device", lambda wanted: opened.append(wanted) or Device("cuda:0"))
+    config = EngineConfig(model="/nowhere", **settings)
+    assert resolve_ranks(config) is config
+    assert opened == ([] if case in ("second node", "ray", "replicas") else ["auto"])
+
+
+def test_a_gpu_that_cannot_be_used_is_as_none(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch, or its CUDA, is missing."""
+    monkeypatch.setattr("candle_vllm.core.devices._driver_has_gpu", lambda: True)
+    monkeypatch.setattr("candle_vllm.core.devices.gpu_obstacle", lambda index: "torch is not installed")
+    resolved = resolve_ranks(EngineConfig(model="/nowhere", tensor_parallel_size=2, threads=2))
+    assert (resolved.device, resolved.ranks, resolved.cpu_ranks) == (CPU, 1, 2)
+    with pytest.raises(ConfigError, match="device 'cuda:0' cannot be used: torch is not installed"):
+        InferenceEngine("/nowhere", device="cuda:0,cuda:1")
+    node: dict[str, Any] = TWO_NODES | {"tensor_parallel_size": 4, "node_rank": 1}
+    with pytest.raises(ConfigError, match="device names one GPU, cuda:3, and 2 ranks are asked for"):
+        run_node(EngineConfig(model="/nowhere", device="cuda:3", **node))

@@ -184,6 +184,8 @@ TRANSLATED: dict[str, dict[str, Any]] = {
     "--cpu-moe": {"cpu_experts": 1024},
     "--num-experts-offload-per-rank 0": {"cpu_experts": 0},
     "--num-experts-offload-per-rank 15": {"cpu_experts": None},
+    "-tp 2 -mg 0": {"tensor_parallel_size": 2, "device": "auto"},
+    "--main-gpu 1": {"device": "cuda:1"},
     "-dev CUDA1 --reasoning-format none": {"device": "cuda:1", "reasoning_parser": "none"},
 }  # fmt: skip
 

@@ -247,16 +247,16 @@ class EngineConfig(ExplainedSettings):
     device: Annotated[str, Device(several=True), "auto, cpu, cuda, cuda:N, or several GPUs, as cuda:0,cuda:1",
                       '"auto" is the first GPU that can be used, else the CPU; several divide the model among them.'
                       ] = "auto"
-    tensor_parallel_size: Annotated[int, Integer(1, 64), "divide the model among so many GPUs, or ranks on the CPU, "
-                                    "each a process of its own (docs/scaling.md)",
-                                    "Several devices (cuda:0,1) say it, too. Ranks on the CPU compute op by op in "
-                                    "torch, to try it out."] = 1
+    tensor_parallel_size: Annotated[int, Integer(1, 64), "divide the model among so many GPUs, each with a process "
+                                    "of its own; without a GPU it means cpu_ranks (docs/scaling.md)",
+                                    "Several devices (cuda:0,1) say it, too. With enforce_eager ranks on the CPU are "
+                                    "processes that compute op by op in torch, to try it out."] = 1
     pipeline_parallel_size: Annotated[int, Integer(1, 64), "stages that have some of the model's layers each, and run "
-                                      "after each other; each is as many ranks as tensor_parallel_size says "
-                                      "(docs/scaling.md)",
+                                      "after each other; each is as many ranks as tensor_parallel_size says; for "
+                                      "GPUs (docs/scaling.md)",
                                       "Layers are divided so that the stage with most bytes has as few as can be."] = 1
     nnodes: Annotated[int, Integer(1, 64), "machines that have as many ranks of the model each; the same command is "
-                      "started on all, with a node_rank of its own (docs/scaling.md)"] = 1
+                      "started on all, with a node_rank of its own; for GPUs (docs/scaling.md)"] = 1
     node_rank: Annotated[int, Integer(0, 63), "which of nnodes this machine is; 0 is the first, which serves"] = 0
     master_addr: Annotated[str, Text(253), "address of the first of nnodes, at which the others reach it"] = "127.0.0.1"
     master_port: Annotated[int, Integer(1, 65535), "port of the first of nnodes, at which the others join"] = 29501
@@ -269,7 +269,8 @@ class EngineConfig(ExplainedSettings):
                                             "nnodes), or ray, a Ray cluster that runs already (docs/scaling.md)"
                                             ] = "mp"
     enable_expert_parallel: Annotated[bool, Boolean(), "among the ranks of tensor_parallel_size, whole experts of a "
-                                      "mixture on each, in the place of a part of every one (docs/scaling.md)"] = False
+                                      "mixture on each, in the place of a part of every one; for GPUs "
+                                      "(docs/scaling.md)"] = False
     all2all_backend: Annotated[All2AllBackend, Choice(get_args(All2AllBackend)),
                                "how tokens come to the experts of enable_expert_parallel: allgather_reducescatter "
                                "(every rank has all tokens), all_to_all (each has its share, and sends them), or auto "

@@ -38,7 +38,7 @@ CPU: Final = Device("cpu")
 
 
 def choose_device(wanted: str) -> Device:
-    """The device for a setting: "auto", "cpu", "cuda" or "cuda:N".
+    """The device for a setting: "auto", "cpu", "cuda" or "cuda:N"; of several, as "cuda:0,cuda:1", the first.
 
     "auto" is the first GPU, or the CPU where there is none that can be used; a GPU that is there and cannot be used is
     logged with the reason.
@@ -46,6 +46,7 @@ def choose_device(wanted: str) -> Device:
     Raises:
         ConfigError: the GPU that was asked for cannot be used.
     """
+    wanted = wanted.partition(",")[0]
     if wanted == "cpu":
         return CPU
     if wanted == "auto" and not _driver_has_gpu():

@@ -16,6 +16,7 @@ from typing import Unpack, cast
 from candle_vllm.core.arguments import explained
 from candle_vllm.core.assembly.encoder import LoadedEncoder, load_any_model
 from candle_vllm.core.assembly.model import LoadedModel
+from candle_vllm.core.assembly.placement import resolve_ranks
 from candle_vllm.core.config import EngineConfig, EngineSettings, require_one
 from candle_vllm.core.devices import choose_device, give_back
 from candle_vllm.core.engine.adapters import AdapterCall
@@ -71,6 +72,7 @@ class InferenceEngine(EngineFront):
         self.config = config
         self.image_sources = ImageSources.of(config)
         self._owner = os.getpid()
+        config = resolve_ranks(config)
         ranks = None if config.ranks == 1 else Ranks(config)
         with nullcontext() if ranks is None else ranks.starting():
             self._load(config if ranks is None else ranks.config, ranks, on_progress)

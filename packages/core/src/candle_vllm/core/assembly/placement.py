@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from collections import Counter
 from collections.abc import Iterator, Set
 from contextlib import contextmanager, nullcontext
 
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.devices import Device, fitting, is_amd, require_torch, use_threads
+from candle_vllm.core.devices import Device, choose_device, fitting, is_amd, means_gpus, require_torch, use_threads
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.cpu_runtime.numa import plan_ranks
 from candle_vllm.core.kernels.cpu_runtime.weight_memory import new_memory
@@ -40,6 +41,69 @@ _BEYOND_F16 = frozenset({"gemma2", "gemma3", "gemma3_text", "glm4"})
 """Models whose activations leave the range of float16: vLLM refuses it for them, transformers found it of Gemma 3."""
 
 
+def resolve_ranks(config: EngineConfig) -> EngineConfig:
+    """Return the configuration with the ranks of this machine, before anything is loaded or started.
+
+    Without a GPU, `tensor_parallel_size` means `cpu_ranks`: compiled kernels divided among the threads of one process.
+    With `enforce_eager` the ranks stay processes, which compute in torch.
+
+    Raises:
+        ConfigError: fewer GPUs are named than ranks, the GPU that was asked for cannot be used, or the ranks need a
+            GPU and there is none.
+    """
+    if config.ranks == 1:
+        return config
+    here = config.ranks // config.nnodes
+    if config.device not in ("auto", "cpu", "cuda") and "," not in config.device and here > 1:
+        raise ConfigError(
+            f"device names one GPU, {config.device}, and {here} ranks are asked for (tensor_parallel_size, "
+            "pipeline_parallel_size): name as many, or set device='cuda' for the first ones",
+            "device",
+        )
+    replicas, ray = config.data_parallel_size, config.distributed_executor_backend == "ray"
+    if replicas > 1 or config.node_rank or ray:  # other processes compute, or Ray says where: no GPU is opened here
+        on_gpu = means_gpus(config.device)
+    else:
+        on_gpu = choose_device(config.device).type == "cuda"
+    if on_gpu:
+        return config
+    if config.enforce_eager:
+        require_torch("enforce_eager is set")
+        return dataclasses.replace(config, device="cpu")
+    refused = {
+        "nnodes": config.nnodes > 1,
+        "distributed_executor_backend": ray,
+        "pipeline_parallel_size": config.pipeline_parallel_size > 1,
+        "enable_expert_parallel": config.enable_expert_parallel,
+    }
+    given = [name for name, is_given in refused.items() if is_given]
+    if given:
+        raise ConfigError(
+            f"{' and '.join(f'{name}={getattr(config, name)!r}' for name in given)} would divide the model among GPUs, "
+            "and no GPU is used here: leave that out (docs/scaling.md)",
+            given[0],
+        )
+    ranks, threads = config.tensor_parallel_size, config.threads or default_threads()
+    obstacle = None
+    if config.cpu_ranks not in (None, ranks):
+        obstacle = f"cpu_ranks={config.cpu_ranks} says otherwise: leave one of them out"
+    elif sys.platform != "linux":
+        obstacle = "CPU ranks need Linux: leave it out"
+    elif ranks * replicas > threads:
+        each = "" if replicas == 1 else f" of {replicas} replicas"
+        obstacle = (
+            f"each rank{each} needs a thread, of which there are {threads}: leave it out, or set "
+            f"threads={ranks * replicas} or more"
+        )
+    if obstacle is not None:
+        raise ConfigError(
+            f"tensor_parallel_size={ranks} means as many CPU ranks where no GPU is used, and {obstacle}",
+            "tensor_parallel_size",
+        )
+    logger.info("no GPU is used: tensor_parallel_size=%d means cpu_ranks=%d (docs/scaling.md)", ranks, ranks)
+    return dataclasses.replace(config, device="cpu", tensor_parallel_size=1, cpu_ranks=ranks)
+
+
 def choose_placement(config: EngineConfig, device: Device, checkpoint: Checkpoint, model: ModelConfig) -> Placement:
     """Recorded on the CPU, unless torch was asked for or something stands against it, which a warning says.
 
@@ -59,9 +123,6 @@ def choose_placement(config: EngineConfig, device: Device, checkpoint: Checkpoin
     in_torch = Placement(device, dtype, invariant=config.deterministic and device.type == "cuda")
     if config.enforce_eager:
         return _in_torch(config, in_torch, "enforce_eager is set")
-    if device.type == "cpu" and config.ranks > 1:
-        logger.warning("ranks on the CPU decode the weights and compute op by op in torch, which is slow")
-        return _in_torch(config, in_torch, "there are several ranks")
     if device.type == "cuda":
         if quantised and in_torch.dtype == "F32":
             raise ConfigError(
@@ -102,7 +163,8 @@ def _in_torch(config: EngineConfig, placement: Placement, reason: str) -> Placem
     with_experts = placement.device.type == "cuda" and config.cpu_experts != 0  # which the CPU may compute
     if config.cpu_ranks is not None and config.cpu_ranks > 1 and not with_experts:
         raise ConfigError(
-            f"cpu_ranks={config.cpu_ranks} divides what the compiled CPU kernels do, and {reason}: leave it out",
+            f"cpu_ranks={config.cpu_ranks} divides what the compiled CPU kernels do, and {reason}: leave out what "
+            "sets it, cpu_ranks or tensor_parallel_size",
             "cpu_ranks",
         )
     require_torch(reason)

@@ -25,6 +25,7 @@ from typing import IO, Any, NamedTuple
 
 import msgspec
 
+from candle_vllm.core.assembly.placement import resolve_ranks
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.rank_line import SILENCE, TICK, Line, read_exactly
 from candle_vllm.core.errors import ConfigError, EngineDeadError
@@ -410,7 +411,11 @@ def run_node(config: EngineConfig) -> int:
     """Runs the ranks of a node that is not the first, until SIGTERM or Ctrl+C; returns the exit status.
 
     When the first node goes, or any rank, they end, and others wait for the first node to come back.
+
+    Raises:
+        ConfigError: as of `resolve_ranks`.
     """
+    config = resolve_ranks(config)
     assert config.cluster_key is not None
     here = config.ranks // config.nnodes
     ranks = range(config.node_rank * here, (config.node_rank + 1) * here)

@@ -161,12 +161,6 @@ class Ranks:
                 "node_rank",
             )
         self.size, here = config.ranks, config.ranks // config.nnodes
-        if config.device not in ("auto", "cpu", "cuda") and "," not in config.device and here > 1:
-            raise ConfigError(
-                f"device names one GPU, {config.device}, and {here} ranks are asked for (tensor_parallel_size, "
-                "pipeline_parallel_size): name as many, or set device='cuda' for the first ones",
-                "device",
-            )
         self._collective: ProcessGroup | None = None
         self._failure: str | None = None
         self._lock = threading.Lock()

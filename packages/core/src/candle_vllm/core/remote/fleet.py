@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from msgspec.structs import fields, replace
 
+from candle_vllm.core.assembly.placement import resolve_ranks
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import means_gpus
 from candle_vllm.core.engine.adapters import MAX_LOOSE_NAMES, AdapterCall
@@ -61,7 +62,11 @@ def replica_configs(config: EngineConfig) -> list[EngineConfig]:
     """The configuration of each replica: its GPUs, or its part of the CPU's threads and of the memory for caches.
 
     `kv_cache_memory`, and shares of a GPU, are those of each; on the CPU `kv_fraction` is that of all.
+
+    Raises:
+        ConfigError: as of `resolve_ranks`.
     """
+    config = resolve_ranks(config)
     count, gpus = config.data_parallel_size, means_gpus(config.device)
     devices = config.device.split(",")
     ranks = config.ranks

@@ -18,6 +18,7 @@ from candle_vllm.core.assembly.draft import describe_draft
 from candle_vllm.core.assembly.encoder import is_encoder
 from candle_vllm.core.assembly.model import Described, describe_model
 from candle_vllm.core.assembly.opening import Opened, model_files, open_model
+from candle_vllm.core.assembly.placement import resolve_ranks
 from candle_vllm.core.assembly.tower import tower_memory
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device, choose_device
@@ -154,15 +155,18 @@ _UNSET = {  # what it means that nobody gave it, where that is not the engine's 
 def derived(configuration: Configuration) -> dict[str, Derived]:
     """What will be where nobody gave it; of a model that is not on this machine yet, what is known without it."""
     settings, names = configuration.settings, configuration.catalogue.default.names
-    config = engine_config(settings, fetch=False)
+    config = resolve_ranks(engine_config(settings, fetch=False))
     found = {name: Derived(value, DEFAULT) for name, value in _UNSET.items()}
     for option in OPTIONS:
         if option.engine is not None and (value := getattr(config, option.engine)) is not None:
             found[option.name] = Derived(_plain(value), DEFAULT)
     device = choose_device(config.device)
     sequences, tokens = step_size(config, device)
-    divided = plan_ranks(None, config.threads or default_threads()) if device.type == "cpu" else None
+    divided = plan_ranks(config.cpu_ranks, config.threads or default_threads()) if device.type == "cpu" else None
     ranks = 1 if divided is None else len(divided.each)
+    why = "one for each NUMA node that this process may use"
+    if config.cpu_ranks is not None:
+        why = "tensor_parallel_size, without a GPU"
     share = DEFAULTS[device.type].share
     found |= {
         "model": Derived(config.model, "default: the demo model"),
@@ -170,7 +174,7 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
         "device": Derived(str(device), "derived: " + ("a GPU" if device.type == "cuda" else "no GPU can be used")),
         "cpu_level": Derived(best_level().name, "derived: all of this CPU's instructions that the kernels know"),
         "threads": Derived(default_threads(), "derived: one for each core that this process is allowed"),
-        "cpu_ranks": Derived(ranks, "derived: one for each NUMA node that this process may use"),
+        "cpu_ranks": Derived(ranks, f"derived: {why}"),
         "max_num_seqs": Derived(sequences, f"default on {device.type}"),
         "prefill_chunk_size": Derived(tokens, f"default on {device.type}"),
         "kv_fraction": Derived(share, f"default on {device.type}"),

@@ -173,7 +173,7 @@ def check_model(settings: Settings, beside: Sequence[ServedModel]) -> None:
         pass
     if not beside:
         return
-    device = choose_device(_first_device(config))
+    device = choose_device(config.device)
     need = _copies(config, device) * (_weight_bytes(config) + WORKSPACE + (config.kv_cache_memory or LEAST_CACHE))
     most = free_memory(device) + held_by(beside)
     if need > most:
@@ -204,7 +204,7 @@ def room_beside(settings: Settings, beside: Sequence[ServedModel]) -> dict[str, 
     from candle_vllm.core.memory import free_memory
 
     config = engine_config(settings)
-    device = choose_device(_first_device(config))
+    device = choose_device(config.device)
     copies = _copies(config, device)
     weights, keeps = _weight_bytes(config), not is_encoder(model_files(config))
     promised = 0 if device.type == "cuda" else sum(model.engine.model_info.kv_cache_bytes for model in beside)
@@ -220,11 +220,6 @@ def room_beside(settings: Settings, beside: Sequence[ServedModel]) -> dict[str, 
     share = config.kv_fraction or CACHE_SHARE
     cache = int((free / copies - weights - WORKSPACE) * share)
     return {"kv_cache_memory": max(LEAST_CACHE, cache), "kv_fraction": None}
-
-
-def _first_device(config: EngineConfig) -> str:
-    """Where the first replica computes; on GPUs each has one of its own, and they are alike."""
-    return config.device.partition(",")[0]
 
 
 def _copies(config: EngineConfig, device: Device) -> int:

@@ -212,7 +212,7 @@ ROWS: tuple[Row, ...] = (
           "a context that was not asked for shrinks to what fits", values=True),
     _idle("--swap-space --kvcache-mem-cpu", "a request that is put off is computed again, not swapped", values=True),
     Row("-dev", "--device", {ANY: _device}),
-    Row("-mg --main-gpu", "--device cuda:N", {ANY: "--device cuda:{}"}),
+    Row("-mg --main-gpu", "--device cuda:N; 0 is auto", {"0": "--device auto", ANY: "--device cuda:{}"}),
     Row("--list-devices", "candle-vllm config shows the device that is taken"),
     _only("-dcp --decode-context-parallel-size", _ONE_DEVICE, "1"),
     _called("--num-nodes", "--nnodes"),
