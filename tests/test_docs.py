@@ -97,7 +97,7 @@ def test_readme_has_the_two_commands() -> None:
     assert "uv run --group dev pytest\n" in commands
     script = (ROOT / ".ci" / "run").read_text()
     assert "uv sync --quiet --group dev\n" in script
-    assert "uv run pytest" in script
+    assert re.search(r"^uv run --group dev pytest\b", script, re.MULTILINE)
 
 
 def test_readmes_request_is_answered() -> None:
