@@ -16,8 +16,10 @@ Messages between the processes are JSON objects over a pair of pipes, `multiproc
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -239,8 +241,7 @@ class Division:
             if self._pauses:
                 self._pauses.end()
             for process in self._running.values():
-                process.popen.kill()
-                process.popen.wait()
+                kill_group(process.popen)
                 process.output.close()
         if session.shouldfail:
             raise session.Failed(session.shouldfail)
@@ -259,7 +260,7 @@ class Division:
         output = tempfile.TemporaryFile()  # noqa: SIM115
         command = [sys.executable, "-m", "pytest", *map(str, self._config.invocation_params.args)]
         popen = subprocess.Popen(
-            command, env=environment, cwd=self._config.invocation_params.dir, pass_fds=handles,
+            command, env=environment, cwd=self._config.invocation_params.dir, pass_fds=handles, process_group=0,
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
         reads.close()
@@ -343,6 +344,7 @@ class Division:
     def _has_ended(self, process: Process) -> None:
         """A worker's pipe was closed: it has ended as it should, or its test is to blame."""
         code = process.popen.wait()
+        kill_group(process.popen)
         process.given.close()
         process.told.close()
         with process.output as output:
@@ -412,6 +414,13 @@ class Division:
             terminalreporter.write_line(f"passed when run again, alone; {FLAKY.name} keeps them:")
             for line in self._flaky:
                 terminalreporter.write_line(line)
+
+
+def kill_group(worker: subprocess.Popen[bytes]) -> None:
+    """End a worker, and whatever its tests have left running in its process group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGKILL)
+    worker.wait()
 
 
 def write_file_times(rows: list[slowest_tests.Row]) -> None:
