@@ -62,11 +62,6 @@ ISQ_NAMES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2k", "q3k", "q4k", "q5k",
 """Types that plain weights can be quantised to while they are loaded."""
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels and the like are kept: candle-vllm in the user's cache folder. It need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "candle-vllm"
-
-
 def demo_model() -> Path | None:
     """The weight file of the demo package, where it is installed; the package itself is never imported."""
     spec = importlib.util.find_spec(DEMO_PACKAGE)

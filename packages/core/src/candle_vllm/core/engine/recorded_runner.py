@@ -11,7 +11,8 @@ import dataclasses
 import functools
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,8 +114,8 @@ class RecordedRunner(StepwiseRunner):
             if self._narrows:
                 self._record(Recorder(limits, recorder.isa), Adapted.NOT, narrows=True)
 
-        compile_together(record_all, sampling.CODE, sampling.RARE_CODE)
-        hidden, *ends = self._record(recorder, Adapted.NOT)
+        with compile_together(record_all, sampling.CODE, sampling.RARE_CODE):
+            hidden, *ends = self._record(recorder, Adapted.NOT)
         assert recorder.logits is not None
         self._logits = self._wanted = recorder.logits
         self._owns_team, self.team = team is None, ThreadTeam(limits.threads, limits.ranks) if team is None else team
@@ -455,15 +456,23 @@ def _drawing(runner: RecordedRunner) -> Draw:
     return lambda logits, controls: weakly.draw_rows(logits, controls)
 
 
-def compile_together(record: Callable[[], object], more: Sequence[str] = (), later: Sequence[str] = ()) -> None:
-    """Has what a plan needs compiled side by side at a machine's first start."""
+@contextmanager
+def compile_together(
+    record: Callable[[], object], more: Sequence[str] = (), later: Sequence[str] = ()
+) -> Iterator[None]:
+    """Around recording a plan: where operations are missing, they are compiled side by side; see `compile_first`."""
 
-    def ask() -> None:
-        record()
+    def load() -> None:
         for code in (team.CODE, *more):
             operation(code)
 
-    compile_first(ask, later)
+    def ask() -> None:
+        record()
+        load()
+
+    with compile_first(ask, later):
+        yield
+        load()
 
 
 class RecordedEncoderRunner(EncoderRunner):
@@ -492,9 +501,9 @@ class RecordedEncoderRunner(EncoderRunner):
             for adapted in (Adapted.NOT, Adapted.ADDED)[: 2 if limits.adapter_rank else 1]:
                 record(Recorder(limits, recorder.isa), adapted)
 
-        compile_together(record_all)
         self._record, self._plans = record, dict[Adapted, tuple[Recorded, Ints, int]]()
-        self._hidden = self._plan_of(Adapted.NOT)[0]  # of the last step
+        with compile_together(record_all):
+            self._hidden = self._plan_of(Adapted.NOT)[0]  # of the last step
         self._logits = recorder.logits
         self._team = ThreadTeam(limits.threads, limits.ranks)
 

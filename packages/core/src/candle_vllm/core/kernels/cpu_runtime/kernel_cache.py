@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""Where compiled kernels are kept on disk, one folder for each version and CPU, and when they may be trusted."""
+"""Where compiled kernels are kept on disk, under which names, and when they may be trusted.
+
+A kernel is kept in the folder of its CPU level, in a file that is named by the operation, its constants and a key: a
+hash of the sources that the machine code is made from (`sources`). A change of one module so makes only those kernels
+again that depend on it, and several versions of a kernel lie side by side.
+"""
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import re
@@ -13,14 +20,15 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import cache
 from itertools import count
 from pathlib import Path
+from typing import TypeAlias
 
-from candle_vllm.core.config import cache_folder
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.cpu_runtime import machine_code
 from candle_vllm.core.kernels.cpu_runtime.level import Level, host_level, links_here
@@ -29,27 +37,34 @@ from candle_vllm.core.progress import tell
 logger = logging.getLogger(__name__)
 
 TRAVELLING = Path(__file__).parent.parent / "compiled"
-"""Where code lies that travels with the package, a folder for each fingerprint; see `travelling`."""
+"""Where the precompiled kernels of the package lie, a folder for each level; see `travelling`."""
+
+CORE = Path(__file__).parents[2]
+"""The folder of the package `candle_vllm.core`."""
 
 WANTED: ContextVar[tuple[str, ...]] = ContextVar("WANTED", default=())
-"""The names of all that is being compiled together, by whichever process, where somebody knows them."""
+"""Names of the files of all kernels that are compiled together, by whichever process, where they are known."""
 
 _MAGIC = b"candle-vllm code 1\n"
 _OBJECT = b"\x7fELF"
+_PACKAGE = "candle_vllm.core"
+_IMPORTS = "imports"
+_MOST_IMPORTS = 4096
 _KEPT_VERSIONS = 4
-_KEPT_SECONDS = 24 * 3600
+_DAY = 24 * 3600
+_BEGUN = time.time()
+_Imports: TypeAlias = dict[str, list[str]]
 
 
 @cache
 def kernel_cache() -> Path | None:
-    """The folder of the compiled kernels of this version and CPU; None, and a warning, where there can be none.
+    """The folder of the kernels compiled for this CPU's level; None, and a warning, where there can be none.
 
-    The folder's name is a hash of all sources that a compiled function may be made from, and of the CPU's level. It may
-    be used by several processes at once: a file is there whole or not at all.
+    It may be used by several processes at once: a file is there whole or not at all.
     """
     try:
-        root = cache_folder().resolve()
-        folder, new = _own_folder(root, root / "kernels" / fingerprint(host_level()))
+        root = (Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "candle-vllm").resolve()
+        folder, new = _own_folder(root, root / "kernels" / host_level().name)
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder, or links go round
         logger.warning(
             "the CPU kernels are compiled at every start, which takes some ten seconds: %s; XDG_CACHE_HOME names "
@@ -59,7 +74,6 @@ def kernel_cache() -> Path | None:
         return None
     if new:
         logger.warning("compiling the CPU kernels for this machine: once, and some ten seconds")
-        _drop_old(folder.parent)
     return folder
 
 
@@ -74,42 +88,37 @@ def can_compile() -> bool:
     return importlib.util.find_spec("numba") is not None or _travelling().is_dir()
 
 
-def is_first_start() -> bool:
-    """Whether nothing has been compiled yet, by this version on this machine, and it can be compiled and kept."""
-    if importlib.util.find_spec("numba") is None or _travelling().is_dir():
-        return False
-    folder = kernel_cache()
-    return folder is not None and next(folder.iterdir(), None) is None
-
-
 def is_missing(name: str) -> bool:
-    """Whether a function has not been compiled yet, and can be compiled and kept."""
-    if importlib.util.find_spec("numba") is None or (_travelling() / name).exists():
+    """Whether a function has not been compiled yet from the present sources, and can be compiled and kept."""
+    kept = kept_name(name, host_level())
+    if importlib.util.find_spec("numba") is None or (_travelling() / kept).exists():
         return False
     folder = kernel_cache()
-    return folder is not None and not (folder / name).exists()
+    return folder is not None and not (folder / kept).exists()
 
 
 def compiled_address(name: str, make: Callable[[], Callable[..., None]]) -> int:
-    """The address of a compiled function: of code that travels with the package, or is kept on disk, or is made now.
+    """The address of a compiled function: of precompiled code, or of code kept on disk, or of code made now.
 
     A damaged file costs a warning and the time to compile again, and so does a full disk.
 
     Args:
-        name: of its code, with all that it is made from.
+        name: "folder.module.function" below `kernels`, then the constants: what names the file beside the key.
         make: the function to be compiled, see `compiler.compile_function`; called only where that has to be.
 
     Raises:
         ConfigError: it has to be compiled, and Numba is not installed.
     """
-    code = _read(_travelling() / name)
+    kept = kept_name(name, host_level())
+    code = _read(_travelling() / kept)
     if code is None:
         folder = kernel_cache()
-        code = _read(folder / name) if folder is not None else None
+        code = _read(folder / kept, used=True) if folder is not None else None
         if code is None:
             code = compile_image(_checked(name, make), host_level())
             if folder is not None:
-                keep(folder / name, code)
+                keep(folder / kept, code)
+                _drop_old(folder)
             _tell(folder)
     if links_here() and not code.startswith(_OBJECT):
         return machine_code.load(machine_code.from_bytes(code))
@@ -119,8 +128,8 @@ def compiled_address(name: str, make: Callable[[], Callable[..., None]]) -> int:
 
 
 def _travelling() -> Path:
-    """Where this version's code for this CPU would lie in the package."""
-    return TRAVELLING / fingerprint(host_level())
+    """Where the precompiled kernels for this CPU would lie in the package."""
+    return TRAVELLING / host_level().name
 
 
 def compile_image(function: Callable[..., None], level: Level) -> bytes:
@@ -175,10 +184,12 @@ def keep(path: Path, code: bytes) -> None:
             part.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> bytes | None:
-    """The code in a file; None where there is none, or what is there is damaged."""
+def _read(path: Path, *, used: bool = False) -> bytes | None:
+    """What `keep` wrote into a file, and that it was used; None where there is none, or what is there is damaged."""
     try:
         kept = path.read_bytes()
+        if used:
+            os.utime(path)  # the time of its last use, for `_drop_old`
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -188,16 +199,167 @@ def _read(path: Path) -> bytes | None:
     code = kept[start:]
     if kept[:start] == _MAGIC + hashlib.sha256(code).digest():
         return code
-    logger.warning("the compiled kernel %s is damaged and is made again", path)
+    logger.warning("the file %s is damaged and is made again", path)
     return None
+
+
+# ---- keys: what a kernel is made from --------------------------------------------------------------------------------
+
+
+def kept_name(name: str, level: Level) -> str:
+    """The name of the file of a compiled function; see `compiled_address`."""
+    folder, module, *_ = name.split(".")
+    return f"{name}.{_key(f'{folder}.{module}', level)}"
+
+
+@cache
+def _key(module: str, level: Level) -> str:
+    digest = hashlib.sha256(f"{level.name} {level.cpu}".encode())
+    for name, text in sorted(sources(module).items()):
+        digest.update(f"\n{name} {text}".encode())
+    folder = kernel_cache() if _parsed() else None
+    if folder is not None:
+        path = folder.parent / _IMPORTS
+        known, new = _known_imports(path), dict(_parsed())
+        known |= new
+        _parsed().clear()
+        keep(path, json.dumps(known).encode())
+    return digest.hexdigest()[:16]
+
+
+def sources(module: str, core: Path = CORE) -> dict[str, str]:
+    """Hashes of all sources that a kernel's machine code depends on, by module.
+
+    They are the kernel's own module, this module with the compiler that it calls, and every module of
+    `candle_vllm.core` that these import, directly or through others. Modules outside `kernels` count, because generated
+    code contains what they define: the layouts and code tables of `candle_vllm.core.quantization` above all. Imports in
+    functions count; imports under TYPE_CHECKING do not, because they never run. A package on the way to an imported
+    module counts by its own text and not by what it imports, because it gives the importing module no name. Modules of
+    Triton do not count: nothing that is compiled here calls them. Modules that are imported by a computed name are not
+    seen, so a kernel must not use any.
+
+    Args:
+        module: "folder.module" below `kernels`.
+        core: the folder of the package `candle_vllm.core`.
+
+    Raises:
+        FileNotFoundError: there is no such module.
+    """
+    if not (core / "__init__.py").is_file():  # an application that carries bytecode only
+        from importlib.metadata import version
+
+        return {module: version("candle-vllm-core")}
+    found, wanted = dict[str, str](), [f"{_PACKAGE}.kernels.{module}", __name__]
+    if _source_path(core, wanted[0]) is None:
+        raise FileNotFoundError(f"{wanted[0]} has no source file")
+    for name in wanted:  # which grows
+        path = _source_path(core, name)
+        if name in found or path is None or path.name.startswith("triton"):
+            continue
+        found[name], imports = _source(path)
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        for base, names in imports.items():
+            base = importlib.util.resolve_name(base, package)
+            wanted.append(base)
+            if (imported := _source_path(core, base)) is not None and imported.name == "__init__.py":
+                wanted += [f"{base}.{name}" for name in names]
+    for name in tuple(found):
+        while (name := name.rpartition(".")[0]) != _PACKAGE and name not in found and name:
+            if (path := _source_path(core, name)) is not None:
+                found[name] = _source(path)[0]
+    return found
+
+
+@cache
+def _source_path(core: Path, module: str) -> Path | None:
+    """The source file of a module of `candle_vllm.core`; None where the name is not the name of such a module."""
+    package, _, rest = f"{module}.".partition(f"{_PACKAGE}.")
+    if package or not f"{module}.".startswith(f"{_PACKAGE}."):
+        return None
+    folder = core.joinpath(*rest.split("."))
+    return next((path for path in (folder / "__init__.py", folder.with_suffix(".py")) if path.is_file()), None)
+
+
+@cache
+def _source(path: Path) -> tuple[str, _Imports]:
+    """The hash of a source file, and what it imports.
+
+    The hash of a file that changed after this process began is of use to this process alone: some modules may have been
+    imported before the change and others after it, so what is compiled from them fits no other process.
+    """
+    with path.open("rb") as file:
+        text, info = file.read(), os.fstat(file.fileno())
+    digest = hashlib.sha256(text).hexdigest()
+    imports = _imports(digest, text)
+    changed = info.st_mtime if sys.platform == "win32" else info.st_ctime
+    return (f"{digest} {os.getpid()} {_BEGUN}" if changed > _BEGUN else digest), imports
+
+
+def _imports(digest: str, text: bytes) -> _Imports:
+    """What a source imports, as noted about a file with the same hash, else from its syntax tree.
+
+    Without the notes a start would parse some 60 files, which takes a quarter of a second (November 2026).
+    """
+    if digest in (known := _known_imports(TRAVELLING / _IMPORTS)) or digest in (known := _parsed()):
+        return known[digest]
+    folder = kernel_cache()
+    if folder is not None and digest in (known := _known_imports(folder.parent / _IMPORTS)):
+        return known[digest]
+    return _parsed().setdefault(digest, parse_imports(text))
+
+
+def parse_imports(text: bytes) -> _Imports:
+    """What a source imports, by its syntax tree: names of modules as they stand there, and names that come from them.
+
+    Modules of other distributions are left out.
+    """
+    imports, nodes = dict[str, list[str]](), [ast.parse(text)]
+    for node in nodes:  # which grows
+        if isinstance(node, ast.Import):
+            for name in (alias.name for alias in node.names):
+                for end in (*(at for at, letter in enumerate(name) if letter == "."), len(name)):
+                    imports.setdefault(name[:end], [])  # `import a.b` gives the name `a`, through which b is reached
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            imports.setdefault(base, []).extend(alias.name for alias in node.names)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            nodes += node.orelse
+            continue
+        for block in ("body", "orelse", "handlers", "finalbody", "cases"):
+            nodes += getattr(node, block, ())
+    return {base: names for base, names in imports.items() if base.startswith((_PACKAGE, "."))}
+
+
+@cache
+def _parsed() -> dict[str, _Imports]:
+    """By the hash of a file what it imports, of files that this process has parsed and that are not in a file yet."""
+    return {}
+
+
+@cache
+def _known_imports(path: Path) -> dict[str, _Imports]:
+    """The same of files that somebody parsed before."""
+    kept = _read(path)
+    known = {} if kept is None else json.loads(kept)
+    return known if len(known) <= _MOST_IMPORTS else {}
+
+
+def keep_imports(modules: Iterable[str], folder: Path) -> None:
+    """Writes beside precompiled kernels what the sources of these kernels import."""
+    found = {}
+    for module in modules:
+        for name in sources(module):
+            if (path := _source_path(CORE, name)) is not None:
+                text = path.read_bytes()
+                found[hashlib.sha256(text).hexdigest()] = parse_imports(text)
+    keep(folder / _IMPORTS, json.dumps(found).encode())
 
 
 @cache
 def fingerprint(level: Level) -> str:
-    """Of all that machine code of a level is made from."""
+    """A hash of the sources of all CPU kernels and of a level: what values in an offloaded KV block depend on."""
     digest = hashlib.sha256()
-    root = Path(__file__).parent.parent
-    for path in sorted(root.glob("*/*.py")):
+    for path in sorted((CORE / "kernels").glob("*/*.py")):
         if not path.name.startswith("triton"):  # the GPU's, which nothing compiled here calls
             digest.update(path.read_bytes())
     digest.update(f"{level.name} {level.cpu}".encode())
@@ -222,7 +384,6 @@ def _own_folder(root: Path, folder: Path) -> tuple[Path, bool]:
         _check_owner(path)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"{folder} cannot be written")
-    os.utime(folder)  # the time of its last use, for `_drop_old`
     return folder, new
 
 
@@ -238,15 +399,28 @@ def _check_owner(path: Path) -> None:
         raise PermissionError(f"other users can write to {path}, and code in it would be run: delete it")
 
 
-def _drop_old(kernels: Path) -> None:
-    """Deletes the kernels of other versions: all but the few folders used last, and none used within a day.
+@cache
+def _drop_old(folder: Path) -> None:
+    """Deletes versions of kernels in a level's folder: of each kernel all but the few that were used last.
 
-    A process that still runs on deleted ones has their code in memory. Only folders named like a fingerprint are
-    touched, and links are not followed.
+    What was used within a day stays in any case, so that who changes between versions or branches finds all of them. A
+    process that still runs a deleted kernel has its code in memory. Links are not followed. Folders in which earlier
+    versions of this package kept all kernels of a version go a month after their last use.
     """
+    versions, day_ago = defaultdict[str, list[tuple[float, Path]]](list), time.time() - _DAY
     with suppress(OSError):  # another process may be doing the same
-        found = [path for path in kernels.iterdir() if re.fullmatch("[0-9a-f]{16}", path.name)]
-        folders = {path: info.st_mtime for path in found if stat.S_ISDIR((info := path.lstat()).st_mode)}
-        for path in sorted(folders, key=folders.__getitem__, reverse=True)[_KEPT_VERSIONS:]:
-            if folders[path] < time.time() - _KEPT_SECONDS:
+        for path in folder.iterdir():
+            name, _, key = path.name.rpartition(".")
+            used = info.st_mtime if stat.S_ISREG((info := path.lstat()).st_mode) else time.time()
+            if re.fullmatch("[0-9a-f]{16}", key):
+                versions[name].append((used, path))
+            elif key == "tmp" and used < day_ago:  # of a process that was killed
+                path.unlink()
+        for found in versions.values():
+            for used, path in sorted(found, reverse=True)[_KEPT_VERSIONS:]:
+                if used < day_ago:
+                    path.unlink()
+        for path in folder.parent.iterdir():
+            used, is_folder = (info := path.lstat()).st_mtime, stat.S_ISDIR(info.st_mode)
+            if is_folder and used < day_ago - 30 * _DAY and re.fullmatch("[0-9a-f]{16}", path.name):
                 shutil.rmtree(path, ignore_errors=True)

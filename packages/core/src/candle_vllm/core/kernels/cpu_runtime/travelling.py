@@ -5,8 +5,9 @@
 
 writes it beside the sources, for all of `level.LEVELS`, each in a process of its own that compiles for that level,
 whatever this machine is, and says how far it is. It takes about a minute and a half for each. What is not in the list
-below is compiled where it is first needed. A change of any kernel's source makes the code useless: it lies in a folder
-that is named by a hash of the sources, which nothing then looks for; so it is made again before wheels are built.
+below is compiled where it is first needed. A kernel's file is named by a hash of the kernel's sources
+(`kernel_cache.sources`): after a change nothing looks for the files of the kernels that depend on the changed module,
+and the others match as before. All are made again before wheels are built.
 """
 
 from __future__ import annotations
@@ -124,8 +125,9 @@ def keep_here(named: Sequence[str]) -> None:
         for text in named:
             code, *constants = text.split(",")
             name, make = named_function(code, *map(int, constants))
-            if folder is not None and not (folder / name).exists():
-                kernel_cache.keep(folder / name, kernel_cache.compile_image(make(), host_level()))
+            if folder is not None and kernel_cache.is_missing(name):
+                kept = folder / kernel_cache.kept_name(name, host_level())
+                kernel_cache.keep(kept, kernel_cache.compile_image(make(), host_level()))
 
 
 def _end_with_parent() -> None:
@@ -137,9 +139,12 @@ def _end_with_parent() -> None:
 
 def write(level: Level, folder: Path) -> None:
     """Compiles all of it for a level; to be called in a process whose Numba compiles for that level."""
-    folder = folder / kernel_cache.fingerprint(level)
+    named = dict(named_function(code, *constants) for code, constants in functions(level.isa))
+    wanted = {kernel_cache.kept_name(name, level): make for name, make in named.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = dict(named_function(code, *constants) for code, constants in functions(level.isa))
+    kernel_cache.keep_imports({code.partition(":")[0] for code, _ in functions(level.isa)}, folder)
+    folder = folder / level.name
+    folder.mkdir(exist_ok=True)
     for path in folder.iterdir():
         if path.name not in wanted:
             path.unlink()
