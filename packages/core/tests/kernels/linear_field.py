@@ -74,9 +74,11 @@ def multiply_in_field(
 def make_anew(monkeypatch: pytest.MonkeyPatch, layout: ModuleType, cpu: ModuleType, name: str) -> None:
     """Has a kernel's linear operation made with the numbers that its module has now; the result is kept as `name`."""
 
+    module = cpu.__name__.removeprefix("candle_vllm.core.kernels.")
+
     def linear_operation(kind: int, isa: int) -> int:
         return compiled_address(
-            f"tests.{cpu.__name__}.{name}.{int(kind)}.{int(isa)}", lambda: cpu.make_linear(int(kind), int(isa))
+            f"{module}.tests.{name}.{int(kind)}.{int(isa)}", lambda: cpu.make_linear(int(kind), int(isa))
         )
 
     monkeypatch.setattr(layout, "linear_operation", linear_operation)

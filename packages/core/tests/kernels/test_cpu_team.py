@@ -35,7 +35,10 @@ def neighbour_plus_one(row, thread, threads):
 
 def plan(rounds: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
     state = np.zeros((2, threads * 8), np.int64)
-    operation, rows = compiled_address("tests.neighbour_plus_one", lambda: neighbour_plus_one), []
+    operation, rows = (
+        compiled_address("cpu_runtime.primitives.tests.neighbour_plus_one", lambda: neighbour_plus_one),
+        [],
+    )
     for number in range(rounds):
         old, new = state[number % 2], state[(number + 1) % 2]
         rows += [operation, BARRIER | (5 * 8 << 8), 0, address_of(old), address_of(new)]
@@ -196,7 +199,7 @@ def count_pieces(at, piece, pieces):
 def counting_plan(barriers: list[bool], turns: list[int], run: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows that count their pieces; the counts [rows, threads]; [0] what came at the wrong time."""
     counts, wrong = np.zeros((len(barriers), THREADS), np.int64), np.zeros(8, np.int64)
-    operation, rows, before = compiled_address("tests.count_pieces", lambda: count_pieces), [], 0
+    operation, rows, before = compiled_address("cpu_runtime.primitives.tests.count_pieces", lambda: count_pieces), [], 0
     for row, barrier in enumerate(barriers):
         places = [address_of(counts), row, address_of(wrong), before, turns[row % len(turns)], run]
         rows += [operation, int(barrier) | (9 * 8 << 8), 0, *places]

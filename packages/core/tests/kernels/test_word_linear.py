@@ -136,4 +136,4 @@ def test_small_parts_give_the_same_bits(teams: list[ThreadTeam], monkeypatch: py
 def anew(isa: Isa) -> int:
     from candle_vllm.core.kernels.cpu_runtime.kernel_cache import compiled_address
 
-    return compiled_address(f"tests.word_linear.small.{int(isa)}", lambda: cpu.make_linear(int(isa)))
+    return compiled_address(f"word_linear.cpu.tests.small.{int(isa)}", lambda: cpu.make_linear(int(isa)))

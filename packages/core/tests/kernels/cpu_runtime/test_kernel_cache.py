@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false
-"""The compiled kernels on disk: kept for one version and CPU, in a folder of the user's own, and never in the way."""
+"""The compiled kernels on disk: kept for their own sources and CPU, in a folder of the user's own, never in the way."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def sum_of(*amounts: int) -> int:
     """Compiles an operation for each amount and runs them."""
     total, team = np.zeros(1, np.int64), ThreadTeam(1)
-    made = [compiled_address(f"add.{n}", partial(make_add, n)) for n in amounts]
+    made = [compiled_address(f"cpu_runtime.primitives.add.{n}", partial(make_add, n)) for n in amounts]
     rows = [[operation, BARRIER | (4 * 8 << 8), 0, address_of(total)] for operation in made]
     team.run(np.array(rows, np.int64), len(rows))
     team.close()
@@ -59,7 +59,7 @@ def sum_of(*amounts: int) -> int:
 
 
 def data_files(root: Path) -> list[Path]:
-    return sorted(root.glob("kernels/*/add.*"))
+    return sorted(root.glob("kernels/*/cpu_runtime.primitives.add.*"))
 
 
 def compiled_now(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -97,7 +97,7 @@ def test_kept_for_the_next_start_in_folders_of_the_user_alone(
     assert caplog.text == ""
 
 
-def test_what_another_version_or_level_compiled_is_not_used(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_another_level_compiled_is_not_used(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum_of(1) == 1
     other = host_level()._replace(name="another")
     monkeypatch.setattr(cache_module, "host_level", lambda: other)
@@ -105,7 +105,7 @@ def test_what_another_version_or_level_compiled_is_not_used(root: Path, monkeypa
     names = compiled_now(monkeypatch)
     assert sum_of(1) == 1
     assert "add" in names
-    assert len(list((root / "kernels").iterdir())) == 2
+    assert {path.parent.name for path in data_files(root)} == {host_level().name, "another"}
 
 
 _COMPILE = """
@@ -150,7 +150,8 @@ def ask() -> None:
 
 
 def kept(root: Path) -> set[str]:
-    return {path.name.replace(".cpu.", ".cpu:") for path in root.glob("kernels/*/*.cpu.*")}
+    found = (path.name.rpartition(".")[0] for path in root.glob("kernels/*/*.cpu.*"))
+    return {name.replace(".cpu.", ".cpu:") for name in found}
 
 
 @pytest.fixture
@@ -165,30 +166,53 @@ def _nothing_loaded() -> Iterator[None]:
 def test_a_first_start_compiles_with_a_second_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which takes what this one has not come to: here it is not let come to anything until the other is done."""
     names = compiled_now(monkeypatch)
-    real, begun = operation_module._address, time.monotonic()
+    begun = time.monotonic()
 
-    def late(code: str, *constants: int) -> int:
+    def late(name: str, make: Any) -> int:
         while len(kept(root)) < len(ASKED) and time.monotonic() < begun + 60:
             time.sleep(0.05)
-        return real(code, *constants)
+        return compiled_address(name, make)
 
-    monkeypatch.setattr(operation_module, "_address", late)
+    monkeypatch.setattr(operation_module, "compiled_address", late)
     told: list[Progress] = []
-    with heard_by(told.append):
-        compile_first(ask)
+    with heard_by(told.append), compile_first(ask):
+        assert operation(ASKED[0]) != 0
     assert {(each.done, each.total) for each in told} <= {(len(ASKED), len(ASKED))}
     assert kept(root) == set(ASKED)
     assert names == []
-    assert operation(ASKED[0]) != 0
 
 
 @pytest.mark.usefixtures("_nothing_loaded")
 @pytest.mark.parametrize("program", ["/bin/false", "/nowhere/python"])
 def test_a_second_process_that_fails_is_not_missed(program: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", program)
-    compile_first(ask)
-    assert operation(ASKED[0]) != 0
-    assert ASKED[0] in kept(root)
+    with compile_first(ask):
+        assert operation(ASKED[0]) != 0
+    assert kept(root) == set(ASKED)
+
+
+@pytest.mark.usefixtures("_nothing_loaded")
+@pytest.mark.parametrize("there", [0, 1, 2, 3])
+def test_two_processes_compile_what_is_missing_if_it_is_more_than_one(
+    there: int, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for code in ASKED[:there]:
+        assert operation(code) != 0
+    operation_module._address.cache_clear()
+    given, asked = list[list[str]](), list[int]()
+    monkeypatch.setattr(operation_module, "_second_process", lambda names: given.append(list(names)))
+    names = compiled_now(monkeypatch)
+
+    def ask_and_count() -> None:
+        asked.append(1)
+        ask()
+
+    with compile_first(ask_and_count):
+        assert all(operation(code) != 0 for code in ASKED)
+    missing = list(ASKED[there:])
+    assert given == ([missing[::-1]] if len(missing) > 1 else [])
+    assert len(names) == len(missing)
+    assert asked == ([1] if missing else [])
 
 
 def wait_for(code: str) -> None:
@@ -203,7 +227,8 @@ def test_what_is_rare_is_compiled_by_the_second_process_and_not_waited_for(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rare, names = "rms_norm.cpu:make_head_norm", compiled_now(monkeypatch)
-    compile_first(ask, later=(f"{rare},1",))
+    with compile_first(ask, later=(f"{rare},1",)):
+        operation(ASKED[0])
     assert kept(root) >= set(ASKED)
     assert not is_coming(rare)  # asked for by another name
     wait_for(f"{rare},1")
@@ -238,12 +263,16 @@ def test_models_that_load_meanwhile_begin_no_other_process(root: Path, monkeypat
     monkeypatch.setattr(operation_module, "_COMING", {})
     monkeypatch.setattr(os, "setpriority", lambda *_: None)
     rare = ("rms_norm.cpu:make_head_norm,1",)
-    monkeypatch.setattr(operation_module, "is_first_start", lambda: False)
+
+    def load() -> None:
+        with compile_first(ask, later=rare):
+            pass
+
     for _ in range(3):
-        compile_first(ask, later=rare)
+        load()
     assert len(begun) == 1
     begun[0].done.set()
-    compile_first(ask, later=rare)  # it failed, for nothing is there
+    load()  # it failed, for nothing is there
     assert len(begun) == 2
     begun[1].done.set()
 
@@ -255,35 +284,30 @@ def test_what_is_rare_comes_at_the_second_start_where_the_first_ended_too_soon(
     rare, names = "rms_norm.cpu:make_head_norm", compiled_now(monkeypatch)
     assert sum_of(1) == 1  # something is kept
     names.clear()
-    compile_first(ask, later=(f"{rare},1",))
+    with compile_first(ask, later=(f"{rare},1",)):
+        pass
     assert is_coming(f"{rare},1")
     wait_for(f"{rare},1")
     assert kept(root) == {f"{rare}.1"}  # nothing that was asked for is compiled for that
     assert names == []
     monkeypatch.setattr(operation_module.subprocess, "Popen", None)
-    compile_first(ask, later=(f"{rare},1",))
+    with compile_first(ask, later=(f"{rare},1",)):
+        pass
 
 
 @pytest.mark.usefixtures("_nothing_loaded")
 def test_garbage_is_looked_for_again_behind_compiling(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, seen = operation_module._address, list[bool]()
+    seen = list[bool]()
 
-    def noted(code: str, *constants: int) -> int:
+    def noted(name: str, make: Any) -> int:
         seen.append(gc.isenabled())
-        return real(code, *constants)
+        return compiled_address(name, make)
 
-    monkeypatch.setattr(operation_module, "_address", noted)
-    compile_first(ask)
+    monkeypatch.setattr(operation_module, "compiled_address", noted)
+    with compile_first(ask):
+        operation(ASKED[0])
     assert seen == [False] * len(ASKED)
     assert gc.isenabled()
-
-
-@pytest.mark.usefixtures("_nothing_loaded")
-def test_later_starts_ask_nobody(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sum_of(1) == 1
-    monkeypatch.setattr(operation_module.subprocess, "Popen", None)
-    compile_first(ask)
-    assert kept(root) == set()
 
 
 # ---- damage ----------------------------------------------------------------------------------------------------------
@@ -344,7 +368,7 @@ def test_an_error_in_the_code_of_a_kernel_is_not_hidden() -> None:
         row.nothing()
 
     with pytest.raises(numba.TypingError):
-        compiled_address("wrong", lambda: wrong)
+        compiled_address("cpu_runtime.primitives.wrong", lambda: wrong)
 
 
 def test_who_waits_is_told_of_every_kernel_that_is_compiled(root: Path) -> None:
@@ -462,50 +486,77 @@ def test_the_cache_folder_itself_may_be_a_link(root: Path, tmp_path: Path, caplo
 # ---- old versions ----------------------------------------------------------------------------------------------------
 
 
-def old_folder(kernels: Path, name: str, days: float) -> Path:
-    folder = kernels / name
-    (folder / "inner").mkdir(parents=True)
-    (folder / "inner" / "code.nbc").write_text("")
+def aged(path: Path, days: float) -> Path:
     when = time.time() - days * 86400
-    os.utime(folder, (when, when))
-    return folder
+    os.utime(path, (when, when))
+    return path
 
 
-def test_all_but_a_few_old_versions_are_deleted(root: Path, tmp_path: Path) -> None:
-    root.mkdir(parents=True, mode=0o700)
-    kernels = root / "kernels"
-    kernels.mkdir(mode=0o700)
-    aged = [old_folder(kernels, f"{number:016x}", 2 + number) for number in range(6)]
-    recent = [old_folder(kernels, f"{number:016x}", 0.5 + number / 100) for number in range(10, 12)]
-    other = old_folder(kernels, "notes", 400)
-    target = old_folder(tmp_path, "f" * 16, 400)
-    link = kernels / ("e" * 16)
-    link.symlink_to(target)
-    inner = aged[5] / "inner" / "link"
-    inner.symlink_to(target)
-
+def test_all_but_a_few_old_versions_of_a_kernel_are_deleted(root: Path, tmp_path: Path) -> None:
     folder = kernel_cache()
     assert folder is not None
-    # Four stay: the new one, the two of today, and one of the older; what is no folder of kernels stays too.
-    assert {path.name for path in kernels.iterdir()} == {path.name for path in (folder, *recent, aged[0], other, link)}
-    assert (target / "inner" / "code.nbc").exists()
+
+    def kernel(name: str, number: int, days: float) -> Path:
+        path = folder / f"{name}.{number:016x}"
+        path.write_text("")
+        return aged(path, days)
+
+    name = "cpu_runtime.primitives.add.3"
+    old = [kernel(name, number, 2 + number) for number in range(6)]
+    recent = [kernel(name, number, 0.5 + number / 100) for number in range(10, 12)]
+    others = [kernel(f"cpu_runtime.primitives.add.{number}", 0, 400) for number in range(10, 19)]  # one version each
+    killed, written = folder / f"{name}.0.1.2.tmp", folder / f"{name}.0.1.3.tmp"
+    for path, days in ((killed, 2), (written, 0)):
+        path.write_text("")
+        aged(path, days)
+    (folder / "notes").write_text("")
+    aged(folder / "notes", 400)
+
+    assert sum_of(3) == 3
+    (new,) = set(data_files(root)) - {*old, *recent, *others, written}
+    # Four stay: the new one, the two of today, and one of the older; what is no kernel stays too.
+    assert set(folder.iterdir()) == {new, *recent, old[0], *others, written, folder / "notes"}
 
 
 def test_versions_of_today_stay_however_many(root: Path) -> None:
-    root.mkdir(parents=True, mode=0o700)
-    (root / "kernels").mkdir(mode=0o700)
-    recent = [old_folder(root / "kernels", f"{number:016x}", number / 100) for number in range(9)]
-    assert kernel_cache() is not None
+    folder = kernel_cache()
+    assert folder is not None
+    recent = [folder / f"cpu_runtime.primitives.add.3.{number:016x}" for number in range(9)]
+    for number, path in enumerate(recent):
+        path.write_text("")
+        aged(path, number / 100)
+    assert sum_of(3) == 3
     assert all(path.exists() for path in recent)
 
 
-def test_a_start_counts_as_use(root: Path) -> None:
+def test_folders_of_earlier_versions_go_a_month_after_their_last_use(root: Path, tmp_path: Path) -> None:
+    """They held all kernels of a version and were named by a hash."""
     folder = kernel_cache()
     assert folder is not None
-    os.utime(folder, (0, 0))
-    kernel_cache.cache_clear()
-    assert kernel_cache() == folder
-    assert time.time() - folder.stat().st_mtime < 600
+    target, (old, used, notes, link) = (
+        tmp_path / "target",
+        (folder.parent / name for name in ("0" * 16, "1" * 16, "notes", "2" * 16)),
+    )
+    for path in (target, old, used, notes):
+        path.mkdir()
+        (path / "code").write_text("")
+    link.symlink_to(target)
+    (old / "link").symlink_to(target)
+    for path, days in ((target, 400), (old, 32), (used, 20), (notes, 400)):
+        aged(path, days)
+    assert sum_of(3) == 3
+    assert {path.name for path in folder.parent.iterdir()} == {path.name for path in (folder, used, notes, link)} | {
+        "imports"
+    }
+    assert (target / "code").exists()
+
+
+def test_a_start_counts_as_use(root: Path) -> None:
+    assert sum_of(3) == 3
+    (file,) = data_files(root)
+    aged(file, 100)
+    assert sum_of(3) == 3
+    assert time.time() - file.stat().st_mtime < 600
 
 
 def test_a_process_goes_on_when_its_kernels_are_deleted(caplog: pytest.LogCaptureFixture) -> None:

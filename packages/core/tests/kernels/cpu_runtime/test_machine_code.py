@@ -140,7 +140,7 @@ def test_a_lower_level_may_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert host_level() is (able[-1] if held else best)
         folder = kernel_cache.kernel_cache()
         assert folder is not None
-        assert folder.name == kernel_cache.fingerprint(host_level())
+        assert folder.name == host_level().name
     with pytest.raises(ConfigError, match=rf"has instructions that this CPU has not: it has .*{able[-1].name}"):
         operation.use_level("neon" if level.machine() == "x86_64" else "avx2")
     kernel_cache.kernel_cache.cache_clear()
@@ -179,12 +179,11 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_code_for_every_level_is_made_anywhere(few: Path) -> None:
-    assert len(list(few.iterdir())) == len(LEVELS)
-    for folder in few.iterdir():
-        assert sorted(path.name for path in folder.iterdir()) == [
-            "column_order.cpu.column_order",
-            "weight_quant.cpu.make_quantise.8",
-        ]
+    assert {path.name for path in few.iterdir()} == {entry.name for entry in LEVELS} | {"imports"}
+    for entry in LEVELS:
+        assert {path.name for path in (few / entry.name).iterdir()} == {
+            kernel_cache.kept_name(named_function(*named[:1], *named[1])[0], entry) for named in FEW
+        }
 
 
 _RUN = """
@@ -215,12 +214,18 @@ def test_what_travels_runs_without_numba_and_without_a_cache(few: Path, tmp_path
 
 
 def test_code_of_other_sources_is_not_used(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "0123456789abcdef").symlink_to(few / kernel_cache.fingerprint(host_level()))
+    """Neither of kernels: those whose sources are the same are used."""
+    (tmp_path / host_level().name).mkdir()
+    names = [named_function(code, *constants)[0] for code, constants in FEW]
+    kept = [kernel_cache.kept_name(name, host_level()) for name in names]
+    for file, new in zip(kept, (kept[0], f"{names[1]}.0123456789abcdef"), strict=True):
+        (tmp_path / host_level().name / new).symlink_to(few / host_level().name / file)
     monkeypatch.setattr(kernel_cache, "TRAVELLING", tmp_path)
     asked: list[Any] = []
     monkeypatch.setattr(kernel_cache, "kernel_cache", partial(asked.append, "the cache"))
-    kernel_cache.compiled_address("weight_quant.cpu.make_quantise.8", named_function(*FEW[1][:1], 8)[1])
-    assert asked == ["the cache"]
+    for (code, constants), name, looked in zip(FEW, names, ([], ["the cache"]), strict=True):
+        kernel_cache.compiled_address(name, named_function(code, *constants)[1])
+        assert asked == looked
 
 
 def test_an_unknown_level_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,7 +117,7 @@ def compiled_address(name: str, make: Callable[[], Callable[..., None]]) -> int:
         if code is None:
             code = compile_image(_checked(name, make), host_level())
             if folder is not None:
-                keep(folder / kept, code)
+                keep_kernel(folder, name, host_level(), code)
                 _drop_old(folder)
             _tell(folder)
     if links_here() and not code.startswith(_OBJECT):
@@ -169,6 +169,16 @@ def _checked(name: str, make: Callable[[], Callable[..., None]]) -> Callable[...
             "device",
         )
     return make()
+
+
+def keep_kernel(folder: Path, name: str, level: Level, code: bytes) -> None:
+    """Keeps the code of a function, see `kept_name`; not if one of its sources has changed since this process began."""
+    kept = kept_name(name, level)
+    for noted in (_key, _source, _source_path):
+        noted.cache_clear()
+    with suppress(OSError):  # a source is gone
+        if kept_name(name, level) == kept:
+            keep(folder / kept, code)
 
 
 def keep(path: Path, code: bytes) -> None:
@@ -253,59 +263,72 @@ def sources(module: str, core: Path = CORE) -> dict[str, str]:
     if _source_path(core, wanted[0]) is None:
         raise FileNotFoundError(f"{wanted[0]} has no source file")
     for name in wanted:  # which grows
-        path = _source_path(core, name)
-        if name in found or path is None or path.name.startswith("triton"):
-            continue
-        found[name], imports = _source(path)
-        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        for base, names in imports.items():
-            base = importlib.util.resolve_name(base, package)
-            wanted.append(base)
-            if (imported := _source_path(core, base)) is not None and imported.name == "__init__.py":
-                wanted += [f"{base}.{name}" for name in names]
+        if name not in found and not name.rpartition(".")[2].startswith("triton"):
+            found[name], imported = _source(core, name)
+            wanted += imported
     for name in tuple(found):
-        while (name := name.rpartition(".")[0]) != _PACKAGE and name not in found and name:
-            if (path := _source_path(core, name)) is not None:
-                found[name] = _source(path)[0]
+        while (name := name.rpartition(".")[0]) != _PACKAGE and name.startswith(_PACKAGE):
+            found.setdefault(name, _source(core, name)[0])
     return found
 
 
 @cache
 def _source_path(core: Path, module: str) -> Path | None:
     """The source file of a module of `candle_vllm.core`; None where the name is not the name of such a module."""
-    package, _, rest = f"{module}.".partition(f"{_PACKAGE}.")
-    if package or not f"{module}.".startswith(f"{_PACKAGE}."):
+    if not f"{module}.".startswith(f"{_PACKAGE}."):
         return None
-    folder = core.joinpath(*rest.split("."))
+    folder = core.joinpath(*module.removeprefix(_PACKAGE).split("."))
     return next((path for path in (folder / "__init__.py", folder.with_suffix(".py")) if path.is_file()), None)
 
 
+def _is_package(path: Path) -> bool:
+    return path.name == "__init__.py"
+
+
 @cache
-def _source(path: Path) -> tuple[str, _Imports]:
-    """The hash of a source file, and what it imports.
+def _source(core: Path, module: str) -> tuple[str, list[str]]:
+    """The hash of a module's source, and the modules of `candle_vllm.core` that the module imports.
 
     The hash of a file that changed after this process began is of use to this process alone: some modules may have been
     imported before the change and others after it, so what is compiled from them fits no other process.
     """
+    path = _source_path(core, module)
+    assert path is not None
     with path.open("rb") as file:
         text, info = file.read(), os.fstat(file.fileno())
-    digest = hashlib.sha256(text).hexdigest()
-    imports = _imports(digest, text)
+    digest, imported = hashlib.sha256(text).hexdigest(), list[str]()
+    package = module if _is_package(path) else module.rpartition(".")[0]
+    for base, names in _imports(text, digest).items():
+        base = importlib.util.resolve_name(base, package)
+        found = _source_path(core, base)
+        of_package = [f"{base}.{name}" for name in names] if found is not None and _is_package(found) else []
+        imported += [name for name in (base, *of_package) if _source_path(core, name) is not None]
     changed = info.st_mtime if sys.platform == "win32" else info.st_ctime
-    return (f"{digest} {os.getpid()} {_BEGUN}" if changed > _BEGUN else digest), imports
+    return (f"{digest} {os.getpid()} {_BEGUN}" if changed > _BEGUN else digest), imported
 
 
-def _imports(digest: str, text: bytes) -> _Imports:
+def _imports(text: bytes, digest: str) -> _Imports:
     """What a source imports, as noted about a file with the same hash, else from its syntax tree.
 
     Without the notes a start would parse some 60 files, which takes a quarter of a second (November 2026).
     """
-    if digest in (known := _known_imports(TRAVELLING / _IMPORTS)) or digest in (known := _parsed()):
-        return known[digest]
+    mark = _mark(digest)
+    if mark in (known := _known_imports(TRAVELLING / _IMPORTS)) or mark in (known := _parsed()):
+        return known[mark]
     folder = kernel_cache()
-    if folder is not None and digest in (known := _known_imports(folder.parent / _IMPORTS)):
-        return known[digest]
-    return _parsed().setdefault(digest, parse_imports(text))
+    if folder is not None and mark in (known := _known_imports(folder.parent / _IMPORTS)):
+        return known[mark]
+    return _parsed().setdefault(mark, parse_imports(text))
+
+
+def _mark(digest: str) -> str:
+    """What the imports of a file are noted under: its hash, and the hash of this module, which reads them."""
+    return digest[:32] + _own_hash()
+
+
+@cache
+def _own_hash() -> str:
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
 
 
 def parse_imports(text: bytes) -> _Imports:
@@ -332,13 +355,13 @@ def parse_imports(text: bytes) -> _Imports:
 
 @cache
 def _parsed() -> dict[str, _Imports]:
-    """By the hash of a file what it imports, of files that this process has parsed and that are not in a file yet."""
+    """By `_mark` what files import that this process has parsed, until that is noted on disk."""
     return {}
 
 
 @cache
 def _known_imports(path: Path) -> dict[str, _Imports]:
-    """The same of files that somebody parsed before."""
+    """The same as noted on disk by whichever process."""
     kept = _read(path)
     known = {} if kept is None else json.loads(kept)
     return known if len(known) <= _MOST_IMPORTS else {}
@@ -351,7 +374,7 @@ def keep_imports(modules: Iterable[str], folder: Path) -> None:
         for name in sources(module):
             if (path := _source_path(CORE, name)) is not None:
                 text = path.read_bytes()
-                found[hashlib.sha256(text).hexdigest()] = parse_imports(text)
+                found[_mark(hashlib.sha256(text).hexdigest())] = parse_imports(text)
     keep(folder / _IMPORTS, json.dumps(found).encode())
 
 

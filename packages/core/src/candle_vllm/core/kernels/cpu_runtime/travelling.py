@@ -126,8 +126,7 @@ def keep_here(named: Sequence[str]) -> None:
             code, *constants = text.split(",")
             name, make = named_function(code, *map(int, constants))
             if folder is not None and kernel_cache.is_missing(name):
-                kept = folder / kernel_cache.kept_name(name, host_level())
-                kernel_cache.keep(kept, kernel_cache.compile_image(make(), host_level()))
+                kernel_cache.keep_kernel(folder, name, host_level(), kernel_cache.compile_image(make(), host_level()))
 
 
 def _end_with_parent() -> None:
@@ -139,18 +138,15 @@ def _end_with_parent() -> None:
 
 def write(level: Level, folder: Path) -> None:
     """Compiles all of it for a level; to be called in a process whose Numba compiles for that level."""
-    named = dict(named_function(code, *constants) for code, constants in functions(level.isa))
-    wanted = {kernel_cache.kept_name(name, level): make for name, make in named.items()}
+    wanted = dict(named_function(code, *constants) for code, constants in functions(level.isa))
+    into, folder = folder, folder / level.name
     folder.mkdir(parents=True, exist_ok=True)
-    kernel_cache.keep_imports({code.partition(":")[0] for code, _ in functions(level.isa)}, folder)
-    folder = folder / level.name
-    folder.mkdir(exist_ok=True)
-    for path in folder.iterdir():
-        if path.name not in wanted:
-            path.unlink()
+    kernel_cache.keep_imports({code.partition(":")[0] for code, _ in functions(level.isa)}, into)
+    for path in set(folder.iterdir()) - {folder / kernel_cache.kept_name(name, level) for name in wanted}:
+        path.unlink()
     with collector_paused():
         for number, (name, make) in enumerate(wanted.items(), 1):
-            kernel_cache.keep(folder / name, kernel_cache.compile_image(make(), level))
+            kernel_cache.keep_kernel(folder, name, level, kernel_cache.compile_image(make(), level))
             if number % 20 == 0 or number == len(wanted):
                 sys.stderr.write(f"{level.name}: {number} of {len(wanted)} functions\n")
 

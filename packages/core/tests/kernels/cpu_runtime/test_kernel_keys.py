@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: MIT
+"""What a kernel's key depends on: its own module and all that this module imports, and nothing else."""
+
+from __future__ import annotations
+
+import dis
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from types import CodeType
+
+import pytest
+
+from candle_vllm.core.kernels.cpu_runtime import kernel_cache, travelling
+from candle_vllm.core.kernels.cpu_runtime.kernel_cache import CORE, kept_name, parse_imports, sources
+from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_level
+
+PACKAGE = "candle_vllm.core"
+KERNELS = sorted({code.partition(":")[0] for code, _ in travelling.functions(~Isa.GENERIC)})
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    forget()
+    yield
+    forget()
+
+
+def forget() -> None:
+    """Has everything about sources read anew."""
+    for name in ("kernel_cache", "_key", "_source", "_source_path", "_parsed", "_known_imports"):
+        getattr(kernel_cache, name).cache_clear()
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package's sources, to be changed."""
+    folder = tmp_path_factory.mktemp("sources") / "candle_vllm" / "core"
+    shutil.copytree(CORE, folder, ignore=shutil.ignore_patterns("__pycache__", "compiled", "*.pyc"))
+    return folder
+
+
+def changing(path: Path, find: Callable[[], dict[str, dict[str, str]]]) -> set[str]:
+    """The names whose sources are found otherwise while a file ends with another line."""
+    before, text = find(), path.read_bytes()
+    path.write_bytes(text + b"\nCHANGED = 1\n")
+    kernel_cache._source.cache_clear()
+    try:
+        after = find()
+    finally:
+        path.write_bytes(text)
+        kernel_cache._source.cache_clear()
+    return {name for name in before if before[name] != after[name]}
+
+
+# ---- a second way to the same answer: the bytecode that the sources are compiled to ----------------------------------
+
+
+def modules(core: Path) -> dict[str, Path]:
+    found = {}
+    for path in core.rglob("*.py"):
+        parts = path.relative_to(core).with_suffix("").parts
+        found[".".join((PACKAGE, *(parts[:-1] if parts[-1] == "__init__" else parts)))] = path
+    return found
+
+
+def imported(code: CodeType) -> Iterator[str]:
+    """The names that bytecode imports, with names inside of them."""
+    steps = list(dis.get_instructions(code))
+    for before, step in itertools.pairwise(steps):
+        if step.opname == "IMPORT_NAME":
+            yield step.argval
+            yield from (f"{step.argval}.{name}" for name in before.argval or ())
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from imported(inner)
+
+
+@cache
+def dependants(core: Path) -> dict[str, set[str]]:
+    """Of each module of core the kernels whose key has to change with it, found from the module upwards."""
+    found = modules(core)
+    importers: dict[str, set[str]] = {name: set() for name in found}
+    for name, path in found.items():
+        text = path.read_text().replace("if TYPE_CHECKING:", "if False:")  # which Python leaves out
+        for other in imported(compile(text, str(path), "exec")):
+            if other in importers:
+                importers[other].add(name)
+
+    def above(name: str) -> set[str]:
+        reached, left = {name}, [name]
+        while left:
+            left = [
+                up for down in left for up in importers[down] if "triton" not in up.split(".")[-1] and up not in reached
+            ]
+            reached.update(left)
+        return reached
+
+    reached = {name: above(name) for name in found if not name.split(".")[-1].startswith("triton")}
+    for name, path in found.items():
+        if path.name == "__init__.py" and name != PACKAGE:  # Python runs it on the way to what is below
+            reached[name].update(*(ups for below, ups in reached.items() if below.startswith(f"{name}.")))
+    everywhere = kernel_cache.__name__  # compiles them all
+    wanted = {f"{PACKAGE}.kernels.{kernel}": kernel for kernel in KERNELS}
+    return {
+        name: set(KERNELS) if everywhere in ups else {wanted[up] for up in ups if up in wanted}
+        for name, ups in reached.items()
+    }
+
+
+def test_a_change_of_a_module_changes_the_keys_of_exactly_its_dependants(copy: Path) -> None:
+    expected, found = dependants(copy), modules(copy)
+    wrong = {}
+    for name, path in found.items():
+        if name.startswith((f"{PACKAGE}.kernels", f"{PACKAGE}.quantization")) or name.count(".") == 2:
+            changed = changing(path, lambda: {kernel: sources(kernel, copy) for kernel in KERNELS})
+            if changed != expected.get(name, set()):
+                wrong[name] = changed ^ expected.get(name, set())
+    assert wrong == {}
+
+
+def test_a_change_of_one_kernel_leaves_most_others_alone(copy: Path) -> None:
+    expected = dependants(copy)
+    for kernel in ("position_scale.cpu", "sampling.cpu_chain", "moe.cpu", "weight_quant.cpu"):
+        assert expected[f"{PACKAGE}.kernels.{kernel}"] == {kernel}
+    assert expected[f"{PACKAGE}.kernels.packed_linear.grids"] < set(KERNELS)
+    for module in ("kernels.cpu_runtime.compiler", "kernels.cpu_runtime.level", "kernels.cpu_runtime.kernel_cache"):
+        assert expected[f"{PACKAGE}.{module}"] == set(KERNELS)
+    # Numbers of the file formats stand in the code of products.
+    assert {"packed_linear.cpu", "weight_quant.cpu"} <= expected[f"{PACKAGE}.quantization.ggml_types"]
+    assert not expected[f"{PACKAGE}.config"]  # where every new option would make all kernels again
+
+
+# ---- statements ------------------------------------------------------------------------------------------------------
+
+
+def test_imports_are_seen_wherever_they_stand() -> None:
+    text = """
+        from __future__ import annotations
+        import numpy, candle_vllm.core.a.b as c
+        import candle_vllm.core.only
+        from candle_vllm.core.d import (  # names (some)
+            e,
+            f as g,
+        )
+        from . import h
+        from ..i import j
+        from candle_vllm.core.k import *
+        from candle_vllm.openai import no
+        TEXT = "import candle_vllm.core.no"
+        try:
+            from candle_vllm.core import first
+        except ImportError:
+            from candle_vllm.core import second
+        else:
+            from candle_vllm.core import third
+        finally:
+            from candle_vllm.core import fourth
+        if TYPE_CHECKING:
+            from candle_vllm.core import no
+        elif TEXT: from candle_vllm.core import fifth; import candle_vllm.core.sixth
+        else:
+            from candle_vllm.core import seventh
+        class C:
+            @property
+            def f(self):
+                for _ in ():
+                    with self:
+                        from candle_vllm.core import eighth
+                match self:
+                    case 1:
+                        async def g():
+                            while True:
+                                from candle_vllm.core import \\
+                                    ninth
+        """
+    found = {base: set(names) for base, names in parse_imports(textwrap.dedent(text).encode()).items()}
+    of_core = {"first", "second", "third", "fourth", "fifth", "seventh", "eighth", "ninth"}
+    assert found == {
+        PACKAGE: of_core,
+        **{f"{PACKAGE}.{name}": set[str]() for name in ("a", "a.b", "only", "sixth")},
+        f"{PACKAGE}.d": {"e", "f"},
+        f"{PACKAGE}.k": {"*"},
+        ".": {"h"},
+        "..i": {"j"},
+    }
+
+
+def test_relative_imports_are_followed(tmp_path: Path) -> None:
+    names = ("__init__", "kernels/__init__", "kernels/cpu_runtime/__init__", "kernels/cpu_runtime/kernel_cache")
+    for name in (*names, "kernels/k/__init__", "kernels/k/other", "kernels/tables/__init__", "kernels/tables/inner"):
+        path = tmp_path / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    (tmp_path / "kernels/k/cpu.py").write_text("from . import other\nfrom ..tables import inner, NUMBER\n")
+    (tmp_path / "kernels/tables/__init__.py").write_text("from .lazy import NUMBER\n")
+    (tmp_path / "kernels/tables/lazy.py").write_text("from candle_vllm.core.nowhere import no\nNUMBER = 1\n")
+    kernels = f"{PACKAGE}.kernels"
+    assert set(sources("k.cpu", tmp_path)) == {
+        kernels,
+        *(f"{kernels}.{name}" for name in ("cpu_runtime", "cpu_runtime.kernel_cache", "k", "k.cpu", "k.other")),
+        *(f"{kernels}.{name}" for name in ("tables", "tables.inner", "tables.lazy")),
+    }
+
+
+def test_a_kernel_without_a_source_is_an_error() -> None:
+    with pytest.raises(FileNotFoundError, match=r"kernels\.nothing\.here"):
+        sources("nothing.here")
+
+
+# ---- while sources change, and what is noted -------------------------------------------------------------------------
+
+
+def test_sources_that_change_while_a_process_runs_are_of_use_to_it_alone(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = copy / "kernels" / "position_scale" / "cpu.py"
+    begun = path.stat().st_ctime
+    found = []
+    for since in (begun + 1, begun - 1, begun - 2):  # a process that began after the change, and two before
+        monkeypatch.setattr(kernel_cache, "_BEGUN", since)
+        kernel_cache._source.cache_clear()
+        found.append(sources("position_scale.cpu", copy)[f"{PACKAGE}.kernels.position_scale.cpu"])
+    assert len(set(found)) == 3
+    assert len(found[0]) == 64
+
+
+def test_code_is_not_kept_if_a_source_changed_while_it_was_compiled(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_cache, "sources", partial(sources, core=copy))
+    name, (module, other) = (
+        "position_scale.cpu.position_scale",
+        (copy / "kernels" / kind / "cpu.py" for kind in ("position_scale", "moe")),
+    )
+    (tmp_path / "kept").mkdir()
+    for path, kept in ((module, []), (other, [kept_name(name, host_level())])):
+        kept_name(name, host_level())
+        text = path.read_bytes()
+        path.write_bytes(text + b"\nCHANGED = 1\n")
+        kernel_cache.keep_kernel(tmp_path / "kept", name, host_level(), b"code")
+        path.write_bytes(text)
+        kernel_cache._source.cache_clear()
+        kernel_cache._key.cache_clear()
+        assert [each.name for each in (tmp_path / "kept").iterdir()] == kept
+
+
+def test_a_file_is_parsed_once_for_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{kernel}.function" for kernel in KERNELS[:5]]
+    kept = [kept_name(name, host_level()) for name in names]
+    parsed: list[bytes] = []
+    real = parse_imports
+
+    def noted(text: bytes) -> dict[str, list[str]]:
+        parsed.append(text)
+        return real(text)
+
+    monkeypatch.setattr(kernel_cache, "parse_imports", noted)
+    forget()
+    assert [kept_name(name, host_level()) for name in names] == kept
+    assert parsed == []
+    folder = kernel_cache.kernel_cache()
+    assert folder is not None
+    (folder.parent / "imports").write_bytes(b"damaged")
+    forget()
+    assert [kept_name(name, host_level()) for name in names] == kept
+    assert len(parsed) == len(set(parsed)) > 10
+
+
+# ---- whole processes -------------------------------------------------------------------------------------------------
+
+_RUN = """
+import sys
+from candle_vllm.core.kernels.cpu_runtime import kernel_cache
+from candle_vllm.core.kernels.cpu_runtime.operation import operation
+assert str(kernel_cache.CORE) == sys.argv[1], kernel_cache.CORE
+names, real = [], kernel_cache.compile_image
+kernel_cache.compile_image = lambda function, level: (names.append(function.__name__), real(function, level))[1]
+for code in ("column_order.cpu:column_order", "position_scale.cpu:position_scale"):
+    assert operation(code) != 0
+print(*names)
+"""
+
+
+def test_a_changed_kernel_is_compiled_anew_and_no_other(copy: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(copy.parents[1]), "XDG_CACHE_HOME": str(tmp_path)}
+
+    def compiled() -> list[str]:
+        program = [sys.executable, "-c", _RUN, str(copy)]
+        done = subprocess.run(program, capture_output=True, text=True, timeout=240, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    assert compiled() == ["column_order", "position_scale"]
+    path = copy / "kernels" / "position_scale" / "cpu.py"
+    text = path.read_bytes()
+    path.write_bytes(text + b"\n# changed\n")
+    assert compiled() == ["position_scale"]
+    path.write_bytes(text)  # and whoever goes back to another branch finds its kernels
+    assert compiled() == []
