@@ -515,7 +515,8 @@ def test_all_but_a_few_old_versions_of_a_kernel_are_deleted(root: Path, tmp_path
     assert sum_of(3) == 3
     (new,) = set(data_files(root)) - {*old, *recent, *others, written}
     # Four stay: the new one, the two of today, and one of the older; what is no kernel stays too.
-    assert set(folder.iterdir()) == {new, *recent, old[0], *others, written, folder / "notes"}
+    left = {path for path in folder.iterdir() if not path.name.startswith("cpu_runtime.walk.")}
+    assert left == {new, *recent, old[0], *others, written, folder / "notes"}
 
 
 def test_versions_of_today_stay_however_many(root: Path) -> None:

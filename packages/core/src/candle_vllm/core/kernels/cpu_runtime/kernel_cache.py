@@ -422,7 +422,6 @@ def _check_owner(path: Path) -> None:
         raise PermissionError(f"other users can write to {path}, and code in it would be run: delete it")
 
 
-@cache
 def _drop_old(folder: Path) -> None:
     """Deletes versions of kernels in a level's folder: of each kernel all but the few that were used last.
 
