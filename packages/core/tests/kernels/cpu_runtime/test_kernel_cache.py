@@ -166,53 +166,73 @@ def _nothing_loaded() -> Iterator[None]:
 def test_a_first_start_compiles_with_a_second_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which takes what this one has not come to: here it is not let come to anything until the other is done."""
     names = compiled_now(monkeypatch)
-    begun = time.monotonic()
+    real, begun = operation_module._address, time.monotonic()
 
-    def late(name: str, make: Any) -> int:
+    def late(code: str, *constants: int) -> int:
         while len(kept(root)) < len(ASKED) and time.monotonic() < begun + 60:
             time.sleep(0.05)
-        return compiled_address(name, make)
+        return real(code, *constants)
 
-    monkeypatch.setattr(operation_module, "compiled_address", late)
+    monkeypatch.setattr(operation_module, "_address", late)
     told: list[Progress] = []
-    with heard_by(told.append), compile_first(ask):
-        assert operation(ASKED[0]) != 0
+    with heard_by(told.append):
+        compile_first(ask)
     assert {(each.done, each.total) for each in told} <= {(len(ASKED), len(ASKED))}
     assert kept(root) == set(ASKED)
     assert names == []
+    assert operation(ASKED[0]) != 0
 
 
 @pytest.mark.usefixtures("_nothing_loaded")
 @pytest.mark.parametrize("program", ["/bin/false", "/nowhere/python"])
 def test_a_second_process_that_fails_is_not_missed(program: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", program)
-    with compile_first(ask):
-        assert operation(ASKED[0]) != 0
-    assert kept(root) == set(ASKED)
+    compile_first(ask)
+    assert operation(ASKED[0]) != 0
+    assert ASKED[0] in kept(root)
 
 
 @pytest.mark.usefixtures("_nothing_loaded")
 @pytest.mark.parametrize("there", [0, 1, 2, 3])
-def test_two_processes_compile_what_is_missing_if_it_is_more_than_one(
+def test_two_processes_compile_if_several_of_the_functions_asked_for_last_are_missing(
     there: int, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for code in ASKED[:there]:
-        assert operation(code) != 0
-    operation_module._address.cache_clear()
-    given, asked = list[list[str]](), list[int]()
+    """As after an update of some sources; else a start does not ask twice."""
+    asked, given = list[int](), list[list[str]]()
     monkeypatch.setattr(operation_module, "_second_process", lambda names: given.append(list(names)))
-    names = compiled_now(monkeypatch)
 
     def ask_and_count() -> None:
         asked.append(1)
         ask()
 
-    with compile_first(ask_and_count):
-        assert all(operation(code) != 0 for code in ASKED)
-    missing = list(ASKED[there:])
-    assert given == ([missing[::-1]] if len(missing) > 1 else [])
-    assert len(names) == len(missing)
-    assert asked == ([1] if missing else [])
+    compile_first(ask_and_count)
+    assert kept(root) == set(ASKED)
+    operation_module._address.cache_clear()
+    asked.clear(), given.clear()
+    for code in ASKED[there:]:
+        for path in root.glob(f"kernels/*/{code.replace(':', '.')}.*"):
+            path.rename(path.with_suffix(".0123456789abcdef"))  # of other sources
+    names = compiled_now(monkeypatch)
+    compile_first(ask_and_count)
+    missing = ASKED[there:]
+    assert (asked, given) == (([1], [list(missing[::-1])]) if len(missing) > 1 else ([], []))
+    assert len(names) == len(given) * len(missing)
+    compile_first(ask_and_count)
+    assert len(asked) == len(given) == (len(missing) > 1)
+
+
+@pytest.mark.usefixtures("_nothing_loaded")
+def test_functions_that_nobody_asks_for_any_more_make_one_start_ask_in_vain(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operation_module, "_second_process", lambda names: None)
+    compile_first(ask)
+    for path in root.glob("kernels/*/*.cpu.*"):
+        path.unlink()
+    asked = []
+    for _ in range(3):
+        compile_first(lambda: asked.append(operation("embedding.cpu:add")))
+    assert asked == [0]
 
 
 def wait_for(code: str) -> None:
@@ -227,8 +247,7 @@ def test_what_is_rare_is_compiled_by_the_second_process_and_not_waited_for(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rare, names = "rms_norm.cpu:make_head_norm", compiled_now(monkeypatch)
-    with compile_first(ask, later=(f"{rare},1",)):
-        operation(ASKED[0])
+    compile_first(ask, later=(f"{rare},1",))
     assert kept(root) >= set(ASKED)
     assert not is_coming(rare)  # asked for by another name
     wait_for(f"{rare},1")
@@ -263,16 +282,12 @@ def test_models_that_load_meanwhile_begin_no_other_process(root: Path, monkeypat
     monkeypatch.setattr(operation_module, "_COMING", {})
     monkeypatch.setattr(os, "setpriority", lambda *_: None)
     rare = ("rms_norm.cpu:make_head_norm,1",)
-
-    def load() -> None:
-        with compile_first(ask, later=rare):
-            pass
-
+    monkeypatch.setattr(operation_module, "is_first_start", lambda: False)
     for _ in range(3):
-        load()
+        compile_first(ask, later=rare)
     assert len(begun) == 1
     begun[0].done.set()
-    load()  # it failed, for nothing is there
+    compile_first(ask, later=rare)  # it failed, for nothing is there
     assert len(begun) == 2
     begun[1].done.set()
 
@@ -282,30 +297,26 @@ def test_what_is_rare_comes_at_the_second_start_where_the_first_ended_too_soon(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rare, names = "rms_norm.cpu:make_head_norm", compiled_now(monkeypatch)
-    assert sum_of(1) == 1  # something is kept
-    names.clear()
-    with compile_first(ask, later=(f"{rare},1",)):
-        pass
+    compile_first(lambda: None)  # an earlier start, which asked for nothing
+    compile_first(ask, later=(f"{rare},1",))
     assert is_coming(f"{rare},1")
     wait_for(f"{rare},1")
     assert kept(root) == {f"{rare}.1"}  # nothing that was asked for is compiled for that
     assert names == []
     monkeypatch.setattr(operation_module.subprocess, "Popen", None)
-    with compile_first(ask, later=(f"{rare},1",)):
-        pass
+    compile_first(ask, later=(f"{rare},1",))
 
 
 @pytest.mark.usefixtures("_nothing_loaded")
 def test_garbage_is_looked_for_again_behind_compiling(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = list[bool]()
+    real, seen = operation_module._address, list[bool]()
 
-    def noted(name: str, make: Any) -> int:
+    def noted(code: str, *constants: int) -> int:
         seen.append(gc.isenabled())
-        return compiled_address(name, make)
+        return real(code, *constants)
 
-    monkeypatch.setattr(operation_module, "compiled_address", noted)
-    with compile_first(ask):
-        operation(ASKED[0])
+    monkeypatch.setattr(operation_module, "_address", noted)
+    compile_first(ask)
     assert seen == [False] * len(ASKED)
     assert gc.isenabled()
 

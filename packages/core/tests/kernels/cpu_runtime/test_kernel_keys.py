@@ -4,22 +4,24 @@
 from __future__ import annotations
 
 import dis
+import importlib
 import itertools
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FunctionType, ModuleType
 
 import pytest
 
 from candle_vllm.core.kernels.cpu_runtime import kernel_cache, travelling
 from candle_vllm.core.kernels.cpu_runtime.kernel_cache import CORE, kept_name, parse_imports, sources
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_level
+from candle_vllm.core.kernels.cpu_runtime.operation import named_function
 
 PACKAGE = "candle_vllm.core"
 KERNELS = sorted({code.partition(":")[0] for code, _ in travelling.functions(~Isa.GENERIC)})
@@ -136,6 +138,56 @@ def test_a_change_of_one_kernel_leaves_most_others_alone(copy: Path) -> None:
     # Numbers of the file formats stand in the code of products.
     assert {"packed_linear.cpu", "weight_quant.cpu"} <= expected[f"{PACKAGE}.quantization.ggml_types"]
     assert not expected[f"{PACKAGE}.config"]  # where every new option would make all kernels again
+
+
+# ---- and a third: what really runs -----------------------------------------------------------------------------------
+
+
+def files_reached(start: object) -> set[str]:
+    """Files of all functions, classes and modules of core that a kernel's Python can reach by its names."""
+    files, seen, left = set[str](), set[int](), [start]
+    for thing in left:  # which grows
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, FunctionType):
+            if not thing.__code__.co_filename.startswith(str(CORE)):
+                continue
+            files.add(thing.__code__.co_filename)
+            codes = [thing.__code__]
+            for code in codes:
+                codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+                left += [thing.__globals__[name] for name in code.co_names if name in thing.__globals__]
+            left += [cell.cell_contents for cell in thing.__closure__ or ()]
+        elif isinstance(thing, ModuleType):
+            files.update(path for path in [getattr(thing, "__file__", None)] if path and path.startswith(str(CORE)))
+        elif isinstance(thing, type):
+            left += [sys.modules[thing.__module__], *vars(thing).values(), *thing.__bases__]
+        elif isinstance(thing, tuple | list):
+            left += thing
+        elif isinstance(thing, Mapping):
+            left += thing.values()
+        else:  # functions that Numba has wrapped, cached ones, and objects of classes
+            left += [getattr(thing, name, None) for name in ("py_func", "_defn", "__wrapped__")]
+            left += [type(thing)] if type(thing).__module__.startswith(PACKAGE) else []
+    return files
+
+
+def test_all_code_that_a_kernel_is_made_from_counts_in_its_key() -> None:
+    names, outside = {str(path): name for name, path in modules(CORE).items()}, dict[str, set[str]]()
+    for code, constants in travelling.functions(~Isa.GENERIC):
+        kernel, ran = code.partition(":")[0], set[str]()
+        importlib.import_module(f"{PACKAGE}.kernels.{kernel}")
+        sys.setprofile(lambda frame, event, _: ran.add(frame.f_code.co_filename))  # noqa: B023
+        try:
+            function = named_function(code, *constants)[1]()
+        finally:
+            sys.setprofile(None)
+        used = {names[file] for file in ran | files_reached(function) if file in names}
+        assert f"{PACKAGE}.kernels.{kernel}" in used
+        if missing := used - sources(kernel).keys():
+            outside[kernel] = missing
+    assert outside == {}
 
 
 # ---- statements ------------------------------------------------------------------------------------------------------

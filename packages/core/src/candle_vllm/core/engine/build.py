@@ -535,14 +535,11 @@ def _threads(config: EngineConfig, placement: Placement) -> dict[str, Any]:
 
 def _room_for_rows(limits: StepLimits) -> AbstractContextManager[None]:
     """Around making what a step computes with."""
-    from candle_vllm.core.kernels.cpu_runtime.kernel_cache import is_missing
-    from candle_vllm.core.kernels.cpu_runtime.operation import named_function
-    from candle_vllm.core.kernels.cpu_runtime.team import CODE
+    from candle_vllm.core.kernels.cpu_runtime.kernel_cache import is_first_start
 
     fewer = max(limits.sequences, limits.tokens // 4)
     way = f"set max_num_batched_tokens={fewer}" if fewer < limits.tokens else "take fewer `threads`"
-    # The compiler ends the process where memory runs out.
-    compiler = _COMPILER_BYTES if is_missing(named_function(CODE)[0]) else 0
+    compiler = _COMPILER_BYTES if is_first_start() else 0  # which ends the process where memory runs out
     what = f"the rows of a step of {limits.tokens} tokens" + (", and for compiling its kernels" if compiler else "")
     return room_for(what, compiler, "max_num_batched_tokens", lambda _: way)
 

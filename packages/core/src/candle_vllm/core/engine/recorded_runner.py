@@ -11,8 +11,7 @@ import dataclasses
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -114,8 +113,8 @@ class RecordedRunner(StepwiseRunner):
             if self._narrows:
                 self._record(Recorder(limits, recorder.isa), Adapted.NOT, narrows=True)
 
-        with compile_together(record_all, sampling.CODE, sampling.RARE_CODE):
-            hidden, *ends = self._record(recorder, Adapted.NOT)
+        compile_together(record_all, sampling.CODE, sampling.RARE_CODE)
+        hidden, *ends = self._record(recorder, Adapted.NOT)
         assert recorder.logits is not None
         self._logits = self._wanted = recorder.logits
         self._owns_team, self.team = team is None, ThreadTeam(limits.threads, limits.ranks) if team is None else team
@@ -456,23 +455,15 @@ def _drawing(runner: RecordedRunner) -> Draw:
     return lambda logits, controls: weakly.draw_rows(logits, controls)
 
 
-@contextmanager
-def compile_together(
-    record: Callable[[], object], more: Sequence[str] = (), later: Sequence[str] = ()
-) -> Iterator[None]:
-    """Around recording a plan: where operations are missing, they are compiled side by side; see `compile_first`."""
-
-    def load() -> None:
-        for code in (team.CODE, *more):
-            operation(code)
+def compile_together(record: Callable[[], object], more: Sequence[str] = (), later: Sequence[str] = ()) -> None:
+    """Has what a plan needs compiled side by side at a machine's first start."""
 
     def ask() -> None:
         record()
-        load()
+        for code in (team.CODE, *more):
+            operation(code)
 
-    with compile_first(ask, later):
-        yield
-        load()
+    compile_first(ask, later)
 
 
 class RecordedEncoderRunner(EncoderRunner):
@@ -501,9 +492,9 @@ class RecordedEncoderRunner(EncoderRunner):
             for adapted in (Adapted.NOT, Adapted.ADDED)[: 2 if limits.adapter_rank else 1]:
                 record(Recorder(limits, recorder.isa), adapted)
 
+        compile_together(record_all)
         self._record, self._plans = record, dict[Adapted, tuple[Recorded, Ints, int]]()
-        with compile_together(record_all):
-            self._hidden = self._plan_of(Adapted.NOT)[0]  # of the last step
+        self._hidden = self._plan_of(Adapted.NOT)[0]  # of the last step
         self._logits = recorder.logits
         self._team = ThreadTeam(limits.threads, limits.ranks)
 

@@ -60,11 +60,11 @@ class RecordedTower:
             self._record(tower, Recorder(tiles, level))
             self._join(tower, Recorder(cells, level))
 
+        compile_together(record, [PART_CODE])
         self._team = team
         self._tile, self._cells = Recorder(tiles, level), Recorder(cells, level)
-        with compile_together(record, [PART_CODE]):
-            self._layers = self._record(tower, self._tile)
-            self._joins = self._join(tower, self._cells)
+        self._layers = self._record(tower, self._tile)
+        self._joins = self._join(tower, self._cells)
         self.nbytes = sum(each.nbytes for recorder in (self._tile, self._cells) for each in recorder.allocated)
         self._touched = 0  # patches, whose memory the system has handed out
         self._took: dict[tuple[_Kind, int], tuple[int, float]] = {}  # rows and seconds of operations, and of all (-1)

@@ -48,7 +48,7 @@ WANTED: ContextVar[tuple[str, ...]] = ContextVar("WANTED", default=())
 _MAGIC = b"candle-vllm code 1\n"
 _OBJECT = b"\x7fELF"
 _PACKAGE = "candle_vllm.core"
-_IMPORTS = "imports"
+_IMPORTS, _ASKED = "imports", "asked"
 _MOST_IMPORTS = 4096
 _KEPT_VERSIONS = 4
 _DAY = 24 * 3600
@@ -86,6 +86,26 @@ def has_compiler() -> bool:
 def can_compile() -> bool:
     """Whether there is machine code for this CPU, or what makes it."""
     return importlib.util.find_spec("numba") is not None or _travelling().is_dir()
+
+
+def is_first_start() -> bool:
+    """Whether several kernels have to be compiled: of those that were asked for at the last such start, as noted.
+
+    A start that finds no note is the first of all. What has to be compiled is known only when a plan has been recorded,
+    which takes too long for every start.
+    """
+    folder = None if importlib.util.find_spec("numba") is None or _travelling().is_dir() else kernel_cache()
+    if folder is None:
+        return False
+    asked = _read(folder / _ASKED)
+    return asked is None or sum(map(is_missing, asked.decode().split())) > 1
+
+
+def note_asked(names: Iterable[str]) -> None:
+    """Notes for `is_first_start` which functions a start asks for."""
+    folder = kernel_cache()
+    if folder is not None:
+        keep(folder / _ASKED, "\n".join(names).encode())
 
 
 def is_missing(name: str) -> bool:

@@ -21,8 +21,8 @@ import platform
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from functools import cache
 from threading import Thread
@@ -33,9 +33,11 @@ import numpy as np
 from candle_vllm.core.kernels.cpu_runtime.kernel_cache import (
     WANTED,
     compiled_address,
+    is_first_start,
     is_missing,
     kept_name,
     kernel_cache,
+    note_asked,
 )
 from candle_vllm.core.kernels.cpu_runtime.level import best_level, bytes_ahead, choose_level, host_level
 from candle_vllm.core.threads import collector_paused
@@ -79,13 +81,7 @@ def operation(code: str, *constants: int) -> int:
 
 @cache
 def _address(code: str, *constants: int) -> int:
-    name, make = named_function(code, *constants)
-    first = _FIRST.get()
-    if first is None or not is_missing(name):
-        return compiled_address(name, make)
-    _FIRST.set(None)
-    _compile_missing(*first)
-    return _address(code, *constants)
+    return compiled_address(*named_function(code, *constants))
 
 
 def use_level(name: str | None) -> None:
@@ -103,50 +99,32 @@ def use_level(name: str | None) -> None:
 
 _Named: TypeAlias = tuple[Any, ...]  # code and constants of an operation
 _ASKED: ContextVar[list[_Named] | None] = ContextVar("_ASKED", default=None)
-_FIRST: ContextVar[tuple[Callable[[], object], Sequence[str]] | None] = ContextVar("_FIRST", default=None)
 
 
-@contextmanager
-def compile_first(ask: Callable[[], object], later: Sequence[str] = ()) -> Iterator[None]:
-    """Around asking for operations: if the first of them that is missing is not the only one, two processes compile.
+def compile_first(ask: Callable[[], object], later: Sequence[str] = ()) -> None:
+    """Compiles missing operations in two processes, at the first start with these sources; see `is_first_start`.
 
     They take what is missing from both ends, so that one is compiled twice at most. A second process that cannot be
-    started, or fails, is not missed. Where nothing is missing, nothing is asked twice.
+    started, or fails, is not missed. At other starts it compiles what of `later` an earlier one did not live to see.
 
     Args:
-        ask: asks for all operations as usual, but gets 0 for every address; called where one is missing.
-        later: what is not waited for: the second process compiles it behind the others, or at the end of the context
-            what an earlier one did not live to see. See `is_coming`.
+        ask: asks for them as usual, but gets 0 for every address.
+        later: what is not waited for: the second process goes on with it. See `is_coming`.
     """
     if getattr(sys, "frozen", False):  # `sys.executable` is some program, not Python
-        yield
         return
-    token = _FIRST.set((ask, later))
-    try:
-        yield
-    finally:
-        _FIRST.reset(token)
-    left = [named for named in later if not is_coming(named)]  # one helper at a time, however many models load
-    missing = [named for named in left if is_missing(named.replace(":", ".").replace(",", "."))]
-    if missing and (helper := _second_process(missing)) is not None:
-        _leave_alone(helper, missing)
-
-
-def _compile_missing(ask: Callable[[], object], later: Sequence[str]) -> None:
-    token = _ASKED.set(asked := list[_Named]())
-    try:
-        ask()
-    finally:
-        _ASKED.reset(token)
-    named_missing = [named for named in dict.fromkeys(asked) if is_missing(named_function(*named)[0])]
-    if len(named_missing) < 2:
+    missing = _ask_missing(ask) if is_first_start() else []
+    if len(missing) < 2:
+        left = [named for named in later if not is_coming(named)]  # one helper at a time, however many models load
+        left = [named for named in left if is_missing(named.replace(":", ".").replace(",", "."))]
+        if left and (helper := _second_process(left)) is not None:
+            _leave_alone(helper, left)
         return
-    helper = _second_process([*(",".join(map(str, named)) for named in reversed(named_missing)), *later])
-    names = (kept_name(named_function(*named)[0], host_level()) for named in named_missing)
-    token = WANTED.set(tuple(names))
+    helper = _second_process([*(",".join(map(str, named)) for named in reversed(missing)), *later])
+    token = WANTED.set(tuple(kept_name(named_function(*named)[0], host_level()) for named in missing))
     try:
         with collector_paused():
-            for named in named_missing:
+            for named in missing:
                 _address(*named)
     except BaseException:
         if helper is not None:
@@ -157,6 +135,18 @@ def _compile_missing(ask: Callable[[], object], later: Sequence[str]) -> None:
         WANTED.reset(token)
     if helper is not None:
         _leave_alone(helper, later)
+
+
+def _ask_missing(ask: Callable[[], object]) -> list[_Named]:
+    """Notes what is asked for; returns what of it is missing."""
+    token = _ASKED.set(asked := list[_Named]())
+    try:
+        ask()
+    finally:
+        _ASKED.reset(token)
+    names = {named: named_function(*named)[0] for named in asked}
+    note_asked(names.values())
+    return [named for named, name in names.items() if is_missing(name)]
 
 
 def _second_process(names: Sequence[str]) -> subprocess.Popen[bytes] | None:

@@ -82,9 +82,9 @@ class HostExperts:
             self._record(Recorder(limits, host_isa()), layers, size, experts)
             operation(CODE)
 
+        compile_first(compile_all)
         self._recorder = Recorder(limits, host_isa())
-        with compile_first(compile_all):
-            self._plans = self._record(self._recorder, layers, size, experts)
+        self._plans = self._record(self._recorder, layers, size, experts)
         self._team = ThreadTeam(threads, ranks, kept_plans=len(layers))
         self._x = _Staged(stream, tokens, size, dtype)
         self._logits = _Staged(stream, tokens, experts, torch.float32)
