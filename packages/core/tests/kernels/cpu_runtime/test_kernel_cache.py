@@ -208,7 +208,8 @@ def test_two_processes_compile_if_several_of_the_functions_asked_for_last_are_mi
     compile_first(ask_and_count)
     assert kept(root) == set(ASKED)
     operation_module._address.cache_clear()
-    asked.clear(), given.clear()
+    asked.clear()
+    given.clear()
     for code in ASKED[there:]:
         for path in root.glob(f"kernels/*/{code.replace(':', '.')}.*"):
             path.rename(path.with_suffix(".0123456789abcdef"))  # of other sources
