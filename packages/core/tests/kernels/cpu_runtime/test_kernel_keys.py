@@ -6,6 +6,7 @@ from __future__ import annotations
 import dis
 import importlib
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -324,6 +325,33 @@ def test_a_file_is_parsed_once_for_all_processes(monkeypatch: pytest.MonkeyPatch
     forget()
     assert [kept_name(name, host_level()) for name in names] == kept
     assert len(parsed) == len(set(parsed)) > 10
+
+
+def test_notes_of_processes_that_parse_at_once_are_kept_together() -> None:
+    kept_name("position_scale.cpu.function", host_level())
+    path = kernel_cache._imports_path()
+    assert path is not None
+    ours = dict(kernel_cache._known_imports(path))
+    kernel_cache.keep(path, json.dumps({"another's": {}}).encode())
+    kept_name("moe.cpu.function", host_level())  # of which this process has to parse some files
+    noted = kernel_cache._known_imports(path)
+    assert "another's" in noted
+    assert len(noted) > 1
+    assert not noted.keys() & ours.keys()  # those were lost, and are parsed by the next process
+    forget()
+    kept_name("position_scale.cpu.function", host_level())
+    assert kernel_cache._known_imports(path) == noted | ours
+
+
+def test_where_nothing_can_be_compiled_no_cache_folder_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For precompiled kernels without their notes: the sources are parsed at every start."""
+    name = f"{KERNELS[0]}.function"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(kernel_cache, "has_compiler", lambda: False)
+        kept = kept_name(name, host_level())
+    assert not Path(os.environ["XDG_CACHE_HOME"]).exists()
+    forget()
+    assert kept_name(name, host_level()) == kept
 
 
 # ---- whole processes -------------------------------------------------------------------------------------------------

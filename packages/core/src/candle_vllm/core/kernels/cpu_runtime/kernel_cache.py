@@ -247,13 +247,13 @@ def _key(module: str, level: Level) -> str:
     digest = hashlib.sha256(f"{level.name} {level.cpu}".encode())
     for name, text in sorted(sources(module).items()):
         digest.update(f"\n{name} {text}".encode())
-    folder = kernel_cache() if _parsed() else None
-    if folder is not None:
-        path = folder.parent / _IMPORTS
-        known, new = _known_imports(path), dict(_parsed())
-        known |= new
+    path = _imports_path() if _parsed() else None
+    if path is not None:
+        new = dict(_parsed())
+        _known_imports.cache_clear()  # another process may have noted others
+        keep(path, json.dumps(_known_imports(path) | new).encode())
+        _known_imports.cache_clear()
         _parsed().clear()
-        keep(path, json.dumps(known).encode())
     return digest.hexdigest()[:16]
 
 
@@ -335,10 +335,16 @@ def _imports(text: bytes, digest: str) -> _Imports:
     mark = _mark(digest)
     if mark in (known := _known_imports(TRAVELLING / _IMPORTS)) or mark in (known := _parsed()):
         return known[mark]
-    folder = kernel_cache()
-    if folder is not None and mark in (known := _known_imports(folder.parent / _IMPORTS)):
+    path = _imports_path()
+    if path is not None and mark in (known := _known_imports(path)):
         return known[mark]
     return _parsed().setdefault(mark, parse_imports(text))
+
+
+def _imports_path() -> Path | None:
+    """The file of notes in the cache folder, which is not made where nothing can be compiled."""
+    folder = kernel_cache() if has_compiler() else None
+    return None if folder is None else folder.parent / _IMPORTS
 
 
 def _mark(digest: str) -> str:
