@@ -33,6 +33,7 @@ MAX_CACHED_CHARACTERS = 4 << 20  # of their descriptions; a large one takes some
 _AT_WORK: set[object] = set()
 _CHANGED = threading.Condition()  # guards what is at work
 _OVER = threading.Event()
+_LONGEST = 60.0  # seconds that the end waits; a forked process has entries of threads that it lacks
 
 
 class LlguidanceBackend:
@@ -148,7 +149,7 @@ def _awaited_at_the_end() -> Iterator[None]:
 def _await_work() -> None:
     with _CHANGED:
         _OVER.set()
-        _CHANGED.wait_for(lambda: not _AT_WORK)
+        _CHANGED.wait_for(lambda: not _AT_WORK, _LONGEST)
 
 
 def _awaited(other: Future[Compiled]) -> Compiled:
