@@ -24,6 +24,7 @@ from candle_vllm.core.engine import rank
 from candle_vllm.core.engine.rank_line import (
     MOST_BYTES,
     AdapterLoaded,
+    Failed,
     ForgetAdapters,
     Go,
     Line,
@@ -32,7 +33,7 @@ from candle_vllm.core.engine.rank_line import (
     Score,
     ToRank,
 )
-from candle_vllm.core.engine.ranks import RankedRunner, Ranks
+from candle_vllm.core.engine.ranks import RankedRunner, Ranks, _Other
 from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError, ModelLoadError
 from candle_vllm.core.fields import read_json
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
@@ -345,6 +346,33 @@ def test_a_rank_that_computes_is_not_blamed_for_keeping_the_interpreter(
     else:
         with engine_of(model, 2) as engine:
             assert engine.generate(["a"], GREEDY)[0].outputs[0].token_ids
+
+
+@pytest.mark.parametrize("silent", [1, 2])
+def test_what_a_rank_said_last_is_raised_though_another_one_is_waited_for(
+    silent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that has failed ends all others; the first one reads of that on the line of the one it waits for."""
+    ends: dict[int, tuple[socket.socket, socket.socket]] = {}
+
+    def start(self: Ranks, config: EngineConfig, rank: int) -> None:
+        (near, far), (near_side, far_side) = socket.socketpair(), socket.socketpair()
+        self._others[rank], ends[rank] = _Other(Line(near), Line(near_side), None), (far, far_side)
+
+    monkeypatch.setattr(Ranks, "_start", start)
+    ranks, failed = Ranks(EngineConfig(model="m", tensor_parallel_size=3, **USUAL)), 3 - silent
+    try:
+        Line(ends[failed][0]).send(Failed("these are its last words", "model"))
+        for end in ends[failed]:
+            end.close()
+        ranks._others[failed].gone = "exit status 1"
+        with pytest.raises(ConfigError, match="these are its last words") as raised:
+            assert ranks.collective
+        assert raised.value.setting == "model"
+    finally:
+        ranks.close()
+        for end in ends[silent]:
+            end.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ranks share no memory there")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,13 +11,16 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
 
-from candle_vllm.core import EngineConfig, EngineDeadError, ModelLoadError, UnsupportedModelError
-from candle_vllm.core.remote import RemoteEngine
+from candle_vllm.core import EngineConfig, EngineDeadError, ModelLoadError, ModelNotFoundError
+from candle_vllm.core.remote import RemoteEngine, child
 from candle_vllm.core.remote.process import EngineProcess
+from candle_vllm.core.remote.serving import Outbox
+from candle_vllm.core.remote.wire import Ended, Failed, FromChild, Greeting, Loading, Reader
 from tests.waiting import wait_for
 
 # A child that says what the last argument is once it was started, and then waits to be ended.
@@ -109,21 +113,76 @@ def test_a_child_that_makes_no_sense_is_no_engine(script: str, message: str) -> 
         process.close(kill=True)
 
 
-def test_what_a_child_said_last_is_heard_though_it_has_ended() -> None:
-    script = """
-import os
-from candle_vllm.core.errors import UnsupportedModelError
-from candle_vllm.core.remote.wire import Failed, describe_error, encode
-control.send(encode(Failed(error=describe_error(UnsupportedModelError("last words")))))
-context.destroy(linger=1000)
-os._exit(1)
-"""
-    process = fake(script)
-    try:
-        with pytest.raises(UnsupportedModelError, match="last words"):
-            process.greeting()
-    finally:
-        process.close(kill=True)
+class Asked(threading.Event):
+    """Knows whether anybody has looked whether it is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = threading.Event()
+
+    def is_set(self) -> bool:
+        self.asked.set()
+        return super().is_set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.asked.set()
+        return super().wait(timeout)
+
+
+class Dying:
+    """A child's engine that fails as soon as it is there."""
+
+    def __init__(self, _: EngineConfig, outbox: Outbox) -> None:
+        self._outbox = outbox
+
+    def __enter__(self) -> None:
+        self._outbox.fail(EngineDeadError("last words"))
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_child_that_has_failed_lives_until_it_is_told_to_end(
+    loaded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its parent may notice its end before what it said last has arrived, and would say something else."""
+    if loaded:
+        monkeypatch.setattr("candle_vllm.core.remote.serving.ChildEngine", Dying)
+        monkeypatch.setattr(child, "describe", lambda _: Loading(what="it", done=1, total=1, unit=""))
+    config = EngineConfig(model=str(tmp_path / "nowhere"), offline=True).plain()
+    told, status = child.Told(), list[int]()
+    told.ended = asked = Asked()
+    with zmq.Context() as context, contextlib.ExitStack() as stack:
+
+        def pair(name: str) -> tuple[Any, Any]:
+            here, there = (stack.enter_context(context.socket(zmq.PAIR)) for _ in range(2))
+            here.bind(f"inproc://{name}")
+            there.connect(f"inproc://{name}")
+            return here, there
+
+        (control, its_control), (steps, its_steps) = pair("control"), pair("steps")
+        thread = threading.Thread(target=lambda: status.append(child.serve(config, its_control, its_steps, told)))
+        thread.start()
+        try:
+            wait_for(lambda: asked.asked.is_set() or not thread.is_alive())
+            assert status == []
+            heard = map(Reader(FromChild if loaded else Greeting).read, iter((steps if loaded else control).recv, None))
+            last = next(message for message in heard if not isinstance(message, Loading))
+        finally:
+            told.tell()
+            thread.join()
+            told.bell.close()
+    assert isinstance(last, Ended if loaded else Failed)
+    assert status == [0 if loaded else 1]
+
+
+def test_a_child_that_has_failed_is_ended_by_who_hears_it(tmp_path: Path) -> None:
+    config = EngineConfig(model=str(tmp_path / "nowhere"), offline=True)
+    process = EngineProcess(config)
+    with pytest.raises(ModelNotFoundError, match="nowhere"):
+        RemoteEngine.__new__(RemoteEngine)._load(config, process)
+    assert process._popen.returncode == -signal.SIGKILL
 
 
 async def test_a_message_that_makes_no_sense_ends_the_engine(

@@ -161,7 +161,7 @@ class FakeEngine:
 
 def test_a_step_is_one_message_and_a_piece_that_fits_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     socket = FakeSocket()
-    outbox, engine = Outbox(socket, lambda: None), FakeEngine()  # type: ignore[arg-type]
+    outbox, engine = Outbox(socket), FakeEngine()  # type: ignore[arg-type]
     small = [TokenOutput(request_id=str(number), text="x") for number in range(5)]
     for piece in small:
         outbox.put(piece)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -552,3 +554,45 @@ def test_a_fresh_grammar_is_at_the_start(backend: LlguidanceBackend) -> None:
     assert grammar.accept(ord("a"))
     other = grammar.fresh()
     assert (allowed(grammar), allowed(other)) == ({ord("b")}, {ord("a")})
+
+
+_ENDING = """
+import contextlib, itertools, threading
+from candle_vllm.core.errors import EngineDeadError
+from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
+from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.core.testing.byte_tokenizer import ByteTokenizer
+
+tokenizer = ByteTokenizer()
+backend = LlguidanceBackend(tokenizer, tokenizer.vocab_size, (tokenizer.eos_token_id,))
+begun = threading.Event()
+compiler = backend._built()
+compile = compiler.compile
+
+def compile_at_the_end(spec):
+    begun.set()
+    threading.main_thread().join()
+    for _ in range(20):
+        found = compile(spec)
+    print("compiled", flush=True)
+    return found
+
+def work():
+    compiler.compile = compile_at_the_end
+    backend.compile(StructuredOutputsParams(regex="a+"))
+    compiler.compile = compile
+    with contextlib.suppress(EngineDeadError):
+        for length in itertools.count(1):
+            backend.compile(StructuredOutputsParams(regex="b" * length))
+
+threading.Thread(target=work, daemon=True).start()
+begun.wait()
+print("main is over", flush=True)
+"""
+
+
+def test_the_end_of_the_interpreter_waits_for_what_is_compiled_in_a_daemon_thread() -> None:
+    """Threads that want the interpreter's lock when it ends are made to unwind, which llguidance does not survive."""
+    done = subprocess.run([sys.executable, "-c", _ENDING], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["main is over", "compiled"]

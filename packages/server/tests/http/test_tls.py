@@ -6,10 +6,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import gc
 import ipaddress
 import logging
 import os
+import socket
 import ssl
+import threading
+import warnings
 from pathlib import Path
 
 import httpx
@@ -20,6 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from candle_vllm.server.bench.client import Target, WholeClient
 from candle_vllm.server.cli import main
 from candle_vllm.server.http import tls
 from candle_vllm.server.settings import Settings
@@ -118,6 +123,39 @@ def test_a_server_is_measured_over_https(
         assert "Successful requests:                     2" in capsys.readouterr().out
     finally:
         running.stop()
+
+
+@pytest.mark.parametrize("secure", [True, False])
+def test_a_client_that_measures_leaves_no_connection_to_the_collector(files: Path, secure: bool) -> None:
+    """Neither where its peer does not agree to the end of TLS, nor where the peer leaves a part of a request unread."""
+    context, over = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), threading.Event()
+    context.load_cert_chain(files / "server.pem", files / "server.key")
+
+    def answer() -> None:
+        connection, _ = listener.accept()
+        with context.wrap_socket(connection, server_side=True) if secure else connection as peer:
+            assert peer.recv(1 << 16)
+            peer.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+            over.wait(60)
+
+    async def ask() -> None:
+        target = Target(f"http{'s' if secure else ''}://127.0.0.1:{listener.getsockname()[1]}", insecure=True)
+        client = WholeClient(target.post("/", {"text": "" if secure else "x" * (32 << 20)}))
+        await target.send(client)
+        await client.done
+        assert client.whole()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        peer = threading.Thread(target=answer)
+        peer.start()
+        try:
+            asyncio.run(ask())
+            gc.collect()
+        finally:
+            over.set()
+            peer.join()
+    assert [str(each.message) for each in told] == []
 
 
 def test_clients_show_certificates_where_they_have_to(files: Path) -> None:

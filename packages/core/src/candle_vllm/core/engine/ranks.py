@@ -268,8 +268,8 @@ class Ranks:
         for number, other in self._others.items():
             try:
                 said: FromRank = other.line.receive(FromRank)
-            except (EOFError, OSError):
-                raise ModelLoadError(
+            except (EOFError, OSError):  # all lines end where one rank has gone, which may be another
+                raise self._said_last() or ModelLoadError(
                     f"{self._failure or self._gone() or f'rank {number} has ended'} while it loaded its part of the "
                     "model; its last words are in the log. Where memory is short, the system kills it"
                 ) from None
@@ -342,14 +342,18 @@ class Ranks:
             raise blamed from error
 
     def _blamed(self) -> CandleVllmError | None:
+        gone = self._said_last() or self._failure or self._gone()
+        return ModelLoadError(f"the model cannot be divided: {gone}") if isinstance(gone, str) else gone
+
+    def _said_last(self) -> ConfigError | None:
+        """What a rank said before it ended, which no one has read yet."""
         for number, other in self._others.items():
             other.line.socket.settimeout(_LAST_WORDS)
             with contextlib.suppress(EOFError, OSError, ValueError):
                 said: FromRank = other.line.receive(FromRank)
                 if isinstance(said, Failed):
                     return ConfigError(_said_by(number, other) + said.message, said.setting)
-        gone = self._failure or self._gone()
-        return None if gone is None else ModelLoadError(f"the model cannot be divided: {gone}")
+        return None
 
     def dead(self, here: str = "") -> EngineDeadError:
         """All are ended, for one has gone; who it was, and how.

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import zmq
 
@@ -59,37 +59,42 @@ def main() -> int:
         target=watch_parent, args=(parent, start.folder, told.tell), name="candle-vllm-parent", daemon=True
     )
     watch.start()
-    context = zmq.Context()
-    try:
-        return serve(start, context, told)
-    finally:
-        context.destroy(linger=1000)
+    with (
+        zmq.Context() as context,
+        connected(context, CONTROL, start) as control,
+        connected(context, STEPS, start) as steps,
+    ):
+        return serve(start.config, control, steps, told)
 
 
-def serve(start: Start, context: zmq.Context[zmq.Socket[bytes]], told: Told) -> int:
-    """Loads the model and answers requests to it; returns the exit status."""
-    control = connected(context, CONTROL, start)
+def serve(config: dict[str, Any], control: zmq.Socket[bytes], steps: zmq.Socket[bytes], told: Told) -> int:
+    """Loads the model and answers requests to it; returns the exit status.
+
+    A process that has failed says so and lives on until its parent ends it: what it said last would else arrive behind
+    the news of its end, and who judges by that would not know why.
+    """
     try:
         from candle_vllm.core.remote.serving import ChildEngine, Outbox, RequestDesk
 
-        outbox = Outbox(connected(context, STEPS, start), told.bell.ring)
+        outbox = Outbox(steps)
         with heard_by(lambda progress: control.send(encode(Loading(**progress._asdict())))):
-            engine = ChildEngine(EngineConfig(**start.config), outbox)
+            engine = ChildEngine(EngineConfig(**config), outbox)
     except CandleVllmError as error:
         control.send(encode(Failed(error=describe_error(error))))
+        told.ended.wait()
         return 1
     with engine:
         control.send(encode(describe(engine)))
         desk = RequestDesk(engine, outbox, control, told.bell)
         try:
-            while not told.ended and not outbox.failed:
+            while not told.ended.is_set():
                 desk.turn()
         except MalformedMessageError as error:
             logger.error("the parent sent what is no message: %s", error)
             return 1
         finally:
             desk.close()
-    return 1 if outbox.failed else 0
+    return 0
 
 
 def describe(engine: ChildEngine) -> Ready:
@@ -129,16 +134,17 @@ class Told:
     """Whether the parent has said that this process is to end.
 
     Attributes:
+        ended: set when it has.
         bell: rings when it has.
     """
 
     def __init__(self) -> None:
-        self.ended = False
+        self.ended = threading.Event()
         self.bell = Bell()
 
     def tell(self) -> None:
         """It has."""
-        self.ended = True
+        self.ended.set()
         self.bell.ring()
 
 

@@ -108,13 +108,14 @@ class EngineProcess:
     def greeting(self) -> Ready:
         """Waits until the child has loaded its model, and passes on how far it is.
 
+        A child that says why it could not lives until it is ended, so one that has ended has nothing more to say.
+
         Raises:
             ConfigError, ModelNotFoundError, ModelLoadError: it has not; what it said.
         """
         poller, reader = zmq.Poller(), Reader(Greeting)
         poller.register(self.socket, zmq.POLLIN)
         poller.register(self.alive, zmq.POLLIN | zmq.POLLERR)
-        ended = False
         while True:
             events = dict(poller.poll(_LOOK_UP))
             for data in self.received(1):
@@ -128,13 +129,12 @@ class EngineProcess:
                     tell(message.what, message.done, message.total, message.unit)
                     continue
                 return message
-            if ended:
+            if self._popen.poll() is not None or self.alive in events:
                 raise ModelLoadError(
                     f"the process that was loading {self._model} has ended ({self._fate()}); its last words are in "
                     "the log. Where memory is short, the system kills it: take a smaller model or less cache "
                     "(`kv_cache_memory`)"
                 )
-            ended = (self.alive in events or self._popen.poll() is not None) and not self.has_more()
 
     def has_more(self) -> bool:
         """Whether anything is yet to be read; waits for it a little."""

@@ -55,18 +55,12 @@ class Outbox:
 
     Args:
         socket: to the parent; only the engine's thread uses it.
-        wake: wakes the main thread.
-
-    Attributes:
-        failed: the engine has ended by itself.
     """
 
     loop = None
 
-    def __init__(self, socket: zmq.Socket[bytes], wake: Callable[[], None]) -> None:
-        self.failed = False
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
         self._socket = socket
-        self._wake = wake
         self._pieces: list[TokenOutput] = []
         self._sent: EngineStats | None = None
         self._sent_at = 0.0
@@ -87,10 +81,8 @@ class Outbox:
         return self._send(pieces, stats) if pieces or stats is not None else []
 
     def fail(self, error: EngineDeadError) -> None:
-        """The engine has failed for good."""
+        """The engine has failed for good; the parent ends this process once it has read so."""
         self._socket.send(encode(Ended(writable(str(error)))))
-        self.failed = True
-        self._wake()
 
     def _send(self, pieces: list[TokenOutput], stats: EngineStats | None) -> list[str]:
         try:

@@ -7,12 +7,14 @@ is asked for again costs a copy.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -27,6 +29,11 @@ if TYPE_CHECKING:
 
 MAX_CACHED = 64  # compiled grammars
 MAX_CACHED_CHARACTERS = 4 << 20  # of their descriptions; a large one takes some 30 bytes of memory for each
+
+_AT_WORK: set[object] = set()
+_CHANGED = threading.Condition()  # guards what is at work
+_OVER = threading.Event()
+_LONGEST = 60.0  # seconds that the end waits; a forked process has entries of threads that it lacks
 
 
 class LlguidanceBackend:
@@ -62,6 +69,10 @@ class LlguidanceBackend:
 
     def compile(self, spec: StructuredOutputsParams) -> Grammar:
         """See `GrammarBackend`."""
+        with _awaited_at_the_end():
+            return self._compile(spec)
+
+    def _compile(self, spec: StructuredOutputsParams) -> Grammar:
         compiler = self._built()
         key = hashlib.blake2b(_described(spec)).digest()
         with self._lock:
@@ -112,6 +123,33 @@ class LlguidanceBackend:
     def _fits(self) -> bool:
         size = sum(compiled.size for compiled in self._compiled.values())
         return len(self._compiled) <= MAX_CACHED and size <= MAX_CACHED_CHARACTERS
+
+
+@contextmanager
+def _awaited_at_the_end() -> Iterator[None]:
+    """Around llguidance's work in whichever thread: Python's end waits for it.
+
+    An interpreter that ends makes threads unwind that want its lock, and what llguidance was built with does not allow
+    that: a daemon thread within it would end the process by signal 11.
+    """
+    work = object()
+    with _CHANGED:
+        if _OVER.is_set():
+            raise EngineDeadError("the program ends, and no grammar is compiled any more")
+        _AT_WORK.add(work)
+    try:
+        yield
+    finally:
+        with _CHANGED:
+            _AT_WORK.remove(work)
+            _CHANGED.notify_all()
+
+
+@atexit.register
+def _await_work() -> None:
+    with _CHANGED:
+        _OVER.set()
+        _CHANGED.wait_for(lambda: not _AT_WORK, _LONGEST)
 
 
 def _awaited(other: Future[Compiled]) -> Compiled:

@@ -143,9 +143,9 @@ class AnswerClient(asyncio.Protocol):
         self.close()
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Ends the connection, and waits for nothing: the event loop may end before a peer has agreed to it, by TLS."""
         if self.transport is not None:
-            self.transport.close()
+            self.transport.abort()
 
     def leave(self) -> None:
         """Goes away in the middle of the answer."""
