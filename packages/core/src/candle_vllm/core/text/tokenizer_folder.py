@@ -217,8 +217,8 @@ def _torn(backend: Backend, text: str) -> bool:
 def _frame(backend: Backend, config: dict[str, Any], names: dict[str, str], path: Path) -> None:
     """Changes the frame of tokenizer.json on the sides of which add_bos_token and add_eos_token say something else.
 
-    A key that is absent, or whose token has no name, says nothing. True adds the token at the edge, unless its side has
-    it; false takes away what is on its side, where the token is there.
+    A key that is absent, or whose token has no name, says nothing. True adds the token on a side that is empty; false
+    takes away a side that has the token. A side of other tokens stays.
     """
     sides = _sides(backend)
     if sides is None:
@@ -228,10 +228,10 @@ def _frame(backend: Backend, config: dict[str, Any], names: dict[str, str], path
         wanted, text = config.get(f"add_{name}"), names.get(name)
         if not isinstance(wanted, bool) or text is None or backend.token_to_id(text) is None:
             continue
-        if wanted == (text in sides[side]):
+        before = sides[side]
+        if wanted == bool(before) or (before and text not in before):
             continue
-        before, edge = sides[side], [text] if wanted else []
-        sides[side] = ([*edge, *before] if side == 0 else [*before, *edge]) if wanted else []
+        sides[side] = [text] if wanted else []
         logger.info("%s: add_%s is %s: around a text are %s and %s, not %s", path, name, wanted, *sides, before)
         changed = True
     if changed:
@@ -240,7 +240,7 @@ def _frame(backend: Backend, config: dict[str, Any], names: dict[str, str], path
 
 
 def _sides(backend: Backend) -> list[list[str]] | None:
-    """The tokens that tokenizer.json puts before and behind a text; None where its rule is none of templates."""
+    """The tokens that tokenizer.json puts before and behind a text; None where its rule is not one such template."""
     rule = backend.post_processor
     state = None if rule is None else msgspec.json.decode(rule.__getstate__())
     steps = [] if state is None else state.get("processors", [state])
@@ -248,8 +248,10 @@ def _sides(backend: Backend) -> list[list[str]] | None:
     if len(templates) > 1 or any(step["type"] not in ("TemplateProcessing", "ByteLevel") for step in steps):
         return None
     pieces = templates[0] if templates else [{"Sequence": {}}]
-    at = next(place for place, piece in enumerate(pieces) if "Sequence" in piece)
-    return [[piece["SpecialToken"]["id"] for piece in part] for part in (pieces[:at], pieces[at + 1 :])]
+    texts = [piece["SpecialToken"]["id"] if "SpecialToken" in piece else None for piece in pieces]
+    if texts.count(None) != 1 or any(text is not None and backend.token_to_id(text) is None for text in texts):
+        return None
+    return [texts[: texts.index(None)], texts[texts.index(None) + 1 :]]
 
 
 def _eos_ids(backend: Backend, eos: int | None) -> list[int]:
