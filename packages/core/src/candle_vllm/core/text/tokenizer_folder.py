@@ -248,10 +248,12 @@ def _sides(backend: Backend) -> list[list[str]] | None:
     if len(templates) > 1 or any(step["type"] not in ("TemplateProcessing", "ByteLevel") for step in steps):
         return None
     pieces = templates[0] if templates else [{"Sequence": {}}]
-    texts = [piece["SpecialToken"]["id"] if "SpecialToken" in piece else None for piece in pieces]
-    if texts.count(None) != 1 or any(text is not None and backend.token_to_id(text) is None for text in texts):
+    places = [place for place, piece in enumerate(pieces) if "Sequence" in piece]
+    if len(places) != 1:
         return None
-    return [texts[: texts.index(None)], texts[texts.index(None) + 1 :]]
+    parts = pieces[: places[0]], pieces[places[0] + 1 :]
+    sides: list[list[str]] = [[piece["SpecialToken"]["id"] for piece in part] for part in parts]
+    return sides if all(backend.token_to_id(text) is not None for side in sides for text in side) else None
 
 
 def _eos_ids(backend: Backend, eos: int | None) -> list[int]:
