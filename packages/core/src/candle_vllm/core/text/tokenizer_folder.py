@@ -177,10 +177,10 @@ def _add_tokens(backend: Backend, config: dict[str, Any], special: list[Any], fo
             wanted[text] = _with(token, normalized=False)
     with refusing_panics(str(path)):
         backend.add_tokens([token for text, token in wanted.items() if repr(token) != repr(before.get(text))])
-    for index, token in configured:
-        if (found := backend.token_to_id(token.content)) != index:
-            said = f"the token {token.content!r} has the id {found}, not {index}"
-            logger.warning("%s: %s: the ids of tokenizer.json, and of tokens behind its last, are used", path, said)
+    ids = [(token.content, index, backend.token_to_id(token.content)) for index, token in configured]
+    other = [f"{text!r} has the id {found}, not {index}" for text, index, found in ids if found != index]
+    if other:
+        logger.warning("%s: tokenizer.json has other ids of %d tokens: %s", folder, len(other), ", ".join(other[:5]))
 
 
 def _configured_tokens(config: dict[str, Any], special: set[str], folder: Path) -> list[tuple[int, AddedToken]]:
