@@ -86,6 +86,27 @@ def test_an_embedder_is_exported_with_its_end_token(tmp_path: Path) -> None:
     assert Tokenizer.from_gguf(metadata).encode("x") == [X, END]
 
 
+def test_a_key_that_is_not_followed_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write(tmp_path, "$A <end>", tokenizer_config={**BOTH, "add_eos_token": True})
+    Tokenizer.from_folder(folder)
+    assert "tokenizer_config.json: add_eos_token is true, which is ignored: tokenizer.json has ['<end>']" in caplog.text
+
+
+def test_the_newest_of_several_chat_templates(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    folder = write(tmp_path, tokenizer_config={"chat_template": "old"})
+    assert Tokenizer.from_folder(folder).chat_template == "old"
+    (folder / "chat_template.json").write_text('{"chat_template": "new"}')
+    assert Tokenizer.from_folder(folder).chat_template == "new"
+    (folder / "chat_template.jinja").write_text("newest")
+    assert Tokenizer.from_folder(folder).chat_template == "newest"
+    assert caplog.text.count("tokenizer_config.json has another chat template; the newer file's is used") == 2
+    caplog.clear()
+    write(tmp_path, tokenizer_config={"chat_template": "newest"}, chat_template={})
+    assert Tokenizer.from_folder(folder).chat_template == "newest"
+    assert "chat template" not in caplog.text
+
+
 def test_the_frame_that_a_key_changes_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write(tmp_path, "<s> $A", tokenizer_config={**BOTH, "add_eos_token": True})
     with caplog.at_level(logging.INFO):
@@ -112,7 +133,8 @@ def test_which_file_names_the_special_tokens(decoder: bool, tmp_path: Path, capl
     assert f"says {lost!r}, which is ignored" in caplog.text
 
 
-def test_a_token_is_special_where_any_file_says_so(tmp_path: Path) -> None:
+def test_a_token_is_special_where_any_file_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     config = {
         "image_token": "th",
         "additional_special_tokens": ["!", {"content": "%", "lstrip": True}],
@@ -122,6 +144,7 @@ def test_a_token_is_special_where_any_file_says_so(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(write(tmp_path, tokenizer_config=config))
     assert set(tokenizer.special_token_ids) == {*NAMES, "th", "!", "%", "&", "+", "*"}
     assert tokenizer.special_tokens == {"image_token": "th", "audio_token": "&"}
+    assert 'flags of 1 tokens are not those of tokenizer.json: AddedToken("</s>"' in caplog.text
     ids = tokenizer.encode("ax th !y %z")
     assert [tokenizer.special_token_ids[text] for text in ("th", "!", "%")] == [
         i for i in ids if tokenizer.is_special(i)

@@ -175,8 +175,12 @@ def _add_tokens(backend: Backend, config: dict[str, Any], special: list[Any], fo
     for text, token in wanted.items():
         if token.special and token.normalized and _torn(backend, text):
             wanted[text] = _with(token, normalized=False)
+    changed = [text for text, token in wanted.items() if repr(token) != repr(before.get(text))]
+    if differing := [text for text in changed if text in before]:
+        said = ", ".join(repr(wanted[text]) for text in differing[:5])
+        logger.info("%s: flags of %d tokens are not those of tokenizer.json: %s", folder, len(differing), said)
     with refusing_panics(str(path)):
-        backend.add_tokens([token for text, token in wanted.items() if repr(token) != repr(before.get(text))])
+        backend.add_tokens([wanted[text] for text in changed])
     ids = [(token.content, index, backend.token_to_id(token.content)) for index, token in configured]
     other = [f"{text!r} has the id {found}, not {index}" for text, index, found in ids if found != index]
     if other:
@@ -229,7 +233,10 @@ def _frame(backend: Backend, config: dict[str, Any], names: dict[str, str], path
         if not isinstance(wanted, bool) or text is None or backend.token_to_id(text) is None:
             continue
         before = sides[side]
-        if wanted == bool(before) or (before and text not in before):
+        if wanted == (text in before):
+            continue
+        if before and wanted:
+            logger.warning("%s: add_%s is true, which is ignored: tokenizer.json has %s there", path, name, before)
             continue
         sides[side] = [text] if wanted else []
         logger.info("%s: add_%s is %s: around a text are %s and %s, not %s", path, name, wanted, *sides, before)
@@ -269,9 +276,12 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str]
     if extra.is_dir():
         for path in sorted(extra.glob("*.jinja"))[: MAX_NAMED_TEMPLATES + 1]:
             named[path.stem] = _read_text(path) or ""
+    other = config.get("chat_template")
     if not named:
-        value = _read_json(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
+        value = _read_json(folder / "chat_template.json").get("chat_template", other)
         named = _named_templates(value, folder)
+    if isinstance(other, str) and named.get("default", other) != other:
+        logger.info("%s: tokenizer_config.json has another chat template; the newer file's is used", folder)
     if len(named) > MAX_NAMED_TEMPLATES:
         raise InvalidFileError(f"{folder} has more than {MAX_NAMED_TEMPLATES} chat templates")
     if not named:
