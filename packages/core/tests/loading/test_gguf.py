@@ -236,7 +236,6 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "tensor twice": (build([], [tensor("x", (2,)), tensor("x", (2,), 0, 32)], b"\0" * 40), "'x' appears twice"),
     "no dimensions": (build([], [tensor("x", ())], b"\0" * 80), "0 dimensions"),
     "five dimensions": (build([], [tensor("x", (1,) * 5)], b"\0" * 8), "5 dimensions"),
-    "dimension 0": (build([], [tensor("x", (4, 0))], b"\0" * 8), "elements are allowed"),
     "elements overflow": (build([], [tensor("x", (2**32, 2**32))], b"\0" * 8), "elements are allowed"),
     "row and block": (build([], [tensor("x", (48, 2), T.Q8_0)], b"\0" * 200), "multiple of 32"),
     "data beyond the file": (build([], [tensor("x", (3,))], b"\0" * 8), "would pass the file's end"),
@@ -245,6 +244,14 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "overlap": (build([], [tensor("a", (16,)), tensor("b", (2,), 0, 32)], b"\0" * 80), "'a' and 'b' overlap"),
     "same place": (build([], [tensor("a", (2,)), tensor("b", (2,))], b"\0" * 80), "overlap"),
 }
+
+
+def test_a_tensor_without_elements_takes_no_place(put: Callable[..., Path]) -> None:
+    table = [tensor("x", (4, 0)), tensor("y", (2,)), tensor("z", (0,), 0, 32), tensor("w", (2,), 0, 32)]
+    file = open_bytes(put, build([], table, b"\0" * 40))
+    shapes = {name: each.shape for name, each in file.tensors.items()}
+    assert shapes == {"x": (0, 4), "y": (2,), "z": (0,), "w": (2,)}
+    assert file.tensors["x"].load().shape == (0, 4)
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -7,11 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from candle_vllm.core import EngineConfig, InvalidFileError, UnsupportedModelError, WeightsError
 from candle_vllm.core.assembly.model import LoadedModel, load_model
+from candle_vllm.core.conversion.gguf_file import write_file
+from candle_vllm.core.loading.gguf import open_gguf
+from candle_vllm.core.models.registry import family_from_gguf
 from candle_vllm.core.testing.toy_model import TOY_VOCAB_SIZE, toy_config, write_toy_gguf, write_toy_model
 
 NAN = float("nan")
@@ -49,9 +53,9 @@ def with_generation_config(folder: Path, values: dict[str, Any]) -> Path:
         ("repetition_penalty", {}),
         ("do_sample", "no"),
         ("eos_token_id", "x"),
-        ("eos_token_id", -1),
+        ("eos_token_id", -2),
         ("eos_token_id", [258, True]),
-        ("eos_token_id", TOY_VOCAB_SIZE),
+        ("eos_token_id", 258.5),
     ],
     ids=lambda value: ascii(value)[:20],
 )
@@ -70,6 +74,77 @@ def test_defaults_take_their_own_types(tmp_path: Path) -> None:
         "temperature": (1.0, float),
     }
     assert loaded.eos_token_ids[:2] == (256, 258)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("value", [-1, TOY_VOCAB_SIZE, [100, -1, TOY_VOCAB_SIZE + 5], 100.0])
+def test_an_end_token_that_cannot_be_sampled_is_ignored_by_name(
+    file: str, value: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_toy_model(tmp_path, toy_config(eos_token_id=258))
+    path = tmp_path / file
+    said = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(said | {"eos_token_id": value}))
+    loaded = load(tmp_path)
+    listed = value if isinstance(value, list) else [value]
+    assert set(loaded.eos_token_ids) == {256, 258, *(index for index in listed if 0 <= index < TOY_VOCAB_SIZE)}
+    for index in listed:
+        said = f"{path}: eos_token_id {index} is ignored"
+        assert (said in caplog.text) == (not 0 <= index < TOY_VOCAB_SIZE)
+
+
+def test_a_count_may_be_written_with_a_point(tmp_path: Path) -> None:
+    folder = write_toy_model(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"max_position_embeddings": 64.0, "num_hidden_layers": 2.0})
+    )
+    loaded = load(folder)
+    assert (loaded.config.max_position, loaded.num_layers) == (64, 2)
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64.5}))
+    with pytest.raises(InvalidFileError, match=r"max_position_embeddings is 64\.5, not a int"):
+        load(folder)
+
+
+# ---- GGUF: numbers for each layer ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["attention.head_count", "attention.head_count_kv", "feed_forward_length"])
+@pytest.mark.parametrize("make", [list, np.array])
+def test_equal_numbers_for_each_layer_are_the_number(key: str, make: Any, tmp_path: Path) -> None:
+    with open_gguf(write_toy_gguf(tmp_path / "m.gguf")) as checkpoint:
+        plain, key = dict(checkpoint.metadata), f"llama.{key}"
+        number = plain[key]
+        _, wanted = family_from_gguf(plain, checkpoint)
+        _, found = family_from_gguf(plain | {key: make([number, number])}, checkpoint)
+        assert found == wanted
+        assert all(type(value) is type(getattr(wanted, name)) for name, value in vars(found).items())
+        with pytest.raises(UnsupportedModelError, match=rf"{key} is .*: layers of different sizes are not implemented"):
+            family_from_gguf(plain | {key: make([number, 2 * number])}, checkpoint)
+        for wrong in ([], [number], [number] * 3):
+            with pytest.raises(InvalidFileError, match=f"{key} is .*, not a int"):
+                family_from_gguf(plain | {key: make(wrong)}, checkpoint)
+
+
+# ---- files that are not models ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"general.architecture": "imatrix"}, "this is an importance matrix: use --imatrix"),
+        ({"general.type": "imatrix"}, "this is an importance matrix: use --imatrix"),
+        ({"general.type": "adapter"}, "this is an adapter: use --lora-modules"),
+        ({"general.type": "mmproj"}, "the vision tower of a model: use --mmproj"),
+        ({"general.architecture": "clip"}, "the vision tower of a model: use --mmproj"),
+    ],
+)
+def test_another_kind_of_file_is_refused_with_its_flag(metadata: dict[str, str], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "Tiny-Llama-Q4_K_M.gguf"
+    write_file(path, [], {"general.architecture": "llama", **metadata})
+    with pytest.raises(UnsupportedModelError, match=said) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
 
 
 # ---- messages --------------------------------------------------------------------------------------------------------

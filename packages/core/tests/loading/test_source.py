@@ -23,8 +23,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from candle_vllm.core.conversion.gguf_file import write_file
 from candle_vllm.core.errors import ModelNotFoundError, UnsupportedModelError
-from candle_vllm.core.loading.source import choose_weights, resolve
+from candle_vllm.core.loading.source import choose_weights, gguf_models, resolve
 from candle_vllm.core.progress import Progress, heard_by
 
 SAFETENSORS = ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"]
@@ -153,6 +154,62 @@ def test_a_folder_with_one_gguf_model(tmp_path: Path) -> None:
     fill(tmp_path / "g", ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf", "mmproj-m-f16.gguf", "imatrix.gguf"])
     files = resolve(str(tmp_path / "g"))
     assert (files.name, files.format, len(files.weights), files.tokenizer_folder) == ("g", "gguf", 2, None)
+
+
+def gguf(path: Path, **metadata: str) -> Path:
+    """A file with metadata alone; `type` and `architecture` are general keys."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(
+        path, [], {"general.architecture": "llama"} | {f"general.{key}": value for key, value in metadata.items()}
+    )
+    return path
+
+
+BESIDE = {
+    "Tiny-Llama-imatrix.gguf": {"type": "imatrix"},
+    "tiny-llama.imatrix.gguf": {"architecture": "imatrix"},
+    "Tiny-Llama-importance.gguf": {"type": "imatrix"},
+    "lora.gguf": {"type": "adapter"},
+    "vision-f16.gguf": {"type": "mmproj", "architecture": "clip"},
+    "projector.gguf": {"architecture": "clip"},
+    "mtp-Tiny-Llama-Q4_K_M.gguf": {"type": "model"},
+}
+
+
+@pytest.mark.parametrize("beside", [*([name] for name in BESIDE), list(BESIDE)], ids=lambda names: "+".join(names))
+@pytest.mark.parametrize("name", ["Tiny-Llama-Q4_K_M.gguf", "Tiny-imatrix-mmproj.gguf"])
+def test_what_lies_beside_a_model_is_told_by_its_contents(name: str, beside: list[str], tmp_path: Path) -> None:
+    for other in beside:
+        gguf(tmp_path / other, **BESIDE[other])
+    model = gguf(tmp_path / name, type="model")
+    assert resolve(str(tmp_path)).weights == (model,)
+    for other in beside:  # by its name it is opened, and says itself what it is
+        assert resolve(str(tmp_path), weight_file=other).weights == (tmp_path / other,)
+    assert resolve(str(tmp_path), weight_file="*Tiny*").weights == (model,)
+
+
+def test_a_folder_of_files_that_are_not_models(tmp_path: Path) -> None:
+    gguf(tmp_path / "a.gguf", type="imatrix")
+    with pytest.raises(ModelNotFoundError, match="importance matrices, adapters and vision towers are not models"):
+        resolve(str(tmp_path))
+    assert resolve(str(gguf(tmp_path / "other" / "mtp-a.gguf").parent)).name == "other"
+
+
+def test_of_several_models_that_of_the_folders_name(tmp_path: Path) -> None:
+    own = gguf(tmp_path / "tiny" / "tiny.gguf")
+    gguf(tmp_path / "tiny" / "another.gguf")
+    assert resolve(str(tmp_path / "tiny")).weights == (own,)
+    own.unlink()
+    gguf(tmp_path / "tiny" / "third.gguf")
+    with pytest.raises(ModelNotFoundError, match=r"holds 2 GGUF models: another\.gguf, third\.gguf"):
+        resolve(str(tmp_path / "tiny"))
+
+
+def test_what_a_repositorys_listing_says_is_no_model() -> None:
+    names = ["imatrix_unsloth.gguf", "m.imatrix.gguf", "M-iMatrix.gguf", "mmproj-F16.gguf", "mtp-m-Q8_0.gguf"]
+    assert gguf_models(["m-Q8_0.gguf", "m-imatrix-Q4_0.gguf", *names]) == {
+        name: (name,) for name in ("m-Q8_0.gguf", "m-imatrix-Q4_0.gguf")
+    }
 
 
 def test_home_and_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.loading.gguf import open_gguf
 from candle_vllm.core.loading.vocabulary import fit_tokenizer
-from candle_vllm.core.testing.toy_model import SPECIAL_TOKENS, TOY_VOCAB_SIZE, write_toy_model
+from candle_vllm.core.testing.toy_model import SPECIAL_TOKENS, TOY_VOCAB_SIZE, write_toy_gguf, write_toy_model
 from candle_vllm.core.text.tokenizer import Tokenizer
 
 TOKENS = 256 + len(SPECIAL_TOKENS)
@@ -55,6 +56,31 @@ def test_added_tokens_without_a_row_become_plain_text(tmp_path: Path, caplog: py
     assert "pad_token" not in tokenizer.special_tokens
     assert tokenizer.chat_template == Tokenizer.from_folder(folder).chat_template
     assert tokenizer.eos_token_ids[0] == 258
+
+
+def test_an_added_token_may_stand_in_the_vocabulary_too(tmp_path: Path) -> None:
+    """As of GGUF files, and of tokenizers that were saved anew with a padding token."""
+    names = {text: 256 + index for index, text in enumerate([*SPECIAL_TOKENS, "[PAD]"])}
+    folder = folder_with(tmp_path, "[PAD]", vocabulary=names, pad_token="[PAD]")
+    assert Tokenizer.from_folder(folder).encode("[PAD]") == [TOKENS]
+    ids = fit(folder, TOKENS).encode("a[PAD]b")
+    assert max(ids) < 256
+    assert fit(folder, TOKENS).decode(ids) == "a[PAD]b"
+
+
+def test_a_gguf_vocabulary_with_one_token_too_many(tmp_path: Path) -> None:
+    with open_gguf(write_toy_gguf(tmp_path / "m.gguf")) as checkpoint:
+        metadata = dict(checkpoint.metadata)
+    size = len(metadata["tokenizer.ggml.tokens"])
+    more = {"tokens": "[PAD]", "token_type": 3}
+    added = {key: [*metadata[key], value] for name, value in more.items() for key in [f"tokenizer.ggml.{name}"]}
+    tokenizer = Tokenizer.from_gguf({**metadata, **added, "tokenizer.ggml.padding_token_id": size})
+    assert tokenizer.encode("[PAD]") == [size]
+    fitted = fit_tokenizer(tokenizer, size, tmp_path)
+    assert fitted.vocab_size == size
+    assert size not in fitted.encode("a[PAD]b")
+    assert fitted.decode(fitted.encode("a[PAD]b")) == "a[PAD]b"
+    assert fitted.eos_token_ids == tuple(index for index in tokenizer.eos_token_ids if index < size)
 
 
 def test_a_vocabulary_beyond_the_rows_is_refused(tmp_path: Path) -> None:

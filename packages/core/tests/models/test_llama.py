@@ -20,6 +20,9 @@ from candle_vllm.core.engine.batch import BatchBuilder
 from candle_vllm.core.engine.eager_runner import EagerRunner
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.engine.sequence import Run, Sequence
+from candle_vllm.core.fields import read_json
+from candle_vllm.core.loading.safetensors import open_safetensors
+from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 
@@ -109,6 +112,50 @@ def test_saved_buffers_and_the_copy_of_a_tied_head_are_ignored(tmp_path: Path) -
     assert torch.equal(before, our_logits(folder, some_tokens(), LENGTH))
 
 
+@pytest.mark.parametrize("said", [True, False, None])
+@pytest.mark.parametrize("stored", ["own", "copy", "none"])
+def test_the_stored_head_wins_over_the_config(
+    said: bool | None, stored: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each of three keys with each of three files, against the same model whose two say the same."""
+    folder = write_toy_model(tmp_path / "model", toy_config(tie_word_embeddings=stored != "own"))
+    wanted = our_logits(folder, some_tokens(), LENGTH)
+    if stored == "copy":
+        embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+        _edited(folder, **{"lm_head.weight": embedding.clone()})
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": said}
+    (folder / "config.json").write_text(json.dumps(config))
+    caplog.clear()
+    assert torch.equal(our_logits(folder, some_tokens(), LENGTH), wanted)
+    about = [record.getMessage() for record in caplog.records if "tie_word_embeddings" in record.getMessage()]
+    wrong = {"none": "is not true, and no lm_head.weight is stored", "own": "is true, but lm_head.weight is not the"}
+    if (stored, said is True) in (("none", False), ("own", True)):
+        assert about[0].startswith(f"{folder / 'config.json'}: tie_word_embeddings {wrong[stored]}")
+    assert len(about) == ((stored, said is True) in (("none", False), ("own", True)))
+
+
+def test_a_head_that_differs_in_its_last_number_is_another(tmp_path: Path) -> None:
+    folder = write_toy_model(tmp_path, toy_config(tie_word_embeddings=True))
+    head = load_file(folder / "model.safetensors")["model.embed_tokens.weight"].clone()
+    for kind, tied in ((torch.float32, True), (torch.float64, True), (torch.float64, False), (torch.float32, False)):
+        if not tied:
+            head[-1, -1] += 1
+        _edited(folder, **{"lm_head.weight": head.to(kind)})
+        with open_safetensors(folder) as checkpoint:
+            _, config = family_from_hf(read_json(folder / "config.json"), folder / "config.json", checkpoint.tensors)
+        assert config.tie_embeddings == tied
+
+
+def test_a_tensor_without_elements_is_not_missed(tmp_path: Path) -> None:
+    folder = write_toy_model(tmp_path)
+    before = our_logits(folder, some_tokens(), LENGTH)
+    _edited(folder, **{"model.extra": torch.ones(0, 4)})
+    assert torch.equal(before, our_logits(folder, some_tokens(), LENGTH))
+    _edited(folder, **{"model.norm.weight": torch.ones(0)})
+    with pytest.raises(WeightsError, match=r"tensor model\.norm\.weight has shape \[0\]"):
+        our_logits(folder, some_tokens(), LENGTH)
+
+
 def _edited(folder: Path, **changes: torch.Tensor | None) -> None:
     weights = load_file(folder / "model.safetensors")
     for name, tensor in changes.items():
@@ -172,7 +219,6 @@ def test_what_is_not_implemented_is_refused_by_name(change: dict[str, Any], mess
         ({"num_hidden_layers": 4097}, "num_hidden_layers is 4097; it must be 1 to 4096"),
         ({"eos_token_id": 10**30}, "eos_token_id is 1000.*not a token id"),
         ({"eos_token_id": [-5]}, r"eos_token_id is \[-5\], not a token id"),
-        ({"eos_token_id": 272}, "eos_token_id is 272, and the model has only the tokens 0 to 271"),
     ],
 )
 def test_a_wrong_config_names_file_and_key(change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -227,12 +227,13 @@ def test_wrong_configs_are_named(config: dict[str, Any], kind: type[Exception], 
     [
         ({}, None, True),
         ({"tie_word_embeddings": False}, None, False),
-        ({"tie_word_embeddings": True}, ["model.x", "lm_head.weight"], False),
+        ({"tie_word_embeddings": True}, ["model.x", "lm_head.weight"], True),  # and the two are compared
+        ({}, ["model.x", "lm_head.weight"], False),
         ({}, ["model.x"], True),
         ({"tie_word_embeddings": False}, ["model.x"], False),
     ],
 )
-def test_a_stored_head_is_used_whatever_the_config_says(
+def test_a_stored_head_is_used_where_the_config_says_nothing(
     said: dict[str, Any], stored: list[str] | None, tied: bool
 ) -> None:
     config = gemma_4b() | said

@@ -22,7 +22,6 @@ from candle_vllm.core import (
     InvalidParameterError,
     PromptTooLongError,
     SamplingParams,
-    WeightsError,
 )
 from candle_vllm.core.assembly.model import LoadedModel, load_model
 from candle_vllm.core.engine.block_manager import BlockManager
@@ -455,10 +454,14 @@ def test_a_model_without_a_head_gives_vectors_alone(architecture: str, toy_model
             engine.generate([TEXTS[1]], GREEDY, use_tqdm=False)
 
 
-def test_a_missing_head_is_a_damaged_checkpoint(toy_model: Path, tmp_path: Path) -> None:
+def test_a_missing_head_makes_no_embedder_of_a_model_that_generates(
+    toy_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in vLLM: its class has a head, so that is the embedding table, and the log says so."""
     shutil.copytree(toy_model, tmp_path / "m")
     weights = load_file(tmp_path / "m" / "model.safetensors")
     weights.pop("lm_head.weight")
     save_file(weights, tmp_path / "m" / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"missing tensors \(1\): lm_head\.weight"):
-        load_model(EngineConfig(model=str(tmp_path / "m")), CPU, lambda *_: None)
+    loaded = load_model(EngineConfig(model=str(tmp_path / "m")), CPU, lambda *_: None)
+    assert (loaded.config.has_head, loaded.config.tie_embeddings) == (True, True)
+    assert "no lm_head.weight is stored: the embedding table is it" in caplog.text

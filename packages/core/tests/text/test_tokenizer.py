@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
 from candle_vllm.core.errors import InvalidFileError, InvalidParameterError, ModelLoadError, UnsupportedModelError
+from candle_vllm.core.text.chat_template import ChatTemplate
 from candle_vllm.core.text.gguf_vocab import read_gguf_vocab
 from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
 from candle_vllm.core.text.tokenizer import Tokenizer
@@ -202,8 +203,6 @@ HOSTILE: list[tuple[dict[str, Any], str]] = [
     (gpt2(merges=["h zz"]), "merges[0]"),
     (gpt2(merges=["a b"]), "merges[0]"),
     (gpt2(pre=["x"]), "pre"),
-    (gpt2(eos_token_id=260), "eos_token_id"),
-    (gpt2(eos_token_id=-5), "eos_token_id"),
     (gpt2(eos_token_id="x"), "eos_token_id"),
     (gpt2(eos_token_id=True), "eos_token_id"),
     (gpt2(add_bos_token="yes"), "add_bos_token"),
@@ -225,6 +224,32 @@ def test_hostile_metadata_is_refused_by_name(metadata: dict[str, Any], named: st
         Tokenizer.from_gguf(metadata)
     assert named in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("key", ["bos", "eos", "unknown", "padding", "seperator", "mask", "eot", "fim_pre", "fim_rep"])
+@pytest.mark.parametrize("value", [266, 10**9, -5])
+def test_an_id_beyond_the_vocabulary_is_ignored_by_name(key: str, value: int, caplog: pytest.LogCaptureFixture) -> None:
+    """As in llama.cpp, which takes the default of the kind of tokenizer."""
+    tokenizer = Tokenizer.from_gguf(spm(**{f"{key}_token_id": value}))
+    assert f"tokenizer.ggml.{key}_token_id is {value}, which is ignored" in caplog.text
+    without = Tokenizer.from_gguf({name: each for name, each in spm().items() if not name.endswith(f"{key}_token_id")})
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_ids) == (without.bos_token_id, without.eos_token_ids)
+    assert tokenizer.encode("hello") == without.encode("hello")
+
+
+@pytest.mark.parametrize(("template", "add", "begins"), [
+    ("{{ messages[0].content }}", True, True), ("{{ messages[0].content }}", False, False),
+    ("{{ bos_token }}{{ messages[0].content }}", True, True), ("{{ bos_token }}{{ messages[0].content }}", False, True),
+    ("<s>{{ messages[0].content }}", True, True), ("<s>{{ messages[0].content }}", False, True),
+])  # fmt: skip
+def test_a_chat_begins_with_the_token_that_the_file_puts_before_texts(template: str, add: bool, begins: bool) -> None:
+    tokenizer = Tokenizer.from_gguf(spm(add_bos_token=add) | {"tokenizer.chat_template": template})
+    assert isinstance(tokenizer.chat_template, str)
+    text = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens).render(
+        [{"role": "user", "content": "hello"}]
+    )
+    assert text == ("<s>hello" if begins else "hello")
+    assert Tokenizer.from_gguf(spm(add_bos_token=True) | {"tokenizer.chat_template": ""}).chat_template == ""
 
 
 def test_unsupported_model_says_what_is() -> None:

@@ -38,16 +38,33 @@ class Fields:
         return self.values.get(self.prefix + key) is not None
 
     def get(self, key: str, kind: type[T], default: Any = _REQUIRED) -> T:
-        """The value of `key`, which must be of `kind` (a float: finite); `default` where it is absent or null."""
-        value = self.values.get(self.prefix + key)
+        """The value of `key`, which must be of `kind` (a float: finite); `default` where it is absent or null.
+
+        A number of GGUF metadata may be a list with an entry for each layer, all equal.
+        """
+        value: Any = self.values.get(self.prefix + key)
         if value is None:
             if default is _REQUIRED:
                 raise InvalidFileError(f"{self.path}: {self.prefix + key} is missing")
             return default
-        if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            value = self._finite(key, value)
+        value = self._number(key, value, kind)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise InvalidFileError(f"{self.path}: {self.prefix + key} is {value!r:.80}, not a {kind.__name__}")
+        return value
+
+    def _number(self, key: str, value: Any, kind: type) -> Any:
+        """What is stored as a number of `kind`, where it can be one; anything else as it is."""
+        if kind in (int, float, bool) and hasattr(value, "__len__") and not isinstance(value, (str, dict)):
+            layers = list(value)
+            if layers and len(layers) == self.values.get(f"{self.prefix}block_count"):
+                if any(each != layers[0] for each in layers):
+                    said = f"{self.path}: {self.prefix + key} is {value!r:.80}"
+                    raise UnsupportedModelError(f"{said}: layers of different sizes are not implemented")
+                value = layers[0].item() if hasattr(layers[0], "item") else layers[0]
+        if kind is int and isinstance(value, float) and value.is_integer():
+            return int(value)  # some exporters write a count as 512.0
+        if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return self._finite(key, value)
         return value
 
     def _finite(self, key: str, value: float) -> float:
@@ -79,11 +96,12 @@ class Fields:
         """A nested mapping; empty where absent."""
         return Fields(self.get(key, dict, {}), self.path)
 
-    def token_ids(self, key: str) -> tuple[int, ...]:
-        """One token id, from 0 to 2^24, or a list of them, as a tuple."""
+    def token_ids(self, key: str, *, lowest: int = 0) -> tuple[int, ...]:
+        """One token id, from `lowest` to 2^24, or a list of them, as a tuple."""
         value = self.values.get(self.prefix + key)
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item <= MAX_COUNT for item in ids):
+        ids: list[Any] = [] if value is None else value if isinstance(value, list) else [value]
+        ids = [int(item) if isinstance(item, float) and item.is_integer() else item for item in ids]
+        if not all(type(item) is int and lowest <= item <= MAX_COUNT for item in ids):
             raise InvalidFileError(
                 f"{self.path}: {self.prefix + key} is {value!r:.80}, not a token id or a list of them"
             )

@@ -15,7 +15,7 @@ from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device
 from candle_vllm.core.errors import ModelLoadError
 from candle_vllm.core.fields import read_json
-from candle_vllm.core.loading.gguf import open_gguf
+from candle_vllm.core.loading.gguf import check_kind, open_gguf
 from candle_vllm.core.loading.source import ModelFiles, resolve
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.vocabulary import fit_tokenizer
@@ -86,6 +86,11 @@ def open_model(files: ModelFiles, device: Device) -> Opened:
     with naming(config_file(files)), room_for(f"the file of {files.name}", 0):
         if files.format == "gguf":
             gguf = open_gguf(files.weights[0])
+            try:
+                check_kind(gguf.metadata, gguf.path)
+            except BaseException:
+                gguf.close()
+                raise
             return Opened(files, gguf, gguf.metadata)
         if files.format == "dummy":
             from candle_vllm.core.assembly.dummy import open_dummy

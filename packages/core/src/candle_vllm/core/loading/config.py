@@ -76,7 +76,7 @@ class ModelConfig:
         num_experts: of a layer of experts; 0 where there are none.
         interleaved_rotary: q and k rows are stored in pairs of neighbours, and are brought to half-split order.
         has_head: it generates; else it has no head of its own, and gives vectors alone.
-        eos_token_ids: as far as the config names them.
+        eos_token_ids: as far as the config names them; the vocabulary may have no such token (-1).
     """
 
     model_type: str
@@ -160,7 +160,7 @@ def shared_from_hf(fields: Fields, model_type: str, *, eps: str = "rms_norm_eps"
         "rope": rope,
         "tie_embeddings": fields.get("tie_word_embeddings", bool, False),
         "sliding_windows": (None,) * layers,
-        "eos_token_ids": fields.token_ids("eos_token_id"),
+        "eos_token_ids": fields.token_ids("eos_token_id", lowest=-1),
     }
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import re
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -52,6 +53,15 @@ _NUMBERS = MappingProxyType(
 )
 _SMALLEST_PAIR = 8 + 1 + 4 + 1  # key length, one byte of key, value type, one byte of value
 _SMALLEST_TENSOR = 8 + 1 + 4 + 8 + 4 + 8  # name length, one byte of name, rank, one dimension, type, offset
+_OTHER_KINDS = MappingProxyType(
+    {
+        "imatrix": ("imatrix", "an importance matrix: use --imatrix"),
+        "adapter": ("adapter", "an adapter: use --lora-modules"),
+        "mmproj": ("mmproj", "the vision tower of a model: use --mmproj"),
+        "clip": ("mmproj", "the vision tower of a model: use --mmproj"),
+    }
+)
+"""What `general.type` or `general.architecture` says of files that are not models: their kind, and what takes them."""
 _PART_NAME = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 
 
@@ -207,14 +217,53 @@ def _read_version(header: _Header) -> int:
     return version
 
 
-def _read_metadata(header: _Header, count: int) -> dict[str, MetadataValue]:
+def _read_metadata(header: _Header, count: int, until: str = "") -> dict[str, MetadataValue]:
+    """The entries; with `until`, those before the first whose key begins so."""
     metadata: dict[str, MetadataValue] = {}
     for index in range(count):
         key = header.name(f"metadata key {index}", MAX_KEY_BYTES)
         if key in metadata:
             raise header.error(f"metadata key {key!r} appears twice")
+        if until and key.startswith(until):
+            break
         metadata[key] = header.value(header.u32(f"the type of {key!r}"), f"the value of {key!r}")
     return metadata
+
+
+def file_kind(path: Path) -> str:
+    """What a GGUF file is, as it says itself: "model", "imatrix", "adapter" or "mmproj".
+
+    Only the metadata before the vocabulary is read. Source: `general.type` of the GGUF specification; files of old
+    tools have none, and name an architecture of their own.
+
+    Raises:
+        InvalidFileError, UnsupportedModelError: as `GgufFile.open`.
+    """
+    file = MappedFile(path)
+    try:
+        header = _Header(file)
+        _read_version(header)
+        header.count("tensors", _SMALLEST_TENSOR, MAX_TENSORS)
+        pairs = header.count("metadata entries", _SMALLEST_PAIR, MAX_PAIRS)
+        return kind_of(_read_metadata(header, pairs, until="tokenizer."))
+    finally:
+        file.close()
+
+
+def kind_of(metadata: Mapping[str, object]) -> str:
+    """The kind of file that metadata are of: see `file_kind`."""
+    for key in ("general.architecture", "general.type"):
+        if (found := _OTHER_KINDS.get(str(metadata.get(key)))) is not None:
+            return found[0]
+    return "model"
+
+
+def check_kind(metadata: Mapping[str, object], path: Path) -> None:
+    """Raises UnsupportedModelError, with the flag that takes the file, where metadata are not of a model."""
+    kind = kind_of(metadata)
+    if kind != "model":
+        what = next(what for name, what in _OTHER_KINDS.values() if name == kind)
+        raise UnsupportedModelError(f"{path}: this is {what}, with the model as --m")
 
 
 def _alignment(header: _Header, metadata: dict[str, MetadataValue]) -> int:
@@ -247,8 +296,10 @@ def _read_tensor_entry(header: _Header, index: int) -> tuple[str, tuple[int, ...
     if not 1 <= rank <= MAX_DIMENSIONS:
         raise header.error(f"tensor {name!r} has {rank} dimensions, allowed are 1 to {MAX_DIMENSIONS}")
     dimensions = struct.unpack(f"<{rank}Q", header.take(8 * rank, f"the shape of {name!r}"))
-    if min(dimensions) == 0 or math.prod(dimensions) > MAX_ELEMENTS:
-        raise header.error(f"tensor {name!r} has the dimensions {dimensions}: 1 to {MAX_ELEMENTS} elements are allowed")
+    if math.prod(max(size, 1) for size in dimensions) > MAX_ELEMENTS:
+        raise header.error(
+            f"tensor {name!r} has the dimensions {dimensions}: at most {MAX_ELEMENTS} elements are allowed"
+        )
     code = header.u32(f"the type of {name!r}")
     try:
         ggml_type = GGMLQuantizationType(code)
@@ -279,7 +330,7 @@ def _place_tensor(
 
 def _check_overlaps(header: _Header, tensors: dict[str, FileTensor]) -> None:
     previous: FileTensor | None = None
-    for tensor in sorted(tensors.values(), key=lambda tensor: tensor.start):
+    for tensor in sorted((each for each in tensors.values() if each.nbytes), key=lambda tensor: tensor.start):
         if previous is not None and tensor.start < previous.start + previous.nbytes:
             raise header.error(
                 f"tensors {previous.name!r} and {tensor.name!r} overlap: the first ends at byte "
@@ -370,4 +421,4 @@ def _merge(parts: list[GgufFile]) -> dict[str, FileTensor]:
     return tensors
 
 
-__all__ = ["GgufFile", "MetadataValue", "open_gguf", "split_names"]
+__all__ = ["GgufFile", "MetadataValue", "check_kind", "file_kind", "kind_of", "open_gguf", "split_names"]

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import msgspec
 
 from candle_vllm.core.config import DEMO, LoadFormat, demo_model, is_demo
-from candle_vllm.core.errors import ConfigError, ModelNotFoundError, UnsupportedModelError
-from candle_vllm.core.loading.gguf import split_names
+from candle_vllm.core.errors import ConfigError, ModelLoadError, ModelNotFoundError, UnsupportedModelError
+from candle_vllm.core.loading.gguf import file_kind, split_names
 from candle_vllm.core.loading.safetensors import INDEX_FILE, SINGLE_FILE, safetensors_files
 from candle_vllm.core.progress import Progress, teller
 from candle_vllm.core.setting_kinds import nearest
@@ -189,7 +189,7 @@ def _from_folder(folder: Path, name: str, weight_file: str | None, *, subfolders
     deep = subfolders or weight_file is not None
     files = (path for path in folder.glob("**/*" if deep else "*") if path.is_file())
     names = sorted(path.relative_to(folder).as_posix() for path in files)
-    chosen = choose_weights(names, weight_file, str(folder))
+    chosen = choose_weights(names, weight_file, str(folder), folder)
     if chosen:
         weights, format = tuple(folder / part for part in chosen), "gguf"
     else:
@@ -219,20 +219,27 @@ def _files(
     )
 
 
-def choose_weights(names: Sequence[str], weight_file: str | None, where: str) -> tuple[str, ...]:
+def choose_weights(
+    names: Sequence[str], weight_file: str | None, where: str, folder: Path | None = None
+) -> tuple[str, ...]:
     """Which of a folder's files are the weights: the parts of one GGUF model, or () for its safetensors.
 
     Args:
         names: paths inside the folder, with forward slashes.
         weight_file: see `resolve`.
         where: the folder or repository, for messages.
+        folder: where the files are; None where there are only their names.
     """
     top = [name for name in names if "/" not in name]
     if weight_file is None and "config.json" in top and any(name.endswith(".safetensors") for name in top):
         return ()
-    models = gguf_models(names)
+    if weight_file is not None and weight_file in names and weight_file.endswith(".gguf"):
+        return _parts(PurePosixPath(weight_file))
+    models = gguf_models(names, folder)
     if weight_file is not None:
         models = _matching(models, weight_file, where)
+    elif folder is not None and (own := f"{folder.resolve().name}.gguf") in models:  # as llama.cpp has it
+        return models[own]
     if len(models) == 1:
         return next(iter(models.values()))
     if models:
@@ -243,18 +250,39 @@ def choose_weights(names: Sequence[str], weight_file: str | None, where: str) ->
         raise ModelNotFoundError(f"{where} holds safetensors but no config.json, which says what model they are")
     if any(name.endswith(PICKLES) for name in top):
         raise _pickle_error(where)
-    raise ModelNotFoundError(f"{where} holds neither config.json with *.safetensors nor a *.gguf file")
+    raise ModelNotFoundError(
+        f"{where} holds neither config.json with *.safetensors nor a GGUF model; importance matrices, adapters and "
+        "vision towers are not models"
+    )
 
 
-def gguf_models(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """First part -> all parts, of every GGUF model; vision projectors and importance matrices are none."""
+def gguf_models(names: Iterable[str], folder: Path | None = None) -> dict[str, tuple[str, ...]]:
+    """First part -> all parts, of every GGUF model.
+
+    Vision projectors, importance matrices, adapters and drafts are left out. What a file is stands in it, where
+    `folder` has it; a repository's listing has names alone.
+    """
     models: dict[str, tuple[str, ...]] = {}
     for name in names:
         path = PurePosixPath(name)
-        if path.suffix == ".gguf" and "mmproj" not in path.name.lower() and not path.name.startswith("imatrix"):
-            parts = tuple(path.with_name(part).as_posix() for part in split_names(path.name))
+        if path.suffix == ".gguf" and _is_model(path, folder):
+            parts = _parts(path)
             models[parts[0]] = parts
-    return models
+    # Nothing in the file of a draft (multi-token prediction) tells it from its model.
+    return {
+        first: parts for first, parts in models.items() if not PurePosixPath(first).name.startswith("mtp-")
+    } or models
+
+
+def _parts(path: PurePosixPath) -> tuple[str, ...]:
+    return tuple(path.with_name(part).as_posix() for part in split_names(path.name))
+
+
+def _is_model(name: PurePosixPath, folder: Path | None) -> bool:
+    with suppress(ModelLoadError, ModelNotFoundError):  # of what cannot be read, the name says what it is
+        if folder is not None:
+            return file_kind(folder / name) == "model"
+    return re.search(r"mmproj|^imatrix|imatrix\.gguf$", name.name.lower()) is None
 
 
 def _matching(models: dict[str, tuple[str, ...]], weight_file: str, where: str) -> dict[str, tuple[str, ...]]:
@@ -262,8 +290,7 @@ def _matching(models: dict[str, tuple[str, ...]], weight_file: str, where: str) 
         raise ModelNotFoundError(
             f"weight_file {weight_file!r:.200} is neither the name of a .gguf file nor a pattern such as *Q4_K_M*"
         )
-    exact = {first: parts for first, parts in models.items() if weight_file in parts}
-    found = exact or {
+    found = {
         first: parts
         for first, parts in models.items()
         if any(fnmatch.fnmatchcase(name, weight_file) for part in parts for name in (part, PurePosixPath(part).name))

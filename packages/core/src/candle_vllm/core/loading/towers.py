@@ -178,12 +178,10 @@ def of_tower(name: str) -> bool:
 
 
 def _ids(config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
-    return Fields(config, path).token_ids("eos_token_id")
+    return Fields(config, path).token_ids("eos_token_id", lowest=-1)
 
 
 def _tied(parts: Iterable[Fields], tensors: Collection[str] | None) -> bool:
-    """A head that is stored is used, as transformers does; else the embedding table, unless the config forbids it."""
-    if tensors is not None and any(name.startswith("lm_head.") for name in tensors):
-        return False
+    """Whether either part of the config says so; where neither says anything, whether no head is stored."""
     said = [part.get("tie_word_embeddings", bool) for part in parts if "tie_word_embeddings" in part]
-    return not said or any(said)
+    return any(said) if said else tensors is None or not any(name.startswith("lm_head.") for name in tensors)

@@ -1,20 +1,29 @@
 # SPDX-License-Identifier: MIT
-"""Decoders without a head, as many embedding models are published: their class, their names, and what they can do.
+"""The head of a decoder: whether it has one, and whether it is the embedding table.
 
-Stands before step 1 of a request's life. Such a checkpoint was saved from the base model: it may name that class
-(`Qwen3Model`), its tensors lack the prefix `model.`, and there is no `lm_head`.
+Stands before step 1 of a request's life. Many embedding models are published without a head: such a checkpoint was
+saved from the base model, may name that class (`Qwen3Model`), its tensors lack the prefix `model.`, and there is no
+`lm_head`. Of a checkpoint with a head, config.json and the tensors may say different things.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import numpy as np
 
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.quantization.tensors import StoredTensor
 
-_PREFIX = "model."
+logger = logging.getLogger(__name__)
+
+_PREFIX, _HEAD = "model.", "lm_head.weight"
+_COMPARED = 1 << 22  # numbers at a time
 _ENDS = ("TextModel", "Model")
 
 
@@ -54,3 +63,42 @@ def without_head(
     if decoder_class(name, known) != name or (bare and headless and not config.tie_embeddings):
         return dataclasses.replace(config, tie_embeddings=True, has_head=False)
     return config
+
+
+def head_as_stored(config: ModelConfig, tensors: Mapping[str, StoredTensor] | None, path: Path) -> ModelConfig:
+    """The config with the head that is stored: where `tie_word_embeddings` says otherwise, the tensors win.
+
+    Args:
+        config: what was read of config.json.
+        tensors: what the checkpoint holds, `prefixed`; None where there is nothing to look at.
+        path: config.json, for the log.
+    """
+    head, table = (None if tensors is None else tensors.get(name) for name in (_HEAD, f"{_PREFIX}embed_tokens.weight"))
+    if table is None or not config.has_head or config.tie_embeddings == (head is None):
+        return config
+    if head is None:
+        logger.warning(
+            "%s: tie_word_embeddings is not true, and no %s is stored: the embedding table is it", path, _HEAD
+        )
+    elif _equal(head, table):
+        return config
+    else:
+        logger.warning("%s: tie_word_embeddings is true, but %s is not the embedding table: it is used", path, _HEAD)
+    return dataclasses.replace(config, tie_embeddings=head is None)
+
+
+def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two matrices have the same values; some rows at a time, for each may have a gigabyte."""
+    if one.shape != other.shape or one.quantised != other.quantised:
+        return False
+    step = max(1, _COMPARED // max(1, math.prod(one.shape[1:])))
+    for first in range(0, one.shape[0], step):
+        last = min(first + step, one.shape[0])
+        left, right = one.rows(first, last), other.rows(first, last)
+        if one.type_name == other.type_name:
+            same = np.array_equal(left.raw(), right.raw())
+        else:
+            same = np.array_equal(left.load(), right.load(), equal_nan=True)
+        if not same:
+            return False
+    return True

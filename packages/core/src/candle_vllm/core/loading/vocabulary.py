@@ -3,7 +3,7 @@
 
 The two are often of different size. Rows without a token are harmless. A token without a row is not: a plain text would
 become an id that the model cannot take. Tokens that were added to a finished vocabulary (a padding token that someone
-registered and never trained) are taken out, and their text is read as plain text; a token of the vocabulary itself, or
+registered and never trained) are taken out, and their text is read as plain text; another token of the vocabulary, or
 one that begins or ends texts, cannot be missed, and the model is refused.
 """
 
@@ -51,19 +51,32 @@ def end_tokens(config: ModelConfig, generation: Fields, tokenizer: Tokenizer, so
         tokenizer: as `fit_tokenizer` made it.
         source: the file of `config`, for messages.
 
-    Raises:
-        InvalidFileError: one that the model has no row for.
+    An id that the model has no row for can never be sampled: it is left out, and logged.
     """
-    named = generation.token_ids("eos_token_id")
-    for path, ids in ((generation.path, named), (source, config.eos_token_ids)):
-        _check_rows(ids, config.vocab_size, f"{path}: eos_token_id")
-    return tuple(dict.fromkeys((*named, *config.eos_token_ids, *tokenizer.eos_token_ids)))
+    found: list[int] = []
+    for path, ids in (
+        (generation.path, generation.token_ids("eos_token_id", lowest=-1)),
+        (source, config.eos_token_ids),
+    ):
+        for index in ids:
+            if 0 <= index < config.vocab_size:
+                found.append(index)
+            else:
+                logger.warning(
+                    "%s: eos_token_id %d is ignored: the model has the tokens 0 to %d",
+                    path,
+                    index,
+                    config.vocab_size - 1,
+                )
+    return tuple(dict.fromkeys((*found, *tokenizer.eos_token_ids)))
 
 
 def _without_extra_tokens(tokenizer: Tokenizer, size: int, rows: int, source: Path) -> Tokenizer:
     backend = tokenizer.backend
     sizes = f"{source}: the tokenizer has {size} token ids and the model's embedding has {rows} rows"
-    extra = {text: index for text, index in backend.get_vocab(with_added_tokens=False).items() if index >= rows}
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    vocabulary = backend.get_vocab(with_added_tokens=False)
+    extra = {text: index for text, index in vocabulary.items() if index >= rows and text not in added}
     if extra:
         raise InvalidFileError(
             f"{sizes}; {len(extra)} tokens of the vocabulary have none (the first is {min(extra.values())}): "
@@ -81,6 +94,7 @@ def _without_extra_tokens(tokenizer: Tokenizer, size: int, rows: int, source: Pa
         eos_token_ids=[index for index in tokenizer.eos_token_ids if index < rows],
         special_tokens=names,
         chat_template=tokenizer.chat_template,
+        response_template=tokenizer.response_template,
     )
 
 
@@ -92,6 +106,11 @@ def _remove_added(backend: Backend, rows: int, source: Path) -> Backend:
     """A copy without the added tokens from `rows` on; the library has no way to take one out of a live tokenizer."""
     data = json.loads(backend.to_str())
     data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] < rows]
+    model = data["model"]
+    if isinstance(model["vocab"], list):
+        model["vocab"] = model["vocab"][:rows]
+    else:
+        model["vocab"] = {text: index for text, index in model["vocab"].items() if index < rows}
     with refusing_panics(str(source)):
         return Backend.from_str(json.dumps(data))
 

@@ -276,7 +276,11 @@ def _match(
                 f"tensor {name} has shape {list(stored.shape)}; the model's config asks for {list(place.shape)}"
             )
         jobs.append((stored, place, path))
-    rest = (name for name, tensor in checkpoint.tensors.items() if name not in used and not isinstance(tensor, Spare))
+    rest = (
+        name
+        for name, tensor in checkpoint.tensors.items()
+        if name not in used and tensor.numel and not isinstance(tensor, Spare)
+    )
     unexpected = [name for name in rest if not _matches(name, ignored)]
     if missing or unexpected or misshapen:
         raise WeightsError(f"{checkpoint.path}: {_mismatch(list(dict.fromkeys(missing)), unexpected, misshapen)}")

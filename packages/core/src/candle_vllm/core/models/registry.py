@@ -14,7 +14,7 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.config import EncoderConfig, ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.towers import TOWERS, text_fields
-from candle_vllm.core.loading.trunks import decoder_class, without_head
+from candle_vllm.core.loading.trunks import decoder_class, head_as_stored, without_head
 from candle_vllm.core.models.family import EncoderFamily, Family, TowerFamily
 from candle_vllm.core.quantization.tensors import StoredTensor
 
@@ -150,7 +150,7 @@ def family_from_hf(
     name = decoder_class(named, HF_FAMILIES)
     family = _find(name, HF_FAMILIES, path, [*TOWERS, *HF_ENCODERS])
     found = family.config_from_hf(fields, family.hf[name])
-    return family, without_head(named, found, HF_FAMILIES, tensors)
+    return family, head_as_stored(without_head(named, found, HF_FAMILIES, tensors), tensors, path)
 
 
 def family_from_gguf(metadata: Mapping[str, Any], checkpoint: Checkpoint) -> tuple[Family, ModelConfig]:

@@ -100,15 +100,21 @@ def _added(vocab: GgufVocab, ids: set[int], *, special: bool) -> list[AddedToken
 
 
 def _frame(backend: Tokenizer, vocab: GgufVocab) -> None:
-    """BOS before and EOS behind a prompt, as the file asks."""
+    """BOS before and EOS behind a prompt, as the file asks; before a pair BOS once, as BERT's and llama.cpp's."""
     before = [vocab.ids["bos"]] if vocab.add_bos else []
     behind = [vocab.ids["eos"]] if vocab.add_eos else []
     if before or behind:
-        set_frame(backend, [(vocab.tokens[i], i) for i in before], [(vocab.tokens[i], i) for i in behind])
+        texts = [[(vocab.tokens[i], i) for i in side] for side in (before, behind)]
+        set_frame(backend, *texts, again=False)
 
 
-def set_frame(backend: Tokenizer, before: list[tuple[str, int]], behind: list[tuple[str, int]]) -> None:
-    """Makes `backend` put the (text, id) pairs of `before` and `behind` around every prompt."""
+def set_frame(
+    backend: Tokenizer, before: list[tuple[str, int]], behind: list[tuple[str, int]], *, again: bool = True
+) -> None:
+    """Makes `backend` put the (text, id) pairs of `before` and `behind` around every prompt.
+
+    With `again`, as transformers does, the second text of a pair has `before` too.
+    """
     # The template's grammar splits at spaces and colons, so the tokens go under names of ours.
     head = [f"HEAD{i}" for i in range(len(before))]
     tail = [f"TAIL{i}" for i in range(len(behind))]
@@ -116,8 +122,9 @@ def set_frame(backend: Tokenizer, before: list[tuple[str, int]], behind: list[tu
         {"id": name, "ids": [index], "tokens": [text]}
         for name, (text, index) in zip((*head, *tail), (*before, *behind))
     ]
+    first, second = [*head, "$A", *tail], [*(head if again else []), "$B", *tail]
     backend.post_processor = processors.TemplateProcessing(
-        single=[*head, "$A", *tail], pair=[*head, "$A", *tail, *head, "$B", *tail], special_tokens=tokens
+        single=first, pair=[*first, *(f"{piece}:1" for piece in second)], special_tokens=tokens
     )
 
 

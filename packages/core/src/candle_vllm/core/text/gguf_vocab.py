@@ -169,7 +169,10 @@ class _Reader:
         if value in (-1, (1 << 32) - 1):
             return None
         if not 0 <= value < size:
-            raise InvalidFileError(f"{PREFIX}{key} is {value}; the vocabulary has the ids 0 to {size - 1}")
+            logger.warning(
+                "%s%s is %d, which is ignored: the vocabulary has the ids 0 to %d", PREFIX, key, value, size - 1
+            )
+            return None
         return value
 
     def array(self, key: str, most: int) -> list[Any] | None:

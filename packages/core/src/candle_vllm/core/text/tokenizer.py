@@ -30,7 +30,7 @@ class Tokenizer:
         vocab_size: one more than the highest token id.
         bos_token_id: the token that begins a text, or None.
         eos_token_ids: the tokens that end a turn, the vocabulary's own end-of-sequence token first.
-        special_tokens: texts of `bos_token`, `eos_token`, `pad_token` and `unk_token` as far as known, for templates.
+        special_tokens: texts of `bos_token`, `eos_token` and every other token that has a name, for templates.
         chat_template: the template that came with the vocabulary, several by name, or None.
         response_template: the form of an answer, where the tokenizer's configuration tells it.
         strips_leading_space: a text starts without the space that its first token carries (SentencePiece).
@@ -110,7 +110,7 @@ class Tokenizer:
             bos_token_id=vocab.ids.get("bos"),
             eos_token_ids=_gguf_eos_ids(vocab),
             special_tokens={names[name]: vocab.tokens[index] for name, index in vocab.ids.items() if name in names},
-            chat_template=_gguf_chat_template(metadata),
+            chat_template=_gguf_chat_template(metadata, vocab.tokens[vocab.ids["bos"]] if vocab.add_bos else None),
             named_ids=vocab.ids,
             tokens=vocab.numbers,
         )
@@ -248,12 +248,15 @@ def _gguf_eos_ids(vocab: GgufVocab) -> list[int]:
     return [*named, *sorted(end_of_turn_ids(texts) | end_of_file_ids(texts, vocab.ids))]
 
 
-def _gguf_chat_template(metadata: Mapping[str, object]) -> ChatTemplateSource | None:
+def _gguf_chat_template(metadata: Mapping[str, object], bos: str | None) -> ChatTemplateSource | None:
+    """The file's templates; as in llama.cpp, a chat begins with `bos`, the token that the file puts before texts."""
     templates: dict[str, str] = {}
     for key, value in metadata.items():
         if key == _CHAT_TEMPLATE or key.startswith(f"{_CHAT_TEMPLATE}."):
             if not isinstance(value, str):
                 raise InvalidFileError(f"{key} must be a string, not {type(value).__name__}")
+            if value and bos is not None and "bos_token" not in value and bos not in value:
+                value = "{{ bos_token }}" + value
             templates[key.removeprefix(_CHAT_TEMPLATE).removeprefix(".") or "default"] = value
     if len(templates) > _MAX_NAMED_TEMPLATES:
         raise InvalidFileError(f"the file has {len(templates)} chat templates; at most {_MAX_NAMED_TEMPLATES} allowed")

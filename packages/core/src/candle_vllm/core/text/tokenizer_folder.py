@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
 """A tokenizer from a Hugging Face model folder (loading, before step 3 of a request can run).
 
-tokenizer.json holds the vocabulary and its rules; tokenizer_config.json and special_tokens_map.json say which tokens
-play which part; the chat template stands in one of four places, the newest first: chat_template.jinja with
-additional_chat_templates/, chat_template.json, tokenizer_config.json. generation_config.json belongs to the model, not
-to the tokenizer: loading/model.py reads it.
+tokenizer.json holds the vocabulary and its rules; tokenizer_config.json, special_tokens_map.json and added_tokens.json
+say which tokens are special and which play which part (docs/models.md says which file wins); the chat template stands
+in one of four places, the newest first: chat_template.jinja with additional_chat_templates/, chat_template.json,
+tokenizer_config.json. generation_config.json belongs to the model, not to the tokenizer: loading/model.py reads it.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.text.gguf_backend import refusing_panics, set_frame
 from candle_vllm.core.text.special_tokens import end_of_turn_ids
 
+logger = logging.getLogger(__name__)
+
 MAX_TOKENIZER_FILE = 256 << 20  # bytes
 MAX_SMALL_FILE = 32 << 20
 MAX_NAMED_TEMPLATES = 64
-_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 
 
 @dataclass
@@ -42,11 +46,13 @@ class FolderParts:
 def load_folder(folder: Path) -> FolderParts:
     """Reads the tokenizer files of `folder`; errors as `Tokenizer.from_folder`."""
     backend = _load_backend(folder)
-    config = _read_json(folder / "tokenizer_config.json")
-    names = {**_token_names(folder / "special_tokens_map.json"), **_token_names(folder / "tokenizer_config.json")}
-    _add_configured_tokens(backend, config, names, folder / "tokenizer_config.json")
+    path = folder / "tokenizer_config.json"
+    config = _read_json(path)
+    named, extra = _special_tokens(config, folder)
+    _add_tokens(backend, config, [*named.values(), *extra], folder)
+    names = {name: _content(value) for name, value in named.items()}
     ids = {name: backend.token_to_id(text) for name, text in names.items()}
-    _frame(backend, config, names)
+    _frame(backend, config, names, path)
     return FolderParts(
         backend=backend,
         bos_token_id=ids.get("bos_token"),
@@ -111,53 +117,150 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _token_names(path: Path) -> dict[str, str]:
-    """bos_token and its kind; each is a text or an object with `content`."""
-    names = {}
-    config = _read_json(path)
-    for name in _NAMES:
-        value = config.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if value is None:
-            continue
-        if not isinstance(value, str):
+def _special_tokens(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[Any]]:
+    """The tokens that have a name (`bos_token`, every other key that ends in `_token`), and the nameless special ones.
+
+    Each is a text or an object with `content`. Which of two files wins is transformers' rule: tokenizer_config.json
+    where it has `added_tokens_decoder`, else special_tokens_map.json.
+    """
+    paths = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
+    files = [(config, paths[0]), (_read_json(paths[1]), paths[1])]
+    (values, path), (weaker, shadowed) = files if config.get("added_tokens_decoder") is not None else files[::-1]
+    named: dict[str, Any] = {}
+    extra: list[Any] = []
+    for part, of in ((values, path), (weaker, shadowed)):
+        for key in ("extra_special_tokens", "additional_special_tokens"):
+            more = part.get(key) or []
+            part = {**more, **part} if isinstance(more, dict) else part
+            extra += more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
+        for name in (name for name in part if name.endswith("_token")):
+            text = _text(part[name], name, of)
+            if text is not None and (found := _text(named.setdefault(name, part[name]), name, path)) != text:
+                logger.warning("%s: %s is %r; %s says %r, which is ignored", path, name, found, of.name, text)
+    return named, [value for value in extra if _text(value, "", path) is not None]
+
+
+def _text(value: Any, name: str, path: Path) -> str | None:
+    """The text of a token under the key `name`; None where `value` is no token."""
+    value = _content(value)
+    if value is not None and not isinstance(value, str):
+        if name in _NAMES:
             raise InvalidFileError(f"{path}: {name} must be a text, not {type(value).__name__}")
-        names[name] = value
-    return names
+        return None
+    return value or None
 
 
-def _add_configured_tokens(backend: Backend, config: dict[str, Any], names: dict[str, str], path: Path) -> None:
-    """Tokens that only tokenizer_config.json knows are part of the vocabulary too."""
-    extra = config.get("added_tokens_decoder") or {}
-    if not isinstance(extra, dict):
-        raise InvalidFileError(f"{path}: added_tokens_decoder must be an object, not {type(extra).__name__}")
-    flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
-    known = backend.get_added_tokens_decoder()
-    tokens = []
-    for index, entry in sorted(extra.items(), key=lambda item: (len(item[0]), item[0])):
+def _content(value: Any) -> Any:
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def _add_tokens(backend: Backend, config: dict[str, Any], special: list[Any], folder: Path) -> None:
+    """Adds the tokens that the files beside tokenizer.json know, and sets the flags that these give to its own.
+
+    A token is special where any file says so, and special tokens are found in the text as it is written.
+    """
+    path = folder / "tokenizer_config.json"
+    before = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    configured = _configured_tokens(config, set(map(_content, special)), folder)
+    wanted = dict(before)
+    for _, token in configured:
+        text = token.content
+        if text in before and config.get("added_tokens_decoder") is None:
+            continue  # tokenizer.json knows more of a token than added_tokens.json
+        wanted[text] = _with(token, special=token.special or (text in before and before[text].special))
+    for value in special:
+        text = _content(value)
+        given = value if isinstance(value, dict) else {"content": text, "normalized": False}
+        wanted[text] = _with(wanted.get(text) or _added(given), special=True)
+    for text, token in wanted.items():
+        if token.special and token.normalized and _torn(backend, text):
+            wanted[text] = _with(token, normalized=False)
+    changed = [text for text, token in wanted.items() if repr(token) != repr(before.get(text))]
+    if differing := [text for text in changed if text in before]:
+        said = ", ".join(repr(wanted[text]) for text in differing[:5])
+        logger.info("%s: flags of %d tokens are not those of tokenizer.json: %s", folder, len(differing), said)
+    with refusing_panics(str(path)):
+        backend.add_tokens([wanted[text] for text in changed])
+    ids = [(token.content, index, backend.token_to_id(token.content)) for index, token in configured]
+    other = [f"{text!r} has the id {found}, not {index}" for text, index, found in ids if found != index]
+    if other:
+        logger.warning("%s: tokenizer.json has other ids of %d tokens: %s", folder, len(other), ", ".join(other[:5]))
+
+
+def _configured_tokens(config: dict[str, Any], special: set[str], folder: Path) -> list[tuple[int, AddedToken]]:
+    """Ids and tokens of `added_tokens_decoder`, in order; where there is none, those of added_tokens.json."""
+    path, entries = folder / "tokenizer_config.json", config.get("added_tokens_decoder")
+    if entries is None:
+        path, ids = folder / "added_tokens.json", _read_json(folder / "added_tokens.json")
+        if not all(text and type(index) is int for text, index in ids.items()):
+            raise InvalidFileError(f"{path}: every token must have a text and a number")
+        flags = {text: {"special": text in special, "normalized": text not in special} for text in ids}
+        return [(ids[text], _added({"content": text, **flags[text]})) for text in sorted(ids, key=ids.__getitem__)]
+    if not isinstance(entries, dict):
+        raise InvalidFileError(f"{path}: added_tokens_decoder must be an object, not {type(entries).__name__}")
+    for index, entry in entries.items():
         if not isinstance(entry, dict) or not isinstance(entry.get("content"), str) or not index.isdecimal():
             raise InvalidFileError(f"{path}: added_tokens_decoder[{index!r:.40}] must be an object with content")
-        if int(index) not in known:
-            tokens.append(
-                AddedToken(entry["content"], **{flag: entry[flag] is True for flag in flags if flag in entry})
-            )
-    named = [AddedToken(text, normalized=False, special=True) for text in names.values()]
-    missing = [token for token in named if backend.token_to_id(token.content) is None]
-    with refusing_panics(str(path)):
-        backend.add_tokens(tokens)
-        backend.add_special_tokens(missing)
+    return [(int(index), _added(entries[index])) for index in sorted(entries, key=lambda each: (len(each), each))]
 
 
-def _frame(backend: Backend, config: dict[str, Any], names: dict[str, str]) -> None:
-    """add_bos_token and add_eos_token, where the folder says either; as transformers does, they replace the rule."""
-    if not isinstance(config.get("add_bos_token"), bool) and not isinstance(config.get("add_eos_token"), bool):
+def _added(entry: dict[str, Any]) -> AddedToken:
+    return AddedToken(entry["content"], **{flag: entry[flag] is True for flag in _FLAGS if flag in entry})
+
+
+def _with(token: AddedToken, **flags: bool) -> AddedToken:
+    return AddedToken(token.content, **{flag: getattr(token, flag) for flag in _FLAGS} | flags)
+
+
+def _torn(backend: Backend, text: str) -> bool:
+    """Whether a normalised token is not found behind a letter: Llama 2's normaliser puts a space before it."""
+    rule = backend.normalizer
+    return rule is not None and not rule.normalize_str(f"a{text}").endswith(rule.normalize_str(text))
+
+
+def _frame(backend: Backend, config: dict[str, Any], names: dict[str, str], path: Path) -> None:
+    """Changes the frame of tokenizer.json on the sides of which add_bos_token and add_eos_token say something else.
+
+    A key that is absent, or whose token has no name, says nothing. True adds the token on a side that is empty; false
+    takes away a side that has the token. A side of other tokens stays.
+    """
+    sides = _sides(backend)
+    if sides is None:
         return
-    around = []
-    for flag, name in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token")):
-        index = backend.token_to_id(names[name]) if config.get(flag) and name in names else None
-        around.append([] if index is None else [(names[name], index)])
-    set_frame(backend, *around)
+    changed = False
+    for side, name in enumerate(("bos_token", "eos_token")):
+        wanted, text = config.get(f"add_{name}"), names.get(name)
+        if not isinstance(wanted, bool) or text is None or backend.token_to_id(text) is None:
+            continue
+        before = sides[side]
+        if wanted == (text in before):
+            continue
+        if before and wanted:
+            logger.warning("%s: add_%s is true, which is ignored: tokenizer.json has %s there", path, name, before)
+            continue
+        sides[side] = [text] if wanted else []
+        logger.info("%s: add_%s is %s: around a text are %s and %s, not %s", path, name, wanted, *sides, before)
+        changed = True
+    if changed:
+        before, behind = ([(text, backend.token_to_id(text) or 0) for text in side] for side in sides)
+        set_frame(backend, before, behind)
+
+
+def _sides(backend: Backend) -> list[list[str]] | None:
+    """The tokens that tokenizer.json puts before and behind a text; None where its rule is not one such template."""
+    rule = backend.post_processor
+    state = None if rule is None else msgspec.json.decode(rule.__getstate__())
+    steps = [] if state is None else state.get("processors", [state])
+    templates = [step["single"] for step in steps if step["type"] == "TemplateProcessing"]
+    if len(templates) > 1 or any(step["type"] not in ("TemplateProcessing", "ByteLevel") for step in steps):
+        return None
+    pieces = templates[0] if templates else [{"Sequence": {}}]
+    places = [place for place, piece in enumerate(pieces) if "Sequence" in piece]
+    if len(places) != 1:
+        return None
+    parts = pieces[: places[0]], pieces[places[0] + 1 :]
+    sides: list[list[str]] = [[piece["SpecialToken"]["id"] for piece in part] for part in parts]
+    return sides if all(backend.token_to_id(text) is not None for side in sides for text in side) else None
 
 
 def _eos_ids(backend: Backend, eos: int | None) -> list[int]:
@@ -173,9 +276,12 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str]
     if extra.is_dir():
         for path in sorted(extra.glob("*.jinja"))[: MAX_NAMED_TEMPLATES + 1]:
             named[path.stem] = _read_text(path) or ""
+    other = config.get("chat_template")
     if not named:
-        value = _read_json(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
+        value = _read_json(folder / "chat_template.json").get("chat_template", other)
         named = _named_templates(value, folder)
+    if isinstance(other, str) and named.get("default", other) != other:
+        logger.info("%s: tokenizer_config.json has another chat template; the newer file's is used", folder)
     if len(named) > MAX_NAMED_TEMPLATES:
         raise InvalidFileError(f"{folder} has more than {MAX_NAMED_TEMPLATES} chat templates")
     if not named:

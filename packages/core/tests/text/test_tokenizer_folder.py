@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: MIT
+"""Which file of a folder wins where two of them say different things of a tokenizer."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
+
+from candle_vllm.core.conversion.gguf_tokenizer import tokenizer_metadata
+from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.text.tokenizer import Tokenizer
+
+S, E, CLS, SEP, END = range(257, 262)
+NAMES = ["<s>", "</s>", "[CLS]", "[SEP]", "<end>"]
+BOTH = {"bos_token": "<s>", "eos_token": "</s>"}
+X, Y = 120 - 33, 121 - 33
+
+
+def write(folder: Path, frame: str | None = None, pair: str | None = None, **files: dict[str, Any]) -> Path:
+    """Byte pairs with five special tokens; `files` are the JSON files beside tokenizer.json."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = [chr(33 + index) for index in range(94)] + [text for text in alphabet if not "!" <= text <= "~"]
+    backend = Backend(models.BPE({text: index for index, text in enumerate([*alphabet, "th"])}, [("t", "h")]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(text, normalized=False) for text in NAMES])
+    if frame is not None:
+        tokens = [(text, 257 + index) for index, text in enumerate(NAMES)]
+        backend.post_processor = processors.TemplateProcessing(single=frame, pair=pair, special_tokens=tokens)
+    backend.save(str(folder / "tokenizer.json"))
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    return folder
+
+
+FRAMES: list[tuple[str | None, dict[str, Any], list[int]]] = [
+    # A key that says what the file says, or whose token has no name, or that is absent, changes nothing.
+    ("$A <end>", {"add_bos_token": False, "bos_token": None}, [X, END]),  # Qwen3-Embedding
+    ("$A <end>", {"add_bos_token": False, "add_eos_token": False, "eos_token": "</s>"}, [X, END]),
+    ("$A", {"add_bos_token": True}, [X]),
+    ("$A", {"add_bos_token": True, "bos_token": "<none of these>"}, [262, X]),  # it is added to the vocabulary
+    ("<s> $A </s>", BOTH, [S, X, E]),
+    ("<s> $A </s>", {**BOTH, "add_bos_token": True, "add_eos_token": True}, [S, X, E]),
+    ("<s> $A </s>", {**BOTH, "add_bos_token": None, "add_eos_token": "yes"}, [S, X, E]),
+    # A key that says something else changes its own side.
+    ("<s> $A", {**BOTH, "add_eos_token": True}, [S, X, E]),  # e5-mistral
+    ("<s> $A </s>", {**BOTH, "add_bos_token": False}, [X, E]),
+    ("<s> $A </s>", {**BOTH, "add_eos_token": False}, [S, X]),
+    ("<s> $A </s>", {**BOTH, "add_bos_token": False, "add_eos_token": False}, [X]),
+    (None, {**BOTH, "add_bos_token": True, "add_eos_token": False}, [S, X]),  # DeepSeek
+    ("<s> $A <end> </s>", {**BOTH, "add_bos_token": True, "add_eos_token": False}, [S, X]),  # Command R
+    # A side of other tokens stays.
+    ("[CLS] $A", {**BOTH, "add_bos_token": True, "add_eos_token": True}, [CLS, X, E]),
+    ("$A <end>", {**BOTH, "add_eos_token": True}, [X, END]),
+    ("[CLS] $A [SEP]", {"add_bos_token": False}, [CLS, X, SEP]),  # BERT
+    ("[CLS] $A [SEP]", {**BOTH, "add_bos_token": False, "add_eos_token": False}, [CLS, X, SEP]),
+]
+
+
+@pytest.mark.parametrize(("frame", "config", "ids"), FRAMES, ids=[f"{frame} {list(c)}" for frame, c, _ in FRAMES])
+def test_the_frame_around_a_text(frame: str | None, config: dict[str, Any], ids: list[int], tmp_path: Path) -> None:
+    pair = None if frame is None or "[" not in frame else "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
+    tokenizer = Tokenizer.from_folder(write(tmp_path, frame, pair, tokenizer_config=config))
+    assert tokenizer.encode("x") == ids
+    assert tokenizer.encode("x", add_special_tokens=False) == [X]
+    if ids == [CLS, X, SEP]:
+        assert tokenizer.encode_pair("x", "y") == ([CLS, X, SEP, Y, SEP], [0, 0, 0, 1, 1])
+    if len(ids) - ids.index(X) < 3 and ids[0] in (S, X) and ids[-1] in (E, X):  # GGUF has the end token alone behind
+        metadata = tokenizer_metadata(tokenizer, tokenizer.vocab_size, ())
+        said = [metadata[f"tokenizer.ggml.add_{side}_token"] for side in ("bos", "eos")]
+        assert said == [ids[0] != X, ids[-1] != X]
+        assert Tokenizer.from_gguf(metadata).encode("x") == ids
+
+
+def test_an_embedder_is_exported_with_its_end_token(tmp_path: Path) -> None:
+    config = {"add_bos_token": False, "bos_token": None, "eos_token": "</s>", "pad_token": "<end>"}
+    tokenizer = Tokenizer.from_folder(write(tmp_path, "$A <end>", tokenizer_config=config))
+    metadata = tokenizer_metadata(tokenizer, tokenizer.vocab_size, [E, END])
+    assert metadata["tokenizer.ggml.add_bos_token"] is False
+    assert metadata["tokenizer.ggml.add_eos_token"] is True
+    assert Tokenizer.from_gguf(metadata).encode("x") == [X, END]
+
+
+def test_a_key_that_is_not_followed_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write(tmp_path, "$A <end>", tokenizer_config={**BOTH, "add_eos_token": True})
+    Tokenizer.from_folder(folder)
+    assert "tokenizer_config.json: add_eos_token is true, which is ignored: tokenizer.json has ['<end>']" in caplog.text
+
+
+def test_the_newest_of_several_chat_templates(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    folder = write(tmp_path, tokenizer_config={"chat_template": "old"})
+    assert Tokenizer.from_folder(folder).chat_template == "old"
+    (folder / "chat_template.json").write_text('{"chat_template": "new"}')
+    assert Tokenizer.from_folder(folder).chat_template == "new"
+    (folder / "chat_template.jinja").write_text("newest")
+    assert Tokenizer.from_folder(folder).chat_template == "newest"
+    assert caplog.text.count("tokenizer_config.json has another chat template; the newer file's is used") == 2
+    caplog.clear()
+    write(tmp_path, tokenizer_config={"chat_template": "newest"}, chat_template={})
+    assert Tokenizer.from_folder(folder).chat_template == "newest"
+    assert "chat template" not in caplog.text
+
+
+def test_the_frame_that_a_key_changes_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write(tmp_path, "<s> $A", tokenizer_config={**BOTH, "add_eos_token": True})
+    with caplog.at_level(logging.INFO):
+        pair = Tokenizer.from_folder(folder).encode_pair("x", "y")
+    assert "tokenizer_config.json: add_eos_token is True" in caplog.text
+    assert pair == ([S, X, E, S, Y, E], [0, 0, 0, 1, 1, 1])
+
+
+# ---- names and flags -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decoder", [True, False])
+def test_which_file_names_the_special_tokens(decoder: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """tokenizer_config.json where it has added_tokens_decoder, else special_tokens_map.json, as in transformers."""
+    config: dict[str, Any] = {"eos_token": "</s>", "bos_token": "<s>"} | (
+        {"added_tokens_decoder": {}} if decoder else {}
+    )
+    names = {"eos_token": {"content": "<end>"}, "cls_token": "[CLS]"}
+    tokenizer = Tokenizer.from_folder(write(tmp_path, tokenizer_config=config, special_tokens_map=names))
+    won, lost = ("</s>", "<end>") if decoder else ("<end>", "</s>")
+    assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": won, "cls_token": "[CLS]"}
+    assert tokenizer.eos_token_ids[0] == (E if decoder else END)
+    assert f"eos_token is {won!r}" in caplog.text
+    assert f"says {lost!r}, which is ignored" in caplog.text
+
+
+def test_a_token_is_special_where_any_file_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    config = {
+        "image_token": "th",
+        "additional_special_tokens": ["!", {"content": "%", "lstrip": True}],
+        "extra_special_tokens": {"audio_token": "&", "other": "+"},
+        "added_tokens_decoder": {"258": {"content": "</s>", "special": False}, "9": {"content": "*", "special": True}},
+    }
+    tokenizer = Tokenizer.from_folder(write(tmp_path, tokenizer_config=config))
+    assert set(tokenizer.special_token_ids) == {*NAMES, "th", "!", "%", "&", "+", "*"}
+    assert tokenizer.special_tokens == {"image_token": "th", "audio_token": "&"}
+    assert 'flags of 1 tokens are not those of tokenizer.json: AddedToken("</s>"' in caplog.text
+    ids = tokenizer.encode("ax th !y %z")
+    assert [tokenizer.special_token_ids[text] for text in ("th", "!", "%")] == [
+        i for i in ids if tokenizer.is_special(i)
+    ]
+    assert tokenizer.decode(tokenizer.encode("a%b</s>")) == "ab"
+
+
+def test_tokens_that_older_files_add(tmp_path: Path) -> None:
+    files = {"added_tokens": {"<pad>": 262, "<think>": 263, "</s>": 258}, "special_tokens_map": {"pad_token": "<pad>"}}
+    tokenizer = Tokenizer.from_folder(write(tmp_path, **files))
+    assert tokenizer.encode("<pad><think></s>") == [262, 263, E]
+    assert [tokenizer.is_special(index) for index in (262, 263, E)] == [True, False, True]
+
+
+def test_an_id_that_two_files_give_differently_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    decoder = {"5": {"content": "</s>", "special": True}, "300": {"content": "<new>"}, "258": {"content": "<other>"}}
+    tokenizer = Tokenizer.from_folder(write(tmp_path, tokenizer_config={"added_tokens_decoder": decoder}))
+    assert tokenizer.encode("</s><other><new>") == [E, 262, 263]
+    for said in (
+        "'</s>' has the id 258, not 5",
+        "'<other>' has the id 262, not 258",
+        "'<new>' has the id 263, not 300",
+    ):
+        assert said in caplog.text
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"added_tokens": {"<a>": "x"}},
+        {"added_tokens": {"<a>": True}},
+        {"added_tokens": {"": 3}},
+        {"special_tokens_map": {"cls_token": [1]}},
+        {"tokenizer_config": {"mask_token": 3.5}},
+        {"tokenizer_config": {"added_tokens_decoder": [1]}},
+    ],
+    ids=str,
+)
+def test_files_that_cannot_be_are_refused(files: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(InvalidFileError, match=next(iter(files))):
+        Tokenizer.from_folder(write(tmp_path, **files))
+
+
+def test_keys_that_name_no_token_are_left_alone(tmp_path: Path) -> None:
+    config = {
+        "hf_token": 3,
+        "x_token": None,
+        "y_token": [],
+        "extra_special_tokens": 7,
+        "additional_special_tokens": [None, 4],
+    }
+    assert Tokenizer.from_folder(write(tmp_path, tokenizer_config=config)).special_tokens == {}
