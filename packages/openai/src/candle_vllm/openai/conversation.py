@@ -14,9 +14,7 @@ from candle_vllm.openai.json_body import decode_json
 from candle_vllm.openai.task import Call, ImagePart, Message, TextPart
 
 
-def template_messages(
-    messages: Sequence[Message], needs: TemplateNeeds | None = None, *, tools: bool = False
-) -> list[dict[str, Any]]:
+def template_messages(messages: Sequence[Message], needs: TemplateNeeds | None = None) -> list[dict[str, Any]]:
     """One dictionary per message: texts joined to one string, beside images in parts; call arguments as objects.
 
     A tool message gets the name of the function that it answers, which templates may want and clients leave out.
@@ -27,7 +25,7 @@ def template_messages(
         names |= {call.id: call.name for call in message.calls}  # ids may come again in later turns
         rendered.append(_template_message(message, names, needs is not None and not needs.arguments_as_text))
     if needs is not None:
-        fit(rendered, needs, tools=tools)
+        fit(rendered, needs)
     return rendered
 
 

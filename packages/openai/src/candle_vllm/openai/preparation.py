@@ -357,7 +357,7 @@ class TaskPreparation:
         needs = self._planner.choice.needs if template is None else needs_of(template)
         if (tools := task.tools.as_template()) is not None:
             options["tools"] = tools if needs is None else fit_tools(tools, needs)
-        messages = template_messages(task.messages, needs, tools="tools" in options)
+        messages = template_messages(task.messages, needs)
         variables = {**self._template_defaults, **task.variables}
         if template is None:
             if variables:

@@ -222,7 +222,7 @@ def prompt_texts(
         raise ChatTemplateError("the chat template does not read tools, so the model would not see them", "tools")
     made, needs = [template_messages(each) for each in conversations], needs_of(template)
     for each in made:
-        fit(each, needs, tools=bool(given.get("tools")))
+        fit(each, needs)
     if isinstance(given.get("tools"), (list, tuple)) and all(isinstance(tool, Mapping) for tool in given["tools"]):
         given["tools"] = fit_tools(given["tools"], needs)
     return [template.render(each, **given, **variables) for each in made]

@@ -16,6 +16,9 @@ from typing import Any
 from candle_vllm.core.errors import ChatTemplateError
 from candle_vllm.core.text.chat_template import MAX_DEPTH, ChatTemplate
 
+INVALID = "INVALID_JSON"
+"""The one member of arguments that are no object: no tool takes a part of a text for the whole."""
+
 NAME = "find_places"
 ARGUMENTS: Mapping[str, Any] = {"city": "Lisbon", "most": 7}
 OTHER_ARGUMENTS: Mapping[str, Any] = {"city": "Porto", "most": 9}
@@ -166,7 +169,7 @@ _CITY, _OTHER_CITY = str(ARGUMENTS["city"]), str(OTHER_ARGUMENTS["city"])
 
 @dataclasses.dataclass(frozen=True)
 class TemplateNeeds:
-    """What a template can write. What it cannot is rewritten (`fit`, `fit_tools`).
+    """What a template can write; by default, all. What it cannot is rewritten (`fit`, `fit_tools`).
 
     Attributes:
         writes_tools: prompts show the tools that a request offers.
@@ -175,17 +178,17 @@ class TemplateNeeds:
         writes_reasoning: so are the thoughts of a message that ends the conversation with calls.
         arguments_as_text: arguments must be JSON texts; otherwise they must be objects.
         parallel_calls: a message may have several calls; where not, each call has a message, with its result.
-        content_beside_calls: a message's content is written beside its calls; where not, it is a message before them.
-        content_beside_thoughts: the same of a message that has thoughts too.
+        content_beside_calls: a message's content is written beside its calls, also beside thoughts, and when the turn
+            is over; where not, it is a message before them.
         content_forbidden: a message's calls are written only where its content is null.
         short_ids: ids of calls must have nine letters or digits (Mistral).
         content_as_parts: a content must be a list of parts, if of one text.
         writes_system: a system message at the start is written; where not, it begins the user's first message.
+        system_alone: so it is where there is nothing else.
         system_behind_results: so it is where a tool's result ends the conversation.
         system_anywhere: system messages behind others are written; where not, they become text of the user, in tags.
         user_behind_results: a user may speak right behind results; where not, the text is added to the last result.
         user_first: the first message must be a user's; where it is an answer, an empty one goes before it.
-        user_before_tools: so it must be where tools are shown.
         roles_in_turn: two users, told apart by their names, must not follow each other.
         empty_answers: an answer may say nothing; where not, it is left out.
         bare_tools: tools may lack description and parameters; where not, they get empty ones.
@@ -193,22 +196,21 @@ class TemplateNeeds:
     """
 
     writes_tools: bool = False
-    writes_calls: bool = False
-    writes_results: bool = False
+    writes_calls: bool = True
+    writes_results: bool = True
     writes_reasoning: bool = False
     arguments_as_text: bool = False
-    parallel_calls: bool = False
-    content_beside_calls: bool = False
-    content_beside_thoughts: bool = False
+    parallel_calls: bool = True
+    content_beside_calls: bool = True
     content_forbidden: bool = False
     short_ids: bool = False
     content_as_parts: bool = False
     writes_system: bool = True
+    system_alone: bool = True
     system_behind_results: bool = True
     system_anywhere: bool = True
     user_behind_results: bool = True
     user_first: bool = False
-    user_before_tools: bool = False
     roles_in_turn: bool = False
     empty_answers: bool = True
     bare_tools: bool = True
@@ -216,13 +218,17 @@ class TemplateNeeds:
 
 
 def template_needs(probe: TemplateProbe) -> TemplateNeeds:
-    """Finds out what a template can write; about twenty renderings of small conversations."""
-    return TemplateNeeds(
-        content_as_parts=probe.wants_parts(), **_of_roles(probe), **_of_tools(probe), **_of_calls(probe)
-    )
+    """Finds out what a template can write; about twenty renderings of small conversations.
+
+    Of one that does not even write what a user says, nothing can be found out this way.
+    """
+    as_parts = probe.wants_parts()
+    if not as_parts and not any(str(_ASK["content"]) in (text or "") for text in (probe.prompt, probe.plain_prompt)):
+        return TemplateNeeds(**_of_tools(probe))
+    return TemplateNeeds(content_as_parts=as_parts, **_of_roles(probe), **_of_tools(probe), **_of_calls(probe))
 
 
-def _message(role: str, text: str) -> dict[str, Any]:
+def _message(role: str, text: Any) -> dict[str, Any]:
     return {"role": role, "content": text}
 
 
@@ -232,14 +238,14 @@ def _of_roles(probe: TemplateProbe) -> dict[str, bool]:
     answer, more = _message("assistant", CONTENT), _message("user", "Thanks.")
     tools = _TOOLS if probe.plain_prompt is None else None
 
-    def takes(*messages: Mapping[str, Any], shown: Sequence[Mapping[str, Any]] | None = tools) -> bool:
-        return probe.writes(messages, *(one["content"] for one in messages), tools=shown)
+    def takes(*messages: Mapping[str, Any]) -> bool:
+        return probe.writes(messages, *(one["content"] for one in messages), tools=tools)
 
     return {
         "writes_system": takes(first, _ASK),
+        "system_alone": takes(first) and (probe.prompt is None or probe.writes([first], "Be kind.", tools=_TOOLS)),
         "system_anywhere": takes(first, _ASK, late, answer, more, last),
         "user_first": not takes(answer, more),
-        "user_before_tools": not takes(answer, more, shown=_TOOLS),
         "roles_in_turn": not takes({**_ASK, "name": "Ann"}, {**more, "name": "Ben"}),
         "empty_answers": takes(_ASK, _message("assistant", ""), more),
     }
@@ -257,44 +263,40 @@ def _of_tools(probe: TemplateProbe) -> dict[str, bool]:
 
 def _of_calls(probe: TemplateProbe) -> dict[str, bool]:
     """What is written of calls and results."""
-    as_text = _as_text(probe)
-    if as_text is None:
-        bare = probe.calls(content=None)
-        if bare is None or _CITY not in bare.text:
-            return {}
-    content, forbidden = None if as_text is None else "", as_text is None
-    as_text = bool(as_text)
+    content: str | None = ""
+    if (as_text := _as_text(probe, content)) is None:
+        content = None
+        if (as_text := _as_text(probe, content)) is None:
+            return dict.fromkeys(("writes_calls", "writes_results"), False)
 
-    def takes(content: str | None, thoughts: str | None, *words: str) -> bool:
-        written = probe.calls(as_text=as_text, content=content, thoughts=thoughts)
-        return written is not None and all(word in written.text for word in (_CITY, *words))
-
+    thinking = probe.calls(as_text=as_text, content=content, thoughts=THOUGHTS)
     two = probe.calls((ARGUMENTS, OTHER_ARGUMENTS), as_text=as_text, content=content)
     call = _calling((ARGUMENTS,), as_text, ("callno001",), content)
     result = {"role": "tool", "tool_call_id": "callno001", "name": NAME, "content": RESULT}
-    system, more = _message("system", "Be kind."), _message("user", "Thanks.")
+    system, answer, more = _message("system", "Be kind."), _message("assistant", "There."), _message("user", "Thanks.")
+    said = {**call, "content": CONTENT}
+    turns = [[_ASK, one, result, answer, more] for one in (said, {**said, "reasoning_content": THOUGHTS})]
     results = probe.writes([_ASK, call, result], RESULT, tools=_TOOLS)
     return {
         "writes_calls": True,
         "writes_results": results,
-        "writes_reasoning": takes(content, THOUGHTS, THOUGHTS),
+        "writes_reasoning": thinking is not None and _CITY in thinking.text and THOUGHTS in thinking.text,
         "arguments_as_text": as_text,
         "parallel_calls": two is not None and _CITY in two.text and _OTHER_CITY in two.text,
-        "content_beside_calls": takes(CONTENT, None, CONTENT),
-        "content_beside_thoughts": takes(CONTENT, THOUGHTS, CONTENT),
-        "content_forbidden": forbidden,
+        "content_beside_calls": all(probe.writes(turn, _CITY, CONTENT, tools=_TOOLS) for turn in turns),
+        "content_forbidden": content is None,
         "short_ids": probe.calls(as_text=as_text, ids=(_LONG_ID,), content=content) is None,
         "system_behind_results": not results or probe.writes([system, _ASK, call, result], "Be kind.", tools=_TOOLS),
         "user_behind_results": not results or probe.writes([_ASK, call, result, more], RESULT, "Thanks.", tools=_TOOLS),
     }
 
 
-def _as_text(probe: TemplateProbe) -> bool | None:
-    """How arguments must be given; None where calls are not written either way."""
-    given = probe.calls()
+def _as_text(probe: TemplateProbe, content: str | None) -> bool | None:
+    """How arguments must be given beside a content; None where calls are not written either way."""
+    given = probe.calls(content=content)
     if given is not None and _CITY in given.text and f"{{'{next(iter(ARGUMENTS))}'" not in given.text:
         return False
-    text = probe.calls(as_text=True)
+    text = probe.calls(as_text=True, content=content)
     if text is not None and _CITY in text.text:
         return True
     return False if given is not None and _CITY in given.text else None
@@ -335,22 +337,22 @@ def _simple(schema: Any, depth: int = 0) -> dict[str, Any]:
     return made
 
 
-def fit(rendered: list[dict[str, Any]], needs: TemplateNeeds, *, tools: bool = False) -> None:
+def fit(rendered: list[dict[str, Any]], needs: TemplateNeeds) -> None:
     """Changes messages, in place, to what a template can write; what fits already stays, and nothing is lost.
 
     Neighbours of one role become one message, as Anthropic's and Ollama's APIs have it: models know roles in turn.
-
-    Args:
-        rendered: the messages.
-        needs: of the template.
-        tools: it is given tools too.
     """
-    messages = rendered if needs.writes_calls else list(map(_as_said, rendered))
-    messages = _in_turn(_with_system(messages, needs), needs)
-    place = _first_said(messages)
-    if (needs.user_before_tools if tools else needs.user_first) and messages[place : place + 1] and messages[place]["role"] == "assistant":
-        messages.insert(place, _message("user", ""))
-    rendered[:] = _with_calls(messages, needs)
+    messages = _in_turn([_as_said(message, needs) for message in _late_as_user(rendered, needs)], needs)
+    last = messages[-1]["role"] if messages else None
+    written = needs.system_alone if last == "system" else needs.system_behind_results if last == "tool" else True
+    begun = [messages.pop(0)] if messages and messages[0]["role"] == "system" else []
+    if needs.user_first and messages and messages[0]["role"] == "assistant":
+        messages.insert(0, _message("user", ""))
+    if begun and not (needs.writes_system and written):
+        if not messages or messages[0]["role"] != "user":
+            messages.insert(0, _message("user", ""))
+        messages[0]["content"] = _joined(begun.pop()["content"], messages[0].get("content"), "\n\n")
+    rendered[:] = _with_calls([*begun, *messages], needs)
     for message in rendered:
         if needs.content_forbidden and message.get("tool_calls") and not message.get("content"):
             message["content"] = None
@@ -362,12 +364,12 @@ def fit(rendered: list[dict[str, Any]], needs: TemplateNeeds, *, tools: bool = F
             message["content"] = [{"type": "text", "text": message["content"]}]
 
 
-def _as_said(message: dict[str, Any]) -> dict[str, Any]:
-    """Calls and results as text, for a template that knows neither."""
-    if message["role"] == "tool":
+def _as_said(message: dict[str, Any], needs: TemplateNeeds) -> dict[str, Any]:
+    """Calls and results as text, where the template does not write them."""
+    if message["role"] == "tool" and not needs.writes_results:
         content = _joined("<tool_response>", _joined(message.get("content"), "</tool_response>"))
         return {"role": "user", "content": content}
-    if not message.get("tool_calls"):
+    if needs.writes_calls or not message.get("tool_calls"):
         return message
     functions = [call["function"] for call in message["tool_calls"]]
     named = [{"name": one.get("name"), "arguments": one.get("arguments")} for one in functions]
@@ -376,29 +378,16 @@ def _as_said(message: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "content": _joined(message.get("content"), calls)}
 
 
-def _with_system(messages: list[dict[str, Any]], needs: TemplateNeeds) -> list[dict[str, Any]]:
-    """System messages where the template writes them."""
-    place = _first_said(messages)
-    begun, rest = messages[:place], messages[place:]
-    if not needs.system_anywhere:
-        rest = [
-            _message("user", _joined("<system>", _joined(one["content"], "</system>")))
-            if one["role"] == "system"
-            else one
-            for one in rest
-        ]
-    written = needs.writes_system and (needs.system_behind_results or messages[-1]["role"] != "tool")
-    if begun and not written:
-        content = functools.reduce(_joined, (one["content"] for one in begun))
-        if not rest or rest[0]["role"] != "user":
-            rest.insert(0, _message("user", ""))
-        return [{**rest[0], "content": _joined(content, rest[0]["content"], "\n\n")}, *rest[1:]]
-    return [*begun, *rest]
-
-
-def _first_said(messages: Sequence[Mapping[str, Any]]) -> int:
-    """The place of the first message that is no system message; their number where there is none."""
-    return next((place for place, one in enumerate(messages) if one["role"] != "system"), len(messages))
+def _late_as_user(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> Iterator[dict[str, Any]]:
+    """System messages behind others as text of the user, where the template does not write them."""
+    begun = False
+    for message in messages:
+        begun = begun or message["role"] != "system"
+        if begun and message["role"] == "system" and not needs.system_anywhere:
+            content = _joined("<system>", _joined(message.get("content"), "</system>"))
+            yield _message("user", content)
+        else:
+            yield message
 
 
 def _in_turn(messages: Iterable[dict[str, Any]], needs: TemplateNeeds) -> list[dict[str, Any]]:
@@ -449,11 +438,9 @@ def _with_calls(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> lis
     while left:
         message = left.pop()
         calls = message.get("tool_calls")
-        if calls and message.get("content"):
-            thinks = any(message.get(name) for name in _REASONING)
-            if not (needs.content_beside_thoughts if thinks else needs.content_beside_calls):
-                _say(message["content"], made, left, needs)
-                message = {**message, "content": ""}
+        if calls and message.get("content") and not needs.content_beside_calls:
+            _say(message["content"], made, left, needs)
+            message = {**message, "content": ""}
         if not calls or len(calls) == 1 or needs.parallel_calls:
             made.append(message)
             continue
@@ -500,14 +487,14 @@ def _fitting_call(call: Mapping[str, Any], needs: TemplateNeeds) -> dict[str, An
     if needs.arguments_as_text:
         arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     elif arguments is not None and not isinstance(arguments, Mapping):
-        arguments = as_object(arguments)
+        arguments = _as_object(arguments)
     made = {**call, "function": {**function, "arguments": arguments} if arguments is not None else dict(function)}
     if needs.short_ids and isinstance(call.get("id"), str):
         made["id"] = short_id(call["id"])
     return made
 
 
-def as_object(arguments: Any) -> dict[str, Any]:
+def _as_object(arguments: Any) -> dict[str, Any]:
     """Arguments that are no object as one: of a text, what it holds, also where it was cut off; else under one key."""
     if isinstance(arguments, str):
         for text in (arguments, *_closed(arguments)):
@@ -517,9 +504,7 @@ def as_object(arguments: Any) -> dict[str, Any]:
                 continue
             if isinstance(value, dict):
                 return value
-            arguments = value
-            break
-    return {} if arguments is None or arguments == "" else {"arguments": arguments}
+    return {INVALID: arguments} if arguments else {}
 
 
 def _closed(text: str) -> Iterator[str]:

@@ -20,7 +20,7 @@ from candle_vllm.openai.anthropic.blocks import (
     ToolUseBlock,
     UserContent,
 )
-from candle_vllm.openai.anthropic.messages import AssistantMessage, Message, SystemMessage, UserMessage
+from candle_vllm.openai.anthropic.messages import AssistantMessage, Message, UserMessage
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOL_CALLS
 from candle_vllm.openai.task import Call, ImagePart, Part, TextPart
 from candle_vllm.openai.task import Message as TaskMessage
