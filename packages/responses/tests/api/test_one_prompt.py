@@ -5,7 +5,9 @@ refused or lost."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ from candle_vllm.core.errors import RequestError
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.core.text.chat_conventions import ChatConventions
 from candle_vllm.core.text.chat_template import ChatTemplate
-from candle_vllm.core.text.template_needs import fit_tools
+from candle_vllm.core.text.template_needs import fit_tools, split
 from candle_vllm.openai import OpenAIAdapter, to_json_bytes
 from candle_vllm.openai.anthropic import MessagesAdapter
 from candle_vllm.openai.conversation import template_messages
@@ -198,6 +200,9 @@ def as_ollama(said: Iterable[Said]) -> list[dict[str, Any]]:
     return made
 
 
+SPELLINGS: dict[str, Callable[[Iterable[Said]], list[dict[str, Any]]]] = {
+    "chat": as_chat, "messages": as_anthropic, "responses": as_items, "ollama": as_ollama,
+}  # fmt: skip
 LISBON, PORTO = call(1, city="Lisbon"), call(2, city="Porto", most=3)
 HELLO = Said("user", "Hello there.")
 CONVERSATIONS: dict[str, list[Said]] = {
@@ -269,11 +274,9 @@ async def test_four_spellings_are_one_prompt(models: list[Model], name: str) -> 
     faults = []
     for model in models:
         prompts = []
-        for ask, spell in (
-            (model.chat, as_chat), (model.messages, as_anthropic), (model.responses, as_items), (model.ollama, as_ollama)
-        ):  # fmt: skip
+        for api, spell in SPELLINGS.items():
             try:
-                await ask(spell(said))
+                await getattr(model, api)(spell(said))
             except RequestError as error:
                 prompts.append(f"{error}")
                 continue
@@ -321,15 +324,15 @@ PARAMETERS: list[Any] = [
         {"type": "object", "properties": {"city": schema}, **more}
         for more in ({}, {"required": ["city"], "additionalProperties": False})
         for schema in (
-            True, {}, {"type": "string"}, {"type": ["string", "null"]}, {"type": ["integer", "string"], "description": "x"},
+            True, {}, {"type": "string"}, {"type": ["string", "null"]}, {"type": ["integer", "string"], "title": "T"},
             {"type": "string", "nullable": True}, {"enum": ["a", None]}, {"const": 1}, {"type": "array"},
-            {"type": "array", "items": True}, {"type": "array", "items": {"type": ["string", "null"]}}, {"type": "object"},
+            {"type": "array", "items": True}, {"items": {"type": ["string", "null"]}}, {"type": "object"},
             {"type": "object", "properties": {"a": True}}, {"type": "object", "additionalProperties": True},
             {"anyOf": [{"type": "string"}, {"type": "null"}]}, {"oneOf": [{"type": ["string", "null"]}, True]},
-            {"$ref": "#/$defs/d"}, {"type": "null"}, {"type": "string", "default": None, "title": "T"},
+            {"type": "null"}, {"type": "string", "default": None, "title": "T"},
         )
     ),
-    {"type": "object", "properties": {"city": {"type": ["string", "null"]}}, "$defs": {"d": True}},
+    {"type": "object", "properties": {"city": {"$ref": "#/$defs/d"}}, "$defs": {"d": {"type": ["string", "null"]}}},
 ]  # fmt: skip
 
 
@@ -352,11 +355,8 @@ def wire_cases() -> Iterator[tuple[str, list[dict[str, Any]], list[dict[str, Any
         for null in (False, True):
             yield f"{path} {null}", changed(FIELDS, path, null=null), TOOLS
     for message, content in ((2, ""), (3, ""), (3, []), (4, ""), (1, "")):
-        yield (
-            f"{message} {content!r}",
-            [{**m, "content": content} if n == message else m for n, m in enumerate(FIELDS)],
-            TOOLS,
-        )
+        other = {**FIELDS[message], "content": content}
+        yield f"{message} {content!r}", [*FIELDS[:message], other, *FIELDS[message + 1 :]], TOOLS
     for schema in PARAMETERS:
         for described in (True, False):
             function = {"name": "find_it", "parameters": schema, "strict": None}
@@ -405,3 +405,156 @@ async def test_fields_that_are_optional_may_be_missing(models: list[Model]) -> N
 
 def text_in(content: Any) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content or ())
+
+
+ANSWER = Said("assistant", "Let me look first.", "Where are they?", (LISBON, PORTO))
+
+
+def written(model: Model) -> str:
+    """What the model writes for an answer with everything in it, as its template has it."""
+    needs = model.adapter.planner.choice.needs
+    tools = [fit_tools(model.tools, needs)] if model.tools and needs else [None]
+    said = [HELLO, ANSWER, result(LISBON, "Belem"), result(PORTO, "Ribeira")]
+    messages = template_messages(read_chat(parse_chat_request({"messages": as_chat(said)})).messages, needs)
+    prompt = model.template.render(messages[:1], tools=tools[0])
+    several = [one for one in messages if one["role"] == "assistant"]
+    texts = [split(prompt, model.template.render([messages[0], one], tools=tools[0], add_generation_prompt=False)).text
+             for one in several]  # fmt: skip
+    return "".join(texts)
+
+
+def ways(text: str) -> Iterator[tuple[str, int]]:
+    """Where an answer of this text may be cut off; in the middle of each of its parts, between them, and at its end."""
+    for part in ("Where are", "Let me", "find", "Lis", "Porto", "Por"):
+        place = text.rfind(part) if part != "find" else text.find(part)
+        if place >= 0:
+            yield f"in {part}", len(text[: place + len(part)].encode())
+    if (place := text.find("Lisbon")) >= 0:
+        yield "between calls", len(text[: (text.find("find", place) + text[place:].find("\n") + place) // 2].encode())
+    yield "whole", 1 << 12
+
+
+def answered(calls: Iterable[str], make: Callable[[str], dict[str, Any]]) -> list[dict[str, Any]]:
+    return [make(one) for one in calls]
+
+
+class Back(NamedTuple):
+    """An answer as a client sends it back: the texts and calls in it, and the next request."""
+
+    said: list[str]
+    calls: int
+    history: list[dict[str, Any]]
+
+
+async def by_chat(model: Model, most: int) -> Back:
+    message = (await model.chat([USER], max_tokens=most))["choices"][0]["message"]
+    calls = message.get("tool_calls") or []
+    results = [{"role": "tool", "tool_call_id": one["id"], "content": "Belem"} for one in calls]
+    said = [message.get("content"), *(one["function"][key] for one in calls for key in FUNCTION)]
+    return Back(said, len(calls), [USER, message, *results, MORE])
+
+
+async def by_messages(model: Model, most: int) -> Back:
+    blocks = (await model.messages([USER], max_tokens=most))["content"]
+    uses = [block for block in blocks if block["type"] == "tool_use"]
+    results = [{"type": "tool_result", "tool_use_id": block["id"], "content": "Belem"} for block in uses]
+    said = [block["text"] for block in blocks if block["type"] == "text"]
+    said += [text for block in uses for text in (block["name"], json.dumps(block["input"]))]
+    turns = [{"role": "assistant", "content": blocks}, {"role": "user", "content": [*results, TEXT]}]
+    return Back(said, len(uses), [USER, *turns])
+
+
+async def by_responses(model: Model, most: int) -> Back:
+    items = (await model.responses([USER], max_output_tokens=most))["output"]
+    calls = [item for item in items if item["type"] == "function_call"]
+    results = [{"type": "function_call_output", "call_id": item["call_id"], "output": "Belem"} for item in calls]
+    said = [part["text"] for item in items if item["type"] == "message" for part in item["content"]]
+    said += [item[key] for item in calls for key in FUNCTION]
+    return Back(said, len(calls), [USER, *items, *results, MORE])
+
+
+async def by_ollama(model: Model, most: int) -> Back:
+    message = (await model.ollama([USER], options={"num_predict": most}))["message"]
+    calls = [one["function"] for one in message.get("tool_calls") or ()]
+    results = [{"role": "tool", "tool_name": one["name"], "content": "Belem"} for one in calls]
+    said = [message["content"], *(text for one in calls for text in (one["name"], json.dumps(one["arguments"])))]
+    return Back(said, len(calls), [USER, message, *results, MORE])
+
+
+async def by_chunks(model: Model, most: int) -> Back:
+    """The reader goes away, and keeps what came."""
+    request = {"messages": [USER], "tools": model.tools or None, "stream": True}
+    content, calls, left = "", dict[int, dict[str, Any]](), most
+    async with aclosing(await model.adapter.chat_stream(request)) as chunks:
+        async for chunk in chunks:
+            delta = plain(chunk)["choices"][0]["delta"]
+            content += delta.get("content") or ""
+            for one in delta.get("tool_calls") or ():
+                call = calls.setdefault(one["index"], {"id": one.get("id"), "function": {"name": "", "arguments": ""}})
+                for key in FUNCTION:
+                    call["function"][key] += one["function"].get(key) or ""
+            left -= 1
+            if not left:
+                break
+    message = {"role": "assistant", "content": content, "tool_calls": list(calls.values()) or None}
+    results = [{"role": "tool", "tool_call_id": one["id"], "content": "Belem"} for one in calls.values()]
+    said = [content, *(one["function"][key] for one in calls.values() for key in FUNCTION)]
+    return Back(said, len(calls), [USER, message, *results, MORE])
+
+
+FUNCTION = ("name", "arguments")
+USER, MORE = {"role": "user", "content": HELLO.text}, {"role": "user", "content": "Go on."}
+TEXT = {"type": "text", "text": "Go on."}
+ANSWERS = {"chat": by_chat, "messages": by_messages, "responses": by_responses, "ollama": by_ollama}
+ENDS = [*ANSWERS.items(), ("chat", by_chunks)]
+
+
+@pytest.mark.parametrize(("api", "answer"), ENDS, ids=[made.__name__ for _, made in ENDS])
+async def test_an_answer_that_ended_anywhere_is_taken_back(
+    models: list[Model], api: str, answer: Callable[[Model, int], Awaitable[Back]]
+) -> None:
+    faults, calls = [], 0
+    for model in models:
+        model.script = written(model)
+        for way, most in ways(model.script):
+            back = await answer(model, most)
+            calls += back.calls
+            try:
+                await getattr(model, api)(back.history)
+            except RequestError as error:
+                faults.append((model.name, way, str(error)))
+                continue
+            words = [word for text in back.said for word in re.findall(r"\w+", text or "")]
+            words += ["Belem"] * bool(back.calls) + ["Go on."]
+            if lost := [word for word in words if word not in model.prompt]:
+                faults.append((model.name, way, f"{lost} of {back.history!r} in {model.prompt!r}"))
+        model.script = "ok"
+    assert not faults, f"{len(faults)}: " + "\n".join(" | ".join(one) for one in faults)
+    assert calls > 4 * len(models)
+
+
+BROKEN = [
+    '{"city": "Lis', '{"city": "Lisbon", "mo', '{"city": "Lisbon", "most": tr', '{"city": "Lisbon",',
+    '{"city": ["Lisbon", {"a": ', '{"city": "Lisbon\\u00', '{"city": "Lisbon\\', "[]", '"Lisbon"', "Lisbon",
+    '{"city": "Lisbon", "most": NaN}', '{"city": "Lisbon"}{"city": "Porto"}', "{'city': 'Lisbon',}",
+    '{"city": "Lisbon\\ud83d"}', "", "null", "{}", "{", "17",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("api", ["chat", "responses"])
+async def test_arguments_that_are_no_object(models: list[Model], api: str) -> None:
+    faults = []
+    for model in models:
+        for arguments in BROKEN:
+            broken = Call("callno001", "find_it", arguments)
+            said = [HELLO, Said("assistant", "", "", (broken,)), result(broken, "Belem")]
+            try:
+                await getattr(model, api)(SPELLINGS[api](said))
+                words = ["find_it", "Belem", *re.findall("Lisbon|Porto|Lis|17", arguments)]
+                lost = [word for word in words if word not in model.prompt]
+                fault = f"{lost} in {model.prompt!r}" if lost else ""
+            except RequestError as error:
+                fault = str(error)
+            if fault:
+                faults.append((model.name, arguments, fault))
+    assert not faults, f"{len(faults)}: " + "\n".join(" | ".join(one) for one in faults)

@@ -35,11 +35,20 @@ SCHEMA: Mapping[str, Any] = {
 }
 _TOOLS = [{"type": "function", "function": {"name": NAME, "description": "Finds places.", "parameters": SCHEMA}}]
 _BARE_TOOLS = [{"type": "function", "function": {"name": NAME}}]
+_BARE_SCHEMA: Mapping[str, Any] = {
+    "type": "object", "properties": {"city": {"type": "string"}, "near": {"type": "object"}}
+}  # fmt: skip
 _ODD_SCHEMA: Mapping[str, Any] = {
     "type": "object",
-    "properties": {"city": True, "most": {"type": ["integer", "null"]}, "near": {}, "kinds": {"type": "array"}},
+    "properties": {
+        "city": True,
+        "most": {"type": ["integer", "null"], "description": "how many"},
+        "near": {"description": "what"},
+        "kinds": {"type": "array", "items": True, "description": "which"},
+        "when": {"anyOf": [{"type": "string"}, True], "description": "when"},
+        "none": {"type": "null", "description": "nothing"},
+    },
 }
-_ODD_TOOLS = [{"type": "function", "function": {"name": NAME, "description": "x", "parameters": _ODD_SCHEMA}}]
 _ASK: Mapping[str, Any] = {"role": "user", "content": "Hello."}
 _MOST_SECONDS = 1.0  # of processor time for all renderings; real templates need some milliseconds
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's thoughts
@@ -192,7 +201,8 @@ class TemplateNeeds:
         roles_in_turn: two users, told apart by their names, must not follow each other.
         empty_answers: an answer may say nothing; where not, it is left out.
         bare_tools: tools may lack description and parameters; where not, they get empty ones.
-        odd_schemas: parameters may be `true`, or have several types; where not, they are made simpler.
+        bare_schemas: parameters may lack descriptions, and objects what is in them; where not, they get empty ones.
+        odd_schemas: parameters may be `true`, null, or of several types; where not, they are made simpler.
     """
 
     writes_tools: bool = False
@@ -214,6 +224,7 @@ class TemplateNeeds:
     roles_in_turn: bool = False
     empty_answers: bool = True
     bare_tools: bool = True
+    bare_schemas: bool = True
     odd_schemas: bool = True
 
 
@@ -254,10 +265,16 @@ def _of_roles(probe: TemplateProbe) -> dict[str, bool]:
 def _of_tools(probe: TemplateProbe) -> dict[str, bool]:
     """What is written of tools."""
     shown = probe.prompt is not None and NAME in probe.prompt
+
+    def takes(schema: Mapping[str, Any]) -> bool:
+        function = {"name": NAME, "description": "Finds places.", "parameters": schema}
+        return probe.writes([_ASK], NAME, tools=[{"type": "function", "function": function}])
+
     return {
         "writes_tools": shown and probe.plain_prompt is not None and NAME not in probe.plain_prompt,
         "bare_tools": not shown or probe.writes([_ASK], NAME, tools=_BARE_TOOLS),
-        "odd_schemas": not shown or probe.writes([_ASK], NAME, tools=_ODD_TOOLS),
+        "bare_schemas": not shown or takes(_BARE_SCHEMA),
+        "odd_schemas": not shown or takes(_ODD_SCHEMA),
     }
 
 
@@ -306,34 +323,45 @@ def fit_tools(tools: Sequence[Mapping[str, Any]], needs: TemplateNeeds) -> list[
     """Tools as a template can write them; what fits already stays."""
     made = list[dict[str, Any]]()
     for tool in tools:
-        function = tool.get("function")
-        if isinstance(function, Mapping) and not (needs.bare_tools and needs.odd_schemas):
-            given = {"description": "", **function} if not needs.bare_tools else dict(function)
-            schema = given.get("parameters")
-            if isinstance(schema, Mapping) or not needs.bare_tools:
-                schema = dict(schema or {}) if needs.odd_schemas else _simple(schema or {})
-                given["parameters"] = schema if needs.bare_tools else {"type": "object", "properties": {}, **schema}
-            tool = {**tool, "function": given}
-        made.append(dict(tool))
+        tool = dict(tool)
+        if isinstance(tool.get("function"), Mapping):
+            function = tool["function"] = dict(tool["function"])
+            if not needs.bare_tools:
+                function.setdefault("description", "")
+                function["parameters"] = dict(function.get("parameters") or {})
+                function["parameters"].setdefault("type", "object")
+                function["parameters"].setdefault("properties", {})
+            if not (needs.odd_schemas and needs.bare_schemas) and isinstance(function.get("parameters"), Mapping):
+                function["parameters"] = _simple(function["parameters"], needs)
+        made.append(tool)
     return made
 
 
-def _simple(schema: Any, depth: int = 0) -> dict[str, Any]:
-    """A schema without what macros of templates stumble over: `true`, and several types."""
+def _simple(schema: Any, needs: TemplateNeeds, depth: int = 0) -> Any:
+    """A schema without what macros of templates stumble over."""
     if not isinstance(schema, Mapping) or depth > MAX_DEPTH:
-        return {}
+        return schema if needs.odd_schemas else {}
     made = dict(schema)
-    if isinstance(kinds := made.get("type"), (list, tuple)):
-        named = [kind for kind in kinds if kind != "null"]
+    kinds = made.get("type")
+    if not needs.odd_schemas and (isinstance(kinds, (list, tuple)) or kinds == "null"):
+        named = [kind for kind in (kinds if kinds != "null" else ()) if kind != "null"]
         made["type"] = named[0] if named else "string"
-        if len(named) < len(kinds):
+        if kinds == "null" or "null" in kinds:
             made["nullable"] = True
         if len(named) > 1:
             made["description"] = " ".join(filter(None, (made.get("description"), f"({' or '.join(map(str, named))})")))
     if isinstance(properties := made.get("properties"), Mapping):
-        made["properties"] = {name: _simple(each, depth + 1) for name, each in properties.items()}
+        made["properties"] = {name: _simple(each, needs, depth + 1) for name, each in properties.items()}
+        if not needs.bare_schemas:
+            for each in made["properties"].values():
+                each.setdefault("description", "")
+                if each.get("type") == "object":
+                    each.setdefault("additionalProperties", {})
     if "items" in made:
-        made["items"] = _simple(made["items"], depth + 1)
+        made["items"] = _simple(made["items"], needs, depth + 1)
+    for name in ("anyOf", "oneOf", "allOf"):
+        if isinstance(made.get(name), (list, tuple)):
+            made[name] = [_simple(each, needs, depth + 1) for each in made[name]]
     return made
 
 
