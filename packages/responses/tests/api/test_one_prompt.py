@@ -35,9 +35,7 @@ COMMON = (
     "mistralai-Ministral-3-14B-Reasoning-2512",
 )  # fmt: skip
 UNUSABLE = {"fireworks-ai-llama-3-firefunction-v2"}  # wants variables that nobody has
-WITHOUT_TOOLS = {  # refuses them, whatever is said
-    "Kimi-K2-Instruct", "Kimi-K2-Thinking", "llama-cpp-deepseek-r1",
-}  # fmt: skip
+WITHOUT_TOOLS = {"llama-cpp-deepseek-r1"}  # writes a generator as JSON
 
 SCHEMA = {
     "type": "object",

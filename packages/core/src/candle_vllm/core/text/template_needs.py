@@ -234,7 +234,8 @@ def template_needs(probe: TemplateProbe) -> TemplateNeeds:
     Of one that does not even write what a user says, nothing can be found out this way.
     """
     as_parts = probe.wants_parts()
-    if not as_parts and not any(str(_ASK["content"]) in (text or "") for text in (probe.prompt, probe.plain_prompt)):
+    prompts = [text for text in (probe.prompt, probe.plain_prompt) if text is not None]
+    if prompts and not as_parts and not any(str(_ASK["content"]) in text for text in prompts):
         return TemplateNeeds(**_of_tools(probe))
     return TemplateNeeds(content_as_parts=as_parts, **_of_roles(probe), **_of_tools(probe), **_of_calls(probe))
 
