@@ -292,8 +292,10 @@ def _of_calls(probe: TemplateProbe) -> dict[str, bool]:
     call = _calling((ARGUMENTS,), as_text, ("callno001",), content)
     result = {"role": "tool", "tool_call_id": "callno001", "name": NAME, "content": RESULT}
     system, answer, more = _message("system", "Be kind."), _message("assistant", "There."), _message("user", "Thanks.")
-    said = {**call, "content": CONTENT}
-    turns = [[_ASK, one, result, answer, more] for one in (said, {**said, "reasoning_content": THOUGHTS})]
+    first, said = {**call, "content": "I call."}, {**call, "content": CONTENT}
+    turns = [
+        [_ASK, first, result, one, result, answer, more] for one in (said, {**said, "reasoning_content": THOUGHTS})
+    ]
     results = probe.writes([_ASK, call, result], RESULT, tools=_TOOLS)
     return {
         "writes_calls": True,
@@ -301,7 +303,7 @@ def _of_calls(probe: TemplateProbe) -> dict[str, bool]:
         "writes_reasoning": thinking is not None and _CITY in thinking.text and THOUGHTS in thinking.text,
         "arguments_as_text": as_text,
         "parallel_calls": two is not None and _CITY in two.text and _OTHER_CITY in two.text,
-        "content_beside_calls": all(probe.writes(turn, _CITY, CONTENT, tools=_TOOLS) for turn in turns),
+        "content_beside_calls": all(probe.writes(turn, _CITY, "I call.", CONTENT, tools=_TOOLS) for turn in turns),
         "content_forbidden": content is None,
         "short_ids": probe.calls(as_text=as_text, ids=(_LONG_ID,), content=content) is None,
         "system_behind_results": not results or probe.writes([system, _ASK, call, result], "Be kind.", tools=_TOOLS),
