@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
@@ -373,7 +374,7 @@ class TaskPreparation:
                 "chat_template",
             )
         try:
-            return ChatTemplate(source, self._engine.chat_conventions.token_names)
+            return _compiled(source, tuple(self._engine.chat_conventions.token_names.items()))
         except UnsupportedModelError as error:
             raise InvalidParameterError(f"chat_template cannot be used: {error}", "chat_template") from None
 
@@ -410,6 +411,12 @@ class TaskPreparation:
             raise InvalidParameterError(
                 f"{field} has token id {largest}, but the model's vocabulary ends at {vocabulary - 1}", field
             )
+
+
+@lru_cache(maxsize=4)
+def _compiled(source: str, token_names: tuple[tuple[str, str], ...]) -> ChatTemplate:
+    """A request's template; clients send the same with every request."""
+    return ChatTemplate(source, dict(token_names))
 
 
 def _check_prompt_logprobs(field: str, asked: int | None, tokens: int, sequences: int = 1) -> None:

@@ -105,8 +105,8 @@ def chat_request(task: Task) -> dict[str, Any]:
     variables = dict(task.variables)
     effort = variables.pop("reasoning_effort", None)
     if effort is not None:  # by which a server knows these
-        implied = dict.fromkeys(("thinking", "enable_thinking"), effort != "none")
-        variables = {name: value for name, value in variables.items() if implied.get(name) is not value}
+        implied = ("thinking", "enable_thinking")
+        variables = {k: value for k, value in variables.items() if k not in implied or value is not (effort != "none")}
     sampling = dict(task.sampling)
     logprobs, predicted = sampling.pop("logprobs", None), sampling.pop("prediction", None)
     use = task.tools
