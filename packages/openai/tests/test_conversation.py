@@ -75,9 +75,9 @@ def test_each_call_has_its_own_result() -> None:
     messages = of_core(one_conversation(MESSAGES[10:13]))
     fit(messages, TemplateNeeds(parallel_calls=False, content_beside_calls=False))
     assert [one.get("tool_call_id") or one.get("tool_calls", [{}])[0].get("id") for one in messages] == [
-        None, "call_1", "call_1", "call_2", "call_2",
+        None, "call_2", "call_2", "call_1", "call_1",
     ]  # fmt: skip
-    assert [one["content"] for one in messages] == ["k", "", "1", "", "2"]
+    assert [one["content"] for one in messages] == ["k", "", "2", "", "1"]  # images stay in their order
 
 
 def test_schemas_that_macros_of_templates_take() -> None:

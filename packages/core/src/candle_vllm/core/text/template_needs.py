@@ -475,15 +475,16 @@ def _with_calls(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> lis
         if not calls or len(calls) == 1 or needs.parallel_calls:
             made.append(message)
             continue
-        results = list[dict[str, Any]]()
-        while left and left[-1]["role"] == "tool":
-            results.append(left.pop())
-        for place, call in enumerate(calls):
-            made.append({**(_message("assistant", "") if place else message), "tool_calls": [call]})
-            own = next((n for n, one in enumerate(results) if one.get("tool_call_id") == call.get("id")), None)
+        calls = list(calls)
+        while calls or (left and left[-1]["role"] == "tool"):  # in the order of results, as their images are
+            result = left.pop() if left and left[-1]["role"] == "tool" else None
+            wanted = None if result is None else result.get("tool_call_id")
+            own = next((n for n, one in enumerate(calls) if result is None or one.get("id") == wanted), None)
             if own is not None:
-                made.append(results.pop(own))
-        made += results
+                made.append({**message, "tool_calls": [calls.pop(own)]})
+                message = _message("assistant", "")
+            if result is not None:
+                made.append(result)
     return made
 
 
