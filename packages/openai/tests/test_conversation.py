@@ -104,4 +104,6 @@ def test_schemas_that_macros_of_templates_take() -> None:
         },
     }
     assert fit_tools([tool], needs) == [tool]
+    (tool,) = fit_tools(tools, TemplateNeeds(bare_schemas=False))
+    assert tool["function"]["parameters"]["properties"]["a"] is True
     assert tools[0]["function"]["parameters"] == {"properties": properties}  # type: ignore[index]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from candle_vllm.core.text.template_needs import TemplateNeeds, fit
@@ -13,6 +13,9 @@ from candle_vllm.openai.formats.json_text import mended
 from candle_vllm.openai.json_body import decode_json
 from candle_vllm.openai.task import Call, ImagePart, Message, TextPart
 
+_MOST_MENDED = 1 << 16  # characters of a conversation's arguments: mending takes microseconds for each
+_Mend = Callable[[str], str | None]
+
 
 def template_messages(messages: Sequence[Message], needs: TemplateNeeds | None = None) -> list[dict[str, Any]]:
     """One dictionary per message: texts joined to one string, beside images in parts; call arguments as objects.
@@ -20,10 +23,19 @@ def template_messages(messages: Sequence[Message], needs: TemplateNeeds | None =
     A tool message gets the name of the function that it answers, which templates may want and clients leave out.
     What the template `needs` otherwise is made so (`fit`); without needs, arguments that are no object stay text.
     """
+    left = 0 if needs is None or needs.arguments_as_text else _MOST_MENDED
+
+    def mend(text: str) -> str | None:
+        nonlocal left
+        if len(text) > left:
+            return None
+        left -= len(text)
+        return mended(text)
+
     names, rendered = dict[str, str](), list[dict[str, Any]]()
     for message in messages:
         names |= {call.id: call.name for call in message.calls}  # ids may come again in later turns
-        rendered.append(_template_message(message, names, needs is not None and not needs.arguments_as_text))
+        rendered.append(_template_message(message, names, mend))
     if needs is not None:
         fit(rendered, needs)
     return rendered
@@ -48,7 +60,7 @@ def _content(message: Message) -> str | list[dict[str, str]]:
     ]
 
 
-def _template_message(message: Message, names: dict[str, str], as_objects: bool) -> dict[str, Any]:
+def _template_message(message: Message, names: Mapping[str, str], mend: _Mend) -> dict[str, Any]:
     rendered: dict[str, Any] = {"role": message.role, "content": _content(message)}
     name = message.name
     if message.call_id is not None:
@@ -59,21 +71,21 @@ def _template_message(message: Message, names: dict[str, str], as_objects: bool)
     if message.thoughts is not None:
         rendered["reasoning_content"] = message.thoughts
     if message.calls:
-        rendered["tool_calls"] = [_template_call(call, as_objects) for call in message.calls]
+        rendered["tool_calls"] = [_template_call(call, mend) for call in message.calls]
     return rendered
 
 
-def _template_call(call: Call, as_object: bool) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": _arguments(call.arguments, as_object)}
+def _template_call(call: Call, mend: _Mend) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": _arguments(call.arguments, mend)}
     return {"id": call.id, "type": "function", "function": function}
 
 
-def _arguments(text: str, as_object: bool) -> dict[str, Any] | str:
+def _arguments(text: str, mend: _Mend) -> dict[str, Any] | str:
     """The arguments as an object, mended if they may be, or the text as it stands; empty and null mean none."""
     try:
         value = decode_json(text.strip() or "{}")
     except InvalidBodyError:
-        made = mended(text) if as_object else None
+        made = mend(text)
         value = text if made is None else json.loads(made)
     if value is None:
         return {}

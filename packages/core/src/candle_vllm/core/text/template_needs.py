@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import re
+import string
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -53,7 +54,7 @@ _ASK: Mapping[str, Any] = {"role": "user", "content": "Hello."}
 _MOST_SECONDS = 1.0  # of processor time for all renderings; real templates need some milliseconds
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's thoughts
 _CUT_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
-_LAST_WORD = re.compile(r"[\w.+-]+\Z")
+_WORD = string.ascii_letters + string.digits + "_.+-"
 _MOST_LAST = 64  # characters of what opens an answer
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 _HALF_MARK = re.compile(r"(?:<[^<>\n]*|\[[^\[\]\n]*)\Z")
@@ -355,8 +356,8 @@ def _simple(schema: Any, needs: TemplateNeeds, depth: int = 0) -> Any:
             made["description"] = " ".join(filter(None, (made.get("description"), f"({' or '.join(map(str, named))})")))
     if isinstance(properties := made.get("properties"), Mapping):
         made["properties"] = {name: _simple(each, needs, depth + 1) for name, each in properties.items()}
-        if not needs.bare_schemas:
-            for each in made["properties"].values():
+        for each in made["properties"].values() if not needs.bare_schemas else ():
+            if isinstance(each, dict):
                 each.setdefault("description", "")
                 if each.get("type") == "object":
                     each.setdefault("additionalProperties", {})
@@ -561,7 +562,8 @@ def _closed(text: str) -> Iterator[str]:
         return
     text = text.rstrip()
     yield from (f"{text.removesuffix(',')}{ends}", f"{text} null{ends}", f"{text}: null{ends}")
-    yield _LAST_WORD.sub(lambda word: json.dumps(word[0]), text) + ends
+    begun = text.rstrip(_WORD)
+    yield f"{begun}{json.dumps(text[len(begun) :])}{ends}"
 
 
 def short_id(given: str) -> str:
