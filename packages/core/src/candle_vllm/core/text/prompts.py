@@ -192,15 +192,12 @@ def prompt_texts(
     template: ChatTemplate,
     options: Mapping[str, Any],
     within: Mapping[str, Iterable[str]],
-    *,
-    sees: bool = False,
 ) -> list[str]:
     """The prompts of conversations that were looked at; a picture is the mark that the template writes for it.
 
     Args:
         method: what was called, with these options.
         within: what else has arguments, as for `unknown_name`.
-        sees: as for `as_conversations`.
 
     Raises:
         TypeError: an option is none of a chat's, and the template does not read it.

@@ -5,7 +5,6 @@ when a model is loaded."""
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import re
@@ -430,14 +429,13 @@ def _in_turn(messages: Iterable[dict[str, Any]], needs: TemplateNeeds) -> list[d
         last = made[-1] if made else None
         if role == "assistant" and not needs.empty_answers and not content and not message.get("tool_calls"):
             continue
-        if last is not None and role == last["role"] and role in ("system", "user", "assistant"):
-            if role != "user" or needs.roles_in_turn or last.get("name") == message.get("name"):
-                made[-1] = _one_of(last, message)
-                continue
-        if last is not None and last["role"] == "tool" and role == "user" and not needs.user_behind_results:
+        alike = last is not None and role == last["role"] and role in ("system", "user", "assistant")
+        if last and alike and (role != "user" or needs.roles_in_turn or last.get("name") == message.get("name")):
+            made[-1] = _one_of(last, message)
+        elif last and last["role"] == "tool" and role == "user" and not needs.user_behind_results:
             made[-1] = {**last, "content": _joined(last.get("content"), content)}
-            continue
-        made.append(dict(message))
+        else:
+            made.append(dict(message))
     return made
 
 
