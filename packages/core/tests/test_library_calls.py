@@ -185,7 +185,8 @@ ASKED = {
 RESULT = {"role": "tool", "tool_call_id": "c1", "content": "42"}
 WRITES = (
     "{% for m in messages %}[{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}: {{ m.content + '' }}"
-    "{% for c in m.tool_calls %}{{ c.function.name }}({{ c.function.arguments.x }}){% endfor %}]{% endfor %}"
+    "{% for c in m.tool_calls %}{{ c.function.name }}({{ c.function.arguments.values() | join }}){% endfor %}]"
+    "{% endfor %}"
 )
 
 

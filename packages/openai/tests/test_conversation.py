@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from typing import Any
 
 import pytest
 
 from candle_vllm.core.text.prompts import one_conversation
 from candle_vllm.core.text.prompts import template_messages as of_core
-from candle_vllm.core.text.template_needs import TemplateNeeds, fit
+from candle_vllm.core.text.template_needs import TemplateNeeds, fit, fit_tools
 from candle_vllm.openai.conversation import template_messages
 from candle_vllm.openai.protocol.chat import ChatCompletionRequest
 from candle_vllm.openai.requests import read_chat
@@ -27,14 +29,31 @@ MESSAGES: list[dict[str, Any]] = [
     {"role": "tool", "tool_call_id": "call_1", "content": "1"},
     {"role": "tool", "tool_call_id": "call_2", "content": [{"type": "text", "text": "2"}]},
     {"role": "assistant", "content": "d", "refusal": "e", "reasoning_content": "f"},
+    {"role": "assistant", "content": "d2", "reasoning_content": "f2"},
     {"role": "user", "content": "g", "name": "h"},
+    {"role": "user", "content": "g2", "name": "i"},
+    {"role": "system", "content": "j"},
+    {
+        "role": "assistant",
+        "content": "k",
+        "tool_calls": [
+            {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"x": "y'}},
+            {"id": "call_2", "type": "function", "function": {"name": "g", "arguments": "[]"}},
+        ],
+    },
+    {"role": "tool", "tool_call_id": "call_2", "content": "2"},
+    {"role": "tool", "tool_call_id": "call_1", "content": "1"},
+    {"role": "user", "content": "l"},
+    {"role": "assistant", "content": ""},
+    {"role": "user", "content": "m"},
+    {"role": "system", "content": "n"},
 ]
+FIELDS = {field.name: not field.default for field in dataclasses.fields(TemplateNeeds)}
 
 
-@pytest.mark.parametrize("field", [None, "arguments_as_text", "content_forbidden", "short_ids"])
-def test_both_write_the_same(field: str | None) -> None:
-    given: dict[str, Any] = {field: True} if field else {}
-    needs = TemplateNeeds(**given)
+@pytest.mark.parametrize("fields", [(), *((name,) for name in FIELDS), *itertools.combinations(FIELDS, 2)])
+def test_both_write_the_same(fields: tuple[str, ...]) -> None:
+    needs = TemplateNeeds(**{name: FIELDS[name] for name in fields})
     task = read_chat(ChatCompletionRequest.model_validate({"model": "m", "messages": MESSAGES}))
     theirs = template_messages(task.messages, needs)
     ours = of_core(one_conversation(MESSAGES))
@@ -43,3 +62,48 @@ def test_both_write_the_same(field: str | None) -> None:
     again = of_core(theirs)  # an engine gets what the adapter has made already
     fit(again, needs)
     assert again == theirs
+
+
+def test_what_fits_stays() -> None:
+    task = read_chat(ChatCompletionRequest.model_validate({"model": "m", "messages": MESSAGES[:6]}))
+    assert template_messages(task.messages, TemplateNeeds()) == template_messages(task.messages)
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": True}}}}]
+    assert fit_tools(tools, TemplateNeeds()) == tools
+
+
+def test_each_call_has_its_own_result() -> None:
+    messages = of_core(one_conversation(MESSAGES[10:13]))
+    fit(messages, TemplateNeeds(parallel_calls=False, content_beside_calls=False))
+    assert [one.get("tool_call_id") or one.get("tool_calls", [{}])[0].get("id") for one in messages] == [
+        None, "call_2", "call_2", "call_1", "call_1",
+    ]  # fmt: skip
+    assert [one["content"] for one in messages] == ["k", "", "2", "", "1"]  # images stay in their order
+
+
+def test_schemas_that_macros_of_templates_take() -> None:
+    properties = {
+        "a": True,
+        "b": {"type": ["integer", "string", "null"]},
+        "c": {"type": "array", "items": {"type": "null"}},
+        "d": {"type": "object"},
+    }
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": properties}}}]
+    needs = TemplateNeeds(bare_tools=False, bare_schemas=False, odd_schemas=False)
+    (tool,) = fit_tools(tools, needs)
+    assert tool["function"] == {
+        "name": "f",
+        "description": "",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "a": {"description": ""},
+                "b": {"type": "integer", "nullable": True, "description": "(integer or string)"},
+                "c": {"type": "array", "items": {"type": "string", "nullable": True}, "description": ""},
+                "d": {"type": "object", "description": "", "additionalProperties": {}},
+            },
+        },
+    }
+    assert fit_tools([tool], needs) == [tool]
+    (tool,) = fit_tools(tools, TemplateNeeds(bare_schemas=False))
+    assert tool["function"]["parameters"]["properties"]["a"] is True
+    assert tools[0]["function"]["parameters"] == {"properties": properties}  # type: ignore[index]

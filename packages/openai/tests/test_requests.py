@@ -256,8 +256,12 @@ def test_template_variables() -> None:
         "x": [1],
         "thinking": True,
     }
-    assert chat(reasoning_effort="high").template_kwargs() == {"reasoning_effort": "high"}
-    assert chat(reasoning_effort="none").template_kwargs()["enable_thinking"] is False
+    on = {"thinking": True, "enable_thinking": True}
+    off = dict.fromkeys(on, False)
+    assert chat(reasoning_effort="high").template_kwargs() == {"reasoning_effort": "high", **on}
+    assert chat(reasoning_effort="none").template_kwargs() == {"reasoning_effort": "none", **off}
+    for more in ({"enable_thinking": False}, {"thinking_token_budget": 0}, {"chat_template_kwargs": off}):
+        assert chat(reasoning_effort="low", **more).template_kwargs() == {"reasoning_effort": "low", **off}
 
 
 KEYS = st.sampled_from([

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from typing import Any
 
@@ -18,13 +17,10 @@ USE = {"type": "tool_use", "id": "t1", "name": "f", "input": {"a": "é"}}
 TOOL = {"input_schema": {"type": "object", "properties": {}}, "name": "f", "description": "d"}
 
 
-class OldTemplate(ScriptedEngine):
-    """Its template takes a system message at the beginning only."""
-
-    def apply_chat_template(self, messages: Any, **options: Any) -> str:
-        if any(message["role"] == "system" for message in messages[1:]):
-            raise ChatTemplateError("System message must be at the beginning.", "messages")
-        return super().apply_chat_template(messages, **options)
+WRITES = "{{ m.role }}: {{ m.content }} {% for c in m.tool_calls %}{{ c.function.arguments.values()|list }}{% endfor %}"
+EACH = "{% for m in messages %}{% if REFUSED %}{{ raise_exception('no') }}{% endif %}" + WRITES + "{% endfor %}"
+OLD = EACH.replace("REFUSED", "m.role == 'system' and not loop.first")
+STRICT = EACH.replace("REFUSED", "m.role == 'user' and loop.previtem and loop.previtem.role == 'tool'")
 
 
 async def rendered(*messages: Any, engine: ScriptedEngine | None = None, **fields: Any) -> list[dict[str, Any]]:
@@ -133,22 +129,13 @@ async def test_results_of_two_messages_stand_before_what_was_said() -> None:
     ]
 
 
-class StrictTemplate(ScriptedEngine):
-    """Its template takes no user message behind a result."""
-
-    def apply_chat_template(self, messages: Any, **options: Any) -> str:
-        roles = [message["role"] for message in messages]
-        if ("tool", "user") in itertools.pairwise(roles):
-            raise ChatTemplateError("roles must alternate", "messages")
-        return super().apply_chat_template(messages, **options)
-
-
 async def test_text_behind_results_where_the_template_takes_none() -> None:
     turns = (user("x"), assistant([USE]), user([result("1"), text("a")]), user("b"), assistant("c"), user("d"))
-    messages = await rendered(*turns, engine=StrictTemplate("hello"))
+    messages = await rendered(*turns, engine=ScriptedEngine("hello", chat_template=STRICT))
     assert [(m["role"], m["content"]) for m in messages[2:]] == [("tool", "1\na\nb"), ("assistant", "c"), ("user", "d")]
     late = {"role": "system", "content": "late"}
-    messages = await rendered(*turns[:2], user([result("1")]), late, user("b"), engine=StrictTemplate("hello"))
+    strict = ScriptedEngine("hello", chat_template=STRICT)
+    messages = await rendered(*turns[:2], user([result("1")]), late, user("b"), engine=strict)
     assert [(m["role"], m["content"]) for m in messages[2:]] == [("tool", "1"), ("system", "late"), ("user", "b")]
 
 
@@ -160,7 +147,7 @@ async def test_system_messages_in_the_conversation() -> None:
         user("x"),
         {"role": "system", "content": "late"},
     ]
-    engine = OldTemplate("hello")
+    engine = ScriptedEngine("hello", chat_template=OLD)
     assert await rendered(first, user("x"), late, user("y"), system="s", engine=engine) == [
         {"role": "system", "content": "s\nfirst"},
         user("x\n<system>\nlate\n</system>\ny"),

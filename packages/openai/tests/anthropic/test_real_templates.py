@@ -45,15 +45,9 @@ BODY: dict[str, Any] = {
 }
 SAID = ("First instructions.", "What is here?", "Late instructions.", "And what else?", "Last instructions.")
 
-REFUSED = {  # whatever the route: the template cannot render it here, or has no place for instructions
-    "Kimi-K2-Instruct", "Kimi-K2-Thinking", "fireworks-ai-llama-3-firefunction-v2", "google-gemma-2-2b-it",
-    "llama-cpp-deepseek-r1",
+REFUSED = {  # whatever the route: the template cannot render tools here
+    "fireworks-ai-llama-3-firefunction-v2", "llama-cpp-deepseek-r1",
 }  # fmt: skip
-MISSING = {  # whatever the route
-    "llama-cpp-rwkv-world": ["README.md"],  # knows no results
-    "microsoft-Phi-3.5-mini-instruct": ["README.md"],
-    "mistralai-Mistral-Nemo-Instruct-2407": ["First instructions."],  # stand before a last message of the user only
-}
 
 
 class TemplateEngine(ScriptedEngine):
@@ -88,4 +82,4 @@ async def test_all_that_is_said_is_in_the_prompt(llama_cpp_models: Path, monkeyp
             missing[file.stem] = lost
     assert len(files) > 60
     assert refused == REFUSED
-    assert missing == MISSING
+    assert not missing

@@ -206,22 +206,14 @@ def test_what_a_template_needs() -> None:
     def needs(template: str) -> TemplateNeeds:
         return template_needs(TemplateProbe(ChatTemplate(template, {})))
 
-    assert needs(HERMES) == TemplateNeeds(
-        writes_tools=True,
-        writes_calls=True,
-        parallel_calls=True,
-        writes_results=True,
-        content_beside_calls=True,
-        content_required=False,
-    )
-    as_text = needs("{% for m in messages %}{{ m.content + m.tool_calls[0].function.arguments if m.tool_calls else 1 }}"
-                    "{% endfor %}")  # fmt: skip
-    assert as_text.arguments_as_text
-    assert as_text.content_required
-    assert not as_text.parallel_calls
-    assert needs("{{ messages[1].tool_calls[0].function.arguments }}").arguments_as_text  # Python would be written
-    refusing = needs("{% if messages[1].tool_calls %}{{ raise_exception('no calls, please') }}{% endif %}")
-    assert (refusing.writes_calls, "no calls, please" in refusing.refusal) == (False, True)
+    assert needs(HERMES) == TemplateNeeds(writes_tools=True)
+    said = "{% for m in messages %}{{ m.content }}{{ m.tool_calls[0].function.arguments if m.tool_calls }}{% endfor %}"
+    assert needs(said) == TemplateNeeds(arguments_as_text=True, parallel_calls=False)  # Python would be written
+    joined = needs(said.replace("}}{{", "+").replace("if m.tool_calls", "if m.tool_calls else m.content"))
+    assert joined.arguments_as_text
+    refusing = needs(said.replace("{{ m.tool", "{{ raise_exception('no calls, please') if m.tool_calls }}{{ m.tool"))
+    assert refusing == TemplateNeeds(writes_calls=False, writes_results=False)
+    assert needs("{{ bos_token }}") == TemplateNeeds()  # which says nothing of what it is given
     short = HERMES.replace(
         "<tool_call>\n", "{% if c.id|length != 9 %}{{ raise_exception('id') }}{% endif %}<tool_call>"
     )

@@ -107,7 +107,6 @@ NO_CALLS = {
     "Kimi-K2-Thinking": "changes a list, which no sandbox allows",
     "LFM2-8B-A1B": "writes nothing but content",
     "LFM2.5-Instruct": "writes nothing but content",
-    "deepseek-ai-DeepSeek-R1-Distill-Llama-8B": "writes calls where content is none, not where there is no content",
     "fireworks-ai-llama-3-firefunction-v2": "wants variables that nobody has",
     "google-gemma-2-2b-it": "has no tools",
     "ibm-granite-granite-3.3-2B-Instruct": "writes nothing but content",
@@ -124,6 +123,7 @@ LOSSES = {
     ("MiniMax-M3", "nasty"): "leaves null out, and writes 1 and '1' alike, and {} and [] inside of others",
     ("NVIDIA-Nemotron-Nano-v2", "content"): "writes content instead of calls",
     ("Reka-Edge", "content"): "puts a space before content",
+    ("deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "content"): "writes content instead of calls",
     ("meta-llama-Llama-3.1-8B-Instruct", "parallel"): "refuses two calls",
     ("meta-llama-Llama-3.2-3B-Instruct", "parallel"): "refuses two calls",
     ("meta-llama-Llama-3.3-70B-Instruct", "parallel"): "refuses two calls",
@@ -223,7 +223,8 @@ def test_what_real_templates_need(models: list[Model]) -> None:
     needs = {model.name: model.choice.needs for model in models}
     assert {name for name, need in needs.items() if need and not need.writes_calls} == NO_CALLS.keys()
     assert {name for name, need in needs.items() if need and need.arguments_as_text} == {
-        "meetkai-functionary-medium-v3.2"
+        "deepseek-ai-DeepSeek-R1-Distill-Llama-8B",
+        "meetkai-functionary-medium-v3.2",
     }
     assert {name for name, need in needs.items() if need and need.short_ids} == {
         "Mistral-Small-3.2-24B-Instruct-2506",
@@ -274,7 +275,8 @@ def message(model: Model, said: Said) -> dict[str, Any]:
         for index, (name, arguments) in enumerate(said.calls)
     ]
     thoughts = {"reasoning_content": said.thoughts} if said.thoughts else {}
-    return {"role": "assistant", "content": said.content, "tool_calls": calls, **thoughts}
+    content = None if model.choice.needs.content_forbidden and not said.content else said.content
+    return {"role": "assistant", "content": content, "tool_calls": calls, **thoughts}
 
 
 def ends(model: Model) -> list[str]:

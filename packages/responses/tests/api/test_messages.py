@@ -9,13 +9,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.openai.conversation import TemplateHabits
 from candle_vllm.responses.api.call_results import DENIED, NOT_APPROVED, Placed
 from candle_vllm.responses.api.messages import encode_thoughts, translate
 from candle_vllm.responses.conversation.chat_form import chat_message
 from candle_vllm.responses.protocol.request import parse_responses_request
-
-ALL = TemplateHabits()
 
 
 class Names:
@@ -31,11 +28,11 @@ class Made(NamedTuple):
     listed: frozenset[str]
 
 
-def made(items: list[dict[str, Any]], instructions: str | None = None, habits: TemplateHabits = ALL) -> Made:
+def made(items: list[dict[str, Any]], instructions: str | None = None) -> Made:
     wire = parse_responses_request({"input": items})
     assert isinstance(wire.input, list)
     placed = [Placed(item, f"input.{i}") for i, item in enumerate(wire.input)]
-    translated = translate(placed, instructions, Names(), habits)
+    translated = translate(placed, instructions, Names())
     return Made(list(map(chat_message, translated.messages)), translated.approved, translated.listed)
 
 
@@ -68,11 +65,9 @@ def test_instructions_and_first_system_messages_are_one() -> None:
     assert made(items, "a").messages == [{"role": "system", "content": "a\nb\nc"}, user("x\ny")]
 
 
-def test_later_system_messages_as_the_template_takes_them() -> None:
+def test_later_system_messages_stay_where_they_are() -> None:
     items = [user("x"), {"role": "assistant", "content": "y"}, {"role": "developer", "content": "z"}]
     assert made(items).messages[-1] == {"role": "system", "content": "z"}
-    habits = TemplateHabits(system_anywhere=False)
-    assert made(items, habits=habits).messages[-1] == user("<system>\nz\n</system>")
 
 
 def test_an_answer_of_several_items_is_one_message() -> None:
@@ -103,10 +98,9 @@ def test_a_result_that_comes_late_stands_behind_its_call() -> None:
     assert roles == ["assistant", "tool", "user"]
 
 
-def test_templates_that_want_no_user_behind_results() -> None:
-    habits = TemplateHabits(user_behind_results=False)
-    last = made([call("f", "1"), result("1"), user("go on")], habits=habits).messages[-1]
-    assert last == {"role": "tool", "tool_call_id": "1", "content": "ok\ngo on"}
+def test_ids_may_come_again() -> None:
+    items = [call("f", "1"), result("1", "a"), call("f", "1"), result("1", "b"), user("x"), call("g", "1"), result("1")]
+    assert [one["content"] for one in made(items).messages if one["role"] == "tool"] == ["a", "b", "ok"]
 
 
 def test_custom_tools_are_functions_of_one_text() -> None:

@@ -21,7 +21,6 @@ from candle_vllm.core.errors import (
 )
 from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.openai import GenerationFailedError, OpenAIAdapter, to_json_bytes
-from candle_vllm.openai.conversation import TemplateHabits
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES
 from candle_vllm.responses.api.conversations import ConversationCreateRequest, Conversations
@@ -450,20 +449,6 @@ async def test_tokens_are_counted_without_an_answer() -> None:
     assert counted.input_tokens == made.usage.input_tokens
     with pytest.raises(UnsupportedParameterError):
         await Responder(InProcessModel(OpenAIAdapter(scripted))).count_input_tokens(request)
-
-
-async def test_habits_of_the_template_are_asked_for() -> None:
-    async def habits() -> TemplateHabits:
-        return TemplateHabits(system_anywhere=False)
-
-    scripted = engine()
-    items = [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b"},
-        {"role": "system", "content": "c"},
-    ]
-    await responder(scripted, habits=habits).create({"input": items})
-    assert scripted.template_calls[-1].messages[-1]["content"] == "<system>\nc\n</system>"
 
 
 async def test_more_messages_than_a_model_is_shown(kept: KeptResponses) -> None:

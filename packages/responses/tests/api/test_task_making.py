@@ -35,7 +35,7 @@ async def task(defaults: Mapping[str, Any] | None = None, **fields: Any) -> Task
     wire = parse_responses_request({"input": [{"role": "user", "content": "x"}], **fields})
     assert isinstance(wire.input, list)
     placed = [Placed(item, f"input.{number}") for number, item in enumerate(wire.input)]
-    task_maker = TaskMaker(NoServers(), None, defaults or {})
+    task_maker = TaskMaker(NoServers(), defaults or {})
     async with AsyncExitStack() as stack:
         return (await task_maker.prepare(wire, placed, stack, check=True)).task()
 
@@ -48,7 +48,8 @@ async def test_fields() -> None:
     )  # fmt: skip
     assert read.sampling == {"top_p": 0.5, "temperature": 0.5, "max_tokens": 5, "logprobs": 0, "stop": ["a"]}
     assert read.form == StructuredOutputsParams(json_object=True)
-    assert (read.variables, read.priority, read.model) == ({"reasoning_effort": "high"}, 3, "m")
+    assert read.variables == {"reasoning_effort": "high", "thinking": True, "enable_thinking": True}
+    assert (read.priority, read.model) == (3, "m")
     assert ([tool.name for tool in read.tools.tools], read.tools.parallel) == (["f"], False)
     assert (await task()).tools == ToolUse()
     assert (await task(reasoning={"max_tokens": 7})).thinking == ThinkingLimit(7)

@@ -256,7 +256,7 @@ class EngineFront(ABC):
     def _rendered(self, method: str, messages: Any, options: Mapping[str, Any]) -> list[str]:
         template, sees = self._template(options.get("chat_template")), self._sight is not None
         conversation = one_conversation(messages, template, sees=sees)
-        return prompt_texts(method, [conversation], template, options, _SAMPLING, sees=sees)
+        return prompt_texts(method, [conversation], template, options, _SAMPLING)
 
     def _template(self, source: str | None = None) -> ChatTemplate:
         """The model's template, or what `source` is."""
@@ -473,7 +473,7 @@ class EngineFront(ABC):
         template = self._template(options.get("chat_template"))
         sees = self._sight is not None
         conversations, several = as_conversations(messages, template, sees=sees)
-        texts = prompt_texts("chat", conversations, template, options, _SAMPLING, sees=sees)
+        texts = prompt_texts("chat", conversations, template, options, _SAMPLING)
         places = [f"messages[{number}]" if several else "messages" for number in range(len(conversations))]
         prompts = [self._chat_prompt(*each) for each in zip(texts, conversations, places)]
         if sampling_params is None or isinstance(sampling_params, SamplingParams):

@@ -94,7 +94,7 @@ class AnswerPlanner:
         tools, reasoning, needs = self.choice.tools, self.choice.reasoning, self.choice.needs
         use, continued = task.tools, task.continued
         if needs is not None and needs.writes_calls and not needs.parallel_calls:
-            use = replace(use, parallel=False)  # the conversation could not be rendered with more
+            use = replace(use, parallel=False)  # the model has never seen a message with more
         called = tools if use.mode != "none" else None
         tail = prompt[-_TAIL:]
         opening = open_mark(tail, reasoning, continued=continued)

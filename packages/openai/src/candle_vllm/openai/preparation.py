@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
@@ -25,6 +26,8 @@ from candle_vllm.core.sampling.json_schema import schema_remarks
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.text.chat_template import ChatTemplate
+from candle_vllm.core.text.prompts import needs_of
+from candle_vllm.core.text.template_needs import fit_tools
 from candle_vllm.core.vision.fetching import ImageAddress, ImageSources
 from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.openai.answers import AnswerPlan
@@ -185,7 +188,7 @@ class TaskPreparation:
 
     def try_picture(self, data: bytes) -> None:
         """Looks at a picture as a tool's result; raises `RequestError` where the model cannot be shown it there."""
-        said = template_messages(_LOOKED)
+        said = template_messages(_LOOKED, self._planner.choice.needs)
         prompt = self._engine.tokenize(self._engine.apply_chat_template(said), add_special_tokens=False)
         self._engine.look(prompt, [data], ["the image"])
 
@@ -351,15 +354,17 @@ class TaskPreparation:
             "add_generation_prompt": not task.continued if task.opens_answer is None else task.opens_answer,
             "continue_final_message": task.continued,
         }
+        template = None if task.chat_template is None else self._own_template(task.chat_template)
+        needs = self._planner.choice.needs if template is None else needs_of(template)
         if (tools := task.tools.as_template()) is not None:
-            options["tools"] = tools
-        messages = template_messages(task.messages, self._planner.choice.needs)
+            options["tools"] = tools if needs is None else fit_tools(tools, needs)
+        messages = template_messages(task.messages, needs)
         variables = {**self._template_defaults, **task.variables}
-        if task.chat_template is None:
+        if template is None:
             if variables:
                 options["chat_template_kwargs"] = variables
             return self._engine.apply_chat_template(messages, **options)
-        return self._own_template(task.chat_template).render(messages, **options, **variables)
+        return template.render(messages, **options, **variables)
 
     def _own_template(self, source: str) -> ChatTemplate:
         if not self._allow_chat_template:
@@ -369,7 +374,7 @@ class TaskPreparation:
                 "chat_template",
             )
         try:
-            return ChatTemplate(source, self._engine.chat_conventions.token_names)
+            return _compiled(source, tuple(self._engine.chat_conventions.token_names.items()))
         except UnsupportedModelError as error:
             raise InvalidParameterError(f"chat_template cannot be used: {error}", "chat_template") from None
 
@@ -406,6 +411,12 @@ class TaskPreparation:
             raise InvalidParameterError(
                 f"{field} has token id {largest}, but the model's vocabulary ends at {vocabulary - 1}", field
             )
+
+
+@lru_cache(maxsize=4)
+def _compiled(source: str, token_names: tuple[tuple[str, str], ...]) -> ChatTemplate:
+    """A request's template; clients send the same with every request."""
+    return ChatTemplate(source, dict(token_names))
 
 
 def _check_prompt_logprobs(field: str, asked: int | None, tokens: int, sequences: int = 1) -> None:

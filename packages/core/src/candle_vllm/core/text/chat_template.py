@@ -8,6 +8,7 @@ come with model files: they run in a sandbox with limits (`template_sandbox`), a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from candle_vllm.core.text.template_sandbox import Sandbox
 MAX_TEMPLATE = 128 << 10  # characters; the largest known template has 17 thousand
 MAX_DEPTH = 64  # of lists and objects in messages, tools and documents
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+_HALF = re.compile("[\ud800-\udfff]")
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
 Message = Mapping[str, Any]
@@ -169,7 +171,7 @@ class ChatTemplate:
                 if length > MAX_TEXT:
                     raise BudgetExceededError(f"the prompt has more than {MAX_TEXT} characters")
                 pieces.append(piece)
-            return "".join(pieces)
+            return _whole_characters("".join(pieces))
         except BudgetExceededError as error:
             raise ChatTemplateError(f"the model's chat template was stopped: {error}", "messages") from None
         except TemplateError as error:
@@ -179,6 +181,15 @@ class ChatTemplate:
             raise ChatTemplateError(f"the model's chat template failed: {reason:.500}", "messages") from error
         finally:
             current_budget.reset(token)
+
+
+def _whole_characters(text: str) -> str:
+    """The text without halves of surrogate pairs, which no tokenizer takes; escapes in JSON can hold them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return _HALF.sub("\ufffd", text)
+    return text
 
 
 def _is_role(side: nodes.Node) -> bool:

@@ -14,7 +14,7 @@ from candle_vllm.core.arguments import refuse_lost
 from candle_vllm.core.errors import ChatTemplateError, InvalidParameterError
 from candle_vllm.core.setting_kinds import nearest
 from candle_vllm.core.text.chat_template import ChatTemplate
-from candle_vllm.core.text.template_needs import TemplateNeeds, TemplateProbe, fit, template_needs
+from candle_vllm.core.text.template_needs import TemplateNeeds, TemplateProbe, fit, fit_tools, template_needs
 from candle_vllm.core.vision.fetching import ImageAddress
 from candle_vllm.core.vision.pictures import part_address, part_picture
 
@@ -162,7 +162,7 @@ def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
     Text parts become one text, on lines of their own; beside pictures they stay parts. A message of calls has a
     content, if an empty one; arguments of calls that are the JSON text of an object become that object, and what
-    answers a call has the function's name.
+    answers a call has the function's name. What the template cannot write of this is for `fit`.
     """
     names: dict[Any, Any] = {}
     made: list[dict[str, Any]] = []
@@ -192,15 +192,12 @@ def prompt_texts(
     template: ChatTemplate,
     options: Mapping[str, Any],
     within: Mapping[str, Iterable[str]],
-    *,
-    sees: bool = False,
 ) -> list[str]:
     """The prompts of conversations that were looked at; a picture is the mark that the template writes for it.
 
     Args:
         method: what was called, with these options.
         within: what else has arguments, as for `unknown_name`.
-        sees: as for `as_conversations`.
 
     Raises:
         TypeError: an option is none of a chat's, and the template does not read it.
@@ -220,16 +217,17 @@ def prompt_texts(
     # Whoever renders sees what is in the prompt, and may hold answers to tools that are not.
     if options.get("tools") and not template.supports_tools and method != "apply_chat_template":
         raise ChatTemplateError("the chat template does not read tools, so the model would not see them", "tools")
-    made = [template_messages(each) for each in conversations]
-    if sees or any("tool_calls" in message or "tool_call_id" in message for each in made for message in each):
-        needs = _needs_of(template)
-        for each in made:
-            fit(each, needs)
+    made, needs = [template_messages(each) for each in conversations], needs_of(template)
+    for each in made:
+        fit(each, needs)
+    if isinstance(given.get("tools"), (list, tuple)) and all(isinstance(tool, Mapping) for tool in given["tools"]):
+        given["tools"] = fit_tools(given["tools"], needs)
     return [template.render(each, **given, **variables) for each in made]
 
 
 @lru_cache(maxsize=4)
-def _needs_of(template: ChatTemplate) -> TemplateNeeds:
+def needs_of(template: ChatTemplate) -> TemplateNeeds:
+    """`template_needs`, found out once."""
     return template_needs(TemplateProbe(template))
 
 

@@ -8,12 +8,16 @@ import dataclasses
 import hashlib
 import json
 import re
+import string
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from candle_vllm.core.errors import ChatTemplateError
-from candle_vllm.core.text.chat_template import ChatTemplate
+from candle_vllm.core.text.chat_template import MAX_DEPTH, ChatTemplate
+
+INVALID = "INVALID_JSON"
+"""The one member of arguments that are no object: no tool takes a part of a text for the whole."""
 
 NAME = "find_places"
 ARGUMENTS: Mapping[str, Any] = {"city": "Lisbon", "most": 7}
@@ -30,8 +34,26 @@ SCHEMA: Mapping[str, Any] = {
     "required": ["city", "most"],
 }
 _TOOLS = [{"type": "function", "function": {"name": NAME, "description": "Finds places.", "parameters": SCHEMA}}]
+_BARE_TOOLS = [{"type": "function", "function": {"name": NAME}}]
+_BARE_SCHEMA: Mapping[str, Any] = {
+    "type": "object", "properties": {"city": {"type": "string"}, "near": {"type": "object"}}
+}  # fmt: skip
+_ODD_SCHEMA: Mapping[str, Any] = {
+    "type": "object",
+    "properties": {
+        "city": True,
+        "most": {"type": ["integer", "null"], "description": "how many"},
+        "near": {"description": "what"},
+        "kinds": {"type": "array", "items": True, "description": "which"},
+        "when": {"anyOf": [{"type": "string"}, True], "description": "when"},
+        "none": {"type": "null", "description": "nothing"},
+    },
+}
 _ASK: Mapping[str, Any] = {"role": "user", "content": "Hello."}
 _MOST_SECONDS = 1.0  # of processor time for all renderings; real templates need some milliseconds
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's thoughts
+_CUT_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
+_WORD = string.ascii_letters + string.digits + "_.+-"
 _MOST_LAST = 64  # characters of what opens an answer
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 _HALF_MARK = re.compile(r"(?:<[^<>\n]*|\[[^\[\]\n]*)\Z")
@@ -54,16 +76,12 @@ class TemplateProbe:
     """A chat template to be asked.
 
     A template that takes too long is asked no more, and has then refused.
-
-    Attributes:
-        refusal: what the template said when it last failed; "" where it never did.
     """
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
         self._seconds = 0.0  # of processor time used so far
-        self.refusal = ""
-        self._prompts = {tools: self._render([_ASK], tools=tools, prompt=True) for tools in (True, False)}
+        self._prompts = {shown: self._render([_ASK], _TOOLS if shown else None) for shown in (True, False)}
 
     @property
     def prompt(self) -> str | None:
@@ -94,11 +112,12 @@ class TemplateProbe:
         """A message with thoughts and content."""
         return self._written({"role": "assistant", "content": CONTENT, "reasoning_content": THOUGHTS})
 
-    def result(self, *, as_text: bool, content: str | None) -> str | None:
-        """A conversation that ends with a tool's result."""
-        call = _calling((ARGUMENTS,), as_text, ("callno001",), content)
-        answer = {"role": "tool", "tool_call_id": "callno001", "name": NAME, "content": RESULT}
-        return self._render([_ASK, call, answer], tools=True, prompt=True)
+    def writes(
+        self, messages: Sequence[Mapping[str, Any]], *words: str, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> bool:
+        """Whether a conversation is rendered, with these words in it."""
+        text = self._render(messages, tools)
+        return text is not None and all(word in text for word in words)
 
     def wants_parts(self) -> bool:
         """Whether a text is written only where it is a part of a content."""
@@ -106,21 +125,21 @@ class TemplateProbe:
         if plain is not None and str(_ASK["content"]) in plain:
             return False
         parts = [{"type": "text", "text": _ASK["content"]}]
-        written = self._render([{**_ASK, "content": parts}], tools=False, prompt=True)
-        return written is not None and str(_ASK["content"]) in written
+        return self.writes([{**_ASK, "content": parts}], str(_ASK["content"]))
 
     def _written(self, message: Mapping[str, Any]) -> Written | None:
-        text = self._render([_ASK, message], tools=True, prompt=False)
+        text = self._render([_ASK, message], _TOOLS, prompt=False)
         return None if text is None else split(self._prompts[True] or "", text)
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], *, tools: bool, prompt: bool) -> str | None:
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, *, prompt: bool = True
+    ) -> str | None:
         if self._seconds > _MOST_SECONDS:
             return None
         start = time.thread_time()
         try:
-            return self._template.render(messages, tools=_TOOLS if tools else None, add_generation_prompt=prompt)
-        except ChatTemplateError as error:
-            self.refusal = str(error)
+            return self._template.render(messages, tools=tools, add_generation_prompt=prompt)
+        except ChatTemplateError:
             return None
         finally:
             self._seconds += time.thread_time() - start
@@ -150,8 +169,7 @@ def _calling(
         }
         for own, given in zip(ids, arguments)
     ]
-    message: dict[str, Any] = {"role": "assistant", "tool_calls": calls}
-    return message if content is None else {**message, "content": content}
+    return {"role": "assistant", "content": content, "tool_calls": calls}
 
 
 _LONG_ID = "call_0123456789abcdef01234567"
@@ -160,100 +178,390 @@ _CITY, _OTHER_CITY = str(ARGUMENTS["city"]), str(OTHER_ARGUMENTS["city"])
 
 @dataclasses.dataclass(frozen=True)
 class TemplateNeeds:
-    """What a template needs and can do.
+    """What a template can write; by default, all. What it cannot is rewritten (`fit`, `fit_tools`).
 
     Attributes:
         writes_tools: prompts show the tools that a request offers.
-        writes_calls: earlier calls are part of the prompt; where not, the model does not know that it called.
-        writes_results: so are their results.
+        writes_calls: earlier calls are part of the prompt; where not, they become text of the answer.
+        writes_results: so are their results; where not, they become text of the user's turn.
         writes_reasoning: so are the thoughts of a message that ends the conversation with calls.
         arguments_as_text: arguments must be JSON texts; otherwise they must be objects.
-        parallel_calls: a message may have several calls.
-        content_beside_calls: a message's content is written beside its calls.
-        content_required: a message with calls must have a content, if an empty one.
+        parallel_calls: a message may have several calls; where not, each call has a message, with its result.
+        content_beside_calls: a message's content is written beside its calls, also beside thoughts, and when the turn
+            is over; where not, it is a message before them.
         content_forbidden: a message's calls are written only where its content is null.
         short_ids: ids of calls must have nine letters or digits (Mistral).
         content_as_parts: a content must be a list of parts, if of one text.
-        refusal: what the template said to the calls that it does not write; "" where it said nothing.
+        writes_system: a system message at the start is written; where not, it begins the user's first message.
+        system_alone: so it is where there is nothing else.
+        system_behind_results: so it is where a tool's result ends the conversation.
+        system_anywhere: system messages behind others are written; where not, they become text of the user, in tags.
+        user_behind_results: a user may speak right behind results; where not, the text is added to the last result.
+        user_first: the first message must be a user's; where it is an answer, an empty one goes before it.
+        roles_in_turn: two users, told apart by their names, must not follow each other.
+        empty_answers: an answer may say nothing; where not, it is left out.
+        bare_tools: tools may lack description and parameters; where not, they get empty ones.
+        bare_schemas: parameters may lack descriptions, and objects what is in them; where not, they get empty ones.
+        odd_schemas: parameters may be `true`, null, or of several types; where not, they are made simpler.
     """
 
     writes_tools: bool = False
-    writes_calls: bool = False
-    writes_results: bool = False
+    writes_calls: bool = True
+    writes_results: bool = True
     writes_reasoning: bool = False
     arguments_as_text: bool = False
-    parallel_calls: bool = False
-    content_beside_calls: bool = False
-    content_required: bool = True
+    parallel_calls: bool = True
+    content_beside_calls: bool = True
     content_forbidden: bool = False
     short_ids: bool = False
     content_as_parts: bool = False
-    refusal: str = ""
+    writes_system: bool = True
+    system_alone: bool = True
+    system_behind_results: bool = True
+    system_anywhere: bool = True
+    user_behind_results: bool = True
+    user_first: bool = False
+    roles_in_turn: bool = False
+    empty_answers: bool = True
+    bare_tools: bool = True
+    bare_schemas: bool = True
+    odd_schemas: bool = True
 
 
 def template_needs(probe: TemplateProbe) -> TemplateNeeds:
-    """Finds out what a template needs; about ten renderings of a small conversation."""
-    writes_tools = probe.prompt is not None and probe.plain_prompt is not None and NAME in probe.prompt
-    if writes_tools:
-        writes_tools = NAME not in (probe.plain_prompt or "")
+    """Finds out what a template can write; about twenty renderings of small conversations.
+
+    Of one that does not even write what a user says, nothing can be found out this way.
+    """
     as_parts = probe.wants_parts()
-    as_text = _as_text(probe)
-    if as_text is None:
-        bare = probe.calls(content=None)
-        if bare is None or _CITY not in bare.text:
-            return TemplateNeeds(writes_tools=writes_tools, content_as_parts=as_parts, refusal=probe.refusal)
-        return TemplateNeeds(
-            writes_tools=writes_tools,
-            writes_calls=True,
-            content_required=False,
-            content_forbidden=True,
-            content_as_parts=as_parts,
-        )
-    two = probe.calls((ARGUMENTS, OTHER_ARGUMENTS), as_text=as_text)
-    beside = probe.calls(as_text=as_text, content=CONTENT)
-    thinking = probe.calls(as_text=as_text, thoughts=THOUGHTS)
-    bare = probe.calls(as_text=as_text, content=None)
-    result = probe.result(as_text=as_text, content="")
-    return TemplateNeeds(
-        writes_tools=writes_tools,
-        writes_calls=True,
-        writes_results=result is not None and RESULT in result,
-        writes_reasoning=thinking is not None and THOUGHTS in thinking.text,
-        arguments_as_text=as_text,
-        parallel_calls=two is not None and _CITY in two.text and _OTHER_CITY in two.text,
-        content_beside_calls=beside is not None and CONTENT in beside.text and _CITY in beside.text,
-        content_required=bare is None or _CITY not in bare.text,
-        short_ids=probe.calls(as_text=as_text, ids=(_LONG_ID,)) is None,
-        content_as_parts=as_parts,
-    )
+    prompts = [text for text in (probe.prompt, probe.plain_prompt) if text is not None]
+    if prompts and not as_parts and not any(str(_ASK["content"]) in text for text in prompts):
+        return TemplateNeeds(**_of_tools(probe))
+    return TemplateNeeds(content_as_parts=as_parts, **_of_roles(probe), **_of_tools(probe), **_of_calls(probe))
 
 
-def _as_text(probe: TemplateProbe) -> bool | None:
-    """How arguments must be given; None where calls are not written either way."""
-    given = probe.calls()
+def _message(role: str, text: Any) -> dict[str, Any]:
+    return {"role": role, "content": text}
+
+
+def _of_roles(probe: TemplateProbe) -> dict[str, bool]:
+    """What is written of messages without calls."""
+    first, late, last = (_message("system", text) for text in ("Be kind.", "Be brief.", "Be exact."))
+    answer, more = _message("assistant", CONTENT), _message("user", "Thanks.")
+    tools = _TOOLS if probe.plain_prompt is None else None
+
+    def takes(*messages: Mapping[str, Any]) -> bool:
+        return probe.writes(messages, *(one["content"] for one in messages), tools=tools)
+
+    return {
+        "writes_system": takes(first, _ASK),
+        "system_alone": takes(first) and (probe.prompt is None or probe.writes([first], "Be kind.", tools=_TOOLS)),
+        "system_anywhere": takes(first, _ASK, late, answer, more, last),
+        "user_first": not takes(answer, more),
+        "roles_in_turn": not takes({**_ASK, "name": "Ann"}, {**more, "name": "Ben"}),
+        "empty_answers": takes(_ASK, _message("assistant", ""), more),
+    }
+
+
+def _of_tools(probe: TemplateProbe) -> dict[str, bool]:
+    """What is written of tools."""
+    shown = probe.prompt is not None and NAME in probe.prompt
+
+    def takes(schema: Mapping[str, Any]) -> bool:
+        function = {"name": NAME, "description": "Finds places.", "parameters": schema}
+        return probe.writes([_ASK], NAME, tools=[{"type": "function", "function": function}])
+
+    return {
+        "writes_tools": shown and probe.plain_prompt is not None and NAME not in probe.plain_prompt,
+        "bare_tools": not shown or probe.writes([_ASK], NAME, tools=_BARE_TOOLS),
+        "bare_schemas": not shown or takes(_BARE_SCHEMA),
+        "odd_schemas": not shown or takes(_ODD_SCHEMA),
+    }
+
+
+def _of_calls(probe: TemplateProbe) -> dict[str, bool]:
+    """What is written of calls and results."""
+    content: str | None = ""
+    if (as_text := _as_text(probe, content)) is None:
+        content = None
+        if (as_text := _as_text(probe, content)) is None:
+            return dict.fromkeys(("writes_calls", "writes_results"), False)
+
+    thinking = probe.calls(as_text=as_text, content=content, thoughts=THOUGHTS)
+    two = probe.calls((ARGUMENTS, OTHER_ARGUMENTS), as_text=as_text, content=content)
+    call = _calling((ARGUMENTS,), as_text, ("callno001",), content)
+    result = {"role": "tool", "tool_call_id": "callno001", "name": NAME, "content": RESULT}
+    system, answer, more = _message("system", "Be kind."), _message("assistant", "There."), _message("user", "Thanks.")
+    first, said = {**call, "content": "I call."}, {**call, "content": CONTENT}
+    turns = [
+        [_ASK, first, result, one, result, answer, more] for one in (said, {**said, "reasoning_content": THOUGHTS})
+    ]
+    results = probe.writes([_ASK, call, result], RESULT, tools=_TOOLS)
+    return {
+        "writes_calls": True,
+        "writes_results": results,
+        "writes_reasoning": thinking is not None and _CITY in thinking.text and THOUGHTS in thinking.text,
+        "arguments_as_text": as_text,
+        "parallel_calls": two is not None and _CITY in two.text and _OTHER_CITY in two.text,
+        "content_beside_calls": all(probe.writes(turn, _CITY, "I call.", CONTENT, tools=_TOOLS) for turn in turns),
+        "content_forbidden": content is None,
+        "short_ids": probe.calls(as_text=as_text, ids=(_LONG_ID,), content=content) is None,
+        "system_behind_results": not results or probe.writes([system, _ASK, call, result], "Be kind.", tools=_TOOLS),
+        "user_behind_results": not results or probe.writes([_ASK, call, result, more], RESULT, "Thanks.", tools=_TOOLS),
+    }
+
+
+def _as_text(probe: TemplateProbe, content: str | None) -> bool | None:
+    """How arguments must be given beside a content; None where calls are not written either way."""
+    given = probe.calls(content=content)
     if given is not None and _CITY in given.text and f"{{'{next(iter(ARGUMENTS))}'" not in given.text:
         return False
-    text = probe.calls(as_text=True)
+    text = probe.calls(as_text=True, content=content)
     if text is not None and _CITY in text.text:
         return True
     return False if given is not None and _CITY in given.text else None
 
 
+def fit_tools(tools: Sequence[Mapping[str, Any]], needs: TemplateNeeds) -> list[dict[str, Any]]:
+    """Tools as a template can write them; what fits already stays."""
+    made = list[dict[str, Any]]()
+    for tool in tools:
+        tool = dict(tool)
+        if isinstance(tool.get("function"), Mapping):
+            function = tool["function"] = dict(tool["function"])
+            if not needs.bare_tools:
+                function.setdefault("description", "")
+                function["parameters"] = dict(function.get("parameters") or {})
+                function["parameters"].setdefault("type", "object")
+                function["parameters"].setdefault("properties", {})
+            if not (needs.odd_schemas and needs.bare_schemas) and isinstance(function.get("parameters"), Mapping):
+                function["parameters"] = _simple(function["parameters"], needs)
+        made.append(tool)
+    return made
+
+
+def _simple(schema: Any, needs: TemplateNeeds, depth: int = 0) -> Any:
+    """A schema without what macros of templates stumble over."""
+    if not isinstance(schema, Mapping) or depth > MAX_DEPTH:
+        return schema if needs.odd_schemas else {}
+    made = dict(schema)
+    kinds = made.get("type")
+    if not needs.odd_schemas and (isinstance(kinds, (list, tuple)) or kinds == "null"):
+        named = [kind for kind in (kinds if kinds != "null" else ()) if kind != "null"]
+        made["type"] = named[0] if named else "string"
+        if kinds == "null" or "null" in kinds:
+            made["nullable"] = True
+        if len(named) > 1:
+            made["description"] = " ".join(filter(None, (made.get("description"), f"({' or '.join(map(str, named))})")))
+    if isinstance(properties := made.get("properties"), Mapping):
+        made["properties"] = {name: _simple(each, needs, depth + 1) for name, each in properties.items()}
+        for each in made["properties"].values() if not needs.bare_schemas else ():
+            if isinstance(each, dict):
+                each.setdefault("description", "")
+                if each.get("type") == "object":
+                    each.setdefault("additionalProperties", {})
+    if "items" in made:
+        made["items"] = _simple(made["items"], needs, depth + 1)
+    for name in ("anyOf", "oneOf", "allOf"):
+        if isinstance(made.get(name), (list, tuple)):
+            made[name] = [_simple(each, needs, depth + 1) for each in made[name]]
+    return made
+
+
 def fit(rendered: list[dict[str, Any]], needs: TemplateNeeds) -> None:
-    """Changes messages, in place, to what a template needs; what fits already stays."""
+    """Changes messages, in place, to what a template can write; what fits already stays, and nothing is lost.
+
+    Neighbours of one role become one message, as Anthropic's and Ollama's APIs have it: models know roles in turn.
+    """
+    messages = _in_turn([_as_said(message, needs) for message in _late_as_user(rendered, needs)], needs)
+    last = messages[-1]["role"] if messages else None
+    written = needs.system_alone if last == "system" else needs.system_behind_results if last == "tool" else True
+    begun = [messages.pop(0)] if messages and messages[0]["role"] == "system" else []
+    if needs.user_first and messages and messages[0]["role"] == "assistant":
+        messages.insert(0, _message("user", ""))
+    if begun and not (needs.writes_system and written):
+        if not messages or messages[0]["role"] != "user":
+            messages.insert(0, _message("user", ""))
+        messages[0]["content"] = _joined(begun.pop()["content"], messages[0].get("content"), "\n\n")
+    rendered[:] = _with_calls([*begun, *messages], needs)
     for message in rendered:
+        if needs.content_forbidden and message.get("tool_calls") and not message.get("content"):
+            message["content"] = None
+        if needs.short_ids and isinstance(message.get("tool_call_id"), str):
+            message["tool_call_id"] = short_id(message["tool_call_id"])
+        if message.get("tool_calls"):
+            message["tool_calls"] = [_fitting_call(call, needs) for call in message["tool_calls"]]
         if needs.content_as_parts and isinstance(message.get("content"), str):
             message["content"] = [{"type": "text", "text": message["content"]}]
-        if needs.content_forbidden and "tool_calls" in message and not message["content"]:
-            message["content"] = None
-        if needs.short_ids and "tool_call_id" in message:
-            message["tool_call_id"] = short_id(message["tool_call_id"])
-        for call in message.get("tool_calls", ()):
-            if needs.short_ids:
-                call["id"] = short_id(call["id"])
-            arguments = call["function"]["arguments"]
-            if needs.arguments_as_text and not isinstance(arguments, str):
-                call["function"]["arguments"] = json.dumps(arguments, ensure_ascii=False)
+
+
+def _as_said(message: dict[str, Any], needs: TemplateNeeds) -> dict[str, Any]:
+    """Calls and results as text, where the template does not write them."""
+    if message["role"] == "tool" and not needs.writes_results:
+        content = _joined("<tool_response>", _joined(message.get("content"), "</tool_response>"))
+        return {"role": "user", "content": content}
+    if needs.writes_calls or not message.get("tool_calls"):
+        return message
+    functions = [call["function"] for call in message["tool_calls"]]
+    named = [{"name": one.get("name"), "arguments": one.get("arguments")} for one in functions]
+    calls = "\n".join(json.dumps(one, ensure_ascii=False) for one in named)
+    kept = {key: value for key, value in message.items() if key != "tool_calls"}
+    return {**kept, "content": _joined(message.get("content"), calls)}
+
+
+def _late_as_user(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> Iterator[dict[str, Any]]:
+    """System messages behind others as text of the user, where the template does not write them."""
+    begun = False
+    for message in messages:
+        begun = begun or message["role"] != "system"
+        if begun and message["role"] == "system" and not needs.system_anywhere:
+            content = _joined("<system>", _joined(message.get("content"), "</system>"))
+            yield _message("user", content)
+        else:
+            yield message
+
+
+def _in_turn(messages: Iterable[dict[str, Any]], needs: TemplateNeeds) -> list[dict[str, Any]]:
+    """Neighbours of one role as one message."""
+    made = list[dict[str, Any]]()
+    for message in messages:
+        role, content = message["role"], message.get("content")
+        last = made[-1] if made else None
+        if role == "assistant" and not needs.empty_answers and not content and not message.get("tool_calls"):
+            continue
+        alike = last is not None and role == last["role"] and role in ("system", "user", "assistant")
+        if last and alike and (role != "user" or needs.roles_in_turn or last.get("name") == message.get("name")):
+            made[-1] = _one_of(last, message)
+        elif last and last["role"] == "tool" and role == "user" and not needs.user_behind_results:
+            made[-1] = {**last, "content": _joined(last.get("content"), content)}
+        else:
+            made.append(dict(message))
+    return made
+
+
+def _one_of(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Two messages of one role as one."""
+    made = {**second, **first, "content": _joined(first.get("content"), second.get("content"))}
+    thoughts = [one[name] for one in (first, second) for name in _REASONING if one.get(name)]
+    if thoughts:
+        made = {name: value for name, value in made.items() if name not in _REASONING}
+        made["reasoning_content"] = "\n".join(dict.fromkeys(thoughts))
+    calls = [call for one in (first, second) for call in one.get("tool_calls") or ()]
+    return {**made, "tool_calls": calls} if calls else made
+
+
+def _joined(first: Any, second: Any, between: str = "\n") -> Any:
+    """Two contents as one: texts, or lists where one of the two is a list of parts."""
+    if isinstance(first, (list, tuple)) or isinstance(second, (list, tuple)):
+        return [*_parts(first), *_parts(second)]
+    return between.join(filter(None, (first, second)))
+
+
+def _parts(content: Any) -> Sequence[Any]:
+    return content if isinstance(content, (list, tuple)) else [{"type": "text", "text": content}] if content else ()
+
+
+def _with_calls(messages: Sequence[dict[str, Any]], needs: TemplateNeeds) -> list[dict[str, Any]]:
+    """Messages with as many calls as the template writes, each with its results, and content where it is written."""
+    made = list[dict[str, Any]]()
+    left = list(reversed(messages))
+    while left:
+        message = left.pop()
+        calls = message.get("tool_calls")
+        if calls and message.get("content") and not needs.content_beside_calls:
+            _say(message["content"], made, left, needs)
+            message = {**message, "content": ""}
+        if not calls or len(calls) == 1 or needs.parallel_calls:
+            made.append(message)
+            continue
+        calls = list(calls)
+        while calls or (left and left[-1]["role"] == "tool"):  # in the order of results, as their images are
+            result = left.pop() if left and left[-1]["role"] == "tool" else None
+            wanted = None if result is None else result.get("tool_call_id")
+            own = next((n for n, one in enumerate(calls) if result is None or one.get("id") == wanted), None)
+            if own is not None:
+                made.append({**message, "tool_calls": [calls.pop(own)]})
+                message = _message("assistant", "")
+            if result is not None:
+                made.append(result)
+    return made
+
+
+def _say(content: Any, made: list[dict[str, Any]], left: list[dict[str, Any]], needs: TemplateNeeds) -> None:
+    """Adds what is said beside calls, before them; where only one answer may speak in a turn, to that one.
+
+    Args:
+        content: what is said.
+        made: the messages before.
+        left: those behind, the next one last.
+        needs: of the template.
+    """
+    if needs.roles_in_turn:
+        for place in range(len(left) - 1, -1, -1):
+            if left[place]["role"] == "assistant" and not left[place].get("tool_calls"):
+                left[place] = {**left[place], "content": _joined(content, left[place].get("content"))}
+                return
+            if left[place]["role"] == "user":
+                break
+        for place in range(len(made) - 1, -1, -1):
+            if made[place]["role"] == "assistant" and not made[place].get("tool_calls"):
+                made[place] = {**made[place], "content": _joined(made[place]["content"], content)}
+                return
+            if made[place]["role"] == "user":
+                break
+    made.append(_message("assistant", content))
+
+
+def _fitting_call(call: Mapping[str, Any], needs: TemplateNeeds) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function.get("arguments")
+    if needs.arguments_as_text:
+        arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    elif arguments is not None and not isinstance(arguments, Mapping):
+        arguments = _as_object(arguments)
+    made = {**call, "function": {**function, "arguments": arguments} if arguments is not None else dict(function)}
+    if needs.short_ids and isinstance(call.get("id"), str):
+        made["id"] = short_id(call["id"])
+    return made
+
+
+def _as_object(arguments: Any) -> dict[str, Any]:
+    """Arguments that are no object as one: of a text, what it holds, also where it was cut off; else under one key."""
+    if isinstance(arguments, str):
+        for text in (arguments, *_closed(arguments)):
+            try:
+                value = json.loads(text, parse_constant=str)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(value, dict):
+                return value
+    return {INVALID: arguments} if arguments else {}
+
+
+def _closed(text: str) -> Iterator[str]:
+    """Ways to go on with a JSON text that was cut off."""
+    closing, quoted, escaped = list[str](), False, False
+    for character in text:
+        if quoted:
+            quoted = escaped or character != '"'
+            escaped = character == "\\" and not escaped
+        elif character == '"':
+            quoted = True
+        elif character in "{[":
+            closing.append("}" if character == "{" else "]")
+        elif character in "}]" and (not closing or closing.pop() != character):
+            return
+    if not closing:
+        return
+    ends = "".join(reversed(closing))
+    if quoted:
+        for begun in (text, _CUT_ESCAPE.sub("", text)):
+            yield from (f'{begun}"{ends}', f'{begun}": null{ends}')
+        return
+    text = text.rstrip()
+    yield from (f"{text.removesuffix(',')}{ends}", f"{text} null{ends}", f"{text}: null{ends}")
+    begun = text.rstrip(_WORD)
+    yield f"{begun}{json.dumps(text[len(begun) :])}{ends}"
 
 
 def short_id(given: str) -> str:

@@ -25,8 +25,6 @@ from candle_vllm.openai.anthropic.request import (
 )
 from candle_vllm.openai.anthropic.streaming import EventWriter, join_message
 from candle_vllm.openai.anthropic.tasks import Reading, read_messages
-from candle_vllm.openai.anthropic.turns import needs_habits
-from candle_vllm.openai.conversation import TemplateHabits, template_habits
 from candle_vllm.openai.streams import AnswerStream, ChunkStream
 from candle_vllm.openai.task import Task
 
@@ -48,7 +46,6 @@ class MessagesAdapter:
         """
         self._adapter = adapter
         self._sampling_defaults = dict(sampling_defaults or {})
-        self._habits: TemplateHabits | None = None  # found out when a request needs them
 
     async def create(self, request: MessagesRequest | Fields) -> Message:
         """The whole answer; `stream` of the request does not matter. Cancelling it aborts the request."""
@@ -87,10 +84,7 @@ class MessagesAdapter:
 
     async def _read(self, request: MessagesRequest | CountTokensRequest) -> Reading:
         """Not in the event loop: conversations may be long."""
-        if self._habits is None and needs_habits(request.messages):
-            self._habits = await template_habits(self._adapter.count_tokens)
-        habits = self._habits or TemplateHabits()
-        return await asyncio.to_thread(read_messages, request, habits, self._sampling_defaults)
+        return await asyncio.to_thread(read_messages, request, self._sampling_defaults)
 
 
 class MessageStream(ChunkStream[MessageEvent]):

@@ -79,10 +79,9 @@ Message = Annotated[
 def check_history(messages: Sequence[Message]) -> None:
     """Every call is answered in the turn after it, once, and nothing else is; results stand before text.
 
-    Consecutive messages of one role are one turn, and system messages do not end a turn. Raises the error that
-    pydantic reports.
+    Consecutive messages of one role are one turn, and system messages do not end a turn. Ids may come again in later
+    turns. Raises the error that pydantic reports.
     """
-    used: set[str] = set()
     pending: dict[str, None] = {}
     answered_in: int | None = None  # the first user message behind the calls
     for index, message in enumerate(messages):
@@ -91,9 +90,8 @@ def check_history(messages: Sequence[Message]) -> None:
                 _all_answered(pending, answered_in)
             answered_in = None
             for place, block in _blocks(message, ToolUseBlock):
-                if block.id in used:
+                if block.id in pending:
                     raise invalid(f"messages.{index}.content.{place}.id", f"{block.id!r:.80} is already another call's")
-                used.add(block.id)
                 pending[block.id] = None
         elif isinstance(message, UserMessage):
             answered_in = index if answered_in is None else answered_in

@@ -12,7 +12,6 @@ from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.anthropic.request import CountTokensRequest, MessagesRequest, ThinkingOff
 from candle_vllm.openai.anthropic.tools import Tool, ToolNameChoice
 from candle_vllm.openai.anthropic.turns import read_turns
-from candle_vllm.openai.conversation import TemplateHabits
 from candle_vllm.openai.protocol.tools import function_of, unknown_tool
 from candle_vllm.openai.task import Choice, Paths, Task, ThinkingLimit, ToolUse
 
@@ -51,17 +50,14 @@ class Reading(NamedTuple):
             raise
 
 
-def read_messages(
-    request: MessagesRequest | CountTokensRequest, habits: TemplateHabits, sampling_defaults: Mapping[str, Any]
-) -> Reading:
+def read_messages(request: MessagesRequest | CountTokensRequest, sampling_defaults: Mapping[str, Any]) -> Reading:
     """What a checked request asks for; raises `RequestError`.
 
     Args:
         request: checked.
-        habits: what the model's template takes.
         sampling_defaults: by names of `SamplingParams`, for fields that the request leaves open.
     """
-    turns, prefilled = read_turns(request.system, request.messages, habits)
+    turns, prefilled = read_turns(request.system, request.messages)
     form = _form(request)
     budget = getattr(request.thinking, "budget_tokens", None)
     thinks = None if request.thinking is None else not isinstance(request.thinking, ThinkingOff)

@@ -15,9 +15,9 @@ from typing import Any
 
 from pydantic_core import from_json
 
+from candle_vllm.core.text.template_needs import INVALID
 from candle_vllm.openai.json_body import MAX_DEPTH, is_deeper
 
-INVALID = "INVALID_JSON"
 _SPACE = " \t\r\n"
 _PLAIN = re.compile(r'[^"\\\x00-\x1f\ud800-\udfff]*')
 _STRUCTURE = re.compile(r'["\[\]{}]')

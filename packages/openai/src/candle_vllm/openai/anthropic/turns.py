@@ -10,8 +10,6 @@ import json
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from msgspec.structs import replace
-
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai.anthropic.blocks import (
     ImageBlock,
@@ -22,8 +20,7 @@ from candle_vllm.openai.anthropic.blocks import (
     ToolUseBlock,
     UserContent,
 )
-from candle_vllm.openai.anthropic.messages import AssistantMessage, Message, SystemMessage, UserMessage
-from candle_vllm.openai.conversation import TemplateHabits
+from candle_vllm.openai.anthropic.messages import AssistantMessage, Message, UserMessage
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOL_CALLS
 from candle_vllm.openai.task import Call, ImagePart, Part, TextPart
 from candle_vllm.openai.task import Message as TaskMessage
@@ -39,15 +36,13 @@ class Turn(NamedTuple):
     source: str
 
 
-def read_turns(
-    system: SystemContent | None, messages: Sequence[Message], habits: TemplateHabits
-) -> tuple[list[Turn], bool]:
-    """The conversation as the model's template takes it, and whether its last message begins the answer.
+def read_turns(system: SystemContent | None, messages: Sequence[Message]) -> tuple[list[Turn], bool]:
+    """The conversation, and whether its last message begins the answer.
 
     Raises:
         InvalidParameterError: nothing is said in it, or there is more of it than a task may have.
     """
-    body = _Turns(habits)
+    body = _Turns()
     last_user = max((place for place, one in enumerate(messages) if isinstance(one, UserMessage)), default=-1)
     head = [] if system is None else _system_texts(system)
     for place, message in enumerate(messages):
@@ -79,17 +74,6 @@ def _said(role: Literal["system", "user"], parts: Sequence[Part]) -> TaskMessage
     return TaskMessage(role=role, parts=tuple(parts))
 
 
-def needs_habits(messages: Sequence[Message]) -> bool:
-    """Whether there are tool results, or a system message behind one of another role: not every template takes them."""
-    kinds = [isinstance(message, SystemMessage) for message in messages]
-    return (False in kinds and True in kinds[kinds.index(False) :]) or any(
-        isinstance(block, ToolResultBlock)
-        for message in messages
-        if isinstance(message, UserMessage) and not isinstance(message.content, str)
-        for block in message.content
-    )
-
-
 def _fill(turns: list[Turn]) -> bool:
     """An empty last answer is none: it is taken away."""
     message = turns[-1].message
@@ -102,9 +86,8 @@ def _fill(turns: list[Turn]) -> bool:
 class _Turns:
     """Collects messages between answers, whose results must come first, and answers."""
 
-    def __init__(self, habits: TemplateHabits) -> None:
+    def __init__(self) -> None:
         self.begun = False
-        self._habits = habits
         self._turns: list[Turn] = []
         self._results: list[Turn] = []
         self._said: list[tuple[Literal["system", "user"], list[Part], str]] = []  # role, parts, source
@@ -131,10 +114,7 @@ class _Turns:
         if not text:
             return
         self._end_answer()
-        if self._habits.system_anywhere:
-            self._say("system", TextPart(text), f"messages.{place}")
-        else:
-            self._say("user", TextPart(f"<system>\n{text}\n</system>"), f"messages.{place}")
+        self._say("system", TextPart(text), f"messages.{place}")
 
     def assistant(self, message: AssistantMessage, place: int) -> None:
         self.begun = True
@@ -161,11 +141,6 @@ class _Turns:
             self._answer = None
 
     def _end_said(self) -> None:
-        if self._results and self._said and not self._habits.user_behind_results and self._said[0][0] == "user":
-            result, source = self._results[-1]
-            more = self._said.pop(0)[1]
-            parts = tuple(part for part in (*result.parts, *more) if part != TextPart(""))
-            self._results[-1] = Turn(replace(result, parts=parts), source)
         self._turns += self._results
         self._turns += [Turn(_said(role, parts), source) for role, parts, source in self._said]
         self._results, self._said = [], []

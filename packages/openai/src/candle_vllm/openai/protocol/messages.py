@@ -254,11 +254,11 @@ Message = Annotated[
 
 
 def check_history(messages: Sequence[Message]) -> None:
-    """Every tool call is answered right after it, once, and nothing else is.
+    """Every tool call is answered right after it, once, and nothing else is. Ids may come again in later turns.
 
-    Raises the error that pydantic reports when an id is used twice, a result is missing, or a result has no call.
+    Raises the error that pydantic reports when two calls of an answer have one id, a result is missing, or a result has
+    no call.
     """
-    used: set[str] = set()
     pending: dict[str, None] = {}
     for index, message in enumerate(messages):
         here = f"messages.{index}"
@@ -269,9 +269,8 @@ def check_history(messages: Sequence[Message]) -> None:
             continue
         _all_answered(pending, f"{here}.role")
         for number, call in enumerate(getattr(message, "tool_calls", None) or ()):
-            if call.id in used:
+            if call.id in pending:
                 raise invalid(f"{here}.tool_calls.{number}.id", f"{call.id!r:.80} is already the id of another call")
-            used.add(call.id)
             pending[call.id] = None
     _all_answered(pending, "messages")
 

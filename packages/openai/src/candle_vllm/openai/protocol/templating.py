@@ -81,9 +81,9 @@ class TemplateFields(WireModel):
     def template_kwargs(self) -> dict[str, Any]:
         """The template's variables: `chat_template_kwargs` and the fields that are variables too.
 
-        Templates know the thinking switch under two names, so both are set; effort "none" turns it off as well,
-        for templates that know the switch only, and so does a budget of 0. Raises where two of these contradict each
-        other.
+        Templates know the thinking switch under two names, so both are set; effort "none" turns it off as well, for
+        templates that know the switch only, and so does a budget of 0; any other effort turns it on where nothing else
+        is said. Raises where two of these contradict each other.
         """
         kwargs = dict(self.chat_template_kwargs or {})
         for field in ("thinking", "enable_thinking"):
@@ -93,10 +93,10 @@ class TemplateFields(WireModel):
             if switch is not None:
                 _agree(kwargs, field, "thinking", switch)
                 _agree(kwargs, field, "enable_thinking", switch)
-        set_effort(kwargs, self.reasoning_effort, "reasoning_effort")
         limit = self.thinking_limit()
         if limit is not None:
             close_thoughts(kwargs, limit.tokens)
+        set_effort(kwargs, self.reasoning_effort, "reasoning_effort")
         return kwargs
 
     @property
@@ -138,6 +138,9 @@ def set_effort(kwargs: dict[str, Any], effort: str | None, field: str) -> None:
     if effort == "none":
         _agree(kwargs, field, "thinking", False)
         _agree(kwargs, field, "enable_thinking", False)
+    elif effort is not None:
+        kwargs.setdefault("thinking", True)
+        kwargs.setdefault("enable_thinking", True)
 
 
 def close_thoughts(kwargs: dict[str, Any], budget: int) -> None:

@@ -46,6 +46,7 @@ class CallResults:
     def __init__(self, items: Sequence[Placed], max_images: int = 0) -> None:
         self._shown = _shown(items, max_images)
         self.parts: dict[str, tuple[Part, ...]] = {}
+        self._earlier: dict[str, list[tuple[Part, ...]]] = {}  # of calls whose ids came again
         self.approved: dict[str, str] = {}  # id of the call -> path of the agreement
         self.call_paths: dict[str, str] = {}
         self.run_by_approval: set[str] = set()
@@ -77,8 +78,15 @@ class CallResults:
             if call_id not in open_calls:
                 _refuse(path, "agrees to a call that other messages follow: send them after the call has been run")
 
+    def take(self, call_id: str) -> tuple[Part, ...] | None:
+        """What came of a call; called once for each, in their order."""
+        earlier = self._earlier.get(call_id)
+        return earlier.pop(0) if earlier else self.parts.get(call_id)
+
     def _claim(self, call_id: str, path: str) -> None:
-        if call_id in self.call_paths:
+        if call_id in self.parts:
+            self._earlier.setdefault(call_id, []).append(self.parts.pop(call_id))
+        elif call_id in self.call_paths:
             _refuse(path, f"{call_id!r:.80} is already the id of another call")
         self.call_paths[call_id] = path
 

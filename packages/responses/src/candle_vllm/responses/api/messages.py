@@ -15,7 +15,6 @@ from typing import Literal, NamedTuple, Protocol
 from msgspec.structs import replace
 
 from candle_vllm.core.errors import InvalidParameterError
-from candle_vllm.openai.conversation import TemplateHabits
 from candle_vllm.openai.protocol.custom_tools import custom_arguments
 from candle_vllm.openai.protocol.fields import MAX_TOOL_CALLS
 from candle_vllm.openai.task import Call, Message, Part, TextPart
@@ -67,16 +66,13 @@ def encode_thoughts(text: str) -> str:
     return _ENCODED + base64.b64encode(text.encode("utf-8", "replace")).decode("ascii")
 
 
-def translate(
-    items: Sequence[Placed], instructions: str | None, names: ToolNames, habits: TemplateHabits, max_images: int = 0
-) -> Translated:
+def translate(items: Sequence[Placed], instructions: str | None, names: ToolNames, max_images: int = 0) -> Translated:
     """The messages of a request.
 
     Args:
         items: history and input, without references.
         instructions: go before everything.
         names: of tools in calls.
-        habits: what the model's template takes.
         max_images: that the model may be shown, those in results of its own tools among them.
 
     Raises:
@@ -84,7 +80,7 @@ def translate(
             is named.
     """
     results = CallResults(items, max_images)
-    body = _Body(names, habits, results)
+    body = _Body(names, results)
     if instructions:
         body.head.append(instructions)
     for placed in items:
@@ -97,11 +93,10 @@ def translate(
 class _Body:
     """Collects messages."""
 
-    def __init__(self, names: ToolNames, habits: TemplateHabits, results: CallResults) -> None:
+    def __init__(self, names: ToolNames, results: CallResults) -> None:
         self.head: list[str] = []
         self.listed: set[str] = set()
         self._names = names
-        self._habits = habits
         self._results = results
         self._messages: list[Message] = []
         self._answer: _Answer | None = None
@@ -154,16 +149,13 @@ class _Body:
             self._say(*parts_of(item.content, path))
         elif not self._messages:
             self.head += [text] if text else []
-        elif self._habits.system_anywhere:
-            self._messages.append(_said("system", text))
         else:
-            self._say(TextPart(f"<system>\n{text}\n</system>"))
+            self._messages.append(_said("system", text))
 
     def _say(self, *said: Part) -> None:
         """Adds what the user says; templates want the roles in turn."""
         last = self._messages[-1] if self._messages else None
-        behind = ("user",) if self._habits.user_behind_results else ("user", "tool")
-        if last is not None and last.role in behind:
+        if last is not None and last.role == "user":
             parts = tuple(part for part in (*last.parts, *said) if part != TextPart(""))
             self._messages[-1] = replace(last, parts=parts)
         else:
@@ -185,7 +177,7 @@ class _Body:
             return
         self._messages.append(answer.message())
         for call in answer.calls:
-            if (parts := self._results.parts.get(call.id)) is not None:
+            if (parts := self._results.take(call.id)) is not None:
                 self._messages.append(Message(role="tool", parts=parts, call_id=call.id))
 
 

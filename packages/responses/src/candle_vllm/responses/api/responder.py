@@ -12,7 +12,7 @@ import msgspec
 from msgspec.structs import replace
 
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
-from candle_vllm.openai.conversation import TemplateHabits, images_of
+from candle_vllm.openai.conversation import images_of
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.task import Task
 from candle_vllm.responses.api.call_results import Placed
@@ -79,7 +79,6 @@ class Responder:
     Args:
         model: answers tasks.
         count: how many tokens the prompt of a task has; None where that cannot be told.
-        habits: what the model's template takes; None is everything.
         servers: where MCP servers come from; None is none.
         kept: keeps responses; None keeps nothing.
         memory: of the client's connection, for responses that are not kept; None is none.
@@ -91,7 +90,6 @@ class Responder:
         model: ChatModel,
         *,
         count: Callable[[Callable[[], Task]], Awaitable[int]] | None = None,
-        habits: Callable[[], Awaitable[TemplateHabits]] | None = None,
         servers: McpSource | None = None,
         kept: KeptResponses | None = None,
         memory: ConnectionMemory | None = None,
@@ -102,7 +100,7 @@ class Responder:
         self._kept = kept
         self._memory = memory
         self._options = options or ResponderOptions()
-        self._task_maker = TaskMaker(servers or NoServers(), habits, self._options.sampling_defaults, eyes_of(model))
+        self._task_maker = TaskMaker(servers or NoServers(), self._options.sampling_defaults, eyes_of(model))
 
     async def create(self, request: ResponsesRequest | Fields, *, owner: str = "") -> Response:
         """The whole response; what `create_stream` would tell in its last event. Cancelling it ends the response.

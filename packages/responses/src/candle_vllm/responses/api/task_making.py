@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +14,6 @@ from pydantic import TypeAdapter, ValidationError
 from candle_vllm.core.errors import InvalidParameterError, RequestError
 from candle_vllm.core.sampling.params import SAMPLER_FIELDS
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
-from candle_vllm.openai.conversation import TemplateHabits
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOLS
 from candle_vllm.openai.protocol.structured import JsonObjectFormat
@@ -105,7 +104,6 @@ class TaskMaker:
 
     Args:
         servers: where MCP servers come from.
-        habits: what the model's template takes; None is everything.
         sampling_defaults: for fields that a request leaves open.
         eyes: the model's, for the images in results of its own tools; None is shown none.
     """
@@ -113,12 +111,10 @@ class TaskMaker:
     def __init__(
         self,
         servers: McpSource,
-        habits: Callable[[], Awaitable[TemplateHabits]] | None,
         sampling_defaults: Mapping[str, Any],
         eyes: Eyes | None = None,
     ) -> None:
         self._servers = servers
-        self._habits = habits
         self._sampling_defaults = sampling_defaults
         self._eyes = eyes
 
@@ -156,9 +152,8 @@ class TaskMaker:
         """
         servers = await self._open(request, stack)
         plan = plan_tools(request, servers)
-        habits = await self._habits() if self._habits is not None else TemplateHabits()
         shown = await self._max_images(items)
-        made = await asyncio.to_thread(translate, items, request.instructions, plan, habits, shown)
+        made = await asyncio.to_thread(translate, items, request.instructions, plan, shown)
         defaults = self._sampling_defaults if isinstance(request, ResponsesRequest) else {}
         if request.truncation != "auto":
             _check_length(request, len(made.messages))
@@ -302,10 +297,10 @@ def _variables(request: PromptFields) -> dict[str, Any]:
     variables = dict(request.chat_template_kwargs or {})
     with rules_below("chat_template_kwargs"):
         check_variables(variables)
-    with rules_below(""):
-        set_effort(variables, request.reasoning and request.reasoning.effort, "reasoning.effort")
     if (limit := _thinking(request)) is not None:
         close_thoughts(variables, limit.tokens)
+    with rules_below(""):
+        set_effort(variables, request.reasoning and request.reasoning.effort, "reasoning.effort")
     return variables
 
 

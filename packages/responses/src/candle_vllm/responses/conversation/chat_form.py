@@ -104,8 +104,9 @@ def chat_request(task: Task) -> dict[str, Any]:
         raise UnsupportedParameterError(message, "echo")
     variables = dict(task.variables)
     effort = variables.pop("reasoning_effort", None)
-    if effort == "none":  # by which a server knows that these are off
-        variables = {name: value for name, value in variables.items() if name not in ("thinking", "enable_thinking")}
+    if effort is not None:  # by which a server knows these
+        implied = ("thinking", "enable_thinking")
+        variables = {k: value for k, value in variables.items() if k not in implied or value is not (effort != "none")}
     sampling = dict(task.sampling)
     logprobs, predicted = sampling.pop("logprobs", None), sampling.pop("prediction", None)
     use = task.tools

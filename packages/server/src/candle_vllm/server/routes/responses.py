@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from fastapi import APIRouter, Request
 from starlette.requests import HTTPConnection
 from starlette.responses import Response as HttpResponse
 
-from candle_vllm.openai import OpenAIAdapter, to_json_bytes
-from candle_vllm.openai.conversation import TemplateHabits, template_habits
+from candle_vllm.openai import to_json_bytes
 from candle_vllm.responses.api.response_stream import ResponseStream, error_detail
 from candle_vllm.responses.api.stored_items import entry_of
 from candle_vllm.responses.protocol.events import ErrorDetail, StreamEvent
@@ -60,7 +58,7 @@ JSON = "application/json"
 
 
 class Responders:
-    """Makes a responder for a request. What a model's template takes is found out once, when a request needs it.
+    """Makes a responder for a request.
 
     Args:
         kept: keeps responses; None keeps nothing.
@@ -70,7 +68,6 @@ class Responders:
     def __init__(self, kept: KeptResponses | None, servers: McpSource | None = None) -> None:
         self.kept = kept
         self.servers = servers
-        self._habits: WeakKeyDictionary[OpenAIAdapter, TemplateHabits] = WeakKeyDictionary()
 
     def of(self, model: ServedModel, name: str | None, memory: ConnectionMemory | None = None) -> Responder:
         """Who answers with this model.
@@ -84,12 +81,6 @@ class Responders:
         from candle_vllm.responses.conversation.chat_model import InProcessModel
 
         adapter, settings = model.adapter, model.entry.settings
-
-        async def habits() -> TemplateHabits:
-            if adapter not in self._habits:
-                self._habits[adapter] = await template_habits(adapter.count_tokens)
-            return self._habits[adapter]
-
         options = ResponderOptions(
             model=adapter.served_name(name),
             names=model.entry.names,
@@ -100,7 +91,6 @@ class Responders:
         return Responder(
             InProcessModel(adapter),
             count=adapter.count_tokens,
-            habits=habits,
             servers=self.servers,
             kept=self.kept,
             memory=memory,
