@@ -118,7 +118,7 @@ def to_json(text: str, kinds: Kinds) -> str:
             return bare
         bare, plain = quoted.strip(), quoted
     value = _spelt(bare, kinds.types)
-    listed = next((one for one in (text, plain, bare) if one in kinds.listed), None)
+    listed = next((one for one in ((text,) if kinds.text else (text, plain, bare)) if one in kinds.listed), None)
     if listed is not None and (value is None or not kinds.marked):
         return json.dumps(listed, ensure_ascii=False)
     if value is None and (kinds.marked or not kinds.text) and not kinds.is_anything:
