@@ -33,6 +33,7 @@ from candle_vllm.core.sampling.params import (
 )
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.sampling.thoughts import ThoughtBudget
+from candle_vllm.core.text.stop_scanner import StopMarks
 
 GOOD: dict[str, list[Any]] = {
     "n": [1, MAX_SEQUENCES],
@@ -47,6 +48,7 @@ GOOD: dict[str, list[Any]] = {
     "max_tokens": [None, 1, MAX_TOKENS],
     "min_tokens": [0, 16],
     "stop": [None, "x", ["x", "y" * MAX_STOP_LENGTH], ["x"] * MAX_STOP_STRINGS, ("a",), []],
+    "stop_marks": [None, StopMarks(states={"": {"<a>": "a"}, "a": {"</a>": ""}})],
     "stop_token_ids": [None, [], [0, (1 << 31) - 1], (3,), [0] * MAX_TOKEN_LIST],
     "ignore_eos": [True, False],
     "include_stop_str_in_output": [True, False],
@@ -112,6 +114,7 @@ BAD: dict[str, list[Any]] = {
     "allowed_token_ids": [[], *NO_IDS],
     "structured_outputs": [{"json_object": True}, "json", True],
     "bad_words": ["x", [""], ["y" * (MAX_STOP_LENGTH + 1)], [1], ["x"] * (MAX_TOKEN_LIST + 1), 5],
+    "stop_marks": [5, {"states": {}}],
     "thoughts": [5, {"tokens": 1, "marks": {"<a>": "</a>"}}],
     "thinking_token_budget": [-2, (1 << 24) + 1, "1", 1.0, True],
     "cache_salt": ["", "s" * 257, 5],

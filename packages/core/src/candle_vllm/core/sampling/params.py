@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +14,7 @@ from candle_vllm.core.arguments import ExplainedStruct, unknown_name
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.sampling.thoughts import MAX_BUDGET, ThoughtBudget
-from candle_vllm.core.text.stop_scanner import StopScanner
+from candle_vllm.core.text.stop_scanner import StopMarks, StopScanner
 
 MAX_SEQUENCES = 128  # most sequences of one prompt (`n`)
 MAX_STOP_STRINGS = 64
@@ -119,6 +119,7 @@ class SamplingParams(
         min_tokens: no end-of-sequence or stop before this many tokens. The form of `structured_outputs` wins: where it
             leaves nothing but the end, the text ends there, however short it is.
         stop: strings that end the text; not part of the text unless `include_stop_str_in_output`.
+        stop_marks: marks around parts of the text in which stop strings do not count, as thoughts and tool calls.
         stop_token_ids: token ids that end the sequence, besides the model's own.
         ignore_eos: go on past the model's end-of-sequence tokens.
         include_stop_str_in_output: keep the stop string, or the text of the stop token, in the text.
@@ -171,6 +172,7 @@ class SamplingParams(
     max_tokens: int | None = _OpenCount(16)
     min_tokens: int = 0
     stop: str | Sequence[str] | None = None
+    stop_marks: StopMarks | None = None
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
@@ -284,6 +286,8 @@ class SamplingParams(
             raise InvalidParameterError("structured_outputs must be StructuredOutputsParams", "structured_outputs")
         if not isinstance(self.thoughts, (ThoughtBudget, type(None))):
             raise InvalidParameterError("thoughts must be a ThoughtBudget", "thoughts")
+        if not isinstance(self.stop_marks, (StopMarks, type(None))):
+            raise InvalidParameterError("stop_marks must be StopMarks", "stop_marks")
         if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and 0 < len(self.cache_salt) <= 256):
             raise InvalidParameterError("cache_salt must be a text of 1 to 256 characters", "cache_salt")
         if self.prediction is not None and not (
@@ -320,9 +324,10 @@ class SamplingParams(
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
-    def stop_scanner(self) -> StopScanner:
-        """What finds the end of a text that is written with these."""
-        return StopScanner(self.stop_strings, include_stop=self.include_stop_str_in_output)
+    def stop_scanner(self, special_tokens: Iterable[str]) -> StopScanner:
+        """What finds the end of a text that is written with these, in a vocabulary with special tokens of these names."""
+        include = self.include_stop_str_in_output
+        return StopScanner(self.stop_strings, include_stop=include, marks=self.stop_marks, special_tokens=special_tokens)
 
     @property
     def greedy(self) -> bool:

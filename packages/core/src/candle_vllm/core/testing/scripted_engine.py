@@ -356,6 +356,7 @@ class ScriptedEngine(ScriptedVectors):
             token_bytes=self.tokenizer.token_bytes,
             max_tokens=min(request.params.max_tokens or room, room),
             num_cached_tokens=self.num_cached_tokens,
+            special_tokens=self.tokenizer.special_tokens,
         )
 
     def note_piece(self, piece: TokenOutput) -> None:

@@ -73,18 +73,20 @@ class Detokenizer:
                 return text
         data, special = self._tokenizer.token_bytes(token_id), self._tokenizer.is_special(token_id)
         if not data or (self._skip_special_tokens and special):
-            return ""
+            return self._scanner.feed("", special=data.decode("utf-8", "replace") if special else "")
         if self._strip_space:
             self._strip_space = False
             data = data.removeprefix(b" ")
         text = self._decode(data)
         self.is_plain = self._shows_all and not self._begun
         self._length += len(text)
+        name = ""
         if special:
-            self.special_tokens.append((self._length - len(data.decode("utf-8", "replace")), token_id))
+            name = data.decode("utf-8", "replace")
+            self.special_tokens.append((self._length - len(name), token_id))
         if self._shows_all:
             return text
-        return self._scanner.feed(text, armed=self._num_tokens > self._min_tokens)
+        return self._scanner.feed(text, armed=self._num_tokens > self._min_tokens, special=name)
 
     def note_plain(self, text: str) -> None:
         """Takes note of a plain token's text that was shown without being asked for here."""
