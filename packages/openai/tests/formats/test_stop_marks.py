@@ -23,7 +23,7 @@ from candle_vllm.openai.planning import stop_marks
 UNTOLD = ("`</think>`", "```json\n{\"name\": \"get_weather\", \"arguments\"", '"code": "</tool_call>',
           "<![CDATA[</param></function>")  # fmt: skip
 # Texts in which the mark of a call begins none. Behind it no stop string is looked for, as nobody knows before the call.
-NO_CALLS = ("`<tool_call>`", '{"a": 1}', "to=f2<|message|>What?")
+NO_CALLS = ("`<tool_call>`", '{"a": 1}', "to=f2<|message|>What?", '```json\n{"name": "Ann"}')
 
 
 def samples(but: tuple[str, ...]) -> list[Any]:
