@@ -117,7 +117,9 @@ async def test_without_a_reader_of_thoughts_every_text_is_the_answer() -> None:
     plain = OpenAIAdapter(made, reasoning_parser="none", tool_parser="none")
     answer = json.loads(to_json_bytes(await plain.chat({"messages": ASK, "stop": "."})))
     assert answer["choices"][0]["message"]["content"] == "<think>Paris is the capital"
-    answer = json.loads(to_json_bytes(await adapter(made).complete({"prompt": "Where?", "stop": ".", "max_tokens": 99})))
+    answer = json.loads(
+        to_json_bytes(await adapter(made).complete({"prompt": "Where?", "stop": ".", "max_tokens": 99}))
+    )
     assert answer["choices"][0]["text"] == "<think>Paris is the capital"
 
 

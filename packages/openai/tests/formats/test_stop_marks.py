@@ -27,7 +27,7 @@ NO_CALLS = ("`<tool_call>`", '{"a": 1}', "to=f2<|message|>What?", '```json\n{"na
 
 
 def samples(but: tuple[str, ...]) -> list[Any]:
-    marks = ("<tool_call>", "<|python_tag|>", "```json\n{\"name\": \"now\"}\n```\nso.")
+    marks = ("<tool_call>", "<|python_tag|>", '```json\n{"name": "now"}\n```\nso.')
     found = [(place, one) for place, one in enumerate(SAMPLES) if not any(text in one.text for text in but)]
     return [pytest.param(one, id=f"{place}-{one.tools}") for place, one in found if one.text not in marks]
 
@@ -67,6 +67,8 @@ def test_stops_in_the_answer_are_found_however_it_is_cut(sample: Sample, size: i
         places = [rng.randrange(len(sample.text) + 1) for _ in range(3)]
         for pieces in (sample.text, cut(sample.text, places)):
             assert scanned(sample, stop, pieces) == (shown, found)
-        parsed = parse(parser(sample.tools, TOOLS, sample.reasoning, in_reasoning=sample.prefilled), [shown], whole=False)
+        parsed = parse(
+            parser(sample.tools, TOOLS, sample.reasoning, in_reasoning=sample.prefilled), [shown], whole=False
+        )
         before = sample.content[: sample.content.index(stop)]
         assert parsed.content.strip() == before.strip(), stop

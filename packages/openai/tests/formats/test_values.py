@@ -110,7 +110,9 @@ def written(form: Any, text: str, union: str) -> Iterator[tuple[str, Any]]:
             yield f"{opening}{call}{end}", value
 
 
-@pytest.mark.parametrize("union", [pytest.param(one, marks=() if one in COMMON else pytest.mark.every_case) for one in EVERY])
+@pytest.mark.parametrize(
+    "union", [pytest.param(one, marks=() if one in COMMON else pytest.mark.every_case) for one in EVERY]
+)
 @pytest.mark.parametrize("name", few([form.name for form in FORMATS], *OFTEN))
 def test_what_a_grammar_accepts_is_read_as_what_was_meant(name: str, union: str) -> None:
     form = ROWS[name]

@@ -204,7 +204,13 @@ def stop_marks(reasoning: ReasoningFormat | None, form: ToolFormat | None, tools
 _BARE_OBJECTS = tuple(
     f'{listed}{begun}"{{}}"'
     for listed in ("", "[")
-    for begun in ('{"name": ', '{"name":', '{\n  "name": ', '{"type": "function", "name": ', '{"type":"function","name":')
+    for begun in (
+        '{"name": ',
+        '{"name":',
+        '{\n  "name": ',
+        '{"type": "function", "name": ',
+        '{"type":"function","name":',
+    )
 )
 """How a call without a mark begins, with the tool's name in the place of {}."""
 

@@ -380,7 +380,8 @@ class TaskPreparation:
         self._check_known(ids)
         text = first = ""
         if task.echo_prompts:
-            text = prompt if isinstance(prompt, str) else engine.detokenize(ids, skip_special_tokens=False)
+            whole = task.scored_only  # else the answer ends a character that the prompt's last bytes begin
+            text = prompt if isinstance(prompt, str) else engine.detokenize(ids, skip_special_tokens=False, whole=whole)
             scored = task.sampling.get("logprobs") is not None
             first = engine.detokenize(ids[:1], skip_special_tokens=False) if scored else ""
         return EchoedPrompt(text, first, tuple(ids))
@@ -423,7 +424,7 @@ def _check_prompt_logprobs(field: str, asked: int | None, tokens: int, sequences
 def _checked_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The model's own sampling values, refused now rather than at every request."""
     request_only = {"n", "logprobs", "prompt_logprobs", "logit_bias", "structured_outputs", "prediction"}
-    request_only |= {"thoughts", "thinking_token_budget", "stop_marks"}
+    request_only |= {"thoughts", "thinking_token_budget", "stop_marks", "continues_prompt"}
     unusable = sorted(name for name in defaults if name in request_only or name not in SamplingParams.__struct_fields__)
     if unusable:
         raise ConfigError(f"default_sampling has names that are no sampling defaults: {', '.join(unusable)}")

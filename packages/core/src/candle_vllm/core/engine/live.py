@@ -177,6 +177,7 @@ class LiveSequence(Live):
             stops=stops,
             skip_special_tokens=params.skip_special_tokens,
             min_tokens=params.min_tokens,
+            continues_prompt=params.continues_prompt,
         )
         self.prompt_logprobs: list[PositionLogprobs | None] = [None]
 

@@ -124,6 +124,8 @@ class SamplingParams(
         ignore_eos: go on past the model's end-of-sequence tokens.
         include_stop_str_in_output: keep the stop string, or the text of the stop token, in the text.
         skip_special_tokens: leave special tokens out of the text.
+        continues_prompt: the text begins with the character that the end of the prompt begins, where that ends within
+            one; for callers who show prompt and text as one.
         logprobs: report the log-probability of each chosen token and of this many likeliest ones, 0 to 20.
         prompt_logprobs: the same for the tokens of the prompt.
         logit_bias: token id -> value added to its logit, [-100, 100].
@@ -177,6 +179,7 @@ class SamplingParams(
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    continues_prompt: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
@@ -244,7 +247,7 @@ class SamplingParams(
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
-        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "skip_reading_prefix_cache"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise InvalidParameterError(f"{name} must be true or false", name)
 
@@ -327,7 +330,9 @@ class SamplingParams(
     def stop_scanner(self, special_tokens: Iterable[str]) -> StopScanner:
         """What finds the end of a text that is written with these, in a vocabulary with special tokens of these names."""
         include = self.include_stop_str_in_output
-        return StopScanner(self.stop_strings, include_stop=include, marks=self.stop_marks, special_tokens=special_tokens)
+        return StopScanner(
+            self.stop_strings, include_stop=include, marks=self.stop_marks, special_tokens=special_tokens
+        )
 
     @property
     def greedy(self) -> bool:
@@ -361,6 +366,8 @@ _NUMBERS: Mapping[str, tuple[float, float]] = MappingProxyType(
         "dry_base": (1, 1000),
     }
 )
+_SWITCHES = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "continues_prompt",
+             "skip_reading_prefix_cache")  # fmt: skip
 _COUNTS: Mapping[str, tuple[int, int]] = MappingProxyType(
     {
         "repeat_last_n": (-1, MAX_LOOKBACK),

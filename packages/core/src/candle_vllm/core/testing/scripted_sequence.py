@@ -68,6 +68,8 @@ class ScriptedSequence:
         self._length = 0  # characters decoded
         self._special: list[tuple[int, int]] = []
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        if request.params.continues_prompt:
+            self._decoder.decode(b"".join(map(token_bytes, request.prompt_token_ids[-3:])))
         self._finish: FinishReason | None = None
         self._stop_reason: str | int | None = None
 
