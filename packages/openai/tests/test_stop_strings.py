@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Stop strings in whole and streamed answers of every API: they end the answer, not the thoughts or a call before it."""
+"""Stop strings in whole and streamed answers of every API: they end the answer, not thoughts or a call before it."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from candle_vllm.openai.planning import stop_marks
 # the text of an argument.
 UNTOLD = ("`</think>`", "```json\n{\"name\": \"get_weather\", \"arguments\"", '"code": "</tool_call>',
           "<![CDATA[</param></function>")  # fmt: skip
-# Texts in which the mark of a call begins none. Behind it no stop string is looked for, as nobody knows before the call.
+# Texts in which the mark of a call begins none: behind it no stop string is looked for.
 NO_CALLS = ("`<tool_call>`", '{"a": 1}', "to=f2<|message|>What?", '```json\n{"name": "Ann"}')
 
 

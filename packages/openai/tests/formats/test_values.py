@@ -36,8 +36,8 @@ KINDS: dict[str, dict[str, Any]] = {
 EVERY = [*KINDS, *("-".join(pair) for pair in itertools.combinations(KINDS, 2)), "any", "boolean-enum-null"]
 COMMON = ["null-enum", "boolean-enum", "string-null", "string-integer", "integer-enum", "any"]
 OFTEN = ("qwen3_coder", "glm45", "minimax_m2", "seed_oss", "minimax_m3", "deepseek_v32")
-TEXTS = [*LISTED, "null", "NULL", "False", "TRUE", "false", "1", "-7", "007", "+5", "12.0", "1.5", "2E5", "a b", "Paris",
-         "[1]", "[1, 2]", '{"k": 1}', '"1"', '"a"', "nan", "1 2", "- 1", "none.", ""]  # fmt: skip
+TEXTS = [*LISTED, "null", "NULL", "False", "TRUE", "false", "1", "-7", "007", "+5", "12.0", "1.5", "2E5", "a b",
+         "Paris", "[1]", "[1, 2]", '{"k": 1}', '"1"', '"a"', "nan", "1 2", "- 1", "none.", ""]  # fmt: skip
 FORMATS = [row for row in ROWS.values() if row.bodies and isinstance(row.bodies[0], (Tagged, Nested, Gemma))]
 PYTHON = {"None": None, "True": True, "False": False}
 

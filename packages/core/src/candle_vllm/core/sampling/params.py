@@ -328,10 +328,12 @@ class SamplingParams(
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def stop_scanner(self, special_tokens: Iterable[str]) -> StopScanner:
-        """What finds the end of a text that is written with these, in a vocabulary with special tokens of these names."""
-        include = self.include_stop_str_in_output
+        """Return a scanner for one text; `special_tokens` are the names of those in the vocabulary."""
         return StopScanner(
-            self.stop_strings, include_stop=include, marks=self.stop_marks, special_tokens=special_tokens
+            self.stop_strings,
+            include_stop=self.include_stop_str_in_output,
+            marks=self.stop_marks,
+            special_tokens=special_tokens,
         )
 
     @property
