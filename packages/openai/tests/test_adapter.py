@@ -228,6 +228,32 @@ async def test_echo_with_logprobs_covers_the_prompt() -> None:
     assert choice["logprobs"]["text_offset"] == [0, 0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("given", range(1, 5))
+@pytest.mark.parametrize("ending", [" x", "x", ""])
+async def test_an_echo_is_the_text_of_prompt_and_answer_together(given: int, ending: str) -> None:
+    """Also where the prompt ends within a character, which the answer goes on with or not."""
+    pepper = "\U0001f336".encode()
+    prompt = [*"bé".encode(), *pepper[:given]]
+    rest = (pepper[given:] if ending == " x" else b"") + ending.encode()
+    text = bytes([*prompt, *rest]).decode("utf-8", "replace")
+    for fields in ({}, {"n": 2}, {"logprobs": 0}, {"stop": "x"}, {"max_tokens": max(len(rest), 1)}):
+        engine = ScriptedEngine([rest])
+        whole = await complete(engine, prompt=prompt, echo=True, **fields)
+        texts = [one["text"] for one in whole["choices"]]
+        assert set(texts) == {text.removesuffix("x") if "stop" in fields else text}
+        chunks = await completion_chunks(engine, prompt=prompt, echo=True, **fields)
+        for index, one in enumerate(texts):
+            assert "".join(c["text"] for chunk in chunks for c in chunk["choices"] if c["index"] == index) == one
+        if "logprobs" in fields:
+            ids = [*prompt, *rest, engine.tokenizer.eos_token_id]
+            begun = [len(engine.detokenize(ids[:count], False, whole=False)) for count in range(len(ids))]
+            assert whole["choices"][0]["logprobs"]["text_offset"] == begun
+    scored = await complete(ScriptedEngine("x"), prompt=prompt, echo=True, max_tokens=0)
+    assert scored["choices"][0]["text"] == bytes(prompt).decode("utf-8", "replace")
+    plain = await complete(ScriptedEngine([rest]), prompt=prompt)
+    assert plain["choices"][0]["text"] == rest.decode("utf-8", "replace")
+
+
 async def test_scoring_a_prompt_adds_nothing() -> None:
     answer = await complete(ScriptedEngine("x"), echo=True, logprobs=0, max_tokens=0)
     choice = answer["choices"][0]

@@ -34,8 +34,8 @@ async def test_texts_of_tokens() -> None:
 
 async def test_a_tokenizer_that_drops_the_first_space() -> None:
     class Dropping(ScriptedEngine):
-        def detokenize(self, token_ids: Any, skip_special_tokens: bool = True) -> str:
-            return super().detokenize(token_ids, skip_special_tokens).removeprefix(" ")
+        def detokenize(self, token_ids: Any, skip_special_tokens: bool = True, *, whole: bool = True) -> str:
+            return super().detokenize(token_ids, skip_special_tokens, whole=whole).removeprefix(" ")
 
     made = await OpenAIAdapter(Dropping()).tokenize({
         "prompt": " a ", "add_special_tokens": False, "return_token_strs": True

@@ -15,6 +15,7 @@ from candle_vllm.core.engine.draft_head import DraftingHead
 from candle_vllm.core.engine.live import LiveSequence
 from candle_vllm.core.sampling.thoughts import ThoughtBudget
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from candle_vllm.core.text.stop_scanner import StopMarks
 from packages.core.tests.engine.drafted import FreeTimes, SameTimes
 from packages.core.tests.engine.toy_heads import NextTokens, eagle3_config, eagle3_weights, write_head
 
@@ -38,6 +39,12 @@ ASKED: dict[str, dict[str, Any]] = {
     "schema": {"structured_outputs": StructuredOutputsParams(json=SCHEMA), "max_tokens": 60},
     "tools": {"structured_outputs": StructuredOutputsParams(grammar=CALL), "max_tokens": 70},
     "stop strings": {"stop": ["ab", "caa", "bb"], "allowed_token_ids": [97, 98, 99, EOS], "min_tokens": 4},
+    "stop strings between marks": {
+        "stop": ["ab", "caa", "bb"],
+        "stop_marks": StopMarks(states={"": {"c": "within"}, "within": {"ba": "", "a": ""}}, first="within"),
+        "allowed_token_ids": [97, 98, 99, EOS],
+        "min_tokens": 4,
+    },
     "a form behind thoughts": {
         "structured_outputs": StructuredOutputsParams(json=SCHEMA, reasoning_end=END),
         "thoughts": ThoughtBudget(tokens=6, marks={"Hm ": END}, opened="Hm "),

@@ -35,6 +35,7 @@ from candle_vllm.core.progress import Progress, heard_by
 from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.testing.toy_encoder import write_toy_encoder
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from candle_vllm.core.text.stop_scanner import StopMarks
 from tests.waiting import until
 
 PROMPT = [(7 * i) % 256 for i in range(40)]
@@ -93,6 +94,13 @@ def gone(pid: int) -> bool:
         SamplingParams(temperature=0.0, max_tokens=8, logprobs=3, prompt_logprobs=2, ignore_eos=True),
         SamplingParams(temperature=1.0, seed=5, max_tokens=60, stop=("e", "a"), include_stop_str_in_output=True),
         SamplingParams(
+            temperature=1.0,
+            seed=5,
+            max_tokens=60,
+            stop=("e", "a"),
+            stop_marks=StopMarks(states={"": {"e": "within"}, "within": {"o": "", "i": ""}}, behind=True),
+        ),
+        SamplingParams(
             temperature=0.7,
             seed=2,
             max_tokens=16,
@@ -130,7 +138,7 @@ def gone(pid: int) -> bool:
             repeat_last_n=8,
         ),
     ],
-    ids=["greedy", "seeded", "n", "logprobs", "stop", "lists", "regex", "schema", "samplers"],
+    ids=["greedy", "seeded", "n", "logprobs", "stop", "marks", "lists", "regex", "schema", "samplers"],
 )
 async def test_a_request_gives_what_it_gives_in_this_process(
     local: InferenceEngine, remote: RemoteEngine, params: SamplingParams

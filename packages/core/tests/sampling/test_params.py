@@ -33,6 +33,7 @@ from candle_vllm.core.sampling.params import (
 )
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.sampling.thoughts import ThoughtBudget
+from candle_vllm.core.text.stop_scanner import StopMarks
 
 GOOD: dict[str, list[Any]] = {
     "n": [1, MAX_SEQUENCES],
@@ -47,10 +48,12 @@ GOOD: dict[str, list[Any]] = {
     "max_tokens": [None, 1, MAX_TOKENS],
     "min_tokens": [0, 16],
     "stop": [None, "x", ["x", "y" * MAX_STOP_LENGTH], ["x"] * MAX_STOP_STRINGS, ("a",), []],
+    "stop_marks": [None, StopMarks(states={"": {"<a>": "a"}, "a": {"</a>": ""}})],
     "stop_token_ids": [None, [], [0, (1 << 31) - 1], (3,), [0] * MAX_TOKEN_LIST],
     "ignore_eos": [True, False],
     "include_stop_str_in_output": [True, False],
     "skip_special_tokens": [True, False],
+    "continues_prompt": [True, False],
     "skip_reading_prefix_cache": [True, False],
     "output_kind": list(RequestOutputKind),
     "logprobs": [None, 0, MAX_LOGPROBS],
@@ -104,6 +107,7 @@ BAD: dict[str, list[Any]] = {
     "ignore_eos": NO_BOOL,
     "include_stop_str_in_output": NO_BOOL,
     "skip_special_tokens": NO_BOOL,
+    "continues_prompt": NO_BOOL,
     "skip_reading_prefix_cache": NO_BOOL,
     "output_kind": [0, 1, "delta", None],
     "logprobs": [-1, MAX_LOGPROBS + 1, "1", 1.0, True],
@@ -112,6 +116,7 @@ BAD: dict[str, list[Any]] = {
     "allowed_token_ids": [[], *NO_IDS],
     "structured_outputs": [{"json_object": True}, "json", True],
     "bad_words": ["x", [""], ["y" * (MAX_STOP_LENGTH + 1)], [1], ["x"] * (MAX_TOKEN_LIST + 1), 5],
+    "stop_marks": [5, {"states": {}}],
     "thoughts": [5, {"tokens": 1, "marks": {"<a>": "</a>"}}],
     "thinking_token_budget": [-2, (1 << 24) + 1, "1", 1.0, True],
     "cache_salt": ["", "s" * 257, 5],

@@ -176,7 +176,7 @@ WRONG: list[tuple[str, Any, str]] = [  # where, what, the field to blame
     ("tools.0", "f", "tools.0"),
     ("tools.0.name", GONE, "tools.0.name"),
     ("tools.0.name", "a b", "tools.0.name"),
-    ("tools.0.name", "a" * 65, "tools.0.name"),
+    ("tools.0.name", "a" * 129, "tools.0.name"),
     ("tools.0.input_schema", GONE, "tools.0.input_schema"),
     ("tools.0.input_schema", [], "tools.0.input_schema"),
     ("tools.0.input_schema.type", "array", "tools.0.input_schema.type"),

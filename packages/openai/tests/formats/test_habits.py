@@ -114,7 +114,8 @@ class TestCandleVllm:
     @pytest.mark.parametrize(
         ("text", "types", "value"),
         [
-            ("none", ["string", "null"], None),
+            ("none", ["string", "null"], "none"),
+            ("null", ["string", "null"], None),
             ("nil", ["null"], None),
             ("Yes", ["boolean"], True),
             ("no", ["boolean"], False),

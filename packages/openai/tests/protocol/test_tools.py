@@ -13,6 +13,9 @@ import pytest
 
 from candle_vllm.core.errors import InvalidParameterError, RequestError
 from candle_vllm.openai import ChatCompletionRequest, InvalidBodyError, UnsupportedParameterError, parse_chat_request
+from candle_vllm.openai.anthropic import parse_count_tokens_request, parse_messages_request
+from candle_vllm.openai.ollama.request import ChatRequest as OllamaRequest
+from candle_vllm.openai.ollama.request import ollama_parser
 from candle_vllm.openai.protocol.fields import MAX_SCHEMA_DEPTH, MAX_TOOLS, MAX_TOOLS_SIZE
 from candle_vllm.openai.protocol.tools import FunctionDefinition, Tool
 from candle_vllm.openai.task import ToolUse
@@ -298,3 +301,40 @@ def test_a_schema_a_thousand_deep_is_refused_before_and_behind_the_wire() -> Non
     with pytest.raises(InvalidParameterError, match="nested too deeply") as caught:
         parse_chat_request({"messages": HI, "tools": [tool(parameters=nested(1000))]})
     assert caught.value.param == "tools.0.function.parameters"
+
+
+def _anthropic(name: str) -> dict[str, Any]:
+    use = {"type": "tool_use", "id": "t", "name": name, "input": {}}
+    turns = [{"role": "assistant", "content": [use]}, {"role": "user", "content": [_result("t")]}]
+    tools = [{"name": name, "input_schema": {"type": "object"}}]
+    return {"model": "m", "messages": [*HI, *turns], "tools": tools, "tool_choice": {"type": "tool", "name": name}}
+
+
+def _result(call: str) -> dict[str, Any]:
+    return {"type": "tool_result", "tool_use_id": call, "content": "x"}
+
+
+def _ollama(name: str) -> dict[str, Any]:
+    calls = [{"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": {}}}]}]
+    answered = [*HI, *calls, {"role": "tool", "tool_name": name, "content": "x"}]
+    return {"model": "m", "messages": answered, "tools": [tool(name)]}
+
+
+PLUGIN = "mcp__plugin_chrome-devtools-mcp_chrome-devtools__get_console_message"  # 68 characters
+NAMES = [  # of each API: its reader, a request with a tool of some name wherever one may stand, and names for it
+    (parse_chat_request, lambda name: {"messages": HI, "tools": [tool(name)], "tool_choice": choice(name)},
+     ["a" * 64, "9-a_B"], [PLUGIN, "a.b", "a b", ""]),
+    (lambda body: parse_messages_request({"max_tokens": 5, **body}), _anthropic,
+     ["a" * 128, PLUGIN, "9-a_B"], ["a" * 129, "a.b", "a b", ""]),
+    (parse_count_tokens_request, _anthropic, ["a" * 128, PLUGIN], ["a" * 129, "a.b"]),
+    (ollama_parser(OllamaRequest), _ollama, ["a" * 256, PLUGIN, "a.b/c:d", "é"], ["a" * 257, "a b", "a\n", ""]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("read", "body", "accepted", "refused"), NAMES, ids=["openai", "anthropic", "count", "ollama"])
+def test_each_api_has_its_own_rule_for_names(read: Any, body: Any, accepted: list[str], refused: list[str]) -> None:
+    for name in accepted:
+        read(body(name))
+    for name in refused:
+        with pytest.raises(RequestError, match=r"^(tools|messages)\.\S*name "):
+            read(body(name))

@@ -186,14 +186,14 @@ class EngineFront(ABC):
         return infill_prompt(tokenizer, tokenizer.infill, prefix, suffix)
 
     @explained()
-    def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids.
+    def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True, *, whole: bool = True) -> str:
+        """Text of token ids; where it is not the `whole`, the beginning of a character at its end is left out.
 
         Raises:
             InvalidParameterError: they are none, or one is not in the vocabulary.
         """
         try:
-            return self._require()[1].tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+            return self._require()[1].tokenizer.decode(token_ids, skip_special_tokens, whole=whole)
         except TypeError:
             raise InvalidParameterError("detokenize takes a list of token ids", "token_ids") from None
 

@@ -55,7 +55,7 @@ class CompletionWriter(AnswerWriter[Completion]):
         self._request = request
         self._prompts = prompts
         self._writers: dict[int, CompletionLogprobsWriter | None] = {}
-        self._echoes: dict[int, CompletionLogprobs] = {}  # made once per prompt, for all of its choices
+        self._echoes: dict[int, tuple[CompletionLogprobs, bytes]] = {}  # made once per prompt, for all of its choices
 
     def _written(self, event: Event) -> Completion | None:
         if isinstance(event, Text):
@@ -86,8 +86,8 @@ class CompletionWriter(AnswerWriter[Completion]):
         self._writers[event.choice] = writer
         logprobs: CompletionLogprobs | None = None
         if writer is not None and request.echo:
-            logprobs = self._echo(event, request.logprobs or 0)
-            writer.skip(len(source.text))
+            logprobs, begun = self._echo(event, request.logprobs or 0)
+            writer.skip(len(source.text), begun)
         shown: PromptLogprobs | UnsetType = UNSET
         if request.prompt_logprobs is not None and event.prompt_logprobs is not None:
             shown = prompt_logprobs(event.prompt_logprobs, request.prompt_logprobs)
@@ -102,7 +102,7 @@ class CompletionWriter(AnswerWriter[Completion]):
         )
         return self._chunk(choice)
 
-    def _echo(self, event: Begun, top: int) -> CompletionLogprobs:
+    def _echo(self, event: Begun, top: int) -> tuple[CompletionLogprobs, bytes]:
         """The prompt's log-probabilities, which its first choice to begin brings."""
         if event.prompt not in self._echoes:
             source, given = self._prompts[event.prompt], event.prompt_logprobs

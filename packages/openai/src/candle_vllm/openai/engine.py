@@ -48,7 +48,9 @@ class EngineLike(EmbeddingEngineLike, Protocol):
 
     def infill(self, prefix: str | Sequence[int], suffix: str) -> InfillPrompt: ...
 
-    def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+    def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True, *, whole: bool = True) -> str:
+        """A text; where more follows (`whole` is false), the beginning of a character at its end is left out."""
+        ...
 
     def look(
         self, token_ids: Sequence[int], images: Sequence[object], names: Sequence[str] = ()

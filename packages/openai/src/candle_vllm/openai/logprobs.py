@@ -50,26 +50,38 @@ class CompletionLogprobsWriter:
             text_offset=tuple(offsets),
         )
 
-    def skip(self, characters: int) -> None:
-        """Goes on behind text that another writer has written: the echoed prompt."""
+    def skip(self, characters: int, begun: bytes = b"") -> None:
+        """Goes on behind text that another writer has written, the echoed prompt, which ended with `begun`."""
         self._offset += characters
+        self._decoder.decode(begun)
+
+    @property
+    def begun(self) -> bytes:
+        """The beginning of a character that the last tokens hold."""
+        return self._decoder.getstate()[0]
 
     def _top_entry(self, entry: PositionLogprobs) -> dict[str, float]:
         likely = {_unique_text(token): _finite(token.logprob) for token in entry.top[: self._top]}
         return likely | {_unique_text(entry.chosen): _finite(entry.chosen.logprob)}
 
 
-def echoed_logprobs(first: str, entries: Sequence[PositionLogprobs], text: str, top: int) -> CompletionLogprobs:
-    """The echoed prompt `text`: its first token, which has no log-probability, and the others."""
+def echoed_logprobs(
+    first: str, entries: Sequence[PositionLogprobs], text: str, top: int
+) -> tuple[CompletionLogprobs, bytes]:
+    """The echoed prompt `text`: its first token, which has no log-probability, and the others.
+
+    With it comes the beginning of a character that the prompt ends with.
+    """
     writer = CompletionLogprobsWriter(top)
     writer.skip(len(first) if text.startswith(first) else 0)
     rest = writer.add(entries)
-    return CompletionLogprobs(
+    echoed = CompletionLogprobs(
         tokens=(first, *rest.tokens),
         token_logprobs=(None, *rest.token_logprobs),
         top_logprobs=(None, *rest.top_logprobs),
         text_offset=(0, *rest.text_offset),
     )
+    return echoed, writer.begun
 
 
 def join_completion_logprobs(parts: Sequence[CompletionLogprobs]) -> CompletionLogprobs:

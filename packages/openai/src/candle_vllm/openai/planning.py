@@ -18,12 +18,14 @@ from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.sampling.thoughts import ThoughtBudget
 from candle_vllm.core.text.chat_conventions import ChatConventions
 from candle_vllm.core.text.chat_template import ChatTemplate
+from candle_vllm.core.text.stop_scanner import StopMarks
 from candle_vllm.openai.answers import AnswerPlan
 from candle_vllm.openai.errors import UnsupportedParameterError
 from candle_vllm.openai.formats.choice import Choice, choose_layout
 from candle_vllm.openai.formats.elsewhere import COMMON
 from candle_vllm.openai.formats.grammar import answer_grammar, tool_grammar
-from candle_vllm.openai.formats.layout import Layout, ReasoningFormat, ToolFormat, bind
+from candle_vllm.openai.formats.layout import CALL, THOUGHTS, Layout, ReasoningFormat, ToolFormat, bind
+from candle_vllm.openai.formats.pythonic import Pythonic
 from candle_vllm.openai.formats.reader import SPACE
 from candle_vllm.openai.formats.reasoning_table import LAST_WORDS, open_mark
 from candle_vllm.openai.task import Task, ThinkingLimit, ToolUse
@@ -34,11 +36,13 @@ _TAIL = 1 << 14  # characters at a prompt's end in which its last marks are look
 
 
 class Planned(NamedTuple):
-    """A plan for the answers of one request, the form that their text must have, and how much may be thought."""
+    """A plan for the answers of one request, the form that their text must have, how much may be thought, and where
+    stop strings count."""
 
     answers: AnswerPlan
     structured: StructuredOutputsParams | None
     thoughts: ThoughtBudget | None = None
+    stop_marks: StopMarks | None = None
 
 
 class AnswerPlanner:
@@ -116,6 +120,7 @@ class AnswerPlanner:
         thoughts = self._budget(task, reasoning, opening, called)
         if bound.layout == Layout():
             return Planned(AnswerPlan(), structured, thoughts)
+        marks = stop_marks(reasoning, tools, [tool.name for tool in use.tools] if called else ())
         answers = AnswerPlan(
             bound=bound,
             tools={tool.name: tool.parameters for tool in use.tools} if called else None,
@@ -128,7 +133,8 @@ class AnswerPlanner:
             show_special_tokens=task.sampling.get("skip_special_tokens") is False,
             special_tokens=bool(bound.characters),
         )
-        return Planned(answers, structured, thoughts)
+        first = opening if not opening or opening in marks.states else THOUGHTS
+        return Planned(answers, structured, thoughts, replace(marks, first=first, behind=closed))
 
     def _budget(
         self, task: Task, reasoning: ReasoningFormat | None, opening: str, called: ToolFormat | None
@@ -159,6 +165,61 @@ class AnswerPlanner:
             opened=opening or None,
             message=words,
         )
+
+
+def stop_marks(reasoning: ReasoningFormat | None, form: ToolFormat | None, tools: Collection[str]) -> StopMarks:
+    """Where stop strings count: in the text of an answer, not in what is read as thoughts or calls.
+
+    Args:
+        reasoning: how the model writes thoughts, if it does.
+        form: how it writes calls; calls in the format's own marks are recognised.
+        tools: names of the tools that may be called; without any, what looks like a call is text.
+    """
+    flow = (form and form.flow) or (reasoning and reasoning.flow)
+    if flow is not None:
+        states, fresh = flow.states(tools)
+        return StopMarks(states=states, fresh=fresh)
+    pairs = reasoning.pairs if reasoning else {}
+    strays = (*(reasoning.strays if reasoning else ()), *(form.strays if form else ()), *pairs.values())
+    states = {"": {**dict.fromkeys(strays, ""), **{opening: opening for opening in pairs}}}
+    states |= {opening: {end: ""} for opening, end in pairs.items()}
+    if form is None or not tools:
+        return StopMarks(states=states)
+    body = form.bodies[0] if form.bodies else None
+    closers, end = getattr(body, "closers", ()), getattr(body, "call_end", "")
+    states[""] |= dict.fromkeys((mark for mark in (*closers, end) if mark and not mark.startswith("`")), "")
+    opens = dict.fromkeys((mark for one in form.opens for mark in _calling(one, form)), CALL)
+    names = dict.fromkeys(form.names, "named")
+    states[""] |= {**opens, **names}
+    states[CALL] = dict.fromkeys(filter(None, closers or (end,)), "")
+    states["named"] = dict.fromkeys((end,) if end else getattr(form.named or body, "closers", ()), "")
+    states["unmarked"] = {}
+    for opening in pairs if form.ends_thoughts else ():
+        states[opening] |= {"\n" + mark if form.on_lines else mark: state for mark, state in (opens | names).items()}
+    bare = ("[{}(",) if isinstance(form.bare, Pythonic) else _BARE_OBJECTS if form.bare else ()
+    fresh = dict.fromkeys((begun.replace("{}", name) for begun in bare for name in tools), "unmarked")
+    return StopMarks(states=states, fresh=fresh)
+
+
+_BARE_OBJECTS = tuple(
+    f'{listed}{begun}"{{}}"'
+    for listed in ("", "[")
+    for begun in (
+        '{"name": ',
+        '{"name":',
+        '{\n  "name": ',
+        '{"type": "function", "name": ',
+        '{"type":"function","name":',
+    )
+)
+"""How a call without a mark begins, with the tool's name in the place of {}."""
+
+
+def _calling(mark: str, form: ToolFormat) -> tuple[str, ...]:
+    """An opening mark with what must follow it where it is a word that text has as well."""
+    if form.line_start:
+        return (f"{mark} ```json", f"{mark}\n```json")
+    return (f"{mark}[",) if mark.isalpha() else (mark,)
 
 
 def constrain(

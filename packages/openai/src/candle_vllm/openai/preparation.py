@@ -127,13 +127,14 @@ class TaskPreparation:
             params = sampling_params(task, self._defaults)
             unseen = self._unseen(task)
             text = self._render(task)
-            answers, structured, thoughts = self._planned(task, text)
+            answers, structured, thoughts, marks = self._planned(task, text)
             # Templates write the special tokens themselves.
             prompt = self._behind(task, text, add_special_tokens=task.add_special_tokens)
             _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), len(prompt))
             if answers.special_tokens:
                 params = replace(params, skip_special_tokens=False)
-            params = replace(params, structured_outputs=structured, thoughts=thoughts)
+            marks = marks if params.stop_strings else None
+            params = replace(params, structured_outputs=structured, thoughts=thoughts, stop_marks=marks)
             return PreparedChat(prompt, params, answers, text, unseen=unseen)
 
     async def see(self, task: Task, prepared: PreparedChat, work: WorkerThreads) -> PreparedChat:
@@ -242,7 +243,7 @@ class TaskPreparation:
                 loose = self._loose(task, prepared.text)
                 if not loose:
                     raise
-            answers, form, _ = self._planner.plan(task, prepared.text, loose=loose)
+            answers, form, *_ = self._planner.plan(task, prepared.text, loose=loose)
             if form is not None:
                 self._engine.check_structured_outputs(form)
             params = replace(prepared.params, structured_outputs=form)
@@ -384,7 +385,8 @@ class TaskPreparation:
         self._check_known(ids)
         text = first = ""
         if task.echo_prompts:
-            text = prompt if isinstance(prompt, str) else engine.detokenize(ids, skip_special_tokens=False)
+            whole = task.scored_only  # else the answer ends a character that the prompt's last bytes begin
+            text = prompt if isinstance(prompt, str) else engine.detokenize(ids, skip_special_tokens=False, whole=whole)
             scored = task.sampling.get("logprobs") is not None
             first = engine.detokenize(ids[:1], skip_special_tokens=False) if scored else ""
         return EchoedPrompt(text, first, tuple(ids))
@@ -433,7 +435,7 @@ def _check_prompt_logprobs(field: str, asked: int | None, tokens: int, sequences
 def _checked_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The model's own sampling values, refused now rather than at every request."""
     request_only = {"n", "logprobs", "prompt_logprobs", "logit_bias", "structured_outputs", "prediction"}
-    request_only |= {"thoughts", "thinking_token_budget"}
+    request_only |= {"thoughts", "thinking_token_budget", "stop_marks", "continues_prompt"}
     unusable = sorted(name for name in defaults if name in request_only or name not in SamplingParams.__struct_fields__)
     if unusable:
         raise ConfigError(f"default_sampling has names that are no sampling defaults: {', '.join(unusable)}")

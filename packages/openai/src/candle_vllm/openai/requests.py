@@ -135,6 +135,7 @@ def sampling_params(task: Task, defaults: Mapping[str, Any]) -> SamplingParams:
     if task.echo_prompts:  # an echo with log-probabilities shows those of the prompt too
         asked = [given[name] for name in ("prompt_logprobs", "logprobs") if given[name] is not None]
         given["prompt_logprobs"] = max(asked, default=None)
+        given["continues_prompt"] = True
     if task.form is not None:
         given["structured_outputs"] = task.form
     return SamplingParams(**given)

@@ -162,7 +162,7 @@ class LiveSequence(Live):
         self.stop_token_ids = frozenset(params.stop_token_ids or ())
         # Where a token is none of these, only the length can end the sequence.
         self._ends = self.eos_token_ids | self.stop_token_ids if self.stop_token_ids else self.eos_token_ids
-        stops = params.stop_scanner()
+        stops = params.stop_scanner(() if params.stop_marks is None else tokenizer.special_token_ids)
         sequence.tokens = state.tokens  # from here on there is one list
         self._tokens, self._texts = state.tokens, tokenizer.plain_texts
         # What `accept` needs of nearly every token, in one place: a step has driven all of it out of the caches.
@@ -177,6 +177,7 @@ class LiveSequence(Live):
             stops=stops,
             skip_special_tokens=params.skip_special_tokens,
             min_tokens=params.min_tokens,
+            continues_prompt=params.continues_prompt,
         )
         self.prompt_logprobs: list[PositionLogprobs | None] = [None]
 
@@ -288,9 +289,9 @@ class LiveSequence(Live):
         exhausted = self.state.grammar is not None and self.state.grammar.exhausted
         ends = token in self.eos_token_ids and (enough or exhausted)
         if ends or (enough and token in self.stop_token_ids):
-            text = self.detokenizer.add(token) if include_stop else ""
+            text = (self.detokenizer.add(token) if include_stop else "") + self.detokenizer.finish()
             stop_reason = token if enough and token in self.stop_token_ids else None
-            return FinishReason.STOP, stop_reason, text + self.detokenizer.finish()
+            return FinishReason.STOP, self.detokenizer.stopped_by or stop_reason, text
         text = self.detokenizer.add(token)
         if self.detokenizer.stopped_by is not None:
             return FinishReason.STOP, self.detokenizer.stopped_by, text

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,7 +14,7 @@ from candle_vllm.core.arguments import ExplainedStruct, unknown_name
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.core.sampling.thoughts import MAX_BUDGET, ThoughtBudget
-from candle_vllm.core.text.stop_scanner import StopScanner
+from candle_vllm.core.text.stop_scanner import StopMarks, StopScanner
 
 MAX_SEQUENCES = 128  # most sequences of one prompt (`n`)
 MAX_STOP_STRINGS = 64
@@ -119,10 +119,13 @@ class SamplingParams(
         min_tokens: no end-of-sequence or stop before this many tokens. The form of `structured_outputs` wins: where it
             leaves nothing but the end, the text ends there, however short it is.
         stop: strings that end the text; not part of the text unless `include_stop_str_in_output`.
+        stop_marks: marks around parts of the text in which stop strings do not count, as thoughts and tool calls.
         stop_token_ids: token ids that end the sequence, besides the model's own.
         ignore_eos: go on past the model's end-of-sequence tokens.
         include_stop_str_in_output: keep the stop string, or the text of the stop token, in the text.
         skip_special_tokens: leave special tokens out of the text.
+        continues_prompt: the text begins with the character that the end of the prompt begins, where that ends within
+            one; for callers who show prompt and text as one.
         logprobs: report the log-probability of each chosen token and of this many likeliest ones, 0 to 20.
         prompt_logprobs: the same for the tokens of the prompt.
         logit_bias: token id -> value added to its logit, [-100, 100].
@@ -171,10 +174,12 @@ class SamplingParams(
     max_tokens: int | None = _OpenCount(16)
     min_tokens: int = 0
     stop: str | Sequence[str] | None = None
+    stop_marks: StopMarks | None = None
     stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    continues_prompt: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
@@ -242,7 +247,7 @@ class SamplingParams(
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
-        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "skip_reading_prefix_cache"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise InvalidParameterError(f"{name} must be true or false", name)
 
@@ -284,6 +289,8 @@ class SamplingParams(
             raise InvalidParameterError("structured_outputs must be StructuredOutputsParams", "structured_outputs")
         if not isinstance(self.thoughts, (ThoughtBudget, type(None))):
             raise InvalidParameterError("thoughts must be a ThoughtBudget", "thoughts")
+        if not isinstance(self.stop_marks, (StopMarks, type(None))):
+            raise InvalidParameterError("stop_marks must be StopMarks", "stop_marks")
         if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and 0 < len(self.cache_salt) <= 256):
             raise InvalidParameterError("cache_salt must be a text of 1 to 256 characters", "cache_salt")
         if self.prediction is not None and not (
@@ -320,9 +327,14 @@ class SamplingParams(
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
-    def stop_scanner(self) -> StopScanner:
-        """What finds the end of a text that is written with these."""
-        return StopScanner(self.stop_strings, include_stop=self.include_stop_str_in_output)
+    def stop_scanner(self, special_tokens: Iterable[str]) -> StopScanner:
+        """Return a scanner for one text; `special_tokens` are the names of those in the vocabulary."""
+        return StopScanner(
+            self.stop_strings,
+            include_stop=self.include_stop_str_in_output,
+            marks=self.stop_marks,
+            special_tokens=special_tokens,
+        )
 
     @property
     def greedy(self) -> bool:
@@ -356,6 +368,8 @@ _NUMBERS: Mapping[str, tuple[float, float]] = MappingProxyType(
         "dry_base": (1, 1000),
     }
 )
+_SWITCHES = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "continues_prompt",
+             "skip_reading_prefix_cache")  # fmt: skip
 _COUNTS: Mapping[str, tuple[int, int]] = MappingProxyType(
     {
         "repeat_last_n": (-1, MAX_LOOKBACK),

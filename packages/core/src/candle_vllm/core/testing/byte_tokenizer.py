@@ -6,6 +6,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from candle_vllm.core.text.tokenizer import utf8_decoder
+
 
 class ByteTokenizer:
     """Ids 0 to 255 are bytes; four special tokens follow, and those that are asked for. Every text is representable.
@@ -38,10 +40,10 @@ class ByteTokenizer:
                 ids.extend(part.encode("utf-8"))
         return ids
 
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text; bytes that are no whole character become U+FFFD."""
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True, *, whole: bool = True) -> str:
+        """As of `core.text.tokenizer.Tokenizer`."""
         kept = [token for token in token_ids if token < 256 or not skip_special_tokens]
-        return b"".join(map(self.token_bytes, kept)).decode("utf-8", "replace")
+        return utf8_decoder("replace").decode(b"".join(map(self.token_bytes, kept)), whole)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token, also of a special one."""

@@ -179,9 +179,9 @@ class ScriptedEngine(ScriptedVectors):
         marks = infill_marks(self.tokenizer.special_tokens.get, {})
         return infill_prompt(self.tokenizer, marks, prefix, suffix)
 
-    def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True, *, whole: bool = True) -> str:
         """Text of token ids."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens)
+        return self.tokenizer.decode(token_ids, skip_special_tokens, whole=whole)
 
     def reset_prefix_cache(self) -> None:
         """Counts how often it was asked for."""
@@ -356,6 +356,7 @@ class ScriptedEngine(ScriptedVectors):
             token_bytes=self.tokenizer.token_bytes,
             max_tokens=min(request.params.max_tokens or room, room),
             num_cached_tokens=self.num_cached_tokens,
+            special_tokens=self.tokenizer.special_tokens,
         )
 
     def note_piece(self, piece: TokenOutput) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import codecs
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from msgspec.structs import replace
@@ -52,6 +52,7 @@ class ScriptedSequence:
         token_bytes: TokenBytes,
         max_tokens: int,
         num_cached_tokens: int = 0,
+        special_tokens: Iterable[str] = (),
     ) -> None:
         self._request = request
         self._index = index
@@ -62,11 +63,13 @@ class ScriptedSequence:
         self._max_tokens = max_tokens
         self._num_cached = num_cached_tokens
         self._num_tokens = 0
-        self._stops = request.params.stop_scanner()
+        self._stops = request.params.stop_scanner(special_tokens)
         self._text = ""
         self._length = 0  # characters decoded
         self._special: list[tuple[int, int]] = []
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        if request.params.continues_prompt:
+            self._decoder.decode(b"".join(map(token_bytes, request.prompt_token_ids[-3:])))
         self._finish: FinishReason | None = None
         self._stop_reason: str | int | None = None
 
@@ -111,9 +114,12 @@ class ScriptedSequence:
         silent = (self._finish and not params.include_stop_str_in_output) or (
             token >= 256 and params.skip_special_tokens
         )
-        if not silent:
+        name = self._token_bytes(token).decode() if token >= 256 else ""
+        if silent:
+            self._stops.feed("", special=name)
+        else:
             text = self._decoder.decode(self._token_bytes(token))
-            self._text += self._stops.feed(text, armed=may_stop)
+            self._text += self._stops.feed(text, armed=may_stop, special=name)
             self._length += len(text)
             if token >= 256:
                 self._special.append((self._length - len(self._token_bytes(token)), token))
@@ -127,7 +133,10 @@ class ScriptedSequence:
         """The text that became safe to show; all of it where the sequence ends."""
         text, self._text = self._text, ""
         if self._finish is not None:
+            before = self._stops.found
             text += self._stops.feed(self._decoder.decode(b"", final=True), armed=False) + self._stops.flush()
+            if before is None and self._stops.found is not None:
+                self._finish, self._stop_reason = FinishReason.STOP, self._stops.found
         return text
 
     def _output(

@@ -61,7 +61,7 @@ class ScriptedVectors:
         """Of the engine that this is a part of."""
         raise NotImplementedError
 
-    def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    def detokenize(self, token_ids: Sequence[int], skip_special_tokens: bool = True, *, whole: bool = True) -> str:
         """Of the engine that this is a part of."""
         raise NotImplementedError
 

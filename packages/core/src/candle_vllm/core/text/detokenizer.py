@@ -8,13 +8,12 @@ gives the same characters as decoding them all at once, so nothing is ever decod
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
 
 from candle_vllm.core.text.stop_scanner import StopScanner
-from candle_vllm.core.text.tokenizer import Tokenizer
+from candle_vllm.core.text.tokenizer import Tokenizer, utf8_decoder
 
-_utf8_decoder = codecs.getincrementaldecoder("utf-8")
+_MOST_BEGUN = 3  # tokens that can hold the beginning of a character: it has at most three bytes
 
 
 class Detokenizer:
@@ -41,6 +40,7 @@ class Detokenizer:
         stops: StopScanner | None = None,
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
+        continues_prompt: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
@@ -48,12 +48,14 @@ class Detokenizer:
         self._num_tokens = 0
         self._length = 0  # characters decoded
         self.special_tokens: list[tuple[int, int]] = []
-        self._decoder = _utf8_decoder("replace")
+        self._decoder = utf8_decoder("replace")
         self._begun = False  # the decoder holds the beginning of a character
+        if continues_prompt:
+            self._decode(b"".join(map(tokenizer.token_bytes, prompt_token_ids[-_MOST_BEGUN:])))
         self._scanner = StopScanner(()) if stops is None else stops
         self._shows_all = self._scanner.idle
         self._strip_space = tokenizer.strips_leading_space and not self._any_visible(prompt_token_ids)
-        self.is_plain = self._shows_all and not self._strip_space
+        self.is_plain = self._shows_all and not self._strip_space and not self._begun
 
     @property
     def stopped_by(self) -> str | None:
@@ -73,18 +75,20 @@ class Detokenizer:
                 return text
         data, special = self._tokenizer.token_bytes(token_id), self._tokenizer.is_special(token_id)
         if not data or (self._skip_special_tokens and special):
-            return ""
+            return self._scanner.feed("", special=data.decode("utf-8", "replace") if special else "")
         if self._strip_space:
             self._strip_space = False
             data = data.removeprefix(b" ")
         text = self._decode(data)
         self.is_plain = self._shows_all and not self._begun
         self._length += len(text)
+        name = ""
         if special:
-            self.special_tokens.append((self._length - len(data.decode("utf-8", "replace")), token_id))
+            name = data.decode("utf-8", "replace")
+            self.special_tokens.append((self._length - len(name), token_id))
         if self._shows_all:
             return text
-        return self._scanner.feed(text, armed=self._num_tokens > self._min_tokens)
+        return self._scanner.feed(text, armed=self._num_tokens > self._min_tokens, special=name)
 
     def note_plain(self, text: str) -> None:
         """Takes note of a plain token's text that was shown without being asked for here."""

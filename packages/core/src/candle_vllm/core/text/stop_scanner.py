@@ -4,21 +4,61 @@
 The stop that counts is the one that is complete first; of several that end at the same character, the longest. What
 is found therefore does not depend on how the text is cut, and only text that may be the beginning of a stop string is
 ever held back.
+
+A caller that reads parts of the text as something else than its answer, thoughts or tool calls, names the marks around
+them (`StopMarks`): there, and in the marks themselves, no stop string is looked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from candle_vllm.core.arguments import ExplainedStruct
+from candle_vllm.core.errors import InvalidParameterError
+
+MAX_MARK = 1024  # characters
+MAX_MARKS = 1 << 14  # of all states
+
+
+class StopMarks(ExplainedStruct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where in a text stop strings count: its states, and the marks between them.
+
+    Stop strings are looked for in the state "" only, behind the white space that follows another state. The name of a
+    special token in a mark means that token, as in `ThoughtBudget`.
+
+    Attributes:
+        states: state -> mark that ends it -> the state behind that mark. A state without marks lasts to the end.
+        fresh: the same for marks that count only where the text, or its part in the state "", begins.
+        first: the state at the beginning.
+        behind: the prompt ends with another state, so that white space at the beginning belongs to that.
+    """
+
+    states: Mapping[str, Mapping[str, str]]
+    fresh: Mapping[str, str] = {}
+    first: str = ""
+    behind: bool = False
+
+    def __post_init__(self) -> None:
+        marks = [mark for state in (*self.states.values(), self.fresh) for mark in state]
+        if len(marks) > MAX_MARKS or not all(isinstance(mark, str) and 0 < len(mark) <= MAX_MARK for mark in marks):
+            raise InvalidParameterError(
+                f"stop_marks: there may be {MAX_MARKS} marks, texts of 1 to {MAX_MARK} characters", "stop_marks"
+            )
+        reached = {self.first, *self.fresh.values(), *(to for state in self.states.values() for to in state.values())}
+        if unknown := sorted(reached - {"", *self.states}):
+            raise InvalidParameterError(f"stop_marks: there is no state {unknown[0]!r:.80}", "stop_marks")
 
 
 class _Prefix:
-    """How much of one stop string the text ends with (Knuth, Morris and Pratt): constant time per character."""
+    """How much of one literal the text ends with (Knuth, Morris and Pratt): constant time per character."""
 
-    __slots__ = ("_borders", "length", "text")
+    __slots__ = ("_borders", "length", "text", "then")
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, then: str = "") -> None:
         self.text = text
-        self.length = 0  # of the longest end of the text that begins the stop string; the whole string never stays
+        self.then = then  # of a mark: the state behind it
+        self.length = 0  # of the longest end of the text that begins the literal; the whole literal never stays
         self._borders = [0]
         for character in text[1:]:
             border = self._borders[-1]
@@ -27,7 +67,7 @@ class _Prefix:
             self._borders.append(border + (text[border] == character))
 
     def advance(self, character: str) -> bool:
-        """Takes one character; True when it completes the stop string."""
+        """Takes one character; True when it completes the literal."""
         length = self.length
         while length and self.text[length] != character:
             length = self._borders[length - 1]
@@ -37,49 +77,168 @@ class _Prefix:
         return complete
 
 
+class _State:
+    """The literals that are looked for in one state."""
+
+    __slots__ = ("_all", "_begins", "fresh", "marks", "stops")
+
+    def __init__(self, stops: list[_Prefix], marks: list[_Prefix], fresh: Sequence[_Prefix] = ()) -> None:
+        self.stops, self.marks, self.fresh = stops, marks, fresh
+        self._all = [*stops, *marks]
+        firsts = {one.text[0] for one in self._all}
+        self._begins = re.compile("[" + "".join(map(re.escape, sorted(firsts))) + "]" if firsts else "(?!)")
+
+    def idle(self, text: str) -> bool:
+        """Whether nothing has begun and nothing begins in the text; what is `fresh` apart."""
+        return not (self._begins.search(text) or any(one.length for one in self._all))
+
+    def enter(self) -> None:
+        """Forgets what had begun when the state was left."""
+        for one in self._all:
+            one.length = 0
+
+
 class StopScanner:
     """Lets text through until a stop string is complete.
+
+    Args:
+        stops: what is looked for.
+        include_stop: the text ends behind the stop string instead of before it.
+        marks: where it counts.
+        special_tokens: names of the vocabulary's special tokens, for the marks.
 
     Attributes:
         idle: there is nothing to look for.
         found: the stop string that was found, or None.
     """
 
-    def __init__(self, stops: Sequence[str], *, include_stop: bool = False) -> None:
+    def __init__(
+        self,
+        stops: Sequence[str],
+        *,
+        include_stop: bool = False,
+        marks: StopMarks | None = None,
+        special_tokens: Iterable[str] = (),
+    ) -> None:
         self.found: str | None = None
-        self._prefixes = [_Prefix(stop) for stop in dict.fromkeys(stops) if stop]
-        self.idle = not self._prefixes
+        found = [_Prefix(stop) for stop in dict.fromkeys(stops) if stop]
+        self.idle = not found
         self._include_stop = include_stop
         self._held = ""
+        self._pending: tuple[int, str] | None = None  # a stop that a mark may yet cover, and how far back it ends
+        self._names = dict[str, str]()  # special tokens in the marks -> what stands for them there
+        states: dict[str, _State] = {"": _State(found, ())}
+        if marks is not None and found:
+            self._name(marks, special_tokens)
+            states |= {name: _State([], self._prefixes(ends)) for name, ends in marks.states.items()}
+            states[""] = _State(found, self._prefixes(marks.states.get("", {})), self._prefixes(marks.fresh))
+        self._states = states
+        self._state = states[marks.first if marks is not None and found else ""]
+        self._answer = states[""]
+        self._skips = marks is not None and (marks.behind or bool(marks.first))  # white space
+        self._part = 0  # characters since this part of the answer began, white space before it left out
+        self._fresh = self._answer.fresh  # those that this part may begin with
 
-    def feed(self, text: str, *, armed: bool = True) -> str:
-        """Takes the next text and returns what is safe to show; a stop that ends in it counts only when `armed`."""
-        if self.found is not None or not text:
+    def feed(self, text: str, *, armed: bool = True, special: str = "") -> str:
+        """Takes the next text and returns what is safe to show.
+
+        Args:
+            text: may be the text that a special token stands for.
+            armed: a stop that ends in it counts.
+            special: the name of the special token that `text` is, or that has no text.
+        """
+        if self.found is not None or self.idle:
+            return text if self.idle else ""
+        stands = self._names.get(special) if special and self._names else None
+        if not text:
+            if stands is not None:
+                for character in stands:
+                    self._read_mark(character)
             return ""
-        if self.idle:
+        if stands is None and not self._held and self._is_plain and self._state.idle(text):
             return text
-        start = len(self._held)
-        whole = self._held + text
+        start, whole = len(self._held), self._held + text
+        named = len(whole) - len(stands) if stands is not None else len(whole)  # where the special token's name begins
         for position in range(start, len(whole)):
-            stop = self._advance(whole[position])
-            if stop is not None and armed:
-                self.found = stop
-                self._held = ""
-                end = position + 1
-                return whole[: end if self._include_stop else end - len(stop)]
-        safe = len(whole) - max(prefix.length for prefix in self._prefixes)
+            character = whole[position]
+            if self._pending is not None:
+                self._pending = (self._pending[0] + 1, self._pending[1])
+            if self._state is self._answer and not (self._skips and character.isspace()):
+                self._skips = False
+                stop = self._advance(character)
+                if stop is not None and armed and self._pending is None:
+                    self._pending = (0, stop)
+            covers = self._read_mark(character if stands is None or position < named else stands[0])
+            if self._pending is not None and self._pending[0] >= covers:
+                return self._ends(whole[: position + 1])
+        back = max((prefix.length for prefix in self._state.stops), default=0)
+        if self._pending is not None:
+            back = max(back, self._pending[0] + len(self._pending[1]))
+        safe = len(whole) - back
         self._held = whole[safe:]
         return whole[:safe]
 
     def flush(self) -> str:
         """Returns what was held back; the text has ended."""
+        if self._pending is not None:
+            return self._ends(self._held)
         held, self._held = self._held, ""
         return held
+
+    @property
+    def _is_plain(self) -> bool:
+        """Nothing but the literals of the state has to be looked for."""
+        return self._state is not self._answer or not (self._skips or self._fresh)
+
+    def _ends(self, whole: str) -> str:
+        """The text before the stop that was found."""
+        assert self._pending is not None
+        back, stop = self._pending
+        self.found, self._held, self._pending = stop, "", None
+        return whole[: len(whole) - back - (0 if self._include_stop else len(stop))]
 
     def _advance(self, character: str) -> str | None:
         """The longest stop string that `character` completes."""
         longest: str | None = None
-        for prefix in self._prefixes:
+        for prefix in self._answer.stops:
             if prefix.advance(character) and (longest is None or len(prefix.text) > len(longest)):
                 longest = prefix.text
         return longest
+
+    def _read_mark(self, character: str) -> int:
+        """Takes one character of the marks' alphabet; how many of the last characters may be part of a mark.
+
+        A mark that is complete takes away a stop that ends in it.
+        """
+        state, longest, begun = self._state, None, 0
+        if self._fresh and state is self._answer and (self._part or not character.isspace()):
+            self._part += 1
+            self._fresh = [one for one in self._fresh if one.text.startswith(character, self._part - 1)]
+            longest = next((one for one in self._fresh if len(one.text) == self._part), None)
+            begun = self._part if self._fresh else 0
+        for prefix in state.marks:
+            if prefix.advance(character) and (longest is None or len(prefix.text) > len(longest.text)):
+                longest = prefix
+            begun = max(begun, prefix.length)
+        if longest is None:
+            return begun
+        if self._pending is not None and self._pending[0] < len(longest.text):
+            self._pending = None
+        self._state = self._states[longest.then]
+        self._state.enter()
+        self._skips, self._part, self._fresh = True, 0, self._answer.fresh
+        return 0
+
+    def _name(self, marks: StopMarks, special_tokens: Iterable[str]) -> None:
+        """Has halves of surrogate pairs, which no text has, stand for the special tokens in the marks."""
+        literals = "\n".join(mark for state in (*marks.states.values(), marks.fresh) for mark in state)
+        used = [name for name in sorted(special_tokens, key=len, reverse=True) if name and name in literals]
+        self._names = {name: chr(0xD800 + place) * len(name) for place, name in enumerate(used[:0x800])}
+
+    def _prefixes(self, ends: Mapping[str, str]) -> list[_Prefix]:
+        found = []
+        for mark, then in ends.items():
+            for name, stands in self._names.items():
+                mark = mark.replace(name, stands)
+            found.append(_Prefix(mark, then))
+        return found

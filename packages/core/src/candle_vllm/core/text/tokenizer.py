@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import codecs
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from candle_vllm.core.text.gguf_vocab import GgufVocab, read_gguf_vocab
 from candle_vllm.core.text.infill import InfillMarks, infill_marks
 from candle_vllm.core.text.special_tokens import end_of_file_ids, end_of_turn_ids
 from candle_vllm.core.text.token_bytes import byte_rule
+
+utf8_decoder = codecs.getincrementaldecoder("utf-8")
 
 ChatTemplateSource = str | dict[str, str]
 _CHAT_TEMPLATE = "tokenizer.chat_template"
@@ -160,8 +163,13 @@ class Tokenizer:
             encoding = self.backend.encode(first, second)
         return encoding.ids, encoding.type_ids
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True, *, whole: bool = True) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD.
+
+        Args:
+            ids: tokens.
+            skip_special_tokens: leave special tokens out.
+            whole: nothing follows; otherwise the beginning of a character at the end is left out.
 
         Raises:
             InvalidParameterError: an id outside the vocabulary.
@@ -170,7 +178,7 @@ class Tokenizer:
         data = b"".join(pieces)
         if self.strips_leading_space:
             data = data.removeprefix(b" ")
-        return data.decode("utf-8", "replace")
+        return utf8_decoder("replace").decode(data, whole)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token adds to a text; a special token's are its name.

@@ -7,14 +7,24 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Tag
 
 from candle_vllm.openai.anthropic.blocks import CacheControl, one_of, type_of
-from candle_vllm.openai.protocol.fields import MAX_TOOL_NAME, FunctionName, Refusal, WireModel, invalid, unsupported
+from candle_vllm.openai.protocol.fields import Name, Refusal, WireModel, invalid, unsupported
 from candle_vllm.openai.protocol.tools import ArgumentsSchema
 
+MAX_TOOL_NAME = 128  # characters of a tool's name: Anthropic's rule
 _NAME = re.compile(rf"[a-zA-Z0-9_-]{{1,{MAX_TOOL_NAME}}}")
 _SEARCH = re.compile(r"tool_search_tool_[a-z0-9_]+")
+
+
+def _check_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise invalid("", f"must be 1 to {MAX_TOOL_NAME} of the characters a-z, A-Z, 0-9, _ and -, not {name!r:.150}")
+    return name
+
+
+ToolName = Annotated[str, AfterValidator(_check_name)]
 
 
 class Tool(WireModel):
@@ -26,7 +36,7 @@ class Tool(WireModel):
     """
 
     type: Literal["custom"] | None = None
-    name: str
+    name: ToolName
     description: str | None = None
     input_schema: ArgumentsSchema
     strict: bool | None = None
@@ -51,21 +61,12 @@ class Tool(WireModel):
         }
         return {"type": "function", "function": {name: value for name, value in given.items() if value is not None}}
 
-    @field_validator("name")
-    @classmethod
-    def _usable_name(cls, name: str) -> str:
-        if not _NAME.fullmatch(name):
-            raise invalid(
-                "", f"must be 1 to {MAX_TOOL_NAME} of the characters a-z, A-Z, 0-9, _ and -, not {name!r:.80}"
-            )
-        return name
-
 
 class SearchTool(WireModel):
     """Anthropic's search among deferred tools; left out, because every tool is shown from the start."""
 
     type: str
-    name: Annotated[str, Field(min_length=1, max_length=MAX_TOOL_NAME)]
+    name: Name
     cache_control: CacheControl | None = None
 
 
@@ -107,7 +108,7 @@ class ToolNameChoice(WireModel):
     """Exactly one call of the named tool."""
 
     type: Literal["tool"]
-    name: FunctionName
+    name: ToolName
     disable_parallel_tool_use: bool | None = None
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Collection
 
 from candle_vllm.openai.formats.json_calls import JsonCalls
-from candle_vllm.openai.formats.layout import Body
+from candle_vllm.openai.formats.layout import CALL, THOUGHTS, Body
 from candle_vllm.openai.formats.output import Output
 from candle_vllm.openai.formats.reader import Need, Reader, markers
 
@@ -37,6 +38,12 @@ class Blocks:
     texts: tuple[str, ...] = ("<|content_text|>", "<|content_invoke_tool_text|>", "<|content_tool_error|>")
     ends: tuple[str, ...] = _ENDS
     body: Body = _CALL
+
+    def states(self, tools: Collection[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+        """See `layout.Flow`."""
+        kinds = {**dict.fromkeys(self.texts, ""), self.thoughts: THOUGHTS, self.call: CALL if tools else ""}
+        within = {**dict.fromkeys(self.ends, ""), self.start: "header"}
+        return {"": {**kinds, **within}, "header": kinds, THOUGHTS: within, CALL: within}, {}
 
     def run(self, reader: Reader, output: Output, *, tools: bool, in_reasoning: bool = False) -> Need[None]:
         """Reads a message to its end; calls are text unless `tools`. Its thoughts may be open already."""

@@ -6,10 +6,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+from collections.abc import Collection
 from typing import NamedTuple
 
 from candle_vllm.openai.formats.json_value import read_value
-from candle_vllm.openai.formats.layout import Body
+from candle_vllm.openai.formats.layout import CALL, THOUGHTS, Body
 from candle_vllm.openai.formats.named_calls import RawArgument, read_arguments, text_argument
 from candle_vllm.openai.formats.output import Output
 from candle_vllm.openai.formats.reader import SPACE, SPACES, CodeSpans, Markers, Need, Reader, Sink, markers, nowhere
@@ -68,6 +69,18 @@ class Harmony:
     name_space: str = "functions."
     body: Body | None = None
     body_open: str = ""
+
+    def states(self, tools: Collection[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+        """See `layout.Flow`."""
+        people = {f"{one}{self.message}": "" for one in self.people}
+        thoughts = {f"{one.removeprefix(self.channel)}{self.message}": THOUGHTS for one in self.reasoning}
+        headers = dict.fromkeys(filter(None, (self.start, self.channel)), "header")
+        header = {self.message: "", **thoughts, **({_TO: "recipient"} if tools else {})}
+        own = {mark.removeprefix(_TO): to for mark, to in thoughts.items() if mark.startswith(_TO)}
+        recipient = {self.message: CALL if tools else "", **people, **own}
+        within = {**dict.fromkeys(self.ends, ""), **headers}
+        states = {"": {**within, self.message: ""}, "header": header, "recipient": recipient}
+        return {**states, THOUGHTS: within, CALL: within}, {} if self.channel and not tools else {_TO: "recipient"}
 
     def run(self, reader: Reader, output: Output, *, tools: bool, in_reasoning: bool = False) -> Need[None]:
         """Reads a message to its end; calls are text unless `tools`. Its thoughts may be open already."""
@@ -154,6 +167,12 @@ class Headed:
 
     mark: str = ">>>"
     answer: str = "all"
+
+    def states(self, tools: Collection[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+        """See `layout.Flow`."""
+        heads = {f"{name}\n": CALL for name in tools} | {f"{self.answer}\n": ""}
+        marks = {f"{self.mark}{head}": to for head, to in heads.items()}
+        return {"": marks, CALL: marks}, heads
 
     def run(self, reader: Reader, output: Output, *, tools: bool, in_reasoning: bool = False) -> Need[None]:  # noqa: ARG002
         """Reads a message to its end; calls are text unless `tools`. It has no thoughts."""

@@ -11,11 +11,10 @@ from candle_vllm.openai.formats.json_calls import skip_closers
 from candle_vllm.openai.formats.json_value import read_value
 from candle_vllm.openai.formats.output import NAME, CallSink
 from candle_vllm.openai.formats.reader import SPACE, Need, Reader, markers
-from candle_vllm.openai.formats.values import argument_types, escaped, to_json
+from candle_vllm.openai.formats.values import ANYTHING, Kinds, argument_kinds, escaped, to_json
 
 _BARE = re.compile(r"[^,{}\[\]\ud800-\udfff]*")
 _MOST_DEPTH = 64
-_UNKNOWN: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,16 +83,16 @@ class _Object:
                 return True
             if not found or (close == "]" and found == "}"):
                 return False
-            types = _UNKNOWN
+            kinds = ANYTHING
             if close == "}":
                 key = yield from self._key()
                 if key is None:
                     return False
                 between += json.dumps(key, ensure_ascii=False) + ": "
-                types = argument_types(self._schema, key) if depth == 1 else types
+                kinds = argument_kinds(self._schema, key) if depth == 1 else kinds
             self._emit(between)
             between = ", "
-            if not (yield from self._value(depth, types)):
+            if not (yield from self._value(depth, kinds)):
                 return False
 
     def _key(self) -> Need[str | None]:
@@ -105,7 +104,7 @@ class _Object:
         key, mark = yield from reader.name(markers(":"))
         return key.strip(SPACE).strip("\"'") if mark else None
 
-    def _value(self, depth: int, types: frozenset[str]) -> Need[bool]:
+    def _value(self, depth: int, kinds: Kinds) -> Need[bool]:
         reader = self._reader
         yield from reader.skip_space()
         if (yield from reader.take(self._quote)):
@@ -122,7 +121,7 @@ class _Object:
         end = yield from reader.peek()
         if not (end or reader.whole) or (end and end not in ",}]"):
             return False
-        self._emit(to_json("".join(parts).strip(SPACE), types))
+        self._emit(to_json("".join(parts).strip(SPACE), kinds._replace(marked=True)))
         return True
 
     def _text(self) -> Need[bool]:

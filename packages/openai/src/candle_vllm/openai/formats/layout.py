@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from candle_vllm.openai.formats.output import CallSink, Output, call_id
 from candle_vllm.openai.formats.reader import Need, Reader
+
+THOUGHTS, CALL = "thoughts", "call"
+"""States of `StopMarks` in which a flow's messages are no answer."""
 
 
 class Body(Protocol):
@@ -30,6 +33,10 @@ class Flow(Protocol):
 
     def run(self, reader: Reader, output: Output, *, tools: bool, in_reasoning: bool = False) -> Need[None]:
         """Reads a message to its end; calls are text unless `tools`. Its thoughts may be open already."""
+        ...
+
+    def states(self, tools: Collection[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+        """`StopMarks.states` and `StopMarks.fresh` of a message in which tools of these names may be called."""
         ...
 
 

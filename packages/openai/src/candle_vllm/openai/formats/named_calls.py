@@ -15,7 +15,7 @@ from candle_vllm.openai.formats.json_text import read_text_of_string
 from candle_vllm.openai.formats.json_value import read_value
 from candle_vllm.openai.formats.output import NAME, CallSink
 from candle_vllm.openai.formats.reader import SPACE, Markers, Need, Reader, markers, nowhere
-from candle_vllm.openai.formats.values import argument_types, escaped
+from candle_vllm.openai.formats.values import argument_kinds, escaped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +166,7 @@ def text_argument(name: str, schema: Mapping[str, Any]) -> str:
     """The argument of a tool that takes nothing but a text, or code; "" where the tool does not."""
     properties = schema.get("properties")
     keys = list(properties) if isinstance(properties, Mapping) else []
-    if len(keys) == 1 and "string" in (argument_types(schema, keys[0]) or ("string",)):
+    if len(keys) == 1 and ((kinds := argument_kinds(schema, keys[0])).text or kinds.listed):
         return keys[0]
     return "code" if name in CODE_TOOLS else ""
 

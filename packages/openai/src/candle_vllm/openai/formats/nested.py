@@ -11,7 +11,7 @@ from typing import Any
 from candle_vllm.openai.formats.json_calls import skip_closers
 from candle_vllm.openai.formats.output import NAME, CallSink
 from candle_vllm.openai.formats.reader import SPACE, Need, Reader, Sink, markers
-from candle_vllm.openai.formats.values import argument_types, escaped, sub_schema, to_json
+from candle_vllm.openai.formats.values import Kinds, argument_kinds, escaped, sub_schema, to_json
 
 _MOST_DEPTH = 64
 _EMPTY = {"object": "{}", "array": "[]"}
@@ -94,8 +94,8 @@ class _Arguments:
     def _value(self, schema: Mapping[str, Any], depth: int) -> Need[bool]:
         """A value and the tag that closes it."""
         reader = self._reader
-        types = argument_types({**self._schema, "properties": {"": schema}}, "")
-        text = types == {"string"}
+        kinds = argument_kinds({**self._schema, "properties": {"": schema}}, "")
+        text = kinds.is_string
         if text:
             self._emit('"')
         parts: list[str] = []
@@ -105,16 +105,17 @@ class _Arguments:
         if (mark and not end) or not (mark or reader.whole):
             return False
         if not name or name.startswith("/"):
-            self._emit('"' if text else _scalar("".join(parts), types))
+            self._emit('"' if text else _scalar("".join(parts), kinds))
             return True
         if text:  # a tag in a string: there is none that could be meant
             return False
-        listed = name == self._shape.item and (not types or "array" in types)
+        listed = name == self._shape.item and "array" in kinds.types
         self._emit("[" if listed else "{")
         return (yield from self._entries(schema, depth, listed, name))
 
 
-def _scalar(text: str, types: frozenset[str]) -> str:
+def _scalar(text: str, kinds: Kinds) -> str:
     """A value without tags in it; one without text is an empty object or list where the schema says so."""
-    kind = "" if text.strip(SPACE) else next((kind for kind in _EMPTY if kind in types), "")
-    return _EMPTY.get(kind) or to_json(text, types)
+    is_text = text.strip(SPACE) or text in kinds.listed or kinds.is_anything
+    kind = "" if is_text else next((kind for kind in _EMPTY if kind in kinds.types), "")
+    return _EMPTY.get(kind) or to_json(text, kinds)

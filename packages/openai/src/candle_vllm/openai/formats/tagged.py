@@ -12,7 +12,7 @@ from candle_vllm.openai.formats.json_calls import ARGUMENT_KEYS, skip_closers
 from candle_vllm.openai.formats.json_value import read_value
 from candle_vllm.openai.formats.output import NAME, CallSink
 from candle_vllm.openai.formats.reader import SPACE, Need, Reader, Sink, markers, nowhere
-from candle_vllm.openai.formats.values import JSON_TYPES, argument_types, escaped, to_json
+from candle_vllm.openai.formats.values import JSON_TYPES, Kinds, argument_kinds, escaped, kinds_of, to_json
 
 _SPACES = re.compile(r"[ \t\r\n]*")
 _SPECIAL = re.compile("[\ud800-\udfff]")
@@ -166,29 +166,29 @@ class _Arguments:
                 return (yield from self._unopened(head))
         if not mark:
             return reader.whole
-        key, types = self._key(head)
-        types = frozenset({told}) if told in JSON_TYPES else types
-        if types != {"string"} and self._may_wrap(key):
-            return (yield from self._wrapped(key, types))
+        key, kinds = self._key(head)
+        kinds = kinds_of(told) if told in JSON_TYPES else kinds
+        if not kinds.is_string and self._may_wrap(key):
+            return (yield from self._wrapped(key, kinds))
         sink = self._begin(key)
         if shape.text_open:
             if (yield from reader.take(shape.text_open)):
                 return (yield from self._plain_text(sink))
             if reader.drop_begun(shape.text_open) or reader.cut:
                 return False
-        return (yield from self._text(sink) if types == {"string"} else self._other(sink, types))
+        return (yield from self._text(sink) if kinds.is_string else self._other(sink, kinds))
 
     def _may_wrap(self, key: str) -> bool:
         """Whether an argument that the tool does not have may hold all those that it has."""
         properties = self._schema.get("properties")
         return key in ARGUMENT_KEYS and isinstance(properties, Mapping) and bool(properties) and key not in properties
 
-    def _wrapped(self, key: str, types: frozenset[str]) -> Need[bool]:
+    def _wrapped(self, key: str, kinds: Kinds) -> Need[bool]:
         """A value that may be an object of the tool's arguments; False when the text was cut within."""
         parts: list[str] = []
         inner = _Inner(parts.append, self._shape)
         if (yield from self._value(inner, short=False)):
-            value = to_json("".join(parts), types)
+            value = to_json("".join(parts), kinds)
             found = json.loads(value)
             if isinstance(found, dict) and found.keys() <= self._schema["properties"].keys():
                 for own, one in found.items():
@@ -204,8 +204,8 @@ class _Arguments:
         ends = markers(shape.value_end, *shape.keys, shape.call_end, *shape.closers)
         mark = yield from reader.until(ends, parts.append, inside=True)
         if mark == shape.value_end:
-            key, types = self._key(head)
-            self._begin(key)(to_json("".join(parts), types))
+            key, kinds = self._key(head)
+            self._begin(key)(to_json("".join(parts), kinds))
         else:
             reader.put_back(mark)
         return bool(mark) or reader.whole
@@ -218,19 +218,17 @@ class _Arguments:
         self._keys.add(key)
         return self._calls.arguments
 
-    def _key(self, head: str) -> tuple[str, frozenset[str]]:
+    def _key(self, head: str) -> tuple[str, Kinds]:
         match = re.fullmatch(self._shape.head, head.strip(SPACE)) if self._shape.head else None
         if match is None:
             key = head.strip(SPACE)
-            return key, argument_types(self._schema, key)
+            return key, argument_kinds(self._schema, key)
         groups = match.groupdict()
         key, told, kind = groups["key"], groups.get("text"), groups.get("type")
-        if told == "true" or kind == "string":
-            return key, frozenset({"string"})
-        if kind:
-            return key, frozenset({kind})
-        types = argument_types(self._schema, key)
-        return key, (types - {"string"} if told == "false" else types)
+        if told == "true" or kind:
+            return key, kinds_of(kind or "string")
+        kinds = argument_kinds(self._schema, key)
+        return key, kinds._replace(marked=told == "false")
 
     def _text(self, sink: Sink) -> Need[bool]:
         """A string, handed on as it comes."""
@@ -252,14 +250,14 @@ class _Arguments:
             yield from self._reader.take(self._shape.value_end)
         return bool(mark) or self._reader.whole
 
-    def _other(self, sink: Sink, types: frozenset[str]) -> Need[bool]:
+    def _other(self, sink: Sink, kinds: Kinds) -> Need[bool]:
         """A value that can be understood only when it is there."""
         parts: list[str] = []
         inner = _Inner(parts.append, self._shape)
-        closed = yield from self._value(inner, short=bool(types) and types <= _SHORT)
+        closed = yield from self._value(inner, short=not (kinds.text or kinds.listed) and kinds.types <= _SHORT)
         text = "".join(parts)
         plain = _SPECIAL.sub("", text)
-        value = to_json(plain, types)
+        value = to_json(plain, kinds)
         is_text = value == _quoted(plain)
         if closed or (inner.ended and not is_text):  # no number goes on behind the beginning of a mark
             sink(_quoted(text) if is_text else value)

@@ -7,16 +7,30 @@ import ast
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from candle_vllm.core.sampling.json_rules import TYPE_ALIASES
 from candle_vllm.openai.formats.json_text import is_json, mended
 from candle_vllm.openai.formats.json_value import number
 
 _MOST_STEPS = 64  # of a schema looked at for one argument
+_MOST_LISTED = 1 << 16  # strings of one enumeration
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
-JSON_TYPES = frozenset({"null", *_TYPES.values()})
+_INTEGER = r"-?(?:0|[1-9][0-9]*)"
+SPELLINGS: Mapping[str, str] = {
+    "null": "null|None",
+    "boolean": "true|false|True|False",
+    "integer": _INTEGER,
+    "number": rf"{_INTEGER}(?:\.[0-9]+)?(?:[eE][+\-]?[0-9]+)?",
+    "array": r"\[(?s:.*)",
+    "object": r"\{(?s:.*)",
+}
+"""Regular expressions of the texts that are values of a type even where a string may stand; grammars exclude them from
+strings. Null and booleans are spelt as in JSON, or as in Python, which chat templates write; other words are not."""
+_WORDS = {"None": "null", "True": "true", "False": "false"}
+_SCALARS = {kind: re.compile(SPELLINGS[kind]) for kind in ("null", "boolean", "integer", "number")}
+JSON_TYPES = frozenset({"string", *SPELLINGS})
 _NUMBERS = frozenset({"integer", "number"})
 _NOTHING = ("null", "none", "nil")
 _YES, _NO = ("true", "yes"), ("false", "no")
@@ -25,11 +39,46 @@ _MOST_STRING = 1 << 24  # of one that is a string, which is a single leaf
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 
 
-def argument_types(schema: Mapping[str, Any], key: str) -> frozenset[str]:
-    """JSON types that the schema of a tool's arguments allows for the argument `key`; empty where it does not say."""
+class Kinds(NamedTuple):
+    """The values that an argument may have, as far as its text has to be told apart by them.
+
+    Attributes:
+        types: JSON types other than string.
+        text: any string is allowed.
+        listed: strings that the schema enumerates.
+        marked: the format marks strings, and this value has no such mark.
+    """
+
+    types: frozenset[str]
+    text: bool = False
+    listed: frozenset[str] = frozenset()
+    marked: bool = False
+
+    @property
+    def is_string(self) -> bool:
+        """The text is a string, whatever it looks like."""
+        return not self.types and not self.marked and (self.text or bool(self.listed))
+
+    @property
+    def is_anything(self) -> bool:
+        """Every value is allowed."""
+        return self.text and self.types == ANYTHING.types
+
+
+ANYTHING = Kinds(frozenset(SPELLINGS), text=True)
+"""Of an argument whose schema does not restrict its type."""
+
+
+def kinds_of(kind: str) -> Kinds:
+    """The values of one JSON type."""
+    return Kinds(frozenset(), text=True) if kind == "string" else Kinds(frozenset({kind}))
+
+
+def argument_kinds(schema: Mapping[str, Any], key: str) -> Kinds:
+    """The values that the schema of a tool's arguments allows for the argument `key`."""
     properties = schema.get("properties")
     own = properties.get(key) if isinstance(properties, Mapping) else None
-    return frozenset(_types(own, schema)) if isinstance(own, Mapping) else frozenset()
+    return _kinds(own, schema) if isinstance(own, Mapping) else ANYTHING
 
 
 def sub_schema(schema: Mapping[str, Any], key: str | None) -> Mapping[str, Any]:
@@ -49,32 +98,32 @@ def escaped(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
-def to_json(text: str, types: frozenset[str]) -> str:
+def to_json(text: str, kinds: Kinds) -> str:
     """The JSON text of an argument.
+
+    A text that the schema enumerates is that string. Where any string is allowed, only what `SPELLINGS` names has
+    another type; where none is, further words and spellings of numbers count too. Where nothing fits, the value is
+    a string. Quotes around a whole value are JSON's, unless any string is allowed: then they are its own; where every
+    value is allowed, what stands in them is a string. In a format that marks strings, a value
+    without the mark is a string only where it can be nothing else.
 
     Args:
         text: as the model wrote it.
-        types: what it may be; where none is known, whatever it looks like.
-
-    Returns:
-        The first of these that `types` has and `text` can be read as: null, boolean, integer, number, array or
-        object, string. A string where nothing else fits. Quotes around a whole value are JSON's, unless it may be a
-        string, whose quotes would be its own; where no types are known, what stands in them is a string.
+        kinds: the values that the schema allows.
     """
-    bare = text.strip()
-    quoted = _quoted(bare) if "string" not in types else None
-    if quoted is not None and not types:
-        return bare
-    bare, plain = (bare, text) if quoted is None else (quoted.strip(), quoted)
-    if types & _NUMBERS and "string" not in types:
-        bare = number(bare) or bare
-    for kind, read in _READERS:
-        if types and kind not in types:
-            continue
-        value = read(bare, bool(types))
-        if value is not None:
-            return value
-    return json.dumps(plain, ensure_ascii=False)
+    bare, plain = text.strip(), text
+    quoted = _quoted(bare) if kinds.is_anything or kinds.marked or not kinds.text else None
+    if quoted is not None:
+        if kinds.is_anything:
+            return bare
+        bare, plain = quoted.strip(), quoted
+    value = _spelt(bare, kinds.types)
+    listed = next((one for one in ((text,) if kinds.text else (text, plain, bare)) if one in kinds.listed), None)
+    if listed is not None and (value is None or not kinds.marked):
+        return json.dumps(listed, ensure_ascii=False)
+    if value is None and (kinds.marked or not kinds.text) and not kinds.is_anything:
+        value = _meant(bare, kinds)
+    return json.dumps(plain, ensure_ascii=False) if value is None else value
 
 
 def _quoted(text: str) -> str | None:
@@ -105,24 +154,34 @@ def _valid_escape(match: re.Match[str]) -> str:
     return match[0] if match[1] in "\\'\"abfnrtvxuUN01234567\n" else "\\" + match[0]
 
 
-def _types(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Iterator[str]:
-    todo, steps = [schema], 0
+def _kinds(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Kinds:
+    types, listed, todo, steps = set[str](), set[str](), [schema], 0
     while todo and steps < _MOST_STEPS:
         steps += 1
         part = todo.pop()
-        kind = part.get("type")
-        if isinstance(kind, str):
-            yield TYPE_ALIASES.get(kind, kind)
-        elif isinstance(kind, list):
-            yield from (TYPE_ALIASES.get(one, one) for one in kind if isinstance(one, str))
-        elif "const" in part or isinstance(part.get("enum"), list):
-            values = [part["const"]] if "const" in part else part["enum"][:_MOST_STEPS]
-            yield from ("null" if value is None else _TYPES.get(type(value), "string") for value in values)
+        kinds = part.get("type")
+        named = {TYPE_ALIASES.get(kind, kind) for kind in _listed(kinds) if isinstance(kind, str)}
+        if "const" in part or isinstance(part.get("enum"), list):
+            values = [part["const"]] if "const" in part else part["enum"][:_MOST_LISTED]
+            listed.update(value for value in values if isinstance(value, str))
+            named = (named or {_type_of(value) for value in values}) - {"string"}
+        types |= named
         for name in ("anyOf", "oneOf", "allOf"):
             todo += [one for one in part.get(name) or () if isinstance(one, Mapping)][:_MOST_STEPS]
         reference = part.get("$ref")
         if isinstance(reference, str) and (target := _resolve(reference, root)) is not None:
             todo.append(target)
+    if not types and not listed:
+        return ANYTHING
+    return Kinds(frozenset(types - {"string"}), "string" in types, frozenset(listed))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _type_of(value: Any) -> str:
+    return "null" if value is None else _TYPES.get(type(value), "string")
 
 
 def _resolve(reference: str, root: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -134,16 +193,28 @@ def _resolve(reference: str, root: Mapping[str, Any]) -> Mapping[str, Any] | Non
     return found if isinstance(found, Mapping) else None
 
 
-def _null(text: str, _: bool) -> str | None:
-    return "null" if text.lower() in _NOTHING else None
+def _spelt(text: str, types: frozenset[str]) -> str | None:
+    """A value in the spelling of its type; None where the text is no such value."""
+    for kind, spelling in _SCALARS.items():
+        if kind in types and spelling.fullmatch(text):
+            return _number(text, kind == "integer") if kind in _NUMBERS else _WORDS.get(text, text)
+    if ("array" if text[:1] == "[" else "object" if text[:1] == "{" else "") in types:
+        return text if is_json(text) else python_value(text) or mended(text)
+    return None
 
 
-def _boolean(text: str, told: bool) -> str | None:
-    """Yes and no are words like others where the schema does not ask for a boolean."""
-    lower = text.lower()
-    if lower in (_YES if told else _YES[:1]):
-        return "true"
-    return "false" if lower in (_NO if told else _NO[:1]) else None
+def _meant(text: str, kinds: Kinds) -> str | None:
+    """A null, boolean or number in another spelling than that of its type, unless it is nearly an enumerated string."""
+    lower, types = text.lower(), kinds.types
+    if any(lower == one.lower() for one in kinds.listed):
+        return None
+    if "null" in types and lower in _NOTHING:
+        return "null"
+    if "boolean" in types and lower in _YES + _NO:
+        return "true" if lower in _YES else "false"
+    text = number(text) or text
+    whole = _number(text, True) if "integer" in types else None
+    return _number(text, False) if whole is None and "number" in types else whole
 
 
 def _number(text: str, whole: bool) -> str | None:
@@ -158,33 +229,6 @@ def _number(text: str, whole: bool) -> str | None:
     if whole:
         return str(int(value)) if value.is_integer() and abs(value) < 1 << 53 else None
     return text
-
-
-def _integer(text: str, told: bool) -> str | None:
-    return _number(text, True) if told or "." not in text else None
-
-
-def _any_number(text: str, _: bool) -> str | None:
-    return _number(text, False)
-
-
-def _container(opening: str) -> Callable[[str, bool], str | None]:
-    def read(text: str, _: bool) -> str | None:
-        if not text.startswith(opening):
-            return None
-        return text if is_json(text) else python_value(text) or mended(text)
-
-    return read
-
-
-_READERS: tuple[tuple[str, Callable[[str, bool], str | None]], ...] = (
-    ("null", _null),
-    ("boolean", _boolean),
-    ("integer", _integer),
-    ("number", _any_number),
-    ("array", _container("[")),
-    ("object", _container("{")),
-)
 
 
 def _depth(text: str) -> int:

@@ -17,6 +17,7 @@ from candle_vllm.core.sampling import params as caps
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.protocol.fields import (
     MAX_MESSAGES,
+    MAX_NAME,
     MAX_PARTS,
     MAX_TOOL_CALLS,
     MAX_TOOLS,
@@ -28,7 +29,7 @@ from candle_vllm.openai.protocol.fields import (
 )
 from candle_vllm.openai.protocol.generation import LlamaFields, Logprobs
 from candle_vllm.openai.protocol.pooling import MAX_INPUTS
-from candle_vllm.openai.protocol.tools import Tool, check_chat_tools
+from candle_vllm.openai.protocol.tools import FunctionDefinition, Tool, check_chat_tools
 from candle_vllm.openai.task import ImagePart
 from candle_vllm.openai.validation import parse_body
 
@@ -38,6 +39,7 @@ _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0
 _PART = re.compile(r"([0-9]{1,12}(?:\.[0-9]{0,12})?|\.[0-9]{1,12})(ns|us|µs|μs|ms|s|m|h)")
 _NUMBER = re.compile(r"[+-]?[0-9]{1,12}(?:\.[0-9]{1,12})?")
 _MAX_DURATION = 64  # characters
+_FUNCTION_NAME = re.compile(rf"[\w.\-:/]{{1,{MAX_NAME}}}")
 
 # Options that say how Ollama runs a model: accepted, checked, and without effect.
 ADVISORY_OPTIONS: Mapping[str, str] = {
@@ -247,6 +249,25 @@ class _Generating(_Asked):
         return {**super().sampling(), **({"logprobs": self.top_logprobs or 0} if self.logprobs else {})}
 
 
+def _writable(name: str) -> str:
+    if not _FUNCTION_NAME.fullmatch(name):
+        text = f"must be 1 to {MAX_NAME} letters, digits and _ . - : /, which models can write; {name!r:.80} is not"
+        raise invalid("", text)
+    return name
+
+
+class OfferedFunction(FunctionDefinition):
+    """A function that the model may call. Ollama has no rule for names, as OpenAI has."""
+
+    name: Annotated[str, AfterValidator(_writable)]
+
+
+class OfferedTool(Tool):
+    """A tool: a function."""
+
+    function: OfferedFunction  # pyright: ignore[reportIncompatibleVariableOverride]
+
+
 class CalledFunction(WireModel):
     """The function that an earlier answer called; `index` and `description` have no effect."""
 
@@ -296,11 +317,11 @@ class ChatRequest(_Generating):
     refused_fields: ClassVar[Mapping[str, Refusal]] = REFUSED_CHAT_FIELDS
 
     messages: Annotated[list[Message], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tools: Annotated[list[OfferedTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
 
     @field_validator("tools")
     @classmethod
-    def _tools_fit(cls, tools: list[Tool] | None) -> list[Tool] | None:
+    def _tools_fit(cls, tools: list[OfferedTool] | None) -> list[OfferedTool] | None:
         check_chat_tools(tools)
         return tools
 

@@ -12,7 +12,7 @@ from candle_vllm.openai.formats.grammars.texts import Guard, edged, json_value, 
 from candle_vllm.openai.formats.grammars.writer import SPACE, Block, Context, Writer, quoted, sequence
 from candle_vllm.openai.formats.nested import Nested
 from candle_vllm.openai.formats.tagged import Tagged
-from candle_vllm.openai.formats.values import argument_types
+from candle_vllm.openai.formats.values import ANYTHING, Kinds, argument_kinds
 
 _FREE_KEY = "/[A-Za-z_][A-Za-z0-9_.\\-]{0,63}/"
 _INDEX = "/[1-9][0-9]{0,2}/"
@@ -60,24 +60,22 @@ class _TaggedCall:
         marks = (self._body.key_end, self._body.key_open, *(['"'] if self._body.head else []))
         if not key or key != key.strip() or any(mark in key for mark in marks):
             raise self._root.refused(f"properties: {key!r:.60}", "that name cannot be told from the marks around it")
-        return self._value(quoted(key), schema, argument_types(self._tool.parameters, key))
+        return self._value(quoted(key), schema, argument_kinds(self._tool.parameters, key))
 
     def _others(self, known: list[str], schema: Schema) -> str:
         """Entries of any other name; what the parser knows nothing of is read as what it looks like."""
         names = " | ".join(quoted(key) for key in known)
         key = self._writer.terminal(f"{_FREE_KEY} & ~({names})" if names else _FREE_KEY)
-        return self._writer.rule(sequence(SPACE, self._value(key, schema, frozenset())))
+        return self._writer.rule(sequence(SPACE, self._value(key, schema, ANYTHING)))
 
-    def _value(self, key: str, schema: Schema, types: frozenset[str]) -> str:
+    def _value(self, key: str, schema: Schema, kinds: Kinds) -> str:
         """A key, its value, and the marks around them."""
         body, found = self._body, self._root.branches(schema)
         free = all(branch.values is None and not branch.schema for branch in found) and len(found) == len(TYPES) - 1
         texts = [branch for branch in found if branch.type == "string"]
         others = [branch for branch in found if branch.type != "string"]
         if not body.head:
-            unlike: set[str] = set() if self._untold or free else {*types, *(one.type for one in others)} - {"string"}
-            if not types and not free and not self._untold:
-                unlike = set(TYPES)
+            unlike = set[str]() if self._untold or free else {*kinds.types, *(one.type for one in others)}
             others = [] if free else others
             words = {branch.type: word for branch in others if texts and (word := self._word(branch))}
             parts = [self._text(branch, unlike, words.values()) for branch in texts]

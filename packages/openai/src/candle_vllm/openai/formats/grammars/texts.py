@@ -13,6 +13,7 @@ from llguidance import regex_to_lark
 
 from candle_vllm.openai.formats.grammars.schemas import Branch, Root, Schema, closed
 from candle_vllm.openai.formats.grammars.writer import Writer, quoted
+from candle_vllm.openai.formats.values import SPELLINGS
 
 _TEXT, _ANY = "guarded-text", "guarded-value"
 _KEYS = "^[A-Za-z_][A-Za-z0-9_.-]{0,63}$"
@@ -139,14 +140,7 @@ _FORMATS = {  # beside those that core writes as patterns: date, time and date-t
 }
 _WORDS: Mapping[str, tuple[Any, ...]] = {"null": (None,), "boolean": (True, False)}
 _AROUND = r"[\s\x1c-\x1f]*"
-_READ_AS = {  # how texts are read by `values.to_json` where they may be more than strings
-    "null": "(?i:null|none|nil)",
-    "boolean": "(?i:true|false|yes|no)",
-    "integer": r"-?[0-9]+(\.[0-9]+)?([eE][+\-]?[0-9]+)?",
-    "number": r"-?[0-9]+(\.[0-9]+)?([eE][+\-]?[0-9]+)?",
-    "array": r"(\[(?s:.*))?",
-    "object": r"(\{(?s:.*))?",
-}
+_EMPTY = ("array", "object")  # what a text without characters is in `Nested`
 
 
 def string_body(writer: Writer, root: Root, branch: Branch, unlike: Collection[str] = ()) -> str:
@@ -163,7 +157,8 @@ def string_body(writer: Writer, root: Root, branch: Branch, unlike: Collection[s
     if root.grammar is not None:
         return writer.custom(root.grammar)
     parts = [*_lengths(root, branch.schema), *_patterns(root, branch.schema)]
-    parts += [f"~/{_AROUND}({_READ_AS[kind]}){_AROUND}/" for kind in sorted(unlike) if kind in _READ_AS]
+    spelt = {kind: f"({SPELLINGS[kind]})" + "?" * (kind in _EMPTY) for kind in sorted(unlike) if kind in SPELLINGS}
+    parts += [f"~/{_AROUND}{one}{_AROUND}/" for one in spelt.values()]
     if not parts:
         return "TEXT"
     return writer.terminal(" & ".join(["TEXT", *dict.fromkeys(parts)]))
