@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -233,6 +234,25 @@ async def test_a_process_that_is_cancelled_again_while_it_spawns_is_ended(
     await asyncio.wait({start})
     assert start.cancelled()
     assert started[0].returncode is not None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no groups of processes there")
+async def test_an_input_that_nobody_reads_is_closed_with_its_process(tmp_path: Path) -> None:
+    """Also where a descendant outside the group holds its other end."""
+    program = "import subprocess; print(subprocess.Popen(['sleep', '1000'], start_new_session=True).pid, flush=True)"
+    process = await processes.start_process(
+        sys.executable, ["-c", program], environment={"PATH": os.defpath}, folder=str(tmp_path)
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    descendant = int(await process.stdout.readline())
+    try:
+        pipe = process.stdin.transport.get_extra_info("pipe")
+        process.stdin.write(bytes(1 << 20))
+        await processes.end_process(process, grace=0.0)
+        await until(lambda: pipe.closed)
+    finally:
+        os.kill(descendant, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.001, 0.003, 0.01, 0.03])
