@@ -12,12 +12,13 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.waiting import PATIENCE, wait_for
 
 
 def _postgres_folder() -> Path | None:
@@ -72,7 +73,7 @@ def postgres_server() -> Iterator[str]:
             yield url
         finally:
             server.send_signal(signal.SIGINT)
-            server.wait(30)
+            server.wait(PATIENCE)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -80,15 +81,14 @@ def postgres_server() -> Iterator[str]:
 def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
     import psycopg
 
-    end = time.monotonic() + 60
-    while True:
-        try:
-            psycopg.connect(f"{url}/postgres", connect_timeout=5).close()
-            return
-        except psycopg.OperationalError:
-            assert server.poll() is None, "PostgreSQL ended"
-            assert time.monotonic() < end, "PostgreSQL does not start"
-            time.sleep(0.1)
+    def answers() -> bool:
+        with contextlib.suppress(psycopg.OperationalError):
+            psycopg.connect(f"{url}/postgres", connect_timeout=60).close()
+            return True
+        assert server.poll() is None, "PostgreSQL ended"
+        return False
+
+    wait_for(answers)
 
 
 def new_database(server: str) -> str:

@@ -73,6 +73,11 @@ class Pauses:
                     self._stopped[process] = now + self._random.uniform(SHORTEST, LONGEST)
         return max(0.0, min([self._due, *self._stopped.values()]) - now)
 
+    def wake(self, pid: int) -> None:
+        """Wake a process that may be stopped: to write to it, or to read what it has half written, waits for it."""
+        for process in [each for each in self._stopped if each.pid == pid]:
+            self._wake(process)
+
     def _wake(self, process: psutil.Process) -> None:
         del self._stopped[process]
         with contextlib.suppress(psutil.Error):

@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import httpx
 import pytest
 
 from tests.live_server import COMMAND, ServerProcess, clean_environment
+from tests.waiting import wait_for
 
 PAGE = (Path(__file__).parents[1] / "docs" / "mcp.md").read_text(encoding="utf-8")
 WALK = PAGE.split("## From nothing to a working agent\n")[1].split("\n## ")[0]
@@ -70,10 +70,7 @@ def test_the_server_by_hand_and_by_itself(folder: Path) -> None:
     server = started(folder, plain)
     try:
         assert "MCP servers      shop (clients run their tools)" in [line.strip() for line in server.banner]
-        end = time.monotonic() + 60
-        while send(server, servers).json()["data"][0]["state"] != "ready":
-            assert time.monotonic() < end, "the MCP server did not come up"
-            time.sleep(0.1)
+        wait_for(lambda: send(server, servers).json()["data"][0]["state"] == "ready")
         assert [one["function"]["name"] for one in send(server, tools).json()["data"]] == ["shop__stock", "shop__order"]
         assert send(server, call).text.startswith('{"status":"completed","content":[{"kind":"text","text":"12"}]')
         choice = send(server, chat).json()["choices"][0]

@@ -9,7 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
+
+from tests import restless
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[1]
 INI = """
@@ -144,6 +148,16 @@ def test_a_restless_run_has_the_common_tests_and_the_switch_interval(tmp_path: P
     done = run(tmp_path, "-m", "restless", "--switch-interval", "0.125", test_a=text, test_b="def test_other(): pass\n")
     assert done.returncode == 0, done.stdout
     assert "2 passed, 1 deselected" in done.stdout.splitlines()[-1]
+
+
+def test_a_stopped_process_is_woken_before_anybody_waits_for_it() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        pauses, found = restless.Pauses(seed=0), psutil.Process(process.pid)
+        pauses.next([process.pid])
+        wait_for(lambda: found.status() == psutil.STATUS_STOPPED)
+        pauses.wake(process.pid)
+        wait_for(lambda: found.status() != psutil.STATUS_STOPPED)
+        process.communicate(b"\n")
 
 
 @pytest.mark.parametrize("options", [("--workers", "0"), ("-s",)])

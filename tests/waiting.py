@@ -6,6 +6,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+
+import pytest
 
 PATIENCE = 60.0  # seconds; an idle machine needs a few hundredths
 
@@ -30,6 +33,18 @@ async def until(condition: Callable[[], object], seconds: float = PATIENCE) -> N
         if time.monotonic() >= end:
             raise TimeoutError("waited in vain")
         await asyncio.sleep(0.005)
+
+
+class Clock:
+    """The time that modules read: it stands still until a test moves it. Their threads still sleep as they did."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *modules: ModuleType) -> None:
+        self.now = time.monotonic()
+        for module in modules:
+            monkeypatch.setattr(module, "time", SimpleNamespace(**vars(time) | {"monotonic": lambda: self.now}))
+
+    def skip(self, seconds: float) -> None:
+        self.now += seconds
 
 
 async def skip(seconds: float) -> None:

@@ -274,6 +274,8 @@ class Division:
             waits = self._pauses.next(processes) if self._pauses else None
             for told in wait(list(self._running), waits):
                 process = self._running[told]
+                if self._pauses:
+                    self._pauses.wake(process.popen.pid)
                 try:
                     self._take(process, json.loads(told.recv_bytes()))
                 except (EOFError, OSError):

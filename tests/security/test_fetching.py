@@ -261,14 +261,14 @@ def inside() -> Iterator[list[str]]:
         thread.start()
         yield asked
         server.shutdown()
-        thread.join(10)
+        thread.join()
 
 
 async def _push(url: str, patterns: tuple[str, ...], private: bool) -> Outcome:
     record = Record(request_id="r", model="m", created=1, status=Status.COMPLETED, response=msgspec.Raw(b"{}"))
-    sender = Sender(WebhookOptions(timeout_secs=5.0))
+    sender = Sender(WebhookOptions(timeout_secs=60.0))
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             return (await sender.send(Message(record, "d", allowed_target(url, patterns, private)))).outcome
     finally:
         await sender.close()

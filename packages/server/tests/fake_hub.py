@@ -172,4 +172,4 @@ class FakeHub:
         """Ends it."""
         self._server.shutdown()
         self._server.server_close()
-        self._thread.join(10)
+        self._thread.join()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -19,7 +20,7 @@ from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.serve import bind, make_server
 from candle_vllm.server.settings import Settings
 from packages.server.tests.server_fakes import PacedEngine
-from tests.waiting import wait_for
+from tests.waiting import skip, wait_for
 
 if TYPE_CHECKING:
     from candle_vllm.server.mcp.service import McpService
@@ -65,6 +66,10 @@ class Running:
         with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
             connection.sendall(f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + data)
             self.wait_for(begun)
+
+    def skip(self, seconds: float) -> None:
+        """Move the clock of the server's event loop: what waits there for these seconds to pass has waited for them."""
+        asyncio.run_coroutine_threadsafe(skip(seconds), self.server.servers[0].get_loop()).result()
 
     def stop(self) -> None:
         for client in self._clients:

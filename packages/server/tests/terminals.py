@@ -113,10 +113,11 @@ class Terminal:
     def _wait(self, happened: Callable[[], bool]) -> None:
         end = time.monotonic() + 60
         while not happened():
-            if time.monotonic() > end or (self._waits() and not self._read() and not happened()):
+            late = time.monotonic() > end
+            if late or (self._waits() and not self._read() and not happened()):
                 self.process.kill()
                 self.process.wait()
-                raise AssertionError(f"{self.screen}\n{self.shown[-2000:]!r}")
+                raise (TimeoutError if late else AssertionError)(f"{self.screen}\n{self.shown[-2000:]!r}")
 
     def _read(self) -> bool:
         try:

@@ -234,7 +234,7 @@ async def test_requests_arrive_at_their_rate(monkeypatch: pytest.MonkeyPatch) ->
     began = time.monotonic()
     arrived = [sample async for sample in serve._arriving(load, samples)]
     assert arrived == samples
-    assert 0.1 < time.monotonic() - began < 30  # 0.2 s, and what a Poisson process of 200 differs by
+    assert time.monotonic() - began > 0.1  # 0.2 s, and what a Poisson process of 200 differs by
     everything = serve.Load(target, "/", "openai", "m", {}, rate=math.inf)
     monkeypatch.setattr(asyncio, "sleep", None)  # nobody is waited for
     assert [sample async for sample in serve._arriving(everything, samples)] == samples

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def test_servers_end_with_the_application(start_mcp: Start, tmp_path: Path) -> N
 def test_a_server_that_cannot_be_reached_holds_nobody_up(start_mcp: Start, web: Any, tmp_path: Path) -> None:
     hanging = tmp_path / "hang.py"
     hanging.write_text("import time\ntime.sleep(60)\n")
-    slow = stdio_config(tmp_path, "slow", args=[str(hanging)], connect_timeout=4.0)
+    slow = stdio_config(tmp_path, "slow", args=[str(hanging)], connect_timeout=60.0)
     bad = stdio_config(tmp_path, "bad", command="no-such-program")
     engine = PacedEngine("Hello!")
     running = start_mcp(engine, [slow, bad, web.config()], settled=False)
@@ -130,7 +131,10 @@ def test_a_server_that_cannot_be_reached_holds_nobody_up(start_mcp: Start, web: 
         assert client.get("/ready").status_code == 200
         states = {one["name"]: one["state"] for one in client.get("/v1/mcp/servers").json()["data"]}
         assert states["slow"] == "connecting"
-        assert client.post("/v1/chat/completions", json=CHAT).status_code == 200  # it waits for the slow one
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(client.post, "/v1/chat/completions", json=CHAT)
+            running.skip(60)
+            assert asked.result().status_code == 200  # it waits for the slow one
         assert shown(engine) == ["web__echo", "web__slow", "web__fail"]
         servers = {one["name"]: one for one in client.get("/v1/mcp/servers").json()["data"]}
         assert "no-such-program" in servers["bad"]["error"]

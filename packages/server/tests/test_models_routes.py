@@ -98,15 +98,17 @@ def test_the_list_shows_every_name_and_what_is_loaded(start) -> None:
 
 
 def test_operators_load_unload_and_choose(start) -> None:
-    loader = FakeLoader(seconds=0.1)
+    loader = FakeLoader()
     with start(_manager(loader)).http() as client:
         assert client.post("/v1/models/load", json={"model": "org/large"}).json()["status"] == "ready"
         assert _states(client) == {"small": "unloaded", "org/large": "ready", "broken": "unloaded"}
         assert client.post("/v1/models/unload", json={"model": "org/large"}).json()["status"] == "unloaded"
         assert loader.engines[0].closed
+        loader.gate.clear()
         chosen = client.post("/v1/models/select", json={"model_id": "org/large"})
         assert (chosen.status_code, chosen.json()["status"]) == (202, "switching")
         assert client.get("/v1/models/status").json()["status"] == "Switching"
+        loader.gate.set()
         assert _chat(client, "org/large").json()["model"] == "org/large"
         assert client.get("/v1/models/status").json()["active_model"] == "org/large"
         assert _chat(client, None).json()["model"] == "org/large"
@@ -242,7 +244,7 @@ def test_a_request_has_a_deadline(start) -> None:
         begin = time.monotonic()
         response = _chat(client, "small")
         assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
-        assert 0.9 < time.monotonic() - begin < 30
+        assert time.monotonic() - begin > 0.9
     loader.gate.set()
 
 
@@ -256,7 +258,8 @@ def test_the_list_for_anthropic_s_clients(start) -> None:
 
 
 def test_who_waits_is_told_without_what_is_asked(start) -> None:
-    loader = FakeLoader(seconds=0.5)
+    loader = FakeLoader()
+    loader.gate.clear()
     running = start(_manager(loader), api_key=("secret",), management_key=("operator",))
     key, operator = {"authorization": "Bearer secret"}, {"authorization": "Bearer operator"}
     with ThreadPoolExecutor() as pool, running.http(headers=key) as client, running.http(headers=operator) as manager:
@@ -264,6 +267,7 @@ def test_who_waits_is_told_without_what_is_asked(start) -> None:
         empty = manager.get("/v1/queues").json()
         assert empty == {"object": "list", "counts": {"small": 0, "org/large": 0, "broken": 0}, "data": []}
         body = {"model": "org/large", "messages": [{"role": "user", "content": "Hi"}]}
+        began = time.time()
         asked = pool.submit(client.post, "/v1/chat/completions", json=body, headers={"x-request-id": "mine"})
         running.wait_for(lambda: manager.get("/v1/queues").json()["data"])
         (entry,) = manager.get("/v1/queues/org/large").json()["data"]
@@ -271,9 +275,10 @@ def test_who_waits_is_told_without_what_is_asked(start) -> None:
             "object": "queued_request", "id": "mine", "model": "org/large", "queued_at": 0, "waits_for": "model",
             "key": "1", "sequences": 1, "priority": 0,
         }  # fmt: skip
-        assert abs(entry["queued_at"] - time.time()) < 10
+        assert began - 1 <= entry["queued_at"] <= time.time() + 1
         assert manager.get("/v1/queues").json()["counts"]["org/large"] == 1
         assert manager.get("/v1/queues/small").json() == {"object": "list", "counts": {"small": 0}, "data": []}
+        loader.gate.set()
         assert asked.result().status_code == 200
         assert manager.get("/v1/queues").json() == empty
         assert manager.get("/v1/queues/other").status_code == 404

@@ -103,23 +103,28 @@ def test_grammars_are_made_ready_once_the_first_answers_are_given(monkeypatch: p
 
 
 _WARMING = """
-import sys, time
+import sys, threading, time
 sys.path.insert(0, {root!r})
 from packages.server.tests.server_fakes import PacedEngine
 from candle_vllm.server import serve
+begun, ends = threading.Event(), threading.Event()
 class Slow(PacedEngine):
     def check_structured_outputs(self, params):
         print("begun", flush=True)
-        time.sleep(0.5)
+        begun.set()
+        ends.wait()
+        time.sleep(0.3)
         print("made", flush=True)
 serve.WARM_UP_AFTER = {after}
 serve._warm_up(Slow())
-time.sleep(0.25)
+if {after} < 1:
+    begun.wait()
 print("ends", flush=True)
+ends.set()
 """
 
 
-@pytest.mark.parametrize(("after", "said"), [(0.01, ["begun", "ends", "made"]), (5.0, ["ends"])])
+@pytest.mark.parametrize(("after", "said"), [(0.01, ["begun", "ends", "made"]), (600.0, ["ends"])])
 def test_the_end_of_the_process_waits_for_grammars_that_are_made_and_makes_no_more(
     after: float, said: list[str]
 ) -> None:
@@ -224,7 +229,7 @@ def test_the_drain_has_a_limit(tmp_path: Path) -> None:
             process.send_signal(signal.SIGTERM)
             rest = b"".join(chunks).decode()
             assert process.wait(60) == 0
-            assert 0.9 < time.monotonic() - begin < 25
+            assert time.monotonic() - begin > 0.9
         assert '"code":"request_aborted"' in rest.split("data: ")[-1]
         assert process.stderr is not None
         log = process.stderr.read()
@@ -241,16 +246,14 @@ def test_a_second_signal_does_not_wait_and_the_unix_socket_goes(tmp_path: Path) 
         with client.stream("POST", "/v1/chat/completions", json=BODY) as response:
             chunks = response.iter_bytes()
             next(chunks)
-            begin = time.monotonic()
             process.send_signal(signal.SIGTERM)
-            time.sleep(0.5)
-            assert process.poll() is None
+            assert process.stderr is not None
+            assert process.stderr.readline().endswith(
+                "finishing 1 request, up to 30 s; a second signal stops at once\n"
+            )
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
-            assert time.monotonic() - begin < 25
-            assert process.stderr is not None
-            first, second, _, _ = process.stderr.read().splitlines()
-            assert first.endswith("finishing 1 request, up to 30 s; a second signal stops at once")
+            second, _, _ = process.stderr.read().splitlines()
             assert second.endswith("stopping now: what still ran is cut off")
     assert not path.exists()
 

@@ -8,27 +8,31 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from candle_vllm.core.testing.toy_model import write_toy_model
+from tests.waiting import wait_for
 
 ROOT = str(Path(__file__).parents[3])
 SCRIPT = """
-import sys
+import sys, threading
 sys.path.insert(0, {root!r})
 from packages.server.tests.server_fakes import FakeLoader
 from candle_vllm.core.errors import ModelLoadError
 from candle_vllm.server import serve
 from candle_vllm.server.cli import main
-loader = FakeLoader(seconds={seconds})
+loader = FakeLoader()
 if {fails}:
     loader.broken = dict.fromkeys(["SmolLM2-135M-Instruct.Q4_1"], ModelLoadError("it is damaged"))
+else:
+    loader.gate.clear()
+    threading.Thread(target=lambda: sys.stdin.read() or loader.gate.set(), daemon=True).start()
 serve.ModelLoader = lambda *_, **__: loader
 status = main({arguments!r})
 sys.stderr.write("loaded %d closed %s\\n" % (len(loader.engines), [engine.closed for engine in loader.engines]))
@@ -43,11 +47,13 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _starting(folder: Path, port: int, seconds: float, *, fails: bool = False) -> Iterator[subprocess.Popen[str]]:
+def _starting(folder: Path, port: int, *, fails: bool = False) -> Iterator[subprocess.Popen[str]]:
+    """A server whose model is loaded when its standard input ends, or fails to load."""
     arguments = ["--p", str(port)]
-    script = SCRIPT.format(root=ROOT, seconds=seconds, fails=fails, arguments=arguments)
+    script = SCRIPT.format(root=ROOT, fails=fails, arguments=arguments)
     command = [sys.executable, "-c", script]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder) as process:
+    pipes: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, **pipes, text=True, cwd=folder) as process:
         try:
             yield process
         finally:
@@ -58,20 +64,20 @@ def _starting(folder: Path, port: int, seconds: float, *, fails: bool = False) -
 def _ready(port: int) -> int:
     """Status of /ready, once the server answers at all."""
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
-        end = time.monotonic() + 60
-        while True:
-            try:
-                assert client.get("/health").status_code == 200
-                return client.get("/ready").status_code
-            except httpx.TransportError:
-                assert time.monotonic() < end, "the server does not answer"
-                time.sleep(0.02)
+
+        def answers() -> bool:
+            with suppress(httpx.TransportError):
+                return client.get("/health").status_code == 200
+            return False
+
+        wait_for(answers)
+        return client.get("/ready").status_code
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_the_model_loads_ends_the_server_in_peace(tmp_path: Path, number: signal.Signals) -> None:
     port = _free_port()
-    with _starting(tmp_path, port, 3) as process:
+    with _starting(tmp_path, port) as process:
         assert _ready(port) == 503
         process.send_signal(number)
         out, error = process.communicate(timeout=60)
@@ -171,11 +177,8 @@ def test_ctrl_c_while_kernels_are_compiled_ends_both_processes(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
         try:
-            end = time.monotonic() + 60
-            while _compiled(tmp_path / "cache") < 2:
-                assert process.poll() is None
-                assert time.monotonic() < end
-                time.sleep(0.05)
+            wait_for(lambda: _compiled(tmp_path / "cache") >= 2 or process.poll() is not None)
+            assert process.poll() is None
             helpers = _children(process.pid)
             process.send_signal(signal.SIGINT)
             _, error = process.communicate(timeout=60)
@@ -185,10 +188,7 @@ def test_ctrl_c_while_kernels_are_compiled_ends_both_processes(
     assert process.returncode == status, error
     assert error.splitlines()[-1].startswith(said)
     assert "Traceback" not in error
-    end = time.monotonic() + 60
-    while any(_runs(helper) for helper in helpers):
-        assert time.monotonic() < end, "the second process still compiles"
-        time.sleep(0.05)
+    wait_for(lambda: not any(_runs(helper) for helper in helpers))
 
 
 _INTERRUPTED = """
@@ -243,7 +243,7 @@ def _runs(pid: int) -> bool:
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_reason(tmp_path: Path) -> None:
-    with _starting(tmp_path, 0, 0.0, fails=True) as process:
+    with _starting(tmp_path, 0, fails=True) as process:
         _, error = process.communicate(timeout=60)
     assert process.returncode == 2
     assert error.splitlines()[:-1] == ["candle-vllm: error: it is damaged"]  # once, and not in the log as well

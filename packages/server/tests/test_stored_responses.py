@@ -24,6 +24,7 @@ from candle_vllm.server.settings.options import UsageError
 from candle_vllm.server.settings.sources import SettingsSource
 from packages.server.tests.running_server import Running
 from packages.server.tests.server_fakes import PacedEngine
+from tests import waiting
 
 KEYS = ("first-key", "second-key")
 WORDS = "one two three four"
@@ -50,11 +51,14 @@ def make(client: openai.OpenAI, text: str = "Hi", **fields: Any) -> Any:
 
 
 def wait_for(client: openai.OpenAI, name: str, *statuses: str) -> Any:
-    end = time.monotonic() + 60
-    while (found := client.responses.retrieve(name)).status not in statuses:
-        assert time.monotonic() < end, found.status
-        time.sleep(0.01)
-    return found
+    found: list[Any] = []
+
+    def has_one_of_them() -> bool:
+        found[:] = [client.responses.retrieve(name)]
+        return found[0].status in statuses
+
+    waiting.wait_for(has_one_of_them)
+    return found[0]
 
 
 def refusal(failure: Any) -> tuple[int, Any, Any]:

@@ -12,8 +12,8 @@ from pathlib import Path
 from candle_vllm.core.engine.adapters import LoadedAdapter
 from candle_vllm.core.errors import AdapterError
 from candle_vllm.core.kernels.lora import PackedAdapter
+from tests.waiting import PATIENCE
 
-PATIENCE = 30.0
 _serials = itertools.count()
 
 

@@ -77,7 +77,7 @@ class LateStage:
     def close(self) -> None:
         """Ends it."""
         self._told.put(None)
-        self._thread.join(30)
+        self._thread.join()
 
 
 class Staged:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections import Counter
 
 import pytest
@@ -17,8 +16,9 @@ from candle_vllm.core.engine.request import AdapterUse, GenerationRequest
 from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.engine.sequence import Sequence
 from candle_vllm.core.sampling.params import SamplingParams
+from tests.waiting import PATIENCE, wait_for
 
-from .adapter_fakes import PATIENCE, Loads
+from .adapter_fakes import Loads
 
 
 class Pretended:
@@ -269,8 +269,7 @@ def test_a_load_in_its_own_thread_makes_a_waiting_sequence_begin() -> None:
     scheduler.add(sequence)
     assert not scheduler.schedule()
     assert woken.wait(PATIENCE)
-    ends = time.monotonic() + PATIENCE
-    while not (step := scheduler.schedule()):
-        assert time.monotonic() < ends
-    assert step[0].sequence is sequence
+    steps = []
+    wait_for(lambda: steps.extend(scheduler.schedule()) or steps)
+    assert steps[0].sequence is sequence
     store.close()

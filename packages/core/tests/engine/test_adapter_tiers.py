@@ -7,7 +7,6 @@ import asyncio
 import gc
 import shutil
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,10 +31,10 @@ from candle_vllm.core.errors import RequestAbortedError
 from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.testing.toy_adapter import linear_shapes, write_adapter
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from tests.waiting import PATIENCE, until, wait_for
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 PROMPT = "abc" * 40
-PATIENCE = 30.0
 
 
 class Gate:
@@ -60,14 +59,7 @@ class Gate:
         return made
 
     def until_begun(self, name: str) -> None:
-        until(lambda: name in self.begun)
-
-
-def until(condition: Callable[[], object]) -> None:
-    ends = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < ends
-        time.sleep(0.002)
+        wait_for(lambda: name in self.begun)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +152,7 @@ async def test_an_engine_that_only_waits_for_a_load_sleeps(folder: Path, engine:
     gate.open.clear()
     streams = [engine.stream(PROMPT, GREEDY, lora_request=adapter(folder, "a0")) for _ in range(3)]
     gate.until_begun("a0")
-    until(lambda: inner.waits)
+    wait_for(lambda: inner.waits)
     await asyncio.sleep(0.2)
     assert steps <= 3  # one for each request
     gate.open.set()
@@ -173,14 +165,23 @@ def test_a_loop_of_ones_own_waits_for_a_load(folder: Path, engine: InferenceEngi
     gate.open.clear()
     engine.add_request(PROMPT, GREEDY, request_id="r", lora_request=adapter(folder, "a0"))
     assert engine.step() == []
-    threading.Timer(0.05, gate.open.set).start()
+    inner = engine._require()[0]
+    wait, idle, waits = inner.wait, 0, 0
+
+    def waited(seconds: float) -> None:
+        nonlocal waits
+        waits += inner.waits
+        gate.open.set()
+        wait(seconds)
+
+    inner.wait = waited  # type: ignore[method-assign]
     pieces: list[Any] = []
-    rounds = 0
     while engine.has_unfinished_requests:
-        pieces += engine.step()
-        rounds += 1
+        found = engine.step()
+        idle += not found and not pieces
+        pieces += found
     assert pieces[-1].finish_reason == "length"
-    assert rounds < 40
+    assert idle <= waits + 8  # steps without a token before the first one: of its prompt, or they slept
 
 
 async def test_a_request_is_cancelled_while_its_adapter_is_loaded(
@@ -188,14 +189,13 @@ async def test_a_request_is_cancelled_while_its_adapter_is_loaded(
 ) -> None:
     gate.open.clear()
     asked = asyncio.create_task(engine.agenerate(PROMPT, GREEDY, lora_request=adapter(folder, "a0")))
-    while "a0" not in gate.begun:
-        await asyncio.sleep(0.002)
+    await until(lambda: "a0" in gate.begun)
     asked.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asked
-    until(lambda: engine.stats().num_waiting == 0)
+    wait_for(lambda: engine.stats().num_waiting == 0)
     gate.open.set()
-    await asyncio.to_thread(until, lambda: engine.stats().adapters_in_memory == 1)
+    await until(lambda: engine.stats().adapters_in_memory == 1)
     assert (await engine.agenerate(PROMPT, GREEDY, lora_request=LoRARequest("a0"))).text
     assert gate.begun == ["a0"]
 
@@ -204,8 +204,7 @@ async def test_an_engine_is_closed_while_an_adapter_is_loaded(folder: Path, gate
     engine = open_engine(folder)
     gate.open.clear()
     asked = asyncio.create_task(engine.agenerate(PROMPT, GREEDY, lora_request=adapter(folder, "a0")))
-    while "a0" not in gate.begun:
-        await asyncio.sleep(0.002)
+    await until(lambda: "a0" in gate.begun)
     await asyncio.to_thread(engine.close)
     with pytest.raises(RequestAbortedError):
         await asked
@@ -278,7 +277,7 @@ def test_an_adapter_is_unloaded_in_the_middle_of_answers(folder: Path, engine: I
     going.set()
     asker.join()
     assert [output.token_ids for output in answers[0].outputs] == [expected] * 16
-    until(lambda: engine.stats().adapter_bytes == 0)
+    wait_for(lambda: engine.stats().adapter_bytes == 0)
     tokens(engine, None)
     del entry
     gc.collect()
@@ -348,7 +347,7 @@ def test_an_engine_in_another_process_has_adapters(folder: Path) -> None:
         assert [each.name for each in engine.list_loras()] == ["a0", "a1", "bad"]
         assert engine.remove_lora("a0")
         assert not engine.remove_lora("a0")
-        until(lambda: engine.stats().adapters == 2)
+        wait_for(lambda: engine.stats().adapters == 2)
 
 
 def test_an_adapter_that_is_not_loaded_in_time_is_told(

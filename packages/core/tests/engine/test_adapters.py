@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 import weakref
-from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -17,26 +15,20 @@ from candle_vllm.core.engine import adapters as module
 from candle_vllm.core.engine.adapters import AdapterStore, Entries, Entry
 from candle_vllm.core.engine.request import AdapterUse
 from candle_vllm.core.errors import AdapterError, EngineDeadError, InvalidParameterError
+from tests.waiting import PATIENCE, wait_for
 
-from .adapter_fakes import PATIENCE, Loads
+from .adapter_fakes import Loads
 
 
 def use(name: str, *, inplace: bool = False, path: str | None = None) -> AdapterUse:
     return AdapterUse(name=name, path=f"/adapters/{name}" if path is None else path, load_inplace=inplace)
 
 
-def until(condition: Callable[[], bool]) -> None:
-    ends = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < ends
-        time.sleep(0.001)
-
-
 def leased(store: AdapterStore, *entries: Entry) -> Entries:
     """A lease of adapters, which are loaded for it."""
     wanted = tuple((entry, 1.0) for entry in entries)
     store.want(entries)
-    until(lambda: all(entry.state == "ready" for entry in entries))
+    wait_for(lambda: all(entry.state == "ready" for entry in entries))
     assert store.lease(wanted) is not None
     store.want(())
     return wanted
@@ -68,11 +60,11 @@ def test_what_is_on_its_way_is_loaded_behind_what_is_wanted_and_forgotten_when_i
     store.want([first])
     store.expect(((second, 1.0),))
     loads.gate.set()
-    until(lambda: first.state == second.state == "ready")
+    wait_for(lambda: first.state == second.state == "ready")
     assert loads.begun == ["b", "a"]
     assert third.state == "cold"
     store.expect(((third, 1.0),))
-    until(lambda: third.state == "ready")
+    wait_for(lambda: third.state == "ready")
     store.close()
 
 
@@ -107,10 +99,10 @@ def test_leases_and_pins_keep_their_adapters() -> None:
     assert store.pin(store.find(use("b")).name, PATIENCE).pinned
     c = store.find(use("c"))
     store.want([c])
-    until(lambda: c.crowded)
+    wait_for(lambda: c.crowded)
     assert store.lease(((c, 1.0),)) is None
     store.release(lease)
-    until(lambda: c.state == "ready")
+    wait_for(lambda: c.state == "ready")
     assert [each.name for each in store.infos() if each.state == "ready"] == ["b", "c"]
     store.close()
 
@@ -151,7 +143,7 @@ def test_a_failure_is_kept_for_a_while_and_tried_again() -> None:
     store = AdapterStore(loads, clock=lambda: now[0])
     bad = store.find(use("bad"))
     store.want([bad])
-    until(lambda: bad.state == "failed")
+    wait_for(lambda: bad.state == "failed")
     store.want(())
     for _ in range(3):
         with pytest.raises(InvalidParameterError, match="adapter 'bad' cannot be used: bad: lora_B is missing"):
@@ -198,7 +190,7 @@ def test_files_read_anew_are_another_adapter_and_the_old_one_serves_until_they_a
     store.want([new])
     loads.until_begun("a")
     loads.gate.set()
-    until(lambda: store.find(use("a")) is new)
+    wait_for(lambda: store.find(use("a")) is new)
     store.want(())
     assert store.infos()[0].digest != before
     assert store.numbers == (1, 2, 200)
@@ -258,7 +250,7 @@ def test_a_name_that_is_removed_while_it_is_loaded_takes_no_memory() -> None:
     store.remove("a")
     store.want(())
     loads.gate.set()
-    until(lambda: store.changes == 1)
+    wait_for(lambda: store.changes == 1)
     assert store.numbers == (0, 0, 0)
     store.close()
 
@@ -293,7 +285,7 @@ def test_what_a_caller_asks_for_and_has_no_room_holds_up_no_sequence() -> None:
     assert large.state == "cold"
     caller = threading.Thread(target=store.add, args=(use("large"), PATIENCE))
     caller.start()
-    until(lambda: large.crowded)
+    wait_for(lambda: large.crowded)
     other = leased(store, wanted)  # which has room
     assert caller.is_alive()
     store.release(other)
@@ -311,7 +303,7 @@ def test_what_sequences_wait_for_takes_turns_with_what_callers_do() -> None:
     callers = [threading.Thread(target=store.add, args=(use(name), PATIENCE)) for name in names]
     for caller in callers:
         caller.start()
-    until(lambda: len(store._asked) == 6 and len(loads.begun) == 1)
+    wait_for(lambda: len(store._asked) == 6 and len(loads.begun) == 1)
     store.want([store.find(use(name)) for name in ("wanted0", "wanted1")])
     loads.gate.set()
     for caller in callers:

@@ -23,6 +23,7 @@ from candle_vllm.core.engine import message_ring
 from candle_vllm.core.engine.message_ring import PIECE, SLOT_BYTES, SLOTS, MessageRing, RingLine, made_ring
 from candle_vllm.core.engine.rank_line import Go, Land, Line, Next, Ready, Score, Sleep, ToRank, encoded
 from candle_vllm.core.engine.ranks import Ranks, _Other
+from tests.waiting import PATIENCE, wait_for
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() not in message_ring._CALLS, reason="this system has no such ring"
@@ -153,7 +154,7 @@ def test_what_is_not_read_is_not_overwritten(others: Callable[[int], Others]) ->
     began = time.monotonic()
     with pytest.raises(TimeoutError, match="rank 2 has not read on"):
         told.tell(messages[-1], patience=0.2)
-    assert 0.2 <= time.monotonic() - began < 10
+    assert time.monotonic() - began >= 0.2
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(told.tell, messages[-1])
         time.sleep(0.05)
@@ -177,9 +178,9 @@ def test_who_waits_when_it_ends_goes_on_at_once(who: str, others: Callable[[int]
         time.sleep(0.05)
         assert not waiting.done()
         told.near[0].end()
-        told.ring.end()
+        wait_for(lambda: told.ring.end() or waiting.done())  # again where it had not quite begun to wait
         with pytest.raises(BrokenPipeError if who == "writer" else EOFError):
-            waiting.result(10)
+            waiting.result()
     with pytest.raises(BrokenPipeError):
         told.tell(Land())
 
@@ -206,11 +207,11 @@ def test_a_rank_of_a_process_with_many_files_waits(others: Callable[[int], Other
         waiting = pool.submit(line.receive, ToRank)
         time.sleep(2.5 * message_ring.LOOK)
         told.tell(Land())
-        assert waiting.result(10) == Land()
+        assert waiting.result(PATIENCE) == Land()
         waiting = pool.submit(line.receive, ToRank)
         told.near[0].socket.close()
         with pytest.raises(EOFError):
-            waiting.result(10)
+            waiting.result(PATIENCE)
 
 
 def test_counts_begin_anew(others: Callable[[int], Others]) -> None:
@@ -309,7 +310,7 @@ class Process:
             self.process = subprocess.Popen(command, pass_fds=given, stdout=subprocess.PIPE, text=True)
         self.line = Line(near)
 
-    def heard(self, seconds: float = 30.0) -> int:
+    def heard(self, seconds: float = PATIENCE) -> int:
         """How long the next message was that it has read."""
         self.line.socket.settimeout(seconds)
         said: Ready = self.line.receive(Ready)
@@ -341,14 +342,14 @@ def test_a_rank_that_is_stopped_or_killed_holds_up_nobody_but_the_ring(
         os.kill(stopped.process.pid, signal.SIGSTOP)
         with ThreadPoolExecutor(1) as pool:
             for size in range(1, SLOTS + 1):
-                ring.write(encoded(sized(size, size)), 1)
+                ring.write(encoded(sized(size, size)), 60)
             full = pool.submit(ring.write, encoded(sized(2 * PIECE, 1)), 60)
             for other in {first, second, third} - {stopped}:
                 assert [other.heard() for _ in range(SLOTS)] == list(range(1, SLOTS + 1))
             assert not full.done()
             os.kill(stopped.process.pid, signal.SIGCONT)
             assert [stopped.heard() for _ in range(SLOTS)] == list(range(1, SLOTS + 1))
-            full.result(30)
+            full.result(PATIENCE)
         assert [each.heard() for each in (first, second, third)] == [2 * PIECE] * 3
     second.process.kill()
     with ThreadPoolExecutor(1) as pool:
@@ -356,15 +357,13 @@ def test_a_rank_that_is_stopped_or_killed_holds_up_nobody_but_the_ring(
         assert [first.heard(), third.heard()] == [SLOT_BYTES] * 2
         time.sleep(0.2)
         assert not writing.done()
-        began = time.monotonic()
         ring.end()
         with pytest.raises(BrokenPipeError):
-            writing.result(10)
-        assert time.monotonic() - began < 2
+            writing.result(PATIENCE)
     first.line.end()
     third.line.socket.close()
     for each in (first, third):  # what they say at the end goes nowhere, or they read the end
-        each.process.wait(5)
+        each.process.wait(PATIENCE)
 
 
 def test_ranks_end_with_the_first_one_however_it_goes() -> None:
@@ -372,7 +371,5 @@ def test_ranks_end_with_the_first_one_however_it_goes() -> None:
         assert writer.stdout is not None
         assert int(writer.stdout.readline())
         time.sleep(0.2)  # they are in the midst of it
-        began = time.monotonic()
         writer.kill()
         assert writer.stdout.read() == "ended\n"  # of the reader, whose output it is too
-        assert time.monotonic() - began < 5

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from candle_vllm.core.fields import read_json
 from candle_vllm.core.testing.toy_adapter import write_adapter
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
 from candle_vllm.core.testing.toy_sight import write_toy_sight
-from packages.core.tests.engine.test_ranks import GREEDY, KINDS, PROMPTS, dies, engine_of, gone, pids, seeing
+from packages.core.tests.engine.test_ranks import GREEDY, KINDS, PROMPTS, dies, engine_of, pids, seeing, until_gone
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="several ranks need sockets that a child inherits")
 
@@ -98,7 +97,8 @@ def test_the_prefix_cache_and_requests_that_end_in_flight(staged: InferenceEngin
     long = SamplingParams(max_tokens=80, temperature=1.0, seed=1, ignore_eos=True)
     for params in (long, SamplingParams(max_tokens=80, structured_outputs=form, prompt_logprobs=1)):
         with staged.generate_stream(PROMPTS[0], params) as stream:
-            asking = threading.Thread(target=lambda s=stream: (time.sleep(0.05), s.close()))
+            next(stream)  # it is under way
+            asking = threading.Thread(target=stream.close)
             asking.start()
             again = [output.outputs[0].token_ids for output in staged.generate(PROMPTS * 3, GREEDY)]
             asking.join()
@@ -140,7 +140,7 @@ def test_few_blocks_and_four_ranks(model: Path, whole: InferenceEngine) -> None:
         assert engine.stats().preemptions
         found = pids(engine)
         assert len(found) == 3
-    assert gone(found)
+    until_gone(found)
 
 
 @pytest.mark.every_case
@@ -149,7 +149,7 @@ def test_a_stage_that_dies_ends_the_engine_by_name(model: Path) -> None:
         found = pids(engine)
         kill = partial(os.kill, found[0], signal.SIGKILL)
         dies(engine, kill, "rank 1 has ended (killed by SIGKILL)", prompts=4)
-    assert gone(found)
+    until_gone(found)
 
 
 @pytest.mark.every_case

@@ -10,6 +10,7 @@ from candle_vllm.core.engine.request import FinishReason, GenerationRequest, Tok
 from candle_vllm.core.engine.stream import Inbox, TokenStream
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.core.sampling.params import SamplingParams
+from tests.waiting import until
 
 
 def _piece(text: str, finish: FinishReason | None = None) -> TokenOutput:
@@ -37,12 +38,12 @@ async def test_a_shortcut_gets_what_is_waited_for_and_the_reader_the_rest() -> N
     inbox.put(_piece("before"))  # nobody waits yet
     inbox.put(_piece("after it"))
     reader = asyncio.create_task(_read(stream))
-    await asyncio.sleep(0.01)
+    await until(lambda: inbox._arrival is not None)
     inbox.put(_piece("a"))
     assert passed == ["a"]  # at once
     inbox.put(_piece("declined"))
     inbox.put(_piece("behind"))  # the reader has not had its turn: the order holds
-    await asyncio.sleep(0.01)
+    await until(lambda: inbox._arrival is not None)
     inbox.put(_piece("b"))
     inbox.put(_piece("last", FinishReason.STOP))
     assert passed == ["a", "b"]

@@ -41,6 +41,7 @@ from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from tests.waiting import PATIENCE
 
 CPU = torch.device("cpu")
 SIZE, CONTEXT, EOS = 16, 512, 258
@@ -317,7 +318,7 @@ class SlowBackend(LlguidanceBackend):
         fill = grammar.fill_mask
 
         def waiting(bits: Any) -> None:
-            assert self.gate.wait(10)
+            assert self.gate.wait(PATIENCE)
             fill(bits)
 
         grammar.fill_mask = waiting  # type: ignore[method-assign]

@@ -157,7 +157,7 @@ def test_who_waits_for_a_rank_that_does_not_come_fails(how: str, tmp_path: Path)
         else:
             with pytest.raises(RuntimeError, match="within" if how == "patience" else "have gone"):
                 group.sum(torch.ones(4))
-        assert 0.25 < time.monotonic() - began < 10
+        assert time.monotonic() - began > 0.25
         other.kill()
         other.wait()
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import threading
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from candle_vllm.core.engine import build
 from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
 from candle_vllm.core.text.tokenizer import Tokenizer
 from packages.core.tests.models.peft_adapters import randomise, trained
+from tests.waiting import PATIENCE, wait_for
 
 WORDS = ["hello", "a", "the quick brown fox", "jumps over the lazy dog, twice!", "x" * 90]
 LABELS = {"id2label": {"0": "sad", "1": "glad", "2": "mad"}, "label2id": {"sad": 0, "glad": 1, "mad": 2}}
@@ -182,7 +182,7 @@ def test_a_load_holds_up_no_other_text(tmp_path: Path, monkeypatch: pytest.Monke
 
         def wait(path: Path) -> Any:
             begun.set()
-            assert gate.wait(30)
+            assert gate.wait(PATIENCE)
             return load(path)
 
         return wait
@@ -197,15 +197,12 @@ def test_a_load_holds_up_no_other_text(tmp_path: Path, monkeypatch: pytest.Monke
         ]
         for thread in asked:
             thread.start()
-        assert begun.wait(30)
+        assert begun.wait(PATIENCE)
         assert len(engine.embed(WORDS, use_tqdm=False)) == len(WORDS)
-        ends = time.monotonic() + 30
-        while engine.stats().waiting_adapters != {"tone": 3}:
-            assert time.monotonic() < ends
-            time.sleep(0.002)
+        wait_for(lambda: engine.stats().waiting_adapters == {"tone": 3})
         gate.set()
         for thread in asked:
-            thread.join(30)
+            thread.join()
         assert len(found) == 3
         assert len({tuple(each[0].embedding) for each in found}) == 1
         stats = engine.stats()

@@ -37,6 +37,7 @@ from candle_vllm.core.pooling import PoolingKind, PoolingParams
 from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
+from tests.waiting import until
 
 CPU = torch.device("cpu")
 KINDS: tuple[PoolingKind, ...] = ("mean", "cls", "last")
@@ -329,13 +330,11 @@ def test_more_texts_than_the_queue_takes(toy_model: Path) -> None:
 async def test_a_cancelled_call_leaves_nothing_behind(toy_model: Path) -> None:
     with InferenceEngine(str(toy_model), enforce_eager=True, max_num_batched_tokens=64, max_num_seqs=2) as engine:
         task = asyncio.create_task(engine.aembed([TEXTS[-1]] * 200, PoolingParams(pooling="mean")))
-        while not engine.stats().finished.get("stop"):
-            await asyncio.sleep(0.005)
+        await until(lambda: engine.stats().finished.get("stop"))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        while engine.stats().num_running or engine.stats().num_waiting:
-            await asyncio.sleep(0.005)
+        await until(lambda: not engine.stats().num_running and not engine.stats().num_waiting)
         assert engine.stats().finished["stop"] < 200
         assert engine.stats().num_free_blocks == engine.stats().num_blocks
 

@@ -37,6 +37,7 @@ from candle_vllm.core.pooling import PoolingKind, PoolingParams
 from candle_vllm.core.testing.toy_encoder import toy_encoder_config, write_toy_encoder
 from candle_vllm.core.text.tokenizer import Tokenizer
 from tests.registry_packages import CACHE, pypi_file, unpacked
+from tests.waiting import PATIENCE, until
 
 ENCODERS = ("BertModel", "RobertaModel", "XLMRobertaModel")
 CROSS_ENCODERS = tuple(f"{name.removesuffix('Model')}ForSequenceClassification" for name in ENCODERS)
@@ -373,7 +374,7 @@ class Gate:
         def held(runner: EncoderRunner, batch: Batch) -> None:
             self.texts += len(batch.runs)
             self.reached.set()
-            assert self.opened.wait(30)
+            assert self.opened.wait(PATIENCE)
             run(runner, batch)
 
         monkeypatch.setattr(EncoderRunner, "run", held)
@@ -385,12 +386,9 @@ async def test_cancelled_texts_are_not_run_and_a_full_queue_refuses(
     gate = Gate(monkeypatch)
     with InferenceEngine(str(folder), max_num_seqs=1, max_queued_requests=3) as engine:
         first = asyncio.create_task(engine.aembed("first"))
-        await asyncio.to_thread(gate.reached.wait, 30)
+        assert await asyncio.to_thread(gate.reached.wait, PATIENCE)
         second = asyncio.create_task(engine.aembed(["two", "three"]))
-        while engine.stats().num_waiting < 2 and not gate.opened.is_set():
-            await asyncio.sleep(0.005)
-            if len(engine._thread._clients) == 3:  # type: ignore[union-attr]
-                break
+        await until(lambda: len(engine._thread._clients) == 3)  # type: ignore[union-attr]
         with pytest.raises(EngineOverloadedError, match="max_queued_requests"):
             await engine.aembed("fourth")
         second.cancel()
@@ -407,15 +405,13 @@ async def test_closing_ends_what_waits(folder: Path, monkeypatch: pytest.MonkeyP
     gate = Gate(monkeypatch)
     engine = InferenceEngine(str(folder), max_num_seqs=1)
     tasks = [asyncio.create_task(engine.aembed("one"))]
-    await asyncio.to_thread(gate.reached.wait, 30)
+    assert await asyncio.to_thread(gate.reached.wait, PATIENCE)
     tasks.append(asyncio.create_task(engine.aembed("two")))  # texts become tokens in several threads
     thread = engine._thread
     assert thread is not None
-    while len(thread._clients) < 2:
-        await asyncio.sleep(0.005)
+    await until(lambda: len(thread._clients) == 2)
     closing = asyncio.create_task(asyncio.to_thread(engine.close))
-    while not thread._closing:
-        await asyncio.sleep(0.005)
+    await until(lambda: thread._closing)
     gate.opened.set()
     await closing
     results = await asyncio.gather(*tasks, return_exceptions=True)

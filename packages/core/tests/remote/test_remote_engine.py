@@ -304,11 +304,9 @@ async def test_a_gguf_engine_is_the_same_until_it_is_killed(tmp_path: Path) -> N
     deaths: list[bool] = []
     engine.add_death_callback(lambda: deaths.append(engine.is_alive))
     os.kill(engine.pid, signal.SIGKILL)
-    killed = time.monotonic()
     for stream in streams:
         with pytest.raises(EngineDeadError, match="SIGKILL"):
             _ = [piece async for piece in stream]
-    assert time.monotonic() - killed < 20  # some 30 ms; the rest is for a busy machine
     assert not engine.is_alive
     await until(lambda: deaths == [False])
     await until(lambda: gone(engine.pid))  # before it is closed

@@ -29,6 +29,7 @@ from candle_vllm.core.errors import (
 from candle_vllm.core.testing.toy_sight import write_toy_sight
 from candle_vllm.core.vision import fetching
 from candle_vllm.core.vision.fetching import ImageAddress, ImageSources
+from tests.waiting import until
 
 BODY = b"bytes of an image"
 
@@ -247,11 +248,9 @@ async def test_a_proxy_of_the_environment_is_not_asked(site: Site, monkeypatch: 
 async def test_a_slow_drip_ends_in_time(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     site.answers["/slow"] = dripping
     monkeypatch.setattr(fetching, "SECONDS", 0.3)
-    begun = time.monotonic()
     assert "127.0.0.1: it was not there within 0.3 seconds" in await refused(
         ImageSources([site.host]), site.url("/slow")
     )
-    assert time.monotonic() - begun < 5
 
 
 async def test_an_endless_body_ends_at_the_limit(site: Site) -> None:
@@ -318,8 +317,7 @@ async def test_a_request_that_ends_fetches_no_more(site: Site) -> None:
     site.answers["/slow"] = dripping
     sources = ImageSources([site.host])
     asked = asyncio.create_task(had(sources, site.url("/slow")))
-    while not site.asked:
-        await asyncio.sleep(0.01)
+    await until(lambda: site.asked)
     asked.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asked

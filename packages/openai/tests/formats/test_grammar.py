@@ -494,8 +494,8 @@ def test_many_tools_are_compiled_in_bounded_time() -> None:
     tools = [Tool(f"tool_{index}", SCHEMAS["maybe" if index % 2 else "write_text"]) for index in range(1024)]
     vocab = vocabulary(ROWS["hermes"], THINK, bound=False)
     for form in ("hermes", "qwen3_coder", "pythonic", "gemma4"):
-        begun = time.monotonic()
+        begun = time.process_time()
         grammar = _grammar(tools, form)
         assert grammar is not None
         assert vocab.compiler(grammar)().accept(ord("[" if form == "pythonic" else "<"))
-        assert time.monotonic() - begun < 20, form  # seconds, on a machine with much else to do
+        assert time.process_time() - begun < 20, form  # seconds

@@ -145,13 +145,13 @@ def test_headers_that_are_not_sent(fields: dict[str, Any], param: str) -> None:
 async def test_a_name_that_leads_into_this_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """The operator has allowed names and not addresses: one that is private is not connected to."""
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(2, 1, 6, "", ("127.0.0.1", 443))])
-    servers = McpServers(ToolRegistry(), allowed_urls=("https://*.example.com/*",), connect_timeout=5)
+    servers = McpServers(ToolRegistry(), allowed_urls=("https://*.example.com/*",), connect_timeout=60)
     async with servers.open(tool(server_url="https://inside.example.com/mcp")) as opened:
         assert "is not public" in (opened.error or "")
 
 
 async def test_a_url_where_nobody_answers() -> None:
-    servers = McpServers(ToolRegistry(), allowed_urls=("http://127.0.0.1:9/*",), connect_timeout=2)
+    servers = McpServers(ToolRegistry(), allowed_urls=("http://127.0.0.1:9/*",), connect_timeout=60)
     asked = tool(server_url="http://127.0.0.1:9/mcp?token=hush", authorization="hush")
     async with servers.open(asked) as opened:
         assert opened.error

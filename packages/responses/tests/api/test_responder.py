@@ -548,7 +548,7 @@ async def test_a_stream_that_is_ended_while_it_is_kept_has_failed() -> None:
 
     reading = asyncio.create_task(read())
     await keeping.wait()
-    await asyncio.sleep(0.01)
+    await until(lambda: events and type(events[-1]).__name__ == "OutputItemDone")
     events += stream.stop(ErrorDetail(type="server_error", code="timeout", message="too late", param=None))
     await stream.aclose()
     await reading

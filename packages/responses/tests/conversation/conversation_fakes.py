@@ -96,13 +96,6 @@ class Gate:
         return f"through {number}"
 
 
-async def settled(condition: Callable[[], object]) -> None:
-    """Lets the loop run until `condition` holds."""
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
 def other_tasks() -> set[asyncio.Task[Any]]:
     """Tasks beside the test's own."""
     return asyncio.all_tasks() - {asyncio.current_task()}  # pyright: ignore[reportReturnType]

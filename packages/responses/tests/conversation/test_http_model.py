@@ -31,7 +31,8 @@ from candle_vllm.responses.conversation.http_model import (
     ModelServerError,
     ModelServerRequestError,
 )
-from packages.responses.tests.conversation.conversation_fakes import Bench, settled, user
+from packages.responses.tests.conversation.conversation_fakes import Bench, user
+from tests.waiting import until
 
 KEY = "sk-very-secret"
 
@@ -325,7 +326,7 @@ class TestConnections:
         async with raw_server(handle) as url:
             bench = Bench(model=HttpModel(url, model="m"))
             task = asyncio.create_task(bench.run("hi"))
-            await settled(lambda: bench.of(TextDelta))
+            await until(lambda: bench.of(TextDelta))
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task

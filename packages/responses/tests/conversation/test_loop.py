@@ -27,7 +27,7 @@ from candle_vllm.responses.conversation.events import (
 )
 from candle_vllm.responses.tools.approval import Approval
 from candle_vllm.responses.tools.tool import ToolCall, ToolDefinition, ToolOutput, ToolProgress
-from packages.responses.tests.conversation.conversation_fakes import Bench, Gate, call_text, other_tasks, settled, user
+from packages.responses.tests.conversation.conversation_fakes import Bench, Gate, call_text, other_tasks, user
 from tests.waiting import skip, until
 
 
@@ -110,7 +110,7 @@ async def test_at_most_parallel_tools_run(limit: int, together: int) -> None:
     gate = Gate()
     bench = Bench("".join(call_text("wait", number=n) for n in range(5)), "ok", tools=[gate.wait], parallel_tools=limit)
     task = asyncio.create_task(bench.run())
-    await settled(lambda: gate.begun == together)
+    await until(lambda: gate.begun == together)
     gate.open.set()
     result = await task
     assert gate.together == together
@@ -381,8 +381,11 @@ class TestTime:
         assert [one.text for one in (await later.run([user("go"), *bench.added])).tool_calls] == ["through 2"]
 
     async def test_a_timeout_cuts_a_turn(self) -> None:
-        bench = Bench("x" * 100_000, timeout=0.05)
-        result = await bench.run()
+        bench = Bench("x" * 100_000, timeout=30)
+        running = asyncio.create_task(bench.run())
+        await until(lambda: len(bench.events) > 3)
+        await skip(30)
+        result = await running
         assert (result.stop_reason, result.turns_taken, bench.added) == ("timeout", 0, ())
         assert len(bench.engine.aborted) == 1
         assert bench.engine.stats().num_running == 0
@@ -397,8 +400,11 @@ class TestTime:
 
     async def test_a_tool_has_its_own_limit(self) -> None:
         gate = Gate()
-        bench = Bench(call_text("wait"), "too slow", tools=[gate.wait], tool_timeout=0.05)
-        result = await bench.run()
+        bench = Bench(call_text("wait"), "too slow", tools=[gate.wait], tool_timeout=30)
+        running = asyncio.create_task(bench.run())
+        await until(lambda: gate.begun)
+        await skip(30)
+        result = await running
         assert (result.tool_calls[0].status, result.completed, gate.cancelled) == ("timed_out", True, 1)
 
 
@@ -407,7 +413,7 @@ class TestEnds:
         gate = Gate()
         bench = Bench(call_text("wait") + call_text("wait", number=2), tools=[gate.wait])
         task = asyncio.create_task(bench.run())
-        await settled(lambda: gate.begun == 2)
+        await until(lambda: gate.begun == 2)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -416,7 +422,7 @@ class TestEnds:
     async def test_cancelled_in_a_turn(self) -> None:
         bench = Bench("x" * 100_000)
         task = asyncio.create_task(bench.run())
-        await settled(lambda: len(bench.events) > 3)
+        await until(lambda: len(bench.events) > 3)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -490,7 +496,7 @@ class TestEnds:
         gate = Gate()
         bench = Bench(call_text("wait"), tools=[gate.wait])
         task = asyncio.create_task(bench.run())
-        await settled(lambda: gate.begun == 1)
+        await until(lambda: gate.begun == 1)
         next(one for one in asyncio.all_tasks() if one.get_name() == "conversation").cancel()
         with pytest.raises(RequestAbortedError):
             await task

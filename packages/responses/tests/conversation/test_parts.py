@@ -166,20 +166,22 @@ class TestChannel:
 
 class TestEnding:
     async def test_it_waits_also_when_it_is_cancelled_itself(self) -> None:
-        ended = []
+        ended, release = [], asyncio.Event()
 
         async def slow() -> None:
             try:
                 await asyncio.sleep(60)
             finally:
-                await asyncio.sleep(0.05)
+                await release.wait()
                 ended.append(True)
 
         task = asyncio.create_task(slow())
         await asyncio.sleep(0)
         ending = asyncio.create_task(end_task(task))
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0)
         ending.cancel()
+        await asyncio.sleep(0)
+        release.set()
         with pytest.raises(asyncio.CancelledError):
             await ending
         assert ended == [True]

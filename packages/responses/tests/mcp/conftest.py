@@ -15,7 +15,7 @@ import pytest
 
 from candle_vllm.responses.mcp import processes
 from candle_vllm.responses.mcp.server_config import McpServerConfig
-from tests.waiting import PATIENCE, until
+from tests.waiting import PATIENCE, until, wait_for
 
 HERE = Path(__file__).parent
 
@@ -119,16 +119,12 @@ class HttpServer:
         self._server = uvicorn.Server(settings)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
-        while not self._server.started:
-            if not self._thread.is_alive():
-                raise RuntimeError("the server did not start")
-            threading.Event().wait(0.01)
+        wait_for(lambda: self._server.started or not self._thread.is_alive())
         self.port = self._server.servers[0].sockets[0].getsockname()[1]
 
     def stop(self) -> None:
         self._server.should_exit = self._server.force_exit = True
-        self._thread.join(10)
-        assert not self._thread.is_alive()
+        self._thread.join()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from candle_vllm.responses.tools.tool import (
     ToolTimedOutError,
     ToolUnavailableError,
 )
-from tests.waiting import until
+from tests.waiting import skip, until
 
 Scripted = Callable[..., Any]
 
@@ -181,17 +182,18 @@ async def test_a_server_that_reads_nothing_and_ends(
 
 async def test_what_a_server_wrote_that_does_not_answer(scripted: Scripted) -> None:
     program = "echo still loading >&2; exec sleep 60"
-    link = McpLink(scripted("plain", command="sh", args=["-c", program], connect_timeout=2.5))
-    with pytest.raises(McpServerError, match=r"within 2\.5 seconds \(connect_timeout\); it wrote: still loading$"):
-        await link.start()
+    link = McpLink(scripted("plain", command="sh", args=["-c", program], connect_timeout=30))
+    starting = asyncio.create_task(link.start())
+    await until(lambda: "still loading" in link.log_lines())
+    await skip(30)
+    with pytest.raises(McpServerError, match=r"within 30 seconds \(connect_timeout\); it wrote: still loading$"):
+        await starting
 
 
 @pytest.mark.parametrize("mode", ["silent", "silent-list", "children-silent"])
 async def test_a_server_that_hangs_at_the_start(scripted: Scripted, notes: Any, mode: str) -> None:
-    began = time.monotonic()
     with pytest.raises(McpServerError, match=r"within 0\.7 seconds \(connect_timeout\)"):
         await McpLink(scripted(mode, connect_timeout=0.7)).start()
-    assert time.monotonic() - began < 30
     assert not notes.alive
 
 
@@ -232,6 +234,25 @@ async def test_a_process_that_is_cancelled_again_while_it_spawns_is_ended(
     await asyncio.wait({start})
     assert start.cancelled()
     assert started[0].returncode is not None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no groups of processes there")
+async def test_an_input_that_nobody_reads_is_closed_with_its_process(tmp_path: Path) -> None:
+    """Also where a descendant outside the group holds its other end."""
+    program = "import subprocess; print(subprocess.Popen(['sleep', '1000'], start_new_session=True).pid, flush=True)"
+    process = await processes.start_process(
+        sys.executable, ["-c", program], environment={"PATH": os.defpath}, folder=str(tmp_path)
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    descendant = int(await process.stdout.readline())
+    try:
+        pipe = process.stdin.transport.get_extra_info("pipe")
+        process.stdin.write(bytes(1 << 20))
+        await processes.end_process(process, grace=0.0)
+        await until(lambda: pipe.closed)
+    finally:
+        os.kill(descendant, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.001, 0.003, 0.01, 0.03])
@@ -321,12 +342,10 @@ async def test_a_cancelled_call_reaches_the_server(scripted: Scripted, notes: An
 
 
 async def test_a_server_that_reads_nothing(scripted: Scripted) -> None:
-    began = time.monotonic()
     async with McpLink(scripted("deaf", timeout=0.5)) as link:
         for text in ("x", "x" * 1_000_000):  # the second does not fit the pipe
             with pytest.raises(ToolTimedOutError):
                 await link.call("echo", {"text": text})
-    assert time.monotonic() - began < 60
 
 
 async def test_rubbish_between_messages(scripted: Scripted) -> None:
@@ -369,15 +388,10 @@ async def test_a_flood_ends_the_connection(scripted: Scripted, notes: Any, mode:
 @pytest.mark.parametrize("mode", ["blank-lines", "chatter"])
 async def test_a_flood_beside_the_protocol_leaves_time_to_others(scripted: Scripted, mode: str) -> None:
     async with McpLink(scripted(mode)) as link:
-        ticks = 0
-        for _ in range(5):  # the best of them: a busy machine may stop the whole process for as long
-            ticks, end = 0, time.monotonic() + 0.6
-            while time.monotonic() < end:
-                await asyncio.sleep(0.001)
-                ticks += 1
-            if ticks > 80:
-                break
-        assert ticks > 80, "the event loop was held up"
+        began = time.thread_time()
+        for _ in range(80):
+            await asyncio.sleep(0.001)
+        assert time.thread_time() - began < 3, "the event loop was held up"
         assert not (await link.call("echo", {"text": "x"})).is_error
 
 

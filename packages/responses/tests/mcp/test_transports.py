@@ -26,7 +26,7 @@ async def test_a_flood_of_messages_waits(monkeypatch: pytest.MonkeyPatch) -> Non
     began = time.monotonic()
     async with WatchedStream(receive, ends.append, print) as stream:
         assert len([item async for item in stream]) == 30
-    assert 0.9 < time.monotonic() - began < 30
+    assert time.monotonic() - began > 0.9
     assert ends[0] == CLOSED
 
 

@@ -32,6 +32,7 @@ from candle_vllm.responses.tools.tool import (
     ToolUnavailableError,
 )
 from packages.responses.tests.tools.tools_fakes import FakeTool, call
+from tests.waiting import until
 
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
 
@@ -138,7 +139,7 @@ async def test_checking_does_not_hold_up_the_loop() -> None:
     while not checking.done():
         await asyncio.sleep(0.01)
         turns += 1
-    assert turns > 10
+    assert turns > 3  # a second, in which the thread that checks gives way at least each 0.1 s
     assert checking.result().status == "completed"
 
 
@@ -289,7 +290,7 @@ async def test_a_tool_that_hangs_is_cancelled() -> None:
     result = await done(doing(work), call(), timeout=0.05)
     assert (result.status, work.ended) == ("timed_out", 1)
     assert result.text == "The tool did not answer within 0.05 seconds and was stopped."
-    assert 0.05 <= result.seconds < 30
+    assert result.seconds >= 0.05
 
 
 async def test_a_tool_that_swallows_a_cancelling(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,23 +317,23 @@ async def test_a_tool_that_takes_no_cancelling(
 
 @pytest.mark.parametrize("cancels", [1, 3])
 async def test_cancelled_while_a_tool_that_was_too_slow_cleans_up(cancels: int) -> None:
-    state: list[str] = []
+    state, release = list[str](), asyncio.Event()
 
     async def slow_to_end(*_: object) -> ToolOutput:
         try:
             await asyncio.sleep(3600)
         finally:
             state.append("ending")
-            await asyncio.sleep(0.1)
+            await release.wait()
             state.append("ended")
         return ToolOutput()
 
     running = asyncio.create_task(done(doing(slow_to_end), call(), timeout=0.01))
-    while not state:
-        await asyncio.sleep(0.001)
+    await until(lambda: state)
     for _ in range(cancels):
         running.cancel()
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(0)
+    release.set()
     with pytest.raises(asyncio.CancelledError):
         await running
     assert state == ["ending", "ended"]

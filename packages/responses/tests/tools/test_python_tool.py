@@ -31,6 +31,7 @@ from candle_vllm.responses.tools.tool import (
     ToolUnavailableError,
 )
 from packages.responses.tests.tools.tools_fakes import call
+from tests.waiting import until
 
 
 @dataclass
@@ -333,8 +334,7 @@ async def test_threads_that_hang_are_counted() -> None:
             await tool.run({}, lambda _: None)
     finally:
         gate.set()
-    while any(thread.name == "candle-vllm-tool-hang" for thread in threading.enumerate()):
-        await asyncio.sleep(0.01)
+    await until(lambda: all(thread.name != "candle-vllm-tool-hang" for thread in threading.enumerate()))
     result = await execute(registry, call("hang"))
     assert isinstance(result, ToolResult)
     assert result.status == "completed"
@@ -353,5 +353,4 @@ def test_a_hanging_thread_does_not_hold_up_the_loops_end() -> None:
     assert asyncio.run(main()) == "timed_out"
     (thread,) = [thread for thread in threading.enumerate() if thread.name == "candle-vllm-tool-hang"]
     gate.set()  # it ends after its loop has been closed
-    thread.join(5)
-    assert not thread.is_alive()
+    thread.join()

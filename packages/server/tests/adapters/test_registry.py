@@ -25,6 +25,7 @@ from candle_vllm.server.settings.adapters import read_specs
 from candle_vllm.server.settings.models_file import read_models_file
 from candle_vllm.server.settings.options import UsageError
 from packages.server.tests.server_fakes import FakeLoader
+from tests.waiting import PATIENCE, until
 
 
 class FakeSource:
@@ -44,7 +45,7 @@ class FakeSource:
 
     def find(self, name: AdapterName) -> Found | None:
         self.asked.append(str(name))
-        assert self.gate.wait(30)
+        assert self.gate.wait(PATIENCE)
         if self.fails is not None:
             raise self.fails
         if name.name not in self.has:
@@ -70,12 +71,6 @@ def adapters(*sources: FakeSource, entries: tuple[ModelEntry, ...] = (), cache: 
 @pytest.fixture
 def source(tmp_path: Path) -> FakeSource:
     return FakeSource(tmp_path / "fetched", "acme/tone", "acme/other")
-
-
-async def until(done: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
-        while not done():
-            await asyncio.sleep(0.001)
 
 
 async def test_many_who_ask_wait_for_one_look(source: FakeSource) -> None:
@@ -138,7 +133,7 @@ class SlowSource(FakeSource):
 
         def fetch() -> Found:
             self.fetching.append(str(name))
-            assert self.gate.wait(30)
+            assert self.gate.wait(PATIENCE)
             return Found(self.folder, str(name), "c1")
 
         return fetch if name.name.startswith("slow/") else Found(self.folder, str(name), "c1")
@@ -156,7 +151,7 @@ async def test_nobody_waits_for_anothers_download(tmp_path: Path) -> None:
     asked = [asyncio.create_task(known.reach(f"slow/{n}")) for n in range(100)]
     try:
         await until(lambda: len(slow.asked) == 100 and len(slow.fetching) == 4)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE):
             for name, kind in (("cached/tone", "hf"), ("local/tone", "local")):
                 found = await known.reach(name)
                 assert found is not None

@@ -33,6 +33,7 @@ from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import UsageError
 from packages.server.tests.adapters.adapter_fakes import CONFIG, WEIGHTS, Store, archive, config, files, member, whole
 from packages.server.tests.fake_hub import COMMIT
+from tests.waiting import PATIENCE
 
 HOSTILE = (
     "../x", "/etc", "a/../b", "a//b", "a/", "", ".", "..", ".hidden", "a/.git", "a\\b", "a\0b", "a b", "a\nb", "~root",
@@ -518,13 +519,13 @@ def test_two_that_fetch_the_same_leave_one(cache: DiskCache, tmp_path: Path) -> 
 
     def fill(folder: Path, _: Room) -> None:
         (folder / WEIGHTS).write_bytes(b"x")
-        barrier.wait(30)
+        barrier.wait(PATIENCE)
 
     threads = [threading.Thread(target=cache.put, args=(key, "", fill)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join()
     assert kept(tmp_path / "cache") == (1, 1)
 
 

@@ -33,9 +33,10 @@ async def test_a_disconnect_cancels_what_is_waited_for() -> None:
 
 @pytest.mark.parametrize("deferred", [False, True])
 async def test_what_came_while_the_waiting_was_cancelled_is_given_back(deferred: bool) -> None:
-    dropped: list[str] = []
+    dropped, begun = list[str](), asyncio.Event()
 
     async def stubborn() -> str:
+        begun.set()
         try:
             await asyncio.sleep(10)
         except asyncio.CancelledError:
@@ -47,7 +48,7 @@ async def test_what_came_while_the_waiting_was_cancelled_is_given_back(deferred:
         dropped.append(value)
 
     waiting = asyncio.create_task(unless_disconnected(stubborn(), _never, later if deferred else dropped.append))
-    await asyncio.sleep(0.01)
+    await begun.wait()
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting

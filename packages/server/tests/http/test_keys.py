@@ -20,6 +20,7 @@ from candle_vllm.server.http.keys import Keyring, read_named_keys
 from candle_vllm.server.http.routing import Limits
 from candle_vllm.server.settings.options import UsageError
 from packages.server.tests.server_fakes import PacedEngine
+from tests.waiting import until
 
 ALICE, BOB, OPS = "alice-secret-1", "bob-secret-2", "ops-secret-3"
 FILE = f"""
@@ -149,9 +150,7 @@ async def test_a_changed_file_is_read_again_and_a_broken_one_is_not(
         new = path.with_suffix(".new")
         new.write_text(text)
         os.replace(new, path)
-        async with asyncio.timeout(60):
-            while line not in caplog.text:
-                await asyncio.sleep(0.01)
+        await until(lambda: line in caplog.text)
 
     await written(
         FILE.replace(ALICE, "alice-secret-9") + "  - {name: carol, key: carol-secret}\n", "5 keys; new: carol"

@@ -12,6 +12,7 @@ import pytest
 
 from candle_vllm.server.http import protocol
 from packages.server.tests.server_fakes import PacedEngine
+from tests.waiting import PATIENCE
 
 COMPLETION = {"model": "scripted", "prompt": "x"}
 
@@ -25,7 +26,7 @@ def _request(**changes: Any) -> bytes:
 def _answers(port: int, *pieces: bytes) -> bytes:
     """What comes back until the server hangs up; each further piece is sent when something has come."""
     first, *later = pieces
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
         connection.sendall(first)
         got = b""
         for piece in later:
@@ -68,7 +69,7 @@ def test_what_is_no_request_is_refused_where_nothing_is_before_it(start, broken:
 
 def test_a_client_that_leaves_is_gone_for_each_of_its_requests(start, caplog: pytest.LogCaptureFixture) -> None:
     running = start(PacedEngine(["a"] * 10_000, pause=0.01))
-    with socket.create_connection(("127.0.0.1", running.port), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE) as connection:
         connection.sendall(_request(stream=True) * 3)
         assert connection.recv(100).startswith(b"HTTP/1.1 200")
         assert not running.engine.aborted

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from candle_vllm.server.http.sse import DIRECT_BODY, DONE, KEEP_ALIVE, EventStream, data_event
+from tests.waiting import skip, until
 
 
 class Connection:
@@ -71,7 +72,7 @@ async def test_chunks_that_are_ready_leave_in_one_write() -> None:
 
 async def test_silence_is_broken_by_comments() -> None:
     async def slow() -> AsyncGenerator[bytes, None]:
-        await asyncio.sleep(0.1)
+        await until(lambda: len(connection.sent) == 2)
         yield b"x"
 
     connection = Connection()
@@ -235,7 +236,7 @@ async def test_what_passes_is_written_at_once_unless_something_waits_before_it()
     async def chunks() -> AsyncGenerator[bytes, None]:
         yield b"first"
         found.append(source.ready())  # the first one is not written yet
-        await asyncio.sleep(0.01)
+        await until(lambda: connection.sent)
         found.append(source.ready())
         source.take([b"a", b"b"])
         source.take([])
@@ -243,7 +244,7 @@ async def test_what_passes_is_written_at_once_unless_something_waits_before_it()
         direct.free = False
         found.append(source.ready())
         yield b"slow"
-        await asyncio.sleep(0.01)
+        await until(lambda: connection.sent[-1] == b"data: slow\n\n")
         direct.free = True
         found.append(source.ready())
 
@@ -265,13 +266,14 @@ async def test_what_passes_breaks_the_silence() -> None:
 
     async def chunks() -> AsyncGenerator[bytes, None]:
         for _ in range(20):
-            await asyncio.sleep(0.02)
+            await skip(10)
             source.take([b"x"])
-        await asyncio.sleep(0.25)
+        await skip(31)
+        await until(lambda: connection.sent[-1] == KEEP_ALIVE)
         yield b"y"
 
     source = Passing(chunks)
-    await _run_direct(source, connection, Direct(connection), keep_alive=0.2)
+    await _run_direct(source, connection, Direct(connection), keep_alive=30)
     before, comment, _ = b"".join(connection.sent).partition(KEEP_ALIVE)
     assert comment
     assert before.count(b"data: x") == 20

@@ -31,6 +31,7 @@ from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import UsageError
 from packages.server.tests.running_server import Running
 from packages.server.tests.server_fakes import PacedEngine
+from tests.waiting import until
 
 Issuer = tuple[x509.Certificate, ec.EllipticCurvePrivateKey]
 
@@ -228,12 +229,8 @@ def test_a_certificate_that_was_replaced_is_read_again(
         for name, source in (("server.key", key), ("server.pem", certificate)):
             (tmp_path / f"{name}.new").write_bytes((files / source).read_bytes())
             os.replace(tmp_path / f"{name}.new", tmp_path / name)
-        for _ in range(6000):
-            if word in caplog.text:
-                break
-            await asyncio.sleep(0.01)
+        await until(lambda: word in caplog.text)
         task.cancel()
-        assert word in caplog.text
 
     first = shown()
     with caplog.at_level(logging.INFO):

@@ -7,7 +7,6 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,23 +20,16 @@ from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.mailbox.delivery import wait_ms
 from candle_vllm.server.mailbox.policy import DeliveryPolicy, Mode
 from candle_vllm.server.mailbox.record import Status
+from tests.waiting import PATIENCE, until
 
 ALWAYS, GONE, NEVER = Mode.ALWAYS, Mode.ON_DISCONNECT, Mode.NEVER
 ANSWER = b'{"id":"chatcmpl-1","object":"chat.completion"}'
 
 
-async def _until(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        await asyncio.sleep(0.005)
-
-
 async def _no_push_left(mailbox: Any) -> None:
-    end = time.monotonic() + 60
-    while await mailbox.store.next_push(()) is not None:
-        assert time.monotonic() < end, "a push stays open"
-        await asyncio.sleep(0.005)
+    async with asyncio.timeout(PATIENCE):
+        while await mailbox.store.next_push(()) is not None:
+            await asyncio.sleep(0.005)
 
 
 async def _keep(mailbox: Any, policy: DeliveryPolicy, number: int = 1, key: str = "key", **more: Any) -> bool:
@@ -120,7 +112,7 @@ async def test_a_push_arrives_and_its_record_goes_unless_it_is_listed(open_mailb
     mailbox = await open_mailbox()
     await _keep(mailbox, DeliveryPolicy(NEVER, GONE, receiver.url, "tok"), 1)
     await _keep(mailbox, DeliveryPolicy(GONE, GONE, receiver.url), 2)
-    await _until(lambda: len(receiver.received) == 2)
+    await until(lambda: len(receiver.received) == 2)
     await _no_push_left(mailbox)
     by_id = {json.loads(each.body)["request_id"]: each for each in receiver.received}
     assert by_id["chatcmpl-1"].headers["authorization"] == "Bearer tok"
@@ -135,7 +127,7 @@ async def test_the_operators_webhook(open_mailbox, receiver) -> None:
     policy = mailbox.policy([(b"x-mailbox-mode", b"always")])
     await _keep(mailbox, policy, 1, disconnected=False)
     await _keep(mailbox, policy, 2, disconnected=True)
-    await _until(lambda: receiver.received)
+    await until(lambda: receiver.received)
     await _no_push_left(mailbox)
     (received,) = receiver.received
     assert json.loads(received.body)["request_id"] == "chatcmpl-2"
@@ -146,7 +138,7 @@ async def test_a_push_is_tried_again_with_the_same_id(open_mailbox, receiver) ->
     receiver.statuses = [500, 429, 503]
     mailbox = await open_mailbox()
     await _keep(mailbox, DeliveryPolicy(NEVER, GONE, receiver.url))
-    await _until(lambda: len(receiver.received) == 4)
+    await until(lambda: len(receiver.received) == 4)
     await _no_push_left(mailbox)
     assert len({each.headers["idempotency-key"] for each in receiver.received}) == 1
     assert len({each.body for each in receiver.received}) == 1
@@ -169,7 +161,7 @@ async def test_no_retries_where_there_are_none(open_mailbox, receiver) -> None:
     receiver.statuses = [500]
     mailbox = await open_mailbox({"retry_count": 0})
     await _keep(mailbox, DeliveryPolicy(NEVER, GONE, receiver.url))
-    await _until(lambda: receiver.received)
+    await until(lambda: receiver.received)
     await _no_push_left(mailbox)
     assert len(receiver.received) == 1
 
@@ -186,8 +178,7 @@ async def test_what_was_not_delivered_is_pushed_after_a_restart(open_mailbox, re
     receiver.statuses = [500]
     first = await open_mailbox({"retry_delay_ms": 60_000})
     await _keep(first, DeliveryPolicy(NEVER, GONE, receiver.url, "tok"))
-    await _until(lambda: receiver.received)
-    await asyncio.sleep(0.05)
+    await until(lambda: receiver.received and not first._deliverer._running)
     await first.close()
     second = await open_mailbox()
     push_at = await second.store.next_push(())
@@ -197,14 +188,14 @@ async def test_what_was_not_delivered_is_pushed_after_a_restart(open_mailbox, re
 
 async def test_a_push_that_the_end_cuts_off_is_due_at_the_next_start(open_mailbox, receiver, monkeypatch) -> None:
     monkeypatch.setattr("candle_vllm.server.mailbox.delivery.CLOSE_SECONDS", 0.05)
-    receiver.pause = 0.5
+    receiver.pause = 30.0
     first = await open_mailbox()
     await _keep(first, DeliveryPolicy(NEVER, GONE, receiver.url))
-    await _until(lambda: receiver.received)
+    await until(lambda: receiver.received)
     await first.close()
     receiver.pause = 0.0
     second = await open_mailbox()
-    await _until(lambda: len(receiver.received) == 2)
+    await until(lambda: len(receiver.received) == 2)
     await _no_push_left(second)
     first_id, second_id = (each.headers["idempotency-key"] for each in receiver.received)
     assert first_id == second_id, "at least once, and known as the same"
@@ -213,17 +204,17 @@ async def test_a_push_that_the_end_cuts_off_is_due_at_the_next_start(open_mailbo
 async def test_a_push_of_a_server_that_died_is_due_after_its_lease(open_mailbox, receiver, monkeypatch) -> None:
     monkeypatch.setattr("candle_vllm.server.mailbox.delivery.LEASE_MARGIN_SECONDS", 0.2)
     receiver.pause = 30.0
-    dead = await open_mailbox({"timeout_secs": 0.3})
+    dead = await open_mailbox({"timeout_secs": 1.0})
     begun = time.monotonic()
     await _keep(dead, DeliveryPolicy(NEVER, GONE, receiver.url))
-    await _until(lambda: receiver.received)
+    await until(lambda: receiver.received)
     for task in (dead._deliverer._pump, *dead._deliverer._running):  # as if its process were gone
         task.cancel()
     dead._deliverer._store.postpone = lambda *_: asyncio.sleep(0)
     receiver.pause = 0.0
-    second = await open_mailbox({"timeout_secs": 0.3})
-    await _until(lambda: len(receiver.received) == 2)
-    assert receiver.received[1].time - begun > 0.4, "the lease of half a second was not waited for"
+    second = await open_mailbox({"timeout_secs": 1.0})
+    await until(lambda: len(receiver.received) == 2)
+    assert receiver.received[1].time - begun > 1.1, "the lease of 1.2 seconds was not waited for"
     await _no_push_left(second)
 
 
@@ -231,7 +222,7 @@ async def test_a_url_that_is_not_allowed_any_more_is_not_called(open_mailbox, re
     first = await open_mailbox({"retry_delay_ms": 50})
     receiver.statuses = [500]
     await _keep(first, DeliveryPolicy(NEVER, GONE, receiver.url))
-    await _until(lambda: receiver.received)
+    await until(lambda: receiver.received)
     await first.close()
     second = await open_mailbox(webhook_allowed_hosts=("elsewhere.example",))
     await _no_push_left(second)
@@ -250,14 +241,12 @@ async def test_one_keys_slow_receiver_does_not_hold_up_anothers(open_mailbox, re
     async with tarpit:
         host = f"127.0.0.1:{tarpit.sockets[0].getsockname()[1]}"
         hosts = (receiver.host, host)
-        mailbox = await open_mailbox({"timeout_secs": 60.0}, webhook_allowed_hosts=hosts, max_deliveries=4)
+        mailbox = await open_mailbox({"timeout_secs": 300.0}, webhook_allowed_hosts=hosts, max_deliveries=4)
         for number in range(10):
             await _keep(mailbox, DeliveryPolicy(NEVER, GONE, f"http://{host}/"), number, "slow")
-        begin = time.monotonic()
         for number in range(10):
             await _keep(mailbox, DeliveryPolicy(NEVER, GONE, receiver.url), number, "quick")
-        await _until(lambda: len(receiver.received) == 10)
-        assert time.monotonic() - begin < 50
+        await until(lambda: len(receiver.received) == 10)
         assert len(mailbox._deliverer._running) <= 4
         await mailbox.close()
 
@@ -295,9 +284,9 @@ async def test_a_failure_that_nobody_foresaw_does_not_end_the_pushing(
 
     monkeypatch.setattr(SqlBackend, "claim_due", fails)
     await _keep(mailbox, DeliveryPolicy(NEVER, GONE, receiver.url))
-    await _until(lambda: len(calls) >= 2)
+    await until(lambda: len(calls) >= 2)
     monkeypatch.setattr(SqlBackend, "claim_due", claim)
-    await _until(lambda: receiver.received)
+    await until(lambda: receiver.received)
     assert "a status that this version does not know" in caplog.text
 
 
@@ -311,7 +300,7 @@ async def test_a_failure_that_nobody_foresaw_does_not_end_the_purging(open_mailb
 
     monkeypatch.setattr(SqlBackend, "expire", fails)
     await open_mailbox()
-    await _until(lambda: len(calls) >= 2)
+    await until(lambda: len(calls) >= 2)
     assert "not foreseen" in caplog.text
 
 
@@ -322,7 +311,7 @@ async def test_who_asked_is_told_how_pushes_end(open_mailbox, receiver) -> None:
     mailbox.pushed = ends.append
     for number in (1, 2):
         await _keep(mailbox, DeliveryPolicy(GONE, GONE, receiver.url), number)
-        await _until(lambda number=number: len(ends) == number)
+        await until(lambda number=number: len(ends) == number)
     assert ends == [True, False], "a retry is no end"
     owner = mailbox.owner("key")
     await mailbox.push(owner, "chatcmpl-1", receiver.url, None, {})
@@ -342,5 +331,5 @@ async def test_expired_records_are_purged_while_it_runs(open_mailbox, monkeypatc
     monkeypatch.setattr(SqlBackend, "expire", noting)
     mailbox = await open_mailbox(retention_secs=1)
     await _keep(mailbox, DeliveryPolicy(ALWAYS, NEVER))
-    await _until(lambda: sum(deleted) == 1)
+    await until(lambda: sum(deleted) == 1)
     assert await _get(mailbox) is None

@@ -147,7 +147,7 @@ async def test_a_drain_has_an_end() -> None:
     stuck = await manager.acquire("a")
     begin = time.monotonic()
     (await manager.acquire("b")).release()
-    assert 0.04 < time.monotonic() - begin < 20
+    assert time.monotonic() - begin > 0.04
     assert loader.engines[0].closed
     stuck.release()
 
@@ -185,12 +185,13 @@ async def test_the_failure_of_one_model_leaves_the_others() -> None:
 async def test_the_queue_for_a_model_is_bounded_in_length_and_time() -> None:
     loader = FakeLoader()
     loader.gate.clear()
-    manager = _manager(loader, max_waiting=2, patience=0.05)
+    manager = _manager(loader, max_waiting=2, patience=30)
     waiting = [asyncio.create_task(manager.acquire("a")) for _ in range(2)]
     await asyncio.sleep(0)
     with pytest.raises(HttpError, match="2 requests wait") as refusal:
         await manager.acquire("a")
     assert refusal.value.status == 503
+    await skip(30)
     for failure in await asyncio.gather(*waiting, return_exceptions=True):
         assert isinstance(failure, HttpError)
         assert failure.code == "model_not_ready"
@@ -315,7 +316,7 @@ async def test_requests_in_the_queue_of_an_engine_that_dies_wait_for_the_next_on
     manager = _manager(loader)
     first = await take_turn(manager, "a", Caller(), sequences=1000)
     waiting = [asyncio.create_task(take_turn(manager, "a", Caller())) for _ in range(3)]
-    await asyncio.sleep(0.01)
+    await until(lambda: first.model.admission.waiting == 3)
     loader.engines[0].die()
     turns = await asyncio.gather(*waiting)
     assert {turn.model.engine.is_alive for turn in turns} == {True}

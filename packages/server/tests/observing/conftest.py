@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import threading
-import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
@@ -28,6 +27,7 @@ from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.request_context import begin_generation
 from candle_vllm.server.observing.request_record import FinishedRequest
 from packages.server.tests.server_fakes import PacedEngine, watched
+from tests.waiting import wait_for
 
 
 class Samples:
@@ -157,10 +157,7 @@ class Served:
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
-        end = time.monotonic() + 60
-        while not self._server.started:
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        wait_for(lambda: self._server.started)
         self.port = int(self._server.servers[0].sockets[0].getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"
 

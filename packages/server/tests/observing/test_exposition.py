@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 import socket
 import subprocess
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from candle_vllm.server.observing.metrics import Metrics, Outcome, Rejection
 from candle_vllm.server.observing.series import ALL_SERIES, HTTP
 from packages.server.tests.observing.dashboard_queries import ROOT, expressions, names_in
 from packages.server.tests.server_fakes import PacedEngine, whole_answer
+from tests.waiting import PATIENCE, wait_for
 
 CONFIG = ROOT / "deploy" / "prometheus" / "prometheus.yml"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -192,23 +193,17 @@ def _prometheus(folder: Path, target: str) -> Iterator[httpx.Client]:
     with (folder / "log").open("w") as log, httpx.Client(base_url=f"http://{address}", trust_env=False) as client:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
-            _until(lambda: client.get("/-/ready").status_code == 200, folder / "log")
+            wait_for(lambda: answers(lambda: client.get("/-/ready").status_code == 200))
             yield client
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(PATIENCE)
 
 
-def _until(condition: Any, log: Path) -> None:
-    end = time.monotonic() + 60
-    while True:
-        try:
-            if condition():
-                return
-        except httpx.TransportError:
-            pass
-        assert time.monotonic() < end, log.read_text()
-        time.sleep(0.05)
+def answers(condition: Callable[[], Any]) -> Any:
+    with contextlib.suppress(httpx.TransportError):
+        return condition()
+    return False
 
 
 @needs_prometheus
@@ -239,7 +234,7 @@ def test_a_real_prometheus_scrapes_and_answers_the_dashboard(noted: Any, serve_a
         for count in range(1, 6):
             work(client)
             counted = f"sum(vllm:generation_tokens_total) == {5 * count}"
-            _until(lambda counted=counted: value(prometheus, counted), tmp_path / "log")
+            wait_for(lambda counted=counted: answers(lambda: value(prometheus, counted)))
         assert value(prometheus, 'up{job="candle-vllm"} == 1')
         for panel, expression in expressions():
             query = expression.replace("$model_name", ".*").replace("$__rate_interval", "30s")

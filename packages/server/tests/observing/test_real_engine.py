@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from candle_vllm.core.testing.toy_model import write_toy_model
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.model_metrics import EngineWatcher
 from packages.server.tests.server_fakes import whole_answer
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +29,6 @@ def _slowly(_: Any, row: Any) -> Any:
     """A logits processor that leaves everybody else time before the answer is whole."""
     time.sleep(0.02)
     return row
-
-
-async def _until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        await asyncio.sleep(0.005)
 
 
 async def test_gauges_return_to_zero_and_counters_conserve(engine: InferenceEngine) -> None:
@@ -56,11 +50,11 @@ async def test_gauges_return_to_zero_and_counters_conserve(engine: InferenceEngi
     slow = SamplingParams(max_tokens=150, ignore_eos=True, logits_processors=[_slowly])
     streams = [engine.stream(prompt, slow, watcher=watcher) for _ in range(4)]
     read = [len((await anext(stream)).token_ids) for stream in streams]
-    await _until(lambda: reading().engine.stats.num_running > 0)
+    await until(lambda: reading().engine.stats.num_running > 0)
     assert reading().engine.stats.num_free_blocks < reading().engine.stats.num_blocks
     for stream in streams:
         await stream.aclose()
-    await _until(lambda: reading().engine.stats.num_running == 0)
+    await until(lambda: reading().engine.stats.num_running == 0)
     idle = reading()
     assert idle.engine.stats.num_waiting == 0
     assert idle.engine.stats.num_free_blocks == idle.engine.stats.num_blocks

@@ -14,6 +14,7 @@ import pytest
 from wrong_requests import generating, others
 
 from packages.server.tests.server_fakes import PacedEngine
+from tests.waiting import PATIENCE
 
 BODIES = {route.path: json.dumps(route.right).encode() for route in (*generating.ROUTES, *others.ROUTES)}
 JSON = {"content-type": "application/json"}
@@ -157,7 +158,7 @@ RAW = [
 
 
 def exchange(port: int, sent: bytes) -> bytes:
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
         connection.sendall(sent)
         connection.shutdown(socket.SHUT_WR)
         return b"".join(iter(lambda: connection.recv(65536), b""))

@@ -26,6 +26,8 @@ import psutil
 import pytest
 from wrong_requests.rows import deep
 
+from tests.waiting import PATIENCE
+
 HERE = Path(__file__).parent
 MOST_WORK = 0.15  # seconds of a gap in which the server computes, counted in hundredths
 MOST_GAP = 2.0  # seconds without a piece, whatever the server does
@@ -149,7 +151,7 @@ class Neighbour:
         with self._process as process:
             assert process.stdin is not None
             process.stdin.close()  # with it the neighbour ends
-            assert process.wait(30) == 0
+            assert process.wait(PATIENCE) == 0
             self._reader.join(60)
 
     def wait_for_piece(self, moment: float) -> None:

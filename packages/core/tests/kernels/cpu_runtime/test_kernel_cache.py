@@ -28,6 +28,7 @@ from candle_vllm.core.kernels.cpu_runtime.operation import BARRIER, address_of, 
 from candle_vllm.core.kernels.cpu_runtime.primitives import int64_at
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.progress import Progress, heard_by
+from tests.waiting import wait_for
 
 OTHER_USER = 12345
 
@@ -166,11 +167,10 @@ def _nothing_loaded() -> Iterator[None]:
 def test_a_first_start_compiles_with_a_second_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which takes what this one has not come to: here it is not let come to anything until the other is done."""
     names = compiled_now(monkeypatch)
-    real, begun = operation_module._address, time.monotonic()
+    real = operation_module._address
 
     def late(code: str, *constants: int) -> int:
-        while len(kept(root)) < len(ASKED) and time.monotonic() < begun + 60:
-            time.sleep(0.05)
+        wait_for(lambda: len(kept(root)) == len(ASKED), 120)
         return real(code, *constants)
 
     monkeypatch.setattr(operation_module, "_address", late)
@@ -236,13 +236,6 @@ def test_functions_that_nobody_asks_for_any_more_make_one_start_ask_in_vain(
     assert asked == [0]
 
 
-def wait_for(code: str) -> None:
-    begun = time.monotonic()
-    while is_coming(code):
-        assert time.monotonic() < begun + 120
-        time.sleep(0.05)
-
-
 @pytest.mark.usefixtures("_nothing_loaded")
 def test_what_is_rare_is_compiled_by_the_second_process_and_not_waited_for(
     root: Path, monkeypatch: pytest.MonkeyPatch
@@ -251,7 +244,7 @@ def test_what_is_rare_is_compiled_by_the_second_process_and_not_waited_for(
     compile_first(ask, later=(f"{rare},1",))
     assert kept(root) >= set(ASKED)
     assert not is_coming(rare)  # asked for by another name
-    wait_for(f"{rare},1")
+    wait_for(lambda: not is_coming(f"{rare},1"), 120)
     assert f"{rare}.1" in kept(root)
     names.clear()
     assert operation(rare, 1) != 0
@@ -301,7 +294,7 @@ def test_what_is_rare_comes_at_the_second_start_where_the_first_ended_too_soon(
     compile_first(lambda: None)  # an earlier start, which asked for nothing
     compile_first(ask, later=(f"{rare},1",))
     assert is_coming(f"{rare},1")
-    wait_for(f"{rare},1")
+    wait_for(lambda: not is_coming(f"{rare},1"), 120)
     assert kept(root) == {f"{rare}.1"}  # nothing that was asked for is compiled for that
     assert names == []
     monkeypatch.setattr(operation_module.subprocess, "Popen", None)

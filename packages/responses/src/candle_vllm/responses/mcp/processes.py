@@ -133,7 +133,12 @@ async def exited(process: Process, seconds: float) -> None:
 
 
 def _close_pipes(process: Process) -> None:
-    """Where a descendant outside the group holds a pipe's end, asyncio would keep the transport open for ever."""
+    """Where a descendant outside the group holds a pipe's end, asyncio would keep the transport open for ever.
+
+    Its `close` waits until what was written has been read: nobody reads the input any more.
+    """
+    if process.stdin is not None and process.stdin.transport.get_write_buffer_size():
+        process.stdin.transport.abort()
     transport = getattr(process, "_transport", None)
     if transport is not None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
