@@ -128,7 +128,7 @@ def test_the_stored_head_wins_over_the_config(
     caplog.clear()
     assert torch.equal(our_logits(folder, some_tokens(), LENGTH), wanted)
     about = [record.getMessage() for record in caplog.records if "tie_word_embeddings" in record.getMessage()]
-    wrong = {"none": "is not true, and no lm_head.weight is stored", "own": "is true, but lm_head.weight is not the"}
+    wrong = {"none": "is not true, and no lm_head.weight is stored", "own": "is true, and lm_head.weight differs from"}
     if (stored, said is True) in (("none", False), ("own", True)):
         assert about[0].startswith(f"{folder / 'config.json'}: tie_word_embeddings {wrong[stored]}")
     assert len(about) == ((stored, said is True) in (("none", False), ("own", True)))

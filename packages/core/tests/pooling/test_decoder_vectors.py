@@ -463,4 +463,4 @@ def test_a_missing_head_makes_no_embedder_of_a_model_that_generates(
     save_file(weights, tmp_path / "m" / "model.safetensors")
     loaded = load_model(EngineConfig(model=str(tmp_path / "m")), CPU, lambda *_: None)
     assert (loaded.config.has_head, loaded.config.tie_embeddings) == (True, True)
-    assert "no lm_head.weight is stored: the embedding table is it" in caplog.text
+    assert "no lm_head.weight is stored: the embedding table is used as the head" in caplog.text

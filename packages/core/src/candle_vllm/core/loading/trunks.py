@@ -77,13 +77,12 @@ def head_as_stored(config: ModelConfig, tensors: Mapping[str, StoredTensor] | No
     if table is None or not config.has_head or config.tie_embeddings == (head is None):
         return config
     if head is None:
-        logger.warning(
-            "%s: tie_word_embeddings is not true, and no %s is stored: the embedding table is it", path, _HEAD
-        )
+        said = f"is not true, and no {_HEAD} is stored: the embedding table is used as the head"
     elif _equal(head, table):
         return config
     else:
-        logger.warning("%s: tie_word_embeddings is true, but %s is not the embedding table: it is used", path, _HEAD)
+        said = f"is true, and {_HEAD} differs from the embedding table: {_HEAD} is used as the head"
+    logger.warning("%s: tie_word_embeddings %s", path, said)
     return dataclasses.replace(config, tie_embeddings=head is None)
 
 
