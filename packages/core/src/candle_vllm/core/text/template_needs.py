@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: MIT
 """What a chat template can write, and how it wants messages: seen in small conversations that are rendered through it,
-when a model is loaded."""
+when a model is loaded.
+
+The one list of that, for every API: what a template cannot write is rewritten (`fit`, `fit_tools`), so that it is
+neither refused nor lost, and one conversation gives one prompt however it is spelt.
+"""
 
 from __future__ import annotations
 
