@@ -8,15 +8,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from common_run import few
-from messages import REASONING, parse, parser
-from messages import TOOLS as FORMATS
 from msgspec.structs import replace
-from samples import SAMPLES, TOOLS, Sample, cut
 
 from candle_vllm.core.text.stop_scanner import StopScanner
 from candle_vllm.openai.formats.layout import THOUGHTS
 from candle_vllm.openai.planning import stop_marks
+from packages.openai.tests.formats.messages import REASONING, parse, parser
+from packages.openai.tests.formats.messages import TOOLS as FORMATS
+from packages.openai.tests.formats.samples import SAMPLES, TOOLS, Sample, cut
+from tests.common_run import few
 
 # Where the marks alone do not tell: a mark in quotes in thoughts, a call in another way to write it, closing marks in
 # the text of an argument.

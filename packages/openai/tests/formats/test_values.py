@@ -9,10 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from common_run import few
-from messages import parse
-from test_grammar import ROWS, THINK, Tool, vocabulary
-from walks import accepts
 
 from candle_vllm.openai.formats.gemma import Gemma
 from candle_vllm.openai.formats.grammar import tool_grammar
@@ -21,6 +17,10 @@ from candle_vllm.openai.formats.nested import Nested
 from candle_vllm.openai.formats.parser import OutputParser
 from candle_vllm.openai.formats.tagged import Tagged
 from candle_vllm.openai.formats.values import argument_kinds, to_json
+from packages.openai.tests.formats.messages import parse
+from packages.openai.tests.formats.test_grammar import ROWS, THINK, Tool, vocabulary
+from packages.openai.tests.formats.walks import accepts
+from tests.common_run import few
 
 LISTED = ["none", "nil", "Null", "yes", "no", "12", "1e3", "true", "None", "low"]
 KINDS: dict[str, dict[str, Any]] = {

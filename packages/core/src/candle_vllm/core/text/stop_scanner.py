@@ -127,7 +127,7 @@ class StopScanner:
         self._held = ""
         self._pending: tuple[int, str] | None = None  # a stop that a mark may yet cover, and how far back it ends
         self._names = dict[str, str]()  # special tokens in the marks -> what stands for them there
-        states: dict[str, _State] = {"": _State(found, ())}
+        states = {"": _State(found, [])}
         if marks is not None and found:
             self._name(marks, special_tokens)
             states |= {name: _State([], self._prefixes(ends)) for name, ends in marks.states.items()}
