@@ -11,7 +11,7 @@ from tokenizers import decoders, models
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.text.detokenizer import Detokenizer
-from candle_vllm.core.text.stop_scanner import StopScanner
+from candle_vllm.core.text.stop_scanner import StopMarks, StopScanner
 from candle_vllm.core.text.tokenizer import Tokenizer
 
 WORDS = ["ab", "aab", " a", "  ", "\u20ac", "\U0001f999", "STOP", "end. "]
@@ -144,3 +144,67 @@ def test_cost_does_not_grow_with_the_text() -> None:
     scanner = StopScanner(["x" * 1000 + "y"])
     assert scanner.feed("x" * 200_000) == "x" * 199_000
     assert scanner.flush() == "x" * 1000
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_special_token_is_a_mark_whether_it_is_shown_or_not(skip: bool) -> None:
+    """A text that reads like its name is none, and no stop string is looked for in the name of one."""
+    marks = StopMarks(states={"": {}, "within": {"<end>": ""}}, first="within")
+    end = TOKENIZERS[False].backend.token_to_id("<end>")
+    ids = [*b"x.<end>x.", end, *b" \n", word("ab"), *b".x"]
+    for stop, shown in ((".", "ab"), ("a", ""), (" ", "ab.x"), ("e", "ab.x"), ("b.", "a")):
+        scanner = StopScanner([stop], marks=marks, special_tokens=["<end>"])
+        detokenizer = Detokenizer(TOKENIZERS[False], stops=scanner, skip_special_tokens=skip)
+        text = "".join(map(detokenizer.add, ids)) + detokenizer.finish()
+        assert text == "x.<end>x." + ("" if skip else "<end>") + " \n" + shown
+        assert detokenizer.stopped_by == (stop if shown != "ab.x" else None)
+
+
+MARKED = StopMarks(states={"": {"<a>": "within"}, "within": {"</a>": ""}, "rest": {}}, fresh={"[f(": "rest"})
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "shown"),
+    [
+        ("x<a>y</a>z", ["y"], "x<a>y</a>z"),
+        ("x<a>y</a>z", ["<"], "x<a>y</a>z"),
+        ("x<b>", ["<"], "x"),  # the mark does not go on, and the stop string stands
+        ("x<a", ["<"], "x"),  # nor does it where the text ends
+        ("x<a>", ["x<"], "x<a>"),
+        ("x<a>", ["<", "x"], ""),
+        ("x<a>y</a>\n\nz\n\n", ["\n\n"], "x<a>y</a>\n\nz"),
+        ("xz<a>y</a>xyz", ["zx", "xyz"], "xz<a>y</a>"),
+        ("<a>y</a><a>y</a>y", ["y"], "<a>y</a><a>y</a>"),
+        ("\n[f(y)]", ["y", "f"], "\n[f(y)]"),
+        ("\n[fy", ["[f"], "\n"),
+        ("x[f(y)]", ["y"], "x[f("),
+        ("<a></a> [f(y)]", ["y"], "<a></a> [f(y)]"),
+    ],
+)
+def test_stop_strings_count_in_the_answer_alone(text: str, stops: list[str], shown: str) -> None:
+    for size in (1, 2, len(text)):
+        scanner = StopScanner(stops, marks=MARKED)
+        pieces = [scanner.feed(text[at : at + size]) for at in range(0, len(text), size)]
+        assert "".join([*pieces, scanner.flush()]) == shown, size
+        assert (scanner.found is None) == (shown == text)
+
+
+def test_marks_that_lead_nowhere_are_refused() -> None:
+    for wrong in ({"states": {"": {"<a>": "b"}}}, {"states": {}, "first": "b"}, {"states": {"": {"": ""}}}):
+        with pytest.raises(InvalidParameterError, match="stop_marks"):
+            StopMarks(**wrong)
+    with pytest.raises(InvalidParameterError, match="stop_marks"):
+        StopMarks(states={}, fresh={"x" * 1025: ""})
+
+
+@pytest.mark.parametrize("sentence_piece", [False, True])
+def test_a_text_goes_on_with_the_character_that_its_prompt_begins(sentence_piece: bool) -> None:
+    tokenizer, euro = TOKENIZERS[sentence_piece], "\u20ac".encode()
+    for begun in range(4):
+        for continues in (False, True):
+            detokenizer = Detokenizer(
+                tokenizer, prompt_token_ids=[0x61, *euro[:begun]], continues_prompt=continues
+            )  # fmt: skip
+            text = "".join(map(detokenizer.add, [*euro[begun:], 0x62])) + detokenizer.finish()
+            before = euro[:begun] if continues and begun < 3 else b""
+            assert text == (before + euro[begun:] + b"b").decode("utf-8", "replace")

@@ -82,9 +82,10 @@ class _State:
 
     __slots__ = ("_all", "_begins", "fresh", "marks", "stops")
 
-    def __init__(self, stops: list[_Prefix], marks: list[_Prefix], fresh: Sequence[_Prefix] = ()) -> None:
-        self.stops, self.marks, self.fresh = stops, marks, fresh
-        self._all = [*stops, *marks]
+    def __init__(self, stops: list[_Prefix], marks: Mapping[str, str], fresh: Mapping[str, str]) -> None:
+        self.stops, self.fresh = stops, list(fresh.items())  # where they begin is known: they need no borders
+        self.marks = [_Prefix(mark, then) for mark, then in marks.items()]
+        self._all = [*stops, *self.marks]
         firsts = {one.text[0] for one in self._all}
         self._begins = re.compile("[" + "".join(map(re.escape, sorted(firsts))) + "]" if firsts else "(?!)")
 
@@ -127,11 +128,11 @@ class StopScanner:
         self._held = ""
         self._pending: tuple[int, str] | None = None  # a stop that a mark may yet cover, and how far back it ends
         self._names = dict[str, str]()  # special tokens in the marks -> what stands for them there
-        states: dict[str, _State] = {"": _State(found, ())}
+        states = {"": _State(found, {}, {})}
         if marks is not None and found:
             self._name(marks, special_tokens)
-            states |= {name: _State([], self._prefixes(ends)) for name, ends in marks.states.items()}
-            states[""] = _State(found, self._prefixes(marks.states.get("", {})), self._prefixes(marks.fresh))
+            states |= {name: _State([], self._named(ends), {}) for name, ends in marks.states.items()}
+            states[""] = _State(found, self._named(marks.states.get("", {})), self._named(marks.fresh))
         self._states = states
         self._state = states[marks.first if marks is not None and found else ""]
         self._answer = states[""]
@@ -210,21 +211,22 @@ class StopScanner:
 
         A mark that is complete takes away a stop that ends in it.
         """
-        state, longest, begun = self._state, None, 0
+        state, begun = self._state, 0
+        longest: tuple[str, str] | None = None
         if self._fresh and state is self._answer and (self._part or not character.isspace()):
             self._part += 1
-            self._fresh = [one for one in self._fresh if one.text.startswith(character, self._part - 1)]
-            longest = next((one for one in self._fresh if len(one.text) == self._part), None)
+            self._fresh = [one for one in self._fresh if one[0].startswith(character, self._part - 1)]
+            longest = next((one for one in self._fresh if len(one[0]) == self._part), None)
             begun = self._part if self._fresh else 0
         for prefix in state.marks:
-            if prefix.advance(character) and (longest is None or len(prefix.text) > len(longest.text)):
-                longest = prefix
+            if prefix.advance(character) and (longest is None or len(prefix.text) > len(longest[0])):
+                longest = prefix.text, prefix.then
             begun = max(begun, prefix.length)
         if longest is None:
             return begun
-        if self._pending is not None and self._pending[0] < len(longest.text):
+        if self._pending is not None and self._pending[0] < len(longest[0]):
             self._pending = None
-        self._state = self._states[longest.then]
+        self._state = self._states[longest[1]]
         self._state.enter()
         self._skips, self._part, self._fresh = True, 0, self._answer.fresh
         return 0
@@ -235,10 +237,8 @@ class StopScanner:
         used = [name for name in sorted(special_tokens, key=len, reverse=True) if name and name in literals]
         self._names = {name: chr(0xD800 + place) * len(name) for place, name in enumerate(used[:0x800])}
 
-    def _prefixes(self, ends: Mapping[str, str]) -> list[_Prefix]:
-        found = []
-        for mark, then in ends.items():
-            for name, stands in self._names.items():
-                mark = mark.replace(name, stands)
-            found.append(_Prefix(mark, then))
-        return found
+    def _named(self, marks: Mapping[str, str]) -> Mapping[str, str]:
+        """The marks with what stands for their special tokens."""
+        for name, stands in self._names.items():
+            marks = {mark.replace(name, stands): then for mark, then in marks.items()}
+        return marks
