@@ -48,8 +48,9 @@ class Clock:
 
 
 async def skip(seconds: float) -> None:
-    """Moves the clock of the running event loop: what waits for these seconds to pass has waited for them."""
+    """Moves the clock of the running event loop, asyncio's own: what waits for these seconds has waited for them."""
     loop = asyncio.get_running_loop()
+    assert isinstance(loop, asyncio.BaseEventLoop)
     clock = loop.time
     loop.time = lambda: clock() + seconds  # type: ignore[method-assign]
     await asyncio.sleep(0)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -26,6 +27,12 @@ def start() -> Iterator[Callable[..., Running]]:
             return running
 
         yield start
+
+
+@pytest.fixture
+def movable_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers run in asyncio's own event loop, whose clock `Running.skip` can move."""
+    monkeypatch.setattr("uvicorn.Config.get_loop_factory", lambda _: asyncio.new_event_loop)
 
 
 @pytest.fixture(scope="module")

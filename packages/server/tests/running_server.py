@@ -68,7 +68,7 @@ class Running:
             self.wait_for(begun)
 
     def skip(self, seconds: float) -> None:
-        """Move the clock of the server's event loop: what waits there for these seconds to pass has waited for them."""
+        """Move the clock of the server's event loop, which has to be asyncio's own (the fixture `movable_clock`)."""
         asyncio.run_coroutine_threadsafe(skip(seconds), self.server.servers[0].get_loop()).result()
 
     def stop(self) -> None:

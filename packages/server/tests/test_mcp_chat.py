@@ -120,6 +120,7 @@ def test_servers_end_with_the_application(start_mcp: Start, tmp_path: Path) -> N
     assert not is_alive(pid)
 
 
+@pytest.mark.usefixtures("movable_clock")
 def test_a_server_that_cannot_be_reached_holds_nobody_up(start_mcp: Start, web: Any, tmp_path: Path) -> None:
     hanging = tmp_path / "hang.py"
     hanging.write_text("import time\ntime.sleep(60)\n")
@@ -129,8 +130,12 @@ def test_a_server_that_cannot_be_reached_holds_nobody_up(start_mcp: Start, web: 
     running = start_mcp(engine, [slow, bad, web.config()], settled=False)
     with running.http() as client:
         assert client.get("/ready").status_code == 200
-        states = {one["name"]: one["state"] for one in client.get("/v1/mcp/servers").json()["data"]}
-        assert states["slow"] == "connecting"
+
+        def states() -> dict[str, str]:
+            return {one["name"]: one["state"] for one in client.get("/v1/mcp/servers").json()["data"]}
+
+        running.wait_for(lambda: states()["web"] == "ready")
+        assert states()["slow"] == "connecting"
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(client.post, "/v1/chat/completions", json=CHAT)
             running.skip(60)

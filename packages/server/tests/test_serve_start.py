@@ -21,7 +21,7 @@ from tests.waiting import wait_for
 
 ROOT = str(Path(__file__).parents[3])
 SCRIPT = """
-import sys, threading
+import os, sys, threading
 sys.path.insert(0, {root!r})
 from packages.server.tests.server_fakes import FakeLoader
 from candle_vllm.core.errors import ModelLoadError
@@ -32,7 +32,7 @@ if {fails}:
     loader.broken = dict.fromkeys(["SmolLM2-135M-Instruct.Q4_1"], ModelLoadError("it is damaged"))
 else:
     loader.gate.clear()
-    threading.Thread(target=lambda: sys.stdin.read() or loader.gate.set(), daemon=True).start()
+    threading.Thread(target=lambda: os.read(0, 1) or loader.gate.set(), daemon=True).start()
 serve.ModelLoader = lambda *_, **__: loader
 status = main({arguments!r})
 sys.stderr.write("loaded %d closed %s\\n" % (len(loader.engines), [engine.closed for engine in loader.engines]))
@@ -80,10 +80,13 @@ def test_a_signal_while_the_model_loads_ends_the_server_in_peace(tmp_path: Path,
     with _starting(tmp_path, port) as process:
         assert _ready(port) == 503
         process.send_signal(number)
+        assert process.stderr is not None
+        said = next(
+            line for line in process.stderr if "finishing 1 request" not in line
+        )  # that of `_ready`, if just so
         out, error = process.communicate(timeout=60)
     assert process.returncode == 0, error
-    said = [line for line in error.splitlines() if "finishing 1 request" not in line]  # that of `_ready`, if just so
-    assert said[0] == "candle-vllm: stopped while SmolLM2-135M-Instruct.Q4_1 was loaded (testing, 43 %)"
+    assert said == "candle-vllm: stopped while SmolLM2-135M-Instruct.Q4_1 was loaded (testing, 43 %)\n"
     assert "Traceback" not in error
     assert out == ""
 
