@@ -19,13 +19,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from chaos.answers import usage_of
-from chaos.judge import Judge, Limits
-from chaos.samples import CLIENT_KEYS, OPERATOR_KEY, cheap, generations, wrong
-from chaos.siege import MODELS, Scale, Siege, ask, operator
 from prometheus_client.parser import text_string_to_metric_families
 
 from candle_vllm.server.settings.derived import demo_model
+from tests.chaos.answers import usage_of
+from tests.chaos.judge import Judge, Limits
+from tests.chaos.samples import CLIENT_KEYS, OPERATOR_KEY, cheap, generations, wrong
+from tests.chaos.siege import MODELS, Scale, Siege, ask, operator
 from tests.live_server import ServerProcess
 from tests.waiting import until, wait_for
 

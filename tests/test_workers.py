@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -123,6 +124,20 @@ def test_what_fails_twice_is_red_and_wrong_values_have_no_second_run(tmp_path: P
     assert not (tmp_path / "flaky.txt").exists()
 
 
+def test_fixtures_of_a_folder_that_the_run_names_are_there_for_its_later_files(tmp_path: Path) -> None:
+    """pytest reads the conftest.py of such a folder before anything is collected."""
+    files = {}
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        text = f"import pytest\n@pytest.fixture\ndef own(): return {name!r}\n"
+        (tmp_path / name / "conftest.py").write_text(text)
+        files |= {f"{name}__test_{n}": f"def test_it(own): assert own == {name!r}\n" for n in "ab"}
+    done = run(tmp_path, "--workers", "1", str(tmp_path / "first"), **files)
+    assert done.returncode == 0, done.stdout
+    done = run(tmp_path, "--workers", "1", str(tmp_path / "second"), str(tmp_path / "first"), **files)
+    assert done.returncode == 0, done.stdout
+
+
 def test_fixtures_of_a_session_and_of_a_folder_serve_all_files(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -173,7 +188,10 @@ def test_helpers_are_imported_by_full_names_alone() -> None:
     """No folder of tests is on the import path, so that no two modules of the tree can shadow each other."""
     paths = [path for folder in [*ROOT.glob("packages/*/tests"), ROOT / "tests"] for path in folder.rglob("*.py")]
     modules = {path.stem for path in paths}
-    assert {"server_fakes", "waiting", "adapter_fakes"} < modules
+    modules |= {name for name in {path.parent.name for path in paths} if find_spec(name) is None} - {
+        "kernels"
+    }  # of benchmarks
+    assert {"server_fakes", "waiting", "adapter_fakes", "chaos"} < modules
     offenders = [
         f"{path.relative_to(ROOT)}: {found[0]}"
         for path in [*paths, ROOT / "conftest.py"]

@@ -113,8 +113,12 @@ class Worker:
         found = yield
         return found and self._folders.setdefault(path, found)
 
-    def pytest_collection(self) -> bool:
+    def pytest_collection(self, session: pytest.Session) -> bool:
+        self._conftests = dict(session._fixturemanager._pending_conftests)  # of folders that have not been collected
         return True  # each unit is collected when its turn is near
+
+    def pytest_collectstart(self, collector: pytest.Collector) -> None:
+        self._conftests.pop(collector.path, None)
 
     def _next(self, session: pytest.Session) -> list[pytest.Item]:
         """Ask for units until one has tests."""
@@ -124,6 +128,7 @@ class Worker:
             if message["unit"] is None:
                 return []
             done = set(message["done"])
+            session._fixturemanager._pending_conftests.update(self._conftests)  # pytest drops them after a collection
             try:
                 items = [item for item in session.perform_collect([message["unit"]]) if str(item.nodeid) not in done]
             except pytest.UsageError as error:

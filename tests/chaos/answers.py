@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from chaos.wire import Answer
+from tests.chaos.wire import Answer
 
 _PASSING = {
     "id", "created", "created_at", "model", "request_id", "system_fingerprint", "prompt_time_costs",

@@ -8,9 +8,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from chaos.answers import error_of, essence, events, folded, usage_of
-from chaos.samples import Sample
-from chaos.wire import Answer
+from tests.chaos.answers import error_of, essence, events, folded, usage_of
+from tests.chaos.samples import Sample
+from tests.chaos.wire import Answer
 
 MAX_FAULTS = 20  # that are kept
 _TOO_MANY = re.compile(r"(\d+) sequences are running or waiting and (\d+) may be")

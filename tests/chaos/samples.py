@@ -8,7 +8,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from chaos.wire import request_bytes
+from tests.chaos.wire import request_bytes
 
 CLIENT_KEYS = ("sk-chaos-1", "sk-chaos-2", "sk-chaos-3")
 OPERATOR_KEY = "op-chaos"

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-from chaos.judge import Judge
-from chaos.samples import CLIENT_KEYS, OPERATOR_KEY, Sample, cheap, generations, hostile, wrong
-from chaos.wire import Answer, Connection, Pace, connect
+
+from tests.chaos.judge import Judge
+from tests.chaos.samples import CLIENT_KEYS, OPERATOR_KEY, Sample, cheap, generations, hostile, wrong
+from tests.chaos.wire import Answer, Connection, Pace, connect
 
 LONGEST = 120.0  # seconds that one client may take
 WORKERS = 32

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from mcp_conformance.run import ALIKE, FAILING, PASSING, run_scenarios
+
+from tests.mcp_conformance.run import ALIKE, FAILING, PASSING, run_scenarios
 
 pytestmark = [pytest.mark.peer, pytest.mark.timeout(600)]
 

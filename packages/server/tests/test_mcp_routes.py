@@ -12,13 +12,13 @@ from typing import Any
 import httpx
 import jsonschema_rs
 import pytest
-from wrong_requests.rows import GONE, LONG, Route, Row, changed
 
 from candle_vllm.server.app import create_app
 from candle_vllm.server.routes import mcp as routes
 from candle_vllm.server.routes.webui import new_page_key
 from packages.server.tests.mcp_fakes import HttpMcpServer, Seen, stdio_config
 from packages.server.tests.server_fakes import PacedEngine
+from packages.server.tests.wrong_requests.rows import GONE, LONG, Route, Row, changed
 from tests.waiting import wait_for
 
 Start = Callable[..., Any]

@@ -5,9 +5,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from wrong_requests.rows import BIG, GONE, LONG, MODEL, Route, Row, deep, not_served, numbers, switches, texts
-
 from candle_vllm.openai.protocol.fields import COMPLETION_REFUSED_FIELDS, REFUSED_FIELDS
+from packages.server.tests.wrong_requests.rows import (
+    BIG,
+    GONE,
+    LONG,
+    MODEL,
+    Route,
+    Row,
+    deep,
+    not_served,
+    numbers,
+    switches,
+    texts,
+)
 
 MAX_TOKENS = 1 << 24
 

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from wrong_requests.rows import BIG, GONE, LONG, MODEL, Route, Row, not_served, switches, texts
-
 from candle_vllm.openai.protocol.embeddings import EMBEDDING_REFUSED_FIELDS
 from candle_vllm.openai.protocol.pooling import POOLING_REFUSED_FIELDS
 from candle_vllm.openai.protocol.score import RerankRequest
 from candle_vllm.openai.protocol.tokenizing import MAX_DETOKENIZED
+from packages.server.tests.wrong_requests.rows import BIG, GONE, LONG, MODEL, Route, Row, not_served, switches, texts
 
 POOLING = [
     *MODEL,

@@ -5,9 +5,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from wrong_requests.rows import BIG, GONE, LONG, MODEL, Route, Row, deep, not_served, numbers, switches, texts
-
 from candle_vllm.responses.protocol.fields import REFUSED_COUNT_FIELDS, REFUSED_RESPONSES_FIELDS
+from packages.server.tests.wrong_requests.rows import (
+    BIG,
+    GONE,
+    LONG,
+    MODEL,
+    Route,
+    Row,
+    deep,
+    not_served,
+    numbers,
+    switches,
+    texts,
+)
 
 _SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
 FUNCTION = {"type": "function", "name": "f", "parameters": _SCHEMA}

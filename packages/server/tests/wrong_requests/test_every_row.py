@@ -8,10 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
-from wrong_requests import generating, others, responses
-from wrong_requests.rows import Route, changed
 
 from packages.server.tests.server_fakes import PacedEngine
+from packages.server.tests.wrong_requests import generating, others, responses
+from packages.server.tests.wrong_requests.rows import Route, changed
 
 ROUTES: list[Route] = [*generating.ROUTES, *others.ROUTES, *responses.ROUTES]
 LEAST_ROWS = 300

@@ -11,9 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
-from wrong_requests import generating, others
 
 from packages.server.tests.server_fakes import PacedEngine
+from packages.server.tests.wrong_requests import generating, others
 from tests.waiting import PATIENCE
 
 BODIES = {route.path: json.dumps(route.right).encode() for route in (*generating.ROUTES, *others.ROUTES)}

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import httpx
 import psutil
 import pytest
-from wrong_requests.rows import deep
 
+from packages.server.tests.wrong_requests.rows import deep
 from tests.waiting import PATIENCE
 
 HERE = Path(__file__).parent

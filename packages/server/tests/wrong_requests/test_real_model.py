@@ -8,10 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
-from wrong_requests.rows import Route, Row, changed
 
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import demo_model, load_engine
+from packages.server.tests.wrong_requests.rows import Route, Row, changed
 
 CONTEXT = 512
 FAR = 1 << 30  # a token id beyond every vocabulary
