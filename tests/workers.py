@@ -114,6 +114,15 @@ class Worker:
         found = yield
         return found and self._folders.setdefault(path, found)
 
+    @pytest.hookimpl(wrapper=True)
+    def pytest_collection_finish(self, session: pytest.Session) -> Iterator[None]:
+        """pytest forgets a `conftest.py` that was loaded for an argument and not collected: a later unit's may be."""
+        pending = session._fixturemanager._pending_conftests  # pyright: ignore[reportPrivateUsage]
+        left = dict(pending)
+        result = yield
+        pending.update(left)
+        return result
+
     def pytest_collection(self) -> bool:
         return True  # each unit is collected when its turn is near
 
