@@ -136,7 +136,9 @@ async def test_a_server_that_is_not_there(config: Config) -> None:
     assert "pass-word" not in str(failure.value) + repr(link.log_lines())
 
 
-async def test_a_server_killed_in_a_call(good: Any, config: Config, seen: Seen) -> None:
+async def test_a_server_killed_in_a_call(
+    good: Any, config: Config, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with McpLink(config(url=good.url)) as link:
         call = asyncio.create_task(link.call("slow", {"seconds": 20}))
         await until(lambda: seen.calls == 1)
@@ -146,8 +148,9 @@ async def test_a_server_killed_in_a_call(good: Any, config: Config, seen: Seen) 
         assert not_cancelled()
         assert call.cancelling() == 0
         assert "test" in str(failure.value)
+        monkeypatch.setattr("candle_vllm.responses.mcp.link.CALL_WAIT", 0.5)
         with pytest.raises(ToolUnavailableError):
-            await link.call("echo", {"text": "x"}, timeout=0.5)
+            await link.call("echo", {"text": "x"})
         good.start()
         await until(lambda: link.state == "ready" and link.reconnects == 1)
         assert said(await link.call("echo", {"text": "again"})) == "again"
@@ -158,7 +161,7 @@ async def test_a_server_gone_while_idle(good: Any, config: Config) -> None:
     async with McpLink(config(url=good.url)) as link:
         await asyncio.to_thread(good.stop)
         with pytest.raises(ToolUnavailableError, match="MCP server 'test'"):
-            await link.call("echo", {"text": "x"}, timeout=1.0)
+            await link.call("echo", {"text": "x"})
         assert not_cancelled()
         good.start()
         await until(lambda: link.state == "ready" and link.reconnects >= 1)
