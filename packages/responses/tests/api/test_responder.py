@@ -562,3 +562,12 @@ async def test_servers_by_url_are_bounded_in_number() -> None:
     with pytest.raises(InvalidParameterError) as refusal:
         await responder(engine(), servers=servers).create({"input": "Hi", "tools": tools})
     assert refusal.value.param == "tools.16.server_url"
+
+
+async def test_a_stop_string_ends_the_answer_and_not_the_thoughts() -> None:
+    answering = responder(engine("<think>Paris is it. Or not?</think>\n\nParis. It is."))
+    request = {"input": "Where?", "stop": ["."]}
+    whole = json.loads(to_json_bytes(await answering.create(request)))
+    assert [item["content"][0]["text"] for item in whole["output"]] == ["Paris is it. Or not?", "Paris"]
+    _, response = await streamed(answering, request)
+    assert alike(response) == alike(whole)
