@@ -153,8 +153,6 @@ def test_fixtures_of_a_session_and_of_a_folder_serve_all_files(tmp_path: Path) -
     assert done.returncode == 0, done.stdout
     assert "6 passed" in done.stdout.splitlines()[-1]
     assert (folder / "made").read_text().splitlines() == ["made", "ended"]
-    done = run(tmp_path, "--workers", "1", "test_first.py", "folder", test_first="def test_without(): pass\n", **files)
-    assert "7 passed" in done.stdout.splitlines()[-1], done.stdout
 
 
 def test_a_restless_run_has_the_common_tests_and_the_switch_interval(tmp_path: Path) -> None:

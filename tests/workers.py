@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Divide the files of a run among worker processes, and run once more, alone, what failed by time or by a lost process.
 
-A plugin of pytest, loaded by the workspace's `conftest.py`. A run that names more than `FEW` files is divided: each of
-`--workers` processes (4, because tests of servers, of processes and of the page wait more than they compute) is a pytest
-session that asks this process for a file, collects it, runs it, and sends its reports. Files that take longest by
-`tests/file_times.json` come first; `--write-file-times` writes that table anew. `--workers 0`, `--pdb`, `-s` and
-`--collect-only` keep a run in one process.
+A plugin of pytest, loaded by the workspace's `conftest.py`. A run that names more than `FEW` files is divided. Each of
+`--workers` processes is a pytest session that asks this process for a file, runs it, and sends its reports. The
+default of four is more than two cores need for computing, because tests of servers, of processes and of the page
+mostly wait. Files that take longest by `tests/file_times.json` come first; `--write-file-times` writes that table anew.
+`--workers 0`, `--pdb`, `-s` and `--collect-only` keep a run in one process.
 
 A test whose failure has a cause of `passing` (a timeout, a lost connection, a process that has ended) is run once more
 by a process of its own when all others have ended. If it passes then, the run ends with the section FLAKY and exits 0,
@@ -16,8 +16,10 @@ Messages between the processes are JSON objects over a pair of pipes, `multiproc
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -63,12 +65,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.usepdb or config.option.collectonly or config.option.capture == "no"
     ):
         units = find_units(config)
-        if sum(len(unit) for unit in units) > FEW:
+        if len(units) > FEW:
             config.pluginmanager.register(Division(config, units), "division")
 
 
-def find_units(config: pytest.Config) -> list[list[str]]:
-    """What the arguments of a run name, as lists of files and node ids that one worker runs together, longest first."""
+def find_units(config: pytest.Config) -> list[str]:
+    """What the arguments of a run name, as files, node ids and folders of `TOGETHER`, longest first."""
     times: dict[str, float] = json.loads(TIMES.read_text())
     files: dict[str, None] = {}
     for argument in config.args:
@@ -80,15 +82,12 @@ def find_units(config: pytest.Config) -> list[list[str]]:
             for found in sorted(path.rglob("test_*.py")):
                 if not {".venv", "node_modules"} & set(found.parts):
                     files[str(found)] = None
-    units: dict[str, list[str]] = {}
-    for file in files:
-        folder = Path(file.partition("::")[0]).parent
-        units.setdefault(str(folder) if folder in TOGETHER else file, []).append(file)
-
-    def seconds(unit: list[str]) -> float:
-        return sum(times.get(os.path.relpath(file, ROOT), 1.0) for file in unit)
-
-    return sorted(units.values(), key=seconds, reverse=True)
+    units = {file: times.get(os.path.relpath(file, ROOT), 1.0) for file in files}
+    for folder in map(str, TOGETHER):  # given as a folder, so that its conftest.py chooses among its files
+        inside = [file for file in files if os.path.dirname(file) == folder]
+        if len(inside) > 1:
+            units[folder] = sum(units.pop(file) for file in inside)
+    return sorted(units, key=lambda unit: units[unit], reverse=True)
 
 
 # ---- a worker --------------------------------------------------------------------------------------------------------
@@ -110,21 +109,16 @@ class Worker:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_collect_directory(self, path: Path) -> Iterator[None]:
-        """A folder is one node for all units: fixtures of a `conftest.py` belong to the node that was collected first."""
+        """A folder is one node for all units: fixtures of a `conftest.py` belong to the node that was collected."""
         found = yield
         return found and self._folders.setdefault(path, found)
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_collection_finish(self, session: pytest.Session) -> Iterator[None]:
-        """pytest forgets a `conftest.py` that was loaded for an argument and not collected: a later unit's may be."""
-        pending = session._fixturemanager._pending_conftests  # pyright: ignore[reportPrivateUsage]
-        left = dict(pending)
-        result = yield
-        pending.update(left)
-        return result
-
-    def pytest_collection(self) -> bool:
+    def pytest_collection(self, session: pytest.Session) -> bool:
+        self._conftests = dict(session._fixturemanager._pending_conftests)  # of folders that have not been collected
         return True  # each unit is collected when its turn is near
+
+    def pytest_collectstart(self, collector: pytest.Collector) -> None:
+        self._conftests.pop(collector.path, None)
 
     def _next(self, session: pytest.Session) -> list[pytest.Item]:
         """Ask for units until one has tests."""
@@ -134,10 +128,11 @@ class Worker:
             if message["unit"] is None:
                 return []
             done = set(message["done"])
+            session._fixturemanager._pending_conftests.update(self._conftests)  # pytest drops them after a collection
             try:
-                items = [item for item in session.perform_collect(message["unit"]) if str(item.nodeid) not in done]
+                items = [item for item in session.perform_collect([message["unit"]]) if str(item.nodeid) not in done]
             except pytest.UsageError as error:
-                self._tell(kind="failure", where=message["unit"][0], text="\n".join(map(str, error.args)))
+                self._tell(kind="failure", where=message["unit"], text="\n".join(map(str, error.args)))
                 continue
             self._tell(kind="collected", number=len(items))
             if items:
@@ -216,7 +211,7 @@ class Process:
     given: Connection
     told: Connection
     output: Any
-    units: list[list[str]] = field(default_factory=list)
+    units: list[str] = field(default_factory=list)
     test: str = ""
     ended: bool = False
 
@@ -224,7 +219,7 @@ class Process:
 class Division:
     """The session of the process that was started: it runs no test itself."""
 
-    def __init__(self, config: pytest.Config, units: list[list[str]]) -> None:
+    def __init__(self, config: pytest.Config, units: list[str]) -> None:
         self._config, self._left = config, units
         self._running: dict[Connection, Process] = {}
         self._done: list[str] = []
@@ -251,8 +246,7 @@ class Division:
             if self._pauses:
                 self._pauses.end()
             for process in self._running.values():
-                process.popen.kill()
-                process.popen.wait()
+                kill_group(process.popen)
                 process.output.close()
         if session.shouldfail:
             raise session.Failed(session.shouldfail)
@@ -267,14 +261,12 @@ class Division:
         told, writes = Pipe(duplex=False)
         handles = reads.fileno(), writes.fileno()
         environment = {**os.environ, VARIABLE: ",".join(map(str, handles))}
-        environment.pop(
-            "PYTHONDONTWRITEBYTECODE", None
-        )  # tests start hundreds of processes, each would compile our modules
-        output = tempfile.TemporaryFile()
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process compiles every module
+        output = tempfile.TemporaryFile()  # noqa: SIM115
         command = [sys.executable, "-m", "pytest", *map(str, self._config.invocation_params.args)]
         popen = subprocess.Popen(
-            command, env=environment, pass_fds=handles, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            cwd=self._config.invocation_params.dir,
+            command, env=environment, cwd=self._config.invocation_params.dir, pass_fds=handles, process_group=0,
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
         )  # fmt: skip
         reads.close()
         writes.close()
@@ -345,22 +337,21 @@ class Division:
         location = test.partition("::")[0], None, test
         self._count(pytest.TestReport(test, location, {}, "failed", text, "call"))
 
-    def _finished(self, unit: list[str]) -> None:
-        names = [os.path.relpath(file.partition("::")[0], ROOT) for file in unit]
-        files = set(names)
+    def _finished(self, unit: str) -> None:
+        name = os.path.relpath(unit.partition("::")[0], ROOT)
         counts = {
             category: number
             for category in ("passed", "skipped", "failed", "error", "xfailed")
-            if (number := sum(one.nodeid.partition("::")[0] in files for one in self._terminal.stats.get(category, ())))
+            if (number := sum(one.nodeid.startswith(name) for one in self._terminal.stats.get(category, ())))
         }
         if counts:
             told = ", ".join(f"{number} {category}" for category, number in counts.items())
-            name = names[0] if len(names) == 1 else str(Path(names[0]).parent)
             self._terminal.write_line(f"{time.monotonic() - slowest_tests.BEGAN:6.0f} s  {name}: {told}")
 
     def _has_ended(self, process: Process) -> None:
         """A worker's pipe was closed: it has ended as it should, or its test is to blame."""
         code = process.popen.wait()
+        kill_group(process.popen)
         process.given.close()
         process.told.close()
         with process.output as output:
@@ -373,7 +364,7 @@ class Division:
         ):
             return
         how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
-        test = process.test or (process.units[0][0] if process.units else "behind the last test")
+        test = process.test or (process.units[0] if process.units else "behind the last test")
         text = f"the worker process {how} while it ran this test; it wrote:\n{tail}"
         report: Any = pytest.TestReport(test, (test.partition("::")[0], None, test), {}, "failed", text, "call")
         if process.test and not set(NEVER_AGAIN) & set(Path(test.partition("::")[0]).parts):
@@ -395,7 +386,7 @@ class Division:
         )
         if self._pauses:
             self._pauses.end()
-        self._left, self._pauses, self._done = [[test] for test in again], None, []
+        self._left, self._pauses, self._done = list(again), None, []
         failed = {id(one) for category in ("failed", "error") for one in self._terminal.stats.get(category, ())}
         self._start()
         self._serve()
@@ -430,6 +421,13 @@ class Division:
             terminalreporter.write_line(f"passed when run again, alone; {FLAKY.name} keeps them:")
             for line in self._flaky:
                 terminalreporter.write_line(line)
+
+
+def kill_group(worker: subprocess.Popen[bytes]) -> None:
+    """End a worker, and whatever its tests have left running in its process group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGKILL)
+    worker.wait()
 
 
 def write_file_times(rows: list[slowest_tests.Row]) -> None:
