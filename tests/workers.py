@@ -295,7 +295,9 @@ class Division:
             unit = self._left.pop(0) if self._left else None
             if unit:
                 process.units.append(unit)
-            process.given.send_bytes(json.dumps({"unit": unit, "done": self._done}).encode())
+            name = os.path.relpath(unit, ROOT) if unit else ""
+            done = [test for test in self._done if test.startswith(name)] if unit else []
+            process.given.send_bytes(json.dumps({"unit": unit, "done": done}).encode())
         elif kind == "begin":
             process.test = message["test"]
         elif kind == "end":
