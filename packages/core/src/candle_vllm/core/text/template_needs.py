@@ -182,31 +182,32 @@ _CITY, _OTHER_CITY = str(ARGUMENTS["city"]), str(OTHER_ARGUMENTS["city"])
 
 @dataclasses.dataclass(frozen=True)
 class TemplateNeeds:
-    """What a template can write; by default, all. What it cannot is rewritten (`fit`, `fit_tools`).
+    """What a chat template can write. By default it writes everything; `fit` and `fit_tools` rewrite the rest.
 
     Attributes:
-        writes_tools: prompts show the tools that a request offers.
-        writes_calls: earlier calls are part of the prompt; where not, they become text of the answer.
-        writes_results: so are their results; where not, they become text of the user's turn.
-        writes_reasoning: so are the thoughts of a message that ends the conversation with calls.
-        arguments_as_text: arguments must be JSON texts; otherwise they must be objects.
-        parallel_calls: a message may have several calls; where not, each call has a message, with its result.
-        content_beside_calls: a message's content is written beside its calls, also beside thoughts, and when the turn
-            is over; where not, it is a message before them.
+        writes_tools: the prompt contains the tools that a request offers.
+        writes_calls: the prompt contains earlier tool calls; otherwise a call becomes text of the assistant's message.
+        writes_results: the prompt contains tool results; otherwise a result becomes text of the user's turn.
+        writes_reasoning: the prompt contains the reasoning of a last message that has tool calls.
+        arguments_as_text: arguments of a call must be a JSON text; otherwise they must be an object.
+        parallel_calls: a message may have several calls; otherwise each call gets a message of its own, with its result.
+        content_beside_calls: a message's content is written beside its calls and reasoning, also in earlier turns;
+            otherwise the content becomes a message before the calls.
         content_forbidden: a message's calls are written only where its content is null.
         short_ids: ids of calls must have nine letters or digits (Mistral).
-        content_as_parts: a content must be a list of parts, if of one text.
-        writes_system: a system message at the start is written; where not, it begins the user's first message.
-        system_alone: so it is where there is nothing else.
-        system_behind_results: so it is where a tool's result ends the conversation.
-        system_anywhere: system messages behind others are written; where not, they become text of the user, in tags.
-        user_behind_results: a user may speak right behind results; where not, the text is added to the last result.
-        user_first: the first message must be a user's; where it is an answer, an empty one goes before it.
-        roles_in_turn: two users, told apart by their names, must not follow each other.
-        empty_answers: an answer may say nothing; where not, it is left out.
-        bare_tools: tools may lack description and parameters; where not, they get empty ones.
-        bare_schemas: parameters may lack descriptions, and objects what is in them; where not, they get empty ones.
-        odd_schemas: parameters may be `true`, null, or of several types; where not, they are made simpler.
+        content_as_parts: a content must be a list of parts, even for one text.
+        writes_system: a first system message is written; otherwise its text begins the first user message.
+        system_alone: a system message is written where the conversation has no other message.
+        system_behind_results: a first system message is written where a tool result ends the conversation.
+        system_anywhere: later system messages are written; otherwise they become text of the user, in tags.
+        user_behind_results: a user message may follow a tool result; otherwise its text is added to that result.
+        user_first: the first message must be a user's; an empty user message is put before an assistant's.
+        roles_in_turn: two user messages with different names must not follow each other.
+        empty_answers: an assistant message may be empty; otherwise it is left out.
+        bare_tools: tools may lack description and parameters; otherwise both are filled in empty.
+        bare_schemas: parameters may lack descriptions, and objects their `additionalProperties`; otherwise both are
+            filled in empty.
+        odd_schemas: a schema may be `true`, of type null, or of several types; otherwise it is simplified.
     """
 
     writes_tools: bool = False
