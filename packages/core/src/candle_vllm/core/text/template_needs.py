@@ -190,7 +190,7 @@ class TemplateNeeds:
         writes_results: the prompt contains tool results; otherwise a result becomes text of the user's turn.
         writes_reasoning: the prompt contains the reasoning of a last message that has tool calls.
         arguments_as_text: arguments of a call must be a JSON text; otherwise they must be an object.
-        parallel_calls: a message may have several calls; otherwise each call gets a message of its own, with its result.
+        parallel_calls: a message may have several calls; otherwise each call gets its own message, with its result.
         content_beside_calls: a message's content is written beside its calls and reasoning, also in earlier turns;
             otherwise the content becomes a message before the calls.
         content_forbidden: a message's calls are written only where its content is null.
