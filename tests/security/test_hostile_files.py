@@ -167,6 +167,16 @@ def test_hostile_gguf_token_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert len(output.token_ids) <= 4
 
 
+def test_hostile_ids_in_a_config(tmp_path: Path) -> None:
+    """The same in a folder: an id without a row is ignored."""
+    folder = write_toy_model(tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps(toy_config() | {"eos_token_id": [-1, 1 << 30]}))
+    with InferenceEngine(str(folder), device="cpu", kv_cache_memory=1 << 20, threads=1) as engine:
+        assert all(0 <= token < engine.model_info.vocab_size for token in engine.model_info.eos_token_ids)
+        (output,) = engine.generate("Hello", SamplingParams(max_tokens=4), use_tqdm=False)
+        assert len(output.token_ids) <= 4
+
+
 def _put(writer: GGUFWriter, key: str, value: Any) -> None:
     if isinstance(value, str):
         writer.add_string(key, value)
@@ -233,7 +243,7 @@ def test_hostile_index(tmp_path: Path, shard: str) -> None:
     [
         {"num_hidden_layers": 1 << 40}, {"hidden_size": -1}, {"vocab_size": 1 << 62}, {"num_attention_heads": 0},
         {"num_hidden_layers": "2"}, {"rope_theta": "NaN"}, {"max_position_embeddings": 0}, {"rms_norm_eps": -1},
-        {"rope_scaling": {"rope_type": "os.system", "factor": 1}}, {"eos_token_id": [-1]}, {"hidden_act": "__import__"},
+        {"rope_scaling": {"rope_type": "os.system", "factor": 1}}, {"hidden_act": "__import__"},
     ],
 )  # fmt: skip
 def test_hostile_config(tmp_path: Path, change: dict[str, Any]) -> None:
