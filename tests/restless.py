@@ -15,9 +15,12 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import psutil
 import pytest
+
+if TYPE_CHECKING:
+    import psutil
 
 MARKER = "restless"
 EACH = 1.0  # seconds between two pauses, on the average
@@ -59,6 +62,8 @@ class Pauses:
         Returns:
             seconds until it should be called again.
         """
+        import psutil  # not where the tests of a GPU run
+
         now = time.monotonic()
         for process, end in list(self._stopped.items()):
             if end <= now:
@@ -79,6 +84,8 @@ class Pauses:
             self._wake(process)
 
     def _wake(self, process: psutil.Process) -> None:
+        import psutil
+
         del self._stopped[process]
         with contextlib.suppress(psutil.Error):
             process.resume()

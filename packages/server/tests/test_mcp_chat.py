@@ -131,19 +131,18 @@ def test_a_server_that_cannot_be_reached_holds_nobody_up(start_mcp: Start, web: 
     with running.http() as client:
         assert client.get("/ready").status_code == 200
 
-        def states() -> dict[str, str]:
-            return {one["name"]: one["state"] for one in client.get("/v1/mcp/servers").json()["data"]}
+        def servers() -> dict[str, dict[str, Any]]:
+            return {one["name"]: one for one in client.get("/v1/mcp/servers").json()["data"]}
 
-        running.wait_for(lambda: states()["web"] == "ready")
-        assert states()["slow"] == "connecting"
+        running.wait_for(lambda: servers()["web"]["tools_count"])
+        assert servers()["slow"]["state"] == "connecting"
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(client.post, "/v1/chat/completions", json=CHAT)
             running.skip(60)
             assert asked.result().status_code == 200  # it waits for the slow one
         assert shown(engine) == ["web__echo", "web__slow", "web__fail"]
-        servers = {one["name"]: one for one in client.get("/v1/mcp/servers").json()["data"]}
-        assert "no-such-program" in servers["bad"]["error"]
-        assert servers["web"]["state"] == "ready"
+        assert "no-such-program" in servers()["bad"]["error"]
+        assert servers()["web"]["state"] == "ready"
         metrics = client.get("/metrics").text
         assert 'candle_vllm:mcp_servers{state="ready"} 1.0' in metrics
 

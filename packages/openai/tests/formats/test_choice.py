@@ -212,7 +212,7 @@ def test_what_a_template_needs() -> None:
     joined = needs(said.replace("}}{{", "+").replace("if m.tool_calls", "if m.tool_calls else m.content"))
     assert joined.arguments_as_text
     refusing = needs(said.replace("{{ m.tool", "{{ raise_exception('no calls, please') if m.tool_calls }}{{ m.tool"))
-    assert refusing == TemplateNeeds(writes_calls=False, writes_results=False)
+    assert refusing == TemplateNeeds(writes_calls=False)
     assert needs("{{ bos_token }}") == TemplateNeeds()  # which says nothing of what it is given
     short = HERMES.replace(
         "<tool_call>\n", "{% if c.id|length != 9 %}{{ raise_exception('id') }}{% endif %}<tool_call>"

@@ -151,7 +151,8 @@ def ask() -> None:
 
 
 def kept(root: Path) -> set[str]:
-    found = (path.name.rpartition(".")[0] for path in root.glob("kernels/*/*.cpu.*"))
+    whole = (path for path in root.glob("kernels/*/*.cpu.*") if path.suffix != ".tmp")
+    found = (path.name.rpartition(".")[0] for path in whole)
     return {name.replace(".cpu.", ".cpu:") for name in found}
 
 
