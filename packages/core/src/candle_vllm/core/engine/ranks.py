@@ -87,6 +87,7 @@ logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 PATIENCE = 60.0  # seconds that a rank waits for the others in the midst of a step
+_FATE_SECONDS = 3.0
 _LAST_WORDS = 0.5  # seconds that what a rank says before it ends may take to get here
 _ENDING = 5.0  # seconds that a rank may take to end
 _LOADING = 30  # ticks without a sign of life while it loads, where one operation may keep the interpreter for long
@@ -383,8 +384,12 @@ class Ranks:
             self._collective.abort()
 
     def _gone(self) -> str | None:
-        """Which rank has ended; waits for a moment, for others end because it did."""
-        until = time.monotonic() + 0.5
+        """Return which rank has ended; None after `_FATE_SECONDS`.
+
+        What the ranks do together fails at once where one has ended, and the report of its end may come later: over a
+        network, and from a machine that is busy.
+        """
+        until = time.monotonic() + _FATE_SECONDS
         while time.monotonic() < until:
             for number, other in list(self._others.items()):
                 fate = other.fate()
