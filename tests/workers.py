@@ -42,6 +42,7 @@ FEW = 8  # files; a run of so few is not divided
 TOGETHER = (
     ROOT / "packages/core/tests/kernels/triton",
 )  # folders whose files share what is started when they are collected
+APART = ROOT / "tests" / "web"  # Playwright keeps an event loop in the main thread, so a worker runs nothing else
 NEVER_AGAIN = ("kernels", "security")
 VARIABLE = "CANDLE_VLLM_TEST_WORKER"  # two file descriptors: what a worker reads from, and writes to
 Message = dict[str, Any]
@@ -203,8 +204,9 @@ class Process:
     Attributes:
         units: given to it and not known to be finished, oldest first.
         test: the node id of the test that runs, or "".
-        done: node ids of tests that have ended, or were begun when a worker died.
         output: what the process itself wrote.
+        ended: it has run all that it was given.
+        apart: whether its units are those of `APART`; None before the first one.
     """
 
     popen: subprocess.Popen[bytes]
@@ -214,6 +216,14 @@ class Process:
     units: list[str] = field(default_factory=list)
     test: str = ""
     ended: bool = False
+    apart: bool | None = None
+
+    def takes(self, unit: str) -> bool:
+        return self.apart is None or self.apart == is_apart(unit)
+
+
+def is_apart(unit: str) -> bool:
+    return APART in Path(unit.partition("::")[0]).absolute().parents
 
 
 class Division:
@@ -292,8 +302,10 @@ class Division:
         if kind == "next":
             if len(process.units) > 1:  # it has begun the second one
                 self._finished(process.units.pop(0))
-            unit = self._left.pop(0) if self._left else None
+            unit = next((one for one in self._left if process.takes(one)), None)
             if unit:
+                self._left.remove(unit)
+                process.apart = is_apart(unit)
                 process.units.append(unit)
             name = os.path.relpath(unit, ROOT) if unit else ""
             done = [test for test in self._done if test.startswith(name)] if unit else []
