@@ -32,6 +32,7 @@ from tests import workers
 from pathlib import Path
 workers.FLAKY = Path(__file__).parent / "flaky.txt"
 workers.FEW = 0
+workers.APART = Path(__file__).parent / "web"
 workers.ROOT = Path(__file__).parent
 """
 
@@ -136,6 +137,17 @@ def test_fixtures_of_a_folder_that_the_run_names_are_there_for_its_later_files(t
     assert done.returncode == 0, done.stdout
     done = run(tmp_path, "--workers", "1", str(tmp_path / "second"), str(tmp_path / "first"), **files)
     assert done.returncode == 0, done.stdout
+
+
+def test_a_worker_that_runs_the_page_s_tests_runs_nothing_else(tmp_path: Path) -> None:
+    text = "def test_pid():\n    Path(__file__).with_suffix('.pid').write_text(str(os.getpid()))\n"
+    files = {"web__test_a": text, "test_b": text, "web__test_c": text, "test_d": text}
+    done = run(tmp_path, "--workers", "1", **files)
+    assert done.returncode == 0, done.stdout
+    assert "4 passed" in done.stdout.splitlines()[-1]
+    page, others = ({path.read_text() for path in folder.glob("*.pid")} for folder in (tmp_path / "web", tmp_path))
+    assert page.isdisjoint(others)
+    assert len(page) == len(others) == 1
 
 
 def test_fixtures_of_a_session_and_of_a_folder_serve_all_files(tmp_path: Path) -> None:
