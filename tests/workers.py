@@ -249,6 +249,8 @@ class Division:
             for _ in range(min(self._config.option.workers, len(self._left))):
                 self._start()
             self._serve()
+            for unit in () if session.shouldfail else self._left:
+                self._fail(unit, "no worker ran it")
             again, self._again = self._again, {}
             if again and not session.shouldfail:
                 self._run_again(again)
@@ -376,6 +378,8 @@ class Division:
             pytest.ExitCode.TESTS_FAILED,
             pytest.ExitCode.NO_TESTS_COLLECTED,
         ):
+            if self._left:  # this one could not take them
+                self._start()
             return
         how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
         test = process.test or (process.units[0] if process.units else "behind the last test")
