@@ -269,6 +269,8 @@ class Runner(BaseRunner):
 
     def _templated(self, chosen: str, prompt: str, system_prompt: str, given: str) -> str:
         def jinja(messages: list[dict[str, Any]], source: str, values: dict[str, str]) -> str:
+            if "system_prompt" in source:  # it writes the system prompt itself
+                messages = [message for message in messages if message["role"] != "system"]
             return self.engine.apply_chat_template(messages, chat_template=source, chat_template_kwargs=values)
 
         try:

@@ -217,13 +217,9 @@ def prompt_texts(
     # Whoever renders sees what is in the prompt, and may hold answers to tools that are not.
     if options.get("tools") and not template.supports_tools and method != "apply_chat_template":
         raise ChatTemplateError("the chat template does not read tools, so the model would not see them", "tools")
-    made = [template_messages(each) for each in conversations]
-    # A template that is given to be rendered is rendered as it is; all others get what they can write.
-    own = method == "apply_chat_template" and options.get("chat_template") is not None
-    needs = TemplateNeeds() if own else needs_of(template)
+    made, needs = [template_messages(each) for each in conversations], needs_of(template)
     for each in made:
-        if not own:
-            fit(each, needs)
+        fit(each, needs)
     if isinstance(given.get("tools"), (list, tuple)) and all(isinstance(tool, Mapping) for tool in given["tools"]):
         given["tools"] = fit_tools(given["tools"], needs)
     return [template.render(each, **given, **variables) for each in made]
