@@ -199,6 +199,7 @@ def test_a_batch_of_a_key_that_is_none_any_more_fails(start: Callable[..., Any],
     wait_for(lambda: running.engine.requests)
     running.stop()
     middle = start(PacedEngine("abc"), responses_store=url, api_key=("new",))
+    wait_for(lambda: any(b"invalid_api_key" in path.read_bytes() for path in tmp_path.glob("kept.sqlite*")))
     assert middle.engine.requests == []
     last = start(PacedEngine("abc"), responses_store=url, api_key=("old",)).openai("old")
     batch = ended(last, batch)
