@@ -77,7 +77,7 @@ class FreeTimes(OwnTimes):
         self.moods = moods
 
     def __call__(self, rows: int) -> float:
-        return 1e-9 if self.moods is None or self.moods.random() < 0.7 else 1e9
+        return 1e-30 if self.moods is None or self.moods.random() < 0.7 else 1e9
 
 
 FORM = StructuredOutputsParams(json={"type": "object", "properties": {"a": {"enum": ["first", "second"]}},
