@@ -35,6 +35,10 @@ types-elsewhere:
     uv run --group dev pyright --pythonplatform Windows packages/core/src packages/openai/src packages/responses/src packages/server/src src
     uv run --group dev pyright --pythonplatform Darwin packages/core/src packages/openai/src packages/responses/src packages/server/src src
 
+# the server's tests with the lowest versions of dependencies that the packages allow, without torch
+lowest-bounds *ARGS:
+    bash tests/lowest_bounds.sh {{ARGS}}
+
 # tests; arguments go to pytest
 test *ARGS:
     uv run --group dev pytest {{ARGS}}

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ import openai
 from candle_vllm.server import Settings
 from candle_vllm.server.app import ServedEngine, create_app
 from candle_vllm.server.serve import bind, make_server
+from tests.trusted import trusted
 from tests.waiting import wait_for
 
 COMMAND = Path(sys.executable).with_name("candle-vllm")
@@ -32,13 +32,6 @@ def clean_environment(home: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("CANDLE_VLLM_", "HF_"))}
     cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return kept | {"HOME": str(home), "XDG_CACHE_HOME": cache, "HF_HUB_OFFLINE": "1"}
-
-
-def free_port() -> int:
-    """A port where nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def run_command(folder: Path, *arguments: str, text: str = "") -> str:
@@ -59,7 +52,7 @@ def run_command(folder: Path, *arguments: str, text: str = "") -> str:
 @contextlib.contextmanager
 def openai_client(url: str) -> Iterator[openai.OpenAI]:
     """The official client, without retries and without the machine's proxy settings."""
-    http = openai.DefaultHttpxClient(trust_env=False)
+    http = openai.DefaultHttpxClient(trust_env=False, verify=trusted())
     with openai.OpenAI(
         base_url=url + "/v1", api_key="none", max_retries=0, timeout=PATIENCE, http_client=http
     ) as client:

@@ -23,7 +23,8 @@ import pytest
 from candle_vllm.server.settings.foreign_variables import DEPLOYMENTS, HUB_TOKENS
 from candle_vllm.server.settings.options import ENV_PREFIX
 from candle_vllm.server.settings.table import BY_NAME
-from tests.live_server import clean_environment, free_port
+from tests.live_server import clean_environment
+from tests.ports import free_port
 from tests.release_script import release
 from tests.waiting import wait_for
 

@@ -57,6 +57,7 @@ def dry(folder: Path, run: str, *, status: int = 0) -> tuple[str, list[Line]]:
     return done.stdout, found
 
 
+@pytest.mark.every_case
 @pytest.mark.timeout(620)
 def test_a_finds_out_whether_it_is_right(folder: Path) -> None:
     shown, lines = dry(folder, "A")

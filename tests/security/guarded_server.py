@@ -15,6 +15,7 @@ from candle_vllm.core.testing import ScriptedEngine
 from candle_vllm.server import Settings
 from candle_vllm.server.app import ServedEngine, create_app
 from candle_vllm.server.serve import bind, make_server
+from tests.trusted import trusted
 from tests.waiting import wait_for
 
 KEY = "client-key"
@@ -42,7 +43,7 @@ class Guarded:
 
     def http(self, key: str | None = None) -> httpx.Client:
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
-        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, headers=headers)
+        return httpx.Client(base_url=self.url, timeout=300, trust_env=False, headers=headers, verify=trusted())
 
     def raw(self, data: bytes, patience: float = 20.0) -> bytes:
         """Everything that the server says to these bytes; it may close before it has read them all."""

@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import http.server
 import logging
 import os
+import re
+import socketserver
+import threading
 from array import array
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
+from candle_vllm.core import InferenceEngine
 from candle_vllm.core.engine import block_manager
 from candle_vllm.core.engine.block_manager import block_hashes
 from candle_vllm.core.testing import ScriptedEngine
@@ -23,10 +28,10 @@ from tests.security.guarded_server import KEY, Guarded, Watch, chat_body, guarde
 LONG = "The quick brown fox jumps over the lazy dog. " * 8  # several blocks
 
 
-def cached(server: Guarded, prompt: str, **fields: Any) -> int:
+def cached(server: Guarded, prompt: str, key: str | None = None, **fields: Any) -> int:
     """Prompt tokens that came from the cache."""
     body = {"model": "default", "prompt": prompt, "max_tokens": 1, **fields}
-    with server.http() as client:
+    with server.http(key) as client:
         answer = client.post("/v1/completions", json=body)
     assert answer.status_code == 200, answer.text
     return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
@@ -42,6 +47,22 @@ def test_cache_side_channel_by_timing(real: Guarded) -> None:
     assert cached(real, LONG) > 0
     assert cached(real, LONG, cache_salt="alice2") == 0
     assert cached(real, LONG, cache_salt="salt:alice") == 0
+
+
+def test_a_salt_belongs_to_its_key(engine: InferenceEngine) -> None:
+    """Who knows or guesses somebody's salt finds nothing with a key of his own; without a salt all share, as ever."""
+    prompt = "Of many keys. " + LONG
+    with guarded(engine, api_key=("alice-key", "bob-key")) as server:
+        assert cached(server, prompt, "alice-key", cache_salt="hers") == 0
+        found = cached(server, prompt, "alice-key", cache_salt="hers")
+        assert found > 0
+        assert cached(server, prompt, "bob-key", cache_salt="hers") == 0
+        assert cached(server, prompt, "bob-key") == 0
+        assert cached(server, prompt, "alice-key") == found
+    with guarded(engine, api_key=("other", "alice-key")) as server:  # another place in the list is the same key
+        assert cached(server, prompt, "alice-key", cache_salt="hers") == found
+    with guarded(engine) as server:
+        assert cached(server, prompt, cache_salt="hers") == 0
 
 
 def test_cache_side_channel_by_collision() -> None:
@@ -187,6 +208,18 @@ def test_request_ids_cannot_split_an_answer() -> None:
             assert head.lower().count(b"x-request-id:") == 1
 
 
+def test_names_of_a_schema_are_cut(real: Guarded, caplog: pytest.LogCaptureFixture) -> None:
+    """A property's name stands in a remark on its bound: neither the log nor a header has 200,000 characters of it."""
+    schema = {"type": "object", "properties": {"n" * 200_000: {"type": "number", "maximum": 10**20}}}
+    body = chat_body(max_tokens=1, structured_outputs={"json": schema})
+    with caplog.at_level(logging.INFO), real.http() as client:
+        answer = client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert "is held as" in answer.headers["x-warning"]
+    assert len(answer.headers["x-warning"]) < 500
+    assert not any("nnnn" in record.getMessage() for record in caplog.records)
+
+
 def test_failures_say_nothing_of_the_machine(caplog: pytest.LogCaptureFixture) -> None:
     """CVE-2026-22778 began with an error that held an address: what goes wrong unexpectedly answers with fixed text."""
     secret = "secret at 0x7fdeadbeef in /srv/models"
@@ -204,3 +237,33 @@ def test_failures_say_nothing_of_the_machine(caplog: pytest.LogCaptureFixture) -
             assert "0x" not in answer.text
             assert "Traceback" not in answer.text
             assert "RuntimeError" not in answer.text
+
+
+def test_every_log_is_started_in_one_place() -> None:
+    """Which takes the secrets of addresses out of every record, in the server, its engines and its ranks."""
+    from tests.security.test_code_from_files import SOURCES
+
+    starting = re.compile(r"\b(basicConfig|setLogRecordFactory|dictConfig|fileConfig)\(")
+    assert ["/".join(path.parts[-2:]) for path in SOURCES if starting.search(path.read_text("utf-8"))] == [
+        "core/shown.py"
+    ]
+
+
+def test_addresses_of_settings_in_the_log(toy_model: Path, tmp_path: Path) -> None:
+    """A server at level debug that asks an address with secrets: neither its lines nor those of httpx have them."""
+    with socketserver.TCPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as source:
+        threading.Thread(target=source.serve_forever, daemon=True).start()
+        place = f"127.0.0.1:{source.server_address[1]}/{{name}}.tar.gz"
+        resolver = f"tar=http://user:HIDDENWORD@{place}?sig=HIDDENWORD#HIDDENWORD"
+        model = ("--m", str(toy_model), "--threads", "1", "--enable-lora", "--lora-resolver", resolver)
+        process = ServerProcess(tmp_path, *model, "--log-level", "debug")
+        try:
+            with httpx.Client(base_url=process.url, timeout=60, trust_env=False) as client:
+                assert client.post("/v1/completions", json={"model": "tone", "prompt": "x"}).status_code == 503
+                assert client.get("/server_info").json()["vllm_config"]["lora_resolver"] == [f"tar=http://{place}"]
+        finally:
+            assert process.stop() == 0
+            source.shutdown()
+    log = (tmp_path / "server.log").read_text()
+    assert f"GET http://{place.format(name='tone')}" in log
+    assert "HIDDENWORD" not in log + "".join(process.banner)

@@ -299,25 +299,23 @@ KWARGS: dict[str, Any] = {
 
 def test_chat_template_kwargs_dos(real: Guarded, trusting: Guarded) -> None:
     """CVE-2025-62426, CVE-2025-61620: `chat_template_kwargs` that block the server. While requests with hostile ones
-    run, /health answers within a second."""
-    for _ in range(3):  # the best of them: a busy machine may hold everybody up
-        slowest = slowest_health(real, trusting)
-        if slowest < 2:
-            break
+    run, /health answers within two seconds of CPU."""
+    slowest = slowest_health(real, trusting)
     assert slowest < 2, f"/health took {slowest:.1f} s"
 
 
 def slowest_health(real: Guarded, trusting: Guarded) -> float:
-    """Seconds that /health takes at most while hostile requests run."""
+    """Seconds of this process's CPU, the server's too, that pass at most before /health answers while hostile requests
+    run."""
     slowest, ended = 0.0, threading.Event()
 
     def watch() -> None:
         nonlocal slowest
         with trusting.http() as client:
             while not ended.is_set():
-                began = time.monotonic()
+                began = time.process_time()
                 assert client.get("/health").status_code == 200
-                slowest = max(slowest, time.monotonic() - began)
+                slowest = max(slowest, time.process_time() - began)
                 ended.wait(0.02)
 
     watcher = threading.Thread(target=watch)

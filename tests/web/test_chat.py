@@ -17,7 +17,7 @@ from tests.web.ui_server import MARKDOWN, Site
 def test_first_chat_from_an_empty_profile(chat: Any, site: Site) -> None:
     chat.get_by_text("What can I help with?").wait_for()
     assert ask(chat, "Hello") == "You said: Hello"
-    assert chat.locator(".conversation-link").inner_text() == "Hello"
+    chat.locator(".conversation-link").get_by_text("Hello", exact=True).wait_for()
     assert chat.locator("#composer").input_value() == ""
     assert "#/chat/" in chat.url
     chat.get_by_text("16 tokens", exact=True).wait_for()

@@ -63,6 +63,7 @@ WRONG: dict[str, list[Any]] = {
     "block_size": [0, 3, None, "8"],
     "kv_cache_memory": [5, "1G", 1.5],
     "kv_fraction": ["a", 0, 1, 0.0, 1.0, True, math.nan],
+    "state_cache_gb": ["a", -1, True, math.nan],
     "gpu_memory_utilization": ["a", 0, 1.01, True, math.nan],
     "enable_prefix_caching": ["no", 0, None],
     "enable_lora": [1, "yes"],

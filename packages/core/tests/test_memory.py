@@ -18,6 +18,7 @@ import pytest
 
 from candle_vllm.core import EngineConfig, InferenceEngine, memory
 from candle_vllm.core.errors import ConfigError, NoMemoryError
+from candle_vllm.core.loading.cache_specs import PagedSpec
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import MappedFile
 from candle_vllm.core.memory import MIB, Limit, Room, plan_cache, room_for, tightest_limit
@@ -281,29 +282,34 @@ def test_a_limited_process_says_what_would_fit(kind: str, name: str, kib: int, t
     assert done == "2\n"
 
 
+def two(key_dim: int) -> float:
+    """Bytes of an element."""
+    return 2
+
+
 def _toy(max_position: int) -> ModelConfig:
-    """Eight numbers of a token in each of two layers: 64 bytes in types of two bytes."""
+    """Sixteen elements of a token in each of two layers: 64 bytes in types of two bytes."""
     return SimpleNamespace(  # type: ignore[return-value]
         max_position=max_position,
         num_layers=2,
-        cache=SimpleNamespace(numbers=16, key_dim=4, value_dim=4, kv_heads=2),
+        cache_specs=(PagedSpec(2, 4, 4),) * 2,
     )
 
 
 def test_a_share_of_the_whole_gpu_counts_what_others_have_taken() -> None:
     config = EngineConfig(model="m", gpu_memory_utilization=0.75, block_size=64)
     room = Room(6 * MIB, 0.9, total=8 * MIB)  # 2 MiB are weights, steps and other programs
-    plan = plan_cache(config, _toy(1 << 20), 2, 1, room)
+    plan = plan_cache(config, _toy(1 << 20), two, 1, room)
     assert plan.num_blocks * plan.block_bytes == 4 * MIB
     assert "8192 KiB times 0.75" in plan.message
     assert "64 MiB of KV cache" in plan.warning
     with pytest.raises(NoMemoryError, match=r"try .*gpu_memory_utilization=0\.87"):
-        plan_cache(dataclasses.replace(config, max_model_len=80_000), _toy(80_000), 2, 1, room)
+        plan_cache(dataclasses.replace(config, max_model_len=80_000), _toy(80_000), two, 1, room)
 
 
 def test_bytes_count_before_a_share_and_main_memory_has_its_own() -> None:
     config = EngineConfig(model="m", gpu_memory_utilization=0.75, kv_cache_memory=MIB)
-    plan = plan_cache(config, _toy(1 << 20), 2, 1, Room(6 * MIB, 0.9, total=8 * MIB))
+    plan = plan_cache(config, _toy(1 << 20), two, 1, Room(6 * MIB, 0.9, total=8 * MIB))
     assert plan.num_blocks * plan.block_bytes == MIB
-    plan = plan_cache(dataclasses.replace(config, kv_cache_memory=None), _toy(1 << 20), 2, 1, Room(6 * MIB, 0.5))
+    plan = plan_cache(dataclasses.replace(config, kv_cache_memory=None), _toy(1 << 20), two, 1, Room(6 * MIB, 0.5))
     assert plan.num_blocks * plan.block_bytes == 3 * MIB

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -32,10 +33,12 @@ from candle_vllm.openai import (
     UnsupportedParameterError,
     parse_chat_request,
     parse_completion_request,
+    preparation,
     to_dict,
     to_json_bytes,
 )
-from candle_vllm.openai.protocol.fields import MAX_PROMPT_LOGPROBS
+from candle_vllm.openai import adapter as adapter_module
+from candle_vllm.openai.protocol.fields import MAX_LOGPROBS
 from tests.waiting import PATIENCE, until
 
 HI = [{"role": "user", "content": "hi"}]
@@ -409,16 +412,54 @@ async def test_logprobs_of_prompts_are_capped_together() -> None:
     def fields(tokens: int) -> dict[str, Any]:
         return {"prompt": [[97] * (tokens // 2)] * 2, "echo": True, "logprobs": 3, "n": 8, "max_tokens": 0}
 
-    most = MAX_PROMPT_LOGPROBS // 8 // 4
+    most = MAX_LOGPROBS // 8 // 4
     adapter = OpenAIAdapter(ScriptedEngine("a", max_model_len=1 << 20))
     await (await adapter.complete_stream(parse_completion_request(fields(most)))).aclose()
-    with pytest.raises(InvalidParameterError, match=rf"tokens x n x .* at most {MAX_PROMPT_LOGPROBS} are") as caught:
+    with pytest.raises(InvalidParameterError, match=rf"tokens x n x .* at most {MAX_LOGPROBS} are") as caught:
         await adapter.complete(parse_completion_request(fields(most + 2)))
     assert caught.value.param == "logprobs"
     with pytest.raises(InvalidParameterError) as caught:
         await adapter.chat(parse_chat_request({"messages": [{"role": "user", "content": "a" * 20_000}],
                                                "prompt_logprobs": 20}))  # fmt: skip
     assert caught.value.param == "prompt_logprobs"
+
+
+async def test_logprobs_of_answers_are_capped_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without max_tokens an answer ends where it would have too many."""
+    monkeypatch.setattr(preparation, "MAX_LOGPROBS", 48)
+    adapter = OpenAIAdapter(ScriptedEngine("abcdefghijklmnop"))
+    chat = {"messages": HI, "logprobs": True, "top_logprobs": 3, "n": 2}
+    completion = {"prompt": ["x", "y"], "logprobs": 3, "n": 2}
+    rows: Any = (
+        (adapter.chat, parse_chat_request, chat, 6), (adapter.complete, parse_completion_request, completion, 3),
+    )  # fmt: skip
+    for call, parse, fields, most in rows:
+        assert (await call(parse({**fields, "max_tokens": most}))).usage.completion_tokens == 12
+        with pytest.raises(InvalidParameterError, match=r"max_tokens x n x .* at most 48 are") as caught:
+            await call(parse({**fields, "max_tokens": most + 1}))
+        assert caught.value.param == "logprobs"
+    open_ended: Any = await adapter.chat(parse_chat_request(chat))
+    assert open_ended.usage.completion_tokens == 12
+    assert {choice.finish_reason for choice in open_ended.choices} == {"length"}
+    await adapter.chat(parse_chat_request({"messages": HI, "n": 2, "max_tokens": 100}))
+
+
+@pytest.mark.parametrize("call", ["chat", "complete"])
+async def test_long_answers_are_joined_beside_the_event_loop(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    joined = list[threading.Thread]()
+    name = {"chat": "join_chat", "complete": "join_completion"}[call]
+    join = getattr(adapter_module, name)
+
+    def spy(chunks: Any) -> Any:
+        joined.append(threading.current_thread())
+        return join(chunks)
+
+    monkeypatch.setattr(adapter_module, name, spy)
+    monkeypatch.setattr(adapter_module, "_MANY_CHUNKS", 5)
+    fields = {"messages": HI} if call == "chat" else {"prompt": "x"}
+    for text in ("a", "abcdefgh"):
+        await getattr(OpenAIAdapter(ScriptedEngine(text)), call)(fields)
+    assert [thread is threading.main_thread() for thread in joined] == [True, False]
 
 
 async def test_one_wrong_prompt_aborts_the_others() -> None:
@@ -539,3 +580,39 @@ async def test_texts_wait_for_no_images_that_are_decoded() -> None:
     finally:
         free.set()
     await asyncio.gather(*waiting)
+
+
+class Counting(ScriptedEngine):
+    """Counts the characters that it tokenizes; a run of 100 spaces is one token."""
+
+    characters = 0
+
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        self.characters += len(text)
+        return super().tokenize(text.replace(" " * 100, "_"), add_special_tokens)
+
+
+@pytest.mark.parametrize("character", ["a", "語"])
+async def test_prompts_that_are_too_long_are_not_tokenized_to_their_end(character: str) -> None:
+    engine = Counting(max_model_len=512)
+    adapter, text = OpenAIAdapter(engine), character * 1_000_000
+    message = {"messages": [{"role": "user", "content": text}]}
+    for work in (
+        partial(adapter.complete, {"prompt": text}),
+        partial(adapter.complete, {"prompt": ["a", text]}),
+        partial(adapter.chat, message),
+        partial(adapter.chat_events, message),
+    ):
+        engine.characters = 0
+        with pytest.raises(PromptTooLongError, match="has more than 512 tokens and the context is 512") as caught:
+            await work()
+        assert caught.value.param in ("prompt", "messages")
+        assert engine.characters < 20_000
+    assert (await adapter.tokenize({"prompt": text})).count == 1 + len(text.encode())  # what is only counted
+
+
+async def test_long_prompts_of_long_tokens_are_answered() -> None:
+    adapter = OpenAIAdapter(Counting("yes", max_model_len=512))
+    made = await adapter.complete({"prompt": " " * 40_000, "max_tokens": 5})
+    assert made.usage is not None
+    assert made.usage.prompt_tokens == 401

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import threading
 from array import array
+from functools import partial
 from typing import Any
 
 import openai.types as official
@@ -40,8 +43,11 @@ from candle_vllm.openai.embedding import (
     parse_rerank_request,
     parse_score_request,
 )
+from candle_vllm.openai.fair_threads import asker
 from candle_vllm.openai.protocol.embeddings import EmbeddingRequest
 from candle_vllm.openai.protocol.pooling import MAX_INPUTS, MAX_PAIRS, MAX_POOLED_TOKENS, POOLING_REFUSED_FIELDS
+from candle_vllm.openai.serving import WorkerThreads
+from tests.waiting import PATIENCE
 
 
 async def embed(engine: ScriptedEngine, **fields: Any) -> dict[str, Any]:
@@ -419,3 +425,50 @@ async def test_the_tokens_of_all_pairs_are_capped(monkeypatch: pytest.MonkeyPatc
     await rerank(ScriptedEngine(), query="ab", documents=["cd"] * 9)
     with pytest.raises(InvalidParameterError, match="more than 20 tokens"):
         await rerank(ScriptedEngine(), query="ab", documents=["cd", "ef", "gh", "ij", "kl", "mn"])
+
+
+@pytest.mark.parametrize("name", CALLS)
+async def test_one_key_has_half_of_the_threads_that_tokenize(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine has its own work done in these threads too."""
+    engine, begun, may_go = ScriptedEngine(), threading.Semaphore(0), threading.Event()
+    tokenize = engine.tokenize
+
+    def slow(text: str, add_special_tokens: bool = True) -> list[int]:
+        if asker.get() == "alice":
+            begun.release()
+            assert may_go.wait(PATIENCE)
+        return tokenize(text, add_special_tokens)
+
+    parse = {"embed": parse_embedding_request, "score": parse_score_request, "rerank": parse_rerank_request}[name]
+    work = WorkerThreads()
+    answer = partial(getattr(EmbeddingAdapter(engine, work=work), name), parse(CALLS[name][1]))
+    monkeypatch.setattr(engine, "tokenize", slow)
+
+    async def asked(who: str) -> Any:
+        asker.set(who)
+        return await answer()
+
+    alice = [asyncio.create_task(asked("alice")) for _ in range(4)]
+    for _ in range(2):
+        assert await asyncio.to_thread(begun.acquire, timeout=PATIENCE)
+    assert await asyncio.create_task(asked("bob"))
+    assert not begun.acquire(blocking=False)
+    may_go.set()
+    await asyncio.gather(*alice)
+    assert {call.apart for call in engine.pooling_calls} == {work.prepare}
+
+
+async def test_a_long_text_is_not_tokenized_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, longest = ScriptedEngine(max_model_len=512), 0
+    tokenize = engine.tokenize
+
+    def measured(text: str, add_special_tokens: bool = True) -> list[int]:
+        nonlocal longest
+        longest = max(longest, len(text))
+        return tokenize(text, add_special_tokens)
+
+    monkeypatch.setattr(engine, "tokenize", measured)
+    for call, fields in ((embed, {"input": "a" * 100_000}), (rerank, {"query": "a", "documents": ["a" * 100_000]})):
+        with pytest.raises(PromptTooLongError, match="more than 512 tokens"):
+            await call(engine, **fields)
+    assert longest <= 16_384

@@ -7,6 +7,8 @@ import contextlib
 import json
 import re
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -90,8 +92,43 @@ def test_the_number_of_values_is_capped_and_text_is_not(monkeypatch: pytest.Monk
 def test_only_what_stands_outside_of_strings_is_counted(value: object) -> None:
     bare = re.sub(r'"(?:[^"\\]|\\.)*"', "", text := json.dumps(value))
     for characters, pattern, _, _ in json_body._LIMITS:
-        found = sum(match.lastindex == 1 for match in pattern.finditer(text))
-        assert found == sum(map(bare.count, characters))
+        assert len([*json_body._outside(pattern, text)]) == sum(map(bare.count, characters))
+
+
+class Measured:
+    """A pattern, and how many characters each of its matches had."""
+
+    def __init__(self, pattern: re.Pattern[str], lengths: list[int]) -> None:
+        self._pattern, self._lengths = pattern, lengths
+
+    def finditer(self, *arguments: Any) -> Iterator[Any]:
+        return map(self._seen, self._pattern.finditer(*arguments))
+
+    def match(self, *arguments: Any) -> Any:
+        return self._seen(self._pattern.match(*arguments))
+
+    def _seen(self, match: Any) -> Any:
+        self._lengths.append(len(match.group()))
+        return match
+
+
+@pytest.mark.parametrize("inner", ["a", "\\[", "aaa[:,", "9"], ids=repr)
+@pytest.mark.parametrize("more", [0, 1])
+def test_long_texts_are_looked_through_in_pieces(monkeypatch: pytest.MonkeyPatch, inner: str, more: int) -> None:
+    """`re` lets other threads run between two matches alone."""
+    most = json_body._RUN * json_body._STEPS
+    long = inner * (3 * most // len(inner) + more)
+    for text in (f'[0,"{long}",{{"": "{long}"}}', f'["{long}', f'"{long}\\', f"{long if inner == '9' else ''}[:"):
+        bare = re.sub(r'"(?:[^"\\]|\\.)*("|\\?$)', "", text)
+        for characters, pattern, _, _ in json_body._LIMITS:
+            lengths = list[int]()
+            measured: Any = Measured(pattern, lengths)
+            with monkeypatch.context() as patched:
+                patched.setattr(json_body, "_REST", Measured(json_body._REST, lengths))
+                found = [match[1] for match in json_body._outside(measured, text)]
+            assert found == [each for each in bare if each in characters]
+            assert max(lengths) <= 2 * most + 2  # before a string, and of it
+            assert sum(lengths) == len(text)
 
 
 @pytest.mark.parametrize("body", ['"' + "," * 2_000_000, "," * 1_000_001 + " " * 1_000_000, '"' + "\\," * 1_000_001])

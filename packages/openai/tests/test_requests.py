@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -49,6 +50,24 @@ def refusal(parse: Any, **fields: Any) -> tuple[str | None, str]:
     with pytest.raises(RequestError) as caught:
         parse(**fields)
     return caught.value.param, str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "structural_tag", "structures": [], "triggers": [1] * 200_000}},
+        {"response_format": {"type": "structural_tag", "structures": [1] * 200_000, "triggers": []}},
+        {"metadata": {str(number): number for number in range(90_000)}},
+    ],
+    ids=["triggers", "structures", "metadata"],
+)
+def test_many_wrong_entries_are_not_all_listed(fields: dict[str, Any]) -> None:
+    """An error of each would keep the interpreter for a second and more."""
+    body = json.dumps({"messages": HI, **fields}).encode()
+    begun = time.process_time()
+    with pytest.raises(RequestError):
+        parse_chat_request(body)
+    assert time.process_time() - begun < 0.4
 
 
 @pytest.mark.parametrize(

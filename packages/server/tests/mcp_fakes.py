@@ -118,11 +118,15 @@ def _server(seen: Seen) -> MCPServer:
     return server
 
 
-def stdio_config(folder: Path, name: str = "numbers", **fields: Any) -> McpServerConfig:
-    """A server that writes its process id into `folder`/pid; all of its tools are approved."""
+def stdio_config(folder: Path, name: str = "numbers", *, sdk: bool = False, **fields: Any) -> McpServerConfig:
+    """A server that writes its process id into `folder`/pid; all of its tools are approved.
+
+    With `sdk`, it is the MCP SDK's own server, and else one in plain Python (`plain_mcp.py`).
+    """
     path = folder / "numbers_server.py"
     path.write_text(STDIO)
-    command = {"command": sys.executable, "args": [str(path), str(folder / "pid")]}
+    plain = ["-S", str(Path(__file__).with_name("plain_mcp.py")), str(folder / "pid"), "double", "die"]
+    command = {"command": sys.executable, "args": [str(path), str(folder / "pid")] if sdk else plain}
     return McpServerConfig(name=name, **{**command, "auto_approve": ["*"], **fields})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import openai
+from fastapi.routing import iter_route_contexts
 
 from candle_vllm.server.app import create_app
 from candle_vllm.server.http.tls import tls_context
@@ -20,10 +22,18 @@ from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.serve import bind, make_server
 from candle_vllm.server.settings import Settings
 from packages.server.tests.server_fakes import PacedEngine
+from tests.trusted import trusted
 from tests.waiting import skip, wait_for
 
 if TYPE_CHECKING:
     from candle_vllm.server.mcp.service import McpService
+
+
+def paths_of(app: Any, method: str) -> set[str]:
+    """Paths of all routes that take a method, with an x in the place of their parameters."""
+    contexts = [each for each in iter_route_contexts(app.routes) if method in (each.methods or ())]
+    assert len(contexts) > 15
+    return {re.sub(r"\{.*?\}", "x", each.path or "") for each in contexts}
 
 
 class Running:
@@ -48,10 +58,10 @@ class Running:
         self.wait_for(lambda: self.server.started)
 
     def http(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, **options)
+        return httpx.Client(**{"base_url": self.url, "timeout": 60, "trust_env": False, "verify": trusted(), **options})
 
     def openai(self, api_key: str = "none") -> openai.OpenAI:
-        http = openai.DefaultHttpxClient(trust_env=False)
+        http = openai.DefaultHttpxClient(trust_env=False, verify=trusted())
         client = openai.OpenAI(base_url=self.url + "/v1", api_key=api_key, max_retries=0, http_client=http)
         self._clients.append(client)
         return client

@@ -8,8 +8,6 @@ import os
 import pty
 import select
 import struct
-import subprocess
-import sys
 import termios
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +15,10 @@ from pathlib import Path
 
 import pyte
 
+from packages.server.tests.forks import Forked
+
 PROGRAM = """
 import sys
-sys.path.insert(0, {root!r})
 from packages.server.tests.server_fakes import PacedEngine
 from candle_vllm.server import cli
 from candle_vllm.server.commands import {command} as module
@@ -42,6 +41,10 @@ sys.exit(cli.main({arguments!r}))
 """
 
 
+ASKS = b"\x1b[6n"
+"""The program asks where the cursor is, behind what it has written so far."""
+
+
 class Terminal:
     """A command with a scripted engine, in a process of its own, on a terminal of `lines` and `columns`."""
 
@@ -56,7 +59,6 @@ class Terminal:
         columns: int = 80,
     ) -> None:
         code = PROGRAM.format(
-            root=str(Path(__file__).parents[3]),
             command=arguments[0],
             texts=list(texts),
             pause=pause,
@@ -65,19 +67,13 @@ class Terminal:
         self._ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         variables = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
-            cwd=folder,
-            env={**variables, "HOME": str(folder), "TERM": "xterm-256color", **(environment or {})},
-            preexec_fn=_take_terminal,
-        )
+        variables |= {"HOME": str(folder), "TERM": "xterm-256color", **(environment or {})}
+        self.process = Forked(code, (theirs, theirs, theirs), folder, variables)
         os.close(theirs)
         self.shown = ""
         self._screen = pyte.HistoryScreen(columns, lines, history=10_000)
         self._stream = pyte.ByteStream(self._screen)
+        self._rest = b""  # what may be the beginning of `ASKS`
 
     @property
     def screen(self) -> str:
@@ -124,10 +120,14 @@ class Terminal:
             data = os.read(self._ours, 65536)
         except OSError:  # the other side is closed
             return False
-        if b"\x1b[6n" in data:  # asks where the cursor is
-            os.write(self._ours, f"\x1b[{self._screen.cursor.y + 1};{self._screen.cursor.x + 1}R".encode())
         self.shown += data.decode("utf-8", "replace")
-        self._stream.feed(data)
+        *asked, rest = (self._rest + data).split(ASKS)
+        for before in asked:
+            self._stream.feed(before)
+            os.write(self._ours, f"\x1b[{self._screen.cursor.y + 1};{self._screen.cursor.x + 1}R".encode())
+        whole = len(rest) - next(size for size in range(len(ASKS) - 1, -1, -1) if rest.endswith(ASKS[:size]))
+        self._stream.feed(rest[:whole])
+        self._rest = rest[whole:]
         return True
 
     def type(self, text: str) -> None:
@@ -149,9 +149,3 @@ class Terminal:
 
     def _waits(self) -> bool:
         return bool(select.select([self._ours], [], [], 0.05)[0])
-
-
-def _take_terminal() -> None:
-    """The terminal is the process's own, so that Ctrl+C typed there is heard."""
-    os.setsid()
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)

@@ -23,6 +23,7 @@ from candle_vllm.server.cli import main
 from candle_vllm.server.commands import agent as agent_module
 from candle_vllm.server.commands.agent import AgentDisplay, TerminalApproval
 from candle_vllm.server.commands.changes import changes
+from packages.server.tests import mcp_fakes
 from packages.server.tests.server_fakes import PacedEngine
 from packages.server.tests.terminals import Terminal
 
@@ -53,9 +54,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def write_config(folder: Path, **more: object) -> None:
+def write_config(folder: Path, *tools: str, sdk: bool = False, **more: object) -> None:
+    """One server, in plain Python with the named tools, or with `sdk` the MCP SDK's own."""
     (folder / "server.py").write_text(SERVER)
-    entry = {"command": sys.executable, "args": [str(folder / "server.py")], **more}
+    plain = ["-S", str(Path(mcp_fakes.__file__).with_name("plain_mcp.py")), str(folder / "pid"), *(tools or ["double"])]
+    entry = {"command": sys.executable, "args": [str(folder / "server.py")] if sdk else plain, **more}
     (folder / "mcp.json").write_text(json.dumps({"mcpServers": {"numbers": entry}}))
 
 
@@ -73,7 +76,7 @@ DOUBLE = call_text("numbers__double", n=21)
 def test_a_request_is_carried_out(
     flags: Sequence[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_config(folder)
+    write_config(folder, sdk=flags == ["--yes"])
     engine = scripted(monkeypatch, "Let me see." + DOUBLE, "It is 42.")
     assert main(["agent", "--tool-parser", "hermes", *flags, "--system", "S", "--max-tokens", "99", "21 * 2?"]) == 0
     out, err = capsys.readouterr()
@@ -303,23 +306,8 @@ def test_ctrl_c_in_an_answer(folder: Path) -> None:
     assert "Traceback" not in terminal.shown
 
 
-WRITER = SERVER.replace(
-    """@server.tool()
-def double""",
-    """@server.tool()
-def write_file(path: str, content: str) -> str:
-    "Writes a file."
-    open(path, "w").write(content)
-    return "written"
-
-@server.tool()
-def double""",
-)
-
-
 def test_who_is_asked_sees_what_would_change_and_agrees_for_all_calls(folder: Path) -> None:
-    write_config(folder)
-    (folder / "server.py").write_text(WRITER)
+    write_config(folder, "write_file", "double")
     (folder / "notes.txt").write_text("first\nsecond\n")
     path = str(folder / "notes.txt")
     writes = [call_text("numbers__write_file", path=path, content=text) for text in ("first\nnew\n", "last\n")]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import httpx
+import msgspec
 import openai
 import pytest
 
@@ -23,6 +24,7 @@ from candle_vllm.core.errors import ConfigError, EngineOverloadedError
 from candle_vllm.server import Settings, create_app
 from candle_vllm.server.http import body as body_module
 from candle_vllm.server.http import protocol
+from candle_vllm.server.http.routing import NOBODY
 from candle_vllm.server.mailbox.options import MailboxOptions
 from candle_vllm.server.mailbox.service import Mailbox
 from candle_vllm.server.observing.request_log import log_formatter
@@ -34,6 +36,7 @@ from tests.waiting import PATIENCE, wait_for
 MESSAGES = [{"role": "user", "content": "Hi"}]
 CHAT = {"model": "scripted", "messages": MESSAGES}
 ENDLESS = {**CHAT, "max_tokens": 1_000_000, "ignore_eos": True}
+ENDLESS_TEXT = {"prompt": "Hi", "max_tokens": 1_000_000, "ignore_eos": True, "stream": True}
 PIECES = ["Hel", "lo ", "wörld", "!"]
 
 
@@ -285,14 +288,66 @@ def test_a_body_that_does_not_come_is_a_408(start, monkeypatch: pytest.MonkeyPat
     assert json.loads(body)["error"]["code"] == "request_timeout"
 
 
-def test_connections_are_counted(start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "MAX_CONNECTIONS", 1)
+@pytest.mark.parametrize("fast", [True, False])
+def test_connections_are_counted(start, monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    """A new one takes the place of one that says nothing, else of an idle one; those at work keep theirs."""
+    if not fast:
+        monkeypatch.setattr(protocol.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(protocol, "MAX_CONNECTIONS", 2)
+    running = start(PacedEngine("abc", pause=0.01, max_model_len=1 << 21))
+    with running.http() as client, client.stream("POST", "/v1/chat/completions", json={**ENDLESS, "stream": True}) as r:
+        chunks = r.iter_bytes()
+        next(chunks)
+        with socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE) as silent, running.http() as other:
+            running.wait_for(lambda: len(running.server.server_state.connections) == 2)
+            assert other.get("/health").status_code == 200
+            assert silent.recv(1) == b""
+            with running.http() as third, third.stream("POST", "/v1/completions", json={**ENDLESS_TEXT}) as answer:
+                assert answer.status_code == 200  # in the place of `other`, which is idle
+                with running.http() as fourth, pytest.raises(httpx.TransportError):
+                    fourth.get("/health")
+                next(chunks)
+                next(answer.iter_bytes())
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_who_begins_a_second_head_holds_no_place(start, monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    """A connection that has had an answer and sends one byte of its next head gives its place as a silent one does."""
+    if not fast:
+        monkeypatch.setattr(protocol.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(protocol, "MAX_CONNECTIONS", 4)
     running = start()
-    with running.http() as client:
-        assert client.get("/health").status_code == 200
-        with running.http() as other, pytest.raises(httpx.TransportError):
-            other.get("/health")
-        assert client.get("/health").status_code == 200
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            one = stack.enter_context(socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE))
+            one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert one.recv(1 << 16).startswith(b"HTTP/1.1 200")
+            one.sendall(b"G")
+        time.sleep(0.1)  # for the bytes to arrive
+        for _ in range(3):
+            with running.http() as client:
+                assert client.get("/health").status_code == 200
+
+
+def test_strangers_who_say_nothing_hold_no_place(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some heads are not whole within a second, while more than half of the connections are taken."""
+    monkeypatch.setattr(protocol, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(protocol, "CROWDED_SECONDS", 0.0)
+    running = start()
+    with contextlib.ExitStack() as stack:
+        silent = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", running.port), timeout=PATIENCE))
+            for _ in range(12)
+        ]
+        for connection in silent:
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(b"GET /health HTTP/1.1\r\nX: ")
+        with running.http() as client:
+            assert client.get("/health").status_code == 200
+        running.wait_for(lambda: len(running.server.server_state.connections) <= 5)
+        for connection in silent[:7]:
+            with contextlib.suppress(ConnectionError):
+                assert connection.recv(1) == b""
 
 
 def test_priority_needs_a_flag(start) -> None:
@@ -343,6 +398,113 @@ def test_overload_says_when_to_come_back(start) -> None:
         response = client.post("/v1/chat/completions", json={**CHAT, "stream": True})
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
     assert response.json()["error"]["code"] == "overloaded"
+
+
+def test_bodies_whose_requests_wait_for_their_turn_are_bounded(start) -> None:
+    engine = PacedEngine(PIECES, pause=0.05, max_model_len=1 << 24)
+    engine._info = msgspec.structs.replace(engine.model_info, max_num_seqs=1)  # one more waits in the engine
+    running = start(engine, max_held_mb=16)
+    held, size = running.server.config.app.state.held, 7 << 20
+    body = {**CHAT, "messages": [{"role": "user", "content": "x" * size}]}
+    with running.http() as client, contextlib.ExitStack() as streams:
+        for _ in range(2):
+            stream = client.stream("POST", "/v1/chat/completions", json={**ENDLESS, "stream": True})
+            assert streams.enter_context(stream).status_code == 200
+        with ThreadPoolExecutor(2) as pool:
+            waiting = [pool.submit(client.post, "/v1/chat/completions", json=body) for _ in range(2)]
+            running.wait_for(lambda: sum(held._by_key.values()) > 2 * (size - body_module.BIG_BODY))
+            refused = client.post("/v1/chat/completions", json=body)
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            assert "--max-held-mb" in refused.json()["error"]["message"]
+            streams.close()
+            assert [each.result().status_code for each in waiting] == [200, 200]
+    running.wait_for(lambda: not held._by_key)
+
+
+class SlowTokens(PacedEngine):
+    """Does not tokenize a long text before it may."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(PIECES, max_model_len=1 << 24, **options)
+        self.may_go = threading.Event()
+        self.begun = 0
+
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        if len(text) > 1 << 18:
+            self.begun += 1
+            assert self.may_go.wait(PATIENCE)
+        return super().tokenize(text, add_special_tokens)
+
+
+LONG = "x" * 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": LONG}),
+        ("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": LONG}]}),
+        ("/v1/completions", {"prompt": LONG, "max_tokens": 1}),
+        ("/v1/embeddings", {"input": LONG}),
+        ("/v1/messages/count_tokens", {"model": "x", "messages": [{"role": "user", "content": LONG}]}),
+        ("/v1/responses", {"input": LONG, "max_output_tokens": 16}),
+        ("/v1/responses", {"input": LONG, "max_output_tokens": 16, "background": True}),
+    ],
+)
+def test_bodies_count_until_their_prompts_are_made(start, path: str, body: Any) -> None:
+    engine = SlowTokens()
+    running = start(engine, max_held_mb=16)
+    held = running.server.config.app.state.held
+    with running.http() as client, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(client.post, path, json=body)
+        running.wait_for(lambda: engine.begun)
+        try:
+            assert sum(held._by_key.values()) > len(LONG) - body_module.BIG_BODY
+        finally:
+            engine.may_go.set()
+        assert asked.result().status_code == 200
+    running.wait_for(lambda: not held._by_key)
+
+
+def test_a_body_does_not_count_while_it_is_answered(start) -> None:
+    running = start(PacedEngine(PIECES, pause=0.05, max_model_len=1 << 24))
+    held = running.server.config.app.state.held
+    body = {**ENDLESS, "messages": [{"role": "user", "content": LONG}]}
+    with running.http() as client, client.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as got:
+        assert got.status_code == 200
+        assert not held._by_key
+
+
+@pytest.mark.parametrize("given", ["previous_response_id", "conversation", "reference"])
+def test_what_a_request_continues_counts_as_its_body_does(start, given: str) -> None:
+    engine = SlowTokens()
+    engine.may_go.set()
+    running = start(engine, max_held_mb=16)
+    held = running.server.config.app.state.held
+    with running.http() as client, ThreadPoolExecutor(1) as pool:
+        name = client.post("/v1/conversations", json={}).json()["id"]
+        kept = client.post("/v1/responses", json={"input": LONG, "max_output_tokens": 16, "conversation": name}).json()
+        items = client.get(f"/v1/responses/{kept['id']}/input_items").json()["data"]
+        body = {
+            "previous_response_id": {"input": "x", "previous_response_id": kept["id"]},
+            "conversation": {"input": "x", "conversation": name},
+            "reference": {"input": [{"type": "item_reference", "id": items[0]["id"]}]},
+        }[given]
+        running.wait_for(lambda: not held._by_key)
+        engine.may_go.clear()
+        engine.begun = 0
+        asked = pool.submit(client.post, "/v1/responses/input_tokens", json=body)
+        running.wait_for(lambda: engine.begun)
+        try:
+            assert sum(held._by_key.values()) > len(LONG) - body_module.BIG_BODY
+            held.add(NOBODY, rest := (16 << 20) - sum(held._by_key.values()))
+            refused = client.post("/v1/responses/input_tokens", json=body)
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            held.add(NOBODY, -rest)
+        finally:
+            engine.may_go.set()
+        assert asked.result().status_code == 200
+    running.wait_for(lambda: not held._by_key)
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("secret path /root"), "secret path /root"])

@@ -3,18 +3,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
-from collections.abc import Callable
+import socket
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import msgspec
 import openai
 import pytest
 
-from candle_vllm.server.batches import run, service
-from candle_vllm.server.batches.lines import PRIORITY
+from candle_vllm.openai import fair_threads
+from candle_vllm.openai.fair_threads import asker
+from candle_vllm.responses.store import sql
+from candle_vllm.responses.store.entries import Entry, EntryItem, NotStoredError, StoreFullError
+from candle_vllm.server.batches import lines, run, service, store
+from candle_vllm.server.batches.lines import PRIORITY, read_line
+from candle_vllm.server.kept_access import store_refusal
 from candle_vllm.server.routes.files import safe_name
 from packages.server.tests.running_server import Running
 from packages.server.tests.server_fakes import PacedEngine
@@ -27,6 +36,14 @@ URL = "/v1/completions"
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "RENEW_SECONDS", 0.05)
     monkeypatch.setattr(run, "FLUSH_SECONDS", 0.01)
+    for module in (run, lines):
+        monkeypatch.setattr(module, "read_line", _off_the_loop, raising=False)
+
+
+def _off_the_loop(data: bytes, endpoint: str | None = None) -> lines.Line:
+    with pytest.raises(RuntimeError, match="no running event loop"):
+        asyncio.get_running_loop()
+    return read_line(data, endpoint)
 
 
 def line(name: Any, url: str = URL, **body: Any) -> str:
@@ -49,6 +66,19 @@ def results(client: openai.OpenAI, file_id: str) -> dict[str, Any]:
     made = {each["custom_id"]: each for each in map(json.loads, lines)}
     assert len(made) == len(lines)
     return made
+
+
+def test_a_salt_in_a_batch_belongs_to_the_key_of_the_batch(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine("abc"), api_key=("one", "two"))
+    salts: list[str] = []
+    for key in ("one", "two"):
+        client = running.openai(key)
+        client.completions.create(model="default", prompt="hi", extra_body={"cache_salt": "mine"})
+        assert ended(client, begin(client, line("a", cache_salt="mine"))).status == "completed"
+        direct, batched = (each.params.cache_salt for each in running.engine.requests[-2:])
+        assert direct == batched != "mine"
+        salts.append(direct)
+    assert salts[0] != salts[1]
 
 
 def test_the_official_client_has_a_file_answered(start: Callable[..., Any]) -> None:
@@ -75,6 +105,87 @@ def test_the_official_client_has_a_file_answered(start: Callable[..., Any]) -> N
     assert client.files.delete(batch.input_file_id).deleted
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(batch.input_file_id)
+
+
+def test_a_file_that_is_deleted_while_it_is_read(
+    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The client sees a cut, and the log says why in a line."""
+    contents = store.BatchStore.contents
+
+    async def deleting(self: store.BatchStore, owner: str, file_id: str) -> Any:
+        async for part in contents(self, owner, file_id):
+            yield part
+            with contextlib.suppress(NotStoredError):
+                await self.delete_file(owner, file_id)
+
+    monkeypatch.setattr(store.BatchStore, "contents", deleting)
+    monkeypatch.setattr(store, "AT_ONCE", 1)
+    running = start(PacedEngine("abc"))
+    file = running.openai().files.create(file=("a.jsonl", b"x" * (store.PIECE + 1)), purpose="batch")
+    with running.http() as client, pytest.raises(httpx.RemoteProtocolError):
+        client.get(f"/v1/files/{file.id}/content")
+    running.stop()
+    [record] = [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    assert f"File with id {file.id!r} was not found" in record.getMessage()
+    assert not record.exc_info
+
+
+def test_downloads_hold_a_part_of_a_file_and_are_bounded(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine("abc"), api_key=("mine", "theirs"), max_held_mb=2, max_body_mb=1)
+    held, data = running.server.config.app.state.held, b"x" * (96 * store.PIECE)
+    mine, theirs = ({"authorization": f"Bearer {key}"} for key in ("mine", "theirs"))
+    path = f"/v1/files/{running.openai('mine').files.create(file=('a.jsonl', data), purpose='batch').id}/content"
+    with running.http() as client, contextlib.ExitStack() as reading:
+        for _ in range(4):
+            assert reading.enter_context(client.stream("GET", path, headers=mine)).status_code == 200
+        assert sum(held._by_key.values()) == 4 * store.PIECE
+        refused = client.get(path, headers=mine)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert client.get("/v1/files", headers=theirs).status_code == 200
+        reading.close()
+        running.wait_for(lambda: not held._by_key)
+        assert client.get(path, headers=mine).content == data
+
+
+async def test_few_bytes_of_a_file_are_read_at_a_time() -> None:
+    asked: list[int] = []
+
+    class Parts:
+        sizes = (*[10] * 40, *[store.PIECE] * 3, 10, 10)
+
+        async def parts(self, *what: Any) -> list[EntryItem]:
+            _, _, _, count, _, after = what
+            asked.append(count)
+            first = 0 if after is None else int(after) + 1
+            numbers = range(first, min(first + count, len(self.sizes)))
+            return [EntryItem(id=str(number), body=b"x" * self.sizes[number]) for number in numbers]
+
+    files = store.BatchStore(store.FileOptions("memory"))
+    files._backend = cast("Any", Parts())
+    assert [len(part.body) async for part in files.contents("", "f")] == list(Parts.sizes)
+    assert asked == [1, 2, 4, 8, 16, 16, 1]
+
+
+async def test_files_of_a_purpose_are_found_in_few_looks() -> None:
+    asked: list[int] = []
+
+    class Pages:
+        async def page(self, kind: str, owner: str, limit: int, after: str | None) -> list[Any]:
+            asked.append(limit)
+            first, about = int(after or 0), {"purpose": "batch", "filename": "f", "bytes": 1}
+            last = min(first + limit, 4500)
+            return [
+                Entry(kind=kind, owner=owner, id=str(n + 1), created=1, status="", about=about)
+                for n in range(first, last)
+            ]
+
+    files = store.BatchStore(store.FileOptions("memory"))
+    files._backend = cast("Any", Pages())
+    assert await files.files("", 1, None, "vision") == []
+    assert len(asked) == 5
+    assert len(await files.files("", 2, None, None)) == 2
+    assert asked[5:] == [2]
 
 
 def test_pages(start: Callable[..., Any]) -> None:
@@ -136,6 +247,53 @@ def test_a_line_without_end_is_refused(start: Callable[..., Any]) -> None:
     client = running.openai()
     batch = ended(client, begin(client, line("a", prompt="x" * (3 << 19))))
     assert [error.code for error in batch.errors.data] == ["line_too_long"]
+
+
+async def test_a_file_of_ends_of_lines_gives_others_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parts have nothing to wait for: all of them would be one turn of the event loop."""
+    parts, turns, over = 16, 0, False
+
+    class Parts:
+        async def contents(self, owner: str, file_id: str) -> AsyncGenerator[Any]:
+            del owner, file_id
+            for number in range(parts):
+                yield SimpleNamespace(body=b"\n" * 1000 + b"%d\n" % number)
+
+    async def others() -> None:
+        nonlocal turns
+        while not over:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def found() -> str:
+        return "file"
+
+    held: Any = SimpleNamespace(owner="", id="batch")
+    reader = run.BatchRun(cast("store.BatchStore", Parts()), held, 1 << 20, 1.0)
+    monkeypatch.setattr(reader, "_input", found)
+    beside = asyncio.create_task(others())
+    lines_found = [line async for lines in reader._lines() for line in lines]
+    over = True
+    await beside
+    assert lines_found == [(1001 * number + 1001, b"%d" % number) for number in range(parts)]
+    assert turns >= parts
+
+
+def test_big_lines_take_the_turn_of_big_bodies(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of the key whose batch it is, in every step."""
+    steps, turn = set[tuple[str, str]](), fair_threads._big.run
+
+    async def take_turn(work: Any, who: str | None, ended: Any) -> Any:
+        steps.add((work.func.__name__, asker.get() if who is None else who))
+        return await turn(work, who, ended)
+
+    monkeypatch.setattr(fair_threads._big, "run", take_turn)
+    running = start(PacedEngine("abc"), api_key=("one", "two"))
+    client = running.openai("two")
+    assert ended(client, begin(client, line("a"), line("b", user="x" * 100_000))).status == "completed"
+    names = {name for name, _ in steps}
+    assert names == {"split", "_check", "_off_the_loop", "parse_completion_request"}
+    assert {who for _, who in steps} == {"2"}
 
 
 def test_a_batch_is_cancelled_in_the_middle(start: Callable[..., Any]) -> None:
@@ -217,12 +375,119 @@ def test_an_input_that_is_gone_ends_its_batch(start: Callable[..., Any]) -> None
     assert [error.code for error in batch.errors.data] == ["input_file_gone"]
 
 
+# ---- several keys ----------------------------------------------------------------------------------------------------
+
+
+def test_one_key_has_half_of_the_batches(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sql, "ROWS_AT_ONCE", 2)  # more of one key wait than are looked at in one go
+    engine = PacedEngine("abc", pause=0.05)
+    engine._info = msgspec.structs.replace(engine.model_info, max_num_seqs=4)
+    running = start(engine, api_key=("alice", "bob"))
+    alice, bob = running.openai("alice"), running.openai("bob")
+    floods = [begin(alice, *(line(str(n)) for n in range(500))) for _ in range(6)]
+    wait_for(lambda: len(engine._live))
+    assert ended(bob, begin(bob, line("a"))).status == "completed"
+    states = [alice.batches.retrieve(batch.id).status for batch in floods]
+    assert sorted(states) == ["in_progress"] * 2 + ["validating"] * 4
+
+
+def test_lines_of_one_key_that_never_end_leave_places(start: Callable[..., Any]) -> None:
+    engine = PacedEngine(lambda prompt: "abc" if "short" in prompt else "abc" * 1000, pause=0.05)
+    engine._info = msgspec.structs.replace(engine.model_info, max_num_seqs=8)
+    running = start(engine, api_key=("alice", "bob"))
+    alice, bob = running.openai("alice"), running.openai("bob")
+    for _ in range(2):
+        begin(alice, *(line(str(n), max_tokens=3000) for n in range(50)))
+    wait_for(lambda: len(engine._live) == 2)  # half of the four places that lines have
+    assert ended(bob, begin(bob, line("a", prompt="short"))).status == "completed"
+    assert len(engine._live) == 2
+
+
+def test_one_key_has_half_of_the_store(start: Callable[..., Any]) -> None:
+    engine = PacedEngine("abc", pause=0.05)
+    engine._info = msgspec.structs.replace(engine.model_info, max_num_seqs=2)
+    running = start(engine, api_key=("alice", "bob"), files_max_mb=2, file_max_mb=2)
+    alice, bob = running.openai("alice"), running.openai("bob")
+
+    def keep(client: openai.OpenAI, size: int) -> str:
+        return client.files.create(file=("f", b"x" * size), purpose="batch").id
+
+    theirs = keep(bob, 900_000)
+    assert [keep(alice, 600_000) for _ in range(2)][1:] == [file.id for file in alice.files.list()]  # its own went
+    with pytest.raises(openai.APIStatusError, match="larger than 1 MB") as refused:
+        keep(alice, 3 << 19)
+    assert refused.value.status_code == 413
+    batch = begin(alice, *(line(str(n), prompt="x" * 9000) for n in range(60)))
+    wait_for(lambda: alice.batches.retrieve(batch.id).status == "in_progress")  # its input cannot make room now
+    with pytest.raises(openai.RateLimitError, match="Your half of the store of files is full") as full:
+        keep(alice, 700_000)
+    assert int(full.value.response.headers["retry-after"])
+    keep(bob, 100_000)
+    assert theirs in [file.id for file in bob.files.list()]  # and nothing of it has hurt another
+
+
+@pytest.mark.parametrize(("own", "status"), [(True, 429), (False, 503)])
+def test_who_finds_a_store_full_is_told_to_come_again(own: bool, status: int) -> None:
+    refusal = store_refusal(StoreFullError("Full.", own=own))
+    assert refusal is not None
+    assert (refusal.status, refusal.code, int(refusal.headers["retry-after"])) == (status, "store_limit", 30)
+
+
+def unfinished(running: Any, key: str, size: int) -> socket.socket:
+    """An upload whose last bytes do not come."""
+    head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Length: {size + 50}\r\n"
+    head += "Content-Type: multipart/form-data; boundary=a\r\n\r\n"
+    part = b'--a\r\ncontent-disposition: form-data; name="file"; filename="f"\r\n\r\n'
+    connection = socket.create_connection(("127.0.0.1", running.port), timeout=60)
+    connection.sendall(head.encode() + part + b"x" * (size - len(part)))
+    return connection
+
+
+def test_uploads_under_way_are_bounded(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine("abc"), api_key=("alice", "bob", "carol"), files_max_mb=2, file_max_mb=1)
+    batches, size = running.server.config.app.state.batches, (1 << 20) + service.FORM_OVERHEAD - 50
+    with running.http() as client:
+
+        def answer(key: str) -> httpx.Response:
+            return send(client, {}, file=b"x", key=key)
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(unfinished(running, "alice", size))
+            wait_for(lambda: batches._uploaded == size)
+            assert answer("alice").status_code == 429
+            assert "of one key that are under way may have 1 MB" in answer("alice").text
+            assert answer("bob").status_code == 200
+            beyond = (2 << 20) + service.FORM_OVERHEAD - size + 1
+            other = stack.enter_context(unfinished(running, "bob", beyond))
+            refused = other.recv(4096)
+            assert refused.startswith(b"HTTP/1.1 503 ")
+            assert b"retry-after: 30" in refused.lower()
+            assert answer("carol").status_code == 200
+        wait_for(lambda: not batches._uploads)  # who has gone counts no more
+        assert (batches._uploaded, answer("alice").status_code) == (0, 200)
+        with contextlib.ExitStack() as stack:
+            for _ in range(service.UPLOADS_OF_A_KEY):
+                stack.enter_context(unfinished(running, "alice", 1000))
+            wait_for(lambda: batches._uploaded == 1000 * service.UPLOADS_OF_A_KEY)
+            assert answer("alice").status_code == 429
+            assert "8 uploads of one key" in answer("alice").text
+            assert answer("bob").status_code == 200
+
+
+def test_an_upload_is_a_request_of_its_key(start: Callable[..., Any]) -> None:
+    running = start(PacedEngine("abc"), api_key=("alice", "bob"), requests_per_minute=1)
+    with running.http() as client:
+        codes = [send(client, {}, file=b"x", key=key).status_code for key in ("alice", "alice", "bob")]
+    assert codes == [200, 429, 200]
+
+
 # ---- forms -----------------------------------------------------------------------------------------------------------
 
 
 def send(client: httpx.Client, more: Any = None, **form: Any) -> httpx.Response:
     files = {"file": ("in.jsonl", form.pop("file"))} if "file" in form else {"unnamed": b""}
-    return client.post("/v1/files", data={"purpose": "batch"} | form | (more or {}), files=files)
+    headers = {"authorization": f"Bearer {form.pop('key', 'none')}"}
+    return client.post("/v1/files", data={"purpose": "batch"} | form | (more or {}), files=files, headers=headers)
 
 
 def test_what_is_no_upload_is_refused_by_name(start: Callable[..., Any]) -> None:

@@ -11,6 +11,8 @@ import openai
 import pytest
 
 from candle_vllm.core.errors import EngineOverloadedError
+from candle_vllm.openai.embedding import parse_embedding_request, parse_rerank_request, parse_score_request
+from candle_vllm.server.answering import texts_of
 from packages.server.tests.server_fakes import PacedEngine
 
 TEXTS = ["one", "two", "three and four"]
@@ -99,3 +101,20 @@ def test_a_client_that_leaves_cancels_the_call(start: Callable[..., Any]) -> Non
     running = start(Slow())
     running.leave("/v1/embeddings", {"model": "scripted", "input": "a"}, lambda: begun)
     running.wait_for(lambda: cancelled)
+
+
+@pytest.mark.parametrize(
+    ("parse", "fields"),
+    [
+        (parse_score_request, {"queries": "q", "items": ["a"] * 9}),
+        (parse_score_request, {"data_1": "q", "data_2": ["a"] * 9}),
+        (parse_score_request, {"text_1": ["q"] * 9, "text_2": ["a"] * 9}),
+        (parse_score_request, {"queries": "q", "documents": ["a"] * 9}),
+        (parse_rerank_request, {"query": "q", "documents": ["a"] * 9}),
+        (parse_embedding_request, {"input": ["a"] * 9}),
+        (parse_embedding_request, {"input": [[1]] * 9}),
+    ],
+)
+def test_every_text_of_a_request_is_a_sequence(parse: Any, fields: Any) -> None:
+    assert texts_of(parse(fields)) == 9
+    assert texts_of(parse_embedding_request({"input": [1] * 9})) == 1

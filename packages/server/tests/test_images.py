@@ -21,14 +21,15 @@ from PIL import Image
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.errors import EngineOverloadedError
 from candle_vllm.core.testing.toy_sight import write_toy_sight
+from candle_vllm.core.vision import fetching
 from candle_vllm.core.vision.fetching import MAX_HELD_BYTES, ImageSources
 from candle_vllm.core.vision.pictures import picture_of
-from candle_vllm.openai import preparation
 from candle_vllm.server import Settings
 from candle_vllm.server.models.catalogue import ModelEntry
 from candle_vllm.server.models.loader import ModelLoader
 from candle_vllm.server.observing.metrics import Observation
 from packages.server.tests.server_fakes import PacedEngine
+from tests.trusted import trusted
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)
 FILE = io.BytesIO()
@@ -72,7 +73,7 @@ def ask_responses(running: Any) -> tuple[str | None, int]:
 
 
 def ask_ollama(running: Any) -> tuple[str | None, int]:
-    with ollama.Client(host=running.url, trust_env=False, timeout=60) as client:
+    with ollama.Client(host=running.url, trust_env=False, timeout=60, verify=trusted()) as client:
         answer = client.chat("m", OLLAMA, options={"num_predict": 6, "temperature": 0})
     return answer.message.content, answer.prompt_eval_count or 0
 
@@ -145,7 +146,7 @@ def test_a_tools_result_may_be_an_image(start: Callable[..., Any]) -> None:
 def test_a_model_says_what_it_reads(start: Callable[..., Any]) -> None:
     for sees in (False, True):
         running = start(PacedEngine(sees=sees))
-        with running.http() as client, ollama.Client(host=running.url, trust_env=False) as other:
+        with running.http() as client, ollama.Client(host=running.url, trust_env=False, verify=trusted()) as other:
             card = client.get("/v1/models").json()["data"][0]
             assert card["modalities"] == (["text", "image"] if sees else ["text"])
             props = client.get("/props").json()
@@ -207,7 +208,7 @@ def test_images_are_fetched_where_the_operator_lists_their_host(start: Callable[
         site.shutdown()
 
 
-async def test_what_is_had_from_elsewhere_counts_for_all_models_together() -> None:
+async def test_images_count_for_all_models_together(monkeypatch: pytest.MonkeyPatch) -> None:
     async def stored(file_id: str, path: str) -> bytes:
         return FILE.getvalue()
 
@@ -215,13 +216,20 @@ async def test_what_is_had_from_elsewhere_counts_for_all_models_together() -> No
     load = ModelLoader(Observation(Settings()).metrics, lambda _: PacedEngine("Seen.", sees=True), images=images)
     models = [load(ModelEntry(name, Settings(model=name)), ()) for name in ("a", "b")]
     said: Any = {"messages": [{"role": "user", "content": [{"type": "input_image", "file_id": "file-1"}]}]}
+    here: Any = {"messages": OPENAI}
     images.count(MAX_HELD_BYTES)
     for model in models:
-        with pytest.raises(EngineOverloadedError, match="images that were fetched take 512 MB"):
-            await model.adapter.chat(said)
+        for request in (said, here):  # a file that came with its request as one that did not
+            with pytest.raises(EngineOverloadedError, match="image files of requests take 512 MB"):
+                await model.adapter.chat(request)
     images.count(-MAX_HELD_BYTES)
     for model in models:
         assert (await model.adapter.chat(said)).choices[0].message.content == "Seen."
+    assert not images._held
+    monkeypatch.setattr(fetching, "MAX_PREPARED_BYTES", 1)
+    for model in models:  # what the first one's request left counts for the second
+        with pytest.raises(EngineOverloadedError, match="the images of other requests take"):
+            await model.adapter.chat(here)
         model.watcher.close()
 
 
@@ -324,7 +332,7 @@ def test_a_small_model_sees_the_same_through_every_api(tmp_path: Path, start: Ca
 
 def test_an_answer_to_images_has_no_context_that_would_lack_them(start: Callable[..., Any]) -> None:
     running = start(PacedEngine("A picture.", sees=True))
-    with ollama.Client(host=running.url, trust_env=False, timeout=60) as client:
+    with ollama.Client(host=running.url, trust_env=False, timeout=60, verify=trusted()) as client:
         assert client.generate("m", "What?", images=[DATA]).context is None
         assert client.generate("m", "What?").context
 
@@ -332,7 +340,7 @@ def test_an_answer_to_images_has_no_context_that_would_lack_them(start: Callable
 def test_images_are_not_lost_where_there_is_no_template(start: Callable[..., Any]) -> None:
     running = start(PacedEngine("A picture.", has_chat_template=False))
     with (
-        ollama.Client(host=running.url, trust_env=False, timeout=60) as client,
+        ollama.Client(host=running.url, trust_env=False, timeout=60, verify=trusted()) as client,
         pytest.raises(ollama.ResponseError, match="images: the model has no chat template"),
     ):
         client.generate("m", "What?", images=[DATA])
@@ -356,8 +364,24 @@ def test_one_that_sees_says_where_images_stand(
     assert said in answer.json()["error"]["message"]
 
 
+def test_the_pixels_of_a_request_are_bounded(start: Callable[..., Any]) -> None:
+    file = io.BytesIO()
+    Image.new("1", (8192, 8192)).save(file, "PNG")  # 8 kB
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    large, small = ({"type": "image_url", "image_url": {"url": each}} for each in (url, URL))
+    engine = PacedEngine("I see.", sees=True)
+    with start(engine).http() as client:
+        answer = client.post(
+            "/v1/chat/completions", json={"messages": [{"role": "user", "content": [small] + [large] * 4}]}
+        )
+        assert answer.status_code == 400
+        assert "the images of a request may have 268435456 pixels in all" in answer.text
+        assert not engine.pictures  # none was decoded
+        assert client.post("/v1/chat/completions", json={"messages": OPENAI}).status_code == 200
+
+
 def test_images_that_wait_are_bounded(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "MAX_HELD_IMAGES", PIXELS.nbytes + 10)
+    monkeypatch.setattr(fetching, "MAX_PREPARED_BYTES", PIXELS.nbytes + 10)
     engine = PacedEngine("I see.", sees=True)
     with start(engine).http() as client:
         assert client.post("/v1/chat/completions", json={"messages": OPENAI}).status_code == 200

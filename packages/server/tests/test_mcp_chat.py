@@ -113,7 +113,7 @@ def test_a_prompt_that_the_tools_make_too_long_says_so(start_mcp: Start, web: An
 
 
 def test_servers_end_with_the_application(start_mcp: Start, tmp_path: Path) -> None:
-    running = start_mcp(PacedEngine(), [stdio_config(tmp_path)])
+    running = start_mcp(PacedEngine(), [stdio_config(tmp_path, sdk=True)])
     pid = int((tmp_path / "pid").read_text())
     assert is_alive(pid)
     running.stop()

@@ -43,7 +43,7 @@ def series(text: str, name: str) -> dict[str, float]:
 
 def test_a_whole_answer(start_mcp: Start, tmp_path: Path) -> None:
     engine = PacedEngine(turns("Let me see." + DOUBLE, "It is 42."), num_cached_tokens=3)
-    running = start_mcp(engine, [stdio_config(tmp_path)], execute=True)
+    running = start_mcp(engine, [stdio_config(tmp_path, sdk=True)], execute=True)
     answer = ask(running.openai(), max_tokens=500)
     (choice,) = answer.choices
     assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == ("It is 42.", None, "stop")

@@ -15,13 +15,14 @@ from candle_vllm.server import Settings
 from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.manager import ModelManager
 from packages.server.tests.server_fakes import FakeLoader, PacedEngine
+from tests.trusted import trusted
 
 ASK: dict[str, Any] = {"max_tokens": 50, "messages": [{"role": "user", "content": "Hi"}], "model": "scripted"}
 
 
 @contextmanager
 def _client(running: Any, key: str = "none") -> Iterator[anthropic.Anthropic]:
-    http = anthropic.DefaultHttpxClient(trust_env=False)
+    http = anthropic.DefaultHttpxClient(trust_env=False, verify=trusted())
     with anthropic.Anthropic(base_url=running.url, api_key=key, max_retries=0, http_client=http) as client:
         yield client
 

@@ -27,6 +27,7 @@ from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.switcher import ManagerLimits, NoRoomError
 from packages.server.tests.server_fakes import FakeLoader
+from tests.trusted import trusted
 from tests.waiting import wait_for
 
 
@@ -250,7 +251,7 @@ def test_a_request_has_a_deadline(start) -> None:
 
 def test_the_list_for_anthropic_s_clients(start) -> None:
     running = start(_manager(FakeLoader()))
-    http = anthropic.DefaultHttpxClient(trust_env=False)
+    http = anthropic.DefaultHttpxClient(trust_env=False, verify=trusted())
     with anthropic.Anthropic(base_url=running.url, api_key="none", http_client=http) as client:
         assert [model.id for model in client.models.list()] == ["small", "tiny", "org/large", "broken"]
         model = client.models.retrieve("tiny")

@@ -27,6 +27,7 @@ from candle_vllm.server.routes.ollama_library import refuse_open_changes
 from candle_vllm.server.serve import bind, bind_second, make_server
 from candle_vllm.server.settings.options import UsageError
 from packages.server.tests.server_fakes import FakeLoader, PacedEngine
+from tests.trusted import trusted
 from tests.waiting import wait_for
 
 HI: list[Any] = [{"role": "user", "content": "Hi"}]
@@ -49,7 +50,7 @@ def weather(city: str) -> str:
 
 @contextmanager
 def client_of(running: Any, **options: Any) -> Iterator[ollama.Client]:
-    with ollama.Client(host=running.url, trust_env=False, timeout=20, **options) as client:
+    with ollama.Client(host=running.url, trust_env=False, timeout=20, verify=trusted(), **options) as client:
         yield client
 
 
@@ -463,7 +464,7 @@ def test_ollama_s_own_port() -> None:
     try:
         wait_for(lambda: server.started)
         own, usual = (f"http://127.0.0.1:{each}" for each in (port, first.getsockname()[1]))
-        with httpx.Client(trust_env=False, headers={"authorization": "Bearer right"}) as client:
+        with httpx.Client(trust_env=False, verify=trusted(), headers={"authorization": "Bearer right"}) as client:
             assert client.get(own).text == "Ollama is running"
             assert client.head(own).status_code == 200
             assert client.get(usual).json()["name"] == "candle-vllm"

@@ -8,12 +8,14 @@ import json
 import re
 import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from candle_vllm.core.testing.scripted_engine import ScriptedEngine
+from packages.server.tests.running_server import paths_of
 from packages.server.tests.server_fakes import PacedEngine
 
 MARKS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
@@ -82,6 +84,20 @@ def test_what_the_server_was_started_with_has_no_secrets(start: Callable[..., An
         assert answer.json()["vllm_config"]["request_timeout"] == 77
         assert answer.json()["vllm_config"]["api_key"] == ["***"]
         assert "secret" not in answer.text.replace("secret-key", "")
+
+
+def test_no_route_shows_the_secrets_of_an_address(start: Callable[..., Any], tmp_path: Path) -> None:
+    address = "https://user:HIDDENWORD@h.example/{name}.tar.gz?sig=HIDDENWORD#HIDDENWORD"
+    running = start(
+        PacedEngine(), model=address.replace("{name}", "m"), lora_resolver=("tar=" + address,), enable_lora=True,
+        lora_modules=("poems=" + address,), lora_cache_dir=tmp_path / "c", mcp_args="--token HIDDENWORD",
+    )  # fmt: skip
+    with running.http() as client:
+        told = client.get("/server_info").json()["vllm_config"]
+        assert told["model"] == "https://h.example/m.tar.gz"
+        assert told["lora_resolver"] == ["tar=https://h.example/{name}.tar.gz"]
+        for path in sorted(paths_of(running.server.config.app, "GET")):
+            assert "HIDDENWORD" not in client.get(path).text, path
 
 
 def test_a_template_is_what_a_chat_request_begins_with(start: Callable[..., Any]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from socket import create_connection
@@ -15,10 +17,13 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from candle_vllm.server.http.body import BIG_BODY
+from candle_vllm.server.http.routing import NOBODY
+from candle_vllm.server.routes import responses_socket
 from packages.server.tests.running_server import Running
 from packages.server.tests.server_fakes import PacedEngine
 from tests.response_judges import judge_events
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE, wait_for
 
 ENDS = ("response.completed", "response.failed", "response.incomplete")
 SLOW = {"pause": 0.02}
@@ -223,6 +228,75 @@ def test_too_many_messages_at_once_end_the_connection(start: Callable[..., Runni
         with pytest.raises(ConnectionClosed, match="1008"):
             socket.recv(timeout=60)
     wait_for(lambda: server.engine.aborted)
+
+
+def test_bytes_of_waiting_messages_end_the_connection(start: Callable[..., Running]) -> None:
+    """However few the messages are; one is counted by its bytes, though a str of it has four for a character."""
+    server = start(PacedEngine("x" * 2000, **SLOW))
+    held = server.server.config.app.state.held  # type: ignore[union-attr]
+    with opened(server) as socket:
+        send(socket)
+        socket.recv(timeout=60)
+        socket.send(json.dumps({"type": "response.create", "input": "😀" + "a" * (7 << 20)}, ensure_ascii=False))
+        send(socket, "b" * (7 << 20))
+        wait_for(lambda: sum(held._by_key.values()) > 13 << 20)
+        assert sum(held._by_key.values()) < 15 << 20
+        with contextlib.suppress(ConnectionClosed):
+            send(socket, "c" * (7 << 20))
+        assert answer(socket)[-1]["error"]["code"] == "too_many_messages"
+        with pytest.raises(ConnectionClosed, match="1008"):
+            socket.recv(timeout=60)
+    wait_for(lambda: not held._by_key)
+
+
+def test_a_message_for_which_there_is_no_memory_is_refused_in_its_turn(start: Callable[..., Running]) -> None:
+    server = start(PacedEngine("x" * 20, **SLOW), max_held_mb=1, max_body_mb=1)
+    held = server.server.config.app.state.held  # type: ignore[union-attr]
+    held.add(NOBODY, (2 << 20) - 10)
+    with opened(server) as socket:
+        send(socket)
+        socket.recv(timeout=60)
+        send(socket, " " * (BIG_BODY + 100))
+        send(socket)
+        assert answer(socket)[-1]["type"] == "response.completed"
+        ends = [answer(socket)[-1] for _ in range(2)]
+    assert [end.get("status") for end in ends] == [503, None]
+    assert ends[0]["error"]["code"] == "overloaded"
+    assert ends[1]["type"] == "response.completed"
+    held.add(NOBODY, 10 - (2 << 20))
+    wait_for(lambda: not held._by_key)
+
+
+def test_a_message_counts_until_it_is_parsed_and_is_let_go_of_then(
+    start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start(PacedEngine("x" * 2000, pause=0.5))
+    held = server.server.config.app.state.held  # type: ignore[union-attr]
+    parse, may_end, messages = responses_socket._request_of, threading.Event(), list[bytes]()
+
+    def waiting(message: bytes) -> Any:
+        messages.append(message)
+        assert may_end.wait(PATIENCE)
+        return parse(message)
+
+    monkeypatch.setattr(responses_socket, "_request_of", waiting)
+    request = {"type": "response.create", "model": "scripted", "input": "Hi", "store": False}
+    text = json.dumps(request) + " " * (1 << 20)
+    alone = [bytes(1000)]
+    with opened(server) as stays:
+        with opened(server) as leaves:
+            leaves.send(text)
+            wait_for(lambda: messages)
+            stays.send(text)  # which waits for its turn to be parsed
+            wait_for(lambda: sum(held._by_key.values()) > 15 << 17)
+        wait_for(lambda: len(server.server.server_state.tasks) == 1)
+        assert sum(held._by_key.values()) > 15 << 17  # the thread of the one that left has its message
+        may_end.set()
+        assert json.loads(stays.recv(timeout=60))["type"] == "response.created"
+        wait_for(lambda: not held._by_key)
+        for _ in range(2):
+            message = [messages.pop(0)]
+            wait_for(lambda message=message: sys.getrefcount(message[0]) == sys.getrefcount(alone[0]))
 
 
 def test_a_drain_finishes_the_response_and_closes_idle_connections(start: Callable[..., Running]) -> None:

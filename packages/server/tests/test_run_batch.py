@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from candle_vllm.server.adapters import fetching
 from candle_vllm.server.batches.lines import (
     PRIORITY,
     LineError,
@@ -153,6 +154,7 @@ class Shelf:
         self.files: dict[str, bytes] = {}
         self.statuses: list[int] = []  # of the next requests; 200 behind them
         self.asked: list[str] = []
+        self.encoding = "identity"
         shelf = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -172,6 +174,7 @@ class Shelf:
                 if 300 <= status < 400:
                     self.send_header("location", "/elsewhere")
                 self.send_header("content-length", str(len(body)))
+                self.send_header("content-encoding", shelf.encoding)
                 self.end_headers()
                 self.wfile.write(body)
 
@@ -240,6 +243,14 @@ def test_an_address_that_cannot_be_read(
     monkeypatch.setattr(module, "MAX_INPUT_MB", 1)
     assert main(["run-batch", "-i", f"{shelf.url}/in", "-o", "out"]) == 2
     assert "is larger than 1 MB" in capsys.readouterr().err
+    with monkeypatch.context() as patched:
+        patched.setattr(fetching, "_BEGINNING", -1.0)
+        patched.setattr(fetching, "_SLOWEST", 1 << 50)
+        assert main(["run-batch", "-i", f"{shelf.url}/in", "-o", "out"]) == 2
+    assert "bytes of it come in a second" in capsys.readouterr().err
+    shelf.encoding = "zstd"
+    assert main(["run-batch", "-i", f"{shelf.url}/in", "-o", "out"]) == 2
+    assert "is compressed otherwise than by gzip" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

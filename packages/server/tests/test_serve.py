@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import httpx
 import msgspec
@@ -27,12 +29,13 @@ from candle_vllm.server.serve import banner, bind, serve
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.configuration import Configuration
 from candle_vllm.server.settings.options import UsageError
+from packages.server.tests.forks import Forked
 from packages.server.tests.server_fakes import FakeLoader, PacedEngine
 from tests.waiting import wait_for
 
 ROOT = str(Path(__file__).parents[3])
 SCRIPT = """
-import sys
+import logging, sys
 sys.path.insert(0, {root!r})
 from packages.server.tests.server_fakes import PacedEngine
 from candle_vllm.server import serve
@@ -45,6 +48,10 @@ class Loader(serve.ModelLoader):
     def __call__(self, entry, beside):
         return serve_engine(engine, entry, self._metrics)
 serve.ModelLoader = Loader
+class Hurry(logging.Handler):
+    def emit(self, record):
+        engine.pause = {hurried}
+logging.getLogger("candle_vllm.server.drain").addHandler(Hurry())
 status = main({arguments!r})
 sys.stderr.write("aborted %d closed %s\\n" % (len(engine.aborted), engine.closed))
 sys.exit(status)
@@ -165,24 +172,34 @@ def test_the_banner_says_where_and_what() -> None:
 
 
 @contextmanager
-def _process(*arguments: str, pieces: int = 50, cwd: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server process on a scripted engine, and its base URL."""
-    script = SCRIPT.format(root=ROOT, pieces=pieces, arguments=["--p", "0", *arguments])
-    command = [sys.executable, "-c", script]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd) as process:
+def _process(
+    *arguments: str, pieces: int = 50, hurried: float = 0.02, cwd: Path
+) -> Iterator[tuple[Forked, IO[str], str]]:
+    """A server process on a scripted engine, its standard error, and its base URL.
+
+    `hurried` is the engine's pause in seconds once the server says that it waits for answers; before, it is 0.02.
+    """
+    script = SCRIPT.format(root=ROOT, pieces=pieces, hurried=hurried, arguments=["--p", "0", *arguments])
+    (out, write_out), (error, write_error) = os.pipe(), os.pipe()
+    with open(out) as stdout, open(error) as stderr:
         try:
-            assert process.stdout is not None
+            with open(os.devnull) as nothing:
+                process = Forked(script, (nothing.fileno(), write_out, write_error), cwd, os.environ)
+        finally:
+            os.close(write_out)
+            os.close(write_error)
+        try:
             url = ""
-            for line in process.stdout:
+            for line in stdout:
                 if line.startswith("address"):
                     url = line.split()[1]
                 if line.startswith("Ctrl+C"):
                     break
-            assert url, process.stderr.read() if process.stderr else ""
-            yield process, url
+            assert url, stderr.read()
+            yield process, stderr, url
         finally:
-            if process.poll() is None:
-                process.kill()
+            process.kill()
+            process.wait()
 
 
 def _client(url: str) -> httpx.Client:
@@ -202,7 +219,7 @@ def _wait_until_served(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_the_stream_finish(tmp_path: Path, number: signal.Signals) -> None:
-    with _process(cwd=tmp_path) as (process, url), _client(url) as client:
+    with _process(pieces=2000, hurried=0, cwd=tmp_path) as (process, err, url), _client(url) as client:
         _wait_until_served(client)
         with client.stream("POST", "/v1/chat/completions", json=BODY) as response:
             lines = response.iter_lines()
@@ -211,8 +228,7 @@ def test_a_signal_lets_the_stream_finish(tmp_path: Path, number: signal.Signals)
             rest = "".join(lines)
         assert rest.endswith("data: [DONE]")
         assert process.wait(60) == 0
-        assert process.stderr is not None
-        said, stopped, ended = process.stderr.read().splitlines()
+        said, stopped, ended = err.read().splitlines()
         assert stopped.endswith(": stopped")
         again = "Ctrl+C again to stop now" if number == signal.SIGINT else "a second signal stops at once"
         assert said.endswith(f"finishing 1 request, up to 30 s; {again}")
@@ -220,7 +236,7 @@ def test_a_signal_lets_the_stream_finish(tmp_path: Path, number: signal.Signals)
 
 
 def test_the_drain_has_a_limit(tmp_path: Path) -> None:
-    with _process("--shutdown-timeout", "1", pieces=5000, cwd=tmp_path) as (process, url), _client(url) as client:
+    with _process("--shutdown-timeout", "1", pieces=5000, cwd=tmp_path) as (process, err, url), _client(url) as client:
         _wait_until_served(client)
         with client.stream("POST", "/v1/chat/completions", json=BODY) as response:
             chunks = response.iter_bytes()
@@ -231,8 +247,7 @@ def test_the_drain_has_a_limit(tmp_path: Path) -> None:
             assert process.wait(60) == 0
             assert time.monotonic() - begin > 0.9
         assert '"code":"request_aborted"' in rest.split("data: ")[-1]
-        assert process.stderr is not None
-        log = process.stderr.read()
+        log = err.read()
         assert log.endswith("aborted 1 closed True\n")
         assert "Traceback" not in log
         assert "running task" not in log
@@ -241,25 +256,22 @@ def test_the_drain_has_a_limit(tmp_path: Path) -> None:
 
 def test_a_second_signal_does_not_wait_and_the_unix_socket_goes(tmp_path: Path) -> None:
     path = tmp_path / "s.sock"
-    with _process("--h", f"unix://{path}", pieces=5000, cwd=tmp_path) as (process, url), _client(url) as client:
+    with _process("--h", f"unix://{path}", pieces=5000, cwd=tmp_path) as (process, err, url), _client(url) as client:
         _wait_until_served(client)
         with client.stream("POST", "/v1/chat/completions", json=BODY) as response:
             chunks = response.iter_bytes()
             next(chunks)
             process.send_signal(signal.SIGTERM)
-            assert process.stderr is not None
-            assert process.stderr.readline().endswith(
-                "finishing 1 request, up to 30 s; a second signal stops at once\n"
-            )
+            assert err.readline().endswith("finishing 1 request, up to 30 s; a second signal stops at once\n")
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
-            second, _, _ = process.stderr.read().splitlines()
+            second, _, _ = err.read().splitlines()
             assert second.endswith("stopping now: what still ran is cut off")
     assert not path.exists()
 
 
 def test_a_whole_answer_that_is_cut_off_is_a_503(tmp_path: Path) -> None:
-    with _process("--shutdown-timeout", "0", pieces=5000, cwd=tmp_path) as (process, url), _client(url) as client:
+    with _process("--shutdown-timeout", "0", pieces=5000, cwd=tmp_path) as (process, _, url), _client(url) as client:
         _wait_until_served(client)
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(client.post, "/v1/chat/completions", json={**BODY, "stream": False})
@@ -272,7 +284,9 @@ def test_a_whole_answer_that_is_cut_off_is_a_503(tmp_path: Path) -> None:
 
 def test_a_mailbox_that_cannot_be_opened_is_a_users_error(tmp_path: Path) -> None:
     (tmp_path / "m.sqlite").write_bytes(b"garbage" * 500)
-    script = SCRIPT.format(root=ROOT, pieces=1, arguments=["--p", "0", "--mailbox", f"sqlite:///{tmp_path}/m.sqlite"])
+    script = SCRIPT.format(
+        root=ROOT, pieces=1, hurried=0, arguments=["--p", "0", "--mailbox", f"sqlite:///{tmp_path}/m.sqlite"]
+    )
     ended = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False
     )
@@ -285,10 +299,10 @@ def test_a_mailbox_that_cannot_be_opened_is_a_users_error(tmp_path: Path) -> Non
 def test_a_signal_lets_what_is_kept_for_a_client_that_left_be_completed(tmp_path: Path) -> None:
     mailbox = ("--mailbox", f"sqlite:///{tmp_path}/m.sqlite")
     body, headers = {**BODY, "request_id": "k"}, {"x-mailbox-mode": "on_disconnect"}
-    with _process(*mailbox, cwd=tmp_path) as (process, url), _client(url) as client:
+    with _process(*mailbox, cwd=tmp_path) as (process, _, url), _client(url) as client:
         with client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as response:
             next(response.iter_bytes())
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-    with _process(*mailbox, cwd=tmp_path) as (_, url), _client(url) as client:
+    with _process(*mailbox, cwd=tmp_path) as (_, _, url), _client(url) as client:
         assert client.get("/v1/mailbox/chatcmpl-k").json()["status"] == "completed"

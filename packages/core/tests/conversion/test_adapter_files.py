@@ -115,7 +115,10 @@ def test_merged_matrices_are_quantised_once(tmp_path: Path, words: Path) -> None
         ("Phi-3", {}),
         ("Mixtral", EXPERTS),
         *every(
-            *[(name, {}) for name in ("Qwen2", "Gemma-3", "GLM-4", "SmolLM3", "Ministral 3", "Phi-2", "StableLM")],
+            *[
+                (name, {})
+                for name in ("Qwen2", "Gemma-3", "GLM-4", "SmolLM3", "Ministral 3", "Phi-2", "StableLM", "Qwen3.5")
+            ],
             *[(name, EXPERTS) for name in ("Qwen3-MoE", "gpt-oss", "GLM-4-MoE")],
             ("DeepSeek-V3", EXPERTS | {"target_modules": ["q_a_proj", "q_b_proj", "o_proj", "kv_a_proj_with_mqa"]}),
         ),

@@ -124,6 +124,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "dense layers": ("Qwen3-MoE", {"decoder_sparse_step": 2}, "layers without experts"),
     "sparse steps": ("Qwen2-MoE sparse steps", {}, "layers without experts, no norm_topk_prob true"),
     "scores": ("Qwen3-MoE", {"norm_topk_prob": False}, "norm_topk_prob false"),
+    "convolutions": ("LFM2 biases", {}, r"shortconv\.in_proj\.bias, .* no shortconv\.out_proj\.bias"),
 }
 
 
@@ -138,6 +139,17 @@ def test_numbers_that_llama_cpp_divides_by(tmp_path: Path, words: Path) -> None:
     folder = made("Gemma-2", tmp_path / "m", attn_logit_softcapping=None)
     with pytest.raises(UnsupportedModelError, match=r"gemma2 divides by attn_logit_softcapping, and"):
         written(folder, words)
+
+
+def test_scores_that_lfm2moe_has_no_keys_for(tmp_path: Path, words: Path) -> None:
+    folder = made("LFM2-MoE", tmp_path / "plain", use_expert_bias=False)
+    with pytest.raises(
+        UnsupportedModelError, match=r"lfm2moe wants a bias of experts' scores, and this model has none$"
+    ):
+        written(folder, words)
+    for setting in ({"routed_scaling_factor": 1.7}, {"norm_topk_prob": False}):
+        with pytest.raises(UnsupportedModelError, match=r"lfm2moe has no way to say this model's mixture$"):
+            written(made("LFM2-MoE", tmp_path / next(iter(setting)), **setting), words)
 
 
 def test_numbers_beyond_their_type(tmp_path: Path, words: Path) -> None:

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -25,12 +26,13 @@ from candle_vllm.core.engine.batch import BatchBuilder
 from candle_vllm.core.engine.build import build_engine
 from candle_vllm.core.engine.engine import Engine
 from candle_vllm.core.engine.request import GenerationRequest
-from candle_vllm.core.engine.sequence import Run
+from candle_vllm.core.engine.sequence import Run, RunState
 from candle_vllm.core.engine.sequence import Sequence as Tokens
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter, PackedAdapter
 from candle_vllm.core.kernels.lora.reference import decoded, quantised
 from candle_vllm.core.kernels.plain_linear import pack, unpack
 from candle_vllm.core.layers.adapters import number_places
+from candle_vllm.core.loading.cache_specs import states
 from candle_vllm.core.loading.weights import layer_at
 from candle_vllm.core.quantization.plain import read_plain
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_gguf, write_toy_model
@@ -70,6 +72,9 @@ class Served:
         builder = BatchBuilder(BLOCK, runner.step_memory)
         for first, last in ((0, start), (start, None)) if start else ((0, None),):
             runs = [Run.next(made, (last or len(made.tokens)) - first) for made in sequences]
+            if states(self.loaded.config.cache_specs):
+                places = [RunState(slot, slot if first else -1) for slot in range(len(runs))]
+                runs = [msgspec.structs.replace(run, state=place) for run, place in zip(runs, places)]
             batch = builder.build(runs)
             runner.forward(batch, ())
             for made, run in zip(sequences, runs):

@@ -146,7 +146,7 @@ class SharedLazyStream(LazyStream):
 def test_blocks_of_a_device_come_back_from_main_memory(model: Path, tmp_path: Path, graphs: bool) -> None:
     """A GPU's runner, on a stream that is as late as a GPU may be; its cache has few blocks, which others take."""
     loaded = load_model(EngineConfig(model=str(model), enforce_eager=True), CPU, lambda *_: None)
-    host = HostBlocks(1 << 20, 2 * 2 * SIZE * loaded.config.cache.kv_heads * 32 * 4)
+    host = HostBlocks(1 << 20, 2 * 2 * SIZE * loaded.config.num_kv_heads * 32 * 4)
     engine = on_a_device(loaded, host, graphs)
     right = answer(engine)
     for number in range(4):
@@ -400,6 +400,40 @@ def test_one_that_lies_costs_a_computation_alone(model: Path, lie: str, monkeypa
                 assert answer(engine, [8, *PROMPT], "other")
             assert engine.stats().cached_prompt_tokens == 0
         listener.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("lie", ["announced", "lines", "drip"])
+def test_an_answer_has_bytes_and_time_as_a_whole(lie: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of 1,000 bytes: 1.5 GB that are announced and sent, a list without end, and a byte now and then."""
+    monkeypatch.setattr(redis_blocks, "TIMEOUT", 0.3 if lie == "drip" else PATIENCE)
+    over, sent = threading.Event(), [0]
+    first = {"announced": b"$1500000000\r\n", "lines": b"*100000000\r\n", "drip": b"$1040\r\n"}[lie]
+    piece = {"announced": bytes(1 << 16), "lines": b":1\r\n" * 10_000, "drip": b"x"}[lie]
+
+    def serve(connection: socket.socket) -> None:
+        with suppress(OSError), connection:
+            while asked := connection.recv(1 << 16):
+                if b"GETRANGE" not in asked:
+                    connection.sendall(b":1\r\n" * asked.count(b"*"))
+                    continue
+                connection.sendall(first)
+                while not over.wait(0.02 if lie == "drip" else 0):
+                    sent[0] += connection.send(piece)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        store = RedisBlocks(f"redis://127.0.0.1:{listener.getsockname()[1]}", "a", 1 << 20, 1000)
+        with pytest.raises(BlockError, match="Timeout" if lie == "drip" else "more than the 66576 bytes"):
+            store.read(DIGESTS[0])
+        over.set()
+        store.close()
+        listener.shutdown(socket.SHUT_RDWR)
+    assert sent[0] < (1040 if lie == "drip" else 64 << 20)  # what the system keeps of a connection, and no more
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from candle_vllm.core.engine import device_build
 from candle_vllm.core.engine.device_build import build_on_gpu
 from candle_vllm.core.engine.request import GenerationRequest
 from candle_vllm.core.kernels.device_stream import Work
+from candle_vllm.core.loading.cache_specs import paged
 from candle_vllm.core.memory import MIB
 from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.thread_ranks import Meetings, MeetingStages, ThreadRanks, in_threads
@@ -69,7 +70,7 @@ def test_the_cache_gets_its_share_of_what_steps_leave(
     # less two peaks of 100 MiB, 128 for the rest, and three times 8 rows of 272 logits
     assert plan.num_blocks == int((72 * MIB - runner.edit_bytes) * 0.01) // plan.block_bytes
     assert runner.edit_bytes == 3 * 8 * 272 * 4
-    assert len(runner.key_caches[0]) == plan.num_blocks
+    assert len(runner.caches[0].keys) == plan.num_blocks
     assert "0.01 of 72 MiB free beside 50 MiB of weights and 328 MiB for steps" in caplog.text
     assert "attention by torch cannot be" in caplog.text, "the reference is not captured"
 
@@ -162,10 +163,11 @@ def test_it_answers(
 
     memory.capability = capability
     runner, plan = build(loaded, kv_cache_memory=MIB, kv_cache_dtype=dtype)
-    assert runner.key_caches[0].dtype == stored
+    assert runner.caches[0].keys.dtype == stored
     assert plan.block_bytes == runner.block_bytes
-    head, numbers = loaded.config.cache.key_dim, loaded.config.num_layers * loaded.config.cache.numbers
-    assert plan.block_bytes == 16 * numbers * (head + 4 if "token" in dtype else head * stored.itemsize) // head
+    specs = paged(loaded.config.cache_specs)
+    head, elements = specs[0].key_dim, sum(spec.elements for spec in specs)
+    assert plan.block_bytes == 16 * elements * (head + 4 if "token" in dtype else head * stored.itemsize) // head
     scheduler = Scheduler(BlockManager(plan.num_blocks, 16), 8, 64)
     engine = Engine(runner, scheduler, preparation_for(loaded, plan.max_model_len))
     params = SamplingParams(max_tokens=5, ignore_eos=True)

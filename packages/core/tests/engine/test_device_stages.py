@@ -169,7 +169,7 @@ def test_more_stages(stages: int, settings: dict[str, Any], model: Path, wanted:
         assert found == {name: expected[name] for name in found}
         assert max(made.flights) == made.first.in_flight == stages
         assert all(each.behind for each in made.others)
-        assert made.first.key_caches[-1].numel() == 0 < made.first.key_caches[0].numel()
+        assert made.first.caches[-1].keys.numel() == 0 < made.first.caches[0].keys.numel()
         made.sent()
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -52,7 +53,7 @@ from packages.core.tests.engine.toy_heads import (
     write_head,
 )
 from packages.core.tests.kernels.lora_field import fitted, low_rank
-from packages.core.tests.models.families import DEEPSEEK, GLM_MOE
+from packages.core.tests.models.families import DEEPSEEK, GLM_MOE, QWEN3_NEXT, QWEN35, QWEN_MOE
 from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.tiny import write_tiny
 
@@ -215,6 +216,9 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "GLM-4.5": ("glm4_moe", "behind", {"head_dim": 32} | GLM_MOE),
     "DeepSeek-V3": ("deepseek_v3", "behind", DEEPSEEK),
+    "Qwen3.5": ("qwen3_5_text", "mtp", QWEN35),
+    "Qwen3.5-MoE": ("qwen3_5_moe_text", "mtp", QWEN35 | QWEN_MOE),
+    "Qwen3-Next": ("qwen3_next", "mtp", QWEN3_NEXT | QWEN_MOE),
 }
 
 
@@ -237,13 +241,17 @@ def test_layers_for_further_tokens_say_what_their_definition_says(tmp_path: Path
     )  # between experts that are alike, others are chosen
 
 
-def test_a_gguf_file_has_the_same_layer(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [("GLM-4.5", "glm4moe"), ("Qwen3.5", "qwen35"), ("Qwen3.5-MoE", "qwen35moe"), ("Qwen3-Next", "qwen3next")],
+)
+def test_a_gguf_file_has_the_same_layer(tmp_path: Path, name: str, architecture: str) -> None:
     """Its embedding and head, copies of the model's, are left out where they are stored alike."""
-    model_type, layout, fields = MODELS["GLM-4.5"]
+    model_type, layout, fields = MODELS[name]
     source = write_tiny(tmp_path / "source", model_type, **fields)
     layer = NextTokens(source, layout)
-    written = layer.write(tmp_path / "model", source, num_nextn_predict_layers=1)
-    gguf = export_gguf(written, tmp_path / "model.gguf", "glm4moe")
+    written = layer.write(tmp_path / "model", source, **({} if layout == "mtp" else {"num_nextn_predict_layers": 1}))
+    gguf = export_gguf(written, tmp_path / "model.gguf", architecture)
     bytes_of = []
     for path in (written, gguf):
         with loaded(path, {"method": "mtp"}, enforce_eager=True) as engine:
@@ -256,6 +264,38 @@ def test_a_gguf_file_has_the_same_layer(tmp_path: Path) -> None:
     copied = ("embed_tokens.weight", "shared_head.head.weight")
     own = sum(4 * tensor.numel() for name, tensor in layer.tensors.items() if not name.endswith(copied))
     assert bytes_of == [own, own]
+
+
+def test_other_names_of_a_layer_are_the_same_layer(tmp_path: Path) -> None:
+    """As models that see have it, beside the text tower; and within the model."""
+    model_type, layout, fields = MODELS["Qwen3.5"]
+    source = write_tiny(tmp_path / "source", model_type, **fields)
+    written = NextTokens(source, layout).write(tmp_path / "model", source)
+    text = json.loads((written / "config.json").read_text())
+    seeing = {
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "model_type": "qwen3_5",
+        "text_config": {key: value for key, value in text.items() if key != "architectures"},
+    }
+    forms = {
+        "tower": (seeing, lambda name: re.sub(r"^model\.", "model.language_model.", name)),
+        "within": (text, lambda name: re.sub(r"^mtp\.", "model.mtp.", name)),
+    }
+    tensors, paths = load_file(written / "model.safetensors"), [written]
+    for form, (config, named) in forms.items():
+        paths.append(shutil.copytree(written, tmp_path / form))
+        (paths[-1] / "config.json").write_text(json.dumps(config))
+        save_file({named(name): tensor for name, tensor in tensors.items()}, paths[-1] / "model.safetensors")
+    rows = []
+    for path in paths:
+        with loaded(path, {"method": "mtp"}, enforce_eager=True, max_images=0) as engine:
+            seen = watched(engine)
+            engine.generate([list(b"one of two")], SamplingParams(temperature=0.0, max_tokens=6), use_tqdm=False)
+        rows.append(seen)
+    for others in rows[1:]:
+        assert [each[:2] for each in others] == [each[:2] for each in rows[0]] != []
+        for (*_, row), (*_, first) in zip(others, rows[0], strict=True):
+            np.testing.assert_array_equal(row, first)
 
 
 # ---- its cache -------------------------------------------------------------------------------------------------------
@@ -605,7 +645,7 @@ def test_settings_that_cannot_be_are_refused_by_name(given: dict[str, Any], said
         EngineConfig(model="m", speculative_config=given)
 
 
-@pytest.mark.parametrize("name", ["deepseek_mtp", "glm4_moe_mtp", "qwen3_next_mtp", "mtp"])
+@pytest.mark.parametrize("name", ["deepseek_mtp", "glm4_moe_mtp", "qwen3_next_mtp", "qwen3_5_mtp", "mtp"])
 def test_other_names_of_the_method_are_taken(name: str) -> None:
     assert draft_settings({"method": name, "num_speculative_tokens": 1}) == SpeculativeConfig(
         method="mtp", num_speculative_tokens=1

@@ -38,6 +38,7 @@ from packages.core.tests.models.tiny import (
     cuts,
     error,
     recorded_logits,
+    room_of,
     some_tokens,
     step_logits,
     typical_spread,
@@ -95,7 +96,7 @@ def runner_of() -> Iterator[Callable[..., Made]]:
         made.append(runner)
         for work in runner.largest_steps():
             work()
-        runner.allocate(blocks)
+        runner.allocate(blocks, room_of(loaded.decoder))
         return runner, stream
 
     yield build

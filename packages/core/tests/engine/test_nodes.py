@@ -36,6 +36,7 @@ from packages.core.tests.engine.test_ranks import GREEDY, KINDS, PROMPTS, dies, 
 from packages.core.tests.engine.test_ranks import USUAL as ALONE
 from packages.core.tests.engine.test_ranks import engine_of as engine_alone
 from packages.core.tests.models.test_sight import write_towers
+from tests.ports import free_port
 from tests.waiting import PATIENCE, wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="several ranks need sockets that a child inherits")
@@ -50,13 +51,6 @@ NODE = (
     "logging.basicConfig(level='INFO')\n"
     "sys.exit(run_node(EngineConfig(**json.loads(sys.argv[1]))))\n"
 )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")
@@ -513,6 +507,81 @@ def test_strangers_hurt_nobody(door: Door) -> None:
     (joined,) = door.everyone().values()
     for end in (*ends, far.socket, side.socket, joined.line.socket, joined.side.socket):
         end.close()
+
+
+def test_strangers_that_drip_keep_no_rank_out(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold all places, and the time of each is far from over."""
+    monkeypatch.setattr(nodes, "_SHAKING", 600.0)
+    ends, over = list[socket.socket](), threading.Event()
+
+    def drip() -> None:
+        while not over.wait(0.05):
+            for end in ends:
+                with contextlib.suppress(OSError):
+                    end.send(b"x")
+
+    for _ in range(nodes._AT_ONCE):
+        ends.append(socket.create_connection((door.host, door.port)))
+        ends[-1].sendall((1024).to_bytes(2, "little"))
+    wait_for(lambda: len(door._strangers) == nodes._AT_ONCE)
+    dripping = threading.Thread(target=drip, daemon=True)
+    dripping.start()
+    far = [_connect(invitation(door), side=side) for side in (False, True)]
+    (joined,) = door.everyone().values()
+    assert len(door._strangers) == nodes._AT_ONCE - 1  # one made room, and the rank needs none any more
+    over.set()
+    dripping.join()
+    for end in (*ends, *(line.socket for line in far), joined.line.socket, joined.side.socket):
+        end.close()
+
+
+def test_who_makes_room_at_the_door(door: Door) -> None:
+    """The first of the address with most places, so that many of one address take nothing from another."""
+    pairs = [socket.socketpair() for _ in range(5)]
+    for (end, _), address in zip(pairs, ("one", "many", "many", "two", "many"), strict=True):
+        door._strangers[end] = address
+    went = list[int]()
+    for _ in range(2):
+        before = set(door._strangers)
+        door._send_one_away()
+        (gone,) = before - set(door._strangers)
+        went.append(next(number for number, (end, _) in enumerate(pairs) if end is gone))
+        assert pairs[went[-1]][1].recv(1) == b""
+    assert went == [1, 2]
+    door._strangers.clear()
+    for pair in pairs:
+        for end in pair:
+            end.close()
+
+
+@pytest.mark.parametrize("who", ["first", "rank"])
+def test_a_handshake_has_one_deadline_however_it_drips(door: Door, monkeypatch: pytest.MonkeyPatch, who: str) -> None:
+    monkeypatch.setattr(nodes, "_SHAKING", 0.3)
+    near, far = socket.socketpair()
+    over, sent = threading.Event(), [0]
+
+    def shake() -> None:
+        if who == "rank":
+            nodes._introduce(near, invitation(door), side=False)
+        else:
+            door._shake_hands(near, time.monotonic() + nodes._SHAKING)
+
+    def drip() -> None:
+        while not over.wait(0.02) and sent[0] < nodes._MOST_HELLO:
+            with contextlib.suppress(OSError):
+                sent[0] += far.send(nodes._MAGIC[sent[0] : sent[0] + 1] if who == "rank" else b"\x01")
+
+    if who == "rank":
+        monkeypatch.setattr(nodes, "_MAGIC", bytes(nodes._MOST_HELLO))
+    dripping = threading.Thread(target=drip, daemon=True)
+    dripping.start()
+    with pytest.raises(TimeoutError):
+        shake()
+    assert sent[0] < nodes._MOST_HELLO
+    over.set()
+    dripping.join()
+    near.close()
+    far.close()
 
 
 def test_a_signed_line_refuses_what_was_changed_or_sent_again() -> None:

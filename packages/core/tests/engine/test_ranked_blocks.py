@@ -272,17 +272,19 @@ def part(rank: int, digest: bytes) -> bytes:
 class Cache:
     """A rank's cache; a part of a block is its rank and the block's hash."""
 
-    block_bytes = 33
+    block_bytes, state_bytes = 33, 0
 
     def __init__(self) -> None:
         self.blocks: dict[int, bytes] = {}
 
-    def copy_out(self, block: int) -> Callable[[], Bytes]:
-        data = self.blocks[block]
+    def copy_out(self, place: int, *, state: bool = False) -> Callable[[], Bytes]:
+        assert not state
+        data = self.blocks[place]
         return lambda: data
 
-    def copy_in(self, block: int, data: Bytes) -> None:
-        self.blocks[block] = bytes(data)
+    def copy_in(self, place: int, data: Bytes, *, state: bool = False) -> None:
+        assert not state
+        self.blocks[place] = bytes(data)
 
 
 class Shaky(HostBlocks):

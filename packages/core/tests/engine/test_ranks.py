@@ -170,34 +170,35 @@ DRAWS = [
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"kv_cache_memory": 12 * 8 * 2 * 2 * 3 * 16 * 4}, {"speculative_config": {"method": "suffix"}}],
+    ("size", "settings"),
+    [(3, {"kv_cache_memory": 12 * 8 * 2 * 2 * 3 * 16 * 4}), (2, {"speculative_config": {"method": "suffix"}})],
     ids=["preempted", "guessed"],
 )
-def test_few_blocks_and_guesses(settings: dict[str, Any], model: Path, whole: InferenceEngine) -> None:
+def test_few_blocks_and_guesses(size: int, settings: dict[str, Any], model: Path, whole: InferenceEngine) -> None:
     prompts = [prompt[:20] for prompt in PROMPTS]
     right = [output.outputs[0].token_ids for output in whole.generate(prompts, GREEDY)]
-    with engine_of(model, 3, max_model_len=64, **settings) as engine:
+    with engine_of(model, size, max_model_len=64, **settings) as engine:
         assert [output.outputs[0].token_ids for output in engine.generate(prompts, GREEDY)] == right
         found = pids(engine)
     until_gone(found)
 
 
-@pytest.mark.parametrize("busy", [True, False])
-def test_a_rank_that_dies_ends_the_engine_by_name(model: Path, busy: bool) -> None:
-    with engine_of(model, 3, max_model_len=512) as engine:
+@pytest.mark.parametrize(("busy", "size"), [(True, 3), (False, 2)])
+def test_a_rank_that_dies_ends_the_engine_by_name(model: Path, busy: bool, size: int) -> None:
+    """The last rank, beside another one that waits for it, and alone with the first one."""
+    with engine_of(model, size, max_model_len=512) as engine:
         found, told = pids(engine), threading.Event()
         engine.add_death_callback(told.set)
         if not busy:
             engine.generate(["a"], GREEDY)
         if busy:
-            dies(engine, lambda: os.kill(found[1], signal.SIGKILL), "rank 2 has ended (killed by SIGKILL)")
+            dies(engine, lambda: os.kill(found[-1], signal.SIGKILL), "rank 2 has ended (killed by SIGKILL)")
         else:
-            os.kill(found[1], signal.SIGKILL)
+            os.kill(found[-1], signal.SIGKILL)
         wait_for(lambda: not engine.is_alive)
         assert told.wait(PATIENCE)
         until_gone(found)
-        with pytest.raises(EngineDeadError, match="rank 2 has ended"):
+        with pytest.raises(EngineDeadError, match=f"rank {size - 1} has ended"):
             engine.generate(["a"], GREEDY)
 
 

@@ -60,6 +60,17 @@ def test_equal_priorities_run_in_order_of_arrival_and_lower_values_first() -> No
     assert [run_step(engine)[0][0] for _ in range(3)] == ["1", "2", "0"]
 
 
+def test_a_waiting_prompt_of_a_higher_priority_does_not_wait_for_prompts_that_have_begun() -> None:
+    engine = scheduler(budget=10)
+    engine.add(make([1] * 25, 0, priority=1))
+    engine.add(make([2] * 25, 1, priority=1))
+    assert run_step(engine) == [("0", 0, 10)]
+    engine.add(make([3] * 4, 2, max_tokens=1))
+    engine.add(make([4] * 4, 3, priority=1))
+    assert run_step(engine) == [("2", 0, 4), ("0", 10, 6)]
+    assert run_step(engine) == [("0", 16, 9), ("1", 0, 1)]
+
+
 def test_a_cached_prefix_is_not_computed_again_but_its_last_token_is() -> None:
     engine = scheduler()
     engine.add(make(list(range(8)), 0, max_tokens=1))
@@ -306,3 +317,19 @@ def same_steps(rng: random.Random, size: int, overlapping: bool) -> tuple[int, i
 
 def _is_full(copies: list[Sequence]) -> bool:
     return len(copies[0].tokens) == copies[0].max_length
+
+
+def test_many_sequences_of_a_request_leave_half_of_the_places_to_another() -> None:
+    engine = scheduler(seqs=4)
+    for index in range(7):
+        engine.add(make([1, 2], index, index=index, max_tokens=3))
+    many = engine.waiting[0].request
+    for sequence in engine.waiting:
+        sequence.request = many
+    run_step(engine)
+    assert [each.index for each in engine.running] == [0, 1, 2, 3], "alone it has them all"
+    engine.add(late := make([7], 9, max_tokens=3))
+    while late in engine.waiting:
+        run_step(engine)
+    assert late in engine.running
+    assert [each.request for each in engine.waiting if each.request is many], "it waited for one generation alone"

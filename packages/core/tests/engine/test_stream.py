@@ -6,9 +6,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+import pytest
+
+from candle_vllm.core.engine import stream as stream_module
 from candle_vllm.core.engine.request import FinishReason, GenerationRequest, TokenOutput
 from candle_vllm.core.engine.stream import Inbox, TokenStream
-from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.core.errors import CandleVllmError, RequestAbortedError
 from candle_vllm.core.sampling.params import SamplingParams
 from tests.waiting import until
 
@@ -73,3 +76,19 @@ async def test_nothing_passes_a_reader_that_was_cancelled() -> None:
     inbox.put(_piece("later"))
     assert not passed
     assert aborted == [True]
+
+
+async def test_what_nobody_reads_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "MAX_UNREAD", 4)
+    inbox, aborted = Inbox(asyncio.get_running_loop()), list[str]()
+    stream = _stream(inbox, lambda: aborted.append("aborted"))
+    for number in range(9):
+        inbox.put(_piece(str(number)))
+    assert len(inbox._items) == 4
+    assert [(await anext(stream)).text for _ in range(3)] == ["0", "1", "2"]
+    assert not aborted
+    with pytest.raises(RequestAbortedError, match="was not read: 4 pieces"):
+        await anext(stream)
+    assert aborted == ["aborted"]
+    await stream.aclose()
+    assert aborted == ["aborted"]

@@ -390,6 +390,22 @@ def test_a_limit_of_the_grammar_is_an_error_of_the_request(
     assert not [record for record in caplog.records if record.exc_info]
 
 
+def test_an_answer_that_uses_up_a_form_ends_alone(engine: Engine) -> None:
+    """Answers in the same form, running and later ones, are not touched; see the backend's tests."""
+    terms = " & ".join(f"/.*a.{{{i}}}b.*/" for i in range(5, 11))
+    form = StructuredOutputsParams(grammar=f'start: ("ok ")~40 "done" | "x" T\nT: {terms}')
+    bad = ask("bad", max_tokens=60, n=2, allowed_token_ids=[*b"xab"], seed=1, structured_outputs=form)
+    good = ask("good", max_tokens=200, n=2, allowed_token_ids=[*b"ok done", EOS], seed=2, structured_outputs=form)
+    for number in range(2):
+        failed: list[TokenOutput] = []
+        found = drive(engine, [good, bad, ask("free", max_tokens=5, ignore_eos=True)], failed)
+        assert [(piece.request_id, piece.error_kind) for piece in failed] == [("bad", "request")] * 2, number
+        for piece in failed:
+            assert str(piece.error).startswith("structured_outputs: the grammar cannot go on here: the text needs more")
+        assert [output.text for output in found["good"]] == ["ok " * 40 + "done"] * 2
+        assert [output.finish_reason for output in found["good"]] == [FinishReason.STOP] * 2
+
+
 @pytest.mark.parametrize("field", ["structured_outputs", "allowed_token_ids"])
 def test_a_dead_end_begins_with_the_field(engine: Engine, field: str) -> None:
     form = {"structured_outputs": StructuredOutputsParams(regex="a+")} if field == "structured_outputs" else {}

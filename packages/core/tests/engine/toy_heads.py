@@ -208,12 +208,14 @@ class NextTokens:
         randomise(self.layer)
         size = self.config.hidden_size
         self.project = torch.randn(size, 2 * size) * (2 * size) ** -0.5
-        self.norms = {name: 1 + 0.2 * torch.randn(size) for name in ("embedding", "hidden", "last")}
+        near_one = hasattr(self.config, "linear_num_value_heads")  # norms are stored as the distance from it
+        distances = {name: 0.2 * torch.randn(size) for name in ("embedding", "hidden", "last")}
+        self.norms = {name: 1 + distance for name, distance in distances.items()}
         layers = self.config.num_hidden_layers
         block, start = ("mtp.layers.0.", "mtp.") if self.apart else (f"model.layers.{layers}.",) * 2
         names = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm", "fc")
         names = names if self.apart else ("enorm", "hnorm", "shared_head.norm", "eh_proj")
-        parts = (*self.norms.values(), self.project)
+        parts = (*(distances if near_one else self.norms).values(), self.project)
         self.tensors = {block + name: tensor for name, tensor in _apart(self.layer.state_dict()).items()}
         self.tensors |= {f"{start}{name}.weight": tensor for name, tensor in zip(names, parts, strict=True)}
         if not self.apart:  # as they are published: copies of the model's own

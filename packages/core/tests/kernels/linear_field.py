@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from candle_vllm.core.kernels.cpu_runtime import machine_code
+from candle_vllm.core.kernels.cpu_runtime import kernel_cache, machine_code
 from candle_vllm.core.kernels.cpu_runtime.compiler import load_object
-from candle_vllm.core.kernels.cpu_runtime.kernel_cache import compile_image, compiled_address
+from candle_vllm.core.kernels.cpu_runtime.kernel_cache import compiled_address
 from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, Level, host_flags, host_level, links_here, machine
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
@@ -93,8 +93,16 @@ LEVELS_HERE = [PLAIN, *(level for level in LEVELS if level.machine == machine() 
 
 @functools.cache
 def operation_at(make_linear: Callable[[int, int], Any], kind: int, level: Level) -> int:
-    """A linear operation, compiled for a level."""
-    code = compile_image(make_linear(int(kind), int(level.isa)), level)
+    """A linear operation, compiled for a level, and kept on disk like the kernels of the level of this CPU."""
+    module = make_linear.__module__.removeprefix("candle_vllm.core.kernels.")
+    name = f"{module}.tests.{level.name}.{int(kind)}.{int(level.isa)}"
+    folder = kernel_cache.kernel_cache()
+    path = folder and folder / kernel_cache.kept_name(name, level)
+    code = kernel_cache._read(path, used=True) if path else None
+    if code is None:
+        code = kernel_cache.compile_image(make_linear(int(kind), int(level.isa)), level)
+        if folder:
+            kernel_cache.keep_kernel(folder, name, level, code)
     return machine_code.load(machine_code.from_bytes(code)) if links_here() else load_object(code)
 
 

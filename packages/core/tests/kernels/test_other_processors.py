@@ -26,6 +26,7 @@ from candle_vllm.core.kernels.cpu_runtime.emit_tables import gather
 from candle_vllm.core.kernels.cpu_runtime.level import LEVELS, Isa, host_isa, host_level, links_here
 from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+from candle_vllm.core.kernels.delta_rule import cpu as delta_cpu
 from candle_vllm.core.kernels.packed_linear import PackedKind, PackedMatrix
 from candle_vllm.core.kernels.packed_linear import cpu as packed_cpu
 from candle_vllm.core.kernels.packed_linear import layout as packed_layout
@@ -34,8 +35,11 @@ from candle_vllm.core.kernels.plain_linear import PlainKind
 from candle_vllm.core.kernels.plain_linear import cpu as plain_cpu
 from candle_vllm.core.kernels.plain_linear import layout as plain_layout
 from candle_vllm.core.kernels.plain_linear import pack as pack_plain
+from candle_vllm.core.kernels.short_conv import cpu as conv_cpu
+from packages.core.tests.kernels import test_delta_rule, test_short_conv
 from packages.core.tests.kernels.emulated import Emulated, emulator
 from packages.core.tests.kernels.linear_field import error, multiply_in_field, same_bits
+from packages.core.tests.kernels.state_steps import Compiled, whole_rows
 from packages.core.tests.kernels.test_packed_linear import activations, packed
 
 LEVEL = {level.name: level for level in LEVELS}
@@ -181,6 +185,50 @@ def test_plain_products_do_not_depend_on_the_rows_beside(name: str) -> None:
         alone = multiply(processor, function, matrix, plain_layout, 1, x=inputs[row : row + 1], x_bytes=2 * COLUMNS)
         assert same_bits(alone, whole[row : row + 1])
     processor.close()
+
+
+def run_there(processor: Emulated, made: Compiled, functions: list[int]) -> list[np.ndarray]:
+    """What operations that the plan has make on the emulated processor of the memory that it has here: all of it."""
+    recorder = made.recorder
+    rows = [recorder.arrays.query_start, *recorder.arrays.states, recorder.arrays.numbers]
+    kept = [x for x in recorder._keep if isinstance(x, np.ndarray)]
+    here = [x for x in (made.states, made.kept, *recorder.allocated, *kept, *rows) if x.nbytes]
+    there = [processor.array(x) for x in here]
+
+    def moved(number: int) -> int:
+        for before, after in zip(here, there):
+            if 0 <= number - address_of(before) < before.nbytes:
+                return processor.place(after) + number - address_of(before)
+        return number
+
+    begins = [0, *recorder.ends[:-1]]
+    for begin, end, function in zip(begins, recorder.ends, functions, strict=True):
+        row = processor.array(np.array([moved(number) for number in recorder.plan[begin:end]], np.int64))
+        for thread in range(2):
+            processor.call(function, processor.place(row), thread, 2)
+    return [x.copy() for x in there[: 2 + len(recorder.allocated)]]
+
+
+@pytest.mark.parametrize("kernel", ["delta_rule", "short_conv", "gated short_conv"])
+def test_states_have_the_same_bits(processor: Emulated, kernel: str) -> None:
+    """And results, and kept rows: in two steps, the second of which begins with what the first one kept."""
+    if kernel == "delta_rule":
+        made, sizes = test_delta_rule.compiled(test_delta_rule.ODD, 9, 1), test_delta_rule.ODD
+        inputs, functions = sizes.text(7), [delta_cpu.prepare, delta_cpu.scan, delta_cpu.keep]
+    else:
+        gated = kernel != "short_conv"
+        made, inputs = test_short_conv.compiled(37, 4, 9, 1, gated=gated), test_short_conv.text(1, 7, 37, gated=gated)
+        functions = [conv_cpu.make_short_conv(4, 1, int(gated))]
+    loaded = [processor.load(function) for function in functions]
+    rows = whole_rows(7)._replace(keeps=np.array([-1, -1, -1, 0, 1, 2, 3]))
+    again = rows._replace(sources=np.array([2]), replays=np.array([3]), stores=np.arange(1, 8))
+    for step in (rows, again):
+        made.lay_out(inputs, step)
+        found = run_there(processor, made, loaded)
+        made.run(inputs, step, np.arange(7))
+        for got, wanted in zip(found, (made.states, made.kept, *made.recorder.allocated)):
+            assert np.array_equal(got, wanted, equal_nan=True)
+    made.team.close()
 
 
 @pytest.mark.every_case

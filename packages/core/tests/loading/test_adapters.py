@@ -21,6 +21,7 @@ from candle_vllm.core.assembly.adapter_base import AdapterBase, adapter_base
 from candle_vllm.core.assembly.adapters import fit_adapter
 from candle_vllm.core.assembly.opening import model_files
 from candle_vllm.core.kernels.lora import FittedAdapter
+from candle_vllm.core.loading import adapters
 from candle_vllm.core.loading.adapters import AdapterLimits, StoredAdapter, read_adapter
 from candle_vllm.core.loading.name_patterns import NamePattern, first_match
 from candle_vllm.core.testing.toy_adapter import ATTENTION, linear_shapes, write_adapter
@@ -359,6 +360,15 @@ def test_configurations_that_are_none(text: str, message: str, tmp_path: Path) -
 def test_headers_that_lie(change: Callable[[dict[str, Any]], object], message: str, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=message):
         read_adapter(rewritten(write_adapter(tmp_path / "a", SMALL), change))
+
+
+@pytest.mark.parametrize("format", ["peft", "gguf"])
+def test_a_header_has_fewer_bytes_than_a_models(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_adapter(tmp_path / "a", SMALL) if format == "peft" else write_gguf_lora(tmp_path / "a.gguf")
+    read_adapter(path).close()
+    monkeypatch.setattr(adapters, "MAX_HEADER_BYTES", 100)
+    with pytest.raises(AdapterError, match=r"at most 100 are allowed|header limit of 100 bytes"):
+        read_adapter(path)
 
 
 def test_an_adapter_without_tensors_does_nothing(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from candle_vllm.core import EngineConfig, InvalidFileError
 from candle_vllm.core.assembly.model import load_model
 from candle_vllm.core.config import KvCacheDType
 from candle_vllm.core.kernels.attention import reference
-from candle_vllm.core.kernels.attention.rows import AttentionRows
+from candle_vllm.core.kernels.attention.rows import AttentionRows, PagedCache
 from candle_vllm.core.kernels.kv_write import reference as kv_write
 from candle_vllm.core.layers.attention import PagedAttention, StepInput
 from candle_vllm.core.models.family import Decoder
@@ -49,13 +49,12 @@ def given(decoder: Decoder) -> list[tuple[float, float] | None]:
 
 def hidden(decoder: Decoder, dtype: torch.dtype) -> torch.Tensor:
     """What the decoder makes of a prompt whose keys and values go through a cache of `dtype`."""
-    cache = decoder.config.cache
-    shape = (2, 16, decoder.config.num_kv_heads, cache.key_dim)
-    keys, values = ([torch.zeros(shape).to(dtype) for _ in range(LAYERS)] for _ in range(2))
+    shape = (2, 16, decoder.config.num_kv_heads, decoder.config.head_dim)
+    caches = tuple(PagedCache(*(torch.zeros(shape).to(dtype) for _ in range(2))) for _ in range(LAYERS))
     at = torch.arange(TOKENS)
     rows = AttentionRows((0, TOKENS), (TOKENS,), torch.tensor([[0, 1]]))
     scales = (ONE, ONE) if dtype == torch.float8_e4m3fn else None
-    return decoder.forward(3 * at + 5, StepInput(at, at, rows, tuple(keys), tuple(values), scales))
+    return decoder.forward(3 * at + 5, StepInput(at, at, rows, caches, scales))
 
 
 @pytest.mark.parametrize(
@@ -109,9 +108,9 @@ def test_a_layers_own_scales_stand_for_those_of_the_step() -> None:
     attend = PagedAttention(0, 16, None)
     attend.cache_scales = own
     caches = [torch.zeros(2, 16, 2, 16).to(torch.float8_e4m3fn) for _ in range(4)]
-    got = attend(q, k, v, StepInput(at, at, rows, (caches[0],), (caches[1],), (ONE, ONE)))
+    got = attend(q, k, v, StepInput(at, at, rows, (PagedCache(*caches[:2]),), (ONE, ONE)))
     kv_write.kv_write(k, v, caches[2], caches[3], at, key_scale=own[0], value_scale=own[1])
     assert torch.equal(got, reference.paged_attention(q, caches[2], caches[3], rows, scale=0.25, cache_scales=own))
     attend.cache_scales = None
     caches = [torch.zeros(2, 16, 2, 16).to(torch.float8_e4m3fn) for _ in range(2)]
-    assert not torch.equal(attend(q, k, v, StepInput(at, at, rows, (caches[0],), (caches[1],), (ONE, ONE))), got)
+    assert not torch.equal(attend(q, k, v, StepInput(at, at, rows, (PagedCache(*caches[:2]),), (ONE, ONE))), got)

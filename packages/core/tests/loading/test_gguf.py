@@ -289,6 +289,39 @@ def test_a_header_may_not_grow_without_limit(put: Callable[..., Path], monkeypat
         open_bytes(put, SMALL)
 
 
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([pair("a", ARRAY, array(STRING, 11, text("") * 11))], "'a' the metadata lists 11 values"),
+        ([pair(key, ARRAY, array(STRING, 6, text("x") * 6)) for key in "ab"], "'b' the metadata lists 12 values"),
+        ([pair(key, ARRAY, array(U8, 6, bytes(6))) for key in "ab"], "'b' the metadata lists 12 values"),
+        ([pair("a", ARRAY, array(ARRAY, 5, array(U8, 0, b"") * 5))], "'a' the metadata has more than 5 arrays"),
+        ([pair(key, ARRAY, array(U8, 0, b"")) for key in "abcdef"], "'f' the metadata has more than 5 arrays"),
+    ],
+)
+def test_what_becomes_lists_is_counted_in_all_of_the_metadata(
+    put: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, pairs: list[bytes], message: str
+) -> None:
+    monkeypatch.setattr(gguf, "MAX_ITEMS", 10)
+    monkeypatch.setattr(gguf, "MAX_ARRAYS", 5)
+    with pytest.raises(InvalidFileError, match=message):
+        open_bytes(put, build(pairs))
+    monkeypatch.setattr(gguf, "MAX_ITEMS", 12)
+    monkeypatch.setattr(gguf, "MAX_ARRAYS", 6)
+    assert open_bytes(put, build(pairs)).metadata.keys() == {each[8:9].decode() for each in pairs}
+
+
+def test_texts_are_counted_before_they_are_made(put: Callable[..., Path]) -> None:
+    data = build([pair("a", ARRAY, array(STRING, gguf.MAX_ITEMS + 1, bytes(8 * (gguf.MAX_ITEMS + 1))))])
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidFileError, match=f"at most {gguf.MAX_ITEMS} are allowed"):
+            GgufFile.open(put(data))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
 def test_cut_at_every_byte(put: Callable[..., Path]) -> None:
     for length in range(len(SMALL)):
         with pytest.raises(InvalidFileError):

@@ -134,6 +134,54 @@ def test_an_index_of_unreasonable_size(tmp_path: Path, monkeypatch: pytest.Monke
         open_safetensors(tmp_path)
 
 
+def test_an_index_of_too_many_entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors, "MAX_INDEX_ENTRIES", 4)
+    write_index(tmp_path, dict.fromkeys("abcde", "x.safetensors"))
+    with pytest.raises(InvalidFileError, match=r"index\.json names more than 4 tensors"):
+        open_safetensors(tmp_path)
+    (tmp_path / safetensors.INDEX_FILE).unlink()
+    for shard in ("abc", "de"):
+        write(tmp_path, f"{shard}.safetensors", **{name: torch.ones(1) for name in shard})
+    with pytest.raises(InvalidFileError, match="holds more than 4 tensors"):
+        open_safetensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        json.dumps({format(number, "x"): entry([0], 0, 0) for number in range(5)}).encode(),
+        b"{" + b",".join(b'"%d":1' % number for number in range(13)) + b"}",
+        b'{"__metadata__":{' + b",".join(b'"%d":"x"' % number for number in range(12)) + b"}}",
+    ],
+    ids=["tensors", "numbers", "notes"],
+)
+def test_a_header_of_too_many_entries_is_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, header: bytes
+) -> None:
+    monkeypatch.setattr(safetensors, "MAX_TENSORS", 3)
+    decoded = list[bytes]()
+    monkeypatch.setattr(safetensors.msgspec.json, "decode", lambda data, **_: decoded.append(data))
+    (tmp_path / "x.safetensors").write_bytes(build(header))
+    with pytest.raises(InvalidFileError, match="more than 3 tensors"):
+        open_safetensors(tmp_path / "x.safetensors")
+    assert not decoded
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": {**entry([], 0, 4), "note": "x" * safetensors.MAX_ENTRY_BYTES}},
+        {"a": entry([1] * safetensors.MAX_ENTRY_BYTES, 0, 4)},
+        {"__metadata__": {"a": "x" * (safetensors.MAX_NOTES_BYTES + 1)}},
+    ],
+    ids=["field", "shape", "notes"],
+)
+def test_an_entry_has_a_length(tmp_path: Path, header: dict[str, Any]) -> None:
+    (tmp_path / "x.safetensors").write_bytes(build(header, bytes(4)))
+    with pytest.raises(InvalidFileError, match="an entry of the header has more than"):
+        open_safetensors(tmp_path / "x.safetensors")
+
+
 def test_a_missing_shard_and_a_missing_tensor(tmp_path: Path) -> None:
     write(tmp_path, "1.safetensors", a=torch.ones(2))
     write_index(tmp_path, {"a": "1.safetensors", "b": "2.safetensors"})

@@ -140,6 +140,24 @@ GPT_OSS = {
     },
 }
 
+LFM2 = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+    "block_multiple_of": 32,
+}
+LFM2_MOE = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "layer_types": ["conv", "conv", "full_attention", "conv"],
+    "num_dense_layers": 1,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+}
+LFM2_BIAS = {"conv_bias": True, "conv_L_cache": 4, "block_auto_adjust_ff_dim": False, "tie_word_embeddings": False}
+LFM2_PLAIN = {"use_expert_bias": False, "norm_topk_prob": False, "routed_scaling_factor": 1.7, "conv_bias": True}
+
 YI = {"hidden_size": 128, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 5e6}}
 QWQ = {
     "hidden_size": 128,
@@ -186,6 +204,52 @@ SMOLLM3_WINDOWS = {
     "tie_word_embeddings": False,
 }
 
+# value heads that share key heads; small delta nets make much of what quantised weights differ by, so there is one
+QWEN3_NEXT = {
+    "head_dim": 32,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+NEXT_STEPS = {
+    "num_hidden_layers": 4,
+    "layer_types": None,
+    "linear_value_head_dim": 24,
+    "decoder_sparse_step": 2,
+    "mlp_only_layers": [3],
+    "norm_topk_prob": False,
+    "linear_conv_kernel_dim": 3,
+}
+EVEN_HEADS = {
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4,
+    "tie_word_embeddings": True,
+    "num_hidden_layers": 4,
+    "layer_types": None,
+}
+OLMO_HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,  # transformers writes kernels of q, k and v as if they were of one size
+    "rope_parameters": {"rope_type": "default", "rope_theta": None},
+}
+OLMO_TURNED = {
+    "num_hidden_layers": 3,
+    "layer_types": ["full_attention", "linear_attention", "full_attention"],
+    "linear_allow_neg_eigval": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+QWEN35_ROPE = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.25,
+    "mrope_section": [2, 1, 1],
+    "mrope_interleaved": True,
+}
+QWEN35 = QWEN3_NEXT | {"rope_parameters": QWEN35_ROPE}
+
 ROWS: Mapping[str, Row] = {
     "Llama": Row("llama", {"head_dim": 32}, "llama"),
     "Llama 3 rope": Row("llama", {"head_dim": 32, "rope_parameters": LLAMA3}, "llama"),
@@ -228,6 +292,13 @@ ROWS: Mapping[str, Row] = {
         "qwen3vlmoe",
         undecided=0.1,
     ),
+    "Qwen3.5": Row("qwen3_5_text", QWEN35, "qwen35"),
+    "Qwen3.5 even heads": Row("qwen3_5_text", QWEN35 | EVEN_HEADS, "qwen35"),
+    "Qwen3.5-MoE": Row("qwen3_5_moe_text", QWEN35 | QWEN_MOE, "qwen35moe", undecided=0.1),
+    "Qwen3-Next": Row("qwen3_next", QWEN3_NEXT | QWEN_MOE, "qwen3next", undecided=0.1),
+    "OLMo Hybrid": Row("olmo_hybrid", OLMO_HYBRID),
+    "OLMo Hybrid turned": Row("olmo_hybrid", OLMO_HYBRID | OLMO_TURNED),
+    "Qwen3-Next sparse steps": Row("qwen3_next", QWEN3_NEXT | QWEN_MOE | NEXT_STEPS, undecided=0.1),
     "GLM-4-MoE": Row("glm4_moe", {"head_dim": 32} | GLM_MOE, "glm4moe", undecided=0.1),
     "GLM-4-MoE groups": Row("glm4_moe", {"head_dim": 32} | GLM_MOE | GLM_GROUPS, "glm4moe", undecided=0.1),
     "Yi": Row("llama", YI, "llama"),
@@ -241,6 +312,10 @@ ROWS: Mapping[str, Row] = {
     "SmolLM3": Row("smollm3", SMOLLM3, "smollm3"),
     "SmolLM3 windows": Row("smollm3", SMOLLM3_WINDOWS),
     "gpt-oss": Row("gpt_oss", {"head_dim": 32} | GPT_OSS, "gpt-oss", undecided=0.1),
+    "LFM2": Row("lfm2", LFM2, "lfm2"),
+    "LFM2 biases": Row("lfm2", LFM2 | LFM2_BIAS),
+    "LFM2-MoE": Row("lfm2_moe", LFM2_MOE, "lfm2moe", undecided=0.1),
+    "LFM2-MoE plain": Row("lfm2_moe", LFM2_MOE | LFM2_PLAIN, undecided=0.1),
 }
 
 FORMATS: Mapping[str, str] = {
@@ -261,6 +336,8 @@ ISQ_TYPES: Mapping[str, float] = {"q8_0": 0.05, "q4_0": 0.5}
 TOWERS: Mapping[str, str] = {
     "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
     "Mistral3ForConditionalGeneration": "Ministral3ForCausalLM",
+    "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
+    "Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForCausalLM",
 }
 """Classes of multimodal models, and those whose rows stand for their text towers; see `test_towers.py`."""
 

@@ -47,7 +47,9 @@ def export_gguf(folder: Path, path: Path, architecture: str, *, quantization: st
     for name, data in tensors.items():
         found = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
         data = np.ascontiguousarray(data)
-        plain = data.ndim < 2 or "ffn_gate_inp" in found or found.endswith(".bias")  # routers, and biases of experts
+        kernels = "shortconv.conv" in found or "ssm_conv1d" in found
+        kept = "ffn_gate_inp" in found or kernels or found.endswith(".bias")  # of experts
+        plain = data.ndim < 2 or kept
         if kind is not GGMLQuantizationType.F32 and not plain:
             writer.add_tensor(found, quants.quantize(data, kind), raw_dtype=kind)
         else:
@@ -208,6 +210,90 @@ def _qwen_moe(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -
     return {name: data[0] if "shared_expert_gate" in name else data for name, data in made.items()}
 
 
+def _qwen3_next(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Norms plus 1, and delta nets as llama.cpp wants them; a file with the interval has a layer behind the last."""
+    key_heads, heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    key, value = config["linear_key_head_dim"], config["linear_value_head_dim"]
+    layers, next_ = config["num_hidden_layers"], config["model_type"] == "qwen3_next"
+    writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
+    writer.add_ssm_state_size(key)
+    writer.add_ssm_group_count(key_heads)
+    writer.add_ssm_time_step_rank(heads)
+    writer.add_ssm_inner_size(value * heads)
+    recurrent = [kind == "linear_attention" for kind in config["layer_types"]]
+    writer.add_full_attention_interval(4)
+    old = recurrent == [True, True, True, False]  # which says the interval alone
+    behind = any(name.startswith("mtp.") for name in tensors)
+    if not old:
+        writer.add_array(f"{writer.arch}.attention.recurrent_layers", recurrent + [False] * behind)
+    rope = config["rope_parameters"]
+    writer.add_rope_dimension_count(int(config["head_dim"] * rope["partial_rotary_factor"]))
+    if not next_:
+        writer.add_rope_dimension_sections([*rope["mrope_section"], 0])
+    if old or behind:
+        writer.add_nextn_predict_layers(1)
+        writer.add_block_count(layers + 1)
+    tensors = {_behind_the_last(name, layers): data for name, data in tensors.items()}
+    if "num_experts" in config:
+        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+        tensors = _qwen_moe(writer, config, tensors)
+    each = heads // key_heads
+
+    def tiled(data: np.ndarray, size: int) -> np.ndarray:
+        """Rows of value heads: the first of each key head, then the second of each."""
+        if next_:
+            return data
+        return data.reshape(key_heads, each, size, -1).swapaxes(0, 1).reshape(data.shape)
+
+    made: Tensors = {}
+    if old and not behind:
+        made[f"blk.{layers}.nextn.enorm.weight"] = np.ones(config["hidden_size"], np.float32)
+    for name, data in tensors.items():
+        start, part = name.rpartition("linear_attn.")[::2]
+        at = f"blk.{name.split('.')[2]}." if "layers" in name else ""
+        keys = 2 * key * key_heads
+        if name.endswith("norm.weight") and not start:
+            made[name] = data + 1
+        elif part == "in_proj_qkvz.weight":
+            whole = data.reshape(key_heads, -1, data.shape[1])
+            q, k, v, z = np.split(whole, np.cumsum([key, key, each * value]), axis=1)
+            made[at + "attn_qkv.weight"] = np.concatenate([x.reshape(-1, data.shape[1]) for x in (q, k, v)])
+            made[at + "attn_gate.weight"] = z.reshape(-1, data.shape[1])
+        elif part == "in_proj_qkv.weight":
+            made[at + "attn_qkv.weight"] = np.concatenate([data[:keys], tiled(data[keys:], value)])
+        elif part == "in_proj_z.weight":
+            made[at + "attn_gate.weight"] = tiled(data, value)
+        elif part in ("in_proj_a.weight", "in_proj_b.weight"):
+            made[name] = tiled(data, 1)
+        elif part == "A_log":
+            made[at + "ssm_a"] = tiled(-np.exp(data), 1)
+        elif part == "dt_bias":
+            made[at + "ssm_dt.bias"] = tiled(data, 1)
+        elif part == "conv1d.weight":
+            data = data[:, 0]
+            made[at + "ssm_conv1d.weight"] = np.concatenate([data[:keys], tiled(data[keys:], value)])
+        elif part == "out_proj.weight":
+            made[name] = tiled(data.T, value).T
+        else:
+            made[name] = data
+    return made
+
+
+def _behind_the_last(name: str, layers: int) -> str:
+    """A tensor's name where a layer that predicts further tokens is one more layer."""
+    parts = {
+        "fc": "eh_proj",
+        "pre_fc_norm_embedding": "enorm",
+        "pre_fc_norm_hidden": "hnorm",
+        "norm": "shared_head_norm",
+    }
+    if name.startswith("mtp.layers.0."):
+        return f"model.layers.{layers}.{name.removeprefix('mtp.layers.0.')}"
+    if name.startswith("mtp."):
+        return f"blk.{layers}.nextn.{parts[name.split('.')[1]]}.weight"
+    return name
+
+
 def _glm4_moe(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """With a layer behind the last, as files of the family have it for predicting further tokens."""
     writer.add_rope_dimension_count(int(config["head_dim"] * config["rope_parameters"]["partial_rotary_factor"]))
@@ -349,6 +435,24 @@ def _smollm3(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) ->
     return {name: interleaved(data, size) if any(t in name for t in turned) else data for name, data in tensors.items()}
 
 
+def _lfm2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """No key-value heads in layers with convolutions, whose kernels lose a dimension; what experts' names are."""
+    kinds, kv = config["layer_types"], config["num_key_value_heads"]
+    writer.add_head_count_kv([0 if kind == "conv" else kv for kind in kinds])
+    writer.add_shortconv_l_cache(config["conv_L_cache"])
+    writer.add_layer_norm_rms_eps(config["norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    if "num_experts" in config:
+        writer.add_leading_dense_block_count(config["num_dense_layers"])
+        writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+        tensors = _experts(writer, config, tensors)
+    else:
+        unit = config["block_multiple_of"]
+        writer.add_feed_forward_length(-(-int(2 * config["intermediate_size"] / 3) // unit) * unit)
+    made = {name: data.squeeze(1) if "conv.conv" in name else data for name, data in tensors.items()}
+    return {name.replace("expert_bias", "expert_bias.bias"): data for name, data in made.items()}
+
+
 CONVERTERS: Mapping[str, Convert] = {
     "phi2": _phi2,
     "phi3": _phi3,
@@ -359,8 +463,13 @@ CONVERTERS: Mapping[str, Convert] = {
     "qwen3vl": _qwen2vl,
     "qwen3vlmoe": _qwen3vlmoe,
     "qwen3moe": _qwen_moe,
+    "qwen3next": _qwen3_next,
+    "qwen35": _qwen3_next,
+    "qwen35moe": _qwen3_next,
     "glm4moe": _glm4_moe,
     "gpt-oss": _gpt_oss,
+    "lfm2": _lfm2,
+    "lfm2moe": _lfm2,
     "llama": _llama,
     "mistral3": _llama,
     "gemma": _gemma,

@@ -112,6 +112,49 @@ def _yarn(scale: float, factor: int = 40) -> dict[str, Any]:
     return {**bands, "factor": factor, "original_max_position_embeddings": 4096, "type": "yarn"}
 
 
+def _lfm2(name: str, kind: str, **values: Any) -> dict[str, Any]:
+    names = {"architectures": [name], "model_type": kind, "bos_token_id": 1, "eos_token_id": 7, "pad_token_id": 0}
+    sizes = {"conv_L_cache": 3, "conv_bias": False, "max_position_embeddings": 128000, "norm_eps": 1e-5}
+    return names | sizes | {"initializer_range": 0.02, "torch_dtype": "bfloat16", "use_cache": True} | values
+
+
+def _qwen3_next(name: str, kind: str, **values: Any) -> dict[str, Any]:
+    delta = {"linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
+    heads = {"linear_num_key_heads": 16, "linear_num_value_heads": 32, "full_attention_interval": 4, "head_dim": 256}
+    same = {"architectures": [name], "model_type": kind, "max_position_embeddings": 262144, "attention_bias": False}
+    return _llama(rms_norm_eps=1e-6, attention_dropout=0.0) | same | delta | heads | values
+
+
+_QWEN35_KINDS = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
+_QWEN35_ROPE = {
+    "mrope_interleaved": True,
+    "mrope_section": [11, 11, 10],
+    "partial_rotary_factor": 0.25,
+    "rope_theta": 10000000,
+    "rope_type": "default",
+}
+_QWEN35 = {
+    "attn_output_gate": True,
+    "layer_types": _QWEN35_KINDS * 8,
+    "mamba_ssm_dtype": "float32",
+    "mtp_num_hidden_layers": 1,
+    "mtp_use_dedicated_embeddings": False,
+    "rope_parameters": _QWEN35_ROPE,
+}
+_LFM2_BLOCKS = {
+    "block_auto_adjust_ff_dim": True,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_mlp_init_scale": 1.0,
+    "block_multiple_of": 256,
+    "block_norm_eps": 1e-5,
+    "block_out_init_scale": 1.0,
+    "block_use_swiglu": True,
+    "block_use_xavier_init": True,
+    "conv_use_xavier_init": True,
+    "use_pos_enc": True,
+}
+_LFM2_KINDS = ["conv", "conv", "full_attention", "conv", "conv", "full_attention", *["conv", "conv", "full_attention"]]
+_LFM2_KINDS += ["conv", "full_attention"] * 3 + ["conv"]
 _LLAMA3 = {"high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
 _FACTORS = {"short_factor": [1.0 + 0.01 * i for i in range(48)], "long_factor": [1.0 + 0.5 * i for i in range(48)]}
 _GPT_OSS_KINDS = ["sliding_attention", "full_attention"]
@@ -341,5 +384,39 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "tie_word_embeddings": False,
     }
     | _sizes(2880, 2880, 24, 64, 8, 201088),
+    "Qwen3-Next-80B-A3B": _qwen3_next("Qwen3NextForCausalLM", "qwen3_next", bos_token_id=151643, eos_token_id=151645)
+    | {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "partial_rotary_factor": 0.25}
+    | {"rope_scaling": None, "rope_theta": 10000000, "use_sliding_window": False, "router_aux_loss_coef": 0.001}
+    | {"moe_intermediate_size": 512, "num_experts": 512, "num_experts_per_tok": 10, "output_router_logits": False}
+    | {"shared_expert_intermediate_size": 512}
+    | _sizes(2048, 5120, 48, 16, 2, 151936),
+    "Qwen3.5-9B": _qwen3_next("Qwen3_5ForCausalLM", "qwen3_5_text", eos_token_id=248044)
+    | _QWEN35
+    | _sizes(4096, 12288, 32, 16, 4, 248320),
+    "Qwen3.5-35B-A3B": _qwen3_next("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text", eos_token_id=248044)
+    | _QWEN35
+    | {"layer_types": _QWEN35_KINDS * 10, "moe_intermediate_size": 512, "num_experts": 256, "num_experts_per_tok": 8}
+    | {"shared_expert_intermediate_size": 512, "router_aux_loss_coef": 0.001}
+    | {key: value for key, value in _sizes(2048, 0, 40, 16, 2, 248320).items() if key != "intermediate_size"},
+    "Olmo-Hybrid-7B": _llama(architectures=["OlmoHybridForCausalLM"], model_type="olmo_hybrid", rms_norm_eps=1e-6)
+    | {"eos_token_id": 100257, "pad_token_id": 100277, "max_position_embeddings": 65536, "attention_bias": False}
+    | {"layer_types": _QWEN35_KINDS * 8, "linear_conv_kernel_dim": 4, "linear_allow_neg_eigval": True}
+    | {"linear_num_key_heads": 30, "linear_num_value_heads": 30, "linear_key_head_dim": 96}
+    | {"linear_value_head_dim": 192, "rope_parameters": {"rope_theta": None, "rope_type": "default"}}
+    | _sizes(3840, 11008, 32, 30, 30, 100352),
+    "LFM2-1.2B": _lfm2("Lfm2ForCausalLM", "lfm2", rope_theta=1000000.0, full_attn_idxs=[2, 5, 8, 10, 12, 14])
+    | _LFM2_BLOCKS
+    | {"block_dim": 2048, "block_ff_dim": 12288, "conv_dim": 2048, "conv_dim_out": 2048, "num_heads": 32}
+    | {key: value for key, value in _sizes(2048, 0, 16, 32, 8, 65536).items() if key != "intermediate_size"},
+    "LFM2.5-350M": _lfm2("Lfm2ForCausalLM", "lfm2", layer_types=_LFM2_KINDS, tie_embedding=True)
+    | _LFM2_BLOCKS
+    | {"block_dim": 1024, "block_ff_dim": 6656, "conv_dim": 1024, "num_heads": 16}
+    | {"rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}}
+    | _sizes(1024, 6656, 16, 16, 8, 65536),
+    "LFM2-8B-A1B": _lfm2("Lfm2MoeForCausalLM", "lfm2_moe", rope_theta=1000000.0)
+    | {"layer_types": ["conv", "conv", "full_attention", "conv"] * 6, "moe_intermediate_size": 1792}
+    | {"norm_topk_prob": True, "num_dense_layers": 2, "num_experts": 32, "num_experts_per_tok": 4}
+    | {"routed_scaling_factor": 1.0, "use_expert_bias": True}
+    | _sizes(2048, 7168, 24, 32, 8, 65536),
 }
 """By the model's name."""

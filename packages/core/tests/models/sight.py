@@ -30,7 +30,9 @@ from candle_vllm.core.engine.model_runner import ModelRunner
 from candle_vllm.core.engine.ranks import RankedRunner
 from candle_vllm.core.engine.request import GenerationRequest, OutputCollector
 from candle_vllm.core.engine.scheduler import Scheduler
+from candle_vllm.core.engine.states import StatePool
 from candle_vllm.core.kernels.device_stream import CudaStream, DeviceStream
+from candle_vllm.core.loading.cache_specs import NO_STATES, StateRoom, states
 from candle_vllm.core.remote import RemoteEngine
 from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.testing.thread_ranks import Meetings, MeetingStages, ThreadRanks, ToldRanks, in_threads
@@ -66,11 +68,20 @@ def prompt_error(found: GenerationOutput, logits: torch.Tensor) -> float:
     return float(np.abs(np.array(ours) - np.array(wanted)).max())
 
 
+def room_of(loaded: LoadedModel, drafts: int = 0) -> StateRoom:
+    """Room for states of four sequences, where layers keep any."""
+    return StateRoom(4, 6, drafts) if states(loaded.config.cache_specs) else NO_STATES
+
+
 def engine_of(loaded: LoadedModel, runner: ModelRunner, budget: int, drafts: int = 0) -> Engine:
     assert loaded.tower is not None
     images = ImageStore(EagerTower(loaded.tower.tower, loaded.placement.device), 1 << 24)
     flight = runner.in_flight
-    scheduler = Scheduler(BlockManager(100, BLOCK), 4, budget, draft_rows=drafts, images=images, in_flight=flight)
+    room = room_of(loaded)
+    pool = None if room is NO_STATES else StatePool(room.running, room.checkpoints, BLOCK)
+    scheduler = Scheduler(
+        BlockManager(100, BLOCK), 4, budget, draft_rows=drafts, images=images, in_flight=flight, states=pool
+    )
     drafter = Drafter(SpeculativeConfig(), 4, drafts) if drafts else None
     return Engine(runner, scheduler, preparation_for(loaded, CONTEXT, seed=0), drafter, images)
 
@@ -80,7 +91,8 @@ def answers_op_by_op(
 ) -> Answers:
     """Of steps that wait for each other."""
     loaded.decoder.prepare(CONTEXT)
-    runner = EagerRunner(loaded.decoder, 100, BLOCK, CPU, torch.float32, None, None, loaded.turning(CONTEXT))
+    turning, room = loaded.turning(CONTEXT), room_of(loaded)
+    runner = EagerRunner(loaded.decoder, 100, BLOCK, CPU, torch.float32, None, None, turning, room)
     return driven(engine_of(loaded, runner, CONTEXT), loaded, prompts, tokens)
 
 
@@ -113,12 +125,13 @@ def answers_of_ranks(
             )  # fmt: skip
             for work in runner.largest_steps():
                 work()
-            runner.allocate(100)
+            runner.allocate(100, room_of(loaded))
             while stream.pending:  # a device runs what nobody waits for, too
                 stream.progress()
             return loaded, runner, stream
         kind = EagerRunner if ranks.stages is None else StageRunner
-        return loaded, kind(loaded.decoder, 100, BLOCK, CPU, torch.float32, None, None, loaded.turning(budget)), None
+        memory = (loaded.decoder, 100, BLOCK, CPU, torch.float32, None, None)
+        return loaded, kind(*memory, loaded.turning(budget), room_of(loaded)), None
 
     (loaded, first, _), *others = in_threads(size, build, stages)
     assert all(other.tower is None for other, *_ in others)
@@ -150,7 +163,7 @@ def answers_of_a_gpu(
     )  # fmt: skip
     for work in runner.largest_steps() if graphs else ():
         work()
-    runner.allocate(100)
+    runner.allocate(100, room_of(loaded, drafts))
     return driven(engine_of(loaded, runner, budget, drafts), loaded, prompts, tokens), stream
 
 

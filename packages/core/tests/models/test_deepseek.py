@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from candle_vllm.core import EngineConfig, InferenceEngine, InvalidFileError, SamplingParams, UnsupportedModelError
 from candle_vllm.core.engine.eager_runner import EagerRunner
 from candle_vllm.core.errors import WeightsError
+from candle_vllm.core.kernels.offloading import tensors_of
 from candle_vllm.core.layers.rotary import attention_scale
 from candle_vllm.core.loading.rope import RopeConfig
 from candle_vllm.core.memory import Room, plan_cache
@@ -207,12 +208,11 @@ def test_both_yarn_numbers_are_needed_to_leave_cos_and_sin_alone() -> None:
 def test_a_token_takes_one_latent_row_in_each_layer(dense: Path) -> None:
     loaded = load(dense, enforce_eager=True)
     settings = EngineConfig(model=str(dense), block_size=16)
-    plan = plan_cache(settings, loaded.config, 2, 4, Room(1 << 30, 0.5))
+    plan = plan_cache(settings, loaded.config, lambda _: 2, 4, Room(1 << 30, 0.5))
     assert plan.block_bytes == 16 * 2 * (32 + 16) * 2
     assert "one token takes 2 layers x 1 head x 48 x 2 B = 192 B" in plan.message
     runner = EagerRunner(loaded.decoder, 3, 16, torch.device("cpu"), torch.bfloat16)
-    caches = (*runner.key_caches, *runner.value_caches)
-    assert sum(cache.nbytes for cache in caches) == 3 * plan.block_bytes
+    assert sum(part.nbytes for part in tensors_of(runner.caches)) == 3 * plan.block_bytes
 
 
 def test_prefix_caching_and_preemption_change_nothing(dense: Path) -> None:

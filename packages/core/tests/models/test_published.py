@@ -29,8 +29,10 @@ NAMES = {  # a name of each kind that transformers 5 changes as it reads, and th
     "Qwen1.5-MoE-A2.7B": "model.layers.1.mlp.experts.3.gate_proj.weight",
     "Qwen3-30B-A3B": "model.layers.1.mlp.experts.3.down_proj.weight",
     "GLM-4.5-Air": "model.layers.1.mlp.experts.3.up_proj.weight",
+    "Qwen3-Next-80B-A3B": "model.layers.1.mlp.experts.3.down_proj.weight",
     "DeepSeek-V2-Lite": "model.layers.1.mlp.experts.3.up_proj.weight",
     "DeepSeek-R1": "model.layers.3.mlp.experts.3.up_proj.weight",
+    "LFM2-8B-A1B": "model.layers.3.feed_forward.experts.3.w1.weight",
 }
 
 
@@ -38,7 +40,8 @@ def shrunk(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same keys with small numbers: as many dimensions a head, two heads, a few experts, layers and words."""
     small = dict(config)
     heads, layers = config["num_attention_heads"], max(2, config.get("first_k_dense_replace", 0) + 1)
-    layers = 7 if "sliding_window_pattern" in config else 4 if "no_rope_layers" in config else layers
+    four = {"no_rope_layers", "conv_bias", "linear_conv_kernel_dim"} & config.keys()
+    layers = 7 if "sliding_window_pattern" in config else 4 if four else layers
     shared = heads // (config.get("num_key_value_heads") or heads)
     values: dict[str, Any] = {
         "num_attention_heads": 2,
@@ -54,8 +57,14 @@ def shrunk(config: Mapping[str, Any]) -> dict[str, Any]:
         "n_routed_experts": 16,
         "num_experts": 16,
         "num_local_experts": 16,
+        "block_ff_dim": 96,
+        "block_multiple_of": 32,
+        "full_attn_idxs": [layer for layer in config.get("full_attn_idxs", []) if layer < layers],
         "layer_types": config.get("layer_types", [])[:layers],
         "no_rope_layers": config.get("no_rope_layers", [])[:layers],
+        "linear_num_key_heads": 4 * config.get("linear_num_key_heads", 1) // config.get("linear_num_value_heads", 1),
+        "linear_num_value_heads": 4,
+        "linear_value_head_dim": config.get("linear_key_head_dim"),
         "bos_token_id": 256,
         "eos_token_id": 258,
         "pad_token_id": 0,

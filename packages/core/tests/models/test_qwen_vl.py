@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL of random weights: towers, positions and logits against transformers, and answers
-however a prompt comes to the model."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5 of random weights: towers, positions and logits against transformers, and
+answers however a prompt comes to the model."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
 from candle_vllm.core.vision.preprocessing import window_order
+from packages.core.tests.models.families import QWEN35
 from packages.core.tests.models.peft_adapters import randomise as randomise_adapter
+from packages.core.tests.models.published_configs import CONFIGS
 from packages.core.tests.models.sight import (
     answers,
     answers_of_a_gpu,
@@ -90,6 +92,8 @@ KINDS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 KINDS["qwen3_vl_moe"] = KINDS["qwen3_vl"]
+KINDS["qwen3_5"] = {key: value for key, value in KINDS["qwen3_vl"].items() if key != "deepstack_visual_indexes"}
+KINDS["qwen3_5_moe"] = KINDS["qwen3_5"]
 EXPERTS = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -97,7 +101,21 @@ EXPERTS = {
     "decoder_sparse_step": 1,
     "head_dim": 16,
 }
-NEWEST = ("qwen3_vl", "qwen3_vl_moe")
+HYBRID = QWEN35 | {
+    "num_hidden_layers": 3,
+    "head_dim": 64,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+TEXTS: dict[str, dict[str, Any]] = {
+    "qwen3_vl": {"head_dim": 16, "num_hidden_layers": 3},
+    "qwen3_vl_moe": EXPERTS,
+    "qwen3_5": HYBRID,
+    "qwen3_5_moe": EXPERTS | {"shared_expert_intermediate_size": 56} | HYBRID,
+}
+"""What text models have beside `SMALL`."""
+DEEP = ("qwen3_vl", "qwen3_vl_moe")
+HYBRIDS = ("qwen3_5", "qwen3_5_moe")
+NEWEST = (*DEEP, *HYBRIDS)
 PROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor", "min_pixels": 256, "max_pixels": 1600, "patch_size": 4,
     "merge_size": 2, "temporal_patch_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
@@ -141,10 +159,11 @@ def write_tokenizer(folder: Path) -> None:
 
 def write(folder: Path, kind: str, **vision: Any) -> Path:
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-    more = {"qwen3_vl": {"head_dim": 16, "num_hidden_layers": 3}, "qwen3_vl_moe": EXPERTS}.get(kind, {})
+    if kind in HYBRIDS:  # a quarter of a head
+        rope |= {"partial_rotary_factor": 0.25, "mrope_section": [3, 3, 2]}
     config = AutoConfig.for_model(
         kind,
-        text_config=dict(SMALL) | {"rope_parameters": rope} | more,
+        text_config=dict(SMALL) | TEXTS.get(kind, {}) | {"rope_parameters": rope},
         vision_config=TOWER | KINDS[kind] | vision,
         image_token_id=PAD,
         video_token_id=VIDEO,
@@ -289,6 +308,30 @@ def test_answers_are_the_same_in_a_batch_in_chunks_and_cached(
         assert answers(engine, PROMPTS[-1:]) == alone[-1:]
 
 
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("folder", HYBRIDS, indirect=True)
+def test_states_behind_a_picture_are_not_those_behind_another(folder: Path, eager: bool) -> None:
+    """Of one size and so with the same tokens: a checkpoint is found by what a picture shows, and answers are as if
+    nothing was found. The third prompt of each picture goes on from a checkpoint within it."""
+    pictures, behind = [PICTURES[0], 255 - PICTURES[0]], ", what now?"
+    asked = [
+        {"prompt": f"{ONE}{text}", "multi_modal_data": {"image": [picture]}}
+        for picture in pictures
+        for text in (behind, f" -{behind}", f"!{behind}")
+    ]
+    settings: dict[str, Any] = {"enforce_eager": eager, "block_size": 16}
+    with InferenceEngine(folder, enable_prefix_caching=False, **settings) as engine:
+        wanted = [answers(engine, [prompt])[0] for prompt in asked]
+    assert len(set(wanted)) == len(wanted)
+    with InferenceEngine(folder, max_num_batched_tokens=64, **settings) as engine:
+        cached = []
+        for prompt in asked + asked:
+            before = engine.stats().cached_prompt_tokens
+            assert answers(engine, [prompt]) == [wanted[len(cached) % len(wanted)]]
+            cached.append(engine.stats().cached_prompt_tokens - before)
+    assert cached == [0, 0, 16] * 2 + [32] * 6
+
+
 @pytest.mark.parametrize("folder", few(KINDS, "qwen3_vl"), indirect=True)
 def test_pictures_need_no_torch(folder: Path) -> None:
     with InferenceEngine(folder, device="cpu") as engine:
@@ -306,7 +349,10 @@ def test_pictures_need_no_torch(folder: Path) -> None:
 )
 def test_answers_survive_preemption_and_guesses(eager: bool, folder: Path) -> None:
     long = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
-    small: dict[str, Any] = {"kv_cache_memory": 100_000 * (1 + eager), "block_size": 16, "max_model_len": 256}
+    held = 100_000 * (1 + eager)
+    if read_json(folder / "config.json")["model_type"] in HYBRIDS:
+        held = 500_000 * (1 + eager)  # half of it is for states
+    small: dict[str, Any] = {"kv_cache_memory": held, "block_size": 16, "max_model_len": 256}
     preempted = False
     with InferenceEngine(folder, enforce_eager=eager, **small, speculative_config={"method": "none"}) as engine:
         whole = [engine.generate(prompt, long, use_tqdm=False)[0].outputs[0].token_ids for prompt in PROMPTS]
@@ -345,7 +391,12 @@ def test_steps_of_a_gpu_have_the_same_answers(folder: Path, how: str) -> None:
 
 def test_a_text_alone_has_the_bits_of_the_text_model(folder: Path, tmp_path: Path) -> None:
     config = read_json(folder / "config.json")
-    named = {"qwen3_vl": ("Qwen3ForCausalLM", "qwen3"), "qwen3_vl_moe": ("Qwen3MoeForCausalLM", "qwen3_moe")}
+    named = {
+        "qwen3_vl": ("Qwen3ForCausalLM", "qwen3"),
+        "qwen3_vl_moe": ("Qwen3MoeForCausalLM", "qwen3_moe"),
+        "qwen3_5": ("Qwen3_5ForCausalLM", "qwen3_5_text"),
+        "qwen3_5_moe": ("Qwen3_5MoeForCausalLM", "qwen3_5_moe_text"),
+    }
     architecture, kind = named.get(config["model_type"], ("Qwen2ForCausalLM", "qwen2"))
     text = config["text_config"] | {"architectures": [architecture], "model_type": kind, "norm_topk_prob": True}
     del text["rope_parameters"]["mrope_section"]
@@ -478,7 +529,8 @@ def published(config: dict[str, Any]) -> None:
 def test_published_configs_and_names_of_both_layouts_are_read(
     folder: Path, tmp_path: Path, alone: list[tuple[int, ...]]
 ) -> None:
-    newest = read_json(folder / "config.json")["model_type"] in NEWEST
+    kind = read_json(folder / "config.json")["model_type"]
+    newest = kind in NEWEST
     made = changed(folder, tmp_path / "flat", published if newest else flat)
     stored = load_file(folder / "model.safetensors")
     plain = {name.replace("model.visual.", "visual."): tensor for name, tensor in stored.items()}
@@ -488,7 +540,7 @@ def test_published_configs_and_names_of_both_layouts_are_read(
         for name, tensor in plain.items()
     }
     lying = {name: tensor.mT.contiguous() if ".experts." in name else tensor for name, tensor in newer.items()}
-    for layout in (plain, newer, *([lying] if newest and any(".experts." in name for name in newer) else [])):
+    for layout in (plain, newer, *([lying] if kind == "qwen3_vl_moe" else [])):
         save_file(layout, made / "model.safetensors", {"format": "pt"})
         with InferenceEngine(made) as engine:
             assert answers(engine, PROMPTS) == alone
@@ -553,6 +605,23 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, ...]]] = {
         },
         (1024, 4096, 24, 0, 0),
     ),
+    "Qwen3.5-9B": (
+        {
+            "architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5", "image_token_id": 248056,
+            "tie_word_embeddings": False, "text_config": dict(CONFIGS["Qwen3.5-9B"]),
+            "vision_config": {
+                "deepstack_visual_indexes": [], "depth": 27, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 1152,
+                "in_channels": 3, "intermediate_size": 4304, "model_type": "qwen3_5", "num_heads": 16,
+                "num_position_embeddings": 2304, "out_hidden_size": 4096, "patch_size": 16, "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+            },
+        },
+        {
+            "size": {"longest_edge": 16777216, "shortest_edge": 65536}, "patch_size": 16, "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+        },
+        (1152, 4304, 27, 0, 0),
+    ),
 }  # fmt: skip
 """What published files say, and of their towers width, inner width, layers, cells of a window's side, and layers that
 have windows."""
@@ -572,10 +641,11 @@ def test_published_configs_are_read(name: str) -> None:
     grids = [found.rule.cut(height, width).cells(32 if third else 28) for width, height in sizes]
     assert [rows * columns for rows, columns in grids] == ([300, 2040] if third else [391, 2691])
     text = family_from_hf(config, path)[1]
-    assert [text.rope.axes.count(axis) for axis in range(3)] == ([24, 20, 20] if third else [16, 24, 24])
+    sections = {"Qwen3-VL-2B": [24, 20, 20], "Qwen3.5-9B": [11, 11, 10]}.get(name, [16, 24, 24])
+    assert [text.rope.axes.count(axis) for axis in range(3)] == sections
     assert text.rope.axes[:4] == ((0, 1, 2, 0) if third else (0,) * 4)
     assert text.sliding_windows == (None,) * said["num_hidden_layers"]
-    assert (found.learned, found.deep) == ((48, (5, 11, 17)) if third else (0, ()))
+    assert (found.learned, found.deep) == (48 if third else 0, (5, 11, 17) if name == "Qwen3-VL-2B" else ())
 
 
 NAMES = {
@@ -594,11 +664,11 @@ def write_mmproj(folder: Path, made: Path, *, joined: bool = False, quantised: b
     are `quantised` to Q8_0 where blocks of 32 fill their rows."""
     config = read_json(folder / "config.json")
     kind, vision = config["model_type"].removesuffix("_moe"), config["vision_config"]
-    writer, newest = GGUFWriter(made, "clip"), kind == "qwen3_vl"
+    writer, newest = GGUFWriter(made, "clip"), kind in NEWEST
     size = vision["embed_dim"] if kind == "qwen2_vl" else vision["hidden_size"]
-    merger = {"qwen2_vl": "qwen2vl_merger", "qwen2_5_vl": "qwen2.5vl_merger", "qwen3_vl": "qwen3vl_merger"}
+    merger = {"qwen2_vl": "qwen2vl_merger", "qwen2_5_vl": "qwen2.5vl_merger"}
     values: dict[str, Any] = {
-        "clip.projector_type": merger[kind], "clip.vision.image_size": 7 * 4 if newest else 560,
+        "clip.projector_type": merger.get(kind, "qwen3vl_merger"), "clip.vision.image_size": 7 * 4 if newest else 560,
         "clip.vision.patch_size": 4, "clip.vision.embedding_length": size, "clip.vision.block_count": 3,
         "clip.vision.attention.head_count": 2, "clip.vision.feed_forward_length": 0 if kind == "qwen2_vl" else 48,
         "clip.vision.image_min_pixels": 256, "clip.vision.image_max_pixels": 1600,
@@ -781,7 +851,7 @@ def test_a_tower_that_does_not_fit_is_named(folder: Path, tmp_path: Path) -> Non
     refused(UnsupportedModelError, "hidden_act is 'relu'", tower(hidden_act="relu"))
     refused(WeightsError, r"visual\.blocks\.3", tower(depth=4))
     kind = read_json(folder / "config.json")["model_type"]
-    if kind in NEWEST:
+    if kind in DEEP:
         said = "deepstack_visual_indexes is"
         for deep in ([2, 0], [0, 0], [3], [-1], ["x"]):
             refused(InvalidFileError, said, tower(deepstack_visual_indexes=deep))

@@ -33,7 +33,16 @@ from packages.core.tests.models.families import FORMATS, ROWS
 from packages.core.tests.models.family_formats import write_format
 from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.peft_adapters import base_of, trained
-from packages.core.tests.models.tiny import BLOCK, LENGTH, eager_logits, error, some_tokens, step_logits, write_tiny
+from packages.core.tests.models.tiny import (
+    BLOCK,
+    LENGTH,
+    eager_logits,
+    error,
+    room_of,
+    some_tokens,
+    step_logits,
+    write_tiny,
+)
 
 
 def adapted_logits(loaded: LoadedModel, source: Path, adapter: Path) -> torch.Tensor:
@@ -44,7 +53,7 @@ def adapted_logits(loaded: LoadedModel, source: Path, adapter: Path) -> torch.Te
         fitted = fit_adapter(stored, base_of(source))
         fitted = fitted if loaded.shard is None else loaded.shard.cut_adapter(fitted)
         packed = pack_adapter(fitted, places, "F32", compiled=False)
-    runner = EagerRunner(loaded.decoder, 32, BLOCK, CPU, torch.float32, joined)
+    runner = EagerRunner(loaded.decoder, 32, BLOCK, CPU, torch.float32, joined, room=room_of(loaded.decoder))
     return step_logits(runner, some_tokens(), [30, LENGTH - 30], ((packed, 0.7),))
 
 
@@ -54,19 +63,26 @@ def logits_of(source: Path, size: int, chunks: list[int], **settings: Any) -> li
     def work(ranks: ThreadRanks) -> torch.Tensor:
         config = EngineConfig(model=str(source), enforce_eager=True, **settings)
         loaded = load_model(config, CPU, lambda *_: None, ranks=ranks)
-        runner = EagerRunner(loaded.decoder, 32, BLOCK, CPU, loaded.placement.torch_dtype)
+        room = room_of(loaded.decoder)
+        runner = EagerRunner(loaded.decoder, 32, BLOCK, CPU, loaded.placement.torch_dtype, room=room)
         return step_logits(runner, some_tokens(), chunks)
 
     return in_threads(size, work)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [name for name in ROWS if not name.startswith("OLMo")])
 def test_ranks_give_the_logits_of_one(name: str, tmp_path: Path) -> None:
     row = ROWS[name]
     write_tiny(tmp_path, row.model_type, **row.config)
     whole = eager_logits(tmp_path, some_tokens(), [LENGTH])
     for logits in logits_of(tmp_path, 2, [30, 1, LENGTH - 31]):
         assert error(logits, whole) < 1e-5
+
+
+def test_norms_of_all_heads_are_not_divided(tmp_path: Path) -> None:
+    write_tiny(tmp_path, "olmo_hybrid", **ROWS["OLMo Hybrid"].config)
+    with pytest.raises(ConfigError, match=r"norms of all heads at once\. Set tensor_parallel_size to one of 1"):
+        logits_of(tmp_path, 2, [LENGTH])
 
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -76,6 +92,7 @@ UNEVEN = {  # of three ranks
     "gpt-oss": {"num_attention_heads": 6, "num_key_value_heads": 3},
     "StableLM-2-12B": {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3},
     "DeepSeek-V3": {"num_attention_heads": 6, "num_key_value_heads": 6},
+    "LFM2-MoE": {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3},
 }
 
 
@@ -125,11 +142,11 @@ def test_rows_of_gguf_are_cut_in_their_order(name: str, tmp_path: Path) -> None:
     assert error(logits_of(path, 2, [LENGTH])[1], whole) < 1e-5
 
 
-MIXTURES = ["Mixtral", "Qwen2-MoE", "Qwen3-MoE", "GLM-4-MoE", "gpt-oss", "DeepSeek-V2", "DeepSeek-V3"]
+MIXTURES = ["Mixtral", "Qwen2-MoE", "Qwen3-MoE", "GLM-4-MoE", "gpt-oss", "DeepSeek-V2", "DeepSeek-V3", "LFM2-MoE"]
 
 
 OFTEN = [("gpt-oss", 2), ("Qwen2-MoE", 3)]
-CASES = [(name, size) for name in MIXTURES for size in (2, 3) if size == 2 or name in UNEVEN]
+CASES = [(name, size) for name in (*MIXTURES, "Qwen3.5-MoE") for size in (2, 3) if size == 2 or name in UNEVEN]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +162,16 @@ def test_whole_experts_on_each_rank(name: str, size: int, tmp_path: Path) -> Non
         assert error(logits, whole) < 1e-5
 
 
-SENT = [("Mixtral", 4), ("DeepSeek-V3", 3)]
+def test_tokens_are_not_divided_where_ranks_compute_layers_whole(tmp_path: Path) -> None:
+    """What a delta net gives is no part of a sum."""
+    write_tiny(tmp_path, "qwen3_5_moe_text", **ROWS["Qwen3.5-MoE"].config)
+    settings: dict[str, Any] = {"enable_expert_parallel": True, "tensor_parallel_size": 2}
+    with pytest.raises(ConfigError, match=r"computes the delta nets of .* for all tokens") as raised:
+        logits_of(tmp_path, 2, [LENGTH], all2all_backend="all_to_all", **settings)
+    assert raised.value.setting == "all2all_backend"
+
+
+SENT = [("Mixtral", 4), ("DeepSeek-V3", 3), ("LFM2-MoE", 2)]
 SENT_CASES = [(name, size) for name in MIXTURES for size in (2, 3, 4) if size != 3 or name in UNEVEN]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import msgspec
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -24,8 +25,10 @@ from candle_vllm.core.engine.eager_runner import EagerRunner
 from candle_vllm.core.engine.model_runner import ModelRunner
 from candle_vllm.core.engine.recorded_runner import RecordedRunner, StepLimits
 from candle_vllm.core.engine.request import GenerationRequest
-from candle_vllm.core.engine.sequence import Run, Sequence
+from candle_vllm.core.engine.sequence import Run, RunState, Sequence
 from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.loading.cache_specs import NO_STATES, StateRoom, states
+from candle_vllm.core.models.family import Decoder
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.core.testing.toy_model import TOY_VOCAB_SIZE, write_toy_tokenizer
 
@@ -67,16 +70,21 @@ def write_tiny(folder: Path, model_type: str, *, seed: int = 0, **overrides: Any
 
 
 def randomise(model: torch.nn.Module) -> None:
-    """Matrices whose products keep the size of what they multiply; norms near what they are, biases small."""
+    """Matrices whose products keep the size of what they multiply; norms near what they are, biases small.
+
+    States decay so slowly that they hold more than the last token.
+    """
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() >= 2:
                 gain = 3.0 if "embed" in name or "lm_head" in name else 1.0
                 weight.normal_(0.0, gain * weight.shape[-1] ** -0.5)
+            elif name.endswith("A_log"):
+                weight.uniform_(-4.0, 0.0)
             else:
                 weight.add_(torch.randn_like(weight) * 0.1)
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.normal_(0.0, 0.1)
 
 
@@ -92,8 +100,17 @@ def load(source: Path, **settings: Any) -> LoadedModel:
 def eager_logits(source: Path, tokens: list[int], chunks: list[int], **settings: Any) -> torch.Tensor:
     """Logits [T, V] of every position in torch, the prompt run in chunks of these sizes over a paged cache."""
     loaded = load(source, enforce_eager=True, **settings)
-    runner = EagerRunner(loaded.decoder, -(-len(tokens) // BLOCK), BLOCK, CPU, torch.float32)
-    return step_logits(runner, tokens, chunks)
+    return step_logits(eager_runner(loaded, -(-len(tokens) // BLOCK)), tokens, chunks)
+
+
+def room_of(decoder: Decoder) -> StateRoom:
+    """Room for the states of one sequence, where the model's layers keep any."""
+    return StateRoom(1, 0, 0) if states(decoder.config.cache_specs) else NO_STATES
+
+
+def eager_runner(loaded: LoadedModel, blocks: int) -> EagerRunner:
+    """What runs a model in torch and fp32, a sequence at a time."""
+    return EagerRunner(loaded.decoder, blocks, BLOCK, CPU, torch.float32, room=room_of(loaded.decoder))
 
 
 def device_logits(source: Path, tokens: list[int], chunks: list[int], **settings: Any) -> torch.Tensor:
@@ -105,8 +122,7 @@ def device_logits(source: Path, tokens: list[int], chunks: list[int], **settings
 
     with mock.patch.object(loading, "choose_placement", placed):
         loaded = load(source, enforce_eager=True, **settings)
-    runner = EagerRunner(loaded.decoder, -(-len(tokens) // BLOCK), BLOCK, CPU, torch.float32)
-    return step_logits(runner, tokens, chunks)
+    return step_logits(eager_runner(loaded, -(-len(tokens) // BLOCK)), tokens, chunks)
 
 
 def recorded_logits(source: Path, tokens: list[int], chunks: list[int], **settings: Any) -> torch.Tensor:
@@ -117,7 +133,7 @@ def recorded_logits(source: Path, tokens: list[int], chunks: list[int], **settin
     limits = StepLimits(
         tokens=max(64, max(chunks)), sequences=4, logit_rows=64, table_width=blocks, block_size=BLOCK, threads=2
     )
-    runner = RecordedRunner(loaded.decoder, blocks, limits)
+    runner = RecordedRunner(loaded.decoder, blocks, limits, room=room_of(loaded.decoder))
     try:
         return step_logits(runner, tokens, chunks)
     finally:
@@ -130,10 +146,13 @@ def step_logits(runner: ModelRunner, tokens: list[int], chunks: list[int], adapt
     sequence = Sequence(request, 0, 0)
     sequence.adapters = adapters
     sequence.block_table = array("i", reversed(range(-(-len(tokens) // BLOCK))))
-    found, start = [], 0
+    decoder: Any = getattr(runner, "decoder", getattr(runner, "_decoder", None))
+    found, start, keeps = [], 0, room_of(decoder) is not NO_STATES
     for chunk in chunks:
         sequence.num_uncomputed_tokens = len(tokens) - start
         item = Run.next(sequence, chunk)
+        if keeps:
+            item = msgspec.structs.replace(item, state=RunState(0, 0 if start else -1))
         runner.forward(BatchBuilder(BLOCK, runner.step_memory).build([item]), [])
         scored = (runner.score(np.arange(first, min(first + 64, chunk))) for first in range(0, chunk, 64))
         found += [torch.as_tensor(logits).clone() for logits in scored]

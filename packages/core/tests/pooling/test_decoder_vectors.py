@@ -293,7 +293,17 @@ def test_scores_are_cosines_and_every_text_is_run_once(toy_engine: InferenceEngi
     assert scores[2].score == pytest.approx(1.0)
     query, one = vectors(toy_engine, [list(b"query"), list(b"one")])
     assert scores[0].score == pytest.approx(float(query @ one), abs=1e-6)
-    assert asyncio.run(toy_engine.ascore([("query", "one")]))[0].score == pytest.approx(scores[0].score)
+    done: list[Any] = []
+
+    async def apart(function: Any, *arguments: Any) -> Any:
+        done.append(made := await asyncio.to_thread(function, *arguments))
+        return made
+
+    (score,) = asyncio.run(toy_engine.ascore([("query", "one")], apart=apart))
+    assert score.score == pytest.approx(scores[0].score)
+    assert done[-1] == [score], "cosines are not computed in the event loop"
+    assert scores[0].prompt_token_ids == tuple(b"queryone")
+    assert not score.prompt_token_ids, "a long query is not repeated for each document"
 
 
 def test_a_pairs_text_that_is_too_long_is_named(toy_engine: InferenceEngine) -> None:

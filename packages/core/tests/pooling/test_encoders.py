@@ -291,6 +291,7 @@ def test_the_tuned_length_holds_until_another_is_set(tmp_path: Path) -> None:
     "setting",
     [
         {"kv_fraction": 0.3},
+        {"state_cache_gb": 1.0},
         {"kv_cache_memory": 1 << 20},
         {"chat_template": "x"},
         {"deterministic": True},

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 
 from candle_vllm.core.errors import InvalidParameterError
+from candle_vllm.core.sampling import llguidance_limits
+from candle_vllm.core.sampling.json_schema import Budget
+from candle_vllm.core.sampling.lark import MAX_GBNF_TEXT, user_grammar
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
-from candle_vllm.core.sampling.structured import StructuredOutputsParams
+from candle_vllm.core.sampling.structured import MAX_GRAMMAR, StructuredOutputsParams
 
 SECONDS = 10  # of a slow machine; each takes one or two on a fast one
 MEGABYTES = 400
@@ -216,6 +219,76 @@ def test_patterns_apart_do_not_meet(backend: LlguidanceBackend) -> None:
     backend.compile(StructuredOutputsParams(grammar=f"start: {rule}\n{rules}"))
 
 
+_PRODUCT = "/(.{0,50}a){0,50}/ & /(.{0,51}b){0,51}/"
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"grammar": f'start: "x" T\nT: {_PRODUCT}'},
+        {"choice": ["y"], "around": f'start: @form "x" T\nT: {_PRODUCT}', "reasoning_end": "</think>"},
+    ],
+    ids=["grammar", "around"],
+)
+def test_what_llguidance_would_compile_for_ever_is_ended(
+    backend: LlguidanceBackend, monkeypatch: pytest.MonkeyPatch, form: dict[str, Any]
+) -> None:
+    """None of its limits counts this; it is tried in a process, and this one has nothing to do."""
+    monkeypatch.setattr(llguidance_limits, "MOST_COMPILING", 1)
+    start = time.process_time()
+    with pytest.raises(InvalidParameterError, match="takes more than the 1 seconds that compiling may take"):
+        backend.compile(StructuredOutputsParams(**form))
+    assert time.process_time() - start < 1
+    backend.compile(StructuredOutputsParams(regex="a"))
+
+
+def test_a_trial_changes_nothing(backend: LlguidanceBackend) -> None:
+    """What is right passes it, special tokens included, and what is wrong is told by the compiler itself."""
+    fine = "start: <think> T </think>\nT: /[a-z]{3,20}/ & /.*x.*/"
+    assert backend.compile(StructuredOutputsParams(grammar=fine, reasoning_end="</think>")).legal([ord("a")]) == 1
+    with pytest.raises(InvalidParameterError, match="not supported or wrong"):
+        backend.compile(StructuredOutputsParams(grammar="start: T\nT: /a{2,3/ & /(b{1,2}/"))
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_others(backend: LlguidanceBackend, name: str) -> None:
     check(backend, lambda: StructuredOutputsParams(**OTHERS[name]()))
+
+
+UNENDING = {  # how a grammar begins, what is repeated to a megabyte, and what the refusal says
+    "a string": ('start: "', '\\"', "a string without an end"),
+    "an expression": ("start: /", "\\/", "an expression without an end"),
+    "quotes and slashes": ("start: ", '"/', "100000 words"),
+    "a word": ('start: "a"\n', "a", ""),
+    "words in lines": ('start: "a"\n', "a\n", "100000 words"),
+    "empty lines": ("", "\n", "no rule 'start:'"),
+    "tokens": ("start: ", "<a", "100000 words"),
+    "comments": ('start: "a"\n', "#\n", ""),
+    "schemas": ("start: ", '%json "a" ', "must be an object or true"),
+}
+
+
+@pytest.mark.parametrize(("begin", "again", "why"), UNENDING.values(), ids=UNENDING)
+def test_a_megabyte_of_a_grammar_is_looked_through_in_time(begin: str, again: str, why: str) -> None:
+    """One search of `re` holds all threads up, so none may go to the end of the text from every place."""
+    text = begin + again * ((MAX_GRAMMAR - len(begin)) // len(again))
+    start, said = time.process_time(), ""
+    try:
+        user_grammar("g", text, StructuredOutputsParams(grammar=text), Budget())
+    except InvalidParameterError as error:
+        said = str(error)
+    assert time.process_time() - start < 2
+    assert why in said
+    assert bool(why) == bool(said)
+    assert len(said) < 700
+
+
+def test_a_gbnf_grammar_of_comments() -> None:
+    """The converter adds each comment to a text of all before it."""
+    end = 'root ::= "a"'
+    text = "#\n" * ((MAX_GBNF_TEXT - len(end)) // 2) + end
+    start = time.process_time()
+    user_grammar("g", text, StructuredOutputsParams(grammar=text), Budget())
+    assert time.process_time() - start < 2
+    with pytest.raises(InvalidParameterError, match="read as GBNF, and has 65542 characters"):
+        user_grammar("g", "#\n" * 3 + text, StructuredOutputsParams(grammar=text), Budget())

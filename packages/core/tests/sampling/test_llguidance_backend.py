@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 
 from candle_vllm.core.errors import EngineDeadError, InvalidParameterError
-from candle_vllm.core.sampling import llguidance_backend
+from candle_vllm.core.sampling import llguidance_backend, llguidance_grammar
 from candle_vllm.core.sampling.device_edits import mask_flags
 from candle_vllm.core.sampling.llguidance_backend import LlguidanceBackend
 from candle_vllm.core.sampling.llguidance_grammar import LlguidanceGrammar
@@ -310,7 +312,7 @@ def test_wrong_structural_tags(takes: Taker, tag: Any, message: str) -> None:
         ({"grammar": 'start: %json {"$dynamicRef": "#"}'}, "keyword '.dynamicRef'"),
         ({"grammar": 'start: "%json" | %json {}'}, "%json where no schema can be"),
         ({"grammar": "start: %json x"}, "no JSON schema behind %json"),
-        ({"grammar": "start: " + "(" * 3000}, "lead 3001 deep"),
+        ({"grammar": "start: " + "(" * 3000}, "more than 2000 brackets inside each other"),
         ({"grammar": "start: " + '"a"' * 6000}, "5000 behind each other"),
         ({"grammar": "root ::= " + "(" * 3000}, "3001 rules and brackets; at most 2000"),
     ],
@@ -589,6 +591,132 @@ threading.Thread(target=work, daemon=True).start()
 begun.wait()
 print("main is over", flush=True)
 """
+
+
+# A text behind x runs out of the lexer's fuel within a dozen tokens; a text of many ok does not.
+RUNS_OUT = 'start: ("ok ")* "done" | "x" T\nT: ' + " & ".join(f"/.*a.{{{i}}}b.*/" for i in range(5, 11))
+RAN_OUT = "the grammar cannot go on here: the text needs more of its regular expressions than one token may take"
+
+
+def run_out(grammar: LlguidanceGrammar) -> None:
+    """Writes a text that runs out."""
+
+    def write() -> None:
+        for byte in itertools.chain(b"x", itertools.cycle(b"aabaabbb")):
+            allowed(grammar)
+            assert grammar.accept(byte)
+
+    with pytest.raises(InvalidParameterError, match=RAN_OUT):
+        write()
+
+
+def go_on(grammar: LlguidanceGrammar, vocabulary: SmallVocabulary, text: str) -> None:
+    for token in vocabulary.encode(text):
+        assert token in allowed(grammar)
+        assert grammar.accept(token)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"grammar": RUNS_OUT},
+        {"structural_tag": {"type": "structural_tag", "format": {"type": "grammar", "grammar": RUNS_OUT}}},
+        {"choice": ["yes"], "around": RUNS_OUT.replace('"done"', '"done" | @form')},
+    ],
+    ids=["grammar", "structural_tag", "around"],
+)
+def test_a_text_that_runs_out_fails_alone(
+    backend: LlguidanceBackend, vocabulary: SmallVocabulary, form: dict[str, Any]
+) -> None:
+    """Others of the same form, wherever they are, go on; so does the next one."""
+    spec = StructuredOutputsParams(**form)
+    started, halfway, sibling = (backend.compile(spec) for _ in range(3))
+    go_on(halfway, vocabulary, "ok ok o")
+    for _ in range(2):
+        run_out(backend.compile(spec))
+        run_out(sibling.fresh())
+        ahead = halfway.copy()
+        assert ahead is not None
+        assert ahead.legal([ord("k")]) in (0, 1)
+    for grammar in (started, sibling.fresh(), backend.compile(spec)):
+        go_on(grammar, vocabulary, "ok ok done")
+        assert grammar.exhausted
+    assert halfway.accept(ord("k")), "a token is taken though its mask was made before the lexer was lost"
+    go_on(halfway, vocabulary, " ok ")
+    halfway.rollback(4)
+    go_on(halfway, vocabulary, " done")
+    assert halfway.exhausted
+
+
+def test_guesses_do_not_use_up_a_text(backend: LlguidanceBackend, vocabulary: SmallVocabulary) -> None:
+    """A look ahead that runs out costs the text no more than its guesses."""
+    grammar = backend.compile(StructuredOutputsParams(grammar=RUNS_OUT))
+    ahead = grammar.copy()
+    assert ahead is not None
+    run_out(ahead)
+    go_on(grammar, vocabulary, "ok")
+    assert grammar.copy() is None
+    assert grammar.legal([ord(" ")]) == 0
+    go_on(grammar, vocabulary, " done")
+
+
+def test_texts_that_run_out_at_the_same_time(vocabulary: SmallVocabulary) -> None:
+    """In several threads with others of the same form between them."""
+    backend, spec = LlguidanceBackend(vocabulary, SIZE, vocabulary.ends), StructuredOutputsParams(grammar=RUNS_OUT)
+    grammars = [backend.compile(spec) for _ in range(16)]
+
+    def write(number: int) -> None:
+        if number % 2:
+            run_out(grammars[number])
+        else:
+            go_on(grammars[number], vocabulary, "ok " * 12 + "done")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(len(grammars))))
+    backend.close()
+
+
+def test_lexers_are_renewed_for_a_bounded_time(vocabulary: SmallVocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind it texts of the form are refused, and the form is compiled anew for the next request."""
+    backend, spec = LlguidanceBackend(vocabulary, SIZE, vocabulary.ends), StructuredOutputsParams(grammar=RUNS_OUT)
+    monkeypatch.setattr(llguidance_grammar, "_MOST_RENEWING", 0.0)
+    first, second, third = (backend.compile(spec) for _ in range(3))
+    run_out(first)
+    with pytest.raises(InvalidParameterError, match="cannot go on here"):
+        go_on(third, vocabulary, "ok")
+    assert len(allowed(backend.compile(spec))) > 1
+    go_on(backend.compile(spec), vocabulary, "ok done")
+    with pytest.raises(InvalidParameterError, match="cannot go on here"):
+        go_on(second, vocabulary, "ok")
+    backend.close()
+
+
+def test_compared_elements_outlive_their_lexer(backend: LlguidanceBackend, vocabulary: SmallVocabulary) -> None:
+    """Arrays without repetitions are followed by a grammar of their own, whose lexer is shared too."""
+    text = {"type": "string", "pattern": "^(o|k| )*$"}
+    words = {"type": "array", "uniqueItems": True, "items": text}
+    spec = StructuredOutputsParams(json=words, disable_any_whitespace=True)
+    grammar = backend.compile(spec)
+    go_on(grammar, vocabulary, '["ok","')
+    for lost, tokens in (  # type: ignore[attr-defined]
+        (grammar._inner._text, grammar._trie.ll),
+        (grammar._arrays._twin, LLTokenizer("byte")),
+    ):
+        lost._start = lost.matcher = broken(tokens)
+    go_on(grammar, vocabulary, 'k"')
+    assert ord("]") in allowed(grammar)
+
+
+def broken(tokens: LLTokenizer) -> LLMatcher:
+    """A matcher whose lexer is lost for all its copies."""
+    matcher = LLMatcher(tokens, RUNS_OUT, log_level=0)
+    text = matcher.deep_copy()
+    for byte in itertools.chain(b"x", b"aabaabbb" * 8):
+        text.compute_bitmask()
+        text.consume_token(byte)
+    matcher.compute_bitmask()
+    assert matcher.is_error()
+    return matcher
 
 
 def test_the_end_of_the_interpreter_waits_for_what_is_compiled_in_a_daemon_thread() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import os
 import socket
 import threading
@@ -29,7 +30,7 @@ from candle_vllm.core.errors import (
 from candle_vllm.core.testing.toy_sight import write_toy_sight
 from candle_vllm.core.vision import fetching
 from candle_vllm.core.vision.fetching import ImageAddress, ImageSources
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 
 BODY = b"bytes of an image"
 
@@ -104,7 +105,7 @@ def site() -> Iterator[Site]:
 async def had(sources: ImageSources, *urls: str) -> list[bytes]:
     images = [sources.begin(ImageAddress(url, path=f"p{place}")) for place, url in enumerate(urls)]
     async with sources.had(images) as files:
-        return files
+        return list(files)
 
 
 async def refused(sources: ImageSources, url: str) -> str:
@@ -261,7 +262,7 @@ async def test_an_endless_body_ends_at_the_limit(site: Site) -> None:
     assert "127.0.0.1 has more than the 20 MB of a picture" in await refused(sources, site.url("/endless"))
     assert "has more than the 20 MB" in await refused(sources, site.url("/said"))
     assert "compressed" in await refused(sources, site.url("/zipped"))
-    assert sources._held == 0
+    assert not sources._held
 
 
 async def test_a_request_and_all_of_them_are_bounded(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,6 +276,64 @@ async def test_a_request_and_all_of_them_are_bounded(site: Site, monkeypatch: py
         with pytest.raises(EngineOverloadedError, match="try again later"):
             await had(sources, site.url("/b.png"))
     assert await had(sources, site.url("/b.png")) == [BODY]
+
+
+async def test_files_that_came_with_a_request_count_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = ImageSources()
+    monkeypatch.setattr(fetching, "MAX_HELD_BYTES", 2 * len(BODY))
+    async with sources.had([BODY, BODY, BODY]) as files:  # one request alone may have more
+        assert files == [BODY] * 3
+        with pytest.raises(EngineOverloadedError, match="try again later"):
+            async with sources.had([BODY]):
+                pass
+    assert not files  # work of a request that is over has none of them
+    assert not sources._held
+
+
+async def test_one_asker_has_half_of_the_files_and_of_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    asker = ["alice"]
+    sources = ImageSources(who=lambda: asker[0])
+    monkeypatch.setattr(fetching, "MAX_HELD_BYTES", 4 * len(BODY))
+    monkeypatch.setattr(fetching, "MAX_PREPARED_BYTES", 40)
+
+    def image(size: int) -> Any:
+        return type("Image", (), {"tiles": b"x" * size})()
+
+    async with sources.had([BODY]):
+        sources.keep([first := image(15)])
+        async with sources.had([BODY]):
+            with pytest.raises(EngineOverloadedError, match="try again later"):
+                async with sources.had([BODY]):
+                    pass
+            with pytest.raises(EngineOverloadedError, match="try again later"):
+                sources.keep([image(15)])
+            asker[0] = "bob"
+            sources.keep([second := image(20)])
+            async with sources.had([BODY]):
+                pass
+    del first, second
+    gc.collect()
+    assert not sources._held
+    assert not sources._prepared
+
+
+async def test_slow_addresses_of_one_asker_leave_connections_to_others() -> None:
+    turns, taken = fetching._Turns(), list[str]()
+    may_go = asyncio.Event()
+
+    async def fetch(who: str) -> None:
+        async with turns.of(who):
+            taken.append(who)
+            if who == "alice":
+                await may_go.wait()
+
+    alice = [asyncio.create_task(fetch("alice")) for _ in range(3 * fetching.AT_ONCE)]
+    async with asyncio.timeout(PATIENCE):
+        await until(lambda: len(taken) == fetching.AT_ONCE // 2)
+        await fetch("bob")
+    assert taken.count("alice") == fetching.AT_ONCE // 2
+    may_go.set()
+    await asyncio.gather(*alice)
 
 
 async def test_few_are_fetched_at_a_time(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,7 +380,7 @@ async def test_a_request_that_ends_fetches_no_more(site: Site) -> None:
     asked.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asked
-    assert sources._held == 0
+    assert not sources._held
 
 
 async def test_files_below_the_folder_are_read(tmp_path: Path) -> None:
@@ -400,7 +459,7 @@ async def test_a_file_that_is_read_for_a_request_that_is_over_is_not_counted(
     over.set()
     await asyncio.to_thread(sources._threads.shutdown)
     assert read.is_set()
-    assert sources._held == 0
+    assert not sources._held
 
 
 async def test_kept_files_are_of_who_asks() -> None:
@@ -427,7 +486,7 @@ async def test_who_has_no_event_loop_is_served_as_well(site: Site, tmp_path: Pat
     assert sources.files_now(wanted) == await sources.files(wanted) == [BODY, BODY[:5], b"ABC"]
     with pytest.raises(InvalidParameterError, match="image: the address names a host"):
         sources.files_now([ImageAddress("https://evil.example/")])
-    assert sources._held == 0
+    assert not sources._held
 
 
 def test_settings_that_are_none(tmp_path: Path) -> None:

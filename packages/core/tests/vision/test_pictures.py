@@ -7,7 +7,10 @@ import base64
 import io
 import struct
 import sys
+import time
+import warnings
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -87,15 +90,19 @@ def test_of_many_frames_the_first_is_seen() -> None:
     assert decode_picture(data).pixels[0, 0, 0] == 10
 
 
-def png(width: int, height: int, data: bytes = b"") -> bytes:
-    """A PNG file whose header says this size."""
+def png(
+    width: int, height: int, data: bytes = b"", before: bytes = b"", after: bytes = b"", interlaced: int = 0
+) -> bytes:
+    """A PNG file whose header says this size, with further chunks before its pixels and behind them."""
 
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, interlaced))
+    body = before + chunk(b"IDAT", zlib.compress(data)) + after + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + body
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 BROKEN = {
@@ -139,6 +146,13 @@ def test_no_damage_does_more_than_that(format: str) -> None:
         except InvalidParameterError:
             continue
         assert picture.pixels.size <= 30_000
+
+
+def test_apples_form_of_png_is_refused_by_name() -> None:
+    """Pillow reads its head, and fails at its pixels."""
+    plain = stored()
+    with pytest.raises(InvalidParameterError, match="Apple-optimised PNG \\(CgBI\\)"):
+        decode_picture(plain[:8] + chunk(b"CgBI", b"P\0 \6") + plain[8:])
 
 
 def test_limits_are_looked_at_before_pixels() -> None:
@@ -222,3 +236,140 @@ def test_without_pillow_a_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ConfigError, match=r"pictures need Pillow: .*vision"):
         require_pillow()
     assert picture_of(PIXELS).width == 7
+
+
+# ---- what a file costs -----------------------------------------------------------------------------------------------
+
+BOMB = b"II*\0\x08\0\0\0" + struct.pack("<H", 4000)  # entries with the same 90,000 bytes, and with none
+BOMB += b"".join(struct.pack("<HHII", 0x9000 + at, 7, 90_000 + at % 2 * 10**6, 8) for at in range(4000)) + bytes(90_000)
+
+
+def segment(kind: int, body: bytes = b"") -> bytes:
+    """A segment of a JPEG."""
+    return bytes([0xFF, kind]) + struct.pack(">H", len(body) + 2) + body
+
+
+def progressive(side: int, scans: int, *, refine: bool = False) -> bytes:
+    """A grey JPEG of black whose scans have a few bytes each, and visit every block: one of DC, then of AC."""
+    blocks, bits = (side // 8) ** 2, ""
+    while blocks > 0:  # in runs of at most 32,767 blocks
+        run = min(blocks, 32_767)
+        bits += "0" + format(max(run - 16_384, 0), "014b")
+        blocks -= max(run, 16_384)
+    bits += "1" * (-len(bits) % 8)
+    runs = int(bits, 2).to_bytes(len(bits) // 8).replace(b"\xff", b"\xff\0")
+    tables = segment(0xDB, b"\0" + b"\x10" * 64) + segment(0xC2, struct.pack(">BHHB", 8, side, side, 1) + b"\1\x11\0")
+    tables += segment(0xC4, b"\0\1" + bytes(16)) + segment(0xC4, b"\x10\1" + bytes(15) + b"\xe0")
+    dc = segment(0xDA, b"\1\1\0\0\0\0") + bytes((side // 8) ** 2 // 8 + 1)
+    first, later = (segment(0xDA, b"\1\1\0\1\x3f" + bytes([low])) + runs for low in (1, 0x10 if refine else 1))
+    return b"\xff\xd8" + tables + dc + (first + later * (scans - 2) if scans > 1 else b"") + b"\xff\xd9"
+
+
+def riff(*chunks: tuple[bytes, bytes]) -> bytes:
+    """A WebP file of these chunks."""
+    body = b"".join(kind + struct.pack("<I", len(each)) + each + bytes(len(each) % 2) for kind, each in chunks)
+    return b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
+
+
+def gif(before: bytes = b"", frames: int = 1) -> bytes:
+    """A GIF file with something before its frames."""
+    whole = stored(IMAGE, "GIF")
+    first = whole.index(b",", 13 + (6 << (whole[10] & 7)))
+    return whole[:first] + before + whole[first:-1] * frames + b";"
+
+
+JPEG = stored(IMAGE, "JPEG")
+LOSSLESS = stored(IMAGE, "WEBP", lossless=True)[20:]
+CANVAS, MOVING = ((b"VP8X", bytes([kind]) + b"\0\0\0\6\0\0\4\0\0") for kind in (8, 2))  # 7 x 5; with EXIF, with frames
+FRAME = (b"ANMF", bytes(6) + b"\6\0\0\4\0\0\1\0\0\0VP8L" + struct.pack("<I", len(LOSSLESS)) + LOSSLESS)
+MANY = pictures.MAX_PARTS + 1
+COSTLY: dict[str, tuple[Callable[[], bytes], str | None]] = {
+    "scans": (lambda: progressive(64, 101), "a JPEG may have 100 scans"),
+    "scans, as many as may be": (lambda: progressive(64, 100), None),
+    "scans of what has many pixels": (lambda: progressive(8192, 33), "8192 x 8192 pixels in 33 scans; a JPEG may"),
+    "scans that refine": (lambda: progressive(2048, 30, refine=True), None),
+    "arithmetic code": (lambda: JPEG.replace(b"\xff\xc0", b"\xff\xc9"), "Huffman's code alone"),
+    "tables": (lambda: JPEG[:2] + segment(0xC4, bytes(17)) * MANY + JPEG[2:], "65536 segments"),
+    "application segments": (lambda: JPEG[:2] + segment(0xE5) * MANY + JPEG[2:], "65536 segments"),
+    "EXIF in a JPEG": (lambda: JPEG[:2] + segment(0xE1, b"Exif\0\0" + BOMB[:65_000]) * 40 + JPEG[2:], None),
+    "stuffed bytes": (lambda: JPEG[:-2] + b"\xff\0" * 500_000 + JPEG[-2:], None),
+    "fill bytes": (lambda: JPEG[:2] + b"\xff" * 1_000_000 + JPEG[2:], None),
+    "restarts": (lambda: JPEG[:-2] + b"\xff\xd0" * 500_000 + JPEG[-2:], None),
+    "interlaced": (lambda: png(1024, 1024, bytes((3 << 20) + 15 * 128), interlaced=1), None),
+    "profiles": (lambda: png(1, 1, bytes(4), chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1 << 20))) * 3000), None),
+    "texts": (lambda: png(1, 1, bytes(4), chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 20))) * 3000), None),
+    "texts behind": (lambda: png(1, 1, bytes(4), b"", chunk(b"iTXt", b"a\0\0\0\0\0b") * 60_000), None),
+    "chunks": (lambda: png(1, 1, bytes(4), chunk(b"tEXt", b"a\0b") * MANY), "65536 chunks"),
+    "pieces of pixels": (lambda: png(1, 1, bytes(4), chunk(b"IDAT", b"") * MANY), "65536 chunks"),
+    "pixels behind the last": (lambda: png(1, 1, bytes(1 << 24)), None),
+    "EXIF in a PNG": (lambda: png(1, 1, bytes(4), chunk(b"eXIf", BOMB)), None),
+    "frames of a PNG": (
+        lambda: png(1, 1, bytes(4), chunk(b"acTL", bytes(8)) * 2, chunk(b"fdAT", b"abcd") * 50_000),
+        None,
+    ),
+    "comments": (lambda: gif(b"!\xfe" + b"\1a" * MANY + b"\0"), "65536 blocks"),
+    "control blocks": (lambda: gif(b"!\xf9\4\0\0\0\0\0" * MANY), "65536 blocks"),
+    "bytes between blocks": (lambda: gif(bytes(MANY)), "65536 blocks"),
+    "frames of a GIF": (lambda: gif(frames=5000), None),
+    "EXIF in a WebP": (lambda: riff(CANVAS, (b"VP8L", LOSSLESS), (b"EXIF", BOMB)), None),
+    "chunks of a WebP": (lambda: riff(CANVAS, (b"VP8L", LOSSLESS), *[(b"ABCD", b"ab")] * 100_000), None),
+    "frames of a WebP": (lambda: riff(MOVING, (b"ANIM", bytes(6)), *[FRAME] * 5000), None),
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_a_file_costs_what_its_bytes_and_pixels_do(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    make, refused = COSTLY[name]
+    data = make()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        began = time.process_time()
+        if refused is None:
+            decode_picture(data)
+        else:
+            with pytest.raises(InvalidParameterError, match=refused):
+                decode_picture(data)
+        took = time.process_time() - began
+    assert took < 3, "of a hundredth"
+    assert not warned
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_metadata_is_not_given_to_pillow(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = stored(IMAGE, format, exif=exif, icc_profile=bytes(70_000), **({} if format == "PNG" else {"xmp": b"<x/>"}))
+    monkeypatch.setattr(Image.Exif, "load", None)  # nothing is read of it but the orientation, by our own code
+    assert decode_picture(data).pixels.shape == (7, 5, 3)
+    if format != "WEBP":  # whose profile Pillow copies and does not read
+        with Image.open(io.BytesIO(pictures._bare(data).data)) as image:
+            image.load()
+            assert not {"exif", "icc_profile", "xmp"} & image.info.keys()
+
+
+def tiff(order: str, *entries: tuple[int, int, int, int], count: int | None = None) -> bytes:
+    """TIFF data with one directory."""
+    head = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(
+        order + "IH", 8, len(entries) if count is None else count
+    )
+    return head + b"".join(struct.pack(order + "HHIHxx", *entry) for entry in entries)
+
+
+@pytest.mark.parametrize(
+    ("exif", "orientation"),
+    [
+        (tiff("<", (0x010F, 2, 1, 0), (0x0112, 3, 1, 6)), 6),
+        (tiff(">", (0x0112, 3, 1, 8)), 8),
+        (b"Exif\0\0" + tiff(">", (0x0112, 3, 1, 3)), 3),
+        (tiff("<", (0x0112, 3, 2, 6)), 1),  # two of them
+        (tiff("<", (0x0112, 5, 1, 6)), 1),  # no number of its kind
+        (tiff("<", (0x010F, 2, 1, 6), count=65_535), 1),  # entries that are not there
+        (b"II*\0\xff\xff\xff\xff", 1),
+        (b"II*\0\4\0", 1),
+        (b"MM*\0" + bytes(40), 1),
+        (b"", 1),
+    ],
+)
+def test_an_orientation_is_read_within_its_data(exif: bytes, orientation: int) -> None:
+    assert pictures._orientation(exif) == orientation

@@ -94,3 +94,23 @@ def test_time_grows_with_the_text() -> None:
         parts.append(call.feed(text[place : place + 4]))
     assert json.loads("".join(parts)) == json.loads(text)
     assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("before", "again", "after", "size"),
+    [
+        ('{"a": ["', "x", '"]}', 4),  # a text inside a value, over many pieces
+        ('{"', "x", '": 1}', 4),
+        ('{"a"', " ", ": 1}", 4),
+        ('{"a": "', "\\n", '"}', 1 << 20),  # one piece with many escapes
+    ],
+    ids=["an inner text", "a name", "white space", "escapes"],
+)
+def test_no_part_is_read_again_with_every_piece(before: str, again: str, after: str, size: int) -> None:
+    text = before + again * 100_000 + after
+    call, parts, start = ToolInput(), [], time.process_time()
+    for place in range(0, len(text), size):
+        parts.append(call.feed(text[place : place + size]))
+    parts.append(call.finish(cut=False))
+    assert json.loads("".join(parts)) == json.loads(text)
+    assert time.process_time() - start < 2

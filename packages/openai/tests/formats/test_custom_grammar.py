@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer
@@ -125,3 +127,26 @@ def test_what_cannot_be_said_of_a_spelled_text_is_refused(definition: str, why: 
     with pytest.raises(RequestError, match="cannot be guaranteed within a call: ") as caught:
         json_rules(definition, "u1")
     assert why in str(caught.value)
+
+
+@pytest.mark.parametrize("of", [json_rules, text_terminals])
+@pytest.mark.parametrize(
+    "definition",
+    [
+        "start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(4_500)) + '\nr4500: "a"',
+        "start: /" + "[" * 64_000 + "/",
+        "start: /" + "[\\a" * 21_000 + "/",
+        'start: "' + '\\"' * 32_000,
+        "start: /" + "\\/" * 32_000,
+        "start: " + "a" * 64_000,
+    ],
+    ids=["rules in a chain", "open sets", "open sets with escapes", "a string", "an expression", "a word"],
+)
+def test_64_kb_are_read_in_time(of: Callable[[str, str], object], definition: str) -> None:
+    start, said = time.process_time(), ""
+    try:
+        of(definition, "x")
+    except RequestError as error:
+        said = str(error)
+    assert time.process_time() - start < 2
+    assert len(said) < 500

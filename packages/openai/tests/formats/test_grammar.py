@@ -248,6 +248,7 @@ def test_the_input_of_a_custom_tool_follows_its_grammar(name: str, bound: bool) 
                 assert re.fullmatch(fits, json.loads(call[2])["input"]), (text, call)
 
 
+@pytest.mark.usefixtures("tried_in_a_process")
 @pytest.mark.parametrize("name", ["qwen3_coder", "minimax_m2"])
 def test_a_patch_fits_into_a_tagged_call(name: str) -> None:
     """The lexer's budget for a step holds for the complement of the marks and a grammar as large as that."""
@@ -490,6 +491,7 @@ def test_a_name_that_no_parser_takes_is_refused() -> None:
         _grammar([tool], "qwen3_coder")
 
 
+@pytest.mark.usefixtures("tried_in_a_process")
 def test_many_tools_are_compiled_in_bounded_time() -> None:
     tools = [Tool(f"tool_{index}", SCHEMAS["maybe" if index % 2 else "write_text"]) for index in range(1024)]
     vocab = vocabulary(ROWS["hermes"], THINK, bound=False)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,20 +62,27 @@ class Model:
     async def chat(self, messages: Sequence[Mapping[str, Any]], **fields: Any) -> Any:
         return plain(await self.adapter.chat({"messages": messages, "tools": self.tools or None, **fields}))
 
-    async def messages(self, messages: Sequence[Mapping[str, Any]], **fields: Any) -> Any:
+    def messages_body(self, messages: Sequence[Mapping[str, Any]], **fields: Any) -> dict[str, Any]:
         functions = [tool["function"] for tool in self.tools]
         tools = [{"name": f["name"], "description": f["description"], "input_schema": SCHEMA} for f in functions]
-        body = {"model": "default", "max_tokens": 1 << 12, "messages": messages, "tools": tools, **fields}
-        return plain(await MessagesAdapter(self.adapter).create(body))
+        return {"model": "default", "max_tokens": 1 << 12, "messages": messages, "tools": tools, **fields}
+
+    async def messages(self, messages: Sequence[Mapping[str, Any]], **fields: Any) -> Any:
+        return plain(await MessagesAdapter(self.adapter).create(self.messages_body(messages, **fields)))
+
+    def responses_body(self, items: Sequence[Mapping[str, Any]], **fields: Any) -> dict[str, Any]:
+        tools = [{"type": "function", **tool["function"]} for tool in self.tools]
+        return {"input": items, "tools": tools, "store": False, **fields}
 
     async def responses(self, items: Sequence[Mapping[str, Any]], **fields: Any) -> Any:
-        tools = [{"type": "function", **tool["function"]} for tool in self.tools]
-        answering = Responder(InProcessModel(self.adapter))
-        return plain(await answering.create({"input": items, "tools": tools, "store": False, **fields}))
+        return plain(await Responder(InProcessModel(self.adapter)).create(self.responses_body(items, **fields)))
+
+    def ollama_body(self, messages: Sequence[Mapping[str, Any]], **fields: Any) -> dict[str, Any]:
+        return {"model": "m", "messages": messages, "tools": self.tools or None, "stream": False, **fields}
 
     async def ollama(self, messages: Sequence[Mapping[str, Any]], **fields: Any) -> Any:
-        body = {"model": "m", "messages": messages, "tools": self.tools or None, "stream": False, **fields}
-        return plain(await OllamaAdapter(self.adapter).chat(ollama_parser(ChatRequest)(body)))
+        body = ollama_parser(ChatRequest)(self.ollama_body(messages, **fields))
+        return plain(await OllamaAdapter(self.adapter).chat(body))
 
 
 class TemplateEngine(ScriptedEngine):
@@ -444,26 +451,23 @@ class Back(NamedTuple):
     history: list[dict[str, Any]]
 
 
-async def by_chat(model: Model, most: int) -> Back:
-    message = (await model.chat([USER], max_tokens=most))["choices"][0]["message"]
+def of_chat(message: dict[str, Any]) -> Back:
     calls = message.get("tool_calls") or []
     results = [{"role": "tool", "tool_call_id": one["id"], "content": "Belem"} for one in calls]
     said = [message.get("content"), *(one["function"][key] for one in calls for key in FUNCTION)]
     return Back(said, len(calls), [USER, message, *results, MORE])
 
 
-async def by_messages(model: Model, most: int) -> Back:
-    blocks = (await model.messages([USER], max_tokens=most))["content"]
+def of_messages(blocks: list[dict[str, Any]]) -> Back:
     uses = [block for block in blocks if block["type"] == "tool_use"]
     results = [{"type": "tool_result", "tool_use_id": block["id"], "content": "Belem"} for block in uses]
     said = [block["text"] for block in blocks if block["type"] == "text"]
     said += [text for block in uses for text in (block["name"], json.dumps(block["input"]))]
-    turns = [{"role": "assistant", "content": blocks}, {"role": "user", "content": [*results, TEXT]}]
-    return Back(said, len(uses), [USER, *turns])
+    turns = [{"role": "assistant", "content": blocks}] if blocks else []
+    return Back(said, len(uses), [USER, *turns, {"role": "user", "content": [*results, TEXT]}])
 
 
-async def by_responses(model: Model, most: int) -> Back:
-    items = (await model.responses([USER], max_output_tokens=most))["output"]
+def of_responses(items: list[dict[str, Any]]) -> Back:
     calls = [item for item in items if item["type"] == "function_call"]
     results = [{"type": "function_call_output", "call_id": item["call_id"], "output": "Belem"} for item in calls]
     said = [part["text"] for item in items if item["type"] == "message" for part in item["content"]]
@@ -471,40 +475,110 @@ async def by_responses(model: Model, most: int) -> Back:
     return Back(said, len(calls), [USER, *items, *results, MORE])
 
 
-async def by_ollama(model: Model, most: int) -> Back:
-    message = (await model.ollama([USER], options={"num_predict": most}))["message"]
+def of_ollama(message: dict[str, Any]) -> Back:
     calls = [one["function"] for one in message.get("tool_calls") or ()]
     results = [{"role": "tool", "tool_name": one["name"], "content": "Belem"} for one in calls]
     said = [message["content"], *(text for one in calls for text in (one["name"], json.dumps(one["arguments"])))]
     return Back(said, len(calls), [USER, message, *results, MORE])
 
 
-async def by_chunks(model: Model, most: int) -> Back:
-    """The reader goes away, and keeps what came."""
+async def by_chat(model: Model, most: int) -> Back:
+    return of_chat((await model.chat([USER], max_tokens=most))["choices"][0]["message"])
+
+
+async def by_messages(model: Model, most: int) -> Back:
+    return of_messages((await model.messages([USER], max_tokens=most))["content"])
+
+
+async def by_responses(model: Model, most: int) -> Back:
+    return of_responses((await model.responses([USER], max_output_tokens=most))["output"])
+
+
+async def by_ollama(model: Model, most: int) -> Back:
+    return of_ollama((await model.ollama([USER], options={"num_predict": most}))["message"])
+
+
+async def first(most: int, opened: Awaitable[Any]) -> AsyncIterator[Any]:
+    """The first pieces of a stream, which is then aborted: the reader goes away and keeps what came."""
+    async with aclosing(await opened) as stream:
+        async for piece in stream:
+            yield plain(piece)
+            most -= 1
+            if not most:
+                return
+
+
+async def by_chat_aborted(model: Model, most: int) -> Back:
     request = {"messages": [USER], "tools": model.tools or None, "stream": True}
-    content, calls, left = "", dict[int, dict[str, Any]](), most
-    async with aclosing(await model.adapter.chat_stream(request)) as chunks:
-        async for chunk in chunks:
-            delta = plain(chunk)["choices"][0]["delta"]
-            content += delta.get("content") or ""
-            for one in delta.get("tool_calls") or ():
-                call = calls.setdefault(one["index"], {"id": one.get("id"), "function": {"name": "", "arguments": ""}})
-                for key in FUNCTION:
-                    call["function"][key] += one["function"].get(key) or ""
-            left -= 1
-            if not left:
-                break
-    message = {"role": "assistant", "content": content, "tool_calls": list(calls.values()) or None}
-    results = [{"role": "tool", "tool_call_id": one["id"], "content": "Belem"} for one in calls.values()]
-    said = [content, *(one["function"][key] for one in calls.values() for key in FUNCTION)]
-    return Back(said, len(calls), [USER, message, *results, MORE])
+    content, calls = "", dict[int, dict[str, Any]]()
+    async for chunk in first(most, model.adapter.chat_stream(request)):
+        delta = chunk["choices"][0]["delta"]
+        content += delta.get("content") or ""
+        for one in delta.get("tool_calls") or ():
+            call = calls.setdefault(one["index"], {"id": one.get("id"), "function": {"name": "", "arguments": ""}})
+            for key in FUNCTION:
+                call["function"][key] += one["function"].get(key) or ""
+    return of_chat({"role": "assistant", "content": content, "tool_calls": list(calls.values()) or None})
+
+
+async def by_messages_aborted(model: Model, most: int) -> Back:
+    """Of a call that has not ended the client keeps what it reads in it, or no input."""
+    blocks = dict[int, dict[str, Any]]()
+    async for event in first(most, MessagesAdapter(model.adapter).create_stream(model.messages_body([USER]))):
+        if event["type"] == "content_block_start":
+            blocks[event["index"]] = event["content_block"] | {"json": ""}
+        elif event["type"] == "content_block_delta":
+            for key, text in event["delta"].items():
+                key = "json" if key == "partial_json" else key
+                if key != "type":
+                    blocks[event["index"]][key] += text
+    for block in blocks.values():
+        if written := block.pop("json"):
+            try:
+                block["input"] = json.loads(written)
+            except ValueError:
+                block["input"] = {}
+    return of_messages([block for block in blocks.values() if block.get("text") != ""])
+
+
+async def by_responses_aborted(model: Model, most: int) -> Back:
+    items = dict[int, dict[str, Any]]()
+    async for event in first(
+        most, Responder(InProcessModel(model.adapter)).create_stream(model.responses_body([USER]))
+    ):
+        match event["type"]:
+            case "response.output_item.added" | "response.output_item.done":
+                items[event["output_index"]] = event["item"]
+            case "response.content_part.added":
+                items[event["output_index"]]["content"].append(event["part"])
+            case "response.output_text.delta":
+                items[event["output_index"]]["content"][-1]["text"] += event["delta"]
+            case "response.function_call_arguments.delta":
+                items[event["output_index"]]["arguments"] += event["delta"]
+            case _:
+                pass
+    return of_responses(list(items.values()))
+
+
+async def by_ollama_aborted(model: Model, most: int) -> Back:
+    message: dict[str, Any] = {"role": "assistant", "content": ""}
+    body = model.ollama_body([USER]) | {"stream": True}
+    async for line in first(most, OllamaAdapter(model.adapter).chat_stream(ollama_parser(ChatRequest)(body))):
+        for key, value in line["message"].items():
+            if key != "role":
+                message[key] = message[key] + value if key in message else value
+    return of_ollama(message)
 
 
 FUNCTION = ("name", "arguments")
 USER, MORE = {"role": "user", "content": HELLO.text}, {"role": "user", "content": "Go on."}
 TEXT = {"type": "text", "text": "Go on."}
 ANSWERS = {"chat": by_chat, "messages": by_messages, "responses": by_responses, "ollama": by_ollama}
-ENDS = [*ANSWERS.items(), ("chat", by_chunks)]
+ABORTED = {
+    "chat": by_chat_aborted, "messages": by_messages_aborted,
+    "responses": by_responses_aborted, "ollama": by_ollama_aborted,
+}  # fmt: skip
+ENDS = [*ANSWERS.items(), *ABORTED.items()]
 
 
 @pytest.mark.parametrize(("api", "answer"), ENDS, ids=[made.__name__ for _, made in ENDS])

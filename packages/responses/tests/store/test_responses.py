@@ -7,6 +7,7 @@ import asyncio
 import dataclasses
 import os
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,23 @@ import pytest
 from sqlalchemy import delete, func, select, update
 
 from candle_vllm.core.errors import ConfigError
+from candle_vllm.openai.fair_threads import asker
 from candle_vllm.responses.api.kept import LEASE_MS, KeptResponses
+from candle_vllm.responses.store.backend import Bounds, Place
 from candle_vllm.responses.store.database import connect_to
 from candle_vllm.responses.store.entries import (
     RESPONSE,
     Entry,
     EntryItem,
     NotStoredError,
+    StoreFullError,
     StoreLimitError,
     StoreUnavailableError,
 )
 from candle_vllm.responses.store.options import StoreOptions
+from candle_vllm.responses.store.sql import SqlBackend
 from candle_vllm.responses.store.tables import VERSION, tables_of
+from tests.waiting import PATIENCE, until
 
 TABLES = tables_of("responses")
 NOW = 1_700_000_000
@@ -220,6 +226,41 @@ async def test_bytes_are_bounded(opener, store_url: str, clock) -> None:
     assert there == [await has(store, f"resp_{number}") for number in range(6)], "a refusal must cost nothing"
 
 
+async def test_one_of_several_owners_has_half(store_url: str, clock) -> None:
+    several = False
+    place = Place(store_url, "responses", "store", "setting")
+    store = SqlBackend(place, Bounds(8, size=20_000, spares_leased=True, several=lambda: several), clock)
+    await store.open()
+
+    async def there(owner: str) -> list[str]:
+        return [entry.id for entry in await store.page(RESPONSE, owner, 10) or []]
+
+    for number in range(4):
+        await store.put(record(f"resp_{number}", text="x" * 4000))
+    assert len(await there("a")) == 4  # alone it has all
+    several = True
+    await store.put(record("resp_4", "b", text="x" * 4000))
+    await store.put(record("resp_5", text="x" * 4000))
+    assert await there("a") == ["resp_5", "resp_3"]  # and then half
+    await store.put(record("resp_6", status="in_progress", text="x" * 8000))
+    with pytest.raises(StoreFullError, match="Your half of the store is full") as full:
+        await store.put(record("resp_7", text="x" * 4000))
+    assert full.value.own
+    assert await store.change(RESPONSE, "a", "resp_6", b"x" * 4000, status="completed")  # what is begun can end
+    await store.put(record("resp_7", text="x" * 4000))
+    with pytest.raises(StoreLimitError, match="Your half") as refused:
+        await store.put(record("resp_8", text="x" * 12_000))
+    assert not isinstance(refused.value, StoreFullError)  # waiting is no help
+    for number in range(9, 16):
+        await store.put(record(f"resp_{number}"))
+    assert await there("a") == [f"resp_{number}" for number in range(15, 11, -1)]
+    assert await there("b") == ["resp_4"]
+    for owner in ("a", "b"):
+        await store.put(record("due", owner, status="in_progress", lease=NOW))
+    assert [entry.owner for entry in await store.lapsed(["a"])] == ["b"]
+    await store.close()
+
+
 async def test_a_response_that_is_too_large_is_refused(opener, store_url: str) -> None:
     store = await opener(store_url, max_record_bytes=5000)
     with pytest.raises(StoreLimitError, match="at most 5000 of one") as error:
@@ -346,6 +387,28 @@ async def test_a_closed_store_says_so(opener, store_url: str) -> None:
     await store.close()
     with pytest.raises(StoreUnavailableError):
         await store.get("a", "resp_1")
+
+
+async def test_keys_take_turns_at_the_database(opener, store_url: str) -> None:
+    """However much one key asks for, what another key asks for comes next."""
+    store = await opener(store_url)
+    database, order, may_end = (await store.store()).database, list[str](), threading.Event()
+
+    def work(_: object, who: str) -> None:
+        order.append(who)
+        assert may_end.wait(PATIENCE)
+
+    async def call(who: str) -> None:
+        asker.set(who)
+        await database.run(work, who)
+
+    calls = [asyncio.create_task(call("alice")) for _ in range(5)]
+    await until(lambda: order == ["alice"])
+    calls.append(asyncio.create_task(call("bob")))
+    await asyncio.sleep(0)
+    may_end.set()
+    await asyncio.gather(*calls)
+    assert order.index("bob") == 2
 
 
 async def test_a_password_is_never_in_a_message() -> None:

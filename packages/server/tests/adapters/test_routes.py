@@ -18,7 +18,7 @@ from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import UsageError
 from packages.server.tests.adapters.adapter_fakes import CONFIG, WEIGHTS, files
 from packages.server.tests.fake_hub import COMMIT
-from packages.server.tests.running_server import Running
+from packages.server.tests.running_server import Running, paths_of
 from packages.server.tests.server_fakes import PacedEngine
 
 Start = Callable[..., Running]
@@ -417,3 +417,27 @@ def test_a_key_opens_the_models_and_adapters_that_it_is_bound_to(start: Start, t
         body = {"model": "base", "prompt": "x"}
         assert http.post("/tokenize", json=body, headers={"authorization": "Bearer key-one"}).status_code == 403
         assert http.get("/props", headers={"authorization": "Bearer key-one"}).status_code == 403
+
+
+def test_what_a_key_may_not_use_is_told_nowhere(start: Start, tmp_path: Path) -> None:
+    """Every route is asked, and every route of models for one that is not there."""
+    keys = tmp_path / "keys.yaml"
+    keys.write_text("keys:\n- {name: one, key: key-one, models: poems}\n- {name: all, key: key-all}\n")
+    running = start(
+        PacedEngine("fine", name="zebra-base"), enable_lora=True, api_keys_file=keys, log_requests=True,
+        lora_modules=("poems=/srv/poems", "zebra-other=/srv/other"),
+    )  # fmt: skip
+    app = running.server.config.app
+    with running.http(headers={"authorization": "Bearer key-one"}) as http:
+        assert http.get("/", headers={"authorization": "Bearer key-all"}).json()["models"] == ["zebra-base"]
+        assert http.get("/").json()["models"] == []
+        answers = [http.get(path) for path in sorted(paths_of(app, "GET"))]
+        for path in sorted(paths_of(app, "POST")):
+            for model in ("nothing", "zebr", None):
+                body = {"model": model, "messages": USER, "input": "x", "prompt": "x", "max_tokens": 1, "query": "x"}
+                answers.append(http.post(path, json={name: value for name, value in body.items() if value is not None}))
+        own = [each for each in answers if each.request.url.path != "/v1/models"]  # whose adapters name their base
+        assert len(own) > 100
+        assert {"/ready", "/v1/queues", "/metrics", "/v1/usage", "/"} <= {each.request.url.path for each in own}
+        for answer in own:
+            assert "zebra" not in answer.text + str(answer.headers), answer.request.url

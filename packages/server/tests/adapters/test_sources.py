@@ -3,16 +3,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import json
 import os
+import socket
 import tarfile
 import threading
+import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import httpx
 import huggingface_hub
 import pytest
+from huggingface_hub import constants
 
+from candle_vllm.server.adapters import fetching
 from candle_vllm.server.adapters.archives import MAX_MEMBERS, TarSource, unpack
 from candle_vllm.server.adapters.buckets import BucketSource
 from candle_vllm.server.adapters.disk_cache import DiskCache, Key, Room
@@ -110,7 +118,12 @@ def test_the_local_folder_has_what_is_in_it_and_nothing_else(tmp_path: Path) -> 
     assert gguf.path == root / "small.gguf"
     for other in ("a_b/c", "a", "out", "linked_files", "circle", "plain", "a/b_c/adapter_config.json", "none"):
         assert had(source, named(other)) is None, other
-    assert source.names() == ("a/b_c", "linked_files", "small")
+    write(root / "wide", r=4000)
+    write(root / "large")
+    os.truncate(root / "large" / CONFIG, 1 << 30)
+    listed = source.names()
+    assert listed == ("a/b_c", "small")  # each of them, and nothing that is refused when it is named
+    assert all(had(source, named(name)) for name in listed)
 
 
 def test_a_version_is_a_folder_below_the_name(tmp_path: Path) -> None:
@@ -169,7 +182,7 @@ def test_a_repository_is_pinned_to_its_commit_and_fetched_once(fake_hub: Any, ca
 
 
 def test_nothing_outside_the_pattern_is_asked_for(cache: DiskCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: pytest.fail("the hub was asked"))
     for name in ("other/tone", "acmex/tone", "tone", "a_b/c", "acme"):
         assert had(hub(cache), named(name)) is None
         assert had(hub(cache, "acme/tone"), named("acme/tone2")) is None
@@ -179,7 +192,7 @@ def test_nothing_outside_the_pattern_is_asked_for(cache: DiskCache, monkeypatch:
 def test_what_is_proposed_to_a_repository_is_not_of_it(
     revision: str, cache: DiskCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: pytest.fail("the hub was asked"))
     assert had(hub(cache), named(f"acme/tone@{revision}")) is None
     assert had(hub(cache, "acme/tone"), named(f"acme/tone@{revision}")) is None
 
@@ -278,6 +291,133 @@ def test_what_is_in_the_cache_is_found_without_the_hub(fake_hub: Any, cache: Dis
     assert had(hub(cache), named("acme/tone")) == found
     with pytest.raises(Unavailable, match="cannot be asked"):
         had(hub(cache), named("acme/other"))
+
+
+# ---- peers that hang -------------------------------------------------------------------------------------------------
+
+HEAD = b'HTTP/1.1 200 OK\r\nlast-modified: Wed, 21 Oct 2026 07:28:00 GMT\r\netag: "x"\r\ncontent-length: 100000\r\n'
+OBJECT = HEAD + b"x-whole: yes\r\n\r\n"
+AWS = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "key", "AWS_REGION": "us-east-1"}
+
+
+class Dripping:
+    """Answers requests on loopback: with some bytes and then one more, again and again, or with a whole answer."""
+
+    def __init__(self, answers: dict[str, bytes]) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._answers = answers
+        self._over = threading.Event()
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._threads = [threading.Thread(target=self._listen, daemon=True)]
+        self._threads[0].start()
+
+    def _listen(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                thread = threading.Thread(target=self._drip, args=(self._listener.accept()[0],), daemon=True)
+                thread.start()
+                self._threads.append(thread)
+
+    def _drip(self, end: socket.socket) -> None:
+        with end, contextlib.suppress(OSError):
+            asked = end.recv(1 << 16).decode().partition("\r\n")[0]
+            answer = next(answer for part, answer in self._answers.items() if part in asked)
+            end.sendall(answer)
+            while b"x-whole" not in answer and not self._over.wait(0.02):
+                end.sendall(b"x")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in self._threads:
+            thread.join()
+
+
+def said(body: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nx-whole: yes\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
+
+
+SUM = said(b"0" * 64)
+INFO = said(
+    json.dumps({"id": "acme/tone", "sha": COMMIT, "siblings": [{"rfilename": CONFIG}, {"rfilename": WEIGHTS}]}).encode()
+)
+
+
+@pytest.mark.parametrize("kind", ["tar", "hub", "bucket"])
+@pytest.mark.parametrize("piece", [HEAD, HEAD + b"\r\n"], ids=["head", "body"])
+@pytest.mark.parametrize("step", ["look", "fetch"])
+def test_a_peer_that_drips_is_left_when_the_time_is_over(
+    kind: str, piece: bytes, step: str, cache: DiskCache, monkeypatch: pytest.MonkeyPatch, fake_hub: Any
+) -> None:
+    """And with it the place of the look or the fetch is free: each byte would begin another ten seconds."""
+    first = {"tar": (".sha256 ", SUM), "hub": ("/api/", INFO), "bucket": ("HEAD ", OBJECT)}[kind]
+    if (kind, step) == ("bucket", "look"):
+        piece = HEAD  # the answer to a look has no body
+    answers = {"": piece} if step == "look" else {first[0]: first[1], "": piece}
+    limits = Limits(seconds=0.3)
+    with Dripping(answers) as peer:
+        monkeypatch.setattr(constants, "ENDPOINT", peer.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", peer.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        source: Source = TarSource(peer.url + "/{name}.tar", cache, limits)
+        if kind == "hub":
+            source = hub(cache, limits=limits)
+        if kind == "bucket":
+            pytest.importorskip("obstore")
+            for name, value in AWS.items():
+                monkeypatch.setenv(name, value)
+            monkeypatch.setenv("AWS_ENDPOINT_URL", peer.url)
+            source = BucketSource("bucket", cache, limits)
+        with pytest.raises(Unavailable, match=r"longer than 0\.3 seconds"):
+            had(source, named("acme/tone"))
+
+
+def test_a_large_file_may_take_hours_and_a_drip_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(fetching, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+
+    def pieces(size: int, seconds: float) -> Iterator[bytes]:
+        for _ in range(5000):
+            now[0] += seconds
+            yield bytes(size)
+
+    assert sum(map(len, fetching.steadily(pieces(8192, 4.0)))) == 5000 * 8192
+    now[0] = 0.0
+    with pytest.raises(httpx.ReadTimeout):
+        list(fetching.steadily(pieces(1, 9.0)))
+    assert now[0] < 2 * fetching._BEGINNING
+
+
+def test_of_a_refusal_of_the_hub_nothing_is_read(
+    cache: DiskCache, monkeypatch: pytest.MonkeyPatch, fake_hub: Any
+) -> None:
+    refusal = b"HTTP/1.1 404 Not Found\r\nx-error-code: RepoNotFound\r\ncontent-length: 100000\r\n\r\n"
+    with Dripping({"": refusal}) as peer:
+        monkeypatch.setattr(constants, "ENDPOINT", peer.url)
+        assert had(hub(cache, limits=Limits(seconds=PATIENCE)), named("acme/tone")) is None
+
+
+def test_a_hub_that_sends_what_it_was_not_asked_for(
+    cache: DiskCache, monkeypatch: pytest.MonkeyPatch, fake_hub: Any
+) -> None:
+    """Compressed answers, whose size nobody knows before they are unpacked, and endless ones."""
+    for answer, match in (
+        (
+            b"HTTP/1.1 200 OK\r\nx-whole: yes\r\ncontent-encoding: gzip\r\n\r\n" + gzip.compress(bytes(1 << 20)),
+            "compressed",
+        ),
+        (said(b" " * 200_000), "more than 0 MiB"),
+    ):
+        monkeypatch.setattr("candle_vllm.server.adapters.hub._MAX_TOLD", 100_000)
+        with Dripping({"": answer}) as peer:
+            monkeypatch.setattr(constants, "ENDPOINT", peer.url)
+            with pytest.raises(Unavailable, match=match):
+                had(hub(cache), named("acme/tone"))
 
 
 # ---- archives --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import itertools
 import re
 from pathlib import Path
@@ -15,8 +17,17 @@ from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from candle_vllm.core.progress import Progress
+from candle_vllm.openai.fair_threads import asker
 from candle_vllm.server import Settings, create_app
-from candle_vllm.server.http.auth import MANAGEMENT_PATHS, PAGES, PUBLIC_PATHS, OriginMiddleware
+from candle_vllm.server.http.auth import (
+    MANAGEMENT_PATHS,
+    PAGES,
+    PUBLIC_PATHS,
+    ApiKeyMiddleware,
+    HostMiddleware,
+    OriginMiddleware,
+)  # fmt: skip
+from candle_vllm.server.http.keys import Keyring
 from candle_vllm.server.http.routing import Caller, caller_of
 from candle_vllm.server.models.slot import ModelState
 from candle_vllm.server.settings.options import UsageError
@@ -111,6 +122,21 @@ def test_a_caller_is_shown_without_the_key() -> None:
     assert caller_of({"type": "http"}) == Caller("", "")
 
 
+async def test_threads_are_shared_by_keys() -> None:
+    """What runs beside the event loop knows whose request it is for, by the label of the key."""
+    asking: list[str] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        asking.append(asker.get())
+
+    guarded = ApiKeyMiddleware(application, Keyring(Settings(api_key=KEYS)))
+    for key in KEYS:
+        head = [(b"authorization", b"Bearer " + key.encode())]
+        scope = {"type": "http", "path": "/v1/models", "method": "GET", "headers": head}
+        await asyncio.create_task(guarded(scope, None, None))  # type: ignore[arg-type]
+    assert asking == ["1", "2"]
+
+
 def test_without_keys_everything_is_open(start) -> None:
     assert len(list(start().openai("whatever").models.list())) == 1
 
@@ -175,7 +201,13 @@ ORIGINS = [  # what a page is, what its request has besides, whether it may ask
 ]
 
 
-async def asked_by(headers: list[tuple[str, str]], allowed: tuple[str, ...], kind: str = "http") -> bool:
+async def asked_by(
+    headers: list[tuple[str, str]],
+    allowed: tuple[str, ...],
+    kind: str = "http",
+    layer: Any = OriginMiddleware,
+    **changes: Any,
+) -> bool:
     """Whether a request comes as far as the application."""
     came: list[str] = []
     sent: list[int] = []
@@ -191,8 +223,8 @@ async def asked_by(headers: list[tuple[str, str]], allowed: tuple[str, ...], kin
 
     raw = [(name.encode(), value.encode()) for name, value in headers]
     scope = {"type": kind, "scheme": "ws" if kind == "websocket" else "http", "path": "/v1/models", "headers": raw,
-             "server": ("127.0.0.1", 2000), "method": "GET"}  # fmt: skip
-    await OriginMiddleware(application, allowed)(scope, receive, send)
+             "server": ("127.0.0.1", 2000), "method": "GET", **changes}  # fmt: skip
+    await layer(application, allowed=allowed)(scope, receive, send)
     assert sent[:1] == ([] if came else [403])
     return bool(came)
 
@@ -208,6 +240,71 @@ async def test_whose_page_it_is_that_asks(kind: str) -> None:
     said = [("origin", "https://evil.example"), ("sec-fetch-site", "cross-site"), ("sec-fetch-site", "same-origin")]
     assert not await asked_by(said, allowed, kind)
     assert await asked_by([], allowed, kind)  # a program
+
+
+OWN_NAMES = [
+    "127.0.0.1", "127.0.0.1:2000", "192.168.1.5:8000", "8.8.8.8", "[::1]:2000", "[fd00::1]", "localhost",
+    "LOCALHOST:80", "app.localhost:2000", "candle-vllm:8000", "x", "box.local", "a.b.svc", "vllm.default.svc:8000",
+    "candle-vllm.default.svc.cluster.local:80",
+    "host.docker.internal:2000", "nas.home.arpa", "bound.example:2000", "app.example", "App.Example.:8443",
+    "a.team.example:1", "localhost.",
+]  # fmt: skip
+OTHER_NAMES = [
+    "evil.example", "evil.example:2000", "127.0.0.1.evil.example", "127.0.0.1.evil.example:80",
+    "localhost.evil.example", "app.example.evil.example", "evilapp.example", "local.evil.example",
+    "x.notlocal", "[::1].evil.example", "vllm.default:8000",
+    "bound.example.evil.example:2000", "team.example", "0x7f.1", "127.1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["http", "websocket"])
+async def test_names_of_a_server_without_keys(kind: str) -> None:
+    """DNS rebinding: a page whose name leads here asks by that name, and sends no Origin with a GET."""
+
+    async def passes(*hosts: str, **changes: Any) -> bool:
+        more = [("sec-fetch-site", said)] if (said := changes.pop("site", "")) else []
+        allowed = ("http://app.example:2000", "https://*.team.example")
+        layer = functools.partial(HostMiddleware, own="bound.example")
+        return await asked_by([*(("host", host) for host in hosts), *more], allowed, kind, layer, **changes)
+
+    assert [host for host in OWN_NAMES if not await passes(host)] == []
+    assert [host for host in OTHER_NAMES if await passes(host)] == []
+    assert await passes()  # HTTP/1.0, which no browser speaks
+    assert not await passes("a" * 60_000 + ".local")  # it would be kept for the next time
+    assert not await passes("127.0.0.1", "evil.example")
+    for path in PUBLIC_PATHS:
+        assert await passes("evil.example", path=path)
+    for said, may in (("same-origin", True), ("none", True), ("cross-site", False), ("same-site", False)):
+        assert await passes("llm.example", site=said) == may
+    assert await passes("llm.example", scheme="wss" if kind == "websocket" else "https")
+    assert await passes("llm.example", server=("/run/candle.sock", None))
+
+
+@pytest.mark.parametrize(
+    ("settings", "status"),
+    [
+        ({}, 403),
+        ({"management_key": ("operator",)}, 403),
+        ({"api_key": KEYS}, 401),
+        ({"cors_origin": ("https://other.example",)}, 403),
+        ({"cors_origin": ("https://evil.example",)}, 200),
+        ({"cors_origin": ("*",)}, 200),
+        ({"host": "127.0.0.1"}, 403),
+    ],
+)
+def test_a_name_is_refused_with_the_flag_that_allows_it(settings: dict[str, Any], status: int) -> None:
+    with TestClient(create_app(PacedEngine(), Settings(**settings)), base_url="http://evil.example:2000") as client:
+        for path in PUBLIC_PATHS:
+            assert client.get(path).status_code == 200
+        for method in ("GET", "HEAD", "POST", "DELETE", "OPTIONS"):
+            refused = client.request(method, "/v1/files")
+            assert (refused.status_code == 403) == (status == 403), method
+        answer = client.get("/v1/models")
+        assert answer.status_code == status
+        if status == 403:
+            assert answer.json()["error"]["param"] == "Host"
+            assert "--cors-origin" in answer.json()["error"]["message"]
+            assert client.get("/v1/models", headers={"host": "127.0.0.1:2000"}).status_code == 200
 
 
 def test_a_kind_of_origin_may_be_allowed(start) -> None:

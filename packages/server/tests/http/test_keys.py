@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,41 @@ def test_what_a_name_has_stays_its_own_when_its_key_changes(path: Path) -> None:
         assert ask("GET", f"/v1/conversations/{made}", ALICE).status_code == 401
         assert ask("GET", f"/v1/conversations/{made}", BOB).status_code == 404
         assert ask("GET", f"/v1/conversations/{made}", "alice-secret-9").json()["metadata"] == {"a": "b"}
+
+
+def _salts(settings: Settings, key: str) -> list[str | None]:
+    """The salts that an engine gets with requests that have the salt `mine`, one of each kind."""
+    engine, salt = PacedEngine("abc"), {"cache_salt": "mine"}
+    with TestClient(create_app(engine, settings), headers={"authorization": f"Bearer {key}"}) as client:
+        chat = {"messages": [{"role": "user", "content": "hi"}], **salt}
+        for streams in (False, True):
+            for url, body in (
+                ("/v1/completions", {"prompt": ["a", "b"], **salt}),
+                ("/v1/chat/completions", {**chat, "n": 2}),
+                ("/v1/responses", {"input": "hi", **salt}),
+                ("/v1/responses", {"input": "hi", "background": True, **salt}),
+            ):
+                answer = client.post(url, json={"model": "default", "stream": streams, **body})
+                assert answer.status_code == 200, answer.text
+        with client.websocket_connect("/v1/responses") as socket:
+            socket.send_json({"type": "response.create", "model": "default", "input": "hi", **salt})
+            while socket.receive_json()["type"] != "response.completed":
+                pass
+    given = [request.params.cache_salt for request in engine.requests]
+    assert len(given) == 2 * 5 + 1
+    return given
+
+
+def test_a_salt_belongs_to_the_name_of_its_key(path: Path) -> None:
+    """However it is asked: nobody else can send it, and neither key nor name nor salt can be read in it."""
+    settings = Settings(api_keys_file=path, api_key=("plain",))
+    of = {key: set(_salts(settings, key)) for key in (ALICE, BOB, OPS, OPS + "-next", "plain")}
+    assert all(len(salts) == 1 for salts in of.values())
+    assert of[OPS] == of[OPS + "-next"] != of[ALICE]
+    assert len({str(salts) for salts in of.values()}) == 4
+    assert all(re.fullmatch("[0-9a-f]{64}", str(salt)) for salts in of.values() for salt in salts)
+    assert set(_salts(Settings(api_key=("first", "plain")), "plain")) == of["plain"]
+    assert set(_salts(Settings(), "plain")) == {"mine"}
 
 
 def test_many_keys_are_found_in_time(path: Path) -> None:

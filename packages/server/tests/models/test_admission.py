@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from candle_vllm.openai.fair_threads import asker
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.models.admission import Admission, Place
+from tests.waiting import PATIENCE
 
 
 async def _settled() -> None:
@@ -70,18 +72,22 @@ async def test_lower_priorities_enter_first() -> None:
     assert order == [-3, 0, 0, 5, 5]
 
 
-async def test_a_request_beyond_the_capacity_enters_an_empty_engine_and_is_not_overtaken() -> None:
+async def test_a_request_of_more_than_half_of_the_capacity_counts_as_half_and_is_not_overtaken() -> None:
     admission = Admission(4, 100)
-    small = await admission.enter("", 1)
+    small = [await admission.enter("", 1) for _ in range(3)]
     big = asyncio.create_task(admission.enter("", 9))
     await _settled()
     late = asyncio.create_task(admission.enter("", 1))
     await _settled()
     assert not big.done()
     assert not late.done()
-    small.leave()
-    (await big).leave()
-    (await late).leave()
+    small[0].leave()
+    await big
+    assert admission.running == 11
+    await _settled()
+    assert not late.done()
+    small[1].leave()
+    await late
 
 
 async def test_too_many_unfinished_are_refused_with_a_time() -> None:
@@ -131,3 +137,32 @@ def test_nothing_is_lost_whatever_comes_and_goes(steps: list[tuple[str, int, str
         assert (admission.running, admission.waiting) == (0, 0)
 
     asyncio.run(run())
+
+
+async def test_one_key_has_half_of_the_queue() -> None:
+    """Unless the operator says how much it has, and where there are several keys."""
+    for most, key in ((None, "a"), (6, "a"), (None, "")):
+        admission = Admission(1, 8, most)
+        asker.set(key)
+        allowed = {None: 4 if key else 8, 6: 6}[most]
+        tasks = [asyncio.create_task(admission.enter(key, 1)) for _ in range(allowed)]
+        await _settled()
+        with pytest.raises(HttpError) as refusal:
+            await asyncio.wait_for(admission.enter(key, 1), PATIENCE)
+        assert refusal.value.status == (429 if key else 503)
+        if key:
+            tasks.append(asyncio.create_task(admission.enter("b", 1)))
+        await _settled()
+        admission.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_a_request_of_very_many_texts_does_not_fill_the_queue() -> None:
+    """It counts as its share of the places, running or waiting: others are neither refused nor kept out."""
+    admission = Admission(72, 1096)
+    others = [await admission.enter("b", 1)]
+    places = [await admission.enter("a", 2048)]
+    others += [await asyncio.wait_for(admission.enter(key, 1), PATIENCE) for key in "abc" for _ in range(10)]
+    for place in (*places, *others):
+        place.leave()
+    assert (admission.running, admission.waiting, admission._counted.total(), admission._taken) == (0, 0, 0, 0)

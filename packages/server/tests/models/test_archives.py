@@ -10,6 +10,7 @@ import io
 import os
 import tarfile
 import threading
+import types
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,14 @@ import httpx
 import pytest
 
 from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError
+from candle_vllm.server.adapters import fetching
 from candle_vllm.server.models import archives
 from candle_vllm.server.models.archives import MARKER, Archive, fetch_archive, model_at, unpack, writable
 from candle_vllm.server.models.catalogue import Catalogue, ModelEntry, source_name
 from candle_vllm.server.reloading import warn_of_missing
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import engine_config
+from tests.waiting import wait_for
 
 WEIGHTS = os.urandom(300_000)
 
@@ -56,7 +59,7 @@ class Place(http.server.ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.content, self.ranges, self.version = MODEL, True, '"1"'
+        self.content, self.ranges, self.tells, self.version = MODEL, True, True, '"1"'
         self.sent = self.moved = 0
         self.asked: list[str] = []
         self.breaks: Callable[[str], bool] = lambda asked: False
@@ -87,7 +90,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("content-range", f"bytes {first}-{last}/{whole}")
         else:
             self.send_response(200)
-        self.send_header("content-length", str(len(content)))
+        if place.tells:
+            self.send_header("content-length", str(len(content)))
         self.send_header("etag", place.version)
         self.end_headers()
         self.wfile.write(content)
@@ -152,9 +156,38 @@ def test_fetched_once(ranges: bool, place: Place, tmp_path: Path) -> None:
     assert {path.name for path in folder.parent.iterdir()} == {"tiny", ".tiny.lock"}
 
 
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_drip_is_left_and_what_came_is_kept(
+    ranges: bool, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.ranges = ranges
+    with monkeypatch.context() as patched:
+        patched.setattr(fetching, "_BEGINNING", -1.0)
+        patched.setattr(fetching, "_SLOWEST", 1 << 50)
+        with pytest.raises(ModelNotFoundError, match=r"cannot be had \(ReadTimeout\): what came of it is kept"):
+            fetch_archive(Archive(place.url), tmp_path)
+    assert (fetch_archive(Archive(place.url), tmp_path) / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_an_endless_answer_does_not_fill_the_disk(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.ranges = place.tells = False
+    monkeypatch.setattr(archives.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2 * len(MODEL) - 2))
+    with pytest.raises(ModelNotFoundError, match="takes half of what the disk has left"):
+        fetch_archive(Archive(place.url), tmp_path)
+
+
 def test_goes_on_where_it_broke_off(place: Place, tmp_path: Path) -> None:
-    archive = Archive(place.url)
-    place.breaks = lambda asked: asked.startswith(f"bytes={5 * (32 << 10)}-")
+    archive, journal = Archive(place.url), tmp_path / ".tiny.partial.pieces"
+
+    def breaks(asked: str) -> bool:
+        if not asked.startswith(f"bytes={5 * (32 << 10)}-"):
+            return False
+        wait_for(lambda: journal.read_bytes().count(b"\1") == len(MODEL) // (32 << 10))  # all others have come
+        return True
+
+    place.breaks = breaks
     with pytest.raises(ModelNotFoundError, match="answered 503"):
         fetch_archive(archive, tmp_path)
     assert not (tmp_path / "tiny").exists()

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from candle_vllm.core.config import DEMO_NAME, SETTINGS
 from candle_vllm.core.errors import EngineDeadError, ModelNotFoundError, NoMemoryError
 from candle_vllm.openai import ModelNotServedError
+from candle_vllm.openai.fair_threads import asker
 from candle_vllm.server import Settings
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import Caller
@@ -20,10 +22,11 @@ from candle_vllm.server.models.manager import ModelManager, take_turn
 from candle_vllm.server.models.slot import ModelState
 from candle_vllm.server.models.switcher import ManagerLimits, NoRoomError
 from candle_vllm.server.observing.metrics import Metrics
+from candle_vllm.server.observing.request_context import RequestContext, current_request
 from candle_vllm.server.settings.derived import in_flags, told_in_flags
 from candle_vllm.server.settings.options import UsageError
 from packages.server.tests.server_fakes import FakeLoader, PacedEngine
-from tests.waiting import skip, until
+from tests.waiting import PATIENCE, skip, until
 
 NAMES = ("a", "b", "c")
 
@@ -182,6 +185,27 @@ async def test_the_failure_of_one_model_leaves_the_others() -> None:
     (await manager.acquire("a")).release()
 
 
+async def test_one_key_has_half_of_the_queue_for_a_model() -> None:
+    loader = FakeLoader()
+    loader.gate.clear()
+    manager = _manager(loader, max_waiting=4, patience=30)
+
+    async def ask(label: str) -> None:
+        current_request.set(RequestContext({"type": "http", "state": {"caller": Caller(label)}}))
+        asker.set(label)
+        (await manager.acquire("a")).release()
+
+    waiting = [asyncio.create_task(ask(label)) for label in ("alice", "alice")]
+    await until(lambda: len(manager.slots["a"].waiters) == 2)
+    with pytest.raises(HttpError, match="2 requests wait") as refusal:
+        await asyncio.wait_for(ask("alice"), PATIENCE)
+    assert refusal.value.status == 503
+    waiting += [asyncio.create_task(ask("bob"))]
+    await until(lambda: len(manager.slots["a"].waiters) == 3)
+    loader.gate.set()
+    await asyncio.gather(*waiting)
+
+
 async def test_the_queue_for_a_model_is_bounded_in_length_and_time() -> None:
     loader = FakeLoader()
     loader.gate.clear()
@@ -221,8 +245,8 @@ async def test_a_model_that_nobody_uses_is_unloaded_and_comes_back() -> None:
     await asyncio.sleep(0.15)
     assert manager.slots["a"].state is ModelState.READY  # in use
     lease.release()
-    await until(lambda: manager.slots["a"].state is ModelState.UNLOADED)
-    assert loader.engines[0].closed
+    await until(lambda: loader.engines[0].closed)
+    assert manager.slots["a"].state is ModelState.UNLOADED
     (await manager.acquire("a")).release()
     assert loader.loads == ["a", "a"]
 
@@ -314,14 +338,15 @@ async def test_a_model_that_cannot_be_had_makes_nobody_leave() -> None:
 async def test_requests_in_the_queue_of_an_engine_that_dies_wait_for_the_next_one() -> None:
     loader = FakeLoader()
     manager = _manager(loader)
-    first = await take_turn(manager, "a", Caller(), sequences=1000)
-    waiting = [asyncio.create_task(take_turn(manager, "a", Caller())) for _ in range(3)]
+    scope = {"app": SimpleNamespace(state=SimpleNamespace(manager=manager))}
+    first, second = [await take_turn(scope, "a", sequences=300) for _ in range(2)]
+    waiting = [asyncio.create_task(take_turn(scope, "a")) for _ in range(3)]
     await until(lambda: first.model.admission.waiting == 3)
     loader.engines[0].die()
     turns = await asyncio.gather(*waiting)
     assert {turn.model.engine.is_alive for turn in turns} == {True}
     assert loader.loads == ["a", "a"]
-    for turn in (first, *turns):
+    for turn in (first, second, *turns):
         turn.release()
     assert manager.slots["a"].in_flight == 0
     assert turns[0].model.admission.running == turns[0].model.admission.waiting == 0

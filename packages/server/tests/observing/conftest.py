@@ -27,6 +27,7 @@ from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.request_context import begin_generation
 from candle_vllm.server.observing.request_record import FinishedRequest
 from packages.server.tests.server_fakes import PacedEngine, watched
+from tests.trusted import trusted
 from tests.waiting import wait_for
 
 
@@ -162,7 +163,7 @@ class Served:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, trust_env=False)
+        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, verify=trusted())
 
     def stop(self) -> None:
         self._server.should_exit = True

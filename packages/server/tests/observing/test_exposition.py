@@ -7,7 +7,6 @@ import contextlib
 import json
 import re
 import shutil
-import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from candle_vllm.server.observing.metrics import Metrics, Outcome, Rejection
 from candle_vllm.server.observing.series import ALL_SERIES, HTTP
 from packages.server.tests.observing.dashboard_queries import ROOT, expressions, names_in
 from packages.server.tests.server_fakes import PacedEngine, whole_answer
+from tests.ports import free_port
 from tests.waiting import PATIENCE, wait_for
 
 CONFIG = ROOT / "deploy" / "prometheus" / "prometheus.yml"
@@ -172,12 +172,6 @@ def _cached() -> PacedEngine:
     return _Blocks("Hello!", pause=0.001)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def _prometheus(folder: Path, target: str) -> Iterator[httpx.Client]:
     """A real Prometheus that scrapes `target` five times a second."""
@@ -185,7 +179,7 @@ def _prometheus(folder: Path, target: str) -> Iterator[httpx.Client]:
     text = text.replace("scrape_interval: 15s", "scrape_interval: 200ms").replace("timeout: 10s", "timeout: 200ms")
     (folder / "prometheus.yml").write_text(text)
     (folder / "candle-vllm.key").write_text("secret-key")
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     command = [
         "prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data",
         f"--web.listen-address={address}", "--log.level=warn",

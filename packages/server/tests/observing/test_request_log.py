@@ -13,6 +13,7 @@ import pytest
 
 from candle_vllm.core.sampling.params import SamplingParams
 from candle_vllm.server.observing.request_log import (
+    MAX_MESSAGE,
     JsonFormatter,
     RequestLog,
     TextFormatter,
@@ -126,3 +127,13 @@ def test_escaping() -> None:
     assert json.loads(json_line({"a": HOSTILE, "b": None})) == {"a": HOSTILE}
     assert json_line({"a": HOSTILE}).isprintable()
     assert json_line({"a": HOSTILE}).isascii()
+
+
+@pytest.mark.parametrize("name", ["text", "json"])
+def test_a_message_of_any_length_is_cut(name: Any) -> None:
+    """A name that a client, a model or an MCP server wrote may stand in it."""
+    record = logging.LogRecord("a", logging.WARNING, "", 1, "the tool %r failed", ("x" * 1_000_000,), None)
+    line = log_formatter(name).format(record)
+    assert len(line) < MAX_MESSAGE + 200
+    assert "the tool 'xxx" in line
+    assert f"({1_000_000 + len('the tool  failed') + 2 - MAX_MESSAGE} more characters)" in line

@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from candle_vllm.core.shown import HIDDEN, without_secrets
+from candle_vllm.server.commands.config import effective
+from candle_vllm.server.models.catalogue import Catalogue, ModelEntry, source_name
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.command_line import parse
-from candle_vllm.server.settings.configuration import load_configuration, load_settings
+from candle_vllm.server.settings.configuration import Configuration, load_configuration, load_settings
 from candle_vllm.server.settings.models_file import read_models_file
-from candle_vllm.server.settings.options import UsageError
+from candle_vllm.server.settings.options import UsageError, shown
 from candle_vllm.server.settings.sources import SettingsSource
+from candle_vllm.server.settings.table import BY_NAME, OPTIONS
 
 MODELS = """
 default_model: small
@@ -97,6 +102,35 @@ def test_repeatable_flags_and_lists_in_variables(load) -> None:
 
 def test_secrets_do_not_show(load) -> None:
     assert "topsecret" not in repr(load("--api-key topsecret --hf-token hf_topsecret"))
+    assert "topsecret" not in json.dumps([shown(BY_NAME["mcp_args"], "--token topsecret")])
+
+
+ADDRESS = "https://user:SECRET@h.example:8000/m/{name}.tar.gz?sig=SECRET#SECRET"
+FORMS = (ADDRESS, f"tar={ADDRESS}", f"a={ADDRESS}", json.dumps({"name": "a", "path": ADDRESS, "model": ADDRESS}),
+         "https://SECRET@h.example", "http://h.example/?SECRET", "redis://:SECRET@h.example/0")  # fmt: skip
+
+
+def test_no_setting_shows_the_secrets_of_an_address() -> None:
+    """Whatever may hold an address is shown without them, and so is why another setting cannot hold it."""
+    taken: set[str] = set()
+    for option in OPTIONS:
+        for text in FORMS:
+            try:
+                value = option.kind.from_text(text)
+                settings = Settings(**{option.name: (value,) if option.repeat else value})
+            except ValueError as error:
+                said = without_secrets(str(error))
+            except UsageError as error:
+                said = without_secrets(str(error))
+            else:
+                taken.add(option.name)
+                told = json.dumps(shown(option, getattr(settings, option.name)))
+                assert "h.example" in told or HIDDEN in told
+                entry = ModelEntry(source_name(settings, None), settings)
+                rows = effective(Configuration(settings, Catalogue([entry]), ()))
+                said = told + repr(settings) + repr(entry) + "".join(str(row.value) for row in rows)
+            assert "SECRET" not in said, (option.name, text)
+    assert taken > {"model", "lora_resolver", "lora_modules", "otlp_endpoint", "mailbox", "speculative_config"}
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from candle_vllm.core.setting_kinds import (
     Text,
     nearest,
 )
+from candle_vllm.core.shown import without_secrets
 
 DType = Literal[
     "auto", "f32", "bf16", "f16", "float32", "fp32", "float", "bfloat16", "float16", "fp16", "half"
@@ -78,7 +79,7 @@ def is_demo(model: str) -> bool:
 
 DraftMethod = Literal["none", "ngram", "suffix", "draft_model", "eagle3", "mtp"]
 DRAFT_ALIASES: Mapping[str, str] = MappingProxyType(
-    {"deepseek_mtp": "mtp", "glm4_moe_mtp": "mtp", "qwen3_next_mtp": "mtp"}
+    {"deepseek_mtp": "mtp", "glm4_moe_mtp": "mtp", "qwen3_next_mtp": "mtp", "qwen3_5_mtp": "mtp"}
 )
 """Names of vLLM for methods that need none of their own."""
 MAX_DRAFT = 31
@@ -356,6 +357,11 @@ class EngineConfig(ExplainedSettings):
                                       "before it, and kv_fraction not beside it."] = None
     enable_prefix_caching: Annotated[bool, Boolean(),
                                      "reuse the KV blocks of equal prompt beginnings (on unless disabled)"] = True
+    state_cache_gb: Annotated[float | None, Number(0, 1 << 20, said="of GiB, 0 or more: try 2"),
+                              "GiB for checkpoints of models whose layers keep a state, from which prompts with an "
+                              "equal beginning go on",
+                              "They are a part of the cache's memory; None is a quarter of it, and 0 keeps none. "
+                              "Other models have no such layers, and the setting sets nothing."] = None
     kv_offloading_size: Annotated[float | None, Number(0, 1 << 20, open_low=True,
                                   said="of GiB above 0: try 16"), "GiB of main memory behind the KV "
                                   "cache of a GPU: full blocks are kept there as well",
@@ -572,7 +578,11 @@ class EngineConfig(ExplainedSettings):
     def __repr__(self) -> str:
         """What differs from the defaults, without secrets."""
         given = {each.name: getattr(self, each.name) for each in SETTINGS.values() if not each.secret}
-        told = [f"{name}={value!r:.200}" for name, value in given.items() if value != SETTINGS[name].default]
+        told = [
+            f"{name}={without_secrets(repr(value)):.200}"
+            for name, value in given.items()
+            if value != SETTINGS[name].default
+        ]
         return f"EngineConfig({', '.join(told)})"
 
 
@@ -660,6 +670,7 @@ class EngineSettings(TypedDict, total=False):
     kv_fraction: float | None
     gpu_memory_utilization: float | None
     enable_prefix_caching: bool
+    state_cache_gb: float | None
     kv_offloading_size: float | None
     prompt_cache_path: Path | None
     prompt_cache_url: str | None

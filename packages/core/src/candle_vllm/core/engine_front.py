@@ -21,7 +21,7 @@ from candle_vllm.core.arguments import explained
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.engine.adapters import AdapterCall
 from candle_vllm.core.engine.admission import check_encoder_task
-from candle_vllm.core.engine.pooling_calls import MAX_TEXT, Pair, PoolingCalls
+from candle_vllm.core.engine.pooling_calls import MAX_TEXT, Apart, Pair, PoolingCalls
 from candle_vllm.core.engine.request import (
     AdapterInfo,
     AdapterUse,
@@ -563,12 +563,21 @@ class EngineFront(ABC):
         add_special_tokens: bool = True,
         lora_request: LoraChoice = None,
         watcher: RequestWatcher | None = None,
+        apart: Apart = asyncio.to_thread,
     ) -> list[EmbeddingOutput]:
-        """`embed` in an event loop. Cancelling it aborts what has not been run. `watcher` is told of it."""
+        """`embed` in an event loop. Cancelling it aborts what has not been run. `watcher` is told of it.
+
+        `apart` runs a function with its arguments in a thread, for what takes long.
+        """
         request_id = request_id or uuid.uuid4().hex
         with watched_pooling(watcher, RequestInfo(request_id, "embed", inputs, None, self.detokenize)) as answered:
             outputs = await self._pooling(lora_request).aembed(
-                inputs, params, request_id=request_id, priority=priority, add_special_tokens=add_special_tokens
+                inputs,
+                params,
+                request_id=request_id,
+                priority=priority,
+                add_special_tokens=add_special_tokens,
+                apart=apart,
             )
             answered(outputs)
         return outputs
@@ -594,11 +603,17 @@ class EngineFront(ABC):
         priority: int = 0,
         lora_request: LoraChoice = None,
         watcher: RequestWatcher | None = None,
+        apart: Apart = asyncio.to_thread,
     ) -> list[ScoreOutput]:
-        """`score` in an event loop. Cancelling it aborts what has not been run. `watcher` is told of it."""
+        """`score` in an event loop. Cancelling it aborts what has not been run. `watcher`, `apart`: see `aembed`.
+
+        Scores of vectors come without token ids, which would repeat a text in each of its pairs.
+        """
         request_id = request_id or uuid.uuid4().hex
         with watched_pooling(watcher, RequestInfo(request_id, "score", pairs, None, self.detokenize)) as answered:
-            outputs = await self._pooling(lora_request).ascore(pairs, request_id=request_id, priority=priority)
+            outputs = await self._pooling(lora_request).ascore(
+                pairs, request_id=request_id, priority=priority, apart=apart
+            )
             answered(outputs)
         return outputs
 
@@ -623,12 +638,17 @@ class EngineFront(ABC):
         add_special_tokens: bool = True,
         lora_request: LoraChoice = None,
         watcher: RequestWatcher | None = None,
+        apart: Apart = asyncio.to_thread,
     ) -> list[ClassificationOutput]:
-        """`classify` in an event loop. Cancelling it aborts what has not been run. `watcher` is told of it."""
+        """`classify` in an event loop. Cancelling it aborts what has not been run. `watcher`, `apart`: see `aembed`."""
         request_id = request_id or uuid.uuid4().hex
         with watched_pooling(watcher, RequestInfo(request_id, "classify", inputs, None, self.detokenize)) as answered:
             outputs = await self._pooling(lora_request).aclassify(
-                inputs, request_id=request_id, priority=priority, add_special_tokens=add_special_tokens
+                inputs,
+                request_id=request_id,
+                priority=priority,
+                add_special_tokens=add_special_tokens,
+                apart=apart,
             )
             answered(outputs)
         return outputs

@@ -6,17 +6,20 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import errno
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from candle_vllm.core.config import EngineConfig
 from candle_vllm.core.devices import Device, gpu_memory
 from candle_vllm.core.errors import ConfigError, NoMemoryError
 from candle_vllm.core.kernels.collectives import Collective
+from candle_vllm.core.loading.cache_specs import NO_STATES, CacheSpec, PagedSpec, StateRoom, paged, states
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.threads import STACK_BYTES, control_groups, loading_threads, read_or_nothing
 
@@ -45,6 +48,8 @@ class CachePlan:
         max_model_len: longest prompt plus output, in tokens; it always fits.
         message: the arithmetic, for the log.
         warning: that the model's context was cut, and what all of it takes; empty where it was not.
+        states: how many states of layers there is room for.
+        state_bytes: bytes of all of them.
     """
 
     num_blocks: int
@@ -52,11 +57,14 @@ class CachePlan:
     max_model_len: int
     message: str
     warning: str = ""
+    states: StateRoom = NO_STATES
+    state_bytes: int = 0
 
     def agreed(self, ranks: Collective) -> CachePlan:
         """What every rank has room for."""
         blocks, longest = (ranks.least(number) for number in (self.num_blocks, self.max_model_len))
-        return dataclasses.replace(self, num_blocks=blocks, max_model_len=longest)
+        room = StateRoom(ranks.least(self.states.running), ranks.least(self.states.checkpoints), self.states.drafts)
+        return dataclasses.replace(self, num_blocks=blocks, max_model_len=longest, states=room)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,22 +110,24 @@ def main_room(threads: int, share: float, weights: int = 0) -> Room:
 def plan_cache(
     config: EngineConfig,
     model: ModelConfig,
-    dtype_bytes: float,
+    element_bytes: ElementBytes,
     sequences: int,
     room: Room,
     beside: int = 0,
-    layers: int | None = None,
+    layers: Iterable[int] | None = None,
+    drafts: int = 0,
 ) -> CachePlan:
     """Divides the memory for the KV cache into blocks.
 
     Args:
         config: the engine's settings.
         model: the model, its context already cut to `config.max_model_len` where that is set.
-        dtype_bytes: bytes of one number in the cache, with its share of a scale.
+        element_bytes: of an element in the cache.
         sequences: most sequences in one step; the cache never holds more than that many of full length.
         room: what there is.
         beside: bytes of one token in another model's cache, which has as many blocks.
-        layers: how many of the model's are here; None is all.
+        layers: the numbers of the model's layers that are here; None is all.
+        drafts: the most drafted tokens of a sequence in a step.
 
     Raises:
         ConfigError: when the asked-for context does not fit, with values that would.
@@ -130,15 +140,19 @@ def plan_cache(
             f"set kv_cache_memory={int(available * 0.9) // MIB * MIB} (bytes) or less",
             "kv_cache_memory",
         )
-    layers = model.num_layers if layers is None else layers
-    token_bytes = cache_bytes(model, 1, dtype_bytes, layers) + beside
+    here = [model.cache_specs[n] for n in (range(model.num_layers) if layers is None else layers)]
+    specs = paged(here)
+    token_bytes = cache_bytes(specs, 1, element_bytes) + beside
     block_bytes = token_bytes * config.block_size
     budget = config.kv_cache_memory or int(available * share)
     of_whole = config.gpu_memory_utilization is not None and room.total > 0 and not config.kv_cache_memory
     if config.gpu_memory_utilization is not None and of_whole:
         budget = max(0, available - int(room.total * (1 - config.gpu_memory_utilization)))
+    room_of_states, state_bytes, of_states = _plan_states(config, here, sequences, drafts, budget, model.max_position)
+    if room_of_states is not NO_STATES:
+        sequences, budget = room_of_states.running, max(0, budget - state_bytes)
     per_sequence = -(-model.max_position // config.block_size)
-    affordable = budget // block_bytes
+    affordable = budget // block_bytes if block_bytes else per_sequence * sequences
     context = model.max_position
     if affordable < per_sequence:
         context = _shrunk_context(config, context, affordable, block_bytes, room, budget)
@@ -153,8 +167,8 @@ def plan_cache(
     message = (
         f"KV cache: room for {num_blocks * config.block_size:,} tokens in blocks of {config.block_size}; at most "
         f"{_size(num_blocks * block_bytes)}, {needed} ({source}){kept}; one token takes "
-        f"{_numbers(model, layers)} x {dtype_bytes:g} B{f' and {beside} B for drafts' if beside else ''} = "
-        f"{token_bytes} B; context {context:,}"
+        f"{_elements(specs, element_bytes)}{f' and {beside} B for drafts' if beside else ''} = "
+        f"{token_bytes} B; context {context:,}{of_states}"
     )
     cut = ""
     if context < model.max_position:
@@ -168,7 +182,35 @@ def plan_cache(
             f"the model's context of {model.max_position:,} tokens does not fit and is cut to {context:,}: {more}; "
             f"where that is meant, set max_model_len to {context} (--max-model-len {context})"
         )
-    return CachePlan(num_blocks, block_bytes, context, message, cut)
+    return CachePlan(num_blocks, block_bytes, context, message, cut, room_of_states, state_bytes)
+
+
+def _plan_states(
+    config: EngineConfig, specs: Iterable[CacheSpec], sequences: int, drafts: int, budget: int, longest: int
+) -> tuple[StateRoom, int, str]:
+    """How many states of layers there is room for in so many bytes, what they take, and how that is said.
+
+    `longest` are the tokens of a sequence.
+    """
+    parts = [part for spec in states(specs) for part in spec.parts]
+    if not parts:
+        return NO_STATES, 0, ""
+    state = 4 * sum(math.prod(part.shape) for part in parts)
+    whole = state + 4 * drafts * sum(part.inputs for part in parts)
+    running = min(sequences, budget // 2 // whole)
+    if running < (config.max_num_seqs or 1):
+        fits = f"max_num_seqs={running} or " if running else ""
+        raise NoMemoryError(
+            f"the states of {config.max_num_seqs or 1} sequences take {_size(whole)} each, and half of the cache's "
+            f"{_size(budget)} is theirs: set {fits}"
+            f"kv_cache_memory={-(-2 * whole * (config.max_num_seqs or 1) // MIB) * MIB} (bytes)",
+            "max_num_seqs" if running else "kv_cache_memory",
+        )
+    kept = budget // 4 if config.state_cache_gb is None else int(config.state_cache_gb * (1 << 30))
+    blocks = sequences * -(-longest // config.block_size)  # each may end at one
+    checkpoints = min(kept // state, blocks) if config.enable_prefix_caching else 0
+    said = f"; states: {running} of {_size(whole)} for what runs, and {checkpoints} checkpoints of {_size(state)}"
+    return StateRoom(running, checkpoints, drafts), running * whole + checkpoints * state, said
 
 
 def refuse_longer(config: EngineConfig, model: ModelConfig) -> None:
@@ -181,28 +223,35 @@ def refuse_longer(config: EngineConfig, model: ModelConfig) -> None:
         )
 
 
-def cache_bytes(model: ModelConfig, tokens: int, dtype_bytes: float, layers: int | None = None) -> int:
-    """Bytes of so many tokens in the cache, of so many layers or all, keys and values."""
-    return round(tokens * (model.num_layers if layers is None else layers) * model.cache.numbers * dtype_bytes)
+ElementBytes: TypeAlias = Callable[[int], float]
+"""Bytes of a cache element, with its share of a scale, where keys have so many elements a head."""
 
 
-def device_number_bytes(config: EngineConfig, model: ModelConfig, plain: int) -> float:
-    """Bytes of one number in a GPU's cache, with its share of a scale; `plain` are those of activations' type."""
+def cache_bytes(specs: Iterable[CacheSpec], tokens: int, element_bytes: ElementBytes) -> int:
+    """Bytes of so many tokens in the cache of layers with these specs."""
+    return round(tokens * sum(spec.elements * element_bytes(spec.key_dim) for spec in paged(specs)))
+
+
+def device_element_bytes(config: EngineConfig, plain: int) -> ElementBytes:
+    """What a GPU's cache takes; `plain` are the bytes of an element of activations."""
     if config.kv_cache_dtype == "auto":
-        return plain
+        return lambda _: plain
     if config.kv_cache_dtype == "fp8":
-        return 1
+        return lambda _: 1
     from candle_vllm.core.kernels.kv_write.scaled_rows import SCALE
 
-    return 1 + SCALE / model.cache.key_dim
+    return lambda key_dim: 1 + SCALE / key_dim
 
 
-def _numbers(model: ModelConfig, count: int) -> str:
-    """What is kept of a token: keys and values, or only the former."""
-    cache, layers = model.cache, f"{count} layers"
-    if cache.key_dim == cache.value_dim:
-        return f"2 x {layers} x {cache.kv_heads} heads x {cache.key_dim}"
-    return f"{layers} x {cache.kv_heads} head x {cache.key_dim + cache.value_dim}"
+def _elements(specs: Sequence[PagedSpec], element_bytes: ElementBytes) -> str:
+    """What is kept of a token: keys and values, or only the former; a term for each shape."""
+    terms: list[str] = []
+    for (heads, keys, values), count in Counter(spec.shape for spec in specs).items():
+        kept = f"2 x {count} layers x {heads} heads x {keys}"
+        if keys != values:
+            kept = f"{count} layers x {heads} head{'s' * (heads > 1)} x {keys + values}"
+        terms.append(f"{kept} x {element_bytes(keys):g} B")
+    return " + ".join(terms)
 
 
 def _shrunk_context(

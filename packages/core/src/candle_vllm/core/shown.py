@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""How objects that a library's user meets are written out: short, for a person at a prompt, whatever they hold."""
+"""How objects and addresses are written out: short, for a person at a prompt or in a log, and without secrets."""
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import logging
+import re
 import reprlib
 from array import array
 from collections.abc import Sequence
@@ -12,6 +15,79 @@ from typing import Any, ClassVar
 import msgspec
 
 _MOST = 6  # entries that are written out
+HIDDEN = "***"
+
+# The scheme is looked at from behind its colon: a search for its beginning would try every letter of a long word.
+# Errors of urllib3 have a path alone; `//user:password@host` has no scheme.
+_REST = r"([^{0}/\\?#]*)([^{0}?#]*)(?:[?#][^{0}]*)?"
+_ADDRESS = (
+    r"((?:(?<=\w\w:)|(?<=with url: ))//?|(?<=\w\w:)\\{{2,4}}|(?<=\b\w:)//|(?<![\w:/\\])//(?=[^{0}/?#@]*@))" + _REST
+)
+# Without slashes `a:b@c` may also be a person's address, a model's tag and revision, or a time: a number is no user,
+# and the host has a port. In a value that is an address, a name with a dot is a host too. What stands behind a colon
+# was tried as a password before, but behind that of a number.
+_SLASHLESS = (
+    r"(?<![\w.%+~/\\-])(?<!\D:)()"
+    r"(?=(?!\d+:)[\w.%+~-]{{0,64}}+:(?:[^{0}\s/?#@]{{1,128}}+@){{1,3}}?(?!sha\d+:){1})" + _REST
+)
+_PORT = r"(?:[\w.-]{1,253}|\[[\da-fA-F:.]+\]):\d{1,5}(?!\w)"
+_NAME = r"(?:[\w.-]{0,253}\.[a-z][\w-]+|\d+(?:\.\d+){3}|\[[\da-fA-F:.]+\]|localhost)(?![\w.@:])"
+_ADDRESSES = tuple(  # among words, and alone
+    (re.compile(_ADDRESS.format(stop)), re.compile(_SLASHLESS.format(stop, host)))
+    for stop, host in ((r"\s\"<>\\", _PORT), ('"', f"(?:{_PORT}|{_NAME})"))
+)
+_HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:(\d*|\*|port|PORT|\{\w*\}))?[:.,;)}\]!']*")
+_EXAMPLE = re.compile(r"\[?user:password@\]?host(\[?:port\]?)?[\[:.,;)}\]!']*")  # what an address looks like
+_CUT = re.compile(r"(?!localhost)\w+:\d+")  # a user and the beginning of a password, where the path has an @
+
+
+def without_secrets(text: str, *, alone: bool = False) -> str:
+    """Return `text` with the addresses in it reduced to scheme, host and path.
+
+    User, password, query and fragment are left out. Of an address whose port is no number, as where a password is cut
+    or holds a slash, only the scheme stays.
+
+    Args:
+        text: a message, or a value.
+        alone: an address ends where the text does, or at a quotation mark; otherwise it ends at a blank too.
+    """
+    address, slashless = _ADDRESSES[alone]
+    text = address.sub(_bare, text) if "/" in text or "\\" in text else text
+    return slashless.sub(_bare, text) if "@" in text else text
+
+
+def _bare(found: re.Match[str]) -> str:
+    slashes, authority, path = found.groups()
+    if _EXAMPLE.fullmatch(authority):
+        return f"{slashes}{authority}{path}"
+    host = authority.rpartition("@")[2]
+    cut = found.re is _ADDRESSES[True][0] and "@" in path and _CUT.fullmatch(authority)
+    return f"{slashes}{host}{path}" if _HOST.fullmatch(host) and not cut else slashes + HIDDEN
+
+
+def start_logging(level: int | str, **given: Any) -> None:
+    """Set the log of this process up, as `logging.basicConfig` does; no record has the secrets of addresses.
+
+    They are taken out where records are made, because libraries have handlers of their own. The loggers of HTTP
+    connections write targets and whole heads at level debug, so they only warn.
+    """
+    logging.basicConfig(level=level, force=True, **given)
+    logging.setLogRecordFactory(_record)
+    for name in ("httpcore", "httpcore2", "urllib3"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _record(*given: Any, **more: Any) -> logging.LogRecord:
+    record = logging.LogRecord(*given, **more)
+    with contextlib.suppress(Exception):  # arguments that do not fit the message are the handler's to report
+        if (plain := without_secrets(said := record.getMessage())) != said:  # filters look for messages as they were
+            record.msg, record.args = plain, ()
+    if record.exc_info and record.exc_info[0] is not None:
+        record.exc_text = without_secrets(_FORMATTER.formatException(record.exc_info))
+    return record
+
+
+_FORMATTER = logging.Formatter()
 
 
 class _Short(reprlib.Repr):

@@ -19,6 +19,7 @@ import importlib.util
 import math
 import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -34,6 +35,7 @@ from candle_vllm.core.kernels.triton_build import Usage, compile_form
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = Path(__file__).parent
+CPU_SECONDS = 3600  # that one such process may take
 PROCESSES = 2  # of tests under the interpreter, a half of the files for each
 DRIVERS = ("test_interpreter.py", "test_ahead_of_time.py", "test_launches.py")
 
@@ -93,6 +95,8 @@ class Background:
             "0",
             "-p",
             "no:cacheprovider",
+            "--timeout",
+            "0",
             *(["-m", "every_case"] if every_case else []),
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if tests else {})
@@ -101,6 +105,8 @@ class Background:
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         with subprocess.Popen(command, env=environment, cwd=HERE, **pipes) as process:
             self._open.add(process)
+            if hasattr(resource, "prlimit"):  # it yields to all other processes, so the clock says nothing
+                resource.prlimit(process.pid, resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
             output, errors = process.communicate()
         return subprocess.CompletedProcess(command, process.returncode, output, errors)
 

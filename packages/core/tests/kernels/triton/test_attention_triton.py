@@ -81,18 +81,20 @@ def run(step: Step, rows: DeviceRows | None = None, **options) -> torch.Tensor:
     return paged_attention(step.q, step.key_cache, step.value_cache, rows or step.rows.on_device(), **options)
 
 
-def check(step: Step, decodes: int | None = None, **options) -> None:
+def check(step: Step, decodes: int | None = None, **options) -> torch.Tensor:
+    """Compare with the reference, and return what the kernels wrote."""
     rows = step.rows.on_device()
     got = run(step, rows if decodes is None else replace(rows, decodes=decodes), **options)
     options = {"scale": step.q.shape[2] ** -0.5, **options}
     wanted = reference.paged_attention(step.q, step.key_cache, step.value_cache, step.rows, **options)
     assert got.dtype == step.q.dtype
     assert error(got, wanted) < TOLERANCE[step.q.dtype]
+    return got
 
 
 @pytest.mark.one_of_each
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 64), (6, 2, 80), (5, 1, 16)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 64), (6, 2, 80), (5, 1, 16)])
 def test_a_mixed_step(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> None:
     """Decodes, a whole prompt, chunks with context before them, and the last token of a prompt."""
     shape = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "dtype": dtype}
@@ -134,10 +136,10 @@ def test_sinks(device: torch.device, decodes: int | None, window: int | None, so
     """Below every score, among them, above all of them; in decodes of one split and of several, and in prompts."""
     sinks = torch.tensor([-300.0, 0.0, 2.0, 300.0], device=device)
     step = make_step(device, (200, 300, 1, 40, 60), (1, 1, 1, 40, 30), heads=4, kv_heads=2, dim=32)
-    check(step, decodes=decodes, sinks=sinks, window=window, softcap=softcap)
-    got = run(step, sinks=sinks)
+    got = check(step, decodes=decodes, sinks=sinks, window=window, softcap=softcap)
     assert (got[:, 3] == 0).all()
-    assert torch.equal(got[:, 0], run(step)[:, 0])
+    without = check(step, decodes=decodes, window=window, softcap=softcap)
+    assert torch.equal(got[:, 0], without[:, 0])
 
 
 def test_a_single_token_as_a_prompt(device: torch.device) -> None:
@@ -147,10 +149,10 @@ def test_a_single_token_as_a_prompt(device: torch.device) -> None:
 
 def test_long_contexts_are_split_and_merged(device: torch.device) -> None:
     step = make_step(device, (3, 256, 257, 600), (1, 1, 1, 1), heads=4, kv_heads=2, dim=16)
-    check(step)
+    got = check(step)
     check(step, window=400)
     narrow = replace(step, rows=replace(step.rows, block_tables=step.rows.block_tables.to(torch.int32)))
-    assert torch.equal(run(narrow), run(step))
+    assert torch.equal(run(narrow), got)
 
 
 @pytest.mark.parametrize("context", few([511, 512, 513, 700], 512, 513))
@@ -209,7 +211,7 @@ def scaled(step: Step, kind: torch.dtype) -> Step:
 @pytest.mark.one_of_each
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("kind", SCALED)
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "size"), [(6, 2, 80, 16), (4, 4, 64, 32)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "size"), [(6, 2, 80, 16), (2, 2, 64, 32)])
 def test_rows_with_scales(
     device: torch.device, dtype: torch.dtype, kind: str, heads: int, kv_heads: int, dim: int, size: int
 ) -> None:

@@ -20,7 +20,15 @@ from candle_vllm.core.testing.lazy_stream import LazyStream
 from packages.core.tests.models.families import CUDA_ISQ, FORMATS, ROWS, cuda_rows, first_rows
 from packages.core.tests.models.family_formats import write_format
 from packages.core.tests.models.gguf_export import export_gguf
-from packages.core.tests.models.tiny import eager_logits, error, some_tokens, step_logits, typical_spread, write_tiny
+from packages.core.tests.models.tiny import (
+    eager_logits,
+    error,
+    room_of,
+    some_tokens,
+    step_logits,
+    typical_spread,
+    write_tiny,
+)
 from tests.common_run import few
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -29,8 +37,9 @@ CHUNKS = {"f32": [6, 1, 1], "bf16": [5]}  # quantised products take the interpre
 
 
 # Of what launches differ by: caps and windows, norms of heads, latents, sinks, experts, halves that turn, shared norms,
-# biases. Mixtral and Qwen3-MoE are among those of quantised matrices below.
-KINDS = ["Llama", "Gemma-2", "Gemma-3", "GLM-4", "DeepSeek-V3", "Qwen2-MoE", "Phi-2", "StableLM", "gpt-oss"]
+# biases, states, gates apart. Mixtral and Qwen3-MoE are among those of quantised matrices below.
+KINDS = ["Llama", "Gemma-2", "Gemma-3", "GLM-4", "DeepSeek-V3", "Qwen2-MoE", "Phi-2", "StableLM", "gpt-oss", "LFM2"]
+KINDS += ["Qwen3.5"]
 
 
 def in_formats() -> list[tuple[str, str]]:
@@ -52,7 +61,7 @@ def logits(source: Path, device: torch.device, dtype: str, monkeypatch: pytest.M
     stream = LazyStream() if device.type == "cpu" else CudaStream(device)
     dtypes = {"f32": torch.float32, "bf16": torch.bfloat16}
     runner = DeviceRunner(loaded.decoder, DeviceLimits(32, 2, 4, BLOCK), stream, dtypes[dtype], graphs=False)
-    runner.allocate(4)
+    runner.allocate(4, room_of(loaded.decoder))
     return step_logits(runner, some_tokens(sum(CHUNKS[dtype])), CHUNKS[dtype]).cpu()
 
 

@@ -18,7 +18,7 @@ FILES = sorted(path.name for path in HERE.glob("test_*.py") if path.name not in 
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(0),  # the processes have a limit in seconds of CPU
 ]
 
 
@@ -54,7 +54,6 @@ def test_under_the_interpreter(file: str, background: Any) -> None:
 
 
 @pytest.mark.every_case
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("file", FILES)
 def test_every_case_under_the_interpreter(file: str, background: Any) -> None:
     check(background.files[file, True].result(), file)

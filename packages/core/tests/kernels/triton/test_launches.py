@@ -16,7 +16,7 @@ from candle_vllm.core.kernels.triton_build import compile_together
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("file", ["launches.py"])
 def test_what_an_engine_launches_is_compiled_when_it_starts(file: str, background: Any) -> None:
     done = background.files[file, False].result()

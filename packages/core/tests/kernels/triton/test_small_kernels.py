@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
+from typing import Literal
 
 import pytest
 import torch
@@ -99,6 +100,17 @@ def test_rotary(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: 
 def test_gates(device: torch.device, dtype: torch.dtype, tokens: int, size: int, name: str) -> None:
     x = (random(tokens, 2 * size + 16, dtype=dtype) * 3).to(device)[:, : 2 * size]
     check(getattr(gate, name)(x), getattr(gate_reference, name)(x))
+
+
+@pytest.mark.one_of_each
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "size"), [(1, 63), (3, 123), (2, 4097)])
+@pytest.mark.parametrize("kind", ["sigmoid", "silu"])
+def test_gates_apart(
+    device: torch.device, dtype: torch.dtype, tokens: int, size: int, kind: Literal["sigmoid", "silu"]
+) -> None:
+    x, gates = (random(tokens, size + more, dtype=dtype).to(device)[:, more:] for more in (16, 48))
+    check(gate.gated(x, gates, kind), gate_reference.gated(x, gates, kind))
 
 
 @pytest.mark.parametrize("name", ["silu_mul", "gelu_tanh_mul"])

@@ -13,10 +13,11 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import UNSET
+from msgspec.structs import replace
 
 from candle_vllm.core.arguments import explained
 from candle_vllm.core.engine.request import ModelInfo
@@ -36,6 +37,7 @@ from candle_vllm.openai.embedding import (
 )
 from candle_vllm.openai.engine import EngineLike, TokenStream
 from candle_vllm.openai.events import Head
+from candle_vllm.openai.fair_threads import apart
 from candle_vllm.openai.planning import AnswerPlanner
 from candle_vllm.openai.preparation import PreparedChat, TaskPreparation
 from candle_vllm.openai.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
@@ -96,6 +98,7 @@ class OpenAIAdapter:
         reasoning_budget_message: str | None = None,
         default_chat_template_kwargs: Mapping[str, Any] | None = None,
         watcher: RequestWatcher | None = None,
+        salted: Callable[[str], str] | None = None,
         adapters: AdapterNames | None = None,
         images: ImageSources | None = None,
     ) -> None:
@@ -112,6 +115,8 @@ class OpenAIAdapter:
                 makers have it say.
             default_chat_template_kwargs: variables of the chat template where a request does not set them.
             watcher: told of every request that the engine is given.
+            salted: makes of a request's `cache_salt` the one that the engine gets, as one that others cannot send;
+                called where the request was. None leaves it.
             adapters: whose names are served as well; None is none.
             images: where those of requests may come from; None is from the request alone.
 
@@ -121,6 +126,7 @@ class OpenAIAdapter:
         info = engine.model_info
         self._engine = engine
         self._watcher = watcher
+        self._salted = salted
         self._names = ServedNames(served_model_names or (info.name,), strict=strict_model_names, adapters=adapters)
         self._created = int(time.time())
         self._fingerprint = _fingerprint(info)
@@ -147,6 +153,7 @@ class OpenAIAdapter:
             allow_priority=allow_priority,
             watcher=watcher,
             adapters=adapters,
+            work=self._work,
         )
         self._tokenizing = TokenizingAdapter(engine, self._preparation, self._names, self._work)
 
@@ -176,9 +183,9 @@ class OpenAIAdapter:
         """Raises `RequestError` where the model cannot be shown a picture, a file's bytes, as the result of a tool."""
         await self._work.look(self._preparation.try_picture, data)
 
-    def tokens_of(self, text: str) -> list[int]:
-        """A text's tokens, with the special ones around it."""
-        return self._engine.tokenize(text)
+    async def tokens_of(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text, with the special ones around it."""
+        return await self._work.prepare(lambda: list(map(self._engine.tokenize, texts)))
 
     def models(self) -> ModelList:
         """The served names."""
@@ -203,7 +210,7 @@ class OpenAIAdapter:
     async def chat(self, request: ChatCompletionRequest | Fields) -> ChatCompletion:
         """The whole answer; a request with `stream` is refused. Cancelling it aborts the request."""
         async with aclosing(await self._start_chat(request, whole=True)) as chunks:
-            return join_chat([chunk async for chunk in chunks])
+            return await _joined(join_chat, [chunk async for chunk in chunks])
 
     @explained(**{"the request, as in chat({...})": ChatCompletionRequest.wire_names()})
     async def chat_stream(self, request: ChatCompletionRequest | Fields) -> ChunkStream[ChatCompletionChunk]:
@@ -219,7 +226,7 @@ class OpenAIAdapter:
 
         `read` gives the task; it is called in another thread, because conversations may be long.
         """
-        return self._submitted(await self._ready(read))
+        return self._submitted(await self._ready(read, bounded=True))
 
     async def count_tokens(self, read: Callable[[], Task]) -> int:
         """Tokens of the prompt that `answer` would begin with; nothing is generated."""
@@ -236,7 +243,7 @@ class OpenAIAdapter:
     async def complete(self, request: CompletionRequest | Fields) -> Completion:
         """The whole answer; a request with `stream` is refused. Cancelling it aborts the request."""
         async with aclosing(await self._start_completion(request, whole=True)) as chunks:
-            return join_completion([chunk async for chunk in chunks])
+            return await _joined(join_completion, [chunk async for chunk in chunks])
 
     @explained(**{"the request, as in complete({...})": CompletionRequest.wire_names()})
     async def complete_stream(self, request: CompletionRequest | Fields) -> ChunkStream[Completion]:
@@ -284,12 +291,12 @@ class OpenAIAdapter:
         request = _checked_chat(given)
         if whole and request.stream:
             raise InvalidParameterError(_STREAMED.format("chat"), "stream")
-        ready = await self._ready(partial(read_chat, request))
+        ready = await self._ready(partial(read_chat, request), bounded=True)
         prompt, plan = ready.prepared.prompt, ready.prepared.answers
         return ChunkStream(self._submitted(ready), ChatWriter(request, prompt, calls=bool(plan.tools), whole=whole))
 
-    async def _ready(self, read: Callable[[], Task]) -> _Ready:
-        ready = await self._work.prepare(self._prepared, read)
+    async def _ready(self, read: Callable[[], Task], *, bounded: bool = False) -> _Ready:
+        ready = await self._work.prepare(self._prepared, read, bounded)
         ready = ready._replace(prepared=await self._preparation.see(ready.task, ready.prepared, self._work))
         task, prepared = ready.task, ready.prepared
         grammars = any(tool.grammar is not None for tool in task.tools.tools)
@@ -298,9 +305,9 @@ class OpenAIAdapter:
             remark(ready.prepared.remarks)
         return ready
 
-    def _prepared(self, read: Callable[[], Task]) -> _Ready:
+    def _prepared(self, read: Callable[[], Task], bounded: bool) -> _Ready:
         task = read()
-        return _Ready(task, self._names.served(task.model), self._preparation.chat(task))
+        return _Ready(task, self._names.served(task.model), self._preparation.chat(task, bounded=bounded))
 
     def _submitted(self, ready: _Ready) -> AnswerStream:
         task, model, prepared = ready
@@ -351,6 +358,8 @@ class OpenAIAdapter:
     ) -> TokenStream:
         if not prompt:
             raise InvalidParameterError(f"{field} gives an empty prompt; it needs at least one token", field)
+        if params.cache_salt is not None and self._salted is not None:
+            params = replace(params, cache_salt=self._salted(params.cache_salt))
         more = self._names.options(task.model, task.lora, task.adapter)
         seen = {"prompt_token_ids": prompt, "multi_modal_data": {"image": images}}
         return self._engine.stream(
@@ -371,7 +380,16 @@ class OpenAIAdapter:
         )
 
 
+T = TypeVar("T")
+U = TypeVar("U")
+
+_MANY_CHUNKS = 1000
 _STREAMED = "stream is true, and {0} gives the answer when it is whole: call {0}_stream, or leave stream out"
+
+
+async def _joined(join: Callable[[list[T]], U], chunks: list[T]) -> U:
+    """The answer that chunks add up to; many of them would hold up an event loop."""
+    return await apart(join, chunks) if len(chunks) > _MANY_CHUNKS else join(chunks)
 
 
 def _checked_chat(given: ChatCompletionRequest | Fields) -> ChatCompletionRequest:

@@ -7,7 +7,6 @@ model's config does not say otherwise; or the cosine of the two texts' vectors, 
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import time
 import uuid
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 
 from msgspec import UNSET
 
+from candle_vllm.core.engine.pooling_calls import Apart
 from candle_vllm.core.engine.request import ClassificationOutput, EmbeddingOutput, ModelInfo, ScoreOutput
 from candle_vllm.core.engine.watching import RequestWatcher
 from candle_vllm.core.errors import (
@@ -48,7 +48,7 @@ from candle_vllm.openai.protocol.embeddings import (
 )
 from candle_vllm.openai.protocol.pooling import MAX_POOLED_TOKENS, PoolingFields, PoolingUsage
 from candle_vllm.openai.protocol.score import Ranked, RankedText, Ranking, RerankRequest, Score, ScoreList, ScoreRequest
-from candle_vllm.openai.serving import AdapterNames, ServedNames, Uses
+from candle_vllm.openai.serving import AdapterNames, ServedNames, Uses, WorkerThreads, check_length
 from candle_vllm.openai.validation import parse_body
 
 
@@ -70,6 +70,7 @@ class EmbeddingEngineLike(Protocol):
         add_special_tokens: bool = True,
         watcher: RequestWatcher | None = None,
         lora_request: Uses = (),
+        apart: Apart = ...,
     ) -> list[EmbeddingOutput]: ...
 
     async def aclassify(
@@ -81,6 +82,7 @@ class EmbeddingEngineLike(Protocol):
         add_special_tokens: bool = True,
         watcher: RequestWatcher | None = None,
         lora_request: Uses = (),
+        apart: Apart = ...,
     ) -> list[ClassificationOutput]: ...
 
     async def ascore(
@@ -91,6 +93,7 @@ class EmbeddingEngineLike(Protocol):
         priority: int = 0,
         watcher: RequestWatcher | None = None,
         lora_request: Uses = (),
+        apart: Apart = ...,
     ) -> list[ScoreOutput]: ...
 
 
@@ -135,9 +138,11 @@ class EmbeddingAdapter:
         allow_priority: bool = True,
         watcher: RequestWatcher | None = None,
         adapters: AdapterNames | None = None,
+        work: WorkerThreads | None = None,
     ) -> None:
-        """Arguments as of `OpenAIAdapter`."""
+        """Arguments as of `OpenAIAdapter`; `work` are its threads."""
         self._engine = engine
+        self._work = work or WorkerThreads()
         self._watcher = watcher
         names = served_model_names or (engine.model_info.name,)
         self._names = ServedNames(names, strict=strict_model_names, adapters=adapters)
@@ -147,16 +152,15 @@ class EmbeddingAdapter:
         """The vectors of the request's texts."""
         self._check(request, "embed")
         name, request_id = self._names.served(request.model), _request_id("embd-", request)
-        more = self._names.options(request.model, None, request.lora_path)
+        more = self._more(request, request_id)
         params = request.pooling_params()
         # Tokenizing many texts takes long enough to hold up every stream on the loop.
-        texts = await asyncio.to_thread(self._tokens, request)
+        texts = await self._work.prepare(self._tokens, request)
         with _failures(lambda number, _: f"input.{number}", "input"):
-            outputs = await self._engine.aembed(
-                texts, params, request_id=request_id, priority=request.priority or 0, watcher=self._watcher, **more
-            )
+            outputs = await self._engine.aembed(texts, params, **more)
         encode = _base64 if request.encoding_format == "base64" else array.tolist
-        data = [Embedding(index=index, embedding=encode(each.embedding)) for index, each in enumerate(outputs)]
+        vectors = await self._work.prepare(lambda: [encode(each.embedding) for each in outputs])
+        data = [Embedding(index=index, embedding=vector) for index, vector in enumerate(vectors)]
         return EmbeddingList(
             id=request_id,
             created=int(time.time()),
@@ -180,12 +184,10 @@ class EmbeddingAdapter:
         """What the request's texts are, as the model tells them apart."""
         self._check(request, "classify")
         name, request_id = self._names.served(request.model), _request_id("classify-", request)
-        more = self._names.options(request.model, None, request.lora_path)
-        texts = await asyncio.to_thread(self._tokens, request)
+        more = self._more(request, request_id)
+        texts = await self._work.prepare(self._tokens, request)
         with _failures(lambda number, _: f"input.{number}", "input"):
-            outputs = await self._engine.aclassify(
-                texts, request_id=request_id, priority=request.priority or 0, watcher=self._watcher, **more
-            )
+            outputs = await self._engine.aclassify(texts, **more)
         labels = self._engine.model_info.labels
         found = [each.probs.tolist() for each in outputs]
         return ClassifiedList(
@@ -203,12 +205,10 @@ class EmbeddingAdapter:
         """The scores of the request's pairs."""
         self._check(request, "score")
         name, request_id = self._names.served(request.model), _request_id("score-", request)
-        more = self._names.options(request.model, None, request.lora_path)
+        more = self._more(request, request_id)
         with _failures(request.blamed, request.blamed(0, 1)):
-            await asyncio.to_thread(self._count_pairs, request.pairs, request.blamed(0, 1).partition(".")[0])
-            outputs = await self._engine.ascore(
-                request.pairs, request_id=request_id, priority=request.priority or 0, watcher=self._watcher, **more
-            )
+            await self._work.prepare(self._count_pairs, request.pairs, request.blamed(0, 1).partition(".")[0])
+            outputs = await self._engine.ascore(request.pairs, **more)
         return ScoreList(
             id=request_id,
             created=int(time.time()),
@@ -221,14 +221,12 @@ class EmbeddingAdapter:
         """The request's documents, best first; equal ones in the order of the request."""
         self._check(request, "score")
         name, request_id = self._names.served(request.model), _request_id("rerank-", request)
-        more = self._names.options(request.model, None, request.lora_path)
+        more = self._more(request, request_id)
         texts = request.texts
         pairs = [(request.query, text) for text in texts]
         with _failures(lambda number, side: f"documents.{number}" if side else "query", "documents.0"):
-            await asyncio.to_thread(self._count_pairs, pairs, "documents")
-            outputs = await self._engine.ascore(
-                pairs, request_id=request_id, priority=request.priority or 0, watcher=self._watcher, **more
-            )
+            await self._work.prepare(self._count_pairs, pairs, "documents")
+            outputs = await self._engine.ascore(pairs, **more)
         order = sorted(range(len(outputs)), key=lambda index: -outputs[index].score)[: request.top_n or None]
         shown = request.return_documents is not False
         results = [
@@ -241,6 +239,16 @@ class EmbeddingAdapter:
         ]
         usage = _usage(sum(output.num_tokens for output in outputs))
         return Ranking(id=request_id, model=name, results=tuple(results), usage=usage)
+
+    def _more(self, request: PoolingFields, request_id: str) -> dict[str, Any]:
+        """What the engine is told of every request."""
+        return {
+            "request_id": request_id,
+            "priority": request.priority or 0,
+            "watcher": self._watcher,
+            "apart": self._work.prepare,
+            **self._names.options(request.model, None, request.lora_path),
+        }
 
     def _check(self, request: PoolingFields, task: str) -> None:
         info = self._engine.model_info
@@ -256,11 +264,15 @@ class EmbeddingAdapter:
         special = request.add_special_tokens is not False
         for number, text in enumerate(request.inputs):
             with _blamed(number, len(request.inputs)):
-                ids = self._engine.tokenize(text, add_special_tokens=special) if isinstance(text, str) else text
+                ids = self._known(text, special) if isinstance(text, str) else text
             total += len(ids)
             _check_total(total, "input", number)
             texts.append(ids)
         return texts
+
+    def _known(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        check_length(self._engine, text)
+        return self._engine.tokenize(text, add_special_tokens=add_special_tokens)
 
     def _count_pairs(self, pairs: Sequence[tuple[str, str]], field: str) -> None:
         """Refuses pairs that have too many tokens in all, before any of them is run.
@@ -274,7 +286,7 @@ class EmbeddingAdapter:
                 known = lengths.get(text)
                 if known is None:
                     with _blamed(number, len(pairs), f"inputs.{number}.{side}"):
-                        known = lengths[text] = len(self._engine.tokenize(text))
+                        known = lengths[text] = len(self._known(text))
                     total += known
                 elif not reads_once:
                     total += known

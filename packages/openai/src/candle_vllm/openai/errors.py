@@ -103,7 +103,7 @@ _TABLE = (
     _Row(EngineSleepingError, 503, "server_error", "model_sleeping", {"retry-after": "5"}),
     _Row(EngineDeadError, 503, "server_error", "engine_dead", {"retry-after": "5"}, _DEAD),
     # The caller of an aborted request is gone; whoever still reads this lost it to a shutdown, and may try again.
-    _Row(RequestAbortedError, 503, "server_error", "request_aborted"),
+    _Row(RequestAbortedError, 503, "server_error", "request_aborted", {"retry-after": "5"}),
     _Row(GenerationFailedError, 500, "server_error", "generation_failed", {}, "The engine failed on this request."),
     _Row(Exception, 500, "server_error", "internal_error", {}, "The server failed on this request."),
 )

@@ -7,8 +7,6 @@ of an event loop: call these in other threads (`WorkerThreads`).
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -17,7 +15,6 @@ from msgspec.structs import replace
 
 from candle_vllm.core.errors import (
     ConfigError,
-    EngineOverloadedError,
     InvalidParameterError,
     RequestError,
     UnsupportedModelError,
@@ -30,20 +27,20 @@ from candle_vllm.core.text.prompts import needs_of
 from candle_vllm.core.text.template_needs import fit_tools
 from candle_vllm.core.vision.fetching import ImageAddress, ImageSources
 from candle_vllm.core.vision.inputs import ImageInput
+from candle_vllm.core.vision.pictures import pixels_of
 from candle_vllm.openai.answers import AnswerPlan
 from candle_vllm.openai.completion_answers import EchoedPrompt
 from candle_vllm.openai.conversation import images_of, template_messages
 from candle_vllm.openai.engine import EngineLike
 from candle_vllm.openai.errors import UnsupportedParameterError, no_priority
 from candle_vllm.openai.planning import AnswerPlanner, Planned
-from candle_vllm.openai.protocol.fields import MAX_PROMPT_LOGPROBS
+from candle_vllm.openai.protocol.fields import MAX_LOGPROBS
 from candle_vllm.openai.protocol.templating import check_variables
 from candle_vllm.openai.requests import sampling_params
-from candle_vllm.openai.serving import WorkerThreads
+from candle_vllm.openai.serving import WorkerThreads, check_length
 from candle_vllm.openai.task import MEDIA_MARK, Call, ImagePart, Message, Task, TextPart
 
-MAX_HELD_IMAGES = 1 << 30
-"""Bytes of the images of all requests that wait or run; one alone may have more."""
+MAX_PIXELS = 1 << 28  # of the images of a request: a few bytes can say as many as an image may have
 _MOST_TRIED = 64  # tools that are tried one by one
 
 
@@ -116,17 +113,23 @@ class TaskPreparation:
         self._engine = engine
         self._planner = planner
         self._allow_priority = allow_priority
-        self._held, self._counting = 0, threading.RLock()  # bytes of images; a finalizer may run anywhere
         self._allow_chat_template = allow_chat_template
         self._defaults = _checked_defaults(engine.model_info.default_sampling)
 
-    def chat(self, task: Task) -> PreparedChat:
-        """Raises `RequestError`, which blames the fields of the request. What is `unseen` then is for `see`."""
+    def chat(self, task: Task, *, bounded: bool = False) -> PreparedChat:
+        """Raises `RequestError`, which blames the fields of the request. What is `unseen` then is for `see`.
+
+        Args:
+            task: what is asked for.
+            bounded: refuse a prompt beyond the context as soon as that is known: it is not only counted.
+        """
         with task.paths.blamed():
             self._check(task)
             params = sampling_params(task, self._defaults)
             unseen = self._unseen(task)
             text = self._render(task)
+            if bounded:
+                check_length(self._engine, text)
             answers, structured, thoughts, marks = self._planned(task, text)
             # Templates write the special tokens themselves.
             prompt = self._behind(task, text, add_special_tokens=task.add_special_tokens)
@@ -135,6 +138,7 @@ class TaskPreparation:
                 params = replace(params, skip_special_tokens=False)
             marks = marks if params.stop_strings else None
             params = replace(params, structured_outputs=structured, thoughts=thoughts, stop_marks=marks)
+            params = self._bounded(params, task.choices, len(prompt))
             return PreparedChat(prompt, params, answers, text, unseen=unseen)
 
     async def see(self, task: Task, prepared: PreparedChat, work: WorkerThreads) -> PreparedChat:
@@ -163,29 +167,15 @@ class TaskPreparation:
         self, task: Task, prompt: Sequence[int], files: Sequence[bytes], names: Sequence[str]
     ) -> tuple[list[int], tuple[ImageInput, ...]]:
         with task.paths.blamed():
+            if (total := sum(map(pixels_of, files))) > MAX_PIXELS:
+                said = (
+                    f"{names[0]}: the images of a request may have {MAX_PIXELS} pixels in all, and these have {total}"
+                )
+                raise InvalidParameterError(said, names[0])
             ids, images = self._engine.look(prompt, files, names)
-            self._count(images)
+            self._images.keep(images)  # before they queue
             _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), len(ids))
             return ids, images
-
-    def _count(self, images: Sequence[ImageInput]) -> None:
-        """Counts what images take until their requests are over; they are enlarged before they queue.
-
-        Raises:
-            EngineOverloadedError: those that are there already take as much as they may.
-        """
-        sizes = {id(image): (image, len(image.tiles)) for image in images}
-        total = sum(size for _, size in sizes.values())
-        with self._counting:
-            if self._held and self._held + total > MAX_HELD_IMAGES:
-                raise EngineOverloadedError(f"the images of other requests take {self._held >> 20} MB: try again later")
-            self._held += total
-        for image, size in sizes.values():
-            weakref.finalize(image, self._uncount, size)
-
-    def _uncount(self, size: int) -> None:
-        with self._counting:
-            self._held -= size
 
     def try_picture(self, data: bytes) -> None:
         """Looks at a picture as a tool's result; raises `RequestError` where the model cannot be shown it there."""
@@ -312,6 +302,9 @@ class TaskPreparation:
         with task.paths.blamed():
             self._check(task)
             params = sampling_params(task, self._defaults)
+            for text in (*task.prompts, task.suffix):
+                if isinstance(text, str):
+                    check_length(self._engine, text)
             if task.suffix:
                 filled = [self._engine.infill(self._known(prompt), task.suffix) for prompt in task.prompts]
                 ends = dict.fromkeys((*(params.stop_token_ids or ()), *filled[0].stop_token_ids))
@@ -324,7 +317,27 @@ class TaskPreparation:
             _check_prompt_logprobs("prompt_logprobs", task.sampling.get("prompt_logprobs"), tokens)
             if task.echo_prompts:
                 _check_prompt_logprobs("logprobs", task.sampling.get("logprobs"), tokens, task.choices)
+            shortest = min((len(prompt.token_ids) for prompt in prompts), default=0)
+            params = self._bounded(params, task.choices * len(prompts), shortest)
             return PreparedPrompts(prompts, params, unseen=self._begun(task.images) if task.images else None)
+
+    def _bounded(self, params: SamplingParams, sequences: int, prompt: int) -> SamplingParams:
+        """Refuses answers with too many log-probabilities of their tokens; without `max_tokens` they end earlier."""
+        if params.logprobs is None:
+            return params
+        each = sequences * (params.logprobs + 1)
+        most = max(1, MAX_LOGPROBS // each)
+        if params.max_tokens is None:
+            return (
+                params if self._engine.model_info.max_model_len - prompt <= most else replace(params, max_tokens=most)
+            )
+        if params.max_tokens > most:
+            raise InvalidParameterError(
+                f"logprobs asks for {params.max_tokens * each} log-probabilities of the answer (max_tokens x n x "
+                f"(logprobs + 1)) and at most {MAX_LOGPROBS} are allowed: lower max_tokens, n or logprobs",
+                "logprobs",
+            )
+        return params
 
     def check_form(self, task: Task) -> tuple[str, ...]:
         """Compiles the form of texts that continue prompts; it may take seconds. Raises `RequestError`.
@@ -424,10 +437,10 @@ def _compiled(source: str, token_names: tuple[tuple[str, str], ...]) -> ChatTemp
 def _check_prompt_logprobs(field: str, asked: int | None, tokens: int, sequences: int = 1) -> None:
     """Refuses answers that would be made of too many log-probabilities of their `tokens` prompt tokens."""
     entries = 0 if asked is None else tokens * sequences * (asked + 1)
-    if entries > MAX_PROMPT_LOGPROBS:
+    if entries > MAX_LOGPROBS:
         raise InvalidParameterError(
             f"{field} asks for {entries} log-probabilities of {tokens} prompt tokens (tokens x n x (logprobs + 1))"
-            f" and at most {MAX_PROMPT_LOGPROBS} are allowed: send shorter prompts, or lower n or {field}",
+            f" and at most {MAX_LOGPROBS} are allowed: send shorter prompts, or lower n or {field}",
             field,
         )
 

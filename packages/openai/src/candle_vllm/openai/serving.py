@@ -6,17 +6,20 @@ Threads are for what would hold up an event loop: some for prompts, others for g
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from candle_vllm.core.config import DEMO, DEMO_NAME
-from candle_vllm.core.engine.request import LoRARequest
-from candle_vllm.core.errors import EngineOverloadedError, InvalidParameterError
+from candle_vllm.core.engine.request import LoRARequest, ModelInfo
+from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
 from candle_vllm.openai.errors import ModelNotServedError
+from candle_vllm.openai.fair_threads import FairThreads, this_request
 
 ANY_MODEL = "default"  # the name that always means the served model
+_SURE = 8  # bytes for each token of the context: shorter prompts are tokenized as a whole, most others are too long
+_PIECE = 16_384  # characters of longer ones that are tokenized at a time
+_SEAM = 256  # tokens that a cut makes at most, where it parts a long token or a word
 
 
 Uses = Sequence[tuple[LoRARequest, float]]
@@ -86,40 +89,65 @@ class ServedNames:
         return {"lora_request": uses} if uses else {}
 
 
+class Tokenizes(Protocol):
+    """What counting tokens needs of an engine."""
+
+    @property
+    def model_info(self) -> ModelInfo: ...
+
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+
+def check_length(engine: Tokenizes, text: str) -> None:
+    """Refuses a prompt that is too long before all of it is tokenized.
+
+    Raises:
+        PromptTooLongError: its beginning has more tokens than the context.
+    """
+    most, found = engine.model_info.max_model_len, 0
+    try:
+        if len(text.encode()) <= _SURE * most:
+            return
+    except UnicodeEncodeError:
+        return  # the tokenizer says where
+    for start in range(0, len(text), _PIECE):
+        found += len(engine.tokenize(text[start : start + _PIECE], add_special_tokens=False)) - _SEAM
+        if found > most:
+            raise PromptTooLongError(
+                f"the prompt has more than {most} tokens and the context is {most}: shorten the prompt, or load "
+                "the model with a larger `max_model_len` where the model and the memory allow it",
+                "prompt",
+            )
+
+
 T = TypeVar("T")
 
-MAX_COMPILING = 1024  # requests whose grammars wait or are compiled
+MAX_COMPILING = 1024  # requests whose grammars, or whose images, wait
+MAX_TOKENIZING = 4096  # requests whose prompts wait: as many as there are connections
 
 
 class WorkerThreads:
     """Work of one adapter; the threads end with it."""
 
     def __init__(self) -> None:
-        self._prompts = ThreadPoolExecutor(4, "candle-vllm-prompt")
-        self._images = ThreadPoolExecutor(1, "candle-vllm-images")
-        self._grammars = ThreadPoolExecutor(2, "candle-vllm-compile")
-        self._compiling = 0
+        self._prompts = FairThreads("prompts", 4, MAX_TOKENIZING)
+        self._images = FairThreads("images", 1, MAX_COMPILING)
+        self._grammars = FairThreads("grammars", 4, MAX_COMPILING)
 
     async def prepare(self, function: Callable[..., T], *arguments: object) -> T:
-        """Runs work on a prompt."""
-        return await asyncio.get_running_loop().run_in_executor(self._prompts, function, *arguments)
+        """Runs work on a prompt, behind which the request's bytes do not count. Raises what `compile` raises."""
+        made = await self._prompts.run(partial(function, *arguments))
+        this_request().release()
+        return made
 
     async def look(self, function: Callable[..., T], *arguments: object) -> T:
-        """Runs work on images; one is decoded at a time, and texts wait for none."""
-        return await asyncio.get_running_loop().run_in_executor(self._images, function, *arguments)
+        """Runs work on images; one is decoded at a time, and texts wait for none. Raises what `compile` raises."""
+        return await self._images.run(partial(function, *arguments))
 
     async def compile(self, function: Callable[..., T], *arguments: object) -> T:
         """Runs work on a grammar.
 
         Raises:
-            EngineOverloadedError: too many wait.
+            EngineOverloadedError: too many wait, or this one has waited too long.
         """
-        if self._compiling >= MAX_COMPILING:
-            raise EngineOverloadedError(
-                f"the grammars of {self._compiling} requests wait to be compiled, and no more may: try again later"
-            )
-        self._compiling += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._grammars, function, *arguments)
-        finally:
-            self._compiling -= 1
+        return await self._grammars.run(partial(function, *arguments))

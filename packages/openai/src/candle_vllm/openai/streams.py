@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from candle_vllm.core.engine.request import TokenOutput
+from candle_vllm.core.engine.stream import MAX_UNREAD
 from candle_vllm.openai.answers import AnswerReader
 from candle_vllm.openai.engine import TokenStream
 from candle_vllm.openai.events import Event
@@ -40,8 +41,8 @@ class AnswerStream:
         self._reader = reader
         self._ready: deque[Event] = deque()
         self._closed = False
-        self._failure: Exception | None = None  # of the shortcut, for the reader
-        self._pieces: asyncio.Queue[_Piece] = asyncio.Queue()
+        self._failures: list[Exception] = []  # of the shortcut, for the reader
+        self._pieces: asyncio.Queue[_Piece] = asyncio.Queue(MAX_UNREAD)  # then those of a source are its own
         self._open = len(sources)
         # One stream, the usual case, is read directly and costs no task.
         pumped = enumerate(sources) if len(sources) > 1 else ()
@@ -64,8 +65,8 @@ class AnswerStream:
             return None
         try:
             number, piece = await self._next()
-            if self._failure is not None:
-                raise self._failure
+            if self._failures:
+                raise self._failures.pop()  # it holds this stream
             return self._reader.add(number, piece)
         except StopAsyncIteration:
             await self.aclose()
@@ -89,7 +90,7 @@ class AnswerStream:
             try:
                 take(self._reader.add(0, piece))
             except Exception as failure:
-                self._failure = failure
+                self._failures.append(failure)
                 return False
             return True
 
@@ -123,11 +124,11 @@ class AnswerStream:
     async def _pump(self, number: int, source: TokenStream) -> None:
         try:
             async for piece in source:
-                self._pieces.put_nowait((number, piece))
+                await self._pieces.put((number, piece))
         except Exception as error:  # handed to the reader, who raises it
-            self._pieces.put_nowait(error)
+            await self._pieces.put(error)
         else:
-            self._pieces.put_nowait(None)
+            await self._pieces.put(None)
 
 
 class ChunkStream(Generic[ChunkT]):

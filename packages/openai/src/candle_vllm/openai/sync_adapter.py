@@ -105,6 +105,8 @@ class SyncOpenAIAdapter:
         except BaseException:
             future.cancel()
             raise
+        finally:
+            del future  # its error holds this frame
 
 
 class SyncChunks(Generic[T]):

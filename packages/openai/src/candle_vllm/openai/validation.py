@@ -71,6 +71,7 @@ def rules_below(path: str) -> Iterator[None]:
 def to_request_error(error: ValidationError) -> InvalidParameterError:
     """The first thing that is wrong, blamed on its field.
 
+    pydantic lists all that is: one thing of each field at most, for lists and objects end at their first error.
     Rules of our own carry the rest of their path and their text in the error's context (`rule_error`).
     """
     first = error.errors(include_url=False)[0]

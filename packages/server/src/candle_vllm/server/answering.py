@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
+from starlette.requests import HTTPConnection
 from starlette.responses import Response
 
 from candle_vllm.openai import to_json_bytes
+from candle_vllm.openai.fair_threads import RequestBytes, apart
 from candle_vllm.openai.protocol.generation import GenerationFields, StreamOptions
-from candle_vllm.server.http.body import read_body, unless_disconnected
+from candle_vllm.server.http.body import parse_request, unless_disconnected
 from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.http.routing import Caller, caller_of
+from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.http.sse import DONE, EventStream
 from candle_vllm.server.keeping import Keeper, KeptForm
 from candle_vllm.server.models.manager import ModelManager, Turn, take_turn
@@ -30,7 +32,6 @@ from candle_vllm.server.observing.request_context import begin_generation
 from candle_vllm.server.settings import Settings
 
 JSON = "application/json"
-BIG_BODY = 64 << 10  # bytes; a larger one is parsed in a thread, so that other streams do not wait for it
 
 
 def with_defaults(wire: Any, settings: Settings) -> Any:
@@ -87,24 +88,16 @@ async def answer_parsed(request: Request, api: GenerationApi, wire: Any, deadlin
     wire = with_usage(wire, request.app.state.settings)
     _permit_mix(request, wire)
     wish, wire = keeper.wish(request.scope, wire, possible=api.kept is not None)
-    async with in_time(deadline):
-        turn = await unless_disconnected(
-            take_turn(
-                request.app.state.manager,
-                wire.model,
-                caller_of(request.scope),
-                sequences=sequences_of(wire),
-                priority=getattr(wire, "priority", None) or 0,
-            ),
-            request.receive,
-            Turn.release,
-        )
+    async with in_time(deadline, request):
+        taken = take_turn(request.scope, wire.model, sequences=sequences_of(wire), priority=_priority(wire))
+        turn = await unless_disconnected(taken, request.receive, Turn.release)
         try:
             wire = api.defaults(wire, turn.model.entry.settings)
             if not wire.stream:
                 made = await unless_disconnected(api.whole(turn.model, wire), request.receive)
                 turn.release()
-                return Response(to_json_bytes(made), media_type=JSON)
+                large = any(getattr(wire, name, None) for name in ("logprobs", "top_logprobs", "prompt_logprobs"))
+                return Response(await apart(to_json_bytes, made) if large else to_json_bytes(made), media_type=JSON)
             streamed = api.streamed(turn.model, wire)
             chunks = await unless_disconnected(streamed, request.receive, _closing)
         except BaseException:
@@ -167,34 +160,27 @@ async def answer_parsed_with(
     queued: bool = True,
 ) -> Response:
     """The same for a request whose body has been read, until `deadline` (`time.monotonic()`)."""
-    state = request.app.state
     begin_generation(request.scope)
 
     async def work() -> Any:
-        turn = await (
-            take_turn(
-                state.manager,
-                wire.model,
-                caller_of(request.scope),
-                sequences=texts_of(wire),
-                priority=getattr(wire, "priority", None) or 0,
-            )
-            if queued
-            else _unqueued(state.manager, wire.model, caller_of(request.scope))
-        )
+        if queued:
+            turn = await take_turn(request.scope, wire.model, sequences=texts_of(wire), priority=_priority(wire))
+        else:
+            turn = await _unqueued(request, wire.model)
         try:
             return await method(turn.model, wire)
         finally:
             turn.release()
 
-    async with in_time(deadline):
+    async with in_time(deadline, request):
         made = await unless_disconnected(work(), request.receive)
     # Thousands of vectors are many megabytes of JSON.
-    return Response(await asyncio.to_thread(to_json_bytes, made), media_type=JSON)
+    return Response(await apart(to_json_bytes, made), media_type=JSON)
 
 
-async def _unqueued(manager: ModelManager, name: str | None, caller: Caller) -> Lease:
-    await manager.reach(name, caller)
+async def _unqueued(request: Request, name: str | None) -> Lease:
+    manager: ModelManager = request.app.state.manager
+    await manager.reach(name, caller_of(request.scope))
     return await manager.acquire(name)
 
 
@@ -218,17 +204,21 @@ def deadline_of(request: Request) -> float:
 
 
 async def parsed(request: Request, parse: Callable[[bytes], Any], *, typed: bool = True) -> Any:
-    """The checked body of a request; `typed` as of `read_body`."""
+    """The checked body of a request; `typed` as of `parse_request`."""
     most = request.app.state.settings.max_body_mb << 20
-    body = await read_body(request.scope, request.receive, most, typed=typed)
-    return await asyncio.to_thread(parse, body) if len(body) > BIG_BODY else parse(body)
+    return await parse_request(request.scope, request.receive, most, parse, typed=typed)
 
 
 def texts_of(wire: Any) -> int:
     """How many texts a request for vectors or scores has; each is a sequence of the engine's."""
-    texts = next((value for name in ("input", "documents", "text_2") if (value := getattr(wire, name, None))), ())
+    pairs = getattr(wire, "pairs", None)
+    texts = pairs or next((value for name in ("input", "documents") if (value := getattr(wire, name, None))), ())
     many = isinstance(texts, (list, tuple)) and not (texts and isinstance(texts[0], int))
     return len(texts) if many else 1
+
+
+def _priority(wire: Any) -> int:
+    return getattr(wire, "priority", None) or 0
 
 
 def sequences_of(wire: Any) -> int:
@@ -238,11 +228,15 @@ def sequences_of(wire: Any) -> int:
 
 
 @asynccontextmanager
-async def in_time(deadline: float) -> AsyncIterator[None]:
-    """Ends what is not done at the deadline (`time.monotonic()`) with an answer for the client."""
+async def in_time(deadline: float, request: HTTPConnection) -> AsyncIterator[RequestBytes]:
+    """Ends what is not done at the deadline (`time.monotonic()`) with an answer for the client.
+
+    The request's bytes count until its prompt is made (`Held.waiting`).
+    """
     try:
         async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-            yield
+            with request.app.state.held.waiting(request.scope) as size:
+                yield size
     except TimeoutError:
         raise took_too_long() from None
 

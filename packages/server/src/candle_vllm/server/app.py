@@ -25,7 +25,8 @@ from candle_vllm.server.adapters.resolvers import open_adapters
 from candle_vllm.server.batches.service import Batches
 from candle_vllm.server.batches.store import FileOptions
 from candle_vllm.server.drain import CutOffMiddleware
-from candle_vllm.server.http.auth import ANY_ORIGIN, ApiKeyMiddleware, OriginMiddleware, origins
+from candle_vllm.server.http.auth import ANY_ORIGIN, ApiKeyMiddleware, HostMiddleware, OriginMiddleware, origins
+from candle_vllm.server.http.body import Held
 from candle_vllm.server.http.errors import ClientGone, HttpError
 from candle_vllm.server.http.failures import FailureMiddleware, answer_failure
 from candle_vllm.server.http.keys import Keyring
@@ -110,6 +111,7 @@ def create_app(
     app.state.metrics = app.state.manager.metrics
     app.state.settings = settings
     app.state.keys = Keyring(settings)
+    app.state.held = Held(max(settings.max_held_mb, 2 * settings.max_body_mb) << 20)
     app.state.manager.rates = app.state.limits = RateLimits(
         Limits(settings.requests_per_minute, settings.tokens_per_minute), app.state.metrics.rate_limited
     )
@@ -217,7 +219,7 @@ def _describe(app: FastAPI, settings: Settings) -> None:
 
 
 def _add_layers(app: FastAPI, settings: Settings) -> None:
-    """Outside in: prefix > id > counts > CORS > cut-offs > failures > origin > HEAD > key > limits > routes."""
+    """Outside in: prefix > id > counts > CORS > cut-offs > failures > origin > host > HEAD > key > limits > routes."""
     app.add_middleware(RateLimitMiddleware, limits=app.state.limits)
     if settings.has_api_keys or settings.management_key:
         public = public_paths() if settings.ui_server else frozenset()
@@ -225,6 +227,8 @@ def _add_layers(app: FastAPI, settings: Settings) -> None:
     app.add_middleware(HeadMiddleware)
     if settings.ollama_port is not None:
         app.add_middleware(GreetingMiddleware, port=settings.ollama_port)
+    if not settings.has_api_keys and ANY_ORIGIN not in settings.cors_origin:
+        app.add_middleware(HostMiddleware, own=settings.address.host, allowed=settings.cors_origin)
     app.add_middleware(OriginMiddleware, allowed=settings.cors_origin)
     app.add_middleware(FailureMiddleware)
     app.add_middleware(CutOffMiddleware)

@@ -86,10 +86,12 @@ def _run(argv: Sequence[str]) -> int:
     except (CandleVllmError, MemoryError) as error:
         if debug:
             raise
+        from candle_vllm.core.shown import without_secrets
         from candle_vllm.server.settings.derived import in_flags
 
         reason = "the memory ran out; allow the process more, or take less: --mem, --max-num-seqs, --threads"
-        sys.stderr.write(f"candle-vllm: error: {reason if isinstance(error, MemoryError) else in_flags(str(error))}\n")
+        said = reason if isinstance(error, MemoryError) else without_secrets(in_flags(str(error)))
+        sys.stderr.write(f"candle-vllm: error: {said}\n")
         return EXIT_USAGE
 
 
@@ -163,6 +165,7 @@ def configure_logging(level: str, style: str = "text", file: Path | None = None)
     """Sends the log to standard error and to the file, one line per record: as text, or as one JSON object."""
     import logging
 
+    from candle_vllm.core.shown import start_logging
     from candle_vllm.server.observing.request_log import log_formatter
 
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
@@ -171,9 +174,10 @@ def configure_logging(level: str, style: str = "text", file: Path | None = None)
         handlers.append(logging.FileHandler(file, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(log_formatter("json" if style == "json" else "text"))
-    logging.basicConfig(level=level.upper(), handlers=handlers, force=True)
+    start_logging(level.upper(), handlers=handlers)
+    logging.getLogger("PIL").setLevel(logging.WARNING)  # else a line for each chunk of a stranger's file
     if level != "debug":
-        for noisy in ("httpx", "httpcore", "httpx2", "httpcore2", "urllib3", "filelock", "uvicorn.error", "asyncio"):
+        for noisy in ("httpx", "httpx2", "filelock", "uvicorn.error", "asyncio"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         for loud in (
             "mcp",

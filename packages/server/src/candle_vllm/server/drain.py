@@ -34,8 +34,11 @@ _LOOK_SECONDS = 0.05
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether nobody else says what uvicorn logs: the command tells why it cannot start, the drain what is cut off."""
-    if str(record.msg).startswith("Cancel %s running task(s)"):  # which counts more than requests
+    """Whether nobody else says what uvicorn logs.
+
+    The command tells why it cannot start, the drain what is cut off, `FailureMiddleware` why an answer is not whole.
+    """
+    if str(record.msg).startswith(("Cancel %s running task(s)", "ASGI callable returned without completing")):
         return False
     told = record.module == "on" and record.levelno == logging.ERROR  # uvicorn.lifespan.on
     return not told or "\n" in record.getMessage()  # a traceback
@@ -179,5 +182,7 @@ class CutOffMiddleware:
             await self._app(scope, receive, note_begin)
         except asyncio.CancelledError:
             if scope["type"] == "http" and not begun:
-                error = HttpError(503, "The server was stopped before the answer was complete.", "shutting_down")
+                error = HttpError(
+                    503, "The server was stopped before the answer was complete.", "shutting_down", {"retry-after": "5"}
+                )
                 await refusal(scope, error)(scope, receive, send)

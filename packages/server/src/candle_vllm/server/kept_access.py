@@ -23,6 +23,7 @@ from candle_vllm.responses.protocol.request import INCLUDABLE
 from candle_vllm.responses.store.entries import (
     ConversationBusyError,
     NotStoredError,
+    StoreFullError,
     StoreLimitError,
     StoreUnavailableError,
     is_id,
@@ -33,6 +34,7 @@ from candle_vllm.server.http.sse import EventStream, named_event
 
 _INCLUDES = ("include", "include[]")  # the second is how OpenAI's clients write a list
 _MAX_NUMBER = 9  # digits
+RETRY_SECONDS = "30"  # after which something of a full store may have ended
 
 
 async def kept_and_owner(request: Request) -> tuple[KeptResponses, str]:
@@ -116,6 +118,8 @@ def store_refusal(failure: Exception) -> HttpError | None:
         if failure.param == "previous_response_id":
             return HttpError(400, str(failure), "previous_response_not_found", param=failure.param)
         return HttpError(404, str(failure), "not_found", param=failure.param)
+    if isinstance(failure, StoreFullError):
+        return HttpError(429 if failure.own else 503, str(failure), "store_limit", {"retry-after": RETRY_SECONDS})
     if isinstance(failure, StoreLimitError):
         return HttpError(400, str(failure), "store_limit", param=failure.param)
     if isinstance(failure, ConversationBusyError):

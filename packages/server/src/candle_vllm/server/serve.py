@@ -251,6 +251,7 @@ def make_server(app: FastAPI, settings: Settings, tls: ssl.SSLContext | None = N
         http=http_protocol(),
         ws=WebSocketProtocol,
         ws_max_size=settings.max_body_mb << 20,
+        ws_per_message_deflate=False,  # 8 KB of it may be 8 MB, which nothing counts before they are there
         lifespan="on",
         backlog=_BACKLOG,
         access_log=False,

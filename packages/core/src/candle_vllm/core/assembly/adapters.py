@@ -191,7 +191,8 @@ class _Fit:
             delta = Delta(bias=bias)
             if pair is not None:
                 self._check_columns(pair[0], spot)
-                delta = Delta(a=pair[0], b=picked(pair[1], rows), scale=scale, bias=bias)
+                a = self._base.places.columns(spot, pair[0], self._format)
+                delta = Delta(a=a, b=picked(pair[1], rows), scale=scale, bias=bias)
             magnitude = vectors["magnitude"][rows] if "magnitude" in vectors else None
             self._put(next(iter(parts.values())), spot, _Change(delta, magnitude))
 

@@ -144,9 +144,9 @@ class LoadedModel(Loaded):
     shard: Shard | None = None
 
     @property
-    def num_layers(self) -> int:
-        """How many layers of the model are here."""
-        return self.config.num_layers if self.shard is None else self.shard.num_layers
+    def layers(self) -> range:
+        """The numbers of the model's layers that are here."""
+        return range(self.config.num_layers) if self.shard is None else self.shard.layers
 
     @property
     def sight(self) -> Sight | None:

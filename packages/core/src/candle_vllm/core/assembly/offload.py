@@ -25,7 +25,7 @@ from candle_vllm.core.layers.parameters import SHAPES, Placement
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import expand, layer_at
-from candle_vllm.core.memory import MIB, cache_bytes, device_number_bytes
+from candle_vllm.core.memory import MIB, cache_bytes, device_element_bytes
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.threads import default_threads
 
@@ -206,9 +206,9 @@ def _how_many(
     free, total = gpu_memory(device)
     if config.gpu_memory_utilization is not None:
         free = max(0, free - int(total * (1 - config.gpu_memory_utilization)))
-    number = device_number_bytes(config, model, ELEMENTS[placement.dtype].itemsize)
+    element_bytes = device_element_bytes(config, ELEMENTS[placement.dtype].itemsize)
     tokens = model.max_position if config.max_model_len is not None else min(model.max_position, _TOKENS)
-    cache = config.kv_cache_memory or cache_bytes(model, tokens, number)
+    cache = config.kv_cache_memory or cache_bytes(model.cache_specs, tokens, element_bytes)
     weights = memory_of(placement, stored)
     over = weights - (free - _STEPS - cache)
     over -= sum(memory_of(placement, _among(stored, found.experts[n])) for n in found.experts if n < experts)

@@ -90,9 +90,9 @@ class Shard:
         return is_first(self.collective)
 
     @property
-    def num_layers(self) -> int:
-        """How many layers it has."""
-        return self.full.num_layers if self.stage is None else len(self.stage.layers)
+    def layers(self) -> range:
+        """The numbers of its layers."""
+        return range(self.full.num_layers) if self.stage is None else self.stage.layers
 
     def stored(self, checkpoint: Checkpoint) -> Checkpoint:
         """What it reads of a checkpoint."""
@@ -173,7 +173,8 @@ class Shard:
         decoder.shares = shares = TokenShares(self.collective, held, least)
         for number, sparse in mixtures_of(decoder.layers).items():
             block = decoder.layers[number]
-            sparse.shares = block.mlp_norm.shares = block.attention.output.collective = shares
+            mix = block.attention or block.conv
+            sparse.shares = block.mlp_norm.shares = mix.output.collective = shares
 
     def _sum_behind(self, decoder: Decoder, path: str, layer: Any) -> None:
         linear = layer.down if isinstance(layer, ExpertMLPs) else layer
@@ -214,6 +215,14 @@ def shard_of(
         raise ConfigError(
             f"{name} has no experts, and enable_expert_parallel divides nothing: leave it out", "enable_expert_parallel"
         )
+    if getattr(config, "delta_layers", None):  # which every rank computes whole
+        if exchanges == "all_to_all":
+            raise ConfigError(
+                f"all2all_backend='all_to_all' divides tokens among ranks, and each rank computes the delta nets of "
+                f"{name} for all tokens: leave it out",
+                "all2all_backend",
+            )
+        exchanges = "allgather_reducescatter"
     units = _Units.of(family, config, checkpoint)._replace(apart=apart, exchanged=exchanges == "all_to_all")
     obstacle = units.obstacle(config, size)
     if obstacle is not None:
@@ -277,6 +286,7 @@ class _Units(NamedTuple):
         heads: of queries.
         inner, experts, shared: numbers between the matrices of dense feed-forward layers, of experts, and of what all
             tokens share.
+        channels: of convolutions.
         apart: see `shard_of`.
         exchanged: what all tokens share is whole on each rank, which multiplies its own tokens by it.
     """
@@ -285,6 +295,7 @@ class _Units(NamedTuple):
     inner: int = 1
     experts: int = 1
     shared: int = 1
+    channels: int = 1
     apart: bool = False
     exchanged: bool = False
 
@@ -320,6 +331,8 @@ class _Units(NamedTuple):
             unit(config.num_heads, lambda: dataclasses.replace(config, num_heads=1, num_kv_heads=1)),
             unit(config.intermediate_size, lambda: dataclasses.replace(config, intermediate_size=1)),
         )
+        if channels := _channels(config):
+            found = found._replace(channels=unit(channels, lambda: _with_channels(config, 1)))
         if mixture is None:
             return found
         return found._replace(
@@ -336,6 +349,8 @@ class _Units(NamedTuple):
     def obstacle(self, config: ModelConfig, size: int) -> str | None:
         """Why it cannot be divided among so many ranks; None where it can."""
         heads, kv = config.num_heads, config.num_kv_heads
+        if size > 1 and getattr(config, "whole_norms", False):
+            return "its queries and keys have norms of all heads at once"
         if config.latent is None and size > kv and (size % kv or heads % size or heads // size % self.heads):
             return f"{kv} key-value heads and {heads} heads cannot be shared by them alike"
         mixture: Any = getattr(config, "mixture", None)
@@ -344,6 +359,8 @@ class _Units(NamedTuple):
             ("numbers of its feed-forward layers", config.intermediate_size, self.inner),
             ("words", config.vocab_size, -(-config.vocab_size // size)),
         ]
+        if channels := _channels(config):
+            parts.append(("channels of its convolutions", channels, self.channels))
         if mixture is not None:
             whole = ("experts", mixture.experts, 1)
             parts.append(whole if self.apart else ("numbers of its experts", mixture.inner_size, self.experts))
@@ -378,7 +395,19 @@ class _Units(NamedTuple):
             else:
                 part = {"inner_size": _share(mixture.inner_size, self.experts, rank, size)}
             sizes["mixture"] = dataclasses.replace(mixture, shared_size=shared, **part)
-        return dataclasses.replace(config, **sizes)
+        narrow = dataclasses.replace(config, **sizes)
+        if channels := _channels(config):
+            narrow = _with_channels(narrow, _share(channels, self.channels, rank, size))
+        return narrow
+
+
+def _channels(config: ModelConfig) -> int:
+    """Channels of a model's short convolutions; 0 where it has none."""
+    return getattr(config, "channels", 0)
+
+
+def _with_channels(config: ModelConfig, channels: int) -> ModelConfig:
+    return dataclasses.replace(config, channels=channels)  # type: ignore[call-arg]
 
 
 def _cut_delta(delta: Delta, cut: _Cut, rank: int) -> Delta | None:

@@ -15,6 +15,7 @@ from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.collectives import Stages
 from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.parameters import SHAPES, Placement
+from candle_vllm.core.loading.cache_specs import SharedKVSpec
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import expand
@@ -78,6 +79,12 @@ def stage_of(name: str, family: Family, config: ModelConfig, checkpoint: Checkpo
         raise ConfigError(
             f"{name} has {config.num_layers} layers, which gives some of {line.size} stages none: set "
             f"pipeline_parallel_size to {config.num_layers} or less",
+            "pipeline_parallel_size",
+        )
+    if any(isinstance(spec, SharedKVSpec) for spec in config.cache_specs):
+        raise ConfigError(
+            f"layers of {name} read the keys and values of others, which may be another stage's: leave "
+            "pipeline_parallel_size out",
             "pipeline_parallel_size",
         )
     tensors, paths = checkpoint.tensors, dict[str, set[str]]()

@@ -30,7 +30,7 @@ from candle_vllm.core.devices import CPU
 from candle_vllm.core.errors import AdapterError, ConfigError
 from candle_vllm.core.kernels.lora import Delta, FittedAdapter
 from candle_vllm.core.loading.adapters import StoredAdapter, read_adapter
-from candle_vllm.core.loading.views import computed, constant
+from candle_vllm.core.loading.views import ColumnOrder, computed, constant
 from candle_vllm.core.loading.weights import Line, expand
 from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
 from candle_vllm.core.quantization.tensors import StoredTensor
@@ -148,6 +148,11 @@ def _halves(
     if name == "token_embd.weight":
         yield "lora_a", b[0][1]  # [V, r]
         yield "lora_b", computed(a[0], a[0].shape[::-1], lambda values: values.T, a[0].dtype or "F32")
+        return
+    view = pieces[0][0].names[0][1]
+    if isinstance(view, ColumnOrder):  # whose columns are A's
+        yield "lora_a", view.undone(a[0], config)
+        yield "lora_b", b[0][1]
         return
     yield "lora_a", a[0]
     yield "lora_b", joined(name, b, config)

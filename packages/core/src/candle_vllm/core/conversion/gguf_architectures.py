@@ -63,7 +63,8 @@ def _mistral3(config: Any) -> Keys:
 def _axes(config: Any) -> Keys:
     """How many frequencies time, height and width turn; llama.cpp has room for one axis more."""
     keys: Keys = {"rope.dimension_sections": [config.rope.axes.count(axis) for axis in range(4)]}
-    return _window(config) | keys | ({"n_deepstack_layers": config.deep} if config.deep else {})
+    deep = getattr(config, "deep", 0)
+    return _window(config) | keys | ({"n_deepstack_layers": deep} if deep else {})
 
 
 def _stablelm(config: Any) -> Keys:
@@ -93,6 +94,28 @@ def _qwen_moe(config: Any) -> Keys:
     if mixture.shared_size:
         keys["expert_shared_feed_forward_length"] = mixture.shared_size
     return keys
+
+
+def _qwen3_next(config: Any) -> Keys:
+    """Shapes of delta nets, and which layers have one: the interval, which old readers want, is that of most models."""
+    sizes = config.delta
+    keys: Keys = {
+        "ssm.conv_kernel": sizes.taps,
+        "ssm.state_size": sizes.key_dim,
+        "ssm.group_count": sizes.key_heads,
+        "ssm.time_step_rank": sizes.heads,
+        "ssm.inner_size": sizes.parts[2],
+        "full_attention_interval": 4,
+        "attention.recurrent_layers": [layer in config.delta_layers for layer in range(config.num_layers)],
+    }
+    return keys | ({} if config.mixture is None else _qwen_moe(config))
+
+
+def _qwen35(config: Any) -> Keys:
+    """With axes also where the config names none, which llama.cpp wants: text turns alike by all."""
+    count = config.rope.dim // 2
+    usual: Keys = {"rope.dimension_sections": [-(-count // 3), (count + 1) // 3, count // 3, 0]}
+    return _qwen3_next(config) | (_axes(config) if config.rope.axes else usual)
 
 
 def _gpt_oss(config: Any) -> Keys:
@@ -164,9 +187,29 @@ def _without_next_tokens(config: Any) -> Keys:
     return _ungrouped(config) | {"extra_layers": 0}
 
 
+# ---- convolutions ----------------------------------------------------------------------------------------------------
+
+
+def _lfm2(config: Any) -> Keys:
+    """Layers with convolutions have no key-value heads; all weights of experts sum to 1, and all scores have a bias."""
+    heads = [0 if layer in config.conv_layers else config.num_kv_heads for layer in range(config.num_layers)]
+    keys: Keys = {"attention.head_count_kv": heads, "shortconv.l_cache": config.taps}
+    mixture = config.mixture
+    if mixture is None:
+        return keys
+    if not mixture.correction:
+        raise UnsupportedModelError("llama.cpp's lfm2moe wants a bias of experts' scores, and this model has none")
+    keys |= _counts(mixture) | {
+        "expert_feed_forward_length": mixture.inner_size,
+        "expert_gating_func": _GATING["sigmoid"],
+    }
+    return keys | {"leading_dense_block_count": config.num_layers - len(config.sparse_layers)}
+
+
 # ---- the rows --------------------------------------------------------------------------------------------------------
 
 _LAYER_NORM = "attention.layer_norm_epsilon"
+_CONVOLVED = (DIVISORS, *(f".shortconv.{part}.bias" for part in ("in_proj", "conv", "out_proj")))
 _DEEPSEEK = Architecture(
     name="deepseek2",
     more=_deepseek,
@@ -192,6 +235,11 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "qwen3_vl_moe": Architecture(
             name="qwen3vlmoe", more=lambda config: _qwen_moe(config) | _axes(config), every=True, norm=True
         ),
+        "qwen3_next": Architecture(
+            name="qwen3next", more=_qwen3_next, names=lambda _: ("ssm_ba",), every=True, norm=True
+        ),
+        "qwen3_5": Architecture(name="qwen35", more=_qwen35),
+        "qwen3_5_moe": Architecture(name="qwen35moe", more=_qwen35, every=True, norm=True),
         "gemma": Architecture(name="gemma"),
         "gemma2": Architecture(name="gemma2", more=_gemma2),
         "gemma3_text": Architecture(name="gemma3", more=_gemma3),
@@ -207,6 +255,8 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "gpt_oss": Architecture(name="gpt-oss", more=_gpt_oss, head=True, unread=(DIVISORS,)),
         "deepseek_v2": _DEEPSEEK,
         "deepseek_v3": _DEEPSEEK,
+        "lfm2": Architecture(name="lfm2", more=_lfm2, unread=_CONVOLVED, square=True),
+        "lfm2_moe": Architecture(name="lfm2moe", more=_lfm2, unread=_CONVOLVED, square=True),
     }
 )
 """By Hugging Face's model_type."""

@@ -45,7 +45,7 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 
 PLAIN_KINDS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _SPLIT = ("attend.keys:weight", "attend.values:weight")  # plain, as in llama.cpp's own files of quantised models
-_FULL = ("_norm.weight", "position_embd.weight", "token_types.weight")
+_FULL = ("_norm.weight", "ssm_conv1d.weight", "position_embd.weight", "token_types.weight")
 _TEMPLATE = "tokenizer.chat_template"
 _SLACK = 64 << 20  # beside the tensors: metadata, and what a file system takes
 

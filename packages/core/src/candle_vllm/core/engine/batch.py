@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from candle_vllm.core.engine.sequence import Run, Sequence, Step
 from candle_vllm.core.kernels.lora import PackedAdapter
+from candle_vllm.core.kernels.states import StateRows
 
 Ints = NDArray[np.int64]
 
@@ -25,6 +26,7 @@ class StepMemory(Protocol):
     Attributes:
         tokens, context_lens, block_tables: the memory.
         moved_on: where the step before was one token of each sequence, they hold the one that goes on from it already.
+        states: the same for `Batch.states`, but for `query_start`.
     """
 
     @property
@@ -35,6 +37,8 @@ class StepMemory(Protocol):
     def block_tables(self) -> Ints: ...
     @property
     def moved_on(self) -> bool: ...
+    @property
+    def states(self) -> StateRows: ...
 
 
 class AdapterRows(msgspec.Struct, frozen=True, eq=False):
@@ -192,6 +196,33 @@ def turns(turned: TurnedRows, positions: Ints, first: int) -> Ints:
     return turns
 
 
+def state_rows(scheduled: Seq[Run], query_start: Ints, memory: StateRows | None) -> StateRows | None:
+    """What a step whose runs begin at these rows does with states; None where no layer keeps one."""
+    if scheduled[0].state is None:
+        return None
+    count, total = len(scheduled), int(query_start[-1])
+    if memory is None:
+        memory = StateRows(query_start, *np.empty((3, count), np.int64), *np.empty((2, total), np.int64))
+    rows = StateRows(
+        query_start,
+        *(each[:count] for each in (memory.slots, memory.sources, memory.replays)),
+        *(each[:total] for each in (memory.stores, memory.keeps)),
+    )
+    found = [run.state for run in scheduled if run.state is not None]
+    rows.slots[:], rows.sources[:] = [each.slot for each in found], [each.source for each in found]
+    rows.replays[:] = [each.replays for each in found]
+    rows.stores[:] = rows.keeps[:] = -1
+    drafts = np.array([len(run.drafts) for run in scheduled])
+    rows.stores[query_start[1:] - 1 - drafts] = rows.slots
+    for run, state, first in zip(scheduled, found, query_start.tolist(), strict=False):
+        for row, slot in state.marks:
+            rows.stores[first + row] = slot
+        if run.drafts:
+            end = first + run.count
+            rows.keeps[end - len(run.drafts) : end] = range(len(run.drafts))
+    return rows
+
+
 class Batch(msgspec.Struct, frozen=True, eq=False):
     """The numbers of one step, all int64; the arrays are valid until it has run, or the next one is built.
 
@@ -213,6 +244,7 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
         turned: what turns rows behind and in pictures that have grids; None where their positions alone do.
         ends_alone: whether of its rows the drawn ones alone are asked for.
         begun: where it goes on, what has changed of the tables: row, column and block of each that was begun.
+        states: what it does with states; None where no layer keeps one.
         wishes: [drawn rows, 7] what is drawn from logits that are divided among ranks, see `kernels/sampling/shares`;
             None where they are not.
     """
@@ -235,6 +267,7 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
     ends_alone: bool = False
     begun: Seq[tuple[int, int, int]] = ()
     wishes: NDArray[np.float64] | None = None
+    states: StateRows | None = None
 
     @property
     def token_ids(self) -> Ints:
@@ -336,10 +369,14 @@ class BatchBuilder:
             ahead=rows_ahead(shown, laid.query_start),
             turned=turned_rows(scheduled, laid.query_start) if self._images else None,
             ends_alone=ends_alone and len(laid.drawn_rows) < total,
+            states=self._state_rows(scheduled, laid.query_start),
         )
         self._last = batch if decodes == count and size else None
         self._moving = tokens[1:3]
         return batch
+
+    def _state_rows(self, scheduled: Seq[Run], query_start: Ints) -> StateRows | None:
+        return state_rows(scheduled, query_start, None if self._memory is None else self._memory.states)
 
     def _by_arrays(self, scheduled: Seq[Run], tables: Ints, whole: bool) -> _Laid:
         """Where the rows of a step are, all wanted or not."""
@@ -392,6 +429,7 @@ class BatchBuilder:
             adapters=last.adapters,
             turned=last.turned,
             begun=begun,
+            states=None if last.states is None else self._state_rows(step, last.query_start),
         )
         return batch
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 
@@ -49,9 +49,13 @@ class BlockManager:
         num_blocks: blocks in the cache.
         block_size: token positions in a block.
         enable_prefix_caching: keep and find published blocks.
+
+    Attributes:
+        forgot: called with the hash of a block that can be found no more.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
+        self.forgot: Callable[[bytes], object] | None = None
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
@@ -103,6 +107,15 @@ class BlockManager:
             taken.append(block)
         return taken
 
+    def take_in(self, digest: bytes) -> int | None:
+        """A free block for contents that are written there at once, and can be found; None where none is free."""
+        taken = self.allocate(1)
+        if taken is None:
+            return None
+        self.publish(taken[0], digest)
+        self.release(taken)  # the one used last: it is the last to be forgotten
+        return taken[0]
+
     def publish(self, block: int, digest: bytes) -> None:
         """Makes a full block findable. The first block with a given content wins; a twin stays private."""
         if self.enable_prefix_caching and self._hash_of[block] is None and digest not in self._published:
@@ -129,3 +142,5 @@ class BlockManager:
         if digest is not None:
             del self._published[digest]
             self._hash_of[block] = None
+            if self.forgot is not None:
+                self.forgot(digest)

@@ -31,11 +31,22 @@ from candle_vllm.core.engine.ranks import RankedParts, RankedRunner, Ranks
 from candle_vllm.core.engine.request import ModelInfo
 from candle_vllm.core.engine.scheduler import Scheduler, WholeTexts
 from candle_vllm.core.engine.sleeping import Sleeper
+from candle_vllm.core.engine.states import StatePool
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention.cpu_cache import BLOCK, PLAIN, CacheKind, number_bytes
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.layers.adapters import number_places
-from candle_vllm.core.memory import MIB, CachePlan, available_memory, cache_bytes, main_room, plan_cache, room_for
+from candle_vllm.core.loading.cache_specs import paged, states
+from candle_vllm.core.memory import (
+    MIB,
+    CachePlan,
+    ElementBytes,
+    available_memory,
+    cache_bytes,
+    main_room,
+    plan_cache,
+    room_for,
+)
 from candle_vllm.core.models.stack import DecoderStack
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.sampling.params import DEFAULT_SAMPLING
@@ -76,6 +87,7 @@ _NOT_FOR_ENCODERS = MappingProxyType(
         "max_cudagraph_capture_size": 0,
         "kv_cache_memory": None,
         "kv_fraction": None,
+        "state_cache_gb": None,
         "deterministic": False,
         "prompt_cache_path": None,
         "prompt_cache_url": None,
@@ -103,7 +115,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
     sequences, budget, drafts, rows = _step(config, loaded)
     _require_room_for_images(loaded, sequences + rows, budget)
     runner, draft, plan = _build_runner(config, loaded, collective)
-    own = runner
+    sequences, own = plan.states.running or sequences, runner
     if placement.device.type == "cuda":
         from candle_vllm.core.engine.device_build import adapter_slots
 
@@ -122,7 +134,8 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
         admission = AdapterAdmission(store, most, patience=sequences)
     images = None if loaded.tower is None else _image_store(loaded.tower, runner)
     others = None if ranks is None else RankedParts(ranks)
-    kept = keep_blocks(config, loaded, own, blocks, draft is not None, others)
+    pool = _state_pool(config, plan)
+    kept = keep_blocks(config, loaded, own, blocks, draft is not None, others, pool)
     scheduler = Scheduler(
         blocks,
         sequences,
@@ -133,6 +146,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
         images=images,
         kept=kept,
         in_flight=runner.in_flight,
+        states=pool,
     )
     drafter = None
     if drafts is not None:
@@ -143,8 +157,18 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
     preparation = preparation_for(loaded, plan.max_model_len, config.seed, store)
     sleeper.runners = [runner] if draft is None else [runner, draft]
     engine = Engine(runner, scheduler, preparation, drafter, images, kept, sleeper)
-    engine.cache_bytes = plan.num_blocks * plan.block_bytes
+    engine.cache_bytes = plan.num_blocks * plan.block_bytes + plan.state_bytes
     return engine
+
+
+def _state_pool(config: EngineConfig, plan: CachePlan) -> StatePool | None:
+    """The slots of layers' states; None where no layer keeps one."""
+    room = plan.states
+    if not room.running:
+        if config.state_cache_gb is not None:
+            logger.warning("state_cache_gb sets nothing: no layer of this model keeps a state")
+        return None
+    return StatePool(room.running, room.checkpoints, config.block_size)
 
 
 def build_rank(config: EngineConfig, loaded: LoadedModel, ranks: Collective) -> tuple[ModelRunner, Sleeper]:
@@ -163,10 +187,7 @@ def _step(config: EngineConfig, loaded: LoadedModel) -> tuple[int, int, Speculat
     if config.max_num_batched_tokens == 0 and placement.device.type == "cpu":  # where the cache may cut the context
         longest = _plan_on_cpu(config, loaded, config.max_num_seqs or defaults.sequences, defaults.share).max_model_len
     sequences, budget = step_size(config, placement.device, longest)
-    if config.speculative_config is None and placement.recorded and budget > sequences:
-        drafts = SpeculativeConfig()  # no answer is another by it, so that it need not be asked for
-    else:
-        drafts = draft_settings(config.speculative_config)
+    drafts = _drafts(config, placement.recorded and budget > sequences)
     return sequences, budget, drafts, 0 if drafts is None else _draft_rows(drafts, sequences, budget)
 
 
@@ -376,15 +397,33 @@ def _plan_on_cpu(
         weights += model.tower.tower.config.step_bytes(threads)
     room = main_room(threads, share, weights)
     draft = model.draft if isinstance(model, LoadedModel) else draft
-    beside = 0 if draft is None else cache_bytes(draft.config, 1, _number_bytes(draft))
-    size = _number_bytes(model) if kinds == PLAIN else number_bytes(model.config.cache.key_dim, kinds)
-    layers = model.num_layers if isinstance(model, LoadedModel) else None
-    return plan_cache(config, model.config, size, sequences, room, beside, layers)
+    beside = 0 if draft is None else cache_bytes(draft.config.cache_specs, 1, _element_bytes(draft, PLAIN))
+    layers = model.layers if isinstance(model, LoadedModel) else None
+    drafts = _most_drafts(config, placement.recorded)
+    return plan_cache(config, model.config, _element_bytes(model, kinds), sequences, room, beside, layers, drafts)
 
 
-def _number_bytes(model: LoadedModel | LoadedHead | Described | DescribedHead) -> int:
-    """Bytes of one number in a cache of plain numbers, as that of drafts is; the compiled kernels keep bfloat16."""
-    return 2 if model.placement.recorded else ELEMENTS[model.placement.dtype].itemsize
+def _most_drafts(config: EngineConfig, recorded: bool) -> int:
+    """The most drafted tokens of a sequence in a step."""
+    drafts = _drafts(config, recorded)
+    return 0 if drafts is None else drafts.num_speculative_tokens
+
+
+def _drafts(config: EngineConfig, recorded: bool) -> SpeculativeConfig | None:
+    """What is guessed; no answer is another by it, so that it need not be asked for where steps are recorded."""
+    if config.speculative_config is None and recorded:
+        return SpeculativeConfig()
+    return draft_settings(config.speculative_config)
+
+
+def _element_bytes(
+    model: LoadedModel | LoadedHead | Described | DescribedHead, kinds: tuple[CacheKind, CacheKind]
+) -> ElementBytes:
+    """What a cache on the CPU takes; plain elements are bfloat16 where the compiled kernels run."""
+    if kinds != PLAIN:
+        return lambda key_dim: number_bytes(key_dim, kinds)
+    size = 2 if model.placement.recorded else ELEMENTS[model.placement.dtype].itemsize
+    return lambda _: size
 
 
 def cache_kinds(config: EngineConfig, model: LoadedModel | Described) -> tuple[CacheKind, CacheKind]:
@@ -410,12 +449,13 @@ def cache_kinds(config: EngineConfig, model: LoadedModel | Described) -> tuple[C
             raise ConfigError(
                 f"{asked} cannot be had with latent attention, whose cache is small already: leave it out", name
             )
-        if not kind.fits(model.config.cache.key_dim):
-            raise ConfigError(
-                f"{asked} has blocks of {BLOCK} numbers, and this model heads of {model.config.cache.key_dim}, which "
-                "these do not divide: leave it out",
-                name,
-            )
+        for dim in {spec.key_dim for spec in paged(model.config.cache_specs)}:
+            if not kind.fits(dim):
+                raise ConfigError(
+                    f"{asked} has blocks of {BLOCK} numbers, and this model heads of {dim}, which these do not divide: "
+                    "leave it out",
+                    name,
+                )
         found.append(kind)
     keys, values = found
     return keys, values
@@ -444,6 +484,12 @@ def _build_on_cpu(
     Sampler.prepare(loaded.placement.device)  # behind it: a first start compiles side by side what the plan needs
     draft = None
     if loaded.draft is not None:
+        if states(loaded.draft.config.cache_specs):
+            raise ConfigError(
+                f"speculative_config: {loaded.draft.name} cannot draft, for its layers keep a state: take another "
+                "model, or leave speculative_config out",
+                "speculative_config",
+            )
         draft = _runner_on_cpu(config, loaded.draft, plan, budget, sequences, sequences, runner)
     return runner, draft, plan
 
@@ -472,6 +518,7 @@ def _runner_on_cpu(
         from candle_vllm.core.engine.eager_runner import EagerHead, EagerRunner, StageRunner
 
         memory = blocks, config.block_size, placement.device, placement.torch_dtype
+        room = plan.states
         if isinstance(loaded, LoadedHead):
             assert isinstance(beside, EagerRunner)
             return EagerHead(loaded.head, *memory, beside.adapters)
@@ -481,8 +528,8 @@ def _runner_on_cpu(
 
             number_places(loaded.decoder, joined := EagerAdapters())
         if isinstance(loaded.decoder, DecoderStack) and loaded.decoder.stage is not None:
-            return StageRunner(loaded.decoder, *memory, joined, taps, turning)
-        return EagerRunner(loaded.decoder, *memory, joined, taps, turning)
+            return StageRunner(loaded.decoder, *memory, joined, taps, turning, room)
+        return EagerRunner(loaded.decoder, *memory, joined, taps, turning, room)
     if adapters and isinstance(loaded, LoadedModel):
         number_places(loaded.decoder)
     from candle_vllm.core.engine.recorded_runner import RecordedHead, RecordedRunner, StepLimits
@@ -503,9 +550,9 @@ def _runner_on_cpu(
         if isinstance(loaded, LoadedHead):
             return RecordedHead(loaded.head, blocks, limits, team=team)
         vectors = 0 if loaded.tower is None else loaded.tower.tower.config.vectors
-        sees: dict[str, Any] = {"images": vectors, "turning": turning}
-        sees["whole"] = isinstance(loaded.draft, LoadedHead)
-        return RecordedRunner(loaded.decoder, blocks, limits, team=team, taps=taps, kinds=kinds, **sees)
+        sees: dict[str, Any] = {"images": vectors, "turning": turning, "whole": isinstance(loaded.draft, LoadedHead)}
+        keeps: dict[str, Any] = {"kinds": kinds, "room": plan.states}
+        return RecordedRunner(loaded.decoder, blocks, limits, team=team, taps=taps, **keeps, **sees)
 
 
 def adapter_store(

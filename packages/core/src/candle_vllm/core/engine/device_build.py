@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from candle_vllm.core.assembly.model import LoadedModel
-from candle_vllm.core.config import EngineConfig
+from candle_vllm.core.config import EngineConfig, draft_settings
 from candle_vllm.core.devices import Device, give_back, leave_cores_to_others
 from candle_vllm.core.engine.device_inputs import DeviceLimits
 from candle_vllm.core.engine.device_runner import MOST_CAPTURED, DeviceRunner
@@ -28,7 +28,8 @@ from candle_vllm.core.kernels.torch_numbers import NAMES
 from candle_vllm.core.kernels.triton_build import capability, compile_together
 from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.layers.moe import mixtures_of
-from candle_vllm.core.memory import MIB, CachePlan, Room, device_number_bytes, plan_cache
+from candle_vllm.core.loading.cache_specs import paged
+from candle_vllm.core.memory import MIB, CachePlan, Room, device_element_bytes, plan_cache
 from candle_vllm.core.threads import default_threads
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def build_on_gpu(
     device, model = loaded.placement.device, loaded.decoder.config
     _refuse_cache_of_cpu(config)
     _refuse_images(config, loaded)
-    select = choose if model.cache.value_dim else choose_latent
+    select = choose if model.latent is None else choose_latent
     backend = select(config.attention_backend, _needs(config, loaded))
     if backend.note:
         logger.info("attention by %s: %s", backend.name, backend.note)
@@ -98,6 +99,7 @@ def build_on_gpu(
             host=host,
             row_scales=row_scales,
             turning=turning,
+            state_dtype=loaded.placement.torch_dtype,
         )
         steps = runner.largest_steps()
         compile_together(lambda: _pass(steps, stream), device)
@@ -112,14 +114,16 @@ def build_on_gpu(
         raise _too_little(budget, sequences, device)
     kept = f" beside {torch.cuda.memory_allocated(device) // MIB} MiB of weights and {aside // MIB} MiB for steps"
     room = Room(free - aside, share, kept, total=total)
-    size = device_number_bytes(config, model, loaded.placement.torch_dtype.itemsize)
-    plan = plan_cache(config, model, size, sequences, room, layers=loaded.num_layers)
+    size = device_element_bytes(config, loaded.placement.torch_dtype.itemsize)
+    drafts = draft_settings(config.speculative_config) if draft_rows else None
+    most = 0 if drafts is None else drafts.num_speculative_tokens
+    plan = plan_cache(config, model, size, sequences, room, layers=loaded.layers, drafts=most)
     plan = plan if ranks is None else plan.agreed(ranks)
     logger.info(plan.message)
     if plan.warning:
         logger.warning(plan.warning)
     try:
-        runner.allocate(plan.num_blocks)
+        runner.allocate(plan.num_blocks, plan.states)
     except torch.OutOfMemoryError as error:
         size = plan.num_blocks * plan.block_bytes // MIB
         raise NoMemoryError(
@@ -220,7 +224,7 @@ def _needs(config: EngineConfig, loaded: LoadedModel) -> AttentionNeeds:
     return AttentionNeeds(
         capability=(capability(placement.device) // 10, capability(placement.device) % 10),
         dtype=placement.torch_dtype,
-        head_dim=model.cache.key_dim,
+        head_dim=max(spec.key_dim for spec in paged(model.cache_specs)),
         block_size=config.block_size,
         windows=any(window is not None for window in model.sliding_windows),
         soft_caps=model.attention_softcap is not None,

@@ -7,7 +7,7 @@ Their memory never moves, so that a captured step finds the next one's numbers w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -21,6 +21,7 @@ from candle_vllm.core.kernels.attention.rows import AttentionRows, DeviceRows
 from candle_vllm.core.kernels.device_stream import DeviceStream, Sent, Staging, aligned, copy
 from candle_vllm.core.kernels.sampling import asks
 from candle_vllm.core.kernels.sampling.contract import Control
+from candle_vllm.core.kernels.states import StateRows
 from candle_vllm.core.sampling.sampler import controls as controls_of
 from candle_vllm.core.sampling.state import SamplingState
 
@@ -34,12 +35,14 @@ class DeviceLimits:
         sequences: in one step.
         table_width: blocks of the longest sequence.
         block_size: tokens of a block.
+        states: layers keep states.
     """
 
     tokens: int
     sequences: int
     table_width: int
     block_size: int
+    states: bool = False
 
     @property
     def longest(self) -> int:
@@ -77,6 +80,11 @@ class DeviceInputs:
         self._limits = limits
         sequences = limits.sequences
         controls: dict[str, Any] = {"controls": ((sequences, 5), np.float64)}
+        # One run more than there are sequences: of the tokens that are none.
+        runs: dict[str, Any] = dict.fromkeys(("slots", "sources", "replays"), ((sequences + 1,), np.int32))
+        runs["starts"] = (sequences + 2,), np.int32
+        self._filler = np.array([*_FILLER, [-1], [-1]] if limits.states else _FILLER)
+        planes = self._planes = len(self._filler)
         several = in_flight > 1
         self._staging = Staging(
             stream,
@@ -86,9 +94,10 @@ class DeviceInputs:
                 "query_start": ((sequences + 1,), np.int32),
                 "sample_rows": ((sequences,), np.int32),
                 "decoding": ((1,), np.int32),
+                **(runs if limits.states else {}),
             },
-            # Of each token four numbers, then the block tables, as wide as the step needs them.
-            room=4 * aligned(limits.tokens) + sequences * limits.table_width,
+            # Of each token four numbers, and two of states, then the block tables, as wide as the step needs them.
+            room=planes * aligned(limits.tokens) + sequences * limits.table_width,
             pieces=max(2, in_flight),
         )
         self._draws = Staging(stream, controls, room=0) if several else self._staging
@@ -120,11 +129,13 @@ class DeviceInputs:
         size = size or StepSize(tokens, rows, True)
         host, room = self._staging.host()
         stride = aligned(size.tokens)
-        numbers = room[: 4 * stride].reshape(4, stride)
-        numbers[:, :tokens] = batch.tokens
+        numbers = room[: self._planes * stride].reshape(self._planes, stride)
+        numbers[:4, :tokens] = batch.tokens
         if turns is not None:
             numbers[1, :tokens] += turns
-        numbers[:, tokens : size.tokens] = _FILLER
+        numbers[:, tokens : size.tokens] = self._filler
+        if self._limits.states:
+            self._write_states(host, numbers[4:], batch.states, size)
         host["context_lens"][:rows] = batch.context_lens
         host["context_lens"][rows : size.rows] = 0
         if size.mixed:
@@ -137,8 +148,33 @@ class DeviceInputs:
             self._write_wishes(host["controls"], batch.wishes)
         elif states:
             self._write_controls(host["controls"], states)
-        self._send_tables(room[4 * stride :], 4 * stride, batch)
+        begin = self._planes * stride
+        self._send_tables(room[begin:], begin, batch)
         return self._asks
+
+    def _write_states(
+        self, host: Mapping[str, NDArray[Any]], of_tokens: NDArray[Any], rows: StateRows | None, size: StepSize
+    ) -> None:
+        """What a step does with states; nothing where it has no rows."""
+        if rows is None:
+            count, host["starts"][0], of_tokens[:] = 0, 0, -1
+        else:
+            count, tokens = len(rows.slots), len(rows.stores)
+            host["starts"][: count + 1] = rows.query_start
+            host["slots"][:count], host["sources"][:count] = rows.slots, rows.sources
+            host["replays"][:count] = rows.replays
+            of_tokens[0, :tokens], of_tokens[1, :tokens] = rows.stores, rows.keeps
+        host["starts"][count + 1 : size.rows + 2] = size.tokens
+        for name, nothing in (("slots", 0), ("sources", -1), ("replays", 0)):
+            host[name][count : size.rows + 1] = nothing
+
+    def states(self, size: StepSize) -> StateRows | None:
+        """What the step that was sent, filled up to a size, does with states; None where no layer keeps one."""
+        if not self._limits.states:
+            return None
+        starts = self._there["starts"][: size.rows + 2]
+        runs = (self._there[name][: size.rows + 1] for name in ("slots", "sources", "replays"))
+        return StateRows(starts, *runs, *(self._of_tokens(place, size.tokens) for place in (4, 5)))
 
     def send_draws(self, states: Sequence[SamplingState]) -> tuple[bool, bool]:
         """Sends how the tokens of the step that has landed are drawn; the same result."""
@@ -186,7 +222,10 @@ class DeviceInputs:
         self._stream.mark().wait()
         host, room = self._staging.host()
         stride = aligned(size.tokens)
-        room[: 4 * stride].reshape(4, stride)[...] = _FILLER
+        numbers = room[: self._planes * stride].reshape(self._planes, stride)
+        numbers[...] = self._filler
+        if self._limits.states:
+            self._write_states(host, numbers[4:], None, size)
         for name in ("context_lens", "query_start", "sample_rows", "decoding"):
             host[name][:] = 0
         if self._draws is self._staging:
@@ -194,7 +233,7 @@ class DeviceInputs:
         else:
             self._draws.host()[0]["controls"][:] = _LIKELIEST
             self._draws.send(0)
-        self._staging.send(4 * stride)
+        self._staging.send(self._planes * stride)
 
     def send_zeros(self, starts: Ints, last_context: int) -> Batch:
         """Sends over prompts of nothing but zeros, which write nothing. Waits for the steps before.

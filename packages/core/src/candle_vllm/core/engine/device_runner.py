@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, turns
 from candle_vllm.core.engine.device_borders import Border, DeviceBorders
 from candle_vllm.core.engine.device_inputs import DeviceInputs, DeviceLimits, StepSize, by_rows
-from candle_vllm.core.engine.eager_runner import GivenTensors
+from candle_vllm.core.engine.eager_runner import GivenTensors, layer_caches_of
 from candle_vllm.core.engine.model_runner import MAX_SCORED_ROWS, Landed
 from candle_vllm.core.engine.sequence import Tokens
 from candle_vllm.core.kernels.attention.backends import attend_by_reference
@@ -42,14 +42,16 @@ from candle_vllm.core.kernels.device_stream import DeviceStream, Mark, Sent, Wor
 from candle_vllm.core.kernels.kv_write.scaled_rows import SCALE
 from candle_vllm.core.kernels.lora.device import DeviceAdapters
 from candle_vllm.core.kernels.moe.host import HostExperts
-from candle_vllm.core.kernels.offloading import block_bytes, block_parts
+from candle_vllm.core.kernels.offloading import LayerCache, block_bytes, block_parts, state_parts
 from candle_vllm.core.kernels.sampling import asks
 from candle_vllm.core.kernels.sampling.device_shares import KINDS, DeviceShares, LandingShares
 from candle_vllm.core.kernels.triton_build import next_power_of_2
 from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.layers.rotary import Rotary
+from candle_vllm.core.loading.cache_specs import NO_STATES, StateRoom
+from candle_vllm.core.loading.cache_specs import states as state_specs
 from candle_vllm.core.models.family import Decoder
-from candle_vllm.core.models.stack import DecoderStack, layers_here
+from candle_vllm.core.models.stack import DecoderStack
 from candle_vllm.core.sampling.device_sampler import DeviceSampler, DrawnRows
 from candle_vllm.core.sampling.sampler import Drawn, Sampler
 from candle_vllm.core.sampling.sampler import controls as controls_of
@@ -96,6 +98,7 @@ class DeviceRunner:
         host: computes the experts that are in main memory; None where none are. It is closed with the runner.
         row_scales: the cache's rows have scales of their own, see `kernels/kv_write/scaled_rows`.
         turning: as for `RecordedRunner`.
+        state_dtype: of activations, where layers keep states.
 
     Attributes:
         adapters: what the decoder's layers add to their products; None where there are no adapters.
@@ -121,8 +124,11 @@ class DeviceRunner:
         host: HostExperts | None = None,
         row_scales: bool = False,
         turning: Rotary | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         self.decoder, self._host = decoder, host
+        self._room = StateRoom(1, 0, 1) if state_specs(decoder.config.cache_specs) else NO_STATES
+        limits = dataclasses.replace(limits, states=self._room is not NO_STATES)
         stage = decoder.stage if isinstance(decoder, DecoderStack) else None
         self._has_head = stage is None or stage.is_first
         self.in_flight = 1 if stage is None else stage.line.size
@@ -130,7 +136,7 @@ class DeviceRunner:
         self._empty = torch.zeros if finite_cache else torch.empty
         self._limits = limits
         self._stream = stream
-        self._dtype = dtype
+        self._dtype, self._state_dtype = dtype, state_dtype or dtype
         self._attend: dict[str, Any] = {} if attend is None else {"attend": attend}
         one = torch.ones(1, dtype=torch.float32, device=stream.device)
         self._scales = (one, one) if dtype == torch.float8_e4m3fn and not row_scales else None
@@ -168,7 +174,7 @@ class DeviceRunner:
         self._asks = (False, False)
         self._drafts: list[Tokens] | None = None
         self._run_sampler = Sampler()
-        self._allocate(1)
+        self._allocate(1, self._room)
 
     def forward(self, batch: Batch, states: Sequence[SamplingState]) -> None:
         """See `ModelRunner`. Rows of drafts are run as decoding ones, by the same graphs and kernels."""
@@ -360,16 +366,24 @@ class DeviceRunner:
             self._shares.close()
         if self._host is not None:
             self._host.close()
-        self.key_caches = self.value_caches = ()
+        self.caches: tuple[LayerCache, ...] = ()
 
     @property
     def block_bytes(self) -> int:
         """See `BlockMemory`."""
-        return block_bytes((*self.key_caches, *self.value_caches))
+        return block_bytes(self.caches)
 
-    def copy_out(self, block: int) -> Callable[[], bytearray]:
+    @property
+    def state_bytes(self) -> int:
+        """See `BlockMemory`."""
+        return sum(map(len, state_parts(self.caches, 0)))
+
+    def _parts(self, place: int, *, state: bool) -> list[torch.Tensor]:
+        return (state_parts if state else block_parts)(self.caches, place)
+
+    def copy_out(self, place: int, *, state: bool = False) -> Callable[[], bytearray]:
         """See `BlockMemory`; the copy is behind the steps that were launched, and nobody waits for it here."""
-        parts = block_parts((*self.key_caches, *self.value_caches), block)
+        parts = self._parts(place, state=state)
         staged = self._stream.staged(sum(map(len, parts)))
 
         def work() -> None:
@@ -387,9 +401,9 @@ class DeviceRunner:
 
         return taken
 
-    def copy_in(self, block: int, data: bytes | bytearray | memoryview) -> None:
+    def copy_in(self, place: int, data: bytes | bytearray | memoryview, *, state: bool = False) -> None:
         """See `BlockMemory`."""
-        parts = block_parts((*self.key_caches, *self.value_caches), block)
+        parts = self._parts(place, state=state)
         sent = Sent(self._stream, np.frombuffer(data, np.uint8))
 
         def work() -> None:
@@ -405,7 +419,7 @@ class DeviceRunner:
         self._stream.mark().wait()
         self._graphs.clear()
         self._hidden = self._kept = torch.empty(0)
-        self.key_caches = self.value_caches = ()
+        self.caches = ()
         if self._borders is not None:
             self._borders.drop()
 
@@ -413,16 +427,16 @@ class DeviceRunner:
         """See `ModelRunner`."""
         if self._borders is not None:
             self._borders.make()
-        self._allocate(self._num_blocks)
+        self._allocate(self._num_blocks, self._room)
 
     def wake_up(self) -> None:
         """See `ModelRunner`."""
         self._stream.join()
         self._capture()
 
-    def allocate(self, num_blocks: int) -> None:
-        """Makes the cache, and captures steps."""
-        self._allocate(num_blocks)
+    def allocate(self, num_blocks: int, room: StateRoom = NO_STATES) -> None:
+        """Makes the cache, with room for so many states, and captures steps."""
+        self._allocate(num_blocks, room)
         self._capture()
 
     def _capture(self) -> None:
@@ -514,19 +528,11 @@ class DeviceRunner:
             self._stream.run(functools.partial(self._take_hidden, self._borders.blank_hidden(tokens)))
             self._stream.run(self._head(rows))
 
-    def _allocate(self, num_blocks: int) -> None:
-        config, self._num_blocks = self.decoder.config, num_blocks
-        rows = (num_blocks, self._limits.block_size, config.cache.kv_heads)
-        here = layers_here(self.decoder, config.num_layers)
-
-        def caches(dim: int) -> tuple[torch.Tensor, ...]:
-            shape = (*rows, dim + self._beside)
-            return tuple(
-                self._empty(shape if number in here else 0, dtype=self._dtype, device=self._stream.device)
-                for number in range(config.num_layers)
-            )
-
-        self.key_caches, self.value_caches = caches(config.cache.key_dim), caches(config.cache.value_dim)
+    def _allocate(self, num_blocks: int, room: StateRoom) -> None:
+        self._num_blocks, self._room = num_blocks, room
+        empty = functools.partial(self._empty, dtype=self._dtype, device=self._stream.device)
+        blocks = num_blocks, self._limits.block_size
+        self.caches = layer_caches_of(self.decoder, blocks, empty, self._beside, room, self._state_dtype)
         self._stream.join()
 
     def _captured_size(self, batch: Batch) -> StepSize | None:
@@ -561,6 +567,7 @@ class DeviceRunner:
         """Any step, operation by operation, of a stage without the head; one that is measured has all that any rank may
         get."""
         tokens, samples, places = len(batch.token_ids), len(batch.drawn_rows), self._inputs.rows_of(batch)
+        size = StepSize(tokens, len(batch.context_lens), True)
         entries, given = batch.adapters, self._inputs.given(batch)
         ahead = None if batch.ahead is None else Sent(self._stream, batch.ahead)
         take, take_drawn = (
@@ -572,9 +579,9 @@ class DeviceRunner:
             pictures, there = given(), None if ahead is None else ahead.there()
             divide = not measured and entries is None
             if self._borders is None or border is None or pictures is None:
-                return self._forward(tokens, places, pictures, there, border, may_divide=divide)
+                return self._forward(size, places, pictures, there, border, may_divide=divide)
             self._borders.give(border, pictures)
-            left = self._forward(tokens, places, pictures, there, border, may_divide=divide)
+            left = self._forward(size, places, pictures, there, border, may_divide=divide)
             self._borders.keep(border, pictures)
             return left
 
@@ -604,7 +611,7 @@ class DeviceRunner:
     def _padded(self, size: StepSize, border: Border | None, *, adapted: bool) -> None:
         """Any step that is at most so large, of a stage without the head; work on the device."""
         self._take_sent(adapted, head=False)
-        hidden = self._forward(size.tokens, self._inputs.rows_for(size), border=border)
+        hidden = self._forward(size, self._inputs.rows_for(size), border=border)
         if border is not None:
             return
         if size.mixed:
@@ -634,7 +641,7 @@ class DeviceRunner:
 
     def _forward(
         self,
-        tokens: int,
+        size: StepSize,
         places: DeviceRows,
         given: GivenTensors | None = None,
         ahead: torch.Tensor | None = None,
@@ -642,12 +649,14 @@ class DeviceRunner:
         *,
         may_divide: bool = False,
     ) -> torch.Tensor:
+        tokens = size.tokens
         positions, slots = self._inputs.positions_and_slots(tokens)
         how: dict[str, Any] = {**self._attend, "given": given, "may_divide": may_divide}
+        how["states"] = self._inputs.states(size)
         if ahead is not None:  # no kernel here has rows that see what is behind them
             places = dataclasses.replace(places, host=dataclasses.replace(places.on_host(), ahead=ahead))
             how["attend"] = attend_by_reference
-        step = StepInput(positions, slots, places, self.key_caches, self.value_caches, self._scales, **how)
+        step = StepInput(positions, slots, places, self.caches, self._scales, **how)
         if border is None:
             return self.decoder.forward(self._inputs.token_ids(tokens, self._sampler.ids), step)
         assert isinstance(self.decoder, DecoderStack)

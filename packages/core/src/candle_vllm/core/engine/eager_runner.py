@@ -6,6 +6,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,13 +18,22 @@ from candle_vllm.core.devices import Device
 from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, turns
 from candle_vllm.core.engine.images import Encoding
 from candle_vllm.core.engine.model_runner import EncoderRunner, StepwiseRunner
-from candle_vllm.core.kernels.attention.rows import AttentionRows
+from candle_vllm.core.kernels.attention.rows import AttentionRows, PagedCache
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.lora.reference import EagerAdapters
-from candle_vllm.core.kernels.offloading import block_bytes, block_parts
+from candle_vllm.core.kernels.offloading import block_bytes, block_parts, state_parts, states_of, tensors_of
 from candle_vllm.core.kernels.sampling.shares import Shares, prepare
+from candle_vllm.core.kernels.states import StateCache, StateRows
 from candle_vllm.core.layers.attention import StepInput, Taps
 from candle_vllm.core.layers.rotary import Rotary
+from candle_vllm.core.loading.cache_specs import (
+    NO_STATES,
+    PagedSpec,
+    StatePart,
+    StateRoom,
+    StateSpec,
+    layer_caches,
+)
 from candle_vllm.core.models.family import Decoder, DraftHead, Encoder, Tower, TowerStep
 from candle_vllm.core.models.stack import DecoderStack, layers_here
 from candle_vllm.core.sampling.state import SamplingState
@@ -35,6 +45,7 @@ class EagerRunner(StepwiseRunner):
     Args:
         decoder: the model with its weights.
         num_blocks, block_size: shape of the cache.
+        room: of layers that keep states.
         device, dtype: where the cache lives, and its numbers.
         adapters: what the decoder's layers add to their products; None where there are no adapters.
         taps: `hidden_rows` are what goes into these layers; None for what the last norm gives.
@@ -53,22 +64,15 @@ class EagerRunner(StepwiseRunner):
         adapters: EagerAdapters | None = None,
         taps: Sequence[int] | None = None,
         turning: Rotary | None = None,
+        room: StateRoom = NO_STATES,
     ) -> None:
         config = decoder.config
-        rows = (num_blocks, block_size, config.cache.kv_heads)
-        keys, values = (*rows, config.cache.key_dim), (*rows, config.cache.value_dim)
         super().__init__()
         self.decoder = decoder
         self.device = device
         # Not cleared: the system hands out pages as they are first written, and attention reads only what was.
-        here = layers_here(decoder, config.num_layers)
-        self.key_caches, self.value_caches = (
-            tuple(
-                torch.empty(shape if number in here else 0, device=device, dtype=dtype)
-                for number in range(config.num_layers)
-            )
-            for shape in (keys, values)
-        )
+        empty = functools.partial(torch.empty, device=device, dtype=dtype)
+        self.caches = layer_caches_of(decoder, (num_blocks, block_size), empty, room=room)
         self._hidden = torch.empty(0, config.hidden_size)
         self.adapters, self._adapter_rows = adapters, None
         self._taps = taps
@@ -105,14 +109,17 @@ class EagerRunner(StepwiseRunner):
         if self.adapters is not None:
             self._adapter_rows = batch.adapters
             self.adapters.choose(batch.adapters, self.device)
-        caches, given = (self.key_caches, self.value_caches), None
+        given = None
         if batch.embedded is not None:
             places, vectors = (
                 torch.from_numpy(each).to(self.device) for each in (batch.embedded.rows, batch.embedded.vectors)
             )
             given = GivenTensors(places, vectors)
+        states = None
+        if batch.states is not None:
+            states = StateRows(*(torch.from_numpy(each).to(self.device) for each in batch.states))
         how: dict[str, Any] = {"taps": self._kept, "given": given, "may_divide": batch.adapters is None}
-        return token_ids, StepInput(positions, slots, rows, *caches, **how)
+        return token_ids, StepInput(positions, slots, rows, self.caches, states=states, **how)
 
     @torch.inference_mode()
     def score(self, rows: Ints, wishes: NDArray[np.float64] | None = None) -> Any:
@@ -134,34 +141,38 @@ class EagerRunner(StepwiseRunner):
     @property
     def block_bytes(self) -> int:
         """See `BlockMemory`."""
-        return block_bytes(self._caches)
-
-    def copy_out(self, block: int) -> Callable[[], memoryview]:
-        """See `BlockMemory`; it is copied now."""
-        data = torch.cat(block_parts(self._caches, block)).cpu().numpy().data
-        return lambda: data
-
-    def copy_in(self, block: int, data: bytes | bytearray | memoryview) -> None:
-        """See `BlockMemory`."""
-        start, there = 0, torch.from_numpy(np.frombuffer(data, np.uint8).copy())
-        for part in block_parts(self._caches, block):
-            part.copy_(there[start : start + len(part)])
-            start += len(part)
+        return block_bytes(self.caches)
 
     @property
-    def _caches(self) -> tuple[torch.Tensor, ...]:
-        return (*self.key_caches, *self.value_caches)
+    def state_bytes(self) -> int:
+        """See `BlockMemory`."""
+        return sum(map(len, state_parts(self.caches, 0)))
+
+    def _parts(self, place: int, *, state: bool) -> list[torch.Tensor]:
+        return (state_parts if state else block_parts)(self.caches, place)
+
+    def copy_out(self, place: int, *, state: bool = False) -> Callable[[], memoryview]:
+        """See `BlockMemory`; it is copied now."""
+        data = torch.cat(self._parts(place, state=state)).cpu().numpy().data
+        return lambda: data
+
+    def copy_in(self, place: int, data: bytes | bytearray | memoryview, *, state: bool = False) -> None:
+        """See `BlockMemory`."""
+        start, there = 0, torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+        for part in self._parts(place, state=state):
+            part.copy_(there[start : start + len(part)])
+            start += len(part)
 
     def drop_cache(self) -> None:
         """See `StepwiseRunner`."""
         self._hidden = self._hidden[:0].clone()
-        for cache in (*self.key_caches, *self.value_caches):
-            cache.untyped_storage().resize_(0)
+        for part in (*tensors_of(self.caches), *states_of(self.caches)):
+            part.untyped_storage().resize_(0)
 
     def restore_cache(self) -> None:
         """See `StepwiseRunner`."""
-        for cache in (*self.key_caches, *self.value_caches):
-            cache.untyped_storage().resize_(cache.numel() * cache.itemsize)
+        for part in (*tensors_of(self.caches), *states_of(self.caches)):
+            part.untyped_storage().resize_(part.numel() * part.itemsize)
 
     @torch.inference_mode()
     def hidden_rows(self, rows: Ints) -> NDArray[np.float32]:
@@ -169,6 +180,42 @@ class EagerRunner(StepwiseRunner):
         kept = [self._hidden] if self._kept is None else [self._kept.values[number] for number in self._taps or ()]
         wanted = torch.from_numpy(rows).to(self.device)
         return torch.cat([value[wanted].float() for value in kept], 1).cpu().numpy()
+
+
+def layer_caches_of(
+    decoder: Decoder,
+    blocks: tuple[int, int],
+    empty: Callable[..., torch.Tensor],
+    beside: int = 0,
+    room: StateRoom = NO_STATES,
+    state_dtype: torch.dtype | None = None,
+) -> tuple[PagedCache | tuple[StateCache, ...], ...]:
+    """The cache of each layer of a decoder; without elements where the layer is another stage's.
+
+    Args:
+        decoder: the model.
+        blocks: how many there are, and how many tokens each has.
+        empty: makes a tensor of a shape, and of a type other than that of keys where `dtype` is given.
+        beside: elements that stand behind those of a key and of a value, see `kernels/kv_write/scaled_rows.py`.
+        room: of layers that keep states.
+        state_dtype: of activations, where that of keys is another.
+    """
+    here = layers_here(decoder, decoder.config.num_layers)
+
+    def state(number: int, part: StatePart) -> StateCache:
+        slots, kept = (room.slots, room.running) if number in here else (0, 0)
+        dtype = torch.float32 if part.exact else state_dtype
+        states = empty((slots, *part.shape), **({} if dtype is None else {"dtype": dtype}))
+        return StateCache(states, empty((kept, room.drafts, part.inputs), dtype=torch.float32))
+
+    def make(number: int, spec: PagedSpec | StateSpec) -> PagedCache | tuple[StateCache, ...]:
+        if isinstance(spec, StateSpec):
+            return tuple(state(number, part) for part in spec.parts)
+        sizes = (spec.key_dim, spec.value_dim) if number in here else ()
+        parts = [empty((*blocks, spec.kv_heads, size + beside)) for size in sizes]
+        return PagedCache(*(parts or (empty(0), empty(0))))
+
+    return layer_caches(decoder.config.cache_specs, make)
 
 
 class StageRunner(EagerRunner):

@@ -19,7 +19,7 @@ import msgspec
 from candle_vllm.core.engine.adapters import AdapterCall, AdapterStore
 from candle_vllm.core.engine.batch import Batch, BatchBuilder
 from candle_vllm.core.engine.images import ImageStore
-from candle_vllm.core.engine.kept_blocks import KeptBlocks
+from candle_vllm.core.engine.kept_blocks import KeptBlocks, KeptPrefixes
 from candle_vllm.core.engine.live import Live, LiveSequence
 from candle_vllm.core.engine.model_runner import Launched, ModelRunner
 from candle_vllm.core.engine.pooled import PooledText
@@ -79,7 +79,7 @@ class Engine:
         preparation: Preparation,
         drafter: Drafter | None = None,
         images: ImageStore | None = None,
-        kept: KeptBlocks | None = None,
+        kept: KeptBlocks | KeptPrefixes | None = None,
         sleeper: Sleeper | None = None,
     ) -> None:
         assert drafter is None or not runner.overlaps
@@ -298,7 +298,14 @@ class Engine:
             **self._adapter_counts(),
             **self._kept_counts(),
             **self._image_counts(),
+            **self._state_counts(),
         )
+
+    def _state_counts(self) -> dict[str, Any]:
+        states = self.scheduler.states
+        if states is None:
+            return {}
+        return {"checkpoints": states.num_checkpoints, "checkpoint_slots": states.num_checkpoint_slots}
 
     def _adapter_counts(self) -> dict[str, Any]:
         if self.adapters is None:

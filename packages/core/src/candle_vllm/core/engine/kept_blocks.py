@@ -26,7 +26,9 @@ from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.block_stores import BlockFolder, BlockStore, Bytes, HostBlocks, Tiers
 from candle_vllm.core.engine.model_runner import ModelRunner
 from candle_vllm.core.engine.sleeping import files_mark
+from candle_vllm.core.engine.states import StatePool
 from candle_vllm.core.errors import ConfigError
+from candle_vllm.core.loading.cache_specs import states
 from candle_vllm.core.threads import default_threads
 
 logger = logging.getLogger(__name__)
@@ -42,22 +44,44 @@ _CLOSING = 10.0  # seconds that an end waits for what is to be written
 
 
 class BlockMemory(Protocol):
-    """What has the cache: a runner."""
+    """What has the cache: a runner. What it says of a block it says of the states in a slot, too, with `state`."""
 
     @property
     def block_bytes(self) -> int:
         """Of a block, of all layers."""
         ...
 
-    def copy_out(self, block: int) -> Callable[[], Bytes]:
+    @property
+    def state_bytes(self) -> int:
+        """Of the states of all layers in a slot."""
+        ...
+
+    def copy_out(self, place: int, *, state: bool = False) -> Callable[[], Bytes]:
         """Begins to copy a block, as it is behind all steps that were launched.
 
         What it gives waits for the bytes, in any thread; they are in an order of the cache's own.
         """
         ...
 
-    def copy_in(self, block: int, data: Bytes) -> None:
+    def copy_in(self, place: int, data: Bytes, *, state: bool = False) -> None:
         """Writes a block, before all steps that are launched later."""
+        ...
+
+
+class Places(Protocol):
+    """Says where blocks are, or checkpoints, and has room for more."""
+
+    @property
+    def num_free(self) -> int:
+        """Places that something may be taken in to."""
+        ...
+
+    def lookup(self, hashes: Sequence[bytes]) -> list[int]:
+        """Where things of these names are, from the first on as far as each of them is there."""
+        ...
+
+    def take_in(self, digest: bytes) -> int | None:
+        """A place for what is written there at once, and can be found; None where there is none."""
         ...
 
 
@@ -132,13 +156,21 @@ class BlockParts:
     Args:
         store: where they are.
         memory: what has the rank's cache.
+        state: what is kept are states.
         told: called for each block of a reading, in order, with the reading's number, whether it was read, and whether
             that failed; no more come behind one that was not read. In any thread.
     """
 
-    def __init__(self, store: BlockStore, memory: BlockMemory, told: Callable[[int, bool, bool], object]) -> None:
-        self._store, self._memory, self._told = store, memory, told
-        self._size = memory.block_bytes
+    def __init__(
+        self,
+        store: BlockStore,
+        memory: BlockMemory,
+        told: Callable[[int, bool, bool], object],
+        *,
+        state: bool = False,
+    ) -> None:
+        self._store, self._memory, self._told, self._state = store, memory, told, state
+        self._size = memory.state_bytes if state else memory.block_bytes
         self._readings: dict[int, _PartsRead] = {}
         self._to_read: deque[int] = deque()
         self._num_held = 0  # blocks that are being read, or were and are not brought
@@ -171,7 +203,7 @@ class BlockParts:
         if self._to_write and (len(self._to_write) + 1) * self._size > _WAITING_BYTES:
             self.num_skipped += 1  # the store is slower than the model
             return
-        copied = _Copied(self._memory.copy_out(block))
+        copied = _Copied(self._memory.copy_out(block, state=self._state))
         with self._wake:
             self._to_write[digest] = copied
             self._wake.notify_all()
@@ -198,7 +230,7 @@ class BlockParts:
                 del self._readings[number]
             self._wake.notify_all()
         if block >= 0:
-            self._memory.copy_in(block, data)
+            self._memory.copy_in(block, data, state=self._state)
 
     def end(self, number: int, brought: int) -> None:
         """A reading is over, when so many of its blocks have been brought in all: no more are."""
@@ -371,10 +403,17 @@ class KeptBlocks:
         memory: what has its cache.
         blocks: says which are whose.
         others: of the other ranks; None where there are none.
+        state: what is kept are checkpoints of states.
     """
 
     def __init__(
-        self, store: BlockStore, memory: BlockMemory, blocks: BlockManager, others: OtherParts | None = None
+        self,
+        store: BlockStore,
+        memory: BlockMemory,
+        blocks: Places,
+        others: OtherParts | None = None,
+        *,
+        state: bool = False,
     ) -> None:
         self._blocks, self._others = blocks, others
         self._readings: dict[object, _Reading] = {}
@@ -384,7 +423,7 @@ class KeptBlocks:
         self._wake = threading.Condition()  # guards what ranks say of readings
         self._ranks = 1 if others is None else 1 + others.count
         self.num_read = self._num_failed = 0
-        self._own = BlockParts(store, memory, lambda *said: self.heard(0, *said))
+        self._own = BlockParts(store, memory, lambda *said: self.heard(0, *said), state=state)
         if others is not None:
             others.listen(self.heard)
 
@@ -430,6 +469,10 @@ class KeptBlocks:
         if self._others is not None:
             self._offered.append((block, digest))
         self._own.offer(block, digest)
+
+    def may_have(self, digest: bytes) -> bool:
+        """Whether the store may have it."""
+        return self._own.may_have(digest)
 
     def is_ready(self, sequence: object, hashes: Sequence[bytes], num_blocks: int) -> bool:
         """Whether a waiting sequence may begin: nothing of what it begins with is in the store alone.
@@ -486,12 +529,10 @@ class KeptBlocks:
         for digest in reading.digests[reading.brought : reading.brought + count]:
             place = -1
             if not self._blocks.lookup([digest]):
-                taken = self._blocks.allocate(1)
+                taken = self._blocks.take_in(digest)
                 if taken is None:
                     break
-                place = taken[0]
-                self._blocks.publish(place, digest)
-                self._blocks.release(taken)  # the one used last: it is the last to be forgotten
+                place = taken
                 self.num_read += 1
             self._own.bring(reading.number, place)
             places.append(place)
@@ -549,6 +590,94 @@ class KeptBlocks:
             self._others.end(reading.number, reading.brought)
 
 
+class KeptPrefixes:
+    """`KeptBlocks` of a model whose layers keep states: a prefix is brought with the checkpoint at its end, or not.
+
+    Args:
+        blocks: keeps the blocks.
+        states: keeps the checkpoints of prompts.
+        pool: which of these are there.
+    """
+
+    def __init__(self, blocks: KeptBlocks, states: KeptBlocks, pool: StatePool) -> None:
+        self._blocks, self._states, self._pool = blocks, states, pool
+        self._both = blocks, states
+        pool.offer = states.offer
+        self.offer = blocks.offer
+
+    def is_ready(self, sequence: object, hashes: Sequence[bytes], num_blocks: int) -> bool:
+        """See `KeptBlocks`."""
+        there = (n for n in range(len(hashes), 0, -1) if self._is_within_reach(hashes[n - 1]))
+        end = next(there, 0)
+        if end and not self._states.is_ready(sequence, hashes[end - 1 : end], 1):
+            return False
+        if end and not self._pool.lookup(hashes[end - 1 : end]):  # it was damaged, or came late
+            end = self._pool.depth(hashes)
+        return self._blocks.is_ready(sequence, hashes[:end], num_blocks)
+
+    def _is_within_reach(self, digest: bytes) -> bool:
+        return bool(self._pool.lookup([digest])) or self._states.may_have(digest)
+
+    def left(self, sequence: object) -> None:
+        """See `KeptBlocks`."""
+        for each in self._both:
+            each.left(sequence)
+
+    @property
+    def reads(self) -> bool:
+        """See `KeptBlocks`."""
+        return any(each.reads for each in self._both)
+
+    def take(self) -> None:
+        """See `KeptBlocks`."""
+        for each in self._both:
+            each.take()
+
+    def wait(self, seconds: float) -> None:
+        """See `KeptBlocks`."""
+        (self._states if self._states.reads else self._blocks).wait(seconds)
+
+    def rest(self) -> None:
+        """See `KeptBlocks`."""
+        for each in self._both:
+            each.rest()
+
+    def reset(self) -> None:
+        """See `KeptBlocks`."""
+        for each in self._both:
+            each.reset()
+
+    def close(self) -> None:
+        """See `KeptBlocks`."""
+        for each in self._both:
+            each.close()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the folder."""
+        return max(each.num_bytes for each in self._both)
+
+    @property
+    def num_read(self) -> int:
+        """Blocks and checkpoints, since the start."""
+        return sum(each.num_read for each in self._both)
+
+    @property
+    def num_written(self) -> int:
+        """See `num_read`."""
+        return sum(each.num_written for each in self._both)
+
+    @property
+    def num_skipped(self) -> int:
+        """See `num_read`."""
+        return sum(each.num_skipped for each in self._both)
+
+    @property
+    def num_failed(self) -> int:
+        """See `num_read`."""
+        return sum(each.num_failed for each in self._both)
+
+
 def keep_blocks(
     config: EngineConfig,
     loaded: LoadedModel,
@@ -556,11 +685,19 @@ def keep_blocks(
     blocks: BlockManager,
     drafts: bool,
     others: OtherParts | None = None,
-) -> KeptBlocks | None:
+    pool: StatePool | None = None,
+) -> KeptBlocks | KeptPrefixes | None:
     """What keeps the cache's blocks elsewhere, where anything is set for that; ConfigError where it cannot be."""
     memory: Any = runner
     store = _store(config, loaded, memory.block_bytes, drafts, 0)
-    return None if store is None else KeptBlocks(store, memory, blocks, others)
+    if store is None:
+        return None
+    kept = KeptBlocks(store, memory, blocks, others)
+    if pool is None:
+        return kept
+    checkpoints = _store(config, loaded, memory.state_bytes, drafts, 0, " states")
+    assert checkpoints is not None
+    return KeptPrefixes(kept, KeptBlocks(checkpoints, memory, pool, state=True), pool)
 
 
 def keep_parts(
@@ -572,8 +709,10 @@ def keep_parts(
     return None if store is None else BlockParts(store, memory, told)
 
 
-def _store(config: EngineConfig, loaded: LoadedModel, size: int, drafts: bool, rank: int) -> BlockStore | None:
-    """Where a rank's parts of blocks, of `size` bytes, are kept; None where they are not."""
+def _store(
+    config: EngineConfig, loaded: LoadedModel, size: int, drafts: bool, rank: int, what: str = ""
+) -> BlockStore | None:
+    """Where a rank's parts of blocks, or `what` else of `size` bytes, are kept; None where they are not."""
     placement = loaded.placement
     if config.kv_offloading_size and placement.device.type == "cpu":
         raise ConfigError(
@@ -585,6 +724,15 @@ def _store(config: EngineConfig, loaded: LoadedModel, size: int, drafts: bool, r
     outliving = next(set_to_outlive, None)
     if outliving is None and not config.kv_offloading_size:
         return None
+    if states(loaded.config.cache_specs):
+        for name in ("kv_offloading_size", "prompt_cache_url"):
+            if getattr(config, name):
+                raise ConfigError(f"{name} cannot be had with a model whose layers keep a state: leave it out", name)
+        if config.ranks > 1:
+            raise ConfigError(
+                f"{outliving} cannot be had with several ranks of a model whose layers keep a state: leave it out",
+                outliving,
+            )
     if not config.enable_prefix_caching:
         logger.warning("%s sets nothing where nothing is kept in memory", outliving or "kv_offloading_size")
         return None
@@ -596,7 +744,7 @@ def _store(config: EngineConfig, loaded: LoadedModel, size: int, drafts: bool, r
         refused = "models that draft" if drafts else "random weights" if not loaded.files else ""
         if refused:
             raise ConfigError(f"{outliving} cannot be had with {refused}: leave it out", outliving)
-        name = _fingerprint(config, loaded, rank)
+        name = _fingerprint(config, loaded, rank) + what
         if config.prompt_cache_path is not None:
             folder = BlockFolder(config.prompt_cache_path.expanduser(), name, config.prompt_cache_bytes, size)
             logger.info("blocks are kept in %s: %.1f MB there", config.prompt_cache_path, folder.num_bytes / 1e6)

@@ -8,6 +8,7 @@ Nothing is hidden, and what Gloo and NCCL send is not even signed: the network b
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
 import hmac
@@ -27,7 +28,7 @@ import msgspec
 
 from candle_vllm.core.assembly.placement import resolve_ranks
 from candle_vllm.core.config import EngineConfig
-from candle_vllm.core.engine.rank_line import SILENCE, TICK, Line, read_exactly
+from candle_vllm.core.engine.rank_line import SILENCE, TICK, Line, read_exactly, time_left
 from candle_vllm.core.errors import ConfigError, EngineDeadError
 from candle_vllm.core.threads import default_threads, ending
 
@@ -42,8 +43,8 @@ _PROCESS = secrets.token_bytes(16)  # of this process
 _MAGIC = b"candle-vllm ranks 1\n"
 _NONCE = 32
 _MOST_HELLO = 1024  # bytes
-_SHAKING = 5.0  # seconds that a handshake may take
-_AT_ONCE = 64  # handshakes at the same time
+_SHAKING = 5.0  # seconds that a handshake may take, all of it
+_AT_ONCE = 64  # connections that have not proved yet that they know the key
 _AGAIN = 1.0  # seconds until a rank asks again whether the first node is there
 _GLANCE = 0.2  # seconds between two looks whether anybody is to come in any more
 _NOTICE = 30.0  # seconds between two lines of the log about who is missing
@@ -125,7 +126,7 @@ class Door:
         self._changed = threading.Condition()
         self._found: dict[int, tuple[bytes, dict[bool, Line]]] = {}
         self._closed = False
-        self._shaking = threading.Semaphore(_AT_ONCE)
+        self._strangers: dict[socket.socket, str] = {}  # and their addresses, who came first at the beginning
         threading.Thread(target=self._listen, name="candle-vllm-nodes", daemon=True).start()
 
     def _listen(self) -> None:
@@ -148,36 +149,52 @@ class Door:
 
     def _let_in(self) -> None:
         """Waits for one and has a thread of its own look who it is."""
-        connection, _ = self._listener.accept()
-        if not self._shaking.acquire(blocking=False):
-            connection.close()
-            return
+        connection, (address, *_) = self._listener.accept()
+        with self._changed:
+            if len(self._strangers) >= _AT_ONCE:
+                self._send_one_away()
+            self._strangers[connection] = address
         looking = threading.Thread(target=self._admit, args=(connection,), name="candle-vllm-joining", daemon=True)
         try:
             looking.start()
         except RuntimeError:
-            self._shaking.release()
+            self._is_stranger_no_more(connection)
             connection.close()
             raise
 
+    def _send_one_away(self) -> None:
+        """Of the address with most strangers, whoever came first: a rank with the key is done in a moment."""
+        ((crowd, _),) = collections.Counter(self._strangers.values()).most_common(1)
+        first = next(each for each, address in self._strangers.items() if address == crowd)
+        del self._strangers[first]
+        with contextlib.suppress(OSError):
+            first.shutdown(socket.SHUT_RDWR)  # its thread closes it
+
+    def _is_stranger_no_more(self, connection: socket.socket) -> bool:
+        """False where it was sent away before."""
+        with self._changed:
+            return self._strangers.pop(connection, None) is not None
+
     def _admit(self, connection: socket.socket) -> None:
         try:
-            self._shake_hands(connection)
+            self._shake_hands(connection, time.monotonic() + _SHAKING)
         except (EOFError, OSError, ValueError, msgspec.MsgspecError) as error:
             with contextlib.suppress(OSError):
                 logger.warning("%s cannot join as a rank: %s", connection.getpeername()[0], error)
             connection.close()
         finally:
-            self._shaking.release()
+            self._is_stranger_no_more(connection)
 
-    def _shake_hands(self, connection: socket.socket) -> None:
-        connection.settimeout(_SHAKING)
+    def _shake_hands(self, connection: socket.socket, until: float) -> None:
+        connection.settimeout(time_left(until))
         nonce = secrets.token_bytes(_NONCE)
         connection.sendall(_MAGIC + nonce)
-        said = _take(connection)
-        if not hmac.compare_digest(read_exactly(connection, 32), _mac(self._key, b"hello", nonce, said)):
+        said = _take(connection, until)
+        if not hmac.compare_digest(read_exactly(connection, 32, until), _mac(self._key, b"hello", nonce, said)):
             connection.sendall(_frame(b"") + bytes(32))  # which is no proof: it is not to ask again
             raise ValueError("it does not know the key of this cluster (cluster_key)")
+        if not self._is_stranger_no_more(connection):
+            raise EOFError("too many others came meanwhile")
         hello = msgspec.msgpack.decode(said, type=Hello)
         refusal = self._refusal(hello)
         verdict = msgspec.msgpack.encode(Verdict(refusal))
@@ -295,11 +312,11 @@ def _connect(invitation: Invitation, *, side: bool) -> Line:
 
 
 def _introduce(connection: socket.socket, invitation: Invitation, side: bool) -> Line:
-    connection.settimeout(_SHAKING)
+    until = time.monotonic() + _SHAKING
     key = invitation.key.encode()
-    if read_exactly(connection, len(_MAGIC)) != _MAGIC:
+    if read_exactly(connection, len(_MAGIC), until) != _MAGIC:
         raise ValueError(f"who listens at {invitation.host} port {invitation.port} is no first node of this version")
-    nonce = read_exactly(connection, _NONCE)
+    nonce = read_exactly(connection, _NONCE, until)
     said = Hello(
         invitation.rank,
         invitation.size,
@@ -311,8 +328,8 @@ def _introduce(connection: socket.socket, invitation: Invitation, side: bool) ->
     )
     hello = msgspec.msgpack.encode(said)
     connection.sendall(_frame(hello) + _mac(key, b"hello", nonce, hello))
-    verdict = _take(connection)
-    if not hmac.compare_digest(read_exactly(connection, 32), _mac(key, b"verdict", nonce, hello, verdict)):
+    verdict = _take(connection, until)
+    if not hmac.compare_digest(read_exactly(connection, 32, until), _mac(key, b"verdict", nonce, hello, verdict)):
         raise ValueError(
             f"the first node at {invitation.host} port {invitation.port} and this one do not know the same key: "
             "cluster_key is the same on all nodes"
@@ -342,11 +359,11 @@ def _frame(data: bytes) -> bytes:
     return len(data).to_bytes(2, "little") + data
 
 
-def _take(connection: socket.socket) -> bytearray:
-    size = int.from_bytes(read_exactly(connection, 2), "little")
+def _take(connection: socket.socket, until: float | None = None) -> bytearray:
+    size = int.from_bytes(read_exactly(connection, 2, until), "little")
     if size > _MOST_HELLO:
         raise ValueError("what it says is too long")
-    return read_exactly(connection, size)
+    return read_exactly(connection, size, until)
 
 
 def _keep(connection: socket.socket) -> None:

@@ -7,10 +7,9 @@ time, so that one call does not fill the queue.
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -37,6 +36,9 @@ MAX_TEXT = 1 << 22
 """Characters of a text for an encoder: far more than any holds, for many characters may be one token or none."""
 
 Pair = tuple[str, str]
+
+Apart = Callable[..., Awaitable[Any]]
+"""Runs a function with its arguments in a thread, as `asyncio.to_thread` does."""
 
 
 class PoolingCalls:
@@ -84,9 +86,10 @@ class PoolingCalls:
         request_id: str,
         priority: int,
         add_special_tokens: bool,
+        apart: Apart,
     ) -> list[EmbeddingOutput]:
         """See `InferenceEngine.aembed`. Tokenizing many texts takes long enough to hold up an event loop."""
-        entries = await asyncio.to_thread(self._texts, inputs, params, request_id, priority, add_special_tokens)
+        entries = await apart(self._texts, inputs, params, request_id, priority, add_special_tokens)
         return _vectors(entries, await self._window(entries).arun())
 
     # ---- classes -----------------------------------------------------------------------------------------------------
@@ -97,12 +100,16 @@ class PoolingCalls:
         return _classes(entries, self._window(entries).run(use_tqdm=use_tqdm))
 
     async def aclassify(
-        self, inputs: Prompt | Sequence[Prompt], *, request_id: str, priority: int, add_special_tokens: bool
+        self,
+        inputs: Prompt | Sequence[Prompt],
+        *,
+        request_id: str,
+        priority: int,
+        add_special_tokens: bool,
+        apart: Apart,
     ) -> list[ClassificationOutput]:
         """See `InferenceEngine.aclassify`."""
-        entries = await asyncio.to_thread(
-            self._texts, inputs, None, request_id, priority, add_special_tokens, "classify"
-        )
+        entries = await apart(self._texts, inputs, None, request_id, priority, add_special_tokens, "classify")
         return _classes(entries, await self._window(entries).arun())
 
     # ---- scores ------------------------------------------------------------------------------------------------------
@@ -115,13 +122,14 @@ class PoolingCalls:
         entries = self._distinct(pairs, uuid.uuid4().hex, 0)
         return _cosines(pairs, _vectors(entries, self._window(entries).run(use_tqdm=use_tqdm)))
 
-    async def ascore(self, pairs: Sequence[Pair], *, request_id: str, priority: int) -> list[ScoreOutput]:
+    async def ascore(self, pairs: Sequence[Pair], *, request_id: str, priority: int, apart: Apart) -> list[ScoreOutput]:
         """See `InferenceEngine.ascore`."""
         if self._is_cross_encoder:
-            entries = await asyncio.to_thread(self._pairs, pairs, request_id, priority)
+            entries = await apart(self._pairs, pairs, request_id, priority)
             return _scores(entries, await self._window(entries).arun())
-        entries = await asyncio.to_thread(self._distinct, pairs, request_id, priority)
-        return _cosines(pairs, _vectors(entries, await self._window(entries).arun()))
+        entries = await apart(self._distinct, pairs, request_id, priority)
+        pieces = await self._window(entries).arun()
+        return await apart(lambda: _cosines(pairs, _vectors(entries, pieces), with_ids=False))
 
     def _window(self, entries: Sequence[Entry]) -> Window:
         return Window(self._thread(), entries, self._engine.max_step_tokens)
@@ -294,7 +302,7 @@ def _numbers(piece: TokenOutput) -> array[float]:
     return piece.pooled
 
 
-def _cosines(pairs: Sequence[Pair], outputs: Sequence[EmbeddingOutput]) -> list[ScoreOutput]:
+def _cosines(pairs: Sequence[Pair], outputs: Sequence[EmbeddingOutput], *, with_ids: bool = True) -> list[ScoreOutput]:
     """The score of each pair from the vectors of its distinct texts, in order of first appearance."""
     vectors = dict(zip(dict.fromkeys(text for pair in pairs for text in pair), outputs, strict=True))
     counted: set[str] = set()
@@ -304,7 +312,7 @@ def _cosines(pairs: Sequence[Pair], outputs: Sequence[EmbeddingOutput]) -> list[
         counted |= new
         tokens = sum(len(vectors[text].prompt_token_ids) for text in new)
         first, second = (vectors[text].embedding for text in pair)
-        ids = tuple(token for text in pair for token in vectors[text].prompt_token_ids)
+        ids = tuple(token for text in pair for token in vectors[text].prompt_token_ids) if with_ids else ()
         made.append(ScoreOutput(score=_cosine(first, second), num_tokens=tokens, prompt_token_ids=ids))
     return made
 

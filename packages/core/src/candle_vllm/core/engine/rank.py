@@ -62,6 +62,7 @@ from candle_vllm.core.engine.sleeping import Sleeper, files_mark
 from candle_vllm.core.errors import CandleVllmError, ConfigError, EngineDeadError
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.memory import available_memory
+from candle_vllm.core.shown import start_logging
 from candle_vllm.core.threads import LOADING_THREADS, collect_seldom
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def _join() -> int:
 
 
 def _log_as(name: str, level: int) -> None:
-    logging.basicConfig(level=level, format=f"%(asctime)s %(levelname)s {name}: %(name)s: %(message)s", force=True)
+    start_logging(level, format=f"%(asctime)s %(levelname)s {name}: %(name)s: %(message)s")
 
 
 def _run(

@@ -31,6 +31,7 @@ from candle_vllm.core.engine.model_runner import ModelRunner
 from candle_vllm.core.errors import EngineDeadError
 from candle_vllm.core.kernels.sampling.contract import Control
 from candle_vllm.core.kernels.sampling.shares import Wish
+from candle_vllm.core.kernels.states import StateRows
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,8 @@ class ForgetAdapters(msgspec.Struct, tag=True, frozen=True):
 class Forward(msgspec.Struct, tag=True, frozen=True):
     """A step: the arrays of a `Batch` as bytes of int64; no tables where they are those of the step before.
 
-    `wishes` are those of the draw, as bytes of float64; None where logits are not divided.
+    `wishes` are those of the draw, as bytes of float64; None where logits are not divided. `states` are the arrays of
+    `StateRows`; None where no layer keeps a state.
     """
 
     tokens: bytes
@@ -116,6 +118,7 @@ class Forward(msgspec.Struct, tag=True, frozen=True):
     seen: Seen | None = None
     turned: Turned | None = None
     wishes: bytes | None = None
+    states: tuple[bytes, ...] | None = None
 
 
 class Whole(msgspec.Struct, tag=True, frozen=True):
@@ -130,6 +133,7 @@ class Next(msgspec.Struct, tag=True, frozen=True):
     token_ids: bytes
     begun: tuple[tuple[int, int, int], ...]
     wishes: bytes | None = None
+    states: tuple[bytes, ...] | None = None
 
 
 class Land(msgspec.Struct, tag=True, frozen=True):
@@ -333,12 +337,24 @@ def decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
     return msgspec.msgpack.Decoder(kind)
 
 
-def read_exactly(end: socket.socket, count: int) -> bytearray:
-    """So many bytes; memory is taken as they come. EOFError where the other end has gone."""
+def read_exactly(end: socket.socket, count: int, until: float | None = None) -> bytearray:
+    """So many bytes; memory is taken as they come.
+
+    Args:
+        end: what is read from.
+        count: bytes.
+        until: by `time.monotonic`, when all of them must be there, however they come.
+
+    Raises:
+        EOFError: the other end has gone.
+        TimeoutError: they are not there in time.
+    """
     data, done = bytearray(), 0
     while done < count:
         if done == len(data):
             data.extend(bytes(min(_PIECE, count - done)))
+        if until is not None:
+            end.settimeout(time_left(until))
         with memoryview(data) as view:
             try:
                 got = end.recv_into(view[done:])
@@ -348,6 +364,14 @@ def read_exactly(end: socket.socket, count: int) -> bytearray:
             raise EOFError("the other end of the line has gone")
         done += got
     return data
+
+
+def time_left(until: float) -> float:
+    """Seconds until the deadline, more than 0; raises TimeoutError when the deadline has passed."""
+    left = until - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("it took too long")
+    return left
 
 
 def _tag(key: bytes, number: int, data: bytes | bytearray) -> bytes:
@@ -589,6 +613,7 @@ class ToldBatches:
             embedded=None,  # what goes on writes, and sees nothing behind itself
             ahead=None,
             wishes=_wishes(told),
+            states=_states(told),
         )
 
     def _forward(self, told: Forward) -> Batch:
@@ -612,6 +637,7 @@ class ToldBatches:
             embedded=None if told.seen is None else _seen(told.seen),
             turned=None if told.turned is None else _turned(told.turned),
             wishes=_wishes(told),
+            states=_states(told),
         )
 
     def _rows(self, told: Adapters) -> AdapterRows:
@@ -622,6 +648,10 @@ class ToldBatches:
 
 def _wishes(told: Forward | Next) -> NDArray[np.float64] | None:
     return None if told.wishes is None else np.frombuffer(told.wishes).reshape(-1, len(Control) + len(Wish))
+
+
+def _states(told: Forward | Next) -> StateRows | None:
+    return None if told.states is None else StateRows(*map(as_ints, told.states))
 
 
 def _seen(told: Seen) -> EmbeddedRows:

@@ -710,7 +710,7 @@ class RankedRunner:
         behind = told is not None and batch.tokens is told.tokens and self._place == place + 1
         if behind and batch.goes_on and not self.overlaps:  # else tokens are not known
             self._tables_version = batch.tables_version
-            return Next(as_bytes(batch.token_ids), tuple(batch.begun), _wishes(batch))
+            return Next(as_bytes(batch.token_ids), tuple(batch.begun), _wishes(batch), _states(batch))
         if batch.drafted and not isinstance(self._runner, StepwiseRunner):
             from candle_vllm.core.engine.device_inputs import by_rows
 
@@ -729,11 +729,16 @@ class RankedRunner:
             None if batch.embedded is None else _seen(batch.embedded),
             None if batch.turned is None else _turned(batch.turned),
             _wishes(batch),
+            _states(batch),
         )
 
 
 def _wishes(batch: Batch) -> bytes | None:
     return None if batch.wishes is None else batch.wishes.tobytes()
+
+
+def _states(batch: Batch) -> tuple[bytes, ...] | None:
+    return None if batch.states is None else tuple(map(as_bytes, batch.states))
 
 
 def _seen(given: EmbeddedRows) -> Seen:

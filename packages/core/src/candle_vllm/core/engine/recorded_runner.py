@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
     number_bytes,
     value_cache_shape,
 )
+from candle_vllm.core.kernels.attention.rows import PagedCache
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.cpu_runtime import team
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
@@ -45,9 +47,20 @@ from candle_vllm.core.kernels.cpu_runtime.weight_memory import drop_pages
 from candle_vllm.core.kernels.latent_attention.layout import cache_shape as latent_cache_shape
 from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.kernels.sampling import RowDraw, draw
+from candle_vllm.core.kernels.states import StateCache
 from candle_vllm.core.layers.attention import StepInput, Taps
 from candle_vllm.core.layers.rotary import Rotary
-from candle_vllm.core.loading.config import ModelConfig
+from candle_vllm.core.loading.cache_specs import (
+    NO_STATES,
+    CacheSpec,
+    PagedSpec,
+    SharedKVSpec,
+    StatePart,
+    StateRoom,
+    StateSpec,
+    layer_caches,
+    paged,
+)
 from candle_vllm.core.memory import MIB, cache_bytes, room_for
 from candle_vllm.core.models.family import Decoder, DraftHead, Encoder
 from candle_vllm.core.sampling.sampler import Draw, Sampler, Token, drawn_tokens, right_runs
@@ -73,6 +86,7 @@ class RecordedRunner(StepwiseRunner):
         whole: `hidden_rows` may be asked for of any row of any step.
         kinds: how keys and values are stored.
         turning: the model's, where it turns tokens of pictures by three positions; it has room for those of a step.
+        room: of layers that keep states.
 
     Attributes:
         team: the threads.
@@ -91,20 +105,27 @@ class RecordedRunner(StepwiseRunner):
         whole: bool = False,
         kinds: tuple[CacheKind, CacheKind] = PLAIN,
         turning: Rotary | None = None,
+        room: StateRoom = NO_STATES,
     ) -> None:
-        config, limits = decoder.config, dataclasses.replace(limits, turned=turning is not None)
+        config = decoder.config
+        limits = dataclasses.replace(limits, turned=turning is not None, states=room.running > 0)
         self._turning, self._turned = turning, False  # the last step's were
-        size = cache_bytes(config, num_blocks * limits.block_size, number_bytes(config.cache.key_dim, kinds))
+        specs, tokens = config.cache_specs, num_blocks * limits.block_size
+        size = cache_bytes(specs, tokens, lambda key_dim: number_bytes(key_dim, kinds))
         with room_for("the KV cache", size, "kv_cache_memory", _less):
-            keys, values = _caches(config, num_blocks, limits.block_size, kinds, limits.ranks)
+            caches = _caches(specs, num_blocks, limits.block_size, kinds, limits.ranks, room)
         super().__init__()
         self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
         nothing: Any = None  # what varies is read when the plan runs
         self._taps = tuple(taps or ())
         self._looked_up = _RecordedGiven(images) if images else None
         kept = None if taps is None else Taps(taps)
-        step = StepInput(nothing, nothing, nothing, keys, values, taps=kept, given=self._looked_up)
-        self._caches, self._decoder, self._step = (keys, values), decoder, step
+        step = StepInput(nothing, nothing, nothing, caches, taps=kept, given=self._looked_up)
+        shared = [isinstance(spec, SharedKVSpec) for spec in specs]
+        own = [cache for cache, other in zip(caches, shared, strict=True) if not other]
+        self._own = [cache for cache in own if isinstance(cache, PagedCache)]
+        self._states = [part for cache in own if not isinstance(cache, PagedCache) for part in cache]
+        self._decoder, self._step = decoder, step
         self._narrows = not (whole or limits.ahead) and decoder.narrows and images <= config.num_layers
 
         def record_all() -> None:
@@ -234,38 +255,49 @@ class RecordedRunner(StepwiseRunner):
     @property
     def block_bytes(self) -> int:
         """See `BlockMemory`."""
-        return sum(part.nbytes for part in self._block(0))
+        return sum(part.nbytes for part in self._parts(0, state=False))
 
-    def copy_out(self, block: int) -> Callable[[], bytearray]:
+    @property
+    def state_bytes(self) -> int:
+        """See `BlockMemory`."""
+        return sum(part.nbytes for part in self._parts(0, state=True))
+
+    def copy_out(self, place: int, *, state: bool = False) -> Callable[[], bytearray]:
         """See `BlockMemory`; it is copied now."""
-        data, start = bytearray(self.block_bytes), 0
+        parts, start = self._parts(place, state=state), 0
+        data = bytearray(sum(part.nbytes for part in parts))
         flat = np.frombuffer(data, np.uint8)
-        for part in self._block(block):
+        for part in parts:
             flat[start : start + part.nbytes].view(part.dtype).reshape(part.shape)[...] = part
             start += part.nbytes
         return lambda: data
 
-    def copy_in(self, block: int, data: bytes | bytearray | memoryview) -> None:
+    def copy_in(self, place: int, data: bytes | bytearray | memoryview, *, state: bool = False) -> None:
         """See `BlockMemory`."""
         flat, start = np.frombuffer(data, np.uint8), 0
-        for part in self._block(block):
+        for part in self._parts(place, state=state):
             part[...] = flat[start : start + part.nbytes].view(part.dtype).reshape(part.shape)
             start += part.nbytes
 
-    def _block(self, block: int) -> list[NDArray[Any]]:
-        """The parts of a block of the cache, of all layers, to be read and written."""
-        keys, values = self._caches
-        if values is keys:  # of latent attention: [stretches, blocks, ...] each
-            stretch, place = divmod(block, keys[0].shape[1])
-            return [layer[stretch, place] for layer in keys]
-        stretch, place = divmod(block, keys[0].shape[2])  # [stretches, heads, blocks, ...] each
-        return [layer[stretch, :, place] for layer in (*keys, *values)]
+    def _parts(self, place: int, *, state: bool) -> list[NDArray[Any]]:
+        """The parts of a block of the cache, or of a slot, of all layers, to be read and written."""
+        own, block = self._own, place
+        if state:
+            return [part.states[place] for part in self._states]
+        if own[0].values is None:  # of latent attention: [stretches, blocks, ...] each
+            stretch, place = divmod(block, own[0].keys.shape[1])
+            return [cache.keys[stretch, place] for cache in own]
+        stretch, place = divmod(block, own[0].keys.shape[2])  # [stretches, heads, blocks, ...] each
+        parts = (*(cache.keys for cache in own), *(cache.values for cache in own))
+        return [part[stretch, :, place] for part in parts]
 
     def drop_cache(self) -> None:
         """See `ModelRunner`."""
-        for cache in {id(layers[0].base): layers[0].base for layers in self._caches}.values():
-            assert cache is not None
-            drop_pages(cache)
+        caches: list[PagedCache | StateCache] = [*self._own, *self._states]
+        parts = [part for cache in caches for part in cache if part is not None]
+        for memory in {id(part.base): part.base for part in parts}.values():
+            assert memory is not None
+            drop_pages(memory)
 
     def close(self) -> None:
         """Ends the threads that are its own."""
@@ -534,25 +566,54 @@ class RecordedEncoderRunner(EncoderRunner):
 
 
 def _caches(
-    config: ModelConfig,
+    specs: Sequence[CacheSpec],
     num_blocks: int,
     block_size: int,
     kinds: tuple[CacheKind, CacheKind],
     ranks: CpuRanks | None,
-) -> tuple[tuple[np.ndarray, ...], ...]:
-    """The caches of keys and of values, of each layer; the same twice where values are a part of the keys.
+    room: StateRoom,
+) -> tuple[PagedCache | tuple[StateCache, ...], ...]:
+    """The cache of each layer. Pages of layers of one shape lie in one piece of memory."""
+    counts = Counter(spec.shape for spec in paged(specs))
+    rest = {shape: iter(_layers(shape, count, num_blocks, block_size, kinds, ranks)) for shape, count in counts.items()}
+
+    def make(_: int, spec: PagedSpec | StateSpec) -> PagedCache | tuple[StateCache, ...]:
+        if isinstance(spec, PagedSpec):
+            return next(rest[spec.shape])
+        return tuple(StateCache(*map(_zeros, _state_shapes(part, room))) for part in spec.parts)
+
+    return layer_caches(specs, make)
+
+
+def _state_shapes(part: StatePart, room: StateRoom) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return (room.slots, *part.shape), (room.running, room.drafts, part.inputs)
+
+
+def _zeros(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    return aligned(math.prod(shape), np.float32).reshape(shape)
+
+
+def _layers(
+    shape: tuple[int, int, int],
+    layers: int,
+    num_blocks: int,
+    block_size: int,
+    kinds: tuple[CacheKind, CacheKind],
+    ranks: CpuRanks | None,
+) -> list[PagedCache]:
+    """The caches of layers of one shape (`PagedSpec.shape`).
 
     A rank's heads lie on its node; where there are no heads to divide, pages come from all nodes in turns.
     """
-    cache, layers = config.cache, config.num_layers
-    if not cache.value_dim:
-        shapes = [latent_cache_shape(num_blocks, block_size, layers, cache.key_dim)]
+    kv_heads, key_dim, value_dim = shape
+    if not value_dim:
+        shapes = [latent_cache_shape(num_blocks, block_size, layers, key_dim)]
     else:
-        shape = (num_blocks, block_size, layers, cache.kv_heads, cache.key_dim)
-        shapes = [key_cache_shape(*shape, kinds[0]), value_cache_shape(*shape, kinds[1])]
+        sizes = (num_blocks, block_size, layers, kv_heads, key_dim)
+        shapes = [key_cache_shape(*sizes, kinds[0]), value_cache_shape(*sizes, kinds[1])]
     types = [np.int16 if kind is CacheKind.BF16 else np.uint8 for kind in kinds]
-    by_heads = bool(cache.value_dim) and ranks is not None and ranks.divides(cache.kv_heads)
-    made: list[tuple[np.ndarray, ...]] = []
+    by_heads = bool(value_dim) and ranks is not None and ranks.divides(kv_heads)
+    made: list[NDArray[Any]] = []
     for each, dtype in zip(shapes, types):
         count = math.prod(each)
         if ranks is None or not ranks.apart:
@@ -565,7 +626,7 @@ def _caches(
         if by_heads:  # to [stretches, layers, heads, ...], as it is without ranks
             stretches, _, heads, *rest = each
             every = memory.reshape(heads, stretches, layers, *rest)
-            made.append(tuple(np.moveaxis(every, 0, 2).swapaxes(0, 1)))
+            made.append(np.moveaxis(every, 0, 2).swapaxes(0, 1))
         else:
-            made.append(tuple(memory.reshape(each).swapaxes(0, 1)))
-    return made[0], made[-1]
+            made.append(memory.reshape(each).swapaxes(0, 1))
+    return [PagedCache(*each) for each in zip(*made)]

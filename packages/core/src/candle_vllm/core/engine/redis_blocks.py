@@ -17,11 +17,14 @@ from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
 from candle_vllm.core.engine.block_stores import HEADER, BlockError, Bytes, opened, own_name, sealed
+from candle_vllm.core.engine.rank_line import time_left
 from candle_vllm.core.errors import ConfigError, with_extra
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT: Final = 1.0  # seconds for a connection, and for each piece of an answer
+TIMEOUT: Final = 1.0  # seconds for a connection, for each piece of an answer, and for one without a block
+_SLOWEST: Final = 8 << 20  # bytes of a block that come in a second, at least
+_SPARE: Final = 1 << 16  # bytes of an answer beside a block; 500 hashes take 20,000
 QUIET: Final = 10.0  # seconds in which nothing is asked behind a failure
 UNUSED: Final = 7 * 24 * 3600  # seconds after which a block goes that nobody has used
 _KNOWN: Final = 1 << 16  # blocks that are remembered as written
@@ -53,7 +56,7 @@ class RedisBlocks:
             )
         own = own_name(fingerprint)
         self._prefix, self._index = f"candle-vllm:kv:{own}:".encode(), f"candle-vllm:kv-index:{own}".encode()
-        self._client = _client(url)
+        self._client = _client(url, HEADER + block_bytes)
         self._known: dict[bytes, None] = {}  # written or read here, the longest ago first
         self._quiet_until = 0.0
         self._to_clear, self._clearing = False, threading.Lock()
@@ -135,7 +138,7 @@ class RedisBlocks:
             self._client.close()
 
     def _look(self) -> None:
-        """Says what is there; in a thread, for an answer may never end."""
+        """Says what is there; in a thread, for whoever starts the engine need not wait for it."""
         try:
             self.num_bytes = int(self._client.zcard(self._index)) * (self._size + HEADER)
         except Exception as error:  # whatever an answer that is none makes of it
@@ -185,14 +188,52 @@ class RedisBlocks:
         return BlockError(f"Redis: {type(error).__name__}: {error}")
 
 
-def _client(url: str) -> Any:
-    """A client, which has not connected yet."""
+class _BoundedSocket:
+    """A connection's end, over which one answer takes no more bytes and no more time than it may.
+
+    What is sent begins the next answer, that of several commands included.
+    """
+
+    def __init__(self, end: Any, most: int) -> None:
+        self._end, self._most = end, most
+        self._left, self._until = most, time.monotonic() + TIMEOUT
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._end, name)
+
+    def sendall(self, data: Bytes) -> None:
+        self._end.sendall(data)
+        self._left, self._until = self._most, time.monotonic() + TIMEOUT + self._most / _SLOWEST
+
+    def recv(self, size: int) -> bytes:
+        data = self._waited(self._end.recv, size)
+        self._count(len(data))
+        return data
+
+    def recv_into(self, buffer: Any, *size: int) -> int:
+        count = self._waited(self._end.recv_into, buffer, *size)
+        self._count(count)
+        return count
+
+    def _waited(self, receive: Any, *args: Any) -> Any:
+        if self._end.gettimeout() != 0:  # the client looks whether anything is there
+            self._end.settimeout(min(TIMEOUT, time_left(self._until)))
+        return receive(*args)
+
+    def _count(self, size: int) -> None:
+        self._left -= size
+        if self._left < 0:
+            raise OSError(f"an answer has more than the {self._most} bytes that it may have")
+
+
+def _client(url: str, block_bytes: int) -> Any:
+    """A client, which has not connected yet; no answer is larger than one with a block."""
     said = "prompt_cache_url must be redis://[user:password@]host[:port][/db], rediss://... or unix://path"
     try:
         parts = urlsplit(url)
         _ = parts.port
-    except ValueError as error:
-        raise ConfigError(f"{said}: {error}", "prompt_cache_url") from None
+    except ValueError:  # whose text has what stands behind a colon: with a slash in a password, the password
+        raise ConfigError(f"{said}: host or port cannot be read", "prompt_cache_url") from None
     unknown = sorted(parse_qs(parts.query, keep_blank_values=True).keys() - _OPTIONS)
     if parts.scheme not in ("redis", "rediss", "unix") or not (parts.hostname or parts.scheme == "unix"):
         raise ConfigError(said, "prompt_cache_url")
@@ -209,6 +250,14 @@ def _client(url: str) -> Any:
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
-    return redis.Redis.from_url(
+    client = redis.Redis.from_url(
         url, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT, retry=Retry(NoBackoff(), 0), protocol=2
     )
+    usual: Any = client.connection_pool.connection_class
+
+    class Bounded(usual):
+        def _connect(self) -> Any:
+            return _BoundedSocket(super()._connect(), block_bytes + _SPARE)
+
+    client.connection_pool.connection_class = Bounded
+    return client

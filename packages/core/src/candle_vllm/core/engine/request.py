@@ -493,7 +493,8 @@ class ScoreOutput(ShownStruct, frozen=True, kw_only=True):
         score: what the model's head says (a cross-encoder), or the cosine of the texts' vectors.
         num_tokens: tokens that were run for the pair. A text that stands in several pairs is run once for its vector
             and counts in the first of them.
-        prompt_token_ids: the tokens of both texts, those that the tokenizer adds included.
+        prompt_token_ids: the tokens of both texts, those that the tokenizer adds included; none of a cosine that
+            `ascore` gives.
     """
 
     unshown: ClassVar[frozenset[str]] = frozenset({"prompt_token_ids"})
@@ -606,6 +607,7 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
     Attributes:
         num_running, num_waiting: sequences, now.
         num_blocks, num_free_blocks, block_size: the KV cache, now.
+        checkpoints, checkpoint_slots: states of layers from which prompts may go on, now, and most of them.
         prompt_tokens, cached_prompt_tokens: of every request whose prompt has been run, since the start.
         generation_tokens: tokens sampled, since the start.
         finished: sequences by finish reason, since the start.
@@ -663,6 +665,8 @@ class EngineStats(ShownStruct, frozen=True, kw_only=True):
     kept_blocks_written: int = 0
     kept_blocks_skipped: int = 0
     kept_block_failures: int = 0
+    checkpoints: int = 0
+    checkpoint_slots: int = 0
     sleep_level: int = 0
     images_encoded: int = 0
     images_reused: int = 0

@@ -2,13 +2,15 @@
 """Step 4: who runs in the next step, and how many tokens of each. No torch here.
 
 Every step has a budget of tokens. Sequences that decode come first with one token each, then prompts that have begun,
-then waiting ones in order of priority and arrival, each with as much of its prompt as the budget still holds. What the
-budget counts is rows. A sequence that decodes may try drafts of its next tokens in rows of their own: a step then gives
-it as many tokens as were right, and one more.
+then waiting ones in order of priority and arrival, each with as much of its prompt as the budget still holds. A waiting
+prompt of a higher priority comes before prompts that have begun. What the budget counts is rows. A sequence that
+decodes may try drafts of its next tokens in rows of their own: a step then gives it as many tokens as were right, and
+one more.
 
 - A prompt is admitted when the blocks for all of it are free, so one that has begun never waits for memory.
 - A waiting prompt whose next block is being computed by a running one waits for that block and shares it: the `n`
   sequences of one request, or a burst with a common beginning, compute it once.
+- Of the `n` sequences of a request only half of all places run while another request waits.
 - When a decoding sequence needs a block and none is free, the last in order (lowest priority, youngest) is preempted:
   its blocks are released and it is recomputed later, with the tokens that it already has.
 
@@ -25,6 +27,11 @@ A sequence with adapters or pictures, or whose first blocks are on disk, waits f
 meanwhile: see `AdapterAdmission`, `ImageStore` and `KeptBlocks`. Where a picture's tokens see each other, those of a
 tile are run in one step, which has room for them.
 
+Where layers keep a state (`states.py`), a prefix ends at a checkpoint. One is written behind the last full block of a
+prompt, at the end of each of its pieces that ends with a block, behind the last full block of an answer, and where the
+prefixes of two prompts part: a waiting prompt asks the running one for it, or takes it itself where the blocks are
+there and the checkpoint is not. So pieces end with blocks, and drafts end before the last token of one.
+
 With `reproducible`, no answer depends on others' memory: a sequence is admitted when blocks for its full length are
 free, so that none is preempted, and only blocks of prompts are published, for what was generated was computed by other
 kernels than a prompt is.
@@ -33,15 +40,19 @@ kernels than a prompt is.
 from __future__ import annotations
 
 import bisect
+import itertools
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
+import msgspec
+
 from candle_vllm.core.engine.adapter_admission import AdapterAdmission
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.sequence import Run, Sequence, Step, Tokens
+from candle_vllm.core.engine.states import StatePool
 
 
 class ImageAdmission(Protocol):
@@ -77,6 +88,7 @@ class Scheduler:
         images: has what pictures become; None where no sequence has any.
         kept: has blocks that have left memory; None where they are gone.
         in_flight: steps that may be under way at once; see above.
+        states: slots of layers' states; None where no layer keeps one.
     """
 
     def __init__(
@@ -91,6 +103,7 @@ class Scheduler:
         images: ImageAdmission | None = None,
         kept: KeptAdmission | None = None,
         in_flight: int = 1,
+        states: StatePool | None = None,
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs
         self.blocks = blocks
@@ -102,6 +115,9 @@ class Scheduler:
         self.images = images
         self.kept = kept
         self.in_flight = in_flight
+        self.states = states
+        if states is not None:
+            blocks.forgot = states.forget
         self.has_drafts = False  # some of `running` have
         self.running: list[Sequence] = []  # both in order of rank
         self.waiting: list[Sequence] = []
@@ -153,6 +169,7 @@ class Scheduler:
             if run.start + 1 >= size * len(run.sequence.block_table) and not self._grow(run.sequence):
                 return None
         runs = [Run(run.sequence, run.start + 1, 1, 1, run.admission, True) for run in going.step]
+        runs = self._with_states(runs)
         step = Step(runs, goes_on=True, begins=begins, fills=fills)
         going.move_on(step)
         return step
@@ -161,19 +178,31 @@ class Scheduler:
         """As `schedule`, whatever the step before was."""
         scheduled, prompts, drafts = self._schedule_decodes()
         budget = self.max_num_batched_tokens - len(scheduled) - drafts
-        for sequence in prompts:
-            if count := sequence.piece(budget):
-                scheduled.append(Run.next(sequence, count))
-                budget -= count
-        for sequence in self._admit(budget):
-            if count := sequence.piece(budget):
+        for sequence in self._in_turn(prompts) if budget else ():
+            if count := self._piece(sequence, budget):
                 scheduled.append(Run.next(sequence, count))
                 budget -= count
             if not budget:
                 break
         decodes = [item for item in scheduled if item.decodes]
         others = [item for item in scheduled if not item.decodes] if len(decodes) < len(scheduled) else ()
-        return Step([*decodes, *others])
+        return Step(self._with_states([*decodes, *others]))
+
+    def _piece(self, sequence: Sequence, budget: int) -> int:
+        """How many tokens of what a sequence has to run a step takes, at most `budget`."""
+        count = sequence.piece(budget)
+        if self.states is None or count == sequence.num_uncomputed_tokens:
+            return count
+        whole = count - (sequence.num_computed_tokens + count) % self.blocks.block_size
+        return whole if whole > 0 else count
+
+    def _with_states(self, runs: list[Run]) -> list[Run]:
+        """What is scheduled, and what it does with states."""
+        states = self.states
+        if states is None:
+            return runs
+        generated = self.blocks.enable_prefix_caching and not self.reproducible
+        return [msgspec.structs.replace(run, state=states.plan(run, generated=generated)) for run in runs]
 
     def launched(self, items: Iterable[Run]) -> None:
         """Books a step that was launched: what is scheduled next comes behind it."""
@@ -190,9 +219,11 @@ class Scheduler:
         size = self.blocks.block_size
         for item in items:
             sequence, first, last = item.sequence, item.start // size, (item.start + item.count) // size
-            if last == first or item.admission != sequence.num_admissions or not sequence.block_table:
-                continue  # nothing is filled, or it has not held its blocks ever since
-            self._publish(sequence, first, last)
+            holds = item.admission == sequence.num_admissions and bool(sequence.block_table)
+            if last > first and holds:  # else nothing is filled, or it has not held its blocks ever since
+                self._publish(sequence, first, last)
+            if self.states is not None:
+                self.states.settle(item, publish=holds and self.blocks.enable_prefix_caching)
 
     def settle_drafts(self, run: Run) -> None:
         """Settles a run with drafts, when its sequence has taken what was drawn.
@@ -201,10 +232,14 @@ class Scheduler:
         """
         sequence, size = run.sequence, self.blocks.block_size
         sequence.drafts = ()
-        if run.admission != sequence.num_admissions or not sequence.block_table:
+        holds, end = run.admission == sequence.num_admissions and bool(sequence.block_table), len(sequence.tokens) - 1
+        if holds:
+            self._publish(sequence, run.start // size, end // size)
+        if self.states is not None:
+            self.states.settle(run, publish=holds and self.blocks.enable_prefix_caching)
+            self.states.replay(sequence, end - run.start - 1)
+        if not holds:
             return
-        end = len(sequence.tokens) - 1
-        self._publish(sequence, run.start // size, end // size)
         sequence.num_uncomputed_tokens = 1
         needed = self.blocks.blocks_for(end)
         if needed < len(sequence.block_table):
@@ -268,7 +303,9 @@ class Scheduler:
             return ()
         rows = min(self.draft_rows, self.max_num_batched_tokens - len(self.running)) - others
         count = min(len(sequence.drafts), rows, sequence.max_length - len(sequence.tokens) - 1)
-        first = len(sequence.tokens)
+        first, size = len(sequence.tokens), self.blocks.block_size
+        if self.states is not None:
+            count = min(count, size - 1 - first % size)
         return sequence.drafts[: max(0, self.reserve(sequence, first + count) - first)]
 
     def reserve(self, sequence: Sequence, tokens: int) -> int:
@@ -300,12 +337,29 @@ class Scheduler:
         sequence.block_table.extend(taken)
         return True
 
-    def _admit(self, budget: int) -> Iterator[Sequence]:
-        """Moves waiting sequences to running, in order, while blocks, places and budget last."""
+    def _in_turn(self, prompts: Iterable[Sequence]) -> Iterator[Sequence]:
+        """Running prompts, and behind them waiting sequences that may begin; before a prompt those of a higher
+        priority (a lower number), which would else wait until it is computed."""
+        for prompt in prompts:
+            if self.waiting and self.waiting[0].request.priority < prompt.request.priority:
+                yield from self._admit(prompt.request.priority)
+            yield prompt
+        yield from self._admit()
+
+    def _admit(self, before: int | None = None) -> Iterator[Sequence]:
+        """Moves waiting sequences to running, in order, while blocks and places last; with `before`, those alone whose
+        priority is a lower number."""
         deferred, held = 0, 0
+        full: object = None  # a request that has its share of places
         changes = None if self.adapters is None else self.adapters.store.changes
-        while budget and len(self.waiting) > deferred and len(self.running) < self.max_num_seqs:
+        while len(self.waiting) > deferred and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[deferred]
+            if before is not None and sequence.request.priority >= before:
+                return
+            if sequence.request is full or self._has_its_share(sequence):
+                full = sequence.request
+                deferred += 1
+                continue
             if sequence.num_ahead:  # preempted before its last token was known; nobody takes its place
                 return
             if self.adapters is not None and sequence.entries and self.adapters.holds_back(sequence):
@@ -321,16 +375,34 @@ class Scheduler:
                 continue
             shared = self.blocks.lookup(hashes)
             if len(shared) < len(hashes) and self._computing[hashes[len(shared)]]:
+                if self.states is not None and not self.states.is_coming(hashes[-1:]):
+                    self._ask_for_checkpoint(hashes, len(shared))
                 deferred += 1
                 continue
+            found = len(shared)
+            if self.states is not None:
+                del shared[self.states.depth(hashes[:found]) :]
+                if self.states.is_coming(hashes[len(shared) : found]):
+                    deferred += 1
+                    continue
             fresh = needed - len(shared)
             reserve = self._reserve(sequence)
             if self.blocks.num_free_after_sharing(shared) - fresh < reserve:
                 return
             self.waiting.pop(deferred)
             self._start(sequence, shared, fresh)
+            if self.states is not None:
+                ends = {found, self._most_to_keep(sequence) // self.blocks.block_size}
+                self.states.begin(sequence, len(shared), [end for end in sorted(ends) if end > len(shared)])
             yield sequence
         self._all_held = changes if held and held == len(self.waiting) else None
+
+    def _has_its_share(self, sequence: Sequence) -> bool:
+        """Half of all places are its request's, and another request waits: its other sequences are passed."""
+        half = max(1, self.max_num_seqs // 2)
+        if sequence.index < half or self.waiting[0].request is self.waiting[-1].request:  # a request's stand together
+            return False
+        return sum(other.request is sequence.request for other in self.running) >= half
 
     @property
     def _is_all_held(self) -> bool:
@@ -356,6 +428,24 @@ class Scheduler:
             return []  # every position of the prompt has to be run
         size = self.blocks.block_size
         return sequence.hashes(size)[: (sequence.num_tokens - 1) // size]
+
+    def _most_to_keep(self, sequence: Sequence) -> int:
+        """Tokens of which checkpoints may be kept when it begins: the last one is always computed."""
+        if not self.blocks.enable_prefix_caching:
+            return 0
+        return (sequence.num_prompt_tokens if self.reproducible else sequence.num_tokens) - 1
+
+    def _ask_for_checkpoint(self, hashes: Seq[bytes], found: int) -> None:
+        """Has the running prompt that computes the blocks behind so many write a checkpoint where it leaves these."""
+        assert self.states is not None
+        for other in self.running:
+            theirs = other.hashes(self.blocks.block_size)
+            if len(theirs) > found and theirs[found] == hashes[found]:
+                alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(theirs, hashes))
+                end = sum(1 for _ in alike)
+                if end * self.blocks.block_size > other.num_computed_tokens:
+                    self.states.want(other, end)
+                return
 
     def _start(self, sequence: Sequence, shared: list[int], fresh: int) -> None:
         self.blocks.share(shared)
@@ -397,6 +487,8 @@ class Scheduler:
         if self.blocks.enable_prefix_caching:
             for digest in self._unpublished(sequence):
                 self._computed(digest)
+        if self.states is not None:
+            self.states.end(sequence)
         self.blocks.release(sequence.block_table)
         sequence.block_table = array("i")
         sequence.num_uncomputed_tokens, sequence.num_full_blocks = sequence.num_tokens, 0
@@ -453,6 +545,7 @@ class WholeTexts:
     """
 
     num_preemptions = 0
+    states = None
     running: tuple[Sequence, ...] = ()  # nothing goes on from step to step
 
     def __init__(

@@ -54,6 +54,44 @@ class PlacedImage(msgspec.Struct, eq=False):
                 yield last, b"image" + self.given.key + pack("<q", number)
 
 
+class RunState(msgspec.Struct, frozen=True, gc=False):
+    """What a run does with the state of its sequence; slots as in `kernels/states.py`.
+
+    Attributes:
+        slot: of the sequence.
+        source: where its state is; -1 where it begins.
+        replays: kept rows of drafts that were right.
+        marks: rows of the run behind which a checkpoint is written, and into which slot.
+    """
+
+    slot: int
+    source: int
+    replays: int = 0
+    marks: tuple[tuple[int, int], ...] = ()
+
+
+class SequenceState(msgspec.Struct, eq=False):
+    """The state of a sequence that runs. Checkpoints are told by how many blocks are before them.
+
+    Attributes:
+        plain: what a run does that goes on from the sequence's own slot and writes no checkpoint.
+        going: what its next run does, but for checkpoints.
+        reading: the slot of a checkpoint that its last run read; -1 for none.
+        wanted: checkpoints that are to be written, rising.
+        told: those of its prompt that others wait for, and the hashes of their blocks.
+        pending: those that are being written, and into which slot.
+        generated: the hash of the last one behind its prompt.
+    """
+
+    plain: RunState
+    going: RunState
+    reading: int = -1
+    wanted: list[int] = msgspec.field(default_factory=list[int])
+    told: dict[int, bytes] = msgspec.field(default_factory=dict[int, bytes])
+    pending: dict[int, int] = msgspec.field(default_factory=dict[int, int])
+    generated: bytes = b""
+
+
 class Sequence:  # its attributes have slots: a step finds them in one place
     """One of the `n` sequences of a request.
 
@@ -78,6 +116,7 @@ class Sequence:  # its attributes have slots: a step finds them in one place
         entries: what its request's adapters are; `adapters` are lent to it when it begins.
         held_since: how many sequences had begun when it was first held back for its adapters.
         images: the pictures of its prompt, in their order.
+        state: where layers keep the states of one that runs; None where none keeps any.
     """
 
     __slots__ = (
@@ -100,6 +139,7 @@ class Sequence:  # its attributes have slots: a step finds them in one place
         "num_uncomputed_tokens",
         "order",
         "request",
+        "state",
         "tokens",
     )
 
@@ -121,6 +161,7 @@ class Sequence:  # its attributes have slots: a step finds them in one place
         self.entries: Entries = ()
         self.held_since: int | None = None
         self.images: tuple[PlacedImage, ...] = ()
+        self.state: SequenceState | None = None
         self.adapted_from: tuple[int, ...] = ()
         self._adapters: tuple[tuple[Adapter, float], ...] = ()
         self._hashes: list[bytes] = []
@@ -204,6 +245,7 @@ class Run(msgspec.Struct, frozen=True, gc=False):
         drafts: what its last rows hold beyond the sequence's tokens.
         admission: the sequence's `num_admissions` when it was scheduled.
         decodes: one token that was generated and is the last, as against tokens of a prompt, or of what is recomputed.
+        state: what it does with the sequence's state; None where no layer keeps one.
     """
 
     sequence: Sequence
@@ -213,6 +255,7 @@ class Run(msgspec.Struct, frozen=True, gc=False):
     admission: int
     decodes: bool
     drafts: Tokens = ()
+    state: RunState | None = None
 
     @classmethod
     def next(cls, sequence: Sequence, count: int, drafts: Tokens = ()) -> Run:

@@ -30,6 +30,9 @@ from candle_vllm.core.errors import (
     RequestError,
 )
 
+MAX_UNREAD = 1 << 16
+"""Pieces of a request that wait for their reader; beyond them it is aborted."""
+
 Shortcut = Callable[[TokenOutput], bool]
 """Takes a piece in the tick in which it comes, or leaves it to the reader: False."""
 
@@ -70,7 +73,10 @@ class Inbox:
                 return  # the reader sleeps on: waking it costs more than all the rest
             arrival.set_result(None)
         self._arrival = None
-        self._items.append(item)
+        if len(self._items) < MAX_UNREAD:
+            self._items.append(item)
+        elif not isinstance(self._items[-1], Exception):  # what comes behind is dropped
+            self._items[-1] = RequestAbortedError(f"the answer was not read: {MAX_UNREAD} pieces of it waited")
 
     async def take(self) -> Delivery:
         """The next item; for one reader."""
@@ -120,6 +126,8 @@ class TokenStream(AsyncIterator[TokenOutput]):
             raise
         if isinstance(item, Exception):
             self._unfinished = 0
+            if isinstance(item, RequestAbortedError):
+                self._abort()  # the engine goes on where the reader was too slow
             if self._watch is not None:
                 self._watch.fail(item)
             raise item

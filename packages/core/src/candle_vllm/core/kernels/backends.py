@@ -84,8 +84,9 @@ class DeviceBackend(PlainBackend):
         from candle_vllm.core.kernels import gguf_linear
 
         blocks, (rows, columns) = read(), stored.shape
+        order = None if blocks.order is None else torch.from_numpy(blocks.order).to(self.device)
         try:
-            return BlockMatrix(gguf_linear.pack(blocks.raw, blocks.type, rows, columns, self.device)), None
+            return BlockMatrix(gguf_linear.pack(blocks.raw, blocks.type, rows, columns, self.device), order), None
         except UnsupportedModelError as error:
             return self.decoded(stored, str(error))
 

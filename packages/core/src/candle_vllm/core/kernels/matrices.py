@@ -106,24 +106,34 @@ class TensorMatrix(DeviceMatrix):
 
 
 class BlockMatrix(DeviceMatrix):
-    """Blocks of a GGUF type."""
+    """Blocks of a GGUF type; `order` says which number of an input meets each column, int64 [K], None the same one."""
 
     stored = "gguf"
     _linear, _stack = staticmethod(gguf_linear.linear), staticmethod(gguf_linear.stack)
 
-    def __init__(self, data: GgufMatrix) -> None:
+    def __init__(self, data: GgufMatrix, order: torch.Tensor | None = None) -> None:
         super().__init__(data)
-        self.rows, self.columns, self.kind, self.form = data.rows, data.columns, data.kind.name, data.kind
+        self.rows, self.columns, self.kind, self._order = data.rows, data.columns, data.kind.name, order
+        self.form = data.kind if order is None else id(data)
+
+    def multiply(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None, invariant: bool
+    ) -> torch.Tensor:
+        """See `DeviceMatrix.multiply`."""
+        x = x if self._order is None else x.index_select(1, self._order)
+        return super().multiply(x, bias, out=out, invariant=invariant)
 
     def decoded(self, dtype: torch.dtype) -> torch.Tensor:
         """See `DeviceMatrix.decoded`."""
-        return dequantise(self.data).to(dtype)
+        values = dequantise(self.data).to(dtype)
+        return values if self._order is None else values[:, self._order.argsort()]
 
     def operand(self, columns: int) -> Operand:
         """See `DeviceMatrix.operand`."""
         from candle_vllm.core.kernels.gguf_linear.triton_codes import operand
 
         del columns
+        assert self._order is None
         return operand(self.data)
 
     def take(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+
+from candle_vllm.core.kernels.attention.rows import PagedCache
+from candle_vllm.core.kernels.states import StateCache
 
 _OURS = "candle_vllm."
 PIECE_BYTES = 256 << 20
 _ALIGNMENT = 256
+LayerCache: TypeAlias = PagedCache | tuple[StateCache, ...]
 
 
 def tensors_in(*roots: object) -> list[torch.Tensor]:
@@ -43,14 +47,33 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
         yield from _tensors(list(getattr(value, "__dict__", {}).values()), seen)
 
 
-def block_parts(caches: Sequence[torch.Tensor], block: int) -> list[torch.Tensor]:
-    """A block of caches [blocks, ...], as bytes uint8 [size] each, in place."""
-    return [cache[block].view(torch.uint8).view(-1) for cache in caches if cache.numel()]
+def tensors_of(caches: Sequence[LayerCache]) -> list[torch.Tensor]:
+    """The tensors [blocks, ...] of layers' caches, each once: keys of all layers, then values."""
+    paged = [cache for cache in caches if isinstance(cache, PagedCache)]
+    parts = [part for parts in zip(*paged) for part in parts]
+    return list({id(part): part for part in parts if part.numel()}.values())
 
 
-def block_bytes(caches: Sequence[torch.Tensor]) -> int:
-    """Bytes of a block of caches [blocks, ...]."""
-    return sum(cache[0].numel() * cache.itemsize for cache in caches if cache.numel())
+def states_of(caches: Sequence[LayerCache]) -> list[torch.Tensor]:
+    """The tensors [slots, ...] of layers that keep states, and what they keep of drafts."""
+    parts = [each for cache in caches if not isinstance(cache, PagedCache) for part in cache for each in part]
+    return [part for part in parts if part.numel()]
+
+
+def block_parts(caches: Sequence[LayerCache], block: int) -> list[torch.Tensor]:
+    """A block of layers' caches, as bytes uint8 [size] each, in place."""
+    return [part[block].view(torch.uint8).view(-1) for part in tensors_of(caches)]
+
+
+def state_parts(caches: Sequence[LayerCache], slot: int) -> list[torch.Tensor]:
+    """The states of layers in a slot, as bytes uint8 [size] each, in place; nothing where no layer keeps one."""
+    parts = [part.states for cache in caches if not isinstance(cache, PagedCache) for part in cache]
+    return [part[slot].view(torch.uint8).view(-1) for part in parts if part.numel()]
+
+
+def block_bytes(caches: Sequence[LayerCache]) -> int:
+    """Bytes of a block of layers' caches."""
+    return sum(part[0].numel() * part.itemsize for part in tensors_of(caches))
 
 
 class HostWeights:

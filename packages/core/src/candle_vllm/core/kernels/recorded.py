@@ -19,14 +19,20 @@ Value: TypeAlias = Any
 Activation: TypeAlias = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "tanh"]
 """Without a gate, see `kernels/activation`."""
 
+GateKind: TypeAlias = Literal["sigmoid", "silu"]
+"""Of a gate that stands apart, see `kernels/silu_mul`."""
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from candle_vllm.core.kernels.activation_rows import InputForm
+    from candle_vllm.core.kernels.attention.rows import PagedCache
+    from candle_vllm.core.kernels.delta_rule.layout import DeltaGates
     from candle_vllm.core.kernels.latent_attention.layout import LatentParts
     from candle_vllm.core.kernels.lora import Place
     from candle_vllm.core.kernels.moe import arguments as moe
+    from candle_vllm.core.kernels.states import StateCache
 
 
 class Matrix(Protocol):
@@ -101,12 +107,43 @@ class Recorded(ABC):
         """See `kernels/position_scale`."""
 
     @abstractmethod
+    def short_conv(
+        self,
+        weight: NDArray[np.float32],
+        bias: NDArray[np.float32] | None,
+        cache: StateCache,
+        *,
+        silu: bool,
+        gates: tuple[Recorded, Recorded] | None,
+    ) -> Recorded:
+        """See `kernels/short_conv`; with gates, what this value stands in is changed."""
+
+    @abstractmethod
+    def delta_rule(
+        self,
+        k: Recorded,
+        v: Recorded,
+        a: Recorded,
+        b: Recorded,
+        gates: DeltaGates,
+        cache: StateCache,
+        *,
+        scale: float,
+        normed: bool,
+    ) -> Recorded:
+        """See `kernels/delta_rule`; this value is q, and what it and k stand in is changed."""
+
+    @abstractmethod
     def silu_mul(self) -> Recorded:
         """See `kernels/silu_mul`."""
 
     @abstractmethod
     def gelu_tanh_mul(self) -> Recorded:
         """See `kernels/silu_mul`."""
+
+    @abstractmethod
+    def gated(self, gate: Recorded, kind: GateKind) -> Recorded:
+        """See `kernels/silu_mul`; this value is x, and is changed."""
 
     @abstractmethod
     def activation(self, kind: Activation) -> Recorded:
@@ -139,10 +176,9 @@ class Recorded(ABC):
     @abstractmethod
     def attend(
         self,
-        k: Recorded,
-        v: Recorded,
-        key_cache: Any,
-        value_cache: Any,
+        k: Recorded | None,
+        v: Recorded | None,
+        cache: PagedCache,
         *,
         scale: float,
         window: int | None,
@@ -152,7 +188,8 @@ class Recorded(ABC):
         narrows: bool = False,
     ) -> Recorded:
         """See `kernels/kv_write` and `kernels/attention`; this value is q, and `offset` [K * D] what keys may be taken
-        relative to. Where it `narrows`, the result has the rows alone whose successor is wanted."""
+        relative to. Without k and v nothing is written. Where it `narrows`, the result has the rows alone whose
+        successor is wanted."""
 
     @abstractmethod
     def attend_whole(

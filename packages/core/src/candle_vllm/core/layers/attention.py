@@ -14,6 +14,7 @@ from candle_vllm.core.kernels.recorded import Recorded, Value
 from candle_vllm.core.kernels.rms_norm import HeadNorms
 from candle_vllm.core.kernels.rotary_write import rotary_write
 from candle_vllm.core.kernels.side_by_side import side_by_side
+from candle_vllm.core.kernels.states import StateRows
 from candle_vllm.core.layers.layer_norm import HeadLayerNorm
 from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement, TensorParameter
@@ -76,7 +77,7 @@ class StepInput:
             positions, the row of its rotary tables; on a GPU int32.
         slots: [T] int64, where each token's key and value go in the cache; on a GPU int32, -1 for nowhere.
         rows: which tokens belong together.
-        key_caches, value_caches: per layer, [B, S, K, D]; while a step is recorded, whatever the recorder made.
+        caches: of each layer: a `PagedCache`, or a `StateCache` for each part of its state.
         cache_scales: of keys and of values, where the caches are float8 and a layer has none of its own; see
             `kernels/kv_write`.
         attend: what computes attention; see `kernels/attention`.
@@ -85,26 +86,29 @@ class StepInput:
         may_divide: ranks may divide the tokens among them; see `TokenShares.begin`.
         narrows: the layer whose attention gives the rows alone whose successor is wanted, in a recorded step; None for
             none.
+        states: what layers that keep a state do with it; None where none does, and in a recorded step.
     """
 
     positions: Value
     slots: Value
     rows: AttentionRows | DeviceRows
-    key_caches: tuple[Any, ...]
-    value_caches: tuple[Any, ...]
+    caches: tuple[Any, ...]
     cache_scales: tuple[Value, Value] | None = None
     attend: Callable[..., Value] = paged_attention
     taps: Taps | None = None
     given: GivenRows | None = None
     may_divide: bool = False
     narrows: int | None = None
+    states: StateRows | None = None
 
 
 class PagedAttention:
     """Norms of heads, rotary, cache write and attention: q [T, H, D], k and v [T, K, D] -> [T, H, D].
 
+    A layer that reads the keys and values of another one (`SharedKVSpec`) is called without k and v, and writes none.
+
     Args:
-        layer: whose caches it uses.
+        layer: whose cache it uses.
         head_dim: D.
         rotary: positions; None for a layer whose queries and keys do not turn.
         q_norm, k_norm: of heads, where the model has them.
@@ -136,7 +140,7 @@ class PagedAttention:
         self.layer = layer
         self.head_dim = head_dim
         self.rotary = rotary
-        self.norms = None if q_norm is None or k_norm is None else (q_norm, k_norm)
+        self.q_norm, self.k_norm = q_norm, k_norm
         self.window = window
         self.scale = head_dim**-0.5 if scale is None else scale
         self.softcap = softcap
@@ -149,26 +153,32 @@ class PagedAttention:
         self.cache_scales = k, v = placement.empty(1), placement.empty(1)
         k[0], v[0] = keys, values
 
-    def __call__(self, q: Value, k: Value, v: Value, step: StepInput) -> Value:
-        caches = (step.key_caches[self.layer], step.value_caches[self.layer])
+    def __call__(self, q: Value, k: Value | None, v: Value | None, step: StepInput) -> Value:
+        cache = step.caches[self.layer]
         scores = {"scale": self.scale, "window": self.window, "softcap": self.softcap, "sinks": self.sinks}
         norms, scales = None, step.cache_scales and (self.cache_scales or step.cache_scales)
-        if self.norms is not None:
-            q_norm, k_norm = self.norms
-            if isinstance(q_norm, RMSNorm) and not isinstance(q, Recorded):
-                norms = HeadNorms(q_norm.weight, k_norm.weight, q_norm.eps)
-            else:
-                q, k = q_norm(q), k_norm(k)
+        if isinstance(self.q_norm, RMSNorm) and self.k_norm is not None and not isinstance(q, Recorded):
+            norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        else:
+            q = q if self.q_norm is None else self.q_norm(q)
+            k = k if self.k_norm is None else self.k_norm(k)
         if isinstance(q, Recorded):
             if self.rotary is not None:
-                q, k = self.rotary(self.rotary.scaled(q, step.positions), k, step.positions)
+                q = self.rotary.scaled(q, step.positions)
+                if k is None:
+                    q = self.rotary.queries(q, step.positions)
+                else:
+                    q, k = self.rotary(q, k, step.positions)
             narrows = self.layer == step.narrows
-            return q.attend(k, v, *caches, **scores, offset=self._common_key(), narrows=narrows)
-        tables = None if self.rotary is None else self.rotary.tables
-        q = rotary_write(q, k, v, step.positions, tables, caches, step.slots, norms=norms, cache_scales=scales)
+            return q.attend(k, v, cache, **scores, offset=self._common_key(), narrows=narrows)
+        if k is None or v is None:
+            q = q if self.rotary is None else self.rotary.queries(q, step.positions)
+        else:
+            tables = None if self.rotary is None else self.rotary.tables
+            q = rotary_write(q, k, v, step.positions, tables, cache, step.slots, norms=norms, cache_scales=scales)
         if self.rotary is not None:
             q = self.rotary.scaled(q, step.positions)
-        return step.attend(q, *caches, step.rows, cache_scales=scales, **scores)
+        return step.attend(q, *cache, step.rows, cache_scales=scales, **scores)
 
     def _common_key(self) -> Value | None:
         """What all keys of a recorded step have in common, [K * D], where scores may all be moved by as much.

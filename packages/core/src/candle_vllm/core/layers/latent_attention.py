@@ -71,7 +71,7 @@ class LatentAttention:
 
     def __call__(self, q: Value, kv: Value, step: StepInput) -> Value:
         """q [T, H * (nope + R)] of heads [nope | rope], kv [T, L + R] of latent rows and the key part that rotates."""
-        cache, sizes = step.key_caches[self.layer], self.sizes
+        cache, sizes = step.caches[self.layer].keys, self.sizes
         if isinstance(q, Recorded):
             return q.attend_latent(kv, self._parts(), cache, scale=self.scale)
         nope, rope = q.unflatten(-1, (sizes.heads, -1)).split((sizes.nope, sizes.rope), -1)

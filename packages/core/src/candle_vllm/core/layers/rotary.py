@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from candle_vllm.core.errors import InvalidFileError
 from candle_vllm.core.kernels.position_scale import position_scale
 from candle_vllm.core.kernels.recorded import Value
-from candle_vllm.core.kernels.rotary import rotary_pair
+from candle_vllm.core.kernels.rotary import rotary, rotary_pair
 from candle_vllm.core.layers.parameters import Placement, TensorParameter
 from candle_vllm.core.loading.rope import RopeConfig
 from candle_vllm.core.loading.weights import Parameter
@@ -134,6 +134,10 @@ class Rotary:
             return q
         assert self._query_factors is not None, "they are made with the tables"
         return position_scale(q, positions, self._query_factors)
+
+    def queries(self, q: Value, positions: Value) -> Value:
+        """Queries [T, H, D], rotated."""
+        return rotary(q, positions, *self.tables)
 
     def __call__(self, q: Value, k: Value, positions: Value) -> tuple[Value, Value]:
         """Both rotated: q [T, H, D], k [T, K, D]."""

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from candle_vllm.core.errors import WeightsError
-from candle_vllm.core.loading.views import View, constant
+from candle_vllm.core.loading.views import ColumnOrder, View, constant
 from candle_vllm.core.loading.weights import WeightName, expand
 from candle_vllm.core.quantization.tensors import StoredTensor
 
@@ -163,9 +163,13 @@ class AdapterPlaces:
             raise WeightsError(f"{total} rows are none of which {spot.path} is made")
         return order
 
+    def columns(self, spot: Spot, a: StoredTensor, format: Format) -> StoredTensor:
+        """A with its columns as the inputs of a place stand; `format` as of `rows`."""
+        return spot.view(a, self._configs[format]) if isinstance(spot.view, ColumnOrder) else a
+
     def _order(self, spot: Spot, total: int, config: Any) -> np.ndarray | None:
         """The order of a view; None where what it gives are no rows of what it is given."""
-        if spot.view is None:
+        if spot.view is None or isinstance(spot.view, ColumnOrder):  # whose columns are A's
             return np.arange(total)
         upright, turned = np.arange(2 * total).reshape(total, 2), np.arange(2 * total).reshape(2, total)
         seen = _seen(spot.view, upright, config)

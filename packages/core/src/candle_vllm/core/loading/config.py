@@ -13,30 +13,12 @@ from typing import Any, Literal
 
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import MAX_COUNT, Fields
+from candle_vllm.core.loading.cache_specs import CacheSpec, PagedSpec
 from candle_vllm.core.loading.rope import RopeConfig, rope_from_gguf, rope_from_hf, stretched_context
 from candle_vllm.core.loading.tensors import Checkpoint
 
 MAX_LAYERS = 4096
 MAX_EXPERTS = 512
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheShape:
-    """What the KV cache keeps of a token in each layer.
-
-    Attributes:
-        kv_heads, key_dim: keys [K, D].
-        value_dim: values [K, this]; 0 where values are a part of the keys (latent attention).
-    """
-
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-
-    @property
-    def numbers(self) -> int:
-        """Numbers of a token in a layer."""
-        return self.kv_heads * (self.key_dim + self.value_dim)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,11 +109,12 @@ class ModelConfig:
         return None
 
     @property
-    def cache(self) -> CacheShape:
-        """What the KV cache keeps."""
+    def cache_specs(self) -> tuple[CacheSpec, ...]:
+        """What each layer keeps; a family whose layers differ in more than their windows overrides it."""
         if self.latent is not None:
-            return CacheShape(1, self.latent.rope + self.latent.latent, 0)
-        return CacheShape(self.num_kv_heads, self.head_dim, self.head_dim)
+            return (PagedSpec(1, self.latent.rope + self.latent.latent, 0),) * self.num_layers
+        heads, dim = self.num_kv_heads, self.head_dim
+        return tuple(PagedSpec(heads, dim, dim, window) for window in self.sliding_windows)
 
 
 def shared_from_hf(fields: Fields, model_type: str, *, eps: str = "rms_norm_eps") -> dict[str, Any]:

@@ -31,10 +31,14 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_ALIGNMENT = 1 << 20
-MAX_HEADER_BYTES = 128 << 20
+MAX_HEADER_BYTES = 64 << 20
 """Metadata and tensor table together; the largest vocabularies take about 20 MB."""
 MAX_PAIRS = 1 << 16
-MAX_TENSORS = 1 << 20
+MAX_TENSORS = 1 << 17
+MAX_ARRAYS = 1 << 16
+MAX_ITEMS = 1 << 21
+"""Texts and numbers in all lists together, which take many times their bytes here. A vocabulary of 262,144 tokens has
+about 520,000 merges."""
 MAX_KEY_BYTES = (1 << 16) - 1
 MAX_TENSOR_NAME_BYTES = 256
 MAX_ARRAY_DEPTH = 4
@@ -68,10 +72,11 @@ _PART_NAME = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf", re.DOTALL)
 class _Header:
     """A cursor over the header: reads a value, or says what is wrong with it and where."""
 
-    def __init__(self, file: MappedFile) -> None:
+    def __init__(self, file: MappedFile, most: int | None = None) -> None:
         self.file = file
         self.position = 0
-        self.end = min(file.size, MAX_HEADER_BYTES)
+        self.end = min(file.size, most or MAX_HEADER_BYTES)
+        self.arrays = self.items = 0
 
     def error(self, what: str) -> InvalidFileError:
         return InvalidFileError(f"{self.file.path}: {what} (at byte {self.position} of {self.file.size})")
@@ -80,7 +85,7 @@ class _Header:
         if count > self.end - self.position:
             limit = f"the file's end at byte {self.end}"
             if self.end < self.file.size:
-                limit = f"the header limit of {MAX_HEADER_BYTES} bytes"
+                limit = f"the header limit of {self.end} bytes"
             raise self.error(f"{what} takes {count} bytes and would pass {limit}; the file is damaged or incomplete")
 
     def take(self, count: int, what: str) -> bytes:
@@ -101,6 +106,12 @@ class _Header:
             raise self.error(f"{count} {what}, at most {most} are allowed")
         self.need(count * smallest, f"{count} {what}")
         return count
+
+    def list_of(self, count: int, what: str) -> None:
+        """Counts what is about to become a list, before it is made."""
+        self.items += count
+        if self.items > MAX_ITEMS:
+            raise self.error(f"with {what} the metadata lists {self.items} values, at most {MAX_ITEMS} are allowed")
 
     def name(self, what: str, most: int) -> str:
         length = self.u64(f"the length of {what}")
@@ -130,11 +141,17 @@ class _Header:
     def array(self, what: str, depth: int) -> list | np.ndarray:
         if depth > MAX_ARRAY_DEPTH:
             raise self.error(f"{what} nests arrays more than {MAX_ARRAY_DEPTH} deep")
+        self.arrays += 1
+        if self.arrays > MAX_ARRAYS:
+            raise self.error(f"with {what} the metadata has more than {MAX_ARRAYS} arrays")
         type_code = self.u32(f"the element type of {what}")
         count = self.u64(f"the length of {what}")
         if type_code in _NUMBERS:
             numbers = self.numbers(_NUMBERS[type_code], count, what)
-            return numbers.tolist() if count <= LIST_LENGTH else numbers
+            if count > LIST_LENGTH:
+                return numbers
+            self.list_of(count, what)
+            return numbers.tolist()
         if type_code == _STRING:
             return self.strings(count, what)
         if type_code == _ARRAY:
@@ -145,6 +162,7 @@ class _Header:
     def strings(self, count: int, what: str) -> list[str]:
         """One tight loop: vocabularies have hundreds of thousands of entries."""
         self.need(count * 8, what)
+        self.list_of(count, what)
         buffer, position, end, read_length = self.file.buffer, self.position, self.end, _U64.unpack_from
         texts: list[str] = []
         for index in range(count):
@@ -171,10 +189,10 @@ class GgufFile:
         file: the mapping behind the tensors.
     """
 
-    def __init__(self, file: MappedFile) -> None:
+    def __init__(self, file: MappedFile, max_header: int | None = None) -> None:
         self.file = file
         self.path = file.path
-        header = _Header(file)
+        header = _Header(file, max_header)
         self.version = _read_version(header)
         num_tensors = header.count("tensors", _SMALLEST_TENSOR, MAX_TENSORS)
         num_pairs = header.count("metadata entries", _SMALLEST_PAIR, MAX_PAIRS)
@@ -183,8 +201,13 @@ class GgufFile:
         self.tensors = _read_tensors(header, num_tensors, self.alignment)
 
     @classmethod
-    def open(cls, path: Path | str, *, copied: bool = False) -> GgufFile:
+    def open(cls, path: Path | str, *, copied: bool = False, max_header: int | None = None) -> GgufFile:
         """Maps a file, or with `copied` reads it into memory (see `MappedFile`), and reads its header.
+
+        Args:
+            path: of the file.
+            copied: see above.
+            max_header: bytes that the header may have; None is `MAX_HEADER_BYTES`.
 
         Raises:
             ModelNotFoundError: there is no such file.
@@ -193,7 +216,7 @@ class GgufFile:
         """
         file = MappedFile(Path(path), copied=copied)
         try:
-            return cls(file)
+            return cls(file, max_header)
         except BaseException:
             file.close()
             raise
@@ -350,10 +373,10 @@ def split_names(name: str) -> tuple[str, ...]:
     return tuple(f"{match[1]}-{part:05d}-of-{match[3]}.gguf" for part in range(1, int(match[3]) + 1))
 
 
-def open_gguf(path: Path | str, *, copied: bool = False) -> Checkpoint:
+def open_gguf(path: Path | str, *, copied: bool = False, max_header: int | None = None) -> Checkpoint:
     """Opens a GGUF model: one file, or all the parts of a split one, given any of them.
 
-    With `copied` the files are read into memory: see `MappedFile`.
+    `copied` and `max_header` are as of `GgufFile.open`.
 
     The metadata is that of the first part, which alone has all of it.
 
@@ -374,8 +397,10 @@ def open_gguf(path: Path | str, *, copied: bool = False) -> Checkpoint:
     parts: list[GgufFile] = []
     try:
         for part in paths:
-            parts.append(GgufFile.open(part, copied=copied))
+            parts.append(GgufFile.open(part, copied=copied, max_header=max_header))
             _check_part(parts[-1], len(parts) - 1, len(paths))
+            if len(parts) > 1:
+                parts[-1].metadata.clear()  # of all parts together it would take as much as each of them may
         tensors = _merge(parts)
     except BaseException:
         for part in parts:

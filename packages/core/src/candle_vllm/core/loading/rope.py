@@ -145,7 +145,7 @@ def rope_from_hf(fields: Fields, head_dim: int, max_position: int) -> RopeConfig
 
 def _interleaves(name: str) -> bool:
     """Whether a text model of this name, Hugging Face's or that of GGUF files, takes its axes in turns."""
-    return name.replace("_", "").startswith("qwen3vl")
+    return name.replace("_", "").startswith(("qwen3vl", "qwen35"))
 
 
 def _axes(fields: Fields, sections: list[Any], dim: int, *, interleaved: bool) -> tuple[int, ...]:

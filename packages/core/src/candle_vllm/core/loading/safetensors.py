@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 
@@ -23,7 +24,13 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference implementation."""
+MAX_TENSORS = 1 << 18
+"""Of one file: the largest models of single experts have about 210,000 in all their files."""
+MAX_ENTRY_BYTES = 4096
+MAX_NOTES_BYTES = 8 << 20
 MAX_INDEX_BYTES = 100_000_000
+MAX_INDEX_ENTRIES = 1 << 20
+"""And tensors of all shards."""
 MAX_DIMENSIONS = 16
 MAX_ELEMENTS = (1 << 63) - 1
 MAX_NAME_BYTES = 1024
@@ -33,6 +40,10 @@ class _Entry(msgspec.Struct, frozen=True):
     dtype: str
     shape: list[int]
     data_offsets: tuple[int, int]
+
+
+_ENTRIES = msgspec.json.Decoder(_Entry)
+_Notes: TypeAlias = dict[str, str] | None
 
 
 class _Index(msgspec.Struct, frozen=True):
@@ -63,6 +74,8 @@ def open_safetensors(source: Path | str, *, copied: bool = False) -> Checkpoint:
             for name in found.keys() & tensors.keys():
                 raise InvalidFileError(f"tensor {name!r} is both in {tensors[name].path} and in {path}")
             tensors.update(found)
+            if len(tensors) > MAX_INDEX_ENTRIES:
+                raise InvalidFileError(f"{source} holds more than {MAX_INDEX_ENTRIES} tensors")
             metadata.update(notes)
         for name, shard in weight_map.items():
             if name not in tensors or tensors[name].file.path.name != shard:
@@ -74,9 +87,9 @@ def open_safetensors(source: Path | str, *, copied: bool = False) -> Checkpoint:
     return Checkpoint(source, "safetensors", files, tensors, metadata)
 
 
-def read_safetensors(file: MappedFile) -> Checkpoint:
-    """The tensors of one file; errors as of `open_safetensors`."""
-    tensors, notes = _read_header(file)
+def read_safetensors(file: MappedFile, max_header: int) -> Checkpoint:
+    """The tensors of one file, whose header may have so many bytes; errors as of `open_safetensors`."""
+    tensors, notes = _read_header(file, max_header)
     return Checkpoint(file.path, "safetensors", [file], tensors, notes)
 
 
@@ -127,7 +140,10 @@ def _read_index(path: Path) -> dict[str, str]:
         size = path.stat().st_size
         if size > MAX_INDEX_BYTES:
             raise InvalidFileError(f"{path} has {size} bytes, at most {MAX_INDEX_BYTES} are allowed")
-        weight_map = msgspec.json.decode(path.read_bytes(), type=_Index).weight_map
+        data = path.read_bytes()
+        if data.count(b":") > MAX_INDEX_ENTRIES:
+            raise InvalidFileError(f"{path} names more than {MAX_INDEX_ENTRIES} tensors")
+        weight_map = msgspec.json.decode(data, type=_Index).weight_map
     except FileNotFoundError as error:
         raise ModelNotFoundError(f"{path} does not exist") from error
     except OSError as error:
@@ -144,32 +160,36 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_header(file: MappedFile) -> tuple[dict[str, FileTensor], dict[str, str]]:
+def _read_header(file: MappedFile, max_header: int = MAX_HEADER_BYTES) -> tuple[dict[str, FileTensor], dict[str, str]]:
     if file.size < 8:
         raise InvalidFileError(f"{file.path} has {file.size} bytes, a safetensors file at least 8")
     length = header_bytes(file)
-    if length is None:
+    if length is None or length > max_header:
         said = int.from_bytes(file.buffer[:8], "little")
         raise InvalidFileError(
             f"{file.path} announces a header of {said} bytes; the file has {file.size - 8} after its first 8 and "
-            f"at most {MAX_HEADER_BYTES} are allowed: it is damaged, incomplete or no safetensors file"
+            f"at most {max_header} are allowed: it is damaged, incomplete or no safetensors file"
         )
-    entries, notes = _decode_header(file.path, file.buffer[8 : 8 + length])
+    header = file.buffer[8 : 8 + length]
+    if header.count(b"{") > MAX_TENSORS + 2 or header.count(b":") > 4 * MAX_TENSORS:  # before any becomes an object
+        raise InvalidFileError(f"{file.path} names more than {MAX_TENSORS} tensors in its header")
     tensors: dict[str, FileTensor] = {}
-    for name, entry in entries.items():
-        tensors[name] = _place_tensor(file, 8 + length, name, entry)
-    _check_coverage(file, 8 + length, tensors)
-    return tensors, notes
-
-
-def _decode_header(path: Path, header: bytes) -> tuple[dict[str, _Entry], dict[str, str]]:
     try:
-        raw = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
-        notes = msgspec.json.decode(raw.pop("__metadata__", b"{}"), type=dict[str, str] | None)
-        entries = {name: msgspec.json.decode(entry, type=_Entry) for name, entry in raw.items()}
+        entries = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
+        notes = msgspec.json.decode(_bounded(file, entries.pop("__metadata__", b"{}"), MAX_NOTES_BYTES), type=_Notes)
+        for name, entry in entries.items():
+            read = _ENTRIES.decode(_bounded(file, entry, MAX_ENTRY_BYTES))
+            tensors[name] = _place_tensor(file, 8 + length, name, read)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidFileError(f"{path}: the header is not that of a safetensors file: {error}") from error
-    return entries, notes or {}
+        raise InvalidFileError(f"{file.path}: the header is not that of a safetensors file: {error}") from error
+    _check_coverage(file, 8 + length, tensors)
+    return tensors, notes or {}
+
+
+def _bounded(file: MappedFile, value: msgspec.Raw | bytes, most: int) -> msgspec.Raw | bytes:
+    if memoryview(value).nbytes > most:
+        raise InvalidFileError(f"{file.path}: an entry of the header has more than {most} bytes")
+    return value
 
 
 def _place_tensor(file: MappedFile, data_start: int, name: str, entry: _Entry) -> FileTensor:

@@ -18,8 +18,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from candle_vllm.core.errors import UnsupportedModelError, WeightsError
+from candle_vllm.core.quantization.ggml_types import GGMLQuantizationType
+from candle_vllm.core.quantization.group_codes import Blocks
 from candle_vllm.core.quantization.plain import ELEMENTS
-from candle_vllm.core.quantization.tensors import StoredTensor, Viewed
+from candle_vllm.core.quantization.tensors import Backend, Packed, StoredTensor, Viewed
 
 View: TypeAlias = Callable[[StoredTensor, Any], StoredTensor]
 """What a family's table does with a stored tensor on its way, given the model's config."""
@@ -109,6 +111,59 @@ def half_split(heads: str) -> View:
         return stored.select((np.arange(count)[:, None] * size + head).reshape(-1))
 
     return view
+
+
+# ---- columns ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _InColumnOrder(Viewed):
+    """A matrix of blocks whose column i meets number `order[i]` of an input; their bytes are those of the file."""
+
+    order: np.ndarray
+
+    def raw(self) -> np.ndarray:
+        raise UnsupportedModelError(
+            f"{self.path}: {self.type_name} tensor {self.name} has columns in another order than its inputs: no run of "
+            "bytes has them in theirs"
+        )
+
+    def load(self, dtype: str | None = "F32") -> np.ndarray:
+        return np.ascontiguousarray(self.source.load(dtype)[:, np.argsort(self.order)])
+
+    def pack_for(self, backend: Backend[Packed]) -> Packed:
+        kind = GGMLQuantizationType[self.type_name]
+        return backend.blocks(self, lambda: Blocks(kind, self.source.raw(), self.order))
+
+
+class ColumnOrder:
+    """A view of a matrix [R, C] whose stored column i meets number `order[i]` of an input.
+
+    Args:
+        order: gives that of a config, int64 [C].
+    """
+
+    def __init__(self, order: Callable[[Any], np.ndarray]) -> None:
+        self._order = order
+
+    def __call__(self, stored: StoredTensor, config: Any) -> StoredTensor:
+        """The matrix whose columns stand as inputs do; where they do so in the file, as it is."""
+        order = self._order(config)
+        if stored.shape[1:] != order.shape:
+            raise WeightsError(
+                f"{stored.path}: tensor {stored.name} has shape {list(stored.shape)}; the model's config asks for "
+                f"{order.size} columns"
+            )
+        if np.array_equal(order, np.arange(len(order))):
+            return stored
+        if stored.dtype is None:
+            return _InColumnOrder(stored.name, stored.shape, stored.type_name, stored.nbytes, stored, order)
+        return computed(stored, stored.shape, lambda values: values[:, np.argsort(order)])
+
+    def undone(self, stored: StoredTensor, config: Any) -> StoredTensor:
+        """What is stored of a matrix of plain numbers."""
+        order = self._order(config)
+        return computed(stored, stored.shape, lambda values: values[:, order])
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
@@ -231,6 +286,14 @@ def transposed(stored: StoredTensor, config: Any) -> StoredTensor:
         raise UnsupportedModelError(f"{stored.path}: {stored.type_name} tensor {stored.name} cannot be transposed")
     shape = (*stored.shape[:-2], stored.shape[-1], stored.shape[-2])
     return computed(stored, shape, lambda values: values.swapaxes(-1, -2))
+
+
+def flattened(stored: StoredTensor, config: Any) -> StoredTensor:
+    """Depthwise kernels [C, 1, taps] as [C, taps], which is how GGUF has them."""
+    del config
+    if len(stored.shape) != 3 or stored.shape[1] != 1:
+        return stored  # a wrong shape is named by the loader
+    return dataclasses.replace(stored, shape=(stored.shape[0], stored.shape[2]))
 
 
 def as_row(stored: StoredTensor, config: Any) -> StoredTensor:

@@ -208,7 +208,7 @@ WEIGHTS = [
 ]
 
 
-def ignored(config: LlamaConfig) -> list[str]:
+def ignored(config: ModelConfig) -> list[str]:
     """Stored names that carry nothing: buffers of old converters, a second copy of a tied head, layers for drafts."""
     buffers = [r".*rotary_emb\.inv_freq", r".*\.attn_rot_embd\.weight", r"mtp\..*"]
     return [*buffers, r"lm_head\.weight"] if config.tie_embeddings else buffers

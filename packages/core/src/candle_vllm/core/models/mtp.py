@@ -6,7 +6,8 @@ normed, brought to one vector by a matrix, and pass a block like the model's own
 is. The layer guesses on from its own result: before its norm as DeepSeek and GLM have it, behind it as Qwen does.
 
 Only the first of several such layers is used, for every guess. It lies behind the model's last layer (DeepSeek, GLM:
-`model.layers.{N}`; GGUF: `blk.{N}`, with `blk.{N}.nextn`), or has names of its own (Qwen3-Next: `mtp`).
+`model.layers.{N}`; GGUF: `blk.{N}`, with `blk.{N}.nextn`), or has names of its own (Qwen3-Next, Qwen3.5: `mtp`). Where
+layers of the model keep states, this one has attention and keeps pages alone.
 Source: DeepSeek-AI, 2024, arXiv:2412.19437, section 2.2. Shapes: T tokens, E hidden.
 """
 
@@ -29,9 +30,11 @@ from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.views import plus_one
 from candle_vllm.core.loading.weights import Names, Seen, WeightName
-from candle_vllm.core.models import deepseek, llama
+from candle_vllm.core.models import deepseek, llama, qwen3_next
 from candle_vllm.core.models.attention_names import GG, HF
+from candle_vllm.core.models.qwen3_next_config import Qwen3NextConfig
 from candle_vllm.core.models.stack import DecoderStack
 from candle_vllm.core.quantization.tensors import StoredTensor
 
@@ -46,11 +49,13 @@ class Layout:
         block: what the names of the block begin with.
         names: of the other parts, by their place in `NextTokens`; what is not stored is the model's own.
         given_back: whether what the norm gives is what the next guess is made of.
+        near_one: safetensors hold norms as the distance from 1.
     """
 
     block: str
     names: Mapping[str, str]
     given_back: bool = False
+    near_one: bool = False
 
 
 _BEHIND = MappingProxyType(
@@ -79,17 +84,19 @@ def find_layout(config: ModelConfig, checkpoint: Checkpoint) -> Layout:
     Raises:
         UnsupportedModelError: the checkpoint has none, or the model is of a family whose layers are not known.
     """
-    if not isinstance(config, (llama.LlamaConfig, deepseek.DeepseekConfig)):
+    qwen = type(config) is Qwen3NextConfig  # and none that is made of it: their blocks are others
+    if not (qwen or isinstance(config, (llama.LlamaConfig, deepseek.DeepseekConfig))):
         raise UnsupportedModelError(f"layers for further tokens of {config.model_type} are not implemented")
     tensors, last = checkpoint.tensors, config.num_layers
     if checkpoint.format == "gguf" and f"blk.{last}.nextn.eh_proj.weight" in tensors:
         names = {part: f"blk.{last}.nextn.{name.replace('.', '_')}" for part, name in _BEHIND.items()}
-        return Layout(f"blk.{last}.", names)
+        return Layout(f"blk.{last}.", names, given_back=qwen)
     if f"model.layers.{last}.eh_proj.weight" in tensors:
         return Layout(f"model.layers.{last}.", {part: f"model.layers.{last}.{name}" for part, name in _BEHIND.items()})
-    if "mtp.fc.weight" in tensors:
-        names = {part: f"mtp.{name}" for part, name in _APART.items()}
-        return Layout("mtp.layers.0.", names, given_back=True)
+    for start in ("mtp.", "model.mtp."):
+        if f"{start}fc.weight" in tensors:
+            names = {part: start + name for part, name in _APART.items()}
+            return Layout(f"{start}layers.0.", names, given_back=True, near_one=qwen)
     raise UnsupportedModelError(f"{checkpoint.path}: the model has no layer that predicts further tokens")
 
 
@@ -126,8 +133,10 @@ def head_config(config: ModelConfig, layout: Layout, checkpoint: Checkpoint) -> 
     common: dict[str, Any] = {"num_layers": 1, "sliding_windows": (None,)}
     if isinstance(config, deepseek.DeepseekConfig):
         return dataclasses.replace(config, **common, dense_layers=0 if sparse else 1, extra_layers=0)
-    assert isinstance(config, llama.LlamaConfig)
     layers = frozenset({0} if sparse else ())
+    if isinstance(config, Qwen3NextConfig):
+        return dataclasses.replace(config, **common, sparse_layers=layers, delta_layers=frozenset())
+    assert isinstance(config, llama.LlamaConfig)
     return dataclasses.replace(config, **common, sparse_layers=layers, unrotated_layers=frozenset())
 
 
@@ -162,7 +171,10 @@ class NextTokens:
         self.hidden_norm = RMSNorm(hidden, eps, placement)
         self.project = Linear(2 * hidden, hidden, placement)
         if isinstance(config, deepseek.DeepseekConfig):
-            self.block: deepseek.Block | llama.Block = deepseek.Block(config, 0, target.rotary, placement)
+            self.block: deepseek.Block | llama.Block | qwen3_next.Block
+            self.block = deepseek.Block(config, 0, target.rotary, placement)
+        elif isinstance(config, Qwen3NextConfig):
+            self.block = qwen3_next.Block(config, 0, target.rotary, placement)
         else:
             assert isinstance(config, llama.LlamaConfig)
             self.block = llama.Block(config, 0, target.rotary, placement)
@@ -208,7 +220,13 @@ def weight_names(layout: Layout, model: Sequence[WeightName]) -> list[WeightName
         for line in model
         if line.target.startswith("layers.{i}.")
     ]
-    return [
-        *block,
-        *(WeightName(f"{part}:weight", f"{name}.weight", f"{name}.weight") for part, name in layout.names.items()),
+    parts = [
+        WeightName(
+            f"{part}:weight",
+            f"{name}.weight",
+            f"{name}.weight",
+            plus_one if layout.near_one and part.endswith("norm") else None,
+        )
+        for part, name in layout.names.items()
     ]
+    return [*block, *parts]

@@ -32,14 +32,8 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared = shared_from_hf(fields, model_type)
     qwen2 = model_type == "qwen2_moe"
-    mixture = Mixture(
-        experts=expert_count(fields, "num_experts", "num_local_experts"),
-        top_k=fields.count("num_experts_per_tok"),
-        inner_size=fields.count("moe_intermediate_size"),
-        renormalise=bool(shared["rope"].axes) or fields.get("norm_topk_prob", bool, False),
-        shared_size=fields.count("shared_expert_intermediate_size") if qwen2 else 0,
-        shared_gate=qwen2,
-    )
+    renormalise = bool(shared["rope"].axes) or fields.get("norm_topk_prob", bool, False)
+    mixture = mixture_from_hf(fields, renormalise=renormalise, shared=qwen2)
     bias = fields.get("attention_bias", bool, False)
     return LlamaConfig(
         **shared
@@ -51,9 +45,27 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
             "sliding_windows": _windows(fields, shared["num_layers"]),
             "mixture": mixture,
             "num_experts": mixture.experts,
-            "sparse_layers": _sparse_layers(fields, shared["num_layers"]),
+            "sparse_layers": sparse_layers(fields, shared["num_layers"]),
             "deep": fields.get("n_deepstack_layers", int, 0),
         }
+    )
+
+
+def mixture_from_hf(fields: Fields, *, renormalise: bool, shared: bool) -> Mixture:
+    """What `config.json` says of experts.
+
+    Args:
+        fields: the config.
+        renormalise: see `Mixture`.
+        shared: there is a layer that all tokens share.
+    """
+    return Mixture(
+        experts=expert_count(fields, "num_experts", "num_local_experts"),
+        top_k=fields.count("num_experts_per_tok"),
+        inner_size=fields.count("moe_intermediate_size"),
+        renormalise=renormalise,
+        shared_size=fields.count("shared_expert_intermediate_size") if shared else 0,
+        shared_gate=shared,
     )
 
 
@@ -69,7 +81,7 @@ def _windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
     return tuple(window if layer >= first else None for layer in range(layers))
 
 
-def _sparse_layers(fields: Fields, layers: int) -> frozenset[int]:
+def sparse_layers(fields: Fields, layers: int) -> frozenset[int]:
     """Every `decoder_sparse_step`-th layer, without those of `mlp_only_layers`."""
     step, dense = fields.count("decoder_sparse_step", 1), fields.get("mlp_only_layers", list, [])
     if not all(isinstance(layer, int) for layer in dense):
@@ -81,15 +93,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
     """Reads GGUF metadata of qwen2moe, qwen3moe and qwen3vlmoe."""
     shared, tensors = shared_from_gguf(fields, checkpoint), checkpoint.tensors
     qwen2 = shared["model_type"] == "qwen2moe"
-    mixture = Mixture(
-        experts=fields.count("expert_count"),
-        top_k=fields.count("expert_used_count"),
-        inner_size=fields.count("expert_feed_forward_length"),
-        renormalise=fields.get("expert_weights_norm", bool, not qwen2),
-        scale=fields.get("expert_weights_scale", float, 0.0) or 1.0,  # 0 is llama.cpp's word for none
-        shared_size=_shared_size(fields, tensors) if qwen2 else 0,
-        shared_gate=qwen2,
-    )
+    mixture = mixture_from_gguf(fields, tensors, renormalise=not qwen2, shared=qwen2)
     return LlamaConfig(
         **shared,
         qkv_bias=gguf_has_bias(checkpoint),
@@ -99,6 +103,19 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
         num_experts=mixture.experts,
         sparse_layers=sparse_in_gguf(checkpoint, shared["num_layers"]),
         deep=fields.get("n_deepstack_layers", int, 0),
+    )
+
+
+def mixture_from_gguf(fields: Fields, tensors: Any, *, renormalise: bool, shared: bool) -> Mixture:
+    """What GGUF metadata says of experts; `renormalise` where it does not say it, `shared` as of `mixture_from_hf`."""
+    return Mixture(
+        experts=fields.count("expert_count"),
+        top_k=fields.count("expert_used_count"),
+        inner_size=fields.count("expert_feed_forward_length"),
+        renormalise=fields.get("expert_weights_norm", bool, renormalise),
+        scale=fields.get("expert_weights_scale", float, 0.0) or 1.0,  # 0 is llama.cpp's word for none
+        shared_size=_shared_size(fields, tensors) if shared else 0,
+        shared_gate=shared,
     )
 
 

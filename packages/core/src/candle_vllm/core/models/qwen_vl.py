@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, and their way to embeddings of the text model.
+"""The towers of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5, and their way to embeddings of the text model.
 
 Each block is x + attention(norm(x)), then x + mlp(norm(x)); queries and keys are rotated by the row and the column of
 their patch. Every patch sees its whole picture; in Qwen2.5-VL, but for some layers, its window of it.
 Behind the last norm cells of 2 x 2 patches become one vector, and two products make an embedding of it.
 Pictures keep their own size, as multiples of a cell. A still picture is two equal frames to the kernels of patches.
 Qwen3-VL begins with learned positions as well, of a grid that is stretched to the picture's; of what some layers gave
-it makes embeddings too, which are added to the text model's hidden states behind its first layers.
+it makes embeddings too, which are added to the text model's hidden states behind its first layers. The tower of
+Qwen3.5 (3.6, 3.8) is Qwen3-VL's without those.
 Source: Wang et al., 2024, arXiv:2409.12191; Bai et al., 2025, arXiv:2502.13923 and arXiv:2511.21631.
 Shapes: T patches, E hidden, P numbers of a patch, C cells, D head size.
 """
@@ -68,7 +69,7 @@ class QwenTowerConfig(TowerConfig):
 def config_from_hf(
     fields: Fields, processor: Fields, text_size: int, said: Mapping[str, Any] = NOTHING
 ) -> QwenTowerConfig:
-    """Reads `config.json` and `preprocessor_config.json` of Qwen2-VL, Qwen2.5-VL and Qwen3-VL."""
+    """Reads `config.json` and `preprocessor_config.json` of all these families."""
     vision, named = fields.section("vision_config"), fields.get("architectures", list)[0]
     third = named.startswith("Qwen3")
     patch, cell = vision.count("patch_size", 16 if third else 14), vision.count("spatial_merge_size", 2, most=64)
@@ -82,12 +83,13 @@ def config_from_hf(
             )
     layers = vision.count("depth", 27 if third else 32, most=MAX_LAYERS)
     if third:
+        usual = [8, 16, 24] if named.startswith("Qwen3VL") else []
         own: dict[str, Any] = {
             "hidden_size": vision.count("hidden_size", 1152),
             "intermediate_size": vision.count("intermediate_size", 4304),
             "activation": _ACTIVATIONS[vision.choice("hidden_act", "gelu_pytorch_tanh", *_ACTIVATIONS)],
             "learned": math.isqrt(vision.count("num_position_embeddings", 2304, most=_MOST_PATCHES)),
-            "deep": _deep(vision.get("deepstack_visual_indexes", list, [8, 16, 24]), layers, vision),
+            "deep": _deep(vision.get("deepstack_visual_indexes", list, usual), layers, vision),
         }
     elif named == "Qwen2_5_VLForConditionalGeneration":
         vision.choice("hidden_act", "silu", "silu")
@@ -399,6 +401,8 @@ FAMILY = TowerFamily(
         "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
         "Qwen3VLForConditionalGeneration": "qwen3_vl",
         "Qwen3VLMoeForConditionalGeneration": "qwen3_vl_moe",
+        "Qwen3_5ForConditionalGeneration": "qwen3_5",
+        "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe",
     },
     gguf=("qwen2vl_merger", "qwen2.5vl_merger", "qwen3vl_merger"),
     settings=("min_pixels", "max_pixels", "size.shortest_edge", "size.longest_edge"),

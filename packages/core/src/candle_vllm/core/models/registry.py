@@ -29,11 +29,14 @@ FAMILIES = (
     "mixtral",
     "qwen_moe",
     "glm4_moe",
+    "qwen3_next",
+    "olmo_hybrid",
     "gpt_oss",
     "phi",
     "phi3",
     "stablelm",
     "smollm3",
+    "lfm2",
 )
 """The files of this folder that have one, `FAMILY`. They are asked in this order whether they serve a name, so that a
 start imports no more of them than it takes to find the model's: most are of the first."""

@@ -519,7 +519,7 @@ class Fleet:
 
 _NOW = (
     "num_running", "num_waiting", "num_blocks", "num_free_blocks", "adapters", "adapters_in_memory", "adapter_bytes",
-    "kept_block_bytes", "sleep_level", "running_adapters", "waiting_adapters",
+    "kept_block_bytes", "checkpoints", "checkpoint_slots", "sleep_level", "running_adapters", "waiting_adapters",
 )  # fmt: skip
 """Numbers of `EngineStats` that are of this moment; all others go on counting."""
 _ALIKE = ("block_size", "max_adapters", "adapters", "sleep_level", "kept_block_bytes")

@@ -12,6 +12,7 @@ import itertools
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -285,7 +286,7 @@ class RemoteThread(EngineThread):
             if len(self._calls) >= self._max_sequences:
                 raise EngineOverloadedError(f"{len(self._calls)} questions to the engine wait: try again later")
             self._calls.add(answer)
-            self._commands.append(lambda: self._link.call(number, data, answer))
+            self._commands.append(partial(self._link.call, number, data, answer))
         self._link.wake()
         try:
             return answer.result(patience)
@@ -299,6 +300,7 @@ class RemoteThread(EngineThread):
         finally:
             with self._wake:
                 self._calls.discard(answer)
+            del answer  # its error holds this frame
 
     def add_death_callback(self, callback: Callable[[], None]) -> None:
         """See `RemoteEngine.add_death_callback`."""

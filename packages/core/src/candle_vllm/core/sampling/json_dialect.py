@@ -25,6 +25,7 @@ from candle_vllm.core.sampling.structured import refused
 MAX_COUNT = (1 << 31) - 1  # of minLength and the like
 MAX_UNKNOWN = 8  # unknown names that are compared with the known ones, in search of what was meant
 MAX_REMARKS = 8
+MAX_REMARK = 400  # characters
 _DRAFTS = ("draft-04", "draft-06", "draft-07", "draft/2019-09", "draft/2020-12")
 _REFUSED = ("$dynamicRef", "$recursiveRef", "x-guidance")
 _SCHEMAS = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
@@ -83,7 +84,7 @@ class Remarks:
 
     def add(self, text: str) -> None:
         """Notes a sentence once, keys of the schema in it made plain; those beyond a few are dropped."""
-        text = "".join(one if one.isprintable() else f"\\u{ord(one):04x}" for one in text)
+        text = "".join(one if one.isprintable() else f"\\u{ord(one):04x}" for one in text[:MAX_REMARK])
         if text not in self.texts and len(self.texts) < MAX_REMARKS:
             self.texts.append(text)
 

@@ -155,7 +155,8 @@ def _unique(cases: Cases, own: Schema, at: At) -> Any:
         cases.compared = True
         if FRACTION in types:
             cases.remarks.add(
-                f"the numbers of an array with 'uniqueItems' (at {at.place}) have 15 digits at most and no exponent"
+                f"the numbers of an array with 'uniqueItems' (at {at.place:.120}) have 15 digits at most and no "
+                "exponent"
             )
         return None
     if len(values) < len(domains):

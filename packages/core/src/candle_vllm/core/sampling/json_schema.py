@@ -214,7 +214,7 @@ class _Check:
                 del node[opened]
                 node[plain] = sign * max(sign * held, sign * node.get(plain, held))
                 if not value:
-                    self.remarks.add(f"the JSON schema's bound 0 (at {place}/{opened}) is held as {held}")
+                    self.remarks.add(f"the JSON schema's bound 0 (at {place:.120}/{opened}) is held as {held}")
 
     def large_bound(self, schema: dict[str, Any], name: str, place: str) -> None:
         """Bounds become floats on the way, and then their shortest decimals: what is not exact gets narrower.
@@ -241,7 +241,7 @@ class _Check:
             held = sign * int(bound if whole else Decimal(repr(bound)))
         schema[name] = held
         if held != value and not whole:
-            self.remarks.add(f"the JSON schema's bound {value} (at {place}) is held as {held}")
+            self.remarks.add(f"the JSON schema's bound {value!s:.40} (at {place:.120}) is held as {held}")
 
     def values(self, schema: dict[str, Any], place: str) -> None:
         listed = schema.get("enum", [])

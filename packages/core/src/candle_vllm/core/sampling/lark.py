@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from candle_vllm.core.sampling.json_schema import Budget, compilable_schema
 from candle_vllm.core.sampling.structured import StructuredOutputsParams, parsed_json, refused
@@ -61,8 +61,10 @@ class LarkShape:
         elif mark == "|":
             self._lengths[-1] = 0
         elif mark in "([{":
+            self._nested[self._rule] = max(self._nested[self._rule], len(self._lengths))
+            if len(self._lengths) > MAX_DEPTH:
+                raise refused(f"the grammar has more than {MAX_DEPTH} brackets inside each other")
             self._lengths.append(0)
-            self._nested[self._rule] = max(self._nested[self._rule], len(self._lengths) - 1)
         elif len(self._lengths) > 1:
             self._lengths.pop()
 
@@ -137,13 +139,16 @@ def _is_terminal(name: str) -> bool:
 DEFAULT_WHITESPACE = r"[ ]{1,2}|\n(?:[ ]{0,40}|\t{0,10})"
 ANY_TEXT = "/(?s:.*)/"
 MAX_GBNF = 2_000  # rules and opening brackets of a GBNF grammar
+MAX_GBNF_TEXT = 1 << 16  # its characters: the converter's time grows with the square of comments, and of rules
 _ESCAPES = 'nrbtf\\"'  # without \u, which would let a key be spelled in two ways where it matters
-_TOKENS = re.compile(  # llguidance's own, as far as they matter here
-    r"""(?P<string>"(?:\\.|[^"\\\n])*"i?)|(?P<comment>(?://|\#)[^\n]*)|(?P<regex>/(?:\\.|[^/\\])+/[a-z]*)"""
-    r"""|(?P<token><[^<>\s]+>)|(?P<json>%json\b)|(?P<option>\b(?:temperature|max_tokens|stop)\s*=)"""
-    r"""|^[ \t]*[?!]?(?P<rule>\w[\w-]*)(?=[^\n"/]*:)|(?P<mark>[(\[{}\])|&])|(?P<name>\w[\w-]*)""",
+_TOKENS = re.compile(  # llguidance's own, as far as they matter here; none is tried twice on the same characters
+    r"""(?P<string>"(?:[^"\\\n]++|\\.)*+"i?)|(?P<comment>(?://|\#)[^\n]*+)|(?P<regex>/(?:[^/\\]++|\\.)++/[a-z]*+)"""
+    r"""|(?P<broken>["/])|(?P<token><[^<>\s]++>)|(?P<json>%json\b\s*+)"""
+    r"""|(?P<option>\b(?:temperature|max_tokens|stop)\s*+=)|^[ \t]*+[?!]?(?P<rule>\w[\w-]*+)(?=[^\n"/:]*+:)"""
+    r"""|(?P<mark>[(\[{}\])|&])|(?P<name>\w[\w-]*+)""",
     re.MULTILINE,
 )
+_IS_LARK = re.compile(r"^[^\S\n]*+(?:%llguidance\b|start\s*+:)", re.MULTILINE)  # as llguidance's, which is quadratic
 
 Grammar = dict[str, Any]
 """A named grammar in llguidance's list: `name`, and `lark_grammar` or `json_schema`."""
@@ -207,7 +212,7 @@ def user_grammar(name: str, text: str, spec: StructuredOutputsParams, budget: Bu
     Raises:
         InvalidParameterError: it cannot be read, or has what is not supported.
     """
-    if not is_lark_syntax(text):
+    if _IS_LARK.search(text) is None:
         text = _from_gbnf(text)
     return {"name": name, "lark_grammar": _checked_lark(text, spec, budget)}
 
@@ -216,7 +221,7 @@ def _compilable(schema: Any, spec: StructuredOutputsParams, budget: Budget) -> d
     checked = compilable_schema(schema, budget)
     budget.compared |= checked.compared
     for remark in checked.remarks:
-        logger.warning("%s", remark)
+        logger.debug("%s", remark)
     options: dict[str, Any] = {
         "json_allowed_escapes": _ESCAPES + ("u" if checked.any_escape else ""),
         "json_allow_general_unicode_escapes": checked.any_escape,
@@ -229,6 +234,11 @@ def _compilable(schema: Any, spec: StructuredOutputsParams, budget: Budget) -> d
 
 
 def _from_gbnf(text: str) -> str:
+    if len(text) > MAX_GBNF_TEXT:
+        raise refused(
+            f"the grammar has no rule 'start:', so it is read as GBNF, and has {len(text)} characters; at most "
+            f"{MAX_GBNF_TEXT} are allowed"
+        )
     brackets = len(re.findall(r"[(\[{]|::=", text))
     if brackets > MAX_GBNF:
         raise refused(f"the GBNF grammar has {brackets} rules and brackets; at most {MAX_GBNF} are allowed")
@@ -241,10 +251,12 @@ def _from_gbnf(text: str) -> str:
 
 
 def _checked_lark(text: str, spec: StructuredOutputsParams, budget: Budget) -> str:
-    kept, position, inline, shape = [], 0, 0, LarkShape()
+    kept, begin, position, inline, shape = [], 0, 0, 0, LarkShape()
     while match := _TOKENS.search(text, position):
-        kept.append(text[position : match.end()])
         position, kind, found = match.end(), match.lastgroup, match.group(match.lastgroup or 0)
+        if kind == "broken":
+            what = "a string" if found == '"' else "an expression"
+            raise refused(f"the grammar has {what} without an end: {text[match.start() : position + 40]!r}")
         if kind == "option":
             raise refused(f"the grammar has the option {found.rstrip('= ')!r}, which is not supported; leave it out")
         if kind == "rule":
@@ -252,22 +264,22 @@ def _checked_lark(text: str, spec: StructuredOutputsParams, budget: Budget) -> s
         elif kind == "mark":
             shape.bracket(found)
         elif kind == "json":
-            schema, position = _inline_schema(text, position)
-            kept.append(" " + json.dumps(_compilable(schema, spec, budget)))
+            schema, end = _inline_schema(text, position)
+            kept += text[begin:position], " ", json.dumps(_compilable(schema, spec, budget))
+            begin = position = end
             inline += 1
         elif kind != "comment":
             shape.word(found if kind == "name" else None)
     if text.count("%json") != inline:
         raise refused("the grammar has %json where no schema can be, in a text or a comment; spell it in another way")
     shape.check()
-    return "".join([*kept, text[position:]])
+    return "".join([*kept, text[begin:]])
 
 
 def _inline_schema(text: str, position: int) -> tuple[Any, int]:
-    """The JSON schema behind `%json`, and where it ends."""
-    start = len(text) - len(text[position:].lstrip())
+    """The JSON schema behind `%json` and white space, and where it ends."""
     try:
-        _, end = json.JSONDecoder().raw_decode(text, start)
+        _, end = json.JSONDecoder().raw_decode(text, position)
     except (ValueError, RecursionError) as error:
         raise refused(f"the grammar has no JSON schema behind %json: {error}") from None
-    return parsed_json("%json", text[start:end]), end
+    return parsed_json("%json", text[position:end]), end

@@ -77,7 +77,7 @@ class LlguidanceBackend:
         key = hashlib.blake2b(_described(spec)).digest()
         with self._lock:
             known = self._compiled.get(key)
-            if known is not None:
+            if known is not None and not known.is_spent:
                 self._compiled.move_to_end(key)
                 return compiler.grammar(known)
             mine: Future[Compiled] = Future()
@@ -94,6 +94,7 @@ class LlguidanceBackend:
         finally:
             with self._lock:
                 del self._under_way[key]
+            del mine, other  # their error holds this frame
         return compiler.grammar(compiled)
 
     def close(self) -> None:

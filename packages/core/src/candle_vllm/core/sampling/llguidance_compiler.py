@@ -9,16 +9,18 @@ way of cutting a text, which would call back into Python for every mask.
 from __future__ import annotations
 
 import json
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
+from llguidance import LLMatcher, LLTokenizer, regex_to_lark
 
 from candle_vllm.core.sampling import lark
 from candle_vllm.core.sampling.grammar import Grammar
 from candle_vllm.core.sampling.json_schema import Budget
-from candle_vllm.core.sampling.llguidance_grammar import LlguidanceGrammar, shortened
+from candle_vllm.core.sampling.llguidance_grammar import Form, LlguidanceGrammar, cannot_go_on, shortened
+from candle_vllm.core.sampling.llguidance_limits import check_time, limits
 from candle_vllm.core.sampling.structural_tag import structural_tag_grammars
 from candle_vllm.core.sampling.structured import StructuredOutputsParams, parsed_json, refused
 from candle_vllm.core.sampling.token_trie import TokenTrie
@@ -34,14 +36,19 @@ class Compiled(NamedTuple):
     """A form for one vocabulary.
 
     Attributes:
-        matcher: at the start of a text.
+        form: as llguidance has it.
         size: characters of its description.
-        compared: what must differ in its texts, beside what the matcher holds.
+        compared: what must differ in its texts, beside what llguidance holds.
     """
 
-    matcher: LLMatcher
+    form: Form
     size: int
     compared: Compared | None
+
+    @property
+    def is_spent(self) -> bool:
+        """See `Form`."""
+        return self.form.is_spent or (self.compared is not None and self.compared.twin.is_spent)
 
 
 class Compiler:
@@ -51,7 +58,7 @@ class Compiler:
         self._trie = trie
 
     def compile(self, spec: StructuredOutputsParams) -> Compiled:
-        """A matcher at the start of a text.
+        """A form at the start of a text.
 
         Raises:
             InvalidParameterError: see `GrammarBackend`.
@@ -62,7 +69,9 @@ class Compiler:
         budget = Budget(may_compare=spec.kind == "json" and spec.around is None and self._are_plain(spec))
         grammars = self._grammars(spec, budget)
         text = json.dumps({"grammars": grammars}, ensure_ascii=False)
-        matcher = LLMatcher(self._trie.ll, text, log_level=0, limits=_limits())
+        check_time(name, text)
+        form = Form(partial(LLMatcher, self._trie.ll, text, log_level=0, limits=limits()))
+        matcher = form.start()
         if matcher.is_error():
             raise refused(f"the {name} is not supported or wrong: {shortened(matcher.get_error())}")
         warnings = matcher.get_grammar_warnings()
@@ -71,11 +80,11 @@ class Compiler:
         if not self._may_begin(matcher):
             raise refused(f"no text that this model can write has the form of the {name}, but for the empty one")
         compared = self._compared(spec, grammars[1]) if budget.compared else None
-        return Compiled(matcher, len(text) if compared is None else 2 * len(text), compared)
+        return Compiled(form, len(text) if compared is None else 2 * len(text), compared)
 
     def grammar(self, compiled: Compiled) -> Grammar:
         """What was compiled, at the start of a text."""
-        grammar = LlguidanceGrammar(compiled.matcher, self._trie)
+        grammar = LlguidanceGrammar(compiled.form, self._trie)
         if compiled.compared is None:
             return grammar
         from candle_vllm.core.sampling.unique_grammar import ComparedGrammar
@@ -88,7 +97,8 @@ class Compiler:
 
         assert spec.json is not None
         alone = [{"name": "top", "lark_grammar": f"{_OPTIONS}\nstart: @form"}, form]
-        twin = LLMatcher(LLTokenizer("byte"), json.dumps({"grammars": alone}), log_level=0, limits=_limits())
+        text = json.dumps({"grammars": alone})
+        twin = Form(partial(LLMatcher, LLTokenizer("byte"), text, log_level=0, limits=limits()))
         marks = (None if mark is None else self._mark(mark) for mark in (spec.reasoning_start, spec.reasoning_end))
         return Compared(Sites(parsed_json("json", spec.json)), twin, *marks)
 
@@ -107,16 +117,20 @@ class Compiler:
         Raises:
             InvalidParameterError: the first mask alone takes too much.
         """
-        bits = np.zeros(-(-self._trie.vocab_size // 32), np.int32)
-        LlguidanceGrammar(matcher, self._trie).fill_mask(bits)
-        others = np.unpackbits(bits.view(np.uint8), bitorder="little")
+        first, bits = matcher.deep_copy(), np.zeros(self._trie.words, np.int32)
+        first.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        if first.is_error():
+            raise cannot_go_on(first)
+        usable = self._trie.usable
+        others = np.unpackbits((bits[: len(usable)] & usable).view(np.uint8), bitorder="little")
         others[list(self._trie.eos_ids)] = 0
         return bool(others.any())
 
     def _check_whitespace(self, pattern: str) -> None:
         """Refuses a pattern that matches more than JSON's whitespace: the text would be JSON no more."""
         more = f"start: MORE\nMORE: /{regex_to_lark(pattern, '')}/ & ~/[ \\t\\r\\n]*/"
-        matcher = LLMatcher(self._trie.ll, more, log_level=0, limits=_limits())
+        check_time("whitespace_pattern", more)
+        matcher = LLMatcher(self._trie.ll, more, log_level=0, limits=limits())
         if matcher.is_error():
             raise refused(f"whitespace_pattern is not supported or wrong: {shortened(matcher.get_error())}")
         bits = np.zeros(self._trie.words, np.int32)
@@ -161,11 +175,3 @@ class Compiler:
             return ["start: thought GAP? answer", *rules]
         opening = f"opening: SPACE? {self._trie.literals.expression(start)}"
         return ["start: opening thought GAP? answer | answer", opening, *rules]
-
-
-def _limits() -> LLParserLimits:
-    return LLParserLimits(
-        max_lexer_states=60_000,  # up to 2 kB each, for every sequence
-        max_grammar_size=200_000,
-        verbose_errors=False,
-    )

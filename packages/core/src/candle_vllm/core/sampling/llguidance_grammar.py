@@ -1,15 +1,25 @@
 # SPDX-License-Identifier: MIT
-"""One text's place in a grammar of llguidance (step 7 of ten)."""
+"""One text's place in a grammar of llguidance (step 7 of ten).
+
+Copies of a matcher share one lexer: what a text makes it work out is there for all, which makes later masks fast. Its
+limits are shared with it. A lexer that has run out is lost for every copy, and llguidance offers no copy with a lexer
+of its own. So a text that finds its lexer lost goes on with another one, into which it is said again (`Form.renewed`).
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
+from copy import copy
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.sampling.structured import refused
 from candle_vllm.core.sampling.token_trie import TokenTrie
 
@@ -17,23 +27,160 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 _MOST_FORCED = 256  # bytes of what must come that are cut into tokens at a time
+_MOST_RENEWING = 1.0  # seconds that the lexers of a form are compiled for while answers wait
+_RAN_OUT = MappingProxyType(
+    {
+        "too many expressions": "the text needs more of its regular expressions than one token may take",
+        "too many states": "the texts of this form have used up the states that its regular expressions may have",
+    }
+)
 MAX_ERROR = 300  # characters of a message of the compiler
 
 
-_SIMPLER = "a simpler form may help, with fewer alternatives and fewer optional properties"
+class Form:
+    """A compiled form, at the start of a text. Thread-safe.
+
+    Args:
+        make: compiles it; gives a matcher at the start of a text.
+    """
+
+    def __init__(self, make: Callable[[], LLMatcher]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._seconds = 0.0  # that renewing took
+        self._start: LLMatcher | None = make()
+
+    def start(self) -> LLMatcher:
+        """A matcher at the start, to be copied, with the lexer that all texts share now."""
+        with self._lock:
+            if self._start is None:
+                self._start = self._timed()
+            return self._start
+
+    @property
+    def is_spent(self) -> bool:
+        """Lexers were lost so often that no text gets another one: who wants the form compiles it anew."""
+        return self._seconds > _MOST_RENEWING
+
+    def renewed(self, lost: LLMatcher, *, alone: bool) -> tuple[LLMatcher, bool] | None:
+        """Another matcher at the start, in place of one whose lexer is lost, and whether one text has it alone.
+
+        The first text that finds a lexer lost has most likely used it up, and gets one for itself, where it can do no
+        harm. All others share a new one.
+
+        Args:
+            lost: of `start`.
+            alone: the text shall get one for itself in any case.
+
+        Returns:
+            None where renewing took too long already; the engine's steps wait for it.
+        """
+        if self.is_spent:
+            return None
+        with self._lock:
+            if self._start is lost:
+                self._start, alone = None, True
+        if not alone:
+            return self.start(), False
+        return self._timed(), True
+
+    def _timed(self) -> LLMatcher:
+        began = time.thread_time()
+        made = self._make()
+        self._seconds += time.thread_time() - began
+        return made
+
+
+class Follower:
+    """Follows one text in a form: a matcher that outlives its lexer.
+
+    Attributes:
+        matcher: behind the text; in an error where the text cannot go on.
+        is_alone: nothing else has its lexer. Nothing but the text itself may be tried in it then: a guess that uses it
+            up would end the answer.
+    """
+
+    def __init__(self, form: Form) -> None:
+        self._form: Form | None = form
+        self._start = form.start()
+        self.matcher = self._start.deep_copy()
+        self.is_alone = False
+        self._moved = False
+        self._said: list[int] = []
+
+    def copy(self) -> Follower:
+        """For a look ahead: it gets no other lexer."""
+        other = copy(self)
+        other._form, other._said, other.matcher = None, [], self.matcher.deep_copy()
+        return other
+
+    def fill_mask(self, bits: NDArray[np.int32]) -> bool:
+        """Writes which tokens may come next, as llguidance does; false where the text cannot go on."""
+        self.matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        while self.matcher.is_error() and self._renew():
+            self.matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        return not self.matcher.is_error()
+
+    def consume(self, token: int) -> bool:
+        """Goes one token on; false where it may not come, or the text cannot go on behind it."""
+        while not self.matcher.consume_token(token):
+            if not self._renew():
+                return False
+        self._said.append(token)
+        return True
+
+    def rollback(self, count: int) -> None:
+        """Goes back by `count` tokens; a text that could not go on cannot go back either, as its next mask says."""
+        if count > len(self._said):
+            raise ValueError(f"cannot go back by {count} tokens: the text has {len(self._said)}")
+        del self._said[len(self._said) - count :]
+        if not self.matcher.rollback(count):
+            self._renew()
+
+    def _renew(self) -> bool:
+        """Whether the lexer was lost and the matcher is one with another lexer, at the same place.
+
+        Each token's mask is made again too: it is what has the lexer's fuel filled up.
+        """
+        if self._form is None or self.is_alone or not _is_lost(self._start):
+            return False
+        renewed = self._form.renewed(self._start, alone=self._moved)
+        if renewed is None:
+            return False
+        self._start, self.is_alone = renewed
+        self._moved = True
+        self.matcher = self._start.deep_copy()
+        for token in self._said:
+            self.matcher.compute_bitmask()
+            self.matcher.consume_token(token)
+        return True
+
+
+def _is_lost(start: LLMatcher) -> bool:
+    probe = start.deep_copy()
+    probe.compute_bitmask()
+    return probe.is_error()
+
+
+def cannot_go_on(matcher: LLMatcher) -> InvalidParameterError:
+    """The error of a request whose text has met a limit of its grammar."""
+    return refused(
+        f"the grammar cannot go on here: {shortened(matcher.get_error())}; a simpler form may help, with fewer "
+        "alternatives and fewer optional properties"
+    )
 
 
 class LlguidanceGrammar:
     """One text's place in a grammar; see `Grammar`.
 
     Args:
-        compiled: at the start of a text; it stays there, for this text has a copy.
+        form: of the text.
         trie: the vocabulary.
     """
 
-    def __init__(self, compiled: LLMatcher, trie: TokenTrie) -> None:
-        self._compiled = compiled
-        self._matcher = compiled.deep_copy()
+    def __init__(self, form: Form, trie: TokenTrie) -> None:
+        self._form = form
+        self._text = Follower(form)
         self._trie = trie
         self._behind_end = 0  # end tokens that were said when the text had ended
 
@@ -41,9 +188,8 @@ class LlguidanceGrammar:
         """See `Grammar`."""
         trie = self._trie
         whole = bits if len(bits) == trie.words else np.zeros(trie.words, np.int32)
-        self._matcher.unsafe_compute_mask_ptr(whole.ctypes.data, whole.nbytes)
-        if self._matcher.is_error():  # the mask is that of an end then
-            raise refused(f"the grammar cannot go on here: {shortened(self._matcher.get_error())}; {_SIMPLER}")
+        if not self._text.fill_mask(whole):  # the mask is that of an end then
+            raise cannot_go_on(self._text.matcher)
         np.bitwise_and(whole[: len(bits)], trie.usable, out=bits)
 
     def accept(self, token_id: int) -> bool:
@@ -51,50 +197,52 @@ class LlguidanceGrammar:
         if self.exhausted:
             self._behind_end += token_id in self._trie.eos_ids
             return token_id in self._trie.eos_ids
-        return self._matcher.consume_token(token_id)
+        return self._text.consume(token_id)
 
     def fresh(self) -> LlguidanceGrammar:
         """See `Grammar`."""
-        return LlguidanceGrammar(self._compiled, self._trie)
+        return LlguidanceGrammar(self._form, self._trie)
 
     def rollback(self, count: int) -> None:
         """See `Grammar`."""
         inside = max(0, count - self._behind_end)
         self._behind_end -= count - inside
-        if inside and not self._matcher.rollback(inside):
-            raise ValueError(f"cannot go back by {count} tokens: {shortened(self._matcher.get_error())}")
+        if inside:
+            self._text.rollback(inside)
 
-    def copy(self) -> LlguidanceGrammar:
+    def copy(self) -> LlguidanceGrammar | None:
         """See `Grammar`."""
-        other = LlguidanceGrammar(self._matcher, self._trie)
-        other._behind_end = self._behind_end
+        if self._text.is_alone:
+            return None
+        other = copy(self)
+        other._text = self._text.copy()
         return other
 
     def legal(self, token_ids: Sequence[int]) -> int:
         """See `Grammar`."""
         ends = self._trie.eos_ids
         inside = list(itertools.takewhile(lambda token: token not in ends, token_ids))
-        return 0 if self.exhausted else self._matcher.validate_tokens(inside)
+        return 0 if self.exhausted or self._text.is_alone else self._text.matcher.validate_tokens(inside)
 
     def ff_tokens(self) -> list[int]:
         """See `Grammar`. The last is left out where what follows might be cut in another way."""
         if self.exhausted:
             return []
-        data = self._matcher.compute_ff_bytes()[:_MOST_FORCED]
+        data = self._text.matcher.compute_ff_bytes()[:_MOST_FORCED]
         if not data:  # as in most places; a tokenizer that is asked about no text takes ten times as long as all this
             return []
         tokens = list(self._trie.written(data))
-        return tokens[: self._matcher.validate_tokens(tokens)]
+        return tokens[: self._text.matcher.validate_tokens(tokens)]
 
     @property
     def may_end(self) -> bool:
         """See `Grammar`."""
-        return self._matcher.is_accepting()
+        return self._text.matcher.is_accepting()
 
     @property
     def exhausted(self) -> bool:
         """See `Grammar`."""
-        return self._matcher.is_stopped() and not self._matcher.is_error()
+        return self._text.matcher.is_stopped() and not self._text.matcher.is_error()
 
 
 def shortened(error: str) -> str:
@@ -104,5 +252,7 @@ def shortened(error: str) -> str:
     text = error.removesuffix("<non-verbose/>").replace("NoExtensionBias", "no token may come here")
     if "\nerror: " in text:
         text = text[text.rindex("\nerror: ") + len("\nerror: ") :]
+    if "lexer error: " in text:
+        text = next((said for what, said in _RAN_OUT.items() if what in text), text)
     line = " ".join(text.split("\n   ")[0].split())
     return line if len(line) <= MAX_ERROR else line[:MAX_ERROR] + "..."

@@ -4,20 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.sampling.llguidance_grammar import LlguidanceGrammar
+from candle_vllm.core.sampling.llguidance_grammar import Form, LlguidanceGrammar
 from candle_vllm.core.sampling.structured import refused
 from candle_vllm.core.sampling.token_trie import TokenTrie
 from candle_vllm.core.sampling.unique_items import Unrepeated
 from candle_vllm.core.sampling.unique_sites import Sites
 from candle_vllm.core.sampling.unique_tokens import WHITE
-
-if TYPE_CHECKING:
-    from llguidance import LLMatcher
 
 Mark = bytes | int
 """What begins or ends the reasoning: a text, or a special token."""
@@ -28,12 +25,12 @@ class Compared(NamedTuple):
 
     Attributes:
         sites: of its schema.
-        twin: its grammar over single bytes, at the start of a text.
+        twin: its grammar over single bytes.
         start, end: of the reasoning before it.
     """
 
     sites: Sites
-    twin: LLMatcher
+    twin: Form
     start: Mark | None
     end: Mark | None
 

@@ -15,22 +15,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from candle_vllm.core.sampling.json_facts import FRACTION
-from candle_vllm.core.sampling.llguidance_grammar import shortened
-from candle_vllm.core.sampling.structured import refused
+from candle_vllm.core.sampling.llguidance_grammar import Follower, Form, cannot_go_on
 from candle_vllm.core.sampling.unique_sites import Site, Sites
 from candle_vllm.core.sampling.unique_tokens import STOPS, WHITE, Neighbours, is_plain_number
 
-if TYPE_CHECKING:
-    from llguidance import LLMatcher
-
 _STOPS = frozenset(STOPS)
 _END = 256  # in the trie, for any of them
+_TWIN_WORDS = 9  # int32 words of a mask over single bytes and the few special tokens behind them
 
 
 class Elements:
@@ -102,13 +99,13 @@ class Unrepeated:
 
     Args:
         sites: of the schema.
-        twin: the grammar at the start of the text, over single bytes; it is copied.
+        twin: the grammar over single bytes.
         neighbours: the vocabulary.
     """
 
-    def __init__(self, sites: Sites, twin: LLMatcher, neighbours: Neighbours) -> None:
+    def __init__(self, sites: Sites, twin: Form, neighbours: Neighbours) -> None:
         self._sites = sites
-        self._twin = twin.deep_copy()
+        self._twin = Follower(twin)
         self._tokens = neighbours
         self._stack: list[_Frame] = []
         self._site = sites.root  # of the value that comes or has begun
@@ -125,8 +122,8 @@ class Unrepeated:
             InvalidParameterError: the twin met a limit of its own.
         """
         for byte in text:
-            if not self._twin.consume_token(byte):
-                raise refused(f"the grammar cannot go on here: {shortened(self._twin.get_error())}")
+            if not self._twin.consume(byte):
+                raise cannot_go_on(self._twin.matcher)
             self._take(byte)
 
     def keep(self, bits: NDArray[np.int32]) -> None:
@@ -239,8 +236,10 @@ class Unrepeated:
 
     def _ways(self, before: bool = False) -> int:
         """How many bytes may come next: those that begin an element, or go on in one or end it."""
-        bits = np.frombuffer(self._twin.compute_bitmask(), np.uint8)[:32]
-        allowed = set(np.flatnonzero(np.unpackbits(bits, bitorder="little")).tolist())
+        bits = np.zeros(_TWIN_WORDS, np.int32)
+        if not self._twin.fill_mask(bits):
+            raise cannot_go_on(self._twin.matcher)
+        allowed = set(np.flatnonzero(np.unpackbits(bits[:8].view(np.uint8), bitorder="little")).tolist())
         if before:
             return len(allowed - _STOPS)
         if self._mode != "name":

@@ -22,7 +22,6 @@ _TEXT = rb'"(?:[^"\\]|\\.)*"'
 _NAME = rb"[-+.0-9A-Za-z]+"
 _ELEMENT = rb"(?:" + _TEXT + rb"|" + _NAME + rb")"
 _LEADING = re.compile(rb'(?:\A|,)([ \t\r\n]*)(?=[-0-9A-Za-z",])')
-_OPENS = re.compile(rb"\[.*,", re.DOTALL)  # an array, and perhaps an element with a comma behind it
 _IN_STRING = re.compile(rb'(?:[^"\\]|\\.)*"', re.DOTALL)  # the rest of a string
 _COMMA = re.compile(_SPACE + rb",")
 _OPENS_NEXT = re.compile(_SPACE + rb"," + _SPACE + rb'"?')
@@ -159,8 +158,9 @@ def _opens_text(text: bytes, mode: str) -> bool:
     return _goes_on(text, mode) and text[1:].endswith(b'"')
 
 
-def _opens(text: bytes) -> bool:
-    return _OPENS.search(text) is not None
+def _opens(text: bytes, start: int = 0) -> bool:
+    """An array opens behind `start`, and perhaps has an element with a comma behind it."""
+    return 0 <= text.find(b"[", start) < text.rfind(b",")
 
 
 def _repeats_before(text: bytes) -> bool:
@@ -179,7 +179,7 @@ def _repeats_behind_text(text: bytes, *, escaped: bool, element: bool) -> bool:
     end = _IN_STRING.match(text, 1 if escaped else 0)
     if end is None:
         return False
-    if _OPENS.search(text, end.end()) is not None:
+    if _opens(text, end.end()):
         return True
     if not element or _COMMA.match(text, end.end()) is None:
         return False

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from candle_vllm.core.engine.admission import check_pooling_request
+from candle_vllm.core.engine.pooling_calls import Apart
 from candle_vllm.core.engine.request import (
     ClassificationOutput,
     EmbeddingOutput,
@@ -33,6 +35,7 @@ class PoolingCall(NamedTuple):
     request_id: str | None
     priority: int
     lora_request: Sequence[tuple[LoRARequest, float]] = ()
+    apart: Apart = asyncio.to_thread
 
 
 class ScriptedVectors:
@@ -75,6 +78,7 @@ class ScriptedVectors:
         add_special_tokens: bool = True,
         watcher: RequestWatcher | None = None,
         lora_request: Sequence[tuple[LoRARequest, float]] = (),
+        apart: Apart = asyncio.to_thread,
     ) -> list[EmbeddingOutput]:
         """The vector of every text; refuses what the real engine refuses, or raises the scripted error."""
         info = RequestInfo(request_id or "", "embed", inputs, None, self.detokenize)
@@ -82,7 +86,7 @@ class ScriptedVectors:
             items = as_prompts(inputs)
             read = map(read_prompt, items)
             texts = [self.tokenize(text or "", add_special_tokens) if ids is None else ids for text, ids in read]
-            self.pooling_calls.append(PoolingCall(items, params, request_id, priority, lora_request))
+            self.pooling_calls.append(PoolingCall(items, params, request_id, priority, lora_request, apart))
             plan = ModelPooling(SIZE, "mean", matryoshka=True).plan(params or PoolingParams())
             for number, ids in enumerate(texts):
                 self._check_text(ids, number, len(texts))
@@ -105,6 +109,7 @@ class ScriptedVectors:
         add_special_tokens: bool = True,
         watcher: RequestWatcher | None = None,
         lora_request: Sequence[tuple[LoRARequest, float]] = (),
+        apart: Apart = asyncio.to_thread,
     ) -> list[ClassificationOutput]:
         """Of every text the shares of its tokens by their id modulo the number of labels."""
         info = RequestInfo(request_id or "", "classify", inputs, None, self.detokenize)
@@ -112,7 +117,7 @@ class ScriptedVectors:
             items = as_prompts(inputs)
             read = map(read_prompt, items)
             texts = [self.tokenize(text or "", add_special_tokens) if ids is None else ids for text, ids in read]
-            self.pooling_calls.append(PoolingCall(items, None, request_id, priority, lora_request))
+            self.pooling_calls.append(PoolingCall(items, None, request_id, priority, lora_request, apart))
             for number, ids in enumerate(texts):
                 self._check_text(ids, number, len(texts))
             self._fail()
@@ -137,11 +142,12 @@ class ScriptedVectors:
         priority: int = 0,
         watcher: RequestWatcher | None = None,
         lora_request: Sequence[tuple[LoRARequest, float]] = (),
+        apart: Apart = asyncio.to_thread,
     ) -> list[ScoreOutput]:
         """The score of every pair."""
         info = RequestInfo(request_id or "", "score", pairs, None, self.detokenize)
         with watched_pooling(watcher, info) as answered:
-            made = self._scores(pairs, request_id, priority, lora_request)
+            made = self._scores(pairs, request_id, priority, lora_request, apart)
             answered(made)
         return made
 
@@ -151,8 +157,9 @@ class ScriptedVectors:
         request_id: str | None,
         priority: int,
         lora_request: Sequence[tuple[LoRARequest, float]],
+        apart: Apart,
     ) -> list[ScoreOutput]:
-        self.pooling_calls.append(PoolingCall(list(pairs), None, request_id, priority, lora_request))
+        self.pooling_calls.append(PoolingCall(list(pairs), None, request_id, priority, lora_request, apart))
         made = []
         for number, pair in enumerate(pairs):
             first, second = (self.tokenize(text) for text in pair)

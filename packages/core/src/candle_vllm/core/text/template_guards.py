@@ -23,7 +23,7 @@ from candle_vllm.core.text.template_budget import (
 
 MAX_WIDTH = 10_000  # columns that text may be filled up to
 MAX_NEEDLE = 1024  # characters of a set to strip, or of a text sought from the right
-_PERCENT = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(\*|\d*)(?:\.(\*|\d*))?")
+_PERCENT = re.compile(r"%(?:\([^)]*+(?:\)|\Z))?[-+ #0]*(\*|\d*)(?:\.(\*|\d*))?")
 
 
 # --- operators ------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import re
 import stat
 import threading
 import weakref
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +33,7 @@ from candle_vllm.core.errors import (
     UnsupportedParameterError,
 )
 from candle_vllm.core.targets import ForbiddenTarget, Target, allowed_target, check_pattern, resolve
+from candle_vllm.core.vision.inputs import ImageInput
 from candle_vllm.core.vision.pictures import LIMITS, from_data_url
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ SECONDS = 10.0  # for one image: resolving, every redirect and all bytes
 AT_ONCE = 8  # connections
 MAX_REDIRECTS = 3
 MAX_REQUEST_BYTES = 64 << 20  # of all fetched images of a request
-MAX_HELD_BYTES = 512 << 20  # of those of all requests that have not been decoded
+MAX_HELD_BYTES = 512 << 20  # of the files of all requests that have not been decoded; a request alone may have more
+MAX_PREPARED_BYTES = 1 << 30  # of the prepared images of all requests that wait or run; likewise
 
 _RESOLVING = 4  # names at a time
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -74,6 +77,8 @@ class ImageSources:
         stored: gives the contents of a kept file by its id, for the caller of the request that is being answered;
             raises `RequestError` where there is none.
         count: told how each address ended: "fetched", "failed" or "refused" (it may not be fetched).
+        who: gives whose request is being answered, who may have half of what all have; empty where nobody is told
+            apart.
 
     Raises:
         ConfigError: a domain is none, or the folder is not there.
@@ -85,6 +90,7 @@ class ImageSources:
         folder: Path | str | None = None,
         stored: Callable[[str, str], Awaitable[bytes]] | None = None,
         count: Callable[[str], None] = lambda _: None,
+        who: Callable[[], str] = lambda: "",
     ) -> None:
         for domain in domains:
             try:
@@ -99,8 +105,10 @@ class ImageSources:
         self._count = count
         self._threads = ThreadPoolExecutor(_RESOLVING, "candle-vllm-fetch")
         self._tls: ssl.SSLContext | None = None
-        self._turns = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore]()
-        self._held, self._counting = 0, threading.Lock()
+        self._who = who
+        self._turns = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Turns]()
+        self._held, self._prepared = Counter[str](), Counter[str]()
+        self._counting = threading.RLock()  # a finalizer may run anywhere
 
     @classmethod
     def of(cls, config: EngineConfig) -> Self:
@@ -141,41 +149,64 @@ class ImageSources:
     async def had(self, images: Sequence[bytes | ImageAddress]) -> AsyncIterator[list[bytes]]:
         """The bytes of all images of a request, each address asked once; they are counted until the block ends.
 
+        The list is empty from then on: work in a thread that nobody waits for any more holds no files.
+
         Raises:
             InvalidParameterError: one could not be had, and why.
             EngineOverloadedError: too many of other requests are there.
         """
         wanted = {(image.source, image.stored): image for image in images if isinstance(image, ImageAddress)}
-        room = _Room(self)
+        room, files = _Room(self, self._who()), list[bytes]()
+        room.hold(sum(len(image) for image in images if isinstance(image, bytes)))
         jobs = {key: asyncio.ensure_future(self._one(image, room)) for key, image in wanted.items()}
         try:
             await asyncio.gather(*jobs.values())
-            yield [image if isinstance(image, bytes) else jobs[image.source, image.stored].result() for image in images]
+            files += (
+                image if isinstance(image, bytes) else jobs[image.source, image.stored].result() for image in images
+            )
+            yield files
         finally:
+            files.clear()
             for job in jobs.values():
                 job.cancel()
             await asyncio.gather(*jobs.values(), return_exceptions=True)
+            jobs.clear()  # their errors hold this frame
             room.leave()
 
     async def files(self, images: Sequence[ImageAddress]) -> list[bytes]:
         """The bytes of pictures, for who keeps them: they are counted while they come. Errors as of `begin`, `had`."""
         async with self.had([self.begin(image) for image in images]) as files:
-            return files
+            return list(files)
 
     def files_now(self, images: Sequence[ImageAddress]) -> list[bytes]:
         """`files` for who has no event loop, or is called in one that runs."""
         return _waited(self.files(images))
 
-    def count(self, size: int) -> None:
-        """Counts bytes that are held; negative ones are let go.
+    def count(self, size: int, who: str = "") -> None:
+        """Counts bytes that are held for someone; negative ones are let go.
 
         Raises:
             EngineOverloadedError: they would be too many.
         """
         with self._counting:
-            if size > 0 and self._held + size > MAX_HELD_BYTES:
-                raise EngineOverloadedError(f"images that were fetched take {self._held >> 20} MB: try again later")
-            self._held += size
+            _add(self._held, who, size, MAX_HELD_BYTES, "image files of requests")
+
+    def keep(self, images: Sequence[ImageInput]) -> None:
+        """Counts prepared images until their requests are over.
+
+        Raises:
+            EngineOverloadedError: the images that are there already take as much as they may.
+        """
+        sizes = {id(image): (image, len(image.tiles)) for image in images}
+        total = sum(size for _, size in sizes.values())
+        with self._counting:
+            _add(self._prepared, who := self._who(), total, MAX_PREPARED_BYTES, "the images of other requests")
+        for image, size in sizes.values():
+            weakref.finalize(image, self._let_go, size, who)
+
+    def _let_go(self, size: int, who: str) -> None:
+        with self._counting:
+            _add(self._prepared, who, -size, MAX_PREPARED_BYTES, "")
 
     async def _one(self, image: ImageAddress, room: _Room) -> bytes:
         if image.stored:
@@ -187,7 +218,7 @@ class ImageSources:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._threads, self._read, image, room)
         loop = asyncio.get_running_loop()
-        async with self._turns.setdefault(loop, asyncio.Semaphore(AT_ONCE)):
+        async with self._turns.setdefault(loop, _Turns()).of(room.who):
             try:
                 data = await self._fetch(image, room)
             except RequestError:
@@ -309,12 +340,40 @@ class ImageSources:
             return await _body(answer, target, path, room)
 
 
-class _Room:
-    """What the fetched images of one request take."""
+def _add(counted: Counter[str], who: str, size: int, most: int, what: str) -> None:
+    """Counts bytes of someone, who alone may have any number, and beside others half of `most`."""
+    total = counted.total()
+    if size > 0 and total and (total + size > most or (who and counted[who] and counted[who] + size > most // 2)):
+        raise EngineOverloadedError(f"{what} take {total >> 20} MB: try again later")
+    counted[who] += size
+    if not counted[who]:
+        del counted[who]
 
-    def __init__(self, sources: ImageSources) -> None:
+
+class _Turns:
+    """Connections of an event loop; half of them may be of one asker."""
+
+    def __init__(self) -> None:
+        self._all = asyncio.Semaphore(AT_ONCE)
+        self._by_asker = weakref.WeakValueDictionary[str, asyncio.Semaphore]()
+
+    @contextlib.asynccontextmanager
+    async def of(self, who: str) -> AsyncIterator[None]:
+        """Waits for one."""
+        mine = self._by_asker.get(who)
+        if mine is None:
+            mine = self._by_asker[who] = asyncio.Semaphore(AT_ONCE // 2 if who else AT_ONCE)
+        async with mine, self._all:
+            yield
+
+
+class _Room:
+    """What the image files of one request take."""
+
+    def __init__(self, sources: ImageSources, who: str) -> None:
         self._sources = sources
-        self._size = 0
+        self.who = who
+        self._size = self._given = 0
         self._over = False
         self._counting = threading.Lock()
 
@@ -325,13 +384,18 @@ class _Room:
             if self._size + size > MAX_REQUEST_BYTES:
                 said = f"{path}: the images of a request that are fetched may have {MAX_REQUEST_BYTES >> 20} MB in all"
                 raise InvalidParameterError(said, path)
-            self._sources.count(size)
+            self._sources.count(size, self.who)
             self._size += size
+
+    def hold(self, size: int) -> None:
+        """Counts files that came with the request, whose size its body bounds."""
+        self._sources.count(size, self.who)
+        self._given = size
 
     def leave(self) -> None:
         with self._counting:
-            self._sources.count(-self._size)
-            self._size, self._over = 0, True
+            self._sources.count(-self._size - self._given, self.who)
+            self._size, self._given, self._over = 0, 0, True
 
 
 def _waited(work: Coroutine[Any, Any, list[bytes]]) -> list[bytes]:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Pictures as they are sent, checked and decoded to pixels (before step 3).
 
-Bytes of a stranger are given to Pillow only: its loaders are limited to four formats by name, a picture's size is read
-and checked before its pixels are, and what Pillow says of a broken file (which may show addresses of memory) is not
-passed on. Source of the limits: CVE-2026-22778, CVE-2026-34755 and their like, see docs/vision.md.
+A file of a stranger is walked once before Pillow sees it: its format, its size and its scans are read and checked, and
+what is no part of the pixels (EXIF, ICC profiles, texts, comments, further frames' controls) is left out. So Pillow
+unpacks and parses no metadata and warns of none, and the cost of a file is bounded by its bytes and its pixels. What
+Pillow says of a broken file (which may show addresses of memory) is not passed on. Source of the limits:
+CVE-2026-22778, CVE-2026-34755 and their like, see docs/vision.md.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +30,9 @@ from candle_vllm.core.errors import ConfigError, InvalidParameterError, with_ext
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+MAX_PARTS = 1 << 16  # segments, chunks or blocks of a file
+MAX_SCANS = 100  # of a JPEG; encoders write about ten
+MAX_SCANNED = 1 << 31  # pixels times scans of a JPEG: a scan of a few bytes visits every pixel
 _ORIENTATION = 0x0112
 _LONGEST_SIDE = 1 << 16
 _WHOLE = 1 << 25  # pixels; of what has more, both sides are halved while it is decoded, for no model looks so closely
@@ -99,21 +105,36 @@ def decode_picture(data: bytes, limits: PictureLimits = LIMITS, name: str = "ima
         raise InvalidParameterError(f"{name}: {len(data)} bytes; a picture may have {limits.nbytes}", name)
     refused: Exception | None = None
     try:
-        with PIL.Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_size(*image.size, limits, name)
+        file = _bare(data)
+        _check_size(file.width, file.height, limits, name)
+        if file.scans * file.width * file.height > MAX_SCANNED:
+            said = f"{file.width} x {file.height} pixels in {file.scans} scans; a JPEG may have {MAX_SCANNED} in all"
+            raise _RefusedFile(said)
+        with PIL.Image.open(io.BytesIO(file.data), formats=(file.format,)) as image:
+            _check_size(*image.size, limits, name)  # and if Pillow reads another size than we do
             if image.width * image.height > _WHOLE:
                 image.draft(None, (image.width // 2, image.height // 2))  # of a JPEG, half is all that is decoded
-            return _picture(image)
+            image.load()
+            return _picture(image, _orientation(file.exif or image.info.get("exif", b"")))
+    except _RefusedFile as error:
+        refused = InvalidParameterError(f"{name}: {error}", name)
     except InvalidParameterError:
         raise
-    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
-        refused = InvalidParameterError(f"{name}: too many pixels; a picture may have {limits.pixels}", name)
     except PIL.UnidentifiedImageError:
         said = f"{name}: this is no picture in a format that is read: PNG, JPEG, WebP or GIF"
         refused = InvalidParameterError(said, name)
     except Exception:  # a decoder of hostile bytes may raise anything
         refused = InvalidParameterError(f"{name}: the picture is damaged: it could not be decoded", name)
     raise refused
+
+
+def pixels_of(data: bytes) -> int:
+    """Pixels that a file says it has; 0 where it says none, which `decode_picture` refuses."""
+    try:
+        file = _bare(data)
+    except Exception:  # as there
+        return 0
+    return file.width * file.height
 
 
 def picture_of(image: object, limits: PictureLimits = LIMITS, name: str = "image") -> Picture:
@@ -137,7 +158,8 @@ def picture_of(image: object, limits: PictureLimits = LIMITS, name: str = "image
 
         if isinstance(image, PIL.Image.Image):
             _check_size(*image.size, limits, name)
-            return _picture(image)
+            image.load()
+            return _picture(image, image.getexif().get(_ORIENTATION, 1))  # opened by the caller, by its own rules
     raise InvalidParameterError(
         f"{name}: a picture is a PIL.Image, an array [height, width, 3] of uint8, or a file's bytes, not "
         f"{type(image).__name__}",
@@ -219,8 +241,8 @@ def _check_size(width: int, height: int, limits: PictureLimits, name: str) -> No
         raise InvalidParameterError(said, name)
 
 
-def _picture(image: Image) -> Picture:
-    """A picture of an opened one: as it is meant to be seen, without alpha."""
+def _picture(image: Image, orientation: int) -> Picture:
+    """A picture of a loaded one: as it is meant to be seen, without alpha."""
     import PIL.Image
     from PIL.Image import Transpose
 
@@ -233,8 +255,7 @@ def _picture(image: Image) -> Picture:
         7: Transpose.TRANSVERSE,
         8: Transpose.ROTATE_90,
     }
-    image.load()
-    turn = turns.get(image.getexif().get(_ORIENTATION, 1))
+    turn = turns.get(orientation)
     if image.mode.startswith("I;16"):
         image = image.convert("I").point(lambda value: value / 256).convert("L")  # Pillow alone would cut at 255
     if "A" in image.getbands() or image.info.get("transparency") is not None:
@@ -255,3 +276,156 @@ def _of_pixels(pixels: NDArray[np.uint8]) -> Picture:
     digest = hashlib.sha256(np.array(pixels.shape, "<i8").tobytes())
     digest.update(pixels.data)
     return Picture(pixels, digest.digest())
+
+
+# ---- files without what is no part of their pixels -------------------------------------------------------------------
+# A walker raises struct.error, IndexError or ValueError where a file is damaged.
+
+
+class _RefusedFile(Exception):
+    """A file that would cost more to decode than its bytes and its pixels explain; the message says why."""
+
+
+class _File(NamedTuple):
+    """What Pillow is given of a file.
+
+    Attributes:
+        format: Pillow's name of it.
+        data: the file with its pixels alone.
+        width, height: as the file says.
+        exif: the file's EXIF, unread; empty of WebP, whose EXIF Pillow gives unread.
+        scans: passes over the pixels.
+    """
+
+    format: str
+    data: bytes
+    width: int
+    height: int
+    exif: bytes = b""
+    scans: int = 1
+
+
+def _bare(data: bytes) -> _File:
+    """A file without what is no part of its pixels; raises PIL.UnidentifiedImageError where it is of no format read."""
+    import PIL
+
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return _bare_png(data)
+    if data.startswith(b"\xff\xd8\xff"):
+        return _bare_jpeg(data)
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return _bare_gif(data)
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return _File("WEBP", data, *_size_of_webp(data))
+    raise PIL.UnidentifiedImageError
+
+
+def _too_many(parts: str) -> _RefusedFile:
+    return _RefusedFile(f"a picture may have {MAX_PARTS} {parts}")
+
+
+_PNG_PIXELS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
+
+
+def _bare_png(data: bytes) -> _File:
+    """Critical chunks and transparency; a file that is cut off is Pillow's to judge. Source: PNG 3, 5.3 and 11."""
+    if data[12:16] == b"CgBI":  # other colours, and compressed otherwise
+        raise _RefusedFile("an Apple-optimised PNG (CgBI) is not read: convert it to a plain one")
+    if data[12:16] != b"IHDR":
+        raise ValueError
+    kept, exif, at = [data[:8]], b"", 8
+    for _ in range(MAX_PARTS):
+        kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4])
+        if kind in _PNG_PIXELS and (kind != b"IHDR" or at == 8):
+            kept.append(data[at:end])
+        elif kind == b"eXIf" and not exif:
+            exif = data[at + 8 : end - 4]
+        if kind == b"IEND" or end >= len(data):
+            return _File("PNG", b"".join(kept), *struct.unpack_from(">II", data, 16), exif)
+        at = end
+    raise _too_many("chunks")
+
+
+_JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd8-\xef\xfe])")  # what else follows 0xFF is left in the data of a scan
+_JPEG_FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended, progressive; all in Huffman's code
+_JPEG_PIXELS = frozenset({0xC4, 0xDA, 0xDB, 0xDD, 0xE0, 0xEE}) | _JPEG_FRAMES  # E0 and EE say what the colours are
+_JPEG_DROPPED = frozenset({0xCC, 0xDC, *range(0xE1, 0xEE), 0xEF, 0xFE})
+
+
+def _bare_jpeg(data: bytes) -> _File:
+    """Tables, frame and scans, up to the end of the first image. Source: ITU-T T.81, annex B."""
+    kept, exif, size, scans, at = [data[:2]], b"", None, 0, 2
+    for _ in range(MAX_PARTS):
+        found = _JPEG_MARKER.search(data, at)
+        if scans:
+            kept.append(data[at : len(data) if found is None else found.start()])
+        if found is None or found[1] == b"\xd9":
+            if size is None:
+                raise ValueError
+            return _File("JPEG", b"".join(kept) + (b"" if found is None else b"\xff\xd9"), *size, exif, scans)
+        marker, begin = found[1][0], found.end()
+        at = begin + struct.unpack_from(">H", data, begin)[0]
+        if marker in _JPEG_FRAMES and size is None:
+            height, width = struct.unpack_from(">HH", data, begin + 3)
+            size = width, height
+        elif marker < 0xD0 and marker not in _JPEG_PIXELS | _JPEG_DROPPED:
+            raise _RefusedFile("a JPEG is read in Huffman's code alone, and not lossless or hierarchical")
+        elif marker not in _JPEG_PIXELS - _JPEG_FRAMES | _JPEG_DROPPED:
+            raise ValueError
+        elif marker == 0xE1 and not exif and data.startswith(b"Exif\0\0", begin + 2):
+            exif = data[begin + 2 : at]
+        elif marker == 0xDA and (scans := scans + 1) > MAX_SCANS:
+            raise _RefusedFile(f"a JPEG may have {MAX_SCANS} scans")
+        if marker in _JPEG_PIXELS:
+            kept.append(data[begin - 2 : at])
+    raise _too_many("segments")
+
+
+def _bare_gif(data: bytes) -> _File:
+    """The screen, the last control block and all from the first image on. Source: GIF89a, 18 to 26."""
+    width, height, flags = struct.unpack_from("<HHB", data, 6)
+    at = 13 + ((6 << (flags & 7)) if flags & 128 else 0)
+    screen, control = data[:at], b""
+    blocks = iter(range(MAX_PARTS))
+    for _ in blocks:
+        begin = at
+        if data[at] == 0x2C:
+            left, top, columns, rows = struct.unpack_from("<HHHH", data, at + 1)
+            return _File("GIF", screen + control + data[at:], max(width, left + columns), max(height, top + rows))
+        if data[at] == 0x3B:
+            raise ValueError
+        at += 1
+        if data[begin] == 0x21:
+            at += 1
+            while data[at] and next(blocks, None) is not None:
+                at += 1 + data[at]
+            at += 1
+            control = data[begin:at] if data[begin + 1] == 0xF9 else control
+    raise _too_many("blocks")
+
+
+def _size_of_webp(data: bytes) -> tuple[int, int]:
+    """Width and height of the canvas. Source: RFC 9649, 2.5 to 2.7, and RFC 6386, 9.1."""
+    if data[12:16] == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if data[12:16] == b"VP8L":
+        (sides,) = struct.unpack_from("<I", data, 21)
+        return 1 + (sides & 0x3FFF), 1 + (sides >> 14 & 0x3FFF)
+    width, height = struct.unpack_from("<HH", data, 26)
+    return width & 0x3FFF, height & 0x3FFF
+
+
+def _orientation(exif: bytes) -> int:
+    """The orientation that EXIF's first directory says; 1 where it says none. Source: TIFF 6.0, 2; EXIF 3.0, 4.6.5."""
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4], "")
+    try:
+        (begin,) = struct.unpack_from(order + "I", exif, 4) if order else (len(exif),)
+        (count,) = struct.unpack_from(order + "H", exif, begin)
+        for at in range(begin + 2, begin + 2 + 12 * count, 12):
+            tag, kind, number, value = struct.unpack_from(order + "HHIH", exif, at)
+            if tag == _ORIENTATION:
+                return value if (kind, number) == (3, 1) else 1
+    except struct.error:  # the directory is cut off
+        pass
+    return 1

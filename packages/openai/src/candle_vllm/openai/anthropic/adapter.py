@@ -6,7 +6,6 @@ A request is read as a task, and what happens while it is answered is written as
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from contextlib import aclosing
 from typing import Any
@@ -25,6 +24,7 @@ from candle_vllm.openai.anthropic.request import (
 )
 from candle_vllm.openai.anthropic.streaming import EventWriter, join_message
 from candle_vllm.openai.anthropic.tasks import Reading, read_messages
+from candle_vllm.openai.fair_threads import apart
 from candle_vllm.openai.streams import AnswerStream, ChunkStream
 from candle_vllm.openai.task import Task
 
@@ -84,7 +84,7 @@ class MessagesAdapter:
 
     async def _read(self, request: MessagesRequest | CountTokensRequest) -> Reading:
         """Not in the event loop: conversations may be long."""
-        return await asyncio.to_thread(read_messages, request, self._sampling_defaults)
+        return await apart(read_messages, request, self._sampling_defaults)
 
 
 class MessageStream(ChunkStream[MessageEvent]):

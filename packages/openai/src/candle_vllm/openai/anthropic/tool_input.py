@@ -21,7 +21,7 @@ from candle_vllm.openai.json_body import MAX_DEPTH, is_deeper
 _SPACE = " \t\r\n"
 _PLAIN = re.compile(r'[^"\\\x00-\x1f\ud800-\udfff]*')
 _STRUCTURE = re.compile(r'["\[\]{}]')
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_IN_STRING = re.compile(r'(?:[^"\\]++|\\.)*+("?)', re.DOTALL)  # up to its end, or as far as it has come
 _SCALAR_END = re.compile(r"[,}\s]")
 _HIGH = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}")
 _LOW = re.compile(r"\\u[dD][c-fC-F][0-9a-fA-F]{2}")
@@ -88,13 +88,18 @@ class ToolInput:
             return self._close(parts)
         if self._text[0] != '"':
             raise _Broken
-        match = _STRING.match(self._text)
-        rest = "" if match is None else self._text[match.end() :].lstrip(_SPACE)
-        if match is None or not rest:
+        end = self._scan.end(self._text)
+        if end is None:
             return False
-        _check(match[0])
-        self._held += f"{match[0]}: "
-        self._text = rest
+        _check(self._text[:end])
+        self._held += f"{self._text[:end]}: "
+        self._text, self._scan = self._text[end:], _Scan()
+        self._state = self._colon
+        return True
+
+    def _colon(self, _: list[str]) -> bool:
+        if not self._skip():
+            return False
         self._take(":")
         self._state = self._value
         return True
@@ -117,21 +122,22 @@ class ToolInput:
         return self._end_of_member()
 
     def _string(self, parts: list[str]) -> bool:
-        plain = _PLAIN.match(self._text)
-        assert plain is not None
-        parts.append(plain[0])
-        self._text = self._text[plain.end() :]
-        if not self._text:
-            return False
-        if self._text[0] != '"':
-            text, length = _escaped(self._text)
-            parts.append(text)
-            self._text = self._text[length:]
-            return length > 0
-        parts.append('"')
-        self._text = self._text[1:]
-        self._in_text = False
-        return self._end_of_member()
+        text, at = self._text, 0
+        while True:
+            plain = _PLAIN.match(text, at)
+            assert plain is not None
+            parts.append(plain[0])
+            at = plain.end()
+            if text[at : at + 1] == '"':
+                parts.append('"')
+                self._text, self._in_text = text[at + 1 :], False
+                return self._end_of_member()
+            said, length = _escaped(text[at : at + 12]) if at < len(text) else ("", 0)
+            if not length:
+                self._text = text[at:]
+                return False
+            parts.append(said)
+            at += length
 
     def _end_of_member(self) -> bool:
         self._held, self._scan, self._has_members = "", _Scan(), True
@@ -164,30 +170,35 @@ class ToolInput:
 
 
 class _Scan:
-    """Looks for the end of a value that is no text; goes on where it was when there is more."""
+    """Looks for the end of a name or a value; goes on where it was when there is more."""
 
     def __init__(self) -> None:
         self.place = 0
         self._depth = 0
+        self._in_string = False
 
     def end(self, text: str) -> int | None:
         """Where the value at the beginning of `text` ends; None where it is not complete."""
-        if text[0] not in "[{":
-            match = _SCALAR_END.search(text)
-            return None if match is None else match.start()
-        while (match := _STRUCTURE.search(text, self.place)) is not None:
-            if match[0] == '"':
-                string = _STRING.match(text, match.start())
-                if string is None:
-                    self.place = match.start()
+        if text[0] not in '[{"':
+            match = _SCALAR_END.search(text, self.place)
+            self.place = len(text) if match is None else match.start()
+            return None if match is None else self.place
+        while self.place < len(text):
+            if self._in_string:
+                string = _IN_STRING.match(text, self.place)
+                assert string is not None
+                self.place, self._in_string = string.end(), not string[1]
+                if self._in_string:
                     return None
-                self.place = string.end()
-                continue
-            self.place = match.end()
-            self._depth += 1 if match[0] in "[{" else -1
-            if self._depth == 0:
+            else:
+                match = _STRUCTURE.search(text, self.place)
+                self.place = len(text) if match is None else match.end()
+                if match is None:
+                    return None
+                self._in_string = match[0] == '"'
+                self._depth += 0 if self._in_string else 1 if match[0] in "[{" else -1
+            if self._depth == 0 and not self._in_string:
                 return self.place
-        self.place = len(text)
         return None
 
 

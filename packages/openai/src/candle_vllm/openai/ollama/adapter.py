@@ -6,7 +6,6 @@ A request is read as a task, and what happens while it is answered is written as
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections import deque
@@ -128,7 +127,7 @@ class OllamaAdapter:
         times = self._begun(request)
         texts: Sequence[str | list[int]] = request.input
         if request.truncate:
-            texts = await asyncio.to_thread(self._cut, request.input)
+            texts = await self._cut(request.input)
         made = await self._vectors(request.model, texts, "input", normalize=True, dimensions=request.dimensions)
         return Vectors(
             model=made.model,
@@ -163,12 +162,11 @@ class OllamaAdapter:
                 error.param = field + error.param.removeprefix("input")
             raise
 
-    def _cut(self, texts: Sequence[str]) -> list[list[int]]:
+    async def _cut(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of texts, those that are too long without their ends; special tokens at the end stay."""
         most, made = self._adapter.model_info.max_model_len, list[list[int]]()
-        around = self._adapter.tokens_of("")
-        for number, text in enumerate(texts):
-            ids = self._adapter.tokens_of(text)
+        around, *tokens = await self._adapter.tokens_of(["", *texts])
+        for number, ids in enumerate(tokens):
             if len(ids) > most:
                 tail = 1 if len(around) > 1 and ids[-1] == around[-1] else 0
                 remark([f"input.{number} has {len(ids)} tokens and was cut to {most}"])

@@ -96,7 +96,7 @@ class ChatCompletionRequest(TemplateFields, GenerationFields):
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
-    modalities: Annotated[list[str] | None, BeforeValidator(_text_modality)] = None
+    modalities: Annotated[list[str], Field(fail_fast=True), BeforeValidator(_text_modality)] | None = None
     tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None

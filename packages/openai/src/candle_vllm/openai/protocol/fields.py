@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_NAME = 256  # characters of a model name, participant name or call id
@@ -26,7 +26,7 @@ MAX_PROMPTS = 128  # of one completion request
 MAX_CHOICES = 256  # prompts times n
 MAX_BAD_WORDS = 256
 MAX_LOGIT_BIAS = 1024
-MAX_PROMPT_LOGPROBS = 1 << 18  # of an answer: prompt tokens x n x (logprobs + 1)
+MAX_LOGPROBS = 1 << 18  # of an answer: tokens x n x (logprobs + 1), of the prompt or generated
 MAX_PRIORITY = (1 << 31) - 1
 
 TokenId = Annotated[int, Field(ge=0, le=(1 << 31) - 1)]
@@ -165,6 +165,17 @@ def unsupported(field: str, reason: str) -> PydanticCustomError:
 def invalid(field: str, text: str) -> PydanticCustomError:
     """A value that cannot be."""
     return rule_error("invalid_field", field, text)
+
+
+def few_entries(most: int) -> BeforeValidator:
+    """Refuses an object of more than `most` entries before they are checked: listing a million errors takes seconds."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > most:
+            raise invalid("", f"must have at most {most} entries, not {len(value)}")
+        return value
+
+    return BeforeValidator(check)
 
 
 class WireModel(BaseModel):

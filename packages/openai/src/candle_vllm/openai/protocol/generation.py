@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from candle_vllm.core.engine.request import MAX_ADAPTER_SCALE
 from candle_vllm.core.errors import InvalidParameterError
@@ -25,6 +25,7 @@ from candle_vllm.openai.protocol.fields import (
     RequestId,
     TokenId,
     WireModel,
+    few_entries,
     invalid,
     unsupported,
 )
@@ -34,6 +35,18 @@ Text = Annotated[str, Field(min_length=1, max_length=caps.MAX_STOP_LENGTH)]
 MaxTokens = Annotated[int, Field(ge=1, le=caps.MAX_TOKENS)]
 Logprobs = Annotated[int, Field(ge=0, le=caps.MAX_LOGPROBS)]
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+
+
+def _token_id_keys(bias: Any) -> Any:
+    for key in bias if isinstance(bias, dict) else ():
+        if not isinstance(key, str) or not _TOKEN_ID.fullmatch(key) or int(key) > (1 << 31) - 1:
+            raise invalid("", f"maps token ids, written as strings, to numbers; {key!r:.60} is no token id")
+    return bias
+
+
+_Bias = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_token_id_keys), few_entries(MAX_LOGIT_BIAS)
+]
 
 
 def _stop_form(value: Any) -> str:
@@ -205,7 +218,7 @@ class GenerationFields(SamplerFields, ModelFields):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: Logprobs | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: _Bias | None = None
     allowed_token_ids: (
         Annotated[list[TokenId], Field(min_length=1, max_length=caps.MAX_ALLOWED_TOKENS, fail_fast=True)] | None
     ) = None
@@ -224,7 +237,7 @@ class GenerationFields(SamplerFields, ModelFields):
 
     # ADVISORY_FIELDS: checked and without effect.
     user: str | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=MAX_NAME)] | None = None
+    metadata: Annotated[dict[str, str], few_entries(MAX_NAME), Field(max_length=MAX_NAME)] | None = None
     store: bool | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
     safety_identifier: str | None = None
@@ -233,18 +246,6 @@ class GenerationFields(SamplerFields, ModelFields):
     prompt_cache_options: dict[str, Any] | None = None
     session_id: str | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
-
-    @field_validator("logit_bias", mode="before")
-    @classmethod
-    def _token_id_keys(cls, bias: Any) -> Any:
-        if not isinstance(bias, dict):
-            return bias
-        if len(bias) > MAX_LOGIT_BIAS:
-            raise invalid("", f"must have at most {MAX_LOGIT_BIAS} entries, not {len(bias)}")
-        for key in bias:
-            if not isinstance(key, str) or not _TOKEN_ID.fullmatch(key) or int(key) > (1 << 31) - 1:
-                raise invalid("", f"maps token ids, written as strings, to numbers; {key!r:.60} is no token id")
-        return bias
 
     @model_validator(mode="after")
     def _shared_rules(self) -> Self:

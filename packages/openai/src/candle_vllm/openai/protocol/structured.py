@@ -83,12 +83,15 @@ class Structure(WireModel):
     end: str
 
 
+MAX_TAGS = 1000
+
+
 class StructuralTagFormat(WireModel):
     """Free text with tagged parts, in the older form (`structures`, `triggers`) or the newer (`format`)."""
 
     type: Literal["structural_tag"]
-    structures: list[Structure] | None = None
-    triggers: list[str] | None = None
+    structures: Annotated[list[Structure], Field(max_length=MAX_TAGS, fail_fast=True)] | None = None
+    triggers: Annotated[list[str], Field(max_length=MAX_TAGS, fail_fast=True)] | None = None
     format: dict[str, Any] | None = None
 
     @model_validator(mode="after")

@@ -7,9 +7,9 @@ nowhere else is remembered here, and only so much of it.
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict
 
+from candle_vllm.openai.fair_threads import apart, this_request
 from candle_vllm.responses.store.entries import Entry, Item, items_of
 
 MAX_REMEMBERED = 64  # responses
@@ -53,9 +53,8 @@ class ConnectionMemory:
         while before is not None and before in self._entries:
             chain.append(self._entries[before])
             before = chain[-1].follows or None
-        items = await asyncio.to_thread(
-            lambda: [item for entry in reversed(chain) for item in items_of(entry.body, entry.given)]
-        )
+        this_request().add(sum(map(_size, chain)))
+        items = await apart(lambda: [item for entry in reversed(chain) for item in items_of(entry.body, entry.given)])
         return items, before
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 
 from candle_vllm.core.errors import RequestError
+from candle_vllm.openai.fair_threads import apart, this_request
 from candle_vllm.responses.api.stored_items import ItemList, PageRequest, page_of
 from candle_vllm.responses.api.turns import ConversationTurns, blaming
 from candle_vllm.responses.store.backend import MEMORY, Backend, Held
@@ -103,7 +104,7 @@ class KeptResponses:
         store = await self.store()
         expires = entry.expires or entry.created + self.options.retention_days * 86_400_000
         lease = {"lease": store.now + LEASE_MS, "holder": entry.id} if entry.active else {}
-        names = await asyncio.to_thread(_names, entry.body, entry.given)
+        names = await apart(_names, entry.body, entry.given, size=entry.size)
         note_dropped(await store.put(msgspec.structs.replace(entry, expires=expires, **lease), names))
 
     async def keep(self, entry: Entry) -> None:
@@ -131,7 +132,7 @@ class KeptResponses:
     async def input_items(self, owner: str, response_id: str, wanted: PageRequest) -> ItemList:
         """What the request of a response gave, without what it only referred to."""
         entry = await self.get(owner, response_id)
-        return await asyncio.to_thread(lambda: page_of(msgspec.json.decode(entry.given), wanted))
+        return await apart(lambda: page_of(msgspec.json.decode(entry.given), wanted), size=entry.size)
 
     async def delete(self, owner: str, response_id: str) -> None:
         """Deletes a response. What works on it is not told."""
@@ -151,7 +152,7 @@ class KeptResponses:
         store, what = await self.store(), (RESPONSE, owner, response_id, response)
         if status in ACTIVE:
             return await store.change(*what, status=status, lease=store.now + LEASE_MS)
-        return await store.change(*what, status=status, names=await asyncio.to_thread(_names, response))
+        return await store.change(*what, status=status, names=await apart(_names, response, size=len(response)))
 
     async def cancel(self, owner: str, response_id: str) -> Entry:
         """Ends a response that is queued or in progress as cancelled, and returns what is kept of it."""
@@ -191,15 +192,15 @@ class KeptResponses:
         if missing:
             broken = f"Response {response_id!r:.80} cannot be continued: the earlier response"
             raise NotStoredError("Previous response" if missing == response_id else broken, missing, _PREVIOUS)
-        return await asyncio.to_thread(
-            lambda: [item for entry in reversed(chain) for item in items_of(entry.body, entry.given)]
-        )
+        this_request().add(sum(each.size for each in chain))
+        return await apart(lambda: [item for entry in reversed(chain) for item in items_of(entry.body, entry.given)])
 
     async def find_items(self, owner: str, names: Sequence[str]) -> dict[str, Item]:
         """Items of this owner's responses and conversations by their ids; those that are nowhere are left out."""
         known = [name for name in dict.fromkeys(names) if is_id(name)]
         parts, entries = await (await self.store()).find(owner, known)
-        return await asyncio.to_thread(_found, set(known), parts, entries)
+        this_request().add(sum(each.size for each in (*parts, *entries)))
+        return await apart(_found, set(known), parts, entries)
 
     # ---- conversations that responses are made in --------------------------------------------------------------------
 
@@ -217,7 +218,8 @@ class KeptResponses:
         if len(parts) >= self.options.max_items:
             message = f"The conversation {conversation_id!r:.80} is full: delete items of it, or begin another."
             raise StoreLimitError(message, "conversation")
-        return await asyncio.to_thread(lambda: [msgspec.json.decode(part.body) for part in parts])
+        this_request().add(sum(part.size for part in parts))
+        return await apart(lambda: [msgspec.json.decode(part.body) for part in parts])
 
     async def append(
         self, owner: str, name: str, items: Iterable[Item], *, skip_known: bool = False

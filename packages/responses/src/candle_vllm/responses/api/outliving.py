@@ -128,12 +128,8 @@ class Work(Generic[T]):
         take: Callable[[T], Awaitable[None]],
         end: Callable[[Failure], Awaitable[None]],
     ) -> None:
-        self._pieces = pieces
-        self._seconds = seconds
-        self._take = take
-        self._end = end
         self._started = asyncio.Event()  # a task that is cancelled before it has begun would clean nothing up
-        self.task = asyncio.create_task(self._run())
+        self.task = asyncio.create_task(self._run(pieces, seconds, take, end))  # which alone holds them
 
     async def cancel(self) -> None:
         """Ends the work; returns when it has ended."""
@@ -141,17 +137,23 @@ class Work(Generic[T]):
         self.task.cancel()
         await asyncio.wait({self.task})
 
-    async def _run(self) -> None:
+    async def _run(
+        self,
+        pieces: AsyncIterator[T],
+        seconds: float,
+        take: Callable[[T], Awaitable[None]],
+        end: Callable[[Failure], Awaitable[None]],
+    ) -> None:
         self._started.set()
         failure: Failure = None
         try:
-            async with asyncio.timeout(self._seconds):
-                async for piece in self._pieces:
-                    await self._take(piece)
+            async with asyncio.timeout(seconds):
+                async for piece in pieces:
+                    await take(piece)
         except (Exception, asyncio.CancelledError) as ended:
             failure = ended
-        await close(self._pieces)
-        await self._end(failure)
+        await close(pieces)
+        await end(failure)
 
 
 async def close(pieces: AsyncIterator[object]) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from msgspec.structs import replace
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
 from candle_vllm.openai.conversation import images_of
 from candle_vllm.openai.errors import UnsupportedParameterError
+from candle_vllm.openai.fair_threads import apart
 from candle_vllm.openai.task import Task
 from candle_vllm.responses.api.call_results import Placed
 from candle_vllm.responses.api.compaction import compacted, summary_limit, summary_request
@@ -111,8 +111,7 @@ class Responder:
         async with aclosing(await self.create_stream(request, owner=owner)) as events:
             async for _ in events:
                 pass
-            if events.failure is not None:
-                raise events.failure
+            events.raise_failure()
             return events.response
 
     async def create_stream(self, request: ResponsesRequest | Fields, *, owner: str = "") -> ResponseStream:
@@ -150,10 +149,10 @@ class Responder:
             if parsed.model is not None and (parsed.model in names or not names):
                 model = parsed.model
             response = begin_response(parsed, model=model, stored=stored, defaults=defaults)
-            given = await asyncio.to_thread(_given, items) if stored or self._memory is not None else ()
+            given = await apart(_given, items) if stored or self._memory is not None else ()
             room = MAX_SHOWN
             if self._kept is not None and stored and has_servers(parsed):
-                room = await asyncio.to_thread(_room, self._kept.options, given)
+                room = await apart(_room, self._kept.options, given)
             writer = EventWriter(
                 response,
                 encoded=parsed.wants_encrypted,
@@ -192,7 +191,7 @@ class Responder:
         async with AsyncExitStack() as stack:
             items = await gather_items(parsed, self._kept, owner, self._memory)
             prepared = await self._task_maker.prepare(parsed, items, stack, check=False)
-            task = await asyncio.to_thread(prepared.task)
+            task = await apart(prepared.task)
             if prepared.made.approved:  # what these calls will give is part of the prompt
                 missing = ", ".join(repr(call.id)[:80] for call in _open_calls(task, prepared.made)[:5])
                 raise InvalidParameterError(f"input leaves tool calls without a tool message: {missing}", "input")
@@ -233,7 +232,7 @@ class Responder:
                 await stream.put(writer.list_server(server.label, plan.offered[server.label], server.error))
         try:
             loop = ConversationLoop(model, plan.registry, self._loop_options(request, plan))
-            conversation = _conversation(loop, prepared, await asyncio.to_thread(prepared.task))
+            conversation = _conversation(loop, prepared, await apart(prepared.task))
             async with aclosing(conversation) as events:
                 async for event in events:
                     if isinstance(event, ToolStarted):
@@ -243,7 +242,7 @@ class Responder:
             await stream.put(writer.cut("max_output_tokens"))
         stream.begun()
         if keep is not None and self._kept is not None:
-            await self._kept.keep(entry_of(keep, writer.response, stream.input_items))
+            await self._kept.keep(await apart(entry_of, keep, writer.response, stream.input_items))
         await stream.put(writer.conclude())
 
     def _loop_options(self, request: ResponsesRequest, plan: ToolPlan) -> ConversationOptions:

@@ -89,7 +89,16 @@ class ResponseStream:
             raise
         if not self._taken and self.failure is not None:
             await self.aclose()
-            raise self.failure
+            self.raise_failure()
+
+    def raise_failure(self) -> None:
+        """Raises what the response failed with, if it did, and keeps it no longer: its traceback has the request."""
+        failure, self.failure = self.failure, None
+        try:
+            if failure is not None:
+                raise failure
+        finally:
+            del failure
 
     def begun(self) -> None:
         """The request has been taken: from here on failures are told in events."""
@@ -144,6 +153,7 @@ class ResponseStream:
             if self._taken:
                 if to_error(failure).status >= 500 and not isinstance(failure, EngineDeadError):
                     logger.error("a response failed", exc_info=failure)
+                failure.__traceback__ = None  # it holds this stream
                 await self.put(self._writer.fail(error_detail(failure), response_code(failure)))
         finally:
             self._closed = True

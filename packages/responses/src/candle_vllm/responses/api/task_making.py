@@ -15,6 +15,7 @@ from candle_vllm.core.errors import InvalidParameterError, RequestError
 from candle_vllm.core.sampling.params import SAMPLER_FIELDS
 from candle_vllm.core.sampling.structured import StructuredOutputsParams
 from candle_vllm.openai.errors import UnsupportedParameterError
+from candle_vllm.openai.fair_threads import apart
 from candle_vllm.openai.protocol.fields import MAX_MESSAGES, MAX_TOOLS
 from candle_vllm.openai.protocol.structured import JsonObjectFormat
 from candle_vllm.openai.protocol.templating import check_variables, close_thoughts, set_effort
@@ -153,14 +154,14 @@ class TaskMaker:
         servers = await self._open(request, stack)
         plan = plan_tools(request, servers)
         shown = await self._max_images(items)
-        made = await asyncio.to_thread(translate, items, request.instructions, plan, shown)
+        made = await apart(translate, items, request.instructions, plan, shown)
         defaults = self._sampling_defaults if isinstance(request, ResponsesRequest) else {}
         if request.truncation != "auto":
             _check_length(request, len(made.messages))
         _check_agreements(plan, made)
         prepared = Prepared(request, plan, made, defaults)
         if check or made.approved:
-            await asyncio.to_thread(prepared.task)
+            await apart(prepared.task)
         return prepared
 
     async def _max_images(self, items: Sequence[Placed]) -> int:
@@ -186,6 +187,7 @@ class TaskMaker:
             for task in opening.values():
                 task.cancel()
             await asyncio.gather(*opening.values(), return_exceptions=True)
+            opening.clear()  # their errors hold this frame
             raise
 
 
@@ -233,7 +235,7 @@ async def _history(
     if memory is not None and previous is not None:
         recent, before = await memory.history(previous)
         if before is None:
-            return await asyncio.to_thread(lambda: [Placed(_checked(item, field), field) for item in recent])
+            return await apart(lambda: [Placed(_checked(item, field), field) for item in recent])
         if kept is None:
             raise NotStoredError("Previous response", before, field)
         previous = before
@@ -245,7 +247,7 @@ async def _history(
         items = [*await kept.history(owner, previous), *recent]
     else:
         items = await kept.conversation_items(owner, request.conversation_id or "")
-    return await asyncio.to_thread(lambda: [Placed(_checked(item, field), field) for item in items])
+    return await apart(lambda: [Placed(_checked(item, field), field) for item in items])
 
 
 def _checked(item: Mapping[str, Any], field: str) -> InputItem:

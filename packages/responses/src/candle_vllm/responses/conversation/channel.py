@@ -24,7 +24,7 @@ class EventChannel(Generic[T]):
         self._room = asyncio.Event()
         self._room.set()
         self._closed = False
-        self._error: BaseException | None = None
+        self._errors: list[BaseException] = []
 
     async def send(self, event: T) -> None:
         """Adds an event, and waits while there are too many; an event is never lost, also if the wait is cancelled."""
@@ -42,15 +42,16 @@ class EventChannel(Generic[T]):
 
     def close(self, error: BaseException | None = None) -> None:
         """Says that no more comes, and why."""
-        self._closed, self._error = True, error
+        self._closed = True
+        self._errors += [] if error is None else [error]
         self._news.set()
 
     async def receive(self) -> T | None:
-        """The next event, or None when there are no more; raises what the channel was closed with."""
+        """The next event, or None when there are no more; raises once what the channel was closed with."""
         while not self._events:
             if self._closed:
-                if self._error is not None:
-                    raise self._error
+                if self._errors:
+                    raise self._errors.pop()  # it holds this channel
                 return None
             self._news.clear()
             await self._news.wait()
@@ -86,5 +87,8 @@ async def end_task(task: asyncio.Task[object], patience: float = PATIENCE, again
             await asyncio.wait([task], timeout=min(deadline, next_time) - now())
         except asyncio.CancelledError as error:
             cancelled = error
-    if cancelled is not None:
-        raise cancelled
+    try:
+        if cancelled is not None:
+            raise cancelled
+    finally:
+        del cancelled  # it holds this frame

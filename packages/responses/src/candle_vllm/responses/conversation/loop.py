@@ -160,6 +160,7 @@ class ConversationLoop:
                 await end_task(task)
             finally:
                 self._running.discard(task)
+                del task  # its error holds this frame
                 transcript.settle()
 
     async def aclose(self) -> None:
@@ -201,6 +202,8 @@ class _Conversation:
             reason = "timeout"
             for call in self._transcript.lost_calls():
                 await self._calls.refuse(call, "timed_out", LOST)
+        finally:
+            del limit  # it holds this task, whose error holds this frame
         result = ConversationResult(
             final_message=self._words,
             tool_calls=self._calls.results,

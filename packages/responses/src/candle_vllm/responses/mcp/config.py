@@ -31,7 +31,7 @@ MAX_INPUTS = 256
 _MAX_WARNINGS = 20
 _WRAPPERS = ("mcpServers", "servers")
 _TOP_KEYS = (*_WRAPPERS, "inputs", "$schema")
-_STRING = r'"(?:[^"\\]|\\.)*+(?:"|\Z)'
+_STRING = r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)'
 _COMMENT = re.compile(rf"{_STRING}|//[^\n]*|/\*.*?(?:\*/|\Z)", re.DOTALL)
 _TRAILING_COMMA = re.compile(rf"{_STRING}|,(?=\s*[}}\]])", re.DOTALL)
 _NO_NEWLINE = re.compile(r"[^\n]")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from candle_vllm.openai.protocol.fields import GUESS_FIELDS, REFUSED_FIELDS, Refusal, invalid
+from candle_vllm.openai.protocol.fields import GUESS_FIELDS, REFUSED_FIELDS, Refusal, few_entries, invalid
 
 MAX_ITEMS = 8192  # of one request
 MAX_METADATA = 16
@@ -78,8 +78,6 @@ def type_of(value: Any) -> str | None:
 
 
 def _checked(metadata: dict[str, str]) -> dict[str, str]:
-    if len(metadata) > MAX_METADATA:
-        raise invalid("", f"must have at most {MAX_METADATA} pairs, not {len(metadata)}")
     for key, value in metadata.items():
         if not 0 < len(key) <= MAX_METADATA_KEY:
             raise invalid("", f"has a key of {len(key)} characters; 1 to {MAX_METADATA_KEY} are allowed")
@@ -88,5 +86,5 @@ def _checked(metadata: dict[str, str]) -> dict[str, str]:
     return metadata
 
 
-Metadata = Annotated[dict[str, str], AfterValidator(_checked)]
+Metadata = Annotated[dict[str, str], few_entries(MAX_METADATA), AfterValidator(_checked)]
 """Labels of a response or a conversation, for its owner's own records: up to 16 pairs of texts."""

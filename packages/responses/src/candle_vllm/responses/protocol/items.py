@@ -219,8 +219,8 @@ class ReasoningItem(WireModel):
 
     type: Literal["reasoning"]
     id: ItemId | None = None
-    summary: list[_ThoughtPart] = Field(default_factory=list)
-    content: list[_ThoughtPart] | None = None
+    summary: Annotated[list[_ThoughtPart], Field(fail_fast=True)] = Field(default_factory=list)
+    content: Annotated[list[_ThoughtPart], Field(fail_fast=True)] | None = None
     encrypted_content: Text | None = None
     status: Status | None = None
 
@@ -247,7 +247,7 @@ class McpListToolsItem(WireModel):
     type: Literal["mcp_list_tools"]
     id: ItemId | None = None
     server_label: Name
-    tools: list[dict[str, Any]]
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True)]
     error: Any = None
     status: Status | None = None
 

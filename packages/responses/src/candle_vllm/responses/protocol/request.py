@@ -177,7 +177,7 @@ class ResponsesRequest(PromptFields, SamplerFields):
     stream_options: StreamOptions | None = None
     store: bool | None = None
     background: bool | None = None
-    include: Annotated[list[Include], Field(max_length=32)] | None = None
+    include: Annotated[list[Include], Field(max_length=32, fail_fast=True)] | None = None
     max_output_tokens: MaxTokens | None = None
     max_tool_calls: Annotated[int, Field(ge=1, le=10_000)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None

@@ -16,6 +16,7 @@ from candle_vllm.openai.protocol.fields import (
     Name,
     Refusal,
     WireModel,
+    few_entries,
     invalid,
     unsupported,
 )
@@ -106,7 +107,7 @@ class NamespaceTool(WireModel):
 class ToolFilter(WireModel):
     """Some tools of a server: those of these names, or those that say that they change nothing (or do)."""
 
-    tool_names: Annotated[list[Name], Field(max_length=MAX_TOOLS)] | None = None
+    tool_names: Annotated[list[Name], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     read_only: bool | None = None
 
 
@@ -141,12 +142,13 @@ class McpTool(WireModel):
     server_label: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
     server_url: Annotated[str, Field(min_length=1, max_length=MAX_URL)] | None = None
     authorization: Annotated[str, Field(min_length=1, max_length=MAX_SECRET)] | None = Field(default=None, repr=False)
-    headers: (
-        Annotated[dict[str, Annotated[str, Field(max_length=MAX_SECRET)]], Field(max_length=MAX_HEADERS)] | None
-    ) = Field(default=None, repr=False)
+    headers: Annotated[dict[str, Annotated[str, Field(max_length=MAX_SECRET)]], few_entries(MAX_HEADERS)] | None = (
+        Field(default=None, repr=False)
+    )
     allowed_tools: (
         Annotated[
-            Annotated[list[Name], Field(max_length=MAX_TOOLS), Tag("<names>")] | Annotated[ToolFilter, Tag("<filter>")],
+            Annotated[list[Name], Field(max_length=MAX_TOOLS, fail_fast=True), Tag("<names>")]
+            | Annotated[ToolFilter, Tag("<filter>")],
             Discriminator(_allowed_form),
         ]
         | None

@@ -19,7 +19,7 @@ the time; from then on whoever comes gets it. There are four, told in these word
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -61,6 +61,8 @@ class Bounds:
         spares_leased: what somebody has now does not make room, and what is new is refused instead; otherwise it
             makes room last.
         advice: what to do about a store that is full.
+        several: whether there are several owners, each of whom may have half of entries and size then; its own oldest
+            makes room.
     """
 
     entries: int
@@ -71,6 +73,7 @@ class Bounds:
     parts_size: int = 0
     spares_leased: bool = False
     advice: str = ""
+    several: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)
@@ -238,6 +241,6 @@ class Backend(Protocol):
         """
         ...
 
-    async def lapsed(self) -> list[Entry]:
-        """Some entries that are worked on by somebody whose lease is over."""
+    async def lapsed(self, busy_owners: Collection[str] = ()) -> list[Entry]:
+        """Some entries that are worked on by somebody whose lease is over, of owners not among these, oldest first."""
         ...

@@ -12,10 +12,9 @@ import hashlib
 import hmac
 import os
 import secrets
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -24,7 +23,8 @@ from sqlalchemy import select as select_rows
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 
-from candle_vllm.core.errors import ConfigError, with_extra
+from candle_vllm.core.errors import ConfigError, EngineOverloadedError, with_extra
+from candle_vllm.openai.fair_threads import FairThreads
 from candle_vllm.responses.store.backend import MEMORY, Place
 from candle_vllm.responses.store.entries import StoreUnavailableError
 from candle_vllm.responses.store.tables import VERSION, Tables, from_version_1
@@ -45,7 +45,7 @@ class Database:
     Args:
         place: where it is.
         tables: those that it has.
-        max_waiting: calls that may wait for the thread.
+        max_waiting: calls that may wait for the thread, half of them of one API key. Keys take turns.
     """
 
     def __init__(self, place: Place, tables: Tables, max_waiting: int) -> None:
@@ -53,15 +53,14 @@ class Database:
         self._tables = tables
         self._engine: Engine | None = None
         self._salt = b""
-        self._thread = ThreadPoolExecutor(1, "candle-vllm-" + place.title.replace(" ", "-"))
-        self._places = threading.BoundedSemaphore(max_waiting)
+        self._thread = FairThreads(place.title, 1, max_waiting)
 
     async def open(self) -> None:
         """Connects and makes the tables where there are none; ConfigError when that cannot be."""
         engine = connect_to(self._place)
         try:
             arguments = engine, self._place, self._tables
-            self._salt = await asyncio.get_running_loop().run_in_executor(self._thread, prepare, *arguments)
+            self._salt = await self._thread.run(partial(prepare, *arguments))
         except SQLAlchemyError as error:
             cause = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
             raise ConfigError(f"cannot open the {self._place.title}: {cause:.300}", self._place.setting) from None
@@ -72,8 +71,7 @@ class Database:
 
     async def close(self) -> None:
         """Waits for what is running; what still waits is dropped."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        await asyncio.to_thread(self._thread.shutdown)
+        await self._thread.close()
         if self._engine is not None:
             self._engine.dispose()
 
@@ -87,18 +85,12 @@ class Database:
         Raises:
             StoreUnavailableError: the database is closed, fails, or takes too long.
         """
-        if self._engine is None or not self._places.acquire(blocking=False):
+        if self._engine is None:
             raise self._busy()
         try:
-            future = self._thread.submit(_transaction, self._engine, work, *args, **kwargs)
-        except RuntimeError:  # it is closed
-            self._places.release()
-            raise self._busy() from None
-        future.add_done_callback(lambda _: self._places.release())
-        try:
             async with asyncio.timeout(WAIT_SECONDS):
-                return await asyncio.wrap_future(future)
-        except (SQLAlchemyError, TimeoutError) as error:
+                return await self._thread.run(partial(_transaction, self._engine, work, *args, **kwargs))
+        except (SQLAlchemyError, TimeoutError, EngineOverloadedError) as error:
             raise self._busy() from error
 
     def _busy(self) -> StoreUnavailableError:

@@ -23,6 +23,18 @@ class StoreLimitError(RequestError):
     """What is to be kept is more than the store may hold."""
 
 
+class StoreFullError(StoreLimitError):
+    """Nothing of a store can make room now; later something may.
+
+    Attributes:
+        own: it is the owner's share that is full, and not the store.
+    """
+
+    def __init__(self, message: str, *, own: bool) -> None:
+        super().__init__(message)
+        self.own = own
+
+
 class ConversationBusyError(RequestError):
     """Too many responses wait for their turn in one conversation."""
 

@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, Connection, and_, delete, func, insert, no
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.store.backend import Bounds, Place
-from candle_vllm.responses.store.entries import ACTIVE, EntryItem, StoreLimitError
+from candle_vllm.responses.store.entries import ACTIVE, EntryItem, StoreFullError, StoreLimitError
 from candle_vllm.responses.store.tables import Tables
 
 NAMES_AT_ONCE = 500  # in one statement
@@ -36,7 +36,7 @@ class Room:
         self._bounds = bounds
         self._now = now
 
-    def make(self, owner: str, size: int, *, rows: int = 0, keep: int = -1) -> int:
+    def make(self, owner: str, size: int, *, rows: int = 0, keep: int = -1, beyond_share: bool = False) -> int:
         """Deletes what has to go so that more fits; how many entries went.
 
         Args:
@@ -44,34 +44,21 @@ class Room:
             size: further bytes.
             rows: further rows.
             keep: a row that must stay.
+            beyond_share: the owner may have more than its share of the store.
 
         Raises:
-            StoreLimitError: there is not so much that could go.
+            StoreLimitError: it is more than the store.
+            StoreFullError: there is not so much that could go.
         """
         if self._connection.dialect.name == "postgresql":  # several servers make room one after the other
             self._connection.execute(select(func.pg_advisory_xact_lock(self._tables.lock + 1)))
-        dropped = self._make_of_own(owner, rows, keep) if rows else 0
-        entries, bounds = self._entries, self._bounds
-        held = select(func.count(), func.coalesce(func.sum(entries.c.size), 0))
-        count, total = self._connection.execute(held).one()
-        many = count + rows - bounds.entries
-        much = 0 if bounds.size is None else int(total) + size - bounds.size
-        while many > 0 or much > 0:
-            victims = self._victims(self._fullest(func.sum(entries.c.size) if much > 0 else func.count(), keep), keep)
-            if not victims:
-                raise StoreLimitError(
-                    f"The {self._place.title} is full: {size} bytes do not fit into its {bounds.size}, and nothing of "
-                    f"it can make room now. {bounds.advice}"
-                )
-            gone = []
-            for victim in victims:
-                if many <= 0 and much <= 0:
-                    break
-                gone.append(victim.number)
-                many, much = many - 1, much - victim.size
-            self.drop(gone)
-            dropped += len(gone)
-        return dropped
+        bounds, dropped = self._bounds, 0
+        most, most_size = (bounds.owner_entries if rows else None), None
+        if not beyond_share and bounds.several():
+            most, most_size = min(most or bounds.entries, bounds.entries // 2), (bounds.size or 0) // 2 or None
+        if most is not None or most_size is not None:
+            dropped = self._free(owner, size, rows, keep, most, most_size)
+        return dropped + self._free(None, size, rows, keep, bounds.entries, bounds.size)
 
     def drop(self, numbers: Sequence[int]) -> None:
         """Deletes rows, and what belongs to them."""
@@ -106,16 +93,33 @@ class Room:
         self._connection.execute(update(self._entries).where(self._entries.c.number == number).values(values))
         return dropped
 
-    def _make_of_own(self, owner: str, rows: int, keep: int) -> int:
-        """Where an owner may have so many entries, its own oldest ones make room first."""
-        most, entries = self._bounds.owner_entries, self._entries
-        if most is None:
-            return 0
-        count = self._connection.execute(select(func.count()).where(entries.c.owner == owner)).scalar_one()
-        surplus = count + rows - most
-        numbers = [row.number for row in self._victims(owner, keep, surplus)] if surplus > 0 else []
-        self.drop(numbers)
-        return len(numbers)
+    def _free(self, owner: str | None, size: int, rows: int, keep: int, most: int | None, most_size: int | None) -> int:
+        """Deletes what an owner, or with None all of them together, would have beyond so many entries and bytes."""
+        entries, bounds, dropped = self._entries, self._bounds, 0
+        held = select(func.count(), func.coalesce(func.sum(entries.c.size), 0))
+        count, total = self._connection.execute(held if owner is None else held.where(entries.c.owner == owner)).one()
+        many = 0 if most is None else count + rows - most
+        much = 0 if most_size is None else int(total) + size - most_size
+        while many > 0 or much > 0:
+            measure = func.sum(entries.c.size) if much > 0 else func.count()
+            victims = self._victims(self._fullest(measure, keep) if owner is None else owner, keep)
+            if not victims:
+                what = f"The {self._place.title} is" if owner is None else f"Your half of the {self._place.title} is"
+                said = (
+                    f"{what} full: {size} bytes do not fit into its {most_size}, and nothing of it can make room now."
+                )
+                if most_size is not None and size > most_size:
+                    raise StoreLimitError(f"{said} {bounds.advice}")
+                raise StoreFullError(f"{said} {bounds.advice}", own=owner is not None)
+            gone = []
+            for victim in victims:
+                if many <= 0 and much <= 0:
+                    break
+                gone.append(victim.number)
+                many, much = many - 1, much - victim.size
+            self.drop(gone)
+            dropped += len(gone)
+        return dropped
 
     def _fullest(self, most: ColumnElement[Any], keep: int) -> str | None:
         """Who has most that may go."""

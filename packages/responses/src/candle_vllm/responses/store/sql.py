@@ -178,7 +178,7 @@ class SqlBackend:
         if lease_was is None:
             self._check_size(kind, row.given + len(body) + OVERHEAD)
         if grown > 0 and lease_was is None:
-            self._room(connection).make(owner, grown, keep=row.number)
+            self._room(connection).make(owner, grown, keep=row.number, beyond_share=True)  # what is begun can end
         values: dict[str, Any] = {"body": body, "size": entries.c.size + grown, "used": self.now}
         if status is not None:
             values |= {"status": status, "lease": lease} | ({"holder": None} if lease is None else {})
@@ -330,9 +330,10 @@ class SqlBackend:
         return lost
 
     @_transaction
-    def lapsed(self, connection: Connection) -> list[Entry]:
-        over = select(self._entries).where(self._entries.c.lease <= self.now, self._active).limit(ROWS_AT_ONCE)
-        return [_entry(row) for row in connection.execute(over)]
+    def lapsed(self, connection: Connection, busy_owners: Collection[str] = ()) -> list[Entry]:
+        entries = self._entries
+        over = select(entries).where(entries.c.lease <= self.now, self._active, entries.c.owner.not_in(busy_owners))
+        return [_entry(row) for row in connection.execute(over.order_by(entries.c.lease).limit(ROWS_AT_ONCE))]
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 

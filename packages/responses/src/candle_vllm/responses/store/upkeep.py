@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextvars import Context
 
 from candle_vllm.core.errors import CandleVllmError
 
@@ -25,7 +26,8 @@ class Upkeep:
     def __init__(
         self, seconds: float, work: Callable[[], Awaitable[object]], failure: str, *, at_once: bool = False
     ) -> None:
-        self._task = asyncio.create_task(_repeat(seconds, work, failure, 0.0 if at_once else seconds))
+        repeated = _repeat(seconds, work, failure, 0.0 if at_once else seconds)
+        self._task = asyncio.create_task(repeated, context=Context())  # it is not the request's that opened the store
 
     async def close(self) -> None:
         """Ends it, also in the middle."""

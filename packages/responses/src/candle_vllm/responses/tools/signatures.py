@@ -19,7 +19,7 @@ from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.responses.tools.tool import ToolArgumentsError
 
 _SECTION = re.compile(r"[A-Z][A-Za-z ]{0,30}:\s*$")
-_DOCUMENTED = re.compile(r"\*{0,2}(\w+)\s*(?:\([^)]*\))?\s*:\s*(.*)$")
+_DOCUMENTED = re.compile(r"\*{0,2}(\w+)\s*+(?:\([^)]*\)\s*+)?:\s*+(.*)$")
 _MAX_FAULTS = 5
 
 

@@ -17,8 +17,9 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 from urllib.parse import quote, urlsplit
 
+from candle_vllm.core.shown import without_secrets
 from candle_vllm.server.adapters.disk_cache import DiskCache
-from candle_vllm.server.adapters.fetching import FetchedSource, Pinned
+from candle_vllm.server.adapters.fetching import FetchedSource, Pinned, cut_off
 from candle_vllm.server.adapters.sources import (
     CONFIG,
     MAX_CONFIG,
@@ -71,7 +72,7 @@ class TarSource(FetchedSource):
     def _pin(self, name: AdapterName, budget: Budget) -> Pinned | None:
         wanted = name.revision if name.revision and "{revision}" not in self._address else None
         url = self._address.replace("{name}", quote(name.name)).replace("{revision}", quote(name.revision or ""))
-        shown = _shown(url)
+        shown = without_secrets(url)
         try:
             told = b"".join(_http(url + ".sha256", budget, _MAX_SUM))[:64].decode("ascii", "replace").lower()
         except FileNotFoundError:
@@ -113,20 +114,19 @@ def is_template(address: str) -> bool:
     return parts.scheme in ("http", "https") and bool(host) and "{name}" in parts.path and "{" not in rest
 
 
-def _shown(url: str) -> str:
-    """An address for the log: without who asks, and without a query, which may be a signature."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
-
-
 def _http(url: str, budget: Budget, most: int) -> Iterator[bytes]:
     """The body at an address, in pieces; raises FileNotFoundError where there is nothing."""
     import httpx
 
-    shown, left = _shown(url), most
+    shown, left = without_secrets(url), most
     asked: dict[str, Any] = {"follow_redirects": False, "headers": {"accept-encoding": "identity"}}
+    patience = min(_HTTP_SECONDS, budget.seconds)
     try:
-        with httpx.stream("GET", url, timeout=min(_HTTP_SECONDS, budget.seconds), **asked) as answer:
+        with (
+            cut_off(budget.seconds) as extensions,
+            httpx.Client(timeout=patience, **asked) as client,
+            client.stream("GET", url, extensions=extensions) as answer,
+        ):
             if answer.status_code in _NOTHING:
                 raise FileNotFoundError(shown)
             if answer.status_code != 200:
@@ -134,13 +134,14 @@ def _http(url: str, budget: Budget, most: int) -> Iterator[bytes]:
             told = answer.headers.get("content-length", "")
             if told.isascii() and told.isdigit() and len(told) < 16:
                 budget.expect(min(int(told), most))
-            for piece in answer.iter_raw(_PIECE):
+            for piece in answer.iter_raw():  # as they come: a drip is looked at too
                 left -= len(piece)
                 _ = budget.seconds
                 if left < 0:
                     raise Refused(f"it has more than {most >> 20} MiB, the most that this server fetches")
                 yield piece
     except (httpx.HTTPError, httpx.InvalidURL) as error:
+        _ = budget.seconds
         raise Unavailable(f"{shown} cannot be had ({type(error).__name__})") from None
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class BucketSource(FetchedSource):
             "timeout": f"{limits.seconds:g}s",
             "connect_timeout": f"{_CONNECT_SECONDS}s",
         }
-        retries: Any = {"max_retries": 1}
+        retries: Any = {"max_retries": 1, "retry_timeout": timedelta(seconds=limits.seconds)}
         self._store = S3Store(bucket, client_options=options, retry_config=retries)
 
     def _label(self, name: AdapterName) -> str:
@@ -66,9 +67,12 @@ class BucketSource(FetchedSource):
 
         parts = (self._folder.strip("/"), name.name, name.revision or "")
         below = "/".join(part for part in parts if part) + "/"
-        with _s3_failures():
+        heads = list[Any]()
+        with _s3_failures(budget):
             try:
-                heads = [obstore.head(self._store, below + file) for file in (CONFIG, WEIGHTS)]
+                for file in (CONFIG, WEIGHTS):
+                    heads.append(obstore.head(self._store, below + file))
+                    _ = budget.seconds
             except (FileNotFoundError, PermissionDeniedError):  # a bucket that may not be listed says the latter
                 return None
         tags = [f"{head.get('e_tag') or head['last_modified'].isoformat()} {head['size']}" for head in heads]
@@ -81,13 +85,12 @@ class BucketSource(FetchedSource):
             self._get(below + WEIGHTS, folder / WEIGHTS, budget, budget.limits.max_bytes)
             return base
 
-        _ = budget.seconds
         return Pinned(revision, fill, self._label(name))
 
     def _get(self, key: str, path: Path, budget: Budget, most: int) -> None:
         import obstore
 
-        with _s3_failures(), path.open("xb") as stream:
+        with _s3_failures(budget), path.open("xb") as stream:
             got = obstore.get(self._store, key)  # that it is there was known
             size = int(got.meta["size"])
             if size > most:
@@ -99,11 +102,12 @@ class BucketSource(FetchedSource):
 
 
 @contextmanager
-def _s3_failures() -> Iterator[None]:
+def _s3_failures(budget: Budget) -> Iterator[None]:
     """What the store's failures mean."""
     from obstore.exceptions import BaseError
 
     try:
         yield
     except (BaseError, FileNotFoundError) as error:
+        _ = budget.seconds
         raise Unavailable(f"the bucket cannot be asked ({type(error).__name__})") from None

@@ -10,7 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -19,6 +23,9 @@ from candle_vllm.server.adapters.disk_cache import DiskCache, Key, Room
 from candle_vllm.server.adapters.sources import AdapterName, Budget, Fetch, Found, Limits, Unavailable, check_base
 
 logger = logging.getLogger(__name__)
+
+_SLOWEST = 1024  # bytes a second, on average
+_BEGINNING = 60.0  # seconds in which it may be slower
 
 
 class Pinned(NamedTuple):
@@ -130,6 +137,55 @@ class Taking:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+@contextmanager
+def cut_off(seconds: float) -> Iterator[dict[str, Any]]:
+    """Ends the connections of HTTP requests after so many seconds, however little came of their answers until then.
+
+    Yields:
+        The extensions of a request of httpx; of a connection that was open before nothing is known.
+    """
+    opened, counting, over = list[socket.socket](), threading.Lock(), False
+
+    def traced(event: str, info: dict[str, Any]) -> None:
+        if event.endswith(".connect_tcp.complete"):
+            with counting:
+                opened.append(info["return_value"].get_extra_info("socket").dup())  # TLS takes the socket itself away
+            if over:
+                end()
+
+    def end() -> None:
+        nonlocal over
+        over = True
+        with counting:
+            for each in opened:
+                with suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield {"trace": traced}
+    finally:
+        timer.cancel()
+        with counting:
+            for each in opened:
+                each.close()
+            opened.clear()
+
+
+def steadily(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Pieces of an answer as they come, in whose time a large file may take hours; httpx.ReadTimeout of a drip."""
+    import httpx
+
+    begun, size = time.monotonic(), 0
+    for piece in pieces:
+        size += len(piece)
+        if time.monotonic() - begun > _BEGINNING + size / _SLOWEST:
+            raise httpx.ReadTimeout(f"less than {_SLOWEST} bytes of it come in a second")
+        yield piece
 
 
 def sum_of(path: Path) -> str:

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
+
+import msgspec
 
 from candle_vllm.core.loading.source import HUB_ID, HUB_TIMEOUT_S
 from candle_vllm.server.adapters.disk_cache import DiskCache
-from candle_vllm.server.adapters.fetching import FetchedSource, Pinned, Taking, sum_of
+from candle_vllm.server.adapters.fetching import FetchedSource, Pinned, Taking, cut_off, sum_of
 from candle_vllm.server.adapters.sources import (
     CONFIG,
     MAX_CONFIG,
@@ -28,13 +32,11 @@ from candle_vllm.server.adapters.sources import (
 from candle_vllm.server.models.downloads import refused_by_hub
 from candle_vllm.server.settings import Settings
 
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import ModelInfo, RepoSibling
-
 logger = logging.getLogger(__name__)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _HEX = re.compile(r"[0-9a-fA-F]{4,64}")  # a commit, or the beginning of one
+_MAX_TOLD = 16 << 20  # bytes that the hub may say of a repository: some 60,000 files
 _MAX_HISTORY = 2000  # commits of all branches and tags among which one is looked for
 
 
@@ -85,7 +87,7 @@ class HubSource(FetchedSource):
         if repo.lower() != asked.lower():
             logger.info("no adapter %s: the repository has moved", asked)
             return None
-        files = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+        files = {sibling.rfilename: sibling for sibling in info.siblings}
         config, weights = files.get(below + CONFIG), files.get(below + WEIGHTS)
         if config is None or not _COMMIT.fullmatch(info.sha or ""):
             return None
@@ -108,92 +110,137 @@ class HubSource(FetchedSource):
 
         return Pinned(commit, fill, f"{repo}/{below}".rstrip("/"))
 
-    def _info(self, repo: str, revision: str | None, budget: Budget) -> ModelInfo | None:
-        import huggingface_hub
+    def _info(self, repo: str, revision: str | None, budget: Budget) -> _Info | None:
+        from huggingface_hub import constants
         from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
         if self._settings.offline:
             raise Unavailable("the hub is not asked (--offline)")
-        token = self._settings.hf_token
+        at = "" if revision is None else f"/revision/{quote(revision, safe='')}"
         try:
-            return huggingface_hub.model_info(
-                repo, revision=revision, token=token, files_metadata=True, timeout=min(HUB_TIMEOUT_S, budget.seconds)
-            )
-        except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+            told, _ = self._told(f"{constants.ENDPOINT}/api/models/{repo}{at}?blobs=true", budget)
+            return msgspec.json.decode(told, type=_Info)
+        except (HTTPError, OfflineModeIsEnabled, OSError, ValueError, msgspec.MsgspecError) as error:
             refusal = refused_by_hub(self._settings, repo, error)
             if refusal is None:
+                _ = budget.seconds
                 raise Unavailable(f"the hub cannot be asked for {repo} ({type(error).__name__})") from None
             logger.info("no adapter %s: %s", repo, refusal)
             return None
 
     def _is_own(self, repo: str, revision: str | None, commit: str, budget: Budget) -> bool:
         """Whether a commit that a request names is of the repository's branches or tags, as far as the hub says so."""
-        import huggingface_hub
         from huggingface_hub import constants
         from huggingface_hub.errors import HTTPError
-        from huggingface_hub.utils import build_hf_headers, paginate
 
         if revision is None or not _HEX.fullmatch(revision):
             return True  # the name of a branch or a tag
-        token = self._settings.hf_token
+        api = f"{constants.ENDPOINT}/api/models/{repo}"
         try:
-            refs = huggingface_hub.list_repo_refs(repo, token=token)
+            refs = msgspec.json.decode(self._told(f"{api}/refs", budget)[0], type=_Refs)
             own = {ref.target_commit: ref for ref in [*refs.branches, *refs.tags]}
             if commit in own:
                 return True
-            headers, left = build_hf_headers(token=token), _MAX_HISTORY
+            left = _MAX_HISTORY
             for ref in sorted(own.values(), key=lambda ref: ref.name != constants.DEFAULT_REVISION):
-                url = f"{constants.ENDPOINT}/api/models/{repo}/commits/{quote(ref.name, safe='')}"
-                for item in paginate(url, {}, headers, timeout=min(HUB_TIMEOUT_S, budget.seconds)):
-                    if item["id"] == commit:
-                        return True
-                    left, _ = left - 1, budget.seconds
-                    if not left:
-                        logger.warning("%s has more than %d commits: @%s is not looked for", repo, _MAX_HISTORY, commit)
-                        return False
-        except (HTTPError, OSError, ValueError, KeyError, TypeError) as error:
+                url = f"{api}/commits/{quote(ref.name, safe='')}"
+                while url:
+                    told, url = self._told(url, budget)
+                    for item in msgspec.json.decode(told, type=list[_Commit]):
+                        if item.id == commit:
+                            return True
+                        left -= 1
+                        if not left:
+                            logger.warning(
+                                "%s has more than %d commits: @%s is not looked for", repo, _MAX_HISTORY, commit
+                            )
+                            return False
+        except (HTTPError, OSError, ValueError, msgspec.MsgspecError) as error:
+            _ = budget.seconds
             raise Unavailable(f"the hub does not say whose {repo}@{commit} is ({type(error).__name__})") from None
         return False
 
-    def _get(self, repo: str, commit: str, file: RepoSibling, path: Path, budget: Budget) -> None:
+    def _told(self, url: str, budget: Budget) -> tuple[bytes, str]:
+        """What the hub says at an address, and where it goes on, "" for nowhere; errors as of `_answer`."""
+        told = bytearray()
+        with self._answer(url, budget) as answer:
+            for piece in answer.iter_raw():
+                _ = budget.seconds
+                told += piece
+                if len(told) > _MAX_TOLD:
+                    raise Unavailable(f"the hub says more than {_MAX_TOLD >> 20} MiB of a repository")
+            return bytes(told), answer.links.get("next", {}).get("url", "")
+
+    @contextmanager
+    def _answer(self, url: str, budget: Budget) -> Iterator[Any]:
+        """An answer, as it is sent; raises what huggingface_hub raises, of HTTPError and OSError."""
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        headers = {**build_hf_headers(token=self._settings.hf_token), "accept-encoding": "identity"}
+        headers["connection"] = "close"  # `cut_off` knows the connections that it has seen opened
+        patience = min(HUB_TIMEOUT_S, budget.seconds)
+        with (
+            cut_off(budget.seconds) as extensions,
+            get_session().stream("GET", url, headers=headers, timeout=patience, extensions=extensions) as answer,
+        ):
+            own = {name: value for name, value in answer.headers.items() if name.startswith("x-")}
+            # The body of a refusal, which tells nothing more, would be read whole.
+            hf_raise_for_status(type(answer)(answer.status_code, headers=own, request=answer.request))
+            if answer.headers.get("content-encoding", "identity") != "identity":
+                raise Unavailable("the hub sends what nobody asked for: it is compressed")
+            yield answer
+
+    def _get(self, repo: str, commit: str, file: _File, path: Path, budget: Budget) -> None:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.errors import HTTPError
-        from huggingface_hub.file_download import http_get
-        from huggingface_hub.utils import build_hf_headers
 
         budget.check(file.size or 0)
-        told = None if file.lfs is None else str(file.lfs["sha256"])
         with path.open("xb") as stream:
-            taking: Any = Taking(stream, budget)
+            taking = Taking(stream, budget)
             try:
-                http_get(
-                    hf_hub_url(repo, file.rfilename, revision=commit),
-                    taking,
-                    headers=build_hf_headers(token=self._settings.hf_token),
-                    expected_size=file.size,
-                    tqdm_class=_NoBar,  # type: ignore[arg-type]
-                )
-            except (HTTPError, OSError, RuntimeError) as error:
+                with self._answer(hf_hub_url(repo, file.rfilename, revision=commit), budget) as answer:
+                    for piece in answer.iter_raw():
+                        taking.write(piece)
+            except (HTTPError, OSError) as error:
+                _ = budget.seconds
                 raise Unavailable(f"{file.rfilename} of {repo} did not come ({type(error).__name__})") from None
-        if told is not None and sum_of(path) != told:
+        if file.size not in (None, path.stat().st_size) or (file.lfs is not None and sum_of(path) != file.lfs.sha256):
             raise Unavailable(f"{file.rfilename} of {repo} is not what the hub has")
+
+
+class _Sum(msgspec.Struct):
+    sha256: str
+
+
+class _File(msgspec.Struct):
+    rfilename: str
+    size: int | None = None
+    lfs: _Sum | None = None
+
+
+class _Info(msgspec.Struct):
+    """What the hub says of a repository; its name as the hub writes it."""
+
+    id: str
+    sha: str | None = None
+    siblings: list[_File] = []
+
+
+class _Ref(msgspec.Struct, rename="camel"):
+    name: str
+    target_commit: str
+
+
+class _Refs(msgspec.Struct):
+    branches: list[_Ref] = []
+    tags: list[_Ref] = []
+
+
+class _Commit(msgspec.Struct):
+    id: str
 
 
 def _repo(name: AdapterName) -> tuple[str, str]:
     """A repository, and the beginning of the names of the files in its folder."""
     parts = name.name.split("/")
     return "/".join(parts[:2]), "".join(f"{part}/" for part in parts[2:])
-
-
-class _NoBar:
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __enter__(self) -> _NoBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, _: float | None = 1) -> None:
-        pass

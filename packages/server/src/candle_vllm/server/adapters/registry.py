@@ -18,6 +18,7 @@ from pathlib import Path
 from candle_vllm.core.engine.request import LoRARequest
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.core.setting_kinds import nearest
+from candle_vllm.core.shown import without_secrets
 from candle_vllm.openai.errors import ModelNotServedError
 from candle_vllm.openai.serving import Uses
 from candle_vllm.server.adapters.disk_cache import DiskCache
@@ -354,7 +355,8 @@ class Adapters:
 
     def _give(self, spec: AdapterSpec, entry: ModelEntry, *, number: int, scale: float) -> None:
         given = Adapter(
-            name=spec.name, base=entry.name, path=Path(spec.path).expanduser(), root=Path(spec.path).name,
+            name=spec.name, base=entry.name, path=Path(spec.path).expanduser(),
+            root=Path(without_secrets(spec.path, alone=True)).name,
             number=number, scale=scale, pinned=spec.pinned,
         )  # fmt: skip
         self._set(given)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from candle_vllm.core.config import SETTINGS
+from candle_vllm.core.shown import without_secrets
 from candle_vllm.server.adapters.archives import TarSource, is_template
 from candle_vllm.server.adapters.buckets import BucketSource
 from candle_vllm.server.adapters.disk_cache import DiskCache
@@ -64,10 +65,11 @@ def read_source(spec: str, settings: Settings, cache: DiskCache, limits: Limits)
         UsageError: it is none of them.
     """
     kind, equals, place = spec.partition("=")
+    shown = without_secrets(spec, alone=True)
     if kind == "local" and place:
         folder = Path(place).expanduser()
         if not folder.is_dir():
-            raise UsageError(f"--lora-resolver {spec!r:.200}: there is no such folder")
+            raise UsageError(f"--lora-resolver {shown!r:.200}: there is no such folder")
         return LocalSource(folder, limits)
     if kind == "hf" and (place or not equals):
         return HubSource(place or "*", settings, cache, limits)
@@ -76,6 +78,6 @@ def read_source(spec: str, settings: Settings, cache: DiskCache, limits: Limits)
     if kind == "tar" and is_template(place):
         return TarSource(place, cache, limits)
     raise UsageError(
-        f"--lora-resolver {spec!r:.200} is none of local=DIR, hf, hf=org/*, s3=BUCKET/FOLDER and "
+        f"--lora-resolver {shown!r:.200} is none of local=DIR, hf, hf=org/*, s3=BUCKET/FOLDER and "
         "tar=https://HOST/{name}.tar.gz"
     )

@@ -7,6 +7,7 @@ Before step 1 of a request's life, in threads. A name from a request reaches a s
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -224,15 +225,16 @@ class LocalSource:
         return Found(path, str(name), name.revision, base)
 
     def names(self) -> Sequence[str]:
-        """The adapters of the folder and of the folders in it."""
+        """The adapters of the folder and of the folders in it that `find` gives."""
         root, found = self._folder.resolve(), list[str]()
         for path in _below(root, 3):
             if len(found) >= _MAX_LISTED:
                 break
             name = path.relative_to(root).as_posix()
-            name = name.removesuffix(".gguf") if path.suffix == ".gguf" else name
-            if read_name(name) is not None and holds_adapter(path) and _is_inside(path, root):
-                found.append(name)
+            name = read_name(name.removesuffix(".gguf") if path.suffix == ".gguf" else name)
+            with contextlib.suppress(Refused):
+                if name is not None and holds_adapter(path) and self.find(name) is not None:
+                    found.append(str(name))
         return tuple(sorted(found))
 
 

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp
 
 from candle_vllm.core.engine.request import MAX_PRIORITY
 from candle_vllm.openai.errors import InvalidBodyError
+from candle_vllm.openai.fair_threads import apart
 from candle_vllm.openai.json_body import decode_json
 from candle_vllm.server.http.routing import NOBODY, Caller, acting_for
 
@@ -155,6 +156,10 @@ class Application:
     def __init__(self, client: httpx.AsyncClient) -> None:
         self._client = client
 
+    async def read(self, data: bytes, endpoint: str | None = None) -> Line:
+        """A line by `read_line`, in a thread; big ones are read as big bodies are (`apart`)."""
+        return await apart(read_line, data, endpoint, size=len(data))
+
     async def answer(self, data: bytes, *, caller: Caller = NOBODY, endpoint: str | None = None) -> Result:
         """The result of a line; one that finds the server full is asked again until it does not.
 
@@ -164,7 +169,7 @@ class Application:
             endpoint: as in `read_line`.
         """
         try:
-            line = await asyncio.to_thread(read_line, data, endpoint)
+            line = await self.read(data, endpoint)
         except LineError as error:
             return failed(error.custom_id, error.code, str(error))
         while True:

@@ -6,12 +6,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import msgspec
 
 from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.openai.fair_threads import apart
 from candle_vllm.responses.store.backend import Held
 from candle_vllm.responses.store.entries import NotStoredError, StoreLimitError, StoreUnavailableError
 from candle_vllm.server.batches.lines import Application, LineError, Result, failed, read_line
@@ -24,6 +25,8 @@ FLUSH_SECONDS = 1.0  # between two writings of results
 MAX_ERRORS = 20  # that are told of an input file
 CANCELLED = ("batch_cancelled", "This request was not answered: the batch was cancelled.")
 EXPIRED = ("batch_expired", "This request was not answered before the batch expired.")
+
+Places = Callable[[], contextlib.AbstractAsyncContextManager[None]]
 
 logger = logging.getLogger(__name__)
 
@@ -61,15 +64,13 @@ class BatchRun:
         assert self._record is not None
         return self._record
 
-    async def work(
-        self, application: Application, caller: Caller | None, places: asyncio.Semaphore, width: int
-    ) -> None:
+    async def work(self, application: Application, caller: Caller | None, places: Places, width: int) -> None:
         """Checks the input, answers its lines and shows the results.
 
         Args:
             application: answers.
             caller: who made the batch; None where no key stands for them any more.
-            places: of all batches together.
+            places: gives a place for a line, when one is free.
             width: lines that are held at a time.
         """
         owner, backend = self.held.owner, await self._store.backend()
@@ -86,7 +87,7 @@ class BatchRun:
                 await backend.claim(FILE, given, backend.now + LEASE_MS)
                 if self.record.batch.status == "validating" and not await self._validate():
                     return
-                await self._answer(lambda data: self._one(application, places, caller, data), width)
+                await self._answer(application, caller, places, width)
                 await self._end()
             except NotStoredError:
                 message = "The input file is not there any more."
@@ -133,7 +134,9 @@ class BatchRun:
         number, rest = 0, b""
         parts = self._store.contents(self.held.owner, await self._input())
         async for part in parts:
-            *lines, rest = (rest + part.body).split(b"\n")
+            # In a thread, and a turn for others at each part: a part may be nothing but ends of lines.
+            size = len(rest) + len(part.body)
+            *lines, rest = await apart((rest + part.body).split, b"\n", size=size)
             if len(rest) > self._longest:
                 raise LineError(
                     f"Line {number + len(lines) + 1} has more than {self._longest >> 20} MB.", "line_too_long"
@@ -156,7 +159,7 @@ class BatchRun:
         try:
             async for lines in self._lines():
                 total += len(lines)
-                await asyncio.to_thread(self._check, lines, names, errors)
+                await apart(self._check, lines, names, errors, size=sum(len(line) for _, line in lines))
                 if len(errors) >= MAX_ERRORS or total > MAX_LINES:
                     break
         except LineError as error:
@@ -185,7 +188,7 @@ class BatchRun:
 
     # ---- the answers -------------------------------------------------------------------------------------------------
 
-    async def _answer(self, answer: Callable[[bytes], Coroutine[Any, Any, Result]], width: int) -> None:
+    async def _answer(self, application: Application, caller: Caller, places: Places, width: int) -> None:
         """Answers the lines that have no result yet."""
         owner, record = self.held.owner, self.record
         done = await self._store.gather(owner, record.output_id)
@@ -214,9 +217,10 @@ class BatchRun:
                     stopped = stopped or await self._stopped()
                     if stopped is not None:
                         await self._drop(working)
-                        self._unwritten.append((number, failed(read_line(data).custom_id, *stopped)))
+                        line = await application.read(data)
+                        self._unwritten.append((number, failed(line.custom_id, *stopped)))
                         continue
-                    working[loop.create_task(answer(data))] = number
+                    working[loop.create_task(self._one(application, places, caller, data))] = number
                     while len(working) >= width:
                         await take(FLUSH_SECONDS)
                 if stopped is not None:
@@ -229,11 +233,11 @@ class BatchRun:
             await asyncio.gather(*working, return_exceptions=True)
         await self._flush()
 
-    async def _one(self, application: Application, places: asyncio.Semaphore, caller: Caller, data: bytes) -> Result:
+    async def _one(self, application: Application, places: Places, caller: Caller, data: bytes) -> Result:
         """The result of a line, unless somebody wishes the batch's end before it is there."""
 
         async def placed() -> Result:
-            async with places:
+            async with places():
                 return await application.answer(data, caller=caller, endpoint=self.record.batch.endpoint)
 
         answer = asyncio.ensure_future(placed())
@@ -242,7 +246,7 @@ class BatchRun:
             await asyncio.wait({answer, wish}, return_when=asyncio.FIRST_COMPLETED)
             if answer.done():
                 return answer.result()
-            return failed(read_line(data).custom_id, *CANCELLED)
+            return failed((await application.read(data)).custom_id, *CANCELLED)
         finally:
             wish.cancel()
             answer.cancel()

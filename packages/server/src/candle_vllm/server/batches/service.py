@@ -12,12 +12,14 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from functools import partial
 
 from starlette.types import ASGIApp
 
 from candle_vllm.core.errors import CandleVllmError, InvalidParameterError
 from candle_vllm.core.vision.pictures import LIMITS
+from candle_vllm.openai.fair_threads import asker
 from candle_vllm.responses.store.backend import Held
 from candle_vllm.responses.store.entries import NotStoredError, StoreLimitError, new_id
 from candle_vllm.responses.store.upkeep import Upkeep
@@ -34,11 +36,15 @@ from candle_vllm.server.batches.records import (
 from candle_vllm.server.batches.run import LEASE_MS, BatchRun
 from candle_vllm.server.batches.store import BATCHES, BatchStore, FileOptions, new_file_id, on_disk
 from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.keys import are_several
 from candle_vllm.server.http.routing import Caller, caller_of
+from candle_vllm.server.kept_access import RETRY_SECONDS
 from candle_vllm.server.observing.request_context import current_request
 
 RENEW_SECONDS = 5.0  # also how soon a batch of an earlier server is found, and a cancelling on another server
 AT_ONCE = 4  # batches that one server works on
+UPLOADS_OF_A_KEY = 8  # at a time
+FORM_OVERHEAD = 64 << 10  # bytes of a form beside its file
 
 logger = logging.getLogger(__name__)
 
@@ -65,15 +71,19 @@ class Batches:
         places: Callable[[], int],
         app: ASGIApp,
     ) -> None:
-        self.store = BatchStore(options)
+        self.store = BatchStore(options, self._several)
         self._callers = callers
         self._longest = longest
         self._count_places = places
-        self._places: asyncio.Semaphore | None = None
+        self._places: asyncio.Semaphore | None = None  # for lines of all batches
+        self._places_of = dict[str, asyncio.Semaphore]()  # by owner, where there are several keys
         self._app = app
         self._name = secrets.token_hex(8)
         self._width = 1
         self._running: dict[str, BatchRun] = {}
+        self._looking = asyncio.Lock()
+        self._uploads: dict[str, dict[object, int]] = {}  # bytes that have come, by owner and upload
+        self._uploaded = 0  # their sum
         self._upkeep: Upkeep | None = None
         self._closing = contextlib.AsyncExitStack()
         self._application: Application | None = None
@@ -123,23 +133,67 @@ class Batches:
             run.cancelled.set()
         return (await self.store.batch(owner, batch_id)).batch
 
+    @contextlib.contextmanager
+    def upload(self, owner: str) -> Iterator[Callable[[int], None]]:
+        """An upload that is under way, until the store has it; what it gives is told of bytes that have come.
+
+        Raises:
+            HttpError: 429 where the key has too many uploads or bytes under way, 503 where all keys together have; here
+                and as bytes are counted.
+        """
+        own, upload = self._uploads.setdefault(owner, {}), object()
+        if len(own) >= UPLOADS_OF_A_KEY:
+            raise _too_much(429, f"{UPLOADS_OF_A_KEY} uploads of one key may be under way at a time")
+        own[upload] = 0
+
+        def count(size: int) -> None:
+            if sum(own.values()) + size > (share := self.store.share) + FORM_OVERHEAD:
+                raise _too_much(429, f"uploads of one key that are under way may have {share >> 20} MB")
+            if self._uploaded + size > (most := self.store.options.max_bytes) + FORM_OVERHEAD:
+                raise _too_much(503, f"uploads that are under way may have {most >> 20} MB (--files-max-mb)")
+            own[upload] += size
+            self._uploaded += size
+
+        try:
+            yield count
+        finally:
+            self._uploaded -= own.pop(upload)
+            if not own:
+                del self._uploads[owner]
+
+    def _several(self) -> bool:
+        """Whether there are keys of several owners."""
+        return are_several(self._callers())
+
     async def _look(self) -> None:
-        """Takes up batches that nobody works on."""
+        """Takes up batches that nobody works on; one of several keys may have half of the places."""
         if not self.store.is_open:
             return
+        most = AT_ONCE // 2 if self._several() else AT_ONCE
         backend = await self.store.backend()
         await backend.expire()
-        for entry in await self.store.lapsed():
-            if len(self._running) >= AT_ONCE:
-                return
-            if entry.id in self._running:
-                continue
-            held = Held(entry.owner, entry.id, self._name)
-            try:
-                if await backend.claim(BATCHES, held, backend.now + LEASE_MS):
-                    self._begin(held)
-            except NotStoredError:
-                continue
+        busy, known = set[str](), -1
+        async with self._looking:
+            while known < len(busy):  # else no further owner hid behind one that has enough
+                known = len(busy)
+                for entry in await self.store.lapsed(busy):
+                    if len(self._running) >= AT_ONCE:
+                        return
+                    if sum(run.held.owner == entry.owner for run in self._running.values()) >= most:
+                        busy.add(entry.owner)
+                    elif entry.id not in self._running:
+                        held = Held(entry.owner, entry.id, self._name)
+                        with contextlib.suppress(NotStoredError):
+                            if await backend.claim(BATCHES, held, backend.now + LEASE_MS):
+                                self._begin(held)
+
+    @contextlib.asynccontextmanager
+    async def _place(self, owner: str) -> AsyncIterator[None]:
+        """A place for a line of an owner; one of several keys waits for half of them alone."""
+        assert self._places is not None
+        half = self._places_of.setdefault(owner, asyncio.Semaphore(max(1, self._width // 2)))
+        async with half if self._several() else contextlib.nullcontext(), self._places:
+            yield
 
     def _begin(self, held: Held) -> None:
         run = BatchRun(self.store, held, self._longest, RENEW_SECONDS)
@@ -152,12 +206,13 @@ class Batches:
         try:
             backend = await self.store.backend()
             caller = next((each for each in self._callers() if backend.owner(each.key) == run.held.owner), None)
+            asker.set("" if caller is None else caller.label)  # the task may be begun by another key's request
             if self._application is None:
                 self._application = await self._closing.enter_async_context(asked_here(self._app))
             if self._places is None:
                 self._width = max(1, self._count_places() // 2)
                 self._places = asyncio.Semaphore(self._width)
-            await run.work(self._application, caller, self._places, self._width)
+            await run.work(self._application, caller, partial(self._place, run.held.owner), self._width)
             again = True
         except asyncio.CancelledError:
             await run.give_back()
@@ -171,6 +226,11 @@ class Batches:
             del self._running[run.held.id]
         if again:
             await self._look()
+
+
+def _too_much(status: int, said: str) -> HttpError:
+    headers = {"retry-after": RETRY_SECONDS, "connection": "close"}  # the rest of the body is not read
+    return HttpError(status, f"Too much at once: {said}. Try again later.", "uploads_limit", headers)
 
 
 async def stored_image(file_id: str, path: str) -> bytes:

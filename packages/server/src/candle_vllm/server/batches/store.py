@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -34,7 +34,8 @@ from candle_vllm.server.batches.records import BATCH, BATCH_OUTPUT, Batch, Batch
 FILE, UPLOAD, RESULTS, BATCHES = "file", "upload", "results", "batch"  # kinds of entry
 ACTIVE = "in_progress"  # the status of an entry that is worked on
 PIECE = 256 << 10  # bytes of a part of an upload
-AT_ONCE = 16  # parts that are read in one go
+AT_ONCE = 16  # parts that are read in one go, where they are small
+MANY = 1000  # files that are looked at in one go for those of a purpose
 UPLOAD_MS = 15 * 60_000  # that an upload may take
 MAX_LINES = 50_000
 _CANCEL = "cancel"  # the part of a batch that is to end
@@ -64,15 +65,27 @@ class BatchStore:
 
     Args:
         options: of the store.
+        several: whether there are several keys, each of which may have half of the store then.
         clock: seconds since 1970.
     """
 
-    def __init__(self, options: FileOptions, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        options: FileOptions,
+        several: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self.options = options
+        self._several = several
         self._clock = clock
         self._opening = asyncio.Lock()
         self._backend: Backend | None = None
         self._closed = False
+
+    @property
+    def share(self) -> int:
+        """Bytes of files that one key may have."""
+        return self.options.max_bytes // 2 if self._several() else self.options.max_bytes
 
     @property
     def is_open(self) -> bool:
@@ -142,22 +155,25 @@ class BatchStore:
         """At most `limit` files, newest first, behind `after`."""
         backend = await self.backend()
         made: list[FileObject] = []
+        most = limit if purpose is None else MANY
         while True:
-            page = await backend.page(FILE, owner, limit, after)
+            page = await backend.page(FILE, owner, most, after)
             if page is None:
                 raise NotStoredError("File", after or "", "after")
             made += [_file(entry) for entry in page if purpose is None or entry.about["purpose"] == purpose]
-            if len(page) < limit or len(made) >= limit:
+            if len(page) < most or len(made) >= limit:
                 return made[:limit]
             after = page[-1].id
 
     async def contents(self, owner: str, file_id: str, kind: str = FILE) -> AsyncGenerator[EntryItem]:
         """The parts of a file, in their order."""
         backend, after = await self.backend(), None
-        while page := await backend.parts(kind, owner, file_id, AT_ONCE, "asc", after):
-            for part in page:
-                yield part
+        count = 1  # whoever reads slowly shall hold no more than a large part
+        while page := await backend.parts(kind, owner, file_id, count, "asc", after):
+            count = min(AT_ONCE, 2 * count) if sum(len(part.body) for part in page) <= PIECE // 2 else 1
             after = page[-1].id
+            while page:
+                yield page.pop(0)
 
     async def whole(self, owner: str, file_id: str, most: int, param: str) -> bytes:
         """All that is in a file.
@@ -268,10 +284,10 @@ class BatchStore:
         await backend.move([Held(held.owner, file_id, held.id)], until)
         return not await backend.move([held], until)
 
-    async def lapsed(self) -> list[Entry]:
-        """Batches that nobody works on. Uploads whose server has died go."""
+    async def lapsed(self, busy_owners: Collection[str]) -> list[Entry]:
+        """Batches that nobody works on, of owners not among these. Uploads whose server has died go."""
         backend, found = await self.backend(), []
-        for entry in await backend.lapsed():
+        for entry in await backend.lapsed(busy_owners):
             if entry.kind == BATCHES:
                 found.append(entry)
             else:
@@ -285,7 +301,7 @@ class BatchStore:
         bounds = Bounds(
             options.max_entries, size=options.max_bytes, entry_size=1 << 20, parts=MAX_LINES + 1,
             parts_size=options.max_bytes, spares_leased=True,
-            advice="Delete files, or let its operator raise --files-max-mb.",
+            advice="Delete files, or let its operator raise --files-max-mb.", several=self._several,
         )  # fmt: skip
         place = Place(options.url, "batches", "store of files", SETTING)
         backend = await asyncio.to_thread(backend_at, place, bounds, self._clock)

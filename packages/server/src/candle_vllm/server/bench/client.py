@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 from urllib.parse import urlsplit
 
+from candle_vllm.core.shown import without_secrets
 from candle_vllm.server.settings.options import UsageError
 
 BUFFER = 1 << 20  # bytes that may wait for the rest of a head, a chunk or an event
@@ -263,7 +264,9 @@ class Target:
         except ValueError:
             parts = urlsplit("")
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or not base_url.isascii():
-            raise UsageError(f"--base-url must be http://HOST:PORT or https://HOST, not {base_url!r:.200}")
+            raise UsageError(
+                f"--base-url must be http://HOST:PORT or https://HOST, not {without_secrets(base_url)!r:.200}"
+            )
         self.base_url = base_url.rstrip("/")
         self._host, self._netloc, self._prefix = parts.hostname, parts.netloc.rpartition("@")[2], parts.path.rstrip("/")
         self._headers = dict(headers or {})

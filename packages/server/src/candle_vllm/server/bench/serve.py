@@ -25,6 +25,7 @@ from typing import Any
 import httpx
 
 from candle_vllm.core import CandleVllmError
+from candle_vllm.core.shown import without_secrets
 from candle_vllm.server.bench.client import EventClient, Target, WholeClient
 from candle_vllm.server.bench.datasets import LocalWords, Sample, ServerWords, Shape, Words, make_samples
 from candle_vllm.server.bench.figures import (
@@ -166,7 +167,9 @@ def bench_serve(
         load = Load(
             target, endpoint or ENDPOINTS[backend], backend, name, extra, rate, burstiness, max_concurrency, seed, ramp
         )
-        sys.stderr.write(f"bench serve: {len(samples)} requests to {target.base_url}{load.endpoint} for {name}\n")
+        sys.stderr.write(
+            f"bench serve: {len(samples)} requests to {without_secrets(target.base_url)}{load.endpoint} for {name}\n"
+        )
         seen, duration = asyncio.run(_run(load, samples, num_warmups))
         seen = [_counted(each, counted) for each in seen]
     result = summary(seen, duration, metrics, percentiles, goals, streamed=load.streamed)
@@ -309,7 +312,8 @@ def _first_model(http: httpx.Client) -> str:
     try:
         return str(http.get("/v1/models").raise_for_status().json()["data"][0]["id"])
     except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
-        text = f"{http.base_url}v1/models names no model ({error}): is the server there? Or say --model"
+        where = without_secrets(str(http.base_url))
+        text = f"{where}v1/models names no model ({error}): is the server there? Or say --model"
         raise CandleVllmError(text) from None
 
 

@@ -27,7 +27,7 @@ from candle_vllm.core.errors import ModelNotFoundError
 from candle_vllm.core.kernels.cpu_runtime.level import best_level
 from candle_vllm.core.kernels.cpu_runtime.numa import plan_ranks
 from candle_vllm.core.loading.source import HUB_ID, ModelFiles
-from candle_vllm.core.memory import CachePlan, cache_bytes, device_number_bytes
+from candle_vllm.core.memory import CachePlan, cache_bytes, device_element_bytes
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.sampling.params import DEFAULT_SAMPLING, SamplingParams
 from candle_vllm.core.text.chat_conventions import chat_conventions
@@ -40,7 +40,7 @@ from candle_vllm.server.mcp.options import mcp_options
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.configuration import Configuration
 from candle_vllm.server.settings.derived import engine_config, refuse_wrong_formats, store_options
-from candle_vllm.server.settings.options import GROUPS, HIDDEN, Option, shown
+from candle_vllm.server.settings.options import GROUPS, HIDDEN, Option, plain, shown
 from candle_vllm.server.settings.sources import origins
 from candle_vllm.server.settings.table import OPTIONS
 
@@ -88,9 +88,13 @@ def _mailbox(options: MailboxOptions) -> dict[str, Any]:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = dataclasses.fields(value)
             return {each.name: shown(getattr(value, each.name)) if each.repr else HIDDEN for each in fields}
-        return list(value) if isinstance(value, tuple) else value
+        return plain(value)
 
-    return shown(options)
+    told = shown(options)
+    told["webhook"]["headers"] = dict.fromkeys(options.webhook.headers, HIDDEN)
+    if url := told["webhook"]["url"]:
+        told["webhook"]["url"] = f"{'/'.join(url.split('/')[:3])}/{HIDDEN}"  # the path of a webhook is often its key
+    return told
 
 
 def effective(configuration: Configuration, derived: Mapping[str, Derived] | None = None) -> list[Effective]:
@@ -135,6 +139,7 @@ _UNSET = {  # what it means that nobody gave it, where that is not the engine's 
     "isq": "off",
     "yarn_scaling_factor": "off",
     "gpu_memory_utilization": "kv_fraction counts",
+    "state_cache_gb": "a quarter of the cache's memory, where layers keep a state",
     "speculative_config": "suffix on the CPU",
     "seed": "another one for each request",
     "max_loaded_models": "as many as fit",
@@ -143,7 +148,7 @@ _UNSET = {  # what it means that nobody gave it, where that is not the engine's 
     "ollama_port": "off",
     "otlp_endpoint": "off",
     "mcp_tool_timeout": "as mcp.json says",
-    "max_queued_per_key": "no limit",
+    "max_queued_per_key": "half of max_queued_requests",
     "requests_per_minute": "no limit",
     "tokens_per_minute": "no limit",
     "management_key": "the API keys do",
@@ -159,7 +164,7 @@ def derived(configuration: Configuration) -> dict[str, Derived]:
     found = {name: Derived(value, DEFAULT) for name, value in _UNSET.items()}
     for option in OPTIONS:
         if option.engine is not None and (value := getattr(config, option.engine)) is not None:
-            found[option.name] = Derived(_plain(value), DEFAULT)
+            found[option.name] = Derived(plain(value), DEFAULT)
     device = choose_device(config.device)
     sequences, tokens = step_size(config, device)
     divided = plan_ranks(config.cpu_ranks, config.threads or default_threads()) if device.type == "cpu" else None
@@ -258,15 +263,15 @@ def _of_model(settings: Settings, config: EngineConfig, files: ModelFiles, devic
         found["gpu_layers"] = Derived(layers if split is None else split.layers, why)
         found["cpu_offload_gb"] = Derived(0 if split is None else round(split.bus_bytes / (1 << 30), 1), why)
     if cache is None:
-        number_bytes = device_number_bytes(config, model.config, ELEMENTS[model.placement.dtype].itemsize)
-        token = cache_bytes(model.config, 1, number_bytes)
+        element_bytes = device_element_bytes(config, ELEMENTS[model.placement.dtype].itemsize)
+        token = cache_bytes(model.config.cache_specs, 1, element_bytes)
         words = f"what is left of the GPU after loading, times kv_fraction; a token takes {token:,} B"
         left = Derived(words, "derived when the model is loaded")
         return found | dict.fromkeys(("mem", "kv_cache_memory_bytes"), left)
     size, room = cache.num_blocks * cache.block_bytes, cache.num_blocks * config.block_size
     words = f"derived: {room:,} tokens, reserved and taken as they fill"
-    number_bytes = size // cache_bytes(model.config, room, 1)
-    plain = "f32" if number_bytes == 4 else "bf16"
+    element_bytes = size // cache_bytes(model.config.cache_specs, room, lambda _: 1)
+    plain = "f32" if element_bytes == 4 else "bf16"
     both = Derived(
         plain if config.kv_cache_dtype == "auto" else config.kv_cache_dtype, "derived: kv_cache_dtype says it"
     )
@@ -285,10 +290,6 @@ def _of_model(settings: Settings, config: EngineConfig, files: ModelFiles, devic
 _SAMPLING = {name: getattr(SamplingParams().filled(DEFAULT_SAMPLING), name) for name in (
     "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty",
     "repetition_penalty")}  # fmt: skip
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
 
 
 def _table(

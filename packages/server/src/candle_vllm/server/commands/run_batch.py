@@ -22,6 +22,8 @@ from typing import IO
 import httpx
 
 from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.core.shown import without_secrets
+from candle_vllm.server.adapters.fetching import steadily
 from candle_vllm.server.adapters.resolvers import open_adapters
 from candle_vllm.server.app import create_app
 from candle_vllm.server.batches.lines import Application, Result, answered_in_order, asked_here, failed
@@ -88,16 +90,11 @@ def _place(text: str) -> Path | httpx.URL:
         return Path(text).expanduser()
     try:
         url = httpx.URL(text)
-    except httpx.InvalidURL as error:
-        raise UsageError(f"{text!r:.200} is no address: {error}") from None
+    except httpx.InvalidURL:
+        raise UsageError(f"{without_secrets(text)!r:.200} is no address") from None
     if url.scheme not in ("http", "https") or not url.host:
-        raise UsageError(f"{_shown(url)} is neither a file nor an address of http:// or https://")
+        raise UsageError(f"{without_secrets(str(url))} is neither a file nor an address of http:// or https://")
     return url
-
-
-def _shown(url: httpx.URL) -> str:
-    """An address without what may be secret in it: a signature, a password."""
-    return str(url.copy_with(query=None, fragment=None, userinfo=b""))
 
 
 def _client() -> httpx.Client:
@@ -111,14 +108,22 @@ def _fetched(url: httpx.URL) -> IO[bytes]:
     try:
         with _client() as http, http.stream("GET", url) as answer:
             if answer.status_code != httpx.codes.OK:
-                raise CandleVllmError(f"{_shown(url)} cannot be read: it answered with {answer.status_code}")
-            for piece in answer.iter_bytes():
+                raise CandleVllmError(
+                    f"{without_secrets(str(url))} cannot be read: it answered with {answer.status_code}"
+                )
+            if answer.headers.get("content-encoding", "identity") not in ("identity", "gzip"):
+                raise CandleVllmError(
+                    f"{without_secrets(str(url))} is compressed otherwise than by gzip: fetch it and name the file"
+                )
+            for piece in steadily(answer.iter_bytes()):
                 if file.tell() + len(piece) > MAX_INPUT_MB << 20:
-                    raise CandleVllmError(f"{_shown(url)} is larger than {MAX_INPUT_MB} MB: fetch it and name the file")
+                    raise CandleVllmError(
+                        f"{without_secrets(str(url))} is larger than {MAX_INPUT_MB} MB: fetch it and name the file"
+                    )
                 file.write(piece)
     except httpx.HTTPError as error:
         file.close()
-        raise CandleVllmError(f"{_shown(url)} cannot be read: {error}") from None
+        raise CandleVllmError(f"{without_secrets(str(url))} cannot be read: {error}") from None
     except BaseException:
         file.close()
         raise
@@ -132,8 +137,8 @@ def _send(url: httpx.URL, path: Path) -> None:
     for pause in (0.0, *SENDING_PAUSES):
         time.sleep(pause)
         try:
-            with _client() as http, path.open("rb") as file:
-                status = http.put(url, content=file).status_code
+            with _client() as http, path.open("rb") as file, http.stream("PUT", url, content=file) as answer:
+                status = answer.status_code
         except httpx.HTTPError as error:
             why = str(error)
             continue
@@ -143,7 +148,7 @@ def _send(url: httpx.URL, path: Path) -> None:
         why = f"it answered with {status}"
         if status < httpx.codes.INTERNAL_SERVER_ERROR:
             break
-    raise CandleVllmError(f"{_shown(url)} did not take the answers ({why}): they are in {path}")
+    raise CandleVllmError(f"{without_secrets(str(url))} did not take the answers ({why}): they are in {path}")
 
 
 # ---- lines -----------------------------------------------------------------------------------------------------------

@@ -13,15 +13,20 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import ipaddress
 import re
+import socket
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from candle_vllm.openai.fair_threads import asker
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.failures import refusal
 from candle_vllm.server.http.keys import Key, Keyring
+from candle_vllm.server.http.protocol import most_connections
 from candle_vllm.server.http.routing import acting_for, route_path
 
 READY = "/ready"
@@ -39,7 +44,9 @@ PAGES = ("/openapi.json", "/docs")  # and what is below /docs/
 class ApiKeyMiddleware:
     """Lets a request pass when it carries a key, as `Authorization: Bearer KEY` or `x-api-key: KEY`.
 
-    Who it comes from is known afterwards (`caller_of`), and at `/ready` whether it is a stranger (`is_stranger`).
+    Who it comes from is known afterwards (`caller_of`), and at `/ready` whether it is a stranger (`is_stranger`). One
+    of several keys may have half of the connections for requests that have not ended: bodies that come slowly, streams
+    and WebSockets.
 
     Args:
         keys: those of clients and of operators.
@@ -50,6 +57,7 @@ class ApiKeyMiddleware:
         self._app = app
         self._public = PUBLIC_PATHS | public
         self._keys = keys
+        self._open: Counter[str] = Counter()  # requests and WebSockets of each key that have not ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -60,8 +68,10 @@ class ApiKeyMiddleware:
         manages = manages or (path == MIX and scope.get("method") != "GET")
         guarded = self._keys.guards(operators=manages)
         if not guarded or path in self._public:
-            if path == READY and guarded and not _is_valid(self._keys.find(_given(scope, page=False))):
-                scope.setdefault("state", {})["stranger"] = True
+            if path == READY and guarded:
+                key = self._keys.find(_given(scope, page=False))
+                known = {"caller": key.caller} if key is not None and key.is_valid else {"stranger": True}
+                scope.setdefault("state", {}).update(known)
             await self._app(scope, receive, send)
             return
         page = _is_page(scope.get("method", ""), path)
@@ -69,15 +79,32 @@ class ApiKeyMiddleware:
         key = self._keys.find(_given(scope, page)) if acting is None else self._keys.find_caller(acting)
         if key is not None and key.is_valid and (key.manages if manages else key.uses):
             scope.setdefault("state", {})["caller"] = key.caller
-            await self._app(scope, receive, send)
+            asker.set(key.caller.label if self._keys.are_several else "")  # one alone may have all
+            if acting is None:
+                await self._counted(key.caller.label, scope, receive, send)
+            else:
+                await self._app(scope, receive, send)
             return
         challenge = {"WWW-Authenticate": 'Basic realm="candle-vllm"' if page else "Bearer"}
         error = HttpError(401, _refused(key, manages), "invalid_api_key", challenge)
         await refusal(scope, error)(scope, receive, send)
 
+    @functools.cached_property
+    def _most(self) -> int:
+        return max(1, most_connections() // 2)
 
-def _is_valid(key: Key | None) -> bool:
-    return key is not None and key.is_valid
+    async def _counted(self, label: str, scope: Scope, receive: Receive, send: Send) -> None:
+        count = self._open[label]
+        if count >= self._most and self._keys.are_several:
+            message = f"This API key has {count} requests and WebSockets open and may have {self._most}: end some."
+            error = HttpError(429, message, "rate_limit_exceeded", {"retry-after": "1"})
+            await refusal(scope, error)(scope, receive, send)
+            return
+        self._open[label] += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._open[label] -= 1
 
 
 def _called(key: Key) -> str:
@@ -132,6 +159,8 @@ def _authorized(header: bytes, page: bool) -> bytes | None:
 ANY_ORIGIN = "*"
 _LONGEST_ORIGIN = 512  # characters; a name of the DNS has 253
 _PORTS = {"http": 80, "https": 443}
+# mDNS, ICANN's and RFC 8375's names for private networks, services of Kubernetes
+_PRIVATE_NAMES = (".localhost", ".local", ".internal", ".home.arpa", ".svc")
 
 
 def origins(allowed: Sequence[str]) -> re.Pattern[str]:
@@ -170,6 +199,60 @@ class OriginMiddleware:
         if len(origin) > _LONGEST_ORIGIN:
             return False
         return self._allowed.fullmatch(origin) is not None or _is_own(scope, origin)
+
+
+_LONGEST_HOST = 300  # characters; a name has at most 253, and a port
+
+
+class HostMiddleware:
+    """Refuses requests (403) to a name that may be anybody's, for a page whose own name is made to lead here.
+
+    Such a page (DNS rebinding) is of the server's origin for the browser, which sends no Origin with its GETs. For
+    servers without keys; on open paths, over TLS and over Unix sockets any name will do.
+
+    Args:
+        own: the name or address that the server was told to listen at.
+        allowed: the origins of --cors-origin, whose hosts are names of this server as well.
+    """
+
+    def __init__(self, app: ASGIApp, own: str, allowed: Sequence[str]) -> None:
+        self._app = app
+        names = [re.sub(r":[0-9*]+$", "", origin.rpartition("://")[2]) for origin in allowed]
+        self._names = origins([name.lower() for name in (own, socket.gethostname(), *names)])
+        self._is_known = functools.lru_cache(maxsize=1024)(self._is_private)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asked = [] if scope["type"] == "lifespan" else _values(scope, b"host")
+        if (
+            not asked
+            or (len(asked) == 1 and len(asked[0]) <= 300 and self._is_known(asked[0]))
+            or self._may_pass(scope)
+        ):
+            await self._app(scope, receive, send)
+            return
+        message = (
+            f"A server without keys is not asked by the name {asked[0][:100]!r}, which may be a page's that leads here:"
+            " ask by its address (in Kubernetes SERVICE.NAMESPACE.svc will do), allow the name with"
+            f" --cors-origin {_scheme(scope)}://NAME, or set --api-key."
+        )
+        error = HttpError(403, message, "host_not_allowed", param="Host")
+        await refusal(scope, error)(scope, receive, send)
+
+    def _is_private(self, authority: str) -> bool:
+        """Whether no page can have the name: a number, a name of this machine, or one that no public DNS gives out."""
+        name = re.sub(r":[0-9]*$", "", authority).lower().removesuffix(".")
+        private = "." not in name or name.endswith(_PRIVATE_NAMES)
+        return private or _is_number(authority) or self._names.fullmatch(name) is not None
+
+    @staticmethod
+    def _may_pass(scope: Scope) -> bool:
+        """Where no name can mislead: a browser says `Sec-Fetch-Site`, which no page can write, of safe addresses."""
+        return (
+            route_path(scope) in PUBLIC_PATHS
+            or scope.get("scheme") in ("https", "wss")
+            or (scope.get("server") or ("", None))[1] is None
+            or _values(scope, b"sec-fetch-site") in (["same-origin"], ["none"])
+        )
 
 
 def _values(scope: Scope, name: bytes) -> list[str]:

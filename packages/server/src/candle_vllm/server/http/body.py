@@ -8,26 +8,133 @@ the request in the engine.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 from starlette.types import Receive, Scope
 
+from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.openai.fair_threads import BIG, FairQueue, RequestBytes, apart, request_bytes, this_request
 from candle_vllm.server.http.errors import ClientGone, HttpError
+from candle_vllm.server.http.routing import Caller, caller_of
 
 SILENCE_SECONDS = 60.0  # between two pieces of a body
 READING_SECONDS = 600.0  # for a whole body
+BIG_BODY = BIG  # bytes; a larger one is parsed in a thread, so that other streams do not wait for it
 
 T = TypeVar("T")
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int, *, typed: bool = True) -> bytes:
-    """The JSON body of a request, at most `limit` bytes; more is refused before it is held in memory.
+class Held:
+    """Bytes of bodies and messages, with the stored responses that they continue, until prompts are made of them.
+
+    The first 64 KB of each do not count, so that requests of usual size are never refused for those of others. One key
+    may have half of the bytes. Big bodies are parsed one at a time (`apart`), and keys take turns.
+
+    Args:
+        most: bytes of all.
+
+    Attributes:
+        pieces: who reads the next piece of a big body or message.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._by_key: dict[str, int] = {}
+        self.pieces = Pieces()
+
+    def add(self, caller: Caller, size: int) -> None:
+        """Count bytes; fewer than none where they have been parsed, or are gone.
+
+        Raises:
+            HttpError: 503, for there are too many.
+        """
+        mine = self._by_key.get(caller.label, 0) + size
+        if size > 0:
+            total = sum(self._by_key.values()) + size
+            if total > self._most or (caller.label and mine > self._most // 2):
+                message = "The server holds as many bytes of unread requests as it may (--max-held-mb). Try again soon."
+                raise HttpError(503, message, "overloaded", {"retry-after": "1"})
+        self._by_key[caller.label] = mine
+        if not mine:
+            del self._by_key[caller.label]
+
+    @contextmanager
+    def waiting(self, scope: Scope) -> Iterator[RequestBytes]:
+        """Counts the request that is worked on until its prompt is made: a parsed body has at least its size.
+
+        Raises:
+            HttpError: 503, for there are too many bytes; also where the request adds some.
+        """
+        mine = this_request()
+        try:
+            mine.hold(partial(self.add, caller_of(scope)))
+            yield mine
+        finally:
+            mine.release()
+
+    async def parse(self, caller: Caller, body: bytes, parse: Callable[[bytes], T]) -> T:
+        """What `parse` makes of a body whose bytes were counted: they count until it ends, in a thread if it is big.
+
+        A thread goes on where nobody waits for it any more. A failure that we foresee refers to nothing of the body.
+        What the caller's task does afterwards knows how large the body was (`this_request`).
+        """
+        size = len(body)
+        request_bytes.set(RequestBytes(size))
+        if size <= BIG_BODY:
+            return parse(body)
+        ended = partial(self.add, caller, BIG_BODY - size)
+        try:
+            parsing = apart(parse, body, size=size, who=caller.label, ended=ended)
+            del body
+            return await parsing
+        except CandleVllmError as failure:
+            failure.__context__ = None
+            raise failure.with_traceback(None)  # noqa: B904
+
+
+class Pieces:
+    """Connections that wait until the next piece of their big body or message is read: one in a round of the loop.
+
+    A socket that has been read is read again in the same round, for up to 8 MB (libuv). What sixty connections send
+    would hold the event loop up for seconds. Keys take turns.
+    """
+
+    def __init__(self) -> None:
+        self._waiting = FairQueue[Callable[[], object]]()
+
+    def add(self, key: str, read: Callable[[], object]) -> None:
+        """Have `read` called in a round of its own."""
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self._read_next)
+        self._waiting.add(key, read)
+
+    async def turn(self, key: str) -> None:
+        """Wait for a round of one's own."""
+        mine = asyncio.get_running_loop().create_future()
+        self.add(key, lambda: mine.done() or mine.set_result(None))
+        await mine
+
+    def _read_next(self) -> None:
+        read = self._waiting.take()
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._read_next)
+        if read is not None:
+            read()
+
+
+async def parse_request(
+    scope: Scope, receive: Receive, limit: int, parse: Callable[[bytes], T], *, typed: bool = True
+) -> T:
+    """The parsed JSON body of a request, of at most `limit` bytes; more is refused before it is held in memory.
 
     `typed` wants its content type, which pages from elsewhere cannot send without being asked first.
 
     Raises:
-        HttpError: 415 for another content type, 400 for a broken length, 413 when too large, 408 when too slow.
+        HttpError: 415 for another content type, 400 for a broken length, 413 when too large, 408 when too slow,
+            503 where too many bytes are held.
         ClientGone: the client left while sending.
     """
     headers = dict(scope["headers"])
@@ -43,31 +150,38 @@ async def read_body(scope: Scope, receive: Receive, limit: int, *, typed: bool =
         raise HttpError(400, "The Content-Length header is not a number.", "invalid_content_length")
     if len(length) > 15 or int(length) > limit:
         raise _too_large(limit)
+    held = 0
     try:
-        async with asyncio.timeout(READING_SECONDS):
-            return await _read_parts(receive, limit)
-    except TimeoutError:
-        raise HttpError(
-            408, "The body did not arrive in time; send it without long pauses.", "request_timeout",
-            {"connection": "close"},
-        ) from None  # fmt: skip
-
-
-async def _read_parts(receive: Receive, limit: int) -> bytes:
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        async with asyncio.timeout(SILENCE_SECONDS):
-            message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        part = message.get("body", b"")
-        size += len(part)
-        if size > limit:
-            raise _too_large(limit)
-        parts.append(part)
-        if not message.get("more_body", False):
-            return b"".join(parts)
+        parts: list[bytes] = []
+        try:
+            async with asyncio.timeout(READING_SECONDS):
+                size, more = 0, True
+                while more:
+                    if held:
+                        await scope["app"].state.held.pieces.turn(caller_of(scope).label)
+                    async with asyncio.timeout(SILENCE_SECONDS):
+                        message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    part, more = message.get("body", b""), message.get("more_body", False)
+                    size += len(part)
+                    if size > limit:
+                        raise _too_large(limit)
+                    if size > BIG_BODY:
+                        scope["app"].state.held.add(caller_of(scope), size - BIG_BODY - held)
+                        held = size - BIG_BODY
+                    parts.append(part)
+        except TimeoutError:
+            raise HttpError(
+                408, "The body did not arrive in time; send it without long pauses.", "request_timeout",
+                {"connection": "close"},
+            ) from None  # fmt: skip
+        parts[:] = [b"".join(parts)]
+        held = 0  # they count until the body is parsed
+        return await scope["app"].state.held.parse(caller_of(scope), parts.pop(), parse)
+    finally:
+        if held:
+            scope["app"].state.held.add(caller_of(scope), -held)
 
 
 async def disconnected(receive: Receive) -> None:
@@ -104,6 +218,7 @@ async def unless_disconnected(
                 closing = dropped(working.result())
                 if closing is not None:
                     await closing
+        del working  # its error holds this frame
 
 
 def _too_large(limit: int) -> HttpError:

@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 class FailureMiddleware:
     """Answers what no route foresaw, inside the layers that every answer passes; a failed start it tells in short.
 
-    A failure after the first byte goes on to the server, which ends the connection: the client must see a cut.
+    After the first byte the server ends the connection, for the client must see a cut: of a failure that a route
+    foresaw a line of the log says why, any other one goes on to the server.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -53,6 +54,10 @@ class FailureMiddleware:
         try:
             await self._app(scope, receive, note)
         except Exception as failure:
+            if scope["type"] == "http" and begun and isinstance(failure.__cause__, CandleVllmError):
+                what = f"{scope['method']} {scope['path'][:200]!r}"
+                logger.warning("the answer to %s ended before it was whole: %s", what, failure.__cause__)
+                return
             if scope["type"] != "http" or begun:
                 raise
             response = await answer_failure(Request(scope), failure)

@@ -97,6 +97,11 @@ class Keyring:
             return (NOBODY,)
         return (key.caller for key in self._keys if key.uses and key.is_valid)
 
+    @property
+    def are_several(self) -> bool:
+        """Whether clients have keys of several owners."""
+        return are_several(self.callers())
+
     async def watch(self) -> None:
         """Reads the files again when they have changed, for ever."""
         seen = self._read_at
@@ -142,6 +147,13 @@ class Keyring:
                 for number, key in enumerate(settings.management_key, 1)
             ),
         )
+
+
+def are_several(callers: Iterable[Caller]) -> bool:
+    """Whether there are several owners among them."""
+    owners = (caller.key for caller in callers)
+    first = next(owners, None)
+    return any(other != first for other in owners)
 
 
 def read_keys(path: Path) -> tuple[str, ...]:

@@ -1,20 +1,29 @@
 # SPDX-License-Identifier: MIT
-"""uvicorn's protocols: HTTP with limits on request heads, in bytes and in time, and on connections; web sockets.
+"""uvicorn's protocols: HTTP and WebSockets with limits on heads, bodies, frames and connections.
 
-Below step 1 of a request's life. Without the limits, clients that never end their headers would fill the memory or
-hold connections for ever. A server that stops closes idle web sockets at once; one on which an answer is written is
-told, and has the time of the drain for it.
+Below step 1 of a request's life. Without the limits, a client without a key could fill the memory, hold every
+connection, or keep the event loop busy with chunks and frames of a few bytes. A server that stops closes idle
+WebSockets at once; one on which an answer is written is told, and has the time of the drain for it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
+import re
+import sys
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.exceptions import WebSocketException
+from websockets.frames import CTRL_OPCODES, Frame
 
+from candle_vllm.server.http.body import BIG_BODY, Held
+from candle_vllm.server.http.errors import HttpError
+from candle_vllm.server.http.routing import NOBODY, caller_of
 from candle_vllm.server.http.sse import DIRECT_BODY
 
 if TYPE_CHECKING:
@@ -22,71 +31,153 @@ if TYPE_CHECKING:
 
 MAX_HEAD = 64 << 10  # bytes of request line and headers, besides the last piece read from the socket
 HEAD_SECONDS = 30.0  # from the connection, or the first byte of a later request, to the end of the head
-MAX_CONNECTIONS = 4096  # at the same time; later ones are closed
+MAX_CONNECTIONS = 4096  # at the same time
+MAX_FILES = 1 << 16  # that the process lets itself have open
+CROWDED_SECONDS = 1.0  # for a first head while more than half of the connections are taken
 STALL_SECONDS = 60.0  # a client that leaves what was sent unread for so long is cut off
+UNDECODED = "candle_vllm.undecoded"  # in a received message, in the place of a big text: its bytes
 DRAINING = "candle_vllm.draining"  # extension of the scope: an event that is set when the server stops
-CHUNK_OVERHEAD = 6  # bytes on the wire per byte of a body that is sent in chunks of one
+MAX_PIECES, PIECE_BYTES = 4096, 64  # chunks of a body: so many, and one more for each 64 bytes
+CHUNK_OVERHEAD = 12  # bytes of framing that a chunk may have
+MAX_PIPELINED = 64  # requests that wait behind the one that is being answered on their connection
+LINGER_SECONDS, LINGER_BYTES = 5.0, 16 << 20  # what is taken of a body, and not read, once its answer has been sent
+MAX_FRAGMENTS = 1024  # frames of one WebSocket message
+MAX_FRAMES = 1024  # frames of less than 1 KiB from a WebSocket's client in a second
+CONTROL_WEIGHT = 16  # a control frame counts as so many of them, for it is answered
+
+_HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%-]*(:[0-9]*)?|\[[0-9A-Fa-f:.]+\](:[0-9]*)?")  # RFC 9112, section 3.2
 
 
 def http_protocol() -> type[asyncio.Protocol]:
     """The fastest protocol that is installed: httptools with a limit on the head, else h11, which has one."""
-    return _timed(H11Protocol if importlib.util.find_spec("httptools") is None else _limited())
+    return _timed(_ClosingH11Protocol if importlib.util.find_spec("httptools") is None else _limited())
+
+
+class _ClosingH11Protocol(H11Protocol):
+    """Closes a connection whose answer was complete before the body of its request was."""
+
+    def on_response_complete(self) -> None:
+        if self.cycle.more_body:
+            self.transport.close()
+        super().on_response_complete()
+
+
+class _ReadInTime(asyncio.Protocol):
+    """Cuts off a client that leaves what it was sent unread for `STALL_SECONDS`; its request is aborted."""
+
+    loop: asyncio.AbstractEventLoop
+    transport: asyncio.Transport
+    _stalled: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._move_on()
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._move_on()
+        super().connection_lost(exc)
+
+    def _move_on(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
+
+
+def most_connections() -> int:
+    """`MAX_CONNECTIONS`, or seven eighths of the files that the process may have open, where those are fewer.
+
+    It may have as many open as the system lets it, up to `MAX_FILES`: shells begin with 1,024 or fewer, for `select`.
+    """
+    if sys.platform == "win32":
+        return MAX_CONNECTIONS
+    import resource
+
+    files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(MAX_FILES, hard)
+    if files != resource.RLIM_INFINITY and files < wanted:
+        with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit that it does not name here
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            files = wanted
+    return MAX_CONNECTIONS if files == resource.RLIM_INFINITY else max(1, min(MAX_CONNECTIONS, files * 7 // 8))
 
 
 def _timed(base: Any) -> type[asyncio.Protocol]:
-    class TimedProtocol(base):
+    most = most_connections()
+    silent: dict[Any, float] = {}  # connections whose head is awaited, and since when; the oldest first
+    idle: dict[Any, None] = {}  # those that have had an answer and send nothing; the longest idle first
+
+    class TimedProtocol(_ReadInTime, base):
         """Closes a connection on which no request has begun and no head has ended within `HEAD_SECONDS`.
 
-        uvicorn's own timer runs between an answer and the next byte; this one runs where that does not. A client that
-        does not read its answer is cut off after `STALL_SECONDS`, and its request is aborted as for any that leaves.
+        uvicorn's own timer runs between an answer and the next byte; this one runs where that does not. Where
+        connections run short, a new one takes the place of a silent one.
         """
 
         _late: asyncio.TimerHandle | None = None
-        _stalled: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: asyncio.Transport) -> None:
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            if len(self.connections) > MAX_CONNECTIONS:
-                transport.abort()
-                return
-            self._watch()
+            silent[self] = self.loop.time()
+            if len(self.connections) > most // 2:
+                self._make_place()
+            if self in silent:
+                self._watch()
+
+        def _make_place(self) -> None:
+            """Close every connection that has been silent for `CROWDED_SECONDS`, and at the limit one more.
+
+            That is the one that has been silent for longest, or idle, else the new one.
+            """
+            patience = self.loop.time() - CROWDED_SECONDS
+            while (oldest := next(iter(silent), self)) is not self and silent[oldest] < patience:
+                oldest._give_place()
+            if len(self.connections) > most:
+                (oldest if oldest is not self else next(iter(idle), self))._give_place()
+
+        def _give_place(self) -> None:
+            silent.pop(self, None)
+            idle.pop(self, None)
+            self.connections.discard(self)
+            self.transport.abort()
 
         def data_received(self, data: bytes) -> None:
+            idle.pop(self, None)
             super().data_received(data)
             self._watch()
 
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._stalled = self.loop.call_later(STALL_SECONDS, self.transport.abort)
-
-        def resume_writing(self) -> None:
-            self._move_on()
-            super().resume_writing()
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self.timeout_keep_alive_task is not None:
+                idle[self] = None
 
         def connection_lost(self, exc: Exception | None) -> None:
+            silent.pop(self, None)
+            idle.pop(self, None)
             self._unwatch()
-            self._move_on()
             super().connection_lost(exc)
 
         def _watch(self) -> None:
             if self not in self.connections:  # it became a WebSocket, whose protocol has limits of its own
+                silent.pop(self, None)
                 self._unwatch()
                 return
             answering = self.cycle is not None and not self.cycle.response_complete
             if answering or self.timeout_keep_alive_task is not None or self.transport.is_closing():
+                silent.pop(self, None)
                 self._unwatch()
-            elif self._late is None:
+                return
+            silent.setdefault(self, self.loop.time())  # also behind an answer, once the next head has begun
+            if self._late is None:
                 self._late = self.loop.call_later(HEAD_SECONDS, self._end_wait)
 
         def _unwatch(self) -> None:
             if self._late is not None:
                 self._late.cancel()
                 self._late = None
-
-        def _move_on(self) -> None:
-            if self._stalled is not None:
-                self._stalled.cancel()
-                self._stalled = None
 
         def _end_wait(self) -> None:
             self._late = None
@@ -113,53 +204,159 @@ class _ChunkedBody:
         self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
+class _UnreadTransport(asyncio.Transport):
+    """The transport of an answer to a client that may still be sending: it ends so that the client can read it."""
+
+    def __init__(self, transport: asyncio.Transport, linger: Callable[[], None]) -> None:
+        super().__init__()
+        self.write, self.is_closing = transport.write, transport.is_closing
+        self.close = linger
+
+
+def _fault(version: str, headers: Sequence[tuple[bytes, bytes]], upgrades: bool) -> str | None:
+    """What RFC 9112 wants a request refused for that llhttp takes (sections 2.3, 3.2 and 6.1).
+
+    And a body behind an upgrade to a WebSocket or CONNECT, which llhttp would take for the next request.
+    """
+    names, values = [name for name, _ in headers], dict(headers)
+    if version not in ("1.1", "1.0"):
+        return "This server speaks HTTP/1.1 and HTTP/1.0."
+    if (hosts := names.count(b"host")) != 1 and (hosts or version == "1.1"):
+        return "A request has one Host header."
+    if version == "1.0" and b"transfer-encoding" in names:
+        return "HTTP/1.0 has no Transfer-Encoding."
+    if hosts and _HOST.fullmatch(values[b"host"]) is None:
+        return "The Host header is no host with or without a port."
+    if upgrades and (b"transfer-encoding" in values or values.get(b"content-length", b"").strip(b"0")):
+        return "A request with a body cannot ask for another protocol: ask for HTTP/1.1 alone."
+    return None
+
+
 def _limited() -> type[HttpToolsProtocol]:
+    import httptools
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
     class LimitedHttpToolsProtocol(HttpToolsProtocol):
         """Closes a connection whose request has too many bytes that are not body: headers, trailers, framing.
 
-        And keeps requests that were sent one behind the other apart, where uvicorn knows only the last of them: when
-        the client goes, the one that is being answered is told, and what is no request is not answered in its place.
+        Or a body in too many small chunks, or no whole body when its answer begins. Requests that were sent one behind
+        the other are kept apart, where uvicorn knows only the last of them: when the client goes, the one that is
+        being answered is told, and what is no request is not answered in its place.
         """
 
+        _piece = b""  # what is being parsed
         _seen = 0  # bytes of a request that has not ended
         _body = 0  # those of its body
+        _pieces = 0  # in which they came
         _ended = False  # a request ended in the current piece
         _broken = False  # what came last is no request, and what comes after it is not read
+        _fault: str | None = None  # why it is no request
+        _keep_alive = False  # whether the connection lasts once the body of the last request has come
+        _unread: _UnreadTransport
+        _lingering: asyncio.TimerHandle | None = None
         _answering: RequestResponseCycle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._unread = _UnreadTransport(transport, lambda: self._linger(transport))
 
         def data_received(self, data: bytes) -> None:
             if self._broken:
+                self._seen += len(data)
+                if self._lingering is not None and self._seen > LINGER_BYTES:
+                    self.transport.abort()
                 return
             self._ended = False
+            self._piece = data
             super().data_received(data)
-            if self._ended or self not in self.connections:  # or it became a WebSocket
+            self._piece = b""
+            if self._ended or self._broken or self not in self.connections:  # or it became a WebSocket
                 return
             self._seen += len(data)
-            if self._seen - CHUNK_OVERHEAD * self._body > MAX_HEAD and not self.transport.is_closing():
+            if self._seen - self._body - CHUNK_OVERHEAD * self._pieces > MAX_HEAD and not self.transport.is_closing():
                 self.send_400_response("The request head is too large.")
 
-        def on_headers_complete(self) -> None:
-            super().on_headers_complete()
-            assert self.parser is not None
-            if self.parser.should_upgrade() and self._should_upgrade():
-                if self._unanswered():
-                    raise ValueError("a connection cannot be upgraded while an answer is written")  # 400
+        def on_header(self, name: bytes, value: bytes) -> None:
+            super().on_header(name, value.rstrip(b" \t"))  # llhttp drops blanks before a value alone; RFC 9110, 5.5
+
+        def _leaves_upgrade(self) -> bool:
+            """Whether the request asks for a protocol that the server does not speak (h2c), which it may ignore."""
+            parser = self.parser
+            return parser.should_upgrade() and parser.get_method() != b"CONNECT" and not self._should_upgrade()
+
+        def _unsupported_upgrade_warning(self) -> None:
+            """Read a request again without its `Upgrade`, behind which llhttp leaves body and all else unread."""
+            upgrade = sys.exception()
+            if not self._leaves_upgrade() or not isinstance(upgrade, httptools.HttpParserUpgrade):
                 return
-            extensions: dict[str, Any] = {DIRECT_BODY: _ChunkedBody(self.cycle)}
-            self.cycle.scope["extensions"] = extensions
+            version = self.parser.get_http_version().encode()
+            head = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
+            head += [b"%b: %b" % header for header in self.headers if header[0] != b"upgrade"]
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+            self._piece = b"\r\n".join([*head, b"", self._piece[upgrade.args[0] :]])
+            super().data_received(self._piece)
+
+        def on_headers_complete(self) -> None:
+            assert self.parser is not None
+            if self._leaves_upgrade():
+                return
+            upgrades = self.parser.should_upgrade()
+            self._fault = _fault(self.parser.get_http_version(), self.headers, upgrades)
+            if self._fault is not None:
+                raise ValueError(self._fault)  # 400, here and below
+            super().on_headers_complete()
+            if upgrades and self._should_upgrade():
+                if self._unanswered():
+                    raise ValueError("a connection cannot be upgraded while an answer is written")
+                return
+            if len(self.pipeline) > MAX_PIPELINED:
+                raise ValueError("too many requests wait for the one before them")
+            cycle = self.cycle
+            extensions: dict[str, Any] = {DIRECT_BODY: _ChunkedBody(cycle)}
+            cycle.scope["extensions"] = extensions
             if not self.pipeline:
-                self._answering = self.cycle
+                self._answering = cycle
+            # Until its body has come, an answer ends the connection and says so.
+            self._keep_alive, cycle.keep_alive = cycle.keep_alive, False
+            cycle.transport = self._unread
 
         def on_body(self, body: bytes) -> None:
             self._body += len(body)
+            self._pieces += 1
+            if self._pieces > MAX_PIECES + self._body // PIECE_BYTES:
+                self._fault = "The body came in too many small chunks."
+                raise ValueError(self._fault)
             super().on_body(body)
 
         def on_message_complete(self) -> None:
-            self._seen = self._body = 0
+            if self._leaves_upgrade():
+                return
+            self._seen = self._body = self._pieces = 0
             self._ended = True
+            cycle = self.cycle
+            if cycle is not None and cycle.transport is self._unread:
+                cycle.transport = self.transport
+                if not cycle.response_started:
+                    cycle.keep_alive = self._keep_alive
             super().on_message_complete()
+
+        def shutdown(self) -> None:
+            self._keep_alive = False
+            super().shutdown()
+
+        def _linger(self, transport: asyncio.Transport) -> None:
+            """End a connection whose client is still sending; what it sends is taken for a while, and not parsed.
+
+            A socket that is closed with bytes unread is reset, and the answer may be lost.
+            """
+            if transport.is_closing() or self._lingering is not None:
+                return
+            self._broken, self._seen = True, 0
+            self._drop_unanswered()
+            self._lingering = self.loop.call_later(LINGER_SECONDS, transport.abort)
+            if transport.can_write_eof():
+                transport.write_eof()
 
         def on_response_complete(self) -> None:
             self._answering = self.pipeline[-1][0] if self.pipeline else None
@@ -177,14 +374,21 @@ def _limited() -> type[HttpToolsProtocol]:
             elif broken is not None and broken.response_started:
                 self.transport.close()
             else:
-                super().send_400_response(msg)
+                transport, self.transport = self.transport, self._unread
+                super().send_400_response(self._fault or msg)
+                self.transport = transport
 
         def connection_lost(self, exc: Exception | None) -> None:
+            if self._lingering is not None:
+                self._lingering.cancel()
+            self._drop_unanswered()
+            super().connection_lost(exc)
+
+        def _drop_unanswered(self) -> None:
             for cycle in self._unanswered():
                 cycle.disconnected = True
                 cycle.message_event.set()
             self.pipeline.clear()
-            super().connection_lost(exc)
 
         def _unanswered(self) -> list[RequestResponseCycle]:
             """The requests that have no whole answer yet, in order of arrival."""
@@ -194,12 +398,107 @@ def _limited() -> type[HttpToolsProtocol]:
     return LimitedHttpToolsProtocol
 
 
-class WebSocketProtocol(WebSocketsSansIOProtocol):
-    """Leaves it to the route to end a connection when the server stops."""
+class WebSocketProtocol(_ReadInTime, WebSocketsSansIOProtocol):
+    """Leaves it to the route to end a connection when the server stops, and bounds what a client may send.
+
+    Bounded are the frames of a message, small frames in a second, the bytes of messages that have not come whole
+    (`Held`), the pieces of big messages in a round of the event loop (`Pieces`), and what the client leaves unread:
+    nothing is read from it meanwhile.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._draining = asyncio.Event()
+        self._receive_frame = self.conn.recv_frame
+        self.conn.recv_frame = self._count  # type: ignore[method-assign]
+        self._fragments = self._partial = 0  # frames of the message that is coming, and their bytes
+        self._frame: Frame | None = None  # the last one of a message that was just received
+        self._frames, self._second = 0, 0.0  # small frames in a second, and when it began
+        self._held, self._owner = 0, NOBODY  # bytes that are counted by `Held`, and as whose
+        self._waits = False  # for its turn to read the next piece of a big message
+
+    def _count(self, frame: Frame) -> None:
+        """Take a frame, unless there are too many."""
+        control = frame.opcode in CTRL_OPCODES
+        if not control:
+            self._fragments += 1
+            self._partial += len(frame.data)
+        if control or len(frame.data) < 1024:
+            now = self.loop.time()
+            if now >= self._second + 1.0:
+                self._frames, self._second = 0, now
+            self._frames += CONTROL_WEIGHT if control else 1
+        if self._fragments > MAX_FRAGMENTS:
+            self._refuse(1008, f"a message has at most {MAX_FRAGMENTS} frames")
+        elif self._frames > MAX_FRAMES:
+            self._refuse(1008, "too many small frames in a second")
+        else:
+            self._receive_frame(frame)
+            if not control:
+                self._frame = frame
+                if frame.fin:
+                    self._fragments = self._partial = 0
+
+    def _refuse(self, code: int, reason: str) -> None:
+        """End the connection, also in the middle of what is being parsed; `data_received` tells the route."""
+        self.conn.fail(code, reason)
+        self.conn.parser_exc = WebSocketException(reason)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._frame is not None:
+            self._frame.data = b""  # the parser of websockets refers to its last frame until the next one
+            self._frame = None
+        if self.conn.handshake_exc is not None and not self.handshake_initiated:  # after which uvicorn would wait
+            said = b"".join(self.conn.data_to_send())  # nothing, by websockets before 17
+            self.transport.write(said or b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+            self.transport.close()
+        pending = len(self.conn.reader.buffer) + self._partial
+        if pending > BIG_BODY or self._held:
+            self._hold(0 if self.close_sent else max(0, pending - BIG_BODY))
+        if pending > BIG_BODY and not self._waits and not self.transport.is_closing():
+            self._waits = True
+            self.transport.pause_reading()
+            self._all_held.pieces.add(self._owner.label, self._read_on)
+
+    def handle_parser_exception(self) -> None:
+        if self.conn.close_sent is None:  # there is no connection yet that could be closed in words
+            self.transport.abort()
+        else:
+            super().handle_parser_exception()
+
+    @property
+    def _all_held(self) -> Held:
+        return self.config.app.state.held  # type: ignore[union-attr]
+
+    def _hold(self, pending: int) -> None:
+        """Count the bytes of a message that has not come whole."""
+        if not self._held:
+            self._owner = caller_of(getattr(self, "scope", {}))
+        try:
+            self._all_held.add(self._owner, pending - self._held)
+            self._held = pending
+        except HttpError:
+            self._refuse(1013, "too many bytes of messages are held")
+            self.handle_parser_exception()
+            self._hold(0)
+
+    def send_receive_event_to_app(self) -> None:
+        """The message, if it is right; what is no text ends the connection, once."""
+        if self.curr_msg_data_type != "text" or self.close_sent:
+            super().send_receive_event_to_app()
+            return
+        data, self.frames = b"".join(self.frames), []
+        try:
+            given = {"text": data.decode()} if len(data) <= BIG_BODY else {UNDECODED: data}
+            self.queue.put_nowait({"type": "websocket.receive", **given})  # type: ignore[typeddict-item]
+        except UnicodeDecodeError:
+            self.logger.warning("a message over a WebSocket is not valid UTF-8: its connection is closed")
+            self._refuse(1007, "a text is not valid UTF-8")
+            self.handle_parser_exception()
+        else:
+            self.read_paused = True
+            self.transport.pause_reading()
 
     def handle_connect(self, event: Any) -> None:
         super().handle_connect(event)
@@ -212,3 +511,33 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self._draining.set()
         else:
             super().shutdown()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if not self.transport.is_closing():
+            self.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._resume()
+
+    def _read_on(self) -> None:
+        self._waits = False
+        self._resume()
+
+    def _resume(self) -> None:
+        """Read on, where nothing stands in the way."""
+        if not (self._waits or self.read_paused or self.transport.is_closing()) and self.writable.is_set():
+            self.transport.resume_reading()
+
+    async def receive(self) -> Any:
+        message = await self.queue.get()
+        if self.read_paused and self.queue.empty():
+            self.read_paused = False
+            self._resume()
+        return message
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._held:
+            self._hold(0)
+        super().connection_lost(exc)

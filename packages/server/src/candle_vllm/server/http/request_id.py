@@ -12,7 +12,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable, Iterator
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,6 +21,8 @@ from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.observing.request_log import FIELDS
 
 _HARMLESS = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+MAX_WARNING, MAX_WARNINGS = 500, 3_000  # bytes of one `x-warning` and of all: proxies take heads of 4 KB
+_PRINTABLE = bytes(byte if 0x20 <= byte < 0x7F else ord("?") for byte in range(256))
 
 logger = logging.getLogger("candle_vllm.server.requests")
 
@@ -48,8 +50,7 @@ class RequestIdMiddleware:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 ids = ((b"x-request-id", request_id), (b"request-id", request_id))  # OpenAI's name, Anthropic's
-                warnings = [(b"x-warning", text.encode("ascii", "backslashreplace")) for text in remarks]
-                message["headers"] = [*message.get("headers", ()), *ids, *warnings]
+                message["headers"] = [*message.get("headers", ()), *ids, *_warnings(remarks)]
             return send(message)
 
         start = time.perf_counter()
@@ -60,15 +61,25 @@ class RequestIdMiddleware:
                 _log(scope, status, time.perf_counter() - start, request_id.decode())
 
 
+def _warnings(remarks: Iterable[str]) -> Iterator[tuple[bytes, bytes]]:
+    """The headers that say what the sender should know; names in them are the sender's, so each is cut."""
+    room = MAX_WARNINGS
+    for text in remarks:
+        value = text[:MAX_WARNING].encode("ascii", "backslashreplace")[:MAX_WARNING].translate(_PRINTABLE)
+        room -= len(value)
+        if room >= 0:
+            yield b"x-warning", value
+
+
 def _log(scope: Scope, status: int, seconds: float, request_id: str) -> None:
     """One line, and in JSON the same as fields; of a key its label alone."""
     key, client = caller_of(scope).label, (scope.get("client") or ("unknown",))[0]
     fields = {
-        "method": scope["method"], "path": scope["path"][:200], "status": status or None,
+        "method": scope["method"][:20], "path": scope["path"][:200], "status": status or None,
         "seconds": round(seconds, 3), "http_request_id": request_id, "client": client, "key": key or None,
     }  # fmt: skip
     logger.info(
         "%s %r %s %.3f s %s from %s%s",
-        scope["method"], scope["path"][:200], status or "no answer", seconds, request_id, client,
+        scope["method"][:20], scope["path"][:200], status or "no answer", seconds, request_id, client,
         f" with key {key}" if key else "", extra={FIELDS: fields},
     )  # fmt: skip

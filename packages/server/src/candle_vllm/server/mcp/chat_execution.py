@@ -160,6 +160,8 @@ class Execution:
                 raise
             self.state.end("length", limit=CONTEXT)  # what the tools gave has filled it, and not the client
             raise StopAsyncIteration from None
+        finally:
+            del pending  # its error holds this frame
         self.state.add(event)
         return event
 

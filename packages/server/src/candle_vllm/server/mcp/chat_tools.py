@@ -7,7 +7,6 @@ client as any others, or run here (`--mcp-execute`).
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from starlette.responses import Response
 from candle_vllm.core.errors import InvalidParameterError, PromptTooLongError
 from candle_vllm.openai import ChatCompletionRequest, parse_chat_request
 from candle_vllm.openai.errors import UnsupportedParameterError
+from candle_vllm.openai.fair_threads import apart
 from candle_vllm.openai.json_body import decode_json
 from candle_vllm.server.answering import GenerationApi, answer_parsed, deadline_of, parsed
 from candle_vllm.server.http.body import unless_disconnected
@@ -159,7 +159,7 @@ def _payload(body: bytes) -> dict[str, Any]:
 async def _checked(payload: Mapping[str, Any], *, many: bool = False) -> ChatCompletionRequest:
     messages = payload.get("messages")
     many = many or (isinstance(messages, list) and len(messages) > _MANY)
-    return await asyncio.to_thread(parse_chat_request, payload) if many else parse_chat_request(payload)
+    return await apart(parse_chat_request, payload) if many else parse_chat_request(payload)
 
 
 def _fits(model: ServedModel, wire: ChatCompletionRequest, service: McpService) -> bool:

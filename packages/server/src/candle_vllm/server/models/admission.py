@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from candle_vllm.openai.fair_threads import asker
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.observing.metrics import Rejection
 from candle_vllm.server.observing.request_context import NO_KEY, current_request
@@ -81,9 +82,11 @@ class Admission:
     """The places of one model.
 
     Args:
-        capacity: sequences that may be in the engine at a time; a request with more enters an empty engine.
+        capacity: sequences that may be in the engine at a time. A request of more than half of them counts as half: so
+            the engine need not be emptied for it, and what it has beyond waits in the engine.
         max_unfinished: sequences in the engine and before it; beyond, requests are refused with 503.
-        max_per_key: the same of one key; beyond, its requests are refused with 429. None is no limit.
+        max_per_key: the same of one key; beyond, its requests get 429. None is half of all, where there are
+            several keys.
         refused: told of every refusal.
     """
 
@@ -99,6 +102,8 @@ class Admission:
         self._max_per_key = max_per_key
         self._refused = refused
         self._running: Counter[str] = Counter()
+        self._taken = 0  # of the capacity
+        self._counted: Counter[str] = Counter()  # of what may be unfinished: of a request, its share of the capacity
         self._unfinished: Counter[str] = Counter()
         self._queues: dict[int, OrderedDict[str, deque[_Waiting]]] = {}
         self._seconds = 1.0  # mean time of a request in the engine
@@ -132,6 +137,7 @@ class Admission:
         """
         self._check_room(key, sequences)
         self._unfinished[key] += sequences
+        self._counted[key] += self._share(sequences)
         if not self._queues and self._fits(sequences):
             return self._begin(key, sequences)
         entered = asyncio.get_running_loop().create_future()
@@ -150,26 +156,29 @@ class Admission:
                 for waiting in queue:
                     if not waiting.entered.done():
                         waiting.entered.set_exception(RetiredError())
-                    self._forget(self._unfinished, waiting.key, waiting.sequences)
+                    self._end(waiting.key, waiting.sequences)
         self._queues.clear()
 
     def left(self, place: Place) -> None:
         """Takes a place back; called by `Place.leave`."""
         self._forget(self._running, place.key, place.sequences)
-        self._forget(self._unfinished, place.key, place.sequences)
+        self._taken -= self._share(place.sequences)
+        self._end(place.key, place.sequences)
         self._seconds = _FADING * self._seconds + (1 - _FADING) * (time.monotonic() - place.since)
         self._admit()
 
     def _check_room(self, key: str, sequences: int) -> None:
-        total, own = self._unfinished.total(), self._unfinished[key]
-        if self._max_per_key is not None and own and own + sequences > self._max_per_key:
+        total, own, added = self._counted.total(), self._unfinished[key], sequences
+        most = self._max_per_key
+        if most is None and asker.get():
+            most, own, added = max(1, self._max_unfinished // 2), self._counted[key], self._share(sequences)
+        if most is not None and own and own + added > most:
             message = (
-                f"This key has {own} sequences running or waiting and may have {self._max_per_key}: "
-                "wait for some of them to finish."
+                f"This key has {own} sequences running or waiting and may have {most}: wait for some of them to finish."
             )
             self._refused(Rejection.KEY_LIMIT)
             raise HttpError(429, message, "rate_limit_exceeded", self._retry_after(own))
-        if total and total + sequences > self._max_unfinished:
+        if total and total + self._share(sequences) > self._max_unfinished:
             message = f"{total} sequences are running or waiting and {self._max_unfinished} may be: try again later."
             self._refused(Rejection.QUEUE_FULL)
             raise HttpError(503, message, "overloaded", self._retry_after(total))
@@ -179,12 +188,15 @@ class Admission:
         seconds = math.ceil(self._seconds * unfinished / self._capacity)
         return {"retry-after": str(max(1, min(seconds, MAX_RETRY_AFTER)))}
 
+    def _share(self, sequences: int) -> int:
+        return min(sequences, max(1, self._capacity // 2))
+
     def _fits(self, sequences: int) -> bool:
-        running = self.running
-        return not running or running + sequences <= self._capacity
+        return self._taken + self._share(sequences) <= self._capacity
 
     def _begin(self, key: str, sequences: int) -> Place:
         self._running[key] += sequences
+        self._taken += self._share(sequences)
         return Place(self, key, sequences)
 
     def _admit(self) -> None:
@@ -207,7 +219,7 @@ class Admission:
             waiting.entered.result().leave()  # it was let in in the tick in which it was cancelled
             return
         self._remove(waiting, priority)
-        self._forget(self._unfinished, waiting.key, waiting.sequences)
+        self._end(waiting.key, waiting.sequences)
         self._admit()
 
     def _remove(self, waiting: _Waiting, priority: int) -> None:
@@ -220,6 +232,10 @@ class Admission:
                 del queues[waiting.key]
         if not queues:
             self._queues.pop(priority, None)
+
+    def _end(self, key: str, sequences: int) -> None:
+        self._forget(self._unfinished, key, sequences)
+        self._forget(self._counted, key, self._share(sequences))
 
     @staticmethod
     def _forget(counter: Counter[str], key: str, count: int) -> None:

@@ -31,7 +31,9 @@ from urllib.parse import unquote, urlsplit
 from candle_vllm.core.errors import InvalidFileError, ModelNotFoundError
 from candle_vllm.core.loading.gguf import split_names
 from candle_vllm.core.progress import tell
+from candle_vllm.core.shown import without_secrets
 from candle_vllm.server.adapters.archives import BoundedMember, BoundedStream
+from candle_vllm.server.adapters.fetching import steadily
 from candle_vllm.server.adapters.sources import Refused
 
 logger = logging.getLogger(__name__)
@@ -67,13 +69,12 @@ class Archive(NamedTuple):
         address, _, told = text.partition("#sha256=")
         sha256 = (sha256 or told or "").lower() or None
         if sha256 is not None and not _SUM.fullmatch(sha256):
-            raise InvalidFileError(
-                f"the SHA-256 of {without_secrets(address)} must have 64 hexadecimal digits, not {sha256!r:.80}"
-            )
+            shown = without_secrets(address, alone=True)
+            raise InvalidFileError(f"the SHA-256 of {shown} must have 64 hexadecimal digits, not {sha256!r:.80}")
         try:
             remote = urlsplit(address).scheme in ("http", "https")
         except ValueError:
-            raise InvalidFileError(f"{address!r:.200} is no address") from None
+            raise InvalidFileError(f"{without_secrets(address, alone=True)!r:.200} is no address") from None
         return cls(address, sha256) if remote or address.lower().endswith(_ENDINGS) else None
 
     @property
@@ -94,7 +95,7 @@ class Archive(NamedTuple):
     @property
     def source(self) -> str:
         """The address without who asks and what may be a signature."""
-        return without_secrets(self.address)
+        return without_secrets(self.address, alone=True)
 
     @property
     def is_gguf(self) -> bool:
@@ -194,7 +195,9 @@ def model_at(address: str, cache: Path, *, offline: bool = False) -> Path:
     """
     archive = Archive.of(address)
     if archive is None or not archive.is_remote:
-        raise ModelNotFoundError(f"{without_secrets(address)!r:.200} is no address of a model: it begins with https://")
+        raise ModelNotFoundError(
+            f"{without_secrets(address, alone=True)!r:.200} is no address of a model: it begins with https://"
+        )
     root = cache / "archives"
     if not archive.is_kept_in(root):
         if offline:
@@ -216,16 +219,6 @@ def _read_marker(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return read if isinstance(read, dict) else None
-
-
-def without_secrets(address: str) -> str:
-    """An address without who asks and what may be a signature; any other text as it is."""
-    if "://" not in address:
-        return address
-    with contextlib.suppress(ValueError):
-        parts = urlsplit(address)
-        return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
-    return address
 
 
 @contextlib.contextmanager
@@ -314,11 +307,13 @@ def _whole(answer: Any, partial: Path, shown: str) -> None:
     """One stream to its end, of a server that knows no ranges."""
     total = int(answer.headers.get("content-length") or 0)
     _check_room(partial, total)
-    done = 0
+    done, most = 0, total or shutil.disk_usage(partial.parent).free // 2
     with partial.open("wb") as out:
-        for piece in answer.iter_raw(_COPIED):
+        for piece in steadily(answer.iter_raw()):
             out.write(piece)
             done += len(piece)
+            if done > most:
+                raise ModelNotFoundError(f"{shown} does not say its length, and takes half of what the disk has left")
             tell("downloading the model", done, max(total, done))
     if total and done != total:
         raise ModelNotFoundError(f"{shown} ended after {done:,} of {total:,} bytes")
@@ -326,7 +321,7 @@ def _whole(answer: Any, partial: Path, shown: str) -> None:
 
 def _ranges(client: Any, address: str, partial: Path, total: int, version: str) -> None:
     """All that is missing of it, in pieces side by side; which are there is written down behind each."""
-    shown, count = without_secrets(address), -(-total // _PIECE)
+    shown, count = without_secrets(address, alone=True), -(-total // _PIECE)
     head = json.dumps({"source": shown, "bytes": total, "version": version, "piece": _PIECE}).encode() + b"\n"
     journal = _pieces(partial)
     kept = journal.read_bytes() if journal.exists() and partial.exists() else b""
@@ -366,6 +361,7 @@ def _range(client: Any, address: str, out: IO[bytes], lock: Lock, first: int, la
     """The bytes from first to last, both included, written in their place; tried again where the line breaks."""
     import httpx
 
+    shown = without_secrets(address, alone=True)
     for left in reversed(range(_TRIES)):
         try:
             at = first
@@ -373,12 +369,12 @@ def _range(client: Any, address: str, out: IO[bytes], lock: Lock, first: int, la
                 answer.raise_for_status()
                 now = answer.headers.get("etag") or answer.headers.get("last-modified") or ""
                 if answer.status_code != 206 or now != version:
-                    raise ModelNotFoundError(f"{without_secrets(address)} changed while it was fetched: try again")
+                    raise ModelNotFoundError(f"{shown} changed while it was fetched: try again")
                 if not answer.headers.get("content-range", "").startswith(f"bytes {first}-{last}/"):
-                    raise ModelNotFoundError(f"{without_secrets(address)} sent other bytes than it was asked for")
-                for piece in answer.iter_raw(_COPIED):
+                    raise ModelNotFoundError(f"{shown} sent other bytes than it was asked for")
+                for piece in steadily(answer.iter_raw()):
                     if at + len(piece) > last + 1:
-                        raise ModelNotFoundError(f"{without_secrets(address)} sent more than it was asked for")
+                        raise ModelNotFoundError(f"{shown} sent more than it was asked for")
                     with lock:
                         out.seek(at)
                         rest = memoryview(piece)
@@ -391,7 +387,7 @@ def _range(client: Any, address: str, out: IO[bytes], lock: Lock, first: int, la
             if not left:
                 raise
         time.sleep(0.5 * (_TRIES - left))
-    raise ModelNotFoundError(f"{without_secrets(address)} breaks off again and again: what came of it is kept")
+    raise ModelNotFoundError(f"{shown} breaks off again and again: what came of it is kept")
 
 
 def _check_room(path: Path, nbytes: int) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from candle_vllm.core.config import DEMO, DEMO_NAME, is_demo
+from candle_vllm.core.shown import without_secrets
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.options import MODEL, UsageError
 from candle_vllm.server.settings.table import OPTIONS
@@ -107,8 +108,8 @@ def source_name(settings: Settings, demo: Path | None) -> str:
     if "://" in source:
         from candle_vllm.server.models.archives import Archive  # whoever has no address does not import it
 
-        return source if (archive := Archive.of(source)) is None else archive.name
+        return without_secrets(source, alone=True) if (archive := Archive.of(source)) is None else archive.name
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         return path.stem
-    return path.resolve().name if path.exists() else source
+    return path.resolve().name if path.exists() else without_secrets(source, alone=True)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 _HOSTS = ("https://", "http://", "hf.co/", "huggingface.co/")
 _QUANT = re.compile(r"(?:^|[-._])((?:UD-)?(?:I?Q[0-9][0-9A-Z_]*|TQ[0-9]_[0-9]|MXFP4(?:_MOE)?|BF16|F16|F32))$", re.I)
+_LONGEST_QUANT = 64  # characters of a name's end in which one is looked for
 _TAG = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
 _USUAL = "Q4_K_M"  # of several files, where none is named
 
@@ -122,7 +123,7 @@ def read_name(name: str) -> Named:
 def tag_of(weight_file: str) -> str:
     """What tells a GGUF file from others of its repository: its type where its name ends with one, else the name."""
     stem = re.sub(r"-00001-of-[0-9]{5}$", "", Path(weight_file).name.removesuffix(".gguf"))
-    match = _QUANT.search(stem)
+    match = _QUANT.search(stem, max(0, len(stem) - _LONGEST_QUANT))
     return match[1] if match else stem
 
 

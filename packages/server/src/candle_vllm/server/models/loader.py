@@ -24,6 +24,7 @@ from candle_vllm.server.models.slot import ServedModel
 from candle_vllm.server.models.switcher import NoRoomError
 from candle_vllm.server.observing.metrics import Metrics
 from candle_vllm.server.observing.model_metrics import EngineWatcher, ServedEngine
+from candle_vllm.server.observing.request_context import owned_salt
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import engine_config, image_sources, thinking_settings, told_in_flags
 
@@ -113,6 +114,7 @@ def serve_engine(
             **thinking_settings(settings),
             default_chat_template_kwargs=settings.default_chat_template_kwargs,
             watcher=watcher,
+            salted=owned_salt,
             adapters=BaseAdapters(adapters, entry.name) if adapters is not None and settings.enable_lora else None,
             images=images or image_sources(settings, stored_image, metrics.image_fetched),
         )

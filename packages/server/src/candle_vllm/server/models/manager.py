@@ -14,12 +14,14 @@ import time
 from dataclasses import dataclass
 
 import msgspec
+from starlette.types import Scope
 
 from candle_vllm.core.errors import AdapterError, CandleVllmError, EngineDeadError, RequestError
+from candle_vllm.openai.fair_threads import asker
 from candle_vllm.server.adapters.registry import Adapter, Adapters
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.limits import RateLimits
-from candle_vllm.server.http.routing import NOBODY, Caller
+from candle_vllm.server.http.routing import NOBODY, Caller, caller_of
 from candle_vllm.server.models.admission import Place, Queued, RetiredError
 from candle_vllm.server.models.catalogue import Catalogue
 from candle_vllm.server.models.slot import Lease, ModelSlot, ModelState, ServedModel
@@ -140,7 +142,7 @@ class ModelManager:
         adapter = self.adapters.find(name)
         names = self.find(name, caller=caller).entry.names if adapter is None else adapter.names
         if not caller.may_use(*names):
-            raise _not_allowed(name or names[0])
+            raise _not_allowed(name)
 
     async def acquire(self, name: str | None) -> Lease:
         """The use of a loaded model, once it is. Cancelling it gives the wait up.
@@ -196,9 +198,11 @@ class ModelManager:
         if failed_at is not None and time.monotonic() - failed_at < self._limits.retry_seconds:
             self.metrics.refused(name, Rejection.MODEL_NOT_READY)
             raise load_failed(slot, self._limits.retry_seconds)
-        if len(slot.waiters) >= self._limits.max_waiting:
+        key, most = Queued.now().key, self._limits.max_waiting
+        mine = sum(each.key == key for each in slot.arrivals.values()) if asker.get() else 0
+        if len(slot.waiters) >= most or mine >= max(1, most // 2):
             self.metrics.refused(name, Rejection.QUEUE_FULL)
-            message = f"{len(slot.waiters)} requests wait for the model {slot.entry.name!r}, and no more may."
+            message = f"{mine or len(slot.waiters)} requests wait for the model {slot.entry.name!r}, and no more may."
             raise HttpError(503, message, "overloaded", {"retry-after": "5"})
 
     async def _wait(self, slot: ModelSlot, patience: float | None) -> Lease:
@@ -385,8 +389,9 @@ def _load_adapter(model: ServedModel, adapter: Adapter, pinned: bool) -> None:
         model.engine.pin_lora(adapter.request.lora_name)
 
 
-def _not_allowed(name: str) -> HttpError:
-    message = f"This API key may not use the model {name!r:.200}: this server's operator says which it may."
+def _not_allowed(name: str | None) -> HttpError:
+    which = "the default model" if name is None else f"the model {name!r:.200}"  # only what its sender has said
+    message = f"This API key may not use {which}: this server's operator says which it may."
     return HttpError(403, message, "model_not_allowed", param="model")
 
 
@@ -414,15 +419,12 @@ class Turn:
         self.lease.release()
 
 
-async def take_turn(
-    manager: ModelManager, name: str | None, caller: Caller, *, sequences: int = 1, priority: int = 0
-) -> Turn:
-    """Waits for a model and for a place in it. Cancelling it gives the wait up.
+async def take_turn(scope: Scope, name: str | None, *, sequences: int = 1, priority: int = 0) -> Turn:
+    """Waits for a model and for a place in it. Cancelling it gives up.
 
     Args:
-        manager: knows the models.
+        scope: of the request, whose body has been read.
         name: what the request calls its model.
-        caller: whose request it is.
         sequences: how many it makes.
         priority: lower ones go first, where the operator lets requests go before others.
 
@@ -430,16 +432,15 @@ async def take_turn(
         ModelNotServedError, HttpError, EngineDeadError: as `ModelManager.acquire`, `RateLimits.admit` and
             `Admission.enter`.
     """
+    manager: ModelManager = scope["app"].state.manager
+    caller = caller_of(scope)
     await manager.reach(name, caller)
     manager.find(name, caller=caller)  # what cannot be answered is not counted
     manager.rates.admit(caller)
     while True:
         lease = await manager.acquire(name)
         try:
-            allowed = lease.model.entry.settings.enable_request_priority
-            place = await lease.model.admission.enter(
-                caller.label, sequences, priority if allowed else max(priority, 0)
-            )
+            place = await enter(lease, caller, sequences, priority)
         except RetiredError:  # its engine has died, or had to go: it is waited for again
             lease.release()
         except BaseException:
@@ -447,3 +448,9 @@ async def take_turn(
             raise
         else:
             return Turn(lease, place)
+
+
+async def enter(lease: Lease, caller: Caller, sequences: int, priority: int) -> Place:
+    """Waits for a place in a model, with the priority that its operator lets the request have."""
+    allowed = lease.model.entry.settings.enable_request_priority
+    return await lease.model.admission.enter(caller.label, sequences, priority if allowed else max(priority, 0))

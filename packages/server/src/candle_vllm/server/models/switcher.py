@@ -112,6 +112,7 @@ class ModelSwitcher:
         self._unwanted: deque[_Unwanted] = deque()
         self._worker: asyncio.Task[None] | None = None
         self._returned = asyncio.Event()  # a lease came back, for the drain
+        self._leaving = set[asyncio.Task[None]]()  # engines that are being closed
         self.closing = False
 
     def adopt(self, slots: Sequence[ModelSlot], gone: Sequence[ModelSlot]) -> None:
@@ -174,7 +175,22 @@ class ModelSwitcher:
 
     def let_go(self, model: ServedModel) -> None:
         """Closes the engine of a model that is in no slot any more, beside everything else."""
-        asyncio.get_running_loop().run_in_executor(None, _unload, model)
+        self._leave(model)
+
+    def _leave(self, model: ServedModel) -> asyncio.Task[None]:
+        """Begins to close an engine; whoever stops waiting for it stops nothing."""
+        name = model.entry.name
+
+        async def leave() -> None:
+            try:
+                await in_thread(lambda: _unload(model), f"unload-{name}")
+            except Exception:
+                logger.exception("the engine of %s could not be closed", name)
+
+        task = asyncio.create_task(leave())
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+        return task
 
     async def close(self) -> None:
         """Stops changing anything, refuses who waits, and unloads everything."""
@@ -185,8 +201,9 @@ class ModelSwitcher:
         for entry in self._unwanted:
             _done(entry)
         for slot in self._slots:
-            slot.refuse(HttpError(503, "The server is shutting down.", "shutting_down"))
+            slot.refuse(HttpError(503, "The server is shutting down.", "shutting_down", {"retry-after": "5"}))
         await asyncio.gather(*(self._unload(slot) for slot in self._slots if slot.model is not None))
+        await asyncio.gather(*self._leaving)
 
     def _work(self) -> None:
         if (self._worker is None or self._worker.done()) and not self.closing:
@@ -294,10 +311,7 @@ class ModelSwitcher:
         if model is None:  # it died while it was drained
             return
         model.admission.close()
-        try:
-            await in_thread(lambda: _unload(model), f"unload-{slot.entry.name}")
-        except Exception:
-            logger.exception("the engine of %s could not be closed", slot.entry.name)
+        await asyncio.shield(self._leave(model))
 
     def _unload_idle(self, slot: ModelSlot) -> None:
         """Unloads a model that nobody has used for long enough; where somebody has, the timer runs on."""

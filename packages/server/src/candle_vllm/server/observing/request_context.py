@@ -8,6 +8,8 @@ found after the outermost layers have begun.
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import time
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -85,6 +87,18 @@ class RequestContext:
             for name, values in found.items()
             if len(values) == 1 and len(values[0]) <= _MAX_TRACE_HEADER
         }
+
+
+def owned_salt(salt: str) -> str:
+    """Return a `cache_salt` that belongs to the API key of the request that is being answered.
+
+    Who sends another key's salt finds none of its blocks. The engine, its process and the blocks that are kept on disk
+    and in Redis know the hash alone. It is the same after a restart, and for every key of a name. Where the server asks
+    for no key, the salt stays as it is.
+    """
+    context = current_request.get()
+    key = "" if context is None else caller_of(context.scope).key
+    return hmac.new(key.encode(), salt.encode(), hashlib.sha256).hexdigest() if key else salt
 
 
 def begin_generation(scope: Scope, *, prompt_only: bool = False) -> None:

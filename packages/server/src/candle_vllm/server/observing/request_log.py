@@ -15,12 +15,15 @@ import unicodedata
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from candle_vllm.core.shown import without_secrets
+
 if TYPE_CHECKING:
     from candle_vllm.server.observing.request_record import FinishedRequest
 
 LogFormat = Literal["text", "json"]
 MAX_PROMPT = 2048  # characters
 MAX_FAILURE = 500
+MAX_MESSAGE = 8_192  # characters of a record that has no fields
 FIELDS = "candle_vllm_fields"  # attribute of a record that has them
 
 _PLAIN = re.compile(r"[A-Za-z0-9._:/+-]{1,256}")
@@ -87,10 +90,12 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
         }
         fields = getattr(record, FIELDS, None)
-        line |= {"message": record.getMessage()} if fields is None else fields
+        line |= {"message": _cut(record.getMessage())} if fields is None else fields
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json_line(line)
+            line["exception"] = record.exc_text or self.formatException(record.exc_info)
+        return json_line(
+            {name: without_secrets(text) if isinstance(text, str) else text for name, text in line.items()}
+        )
 
 
 class TextFormatter(logging.Formatter):
@@ -102,13 +107,19 @@ class TextFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         """The line of one record, without the traceback that may follow it."""
         if not hasattr(record, FIELDS):  # those are escaped already
-            record.message = escaped(record.message)
+            record.message = escaped(_cut(record.message))
         return super().formatMessage(record)
 
 
 def log_formatter(log_format: LogFormat) -> logging.Formatter:
     """What `--log-format` means."""
     return JsonFormatter() if log_format == "json" else TextFormatter()
+
+
+def _cut(message: str) -> str:
+    """A message of bounded length: some hold names that a client, a model or an MCP server wrote."""
+    more = len(message) - MAX_MESSAGE
+    return message if more <= 0 else f"{message[:MAX_MESSAGE]}... ({more} more characters)"
 
 
 def _ms(start: float, end: float | None) -> float | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from candle_vllm.core.errors import with_extra
+from candle_vllm.core.shown import without_secrets
 from candle_vllm.server.observing.request_record import FinishedRequest
 from candle_vllm.server.settings.options import UsageError
 
@@ -104,7 +105,9 @@ def otlp_tracing(endpoint: str) -> Tracing:
     """
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError(f"--otlp-endpoint takes a URL such as http://127.0.0.1:4318, not {endpoint!r:.200}")
+        raise UsageError(
+            f"--otlp-endpoint takes a URL such as http://127.0.0.1:4318, not {without_secrets(endpoint)!r:.200}"
+        )
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     except ImportError as error:

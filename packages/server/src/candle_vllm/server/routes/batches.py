@@ -9,7 +9,7 @@ from starlette.responses import Response
 from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.validation import parse_body
 from candle_vllm.server.batches.records import BatchList, BatchRequest
-from candle_vllm.server.http.body import read_body
+from candle_vllm.server.http.body import parse_request
 from candle_vllm.server.kept_access import limit_and_after, page_of, query_of
 from candle_vllm.server.routes.files import batches_and_owner
 
@@ -24,7 +24,7 @@ async def create_batch(request: Request) -> Response:
     """Begins a batch."""
     batches, owner = await batches_and_owner(request)
     query_of(request)
-    wire = parse_body(BatchRequest, await read_body(request.scope, request.receive, MAX_BODY))
+    wire = await parse_request(request.scope, request.receive, MAX_BODY, lambda body: parse_body(BatchRequest, body))
     return Response(to_json_bytes(await batches.create(owner, wire)), media_type=JSON)
 
 

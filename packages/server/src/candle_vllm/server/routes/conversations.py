@@ -69,7 +69,7 @@ async def create_items(request: Request, conversation_id: str) -> Response:
     conversations, owner = await _conversations(request, "include")
     wire = await _body(request, ItemsCreateRequest)
     adding = conversations.add_items(owner, conversation_id, wire)  # waits for a response that is being answered
-    async with in_time(time.monotonic() + request.app.state.settings.request_timeout):
+    async with in_time(time.monotonic() + request.app.state.settings.request_timeout, request):
         return _json(await unless_disconnected(adding, request.receive))
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request
+from python_multipart.exceptions import FormParserError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Message, Receive
+from starlette.types import Message, Receive, Scope, Send
 
 from candle_vllm.core.errors import InvalidParameterError
 from candle_vllm.openai import to_json_bytes
@@ -24,8 +25,9 @@ from candle_vllm.server.batches.records import (
     UPLOADED,
     FileDeleted,
     FileList,
+    FileObject,
 )
-from candle_vllm.server.batches.service import Batches
+from candle_vllm.server.batches.service import FORM_OVERHEAD, Batches
 from candle_vllm.server.batches.store import PIECE, too_large
 from candle_vllm.server.http.body import READING_SECONDS, SILENCE_SECONDS
 from candle_vllm.server.http.errors import ClientGone, HttpError
@@ -35,7 +37,6 @@ from candle_vllm.server.kept_access import limit_and_after, number_of, page_of, 
 router = APIRouter()
 JSON = "application/json"
 MAX_LIST = 10_000
-FORM_OVERHEAD = 64 << 10  # bytes of a form beside its file
 _NAME = 200  # characters of a file's name
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 _FIELDS = ("file", "purpose", _ANCHOR, _SECONDS)
@@ -46,8 +47,15 @@ async def upload_file(request: Request) -> Response:
     """Keeps a file, sent as a form."""
     batches, owner = await batches_and_owner(request)
     query_of(request)
-    most = batches.store.options.max_file_bytes
-    form = await _form(request, most + FORM_OVERHEAD)
+    request.app.state.limits.admit(caller_of(request.scope))
+    with batches.upload(owner) as count:
+        return Response(to_json_bytes(await _uploaded(request, batches, owner, count)), media_type=JSON)
+
+
+async def _uploaded(request: Request, batches: Batches, owner: str, count: Callable[[int], None]) -> FileObject:
+    """The file of a form, in the store; `count` is told of each piece of the form before it is kept."""
+    most = min(batches.store.options.max_file_bytes, batches.store.share)
+    form = await _form(request, most + FORM_OVERHEAD, count)
     try:
         unknown = next((name for name in form if name not in _FIELDS), None)
         if unknown is not None:
@@ -60,10 +68,9 @@ async def upload_file(request: Request) -> Response:
         if (file.size or 0) > most:
             raise too_large(most)
         name = safe_name(file.filename or "")
-        made = await batches.store.upload(owner, name, _pieces(file), _seconds(form), purpose)
+        return await batches.store.upload(owner, name, _pieces(file), _seconds(form), purpose)
     finally:
         await form.close()
-    return Response(to_json_bytes(made), media_type=JSON)
 
 
 @router.get("/v1/files")
@@ -104,7 +111,20 @@ async def get_content(request: Request, file_id: str) -> Response:
         "content-length": str(file.bytes),
         "x-content-type-options": "nosniff",
     }
-    return StreamingResponse(contents(), headers=headers, media_type="application/octet-stream")
+    return _Download(contents(), headers=headers, media_type="application/octet-stream")
+
+
+class _Download(StreamingResponse):
+    """Contents of a file, of which a part counts while the client reads (`Held`)."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the file; HttpError 503 where too many bytes are held."""
+        held, caller = scope["app"].state.held, caller_of(scope)
+        held.add(caller, PIECE)
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            held.add(caller, -PIECE)
 
 
 @router.delete("/v1/files/{file_id}")
@@ -150,11 +170,11 @@ async def _pieces(file: UploadFile) -> AsyncIterator[bytes]:
         yield piece
 
 
-async def _form(request: Request, limit: int) -> FormData:
+async def _form(request: Request, limit: int, count: Callable[[int], None]) -> FormData:
     """The form of a request; its file lies on the disk where it is not small.
 
     Raises:
-        HttpError: 415 for another content type, 413 when it is too large, 408 when it is too slow.
+        HttpError: 415 for another content type, 413 when it is too large, 408 when it is too slow; or `count`'s.
         InvalidBodyError: it is none.
     """
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
@@ -166,7 +186,7 @@ async def _form(request: Request, limit: int) -> FormData:
         raise HttpError(400, "The Content-Length header is not a number.", "invalid_content_length")
     if len(length) > 15 or int(length) > limit:
         raise _form_too_large(limit)
-    bounded = Request(request.scope, _bounded(request.receive, limit))
+    bounded = Request(request.scope, _bounded(request.receive, limit, count))
     try:
         async with asyncio.timeout(READING_SECONDS):
             return await bounded.form(max_files=1, max_fields=len(_FIELDS))
@@ -175,9 +195,11 @@ async def _form(request: Request, limit: int) -> FormData:
         raise HttpError(408, message, "request_timeout", {"connection": "close"}) from None
     except HTTPException as error:
         raise InvalidBodyError(f"The form cannot be read: {error.detail}") from None
+    except FormParserError as error:  # which older Starlettes let through
+        raise InvalidBodyError(f"The form cannot be read: {error}") from None
 
 
-def _bounded(receive: Receive, limit: int) -> Receive:
+def _bounded(receive: Receive, limit: int, count: Callable[[int], None]) -> Receive:
     size = 0
 
     async def bounded() -> Message:
@@ -189,6 +211,7 @@ def _bounded(receive: Receive, limit: int) -> Receive:
         size += len(message.get("body", b""))
         if size > limit:
             raise _form_too_large(limit)
+        count(len(message.get("body", b"")))
         return message
 
     return bounded

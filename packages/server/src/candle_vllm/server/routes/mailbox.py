@@ -17,10 +17,10 @@ from starlette.responses import Response
 from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.errors import InvalidBodyError
 from candle_vllm.openai.json_body import decode_json
-from candle_vllm.openai.protocol.fields import WireModel
+from candle_vllm.openai.protocol.fields import WireModel, few_entries
 from candle_vllm.openai.validation import to_request_error
 from candle_vllm.responses.store.entries import is_id
-from candle_vllm.server.http.body import read_body, unless_disconnected
+from candle_vllm.server.http.body import parse_request, unless_disconnected
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.mailbox.record import MailboxError, RecordList, Status, invalid, not_found
 
@@ -39,7 +39,7 @@ class PushRequest(WireModel):
 
     url: Annotated[str, Field(min_length=1, max_length=2048)] | None = None
     bearer_token: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
-    headers: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    headers: Annotated[dict[str, str], few_entries(16)] | None = None
 
 
 class Delivered(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,7 +97,7 @@ async def push_record(request: Request, request_id: str) -> Response:
     """Pushes a record once, to the URL in the body or to the operator's webhook, and says whether it arrived."""
     mailbox, owner = _mailbox(request)
     _query(request)
-    wire = _parse(await read_body(request.scope, request.receive, MAX_BODY))
+    wire = await parse_request(request.scope, request.receive, MAX_BODY, _parse)
     if not is_id(request_id):
         raise not_found(request_id)
     pushed = mailbox.push(owner, request_id, wire.url, wire.bearer_token, wire.headers or {})

@@ -91,7 +91,7 @@ async def call_tool(request: Request) -> Response:
         raise HttpError(429, message, "rate_limit_exceeded", {"retry-after": "1"})
     service.calls += 1
     try:
-        async with in_time(deadline):
+        async with in_time(deadline, request):
             result = await unless_disconnected(_call(service, wire), request.receive)
     finally:
         service.calls -= 1

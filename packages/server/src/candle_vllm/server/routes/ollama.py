@@ -148,7 +148,7 @@ async def _generated(request: Request, kind: type[WireModel], api: GenerationApi
 
 async def _loaded(request: Request, wire: Any, deadline: float) -> Times:
     """Waits until the model is loaded."""
-    async with in_time(deadline):
+    async with in_time(deadline, request):
         lease = await unless_disconnected(
             _manager(request).acquire(wire.model), request.receive, lambda lease: lease.release()
         )

@@ -15,6 +15,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import Response as HttpResponse
 
 from candle_vllm.openai import to_json_bytes
+from candle_vllm.openai.fair_threads import RequestBytes, apart, request_bytes
 from candle_vllm.responses.api.response_stream import ResponseStream, error_detail
 from candle_vllm.responses.api.stored_items import entry_of
 from candle_vllm.responses.protocol.events import ErrorDetail, StreamEvent
@@ -38,12 +39,12 @@ from candle_vllm.server.answering import (
 )
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.http.routing import Caller, caller_of
+from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.http.sse import DONE, named_event
 from candle_vllm.server.keeping import NOT_HERE
 from candle_vllm.server.kept_access import event_stream
 from candle_vllm.server.mailbox.policy import refuse_headers
-from candle_vllm.server.models.manager import Turn, take_turn
+from candle_vllm.server.models.manager import Turn, enter, take_turn
 from candle_vllm.server.models.slot import Lease, ServedModel
 from candle_vllm.server.observing.request_context import begin_generation
 
@@ -126,9 +127,8 @@ async def compact_response(request: Request) -> HttpResponse:
     deadline = deadline_of(request)
     wire = await parsed(request, parse_compact_request)
     begin_generation(request.scope)
-    async with in_time(deadline):
-        taken = take_turn(request.app.state.manager, wire.model, caller_of(request.scope), sequences=1)
-        turn = await unless_disconnected(taken, request.receive, Turn.release)
+    async with in_time(deadline, request):
+        turn = await unless_disconnected(take_turn(request.scope, wire.model), request.receive, Turn.release)
         try:
             made = responders.of(turn.model, wire.model).compact(wire, owner=await owner_of(request, wire))
             compacted = await unless_disconnected(made, request.receive)
@@ -179,24 +179,27 @@ async def _in_background(request: Request, wire: ResponsesRequest, deadline: flo
     state = request.app.state
     refuse_headers(request.scope["headers"], NOT_HERE)
     responders: Responders = state.responders
-    async with in_time(deadline):
+    async with in_time(deadline, request) as size:
         await state.manager.reach(wire.model, caller_of(request.scope))
         state.manager.find(wire.model, caller=caller_of(request.scope))  # an unknown model costs nothing
         state.limits.admit(caller_of(request.scope))
         lease = await unless_disconnected(
             state.manager.acquire(wire.model), request.receive, lambda taken: taken.release()
         )
-        stream = None
+        stream = waiting = None
         try:
             owner = await owner_of(request, wire)
             stream = await responders.of(lease.model, wire.model).prepare(wire, owner=owner, keep=False, at_once=True)
             queued = stream.response
-            work = _work(stream, lease, caller_of(request.scope), wire.priority or 0)
-            entry = entry_of(owner, queued, stream.input_items)
+            entry = await apart(entry_of, owner, queued, stream.input_items)
+            waiting = size.moved()
+            work = _work(stream, lease, request, wire.priority or 0, waiting)
             events = await state.background.begin(entry, work, state.settings.request_timeout)
         except BaseException:
             if stream is not None:
                 await stream.aclose()
+            if waiting is not None:
+                waiting.release()
             lease.release()
             raise
     if not wire.stream:
@@ -205,14 +208,14 @@ async def _in_background(request: Request, wire: ResponsesRequest, deadline: flo
 
 
 async def _work(
-    stream: ResponseStream, lease: Lease, caller: Caller, priority: int
+    stream: ResponseStream, lease: Lease, request: Request, priority: int, size: RequestBytes
 ) -> AsyncGenerator[StreamEvent, None]:
-    """The events of a response that waits for its place by itself."""
+    """The events of a response that waits for its place by itself; its bytes count until its prompt is made."""
+    request_bytes.set(size)
     try:
         for event in stream.opening():
             yield event
-        allowed = lease.model.entry.settings.enable_request_priority
-        place = await lease.model.admission.enter(caller.label, 1, priority if allowed else max(priority, 0))
+        place = await enter(lease, caller_of(request.scope), 1, priority)
         try:
             await stream.start()
             async for event in stream:
@@ -221,6 +224,7 @@ async def _work(
             await stream.aclose()
             place.leave()
     finally:
+        size.release()
         await stream.aclose()
         lease.release()
 

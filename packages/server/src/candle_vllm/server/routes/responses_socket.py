@@ -22,6 +22,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from candle_vllm.core.errors import CandleVllmError
 from candle_vllm.openai import to_error, to_json_bytes
 from candle_vllm.openai.errors import InvalidBodyError, UnsupportedParameterError
+from candle_vllm.openai.fair_threads import apart
 from candle_vllm.openai.json_body import decode_json
 from candle_vllm.responses.api.connection import ConnectionMemory
 from candle_vllm.responses.api.response_stream import ResponseStream, error_detail
@@ -29,9 +30,10 @@ from candle_vllm.responses.api.stored_items import entry_of
 from candle_vllm.responses.conversation.channel import end_task
 from candle_vllm.responses.protocol.events import ErrorDetail, StreamEvent
 from candle_vllm.responses.protocol.request import ResponsesRequest, parse_responses_request
-from candle_vllm.server.answering import BIG_BODY, in_time
+from candle_vllm.server.answering import in_time
+from candle_vllm.server.http.body import BIG_BODY, Held
 from candle_vllm.server.http.errors import HttpError
-from candle_vllm.server.http.protocol import DRAINING, STALL_SECONDS
+from candle_vllm.server.http.protocol import DRAINING, STALL_SECONDS, UNDECODED
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.kept_access import store_refusal
 from candle_vllm.server.models.manager import take_turn
@@ -41,9 +43,10 @@ from candle_vllm.server.settings.derived import speak_in_flags
 
 router = APIRouter()
 MAX_WAITING = 16  # messages that wait for the response before theirs
+MAX_WAITING_BYTES = 16 << 20  # of these messages, where there are several
 MAX_SECONDS = 3600.0  # of a connection; a response that has begun by then is finished
 _CREATE = "response.create"
-_RESTART, _TOO_OLD, _TOO_MANY = 1012, 1000, 1008  # codes of closes
+_RESTART, _TOO_OLD, _TOO_MANY, _NOT_UTF8 = 1012, 1000, 1008, 1007  # codes of closes
 
 
 @router.websocket("/v1/responses")
@@ -62,7 +65,9 @@ class _Connection:
         self._state = websocket.app.state
         self._responders: Responders = self._state.responders
         self._memory = ConnectionMemory()
-        self._waiting: deque[str] = deque()
+        self._waiting: deque[bytes | HttpError] = deque()  # messages, and why one is not kept
+        self._held: Held = self._state.held
+        self._caller = caller_of(websocket.scope)
         self._news = asyncio.Event()
         self._gone = False  # the client is
         self._stream: ResponseStream | None = None
@@ -88,24 +93,49 @@ class _Connection:
         finally:
             await end_task(stop)
             await end_task(reader)
+            for message in self._waiting:
+                if isinstance(message, bytes):
+                    self._held.add(self._caller, -_counted(message))
 
     async def _read(self) -> None:
         """Takes messages, also while a response is written, so that a client that leaves is noticed."""
         try:
             while True:
-                text = await self._websocket.receive_text()
-                if len(self._waiting) >= MAX_WAITING:
-                    message = f"More than {MAX_WAITING} messages wait for the response before theirs."
+                message = await self._websocket.receive()
+                if message["type"] == "websocket.disconnect":
+                    return
+                # A character of a str may have four bytes.
+                data: bytes = message[UNDECODED] if UNDECODED in message else message["text"].encode()
+                del message
+                size = len(data) + sum(len(each) for each in self._waiting if isinstance(each, bytes))
+                if len(self._waiting) >= MAX_WAITING or (self._waiting and size > MAX_WAITING_BYTES):
+                    most = f"{MAX_WAITING} messages, or {MAX_WAITING_BYTES >> 20} MB of them,"
+                    message = f"More than {most} wait for the response before theirs."
                     await self._send_error(HttpError(429, message, "too_many_messages"))
                     await self._websocket.close(_TOO_MANY)
                     return
-                self._waiting.append(text)
+                try:
+                    self._held.add(self._caller, _counted(data))
+                    self._waiting.append(data)
+                except HttpError as full:
+                    self._waiting.append(full)
+                del data  # whoever takes it lets go of it
                 self._news.set()
         except (WebSocketDisconnect, RuntimeError, KeyError):  # it has left, or sent bytes that are no text
             pass
         finally:
             self._gone = True
             self._news.set()
+
+    async def _take(self) -> ResponsesRequest:
+        """What the next message asks for; nothing refers to the message itself afterwards."""
+        message = self._waiting.popleft()
+        try:
+            if isinstance(message, HttpError):
+                raise message
+            return await self._held.parse(self._caller, message, _request_of)
+        finally:
+            del message
 
     async def _has_message(self, ends: float) -> bool:
         """Waits for the next message; False where there is to be none."""
@@ -121,7 +151,7 @@ class _Connection:
 
     async def _answer_next(self) -> None:
         """Answers one message, or gives up when the client leaves."""
-        answering = asyncio.create_task(self._answer(self._waiting.popleft()), name="response over a WebSocket")
+        answering = asyncio.create_task(self._answer(), name="response over a WebSocket")
         try:
             while not answering.done() and not self._gone:
                 self._news.clear()
@@ -131,35 +161,36 @@ class _Connection:
         finally:
             if not answering.done():
                 await end_task(answering)
-        if not answering.cancelled() and (failure := answering.exception()) is not None:
-            raise failure
+        try:
+            if not answering.cancelled():
+                answering.result()
+        finally:
+            del answering  # its error holds this frame
 
-    async def _answer(self, text: str) -> None:
+    async def _answer(self) -> None:
         previous: str | None = None
         try:
-            wire = await self._parsed(text)
+            wire = await self._take()
             previous = wire.previous_response_id
             await self._generate(wire)
         except (WebSocketDisconnect, asyncio.CancelledError):
             raise
+        except _NotUtf8Error:
+            await self._websocket.close(_NOT_UTF8, "a text is not valid UTF-8")
+            self._gone = True
         except Exception as failure:
             await self._fail(failure)
         if previous is not None and (self._stream is None or self._stream.failure is not None):
             self._memory.forget(previous)
         self._stream = None
 
-    async def _parsed(self, text: str) -> ResponsesRequest:
-        return await asyncio.to_thread(_request_of, text) if len(text) > BIG_BODY else _request_of(text)
-
     async def _generate(self, wire: ResponsesRequest) -> None:
         """The events of one response, sent as they come."""
         scope = {**self._websocket.scope, "state": {**self._websocket.scope.get("state", {})}}
         current_request.set(RequestContext(scope))  # each response is a request of its own to those who count
         begin_generation(scope)
-        async with in_time(time.monotonic() + self._state.settings.request_timeout):
-            turn = await take_turn(
-                self._state.manager, wire.model, caller_of(scope), sequences=1, priority=wire.priority or 0
-            )
+        async with in_time(time.monotonic() + self._state.settings.request_timeout, self._websocket):
+            turn = await take_turn(scope, wire.model, priority=wire.priority or 0)
             try:
                 owner = await owner_of(self._websocket, wire)
                 responder = self._responders.of(turn.model, wire.model, self._memory)
@@ -170,7 +201,7 @@ class _Connection:
             finally:
                 turn.release()
         if stream.failure is None:
-            entry = await asyncio.to_thread(entry_of, owner, stream.response, stream.input_items)
+            entry = await apart(entry_of, owner, stream.response, stream.input_items)
             self._memory.remember(entry)
 
     async def _fail(self, failure: Exception) -> None:
@@ -209,8 +240,22 @@ class _Connection:
 _OLD = "websocket_connection_limit_reached"
 
 
-def _request_of(text: str) -> ResponsesRequest:
-    body = decode_json(text.encode())
+def _counted(message: bytes) -> int:
+    """The bytes of a message that `Held` counts."""
+    return max(0, len(message) - BIG_BODY)
+
+
+class _NotUtf8Error(InvalidBodyError):
+    """A message is no text."""
+
+
+def _request_of(message: bytes) -> ResponsesRequest:
+    try:
+        text = message.decode()
+    except UnicodeDecodeError:  # which refers to the message
+        raise _NotUtf8Error("a text is not valid UTF-8") from None
+    body = decode_json(text)
+    del text
     if not isinstance(body, dict):
         raise InvalidBodyError("a message must be a JSON object with a type")
     if body.get("type") != _CREATE:

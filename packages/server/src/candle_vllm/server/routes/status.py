@@ -14,7 +14,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from candle_vllm.server.http.routing import is_stranger
+from candle_vllm.server.http.routing import caller_of, is_stranger
 from candle_vllm.server.models.cards import load_progress
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelState
@@ -51,7 +51,8 @@ async def health(request: Request) -> JSONResponse:
 async def ready(request: Request) -> JSONResponse:
     """200 while a request for the default model would be answered at once, 503 before and after, with the reason.
 
-    Strangers are told the status alone, for what is being loaded may have names of files in it.
+    Strangers, and keys that may not use the model, are told the status alone: what is being loaded may have names of
+    files in it.
     """
     manager: ModelManager = request.app.state.manager
     if request.app.state.stopping():
@@ -63,7 +64,8 @@ async def ready(request: Request) -> JSONResponse:
     # A model that was unloaded because nobody used it is loaded when it is asked for.
     rested = slot.state is ModelState.UNLOADED and slot.load_seconds is not None
     content: dict[str, object] = {"status": slot.state.value}
-    if not is_stranger(request.scope) and (loading := load_progress(slot)) is not None:
+    told = not is_stranger(request.scope) and caller_of(request.scope).may_use(*slot.entry.names)
+    if told and (loading := load_progress(slot)) is not None:
         content["loading"] = msgspec.structs.asdict(loading)
     return JSONResponse(content, status_code=200 if rested else 503)
 
@@ -76,11 +78,13 @@ async def server_version() -> dict[str, str]:
 
 @router.get("/")
 async def root(request: Request) -> dict[str, object]:
-    """What this is and where to go on."""
-    manager: ModelManager = request.app.state.manager
+    """What this is, which models the caller may use, and where to go on."""
+    manager, caller = request.app.state.manager, caller_of(request.scope)
     return {
         "name": "candle-vllm",
         "version": version("candle-vllm-server"),
-        "models": [name for slot in manager.slots.values() for name in slot.entry.names],
+        "models": [
+            name for slot in manager.slots.values() if caller.may_use(*slot.entry.names) for name in slot.entry.names
+        ],
         "openai_base_url": "/v1",
     }

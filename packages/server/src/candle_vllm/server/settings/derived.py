@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from candle_vllm.core.config import SETTINGS, demo_model, is_demo
 from candle_vllm.core.errors import CandleVllmError
+from candle_vllm.core.shown import without_secrets
 from candle_vllm.responses.store.options import MEMORY, StoreOptions
 from candle_vllm.server.interrupts import leaving_at_once
 from candle_vllm.server.settings import Settings
@@ -73,11 +74,13 @@ def model_source(settings: Settings, *, fetch: bool = True, offline: bool = Fals
         if is_demo(settings.model) and (demo := demo_model()) is not None:
             return str(demo), settings.weight_file
         if "://" in settings.model:
-            from candle_vllm.server.models.archives import kept_at, model_at, without_secrets
+            from candle_vllm.server.models.archives import kept_at, model_at
 
             cache = cache_folder(settings)
             if not fetch:
-                return str(kept_at(settings.model, cache) or without_secrets(settings.model)), settings.weight_file
+                return str(
+                    kept_at(settings.model, cache) or without_secrets(settings.model, alone=True)
+                ), settings.weight_file
             return str(model_at(settings.model, cache, offline=offline or settings.offline)), settings.weight_file
         return settings.model, settings.weight_file
     if settings.weight_file is not None:
@@ -139,9 +142,10 @@ def image_sources(
         ConfigError: the folder is none.
     """
     from candle_vllm.core.vision.fetching import ImageSources
+    from candle_vllm.openai.fair_threads import asker
 
     domains = [host.strip() for given in settings.allowed_media_domains for host in given.split(",")]
-    return ImageSources(domains, settings.allowed_local_media_path, stored, count)
+    return ImageSources(domains, settings.allowed_local_media_path, stored, count, asker.get)
 
 
 def engine_config(settings: Settings, *, fetch: bool = True, **changes: Any) -> EngineConfig:

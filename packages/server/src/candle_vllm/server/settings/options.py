@@ -17,6 +17,7 @@ from typing import Any, cast
 from candle_vllm.core.config import SETTINGS
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.setting_kinds import Boolean, Integer, Kind, Secret, nearest
+from candle_vllm.core.shown import HIDDEN, without_secrets
 
 ENV_PREFIX = "CANDLE_VLLM_"
 COMMANDS = {
@@ -97,6 +98,7 @@ class Option:
         commands: those that the setting acts on, among those that have its group; the others do not know its flags.
         default: what it is where nobody gives it; None leaves it to the engine, the model or the machine.
         engine: the field of `EngineConfig` that takes it as it is.
+        secret: its value is shown nowhere.
     """
 
     name: str
@@ -112,6 +114,7 @@ class Option:
     commands: tuple[str, ...] = tuple(COMMANDS)
     default: Any = None
     engine: str | None = None
+    secret: bool = False
 
     @property
     def env(self) -> str:
@@ -119,16 +122,20 @@ class Option:
         return ENV_PREFIX + self.name.upper()
 
 
-HIDDEN = "***"
-
-
 def shown(option: Option, value: Any) -> Any:
-    """A setting's value as JSON has it, with secrets hidden."""
-    if isinstance(option.kind, Secret) and value and value != option.default:
+    """A setting's value as JSON has it, with secrets hidden, those of addresses included."""
+    if (option.secret or isinstance(option.kind, Secret)) and value and value != option.default:
         return [HIDDEN] * len(value) if option.repeat else HIDDEN
-    if isinstance(value, Path):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
+    return plain(value)
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it; addresses in it have no user, password, query and fragment."""
+    if isinstance(value, (str, Path)):
+        return without_secrets(str(value), alone=True)
+    if isinstance(value, Mapping):
+        return {name: plain(inner) for name, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, (tuple, list)) else value
 
 
 Told = Callable[[str, Any], Option]

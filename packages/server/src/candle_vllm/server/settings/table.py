@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -41,6 +41,7 @@ from candle_vllm.server.settings.options import (
     engine,
     own,
     parse_address,
+    shown,
 )  # fmt: skip
 
 _BATCHING = ("serve", "run-batch", "bench throughput", "config")
@@ -73,7 +74,7 @@ _CACHE = {"aliases": _CACHE_ALIASES, "absent": _TURBO}
 _ISQ_ALIASES = {name[:-1] + "_k": name for name in ISQ_NAMES if name.endswith("k")}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Settings:
     """What `docs/configuration.md` lists; each field is checked when the object is made (UsageError).
 
@@ -125,7 +126,7 @@ class Settings:
         FilePath(), "models.yaml; else ~/.candle-vllm/models.yaml, else ./models.yaml", "FILE")] = None
     hf_token: Annotated[str | None, own(MODEL,
         Secret(), "name of the environment variable that holds the Hugging Face token, or the token itself (hf_...)",
-        "NAME|TOKEN", engine="hf_token", rivals="Hugging Face token")] = field(default=None, repr=False)
+        "NAME|TOKEN", engine="hf_token", rivals="Hugging Face token")] = None
     hf_token_path: Annotated[Path | None, own(MODEL,
         FilePath(), "file that holds the Hugging Face token", "FILE", rivals="Hugging Face token")] = None
     download_dir: Annotated[Path | None, engine(MODEL, "DIR")] = None
@@ -147,7 +148,7 @@ class Settings:
     master_port: Annotated[int | None, engine(DEVICE, "PORT")] = None
     cluster_key: Annotated[str | None, own(DEVICE,
         Secret(), "what all nnodes must know, 16 characters or more; others are turned away", "KEY",
-        engine="cluster_key")] = field(default=None, repr=False)
+        engine="cluster_key")] = None
     distributed_executor_backend: Annotated[str | None, engine(DEVICE,
         "NAME", reading={"aliases": {"uni": "mp"}})] = None
     enable_expert_parallel: Annotated[bool, engine(DEVICE)] = False
@@ -194,12 +195,13 @@ class Settings:
         "N", name="max_num_batched_tokens", flags=("--prefill-chunk-size", "--max-num-batched-tokens"))] = None
     enable_prefix_caching: Annotated[bool | None, engine(LIMITS,
         off=("--disable-prefix-cache", "--no-enable-prefix-caching"), commands=_REUSING)] = None
+    state_cache_gb: Annotated[float | None, engine(LIMITS, "GIB", commands=_REUSING)] = None
     kv_offloading_size: Annotated[float | None, engine(LIMITS, "GIB", commands=_REUSING)] = None
     prompt_cache_path: Annotated[Path | None, engine(LIMITS, "DIR", commands=_REUSING)] = None
     prompt_cache_url: Annotated[str | None, own(LIMITS,
         Secret(), "Redis in which full KV blocks are kept as well, for all servers of a model: "
         "redis://user:password@host:port/db, or rediss:// for TLS", "URL", in_yaml=True,
-        engine="prompt_cache_url", commands=_REUSING)] = field(default=None, repr=False)
+        engine="prompt_cache_url", commands=_REUSING)] = None
     prompt_cache_bytes: Annotated[int | None, engine(LIMITS, "BYTES", more="; 4G is 4 * 2^30",
         commands=_REUSING)] = None
     speculative_config: Annotated[Mapping[str, Any] | None, engine(LIMITS, "JSON")] = None
@@ -272,7 +274,7 @@ class Settings:
         commands=("serve", "config"))] = False
     mailbox: Annotated[str | None, own(MAILBOX,
         Secret(), "keep answers for clients that ask for it: sqlite (in ~/.candle-vllm), sqlite:///path or "
-        "postgresql://...", "URL")] = field(default=None, repr=False)
+        "postgresql://...", "URL")] = None
     mailbox_retention_secs: Annotated[int, own(MAILBOX,
         Integer(1, 30 * 86400), "how long a finished answer is kept", "SECONDS")] = 3600
     webhook_allowed_hosts: Annotated[tuple[str, ...], own(MAILBOX,
@@ -281,7 +283,7 @@ class Settings:
         Boolean(), "hosts that are listed by name may have private addresses")] = False
     responses_store: Annotated[str, own(RESPONSES,
         Secret(), "where responses and conversations are kept: memory (until the server ends), sqlite (in "
-        "~/.candle-vllm), sqlite:///path, postgresql://..., or off", "URL")] = field(default="memory", repr=False)
+        "~/.candle-vllm), sqlite:///path, postgresql://..., or off", "URL")] = "memory"
     responses_retention_days: Annotated[int, own(RESPONSES,
         Integer(1, MAX_DAYS), "how long a response is kept", "DAYS")] = 30
     responses_max_records: Annotated[int, own(RESPONSES,
@@ -289,8 +291,8 @@ class Settings:
     responses_max_mb: Annotated[int, own(RESPONSES,
         Integer(1, MAX_MB), "most of what they hold, in MB of 2^20 bytes; the oldest make room", "MB")] = 256
     files_max_mb: Annotated[int, own(RESPONSES,
-        Integer(1, MAX_MB), "most of all files of batches (docs/batches.md), in MB of 2^20 bytes; the oldest make room",
-        "MB")] = 256
+        Integer(1, MAX_MB), "most of all files of batches (docs/batches.md), in MB of 2^20 bytes; the oldest make "
+        "room; one of several keys may have half", "MB")] = 256
     file_max_mb: Annotated[int, own(RESPONSES,
         Integer(1, MAX_MB), "largest file of a batch, in MB of 2^20 bytes", "MB")] = 100
     mcp_config: Annotated[Path | None, own(TOOLS,
@@ -300,7 +302,7 @@ class Settings:
         Text(), "program of one more MCP server, which is called default", "PROGRAM", commands=_SERVE)] = None
     mcp_args: Annotated[str | None, own(TOOLS,
         Text(), "its arguments, as in a shell, or separated by commas: --mcp-args=--port,80", "ARGS",
-        commands=_SERVE)] = field(default=None, repr=False)
+        commands=_SERVE, secret=True)] = None
     mcp_execute: Annotated[bool, own(TOOLS,
         Boolean(), "run the calls of tools that mcp.json approves in chat requests without tools",
         commands=_SERVE)] = False
@@ -325,14 +327,14 @@ class Settings:
     ui_server: Annotated[bool, own(HTTP, Boolean(), "serve the web UI at /", commands=_SERVE)] = False
     api_key: Annotated[tuple[str, ...], own(HTTP,
         Secret(), "key that clients must send as `Authorization: Bearer`; repeatable",
-        "KEY")] = field(default=(), repr=False)
+        "KEY")] = ()
     api_key_file: Annotated[Path | None, own(HTTP, FilePath(), "file with one API key per line", "FILE")] = None
     api_keys_file: Annotated[Path | None, own(HTTP,
         FilePath(), "YAML file of API keys with names, expiry and limits; it is read again when it changes",
         "FILE")] = None
     management_key: Annotated[tuple[str, ...], own(HTTP,
         Secret(), "key for loading and unloading models and for /metrics, where API keys shall not do; repeatable",
-        "KEY")] = field(default=(), repr=False)
+        "KEY")] = ()
     max_queued_per_key: Annotated[int | None, own(HTTP,
         Integer(1, 1 << 20), "most unfinished sequences of one API key before its further requests are refused with "
         "429", "N")] = None
@@ -362,6 +364,9 @@ class Settings:
     enable_ssl_refresh: Annotated[bool, own(HTTP,
         Boolean(), "read certificate and key again when their files change", commands=_SERVE)] = False
     max_body_mb: Annotated[int, own(HTTP, Integer(1, 1024), "largest request body, in MB of 2^20 bytes", "MB")] = 8
+    max_held_mb: Annotated[int, own(HTTP,
+        Integer(1, 1 << 20), "most of all bodies and messages that have not been parsed or whose requests wait for "
+        "their turn, in MB of 2^20 bytes; one API key may have half; further ones are refused with 503", "MB")] = 512
     allowed_media_domains: Annotated[tuple[str, ...], engine(HTTP, "HOST", more="; several with commas; repeatable",
         in_yaml=False, commands=_SERVE)] = ()
     allowed_local_media_path: Annotated[Path | None, engine(HTTP, "DIR", in_yaml=False, commands=_SERVE)] = None
@@ -406,6 +411,12 @@ class Settings:
         parse_address(self.host, self.port)
         if self.root_path and (not self.root_path.startswith("/") or self.root_path.endswith("/")):
             raise UsageError(f"root_path {self.root_path!r} must begin with a slash and end without one: /models/a")
+
+    def __repr__(self) -> str:
+        """What differs from the defaults, without secrets."""
+        given = [(each, getattr(self, each.name)) for each in OPTIONS]
+        told = [f"{each.name}={shown(each, value)!r:.200}" for each, value in given if value != each.default]
+        return f"Settings({', '.join(told)})"
 
     @property
     def address(self) -> Address:

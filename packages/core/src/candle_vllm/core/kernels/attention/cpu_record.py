@@ -26,6 +26,7 @@ from candle_vllm.core.kernels.cpu_runtime.operation import (
 from candle_vllm.core.kernels.kv_write import WriteArguments, rotate_and_write_operation
 
 if TYPE_CHECKING:
+    from candle_vllm.core.kernels.attention.rows import PagedCache
     from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
 
 
@@ -52,22 +53,21 @@ class FusedHeads:
 
     Attributes:
         address, stride: of float32 rows, and floats from one to the next.
-        columns: where q, k and v begin in a row.
-        heads, kv_heads, head_dim: H, K and D.
+        columns: where q, k and v begin in a row; of a layer that writes no keys and values, q alone.
+        heads, head_dim: H and D.
     """
 
     address: int
     stride: int
-    columns: tuple[int, int, int]
+    columns: tuple[int, ...]
     heads: int
-    kv_heads: int
     head_dim: int
 
 
 def record_attention(
     recorder: Recorder,
     qkv: FusedHeads,
-    caches: tuple[np.ndarray, np.ndarray],
+    cache: PagedCache,
     scores: Scores,
     tables: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
     out: int,
@@ -77,21 +77,22 @@ def record_attention(
     Args:
         recorder: of the plan.
         qkv: the layer's heads.
-        caches: of keys and of values, as `cpu_cache.py` says.
+        cache: of the layer, as `cpu_cache.py` says.
         scores: what becomes of them.
         tables: cos and sin [P, R/2]; None rotates nothing.
         out: address of the result, float32 [T, H, D]; one row behind the other where not all attend.
     """
     queries = recorder.memory(qkv.heads * qkv.head_dim, np.int16)
-    _record_write(recorder, qkv, caches, scores, tables, address_of(queries))
+    _record_write(recorder, qkv, cache, scores, tables, address_of(queries))
     arrays, limits, dim = recorder.arrays, recorder.limits, qkv.head_dim
+    kv_heads = cache.keys.shape[1]
     query_start = arrays.query_start
     if scores.narrows:
         every, query_start = queries, arrays.wanted_start
         queries = recorder.memory(qkv.heads * dim, np.int16)
         words = qkv.heads * dim // 2
         recorder.pick_rows((address_of(every), words), words, (address_of(queries), words))
-    keys, values = kinds_of(caches, dim, limits.block_size)
+    keys, values = kinds_of(cache, dim, limits.block_size)
     size = scratch_bytes(
         max_tokens=limits.tokens,
         max_seqs=limits.sequences,
@@ -103,24 +104,24 @@ def record_attention(
     attended = AttendArguments(
         q=address_of(queries),
         out=out,
-        key_cache=address_of(caches[0]),
-        value_cache=address_of(caches[1]),
+        key_cache=address_of(cache.keys),
+        value_cache=address_of(cache.values),
         query_start=address_of(query_start),
         context_lens=address_of(arrays.context_lens),
         block_tables=address_of(arrays.block_tables),
         table_stride=limits.table_width,
-        stretch_step=stretch_step(caches[0].strides, dim, keys),
+        stretch_step=stretch_step(cache.keys.strides, dim, keys),
         block_shift=limits.block_shift,
         heads=qkv.heads,
-        kv_heads=qkv.kv_heads,
+        kv_heads=kv_heads,
         scratch=recorder.scratch(size),
         scratch_size=size,
         window=scores.window or 0,
         cap=(scores.softcap or 0.0) * LOG2E,
         sinks=0 if scores.sinks is None else recorder.keep(scores.sinks * np.float32(LOG2E)),
         ahead=address_of(arrays.ahead) if limits.ahead else 0,
-        head_gap=head_gap(caches[0].strides, limits.block_size, dim, keys),
-        ranks=recorder.ranks if limits.ranks is not None and limits.ranks.divides(qkv.kv_heads) else 0,
+        head_gap=head_gap(cache.keys.strides, limits.block_size, dim, keys),
+        ranks=recorder.ranks if limits.ranks is not None and limits.ranks.divides(kv_heads) else 0,
     )
     recorder.add(attend_operation(dim, recorder.isa, keys, values), attended)
     recorder.add(merge_operation(dim, values), attended)
@@ -129,37 +130,37 @@ def record_attention(
 def _record_write(
     recorder: Recorder,
     qkv: FusedHeads,
-    caches: tuple[np.ndarray, np.ndarray],
+    cache: PagedCache,
     scores: Scores,
     tables: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
     queries: int,
 ) -> None:
-    arrays = recorder.arrays
-    keys, values = kinds_of(caches, qkv.head_dim, recorder.limits.block_size)
+    arrays, writes = recorder.arrays, len(qkv.columns) > 1
+    keys, values = kinds_of(cache, qkv.head_dim, recorder.limits.block_size)
     cos, sin = (recorder.keep(table) for table in tables) if tables else (0, 0)
     written = WriteArguments(
         qkv=qkv.address,
         stride=qkv.stride,
         q_column=qkv.columns[0],
-        k_column=qkv.columns[1],
-        v_column=qkv.columns[2],
+        k_column=qkv.columns[1] if writes else 0,
+        v_column=qkv.columns[2] if writes else 0,
         heads=qkv.heads,
-        kv_heads=qkv.kv_heads,
+        kv_heads=cache.keys.shape[1] if writes else 0,
         head_dim=qkv.head_dim,
         block_shift=recorder.limits.block_shift,
-        stretch_step=stretch_step(caches[0].strides, qkv.head_dim, keys),
+        stretch_step=stretch_step(cache.keys.strides, qkv.head_dim, keys),
         half=tables[0].shape[1] if tables else 0,
         cos=cos,
         sin=sin,
         positions=address_of(arrays.positions),
         slots=address_of(arrays.slots),
         q=queries,
-        key_cache=address_of(caches[0]),
-        value_cache=address_of(caches[1]),
+        key_cache=address_of(cache.keys),
+        value_cache=address_of(cache.values),
         scale=scores.scale * LOG2E,
         offset=0 if scores.offset is None or keys is CacheKind.BF16 else recorder.keep(scores.offset),
         turns=0 if arrays.turns is None else address_of(arrays.turns),
-        head_gap=head_gap(caches[0].strides, recorder.limits.block_size, qkv.head_dim, keys),
+        head_gap=head_gap(cache.keys.strides, recorder.limits.block_size, qkv.head_dim, keys),
     )
     recorder.add(rotate_and_write_operation(keys, values), written)
 

@@ -5,10 +5,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
+
+
+class PagedCache(NamedTuple):
+    """Keys and values of a layer.
+
+    Attributes:
+        keys, values: [B, S, K, D] each; of latent attention `keys` alone. Where steps are compiled for the CPU, as
+            `attention/cpu_cache.py` and `latent_attention/layout.py` say.
+    """
+
+    keys: Any
+    values: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

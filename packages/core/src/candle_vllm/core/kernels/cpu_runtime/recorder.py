@@ -21,10 +21,12 @@ from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import RUNS_BYTES, StepNumber, address_of, plan_row
 from candle_vllm.core.kernels.lora import NumberType
 from candle_vllm.core.kernels.side_by_side import CopyArguments, copy_operation
+from candle_vllm.core.kernels.states import StateRows
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.cpu_runtime.numa import CpuRanks
     from candle_vllm.core.kernels.recorded import Matrix
+    from candle_vllm.core.kernels.states import StateCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ class StepLimits:
         row_adapters: most adapters of one row.
         ahead: rows may see positions behind their own, see `kernels/attention`.
         turned: tokens may be turned by more than one position.
+        states: layers keep states.
         ranks: how threads are divided; None for not.
     """
 
@@ -56,6 +59,7 @@ class StepLimits:
     row_adapters: int = 1
     ahead: bool = False
     turned: bool = False
+    states: bool = False
     ranks: CpuRanks | None = None
 
     @property
@@ -71,6 +75,7 @@ class StepArrays:
         wanted_start: where the logit rows of each sequence begin among all of them, and where the last one's end.
         moved_on: they are those of a step that runs the tokens which the last run drew, one of each of its sequences.
         turns: [tokens] how far behind its position's row that of a token is in rotary tables; None where no plan looks.
+        states: what the step does with states, see `kernels/states.py`; of no rows where no layer keeps one.
     """
 
     def __init__(self, limits: StepLimits) -> None:
@@ -85,6 +90,9 @@ class StepArrays:
         self.wanted_start = np.zeros(limits.sequences + 1, np.int64)
         self.moved_on = False
         self.turns = np.zeros(limits.tokens, np.int64) if limits.turned else None
+        tokens, sequences = (limits.tokens, limits.sequences) if limits.states else (0, 0)
+        of_tokens, of_sequences = np.zeros((2, tokens), np.int64), np.zeros((3, sequences), np.int64)
+        self.states = StateRows(self.query_start, *of_sequences, *of_tokens)
 
 
 class EntryArrays:
@@ -165,6 +173,25 @@ class Recorder:
         """
         picked, rows_from = address_of(self.arrays.logit_rows), StepNumber.LOGIT_ROWS
         self.add(copy_operation(), CopyArguments(*rows, width, *to, picked=picked, rows_from=rows_from))
+
+    def state_arguments(self, cache: StateCache) -> dict[str, int]:
+        """What operations that keep a state have as arguments.
+
+        states, slot_bytes: address of the states, and bytes from one slot to the next.
+        kept, kept_bytes, kept_row_bytes: address of kept rows, bytes from one slot's and from one row to the next.
+        query_start, slots, sources, replays, stores, keeps: addresses of the step's `StateRows`.
+        """
+        assert self.limits.states
+        assert cache.states[0].flags.c_contiguous
+        rows = self.arrays.states._asdict()
+        return {
+            "states": address_of(cache.states),
+            "slot_bytes": cache.states.strides[0],
+            "kept": address_of(cache.kept),
+            "kept_bytes": cache.kept.strides[0],
+            "kept_row_bytes": cache.kept.strides[1],
+            **{name: address_of(numbers) for name, numbers in rows.items()},
+        }
 
     def keep(self, numbers: NDArray[np.float32]) -> int:
         """Address of float32 numbers that must live as long as the plan."""

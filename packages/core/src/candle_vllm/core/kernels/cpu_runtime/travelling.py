@@ -37,6 +37,7 @@ from candle_vllm.core.threads import collector_paused
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 160, 192, 256)
 LATENT = ((64, 512),)  # of rotation and latent vector: DeepSeek's
+CONVOLUTIONS = ((3, 0, 1), (4, 1, 0))  # taps, SiLU, gates: LFM2's, and those of delta nets and Mamba
 
 
 def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -47,6 +48,9 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
         "column_order.cpu:column_order",
         "cpu_runtime.walk:do_parts",
         "cpu_runtime.walk:take_part",
+        "delta_rule.cpu:keep",
+        "delta_rule.cpu:prepare",
+        "delta_rule.cpu:scan",
         "embedding.cpu:add",
         "lora.cpu_shrink:begin",
         "lora.cpu_tables:replace",
@@ -76,10 +80,13 @@ def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield "activation_rows.cpu:make_rows", (prologue, prologue.gated, WordForm.I16, WordForm.I16.bytes)
     if isa & Isa.VNNI:
         yield "word_linear.cpu:make_linear", (isa,)
+    for convolution in CONVOLUTIONS:
+        yield "short_conv.cpu:make_short_conv", convolution
     for flag in (0, 1):
         yield "rms_norm.cpu:make_head_norm", (flag,)
         yield "rms_norm.cpu:make_norm_onto", (flag,)
         yield "scale_cap.cpu:make_scale_cap", (flag,)
+        yield "silu_mul.cpu:make_gated_rows", (flag,)
         yield "latent_attention.cpu_heads:make_heads", (flag,)
     mixed = ((CacheKind.Q8_0, values) for values in (CacheKind.Q4_0, CacheKind.Q5_1))
     for keys, values in (*zip(CacheKind, CacheKind), *mixed):

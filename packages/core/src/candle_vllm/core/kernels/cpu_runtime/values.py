@@ -45,15 +45,20 @@ from candle_vllm.core.kernels.rms_norm import (
     norm_rows,
 )
 from candle_vllm.core.kernels.scale_cap import scale_cap_arguments, scale_cap_operation
+from candle_vllm.core.kernels.short_conv import ShortConvArguments, short_conv_operation, state_shape
 from candle_vllm.core.kernels.side_by_side import CopyArguments, copy_operation
+from candle_vllm.core.kernels.silu_mul import GatedRowsArguments, gated_rows_operation
 
 if TYPE_CHECKING:
     from candle_vllm.core.kernels.activation import Activation
+    from candle_vllm.core.kernels.attention.rows import PagedCache
+    from candle_vllm.core.kernels.delta_rule.layout import DeltaGates
     from candle_vllm.core.kernels.latent_attention.layout import LatentParts
     from candle_vllm.core.kernels.lora import Place
     from candle_vllm.core.kernels.moe.arguments import Activation as GatedActivation
     from candle_vllm.core.kernels.moe.arguments import Routing
-    from candle_vllm.core.kernels.recorded import Matrix
+    from candle_vllm.core.kernels.recorded import GateKind, Matrix
+    from candle_vllm.core.kernels.states import StateCache
 
 
 def step_tokens(recorder: Recorder, numbers: NDArray[np.int64] | None = None) -> RecordedTokens:
@@ -217,11 +222,85 @@ class _Value(Recorded):
         self.recorder.add(position_scale_operation(), row)
         return self
 
+    def short_conv(
+        self,
+        weight: NDArray[np.float32],
+        bias: NDArray[np.float32] | None,
+        cache: StateCache,
+        *,
+        silu: bool,
+        gates: tuple[Recorded, Recorded] | None,
+    ) -> Recorded:
+        assert self.rows_from is StepNumber.TOKENS
+        recorder, (channels, taps), out = self.recorder, weight.shape, self.recorder.buffer(self.width)
+        assert channels == self.width
+        assert cache.states.shape[1:] == state_shape(channels, taps)
+        given = [gate for gate in gates or () if isinstance(gate, _Value)]
+        assert all(gate.buffer is self.buffer and gate.width == channels for gate in given)
+        gate_in, gate_out = (gate.address for gate in given) if given else (0, 0)
+        row = ShortConvArguments(
+            x=self.address,
+            stride=self.buffer.stride,
+            gate_in=gate_in,
+            gate_out=gate_out,
+            channels=channels,
+            weight=recorder.keep(weight.T),
+            bias=recorder.keep(np.zeros(channels, np.float32) if bias is None else bias),
+            out=address_of(out.array),
+            out_stride=out.stride,
+            **recorder.state_arguments(cache),
+        )
+        recorder.add(short_conv_operation(taps, silu=silu, gated=bool(given)), row)
+        self.buffer.version += bool(given)
+        return buffer_value(recorder, out)
+
+    def delta_rule(
+        self,
+        k: Recorded,
+        v: Recorded,
+        a: Recorded,
+        b: Recorded,
+        gates: DeltaGates,
+        cache: StateCache,
+        *,
+        scale: float,
+        normed: bool,
+    ) -> Recorded:
+        from candle_vllm.core.kernels.delta_rule.cpu_record import Rows, record_delta_rule
+
+        assert self.rows_from is StepNumber.TOKENS
+        given = [value for value in (self, k, v, a, b) if isinstance(value, _Value)]
+        parts = [Rows(value.address, value.buffer.stride, value.width, value.head_dim) for value in given]
+        out = self.recorder.buffer(parts[2].width)
+        result = Rows(address_of(out.array), out.stride, out.width, parts[2].head_dim)
+        record_delta_rule(self.recorder, parts, result, gates, cache, scale=scale, normed=normed)
+        for buffer in {id(value.buffer): value.buffer for value in given[:2]}.values():
+            buffer.version += 1
+        return _Value(self.recorder, out, 0, out.width, result.head_dim)
+
     def silu_mul(self) -> Recorded:
         return _Prepared(self, Prologue.SILU, self.width // 2)
 
     def gelu_tanh_mul(self) -> Recorded:
         return _Prepared(self, Prologue.GELU_GATE, self.width // 2)
+
+    def gated(self, gate: Recorded, kind: GateKind) -> Recorded:
+        assert isinstance(gate, _Value)
+        assert gate.width == self.width
+        assert gate.rows_from is StepNumber.TOKENS
+        recorder, buffer, of_gate = self.recorder, self.buffer, gate.buffer
+        row = GatedRowsArguments(
+            x=self.address,
+            stride=buffer.stride,
+            columns=self.width,
+            gate=gate.address,
+            gate_stride=of_gate.stride,
+            picked=0 if self.rows_from is StepNumber.TOKENS else address_of(recorder.arrays.logit_rows),
+            rows_from=self.rows_from,
+        )
+        recorder.add(gated_rows_operation(kind), row)
+        buffer.version += 1
+        return _Value(recorder, buffer, self.column, self.width, rows_from=self.rows_from)
 
     def activation(self, kind: Activation) -> Recorded:
         return _Prepared(self, Prologue[kind.upper()], self.width)
@@ -247,10 +326,9 @@ class _Value(Recorded):
 
     def attend(
         self,
-        k: Recorded,
-        v: Recorded,
-        key_cache: Any,
-        value_cache: Any,
+        k: Recorded | None,
+        v: Recorded | None,
+        cache: PagedCache,
         *,
         scale: float,
         window: int | None,
@@ -259,10 +337,9 @@ class _Value(Recorded):
         offset: NDArray[np.float32] | None = None,
         narrows: bool = False,
     ) -> Recorded:
-        assert isinstance(k, _Value)
-        assert isinstance(v, _Value)
-        scores = Scores(scale, window, softcap, sinks, offset, narrows)
-        return _attend(self, k, v, (key_cache, value_cache), scores, None)
+        assert k is None or isinstance(k, _Value)
+        assert v is None or isinstance(v, _Value)
+        return _attend(self, k, v, cache, Scores(scale, window, softcap, sinks, offset, narrows), None)
 
     def attend_whole(
         self, heads: int, turned: tuple[RecordedTokens, NDArray[np.float32], NDArray[np.float32]] | None = None
@@ -654,10 +731,9 @@ class _Rotated(_Wrapper):
 
     def attend(
         self,
-        k: Recorded,
-        v: Recorded,
-        key_cache: Any,
-        value_cache: Any,
+        k: Recorded | None,
+        v: Recorded | None,
+        cache: PagedCache,
         *,
         scale: float,
         window: int | None,
@@ -666,33 +742,34 @@ class _Rotated(_Wrapper):
         offset: NDArray[np.float32] | None = None,
         narrows: bool = False,
     ) -> Recorded:
-        assert isinstance(k, _Rotated)
-        assert isinstance(v, _Value)
+        assert k is None or isinstance(k, _Rotated)
+        assert v is None or isinstance(v, _Value)
+        keys = None if k is None else k.source
         scores = Scores(scale, window, softcap, sinks, offset, narrows)
-        return _attend(self.source, k.source, v, (key_cache, value_cache), scores, self.tables)
+        return _attend(self.source, keys, v, cache, scores, self.tables)
 
 
 def _attend(
     q: _Value,
-    k: _Value,
-    v: _Value,
-    caches: tuple[np.ndarray, np.ndarray],
+    k: _Value | None,
+    v: _Value | None,
+    cache: PagedCache,
     scores: Scores,
     tables: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
 ) -> Recorded:
     """See `kernels/attention/cpu_record.py`."""
     recorder, dim = q.recorder, q.head_dim
     assert dim is not None
-    assert q.buffer is k.buffer is v.buffer
+    written = [q] if k is None or v is None else [q, k, v]
+    assert all(each.buffer is q.buffer for each in written)
     heads = FusedHeads(
         address=address_of(q.buffer.array),
         stride=q.buffer.stride,
-        columns=(q.column, k.column, v.column),
+        columns=tuple(each.column for each in written),
         heads=q.width // dim,
-        kv_heads=k.width // dim,
         head_dim=dim,
     )
     out = Buffer(recorder.memory(q.width), q.width, q.width)
-    record_attention(recorder, heads, caches, scores, tables, address_of(out.array))
+    record_attention(recorder, heads, cache, scores, tables, address_of(out.array))
     rows_from = StepNumber.LOGIT_ROWS if scores.narrows else StepNumber.TOKENS
     return _Value(recorder, out, 0, q.width, dim, rows_from)

@@ -1,70 +1,87 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false
-"""The gates of SwiGLU and GeGLU on a GPU (step 6 of a request's life). A program does part of one token's row."""
+"""Activation-and-multiply on a GPU (step 6 of a request's life). A program does part of one token's row."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 
+from candle_vllm.core.kernels.recorded import GateKind
 from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
 
 _PART = 1024  # numbers of a program; not measured yet
+_KINDS = ("silu", "gelu_tanh", "sigmoid")
 
 
 @triton.jit
 def gate_mul_kernel(
-    x,  # [T, 2F], rows contiguous
+    gate,  # [T, F], rows contiguous
+    up,  # the same
     y,  # [T, F] contiguous
-    x_stride,  # numbers from a token to the next
+    gate_stride,  # numbers from a token to the next
+    up_stride,
     F: tl.constexpr,
     BLOCK: tl.constexpr,
-    GELU: tl.constexpr,
+    KIND: tl.constexpr,  # number in _KINDS
 ):
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < F
-    source = x + token * x_stride
-    gate = tl.load(source + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(source + F + at, mask=inside, other=0.0).to(tl.float32)
-    inner = gate
-    if GELU:
+    gates = tl.load(gate + token * gate_stride + at, mask=inside, other=0.0).to(tl.float32)
+    ups = tl.load(up + token * up_stride + at, mask=inside, other=0.0).to(tl.float32)
+    inner = gates
+    if KIND == 1:
         # 0.5 (1 + tanh(z)) is the sigmoid of 2z; 2 sqrt(2 / pi) = 1.5957...
-        inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
-    tl.store(y + token * F + at, (gate / (1.0 + tl.exp(-inner)) * up).to(y.dtype.element_ty), mask=inside)
+        inner = 1.5957691216057308 * (gates + 0.044715 * gates * gates * gates)
+    factor = 1.0 if KIND == 2 else gates
+    tl.store(y + token * F + at, (factor / (1.0 + tl.exp(-inner)) * ups).to(y.dtype.element_ty), mask=inside)
 
 
 def silu_mul(x: torch.Tensor) -> torch.Tensor:
     """See the contract in the package."""
-    return _launch(x, gelu=False)
+    return _launch(*x.chunk(2, 1), "silu")
 
 
 def gelu_tanh_mul(x: torch.Tensor) -> torch.Tensor:
     """See the contract in the package."""
-    return _launch(x, gelu=True)
+    return _launch(*x.chunk(2, 1), "gelu_tanh")
 
 
-def _launch(x: torch.Tensor, *, gelu: bool) -> torch.Tensor:
-    tokens, width = x.shape
-    assert width % 2 == 0
-    assert x.stride(1) == 1
-    y = torch.empty(tokens, width // 2, dtype=x.dtype, device=x.device)
+def gated(x: torch.Tensor, gate: torch.Tensor, kind: GateKind) -> torch.Tensor:
+    """See the contract in the package."""
+    return _launch(gate, x, kind)
+
+
+def _launch(gate: torch.Tensor, up: torch.Tensor, kind: Literal[GateKind, "gelu_tanh"]) -> torch.Tensor:
+    tokens, size = gate.shape
+    assert up.shape == gate.shape
+    assert gate.stride(1) == up.stride(1) == 1 or size == 1
+    y = torch.empty(tokens, size, dtype=up.dtype, device=up.device)
     if y.numel():
-        constants = _constants(width // 2, gelu)
-        grid = (tokens, cdiv(width // 2, constants["BLOCK"]))
-        gate_mul_kernel[grid](x, y, x.stride(0), **constants, num_warps=4, **OPTIONS)
+        constants = _constants(size, kind)
+        grid = (tokens, cdiv(size, constants["BLOCK"]))
+        gate_mul_kernel[grid](gate, up, y, gate.stride(0), up.stride(0), **constants, num_warps=4, **OPTIONS)
     return y
 
 
-def _constants(size: int, gelu: bool) -> dict[str, int]:
-    return {"F": size, "BLOCK": min(next_power_of_2(size), _PART), "GELU": gelu}
+def _constants(size: int, kind: str) -> dict[str, int]:
+    return {"F": size, "BLOCK": min(next_power_of_2(size), _PART), "KIND": _KINDS.index(kind)}
 
 
-def _build(dtype: str, size: int, gelu: bool) -> Build:
-    arguments = {"x": f"*{dtype}", "y": f"*{dtype}", "x_stride": "i32"}
-    label = f"{dtype}-{size}{'-gelu' if gelu else ''}"
-    return Build(gate_mul_kernel, arguments, _constants(size, gelu), aligned=("x_stride",), label=label)
+def _build(dtype: str, size: int, kind: str) -> Build:
+    strides = ("gate_stride", "up_stride")
+    arguments: dict[str, str] = dict.fromkeys(("gate", "up", "y"), f"*{dtype}")
+    arguments |= dict.fromkeys(strides, "i32")
+    return Build(gate_mul_kernel, arguments, _constants(size, kind), aligned=strides, label=f"{dtype}-{size}-{kind}")
 
 
-AOT = (_build("bf16", 14336, False), _build("fp16", 1536, True), _build("fp32", 123, False))
+AOT = (
+    _build("bf16", 14336, "silu"),
+    _build("fp16", 1536, "gelu_tanh"),
+    _build("fp32", 123, "silu"),
+    _build("bf16", 4096, "sigmoid"),
+)

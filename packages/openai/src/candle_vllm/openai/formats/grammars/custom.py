@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from graphlib import CycleError, TopologicalSorter
 
 from candle_vllm.core.sampling.lark import quoted
 from candle_vllm.openai.errors import UnsupportedParameterError
@@ -29,8 +30,8 @@ _COMMON = {
     "WS_INLINE": r"/[ \t]+/", "WS": r"/[ \t\f\r\n]+/", "CR": r'"\r"', "LF": r'"\n"', "NEWLINE": r"/(\r?\n)+/",
 }  # fmt: skip
 _TOKENS = re.compile(
-    r"""(?P<space>[ \t]+|(?://|\#)[^\n]*)|(?P<line>\r?\n)|(?P<string>"(?:\\.|[^"\\\n])*"i?)"""
-    r"""|(?P<regex>/(?:\\.|[^/\\\n])+/[a-z]*)|(?P<import>%import[^\n]*)|(?P<name>[!?]{0,2}_*[A-Za-z][\w-]*)"""
+    r"""(?P<space>[ \t]+|(?://|\#)[^\n]*)|(?P<line>\r?\n)|(?P<string>"(?:[^"\\\n]++|\\.)*+"i?)"""
+    r"""|(?P<regex>/(?:[^/\\\n]++|\\.)++/[a-z]*)|(?P<import>%import[^\n]*)|(?P<name>[!?]{0,2}_*[A-Za-z][\w-]*)"""
     r"""|(?P<mark>\.\.|->|[0-9]+|[():|*+?,\[\]])"""
 )
 _IMPORT = re.compile(r"%import\s+common\s*(?:\.\s*(\w+)(?:\s*->\s*(\w+))?|\(([\w\s,]+)\))\s*(?:(?://|#).*)?")
@@ -143,12 +144,10 @@ def _is_recursive(kinds: list[tuple[str, str]]) -> bool:
             refers.setdefault(rule, set())
         elif rule and kinds[number - 1][1] != "->":
             refers[rule].add(name)
-    left = {name: {other for other in others if other in refers} for name, others in refers.items()}
-    while left:
-        done = {name for name, others in left.items() if not others}
-        if not done:
-            return True
-        left = {name: others - done for name, others in left.items() if name not in done}
+    try:
+        TopologicalSorter(refers).prepare()
+    except CycleError:
+        return True
     return False
 
 
@@ -211,7 +210,7 @@ def _is_plain(text: str) -> bool:
 
 
 _ATOM = re.compile(
-    r"""(?P<escape>\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|.))|(?P<set>\[\^?\]?(?:\\.|[^\]\\])*\])"""
+    r"""(?P<escape>\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|.))|(?P<set>\[\^?\]?(?:[^\]\\]++|\\(?s:.))*+(?:\]|\\?\Z))"""
     r"""|(?P<group>\((?:\?:)?)|(?P<times>\{[0-9]+(?:,[0-9]*)?\}|[)|*+?])|(?P<any>\.)|(?P<char>[\s\S])"""
 )
 

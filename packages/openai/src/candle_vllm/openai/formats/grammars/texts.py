@@ -254,4 +254,4 @@ def _structure(pattern: str) -> Iterator[tuple[re.Match[str], int]]:
         depth += match.group() == "("
 
 
-_REGEX = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[()|^$]", re.DOTALL)
+_REGEX = re.compile(r"\\.|\[\^?\]?(?:[^\]\\]++|\\.)*+(?:\]|\\?\Z)|[()|^$]", re.DOTALL)

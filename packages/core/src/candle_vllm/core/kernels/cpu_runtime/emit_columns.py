@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: MIT
+"""Columns of rows, 16 at a time and the rest under a mask, so that nothing beside them is read or written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, I32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.level import LANES
+
+
+def emit_columns(e: Emitter, count: Any, state: list[Any], body: Callable[..., list[Any]]) -> list[Any]:
+    """Runs body(bytes, mask, state) -> state over float32 columns 0 .. count - 1; returns the last state.
+
+    Args:
+        e: where the code goes.
+        count: of columns, an int64.
+        state: vectors that go from one run to the next.
+        body: given where its 16 columns begin, and which of them are meant: None for all.
+    """
+    b = e.b
+    whole = b.ashr(count, e.int64(4))
+
+    def full(index: Any, state: list[Any]) -> list[Any]:
+        return body(b.shl(index, e.int64(6)), None, state)
+
+    def rest(_: Any, state: list[Any]) -> list[Any]:
+        return body(b.shl(whole, e.int64(6)), lanes_below(e, b.and_(count, e.int64(LANES - 1))), state)
+
+    state = e.loop_or_skip(whole, state, full)
+    return e.loop_or_skip(b.ashr(b.add(b.and_(count, e.int64(LANES - 1)), e.int64(LANES - 1)), e.int64(4)), state, rest)
+
+
+def lanes_below(e: Emitter, count: Any) -> Any:
+    """The mask of the lanes below `count`, an int64."""
+    lanes = ir.Constant(vector(I32), list(range(LANES)))
+    return e.b.icmp_signed("<", lanes, e.splat(e.b.trunc(count, I32)))
+
+
+def load_columns(e: Emitter, address: Any, mask: Any) -> Any:
+    """16 floats, or those that `mask` names, and zeros."""
+    if mask is None:
+        return e.load(address, vector(F32))
+    at = e.b.inttoptr(address, vector(F32).as_pointer())
+    name = f"llvm.masked.load.v{LANES}f32.p0"
+    return e.call(name, vector(F32), [at, ir.Constant(I32, 1), mask, e.zeros(F32)])
+
+
+def store_columns(e: Emitter, address: Any, value: Any, mask: Any) -> None:
+    """Writes 16 floats, or those that `mask` names."""
+    if mask is None:
+        e.store(address, value)
+        return
+    e.store_masked(address, value, mask)

@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: MIT
+# pyright: reportCallIssue=false, reportArgumentType=false
+"""The gated delta rule on the CPU: `prepare`, `scan` and `keep`, with barriers between them (step 6 of ten).
+
+Columns of a state do not know of each other. A unit of `scan` is up to 32 columns of a value head, two tiles of the
+state, 16 KB, through all tokens that a step has of a sequence: they stay in the first-level cache however many these
+are. A token reads them twice: for what the state remembers of k, and for the correction and what q reads, one pass. A
+token whose state is to be stored writes it to its slot, where the next one reads it.
+
+Every number is one chain of sums over Dk, in two halves, whatever else is in the step: the same bits however a text is
+cut, and whichever thread computes it. All columns of a key head's value heads read the same k of a kept row, so kept
+rows are written when all of them have.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from candle_vllm.core.kernels.cpu_runtime.emit import F32, Emitter, vector
+from candle_vllm.core.kernels.cpu_runtime.emit_columns import (
+    emit_columns,
+    lanes_below,
+    load_columns,
+    store_columns,
+)
+from candle_vllm.core.kernels.cpu_runtime.emit_functions import emit_exp
+from candle_vllm.core.kernels.cpu_runtime.level import LANES
+from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber
+from candle_vllm.core.kernels.cpu_runtime.primitives import float32_at, int64_at, read, step_number
+from candle_vllm.core.kernels.cpu_runtime.tiles import stack_bytes
+from candle_vllm.core.kernels.delta_rule.layout import EPS, DeltaArguments
+
+_SEQUENCES, _TOKENS = int(StepNumber.SEQUENCES), int(StepNumber.TOKENS)
+_LINE = 4 * LANES
+_UNROLLED = 4  # rows of a state
+_WIDTH = 2  # tiles of a unit
+
+
+# ---- prepare ---------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def _scale_row(_: Any, x: Any, count: Any, normed: Any, scale: Any) -> Any:
+    """`count` floats times `scale`, in place; where `normed`, over the root of the sum of their squares too."""
+    signature = types.void(types.int64, types.int64, types.int64, types.float32)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        x, count, normed, scale = args
+
+        def squares(place: Any, mask: Any, totals: list[Any]) -> list[Any]:
+            value = load_columns(e, b.add(x, place), mask)
+            return [e.fma(value, value, totals[0])]
+
+        (total,) = emit_columns(e, count, [e.zeros(F32)], squares)
+        root = e.call("llvm.sqrt.f32", F32, [b.fadd(e.sum_lanes(total), ir.Constant(F32, EPS))])
+        norm = b.select(b.icmp_signed("!=", normed, e.int64(0)), root, ir.Constant(F32, 1.0))
+        factor = e.splat(b.fdiv(scale, norm))
+
+        def scaled(place: Any, mask: Any, state: list[Any]) -> list[Any]:
+            at = b.add(x, place)
+            store_columns(e, at, b.fmul(load_columns(e, at, mask), factor), mask)
+            return state
+
+        emit_columns(e, count, [], scaled)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+def _emit_softplus(e: Emitter, x: Any) -> Any:
+    """log(1 + exp(x)) of 16 floats: the larger of x and 0, and log(1 + u) with u = exp(-|x|), at most 1.
+
+    With s = u / (2 + u), at most 1/3, that is 2 s (1 + s^2 / 3 + s^4 / 5 + ...).
+    """
+    b = e.b
+    size = e.call("llvm.fabs.v16f32", vector(F32), [x])
+    power = emit_exp(e, b.fneg(size))
+    s = b.fdiv(power, b.fadd(power, e.constant(F32, 2.0)))
+    square = b.fmul(s, s)
+    series = e.constant(F32, 1 / 15)
+    for odd in (13, 11, 9, 7, 5, 3, 1):
+        series = e.fma(series, square, e.constant(F32, 1 / odd))
+    above = b.select(b.fcmp_ordered(">", x, e.zeros(F32)), x, e.zeros(F32))
+    return e.fma(b.fadd(s, s), series, above)
+
+
+@intrinsic
+def _gates(
+    _: Any, a: Any, b: Any, decay: Any, bias: Any, strength: Any, decays: Any, strengths: Any, count: Any
+) -> Any:
+    """Decay and strength of `count` value heads of a token; NaN where a or b is."""
+    signature = types.void(*[types.int64] * 4, types.float32, *[types.int64] * 3)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at_a, at_b, at_decay, at_bias, most, to_decays, to_strengths, count = args
+        one = e.constant(F32, 1.0)
+
+        def body(place: Any, mask: Any, state: list[Any]) -> list[Any]:
+            a, other, decay, bias = (load_columns(e, b.add(at, place), mask) for at in (at_a, at_b, at_decay, at_bias))
+            time = b.fadd(a, bias)
+            decayed = emit_exp(e, b.fmul(decay, _emit_softplus(e, time)))
+            strong = b.fdiv(e.splat(most), b.fadd(one, emit_exp(e, b.fneg(other))))
+            for to, source, value in ((to_decays, time, decayed), (to_strengths, other, strong)):
+                value = b.select(b.fcmp_unordered("uno", source, source), source, value)
+                store_columns(e, b.add(to, place), value, mask)
+            return state
+
+        emit_columns(e, count, [], body)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+def prepare(row, thread, threads):
+    """The operation that norms q and k, in place, and makes the gates. A unit is a key head of a token."""
+    given = read(DeltaArguments, row)
+    key_heads, heads, dim = given.key_heads, given.heads, given.key_dim
+    group = heads // key_heads
+    units = step_number(row, _TOKENS) * key_heads
+    for unit in range(units * thread // threads, units * (thread + 1) // threads):
+        t = unit // key_heads
+        head = unit - t * key_heads
+        _scale_row(given.q + 4 * (t * given.q_stride + head * dim), dim, given.normed, given.scale)
+        if given.normed != 0:
+            _scale_row(given.k + 4 * (t * given.k_stride + head * dim), dim, 1, 1.0)
+        at = 4 * head * group
+        a, b = given.a + 4 * t * given.a_stride + at, given.b + 4 * t * given.b_stride + at
+        to = given.gates + 8 * t * heads + at
+        _gates(a, b, given.decay + at, given.bias + at, given.strength, to, to + 4 * heads, group)
+
+
+# ---- scan ------------------------------------------------------------------------------------------------------------
+
+
+def _each_row(e: Emitter, rows: Any, state: list[Any], body: Any) -> list[Any]:
+    """Runs body(row, half, state) -> state for each row of a state, 4 at a time; `half` is the sum it belongs to."""
+    b = e.b
+
+    def several(index: Any, state: list[Any]) -> list[Any]:
+        first = b.mul(index, e.int64(_UNROLLED))
+        for each in range(_UNROLLED):
+            state = body(b.add(first, e.int64(each)), each & 1, state)
+        return state
+
+    def one(index: Any, state: list[Any]) -> list[Any]:
+        return body(b.add(b.and_(rows, e.int64(-_UNROLLED)), index), 0, state)
+
+    state = e.loop_or_skip(b.sdiv(rows, e.int64(_UNROLLED)), state, several)
+    return e.loop_or_skip(b.and_(rows, e.int64(_UNROLLED - 1)), state, one)
+
+
+@intrinsic(prefer_literal=True)
+def _take_in(
+    _: Any,
+    tiles: Any,
+    reads: Any,
+    at: Any,
+    to: Any,
+    k: Any,
+    q: Any,
+    v: Any,
+    out: Any,
+    rows: Any,
+    columns: Any,
+    decay: Any,
+    strength: Any,
+    ahead: Any,
+) -> Any:
+    """A token, in some tiles of a state at `at`; the state behind it goes `to`, which may be the same.
+
+    tiles, reads: how many, and whether q reads: constants. k, q: addresses of `rows` floats. v, out: of `columns`.
+    ahead: where tiles are that are asked for meanwhile.
+    """
+    width, gives = tiles.literal_value, bool(reads.literal_value)
+    signature = types.void(tiles, reads, *[types.int64] * 8, types.float32, types.float32, types.int64)
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+        at, to, k, q, v, out, rows, columns, decay, strength, ahead = args[2:]
+        size = b.mul(rows, e.int64(_LINE))
+        sources, targets, later = (
+            [b.add(x, b.mul(size, e.int64(tile))) for tile in range(width)] for x in (at, to, ahead)
+        )
+
+        def lane(address: Any, row: Any) -> Any:
+            return e.splat(e.load(b.add(address, b.shl(row, e.int64(2))), F32))
+
+        def remember(row: Any, half: int, sums: list[Any]) -> list[Any]:
+            key, place, sums = lane(k, row), b.mul(row, e.int64(_LINE)), list(sums)
+            for tile in range(width):
+                old = e.load(b.add(sources[tile], place), vector(F32))
+                sums[2 * tile + half] = e.fma(key, old, sums[2 * tile + half])
+            return sums
+
+        remembered = _each_row(e, rows, [e.zeros(F32)] * (2 * width), remember)
+        masks = [lanes_below(e, b.sub(columns, e.int64(LANES * tile))) for tile in range(width)]
+        decayed, corrections = e.splat(decay), []
+        for tile, mask in enumerate(masks):
+            value = load_columns(e, b.add(v, e.int64(_LINE * tile)), mask)
+            total = b.fadd(*remembered[2 * tile : 2 * tile + 2])
+            corrections.append(b.fmul(e.splat(strength), e.fma(b.fneg(decayed), total, value)))
+
+        def correct(row: Any, half: int, sums: list[Any]) -> list[Any]:
+            key, place, sums = lane(k, row), b.mul(row, e.int64(_LINE)), list(sums)
+            query = lane(q, row) if gives else None
+            for tile in range(width):
+                e.prefetch(b.add(later[tile], place), near=2)
+                old = e.load(b.add(sources[tile], place), vector(F32))
+                new = e.fma(key, corrections[tile], b.fmul(decayed, old))
+                e.store(b.add(targets[tile], place), new)
+                if gives:
+                    sums[2 * tile + half] = e.fma(query, new, sums[2 * tile + half])
+            return sums
+
+        results = _each_row(e, rows, [e.zeros(F32)] * (2 * width) if gives else [], correct)
+        for tile, mask in enumerate(masks if gives else []):
+            total = b.fadd(*results[2 * tile : 2 * tile + 2])
+            store_columns(e, b.add(out, e.int64(_LINE * tile)), total, mask)
+        return context.get_dummy_value()
+
+    return signature, code
+
+
+@intrinsic
+def _clear(_: Any, to: Any, lines: Any) -> Any:
+    """Zeros in `lines` lines of 16 floats."""
+
+    def code(context: Any, b: Any, sig: Any, args: Any) -> Any:
+        e = Emitter(b)
+
+        def clear(index: Any, state: list[Any]) -> list[Any]:
+            e.store(b.add(args[0], b.mul(index, e.int64(_LINE))), e.zeros(F32))
+            return state
+
+        e.loop_or_skip(args[1], [], clear)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), code
+
+
+@njit(inline="always")
+def _first_tile(given: Any, part: int) -> tuple[int, int]:
+    """The value head of a unit, and its first tile of those of the head."""
+    each = ((given.value_dim + LANES - 1) // LANES + _WIDTH - 1) // _WIDTH
+    head = part // each
+    return head, _WIDTH * (part - head * each)
+
+
+@njit(inline="always")
+def _place(given: Any, slot: int, part: int) -> int:
+    """Address of a unit's tiles in a slot; of the first slot for -1."""
+    head, first = _first_tile(given, part)
+    tiles = (given.value_dim + LANES - 1) // LANES
+    return given.states + max(slot, 0) * given.slot_bytes + _LINE * given.key_dim * (head * tiles + first)
+
+
+@njit
+def _scan_columns(given: Any, r: int, part: int, scratch: int, ahead: int) -> None:
+    """Takes the tokens of sequence r into the columns of a unit; asks for the tiles at `ahead` with the last one."""
+    starts, stores = int64_at(given.query_start), int64_at(given.stores)
+    heads, dim, source = given.heads, given.key_dim, int64_at(given.sources)[r]
+    head, first = _first_tile(given, part)
+    columns = min(given.value_dim - LANES * first, LANES * _WIDTH)
+    tiles = (columns + LANES - 1) // LANES
+    key = 4 * dim * (head // (heads // given.key_heads))
+    value = 4 * (head * given.value_dim + LANES * first)
+    at = _place(given, source, part)
+    if source < 0:
+        at = scratch
+        _clear(scratch, tiles * dim)
+    taken = given.kept + int64_at(given.slots)[r] * given.kept_bytes
+    of_values = 4 * dim * given.key_heads
+    of_gates = of_values + 4 * heads * given.value_dim
+    for _ in range(int64_at(given.replays)[r]):
+        k, v = taken + key, taken + of_values + value
+        decay, strength = float32_at(taken + of_gates)[head], float32_at(taken + of_gates)[heads + head]
+        if tiles == 2:
+            _take_in(2, 0, at, scratch, k, k, v, v, dim, columns, decay, strength, at)
+        else:
+            _take_in(1, 0, at, scratch, k, k, v, v, dim, columns, decay, strength, at)
+        at = scratch
+        taken += given.kept_row_bytes
+    for t in range(starts[r], starts[r + 1]):
+        k, q = given.k + 4 * t * given.k_stride + key, given.q + 4 * t * given.q_stride + key
+        v, out = given.v + 4 * t * given.v_stride + value, given.out + 4 * t * given.out_stride + value
+        gates = float32_at(given.gates + 8 * t * heads)
+        decay, strength, to, later = gates[head], gates[heads + head], scratch, at
+        if stores[t] >= 0:
+            to = _place(given, stores[t], part)
+        if t + 1 == starts[r + 1]:
+            later = ahead
+        if tiles == 2:
+            _take_in(2, 1, at, to, k, q, v, out, dim, columns, decay, strength, later)
+        else:
+            _take_in(1, 1, at, to, k, q, v, out, dim, columns, decay, strength, later)
+        at = to
+
+
+def scan(row, thread, threads):
+    """The operation that takes tokens in.
+
+    Threads divide units of all sequences, a unit's sequences side by side, for all units of a sequence cost the same.
+    What a thread has of a sequence it does in the order of memory.
+    """
+    given = read(DeltaArguments, row)
+    sequences, sources = step_number(row, _SEQUENCES), int64_at(given.sources)
+    tiles = (given.value_dim + LANES - 1) // LANES
+    units = given.heads * ((tiles + _WIDTH - 1) // _WIDTH) * sequences
+    if units == 0:
+        return
+    begin, end = units * thread // threads, units * (thread + 1) // threads
+    first_part, last_part = begin // sequences, end // sequences
+    first_rest, last_rest = begin - first_part * sequences, end - last_part * sequences
+    scratch = stack_bytes(_WIDTH * _LINE * given.key_dim)
+    for r in range(sequences):
+        part = first_part + (1 if r < first_rest else 0)
+        last = last_part + (1 if r < last_rest else 0)
+        while part < last:
+            ahead = scratch
+            if part + 1 < last:
+                ahead = _place(given, sources[r], part + 1)
+            elif r + 1 < sequences:
+                ahead = _place(given, sources[r + 1], first_part + (1 if r + 1 < first_rest else 0))
+            _scan_columns(given, r, part, scratch, ahead)
+            part += 1
+
+
+# ---- keep ------------------------------------------------------------------------------------------------------------
+
+
+@njit
+def _copy(source: int, count: int, to: int) -> int:
+    """Copies floats; returns where the next ones go."""
+    values, target = float32_at(source), float32_at(to)
+    for i in range(count):
+        target[i] = values[i]
+    return to + 4 * count
+
+
+def keep(row, thread, threads):
+    """The operation that writes kept rows, when `scan` has read those of the step before."""
+    given = read(DeltaArguments, row)
+    starts, slots, keeps = int64_at(given.query_start), int64_at(given.slots), int64_at(given.keeps)
+    tokens = step_number(row, _TOKENS)
+    first, last = tokens * thread // threads, tokens * (thread + 1) // threads
+    for r in range(step_number(row, _SEQUENCES)):
+        for t in range(max(first, starts[r]), min(last, starts[r + 1])):
+            if keeps[t] >= 0:
+                to = given.kept + slots[r] * given.kept_bytes + keeps[t] * given.kept_row_bytes
+                to = _copy(given.k + 4 * t * given.k_stride, given.key_heads * given.key_dim, to)
+                to = _copy(given.v + 4 * t * given.v_stride, given.heads * given.value_dim, to)
+                _copy(given.gates + 8 * t * given.heads, 2 * given.heads, to)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: MIT
+"""Recording a layer's delta rule on the CPU: the operations of `cpu.py` in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from candle_vllm.core.kernels.cpu_runtime.operation import address_of
+from candle_vllm.core.kernels.delta_rule.layout import (
+    DeltaArguments,
+    DeltaGates,
+    keep_operation,
+    kept_inputs,
+    prepare_operation,
+    scan_operation,
+    state_shape,
+)
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.cpu_runtime.recorder import Recorder
+    from candle_vllm.core.kernels.states import StateCache
+
+
+class Rows(NamedTuple):
+    """Float32 rows: address of the first, floats from one to the next, of each, and of its heads, where it has some."""
+
+    address: int
+    stride: int
+    width: int
+    head_dim: int | None
+
+
+def record_delta_rule(
+    recorder: Recorder,
+    given: Sequence[Rows],
+    out: Rows,
+    gates: DeltaGates,
+    cache: StateCache,
+    *,
+    scale: float,
+    normed: bool,
+) -> None:
+    """Makes q, k and gates ready, takes the step's tokens in, and keeps the inputs of drafts where there can be any.
+
+    Args:
+        recorder: of the plan.
+        given: q, k, v, a and b.
+        out: where the result goes.
+        gates, cache: of the layer.
+        scale, normed: see the contract in the package.
+    """
+    q, k, v, a, b = given
+    key_dim, value_dim = q.head_dim, v.head_dim
+    assert key_dim is not None
+    assert value_dim is not None
+    assert (k.width, k.head_dim) == (q.width, key_dim)
+    key_heads, heads = q.width // key_dim, v.width // value_dim
+    assert heads % key_heads == 0
+    assert a.width == b.width == heads
+    assert cache.states.shape[1:] == state_shape(heads, key_dim, value_dim)
+    made = recorder.memory(2 * heads)
+    arguments = DeltaArguments(
+        q=q.address,
+        q_stride=q.stride,
+        k=k.address,
+        k_stride=k.stride,
+        v=v.address,
+        v_stride=v.stride,
+        a=a.address,
+        a_stride=a.stride,
+        b=b.address,
+        b_stride=b.stride,
+        decay=recorder.keep(gates.decay),
+        bias=recorder.keep(gates.bias),
+        strength=gates.strength,
+        normed=normed,
+        scale=scale,
+        key_heads=key_heads,
+        heads=heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        gates=address_of(made),
+        out=out.address,
+        out_stride=out.stride,
+        **recorder.state_arguments(cache),
+    )
+    recorder.add(prepare_operation(), arguments)
+    recorder.add(scan_operation(), arguments)
+    if cache.kept.shape[1]:
+        assert cache.kept.shape[2] == kept_inputs(key_heads, heads, key_dim, value_dim)
+        recorder.add(keep_operation(), arguments)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: MIT
+"""The gated delta rule in plain torch, token by token."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional
+
+from candle_vllm.core.kernels.delta_rule.layout import COLUMNS, EPS, DeltaGates
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.states import StateCache, StateRows
+
+
+def delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    gates: DeltaGates,
+    cache: StateCache,
+    rows: StateRows,
+    *,
+    scale: float,
+    normed: bool = True,
+) -> torch.Tensor:
+    """See the contract in the package."""
+    wide_q, wide_k, wide_v = q.float(), k.float(), v.float()
+    if normed:
+        wide_q, wide_k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPS) for x in (wide_q, wide_k))
+    wide_q = wide_q * scale
+    decay = torch.exp(gates.decay * functional.softplus(a.float() + gates.bias))
+    strength = gates.strength * torch.sigmoid(b.float())
+    inputs = torch.cat([wide_k.flatten(1), wide_v.flatten(1), decay, strength], 1)
+    y, heads, group = torch.empty_like(v), v.shape[1], v.shape[1] // k.shape[1]
+
+    def behind(state: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
+        """The state [Hv, Dk, Dv] behind a token, of what it takes in."""
+        key, value, rest = taken.split([k[0].numel(), v[0].numel(), 2 * heads])
+        key = key.reshape(k.shape[1:]).repeat_interleave(group, 0)
+        state = state * rest[:heads, None, None]
+        correction = rest[heads:, None] * (value.reshape(v.shape[1:]) - (key.unsqueeze(2) * state).sum(1))
+        return state + key.unsqueeze(2) * correction.unsqueeze(1)
+
+    sequences = zip(
+        itertools.pairwise(rows.query_start.tolist()), rows.slots.tolist(), rows.sources.tolist(), rows.replays.tolist()
+    )
+    stores, keeps = rows.stores.tolist(), rows.keeps.tolist()
+    for (start, end), slot, source, replays in sequences:
+        before = torch.zeros_like(cache.states[0]) if source < 0 else cache.states[source]
+        state = from_tiles(before, v.shape[2])
+        for taken in cache.kept[slot, :replays]:
+            state = behind(state, taken)
+        for t in range(start, end):
+            state = behind(state, inputs[t])
+            y[t] = (wide_q[t].repeat_interleave(group, 0).unsqueeze(2) * state).sum(1)
+            if stores[t] >= 0:
+                cache.states[stores[t]] = to_tiles(state)
+            if keeps[t] >= 0:
+                cache.kept[slot, keeps[t]] = inputs[t]
+    return y
+
+
+def to_tiles(state: torch.Tensor) -> torch.Tensor:
+    """A state [Hv, Dk, Dv] as it is kept."""
+    filled = functional.pad(state, (0, -state.shape[2] % COLUMNS))
+    return filled.unflatten(2, (-1, COLUMNS)).transpose(1, 2)
+
+
+def from_tiles(tiles: torch.Tensor, value_dim: int) -> torch.Tensor:
+    """The reverse of `to_tiles`, in new memory."""
+    return tiles.transpose(1, 2).flatten(2)[..., :value_dim].clone()

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: MIT
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+"""The gated delta rule on a GPU: checks, launches, and kept rows (step 6 of a request's life).
+
+Kept rows, which all programs of a key head read, are written by a launch of their own, where there can be any; their
+numbers are those that came.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from candle_vllm.core.kernels.delta_rule.layout import DeltaGates
+from candle_vllm.core.kernels.delta_rule.triton_chunks import in_chunks, scan_chunks
+from candle_vllm.core.kernels.delta_rule.triton_scan import (
+    CACHE_STRIDES,
+    STRIDES,
+    TABLES,
+    build_arguments,
+    constants_of,
+    scan_tokens,
+)
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.states import StateCache, StateRows
+
+_ROWS = 128  # sequences that a program looks at together when it searches its own
+_PART = 1024  # numbers of a kept row that a program copies
+
+
+@triton.jit(do_not_specialize=["sequences"], do_not_specialize_on_alignment=TABLES)
+def keep_kernel(
+    k,  # all as above
+    v,
+    a,
+    b,
+    kept,
+    query_start,
+    slots,
+    keeps,
+    sequences,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    a_token,
+    b_token,
+    kept_slot,
+    kept_row,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    ROWS: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """Writes a part of a token's kept row, where it has one."""
+    token = tl.program_id(0).to(tl.int64)
+    place = tl.load(keeps + token).to(tl.int64)
+    if place >= 0:
+        sequence = 0
+        for base in range(0, sequences, ROWS):
+            index = base + tl.arange(0, ROWS)
+            ends = tl.load(query_start + 1 + index, mask=index < sequences, other=0)
+            sequence += tl.sum(((index < sequences) & (ends <= token)).to(tl.int32))
+        to = kept + tl.load(slots + sequence).to(tl.int64) * kept_slot + place * kept_row
+        at = tl.program_id(1) * PART + tl.arange(0, PART)
+        here = at < HK * DK
+        value = tl.load(k + token * k_token + at // DK * k_head + at % DK, mask=here, other=0.0)
+        tl.store(to + at, value.to(tl.float32), mask=here)
+        number = at - HK * DK
+        here = (number >= 0) & (number < HV * DV)
+        value = tl.load(v + token * v_token + number // DV * v_head + number % DV, mask=here, other=0.0)
+        tl.store(to + at, value.to(tl.float32), mask=here)
+        number -= HV * DV
+        here = (number >= 0) & (number < HV)
+        value = tl.load(a + token * a_token + number, mask=here, other=0.0)
+        tl.store(to + at, value.to(tl.float32), mask=here)
+        number -= HV
+        here = (number >= 0) & (number < HV)
+        value = tl.load(b + token * b_token + number, mask=here, other=0.0)
+        tl.store(to + at, value.to(tl.float32), mask=here)
+
+
+def delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    gates: DeltaGates,
+    cache: StateCache,
+    rows: StateRows,
+    *,
+    scale: float,
+    normed: bool = True,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See the contract in the package."""
+    tokens, heads, value_dim = v.shape
+    key_heads, key_dim = k.shape[1:]
+    states, kept = cache
+    assert states.dtype == kept.dtype == gates.decay.dtype == gates.bias.dtype == torch.float32
+    assert all(x.stride(-1) == 1 or x.shape[-1] == 1 for x in (q, k, v, a, b))
+    assert states.numel() == 0 or states[0].is_contiguous()
+    assert kept.numel() == 0 or kept.stride(2) == 1
+    tables = {name: getattr(rows, name) for name in TABLES}
+    assert all(table.is_contiguous() for table in tables.values())
+    assert all(x.device == q.device for x in (k, v, a, b, states, kept, *gates[:2], *tables.values()))
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    if not out.numel():
+        return out
+    inputs = {"q": q, "k": k, "v": v, "a": a, "b": b}
+    strides = dict(zip(STRIDES, (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], a.stride(0), b.stride(0))))
+    strides |= dict(zip(CACHE_STRIDES, (states.stride(0), *kept.stride()[:2])))
+    given: dict[str, Any] = {**inputs, "decay": gates.decay, "bias": gates.bias, "out": out, "states": states}
+    keeps = tables.pop("keeps")
+    given |= {"kept": kept, **tables, "most": gates.strength, "scale": scale, **strides}
+    constants = constants_of(key_heads, heads, key_dim, value_dim, normed=normed)
+    grid = (len(rows.slots), heads, cdiv(value_dim, constants["BLOCK_V"]))
+    if in_chunks(q, positions):
+        assert positions is not None
+        assert positions.is_contiguous()
+        scan_chunks(grid, given, positions, constants)
+    else:
+        scan_tokens(grid, given, constants)
+    if kept.shape[1]:
+        asked = ("k", "v", "a", "b", "kept", "query_start", "slots", *STRIDES[2:], *CACHE_STRIDES[1:])
+        keep_kernel[(tokens, cdiv(kept.shape[2], _PART))](
+            **{name: given[name] for name in asked},
+            keeps=keeps,
+            sequences=len(rows.slots),
+            **_keep_constants(key_heads, heads, key_dim, value_dim),
+            num_warps=4,
+            **OPTIONS,
+        )
+    return out
+
+
+def _keep_constants(key_heads: int, heads: int, key_dim: int, value_dim: int) -> dict[str, int]:
+    sizes = {"HK": key_heads, "HV": heads, "DK": key_dim, "DV": value_dim}
+    return {**sizes, "ROWS": _ROWS, "PART": _PART}
+
+
+def _build(dtype: str, key_heads: int, heads: int, dim: int) -> Build:
+    names = ("k", "v", "a", "b", "kept", "query_start", "slots", *STRIDES[2:], *CACHE_STRIDES[1:])
+    arguments = build_arguments(dtype)
+    return Build(
+        keep_kernel,
+        {name: arguments[name] for name in names} | {"keeps": "*i32", "sequences": "i32"},
+        _keep_constants(key_heads, heads, dim, dim),
+        aligned=(*STRIDES[2:], *CACHE_STRIDES[1:]),
+        unaligned=TABLES,
+        label=f"{dtype}-{key_heads}x{heads}x{dim}",
+    )
+
+
+AOT = (_build("bf16", 16, 32, 128),)

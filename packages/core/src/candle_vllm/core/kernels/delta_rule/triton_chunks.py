@@ -1,0 +1,442 @@
+# SPDX-License-Identifier: MIT
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+"""The gated delta rule of prompts on a GPU: 64 tokens between absolute multiples of 64 at once, others one by one.
+
+With D[i, j] the product of the decays of a chunk's tokens j + 1 .. i for j <= i, P those of tokens up to i, E those of
+tokens behind i, B the strengths, S the state before the chunk, and what each token corrects
+
+    U = inverse(I + tril(B K K^T D, -1)) B (V - P K S)
+
+results and the state behind the chunk are
+
+    Y = P Q S + tril(Q K^T D) U               S = P[63] S + (E K)^T U
+
+`chunk_kernel` makes the inverse times B, tril(Q K^T D), and what rows are multiplied by, for a value head of every
+chunk side by side. The inverse is made row by row, which holds for keys however alike; logarithms of products of decays
+are sums of their own, and no differences. `chunks_kernel` is then as `triton_scan.scan_kernel`, but for whole chunks. A
+chunk within which a state is stored is scanned by token. Source: Yang et al., 2024, arXiv:2406.06484, section 3.
+
+Products with q and k have their numbers as they came, of 16 bits, and norms are applied behind them. Float32 numbers
+are sums of two of 16 bits there, and products of float32 numbers those of such sums, which is nearer to float32 than
+TF32 is. Where q and k are float32, or there are no tensor cores, tokens are taken in one by one.
+"""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from candle_vllm.core.kernels.delta_rule.triton_scan import (
+    CACHE_STRIDES,
+    STRIDES,
+    TABLES,
+    build_arguments,
+    constants_of,
+    log_decay,
+    scan_rows,
+    state_before,
+    strength_of,
+    tile_places,
+)
+from candle_vllm.core.kernels.triton_build import (
+    OPTIONS,
+    TENSOR_CORES,
+    WITH_TENSOR_CORES,
+    Build,
+    capability,
+    cdiv,
+)
+
+CHUNK = 64
+"""Tokens of a chunk."""
+
+_BLOCK_K = 64  # columns of q and k that are multiplied at a time
+_BLOCK_V = 16  # columns of a program: the most that do not spill
+
+
+@triton.jit
+def _rows_of(x, first, token_stride, column, D: tl.constexpr, CHUNK: tl.constexpr):
+    """Rows [CHUNK, ...] of a head from row `first` on."""
+    row = (first + tl.arange(0, CHUNK)).to(tl.int64)
+    return tl.load(x + row[:, None] * token_stride + column[None, :], mask=(column < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _squares(x):
+    """Sums of squares of rows [CHUNK]."""
+    x = x.to(tl.float32)
+    return tl.sum(x * x, axis=1)
+
+
+@triton.jit
+def _norms(squares, NORMED: tl.constexpr, EPS: tl.constexpr):
+    """What rows are multiplied by [CHUNK]."""
+    if NORMED:
+        return 1.0 / tl.sqrt(squares + EPS)
+    return squares * 0.0 + 1.0
+
+
+@triton.jit
+def _halves(x, kind):
+    """Float32 numbers as the sum of two of 16 bits."""
+    upper = x.to(kind)
+    return upper, (x - upper.to(tl.float32)).to(kind)
+
+
+@triton.jit
+def _times(x, y):
+    """The product of numbers of 16 bits with float32 numbers."""
+    upper, lower = _halves(y, x.dtype)
+    return tl.dot(x, lower, tl.dot(x, upper))
+
+
+@triton.jit
+def _store_halves(at, x, SIZE: tl.constexpr):
+    upper, lower = _halves(x, tl.bfloat16)
+    tl.store(at, upper)
+    tl.store(at + SIZE, lower)
+
+
+@triton.jit
+def _product(at, y, SIZE: tl.constexpr):
+    """The product of float32 numbers, of which `_store_halves` has written the first ones."""
+    more, less = _halves(y, tl.bfloat16)
+    upper = tl.load(at)
+    result = tl.dot(upper, less, tl.dot(upper, more))
+    return tl.dot(tl.load(at + SIZE), more, result)
+
+
+@triton.jit(do_not_specialize=["tokens", "most", "scale"], do_not_specialize_on_alignment=["positions"])
+def chunk_kernel(
+    q,  # [T, HK, DK]
+    k,
+    a,  # [T, HV]
+    b,
+    decay,  # [HV] fp32
+    bias,
+    # Of the chunk that begins within rows CHUNK * i .. CHUNK * i + CHUNK - 1:
+    matrices,  # [T / CHUNK, HV, 2, 2, CHUNK, CHUNK] bf16: inverse and scores, both in halves
+    factors,  # [T / CHUNK, HV, 4, CHUNK] fp32: of rows of K in P K, of Q in P Q, of K in E K, and P
+    positions,  # [T]
+    tokens,
+    most,
+    scale,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    a_token,
+    b_token,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
+    DK: tl.constexpr,
+    DKP: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NORMED: tl.constexpr,
+    EPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    SIZE: tl.constexpr = CHUNK * CHUNK
+    place = tl.program_id(0)
+    head = tl.program_id(1)
+    key_head = head // (HV // HK)
+    each = tl.arange(0, CHUNK)
+    token = place * CHUNK + each
+    there = token + CHUNK <= tokens
+    # Of several the last one: behind a chunk's first row, the next border within 64 rows is another sequence's. Rows of
+    # several sequences, which are taken for a chunk here, are one to nobody.
+    begins = there & (tl.load(positions + token, mask=there, other=1) % CHUNK == 0)
+    first = tl.max(tl.where(begins, token, -1))
+    if first >= 0:
+        row = (first + each).to(tl.int64)
+        of_keys, of_queries = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32)
+        alike, found = tl.zeros([CHUNK, CHUNK], tl.float32), tl.zeros([CHUNK, CHUNK], tl.float32)
+        for base in range(0, DKP, BLOCK_K):
+            column = base + tl.arange(0, BLOCK_K)
+            keys = _rows_of(k + key_head * k_head, first, k_token, column, DK, CHUNK)
+            queries = _rows_of(q + key_head * q_head, first, q_token, column, DK, CHUNK)
+            of_keys += _squares(keys)
+            of_queries += _squares(queries)
+            alike = tl.dot(keys, tl.trans(keys), alike)
+            found = tl.dot(queries, tl.trans(keys), found)
+        norms = _norms(of_keys, NORMED, EPS)
+        read = _norms(of_queries, NORMED, EPS) * scale
+        factor = tl.load(decay + head)
+        shift = tl.load(bias + head)
+        gates = log_decay(tl.load(a + row * a_token + head), shift, factor)
+        strengths = strength_of(tl.load(b + row * b_token + head), most)
+        following = tl.load(a + (row + 1) * a_token + head, mask=each < CHUNK - 1, other=0.0)
+        following = tl.where(each < CHUNK - 1, log_decay(following, shift, factor), 0.0)
+        before = tl.exp(tl.cumsum(gates, 0))
+        to = factors + (place * HV + head).to(tl.int64) * (4 * CHUNK) + each
+        tl.store(to, before * norms)
+        tl.store(to + CHUNK, before * read)
+        tl.store(to + 2 * CHUNK, tl.exp(tl.cumsum(following, 0, reverse=True)) * norms)
+        tl.store(to + 3 * CHUNK, before)
+        decays = tl.exp(tl.cumsum(tl.where(each[:, None] > each[None, :], gates[:, None], 0.0), 0))
+        decays = tl.where(each[:, None] >= each[None, :], decays, 0.0) * norms[None, :]
+        to = matrices + (place * HV + head).to(tl.int64) * (4 * SIZE) + each[:, None] * CHUNK + each[None, :]
+        _store_halves(to + 2 * SIZE, found * read[:, None] * decays, SIZE)
+        lower = tl.where(each[:, None] > each[None, :], alike * (norms * strengths)[:, None] * decays, 0.0)
+        inverse = tl.where(each[:, None] == each[None, :], 1.0, 0.0)
+        for line in range(1, CHUNK):
+            here = (each == line)[:, None]
+            row_factors = tl.sum(tl.where(here, lower, 0.0), axis=0)
+            others = tl.sum(row_factors[:, None] * inverse, axis=0)
+            inverse = tl.where(here, inverse - others[None, :], inverse)
+        _store_halves(to, inverse * strengths[None, :], SIZE)
+
+
+@triton.jit
+def _take_chunk(
+    state,
+    first,
+    q,  # as in `triton_scan.scan_rows`
+    k,
+    v,
+    out,
+    matrices,  # of the chunk and value head
+    factors,
+    q_token,
+    k_token,
+    v_token,
+    row,
+    column,
+    HV: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Writes the results of a whole chunk, and returns the state behind it."""
+    SIZE: tl.constexpr = CHUNK * CHUNK
+    each = tl.arange(0, CHUNK)
+    at = matrices + each[:, None] * CHUNK + each[None, :]
+    values = _rows_of(v, first, v_token, column, DV, CHUNK).to(tl.float32)
+    remembered = _times(_rows_of(k, first, k_token, row, DK, CHUNK), state)
+    corrections = _product(at, values - tl.load(factors + each)[:, None] * remembered, SIZE)
+    result = _times(_rows_of(q, first, q_token, row, DK, CHUNK), state) * tl.load(factors + CHUNK + each)[:, None]
+    result += _product(at + 2 * SIZE, corrections, SIZE)
+    to = out + (first + each).to(tl.int64)[:, None] * (HV * DV) + column[None, :]
+    tl.store(to, result.to(out.dtype.element_ty), mask=(column < DV)[None, :])
+    turned = tl.trans(_rows_of(k, first, k_token, row, DK, CHUNK))
+    corrections *= tl.load(factors + 2 * CHUNK + each)[:, None]
+    return state * tl.load(factors + 4 * CHUNK - 1) + _times(turned, corrections)
+
+
+@triton.jit(do_not_specialize=["most", "scale"], do_not_specialize_on_alignment=(*TABLES, "positions"))
+def chunks_kernel(
+    q,  # all as in `triton_scan.scan_kernel`
+    k,
+    v,
+    a,
+    b,
+    decay,
+    bias,
+    out,
+    states,
+    kept,
+    query_start,
+    slots,
+    sources,
+    replays,
+    stores,
+    positions,  # [T]
+    matrices,  # as above
+    factors,
+    most,
+    scale,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    a_token,
+    b_token,
+    slot_stride,
+    kept_slot,
+    kept_row,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    DKP: tl.constexpr,
+    FILLED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    NORMED: tl.constexpr,
+    EPS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    sequence = tl.program_id(0)
+    head = tl.program_id(1)
+    key_head = head // (HV // HK)
+    row = tl.arange(0, DKP)
+    column = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    factor = tl.load(decay + head)
+    shift = tl.load(bias + head)
+    states += head * (FILLED * DK)
+    q += key_head * q_head
+    k += key_head * k_head
+    v += head * v_head
+    a += head
+    b += head
+    out += head * DV
+    state = state_before(
+        states,
+        kept + tl.load(slots + sequence).to(tl.int64) * kept_slot,
+        tl.load(sources + sequence),
+        tl.load(replays + sequence),
+        factor,
+        shift,
+        most,
+        slot_stride,
+        kept_row,
+        row,
+        column,
+        head,
+        key_head,
+        HK,
+        HV,
+        DK,
+        DV,
+        FILLED,
+        NORMED,
+        EPS,
+        COLUMNS,
+    )
+    start = tl.load(query_start + sequence).to(tl.int32)
+    end = tl.load(query_start + sequence + 1).to(tl.int32)
+    if start < end:
+        # Rows before the first chunk that begins here, whole chunks, and the rest.
+        position = tl.load(positions + start).to(tl.int32)
+        begin = tl.minimum(start + (CHUNK - position % CHUNK) % CHUNK, end)
+        chunks = (end - begin) // CHUNK
+        each = tl.arange(0, CHUNK)
+        for piece in range(chunks + 2):
+            first = tl.where(piece == 0, start, begin + (piece - 1) * CHUNK)
+            last = tl.where(piece == 0, begin, tl.minimum(first + CHUNK, end))
+            whole = (piece > 0) & (last - first == CHUNK)
+            if whole:
+                asked = tl.load(stores + first + each, mask=each < CHUNK - 1, other=-1)
+                whole = tl.max(asked.to(tl.int32)) < 0
+            if whole:
+                at = ((first // CHUNK) * HV + head).to(tl.int64) * CHUNK
+                state = _take_chunk(
+                    state,
+                    first,
+                    q,
+                    k,
+                    v,
+                    out,
+                    matrices + at * (4 * CHUNK),
+                    factors + at * 4,
+                    q_token,
+                    k_token,
+                    v_token,
+                    row,
+                    column,
+                    HV,
+                    DK,
+                    DV,
+                    CHUNK,
+                )
+                slot = tl.load(stores + last - 1).to(tl.int64)
+                if slot >= 0:
+                    inside = (row < DK)[:, None] & (column < FILLED)[None, :]
+                    tl.store(states + slot * slot_stride + tile_places(row, column, DK, COLUMNS), state, mask=inside)
+            else:
+                state = scan_rows(
+                    state,
+                    first,
+                    last,
+                    q,
+                    k,
+                    v,
+                    a,
+                    b,
+                    out,
+                    states,
+                    stores,
+                    factor,
+                    shift,
+                    most,
+                    scale,
+                    q_token,
+                    k_token,
+                    v_token,
+                    a_token,
+                    b_token,
+                    slot_stride,
+                    row,
+                    column,
+                    HV,
+                    DK,
+                    DV,
+                    FILLED,
+                    NORMED,
+                    EPS,
+                    COLUMNS,
+                )
+
+
+def scan_chunks(
+    grid: tuple[int, ...],
+    given: dict[str, Any],
+    positions: torch.Tensor,
+    constants: dict[str, Any],
+) -> None:
+    """Launches both kernels; see `triton.delta_rule`."""
+    q, tokens = given["q"], len(given["q"])
+    chunks = (cdiv(tokens, CHUNK), constants["HV"])
+    given = given | {
+        "positions": positions,
+        "matrices": torch.empty((*chunks, 4, CHUNK, CHUNK), dtype=torch.bfloat16, device=q.device),
+        "factors": torch.empty((*chunks, 4, CHUNK), dtype=torch.float32, device=q.device),
+    }
+    asked = {name: given[name] for name in _chunk_names()} | {"tokens": tokens}
+    chunk_kernel[chunks](**asked, **_chunk_constants(constants), **_HOW, **OPTIONS)
+    constants = constants | {"BLOCK_V": _BLOCK_V, "CHUNK": CHUNK}
+    grid = (*grid[:2], cdiv(constants["DV"], _BLOCK_V))
+    chunks_kernel[grid](**given, **constants, **_HOW, **OPTIONS)
+
+
+_HOW = MappingProxyType({"num_warps": 8, "num_stages": 1})  # not measured yet
+
+
+def in_chunks(q: torch.Tensor, positions: torch.Tensor | None) -> bool:
+    """Whether a step's whole chunks are computed at once."""
+    return positions is not None and len(q) >= CHUNK and q.element_size() == 2 and capability(q.device) >= TENSOR_CORES
+
+
+def _chunk_constants(constants: dict[str, Any]) -> dict[str, Any]:
+    names = ("HK", "HV", "DK", "DKP", "NORMED", "EPS")
+    blocks = {"BLOCK_K": min(constants["DKP"], _BLOCK_K), "CHUNK": CHUNK}
+    return {name: constants[name] for name in names} | blocks
+
+
+def _chunk_names() -> tuple[str, ...]:
+    """Of what `chunk_kernel` is given."""
+    tensors = ("q", "k", "a", "b", "decay", "bias", "matrices", "factors", "positions")
+    return *tensors, "most", "scale", *(name for name in STRIDES if not name.startswith("v"))
+
+
+def _builds(dtype: str, key_heads: int, heads: int, dim: int) -> tuple[Build, Build]:
+    arguments = build_arguments(dtype) | {"positions": "*i32", "matrices": "*bf16", "factors": "*fp32"}
+    constants = constants_of(key_heads, heads, dim, dim, normed=True)
+    more: dict[str, Any] = {**_HOW, "capabilities": WITH_TENSOR_CORES, "unaligned": (*TABLES, "positions")}
+    more |= {"label": f"{dtype}-{key_heads}x{heads}x{dim}"}
+    names = _chunk_names()
+    chunk = {name: arguments[name] for name in names} | {"tokens": "i32"}
+    strides, every = tuple(name for name in STRIDES if name in names), (*STRIDES, *CACHE_STRIDES)
+    return (
+        Build(chunk_kernel, chunk, _chunk_constants(constants), aligned=strides, **more),
+        Build(chunks_kernel, arguments, constants | {"BLOCK_V": _BLOCK_V, "CHUNK": CHUNK}, aligned=every, **more),
+    )
+
+
+AOT = (*_builds("bf16", 16, 32, 128), *_builds("fp16", 16, 48, 128))

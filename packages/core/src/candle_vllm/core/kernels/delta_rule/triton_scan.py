@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: MIT
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+"""The gated delta rule on a GPU, token by token (step 6 of a request's life).
+
+A program has some columns of a value head's state of a sequence in registers, and takes all of the sequence's tokens
+in. Norms and gates are computed by each for itself, which is less than reading the state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from candle_vllm.core.kernels.delta_rule.layout import COLUMNS, EPS
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
+
+TABLES = ("query_start", "slots", "sources", "replays", "stores", "keeps")
+STRIDES = ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head", "a_token", "b_token")
+CACHE_STRIDES = ("slot_stride", "kept_slot", "kept_row")
+_BLOCK_V = 32  # columns of a program; not measured yet
+
+
+@triton.jit
+def log_decay(a, bias, decay):
+    """decay * softplus(a + bias), fp32."""
+    time = a.to(tl.float32) + bias
+    power = tl.exp(-tl.abs(time))
+    above = 1.0 + power  # whose rounding is undone: log(1 + u) = u log(w) / (w - 1) for w near 1 + u
+    small = tl.where(above == 1.0, power, tl.log(above) * (power / tl.where(above == 1.0, 1.0, above - 1.0)))
+    return decay * (tl.maximum(time, 0.0) + small)
+
+
+@triton.jit
+def strength_of(b, most):
+    """most * sigmoid(b), fp32."""
+    return most / (1.0 + tl.exp(-b.to(tl.float32)))
+
+
+@triton.jit
+def tile_places(row, column, DK: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where the elements [DK, BLOCK_V] of a value head's state stand in the head's tiles."""
+    return (column // COLUMNS)[None, :] * (DK * COLUMNS) + row[:, None] * COLUMNS + (column % COLUMNS)[None, :]
+
+
+@triton.jit
+def take_in(state, k, v, decay, strength, NORMED: tl.constexpr, EPS: tl.constexpr):
+    """The state [DKP, BLOCK_V] behind a token with k [DKP] and v [BLOCK_V], fp32."""
+    if NORMED:
+        k = k / tl.sqrt(tl.sum(k * k) + EPS)
+    state = state * decay
+    correction = strength * (v - tl.sum(state * k[:, None], axis=0))
+    return state + k[:, None] * correction[None, :]
+
+
+@triton.jit
+def scan_rows(
+    state,
+    first,  # rows of the step
+    last,
+    q,  # at the key head
+    k,
+    v,  # at the value head
+    a,
+    b,
+    out,  # at the value head
+    states,  # at the value head of the first slot
+    stores,
+    decay,
+    bias,
+    most,
+    scale,
+    q_token,
+    k_token,
+    v_token,
+    a_token,
+    b_token,
+    slot_stride,
+    row,  # [DKP]
+    column,  # [BLOCK_V]
+    HV: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    FILLED: tl.constexpr,  # DV up to whole tiles
+    NORMED: tl.constexpr,
+    EPS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Takes rows in one by one: writes their results and the states that are asked for, returns the last state."""
+    places = tile_places(row, column, DK, COLUMNS)
+    inside = (row < DK)[:, None] & (column < FILLED)[None, :]
+    for token in range(first, last):
+        at = tl.cast(token, tl.int64)
+        key = tl.load(k + at * k_token + row, mask=row < DK, other=0.0).to(tl.float32)
+        query = tl.load(q + at * q_token + row, mask=row < DK, other=0.0).to(tl.float32)
+        value = tl.load(v + at * v_token + column, mask=column < DV, other=0.0).to(tl.float32)
+        kept = tl.exp(log_decay(tl.load(a + at * a_token), bias, decay))
+        strength = strength_of(tl.load(b + at * b_token), most)
+        state = take_in(state, key, value, kept, strength, NORMED, EPS)
+        if NORMED:
+            query = query / tl.sqrt(tl.sum(query * query) + EPS)
+        result = tl.sum(state * (query * scale)[:, None], axis=0)
+        tl.store(out + at * (HV * DV) + column, result.to(out.dtype.element_ty), mask=column < DV)
+        slot = tl.load(stores + at).to(tl.int64)
+        if slot >= 0:
+            tl.store(states + slot * slot_stride + places, state, mask=inside)
+    return state
+
+
+@triton.jit
+def state_before(
+    states,  # at the value head of the first slot
+    kept,  # at the first kept row of the sequence
+    source,
+    replays,
+    decay,
+    bias,
+    most,
+    slot_stride,
+    kept_row,
+    row,
+    column,
+    head,
+    key_head,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    FILLED: tl.constexpr,
+    NORMED: tl.constexpr,
+    EPS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The state [DKP, BLOCK_V] that a sequence's first row of the step meets."""
+    at = states + source.to(tl.int64) * slot_stride + tile_places(row, column, DK, COLUMNS)
+    inside = ((row < DK) & (row * 0 + source >= 0))[:, None] & (column < FILLED)[None, :]
+    state = tl.load(at, mask=inside, other=0.0)
+    tl.debug_barrier()  # it may be written there, by other threads
+    for _ in range(replays):
+        key = tl.load(kept + key_head * DK + row, mask=row < DK, other=0.0)
+        value = tl.load(kept + HK * DK + head * DV + column, mask=column < DV, other=0.0)
+        gates = kept + HK * DK + HV * DV + head
+        held = tl.exp(log_decay(tl.load(gates), bias, decay))
+        state = take_in(state, key, value, held, strength_of(tl.load(gates + HV), most), NORMED, EPS)
+        kept += kept_row
+    return state
+
+
+@triton.jit(do_not_specialize=["most", "scale"], do_not_specialize_on_alignment=TABLES)
+def scan_kernel(
+    q,  # [T, HK, DK]
+    k,
+    v,  # [T, HV, DV]
+    a,  # [T, HV]
+    b,
+    decay,  # [HV] fp32
+    bias,
+    out,  # [T, HV, DV] contiguous
+    states,  # [slots, HV, tiles, DK, COLUMNS] fp32, slots of any stride
+    kept,  # [slots, drafts, inputs] fp32, of any strides but the last
+    query_start,  # [R + 1]
+    slots,  # [R]
+    sources,
+    replays,
+    stores,  # [T]
+    most,
+    scale,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    a_token,
+    b_token,
+    slot_stride,
+    kept_slot,
+    kept_row,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    DKP: tl.constexpr,  # up to a power of two
+    FILLED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    NORMED: tl.constexpr,
+    EPS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    sequence = tl.program_id(0)
+    head = tl.program_id(1)
+    key_head = head // (HV // HK)
+    row = tl.arange(0, DKP)
+    column = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    factor = tl.load(decay + head)
+    shift = tl.load(bias + head)
+    states += head * (FILLED * DK)
+    state = state_before(
+        states,
+        kept + tl.load(slots + sequence).to(tl.int64) * kept_slot,
+        tl.load(sources + sequence),
+        tl.load(replays + sequence),
+        factor,
+        shift,
+        most,
+        slot_stride,
+        kept_row,
+        row,
+        column,
+        head,
+        key_head,
+        HK,
+        HV,
+        DK,
+        DV,
+        FILLED,
+        NORMED,
+        EPS,
+        COLUMNS,
+    )
+    scan_rows(
+        state,
+        tl.load(query_start + sequence).to(tl.int32),
+        tl.load(query_start + sequence + 1).to(tl.int32),
+        q + key_head * q_head,
+        k + key_head * k_head,
+        v + head * v_head,
+        a + head,
+        b + head,
+        out + head * DV,
+        states,
+        stores,
+        factor,
+        shift,
+        most,
+        scale,
+        q_token,
+        k_token,
+        v_token,
+        a_token,
+        b_token,
+        slot_stride,
+        row,
+        column,
+        HV,
+        DK,
+        DV,
+        FILLED,
+        NORMED,
+        EPS,
+        COLUMNS,
+    )
+
+
+def scan_tokens(grid: tuple[int, ...], given: dict[str, Any], constants: dict[str, Any]) -> None:
+    """Launches the kernel; see `triton.delta_rule`."""
+    scan_kernel[grid](**given, **constants, num_warps=4, **OPTIONS)
+
+
+def constants_of(key_heads: int, heads: int, key_dim: int, value_dim: int, *, normed: bool) -> dict[str, Any]:
+    """Of a layer."""
+    return {
+        "HK": key_heads,
+        "HV": heads,
+        "DK": key_dim,
+        "DV": value_dim,
+        "DKP": max(16, next_power_of_2(key_dim)),
+        "FILLED": cdiv(value_dim, COLUMNS) * COLUMNS,
+        "BLOCK_V": _BLOCK_V if value_dim > COLUMNS else COLUMNS,
+        "NORMED": normed,
+        "EPS": EPS,
+        "COLUMNS": COLUMNS,
+    }
+
+
+def build_arguments(dtype: str) -> dict[str, str]:
+    """Triton's types of what the kernels of a layer are given, but for constants."""
+    arguments = dict.fromkeys(("q", "k", "v", "a", "b", "out"), f"*{dtype}")
+    arguments |= dict.fromkeys(("decay", "bias", "states", "kept"), "*fp32") | dict.fromkeys(TABLES[:-1], "*i32")
+    return arguments | {"most": "fp32", "scale": "fp32"} | dict.fromkeys((*STRIDES, *CACHE_STRIDES), "i32")
+
+
+def _build(dtype: str, key_heads: int, heads: int, dim: int) -> Build:
+    return Build(
+        scan_kernel,
+        build_arguments(dtype),
+        constants_of(key_heads, heads, dim, dim, normed=True),
+        aligned=(*STRIDES, *CACHE_STRIDES),
+        unaligned=TABLES,
+        label=f"{dtype}-{key_heads}x{heads}x{dim}",
+    )
+
+
+AOT = (_build("bf16", 16, 32, 128), _build("fp32", 16, 48, 128), _build("bf16", 16, 16, 256))

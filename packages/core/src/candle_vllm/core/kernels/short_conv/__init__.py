@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: MIT
+"""Causal depthwise convolution over the tokens of a sequence, whose last inputs are its state.
+
+Contract: x [T, C] of any float dtype, weight [C, taps], bias [C] or None; y [T, C] has x's dtype, in new memory. Token
+n of a sequence, from 0 on, becomes
+
+    y[n, c] = act(bias[c] + sum over j of weight[c, j] * x[n - taps + 1 + j, c])          x is 0 before the first token
+
+The sum is fp32, from the oldest input to the newest; act is SiLU in fp32, or nothing; the result is rounded once. The
+state is kept as `kernels/states.py` says: the last taps - 1 inputs, the oldest first, `states` [slots, taps - 1, C] of
+x's dtype, float32 in recorded steps; channels lie behind each other, as they do in x. A kept row is x[t], C numbers in
+float32. A row's result depends on its own sequence alone.
+
+With gates (g, h), [T, C] each of x's dtype, g * x stands for x wherever it is named above, rounded to x's dtype, and y
+is h * act(...), still rounded once. A recorded step writes g * x where x stands; g and h stand in the same buffer.
+Source: Wu et al., 2019, arXiv:1901.10430 (depthwise); Gu and Dao, 2023, arXiv:2312.00752, section 3.4 (with a state);
+Liquid AI, 2025, arXiv:2511.23404 (with gates).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from candle_vllm.core.kernels.cpu_runtime.operation import operation
+from candle_vllm.core.kernels.dispatch import on_gpu
+from candle_vllm.core.kernels.recorded import Recorded, Value
+
+if TYPE_CHECKING:
+    import torch
+
+    from candle_vllm.core.kernels.states import StateCache, StateRows
+
+
+def state_shape(channels: int, taps: int) -> tuple[int, int]:
+    """Of a sequence's state; a kept row is `channels` numbers."""
+    return taps - 1, channels
+
+
+def short_conv(
+    x: Value,
+    weight: Value,
+    bias: Value | None,
+    cache: StateCache,
+    rows: StateRows | None,
+    *,
+    silu: bool = False,
+    gates: tuple[Value, Value] | None = None,
+    single: bool = False,
+) -> Value:
+    """The convolved rows; the states and kept rows of `cache` are changed.
+
+    Args:
+        x, weight, bias: see above; the numbers of a row of x lie behind each other.
+        cache: of the layer.
+        rows: what the step does with states; a recorded one has its own.
+        silu: of the result.
+        gates: g and h [T, C], see above; None for none.
+        single: row r is all that sequence r has in this step; on a GPU that is one launch less.
+    """
+    if isinstance(x, Recorded):
+        return x.short_conv(weight, bias, cache, silu=silu, gates=gates)
+    assert rows is not None
+    _check(x, weight, bias, cache)
+    assert gates is None or all(gate.shape == x.shape and gate.dtype == x.dtype for gate in gates)
+    if on_gpu(x):
+        from candle_vllm.core.kernels.short_conv import triton
+
+        return triton.short_conv(x, weight, bias, cache, rows, silu=silu, gates=gates, single=single)
+    from candle_vllm.core.kernels.short_conv import reference
+
+    return reference.short_conv(x, weight, bias, cache, rows, silu=silu, gates=gates)
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, cache: StateCache) -> None:
+    channels, taps = weight.shape
+    assert x.shape[1:] == (channels,)
+    assert bias is None or bias.shape == (channels,)
+    assert cache.states.shape[1:] == state_shape(channels, taps)
+    assert cache.states.dtype == x.dtype
+    assert cache.kept.shape[2:] == (channels,)
+
+
+# ---- recorded -------------------------------------------------------------------------------------------------------
+
+
+class ShortConvArguments(NamedTuple):
+    """The operation's arguments; from `states` on as `Recorder.state_arguments` gives them.
+
+    Attributes:
+        x, stride: address of float32 rows, and floats from one to the next.
+        gate_in, gate_out: of g and h, whose rows are as far from each other; 0 where there are no gates.
+        channels: C.
+        weight: address of float32 [taps, C].
+        bias: address of float32 [C].
+        out, out_stride: as x.
+    """
+
+    x: int
+    stride: int
+    gate_in: int
+    gate_out: int
+    channels: int
+    weight: int
+    bias: int
+    out: int
+    out_stride: int
+    states: int
+    slot_bytes: int
+    kept: int
+    kept_bytes: int
+    kept_row_bytes: int
+    query_start: int
+    slots: int
+    sources: int
+    replays: int
+    stores: int
+    keeps: int
+
+
+def short_conv_operation(taps: int, *, silu: bool, gated: bool) -> int:
+    """Address of the compiled operation."""
+    return operation("short_conv.cpu:make_short_conv", taps, silu, gated)

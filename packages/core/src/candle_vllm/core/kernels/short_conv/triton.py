@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: MIT
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+"""The convolution with a state on a GPU (step 6 of a request's life).
+
+A program has some channels of some tokens, which are computed side by side: a token sees inputs alone. States and kept
+rows are written when all have read them. Where every sequence has one token that is by the same program, else by a
+second launch, a program of which has some channels of a sequence.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from candle_vllm.core.kernels.triton_build import OPTIONS, Build, cdiv, next_power_of_2
+
+if TYPE_CHECKING:
+    from candle_vllm.core.kernels.states import StateCache, StateRows
+
+_ROWS = 128  # sequences, or rows, that a program looks at together when it searches
+_TABLES = ("query_start", "slots", "sources", "replays", "stores", "keeps")
+
+
+@triton.jit
+def _row(x, gate, row, there, channel, x_stride, gate_stride):
+    """Rows of the step [TOKENS, BLOCK], fp32, gated where there is a gate."""
+    value = tl.load(x + row * x_stride + channel, mask=there, other=0.0)
+    if gate is not None:
+        factor = tl.load(gate + row * gate_stride + channel, mask=there, other=0.0)
+        value = (value.to(tl.float32) * factor.to(tl.float32)).to(value.dtype)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def _input(
+    x,
+    gate,
+    states,
+    kept,  # at the first kept row of the sequence
+    begin,  # the first row of the step that the sequence has
+    number,  # of the input: those of the step are 0, 1, ...; all [TOKENS, 1]
+    replays,
+    source,
+    there,
+    channel,  # [1, BLOCK]
+    x_stride,
+    gate_stride,
+    slot_stride,
+    kept_row,
+    C: tl.constexpr,
+    BEFORE: tl.constexpr,
+):
+    """An input of a sequence [TOKENS, BLOCK], fp32: of the step, else a kept row that was right, else of the state."""
+    there = there & (channel < C)
+    behind = replays + number
+    now = _row(x, gate, begin + number, there & (number >= 0), channel, x_stride, gate_stride)
+    drafted = tl.load(kept + behind * kept_row + channel, mask=there & (number < 0) & (behind >= 0), other=0.0)
+    at = states + source * slot_stride + (BEFORE + behind) * C + channel
+    earlier = tl.load(at, mask=there & (behind < 0) & (source >= 0), other=0.0).to(tl.float32)
+    return tl.where(number >= 0, now, tl.where(behind >= 0, drafted, earlier))
+
+
+@triton.jit(do_not_specialize=["tokens", "sequences"], do_not_specialize_on_alignment=_TABLES)
+def conv_kernel(
+    x,  # [T, C]
+    gate_in,  # [T, C], or None
+    gate_out,
+    weight,  # [C, TAPS] contiguous
+    bias,  # [C], or None
+    y,  # [T, C] contiguous
+    states,  # [slots, BEFORE, C], slots of any stride
+    kept,  # [slots, drafts, C], fp32, of any strides but the last
+    query_start,  # [R + 1]
+    slots,  # [R]
+    sources,
+    replays,
+    stores,  # [T]
+    keeps,
+    tokens,
+    sequences,
+    x_stride,
+    gate_stride,
+    slot_stride,
+    kept_slot,
+    kept_row,
+    C: tl.constexpr,
+    TAPS: tl.constexpr,
+    SILU: tl.constexpr,
+    SINGLE: tl.constexpr,  # token t is all that sequence t has, and states are written
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    BEFORE: tl.constexpr = TAPS - 1
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    there = token < tokens
+    if SINGLE:
+        row = token
+        number = token * 0
+    else:
+        row = token * 0
+        for base in range(0, sequences, ROWS):
+            index = base + tl.arange(0, ROWS)[None, :]
+            ends = tl.load(query_start + 1 + index, mask=index < sequences, other=tokens).to(tl.int32)
+            row += tl.sum(((ends <= token) & (index < sequences)).to(tl.int32), axis=1)[:, None]
+        there = there & (row < sequences)
+        number = token - tl.load(query_start + row, mask=there, other=0).to(tl.int32)
+    slot = tl.load(slots + row, mask=there, other=0).to(tl.int64)
+    source = tl.load(sources + row, mask=there, other=-1).to(tl.int64)
+    replayed = tl.load(replays + row, mask=there, other=0).to(tl.int64)
+    begin = (token - number).to(tl.int64)
+    taken = kept + slot * kept_slot
+    number = number.to(tl.int64)
+    total = tl.zeros([TOKENS, BLOCK], tl.float32)
+    if bias is not None:
+        total += tl.load(bias + channel, mask=channel < C, other=0.0).to(tl.float32)
+    for tap in tl.static_range(TAPS):
+        factor = tl.load(weight + channel * TAPS + tap, mask=channel < C, other=0.0).to(tl.float32)
+        seen = number - BEFORE + tap
+        total += factor * _input(
+            x,
+            gate_in,
+            states,
+            taken,
+            begin,
+            seen,
+            replayed,
+            source,
+            there,
+            channel,
+            x_stride,
+            gate_stride,
+            slot_stride,
+            kept_row,
+            C,
+            BEFORE,
+        )
+    if SILU:
+        total = total / (1.0 + tl.exp(-total))
+    inside = there & (channel < C)
+    if gate_out is not None:
+        at = gate_out + token.to(tl.int64) * gate_stride + channel
+        total = total * tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + token.to(tl.int64) * C + channel, total.to(y.dtype.element_ty), mask=inside)
+    if SINGLE:
+        to = tl.load(stores + token, mask=there, other=-1).to(tl.int64)
+        place = tl.load(keeps + token, mask=there, other=-1).to(tl.int64)
+        for tap in tl.static_range(BEFORE):
+            seen = number - BEFORE + 1 + tap
+            value = _input(
+                x,
+                gate_in,
+                states,
+                taken,
+                begin,
+                seen,
+                replayed,
+                source,
+                there,
+                channel,
+                x_stride,
+                gate_stride,
+                slot_stride,
+                kept_row,
+                C,
+                BEFORE,
+            )
+            tl.debug_barrier()  # the state may be written where it is read, and by other threads
+            at = states + to * slot_stride + tap * C + channel
+            tl.store(at, value.to(states.dtype.element_ty), mask=inside & (to >= 0))
+        value = _row(x, gate_in, begin + number, inside, channel, x_stride, gate_stride)
+        tl.debug_barrier()
+        tl.store(taken + place * kept_row + channel, value, mask=inside & (place >= 0))
+
+
+@triton.jit(do_not_specialize_on_alignment=_TABLES)
+def store_kernel(
+    x,  # all as above
+    gate_in,
+    states,
+    kept,
+    query_start,
+    slots,
+    sources,
+    replays,
+    stores,
+    keeps,
+    x_stride,
+    gate_stride,
+    slot_stride,
+    kept_slot,
+    kept_row,
+    C: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Writes states and kept rows of a sequence, in the order of its tokens."""
+    BEFORE: tl.constexpr = TAPS - 1
+    row = tl.program_id(0)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    start = tl.load(query_start + row).to(tl.int32)
+    end = tl.load(query_start + row + 1).to(tl.int32)
+    slot = tl.load(slots + row).to(tl.int64)
+    nothing = tl.zeros([1, 1], tl.int64)
+    source = nothing + tl.load(sources + row)
+    replayed = nothing + tl.load(replays + row)
+    begin = nothing + start.to(tl.int64)
+    taken = kept + slot * kept_slot
+    every = channel >= 0
+    for base in range(start, end, ROWS):
+        index = base + tl.arange(0, ROWS)
+        asked = tl.load(stores + index, mask=index < end, other=-1).to(tl.int32)
+        asked = tl.maximum(asked, tl.load(keeps + index, mask=index < end, other=-1).to(tl.int32))
+        wanted = tl.sum((asked >= 0).to(tl.int32))
+        token = base
+        while wanted > 0:
+            to = tl.load(stores + token).to(tl.int64)
+            place = tl.load(keeps + token).to(tl.int64)
+            number = nothing + (token - start)
+            if to >= 0:
+                for tap in tl.static_range(BEFORE):
+                    seen = number - BEFORE + 1 + tap
+                    value = _input(
+                        x,
+                        gate_in,
+                        states,
+                        taken,
+                        begin,
+                        seen,
+                        replayed,
+                        source,
+                        every,
+                        channel,
+                        x_stride,
+                        gate_stride,
+                        slot_stride,
+                        kept_row,
+                        C,
+                        BEFORE,
+                    )
+                    tl.debug_barrier()
+                    at = states + to * slot_stride + tap * C + channel
+                    tl.store(at, value.to(states.dtype.element_ty), mask=channel < C)
+            if place >= 0:
+                value = _row(x, gate_in, begin + number, channel < C, channel, x_stride, gate_stride)
+                tl.debug_barrier()
+                tl.store(taken + place * kept_row + channel, value, mask=channel < C)
+            if (to >= 0) | (place >= 0):
+                wanted -= 1
+            token += 1
+
+
+def short_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    cache: StateCache,
+    rows: StateRows,
+    *,
+    silu: bool = False,
+    gates: tuple[torch.Tensor, torch.Tensor] | None = None,
+    single: bool = False,
+) -> torch.Tensor:
+    """See the contract in the package."""
+    (tokens, channels), taps, sequences = x.shape, weight.shape[1], len(rows.slots)
+    states, kept = cache
+    gate_in, gate_out = (None, None) if gates is None else gates
+    gate_stride = 0 if gate_in is None else gate_in.stride(0)
+    assert x.stride(1) == 1
+    assert gates is None or all(gate.stride() == (gate_stride, 1) for gate in gates)
+    assert tokens == sequences or not single
+    assert weight.is_contiguous()
+    assert bias is None or bias.is_contiguous()
+    assert states.stride()[1:] == (channels, 1) or not states.numel()
+    assert kept.dtype == torch.float32
+    assert kept.stride(2) == 1 or not kept.numel()
+    tables = [getattr(rows, name) for name in _TABLES]
+    assert all(table.is_contiguous() for table in tables)
+    assert all(one.device == x.device for one in (weight, states, kept, *tables))
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if not y.numel():
+        return y
+    constants = _constants(channels, taps, single=single)
+    strides = x.stride(0), gate_stride, states.stride(0), *kept.stride()[:2]
+    grid = (cdiv(tokens, constants["TOKENS"]), cdiv(channels, constants["BLOCK"]))
+    conv_kernel[grid](
+        x,
+        gate_in,
+        gate_out,
+        weight,
+        bias,
+        y,
+        states,
+        kept,
+        *tables,
+        tokens,
+        sequences,
+        *strides,
+        SILU=silu,
+        **constants,
+        num_warps=4,
+        **OPTIONS,
+    )
+    if not single:
+        constants = _store_constants(channels, taps)
+        grid = (sequences, cdiv(channels, constants["BLOCK"]))
+        store_kernel[grid](x, gate_in, states, kept, *tables, *strides, **constants, num_warps=4, **OPTIONS)
+    return y
+
+
+def _constants(channels: int, taps: int, *, single: bool) -> dict[str, Any]:
+    """Not measured yet: eight numbers for each thread."""
+    block = min(next_power_of_2(channels), 512 if single else 128)
+    return {
+        "C": channels,
+        "TAPS": taps,
+        "SINGLE": single,
+        "TOKENS": 1 if single else max(1, 1024 // block),
+        "BLOCK": block,
+        "ROWS": _ROWS,
+    }
+
+
+def _store_constants(channels: int, taps: int) -> dict[str, Any]:
+    return {"C": channels, "TAPS": taps, "BLOCK": min(next_power_of_2(channels), 512), "ROWS": _ROWS}
+
+
+def _build(
+    dtype: str,
+    channels: int,
+    taps: int,
+    *,
+    single: bool = False,
+    stores: bool = False,
+    bias: bool = False,
+    gated: bool = False,
+) -> Build:
+    arguments = dict.fromkeys(("x", "states"), f"*{dtype}") | {"kept": "*fp32"} | dict.fromkeys(_TABLES, "*i32")
+    strides = ("x_stride", "gate_stride", "slot_stride", "kept_slot", "kept_row")
+    arguments |= dict.fromkeys(strides, "i32")
+    label = f"{dtype}-{channels}x{taps}" + "-single" * single + "-bias" * bias + "-gated" * gated
+    more: dict[str, Any] = {"aligned": strides, "unaligned": _TABLES, "label": label}
+    constants: dict[str, Any] = {}
+    optional = {"gate_in": gated} | ({} if stores else {"gate_out": gated, "bias": bias})
+    for name, there in optional.items():
+        if there:
+            arguments[name] = "*fp32" if name == "bias" else f"*{dtype}"
+        else:
+            constants[name] = None
+    if stores:
+        return Build(store_kernel, arguments, constants | _store_constants(channels, taps), **more)
+    arguments |= {"weight": "*fp32", "y": f"*{dtype}"} | dict.fromkeys(("tokens", "sequences"), "i32")
+    constants |= _constants(channels, taps, single=single) | {"SILU": not gated}
+    return Build(conv_kernel, arguments, constants, **more)
+
+
+AOT = (
+    _build("bf16", 8192, 4, single=True),
+    _build("bf16", 8192, 4),
+    _build("bf16", 8192, 4, stores=True),
+    _build("bf16", 2048, 3, single=True, gated=True),
+    _build("fp16", 2048, 3, bias=True, gated=True),
+    _build("fp16", 2048, 3, stores=True, gated=True),
+    _build("fp32", 2048, 3),
+)

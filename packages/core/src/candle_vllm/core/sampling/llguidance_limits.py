@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: MIT
+"""How much work llguidance may have with one form (step 7 of ten)."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from candle_vllm.core.sampling.structured import refused
+
+if TYPE_CHECKING:
+    from llguidance import LLParserLimits
+
+_LIMITS: Mapping[str, Any] = MappingProxyType(
+    {
+        "max_lexer_states": 60_000,  # up to 2 kB each, for every form
+        "max_grammar_size": 200_000,
+        "verbose_errors": False,
+    }
+)
+MOST_COMPILING = 10
+"""Seconds that llguidance may take for one form."""
+_FEW = 1024  # characters without counts, in which nothing explodes
+_COUNTED = re.compile(r"\{\d")
+_TOKEN = re.compile(r"<\[[\d,^-]+\]>")
+_TRIAL = """
+import json, sys
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, 2 * (int(sys.argv[2]),))
+    resource.setrlimit(resource.RLIMIT_AS, 2 * (1 << 31,))
+except (ImportError, OSError, ValueError):
+    pass
+limits = LLParserLimits(**json.loads(sys.argv[1]))
+LLMatcher(LLTokenizer("byte"), sys.stdin.buffer.read().decode(), log_level=0, limits=limits)
+"""
+
+
+def limits() -> LLParserLimits:
+    """What llguidance bounds its work with."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(**_LIMITS)
+
+
+def check_time(name: str, text: str) -> None:
+    """Refuses grammars that llguidance would compile for too long.
+
+    Its limits do not count the first byte of a terminal, where it looks for a text that has two forms at once: large
+    regular expressions of a user's grammar that must hold together. Patterns of a schema stand behind a quote.
+    """
+    meets = "&" in text or "~" in text
+    if meets and (len(text) > _FEW or _COUNTED.search(text)) and not _ends_in_time(text):
+        raise refused(
+            f"the {name} takes more than the {MOST_COMPILING} seconds that compiling may take: regular expressions "
+            "that must hold together meet in too many ways; shorten their repetitions"
+        )
+
+
+def _ends_in_time(text: str) -> bool:
+    """Whether grammars are compiled in bounded time: in a process that can be ended, over single bytes.
+
+    What the compiler finds wrong it says when it compiles them here; it ends as early as it did there.
+    """
+    if getattr(sys, "frozen", False):  # `sys.executable` is some program, not Python
+        return True
+    known = _TOKEN.sub("<[256]>", text)  # a special token of that vocabulary
+    program = [sys.executable, "-P", "-c", _TRIAL, json.dumps(dict(_LIMITS)), str(MOST_COMPILING)]
+    try:
+        tried = subprocess.run(program, input=known.encode(), timeout=MOST_COMPILING, capture_output=True, check=False)
+    except subprocess.TimeoutExpired:
+        return False
+    return tried.returncode >= 0  # else it was ended by a limit of its own

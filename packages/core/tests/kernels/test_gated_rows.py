@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: MIT
+"""Rows times act(gate) as the CPU's operation has them: the reference's numbers, and nothing beside them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+
+from candle_vllm.core.kernels.silu_mul import GatedRowsArguments, gated, gated_rows_operation
+
+pytest.importorskip("numba")
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "silu"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 63), (5, 24), (63, 48), (2, 4097)])
+@pytest.mark.parametrize("picks", [False, True], ids=["all", "picked"])
+def test_the_operation_makes_what_the_reference_makes(
+    kind: Literal["sigmoid", "silu"], threads: int, rows: int, columns: int, picks: bool
+) -> None:
+    from candle_vllm.core.kernels.cpu_runtime.operation import StepNumber, address_of, plan_row
+    from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
+
+    generator = np.random.default_rng(0)
+    x = generator.standard_normal((rows + 1, columns + 16)).astype(np.float32)
+    gates = 4 * generator.standard_normal((70, columns + 5)).astype(np.float32)
+    before, picked = x.copy(), generator.integers(0, 70, rows)
+    numbers = np.zeros(StepNumber.COUNT, np.int64)
+    numbers[StepNumber.LOGIT_ROWS if picks else StepNumber.TOKENS] = rows
+    arguments = GatedRowsArguments(
+        x=address_of(x),
+        stride=columns + 16,
+        columns=columns,
+        gate=address_of(gates),
+        gate_stride=columns + 5,
+        picked=address_of(picked) if picks else 0,
+        rows_from=StepNumber.LOGIT_ROWS if picks else StepNumber.TOKENS,
+    )
+    team = ThreadTeam(threads)
+    team.run(np.array(plan_row(gated_rows_operation(kind), address_of(numbers), arguments)), 1)
+    team.close()
+    chosen = gates[picked] if picks else gates[:rows]
+    wanted = gated(torch.from_numpy(before[:rows, :columns]), torch.from_numpy(chosen[:, :columns]), kind)
+    np.testing.assert_allclose(x[:rows, :columns], wanted.numpy(), rtol=2e-6, atol=1e-7)
+    x[:rows, :columns] = before[:rows, :columns]
+    assert np.array_equal(x, before)
