@@ -22,6 +22,7 @@ class Row:
         gguf: the GGUF architecture, where files of this kind are published; None leaves GGUF out.
         recorded: the compiled CPU kernels serve it.
         undecided: share of tokens that may go to other experts where attention in bfloat16 decides a near tie.
+        rare: all tests of the row have the marker `every_case` (the hook in `packages/core/tests/conftest.py`).
     """
 
     model_type: str
@@ -29,6 +30,7 @@ class Row:
     gguf: str | None = None
     recorded: bool = True
     undecided: float = 0.0
+    rare: bool = False
 
 
 QWEN2_VL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
@@ -250,6 +252,23 @@ QWEN35_ROPE = {
 }
 QWEN35 = QWEN3_NEXT | {"rope_parameters": QWEN35_ROPE}
 
+# published factors scale by up to 12 and 0.22; the scores' must differ from D^-0.5
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.11,
+    "logits_scaling": 4.0,
+}
+GRANITE_MOE = GRANITE | {"num_local_experts": 6, "num_experts_per_tok": 3}
+GRANITE_BIASES = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "residual_multiplier": 1.0}
+GRANITE_HYBRID = GRANITE | {
+    "layer_types": ["attention", "attention"],
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "shared_intermediate_size": 96,
+    "position_embedding_type": "rope",
+}
+
 ROWS: Mapping[str, Row] = {
     "Llama": Row("llama", {"head_dim": 32}, "llama"),
     "Llama 3 rope": Row("llama", {"head_dim": 32, "rope_parameters": LLAMA3}, "llama"),
@@ -316,6 +335,16 @@ ROWS: Mapping[str, Row] = {
     "LFM2 biases": Row("lfm2", LFM2 | LFM2_BIAS),
     "LFM2-MoE": Row("lfm2_moe", LFM2_MOE, "lfm2moe", undecided=0.1),
     "LFM2-MoE plain": Row("lfm2_moe", LFM2_MOE | LFM2_PLAIN, undecided=0.1),
+    "Granite": Row("granite", GRANITE, "granite"),
+    "Granite biases": Row("granite", GRANITE | GRANITE_BIASES, "granite", rare=True),
+    "Granite-MoE": Row("granitemoe", GRANITE_MOE, "granitemoe", undecided=0.1, rare=True),
+    "Granite-MoE shared": Row(
+        "granitemoeshared", GRANITE_MOE | {"shared_intermediate_size": 64}, "granitemoe", undecided=0.1, rare=True
+    ),
+    "Granite 4": Row("granitemoehybrid", GRANITE_HYBRID, "granite", rare=True),
+    "Granite 4 unrotated": Row(
+        "granitemoehybrid", GRANITE_HYBRID | {"position_embedding_type": None}, "granite", rare=True
+    ),
 }
 
 FORMATS: Mapping[str, str] = {

@@ -453,7 +453,40 @@ def _lfm2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Te
     return {name.replace("expert_bias", "expert_bias.bias"): data for name, data in made.items()}
 
 
+def _granite(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Factors, of which that of logits divides; gate and up apart, also of experts and of what they share."""
+    writer.add_embedding_scale(config["embedding_multiplier"])
+    writer.add_residual_scale(config["residual_multiplier"])
+    writer.add_attention_scale(config["attention_multiplier"])
+    writer.add_logit_scale(config["logits_scaling"])
+    if config["model_type"] == "granitemoehybrid":
+        writer.add_rope_scaling_finetuned(config["position_embedding_type"] == "rope")
+    if config.get("num_local_experts"):
+        writer.add_expert_count(config["num_local_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        if config.get("shared_intermediate_size"):
+            writer.add_expert_shared_feed_forward_length(config["shared_intermediate_size"])
+    made: Tensors = {}
+    end = "_shexp" if config.get("num_local_experts") else ""
+    for name, data in tensors.items():
+        at = f"blk.{name.split('.')[2]}.ffn_" if "layers" in name else ""
+        if "q_proj" in name or "k_proj" in name:
+            made[name] = interleaved(data, config["hidden_size"] // config["num_attention_heads"])
+        elif "input_linear" in name or name.endswith("gate_up_proj"):
+            kind = end if "shared_mlp" in name else "_exps"
+            made[f"{at}gate{kind}.weight"], made[f"{at}up{kind}.weight"] = np.split(data, 2, axis=-2)
+        elif "output_linear" in name or name.endswith("experts.down_proj"):
+            made[f"{at}down{end if 'shared_mlp' in name else '_exps'}.weight"] = data
+        elif "router" in name:
+            made[f"{at}gate_inp.weight"] = data
+        else:
+            made[name] = data
+    return made
+
+
 CONVERTERS: Mapping[str, Convert] = {
+    "granite": _granite,
+    "granitemoe": _granite,
     "phi2": _phi2,
     "phi3": _phi3,
     "stablelm": _stablelm,

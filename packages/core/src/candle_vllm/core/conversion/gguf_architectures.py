@@ -71,6 +71,21 @@ def _stablelm(config: Any) -> Keys:
     return {"use_parallel_residual": config.parallel}
 
 
+def _granite(config: Any) -> Keys:
+    """Four factors, of which that of logits divides."""
+    keys: Keys = {
+        "embedding_scale": float(config.embedding_scale),
+        "residual_scale": float(config.residual_scale),
+        "attention.scale": float(config.attention_scale),
+        "logit_scale": 1 / config.logit_scale,
+        "rope.scaling.finetuned": not config.unrotated_layers,
+    }
+    if config.mixture is None:
+        return keys
+    shared = config.mixture.shared_size
+    return keys | _counts(config.mixture) | ({"expert_shared_feed_forward_length": shared} if shared else {})
+
+
 def _whole_head_norms(config: Any) -> Keys:
     """The norms of a layer's heads are one tensor."""
     return {"head_norms": "none" if config.head_norms == "none" else "whole"}
@@ -255,6 +270,8 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "gpt_oss": Architecture(name="gpt-oss", more=_gpt_oss, head=True, unread=(DIVISORS,)),
         "deepseek_v2": _DEEPSEEK,
         "deepseek_v3": _DEEPSEEK,
+        "granite": Architecture(name="granite", more=_granite, interleaved=True, square=True, unread=()),
+        "granitemoe": Architecture(name="granitemoe", more=_granite, interleaved=True, square=True, unread=()),
         "lfm2": Architecture(name="lfm2", more=_lfm2, unread=_CONVOLVED, square=True),
         "lfm2_moe": Architecture(name="lfm2moe", more=_lfm2, unread=_CONVOLVED, square=True),
     }

@@ -39,19 +39,38 @@ class LlamaConfig(ModelConfig):
     Attributes:
         qkv_bias, output_bias, mlp_bias: which projections have biases.
         qk_norm: q and k are RMS-normalised per head before rotation.
+        whole_norms: these norms are of all heads of q, and of k, at once (`olmoe.py`); ranks cannot divide them.
         mixture, sparse_layers: experts, and which layers have them (`mixtral.py`, `qwen_moe.py`, `glm4_moe.py`).
         unrotated_layers: whose queries and keys do not turn (`smollm3.py`).
         deep: layers behind which a tower adds to the rows of pictures (`qwen_vl.py`).
+        embedding_scale: factor of the embeddings (`granite.py`); None is 1.
+        residual_scale: factor of what attention and the feed-forward layer add to the residual stream.
+        attention_scale: factor of scores; None is D^-0.5.
+        logit_scale: factor of logits.
     """
 
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    whole_norms: bool = False
     mixture: Mixture | None = None
     sparse_layers: frozenset[int] = frozenset()
     unrotated_layers: frozenset[int] = frozenset()
     deep: int = 0
+    embedding_scale: float | None = None
+    residual_scale: float = 1.0
+    attention_scale: float | None = None
+    logit_scale: float = 1.0
+
+    @property
+    def stream_eps(self) -> float:
+        """Epsilon of norms of the residual stream, which is held divided by `residual_scale`.
+
+        Nothing is multiplied then but embeddings, and norms give the same: a / sqrt(mean(a^2) + eps) for a = r x is
+        x / sqrt(mean(x^2) + eps / r^2).
+        """
+        return self.norm_eps / self.residual_scale**2
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
@@ -126,15 +145,22 @@ class Attention:
         shards = dict(zip("qkv", self.sizes, strict=True))
         self.qkv = Linear(inputs or config.hidden_size, shards, placement, bias=config.qkv_bias)
         self.output = Linear(heads * dim, config.hidden_size, placement, bias=config.output_bias)
-        self.q_norm = RMSNorm(dim, config.norm_eps, placement) if config.qk_norm else None
-        self.k_norm = RMSNorm(dim, config.norm_eps, placement) if config.qk_norm else None
+        widths = self.sizes[:2] if config.whole_norms else (dim, dim)
+        norms = [RMSNorm(width, config.norm_eps, placement) if config.qk_norm else None for width in widths]
+        self.q_norm, self.k_norm = norms
+        self.whole = config.whole_norms
+        of_heads = (None, None) if self.whole else norms
         window = config.sliding_windows[layer]
         turns = None if layer in config.unrotated_layers else rotary
         bias = None if self.qkv.bias is None or config.qk_norm else self.qkv.bias[self.sizes[0] : sum(self.sizes[:2])]
-        self.attend = PagedAttention(layer, dim, turns, self.q_norm, self.k_norm, window=window, key_bias=bias)
+        scale = config.attention_scale
+        self.attend = PagedAttention(layer, dim, turns, *of_heads, window=window, scale=scale, key_bias=bias)
 
     def __call__(self, x: Value, step: StepInput) -> Value:
         parts = self.qkv(x).split(self.sizes, dim=-1)
+        if self.whole and self.q_norm is not None and self.k_norm is not None:  # as one head each
+            q, k = (part.unflatten(-1, (1, -1)) for part in parts[:2])
+            parts = (self.q_norm(q).flatten(1), self.k_norm(k).flatten(1), parts[2])
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D], [T, K, D] twice
         return self.output(self.attend(q, k, v, step).flatten(1))
 
@@ -146,9 +172,9 @@ class Block:
     """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
 
     def __init__(self, config: LlamaConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
+        self.attention_norm = RMSNorm(config.hidden_size, config.stream_eps, placement)
         self.attention = Attention(config, layer, rotary, placement)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.stream_eps, placement)
         if config.mixture is not None and layer in config.sparse_layers:
             self.mlp = SparseMLP(config.hidden_size, config.mixture, placement)
         else:
@@ -168,13 +194,14 @@ class Llama(DecoderStack):
 
     def __init__(self, config: LlamaConfig, placement: Placement, checkpoint: Checkpoint) -> None:
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.hidden_size, placement)
+        size, scale = (config.vocab_size, config.hidden_size), config.embedding_scale
+        scale = scale if config.residual_scale == 1 else (scale or 1.0) / config.residual_scale
+        self.embed = Embedding(*size, placement, scale=scale, logit_scale=config.logit_scale)
         factors = "rope_freqs.weight" in checkpoint.tensors
         self.rotary = Rotary(config.rope, config.max_position, placement, factors=factors)
         self.layers = [Block(config, layer, self.rotary, placement) for layer in range(config.num_layers)]
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
-        tied = config.tie_embeddings
-        self.head = None if tied else Embedding(config.vocab_size, config.hidden_size, placement)
+        self.norm = RMSNorm(config.hidden_size, config.stream_eps, placement)
+        self.head = None if config.tie_embeddings else Embedding(*size, placement, logit_scale=config.logit_scale)
         self.narrows = isinstance(self.layers[-1].mlp, GatedMLP)
 
 

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: MIT
+"""IBM Granite 3 and 4, dense and with experts: the Llama wiring (`llama.py`) with four factors.
+
+They scale the embeddings, attention scores, what each sublayer adds to the residual stream, and the logits. Granite 4
+without Mamba layers has the names of its hybrid class, whose feed-forward layer is the one that experts would share.
+Source: IBM, 2024, "Granite 3.0 Language Models".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.layers.moe import Mixture
+from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.views import row_part
+from candle_vllm.core.loading.weights import Seen, WeightName
+from candle_vllm.core.models import llama
+from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
+from candle_vllm.core.models.experts import expert_names, shared_names
+from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.llama import Llama, LlamaConfig
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+
+def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
+    """Reads `config.json` of granite, granitemoe, granitemoeshared and granitemoehybrid without Mamba layers."""
+    fields.choice("hidden_act", "silu", "silu", "swish")
+    shared = shared_from_hf(fields, model_type)
+    layers, hybrid = shared["num_layers"], "layer_types" in fields
+    kinds = fields.get("layer_types", list, ["attention"] * layers)
+    if len(kinds) != layers or any(kind not in ("attention", "full_attention") for kind in kinds):
+        raise UnsupportedModelError(
+            f"{fields.path}: layer_types has layers other than attention; Granite with Mamba layers is not implemented"
+        )
+    experts = fields.get("num_local_experts", int, 0) if model_type != "granite" else 0
+    inner, shared_inner = shared["intermediate_size"], fields.get("shared_intermediate_size", int, 0)
+    rotates = not hybrid or fields.get("position_embedding_type", str, "") == "rope"
+    bias = fields.get("attention_bias", bool, False)
+    own = {
+        "model_type": "granitemoe" if experts else "granite",
+        "intermediate_size": shared_inner if shared_inner and not experts else inner,
+        "qkv_bias": bias,
+        "output_bias": bias,
+        "mlp_bias": fields.get("mlp_bias", bool, False),
+        "unrotated_layers": frozenset(() if rotates else range(layers)),
+        "embedding_scale": _factor(fields, "embedding_multiplier", 1.0),
+        "residual_scale": _factor(fields, "residual_multiplier", 1.0),
+        "attention_scale": _factor(fields, "attention_multiplier", 1.0),
+        "logit_scale": 1 / _factor(fields, "logits_scaling", 1.0),
+    }
+    top = fields.count("num_experts_per_tok") if experts else 0
+    return LlamaConfig(**shared | own, **_sparse(layers, experts, top, inner, shared_inner))
+
+
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
+    """Reads GGUF metadata of granite and granitemoe."""
+    shared, tensors = shared_from_gguf(fields, checkpoint), checkpoint.tensors
+    layers, dim, rotates = shared["num_layers"], shared["head_dim"], fields.get("rope.scaling.finetuned", bool, True)
+    experts = fields.get("expert_count", int, 0)
+    own = {
+        "qkv_bias": gguf_has_bias(checkpoint),
+        "output_bias": "blk.0.attn_output.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
+        "unrotated_layers": frozenset(() if rotates else range(layers)),
+        "embedding_scale": _factor(fields, "embedding_scale", 1.0),
+        "residual_scale": _factor(fields, "residual_scale", 1.0),
+        "attention_scale": _factor(fields, "attention.scale", dim**-0.5),
+        "logit_scale": 1 / _factor(fields, "logit_scale"),
+        "interleaved_rotary": True,
+    }
+    top = fields.count("expert_used_count") if experts else 0
+    shared_inner = fields.get("expert_shared_feed_forward_length", int, 0)
+    return LlamaConfig(**shared | own, **_sparse(layers, experts, top, shared["intermediate_size"], shared_inner))
+
+
+def _factor(fields: Fields, key: str, *default: float) -> float:
+    """A factor, which must be above 0."""
+    factor = fields.get(key, float, *default)
+    if not 0 < factor <= 1e6:
+        raise InvalidFileError(f"{fields.path}: {fields.prefix}{key} is {factor}; it must be above 0 and at most 1e6")
+    return factor
+
+
+def _sparse(layers: int, experts: int, top: int, inner: int, shared: int) -> dict[str, Any]:
+    """The fields of a model with experts in all layers; nothing where there are no experts."""
+    if not experts:
+        return {}
+    mixture = Mixture(experts=experts, top_k=top, inner_size=inner, shared_size=shared)
+    return {"mixture": mixture, "num_experts": experts, "sparse_layers": frozenset(range(layers))}
+
+
+# ---- weight names ----------------------------------------------------------------------------------------------------
+
+_MLP, _SPARSE, _SHARED = "layers.{i}.mlp.", HF + "block_sparse_moe.", HF + "shared_mlp."
+_ROUTERS = (_SPARSE + "router.layer.weight", _SPARSE + "router.weight")
+_FUSED = {  # names of published files, which have gate and up as one matrix, by the end of the target
+    "gate_up:gate.weight": Seen(_SHARED + "input_linear.weight", row_part(0, 2)),
+    "gate_up:up.weight": Seen(_SHARED + "input_linear.weight", row_part(1, 2)),
+    "down:weight": _SHARED + "output_linear.weight",
+    "experts:gate.{e}.weight": Seen(_SPARSE + "input_linear.weight", row_part(0, 2)),
+    "experts:up.{e}.weight": Seen(_SPARSE + "input_linear.weight", row_part(1, 2)),
+    "experts:down.{e}.weight": _SPARSE + "output_linear.weight",
+}
+
+
+def _with_fused(line: WeightName) -> WeightName:
+    """The line of a table, with the name that published files have beside transformers' own."""
+    end = line.target.removeprefix(_MLP).removeprefix("shared.")
+    if not line.target.startswith(_MLP) or end not in _FUSED:
+        return line
+    names = line.hf if isinstance(line.hf, tuple) else (line.hf,)
+    return dataclasses.replace(line, hf=(*(name for name in names if name is not None), _FUSED[end]))
+
+
+_LINES = [*llama.WEIGHTS, *expert_names("block_sparse_moe.experts", "w1", "w3", "w2"), *shared_names("shared_mlp")]
+WEIGHTS = [
+    *map(_with_fused, _LINES),
+    WeightName(_MLP + "router:weight", _ROUTERS, GG + "ffn_gate_inp.weight"),
+]
+
+FAMILY = Family(
+    hf={
+        "GraniteForCausalLM": "granite",
+        "GraniteMoeForCausalLM": "granitemoe",
+        "GraniteMoeSharedForCausalLM": "granitemoe",
+        "GraniteMoeHybridForCausalLM": "granitemoe",
+    },
+    gguf=("granite", "granitemoe"),
+    config_from_hf=config_from_hf,
+    config_from_gguf=config_from_gguf,
+    build=Llama,
+    weights=WEIGHTS,
+    ignored=llama.ignored,
+)
