@@ -124,6 +124,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "dense layers": ("Qwen3-MoE", {"decoder_sparse_step": 2}, "layers without experts"),
     "sparse steps": ("Qwen2-MoE sparse steps", {}, "layers without experts, no norm_topk_prob true"),
     "scores": ("Qwen3-MoE", {"norm_topk_prob": False}, "norm_topk_prob false"),
+    "biases of OLMo 2": ("OLMo 2 biases", {}, r"attn_output\.bias"),
+    "biases of Seed-OSS": ("Seed-OSS biases", {}, r"attn_output\.bias, .*, no ffn_down\.bias"),
+    "biases of ERNIE": ("ERNIE 4.5 biases", {}, r"ffn_gate\.bias, .*, no ffn_down\.bias"),
     "convolutions": ("LFM2 biases", {}, r"shortconv\.in_proj\.bias, .* no shortconv\.out_proj\.bias"),
 }
 
@@ -139,6 +142,20 @@ def test_numbers_that_llama_cpp_divides_by(tmp_path: Path, words: Path) -> None:
     folder = made("Gemma-2", tmp_path / "m", attn_logit_softcapping=None)
     with pytest.raises(UnsupportedModelError, match=r"gemma2 divides by attn_logit_softcapping, and"):
         written(folder, words)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("EXAONE 4 windows", {}, "exaone4 has windows in models of 64 layers alone$"),
+        ("Command R+", {"attention_bias": False}, "command-r has norms of q and k in models of 64 layers or more"),
+        ("Command R", {"tie_word_embeddings": False}, "no head beside the embedding table$"),
+        ("ERNIE 4.5 MoE", {"num_hidden_layers": 3, "moe_layer_interval": 2}, "has all dense layers in front"),
+    ],
+)
+def test_wirings_that_llama_cpp_has_not(name: str, changes: Any, message: str, tmp_path: Path, words: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=rf"llama\.cpp's .*{message}"):
+        written(made(name, tmp_path / "m", **changes), words)
 
 
 def test_scores_that_lfm2moe_has_no_keys_for(tmp_path: Path, words: Path) -> None:

@@ -36,6 +36,11 @@ LLAMA_CPP = (
     "Qwen3-Next sparse steps",
     "LFM2 biases",
     "LFM2-MoE plain",
+    "Command R+",
+    "EXAONE 4 windows",
+    "ERNIE 4.5 biases",
+    "OLMo 2 biases",
+    "Seed-OSS biases",
 )  # refused for its sake: see `test_gguf_families.py`
 UNKNOWN = ("OLMo Hybrid", "OLMo Hybrid turned")  # to llama.cpp
 WRITTEN = [name for name in ROWS if name not in UNSAYABLE and name not in (*LLAMA_CPP, *UNKNOWN)]

@@ -269,6 +269,40 @@ GRANITE_HYBRID = GRANITE | {
     "position_embedding_type": "rope",
 }
 
+EVERY_THIRD = ["sliding_attention", "sliding_attention", "full_attention"]
+WINDOWS = {"num_hidden_layers": 3, "layer_types": EVERY_THIRD, "sliding_window": 16}
+OLMO3_ROPE = {
+    "full_attention": {
+        "rope_type": "yarn",
+        "rope_theta": 5e4,
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "attention_factor": 1.2,
+    },
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5e4},
+}
+OLMO = {"hidden_size": 128, "rms_norm_eps": 1e-5}
+EXAONE4 = {"sliding_window": None, "layer_types": ["full_attention"] * 2, "rope_parameters": LLAMA3}
+OLMOE = OLMO | {"num_experts": 6, "num_experts_per_tok": 3, "num_key_value_heads": 4}
+MINIMAX_M2 = {
+    "head_dim": 32,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 3,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5},
+}
+COHERE = {"hidden_size": 128, "logit_scale": 0.25}
+ERNIE_MOE = {
+    "head_dim": 32,
+    "moe_num_experts": 6,
+    "moe_k": 3,
+    "moe_intermediate_size": 64,
+    "moe_num_shared_experts": 2,
+    "moe_layer_start_index": 1,
+}
+GLM_LITE = {key: value for key, value in DEEPSEEK.items() if key != "first_k_dense_replace"} | {"v_head_dim": 40}
+
 ROWS: Mapping[str, Row] = {
     "Llama": Row("llama", {"head_dim": 32}, "llama"),
     "Llama 3 rope": Row("llama", {"head_dim": 32, "rope_parameters": LLAMA3}, "llama"),
@@ -345,6 +379,22 @@ ROWS: Mapping[str, Row] = {
     "Granite 4 unrotated": Row(
         "granitemoehybrid", GRANITE_HYBRID | {"position_embedding_type": None}, "granite", rare=True
     ),
+    "OLMo 2": Row("olmo2", OLMO, "olmo2", rare=True),
+    "OLMo 2 biases": Row("olmo2", OLMO | {"attention_bias": True}, rare=True),
+    "OLMo 3": Row("olmo3", OLMO | WINDOWS | {"rope_parameters": OLMO3_ROPE}, "olmo2"),
+    "OLMoE": Row("olmoe", OLMOE, "olmoe", undecided=0.1, rare=True),
+    "EXAONE 4": Row("exaone4", OLMO | EXAONE4, "exaone4", rare=True),
+    "EXAONE 4 windows": Row("exaone4", OLMO | WINDOWS, "exaone4", rare=True),
+    "MiniMax-M2": Row("minimax_m2", MINIMAX_M2, "minimax-m2", undecided=0.1, rare=True),
+    "Command R": Row("cohere", COHERE, "command-r", rare=True),
+    "Command R+": Row("cohere", COHERE | {"use_qk_norm": True, "attention_bias": True}, "command-r", rare=True),
+    "Command R7B": Row("cohere2", COHERE | WINDOWS, "cohere2"),
+    "Seed-OSS": Row("seed_oss", {"head_dim": 32}, "seed_oss", rare=True),
+    "Seed-OSS biases": Row("seed_oss", {"head_dim": 32, "attention_out_bias": True, "mlp_bias": True}, rare=True),
+    "ERNIE 4.5": Row("ernie4_5", {"head_dim": 32}, "ernie4_5", rare=True),
+    "ERNIE 4.5 biases": Row("ernie4_5", {"head_dim": 32, "use_bias": True}, rare=True),
+    "ERNIE 4.5 MoE": Row("ernie4_5_moe", ERNIE_MOE, "ernie4_5-moe", undecided=0.1),
+    "GLM-4.7-Flash": Row("glm4_moe_lite", GLM_LITE, "deepseek2", undecided=0.1, rare=True),
 }
 
 FORMATS: Mapping[str, str] = {

@@ -369,8 +369,8 @@ def deepseek2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors, *
 
 
 def _deepseek_experts(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
-    newer = config["model_type"] == "deepseek_v3"
-    writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+    newer = config["model_type"] != "deepseek_v2"
+    writer.add_leading_dense_block_count(config.get("first_k_dense_replace", 1))
     writer.add_expert_shared_count(config["n_shared_experts"])
     writer.add_expert_weights_scale(config["routed_scaling_factor"])
     if newer:
@@ -484,7 +484,67 @@ def _granite(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) ->
     return made
 
 
+def _olmo2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """OLMo 2 and 3 and EXAONE 4: windows, and the scaling of layers without one."""
+    rope = config["rope_parameters"].get("full_attention", config["rope_parameters"])
+    made = dict(tensors)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if config.get("sliding_window") and "layer_types" in config:
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+    if rope["rope_type"] == "llama3":
+        made["rope_freqs.weight"] = _llama3_factors(rope, config["hidden_size"] // config["num_attention_heads"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_attn_factors(rope["attention_factor"] / (0.1 * np.log(rope["factor"]) + 1))
+    return made
+
+
+def _minimax_m2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """The metadata says no way of scoring; experts' names are Mixtral's."""
+    writer.add_expert_feed_forward_length(config["intermediate_size"])
+    writer.add_rope_dimension_count(int(config["head_dim"] * config["rope_parameters"]["partial_rotary_factor"]))
+    made = _experts(writer, config, tensors)
+    return {name.replace("e_score_correction_bias", "e_score_correction.bias"): data for name, data in made.items()}
+
+
+def _cohere(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Rows stay in pairs of neighbours; the metadata of Cohere 2 leaves out that every fourth layer has no window."""
+    writer.add_layer_norm_eps(config["layer_norm_eps"])
+    writer.add_logit_scale(config["logit_scale"])
+    writer.add_rope_scaling_type(RopeScalingType.NONE)
+    if config["model_type"] == "cohere2":
+        writer.add_sliding_window(config["sliding_window"])
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+    return tensors
+
+
+def _ernie4_5_moe(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Rows stay in pairs of neighbours; the correction loses a dimension."""
+    writer.add_expert_count(config["moe_num_experts"])
+    writer.add_expert_used_count(config["moe_k"])
+    writer.add_interleave_moe_layer_step(config["moe_layer_interval"])
+    writer.add_leading_dense_block_count(config["moe_layer_start_index"])
+    writer.add_expert_shared_count(config["moe_num_shared_experts"])
+    made = _experts(writer, {"num_experts": config["moe_num_experts"], **config, "num_experts_per_tok": 3}, tensors)
+    return {
+        name.replace("e_score_correction_bias", "e_score_correction.bias"): data.squeeze(0)
+        if "e_score_correction_bias" in name
+        else data
+        for name, data in made.items()
+    }
+
+
 CONVERTERS: Mapping[str, Convert] = {
+    "olmo2": _olmo2,
+    "exaone4": _olmo2,
+    "olmoe": lambda writer, config, tensors: _experts(writer, config, tensors),
+    "minimax-m2": _minimax_m2,
+    "command-r": _cohere,
+    "cohere2": _cohere,
+    "ernie4_5-moe": _ernie4_5_moe,
     "granite": _granite,
     "granitemoe": _granite,
     "phi2": _phi2,

@@ -70,7 +70,7 @@ def logits_of(source: Path, size: int, chunks: list[int], **settings: Any) -> li
     return in_threads(size, work)
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if not name.startswith("OLMo")])
+@pytest.mark.parametrize("name", [name for name in ROWS if not name.startswith(("OLMo", "MiniMax"))])
 def test_ranks_give_the_logits_of_one(name: str, tmp_path: Path) -> None:
     row = ROWS[name]
     write_tiny(tmp_path, row.model_type, **row.config)

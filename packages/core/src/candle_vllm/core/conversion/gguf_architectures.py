@@ -86,6 +86,28 @@ def _granite(config: Any) -> Keys:
     return keys | _counts(config.mixture) | ({"expert_shared_feed_forward_length": shared} if shared else {})
 
 
+def _local(config: Any) -> Keys:
+    """Which layers have a window. The rotary base of OLMo 3's is that of the others, which alone are stretched.
+
+    llama.cpp has windows for EXAONE 4 of 64 layers alone.
+    """
+    pattern = [window is not None for window in config.sliding_windows]
+    if any(pattern) and config.model_type == "exaone4" and config.num_layers != 64:
+        raise UnsupportedModelError("llama.cpp's exaone4 has windows in models of 64 layers alone")
+    keys = _window(config) | ({"attention.sliding_window_pattern": pattern} if any(pattern) else {})
+    local = getattr(config, "local_rope", None)
+    return keys | ({} if local is None else {"rope.freq_base_swa": float(local.theta)})
+
+
+def _cohere(config: Any) -> Keys:
+    """llama.cpp takes the embedding table for the head, and has norms of heads from 64 layers on."""
+    if not config.tie_embeddings:
+        raise UnsupportedModelError("llama.cpp's command-r and cohere2 have no head beside the embedding table")
+    if config.model_type == "cohere" and config.head_norms != (config.num_layers >= 64):
+        raise UnsupportedModelError("llama.cpp's command-r has norms of q and k in models of 64 layers or more alone")
+    return {"logit_scale": float(config.logit_scale)} | _local(config)
+
+
 def _whole_head_norms(config: Any) -> Keys:
     """The norms of a layer's heads are one tensor."""
     return {"head_norms": "none" if config.head_norms == "none" else "whole"}
@@ -131,6 +153,27 @@ def _qwen35(config: Any) -> Keys:
     count = config.rope.dim // 2
     usual: Keys = {"rope.dimension_sections": [-(-count // 3), (count + 1) // 3, count // 3, 0]}
     return _qwen3_next(config) | (_axes(config) if config.rope.axes else usual)
+
+
+def _ernie(config: Any) -> Keys:
+    """llama.cpp reads the size of what all tokens share from a key of its own."""
+    mixture, sparse = config.mixture, config.sparse_layers
+    dense = config.num_layers - len(sparse)
+    if sparse != frozenset(range(dense, config.num_layers)):
+        raise UnsupportedModelError("llama.cpp's ernie4_5-moe has all dense layers in front of the others")
+    keys: Keys = {
+        "expert_feed_forward_length": mixture.inner_size,
+        "expert_shared_count": mixture.shared_size // mixture.inner_size,
+        "expert_shared_feed_forward_length": mixture.shared_size,
+        "interleave_moe_layer_step": 1,
+        "leading_dense_block_count": dense,
+    }
+    return _counts(mixture) | keys
+
+
+def _minimax(config: Any) -> Keys:
+    inner = {"expert_feed_forward_length": config.mixture.inner_size}
+    return _counts(config.mixture) | inner | {"expert_gating_func": _GATING["sigmoid"]}
 
 
 def _gpt_oss(config: Any) -> Keys:
@@ -225,6 +268,8 @@ def _lfm2(config: Any) -> Keys:
 
 _LAYER_NORM = "attention.layer_norm_epsilon"
 _CONVOLVED = (DIVISORS, *(f".shortconv.{part}.bias" for part in ("in_proj", "conv", "out_proj")))
+_BIASED = (".attn_output.bias", ".ffn_gate.bias", ".ffn_up.bias", ".ffn_down.bias")
+_GATED = (DIVISORS, *_BIASED[1:])
 _DEEPSEEK = Architecture(
     name="deepseek2",
     more=_deepseek,
@@ -270,8 +315,21 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "gpt_oss": Architecture(name="gpt-oss", more=_gpt_oss, head=True, unread=(DIVISORS,)),
         "deepseek_v2": _DEEPSEEK,
         "deepseek_v3": _DEEPSEEK,
+        "glm4_moe_lite": _DEEPSEEK,
         "granite": Architecture(name="granite", more=_granite, interleaved=True, square=True, unread=()),
         "granitemoe": Architecture(name="granitemoe", more=_granite, interleaved=True, square=True, unread=()),
+        "seed_oss": Architecture(name="seed_oss", names=lambda _: (".post_attention_norm.",)),
+        "olmo2": Architecture(name="olmo2", more=_local, head=True, square=True),
+        "olmo3": Architecture(name="olmo2", more=_local, head=True, square=True),
+        "exaone4": Architecture(name="exaone4", more=_local, square=True, unread=_BIASED),
+        "olmoe": Architecture(
+            name="olmoe", more=lambda config: _counts(config.mixture), head=True, square=True, norm=False
+        ),
+        "minimax_m2": Architecture(name="minimax-m2", more=_minimax, head=True, norm=True),
+        "cohere": Architecture(name="command-r", more=_cohere, eps=_LAYER_NORM, interleaved=True, square=True),
+        "cohere2": Architecture(name="cohere2", more=_cohere, eps=_LAYER_NORM, interleaved=True, square=True),
+        "ernie4_5": Architecture(name="ernie4_5", interleaved=True, unread=_GATED),
+        "ernie4_5_moe": Architecture(name="ernie4_5-moe", more=_ernie, interleaved=True, norm=True),
         "lfm2": Architecture(name="lfm2", more=_lfm2, unread=_CONVOLVED, square=True),
         "lfm2_moe": Architecture(name="lfm2moe", more=_lfm2, unread=_CONVOLVED, square=True),
     }

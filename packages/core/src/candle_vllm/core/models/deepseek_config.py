@@ -70,7 +70,7 @@ class DeepseekConfig(ModelConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> DeepseekConfig:
-    """Reads `config.json` of deepseek_v2 and deepseek_v3."""
+    """Reads `config.json` of deepseek_v2, deepseek_v3 and glm4_moe_lite."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared = shared_from_hf(fields, model_type)
     rope_dim, nope = fields.count("qk_rope_head_dim"), fields.count("qk_nope_head_dim")
@@ -105,12 +105,15 @@ def config_from_hf(fields: Fields, model_type: str) -> DeepseekConfig:
 
 def _mixture_from_hf(fields: Fields, model_type: str, layers: int) -> tuple[int, Mixture | None]:
     """How many layers are dense, and the experts of the others."""
-    dense = fields.get("first_k_dense_replace", int, 0)
+    kinds, usual = fields.get("mlp_layer_types", list, []), 1 if model_type == "glm4_moe_lite" else 0
+    dense = [*kinds, "sparse"].index("sparse") if kinds else fields.get("first_k_dense_replace", int, usual)
+    if kinds and kinds != ["dense"] * dense + ["sparse"] * (layers - dense):
+        raise UnsupportedModelError(f"{fields.path}: mlp_layer_types must name the dense layers first, then the others")
     if "n_routed_experts" not in fields or dense >= layers:
         return layers, None
     if fields.get("moe_layer_freq", int, 1) != 1:
         raise UnsupportedModelError(f"{fields.path}: moe_layer_freq other than 1 is not implemented")
-    newer = model_type == "deepseek_v3"
+    newer = model_type != "deepseek_v2"
     method = fields.choice(
         "topk_method",
         "noaux_tc" if newer else "greedy",

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The Llama wiring and the families that differ from it by flags.
 
-Llama 1 to 3.x, SmolLM and Yi as they are; Mistral adds a sliding window, Ministral one in some layers; Ministral 3 has
-queries that grow with their position; Qwen2 biases on q, k, v; Qwen3 a norm on every head of q and k. Each block is
-x + attention(norm(x)), then x + mlp(norm(x)).
+Llama 1 to 3.x, SmolLM and Yi as they are; Seed-OSS with biases on q, k, v; Mistral adds a sliding window, Ministral one
+in some layers; Ministral 3 has queries that grow with their position; Qwen2 biases on q, k, v; Qwen3 a norm on every
+head of q and k. Each block is x + attention(norm(x)), then x + mlp(norm(x)).
 Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, V vocabulary.
 """
 
@@ -74,18 +74,19 @@ class LlamaConfig(ModelConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of llama, the Mistral family, qwen2 and qwen3."""
+    """Reads `config.json` of llama, the Mistral family, qwen2, qwen3 and seed_oss."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     if model_type == "ministral3":
         fields.get("rope_parameters", dict)  # transformers has defaults for a whole one only
     shared = shared_from_hf(fields, model_type)
-    attention_bias = fields.get("attention_bias", bool, False)
+    attention_bias = fields.get("attention_bias", bool, model_type == "seed_oss")
+    output_bias = fields.get("attention_out_bias", bool, False) if model_type == "seed_oss" else attention_bias
     return LlamaConfig(
         **shared
         | {
             "model_type": f"{model_type}_vl" if shared["rope"].axes and "qwen" in model_type else model_type,
             "qkv_bias": model_type == "qwen2" or attention_bias,
-            "output_bias": model_type != "qwen2" and attention_bias,
+            "output_bias": model_type != "qwen2" and output_bias,
             "mlp_bias": fields.get("mlp_bias", bool, False),
             "qk_norm": model_type == "qwen3",
             "sliding_windows": _windows(fields, model_type, shared["num_layers"]),
@@ -97,7 +98,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 def _windows(fields: Fields, model_type: str, layers: int) -> tuple[int | None, ...]:
     """Which layers look back only so far; Qwen says so by flag and layer, Mistral for all layers at once."""
     window = fields.get("sliding_window", int, None)
-    if model_type == "llama" or window is None:
+    if model_type in ("llama", "seed_oss") or window is None:
         return (None,) * layers
     named = layer_windows(fields, layers, window)
     if named is not None:
@@ -159,7 +160,7 @@ class Attention:
     def __call__(self, x: Value, step: StepInput) -> Value:
         parts = self.qkv(x).split(self.sizes, dim=-1)
         if self.whole and self.q_norm is not None and self.k_norm is not None:  # as one head each
-            q, k = (part.unflatten(-1, (1, -1)) for part in parts[:2])
+            q, k = (part.unflatten(-1, (-1, size)) for part, size in zip(parts, self.sizes[:2]))
             parts = (self.q_norm(q).flatten(1), self.k_norm(k).flatten(1), parts[2])
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D], [T, K, D] twice
         return self.output(self.attend(q, k, v, step).flatten(1))
@@ -226,7 +227,11 @@ WEIGHTS = [
     WeightName("layers.{i}.attention.q_norm:weight", _HF + "self_attn.q_norm.weight", _GG + "attn_q_norm.weight"),
     WeightName("layers.{i}.attention.k_norm:weight", _HF + "self_attn.k_norm.weight", _GG + "attn_k_norm.weight"),
     *_pair("attention.output:", "self_attn.o_proj", "attn_output"),
-    WeightName("layers.{i}.mlp_norm:weight", _HF + "post_attention_layernorm.weight", _GG + "ffn_norm.weight"),
+    WeightName(
+        "layers.{i}.mlp_norm:weight",
+        _HF + "post_attention_layernorm.weight",
+        (_GG + "ffn_norm.weight", _GG + "post_attention_norm.weight"),  # the second in files of Seed-OSS
+    ),
     *_pair("mlp.gate_up:gate.", "mlp.gate_proj", "ffn_gate"),
     *_pair("mlp.gate_up:up.", "mlp.up_proj", "ffn_up"),
     *_pair("mlp.down:", "mlp.down_proj", "ffn_down"),
@@ -249,8 +254,9 @@ FAMILY = Family(
         "Ministral3ForCausalLM": "ministral3",
         "Qwen2ForCausalLM": "qwen2",
         "Qwen3ForCausalLM": "qwen3",
+        "SeedOssForCausalLM": "seed_oss",
     },
-    gguf=("llama", "mistral3", "qwen2", "qwen2vl", "qwen3", "qwen3vl"),
+    gguf=("llama", "mistral3", "qwen2", "qwen2vl", "qwen3", "qwen3vl", "seed_oss"),
     config_from_hf=config_from_hf,
     config_from_gguf=config_from_gguf,
     build=Llama,

@@ -38,6 +38,11 @@ FAMILIES = (
     "smollm3",
     "lfm2",
     "granite",
+    "olmo2",
+    "olmoe",
+    "minimax_m2",
+    "cohere",
+    "ernie4_5",
 )
 """The files of this folder that have one, `FAMILY`. They are asked in this order whether they serve a name, so that a
 start imports no more of them than it takes to find the model's: most are of the first."""

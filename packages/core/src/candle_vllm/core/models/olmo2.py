@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: MIT
+"""OLMo 2, OLMo 3 and EXAONE 4: the attention of `llama.py` in blocks whose norms stand behind their sublayers.
+
+Each block is x + norm(attention(x)), then x + norm(mlp(x)). OLMo normalises all heads of q, and of k, at once; EXAONE 4
+each head. In three of four layers of OLMo 3 and EXAONE 4 (32B) a token sees a window alone: OLMo 3 stretches the rotary
+embedding of the other layers only, and EXAONE 4 has none there.
+Sources: OLMo Team, 2025, arXiv:2501.00656; LG AI Research, 2025, arXiv:2507.11407.
+Shapes: T tokens, E hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from candle_vllm.core.fields import Fields
+from candle_vllm.core.kernels.recorded import Value
+from candle_vllm.core.layers.attention import StepInput
+from candle_vllm.core.layers.embedding import Embedding
+from candle_vllm.core.layers.mlp import GatedMLP
+from candle_vllm.core.layers.norm import RMSNorm
+from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.layers.rotary import Rotary
+from candle_vllm.core.loading.config import gguf_windows, layer_windows, shared_from_gguf, shared_from_hf
+from candle_vllm.core.loading.rope import RopeConfig, rope_from_hf
+from candle_vllm.core.loading.tensors import Checkpoint
+from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.models import llama
+from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
+from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.llama import Attention, LlamaConfig
+from candle_vllm.core.models.stack import DecoderStack
+
+# ---- config ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Olmo2Config(LlamaConfig):
+    """What these models have beside a Llama.
+
+    Attributes:
+        local_rope: rotary settings of layers with a window, where they differ from the others' (OLMo 3).
+    """
+
+    local_rope: RopeConfig | None = None
+
+
+def config_from_hf(fields: Fields, model_type: str) -> Olmo2Config:
+    """Reads `config.json` of olmo2, olmo3 and exaone4."""
+    fields.choice("hidden_act", "silu", "silu", "swish")
+    shared = shared_from_hf(fields, model_type)
+    windows = (None,) * shared["num_layers"] if model_type == "olmo2" else _windows(fields, shared["num_layers"])
+    own: dict[str, Any] = {"sliding_windows": windows, "qk_norm": True, "whole_norms": model_type != "exaone4"}
+    if model_type == "exaone4":
+        return Olmo2Config(**shared | own, unrotated_layers=_unrotated(windows))
+    bias = fields.get("attention_bias", bool, False)
+    own |= {"qkv_bias": bias, "output_bias": bias}
+    if model_type == "olmo3":
+        own["max_position"] = fields.count("max_position_embeddings")  # after stretching
+        own["rope"], own["local_rope"] = (_layer_rope(fields, shared, kind) for kind in ("full", "sliding"))
+    return Olmo2Config(**shared | own)
+
+
+def _windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
+    """By `layer_types`; else the last of every four layers, or of `sliding_window_pattern`, sees all positions."""
+    window = fields.get("sliding_window", int, None)
+    if window is None:
+        return (None,) * layers
+    period = 4 if "layer_types" in fields else fields.count("sliding_window_pattern", 4)
+    usual = tuple(window if (layer + 1) % period else None for layer in range(layers))
+    return layer_windows(fields, layers, window) or usual
+
+
+def _unrotated(windows: tuple[int | None, ...]) -> frozenset[int]:
+    """EXAONE 4's layers without a window, where other layers have one."""
+    return frozenset(layer for layer, window in enumerate(windows) if any(windows) and window is None)
+
+
+def _layer_rope(fields: Fields, shared: dict[str, Any], kind: str) -> RopeConfig:
+    """OLMo 3's rotary settings of one kind of layer; `rope_scaling` of published files is of the full ones alone."""
+    stored = fields.section("rope_parameters").section(f"{kind}_attention").values
+    if "rope_parameters" not in fields and kind == "full":
+        stored = fields.section("rope_scaling").values
+    theta = fields.get("rope_theta", float, 5e5)
+    one = Fields({"rope_parameters": {"rope_theta": theta, **stored}}, fields.path)
+    return rope_from_hf(one, shared["head_dim"], fields.count("max_position_embeddings"))
+
+
+def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Olmo2Config:
+    """Reads GGUF metadata of olmo2, which OLMo 3 bears too, and exaone4."""
+    shared, tensors = shared_from_gguf(fields, checkpoint), checkpoint.tensors
+    layers, olmo, rope = shared["num_layers"], shared["model_type"] == "olmo2", shared["rope"]
+    window = fields.get("attention.sliding_window", int, 0) or None
+    windows = gguf_windows(fields, layers, window, period=4)
+    own: dict[str, Any] = {"qk_norm": True, "whole_norms": olmo, "sliding_windows": windows}
+    own |= {"qkv_bias": gguf_has_bias(checkpoint), "output_bias": "blk.0.attn_output.bias" in tensors}
+    if not olmo:
+        return Olmo2Config(**shared | own, unrotated_layers=_unrotated(windows))
+    if window is not None:
+        theta = fields.get("rope.freq_base_swa", float, rope.theta)
+        original = own["max_position"] = fields.count("context_length")
+        own["local_rope"] = RopeConfig(theta=theta, dim=rope.dim, original_max_position=original)
+    return Olmo2Config(**shared | own)
+
+
+# ---- block and model -------------------------------------------------------------------------------------------------
+
+
+class Block:
+    """One decoder layer. x [T, E] comes as two summands, and what it gives is two: the second is None at first."""
+
+    def __init__(self, config: Olmo2Config, layer: int, rotary: Rotary, placement: Placement) -> None:
+        self.attention = Attention(config, layer, rotary, placement)
+        self.attention_norm, self.mlp_norm = (RMSNorm(config.hidden_size, config.norm_eps, placement) for _ in range(2))
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, placement)
+
+    def __call__(self, x: Value, residual: Value | None, step: StepInput) -> tuple[Value, Value]:
+        x = x if residual is None else residual + x
+        x = x + self.attention_norm(self.attention(x, step))
+        return self.mlp_norm(self.mlp(x)), x
+
+
+class Olmo2(DecoderStack):
+    """The decoder: token ids [T] -> hidden states [T, E] -> logits [T, V]."""
+
+    def __init__(self, config: Olmo2Config, placement: Placement, checkpoint: Checkpoint) -> None:
+        self.config, size = config, (config.vocab_size, config.hidden_size)
+        self.embed = Embedding(*size, placement)
+        factors = "rope_freqs.weight" in checkpoint.tensors
+        self.rotary = self.local_rotary = Rotary(config.rope, config.max_position, placement, factors=factors)
+        if config.local_rope is not None:
+            self.local_rotary = Rotary(config.local_rope, config.max_position, placement)
+        rotaries = [self.rotary if window is None else self.local_rotary for window in config.sliding_windows]
+        self.layers = [Block(config, layer, rotary, placement) for layer, rotary in enumerate(rotaries)]
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, placement)
+        self.head = None if config.tie_embeddings else Embedding(*size, placement)
+
+    def prepare(self, positions: int) -> None:
+        """See `Decoder.prepare`."""
+        super().prepare(positions)
+        self.local_rotary.prepare(positions)
+
+
+# ---- weight names ----------------------------------------------------------------------------------------------------
+
+_NORMS = {
+    "layers.{i}.attention_norm:weight": ("post_attention_layernorm", "post_attention_norm"),
+    "layers.{i}.mlp_norm:weight": ("post_feedforward_layernorm", "post_ffw_norm"),
+}
+WEIGHTS = [
+    *(line for line in llama.WEIGHTS if line.target not in _NORMS),
+    *(WeightName(to, f"{HF}{hf}.weight", f"{GG}{gguf}.weight") for to, (hf, gguf) in _NORMS.items()),
+]
+
+FAMILY = Family(
+    hf={"Olmo2ForCausalLM": "olmo2", "Olmo3ForCausalLM": "olmo3", "Exaone4ForCausalLM": "exaone4"},
+    gguf=("olmo2", "exaone4"),
+    config_from_hf=config_from_hf,
+    config_from_gguf=config_from_gguf,
+    build=Olmo2,
+    weights=WEIGHTS,
+    ignored=llama.ignored,
+)
