@@ -20,9 +20,9 @@ def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """Takes tests of rare rows of the table of families out of the common run."""
+    """Takes tests of rows that are not common out of the common run, see `models/families.py`."""
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         row = ROWS.get(params.get("name", ""))
-        if row is not None and row.rare:
+        if row is not None and not row.common:
             item.add_marker("every_case")

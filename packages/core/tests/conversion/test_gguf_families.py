@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from candle_vllm.core import EngineConfig, UnsupportedModelError, WeightsError
 from candle_vllm.core.conversion import write_gguf
-from packages.core.tests.models.families import DEEPSEEK_YARN, LLAMA3, ROWS
+from packages.core.tests.models.families import DEEPSEEK_YARN, LLAMA3, RENAMED, ROWS
 from packages.core.tests.models.gguf_export import export_gguf
+from packages.core.tests.models.test_renamed import write_renamed
 from packages.core.tests.models.tiny import eager_logits, error, load, some_tokens, write_tiny
 
 TOKENS = some_tokens(40)
@@ -156,6 +157,13 @@ def test_numbers_that_llama_cpp_divides_by(tmp_path: Path, words: Path) -> None:
 def test_wirings_that_llama_cpp_has_not(name: str, changes: Any, message: str, tmp_path: Path, words: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=rf"llama\.cpp's .*{message}"):
         written(made(name, tmp_path / "m", **changes), words)
+
+
+@pytest.mark.parametrize("kind", RENAMED)
+def test_models_that_transformers_does_not_have(kind: str, tmp_path: Path, words: Path) -> None:
+    _, folder = write_renamed(kind, tmp_path, attention_bias=False, mlp_bias=False)
+    path = written(folder, words)
+    assert error(eager_logits(path, TOKENS, [40]), eager_logits(folder, TOKENS, [40])) < 1e-6
 
 
 def test_scores_that_lfm2moe_has_no_keys_for(tmp_path: Path, words: Path) -> None:

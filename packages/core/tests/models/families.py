@@ -22,7 +22,7 @@ class Row:
         gguf: the GGUF architecture, where files of this kind are published; None leaves GGUF out.
         recorded: the compiled CPU kernels serve it.
         undecided: share of tokens that may go to other experts where attention in bfloat16 decides a near tie.
-        rare: all tests of the row have the marker `every_case` (the hook in `packages/core/tests/conftest.py`).
+        common: its tests are in the common run; else behind the marker `every_case`, see `tests/conftest.py`.
     """
 
     model_type: str
@@ -30,7 +30,7 @@ class Row:
     gguf: str | None = None
     recorded: bool = True
     undecided: float = 0.0
-    rare: bool = False
+    common: bool = True
 
 
 QWEN2_VL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
@@ -301,6 +301,11 @@ ERNIE_MOE = {
     "moe_num_shared_experts": 2,
     "moe_layer_start_index": 1,
 }
+YOUTU = {key: value for key, value in DEEPSEEK.items() if "expert" not in key and "group" not in key}
+YOUTU = {
+    key: value for key, value in YOUTU.items() if key not in ("first_k_dense_replace", "routed_scaling_factor")
+} | {"pad_token_id": None}
+SOLAR = {key: value for key, value in GLM_MOE.items() if key not in ("first_k_dense_replace", "attention_bias")}
 GLM_LITE = {key: value for key, value in DEEPSEEK.items() if key != "first_k_dense_replace"} | {"v_head_dim": 40}
 
 ROWS: Mapping[str, Row] = {
@@ -370,31 +375,33 @@ ROWS: Mapping[str, Row] = {
     "LFM2-MoE": Row("lfm2_moe", LFM2_MOE, "lfm2moe", undecided=0.1),
     "LFM2-MoE plain": Row("lfm2_moe", LFM2_MOE | LFM2_PLAIN, undecided=0.1),
     "Granite": Row("granite", GRANITE, "granite"),
-    "Granite biases": Row("granite", GRANITE | GRANITE_BIASES, "granite", rare=True),
-    "Granite-MoE": Row("granitemoe", GRANITE_MOE, "granitemoe", undecided=0.1, rare=True),
+    "Granite biases": Row("granite", GRANITE | GRANITE_BIASES, "granite", common=False),
+    "Granite-MoE": Row("granitemoe", GRANITE_MOE, "granitemoe", undecided=0.1, common=False),
     "Granite-MoE shared": Row(
-        "granitemoeshared", GRANITE_MOE | {"shared_intermediate_size": 64}, "granitemoe", undecided=0.1, rare=True
+        "granitemoeshared", GRANITE_MOE | {"shared_intermediate_size": 64}, "granitemoe", undecided=0.1, common=False
     ),
-    "Granite 4": Row("granitemoehybrid", GRANITE_HYBRID, "granite", rare=True),
+    "Granite 4": Row("granitemoehybrid", GRANITE_HYBRID, "granite", common=False),
     "Granite 4 unrotated": Row(
-        "granitemoehybrid", GRANITE_HYBRID | {"position_embedding_type": None}, "granite", rare=True
+        "granitemoehybrid", GRANITE_HYBRID | {"position_embedding_type": None}, "granite", common=False
     ),
-    "OLMo 2": Row("olmo2", OLMO, "olmo2", rare=True),
-    "OLMo 2 biases": Row("olmo2", OLMO | {"attention_bias": True}, rare=True),
+    "OLMo 2": Row("olmo2", OLMO, "olmo2", common=False),
+    "OLMo 2 biases": Row("olmo2", OLMO | {"attention_bias": True}, common=False),
     "OLMo 3": Row("olmo3", OLMO | WINDOWS | {"rope_parameters": OLMO3_ROPE}, "olmo2"),
-    "OLMoE": Row("olmoe", OLMOE, "olmoe", undecided=0.1, rare=True),
-    "EXAONE 4": Row("exaone4", OLMO | EXAONE4, "exaone4", rare=True),
-    "EXAONE 4 windows": Row("exaone4", OLMO | WINDOWS, "exaone4", rare=True),
-    "MiniMax-M2": Row("minimax_m2", MINIMAX_M2, "minimax-m2", undecided=0.1, rare=True),
-    "Command R": Row("cohere", COHERE, "command-r", rare=True),
-    "Command R+": Row("cohere", COHERE | {"use_qk_norm": True, "attention_bias": True}, "command-r", rare=True),
+    "OLMoE": Row("olmoe", OLMOE, "olmoe", undecided=0.1, common=False),
+    "EXAONE 4": Row("exaone4", OLMO | EXAONE4, "exaone4", common=False),
+    "EXAONE 4 windows": Row("exaone4", OLMO | WINDOWS, "exaone4", common=False),
+    "MiniMax-M2": Row("minimax_m2", MINIMAX_M2, "minimax-m2", undecided=0.1, common=False),
+    "Command R": Row("cohere", COHERE, "command-r", common=False),
+    "Command R+": Row("cohere", COHERE | {"use_qk_norm": True, "attention_bias": True}, "command-r", common=False),
     "Command R7B": Row("cohere2", COHERE | WINDOWS, "cohere2"),
-    "Seed-OSS": Row("seed_oss", {"head_dim": 32}, "seed_oss", rare=True),
-    "Seed-OSS biases": Row("seed_oss", {"head_dim": 32, "attention_out_bias": True, "mlp_bias": True}, rare=True),
-    "ERNIE 4.5": Row("ernie4_5", {"head_dim": 32}, "ernie4_5", rare=True),
-    "ERNIE 4.5 biases": Row("ernie4_5", {"head_dim": 32, "use_bias": True}, rare=True),
+    "Seed-OSS": Row("seed_oss", {"head_dim": 32}, "seed_oss", common=False),
+    "Seed-OSS biases": Row("seed_oss", {"head_dim": 32, "attention_out_bias": True, "mlp_bias": True}, common=False),
+    "ERNIE 4.5": Row("ernie4_5", {"head_dim": 32}, "ernie4_5", common=False),
+    "ERNIE 4.5 biases": Row("ernie4_5", {"head_dim": 32, "use_bias": True}, common=False),
     "ERNIE 4.5 MoE": Row("ernie4_5_moe", ERNIE_MOE, "ernie4_5-moe", undecided=0.1),
-    "GLM-4.7-Flash": Row("glm4_moe_lite", GLM_LITE, "deepseek2", undecided=0.1, rare=True),
+    "Youtu": Row("youtu", YOUTU, "deepseek2", common=False),
+    "Solar-Open": Row("solar_open", {"head_dim": 32} | SOLAR, "glm4moe", undecided=0.1, common=False),
+    "GLM-4.7-Flash": Row("glm4_moe_lite", GLM_LITE, "deepseek2", undecided=0.1, common=False),
 }
 
 FORMATS: Mapping[str, str] = {
@@ -419,6 +426,14 @@ TOWERS: Mapping[str, str] = {
     "Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForCausalLM",
 }
 """Classes of multimodal models, and those whose rows stand for their text towers; see `test_towers.py`."""
+
+RENAMED: Mapping[str, str] = {
+    "ExaoneForCausalLM": "exaone",
+    "InternLM2ForCausalLM": "internlm2",
+    "InternLM3ForCausalLM": "llama",
+}
+"""Classes that transformers does not have and that are Llamas under other names, with the GGUF architecture; see
+`test_renamed.py`."""
 
 CUDA_FORMATS: Mapping[str, tuple[str, ...]] = {
     "AWQ": ("Llama",),

@@ -68,7 +68,7 @@ def _shared(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_feed_forward_length(config.get("intermediate_size") or config["moe_intermediate_size"])
     writer.add_head_count(heads)
     writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
     writer.add_key_length(dim)
@@ -296,8 +296,9 @@ def _behind_the_last(name: str, layers: int) -> str:
 
 def _glm4_moe(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     """With a layer behind the last, as files of the family have it for predicting further tokens."""
-    writer.add_rope_dimension_count(int(config["head_dim"] * config["rope_parameters"]["partial_rotary_factor"]))
-    writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+    part = config["rope_parameters"].get("partial_rotary_factor", 1.0)
+    writer.add_rope_dimension_count(int(config["head_dim"] * part))
+    writer.add_leading_dense_block_count(config.get("first_k_dense_replace", 0))
     writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
     writer.add_expert_shared_count(config["n_shared_experts"])
     writer.add_expert_weights_scale(config["routed_scaling_factor"])
@@ -370,6 +371,9 @@ def deepseek2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors, *
 
 def _deepseek_experts(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
     newer = config["model_type"] != "deepseek_v2"
+    if "n_routed_experts" not in config:
+        writer.add_leading_dense_block_count(config["num_hidden_layers"])
+        return tensors
     writer.add_leading_dense_block_count(config.get("first_k_dense_replace", 1))
     writer.add_expert_shared_count(config["n_shared_experts"])
     writer.add_expert_weights_scale(config["routed_scaling_factor"])
@@ -538,6 +542,8 @@ def _ernie4_5_moe(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensor
 
 
 CONVERTERS: Mapping[str, Convert] = {
+    "exaone": _olmo2,
+    "internlm2": _llama,
     "olmo2": _olmo2,
     "exaone4": _olmo2,
     "olmoe": lambda writer, config, tensors: _experts(writer, config, tensors),

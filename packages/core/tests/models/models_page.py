@@ -15,7 +15,16 @@ if __name__ == "__main__":
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from candle_vllm.core.models.registry import HF_ENCODERS, HF_FAMILIES
-from packages.core.tests.models.families import CUDA_ISQ, FORMATS, ISQ_TYPES, ROWS, TOWERS, cuda_rows, first_rows
+from packages.core.tests.models.families import (
+    CUDA_ISQ,
+    FORMATS,
+    ISQ_TYPES,
+    RENAMED,
+    ROWS,
+    TOWERS,
+    cuda_rows,
+    first_rows,
+)
 
 PAGE = Path(__file__).parents[4] / "docs" / "models.md"
 BEGIN, END = "<!-- table of families: begin -->", "<!-- table of families: end -->"
@@ -37,8 +46,8 @@ def rows_by_class() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {name: [] for name in HF_FAMILIES}
     for name, row in ROWS.items():
         found[str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[row.model_type])].append(name)
-    for tower, text in TOWERS.items():
-        found[tower] = list(found[text])
+    for name, text in {**TOWERS, **dict.fromkeys(RENAMED, "LlamaForCausalLM")}.items():
+        found[name] = list(found[text])
     return found
 
 

@@ -42,7 +42,7 @@ CASES = [
     ("Qwen3-MoE", EXPERTS),
     ("Llama", {**TABLES, "r": 16}),
     *every(
-        *[(name, {}) for name in first_rows() if not name.startswith("DeepSeek")],
+        *[(name, {}) for name in first_rows() if "kv_lora_rank" not in ROWS[name].config],
         *[(name, EXPERTS) for name in ("Mixtral", "Qwen2-MoE", "GLM-4-MoE", "gpt-oss", "DeepSeek-V3")],
         *[("Mixtral", EXPERTS | {"target_parameters": [f"experts.{name}"]}) for name in ("gate_up_proj", "down_proj")],
         ("DeepSeek-V2", {"target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"]}),

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from candle_vllm.core.conversion.gguf_layout import DIVISORS, Architecture, Keys
+from candle_vllm.core.conversion.gguf_layout import BIASES, DIVISORS, Architecture, Keys
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.layers.moe import Mixture
 from candle_vllm.core.layers.rotary import attention_scale
@@ -268,8 +268,9 @@ def _lfm2(config: Any) -> Keys:
 
 _LAYER_NORM = "attention.layer_norm_epsilon"
 _CONVOLVED = (DIVISORS, *(f".shortconv.{part}.bias" for part in ("in_proj", "conv", "out_proj")))
-_BIASED = (".attn_output.bias", ".ffn_gate.bias", ".ffn_up.bias", ".ffn_down.bias")
-_GATED = (DIVISORS, *_BIASED[1:])
+_LLAMA = Architecture(name="llama", more=_window, interleaved=True, unread=())
+_GLM4_MOE = Architecture(name="glm4moe", more=_glm4_moe, otherwise=_ungrouped)
+_OLMO2 = Architecture(name="olmo2", more=_local, head=True, square=True)
 _DEEPSEEK = Architecture(
     name="deepseek2",
     more=_deepseek,
@@ -281,10 +282,11 @@ _DEEPSEEK = Architecture(
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
-        "llama": Architecture(name="llama", more=_window, interleaved=True, unread=()),
-        "mistral": Architecture(name="llama", more=_window, interleaved=True, unread=()),
-        "ministral": Architecture(name="llama", more=_window, interleaved=True, unread=()),
+        "llama": _LLAMA,
+        "mistral": _LLAMA,
+        "ministral": _LLAMA,
         "ministral3": Architecture(name="mistral3", more=_mistral3, interleaved=True, log_multiplier=1.0, unread=()),
+        "internlm3": _LLAMA,
         "mixtral": Architecture(name="llama", more=_mixtral, interleaved=True, unread=()),
         "qwen2": Architecture(name="qwen2", more=_window, square=True),
         "qwen2_vl": Architecture(name="qwen2vl", more=_axes, square=True),
@@ -311,24 +313,28 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "smollm3": Architecture(name="smollm3", interleaved=True),
         "glm": Architecture(name="chatglm", interleaved=True, square=True),
         "glm4": Architecture(name="glm4", interleaved=True),
-        "glm4_moe": Architecture(name="glm4moe", more=_glm4_moe, otherwise=_ungrouped),
+        "solar_open": _GLM4_MOE,
+        "glm4_moe": _GLM4_MOE,
         "gpt_oss": Architecture(name="gpt-oss", more=_gpt_oss, head=True, unread=(DIVISORS,)),
         "deepseek_v2": _DEEPSEEK,
         "deepseek_v3": _DEEPSEEK,
         "glm4_moe_lite": _DEEPSEEK,
+        "youtu": _DEEPSEEK,
         "granite": Architecture(name="granite", more=_granite, interleaved=True, square=True, unread=()),
         "granitemoe": Architecture(name="granitemoe", more=_granite, interleaved=True, square=True, unread=()),
         "seed_oss": Architecture(name="seed_oss", names=lambda _: (".post_attention_norm.",)),
-        "olmo2": Architecture(name="olmo2", more=_local, head=True, square=True),
-        "olmo3": Architecture(name="olmo2", more=_local, head=True, square=True),
-        "exaone4": Architecture(name="exaone4", more=_local, square=True, unread=_BIASED),
+        "olmo2": _OLMO2,
+        "olmo3": _OLMO2,
+        "exaone4": Architecture(name="exaone4", more=_local, square=True, unread=BIASES),
         "olmoe": Architecture(
             name="olmoe", more=lambda config: _counts(config.mixture), head=True, square=True, norm=False
         ),
         "minimax_m2": Architecture(name="minimax-m2", more=_minimax, head=True, norm=True),
         "cohere": Architecture(name="command-r", more=_cohere, eps=_LAYER_NORM, interleaved=True, square=True),
         "cohere2": Architecture(name="cohere2", more=_cohere, eps=_LAYER_NORM, interleaved=True, square=True),
-        "ernie4_5": Architecture(name="ernie4_5", interleaved=True, unread=_GATED),
+        "exaone": Architecture(name="exaone", unread=BIASES),
+        "internlm2": Architecture(name="internlm2", interleaved=True, square=True),
+        "ernie4_5": Architecture(name="ernie4_5", interleaved=True, unread=(DIVISORS, *BIASES[1:])),
         "ernie4_5_moe": Architecture(name="ernie4_5-moe", more=_ernie, interleaved=True, norm=True),
         "lfm2": Architecture(name="lfm2", more=_lfm2, unread=_CONVOLVED, square=True),
         "lfm2_moe": Architecture(name="lfm2moe", more=_lfm2, unread=_CONVOLVED, square=True),

@@ -13,7 +13,7 @@ from candle_vllm.core.errors import UnsupportedModelError
 Keys = dict[str, Any]
 
 DIVISORS = "rope_freqs.weight"
-_BIASES = (".attn_output.bias", ".ffn_gate.bias", ".ffn_up.bias", ".ffn_down.bias")
+BIASES = (".attn_output.bias", ".ffn_gate.bias", ".ffn_up.bias", ".ffn_down.bias")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Architecture:
     names: Callable[[Any], Sequence[str]] = lambda _: ()
     head: bool = False
     log_multiplier: float | None = None
-    unread: tuple[str, ...] = (DIVISORS, *_BIASES)
+    unread: tuple[str, ...] = (DIVISORS, *BIASES)
     square: bool = False
     every: bool = False
     norm: bool | None = None

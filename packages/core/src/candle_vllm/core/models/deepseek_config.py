@@ -70,7 +70,7 @@ class DeepseekConfig(ModelConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> DeepseekConfig:
-    """Reads `config.json` of deepseek_v2, deepseek_v3 and glm4_moe_lite."""
+    """Reads `config.json` of deepseek_v2, deepseek_v3, glm4_moe_lite and youtu, which has no experts."""
     fields.choice("hidden_act", "silu", "silu", "swish")
     shared = shared_from_hf(fields, model_type)
     rope_dim, nope = fields.count("qk_rope_head_dim"), fields.count("qk_nope_head_dim")
@@ -86,6 +86,7 @@ def config_from_hf(fields: Fields, model_type: str) -> DeepseekConfig:
         "num_kv_heads": 1,
         "head_dim": nope + rope_dim,
         "rope": rope,
+        "tie_embeddings": fields.get("tie_word_embeddings", bool, model_type == "youtu"),
         "max_position": stretched_context(rope, position),
         "num_experts": mixture.experts if mixture else 0,
         "interleaved_rotary": model_type == "deepseek_v2" or fields.get("rope_interleave", bool, True),

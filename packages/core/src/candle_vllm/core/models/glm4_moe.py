@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""GLM-4-MoE (GLM-4.5, 4.6, 4.7, Air): the Llama wiring, part of each head rotated, and experts.
+"""GLM-4-MoE (GLM-4.5, 4.6, 4.7, Air) and Solar-Open: the Llama wiring, part of each head rotated, and experts.
 
 Experts are scored by sigmoids and chosen with a correction, within groups, as DeepSeek-V3's are; a layer that all
 tokens share is added. The layers behind the last, which predict further tokens, are not loaded.
@@ -8,6 +8,7 @@ tokens share is added. The layers behind the last, which predict further tokens,
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
@@ -35,11 +36,13 @@ _SIGMOID = 2  # in GGUF's metadata
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of glm4_moe."""
+    """Reads `config.json` of glm4_moe, and of solar_open, which rotates whole heads and has experts in all layers."""
     fields.choice("hidden_act", "silu", "silu", "swish")
-    shared = shared_from_hf(Fields({"partial_rotary_factor": 0.5} | dict(fields.values), fields.path), model_type)
-    layers, dense = shared["num_layers"], fields.get("first_k_dense_replace", int, 1)
+    solar = model_type == "solar_open"
     inner = fields.count("moe_intermediate_size")
+    usual: dict[str, Any] = {"intermediate_size": inner, "rope_theta": 1e6} if solar else {"partial_rotary_factor": 0.5}
+    shared = shared_from_hf(Fields(usual | dict(fields.values), fields.path), model_type)
+    layers, dense = shared["num_layers"], fields.get("first_k_dense_replace", int, 0 if solar else 1)
     shared_experts = fields.get("n_shared_experts", int, 1)
     mixture = Mixture(
         experts=expert_count(fields, "n_routed_experts", "num_local_experts"),
@@ -123,7 +126,7 @@ def later_layers(layers: int) -> list[str]:
 
 
 FAMILY = Family(
-    hf={"Glm4MoeForCausalLM": "glm4_moe"},
+    hf={"Glm4MoeForCausalLM": "glm4_moe", "SolarOpenForCausalLM": "solar_open"},
     gguf=("glm4moe",),
     config_from_hf=config_from_hf,
     config_from_gguf=config_from_gguf,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The Llama wiring and the families that differ from it by flags.
 
-Llama 1 to 3.x, SmolLM and Yi as they are; Seed-OSS with biases on q, k, v; Mistral adds a sliding window, Ministral one
-in some layers; Ministral 3 has queries that grow with their position; Qwen2 biases on q, k, v; Qwen3 a norm on every
-head of q and k. Each block is x + attention(norm(x)), then x + mlp(norm(x)).
+Llama 1 to 3.x, InternLM 3, SmolLM and Yi as they are; Seed-OSS with biases on q, k, v; Mistral adds a sliding window,
+Ministral one in some layers; Ministral 3 has queries that grow with their position; Qwen2 biases on q, k, v; Qwen3 a
+norm on every head of q and k. Each block is x + attention(norm(x)), then x + mlp(norm(x)).
 Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, V vocabulary.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.attention import PagedAttention, StepInput
@@ -74,8 +75,13 @@ class LlamaConfig(ModelConfig):
 
 
 def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
-    """Reads `config.json` of llama, the Mistral family, qwen2, qwen3 and seed_oss."""
+    """Reads `config.json` of llama, the Mistral family, qwen2, qwen3, seed_oss and internlm3."""
     fields.choice("hidden_act", "silu", "silu", "swish")
+    if model_type == "internlm3":  # published files have names of their own
+        biases = {"attention_bias": fields.get("qkv_bias", bool, False), "mlp_bias": fields.get("bias", bool, False)}
+        if biases["attention_bias"] != biases["mlp_bias"]:
+            raise UnsupportedModelError(f"{fields.path}: qkv_bias and bias that differ are not implemented")
+        fields = Fields(biases | dict(fields.values), fields.path)
     if model_type == "ministral3":
         fields.get("rope_parameters", dict)  # transformers has defaults for a whole one only
     shared = shared_from_hf(fields, model_type)
@@ -98,7 +104,7 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 def _windows(fields: Fields, model_type: str, layers: int) -> tuple[int | None, ...]:
     """Which layers look back only so far; Qwen says so by flag and layer, Mistral for all layers at once."""
     window = fields.get("sliding_window", int, None)
-    if model_type in ("llama", "seed_oss") or window is None:
+    if model_type in ("llama", "seed_oss", "internlm3") or window is None:
         return (None,) * layers
     named = layer_windows(fields, layers, window)
     if named is not None:
@@ -255,6 +261,7 @@ FAMILY = Family(
         "Qwen2ForCausalLM": "qwen2",
         "Qwen3ForCausalLM": "qwen3",
         "SeedOssForCausalLM": "seed_oss",
+        "InternLM3ForCausalLM": "internlm3",
     },
     gguf=("llama", "mistral3", "qwen2", "qwen2vl", "qwen3", "qwen3vl", "seed_oss"),
     config_from_hf=config_from_hf,

@@ -43,6 +43,8 @@ FAMILIES = (
     "minimax_m2",
     "cohere",
     "ernie4_5",
+    "exaone",
+    "internlm2",
 )
 """The files of this folder that have one, `FAMILY`. They are asked in this order whether they serve a name, so that a
 start imports no more of them than it takes to find the model's: most are of the first."""
