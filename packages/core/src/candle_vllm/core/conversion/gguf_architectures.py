@@ -36,12 +36,8 @@ def _gemma2(config: Any) -> Keys:
 
 
 def _gemma3(config: Any) -> Keys:
-    pattern = [window is not None for window in config.sliding_windows]
-    keys = _window(config) | {"attention.sliding_window_pattern": pattern}
-    keys["rope.freq_base_swa"] = float(config.local_rope.theta)
-    if config.final_softcap is not None:
-        keys["final_logit_softcapping"] = float(config.final_softcap)
-    return keys
+    cap = config.final_softcap
+    return _local(config) | ({} if cap is None else {"final_logit_softcapping": float(cap)})
 
 
 def _phi3(config: Any) -> Keys:
@@ -124,10 +120,13 @@ def _counts(mixture: Mixture) -> Keys:
     return {"expert_count": mixture.experts, "expert_used_count": mixture.top_k}
 
 
+def _sizes(mixture: Mixture) -> Keys:
+    return _counts(mixture) | {"expert_feed_forward_length": mixture.inner_size}
+
+
 def _qwen_moe(config: Any) -> Keys:
     mixture = config.mixture
-    keys = _window(config) | _counts(mixture)
-    keys |= {"expert_feed_forward_length": mixture.inner_size, "expert_weights_norm": mixture.renormalise}
+    keys = _window(config) | _sizes(mixture) | {"expert_weights_norm": mixture.renormalise}
     if mixture.shared_size:
         keys["expert_shared_feed_forward_length"] = mixture.shared_size
     return keys
@@ -161,31 +160,26 @@ def _ernie(config: Any) -> Keys:
     dense = config.num_layers - len(sparse)
     if sparse != frozenset(range(dense, config.num_layers)):
         raise UnsupportedModelError("llama.cpp's ernie4_5-moe has all dense layers in front of the others")
-    keys: Keys = {
-        "expert_feed_forward_length": mixture.inner_size,
+    return _sizes(mixture) | {
         "expert_shared_count": mixture.shared_size // mixture.inner_size,
         "expert_shared_feed_forward_length": mixture.shared_size,
         "interleave_moe_layer_step": 1,
         "leading_dense_block_count": dense,
     }
-    return _counts(mixture) | keys
 
 
-def _minimax(config: Any) -> Keys:
-    inner = {"expert_feed_forward_length": config.mixture.inner_size}
-    return _counts(config.mixture) | inner | {"expert_gating_func": _GATING["sigmoid"]}
+def _scored_by_sigmoids(config: Any) -> Keys:
+    return _sizes(config.mixture) | {"expert_gating_func": _GATING["sigmoid"]}
 
 
 def _gpt_oss(config: Any) -> Keys:
     """llama.cpp wants a window to be named."""
-    inner = {"expert_feed_forward_length": config.mixture.inner_size}
-    return {"attention.sliding_window": 0} | _window(config) | _counts(config.mixture) | inner
+    return {"attention.sliding_window": 0} | _window(config) | _sizes(config.mixture)
 
 
 def _routed(mixture: Mixture) -> Keys:
     """How DeepSeek and those that choose experts as it does describe them."""
-    keys: Keys = _counts(mixture) | {
-        "expert_feed_forward_length": mixture.inner_size,
+    keys: Keys = _sizes(mixture) | {
         "expert_shared_count": mixture.shared_size // mixture.inner_size,
         "expert_gating_func": _GATING[mixture.scoring],
         "expert_weights_norm": mixture.renormalise,
@@ -257,10 +251,7 @@ def _lfm2(config: Any) -> Keys:
         return keys
     if not mixture.correction:
         raise UnsupportedModelError("llama.cpp's lfm2moe wants a bias of experts' scores, and this model has none")
-    keys |= _counts(mixture) | {
-        "expert_feed_forward_length": mixture.inner_size,
-        "expert_gating_func": _GATING["sigmoid"],
-    }
+    keys |= _scored_by_sigmoids(config)
     return keys | {"leading_dense_block_count": config.num_layers - len(config.sparse_layers)}
 
 
@@ -329,7 +320,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "olmoe": Architecture(
             name="olmoe", more=lambda config: _counts(config.mixture), head=True, square=True, norm=False
         ),
-        "minimax_m2": Architecture(name="minimax-m2", more=_minimax, head=True, norm=True),
+        "minimax_m2": Architecture(name="minimax-m2", more=_scored_by_sigmoids, head=True, norm=True),
         "cohere": Architecture(name="command-r", more=_cohere, eps=_LAYER_NORM, interleaved=True, square=True),
         "cohere2": Architecture(name="cohere2", more=_cohere, eps=_LAYER_NORM, interleaved=True, square=True),
         "exaone": Architecture(name="exaone", unread=BIASES),

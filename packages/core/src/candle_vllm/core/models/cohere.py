@@ -15,57 +15,52 @@ import numpy as np
 
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.recorded import Value
-from candle_vllm.core.layers.attention import PagedAttention, StepInput
+from candle_vllm.core.layers.attention import StepInput
 from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.layer_norm import HeadLayerNorm, LayerNorm
-from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.mlp import GatedMLP
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
-from candle_vllm.core.loading.config import ModelConfig, gguf_windows, layer_windows, shared_from_gguf, shared_from_hf
+from candle_vllm.core.loading.config import gguf_windows, shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import ColumnOrder
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
 from candle_vllm.core.models.attention_names import gguf_has_bias
 from candle_vllm.core.models.family import Family
+from candle_vllm.core.models.llama import Attention, LlamaConfig
+from candle_vllm.core.models.olmo2 import full_layers, windows_from_hf
 from candle_vllm.core.models.stack import DecoderStack
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CohereConfig(ModelConfig):
-    """The flags of these families.
+class CohereConfig(LlamaConfig):
+    """What these models have beside a Llama.
 
     Attributes:
-        logit_scale: factor of logits.
-        bias: of the four projections of attention.
-        head_norms: q and k are normalised per head, with weights [H, D] and [K, D], before rotation.
-        local: layers without a window have no rotary embedding (Cohere 2).
+        head_norms: q and k are normalised per head, with weights [H, D] and [K, D], before rotation (Command R+).
     """
 
-    logit_scale: float
-    bias: bool = False
     head_norms: bool = False
-    local: bool = False
 
 
 def config_from_hf(fields: Fields, model_type: str) -> CohereConfig:
     """Reads `config.json` of cohere and cohere2."""
     fields.choice("hidden_act", "silu", "silu", "swish")
-    shared = shared_from_hf(fields, model_type, eps="layer_norm_eps")
-    layers, local = shared["num_layers"], model_type == "cohere2"
+    shared, local = shared_from_hf(fields, model_type, eps="layer_norm_eps"), model_type == "cohere2"
     if local:
-        window, period = fields.count("sliding_window", 4096), fields.count("sliding_window_pattern", 4)
-        usual = tuple(window if (layer + 1) % period else None for layer in range(layers))
-        shared["sliding_windows"] = layer_windows(fields, layers, window) or usual
+        fields = Fields({"sliding_window": 4096, **fields.values}, fields.path)
+        shared["sliding_windows"] = windows_from_hf(fields, shared["num_layers"])
+    bias = fields.get("attention_bias", bool, False)
     return CohereConfig(
         **shared | {"tie_embeddings": fields.get("tie_word_embeddings", bool, True)},
         logit_scale=fields.get("logit_scale", float, 0.0625),
-        bias=fields.get("attention_bias", bool, False),
+        qkv_bias=bias,
+        output_bias=bias,
         head_norms=not local and fields.get("use_qk_norm", bool, False),
-        local=local,
+        unrotated_layers=full_layers(shared["sliding_windows"]),
         interleaved_rotary=True,
     )
 
@@ -73,41 +68,19 @@ def config_from_hf(fields: Fields, model_type: str) -> CohereConfig:
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> CohereConfig:
     """Reads GGUF metadata of command-r and cohere2."""
     shared = shared_from_gguf(fields, checkpoint, eps="attention.layer_norm_epsilon")
-    layers, local = shared["num_layers"], shared["model_type"] == "cohere2"
+    local = shared["model_type"] == "cohere2"
     if local:
         window = fields.count("attention.sliding_window")
-        shared["sliding_windows"] = gguf_windows(fields, layers, window, period=4)
+        shared["sliding_windows"] = gguf_windows(fields, shared["num_layers"], window, period=4)
     return CohereConfig(
         **shared,
         logit_scale=fields.get("logit_scale", float, *([] if local else [1.0])),
-        bias=gguf_has_bias(checkpoint),
+        qkv_bias=gguf_has_bias(checkpoint),
+        output_bias="blk.0.attn_output.bias" in checkpoint.tensors,
         head_norms="blk.0.attn_q_norm.weight" in checkpoint.tensors,
-        local=local,
+        unrotated_layers=full_layers(shared["sliding_windows"]),
         interleaved_rotary=True,
     )
-
-
-# ---- attention -------------------------------------------------------------------------------------------------------
-
-
-class Attention:
-    """Grouped-query attention with rotary positions: x [T, E] -> [T, E]."""
-
-    def __init__(self, config: CohereConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
-        heads, kv_heads, dim, eps = config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps
-        self.sizes, self.head_dim = (heads * dim, kv_heads * dim, kv_heads * dim), dim
-        self.qkv = Linear(config.hidden_size, dict(zip("qkv", self.sizes)), placement, bias=config.bias)
-        self.output = Linear(heads * dim, config.hidden_size, placement, bias=config.bias)
-        self.q_norm = HeadLayerNorm(heads, dim, eps, placement) if config.head_norms else None
-        self.k_norm = HeadLayerNorm(kv_heads, dim, eps, placement) if config.head_norms else None
-        window = config.sliding_windows[layer]
-        turns = None if config.local and window is None else rotary
-        self.attend = PagedAttention(layer, dim, turns, self.q_norm, self.k_norm, window=window)
-
-    def __call__(self, x: Value, step: StepInput) -> Value:
-        parts = self.qkv(x).split(self.sizes, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)  # [T, H, D], [T, K, D] twice
-        return self.output(self.attend(q, k, v, step).flatten(1))
 
 
 # ---- block and model -------------------------------------------------------------------------------------------------
@@ -119,6 +92,11 @@ class Block:
     def __init__(self, config: CohereConfig, layer: int, rotary: Rotary, placement: Placement) -> None:
         self.norm = LayerNorm(config.hidden_size, config.norm_eps, placement, bias=False)
         self.attention = Attention(config, layer, rotary, placement)
+        if config.head_norms:
+            counts, attend = (config.num_heads, config.num_kv_heads), self.attention.attend
+            norms = [HeadLayerNorm(count, config.head_dim, config.norm_eps, placement) for count in counts]
+            self.attention.q_norm, self.attention.k_norm = attend.q_norm, attend.k_norm = norms
+            attend.key_bias = None  # norms take it from the keys
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, placement)
 
     def __call__(self, x: Value, residual: Value | None, step: StepInput) -> tuple[Value, Value]:

@@ -16,6 +16,7 @@ from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.layers.attention import PagedAttention, StepInput
 from candle_vllm.core.layers.embedding import Embedding
+from candle_vllm.core.layers.layer_norm import HeadLayerNorm
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.mlp import GatedMLP
 from candle_vllm.core.layers.moe import Mixture, SparseMLP
@@ -154,6 +155,8 @@ class Attention:
         self.output = Linear(heads * dim, config.hidden_size, placement, bias=config.output_bias)
         widths = self.sizes[:2] if config.whole_norms else (dim, dim)
         norms = [RMSNorm(width, config.norm_eps, placement) if config.qk_norm else None for width in widths]
+        self.q_norm: RMSNorm | HeadLayerNorm | None
+        self.k_norm: RMSNorm | HeadLayerNorm | None
         self.q_norm, self.k_norm = norms
         self.whole = config.whole_norms
         of_heads = (None, None) if self.whole else norms

@@ -26,7 +26,7 @@ from candle_vllm.core.loading.rope import RopeConfig, rope_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models import llama
-from candle_vllm.core.models.attention_names import GG, HF, gguf_has_bias
+from candle_vllm.core.models.attention_names import GG, HF
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.llama import Attention, LlamaConfig
 from candle_vllm.core.models.stack import DecoderStack
@@ -36,11 +36,7 @@ from candle_vllm.core.models.stack import DecoderStack
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Olmo2Config(LlamaConfig):
-    """What these models have beside a Llama.
-
-    Attributes:
-        local_rope: rotary settings of layers with a window, where they differ from the others' (OLMo 3).
-    """
+    """A Llama's, and the rotary settings of layers with a window, where they are others (OLMo 3)."""
 
     local_rope: RopeConfig | None = None
 
@@ -48,20 +44,24 @@ class Olmo2Config(LlamaConfig):
 def config_from_hf(fields: Fields, model_type: str) -> Olmo2Config:
     """Reads `config.json` of olmo2, olmo3 and exaone4."""
     fields.choice("hidden_act", "silu", "silu", "swish")
-    shared = shared_from_hf(fields, model_type)
-    windows = (None,) * shared["num_layers"] if model_type == "olmo2" else _windows(fields, shared["num_layers"])
+    shared, position = shared_from_hf(fields, model_type), fields.count("max_position_embeddings")
+    windows = shared["sliding_windows"] if model_type == "olmo2" else windows_from_hf(fields, shared["num_layers"])
     own: dict[str, Any] = {"sliding_windows": windows, "qk_norm": True, "whole_norms": model_type != "exaone4"}
     if model_type == "exaone4":
-        return Olmo2Config(**shared | own, unrotated_layers=_unrotated(windows))
+        return Olmo2Config(**shared | own, unrotated_layers=full_layers(windows))
     bias = fields.get("attention_bias", bool, False)
     own |= {"qkv_bias": bias, "output_bias": bias}
-    if model_type == "olmo3":
-        own["max_position"] = fields.count("max_position_embeddings")  # after stretching
-        own["rope"], own["local_rope"] = (_layer_rope(fields, shared, kind) for kind in ("full", "sliding"))
+    if model_type == "olmo3":  # `rope_scaling` of published files is of layers without a window alone
+        kinds, theta = fields.section("rope_parameters"), fields.get("rope_theta", float, 5e5)
+        full = kinds.section("full_attention").values or fields.section("rope_scaling").values
+        one = Fields({"rope_parameters": {"rope_theta": theta, **full}}, fields.path)
+        own["rope"], own["max_position"] = rope_from_hf(one, shared["head_dim"], position), position
+        theta = kinds.section("sliding_attention").get("rope_theta", float, own["rope"].theta)
+        own["local_rope"] = RopeConfig(theta=theta, dim=own["rope"].dim, original_max_position=position)
     return Olmo2Config(**shared | own)
 
 
-def _windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
+def windows_from_hf(fields: Fields, layers: int) -> tuple[int | None, ...]:
     """By `layer_types`; else the last of every four layers, or of `sliding_window_pattern`, sees all positions."""
     window = fields.get("sliding_window", int, None)
     if window is None:
@@ -71,35 +71,23 @@ def _windows(fields: Fields, layers: int) -> tuple[int | None, ...]:
     return layer_windows(fields, layers, window) or usual
 
 
-def _unrotated(windows: tuple[int | None, ...]) -> frozenset[int]:
-    """EXAONE 4's layers without a window, where other layers have one."""
+def full_layers(windows: tuple[int | None, ...]) -> frozenset[int]:
+    """The layers without a window, where other layers have one."""
     return frozenset(layer for layer, window in enumerate(windows) if any(windows) and window is None)
-
-
-def _layer_rope(fields: Fields, shared: dict[str, Any], kind: str) -> RopeConfig:
-    """OLMo 3's rotary settings of one kind of layer; `rope_scaling` of published files is of the full ones alone."""
-    stored = fields.section("rope_parameters").section(f"{kind}_attention").values
-    if "rope_parameters" not in fields and kind == "full":
-        stored = fields.section("rope_scaling").values
-    theta = fields.get("rope_theta", float, 5e5)
-    one = Fields({"rope_parameters": {"rope_theta": theta, **stored}}, fields.path)
-    return rope_from_hf(one, shared["head_dim"], fields.count("max_position_embeddings"))
 
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Olmo2Config:
     """Reads GGUF metadata of olmo2, which OLMo 3 bears too, and exaone4."""
-    shared, tensors = shared_from_gguf(fields, checkpoint), checkpoint.tensors
-    layers, olmo, rope = shared["num_layers"], shared["model_type"] == "olmo2", shared["rope"]
-    window = fields.get("attention.sliding_window", int, 0) or None
-    windows = gguf_windows(fields, layers, window, period=4)
-    own: dict[str, Any] = {"qk_norm": True, "whole_norms": olmo, "sliding_windows": windows}
-    own |= {"qkv_bias": gguf_has_bias(checkpoint), "output_bias": "blk.0.attn_output.bias" in tensors}
+    shared, position = shared_from_gguf(fields, checkpoint), fields.count("context_length")
+    olmo, window = shared["model_type"] == "olmo2", fields.get("attention.sliding_window", int, 0) or None
+    windows = gguf_windows(fields, shared["num_layers"], window, period=4)
+    own: dict[str, Any] = {"sliding_windows": windows, "qk_norm": True, "whole_norms": olmo}
     if not olmo:
-        return Olmo2Config(**shared | own, unrotated_layers=_unrotated(windows))
+        return Olmo2Config(**shared | own, unrotated_layers=full_layers(windows))
     if window is not None:
-        theta = fields.get("rope.freq_base_swa", float, rope.theta)
-        original = own["max_position"] = fields.count("context_length")
-        own["local_rope"] = RopeConfig(theta=theta, dim=rope.dim, original_max_position=original)
+        theta = fields.get("rope.freq_base_swa", float, shared["rope"].theta)
+        local = RopeConfig(theta=theta, dim=shared["rope"].dim, original_max_position=position)
+        own |= {"max_position": position, "local_rope": local}
     return Olmo2Config(**shared | own)
 
 
