@@ -35,40 +35,14 @@ MOST_BYTES = 64 << 20
 
 # A type is generative where most of its downloads are of repositories with one of these tags.
 TAGS = {"text-generation", "image-text-to-text", "any-to-any", "text2text-generation", "image-to-text", "unknown"}
-NOT_GENERATIVE = {
-    "unknown",
-    "bert",
-    "roberta",
-    "xlm-roberta",
-    "albert",
-    "electra",
-    "camembert",
-    "distilbert",
-    "convbert",
-    "canine",
-    "luar",
-    "molformer",
-    "nemotron_parse",
-    "nomic_bert",
-    "modernbert",
-    "deberta",
-    "deberta-v2",
-    "mpnet",
-    "new",
-    "gigarembed",
-    "cost_wise_gemma",
-    "llama_bidirec",
-    "jina_embeddings_v5",
-    "whisper",
-    "wav2vec2",
-    "wavlm",
-    "hubert",
-    "clip",
-    "siglip",
-    "siglip2",
-    "vit",
-    "dinov2",
+# fmt: off
+NOT_GENERATIVE = {  # whatever their repositories say; the first has no config
+    "unknown", "bert", "roberta", "xlm-roberta", "albert", "electra", "camembert", "distilbert", "convbert",
+    "canine", "luar", "molformer", "nemotron_parse", "nomic_bert", "modernbert", "deberta", "deberta-v2",
+    "mpnet", "new", "gigarembed", "cost_wise_gemma", "llama_bidirec", "jina_embeddings_v5", "whisper",
+    "wav2vec2", "wavlm", "hubert", "clip", "siglip", "siglip2", "vit", "dinov2",
 }
+# fmt: on
 REMOTE = {  # classes of types that transformers does not have
     "exaone": "ExaoneForCausalLM",
     "internlm2": "InternLM2ForCausalLM",

@@ -306,6 +306,14 @@ YOUTU = {
     key: value for key, value in YOUTU.items() if key not in ("first_k_dense_replace", "routed_scaling_factor")
 } | {"pad_token_id": None}
 SOLAR = {key: value for key, value in GLM_MOE.items() if key not in ("first_k_dense_replace", "attention_bias")}
+HY3 = {
+    "head_dim": 32,
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "num_shared_experts": 2,
+    "moe_intermediate_size": 64,
+    "router_scaling_factor": 1.8,
+}
 GLM_LITE = {key: value for key, value in DEEPSEEK.items() if key != "first_k_dense_replace"} | {"v_head_dim": 40}
 
 ROWS: Mapping[str, Row] = {
@@ -399,6 +407,7 @@ ROWS: Mapping[str, Row] = {
     "ERNIE 4.5": Row("ernie4_5", {"head_dim": 32}, "ernie4_5", common=False),
     "ERNIE 4.5 biases": Row("ernie4_5", {"head_dim": 32, "use_bias": True}, common=False),
     "ERNIE 4.5 MoE": Row("ernie4_5_moe", ERNIE_MOE, "ernie4_5-moe", undecided=0.1),
+    "Hy3": Row("hy_v3", HY3, "hy_v3", undecided=0.1, common=False),
     "Youtu": Row("youtu", YOUTU, "deepseek2", common=False),
     "Solar-Open": Row("solar_open", {"head_dim": 32} | SOLAR, "glm4moe", undecided=0.1, common=False),
     "GLM-4.7-Flash": Row("glm4_moe_lite", GLM_LITE, "deepseek2", undecided=0.1, common=False),

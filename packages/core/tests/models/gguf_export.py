@@ -42,7 +42,8 @@ def export_gguf(folder: Path, path: Path, architecture: str, *, quantization: st
     if config.get("tie_word_embeddings"):
         tensors.pop("lm_head.weight", None)
     tensors = CONVERTERS.get(architecture, _plain)(writer, config, tensors)
-    arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    near = MODEL_ARCH.QWEN3MOE  # of an architecture that the package does not know yet
+    arch = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture), near)
     names = get_tensor_name_map(MODEL_ARCH(arch), config["num_hidden_layers"] + 1)  # there may be one behind the last
     for name, data in tensors.items():
         found = names.get_name(name, try_suffixes=(".weight", ".bias")) or name
@@ -541,7 +542,29 @@ def _ernie4_5_moe(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensor
     }
 
 
+def _hy_v3(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """The correction's name has no ending."""
+    writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_shared_feed_forward_length(config["moe_intermediate_size"] * config["num_shared_experts"])
+    writer.add_expert_weights_norm(True)
+    writer.add_expert_weights_scale(config["router_scaling_factor"])
+    made: Tensors = {}
+    for name, data in _experts(writer, config, tensors).items():
+        at, _, part = name.partition(".mlp.")
+        if part.endswith(("e_score_correction_bias", "expert_bias")):
+            made[f"blk.{at.split('.')[2]}.exp_probs_b"] = data
+        elif part.startswith("router.gate"):
+            made[f"blk.{at.split('.')[2]}.ffn_gate_inp.weight"] = data
+        elif part.endswith("_proj.weight"):  # of what all tokens share, and of dense layers
+            *shared, kind, _ = part.split(".")
+            made[f"blk.{at.split('.')[2]}.ffn_{kind.removesuffix('_proj')}{'_shexp' * len(shared)}.weight"] = data
+        else:
+            made[name] = data
+    return made
+
+
 CONVERTERS: Mapping[str, Convert] = {
+    "hy_v3": _hy_v3,
     "exaone": _olmo2,
     "internlm2": _llama,
     "olmo2": _olmo2,

@@ -168,6 +168,10 @@ def _ernie(config: Any) -> Keys:
     }
 
 
+def _hy_v3(config: Any) -> Keys:
+    return _glm4_moe(config) | {"expert_shared_feed_forward_length": config.mixture.shared_size}
+
+
 def _scored_by_sigmoids(config: Any) -> Keys:
     return _sizes(config.mixture) | {"expert_gating_func": _GATING["sigmoid"]}
 
@@ -325,6 +329,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "cohere2": Architecture(name="cohere2", more=_cohere, eps=_LAYER_NORM, interleaved=True, square=True),
         "exaone": Architecture(name="exaone", unread=BIASES),
         "internlm2": Architecture(name="internlm2", interleaved=True, square=True),
+        "hy_v3": Architecture(name="hy_v3", more=_hy_v3, otherwise=_ungrouped),
         "ernie4_5": Architecture(name="ernie4_5", interleaved=True, unread=(DIVISORS, *BIASES[1:])),
         "ernie4_5_moe": Architecture(name="ernie4_5-moe", more=_ernie, interleaved=True, norm=True),
         "lfm2": Architecture(name="lfm2", more=_lfm2, unread=_CONVOLVED, square=True),

@@ -13,7 +13,7 @@ from candle_vllm.core.layers.rotary import yarn_scale
 from candle_vllm.core.loading.config import MAX_LAYERS, LatentSizes, ModelConfig, shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.rope import rope_from_hf, stretched_context
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.models.experts import without_next_tokens
+from candle_vllm.core.models.experts import dense_layers, without_next_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,10 +106,7 @@ def config_from_hf(fields: Fields, model_type: str) -> DeepseekConfig:
 
 def _mixture_from_hf(fields: Fields, model_type: str, layers: int) -> tuple[int, Mixture | None]:
     """How many layers are dense, and the experts of the others."""
-    kinds, usual = fields.get("mlp_layer_types", list, []), 1 if model_type == "glm4_moe_lite" else 0
-    dense = [*kinds, "sparse"].index("sparse") if kinds else fields.get("first_k_dense_replace", int, usual)
-    if kinds and kinds != ["dense"] * dense + ["sparse"] * (layers - dense):
-        raise UnsupportedModelError(f"{fields.path}: mlp_layer_types must name the dense layers first, then the others")
+    dense = dense_layers(fields, layers, 1 if model_type == "glm4_moe_lite" else 0)
     if "n_routed_experts" not in fields or dense >= layers:
         return layers, None
     if fields.get("moe_layer_freq", int, 1) != 1:

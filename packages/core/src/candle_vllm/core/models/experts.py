@@ -7,7 +7,7 @@ rows first). GGUF: one tensor of all experts for gate, up and down, or, in old f
 
 from __future__ import annotations
 
-from candle_vllm.core.errors import InvalidFileError
+from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import View, chain, row_part
@@ -45,6 +45,15 @@ def expert_names(hf: str, *names: str, upright: View | None = None) -> list[Weig
 def expert_count(fields: Fields, *keys: str) -> int:
     """The number of experts, by the first of some keys that is there: transformers 5 renames them."""
     return fields.count(next((key for key in keys if key in fields), keys[0]))
+
+
+def dense_layers(fields: Fields, layers: int, usual: int) -> int:
+    """How many layers, from the first on, have no experts: by either key, or `usual`."""
+    kinds = fields.get("mlp_layer_types", list, [])
+    dense = [*kinds, "sparse"].index("sparse") if kinds else fields.get("first_k_dense_replace", int, usual)
+    if kinds and kinds != ["dense"] * dense + ["sparse"] * (layers - dense):
+        raise UnsupportedModelError(f"{fields.path}: mlp_layer_types must name the dense layers first, then the others")
+    return dense
 
 
 def shared_names(hf: str) -> list[WeightName]:

@@ -45,6 +45,7 @@ FAMILIES = (
     "ernie4_5",
     "exaone",
     "internlm2",
+    "hy_v3",
 )
 """The files of this folder that have one, `FAMILY`. They are asked in this order whether they serve a name, so that a
 start imports no more of them than it takes to find the model's: most are of the first."""
