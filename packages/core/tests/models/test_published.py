@@ -21,7 +21,9 @@ from transformers.utils import logging as transformers_logging
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.testing.toy_model import write_toy_tokenizer
 from packages.core.tests.models.published_configs import CONFIGS
+from packages.core.tests.models.published_shelf import SHELF
 from packages.core.tests.models.tiny import SMALL, eager_logits, error, randomise, some_tokens
+from tests.common_run import few
 
 TOKENS = some_tokens(56)
 NAMES = {  # a name of each kind that transformers 5 changes as it reads, and that published files have
@@ -33,14 +35,25 @@ NAMES = {  # a name of each kind that transformers 5 changes as it reads, and th
     "DeepSeek-V2-Lite": "model.layers.1.mlp.experts.3.up_proj.weight",
     "DeepSeek-R1": "model.layers.3.mlp.experts.3.up_proj.weight",
     "LFM2-8B-A1B": "model.layers.3.feed_forward.experts.3.w1.weight",
+    "granite-3.1-1b-a400m": "model.layers.1.block_sparse_moe.input_linear.weight",
+    "OLMoE-1B-7B": "model.layers.1.mlp.experts.3.gate_proj.weight",
+    "ERNIE-4.5-21B-A3B": "model.layers.1.mlp.moe_statics.e_score_correction_bias",
+    "MiniMax-M2": "model.layers.1.block_sparse_moe.e_score_correction_bias",
+    "GLM-4.7-Flash": "model.layers.1.mlp.experts.3.up_proj.weight",
+    "Solar-Open-100B": "model.layers.1.mlp.experts.3.up_proj.weight",
+    "Hy3": "model.layers.1.mlp.expert_bias",
 }
+
+
+KNOWN = {**CONFIGS, **SHELF}
 
 
 def shrunk(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same keys with small numbers: as many dimensions a head, two heads, a few experts, layers and words."""
     small = dict(config)
     heads, layers = config["num_attention_heads"], max(2, config.get("first_k_dense_replace", 0) + 1)
-    four = {"no_rope_layers", "conv_bias", "linear_conv_kernel_dim"} & config.keys()
+    four = bool({"no_rope_layers", "conv_bias", "linear_conv_kernel_dim"} & config.keys())
+    four |= len(set(config.get("layer_types") or [])) > 1
     layers = 7 if "sliding_window_pattern" in config else 4 if four else layers
     shared = heads // (config.get("num_key_value_heads") or heads)
     values: dict[str, Any] = {
@@ -56,7 +69,8 @@ def shrunk(config: Mapping[str, Any]) -> dict[str, Any]:
         "q_lora_rank": 48,
         "n_routed_experts": 16,
         "num_experts": 16,
-        "num_local_experts": 16,
+        "num_local_experts": 16 if config.get("num_local_experts") else 0,
+        "moe_num_experts": 16,
         "block_ff_dim": 96,
         "block_multiple_of": 32,
         "full_attn_idxs": [layer for layer in config.get("full_attn_idxs", []) if layer < layers],
@@ -102,17 +116,17 @@ def write_published(folder: Path, config: dict[str, Any]) -> torch.Tensor:
         return model(torch.tensor([TOKENS])).logits[0].float()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", KNOWN)
 def test_a_published_config_is_read(name: str) -> None:
-    config = CONFIGS[name]
+    config = KNOWN[name]
     found = family_from_hf(config, Path("config.json"))[1]
     assert (found.num_layers, found.num_heads) == (config["num_hidden_layers"], config["num_attention_heads"])
     assert found.max_position >= config["max_position_embeddings"]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", few(KNOWN, *CONFIGS))
 def test_a_published_checkpoint_gives_transformers_logits(name: str, tmp_path: Path) -> None:
-    theirs = write_published(tmp_path, shrunk(CONFIGS[name]))
+    theirs = write_published(tmp_path, shrunk(KNOWN[name]))
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         assert NAMES.get(name, "model.embed_tokens.weight") in file.keys()  # noqa: SIM118 (it is no mapping)
     assert error(eager_logits(tmp_path, TOKENS, [len(TOKENS)]), theirs) < 1e-4
