@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from candle_vllm.openai import to_json_bytes
 from candle_vllm.openai.anthropic import parse_count_tokens_request, parse_messages_request
+from candle_vllm.openai.anthropic.answers import Ping
 from candle_vllm.server.answering import GenerationApi, answer, answer_with
 from candle_vllm.server.http.failures import anthropic_error_event
 from candle_vllm.server.http.sse import named_event
@@ -37,4 +38,5 @@ MESSAGES = GenerationApi(
     error_event=anthropic_error_event,
     done=b"",
     defaults=lambda wire, settings: wire,  # its adapter has them  # noqa: ARG005
+    silence=lambda: named_event("ping", to_json_bytes(Ping())),
 )
