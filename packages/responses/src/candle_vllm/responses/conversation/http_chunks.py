@@ -23,6 +23,7 @@ from candle_vllm.openai.protocol.fields import MAX_TOOL_CALLS
 from candle_vllm.responses.conversation.turn_reader import MAX_CHARS
 
 _REASONS: Mapping[str, Reason] = {
+    "stop": "stop",
     "length": "length",
     "max_tokens": "length",
     "tool_calls": "tool_calls",
@@ -98,13 +99,15 @@ class _Choice:
     def end(self) -> list[Event]:
         """What is left to say at the end: the calls that never got a name, and why the answer ended.
 
-        Servers have many words for an answer that ended by itself (`STOP`, `eos_token`, `end_turn`, or none).
+        Servers have many words for an answer that ended by itself (`STOP`, `eos_token`, `end_turn`, or none). With
+        calls, of which the last may be cut, an unknown one counts as a cut.
         """
+        unknown: Reason = "length" if self._calls and self.reason else "stop"
         events: list[Event] = []
         for number, call in enumerate(self._calls):
             if not call.begun:
                 events += self._name(number, "")
-        return [*events, Ended(self._number, _REASONS.get(self.reason.lower(), "stop"))]
+        return [*events, Ended(self._number, _REASONS.get(self.reason.lower(), unknown))]
 
     def read(self, choice: dict[str, Any]) -> list[Event]:
         """What its part of a chunk says."""
