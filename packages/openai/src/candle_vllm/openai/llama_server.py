@@ -93,9 +93,8 @@ class _Asked(LlamaFields):
 
     def sampling(self) -> dict[str, Any]:
         """What is given, by the names of `SamplingParams`."""
-        found = self.drawing() | ({} if self.ignore_eos is None else {"ignore_eos": self.ignore_eos})
         limit = self.n_predict
-        return found | {"max_tokens": None if limit is None or limit < 0 else max(limit, 1)}
+        return self.drawing() | {"max_tokens": None if limit is None or limit < 0 else max(limit, 1)}
 
     def form(self) -> StructuredOutputsParams | None:
         """What the answer must look like; raises `InvalidParameterError`."""
