@@ -114,7 +114,7 @@ class _Writer:
                     last = ChunkChoice(
                         index=0,
                         delta=ChatDelta(content=""),
-                        finish_reason=self._ended.reason,
+                        finish_reason=self._ended.reason.value,
                         stop_reason=self._ended.stop,
                     )
                     made.append(self._chunk(last, usage=wire_usage(event)))

@@ -339,7 +339,7 @@ class _Writer:
             content="",
             stop=True,
             model=self._model,
-            stop_type="limit" if self._ended.reason == "length" else "word" if word else "eos",
+            stop_type="word" if word and not self._ended.reason.cut else self._ended.reason.llama_server,
             stopping_word=word,
             truncated=False,
             tokens_predicted=usage.completion_tokens,

@@ -23,10 +23,10 @@ from candle_vllm.openai.protocol.fields import MAX_TOOL_CALLS
 from candle_vllm.responses.conversation.turn_reader import MAX_CHARS
 
 _REASONS: Mapping[str, Reason] = {
-    "": "stop",
-    "stop": "stop",
-    "tool_calls": "tool_calls",
-    "function_call": "tool_calls",
+    "": Reason.STOP,
+    "stop": Reason.STOP,
+    "tool_calls": Reason.TOOL_CALLS,
+    "function_call": Reason.TOOL_CALLS,
 }
 
 
@@ -103,7 +103,7 @@ class _Choice:
         for number, call in enumerate(self._calls):
             if not call.begun:
                 events += self._name(number, "")
-        return [*events, Ended(self._number, _REASONS.get(self.reason, "length"))]
+        return [*events, Ended(self._number, _REASONS.get(self.reason, Reason.LENGTH))]
 
     def read(self, choice: dict[str, Any]) -> list[Event]:
         """What its part of a chunk says."""
