@@ -96,7 +96,7 @@ def test_a_route_is_described_where_it_stands() -> None:
     router = APIRouter()
     route = routing(router, Operation)
 
-    @route("POST /v1/word /word", tag="tokens", answers={200: ()}, manages=True)
+    @route("POST /v1/word /word", tag="tokens", manages=True)
     async def count_words() -> None:
         """How many words there are.
 

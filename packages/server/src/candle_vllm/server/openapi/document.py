@@ -131,8 +131,8 @@ def _schemas(operations: Sequence[Operation]) -> dict[str, Schema]:
     made: dict[str, Schema] = {}
     for naming in dict.fromkeys(each.naming for each in operations):
         own = [each for each in operations if each.naming == naming]
-        requests = dict.fromkeys(kind for each in own for kind in each.body)
-        answers = dict.fromkeys(kind for each in own for kinds in each.answers.values() for kind in kinds)
+        requests = dict.fromkeys(kind for each in own for kind in each.bodies)
+        answers = dict.fromkeys(kind for each in own for kind in each.answers)
         others = dict.fromkeys(kind for each in own for kind in (*each.events, *each.lines, each.error))
         made |= naming.components([*requests], [*(answers | others)])
     return made
@@ -144,7 +144,7 @@ def _security(operation: Operation, keys: bool, management_keys: bool) -> list[d
 
 
 def _operation(path: str, operation: Operation, security: list[dict[str, list[str]]]) -> dict[str, Any]:
-    errors = {*operation.errors, 403, 500, *((401,) if security else ())} - {*operation.answers}
+    errors = operation.refusals | ({401} if security else set())
     entry: dict[str, Any] = {
         "operationId": operation.id,
         "tags": [operation.tag],
@@ -152,12 +152,12 @@ def _operation(path: str, operation: Operation, security: list[dict[str, list[st
         "security": security,
         "parameters": _parameters(path, operation),
         "responses": {
-            **{str(status): _answer(operation, status) for status in operation.answers},
+            **{str(status): _answer(operation, status) for status in operation.statuses},
             **{str(status): _error(operation, status) for status in sorted(errors)},
         },
     }
     if operation.body:
-        body = operation.naming.one_of(operation.body)
+        body = operation.naming.one_of(operation.bodies)
         body = {"type": "array", "items": body} if operation.bare_body else body
         content = {"schema": body, "example": operation.example}
         entry["requestBody"] = {"required": True, "content": {"application/json": content}}
@@ -184,8 +184,8 @@ def _answer(operation: Operation, status: int) -> dict[str, Any]:
     if status == 204 or not operation.media:
         return described
     schema: Schema = {"type": "string"}
-    if kinds := operation.answers[status]:
-        schema = operation.naming.one_of(kinds)
+    if operation.answers:
+        schema = operation.naming.one_of(operation.answers)
     if operation.bare:
         schema = {"type": "array", "items": schema}
     if operation.one_or_more:

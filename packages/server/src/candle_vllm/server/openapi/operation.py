@@ -20,12 +20,12 @@ Key = tuple[str, str]  # method and path, as the router has it
 _P = ParamSpec("_P")
 _Endpoint = TypeVar("_Endpoint", bound=Callable[..., Awaitable[Any]])
 
+_BODY_ERRORS = (400, 408, 413, 415)
+
 # What several modules of routes say of theirs: statuses of refusals, names of types, parameters, examples.
-BODY_ERRORS = (400, 408, 413, 415)
 MODEL_ERRORS = (404, 503)
-QUEUED = (*BODY_ERRORS, *MODEL_ERRORS, 429, 504)
-COUNTED = (*BODY_ERRORS, *MODEL_ERRORS, 504)
-MANAGED = (*BODY_ERRORS, *MODEL_ERRORS)
+QUEUED = (*MODEL_ERRORS, 429, 504)
+COUNTED = (*MODEL_ERRORS, 504)
 KEPT = (400, 404, 503)
 RESPONSES, OLLAMA = Naming("Responses", "Out"), Naming("Ollama", "Out")
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -38,11 +38,12 @@ class Operation:
 
     Attributes:
         tag: heading in the pages.
-        answers: types of a good answer's body, by status; several types mean one of them.
+        answer: type of a good answer's body; several mean one of them.
+        statuses: of good answers.
         id: name of the operation in generated clients; without one the function's.
         summary: one line; without one the first of the function's docstring.
-        errors: statuses of refusals, besides 401, 403 and 500.
-        body: types of the request; several mean one of them.
+        errors: statuses of refusals, besides 401, 403, 500 and those of every body.
+        body: type of the request; several mean one of them.
         example: a body that works with any model of its kind.
         form: the fields of a body that is a form, by name, each with its schema.
         media: type of a good answer's body; those of JSON have types. Empty where there is no body.
@@ -60,11 +61,12 @@ class Operation:
     """
 
     tag: str
-    answers: Mapping[int, tuple[type[msgspec.Struct], ...]]
+    answer: type[msgspec.Struct] | tuple[type[msgspec.Struct], ...] = ()
+    statuses: tuple[int, ...] = (200,)
     id: str = ""
     summary: str = ""
     errors: tuple[int, ...] = ()
-    body: tuple[type[WireModel], ...] = ()
+    body: type[WireModel] | tuple[type[WireModel], ...] = ()
     example: Mapping[str, Any] | Sequence[Any] | None = None
     form: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     media: str = "application/json"
@@ -79,6 +81,21 @@ class Operation:
     manages: bool = False
     public: bool = False
     query: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def bodies(self) -> tuple[type[WireModel], ...]:
+        """The types of the request."""
+        return self.body if isinstance(self.body, tuple) else (self.body,)
+
+    @property
+    def answers(self) -> tuple[type[msgspec.Struct], ...]:
+        """The types of a good answer's body."""
+        return self.answer if isinstance(self.answer, tuple) else (self.answer,)
+
+    @property
+    def refusals(self) -> set[int]:
+        """The statuses of refusals that do not depend on keys."""
+        return {*self.errors, 403, 500, *(_BODY_ERRORS if self.body or self.form else ())} - {*self.statuses}
 
 
 def routing(

@@ -29,7 +29,7 @@ from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.slot import ModelSlot
-from candle_vllm.server.openapi.operation import MANAGED, MODEL_ERRORS, WHICH, Operation, routing
+from candle_vllm.server.openapi.operation import MODEL_ERRORS, WHICH, Operation, routing
 
 router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="operators", manages=True))
@@ -85,11 +85,10 @@ class Succeeded(msgspec.Struct, frozen=True):
 
 @route(
     "POST /v1/load_lora_adapter",
-    body=(LoadAdapterRequest,),
+    body=LoadAdapterRequest,
     example={"lora_name": "tone", "lora_path": "/srv/adapters/tone"},
-    answers={200: ()},
     media="text/plain",
-    errors=(*MANAGED, 409),
+    errors=(*MODEL_ERRORS, 409),
 )
 async def load_lora_adapter(request: Request) -> Response:
     """Load an adapter and serve it by a name; answers when it is in memory."""
@@ -145,11 +144,10 @@ async def _files(manager: ModelManager, wanted: LoadAdapterRequest, base: str) -
 
 @route(
     "POST /v1/unload_lora_adapter",
-    body=(UnloadAdapterRequest,),
+    body=UnloadAdapterRequest,
     example={"lora_name": "tone"},
-    answers={200: ()},
     media="text/plain",
-    errors=(*MANAGED, 409),
+    errors=(*MODEL_ERRORS, 409),
 )
 async def unload_lora_adapter(request: Request) -> Response:
     """Serve an adapter no more; answers that go on end with it."""
@@ -194,7 +192,7 @@ def _base(manager: ModelManager, name: str | None) -> ModelSlot:
     "GET /lora-adapters",
     tag="server",
     query=WHICH,
-    answers={200: (NumberedAdapter,)},
+    answer=NumberedAdapter,
     bare=True,
     errors=(403, *MODEL_ERRORS),
     manages=False,
@@ -209,11 +207,11 @@ async def list_lora_adapters(request: Request) -> Response:
 @route(
     "POST /lora-adapters",
     query=WHICH,
-    body=(LoraScale,),
+    body=LoraScale,
     bare_body=True,
     example=[{"id": 0, "scale": 0.5}],
-    answers={200: (Succeeded,)},
-    errors=MANAGED,
+    answer=Succeeded,
+    errors=MODEL_ERRORS,
 )
 async def scale_lora_adapters(request: Request) -> Response:
     """How much of each adapter is added where a request says nothing, in llama.cpp's words.

@@ -13,7 +13,7 @@ from candle_vllm.openai.validation import parse_body
 from candle_vllm.server.batches.records import Batch, BatchList, BatchRequest
 from candle_vllm.server.http.body import parse_request
 from candle_vllm.server.kept_access import AFTER, limit_and_after, page_of, query_of
-from candle_vllm.server.openapi.operation import BODY_ERRORS, KEPT, Operation, routing
+from candle_vllm.server.openapi.operation import KEPT, Operation, routing
 from candle_vllm.server.routes.files import batches_and_owner
 
 router = APIRouter()
@@ -25,10 +25,9 @@ MAX_BODY = 64 << 10
 
 @route(
     "POST /v1/batches",
-    body=(BatchRequest,),
+    body=BatchRequest,
     example={"input_file_id": "file_0", "endpoint": "/v1/chat/completions", "completion_window": "24h"},
-    answers={200: (Batch,)},
-    errors=(*KEPT, *BODY_ERRORS),
+    answer=Batch,
 )
 async def create_batch(request: Request) -> Response:
     """Answer the requests of a file."""
@@ -40,7 +39,7 @@ async def create_batch(request: Request) -> Response:
 
 @route(
     "GET /v1/batches",
-    answers={200: (BatchList,)},
+    answer=BatchList,
     query={"limit": {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}, **AFTER},
 )
 async def list_batches(request: Request) -> Response:
@@ -51,7 +50,7 @@ async def list_batches(request: Request) -> Response:
     return page_of(BatchList, await batches.store.batches(owner, limit + 1, after), limit)
 
 
-@route("GET /v1/batches/{batch_id}", answers={200: (Batch,)})
+@route("GET /v1/batches/{batch_id}", answer=Batch)
 async def get_batch(request: Request, batch_id: str) -> Response:
     """How far a batch is."""
     batches, owner = await batches_and_owner(request)
@@ -59,7 +58,7 @@ async def get_batch(request: Request, batch_id: str) -> Response:
     return Response(to_json_bytes((await batches.store.batch(owner, batch_id)).batch), media_type=JSON)
 
 
-@route("POST /v1/batches/{batch_id}/cancel", answers={200: (Batch,)}, errors=(*KEPT, 409))
+@route("POST /v1/batches/{batch_id}/cancel", answer=Batch, errors=(*KEPT, 409))
 async def cancel_batch(request: Request, batch_id: str) -> Response:
     """End a batch; what it has made stays."""
     batches, owner = await batches_and_owner(request)

@@ -24,7 +24,7 @@ from candle_vllm.responses.api.stored_items import AnyItem, ItemList
 from candle_vllm.server.answering import in_time, parsed
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.kept_access import INCLUDE, ITEM_PAGE, kept_and_owner, page_request, query_of
-from candle_vllm.server.openapi.operation import BODY_ERRORS, KEPT, RESPONSES, Operation, routing
+from candle_vllm.server.openapi.operation import KEPT, RESPONSES, Operation, routing
 
 router = APIRouter()
 route = routing(router, partial(Operation, tag="conversations", naming=RESPONSES, errors=KEPT))
@@ -32,10 +32,9 @@ route = routing(router, partial(Operation, tag="conversations", naming=RESPONSES
 
 @route(
     "POST /v1/conversations",
-    body=(ConversationCreateRequest,),
+    body=ConversationCreateRequest,
     example={"items": [{"role": "user", "content": "Hello!"}], "metadata": {"topic": "greetings"}},
-    answers={200: (Conversation,)},
-    errors=(*KEPT, *BODY_ERRORS),
+    answer=Conversation,
 )
 async def create_conversation(request: Request) -> Response:
     """A new conversation."""
@@ -44,7 +43,7 @@ async def create_conversation(request: Request) -> Response:
     return _json(await conversations.create(owner, wire))
 
 
-@route("GET /v1/conversations/{conversation_id}", answers={200: (Conversation,)})
+@route("GET /v1/conversations/{conversation_id}", answer=Conversation)
 async def get_conversation(request: Request, conversation_id: str) -> Response:
     """A conversation without its items."""
     conversations, owner = await _conversations(request)
@@ -53,10 +52,9 @@ async def get_conversation(request: Request, conversation_id: str) -> Response:
 
 @route(
     "POST /v1/conversations/{conversation_id}",
-    body=(ConversationUpdateRequest,),
+    body=ConversationUpdateRequest,
     example={"metadata": {"topic": "farewells"}},
-    answers={200: (Conversation,)},
-    errors=(*KEPT, *BODY_ERRORS),
+    answer=Conversation,
 )
 async def update_conversation(request: Request, conversation_id: str) -> Response:
     """Give a conversation other metadata."""
@@ -65,14 +63,14 @@ async def update_conversation(request: Request, conversation_id: str) -> Respons
     return _json(await conversations.update(owner, conversation_id, wire))
 
 
-@route("DELETE /v1/conversations/{conversation_id}", answers={200: (ConversationDeleted,)})
+@route("DELETE /v1/conversations/{conversation_id}", answer=ConversationDeleted)
 async def delete_conversation(request: Request, conversation_id: str) -> Response:
     """Delete a conversation and its items."""
     conversations, owner = await _conversations(request)
     return _json(await conversations.delete(owner, conversation_id))
 
 
-@route("GET /v1/conversations/{conversation_id}/items", answers={200: (ItemList,)}, query=ITEM_PAGE)
+@route("GET /v1/conversations/{conversation_id}/items", answer=ItemList, query=ITEM_PAGE)
 async def list_conversation_items(request: Request, conversation_id: str) -> Response:
     """Some of its items."""
     wanted = page_request(request)
@@ -82,10 +80,10 @@ async def list_conversation_items(request: Request, conversation_id: str) -> Res
 
 @route(
     "POST /v1/conversations/{conversation_id}/items",
-    body=(ItemsCreateRequest,),
+    body=ItemsCreateRequest,
     example={"items": [{"role": "user", "content": "Hello again!"}]},
-    answers={200: (ItemList,)},
-    errors=(*KEPT, *BODY_ERRORS, 409, 504),
+    answer=ItemList,
+    errors=(*KEPT, 409, 504),
     query=INCLUDE,
 )
 async def create_conversation_items(request: Request, conversation_id: str) -> Response:
@@ -97,14 +95,14 @@ async def create_conversation_items(request: Request, conversation_id: str) -> R
         return _json(await unless_disconnected(adding, request.receive))
 
 
-@route("GET /v1/conversations/{conversation_id}/items/{item_id}", answers={200: (AnyItem,)}, query=INCLUDE)
+@route("GET /v1/conversations/{conversation_id}/items/{item_id}", answer=AnyItem, query=INCLUDE)
 async def get_conversation_item(request: Request, conversation_id: str, item_id: str) -> Response:
     """One item."""
     conversations, owner = await _conversations(request, "include")
     return Response(await conversations.item(owner, conversation_id, item_id), media_type="application/json")
 
 
-@route("DELETE /v1/conversations/{conversation_id}/items/{item_id}", answers={200: (Conversation,)})
+@route("DELETE /v1/conversations/{conversation_id}/items/{item_id}", answer=Conversation)
 async def delete_conversation_item(request: Request, conversation_id: str, item_id: str) -> Response:
     """Delete one item; answers with the conversation."""
     conversations, owner = await _conversations(request)

@@ -20,12 +20,7 @@ router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="vectors and scores", errors=QUEUED))
 
 
-@route(
-    "POST /v1/embeddings",
-    body=(EmbeddingRequest,),
-    example={"input": "The sky is blue."},
-    answers={200: (EmbeddingList,)},
-)
+@route("POST /v1/embeddings", body=EmbeddingRequest, example={"input": "The sky is blue."}, answer=EmbeddingList)
 async def create_embedding(request: Request) -> Response:
     """The vectors of texts."""
     return await answer_with(request, parse_embedding_request, lambda model, wire: model.adapter.embed(wire))
@@ -33,9 +28,9 @@ async def create_embedding(request: Request) -> Response:
 
 @route(
     "POST /v1/score /score",
-    body=(ScoreRequest,),
+    body=ScoreRequest,
     example={"text_1": "The sky is blue.", "text_2": ["What colour is the sky?", "Who are you?"]},
-    answers={200: (ScoreList,)},
+    answer=ScoreList,
 )
 async def create_score(request: Request) -> Response:
     """How well the texts of pairs belong together."""
@@ -44,9 +39,9 @@ async def create_score(request: Request) -> Response:
 
 @route(
     "POST /v1/rerank /rerank /v2/rerank",
-    body=(RerankRequest,),
+    body=RerankRequest,
     example={"query": "What colour is the sky?", "documents": ["I am a cat.", "The sky is blue."]},
-    answers={200: (Ranking,)},
+    answer=Ranking,
 )
 async def create_ranking(request: Request) -> Response:
     """Documents in order of how well they fit a query."""

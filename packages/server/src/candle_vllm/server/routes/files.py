@@ -34,7 +34,7 @@ from candle_vllm.server.http.body import READING_SECONDS, SILENCE_SECONDS
 from candle_vllm.server.http.errors import ClientGone, HttpError
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.kept_access import AFTER, limit_and_after, number_of, page_of, query_of
-from candle_vllm.server.openapi.operation import BODY_ERRORS, KEPT, Operation, routing
+from candle_vllm.server.openapi.operation import KEPT, Operation, routing
 
 router = APIRouter()
 route = routing(router, functools.partial(Operation, tag="batches", errors=KEPT))
@@ -62,8 +62,7 @@ _FIELDS = ("file", "purpose", _ANCHOR, _SECONDS)
             "default": LONGEST_LIFE,
         },
     },
-    answers={200: (FileObject,)},
-    errors=(*KEPT, *BODY_ERRORS),
+    answer=FileObject,
 )
 async def upload_file(request: Request) -> Response:
     """Keep a file: requests of a batch, or an image."""
@@ -97,7 +96,7 @@ async def _uploaded(request: Request, batches: Batches, owner: str, count: Calla
 
 @route(
     "GET /v1/files",
-    answers={200: (FileList,)},
+    answer=FileList,
     query={
         "limit": {"type": "integer", "minimum": 1, "maximum": 10_000, "default": 10_000},
         "order": {"enum": ["desc"], "default": "desc"},
@@ -118,7 +117,7 @@ async def list_files(request: Request) -> Response:
     return page_of(FileList, await batches.store.files(owner, limit + 1, after, purpose), limit)
 
 
-@route("GET /v1/files/{file_id}", answers={200: (FileObject,)})
+@route("GET /v1/files/{file_id}", answer=FileObject)
 async def get_file(request: Request, file_id: str) -> Response:
     """What is known of a file."""
     batches, owner = await batches_and_owner(request)
@@ -126,7 +125,7 @@ async def get_file(request: Request, file_id: str) -> Response:
     return Response(to_json_bytes(await batches.store.file(owner, file_id)), media_type=JSON)
 
 
-@route("GET /v1/files/{file_id}/content", media="application/octet-stream", answers={200: ()})
+@route("GET /v1/files/{file_id}/content", media="application/octet-stream")
 async def get_file_content(request: Request, file_id: str) -> Response:
     """What is in a file."""
     batches, owner = await batches_and_owner(request)
@@ -158,7 +157,7 @@ class _Download(StreamingResponse):
             held.add(caller, -PIECE)
 
 
-@route("DELETE /v1/files/{file_id}", answers={200: (FileDeleted,)})
+@route("DELETE /v1/files/{file_id}", answer=FileDeleted)
 async def delete_file(request: Request, file_id: str) -> Response:
     """Delete a file."""
     batches, owner = await batches_and_owner(request)

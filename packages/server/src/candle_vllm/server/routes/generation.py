@@ -38,9 +38,9 @@ route = routing(router, functools.partial(Operation, tag="generation", errors=QU
 
 @route(
     "POST /v1/chat/completions",
-    body=(ChatCompletionRequest,),
+    body=ChatCompletionRequest,
     example={"messages": QUESTION, "max_tokens": 64},
-    answers={200: (ChatCompletion,)},
+    answer=ChatCompletion,
     events=(ChatCompletionChunk, ErrorEnvelope),
 )
 async def create_chat_completion(request: Request) -> Response:
@@ -51,9 +51,9 @@ async def create_chat_completion(request: Request) -> Response:
 
 @route(
     "POST /v1/completions",
-    body=(CompletionRequest,),
+    body=CompletionRequest,
     example={"prompt": "Once upon a time", "max_tokens": 32},
-    answers={200: (Completion,)},
+    answer=Completion,
     events=(Completion, ErrorEnvelope),
 )
 async def create_completion(request: Request) -> Response:

@@ -24,7 +24,7 @@ from candle_vllm.responses.store.entries import MAX_ID, is_id
 from candle_vllm.server.http.body import parse_request, unless_disconnected
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.mailbox.record import MailboxError, Record, RecordList, Status, invalid, not_found
-from candle_vllm.server.openapi.operation import BODY_ERRORS, KEPT, Operation, routing
+from candle_vllm.server.openapi.operation import KEPT, Operation, routing
 
 if TYPE_CHECKING:
     from candle_vllm.server.mailbox.service import Mailbox
@@ -54,7 +54,7 @@ class Delivered(msgspec.Struct, frozen=True, kw_only=True):
 
 @route(
     "GET /v1/mailbox",
-    answers={200: (RecordList,)},
+    answer=RecordList,
     query={
         "limit": {"type": "integer", "minimum": 1, "maximum": MAX_LIST, "default": DEFAULT_LIST},
         "after": {"type": "string", "maxLength": MAX_ID, "description": "The last request_id of the page before."},
@@ -79,7 +79,7 @@ async def list_records(request: Request) -> Response:
 
 @route(
     "GET /v1/mailbox/{request_id}",
-    answers={200: (Record,)},
+    answer=Record,
     query={"auto_delete": {"enum": ["true", "false"], "default": "false", "description": "Delete it as well."}},
 )
 async def get_record(request: Request, request_id: str) -> Response:
@@ -99,7 +99,7 @@ async def get_record(request: Request, request_id: str) -> Response:
     return Response(to_json_bytes(found.record), media_type="application/json")
 
 
-@route("DELETE /v1/mailbox/{request_id}", answers={204: ()})
+@route("DELETE /v1/mailbox/{request_id}", statuses=(204,))
 async def delete_record(request: Request, request_id: str) -> Response:
     """Delete a kept answer."""
     mailbox, owner = _mailbox(request)
@@ -109,13 +109,7 @@ async def delete_record(request: Request, request_id: str) -> Response:
     return Response(status_code=204)
 
 
-@route(
-    "POST /v1/mailbox/{request_id}/webhook",
-    body=(PushRequest,),
-    example={},
-    answers={200: (Delivered,)},
-    errors=(*KEPT, *BODY_ERRORS, 502),
-)
+@route("POST /v1/mailbox/{request_id}/webhook", body=PushRequest, example={}, answer=Delivered, errors=(*KEPT, 502))
 async def push_record(request: Request, request_id: str) -> Response:
     """Push a kept answer to a webhook, once.
 

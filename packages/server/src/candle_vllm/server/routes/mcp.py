@@ -27,7 +27,7 @@ from candle_vllm.server.answering import deadline_of, in_time, parsed
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.mcp.wire import McpCallRequest, McpCallResult, McpFunction, McpServerInfo, McpToolInfo
-from candle_vllm.server.openapi.operation import BODY_ERRORS, Operation, routing
+from candle_vllm.server.openapi.operation import Operation, routing
 from candle_vllm.server.settings import Settings
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ route = routing(router, functools.partial(Operation, tag="mcp"))
 logger = logging.getLogger(__name__)
 
 
-@route("GET /v1/mcp/servers", answers={200: (McpServerInfo,)}, errors=(404,), listed=True)
+@route("GET /v1/mcp/servers", answer=McpServerInfo, errors=(404,), listed=True)
 async def list_mcp_servers(request: Request) -> Response:
     """The MCP servers, and how they are."""
     found = [
@@ -61,7 +61,7 @@ async def list_mcp_servers(request: Request) -> Response:
     return _list(found)
 
 
-@route("GET /v1/mcp/tools", answers={200: (McpToolInfo,)}, errors=(404,), listed=True)
+@route("GET /v1/mcp/tools", answer=McpToolInfo, errors=(404,), listed=True)
 async def list_mcp_tools(request: Request) -> Response:
     """The tools of all MCP servers."""
     service = _service(request)
@@ -80,10 +80,10 @@ async def list_mcp_tools(request: Request) -> Response:
 
 @route(
     "POST /v1/mcp/call",
-    body=(McpCallRequest,),
+    body=McpCallRequest,
     example={"name": "time__get_current_time", "arguments": {"timezone": "UTC"}, "approved": True},
-    answers={200: (McpCallResult,)},
-    errors=(*BODY_ERRORS, 404, 429, 504),
+    answer=McpCallResult,
+    errors=(404, 429, 504),
 )
 async def call_mcp_tool(request: Request) -> Response:
     """Call a tool once; needs an API key and somebody's approval."""

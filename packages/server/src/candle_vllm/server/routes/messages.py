@@ -33,9 +33,9 @@ route = routing(router, functools.partial(Operation, error=ErrorBody, naming=Nam
 @route(
     "POST /v1/messages",
     tag="generation",
-    body=(MessagesRequest,),
+    body=MessagesRequest,
     example={"model": "default", "messages": QUESTION, "max_tokens": 64},
-    answers={200: (Message,)},
+    answer=Message,
     events=(*get_args(MessageEvent), ErrorBody),
     errors=(*QUEUED, 529),
 )
@@ -47,9 +47,9 @@ async def create_message(request: Request) -> Response:
 @route(
     "POST /v1/messages/count_tokens",
     tag="tokens",
-    body=(CountTokensRequest,),
+    body=CountTokensRequest,
     example={"model": "default", "messages": QUESTION},
-    answers={200: (TokenCount,)},
+    answer=TokenCount,
     errors=(*COUNTED, 529),
 )
 async def count_message_tokens(request: Request) -> Response:

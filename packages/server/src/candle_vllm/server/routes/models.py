@@ -40,7 +40,7 @@ from candle_vllm.server.models.cards import (
 )
 from candle_vllm.server.models.inventory import Inventory, take_stock
 from candle_vllm.server.models.manager import Changes, ModelManager
-from candle_vllm.server.openapi.operation import BODY_ERRORS, MANAGED, Operation, routing
+from candle_vllm.server.openapi.operation import MODEL_ERRORS, Operation, routing
 from candle_vllm.server.routes.ollama_library import may_change
 from candle_vllm.server.settings.options import UsageError
 
@@ -65,9 +65,7 @@ def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = N
     return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
 
 
-@route(
-    "GET /v1/models", tag="models", answers={200: (LoadedCard, UnloadedCard, AdapterCard)}, listed=True, manages=False
-)
+@route("GET /v1/models", tag="models", answer=(LoadedCard, UnloadedCard, AdapterCard), listed=True, manages=False)
 async def list_models(request: Request) -> Response:
     """All served names, the default first.
 
@@ -80,13 +78,13 @@ async def list_models(request: Request) -> Response:
     return _json({"object": "list", "data": listed}, headers={"x-max-body-bytes": most})
 
 
-@route("GET /v1/models/status", answers={200: (ManagerStatus,)})
+@route("GET /v1/models/status", answer=ManagerStatus)
 async def models_status(request: Request) -> Response:
     """What is loaded, what waits, and what went wrong."""
     return _json(status(request.app.state.manager))
 
 
-@route("GET /v1/models/inventory", answers={200: (Inventory,)}, errors=(403,))
+@route("GET /v1/models/inventory", answer=Inventory, errors=(403,))
 async def models_inventory(request: Request) -> Response:
     """What models take and whether they fit, known names, and what is being fetched."""
     state, manager = request.app.state, request.app.state.manager
@@ -97,13 +95,7 @@ async def models_inventory(request: Request) -> Response:
     return _json(found)
 
 
-@route(
-    "POST /v1/models/load",
-    body=(ModelRequest,),
-    example={"model": "default"},
-    answers={200: (SlotStatus,)},
-    errors=MANAGED,
-)
+@route("POST /v1/models/load", body=ModelRequest, example={"model": "default"}, answer=SlotStatus, errors=MODEL_ERRORS)
 async def load_model(request: Request) -> Response:
     """Load a model; answers when it is ready."""
     wanted = await parsed(request, parse_model_request)
@@ -113,10 +105,10 @@ async def load_model(request: Request) -> Response:
 
 @route(
     "POST /v1/models/unload",
-    body=(ModelRequest,),
+    body=ModelRequest,
     example={"model": "default"},
-    answers={200: (SlotStatus,)},
-    errors=(*MANAGED, 409),
+    answer=SlotStatus,
+    errors=(*MODEL_ERRORS, 409),
 )
 async def unload_model(request: Request) -> Response:
     """Unload a model once it has finished its requests; answers when it is gone."""
@@ -127,10 +119,11 @@ async def unload_model(request: Request) -> Response:
 
 @route(
     "POST /v1/models/select",
-    body=(ModelRequest,),
+    body=ModelRequest,
     example={"model": "default"},
-    answers={200: (Selected,), 202: (Selected,)},
-    errors=MANAGED,
+    answer=Selected,
+    statuses=(200, 202),
+    errors=MODEL_ERRORS,
 )
 async def select_model(request: Request) -> Response:
     """Make a model the default and begin to load it.
@@ -145,7 +138,7 @@ async def select_model(request: Request) -> Response:
     return _json(answer, 200 if ready else 202)
 
 
-@route("POST /v1/models/reload", answers={200: (Changes,)}, errors=(400, 409))
+@route("POST /v1/models/reload", answer=Changes, errors=(400, 409))
 async def reload_models(request: Request) -> Response:
     """Read models.yaml again, where the operator allows that."""
     reloader = _reloader(request)
@@ -155,10 +148,10 @@ async def reload_models(request: Request) -> Response:
 
 @route(
     "POST /v1/models/add",
-    body=(NewModelRequest,),
+    body=NewModelRequest,
     example={"name": "small", "hf_id": "HuggingFaceTB/SmolLM2-135M-Instruct", "params": {"mem": 512}},
-    answers={200: (SlotStatus,)},
-    errors=(*BODY_ERRORS, 400, 409),
+    answer=SlotStatus,
+    errors=(400, 409),
 )
 async def add_model(request: Request) -> Response:
     """Serve one model more, where the operator allows that."""
@@ -168,13 +161,7 @@ async def add_model(request: Request) -> Response:
         return _json(slot_status(await reloader.add(wanted.model_dump(exclude_none=True))))
 
 
-@route(
-    "POST /v1/models/remove",
-    body=(ModelRequest,),
-    example={"model": "small"},
-    answers={200: (Changes,)},
-    errors=(*BODY_ERRORS, 404, 400, 409),
-)
+@route("POST /v1/models/remove", body=ModelRequest, example={"model": "small"}, answer=Changes, errors=(404, 409))
 async def remove_model(request: Request) -> Response:
     """Serve a model no more, where the operator allows that."""
     wanted = await parsed(request, parse_model_request)
@@ -203,13 +190,13 @@ def _told() -> Iterator[None]:
         raise HttpError(400, str(error), "wrong_model") from None
 
 
-@route("GET /v1/queues", id="queues", answers={200: (Queues,)})
+@route("GET /v1/queues", id="queues", answer=Queues)
 async def list_queues(request: Request) -> Response:
     """The requests that wait, for every model."""
     return _json(queues(request.app.state.manager.slots.values()))
 
 
-@route("GET /v1/queues/{model_id:path}", answers={200: (Queues,)}, errors=(404,))
+@route("GET /v1/queues/{model_id:path}", answer=Queues, errors=(404,))
 async def queue_of_model(request: Request, model_id: str) -> Response:
     """The requests that wait for one model."""
     manager: ModelManager = request.app.state.manager
@@ -219,7 +206,7 @@ async def queue_of_model(request: Request, model_id: str) -> Response:
 @route(
     "GET /v1/models/{model_id:path}",
     tag="models",
-    answers={200: (LoadedCard, UnloadedCard, AdapterCard)},
+    answer=(LoadedCard, UnloadedCard, AdapterCard),
     errors=(404,),
     manages=False,
 )

@@ -81,13 +81,13 @@ async def served_name(request: Request, name: str) -> str:
 
 @route(
     "POST /api/chat",
-    body=(ChatRequest,),
+    body=ChatRequest,
     example={
         "model": "default",
         "stream": False,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
     },
-    answers={200: (ChatLine,)},
+    answer=ChatLine,
     lines=(ChatLine, Failure),
 )
 async def ollama_chat(request: Request) -> Response:
@@ -97,9 +97,9 @@ async def ollama_chat(request: Request) -> Response:
 
 @route(
     "POST /api/generate",
-    body=(GenerateRequest,),
+    body=GenerateRequest,
     example={"model": "default", "stream": False, "prompt": "Why is the sky blue?"},
-    answers={200: (GenerateLine,)},
+    answer=GenerateLine,
     lines=(GenerateLine, Failure),
 )
 async def ollama_generate(request: Request) -> Response:
@@ -107,12 +107,7 @@ async def ollama_generate(request: Request) -> Response:
     return await _generated(request, GenerateRequest, GENERATE)
 
 
-@route(
-    "POST /api/embed",
-    body=(EmbedRequest,),
-    example={"model": "default", "input": "The sky is blue."},
-    answers={200: (Vectors,)},
-)
+@route("POST /api/embed", body=EmbedRequest, example={"model": "default", "input": "The sky is blue."}, answer=Vectors)
 async def ollama_embed(request: Request) -> Response:
     """The vectors of texts, in Ollama's words."""
     deadline = deadline_of(request)
@@ -126,9 +121,9 @@ async def ollama_embed(request: Request) -> Response:
 
 @route(
     "POST /api/embeddings",
-    body=(EmbeddingsRequest,),
+    body=EmbeddingsRequest,
     example={"model": "default", "prompt": "The sky is blue."},
-    answers={200: (Vector,)},
+    answer=Vector,
 )
 async def ollama_embeddings(request: Request) -> Response:
     """The vector of one text, in Ollama's older words."""

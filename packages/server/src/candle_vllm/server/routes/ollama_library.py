@@ -30,7 +30,7 @@ from candle_vllm.server.models.catalogue import Catalogue, ModelEntry
 from candle_vllm.server.models.downloads import Local, find_downloaded, remove
 from candle_vllm.server.models.manager import ModelManager
 from candle_vllm.server.models.pulls import Pull, Pulls, failure_code
-from candle_vllm.server.openapi.operation import BODY_ERRORS, OLLAMA, Operation, routing
+from candle_vllm.server.openapi.operation import OLLAMA, Operation, routing
 from candle_vllm.server.settings import Settings
 from candle_vllm.server.settings.derived import may_change
 from candle_vllm.server.settings.options import UsageError
@@ -117,11 +117,11 @@ class PullLine(msgspec.Struct, frozen=True, kw_only=True):
 
 @route(
     "POST /api/pull",
-    body=(PullRequest,),
+    body=PullRequest,
     example={"model": "qwen3:0.6b", "stream": False},
-    answers={200: (PullLine,)},
+    answer=PullLine,
     lines=(PullLine, Failure),
-    errors=(*BODY_ERRORS, 404, 502, 503),
+    errors=(404, 502, 503),
 )
 async def ollama_pull(request: Request) -> Response:
     """Fetch a model of Hugging Face, where the operator allows that.
@@ -146,13 +146,7 @@ async def ollama_pull(request: Request) -> Response:
     return Response(to_json_bytes(PullLine(status="success")), media_type="application/json")
 
 
-@route(
-    "DELETE /api/pull",
-    body=(StopRequest,),
-    example={"model": "qwen3:0.6b"},
-    answers={200: ()},
-    errors=(*BODY_ERRORS, 403, 404),
-)
+@route("DELETE /api/pull", body=StopRequest, example={"model": "qwen3:0.6b"}, errors=(403, 404))
 async def ollama_stop_pull(request: Request) -> Response:
     """Stop fetching a model; what has arrived is kept or removed."""
     wire: StopRequest = await _allowed(request, StopRequest)
@@ -164,13 +158,7 @@ async def ollama_stop_pull(request: Request) -> Response:
     return Response()
 
 
-@route(
-    "POST /api/copy",
-    body=(CopyRequest,),
-    example={"source": "default", "destination": "mine"},
-    answers={200: ()},
-    errors=(*BODY_ERRORS, 404, 409),
-)
+@route("POST /api/copy", body=CopyRequest, example={"source": "default", "destination": "mine"}, errors=(404, 409))
 async def ollama_copy(request: Request) -> Response:
     """Give a model another name, where the operator allows that.
 
@@ -186,13 +174,7 @@ async def ollama_copy(request: Request) -> Response:
     return Response()
 
 
-@route(
-    "DELETE /api/delete",
-    body=(DeleteRequest,),
-    example={"model": "qwen3:0.6b"},
-    answers={200: ()},
-    errors=(*BODY_ERRORS, 404, 409),
-)
+@route("DELETE /api/delete", body=DeleteRequest, example={"model": "qwen3:0.6b"}, errors=(404, 409))
 async def ollama_delete(request: Request) -> Response:
     """Remove a fetched model, where the operator allows that.
 

@@ -147,7 +147,7 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
     template: str | UnsetType = UNSET
 
 
-@route("GET /api/tags", answers={200: (Tags,)})
+@route("GET /api/tags", answer=Tags)
 async def ollama_tags(request: Request) -> Response:
     """All models."""
     manager = _manager(request)
@@ -169,7 +169,7 @@ def _names(manager: ModelManager, slot: ModelSlot, caller: Caller) -> list[str]:
     return own + [each.called(slot.entry.names[0]) for each in adapters if caller.may_use(*each.names)]
 
 
-@route("GET /api/ps", answers={200: (Residents,)})
+@route("GET /api/ps", answer=Residents)
 async def ollama_ps(request: Request) -> Response:
     """The models that are loaded."""
     manager, found = _manager(request), list[Resident]()
@@ -186,9 +186,7 @@ async def ollama_ps(request: Request) -> Response:
     return _json(Residents(tuple(found)))
 
 
-@route(
-    "POST /api/show", body=(ShowRequest,), example={"model": "default"}, answers={200: (Shown,)}, errors=(*QUEUED, 409)
-)
+@route("POST /api/show", body=ShowRequest, example={"model": "default"}, answer=Shown, errors=(*QUEUED, 409))
 async def ollama_show(request: Request) -> Response:
     """What is known of a model."""
     wire = await ollama_body(request, ollama_parser(ShowRequest))
@@ -204,7 +202,7 @@ async def ollama_show(request: Request) -> Response:
     return _json(_shown(slot))
 
 
-@route("GET /api/version", answers={200: (ApiVersion,)})
+@route("GET /api/version", answer=ApiVersion)
 async def ollama_version() -> Response:
     """The version of Ollama whose API this is."""
     return _json(ApiVersion(API_VERSION))

@@ -157,13 +157,13 @@ async def _of_model(request: Request, describe: Callable[[ServedModel], Any]) ->
     return await answer_parsed_with(request, asked, described, deadline_of(request), queued=False)
 
 
-@route("GET /ping", tag="server", answers={200: (Standing,), 503: (Standing,)}, public=True)
+@route("GET /ping", tag="server", answer=Standing, statuses=(200, 503), public=True)
 async def ping(request: Request) -> JSONResponse:
     """The same as /health."""
     return await health(request)
 
 
-@route("GET /load", tag="server", answers={200: (Load,)})
+@route("GET /load", tag="server", answer=Load)
 async def load(request: Request) -> Response:
     """How many sequences run or wait."""
     manager: ModelManager = request.app.state.manager
@@ -173,7 +173,7 @@ async def load(request: Request) -> Response:
     return Response(msgspec.json.encode(busy), media_type="application/json")
 
 
-@route("GET /server_info", tag="operators", answers={200: (ServerInfo,)}, manages=True)
+@route("GET /server_info", tag="operators", answer=ServerInfo, manages=True)
 async def server_info(request: Request) -> Response:
     """What the server was started with, without secrets."""
     settings = request.app.state.settings
@@ -182,7 +182,7 @@ async def server_info(request: Request) -> Response:
     return Response(msgspec.json.encode(told), media_type="application/json")
 
 
-@route("GET /tokenizer_info", tag="tokens", answers={200: (TokenizerInfo,)}, errors=(*MODEL_ERRORS, 504), query=WHICH)
+@route("GET /tokenizer_info", tag="tokens", answer=TokenizerInfo, errors=(*MODEL_ERRORS, 504), query=WHICH)
 async def tokenizer_info(request: Request) -> Response:
     """What is known of the model's tokenizer."""
     return await _of_model(request, _tokenizer)
@@ -205,7 +205,7 @@ def _template(model: ServedModel) -> str | None:
     return source if source is None or isinstance(source, str) else source.get("default")
 
 
-@route("GET /props", tag="server", answers={200: (Properties,)}, errors=(*MODEL_ERRORS, 504), query=WHICH)
+@route("GET /props", tag="server", answer=Properties, errors=(*MODEL_ERRORS, 504), query=WHICH)
 async def props(request: Request) -> Response:
     """The model and its defaults, as llama.cpp's clients ask for them."""
     return await _of_model(request, _properties)
@@ -230,7 +230,7 @@ def _properties(model: ServedModel) -> Properties:
     )
 
 
-@route("GET /slots", tag="server", answers={200: (Slot,)}, errors=(*MODEL_ERRORS, 504), query=WHICH, bare=True)
+@route("GET /slots", tag="server", answer=Slot, errors=(*MODEL_ERRORS, 504), query=WHICH, bare=True)
 async def slots(request: Request) -> Response:
     """The sequences that may run at the same time, as llama.cpp's clients ask for them."""
     return await _of_model(request, _slots)
@@ -241,7 +241,7 @@ def _slots(model: ServedModel) -> list[Slot]:
     return [Slot(place, info.max_model_len, place < running) for place in range(info.max_num_seqs)]
 
 
-@route("POST /reset_prefix_cache", tag="operators", answers={204: ()}, manages=True)
+@route("POST /reset_prefix_cache", tag="operators", statuses=(204,), manages=True)
 async def reset_prefix_cache(request: Request) -> Response:
     """Have loaded models forget what prompts began with."""
     manager: ModelManager = request.app.state.manager
@@ -254,7 +254,6 @@ async def reset_prefix_cache(request: Request) -> Response:
 @route(
     "POST /sleep",
     tag="operators",
-    answers={200: ()},
     media="",
     errors=(400, 404, 409, 503),
     query={
@@ -287,7 +286,6 @@ async def sleep(request: Request) -> Response:
 @route(
     "POST /wake_up",
     tag="operators",
-    answers={200: ()},
     media="",
     errors=(400, 404, 409, 503),
     query={
@@ -308,7 +306,7 @@ async def wake_up(request: Request) -> Response:
     return await _each_engine(request, lambda engine: engine.wake_up(tags or None))
 
 
-@route("GET /is_sleeping", tag="operators", answers={200: (Sleeping,)}, errors=(404,), query=_EACH, manages=True)
+@route("GET /is_sleeping", tag="operators", answer=Sleeping, errors=(404,), query=_EACH, manages=True)
 async def is_sleeping(request: Request) -> Response:
     """Whether a loaded model sleeps."""
     asleep = any(engine.is_sleeping for engine in _engines(request))
@@ -338,9 +336,9 @@ async def _each_engine(request: Request, work: Callable[[ServedEngine], None]) -
 @route(
     "POST /apply-template",
     tag="tokens",
-    body=(ChatCompletionRequest,),
+    body=ChatCompletionRequest,
     example={"messages": QUESTION},
-    answers={200: (RenderedPrompt,)},
+    answer=RenderedPrompt,
     errors=COUNTED,
 )
 async def apply_template(request: Request) -> Response:
@@ -353,9 +351,9 @@ async def apply_template(request: Request) -> Response:
 @route(
     "POST /pooling",
     tag="vectors and scores",
-    body=(PoolingRequest,),
+    body=PoolingRequest,
     example={"input": "The sky is blue."},
-    answers={200: (PooledList,)},
+    answer=PooledList,
     errors=QUEUED,
 )
 async def pool(request: Request) -> Response:
@@ -366,9 +364,9 @@ async def pool(request: Request) -> Response:
 @route(
     "POST /classify",
     tag="vectors and scores",
-    body=(ClassifyRequest,),
+    body=ClassifyRequest,
     example={"input": "The sky is blue."},
-    answers={200: (ClassifiedList,)},
+    answer=ClassifiedList,
     errors=QUEUED,
 )
 async def classify(request: Request) -> Response:
@@ -402,9 +400,9 @@ FIM = GenerationApi(
 @route(
     "POST /v1/fim/completions",
     tag="generation",
-    body=(FimRequest,),
+    body=FimRequest,
     example={"prompt": "def add(a, b):\n    ", "suffix": "", "max_tokens": 32},
-    answers={200: (ChatCompletion,)},
+    answer=ChatCompletion,
     events=(ChatCompletionChunk, ErrorEnvelope),
     errors=QUEUED,
 )
@@ -419,9 +417,9 @@ COMPLETION, INFILL = _api(LlamaCompletionRequest), _api(InfillRequest)
 @route(
     "POST /completion",
     tag="generation",
-    body=(LlamaCompletionRequest,),
+    body=LlamaCompletionRequest,
     example={"prompt": "Once upon a time", "n_predict": 32},
-    answers={200: (LlamaText,)},
+    answer=LlamaText,
     one_or_more=True,
     events=(LlamaText, ErrorEnvelope),
     errors=QUEUED,
@@ -431,9 +429,9 @@ COMPLETION, INFILL = _api(LlamaCompletionRequest), _api(InfillRequest)
     id="llama_completions",
     summary="The same as `/completion`",
     tag="generation",
-    body=(LlamaCompletionRequest,),
+    body=LlamaCompletionRequest,
     example={"prompt": "Once upon a time", "n_predict": 32},
-    answers={200: (LlamaText,)},
+    answer=LlamaText,
     one_or_more=True,
     events=(LlamaText, ErrorEnvelope),
     errors=QUEUED,
@@ -446,9 +444,9 @@ async def llama_completion(request: Request) -> Response:
 @route(
     "POST /infill",
     tag="generation",
-    body=(InfillRequest,),
+    body=InfillRequest,
     example={"input_prefix": "def add(a, b):\n    ", "input_suffix": "", "n_predict": 32},
-    answers={200: (LlamaText,)},
+    answer=LlamaText,
     events=(LlamaText, ErrorEnvelope),
     errors=QUEUED,
 )

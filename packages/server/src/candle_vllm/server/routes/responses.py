@@ -105,9 +105,9 @@ class Responders:
 
 @route(
     "POST /v1/responses",
-    body=(ResponsesRequest,),
+    body=ResponsesRequest,
     example={"input": "What is the capital of France?", "max_output_tokens": 64},
-    answers={200: (Response,)},
+    answer=Response,
     events=get_args(ResponseEvent),
     errors=(*QUEUED, 409),
 )
@@ -123,9 +123,9 @@ async def create_response(request: Request) -> HttpResponse:
 @route(
     "POST /v1/responses/input_tokens",
     tag="tokens",
-    body=(InputTokensRequest,),
+    body=InputTokensRequest,
     example={"input": "What is the capital of France?"},
-    answers={200: (InputTokens,)},
+    answer=InputTokens,
     errors=COUNTED,
 )
 async def count_response_tokens(request: Request) -> HttpResponse:
@@ -140,9 +140,9 @@ async def count_response_tokens(request: Request) -> HttpResponse:
 
 @route(
     "POST /v1/responses/compact",
-    body=(CompactRequest,),
+    body=CompactRequest,
     example={"model": "default", "input": [{"role": "user", "content": "We launch on Tuesday."}]},
-    answers={200: (CompactedResponse,)},
+    answer=CompactedResponse,
     errors=QUEUED,
 )
 async def compact_response(request: Request) -> HttpResponse:

@@ -71,7 +71,7 @@ class UsageRow(msgspec.Struct, frozen=True):
     counts: UsageCounts
 
 
-@route("GET /metrics", tag="operators", media="text/plain", answers={200: ()}, manages=True)
+@route("GET /metrics", tag="operators", media="text/plain", manages=True)
 async def metrics(request: Request) -> Response:
     """Every count, as Prometheus reads it."""
     accept = request.headers.get("accept", "")
@@ -79,14 +79,14 @@ async def metrics(request: Request) -> Response:
     return Response(data, headers={"content-type": kind})
 
 
-@route("GET /v1/usage", tag="operators", answers={200: (UsageRow,)}, listed=True, manages=True)
+@route("GET /v1/usage", tag="operators", answer=UsageRow, listed=True, manages=True)
 async def usage(request: Request) -> Response:
     """Requests that have ended and their tokens, by model and API key, since the start."""
     rows = await asyncio.to_thread(request.app.state.metrics.usage)
     return Response(msgspec.json.encode({"object": "list", "data": rows}), media_type="application/json")
 
 
-@route("GET /health", answers={200: (Standing,), 503: (Standing,)}, public=True)
+@route("GET /health", answer=Standing, statuses=(200, 503), public=True)
 async def health(request: Request) -> JSONResponse:
     """200 while the process can do its work.
 
@@ -98,7 +98,7 @@ async def health(request: Request) -> JSONResponse:
     return JSONResponse({"status": "dead"}, status_code=503)
 
 
-@route("GET /ready", answers={200: (Readiness,), 503: (Readiness,)}, public=True)
+@route("GET /ready", answer=Readiness, statuses=(200, 503), public=True)
 async def ready(request: Request) -> JSONResponse:
     """200 while a request for the default model would be answered at once.
 
@@ -121,13 +121,13 @@ async def ready(request: Request) -> JSONResponse:
     return JSONResponse(content, status_code=200 if rested else 503)
 
 
-@route("GET /version", id="version", answers={200: (Version,)})
+@route("GET /version", id="version", answer=Version)
 async def server_version() -> dict[str, str]:
     """The server's version."""
     return {"version": version("candle-vllm-server")}
 
 
-@route("GET /", answers={200: (Welcome,)})
+@route("GET /", answer=Welcome)
 async def root(request: Request) -> dict[str, object]:
     """What this is and where to go on."""
     manager, caller = request.app.state.manager, caller_of(request.scope)

@@ -37,7 +37,7 @@ _MAX_EVENT = 999_999_999
 
 @route(
     "GET /v1/responses/{response_id}",
-    answers={200: (AnyResponse,)},
+    answer=AnyResponse,
     events=get_args(ResponseEvent),
     query={
         **INCLUDE,
@@ -68,7 +68,7 @@ async def get_response(request: Request, response_id: str) -> Response:
     return event_stream(await _background(request).stream(owner, response_id, number))
 
 
-@route("DELETE /v1/responses/{response_id}", answers={200: (ResponseDeleted,)})
+@route("DELETE /v1/responses/{response_id}", answer=ResponseDeleted)
 async def delete_response(request: Request, response_id: str) -> Response:
     """Delete a response; one that is running is ended."""
     _, owner = await kept_and_owner(request)
@@ -76,7 +76,7 @@ async def delete_response(request: Request, response_id: str) -> Response:
     return Response(to_json_bytes(await _background(request).delete(owner, response_id)), media_type=JSON)
 
 
-@route("POST /v1/responses/{response_id}/cancel", answers={200: (AnyResponse,)})
+@route("POST /v1/responses/{response_id}/cancel", answer=AnyResponse)
 async def cancel_response(request: Request, response_id: str) -> Response:
     """End a response that runs in the background."""
     _, owner = await kept_and_owner(request)
@@ -84,7 +84,7 @@ async def cancel_response(request: Request, response_id: str) -> Response:
     return Response(await _background(request).cancel(owner, response_id), media_type=JSON)
 
 
-@route("GET /v1/responses/{response_id}/input_items", answers={200: (ItemList,)}, query=ITEM_PAGE)
+@route("GET /v1/responses/{response_id}/input_items", answer=ItemList, query=ITEM_PAGE)
 async def list_input_items(request: Request, response_id: str) -> Response:
     """What the request of a response gave."""
     kept, owner = await kept_and_owner(request)

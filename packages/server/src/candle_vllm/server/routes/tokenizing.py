@@ -35,7 +35,7 @@ route = routing(router, functools.partial(Operation, tag="tokens", errors=COUNTE
     "POST /tokenize",
     body=(TokenizeTextRequest, TokenizeChatRequest),
     example={"prompt": "Once upon a time", "return_token_strs": True},
-    answers={200: (Tokenized,)},
+    answer=Tokenized,
 )
 async def tokenize(request: Request) -> Response:
     """The tokens of a text or of a conversation."""
@@ -44,7 +44,7 @@ async def tokenize(request: Request) -> Response:
     )
 
 
-@route("POST /detokenize", body=(DetokenizeRequest,), example={"tokens": [1, 2, 3]}, answers={200: (Detokenized,)})
+@route("POST /detokenize", body=DetokenizeRequest, example={"tokens": [1, 2, 3]}, answer=Detokenized)
 async def detokenize(request: Request) -> Response:
     """The text of tokens."""
     return await answer_with(
@@ -54,9 +54,9 @@ async def detokenize(request: Request) -> Response:
 
 @route(
     "POST /v1/chat/completions/input_tokens",
-    body=(ChatCompletionRequest,),
+    body=ChatCompletionRequest,
     example={"messages": QUESTION},
-    answers={200: (InputTokens,)},
+    answer=InputTokens,
 )
 async def count_chat_tokens(request: Request) -> Response:
     """How many tokens a chat request's prompt has, images included."""
