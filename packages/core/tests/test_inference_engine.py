@@ -33,8 +33,8 @@ from candle_vllm.core import (
 )
 from candle_vllm.core import progress as progress_module
 from candle_vllm.core.engine.request import GenerationOutput
-from candle_vllm.core.testing.exact_sums import exact_sums
 from candle_vllm.core.testing.toy_model import toy_config, write_toy_model
+from packages.core.tests.exact_sums import exact_sums
 from tests.waiting import until, wait_for
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)

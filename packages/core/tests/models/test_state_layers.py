@@ -26,8 +26,8 @@ from candle_vllm.core.engine.states import StatePool
 from candle_vllm.core.errors import NoMemoryError
 from candle_vllm.core.loading.cache_specs import StateRoom
 from candle_vllm.core.models import registry
-from candle_vllm.core.testing.exact_sums import exact_sums
-from candle_vllm.core.testing.lazy_stream import LazyStream
+from packages.core.tests.exact_sums import exact_sums
+from packages.core.tests.lazy_stream import LazyStream
 from packages.core.tests.models import state_layers
 from packages.core.tests.models.state_layers import CHANNELS, INPUTS, plain_logits, write_hybrid
 from packages.core.tests.models.tiny import load, some_tokens

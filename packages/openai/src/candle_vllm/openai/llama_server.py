@@ -93,9 +93,8 @@ class _Asked(LlamaFields):
 
     def sampling(self) -> dict[str, Any]:
         """What is given, by the names of `SamplingParams`."""
-        found = self.drawing() | ({} if self.ignore_eos is None else {"ignore_eos": self.ignore_eos})
         limit = self.n_predict
-        return found | {"max_tokens": None if limit is None or limit < 0 else max(limit, 1)}
+        return self.drawing() | {"max_tokens": None if limit is None or limit < 0 else max(limit, 1)}
 
     def form(self) -> StructuredOutputsParams | None:
         """What the answer must look like; raises `InvalidParameterError`."""
@@ -342,7 +341,7 @@ class _Writer:
             content="",
             stop=True,
             model=self._model,
-            stop_type="limit" if self._ended.reason == "length" else "word" if word else "eos",
+            stop_type="word" if word and not self._ended.reason.cut else self._ended.reason.llama_server,
             stopping_word=word,
             truncated=False,
             tokens_predicted=usage.completion_tokens,

@@ -21,6 +21,7 @@ from candle_vllm.responses.api.stored_items import DEFAULT_LIMIT, MAX_LIMIT, Pag
 from candle_vllm.responses.protocol.events import ErrorOccurred, StreamEvent
 from candle_vllm.responses.protocol.request import INCLUDABLE
 from candle_vllm.responses.store.entries import (
+    MAX_ID,
     ConversationBusyError,
     NotStoredError,
     StoreFullError,
@@ -31,6 +32,23 @@ from candle_vllm.responses.store.entries import (
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import caller_of
 from candle_vllm.server.http.sse import EventStream, named_event
+
+# The queries in the document.
+INCLUDE: Mapping[str, Any] = {
+    "include": {
+        "enum": [*INCLUDABLE],
+        "description": "Without effect: items are as they were asked for when they were made. It may be repeated.",
+    }
+}
+AFTER: Mapping[str, Any] = {
+    "after": {"type": "string", "maxLength": MAX_ID, "description": "The last id of the page before."}
+}
+ITEM_PAGE: Mapping[str, Any] = {
+    **INCLUDE,
+    "limit": {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": DEFAULT_LIMIT},
+    "order": {"enum": ["asc", "desc"], "default": "desc", "description": "Oldest or newest first."},
+    **AFTER,
+}
 
 _INCLUDES = ("include", "include[]")  # the second is how OpenAI's clients write a list
 _MAX_NUMBER = 9  # digits

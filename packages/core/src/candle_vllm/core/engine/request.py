@@ -45,6 +45,16 @@ class FinishReason(enum.StrEnum):
     ABORT = "abort"  # the caller went away, or the engine shut down
     ERROR = "error"  # the engine failed on this request
 
+    @property
+    def cut(self) -> bool:
+        """Whether more would have come."""
+        return self is FinishReason.LENGTH
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer is all that was asked for."""
+        return self in (FinishReason.STOP, FinishReason.LENGTH)
+
 
 class LoRARequest(ShownStruct, frozen=True):
     """An adapter by its name, with vLLM's fields.

@@ -23,12 +23,12 @@ from candle_vllm.openai.protocol.fields import MAX_TOOL_CALLS
 from candle_vllm.responses.conversation.turn_reader import MAX_CHARS
 
 _REASONS: Mapping[str, Reason] = {
-    "stop": "stop",
-    "length": "length",
-    "max_tokens": "length",
-    "tool_calls": "tool_calls",
-    "function_call": "tool_calls",
-    "tool_use": "tool_calls",
+    "stop": Reason.STOP,
+    "length": Reason.LENGTH,
+    "max_tokens": Reason.LENGTH,
+    "tool_calls": Reason.TOOL_CALLS,
+    "function_call": Reason.TOOL_CALLS,
+    "tool_use": Reason.TOOL_CALLS,
 }
 
 
@@ -102,7 +102,7 @@ class _Choice:
         Servers have many words for an answer that ended by itself (`STOP`, `eos_token`, `end_turn`, or none). With
         calls, of which the last may be cut, an unknown one counts as a cut.
         """
-        unknown: Reason = "length" if self._calls and self.reason else "stop"
+        unknown = Reason.LENGTH if self._calls and self.reason else Reason.STOP
         events: list[Event] = []
         for number, call in enumerate(self._calls):
             if not call.begun:
