@@ -170,7 +170,6 @@ def test_sleep_forgets_states(hybrid: Path, how: dict[str, Any]) -> None:
 
 def test_what_states_cannot_be_had_with_is_refused(hybrid: Path, how: dict[str, Any]) -> None:
     for setting in (
-        {"prompt_cache_url": "redis://localhost"},
         {"speculative_config": {"method": "draft_model", "model": str(hybrid)}},
     ):
         with pytest.raises(ConfigError, match="keep a state"):

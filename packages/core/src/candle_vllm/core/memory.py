@@ -50,7 +50,6 @@ class CachePlan:
         warning: that the model's context was cut, and what all of it takes; empty where it was not.
         states: how many states of layers there is room for.
         state_bytes: bytes of all of them.
-        checkpoint_bytes: bytes of these that are checkpoints.
     """
 
     num_blocks: int
@@ -60,7 +59,6 @@ class CachePlan:
     warning: str = ""
     states: StateRoom = NO_STATES
     state_bytes: int = 0
-    checkpoint_bytes: int = 0
 
     def agreed(self, ranks: Collective) -> CachePlan:
         """What every rank has room for."""
@@ -150,9 +148,7 @@ def plan_cache(
     of_whole = config.gpu_memory_utilization is not None and room.total > 0 and not config.kv_cache_memory
     if config.gpu_memory_utilization is not None and of_whole:
         budget = max(0, available - int(room.total * (1 - config.gpu_memory_utilization)))
-    room_of_states, state_bytes, kept_bytes, of_states = _plan_states(
-        config, here, sequences, drafts, budget, model.max_position
-    )
+    room_of_states, state_bytes, of_states = _plan_states(config, here, sequences, drafts, budget, model.max_position)
     if room_of_states is not NO_STATES:
         sequences, budget = room_of_states.running, max(0, budget - state_bytes)
     per_sequence = -(-model.max_position // config.block_size)
@@ -186,19 +182,19 @@ def plan_cache(
             f"the model's context of {model.max_position:,} tokens does not fit and is cut to {context:,}: {more}; "
             f"where that is meant, set max_model_len to {context} (--max-model-len {context})"
         )
-    return CachePlan(num_blocks, block_bytes, context, message, cut, room_of_states, state_bytes, kept_bytes)
+    return CachePlan(num_blocks, block_bytes, context, message, cut, room_of_states, state_bytes)
 
 
 def _plan_states(
     config: EngineConfig, specs: Iterable[CacheSpec], sequences: int, drafts: int, budget: int, longest: int
-) -> tuple[StateRoom, int, int, str]:
-    """How many states of layers there is room for in so many bytes, what they and their checkpoints take, and a line.
+) -> tuple[StateRoom, int, str]:
+    """How many states of layers there is room for in so many bytes, what they take, and how that is said.
 
     `longest` are the tokens of a sequence.
     """
     parts = [part for spec in states(specs) for part in spec.parts]
     if not parts:
-        return NO_STATES, 0, 0, ""
+        return NO_STATES, 0, ""
     state = 4 * sum(math.prod(part.shape) for part in parts)
     whole = state + 4 * drafts * sum(part.inputs for part in parts)
     running = min(sequences, budget // 2 // whole)
@@ -214,8 +210,7 @@ def _plan_states(
     blocks = sequences * -(-longest // config.block_size)  # each may end at one
     checkpoints = min(kept // state, blocks) if config.enable_prefix_caching else 0
     said = f"; states: {running} of {_size(whole)} for what runs, and {checkpoints} checkpoints of {_size(state)}"
-    kept = checkpoints * state
-    return StateRoom(running, checkpoints, drafts), running * whole + kept, kept, said
+    return StateRoom(running, checkpoints, drafts), running * whole + checkpoints * state, said
 
 
 def refuse_longer(config: EngineConfig, model: ModelConfig) -> None:

@@ -283,9 +283,6 @@ def _of_model(settings: Settings, config: EngineConfig, files: ModelFiles, devic
         "kv_cache_memory_bytes": Derived(size, words),
         "mem": Derived(size >> 20, words),
     }
-    if states.running:
-        gib = round(cache.checkpoint_bytes / (1 << 30), 3)
-        found["state_cache_gb"] = Derived(gib, f"derived: {states.checkpoints} checkpoints of states")
     if cache.max_model_len < model.config.max_position:
         found["max_model_len"] = Derived(cache.max_model_len, "derived: no more fits into the KV cache")
     return found
