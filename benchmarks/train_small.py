@@ -178,9 +178,7 @@ def train(name: str, folder: Path, steps: int) -> None:
         torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
         torch.optim.AdamW(others, lr=0.004, betas=(0.9, 0.97), weight_decay=0.0),
     ]
-    rates = [
-        torch.optim.lr_scheduler.LambdaLR(each, functools.partial(_rate, steps=steps)) for each in optimisers
-    ]
+    rates = [torch.optim.lr_scheduler.LambdaLR(each, functools.partial(_rate, steps=steps)) for each in optimisers]
     print(f"{name}: {sum(each.numel() for _, each in own)} parameters, {len(text)} tokens", flush=True)
     random, began = torch.Generator().manual_seed(SEED), time.perf_counter()
     for step in range(steps):

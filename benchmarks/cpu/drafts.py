@@ -234,7 +234,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--method", default="ngram")
     parser.add_argument("--draft")
-    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS)[: -len(SMALL)], help="none: steps alone")
+    parser.add_argument(
+        "--tasks", nargs="*", choices=TASKS, default=list(TASKS)[: -len(SMALL)], help="none: steps alone"
+    )
     parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")

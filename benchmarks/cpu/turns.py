@@ -107,7 +107,7 @@ def main() -> None:
 
 def measure(engine: InferenceEngine, given: argparse.Namespace) -> None:
     """Prints a line for each round, and the medians."""
-    chance, rows = random.Random(0), list[dict[str, float]]()
+    chance, rows = random.Random(0), list[dict[str, float]]()  # noqa: S311
     first_token(engine, [chance.randrange(97, 123) for _ in range(100)], 4)  # not counted
     for _ in range(given.rounds):
         prompt = [chance.randrange(32, 123) for _ in range(given.tokens)]

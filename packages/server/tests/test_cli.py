@@ -37,7 +37,6 @@ from candle_vllm.server.settings.options import COMMANDS, ONLY, UsageError
 from candle_vllm.server.settings.table import OPTIONS, settings_of
 from packages.server.tests.server_fakes import PacedEngine
 
-
 SPEAKING = Path(__file__).parents[2] / "core/tests/models/speaking/qwen3.5"
 
 

@@ -763,8 +763,8 @@ def _store(
         if config.prompt_cache_url is not None:
             from candle_vllm.core.engine.redis_blocks import RedisBlocks
 
-            parts = config.ranks * (1 + bool(states(loaded.config.cache_specs)))  # blocks and checkpoints have half each
-            most = config.prompt_cache_bytes // parts
+            halves = 2 if states(loaded.config.cache_specs) else 1  # of blocks and of checkpoints
+            most = config.prompt_cache_bytes // (config.ranks * halves)
             stores.append(RedisBlocks(config.prompt_cache_url, name, most, size, listed=bool(what)))
     return stores[0] if len(stores) == 1 else Tiers(stores)
 
