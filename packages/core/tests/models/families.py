@@ -250,6 +250,11 @@ QWEN35_ROPE = {
 }
 QWEN35 = QWEN3_NEXT | {"rope_parameters": QWEN35_ROPE}
 
+# of their own keys for the sizes of heads and MLPs
+CLASSIC = {"hidden_size": 128, "num_key_value_heads": None, "intermediate_size": None}
+GPT2_SCALES = CLASSIC | {"scale_attn_by_inverse_layer_idx": True, "activation_function": "relu"}
+GPT_NEO = CLASSIC | {"attention_types": [[["global", "local"], 1]], "window_size": 16}
+
 ROWS: Mapping[str, Row] = {
     "Llama": Row("llama", {"head_dim": 32}, "llama"),
     "Llama 3 rope": Row("llama", {"head_dim": 32, "rope_parameters": LLAMA3}, "llama"),
@@ -316,6 +321,11 @@ ROWS: Mapping[str, Row] = {
     "LFM2 biases": Row("lfm2", LFM2 | LFM2_BIAS),
     "LFM2-MoE": Row("lfm2_moe", LFM2_MOE, "lfm2moe", undecided=0.1),
     "LFM2-MoE plain": Row("lfm2_moe", LFM2_MOE | LFM2_PLAIN, undecided=0.1),
+    "GPT-2": Row("gpt2", CLASSIC | {"n_inner": 96}, "gpt2"),
+    "GPT-2 scales": Row("gpt2", GPT2_SCALES),
+    "GPT-BigCode": Row("gpt_bigcode", CLASSIC | {"n_inner": 96}, "starcoder"),
+    "GPT-BigCode heads": Row("gpt_bigcode", CLASSIC | {"multi_query": False}),
+    "GPT-Neo": Row("gpt_neo", GPT_NEO),
 }
 
 FORMATS: Mapping[str, str] = {

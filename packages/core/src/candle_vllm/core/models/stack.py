@@ -104,6 +104,11 @@ class DecoderStack:
         """See `Decoder.prepare`."""
         self.rotary.prepare(positions)
 
+    def start(self, token_ids: Value, step: StepInput) -> Value:
+        """x [T, E] of the first layer: the embedding; a family whose tokens get more than that overrides it."""
+        del step
+        return self.embed(token_ids)
+
     def forward(self, token_ids: Value, step: StepInput) -> Value:
         """Hidden states [T, E] behind the last norm, of a model whose layers are all here."""
         assert self.stage is None, "a stage gives `part`"
@@ -133,7 +138,7 @@ class DecoderStack:
         if shares is not None:
             shares.begin(len(token_ids), may_divide=step.may_divide)
         if arrived is None:
-            x = self.embed(token_ids)
+            x = self.start(token_ids, step)
             if given is not None:
                 x = given.put(x, None if self.embed.share is None else self.embed.share.collective)
         else:
