@@ -254,6 +254,12 @@ QWEN35 = QWEN3_NEXT | {"rope_parameters": QWEN35_ROPE}
 CLASSIC = {"hidden_size": 128, "num_key_value_heads": None, "intermediate_size": None}
 GPT2_SCALES = CLASSIC | {"scale_attn_by_inverse_layer_idx": True, "activation_function": "relu"}
 GPT_NEO = CLASSIC | {"attention_types": [[["global", "local"], 1]], "window_size": 16}
+NEOX_OLD = CLASSIC | {"intermediate_size": 96, "use_parallel_residual": False, "tie_word_embeddings": True}
+FALCON = CLASSIC | {"ffn_hidden_size": 96}
+FALCON_40B = FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}
+OPT = {"hidden_size": 128, "ffn_dim": 96}
+OPT_350M = OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 64, "enable_bias": False}
+STARCODER2 = {"hidden_size": 128, "sliding_window": 16, "use_bias": False, "tie_word_embeddings": False}
 
 ROWS: Mapping[str, Row] = {
     "Llama": Row("llama", {"head_dim": 32}, "llama"),
@@ -326,6 +332,17 @@ ROWS: Mapping[str, Row] = {
     "GPT-BigCode": Row("gpt_bigcode", CLASSIC | {"n_inner": 96}, "starcoder"),
     "GPT-BigCode heads": Row("gpt_bigcode", CLASSIC | {"multi_query": False}),
     "GPT-Neo": Row("gpt_neo", GPT_NEO),
+    "GPT-NeoX": Row("gpt_neox", CLASSIC | {"intermediate_size": 96}, "gptneox"),
+    "GPT-NeoX one behind the other": Row("gpt_neox", NEOX_OLD, "gptneox"),
+    "GPT-J": Row("gptj", CLASSIC | {"rotary_dim": 12}),
+    "OPT": Row("opt", OPT),
+    "OPT-350m": Row("opt", OPT_350M),
+    "Falcon": Row("falcon", FALCON, "falcon"),
+    "Falcon-40B": Row("falcon", FALCON_40B, "falcon"),
+    "Falcon-11B": Row("falcon", FALCON_40B | {"num_ln_in_parallel_attn": 1, "tie_word_embeddings": False}, "falcon"),
+    "Falcon one behind the other": Row("falcon", FALCON | {"parallel_attn": False, "bias": True, "multi_query": False}),
+    "StarCoder2": Row("starcoder2", {"hidden_size": 128}, "starcoder2"),
+    "StarCoder2 window": Row("starcoder2", STARCODER2),
 }
 
 FORMATS: Mapping[str, str] = {

@@ -34,7 +34,7 @@ def export_gguf(folder: Path, path: Path, architecture: str, *, quantization: st
     """Writes one GGUF file with the byte tokenizer; matrices that the type can hold are quantised."""
     from gguf import quants
 
-    config = config_of(folder)
+    config = usual_config(folder)
     kind = GGMLQuantizationType[quantization]
     writer = GGUFWriter(path, architecture)
     _shared(writer, config)
@@ -60,6 +60,21 @@ def export_gguf(folder: Path, path: Path, architecture: str, *, quantization: st
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+_OWN_KEYS = {
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+    "max_position_embeddings": "n_positions",
+    "intermediate_size": "n_inner",
+}
+
+
+def usual_config(folder: Path) -> dict[str, Any]:
+    """A checkpoint's config, with what the older families name otherwise under the usual keys too."""
+    config = config_of(folder)
+    return config | {usual: config[own] for usual, own in _OWN_KEYS.items() if own in config}
 
 
 def _shared(writer: GGUFWriter, config: Mapping[str, Any]) -> None:
@@ -453,7 +468,18 @@ def _lfm2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Te
     return {name.replace("expert_bias", "expert_bias.bias"): data for name, data in made.items()}
 
 
+def _gpt2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Matrices with outputs as rows; StarCoder has one head of keys and values."""
+    writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+    if config["model_type"] == "gpt_bigcode":
+        writer.add_head_count_kv(1)
+        return tensors
+    return {name: data.T if ".c_" in name and data.ndim == 2 else data for name, data in tensors.items()}
+
+
 CONVERTERS: Mapping[str, Convert] = {
+    "gpt2": _gpt2,
+    "starcoder": _gpt2,
     "phi2": _phi2,
     "phi3": _phi3,
     "stablelm": _stablelm,

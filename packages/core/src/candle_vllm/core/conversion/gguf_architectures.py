@@ -210,6 +210,7 @@ def _lfm2(config: Any) -> Keys:
 
 _LAYER_NORM = "attention.layer_norm_epsilon"
 _CONVOLVED = (DIVISORS, *(f".shortconv.{part}.bias" for part in ("in_proj", "conv", "out_proj")))
+_FUSED = {"names": lambda _: ("attn_qkv",), "eps": _LAYER_NORM, "square": True, "unread": (DIVISORS,)}
 _DEEPSEEK = Architecture(
     name="deepseek2",
     more=_deepseek,
@@ -255,6 +256,8 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "gpt_oss": Architecture(name="gpt-oss", more=_gpt_oss, head=True, unread=(DIVISORS,)),
         "deepseek_v2": _DEEPSEEK,
         "deepseek_v3": _DEEPSEEK,
+        "gpt2": Architecture(name="gpt2", **_FUSED),
+        "gpt_bigcode": Architecture(name="starcoder", **_FUSED),
         "lfm2": Architecture(name="lfm2", more=_lfm2, unread=_CONVOLVED, square=True),
         "lfm2_moe": Architecture(name="lfm2moe", more=_lfm2, unread=_CONVOLVED, square=True),
     }

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import View, chain, qkv_rows
-from candle_vllm.core.loading.weights import Seen, WeightName
+from candle_vllm.core.loading.weights import Names, Seen, WeightName
 
 HF, GG = "model.layers.{i}.", "blk.{i}."
 
@@ -45,3 +45,18 @@ def gguf_projection(part: str, kind: str, view: View | None = None) -> tuple[See
 def gguf_has_bias(checkpoint: Checkpoint) -> bool:
     """Whether q, k and v have biases; files do not say it otherwise."""
     return any(f"blk.0.attn_{part}.bias" in checkpoint.tensors for part in ("q", "qkv"))
+
+
+def pair(target: str, hf: str | tuple[str, ...], gguf: Names = None, view: View | None = None) -> list[WeightName]:
+    """The lines of a weight and of its optional bias.
+
+    Args:
+        target: of both, up to "weight".
+        hf, gguf: the names without ".weight"; of several the first that is stored is meant.
+        view: how Hugging Face's is looked at.
+    """
+    hf, gguf = ((names,) if isinstance(names, str) else names for names in (hf, gguf))
+    return [
+        WeightName(target + kind, *(names and tuple(f"{name}.{kind}" for name in names) for names in (hf, gguf)), view)
+        for kind in ("weight", "bias")
+    ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from candle_vllm.core.fields import Fields
 from candle_vllm.core.kernels.activation import Activation
@@ -29,16 +30,8 @@ from candle_vllm.core.models.stack import DecoderStack
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
-_ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
-    {
-        "gelu": "gelu",
-        "gelu_new": "gelu_tanh",
-        "gelu_fast": "gelu_tanh",
-        "gelu_pytorch_tanh": "gelu_tanh",
-        "quick_gelu": "quick_gelu",
-        "relu": "relu",
-    }
-)
+_TANH: Mapping[str, Activation] = dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh")
+_ACTIVATIONS = MappingProxyType({"gelu": "gelu", "quick_gelu": "quick_gelu", "relu": "relu", **_TANH})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +61,11 @@ class GptConfig(ModelConfig):
 def activation_of(fields: Fields, key: str, default: str) -> Activation:
     """The activation that `config.json` names."""
     return _ACTIVATIONS[fields.choice(key, default, *_ACTIVATIONS)]
+
+
+def with_defaults(fields: Fields, **values: Any) -> Fields:
+    """`config.json` with values for the keys that are absent or null there."""
+    return Fields(values | {key: value for key, value in fields.values.items() if value is not None}, fields.path)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------

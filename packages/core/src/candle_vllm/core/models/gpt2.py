@@ -17,9 +17,9 @@ from candle_vllm.core.loading.config import shared_from_gguf, shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import View, chain, qkv_rows, transposed
 from candle_vllm.core.loading.weights import Seen, WeightName
-from candle_vllm.core.models.attention_names import GG, gguf_has_bias, gguf_projection
+from candle_vllm.core.models.attention_names import GG, gguf_has_bias, gguf_projection, pair
 from candle_vllm.core.models.family import Family
-from candle_vllm.core.models.gpt import Gpt, GptConfig, activation_of
+from candle_vllm.core.models.gpt import Gpt, GptConfig, activation_of, with_defaults
 from candle_vllm.core.quantization.tensors import StoredTensor
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -42,9 +42,8 @@ def config_from_hf(fields: Fields, model_type: str) -> GptConfig:
     neo = model_type == "gpt_neo"
     names = _NEO if neo else _GPT2
     inner = "intermediate_size" if neo else "n_inner"
-    given = {key: value for key, value in fields.values.items() if value is not None}
-    usual = {"tie_word_embeddings": True, inner: 4 * fields.count("hidden_size" if neo else "n_embd")}
-    fields = Fields(usual | given, fields.path)
+    wide = 4 * fields.count("hidden_size" if neo else "n_embd")
+    fields = with_defaults(fields, **{"tie_word_embeddings": True, inner: wide})
     shared = shared_from_hf(fields, model_type, eps="layer_norm_epsilon", names=names)
     if model_type == "gpt_bigcode" and fields.get("multi_query", bool, True):
         shared["num_kv_heads"] = 1
@@ -101,14 +100,6 @@ def _names(part: str) -> tuple[str, str]:
     return f"transformer.{part}", part
 
 
-def _pair(target: str, hf: tuple[str, ...], gguf: str, view: View | None = None) -> list[WeightName]:
-    """A weight and its bias; `hf`: what it is called in one or another of these families."""
-    return [
-        WeightName(target + kind, tuple(name for part in hf for name in _names(f"{part}.{kind}")), gguf + kind, view)
-        for kind in ("weight", "bias")
-    ]
-
-
 def _projection(part: str, kind: str, view: View) -> WeightName:
     """A line of q, k or v: rows of one matrix, or GPT-Neo's own."""
     fused = [Seen(name, view) for name in _names(f"h.{{i}}.attn.c_attn.{kind}")]
@@ -117,18 +108,17 @@ def _projection(part: str, kind: str, view: View) -> WeightName:
 
 
 _H, _L = "h.{i}.", "layers.{i}."
+_OUTPUTS = (*_names(_H + "attn.c_proj"), *_names(_H + "attn.attention.out_proj"))
 WEIGHTS = [
     WeightName("embed:weight", _names("wte.weight"), "token_embd.weight"),
     WeightName("positions:weight", _names("wpe.weight"), "position_embd.weight"),
-    *_pair(_L + "attention_norm:", (_H + "ln_1",), GG + "attn_norm."),
+    *pair(_L + "attention_norm:", _names(_H + "ln_1"), GG + "attn_norm"),
     *[_projection(part, kind, view) for part in "qkv" for view in [_fused(part)] for kind in ("weight", "bias")],
-    *_pair(
-        _L + "attention.output:", (_H + "attn.c_proj", _H + "attn.attention.out_proj"), GG + "attn_output.", _upright
-    ),
-    *_pair(_L + "mlp_norm:", (_H + "ln_2",), GG + "ffn_norm."),
-    *_pair(_L + "mlp.up:", (_H + "mlp.c_fc",), GG + "ffn_up.", _upright),
-    *_pair(_L + "mlp.down:", (_H + "mlp.c_proj",), GG + "ffn_down.", _upright),
-    *_pair("norm:", ("ln_f",), "output_norm."),
+    *pair(_L + "attention.output:", _OUTPUTS, GG + "attn_output", _upright),
+    *pair(_L + "mlp_norm:", _names(_H + "ln_2"), GG + "ffn_norm"),
+    *pair(_L + "mlp.up:", _names(_H + "mlp.c_fc"), GG + "ffn_up", _upright),
+    *pair(_L + "mlp.down:", _names(_H + "mlp.c_proj"), GG + "ffn_down", _upright),
+    *pair("norm:", _names("ln_f"), "output_norm"),
     WeightName("head:weight", "lm_head.weight", "output.weight"),
 ]
 
