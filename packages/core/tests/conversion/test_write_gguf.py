@@ -30,6 +30,7 @@ UNSAYABLE = {  # what there is no key for
     "Ministral": "sliding_windows",
     "DeepSeek-V3 halves": "rope",
     "GPT-2 scales": "activation, scales",
+    "Falcon one behind the other": "parallel, qkv_bias, output_bias, mlp_bias",
     "SmolLM3 windows": "sliding_windows, unrotated_layers",
 }
 LLAMA_CPP = (
@@ -38,7 +39,7 @@ LLAMA_CPP = (
     "LFM2 biases",
     "LFM2-MoE plain",
 )  # refused for its sake: see `test_gguf_families.py`
-UNKNOWN = ("OLMo Hybrid", "OLMo Hybrid turned", "GPT-Neo")  # to llama.cpp
+UNKNOWN = ("OLMo Hybrid", "OLMo Hybrid turned", "GPT-Neo", "GPT-J", "OPT", "OPT-350m")  # to llama.cpp
 WRITTEN = [name for name in ROWS if name not in UNSAYABLE and name not in (*LLAMA_CPP, *UNKNOWN)]
 CHANGES = {  # as llama.cpp wants it
     "GLM-4 chat": {"hidden_size": 128},

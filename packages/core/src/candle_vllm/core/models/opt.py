@@ -120,11 +120,11 @@ class Opt(Gpt):
         assert self.positions is not None
         return self.project_in(self.embed(token_ids)) + self.positions(step.positions)
 
-    def logits(self, hidden: Value, out: Value | None = None) -> Value:
-        """Scores [T, V] in fp32."""
-        if self.project_out is not None:
-            hidden = self.project_out(hidden.wanted() if isinstance(hidden, Recorded) else hidden)
-        return super().logits(hidden, out)
+    def end(self, hidden: Value) -> Value:
+        """See `DecoderStack.end`."""
+        if self.project_out is None:
+            return hidden
+        return self.project_out(hidden.wanted() if isinstance(hidden, Recorded) else hidden)
 
 
 # ---- weight names ----------------------------------------------------------------------------------------------------
