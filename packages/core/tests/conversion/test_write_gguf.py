@@ -30,7 +30,7 @@ UNSAYABLE = {  # what there is no key for
     "Ministral": "sliding_windows",
     "DeepSeek-V3 halves": "rope",
     "GPT-2 scales": "activation, scales",
-    "Falcon one behind the other": "parallel, qkv_bias, output_bias, mlp_bias",
+    "Falcon-1B": "parallel, qkv_bias, output_bias, mlp_bias",
     "SmolLM3 windows": "sliding_windows, unrotated_layers",
 }
 LLAMA_CPP = (
@@ -55,7 +55,9 @@ def logits(source: Path, **settings: Any) -> torch.Tensor:
     return eager_logits(source, TOKENS, [len(TOKENS)], **settings)
 
 
-@pytest.mark.parametrize("name", few(WRITTEN, *(name for name in first_rows() if name in WRITTEN)))
+@pytest.mark.parametrize(
+    "name", few(WRITTEN, *(name for name in first_rows() if name in WRITTEN and ROWS[name].common))
+)
 def test_a_family_comes_back_as_it_was(name: str, tmp_path: Path, words: Path) -> None:
     row = ROWS[name]
     folder = write_tiny(tmp_path / "model", row.model_type, **(dict(row.config) | CHANGES.get(name, {})))

@@ -78,9 +78,8 @@ class Attention:
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.sizes = (heads * dim, kv_heads * dim, kv_heads * dim)
         self.head_dim = dim
-        self.qkv = Linear(
-            config.hidden_size, dict(zip("qkv", self.sizes, strict=True)), placement, bias=config.qkv_bias
-        )
+        shards = dict(zip("qkv", self.sizes, strict=True))
+        self.qkv = Linear(config.hidden_size, shards, placement, bias=config.qkv_bias)
         self.output = Linear(heads * dim, config.hidden_size, placement, bias=config.output_bias)
         self.attend = PagedAttention(
             layer,
@@ -109,9 +108,7 @@ class Block:
         self.attention_norm = LayerNorm(hidden, eps, placement)
         self.attention = Attention(config, layer, rotary, placement)
         self.mlp_norm = None if config.shared_norm else LayerNorm(hidden, eps, placement)
-        self.mlp = MLP(
-            hidden, config.intermediate_size, placement, bias=config.mlp_bias, activation=config.activation
-        )
+        self.mlp = MLP(hidden, config.intermediate_size, placement, bias=config.mlp_bias, activation=config.activation)
 
     def __call__(self, x: Value, residual: Value | None, step: StepInput) -> tuple[Value, Value]:
         normed, residual = self.attention_norm.add(x, residual)

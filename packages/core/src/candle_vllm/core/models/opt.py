@@ -8,8 +8,6 @@ that are narrower than the hidden states. Source: Zhang et al., 2022, arXiv:2205
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from candle_vllm.core.errors import UnsupportedModelError
 from candle_vllm.core.fields import Fields
@@ -24,11 +22,8 @@ from candle_vllm.core.loading.weights import Parameter, WeightName
 from candle_vllm.core.models.attention_names import pair
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.gpt import Block, Gpt, GptConfig, activation_of, with_defaults
-from candle_vllm.core.quantization.tensors import StoredTensor
 
 # ---- config ----------------------------------------------------------------------------------------------------------
-
-_UNUSED = 2  # rows before the first position
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,23 +32,22 @@ class OptConfig(GptConfig):
 
     Attributes:
         embed_size: of embeddings; projected where it is not that of hidden states.
-        norms_behind: norms stand behind each part of a block, not before it.
-        last_norm: there is one behind the last block.
+        norms_behind: norms stand behind each part of a block, not before it; none follows the last block.
     """
 
     embed_size: int
     norms_behind: bool
-    last_norm: bool
 
 
 def config_from_hf(fields: Fields, model_type: str) -> OptConfig:
     """Reads `config.json` of opt."""
-    if not fields.get("layer_norm_elementwise_affine", bool, True):
-        raise UnsupportedModelError(f"{fields.path}: layer_norm_elementwise_affine is false, which is not implemented")
+    for key, usual in (("layer_norm_elementwise_affine", True), ("_remove_final_layer_norm", False)):
+        if fields.get(key, bool, usual) != usual:
+            raise UnsupportedModelError(f"{fields.path}: {key} is {str(not usual).lower()}, which is not implemented")
     names = {"intermediate_size": "ffn_dim", "num_key_value_heads": "num_attention_heads"}
     fields = with_defaults(fields, tie_word_embeddings=True, layer_norm_eps=1e-5)
     shared = shared_from_hf(fields, model_type, eps="layer_norm_eps", names=names)
-    bias, before = fields.get("enable_bias", bool, True), fields.get("do_layer_norm_before", bool, True)
+    bias = fields.get("enable_bias", bool, True)
     return OptConfig(
         **shared,
         activation=activation_of(fields, "activation_function", "relu"),
@@ -62,8 +56,7 @@ def config_from_hf(fields: Fields, model_type: str) -> OptConfig:
         output_bias=bias,
         mlp_bias=bias,
         embed_size=fields.count("word_embed_proj_dim", shared["hidden_size"]),
-        norms_behind=not before,
-        last_norm=before and not fields.get("_remove_final_layer_norm", bool, False),
+        norms_behind=not fields.get("do_layer_norm_before", bool, True),
     )
 
 
@@ -88,7 +81,7 @@ class NoNorm:
         total = x if residual is None else residual + x
         return total, total
 
-    def parameters(self) -> Mapping[str, Parameter]:
+    def parameters(self) -> dict[str, Parameter]:
         """None."""
         return {}
 
@@ -108,16 +101,13 @@ class Opt(Gpt):
             self.head = None if config.tie_embeddings else Embedding(config.vocab_size, size, placement)
             self.project_in, self.project_out = Linear(size, hidden, placement), Linear(hidden, size, placement)
         if config.norms_behind:
-            each = range(config.num_layers)
-            self.layers = [NormsBehind(config, layer, self.rotary, placement) for layer in each]
-        if not config.last_norm:
+            self.layers = [NormsBehind(config, at, self.rotary, placement) for at in range(config.num_layers)]
             self.norm = NoNorm()
 
     def start(self, token_ids: Value, step: StepInput) -> Value:
         """See `DecoderStack.start`."""
-        if self.project_in is None:
+        if self.project_in is None or self.positions is None:
             return super().start(token_ids, step)
-        assert self.positions is not None
         return self.project_in(self.embed(token_ids)) + self.positions(step.positions)
 
     def end(self, hidden: Value) -> Value:
@@ -130,29 +120,25 @@ class Opt(Gpt):
 # ---- weight names ----------------------------------------------------------------------------------------------------
 
 
-def _used(stored: StoredTensor, config: Any) -> StoredTensor:
-    """The rows of positions."""
-    del config
-    return stored.rows(_UNUSED, stored.shape[0]) if stored.shape and stored.shape[0] > _UNUSED else stored
-
-
 def _names(part: str) -> tuple[str, str]:
     """A checkpoint's name, and that of one which was saved without its head."""
     return f"model.decoder.{part}", f"decoder.{part}"
 
 
-_L, _H = "layers.{i}.", "layers.{i}."
+_L = "layers.{i}."  # here as there
 WEIGHTS = [
     WeightName("embed:weight", _names("embed_tokens.weight"), None),
-    WeightName("positions:weight", _names("embed_positions.weight"), None, _used),
+    WeightName(
+        "positions:weight", _names("embed_positions.weight"), None, lambda stored, _: stored.rows(2, stored.shape[0])
+    ),
     WeightName("project_in:weight", _names("project_in.weight"), None),
     WeightName("project_out:weight", _names("project_out.weight"), None),
-    *pair(_L + "attention_norm:", _names(_H + "self_attn_layer_norm")),
-    *[line for part in "qkv" for line in pair(f"{_L}attention.qkv:{part}.", _names(f"{_H}self_attn.{part}_proj"))],
-    *pair(_L + "attention.output:", _names(_H + "self_attn.out_proj")),
-    *pair(_L + "mlp_norm:", _names(_H + "final_layer_norm")),
-    *pair(_L + "mlp.up:", _names(_H + "fc1")),
-    *pair(_L + "mlp.down:", _names(_H + "fc2")),
+    *pair(_L + "attention_norm:", _names(_L + "self_attn_layer_norm")),
+    *[line for part in "qkv" for line in pair(f"{_L}attention.qkv:{part}.", _names(f"{_L}self_attn.{part}_proj"))],
+    *pair(_L + "attention.output:", _names(_L + "self_attn.out_proj")),
+    *pair(_L + "mlp_norm:", _names(_L + "final_layer_norm")),
+    *pair(_L + "mlp.up:", _names(_L + "fc1")),
+    *pair(_L + "mlp.down:", _names(_L + "fc2")),
     *pair("norm:", _names("final_layer_norm")),
     WeightName("head:weight", "lm_head.weight", None),
 ]
