@@ -25,8 +25,8 @@ def stretched(config: ModelConfig, factor: float | None, checkpoint: Checkpoint)
         return config
     if getattr(config, "positions", 0):
         raise ConfigError(
-            f"yarn_scaling_factor={factor:g}: positions of {config.model_type} are a table of {config.max_position} rows, "
-            "which cannot be stretched: leave the setting out",
+            f"yarn_scaling_factor={factor:g}: positions of {config.model_type} are a table of {config.max_position} "
+            "rows, which cannot be stretched: leave the setting out",
             _SETTING,
         )
     rope = config.rope
