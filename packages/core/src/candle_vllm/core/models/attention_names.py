@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import TypeAlias
 
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import View, chain, qkv_rows
-from candle_vllm.core.loading.weights import Names, Seen, WeightName
+from candle_vllm.core.loading.weights import Seen, WeightName
 
 HF, GG = "model.layers.{i}.", "blk.{i}."
 
@@ -47,7 +48,10 @@ def gguf_has_bias(checkpoint: Checkpoint) -> bool:
     return any(f"blk.0.attn_{part}.bias" in checkpoint.tensors for part in ("q", "qkv"))
 
 
-def pair(target: str, hf: str | tuple[str, ...], gguf: Names = None, view: View | None = None) -> list[WeightName]:
+Either: TypeAlias = str | tuple[str, ...]
+
+
+def pair(target: str, hf: Either, gguf: Either = (), view: View | None = None) -> list[WeightName]:
     """The lines of a weight and of its optional bias.
 
     Args:
@@ -55,8 +59,8 @@ def pair(target: str, hf: str | tuple[str, ...], gguf: Names = None, view: View 
         hf, gguf: the names without ".weight"; of several the first that is stored is meant.
         view: how Hugging Face's is looked at.
     """
-    hf, gguf = ((names,) if isinstance(names, str) else names for names in (hf, gguf))
-    return [
-        WeightName(target + kind, *(names and tuple(f"{name}.{kind}" for name in names) for names in (hf, gguf)), view)
-        for kind in ("weight", "bias")
-    ]
+
+    def names(stems: Either, kind: str) -> tuple[str, ...]:
+        return tuple(f"{stem}.{kind}" for stem in ((stems,) if isinstance(stems, str) else stems))
+
+    return [WeightName(target + kind, names(hf, kind), names(gguf, kind), view) for kind in ("weight", "bias")]

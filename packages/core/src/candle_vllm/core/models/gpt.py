@@ -31,7 +31,7 @@ from candle_vllm.core.models.stack import DecoderStack
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 _TANH: Mapping[str, Activation] = dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh")
-_ACTIVATIONS = MappingProxyType({"gelu": "gelu", "quick_gelu": "quick_gelu", "relu": "relu", **_TANH})
+_ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({"gelu": "gelu", "relu": "relu", **_TANH})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

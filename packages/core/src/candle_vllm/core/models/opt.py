@@ -18,7 +18,7 @@ from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.loading.config import shared_from_hf
 from candle_vllm.core.loading.tensors import Checkpoint
-from candle_vllm.core.loading.weights import Parameter, WeightName
+from candle_vllm.core.loading.weights import WeightName
 from candle_vllm.core.models.attention_names import pair
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.gpt import Block, Gpt, GptConfig, activation_of, with_defaults
@@ -73,19 +73,6 @@ class NormsBehind(Block):
         return self.mlp_norm(x + self.mlp(x)), None
 
 
-class NoNorm:
-    """Stands behind the last block where there is no norm."""
-
-    def add(self, x: Value, residual: Value | None) -> tuple[Value, Value]:
-        """See `LayerNorm.add`."""
-        total = x if residual is None else residual + x
-        return total, total
-
-    def parameters(self) -> dict[str, Parameter]:
-        """None."""
-        return {}
-
-
 # ---- model -----------------------------------------------------------------------------------------------------------
 
 
@@ -102,7 +89,7 @@ class Opt(Gpt):
             self.project_in, self.project_out = Linear(size, hidden, placement), Linear(hidden, size, placement)
         if config.norms_behind:
             self.layers = [NormsBehind(config, at, self.rotary, placement) for at in range(config.num_layers)]
-            self.norm = NoNorm()
+            self.norm = None
 
     def start(self, token_ids: Value, step: StepInput) -> Value:
         """See `DecoderStack.start`."""
