@@ -8,8 +8,10 @@ A row is what transformers' config is made with, beside `tiny.SMALL`. The row's 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from tests.common_run import few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,16 +23,16 @@ class Row:
         config: keys of its config.
         gguf: the GGUF architecture, where files of this kind are published; None leaves GGUF out.
         recorded: the compiled CPU kernels serve it.
+        common: its tests are in the common run; else behind the marker `every_case`.
         undecided: share of tokens that may go to other experts where attention in bfloat16 decides a near tie.
-        common: its tests are in the common run; else behind the marker `every_case`, see `tests/conftest.py`.
     """
 
     model_type: str
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gguf: str | None = None
     recorded: bool = True
-    undecided: float = 0.0
     common: bool = True
+    undecided: float = 0.0
 
 
 QWEN2_VL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
@@ -315,6 +317,18 @@ HY3 = {
     "router_scaling_factor": 1.8,
 }
 GLM_LITE = {key: value for key, value in DEEPSEEK.items() if key != "first_k_dense_replace"} | {"v_head_dim": 40}
+# of their own keys for the sizes of heads and MLPs
+CLASSIC = {"hidden_size": 128, "num_key_value_heads": None, "intermediate_size": None}
+GPT2_SCALES = CLASSIC | {"scale_attn_by_inverse_layer_idx": True, "activation_function": "relu"}
+GPT_NEO = CLASSIC | {"attention_types": [[["global", "local"], 1]], "window_size": 16}
+NEOX_SEQUENTIAL = CLASSIC | {"intermediate_size": 96, "use_parallel_residual": False}
+FALCON = CLASSIC | {"ffn_hidden_size": 96}
+FALCON_40B = FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}
+FALCON_11B = FALCON_40B | {"num_ln_in_parallel_attn": 1, "tie_word_embeddings": False}
+FALCON_1B = FALCON | {"parallel_attn": False, "bias": True, "multi_query": False}  # with rotary positions
+OPT = {"hidden_size": 128, "ffn_dim": 96}
+OPT_350M = OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 64, "enable_bias": False}
+STARCODER2 = {"hidden_size": 128, "sliding_window": 16, "use_bias": False, "tie_word_embeddings": False}
 
 ROWS: Mapping[str, Row] = {
     "Llama": Row("llama", {"head_dim": 32}, "llama"),
@@ -411,6 +425,22 @@ ROWS: Mapping[str, Row] = {
     "Youtu": Row("youtu", YOUTU, "deepseek2", common=False),
     "Solar-Open": Row("solar_open", {"head_dim": 32} | SOLAR, "glm4moe", undecided=0.1, common=False),
     "GLM-4.7-Flash": Row("glm4_moe_lite", GLM_LITE, "deepseek2", undecided=0.1, common=False),
+    "GPT-2": Row("gpt2", CLASSIC | {"n_inner": 96}, "gpt2"),
+    "GPT-2 scales": Row("gpt2", GPT2_SCALES, common=False),
+    "GPT-BigCode": Row("gpt_bigcode", CLASSIC | {"n_inner": 96}, "starcoder", common=False),
+    "GPT-BigCode heads": Row("gpt_bigcode", CLASSIC | {"multi_query": False}, common=False),
+    "GPT-Neo": Row("gpt_neo", GPT_NEO, common=False),
+    "GPT-NeoX": Row("gpt_neox", CLASSIC | {"intermediate_size": 96}, "gptneox"),
+    "GPT-NeoX sequential": Row("gpt_neox", NEOX_SEQUENTIAL, "gptneox", common=False),
+    "GPT-J": Row("gptj", CLASSIC | {"rotary_dim": 12}, common=False),
+    "OPT": Row("opt", OPT, common=False),
+    "OPT-350m": Row("opt", OPT_350M),
+    "Falcon": Row("falcon", FALCON, "falcon", common=False),
+    "Falcon-40B": Row("falcon", FALCON_40B, "falcon", common=False),
+    "Falcon-11B": Row("falcon", FALCON_11B, "falcon", common=False),
+    "Falcon-1B": Row("falcon", FALCON_1B, common=False),
+    "StarCoder2": Row("starcoder2", {"hidden_size": 128}, "starcoder2", common=False),
+    "StarCoder2 window": Row("starcoder2", STARCODER2, common=False),
 }
 
 FORMATS: Mapping[str, str] = {
@@ -463,6 +493,12 @@ CUDA_ISQ = ("Llama", "Mixtral", "DeepSeek-V2")
 def cuda_rows(format: str) -> list[str]:
     """Rows that it runs in a format of quantised safetensors."""
     return list(CUDA_FORMATS.get(format, first_rows()))
+
+
+def cases(names: Iterable[str]) -> list[Any]:
+    """For `parametrize`: rows by their names, with the marker where they are not common."""
+    names = list(names)
+    return few(names, *(name for name in names if ROWS[name].common))
 
 
 def first_rows() -> list[str]:

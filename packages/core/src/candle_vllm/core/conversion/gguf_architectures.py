@@ -104,6 +104,15 @@ def _cohere(config: Any) -> Keys:
     return {"logit_scale": float(config.logit_scale)} | _local(config)
 
 
+def _gpt_neox(config: Any) -> Keys:
+    return {"use_parallel_residual": config.parallel}
+
+
+def _falcon_names(config: Any) -> Sequence[str]:
+    """A block's only norm is the first."""
+    return ("attn_qkv.", "attn_norm.") if config.shared_norm else ("attn_qkv.",)
+
+
 def _whole_head_norms(config: Any) -> Keys:
     """The norms of a layer's heads are one tensor."""
     return {"head_norms": "none" if config.head_norms == "none" else "whole"}
@@ -266,6 +275,7 @@ _CONVOLVED = (DIVISORS, *(f".shortconv.{part}.bias" for part in ("in_proj", "con
 _LLAMA = Architecture(name="llama", more=_window, interleaved=True, unread=())
 _GLM4_MOE = Architecture(name="glm4moe", more=_glm4_moe, otherwise=_ungrouped)
 _OLMO2 = Architecture(name="olmo2", more=_local, head=True, square=True)
+_FUSED = {"names": lambda _: ("attn_qkv",), "eps": _LAYER_NORM, "square": True, "unread": (DIVISORS,)}
 _DEEPSEEK = Architecture(
     name="deepseek2",
     more=_deepseek,
@@ -332,6 +342,11 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "hy_v3": Architecture(name="hy_v3", more=_hy_v3, otherwise=_ungrouped),
         "ernie4_5": Architecture(name="ernie4_5", interleaved=True, unread=(DIVISORS, *BIASES[1:])),
         "ernie4_5_moe": Architecture(name="ernie4_5-moe", more=_ernie, interleaved=True, norm=True),
+        "gpt2": Architecture(name="gpt2", **_FUSED),
+        "gpt_bigcode": Architecture(name="starcoder", **_FUSED),
+        "gpt_neox": Architecture(name="gptneox", more=_gpt_neox, head=True, **_FUSED),
+        "falcon": Architecture(name="falcon", names=_falcon_names, eps=_LAYER_NORM, square=True),
+        "starcoder2": Architecture(name="starcoder2", more=_window, eps=_LAYER_NORM, square=True, unread=(DIVISORS,)),
         "lfm2": Architecture(name="lfm2", more=_lfm2, unread=_CONVOLVED, square=True),
         "lfm2_moe": Architecture(name="lfm2moe", more=_lfm2, unread=_CONVOLVED, square=True),
     }

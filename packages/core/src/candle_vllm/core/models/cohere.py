@@ -54,8 +54,9 @@ def config_from_hf(fields: Fields, model_type: str) -> CohereConfig:
         fields = Fields({"sliding_window": 4096, **fields.values}, fields.path)
         shared["sliding_windows"] = windows_from_hf(fields, shared["num_layers"])
     bias = fields.get("attention_bias", bool, False)
+    shared["tie_embeddings"] = fields.get("tie_word_embeddings", bool, True)
     return CohereConfig(
-        **shared | {"tie_embeddings": fields.get("tie_word_embeddings", bool, True)},
+        **shared,
         logit_scale=fields.get("logit_scale", float, 0.0625),
         qkv_bias=bias,
         output_bias=bias,

@@ -51,7 +51,8 @@ def config_from_hf(fields: Fields, model_type: str) -> LlamaConfig:
 
 def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> LlamaConfig:
     """Reads GGUF metadata of minimax-m2."""
-    shared = shared_from_gguf(fields, checkpoint) | {"model_type": "minimax_m2"}
+    shared = shared_from_gguf(fields, checkpoint)
+    shared["model_type"] = "minimax_m2"
     if (gating := fields.get("expert_gating_func", int, _SIGMOID)) != _SIGMOID:
         key = f"{fields.prefix}expert_gating_func"
         raise UnsupportedModelError(f"{fields.path}: {key} is {gating}; implemented: {_SIGMOID} (sigmoid)")

@@ -46,6 +46,12 @@ FAMILIES = (
     "exaone",
     "internlm2",
     "hy_v3",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "falcon",
+    "starcoder2",
+    "gptj",
 )
 """The files of this folder that have one, `FAMILY`. They are asked in this order whether they serve a name, so that a
 start imports no more of them than it takes to find the model's: most are of the first."""
