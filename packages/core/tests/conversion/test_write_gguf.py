@@ -26,6 +26,7 @@ from tests.common_run import few
 
 TOKENS = some_tokens(40)
 UNSAYABLE = {  # what there is no key for
+    "OLMo 2 biases": "qkv_bias, output_bias",
     "Gemma-2 scale": "query_scale",
     "Ministral": "sliding_windows",
     "DeepSeek-V3 halves": "rope",
@@ -41,7 +42,6 @@ LLAMA_CPP = (
     "Command R+",
     "EXAONE 4 windows",
     "ERNIE 4.5 biases",
-    "OLMo 2 biases",
     "Seed-OSS biases",
 )  # refused for its sake: see `test_gguf_families.py`
 UNKNOWN = ("OLMo Hybrid", "OLMo Hybrid turned", "GPT-Neo", "GPT-J", "OPT", "OPT-350m")  # to llama.cpp

@@ -101,7 +101,8 @@ def _cohere(config: Any) -> Keys:
         raise UnsupportedModelError("llama.cpp's command-r and cohere2 have no head beside the embedding table")
     if config.model_type == "cohere" and config.head_norms != (config.num_layers >= 64):
         raise UnsupportedModelError("llama.cpp's command-r has norms of q and k in models of 64 layers or more alone")
-    return {"logit_scale": float(config.logit_scale)} | _local(config)
+    plain: Keys = {"rope.scaling.type": "none"} if config.rope.kind == "default" else {}
+    return plain | {"logit_scale": float(config.logit_scale)} | _local(config)
 
 
 def _gpt_neox(config: Any) -> Keys:

@@ -3,8 +3,7 @@
 
 Each block is x + attention(norm(x)) + mlp(norm(x)); rotary pairs are neighbours, and logits are scaled. Command R+
 normalises each head of q and k with weights of its own. In three of four layers of Cohere 2 a token sees a window
-alone, and the others have no rotary embedding. Source: Cohere, 2025, arXiv:2504.00698.
-Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, V vocabulary.
+alone, and the others have no rotary embedding. Source: Cohere, 2025, arXiv:2504.00698. Shapes: see `llama.py`.
 """
 
 from __future__ import annotations
