@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from candle_vllm.core import InferenceEngine, SamplingParams
 from candle_vllm.core.engine.draft_head import DraftingHead
 from candle_vllm.core.engine.recorded_runner import RecordedRunner
-from candle_vllm.core.testing.exact_sums import exact_sums
 from packages.core.tests.engine.drafted import FreeTimes, SameTimes
 from packages.core.tests.engine.toy_heads import NextTokens
+from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.families import QWEN3_NEXT, QWEN35, QWEN_MOE
 from packages.core.tests.models.tiny import some_tokens, write_tiny
 from tests.common_run import few

@@ -13,8 +13,8 @@ from candle_vllm.core.errors import InvalidFileError, ModelLoadError, Unsupporte
 from candle_vllm.core.loading.cache_specs import PagedSpec, StatePart, StateSpec
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.models.registry import family_from_gguf, family_from_hf
-from candle_vllm.core.testing.exact_sums import exact_sums
 from packages.core.tests.engine.test_adapter_steps import TEXTS, Served, apart, random_adapter
+from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.families import LFM2, ROWS
 from packages.core.tests.models.published_configs import CONFIGS
 from packages.core.tests.models.test_state_layers import alone, ask, engine, on_device, prompts, settings_of

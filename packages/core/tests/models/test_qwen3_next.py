@@ -18,8 +18,8 @@ from candle_vllm.core.loading.cache_specs import PagedSpec, StatePart, StateSpec
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.views import ColumnOrder, constant
 from candle_vllm.core.models.registry import family_from_gguf, family_from_hf
-from candle_vllm.core.testing.exact_sums import exact_sums
 from packages.core.tests.engine.test_adapter_steps import TEXTS, Served, apart, random_adapter
+from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.families import OLMO_HYBRID, QWEN3_NEXT, QWEN35, QWEN_MOE, ROWS
 from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.test_state_layers import alone, ask, engine, on_device, prompts, settings_of

@@ -51,10 +51,10 @@ from candle_vllm.core.kernels.cpu_runtime.team import ThreadTeam
 from candle_vllm.core.models.qwen_vl import FAMILY
 from candle_vllm.core.models.registry import family_from_hf
 from candle_vllm.core.remote import RemoteEngine
-from candle_vllm.core.testing.exact_sums import exact_sums
-from candle_vllm.core.testing.lazy_stream import LazyStream
 from candle_vllm.core.text.pretokenizers import PRE_TOKENIZERS
 from candle_vllm.core.vision.preprocessing import window_order
+from packages.core.tests.exact_sums import exact_sums
+from packages.core.tests.lazy_stream import LazyStream
 from packages.core.tests.models.families import QWEN35
 from packages.core.tests.models.peft_adapters import randomise as randomise_adapter
 from packages.core.tests.models.published_configs import CONFIGS
