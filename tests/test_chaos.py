@@ -261,8 +261,8 @@ def besiege(folder: Path, scale: Scale, *flags: str) -> None:
 
 # ---- the tests -------------------------------------------------------------------------------------------------------
 
-SWITCHING = Scale(clients=60, changes=3, kills=0, seed=1, elsewhere=0.002)
-KILLING = Scale(clients=90, changes=0, kills=1, seed=2, elsewhere=0.6)
+SWITCHING = Scale(clients=90, changes=3, kills=0, seed=1, elsewhere=0.002)
+KILLING = Scale(clients=130, changes=0, kills=1, seed=2, elsewhere=0.6)
 
 
 def test_a_server_that_switches_models(tmp_path: Path) -> None:
