@@ -27,8 +27,7 @@ from candle_vllm.core.kernels.weight_quant.rows import quantise
 from candle_vllm.core.layers.adapters import number_places
 from candle_vllm.core.layers.parameters import SHAPES
 from candle_vllm.core.loading.adapters import read_adapter
-from candle_vllm.core.testing.exact_sums import exact_sums
-from candle_vllm.core.testing.thread_ranks import ThreadRanks, in_threads
+from packages.core.tests.exact_sums import exact_sums
 from packages.core.tests.models.families import FORMATS, ROWS, cases
 from packages.core.tests.models.family_formats import write_format
 from packages.core.tests.models.gguf_export import export_gguf
@@ -43,6 +42,7 @@ from packages.core.tests.models.tiny import (
     step_logits,
     write_tiny,
 )
+from packages.core.tests.thread_ranks import ThreadRanks, in_threads
 
 
 def adapted_logits(loaded: LoadedModel, source: Path, adapter: Path) -> torch.Tensor:
