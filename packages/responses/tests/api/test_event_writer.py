@@ -198,7 +198,10 @@ def test_custom_tools_get_their_text() -> None:
     _, response = written(*turn(*begin("c", 0, '{"input": "a\\nb"}'), reason=Reason.TOOL_CALLS), end("client_tools"))
     item = response["output"][0]
     assert (item["type"], item["input"], item["call_id"]) == ("custom_tool_call", "a\nb", "call_c_0")
-    for arguments, given in [('{"input": 1}', "1"), ('{"other": "x"}', '{"other": "x"}'), ('{"inp', '{"inp'), ("", "")]:
+    for arguments, given in [
+        ('{"input": 1}', "1"), ('{"other": "x\\ny"}', "x\ny"), ('{"other": 1}', '{"other": 1}'), ("{}", "{}"),
+        ('{"a": "x", "b": "y"}', '{"a": "x", "b": "y"}'), ('{"inp', '{"inp'), ("", ""),
+    ]:  # fmt: skip
         assert custom_input(arguments) == given
 
 

@@ -551,7 +551,9 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
         labels: names of what a classifier tells apart, or of a cross-encoder's score.
         embedding_size: length of its vectors; 0 where it gives none.
         max_num_seqs: most sequences in one step.
-        kv_cache_bytes: size of the KV cache when it is full; memory of a CPU is taken as it fills.
+        kv_cache_bytes: size of the KV cache when it is full, states of layers included; memory of a CPU is taken as it
+            fills.
+        state_bytes: bytes of these for states of layers and their checkpoints.
     """
 
     unshown: ClassVar[frozenset[str]] = frozenset(
@@ -563,6 +565,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
             "embedding_size",
             "max_num_seqs",
             "kv_cache_bytes",
+            "state_bytes",
             "model_sampling",
             "max_images",
             "image_text",
@@ -591,6 +594,7 @@ class ModelInfo(ShownStruct, frozen=True, kw_only=True):
     embedding_size: int = 0
     max_num_seqs: int = 1
     kv_cache_bytes: int = 0
+    state_bytes: int = 0
 
 
 class ReplicaStats(ShownStruct, frozen=True, kw_only=True):

@@ -20,6 +20,7 @@ from candle_vllm.openai.anthropic import (
     parse_count_tokens_request,
     parse_messages_request,
 )
+from candle_vllm.openai.anthropic.answers import Ping
 from candle_vllm.server.answering import GenerationApi, answer, answer_with
 from candle_vllm.server.http.failures import anthropic_error_event
 from candle_vllm.server.http.sse import named_event
@@ -67,4 +68,5 @@ MESSAGES = GenerationApi(
     error_event=anthropic_error_event,
     done=b"",
     defaults=lambda wire, settings: wire,  # its adapter has them  # noqa: ARG005
+    silence=lambda: named_event("ping", to_json_bytes(Ping())),
 )

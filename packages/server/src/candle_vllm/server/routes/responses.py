@@ -42,9 +42,9 @@ from candle_vllm.server.answering import (
 from candle_vllm.server.http.body import unless_disconnected
 from candle_vllm.server.http.errors import HttpError
 from candle_vllm.server.http.routing import caller_of
-from candle_vllm.server.http.sse import DONE, named_event
+from candle_vllm.server.http.sse import DONE
 from candle_vllm.server.keeping import NOT_HERE
-from candle_vllm.server.kept_access import event_stream
+from candle_vllm.server.kept_access import ResponseEvents, event_stream
 from candle_vllm.server.mailbox.policy import refuse_headers
 from candle_vllm.server.models.manager import Turn, enter, take_turn
 from candle_vllm.server.models.slot import Lease, ServedModel
@@ -168,6 +168,7 @@ class _Exchange:
         self._request = request
         self._responders: Responders = request.app.state.responders
         self._stream: ResponseStream | None = None
+        self._events = ResponseEvents()
 
     def api(self) -> GenerationApi:
         """How it is answered."""
@@ -175,9 +176,10 @@ class _Exchange:
             parse=parse_responses_request,
             whole=self._whole,
             streamed=self._streamed,
-            event=_encoded,
+            event=self._events.write,
             error_event=self._error_events,
             defaults=lambda wire, settings: wire,  # its responder has them  # noqa: ARG005
+            silence=self._events.silence,
         )
 
     async def _whole(self, model: ServedModel, wire: ResponsesRequest) -> Response:
@@ -195,7 +197,7 @@ class _Exchange:
             detail = ErrorDetail(type="server_error", code=failure.code, message=str(failure), param=failure.param)
         else:
             detail = error_detail(failure)
-        return b"".join(map(_encoded, self._stream.stop(detail))) + DONE
+        return b"".join(map(self._events.write, self._stream.stop(detail))) + DONE
 
 
 async def _in_background(request: Request, wire: ResponsesRequest, deadline: float) -> HttpResponse:
@@ -263,7 +265,3 @@ async def owner_of(request: HTTPConnection, wire: PromptFields | CompactRequest)
     if responders.kept is None or not (stored or refers):
         return ""
     return await responders.kept.owner(caller_of(request.scope).key)
-
-
-def _encoded(event: StreamEvent) -> bytes:
-    return named_event(event.event_name, to_json_bytes(event))
