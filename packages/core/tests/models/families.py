@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from candle_vllm.core.testing.toy_model import TOY_VOCAB_SIZE
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -103,6 +105,42 @@ GEMMA3 = {
 GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+}
+
+# windows of 16 tokens and one layer in three without; heads as large as published ones, and others
+GEMMA4 = {
+    "head_dim": 32,
+    "global_head_dim": 64,
+    "num_hidden_layers": 3,
+    "sliding_window": 16,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 3.0,
+}
+GEMMA4_31B = GEMMA4 | {
+    "head_dim": 256,
+    "global_head_dim": 512,
+    "num_attention_heads": 4,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+}
+GEMMA4_E4B = GEMMA4 | {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 3,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 32,
+    "vocab_size_per_layer_input": TOY_VOCAB_SIZE,
+    "num_key_value_heads": 1,
+}
+GEMMA4_MOE = GEMMA4 | {
+    "enable_moe_block": True,
+    "num_experts": 6,
+    "top_k_experts": 3,
+    "moe_intermediate_size": 64,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+    "attention_bias": True,
 }
 
 MIXTRAL = {"num_local_experts": 6, "num_experts_per_tok": 4}
@@ -265,6 +303,10 @@ ROWS: Mapping[str, Row] = {
     "Gemma-2 scale": Row("gemma2", GEMMA2 | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": None}),
     "Gemma-3": Row("gemma3_text", GEMMA3, "gemma3"),
     "Gemma-3 stretched": Row("gemma3_text", GEMMA3 | {"rope_parameters": GEMMA3_ROPE}, "gemma3"),
+    "Gemma-4": Row("gemma4_text", GEMMA4_31B, "gemma4"),
+    "Gemma-4 shared keys": Row("gemma4_text", GEMMA4_E4B, "gemma4"),
+    "Gemma-4 experts": Row("gemma4_text", GEMMA4_MOE, undecided=0.1),
+    "Gemma-4 unified": Row("gemma4_unified_text", GEMMA4 | {"tie_word_embeddings": False}),
     "GLM-4": Row("glm4", {"head_dim": 32, "attention_bias": True}, "glm4"),
     "GLM-4 chat": Row("glm", {"head_dim": 32, "attention_bias": True, "partial_rotary_factor": 0.25}, "chatglm"),
     "DeepSeek-V2": Row("deepseek_v2", DEEPSEEK | {"topk_method": "group_limited_greedy"}, "deepseek2", undecided=0.1),

@@ -20,6 +20,7 @@ from candle_vllm.core.kernels.packed_linear.pack import MAX_COLUMNS as MAX_PACKE
 from candle_vllm.core.kernels.plain_linear import MAX_COLUMNS, PlainKind, plain_kind
 from candle_vllm.core.kernels.scaled_linear import LEAST_SPAN
 from candle_vllm.core.layers.parameters import Placement
+from candle_vllm.core.loading.cache_specs import paged
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.memory import room_for
@@ -37,7 +38,7 @@ _FEWER = "take a model with fewer bits"
 DTYPES = {"f32": "F32", "bf16": "BF16", "f16": "F16"}
 """The settings of a type, and their names in `quantization/plain.py`."""
 
-_BEYOND_F16 = frozenset({"gemma2", "gemma3", "gemma3_text", "glm4"})
+_BEYOND_F16 = frozenset({"gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text", "gemma4_unified_text", "glm4"})
 """Models whose activations leave the range of float16: vLLM refuses it for them, transformers found it of Gemma 3."""
 
 
@@ -222,8 +223,10 @@ def recording_obstacle(checkpoint: Checkpoint, model: ModelConfig, block_size: i
     if model.latent is not None:
         if not latent_supported(model.latent, block_size):
             return f"latent attention of {model.latent} with blocks of {block_size} tokens (`block_size`) has no kernel"
-    elif not supported(model.head_dim, block_size):
-        return f"heads of {model.head_dim} with blocks of {block_size} tokens (`block_size`) have no kernel"
+        return None
+    for dim in {spec.key_dim for spec in paged(model.cache_specs)}:
+        if not supported(dim, block_size):
+            return f"heads of {dim} with blocks of {block_size} tokens (`block_size`) have no kernel"
     return None
 
 

@@ -87,6 +87,10 @@ class Recorded(ABC):
         """
 
     @abstractmethod
+    def scaled(self, factor: float) -> Recorded:
+        """Times a factor, without a cap as `kernels/scale_cap` has it; this value is changed in place."""
+
+    @abstractmethod
     def beside(self, *others: Recorded) -> Recorded:
         """See `kernels/side_by_side`."""
 

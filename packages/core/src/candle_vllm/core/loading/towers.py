@@ -22,6 +22,8 @@ from candle_vllm.core.quantization.tensors import StoredTensor
 TOWERS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "Gemma3ForConditionalGeneration": {"gemma3_text": "Gemma3ForCausalLM"},
+        "Gemma4ForConditionalGeneration": {"gemma4_text": "Gemma4ForCausalLM"},
+        "Gemma4UnifiedForConditionalGeneration": {"gemma4_unified_text": "Gemma4UnifiedForCausalLM"},
         "LlavaForConditionalGeneration": {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"},
         "Idefics3ForConditionalGeneration": {"llama": "LlamaForCausalLM"},
         "SmolVLMForConditionalGeneration": {"llama": "LlamaForCausalLM"},
@@ -104,7 +106,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 _CARRIED = ("dtype", "torch_dtype")  # said of the whole model, and meant of the text tower too
 _TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.)|model\.(?:language_model|text_model)\.)(.*)")
-_OTHER = re.compile(r"(?:model\.)?((?:vision_tower|vision_model|multi_modal_projector|connector|visual)\..*)")
+_OTHER = re.compile(r"(?:model\.)?((?:vision_tower|vision_model|multi_modal_projector|connector|visual|audio_tower|embed_vision|embed_audio|vision_embedder)\..*)")
 
 
 def text_fields(

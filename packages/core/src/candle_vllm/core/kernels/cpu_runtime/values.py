@@ -166,6 +166,16 @@ class _Value(Recorded):
         self.recorder.pick_rows((self.address, self.buffer.stride), self.width, (address_of(made.array), made.stride))
         return made
 
+    def scaled(self, factor: float) -> Recorded:
+        buffer, counted = self.buffer, self.rows_from
+        assert (self.column, self.width) == (0, buffer.width)
+        row = scale_cap_arguments(
+            x=self.address, stride=buffer.stride, columns=self.width, scale=factor, cap=None, rows_from=counted
+        )
+        self.recorder.add(scale_cap_operation(False), row)
+        buffer.version += 1
+        return _Value(self.recorder, buffer, 0, self.width, rows_from=counted)
+
     def beside(self, *others: Recorded) -> Recorded:
         parts = [part for part in (self, *others) if isinstance(part, _Value)]
         assert len(parts) == len(others) + 1
