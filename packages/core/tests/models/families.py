@@ -140,7 +140,6 @@ GEMMA4_MOE = GEMMA4 | {
     "moe_intermediate_size": 64,
     "attention_k_eq_v": True,
     "num_global_key_value_heads": 1,
-    "attention_bias": True,
 }
 
 MIXTRAL = {"num_local_experts": 6, "num_experts_per_tok": 4}
@@ -305,7 +304,8 @@ ROWS: Mapping[str, Row] = {
     "Gemma-3 stretched": Row("gemma3_text", GEMMA3 | {"rope_parameters": GEMMA3_ROPE}, "gemma3"),
     "Gemma-4": Row("gemma4_text", GEMMA4_31B, "gemma4"),
     "Gemma-4 shared keys": Row("gemma4_text", GEMMA4_E4B, "gemma4"),
-    "Gemma-4 experts": Row("gemma4_text", GEMMA4_MOE, undecided=0.1),
+    "Gemma-4 experts": Row("gemma4_text", GEMMA4_MOE, "gemma4", undecided=0.1),
+    "Gemma-4 biases": Row("gemma4_text", GEMMA4 | {"attention_bias": True, "attention_k_eq_v": True}),
     "Gemma-4 unified": Row("gemma4_unified_text", GEMMA4 | {"tie_word_embeddings": False}),
     "GLM-4": Row("glm4", {"head_dim": 32, "attention_bias": True}, "glm4"),
     "GLM-4 chat": Row("glm", {"head_dim": 32, "attention_bias": True, "partial_rotary_factor": 0.25}, "chatglm"),
@@ -377,6 +377,8 @@ ISQ_TYPES: Mapping[str, float] = {"q8_0": 0.05, "q4_0": 0.5}
 
 TOWERS: Mapping[str, str] = {
     "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
+    "Gemma4ForConditionalGeneration": "Gemma4ForCausalLM",
+    "Gemma4UnifiedForConditionalGeneration": "Gemma4UnifiedForCausalLM",
     "Mistral3ForConditionalGeneration": "Ministral3ForCausalLM",
     "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
     "Qwen3_5MoeForConditionalGeneration": "Qwen3_5MoeForCausalLM",

@@ -107,7 +107,9 @@ def config_from_hf(fields: Fields, model_type: str) -> Gemma4Config:
     readers, inner = fields.get("num_kv_shared_layers", int, 0), shared["intermediate_size"]
     wide = 2 if fields.get("use_double_wide_mlp", bool, False) else 1
     sources = _sources(windows, readers, fields)
-    size = fields.get("hidden_size_per_layer_input", int, 0)
+    key = "hidden_size_per_layer_input"  # null says that there are none
+    unsaid = model_type == "gemma4_text" and fields.prefix + key not in fields.values
+    size = 256 if unsaid else fields.get(key, int, 0)
     if size and fields.count("vocab_size_per_layer_input", shared["vocab_size"]) != shared["vocab_size"]:
         raise UnsupportedModelError(f"{fields.path}: vocab_size_per_layer_input is not vocab_size")
     mixture = None
