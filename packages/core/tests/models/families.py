@@ -23,6 +23,7 @@ class Row:
         config: keys of its config.
         gguf: the GGUF architecture, where files of this kind are published; None leaves GGUF out.
         recorded: the compiled CPU kernels serve it.
+        interpreted: the Triton kernels serve it.
         undecided: share of tokens that may go to other experts where attention in bfloat16 decides a near tie.
     """
 
@@ -30,6 +31,7 @@ class Row:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gguf: str | None = None
     recorded: bool = True
+    interpreted: bool = True
     undecided: float = 0.0
 
 
@@ -117,13 +119,8 @@ GEMMA4 = {
     "hidden_size_per_layer_input": 0,
     "final_logit_softcapping": 3.0,
 }
-GEMMA4_31B = GEMMA4 | {
-    "head_dim": 256,
-    "global_head_dim": 512,
-    "num_attention_heads": 4,
-    "num_global_key_value_heads": 1,
-    "attention_k_eq_v": True,
-}
+GEMMA4_31B = GEMMA4 | {"num_global_key_value_heads": 1, "attention_k_eq_v": True}
+GEMMA4_WIDE = GEMMA4_31B | {"head_dim": 256, "global_head_dim": 512, "num_hidden_layers": 2, "layer_types": None}
 GEMMA4_E4B = GEMMA4 | {
     "num_hidden_layers": 6,
     "layer_types": ["sliding_attention", "full_attention"] * 3,
@@ -303,6 +300,7 @@ ROWS: Mapping[str, Row] = {
     "Gemma-3": Row("gemma3_text", GEMMA3, "gemma3"),
     "Gemma-3 stretched": Row("gemma3_text", GEMMA3 | {"rope_parameters": GEMMA3_ROPE}, "gemma3"),
     "Gemma-4": Row("gemma4_text", GEMMA4_31B, "gemma4"),
+    "Gemma-4 wide heads": Row("gemma4_text", GEMMA4_WIDE, "gemma4", interpreted=False),
     "Gemma-4 shared keys": Row("gemma4_text", GEMMA4_E4B, "gemma4"),
     "Gemma-4 experts": Row("gemma4_text", GEMMA4_MOE, "gemma4", undecided=0.1),
     "Gemma-4 biases": Row("gemma4_text", GEMMA4 | {"attention_bias": True, "attention_k_eq_v": True}),

@@ -277,12 +277,6 @@ def plus_one(stored: StoredTensor, config: Any) -> StoredTensor:
     return computed(stored, stored.shape, lambda values: values + np.float32(1), "F32")
 
 
-def by_root(stored: StoredTensor, config: Any) -> StoredTensor:
-    """Numbers over the root of the hidden size, in fp32: the scale of a router's input (Gemma 4)."""
-    factor = np.float32(config.hidden_size**-0.5)
-    return computed(stored, stored.shape, lambda values: values * factor, "F32")
-
-
 def transposed(stored: StoredTensor, config: Any) -> StoredTensor:
     """A plain matrix [R, C] as [C, R]; of [X, R, C] every one."""
     del config
