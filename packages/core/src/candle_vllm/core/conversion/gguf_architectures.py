@@ -49,7 +49,7 @@ def _gemma4(config: Any) -> Keys:
     window = next(layer for layer, has in enumerate(config.sliding_windows) if has is not None)
     dim, keys = config.shapes[window][1], _gemma3(config)
     keys |= {
-        "feed_forward_length": list(config.inner_sizes),
+        "feed_forward_length": [width * config.intermediate_size for width in config.widths],
         "attention.head_count_kv": [heads for heads, _ in config.shapes],
         "attention.key_length_swa": dim,
         "attention.value_length_swa": dim,

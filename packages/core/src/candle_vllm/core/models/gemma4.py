@@ -67,7 +67,12 @@ class Block:
     """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
 
     def __init__(self, config: Gemma4Config, layer: int, rotary: Rotary, placement: Placement) -> None:
-        size, eps, inner, self.layer = config.hidden_size, config.norm_eps, config.inner_sizes[layer], layer
+        size, eps, inner, self.layer = (
+            config.hidden_size,
+            config.norm_eps,
+            config.intermediate_size * config.widths[layer],
+            layer,
+        )
         self.attention_norm, self.attention_post_norm = (RMSNorm(size, eps, placement) for _ in range(2))
         self.attention = Attention(config, layer, rotary, placement)
         self.mlp_norm, self.mlp_post_norm = (RMSNorm(size, eps, placement) for _ in range(2))

@@ -35,10 +35,10 @@ class Gemma4Config(ModelConfig):
     """The description of a Gemma 4. Fields of `ModelConfig` that differ by layer are those of full attention.
 
     Attributes:
-        shapes: K and D of each layer.
+        groups, head_dims: how many heads share a key-value head, and D, of each layer.
         sources: the layer whose keys and values each layer reads: its own number, or an earlier one's.
         keys_as_values: layers whose values are their keys, before the norm and the rotation of keys.
-        inner_sizes: F of each layer's dense feed-forward part.
+        widths: by what `intermediate_size` is multiplied in each layer's dense feed-forward part.
         local_rope: of layers with a window.
         embedding_scale, input_scale: of the embedding table, and of the table of per-layer embeddings.
         input_size: P, numbers of a token's embedding for each layer; 0 where there are no such embeddings.
@@ -48,10 +48,11 @@ class Gemma4Config(ModelConfig):
         mixture, sparse_layers: experts, and the layers that have them beside their dense part.
     """
 
-    shapes: tuple[tuple[int, int], ...]
+    groups: tuple[int, ...]
+    head_dims: tuple[int, ...]
     sources: tuple[int, ...]
     keys_as_values: frozenset[int]
-    inner_sizes: tuple[int, ...]
+    widths: tuple[int, ...]
     local_rope: RopeConfig
     embedding_scale: float
     input_scale: float = 1.0
@@ -64,13 +65,17 @@ class Gemma4Config(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for heads, dim in self.shapes:
-            if heads < 1 or self.num_heads % heads or not 0 < dim <= 1024:
-                raise InvalidFileError(f"{self.num_heads} heads cannot share {heads} key-value heads of {dim} numbers")
+        if not all(0 < dim <= 1024 for dim in self.head_dims):
+            raise InvalidFileError(f"heads of {max(self.head_dims)} numbers are not possible")
         if not 0 <= self.input_size * self.num_layers <= MAX_COUNT:
             raise InvalidFileError(f"the model's config says its embeddings for layers have {self.input_size} numbers")
         if self.final_softcap is not None and not self.final_softcap > 0:
             raise InvalidFileError(f"final_logit_softcapping is {self.final_softcap}; it must be above 0")
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """K and D of each layer; a rank with a part of a group has its key-value head."""
+        return tuple((max(1, self.num_heads // group), dim) for group, dim in zip(self.groups, self.head_dims))
 
     @property
     def cache_specs(self) -> tuple[CacheSpec, ...]:
@@ -79,6 +84,14 @@ class Gemma4Config(ModelConfig):
             PagedSpec(heads, dim, dim, window) if source == layer else SharedKVSpec(source)
             for layer, ((heads, dim), source, window) in enumerate(zip(self.shapes, self.sources, self.sliding_windows))
         )
+
+
+def _groups(heads: int, counts: Sequence[int], fields: Fields) -> tuple[int, ...]:
+    """How many of so many heads share a key-value head, by the counts of those in each layer."""
+    for count in counts:
+        if heads % count:
+            raise InvalidFileError(f"{fields.path}: {heads} heads cannot share {count} key-value heads")
+    return tuple(heads // count for count in counts)
 
 
 def _sources(windows: Sequence[int | None], shared: int, fields: Fields) -> tuple[int, ...]:
@@ -104,7 +117,8 @@ def config_from_hf(fields: Fields, model_type: str) -> Gemma4Config:
     layers, position = shared["num_layers"], fields.count("max_position_embeddings")
     windows = _windows(fields, layers)
     shapes = _shapes(fields, windows, (shared["num_kv_heads"], fields.count("head_dim")))
-    readers, inner = fields.get("num_kv_shared_layers", int, 0), shared["intermediate_size"]
+    heads, dims = zip(*shapes)
+    readers = fields.get("num_kv_shared_layers", int, 0)
     wide = 2 if fields.get("use_double_wide_mlp", bool, False) else 1
     sources = _sources(windows, readers, fields)
     key = "hidden_size_per_layer_input"  # null says that there are none
@@ -124,17 +138,18 @@ def config_from_hf(fields: Fields, model_type: str) -> Gemma4Config:
     stored = ROUNDED.get(fields.get("dtype", str, fields.get("torch_dtype", str, "float32")), "F64")
     twice = fields.get("attention_k_eq_v", bool, False)
     own = {
-        "num_kv_heads": shapes[windows.index(None)][0],
-        "head_dim": shapes[windows.index(None)][1],
+        "num_kv_heads": min(heads),
+        "head_dim": dims[windows.index(None)],
         "max_position": position,
-        "rope": _rope(fields, "full_attention", shapes[windows.index(None)][1], position),
+        "rope": _rope(fields, "full_attention", dims[windows.index(None)], position),
         "local_rope": _rope(fields, "sliding_attention", fields.count("head_dim"), position),
         "tie_embeddings": fields.get("tie_word_embeddings", bool, True),
         "sliding_windows": windows,
-        "shapes": shapes,
+        "groups": _groups(shared["num_heads"], heads, fields),
+        "head_dims": dims,
         "sources": sources,
         "keys_as_values": frozenset(n for n, window in enumerate(windows) if twice and window is None),
-        "inner_sizes": tuple(inner if layer == source else wide * inner for layer, source in enumerate(sources)),
+        "widths": tuple(1 if layer == source else wide for layer, source in enumerate(sources)),
         "embedding_scale": rounded(math.sqrt(shared["hidden_size"]), stored),
         "input_scale": rounded(math.sqrt(size), stored),
         "input_size": size,
@@ -184,9 +199,10 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Gemma4Config:
     windows = gguf_windows(fields, layers, fields.count("attention.sliding_window"), period=_PERIOD)
     if None not in windows:
         raise InvalidFileError(f"{fields.path}: {fields.prefix}attention.sliding_window_pattern has no full layer")
-    full, heads_key, inner_key = windows.index(None), "attention.head_count_kv", "feed_forward_length"
-    heads, inner = (_by_layer(fields, key, layers) for key in (heads_key, inner_key))
-    alike = {fields.prefix + heads_key: heads[full], fields.prefix + inner_key: inner[0]}
+    heads, inner = (_by_layer(fields, key, layers) for key in ("attention.head_count_kv", "feed_forward_length"))
+    if any(each % inner[0] for each in inner):
+        raise UnsupportedModelError(f"{fields.path}: {fields.prefix}feed_forward_length is {inner!r:.80}")
+    alike = {f"{fields.prefix}attention.head_count_kv": min(heads), f"{fields.prefix}feed_forward_length": inner[0]}
     known = Fields({**fields.values, **alike}, fields.path, fields.prefix)
     shared = shared_from_gguf(known, checkpoint)
     dims = {None: shared["head_dim"]} | {w: known.count("attention.key_length_swa") for w in windows if w is not None}
@@ -210,10 +226,11 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Gemma4Config:
         "max_position": known.count("context_length"),
         "local_rope": RopeConfig(theta=known.get("rope.freq_base_swa", float, 1e4), dim=local),
         "sliding_windows": windows,
-        "shapes": tuple((heads[layer], dims[window]) for layer, window in enumerate(windows)),
+        "groups": _groups(shared["num_heads"], heads, fields),
+        "head_dims": tuple(dims[window] for window in windows),
         "sources": sources,
         "keys_as_values": frozenset(n for n in owners if not fused and f"blk.{n}.attn_v.weight" not in tensors),
-        "inner_sizes": inner,
+        "widths": tuple(each // inner[0] for each in inner),
         "embedding_scale": math.sqrt(shared["hidden_size"]),
         "input_scale": math.sqrt(size),
         "input_size": size,
