@@ -97,7 +97,7 @@ def _groups(heads: int, counts: Sequence[int], fields: Fields) -> tuple[int, ...
 def _sources(windows: Sequence[int | None], shared: int, fields: Fields) -> tuple[int, ...]:
     """The last `shared` layers read the last layer before them that has a window, or none, as they have."""
     first = len(windows) - shared
-    last = {windows[layer] is None: layer for layer in range(max(first, 0))}
+    last = {window is None: layer for layer, window in enumerate(windows[: max(first, 0)])}
     if not 0 <= shared < len(windows) or not all((window is None) in last for window in windows):
         raise InvalidFileError(
             f"{fields.path}: {shared} of {len(windows)} layers share keys and values, which leaves a kind of layer none"
@@ -151,7 +151,7 @@ def config_from_hf(fields: Fields, model_type: str) -> Gemma4Config:
         "keys_as_values": frozenset(n for n, window in enumerate(windows) if twice and window is None),
         "widths": tuple(1 if layer == source else wide for layer, source in enumerate(sources)),
         "embedding_scale": rounded(math.sqrt(shared["hidden_size"]), stored),
-        "input_scale": rounded(math.sqrt(size), stored),
+        "input_scale": rounded(math.sqrt(max(size, 0)), stored),
         "input_size": size,
         "final_softcap": fields.get("final_logit_softcapping", float, None),
         "attention_bias": fields.get("attention_bias", bool, False),
@@ -232,7 +232,7 @@ def config_from_gguf(fields: Fields, checkpoint: Checkpoint) -> Gemma4Config:
         "keys_as_values": frozenset(n for n in owners if not fused and f"blk.{n}.attn_v.weight" not in tensors),
         "widths": tuple(each // inner[0] for each in inner),
         "embedding_scale": math.sqrt(shared["hidden_size"]),
-        "input_scale": math.sqrt(size),
+        "input_scale": math.sqrt(max(size, 0)),
         "input_size": size,
         "final_softcap": known.get("final_logit_softcapping", float, 0.0) or None,
         "layer_scales": "blk.0.layer_output_scale.weight" in tensors,
