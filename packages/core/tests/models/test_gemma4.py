@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.assembly.stages import stage_of
@@ -113,8 +113,6 @@ def test_wrong_configs_are_named(changes: dict[str, Any], kind: type[Exception],
 
 def test_keys_that_nothing_reads_may_be_stored(tmp_path: Path) -> None:
     """Published checkpoints have projections of keys and values in layers that read those of others."""
-    from safetensors.torch import save_file
-
     row, tokens = ROWS["Gemma-4 shared keys"], some_tokens(12)
     folder = write_tiny(tmp_path, row.model_type, **row.config)
     wanted, tensors = eager_logits(folder, tokens, [12]), load_file(folder / "model.safetensors")
