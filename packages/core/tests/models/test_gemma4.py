@@ -3,22 +3,35 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
 from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.assembly.stages import stage_of
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
+from candle_vllm.core.layers.embedding import MappedTable
 from candle_vllm.core.loading.cache_specs import PagedSpec, SharedKVSpec
 from candle_vllm.core.models.gemma4 import FAMILY
 from candle_vllm.core.models.gemma4_config import Gemma4Config
 from candle_vllm.core.models.registry import family_from_hf
 from packages.core.tests.models.families import ROWS
-from packages.core.tests.models.tiny import cuts, eager_logits, load, some_tokens, spread, their_logits, write_tiny
+from packages.core.tests.models.gguf_export import export_gguf
+from packages.core.tests.models.tiny import (
+    cuts,
+    eager_logits,
+    load,
+    recorded_logits,
+    some_tokens,
+    spread,
+    their_logits,
+    write_tiny,
+)
 
 PATH = Path("config.json")
 NAMES = [name for name in ROWS if name.startswith("Gemma-4")]
@@ -144,3 +157,32 @@ def test_neither_cache_nor_chunks_nor_a_folder_changes_an_answer(name: str, tmp_
     alone = [answers([prompt], enable_prefix_caching=False)[0] for prompt in prompts]
     for more in ({}, {"max_num_batched_tokens": 20, "max_num_seqs": 4}):
         assert answers(prompts, prompt_cache_path=tmp_path / "blocks", **more) == alone  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("kind", [None, "Q8_0"])
+def test_each_drawn_token_has_its_own_embeddings(kind: str | None, tmp_path: Path) -> None:
+    """Steps that go on are told no tokens: an answer is what logits of the whole text say."""
+    row = ROWS["Gemma-4 shared keys"]
+    source = write_tiny(tmp_path / "model", row.model_type, **row.config)
+    if kind is not None:
+        source = export_gguf(source, tmp_path / "model.gguf", str(row.gguf), quantization=kind)
+    prompt, params = some_tokens(20), SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    with InferenceEngine(EngineConfig(model=str(source), block_size=16)) as engine:
+        (answer,) = engine.generate([prompt], params)
+    found = list(answer.outputs[0].token_ids)
+    text = [*prompt, *found]
+    assert recorded_logits(source, text, [len(text)])[len(prompt) - 1 : -1].argmax(-1).tolist() == found
+
+
+def test_the_table_of_embeddings_stays_in_its_file(tmp_path: Path) -> None:
+    row = ROWS["Gemma-4 shared keys"]
+    decoder: Any = load(write_tiny(tmp_path, row.model_type, **row.config), block_size=16).decoder
+    table = decoder.inputs.table
+    assert isinstance(table, MappedTable)
+    mapped = table._stored.raw()
+    while isinstance(mapped.base, np.ndarray):
+        mapped = mapped.base
+    assert isinstance(mapped.base, (mmap.mmap, memoryview))
+    stored = load_file(tmp_path / "model.safetensors")["model.embed_tokens_per_layer.weight"]
+    wanted = stored[[5, 0, 5]].float().numpy() * np.float32(row.config["hidden_size_per_layer_input"] ** 0.5)
+    assert np.array_equal(table.rows(np.array([5, 0, 5])), wanted)

@@ -24,8 +24,9 @@ from candle_vllm.core.loading.cache_specs import paged
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.memory import room_for
+from candle_vllm.core.models.layer_inputs import TABLES
 from candle_vllm.core.quantization.plain import ELEMENTS
-from candle_vllm.core.quantization.tensors import StoredTensor
+from candle_vllm.core.quantization.tensors import StoredTensor, Viewed
 from candle_vllm.core.threads import default_threads
 
 logger = logging.getLogger(__name__)
@@ -288,6 +289,8 @@ def room_for_weights(
 
 
 def _memory_of(placement: Placement, tensor: StoredTensor) -> int:
+    if placement.recorded and tensor.name in TABLES and not isinstance(tensor, Viewed):
+        return 0  # it stays in its file
     if not (placement.recorded or placement.keeps_quantised):
         return tensor.numel * ELEMENTS[placement.dtype].itemsize
     if tensor.dtype is None and not _is_decoded(placement, tensor):

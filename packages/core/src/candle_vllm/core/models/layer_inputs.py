@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Embeddings that each layer of a decoder gets of its own for every token (Gemma 3n, Gemma 4).
 
-One table has a token's embeddings for all layers side by side; what a projection makes of the token's own embedding is
-added. Source: Gemma Team, 2025, "Gemma 3n model overview" (per-layer embeddings).
+One table has a token's embeddings for all layers side by side, and stays in its file in recorded steps. What a
+projection makes of the token's own embedding is added.
+Source: Gemma Team, 2025, "Gemma 3n model overview" (per-layer embeddings).
 Shapes: T tokens, E hidden, L layers, P numbers of an embedding.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.side_by_side import side_by_side
 from candle_vllm.core.kernels.silu_mul import gelu_tanh_mul
-from candle_vllm.core.layers.embedding import Embedding
+from candle_vllm.core.layers.embedding import Embedding, MappedTable
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement
@@ -43,7 +44,9 @@ class LayerInputs:
         placement: Placement,
     ) -> None:
         self.sizes = (size,) * num_layers
-        self.table = Embedding(vocab_size, sum(self.sizes), placement, scale=scale)
+        shape = vocab_size, sum(self.sizes)
+        mapped = placement.recorded
+        self.table = MappedTable(*shape, scale) if mapped else Embedding(*shape, placement, scale=scale)
         self.projection = Linear(hidden_size, sum(self.sizes), placement)
         self.norm = RMSNorm(size, eps * hidden_size, placement)  # as of a projection over the root of E
 
@@ -64,8 +67,11 @@ class LayerGate:
         return self.norm(self.output(gelu_tanh_mul(side_by_side(self.gate(x), given))))
 
 
+TABLES = ("model.embed_tokens_per_layer.weight", "per_layer_token_embd.weight")
+"""Stored names of the table."""
+
 WEIGHTS = [
-    WeightName("inputs.table:weight", "model.embed_tokens_per_layer.weight", "per_layer_token_embd.weight"),
+    WeightName("inputs.table:weight", *TABLES),
     WeightName("inputs.projection:weight", "model.per_layer_model_projection.weight", "per_layer_model_proj.weight"),
     WeightName("inputs.norm:weight", "model.per_layer_projection_norm.weight", "per_layer_proj_norm.weight"),
     WeightName("layers.{i}.inputs.gate:weight", HF + "per_layer_input_gate.weight", GG + "inp_gate.weight"),
