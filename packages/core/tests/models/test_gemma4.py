@@ -20,7 +20,7 @@ from candle_vllm.core.loading.cache_specs import PagedSpec, SharedKVSpec
 from candle_vllm.core.models.gemma4 import FAMILY
 from candle_vllm.core.models.gemma4_config import Gemma4Config
 from candle_vllm.core.models.registry import family_from_hf
-from packages.core.tests.models.families import ROWS
+from packages.core.tests.models.families import ROWS, cases
 from packages.core.tests.models.gguf_export import export_gguf
 from packages.core.tests.models.tiny import (
     cuts,
@@ -32,6 +32,7 @@ from packages.core.tests.models.tiny import (
     their_logits,
     write_tiny,
 )
+from tests.common_run import few
 
 PATH = Path("config.json")
 NAMES = [name for name in ROWS if name.startswith("Gemma-4")]
@@ -59,7 +60,7 @@ def read(**changes: Any) -> Gemma4Config:
     return config
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", cases(NAMES))
 def test_logits_equal_transformers_closely(name: str, tmp_path: Path) -> None:
     folder, tokens = write_tiny(tmp_path, ROWS[name].model_type, **ROWS[name].config), some_tokens()
     theirs = their_logits(folder, tokens)
@@ -144,7 +145,7 @@ def test_stages_are_refused_where_the_first_has_what_others_need(tmp_path: Path)
         stage_of("model", FAMILY, load(folder).config, checkpoint, line)
 
 
-@pytest.mark.parametrize("name", ["Gemma-4 shared keys", "Gemma-4 experts"])
+@pytest.mark.parametrize("name", few(["Gemma-4 shared keys", "Gemma-4 experts"], "Gemma-4 shared keys"))
 def test_neither_cache_nor_chunks_nor_a_folder_changes_an_answer(name: str, tmp_path: Path) -> None:
     source = write_tiny(tmp_path / "model", ROWS[name].model_type, **ROWS[name].config)
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
