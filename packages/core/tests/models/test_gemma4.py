@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, SamplingParams
 from candle_vllm.core.assembly.stages import stage_of
 from candle_vllm.core.errors import InvalidFileError, UnsupportedModelError
-from candle_vllm.core.layers.embedding import MappedTable
 from candle_vllm.core.loading.cache_specs import PagedSpec, SharedKVSpec
 from candle_vllm.core.models.gemma4 import FAMILY
 from candle_vllm.core.models.gemma4_config import Gemma4Config
+from candle_vllm.core.models.gemma_parts import MappedTable
 from candle_vllm.core.models.registry import family_from_hf
 from packages.core.tests.models.families import ROWS, cases
 from packages.core.tests.models.gguf_export import export_gguf

@@ -24,7 +24,7 @@ from candle_vllm.core.loading.cache_specs import paged
 from candle_vllm.core.loading.config import ModelConfig
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.memory import room_for
-from candle_vllm.core.models.layer_inputs import TABLES
+from candle_vllm.core.models.gemma_parts import TABLES
 from candle_vllm.core.quantization.plain import ELEMENTS
 from candle_vllm.core.quantization.tensors import StoredTensor, Viewed
 from candle_vllm.core.threads import default_threads

@@ -7,18 +7,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from candle_vllm.core.kernels.collectives import VocabularyShare
 from candle_vllm.core.kernels.lora import Place
 from candle_vllm.core.kernels.recorded import Recorded, RecordedTokens, Value
 from candle_vllm.core.kernels.scale_cap import scale_cap_
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.parameters import Placement, TensorParameter
-from candle_vllm.core.loading.views import Constant
 from candle_vllm.core.loading.weights import Parameter
-from candle_vllm.core.quantization.tensors import StoredTensor
 
 
 class Embedding:
@@ -110,37 +105,3 @@ class Embedding:
         """Every parameter that must be loaded."""
         found = self.table.parameters()
         return found if self.bias is None else {**found, "bias": TensorParameter(self.bias)}
-
-
-class MappedTable:
-    """Rows [T, E] of a table [V, E] for token ids [T] of recorded steps; the table stays in its file as it is stored.
-
-    The rows of a step's tokens are read and decoded before the step runs, so that memory holds no others. It is the
-    parameter "weight" itself.
-
-    Args:
-        vocab_size, size: V and E.
-        scale: of rows.
-    """
-
-    sections = 1
-
-    def __init__(self, vocab_size: int, size: int, scale: float) -> None:
-        self.shape, self._scale = (vocab_size, size), np.float32(scale)
-
-    def fill(self, stored: StoredTensor) -> str | None:
-        """Keeps the tensor's part of the file mapped."""
-        kind, size = stored.type_name, stored.nbytes
-        self._stored = Constant(stored.name, stored.shape, kind, size, stored.path, stored.raw())
-        return None
-
-    def rows(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Rows [T, E] for token ids [T]."""
-        return self._stored.select(token_ids).load("F32") * self._scale
-
-    def __call__(self, token_ids: RecordedTokens) -> Value:
-        return token_ids.looked_up(self.rows, self.shape[1])
-
-    def parameters(self) -> Mapping[str, Parameter]:
-        """The table."""
-        return {"weight": self}

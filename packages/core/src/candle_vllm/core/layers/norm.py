@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from candle_vllm.core.kernels.recorded import Recorded, Value
+from candle_vllm.core.kernels.recorded import Value
 from candle_vllm.core.kernels.rms_norm import add_rms_norm, rms_norm
-from candle_vllm.core.layers.parameters import Placement, TensorParameter, on_host
+from candle_vllm.core.layers.parameters import Placement, TensorParameter
 from candle_vllm.core.loading.weights import Parameter
 
 if TYPE_CHECKING:
@@ -51,21 +51,3 @@ class RMSNorm:
     def parameters(self) -> Mapping[str, Parameter]:
         """Every parameter that must be loaded."""
         return {"weight": TensorParameter(self.weight)} if self._weighted else {}
-
-
-class LayerScale:
-    """Multiplies a layer's result by a stored number, the part "factor" [1]; recorded steps do so in place."""
-
-    def __init__(self, placement: Placement) -> None:
-        self._stored, self._factor = placement.empty(1), 1.0
-
-    def __call__(self, x: Value) -> Value:
-        return x.scaled(self._factor) if isinstance(x, Recorded) else x * self._factor
-
-    def finish(self) -> None:
-        """See `Finishes`."""
-        self._factor = float(on_host(self._stored)[0])
-
-    def parameters(self) -> Mapping[str, Parameter]:
-        """Every parameter that must be loaded."""
-        return {"factor": TensorParameter(self._stored)}

@@ -18,17 +18,17 @@ from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.mlp import GatedMLP
 from candle_vllm.core.layers.moe import SparseMLP
-from candle_vllm.core.layers.norm import LayerScale, RMSNorm
+from candle_vllm.core.layers.norm import RMSNorm
 from candle_vllm.core.layers.parameters import Placement
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.tensors import Checkpoint
 from candle_vllm.core.loading.weights import WeightName
-from candle_vllm.core.models import gemma, layer_inputs
+from candle_vllm.core.models import gemma, gemma_parts
 from candle_vllm.core.models.attention_names import GG, HF
 from candle_vllm.core.models.experts import expert_names
 from candle_vllm.core.models.family import Family
 from candle_vllm.core.models.gemma4_config import Gemma4Config, config_from_gguf, config_from_hf
-from candle_vllm.core.models.layer_inputs import LayerGate, LayerInputs
+from candle_vllm.core.models.gemma_parts import LayerGate, LayerInputs, LayerScale, RouterNorm
 
 
 class Attention:
@@ -53,14 +53,6 @@ class Attention:
         q, *kv = (part.unflatten(-1, (-1, self.head_dim)) for part in qkv.split(self.sizes, dim=-1))  # [T, H or K, D]
         k, v = (kv[0], self.v_norm(kv[1])) if kv else (None, None)
         return self.output(self.attend(q, k, v, step).flatten(1))
-
-
-class RouterNorm(RMSNorm):
-    """A router's input, over the root of its size."""
-
-    def finish(self) -> None:
-        """See `Finishes`."""
-        self.weight *= len(self.weight) ** -0.5
 
 
 class Block:
@@ -131,10 +123,8 @@ _NAMES = {
     "dense_post_norm:weight": ("post_feedforward_layernorm_1.weight", "post_ffw_norm_1.weight"),
     "experts_norm:weight": ("pre_feedforward_layernorm_2.weight", "pre_ffw_norm_2.weight"),
     "experts_post_norm:weight": ("post_feedforward_layernorm_2.weight", "post_ffw_norm_2.weight"),
-    "router_norm:weight": ("router.scale", "ffn_gate_inp.scale"),
     "mlp.router:weight": ("router.proj.weight", "ffn_gate_inp.weight"),
     "mlp.router:expert_scale": ("router.per_expert_scale", "ffn_down_exps.scale"),
-    "scale:factor": ("layer_scalar", "layer_output_scale.weight"),
 }
 _SAME = [dataclasses.replace(line, hf_view=None) for line in gemma.WEIGHTS]  # norms are stored as they are
 WEIGHTS = [
@@ -146,7 +136,7 @@ WEIGHTS = [
     ),
     *(WeightName(f"layers.{{i}}.{target}", HF + hf, GG + gguf) for target, (hf, gguf) in _NAMES.items()),
     *expert_names("experts", "gate_proj", "up_proj", "down_proj"),
-    *layer_inputs.WEIGHTS,
+    *gemma_parts.WEIGHTS,
     WeightName("rotary:factors", None, "rope_freqs.weight"),
 ]
 

@@ -1,23 +1,64 @@
 # SPDX-License-Identifier: MIT
-"""Embeddings that each layer of a decoder gets of its own for every token (Gemma 3n, Gemma 4).
+"""Parts of layers that later Gemmas have: embeddings of each layer's own (Gemma 3n and 4), scales, a router's norm.
 
 One table has a token's embeddings for all layers side by side, and stays in its file in recorded steps. What a
 projection makes of the token's own embedding is added.
 Source: Gemma Team, 2025, "Gemma 3n model overview" (per-layer embeddings).
-Shapes: T tokens, E hidden, L layers, P numbers of an embedding.
+Shapes: T tokens, V vocabulary, E hidden, L layers, P numbers of an embedding.
 """
 
 from __future__ import annotations
 
-from candle_vllm.core.kernels.recorded import Value
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from candle_vllm.core.kernels.recorded import Recorded, RecordedTokens, Value
 from candle_vllm.core.kernels.side_by_side import side_by_side
 from candle_vllm.core.kernels.silu_mul import gelu_tanh_mul
-from candle_vllm.core.layers.embedding import Embedding, MappedTable
+from candle_vllm.core.layers.embedding import Embedding
 from candle_vllm.core.layers.linear import Linear
 from candle_vllm.core.layers.norm import RMSNorm
-from candle_vllm.core.layers.parameters import Placement
-from candle_vllm.core.loading.weights import WeightName
+from candle_vllm.core.layers.parameters import Placement, TensorParameter, on_host
+from candle_vllm.core.loading.views import Constant
+from candle_vllm.core.loading.weights import Parameter, WeightName
 from candle_vllm.core.models.attention_names import GG, HF
+from candle_vllm.core.quantization.tensors import StoredTensor
+
+
+class MappedTable:
+    """Rows [T, E] of a table [V, E] for token ids [T] of recorded steps; the table stays in its file as it is stored.
+
+    The rows of a step's tokens are read and decoded before the step runs, so that memory holds no others. It is the
+    parameter "weight" itself.
+
+    Args:
+        vocab_size, size: V and E.
+        scale: of rows.
+    """
+
+    sections = 1
+
+    def __init__(self, vocab_size: int, size: int, scale: float) -> None:
+        self.shape, self._scale = (vocab_size, size), np.float32(scale)
+
+    def fill(self, stored: StoredTensor) -> str | None:
+        """Keeps the tensor's part of the file mapped."""
+        kind, size = stored.type_name, stored.nbytes
+        self._stored = Constant(stored.name, stored.shape, kind, size, stored.path, stored.raw())
+        return None
+
+    def rows(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Rows [T, E] for token ids [T]."""
+        return self._stored.select(token_ids).load("F32") * self._scale
+
+    def __call__(self, token_ids: RecordedTokens) -> Value:
+        return token_ids.looked_up(self.rows, self.shape[1])
+
+    def parameters(self) -> Mapping[str, Parameter]:
+        """The table."""
+        return {"weight": self}
 
 
 class LayerInputs:
@@ -67,6 +108,32 @@ class LayerGate:
         return self.norm(self.output(gelu_tanh_mul(side_by_side(self.gate(x), given))))
 
 
+class LayerScale:
+    """Multiplies a layer's result by a stored number, the part "factor" [1]; recorded steps do so in place."""
+
+    def __init__(self, placement: Placement) -> None:
+        self._stored, self._factor = placement.empty(1), 1.0
+
+    def __call__(self, x: Value) -> Value:
+        return x.scaled(self._factor) if isinstance(x, Recorded) else x * self._factor
+
+    def finish(self) -> None:
+        """See `Finishes`."""
+        self._factor = float(on_host(self._stored)[0])
+
+    def parameters(self) -> Mapping[str, Parameter]:
+        """Every parameter that must be loaded."""
+        return {"factor": TensorParameter(self._stored)}
+
+
+class RouterNorm(RMSNorm):
+    """A router's input, over the root of its size."""
+
+    def finish(self) -> None:
+        """See `Finishes`."""
+        self.weight *= len(self.weight) ** -0.5
+
+
 TABLES = ("model.embed_tokens_per_layer.weight", "per_layer_token_embd.weight")
 """Stored names of the table."""
 
@@ -76,6 +143,8 @@ WEIGHTS = [
     WeightName("inputs.norm:weight", "model.per_layer_projection_norm.weight", "per_layer_proj_norm.weight"),
     WeightName("layers.{i}.inputs.gate:weight", HF + "per_layer_input_gate.weight", GG + "inp_gate.weight"),
     WeightName("layers.{i}.inputs.output:weight", HF + "per_layer_projection.weight", GG + "proj.weight"),
+    WeightName("layers.{i}.scale:factor", HF + "layer_scalar", GG + "layer_output_scale.weight"),
+    WeightName("layers.{i}.router_norm:weight", HF + "router.scale", GG + "ffn_gate_inp.scale"),
     WeightName("layers.{i}.inputs.norm:weight", HF + "post_per_layer_input_norm.weight", GG + "post_norm.weight"),
 ]
-"""Of a model's `inputs`, a `LayerInputs`, and of its layers' `inputs`, each a `LayerGate`."""
+"""Of a model's `inputs`, a `LayerInputs`, and of its layers' `inputs`, `scale` and `router_norm`."""
