@@ -334,6 +334,9 @@ ROWS: Mapping[str, Row] = {
         | {"rope_interleave": False, "norm_topk_prob": False, "rope_parameters": DEEPSEEK_YARN | {"mscale": 1.3}},
         undecided=0.1,
     ),
+    "GLM-4.7-Flash": Row(
+        "glm4_moe_lite", DEEPSEEK | {"n_group": 1, "topk_group": 1}, "deepseek2", common=False, undecided=0.1
+    ),
     "DeepSeek-V3 dense": Row("deepseek_v3", DEEPSEEK | {"first_k_dense_replace": 2, "q_lora_rank": None}, "deepseek2"),
     "Mixtral": Row("mixtral", {"head_dim": 32} | MIXTRAL, "llama", undecided=0.1),
     "Mixtral window": Row(

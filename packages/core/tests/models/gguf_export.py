@@ -420,7 +420,7 @@ def deepseek2(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors, *
 
 
 def _deepseek_experts(writer: GGUFWriter, config: Mapping[str, Any], tensors: Tensors) -> Tensors:
-    newer = config["model_type"] == "deepseek_v3"
+    newer = config["model_type"] != "deepseek_v2"
     writer.add_leading_dense_block_count(config["first_k_dense_replace"])
     writer.add_expert_shared_count(config["n_shared_experts"])
     writer.add_expert_weights_scale(config["routed_scaling_factor"])

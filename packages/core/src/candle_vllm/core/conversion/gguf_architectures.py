@@ -286,6 +286,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "gpt_oss": Architecture(name="gpt-oss", more=_gpt_oss, head=True, unread=(DIVISORS,)),
         "deepseek_v2": _DEEPSEEK,
         "deepseek_v3": _DEEPSEEK,
+        "glm4_moe_lite": _DEEPSEEK,
         "gpt2": Architecture(name="gpt2", **_FUSED),
         "gpt_bigcode": Architecture(name="starcoder", **_FUSED),
         "gpt_neox": Architecture(name="gptneox", more=_gpt_neox, head=True, **_FUSED),

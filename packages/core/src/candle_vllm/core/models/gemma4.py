@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Gemma 4: layers with a window and layers without differ in heads, and the last layers may read others' keys.
 
-Values have an RMSNorm without a weight, and scores are not scaled. A layer's result is multiplied by a number. Of a
-token, each layer may also get an embedding of its own, and experts stand beside the dense feed-forward part.
-Source: Gemma Team, 2026, the model card of Gemma 4 and transformers' `models/gemma4`.
+Values have an RMSNorm without a weight, scores are not scaled, and a layer's result is multiplied by a number. Layers
+may have embeddings of their own, and experts beside the dense part. Source: Gemma Team, 2026, "Gemma 4 model card".
 Shapes: T tokens, H heads, K key-value heads, D head size, E hidden, P size of a layer's own embedding, V vocabulary.
 """
 
@@ -59,15 +58,11 @@ class Block:
     """One decoder layer. x [T, E] comes as two summands, for a norm takes a sum: the second is None at first."""
 
     def __init__(self, config: Gemma4Config, layer: int, rotary: Rotary, placement: Placement) -> None:
-        size, eps, inner, self.layer = (
-            config.hidden_size,
-            config.norm_eps,
-            config.intermediate_size * config.widths[layer],
-            layer,
-        )
+        size, eps, self.layer = config.hidden_size, config.norm_eps, layer
         self.attention_norm, self.attention_post_norm = (RMSNorm(size, eps, placement) for _ in range(2))
         self.attention = Attention(config, layer, rotary, placement)
         self.mlp_norm, self.mlp_post_norm = (RMSNorm(size, eps, placement) for _ in range(2))
+        inner = config.intermediate_size * config.widths[layer]
         self.mlp: GatedMLP | SparseMLP = GatedMLP(size, inner, placement, activation="gelu_tanh")
         self.dense: GatedMLP | None = None
         if config.mixture is not None and layer in config.sparse_layers:
@@ -129,11 +124,7 @@ _NAMES = {
 _SAME = [dataclasses.replace(line, hf_view=None) for line in gemma.WEIGHTS]  # norms are stored as they are
 WEIGHTS = [
     *_SAME,
-    *(
-        dataclasses.replace(line, target=line.target.replace(".mlp.", ".dense."))
-        for line in _SAME
-        if ".mlp." in line.target
-    ),
+    *gemma_parts.renamed(_SAME, ".mlp.", ".dense."),
     *(WeightName(f"layers.{{i}}.{target}", HF + hf, GG + gguf) for target, (hf, gguf) in _NAMES.items()),
     *expert_names("experts", "gate_proj", "up_proj", "down_proj"),
     *gemma_parts.WEIGHTS,

@@ -9,7 +9,8 @@ Shapes: T tokens, V vocabulary, E hidden, L layers, P numbers of an embedding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,6 +133,11 @@ class RouterNorm(RMSNorm):
     def finish(self) -> None:
         """See `Finishes`."""
         self.weight *= len(self.weight) ** -0.5
+
+
+def renamed(lines: Sequence[WeightName], part: str, new: str) -> list[WeightName]:
+    """Those lines whose targets have a part, with another in its place."""
+    return [dataclasses.replace(each, target=each.target.replace(part, new)) for each in lines if part in each.target]
 
 
 TABLES = ("model.embed_tokens_per_layer.weight", "per_layer_token_embd.weight")
