@@ -40,6 +40,24 @@ def _gemma3(config: Any) -> Keys:
     return _local(config) | ({} if cap is None else {"final_logit_softcapping": float(cap)})
 
 
+def _gemma4(config: Any) -> Keys:
+    """Numbers that differ by layer are lists, and those of one kind of layer keys of their own."""
+    window = next(layer for layer, has in enumerate(config.sliding_windows) if has is not None)
+    dim, keys = config.shapes[window][1], _gemma3(config)
+    keys |= {
+        "feed_forward_length": [width * config.intermediate_size for width in config.widths],
+        "attention.head_count_kv": [heads for heads, _ in config.shapes],
+        "attention.key_length_swa": dim,
+        "attention.value_length_swa": dim,
+        "attention.shared_kv_layers": sum(layer != source for layer, source in enumerate(config.sources)),
+        "rope.dimension_count_swa": config.local_rope.dim,
+        "embedding_length_per_layer_input": config.input_size,
+    }
+    if config.mixture is not None:
+        keys |= _counts(config.mixture) | {"expert_feed_forward_length": config.mixture.inner_size}
+    return keys
+
+
 def _phi3(config: Any) -> Keys:
     """Without a window, llama.cpp wants a 0: it takes the file for an old one otherwise."""
     keys: Keys = {"attention.sliding_window": 0} | _window(config)
@@ -276,6 +294,7 @@ _CONVOLVED = (DIVISORS, *(f".shortconv.{part}.bias" for part in ("in_proj", "con
 _LLAMA = Architecture(name="llama", more=_window, interleaved=True, unread=())
 _GLM4_MOE = Architecture(name="glm4moe", more=_glm4_moe, otherwise=_ungrouped)
 _OLMO2 = Architecture(name="olmo2", more=_local, head=True, square=True)
+_GEMMA4 = Architecture(name="gemma4", more=_gemma4, unread=(), names=lambda _: ("gate_up_exps",))
 _FUSED = {"names": lambda _: ("attn_qkv",), "eps": _LAYER_NORM, "square": True, "unread": (DIVISORS,)}
 _DEEPSEEK = Architecture(
     name="deepseek2",
@@ -311,6 +330,8 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "gemma": Architecture(name="gemma"),
         "gemma2": Architecture(name="gemma2", more=_gemma2),
         "gemma3_text": Architecture(name="gemma3", more=_gemma3),
+        "gemma4_text": _GEMMA4,
+        "gemma4_unified_text": _GEMMA4,
         "phi": Architecture(name="phi2", eps=_LAYER_NORM, head=True, square=True, unread=(DIVISORS,)),
         "phi3": Architecture(name="phi3", more=_phi3, names=lambda _: ("attn_qkv",), square=True),
         "stablelm": Architecture(

@@ -46,6 +46,7 @@ FAMILIES = (
     "exaone",
     "internlm2",
     "hy_v3",
+    "gemma4",
     "gpt2",
     "gpt_neox",
     "opt",
