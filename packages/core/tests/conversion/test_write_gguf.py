@@ -27,6 +27,7 @@ from tests.common_run import few
 TOKENS = some_tokens(40)
 UNSAYABLE = {  # what there is no key for
     "OLMo 2 biases": "qkv_bias, output_bias",
+    "Gemma-4 biases": "attention_bias",
     "Gemma-2 scale": "query_scale",
     "Ministral": "sliding_windows",
     "DeepSeek-V3 halves": "rope",
