@@ -28,7 +28,8 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
     number_bytes,
     value_cache_shape,
 )
-from candle_vllm.core.kernels.attention.rows import PagedCache
+from candle_vllm.core.kernels.attention.cpu_record import record_pages
+from candle_vllm.core.kernels.attention.rows import PagedCache, WindowedCache
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.cpu_runtime import team
 from candle_vllm.core.kernels.cpu_runtime.level import Isa, host_isa
@@ -52,12 +53,14 @@ from candle_vllm.core.layers.attention import StepInput, Taps
 from candle_vllm.core.layers.rotary import Rotary
 from candle_vllm.core.loading.cache_specs import (
     NO_STATES,
+    NO_WINDOWS,
     CacheSpec,
     PagedSpec,
     SharedKVSpec,
     StatePart,
     StateRoom,
     StateSpec,
+    WindowRoom,
     layer_caches,
     paged,
 )
@@ -87,9 +90,11 @@ class RecordedRunner(StepwiseRunner):
         kinds: how keys and values are stored.
         turning: the model's, where it turns tokens of pictures by three positions; it has room for those of a step.
         room: of layers that keep states.
+        windows: pages of layers with a window.
 
     Attributes:
         team: the threads.
+        page_of: see `WindowPages`.
     """
 
     def __init__(
@@ -106,14 +111,21 @@ class RecordedRunner(StepwiseRunner):
         kinds: tuple[CacheKind, CacheKind] = PLAIN,
         turning: Rotary | None = None,
         room: StateRoom = NO_STATES,
+        windows: WindowRoom = NO_WINDOWS,
     ) -> None:
         config = decoder.config
-        limits = dataclasses.replace(limits, turned=turning is not None, states=room.running > 0)
+        window = windows.window if windows.pages else 0
+        limits = dataclasses.replace(limits, turned=turning is not None, states=room.running > 0, window=window)
+        self.page_of = np.zeros(num_blocks if window else 0, np.int64)
         self._turning, self._turned = turning, False  # the last step's were
-        specs, tokens = config.cache_specs, num_blocks * limits.block_size
-        size = cache_bytes(specs, tokens, lambda key_dim: number_bytes(key_dim, kinds))
+        specs = config.cache_specs
+        size = sum(
+            cache_bytes([spec], blocks * limits.block_size, lambda key_dim: number_bytes(key_dim, kinds))
+            for spec in specs
+            for blocks in (windows.pages if windows.holds(spec) else num_blocks,)
+        )
         with room_for("the KV cache", size, "kv_cache_memory", _less):
-            caches = _caches(specs, num_blocks, limits.block_size, kinds, limits.ranks, room)
+            caches = _caches(specs, num_blocks, limits.block_size, kinds, limits.ranks, room, windows)
         super().__init__()
         self._recorder = recorder = Recorder(limits, host_isa() if isa is None else isa)
         nothing: Any = None  # what varies is read when the plan runs
@@ -161,6 +173,8 @@ class RecordedRunner(StepwiseRunner):
         One that `narrows` has, behind the last layer's keys and values, the rows alone whose logits are wanted.
         """
         recorder.begin(adapted)
+        if len(self.page_of):
+            record_pages(recorder, self.page_of)
         if self._looked_up is not None:
             self._looked_up.begin(recorder)
         last = self._decoder.config.num_layers - 1 if narrows else None
@@ -287,9 +301,13 @@ class RecordedRunner(StepwiseRunner):
         if own[0].values is None:  # of latent attention: [stretches, blocks, ...] each
             stretch, place = divmod(block, own[0].keys.shape[1])
             return [cache.keys[stretch, place] for cache in own]
-        stretch, place = divmod(block, own[0].keys.shape[2])  # [stretches, heads, blocks, ...] each
-        parts = (*(cache.keys for cache in own), *(cache.values for cache in own))
-        return [part[stretch, :, place] for part in parts]
+        keys, values = list[NDArray[Any]](), list[NDArray[Any]]()
+        for cache in own:  # [stretches, heads, blocks, ...] each
+            number = int(self.page_of[block]) if isinstance(cache, WindowedCache) else block
+            stretch, place = divmod(number, cache.keys.shape[2])
+            keys.append(cache.keys[stretch, :, place])
+            values.append(cache.values[stretch, :, place])
+        return [*keys, *values]
 
     def drop_cache(self) -> None:
         """See `ModelRunner`."""
@@ -572,14 +590,19 @@ def _caches(
     kinds: tuple[CacheKind, CacheKind],
     ranks: CpuRanks | None,
     room: StateRoom,
+    windows: WindowRoom,
 ) -> tuple[PagedCache | tuple[StateCache, ...], ...]:
-    """The cache of each layer. Pages of layers of one shape lie in one piece of memory."""
-    counts = Counter(spec.shape for spec in paged(specs))
-    rest = {shape: iter(_layers(shape, count, num_blocks, block_size, kinds, ranks)) for shape, count in counts.items()}
+    """The cache of each layer. Pages of layers of one shape, and of one pool, lie in one piece of memory."""
+    counts = Counter((spec.shape, windows.holds(spec)) for spec in paged(specs))
+    rest = {
+        (shape, holds): iter(_layers(shape, count, windows.pages if holds else num_blocks, block_size, kinds, ranks))
+        for (shape, holds), count in counts.items()
+    }
 
     def make(_: int, spec: PagedSpec | StateSpec) -> PagedCache | tuple[StateCache, ...]:
         if isinstance(spec, PagedSpec):
-            return next(rest[spec.shape])
+            cache = next(rest[spec.shape, windows.holds(spec)])
+            return WindowedCache(*cache) if windows.holds(spec) else cache
         return tuple(StateCache(*map(_zeros, _state_shapes(part, room))) for part in spec.parts)
 
     return layer_caches(specs, make)

@@ -268,10 +268,10 @@ def _of_model(settings: Settings, config: EngineConfig, files: ModelFiles, devic
         words = f"what is left of the GPU after loading, times kv_fraction; a token takes {token:,} B"
         left = Derived(words, "derived when the model is loaded")
         return found | dict.fromkeys(("mem", "kv_cache_memory_bytes"), left)
-    size, room = cache.num_blocks * cache.block_bytes, cache.num_blocks * config.block_size
+    size, room = cache.page_bytes, cache.num_blocks * config.block_size
     words = f"derived: {room:,} tokens, reserved and taken as they fill"
-    element_bytes = size // cache_bytes(model.config.cache_specs, room, lambda _: 1)
-    plain = "f32" if element_bytes == 4 else "bf16"
+    wide = not model.placement.recorded and ELEMENTS[model.placement.dtype].itemsize == 4
+    plain = "f32" if wide else "bf16"
     both = Derived(
         plain if config.kv_cache_dtype == "auto" else config.kv_cache_dtype, "derived: kv_cache_dtype says it"
     )

@@ -18,6 +18,7 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
     scratch_bytes,
     stretch_step,
 )
+from candle_vllm.core.kernels.attention.rows import WindowedCache
 from candle_vllm.core.kernels.cpu_runtime.level import Isa
 from candle_vllm.core.kernels.cpu_runtime.operation import (
     address_of,
@@ -86,6 +87,8 @@ def record_attention(
     _record_write(recorder, qkv, cache, scores, tables, address_of(queries))
     arrays, limits, dim = recorder.arrays, recorder.limits, qkv.head_dim
     kv_heads = cache.keys.shape[1]
+    windowed = isinstance(cache, WindowedCache)
+    assert not windowed or 0 < (scores.window or 0) <= limits.window
     query_start = arrays.query_start
     if scores.narrows:
         every, query_start = queries, arrays.wanted_start
@@ -108,7 +111,7 @@ def record_attention(
         value_cache=address_of(cache.values),
         query_start=address_of(query_start),
         context_lens=address_of(arrays.context_lens),
-        block_tables=address_of(arrays.block_tables),
+        block_tables=address_of(arrays.page_tables if windowed else arrays.block_tables),
         table_stride=limits.table_width,
         stretch_step=stretch_step(cache.keys.strides, dim, keys),
         block_shift=limits.block_shift,
@@ -153,7 +156,7 @@ def _record_write(
         cos=cos,
         sin=sin,
         positions=address_of(arrays.positions),
-        slots=address_of(arrays.slots),
+        slots=address_of(arrays.page_slots if isinstance(cache, WindowedCache) else arrays.slots),
         q=queries,
         key_cache=address_of(cache.keys),
         value_cache=address_of(cache.values),
@@ -163,6 +166,53 @@ def _record_write(
         head_gap=head_gap(cache.keys.strides, recorder.limits.block_size, qkv.head_dim, keys),
     )
     recorder.add(rotate_and_write_operation(keys, values), written)
+
+
+def record_pages(recorder: Recorder, page_of: NDArray[np.int64]) -> None:
+    """Looks up the pages of layers with a window, before all layers: tables and slots that name pages.
+
+    Args:
+        recorder: of the plan.
+        page_of: [blocks] the page of each block, as it is when the plan runs.
+    """
+    arrays, limits = recorder.arrays, recorder.limits
+    given = PageArguments(
+        page_of=recorder.keep_array(page_of),
+        query_start=address_of(arrays.query_start),
+        context_lens=address_of(arrays.context_lens),
+        block_tables=address_of(arrays.block_tables),
+        page_tables=address_of(arrays.page_tables),
+        table_stride=limits.table_width,
+        slots=address_of(arrays.slots),
+        page_slots=address_of(arrays.page_slots),
+        window=limits.window,
+        block_shift=limits.block_shift,
+    )
+    recorder.add(operation("attention.cpu_pages:find_pages"), given)
+
+
+class PageArguments(NamedTuple):
+    """The arguments of `find_pages`.
+
+    Attributes:
+        page_of: address of int64 [blocks], the page of each block.
+        query_start, context_lens: addresses of int64 [R + 1] and [R]; see `AttentionRows`.
+        block_tables, page_tables: addresses of int64 [R, table_stride]; of pages, what the rows see is written.
+        slots, page_slots: addresses of int64 [T], where keys and values go; the latter are written.
+        window: positions that a token sees, its own included.
+        block_shift: S is 1 << it.
+    """
+
+    page_of: int
+    query_start: int
+    context_lens: int
+    block_tables: int
+    page_tables: int
+    table_stride: int
+    slots: int
+    page_slots: int
+    window: int
+    block_shift: int
 
 
 LOG2E = math.log2(math.e)
