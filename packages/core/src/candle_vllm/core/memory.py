@@ -191,7 +191,7 @@ def plan_cache(
         source = f"{_size(available)} free{room.kept}, of {_size(room.total)} times {config.gpu_memory_utilization:g}"
     whole = num_blocks == per_sequence * sequences
     several = f"{sequences} sequences" if sequences > 1 else "one sequence"
-    needed = f"all that {several} of {context:,} tokens can need" if whole else f"of {_size(budget)}"
+    needed = f"all that {several} of {context:,} tokens can need" if whole else f"of {_size(budget + window_bytes)}"
     of_windows = ""
     if windows.pages:
         sliding = (windows.pages - 1) * config.block_size
@@ -201,7 +201,7 @@ def plan_cache(
     kept = ", reserved now and taken from the machine only as it fills" if room.as_it_fills else ""
     message = (
         f"KV cache: room for {num_blocks * config.block_size:,} tokens in blocks of {config.block_size}; at most "
-        f"{_size(num_blocks * block_bytes)}, {needed} ({source}){kept}; one token takes "
+        f"{_size(num_blocks * block_bytes + window_bytes)}, {needed} ({source}){kept}; one token takes "
         f"{_elements(specs, element_bytes)}{f' and {beside} B for drafts' if beside else ''} = "
         f"{token_bytes} B{of_windows}; context {context:,}{of_states}"
     )
