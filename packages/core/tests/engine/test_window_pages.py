@@ -45,7 +45,7 @@ class Pretended:
         pages = room.blocks(SIZE) + 1 + spare
         self.blocks = BlockManager(blocks, SIZE, enable_prefix_caching=caching)
         self.page_of = np.zeros(blocks, np.int64)
-        self.pages = WindowPages(WindowRoom(window, budget + drafts, pages), self.blocks, self.page_of)
+        self.pages = WindowPages(WindowRoom(window, budget + drafts, pages), self.blocks, self.page_of.data)
         pool = StatePool(seqs, 8, SIZE) if states else None
         self.scheduler = Scheduler(self.blocks, seqs, budget, draft_rows=drafts, states=pool, windows=self.pages)
         self.full: list[list[Text | None]] = [[None] * SIZE for _ in range(blocks)]

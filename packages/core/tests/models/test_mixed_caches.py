@@ -11,8 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, SamplingParams
-from candle_vllm.core import memory
+from candle_vllm.core import ConfigError, EngineConfig, InferenceEngine, SamplingParams, memory
 from candle_vllm.core.assembly.stages import stage_of
 from candle_vllm.core.engine.drafting import Drafter
 from candle_vllm.core.engine.eager_runner import EagerRunner
@@ -108,9 +107,8 @@ def wipe(runner: Any, page: int) -> None:
 def windowed(source: Path, **settings: Any) -> InferenceEngine:
     """An engine whose free pages hold NaN."""
     engine = InferenceEngine(EngineConfig(**{"model": str(source), "block_size": 16, "max_num_seqs": 4} | settings))
-    assert engine._engine is not None
-    pages, runner = engine._engine.scheduler.windows, engine._engine.runner
-    assert pages is not None
+    inner: Any = engine._engine
+    pages, runner = inner.scheduler.windows, inner.runner
     take_back = pages._take_back
 
     def wiped(block: int) -> None:
@@ -118,7 +116,7 @@ def windowed(source: Path, **settings: Any) -> InferenceEngine:
         take_back(block)
         wipe(runner, page)
 
-    pages._take_back = wiped  # type: ignore[method-assign]
+    pages._take_back = wiped
     for page in (0, *pages._free):
         wipe(runner, page)
     return engine
@@ -146,11 +144,11 @@ def with_all_pages(source: Path, given: list[list[int]], settings: dict[str, Any
     """Answers of one prompt at a time, of which nothing is found or guessed, where each block has a page."""
     settings = settings | {"enable_prefix_caching": False, "speculative_config": {"method": "none"}}
     with (
-        mock.patch.object(memory, "largest_window", lambda _: 0),
+        mock.patch.object(memory, "largest_window", return_value=0),
         InferenceEngine(EngineConfig(model=str(source), block_size=16, **settings)) as engine,
     ):
-        assert engine._engine is not None
-        assert engine._engine.scheduler.windows is None
+        inner: Any = engine._engine
+        assert inner.scheduler.windows is None
         return [ask(engine, [prompt], **params)[0] for prompt in given]
 
 

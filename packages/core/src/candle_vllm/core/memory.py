@@ -173,15 +173,17 @@ def plan_cache(
     per_sequence = -(-model.max_position // config.block_size)
     windows, window_bytes = NO_WINDOWS, 0
     if rows and (window := largest_window(specs)):
-        room_of_windows = WindowRoom(window, min(rows, model.max_position) + drafts)
-        windows, window_bytes = _plan_windows(
-            config, specs, room_of_windows, sequences, drafts, budget, per_sequence, element_bytes, beside
+        page, block = (
+            cache_bytes([spec for spec in specs if spec.slides == slides], config.block_size, element_bytes)
+            for slides in (True, False)
         )
-        budget -= window_bytes
+        sizes, rows = (page, block + beside * config.block_size), min(rows, model.max_position)
+        windows = _plan_windows(config, WindowRoom(window, rows + drafts), sizes, sequences, budget, per_sequence)
+        window_bytes = windows.pages * page
         specs = [spec for spec in specs if not windows.holds(spec)]
     token_bytes = cache_bytes(specs, 1, element_bytes) + beside
     block_bytes = token_bytes * config.block_size
-    affordable = budget // block_bytes if block_bytes else per_sequence * sequences
+    affordable = (budget - window_bytes) // block_bytes if block_bytes else per_sequence * sequences
     context = model.max_position
     if affordable < per_sequence:
         context = _shrunk_context(config, context, affordable, block_bytes, room, budget, window_bytes)
@@ -191,13 +193,11 @@ def plan_cache(
         source = f"{_size(available)} free{room.kept}, of {_size(room.total)} times {config.gpu_memory_utilization:g}"
     whole = num_blocks == per_sequence * sequences
     several = f"{sequences} sequences" if sequences > 1 else "one sequence"
-    needed = f"all that {several} of {context:,} tokens can need" if whole else f"of {_size(budget + window_bytes)}"
+    needed = f"all that {several} of {context:,} tokens can need" if whole else f"of {_size(budget)}"
     of_windows = ""
     if windows.pages:
-        sliding = (windows.pages - 1) * config.block_size
-        of_windows = (
-            f"; layers with a window of {windows.window:,} tokens or less keep {sliding:,} tokens, {_size(window_bytes)}"
-        )
+        some = f"{(windows.pages - 1) * config.block_size:,} tokens, {_size(window_bytes)}"
+        of_windows = f"; layers with a window of at most {windows.window:,} tokens keep {some}"
     kept = ", reserved now and taken from the machine only as it fills" if room.as_it_fills else ""
     message = (
         f"KV cache: room for {num_blocks * config.block_size:,} tokens in blocks of {config.block_size}; at most "
@@ -209,7 +209,7 @@ def plan_cache(
     if context < model.max_position:
         whole_bytes = per_sequence * block_bytes + window_bytes
         if config.kv_cache_memory or of_whole:
-            more = f"all of it takes {-(-whole_bytes // MIB)} MiB of KV cache (--mem) in the place of {_size(budget + window_bytes)}"
+            more = f"all of it takes {-(-whole_bytes // MIB)} MiB of KV cache (--mem) in the place of {_size(budget)}"
         else:
             missing = -(-int(whole_bytes / share - available) // MIB)
             more = f"all of it takes {missing:,} MiB more than the {_size(available)} that are free{room.kept}"
@@ -217,40 +217,27 @@ def plan_cache(
             f"the model's context of {model.max_position:,} tokens does not fit and is cut to {context:,}: {more}; "
             f"where that is meant, set max_model_len to {context} (--max-model-len {context})"
         )
-    return CachePlan(
-        num_blocks, block_bytes, context, message, cut, room_of_states, state_bytes, windows, window_bytes
-    )
+    return CachePlan(num_blocks, block_bytes, context, message, cut, room_of_states, state_bytes, windows, window_bytes)
 
 
 def _plan_windows(
-    config: EngineConfig,
-    specs: Sequence[PagedSpec],
-    room: WindowRoom,
-    sequences: int,
-    drafts: int,
-    budget: int,
-    per_sequence: int,
-    element_bytes: ElementBytes,
-    beside: int,
-) -> tuple[WindowRoom, int]:
-    """How many pages the layers with a window have, of so many bytes, and their bytes; none where they would be no
-    fewer than blocks.
+    config: EngineConfig, room: WindowRoom, sizes: tuple[int, int], sequences: int, budget: int, per_sequence: int
+) -> WindowRoom:
+    """How many pages the layers with a window have, in so many bytes; none where blocks would be no more.
 
     They have what all sequences can need, and as much again for prefixes that may be found; but one sequence of full
     length, of `per_sequence` blocks, comes first where its length was set, and else half of the memory is theirs.
+    `sizes` are bytes of a page of these layers, and of a block of the others.
     """
-    size = config.block_size
-    sliding = [spec for spec in specs if spec.slides]
-    page = cache_bytes(sliding, size, element_bytes)
-    block = cache_bytes([spec for spec in specs if not spec.slides], size, element_bytes) + beside * size
+    (page, block), size, is_set = sizes, config.block_size, config.max_model_len is not None
     least = min(per_sequence, room.blocks(size))
-    running = sequences * min(per_sequence, room.blocks(size, 1 + drafts)) + -(-room.rows // size)
-    wanted = min(per_sequence * sequences, max(least, running * (1 + config.enable_prefix_caching)))
-    low = least if config.max_model_len is not None else max(least, budget // 2 // page)
+    running = sequences * min(per_sequence, room.blocks(size, 1)) + -(-room.rows // size)
+    most = per_sequence * sequences
+    wanted = min(most, max(least, running * (1 + config.enable_prefix_caching)))
+    low = least if is_set else max(least, budget // 2 // page)
     pages = 1 + min(wanted, max(low, (budget - per_sequence * block) // page - 1))
-    if pages > min((budget - pages * page) // block, per_sequence * sequences):
-        return NO_WINDOWS, 0
-    return dataclasses.replace(room, pages=pages), pages * page
+    blocks = max((budget - pages * page) // block, per_sequence if is_set else 0)
+    return dataclasses.replace(room, pages=pages) if pages <= min(blocks, most) else NO_WINDOWS
 
 
 def _plan_states(
@@ -327,11 +314,10 @@ def _shrunk_context(
 ) -> int:
     """The context that fits, where the caller left it open; otherwise a ConfigError that says what would work.
 
-    `beside` are bytes of pages that are not in `budget`.
+    `beside` are bytes of what the context does not change.
     """
     fits = affordable * config.block_size
     needed = -(-context // config.block_size) * block_bytes + beside
-    budget += beside
     if config.max_model_len is None and fits >= config.block_size:
         return fits
     ways = [f"max_model_len={fits}"] if fits else []

@@ -17,10 +17,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from candle_vllm.core.engine.window_pages import WindowPages
+from typing import Protocol
 
 
 def block_hashes(
@@ -46,6 +43,16 @@ def block_hashes(
     return hashes
 
 
+class Pages(Protocol):
+    """What the block manager knows of `WindowPages`."""
+
+    def has_page(self, block: int) -> bool: ...
+
+    def take_in(self, block: int) -> None: ...
+
+    def forget(self, block: int) -> None: ...
+
+
 class BlockManager:
     """Hands out the blocks of the KV cache and remembers what the free ones still hold.
 
@@ -61,7 +68,7 @@ class BlockManager:
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
         self.forgot: Callable[[bytes], object] | None = None
-        self.windows: WindowPages | None = None
+        self.windows: Pages | None = None
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching

@@ -127,7 +127,7 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
         runner = RankedRunner(runner, ranks)
         sleeper.tell = runner.sleep
     blocks = BlockManager(plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
-    windows = WindowPages(plan.windows, blocks, own.page_of) if plan.windows.pages else None
+    windows = WindowPages(plan.windows, blocks, own.page_of.data) if plan.windows.pages else None
     reproducible = config.deterministic and placement.device.type == "cuda"
     store, admission = None, None
     if config.enable_lora:

@@ -164,7 +164,7 @@ class Sequence:  # its attributes have slots: a step finds them in one place
         self.held_since: int | None = None
         self.images: tuple[PlacedImage, ...] = ()
         self.state: SequenceState | None = None
-        self.windowed = (0, 0)
+        self.windowed: tuple[int, int] = (0, 0)
         self.adapted_from: tuple[int, ...] = ()
         self._adapters: tuple[tuple[Adapter, float], ...] = ()
         self._hashes: list[bytes] = []

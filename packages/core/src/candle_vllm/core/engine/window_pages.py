@@ -15,9 +15,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
 
-import numpy as np
-from numpy.typing import NDArray
-
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.sequence import Sequence
 from candle_vllm.core.loading.cache_specs import WindowRoom
@@ -29,10 +26,10 @@ class WindowPages:
     Args:
         room: how many there are; at least `WindowRoom.blocks`, and page 0.
         blocks: the cache's block manager.
-        page_of: int64 [num_blocks], zeros: filled with the page of each block, which a step looks up; 0 is none.
+        page_of: [num_blocks] zeros: filled with the page of each block, which a step looks up; 0 is none.
     """
 
-    def __init__(self, room: WindowRoom, blocks: BlockManager, page_of: NDArray[np.int64]) -> None:
+    def __init__(self, room: WindowRoom, blocks: BlockManager, page_of: memoryview) -> None:
         self._window, self._size, self._most = room.window, blocks.block_size, room.blocks(blocks.block_size)
         self._blocks, self._page_of = blocks, page_of
         self._users = [0] * blocks.num_blocks  # running sequences that may read or write a block
@@ -52,8 +49,8 @@ class WindowPages:
     def depth(self, blocks: Seq[int]) -> int:
         """The most of these blocks of a prefix behind which a token finds all pages that its window sees."""
         deepest = together = 0
-        for count, page in enumerate(self._page_of[np.array(blocks, np.int64)].tolist(), 1):
-            together = together + 1 if page else 0
+        for count, block in enumerate(blocks, 1):
+            together = together + 1 if self._page_of[block] else 0
             if together >= count - self._first(count * self._size):
                 deepest = count
         return deepest
@@ -143,5 +140,5 @@ class WindowPages:
                 self._take_back(block)
 
     def _take_back(self, block: int) -> None:
-        self._free.append(int(self._page_of[block]))
+        self._free.append(self._page_of[block])
         self._page_of[block] = 0

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: reportCallIssue=false, reportArgumentType=false
-"""Tables and slots of the layers with a window, whose pages are fewer than blocks, on the CPU (step 6)."""
+"""Tables and slots of layers with a window, which have fewer pages than blocks, on the CPU (step 6)."""
 
 from __future__ import annotations
 
