@@ -13,11 +13,11 @@ import random
 import numpy as np
 import pytest
 
-from candle_vllm.core.engine.block_manager import BlockManager, block_hashes
+from candle_vllm.core.engine.block_manager import block_hashes
 from candle_vllm.core.engine.scheduler import Scheduler
 from candle_vllm.core.engine.sequence import Run, Sequence
 from candle_vllm.core.engine.states import StatePool
-from candle_vllm.core.engine.window_pages import WindowPages
+from candle_vllm.core.engine.window_pages import WindowedBlocks
 from candle_vllm.core.loading.cache_specs import WindowRoom
 from packages.core.tests.engine.test_states import make
 
@@ -43,11 +43,11 @@ class Pretended:
     ) -> None:
         room = WindowRoom(window, budget + drafts)
         pages = room.blocks(SIZE) + 1 + spare
-        self.blocks = BlockManager(blocks, SIZE, enable_prefix_caching=caching)
+        room = WindowRoom(window, budget + drafts, pages)
         self.page_of = np.zeros(blocks, np.int64)
-        self.pages = WindowPages(WindowRoom(window, budget + drafts, pages), self.blocks, self.page_of.data)
+        self.blocks = WindowedBlocks(blocks, SIZE, room=room, page_of=self.page_of.data, enable_prefix_caching=caching)
         pool = StatePool(seqs, 8, SIZE) if states else None
-        self.scheduler = Scheduler(self.blocks, seqs, budget, draft_rows=drafts, states=pool, windows=self.pages)
+        self.scheduler = Scheduler(self.blocks, seqs, budget, draft_rows=drafts, states=pool)
         self.full: list[list[Text | None]] = [[None] * SIZE for _ in range(blocks)]
         self.paged: list[list[Text | None]] = [[None] * SIZE for _ in range(pages)]
         self.random, self.drafts, self.window = random.Random(seed), drafts, window
@@ -87,7 +87,7 @@ class Pretended:
                 page = int(self.page_of[block])
                 assert page, "a row has a page to write to"
                 assert (block, at) not in written, "two write to one place"
-                assert not self.blocks.is_published(block), "nobody writes to what can be found"
+                assert self.blocks._hash_of[block] is None, "nobody writes to what can be found"
                 written.add((block, at))
                 self.full[block][at] = self.paged[page][at] = text[: position + 1]
         for run, text in zip(runs, texts, strict=True):
@@ -125,9 +125,9 @@ class Pretended:
 
     def check(self) -> None:
         """Every page has one owner, and what has none is wiped; each running sequence is counted once."""
-        pool = self.pages
+        pool = self.blocks
         pages = self.page_of[self.page_of > 0].tolist()
-        assert sorted([*pages, *pool._free]) == list(range(1, len(self.paged)))
+        assert sorted([*pages, *pool._free_pages]) == list(range(1, len(self.paged)))
         users = [0] * self.blocks.num_blocks
         for sequence in self.scheduler.running:
             for block in sequence.block_table[slice(*sequence.windowed)]:
@@ -135,8 +135,8 @@ class Pretended:
         assert users == pool._users
         idle = {block for block in np.flatnonzero(self.page_of).tolist() if not users[block]}
         assert idle == set(pool._idle)
-        assert all(self.blocks.is_published(block) for block in idle)
-        for page in (0, *pool._free):
+        assert all(self.blocks._hash_of[block] is not None for block in idle)
+        for page in (0, *pool._free_pages):
             self.paged[page] = [None] * SIZE
 
     def finish(self, most: int = 3000) -> None:
@@ -179,7 +179,7 @@ def test_every_row_finds_what_its_window_sees(seed: int) -> None:
             model.check()
     model.finish()
     assert model.blocks.num_free == model.blocks.num_blocks
-    assert model.pages.num_free == len(model.paged) - 1
+    assert model.blocks.num_free_pages == len(model.paged) - 1
     model.blocks.reset_prefix_cache()
     assert not model.page_of.any()
 
@@ -244,6 +244,6 @@ def test_of_prompts_that_cannot_go_on_the_last_makes_room() -> None:
     for sequence in (last, first):
         model.scheduler.add(sequence)
         assert [run.sequence for run in model.step()] == [sequence]
-    del model.pages._free[:]
+    del model.blocks._free_pages[:]
     assert [run.sequence for run in model.scheduler.schedule()] == [first]
     assert model.scheduler.waiting == [last]

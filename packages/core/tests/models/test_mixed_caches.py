@@ -117,7 +117,7 @@ def windowed(source: Path, **settings: Any) -> InferenceEngine:
         wipe(runner, page)
 
     pages._take_back = wiped
-    for page in (0, *pages._free):
+    for page in (0, *pages._free_pages):
         wipe(runner, page)
     return engine
 

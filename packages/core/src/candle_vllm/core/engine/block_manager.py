@@ -17,7 +17,6 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Protocol
 
 
 def block_hashes(
@@ -43,16 +42,6 @@ def block_hashes(
     return hashes
 
 
-class Pages(Protocol):
-    """What the block manager knows of `WindowPages`."""
-
-    def has_page(self, block: int) -> bool: ...
-
-    def take_in(self, block: int) -> None: ...
-
-    def forget(self, block: int) -> None: ...
-
-
 class BlockManager:
     """Hands out the blocks of the KV cache and remembers what the free ones still hold.
 
@@ -63,12 +52,10 @@ class BlockManager:
 
     Attributes:
         forgot: called with the hash of a block that can be found no more.
-        windows: the pages of layers with a window; None where these have a page for each block.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
         self.forgot: Callable[[bytes], object] | None = None
-        self.windows: Pages | None = None
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
@@ -126,29 +113,14 @@ class BlockManager:
         if taken is None:
             return None
         self.publish(taken[0], digest)
-        if self.windows is not None:
-            self.windows.take_in(taken[0])
         self.release(taken)  # the one used last: it is the last to be forgotten
         return taken[0]
 
     def publish(self, block: int, digest: bytes) -> None:
-        """Makes a full block findable. The first block with a given content wins, and a twin stays private, but where
-        the first one has lost its page of the layers with a window."""
-        if not self.enable_prefix_caching or self._hash_of[block] is not None:
-            return
-        first = self._published.get(digest)
-        if first is not None:
-            if self.windows is None or self.windows.has_page(first) or not self.windows.has_page(block):
-                return
-            self._hash_of[first] = None
-            if not self._owners[first]:
-                self._free.move_to_end(first, last=False)
-        self._hash_of[block] = digest
-        self._published[digest] = block
-
-    def is_published(self, block: int) -> bool:
-        """Whether a block can be found."""
-        return self._hash_of[block] is not None
+        """Makes a full block findable. The first block with a given content wins; a twin stays private."""
+        if self.enable_prefix_caching and self._hash_of[block] is None and digest not in self._published:
+            self._hash_of[block] = digest
+            self._published[digest] = block
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drops one owner of each block of a table; the tail is reused before the head, which others may share."""
@@ -170,7 +142,5 @@ class BlockManager:
         if digest is not None:
             del self._published[digest]
             self._hash_of[block] = None
-            if self.windows is not None:
-                self.windows.forget(block)
             if self.forgot is not None:
                 self.forgot(digest)

@@ -32,7 +32,7 @@ from candle_vllm.core.engine.request import ModelInfo
 from candle_vllm.core.engine.scheduler import Scheduler, WholeTexts
 from candle_vllm.core.engine.sleeping import Sleeper
 from candle_vllm.core.engine.states import StatePool
-from candle_vllm.core.engine.window_pages import WindowPages
+from candle_vllm.core.engine.window_pages import WindowedBlocks
 from candle_vllm.core.errors import ConfigError
 from candle_vllm.core.kernels.attention.cpu_cache import BLOCK, PLAIN, CacheKind, number_bytes
 from candle_vllm.core.kernels.collectives import Collective
@@ -126,8 +126,12 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
     if ranks is not None:
         runner = RankedRunner(runner, ranks)
         sleeper.tell = runner.sleep
-    blocks = BlockManager(plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
-    windows = WindowPages(plan.windows, blocks, own.page_of.data) if plan.windows.pages else None
+    sizes, caching = (plan.num_blocks, config.block_size), config.enable_prefix_caching
+    if plan.windows.pages:
+        pages: dict[str, Any] = {"room": plan.windows, "page_of": own.page_of.data}
+        blocks = WindowedBlocks(*sizes, **pages, enable_prefix_caching=caching)
+    else:
+        blocks = BlockManager(*sizes, enable_prefix_caching=caching)
     reproducible = config.deterministic and placement.device.type == "cuda"
     store, admission = None, None
     if config.enable_lora:
@@ -149,7 +153,6 @@ def build_engine(config: EngineConfig, loaded: LoadedModel | LoadedEncoder, rank
         kept=kept,
         in_flight=runner.in_flight,
         states=pool,
-        windows=windows,
     )
     drafter = None
     if drafts is not None:

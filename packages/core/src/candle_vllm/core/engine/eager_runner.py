@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from candle_vllm.core.devices import Device
-from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, turns
+from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, in_pages, turns
 from candle_vllm.core.engine.images import Encoding
 from candle_vllm.core.engine.model_runner import EncoderRunner, StepwiseRunner
 from candle_vllm.core.kernels.attention.rows import AttentionRows, PagedCache, WindowedCache
@@ -54,7 +54,7 @@ class EagerRunner(StepwiseRunner):
         turning, windows: as for `RecordedRunner`.
 
     Attributes:
-        page_of: see `WindowPages`.
+        page_of: see `WindowedBlocks`.
     """
 
     fatal: tuple[type[Exception], ...] = (torch.AcceleratorError,)
@@ -116,10 +116,9 @@ class EagerRunner(StepwiseRunner):
         starts, contexts, windowed = tuple(batch.query_start.tolist()), tuple(batch.context_lens.tolist()), None
         rows = AttentionRows(starts, contexts, tables, ahead)
         if len(self.page_of):
-            blocks, within = np.divmod(batch.slots, self._block_size)
-            pages = self.page_of[blocks] * self._block_size + within, self.page_of[batch.block_tables]
-            page_slots, page_tables = (torch.from_numpy(each).to(self.device) for each in pages)
-            windowed = page_slots, AttentionRows(starts, contexts, page_tables, ahead)
+            pages = in_pages(batch, self.page_of, self._block_size)
+            slots_there, tables_there = (torch.from_numpy(each).to(self.device) for each in pages)
+            windowed = slots_there, AttentionRows(starts, contexts, tables_there, ahead)
         if self.adapters is not None:
             self._adapter_rows = batch.adapters
             self.adapters.choose(batch.adapters, self.device)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, StepMemory, turns
+from candle_vllm.core.engine.batch import AdapterRows, Batch, Ints, StepMemory, in_pages, turns
 from candle_vllm.core.engine.model_runner import EncoderRunner, Landed, StepwiseRunner
 from candle_vllm.core.kernels import sampling
 from candle_vllm.core.kernels.attention.cpu_cache import (
@@ -28,7 +28,6 @@ from candle_vllm.core.kernels.attention.cpu_cache import (
     number_bytes,
     value_cache_shape,
 )
-from candle_vllm.core.kernels.attention.cpu_record import record_pages
 from candle_vllm.core.kernels.attention.rows import PagedCache, WindowedCache
 from candle_vllm.core.kernels.collectives import Collective
 from candle_vllm.core.kernels.cpu_runtime import team
@@ -94,7 +93,7 @@ class RecordedRunner(StepwiseRunner):
 
     Attributes:
         team: the threads.
-        page_of: see `WindowPages`.
+        page_of: see `WindowedBlocks`.
     """
 
     def __init__(
@@ -173,8 +172,6 @@ class RecordedRunner(StepwiseRunner):
         One that `narrows` has, behind the last layer's keys and values, the rows alone whose logits are wanted.
         """
         recorder.begin(adapted)
-        if len(self.page_of):
-            record_pages(recorder, self.page_of)
         if self._looked_up is not None:
             self._looked_up.begin(recorder)
         last = self._decoder.config.num_layers - 1 if narrows else None
@@ -216,6 +213,8 @@ class RecordedRunner(StepwiseRunner):
 
     def run(self, batch: Batch) -> NDArray[np.float32]:
         """See `StepwiseRunner`."""
+        if len(self.page_of):
+            self._find_pages(batch)
         if batch.goes_on and batch.drawn_rows is self._rows:
             self.team.run(self._plan.rows, self._plan.count + self._plan_draws)
             return self._wanted
@@ -236,6 +235,15 @@ class RecordedRunner(StepwiseRunner):
                 stop.rows[given.rows] = stop.rows[given.rows] + vectors if number else vectors
             rows, count = parts[-1], count - done
         return self._with_rows(batch.drawn_rows, rows, count)
+
+    def _find_pages(self, batch: Batch) -> None:
+        """Slots and tables of layers with a window."""
+        arrays, (sequences, width) = self._arrays, batch.block_tables.shape
+        if batch.goes_on and not batch.begun:
+            arrays.page_slots[:sequences] += 1
+            return
+        slots, tables = in_pages(batch, self.page_of, self._recorder.limits.block_size)
+        arrays.page_slots[: len(slots)], arrays.page_tables[:sequences, :width] = slots, tables
 
     def _lay_out(self, batch: Batch) -> None:
         arrays, count, sequences = self._arrays, batch.tokens.shape[1], len(batch.context_lens)

@@ -57,7 +57,7 @@ from candle_vllm.core.engine.adapter_admission import AdapterAdmission
 from candle_vllm.core.engine.block_manager import BlockManager
 from candle_vllm.core.engine.sequence import Run, Sequence, Step, Tokens
 from candle_vllm.core.engine.states import StatePool
-from candle_vllm.core.engine.window_pages import WindowPages
+from candle_vllm.core.engine.window_pages import WindowedBlocks
 
 
 class ImageAdmission(Protocol):
@@ -94,7 +94,6 @@ class Scheduler:
         kept: has blocks that have left memory; None where they are gone.
         in_flight: steps that may be under way at once; see above.
         states: slots of layers' states; None where no layer keeps one.
-        windows: pages of layers with a window; None where these have a page for each block. For one step at a time.
     """
 
     def __init__(
@@ -110,9 +109,7 @@ class Scheduler:
         kept: KeptAdmission | None = None,
         in_flight: int = 1,
         states: StatePool | None = None,
-        windows: WindowPages | None = None,
     ) -> None:
-        assert windows is None or in_flight == 1
         assert max_num_batched_tokens >= max_num_seqs
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
@@ -124,7 +121,8 @@ class Scheduler:
         self.kept = kept
         self.in_flight = in_flight
         self.states = states
-        self.windows = windows
+        self.windows = blocks if isinstance(blocks, WindowedBlocks) else None  # where pages are scarcer than blocks
+        assert self.windows is None or in_flight == 1
         if states is not None:
             blocks.forgot = states.forget
         self.has_drafts = False  # some of `running` have
@@ -538,7 +536,7 @@ class Scheduler:
         if self.states is not None:
             self.states.end(sequence)
         if self.windows is not None:
-            self.windows.end(sequence)
+            self.windows.cut(sequence, 0)
         self.blocks.release(sequence.block_table)
         sequence.block_table = array("i")
         sequence.num_uncomputed_tokens, sequence.num_full_blocks = sequence.num_tokens, 0

@@ -117,7 +117,7 @@ class Sequence:  # its attributes have slots: a step finds them in one place
         held_since: how many sequences had begun when it was first held back for its adapters.
         images: the pictures of its prompt, in their order.
         state: where layers keep the states of one that runs; None where none keeps any.
-        windowed: from where to where in its block table its blocks are that have pages for it, see `WindowPages`.
+        windowed: from where to where in its block table its blocks are that have pages for it, see `WindowedBlocks`.
     """
 
     __slots__ = (

@@ -173,11 +173,7 @@ class PagedAttention:
                     q, k = self.rotary(q, k, step.positions)
             narrows = self.layer == step.narrows
             return q.attend(k, v, cache, **scores, offset=self._common_key(), narrows=narrows)
-        slots, rows = step.slots, step.rows
-        if isinstance(cache, WindowedCache):
-            assert step.windowed is not None
-            assert self.window is not None
-            slots, rows = step.windowed
+        slots, rows = (step.windowed if isinstance(cache, WindowedCache) else None) or (step.slots, step.rows)
         if k is None or v is None:
             q = q if self.rotary is None else self.rotary.queries(q, step.positions)
         else:

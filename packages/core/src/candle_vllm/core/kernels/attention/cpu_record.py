@@ -168,53 +168,6 @@ def _record_write(
     recorder.add(rotate_and_write_operation(keys, values), written)
 
 
-def record_pages(recorder: Recorder, page_of: NDArray[np.int64]) -> None:
-    """Looks up the pages of layers with a window, before all layers: tables and slots that name pages.
-
-    Args:
-        recorder: of the plan.
-        page_of: [blocks] the page of each block, as it is when the plan runs.
-    """
-    arrays, limits = recorder.arrays, recorder.limits
-    given = PageArguments(
-        page_of=recorder.keep_array(page_of),
-        query_start=address_of(arrays.query_start),
-        context_lens=address_of(arrays.context_lens),
-        block_tables=address_of(arrays.block_tables),
-        page_tables=address_of(arrays.page_tables),
-        table_stride=limits.table_width,
-        slots=address_of(arrays.slots),
-        page_slots=address_of(arrays.page_slots),
-        window=limits.window,
-        block_shift=limits.block_shift,
-    )
-    recorder.add(operation("attention.cpu_pages:find_pages"), given)
-
-
-class PageArguments(NamedTuple):
-    """The arguments of `find_pages`.
-
-    Attributes:
-        page_of: address of int64 [blocks], the page of each block.
-        query_start, context_lens: addresses of int64 [R + 1] and [R]; see `AttentionRows`.
-        block_tables, page_tables: addresses of int64 [R, table_stride]; of pages, what the rows see is written.
-        slots, page_slots: addresses of int64 [T], where keys and values go; the latter are written.
-        window: positions that a token sees, its own included.
-        block_shift: S is 1 << it.
-    """
-
-    page_of: int
-    query_start: int
-    context_lens: int
-    block_tables: int
-    page_tables: int
-    table_stride: int
-    slots: int
-    page_slots: int
-    window: int
-    block_shift: int
-
-
 LOG2E = math.log2(math.e)
 
 

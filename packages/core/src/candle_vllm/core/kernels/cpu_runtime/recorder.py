@@ -78,7 +78,7 @@ class StepArrays:
         moved_on: they are those of a step that runs the tokens which the last run drew, one of each of its sequences.
         turns: [tokens] how far behind its position's row that of a token is in rotary tables; None where no plan looks.
         states: what the step does with states, see `kernels/states.py`; of no rows where no layer keeps one.
-        page_tables, page_slots: block tables and slots of layers with a window, see `cpu_record.record_pages`.
+        page_tables, page_slots: block tables and slots of layers that have fewer pages than there are blocks.
     """
 
     def __init__(self, limits: StepLimits) -> None:

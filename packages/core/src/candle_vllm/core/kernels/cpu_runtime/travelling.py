@@ -43,7 +43,6 @@ CONVOLUTIONS = ((3, 0, 1), (4, 1, 0))  # taps, SiLU, gates: LFM2's, and those of
 def functions(isa: Isa) -> Iterator[tuple[str, tuple[int, ...]]]:
     """What travels, for CPUs with these instructions, as `operation` is asked for it: code and constants."""
     for code in (
-        "attention.cpu_pages:find_pages",
         "collectives.cpu:add_up",
         "collectives.cpu:stand_together",
         "column_order.cpu:column_order",
